@@ -1,0 +1,53 @@
+# Everything runs in .venv, which each target sets up when it is missing or out of date.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-all format lint types check constraints clean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(STAMP) ## set up .venv from the pinned versions
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: install ## train an ensemble on the emoji scenes and compare it (OUT=folder)
+	$(BIN)/afa demo --output $(OUT)
+
+test: install ## the quick tests
+	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+
+test-all: install ## all tests but those that need a GPU
+	$(BIN)/python -m pytest -q -m "not gpu"
+
+format: install ## rewrite the code in the house format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lint: install ## formatter and linter, without changing anything
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: install ## type checker
+	$(BIN)/mypy
+
+check: lint types test-all ## everything that CI runs
+
+constraints: ## pin the newest versions that work together
+	rm -rf .venv-pins
+	$(PYTHON) -m venv .venv-pins
+	.venv-pins/bin/python -m pip install --quiet torch==2.13.0
+	.venv-pins/bin/python -m pip install --quiet -e '.[dev]'
+	{ sed '/^[^#]/d' constraints.txt; .venv-pins/bin/python -m pip freeze --exclude-editable \
+		| sed 's/+cpu$$//' | grep -v '^nvidia-\|^triton'; } > constraints.new
+	mv constraints.new constraints.txt
+	rm -rf .venv-pins
+
+clean: ## remove what can be made again
+	rm -rf .venv .venv-pins build dist .mypy_cache .pytest_cache .ruff_cache

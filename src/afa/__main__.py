@@ -1,0 +1,5 @@
+"""`python -m afa` is `afa`."""
+
+from afa.cli import main
+
+main()
