@@ -1,0 +1,242 @@
+"""Diffusers' `UNet2DConditionModel` as a coroutine: all of Stable Diffusion 1.x and 2.x.
+
+`unet_blocks` reads like the library's own forward pass and calls its public submodules; none of its
+code is forked. It yields the feature of every site (AFA, section 3.2) and goes on with whatever
+is sent back. Sent straight back, the result equals the library's own forward bit for bit.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.utils.torch_utils import apply_freeu
+from torch.utils.checkpoint import checkpoint
+
+from afa.denoisers.coroutine import Blocks, Feature
+from afa.errors import AfaError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+_LAYERED_DOWN = ("CrossAttnDownBlock2D", "DownBlock2D")
+_LAYERED_UP = ("CrossAttnUpBlock2D", "UpBlock2D")
+_MID = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", "UNetMidBlock2DSimpleCrossAttn")
+
+
+def check_unet(unet: UNet2DConditionModel) -> None:
+    """Refuse a U-Net with blocks that `unet_blocks` does not know how to take apart.
+
+    Raises:
+        AfaError: names the first such block and what is supported.
+    """
+    kinds: list[tuple[str, Any, tuple[str, ...]]]
+    kinds = [(f"down_blocks.{i}", b, _LAYERED_DOWN) for i, b in enumerate(unet.down_blocks)]
+    kinds += [("mid_block", unet.mid_block, _MID)] if unet.mid_block is not None else []
+    kinds += [(f"up_blocks.{i}", b, _LAYERED_UP) for i, b in enumerate(unet.up_blocks)]
+    for place, block, known in kinds:
+        if type(block).__name__ not in known:
+            raise AfaError(
+                f"A U-Net's blocks must be among {', '.join(known)} to be taken apart; {place} is "
+                f"a {type(block).__name__}. Use experts of the Stable Diffusion 1.x or 2.x family."
+            )
+
+
+def unet_blocks(
+    unet: UNet2DConditionModel,
+    sample: Tensor,
+    timestep: Tensor | float,
+    encoder_hidden_states: Tensor,
+    *,
+    class_labels: Tensor | None = None,
+    timestep_cond: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    cross_attention_kwargs: dict[str, Any] | None = None,
+    added_cond_kwargs: dict[str, Tensor] | None = None,
+    down_block_additional_residuals: Sequence[Tensor] | None = None,
+    mid_block_additional_residual: Tensor | None = None,
+    down_intrablock_additional_residuals: Sequence[Tensor] | None = None,
+    encoder_attention_mask: Tensor | None = None,
+) -> Blocks:
+    """Run one U-Net site by site (AFA, section 3.2 and figure 2).
+
+    Sites, in order: `conv_in`; in every down block `down.B.L` for each layer (resnet, attention)
+    and `down.B.downsample`; `mid`; `up.B.L` for each layer, the last one with its upsampler;
+    `conv_out`. The last up layer is no site: its feature goes through the expert's own output
+    layers. Skip connections carry what was sent back. ControlNet and T2I-Adapter residuals are
+    added after a site, so aggregators see features as they were trained on.
+
+    Args:
+        unet: the expert.
+        sample: noisy latent [B, C, H, W].
+        timestep: one for all, or [B].
+        encoder_hidden_states: text embedding [B, L, D].
+        class_labels: as in the library's forward, like all that follow.
+        timestep_cond: embedding of the guidance scale [B, D'].
+        attention_mask: [B, L], 1 keeps a key and 0 discards it.
+        cross_attention_kwargs: handed to the attention processors; `gligen` is honoured.
+        added_cond_kwargs: further conditions of the time embedding and IP-Adapter images.
+        down_block_additional_residuals: ControlNet's, one per skip connection.
+        mid_block_additional_residual: ControlNet's, for the mid block.
+        down_intrablock_additional_residuals: T2I-Adapter's, one per down block.
+        encoder_attention_mask: [B, L], true keeps a token of the text and false discards it.
+
+    Yields: the feature at each site; expects the one to go on with.
+    Returns: the prediction [B, C, H, W], which is what was sent back at `conv_out`.
+
+    Raises:
+        AfaError: half of ControlNet's residuals is missing, or `cross_attention_kwargs` has a LoRA
+            `scale`, which only a model as a whole can apply.
+    """
+    if (down_block_additional_residuals is None) != (mid_block_additional_residual is None):
+        raise AfaError(
+            "ControlNet residuals must come as down_block_additional_residuals and "
+            "mid_block_additional_residual together; one is missing. Pass a T2I-Adapter's as "
+            "down_intrablock_additional_residuals."
+        )
+    if cross_attention_kwargs and "scale" in cross_attention_kwargs:
+        raise AfaError(
+            "A LoRA scale must be applied to the whole model, came as cross_attention_kwargs "
+            "of a coroutine. Call the ensemble, which applies it to every expert."
+        )
+    adapter_residuals = list(down_intrablock_additional_residuals or ())
+
+    # the library asks every layer for its size only where halving and doubling do not cancel
+    factor = 2**unet.num_upsamplers
+    forward_upsample_size = any(size % factor != 0 for size in sample.shape[-2:])
+
+    text_kwargs: dict[str, Any] = {
+        "attention_mask": _as_bias(attention_mask, sample.dtype),
+        "encoder_attention_mask": _as_bias(encoder_attention_mask, sample.dtype),
+    }
+    if unet.config.center_input_sample:
+        sample = 2 * sample - 1.0
+
+    added_cond_kwargs = added_cond_kwargs or {}
+    temb = unet.time_embedding(unet.get_time_embed(sample, timestep), timestep_cond)
+    class_embedding = unet.get_class_embed(sample, class_labels)
+    if class_embedding is not None and unet.config.class_embeddings_concat:
+        temb = torch.cat([temb, class_embedding], dim=-1)
+    elif class_embedding is not None:
+        temb = temb + class_embedding
+    added = unet.get_aug_embed(temb, encoder_hidden_states, added_cond_kwargs)
+    if unet.config.addition_embed_type == "image_hint":
+        added, hint = added
+        sample = torch.cat([sample, hint], dim=1)
+    if added is not None:
+        temb = temb + added
+    if unet.time_embed_act is not None:
+        temb = unet.time_embed_act(temb)
+    text = unet.process_encoder_hidden_states(encoder_hidden_states, added_cond_kwargs)
+
+    if cross_attention_kwargs and cross_attention_kwargs.get("gligen") is not None:
+        objects = unet.position_net(**cross_attention_kwargs["gligen"])
+        cross_attention_kwargs = {**cross_attention_kwargs, "gligen": {"objs": objects}}
+    text_kwargs["cross_attention_kwargs"] = cross_attention_kwargs
+
+    def layer(block: Any, index: int, hidden: Tensor) -> Tensor:
+        hidden = _checkpointed(block, block.resnets[index], hidden, temb)
+        if getattr(block, "has_cross_attention", False):
+            hidden = block.attentions[index](
+                hidden, encoder_hidden_states=text, return_dict=False, **text_kwargs
+            )[0]
+        return hidden
+
+    hidden = yield Feature("conv_in", unet.conv_in(sample), temb)
+    skips = [hidden]
+
+    for b, block in enumerate(unet.down_blocks):
+        attends = getattr(block, "has_cross_attention", False)
+        for i in range(len(block.resnets)):
+            hidden = yield Feature(f"down.{b}.{i}", layer(block, i, hidden), temb)
+            is_last = i == len(block.resnets) - 1
+            if attends and is_last and adapter_residuals:
+                hidden = hidden + adapter_residuals.pop(0)
+            skips.append(hidden)
+        for downsampler in block.downsamplers or ():
+            hidden = yield Feature(f"down.{b}.downsample", downsampler(hidden), temb)
+            skips.append(hidden)
+        if not attends and adapter_residuals:
+            # the library adds this one in place, which changes the skip as well
+            hidden = skips[-1] = hidden + adapter_residuals.pop(0)
+
+    if down_block_additional_residuals is not None:
+        skips = [s + r for s, r in zip(skips, down_block_additional_residuals, strict=True)]
+
+    if unet.mid_block is not None:
+        if getattr(unet.mid_block, "has_cross_attention", False):
+            mid = unet.mid_block(hidden, temb, encoder_hidden_states=text, **text_kwargs)
+        else:
+            mid = unet.mid_block(hidden, temb)
+        hidden = yield Feature("mid", mid, temb)
+        if adapter_residuals and adapter_residuals[0].shape == hidden.shape:
+            hidden = hidden + adapter_residuals.pop(0)
+    if mid_block_additional_residual is not None:
+        hidden = hidden + mid_block_additional_residual
+
+    for b, block in enumerate(unet.up_blocks):
+        is_last_block = b == len(unet.up_blocks) - 1
+        for i in range(len(block.resnets)):
+            hidden = layer(block, i, _join_skip(block, hidden, skips.pop()))
+            is_last_layer = i == len(block.resnets) - 1
+            if is_last_layer:
+                size = skips[-1].shape[2:] if forward_upsample_size and not is_last_block else None
+                for upsampler in block.upsamplers or ():
+                    hidden = upsampler(hidden, size)
+            if not (is_last_layer and is_last_block):
+                hidden = yield Feature(f"up.{b}.{i}", hidden, temb)
+
+    if unet.conv_norm_out is not None:
+        hidden = unet.conv_act(unet.conv_norm_out(hidden))
+    return (yield Feature("conv_out", unet.conv_out(hidden), temb))
+
+
+def _as_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Turn a mask of keys [B, K] into a bias of attention scores [B, 1, K]."""
+    return None if mask is None else ((1 - mask.to(dtype)) * -10000.0).unsqueeze(1)
+
+
+def _checkpointed(
+    block: Any, resnet: Callable[..., Tensor], hidden: Tensor, temb: Tensor
+) -> Tensor:
+    """Call a resnet; recompute it in the backward pass where its block asks for that.
+
+    Attention layers look after themselves; the block's own flag is read only in the block's own
+    forward, which is never called here.
+    """
+    if torch.is_grad_enabled() and block.gradient_checkpointing:
+        return checkpoint(resnet, hidden, temb, use_reentrant=False)
+    return resnet(hidden, temb)
+
+
+def _join_skip(block: Any, hidden: Tensor, skip: Tensor) -> Tensor:
+    """Concatenate a skip connection, with FreeU (Si et al., 2023) where it is switched on."""
+    scales = {key: getattr(block, key, None) for key in ("s1", "s2", "b1", "b2")}
+    if all(scales.values()):
+        hidden, skip = apply_freeu(block.resolution_idx, hidden, skip, **scales)
+    return torch.cat([hidden, skip], dim=1)
+
+
+def unet_example(unet: UNet2DConditionModel) -> dict[str, Any]:
+    """The smallest complete input of this U-Net's forward pass, on the meta device."""
+    config = unet.config
+    size = config.sample_size or 64
+    height, width = (size, size) if isinstance(size, int) else size
+    text_width = config.encoder_hid_dim or config.cross_attention_dim
+    if not isinstance(text_width, int):
+        text_width = text_width[0]
+    example = {
+        "sample": torch.empty(1, config.in_channels, height, width, device="meta"),
+        "timestep": torch.empty(1, dtype=torch.int64, device="meta"),
+        "encoder_hidden_states": torch.empty(1, 1, text_width, device="meta"),
+    }
+    if unet.class_embedding is not None:
+        if config.class_embed_type in (None, "timestep"):
+            example["class_labels"] = torch.empty(1, dtype=torch.int64, device="meta")
+        else:
+            in_features = config.projection_class_embeddings_input_dim or 4 * height
+            example["class_labels"] = torch.empty(1, in_features, device="meta")
+    return example

@@ -1,0 +1,33 @@
+"""Fixtures shared by all tests: tiny experts on disk, one thread's worth of determinism."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from tests.tiny import tiny_pipeline
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture(scope="session")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three pipeline folders of one architecture, with different weights everywhere."""
+    root = tmp_path_factory.mktemp("experts")
+    folders = []
+    for seed in range(3):
+        pipeline = tiny_pipeline(root / "tokenizer", seed=seed)
+        folders.append(root / f"expert{seed}")
+        pipeline.save_pretrained(folders[-1])
+    return folders
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
