@@ -1,0 +1,61 @@
+"""What a fusion rule is: a module that makes one feature of N."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class Condition(NamedTuple):
+    """What a fusion rule may look at besides the features.
+
+    `timestep` [B]; `temb` [B, T], mean of the experts' timestep embeddings; `text` [B, L, D], mean
+    of their text embeddings (AFA, section 3.2).
+    """
+
+    timestep: Tensor
+    temb: Tensor
+    text: Tensor
+
+
+class Fused(NamedTuple):
+    """A rule's answer.
+
+    `feature` [B, C, H, W] is what every expert goes on with; a sequence of N such tensors gives
+    each expert its own. `weights` [B, N, H, W] sum to 1 over the experts; None where none exist.
+    """
+
+    feature: Tensor | Sequence[Tensor]
+    weights: Tensor | None = None
+
+
+class FusionRule(nn.Module):
+    """Base of all fusion rules, one instance per site.
+
+    A new way of combining experts is one subclass with one method.
+    """
+
+    def forward(self, features: Sequence[Tensor], condition: Condition) -> Fused:
+        """Make one feature, or one per expert, of N features [B, C, H, W]."""
+        raise NotImplementedError
+
+
+def weighted_sum(features: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """Sum of features times their weights (AFA, eq. 4), accumulated without stacking.
+
+    Args:
+        features: N tensors [B, C, H, W].
+        weights: [B, N, H, W], cast to the features' dtype.
+
+    Returns: [B, C, H, W] in the features' own dtype and memory format.
+    """
+    weights = weights.to(features[0].dtype)
+    fused = features[0] * weights[:, :1]
+    for n in range(1, len(features)):
+        fused = torch.addcmul(fused, features[n], weights[:, n : n + 1])
+    return fused

@@ -1,0 +1,138 @@
+"""SABW, the spatial-aware block-wise aggregator: the trained part of AFA."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import nn
+
+from afa.aggregators.rule import Condition, Fused, FusionRule, weighted_sum
+from afa.errors import AfaError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+_SITE_FIELDS = ("num_experts", "in_channels", "temb_channels", "text_channels")
+
+
+@dataclass(frozen=True)
+class SABWConfig:
+    """Shape of an aggregator.
+
+    The first four are the user's choice, one for all sites; the others are properties of a site,
+    which `EnsembleDenoiser` fills in. Defaults are the paper's (AFA, section 4.1).
+
+    Raises AfaError: sizes that do not fit each other.
+    """
+
+    hidden_size: int = 128
+    num_layers: int = 2  # transformer blocks; what the published code runs although it says 1
+    num_heads: int = 8
+    norm_num_groups: int = 32
+    num_experts: int | None = None
+    in_channels: int | None = None
+    temb_channels: int | None = None
+    text_channels: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "num_layers", "num_heads", "norm_num_groups"):
+            if getattr(self, name) < 1:
+                raise AfaError(f"aggregator.{name} must be at least 1, came {getattr(self, name)}.")
+        if self.hidden_size % self.num_heads:
+            raise AfaError(
+                f"aggregator.hidden_size must be a multiple of num_heads, came {self.hidden_size} "
+                f"and {self.num_heads}. Change one of them."
+            )
+        if self.hidden_size % self.norm_num_groups or self.hidden_size == self.norm_num_groups:
+            # with one channel a group, group norm cancels what the timestep adds to that channel
+            raise AfaError(
+                "aggregator.hidden_size must be a multiple of norm_num_groups, at least twice it, "
+                f"came {self.hidden_size} and {self.norm_num_groups}. Choose norm_num_groups = "
+                f"{max(1, self.hidden_size // 4)} or a larger hidden_size."
+            )
+
+
+class SABW(FusionRule):
+    """Per-pixel softmax weights over the experts, from features, timestep and prompt.
+
+    AFA, section 3.2: a 1x1 convolution of the concatenated features, a ResNet block conditioned on
+    the timestep, a 2-D transformer that attends to the prompt, and a 1x1 convolution to one logit
+    per expert. That last one starts at zero, so the untrained ensemble is the uniform mean.
+    Parameter names are those of the published code.
+
+    Args:
+        config: with all of a site's properties filled in.
+
+    Raises:
+        AfaError: a property of the site is missing.
+    """
+
+    def __init__(self, config: SABWConfig) -> None:
+        super().__init__()
+        sizes = [getattr(config, name) for name in _SITE_FIELDS]
+        missing = [name for name, size in zip(_SITE_FIELDS, sizes, strict=True) if size is None]
+        if missing:
+            raise AfaError(
+                f"SABW must know its site; the config lacks {', '.join(missing)}. Give them, or "
+                "pass the config to EnsembleDenoiser, which fills them in."
+            )
+        self.config = config
+        num_experts, in_channels, temb_channels, text_channels = sizes
+        hidden, groups = config.hidden_size, config.norm_num_groups
+        self.conv_in = nn.Conv2d(num_experts * in_channels, hidden, 1)
+        self.res_block = ResnetBlock2D(
+            in_channels=hidden, temb_channels=temb_channels, groups=groups
+        )
+        self.transformer = Transformer2DModel(
+            num_attention_heads=config.num_heads,
+            attention_head_dim=hidden // config.num_heads,
+            in_channels=hidden,
+            num_layers=config.num_layers,
+            cross_attention_dim=text_channels,
+            norm_num_groups=groups,
+        )
+        self.conv_out = nn.Conv2d(hidden, num_experts, 1, bias=False)
+        nn.init.zeros_(self.conv_out.weight)
+
+    def fusion_weights(self, features: Sequence[Tensor], condition: Condition) -> Tensor:
+        """Weights of the experts at every pixel (AFA, eq. 3).
+
+        Args:
+            features: N features [B, C, H, W] of the experts.
+            condition: the mean timestep and text embedding.
+
+        Returns: [B, N, H, W] in float32, summing to 1 over N.
+        """
+        dtype = self.conv_in.weight.dtype
+        hidden = self.conv_in(torch.cat([f.to(dtype) for f in features], dim=1))
+        hidden = self.res_block(hidden, condition.temb.to(dtype))
+        hidden = self.transformer(
+            hidden, encoder_hidden_states=condition.text.to(dtype), return_dict=False
+        )[0]
+        return self.conv_out(hidden).float().softmax(dim=1)
+
+    def forward(self, features: Sequence[Tensor], condition: Condition) -> Fused:
+        """Fuse the experts' features at one site with per-pixel weights (AFA, section 3.2).
+
+        Args:
+            features: N features [B, C, H, W] of the experts.
+            condition: the mean timestep and text embedding.
+
+        Returns: the fused feature, in the features' dtype, and the weights, in float32.
+
+        Raises:
+            AfaError: another number of features than the config's `num_experts`.
+        """
+        if len(features) != self.config.num_experts:
+            raise AfaError(
+                f"This aggregator fuses {self.config.num_experts} experts, came {len(features)} "
+                "features. Use the experts it was trained with."
+            )
+        weights = self.fusion_weights(features, condition)
+        return Fused(weighted_sum(features, weights), weights)
