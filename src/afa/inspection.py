@@ -1,0 +1,151 @@
+"""What a file or folder is, read without loading weights."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors import safe_open
+
+from afa.aggregators import SABW, SABWConfig
+from afa.checkpoint import FORMAT, read_config
+from afa.denoisers import Site, discover_sites
+from afa.ensemble import text_width
+from afa.errors import AfaError
+from afa.experts import PICKLES, check_safetensors, hash_expert, hash_file, locate, weight_files
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+# telling keys of single files -> what they are; the first that fits
+_LAYOUTS = (
+    ("conditioner.embedders.1.", "Stable Diffusion XL, original layout"),
+    ("model.diffusion_model.double_blocks.", "Flux, original layout"),
+    ("model.diffusion_model.joint_blocks.", "Stable Diffusion 3, original layout"),
+    ("model.diffusion_model.input_blocks.", "Stable Diffusion, original layout"),
+    ("down_blocks.0.resnets.", "U-Net, diffusers layout"),
+    ("conv_in.res_block.", "aggregators of an ensemble"),
+)
+
+
+def describe(path: str | Path) -> dict[str, Any]:
+    """Facts about an ensemble, a pipeline or U-Net folder, or a safetensors file.
+
+    Returns: JSON-able facts; `kind` is always there, `sites`, `experts`, `sha256`, `parameters`
+        and others where they make sense. Sites are named with channels and scale.
+
+    Raises:
+        AfaError: nothing is there, a pickle, a damaged file, or a folder of no known kind.
+    """
+    found = locate(path)
+    if found.is_file():
+        return _describe_file(found)
+    if (found / "model_index.json").is_file():
+        return _describe_pipeline(found)
+    if (found / "config.json").is_file():
+        config = json.loads((found / "config.json").read_text())
+        if config.get("format") == FORMAT:
+            return _describe_ensemble(found)
+        if config.get("_class_name") == UNet2DConditionModel.__name__:
+            return {"kind": "U-Net folder", **_describe_unet(config)}
+    raise AfaError(
+        f"'{path}' must be an ensemble folder, a diffusers pipeline or U-Net folder, or a "
+        "safetensors file; it is none of them."
+    )
+
+
+def _describe_ensemble(folder: Path) -> dict[str, Any]:
+    config = read_config(folder)
+    weights = folder / "aggregators.safetensors"
+    check_safetensors(weights)
+    parameters, dtypes, _ = _read_header([weights])
+    return {
+        "kind": "ensemble",
+        "family": config["family"],
+        "experts": config["experts"],
+        "vae": config["vae"] or "first expert's",
+        "aggregator": ", ".join(f"{k} {v}" for k, v in config["aggregator"].items()),
+        "aggregator_parameters": parameters,
+        "dtypes": dtypes,
+        "sites": config["sites"],
+    }
+
+
+def _describe_pipeline(folder: Path) -> dict[str, Any]:
+    index = json.loads((folder / "model_index.json").read_text())
+    parameters, dtypes, _ = _read_header(weight_files(folder))
+    facts = {
+        "kind": "pipeline folder",
+        "class": index.get("_class_name"),
+        "sha256": hash_expert(folder),
+        "parameters": parameters,
+        "dtypes": dtypes,
+    }
+    unet = folder / "unet" / "config.json"
+    if unet.is_file():
+        facts |= _describe_unet(json.loads(unet.read_text()))
+    return facts
+
+
+def _describe_unet(config: dict[str, Any]) -> dict[str, Any]:
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config)
+        sites = discover_sites(unet)
+        parameters = _count_aggregators(sites, text_width(unet))
+    return {
+        "family": "unet",
+        "unet_parameters": sum(p.numel() for p in unet.parameters()),
+        "aggregator_parameters_for_3_experts": parameters,
+        "sites": [f"{s.name}  {s.channels} channels, 1/{s.scale}" for s in sites],
+    }
+
+
+def _count_aggregators(sites: Iterable[Site], width: int) -> int:
+    """Parameters of SABW at every site, with the default shape and three experts."""
+    default = SABWConfig(num_experts=3, text_channels=width)
+    return sum(
+        parameter.numel()
+        for site in sites
+        for parameter in SABW(
+            replace(default, in_channels=site.channels, temb_channels=site.temb_channels)
+        ).parameters()
+    )
+
+
+def _describe_file(path: Path) -> dict[str, Any]:
+    if path.suffix.lower() in PICKLES or path.suffix != ".safetensors":
+        raise AfaError(f"A single file must be .safetensors, came '{path}'. Convert it first.")
+    check_safetensors(path)
+    parameters, dtypes, keys = _read_header([path])
+    layout = next((name for key, name in _LAYOUTS if any(k.startswith(key) for k in keys)), None)
+    if any("lora_" in key or ".lora." in key for key in keys):
+        layout = "LoRA"
+    return {
+        "kind": "safetensors file",
+        "layout": layout or "unknown",
+        "sha256": hash_file(path),
+        "parameters": parameters,
+        "dtypes": dtypes,
+        "tensors": len(keys),
+    }
+
+
+def _read_header(files: Iterable[Path]) -> tuple[int, str, list[str]]:
+    """Number of elements, data types and names of all tensors in some safetensors files."""
+    count, names = 0, []
+    dtypes: Counter[str] = Counter()
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - no mapping
+                piece = tensors.get_slice(name)
+                size = prod(piece.get_shape())
+                count += size
+                dtypes[piece.get_dtype()] += size
+                names.append(name)
+    return count, ", ".join(f"{dtype} {n:,}" for dtype, n in dtypes.most_common()), names
