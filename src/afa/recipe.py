@@ -1,0 +1,173 @@
+"""Recipes: what `afa train` reads, checked before any work."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from afa.errors import AfaError
+
+_MAX_BYTES = 1_000_000
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ScenesRecipe(_Section):
+    """Emoji scenes made on the fly; see `afa.zoo.scenes`."""
+
+    num_samples: int = Field(default=10_000, ge=1)
+    seed: int = Field(default=0, ge=0)
+    kind: Literal["animals", "food", "things", "any", "mixed"] = "any"
+
+
+class DataRecipe(_Section):
+    """Exactly one source of captioned pictures."""
+
+    folder: Path | None = None
+    scenes: ScenesRecipe | None = None
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> DataRecipe:
+        if (self.folder is None) == (self.scenes is None):
+            raise ValueError("must have exactly one of folder and scenes")
+        return self
+
+
+class AggregatorRecipe(_Section):
+    """The shape of SABW; see `afa.SABWConfig`."""
+
+    hidden_size: int = Field(default=128, ge=1)
+    num_layers: int = Field(default=2, ge=1)
+    num_heads: int = Field(default=8, ge=1)
+    norm_num_groups: int = Field(default=32, ge=1)
+
+
+class TrainingRecipe(_Section):
+    """How the aggregators are trained; defaults are the paper's (AFA, section 4.1)."""
+
+    num_steps: int = Field(ge=1)
+    batch_size: int = Field(default=8, ge=1)
+    learning_rate: float = Field(default=1e-4, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    num_warmup_steps: int = Field(default=100, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    caption_dropout: float = Field(default=0.1, ge=0, le=1)
+    resolution: int | None = Field(default=None, ge=8)  # None: what the experts were made for
+    expert_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    gradient_checkpointing: bool = False
+    checkpoint_every: int = Field(default=500, ge=1)
+    device: str = "auto"
+    seed: int = Field(default=0, ge=0)
+
+
+class Recipe(_Section):
+    """A whole training run.
+
+    `experts` are diffusers folders, single `.safetensors` files, hub ids or `zoo:animals`; the
+    autoencoder is the first expert's unless `vae` names another source. Single files need `config`,
+    a diffusers folder of their family, where no hub can be reached.
+    """
+
+    experts: list[str] = Field(min_length=1)
+    vae: str | None = None
+    config: str | None = None
+    data: DataRecipe
+    aggregator: AggregatorRecipe = AggregatorRecipe()
+    training: TrainingRecipe
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML's safe loader, which by itself lets a later key silently replace an earlier one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key '{twice}' stands twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep=deep)
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read and check a recipe; paths in it are relative to its own folder.
+
+    Raises:
+        AfaError: one line that names the file and every place that is wrong, with the nearest right
+            name where a key is unknown.
+    """
+    path = Path(path)
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise AfaError(f"A recipe must be smaller than {_MAX_BYTES} bytes; '{path}' is larger.")
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise AfaError(f"The recipe '{path}' cannot be read: {error}.") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise AfaError(
+            f"The recipe '{path}' must be YAML: {' '.join(str(error).split())}."
+        ) from None
+    if not isinstance(content, dict):
+        raise AfaError(
+            f"The recipe '{path}' must be a mapping with the keys {', '.join(Recipe.model_fields)}."
+        )
+    try:
+        recipe = Recipe.model_validate(content)
+    except ValidationError as error:
+        problems = "; ".join(_explain(detail) for detail in error.errors())
+        raise AfaError(f"The recipe '{path}' is wrong: {problems}.") from None
+    return _resolve_paths(recipe, path.parent)
+
+
+def _explain(detail: ErrorDetails) -> str:
+    place = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        known = _keys_at(detail["loc"][:-1])
+        close = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean '{close[0]}'?" if close else f"known are {', '.join(known)}"
+        return f"unknown key '{place}', {hint}"
+    if detail["type"] == "missing":
+        return f"the key '{place}' is missing"
+    message = detail["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    if isinstance(detail["input"], dict):
+        return f"'{place}' {message}"
+    return f"'{place}': {message}, came {detail['input']!r}"
+
+
+def _keys_at(place: tuple[int | str, ...]) -> list[str]:
+    """The keys of the section at `place` in a recipe."""
+    section: type[BaseModel] = Recipe
+    for part in place:
+        annotation = section.model_fields[str(part)].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(section.model_fields)
+
+
+def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
+    """Make local paths independent of where the program is run; names stay as they are."""
+
+    def resolve(source: str) -> str:
+        local = folder / Path(source).expanduser()
+        is_local = local.exists() or source.startswith((".", "/", "~"))
+        return str(local.resolve()) if is_local else source
+
+    data = recipe.data
+    if data.folder is not None:
+        data = data.model_copy(update={"folder": folder / data.folder.expanduser()})
+    return recipe.model_copy(
+        update={
+            "experts": [resolve(source) for source in recipe.experts],
+            "vae": recipe.vae and resolve(recipe.vae),
+            "config": recipe.config and resolve(recipe.config),
+            "data": data,
+        }
+    )

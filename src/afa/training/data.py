@@ -1,0 +1,134 @@
+"""Captioned pictures: a folder on disk, or emoji scenes made on the fly."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from afa.errors import AfaError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from afa.recipe import DataRecipe
+    from afa.zoo.scenes import Kind
+
+
+class CaptionedImages(Protocol):
+    """A data set of pictures and captions, by index."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, str]: ...
+
+
+class FolderImages:
+    """A folder of pictures with `metadata.jsonl`, the Hugging Face `imagefolder` convention.
+
+    Each line of the file is an object with `file_name`, relative to the folder, and `text`.
+
+    Raises:
+        AfaError: no folder, no or an empty metadata file, a broken line, a picture that is not
+            there; on access, a picture that cannot be decoded.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        metadata = folder / "metadata.jsonl"
+        if not folder.is_dir():
+            raise AfaError(f"The data folder '{folder}' does not exist.")
+        if not metadata.is_file():
+            raise AfaError(
+                f"The data folder '{folder}' must hold pictures and a metadata.jsonl with lines "
+                'such as {"file_name": "0001.png", "text": "a fox"}; it has no metadata.jsonl.'
+            )
+        self._rows: list[tuple[Path, str]] = []
+        for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                path, text = folder / row["file_name"], row["text"]
+                valid = isinstance(text, str)
+            except (json.JSONDecodeError, KeyError, TypeError):
+                valid = False
+            if not valid:
+                raise AfaError(
+                    f"Line {number} of '{metadata}' must be an object with the strings file_name "
+                    f"and text, came {line[:80]!r}."
+                )
+            if not path.is_file():
+                raise AfaError(f"Line {number} of '{metadata}' names '{path}', which is missing.")
+            self._rows.append((path, text))
+        if not self._rows:
+            raise AfaError(f"The data folder '{folder}' must hold pictures; its list is empty.")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, str]:
+        path, text = self._rows[index]
+        try:
+            with Image.open(path) as picture:
+                return ImageOps.exif_transpose(picture).convert("RGB"), text
+        except (UnidentifiedImageError, OSError) as error:
+            raise AfaError(
+                f"'{path}' must be a complete picture, but reading it says: {error}. Replace it "
+                "or take its line out of metadata.jsonl."
+            ) from error
+
+
+class SceneImages:
+    """The first `num_samples` emoji scenes of a stream; see `afa.zoo.scenes.scene`."""
+
+    def __init__(self, num_samples: int, *, seed: int = 0, kind: Kind = "any") -> None:
+        self._num_samples, self._seed, self._kind = num_samples, seed, kind
+
+    def __len__(self) -> int:
+        return self._num_samples
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, str]:
+        from afa.zoo.scenes import scene
+
+        shown = scene(index, kind=self._kind, seed=self._seed)
+        return Image.fromarray(shown.render()), shown.caption
+
+
+def open_data(recipe: DataRecipe) -> CaptionedImages:
+    """The data set that a recipe's `data` section names.
+
+    Raises:
+        AfaError: see `FolderImages`.
+    """
+    if recipe.folder is not None:
+        return FolderImages(recipe.folder)
+    scenes = recipe.scenes
+    assert scenes is not None, "a recipe has exactly one kind of data"
+    return SceneImages(scenes.num_samples, seed=scenes.seed, kind=scenes.kind)
+
+
+def to_pixels(picture: Image.Image, resolution: int) -> Tensor:
+    """Scale the shorter side to `resolution`, crop the middle: [3, R, R] in -1..1."""
+    size = (resolution, resolution)
+    if picture.size != size:
+        picture = ImageOps.fit(picture, size, method=Image.Resampling.LANCZOS)
+    array = np.asarray(picture, dtype=np.float32) / 127.5 - 1.0
+    return torch.from_numpy(array).permute(2, 0, 1)
+
+
+def batch_indices(num_samples: int, batch_size: int, step: int, seed: int) -> list[int]:
+    """The samples of one training step: epochs of all samples, each in its own random order.
+
+    A pure function of its arguments, so a resumed run sees what it would have seen.
+    """
+    places = range(step * batch_size, (step + 1) * batch_size)
+    orders = {
+        epoch: np.random.default_rng([seed, epoch]).permutation(num_samples)
+        for epoch in {place // num_samples for place in places}
+    }
+    return [int(orders[place // num_samples][place % num_samples]) for place in places]
