@@ -1,0 +1,46 @@
+"""The command line: one thin file a command; heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from click import ClickException
+from click.exceptions import Abort, Exit
+
+from afa.cli import demo, generate, inspect, train, zoo
+from afa.cli.console import quieten, say_error
+from afa.errors import AfaError
+
+app = typer.Typer(
+    name="afa",
+    help="Turn several fine-tuned text-to-image diffusion models into one better generator.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.command("train")(train.train)
+app.command("generate")(generate.generate)
+app.command("inspect")(inspect.inspect)
+app.command("demo")(demo.demo)
+app.add_typer(zoo.app, name="zoo")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command and exit: 0 done, 2 something the user can put right, 130 interrupted."""
+    quieten()
+    try:
+        code = app(arguments, standalone_mode=False)
+    except Exit as stop:
+        code = stop.exit_code
+    except (KeyboardInterrupt, Abort):
+        say_error("interrupted")
+        code = 130
+    except ClickException as error:
+        say_error(f"{error.format_message()} Try --help.")
+        code = 2
+    except AfaError as error:
+        say_error(str(error))
+        code = 2
+    sys.exit(code or 0)

@@ -1,0 +1,85 @@
+"""What all commands share of the terminal: messages, progress bars, quiet libraries."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from typing import TYPE_CHECKING, TypeVar
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from afa.errors import AfaError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from afa.training import TrainStep
+    from afa.zoo.fit import FitStep
+
+    Step = TypeVar("Step", TrainStep, FitStep)
+
+console = Console()
+
+
+def say_error(message: str) -> None:
+    """One line on standard error."""
+    sys.stderr.write(f"afa: error: {' '.join(message.split())}\n")
+
+
+def quieten() -> None:
+    """Keep the libraries' own bars and advice out of the commands' output."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def progress_bar() -> Progress:
+    """The look of every progress bar."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def show_steps(steps: Iterator[Step], name: str) -> None:
+    """Run a training to its end under a bar with smoothed loss and speed, one bar a stage."""
+    with progress_bar() as progress:
+        tasks, loss, seconds = {}, 0.0, 0.0
+        for step in steps:
+            stage = getattr(step, "name", name)
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=step.num_steps, note="")
+                loss, seconds = step.loss, step.seconds
+            loss += 0.05 * (step.loss - loss)
+            seconds += 0.05 * (step.seconds - seconds)
+            note = f"loss {loss:.4f}  {1 / max(seconds, 1e-9):.1f} steps/s"
+            progress.update(tasks[stage], completed=step.step, note=note)
+
+
+def require_new_folder(folder: Path) -> None:
+    """Refuse an output folder that holds something.
+
+    Raises:
+        AfaError: it is a file, or not empty.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise AfaError(f"The output folder must be new; '{folder}' exists. Name another one.")

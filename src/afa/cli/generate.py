@@ -1,0 +1,112 @@
+"""`afa generate`: prompts to pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from afa.cli.console import console, progress_bar, require_new_folder
+from afa.errors import AfaError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def generate(
+    ensemble: Annotated[str, typer.Argument(help="Ensemble folder, or 'zoo' for the shipped one.")],
+    prompts: Annotated[list[str], typer.Argument(help="One or more prompts, each in quotes.")],
+    output: Annotated[Path, typer.Option(help="New folder for the pictures.")],
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
+    guidance: Annotated[float, typer.Option(min=0, help="Classifier-free guidance scale.")] = 7.5,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Of the first picture; the next has one more.")
+    ] = 0,
+    num_images: Annotated[int, typer.Option(min=1, help="Pictures per prompt.")] = 1,
+    weights: Annotated[
+        bool, typer.Option("--weights", help="Draw the fusion weights too.")
+    ] = False,
+    negative_prompt: Annotated[str, typer.Option(help="What to stay away from.")] = "",
+    height: Annotated[
+        int | None, typer.Option(min=8, help="Pixels; by default the experts'.")
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option(min=8, help="Pixels; by default the experts'.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help=f"Of the experts: {', '.join(DTYPES)}.")] = "float32",
+) -> None:
+    """Generate pictures with a trained ensemble.
+
+    [bold]Example[/bold]: afa generate zoo "a fox on the left and a pizza on the right, blue
+    background" --output pictures --guidance 3 --weights
+    """
+    require_new_folder(output)
+    if dtype not in DTYPES:
+        raise AfaError(f"--dtype must be one of {', '.join(DTYPES)}, came '{dtype}'.")
+
+    import torch
+
+    import afa
+    from afa.maps import draw_weights
+    from afa.training.loop import pick_device
+    from afa.zoo import shipped_ensemble
+
+    folder = shipped_ensemble() if ensemble == "zoo" else Path(ensemble)
+    pipeline = afa.load_ensemble(
+        folder, torch_dtype=getattr(torch, dtype), device=pick_device(device)
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    names = [Path(reference.source).name for reference in pipeline.unet.references]
+    output.mkdir(parents=True, exist_ok=True)
+    with progress_bar() as progress:
+        task = progress.add_task("generate", total=len(prompts) * num_images, note="")
+        for number, prompt in enumerate(prompts):
+            for picture_seed in range(seed, seed + num_images):
+                settings = {
+                    "prompt": prompt,
+                    "negative_prompt": negative_prompt,
+                    "seed": picture_seed,
+                    "steps": steps,
+                    "guidance": guidance,
+                    "ensemble": ensemble,
+                }
+                with afa.record_weights(pipeline.unet) as record:
+                    if not weights:
+                        pipeline.unet.on_weights = None
+                    picture = pipeline(
+                        prompt,
+                        negative_prompt=negative_prompt,
+                        num_inference_steps=steps,
+                        guidance_scale=guidance,
+                        height=height,
+                        width=width,
+                        generator=torch.Generator().manual_seed(picture_seed),
+                    ).images[0]
+                stem = f"{number:02d}-{_slug(prompt)}-seed{picture_seed}"
+                _save_picture(picture, output / f"{stem}.png", settings)
+                if weights:
+                    draw_weights(record, [picture], output / f"{stem}-weights.png", experts=names)
+                progress.advance(task)
+    console.print(f"{len(prompts) * num_images} pictures in {output}")
+
+
+def _slug(prompt: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48].strip("-") or "prompt"
+
+
+def _save_picture(picture: Image.Image, path: Path, settings: dict[str, object]) -> None:
+    """Write a PNG with its settings inside, whole or not at all."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_text("afa", json.dumps(settings))
+    partial = path.with_name(f".{path.name}")
+    picture.save(partial, format="PNG", pnginfo=info)
+    os.replace(partial, path)

@@ -1,0 +1,38 @@
+"""`afa inspect`: what a file or folder is."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from afa.cli.console import console
+
+
+def inspect(
+    path: Annotated[str, typer.Argument(help="Ensemble, pipeline or U-Net folder, or one file.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what something is: family, sites, experts, hashes, parameters.
+
+    [bold]Example[/bold]: afa inspect runs/first
+    """
+    from afa.inspection import describe
+
+    facts = describe(path)
+    if as_json:
+        console.print_json(json.dumps(facts))
+        return
+    table = Table(show_header=False, box=None)
+    for key, value in facts.items():
+        if isinstance(value, list):
+            table.add_row(key.replace("_", " "), f"{len(value)}")
+            for entry in value:
+                text = entry if isinstance(entry, str) else "  ".join(map(str, entry.values()))
+                table.add_row("", text)
+        else:
+            text = f"{value:,}" if isinstance(value, int) else str(value)
+            table.add_row(key.replace("_", " "), text)
+    console.print(table)
