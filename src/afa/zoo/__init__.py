@@ -1,0 +1,118 @@
+"""The embedded default: emoji scenes, a small base model, its three experts and the judges.
+
+What ships is one float16 copy of everything; `export_zoo` writes it out as ordinary diffusers
+pipeline folders. An expert's name in a recipe is `zoo:animals`, `zoo:food`, `zoo:things`, and
+`zoo:base` for the model they were fine-tuned from.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import shutil
+import tempfile
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from afa.errors import AfaError
+from afa.zoo.sprites import DOMAINS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+EXPERTS = tuple(DOMAINS)
+MODELS = ("base", *EXPERTS)
+_SHARED = "shared"
+
+
+def assets() -> Path:
+    """The folder of the shipped files."""
+    return Path(str(resources.files("afa.zoo") / "assets"))
+
+
+def shipped_ensemble() -> Path:
+    """The trained ensemble of the three experts that ships with the zoo."""
+    return assets() / "ensemble"
+
+
+def export_zoo(directory: str | Path) -> Path:
+    """Write base and experts as stock Stable Diffusion pipeline folders, in float32.
+
+    `StableDiffusionPipeline.from_pretrained(directory / "animals")` then runs as it is.
+
+    Args:
+        directory: a new or empty folder; gets `base`, `animals`, `food` and `things`.
+
+    Returns: `directory`.
+
+    Raises:
+        AfaError: the folder exists and holds something.
+    """
+    directory = Path(directory)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise AfaError(f"The output folder must be new; '{directory}' exists. Name another one.")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
+    try:
+        for name in MODELS:
+            for part in (_SHARED, name):
+                _copy_in_float32(assets() / part, partial / name)
+        partial.chmod(0o755)
+        os.replace(partial, directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return directory
+
+
+def expert_folder(name: str) -> Path:
+    """The pipeline folder of a shipped model, written into the user's cache on first use.
+
+    The cache is `$XDG_CACHE_HOME/afa`, by default `~/.cache/afa`; safe to delete at any time.
+
+    Raises:
+        AfaError: no such model ships.
+    """
+    if name not in MODELS:
+        raise AfaError(
+            f"A shipped model must be one of {', '.join(f'zoo:{m}' for m in MODELS)}, came "
+            f"'zoo:{name}'."
+        )
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "afa"
+    folder = cache / f"zoo-{_digest()[:16]}"
+    if not folder.exists():
+        try:
+            export_zoo(folder)
+        except OSError:
+            if not folder.exists():  # unless another process was quicker
+                raise
+    return folder / name
+
+
+@functools.cache
+def _digest() -> str:
+    """SHA-256 over the shipped files, so that another release has another cache."""
+    digest = hashlib.sha256()
+    for part in (_SHARED, *MODELS):
+        for file in sorted((assets() / part).rglob("*")):
+            if file.is_file():
+                digest.update(file.relative_to(assets()).as_posix().encode())
+                digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _copy_in_float32(source: Path, target: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    for file in sorted(source.rglob("*")):
+        copy = target / file.relative_to(source)
+        if file.is_dir():
+            continue
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if file.suffix == ".safetensors":
+            tensors: dict[str, Tensor] = load_file(file)
+            wide = {k: t.float() if t.is_floating_point() else t for k, t in tensors.items()}
+            save_file(wide, copy, metadata={"format": "pt"})
+        else:
+            shutil.copyfile(file, copy)

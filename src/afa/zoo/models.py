@@ -1,0 +1,181 @@
+"""The zoo's networks: every size in one place, every class a stock one where one exists.
+
+All of it is what a Stable Diffusion 1.x folder holds, only smaller: the same loading, training and
+sampling code runs on the zoo and on real checkpoints.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch import nn
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+)
+
+from afa.zoo.scenes import BACKGROUNDS, IMAGE_SIZE
+from afa.zoo.sprites import OBJECTS
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+LATENT_SIZE = IMAGE_SIZE // 4
+LATENT_CHANNELS = 8
+MAX_TOKENS = 24  # a caption takes 17
+TEXT_WIDTH = 96
+CLIP_WIDTH = 64
+NUM_CLASSES = len(OBJECTS) + 1  # the last class is "no object of the zoo"
+
+
+def build_vae() -> AutoencoderKL:
+    """An autoencoder to [8, 16, 16] latents; without attention, so crops train it as well."""
+    return AutoencoderKL(
+        block_out_channels=(16, 48, 64),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=8,
+        sample_size=IMAGE_SIZE,
+        mid_block_add_attention=False,
+    )
+
+
+def build_unet() -> UNet2DConditionModel:
+    """The denoiser, 2.0 M parameters: convolutions at 16x16, attention at 8x8."""
+    return UNet2DConditionModel(
+        sample_size=LATENT_SIZE,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        block_out_channels=(32, 96),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=4,  # diffusers reads this as the number of heads
+        norm_num_groups=8,
+    )
+
+
+def build_scheduler() -> DDIMScheduler:
+    """The noise schedule of Stable Diffusion with its terminal SNR set to zero.
+
+    Plain backgrounds need it: with the usual schedule the mean brightness leaks into the last
+    step (Lin et al., "Common Diffusion Noise Schedules and Sample Steps Are Flawed", 2024).
+    """
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+    )
+
+
+def _text_settings(tokenizer: CLIPTokenizer) -> dict[str, int]:
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": TEXT_WIDTH,
+        "intermediate_size": 2 * TEXT_WIDTH,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": MAX_TOKENS,
+        "projection_dim": CLIP_WIDTH,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """The caption encoder: [B, 24] token ids to [B, 24, 96]."""
+    return CLIPTextModel(CLIPTextConfig(**_text_settings(tokenizer)))
+
+
+def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
+    """The judge that compares pictures with pictures and with captions."""
+    vision = {
+        "hidden_size": TEXT_WIDTH,
+        "intermediate_size": 2 * TEXT_WIDTH,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "image_size": IMAGE_SIZE,
+        "patch_size": 8,
+        "projection_dim": CLIP_WIDTH,
+    }
+    return CLIPModel(
+        CLIPConfig(
+            text_config=_text_settings(tokenizer), vision_config=vision, projection_dim=CLIP_WIDTH
+        )
+    )
+
+
+def build_tokenizer(folder: Path) -> CLIPTokenizer:
+    """Train a CLIP byte-pair vocabulary on the captions' words and save it to `folder`.
+
+    Every word of a caption becomes one token; any other text still splits into letters.
+    """
+    words = "a an on the left and right background , " + " ".join((*OBJECTS, *BACKGROUNDS))
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
+    bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=4096,
+        min_frequency=1,
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        special_tokens=["<|startoftext|>", "<|endoftext|>"],
+        show_progress=False,
+    )
+    bpe.train_from_iterator([words], trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    bpe.model.save(str(folder))
+    end = AddedToken("<|endoftext|>", normalized=False)
+    tokenizer = CLIPTokenizer(
+        vocab=str(folder / "vocab.json"),
+        merges=str(folder / "merges.txt"),
+        unk_token=end,
+        eos_token=end,
+        pad_token=end,
+        model_max_length=MAX_TOKENS,
+    )
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+class ObjectClassifier(nn.Module):
+    """Which object is on one half of a picture: RGB [B, 3, 64, 32] in -1..1 to logits [B, 49].
+
+    The last class stands for everything that is no object of the zoo: bare background, two objects
+    blended into each other, one cut to pieces.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        channels = 3
+        for width in (32, 64, 96):
+            layers += [nn.Conv2d(channels, width, 3, padding=1, stride=2), nn.GroupNorm(8, width)]
+            layers += [nn.SiLU(), nn.Conv2d(width, width, 3, padding=1), nn.SiLU()]
+            channels = width
+        self.features = nn.Sequential(*layers)
+        self.head = nn.Linear(channels * 2, NUM_CLASSES)
+
+    def forward(self, half: torch.Tensor) -> torch.Tensor:
+        """Logits [B, 49] of halves [B, 3, 64, 32]."""
+        hidden = self.features(half).flatten(2)
+        return self.head(torch.cat([hidden.mean(-1), hidden.amax(-1)], dim=1))

@@ -1,0 +1,189 @@
+"""Emoji scenes: two objects side by side on a plain background, with exact ground truth.
+
+Scenes are made on the fly: `scene(index)` is a pure function of the seed and the index, so a data
+set is endless, needs no disk and is the same everywhere. A tenth of all *mixed* pairs of objects
+(two domains in one picture) is held out of every training set; prompts for tests come only from it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Literal, get_args
+
+import numpy as np
+
+from afa.errors import AfaError
+from afa.zoo.sprites import DOMAIN_OF, DOMAINS, OBJECTS, SPRITE_SIZE, load_sprites
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+IMAGE_SIZE = 64  # pixels, both sides
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {
+    "white": (250, 250, 250),
+    "gray": (160, 164, 170),
+    "blue": (150, 196, 250),
+    "green": (160, 222, 160),
+    "pink": (250, 190, 212),
+    "black": (44, 46, 56),
+}
+_CENTRES = (16, 48)  # columns of the left and the right sprite's centre
+_JITTER = (2, 8)  # at most so many pixels off the centre, (x, y)
+
+#: which pairs a stream of scenes draws from: one domain, any pair, or two different domains.
+Kind = Literal["animals", "food", "things", "any", "mixed"]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a picture shows; `offsets` are pixels (x, y) off the centre of each half."""
+
+    left: str
+    right: str
+    background: str
+    offsets: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0))
+
+    @property
+    def caption(self) -> str:
+        """The prompt that describes this scene, exactly."""
+        return (
+            f"{_with_article(self.left)} on the left and {_with_article(self.right)} on the right, "
+            f"{self.background} background"
+        )
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether the two objects are of different domains."""
+        return DOMAIN_OF[self.left] != DOMAIN_OF[self.right]
+
+    def render(self) -> NDArray[np.uint8]:
+        """Draw the scene: RGB [64, 64, 3]."""
+        picture = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.float32)
+        picture[:] = np.asarray(BACKGROUNDS[self.background], dtype=np.float32) / 255.0
+        half = SPRITE_SIZE // 2
+        for name, centre, (x, y) in zip(
+            (self.left, self.right), _CENTRES, self.offsets, strict=True
+        ):
+            sprite = load_sprites()[name]
+            top, start = IMAGE_SIZE // 2 + y - half, centre + x - half
+            window = picture[top : top + SPRITE_SIZE, start : start + SPRITE_SIZE]
+            alpha = sprite[..., 3:]
+            window[:] = window * (1 - alpha) + sprite[..., :3] * alpha
+        return np.round(picture * 255.0).astype(np.uint8)
+
+
+def parse_caption(caption: str) -> Scene:
+    """Read a caption back into its scene (offsets zero).
+
+    Raises:
+        AfaError: `caption` is not one that `Scene.caption` writes.
+    """
+    words = caption.replace(",", "").split()
+    try:
+        scene = Scene(left=words[1], right=words[7], background=words[-2])
+        if scene.caption == caption:
+            return scene
+    except (IndexError, KeyError):
+        pass
+    raise AfaError(
+        "A scene's caption must read like 'a fox on the left and a pizza on the right, blue "
+        f"background', came '{caption}'. Objects: {', '.join(OBJECTS)}; backgrounds: "
+        f"{', '.join(BACKGROUNDS)}."
+    )
+
+
+def _with_article(name: str) -> str:
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+@cache
+def is_held_out(left: str, right: str) -> bool:
+    """Whether a pair of objects, in either order, is kept out of every training set.
+
+    About a tenth of the mixed pairs are, chosen by hash, so the choice depends on no seed.
+    """
+    if DOMAIN_OF[left] == DOMAIN_OF[right]:
+        return False
+    key = "+".join(sorted((left, right)))
+    return hashlib.sha256(key.encode()).digest()[0] < 26
+
+
+@cache
+def _pairs(kind: Kind, held_out: bool) -> tuple[tuple[str, str], ...]:
+    """Every ordered pair of different objects that `kind` allows."""
+
+    def belongs(left: str, right: str) -> bool:
+        if left == right or is_held_out(left, right) != held_out:
+            return False
+        domains = {DOMAIN_OF[left], DOMAIN_OF[right]}
+        return kind == "any" or (len(domains) == 2 if kind == "mixed" else domains == {kind})
+
+    return tuple((a, b) for a in OBJECTS for b in OBJECTS if belongs(a, b))
+
+
+def scene(index: int, *, kind: Kind = "any", seed: int = 0, held_out: bool = False) -> Scene:
+    """The scene at `index` of the endless stream (`kind`, `seed`): a pure function.
+
+    Args:
+        index: place in the stream, from 0.
+        kind: which pairs of objects to draw from.
+        seed: another seed gives another stream.
+        held_out: draw only pairs that no training set holds (mixed ones).
+
+    Raises:
+        AfaError: `kind` is unknown, or has no held-out pairs.
+    """
+    if kind not in get_args(Kind):
+        raise AfaError(f"kind must be one of {', '.join(get_args(Kind))}, came '{kind}'.")
+    pairs = _pairs(kind, held_out)
+    if not pairs:
+        raise AfaError(f"Held-out pairs are mixed ones; kind '{kind}' has none. Use kind='mixed'.")
+    rng = np.random.default_rng([seed, index, get_args(Kind).index(kind), int(held_out)])
+    left, right = pairs[rng.integers(len(pairs))]
+    background = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
+    x, y = _JITTER
+    offsets = [(int(rng.integers(-x, x + 1)), int(rng.integers(-y, y + 1))) for _ in range(2)]
+    return Scene(left, right, background, (offsets[0], offsets[1]))
+
+
+def scenes(
+    num_scenes: int, *, kind: Kind = "any", seed: int = 0, held_out: bool = False
+) -> Iterator[Scene]:
+    """The first `num_scenes` scenes of a stream; see `scene`."""
+    return (scene(i, kind=kind, seed=seed, held_out=held_out) for i in range(num_scenes))
+
+
+def evaluation_prompts(
+    num_prompts: int, *, kind: Kind = "mixed", seed: int = 1_000_000
+) -> list[str]:
+    """Different captions for a test: held-out pairs where `kind` has them, no caption twice."""
+    held_out = kind in ("mixed", "any")
+    captions: dict[str, None] = {}
+    index = 0
+    while len(captions) < num_prompts:
+        captions.setdefault(scene(index, kind=kind, seed=seed, held_out=held_out).caption)
+        index += 1
+        if index > 100 * num_prompts:
+            raise AfaError(
+                f"Only {len(captions)} different '{kind}' prompts exist, {num_prompts} were asked "
+                "for. Ask for fewer."
+            )
+    return list(captions)
+
+
+__all__ = [
+    "BACKGROUNDS",
+    "DOMAINS",
+    "IMAGE_SIZE",
+    "Kind",
+    "Scene",
+    "evaluation_prompts",
+    "is_held_out",
+    "parse_caption",
+    "scene",
+    "scenes",
+]

@@ -1,0 +1,114 @@
+"""The objects of the emoji scenes, and their sprites cut from the Noto Color Emoji font.
+
+The sprites, not the font, ship with the package: `assets/sprites.png`, an atlas with one row per
+domain. Noto Color Emoji is copyright Google Inc., SIL Open Font License 1.1.
+"""
+
+from __future__ import annotations
+
+import io
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from PIL import Image
+
+from afa.errors import AfaError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+SPRITE_SIZE = 28  # pixels, both sides
+
+#: each expert is fine-tuned on one
+Domain = Literal["animals", "food", "things"]
+
+#: domain -> (object, its emoji); every object is one lower-case word.
+DOMAINS: dict[Domain, tuple[tuple[str, str], ...]] = {
+    "animals": (
+        ("fox", "🦊"), ("cat", "🐱"), ("panda", "🐼"), ("frog", "🐸"),
+        ("pig", "🐷"), ("lion", "🦁"), ("koala", "🐨"), ("penguin", "🐧"),
+        ("owl", "🦉"), ("elephant", "🐘"), ("whale", "🐳"), ("turtle", "🐢"),
+        ("butterfly", "🦋"), ("bee", "🐝"), ("octopus", "🐙"), ("parrot", "🦜"),
+    ),
+    "food": (
+        ("pizza", "🍕"), ("burger", "🍔"), ("apple", "🍎"), ("banana", "🍌"),
+        ("strawberry", "🍓"), ("watermelon", "🍉"), ("carrot", "🥕"), ("corn", "🌽"),
+        ("donut", "🍩"), ("cookie", "🍪"), ("cake", "🍰"), ("grapes", "🍇"),
+        ("cheese", "🧀"), ("avocado", "🥑"), ("pineapple", "🍍"), ("lemon", "🍋"),
+    ),
+    "things": (
+        ("car", "🚗"), ("bus", "🚌"), ("rocket", "🚀"), ("clock", "⏰"),
+        ("key", "🔑"), ("bulb", "💡"), ("umbrella", "☂"), ("guitar", "🎸"),
+        ("drum", "🥁"), ("book", "📕"), ("phone", "📱"), ("camera", "📷"),
+        ("ball", "⚽"), ("crown", "👑"), ("balloon", "🎈"), ("gift", "🎁"),
+    ),
+}  # fmt: skip
+
+#: every object, domain by domain; the index is the judge's class.
+OBJECTS: tuple[str, ...] = tuple(name for objects in DOMAINS.values() for name, _ in objects)
+DOMAIN_OF: dict[str, Domain] = {name: d for d, objects in DOMAINS.items() for name, _ in objects}
+
+
+def extract_sprites(font: Path) -> Image.Image:
+    """Cut the atlas [domains x objects] of RGBA sprites from a Noto Color Emoji font file.
+
+    Args:
+        font: `NotoColorEmoji.ttf` with bitmap glyphs (table CBDT, 136x128 pixels each).
+
+    Raises:
+        AfaError: the file is not such a font, or one of the emojis is not in it.
+    """
+    try:
+        from fontTools.ttLib import TTFont, TTLibError
+    except ImportError as error:
+        raise AfaError(
+            "Cutting sprites from the font needs fonttools, which is not installed: "
+            "pip install 'afa[zoo]'."
+        ) from error
+    try:
+        tables = TTFont(font)
+        glyph_names = tables.getBestCmap()
+        bitmaps = tables["CBDT"].strikeData[0]
+    except (TTLibError, KeyError, OSError) as error:
+        raise AfaError(
+            f"The font must be Noto Color Emoji with bitmap glyphs (CBDT); '{font}' is not: "
+            f"{error}. Debian's package fonts-noto-color-emoji has it."
+        ) from error
+    columns = max(len(objects) for objects in DOMAINS.values())
+    atlas = Image.new("RGBA", (columns * SPRITE_SIZE, len(DOMAINS) * SPRITE_SIZE))
+    for row, objects in enumerate(DOMAINS.values()):
+        for column, (name, emoji) in enumerate(objects):
+            if ord(emoji) not in glyph_names:
+                raise AfaError(f"The font '{font}' has no glyph {emoji} for '{name}'.")
+            png = bitmaps[glyph_names[ord(emoji)]].imageData
+            bitmap = Image.open(io.BytesIO(png)).convert("RGBA")
+            atlas.paste(_fit(bitmap), (column * SPRITE_SIZE, row * SPRITE_SIZE))
+    return atlas
+
+
+def _fit(bitmap: Image.Image) -> Image.Image:
+    """Crop a glyph to what is drawn and centre it in a sprite, aspect ratio kept."""
+    bitmap = bitmap.crop(bitmap.getbbox())
+    scale = SPRITE_SIZE / max(bitmap.size)
+    size = (max(1, round(bitmap.width * scale)), max(1, round(bitmap.height * scale)))
+    # premultiplied alpha, or transparent black bleeds into the edges
+    small = bitmap.convert("RGBa").resize(size, Image.Resampling.LANCZOS).convert("RGBA")
+    sprite = Image.new("RGBA", (SPRITE_SIZE, SPRITE_SIZE))
+    sprite.paste(small, ((SPRITE_SIZE - size[0]) // 2, (SPRITE_SIZE - size[1]) // 2))
+    return sprite
+
+
+@cache
+def load_sprites() -> dict[str, NDArray[np.float32]]:
+    """The shipped sprites: object -> RGBA [28, 28, 4] in 0..1."""
+    with resources.files("afa.zoo").joinpath("assets/sprites.png").open("rb") as file:
+        atlas = np.asarray(Image.open(file).convert("RGBA"), dtype=np.float32) / 255.0
+    size = SPRITE_SIZE
+    return {
+        name: atlas[row * size : (row + 1) * size, column * size : (column + 1) * size]
+        for row, objects in enumerate(DOMAINS.values())
+        for column, (name, _) in enumerate(objects)
+    }
