@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from afa.recipe import DataRecipe
     from afa.zoo.scenes import Kind
+    from afa.zoo.sprites import Sprites
 
 
 class CaptionedImages(Protocol):
@@ -86,8 +87,16 @@ class FolderImages:
 class SceneImages:
     """The first `num_samples` emoji scenes of a stream; see `afa.zoo.scenes.scene`."""
 
-    def __init__(self, num_samples: int, *, seed: int = 0, kind: Kind = "any") -> None:
+    def __init__(
+        self,
+        num_samples: int,
+        *,
+        seed: int = 0,
+        kind: Kind = "any",
+        sprites: Sprites | None = None,
+    ) -> None:
         self._num_samples, self._seed, self._kind = num_samples, seed, kind
+        self._sprites = sprites
 
     def __len__(self) -> int:
         return self._num_samples
@@ -96,7 +105,7 @@ class SceneImages:
         from afa.zoo.scenes import scene
 
         shown = scene(index, kind=self._kind, seed=self._seed)
-        return Image.fromarray(shown.render()), shown.caption
+        return Image.fromarray(shown.render(self._sprites)), shown.caption
 
 
 def open_data(recipe: DataRecipe) -> CaptionedImages:

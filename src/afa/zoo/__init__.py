@@ -14,13 +14,11 @@ import shutil
 import tempfile
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
 
 from afa.errors import AfaError
 from afa.zoo.sprites import DOMAINS
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 EXPERTS = tuple(DOMAINS)
 MODELS = ("base", *EXPERTS)
@@ -37,13 +35,14 @@ def shipped_ensemble() -> Path:
     return assets() / "ensemble"
 
 
-def export_zoo(directory: str | Path) -> Path:
+def export_zoo(directory: str | Path, source: Path | None = None) -> Path:
     """Write base and experts as stock Stable Diffusion pipeline folders, in float32.
 
     `StableDiffusionPipeline.from_pretrained(directory / "animals")` then runs as it is.
 
     Args:
         directory: a new or empty folder; gets `base`, `animals`, `food` and `things`.
+        source: the assets of `afa zoo build`; None takes the shipped ones.
 
     Returns: `directory`.
 
@@ -58,7 +57,7 @@ def export_zoo(directory: str | Path) -> Path:
     try:
         for name in MODELS:
             for part in (_SHARED, name):
-                _copy_in_float32(assets() / part, partial / name)
+                copy_as((source or assets()) / part, partial / name, torch.float32)
         partial.chmod(0o755)
         os.replace(partial, directory)
     finally:
@@ -102,7 +101,8 @@ def _digest() -> str:
     return digest.hexdigest()
 
 
-def _copy_in_float32(source: Path, target: Path) -> None:
+def copy_as(source: Path, target: Path, dtype: torch.dtype) -> None:
+    """Copy a folder; the floating-point tensors of its safetensors files become `dtype`."""
     from safetensors.torch import load_file, save_file
 
     for file in sorted(source.rglob("*")):
@@ -111,8 +111,8 @@ def _copy_in_float32(source: Path, target: Path) -> None:
             continue
         copy.parent.mkdir(parents=True, exist_ok=True)
         if file.suffix == ".safetensors":
-            tensors: dict[str, Tensor] = load_file(file)
-            wide = {k: t.float() if t.is_floating_point() else t for k, t in tensors.items()}
-            save_file(wide, copy, metadata={"format": "pt"})
+            tensors = load_file(file)
+            cast = {k: t.to(dtype) if t.is_floating_point() else t for k, t in tensors.items()}
+            save_file(cast, copy, metadata={"format": "pt"})
         else:
             shutil.copyfile(file, copy)

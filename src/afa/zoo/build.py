@@ -1,21 +1,30 @@
-"""Make the whole zoo again from the font: sprites, autoencoder, base, experts, judges.
+"""Make the whole zoo again from the font: sprites, autoencoder, base, experts, judges, ensemble.
 
 Each stage keeps a checkpoint in the work folder and is skipped or continued when the same command
-runs again. The result is a folder of float16 weights, a few megabytes, which the package ships.
+runs again. The result is the folder `assets` of float16 weights, which the package ships.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+import shutil
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
+from afa.checkpoint import save_ensemble
+from afa.pipeline import load_pipeline
+from afa.recipe import TrainingRecipe
+from afa.training import SceneImages, train_aggregators
+from afa.zoo import export_zoo
 from afa.zoo.fit import FitStep, fit
 from afa.zoo.models import (
+    AGGREGATOR,
     NUM_CLASSES,
     ObjectClassifier,
     build_clip,
@@ -25,16 +34,20 @@ from afa.zoo.models import (
     build_unet,
     build_vae,
 )
-from afa.zoo.scenes import Kind, scene
-from afa.zoo.sprites import DOMAINS, OBJECTS
+from afa.zoo.pack import grade_zoo, pack_zoo
+from afa.zoo.scenes import scene
+from afa.zoo.sprites import DOMAINS, OBJECTS, cut_atlas, extract_sprites, load_sprites
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from diffusers import AutoencoderKL
     from torch import Tensor
     from transformers import CLIPTokenizer
+
+    from afa.zoo.scenes import Kind, Scene
+    from afa.zoo.sprites import Sprites
 
 
 @dataclass(frozen=True)
@@ -51,23 +64,49 @@ class ZooRecipe:
     learning_rate: float = 1e-3
     caption_dropout: float = 0.1
     judge_steps: int = 1_500
+    ensemble_steps: int = 2_000
+    ensemble_batch_size: int = 16
+    ensemble_learning_rate: float = 1e-3
 
 
-def pixels(indices: Tensor, *, kind: Kind, seed: int) -> Tensor:
-    """The pictures of these scenes, [B, 3, 64, 64] in -1..1."""
-    pictures = np.stack([scene(int(i), kind=kind, seed=seed).render() for i in indices])
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+@dataclass(frozen=True)
+class Workshop:
+    """What every stage needs: the folder it writes to, how much to do, what to draw with.
+
+    Streams of scenes are told apart by `stream`: 0 trains models, 1 and 2 the judges.
+    """
+
+    folder: Path
+    recipe: ZooRecipe
+    sprites: Sprites
+    tokenizer: CLIPTokenizer
+
+    def scene(self, index: int, kind: Kind, stream: int = 0) -> Scene:
+        """The scene at `index` of a stream."""
+        return scene(index, kind=kind, seed=self.recipe.seed + stream)
+
+    def pixels(self, indices: Tensor, kind: Kind, stream: int = 0) -> Tensor:
+        """The pictures of these scenes, [B, 3, 64, 64] in -1..1."""
+        scenes = [self.scene(int(i), kind, stream) for i in indices]
+        pictures = np.stack([shown.render(self.sprites) for shown in scenes])
+        return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+
+    def tokenize(self, captions: Sequence[str]) -> Tensor:
+        """Token ids [B, 24]."""
+        return self.tokenizer(
+            list(captions), padding="max_length", truncation=True, return_tensors="pt"
+        )["input_ids"]
 
 
 # -- autoencoder ------------------------------------------------------------------------------
 
 
-def train_vae(recipe: ZooRecipe, workdir: Path, vae: AutoencoderKL) -> Iterator[FitStep]:
+def train_vae(shop: Workshop, vae: AutoencoderKL) -> Iterator[FitStep]:
     """Absolute error plus a light pull of the latents towards a normal distribution."""
 
     def loss_of(generator: torch.Generator) -> Tensor:
-        indices = torch.randint(10_000_000, (recipe.vae_batch_size,), generator=generator)
-        target = _crops(pixels(indices, kind="any", seed=recipe.seed), 32, generator)
+        indices = torch.randint(10_000_000, (shop.recipe.vae_batch_size,), generator=generator)
+        target = _crops(shop.pixels(indices, "any"), 32, generator)
         posterior = vae.encode(target).latent_dist
         decoded = vae.decode(posterior.sample(generator)).sample
         divergence = posterior.kl().mean() / posterior.mean[0].numel()
@@ -77,8 +116,8 @@ def train_vae(recipe: ZooRecipe, workdir: Path, vae: AutoencoderKL) -> Iterator[
         "vae",
         vae,
         loss_of,
-        num_steps=recipe.vae_steps,
-        checkpoint=workdir / "vae.ckpt",
+        num_steps=shop.recipe.vae_steps,
+        checkpoint=shop.folder / "vae.ckpt",
         learning_rate=3e-3,
     )
 
@@ -93,14 +132,12 @@ def _crops(pictures: Tensor, size: int, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def encode_scenes(vae: AutoencoderKL, recipe: ZooRecipe, kind: Kind) -> tuple[Tensor, list[str]]:
-    """The latents [S, 8, 16, 16], unscaled, and the captions of `num_scenes` scenes."""
-    batches = torch.arange(recipe.num_scenes).split(128)
-    latents = [
-        vae.encode(pixels(batch, kind=kind, seed=recipe.seed)).latent_dist.mean for batch in batches
-    ]
-    captions = [scene(i, kind=kind, seed=recipe.seed).caption for i in range(recipe.num_scenes)]
-    return torch.cat(latents), captions
+def encode_scenes(shop: Workshop, vae: AutoencoderKL, kind: Kind) -> tuple[Tensor, Tensor]:
+    """`num_scenes` scenes as latents [S, 8, 16, 16], unscaled, and token ids [S, 24]."""
+    batches = torch.arange(shop.recipe.num_scenes).split(128)
+    latents = [vae.encode(shop.pixels(batch, kind)).latent_dist.mean for batch in batches]
+    captions = [shop.scene(i, kind).caption for i in range(shop.recipe.num_scenes)]
+    return torch.cat(latents), shop.tokenize(captions)
 
 
 # -- base and experts -------------------------------------------------------------------------
@@ -116,30 +153,24 @@ class TextToImage(nn.Module):
 
 
 def train_text_to_image(
+    shop: Workshop,
     name: str,
     model: TextToImage,
     latents: Tensor,
     token_ids: Tensor,
-    empty_ids: Tensor,
-    recipe: ZooRecipe,
-    checkpoint: Path,
-    *,
     num_steps: int,
-    learning_rate: float,
 ) -> Iterator[FitStep]:
     """Train on velocity (Salimans & Ho, 2022), each caption dropped by itself.
 
     Args:
-        name: shown in the progress.
+        shop: batch size, learning rate, caption dropout, and where the checkpoint lies.
+        name: of the checkpoint, and shown in the progress.
         model: the U-Net and the text encoder, trained together.
         latents: scaled latents [S, 8, 16, 16].
         token_ids: their captions [S, 24].
-        empty_ids: the empty caption [24].
-        recipe: batch size and caption dropout.
-        checkpoint: see `fit`.
         num_steps: see `fit`.
-        learning_rate: see `fit`.
     """
+    recipe, empty_ids = shop.recipe, shop.tokenize([""])[0]
     scheduler = build_scheduler()
 
     def loss_of(generator: torch.Generator) -> Tensor:
@@ -159,8 +190,8 @@ def train_text_to_image(
         model,
         loss_of,
         num_steps=num_steps,
-        checkpoint=checkpoint,
-        learning_rate=learning_rate,
+        checkpoint=shop.folder / f"{name}.ckpt",
+        learning_rate=recipe.learning_rate,
     )
 
 
@@ -190,15 +221,13 @@ def _soften(pictures: Tensor, generator: torch.Generator) -> Tensor:
     return (share * blurred + (1 - share) * pictures + strength * noise).clamp(-1, 1)
 
 
-def train_classifier(
-    model: ObjectClassifier, recipe: ZooRecipe, checkpoint: Path
-) -> Iterator[FitStep]:
+def train_classifier(shop: Workshop, model: ObjectClassifier) -> Iterator[FitStep]:
     """Cross-entropy on the halves of real scenes, and on spoilt halves as the class "none"."""
 
     def loss_of(generator: torch.Generator) -> Tensor:
         indices = torch.randint(10_000_000, (32,), generator=generator)
-        shown = [scene(int(i), kind="any", seed=recipe.seed + 1) for i in indices]
-        pictures = pixels(indices, kind="any", seed=recipe.seed + 1)
+        shown = [shop.scene(int(i), "any", stream=1) for i in indices]
+        pictures = shop.pixels(indices, "any", stream=1)
         halves = torch.cat([pictures[..., :32], pictures[..., 32:]])
         labels = torch.tensor([OBJECTS.index(s.left) for s in shown])
         labels = torch.cat([labels, torch.tensor([OBJECTS.index(s.right) for s in shown])])
@@ -208,88 +237,109 @@ def train_classifier(
         return F.cross_entropy(model(inputs), torch.cat([labels, none]))
 
     yield from fit(
-        "classifier", model, loss_of, num_steps=recipe.judge_steps, checkpoint=checkpoint
+        "classifier",
+        model,
+        loss_of,
+        num_steps=shop.recipe.judge_steps,
+        checkpoint=shop.folder / "classifier.ckpt",
     )
 
 
-def train_clip(
-    model: nn.Module, tokenizer: CLIPTokenizer, recipe: ZooRecipe, checkpoint: Path
-) -> Iterator[FitStep]:
+def train_clip(shop: Workshop, model: nn.Module) -> Iterator[FitStep]:
     """Contrastive loss (Radford et al., 2021); captions with sides swapped are hard negatives."""
 
     def loss_of(generator: torch.Generator) -> Tensor:
         indices = torch.randint(10_000_000, (64,), generator=generator)
-        shown = [scene(int(i), kind="any", seed=recipe.seed + 2) for i in indices]
-        pictures = _soften(pixels(indices, kind="any", seed=recipe.seed + 2), generator)
+        shown = [shop.scene(int(i), "any", stream=2) for i in indices]
+        pictures = _soften(shop.pixels(indices, "any", stream=2), generator)
         swapped = [type(s)(s.right, s.left, s.background).caption for s in shown]
-        captions = [s.caption for s in shown] + swapped
-        ids = tokenizer(captions, padding="max_length", return_tensors="pt")["input_ids"]
+        ids = shop.tokenize([s.caption for s in shown] + swapped)
         output = model(input_ids=ids, pixel_values=pictures)
         logits = output.logits_per_image  # [64 pictures, 128 captions]
         labels = torch.arange(64)
         return F.cross_entropy(logits, labels) + F.cross_entropy(logits[:, :64].T, labels)
 
-    yield from fit("clip", model, loss_of, num_steps=recipe.judge_steps, checkpoint=checkpoint)
+    yield from fit(
+        "clip",
+        model,
+        loss_of,
+        num_steps=shop.recipe.judge_steps,
+        checkpoint=shop.folder / "clip.ckpt",
+    )
 
 
 # -- all of it --------------------------------------------------------------------------------
 
 
-def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
-    """Token ids [B, 24]."""
-    return tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")[
-        "input_ids"
-    ]
-
-
 def build_zoo(
-    workdir: Path, recipe: ZooRecipe | None = None, *, font: Path | None = None
+    folder: Path, recipe: ZooRecipe | None = None, *, font: Path | None = None
 ) -> Iterator[FitStep]:
     """Train everything, stage after stage; continue where an earlier run was stopped.
 
     Args:
-        workdir: holds checkpoints and, at the end, `assets`.
+        folder: holds checkpoints and, at the end, `assets`.
         recipe: how long; the default makes the zoo that the package ships.
+        font: Noto Color Emoji, to cut the sprites from; None takes the shipped sprites.
+
+    Raises:
+        AfaError: the font is not that one.
     """
     recipe = recipe or ZooRecipe()
-    workdir.mkdir(parents=True, exist_ok=True)
-    tokenizer = build_tokenizer(workdir / "tokenizer")
-    empty_ids = tokenize(tokenizer, [""])[0]
+    folder.mkdir(parents=True, exist_ok=True)
+    atlas = folder / "sprites.png"
+    if font is not None:
+        extract_sprites(font).save(atlas)
+    sprites = cut_atlas(Image.open(atlas)) if atlas.exists() else load_sprites()
+    shop = Workshop(folder, recipe, sprites, build_tokenizer(folder / "tokenizer"))
 
     torch.manual_seed(recipe.seed)
     vae = build_vae()
-    yield from train_vae(recipe, workdir, vae)
+    yield from train_vae(shop, vae)
     vae.requires_grad_(False)
 
-    base = TextToImage(tokenizer)
-    latents, captions = encode_scenes(vae, recipe, "any")
+    latents, token_ids = encode_scenes(shop, vae, "any")
     scale = 1.0 / latents.std().item()
     vae.register_to_config(scaling_factor=scale)
+    models = {"base": TextToImage(shop.tokenizer)}
     yield from train_text_to_image(
-        "base",
-        base,
-        latents * scale,
-        tokenize(tokenizer, captions),
-        empty_ids,
-        recipe,
-        workdir / "base.ckpt",
-        num_steps=recipe.base_steps,
-        learning_rate=recipe.learning_rate,
+        shop, "base", models["base"], latents * scale, token_ids, recipe.base_steps
     )
     for domain in DOMAINS:
-        expert = TextToImage(tokenizer)
-        expert.load_state_dict(base.state_dict())
-        latents, captions = encode_scenes(vae, recipe, domain)
+        models[domain] = copy.deepcopy(models["base"])
+        latents, token_ids = encode_scenes(shop, vae, domain)
         yield from train_text_to_image(
-            domain,
-            expert,
-            latents * scale,
-            tokenize(tokenizer, captions),
-            empty_ids,
-            recipe,
-            workdir / f"{domain}.ckpt",
-            num_steps=recipe.expert_steps,
-            learning_rate=recipe.learning_rate,
+            shop, domain, models[domain], latents * scale, token_ids, recipe.expert_steps
         )
-    yield from train_classifier(ObjectClassifier(), recipe, workdir / "classifier.ckpt")
-    yield from train_clip(build_clip(tokenizer), tokenizer, recipe, workdir / "clip.ckpt")
+    classifier, clip = ObjectClassifier(), build_clip(shop.tokenizer)
+    yield from train_classifier(shop, classifier)
+    yield from train_clip(shop, clip)
+
+    pack_zoo(shop.folder / "assets", vae, shop.tokenizer, models, classifier, clip)
+    if atlas.exists():
+        shutil.copyfile(atlas, shop.folder / "assets" / "sprites.png")
+    yield from train_ensemble(shop)
+    yield from grade_zoo(shop.folder / "assets")
+
+
+def train_ensemble(shop: Workshop) -> Iterator[FitStep]:
+    """Train aggregators for the three packed experts and put the ensemble beside them."""
+    exported = shop.folder / "exported"
+    shutil.rmtree(exported, ignore_errors=True)
+    export_zoo(exported, shop.folder / "assets")
+    pipeline = load_pipeline([exported / domain for domain in DOMAINS], AGGREGATOR)
+    settings = TrainingRecipe(
+        num_steps=shop.recipe.ensemble_steps,
+        batch_size=shop.recipe.ensemble_batch_size,
+        learning_rate=shop.recipe.ensemble_learning_rate,
+        seed=shop.recipe.seed,
+    )
+    data = SceneImages(1_000_000, seed=shop.recipe.seed, sprites=shop.sprites)
+    checkpoint = shop.folder / "ensemble.ckpt"
+    for step in train_aggregators(pipeline, data, settings, checkpoint=checkpoint):
+        yield FitStep("ensemble", step.step, step.num_steps, step.loss, step.seconds)
+    # under the names by which every installation finds them
+    pipeline.unet.references = [
+        replace(reference, source=f"zoo:{domain}")
+        for domain, reference in zip(DOMAINS, pipeline.unet.references, strict=True)
+    ]
+    save_ensemble(pipeline, shop.folder / "assets" / "ensemble", exist_ok=True)

@@ -20,6 +20,7 @@ from transformers import (
     CLIPTokenizer,
 )
 
+from afa.aggregators import SABWConfig
 from afa.zoo.scenes import BACKGROUNDS, IMAGE_SIZE
 from afa.zoo.sprites import OBJECTS
 
@@ -32,6 +33,9 @@ MAX_TOKENS = 24  # a caption takes 17
 TEXT_WIDTH = 96
 CLIP_WIDTH = 64
 NUM_CLASSES = len(OBJECTS) + 1  # the last class is "no object of the zoo"
+
+#: of the shipped ensemble and of `afa demo`: 1.9 M parameters at 10 sites
+AGGREGATOR = SABWConfig(hidden_size=64, num_layers=1, num_heads=4, norm_num_groups=16)
 
 
 def build_vae() -> AutoencoderKL:

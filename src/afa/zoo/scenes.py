@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 
 from afa.errors import AfaError
-from afa.zoo.sprites import DOMAIN_OF, DOMAINS, OBJECTS, SPRITE_SIZE, load_sprites
+from afa.zoo.sprites import DOMAIN_OF, DOMAINS, OBJECTS, SPRITE_SIZE, Sprites, load_sprites
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,15 +60,16 @@ class Scene:
         """Whether the two objects are of different domains."""
         return DOMAIN_OF[self.left] != DOMAIN_OF[self.right]
 
-    def render(self) -> NDArray[np.uint8]:
-        """Draw the scene: RGB [64, 64, 3]."""
+    def render(self, sprites: Sprites | None = None) -> NDArray[np.uint8]:
+        """Draw the scene, RGB [64, 64, 3], with the shipped sprites if none are given."""
+        sprites = sprites or load_sprites()
         picture = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.float32)
         picture[:] = np.asarray(BACKGROUNDS[self.background], dtype=np.float32) / 255.0
         half = SPRITE_SIZE // 2
         for name, centre, (x, y) in zip(
             (self.left, self.right), _CENTRES, self.offsets, strict=True
         ):
-            sprite = load_sprites()[name]
+            sprite = sprites[name]
             top, start = IMAGE_SIZE // 2 + y - half, centre + x - half
             window = picture[top : top + SPRITE_SIZE, start : start + SPRITE_SIZE]
             alpha = sprite[..., 3:]

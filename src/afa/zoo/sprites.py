@@ -10,7 +10,7 @@ import io
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 from PIL import Image
@@ -49,6 +49,9 @@ DOMAINS: dict[Domain, tuple[tuple[str, str], ...]] = {
 
 #: every object, domain by domain; the index is the judge's class.
 OBJECTS: tuple[str, ...] = tuple(name for objects in DOMAINS.values() for name, _ in objects)
+#: object -> RGBA [28, 28, 4] in 0..1
+Sprites: TypeAlias = "dict[str, NDArray[np.float32]]"
+
 DOMAIN_OF: dict[str, Domain] = {name: d for d, objects in DOMAINS.items() for name, _ in objects}
 
 
@@ -102,10 +105,15 @@ def _fit(bitmap: Image.Image) -> Image.Image:
 
 
 @cache
-def load_sprites() -> dict[str, NDArray[np.float32]]:
-    """The shipped sprites: object -> RGBA [28, 28, 4] in 0..1."""
+def load_sprites() -> Sprites:
+    """The shipped sprites."""
     with resources.files("afa.zoo").joinpath("assets/sprites.png").open("rb") as file:
-        atlas = np.asarray(Image.open(file).convert("RGBA"), dtype=np.float32) / 255.0
+        return cut_atlas(Image.open(file))
+
+
+def cut_atlas(picture: Image.Image) -> Sprites:
+    """The sprites of an atlas made by `extract_sprites`."""
+    atlas = np.asarray(picture.convert("RGBA"), dtype=np.float32) / 255.0
     size = SPRITE_SIZE
     return {
         name: atlas[row * size : (row + 1) * size, column * size : (column + 1) * size]

@@ -1,0 +1,119 @@
+"""The trained zoo as the package ships it: half precision, what is common to all models once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import save_file
+
+from afa.checkpoint import write_atomic
+from afa.zoo import MODELS, copy_as, export_zoo
+from afa.zoo.evaluate import GUIDANCE_SCALE, NUM_STEPS, evaluate
+from afa.zoo.fit import FitStep
+from afa.zoo.judges import load_classifier
+from afa.zoo.models import build_scheduler
+from afa.zoo.scenes import Kind, evaluation_prompts
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from diffusers import AutoencoderKL
+    from transformers import CLIPModel, CLIPTokenizer
+
+    from afa.zoo.build import TextToImage
+    from afa.zoo.models import ObjectClassifier
+
+_OWN = ("unet", "text_encoder")
+_COMMON = ("vae", "tokenizer", "scheduler", "model_index.json")
+
+
+def pack_zoo(
+    assets: Path,
+    vae: AutoencoderKL,
+    tokenizer: CLIPTokenizer,
+    models: Mapping[str, TextToImage],
+    classifier: ObjectClassifier,
+    clip: CLIPModel,
+) -> None:
+    """Write the shipped files: `shared`, one folder a model, `judges`.
+
+    Args:
+        assets: folder; what of it is written is replaced, the rest stays.
+        vae: with its scaling factor registered.
+        tokenizer: of all models.
+        models: `base` and the experts.
+        classifier: the judge of objects.
+        clip: the judge of whole pictures.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        full, half = Path(scratch) / "full", Path(scratch) / "half"
+        for name, model in models.items():
+            StableDiffusionPipeline(
+                vae=vae,
+                text_encoder=model.text_encoder,
+                tokenizer=tokenizer,
+                unet=model.unet,
+                scheduler=build_scheduler(),
+                safety_checker=None,
+                feature_extractor=None,
+                requires_safety_checker=False,
+            ).save_pretrained(full / name)
+            for part in _OWN:
+                copy_as(full / name / part, half / name / part, torch.float16)
+        (half / "shared").mkdir()
+        for part in _COMMON:
+            source, target = full / "base" / part, half / "shared" / part
+            if source.is_dir():
+                copy_as(source, target, torch.float16)
+            else:
+                shutil.copyfile(source, target)
+        clip.save_pretrained(full / "clip")
+        copy_as(full / "clip", half / "judges" / "clip", torch.float16)
+        weights = {
+            key: tensor.half().contiguous() for key, tensor in classifier.state_dict().items()
+        }
+        save_file(weights, half / "judges" / "classifier.safetensors")
+        for folder in half.iterdir():
+            shutil.rmtree(assets / folder.name, ignore_errors=True)
+            shutil.copytree(folder, assets / folder.name)
+
+
+def grade_zoo(assets: Path, *, num_prompts: int = 96, seed: int = 0) -> Iterator[FitStep]:
+    """Judge every packed model on every kind of prompt and write `report.json`.
+
+    Progress counts model and kind of prompt; its "loss" is the share of pictures that are wrong.
+    """
+    classifier = load_classifier(assets / "judges")
+    kinds = [kind for kind in get_args(Kind) if kind != "any"]
+    report: dict[str, dict[str, object]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        export_zoo(Path(scratch) / "zoo", assets)
+        for n, name in enumerate(MODELS):
+            pipeline = StableDiffusionPipeline.from_pretrained(
+                Path(scratch) / "zoo" / name, safety_checker=None
+            )
+            report[name] = {}
+            for k, kind in enumerate(kinds):
+                started = time.perf_counter()
+                prompts = evaluation_prompts(num_prompts, kind=kind)
+                score, _ = evaluate(pipeline, prompts, classifier, seed=seed)
+                report[name][kind] = {"both": asdict(score.both), "objects": asdict(score.objects)}
+                done, wrong = n * len(kinds) + k + 1, 1 - score.both.mean
+                seconds = time.perf_counter() - started
+                yield FitStep("grades", done, len(MODELS) * len(kinds), wrong, seconds)
+    settings = {
+        "num_prompts": num_prompts,
+        "num_steps": NUM_STEPS,
+        "guidance_scale": GUIDANCE_SCALE,
+        "seed": seed,
+    }
+    content = {"settings": settings, "models": report}
+    write_atomic(assets / "report.json", json.dumps(content, indent=2) + "\n")
