@@ -112,7 +112,12 @@ def tiny_pipeline(folder: Path, seed: int = 0, **config: Any) -> StableDiffusion
         tokenizer=tokenizer,
         unet=unet,
         scheduler=DDIMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
         ),
         safety_checker=None,
         feature_extractor=None,

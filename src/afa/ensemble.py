@@ -187,7 +187,8 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
         if came == width:
             return [encoder_hidden_states] * count
         if came == width * count:
-            return encoder_hidden_states.chunk(count, dim=-1)
+            # contiguous, or matrix products round differently from the expert's alone
+            return [part.contiguous() for part in encoder_hidden_states.chunk(count, dim=-1)]
         raise AfaError(
             f"The text embedding must be {width} wide (one for all experts) or {count} x {width} "
             f"(one per expert, concatenated), came {came}. Use the pipeline's own text encoder."

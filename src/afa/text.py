@@ -33,6 +33,8 @@ class EnsembleTextEncoder(PreTrainedModel):
 
     config_class = CLIPTextConfig
     main_input_name = "input_ids"
+    # whatever the encoders do: the composite has no attention of its own
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
 
     def __init__(self, encoders: Sequence[PreTrainedModel]) -> None:
         if not encoders:

@@ -1,0 +1,197 @@
+"""Where experts come from: folders, single files, hub ids; what is refused, before any work."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import save_file
+
+import afa
+from afa.errors import AfaError
+from afa.experts import check_safetensors, hash_expert, hash_file, load_vae, locate
+from tests.single_file import original_layout
+from tests.tiny import tiny_pipeline
+
+
+def test_hash_of_a_folder_is_of_its_weights_alone(experts: list[Path], tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(experts[0], copy)
+    assert hash_expert(copy) == hash_expert(experts[0]) != hash_expert(experts[1])
+    (copy / "README.md").write_text("# other")
+    assert hash_expert(copy) == hash_expert(experts[0])
+
+
+def test_hash_of_a_file_is_the_one_that_is_published(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    assert hash_file(tmp_path / "a") == (
+        "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    )
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".PTH", ".bin", ".pkl"])
+def test_pickles_are_refused_unopened(tmp_path: Path, suffix: str) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple:
+            return (Path.touch, (tmp_path / "ran",))
+
+    file = tmp_path / f"expert{suffix}"
+    torch.save({"bomb": Bomb()}, file)
+    with pytest.raises(AfaError, match="is a pickle"):
+        afa.load_pipeline([file])
+    assert not (tmp_path / "ran").exists()
+
+
+def test_pickles_inside_a_folder_are_not_read(experts: list[Path], tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(experts[0], copy)
+    weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(AfaError, match=r"must be safetensors; '.*unet' has none"):
+        afa.load_pipeline([copy])
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_truncated_files_are_refused(experts: list[Path], tmp_path: Path, keep: int) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(experts[0], copy)
+    weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:keep])
+    with pytest.raises(AfaError, match="must be a complete safetensors file"):
+        afa.load_pipeline([copy])
+
+
+def test_a_header_that_claims_terabytes_is_refused(tmp_path: Path) -> None:
+    header = json.dumps({"a": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}})
+    file = tmp_path / "huge.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header.encode())
+    with pytest.raises(AfaError, match="must be a complete safetensors file"):
+        check_safetensors(file)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("./none", "does not exist"),
+        ("none.safetensors", "does not exist"),
+        ("zoo:cars", "must be one of zoo:base, zoo:animals"),
+        ("a/b/c", "does not exist"),
+    ],
+)
+def test_nothing_there(source: str, message: str) -> None:
+    with pytest.raises(AfaError, match=message):
+        locate(source)
+
+
+def test_a_hub_id_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_: object, **__: object) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("afa.experts.snapshot_download", offline)
+    with pytest.raises(AfaError, match=r"'org/name' is no local path, and as a hub id"):
+        locate("org/name")
+
+
+def test_a_hub_id_never_asks_for_pickles(
+    monkeypatch: pytest.MonkeyPatch, experts: list[Path]
+) -> None:
+    asked: dict[str, object] = {}
+
+    def fetch(name: str, **options: object) -> str:
+        asked.update(options, name=name)
+        return str(experts[0])
+
+    monkeypatch.setattr("afa.experts.snapshot_download", fetch)
+    pipeline = afa.load_pipeline(["org/name"], revisions=["v1"])
+    assert (asked["name"], asked["revision"]) == ("org/name", "v1")
+    assert not any("bin" in p or "ckpt" in p for p in asked["allow_patterns"])  # type: ignore[attr-defined]
+    reference = pipeline.unet.references[0]
+    assert (reference.source, reference.revision) == ("org/name", "v1")
+
+
+def test_a_folder_that_is_no_pipeline(tmp_path: Path) -> None:
+    with pytest.raises(AfaError, match="must be a diffusers pipeline with a model_index"):
+        afa.load_pipeline([tmp_path])
+
+
+def test_another_family_is_refused(experts: list[Path], tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(experts[0], copy)
+    index = copy / "model_index.json"
+    index.write_text(
+        json.dumps(
+            {**json.loads(index.read_text()), "_class_name": "StableDiffusionXLPipeline"}
+        ).replace('"text_encoder"', '"text_encoder_2"')
+    )
+    with pytest.raises(AfaError, match=r"must be a Stable Diffusion 1.x or 2.x pipeline"):
+        afa.load_pipeline([copy])
+
+
+def test_single_files_of_the_original_layout(tmp_path: Path) -> None:
+    """A checkpoint as it comes from the web: one file, the original layout of SD 1.x."""
+    folders, files = [], []
+    for seed in range(2):
+        pipeline = tiny_pipeline(tmp_path / "tokenizer", seed)
+        folders.append(tmp_path / f"folder{seed}")
+        pipeline.save_pretrained(folders[-1])
+        files.append(tmp_path / f"file{seed}.safetensors")
+        save_file(original_layout(pipeline), files[-1])
+    mixed = afa.load_pipeline([files[0], folders[1]])  # the folder lends its configuration
+    alone = afa.load_pipeline(files, config=folders[0])
+    expected = afa.load_pipeline(folders)
+    for loaded in (mixed, alone):
+        for n in range(2):
+            ours = loaded.unet.experts[n].state_dict()
+            for key, tensor in expected.unet.experts[n].state_dict().items():
+                assert torch.equal(ours[key], tensor), key
+        for key, tensor in expected.vae.state_dict().items():
+            assert torch.equal(loaded.vae.state_dict()[key], tensor), key
+        arguments = ("a fox", "cpu", 1, False)
+        texts = [p.encode_prompt(*arguments)[0] for p in (loaded, expected)]
+        torch.testing.assert_close(*texts)
+    reference = alone.unet.references[0]
+    assert (reference.source, reference.sha256) == (str(files[0]), hash_file(files[0]))
+
+
+def test_a_single_file_without_configuration_or_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "file.safetensors"
+    save_file(original_layout(tiny_pipeline(tmp_path / "tokenizer", 0)), file)
+
+    def offline(*_: object, **__: object) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(StableDiffusionPipeline, "from_single_file", offline)
+    with pytest.raises(AfaError, match="config=FOLDER"):
+        afa.load_pipeline([file])
+
+
+def test_a_configuration_folder_is_checked_first(tmp_path: Path) -> None:
+    file = tmp_path / "file.safetensors"
+    save_file({"a": torch.zeros(1)}, file)
+    with pytest.raises(AfaError, match=r"it lacks model_index\.json, unet"):
+        afa.load_pipeline([file], config=tmp_path)
+
+
+def test_autoencoder_from_a_folder_of_its_own(experts: list[Path]) -> None:
+    own, inside = load_vae(experts[0] / "vae"), load_vae(experts[0])
+    sample = torch.from_numpy(np.zeros((1, 4, 4, 4), np.float32))
+    torch.testing.assert_close(own.decode(sample).sample, inside.decode(sample).sample)
+
+
+def test_a_variant_beside_the_plain_weights_changes_nothing(
+    experts: list[Path], tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(experts[0], copy)
+    UNet2DConditionModel.from_pretrained(copy, subfolder="unet").half().save_pretrained(
+        copy / "unet", variant="fp16"
+    )
+    assert hash_expert(copy) == hash_expert(experts[0])
+    assert afa.load_pipeline([copy]).unet.dtype == torch.float32

@@ -1,0 +1,85 @@
+"""Recorded fusion weights and their pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import afa
+from afa.errors import AfaError
+from afa.maps import WeightRecord, draw_weights, record_weights
+from tests.tiny import inputs, tiny_unet
+
+SMALL = afa.SABWConfig(hidden_size=8, num_layers=1, num_heads=2, norm_num_groups=4)
+
+
+@pytest.fixture
+def ensemble() -> afa.EnsembleDenoiser:
+    ensemble = afa.EnsembleDenoiser([tiny_unet(n) for n in range(3)], SMALL)
+    rules: Any = ensemble.aggregators
+    for rule in rules:
+        torch.nn.init.normal_(rule.conv_out.weight)
+    return ensemble
+
+
+def run(ensemble: afa.EnsembleDenoiser, *timesteps: int) -> WeightRecord:
+    with torch.no_grad(), record_weights(ensemble) as record:
+        for timestep in timesteps:
+            ensemble(**{**inputs(), "timestep": timestep})
+    return record
+
+
+def test_every_step_and_site_is_recorded(ensemble: afa.EnsembleDenoiser) -> None:
+    record = run(ensemble, 900, 500, 1)
+    assert [step.timestep for step in record.steps] == [900, 500, 1]
+    for step in record.steps:
+        assert list(step.weights) == [site.name for site in ensemble.sites]
+        for site in ensemble.sites:
+            weights = step.weights[site.name]
+            assert weights.shape == (2, 3, 8 // site.scale, 8 // site.scale)
+            torch.testing.assert_close(weights.sum(1), torch.ones_like(weights[:, 0]))
+
+
+def test_nothing_is_kept_outside_of_the_block(ensemble: afa.EnsembleDenoiser) -> None:
+    record = run(ensemble, 900)
+    with torch.no_grad():
+        ensemble(**inputs())
+    assert len(record.steps) == 1
+    assert ensemble.on_weights is None
+
+
+def test_recording_changes_no_output(ensemble: afa.EnsembleDenoiser) -> None:
+    with torch.no_grad():
+        plain = ensemble(**inputs()).sample
+        with record_weights(ensemble):
+            assert torch.equal(ensemble(**inputs()).sample, plain)
+
+
+def test_means_are_over_sites_and_pixels(ensemble: afa.EnsembleDenoiser) -> None:
+    record = run(ensemble, 900, 1)
+    assert record.mean_map(0, 16).shape == (2, 3, 16, 16)
+    torch.testing.assert_close(record.mean_map(0, 16).sum(1), torch.ones(2, 16, 16))
+    shares = record.mean_share()
+    assert shares.shape == (2, len(ensemble.sites), 3)
+    torch.testing.assert_close(shares[1, 0], record.steps[1].weights["conv_in"].mean((0, 2, 3)))
+
+
+def test_untrained_weights_are_a_third_each() -> None:
+    ensemble = afa.EnsembleDenoiser([tiny_unet(n) for n in range(3)], SMALL)
+    expected = torch.full((1, len(ensemble.sites), 3), 1 / 3)
+    torch.testing.assert_close(run(ensemble, 5).mean_share(), expected)
+
+
+def test_picture_of_the_weights(ensemble: afa.EnsembleDenoiser, tmp_path: Path) -> None:
+    record = run(ensemble, 900, 500, 1)
+    pictures = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    path = tmp_path / "weights.png"
+    draw_weights(record, pictures, path, experts=["a", "b", "c"], titles=["one", "two"])
+    with Image.open(path) as drawn:
+        assert drawn.width > drawn.height > 100
+    with pytest.raises(AfaError, match="of the run that made these pictures"):
+        draw_weights(WeightRecord(), pictures, path, experts=["a", "b", "c"])

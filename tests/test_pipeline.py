@@ -1,0 +1,267 @@
+"""Stock diffusers pipelines run with the ensemble inside, and loading experts into them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    ControlNetModel,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+)
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import afa
+from afa.aggregators import SABW, Only
+from afa.errors import AfaError
+from tests.tiny import TEXT_WIDTH, tiny_pipeline
+
+SMALL = afa.SABWConfig(hidden_size=8, num_layers=1, num_heads=2, norm_num_groups=4)
+CALL = {"num_inference_steps": 2, "output_type": "np"}
+
+
+def noise(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def pipeline(experts: list[Path]) -> StableDiffusionPipeline:
+    pipeline = afa.load_pipeline(experts, SMALL)
+    for rule in pipeline.unet.aggregators:
+        torch.nn.init.normal_(rule.conv_out.weight)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def picture(seed: int = 0, size: int = 16) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def test_text_to_image(pipeline: StableDiffusionPipeline) -> None:
+    assert type(pipeline) is StableDiffusionPipeline
+    first = pipeline("a fox", generator=noise(), **CALL).images
+    again = pipeline("a fox", generator=noise(), **CALL).images
+    other = pipeline("a pizza", generator=noise(), **CALL).images
+    assert first.shape == (1, 16, 16, 3)
+    assert np.isfinite(first).all()
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_one_expert_picked_everywhere_draws_its_own_picture(experts: list[Path]) -> None:
+    sites = afa.load_pipeline(experts).unet.sites
+    ensemble = afa.load_pipeline(experts, [Only(1) for _ in sites], vae=experts[1])
+    # the same autoencoder object: rounding depends on where in memory its weights lie
+    alone = StableDiffusionPipeline.from_pretrained(
+        experts[1], vae=ensemble.vae, safety_checker=None
+    )
+    for p in (ensemble, alone):
+        p.set_progress_bar_config(disable=True)
+    mine = ensemble(["a fox", "a bee"], generator=noise(), **CALL).images
+    theirs = alone(["a fox", "a bee"], generator=noise(), **CALL).images
+    assert np.array_equal(mine, theirs)
+
+
+def test_image_to_image(pipeline: StableDiffusionPipeline) -> None:
+    other = StableDiffusionImg2ImgPipeline(**pipeline.components, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    call = {**CALL, "num_inference_steps": 4}
+    images = other("a fox", image=picture(), strength=0.5, generator=noise(), **call).images
+    assert images.shape == (1, 16, 16, 3)
+    assert np.isfinite(images).all()
+
+
+def test_inpainting(pipeline: StableDiffusionPipeline) -> None:
+    other = StableDiffusionInpaintPipeline(**pipeline.components, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    mask = Image.fromarray(np.pad(np.full((16, 8), 255, np.uint8), ((0, 0), (0, 8))))
+    images = other(
+        "a fox", image=picture(), mask_image=mask, height=16, width=16, generator=noise(), **CALL
+    ).images
+    assert images.shape == (1, 16, 16, 3)
+    assert np.isfinite(images).all()
+
+
+def test_controlnet(pipeline: StableDiffusionPipeline) -> None:
+    config = pipeline.unet.config
+    controlnet = ControlNetModel(
+        in_channels=4,
+        block_out_channels=config.block_out_channels,
+        down_block_types=config.down_block_types,
+        layers_per_block=config.layers_per_block,
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=config.attention_head_dim,
+        norm_num_groups=config.norm_num_groups,
+        conditioning_embedding_out_channels=(4, 8),
+    ).eval()
+    entry = controlnet.controlnet_cond_embedding.conv_out
+    for layer in [*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block, entry]:
+        torch.nn.init.normal_(layer.weight)  # zero at first
+    afa.attach_controlnet(controlnet, 3)
+    other = StableDiffusionControlNetPipeline(
+        **pipeline.components, controlnet=controlnet, requires_safety_checker=False
+    )
+    other.set_progress_bar_config(disable=True)
+    drawn = [
+        other("a fox", image=picture(seed), height=16, width=16, generator=noise(), **CALL).images
+        for seed in (0, 1)
+    ]
+    assert np.isfinite(drawn[0]).all()
+    assert not np.array_equal(*drawn)  # the control picture reaches the experts
+
+
+def test_expert_parts(experts: list[Path]) -> None:
+    pipeline = afa.load_pipeline(experts, SMALL)
+    assert [r.source for r in pipeline.unet.references] == [str(e) for e in experts]
+    assert all(isinstance(rule, SABW) for rule in pipeline.unet.aggregators)
+    assert not any(p.requires_grad for p in pipeline.unet.experts.parameters())
+    assert not any(p.requires_grad for p in pipeline.vae.parameters())
+    half = afa.load_pipeline(experts[:1], SMALL, torch_dtype=torch.bfloat16)
+    assert half.unet.dtype == half.text_encoder.dtype == half.vae.dtype == torch.bfloat16
+    assert half.unet.aggregators[0].conv_in.weight.dtype == torch.float32
+
+
+def test_the_autoencoder_is_the_first_experts_or_the_one_named(experts: list[Path]) -> None:
+    def first_weight(pipeline: StableDiffusionPipeline) -> torch.Tensor:
+        return next(pipeline.vae.parameters())
+
+    own = [load_file(e / "vae" / "diffusion_pytorch_model.safetensors") for e in experts]
+    name = next(k for k, _ in afa.load_pipeline(experts).vae.named_parameters())
+    assert torch.equal(first_weight(afa.load_pipeline(experts)), own[0][name])
+    assert torch.equal(first_weight(afa.load_pipeline(experts, vae=experts[2])), own[2][name])
+
+
+def test_saved_and_loaded_it_draws_the_same_picture(
+    pipeline: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    folder = afa.save_ensemble(pipeline, tmp_path / "ensemble")
+    loaded = afa.load_ensemble(folder)
+    loaded.set_progress_bar_config(disable=True)
+    pictures = [p("a fox", generator=noise(), **CALL).images for p in (pipeline, loaded)]
+    assert np.array_equal(*pictures)
+    assert [r.sha256 for r in loaded.unet.references] == [
+        r.sha256 for r in pipeline.unet.references
+    ]
+
+
+def test_no_expert_weights_are_written(pipeline: StableDiffusionPipeline, tmp_path: Path) -> None:
+    folder = afa.save_ensemble(pipeline, tmp_path / "ensemble")
+    assert sorted(f.name for f in folder.iterdir()) == [
+        "README.md",
+        "aggregators.safetensors",
+        "config.json",
+    ]
+    tensors = load_file(folder / "aggregators.safetensors")
+    own = sum(p.numel() for p in pipeline.unet.aggregators.parameters())
+    assert sum(t.numel() for t in tensors.values()) == own
+    assert "mid.res_block.norm1.weight" in tensors
+
+
+def test_ensemble_and_experts_can_move_together(experts: list[Path], tmp_path: Path) -> None:
+    here = tmp_path / "here"
+    for expert in experts:
+        shutil.copytree(expert, here / expert.name)
+    pipeline = afa.load_pipeline([here / e.name for e in experts], SMALL)
+    afa.save_ensemble(pipeline, here / "ensemble")
+    here.rename(tmp_path / "there")
+    loaded = afa.load_ensemble(tmp_path / "there" / "ensemble")
+    assert loaded.unet.references[0].source == str(tmp_path / "there" / experts[0].name)
+
+
+def test_a_changed_expert_is_an_error_with_both_hashes(experts: list[Path], tmp_path: Path) -> None:
+    copy = tmp_path / "expert"
+    shutil.copytree(experts[0], copy)
+    pipeline = afa.load_pipeline([copy, experts[1]], SMALL)
+    before = pipeline.unet.references[0].sha256
+    folder = afa.save_ensemble(pipeline, tmp_path / "ensemble")
+    weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors["conv_in.bias"] += 1
+    save_file(tensors, weights, metadata={"format": "pt"})
+    after = afa.load_pipeline([copy]).unet.references[0].sha256
+    with pytest.raises(AfaError) as caught:
+        afa.load_ensemble(folder)
+    assert before in str(caught.value)
+    assert after in str(caught.value)
+    # the same file somewhere else is no change
+    afa.load_ensemble(folder, experts=[str(experts[0]), str(experts[1])])
+
+
+def test_an_expert_that_moved_is_named(experts: list[Path], tmp_path: Path) -> None:
+    copy = tmp_path / "elsewhere" / "expert"
+    shutil.copytree(experts[0], copy)
+    folder = afa.save_ensemble(afa.load_pipeline([copy], SMALL), tmp_path / "a" / "ensemble")
+    shutil.rmtree(copy)
+    with pytest.raises(AfaError, match=r"elsewhere/expert' does not exist"):
+        afa.load_ensemble(folder)
+
+
+def test_existing_output_folder_is_left_alone(
+    pipeline: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    with pytest.raises(AfaError, match="must be new"):
+        afa.save_ensemble(pipeline, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "config.json").unlink(), "must hold a config.json"),
+        (lambda f: (f / "config.json").write_text("{"), "must be JSON"),
+        (lambda f: (f / "config.json").write_text('{"format": "x"}'), "must be of format"),
+        (
+            lambda f: (f / "aggregators.safetensors").write_bytes(
+                (f / "aggregators.safetensors").read_bytes()[:-4]
+            ),
+            "must be a complete safetensors file",
+        ),
+        (
+            lambda f: save_file({"a": torch.zeros(1)}, f / "aggregators.safetensors"),
+            "Aggregator weights must fit",
+        ),
+    ],
+)
+def test_damaged_ensembles(
+    pipeline: StableDiffusionPipeline, tmp_path: Path, damage: object, message: str
+) -> None:
+    folder = afa.save_ensemble(pipeline, tmp_path / "ensemble")
+    damage(folder)  # type: ignore[operator]
+    with pytest.raises(AfaError, match=message):
+        afa.load_ensemble(folder)
+
+
+def test_experts_of_two_architectures(experts: list[Path], tmp_path: Path) -> None:
+    other = tiny_pipeline(tmp_path / "tokenizer", block_out_channels=(8, 16, 32))
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(AfaError, match=r"one architecture.*block_out_channels"):
+        afa.load_pipeline([experts[0], tmp_path / "other"])
+
+
+def test_experts_of_two_objectives(experts: list[Path], tmp_path: Path) -> None:
+    copy = tmp_path / "expert"
+    shutil.copytree(experts[1], copy)
+    config = copy / "scheduler" / "scheduler_config.json"
+    config.write_text(
+        json.dumps({**json.loads(config.read_text()), "prediction_type": "v_prediction"})
+    )
+    with pytest.raises(AfaError, match=r"prediction_type = v_prediction"):
+        afa.load_pipeline([experts[0], copy])
+
+
+def test_experts_of_two_tokenizers(experts: list[Path], tmp_path: Path) -> None:
+    copy = tmp_path / "expert"
+    shutil.copytree(experts[1], copy)
+    for file in (copy / "tokenizer").iterdir():
+        file.write_text(file.read_text().replace("æ", "\N{SNOWMAN}"))
+    with pytest.raises(AfaError, match="one tokenizer"):
+        afa.load_pipeline([experts[0], copy])
