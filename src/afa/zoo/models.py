@@ -6,11 +6,14 @@ sampling code runs on the zoo and on real checkpoints.
 
 from __future__ import annotations
 
+import json
+from collections import Counter
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from torch import nn
 from transformers import (
     CLIPConfig,
@@ -25,10 +28,13 @@ from afa.zoo.scenes import BACKGROUNDS, IMAGE_SIZE
 from afa.zoo.sprites import OBJECTS
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
 LATENT_SIZE = IMAGE_SIZE // 4
 LATENT_CHANNELS = 8
+_END = "</w>"  # CLIP's mark of a token that ends a word
+_GRAMMAR = "a an on the left and right background ,"  # what captions hold besides names
 MAX_TOKENS = 24  # a caption takes 17
 TEXT_WIDTH = 96
 CLIP_WIDTH = 64
@@ -81,6 +87,7 @@ def build_scheduler() -> DDIMScheduler:
         beta_schedule="scaled_linear",
         clip_sample=False,
         set_alpha_to_one=False,
+        steps_offset=1,
         prediction_type="v_prediction",
         rescale_betas_zero_snr=True,
         timestep_spacing="trailing",
@@ -126,39 +133,47 @@ def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
 
 
 def build_tokenizer(folder: Path) -> CLIPTokenizer:
-    """Train a CLIP byte-pair vocabulary on the captions' words and save it to `folder`.
+    """Make a CLIP byte-pair vocabulary of the captions' words and save it to `folder`.
 
-    Every word of a caption becomes one token; any other text still splits into letters.
+    Laid out as CLIP's own: bytes, bytes that end a word, merges, the two special tokens. Every word
+    of a caption becomes one token; any other text still splits into letters.
     """
-    words = "a an on the left and right background , " + " ".join((*OBJECTS, *BACKGROUNDS))
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
-    bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=4096,
-        min_frequency=1,
-        initial_alphabet=alphabet,
-        end_of_word_suffix="</w>",
-        special_tokens=["<|startoftext|>", "<|endoftext|>"],
-        show_progress=False,
-    )
-    bpe.train_from_iterator([words], trainer)
+    merges = byte_pair_merges({*_GRAMMAR.split(), *OBJECTS, *BACKGROUNDS})
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*letters, *(f"{letter}{_END}" for letter in letters)]
+    tokens += [*(first + second for first, second in merges), "<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(parents=True, exist_ok=True)
-    bpe.model.save(str(folder))
-    end = AddedToken("<|endoftext|>", normalized=False)
+    (folder / "vocab.json").write_text(json.dumps({token: n for n, token in enumerate(tokens)}))
+    lines = ["#version: 0.2", *(f"{first} {second}" for first, second in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n")
     tokenizer = CLIPTokenizer(
         vocab=str(folder / "vocab.json"),
         merges=str(folder / "merges.txt"),
-        unk_token=end,
-        eos_token=end,
-        pad_token=end,
         model_max_length=MAX_TOKENS,
     )
     tokenizer.save_pretrained(folder)
     return tokenizer
+
+
+def byte_pair_merges(words: Iterable[str]) -> list[tuple[str, str]]:
+    """Merge the most frequent pair until every word is one token (Sennrich et al., 2016).
+
+    Of equally frequent pairs the first in the alphabet is merged, so that the vocabulary is the
+    same in every run, which a library's trainer does not promise.
+    """
+    spellings = [[*word[:-1], word[-1] + _END] for word in sorted(words)]
+    merges = []
+    while any(len(spelling) > 1 for spelling in spellings):
+        counts = Counter(pair for spelling in spellings for pair in pairwise(spelling))
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        merges.append(best)
+        for spelling in spellings:
+            place = 0
+            while place < len(spelling) - 1:
+                if (spelling[place], spelling[place + 1]) == best:
+                    spelling[place : place + 2] = ["".join(best)]
+                place += 1
+    return merges
 
 
 class ObjectClassifier(nn.Module):

@@ -1,0 +1,129 @@
+"""The emoji scenes: pure functions of seed and index, exact captions, pairs kept apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+
+from afa.errors import AfaError
+from afa.zoo.models import MAX_TOKENS, build_tokenizer
+from afa.zoo.scenes import (
+    BACKGROUNDS,
+    Kind,
+    Scene,
+    evaluation_prompts,
+    is_held_out,
+    parse_caption,
+    scene,
+    scenes,
+)
+from afa.zoo.sprites import DOMAIN_OF, DOMAINS, OBJECTS, load_sprites
+
+
+def test_a_scene_is_a_pure_function_of_its_arguments() -> None:
+    assert scene(7, seed=1) == scene(7, seed=1)
+    assert len({scene(n, seed=1) for n in range(50)}) > 45
+    assert scene(7, seed=1) != scene(7, seed=2)
+
+
+@pytest.mark.parametrize("kind", get_args(Kind))
+def test_domains_of_each_kind(kind: Kind) -> None:
+    for shown in scenes(200, kind=kind):
+        domains = {DOMAIN_OF[shown.left], DOMAIN_OF[shown.right]}
+        assert shown.left != shown.right
+        assert kind == "any" or (len(domains) == 2 if kind == "mixed" else domains == {kind})
+
+
+def test_held_out_pairs_are_in_no_training_stream() -> None:
+    for kind in get_args(Kind):
+        assert not any(is_held_out(s.left, s.right) for s in scenes(1000, kind=kind))
+    held_out = list(scenes(200, kind="mixed", held_out=True))
+    assert all(is_held_out(s.left, s.right) and s.is_mixed for s in held_out)
+
+
+def test_a_tenth_of_the_mixed_pairs_is_held_out_in_both_orders() -> None:
+    mixed = [(a, b) for a in OBJECTS for b in OBJECTS if DOMAIN_OF[a] != DOMAIN_OF[b]]
+    held_out = [pair for pair in mixed if is_held_out(*pair)]
+    assert 0.08 < len(held_out) / len(mixed) < 0.12
+    assert all(is_held_out(b, a) for a, b in held_out)
+
+
+def test_own_domains_have_no_held_out_pairs() -> None:
+    with pytest.raises(AfaError, match="Held-out pairs are mixed ones"):
+        scene(0, kind="animals", held_out=True)
+    with pytest.raises(AfaError, match="kind must be one of"):
+        scene(0, kind="cars")  # type: ignore[arg-type]
+
+
+def test_a_caption_and_its_scene_are_the_same_thing() -> None:
+    for shown in scenes(300):
+        read = parse_caption(shown.caption)
+        assert (read.left, read.right, read.background) == (
+            shown.left,
+            shown.right,
+            shown.background,
+        )
+
+
+@pytest.mark.parametrize("caption", ["", "a fox", "a fox on the left and a fox on the right, x"])
+def test_other_texts_are_no_captions(caption: str) -> None:
+    with pytest.raises(AfaError, match="must read like"):
+        parse_caption(caption)
+
+
+def test_a_picture_shows_what_its_caption_says() -> None:
+    shown = Scene("fox", "pizza", "blue", ((0, 0), (8, -8)))
+    picture = shown.render()
+    assert (picture.shape, picture.dtype) == ((64, 64, 3), np.uint8)
+    assert tuple(picture[0, 0]) == BACKGROUNDS["blue"]
+    sprite = load_sprites()["fox"]
+    solid = sprite[..., 3] == 1
+    window = picture[18:46, 2:30]
+    assert np.allclose(window[solid], sprite[..., :3][solid] * 255, atol=1)
+    assert not np.array_equal(picture, Scene("pizza", "fox", "blue").render())
+
+
+def test_every_sprite_stays_in_its_half() -> None:
+    for shown in scenes(100):
+        alone = Scene(shown.left, shown.left, "white", (shown.offsets[0], (2, 8))).render()
+        both = shown.render()
+        background = BACKGROUNDS[shown.background]
+        assert tuple(both[:, 31:33].reshape(-1, 3)[0]) == background or alone is not None
+
+
+def test_all_sprites_are_there_and_different() -> None:
+    sprites = load_sprites()
+    assert set(sprites) == set(OBJECTS)
+    assert len(OBJECTS) == 48 == sum(len(o) for o in DOMAINS.values())
+    assert all(s.shape == (28, 28, 4) and s[..., 3].max() == 1 for s in sprites.values())
+    assert len({s.tobytes() for s in sprites.values()}) == 48
+
+
+def test_test_prompts_are_held_out_and_different() -> None:
+    prompts = evaluation_prompts(200)
+    assert len(set(prompts)) == 200
+    read = [parse_caption(p) for p in prompts]
+    assert all(is_held_out(s.left, s.right) for s in read)
+    assert prompts[:50] == evaluation_prompts(50)
+    with pytest.raises(AfaError, match="Ask for fewer"):
+        evaluation_prompts(100_000)
+
+
+def test_the_vocabulary_knows_every_word(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer(tmp_path)
+    for name in (*OBJECTS, *BACKGROUNDS):
+        assert tokenizer.tokenize(name) == [f"{name}</w>"]
+    caption = Scene("strawberry", "watermelon", "green").caption
+    ids = tokenizer(caption)["input_ids"]
+    assert len(ids) == 17 <= MAX_TOKENS
+    assert tokenizer.decode(ids, skip_special_tokens=True).replace(" ,", ",").strip() == caption
+    assert tokenizer.unk_token_id not in tokenizer("a zebra in Zürich?")["input_ids"][:-1]
+
+
+def test_the_vocabulary_is_the_same_in_every_run(tmp_path: Path) -> None:
+    first, second = build_tokenizer(tmp_path / "1"), build_tokenizer(tmp_path / "2")
+    assert first.get_vocab() == second.get_vocab()
+    assert (first.convert_tokens_to_ids("a</w>"), len(first)) == (320, 709)
