@@ -26,7 +26,7 @@ from afa.ensemble import EnsembleDenoiser
 from afa.maps import draw_weights, record_weights
 from afa.pipeline import load_pipeline
 from afa.recipe import TrainingRecipe
-from afa.training import SceneImages, train_aggregators
+from afa.training import SceneImages, seeded, train_aggregators
 from afa.zoo import EXPERTS, expert_folder
 from afa.zoo.evaluate import GUIDANCE_SCALE, Score, draw_pictures, evaluate
 from afa.zoo.judges import load_classifier
@@ -92,7 +92,8 @@ def run_demo(output: Path, settings: DemoSettings | None = None) -> Iterator[Pro
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
     try:
-        pipeline = load_pipeline([f"zoo:{name}" for name in EXPERTS], AGGREGATOR)
+        with seeded(settings.seed):
+            pipeline = load_pipeline([f"zoo:{name}" for name in EXPERTS], AGGREGATOR)
         train_started = time.perf_counter()
         yield from _train(pipeline, settings)
         train_seconds = time.perf_counter() - train_started

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -71,14 +72,15 @@ def train(recipe: Recipe, output: Path) -> Iterator[TrainStep]:
     settings = recipe.training
     data = open_data(recipe.data)
     device = pick_device(settings.device)
-    pipeline = load_pipeline(
-        recipe.experts,
-        SABWConfig(**recipe.aggregator.model_dump()),
-        vae=recipe.vae,
-        config=recipe.config,
-        torch_dtype=getattr(torch, settings.expert_dtype),
-        device=device,
-    )
+    with seeded(settings.seed):
+        pipeline = load_pipeline(
+            recipe.experts,
+            SABWConfig(**recipe.aggregator.model_dump()),
+            vae=recipe.vae,
+            config=recipe.config,
+            torch_dtype=getattr(torch, settings.expert_dtype),
+            device=device,
+        )
     output.mkdir(parents=True, exist_ok=True)
     write_atomic(written, json.dumps(asked, indent=2) + "\n")
     yield from train_aggregators(pipeline, data, settings, checkpoint=output / _CHECKPOINT)
@@ -165,6 +167,14 @@ def train_aggregators(
         ensemble.eval()
         if settings.gradient_checkpointing:
             ensemble.disable_gradient_checkpointing()
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Let what is drawn inside, such as fresh aggregators, depend on the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 @torch.no_grad()

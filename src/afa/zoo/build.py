@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from afa.checkpoint import save_ensemble
 from afa.pipeline import load_pipeline
 from afa.recipe import TrainingRecipe
-from afa.training import SceneImages, train_aggregators
+from afa.training import SceneImages, seeded, train_aggregators
 from afa.zoo import export_zoo
 from afa.zoo.fit import FitStep, fit
 from afa.zoo.models import (
@@ -297,9 +297,16 @@ def build_zoo(
     yield from train_vae(shop, vae)
     vae.requires_grad_(False)
 
+    # before what they judge, so that an unfinished zoo can be looked at
+    torch.manual_seed(recipe.seed)
+    classifier, clip = ObjectClassifier(), build_clip(shop.tokenizer)
+    yield from train_classifier(shop, classifier)
+    yield from train_clip(shop, clip)
+
     latents, token_ids = encode_scenes(shop, vae, "any")
     scale = 1.0 / latents.std().item()
     vae.register_to_config(scaling_factor=scale)
+    torch.manual_seed(recipe.seed)
     models = {"base": TextToImage(shop.tokenizer)}
     yield from train_text_to_image(
         shop, "base", models["base"], latents * scale, token_ids, recipe.base_steps
@@ -310,9 +317,6 @@ def build_zoo(
         yield from train_text_to_image(
             shop, domain, models[domain], latents * scale, token_ids, recipe.expert_steps
         )
-    classifier, clip = ObjectClassifier(), build_clip(shop.tokenizer)
-    yield from train_classifier(shop, classifier)
-    yield from train_clip(shop, clip)
 
     pack_zoo(shop.folder / "assets", vae, shop.tokenizer, models, classifier, clip)
     if atlas.exists():
@@ -326,7 +330,8 @@ def train_ensemble(shop: Workshop) -> Iterator[FitStep]:
     exported = shop.folder / "exported"
     shutil.rmtree(exported, ignore_errors=True)
     export_zoo(exported, shop.folder / "assets")
-    pipeline = load_pipeline([exported / domain for domain in DOMAINS], AGGREGATOR)
+    with seeded(shop.recipe.seed):
+        pipeline = load_pipeline([exported / domain for domain in DOMAINS], AGGREGATOR)
     settings = TrainingRecipe(
         num_steps=shop.recipe.ensemble_steps,
         batch_size=shop.recipe.ensemble_batch_size,

@@ -1,0 +1,93 @@
+"""Recipes: what is accepted, and how mistakes are named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from afa.errors import AfaError
+from afa.recipe import load_recipe
+
+GOOD = """
+experts: [./a, org/name, zoo:food]
+data: {folder: pictures}
+training: {num_steps: 10}
+"""
+
+
+def write(folder: Path, content: str) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(content)
+    return path
+
+
+def test_defaults_are_the_papers(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, GOOD))
+    assert recipe.aggregator.model_dump() == {
+        "hidden_size": 128,
+        "num_layers": 2,
+        "num_heads": 8,
+        "norm_num_groups": 32,
+    }
+    training = recipe.training
+    assert (training.batch_size, training.learning_rate, training.weight_decay) == (8, 1e-4, 0.01)
+    assert (training.num_warmup_steps, training.caption_dropout) == (100, 0.1)
+
+
+def test_paths_are_relative_to_the_recipe_and_names_are_left_alone(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, GOOD))
+    assert recipe.experts == [str(tmp_path / "a"), "org/name", "zoo:food"]
+    assert recipe.data.folder == tmp_path / "pictures"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("num_steps", "num_step"), "unknown key 'training.num_step', did you mean 'num_steps'?"),
+        (("experts", "expert"), "unknown key 'expert', did you mean 'experts'?"),
+        (("folder", "foldr"), "unknown key 'data.foldr', did you mean 'folder'?"),
+        (("num_steps: 10", "zzz: 1"), "unknown key 'training.zzz', known are num_steps"),
+        (("num_steps: 10", "num_steps: -1"), "'training.num_steps': input should be greater"),
+        (("num_steps: 10", "num_steps: ten"), "'training.num_steps': input should be a valid int"),
+        (("training: {num_steps: 10}", ""), "the key 'training' is missing"),
+        (("[./a, org/name, zoo:food]", "[]"), "'experts': list should have at least 1 item"),
+        (("{folder: pictures}", "{}"), "'data' must have exactly one of folder and scenes"),
+        (
+            ("{folder: pictures}", "{folder: a, scenes: {}}"),
+            "'data' must have exactly one of folder and scenes",
+        ),
+        (("{folder: pictures}", "{scenes: {kind: cars}}"), "'data.scenes.kind': input should be"),
+        (("{num_steps: 10}", "{num_steps: 10"), "must be YAML"),
+        (("experts:", "data: 1\nexperts:"), "the key 'data' stands twice"),
+    ],
+)
+def test_mistakes_are_named_with_their_place(
+    tmp_path: Path, change: tuple[str, str], message: str
+) -> None:
+    with pytest.raises(AfaError) as caught:
+        load_recipe(write(tmp_path, GOOD.replace(*change)))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["", "- a\n- b", "just words", "!!python/object:os.system {}"])
+def test_what_is_no_recipe_is_refused(tmp_path: Path, content: str) -> None:
+    with pytest.raises(AfaError, match="recipe"):
+        load_recipe(write(tmp_path, content))
+
+
+def test_no_file_and_a_file_of_the_wrong_kind(tmp_path: Path) -> None:
+    with pytest.raises(AfaError, match="cannot be read"):
+        load_recipe(tmp_path / "none.yaml")
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(AfaError, match="cannot be read"):
+        load_recipe(binary)
+
+
+def test_a_billion_laughs_do_not_fill_the_memory(tmp_path: Path) -> None:
+    levels = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    levels += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12)]
+    with pytest.raises(AfaError, match="unknown key 'a0'"):
+        load_recipe(write(tmp_path, "\n".join(levels)))

@@ -1,0 +1,197 @@
+"""Training: what learns, what stays, and that stopping and going on changes nothing."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import afa
+from afa.errors import AfaError
+from afa.experts import hash_expert
+from afa.recipe import Recipe, TrainingRecipe
+from afa.text import hash_weights
+from afa.training import SceneImages, denoising_loss, train, train_aggregators, training_scheduler
+from afa.training.loop import encode_captions, encode_pictures
+from afa.training.objective import noise_and_target
+
+SMALL = afa.SABWConfig(hidden_size=8, num_layers=1, num_heads=2, norm_num_groups=4)
+
+
+def recipe(experts: list[Path], **training: Any) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "experts": [str(expert) for expert in experts],
+            "data": {"scenes": {"num_samples": 100}},
+            "aggregator": {
+                "hidden_size": 8,
+                "num_layers": 1,
+                "num_heads": 2,
+                "norm_num_groups": 4,
+            },
+            "training": {
+                "num_steps": 4,
+                "batch_size": 2,
+                "learning_rate": 1e-2,
+                "num_warmup_steps": 0,
+                "checkpoint_every": 1,
+                "device": "cpu",
+                **training,
+            },
+        }
+    )
+
+
+def test_a_run_writes_an_ensemble_that_loads(experts: list[Path], tmp_path: Path) -> None:
+    before = [hash_expert(e) for e in experts]
+    steps = list(train(recipe(experts), tmp_path / "run"))
+    assert [s.step for s in steps] == [1, 2, 3, 4]
+    assert all(s.num_steps == 4 and s.loss > 0 and s.seconds > 0 for s in steps)
+    loaded = afa.load_ensemble(tmp_path / "run")
+    assert all(
+        float(rule.conv_out.weight.detach().abs().max()) > 0 for rule in loaded.unet.aggregators
+    )
+    assert [hash_expert(e) for e in experts] == before
+
+
+def test_only_aggregators_change(experts: list[Path]) -> None:
+    pipeline = afa.load_pipeline(experts, SMALL)
+    frozen = [pipeline.unet.experts, pipeline.text_encoder, pipeline.vae]
+    before, aggregators = [hash_weights(m) for m in frozen], hash_weights(pipeline.unet.aggregators)
+    settings = recipe(experts).training
+    list(train_aggregators(pipeline, SceneImages(10), settings))
+    assert [hash_weights(m) for m in frozen] == before
+    assert hash_weights(pipeline.unet.aggregators) != aggregators
+
+
+def test_stopped_and_continued_is_bit_for_bit_the_same(experts: list[Path], tmp_path: Path) -> None:
+    whole = list(train(recipe(experts), tmp_path / "whole"))
+    first = list(islice(train(recipe(experts), tmp_path / "parts"), 2))  # as if interrupted
+    assert not (tmp_path / "parts" / "config.json").exists()
+    rest = list(train(recipe(experts), tmp_path / "parts"))
+    assert [s.loss for s in first + rest] == [s.loss for s in whole]
+    tensors = [load_file(tmp_path / n / "aggregators.safetensors") for n in ("whole", "parts")]
+    assert all(torch.equal(tensors[0][k], tensors[1][k]) for k in tensors[0])
+
+
+def test_a_finished_run_can_be_made_longer(experts: list[Path], tmp_path: Path) -> None:
+    list(train(recipe(experts, num_steps=2), tmp_path / "run"))
+    assert [s.step for s in train(recipe(experts, num_steps=3), tmp_path / "run")] == [3]
+
+
+def test_another_recipe_does_not_touch_the_folder(experts: list[Path], tmp_path: Path) -> None:
+    list(train(recipe(experts, num_steps=1), tmp_path / "run"))
+    before = {f.name: f.read_bytes() for f in (tmp_path / "run").iterdir()}
+    with pytest.raises(AfaError, match="an earlier run of this recipe"):
+        list(train(recipe(experts, num_steps=1, batch_size=3), tmp_path / "run"))
+    assert {f.name: f.read_bytes() for f in (tmp_path / "run").iterdir()} == before
+
+
+def test_what_cannot_start_leaves_nothing(experts: list[Path], tmp_path: Path) -> None:
+    wrong = recipe([*experts, tmp_path / "none"])
+    with pytest.raises(AfaError, match="does not exist"):
+        list(train(wrong, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_pictures(experts: list[Path], tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rows = []
+    for n, colour in enumerate(("red", "green", "blue")):
+        Image.new("RGB", (40, 20), colour).save(folder / f"{n}.png")
+        rows.append(json.dumps({"file_name": f"{n}.png", "text": f"a {colour} square"}))
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    changed = recipe(experts).model_copy(
+        update={"data": recipe(experts).data.model_copy(update={"folder": folder, "scenes": None})}
+    )
+    assert len(list(train(changed, tmp_path / "run"))) == 4
+
+
+def test_captions_are_dropped_one_by_one(
+    experts: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[str]] = []
+
+    def note(pipeline: Any, captions: list[str]) -> torch.Tensor:
+        seen.append(captions)
+        return encode_captions(pipeline, captions)
+
+    monkeypatch.setattr("afa.training.loop.encode_captions", note)
+    pipeline = afa.load_pipeline(experts[:1], SMALL)
+    settings = TrainingRecipe(num_steps=20, batch_size=10, caption_dropout=0.3, device="cpu")
+    list(train_aggregators(pipeline, SceneImages(50), settings))
+    dropped = [sum(not caption for caption in batch) for batch in seen]
+    assert 40 <= sum(dropped) <= 80  # 60 expected of 200
+    assert any(0 < count < 10 for count in dropped)  # not whole batches at a time
+
+
+def test_training_lowers_the_loss(experts: list[Path]) -> None:
+    """Mean over the same noise and pictures, before and after."""
+    pipeline = afa.load_pipeline(experts, SMALL)
+    settings = recipe(experts, num_steps=30, batch_size=4).training
+    data = SceneImages(8)
+    scheduler = training_scheduler(pipeline.scheduler)
+
+    @torch.no_grad()
+    def measure() -> float:
+        from afa.training import SceneImages as _  # noqa: F401
+        from afa.training.data import to_pixels
+
+        pixels = torch.stack([to_pixels(data[n][0], 16) for n in range(8)])
+        generator = torch.Generator().manual_seed(5)
+        clean = encode_pictures(pipeline, pixels, generator)
+        text = encode_captions(pipeline, [data[n][1] for n in range(8)])
+        return denoising_loss(pipeline.unet, scheduler, clean, text, generator).item()
+
+    before = measure()
+    list(train_aggregators(pipeline, data, settings))
+    assert measure() < before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(experts: list[Path]) -> None:
+    pipeline = afa.load_pipeline(experts, SMALL)
+    with torch.no_grad():
+        pipeline.unet.experts[0].conv_in.weight.fill_(float("nan"))
+    with pytest.raises(AfaError, match="must be finite, at step 1 it is nan"):
+        list(train_aggregators(pipeline, SceneImages(10), recipe(experts).training))
+
+
+def test_nothing_to_train(experts: list[Path]) -> None:
+    pipeline = afa.load_pipeline(experts)
+    with pytest.raises(AfaError, match="no aggregators to train"):
+        list(train_aggregators(pipeline, SceneImages(10), recipe(experts).training))
+
+
+def test_half_precision_experts(experts: list[Path]) -> None:
+    pipeline = afa.load_pipeline(experts, SMALL, torch_dtype=torch.bfloat16)
+    steps = list(train_aggregators(pipeline, SceneImages(10), recipe(experts).training))
+    assert len(steps) == 4
+    assert all(p.dtype == torch.float32 for p in pipeline.unet.aggregators.parameters())
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_targets(experts: list[Path], kind: str) -> None:
+    sampler = afa.load_pipeline(experts[:1]).scheduler
+    sampler.register_to_config(prediction_type=kind)
+    scheduler = training_scheduler(sampler)
+    clean, noise = torch.randn(2, 4, 2, 2), torch.randn(2, 4, 2, 2)
+    steps = torch.tensor([10, 900])
+    noisy, target = noise_and_target(scheduler, clean, noise, steps)
+    alpha = scheduler.alphas_cumprod[steps].view(2, 1, 1, 1)
+    torch.testing.assert_close(noisy, alpha.sqrt() * clean + (1 - alpha).sqrt() * noise)
+    velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
+    torch.testing.assert_close(target, noise if kind == "epsilon" else velocity)
+
+
+def test_other_objectives_are_refused(experts: list[Path]) -> None:
+    sampler = afa.load_pipeline(experts[:1]).scheduler
+    sampler.register_to_config(prediction_type="sample")
+    with pytest.raises(AfaError, match="came 'sample'"):
+        training_scheduler(sampler)
