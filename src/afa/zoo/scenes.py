@@ -8,6 +8,7 @@ set is endless, needs no disk and is the same everywhere. A tenth of all *mixed*
 from __future__ import annotations
 
 import hashlib
+import itertools
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Literal, get_args
@@ -161,18 +162,23 @@ def scenes(
 def evaluation_prompts(
     num_prompts: int, *, kind: Kind = "mixed", seed: int = 1_000_000
 ) -> list[str]:
-    """Different captions for a test: held-out pairs where `kind` has them, no caption twice."""
+    """Different captions for a test: held-out pairs where `kind` has them, no caption twice.
+
+    Raises:
+        AfaError: fewer different captions exist.
+    """
     held_out = kind in ("mixed", "any")
+    num_captions = len(_pairs(kind, held_out)) * len(BACKGROUNDS)
+    if num_prompts > num_captions:
+        raise AfaError(
+            f"Only {num_captions} different '{kind}' prompts exist, {num_prompts} were asked for. "
+            "Ask for fewer."
+        )
     captions: dict[str, None] = {}
-    index = 0
-    while len(captions) < num_prompts:
+    for index in itertools.count():
+        if len(captions) == num_prompts:
+            break
         captions.setdefault(scene(index, kind=kind, seed=seed, held_out=held_out).caption)
-        index += 1
-        if index > 100 * num_prompts:
-            raise AfaError(
-                f"Only {len(captions)} different '{kind}' prompts exist, {num_prompts} were asked "
-                "for. Ask for fewer."
-            )
     return list(captions)
 
 
