@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
-from tests.tiny import tiny_pipeline
+from afa.cli.console import quieten
+
+quieten()  # before the libraries read their settings
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from tests.tiny import tiny_pipeline  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -94,6 +94,13 @@ def assemble(
     return pipeline
 
 
+def native_resolution(pipeline: StableDiffusionPipeline) -> tuple[int, int]:
+    """Height and width in pixels of the pictures that the experts were made for."""
+    size = pipeline.unet.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return height * pipeline.vae_scale_factor, width * pipeline.vae_scale_factor
+
+
 def _first_folder(experts: Sequence[str | Path]) -> Path | None:
     folders = (Path(source) for source in experts if Path(source).is_dir())
     return next(folders, None)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 
 import typer
-from click import ClickException
-from click.exceptions import Abort, Exit
 
 from afa.cli import demo, generate, inspect, train, zoo
 from afa.cli.console import quieten, say_error
@@ -32,12 +30,12 @@ def main(arguments: list[str] | None = None) -> None:
     quieten()
     try:
         code = app(arguments, standalone_mode=False)
-    except Exit as stop:
+    except typer.Exit as stop:
         code = stop.exit_code
-    except (KeyboardInterrupt, Abort):
+    except (KeyboardInterrupt, typer.Abort):
         say_error("interrupted")
         code = 130
-    except ClickException as error:
+    except typer.TyperException as error:
         say_error(f"{error.format_message()} Try --help.")
         code = 2
     except AfaError as error:

@@ -14,6 +14,7 @@ from afa.cli.console import console, progress_bar, require_new_folder
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
     from PIL import Image
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -63,6 +64,7 @@ def generate(
         folder, torch_dtype=getattr(torch, dtype), device=pick_device(device)
     )
     pipeline.set_progress_bar_config(disable=True)
+    size = _picture_size(pipeline, height, width)
     names = [Path(reference.source).name for reference in pipeline.unet.references]
     output.mkdir(parents=True, exist_ok=True)
     with progress_bar() as progress:
@@ -85,8 +87,8 @@ def generate(
                         negative_prompt=negative_prompt,
                         num_inference_steps=steps,
                         guidance_scale=guidance,
-                        height=height,
-                        width=width,
+                        height=size[0],
+                        width=size[1],
                         generator=torch.Generator().manual_seed(picture_seed),
                     ).images[0]
                 stem = f"{number:02d}-{_slug(prompt)}-seed{picture_seed}"
@@ -95,6 +97,24 @@ def generate(
                     draw_weights(record, [picture], output / f"{stem}-weights.png", experts=names)
                 progress.advance(task)
     console.print(f"{len(prompts) * num_images} pictures in {output}")
+
+
+def _picture_size(
+    pipeline: StableDiffusionPipeline, height: int | None, width: int | None
+) -> tuple[int, int]:
+    """Height and width in pixels, the experts' own where none is asked for.
+
+    Raises:
+        AfaError: one is no multiple of 8.
+    """
+    from afa.pipeline import native_resolution
+
+    native = native_resolution(pipeline)
+    for name, size in (("--height", height), ("--width", width)):
+        if size is not None and size % 8:
+            raise AfaError(f"{name} must be a multiple of 8 pixels, came {size}.")
+    # the library ignores one without the other
+    return height or native[0], width or native[1]
 
 
 def _slug(prompt: str) -> str:

@@ -19,7 +19,7 @@ from afa.checkpoint import (
     write_atomic,
 )
 from afa.errors import AfaError
-from afa.pipeline import load_pipeline
+from afa.pipeline import load_pipeline, native_resolution
 from afa.training.data import CaptionedImages, batch_indices, open_data, to_pixels
 from afa.training.objective import denoising_loss, training_scheduler
 
@@ -112,7 +112,7 @@ def train_aggregators(
     if not parameters:
         raise AfaError("The ensemble has no aggregators to train. Pass a SABWConfig.")
     scheduler = training_scheduler(pipeline.scheduler)
-    resolution = settings.resolution or _native_resolution(pipeline)
+    resolution = settings.resolution or min(native_resolution(pipeline))
     optimizer = torch.optim.AdamW(
         parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
     )
@@ -196,15 +196,20 @@ def encode_captions(pipeline: StableDiffusionPipeline, captions: list[str]) -> T
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is a GPU where there is one; any other name is taken as it is."""
+    """`auto` is a GPU where there is one; any other name is taken as it is.
+
+    Raises:
+        AfaError: this machine has no such device.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
-
-
-def _native_resolution(pipeline: StableDiffusionPipeline) -> int:
-    size = pipeline.unet.config.sample_size
-    return (size if isinstance(size, int) else size[0]) * pipeline.vae_scale_factor
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise AfaError(
+            f"The device must be auto, cpu, or one that this machine has, such as cuda or cuda:1; "
+            f"'{name}' cannot be used: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _same_run(written: dict, asked: dict) -> bool:

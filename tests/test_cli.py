@@ -1,0 +1,245 @@
+"""The command line: what each command leaves behind, and one line and exit code 2 for mistakes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+
+from afa.cli import main
+from tests.tiny import tiny_pipeline
+
+AGGREGATOR = {"hidden_size": 8, "num_layers": 1, "num_heads": 2, "norm_num_groups": 4}
+COMMANDS = ("train", "generate", "inspect", "demo", "zoo build", "zoo export")
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    assert isinstance(stop.value.code, int)
+    return stop.value.code
+
+
+def write_recipe(folder: Path, experts: list[Path], **changes: Any) -> Path:
+    recipe = {
+        "experts": [str(expert) for expert in experts],
+        "data": {"scenes": {"num_samples": 10}},
+        "aggregator": AGGREGATOR,
+        "training": {"num_steps": 2, "batch_size": 2, "device": "cpu"},
+        **changes,
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+@pytest.fixture
+def ensemble(experts: list[Path], tmp_path: Path) -> Path:
+    assert run("train", write_recipe(tmp_path, experts), "--output", tmp_path / "ensemble") == 0
+    return tmp_path / "ensemble"
+
+
+def test_train_writes_an_ensemble_and_goes_on(
+    ensemble: Path, experts: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert {"config.json", "aggregators.safetensors", "README.md"} <= {
+        file.name for file in ensemble.iterdir()
+    }
+    longer = {"num_steps": 3, "batch_size": 2, "device": "cpu"}
+    recipe = write_recipe(ensemble.parent, experts, training=longer)
+    assert run("train", recipe, "--output", ensemble) == 0
+    assert "3/3" in capsys.readouterr().out
+
+
+def test_generate_writes_pictures_with_their_settings(ensemble: Path, tmp_path: Path) -> None:
+    output = tmp_path / "pictures"
+    command = ["generate", ensemble, "A fox!", "a bee", "--output", output, "--steps", 2]
+    assert run(*command, "--num-images", 2, "--seed", 5, "--guidance", 3, "--weights") == 0
+    assert sorted(file.name for file in output.iterdir()) == [
+        "00-a-fox-seed5-weights.png",
+        "00-a-fox-seed5.png",
+        "00-a-fox-seed6-weights.png",
+        "00-a-fox-seed6.png",
+        "01-a-bee-seed5-weights.png",
+        "01-a-bee-seed5.png",
+        "01-a-bee-seed6-weights.png",
+        "01-a-bee-seed6.png",
+    ]
+    with Image.open(output / "00-a-fox-seed6.png") as picture:
+        settings = json.loads(picture.info["afa"])
+    assert settings["prompt"] == "A fox!"
+    assert (settings["seed"], settings["steps"], settings["guidance"]) == (6, 2, 3)
+
+
+def test_the_same_command_draws_the_same_picture(ensemble: Path, tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        assert run("generate", ensemble, "a fox", "--output", tmp_path / name, "--steps", 2) == 0
+    pictures = [Image.open(tmp_path / n / "00-a-fox-seed0.png") for n in ("first", "second")]
+    assert pictures[0].tobytes() == pictures[1].tobytes()
+
+
+def test_inspect_says_what_it_is(
+    ensemble: Path, experts: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert run("inspect", ensemble, "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["kind"] == "ensemble"
+    assert len(facts["experts"]) == 3
+    assert run("inspect", experts[0]) == 0
+    assert "pipeline folder" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*command.split(), "--help") == 0
+    assert f"afa {command}" in " ".join(capsys.readouterr().out.split())
+
+
+# -- mistakes ---------------------------------------------------------------------------------
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line that a mistaken command prints."""
+    capsys.readouterr()
+    assert run(*arguments) == 2
+    came = capsys.readouterr()
+    lines = came.err.splitlines()
+    assert len(lines) == 1, came
+    assert lines[0].startswith("afa: error: ")
+    return lines[0]
+
+
+def truncated(experts: list[Path], folder: Path) -> Path:
+    tiny = folder / "truncated"
+    tiny_pipeline(folder / "tokenizer").save_pretrained(tiny)
+    weights = tiny / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    return tiny
+
+
+def pickled(experts: list[Path], folder: Path) -> Path:
+    path = folder / "model.ckpt"
+    path.write_bytes(b"\x80\x04K\x01.")
+    return path
+
+
+def wider(experts: list[Path], folder: Path) -> Path:
+    path = folder / "wider"
+    tiny_pipeline(folder / "tokenizer", block_out_channels=(8, 16, 32)).save_pretrained(path)
+    return path
+
+
+def missing(experts: list[Path], folder: Path) -> Path:
+    return folder / "nowhere"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (missing, "nowhere' does not exist"),
+        (pickled, "is a pickle, which can run code"),
+        (truncated, "must be a complete safetensors file"),
+        (wider, "must share one architecture"),
+    ],
+)
+def test_wrong_experts(
+    make: Any,
+    message: str,
+    experts: list[Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe = write_recipe(tmp_path, [experts[0], make(experts, tmp_path)])
+    before = sorted(tmp_path.iterdir())
+    assert message in fails(capsys, "train", recipe, "--output", tmp_path / "run")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"training": {"num_steps": 2, "batchsize": 2}}, "did you mean 'batch_size'?"),
+        ({"data": {"folder": "empty"}}, "it has no metadata.jsonl"),
+        ({"aggregator": {"hidden_size": 30}}, "hidden_size must be a multiple of num_heads"),
+        ({"training": {"num_steps": 2, "device": "quantum"}}, "device must be auto"),
+    ],
+)
+def test_wrong_recipes(
+    changes: dict[str, Any],
+    message: str,
+    experts: list[Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "empty").mkdir()
+    recipe = write_recipe(tmp_path, experts, **changes)
+    assert message in fails(capsys, "train", recipe, "--output", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_output_folders_that_exist_are_left_alone(
+    ensemble: Path, experts: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "mine.txt").write_text("mine")
+    recipe = write_recipe(tmp_path, experts)
+    for command in (
+        ["train", recipe, "--output", taken],
+        ["generate", ensemble, "a fox", "--output", taken],
+        ["demo", "--output", taken],
+        ["zoo", "export", taken],
+    ):
+        assert "must be new" in fails(capsys, *command)
+    assert [file.name for file in taken.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "{ensemble}", "a fox", "--output", "{new}", "--steps", "0"], "--steps"),
+        (["generate", "{ensemble}", "a fox", "--output", "{new}", "--dtype", "int8"], "--dtype"),
+        (["generate", "{ensemble}", "a fox", "--output", "{new}", "--height", "17"], "--height"),
+        (["generate", "{new}", "a fox", "--output", "{new}2"], "must hold a config.json"),
+        (["generate", "{ensemble}", "a fox"], "--output"),
+        (["inspect", "{new}"], "does not exist"),
+        (["train", "{new}.yaml", "--output", "{new}"], "cannot be read"),
+        (["paint"], "paint"),
+    ],
+)
+def test_wrong_arguments(
+    arguments: list[str],
+    message: str,
+    ensemble: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    filled = [a.format(ensemble=ensemble, new=tmp_path / "new") for a in arguments]
+    assert message in fails(capsys, *filled)
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_program_starts_without_loading_torch() -> None:
+    code = (
+        "import sys\n"
+        "from afa.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit as stop:\n    assert not stop.code\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_nothing_but_the_error_reaches_the_terminal(experts: list[Path], tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, [experts[0], tmp_path / "nowhere"])
+    command = [sys.executable, "-m", "afa", "train", str(recipe), "--output", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (2, "")
+    assert done.stderr.startswith("afa: error: ")
+    assert done.stderr.count("\n") == 1
