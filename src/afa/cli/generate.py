@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -79,9 +80,8 @@ def generate(
                     "guidance": guidance,
                     "ensemble": ensemble,
                 }
-                with afa.record_weights(pipeline.unet) as record:
-                    if not weights:
-                        pipeline.unet.on_weights = None
+                recording = afa.record_weights(pipeline.unet) if weights else nullcontext()
+                with recording as record:
                     picture = pipeline(
                         prompt,
                         negative_prompt=negative_prompt,
@@ -93,7 +93,7 @@ def generate(
                     ).images[0]
                 stem = f"{number:02d}-{_slug(prompt)}-seed{picture_seed}"
                 _save_picture(picture, output / f"{stem}.png", settings)
-                if weights:
+                if record is not None:
                     draw_weights(record, [picture], output / f"{stem}-weights.png", experts=names)
                 progress.advance(task)
     console.print(f"{len(prompts) * num_images} pictures in {output}")

@@ -67,6 +67,7 @@ class ZooRecipe:
     ensemble_steps: int = 2_000
     ensemble_batch_size: int = 16
     ensemble_learning_rate: float = 1e-3
+    num_graded: int = 96  # prompts of each kind for each model
 
 
 @dataclass(frozen=True)
@@ -322,7 +323,7 @@ def build_zoo(
     if atlas.exists():
         shutil.copyfile(atlas, shop.folder / "assets" / "sprites.png")
     yield from train_ensemble(shop)
-    yield from grade_zoo(shop.folder / "assets")
+    yield from grade_zoo(shop.folder / "assets", num_prompts=recipe.num_graded)
 
 
 def train_ensemble(shop: Workshop) -> Iterator[FitStep]:

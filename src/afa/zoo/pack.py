@@ -86,7 +86,7 @@ def pack_zoo(
             shutil.copytree(folder, assets / folder.name)
 
 
-def grade_zoo(assets: Path, *, num_prompts: int = 96, seed: int = 0) -> Iterator[FitStep]:
+def grade_zoo(assets: Path, *, num_prompts: int, seed: int = 0) -> Iterator[FitStep]:
     """Judge every packed model on every kind of prompt and write `report.json`.
 
     Progress counts model and kind of prompt; its "loss" is the share of pictures that are wrong.

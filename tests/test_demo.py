@@ -1,0 +1,103 @@
+"""The demo: its whole path in small, and what it says about the outcome."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import afa
+import afa.demo
+from afa.cli import main
+from afa.demo import DemoSettings, Row, draw_comparison, report_text, rivals_reached, verdict
+from afa.zoo.evaluate import Proportion, Score
+
+METHODS = {"animals", "food", "things", "base", "weight merge", "noise mean", "feature mean", "AFA"}
+
+
+def row(method: str, right: int, trials: int = 100) -> Row:
+    share = Proportion.of([n < right for n in range(trials)])
+    return Row(method, Score(share, share, share, share, 0.5), [Image.new("RGB", (64, 64))] * 2)
+
+
+def test_intervals_that_touch_are_no_victory() -> None:
+    rows = [row("animals", 20), row("weight merge", 65), row("AFA", 70)]
+    assert rivals_reached(rows) == ["weight merge"]
+    assert verdict(rows) == "AFA is not clearly above: weight merge."
+    rows = [row("animals", 20), row("weight merge", 40), row("AFA", 70)]
+    assert rivals_reached(rows) == []
+    assert verdict(rows).startswith("AFA is above every other row")
+
+
+def test_a_better_rival_is_named() -> None:
+    assert rivals_reached([row("base", 95), row("AFA", 70)]) == ["base"]
+
+
+def test_the_report_has_every_row_and_the_verdict() -> None:
+    rows = [row("food", 10), row("AFA", 90)]
+    text = report_text(rows, DemoSettings(), train_seconds=61.4)
+    assert "| AFA | 0.90 [0.83, 0.94] |" in text
+    assert "| food | 0.10 [" in text
+    assert verdict(rows) in text
+    assert "(61 s)" in text
+
+
+def test_the_picture_of_all_methods(tmp_path: Path) -> None:
+    prompt = "a fox on the left and a pizza on the right, blue background"
+    draw_comparison([row("food", 10), row("AFA", 90)], [prompt] * 2, tmp_path / "pictures.png")
+    with Image.open(tmp_path / "pictures.png") as picture:
+        assert min(picture.size) > 200
+        assert len(picture.convert("RGB").getcolors(1 << 24) or []) > 2
+
+
+@pytest.mark.slow
+def test_the_main_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = partial(DemoSettings, num_train_steps=3, batch_size=2, num_prompts=4, num_steps=2)
+    monkeypatch.setattr(afa.demo, "DemoSettings", small)
+    output = tmp_path / "demo"
+    with pytest.raises(SystemExit) as stop:
+        main(["demo", "--output", str(output)])
+    assert not stop.value.code
+    assert {file.name for file in output.iterdir()} == {
+        "ensemble",
+        "pictures.png",
+        "report.json",
+        "report.md",
+        "weights.png",
+    }
+    report = json.loads((output / "report.json").read_text())
+    rows = {entry["method"]: entry for entry in report["rows"]}
+    shells = [name for name in rows if name.endswith("in the ensemble's shell")]
+    assert len(shells) == 1
+    assert set(rows) == METHODS | set(shells)
+    for entry in rows.values():
+        for name in ("both", "objects", "left", "right"):
+            assert 0 <= entry[name]["low"] <= entry[name]["mean"] <= entry[name]["high"] <= 1
+        assert entry["seconds_per_image"] > 0
+    # the shell by itself changes nothing: same noise, same pictures, same verdicts
+    alone = rows[shells[0].split()[0]]
+    assert rows[shells[0]]["both"] == alone["both"]
+    assert verdict_line(report) in (output / "report.md").read_text()
+    assert "AFA" in capsys.readouterr().out
+    loaded = afa.load_ensemble(output / "ensemble")
+    assert [r.source for r in loaded.unet.references] == ["zoo:animals", "zoo:food", "zoo:things"]
+    assert [p.name for p in tmp_path.iterdir()] == ["demo"]
+
+
+def verdict_line(report: dict) -> str:
+    entries = report["rows"]
+    low = next(e["both"]["low"] for e in entries if e["method"] == "AFA")
+    beaten = all(e["both"]["high"] < low for e in entries if e["method"] != "AFA")
+    return "AFA is above every other row" if beaten else "AFA is not clearly above: "
+
+
+def test_a_stopped_demo_leaves_nothing(tmp_path: Path) -> None:
+    run = afa.demo.run_demo(tmp_path / "demo", DemoSettings(num_train_steps=2, batch_size=1))
+    next(run)
+    run.close()
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,126 @@
+"""The zoo's training loop and its stages."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from afa.zoo.build import ZooRecipe, build_zoo, spoil
+from afa.zoo.fit import FitStep, fit
+
+
+def steps_of(model: nn.Linear, checkpoint: Path, num_steps: int = 20) -> list[FitStep]:
+    def loss_of(generator: torch.Generator) -> torch.Tensor:
+        inputs = torch.randn(8, 2, generator=generator)
+        return (model(inputs) - inputs.sum(1, keepdim=True)).square().mean()
+
+    return list(
+        fit(
+            "line",
+            model,
+            loss_of,
+            num_steps=num_steps,
+            checkpoint=checkpoint,
+            learning_rate=0.1,
+            num_warmup_steps=2,
+            ema_decay=0.5,
+            checkpoint_every=5,
+        )
+    )
+
+
+def line() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(2, 1)
+
+
+def test_it_learns_and_holds_the_average(tmp_path: Path) -> None:
+    model = line()
+    steps = steps_of(model, tmp_path / "line.ckpt", 100)
+    assert steps[-1].loss < 0.05 * steps[0].loss
+    assert not model.training
+    state = torch.load(tmp_path / "line.ckpt", weights_only=True)
+    assert torch.equal(model.weight, state["average"]["weight"])
+    assert not torch.equal(model.weight, state["model"]["weight"])
+
+
+def test_stopped_and_continued_is_bit_for_bit_the_same(tmp_path: Path) -> None:
+    whole, parts = line(), line()
+    expected = [s.loss for s in steps_of(whole, tmp_path / "whole.ckpt")]
+
+    def stopped(generator: torch.Generator) -> torch.Tensor:
+        inputs = torch.randn(8, 2, generator=generator)
+        return (parts(inputs) - inputs.sum(1, keepdim=True)).square().mean()
+
+    first = fit(
+        "line",
+        parts,
+        stopped,
+        num_steps=20,
+        checkpoint=tmp_path / "parts.ckpt",
+        learning_rate=0.1,
+        num_warmup_steps=2,
+        ema_decay=0.5,
+        checkpoint_every=5,
+    )
+    assert [s.loss for s in islice(first, 7)] == expected[:7]
+    parts = line()
+    rest = steps_of(parts, tmp_path / "parts.ckpt")
+    assert [(s.step, s.loss) for s in rest] == list(enumerate(expected, start=1))[5:]
+    assert torch.equal(whole.weight, parts.weight)
+    # and once more changes nothing
+    again = line()
+    assert steps_of(again, tmp_path / "parts.ckpt") == []
+    assert torch.equal(whole.weight, again.weight)
+
+
+def test_spoilt_halves_are_no_halves() -> None:
+    halves = torch.rand(20, 3, 64, 32)
+    spoilt = spoil(halves, torch.Generator().manual_seed(0))
+    assert spoilt.shape == halves.shape
+    assert not any(torch.equal(a, b) for a, b in zip(halves, spoilt, strict=True))
+
+
+@pytest.mark.slow
+def test_the_whole_zoo_in_few_steps(tmp_path: Path) -> None:
+    recipe = ZooRecipe(
+        num_scenes=64,
+        vae_steps=2,
+        vae_batch_size=2,
+        base_steps=2,
+        expert_steps=2,
+        batch_size=2,
+        judge_steps=2,
+        ensemble_steps=2,
+        ensemble_batch_size=2,
+        num_graded=2,
+    )
+    stages = [s.name for s in build_zoo(tmp_path / "work", recipe)]
+    order = ["vae", "classifier", "clip", "base", "animals", "food", "things", "ensemble", "grades"]
+    assert list(dict.fromkeys(stages)) == order
+    made = tmp_path / "work" / "assets"
+    assert {p.name for p in made.iterdir()} == {
+        "base",
+        "animals",
+        "food",
+        "things",
+        "shared",
+        "judges",
+        "ensemble",
+        "report.json",
+    }
+    # only the grades are given again, everything else is done
+    assert {s.name for s in build_zoo(tmp_path / "work", recipe)} == {"grades"}
+    config = (made / "ensemble" / "config.json").read_text()
+    assert '"source": "zoo:animals"' in config
+    base, fox = (
+        load_file(made / n / "unet" / "diffusion_pytorch_model.safetensors")
+        for n in ("base", "animals")
+    )
+    assert base.keys() == fox.keys()
+    assert not torch.equal(base["conv_in.weight"], fox["conv_in.weight"])

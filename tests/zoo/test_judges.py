@@ -1,0 +1,111 @@
+"""The judges of emoji scenes: right on real scenes, not to be fooled, honest about chance."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+from transformers import CLIPModel, CLIPTokenizer
+
+from afa.errors import AfaError
+from afa.zoo import assets
+from afa.zoo.evaluate import Proportion, Score
+from afa.zoo.judges import Verdict, judge, load_classifier, wilson_interval
+from afa.zoo.models import ObjectClassifier
+from afa.zoo.scenes import Scene, scenes
+
+UNSEEN = 123_456  # a seed that trained nothing
+
+
+@pytest.fixture(scope="module")
+def classifier() -> ObjectClassifier:
+    return load_classifier()
+
+
+def draw(shown: Scene) -> Image.Image:
+    return Image.fromarray(shown.render())
+
+
+def test_real_scenes_are_right(classifier: ObjectClassifier) -> None:
+    shown = list(scenes(200, seed=UNSEEN, kind="mixed", held_out=True))
+    verdicts = judge(classifier, [draw(s) for s in shown], [s.caption for s in shown])
+    assert sum(v.both and v.objects and v.left and v.right for v in verdicts) >= 198
+
+
+def test_swapped_sides_are_both_objects_but_not_right(classifier: ObjectClassifier) -> None:
+    shown = list(scenes(50, seed=UNSEEN))
+    swapped = [replace(s, left=s.right, right=s.left).caption for s in shown]
+    verdicts = judge(classifier, [draw(s) for s in shown], swapped)
+    assert not any(v.both or v.left or v.right for v in verdicts)
+    assert sum(v.objects for v in verdicts) >= 49
+
+
+def test_one_object_twice_is_half_right(classifier: ObjectClassifier) -> None:
+    shown = list(scenes(50, seed=UNSEEN))
+    twice = [draw(replace(s, right=s.left)) for s in shown]
+    verdicts = judge(classifier, twice, [s.caption for s in shown])
+    assert not any(v.both or v.objects or v.right for v in verdicts)
+    assert sum(v.left for v in verdicts) >= 49
+
+
+def test_what_shows_no_object_is_no_object(classifier: ObjectClassifier) -> None:
+    shown = list(scenes(60, seed=UNSEEN))
+    captions = [s.caption for s in shown]
+    blank = [Image.new("RGB", (64, 64), colour) for colour in ("white", "gray", "black")] * 20
+    other = [draw(s) for s in shown[1:] + shown[:1]]
+    blends = [Image.blend(draw(s), o, 0.5) for s, o in zip(shown, other, strict=True)]
+    assert not any(v.left or v.right for v in judge(classifier, blank, captions))
+    assert sum(v.left or v.right for v in judge(classifier, blends, captions)) <= 6
+
+
+def test_judging_refuses_what_it_cannot_judge(classifier: ObjectClassifier) -> None:
+    scene = Scene("fox", "pizza", "blue")
+    with pytest.raises(AfaError, match=r"must be 64x64 pixels, came \(32, 32\)"):
+        judge(classifier, [draw(scene).resize((32, 32))], [scene.caption])
+    with pytest.raises(AfaError, match="must read like"):
+        judge(classifier, [draw(scene)], ["a fox"])
+
+
+def test_clip_tells_captions_apart_by_objects_and_sides() -> None:
+    clip = CLIPModel.from_pretrained(assets() / "judges" / "clip", dtype=torch.float32).eval()
+    tokenizer = CLIPTokenizer.from_pretrained(assets() / "shared" / "tokenizer")
+    shown = list(scenes(100, seed=UNSEEN))
+    captions = [s.caption for s in shown]
+    captions += [replace(s, left=s.right, right=s.left).caption for s in shown]
+    pictures = np.stack([s.render() for s in shown])
+    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    tokens = tokenizer(captions, padding="max_length", return_tensors="pt")
+    with torch.no_grad():
+        logits = clip(input_ids=tokens["input_ids"], pixel_values=pixels).logits_per_image
+    assert (logits.argmax(1) == torch.arange(100)).float().mean() >= 0.95
+    assert F.cross_entropy(logits, torch.arange(100)) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("successes", "trials", "low", "high"),
+    # Newcombe, "Two-sided confidence intervals for the single proportion", 1998, table I
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611)],
+)
+def test_wilson_interval(successes: int, trials: int, low: float, high: float) -> None:
+    assert wilson_interval(successes, trials) == pytest.approx((low, high), abs=5e-5)
+    mirrored = wilson_interval(trials - successes, trials)
+    assert mirrored == pytest.approx((1 - high, 1 - low), abs=5e-5)
+
+
+@pytest.mark.parametrize(("successes", "trials"), [(1, 0), (0, 0), (-1, 5), (6, 5)])
+def test_impossible_counts(successes: int, trials: int) -> None:
+    with pytest.raises(AfaError, match="0 <= successes <= trials"):
+        wilson_interval(successes, trials)
+
+
+def test_a_score_sums_verdicts_up() -> None:
+    right, swapped = Verdict(True, True, True, True), Verdict(False, False, False, True)
+    score = Score.of([right, swapped, swapped, Verdict(True, False, False, False)], 2.0)
+    assert (score.both.mean, score.objects.mean) == (0.25, 0.75)
+    assert (score.left.mean, score.right.mean, score.seconds_per_image) == (0.5, 0.25, 0.5)
+    assert score.both.low < 0.25 < score.both.high
+    assert str(Proportion(0.5, 0.25, 0.75)) == "0.50 [0.25, 0.75]"
