@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import greenlet
@@ -188,6 +189,8 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
     for ensemble in (plain, checkpointed):
         ensemble.train()
         ensemble(**call()).sample.square().mean().backward()
+    resnets = {m.gradient_checkpointing for e in checkpointed.experts for m in e.down_blocks}
+    assert resnets == {True}
     for a, b in zip(
         plain.aggregators.parameters(), checkpointed.aggregators.parameters(), strict=True
     ):
@@ -215,6 +218,15 @@ def test_freeu_and_fused_projections_reach_the_experts() -> None:
     plain = ensemble(**arguments).sample
     ensemble.enable_freeu(s1=0.9, s2=0.2, b1=1.4, b2=1.6)
     assert not torch.equal(ensemble(**arguments).sample, plain)
+    # the library scales features in place; a fused feature is every expert's
+    expert = tiny_unet()
+    expert.enable_freeu(s1=0.9, s2=0.2, b1=1.4, b2=1.6)
+    copies = EnsembleDenoiser([expert, copy.deepcopy(expert), copy.deepcopy(expert)])
+    torch.testing.assert_close(
+        copies(**inputs()).sample, expert(**inputs()).sample, rtol=0, atol=1e-5
+    )
+    picked = EnsembleDenoiser([expert, copy.deepcopy(expert)], shell(copies.sites, expert=1))
+    assert torch.equal(picked(**inputs()).sample, expert(**inputs()).sample)
     ensemble.disable_freeu()
     assert torch.equal(ensemble(**arguments).sample, plain)
     ensemble.fuse_qkv_projections()

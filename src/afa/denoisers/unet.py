@@ -28,11 +28,18 @@ _MID = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", "UNetMidBlock2DSimpleCrossA
 
 
 def check_unet(unet: UNet2DConditionModel) -> None:
-    """Refuse a U-Net with blocks that `unet_blocks` does not know how to take apart.
+    """Refuse a U-Net with blocks or conditions that `unet_blocks` does not know.
 
     Raises:
-        AfaError: names the first such block and what is supported.
+        AfaError: names the first such block or condition and what is supported.
     """
+    added = unet.config.addition_embed_type
+    if added not in (None, "text"):
+        raise AfaError(
+            f"A U-Net must be conditioned on prompt and timestep alone, this one has "
+            f"addition_embed_type = '{added}', as Stable Diffusion XL has. Use experts of the "
+            "Stable Diffusion 1.x or 2.x family."
+        )
     kinds: list[tuple[str, Any, tuple[str, ...]]]
     kinds = [(f"down_blocks.{i}", b, _LAYERED_DOWN) for i, b in enumerate(unet.down_blocks)]
     kinds += [("mid_block", unet.mid_block, _MID)] if unet.mid_block is not None else []
@@ -216,7 +223,8 @@ def _join_skip(block: Any, hidden: Tensor, skip: Tensor) -> Tensor:
     """Concatenate a skip connection, with FreeU (Si et al., 2023) where it is switched on."""
     scales = {key: getattr(block, key, None) for key in ("s1", "s2", "b1", "b2")}
     if all(scales.values()):
-        hidden, skip = apply_freeu(block.resolution_idx, hidden, skip, **scales)
+        # the library scales in place, and the fused feature is every expert's
+        hidden, skip = apply_freeu(block.resolution_idx, hidden.clone(), skip, **scales)
     return torch.cat([hidden, skip], dim=1)
 
 
