@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import afa
 from afa.errors import AfaError
@@ -180,7 +181,8 @@ def test_a_configuration_folder_is_checked_first(tmp_path: Path) -> None:
 
 
 def test_autoencoder_from_a_folder_of_its_own(experts: list[Path]) -> None:
-    own, inside = load_vae(experts[0] / "vae"), load_vae(experts[0])
+    (own, a), (inside, b) = load_vae(experts[0] / "vae"), load_vae(experts[0])
+    assert (a.source, b.source) == (str(experts[0] / "vae"), str(experts[0]))
     sample = torch.from_numpy(np.zeros((1, 4, 4, 4), np.float32))
     torch.testing.assert_close(own.decode(sample).sample, inside.decode(sample).sample)
 
@@ -195,3 +197,125 @@ def test_a_variant_beside_the_plain_weights_changes_nothing(
     )
     assert hash_expert(copy) == hash_expert(experts[0])
     assert afa.load_pipeline([copy]).unet.dtype == torch.float32
+
+
+def test_a_folder_with_one_variant_only(experts: list[Path], tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    StableDiffusionPipeline.from_pretrained(experts[0], safety_checker=None).to(
+        torch.float16
+    ).save_pretrained(copy, variant="fp16")
+    loaded = afa.load_pipeline([copy])
+    assert loaded.unet.dtype == loaded.vae.dtype == loaded.text_encoder.dtype == torch.float32
+    original = afa.load_pipeline([experts[0]]).unet.experts[0].conv_in.weight
+    assert torch.equal(loaded.unet.experts[0].conv_in.weight, original.half().float())
+
+
+def test_links_are_kept_as_they_are_named(tmp_path: Path) -> None:
+    """As in the hub's cache, where a name with a suffix points to one without."""
+    pipeline = tiny_pipeline(tmp_path / "tokenizer", 0)
+    pipeline.save_pretrained(tmp_path / "folder")
+    save_file(original_layout(pipeline), tmp_path / "blob")
+    link = tmp_path / "model.safetensors"
+    link.symlink_to(tmp_path / "blob")
+    loaded = afa.load_pipeline([link], config=tmp_path / "folder")
+    assert loaded.unet.references[0].source == str(link)
+
+
+def test_single_files_are_found_again_with_their_configuration(tmp_path: Path) -> None:
+    for seed, name in enumerate(("family", "other")):
+        pipeline = tiny_pipeline(tmp_path / "tokenizer", seed)
+        pipeline.save_pretrained(tmp_path / name)
+    file = tmp_path / "file.safetensors"
+    save_file(original_layout(pipeline), file)
+    loaded = afa.load_pipeline([file, tmp_path / "other"], config=tmp_path / "family")
+    folder = afa.save_ensemble(loaded, tmp_path / "ensemble")
+    again = afa.load_ensemble(folder)
+    assert again.unet.config_source == str(tmp_path / "family")
+    assert again.unet.vae_reference == loaded.unet.vae_reference == loaded.unet.references[0]
+    (tmp_path / "family").rename(tmp_path / "moved")
+    with pytest.raises(AfaError, match=r"configuration folder .*family"):
+        afa.load_ensemble(folder)
+    afa.load_ensemble(folder, config=tmp_path / "moved")
+
+
+def test_an_autoencoder_in_a_file_of_its_own(tmp_path: Path) -> None:
+    pipeline = tiny_pipeline(tmp_path / "tokenizer", 0)
+    pipeline.save_pretrained(tmp_path / "folder")
+    other = tiny_pipeline(tmp_path / "tokenizer", 1)
+    prefix = "first_stage_model."
+    tensors = {
+        k.removeprefix(prefix): v for k, v in original_layout(other).items() if k.startswith(prefix)
+    }
+    save_file(tensors, tmp_path / "vae.safetensors")
+    loaded = afa.load_pipeline([tmp_path / "folder"], vae=tmp_path / "vae.safetensors")
+    for key, tensor in other.vae.state_dict().items():
+        assert torch.equal(loaded.vae.state_dict()[key], tensor), key
+    folder = afa.save_ensemble(loaded, tmp_path / "ensemble")
+    assert afa.load_ensemble(folder).unet.vae_reference == loaded.unet.vae_reference
+    save_file({k: v + 1 for k, v in tensors.items()}, tmp_path / "vae.safetensors")
+    with pytest.raises(AfaError, match=r"Autoencoder .* must have SHA-256"):
+        afa.load_ensemble(folder)
+
+
+def test_an_autoencoder_of_the_hub_may_lie_at_the_top(
+    monkeypatch: pytest.MonkeyPatch, experts: list[Path]
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def fetch(name: str, **options: Any) -> str:
+        asked.update(options)
+        return str(experts[0] / "vae")
+
+    monkeypatch.setattr("afa.experts.snapshot_download", fetch)
+    load_vae("org/vae")
+    assert {"config.json", "*.safetensors"} <= set(asked["allow_patterns"])
+
+
+def test_the_commit_of_a_hub_id_is_kept(
+    monkeypatch: pytest.MonkeyPatch, experts: list[Path], tmp_path: Path
+) -> None:
+    snapshot = tmp_path / "snapshots" / "0123abcd"
+    shutil.copytree(experts[0], snapshot)
+    monkeypatch.setattr("afa.experts.snapshot_download", lambda *_, **__: str(snapshot))
+    reference = afa.load_pipeline(["org/name"]).unet.references[0]
+    assert (reference.source, reference.revision) == ("org/name", "0123abcd")
+
+
+def _without(part: str) -> Any:
+    return lambda folder: shutil.rmtree(folder / part)
+
+
+def _lacking_a_weight(folder: Path) -> None:
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    del tensors["conv_in.bias"]
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_without("tokenizer"), "must be a complete Stable Diffusion"),
+        (_without("scheduler"), "must be a complete Stable Diffusion"),
+        (_without("vae"), "has none"),
+        (_without("unet"), "has none"),
+        (lambda f: (f / "model_index.json").write_text("{"), "must be JSON"),
+        (lambda f: (f / "unet" / "config.json").write_text("{"), "must be a complete Stable"),
+        (_lacking_a_weight, "lack 1 parameters .first: conv_in.bias."),
+    ],
+)
+def test_damaged_folders_are_one_line(
+    damage: Any, message: str, experts: list[Path], tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(experts[0], copy)
+    damage(copy)
+    with pytest.raises(AfaError, match=message):
+        afa.load_pipeline([copy])
+
+
+def test_a_lora_is_no_expert(experts: list[Path], tmp_path: Path) -> None:
+    file = tmp_path / "lora.safetensors"
+    save_file({"lora_unet_x.lora_up.weight": torch.zeros(1)}, file)
+    with pytest.raises(AfaError, match="must be a complete Stable Diffusion"):
+        afa.load_pipeline([experts[0], file])

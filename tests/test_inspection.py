@@ -56,6 +56,28 @@ def test_stable_diffusion_15_by_its_configuration_alone(tmp_path: Path) -> None:
     assert round(facts["aggregator_parameters_for_3_experts"] / 1e6, 2) == 45.13
 
 
+def test_a_family_that_cannot_be_ensembled_is_still_described(tmp_path: Path) -> None:
+    config = {
+        "_class_name": "UNet2DConditionModel",
+        "block_out_channels": [8, 16],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+        "norm_num_groups": 4,
+        "cross_attention_dim": 8,
+        "attention_head_dim": 2,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 64,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    facts = describe(tmp_path)
+    assert facts["unet_parameters"] > 0
+    assert "addition_embed_type = 'text_time'" in facts["cannot be ensembled"]
+    (tmp_path / "config.json").write_text("[")
+    with pytest.raises(AfaError, match="must be JSON"):
+        describe(tmp_path)
+
+
 def test_single_files(tmp_path: Path) -> None:
     file = tmp_path / "expert.safetensors"
     tensors = original_layout(tiny_pipeline(tmp_path / "tokenizer"))

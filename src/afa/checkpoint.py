@@ -18,14 +18,17 @@ from safetensors.torch import load_file, save
 
 from afa.aggregators import SABW, Mean, SABWConfig
 from afa.errors import AfaError
-from afa.experts import check_safetensors, hash_expert, locate
+from afa.experts import check_safetensors, locate, read_json, require_hash
 from afa.pipeline import load_pipeline
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from diffusers import StableDiffusionPipeline
     from torch import Tensor, nn
 
     from afa.ensemble import EnsembleDenoiser
+    from afa.experts import ExpertReference
 
 FORMAT = "afa-ensemble"
 _CHOICES = ("hidden_size", "num_layers", "num_heads", "norm_num_groups")
@@ -111,10 +114,9 @@ def save_ensemble(
         "format": FORMAT,
         "version": 1,
         "family": "unet",
-        "experts": [
-            {**asdict(r), "source": _relative(r.source, folder)} for r in ensemble.references
-        ],
-        "vae": ensemble.vae_source and _relative(ensemble.vae_source, folder),
+        "experts": [_written(reference, folder) for reference in ensemble.references],
+        "vae": ensemble.vae_reference and _written(ensemble.vae_reference, folder),
+        "config": ensemble.config_source and _relative(ensemble.config_source, folder),
         "aggregator": describe_rules(ensemble.aggregators),
         "sites": [site.name for site in ensemble.sites],
     }
@@ -153,16 +155,13 @@ def read_config(folder: Path) -> dict[str, Any]:
         AfaError: there is none, or it is of another format or version.
     """
     path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError as error:
+    if not path.is_file():
         raise AfaError(
             f"An ensemble folder must hold a config.json; '{folder}' has none. "
             "Make one with `afa train` or afa.save_ensemble."
-        ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise AfaError(f"'{path}' must be JSON, but reading it says: {error}.") from error
-    came = (config.get("format"), config.get("version")) if isinstance(config, dict) else config
+        )
+    config = read_json(path)
+    came = (config.get("format"), config.get("version"))
     if came != (FORMAT, 1):
         raise AfaError(
             f"'{path}' must be of format '{FORMAT}', version 1, came {came}. Is it an ensemble?"
@@ -175,60 +174,69 @@ def load_ensemble(
     *,
     torch_dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-    experts: list[str] | None = None,
+    experts: Sequence[str | Path] | None = None,
+    config: str | Path | None = None,
 ) -> StableDiffusionPipeline:
     """Load an ensemble folder into a stock pipeline.
 
     Args:
-        folder: written by `save_ensemble`.
+        folder: written by `save_ensemble`, or `zoo:ensemble` for the shipped one.
         torch_dtype: of experts and autoencoder.
         device: where everything goes.
         experts: where the experts are now, if they were moved; their hashes must still match.
+        config: where the configuration of single files is now, if it was moved.
 
     Raises:
         AfaError: a damaged folder, an expert that is gone, or one whose hash is another.
     """
-    folder = Path(folder)
-    config = read_config(folder)
-    references = config["experts"]
-    moved = experts or [reference["source"] for reference in references]
-    if len(moved) != len(references):
-        raise AfaError(f"This ensemble has {len(references)} experts, {len(moved)} were named.")
-    sources = [_absolute(source, folder) if experts is None else source for source in moved]
-    for source, reference in zip(sources, references, strict=True):
-        came = hash_expert(locate(source, reference["revision"]))
-        if came != reference["sha256"]:
-            raise AfaError(
-                f"Expert '{source}' must have SHA-256 {reference['sha256']}, with which the "
-                f"ensemble was trained, has {came}. Restore that file, or train again."
-            )
+    folder = locate(folder) if str(folder).startswith("zoo:") else Path(folder)
+    saved = read_config(folder)
+    references = saved["experts"]
+    if experts is not None and len(experts) != len(references):
+        raise AfaError(f"This ensemble has {len(references)} experts, {len(experts)} were named.")
+    sources = experts or [_absolute(reference["source"], folder) for reference in references]
     weights = folder / "aggregators.safetensors"
     check_safetensors(weights)
-    settings = dict(config["aggregator"])
+    settings = dict(saved["aggregator"])
     kind = settings.pop("type")
-    vae = config.get("vae")
+    vae = saved["vae"]
+    if vae is not None and vae["source"] == references[0]["source"]:
+        vae = None  # the first expert's own, wherever that is now
+    if config is None and saved["config"] is not None:
+        config = _absolute(saved["config"], folder)
     pipeline = load_pipeline(
         sources,
         SABWConfig(**settings) if kind == "sabw" else None,
-        vae=None if vae is None else _absolute(vae, folder),
+        vae=None if vae is None else _absolute(vae["source"], folder),
+        config=config,
         revisions=[reference["revision"] for reference in references],
+        hashes=[reference["sha256"] for reference in references],
         torch_dtype=torch_dtype,
         device=device,
     )
+    if saved["vae"] is not None:
+        require_hash("Autoencoder", pipeline.unet.vae_reference, saved["vae"]["sha256"])
     load_aggregator_tensors(pipeline.unet, load_file(weights))
     return pipeline
 
 
+def _written(reference: ExpertReference, folder: Path) -> dict[str, Any]:
+    return {**asdict(reference), "source": _relative(reference.source, folder)}
+
+
 def _relative(source: str, folder: Path) -> str:
-    """A source under the ensemble's parent folder, relative, so that both can move together."""
-    path, parent = Path(source), folder.resolve().parent
-    if path.is_absolute() and path.is_relative_to(parent):
-        return os.path.relpath(path, folder.resolve())
+    """A source under the ensemble's parent folder, relative, so that both can move together.
+
+    Relative paths begin with a dot; nothing else does.
+    """
+    base = os.path.abspath(folder)
+    if os.path.isabs(source) and Path(source).is_relative_to(os.path.dirname(base)):
+        return os.path.join(".", os.path.relpath(source, base))
     return source
 
 
 def _absolute(source: str, folder: Path) -> str:
-    return str((folder.resolve() / source).resolve()) if source.startswith("..") else source
+    return os.path.abspath(folder / source) if source.startswith(".") else source
 
 
 def model_card(config: dict[str, Any]) -> str:

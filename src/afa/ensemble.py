@@ -68,7 +68,9 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
         self.on_weights: WeightsObserver | None = None
         #: where the experts and the autoencoder come from; None where they were made in memory
         self.references: Sequence[ExpertReference] | None = None
-        self.vae_source: str | None = None
+        self.vae_reference: ExpertReference | None = None
+        #: the folder that lent single files their configuration
+        self.config_source: str | None = None
         self.register_to_config(**experts[0].config)
         self.eval()
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
 import transformers
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import SingleFileComponentError
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
@@ -19,18 +22,42 @@ from safetensors import SafetensorError, safe_open
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
     from diffusers import SchedulerMixin
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PICKLES = frozenset({".ckpt", ".pt", ".pth", ".bin", ".pkl"})
 _ZOO_PREFIX = "zoo:"
 # what of a hub repository is needed; never a pickle
-_WANTED = ("model_index.json", "*/*.safetensors", "*/*.json", "tokenizer/*.txt")
+_WEIGHTS = ("config.json", "*.safetensors", "*.safetensors.index.json")
+_PIPELINE_FILES = (
+    "model_index.json",
+    "scheduler/*.json",
+    "tokenizer/*.json",
+    "tokenizer/*.txt",
+    *(f"{part}/{name}" for part in ("unet", "text_encoder", "vae") for name in _WEIGHTS),
+)
+_VAE_FILES = (*_WEIGHTS, *(f"vae/{name}" for name in _WEIGHTS))
+# what a library says of a folder or file that is not what it seems
+_LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    RuntimeError,
+    SafetensorError,
+    SingleFileComponentError,
+)
 
 
 @dataclass(frozen=True)
 class ExpertReference:
-    """An expert as an ensemble folder keeps it: where it is and the hash of its weights."""
+    """An expert, or an autoencoder, as an ensemble folder keeps it: where, and its weights' hash.
+
+    `revision` is the commit that a hub id stood for.
+    """
 
     source: str
     sha256: str
@@ -49,22 +76,28 @@ class Expert:
     vae: AutoencoderKL | None
 
 
-def locate(source: str | Path, revision: str | None = None) -> Path:
+def locate(
+    source: str | Path,
+    revision: str | None = None,
+    *,
+    files: Sequence[str] = _PIPELINE_FILES,
+) -> Path:
     """The local folder or file of an expert; a hub id is downloaded into the hub's cache.
 
     Args:
         source: a diffusers folder, a single `.safetensors` file, a hub id such as `org/name`, or
-            `zoo:animals` for one of the shipped experts.
+            `zoo:animals` for one of the shipped models.
         revision: of a hub id.
+        files: patterns of what is downloaded.
 
     Raises:
         AfaError: nothing is there, or a pickled checkpoint is.
     """
     text = str(source)
     if text.startswith(_ZOO_PREFIX):
-        from afa.zoo import expert_folder
+        from afa.zoo import shipped
 
-        return expert_folder(text.removeprefix(_ZOO_PREFIX))
+        return shipped(text.removeprefix(_ZOO_PREFIX))
     path = Path(text).expanduser()
     if path.suffix.lower() in PICKLES:
         raise AfaError(
@@ -77,12 +110,33 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
     if not is_hub_id or path.suffix == ".safetensors":
         raise AfaError(f"Expert '{text}' does not exist. Name a folder, a file or a hub id.")
     try:
-        return Path(snapshot_download(text, revision=revision, allow_patterns=list(_WANTED)))
+        return Path(snapshot_download(text, revision=revision, allow_patterns=list(files)))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise AfaError(
             f"Expert '{text}' is no local path, and as a hub id it could not be fetched "
             f"({type(error).__name__}). Check the name, the network and HF_TOKEN."
         ) from error
+
+
+def weights_in(folder: Path) -> tuple[str | None, list[Path]]:
+    """The safetensors files of one component, and their variant (`fp16`) where only that is there.
+
+    Several precisions of the same weights may lie side by side; the plain ones are taken.
+
+    Raises:
+        AfaError: there are none.
+    """
+    variants: dict[str | None, list[Path]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        _, *middle, _ = file.name.split(".")
+        variants.setdefault(middle[0].split("-")[0] if middle else None, []).append(file)
+    if not variants:
+        raise AfaError(
+            f"An expert's weights must be safetensors; '{folder}' has none. Save it again with "
+            "safe_serialization=True."
+        )
+    variant = None if None in variants else sorted(map(str, variants))[0]
+    return variant, variants[variant]
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -93,23 +147,13 @@ def weight_files(path: Path) -> list[Path]:
     """
     if path.is_file():
         files = [path]
+    elif (path / "model_index.json").is_file():
+        files = [*weights_in(path / "unet")[1], *weights_in(path / "text_encoder")[1]]
     else:
-        if not (path / "model_index.json").is_file():
-            raise AfaError(
-                f"An expert's folder must be a diffusers pipeline with a model_index.json; "
-                f"'{path}' has none. Save it with pipeline.save_pretrained(folder)."
-            )
-        files = []
-        for part in ("unet", "text_encoder"):
-            found = sorted((path / part).glob("*.safetensors"))
-            # several precisions of the same weights may lie side by side; the plain ones are read
-            plain = [f for f in found if f.name.count(".") == 1] or found
-            if not plain:
-                raise AfaError(
-                    f"An expert's weights must be safetensors; '{path / part}' has none. Save it "
-                    "again with safe_serialization=True."
-                )
-            files += plain
+        raise AfaError(
+            f"An expert's folder must be a diffusers pipeline with a model_index.json; "
+            f"'{path}' has none. Save it with pipeline.save_pretrained(folder)."
+        )
     for file in files:
         check_safetensors(file)
     return files
@@ -131,23 +175,42 @@ def check_safetensors(file: Path) -> None:
         ) from error
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file.
+
+    Raises:
+        AfaError: the file cannot be read, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise AfaError(f"'{path}' must be JSON, but reading it says: {error}.") from error
+    if not isinstance(content, dict):
+        raise AfaError(f"'{path}' must hold a JSON object, came {str(content)[:80]}.")
+    return content
+
+
 def hash_file(file: Path) -> str:
     """SHA-256 of a file, as published beside checkpoints."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def hash_expert(path: Path) -> str:
-    """SHA-256 of an expert: of a single file as it is, of a folder over its weight files.
+def hash_files(path: Path, files: Iterable[Path]) -> str:
+    """SHA-256 of a single file as it is; of a folder that of the lines `<sha256>  <relative path>`.
 
-    A folder's hash is that of the lines `<sha256>  <relative path>` of its U-Net and text encoder
-    weights, sorted by path, which is what `sha256sum` prints.
+    The lines are sorted by path; they are what `sha256sum` prints.
     """
-    files = weight_files(path)
     if path.is_file():
         return hash_file(path)
-    lines = sorted(f"{hash_file(file)}  {file.relative_to(path).as_posix()}\n" for file in files)
-    return hashlib.sha256("".join(sorted(lines, key=lambda line: line[66:])).encode()).hexdigest()
+    lines = {file.relative_to(path).as_posix(): hash_file(file) for file in files}
+    text = "".join(f"{digest}  {name}\n" for name, digest in sorted(lines.items()))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def hash_expert(path: Path) -> str:
+    """SHA-256 of an expert: of a single file, or of a folder's U-Net and text encoder weights."""
+    return hash_files(path, weight_files(path))
 
 
 def load_expert(
@@ -155,62 +218,142 @@ def load_expert(
     *,
     revision: str | None = None,
     config: Path | None = None,
+    sha256: str | None = None,
     torch_dtype: torch.dtype = torch.float32,
-    with_vae: bool = False,
 ) -> Expert:
-    """Load one expert's parts.
+    """Load one expert's parts; of a folder all but the autoencoder, see `load_vae`.
 
     Args:
         source: see `locate`.
         revision: of a hub id.
         config: for a single file: a folder with the configuration and tokenizer of its family.
+        sha256: that its weights must have; None takes any.
         torch_dtype: of the weights in memory.
-        with_vae: whether to load the autoencoder as well.
 
     Raises:
-        AfaError: nothing is there, a pickle, a damaged file, or a family that is not supported.
+        AfaError: nothing is there, a pickle, another hash, a damaged or incomplete model, or a
+            family that is not supported.
     """
     path = locate(source, revision)
-    reference = ExpertReference(_canonical(source, path), hash_expert(path), revision)
+    reference = refer(source, path, hash_expert(path), revision)
+    require_hash("Expert", reference, sha256)
     if path.is_file():
         return _load_single_file(reference, path, config, torch_dtype)
-    index = json.loads((path / "model_index.json").read_text())
-    if not str(index.get("_class_name", "")).startswith("StableDiffusion") or (
-        "text_encoder_2" in index
-    ):
-        raise AfaError(
-            "An expert must be a Stable Diffusion 1.x or 2.x pipeline; "
-            f"'{source}' is a {index.get('_class_name')}. Other families are not supported yet."
+    with _loading(source):
+        index = read_json(path / "model_index.json")
+        kind = str(index.get("_class_name"))
+        if not kind.startswith("StableDiffusion") or "text_encoder_2" in index:
+            raise AfaError(
+                f"An expert must be a Stable Diffusion 1.x or 2.x pipeline; '{source}' is a "
+                f"{kind}. Other families are not supported yet."
+            )
+        encoder_class = getattr(transformers, index["text_encoder"][1])
+        tokenizer_class = getattr(transformers, index["tokenizer"][1])
+        scheduler_class = getattr(diffusers, index["scheduler"][1])
+        return Expert(
+            reference,
+            unet=_load_weights(UNet2DConditionModel, path / "unet", torch_dtype=torch_dtype),
+            text_encoder=_load_weights(encoder_class, path / "text_encoder", dtype=torch_dtype),
+            tokenizer=tokenizer_class.from_pretrained(path / "tokenizer"),
+            scheduler=scheduler_class.from_pretrained(path / "scheduler"),
+            vae=None,
         )
-    encoder_class = getattr(transformers, index["text_encoder"][1])
-    tokenizer_class = getattr(transformers, index["tokenizer"][1])
-    scheduler_class = getattr(diffusers, index["scheduler"][1])
-    return Expert(
-        reference,
-        unet=UNet2DConditionModel.from_pretrained(
-            path, subfolder="unet", torch_dtype=torch_dtype, use_safetensors=True
-        ),
-        text_encoder=encoder_class.from_pretrained(
-            path / "text_encoder", dtype=torch_dtype, use_safetensors=True
-        ),
-        tokenizer=tokenizer_class.from_pretrained(path / "tokenizer"),
-        scheduler=scheduler_class.from_pretrained(path, subfolder="scheduler"),
-        vae=load_vae(path, torch_dtype) if with_vae else None,
-    )
 
 
-def load_vae(source: str | Path, torch_dtype: torch.dtype = torch.float32) -> AutoencoderKL:
-    """Load an autoencoder from a pipeline folder, a folder of its own, a file or a hub id."""
-    path = locate(source)
+def load_vae(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    config: Path | None = None,
+    torch_dtype: torch.dtype = torch.float32,
+) -> tuple[AutoencoderKL, ExpertReference]:
+    """Load an autoencoder from a pipeline folder, a folder of its own, a file or a hub id.
+
+    Args:
+        source: see `locate`.
+        revision: of a hub id.
+        config: for a single file: a pipeline folder whose `vae/config.json` describes it.
+        torch_dtype: of the weights in memory.
+
+    Raises:
+        AfaError: as `load_expert`.
+    """
+    path = locate(source, revision, files=_VAE_FILES)
     if path.is_file():
         check_safetensors(path)
-        return AutoencoderKL.from_single_file(str(path), torch_dtype=torch_dtype)
-    subfolder = "vae" if (path / "vae").is_dir() else None
-    for file in (path / (subfolder or "")).glob("*.safetensors"):
+        reference = refer(source, path, hash_file(path), revision)
+        options = {} if config is None else {"config": str(config), "subfolder": "vae"}
+        with _loading(source, "Name a local diffusers folder of its family: config=FOLDER."):
+            return AutoencoderKL.from_single_file(
+                str(path), torch_dtype=torch_dtype, local_files_only=config is not None, **options
+            ), reference
+    folder = path / "vae" if (path / "vae").is_dir() else path
+    files = weights_in(folder)[1]
+    for file in files:
         check_safetensors(file)
-    return AutoencoderKL.from_pretrained(
-        path, subfolder=subfolder, torch_dtype=torch_dtype, use_safetensors=True
+    reference = refer(source, path, hash_files(path, files), revision)
+    with _loading(source):
+        return _load_weights(AutoencoderKL, folder, torch_dtype=torch_dtype), reference
+
+
+def refer(
+    source: str | Path, path: Path, sha256: str, revision: str | None = None
+) -> ExpertReference:
+    """A reference by which the same weights are found again, wherever the program is run.
+
+    Local paths become absolute, links in them stay; a hub id keeps the commit it was fetched at.
+    """
+    is_local = Path(str(source)).expanduser().exists()
+    if not is_local and path.parent.name == "snapshots":
+        revision = path.name
+    return ExpertReference(os.path.abspath(path) if is_local else str(source), sha256, revision)
+
+
+def require_hash(what: str, reference: ExpertReference, sha256: str | None) -> None:
+    """Refuse weights that are not the ones an ensemble was trained with.
+
+    Raises:
+        AfaError: another hash; names both.
+    """
+    if sha256 not in (None, reference.sha256):
+        raise AfaError(
+            f"{what} '{reference.source}' must have SHA-256 {sha256}, with which the ensemble was "
+            f"trained, has {reference.sha256}. Restore that file, or train again."
+        )
+
+
+def _load_weights(model_class: Any, folder: Path, **options: Any) -> Any:
+    """A component from its folder; refused where the library would fill gaps with random weights.
+
+    Raises:
+        AfaError: parameters that the file lacks.
+    """
+    variant, _ = weights_in(folder)
+    model, info = model_class.from_pretrained(
+        folder, variant=variant, use_safetensors=True, output_loading_info=True, **options
     )
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise AfaError(
+            f"Weights must be complete; those in '{folder}' lack {len(missing)} parameters "
+            f"(first: {missing[0]}). Download or save them again."
+        )
+    return model
+
+
+@contextmanager
+def _loading(source: str | Path, remedy: str = "Download or save it again.") -> Iterator[None]:
+    """Turn whatever the libraries say of a damaged model into one line."""
+    try:
+        yield
+    except AfaError:
+        raise
+    except _LOADING_ERRORS as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise AfaError(
+            f"'{source}' must be a complete Stable Diffusion 1.x or 2.x model, but loading it says "
+            f"{said} - {remedy}"
+        ) from error
 
 
 def _load_single_file(
@@ -224,23 +367,20 @@ def _load_single_file(
                 f"The configuration folder '{config}' must be a diffusers pipeline (weights are "
                 f"not needed); it lacks {', '.join(missing)}."
             )
-    try:
-        pipeline = StableDiffusionPipeline.from_single_file(
+    remedy = (
+        "Is it a whole checkpoint of the family that config=FOLDER describes?"
+        if config is not None
+        else "It needs the configuration and tokenizer of its family: name a local diffusers "
+        "folder of that family, config=FOLDER."
+    )
+    with _loading(path, remedy):
+        parts = StableDiffusionPipeline.from_single_file(
             str(path),
             config=None if config is None else str(config),
             torch_dtype=torch_dtype,
             safety_checker=None,
             local_files_only=config is not None,
-        )
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        if config is None:
-            raise AfaError(
-                f"The single file '{path}' needs the configuration and tokenizer of its family, "
-                f"which could not be fetched ({type(error).__name__}). Name a local diffusers "
-                "folder of the same family: config=FOLDER."
-            ) from error
-        raise
-    parts = pipeline.components
+        ).components
     return Expert(
         reference,
         unet=parts["unet"],
@@ -249,8 +389,3 @@ def _load_single_file(
         scheduler=parts["scheduler"],
         vae=parts["vae"],
     )
-
-
-def _canonical(source: str | Path, path: Path) -> str:
-    """How a source is written down: local paths absolute, names as they are."""
-    return str(path.resolve()) if Path(str(source)).expanduser().exists() else str(source)

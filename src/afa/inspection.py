@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import replace
 from math import prod
@@ -18,7 +17,15 @@ from afa.checkpoint import FORMAT, read_config
 from afa.denoisers import Site, discover_sites
 from afa.ensemble import text_width
 from afa.errors import AfaError
-from afa.experts import PICKLES, check_safetensors, hash_expert, hash_file, locate, weight_files
+from afa.experts import (
+    PICKLES,
+    check_safetensors,
+    hash_expert,
+    hash_file,
+    locate,
+    read_json,
+    weight_files,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -49,7 +56,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     if (found / "model_index.json").is_file():
         return _describe_pipeline(found)
     if (found / "config.json").is_file():
-        config = json.loads((found / "config.json").read_text())
+        config = read_json(found / "config.json")
         if config.get("format") == FORMAT:
             return _describe_ensemble(found)
         if config.get("_class_name") == UNet2DConditionModel.__name__:
@@ -69,7 +76,7 @@ def _describe_ensemble(folder: Path) -> dict[str, Any]:
         "kind": "ensemble",
         "family": config["family"],
         "experts": config["experts"],
-        "vae": config["vae"] or "first expert's",
+        "vae": config["vae"] and config["vae"]["source"],
         "aggregator": ", ".join(f"{k} {v}" for k, v in config["aggregator"].items()),
         "aggregator_parameters": parameters,
         "dtypes": dtypes,
@@ -78,7 +85,7 @@ def _describe_ensemble(folder: Path) -> dict[str, Any]:
 
 
 def _describe_pipeline(folder: Path) -> dict[str, Any]:
-    index = json.loads((folder / "model_index.json").read_text())
+    index = read_json(folder / "model_index.json")
     parameters, dtypes, _ = _read_header(weight_files(folder))
     facts = {
         "kind": "pipeline folder",
@@ -89,18 +96,22 @@ def _describe_pipeline(folder: Path) -> dict[str, Any]:
     }
     unet = folder / "unet" / "config.json"
     if unet.is_file():
-        facts |= _describe_unet(json.loads(unet.read_text()))
+        facts |= _describe_unet(read_json(unet))
     return facts
 
 
 def _describe_unet(config: dict[str, Any]) -> dict[str, Any]:
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(config)
-        sites = discover_sites(unet)
+        facts = {"unet_parameters": sum(p.numel() for p in unet.parameters())}
+        try:
+            sites = discover_sites(unet)
+        except AfaError as error:
+            return {**facts, "cannot be ensembled": str(error)}
         parameters = _count_aggregators(sites, text_width(unet))
     return {
+        **facts,
         "family": "unet",
-        "unet_parameters": sum(p.numel() for p in unet.parameters()),
         "aggregator_parameters_for_3_experts": parameters,
         "sites": [f"{s.name}  {s.channels} channels, 1/{s.scale}" for s in sites],
     }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -29,6 +30,7 @@ def load_pipeline(
     vae: str | Path | None = None,
     config: str | Path | None = None,
     revisions: Sequence[str | None] | None = None,
+    hashes: Sequence[str | None] | None = None,
     torch_dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> StableDiffusionPipeline:
@@ -45,6 +47,7 @@ def load_pipeline(
         config: for single files, a local diffusers folder of the same family, whose weights are
             not read; None takes the first folder among the experts, else asks the hub.
         revisions: of hub ids, one per expert.
+        hashes: SHA-256 that the experts must have, as `afa inspect` shows it, one per expert.
         torch_dtype: of experts and autoencoder; aggregators are float32.
         device: where everything goes.
 
@@ -53,22 +56,31 @@ def load_pipeline(
     """
     if not experts:
         raise AfaError("An ensemble must have at least one expert, came none.")
-    revisions = revisions or [None] * len(experts)
-    config_folder = Path(config) if config is not None else _first_folder(experts)
+    revisions, hashes = revisions or [None] * len(experts), hashes or [None] * len(experts)
+    config_folder = Path(config).expanduser() if config is not None else _first_folder(experts)
     loaded = [
         load_expert(
             source,
             revision=revision,
             config=config_folder,
+            sha256=sha256,
             torch_dtype=torch_dtype,
-            with_vae=n == 0 and vae is None,
         )
-        for n, (source, revision) in enumerate(zip(experts, revisions, strict=True))
+        for source, revision, sha256 in zip(experts, revisions, hashes, strict=True)
     ]
     check_experts(loaded)
-    autoencoder: Any = loaded[0].vae if vae is None else load_vae(vae, torch_dtype)
+    autoencoder, vae_reference = loaded[0].vae, loaded[0].reference
+    if vae is not None or autoencoder is None:  # a single file brings its own, a folder does not
+        autoencoder, vae_reference = load_vae(
+            experts[0] if vae is None else vae,
+            revision=revisions[0] if vae is None else None,
+            config=config_folder,
+            torch_dtype=torch_dtype,
+        )
     pipeline = assemble(loaded, aggregators, autoencoder).to(device)
-    pipeline.unet.vae_source = None if vae is None else str(vae)
+    pipeline.unet.vae_reference = vae_reference
+    if config_folder is not None and any(Path(e).expanduser().is_file() for e in experts):
+        pipeline.unet.config_source = os.path.abspath(config_folder)
     return pipeline
 
 
@@ -94,6 +106,26 @@ def assemble(
     return pipeline
 
 
+def check_text_to_image(pipeline: StableDiffusionPipeline) -> None:
+    """Refuse experts that draw from more than a prompt: for inpainting, depth, upscaling.
+
+    Raises:
+        AfaError: the denoiser takes other channels than the autoencoder makes, or class labels.
+    """
+    config, latent_channels = pipeline.unet.config, pipeline.vae.config.latent_channels
+    if config.in_channels != latent_channels or config.out_channels != latent_channels:
+        raise AfaError(
+            f"Text-to-image experts must take and give the autoencoder's {latent_channels} "
+            f"channels; these take {config.in_channels} and give {config.out_channels}. They are "
+            "for another task, such as inpainting; put the ensemble into that task's pipeline."
+        )
+    if config.class_embed_type is not None or config.num_class_embeds is not None:
+        raise AfaError(
+            "Text-to-image experts must not need class labels; these do. Put the ensemble into "
+            "the pipeline of their own task."
+        )
+
+
 def native_resolution(pipeline: StableDiffusionPipeline) -> tuple[int, int]:
     """Height and width in pixels of the pictures that the experts were made for."""
     size = pipeline.unet.config.sample_size
@@ -102,5 +134,5 @@ def native_resolution(pipeline: StableDiffusionPipeline) -> tuple[int, int]:
 
 
 def _first_folder(experts: Sequence[str | Path]) -> Path | None:
-    folders = (Path(source) for source in experts if Path(source).is_dir())
-    return next(folders, None)
+    paths = (Path(source).expanduser() for source in experts)
+    return next((path for path in paths if path.is_dir()), None)

@@ -51,10 +51,12 @@ class SABWConfig:
             )
         if self.hidden_size % self.norm_num_groups or self.hidden_size == self.norm_num_groups:
             # with one channel a group, group norm cancels what the timestep adds to that channel
+            quarter = max(1, self.hidden_size // 4)
+            fitting = max(g for g in range(1, quarter + 1) if self.hidden_size % g == 0)
             raise AfaError(
                 "aggregator.hidden_size must be a multiple of norm_num_groups, at least twice it, "
                 f"came {self.hidden_size} and {self.norm_num_groups}. Choose norm_num_groups = "
-                f"{max(1, self.hidden_size // 4)} or a larger hidden_size."
+                f"{fitting} or a larger hidden_size."
             )
 
 
