@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from pydantic_core import ErrorDetails
 from afa.errors import AfaError
 
 _MAX_BYTES = 1_000_000
+MAX_SEED = 2**32 - 1
 
 
 class _Section(BaseModel):
@@ -23,7 +25,7 @@ class ScenesRecipe(_Section):
     """Emoji scenes made on the fly; see `afa.zoo.scenes`."""
 
     num_samples: int = Field(default=10_000, ge=1)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
     kind: Literal["animals", "food", "things", "any", "mixed"] = "any"
 
 
@@ -50,21 +52,25 @@ class AggregatorRecipe(_Section):
 
 
 class TrainingRecipe(_Section):
-    """How the aggregators are trained; defaults are the paper's (AFA, section 4.1)."""
+    """How the aggregators are trained; defaults are the paper's (AFA, section 4.1).
+
+    One is not: the published code does not clip gradients, which is `max_grad_norm: null` here.
+    float16 experts are not offered, since gradients on their way through them underflow.
+    """
 
     num_steps: int = Field(ge=1)
     batch_size: int = Field(default=8, ge=1)
     learning_rate: float = Field(default=1e-4, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
     num_warmup_steps: int = Field(default=100, ge=0)
-    max_grad_norm: float = Field(default=1.0, gt=0)
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
     caption_dropout: float = Field(default=0.1, ge=0, le=1)
     resolution: int | None = Field(default=None, ge=8)  # None: what the experts were made for
-    expert_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    expert_dtype: Literal["float32", "bfloat16"] = "float32"
     gradient_checkpointing: bool = False
     checkpoint_every: int = Field(default=500, ge=1)
     device: str = "auto"
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
 
 
 class Recipe(_Section):
@@ -158,11 +164,14 @@ def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
     def resolve(source: str) -> str:
         local = folder / Path(source).expanduser()
         is_local = local.exists() or source.startswith((".", "/", "~"))
-        return str(local.resolve()) if is_local else source
+        # links stay: what a hub's cache links to has no suffix
+        return os.path.abspath(local) if is_local else source
 
     data = recipe.data
     if data.folder is not None:
-        data = data.model_copy(update={"folder": folder / data.folder.expanduser()})
+        data = data.model_copy(
+            update={"folder": Path(os.path.abspath(folder / data.folder.expanduser()))}
+        )
     return recipe.model_copy(
         update={
             "experts": [resolve(source) for source in recipe.experts],

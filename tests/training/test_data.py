@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from afa.errors import AfaError
@@ -71,6 +72,24 @@ def test_no_folder_and_an_empty_one(tmp_path: Path) -> None:
         FolderImages(tmp_path)
 
 
+def test_any_unicode_in_captions(tmp_path: Path) -> None:
+    caption = "a fox\u2028and a\x85pizza \N{FOX FACE}"
+    row = {**picture(tmp_path, "1.png"), "text": caption}
+    line = json.dumps(row, ensure_ascii=False)
+    (tmp_path / "metadata.jsonl").write_bytes(b"\xef\xbb\xbf" + line.encode() + b"\r\n")
+    assert FolderImages(tmp_path)[0][1] == caption
+    (tmp_path / "metadata.jsonl").write_bytes(line.encode("utf-16"))
+    with pytest.raises(AfaError, match="must be UTF-8"):
+        FolderImages(tmp_path)
+
+
+def test_a_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = FolderImages(write(tmp_path, [picture(tmp_path, "1.png", size=(64, 64))]))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(AfaError, match=r"1\.png' must be a complete picture"):
+        data[0]
+
+
 def test_a_truncated_picture_is_named(tmp_path: Path) -> None:
     row = picture(tmp_path, "1.jpg", size=(64, 64))
     file = tmp_path / "1.jpg"
@@ -89,12 +108,24 @@ def test_scenes_are_pictures_with_their_captions() -> None:
 
 
 def test_pixels_are_scaled_cropped_and_signed() -> None:
-    wide = Image.new("RGB", (20, 10), "white")
-    wide.paste("black", (5, 0, 15, 10))
-    pixels = to_pixels(wide, 10)
-    assert pixels.shape == (3, 10, 10)
-    assert pixels.min().item() == pixels.max().item() == -1.0  # the white sides are cropped
-    assert to_pixels(Image.new("RGB", (10, 10), "white"), 10).max().item() == 1.0
+    wide = Image.fromarray(np.tile(np.arange(30, dtype=np.uint8), (10, 1))).convert("RGB")
+    generator = torch.Generator().manual_seed(0)
+    crops = [to_pixels(wide, 10, generator) for _ in range(50)]
+    assert all(crop.shape == (3, 10, 10) for crop in crops)
+    starts = {round(float((crop[0, 0, 0] + 1) * 127.5)) for crop in crops}
+    assert min(starts) <= 3 < 17 <= max(starts) <= 20  # anywhere, whole
+    assert torch.equal(crops[0][:, 0], crops[0][:, 9])
+    assert to_pixels(wide, 20, generator).shape == (3, 20, 20)
+    assert to_pixels(wide.resize((31, 100)), 7, generator).shape == (3, 7, 7)
+
+
+def test_square_pictures_are_whole_and_draw_nothing() -> None:
+    generator = torch.Generator().manual_seed(0)
+    before = generator.get_state()
+    white = to_pixels(Image.new("RGB", (10, 10), "white"), 10, generator)
+    assert white.min().item() == white.max().item() == 1.0
+    assert to_pixels(Image.new("RGB", (10, 10)), 5, generator).max().item() == -1.0
+    assert torch.equal(generator.get_state(), before)
 
 
 def test_an_epoch_has_every_sample_once_and_the_next_another_order() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,18 @@ from afa.errors import AfaError
 from afa.experts import hash_expert
 from afa.recipe import Recipe, TrainingRecipe
 from afa.text import hash_weights
-from afa.training import SceneImages, denoising_loss, train, train_aggregators, training_scheduler
+from afa.training import (
+    SceneImages,
+    denoising_loss,
+    seeded,
+    train,
+    train_aggregators,
+    training_scheduler,
+)
+from afa.training.data import batch_indices, to_pixels
 from afa.training.loop import encode_captions, encode_pictures
 from afa.training.objective import noise_and_target
+from tests.tiny import tiny_pipeline
 
 SMALL = afa.SABWConfig(hidden_size=8, num_layers=1, num_heads=2, norm_num_groups=4)
 
@@ -141,11 +151,8 @@ def test_training_lowers_the_loss(experts: list[Path]) -> None:
 
     @torch.no_grad()
     def measure() -> float:
-        from afa.training import SceneImages as _  # noqa: F401
-        from afa.training.data import to_pixels
-
-        pixels = torch.stack([to_pixels(data[n][0], 16) for n in range(8)])
         generator = torch.Generator().manual_seed(5)
+        pixels = torch.stack([to_pixels(data[n][0], 16, generator) for n in range(8)])
         clean = encode_pictures(pipeline, pixels, generator)
         text = encode_captions(pipeline, [data[n][1] for n in range(8)])
         return denoising_loss(pipeline.unet, scheduler, clean, text, generator).item()
@@ -167,6 +174,100 @@ def test_nothing_to_train(experts: list[Path]) -> None:
     pipeline = afa.load_pipeline(experts)
     with pytest.raises(AfaError, match="no aggregators to train"):
         list(train_aggregators(pipeline, SceneImages(10), recipe(experts).training))
+
+
+def test_a_bad_picture_costs_no_step(experts: list[Path], tmp_path: Path) -> None:
+    class Spoilt(SceneImages):
+        is_spoilt = True
+
+        def __getitem__(self, index: int) -> tuple[Image.Image, str]:
+            if self.is_spoilt and index == spoilt_index:
+                raise AfaError("'9.jpg' must be a complete picture")
+            return super().__getitem__(index)
+
+    settings = recipe(experts, checkpoint_every=100).training
+    spoilt_index = batch_indices(20, 2, 2, 0)[0]  # in the third step
+    checkpoint = tmp_path / "checkpoint.pt"
+    data = Spoilt(20)
+    steps = train_aggregators(fresh(experts), data, settings, checkpoint=checkpoint)
+    losses = [next(steps).loss, next(steps).loss]
+    with pytest.raises(AfaError, match=r"9\.jpg"):
+        next(steps)
+    data.is_spoilt = False
+    losses += [
+        s.loss for s in train_aggregators(fresh(experts), data, settings, checkpoint=checkpoint)
+    ]
+    whole = [s.loss for s in train_aggregators(fresh(experts), data, settings)]
+    assert losses == whole
+
+
+def fresh(experts: list[Path]) -> Any:
+    with seeded(0):
+        return afa.load_pipeline(experts, SMALL)
+
+
+def test_damaged_and_foreign_runs_are_refused(experts: list[Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    list(train(recipe(experts, num_steps=2), run))
+    with pytest.raises(AfaError, match="num_steps must be at least 2"):
+        train_one(recipe(experts, num_steps=1), run)
+    assert json.loads((run / "recipe.json").read_text())["training"]["num_steps"] == 2
+
+    checkpoint = (run / "checkpoint.pt").read_bytes()
+    for damaged in (checkpoint[:-1000], b"", b"nonsense"):
+        (run / "checkpoint.pt").write_bytes(damaged)
+        with pytest.raises(AfaError, match=r"checkpoint.pt' must be complete"):
+            train_one(recipe(experts, num_steps=3), run)
+    (run / "checkpoint.pt").write_bytes(checkpoint)
+    for content in ("{", "[]"):
+        (run / "recipe.json").write_text(content)
+        with pytest.raises(AfaError, match=r"recipe.json' must"):
+            train_one(recipe(experts, num_steps=3), run)
+
+
+def train_one(asked: Recipe, run: Path) -> None:
+    next(iter(train(asked, run)))
+
+
+def test_going_on_with_other_weights_is_refused(experts: list[Path], tmp_path: Path) -> None:
+    copies = []
+    for expert in experts:
+        copies.append(tmp_path / expert.name)
+        shutil.copytree(expert, copies[-1])
+    list(train(recipe(copies, num_steps=1), tmp_path / "run"))
+    shutil.rmtree(copies[0] / "unet")
+    shutil.copytree(experts[1] / "unet", copies[0] / "unet")
+    with pytest.raises(AfaError, match="was trained with experts of SHA-256"):
+        train_one(recipe(copies, num_steps=2), tmp_path / "run")
+
+
+def test_experts_of_another_task_are_refused(tmp_path: Path) -> None:
+    tiny_pipeline(tmp_path / "tokenizer", in_channels=9).save_pretrained(tmp_path / "inpaint")
+    with pytest.raises(AfaError, match="these take 9 and give 4"):
+        train_one(recipe([tmp_path / "inpaint"]), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_little_noise_is_not_rounded_away(experts: list[Path]) -> None:
+    """In bfloat16 the noise of the first timesteps would vanish."""
+    pipeline = afa.load_pipeline(experts, SMALL, torch_dtype=torch.bfloat16)
+    pixels = torch.zeros(2, 3, 16, 16)
+    clean = encode_pictures(pipeline, pixels, torch.Generator().manual_seed(0))
+    assert clean.dtype == torch.float32
+    scheduler = training_scheduler(pipeline.scheduler)
+    noise = torch.ones_like(clean)
+    noisy, _ = noise_and_target(scheduler, torch.zeros_like(clean), noise, torch.tensor([0, 1]))
+    expected = (1 - scheduler.alphas_cumprod[:2]).sqrt()
+    torch.testing.assert_close(noisy[:, 0, 0, 0], expected)
+    seen = []
+
+    def denoiser(noisy: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor]:
+        seen.append(noisy.dtype)
+        return (noisy,)
+
+    text = encode_captions(pipeline, ["a fox"] * 2)
+    denoising_loss(denoiser, scheduler, clean, text, torch.Generator().manual_seed(0))
+    assert seen == [torch.bfloat16]
 
 
 def test_half_precision_experts(experts: list[Path]) -> None:

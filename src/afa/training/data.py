@@ -21,6 +21,15 @@ if TYPE_CHECKING:
     from afa.zoo.sprites import Sprites
 
 
+_DECODING_ERRORS = (
+    UnidentifiedImageError,
+    OSError,
+    ValueError,
+    SyntaxError,  # what Pillow calls a broken PNG
+    Image.DecompressionBombError,
+)
+
+
 class CaptionedImages(Protocol):
     """A data set of pictures and captions, by index."""
 
@@ -49,13 +58,18 @@ class FolderImages:
                 'such as {"file_name": "0001.png", "text": "a fox"}; it has no metadata.jsonl.'
             )
         self._rows: list[tuple[Path, str]] = []
-        for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            text = metadata.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise AfaError(f"'{metadata}' must be UTF-8 text, but reading it: {error}.") from error
+        # not splitlines: a caption may hold a line separator of Unicode
+        for number, line in enumerate(text.split("\n"), start=1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-                path, text = folder / row["file_name"], row["text"]
-                valid = isinstance(text, str)
+                path, caption = folder / row["file_name"], row["text"]
+                valid = isinstance(caption, str)
             except (json.JSONDecodeError, KeyError, TypeError):
                 valid = False
             if not valid:
@@ -65,7 +79,7 @@ class FolderImages:
                 )
             if not path.is_file():
                 raise AfaError(f"Line {number} of '{metadata}' names '{path}', which is missing.")
-            self._rows.append((path, text))
+            self._rows.append((path, caption))
         if not self._rows:
             raise AfaError(f"The data folder '{folder}' must hold pictures; its list is empty.")
 
@@ -77,7 +91,7 @@ class FolderImages:
         try:
             with Image.open(path) as picture:
                 return ImageOps.exif_transpose(picture).convert("RGB"), text
-        except (UnidentifiedImageError, OSError) as error:
+        except _DECODING_ERRORS as error:
             raise AfaError(
                 f"'{path}' must be a complete picture, but reading it says: {error}. Replace it "
                 "or take its line out of metadata.jsonl."
@@ -121,11 +135,23 @@ def open_data(recipe: DataRecipe) -> CaptionedImages:
     return SceneImages(scenes.num_samples, seed=scenes.seed, kind=scenes.kind)
 
 
-def to_pixels(picture: Image.Image, resolution: int) -> Tensor:
-    """Scale the shorter side to `resolution`, crop the middle: [3, R, R] in -1..1."""
-    size = (resolution, resolution)
-    if picture.size != size:
-        picture = ImageOps.fit(picture, size, method=Image.Resampling.LANCZOS)
+def to_pixels(picture: Image.Image, resolution: int, generator: torch.Generator) -> Tensor:
+    """Scale the shorter side to `resolution`, crop a square anywhere: [3, R, R] in -1..1.
+
+    As in the published training, but scaled with Lanczos's filter. A square picture draws nothing
+    from the generator.
+    """
+    scale = resolution / min(picture.size)
+    width, height = (max(resolution, round(side * scale)) for side in picture.size)
+    if (width, height) != picture.size:
+        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+    left, top = (
+        int(torch.randint(side - resolution + 1, (), generator=generator))
+        if side > resolution
+        else 0
+        for side in (width, height)
+    )
+    picture = picture.crop((left, top, left + resolution, top + resolution))
     array = np.asarray(picture, dtype=np.float32) / 127.5 - 1.0
     return torch.from_numpy(array).permute(2, 0, 1)
 

@@ -7,6 +7,7 @@ import json
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +20,8 @@ from afa.checkpoint import (
     write_atomic,
 )
 from afa.errors import AfaError
-from afa.pipeline import load_pipeline, native_resolution
+from afa.experts import read_json
+from afa.pipeline import check_text_to_image, load_pipeline, native_resolution
 from afa.training.data import CaptionedImages, batch_indices, open_data, to_pixels
 from afa.training.objective import denoising_loss, training_scheduler
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
     from torch import Tensor
 
+    from afa.ensemble import EnsembleDenoiser
     from afa.recipe import Recipe, TrainingRecipe
 
 _CHECKPOINT = "checkpoint.pt"
@@ -59,12 +62,12 @@ def train(recipe: Recipe, output: Path) -> Iterator[TrainStep]:
 
     Raises:
         AfaError: the folder holds something else, or anything in the recipe cannot be had. Then
-            nothing has been written.
+            nothing has been written. Or one of what `train_aggregators` raises while it runs.
     """
     asked = recipe.model_dump(mode="json")
     written = output / "recipe.json"
     is_new = not output.exists() or (output.is_dir() and not any(output.iterdir()))
-    if not is_new and not (written.is_file() and _same_run(json.loads(written.read_text()), asked)):
+    if not is_new and not (written.is_file() and _same_run(read_json(written), asked)):
         raise AfaError(
             f"The output folder must be new or hold an earlier run of this recipe; '{output}' "
             "is neither. Name another one."
@@ -81,9 +84,10 @@ def train(recipe: Recipe, output: Path) -> Iterator[TrainStep]:
             torch_dtype=getattr(torch, settings.expert_dtype),
             device=device,
         )
+    steps = train_aggregators(pipeline, data, settings, checkpoint=output / _CHECKPOINT)
     output.mkdir(parents=True, exist_ok=True)
     write_atomic(written, json.dumps(asked, indent=2) + "\n")
-    yield from train_aggregators(pipeline, data, settings, checkpoint=output / _CHECKPOINT)
+    yield from steps
     save_ensemble(pipeline, output, exist_ok=True)
 
 
@@ -96,7 +100,8 @@ def train_aggregators(
 ) -> Iterator[TrainStep]:
     """Train the aggregators of a pipeline in place, everything else frozen.
 
-    Batches, timesteps, noise and dropped captions of a step depend on the seed and the step alone.
+    Batches, timesteps, noise, crops and dropped captions of a step depend on the seed and the step
+    alone. All is checked before the first step is asked for.
 
     Args:
         pipeline: from `load_pipeline`, with an `EnsembleDenoiser` as its `unet`.
@@ -105,23 +110,41 @@ def train_aggregators(
         checkpoint: file to continue from and to write to; None keeps nothing.
 
     Raises:
-        AfaError: the ensemble has nothing to train, or the loss is no longer finite.
+        AfaError: there is nothing to train, the experts need more than a prompt, the checkpoint is
+            damaged, of other experts or further than asked for; later, a picture that cannot be
+            read, or a loss that is no longer finite.
     """
+    check_text_to_image(pipeline)
     ensemble = pipeline.unet
     parameters = [p for p in ensemble.aggregators.parameters() if p.requires_grad]
     if not parameters:
         raise AfaError("The ensemble has no aggregators to train. Pass a SABWConfig.")
-    scheduler = training_scheduler(pipeline.scheduler)
-    resolution = settings.resolution or min(native_resolution(pipeline))
     optimizer = torch.optim.AdamW(
         parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
     )
     first = 0
     if checkpoint is not None and checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        load_aggregator_tensors(ensemble, state["aggregators"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
+        first = _resume(checkpoint, ensemble, optimizer)
+    if first > settings.num_steps:
+        raise AfaError(
+            f"training.num_steps must be at least {first}, which this run has done already, came "
+            f"{settings.num_steps}. Raise it, or name another folder."
+        )
+    return _steps(pipeline, data, settings, optimizer, first, checkpoint)
+
+
+def _steps(
+    pipeline: StableDiffusionPipeline,
+    data: CaptionedImages,
+    settings: TrainingRecipe,
+    optimizer: torch.optim.Optimizer,
+    first: int,
+    checkpoint: Path | None,
+) -> Iterator[TrainStep]:
+    ensemble = pipeline.unet
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    scheduler = training_scheduler(pipeline.scheduler)
+    resolution = settings.resolution or min(native_resolution(pipeline))
     if settings.gradient_checkpointing:
         ensemble.enable_gradient_checkpointing()
     ensemble.train()
@@ -133,10 +156,14 @@ def train_aggregators(
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * warmup
             indices = batch_indices(len(data), settings.batch_size, step, settings.seed)
-            samples = [data[index] for index in indices]
-            clean = encode_pictures(
-                pipeline, torch.stack([to_pixels(p, resolution) for p, _ in samples]), generator
-            )
+            try:
+                samples = [data[index] for index in indices]
+            except AfaError:
+                if checkpoint is not None:  # one bad picture shall not cost the steps before it
+                    _write_checkpoint(checkpoint, step, ensemble, optimizer)
+                raise
+            pixels = torch.stack([to_pixels(p, resolution, generator) for p, _ in samples])
+            clean = encode_pictures(pipeline, pixels, generator)
             dropped = torch.rand(len(samples), generator=generator) < settings.caption_dropout
             captions = ["" if d else text for d, (_, text) in zip(dropped, samples, strict=True)]
             text = encode_captions(pipeline, captions)
@@ -144,24 +171,18 @@ def train_aggregators(
             if not torch.isfinite(loss):
                 raise AfaError(
                     f"The loss must be finite, at step {step + 1} it is {loss.item()}. Lower the "
-                    "learning rate, or keep the experts in float32 or bfloat16."
+                    "learning rate, or keep the experts in float32."
                 )
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+            if settings.max_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             done = step + 1
             if checkpoint is not None and (
                 done % settings.checkpoint_every == 0 or done == settings.num_steps
             ):
-                _write_checkpoint(
-                    checkpoint,
-                    {
-                        "step": done,
-                        "aggregators": aggregator_tensors(ensemble),
-                        "optimizer": optimizer.state_dict(),
-                    },
-                )
+                _write_checkpoint(checkpoint, done, ensemble, optimizer)
             yield TrainStep(done, settings.num_steps, loss.item(), time.perf_counter() - started)
     finally:
         ensemble.eval()
@@ -181,12 +202,13 @@ def seeded(seed: int) -> Iterator[None]:
 def encode_pictures(
     pipeline: StableDiffusionPipeline, pixels: Tensor, generator: torch.Generator
 ) -> Tensor:
-    """Sampled and scaled latents [B, C, H, W] of pictures [B, 3, H', W'] in -1..1."""
+    """Sampled and scaled latents [B, C, H, W], float32, of pictures [B, 3, H', W'] in -1..1."""
     vae = pipeline.vae
     posterior = vae.encode(pixels.to(device=vae.device, dtype=vae.dtype)).latent_dist
+    mean, std = posterior.mean.float(), posterior.std.float()
     # drawn on the CPU, so that a seed means the same on every device
-    noise = torch.randn(posterior.mean.shape, generator=generator).to(posterior.mean)
-    return (posterior.mean + posterior.std * noise) * vae.config.scaling_factor
+    noise = torch.randn(mean.shape, generator=generator).to(mean.device)
+    return (mean + std * noise) * vae.config.scaling_factor
 
 
 @torch.no_grad()
@@ -222,7 +244,45 @@ def _same_run(written: dict, asked: dict) -> bool:
     return essence(written) == essence(asked)
 
 
-def _write_checkpoint(path: Path, state: dict) -> None:
+def _write_checkpoint(
+    path: Path, step: int, ensemble: EnsembleDenoiser, optimizer: torch.optim.Optimizer
+) -> None:
     buffer = io.BytesIO()
+    state = {
+        "step": step,
+        "experts": _hashes(ensemble),
+        "aggregators": aggregator_tensors(ensemble),
+        "optimizer": optimizer.state_dict(),
+    }
     torch.save(state, buffer)
     write_atomic(path, buffer.getvalue())
+
+
+def _resume(path: Path, ensemble: EnsembleDenoiser, optimizer: torch.optim.Optimizer) -> int:
+    """Put a checkpoint into ensemble and optimizer; returns the number of steps it has done.
+
+    Raises:
+        AfaError: it is damaged, or the experts are not the ones it was trained with.
+    """
+    try:
+        # on the CPU: the optimizer moves its state to where the parameters are now
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        step, experts = state["step"], state["experts"]
+    except (OSError, RuntimeError, ValueError, LookupError, EOFError, UnpicklingError) as error:
+        raise AfaError(
+            f"The checkpoint '{path}' must be complete, but reading it says "
+            f"{type(error).__name__}. Restore it, or delete it to begin again."
+        ) from error
+    if experts != _hashes(ensemble):
+        raise AfaError(
+            f"The checkpoint '{path}' was trained with experts of SHA-256 {', '.join(experts)}; "
+            f"now they have {', '.join(_hashes(ensemble))}. Restore them, or delete it to begin "
+            "again."
+        )
+    load_aggregator_tensors(ensemble, state["aggregators"])
+    optimizer.load_state_dict(state["optimizer"])
+    return step
+
+
+def _hashes(ensemble: EnsembleDenoiser) -> list[str]:
+    return [reference.sha256 for reference in ensemble.references or ()]

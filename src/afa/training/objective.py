@@ -59,16 +59,19 @@ def denoising_loss(
 ) -> Tensor:
     """Mean squared error of the fused prediction (AFA, eq. 5), in float32.
 
+    Noise is added in float32, since bfloat16 rounds the little noise of the first timesteps away;
+    the denoiser then gets it in the text's dtype.
+
     Args:
         denoiser: the ensemble, called as `denoiser(noisy, timestep, text, return_dict=False)`.
         scheduler: from `training_scheduler`.
-        clean: scaled latents [B, C, H, W].
-        text: text embeddings [B, L, N * D] or [B, L, D].
+        clean: scaled latents [B, C, H, W], in float32.
+        text: text embeddings [B, L, N * D] or [B, L, D], in the experts' dtype.
         generator: on the CPU; draws timesteps and noise.
     """
     steps = scheduler.config.num_train_timesteps
     timestep = torch.randint(steps, (len(clean),), generator=generator).to(clean.device)
     noise = torch.randn(clean.shape, generator=generator).to(clean)
     noisy, target = noise_and_target(scheduler, clean, noise, timestep)
-    predicted = denoiser(noisy, timestep, text, return_dict=False)[0]
+    predicted = denoiser(noisy.to(text.dtype), timestep, text, return_dict=False)[0]
     return F.mse_loss(predicted.float(), target.float())
