@@ -34,7 +34,7 @@ from afa.zoo.models import AGGREGATOR
 from afa.zoo.scenes import evaluation_prompts, parse_caption
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Generator, Iterator, Mapping, Sequence
 
     from PIL import Image
 
@@ -75,7 +75,9 @@ class Row:
         return {"method": self.method, **asdict(self.score)}
 
 
-def run_demo(output: Path, settings: DemoSettings | None = None) -> Iterator[Progress | Row]:
+def run_demo(
+    output: Path, settings: DemoSettings | None = None
+) -> Generator[Progress | Row, None, None]:
     """Train an ensemble of the zoo's experts, compare it with its rivals, write the report.
 
     `output` gets `report.json`, `report.md`, `pictures.png`, `weights.png` and `ensemble`, all at
@@ -88,6 +90,7 @@ def run_demo(output: Path, settings: DemoSettings | None = None) -> Iterator[Pro
     Yields: progress, and every method's row as soon as it is judged.
     """
     settings = settings or DemoSettings()
+    output = output.resolve()
     started = time.perf_counter()
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))

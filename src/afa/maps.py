@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -153,4 +154,6 @@ def draw_weights(
         Patch(color=tuple(c.tolist()), label=e) for c, e in zip(colours, experts, strict=True)
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(experts), frameon=False)
-    figure.savefig(path, dpi=130)
+    partial = path.with_name(f".{path.name}")
+    figure.savefig(partial, dpi=130, format=path.suffix.removeprefix("."))
+    os.replace(partial, path)

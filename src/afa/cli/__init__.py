@@ -41,4 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     except AfaError as error:
         say_error(str(error))
         code = 2
+    except OSError as error:  # a full disk, a folder that may not be written
+        say_error(f"{error}. Nothing unfinished was left under its final name.")
+        code = 2
     sys.exit(code or 0)

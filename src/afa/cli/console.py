@@ -47,6 +47,13 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
+def quieten_loading() -> None:
+    """Keep diffusers' own loading bars off; imports it, so only for commands that need it."""
+    from diffusers.utils import logging as diffusers_logging
+
+    diffusers_logging.disable_progress_bar()
+
+
 def progress_bar() -> Progress:
     """The look of every progress bar."""
     return Progress(

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from afa.cli.console import console, progress_bar, require_new_folder
+from afa.cli.console import console, progress_bar, quieten_loading, require_new_folder
+from afa.recipe import MAX_SEED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
 
 def demo(
     output: Annotated[Path, typer.Option(help="New folder for the report and the pictures.")],
-    seed: Annotated[int, typer.Option(min=0, help="Of the training and of the pictures.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MAX_SEED, help="Of the training and of the pictures.")
+    ] = 0,
 ) -> None:
     """Train an ensemble of the zoo's experts for minutes and compare it with its rivals.
 
@@ -28,6 +31,8 @@ def demo(
     """
     require_new_folder(output)
     from afa.demo import DemoSettings, Row, run_demo, verdict
+
+    quieten_loading()
 
     rows: list[Row] = []
     with progress_bar() as progress:

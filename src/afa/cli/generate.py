@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from afa.cli.console import console, progress_bar, require_new_folder
+from afa.cli.console import console, progress_bar, quieten_loading, require_new_folder
 from afa.errors import AfaError
+from afa.recipe import MAX_SEED
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -22,13 +23,13 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def generate(
-    ensemble: Annotated[str, typer.Argument(help="Ensemble folder, or 'zoo' for the shipped one.")],
+    ensemble: Annotated[str, typer.Argument(help="Ensemble folder, or zoo:ensemble.")],
     prompts: Annotated[list[str], typer.Argument(help="One or more prompts, each in quotes.")],
     output: Annotated[Path, typer.Option(help="New folder for the pictures.")],
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
     guidance: Annotated[float, typer.Option(min=0, help="Classifier-free guidance scale.")] = 7.5,
     seed: Annotated[
-        int, typer.Option(min=0, help="Of the first picture; the next has one more.")
+        int, typer.Option(min=0, max=MAX_SEED, help="Of the first picture; then one more each.")
     ] = 0,
     num_images: Annotated[int, typer.Option(min=1, help="Pictures per prompt.")] = 1,
     weights: Annotated[
@@ -46,8 +47,8 @@ def generate(
 ) -> None:
     """Generate pictures with a trained ensemble.
 
-    [bold]Example[/bold]: afa generate zoo "a fox on the left and a pizza on the right, blue
-    background" --output pictures --guidance 3 --weights
+    [bold]Example[/bold]: afa generate zoo:ensemble "a fox on the left and a pizza on the right,
+    blue background" --output pictures --guidance 3 --weights
     """
     require_new_folder(output)
     if dtype not in DTYPES:
@@ -57,13 +58,14 @@ def generate(
 
     import afa
     from afa.maps import draw_weights
+    from afa.pipeline import check_text_to_image
     from afa.training.loop import pick_device
-    from afa.zoo import shipped_ensemble
 
-    folder = shipped_ensemble() if ensemble == "zoo" else Path(ensemble)
+    quieten_loading()
     pipeline = afa.load_ensemble(
-        folder, torch_dtype=getattr(torch, dtype), device=pick_device(device)
+        ensemble, torch_dtype=getattr(torch, dtype), device=pick_device(device)
     )
+    check_text_to_image(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     size = _picture_size(pipeline, height, width)
     names = [Path(reference.source).name for reference in pipeline.unet.references]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from afa.cli.console import console, show_steps
+from afa.cli.console import console, quieten_loading, show_steps
 
 
 def train(
@@ -26,5 +26,6 @@ def train(
 
     from afa.training import train as train_ensemble
 
+    quieten_loading()
     show_steps(train_ensemble(checked, output), "train")
     console.print(f"Ensemble in {output}. Try: afa generate {output} 'a prompt' --output pictures")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from afa.cli.console import console, require_new_folder, show_steps
+from afa.cli.console import console, quieten_loading, require_new_folder, show_steps
 
 app = typer.Typer(
     help="The embedded emoji scenes, their experts and judges.",
@@ -30,6 +30,7 @@ def build(
     """
     from afa.zoo.build import build_zoo
 
+    quieten_loading()
     show_steps(build_zoo(workdir, font=font), "zoo")
     console.print(f"The zoo is in {workdir / 'assets'}")
 

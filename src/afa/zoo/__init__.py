@@ -30,9 +30,13 @@ def assets() -> Path:
     return Path(str(resources.files("afa.zoo") / "assets"))
 
 
-def shipped_ensemble() -> Path:
-    """The trained ensemble of the three experts that ships with the zoo."""
-    return assets() / "ensemble"
+def shipped(name: str) -> Path:
+    """The folder behind `zoo:NAME`: a model's pipeline, or the trained `ensemble` of the experts.
+
+    Raises:
+        AfaError: no such thing ships.
+    """
+    return assets() / name if name == "ensemble" else expert_folder(name)
 
 
 def export_zoo(directory: str | Path, source: Path | None = None) -> Path:
@@ -49,7 +53,7 @@ def export_zoo(directory: str | Path, source: Path | None = None) -> Path:
     Raises:
         AfaError: the folder exists and holds something.
     """
-    directory = Path(directory)
+    directory = Path(directory).resolve()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise AfaError(f"The output folder must be new; '{directory}' exists. Name another one.")
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +79,7 @@ def expert_folder(name: str) -> Path:
     """
     if name not in MODELS:
         raise AfaError(
-            f"A shipped model must be one of {', '.join(f'zoo:{m}' for m in MODELS)}, came "
+            f"A shipped name must be one of {', '.join(f'zoo:{m}' for m in (*MODELS, 'ensemble'))}, came "
             f"'zoo:{name}'."
         )
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "afa"

@@ -7,8 +7,9 @@ runs again. The result is the folder `assets` of float16 weights, which the pack
 from __future__ import annotations
 
 import copy
+import json
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +18,9 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from afa.checkpoint import save_ensemble
+from afa.checkpoint import save_ensemble, write_atomic
+from afa.errors import AfaError
+from afa.experts import read_json
 from afa.pipeline import load_pipeline
 from afa.recipe import TrainingRecipe
 from afa.training import SceneImages, seeded, train_aggregators
@@ -283,10 +286,11 @@ def build_zoo(
         font: Noto Color Emoji, to cut the sprites from; None takes the shipped sprites.
 
     Raises:
-        AfaError: the font is not that one.
+        AfaError: the font is not that one, or the folder is of another recipe.
     """
     recipe = recipe or ZooRecipe()
     folder.mkdir(parents=True, exist_ok=True)
+    _require_same_recipe(folder / "recipe.json", recipe)
     atlas = folder / "sprites.png"
     if font is not None:
         extract_sprites(font).save(atlas)
@@ -326,6 +330,17 @@ def build_zoo(
     yield from grade_zoo(shop.folder / "assets", num_prompts=recipe.num_graded)
 
 
+def _require_same_recipe(path: Path, recipe: ZooRecipe) -> None:
+    """Checkpoints are only good for the recipe that they were made by."""
+    asked = asdict(recipe)
+    if path.exists() and read_json(path) != asked:
+        raise AfaError(
+            f"The work folder '{path.parent}' must be new or of the same recipe; '{path}' differs. "
+            "Name another folder."
+        )
+    write_atomic(path, json.dumps(asked, indent=2) + "\n")
+
+
 def train_ensemble(shop: Workshop) -> Iterator[FitStep]:
     """Train aggregators for the three packed experts and put the ensemble beside them."""
     exported = shop.folder / "exported"
@@ -348,4 +363,7 @@ def train_ensemble(shop: Workshop) -> Iterator[FitStep]:
         replace(reference, source=f"zoo:{domain}")
         for domain, reference in zip(DOMAINS, pipeline.unet.references, strict=True)
     ]
+    pipeline.unet.vae_reference = replace(
+        pipeline.unet.vae_reference, source=pipeline.unet.references[0].source
+    )
     save_ensemble(pipeline, shop.folder / "assets" / "ensemble", exist_ok=True)

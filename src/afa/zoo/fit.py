@@ -69,9 +69,12 @@ def fit(
             optimizer.load_state_dict(state["optimizer"])
 
     def save(step: int) -> None:
-        state = {"step": step, "model": model.state_dict(), "average": average}
-        if step < num_steps:
-            state["optimizer"] = optimizer.state_dict()
+        state = {
+            "step": step,
+            "model": model.state_dict(),
+            "average": average,
+            "optimizer": optimizer.state_dict(),
+        }
         partial = checkpoint.with_suffix(".partial")
         torch.save(state, partial)
         os.replace(partial, checkpoint)
