@@ -78,10 +78,8 @@ def expert_folder(name: str) -> Path:
         AfaError: no such model ships.
     """
     if name not in MODELS:
-        raise AfaError(
-            f"A shipped name must be one of {', '.join(f'zoo:{m}' for m in (*MODELS, 'ensemble'))}, came "
-            f"'zoo:{name}'."
-        )
+        known = ", ".join(f"zoo:{known}" for known in (*MODELS, "ensemble"))
+        raise AfaError(f"A shipped name must be one of {known}, came 'zoo:{name}'.")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "afa"
     folder = cache / f"zoo-{_digest()[:16]}"
     if not folder.exists():

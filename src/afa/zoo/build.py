@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -67,7 +69,7 @@ class ZooRecipe:
     learning_rate: float = 1e-3
     caption_dropout: float = 0.1
     judge_steps: int = 1_500
-    ensemble_steps: int = 2_000
+    ensemble_steps: int = 1_000
     ensemble_batch_size: int = 16
     ensemble_learning_rate: float = 1e-3
     num_graded: int = 96  # prompts of each kind for each model
@@ -137,11 +139,22 @@ def _crops(pictures: Tensor, size: int, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def encode_scenes(shop: Workshop, vae: AutoencoderKL, kind: Kind) -> tuple[Tensor, Tensor]:
-    """`num_scenes` scenes as latents [S, 8, 16, 16], unscaled, and token ids [S, 24]."""
+    """`num_scenes` scenes as latents [S, 8, 16, 16], unscaled, and token ids [S, 24].
+
+    Kept in the work folder, so that going on after a stop is quick.
+    """
+    kept = shop.folder / f"scenes-{kind}.safetensors"
+    if kept.exists():
+        tensors = load_file(kept)
+        return tensors["latents"], tensors["token_ids"]
     batches = torch.arange(shop.recipe.num_scenes).split(128)
     latents = [vae.encode(shop.pixels(batch, kind)).latent_dist.mean for batch in batches]
     captions = [shop.scene(i, kind).caption for i in range(shop.recipe.num_scenes)]
-    return torch.cat(latents), shop.tokenize(captions)
+    tensors = {"latents": torch.cat(latents), "token_ids": shop.tokenize(captions)}
+    partial = kept.with_suffix(".partial")
+    save_file(tensors, partial)
+    os.replace(partial, kept)
+    return tensors["latents"], tensors["token_ids"]
 
 
 # -- base and experts -------------------------------------------------------------------------
