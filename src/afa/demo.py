@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 class DemoSettings:
     """How long the demo trains and how much it draws; the default takes minutes on two cores."""
 
-    num_train_steps: int = 400
+    num_train_steps: int = 500
     batch_size: int = 16
     learning_rate: float = 1e-3
     num_prompts: int = 96
@@ -270,17 +270,17 @@ def draw_comparison(rows: Sequence[Row], prompts: Sequence[str], path: Path) -> 
     )
     for column, prompt in enumerate(prompts):
         wanted = parse_caption(prompt)
-        title = f"{wanted.left}\n{wanted.right}\n({wanted.background})"
+        title = f"{wanted.left} |\n{wanted.right}\n({wanted.background})"
         axes[0, column].set_title(title, fontsize=9)
     for line, row in zip(axes, rows, strict=True):
         for axis, picture in zip(line, row.pictures, strict=False):
             axis.imshow(picture)
             axis.set_xticks([])
             axis.set_yticks([])
-        label = f"{row.method}\n{row.score.both.mean:.0%} right"
+        label = f"{textwrap.fill(row.method, 18)}\n{row.score.both.mean:.0%} right"
         weight = "bold" if row.method == "AFA" else "normal"
         line[0].set_ylabel(
-            textwrap.fill(label, 18, replace_whitespace=False),
+            label,
             rotation=0,
             ha="right",
             va="center",

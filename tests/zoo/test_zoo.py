@@ -12,7 +12,7 @@ from safetensors import safe_open
 import afa
 from afa.cli import main
 from afa.errors import AfaError
-from afa.zoo import EXPERTS, MODELS, assets, expert_folder, export_zoo, shipped
+from afa.zoo import EXPERTS, MODELS, assets, expert_folder, export_zoo
 from afa.zoo.evaluate import draw_pictures, evaluate
 from afa.zoo.judges import load_classifier, report_card
 from afa.zoo.scenes import evaluation_prompts
@@ -26,8 +26,6 @@ def test_it_is_small_and_in_half_precision() -> None:
     weights = [file for file in files if file.suffix == ".safetensors"]
     assert len(weights) == 1 + 2 * len(MODELS) + 2 + 1  # autoencoder, models, judges, aggregators
     for file in weights:
-        if file.parent == shipped("ensemble"):
-            continue  # aggregators stay in float32
         with safe_open(file, framework="pt") as tensors:
             dtypes = {tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118
         assert dtypes <= {"F16", "I64"}, file

@@ -26,7 +26,7 @@ from afa.experts import read_json
 from afa.pipeline import load_pipeline
 from afa.recipe import TrainingRecipe
 from afa.training import SceneImages, seeded, train_aggregators
-from afa.zoo import export_zoo
+from afa.zoo import copy_as, export_zoo
 from afa.zoo.fit import FitStep, fit
 from afa.zoo.models import (
     AGGREGATOR,
@@ -150,7 +150,7 @@ def encode_scenes(shop: Workshop, vae: AutoencoderKL, kind: Kind) -> tuple[Tenso
     batches = torch.arange(shop.recipe.num_scenes).split(128)
     latents = [vae.encode(shop.pixels(batch, kind)).latent_dist.mean for batch in batches]
     captions = [shop.scene(i, kind).caption for i in range(shop.recipe.num_scenes)]
-    tensors = {"latents": torch.cat(latents), "token_ids": shop.tokenize(captions)}
+    tensors = {"latents": torch.cat(latents).contiguous(), "token_ids": shop.tokenize(captions)}
     partial = kept.with_suffix(".partial")
     save_file(tensors, partial)
     os.replace(partial, kept)
@@ -379,4 +379,5 @@ def train_ensemble(shop: Workshop) -> Iterator[FitStep]:
     pipeline.unet.vae_reference = replace(
         pipeline.unet.vae_reference, source=pipeline.unet.references[0].source
     )
-    save_ensemble(pipeline, shop.folder / "assets" / "ensemble", exist_ok=True)
+    save_ensemble(pipeline, shop.folder / "ensemble", exist_ok=True)
+    copy_as(shop.folder / "ensemble", shop.folder / "assets" / "ensemble", torch.float16)
