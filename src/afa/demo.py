@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 class DemoSettings:
     """How long the demo trains and how much it draws; the default takes minutes on two cores."""
 
-    num_train_steps: int = 500
+    num_train_steps: int = 600
     batch_size: int = 16
     learning_rate: float = 1e-3
     num_prompts: int = 96
@@ -137,6 +137,7 @@ def _train(pipeline: StableDiffusionPipeline, settings: DemoSettings) -> Iterato
         batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
         num_warmup_steps=min(50, settings.num_train_steps),
+        learning_rate_schedule="cosine",  # or a run this short ends wherever its last steps led
         seed=settings.seed,
     )
     # any pair that is not held out; what a user would have is pictures of everything, too

@@ -63,6 +63,8 @@ class TrainingRecipe(_Section):
     learning_rate: float = Field(default=1e-4, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
     num_warmup_steps: int = Field(default=100, ge=0)
+    # cosine falls to zero at num_steps: a short run ends well, a longer one is another run
+    learning_rate_schedule: Literal["constant", "cosine"] = "constant"
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     caption_dropout: float = Field(default=0.1, ge=0, le=1)
     resolution: int | None = Field(default=None, ge=8)  # None: what the experts were made for

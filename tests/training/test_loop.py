@@ -27,7 +27,7 @@ from afa.training import (
     training_scheduler,
 )
 from afa.training.data import batch_indices, to_pixels
-from afa.training.loop import encode_captions, encode_pictures
+from afa.training.loop import encode_captions, encode_pictures, learning_rate_at
 from afa.training.objective import noise_and_target
 from tests.tiny import tiny_pipeline
 
@@ -95,6 +95,13 @@ def test_a_finished_run_can_be_made_longer(experts: list[Path], tmp_path: Path) 
     assert [s.step for s in train(recipe(experts, num_steps=3), tmp_path / "run")] == [3]
 
 
+def test_the_length_of_a_cosine_is_fixed(experts: list[Path], tmp_path: Path) -> None:
+    cosine = {"learning_rate_schedule": "cosine"}
+    list(train(recipe(experts, num_steps=2, **cosine), tmp_path / "run"))
+    with pytest.raises(AfaError, match="an earlier run of this recipe"):
+        list(train(recipe(experts, num_steps=3, **cosine), tmp_path / "run"))
+
+
 def test_another_recipe_does_not_touch_the_folder(experts: list[Path], tmp_path: Path) -> None:
     list(train(recipe(experts, num_steps=1), tmp_path / "run"))
     before = {f.name: f.read_bytes() for f in (tmp_path / "run").iterdir()}
@@ -140,6 +147,14 @@ def test_captions_are_dropped_one_by_one(
     dropped = [sum(not caption for caption in batch) for batch in seen]
     assert 40 <= sum(dropped) <= 80  # 60 expected of 200
     assert any(0 < count < 10 for count in dropped)  # not whole batches at a time
+
+
+def test_learning_rates() -> None:
+    settings = TrainingRecipe(num_steps=10, learning_rate=8.0, num_warmup_steps=4)
+    assert [learning_rate_at(n, settings) for n in (0, 1, 3, 4, 9)] == [2, 4, 8, 8, 8]
+    cosine = settings.model_copy(update={"learning_rate_schedule": "cosine", "num_warmup_steps": 0})
+    assert [learning_rate_at(n, cosine) for n in (0, 5)] == pytest.approx([8, 4])
+    assert 0 < learning_rate_at(9, cosine) < 0.3
 
 
 def test_training_lowers_the_loss(experts: list[Path]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ def train(recipe: Recipe, output: Path) -> Iterator[TrainStep]:
 
     The folder gets `recipe.json`, `checkpoint.pt` every so often, and the ensemble at the end. The
     same call on a folder with a checkpoint of the same recipe goes on where that one ended;
-    `training.num_steps` may be raised meanwhile.
+    `training.num_steps` may be raised meanwhile if the learning rate is constant.
 
     Args:
         recipe: experts, data, aggregator, training.
@@ -152,9 +153,8 @@ def _steps(
         for step in range(first, settings.num_steps):
             started = time.perf_counter()
             generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
-            warmup = min(1.0, (step + 1) / max(1, settings.num_warmup_steps))
             for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * warmup
+                group["lr"] = learning_rate_at(step, settings)
             indices = batch_indices(len(data), settings.batch_size, step, settings.seed)
             try:
                 samples = [data[index] for index in indices]
@@ -188,6 +188,16 @@ def _steps(
         ensemble.eval()
         if settings.gradient_checkpointing:
             ensemble.disable_gradient_checkpointing()
+
+
+def learning_rate_at(step: int, settings: TrainingRecipe) -> float:
+    """The learning rate of a step, counted from 0: linear warm-up, then constant or a cosine."""
+    warmup = min(1.0, (step + 1) / max(1, settings.num_warmup_steps))
+    if settings.learning_rate_schedule == "constant":
+        return settings.learning_rate * warmup
+    return (
+        settings.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * step / settings.num_steps))
+    )
 
 
 @contextmanager
@@ -235,11 +245,14 @@ def pick_device(name: str) -> torch.device:
 
 
 def _same_run(written: dict, asked: dict) -> bool:
-    """Whether two recipes are of one run; only its length and its checkpoints may differ."""
+    """Whether two recipes are of one run; only what changes no step may differ."""
 
     def essence(recipe: dict) -> dict:
-        settings = {k: v for k, v in recipe.get("training", {}).items() if k not in _FREE}
-        return {**recipe, "training": settings}
+        settings = dict(recipe.get("training", {}))
+        free = set(_FREE)
+        if settings.get("learning_rate_schedule") == "cosine":
+            free.remove("num_steps")  # every step's learning rate depends on it
+        return {**recipe, "training": {k: v for k, v in settings.items() if k not in free}}
 
     return essence(written) == essence(asked)
 
