@@ -96,6 +96,13 @@ def test_wilson_interval(successes: int, trials: int, low: float, high: float) -
     assert mirrored == pytest.approx((1 - high, 1 - low), abs=5e-5)
 
 
+def test_a_share_lies_in_its_interval() -> None:
+    for trials in range(1, 100):
+        for successes in range(trials + 1):
+            low, high = wilson_interval(successes, trials)
+            assert 0 <= low <= successes / trials <= high <= 1
+
+
 @pytest.mark.parametrize(("successes", "trials"), [(1, 0), (0, 0), (-1, 5), (6, 5)])
 def test_impossible_counts(successes: int, trials: int) -> None:
     with pytest.raises(AfaError, match="0 <= successes <= trials"):

@@ -95,7 +95,10 @@ def wilson_interval(num_successes: int, num_trials: int) -> tuple[float, float]:
     centre = share + z * z / (2 * num_trials)
     spread = z * (share * (1 - share) / num_trials + z * z / (4 * num_trials**2)) ** 0.5
     scale = 1 + z * z / num_trials
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+    # the ends are exact, where rounding would put the share itself outside of its interval
+    low = 0.0 if num_successes == 0 else (centre - spread) / scale
+    high = 1.0 if num_successes == num_trials else (centre + spread) / scale
+    return low, high
 
 
 def report_card() -> dict:
