@@ -92,6 +92,9 @@ def test_inspect_says_what_it_is(
     facts = json.loads(capsys.readouterr().out)
     assert facts["kind"] == "ensemble"
     assert len(facts["experts"]) == 3
+    assert run("inspect", ensemble) == 0
+    shown = "".join(capsys.readouterr().out.split())
+    assert all(expert["sha256"] in shown for expert in facts["experts"])  # whole, if narrow
     assert run("inspect", experts[0]) == 0
     assert "pipeline folder" in capsys.readouterr().out
 
@@ -240,6 +243,6 @@ def test_nothing_but_the_error_reaches_the_terminal(experts: list[Path], tmp_pat
     recipe = write_recipe(tmp_path, [experts[0], tmp_path / "nowhere"])
     command = [sys.executable, "-m", "afa", "train", str(recipe), "--output", str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stdout.strip()) == (2, "")
+    assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("afa: error: ")
     assert done.stderr.count("\n") == 1

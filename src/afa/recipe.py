@@ -130,7 +130,7 @@ def load_recipe(path: str | Path) -> Recipe:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
         problems = "; ".join(_explain(detail) for detail in error.errors())
-        raise AfaError(f"The recipe '{path}' is wrong: {problems}.") from None
+        raise AfaError(f"The recipe '{path}' is wrong: {problems}") from None
     return _resolve_paths(recipe, path.parent)
 
 

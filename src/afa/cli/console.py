@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import sys
@@ -69,9 +70,12 @@ def progress_bar() -> Progress:
 
 def show_steps(steps: Iterator[Step], name: str) -> None:
     """Run a training to its end under a bar with smoothed loss and speed, one bar a stage."""
+    first = next(steps, None)  # before the bar, so that an early mistake prints one line alone
+    if first is None:
+        return
     with progress_bar() as progress:
         tasks, loss, seconds = {}, 0.0, 0.0
-        for step in steps:
+        for step in itertools.chain([first], steps):
             stage = getattr(step, "name", name)
             if stage not in tasks:
                 tasks[stage] = progress.add_task(stage, total=step.num_steps, note="")

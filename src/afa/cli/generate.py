@@ -98,7 +98,8 @@ def generate(
                 if record is not None:
                     draw_weights(record, [picture], output / f"{stem}-weights.png", experts=names)
                 progress.advance(task)
-    console.print(f"{len(prompts) * num_images} pictures in {output}")
+    count = len(prompts) * num_images
+    console.print(f"{count} {'picture' if count == 1 else 'pictures'} in {output}")
 
 
 def _picture_size(

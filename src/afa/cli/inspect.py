@@ -6,7 +6,7 @@ import json
 from typing import Annotated
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from afa.cli.console import console
 
@@ -25,13 +25,14 @@ def inspect(
     if as_json:
         console.print_json(json.dumps(facts))
         return
-    table = Table(show_header=False, box=None)
+    table = Table("fact", Column("value", overflow="fold"), show_header=False, box=None)
     for key, value in facts.items():
         if isinstance(value, list):
             table.add_row(key.replace("_", " "), f"{len(value)}")
             for entry in value:
-                text = entry if isinstance(entry, str) else "  ".join(map(str, entry.values()))
-                table.add_row("", text)
+                lines = [entry] if isinstance(entry, str) else filter(None, entry.values())
+                for line in lines:
+                    table.add_row("", line)
         else:
             text = f"{value:,}" if isinstance(value, int) else str(value)
             table.add_row(key.replace("_", " "), text)

@@ -40,7 +40,7 @@ TEXT_WIDTH = 96
 CLIP_WIDTH = 64
 NUM_CLASSES = len(OBJECTS) + 1  # the last class is "no object of the zoo"
 
-#: of the shipped ensemble and of `afa demo`: 1.7 M parameters at 10 sites
+#: of the shipped ensemble and of `afa demo`: 1.7 M parameters at 9 sites
 AGGREGATOR = SABWConfig(hidden_size=64, num_layers=1, num_heads=4, norm_num_groups=16)
 
 
