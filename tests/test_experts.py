@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 import afa
@@ -238,6 +239,60 @@ def test_single_files_are_found_again_with_their_configuration(tmp_path: Path) -
     afa.load_ensemble(folder, config=tmp_path / "moved")
 
 
+def test_experts_that_moved_lend_their_configuration_from_where_they_are(tmp_path: Path) -> None:
+    pipeline = tiny_pipeline(tmp_path / "tokenizer", 0)
+    pipeline.save_pretrained(tmp_path / "folder")
+    save_file(original_layout(pipeline), tmp_path / "file.safetensors")
+    loaded = afa.load_pipeline([tmp_path / "folder", tmp_path / "file.safetensors"])
+    folder = afa.save_ensemble(loaded, tmp_path / "ensemble")
+    moved = [tmp_path / "new" / name for name in ("folder", "file.safetensors")]
+    moved[0].parent.mkdir()
+    for path in moved:
+        (tmp_path / path.name).rename(path)
+    again = afa.load_ensemble(folder, experts=moved)
+    assert [r.source for r in again.unet.references] == [str(path) for path in moved]
+    assert again.unet.vae_reference.source == str(moved[0])
+
+
+def test_the_autoencoder_of_another_expert_moves_with_it(
+    experts: list[Path], tmp_path: Path
+) -> None:
+    copies = [tmp_path / "old" / expert.name for expert in experts[:2]]
+    for expert, copy in zip(experts, copies, strict=False):
+        shutil.copytree(expert, copy)
+    loaded = afa.load_pipeline(copies, vae=copies[1])
+    folder = afa.save_ensemble(loaded, tmp_path / "a" / "b" / "ensemble")
+    (tmp_path / "old").rename(tmp_path / "new")
+    moved = [tmp_path / "new" / copy.name for copy in copies]
+    again = afa.load_ensemble(folder, experts=moved)
+    assert again.unet.vae_reference.source == str(moved[1])
+    with pytest.raises(AfaError, match=r"Autoencoder .* must have SHA-256"):
+        afa.load_ensemble(folder, experts=moved, vae=experts[2])
+
+
+def test_an_ensemble_behind_a_link_finds_its_experts(experts: list[Path], tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    shutil.copytree(experts[0], home / "expert")
+    folder = afa.save_ensemble(afa.load_pipeline([home / "expert"]), home / "ensemble")
+    (tmp_path / "latest").symlink_to(folder)
+    again = afa.load_ensemble(tmp_path / "latest")
+    assert again.unet.references[0].source == str(home / "expert")
+
+
+@pytest.mark.parametrize(
+    "part", ["cond_stage_model.transformer.", "model.diffusion_model.out.", "first_stage_model."]
+)
+def test_incomplete_single_files_are_one_line(part: str, tmp_path: Path) -> None:
+    pipeline = tiny_pipeline(tmp_path / "tokenizer", 0)
+    pipeline.save_pretrained(tmp_path / "folder")
+    tensors = original_layout(pipeline)
+    lost = next(k for k in tensors if k.startswith(part) and k.endswith("bias"))
+    del tensors[lost]
+    save_file(tensors, tmp_path / "file.safetensors")
+    with pytest.raises(AfaError, match=r"must be (a )?complete"):
+        afa.load_pipeline([tmp_path / "file.safetensors"], config=tmp_path / "folder")
+
+
 def test_an_autoencoder_in_a_file_of_its_own(tmp_path: Path) -> None:
     pipeline = tiny_pipeline(tmp_path / "tokenizer", 0)
     pipeline.save_pretrained(tmp_path / "folder")
@@ -267,8 +322,34 @@ def test_an_autoencoder_of_the_hub_may_lie_at_the_top(
         return str(experts[0] / "vae")
 
     monkeypatch.setattr("afa.experts.snapshot_download", fetch)
-    load_vae("org/vae")
-    assert {"config.json", "*.safetensors"} <= set(asked["allow_patterns"])
+    load_vae("org/vae", revision="v2")
+    assert asked["revision"] == "v2"
+    files = ["config.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"]
+    assert list(filter_repo_objects(files, allow_patterns=asked["allow_patterns"])) == files[:2]
+
+
+def test_of_a_hub_repository_only_what_is_needed_is_fetched(
+    monkeypatch: pytest.MonkeyPatch, experts: list[Path]
+) -> None:
+    needed = [file.relative_to(experts[0]).as_posix() for file in experts[0].rglob("*.*")]
+    needless = [
+        "v1-5-pruned.safetensors",
+        "v1-5-pruned-emaonly.ckpt",
+        "safety_checker/model.safetensors",
+        "unet/diffusion_pytorch_model.bin",
+        "README.md",
+    ]
+    fetched: set[str] = set()
+
+    def fetch(name: str, **options: Any) -> str:
+        fetched.update(
+            filter_repo_objects(needed + needless, allow_patterns=options["allow_patterns"])
+        )
+        return str(experts[0])
+
+    monkeypatch.setattr("afa.experts.snapshot_download", fetch)
+    afa.load_pipeline(["org/name"])
+    assert fetched == set(needed)
 
 
 def test_the_commit_of_a_hub_id_is_kept(

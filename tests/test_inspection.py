@@ -72,7 +72,7 @@ def test_a_family_that_cannot_be_ensembled_is_still_described(tmp_path: Path) ->
     (tmp_path / "config.json").write_text(json.dumps(config))
     facts = describe(tmp_path)
     assert facts["unet_parameters"] > 0
-    assert "addition_embed_type = 'text_time'" in facts["cannot be ensembled"]
+    assert "addition_embed_type = 'text_time'" in facts["refused"]
     (tmp_path / "config.json").write_text("[")
     with pytest.raises(AfaError, match="must be JSON"):
         describe(tmp_path)

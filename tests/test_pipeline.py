@@ -213,12 +213,24 @@ def test_existing_output_folder_is_left_alone(
     assert not list(tmp_path.iterdir())
 
 
+def change(folder: Path, key: str, value: object = None) -> None:
+    """Put another value into an ensemble's configuration; without one take the entry out."""
+    config = json.loads((folder / "config.json").read_text())
+    config.pop(key)
+    (folder / "config.json").write_text(
+        json.dumps(config if value is None else {**config, key: value})
+    )
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda f: (f / "config.json").unlink(), "must hold a config.json"),
         (lambda f: (f / "config.json").write_text("{"), "must be JSON"),
         (lambda f: (f / "config.json").write_text('{"format": "x"}'), "must be of format"),
+        (lambda f: change(f, "vae"), "must be as afa.save_ensemble writes it, but at 'vae'"),
+        (lambda f: change(f, "experts", []), "but at 'experts'"),
+        (lambda f: change(f, "aggregator", {"type": "magic"}), "but at 'aggregator.type'"),
         (
             lambda f: (f / "aggregators.safetensors").write_bytes(
                 (f / "aggregators.safetensors").read_bytes()[:-4]

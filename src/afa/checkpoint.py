@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import load_file, save
 
 from afa.aggregators import SABW, Mean, SABWConfig
 from afa.errors import AfaError
-from afa.experts import check_safetensors, locate, read_json, require_hash
+from afa.experts import check_safetensors, locate, require_hash
+from afa.files import read_json, write_atomic
 from afa.pipeline import load_pipeline
 
 if TYPE_CHECKING:
@@ -31,23 +32,40 @@ if TYPE_CHECKING:
     from afa.experts import ExpertReference
 
 FORMAT = "afa-ensemble"
+
+
+class _Saved(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class _Reference(_Saved):
+    source: str
+    sha256: str
+    revision: str | None = None
+
+
+class _Aggregator(_Saved):
+    type: Literal["sabw", "mean"]
+    hidden_size: int | None = None
+    num_layers: int | None = None
+    num_heads: int | None = None
+    norm_num_groups: int | None = None
+
+
+class _SavedEnsemble(_Saved):
+    """What `config.json` of an ensemble folder holds."""
+
+    format: Literal["afa-ensemble"]
+    version: Literal[1]
+    family: Literal["unet"]
+    experts: list[_Reference] = Field(min_length=1)
+    vae: _Reference | None
+    config: str | None
+    aggregator: _Aggregator
+    sites: list[str]
+
+
 _CHOICES = ("hidden_size", "num_layers", "num_heads", "norm_num_groups")
-
-
-def write_atomic(path: Path, content: bytes | str) -> None:
-    """Write a file so that it is there whole or not at all."""
-    data = content.encode() if isinstance(content, str) else content
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
 
 
 def aggregator_tensors(ensemble: EnsembleDenoiser) -> dict[str, Tensor]:
@@ -166,7 +184,14 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise AfaError(
             f"'{path}' must be of format '{FORMAT}', version 1, came {came}. Is it an ensemble?"
         )
-    return config
+    try:
+        return _SavedEnsemble.model_validate(config).model_dump()
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise AfaError(
+            f"'{path}' must be as afa.save_ensemble writes it, but at '{place}': {first['msg']}."
+        ) from None
 
 
 def load_ensemble(
@@ -175,6 +200,7 @@ def load_ensemble(
     torch_dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     experts: Sequence[str | Path] | None = None,
+    vae: str | Path | None = None,
     config: str | Path | None = None,
 ) -> StableDiffusionPipeline:
     """Load an ensemble folder into a stock pipeline.
@@ -184,7 +210,8 @@ def load_ensemble(
         torch_dtype: of experts and autoencoder.
         device: where everything goes.
         experts: where the experts are now, if they were moved; their hashes must still match.
-        config: where the configuration of single files is now, if it was moved.
+        vae: likewise the autoencoder, if it is none of the experts'.
+        config: likewise the configuration of single files.
 
     Raises:
         AfaError: a damaged folder, an expert that is gone, or one whose hash is another.
@@ -197,25 +224,28 @@ def load_ensemble(
     sources = experts or [_absolute(reference["source"], folder) for reference in references]
     weights = folder / "aggregators.safetensors"
     check_safetensors(weights)
-    settings = dict(saved["aggregator"])
+    settings = {key: value for key, value in saved["aggregator"].items() if value is not None}
     kind = settings.pop("type")
-    vae = saved["vae"]
-    if vae is not None and vae["source"] == references[0]["source"]:
-        vae = None  # the first expert's own, wherever that is now
+    saved_vae = saved["vae"] or {"source": references[0]["source"], "sha256": None}
+    if vae is None and saved_vae["source"] != references[0]["source"]:
+        # an expert's own autoencoder moves with that expert
+        names = [reference["source"] for reference in references]
+        moved = dict(zip(names, sources, strict=True))
+        vae = moved.get(saved_vae["source"]) or _absolute(saved_vae["source"], folder)
     if config is None and saved["config"] is not None:
         config = _absolute(saved["config"], folder)
     pipeline = load_pipeline(
         sources,
         SABWConfig(**settings) if kind == "sabw" else None,
-        vae=None if vae is None else _absolute(vae["source"], folder),
+        vae=vae,
+        vae_revision=saved_vae.get("revision"),
         config=config,
         revisions=[reference["revision"] for reference in references],
         hashes=[reference["sha256"] for reference in references],
         torch_dtype=torch_dtype,
         device=device,
     )
-    if saved["vae"] is not None:
-        require_hash("Autoencoder", pipeline.unet.vae_reference, saved["vae"]["sha256"])
+    require_hash("Autoencoder", pipeline.unet.vae_reference, saved_vae["sha256"])
     load_aggregator_tensors(pipeline.unet, load_file(weights))
     return pipeline
 
@@ -229,14 +259,17 @@ def _relative(source: str, folder: Path) -> str:
 
     Relative paths begin with a dot; nothing else does.
     """
-    base = os.path.abspath(folder)
-    if os.path.isabs(source) and Path(source).is_relative_to(os.path.dirname(base)):
-        return os.path.join(".", os.path.relpath(source, base))
+    base, path = folder.resolve(), Path(source)
+    place = path.parent.resolve() / path.name  # a link at the end stays one
+    if path.is_absolute() and place.is_relative_to(base.parent):
+        return os.path.join(".", os.path.relpath(place, base))
     return source
 
 
 def _absolute(source: str, folder: Path) -> str:
-    return os.path.abspath(folder / source) if source.startswith(".") else source
+    if not source.startswith("."):
+        return source
+    return os.path.normpath(folder.resolve() / source)
 
 
 def model_card(config: dict[str, Any]) -> str:

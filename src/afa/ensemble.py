@@ -131,7 +131,7 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
             timestep_cond: embedding of the guidance scale.
             attention_mask: [B, L], 1 keeps.
             cross_attention_kwargs: for the attention processors; `scale` is that of the LoRAs.
-            added_cond_kwargs: IP-Adapter images and further conditions.
+            added_cond_kwargs: IP-Adapter images.
             down_block_additional_residuals: ControlNet's.
             mid_block_additional_residual: ControlNet's.
             down_intrablock_additional_residuals: T2I-Adapter's.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 
 from afa.errors import AfaError
+from afa.files import read_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 PICKLES = frozenset({".ckpt", ".pt", ".pth", ".bin", ".pkl"})
 _ZOO_PREFIX = "zoo:"
-# what of a hub repository is needed; never a pickle
+# what of a hub repository is needed; never a pickle. In these patterns * matches a slash as well.
 _WEIGHTS = ("config.json", "*.safetensors", "*.safetensors.index.json")
 _PIPELINE_FILES = (
     "model_index.json",
@@ -38,7 +38,11 @@ _PIPELINE_FILES = (
     "tokenizer/*.txt",
     *(f"{part}/{name}" for part in ("unet", "text_encoder", "vae") for name in _WEIGHTS),
 )
-_VAE_FILES = (*_WEIGHTS, *(f"vae/{name}" for name in _WEIGHTS))
+_VAE_FILES = (
+    "config.json",
+    "diffusion_pytorch_model*.safetensors",
+    *(f"vae/{name}" for name in _WEIGHTS),
+)
 # what a library says of a folder or file that is not what it seems
 _LOADING_ERRORS = (
     OSError,
@@ -173,21 +177,6 @@ def check_safetensors(file: Path) -> None:
             f"'{file}' must be a complete safetensors file, but reading its header says: {error}. "
             "Download or copy it again."
         ) from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file.
-
-    Raises:
-        AfaError: the file cannot be read, or holds something else.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise AfaError(f"'{path}' must be JSON, but reading it says: {error}.") from error
-    if not isinstance(content, dict):
-        raise AfaError(f"'{path}' must hold a JSON object, came {str(content)[:80]}.")
-    return content
 
 
 def hash_file(file: Path) -> str:
@@ -381,6 +370,13 @@ def _load_single_file(
             safety_checker=None,
             local_files_only=config is not None,
         ).components
+        for name in ("unet", "text_encoder", "vae"):
+            empty = [key for key, p in parts[name].named_parameters() if p.is_meta]
+            if empty:
+                raise AfaError(
+                    f"Weights must be complete; '{path}' lacks {len(empty)} of the {name} "
+                    f"(first: {empty[0]}). {remedy}"
+                )
     return Expert(
         reference,
         unet=parts["unet"],

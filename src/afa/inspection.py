@@ -23,9 +23,9 @@ from afa.experts import (
     hash_expert,
     hash_file,
     locate,
-    read_json,
     weight_files,
 )
+from afa.files import read_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -102,12 +102,14 @@ def _describe_pipeline(folder: Path) -> dict[str, Any]:
 
 def _describe_unet(config: dict[str, Any]) -> dict[str, Any]:
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(config)
-        facts = {"unet_parameters": sum(p.numel() for p in unet.parameters())}
         try:
+            unet = UNet2DConditionModel.from_config(config)
+            facts = {"unet_parameters": sum(p.numel() for p in unet.parameters())}
             sites = discover_sites(unet)
         except AfaError as error:
-            return {**facts, "cannot be ensembled": str(error)}
+            return {**facts, "refused": str(error)}
+        except (ValueError, TypeError, LookupError, RuntimeError) as error:
+            return {"refused": f"The configuration describes no U-Net: {error}"}
         parameters = _count_aggregators(sites, text_width(unet))
     return {
         **facts,

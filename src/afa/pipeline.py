@@ -28,6 +28,7 @@ def load_pipeline(
     aggregators: SABWConfig | Sequence[nn.Module] | None = None,
     *,
     vae: str | Path | None = None,
+    vae_revision: str | None = None,
     config: str | Path | None = None,
     revisions: Sequence[str | None] | None = None,
     hashes: Sequence[str | None] | None = None,
@@ -44,6 +45,7 @@ def load_pipeline(
         aggregators: a `SABWConfig` for untrained ones, one fusion rule per site, or None for the
             uniform mean.
         vae: where the autoencoder comes from; None takes the first expert's.
+        vae_revision: of a hub id.
         config: for single files, a local diffusers folder of the same family, whose weights are
             not read; None takes the first folder among the experts, else asks the hub.
         revisions: of hub ids, one per expert.
@@ -73,14 +75,14 @@ def load_pipeline(
     if vae is not None or autoencoder is None:  # a single file brings its own, a folder does not
         autoencoder, vae_reference = load_vae(
             experts[0] if vae is None else vae,
-            revision=revisions[0] if vae is None else None,
+            revision=loaded[0].reference.revision if vae is None else vae_revision,
             config=config_folder,
             torch_dtype=torch_dtype,
         )
     pipeline = assemble(loaded, aggregators, autoencoder).to(device)
     pipeline.unet.vae_reference = vae_reference
-    if config_folder is not None and any(Path(e).expanduser().is_file() for e in experts):
-        pipeline.unet.config_source = os.path.abspath(config_folder)
+    if config is not None:  # the first folder among the experts is found again by itself
+        pipeline.unet.config_source = os.path.abspath(Path(config).expanduser())
     return pipeline
 
 

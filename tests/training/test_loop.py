@@ -252,7 +252,7 @@ def test_going_on_with_other_weights_is_refused(experts: list[Path], tmp_path: P
     list(train(recipe(copies, num_steps=1), tmp_path / "run"))
     shutil.rmtree(copies[0] / "unet")
     shutil.copytree(experts[1] / "unet", copies[0] / "unet")
-    with pytest.raises(AfaError, match="was trained with experts of SHA-256"):
+    with pytest.raises(AfaError, match="was trained with experts and autoencoder of SHA-256"):
         train_one(recipe(copies, num_steps=2), tmp_path / "run")
 
 

@@ -37,7 +37,7 @@ def check_unet(unet: UNet2DConditionModel) -> None:
     if added not in (None, "text"):
         raise AfaError(
             f"A U-Net must be conditioned on prompt and timestep alone, this one has "
-            f"addition_embed_type = '{added}', as Stable Diffusion XL has. Use experts of the "
+            f"addition_embed_type = '{added}' (Stable Diffusion XL: text_time). Use experts of the "
             "Stable Diffusion 1.x or 2.x family."
         )
     kinds: list[tuple[str, Any, tuple[str, ...]]]
@@ -85,7 +85,7 @@ def unet_blocks(
         timestep_cond: embedding of the guidance scale [B, D'].
         attention_mask: [B, L], 1 keeps a key and 0 discards it.
         cross_attention_kwargs: handed to the attention processors; `gligen` is honoured.
-        added_cond_kwargs: further conditions of the time embedding and IP-Adapter images.
+        added_cond_kwargs: IP-Adapter images.
         down_block_additional_residuals: ControlNet's, one per skip connection.
         mid_block_additional_residual: ControlNet's, for the mid block.
         down_intrablock_additional_residuals: T2I-Adapter's, one per down block.
@@ -130,9 +130,6 @@ def unet_blocks(
     elif class_embedding is not None:
         temb = temb + class_embedding
     added = unet.get_aug_embed(temb, encoder_hidden_states, added_cond_kwargs)
-    if unet.config.addition_embed_type == "image_hint":
-        added, hint = added
-        sample = torch.cat([sample, hint], dim=1)
     if added is not None:
         temb = temb + added
     if unet.time_embed_act is not None:

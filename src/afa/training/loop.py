@@ -18,10 +18,9 @@ from afa.checkpoint import (
     aggregator_tensors,
     load_aggregator_tensors,
     save_ensemble,
-    write_atomic,
 )
 from afa.errors import AfaError
-from afa.experts import read_json
+from afa.files import read_json, write_atomic
 from afa.pipeline import check_text_to_image, load_pipeline, native_resolution
 from afa.training.data import CaptionedImages, batch_indices, open_data, to_pixels
 from afa.training.objective import denoising_loss, training_scheduler
@@ -37,6 +36,8 @@ if TYPE_CHECKING:
     from afa.recipe import Recipe, TrainingRecipe
 
 _CHECKPOINT = "checkpoint.pt"
+# what reading a checkpoint that was cut short or spoilt raises
+_DAMAGED = (OSError, RuntimeError, ValueError, TypeError, LookupError, EOFError, UnpicklingError)
 _FREE = ("num_steps", "checkpoint_every", "device")  # may change when a run goes on
 
 
@@ -248,7 +249,7 @@ def _same_run(written: dict, asked: dict) -> bool:
     """Whether two recipes are of one run; only what changes no step may differ."""
 
     def essence(recipe: dict) -> dict:
-        settings = dict(recipe.get("training", {}))
+        settings = dict(recipe.get("training") or {})
         free = set(_FREE)
         if settings.get("learning_rate_schedule") == "cosine":
             free.remove("num_steps")  # every step's learning rate depends on it
@@ -280,22 +281,24 @@ def _resume(path: Path, ensemble: EnsembleDenoiser, optimizer: torch.optim.Optim
     try:
         # on the CPU: the optimizer moves its state to where the parameters are now
         state = torch.load(path, weights_only=True, map_location="cpu")
-        step, experts = state["step"], state["experts"]
-    except (OSError, RuntimeError, ValueError, LookupError, EOFError, UnpicklingError) as error:
+        if state["experts"] != _hashes(ensemble):
+            raise AfaError(
+                f"The checkpoint '{path}' was trained with experts and autoencoder of SHA-256 "
+                f"{', '.join(state['experts'])}; now they have {', '.join(_hashes(ensemble))}. "
+                "Restore them, or delete it to begin again."
+            )
+        load_aggregator_tensors(ensemble, state["aggregators"])
+        optimizer.load_state_dict(state["optimizer"])
+        return int(state["step"])
+    except AfaError:
+        raise
+    except _DAMAGED as error:
         raise AfaError(
             f"The checkpoint '{path}' must be complete, but reading it says "
             f"{type(error).__name__}. Restore it, or delete it to begin again."
         ) from error
-    if experts != _hashes(ensemble):
-        raise AfaError(
-            f"The checkpoint '{path}' was trained with experts of SHA-256 {', '.join(experts)}; "
-            f"now they have {', '.join(_hashes(ensemble))}. Restore them, or delete it to begin "
-            "again."
-        )
-    load_aggregator_tensors(ensemble, state["aggregators"])
-    optimizer.load_state_dict(state["optimizer"])
-    return step
 
 
 def _hashes(ensemble: EnsembleDenoiser) -> list[str]:
-    return [reference.sha256 for reference in ensemble.references or ()]
+    references = [*(ensemble.references or ()), ensemble.vae_reference]
+    return [reference.sha256 for reference in references if reference is not None]
