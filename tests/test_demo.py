@@ -84,7 +84,8 @@ def test_the_main_path(
     assert rows["AFA"]["both"]["mean"] > max(others) + 0.1
     # the shell by itself changes nothing: same noise, same pictures, same verdicts
     alone = rows[shells[0].split()[0]]
-    assert abs(rows[shells[0]]["left"]["mean"] - alone["left"]["mean"]) <= 0.05
+    for name in ("both", "left", "right"):  # rounding may move one picture over the border
+        assert abs(rows[shells[0]][name]["mean"] - alone[name]["mean"]) <= 1 / 48
     assert verdict_line(report) in (output / "report.md").read_text()
     assert "AFA" in capsys.readouterr().out
     loaded = afa.load_ensemble(output / "ensemble")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import io
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from afa.errors import AfaError
+from afa.files import write_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -154,6 +155,6 @@ def draw_weights(
         Patch(color=tuple(c.tolist()), label=e) for c, e in zip(colours, experts, strict=True)
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(experts), frameon=False)
-    partial = path.with_name(f".{path.name}")
-    figure.savefig(partial, dpi=130, format=path.suffix.removeprefix("."))
-    os.replace(partial, path)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=130, format=path.suffix.removeprefix("."))
+    write_atomic(path, buffer.getvalue())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from afa.errors import AfaError
 from afa.zoo.build import ZooRecipe, build_zoo, spoil
 from afa.zoo.fit import FitStep, fit
 
@@ -114,6 +116,8 @@ def test_the_whole_zoo_in_few_steps(tmp_path: Path) -> None:
         "ensemble",
         "report.json",
     }
+    with pytest.raises(AfaError, match="of the same recipe"):
+        next(build_zoo(tmp_path / "work", replace(recipe, seed=1)))
     # only the grades are given again, everything else is done
     assert {s.name for s in build_zoo(tmp_path / "work", recipe)} == {"grades"}
     config = (made / "ensemble" / "config.json").read_text()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
 import re
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,6 +13,7 @@ import typer
 
 from afa.cli.console import console, progress_bar, quieten_loading, require_new_folder
 from afa.errors import AfaError
+from afa.files import write_atomic
 from afa.recipe import MAX_SEED
 
 if TYPE_CHECKING:
@@ -130,6 +131,6 @@ def _save_picture(picture: Image.Image, path: Path, settings: dict[str, object])
 
     info = PngInfo()
     info.add_text("afa", json.dumps(settings))
-    partial = path.with_name(f".{path.name}")
-    picture.save(partial, format="PNG", pnginfo=info)
-    os.replace(partial, path)
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", pnginfo=info)
+    write_atomic(path, buffer.getvalue())

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from afa.errors import AfaError
+from afa.files import write_atomic
 from afa.zoo.sprites import DOMAINS
 
 EXPERTS = tuple(DOMAINS)
@@ -105,7 +106,7 @@ def _digest() -> str:
 
 def copy_as(source: Path, target: Path, dtype: torch.dtype) -> None:
     """Copy a folder; the floating-point tensors of its safetensors files become `dtype`."""
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file, save
 
     for file in sorted(source.rglob("*")):
         copy = target / file.relative_to(source)
@@ -115,6 +116,6 @@ def copy_as(source: Path, target: Path, dtype: torch.dtype) -> None:
         if file.suffix == ".safetensors":
             tensors = load_file(file)
             cast = {k: t.to(dtype) if t.is_floating_point() else t for k, t in tensors.items()}
-            save_file(cast, copy, metadata={"format": "pt"})
+            write_atomic(copy, save(cast, metadata={"format": "pt"}))
         else:
             shutil.copyfile(file, copy)

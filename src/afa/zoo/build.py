@@ -7,8 +7,9 @@ runs again. The result is the folder `assets` of float16 weights, which the pack
 from __future__ import annotations
 
 import copy
+import hashlib
+import io
 import json
-import os
 import shutil
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
@@ -16,15 +17,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save
 from torch import nn
 from torch.nn import functional as F
 
-from afa.checkpoint import save_ensemble, write_atomic
+from afa.checkpoint import save_ensemble
 from afa.errors import AfaError
-from afa.experts import read_json
+from afa.files import read_json, write_atomic
 from afa.pipeline import load_pipeline
 from afa.recipe import TrainingRecipe
+from afa.text import hash_weights
 from afa.training import SceneImages, seeded, train_aggregators
 from afa.zoo import copy_as, export_zoo
 from afa.zoo.fit import FitStep, fit
@@ -141,19 +144,23 @@ def _crops(pictures: Tensor, size: int, generator: torch.Generator) -> Tensor:
 def encode_scenes(shop: Workshop, vae: AutoencoderKL, kind: Kind) -> tuple[Tensor, Tensor]:
     """`num_scenes` scenes as latents [S, 8, 16, 16], unscaled, and token ids [S, 24].
 
-    Kept in the work folder, so that going on after a stop is quick.
+    Kept in the work folder, so that going on after a stop is quick, with what they were made from.
     """
     kept = shop.folder / f"scenes-{kind}.safetensors"
+    digest = hashlib.sha256(hash_weights(vae).encode())
+    for sprite in shop.sprites.values():
+        digest.update(sprite.tobytes())
     if kept.exists():
-        tensors = load_file(kept)
-        return tensors["latents"], tensors["token_ids"]
+        with safe_open(kept, framework="pt") as file:
+            made_from = file.metadata().get("made_from")
+        if made_from == digest.hexdigest():
+            tensors = load_file(kept)
+            return tensors["latents"], tensors["token_ids"]
     batches = torch.arange(shop.recipe.num_scenes).split(128)
     latents = [vae.encode(shop.pixels(batch, kind)).latent_dist.mean for batch in batches]
     captions = [shop.scene(i, kind).caption for i in range(shop.recipe.num_scenes)]
     tensors = {"latents": torch.cat(latents).contiguous(), "token_ids": shop.tokenize(captions)}
-    partial = kept.with_suffix(".partial")
-    save_file(tensors, partial)
-    os.replace(partial, kept)
+    write_atomic(kept, save(tensors, metadata={"made_from": digest.hexdigest()}))
     return tensors["latents"], tensors["token_ids"]
 
 
@@ -306,7 +313,9 @@ def build_zoo(
     _require_same_recipe(folder / "recipe.json", recipe)
     atlas = folder / "sprites.png"
     if font is not None:
-        extract_sprites(font).save(atlas)
+        buffer = io.BytesIO()
+        extract_sprites(font).save(buffer, format="PNG")
+        write_atomic(atlas, buffer.getvalue())
     sprites = cut_atlas(Image.open(atlas)) if atlas.exists() else load_sprites()
     shop = Workshop(folder, recipe, sprites, build_tokenizer(folder / "tokenizer"))
 
@@ -346,10 +355,11 @@ def build_zoo(
 def _require_same_recipe(path: Path, recipe: ZooRecipe) -> None:
     """Checkpoints are only good for the recipe that they were made by."""
     asked = asdict(recipe)
-    if path.exists() and read_json(path) != asked:
+    is_foreign = any(path.parent.glob("*.ckpt")) and not path.exists()
+    if is_foreign or (path.exists() and read_json(path) != asked):
         raise AfaError(
-            f"The work folder '{path.parent}' must be new or of the same recipe; '{path}' differs. "
-            "Name another folder."
+            f"The work folder '{path.parent}' must be new or of the same recipe; '{path}' is "
+            f"{'missing' if is_foreign else 'another one'}. Name another folder."
         )
     write_atomic(path, json.dumps(asked, indent=2) + "\n")
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import math
-import os
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+
+from afa.files import write_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -69,15 +71,12 @@ def fit(
             optimizer.load_state_dict(state["optimizer"])
 
     def save(step: int) -> None:
-        state = {
-            "step": step,
-            "model": model.state_dict(),
-            "average": average,
-            "optimizer": optimizer.state_dict(),
-        }
-        partial = checkpoint.with_suffix(".partial")
-        torch.save(state, partial)
-        os.replace(partial, checkpoint)
+        state = {"step": step, "model": model.state_dict(), "average": average}
+        if step < num_steps:  # a finished stage does not go on
+            state["optimizer"] = optimizer.state_dict()
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        write_atomic(checkpoint, buffer.getvalue())
 
     model.train()
     for step in range(first, num_steps):

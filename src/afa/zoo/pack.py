@@ -14,7 +14,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 
-from afa.checkpoint import write_atomic
+from afa.files import write_atomic
 from afa.zoo import MODELS, copy_as, export_zoo
 from afa.zoo.evaluate import GUIDANCE_SCALE, NUM_STEPS, evaluate
 from afa.zoo.fit import FitStep
