@@ -16,8 +16,24 @@ CONFIGS = {"sd1": SD1, "sd2": SD2, **ODD}
 
 
 def assert_parity(unet: Any, call: dict[str, Any], extra: dict[str, Any] | None = None) -> None:
-    """Compare with `torch.equal`; arguments that the library consumes are given to it as copies."""
-    extra = extra or {}
+    """Compare with `torch.equal`, in float32 and in bfloat16."""
+    for dtype in (torch.float32, torch.bfloat16):
+        _assert_parity(unet.to(dtype), cast(call, dtype), cast(extra or {}, dtype))
+
+
+def cast(value: Any, dtype: torch.dtype) -> Any:
+    """Floating-point tensors in `dtype`, wherever they are in lists and dictionaries."""
+    if isinstance(value, dict):
+        return {key: cast(entry, dtype) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(cast(entry, dtype) for entry in value)
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
+        return value.to(dtype)
+    return value
+
+
+def _assert_parity(unet: Any, call: dict[str, Any], extra: dict[str, Any]) -> None:
+    # the library consumes lists of residuals, so it gets copies
     copies = {k: list(v) if isinstance(v, list) else v for k, v in extra.items()}
     with torch.no_grad():
         expected = unet(**call, **copies).sample
@@ -32,14 +48,9 @@ def _required(unet: Any) -> bool:
     return unet.class_embedding is not None
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_forward_is_the_librarys_own(name: str, dtype: torch.dtype) -> None:
-    unet = tiny_unet(**CONFIGS[name]).to(dtype)
-    call = inputs()
-    call["sample"] = call["sample"].to(dtype)
-    call["encoder_hidden_states"] = call["encoder_hidden_states"].to(dtype)
-    assert_parity(unet, call)
+def test_forward_is_the_librarys_own(name: str) -> None:
+    assert_parity(tiny_unet(**CONFIGS[name]), inputs())
 
 
 @pytest.mark.parametrize(("height", "width"), [(9, 8), (7, 13), (10, 6)])
@@ -81,9 +92,22 @@ ARGUMENTS = {
 }
 
 
+@pytest.mark.parametrize("config", [SD1, SD2], ids=["sd1", "sd2"])
 @pytest.mark.parametrize("name", ARGUMENTS)
-def test_argument(name: str) -> None:
-    assert_parity(tiny_unet(), inputs(), ARGUMENTS[name]())
+def test_argument(name: str, config: dict[str, Any]) -> None:
+    assert_parity(tiny_unet(**config), inputs(), ARGUMENTS[name]())
+
+
+def test_controlnet_at_an_odd_size() -> None:
+    sizes = [(9, 7)] * 3 + [(5, 4)] * 3 + [(3, 2)] * 3
+    channels = [8, 8, 8, 8, 16, 16, 16, 16, 16]
+    residuals = {
+        "down_block_additional_residuals": tuple(
+            torch.randn(2, c, *size) for c, size in zip(channels, sizes, strict=True)
+        ),
+        "mid_block_additional_residual": torch.randn(2, 16, 3, 2),
+    }
+    assert_parity(tiny_unet(), inputs(height=9, width=7), residuals)
 
 
 def test_adapter_where_no_block_attends() -> None:
