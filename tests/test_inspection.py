@@ -40,6 +40,13 @@ def test_ensemble_folder(experts: list[Path], tmp_path: Path) -> None:
     assert [e["sha256"] for e in facts["experts"]] == [r.sha256 for r in pipeline.unet.references]
 
 
+def test_an_ensemble_without_parameters(experts: list[Path], tmp_path: Path) -> None:
+    folder = afa.save_ensemble(afa.load_pipeline(experts), tmp_path / "ensemble")
+    facts = describe(folder)
+    assert (facts["aggregator"], facts["aggregator_parameters"]) == ("type mean", 0)
+    assert afa.load_ensemble(folder).unet.sites
+
+
 def test_stable_diffusion_15_by_its_configuration_alone(tmp_path: Path) -> None:
     """The paper's "about 50 million" at 25 sites, from a 1 KB file and without any weights."""
     config = {

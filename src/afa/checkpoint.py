@@ -185,13 +185,14 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"'{path}' must be of format '{FORMAT}', version 1, came {came}. Is it an ensemble?"
         )
     try:
-        return _SavedEnsemble.model_validate(config).model_dump()
+        saved = _SavedEnsemble.model_validate(config)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise AfaError(
             f"'{path}' must be as afa.save_ensemble writes it, but at '{place}': {first['msg']}."
         ) from None
+    return {**saved.model_dump(), "aggregator": saved.aggregator.model_dump(exclude_none=True)}
 
 
 def load_ensemble(
@@ -224,7 +225,7 @@ def load_ensemble(
     sources = experts or [_absolute(reference["source"], folder) for reference in references]
     weights = folder / "aggregators.safetensors"
     check_safetensors(weights)
-    settings = {key: value for key, value in saved["aggregator"].items() if value is not None}
+    settings = dict(saved["aggregator"])
     kind = settings.pop("type")
     saved_vae = saved["vae"] or {"source": references[0]["source"], "sha256": None}
     if vae is None and saved_vae["source"] != references[0]["source"]:

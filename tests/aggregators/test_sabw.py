@@ -7,7 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from afa.aggregators import SABW, Condition, Mean, Only, SABWConfig, Separate, weighted_sum
+from afa.aggregators import (
+    SABW,
+    Condition,
+    FusionRule,
+    Mean,
+    Only,
+    SABWConfig,
+    Separate,
+    weighted_sum,
+)
 from afa.errors import AfaError
 
 CONFIG = SABWConfig(
@@ -119,6 +128,11 @@ def test_weighted_sum_keeps_the_memory_format() -> None:
     features = [torch.randn(2, 6, 5, 7).to(memory_format=torch.channels_last) for _ in range(2)]
     fused = weighted_sum(features, torch.rand(2, 2, 5, 7))
     assert fused.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_rule_must_say_how_it_fuses() -> None:
+    with pytest.raises(TypeError, match="abstract"):
+        FusionRule()  # type: ignore[abstract]
 
 
 def test_rules_without_parameters() -> None:

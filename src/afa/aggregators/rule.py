@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -34,15 +35,15 @@ class Fused(NamedTuple):
     weights: Tensor | None = None
 
 
-class FusionRule(nn.Module):
+class FusionRule(nn.Module, ABC):
     """Base of all fusion rules, one instance per site.
 
     A new way of combining experts is one subclass with one method.
     """
 
+    @abstractmethod
     def forward(self, features: Sequence[Tensor], condition: Condition) -> Fused:
         """Make one feature, or one per expert, of N features [B, C, H, W]."""
-        raise NotImplementedError
 
 
 def weighted_sum(features: Sequence[Tensor], weights: Tensor) -> Tensor:
