@@ -1,11 +1,12 @@
-"""Recipes: what `afa train` reads, checked before any work."""
+"""Recipes: YAML files checked before any work, and what `afa train` reads."""
 
 from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -13,15 +14,18 @@ from pydantic_core import ErrorDetails
 
 from afa.errors import AfaError
 
+Model = TypeVar("Model", bound=BaseModel)
 _MAX_BYTES = 1_000_000
 MAX_SEED = 2**32 - 1
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A mapping in a recipe: unknown keys are errors, and nothing changes once it is read."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class ScenesRecipe(_Section):
+class ScenesRecipe(Section):
     """Emoji scenes made on the fly; see `afa.zoo.scenes`."""
 
     num_samples: int = Field(default=10_000, ge=1)
@@ -29,7 +33,7 @@ class ScenesRecipe(_Section):
     kind: Literal["animals", "food", "things", "any", "mixed"] = "any"
 
 
-class DataRecipe(_Section):
+class DataRecipe(Section):
     """Exactly one source of captioned pictures."""
 
     folder: Path | None = None
@@ -42,7 +46,7 @@ class DataRecipe(_Section):
         return self
 
 
-class AggregatorRecipe(_Section):
+class AggregatorRecipe(Section):
     """The shape of SABW; see `afa.SABWConfig`."""
 
     hidden_size: int = Field(default=128, ge=1)
@@ -51,7 +55,7 @@ class AggregatorRecipe(_Section):
     norm_num_groups: int = Field(default=32, ge=1)
 
 
-class TrainingRecipe(_Section):
+class TrainingRecipe(Section):
     """How the aggregators are trained; defaults are the paper's (AFA, section 4.1).
 
     One is not: the published code does not clip gradients, which is `max_grad_norm: null` here.
@@ -75,7 +79,7 @@ class TrainingRecipe(_Section):
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """A whole training run.
 
     `experts` are diffusers folders, single `.safetensors` files, hub ids or `zoo:animals`; the
@@ -105,7 +109,16 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def load_recipe(path: str | Path) -> Recipe:
-    """Read and check a recipe; paths in it are relative to its own folder.
+    """Read and check a training recipe; paths in it are relative to its own folder.
+
+    Raises:
+        AfaError: see `read_recipe`.
+    """
+    return _resolve_paths(read_recipe(path, Recipe), Path(path).parent)
+
+
+def read_recipe(path: str | Path, model: type[Model]) -> Model:
+    """Read a YAML file and check it against `model`; paths in it stay as they are written.
 
     Raises:
         AfaError: one line that names the file and every place that is wrong, with the nearest right
@@ -124,20 +137,27 @@ def load_recipe(path: str | Path) -> Recipe:
         ) from None
     if not isinstance(content, dict):
         raise AfaError(
-            f"The recipe '{path}' must be a mapping with the keys {', '.join(Recipe.model_fields)}."
+            f"The recipe '{path}' must be a mapping with the keys {', '.join(model.model_fields)}."
         )
     try:
-        recipe = Recipe.model_validate(content)
+        return model.model_validate(content)
     except ValidationError as error:
-        problems = "; ".join(_explain(detail) for detail in error.errors())
+        problems = "; ".join(_explain(detail, model) for detail in error.errors())
         raise AfaError(f"The recipe '{path}' is wrong: {problems}") from None
-    return _resolve_paths(recipe, path.parent)
 
 
-def _explain(detail: ErrorDetails) -> str:
+def resolve_source(source: str, folder: Path) -> str:
+    """A local path of a recipe in `folder` made absolute; hub ids and `zoo:` names stay."""
+    local = folder / Path(source).expanduser()
+    is_local = local.exists() or source.startswith((".", "/", "~"))
+    # links stay: what a hub's cache links to has no suffix
+    return os.path.abspath(local) if is_local else source
+
+
+def _explain(detail: ErrorDetails, model: type[BaseModel]) -> str:
     place = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
-        known = _keys_at(detail["loc"][:-1])
+        known = _keys_at(detail["loc"][:-1], model)
         close = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean '{close[0]}'?" if close else f"known are {', '.join(known)}"
         return f"unknown key '{place}', {hint}"
@@ -150,25 +170,27 @@ def _explain(detail: ErrorDetails) -> str:
     return f"'{place}': {message}, came {detail['input']!r}"
 
 
-def _keys_at(place: tuple[int | str, ...]) -> list[str]:
-    """The keys of the section at `place` in a recipe."""
-    section: type[BaseModel] = Recipe
+def _keys_at(place: tuple[int | str, ...], model: type[BaseModel]) -> list[str]:
+    """The keys of the section at `place` in a recipe; lists are walked through."""
+    section = model
     for part in place:
-        annotation = section.model_fields[str(part)].annotation
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+        if isinstance(part, int):
+            continue
+        annotation: Any = section.model_fields[str(part)].annotation
+        section = next(kind for kind in _models_in(annotation))
     return list(section.model_fields)
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The sections that an annotation such as `list[Section] | None` allows."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in getattr(annotation, "__args__", ()):
+        yield from _models_in(argument)
 
 
 def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
     """Make local paths independent of where the program is run; names stay as they are."""
-
-    def resolve(source: str) -> str:
-        local = folder / Path(source).expanduser()
-        is_local = local.exists() or source.startswith((".", "/", "~"))
-        # links stay: what a hub's cache links to has no suffix
-        return os.path.abspath(local) if is_local else source
-
     data = recipe.data
     if data.folder is not None:
         data = data.model_copy(
@@ -176,9 +198,9 @@ def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
         )
     return recipe.model_copy(
         update={
-            "experts": [resolve(source) for source in recipe.experts],
-            "vae": recipe.vae and resolve(recipe.vae),
-            "config": recipe.config and resolve(recipe.config),
+            "experts": [resolve_source(source, folder) for source in recipe.experts],
+            "vae": recipe.vae and resolve_source(recipe.vae, folder),
+            "config": recipe.config and resolve_source(recipe.config, folder),
             "data": data,
         }
     )
