@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import greenlet
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from afa.aggregators import Condition, SABWConfig, Separate
+from afa.aggregators import SABW, Condition, SABWConfig, Separate
 from afa.baselines import noise_mean, shell
 from afa.denoisers import discover_sites
 from afa.ensemble import EnsembleDenoiser
@@ -67,6 +68,31 @@ def test_untrained_equals_the_mean() -> None:
 
 
 @torch.no_grad()
+def test_sites_of_one_width_can_share_an_aggregator() -> None:
+    ensemble = ensemble_of(aggregators=replace(SMALL, sharing="width"))
+    by_width: dict[int, set[int]] = {}
+    for site, rule in zip(ensemble.sites, ensemble.aggregators, strict=True):
+        by_width.setdefault(site.channels, set()).add(id(rule))
+    assert sorted(by_width) == [4, 8, 16]
+    assert all(len(rules) == 1 for rules in by_width.values())
+    assert len(ensemble.sites) > 3
+    separate = ensemble_of()
+    assert sum(p.numel() for p in ensemble.parameters() if p.requires_grad) < sum(
+        p.numel() for p in separate.parameters() if p.requires_grad
+    )
+    torch.testing.assert_close(ensemble(**call()).sample, separate(**call()).sample)
+
+
+def test_fusion_of_the_predictions_only() -> None:
+    ensemble = ensemble_of(aggregators=replace(SMALL, sites="conv_out"))
+    assert [type(rule) for rule in ensemble.aggregators[:-1]] == [Separate] * (
+        len(ensemble.sites) - 1
+    )
+    assert isinstance(ensemble.aggregators[-1], SABW)
+    mean = ensemble_of(aggregators=noise_mean(ensemble.sites))
+    torch.testing.assert_close(ensemble(**call()).sample, mean(**call()).sample, rtol=0, atol=1e-6)
+
+
 def test_separate_ways_to_the_end_is_noise_averaging() -> None:
     experts = [tiny_unet(n) for n in range(3)]
 
@@ -143,7 +169,7 @@ class _Cutter:
             for unet in self.ensemble.experts
         ) / len(workers)
 
-        condition = Condition(timestep, temb, sum(texts) / len(texts))
+        condition = Condition(timestep, temb, sum(texts) / len(texts), sample)
         features = [worker.switch() for worker in workers]
         for rule in self.ensemble.aggregators:
             fused = rule(features, condition).feature

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -151,6 +153,40 @@ def test_saved_and_loaded_it_draws_the_same_picture(
     assert [r.sha256 for r in loaded.unet.references] == [
         r.sha256 for r in pipeline.unet.references
     ]
+
+
+@pytest.mark.parametrize(
+    "switches",
+    [
+        {"spatial": False},
+        {"timestep": False},
+        {"prompt": False},
+        {"sharing": "width"},
+        {"sites": "conv_out"},
+        {"prompt": False, "sharing": "width"},
+    ],
+)
+def test_ablations_are_saved_and_loaded(
+    experts: list[Path], tmp_path: Path, switches: dict[str, Any]
+) -> None:
+    pipeline = afa.load_pipeline(experts[:2], replace(SMALL, **switches))
+    for rule in pipeline.unet.aggregators:
+        if isinstance(rule, afa.SABW):
+            torch.nn.init.normal_(rule.conv_out.weight)
+    folder = afa.save_ensemble(pipeline, tmp_path / "ensemble")
+    saved = json.loads((folder / "config.json").read_text())["aggregator"]
+    assert {key: saved.get(key) for key in switches} == switches
+    loaded = afa.load_ensemble(folder)
+    pictures = [
+        p("a fox", num_inference_steps=2, output_type="np", generator=noise()).images
+        for p in (pipeline, loaded)
+    ]
+    assert abs(pictures[0] - pictures[1]).max() < 1e-5
+    untrained = afa.load_pipeline(experts[:2], replace(SMALL, **switches))
+    assert not all(
+        torch.equal(a, b)
+        for a, b in zip(untrained.unet.parameters(), loaded.unet.parameters(), strict=True)
+    )
 
 
 def test_no_expert_weights_are_written(pipeline: StableDiffusionPipeline, tmp_path: Path) -> None:

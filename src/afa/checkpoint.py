@@ -16,7 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import load_file, save
 
-from afa.aggregators import SABW, Mean, SABWConfig
+from afa.aggregators import SABW, Mean, SABWConfig, Separate
 from afa.errors import AfaError
 from afa.experts import check_safetensors, locate, require_hash
 from afa.files import read_json, write_atomic
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
     from torch import Tensor, nn
 
+    from afa.denoisers import Site
     from afa.ensemble import EnsembleDenoiser
     from afa.experts import ExpertReference
 
@@ -50,6 +51,11 @@ class _Aggregator(_Saved):
     num_layers: int | None = None
     num_heads: int | None = None
     norm_num_groups: int | None = None
+    spatial: bool | None = None
+    timestep: bool | None = None
+    prompt: bool | None = None
+    sharing: Literal["none", "width"] | None = None
+    sites: Literal["all", "conv_out"] | None = None
 
 
 class _SavedEnsemble(_Saved):
@@ -65,16 +71,24 @@ class _SavedEnsemble(_Saved):
     sites: list[str]
 
 
-_CHOICES = ("hidden_size", "num_layers", "num_heads", "norm_num_groups")
+_SIZES = ("hidden_size", "num_layers", "num_heads", "norm_num_groups")
+_SWITCHES = ("spatial", "timestep", "prompt", "sharing", "sites")  # written where not the default
 
 
 def aggregator_tensors(ensemble: EnsembleDenoiser) -> dict[str, Tensor]:
-    """The aggregators' weights under `SITE.PARAMETER`."""
+    """The aggregators' weights under `SITE.PARAMETER`; shared ones once, at their first site."""
     return {
         f"{site.name}.{key}": tensor.detach().cpu().contiguous()
-        for site, rule in zip(ensemble.sites, ensemble.aggregators, strict=True)
+        for site, rule in _distinct_rules(ensemble)
         for key, tensor in rule.state_dict().items()
     }
+
+
+def _distinct_rules(ensemble: EnsembleDenoiser) -> list[tuple[Site, nn.Module]]:
+    """Every fusion rule with the first site that has it."""
+    pairs = zip(ensemble.sites, ensemble.aggregators, strict=True)
+    first = {id(rule): (site, rule) for site, rule in reversed(list(pairs))}
+    return list(reversed(first.values()))
 
 
 def load_aggregator_tensors(ensemble: EnsembleDenoiser, tensors: dict[str, Tensor]) -> None:
@@ -96,7 +110,7 @@ def load_aggregator_tensors(ensemble: EnsembleDenoiser, tensors: dict[str, Tenso
             f"Aggregator weights must fit the ensemble's sites, but there are {', '.join(detail)}. "
             "Use the weights with the experts and the aggregator settings they were trained for."
         )
-    for site, rule in zip(ensemble.sites, ensemble.aggregators, strict=True):
+    for site, rule in _distinct_rules(ensemble):
         prefix = f"{site.name}."
         rule.load_state_dict(
             {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
@@ -156,10 +170,18 @@ def describe_rules(rules: nn.ModuleList) -> dict[str, Any]:
     """
     if all(isinstance(rule, Mean) for rule in rules):
         return {"type": "mean"}
-    if all(isinstance(rule, SABW) for rule in rules):
-        shapes = [{key: getattr(rule.config, key) for key in _CHOICES} for rule in rules]
+    configs = [rule.config for rule in rules if isinstance(rule, SABW)]
+    shapes = [{key: getattr(config, key) for key in (*_SIZES, *_SWITCHES)} for config in configs]
+    num_fused = len(rules) if configs and configs[0].sites == "all" else 1
+    rest = list(rules)[: len(rules) - num_fused]
+    if len(configs) == num_fused and all(isinstance(rule, Separate) for rule in rest):
+        default = SABWConfig()
         if all(shape == shapes[0] for shape in shapes):
-            return {"type": "sabw", **shapes[0]}
+            return {
+                "type": "sabw",
+                **{key: shapes[0][key] for key in _SIZES},
+                **{k: shapes[0][k] for k in _SWITCHES if shapes[0][k] != getattr(default, k)},
+            }
     kinds = ", ".join(sorted({type(rule).__name__ for rule in rules}))
     raise AfaError(
         f"Only ensembles with SABW of one shape or Mean at every site can be saved, came {kinds}."

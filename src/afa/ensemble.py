@@ -12,7 +12,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from diffusers.utils.peft_utils import apply_lora_scale
 from torch import Tensor, nn
 
-from afa.aggregators import SABW, Condition, Mean, SABWConfig
+from afa.aggregators import SABW, Condition, Mean, SABWConfig, Separate
 from afa.denoisers import Feature, Site, discover_sites, family_of, run_lockstep
 from afa.errors import AfaError
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 #: called with the timestep [B], the site's name and the fusion weights [B, N, H, W]
 WeightsObserver = Callable[[Tensor, str, Tensor], None]
+#: answers to a timestep with the experts that run there, by number; the others are skipped
+Schedule = Callable[[float], Sequence[int]]
 
 # what may differ between experts of one architecture
 _FREE_CONFIG = frozenset({"sample_size", "upcast_attention", "dropout"})
@@ -39,6 +41,7 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
         experts: N U-Nets of one architecture.
         aggregators: a `SABWConfig` builds an untrained SABW at every site; a sequence holds one
             fusion rule per site, in site order; None takes the uniform mean.
+        schedule: which experts run at a timestep; fusion rules see these alone. None runs all.
 
     Raises:
         AfaError: no experts, experts that do not share one architecture, blocks that cannot be
@@ -52,6 +55,7 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
         self,
         experts: Sequence[UNet2DConditionModel],
         aggregators: SABWConfig | Sequence[nn.Module] | None = None,
+        schedule: Schedule | None = None,
     ) -> None:
         super().__init__()
         if not experts:
@@ -65,6 +69,7 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
         self.sites: tuple[Site, ...] = discover_sites(experts[0])
         self.aggregators = nn.ModuleList(self._build_aggregators(aggregators))
         self._rules = {site.name: n for n, site in enumerate(self.sites)}
+        self.schedule = schedule
         self.on_weights: WeightsObserver | None = None
         #: where the experts and the autoencoder come from; None where they were made in memory
         self.references: Sequence[ExpertReference] | None = None
@@ -80,25 +85,35 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
         if aggregators is None:
             return [Mean() for _ in self.sites]
         if isinstance(aggregators, SABWConfig):
-            reference = next(self.experts[0].parameters())
-            return [
-                SABW(
-                    replace(
-                        aggregators,
-                        num_experts=len(self.experts),
-                        in_channels=site.channels,
-                        temb_channels=site.temb_channels,
-                        text_channels=text_width(self.experts[0]),
-                    )
-                ).to(reference.device)
-                for site in self.sites
-            ]
+            return self._build_sabw(aggregators)
         if len(aggregators) != len(self.sites):
             raise AfaError(
                 f"An ensemble must have one aggregator per site: {len(self.sites)} sites, "
                 f"{len(aggregators)} aggregators. List them in the order of `.sites`."
             )
         return aggregators
+
+    def _build_sabw(self, config: SABWConfig) -> Sequence[nn.Module]:
+        """One SABW per site, or fewer where the config has them shared or left out."""
+        device = next(self.experts[0].parameters()).device
+        built: dict[object, nn.Module] = {}
+        rules: list[nn.Module] = []
+        for site in self.sites:
+            if config.sites == "conv_out" and site is not self.sites[-1]:
+                rules.append(Separate())
+                continue
+            key = site.channels if config.sharing == "width" else site.name
+            if key not in built:
+                own = replace(
+                    config,
+                    num_experts=len(self.experts),
+                    in_channels=site.channels,
+                    temb_channels=site.temb_channels,
+                    text_channels=text_width(self.experts[0]),
+                )
+                built[key] = SABW(own).to(device)
+            rules.append(built[key])
+        return rules
 
     # -- one step of denoising ----------------------------------------------------------------
 
@@ -139,12 +154,16 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
             return_dict: whether to return an output object or a tuple.
 
         Raises:
-            AfaError: a text embedding of another width.
+            AfaError: a text embedding of another width, or several timesteps at once where a
+                schedule picks the experts by timestep.
         """
+        steps = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
+        active = self._active_experts(steps)
         texts = self.split_text(encoder_hidden_states)
+        texts = [texts[n] for n in active]
         coroutines = [
             self._family.blocks(
-                expert,
+                self.experts[n],
                 sample,
                 timestep,
                 text,
@@ -158,16 +177,15 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
                 down_intrablock_additional_residuals=down_intrablock_additional_residuals,
                 encoder_attention_mask=encoder_attention_mask,
             )
-            for expert, text in zip(self.experts, texts, strict=True)
+            for n, text in zip(active, texts, strict=True)
         ]
-        steps = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
         mean_text = _mean(texts)
         condition: Condition | None = None
 
         def fuse(features: Sequence[Feature]) -> Tensor | Sequence[Tensor]:
             nonlocal condition
             if condition is None:
-                condition = Condition(steps, _mean([f.temb for f in features]), mean_text)
+                condition = Condition(steps, _mean([f.temb for f in features]), mean_text, sample)
             site = features[0].site
             rule = self.aggregators[self._rules[site]]
             fused = rule([f.hidden for f in features], condition)
@@ -177,6 +195,18 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
 
         prediction = run_lockstep(coroutines, fuse)
         return UNet2DConditionOutput(sample=prediction) if return_dict else (prediction,)
+
+    def _active_experts(self, steps: Tensor) -> Sequence[int]:
+        """The experts that run at these timesteps [B]."""
+        if self.schedule is None:
+            return range(len(self.experts))
+        distinct = steps.unique().tolist()
+        if len(distinct) > 1:
+            raise AfaError(
+                "Where a schedule picks the experts, all of a batch must have one timestep, came "
+                f"{', '.join(f'{step:g}' for step in distinct)}. Call it once for each."
+            )
+        return self.schedule(distinct[0])
 
     def split_text(self, encoder_hidden_states: Tensor) -> Sequence[Tensor]:
         """One text embedding [B, L, D] per expert, from [B, L, N * D] or [B, L, D].

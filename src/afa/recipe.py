@@ -53,6 +53,11 @@ class AggregatorRecipe(Section):
     num_layers: int = Field(default=2, ge=1)
     num_heads: int = Field(default=8, ge=1)
     norm_num_groups: int = Field(default=32, ge=1)
+    spatial: bool = True
+    timestep: bool = True
+    prompt: bool = True
+    sharing: Literal["none", "width"] = "none"
+    sites: Literal["all", "conv_out"] = "all"
 
 
 class TrainingRecipe(Section):

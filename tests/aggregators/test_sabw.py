@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,12 @@ CONFIG = SABWConfig(
 
 def example(batch: int = 2) -> tuple[list[torch.Tensor], Condition]:
     features = [torch.randn(batch, 6, 5, 7) for _ in range(3)]
-    condition = Condition(torch.arange(batch), torch.randn(batch, 10), torch.randn(batch, 4, 12))
+    condition = Condition(
+        torch.arange(batch),
+        torch.randn(batch, 10),
+        torch.randn(batch, 4, 12),
+        torch.randn(batch, 4, 8, 8),
+    )
     return features, condition
 
 
@@ -81,6 +87,30 @@ def test_every_state_matters(state: str) -> None:
     assert (sabw(features, condition).weights - before).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize(("switch", "state"), [("timestep", "temb"), ("prompt", "text")])
+def test_a_state_that_is_switched_off_does_not_matter(switch: str, state: str) -> None:
+    changes: dict[str, Any] = {switch: False}
+    sabw = SABW(replace(CONFIG, **changes))
+    torch.nn.init.normal_(sabw.conv_out.weight)
+    features, condition = example()
+    before = sabw(features, condition).weights
+    changed = condition._replace(**{state: getattr(condition, state) + 1})
+    assert torch.equal(sabw(features, changed).weights, before)
+    features[1] = features[1] + 1
+    assert not torch.equal(sabw(features, condition).weights, before)
+
+
+def test_without_maps_a_site_has_one_weight_for_all_pixels() -> None:
+    sabw = SABW(replace(CONFIG, spatial=False))
+    torch.nn.init.normal_(sabw.conv_out.weight)
+    features, condition = example()
+    fused, weights = sabw(features, condition)
+    assert torch.equal(weights, weights[..., :1, :1].expand_as(weights))
+    assert weights[0, :, 0, 0].std() > 0
+    torch.testing.assert_close(weights.sum(1), torch.ones(2, 5, 7), rtol=0, atol=1e-6)
+    assert fused.shape == features[0].shape
+
+
 def test_timestep_is_not_cancelled_by_group_norm() -> None:
     # with one channel a group it would be: a fault of the published default at hidden size 32
     with pytest.raises(AfaError, match="norm_num_groups = 8"):
@@ -119,7 +149,7 @@ def test_config_without_its_site() -> None:
         ({"num_layers": 0}, "num_layers must be at least 1"),
     ],
 )
-def test_sizes_that_do_not_fit(settings: dict[str, int], message: str) -> None:
+def test_sizes_that_do_not_fit(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(AfaError, match=message):
         SABWConfig(**settings)
 

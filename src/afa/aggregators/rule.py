@@ -16,12 +16,13 @@ class Condition(NamedTuple):
     """What a fusion rule may look at besides the features.
 
     `timestep` [B]; `temb` [B, T], mean of the experts' timestep embeddings; `text` [B, L, D], mean
-    of their text embeddings (AFA, section 3.2).
+    of their text embeddings (AFA, section 3.2); `sample` [B, C, H, W], the noisy latent.
     """
 
     timestep: Tensor
     temb: Tensor
     text: Tensor
+    sample: Tensor
 
 
 class Fused(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from diffusers.models.resnet import ResnetBlock2D
@@ -25,8 +25,9 @@ _SITE_FIELDS = ("num_experts", "in_channels", "temb_channels", "text_channels")
 class SABWConfig:
     """Shape of an aggregator.
 
-    The first four are the user's choice, one for all sites; the others are properties of a site,
-    which `EnsembleDenoiser` fills in. Defaults are the paper's (AFA, section 4.1).
+    The last four are properties of a site, which `EnsembleDenoiser` fills in; the others are the
+    user's choice, one for all sites. Defaults are the paper's (AFA, section 4.1); the switches take
+    away one of the states that the weights depend on (AFA, section 4.4, ablations).
 
     Raises AfaError: sizes that do not fit each other.
     """
@@ -35,6 +36,11 @@ class SABWConfig:
     num_layers: int = 2  # transformer blocks; what the published code runs although it says 1
     num_heads: int = 8
     norm_num_groups: int = 32
+    spatial: bool = True  # off: one weight per expert and site, the same at all pixels
+    timestep: bool = True  # off: the weights do not see the denoising step
+    prompt: bool = True  # off: the weights do not see the prompt
+    sharing: Literal["none", "width"] = "none"  # width: sites of as many channels share one
+    sites: Literal["all", "conv_out"] = "all"  # conv_out: only the predictions are fused
     num_experts: int | None = None
     in_channels: int | None = None
     temb_channels: int | None = None
@@ -89,14 +95,16 @@ class SABW(FusionRule):
         hidden, groups = config.hidden_size, config.norm_num_groups
         self.conv_in = nn.Conv2d(num_experts * in_channels, hidden, 1)
         self.res_block = ResnetBlock2D(
-            in_channels=hidden, temb_channels=temb_channels, groups=groups
+            in_channels=hidden,
+            temb_channels=temb_channels if config.timestep else None,
+            groups=groups,
         )
         self.transformer = Transformer2DModel(
             num_attention_heads=config.num_heads,
             attention_head_dim=hidden // config.num_heads,
             in_channels=hidden,
             num_layers=config.num_layers,
-            cross_attention_dim=text_channels,
+            cross_attention_dim=text_channels if config.prompt else None,
             norm_num_groups=groups,
         )
         self.conv_out = nn.Conv2d(hidden, num_experts, 1, bias=False)
@@ -113,11 +121,14 @@ class SABW(FusionRule):
         """
         dtype = self.conv_in.weight.dtype
         hidden = self.conv_in(torch.cat([f.to(dtype) for f in features], dim=1))
-        hidden = self.res_block(hidden, condition.temb.to(dtype))
-        hidden = self.transformer(
-            hidden, encoder_hidden_states=condition.text.to(dtype), return_dict=False
-        )[0]
-        return self.conv_out(hidden).float().softmax(dim=1)
+        temb = condition.temb.to(dtype) if self.config.timestep else None
+        text = condition.text.to(dtype) if self.config.prompt else None
+        hidden = self.res_block(hidden, temb)
+        hidden = self.transformer(hidden, encoder_hidden_states=text, return_dict=False)[0]
+        logits = self.conv_out(hidden).float()
+        if not self.config.spatial:
+            return logits.mean((2, 3), keepdim=True).softmax(dim=1).expand_as(logits)
+        return logits.softmax(dim=1)
 
     def forward(self, features: Sequence[Tensor], condition: Condition) -> Fused:
         """Fuse the experts' features at one site with per-pixel weights (AFA, section 3.2).

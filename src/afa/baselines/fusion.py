@@ -1,4 +1,4 @@
-"""Fusion rules of the rival ways to combine denoisers, one list per ensemble, in site order."""
+"""Fusion without anything learnt: uniform averages and the control, one rule per site."""
 
 from __future__ import annotations
 
