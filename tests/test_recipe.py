@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from afa.aggregators import SABWConfig
 from afa.errors import AfaError
 from afa.recipe import load_recipe
 
@@ -24,12 +25,11 @@ def write(folder: Path, content: str) -> Path:
 
 def test_defaults_are_the_papers(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, GOOD))
-    assert recipe.aggregator.model_dump() == {
-        "hidden_size": 128,
-        "num_layers": 2,
-        "num_heads": 8,
-        "norm_num_groups": 32,
-    }
+    aggregator = recipe.aggregator
+    assert (aggregator.hidden_size, aggregator.num_layers) == (128, 2)
+    assert (aggregator.num_heads, aggregator.norm_num_groups) == (8, 32)
+    # the recipe's section and the class that it stands for have one set of fields and defaults
+    assert SABWConfig(**aggregator.model_dump()) == SABWConfig()
     training = recipe.training
     assert (training.batch_size, training.learning_rate, training.weight_decay) == (8, 1e-4, 0.01)
     assert (training.num_warmup_steps, training.caption_dropout) == (100, 0.1)
