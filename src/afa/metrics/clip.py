@@ -1,0 +1,161 @@
+"""CLIP: pictures and texts in one space; CLIP-T, and PickScore, which is a CLIP trained further."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from afa.errors import AfaError
+from afa.files import read_json
+from afa.metrics.distances import cosine_scores
+from afa.metrics.pictures import Preprocessing, one_by_one, require_partners
+from afa.metrics.weights import MODEL_FILES, PROCESSOR_FILES, Source
+from afa.zoo import assets
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    import torch
+    from PIL import Image
+    from torch import Tensor
+    from transformers import CLIPModel, PreTrainedTokenizerBase
+
+ZOO_CLIP = "zoo:clip"
+
+
+class ClipEncoder:
+    """A CLIP model: pictures and texts to embeddings of one space (Radford et al., 2021).
+
+    https://arxiv.org/abs/2103.00020
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: CLIPModel,
+        tokenizer: PreTrainedTokenizerBase,
+        preprocessing: Preprocessing,
+    ) -> None:
+        self.name = name
+        self.model = model
+        self.tokenizer = tokenizer
+        self.preprocessing = preprocessing
+
+    def features(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """Embeddings of pictures [n, d], float32 on the CPU, not normalised.
+
+        Raises:
+            AfaError: there are no pictures.
+        """
+        return one_by_one(pictures, self._embed_picture)
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """Embeddings of texts [n, d], as of pictures; a text is cut to what the model reads.
+
+        Raises:
+            AfaError: there are no texts.
+        """
+        different = list(dict.fromkeys(texts))
+        place = {text: index for index, text in enumerate(different)}
+        return one_by_one(different, self._embed_text)[[place[text] for text in texts]]
+
+    def _embed_picture(self, picture: Image.Image) -> Tensor:
+        pixels = self.preprocessing.pixels(picture)[None].to(self.model.device)
+        return self.model.visual_projection(self.model.vision_model(pixels).pooler_output)[0]
+
+    def _embed_text(self, text: str) -> Tensor:
+        # no padding: attention is causal, so nothing after the end token is looked at
+        ids = self.tokenizer(
+            text,
+            truncation=True,
+            max_length=self.model.config.text_config.max_position_embeddings,
+            return_tensors="pt",
+        )["input_ids"].to(self.model.device)
+        return self.model.text_projection(self.model.text_model(ids).pooler_output)[0]
+
+
+class ClipScorer:
+    """The cosine of a picture's embedding with its own prompt's, times a constant.
+
+    CLIP-T (Hessel et al., 2021, without their clamp and factor): the constant is 1.
+    PickScore (Kirstain et al., 2023): a CLIP trained on preferences, times its own temperature.
+    HPSv2 (Wu et al., 2023): another such CLIP, times 1.
+    https://arxiv.org/abs/2104.08718, https://arxiv.org/abs/2305.01569,
+    https://arxiv.org/abs/2306.09341
+    """
+
+    higher_is_better = True
+
+    def __init__(self, name: str, encoder: ClipEncoder, scale: float = 1.0) -> None:
+        self.name = name
+        self.encoder = encoder
+        self.scale = scale
+
+    def score(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
+        """The score of every picture with the prompt at its place.
+
+        Raises:
+            AfaError: no pictures, or another number of prompts.
+        """
+        require_partners(pictures, prompts)
+        cosines = cosine_scores(self.encoder.features(pictures), self.encoder.texts(prompts))
+        return [self.scale * cosine for cosine in cosines]
+
+
+def pick_score(encoder: ClipEncoder) -> ClipScorer:
+    """PickScore: the cosine times ``exp(logit_scale)`` of the model, 98.2 for the published one."""
+    return ClipScorer("pickscore", encoder, encoder.model.logit_scale.exp().item())
+
+
+def load_clip(source: Source, processor: Source | None, device: torch.device | str) -> ClipEncoder:
+    """A CLIP of transformers: `zoo:clip`, a local folder or a hub id.
+
+    Args:
+        source: of the model, as safetensors.
+        processor: of tokenizer and `preprocessor_config.json`; None: beside the model.
+        device: where it computes.
+
+    Raises:
+        AfaError: nothing is there, another kind of model, or an incomplete one.
+    """
+    from transformers import CLIPModel
+
+    if source.name == ZOO_CLIP:
+        model = source.model(CLIPModel, assets() / "judges" / "clip")
+        size = model.config.vision_config.image_size
+        half = (0.5, 0.5, 0.5)
+        preprocessing = Preprocessing(crop=(size, size), shortest_edge=size, mean=half, std=half)
+        parts, parts_folder = source, assets() / "shared" / "tokenizer"
+    else:
+        folder = source.locate([*MODEL_FILES, *PROCESSOR_FILES])
+        kind = read_json(folder / "config.json").get("model_type") if folder.is_dir() else "a file"
+        if kind != "clip":
+            raise AfaError(
+                f"{source.what} must be a folder whose config.json has the model_type clip; "
+                f"'{source.name}' is {kind}. Public ones: {source.public}."
+            )
+        model = source.model(CLIPModel, folder)
+        parts, parts_folder = source, folder
+        if processor is not None:
+            parts, parts_folder = processor, processor.locate(PROCESSOR_FILES)
+        preprocessing = Preprocessing.read(parts_folder / "preprocessor_config.json")
+        seen = model.config.vision_config.image_size
+        if preprocessing.shape not in (None, (seen, seen)):
+            raise AfaError(
+                f"{parts.what} must make pictures of {seen}x{seen} pixels for the model; "
+                f"'{parts.name}' makes {preprocessing.shape}. Name the model's own."
+            )
+    tokenizer = load_clip_tokenizer(parts, parts_folder, model)
+    return ClipEncoder(f"clip({source.name})", model.to(device), tokenizer, preprocessing)
+
+
+def load_clip_tokenizer(source: Source, folder: Path, model: CLIPModel) -> PreTrainedTokenizerBase:
+    """The tokenizer of a CLIP model.
+
+    Raises:
+        AfaError: there is none, or one of another vocabulary.
+    """
+    from transformers import CLIPTokenizer
+
+    size = model.config.text_config.vocab_size
+    return source.tokenizer(CLIPTokenizer, folder, num_embeddings=size)

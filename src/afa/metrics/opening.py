@@ -1,0 +1,151 @@
+"""From a recipe to a metric that is ready to measure."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from afa.experts import PICKLES
+from afa.files import read_json
+from afa.metrics.aesthetic import load_aesthetic
+from afa.metrics.clip import ZOO_CLIP, ClipEncoder, ClipScorer, load_clip, pick_score
+from afa.metrics.distances import cmmd, frechet_distance, inception_score, kernel_distance
+from afa.metrics.features import (
+    INCEPTION,
+    ZOO_CLASSIFIER,
+    ClassifierLogits,
+    InceptionLayer,
+    load_inception,
+    load_vision,
+)
+from afa.metrics.hpsv2 import load_hpsv2
+from afa.metrics.imagereward import load_imagereward
+from afa.metrics.kinds import FeatureExtractor, Metric, ReferenceScorer, SetMetric
+from afa.metrics.recipe import PUBLIC_CLIP, PUBLIC_PROCESSORS, PUBLIC_WEIGHTS, MetricRecipe
+from afa.metrics.weights import MODEL_FILES, PROCESSOR_FILES, Source
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+    from torch import Tensor
+
+
+def open_metric(recipe: MetricRecipe, device: torch.device | str = "cpu") -> Metric:
+    """Load one metric; see `open_metrics`."""
+    return open_metrics([recipe], device)[0]
+
+
+def open_metrics(
+    recipes: Sequence[MetricRecipe], device: torch.device | str = "cpu"
+) -> list[Metric]:
+    """Load metrics; those of one network share it, and may share its stored features.
+
+    Args:
+        recipes: what to load, from where.
+        device: where the networks compute.
+
+    Returns: one for each recipe: an `ImageScorer` for clip_t, aes, pickscore, hpsv2 and
+        imagereward, a `ReferenceScorer` for clip_i, a `SetMetric` for fid, kid, is and cmmd.
+
+    Raises:
+        AfaError: weights that are not there, damaged, incomplete, of another kind, or a pickle
+            that the recipe does not allow.
+    """
+    opener = _Opener(device)
+    return [opener.open(recipe) for recipe in recipes]
+
+
+class _Opener:
+    """Opens metrics on one device and keeps the networks that several may share."""
+
+    def __init__(self, device: torch.device | str) -> None:
+        self._device = device
+        self._networks: dict[tuple[str | None, ...], FeatureExtractor] = {}
+
+    def open(self, recipe: MetricRecipe) -> Metric:
+        """The metric of one recipe."""
+        name, pickles = recipe.name, recipe.allow_pickle
+        source = _source(recipe, "weights", recipe.weights or INCEPTION, PUBLIC_WEIGHTS[name])
+        processor = None
+        if recipe.processor is not None:
+            public = PUBLIC_PROCESSORS.get(name, PUBLIC_WEIGHTS[name])
+            processor = _source(recipe, "processor", recipe.processor, public)
+        if name == "aes":
+            clip = _source(recipe, "clip", cast("str", recipe.clip), PUBLIC_CLIP)
+            return load_aesthetic(source, self._clip(clip, None), allow_pickle=pickles)
+        if name == "hpsv2":
+            return load_hpsv2(source, cast("Source", processor), self._device, allow_pickle=pickles)
+        if name == "imagereward":
+            return load_imagereward(
+                source, cast("Source", processor), self._device, allow_pickle=pickles
+            )
+        if name == "pickscore":
+            return pick_score(self._clip(source, processor))
+        if name == "clip_t":
+            return ClipScorer(name, self._clip(source, processor))
+        if name == "clip_i":
+            return ReferenceScorer(name, self._clip(source, processor))
+        if name == "cmmd":
+            return SetMetric(name, self._clip(source, processor), cmmd, False, needs_real=True)
+        if name == "is":
+            return self._inception_score(source, allow_pickle=pickles)
+        network = self._set_features(source, processor, allow_pickle=pickles)
+        if name == "fid":
+            return SetMetric(name, network, frechet_distance, False, needs_real=True)
+        measure = functools.partial(kernel_distance, subset_size=recipe.subset_size)
+        return SetMetric(name, network, measure, False, needs_real=True)
+
+    def _clip(self, source: Source, processor: Source | None) -> ClipEncoder:
+        key = ("clip", source.name, _name(processor))
+        if key not in self._networks:
+            self._networks[key] = load_clip(source, processor, self._device)
+        return cast("ClipEncoder", self._networks[key])
+
+    def _set_features(
+        self, source: Source, processor: Source | None, *, allow_pickle: bool
+    ) -> FeatureExtractor:
+        """The network of FID and KID: Inception, a CLIP or another vision transformer."""
+        if source.name == INCEPTION or Path(source.name).suffix in PICKLES:
+            return self._inception(source, "2048", allow_pickle=allow_pickle)
+        if source.name == ZOO_CLIP:
+            return self._clip(source, processor)
+        folder = source.locate([*MODEL_FILES, *PROCESSOR_FILES])
+        if folder.is_dir() and read_json(folder / "config.json").get("model_type") == "clip":
+            return self._clip(source, processor)
+        key = ("vision", source.name, _name(processor))
+        if key not in self._networks:
+            self._networks[key] = load_vision(source, processor, self._device)
+        return self._networks[key]
+
+    def _inception(
+        self, source: Source, layer: InceptionLayer, *, allow_pickle: bool
+    ) -> FeatureExtractor:
+        key = (layer, source.name)
+        if key not in self._networks:
+            self._networks[key] = load_inception(
+                source, layer, self._device, allow_pickle=allow_pickle
+            )
+        return self._networks[key]
+
+    def _inception_score(self, source: Source, *, allow_pickle: bool) -> SetMetric:
+        if source.name != ZOO_CLASSIFIER:
+            network = self._inception(source, "logits_unbiased", allow_pickle=allow_pickle)
+            return SetMetric("is", network, inception_score, True, needs_real=False)
+        from afa.zoo.judges import load_classifier
+        from afa.zoo.models import NUM_CLASSES
+
+        def of_halves(logits: Tensor) -> float:
+            return inception_score(logits.reshape(-1, NUM_CLASSES))  # each half is a picture
+
+        classifier = ClassifierLogits(load_classifier(), self._device)
+        return SetMetric("is", classifier, of_halves, True, needs_real=False)
+
+
+def _source(recipe: MetricRecipe, key: str, name: str, public: str) -> Source:
+    return Source(f"The {key} of '{recipe.name}'", name, public)
+
+
+def _name(source: Source | None) -> str | None:
+    return None if source is None else source.name

@@ -1,0 +1,208 @@
+"""Public weights: found locally or on the hub, read without running code, complete or refused."""
+
+from __future__ import annotations
+
+import pickle
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from afa.errors import AfaError
+from afa.experts import PICKLES, check_safetensors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch import Tensor
+
+# of a hub repository; * in these patterns matches a slash as well
+MODEL_FILES = (
+    "config.json",
+    "model.safetensors",
+    "model-0*.safetensors",
+    "model.safetensors.index.json",
+)
+PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
+_LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    RuntimeError,
+    EOFError,
+    SafetensorError,
+    pickle.UnpicklingError,
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Weights as a recipe names them, what they are for, and where the public ones are."""
+
+    what: str  # starts a message: "The weights of 'clip_t'"
+    name: str  # a local path or a hub id
+    public: str
+
+    def locate(self, files: Sequence[str]) -> Path:
+        """The local folder or file; of a hub id, `files` are downloaded into the hub's cache.
+
+        Raises:
+            AfaError: nothing is there, or the hub cannot be reached.
+        """
+        path = Path(self.name).expanduser()
+        if path.exists():
+            return path
+        is_hub_id = self.name.count("/") == 1 and not self.name.startswith((".", "/", "~"))
+        if not is_hub_id or path.suffix.lower() in {*PICKLES, ".safetensors"}:
+            raise AfaError(
+                f"{self.what} must be a local path or a hub id; '{self.name}' does not exist. "
+                f"Public ones: {self.public}."
+            )
+        try:
+            return Path(snapshot_download(self.name, allow_patterns=list(files)))
+        except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+            raise AfaError(
+                f"{self.what} must be a local path or a hub id; '{self.name}' is no path, and "
+                f"could not be fetched from the hub ({type(error).__name__}). Check name and "
+                f"network. Public ones: {self.public}."
+            ) from error
+
+    def file(self, names: Sequence[str], *, allow_pickle: bool, beside: Sequence[str] = ()) -> Path:
+        """The one file of these weights: itself, or the first of `names` in the folder.
+
+        Args:
+            names: of the file in a folder or hub repository, the preferred one first.
+            allow_pickle: whether a pickle will do.
+            beside: what else of the repository is needed.
+
+        Raises:
+            AfaError: it is not there, or it is a pickle and none is allowed.
+        """
+        wanted = [name for name in names if allow_pickle or Path(name).suffix not in PICKLES]
+        path = self.locate([*wanted, *beside])
+        if path.is_dir():
+            found = next((path / name for name in wanted if (path / name).is_file()), None)
+            if found is None:
+                raise AfaError(
+                    f"{self.what} must be a folder with {' or '.join(wanted)}; '{self.name}' has "
+                    f"none. Public ones: {self.public}{self._pickle_advice(names, allow_pickle)}."
+                )
+            path = found
+        if path.suffix.lower() in PICKLES and not allow_pickle:
+            raise AfaError(
+                f"{self.what} must be safetensors; '{self.name}' is a pickle. With allow_pickle: "
+                "true its tensors are read and no code in it is run."
+            )
+        return path
+
+    def _pickle_advice(self, names: Sequence[str], allow_pickle: bool) -> str:
+        is_pickled = any(Path(name).suffix in PICKLES for name in names)
+        return "; they are a pickle, allow_pickle: true reads it" * (
+            is_pickled and not allow_pickle
+        )
+
+    def tensors(self, file: Path) -> dict[str, Tensor]:
+        """The state dictionary in a file, on the CPU; a pickle's code is not run.
+
+        Raises:
+            AfaError: the file is damaged or holds something else.
+        """
+        if file.suffix.lower() not in PICKLES:
+            check_safetensors(file)
+            return load_file(file)
+        with self.loading():
+            content = torch.load(file, map_location="cpu", weights_only=True)
+            content = content.get("state_dict", content)
+            return {key: t for key, t in content.items() if isinstance(t, torch.Tensor)}
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """Turn whatever a library says of damaged or incomplete weights into one line."""
+        try:
+            yield
+        except AfaError:
+            raise
+        except KeyError as error:
+            raise self._lacks([str(error.args[0])]) from error
+        except _LOADING_ERRORS as error:
+            said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise AfaError(
+                f"{self.what} must be complete; loading '{self.name}' says {said} - download them "
+                f"again. Public ones: {self.public}."
+            ) from error
+
+    def _lacks(self, missing: Sequence[str]) -> AfaError:
+        return AfaError(
+            f"{self.what} must be complete; '{self.name}' lacks {len(missing)} tensors (first: "
+            f"{missing[0]}). Download them again. Public ones: {self.public}."
+        )
+
+    def model(self, model_class: Any, folder: Path | None = None, **options: Any) -> Any:
+        """A float32 model of transformers, frozen; refused where it would be filled with noise.
+
+        Args:
+            model_class: that has `from_pretrained`.
+            folder: with its safetensors; None where `options` has `config` and `state_dict`.
+            options: for `from_pretrained`.
+
+        Raises:
+            AfaError: no safetensors, or damaged or incomplete ones.
+        """
+        if folder is not None:
+            files = sorted(folder.glob("model*.safetensors"))
+            if not files:
+                raise AfaError(
+                    f"{self.what} must be a folder with model.safetensors; '{self.name}' has none. "
+                    f"Public ones: {self.public}."
+                )
+            for file in files:
+                check_safetensors(file)
+        with self.loading():
+            model, info = model_class.from_pretrained(
+                folder,
+                use_safetensors=True,
+                output_loading_info=True,
+                dtype=torch.float32,
+                **options,
+            )
+        if info["missing_keys"]:
+            raise self._lacks(sorted(info["missing_keys"]))
+        return model.eval().requires_grad_(False)
+
+    def tokenizer(self, tokenizer_class: Any, folder: Path, *, num_embeddings: int) -> Any:
+        """A tokenizer of transformers from its folder.
+
+        Raises:
+            AfaError: there is none, or it has more tokens than the model embeds.
+        """
+        if not any(
+            (folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "vocab.txt")
+        ):
+            raise AfaError(
+                f"{self.what} must be a folder with a tokenizer; '{self.name}' has none. "
+                f"Public ones: {self.public}."
+            )
+        with self.loading():
+            tokenizer = tokenizer_class.from_pretrained(folder)
+        if len(tokenizer) > num_embeddings:
+            raise AfaError(
+                f"{self.what} must be a tokenizer of the model's {num_embeddings} tokens; that in "
+                f"'{self.name}' has {len(tokenizer)}. Public ones: {self.public}."
+            )
+        return tokenizer
