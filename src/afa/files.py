@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from afa.errors import AfaError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -25,6 +30,29 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     except BaseException:
         Path(partial).unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def staged(output: Path) -> Iterator[Path]:
+    """A free path beside `output` for a new file or folder, which becomes `output` at the end.
+
+    Whatever goes wrong, nothing is left of it, nor of parent folders that were made for it.
+    """
+    output = output.absolute()
+    made = [parent for parent in output.parents if not parent.exists()]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    workplace = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
+    try:
+        partial = workplace / output.name
+        yield partial
+        os.replace(partial, output)
+    except BaseException:
+        shutil.rmtree(workplace, ignore_errors=True)
+        with suppress(OSError):  # someone else may use them by now
+            for parent in made:
+                parent.rmdir()
+        raise
+    workplace.rmdir()
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,12 +1,13 @@
-"""Static merges: one set of weights from several."""
+"""Static merges of models in memory."""
 
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
 
+from afa.baselines.merging import MergeMethod, WeightedSum, merge_tensor
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
@@ -18,10 +19,48 @@ Model = TypeVar("Model", bound="nn.Module")
 
 
 @torch.no_grad()
+def merge_models(
+    models: Sequence[Model],
+    method: MergeMethod,
+    *,
+    base: nn.Module | None = None,
+    part: Literal["unet", "text_encoder", "text_encoder_2", "vae"] = "unet",
+) -> Model:
+    """A new model merged from several; the same numbers as `afa merge` writes.
+
+    Arithmetic runs in float32; entries that are not floating point are the first model's.
+
+    Args:
+        models: of one architecture; not changed.
+        method: how one tensor is merged.
+        base: the model they were fine-tuned from, for methods that need it.
+        part: what of a pipeline they are: block weights and random masks go by it.
+
+    Raises:
+        AfaError: no models, settings that do not fit, no base, or different architectures.
+    """
+    if not models:
+        raise AfaError("A merge must have at least one model, came none.")
+    merged = copy.deepcopy(models[0])
+    states = [model.state_dict() for model in models]
+    base_state = None if base is None or not method.needs_base else base.state_dict()
+    method = method.fit([f"{part}.{name}" for name in states[0]], len(models))
+    for name, tensor in merged.state_dict().items():
+        compared = states if base_state is None else [*states, base_state]
+        parts = [state[name] for state in compared if name in state]
+        if len(parts) < len(compared) or any(other.shape != tensor.shape for other in parts):
+            raise AfaError(
+                f"Merged models must share one architecture, but '{name}' is missing or of "
+                "another shape in one of them."
+            )
+        experts = parts[: len(models)]
+        base_tensor = None if base_state is None else base_state[name]
+        tensor.copy_(merge_tensor(method, f"{part}.{name}", experts, base_tensor))
+    return merged
+
+
 def weighted_merge(models: Sequence[Model], weights: Sequence[float] | None = None) -> Model:
     """A new model whose every weight is the weighted mean of the models' (Weighted Merging).
-
-    Sums run in float32; entries that are not floating point are the first model's.
 
     Args:
         models: of one architecture; not changed.
@@ -30,24 +69,4 @@ def weighted_merge(models: Sequence[Model], weights: Sequence[float] | None = No
     Raises:
         AfaError: no models, weights that do not fit or sum to 1, or different architectures.
     """
-    if not models:
-        raise AfaError("A merge must have at least one model, came none.")
-    weights = [1 / len(models)] * len(models) if weights is None else list(weights)
-    if len(weights) != len(models) or abs(sum(weights) - 1) > 1e-6:
-        raise AfaError(
-            f"A merge of {len(models)} models must have as many weights, summing to 1; came "
-            f"{weights}."
-        )
-    merged = copy.deepcopy(models[0])
-    states = [model.state_dict() for model in models]
-    for name, tensor in merged.state_dict().items():
-        parts = [state[name] for state in states if name in state]
-        if len(parts) < len(models) or any(part.shape != tensor.shape for part in parts):
-            raise AfaError(
-                f"Merged models must share one architecture, but '{name}' is missing or of "
-                "another shape in one of them."
-            )
-        if tensor.is_floating_point():
-            total = sum(w * part.float() for w, part in zip(weights, parts, strict=True))
-            tensor.copy_(total)
-    return merged
+    return merge_models(models, WeightedSum(weights))

@@ -1,0 +1,51 @@
+"""Which part of a model a checkpoint's tensor belongs to."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from afa.denoisers.parameters import parameter_sites
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+#: parts that are no U-Net, as keys of per-block weights
+OTHER_PARTS = (*TEXT_ENCODERS, "vae")
+# the start of a name -> part; a folder's names start with the part itself
+_PREFIXES = {
+    "unet.": "unet",
+    **{f"{part}.": part for part in OTHER_PARTS},
+    "model.diffusion_model.": "unet",
+    "cond_stage_model.": "text_encoder",
+    "conditioner.embedders.0.": "text_encoder",
+    "conditioner.embedders.1.": "text_encoder_2",
+    "first_stage_model.": "vae",
+}
+
+
+def part_of(name: str) -> str | None:
+    """`unet`, `text_encoder`, `text_encoder_2` or `vae`; None where the name fits none of them."""
+    return next((part for start, part in _PREFIXES.items() if name.startswith(start)), None)
+
+
+def block_keys(names: Iterable[str]) -> dict[str, str]:
+    """For every tensor of a checkpoint the site it works for, or its part if that is no U-Net.
+
+    Args:
+        names: of all tensors of a checkpoint: a single file's, or a folder's behind their part
+            (`unet.conv_in.weight`).
+
+    Returns: name -> `conv_in`, `down.0.0`, ..., `text_encoder`, `vae`; names that fit nothing are
+        left out.
+    """
+    keys, unet = {}, {}
+    for name in names:
+        part = part_of(name)
+        if part == "unet":
+            start = next(start for start in _PREFIXES if name.startswith(start))
+            unet[name.removeprefix(start)] = name
+        elif part is not None:
+            keys[name] = part
+    sites = parameter_sites(unet)
+    return keys | {unet[parameter]: site for parameter, site in sites.items()}

@@ -1,0 +1,91 @@
+"""`afa merge`: several checkpoints to one, on disk."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from afa.cli.console import console, progress_bar
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from afa.baselines.merging import MergePlan
+
+_MB = 10**6
+_NUM_NAMED = 5
+
+
+def merge(
+    recipe: Annotated[Path, typer.Argument(help="YAML file: method, experts, its settings.")],
+    output: Annotated[
+        Path, typer.Option(help="New folder; a new .safetensors file where the experts are files.")
+    ],
+) -> None:
+    """Merge checkpoints into one, tensor by tensor, in the memory of one tensor of each.
+
+    Methods: weighted, add_difference, slerp, ties, dare, block_weights.
+
+    [bold]Example[/bold]: afa merge merge.yaml --output merged
+    """
+    from afa.baselines.merging import load_merge_recipe, plan_merge
+
+    plan = plan_merge(load_merge_recipe(recipe), output)
+    console.print(_announcement(plan), soft_wrap=True, highlight=False, markup=False)
+    _show(plan)
+    console.print(_how_to_use(plan), soft_wrap=True, highlight=False, markup=False)
+
+
+def _announcement(plan: MergePlan) -> str:
+    recipe = plan.recipe
+    lines = [
+        f"Merging {len(plan.tensors)} tensors of {len(plan.experts)} experts ({recipe.method}) "
+        f"into {plan.num_bytes / 1e9:.2f} GB: {', '.join(recipe.experts)}"
+    ]
+    if plan.unknown:
+        lines.append(f"Of no known part, merged like the others: {_named(plan.unknown)}")
+    if plan.kept:
+        lines.append(f"Not in all of them, taken from the first that has it: {_named(plan.kept)}")
+    return "\n".join(lines)
+
+
+def _named(names: Sequence[str]) -> str:
+    more = len(names) - _NUM_NAMED
+    return ", ".join(names[:_NUM_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _show(plan: MergePlan) -> None:
+    """Run a merge under one bar for the hashes and one for the tensors, in MB read."""
+    from afa.baselines.merging import run_merge
+
+    start = time.monotonic()
+    with progress_bar() as progress:
+        tasks = {"hash": progress.add_task("hash, MB", total=None, note="")}
+        for step in run_merge(plan):
+            if step.stage not in tasks:
+                tasks[step.stage] = progress.add_task(f"{step.stage}, MB", note="")
+                start = time.monotonic()
+            speed = step.num_bytes / _MB / max(time.monotonic() - start, 1e-9)
+            tensors = f"{step.num_tensors}/{step.total_tensors} tensors  "
+            note = f"{tensors if step.stage == 'merge' else ''}{speed:.0f} MB/s"
+            progress.update(
+                tasks[step.stage],
+                completed=step.num_bytes // _MB,
+                total=step.total_bytes // _MB,
+                note=note,
+            )
+
+
+def _how_to_use(plan: MergePlan) -> str:
+    if plan.output.is_dir():
+        return (
+            f"Merged pipeline in {plan.output}. It loads as any other: "
+            f"StableDiffusionPipeline.from_pretrained('{plan.output}')"
+        )
+    return (
+        f"Merged checkpoint in {plan.output}. It loads wherever its experts do: ComfyUI, the web "
+        f"UIs, afa.load_pipeline(['{plan.output}'], config=FOLDER)"
+    )

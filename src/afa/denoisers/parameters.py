@@ -1,0 +1,118 @@
+"""Which site each parameter of a U-Net works for, in the names of diffusers and the original code.
+
+A site stands for the layer that makes its feature: Stable Diffusion 1.x and 2.x have 25, which are
+the blocks IN00..IN11, M00, OUT00..OUT11 of the web UIs' block-weighted merges, in that order.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+# what turns timestep, labels and picture into the first feature
+_FIRST = (
+    "conv_in",
+    "time_embedding",
+    "time_proj",
+    "class_embedding",
+    "add_embedding",
+    "add_time_proj",
+    "encoder_hid_proj",
+    "time_embed",
+    "label_emb",
+)
+_LAST = ("conv_norm_out", "conv_out", "out")
+_MIDDLE = ("mid_block", "middle_block")
+_LAYER = re.compile(r"(down|up)_blocks\.(\d+)\.(?:resnets|attentions)\.(\d+)\.")
+_DOWNSAMPLER = re.compile(r"down_blocks\.(\d+)\.downsamplers\.")
+_UPSAMPLER = re.compile(r"up_blocks\.(\d+)\.upsamplers\.")
+_ORIGINAL = re.compile(r"(input|output)_blocks\.(\d+)\.")
+_NUMBERED = (_LAYER, _DOWNSAMPLER, _UPSAMPLER, _ORIGINAL)
+_ORIGINAL_DOWNSAMPLER = re.compile(r"input_blocks\.(\d+)\.0\.op\.")
+_ORIGINAL_UPSAMPLER = re.compile(r"output_blocks\.(\d+)\.\d+\.conv\.")
+
+
+def parameter_sites(names: Iterable[str]) -> dict[str, str]:
+    """The site of each parameter of one U-Net; see `afa.denoisers.unet` for the sites.
+
+    An up block's upsampler works for its last layer. The very last up layer is no site: it works
+    for `conv_out`, like the output layers.
+
+    Args:
+        names: of all parameters of one U-Net, without a prefix, in the names of diffusers
+            (`down_blocks.0.resnets.0.conv1.weight`) or of the original code
+            (`input_blocks.1.0.in_layers.2.weight`).
+
+    Returns: name -> site; parameters that work for no site are left out.
+    """
+    names = list(names)
+    places = {**_diffusers_places(names), **_original_places(names)}
+    sites = {}
+    for name in names:
+        root = name.split(".", 1)[0]
+        if root in _FIRST:
+            sites[name] = "conv_in"
+        elif root in _LAST:
+            sites[name] = "conv_out"
+        elif root in _MIDDLE:
+            sites[name] = "mid"
+        elif match := next(filter(None, (pattern.match(name) for pattern in _NUMBERED)), None):
+            sites[name] = places[match.group()]
+    return sites
+
+
+def ordered_sites(sites: Iterable[str]) -> list[str]:
+    """Site names without repetition, in the order in which a U-Net comes to them."""
+    ends = {"conv_in": 0, "down": 1, "mid": 2, "up": 3, "conv_out": 4}
+
+    def place(site: str) -> tuple[int, ...]:
+        kind, *numbers = site.split(".")
+        # a block's downsampler comes after its layers
+        return (ends[kind], *(int(n) if n.isdigit() else len(site) + 10**6 for n in numbers))
+
+    return sorted(set(sites), key=place)
+
+
+def _diffusers_places(names: list[str]) -> dict[str, str]:
+    """`down_blocks.0.resnets.0.` and the like -> site."""
+    places: dict[str, str] = {}
+    up_layers: dict[int, int] = {}
+    for match in filter(None, map(_LAYER.match, names)):
+        side, block, layer = match[1], int(match[2]), int(match[3])
+        places[match.group()] = f"{side}.{block}.{layer}"
+        if side == "up":
+            up_layers[block] = max(layer, up_layers.get(block, 0))
+    for match in filter(None, map(_DOWNSAMPLER.match, names)):
+        places[match.group()] = f"down.{match[1]}.downsample"
+    for match in filter(None, map(_UPSAMPLER.match, names)):
+        places[match.group()] = f"up.{match[1]}.{up_layers.get(int(match[1]), 0)}"
+    last_block = max(up_layers, default=0)
+    last = f"up.{last_block}.{up_layers.get(last_block, 0)}"
+    return {place: "conv_out" if site == last else site for place, site in places.items()}
+
+
+def _original_places(names: list[str]) -> dict[str, str]:
+    """`input_blocks.7.` and the like -> site; blocks are told apart by where the size changes."""
+    numbers: dict[str, set[int]] = {"input": set(), "output": set()}
+    for match in filter(None, map(_ORIGINAL.match, names)):
+        numbers[match[1]].add(int(match[2]))
+    shrinks = {int(m[1]) for m in map(_ORIGINAL_DOWNSAMPLER.match, names) if m}
+    grows = {int(m[1]) for m in map(_ORIGINAL_UPSAMPLER.match, names) if m}
+    places = {"input_blocks.0.": "conv_in"}
+    block = layer = 0
+    for number in sorted(numbers["input"] - {0}):
+        if number in shrinks:
+            places[f"input_blocks.{number}."] = f"down.{block}.downsample"
+            block, layer = block + 1, 0
+        else:
+            places[f"input_blocks.{number}."] = f"down.{block}.{layer}"
+            layer += 1
+    block = layer = 0
+    for number in sorted(numbers["output"]):
+        is_last = number == max(numbers["output"])
+        places[f"output_blocks.{number}."] = "conv_out" if is_last else f"up.{block}.{layer}"
+        block, layer = (block + 1, 0) if number in grows else (block, layer + 1)
+    return places
