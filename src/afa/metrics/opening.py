@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from afa.experts import PICKLES
 from afa.files import read_json
 from afa.metrics.aesthetic import load_aesthetic
 from afa.metrics.clip import ZOO_CLIP, ClipEncoder, ClipScorer, load_clip, pick_score
@@ -23,7 +21,7 @@ from afa.metrics.hpsv2 import load_hpsv2
 from afa.metrics.imagereward import load_imagereward
 from afa.metrics.kinds import FeatureExtractor, Metric, ReferenceScorer, SetMetric
 from afa.metrics.recipe import PUBLIC_CLIP, PUBLIC_PROCESSORS, PUBLIC_WEIGHTS, MetricRecipe
-from afa.metrics.weights import MODEL_FILES, PROCESSOR_FILES, Source
+from afa.metrics.weights import MODEL_FILES, PROCESSOR_FILES, Source, is_pickle
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -107,7 +105,7 @@ class _Opener:
         self, source: Source, processor: Source | None, *, allow_pickle: bool
     ) -> FeatureExtractor:
         """The network of FID and KID: Inception, a CLIP or another vision transformer."""
-        if source.name == INCEPTION or Path(source.name).suffix in PICKLES:
+        if source.name == INCEPTION or is_pickle(source.name):
             return self._inception(source, "2048", allow_pickle=allow_pickle)
         if source.name == ZOO_CLIP:
             return self._clip(source, processor)

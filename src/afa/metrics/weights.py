@@ -15,7 +15,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from afa.errors import AfaError
-from afa.experts import PICKLES, check_safetensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -38,6 +37,7 @@ PROCESSOR_FILES = (
     "vocab.txt",
     "merges.txt",
 )
+# what a library says of a file that is not what it seems
 _LOADING_ERRORS = (
     OSError,
     ValueError,
@@ -49,6 +49,13 @@ _LOADING_ERRORS = (
     SafetensorError,
     pickle.UnpicklingError,
 )
+
+
+def is_pickle(file: str | Path) -> bool:
+    """Whether a file's name says that reading it can run code."""
+    from afa.experts import PICKLES  # brings diffusers along, which checking a recipe does not need
+
+    return Path(file).suffix.lower() in PICKLES
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ class Source:
         if path.exists():
             return path
         is_hub_id = self.name.count("/") == 1 and not self.name.startswith((".", "/", "~"))
-        if not is_hub_id or path.suffix.lower() in {*PICKLES, ".safetensors"}:
+        if not is_hub_id or path.suffix == ".safetensors" or is_pickle(path):
             raise AfaError(
                 f"{self.what} must be a local path or a hub id; '{self.name}' does not exist. "
                 f"Public ones: {self.public}."
@@ -94,17 +101,17 @@ class Source:
         Raises:
             AfaError: it is not there, or it is a pickle and none is allowed.
         """
-        wanted = [name for name in names if allow_pickle or Path(name).suffix not in PICKLES]
+        wanted = [name for name in names if allow_pickle or not is_pickle(name)]
         path = self.locate([*wanted, *beside])
         if path.is_dir():
             found = next((path / name for name in wanted if (path / name).is_file()), None)
             if found is None:
                 raise AfaError(
-                    f"{self.what} must be a folder with {' or '.join(wanted)}; '{self.name}' has "
+                    f"{self.what} must be a folder with {' or '.join(wanted or names)}; '{self.name}' has "
                     f"none. Public ones: {self.public}{self._pickle_advice(names, allow_pickle)}."
                 )
             path = found
-        if path.suffix.lower() in PICKLES and not allow_pickle:
+        if is_pickle(path) and not allow_pickle:
             raise AfaError(
                 f"{self.what} must be safetensors; '{self.name}' is a pickle. With allow_pickle: "
                 "true its tensors are read and no code in it is run."
@@ -112,7 +119,7 @@ class Source:
         return path
 
     def _pickle_advice(self, names: Sequence[str], allow_pickle: bool) -> str:
-        is_pickled = any(Path(name).suffix in PICKLES for name in names)
+        is_pickled = any(is_pickle(name) for name in names)
         return "; they are a pickle, allow_pickle: true reads it" * (
             is_pickled and not allow_pickle
         )
@@ -123,7 +130,9 @@ class Source:
         Raises:
             AfaError: the file is damaged or holds something else.
         """
-        if file.suffix.lower() not in PICKLES:
+        from afa.experts import check_safetensors
+
+        if not is_pickle(file):
             check_safetensors(file)
             return load_file(file)
         with self.loading():
@@ -164,6 +173,8 @@ class Source:
         Raises:
             AfaError: no safetensors, or damaged or incomplete ones.
         """
+        from afa.experts import check_safetensors
+
         if folder is not None:
             files = sorted(folder.glob("model*.safetensors"))
             if not files:

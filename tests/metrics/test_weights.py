@@ -1,0 +1,328 @@
+"""Weights that are missing, damaged, incomplete or pickled are one line that says what to do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import types
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from afa.errors import AfaError
+from afa.metrics import MetricRecipe, SetMetric, open_metric
+from afa.recipe import read_recipe
+from tests.metrics.tiny import (
+    MED_CONFIG,
+    blip_tensors,
+    head_tensors,
+    open_clip_tensors,
+    pictures,
+    tiny_blip,
+    tiny_clip,
+    write_bert_tokenizer,
+    write_clip,
+    write_processor,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PUBLIC_CLIP = "Public ones: openai/clip-vit-large-patch14"
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("clip")
+    torch.manual_seed(1)
+    write_clip(folder)
+    return folder
+
+
+def refusal(**recipe: Any) -> str:
+    """What opening says, in one line."""
+    with pytest.raises(AfaError) as caught:
+        settings = {k: v if v is True else str(v) for k, v in recipe.items()}
+        open_metric(MetricRecipe.model_validate(settings))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "public"),
+    [
+        ({"name": "clip_t"}, "openai/clip-vit-large-patch14"),
+        ({"name": "cmmd"}, "openai/clip-vit-large-patch14-336"),
+        ({"name": "pickscore"}, "yuvalkirstain/PickScore_v1"),
+        ({"name": "hpsv2", "processor": "x/y"}, "xswu/HPSv2"),
+        ({"name": "imagereward", "processor": "x/y"}, "zai-org/ImageReward"),
+        ({"name": "fid"}, "inception"),
+    ],
+)
+def test_nothing_there(recipe: dict[str, Any], public: str) -> None:
+    said = refusal(**recipe, weights="./nowhere")
+    assert said.startswith(f"The weights of '{recipe['name']}' must be a local path or a hub id;")
+    assert said.endswith(f"'./nowhere' does not exist. Public ones: {public}.")
+    said = refusal(**recipe, weights="nobody/nothing")  # the tests are offline
+    assert "'nobody/nothing' is no path, and could not be fetched from the hub" in said
+    assert said.endswith(f"Public ones: {public}.")
+
+
+def test_aes_needs_its_file_and_its_clip(clip: Path, tmp_path: Path) -> None:
+    said = refusal(name="aes", weights=tmp_path / "missing.pth", clip="./nowhere")
+    assert said.startswith("The clip of 'aes' must be a local path or a hub id; './nowhere'")
+    said = refusal(name="aes", weights=tmp_path / "missing.pth", clip=clip)
+    assert "missing.pth' does not exist. Public ones: sac+logos+ava1-l14-linearMSE.pth of" in said
+
+
+def test_a_clip_folder_that_is_none(clip: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    said = refusal(name="clip_t", weights=tmp_path)
+    assert f"has the model_type clip; '{tmp_path}' is bert. {PUBLIC_CLIP}" in said
+    assert "is a file" in refusal(name="clip_t", weights=clip / "model.safetensors")
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    shutil.copy(clip / "config.json", folder)
+    assert "a folder with model.safetensors" in refusal(name="clip_t", weights=folder)
+
+
+@pytest.mark.parametrize(
+    ("missing", "said"),
+    [
+        ("preprocessor_config.json", "must be JSON, but reading it says"),
+        ("tokenizer", "must be a folder with a tokenizer; "),
+    ],
+)
+def test_a_clip_without_its_processor(clip: Path, tmp_path: Path, missing: str, said: str) -> None:
+    folder = tmp_path / "clip"
+    shutil.copytree(clip, folder)
+    for name in ("tokenizer.json", "vocab.json") if missing == "tokenizer" else (missing,):
+        (folder / name).unlink()
+    assert said in refusal(name="clip_t", weights=folder)
+    open_metric(MetricRecipe(name="clip_t", weights=str(folder), processor=str(clip)))
+
+
+def test_a_processor_of_another_model(clip: Path, tmp_path: Path) -> None:
+    write_processor(tmp_path, size=32)
+    said = refusal(name="clip_t", weights=clip, processor=tmp_path)
+    assert said.startswith("The processor of 'clip_t' must make pictures of 28x28 pixels")
+    assert said.endswith("makes (32, 32). Name the model's own.")
+    model = tiny_clip(vocab_size=100)
+    model.save_pretrained(tmp_path / "model")
+    said = refusal(name="clip_t", weights=tmp_path / "model", processor=clip)
+    assert "must be a tokenizer of the model's 100 tokens" in said
+
+
+def test_incomplete_and_damaged_clips(clip: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "clip"
+    shutil.copytree(clip, folder)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["visual_projection.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    said = refusal(name="clip_i", weights=folder)
+    assert "lacks 1 tensors (first: visual_projection.weight)" in said
+    tensors["visual_projection.weight"] = torch.zeros(3, 3)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert "must be complete; loading" in refusal(name="clip_i", weights=folder)
+    whole = (clip / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[:-10])
+    assert "must be a complete safetensors file" in refusal(name="clip_i", weights=folder)
+
+
+def test_pickles_only_where_they_are_allowed(clip: Path, tmp_path: Path) -> None:
+    file = tmp_path / "sac+logos+ava1-l14-linearMSE.pth"
+    torch.save(head_tensors(24, "layers."), file)
+    said = refusal(name="aes", weights=file, clip=clip)
+    assert "must be safetensors;" in said
+    assert "is a pickle. With allow_pickle: true its tensors are read" in said
+    said = refusal(name="aes", weights=tmp_path, clip=clip)
+    assert "they are a pickle, allow_pickle: true reads it." in said
+
+
+class Intruder:
+    """Runs code when it is unpickled, if that is let happen."""
+
+    ran = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return setattr, (Intruder, "ran", True)
+
+
+def test_a_pickles_code_is_never_run(clip: Path, tmp_path: Path) -> None:
+    torch.save({"state_dict": Intruder()}, tmp_path / "evil.pth")
+    torch.load(tmp_path / "evil.pth", weights_only=False)
+    assert Intruder.ran
+    Intruder.ran = False
+    said = refusal(name="aes", weights=tmp_path / "evil.pth", clip=clip, allow_pickle=True)
+    assert "must be complete; loading" in said
+    assert not Intruder.ran
+
+
+@pytest.mark.parametrize("content", [b"", b"not a pickle", None])
+def test_damaged_pickles(clip: Path, tmp_path: Path, content: bytes | None) -> None:
+    file = tmp_path / "broken.pth"
+    if content is None:
+        torch.save([1, 2, 3], file)
+    else:
+        file.write_bytes(content)
+    said = refusal(name="aes", weights=file, clip=clip, allow_pickle=True)
+    assert said.startswith("The weights of 'aes' must be complete; loading")
+
+
+def test_aes_files_that_lack_something(clip: Path, tmp_path: Path) -> None:
+    file = tmp_path / "aes.safetensors"
+    tensors = head_tensors(24, "layers.")
+    save_file({k: t for k, t in tensors.items() if k != "layers.4.bias"}, file)
+    assert "lacks 1 tensors (first: layers.4.bias)" in refusal(name="aes", weights=file, clip=clip)
+    save_file({"weight": torch.zeros(1)}, file)
+    assert "(first: layers.0.weight)" in refusal(name="aes", weights=file, clip=clip)
+    save_file(head_tensors(25, "layers."), file)
+    said = refusal(name="aes", weights=file, clip=clip)
+    assert "needs a CLIP with embeddings of 25 numbers" in said
+    assert "has 24" in said
+
+
+def test_hpsv2_files_that_lack_something(tmp_path: Path) -> None:
+    tensors = open_clip_tensors(tiny_clip(write_processor(tmp_path)))
+    file = tmp_path / "hps.safetensors"
+    for key in ("visual.conv1.weight", "visual.ln_post.bias", "transformer.resblocks.1.ln_1.bias"):
+        save_file({k: t for k, t in tensors.items() if k != key}, file)
+        said = refusal(name="hpsv2", weights=file, processor=tmp_path)
+        assert "lacks 1 tensors" in said
+        assert said.endswith("Public ones: xswu/HPSv2.")
+
+
+def test_imagereward_files_that_lack_something(tmp_path: Path) -> None:
+    num_tokens = len(write_bert_tokenizer(tmp_path))
+    vision, text = tiny_blip(num_tokens)
+    tensors = blip_tensors(vision, text, head_tensors(36, "mlp.layers."))
+    file = tmp_path / "ImageReward.safetensors"
+    save_file(tensors, file)
+    said = refusal(name="imagereward", weights=tmp_path, processor=tmp_path)
+    assert "med_config.json' must be JSON" in said
+    (tmp_path / "med_config.json").write_text("{}")
+    said = refusal(name="imagereward", weights=tmp_path, processor=tmp_path)
+    assert "lacks 1 tensors (first: vocab_size)" in said
+    (tmp_path / "med_config.json").write_text(json.dumps({**MED_CONFIG, "vocab_size": num_tokens}))
+    open_metric(MetricRecipe(name="imagereward", weights=str(tmp_path), processor=str(tmp_path)))
+    for key in (
+        "blip.visual_encoder.norm.bias",
+        "blip.text_encoder.encoder.layer.1.crossattention.self.key.weight",
+        "mlp.layers.7.weight",
+    ):
+        save_file({k: t for k, t in tensors.items() if k != key}, file)
+        said = refusal(name="imagereward", weights=tmp_path, processor=tmp_path)
+        assert "lacks 1 tensors" in said
+        assert said.endswith("Public ones: zai-org/ImageReward.")
+
+
+def test_only_what_is_needed_is_downloaded(
+    clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {}
+
+    def download(name: str, *, allow_patterns: list[str]) -> str:
+        asked[name] = allow_patterns
+        return str(clip if name == "someone/clip" else tmp_path)
+
+    monkeypatch.setattr("afa.metrics.weights.snapshot_download", download)
+    open_metric(MetricRecipe(name="clip_t", weights="someone/clip"))
+    assert "model.safetensors" in asked["someone/clip"]
+    assert not any(".bin" in p or ".pt" in p or p.startswith("*") for p in asked["someone/clip"])
+    refusal(name="hpsv2", weights="someone/hps", processor="someone/clip")
+    assert asked["someone/hps"] == ["HPS_v2.1_compressed.safetensors"]
+    refusal(name="hpsv2", weights="someone/hps", processor="someone/clip", allow_pickle=True)
+    assert "HPS_v2.1_compressed.pt" in asked["someone/hps"]
+    refusal(name="imagereward", weights="someone/ir", processor="someone/clip", allow_pickle=True)
+    assert {"ImageReward.pt", "med_config.json"} < set(asked["someone/ir"])
+
+
+class StandIn(nn.Module):
+    """Takes the place of torch-fidelity's network: same call, another computation."""
+
+    def __init__(
+        self, name: str, features_list: list[str], feature_extractor_weights_path: str | None
+    ) -> None:
+        super().__init__()
+        self.width = {"2048": 3, "logits_unbiased": 6}[features_list[0]]
+        self.path = feature_extractor_weights_path
+
+    def forward(self, levels: Tensor) -> tuple[Tensor]:
+        assert levels.dtype == torch.uint8
+        assert levels.shape[:2] == (1, 3)
+        return (levels.float().mean((2, 3)).repeat(1, self.width // 3),)
+
+
+def test_inception_gets_raw_pictures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    module: Any = types.ModuleType("torch_fidelity.feature_extractor_inceptionv3")
+    module.FeatureExtractorInceptionV3 = StandIn
+    monkeypatch.setitem(sys.modules, "torch_fidelity", types.ModuleType("torch_fidelity"))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    fid = open_metric(MetricRecipe(name="fid"))
+    assert isinstance(fid, SetMetric)
+    features = fid.extractor.features(pictures(2))
+    assert features.shape == (2, 3)
+    red = [np.asarray(picture)[..., 0].mean() for picture in pictures(2)]
+    assert features[:, 0].tolist() == pytest.approx(red, rel=1e-5)
+    score = open_metric(MetricRecipe(name="is"))
+    assert isinstance(score, SetMetric)
+    assert score.extractor.features(pictures(1)).shape == (1, 6)
+    assert score.extractor.name != fid.extractor.name
+    file = tmp_path / "weights.pth"
+    file.touch()
+    assert "is a pickle" in refusal(name="fid", weights=file)
+    local = open_metric(MetricRecipe(name="fid", weights=str(file), allow_pickle=True))
+    assert isinstance(local, SetMetric)
+    network: Any = local.extractor
+    assert network.network.path == str(file)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ({"name": "clip_t"}, "needs weights, .* such as openai/clip-vit-large-patch14"),
+        ({"name": "cmmd"}, "needs weights, .* such as openai/clip-vit-large-patch14-336"),
+        ({"name": "hpsv2", "weights": "a"}, "needs processor, .* such as laion/CLIP-ViT-H-14"),
+        ({"name": "imagereward", "weights": "a"}, "needs processor, .* google-bert/bert-base"),
+        ({"name": "aes", "weights": "a"}, "needs clip, .* such as openai/clip-vit-large-patch14"),
+        ({"name": "aes", "weights": "a", "clip": "b", "processor": "c"}, "no use for processor"),
+        ({"name": "fid", "processor": "c"}, "the metric fid has no use for processor"),
+        ({"name": "clip_t", "weights": "a", "clip": "b"}, "has no use for clip; leave it out"),
+        ({"name": "fid", "subset_size": 5}, "has no use for subset_size"),
+        ({"name": "clip_t", "weights": "a", "allow_pickle": True}, "no use for allow_pickle"),
+        ({"name": "clip_t", "weights": "zoo:classifier"}, "no weights zoo:classifier in the zoo"),
+        ({"name": "is", "weights": "zoo:clip"}, "in the zoo, it has zoo:classifier"),
+        ({"name": "pickscore", "weights": "zoo:clip"}, "in the zoo, it has none for it"),
+    ],
+)
+def test_recipes_that_cannot_be(tmp_path: Path, recipe: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        MetricRecipe(**recipe)
+    file = tmp_path / "metric.yaml"
+    file.write_text("".join(f"{key}: {str(value).lower()}\n" for key, value in recipe.items()))
+    with pytest.raises(AfaError) as caught:
+        read_recipe(file, MetricRecipe)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_reads_from_yaml(tmp_path: Path) -> None:
+    file = tmp_path / "metric.yaml"
+    file.write_text("name: kid\nweights: zoo:clip\nsubset_size: 50\n")
+    recipe = read_recipe(file, MetricRecipe)
+    assert recipe == MetricRecipe(name="kid", weights="zoo:clip", subset_size=50)
+
+
+def test_importing_the_package_imports_no_metric_library() -> None:
+    code = (
+        "import sys, afa, afa.metrics; "
+        "print([m for m in ('torchmetrics', 'torch_fidelity', 'torchvision') if m in sys.modules])"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"
