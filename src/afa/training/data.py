@@ -57,7 +57,7 @@ class FolderImages:
                 f"The data folder '{folder}' must hold pictures and a metadata.jsonl with lines "
                 'such as {"file_name": "0001.png", "text": "a fox"}; it has no metadata.jsonl.'
             )
-        self._rows: list[tuple[Path, str]] = []
+        self.rows: list[tuple[Path, str]] = []
         try:
             text = metadata.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
@@ -79,23 +79,32 @@ class FolderImages:
                 )
             if not path.is_file():
                 raise AfaError(f"Line {number} of '{metadata}' names '{path}', which is missing.")
-            self._rows.append((path, caption))
-        if not self._rows:
+            self.rows.append((path, caption))
+        if not self.rows:
             raise AfaError(f"The data folder '{folder}' must hold pictures; its list is empty.")
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, str]:
-        path, text = self._rows[index]
-        try:
-            with Image.open(path) as picture:
-                return ImageOps.exif_transpose(picture).convert("RGB"), text
-        except _DECODING_ERRORS as error:
-            raise AfaError(
-                f"'{path}' must be a complete picture, but reading it says: {error}. Replace it "
-                "or take its line out of metadata.jsonl."
-            ) from error
+        path, text = self.rows[index]
+        return read_picture(path, "Replace it or take its line out of metadata.jsonl."), text
+
+
+def read_picture(path: Path, remedy: str = "Replace it or take it out.") -> Image.Image:
+    """A picture from a file, turned upright, RGB.
+
+    Raises:
+        AfaError: it is missing or cannot be decoded to its end.
+    """
+    try:
+        with Image.open(path) as picture:
+            return ImageOps.exif_transpose(picture).convert("RGB")
+    except _DECODING_ERRORS as error:
+        said = " ".join(str(error).split())
+        raise AfaError(
+            f"'{path}' must be a complete picture, but reading it says: {said}. {remedy}"
+        ) from error
 
 
 class SceneImages:

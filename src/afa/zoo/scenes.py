@@ -160,14 +160,20 @@ def scenes(
 
 
 def evaluation_prompts(
-    num_prompts: int, *, kind: Kind = "mixed", seed: int = 1_000_000
+    num_prompts: int, *, kind: Kind = "mixed", seed: int = 1_000_000, held_out: bool = True
 ) -> list[str]:
     """Different captions for a test: held-out pairs where `kind` has them, no caption twice.
+
+    Args:
+        num_prompts: how many.
+        kind: of the pairs.
+        seed: see `scene`.
+        held_out: false takes the pairs that training sets may hold, to tune something on.
 
     Raises:
         AfaError: fewer different captions exist.
     """
-    held_out = kind in ("mixed", "any")
+    held_out = held_out and kind in ("mixed", "any")
     num_captions = len(_pairs(kind, held_out)) * len(BACKGROUNDS)
     if num_prompts > num_captions:
         raise AfaError(

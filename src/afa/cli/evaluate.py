@@ -1,0 +1,45 @@
+"""`afa evaluate`: a recipe to a comparison of all its methods."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from afa.cli.console import console, progress_bar, quieten_loading
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+
+def evaluate(
+    recipe: Annotated[Path, typer.Argument(help="YAML file: prompts, methods, metrics.")],
+    output: Annotated[Path, typer.Option(help="New folder, or one of an earlier run to go on.")],
+) -> None:
+    """Compare ways of combining experts on the same prompts and the same noise.
+
+    The same command goes on where an earlier run was stopped; methods, metrics and seeds may be
+    added to the recipe meanwhile. Several processes: accelerate launch -m afa evaluate ...
+
+    [bold]Example[/bold]: afa evaluate recipe.yaml --output runs/comparison
+    """
+    from afa.evaluation.recipe import load_evaluate_recipe
+
+    checked = load_evaluate_recipe(recipe)
+
+    from afa.evaluation.processes import Processes
+    from afa.evaluation.run import evaluate as run
+
+    quieten_loading()
+    is_main = Processes().is_main
+    with progress_bar() as progress:
+        tasks: dict[str, TaskID] = {}
+        for event in run(checked, output):
+            if not is_main:
+                continue
+            if event.stage not in tasks:
+                tasks[event.stage] = progress.add_task(event.stage, total=event.total, note="")
+            progress.update(tasks[event.stage], completed=event.done, note=event.note)
+    if is_main:
+        console.print(f"Report, tables and drawings in {output}: report.md, report.json")

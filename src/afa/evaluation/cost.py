@@ -1,0 +1,81 @@
+"""What a picture costs: seconds, memory, and how often an expert's denoiser ran."""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from afa.ensemble import EnsembleDenoiser
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from diffusers import DiffusionPipeline
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+@dataclass
+class Cost:
+    """Of one batch of pictures.
+
+    `expert_calls` counts one expert's denoiser on one latent: with guidance, N experts and T steps
+    a picture has 2 N T. `peak_memory` is in bytes, of the accelerator where there is one, else of
+    the whole process; None where the system does not tell.
+    """
+
+    seconds: float = 0.0
+    peak_memory: int | None = None
+    expert_calls: int = 0
+
+
+@contextmanager
+def measure(pipeline: DiffusionPipeline) -> Iterator[Cost]:
+    """Measure what happens inside the block; the figures are there when it ends."""
+    cost = Cost()
+
+    def count(module: Any, args: tuple[Any, ...]) -> None:
+        cost.expert_calls += len(args[0])
+
+    denoiser = pipeline.unet
+    experts = denoiser.experts if isinstance(denoiser, EnsembleDenoiser) else [denoiser]
+    # the first layer runs once a call, in the library's forward and in the coroutine alike
+    distinct = {id(expert): expert for expert in experts}.values()
+    hooks = [expert.conv_in.register_forward_pre_hook(count) for expert in distinct]
+    device = denoiser.device
+    _reset_peak(device)
+    started = time.perf_counter()
+    try:
+        yield cost
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        cost.seconds = time.perf_counter() - started
+        cost.peak_memory = _peak(device)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        _CLEAR.write_text("5")  # proc(5): the peak becomes what is in use now
+    except OSError:  # not on Linux, or not allowed
+        return
+
+
+def _peak(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        lines = _STATUS.read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), None)

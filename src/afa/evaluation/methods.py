@@ -1,0 +1,175 @@
+"""From a row's recipe to a stock pipeline that draws its pictures."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+
+from afa.baselines import (
+    HandOver,
+    feature_mean,
+    magic_fusion,
+    merge_models,
+    noise_mean,
+    shell,
+)
+from afa.checkpoint import load_ensemble
+from afa.ensemble import EnsembleDenoiser
+from afa.experts import hash_expert, hash_file, load_expert, load_vae, locate
+from afa.pipeline import check_text_to_image, load_pipeline
+from afa.training.loop import pick_device
+
+if TYPE_CHECKING:
+    from afa.aggregators import FusionRule
+    from afa.evaluation.recipe import EvaluateRecipe, FusionRecipe, MethodRecipe
+    from afa.experts import Expert
+
+
+class MethodBuilder:
+    """Builds the pipelines of a comparison; what methods have in common is loaded once.
+
+    Args:
+        recipe: the comparison.
+        device: where pipelines go; None takes the recipe's.
+    """
+
+    def __init__(self, recipe: EvaluateRecipe, device: torch.device | None = None) -> None:
+        self._recipe = recipe
+        self._device = device or pick_device(recipe.sampling.device)
+        self._dtype = getattr(torch, recipe.sampling.dtype)
+        self._hashes: dict[str, str] = {}
+
+    def identity(self, method: MethodRecipe, replica: int) -> dict[str, Any]:
+        """All that a method's pictures depend on besides prompts and sampling, as JSON.
+
+        Checkpoints are told by their hashes, so that one which has changed is another method.
+        """
+        recipe = self._recipe
+        if method.model is not None:
+            return {"model": self._hash(method.model[replica])}
+        if method.ensemble is not None:
+            folder = locate(method.ensemble[replica])
+            files = ("config.json", "aggregators.safetensors")
+            return {"ensemble": [hash_file(folder / name) for name in files]}
+        shared = {
+            "experts": [self._hash(source) for source in recipe.experts],
+            "vae": recipe.vae,
+        }
+        if method.fusion is not None:
+            return {"fusion": method.fusion.model_dump(exclude_none=True), **shared}
+        merge = recipe.merge_recipe(method).model_dump(mode="json", exclude_none=True)
+        merge.pop("experts")
+        base = merge.pop("base", None)
+        return {"merge": merge, "base": base and self._hash(base), **shared}
+
+    def _hash(self, source: str) -> str:
+        if source not in self._hashes:
+            self._hashes[source] = hash_expert(locate(source))
+        return self._hashes[source]
+
+    def build(self, method: MethodRecipe, replica: int = 0) -> StableDiffusionPipeline:
+        """The pipeline of one method.
+
+        Raises:
+            AfaError: a checkpoint that cannot be had, or experts that do not fit each other.
+        """
+        if method.model is not None:
+            pipeline = self._model(method.model[replica])
+        elif method.ensemble is not None:
+            pipeline = load_ensemble(
+                method.ensemble[replica], torch_dtype=self._dtype, device=self._device
+            )
+        elif method.merge is not None:
+            pipeline = self._merge(method)
+        else:
+            assert method.fusion is not None, "a method is drawn in exactly one way"
+            pipeline = self._fusion(method.fusion)
+        check_text_to_image(pipeline)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    @functools.cached_property
+    def _experts(self) -> StableDiffusionPipeline:
+        """All experts in one pipeline, whose parts merges and fusions use."""
+        return load_pipeline(
+            self._recipe.experts,
+            vae=self._recipe.vae,
+            config=self._recipe.config,
+            torch_dtype=self._dtype,
+            device=self._device,
+        )
+
+    def _load(self, source: str) -> Expert:
+        config = self._recipe.config
+        return load_expert(
+            source, config=None if config is None else locate(config), torch_dtype=self._dtype
+        )
+
+    def _model(self, source: str) -> StableDiffusionPipeline:
+        """A checkpoint with its own autoencoder, as anyone would load it."""
+        expert = self._load(source)
+        vae = expert.vae or load_vae(source, torch_dtype=self._dtype)[0]
+        return StableDiffusionPipeline(
+            vae=vae,
+            text_encoder=expert.text_encoder,
+            tokenizer=expert.tokenizer,
+            unet=expert.unet,
+            scheduler=expert.scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        ).to(self._device)
+
+    def _merge(self, method: MethodRecipe) -> StableDiffusionPipeline:
+        experts, recipe = self._experts, self._recipe.merge_recipe(method)
+        encoders = experts.text_encoder
+        base = None if recipe.base is None else self._load(recipe.base)
+        rule = recipe.build()
+        return self._with(
+            unet=merge_models(
+                list(experts.unet.experts), rule, base=None if base is None else base.unet
+            ),
+            text_encoder=merge_models(
+                [encoders.encoders[n] for n in encoders.encoder_of],
+                rule,
+                base=None if base is None else base.text_encoder,
+                part="text_encoder",
+            ),
+        )
+
+    def _fusion(self, fusion: FusionRecipe) -> StableDiffusionPipeline:
+        experts, schedule = self._experts, None
+        if fusion.rule == "hand_over":
+            order = fusion.order or list(range(len(experts.unet.experts)))
+            num_timesteps = experts.scheduler.config.num_train_timesteps
+            schedule = (
+                HandOver.evenly(order, num_timesteps)
+                if fusion.boundaries is None
+                else HandOver(order, fusion.boundaries)
+            )
+        rules = _rules(fusion, experts.unet.sites)
+        return self._with(unet=EnsembleDenoiser(list(experts.unet.experts), rules, schedule))
+
+    def _with(self, **parts: object) -> StableDiffusionPipeline:
+        return StableDiffusionPipeline(
+            **{**self._experts.components, **parts}, requires_safety_checker=False
+        )
+
+
+def _rules(fusion: FusionRecipe, sites: tuple[Any, ...]) -> list[FusionRule]:
+    if fusion.rule == "noise_mean":
+        return noise_mean(sites)
+    if fusion.rule == "shell":
+        assert fusion.expert is not None, "checked by the recipe"
+        return shell(sites, fusion.expert)
+    if fusion.rule == "magic_fusion":
+        settings: dict[str, Any] = {}
+        if fusion.temperatures is not None:
+            settings["temperatures"] = fusion.temperatures
+        if fusion.fuse_below is not None:
+            settings["fuse_below"] = fusion.fuse_below
+        return magic_fusion(sites, **settings)
+    return feature_mean(sites)

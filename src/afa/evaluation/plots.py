@@ -1,0 +1,193 @@
+"""Drawings of a report: bars with intervals, quality against time, pictures, failures, weights."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from typing import TYPE_CHECKING, Any
+
+from afa.files import write_atomic
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from matplotlib.figure import Figure
+
+    from afa.evaluation.results import Results
+
+# Okabe and Ito's palette, told apart with every common kind of colour vision
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
+_MARKERS = "osD^vPX"
+_NUM_PICTURES = 8
+
+
+def draw_all(report: dict[str, Any], results: Results, output: Path) -> None:
+    """Draw everything that the report's text shows, beside it."""
+    prompts = next(iter(results.groups.values()))[:_NUM_PICTURES]
+    draw_sheet(results, _by_score(report), prompts, output / "pictures.png")
+    if report["primary"] is not None:
+        draw_scores(report, output / "scores.png")
+        references = results.references(next(iter(results.groups)))
+        names = dict.fromkeys(references.values())
+        best_merge = results.best("merge", next(iter(results.groups)))
+        if best_merge is not None:
+            names[best_merge.name] = None
+        worst = [row["place"] for row in report["failures"]]
+        if worst:
+            draw_sheet(results, list(names), worst, output / "failures.png")
+    if report["curve"] and report["primary"] is not None:
+        draw_curve(report, output / "curve.png")
+    if report["weights"]:
+        draw_shares(report["weights"], output / "weights.png")
+
+
+def _by_score(report: dict[str, Any]) -> list[str]:
+    """The methods, the best last, as they stand in the tables."""
+    rows, primary = report["rows"], report["primary"]
+    if primary is None:
+        return [row["method"] for row in rows]
+    group = next(iter(report["groups"]))
+    rows = sorted(rows, key=lambda row: row["groups"][group]["scores"][primary]["mean"])
+    return [row["method"] for row in rows]
+
+
+def draw_sheet(results: Results, methods: Sequence[str], places: Sequence[int], path: Path) -> None:
+    """Draw prompts (columns) by methods (rows), above them the real pictures where there are some.
+
+    Args:
+        results: whose pictures are shown, of every method's first replica and seed.
+        methods: from top to bottom.
+        places: of the prompts, from left to right.
+        path: PNG or SVG, by its suffix.
+    """
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    rows: list[tuple[str, list[Path]]] = []
+    references = [results.prompts[place].reference for place in places]
+    if all(reference is not None for reference in references):
+        rows.append(("true", [reference for reference in references if reference is not None]))
+    rows += [(name, results.pictures(name, places)) for name in methods]
+    left, top = 1.7, 1.1
+    width, height = 1.2 * len(places) + left, 1.2 * len(rows) + top
+    figure = Figure(figsize=(width, height))
+    axes = figure.subplots(len(rows), len(places), squeeze=False)
+    figure.subplots_adjust(
+        left=left / width, right=0.995, bottom=0.005, top=1 - top / height, wspace=0.04, hspace=0.04
+    )
+    for column, place in enumerate(places):
+        title = textwrap.shorten(results.prompts[place].text, 90, placeholder=" ...")
+        axes[0, column].set_title(textwrap.fill(title, 17), fontsize=7)
+    for line, (name, files) in zip(axes, rows, strict=True):
+        for axis, file in zip(line, files, strict=True):
+            with Image.open(file) as picture:
+                axis.imshow(picture)
+            axis.set_xticks([])
+            axis.set_yticks([])
+        is_subject = name == results.recipe.subject_name
+        line[0].set_ylabel(
+            textwrap.fill(name, 20),
+            rotation=0,
+            ha="right",
+            va="center",
+            fontsize=9,
+            fontweight="bold" if is_subject else "normal",
+        )
+    _save(figure, path)
+
+
+def draw_scores(report: dict[str, Any], path: Path) -> None:
+    """Draw the primary score of every method with its interval, one panel for each group."""
+    from matplotlib.figure import Figure
+
+    primary, names = report["primary"], _by_score(report)
+    groups = list(report["groups"])
+    rows = {row["method"]: row for row in report["rows"]}
+    figure = Figure(
+        figsize=(2.2 + 2.6 * len(groups), 0.9 + 0.26 * len(names)), layout="constrained"
+    )
+    panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
+    for panel, group in zip(panels, groups, strict=True):
+        for height, name in enumerate(names):
+            score = rows[name]["groups"][group]["scores"][primary]
+            colour = _COLOURS[5] if name == report["subject"] else _COLOURS[0]
+            panel.plot([score["low"], score["high"]], [height, height], color=colour, linewidth=2)
+            panel.plot(score["mean"], height, "o", color=colour)
+        panel.set_title(f"{group} ({report['groups'][group]} prompts)", fontsize=9)
+        panel.set_xlabel(primary)
+        panel.grid(axis="x", alpha=0.3)
+    panels[0].set_yticks(range(len(names)), names, fontsize=8)
+    for label, name in zip(panels[0].get_yticklabels(), names, strict=True):
+        label.set_fontweight("bold" if name == report["subject"] else "normal")
+    _save(figure, path)
+
+
+def draw_curve(report: dict[str, Any], path: Path) -> None:
+    """Draw the primary score against seconds per picture, one line for each method."""
+    from matplotlib.figure import Figure
+
+    primary = report["primary"]
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axis = figure.subplots()
+    names = list(dict.fromkeys(row["method"] for row in report["curve"]))
+    for n, name in enumerate(names):
+        points = [row for row in report["curve"] if row["method"] == name]
+        seconds = [row["measured"]["seconds_per_image"] for row in points]
+        scores = [row["scores"][primary] for row in points]
+        means = [score["mean"] for score in scores]
+        errors = [
+            [score["mean"] - score["low"] for score in scores],
+            [score["high"] - score["mean"] for score in scores],
+        ]
+        colour, marker = _COLOURS[n % len(_COLOURS)], _MARKERS[n % len(_MARKERS)]
+        axis.errorbar(seconds, means, errors, color=colour, marker=marker, capsize=2, label=name)
+        for x, y, row in zip(seconds, means, points, strict=True):
+            axis.annotate(
+                str(row["num_steps"]),
+                (x, y),
+                textcoords="offset points",
+                xytext=(3, 5),
+                fontsize=7,
+                color=colour,
+            )
+    axis.set_xscale("log")
+    axis.set_xlabel("seconds per picture (numbers are steps)")
+    axis.set_ylabel(primary)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    _save(figure, path)
+
+
+def draw_shares(weights: dict[str, Any], path: Path) -> None:
+    """Draw the mean weight of each expert by site and step, groups by rows, experts by columns."""
+    from matplotlib.figure import Figure
+
+    experts, sites, groups = weights["experts"], weights["sites"], weights["groups"]
+    width = 1.6 + 2.5 * len(experts)
+    height = 0.8 + len(groups) * (0.5 + 0.17 * len(sites))
+    figure = Figure(figsize=(width, height), layout="constrained")
+    panels = figure.subplots(len(groups), len(experts), squeeze=False)
+    image = None
+    for line, (group, recorded) in zip(panels, groups.items(), strict=True):
+        for n, (panel, expert) in enumerate(zip(line, experts, strict=True)):
+            # a site without weights is drawn as if nobody were heard there
+            table = [
+                [step.get(site, [float("nan")] * len(experts))[n] for step in recorded["shares"]]
+                for site in sites
+            ]
+            image = panel.imshow(table, vmin=0, vmax=1, cmap="cividis", aspect="auto")
+            panel.set_title(f"{group}: {expert}", fontsize=9)
+            panel.set_yticks(range(len(sites)), sites if n == 0 else [""] * len(sites), fontsize=6)
+            panel.tick_params(axis="x", labelsize=6)
+            if line is panels[-1]:
+                panel.set_xlabel("step", fontsize=8)
+    if image is not None:
+        figure.colorbar(image, ax=panels, label="mean weight", shrink=0.6)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110, format=path.suffix.removeprefix("."))
+    write_atomic(path, buffer.getvalue())

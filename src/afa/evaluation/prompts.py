@@ -1,0 +1,253 @@
+"""What is drawn: prompts from text files, COCO captions, DrawBench, picture folders or the zoo."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image
+from pydantic import Field, model_validator
+
+from afa.errors import AfaError
+from afa.files import read_json, write_atomic
+from afa.recipe import MAX_SEED, Section
+from afa.zoo.scenes import Kind
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+
+class ZooPrompts(Section):
+    """Captions of emoji scenes, so many of each kind, which are the groups.
+
+    Mixed pairs are those that no training set holds, or with `held_out: false` only the others, on
+    which something may be tuned.
+    """
+
+    kinds: dict[Kind, int] = Field(min_length=1)
+    held_out: bool = True
+    seed: int = Field(default=1_000_000, ge=0, le=MAX_SEED)
+
+
+class CocoPrompts(Section):
+    """A COCO caption file, and the folder of its pictures where metrics need references."""
+
+    captions: Path
+    pictures: Path | None = None
+
+
+class PromptsRecipe(Section):
+    """Exactly one source of prompts; `limit` keeps the first so many of every group.
+
+    `text`: a UTF-8 file with one prompt on each line. `coco`: COCO's caption JSON, of every picture
+    the caption with the lowest id. `drawbench`: a CSV with the columns Prompts and Category, whose
+    categories are the groups. `folder`: pictures with a metadata.jsonl, which are references too.
+    """
+
+    text: Path | None = None
+    coco: CocoPrompts | None = None
+    drawbench: Path | None = None
+    folder: Path | None = None
+    zoo: ZooPrompts | None = None
+    limit: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> PromptsRecipe:
+        sources = (self.text, self.coco, self.drawbench, self.folder, self.zoo)
+        if sum(source is not None for source in sources) != 1:
+            raise ValueError("must have exactly one of text, coco, drawbench, folder and zoo")
+        return self
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt, the group that it is reported in, and the real picture that it describes."""
+
+    text: str
+    group: str = "all"
+    reference: Path | None = None
+
+
+def load_prompts(recipe: PromptsRecipe, scratch: Path | None = None) -> list[Prompt]:
+    """All prompts of a recipe, in a fixed order.
+
+    Args:
+        recipe: whose paths are absolute or relative to the working directory.
+        scratch: a folder for the zoo's true pictures, rendered where they are missing; None leaves
+            the zoo's prompts without references.
+
+    Raises:
+        AfaError: a file that cannot be read or is not what it should be, an empty or repeated
+            prompt, or none at all.
+    """
+    if recipe.text is not None:
+        prompts = _from_text(recipe.text)
+    elif recipe.coco is not None:
+        prompts = _from_coco(recipe.coco)
+    elif recipe.drawbench is not None:
+        prompts = _from_drawbench(recipe.drawbench)
+    elif recipe.folder is not None:
+        prompts = _from_folder(recipe.folder)
+    else:
+        assert recipe.zoo is not None, "a recipe has exactly one source"
+        prompts = _from_zoo(recipe.zoo, scratch)
+    if recipe.limit is not None:
+        counts: dict[str, int] = {}
+        kept = []
+        for prompt in prompts:
+            counts[prompt.group] = counts.get(prompt.group, 0) + 1
+            if counts[prompt.group] <= recipe.limit:
+                kept.append(prompt)
+        prompts = kept
+    return prompts
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise AfaError(f"The prompts '{path}' must be UTF-8 text: {error}.") from error
+
+
+def _checked(path: Path, places: Iterable[tuple[str, Prompt]]) -> list[Prompt]:
+    """The prompts, after a look for empty and repeated ones.
+
+    Args:
+        path: of the file, for messages.
+        places: where in the file a prompt stands, such as "line 3", and the prompt.
+    """
+    seen: dict[str, str] = {}
+    prompts = []
+    for place, prompt in places:
+        if not prompt.text.strip():
+            raise AfaError(
+                f"Every prompt must have words, but {place} of '{path}' is empty. Take it out."
+            )
+        if prompt.text in seen:
+            raise AfaError(
+                f"Every prompt must be there once, but {place} of '{path}' repeats "
+                f"{seen[prompt.text]}: {prompt.text[:80]!r}. Take one out; for several pictures "
+                "of a prompt give several seeds."
+            )
+        seen[prompt.text] = place
+        prompts.append(prompt)
+    if not prompts:
+        raise AfaError(f"The prompts '{path}' must hold at least one; there is none.")
+    return prompts
+
+
+def _from_text(path: Path) -> list[Prompt]:
+    lines = _read_text(path).removesuffix("\n").split("\n")
+    return _checked(
+        path, ((f"line {n}", Prompt(line.strip())) for n, line in enumerate(lines, start=1))
+    )
+
+
+def _from_coco(recipe: CocoPrompts) -> list[Prompt]:
+    content = read_json(recipe.captions)
+    try:
+        names = {int(entry["id"]): str(entry["file_name"]) for entry in content["images"]}
+        captions = sorted(
+            (int(entry["id"]), int(entry["image_id"]), str(entry["caption"]).strip())
+            for entry in content["annotations"]
+        )
+        first: dict[int, str] = {}
+        used: set[str] = set()
+        for _, image, caption in captions:
+            # captions repeat in COCO; a picture takes the first of its own that is still free
+            if image not in first and caption and caption not in used:
+                first[image] = caption
+                used.add(caption)
+        rows = [(image, caption, names[image]) for image, caption in sorted(first.items())]
+    except (KeyError, TypeError, ValueError) as error:
+        raise AfaError(
+            f"'{recipe.captions}' must be COCO captions with 'images' (id, file_name) and "
+            f"'annotations' (id, image_id, caption); reading it says {type(error).__name__}: "
+            f"{error}."
+        ) from error
+    places = []
+    for image, caption, name in rows:
+        reference = None
+        if recipe.pictures is not None:
+            reference = recipe.pictures / Path(name).name  # never outside of that folder
+            _require_file(reference, recipe.captions)
+        places.append((f"picture {image}", Prompt(caption, reference=reference)))
+    return _checked(recipe.captions, places)
+
+
+def _require_file(reference: Path, named_by: Path) -> None:
+    if not reference.is_file():
+        raise AfaError(
+            f"'{named_by}' names the picture '{reference}', which is missing. Name the folder "
+            "that holds it, or leave the pictures out."
+        )
+
+
+def _from_drawbench(path: Path) -> list[Prompt]:
+    reader = csv.DictReader(io.StringIO(_read_text(path), newline=""))
+    fields = reader.fieldnames or []
+    if "Prompts" not in fields:
+        raise AfaError(
+            f"'{path}' must be DrawBench's CSV with the columns Prompts and Category; its columns "
+            f"are {', '.join(fields) or 'none'}."
+        )
+    first: dict[str, tuple[str, Prompt]] = {}
+    for row in reader:
+        text, group = (row["Prompts"] or "").strip(), (row.get("Category") or "all").strip()
+        # the same prompt may stand in two categories; it is drawn once, for the first one
+        first.setdefault(text, (f"line {reader.line_num}", Prompt(text, group)))
+    return _checked(path, first.values())
+
+
+def _from_folder(folder: Path) -> list[Prompt]:
+    from afa.training.data import FolderImages
+
+    rows = FolderImages(folder).rows
+    listing = folder / "metadata.jsonl"
+    return _checked(
+        listing,
+        (
+            (f"entry {n}", Prompt(caption, reference=path))
+            for n, (path, caption) in enumerate(rows, start=1)
+        ),
+    )
+
+
+def _from_zoo(recipe: ZooPrompts, scratch: Path | None) -> list[Prompt]:
+    from afa.zoo.scenes import evaluation_prompts, parse_caption
+
+    prompts = [
+        Prompt(caption, kind)
+        for kind, count in recipe.kinds.items()
+        for caption in evaluation_prompts(
+            count, kind=kind, seed=recipe.seed, held_out=recipe.held_out
+        )
+    ]
+    if len({prompt.text for prompt in prompts}) < len(prompts):
+        raise AfaError(
+            "The zoo's kinds must not overlap; 'any' holds all of the others' prompts. Name "
+            "either 'any' or the others."
+        )
+    if scratch is None:
+        return prompts
+    scratch.mkdir(parents=True, exist_ok=True)
+    with_references = []
+    for n, prompt in enumerate(prompts):
+        path = scratch / f"{n:06d}.png"
+        if not path.exists():
+            buffer = io.BytesIO()
+            Image.fromarray(parse_caption(prompt.text).render()).save(buffer, format="PNG")
+            write_atomic(path, buffer.getvalue())
+        with_references.append(Prompt(prompt.text, prompt.group, path))
+    return with_references
+
+
+def groups_of(prompts: Sequence[Prompt]) -> dict[str, list[int]]:
+    """The places of each group's prompts, in the order in which groups first appear."""
+    groups: dict[str, list[int]] = {}
+    for place, prompt in enumerate(prompts):
+        groups.setdefault(prompt.group, []).append(place)
+    return groups

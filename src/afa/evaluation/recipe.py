@@ -1,0 +1,259 @@
+"""What `afa evaluate` reads: which methods draw which prompts, and what is measured."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, PositiveFloat, field_validator, model_validator
+
+from afa.baselines.merging import MergeRecipe
+from afa.evaluation.prompts import PromptsRecipe
+from afa.metrics import MetricRecipe
+from afa.recipe import MAX_SEED, Section, read_recipe, resolve_source
+
+#: judged by the zoo's object classifier; needs prompts of the zoo
+SCENES = "scenes"
+
+
+def slug(name: str) -> str:
+    """A name as a folder: small letters and digits, with dashes between."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "method"
+
+
+class FusionRecipe(Section):
+    """Fusion without anything learnt.
+
+    `feature_mean`, `noise_mean`; `shell` with `expert`, a number from 0; `magic_fusion` with
+    `temperatures` (one, or one per expert) and `fuse_below`; `hand_over` with `order` and
+    `boundaries`, by default equal shares in the order of the experts.
+    """
+
+    rule: Literal["feature_mean", "noise_mean", "shell", "magic_fusion", "hand_over"]
+    expert: int | None = Field(default=None, ge=0)
+    temperatures: list[PositiveFloat] | None = Field(default=None, min_length=1)
+    fuse_below: PositiveFloat | None = None
+    order: list[int] | None = Field(default=None, min_length=1)
+    boundaries: list[float] | None = None
+
+    @model_validator(mode="after")
+    def _fits_its_rule(self) -> FusionRecipe:
+        takes = {
+            "shell": {"expert"},
+            "magic_fusion": {"temperatures", "fuse_below"},
+            "hand_over": {"order", "boundaries"},
+        }.get(self.rule, set())
+        given = {key for key in self.model_fields_set if key != "rule"}
+        if given - takes:
+            raise ValueError(f"must leave {', '.join(sorted(given - takes))} out: {self.rule}")
+        if self.rule == "shell" and self.expert is None:
+            raise ValueError("must name the expert of a shell, a number from 0")
+        return self
+
+
+class MethodRecipe(Section):
+    """One row of the comparison: a name, and exactly one way to draw.
+
+    `model`: a checkpoint by itself. `ensemble`: a folder of `afa train`, or several that differ in
+    the seed of their training and are reported as one method. `merge`: as in a recipe of
+    `afa merge`, without experts and base. `fusion`: see `FusionRecipe`.
+    """
+
+    name: str = Field(min_length=1, max_length=80)
+    model: list[str] | None = Field(default=None, min_length=1)
+    ensemble: list[str] | None = Field(default=None, min_length=1)
+    merge: dict[str, Any] | None = None
+    fusion: FusionRecipe | None = None
+
+    @field_validator("model", "ensemble", mode="before")
+    @classmethod
+    def _one_or_several(cls, given: Any) -> Any:
+        return [given] if isinstance(given, str) else given
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> MethodRecipe:
+        ways = (self.model, self.ensemble, self.merge, self.fusion)
+        if sum(way is not None for way in ways) != 1:
+            raise ValueError("must have exactly one of model, ensemble, merge and fusion")
+        return self
+
+    @property
+    def num_replicas(self) -> int:
+        """How many models or ensembles stand behind this row."""
+        return len(self.model or self.ensemble or [None])
+
+
+class SamplingRecipe(Section):
+    """How pictures are drawn, for every method alike.
+
+    The noise of a picture depends on its prompt's place and its seed alone. `num_threads` fixes
+    the processor's threads per process, on which the last bits of a picture may depend.
+    """
+
+    num_steps: int = Field(default=50, ge=1)
+    guidance: float = Field(default=7.5, ge=0)
+    seeds: list[int] = Field(default=[0], min_length=1)
+    batch_size: int = Field(default=8, ge=1)
+    negative_prompt: str = ""
+    height: int | None = Field(default=None, ge=8, multiple_of=8)
+    width: int | None = Field(default=None, ge=8, multiple_of=8)
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str = "auto"
+    num_threads: int | None = Field(default=None, ge=1)
+
+    @field_validator("seeds")
+    @classmethod
+    def _seeds(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) < len(seeds) or not all(0 <= seed <= MAX_SEED for seed in seeds):
+            raise ValueError(f"must be different numbers from 0 to {MAX_SEED}")
+        return seeds
+
+
+class CurveRecipe(Section):
+    """Quality against time: some methods again at other numbers of steps.
+
+    `methods` None: the subject, and the best expert and the best merge of the main comparison.
+    `limit` keeps the first so many prompts of every group.
+    """
+
+    num_steps: list[int] = Field(default=[5, 10, 20, 50], min_length=1)
+    methods: list[str] | None = None
+    limit: int | None = Field(default=None, ge=1)
+
+
+class EvaluateRecipe(Section):
+    """A whole comparison.
+
+    `experts` and `base` are what merges and fusions combine; `experts` alone count as single
+    experts. `subject` is the method that is compared with all others, the first one by default;
+    `primary` the score that picks the best expert and the best merge, the first one by default.
+    `references` is a folder of real pictures for FID, KID and CMMD; by default the prompts' own.
+    """
+
+    experts: list[str] = Field(default=[], max_length=64)
+    base: str | None = None
+    vae: str | None = None
+    config: str | None = None
+    prompts: PromptsRecipe
+    methods: list[MethodRecipe] = Field(min_length=1)
+    sampling: SamplingRecipe = SamplingRecipe()
+    metrics: list[MetricRecipe | Literal["scenes"]] = Field(min_length=1)
+    references: Path | None = None
+    subject: str | None = None
+    primary: str | None = None
+    curve: CurveRecipe | None = None
+    num_resamples: int = Field(default=10_000, ge=100)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> EvaluateRecipe:
+        names = [method.name for method in self.methods]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"must name every method differently, '{twice}' stands twice")
+        folders: dict[str, str] = {}
+        for name in names:
+            other = folders.setdefault(slug(name), name)
+            if other != name:
+                raise ValueError(
+                    f"must name its methods so that letters and digits tell them apart, came "
+                    f"'{other}' and '{name}'"
+                )
+        asked = [self.subject, *((self.curve and self.curve.methods) or [])]
+        unknown = next((name for name in asked if name is not None and name not in names), None)
+        if unknown is not None:
+            raise ValueError(f"must name one of its methods, came '{unknown}'")
+        needs_experts = [
+            m.name for m in self.methods if m.merge is not None or m.fusion is not None
+        ]
+        if needs_experts and not self.experts:
+            raise ValueError(f"must have experts for the method '{needs_experts[0]}'")
+        for method in self.methods:
+            if method.merge is not None:
+                self.merge_recipe(method)
+            self._check_numbers(method)
+        if SCENES in self.metrics and self.prompts.zoo is None:
+            raise ValueError("must have prompts of the zoo for the metric 'scenes'")
+        return self
+
+    def _check_numbers(self, method: MethodRecipe) -> None:
+        """Refuse a fusion that names experts which are not there."""
+        fusion, count = method.fusion, len(self.experts)
+        if fusion is None:
+            return
+        named = [*(fusion.order or []), *([] if fusion.expert is None else [fusion.expert])]
+        if any(not 0 <= n < count for n in named):
+            raise ValueError(
+                f"must number the {count} experts of '{method.name}' from 0 to {count - 1}, came "
+                f"{named}"
+            )
+
+    def merge_recipe(self, method: MethodRecipe) -> MergeRecipe:
+        """The static merge of a method, with this recipe's experts.
+
+        Raises:
+            ValueError: it is no complete recipe of a merge.
+        """
+        settings = dict(method.merge or {})
+        needs_base = settings.get("method") in ("add_difference", "ties", "dare")
+        return MergeRecipe(experts=self.experts, base=self.base if needs_base else None, **settings)
+
+    @property
+    def subject_name(self) -> str:
+        """The method that is compared with all others."""
+        return self.subject or self.methods[0].name
+
+
+def load_evaluate_recipe(path: str | Path) -> EvaluateRecipe:
+    """Read and check a recipe; paths in it are relative to its own folder.
+
+    Raises:
+        AfaError: see `afa.recipe.read_recipe`.
+    """
+    recipe, folder = read_recipe(path, EvaluateRecipe), Path(path).parent
+
+    def source(name: str | None) -> str | None:
+        return None if name is None else resolve_source(name, folder)
+
+    def sources(names: list[str] | None) -> list[str] | None:
+        return None if names is None else [resolve_source(name, folder) for name in names]
+
+    def local(file: Path | None) -> Path | None:
+        return None if file is None else Path(os.path.abspath(folder / file.expanduser()))
+
+    prompts = recipe.prompts
+    coco = prompts.coco and prompts.coco.model_copy(
+        update={
+            "captions": local(prompts.coco.captions),
+            "pictures": local(prompts.coco.pictures),
+        }
+    )
+    places = {key: local(getattr(prompts, key)) for key in ("text", "drawbench", "folder")}
+    return recipe.model_copy(
+        update={
+            "experts": sources(recipe.experts),
+            "base": source(recipe.base),
+            "vae": source(recipe.vae),
+            "config": source(recipe.config),
+            "references": local(recipe.references),
+            "prompts": prompts.model_copy(update={**places, "coco": coco}),
+            "methods": [
+                method.model_copy(
+                    update={"model": sources(method.model), "ensemble": sources(method.ensemble)}
+                )
+                for method in recipe.methods
+            ],
+            "metrics": [
+                metric
+                if isinstance(metric, str)
+                else metric.model_copy(
+                    update={
+                        key: source(getattr(metric, key))
+                        for key in ("weights", "processor", "clip")
+                    }
+                )
+                for metric in recipe.metrics
+            ],
+        }
+    )

@@ -1,0 +1,244 @@
+"""All scores of a comparison as arrays, and what is compared with what."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from afa.evaluation.prompts import groups_of
+from afa.evaluation.statistics import Interval, Paired, mean_interval, paired_difference
+from afa.evaluation.work import Unit, read_cost, units_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from afa.evaluation.prompts import Prompt
+    from afa.evaluation.recipe import EvaluateRecipe, MethodRecipe
+    from afa.evaluation.scoring import Scoring
+    from afa.evaluation.statistics import Scores
+    from afa.evaluation.work import Store
+
+
+@dataclass(frozen=True)
+class MeanCost:
+    """What one picture of a method costs; `peak_memory` in bytes.
+
+    `seconds` is the median over the batches, of which one may meet a busy machine.
+    """
+
+    seconds: float
+    peak_memory: int | None
+    expert_calls: float
+
+
+class Results:
+    """Reads a finished comparison from its folder.
+
+    Args:
+        recipe: what was compared.
+        prompts: all of them.
+        scoring: the metrics.
+        store: the comparison's folder.
+    """
+
+    def __init__(
+        self, recipe: EvaluateRecipe, prompts: Sequence[Prompt], scoring: Scoring, store: Store
+    ) -> None:
+        self.recipe, self.prompts, self.scoring, self.store = recipe, prompts, scoring, store
+        self.groups = groups_of(prompts)
+        self.methods = [method.name for method in recipe.methods]
+        self._units = units_of(recipe, range(len(prompts)), recipe.sampling.num_steps)
+
+    # -- scores -------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def _scores(self) -> dict[str, dict[str, Scores]]:
+        return {name: self._read(self._of(self._units, name)) for name in self.methods}
+
+    @staticmethod
+    def _of(units: Sequence[Unit], method: str) -> list[Unit]:
+        return [unit for unit in units if unit.method == method]
+
+    def _read(self, units: Sequence[Unit]) -> dict[str, Scores]:
+        """Every score [replicas, prompts] of one method's batches, mean over the seeds."""
+        values: dict[str, dict[int, dict[int, list[float]]]] = {}
+        for unit in units:
+            for score, numbers in self.scoring.scores_of(unit).items():
+                by_place = values.setdefault(score, {}).setdefault(unit.replica, {})
+                for place, number in zip(unit.places, numbers, strict=True):
+                    by_place.setdefault(place, []).append(number)
+        return {
+            score: np.array(
+                [
+                    [float(np.mean(by_place[place])) for place in sorted(by_place)]
+                    for _, by_place in sorted(replicas.items())
+                ]
+            )
+            for score, replicas in values.items()
+        }
+
+    @functools.cached_property
+    def _outcomes(self) -> set[str]:
+        """The scores that are 0 or 1 for every single picture."""
+        numbers: dict[str, set[float]] = {}
+        for unit in self._units:
+            for score, values in self.scoring.scores_of(unit).items():
+                numbers.setdefault(score, set()).update(values)
+        return {score for score, seen in numbers.items() if seen <= {0.0, 1.0}}
+
+    @property
+    def score_names(self) -> list[str]:
+        """The scores that every single picture has."""
+        return list(self._scores[self.methods[0]])
+
+    @property
+    def primary(self) -> str | None:
+        """The score that picks the best; None where no metric judges single pictures."""
+        names = self.score_names
+        return self.recipe.primary or (names[0] if names else None)
+
+    def scores(self, method: str, score: str, group: str) -> Scores:
+        """[replicas, prompts of the group], mean over the seeds."""
+        return self._scores[method][score][:, self.groups[group]]
+
+    def mean(self, method: str, score: str, group: str) -> Interval:
+        """A method's mean score with its interval."""
+        return self._interval(score, self.scores(method, score, group))
+
+    def _interval(self, score: str, values: Scores) -> Interval:
+        return mean_interval(values, self.recipe.num_resamples, is_outcome=score in self._outcomes)
+
+    def paired(self, method: str, reference: str, score: str, group: str) -> Paired:
+        """How much better `method` is than `reference` on the same prompts."""
+        ours, theirs = (self.scores(name, score, group) for name in (method, reference))
+        return paired_difference(ours, theirs, self.recipe.num_resamples)
+
+    def set_scores(self, method: str, group: str) -> dict[str, list[float]]:
+        """Every metric of whole sets, one number for each replica."""
+        wanted = set(self.groups[group])
+        found: dict[str, list[float]] = {}
+        units = self._of(self._units, method)
+        for metric in self.scoring.set_metrics:
+            network = metric.extractor.name
+            real = self._real(network, group) if metric.needs_real else None
+            for replica in sorted({unit.replica for unit in units}):
+                rows = [
+                    row
+                    for unit in units
+                    if unit.replica == replica
+                    for place, row in zip(
+                        unit.places, self.scoring.features_of(network, unit), strict=True
+                    )
+                    if place in wanted
+                ]
+                generated = torch.stack(rows)
+                found.setdefault(metric.name, []).append(metric.compute(generated, real))
+        return found
+
+    def _real(self, network: str, group: str) -> torch.Tensor:
+        """Features of the real pictures: the group's own, or the whole folder's."""
+        real = self.scoring.reference_features(network)
+        return real if self.recipe.references is not None else real[self.groups[group]]
+
+    def pictures(self, method: str, places: Sequence[int]) -> list[Path]:
+        """The files of a method's pictures of these prompts, of its first replica and seed."""
+        seed = self.recipe.sampling.seeds[0]
+        files = {
+            place: self.store.picture(unit, place)
+            for unit in self._of(self._units, method)
+            if unit.replica == 0 and unit.seed == seed
+            for place in unit.places
+        }
+        return [files[place] for place in places]
+
+    # -- who is compared with whom ------------------------------------------------------------
+
+    def kind(self, method: MethodRecipe) -> str:
+        """`expert`, `model`, `ensemble`, `merge`, or the name of a fusion."""
+        if method.fusion is not None:
+            return method.fusion.rule
+        if method.merge is not None:
+            return "merge"
+        if method.ensemble is not None:
+            return "ensemble"
+        is_expert = method.model is not None and set(method.model) <= set(self.recipe.experts)
+        return "expert" if is_expert else "model"
+
+    def best(self, kind: str, group: str) -> MethodRecipe | None:
+        """The method of a kind with the largest primary score in a group; the first of equals."""
+        candidates = [m for m in self.recipe.methods if self.kind(m) == kind]
+        if self.primary is None or not candidates:
+            return None
+        score = self.primary
+        return max(candidates, key=lambda m: self.scores(m.name, score, group).mean())
+
+    def shell_of(self, expert: MethodRecipe) -> MethodRecipe | None:
+        """The control that has a single expert in the ensemble's shell."""
+        number = self.recipe.experts.index((expert.model or [""])[0])
+        shells = [m for m in self.recipe.methods if self.kind(m) == "shell"]
+        return next((m for m in shells if m.fusion and m.fusion.expert == number), None)
+
+    def references(self, group: str) -> dict[str, str]:
+        """What all methods are compared with in a group: role and method."""
+        roles = {"subject": self.recipe.subject_name}
+        expert = self.best("expert", group)
+        if expert is not None:
+            roles["best expert"] = expert.name
+            shell = self.shell_of(expert)
+            if shell is not None:
+                roles["shell of the best expert"] = shell.name
+        return roles
+
+    # -- cost and curve -----------------------------------------------------------------------
+
+    def cost(self, method: str) -> MeanCost:
+        """What one picture of the main comparison costs."""
+        return self._cost(self._of(self._units, method))
+
+    def _cost(self, units: Sequence[Unit]) -> MeanCost:
+        costs = [(read_cost(self.store, unit), len(unit.places)) for unit in units]
+        peaks = [cost.peak_memory for cost, _ in costs if cost.peak_memory is not None]
+        return MeanCost(
+            statistics.median(cost.seconds / count for cost, count in costs),
+            max(peaks, default=None),
+            sum(cost.expert_calls for cost, _ in costs) / sum(count for _, count in costs),
+        )
+
+    def curve_places(self) -> list[int]:
+        """The prompts of the curve: the first group's, cut off at the curve's limit."""
+        assert self.recipe.curve is not None, "there is a curve"
+        first = next(iter(self.groups.values()))
+        return first[: self.recipe.curve.limit]
+
+    def curve_methods(self) -> list[str]:
+        """The methods of the curve: the named ones, or the subject and the best of its rivals."""
+        assert self.recipe.curve is not None, "there is a curve"
+        if self.recipe.curve.methods is not None:
+            return self.recipe.curve.methods
+        group = next(iter(self.groups))
+        best = [self.best(kind, group) for kind in ("expert", "merge")]
+        return [self.recipe.subject_name, *(method.name for method in best if method)]
+
+    def curve_point(self, method: str, num_steps: int) -> tuple[dict[str, Interval], MeanCost]:
+        """A method at another number of steps: its scores, and what a picture costs."""
+        units = units_of(self.recipe, self.curve_places(), num_steps, [method])
+        scores = {name: self._interval(name, values) for name, values in self._read(units).items()}
+        return scores, self._cost(units)
+
+    def worst(self, count: int, group: str) -> list[int]:
+        """The prompts on which the subject scores least, the first of equals first.
+
+        Of outcomes only those that it does not always get right.
+        """
+        assert self.primary is not None, "there is a score of single pictures"
+        means = self.scores(self.recipe.subject_name, self.primary, group).mean(0)
+        order = [int(n) for n in np.argsort(means, kind="stable")[:count]]
+        if self.primary in self._outcomes:
+            order = [n for n in order if means[n] < 1]
+        return [self.groups[group][n] for n in order]

@@ -1,0 +1,202 @@
+"""`evaluate`: every method draws the same prompts from the same noise, and all is measured.
+
+The work is cut into batches that leave their pictures, scores and features on disk as soon as they
+exist. A run that was stopped, however it was stopped, does only what is missing; a run of several
+processes does the same batches and so comes to the same report.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from afa.errors import AfaError
+from afa.evaluation.methods import MethodBuilder
+from afa.evaluation.processes import Processes
+from afa.evaluation.prompts import load_prompts
+from afa.evaluation.report import write_report
+from afa.evaluation.results import Results
+from afa.evaluation.scoring import Scoring
+from afa.evaluation.shares import record_shares
+from afa.evaluation.work import Store, draw_unit, units_of, write_json
+from afa.files import read_json
+from afa.training.loop import pick_device
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from diffusers import StableDiffusionPipeline
+
+    from afa.evaluation.prompts import Prompt
+    from afa.evaluation.recipe import EvaluateRecipe
+    from afa.evaluation.work import Unit
+
+_MARK = {"format": "afa-evaluation", "version": 1}
+
+
+@dataclass(frozen=True)
+class EvaluateProgress:
+    """How far an evaluation is: so many parts of one stage, and what it is at."""
+
+    stage: str
+    done: int
+    total: int
+    note: str = ""
+
+
+def evaluate(recipe: EvaluateRecipe, output: Path) -> Iterator[EvaluateProgress]:
+    """Draw, measure and compare; write the report.
+
+    `output` gets pictures, scores and features as they come, and at the end `report.json`,
+    `report.md` and drawings. The same call on a folder of an earlier run goes on where that one
+    stopped; methods, metrics, seeds and numbers of steps may be added meanwhile.
+
+    Args:
+        recipe: what is compared.
+        output: a new folder, or one of an earlier run.
+
+    Raises:
+        AfaError: a checkpoint, prompt file, picture or metric's weights that cannot be had, or a
+            folder that holds something else. What was finished is kept.
+    """
+    processes = Processes()
+    sampling = recipe.sampling
+    device = pick_device(processes.device or sampling.device)
+    with _threads(sampling.num_threads):
+        store = Store(output)
+        if processes.is_main:
+            _open_folder(output)
+        processes.wait()
+        # the zoo's true pictures are drawn by one process, and then found by the others
+        scratch = output / "references" if recipe.prompts.zoo is not None else None
+        if processes.is_main:
+            load_prompts(recipe.prompts, scratch)
+        processes.wait()
+        prompts = load_prompts(recipe.prompts, scratch)
+        scoring = Scoring(recipe, prompts, store, device)
+        builder = MethodBuilder(recipe, device)
+        if processes.is_main:
+            _claim_all(recipe, prompts, store, builder, scoring)
+        processes.wait()
+
+        batches = list(processes.share(scoring.reference_batches()))
+        for done, (network, number) in enumerate(batches):
+            yield EvaluateProgress("references", done, len(batches), network)
+            scoring.extract_references(network, number)
+            yield EvaluateProgress("references", done + 1, len(batches))
+        work = _Work(recipe, prompts, store, builder, scoring, processes)
+        main = units_of(recipe, range(len(prompts)), sampling.num_steps)
+        yield from work.run("pictures", main)
+        processes.wait()
+
+        results = Results(recipe, prompts, scoring, store)
+        yield from work.run("steps", curve_units(results))
+        processes.wait()
+        if processes.is_main:
+            yield EvaluateProgress("report", 0, 1)
+            record_shares(recipe, prompts, builder, store)
+            write_report(results, output)
+            yield EvaluateProgress("report", 1, 1)
+        processes.wait()
+
+
+def curve_units(results: Results) -> list[Unit]:
+    """The batches of the curve of quality against time; which methods it has may be a result."""
+    recipe = results.recipe
+    if recipe.curve is None:
+        return []
+    places = results.curve_places()
+    methods = results.curve_methods()
+    return [
+        unit
+        for num_steps in recipe.curve.num_steps
+        for unit in units_of(recipe, places, num_steps, methods)
+    ]
+
+
+class _Work:
+    """Draws and scores batches, with one pipeline in memory at a time."""
+
+    def __init__(
+        self,
+        recipe: EvaluateRecipe,
+        prompts: Sequence[Prompt],
+        store: Store,
+        builder: MethodBuilder,
+        scoring: Scoring,
+        processes: Processes,
+    ) -> None:
+        self._recipe, self._prompts, self._store = recipe, prompts, store
+        self._builder, self._scoring, self._processes = builder, scoring, processes
+        self._methods = {method.name: method for method in recipe.methods}
+        self._loaded: tuple[str, int] | None = None
+        self._pipeline: StableDiffusionPipeline | None = None
+
+    def run(self, stage: str, units: Sequence[Unit]) -> Iterator[EvaluateProgress]:
+        """Do this process's part of the batches that are not done yet."""
+        mine = list(self._processes.share(units))
+        for done, unit in enumerate(mine):
+            yield EvaluateProgress(stage, done, len(mine), unit.method)
+            if not self._store.cost(unit).exists():
+                pipeline = self._pipeline_of(unit)
+                draw_unit(pipeline, unit, self._prompts, self._recipe.sampling, self._store)
+            self._scoring.score(unit)
+        if mine:
+            yield EvaluateProgress(stage, len(mine), len(mine))
+
+    def _pipeline_of(self, unit: Unit) -> StableDiffusionPipeline:
+        key = (unit.method, unit.replica)
+        if self._loaded != key or self._pipeline is None:
+            self._pipeline = None  # before the next one is loaded
+            self._pipeline = self._builder.build(self._methods[unit.method], unit.replica)
+            self._loaded = key
+        return self._pipeline
+
+
+def _open_folder(output: Path) -> None:
+    """Make the folder, or see that it is of an evaluation."""
+    mark = output / "evaluation.json"
+    is_new = not output.exists() or (output.is_dir() and not any(output.iterdir()))
+    if not is_new and not (mark.is_file() and read_json(mark) == _MARK):
+        raise AfaError(
+            f"The output folder must be new or hold an earlier evaluation; '{output}' is neither. "
+            "Name another one."
+        )
+    write_json(mark, _MARK)
+
+
+def _claim_all(
+    recipe: EvaluateRecipe,
+    prompts: Sequence[Prompt],
+    store: Store,
+    builder: MethodBuilder,
+    scoring: Scoring,
+) -> None:
+    """See that everything already there is of this recipe, before any work."""
+    sampling = recipe.sampling.model_dump(
+        mode="json", exclude={"num_steps", "seeds", "device", "num_threads"}
+    )
+    listed = [[prompt.text, prompt.group] for prompt in prompts]
+    store.claim(store.folder / "prompts.json", {"prompts": listed}, "the prompts")
+    for method in recipe.methods:
+        for replica in range(method.num_replicas):
+            identity = {**builder.identity(method, replica), "sampling": sampling}
+            place = store.method(method.name, replica) / "method.json"
+            store.claim(place, identity, f"the method '{method.name}'")
+    scoring.claim()
+
+
+@contextmanager
+def _threads(num_threads: int | None) -> Iterator[None]:
+    """Compute with so many threads inside the block."""
+    before = torch.get_num_threads()
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,239 @@
+"""From drawn pictures to scores and features on disk."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from safetensors.torch import load_file, save
+
+from afa.errors import AfaError
+from afa.evaluation.recipe import SCENES
+from afa.evaluation.work import open_pictures, read_pictures, write_json
+from afa.files import read_json, write_atomic
+from afa.metrics import MetricRecipe, ReferenceScorer, SetMetric, open_metrics
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from PIL import Image
+    from torch import Tensor
+
+    from afa.evaluation.prompts import Prompt
+    from afa.evaluation.recipe import EvaluateRecipe
+    from afa.evaluation.work import Store, Unit
+    from afa.metrics import FeatureExtractor, ImageScorer
+
+#: what the zoo's judge says of a picture; see `afa.zoo.judges.Verdict`
+SCENE_SCORES = ("both", "objects", "left", "right")
+_REFERENCE_BATCH = 32
+
+
+class PictureScorer(Protocol):
+    """Scores of pictures with their own prompts, one list for each name."""
+
+    name: str
+
+    def __call__(
+        self, pictures: Sequence[Image.Image], prompts: Sequence[str]
+    ) -> dict[str, list[float]]:
+        """The scores, in the order of the pictures."""
+
+
+class _Scenes:
+    """The zoo's classifier: is the right object on the right side?"""
+
+    name = SCENES
+
+    def __init__(self) -> None:
+        from afa.zoo.judges import load_classifier
+
+        self._classifier = load_classifier()
+
+    def __call__(
+        self, pictures: Sequence[Image.Image], prompts: Sequence[str]
+    ) -> dict[str, list[float]]:
+        from afa.zoo.judges import judge
+
+        verdicts = judge(self._classifier, pictures, prompts)
+        return {
+            name: [float(getattr(verdict, name)) for verdict in verdicts] for name in SCENE_SCORES
+        }
+
+
+class _Single:
+    """A metric of `afa.metrics` that has one number for each picture."""
+
+    def __init__(self, scorer: ImageScorer) -> None:
+        self.name = scorer.name
+        self._scorer = scorer
+
+    def __call__(
+        self, pictures: Sequence[Image.Image], prompts: Sequence[str]
+    ) -> dict[str, list[float]]:
+        return {self.name: self._scorer.score(pictures, prompts)}
+
+
+class Scoring:
+    """The opened metrics of a comparison, and the scores and features that they leave on disk.
+
+    Args:
+        recipe: which metrics, with which weights.
+        prompts: all of them.
+        store: the comparison's folder.
+        device: where networks compute.
+
+    Raises:
+        AfaError: weights that cannot be had, or a metric that compares with real pictures where
+            there are none.
+    """
+
+    def __init__(
+        self,
+        recipe: EvaluateRecipe,
+        prompts: Sequence[Prompt],
+        store: Store,
+        device: torch.device,
+    ) -> None:
+        self._prompts, self._store = prompts, store
+        self.scorers: list[PictureScorer] = []
+        self.reference_scorers: list[ReferenceScorer] = []
+        self.set_metrics: list[SetMetric] = []
+        self.extractors: dict[str, FeatureExtractor] = {}
+        self._identities: dict[str, Any] = {}
+        chosen = [metric for metric in recipe.metrics if isinstance(metric, MetricRecipe)]
+        if SCENES in recipe.metrics:
+            self.scorers.append(_Scenes())
+        for asked, metric in zip(chosen, open_metrics(chosen, device), strict=True):
+            self._identities[metric.name] = asked.model_dump(mode="json", exclude_none=True)
+            if isinstance(metric, SetMetric):
+                self.set_metrics.append(metric)
+                self.extractors[metric.extractor.name] = metric.extractor
+            elif isinstance(metric, ReferenceScorer):
+                self.reference_scorers.append(metric)
+                self.extractors[metric.extractor.name] = metric.extractor
+            else:
+                self.scorers.append(_Single(metric))
+        self.references = self._find_references(recipe)
+
+    def _find_references(self, recipe: EvaluateRecipe) -> list[Path]:
+        """The real pictures: a folder's, or the prompts' own in their order."""
+        own = [prompt.reference for prompt in self._prompts if prompt.reference is not None]
+        if self.reference_scorers and len(own) < len(self._prompts):
+            raise AfaError(
+                f"The metric '{self.reference_scorers[0].name}' compares every picture with the "
+                "real one of its prompt, but these prompts have none. Take them from a folder, "
+                "from COCO with its pictures, or from the zoo."
+            )
+        if self.reference_scorers and recipe.references is not None:
+            raise AfaError(
+                f"The metric '{self.reference_scorers[0].name}' compares every picture with the "
+                "real one of its prompt; a folder of references cannot be named beside it. Leave "
+                "references out."
+            )
+        needs_real = [metric.name for metric in self.set_metrics if metric.needs_real]
+        found = own if recipe.references is None else _pictures_in(recipe.references)
+        if needs_real and len(found) < 2:
+            raise AfaError(
+                f"The metric '{needs_real[0]}' needs real pictures, came {len(found)}. Name a "
+                "folder of them as references, or take prompts that have pictures."
+            )
+        return found if needs_real or self.reference_scorers else []
+
+    # -- work ---------------------------------------------------------------------------------
+
+    def claim(self) -> None:
+        """Note what scores and features are made with.
+
+        Raises:
+            AfaError: the folder holds those of other weights.
+        """
+        for name, identity in self._identities.items():
+            place = self._store.folder / "scores" / name / "metric.json"
+            self._store.claim(place, identity, f"the metric '{name}'")
+        if self.references:
+            place = self._store.folder / "features" / "references.json"
+            files = {
+                "pictures": [[path.name, path.stat().st_size] for path in self.references],
+            }
+            self._store.claim(place, files, "the reference pictures")
+
+    def reference_batches(self) -> list[tuple[str, int]]:
+        """The batches of reference pictures: network and number."""
+        count = -(-len(self.references) // _REFERENCE_BATCH)
+        return [(network, number) for network in self.extractors for number in range(count)]
+
+    def extract_references(self, network: str, number: int) -> None:
+        """Put the features of one batch of reference pictures on disk, if they are not there.
+
+        Raises:
+            AfaError: a picture that cannot be read.
+        """
+        place = self._store.reference_features(network, number)
+        if not place.exists():
+            start = number * _REFERENCE_BATCH
+            paths = self.references[start : start + _REFERENCE_BATCH]
+            _write_features(place, self.extractors[network].features(list(open_pictures(paths))))
+
+    def is_scored(self, unit: Unit) -> bool:
+        """Whether all of a drawn batch's scores and features are there."""
+        scored = all(self._store.scores(s.name, unit).exists() for s in self.scorers)
+        return scored and all(self._store.features(n, unit).exists() for n in self.extractors)
+
+    def score(self, unit: Unit) -> None:
+        """Put the scores and features of one drawn batch on disk, those that are not there."""
+        if self.is_scored(unit):
+            return
+        pictures = read_pictures(self._store, unit)
+        prompts = [self._prompts[place].text for place in unit.places]
+        for scorer in self.scorers:
+            place = self._store.scores(scorer.name, unit)
+            if not place.exists():
+                write_json(place, scorer(pictures, prompts))
+        for name, extractor in self.extractors.items():
+            place = self._store.features(name, unit)
+            if not place.exists():
+                _write_features(place, extractor.features(pictures))
+
+    # -- what is on disk ----------------------------------------------------------------------
+
+    def scores_of(self, unit: Unit) -> dict[str, list[float]]:
+        """All scores of a batch by name, those against references included."""
+        scores: dict[str, list[float]] = {}
+        for scorer in self.scorers:
+            scores |= read_json(self._store.scores(scorer.name, unit))
+        for reference_scorer in self.reference_scorers:
+            network = reference_scorer.extractor.name
+            real = self.reference_features(network)[list(unit.places)]
+            scores[reference_scorer.name] = reference_scorer.score(
+                self.features_of(network, unit), real
+            )
+        return scores
+
+    def features_of(self, network: str, unit: Unit) -> Tensor:
+        """The features of a batch [pictures, width]."""
+        return load_file(self._store.features(network, unit))["features"]
+
+    def reference_features(self, network: str) -> Tensor:
+        """The features of all reference pictures [pictures, width]."""
+        count = -(-len(self.references) // _REFERENCE_BATCH)
+        files = [self._store.reference_features(network, n) for n in range(count)]
+        return torch.cat([load_file(file)["features"] for file in files])
+
+
+def _pictures_in(folder: Path) -> list[Path]:
+    """All pictures of a folder, by name.
+
+    Raises:
+        AfaError: no folder.
+    """
+    if not folder.is_dir():
+        raise AfaError(f"The references must be a folder of pictures; '{folder}' is none.")
+    suffixes = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
+
+
+def _write_features(place: Path, features: Tensor) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(place, save({"features": features.contiguous()}))

@@ -1,0 +1,192 @@
+"""The units of work of a comparison, and where on disk each leaves what it has done."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+
+from afa.errors import AfaError
+from afa.evaluation.cost import Cost, measure
+from afa.evaluation.recipe import slug
+from afa.files import read_json, write_atomic
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from diffusers import StableDiffusionPipeline
+
+    from afa.evaluation.prompts import Prompt
+    from afa.evaluation.recipe import EvaluateRecipe, SamplingRecipe
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One batch of one method's pictures: `places` are those of its prompts.
+
+    Batches are cut the same way however many processes there are and wherever a run was stopped,
+    so that every picture is drawn beside the same others, bit for bit.
+    """
+
+    method: str
+    replica: int
+    seed: int
+    num_steps: int
+    batch: int
+    places: tuple[int, ...]
+
+    def within(self, root: Path) -> Path:
+        """This unit's folder below `root`."""
+        parts = (f"replica-{self.replica}", f"seed-{self.seed}", f"steps-{self.num_steps}")
+        return root.joinpath(slug(self.method), *parts)
+
+
+def units_of(
+    recipe: EvaluateRecipe,
+    places: Sequence[int],
+    num_steps: int,
+    methods: Sequence[str] | None = None,
+) -> list[Unit]:
+    """All units of some methods (None: all) at so many steps, in the order of the methods."""
+    size = recipe.sampling.batch_size
+    batches = [tuple(places[start : start + size]) for start in range(0, len(places), size)]
+    return [
+        Unit(method.name, replica, seed, num_steps, batch, chosen)
+        for method in recipe.methods
+        if methods is None or method.name in methods
+        for replica in range(method.num_replicas)
+        for seed in recipe.sampling.seeds
+        for batch, chosen in enumerate(batches)
+    ]
+
+
+class Store:
+    """The folder of a comparison.
+
+    `pictures/METHOD/replica-R/seed-S/steps-T/000012.png` and beside them what each batch cost;
+    `scores/METRIC/...` and `features/NETWORK/...` likewise, one file a batch. A file is there whole
+    or not at all, and a batch counts as drawn when its cost is there, which is written last.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def method(self, name: str, replica: int) -> Path:
+        """The folder of all pictures of one method's replica."""
+        return self.folder / "pictures" / slug(name) / f"replica-{replica}"
+
+    def picture(self, unit: Unit, place: int) -> Path:
+        """Where the picture of the prompt at `place` lies."""
+        return unit.within(self.folder / "pictures") / f"{place:06d}.png"
+
+    def cost(self, unit: Unit) -> Path:
+        """Where the cost of a batch lies, once it is drawn."""
+        return unit.within(self.folder / "pictures") / f"batch-{_name(unit)}.json"
+
+    def scores(self, metric: str, unit: Unit) -> Path:
+        """Where the scores of a batch lie."""
+        return unit.within(self.folder / "scores" / slug(metric)) / f"batch-{_name(unit)}.json"
+
+    def features(self, network: str, unit: Unit) -> Path:
+        """Where the features of a batch lie."""
+        folder = unit.within(self.folder / "features" / slug(network))
+        return folder / f"batch-{_name(unit)}.safetensors"
+
+    def reference_features(self, network: str, number: int) -> Path:
+        """Where the features of the reference pictures of one batch lie."""
+        folder = self.folder / "features" / slug(network) / "references"
+        return folder / f"batch-{number:04d}.safetensors"
+
+    def claim(self, place: Path, identity: dict[str, Any], what: str) -> None:
+        """Note in `place` what the files beside it were made from.
+
+        Raises:
+            AfaError: it says that they were made from something else.
+        """
+        wanted = json.loads(json.dumps(identity))
+        if not place.exists():
+            write_json(place, wanted)
+            return
+        found = read_json(place)
+        if found != wanted:
+            keys = sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))
+            raise AfaError(
+                f"What is kept of {what} must be of the same recipe and the same checkpoints; in "
+                f"'{place.parent}' it differs in {', '.join(keys)}. Delete that folder to make it "
+                "again, or name another output folder."
+            )
+
+
+def _name(unit: Unit) -> str:
+    """Names a batch by its number and its first and last prompt, since a limit cuts batches."""
+    return f"{unit.batch:04d}-{unit.places[0]:06d}-{unit.places[-1]:06d}"
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON, whole or not at all; makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json.dumps(content, indent=2) + "\n")
+
+
+def draw_unit(
+    pipeline: StableDiffusionPipeline,
+    unit: Unit,
+    prompts: Sequence[Prompt],
+    sampling: SamplingRecipe,
+    store: Store,
+) -> None:
+    """Draw the pictures of one batch and note what they cost.
+
+    The noise of a picture depends on the seed and its prompt's place alone.
+    """
+    with torch.no_grad(), measure(pipeline) as cost:
+        pictures = pipeline(
+            [prompts[place].text for place in unit.places],
+            negative_prompt=[sampling.negative_prompt] * len(unit.places),
+            num_inference_steps=unit.num_steps,
+            guidance_scale=sampling.guidance,
+            height=sampling.height,
+            width=sampling.width,
+            generator=[
+                torch.Generator().manual_seed(unit.seed * 1_000_003 + place)
+                for place in unit.places
+            ],
+        ).images
+    folder = store.cost(unit).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    for place, picture in zip(unit.places, pictures, strict=True):
+        buffer = io.BytesIO()
+        picture.save(buffer, format="PNG")
+        write_atomic(store.picture(unit, place), buffer.getvalue())
+    write_json(store.cost(unit), asdict(cost))
+
+
+def read_cost(store: Store, unit: Unit) -> Cost:
+    """What a drawn batch cost."""
+    return Cost(**read_json(store.cost(unit)))
+
+
+def read_pictures(store: Store, unit: Unit) -> list[Image.Image]:
+    """The pictures of a drawn batch.
+
+    Raises:
+        AfaError: one is missing or damaged.
+    """
+    return list(open_pictures(store.picture(unit, place) for place in unit.places))
+
+
+def open_pictures(paths: Iterator[Path] | Sequence[Path]) -> Iterator[Image.Image]:
+    """Pictures from files, RGB.
+
+    Raises:
+        AfaError: one is missing or damaged; names it.
+    """
+    from afa.training.data import read_picture
+
+    for path in paths:
+        yield read_picture(path)

@@ -1,0 +1,100 @@
+"""Intervals: against closed forms, coverage by simulation, and pairing that must matter."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from afa.errors import AfaError
+from afa.evaluation.statistics import Interval, mean_interval, paired_difference, wilson
+from afa.zoo.judges import wilson_interval
+
+
+def test_wilson_is_the_zoos() -> None:
+    for right, trials in ((0, 7), (3, 7), (7, 7), (85, 96)):
+        interval = wilson(right / trials, trials)
+        assert (interval.low, interval.high) == pytest.approx(wilson_interval(right, trials))
+    with pytest.raises(AfaError, match="from 0 to 1"):
+        wilson(1.1, 5)
+    with pytest.raises(AfaError, match="at least one trial"):
+        wilson(0.5, 0)
+
+
+def test_outcomes_never_have_an_interval_without_width() -> None:
+    interval = mean_interval(np.zeros((1, 50)), is_outcome=True)
+    assert interval.low == 0
+    assert 0.02 < interval.high < 0.1
+    # three trainings of which one went wrong: wider than the prompts alone would say
+    replicas = np.repeat([[1.0], [1.0], [0.0]], 50, axis=1)
+    wide = mean_interval(replicas, is_outcome=True)
+    assert wide.high - wide.low > 2 * (wilson(2 / 3, 50).high - wilson(2 / 3, 50).low)
+
+
+def test_the_bootstrap_agrees_with_the_normal_interval() -> None:
+    scores = np.random.default_rng(0).normal(3.0, 2.0, size=(1, 400))
+    interval = mean_interval(scores)
+    error = 1.96 * scores.std() / 20
+    assert interval.mean == scores.mean()
+    assert interval.low == pytest.approx(scores.mean() - error, abs=0.03)
+    assert interval.high == pytest.approx(scores.mean() + error, abs=0.03)
+
+
+def test_pairing_removes_what_prompts_have_in_common() -> None:
+    rng = np.random.default_rng(1)
+    difficulty = rng.normal(0, 5, size=200)
+    theirs = difficulty + rng.normal(0, 0.1, size=200)
+    ours = difficulty + 0.2 + rng.normal(0, 0.1, size=200)
+    paired = paired_difference(ours[None], theirs[None])
+    assert paired.difference.low > 0.15
+    assert paired.difference.high < 0.25
+    shuffled = paired_difference(rng.permutation(ours)[None], theirs[None])
+    assert not shuffled.difference.excludes_zero
+
+
+def test_coverage_is_about_95_percent() -> None:
+    rng = np.random.default_rng(2)
+    hits = 0
+    for _ in range(200):
+        ours, theirs = rng.normal(0.3, 1, (1, 60)), rng.normal(0, 1, (1, 60))
+        interval = paired_difference(ours, theirs, 1000).difference
+        hits += interval.low <= 0.3 <= interval.high
+    assert 0.89 < hits / 200 < 0.99
+
+
+def test_luck_of_the_training_widens_the_interval() -> None:
+    rng = np.random.default_rng(3)
+    prompts = rng.normal(0, 0.1, size=100)
+    lucky = np.stack([prompts + luck for luck in (-1.0, 0.0, 1.0)])
+    same = np.stack([prompts] * 3)
+    rival = np.zeros((1, 100))
+    wide, narrow = (paired_difference(s, rival).difference for s in (lucky, same))
+    assert wide.mean == pytest.approx(narrow.mean)
+    assert wide.high - wide.low > 5 * (narrow.high - narrow.low)
+
+
+def test_wins_losses_and_ties() -> None:
+    thirds = np.array([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 0.0, 1.0], [0.0, 1.0, 0.0, 1.0]])
+    paired = paired_difference(thirds, np.array([[2 / 3, 1.0, 0.0, 0.0]]))
+    assert (paired.wins, paired.losses, paired.ties) == (1, 1, 2)
+    assert paired.difference.mean == pytest.approx(thirds.mean() - 5 / 12)
+
+
+def test_the_same_every_time_and_antisymmetric() -> None:
+    rng = np.random.default_rng(4)
+    ours, theirs = rng.random((3, 40)), rng.random((1, 40))
+    assert paired_difference(ours, theirs) == paired_difference(ours, theirs)
+    there, back = paired_difference(ours, theirs), paired_difference(theirs, ours)
+    assert there.difference.mean == pytest.approx(-back.difference.mean)
+    assert (there.wins, there.losses) == (back.losses, back.wins)
+    assert there.difference.low == pytest.approx(-back.difference.high, abs=0.03)
+
+
+def test_other_prompts_are_refused() -> None:
+    with pytest.raises(AfaError, match="same prompts, came 3 and 4"):
+        paired_difference(np.zeros((1, 3)), np.zeros((1, 4)))
+
+
+def test_how_an_interval_reads() -> None:
+    assert str(Interval(0.5, 0.4, 0.6)) == "0.50 [0.40, 0.60]"
+    assert Interval(-0.5, -0.6, -0.4).excludes_zero
+    assert not Interval(0.1, -0.1, 0.3).excludes_zero
