@@ -170,6 +170,8 @@ def _explain(detail: ErrorDetails, model: type[BaseModel]) -> str:
         return f"the key '{place}' is missing"
     message = detail["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
+    if not place:  # the recipe as a whole
+        return message
     if isinstance(detail["input"], dict):
         return f"'{place}' {message}"
     return f"'{place}': {message}, came {detail['input']!r}"

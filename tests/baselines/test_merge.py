@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from afa.baselines import weighted_merge
+from afa.baselines import merge_models, weighted_merge
+from afa.baselines.merging import AddDifference, WeightedSum
 from afa.errors import AfaError
 
 
@@ -64,3 +65,13 @@ def test_integers_are_the_first_models() -> None:
 def test_what_does_not_fit(models: list[nn.Module], weights: list[float], message: str) -> None:
     with pytest.raises(AfaError, match=message):
         weighted_merge(models, weights)
+
+
+def test_a_base_is_asked_for_and_not_ignored() -> None:
+    models = [linear(A), linear(B)]
+    merged = merge_models(models, AddDifference([1.0, 1.0]), base=linear([[1.0, 1.0], [1.0, 1.0]]))
+    assert merged.weight.tolist() == [[5.0, -1.0], [3.0, 3.0]]
+    with pytest.raises(AfaError, match="were fine-tuned from; none came"):
+        merge_models(models, AddDifference())
+    with pytest.raises(AfaError, match="must have no base"):
+        merge_models(models, WeightedSum(), base=models[0])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 import torch
 
 from afa.baselines.merging import MergeMethod, WeightedSum, merge_tensor
+from afa.baselines.merging.checkpoints import canonical_name
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
@@ -37,14 +38,17 @@ def merge_models(
         part: what of a pipeline they are: block weights and random masks go by it.
 
     Raises:
-        AfaError: no models, settings that do not fit, no base, or different architectures.
+        AfaError: no models, settings that do not fit, a base too few or too many, or different
+            architectures.
     """
     if not models:
         raise AfaError("A merge must have at least one model, came none.")
+    if base is not None and not method.needs_base:
+        raise AfaError(f"A merge by {type(method).__name__} must have no base. Leave it out.")
     merged = copy.deepcopy(models[0])
     states = [model.state_dict() for model in models]
-    base_state = None if base is None or not method.needs_base else base.state_dict()
-    method = method.fit([f"{part}.{name}" for name in states[0]], len(models))
+    base_state = None if base is None else base.state_dict()
+    method = method.fit([canonical_name(part, name) for name in states[0]], len(models))
     for name, tensor in merged.state_dict().items():
         compared = states if base_state is None else [*states, base_state]
         parts = [state[name] for state in compared if name in state]
@@ -55,7 +59,7 @@ def merge_models(
             )
         experts = parts[: len(models)]
         base_tensor = None if base_state is None else base_state[name]
-        tensor.copy_(merge_tensor(method, f"{part}.{name}", experts, base_tensor))
+        tensor.copy_(merge_tensor(method, canonical_name(part, name), experts, base_tensor))
     return merged
 
 

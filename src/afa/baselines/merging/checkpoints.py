@@ -14,6 +14,13 @@ from afa.experts import locate, weight_files, weights_in
 from afa.files import read_json
 
 _PARTS = ("unet", *TEXT_ENCODERS, "vae")
+# what of a hub repository is needed; never a pickle
+_FILES = (
+    "model_index.json",
+    *(f"{part}/*.json" for part in (*_PARTS, "scheduler", "feature_extractor")),
+    *(f"{part}/*.safetensors" for part in _PARTS),
+    *(f"tokenizer{number}/*.{kind}" for number in ("", "_2") for kind in ("json", "txt")),
+)
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,7 @@ def read_checkpoint(source: str) -> Checkpoint:
     Raises:
         AfaError: nothing is there, a pickle, something damaged, or a pipeline without a U-Net.
     """
-    path = locate(source)
+    path = locate(source, files=_FILES)
     if path.is_file():
         tensors = read_header(path)
         _refuse_quantised(tensors)

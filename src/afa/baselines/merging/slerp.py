@@ -73,7 +73,7 @@ def spherical_coefficients(products: np.ndarray, weights: Sequence[float]) -> li
     if not (norms > 0).all():
         return list(weights)
     cosines = products / np.outer(norms, norms)
-    if (cosines > 1 - _PARALLEL).all():
+    if (cosines > 1 - _PARALLEL).all() or (cosines < _PARALLEL - 1).any():
         return list(weights)
     w = np.array(weights)
     length = np.sqrt(max(w @ cosines @ w, 0.0))
@@ -82,6 +82,8 @@ def spherical_coefficients(products: np.ndarray, weights: Sequence[float]) -> li
     mean = w / length
     for _ in range(_MAX_STEPS):
         to_each = np.clip(cosines @ mean, -1, 1)
+        if to_each.min() < _PARALLEL - 1:
+            break
         angles = np.arccos(to_each)
         stretch = 1 / np.sinc(angles / np.pi)  # angle / sine, which is 1 for no angle
         # the weighted mean of the vectors seen from the plane that touches the sphere at `mean`

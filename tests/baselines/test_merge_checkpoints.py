@@ -1,0 +1,327 @@
+"""Checkpoints merged tensor by tensor: the same numbers as in memory, whole files or none."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import CLIPTextModel
+
+import afa
+from afa.baselines import merge_models
+from afa.baselines.merging import MergeRecipe, merge_checkpoints, plan_merge
+from afa.baselines.merging.streams import TensorSpec, header_of, read_header
+from afa.errors import AfaError
+from afa.experts import hash_expert, hash_file
+from tests.single_file import original_layout
+from tests.tiny import tiny_pipeline
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+SETTINGS: dict[str, dict[str, Any]] = {
+    "weighted": {"weights": [0.7, 0.3]},
+    "add_difference": {},
+    "slerp": {"weights": [0.4, 0.6]},
+    "ties": {"density": 0.4, "majority_sign": "frequency"},
+    "dare": {"density": 0.4, "seed": 5},
+    "block_weights": {"block_weights": {"mid": [0.1, 0.9], "text_encoder": [0.8, 0.2]}},
+}
+NEEDS_BASE = ("add_difference", "ties", "dare")
+
+
+def recipe(
+    experts: list[Path], method: str = "weighted", base: Path | None = None, **settings: Any
+) -> MergeRecipe:
+    sources = {"experts": [str(e) for e in experts], "base": base and str(base)}
+    return MergeRecipe.model_validate({"method": method, **sources, **settings})
+
+
+def merge(output: Path, *arguments: Any, **settings: Any) -> Path:
+    for _ in merge_checkpoints(recipe(*arguments, **settings), output):
+        pass
+    return output
+
+
+def copied(folder: Path, expert: Path, tensors: dict[str, Tensor]) -> Path:
+    """A copy of an expert with other tensors in its U-Net."""
+    shutil.copytree(expert, folder)
+    save_file({**load_file(folder / UNET), **tensors}, folder / UNET)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def single_files(experts: list[Path], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("files")
+    for n, expert in enumerate(experts):
+        tensors = original_layout(StableDiffusionPipeline.from_pretrained(expert))
+        save_file(tensors, folder / f"{n}.safetensors", {"format": "pt"})
+    return [folder / f"{n}.safetensors" for n in range(len(experts))]
+
+
+@pytest.mark.parametrize("method", SETTINGS)
+def test_streamed_is_in_memory(method: str, experts: list[Path], tmp_path: Path) -> None:
+    base = experts[2] if method in NEEDS_BASE else None
+    asked = recipe(experts[:2], method, base, **SETTINGS[method])
+    list(merge_checkpoints(asked, tmp_path / "merged"))
+    for part, kind in (("unet", UNet2DConditionModel), ("text_encoder", CLIPTextModel)):
+        models = [kind.from_pretrained(expert / part) for expert in experts]
+        expected = merge_models(
+            models[:2],
+            asked.build(),
+            base=models[2] if method in NEEDS_BASE else None,
+            part=part,  # type: ignore[arg-type]
+        )
+        state = kind.from_pretrained(tmp_path / "merged" / part).state_dict()
+        assert state.keys() == expected.state_dict().keys()
+        for name, tensor in expected.state_dict().items():
+            assert torch.equal(state[name], tensor), name
+    # the autoencoder is the first expert's, all else is copied
+    vae = "vae/diffusion_pytorch_model.safetensors"
+    expected_vae = load_file(experts[0] / vae)
+    merged_vae = load_file(tmp_path / "merged" / vae)
+    assert all(torch.equal(merged_vae[name], tensor) for name, tensor in expected_vae.items())
+
+
+def test_a_merged_folder_is_a_stock_pipeline(experts: list[Path], tmp_path: Path) -> None:
+    merged = merge(tmp_path / "deep" / "merged", experts)
+    pipeline = StableDiffusionPipeline.from_pretrained(merged)
+    pipeline.set_progress_bar_config(disable=True)
+    picture = pipeline("a fox", num_inference_steps=1, output_type="np").images
+    assert picture.shape == (1, 16, 16, 3)
+    record = json.loads((merged / "merge.json").read_text())
+    assert record["method"] == "weighted"
+    assert record["afa_version"] == afa.__version__
+    assert [e["sha256"] for e in record["experts"]] == [hash_expert(expert) for expert in experts]
+    assert record["unknown_tensors"] == []
+    assert [path.name for path in merged.parent.iterdir()] == ["merged"]
+
+
+def test_a_merged_file_loads_as_its_experts_do(
+    single_files: list[Path], experts: list[Path], tmp_path: Path
+) -> None:
+    settings = {"block_weights": {"default": [0.5, 0.5], "conv_in": [0, 1], "text_encoder": [1, 0]}}
+    merged = merge(
+        tmp_path / "merged.safetensors", single_files[:2], "block_weights", None, **settings
+    )
+    pipeline = afa.load_pipeline([merged], config=experts[0])
+    ours = pipeline.unet.experts[0].state_dict()
+    theirs = [UNet2DConditionModel.from_pretrained(e / "unet").state_dict() for e in experts[:2]]
+    assert torch.equal(ours["conv_in.weight"], theirs[1]["conv_in.weight"])
+    torch.testing.assert_close(
+        ours["conv_out.weight"], (theirs[0]["conv_out.weight"] + theirs[1]["conv_out.weight"]) / 2
+    )
+    tensors, first = load_file(merged), load_file(single_files[0])
+    for name, tensor in first.items():
+        if name.startswith(("first_stage_model.", "cond_stage_model.")):
+            assert torch.equal(tensors[name], tensor)
+    with safe_open(merged, "pt") as file:
+        metadata = file.metadata()
+    assert metadata["format"] == "pt"
+    record = json.loads(metadata["afa_merge"])
+    assert record["experts"][1]["sha256"] == hash_file(single_files[1])
+
+
+def test_autoencoders_are_merged_on_request(experts: list[Path], tmp_path: Path) -> None:
+    merged = merge(tmp_path / "merged", experts[:2], vae="merge")
+    vae = "vae/diffusion_pytorch_model.safetensors"
+    ours, a, b = (load_file(folder / vae) for folder in (merged, *experts[:2]))
+    name = "encoder.conv_in.weight"
+    assert not torch.equal(a[name], b[name])
+    torch.testing.assert_close(ours[name], (a[name] + b[name]) / 2)
+
+
+def test_halves_shards_and_older_names_are_read(experts: list[Path], tmp_path: Path) -> None:
+    half, sharded = tmp_path / "half", tmp_path / "sharded"
+    pipeline = StableDiffusionPipeline.from_pretrained(experts[0])
+    pipeline.to(dtype=torch.float16).save_pretrained(half, variant="fp16")
+    shutil.copytree(experts[1], sharded)
+    (sharded / UNET).unlink()
+    unet = UNet2DConditionModel.from_pretrained(experts[1] / "unet")
+    unet.save_pretrained(sharded / "unet", max_shard_size="20KB")
+    assert len(list((sharded / "unet").glob("*.safetensors"))) > 1
+    text = sharded / "text_encoder" / "model.safetensors"
+    save_file({f"text_model.{k}": t for k, t in load_file(text).items()}, text)
+
+    merged = merge(tmp_path / "merged", [half, sharded], dtype="float32")
+    assert sorted(f.name for f in (merged / "unet").iterdir()) == [
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+    ]
+    expected = (load_file(experts[0] / UNET)["conv_in.weight"].half() + unet.conv_in.weight) / 2
+    found = StableDiffusionPipeline.from_pretrained(merged).unet.conv_in.weight
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected)
+    again = merge(tmp_path / "again", [half, sharded])
+    assert load_file(again / UNET)["conv_in.weight"].dtype == torch.float16
+
+
+def test_strangers_are_merged_and_named(experts: list[Path], tmp_path: Path) -> None:
+    folders = []
+    for value in (1.0, 3.0):
+        stranger = {"foo.bar": torch.tensor(value)}
+        folders.append(copied(tmp_path / str(value), experts[0], stranger))
+    merged = merge(tmp_path / "merged", folders)
+    assert load_file(merged / UNET)["foo.bar"].item() == 2
+    assert json.loads((merged / "merge.json").read_text())["unknown_tensors"] == ["unet.foo.bar"]
+
+
+def test_what_not_all_have_is_the_first_ones(single_files: list[Path], tmp_path: Path) -> None:
+    first, second = (load_file(file) for file in single_files[:2])
+    positions = "cond_stage_model.transformer.text_model.embeddings.position_ids"
+    second |= {positions: torch.arange(24.0), "model_ema.decay": torch.tensor(0.5)}
+    save_file(first, tmp_path / "first.safetensors")
+    save_file(second, tmp_path / "second.safetensors")
+    files = [tmp_path / f"{name}.safetensors" for name in ("first", "second")]
+    plan = plan_merge(recipe(files), tmp_path / "merged.safetensors")
+    assert sorted(plan.kept) == [positions, "model_ema.decay"]
+    assert plan.unknown == ["model_ema.decay"]
+    tensors = load_file(merge(tmp_path / "merged.safetensors", files))
+    assert torch.equal(tensors[positions], torch.arange(24.0))
+    assert tensors["model_ema.decay"].item() == 0.5
+
+
+def test_a_base_without_optional_tensors_will_do(single_files: list[Path], tmp_path: Path) -> None:
+    base = {**load_file(single_files[2]), "model_ema.decay": torch.tensor(0.5)}
+    save_file(base, tmp_path / "base.safetensors")
+    asked = recipe(single_files[:2], "add_difference", tmp_path / "base.safetensors")
+    assert "model_ema.decay" not in {
+        t.name for t in plan_merge(asked, tmp_path / "m.safetensors").tensors
+    }
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"conv_in.bias": torch.zeros(3)}, r"'unet.conv_in.bias' has shape \(8,\) in .*\(3,\) in"),
+        ({"new.bias": torch.zeros(3)}, r"'unet.new.bias' has shape \(3,\) in .* is missing in"),
+        ({"conv_in.bias": torch.full((8,), torch.nan)}, "'unet.conv_in.bias' in .* has nan"),
+        ({"conv_in.bias": torch.full((8,), torch.inf)}, "has nan or infinity"),
+        ({"conv_in.bias": torch.full((8,), 1e6)}, "reaches 5e.05, which is too much for .*float16"),
+        ({"conv_in.weight": torch.zeros(8, 4, dtype=torch.uint8)}, "is quantised"),
+    ],
+)
+def test_refusals_leave_nothing_behind(
+    tensors: dict[str, Tensor], message: str, experts: list[Path], tmp_path: Path
+) -> None:
+    wrong = copied(tmp_path / "wrong", experts[1], tensors)
+    with pytest.raises(AfaError, match=message):
+        merge(tmp_path / "new" / "merged", [experts[0], wrong], dtype="float16")
+    assert [path.name for path in tmp_path.iterdir()] == ["wrong"]
+
+
+def test_mixed_objectives_are_refused(experts: list[Path], tmp_path: Path) -> None:
+    shutil.copytree(experts[1], tmp_path / "v")
+    config = tmp_path / "v" / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "prediction_type": "v"}))
+    with pytest.raises(AfaError, match=r"share one objective: .* epsilon, .* has v"):
+        plan_merge(recipe([experts[0], tmp_path / "v"]), tmp_path / "merged")
+
+
+def test_too_little_space_is_said_before(
+    experts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage)
+    with pytest.raises(AfaError, match=r"The merge takes 0.00 GB; .* has 0.00 GB free"):
+        plan_merge(recipe(experts), tmp_path / "a" / "merged")
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError])
+def test_an_interrupted_merge_leaves_nothing(
+    stop: type[BaseException], experts: list[Path], tmp_path: Path
+) -> None:
+    progress = merge_checkpoints(recipe(experts), tmp_path / "merged")
+    while next(progress).num_tensors < 5:
+        pass
+    assert list(tmp_path.iterdir())
+    with pytest.raises(stop):
+        progress.throw(stop())  # type: ignore[attr-defined]
+    assert not list(tmp_path.iterdir())
+
+
+def test_progress_reaches_its_end(experts: list[Path], tmp_path: Path) -> None:
+    steps = list(merge_checkpoints(recipe(experts), tmp_path / "merged"))
+    assert [step.stage for step in steps[:4]] == ["hash"] * 4  # the autoencoder is an input as well
+    assert steps[3].num_bytes == steps[3].total_bytes
+    assert steps[-1].num_bytes == steps[-1].total_bytes
+    assert steps[-1].num_tensors == steps[-1].total_tensors == len(steps) - 4
+
+
+def test_the_result_does_not_depend_on_the_order_of_tensors(
+    experts: list[Path], tmp_path: Path
+) -> None:
+    # one more tensor ahead of all others
+    more = [copied(tmp_path / str(n), experts[n], {"a": torch.randn(9)}) for n in range(3)]
+    for name, (a, b, base) in (("plain", experts), ("more", more)):
+        merge(tmp_path / name, [a, b], "dare", base, density=0.5)
+    ours, theirs = load_file(tmp_path / "more" / UNET), load_file(tmp_path / "plain" / UNET)
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+def test_files_are_as_the_library_writes_them(tmp_path: Path) -> None:
+    tensors = {
+        "b": torch.randn(3, 5),
+        "a": torch.randn(7).half(),
+        "c": torch.tensor(3),
+        "empty": torch.empty(0, 4),
+        "flag": torch.tensor([True]),
+    }
+    save_file(tensors, tmp_path / "library.safetensors", {"format": "pt"})
+    content = (tmp_path / "library.safetensors").read_bytes()
+    specs = {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+    assert content.startswith(header_of(specs, {"format": "pt"}))
+    for name, stored in read_header(tmp_path / "library.safetensors").items():
+        assert torch.equal(stored.read(), tensors[name])
+
+
+_PEAK = """
+import resource, sys
+from pathlib import Path
+from afa.baselines.merging import MergeRecipe, merge_checkpoints
+def peak():
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def run(folder, output):
+    experts = [str(Path(folder) / f'{n}.safetensors') for n in range(3)]
+    for _ in merge_checkpoints(MergeRecipe(method='weighted', experts=experts), output):
+        pass
+run(sys.argv[1], sys.argv[3])
+before = peak()
+run(sys.argv[2], sys.argv[4])
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+def test_memory_is_of_one_tensor_and_not_of_models(tmp_path: Path) -> None:
+    num_tensors, side = 40, 1024  # 4 MB each in float32, 160 MB a model
+    for folder, count in (("small", 1), ("large", num_tensors)):
+        (tmp_path / folder).mkdir()
+        for n in range(3):
+            tensors = {f"layer{i}.weight": torch.randn(side, side) for i in range(count)}
+            save_file(tensors, tmp_path / folder / f"{n}.safetensors")
+    paths = [tmp_path / name for name in ("small", "large", "a.safetensors", "b.safetensors")]
+    command = [sys.executable, "-c", _PEAK, *map(str, paths)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    # after a model of one tensor, a model of 40 takes next to nothing more: less than half of one
+    assert int(done.stdout) < 1.5 * 3 * 4 * side * side, done.stdout
+
+
+def test_components_that_are_not_there_are_not_named(tmp_path: Path) -> None:
+    pipeline = tiny_pipeline(tmp_path / "tokenizer")
+    pipeline.save_pretrained(tmp_path / "expert")
+    index = tmp_path / "expert" / "model_index.json"
+    content = json.loads(index.read_text())
+    content["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    content["requires_safety_checker"] = True
+    index.write_text(json.dumps(content))  # as a hub download without it
+    merged = merge(tmp_path / "merged", [tmp_path / "expert"])
+    assert StableDiffusionPipeline.from_pretrained(merged).safety_checker is None
