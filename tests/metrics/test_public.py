@@ -29,7 +29,8 @@ from afa.metrics import (
     open_metrics,
 )
 from afa.metrics.clip import ClipScorer
-from afa.metrics.imagereward import MEAN, STD, ImageRewardScorer
+from afa.metrics.hpsv2 import open_clip_config
+from afa.metrics.imagereward import MEAN, STD, ImageRewardScorer, blip_configs
 from tests.metrics.tiny import (
     MED_CONFIG,
     PROMPTS,
@@ -161,6 +162,38 @@ def test_hpsv2_weights_arrive_bit_for_bit(tmp_path: Path) -> None:
     read = metric.encoder.model.state_dict()
     assert read.keys() == model.state_dict().keys()
     assert all(torch.equal(read[key], tensor) for key, tensor in model.state_dict().items())
+
+
+def test_the_published_sizes_have_sixteen_heads() -> None:
+    """Shapes do not tell the heads of ViT-H/14 and of BLIP's ViT-L."""
+
+    def shape(*sizes: int) -> Tensor:
+        return torch.empty(sizes, device="meta")
+
+    hpsv2 = open_clip_config(
+        {
+            "token_embedding.weight": shape(49_408, 1024),
+            "positional_embedding": shape(77, 1024),
+            "text_projection": shape(1024, 1024),
+            "transformer.resblocks.0.mlp.c_fc.bias": shape(4096),
+            "visual.conv1.weight": shape(1280, 3, 14, 14),
+            "visual.positional_embedding": shape(257, 1280),
+            "visual.transformer.resblocks.0.mlp.c_fc.bias": shape(5120),
+        }
+    )
+    assert hpsv2.text_config.num_attention_heads == 16
+    assert hpsv2.vision_config.num_attention_heads == 16
+    assert hpsv2.vision_config.image_size == 224
+    see = "blip.visual_encoder."
+    blip, _ = blip_configs(
+        {
+            f"{see}patch_embed.proj.weight": shape(1024, 3, 16, 16),
+            f"{see}pos_embed": shape(1, 197, 1024),
+            f"{see}blocks.0.mlp.fc1.bias": shape(4096),
+        },
+        {**MED_CONFIG, "vocab_size": 30_524},
+    )
+    assert (blip.num_attention_heads, blip.image_size) == (16, 224)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])

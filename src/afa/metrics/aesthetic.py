@@ -59,7 +59,7 @@ def load_aesthetic(source: Source, encoder: ClipEncoder, *, allow_pickle: bool) 
             for embeddings of another width.
     """
     file = source.file(AESTHETIC_FILES, allow_pickle=allow_pickle)
-    with source.loading():
+    with source.reading():
         head = linear_head(source.tensors(file), "layers.")
     width, seen = encoder.model.config.projection_dim, head[0].in_features
     if width != seen:

@@ -8,7 +8,7 @@ from afa.errors import AfaError
 from afa.files import read_json
 from afa.metrics.distances import cosine_scores
 from afa.metrics.pictures import Preprocessing, one_by_one, require_partners
-from afa.metrics.weights import MODEL_FILES, PROCESSOR_FILES, Source
+from afa.metrics.weights import MODEL_FILES, PROCESSOR_ADVICE, PROCESSOR_FILES, Source
 from afa.zoo import assets
 
 if TYPE_CHECKING:
@@ -138,7 +138,9 @@ def load_clip(source: Source, processor: Source | None, device: torch.device | s
         parts, parts_folder = source, folder
         if processor is not None:
             parts, parts_folder = processor, processor.locate(PROCESSOR_FILES)
-        preprocessing = Preprocessing.read(parts_folder / "preprocessor_config.json")
+        preprocessing = Preprocessing.read(
+            parts.part(parts_folder, ["preprocessor_config.json"], PROCESSOR_ADVICE)
+        )
         seen = model.config.vision_config.image_size
         if preprocessing.shape not in (None, (seen, seen)):
             raise AfaError(

@@ -9,7 +9,7 @@ import torch
 
 from afa.errors import AfaError
 from afa.metrics.pictures import Preprocessing, one_by_one
-from afa.metrics.weights import MODEL_FILES, Source
+from afa.metrics.weights import MODEL_FILES, PROCESSOR_ADVICE, Source
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -120,8 +120,11 @@ def load_vision(
     from transformers import AutoModel
 
     folder = source.locate([*MODEL_FILES, "preprocessor_config.json"])
-    parts = folder if processor is None else processor.locate(["preprocessor_config.json"])
-    preprocessing = Preprocessing.read(parts / "preprocessor_config.json")
+    names = ["preprocessor_config.json"]
+    parts, parts_folder = source, folder
+    if processor is not None:
+        parts, parts_folder = processor, processor.locate(names)
+    preprocessing = Preprocessing.read(parts.part(parts_folder, names, PROCESSOR_ADVICE))
     model = source.model(AutoModel, folder)
     return VisionFeatures(f"vision({source.name})", model.to(device), preprocessing)
 

@@ -74,7 +74,7 @@ def load_hpsv2(
 
     file = source.file(HPSV2_FILES, allow_pickle=allow_pickle)
     tensors = source.tensors(file)
-    with source.loading():
+    with source.reading():
         config = open_clip_config(tensors)
         renamed = rename_open_clip(tensors)
     model = source.model(CLIPModel, config=config, state_dict=renamed)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from afa.errors import AfaError
 from afa.files import read_json
 from afa.metrics.aesthetic import linear_head
 from afa.metrics.pictures import Preprocessing, one_by_one, require_partners
@@ -39,6 +40,16 @@ _VISION_PARTS = {
     "patch_embed.proj.": "embeddings.patch_embedding.",
     "norm.": "post_layernorm.",
 }
+_TEXT_SETTINGS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "hidden_act",
+    "layer_norm_eps",
+)
 _LAYER_PARTS = {
     "norm1.": "layer_norm1.",
     "norm2.": "layer_norm2.",
@@ -113,7 +124,7 @@ def load_imagereward(
     file = source.file(IMAGEREWARD_FILES, allow_pickle=allow_pickle, beside=[MED_CONFIG])
     settings = read_json(file.parent / MED_CONFIG)
     tensors = source.tensors(file)
-    with source.loading():
+    with source.reading():
         vision_config, text_config = blip_configs(tensors, settings)
         head = linear_head(tensors, "mlp.layers.")
     vision = source.model(
@@ -139,10 +150,17 @@ def blip_configs(
     """BLIP's two configurations: vision from the tensors' shapes, text from `med_config.json`.
 
     Raises:
-        KeyError: a tensor that tells a size, or a setting, is missing.
+        KeyError: a tensor that tells a size is missing.
+        AfaError: a setting is.
     """
     from transformers import BlipTextConfig, BlipVisionConfig
 
+    missing = [name for name in _TEXT_SETTINGS if name not in settings]
+    if missing:
+        raise AfaError(
+            f"'{MED_CONFIG}' must describe a BERT; it lacks {', '.join(missing)}. Download that of "
+            "zai-org/ImageReward."
+        )
     width, _, patch_size, _ = tensors[f"{_VISION}patch_embed.proj.weight"].shape
     num_patches = tensors[f"{_VISION}pos_embed"].shape[1] - 1
     blocks = f"{_VISION}blocks."
@@ -157,18 +175,8 @@ def blip_configs(
         patch_size=patch_size,
         layer_norm_eps=1e-6,  # in BLIP's code; transformers' default is another
     )
-    kept = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "max_position_embeddings",
-        "hidden_act",
-        "layer_norm_eps",
-    )
     text = BlipTextConfig(
-        **{name: settings[name] for name in kept},
+        **{name: settings[name] for name in _TEXT_SETTINGS},
         encoder_hidden_size=width,
         bos_token_id=None,
         sep_token_id=None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from afa.errors import AfaError
@@ -75,6 +75,7 @@ class SetMetric:
     name: str
     extractor: FeatureExtractor
     measure: Callable[..., float]
+    _: KW_ONLY
     higher_is_better: bool
     needs_real: bool
 

@@ -86,14 +86,18 @@ class _Opener:
         if name == "clip_i":
             return ReferenceScorer(name, self._clip(source, processor))
         if name == "cmmd":
-            return SetMetric(name, self._clip(source, processor), cmmd, False, needs_real=True)
+            return SetMetric(
+                name, self._clip(source, processor), cmmd, higher_is_better=False, needs_real=True
+            )
         if name == "is":
             return self._inception_score(source, allow_pickle=pickles)
         network = self._set_features(source, processor, allow_pickle=pickles)
         if name == "fid":
-            return SetMetric(name, network, frechet_distance, False, needs_real=True)
+            return SetMetric(
+                name, network, frechet_distance, higher_is_better=False, needs_real=True
+            )
         measure = functools.partial(kernel_distance, subset_size=recipe.subset_size)
-        return SetMetric(name, network, measure, False, needs_real=True)
+        return SetMetric(name, network, measure, higher_is_better=False, needs_real=True)
 
     def _clip(self, source: Source, processor: Source | None) -> ClipEncoder:
         key = ("clip", source.name, _name(processor))
@@ -130,7 +134,9 @@ class _Opener:
     def _inception_score(self, source: Source, *, allow_pickle: bool) -> SetMetric:
         if source.name != ZOO_CLASSIFIER:
             network = self._inception(source, "logits_unbiased", allow_pickle=allow_pickle)
-            return SetMetric("is", network, inception_score, True, needs_real=False)
+            return SetMetric(
+                "is", network, inception_score, higher_is_better=True, needs_real=False
+            )
         from afa.zoo.judges import load_classifier
         from afa.zoo.models import NUM_CLASSES
 
@@ -138,7 +144,7 @@ class _Opener:
             return inception_score(logits.reshape(-1, NUM_CLASSES))  # each half is a picture
 
         classifier = ClassifierLogits(load_classifier(), self._device)
-        return SetMetric("is", classifier, of_halves, True, needs_real=False)
+        return SetMetric("is", classifier, of_halves, higher_is_better=True, needs_real=False)
 
 
 def _source(recipe: MetricRecipe, key: str, name: str, public: str) -> Source:

@@ -37,6 +37,8 @@ PROCESSOR_FILES = (
     "vocab.txt",
     "merges.txt",
 )
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
+PROCESSOR_ADVICE = " Or name another folder as processor."
 # what a library says of a file that is not what it seems
 _LOADING_ERRORS = (
     OSError,
@@ -104,13 +106,9 @@ class Source:
         wanted = [name for name in names if allow_pickle or not is_pickle(name)]
         path = self.locate([*wanted, *beside])
         if path.is_dir():
-            found = next((path / name for name in wanted if (path / name).is_file()), None)
-            if found is None:
-                raise AfaError(
-                    f"{self.what} must be a folder with {' or '.join(wanted or names)}; '{self.name}' has "
-                    f"none. Public ones: {self.public}{self._pickle_advice(names, allow_pickle)}."
-                )
-            path = found
+            is_refused = wanted != list(names)
+            advice = " They are a pickle, which allow_pickle: true reads." if is_refused else ""
+            path = self.part(path, wanted or names, advice)
         if is_pickle(path) and not allow_pickle:
             raise AfaError(
                 f"{self.what} must be safetensors; '{self.name}' is a pickle. With allow_pickle: "
@@ -118,11 +116,19 @@ class Source:
             )
         return path
 
-    def _pickle_advice(self, names: Sequence[str], allow_pickle: bool) -> str:
-        is_pickled = any(is_pickle(name) for name in names)
-        return "; they are a pickle, allow_pickle: true reads it" * (
-            is_pickled and not allow_pickle
-        )
+    def part(self, folder: Path, names: Sequence[str], advice: str = "") -> Path:
+        """The first of `names` that is in a folder of these weights.
+
+        Raises:
+            AfaError: none is; ends in `advice`.
+        """
+        found = next((folder / name for name in names if (folder / name).is_file()), None)
+        if found is None:
+            raise AfaError(
+                f"{self.what} must be a folder with {' or '.join(names)}; '{self.name}' has none. "
+                f"Public ones: {self.public}.{advice}"
+            )
+        return found
 
     def tensors(self, file: Path) -> dict[str, Tensor]:
         """The state dictionary in a file, on the CPU; a pickle's code is not run.
@@ -147,14 +153,21 @@ class Source:
             yield
         except AfaError:
             raise
-        except KeyError as error:
-            raise self._lacks([str(error.args[0])]) from error
         except _LOADING_ERRORS as error:
             said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise AfaError(
                 f"{self.what} must be complete; loading '{self.name}' says {said} - download them "
                 f"again. Public ones: {self.public}."
             ) from error
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """As `loading`, where a KeyError names a tensor that a state dictionary lacks."""
+        with self.loading():
+            try:
+                yield
+            except KeyError as error:
+                raise self._lacks([str(error.args[0])]) from error
 
     def _lacks(self, missing: Sequence[str]) -> AfaError:
         return AfaError(
@@ -202,13 +215,7 @@ class Source:
         Raises:
             AfaError: there is none, or it has more tokens than the model embeds.
         """
-        if not any(
-            (folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "vocab.txt")
-        ):
-            raise AfaError(
-                f"{self.what} must be a folder with a tokenizer; '{self.name}' has none. "
-                f"Public ones: {self.public}."
-            )
+        self.part(folder, _TOKENIZER_FILES, PROCESSOR_ADVICE)
         with self.loading():
             tokenizer = tokenizer_class.from_pretrained(folder)
         if len(tokenizer) > num_embeddings:
