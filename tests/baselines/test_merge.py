@@ -75,3 +75,9 @@ def test_a_base_is_asked_for_and_not_ignored() -> None:
         merge_models(models, AddDifference())
     with pytest.raises(AfaError, match="must have no base"):
         merge_models(models, WeightedSum(), base=models[0])
+
+
+def test_what_overflows_is_not_left_silently() -> None:
+    models = [linear([[6e4, 0], [0, 0]]).half(), linear([[0, 0], [0, 0]]).half()]
+    with pytest.raises(AfaError, match=r"'weight' is not in torch.float16"):
+        weighted_merge(models, [2, -1])

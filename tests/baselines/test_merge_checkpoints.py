@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 import afa
 from afa.baselines import merge_models
 from afa.baselines.merging import MergeRecipe, merge_checkpoints, plan_merge
-from afa.baselines.merging.streams import TensorSpec, header_of, read_header
 from afa.errors import AfaError
 from afa.experts import hash_expert, hash_file
 from tests.single_file import original_layout
-from tests.tiny import tiny_pipeline
+from tests.tiny import ODD, tiny_pipeline
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -267,54 +268,6 @@ def test_the_result_does_not_depend_on_the_order_of_tensors(
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
 
 
-def test_files_are_as_the_library_writes_them(tmp_path: Path) -> None:
-    tensors = {
-        "b": torch.randn(3, 5),
-        "a": torch.randn(7).half(),
-        "c": torch.tensor(3),
-        "empty": torch.empty(0, 4),
-        "flag": torch.tensor([True]),
-    }
-    save_file(tensors, tmp_path / "library.safetensors", {"format": "pt"})
-    content = (tmp_path / "library.safetensors").read_bytes()
-    specs = {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in tensors.items()}
-    assert content.startswith(header_of(specs, {"format": "pt"}))
-    for name, stored in read_header(tmp_path / "library.safetensors").items():
-        assert torch.equal(stored.read(), tensors[name])
-
-
-_PEAK = """
-import resource, sys
-from pathlib import Path
-from afa.baselines.merging import MergeRecipe, merge_checkpoints
-def peak():
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-def run(folder, output):
-    experts = [str(Path(folder) / f'{n}.safetensors') for n in range(3)]
-    for _ in merge_checkpoints(MergeRecipe(method='weighted', experts=experts), output):
-        pass
-run(sys.argv[1], sys.argv[3])
-before = peak()
-run(sys.argv[2], sys.argv[4])
-print(peak() - before)
-"""
-
-
-@pytest.mark.slow
-def test_memory_is_of_one_tensor_and_not_of_models(tmp_path: Path) -> None:
-    num_tensors, side = 40, 1024  # 4 MB each in float32, 160 MB a model
-    for folder, count in (("small", 1), ("large", num_tensors)):
-        (tmp_path / folder).mkdir()
-        for n in range(3):
-            tensors = {f"layer{i}.weight": torch.randn(side, side) for i in range(count)}
-            save_file(tensors, tmp_path / folder / f"{n}.safetensors")
-    paths = [tmp_path / name for name in ("small", "large", "a.safetensors", "b.safetensors")]
-    command = [sys.executable, "-c", _PEAK, *map(str, paths)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    # after a model of one tensor, a model of 40 takes next to nothing more: less than half of one
-    assert int(done.stdout) < 1.5 * 3 * 4 * side * side, done.stdout
-
-
 def test_components_that_are_not_there_are_not_named(tmp_path: Path) -> None:
     pipeline = tiny_pipeline(tmp_path / "tokenizer")
     pipeline.save_pretrained(tmp_path / "expert")
@@ -325,3 +278,33 @@ def test_components_that_are_not_there_are_not_named(tmp_path: Path) -> None:
     index.write_text(json.dumps(content))  # as a hub download without it
     merged = merge(tmp_path / "merged", [tmp_path / "expert"])
     assert StableDiffusionPipeline.from_pretrained(merged).safety_checker is None
+
+
+def test_stable_diffusion_xl(tmp_path: Path) -> None:
+    config = {**ODD["two levels"], "cross_attention_dim": 32, "addition_embed_type": "text_time"}
+    config |= {"addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 40}
+    pipelines = []
+    for seed in range(2):
+        parts = tiny_pipeline(tmp_path / "tokenizer", seed=seed, **config).components
+        second = CLIPTextModelWithProjection(parts["text_encoder"].config)
+        names = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
+        pipelines.append(
+            StableDiffusionXLPipeline(
+                **{name: parts[name] for name in names},
+                text_encoder_2=second,
+                tokenizer_2=parts["tokenizer"],
+            )
+        )
+        pipelines[-1].save_pretrained(tmp_path / str(seed))
+    weights = {"default": [1, 0], "text_encoder_2": [0, 1], "conv_in": [0, 1]}
+    experts = [tmp_path / "0", tmp_path / "1"]
+    merged = merge(tmp_path / "m", experts, "block_weights", None, block_weights=weights)
+    ours = StableDiffusionXLPipeline.from_pretrained(merged)
+    for part, place, expert in (
+        ("text_encoder", "final_layer_norm.bias", 0),
+        ("text_encoder_2", "text_projection.weight", 1),
+        ("unet", "add_embedding.linear_1.weight", 1),
+        ("unet", "conv_out.weight", 0),
+    ):
+        state = getattr(ours, part).state_dict()
+        assert torch.equal(state[place], getattr(pipelines[expert], part).state_dict()[place])

@@ -9,6 +9,7 @@ import torch
 
 from afa.baselines.merging import MergeMethod, WeightedSum, merge_tensor
 from afa.baselines.merging.checkpoints import canonical_name
+from afa.baselines.merging.method import is_finite, is_kept
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
@@ -38,8 +39,8 @@ def merge_models(
         part: what of a pipeline they are: block weights and random masks go by it.
 
     Raises:
-        AfaError: no models, settings that do not fit, a base too few or too many, or different
-            architectures.
+        AfaError: no models, settings that do not fit, a base too few or too many, different
+            architectures, or a result that is not finite.
     """
     if not models:
         raise AfaError("A merge must have at least one model, came none.")
@@ -59,7 +60,13 @@ def merge_models(
             )
         experts = parts[: len(models)]
         base_tensor = None if base_state is None else base_state[name]
-        tensor.copy_(merge_tensor(method, canonical_name(part, name), experts, base_tensor))
+        value = merge_tensor(method, canonical_name(part, name), experts, base_tensor)
+        tensor.copy_(value)
+        if not is_kept(name, tensor.dtype) and not is_finite(tensor):
+            raise AfaError(
+                f"A merged tensor must be finite, but '{name}' is not in {tensor.dtype}. Take "
+                "models without nan and infinity, smaller weights, or float32."
+            )
     return merged
 
 

@@ -54,7 +54,7 @@ def _announcement(plan: MergePlan) -> str:
 
 def _named(names: Sequence[str]) -> str:
     more = len(names) - _NUM_NAMED
-    return ", ".join(names[:_NUM_NAMED]) + (f" and {more} more" if more > 0 else "")
+    return ", ".join(names[:_NUM_NAMED]) + (f" and {more} more, see the record" if more > 0 else "")
 
 
 def _show(plan: MergePlan) -> None:

@@ -6,12 +6,13 @@ import math
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
+
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    import torch
     from torch import Tensor
 
 # buffers of text encoders: positions and masks, of which a mean means nothing
@@ -64,6 +65,11 @@ def merge_tensor(
         return tensors[0]
     floats = [tensor.float() for tensor in tensors]
     return method.merge(name, floats, None if base is None else base.float())
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all numbers are finite, without a mask as large as the tensor."""
+    return tensor.numel() == 0 or all(torch.isfinite(end) for end in torch.aminmax(tensor.float()))
 
 
 def check_weights(weights: Sequence[float] | None, *, sum_to_one: bool) -> None:

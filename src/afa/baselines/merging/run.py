@@ -8,10 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
 import afa
 from afa.baselines.merging.folders import copy_files
+from afa.baselines.merging.method import is_finite
 from afa.baselines.merging.plan import SINGLE_FILE, MergePlan, PlannedTensor, plan_merge
 from afa.baselines.merging.streams import StoredTensor, write_tensors, writing_order
 from afa.errors import AfaError
@@ -113,7 +112,7 @@ def _value(plan: MergePlan, tensor: PlannedTensor) -> Tensor:
         base = None if tensor.base is None else _read_finite(tensor.base, tensor.name)
         merged = plan.method.merge(tensor.name, values, base)
     result = merged.to(tensor.dtype)
-    if not _is_finite(result.float()):
+    if not is_finite(result):
         raise AfaError(
             f"A merged tensor must be finite, but '{tensor.name}' reaches "
             f"{merged.float().abs().max().item():.4g}, which is too much for {tensor.dtype}. Set "
@@ -129,16 +128,11 @@ def _read_finite(source: StoredTensor, name: str) -> Tensor:
 
 
 def _check_input(value: Tensor, name: str, source: StoredTensor) -> None:
-    if not _is_finite(value):
+    if not is_finite(value):
         raise AfaError(
             f"A merged checkpoint must hold finite numbers; '{name}' in '{source.file}' has nan or "
             "infinity. Download it again, or leave it out."
         )
-
-
-def _is_finite(value: Tensor) -> bool:
-    """Whether all numbers are finite, without a mask as large as the tensor."""
-    return value.numel() == 0 or all(torch.isfinite(end) for end in torch.aminmax(value))
 
 
 def _inputs(plan: MergePlan) -> list[tuple[Checkpoint, list[Path]]]:
