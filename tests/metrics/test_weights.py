@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from afa.errors import AfaError
-from afa.metrics import MetricRecipe, SetMetric, open_metric
+from afa.metrics import MetricRecipe, ReferenceScorer, SetMetric, open_metric
 from afa.recipe import read_recipe
 from tests.metrics.tiny import (
     MED_CONFIG,
@@ -108,7 +108,10 @@ def test_a_clip_without_its_processor(clip: Path, tmp_path: Path, missing: str, 
     told = refusal(name="clip_t", weights=folder)
     assert said in told
     assert told.endswith("Or name another folder as processor.")
-    open_metric(MetricRecipe(name="clip_t", weights=str(folder), processor=str(clip)))
+    recipe = MetricRecipe(name="clip_i", weights=str(folder), processor=str(clip))
+    metric = open_metric(recipe)
+    assert isinstance(metric, ReferenceScorer)
+    assert metric.extractor.name == f"clip({folder}, {clip})"
 
 
 def test_a_processor_of_another_model(clip: Path, tmp_path: Path) -> None:
@@ -296,6 +299,7 @@ def test_inception_gets_raw_pictures(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         ({"name": "aes", "weights": "a"}, "needs clip, .* such as openai/clip-vit-large-patch14"),
         ({"name": "aes", "weights": "a", "clip": "b", "processor": "c"}, "no use for processor"),
         ({"name": "fid", "processor": "c"}, "the metric fid has no use for processor"),
+        ({"name": "kid", "weights": "zoo:clip", "processor": "c"}, "no use for processor"),
         ({"name": "clip_t", "weights": "a", "clip": "b"}, "has no use for clip; leave it out"),
         ({"name": "fid", "subset_size": 5}, "has no use for subset_size"),
         ({"name": "clip_t", "weights": "a", "allow_pickle": True}, "no use for allow_pickle"),

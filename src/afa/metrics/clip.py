@@ -8,7 +8,13 @@ from afa.errors import AfaError
 from afa.files import read_json
 from afa.metrics.distances import cosine_scores
 from afa.metrics.pictures import Preprocessing, one_by_one, require_partners
-from afa.metrics.weights import MODEL_FILES, PROCESSOR_ADVICE, PROCESSOR_FILES, Source
+from afa.metrics.weights import (
+    MODEL_FILES,
+    PROCESSOR_ADVICE,
+    PROCESSOR_FILES,
+    Source,
+    describe,
+)
 from afa.zoo import assets
 
 if TYPE_CHECKING:
@@ -148,7 +154,9 @@ def load_clip(source: Source, processor: Source | None, device: torch.device | s
                 f"'{parts.name}' makes {preprocessing.shape}. Name the model's own."
             )
     tokenizer = load_clip_tokenizer(parts, parts_folder, model)
-    return ClipEncoder(f"clip({source.name})", model.to(device), tokenizer, preprocessing)
+    return ClipEncoder(
+        f"clip({describe(source, processor)})", model.to(device), tokenizer, preprocessing
+    )
 
 
 def load_clip_tokenizer(source: Source, folder: Path, model: CLIPModel) -> PreTrainedTokenizerBase:

@@ -9,7 +9,7 @@ import torch
 
 from afa.errors import AfaError
 from afa.metrics.pictures import Preprocessing, one_by_one
-from afa.metrics.weights import MODEL_FILES, PROCESSOR_ADVICE, Source
+from afa.metrics.weights import MODEL_FILES, PROCESSOR_ADVICE, Source, describe
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -126,7 +126,7 @@ def load_vision(
         parts, parts_folder = processor, processor.locate(names)
     preprocessing = Preprocessing.read(parts.part(parts_folder, names, PROCESSOR_ADVICE))
     model = source.model(AutoModel, folder)
-    return VisionFeatures(f"vision({source.name})", model.to(device), preprocessing)
+    return VisionFeatures(f"vision({describe(source, processor)})", model.to(device), preprocessing)
 
 
 class ClassifierLogits:

@@ -75,8 +75,9 @@ class MetricRecipe(Section):
                 f"the metric {self.name} has no weights {self.weights} in the zoo, {offer}"
             )
         is_inception = self.weights in (None, "inception")
+        brings_processor = self.name == "aes" or is_inception or is_offered
         idle = {
-            "processor": self.processor is not None and (self.name == "aes" or is_inception),
+            "processor": self.processor is not None and brings_processor,
             "clip": self.clip is not None and self.name != "aes",
             "subset_size": self.subset_size is not None and self.name != "kid",
             "allow_pickle": self.allow_pickle

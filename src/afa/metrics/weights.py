@@ -60,6 +60,11 @@ def is_pickle(file: str | Path) -> bool:
     return Path(file).suffix.lower() in PICKLES
 
 
+def describe(source: Source, processor: Source | None) -> str:
+    """What a network's features depend on, for its name."""
+    return source.name if processor is None else f"{source.name}, {processor.name}"
+
+
 @dataclass(frozen=True)
 class Source:
     """Weights as a recipe names them, what they are for, and where the public ones are."""
