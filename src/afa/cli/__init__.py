@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from afa.cli import demo, evaluate, generate, inspect, merge, train, zoo
+from afa.cli import demo, evaluate, generate, inspect, merge, search, train, zoo
 from afa.cli.console import quieten, say_error
 from afa.errors import AfaError
 
@@ -22,6 +22,7 @@ app.command("train")(train.train)
 app.command("generate")(generate.generate)
 app.command("inspect")(inspect.inspect)
 app.command("merge")(merge.merge)
+app.command("search")(search.search)
 app.command("evaluate")(evaluate.evaluate)
 app.command("demo")(demo.demo)
 app.add_typer(zoo.app, name="zoo")

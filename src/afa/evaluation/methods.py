@@ -24,6 +24,7 @@ from afa.training.loop import pick_device
 
 if TYPE_CHECKING:
     from afa.aggregators import FusionRule
+    from afa.baselines.merging import MergeMethod
     from afa.evaluation.recipe import EvaluateRecipe, FusionRecipe, MethodRecipe
     from afa.experts import Expert
 
@@ -124,21 +125,9 @@ class MethodBuilder:
         ).to(self._device)
 
     def _merge(self, method: MethodRecipe) -> StableDiffusionPipeline:
-        experts, recipe = self._experts, self._recipe.merge_recipe(method)
-        encoders = experts.text_encoder
+        recipe = self._recipe.merge_recipe(method)
         base = None if recipe.base is None else self._load(recipe.base)
-        rule = recipe.build()
-        return self._with(
-            unet=merge_models(
-                list(experts.unet.experts), rule, base=None if base is None else base.unet
-            ),
-            text_encoder=merge_models(
-                [encoders.encoders[n] for n in encoders.encoder_of],
-                rule,
-                base=None if base is None else base.text_encoder,
-                part="text_encoder",
-            ),
-        )
+        return merged_pipeline(self._experts, recipe.build(), base)
 
     def _fusion(self, fusion: FusionRecipe) -> StableDiffusionPipeline:
         experts, schedule = self._experts, None
@@ -151,12 +140,44 @@ class MethodBuilder:
                 else HandOver(order, fusion.boundaries)
             )
         rules = _rules(fusion, experts.unet.sites)
-        return self._with(unet=EnsembleDenoiser(list(experts.unet.experts), rules, schedule))
+        return _with(experts, unet=EnsembleDenoiser(list(experts.unet.experts), rules, schedule))
 
-    def _with(self, **parts: object) -> StableDiffusionPipeline:
-        return StableDiffusionPipeline(
-            **{**self._experts.components, **parts}, requires_safety_checker=False
-        )
+
+def merged_pipeline(
+    experts: StableDiffusionPipeline, method: MergeMethod, base: Expert | None = None
+) -> StableDiffusionPipeline:
+    """A static merge of an ensemble's experts, their U-Nets and their text encoders.
+
+    Args:
+        experts: a pipeline of `load_pipeline`, not changed; the other parts are its own.
+        method: how one tensor is merged.
+        base: what the experts were fine-tuned from, for methods that need it.
+
+    Raises:
+        AfaError: settings that do not fit, or a base of another architecture.
+    """
+    encoders = experts.text_encoder
+    return _with(
+        experts,
+        unet=merge_models(
+            list(experts.unet.experts), method, base=None if base is None else base.unet
+        ),
+        text_encoder=merge_models(
+            [encoders.encoders[n] for n in encoders.encoder_of],
+            method,
+            base=None if base is None else base.text_encoder,
+            part="text_encoder",
+        ),
+    )
+
+
+def _with(pipeline: StableDiffusionPipeline, **parts: object) -> StableDiffusionPipeline:
+    """A stock pipeline of the same components but these."""
+    changed = StableDiffusionPipeline(
+        **{**pipeline.components, **parts}, requires_safety_checker=False
+    )
+    changed.set_progress_bar_config(disable=True)
+    return changed
 
 
 def _rules(fusion: FusionRecipe, sites: tuple[Any, ...]) -> list[FusionRule]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -243,6 +244,24 @@ def _from_zoo(recipe: ZooPrompts, scratch: Path | None) -> list[Prompt]:
             write_atomic(path, buffer.getvalue())
         with_references.append(Prompt(prompt.text, prompt.group, path))
     return with_references
+
+
+def resolve_prompts(recipe: PromptsRecipe, folder: Path) -> PromptsRecipe:
+    """The paths of a recipe in `folder`, made absolute."""
+    coco = recipe.coco and recipe.coco.model_copy(
+        update={
+            "captions": resolve_file(recipe.coco.captions, folder),
+            "pictures": resolve_file(recipe.coco.pictures, folder),
+        }
+    )
+    files = ("text", "drawbench", "folder")
+    places = {key: resolve_file(getattr(recipe, key), folder) for key in files}
+    return recipe.model_copy(update={**places, "coco": coco})
+
+
+def resolve_file(file: Path | None, folder: Path) -> Path | None:
+    """A path of a recipe in `folder`, made absolute."""
+    return None if file is None else Path(os.path.abspath(folder / file.expanduser()))
 
 
 def groups_of(prompts: Sequence[Prompt]) -> dict[str, list[int]]:

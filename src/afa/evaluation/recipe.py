@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, PositiveFloat, field_validator, model_validator
 
 from afa.baselines.merging import MergeRecipe
-from afa.evaluation.prompts import PromptsRecipe
+from afa.evaluation.prompts import PromptsRecipe, resolve_file, resolve_prompts
 from afa.metrics import MetricRecipe
 from afa.recipe import MAX_SEED, Section, read_recipe, resolve_source
 
@@ -219,25 +218,14 @@ def load_evaluate_recipe(path: str | Path) -> EvaluateRecipe:
     def sources(names: list[str] | None) -> list[str] | None:
         return None if names is None else [resolve_source(name, folder) for name in names]
 
-    def local(file: Path | None) -> Path | None:
-        return None if file is None else Path(os.path.abspath(folder / file.expanduser()))
-
-    prompts = recipe.prompts
-    coco = prompts.coco and prompts.coco.model_copy(
-        update={
-            "captions": local(prompts.coco.captions),
-            "pictures": local(prompts.coco.pictures),
-        }
-    )
-    places = {key: local(getattr(prompts, key)) for key in ("text", "drawbench", "folder")}
     return recipe.model_copy(
         update={
             "experts": sources(recipe.experts),
             "base": source(recipe.base),
             "vae": source(recipe.vae),
             "config": source(recipe.config),
-            "references": local(recipe.references),
-            "prompts": prompts.model_copy(update={**places, "coco": coco}),
+            "references": resolve_file(recipe.references, folder),
+            "prompts": resolve_prompts(recipe.prompts, folder),
             "methods": [
                 method.model_copy(
                     update={"model": sources(method.model), "ensemble": sources(method.ensemble)}

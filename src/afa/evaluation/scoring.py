@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from safetensors.torch import load_file, save
@@ -73,6 +73,22 @@ class _Single:
         self, pictures: Sequence[Image.Image], prompts: Sequence[str]
     ) -> dict[str, list[float]]:
         return {self.name: self._scorer.score(pictures, prompts)}
+
+
+def open_scorer(metric: MetricRecipe | Literal["scenes"], device: torch.device) -> PictureScorer:
+    """A scorer of single pictures by itself.
+
+    Raises:
+        AfaError: its weights cannot be had, or it does not judge single pictures.
+    """
+    if isinstance(metric, str):
+        return _Scenes()
+    opened = open_metrics([metric], device)[0]
+    if isinstance(opened, SetMetric | ReferenceScorer):
+        raise AfaError(
+            f"A single picture must be scored by itself; '{metric.name}' compares it with others."
+        )
+    return _Single(opened)
 
 
 class Scoring:

@@ -9,7 +9,7 @@ import torch
 
 from afa.evaluation.prompts import groups_of
 from afa.evaluation.recipe import slug
-from afa.evaluation.work import write_json
+from afa.evaluation.work import noise_of, write_json
 from afa.files import read_json
 from afa.maps import record_weights
 
@@ -50,9 +50,7 @@ def record_shares(
                 guidance_scale=sampling.guidance,
                 height=sampling.height,
                 width=sampling.width,
-                generator=[
-                    torch.Generator().manual_seed(sampling.seeds[0] * 1_000_003 + n) for n in chosen
-                ],
+                generator=noise_of(chosen, sampling.seeds[0]),
                 output_type="latent",
             )
         content["groups"][group] = {

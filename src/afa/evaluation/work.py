@@ -133,6 +133,32 @@ def write_json(path: Path, content: Any) -> None:
     write_atomic(path, json.dumps(content, indent=2) + "\n")
 
 
+def draw(
+    pipeline: StableDiffusionPipeline,
+    texts: Sequence[str],
+    places: Sequence[int],
+    seed: int,
+    num_steps: int,
+    sampling: SamplingRecipe,
+) -> list[Image.Image]:
+    """One batch of pictures; the noise of each depends on the seed and its prompt's place alone."""
+    with torch.no_grad():
+        return pipeline(
+            list(texts),
+            negative_prompt=[sampling.negative_prompt] * len(texts),
+            num_inference_steps=num_steps,
+            guidance_scale=sampling.guidance,
+            height=sampling.height,
+            width=sampling.width,
+            generator=noise_of(places, seed),
+        ).images
+
+
+def noise_of(places: Sequence[int], seed: int) -> list[torch.Generator]:
+    """What draws the initial noise of the prompts at these places."""
+    return [torch.Generator().manual_seed(seed * 1_000_003 + place) for place in places]
+
+
 def draw_unit(
     pipeline: StableDiffusionPipeline,
     unit: Unit,
@@ -140,23 +166,10 @@ def draw_unit(
     sampling: SamplingRecipe,
     store: Store,
 ) -> None:
-    """Draw the pictures of one batch and note what they cost.
-
-    The noise of a picture depends on the seed and its prompt's place alone.
-    """
-    with torch.no_grad(), measure(pipeline) as cost:
-        pictures = pipeline(
-            [prompts[place].text for place in unit.places],
-            negative_prompt=[sampling.negative_prompt] * len(unit.places),
-            num_inference_steps=unit.num_steps,
-            guidance_scale=sampling.guidance,
-            height=sampling.height,
-            width=sampling.width,
-            generator=[
-                torch.Generator().manual_seed(unit.seed * 1_000_003 + place)
-                for place in unit.places
-            ],
-        ).images
+    """Draw the pictures of one batch and note what they cost."""
+    texts = [prompts[place].text for place in unit.places]
+    with measure(pipeline) as cost:
+        pictures = draw(pipeline, texts, unit.places, unit.seed, unit.num_steps, sampling)
     folder = store.cost(unit).parent
     folder.mkdir(parents=True, exist_ok=True)
     for place, picture in zip(unit.places, pictures, strict=True):

@@ -26,18 +26,18 @@ from afa.training.data import CaptionedImages, batch_indices, open_data, to_pixe
 from afa.training.objective import denoising_loss, training_scheduler
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from diffusers import StableDiffusionPipeline
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from afa.ensemble import EnsembleDenoiser
     from afa.recipe import Recipe, TrainingRecipe
 
-_CHECKPOINT = "checkpoint.pt"
+CHECKPOINT = "checkpoint.pt"
 # what reading a checkpoint that was cut short or spoilt raises
-_DAMAGED = (OSError, RuntimeError, ValueError, TypeError, LookupError, EOFError, UnpicklingError)
+DAMAGED = (OSError, RuntimeError, ValueError, TypeError, LookupError, EOFError, UnpicklingError)
 _FREE = ("num_steps", "checkpoint_every", "device")  # may change when a run goes on
 
 
@@ -86,7 +86,7 @@ def train(recipe: Recipe, output: Path) -> Iterator[TrainStep]:
             torch_dtype=getattr(torch, settings.expert_dtype),
             device=device,
         )
-    steps = train_aggregators(pipeline, data, settings, checkpoint=output / _CHECKPOINT)
+    steps = train_aggregators(pipeline, data, settings, checkpoint=output / CHECKPOINT)
     output.mkdir(parents=True, exist_ok=True)
     write_atomic(written, json.dumps(asked, indent=2) + "\n")
     yield from steps
@@ -132,24 +132,59 @@ def train_aggregators(
             f"training.num_steps must be at least {first}, which this run has done already, came "
             f"{settings.num_steps}. Raise it, or name another folder."
         )
-    return _steps(pipeline, data, settings, optimizer, first, checkpoint)
+    if settings.gradient_checkpointing:
+        ensemble.enable_gradient_checkpointing()
+
+    def save(step: int) -> None:
+        if checkpoint is not None:
+            _write_checkpoint(checkpoint, step, ensemble, optimizer)
+
+    def steps() -> Iterator[TrainStep]:
+        try:
+            yield from optimizer_steps(
+                pipeline, data, settings, optimizer, modules=[ensemble], first=first, save=save
+            )
+        finally:
+            if settings.gradient_checkpointing:
+                ensemble.disable_gradient_checkpointing()
+
+    return steps()
 
 
-def _steps(
+def optimizer_steps(
     pipeline: StableDiffusionPipeline,
     data: CaptionedImages,
     settings: TrainingRecipe,
     optimizer: torch.optim.Optimizer,
-    first: int,
-    checkpoint: Path | None,
+    *,
+    modules: Sequence[nn.Module],
+    first: int = 0,
+    save: Callable[[int], None],
 ) -> Iterator[TrainStep]:
-    ensemble = pipeline.unet
+    """The steps of any training with the experts' objective: of aggregators, or of one model.
+
+    Batches, timesteps, noise, crops and dropped captions of a step depend on the seed and the step
+    alone, so two trainings with the same settings see the very same data.
+
+    Args:
+        pipeline: stock parts around the denoiser that is called.
+        data: pictures and captions.
+        settings: steps, batch size, learning rate and so on.
+        optimizer: of the parameters that are trained.
+        modules: what is in training mode meanwhile. Text embeddings carry gradients where the text
+            encoder is among them.
+        first: the number of steps that were done before.
+        save: called with the number of steps done, every so often and before a bad picture's error.
+
+    Raises:
+        AfaError: see `train_aggregators`.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     scheduler = training_scheduler(pipeline.scheduler)
     resolution = settings.resolution or min(native_resolution(pipeline))
-    if settings.gradient_checkpointing:
-        ensemble.enable_gradient_checkpointing()
-    ensemble.train()
+    trains_text = any(module is pipeline.text_encoder for module in modules)
+    for module in modules:
+        module.train()
     try:
         for step in range(first, settings.num_steps):
             started = time.perf_counter()
@@ -160,15 +195,15 @@ def _steps(
             try:
                 samples = [data[index] for index in indices]
             except AfaError:
-                if checkpoint is not None:  # one bad picture shall not cost the steps before it
-                    _write_checkpoint(checkpoint, step, ensemble, optimizer)
+                save(step)  # one bad picture shall not cost the steps before it
                 raise
             pixels = torch.stack([to_pixels(p, resolution, generator) for p, _ in samples])
             clean = encode_pictures(pipeline, pixels, generator)
             dropped = torch.rand(len(samples), generator=generator) < settings.caption_dropout
             captions = ["" if d else text for d, (_, text) in zip(dropped, samples, strict=True)]
-            text = encode_captions(pipeline, captions)
-            loss = denoising_loss(ensemble, scheduler, clean, text, generator)
+            with torch.set_grad_enabled(trains_text):
+                text = encode_captions(pipeline, captions)
+            loss = denoising_loss(pipeline.unet, scheduler, clean, text, generator)
             if not torch.isfinite(loss):
                 raise AfaError(
                     f"The loss must be finite, at step {step + 1} it is {loss.item()}. Lower the "
@@ -180,15 +215,12 @@ def _steps(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             done = step + 1
-            if checkpoint is not None and (
-                done % settings.checkpoint_every == 0 or done == settings.num_steps
-            ):
-                _write_checkpoint(checkpoint, done, ensemble, optimizer)
+            if done % settings.checkpoint_every == 0 or done == settings.num_steps:
+                save(done)
             yield TrainStep(done, settings.num_steps, loss.item(), time.perf_counter() - started)
     finally:
-        ensemble.eval()
-        if settings.gradient_checkpointing:
-            ensemble.disable_gradient_checkpointing()
+        for module in modules:
+            module.eval()
 
 
 def learning_rate_at(step: int, settings: TrainingRecipe) -> float:
@@ -222,7 +254,6 @@ def encode_pictures(
     return (mean + std * noise) * vae.config.scaling_factor
 
 
-@torch.no_grad()
 def encode_captions(pipeline: StableDiffusionPipeline, captions: list[str]) -> Tensor:
     """Text embeddings [B, L, N * D] or [B, L, D], as the pipeline itself would make them."""
     return pipeline.encode_prompt(captions, pipeline.unet.device, 1, False)[0]
@@ -292,7 +323,7 @@ def _resume(path: Path, ensemble: EnsembleDenoiser, optimizer: torch.optim.Optim
         return int(state["step"])
     except AfaError:
         raise
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise AfaError(
             f"The checkpoint '{path}' must be complete, but reading it says "
             f"{type(error).__name__}. Restore it, or delete it to begin again."

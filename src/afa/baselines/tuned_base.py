@@ -1,0 +1,128 @@
+"""The control that asks whether an ensemble is needed: the base, tuned on the same data."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+
+from afa.errors import AfaError
+from afa.experts import load_expert, load_vae
+from afa.files import read_json, write_atomic
+from afa.pipeline import check_text_to_image
+from afa.training.loop import CHECKPOINT, DAMAGED, optimizer_steps, pick_device
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from afa.recipe import TrainingRecipe
+    from afa.training.data import CaptionedImages
+    from afa.training.loop import TrainStep
+
+
+def tune_base(
+    source: str,
+    data: CaptionedImages,
+    settings: TrainingRecipe,
+    output: Path,
+    *,
+    config: Path | None = None,
+) -> Iterator[TrainStep]:
+    """Fine-tune a model's U-Net and text encoder in the way that aggregators are trained.
+
+    Same objective, data, batches, noise and schedule as `train_aggregators` with the same settings;
+    only what learns is another. `output` becomes a stock pipeline folder; the same call goes on
+    where an earlier one was stopped.
+
+    Args:
+        source: the base; see `afa.experts.locate`.
+        data: pictures and captions.
+        settings: see `train_aggregators`; `expert_dtype` must be float32.
+        output: a new folder, or one of an earlier run with the same settings.
+        config: for a single file, a folder with its configuration.
+
+    Raises:
+        AfaError: the model cannot be had, settings that do not fit, a folder that holds another
+            run, or what `train_aggregators` raises.
+    """
+    if settings.expert_dtype != "float32":
+        raise AfaError("A tuned base must be trained in float32, came another expert_dtype.")
+    device = pick_device(settings.device)
+    expert = load_expert(source, config=config)
+    pipeline = StableDiffusionPipeline(
+        vae=expert.vae or load_vae(source)[0],
+        text_encoder=expert.text_encoder,
+        tokenizer=expert.tokenizer,
+        unet=expert.unet,
+        scheduler=expert.scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).to(device)
+    check_text_to_image(pipeline)
+    pipeline.vae.requires_grad_(False)
+    run = {"base": expert.reference.sha256, "training": settings.model_dump(mode="json")}
+    if output.exists() and any(output.iterdir()):
+        written = output / "run.json"
+        if not written.is_file() or read_json(written) != run:
+            raise AfaError(
+                f"The output folder must be new or of the same base and settings; '{output}' is "
+                "neither. Name another one."
+            )
+    modules: list[Any] = [pipeline.unet, pipeline.text_encoder]
+    parameters = [p for module in modules for p in module.parameters()]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
+    )
+    checkpoint = output / CHECKPOINT
+    first = _resume(checkpoint, modules, optimizer) if checkpoint.exists() else 0
+    output.mkdir(parents=True, exist_ok=True)
+    write_atomic(output / "run.json", json.dumps(run, indent=2) + "\n")
+
+    def save(step: int) -> None:
+        state = {
+            "step": step,
+            "models": [module.state_dict() for module in modules],
+            "optimizer": optimizer.state_dict(),
+        }
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        write_atomic(checkpoint, buffer.getvalue())
+
+    yield from optimizer_steps(
+        pipeline, data, settings, optimizer, modules=modules, first=first, save=save
+    )
+    _save_pipeline(pipeline, output)
+
+
+def _resume(path: Path, modules: list[Any], optimizer: torch.optim.Optimizer) -> int:
+    """Put a checkpoint into models and optimizer; returns the number of steps it has done."""
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        for module, weights in zip(modules, state["models"], strict=True):
+            module.load_state_dict(weights)
+        optimizer.load_state_dict(state["optimizer"])
+        return int(state["step"])
+    except DAMAGED as error:
+        raise AfaError(
+            f"The checkpoint '{path}' must be complete, but reading it says "
+            f"{type(error).__name__}. Delete it to begin again."
+        ) from error
+
+
+def _save_pipeline(pipeline: StableDiffusionPipeline, output: Path) -> None:
+    """Write the pipeline's parts into `output`; its index comes last and makes it one."""
+    with tempfile.TemporaryDirectory(dir=output, prefix=".saving.") as scratch:
+        pipeline.save_pretrained(scratch)
+        parts = sorted(Path(scratch).iterdir(), key=lambda path: path.name == "model_index.json")
+        for part in parts:
+            target = output / part.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            part.rename(target)

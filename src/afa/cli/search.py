@@ -1,0 +1,34 @@
+"""`afa search`: block weights of a merge, searched against a scorer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from afa.cli.console import console, progress_bar, quieten_loading
+
+
+def search(
+    recipe: Annotated[Path, typer.Argument(help="YAML file: experts, prompts, metric.")],
+    output: Annotated[Path, typer.Option(help="New folder, or one of an earlier run to go on.")],
+) -> None:
+    """Search the block weights of a merge against a scorer (autoMBW).
+
+    The same command goes on where an earlier run was stopped.
+
+    [bold]Example[/bold]: afa search recipe.yaml --output runs/search
+    """
+    from afa.evaluation.search import load_search_recipe, search_block_weights
+
+    checked = load_search_recipe(recipe)
+    quieten_loading()
+    with progress_bar() as progress:
+        task = progress.add_task("search", total=checked.num_trials, note="")
+        for trial in search_block_weights(checked, output):
+            note = f"score {trial.score:.4f}  best {trial.best:.4f}"
+            progress.update(task, completed=trial.number, note=note)
+    console.print(
+        f"Best weights in {output}/merge.yaml. Try: afa merge {output}/merge.yaml --output merged"
+    )

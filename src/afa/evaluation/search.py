@@ -1,0 +1,258 @@
+"""autoMBW: block weights of a static merge, searched against any scorer."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+import yaml
+from pydantic import Field, model_validator
+
+from afa.baselines.merging import BlockWeights
+from afa.errors import AfaError
+from afa.evaluation.methods import merged_pipeline
+from afa.evaluation.prompts import PromptsRecipe, load_prompts, resolve_prompts
+from afa.evaluation.recipe import SCENES, SamplingRecipe
+from afa.evaluation.scoring import open_scorer
+from afa.evaluation.work import draw
+from afa.files import read_json, write_atomic
+from afa.metrics import MetricRecipe
+from afa.pipeline import check_text_to_image, load_pipeline
+from afa.recipe import MAX_SEED, Section, read_recipe, resolve_source
+from afa.training.loop import pick_device
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    import optuna
+    from diffusers import StableDiffusionPipeline
+
+    from afa.evaluation.prompts import Prompt
+    from afa.evaluation.scoring import PictureScorer
+
+#: the text encoders' weights are searched like those of a block, as the web UIs' base alpha is
+_TEXT = "text_encoder"
+
+
+class SearchRecipe(Section):
+    """A search of block weights.
+
+    The mean of `metric` over all prompts and seeds is made as large as possible in `num_trials`
+    trials: `scenes` is the share of scenes with the right object on either side.
+    """
+
+    experts: list[str] = Field(min_length=2)
+    vae: str | None = None
+    config: str | None = None
+    prompts: PromptsRecipe
+    sampling: SamplingRecipe = SamplingRecipe()
+    metric: MetricRecipe | Literal["scenes"]
+    num_trials: int = Field(default=100, ge=1)
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
+
+    @model_validator(mode="after")
+    def _judges_single_pictures(self) -> SearchRecipe:
+        singles = ("clip_t", "aes", "pickscore", "hpsv2", "imagereward")
+        if isinstance(self.metric, MetricRecipe) and self.metric.name not in singles:
+            raise ValueError(
+                f"must be searched against scenes, {', '.join(singles)}; came {self.metric.name}"
+            )
+        if self.metric == SCENES and self.prompts.zoo is None:
+            raise ValueError("must have prompts of the zoo for the metric 'scenes'")
+        return self
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One finished trial: its score, and the best so far."""
+
+    number: int
+    num_trials: int
+    score: float
+    best: float
+
+
+def load_search_recipe(path: str | Path) -> SearchRecipe:
+    """Read and check a recipe; paths in it are relative to its own folder.
+
+    Raises:
+        AfaError: see `afa.recipe.read_recipe`.
+    """
+    recipe, folder = read_recipe(path, SearchRecipe), Path(path).parent
+    return recipe.model_copy(
+        update={
+            "experts": [resolve_source(source, folder) for source in recipe.experts],
+            "vae": recipe.vae and resolve_source(recipe.vae, folder),
+            "config": recipe.config and resolve_source(recipe.config, folder),
+            "prompts": resolve_prompts(recipe.prompts, folder),
+        }
+    )
+
+
+def search_block_weights(recipe: SearchRecipe, output: Path) -> Iterator[Trial]:
+    """Search with a tree-structured Parzen estimator (Bergstra et al., 2011; optuna).
+
+    `output` gets `study.log`, optuna's journal, and after every trial the best weights so far as
+    `merge.yaml`, a recipe for `afa merge`. The same call goes on where an earlier one was stopped
+    and comes to the same result. The first trial is the uniform merge, which the best never falls
+    below on these prompts.
+
+    Args:
+        recipe: experts, prompts, scorer, number of trials.
+        output: a new folder, or one of an earlier run of this recipe.
+
+    Raises:
+        AfaError: the folder holds something else, or anything in the recipe cannot be had.
+    """
+    _open_folder(recipe, output)
+    device = pick_device(recipe.sampling.device)
+    if recipe.sampling.num_threads is not None:
+        torch.set_num_threads(recipe.sampling.num_threads)
+    prompts = load_prompts(recipe.prompts)
+    scorer = open_scorer(recipe.metric, device)
+    pipeline = load_pipeline(
+        recipe.experts,
+        vae=recipe.vae,
+        config=recipe.config,
+        torch_dtype=getattr(torch, recipe.sampling.dtype),
+        device=device,
+    )
+    check_text_to_image(pipeline)
+    study = _open_study(output / "study.log")
+    keys = [_TEXT, *(site.name for site in pipeline.unet.sites)]
+    first = len(_complete(study))
+    for number in range(first, recipe.num_trials):
+        trial = _ask(study, recipe, number, keys)
+        weights = _suggest(trial, keys, len(recipe.experts))
+        merged = merged_pipeline(pipeline, BlockWeights(weights))
+        score = _score(merged, prompts, recipe.sampling, scorer)
+        trial.set_user_attr("weights", weights)
+        study.tell(trial, score)
+        best = study.best_trial
+        _write_merge(recipe, best.user_attrs["weights"], float(best.value or 0.0), output)
+        yield Trial(number + 1, recipe.num_trials, score, float(best.value or 0.0))
+
+
+def _open_folder(recipe: SearchRecipe, output: Path) -> None:
+    place, asked = output / "search.json", recipe.model_dump(mode="json")
+    # a search may be made longer, and moved to another device
+    free = {"num_trials": None, "sampling": {**asked["sampling"], "device": None}}
+    is_new = not output.exists() or (output.is_dir() and not any(output.iterdir()))
+    written = read_json(place) if place.is_file() else None
+    if not is_new and (written is None or written != {**asked, **free}):
+        raise AfaError(
+            f"The output folder must be new or hold an earlier search of this recipe; '{output}' "
+            "is neither. Name another one."
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    write_atomic(place, json.dumps({**asked, **free}, indent=2) + "\n")
+
+
+def _open_study(file: Path) -> optuna.Study:
+    """The study kept in a file; trials that a stop cut off do not count."""
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(
+        study_name="block-weights",
+        storage=JournalStorage(JournalFileBackend(str(file))),
+        direction="maximize",
+        load_if_exists=True,
+    )
+    for trial in study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.RUNNING]):
+        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+    return study
+
+
+def _complete(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    import optuna
+
+    return study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE])
+
+
+def _ask(
+    study: optuna.Study, recipe: SearchRecipe, number: int, keys: Sequence[str]
+) -> optuna.Trial:
+    """The next trial; its draws depend on the seed, its number and the trials before it alone."""
+    import optuna
+
+    # a stop between asking and telling leaves one that is waiting, too
+    waiting = study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.WAITING])
+    if number == 0 and not waiting:
+        names = _names(keys, len(recipe.experts))
+        uniform = 1 / len(recipe.experts) if len(recipe.experts) == 2 else 0.5
+        study.enqueue_trial(dict.fromkeys(names, uniform))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        study.sampler = optuna.samplers.TPESampler(seed=(recipe.seed * 100_003 + number) % 2**32)
+    return study.ask()
+
+
+def _names(keys: Sequence[str], count: int) -> list[str]:
+    """One number per key for two experts, the second one's weight; else one per expert."""
+    if count == 2:
+        return list(keys)
+    return [f"{key}/{n}" for key in keys for n in range(count)]
+
+
+def _suggest(trial: optuna.Trial, keys: Sequence[str], count: int) -> dict[str, list[float]]:
+    """One weight per expert for every key, summing to 1."""
+    numbers = {name: trial.suggest_float(name, 0.0, 1.0) for name in _names(keys, count)}
+    if count == 2:
+        return {key: [1 - numbers[key], numbers[key]] for key in keys}
+    weights = {}
+    for key in keys:
+        raw = [numbers[f"{key}/{n}"] for n in range(count)]
+        total = sum(raw)
+        weights[key] = [number / total for number in raw] if total > 0 else [1 / count] * count
+    return weights
+
+
+def _score(
+    pipeline: StableDiffusionPipeline,
+    prompts: Sequence[Prompt],
+    sampling: SamplingRecipe,
+    scorer: PictureScorer,
+) -> float:
+    """The mean score of all prompts and seeds.
+
+    Raises:
+        AfaError: it is not finite.
+    """
+    scores: list[float] = []
+    texts = [prompt.text for prompt in prompts]
+    for seed in sampling.seeds:
+        for start in range(0, len(texts), sampling.batch_size):
+            places = range(start, min(start + sampling.batch_size, len(texts)))
+            chosen = [texts[place] for place in places]
+            pictures = draw(pipeline, chosen, places, seed, sampling.num_steps, sampling)
+            scores += next(iter(scorer(pictures, chosen).values()))
+    mean = float(np.mean(scores))
+    if not math.isfinite(mean):
+        raise AfaError(f"The mean score must be finite, came {mean}. Is the metric's input black?")
+    return mean
+
+
+def _write_merge(
+    recipe: SearchRecipe, weights: dict[str, list[float]], score: float, output: Path
+) -> None:
+    """Write the best weights so far as a recipe of `afa merge`."""
+    name = recipe.metric if isinstance(recipe.metric, str) else recipe.metric.name
+    content = {
+        "method": "block_weights",
+        "experts": recipe.experts,
+        "block_weights": weights,
+    }
+    note = f"# found by afa search: mean {name} {score:.4f} over its prompts\n"
+    write_atomic(
+        output / "merge.yaml",
+        note + yaml.safe_dump(content, sort_keys=False, default_flow_style=None),
+    )
