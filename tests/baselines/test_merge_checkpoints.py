@@ -280,6 +280,16 @@ def test_components_that_are_not_there_are_not_named(tmp_path: Path) -> None:
     assert StableDiffusionPipeline.from_pretrained(merged).safety_checker is None
 
 
+def test_components_are_folders_inside(experts: list[Path], tmp_path: Path) -> None:
+    shutil.copytree(experts[0], tmp_path / "in" / "expert")
+    (tmp_path / "in" / "secret").mkdir()
+    (tmp_path / "in" / "secret" / "key.txt").write_text("mine")
+    index = tmp_path / "in" / "expert" / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "../secret": ["a", "b"]}))
+    merge(tmp_path / "out" / "merged", [tmp_path / "in" / "expert"])
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["merged"]
+
+
 def test_stable_diffusion_xl(tmp_path: Path) -> None:
     config = {**ODD["two levels"], "cross_attention_dim": 32, "addition_embed_type": "text_time"}
     config |= {"addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 40}

@@ -89,9 +89,12 @@ def canonical_name(part: str, key: str) -> str:
 
 
 def has_part(index: Mapping[str, Any], part: str) -> bool:
-    """Whether a `model_index.json` names a component, and not only its empty place."""
+    """Whether a `model_index.json` names a component, and not only its empty place.
+
+    A name is no path: `../x` would be copied from and to outside the folders.
+    """
     entry = index.get(part)
-    return isinstance(entry, list) and entry[:1] not in ([], [None])
+    return isinstance(entry, list) and entry[:1] not in ([], [None]) and part.isidentifier()
 
 
 def prediction_type(checkpoint: Checkpoint) -> str | None:
