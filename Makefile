@@ -2,10 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+WORK ?= runs/results
 OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all format lint types check constraints clean
+.PHONY: help install demo results test test-all format lint types check constraints clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -19,6 +20,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: install ## train an ensemble on the emoji scenes and compare it (OUT=folder)
 	$(BIN)/afa demo --output $(OUT)
+
+results: install ## train and compare everything, write docs/results.md (over an hour; goes on)
+	$(BIN)/afa zoo results $(WORK) --docs docs
 
 test: install ## the quick tests
 	$(BIN)/python -m pytest -q -m "not slow and not gpu"

@@ -113,12 +113,13 @@ class SamplingRecipe(Section):
 class CurveRecipe(Section):
     """Quality against time: some methods again at other numbers of steps.
 
-    `methods` None: the subject, and the best expert and the best merge of the main comparison.
-    `limit` keeps the first so many prompts of every group.
+    `methods` None: the subject, and the best expert and the best merge of the main comparison;
+    `also` names more. Drawn are the prompts of the first group, with `limit` the first so many.
     """
 
     num_steps: list[int] = Field(default=[5, 10, 20, 50], min_length=1)
     methods: list[str] | None = None
+    also: list[str] = []
     limit: int | None = Field(default=None, ge=1)
 
 
@@ -159,7 +160,9 @@ class EvaluateRecipe(Section):
                     f"must name its methods so that letters and digits tell them apart, came "
                     f"'{other}' and '{name}'"
                 )
-        asked = [self.subject, *((self.curve and self.curve.methods) or [])]
+        asked = [self.subject]
+        if self.curve is not None:
+            asked += [*(self.curve.methods or []), *self.curve.also]
         unknown = next((name for name in asked if name is not None and name not in names), None)
         if unknown is not None:
             raise ValueError(f"must name one of its methods, came '{unknown}'")

@@ -219,11 +219,12 @@ class Results:
     def curve_methods(self) -> list[str]:
         """The methods of the curve: the named ones, or the subject and the best of its rivals."""
         assert self.recipe.curve is not None, "there is a curve"
-        if self.recipe.curve.methods is not None:
-            return self.recipe.curve.methods
-        group = next(iter(self.groups))
-        best = [self.best(kind, group) for kind in ("expert", "merge")]
-        return [self.recipe.subject_name, *(method.name for method in best if method)]
+        names = self.recipe.curve.methods
+        if names is None:
+            group = next(iter(self.groups))
+            best = [self.best(kind, group) for kind in ("expert", "merge")]
+            names = [self.recipe.subject_name, *(method.name for method in best if method)]
+        return list(dict.fromkeys([*names, *self.recipe.curve.also]))
 
     def curve_point(self, method: str, num_steps: int) -> tuple[dict[str, Interval], MeanCost]:
         """A method at another number of steps: its scores, and what a picture costs."""

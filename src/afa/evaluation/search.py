@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +77,7 @@ class Trial:
     num_trials: int
     score: float
     best: float
+    seconds: float
 
 
 def load_search_recipe(path: str | Path) -> SearchRecipe:
@@ -128,6 +130,7 @@ def search_block_weights(recipe: SearchRecipe, output: Path) -> Iterator[Trial]:
     keys = [_TEXT, *(site.name for site in pipeline.unet.sites)]
     first = len(_complete(study))
     for number in range(first, recipe.num_trials):
+        started = time.perf_counter()
         trial = _ask(study, recipe, number, keys)
         weights = _suggest(trial, keys, len(recipe.experts))
         merged = merged_pipeline(pipeline, BlockWeights(weights))
@@ -136,7 +139,8 @@ def search_block_weights(recipe: SearchRecipe, output: Path) -> Iterator[Trial]:
         study.tell(trial, score)
         best = study.best_trial
         _write_merge(recipe, best.user_attrs["weights"], float(best.value or 0.0), output)
-        yield Trial(number + 1, recipe.num_trials, score, float(best.value or 0.0))
+        seconds = time.perf_counter() - started
+        yield Trial(number + 1, recipe.num_trials, score, float(best.value or 0.0), seconds)
 
 
 def _open_folder(recipe: SearchRecipe, output: Path) -> None:

@@ -1,0 +1,1 @@
+"""The comparison on emoji scenes that docs/results.md shows, from training to page."""

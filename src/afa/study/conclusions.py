@@ -1,0 +1,162 @@
+"""Plain words for the study's figures; every sentence is decided by the figures themselves."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from afa.study.plan import ABLATIONS, OTHER_EXPERTS, SUBJECT
+from afa.zoo import EXPERTS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+_TUNED = ("tuned base (steps)", "tuned base (time)")
+
+
+def conclusions(report: dict[str, Any], results: dict[str, Any]) -> list[str]:
+    """What a reader may take away, in the order of interest."""
+    rows = {row["method"]: row for row in results["rows"]}
+    variants = {f"ablation: {name}" for name in ABLATIONS} | set(OTHER_EXPERTS)
+    rivals = [name for name in rows if name not in {SUBJECT, *variants, *_TUNED}]
+    return [
+        *_against(rows, rivals),
+        *(_tuned(rows, name) for name in _TUNED),
+        *_own_domain(results),
+        _shell(results),
+        *_at_equal_time(report),
+        *_variants(rows, [f"ablation: {name}" for name in ABLATIONS]),
+        *_variants(rows, OTHER_EXPERTS),
+    ]
+
+
+def verdict(difference: dict[str, float]) -> str:
+    """`above`, `below`, or `not told apart`, by whether the interval excludes zero."""
+    if difference["low"] > 0:
+        return "above"
+    return "below" if difference["high"] < 0 else "not told apart"
+
+
+def _names(names: Sequence[str]) -> str:
+    return ", ".join(names)
+
+
+def _signed(difference: dict[str, float]) -> str:
+    return f"{difference['mean']:+.2f} [{difference['low']:+.2f}, {difference['high']:+.2f}]"
+
+
+def _against(rows: dict[str, Any], rivals: Sequence[str]) -> list[str]:
+    """Mixed prompts against everything that combines or is an expert, and the base."""
+    by_verdict: dict[str, list[str]] = {}
+    for name in rivals:
+        by_verdict.setdefault(verdict(rows[name]["afa_minus_this"]), []).append(name)
+    sentences = []
+    ours = rows[SUBJECT]["both"]
+    above = by_verdict.get("above", [])
+    if above:
+        closest = min(above, key=lambda name: rows[name]["afa_minus_this"]["mean"])
+        everyone = len(above) == len(rivals)
+        sentences.append(
+            f"On mixed prompts {SUBJECT} ({ours['mean']:.2f} of the pictures right) is above "
+            f"{'all of ' if everyone else ''}{_names(above)}; the closest of them is {closest} "
+            f"with {rows[closest]['both']['mean']:.2f}, a difference of "
+            f"{_signed(rows[closest]['afa_minus_this'])}."
+        )
+    for kind, text in (("not told apart", "cannot be told apart from"), ("below", "is below")):
+        if by_verdict.get(kind):
+            sentences.append(f"On mixed prompts {SUBJECT} {text} {_names(by_verdict[kind])}.")
+    return sentences
+
+
+def _tuned(rows: dict[str, Any], name: str) -> str:
+    """The control that needs no ensemble at all."""
+    difference, theirs = rows[name]["afa_minus_this"], rows[name]["both"]["mean"]
+    outcome = {
+        "above": f"{SUBJECT} is above it",
+        "below": f"**{SUBJECT} is below it**: whoever can train the base on such data does "
+        "better to do that",
+        "not told apart": f"**{SUBJECT} cannot be told apart from it**",
+    }[verdict(difference)]
+    cost = rows[SUBJECT]["seconds_per_image"] / rows[name]["seconds_per_image"]
+    return (
+        f"The {name} gets {theirs:.2f}: {outcome} ({_signed(difference)}). A picture of {SUBJECT} "
+        f"takes {cost:.1f} times as long."
+    )
+
+
+def _own_domain(results: dict[str, Any]) -> list[str]:
+    """In an expert's own domain: is the ensemble as good as that expert?"""
+    sentences = []
+    for domain in EXPERTS:
+        rows = {row["method"]: row for row in results["own_domain"][domain]}
+        expert = rows[f"expert: {domain}"]
+        difference = expert["afa_minus_this"]
+        words = {
+            "above": "is above",
+            "below": "is **below**",
+            "not told apart": "cannot be told apart from",
+        }[verdict(difference)]
+        sentences.append(
+            f"On prompts of {domain} alone {SUBJECT} ({rows[SUBJECT]['both']['mean']:.2f}) {words} "
+            f"the expert of {domain} ({expert['both']['mean']:.2f}; {_signed(difference)})."
+        )
+    return sentences
+
+
+def _shell(results: dict[str, Any]) -> str:
+    """What the shell by itself does, on an expert's own prompts."""
+    gaps = []
+    for domain in EXPERTS:
+        rows = {row["method"]: row["both"]["mean"] for row in results["own_domain"][domain]}
+        gaps.append(abs(rows[f"shell: {domain}"] - rows[f"expert: {domain}"]))
+    if max(gaps) == 0:
+        return (
+            "An expert in the ensemble's shell draws what it draws alone: nothing of the gain "
+            "comes from the shell. (All models of the zoo have one autoencoder and one tokenizer; "
+            "with checkpoints from the web the shell may well matter.)"
+        )
+    return (
+        f"An expert in the ensemble's shell differs from the same expert alone by at most "
+        f"{max(gaps):.2f} of its own prompts."
+    )
+
+
+def _at_equal_time(report: dict[str, Any]) -> list[str]:
+    """The paper's claim of few steps, at equal cost."""
+    ours = [row for row in report["curve"] if row["method"] == SUBJECT]
+    if not ours:
+        return []
+    few = min(ours, key=lambda row: row["num_steps"])
+    budget = few["measured"]["seconds_per_image"]
+    parts = []
+    for name in dict.fromkeys(row["method"] for row in report["curve"]):
+        if name == SUBJECT:
+            continue
+        points = [row for row in report["curve"] if row["method"] == name]
+        # the most steps that cost no more, or the fewest where all cost more
+        within = [row for row in points if row["measured"]["seconds_per_image"] <= budget]
+        chosen = max(within, key=lambda row: row["num_steps"]) if within else points[0]
+        parts.append(
+            f"{name} gets {chosen['scores']['both']['mean']:.2f} with {chosen['num_steps']} steps "
+            f"({chosen['measured']['seconds_per_image']:.2f} s)"
+        )
+    return [
+        f"At {few['num_steps']} steps {SUBJECT} takes {budget:.2f} s for a picture and gets "
+        f"{few['scores']['both']['mean']:.2f} right; in no more time {'; '.join(parts)}."
+    ]
+
+
+def _variants(rows: dict[str, Any], names: Iterable[str]) -> list[str]:
+    """Ablations and other numbers of experts against the whole method."""
+    sentences = []
+    for name in names:
+        difference = rows[name]["afa_minus_this"]
+        words = {
+            "above": f"worse than {SUBJECT}",
+            "below": f"**better** than {SUBJECT}",
+            "not told apart": f"not told apart from {SUBJECT}",
+        }[verdict(difference)]
+        sentences.append(
+            f"{name} ({rows[name]['both']['mean']:.2f}) is {words}; difference "
+            f"{_signed(difference)}."
+        )
+    return sentences

@@ -1,0 +1,299 @@
+"""`docs/results.md` and `docs/results.json`: the study's figures, and plain words for them."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from afa.evaluation.report import curve_table
+from afa.files import read_json, write_atomic
+from afa.study.conclusions import conclusions
+from afa.study.plan import ABLATIONS, OTHER_EXPERTS, SUBJECT
+from afa.zoo import EXPERTS
+
+if TYPE_CHECKING:
+    from afa.study.plan import StudySettings
+
+_MIXED = "mixed"
+_DRAWINGS = ("scores", "curve", "pictures", "failures", "weights")
+_SHOWN = ("both", "objects", "clip_t", "clip_i")
+_SETS = ("fid", "cmmd")
+
+
+def write_pages(
+    work: Path,
+    docs: Path,
+    settings: StudySettings,
+    chosen: dict[str, dict[str, Any]],
+    costs: dict[str, dict[str, float]],
+    base_learning_rate: float,
+) -> None:
+    """Write `results.md`, `results.json` and `images/results-*.png` into `docs`.
+
+    Args:
+        work: the study's folder, with the finished comparison.
+        docs: is made.
+        settings: how much of everything.
+        chosen: the settings of every tuned rival.
+        costs: what went into every trained row.
+        base_learning_rate: the better one of the tuned base's.
+    """
+    report = read_json(work / "comparison" / "report.json")
+    results = {
+        "made_from": made_from(),
+        "settings": asdict(settings),
+        "rows": [row_of(report, row, _MIXED) for row in report["rows"]],
+        "own_domain": {
+            domain: [row_of(report, row, domain) for row in report["rows"]] for domain in EXPERTS
+        },
+        "curve": report["curve"],
+        "training": costs,
+        "chosen": {**chosen, "tuned base": {"learning_rate": base_learning_rate}},
+        "weights": report["weights"],
+        "failures": report["failures"],
+    }
+    images = docs / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    for name in _DRAWINGS:
+        drawing = work / "comparison" / f"{name}.png"
+        if drawing.exists():
+            shutil.copyfile(drawing, images / f"results-{name}.png")
+    write_atomic(docs / "results.json", json.dumps(results, indent=1) + "\n")
+    write_atomic(docs / "results.md", page(report, results))
+
+
+def made_from() -> dict[str, str]:
+    """Commit and machine that the figures come from."""
+    root = Path(__file__).parent
+    try:
+        commit = _git(root, "rev-parse", "HEAD")
+        top = Path(_git(root, "rev-parse", "--show-toplevel"))
+        if _git(top, "status", "--porcelain", "--", "src", "pyproject.toml", "constraints.txt"):
+            commit += " and changes that are not committed"
+    except (OSError, subprocess.CalledProcessError):
+        commit = f"afa {version('afa')}, not a git checkout"
+    return {
+        "commit": commit,
+        "machine": f"{_processor()}, {os.cpu_count()} cores, one thread for each process",
+        "software": ", ".join(
+            [f"Python {platform.python_version()}"]
+            + [f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers")]
+        ),
+    }
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(x.split(":", 1)[1].strip() for x in lines if x.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def row_of(report: dict[str, Any], row: dict[str, Any], group: str) -> dict[str, Any]:
+    """One method's row for a group of prompts, as `results.json` has it."""
+    scores, sets = row["groups"][group]["scores"], row["groups"][group]["sets"]
+    return {
+        "method": row["method"],
+        "num_seeds": row["num_replicas"],
+        **scores,
+        **sets,
+        "afa_minus_this": difference(report, row["method"], group),
+        "expert_calls_per_image": row["expert_calls_per_image"],
+        **row["measured"],
+    }
+
+
+def difference(report: dict[str, Any], method: str, group: str) -> dict[str, Any] | None:
+    """The subject's `both` minus a method's, paired by prompt; None for the subject itself."""
+    for row in report["paired"]:
+        place = (row["group"], row["role"], row["score"], row["against"])
+        if place == (group, "subject", "both", method):
+            return {**row["difference"], **{k: row[k] for k in ("wins", "losses", "ties")}}
+    return None
+
+
+# -- the page ---------------------------------------------------------------------------------
+
+
+def page(report: dict[str, Any], results: dict[str, Any]) -> str:
+    """`results.md`."""
+    made, settings = results["made_from"], results["settings"]
+    rows = {row["method"]: row for row in results["rows"]}
+    return "\n".join(
+        [
+            "# Results on emoji scenes",
+            "",
+            "Written by `make results`; the figures are in [results.json](results.json). Commit "
+            f"{made['commit']}; {made['machine']}; {made['software']}.",
+            "",
+            "Each picture shows two emojis, each in its place. The base model was trained on all "
+            "48 objects for a short time; each expert is the base, fine-tuned on the objects of "
+            "one domain. *Mixed* prompts ask for objects of two domains, in pairs that no "
+            "training held. `both` is the share of pictures with the right object on either side, "
+            "as a classifier of real scenes sees it.",
+            "",
+            "## In plain words",
+            "",
+            *(f"- {sentence}" for sentence in conclusions(report, results)),
+            "",
+            f"## Mixed prompts: {report['groups'][_MIXED]}",
+            "",
+            f"{report['sampling']['num_steps']} DDIM steps, guidance "
+            f"{report['sampling']['guidance']:g}, the same noise for every method. {SUBJECT} and "
+            f"the tuned bases are means over {settings['num_seeds']} seeds of training, the "
+            "ablations are of one seed. "
+            "Brackets are 95 % intervals: of a share Wilson's over the prompts, widened where "
+            "seeds of training differ; of a difference the paired bootstrap over prompts and "
+            f"seeds. *{SUBJECT} minus this* is of `both`; wins and losses count prompts. `calls` "
+            "are runs of one expert's denoiser for one picture.",
+            "",
+            *_table(list(rows.values())),
+            "",
+            "![Every method with its interval, by kind of prompt.](images/results-scores.png)",
+            "",
+            "![The first mixed prompts, drawn by every method.](images/results-pictures.png)",
+            "",
+            "## Own-domain prompts",
+            "",
+            "Prompts of one domain, which its own expert was fine-tuned for.",
+            "",
+            *_domain_table(report, results),
+            "",
+            "## What was trained, and for how long",
+            "",
+            *_cost_table(rows, results["training"]),
+            "",
+            "The tuned base is the base's U-Net and text encoder, trained on the very batches, "
+            "noise and schedule that the aggregators of the same seed saw.",
+            "",
+            "## Quality against time",
+            "",
+            *curve_table(report),
+            "",
+            "![Share of right pictures against seconds.](images/results-curve.png)",
+            "",
+            "## Ablations, and other numbers of experts",
+            "",
+            *_table([rows[SUBJECT], *(rows[name] for name in _variants())]),
+            "",
+            "## Whom it listens to",
+            "",
+            "Mean weight of each expert by site (from the input down to the output) and step, of "
+            "the first seed.",
+            "",
+            "![Mean weights by site and step.](images/results-weights.png)",
+            "",
+            "## Where it fails",
+            "",
+            "The mixed prompts that it gets right least often.",
+            "",
+            "![Failures, beside what others drew.](images/results-failures.png)",
+            "",
+            "## How the rivals were tuned",
+            "",
+            f"Each had its settings chosen on {settings['num_tuning']} mixed prompts whose pairs "
+            f"the test does not ask for, at {settings['tuning_steps']} steps; autoMBW had "
+            f"{settings['num_trials']} trials on the same prompts. {SUBJECT} has no settings to "
+            "choose at this point; its learning rate and schedule were chosen once, in a few runs, "
+            "when the demo was made.",
+            "",
+            *(f"- {name}: {_settings(chosen)}" for name, chosen in results["chosen"].items()),
+            "",
+        ]
+    )
+
+
+def _settings(chosen: dict[str, Any]) -> str:
+    """A rival's settings in a line, numbers rounded."""
+
+    def rounded(value: Any) -> Any:
+        if isinstance(value, float):
+            return float(f"{value:.2g}")
+        if isinstance(value, list):
+            return [rounded(item) for item in value]
+        if isinstance(value, dict):
+            return {key: rounded(item) for key, item in value.items()}
+        return value
+
+    return f"`{json.dumps(rounded(chosen))}`"
+
+
+def _variants() -> list[str]:
+    return [*(f"ablation: {name}" for name in ABLATIONS), *OTHER_EXPERTS]
+
+
+def _interval(score: dict[str, float]) -> str:
+    return f"{score['mean']:.2f} [{score['low']:.2f}, {score['high']:.2f}]"
+
+
+def _signed(score: dict[str, float] | None) -> str:
+    if score is None:
+        return ""
+    return f"{score['mean']:+.2f} [{score['low']:+.2f}, {score['high']:+.2f}]"
+
+
+def _table(rows: list[dict[str, Any]]) -> list[str]:
+    """Rows of one group of prompts, the best first."""
+    head = ["method", *_SHOWN, *_SETS, f"{SUBJECT} minus this", "wins/losses", "calls", "s/image"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for row in sorted(rows, key=lambda row: -row["both"]["mean"]):
+        minus = row["afa_minus_this"]
+        cells = [f"**{row['method']}**" if row["method"] == SUBJECT else row["method"]]
+        cells += [_interval(row[name]) for name in _SHOWN]
+        cells += [f"{row[name]['mean']:.3g}" for name in _SETS]
+        cells += [
+            _signed(minus),
+            "" if minus is None else f"{minus['wins']}/{minus['losses']}",
+            f"{row['expert_calls_per_image']:.0f}",
+            f"{row['seconds_per_image']:.2f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _domain_table(report: dict[str, Any], results: dict[str, Any]) -> list[str]:
+    """`both` of every method by domain, and the mean of the three."""
+    counts = [f"{domain} ({report['groups'][domain]})" for domain in EXPERTS]
+    lines = [f"| method | {' | '.join(counts)} | mean |", "|---|---|---|---|---|"]
+    by_domain = {
+        domain: {row["method"]: row["both"] for row in rows}
+        for domain, rows in results["own_domain"].items()
+    }
+
+    def mean(method: str) -> float:
+        return sum(by_domain[domain][method]["mean"] for domain in EXPERTS) / len(EXPERTS)
+
+    for method in sorted(by_domain[EXPERTS[0]], key=mean, reverse=True):
+        name = f"**{method}**" if method == SUBJECT else method
+        cells = [_interval(by_domain[domain][method]) for domain in EXPERTS]
+        lines.append(f"| {name} | {' | '.join(cells)} | {mean(method):.2f} |")
+    return lines
+
+
+def _cost_table(rows: dict[str, dict[str, Any]], costs: dict[str, dict[str, float]]) -> list[str]:
+    lines = ["| row | steps | minutes | mixed prompts, both |", "|---|---|---|---|"]
+    names = {f"{SUBJECT.lower()}-0": SUBJECT}
+    names |= {f"ablation {name}": f"ablation: {name}" for name in ABLATIONS}
+    for key, cost in costs.items():
+        name = names.get(key, key)
+        if name not in rows:  # further seeds of the same row
+            continue
+        steps = cost.get("num_steps")
+        amount = f"{cost['num_trials']:.0f} trials" if steps is None else f"{steps:.0f}"
+        lines.append(
+            f"| {name} | {amount} | {cost['seconds'] / 60:.1f} | {_interval(rows[name]['both'])} |"
+        )
+    return lines

@@ -1,0 +1,262 @@
+"""What is trained, what rivals are tuned over, and what is compared."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from afa.recipe import AggregatorRecipe, DataRecipe, Recipe, ScenesRecipe, TrainingRecipe
+from afa.zoo import EXPERTS
+from afa.zoo.evaluate import GUIDANCE_SCALE, NUM_STEPS
+from afa.zoo.models import AGGREGATOR
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+SUBJECT = "AFA"
+BASE = "zoo:base"
+#: rows of SABW without one of the states, or with fewer aggregators (AFA, section 4.4)
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "no spatial": {"spatial": False},
+    "no timestep": {"timestep": False},
+    "no prompt": {"prompt": False},
+    "shared by width": {"sharing": "width"},
+    "conv_out only": {"sites": "conv_out"},
+}
+#: rows of other numbers of experts
+OTHER_EXPERTS = {
+    "AFA, animals and food": ("animals", "food"),
+    "AFA, things twice": ("animals", "food", "things", "things"),
+}
+_MODEL = "zoo:{}".format
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """How much of everything; the default takes about 75 minutes on two cores."""
+
+    num_train_steps: int = 600
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    num_seeds: int = 3
+    base_learning_rates: tuple[float, ...] = (3e-4, 1e-3)
+    num_mixed: int = 96
+    num_own: int = 32  # of each domain
+    num_tuning: int = 48  # prompts that rivals are tuned on
+    tuning_steps: int = 12
+    num_trials: int = 100
+    num_steps: int = NUM_STEPS
+    curve_steps: tuple[int, ...] = (5, 10, 20, 50)
+    num_resamples: int = 10_000
+
+
+def training(settings: StudySettings, seed: int, **changes: Any) -> TrainingRecipe:
+    """One training's settings, for aggregators and for the base alike."""
+    values = {
+        "num_steps": settings.num_train_steps,
+        "batch_size": settings.batch_size,
+        "learning_rate": settings.learning_rate,
+        "num_warmup_steps": min(50, settings.num_train_steps),
+        "learning_rate_schedule": "cosine",
+        "checkpoint_every": 100,
+        "seed": seed,
+    }
+    return TrainingRecipe(**{**values, **changes})
+
+
+def scenes(seed: int) -> ScenesRecipe:
+    """The data of one seed: any pair of objects that is not held out."""
+    return ScenesRecipe(num_samples=100_000, seed=seed + 3)
+
+
+def aggregator_recipes(settings: StudySettings) -> dict[str, Recipe]:
+    """Every training of aggregators, by the name of its folder."""
+    sizes = {
+        key: getattr(AGGREGATOR, key)
+        for key in ("hidden_size", "num_layers", "num_heads", "norm_num_groups")
+    }
+
+    def recipe(experts: Sequence[str], seed: int, **switches: Any) -> Recipe:
+        return Recipe(
+            experts=[_MODEL(name) for name in experts],
+            data=DataRecipe(scenes=scenes(seed)),
+            aggregator=AggregatorRecipe(**sizes, **switches),
+            training=training(settings, seed),
+        )
+
+    recipes = {f"afa-{seed}": recipe(EXPERTS, seed) for seed in range(settings.num_seeds)}
+    recipes |= {
+        f"ablation {name}": recipe(EXPERTS, 0, **switches) for name, switches in ABLATIONS.items()
+    }
+    recipes |= {name: recipe(experts, 0) for name, experts in OTHER_EXPERTS.items()}
+    return recipes
+
+
+# -- what rivals are tuned over ---------------------------------------------------------------
+
+
+def candidates() -> dict[str, list[dict[str, Any]]]:
+    """Settings of every rival that has some, as they stand in a method's recipe.
+
+    The best on prompts that share no pair of objects with the test's is compared.
+    """
+    uniform = [1 / 3] * 3
+    leading = [[0.5 if n == m else 0.25 for n in range(3)] for m in range(3)]
+    weights = [uniform, *leading]
+    return {
+        "weighted merge": [_merge("weighted", weights=w) for w in weights],
+        "add-difference merge": [
+            _merge("add_difference", weights=[w] * 3) for w in (0.2, 1 / 3, 0.5, 0.7, 1.0)
+        ],
+        "SLERP merge": [_merge("slerp", weights=w) for w in weights],
+        "TIES merge": [
+            _merge("ties", density=d, weights=[w] * 3)
+            for d, w in itertools.product((0.2, 0.5, 0.8), (0.5, 1.0))
+        ],
+        "DARE merge": [
+            _merge("dare", density=d, weights=[w] * 3)
+            for d, w in itertools.product((0.2, 0.5, 0.8), (1 / 3, 0.5))
+        ],
+        "MBW": [_merge("block_weights", block_weights=b) for b in block_presets()],
+        "MagicFusion": [
+            {"fusion": {"rule": "magic_fusion", "temperatures": [t]}}
+            for t in (1.0, 10.0, 100.0, 1000.0)
+        ],
+        "timestep hand-over": [
+            {"fusion": {"rule": "hand_over", "order": list(order)}}
+            for order in itertools.permutations(range(3))
+        ],
+    }
+
+
+def _merge(method: str, **settings: Any) -> dict[str, Any]:
+    return {"merge": {"method": method, **settings}}
+
+
+def block_presets() -> list[dict[str, list[float]]]:
+    """Block weights as people choose them by hand: another expert leads at another depth.
+
+    All orders of the experts over shallow, middle and deep blocks, hard and soft, and the uniform
+    merge of the text encoders.
+    """
+    depths = (
+        ("conv_in", "down.0.0", "down.0.downsample"),
+        ("down.1.0", "mid", "up.0.0"),
+        ("up.0.1", "up.1.0", "conv_out"),
+    )
+    presets = []
+    for order, lead in itertools.product(itertools.permutations(range(3)), (1.0, 0.6)):
+        rest = (1 - lead) / 2
+        weights = {"default": [1 / 3] * 3}
+        for sites, leader in zip(depths, order, strict=True):
+            vector = [lead if n == leader else rest for n in range(3)]
+            weights |= {site: vector for site in sites}
+        presets.append(weights)
+    return presets
+
+
+# -- what is compared -------------------------------------------------------------------------
+
+_JUDGES = [
+    "scenes",
+    {"name": "clip_t", "weights": "zoo:clip"},
+    {"name": "clip_i", "weights": "zoo:clip"},
+    {"name": "fid", "weights": "zoo:clip"},
+    {"name": "kid", "weights": "zoo:clip"},
+    {"name": "cmmd", "weights": "zoo:clip"},
+]
+
+
+def sampling(num_steps: int) -> dict[str, Any]:
+    """How pictures are drawn; one thread, so that any number of processes draws the same."""
+    return {
+        "num_steps": num_steps,
+        "guidance": GUIDANCE_SCALE,
+        "batch_size": 16,
+        "num_threads": 1,
+        "device": "cpu",
+    }
+
+
+def tuning_prompts(settings: StudySettings) -> dict[str, Any]:
+    """Mixed prompts of pairs that the test never asks for."""
+    return {"zoo": {"kinds": {"mixed": settings.num_tuning}, "held_out": False, "seed": 2_000_000}}
+
+
+def tuning_recipe(settings: StudySettings, bases: dict[str, Path]) -> dict[str, Any]:
+    """The comparison of all candidates, and of bases tuned with several learning rates."""
+    methods = [
+        {"name": f"{name} {n}", **candidate}
+        for name, listed in candidates().items()
+        for n, candidate in enumerate(listed)
+    ]
+    methods += [{"name": name, "model": str(folder)} for name, folder in bases.items()]
+    return {
+        "experts": [_MODEL(name) for name in EXPERTS],
+        "base": BASE,
+        "prompts": tuning_prompts(settings),
+        "methods": methods,
+        "sampling": sampling(settings.tuning_steps),
+        "metrics": ["scenes"],
+        "num_resamples": 100,
+    }
+
+
+def search_recipe(settings: StudySettings) -> dict[str, Any]:
+    """The search of autoMBW, on the prompts that the others are tuned on."""
+    return {
+        "experts": [_MODEL(name) for name in EXPERTS],
+        "prompts": tuning_prompts(settings),
+        "sampling": sampling(settings.tuning_steps),
+        "metric": "scenes",
+        "num_trials": settings.num_trials,
+    }
+
+
+def comparison_recipe(
+    settings: StudySettings,
+    trained: dict[str, Path],
+    tuned: dict[str, list[Path]],
+    chosen: dict[str, dict[str, Any]],
+) -> dict[str, Any]:
+    """The comparison itself, as a recipe of `afa evaluate`.
+
+    Args:
+        settings: how much of everything.
+        trained: ensembles by the name of their training.
+        tuned: tuned bases by row.
+        chosen: the settings of every tuned rival.
+    """
+    seeds = [str(trained[f"afa-{seed}"]) for seed in range(settings.num_seeds)]
+    methods: list[dict[str, Any]] = [{"name": SUBJECT, "ensemble": seeds}]
+    methods += [{"name": name, **settings_} for name, settings_ in chosen.items()]
+    methods += [
+        {"name": "noise mean", "fusion": {"rule": "noise_mean"}},
+        {"name": "feature mean", "fusion": {"rule": "feature_mean"}},
+    ]
+    methods += [
+        {"name": f"shell: {name}", "fusion": {"rule": "shell", "expert": n}}
+        for n, name in enumerate(EXPERTS)
+    ]
+    methods += [{"name": f"expert: {name}", "model": _MODEL(name)} for name in EXPERTS]
+    methods.append({"name": "base", "model": BASE})
+    methods += [{"name": row, "model": [str(f) for f in folders]} for row, folders in tuned.items()]
+    methods += [
+        {"name": f"ablation: {name}", "ensemble": str(trained[f"ablation {name}"])}
+        for name in ABLATIONS
+    ]
+    methods += [{"name": name, "ensemble": str(trained[name])} for name in OTHER_EXPERTS]
+    kinds = {"mixed": settings.num_mixed} | {name: settings.num_own for name in EXPERTS}
+    return {
+        "experts": [_MODEL(name) for name in EXPERTS],
+        "base": BASE,
+        "prompts": {"zoo": {"kinds": kinds}},
+        "methods": methods,
+        "sampling": sampling(settings.num_steps),
+        "metrics": _JUDGES,
+        "subject": SUBJECT,
+        "curve": {"num_steps": list(settings.curve_steps), "also": ["base", *tuned]},
+        "num_resamples": settings.num_resamples,
+    }
