@@ -119,7 +119,7 @@ class CurveRecipe(Section):
 
     num_steps: list[int] = Field(default=[5, 10, 20, 50], min_length=1)
     methods: list[str] | None = None
-    also: list[str] = []
+    also: list[str] = Field(default=[])
     limit: int | None = Field(default=None, ge=1)
 
 
