@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from afa.errors import AfaError
@@ -168,12 +170,6 @@ class Scoring:
         for name, identity in self._identities.items():
             place = self._store.folder / "scores" / name / "metric.json"
             self._store.claim(place, identity, f"the metric '{name}'")
-        if self.references:
-            place = self._store.folder / "features" / "references.json"
-            files = {
-                "pictures": [[path.name, path.stat().st_size] for path in self.references],
-            }
-            self._store.claim(place, files, "the reference pictures")
 
     def reference_batches(self) -> list[tuple[str, int]]:
         """The batches of reference pictures: network and number."""
@@ -181,16 +177,23 @@ class Scoring:
         return [(network, number) for network in self.extractors for number in range(count)]
 
     def extract_references(self, network: str, number: int) -> None:
-        """Put the features of one batch of reference pictures on disk, if they are not there.
+        """Put the features of one batch of reference pictures on disk.
+
+        Those that are there already are kept if they are of the same files, by name and size.
 
         Raises:
             AfaError: a picture that cannot be read.
         """
         place = self._store.reference_features(network, number)
-        if not place.exists():
-            start = number * _REFERENCE_BATCH
-            paths = self.references[start : start + _REFERENCE_BATCH]
-            _write_features(place, self.extractors[network].features(list(open_pictures(paths))))
+        start = number * _REFERENCE_BATCH
+        paths = self.references[start : start + _REFERENCE_BATCH]
+        made_from = json.dumps([[path.name, path.stat().st_size] for path in paths])
+        if place.exists():
+            with safe_open(place, framework="pt") as file:
+                if (file.metadata() or {}).get("pictures") == made_from:
+                    return
+        features = self.extractors[network].features(list(open_pictures(paths)))
+        _write_features(place, features, {"pictures": made_from})
 
     def is_scored(self, unit: Unit) -> bool:
         """Whether all of a drawn batch's scores and features are there."""
@@ -250,6 +253,6 @@ def _pictures_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
 
 
-def _write_features(place: Path, features: Tensor) -> None:
+def _write_features(place: Path, features: Tensor, metadata: dict[str, str] | None = None) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(place, save({"features": features.contiguous()}))
+    write_atomic(place, save({"features": features.contiguous()}, metadata=metadata))

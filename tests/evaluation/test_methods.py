@@ -1,0 +1,130 @@
+"""Every way to draw, as a stock pipeline; and what a picture costs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+import afa
+from afa.baselines import weighted_merge
+from afa.ensemble import EnsembleDenoiser
+from afa.errors import AfaError
+from afa.evaluation.cost import measure
+from afa.evaluation.methods import MethodBuilder
+from afa.evaluation.recipe import EvaluateRecipe
+from afa.evaluation.work import draw
+from tests.evaluation.conftest import SMALL
+
+PROMPTS = ["a fox on the left and a pizza on the right, blue background"] * 2
+
+
+def builder(**changes: Any) -> tuple[MethodBuilder, EvaluateRecipe]:
+    recipe = EvaluateRecipe.model_validate({**SMALL, **changes})
+    return MethodBuilder(recipe, torch.device("cpu")), recipe
+
+
+def pictures(pipeline: StableDiffusionPipeline, recipe: EvaluateRecipe) -> np.ndarray:
+    drawn = draw(pipeline, PROMPTS, range(2), 0, 2, recipe.sampling)
+    return np.stack([np.asarray(picture) for picture in drawn])
+
+
+def test_a_model_is_drawn_as_the_library_draws_it() -> None:
+    build, recipe = builder()
+    ours = pictures(build.build(recipe.methods[1]), recipe)
+    stock = StableDiffusionPipeline.from_pretrained(
+        afa.zoo.expert_folder("animals"), safety_checker=None
+    )
+    stock.set_progress_bar_config(disable=True)
+    assert (ours == pictures(stock, recipe)).all()
+    assert (ours[0] != ours[1]).any(), "each place has its own noise"
+
+
+def test_a_merge_is_of_unet_and_text_encoder() -> None:
+    build, recipe = builder()
+    pipeline = build.build(recipe.methods[5])
+    assert not isinstance(pipeline.unet, EnsembleDenoiser)
+    experts = [afa.experts.load_expert(f"zoo:{name}") for name in ("animals", "food")]
+    for part in ("unet", "text_encoder"):
+        expected = weighted_merge([getattr(expert, part) for expert in experts]).state_dict()
+        merged = getattr(pipeline, part).state_dict()
+        assert all(torch.equal(merged[key], value) for key, value in expected.items())
+
+
+@pytest.mark.parametrize(
+    "merge",
+    [
+        {"method": "add_difference", "weights": [0.9, 0.9]},
+        {"method": "slerp"},
+        {"method": "ties", "density": 0.5},
+        {"method": "dare", "density": 0.5},
+        {"method": "block_weights", "block_weights": {"default": [1.0, 0.0], "mid": [0.0, 1.0]}},
+    ],
+)
+def test_every_merge_draws(merge: dict[str, Any]) -> None:
+    build, recipe = builder(methods=[{"name": "merge", "merge": merge}])
+    drawn = pictures(build.build(recipe.methods[0]), recipe)
+    uniform = pictures(builder()[0].build(builder()[1].methods[5]), recipe)
+    assert drawn.std() > 5
+    assert (drawn != uniform).any()
+
+
+@pytest.mark.parametrize(
+    ("fusion", "calls"),
+    [
+        ({"rule": "feature_mean"}, 8),  # 2 steps, 2 experts, with and without prompt
+        ({"rule": "noise_mean"}, 8),
+        ({"rule": "shell", "expert": 0}, 8),
+        ({"rule": "magic_fusion", "temperatures": [3.0], "fuse_below": 900}, 8),
+        ({"rule": "hand_over"}, 4),
+        ({"rule": "hand_over", "order": [1, 0], "boundaries": [300]}, 4),
+    ],
+)
+def test_every_fusion_draws_and_its_calls_are_counted(fusion: dict[str, Any], calls: int) -> None:
+    build, recipe = builder(methods=[{"name": "fusion", "fusion": fusion}])
+    pipeline = build.build(recipe.methods[0])
+    with measure(pipeline) as cost:
+        assert pictures(pipeline, recipe).std() > 5
+    assert cost.expert_calls == calls * len(PROMPTS)
+    assert cost.seconds > 0
+    assert cost.peak_memory is None or cost.peak_memory > 50 * 2**20
+    before = cost.expert_calls
+    pictures(pipeline, recipe)
+    assert cost.expert_calls == before, "nothing is counted outside of the block"
+
+
+def test_the_shell_changes_nothing_in_the_zoo() -> None:
+    build, recipe = builder()
+    alone, shell = (pictures(build.build(recipe.methods[n]), recipe).astype(int) for n in (1, 3))
+    assert abs(alone - shell).max() <= 1
+
+
+def test_peak_memory_is_of_the_block_alone() -> None:
+    build, recipe = builder()
+    pipeline = build.build(recipe.methods[1])
+    large = torch.ones(60_000_000)  # 240 MB that are gone before the block
+    del large
+    with measure(pipeline) as first:
+        pictures(pipeline, recipe)
+    with measure(pipeline) as second:
+        held = torch.ones(60_000_000)
+        pictures(pipeline, recipe)
+    del held
+    if first.peak_memory is not None and second.peak_memory is not None:
+        assert second.peak_memory - first.peak_memory > 180 * 2**20
+
+
+def test_an_identity_tells_checkpoints_and_settings_apart() -> None:
+    build, recipe = builder()
+    seen = [str(build.identity(method, 0)) for method in recipe.methods]
+    assert len(set(seen)) == len(seen)
+    assert "zoo:animals" not in seen[1], "a checkpoint is told by its hash"
+
+
+def test_experts_for_another_task_are_refused(tmp_path: Any) -> None:
+    build, recipe = builder(methods=[{"name": "gone", "model": str(tmp_path / "gone")}])
+    with pytest.raises(AfaError, match="does not exist"):
+        build.build(recipe.methods[0])

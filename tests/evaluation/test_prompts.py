@@ -1,0 +1,183 @@
+"""Prompts from every source, and files that are not what they should be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from afa.errors import AfaError
+from afa.evaluation.prompts import (
+    CocoPrompts,
+    PromptsRecipe,
+    ZooPrompts,
+    groups_of,
+    load_prompts,
+    resolve_prompts,
+)
+from afa.zoo.scenes import is_held_out, parse_caption
+
+
+def text_file(folder: Path, content: str, encoding: str = "utf-8") -> PromptsRecipe:
+    path = folder / "prompts.txt"
+    path.write_bytes(content.encode(encoding))
+    return PromptsRecipe(text=path)
+
+
+@pytest.mark.parametrize(
+    "content", ["a fox\na crane\n", "a fox\r\na crane\r\n", "a fox\n a crane "]
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_one_prompt_on_each_line(tmp_path: Path, content: str, encoding: str) -> None:
+    prompts = load_prompts(text_file(tmp_path, content, encoding))
+    assert [prompt.text for prompt in prompts] == ["a fox", "a crane"]
+    assert [prompt.group for prompt in prompts] == ["all", "all"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a fox\n\na crane\n", "line 2 of .* is empty"),
+        ("a fox\n   \n", "line 2 of .* is empty"),
+        ("a fox\na crane\na fox\n", "line 3 of .* repeats line 1: 'a fox'"),
+        ("a fox\na fox \n", "line 2 of .* repeats line 1"),
+        ("", "line 1 of .* is empty"),
+    ],
+)
+def test_empty_and_repeated_lines(tmp_path: Path, content: str, message: str) -> None:
+    with pytest.raises(AfaError, match=message):
+        load_prompts(text_file(tmp_path, content))
+
+
+def test_a_file_that_is_no_text(tmp_path: Path) -> None:
+    recipe = text_file(tmp_path, "a fox")
+    assert recipe.text is not None
+    recipe.text.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(AfaError, match="must be UTF-8 text"):
+        load_prompts(recipe)
+    with pytest.raises(AfaError, match="must be UTF-8 text"):
+        load_prompts(PromptsRecipe(text=tmp_path / "none.txt"))
+
+
+def coco(folder: Path, annotations: list[dict[str, Any]], pictures: bool = False) -> PromptsRecipe:
+    content = {
+        "images": [{"id": n, "file_name": f"{n:012d}.jpg"} for n in (7, 3, 5)],
+        "annotations": annotations,
+    }
+    path = folder / "captions.json"
+    path.write_text(json.dumps(content))
+    return PromptsRecipe(
+        coco=CocoPrompts(captions=path, pictures=folder / "pictures" if pictures else None)
+    )
+
+
+CAPTIONS = [
+    {"id": 11, "image_id": 7, "caption": "A fox sleeps.\n"},
+    {"id": 10, "image_id": 7, "caption": "A fox."},
+    {"id": 12, "image_id": 3, "caption": "A fox."},  # the same words for another picture
+    {"id": 13, "image_id": 3, "caption": "A red fox."},
+    {"id": 14, "image_id": 5, "caption": "A crane."},
+]
+
+
+def test_coco_has_one_caption_for_each_picture(tmp_path: Path) -> None:
+    prompts = load_prompts(coco(tmp_path, CAPTIONS))
+    assert [prompt.text for prompt in prompts] == ["A red fox.", "A crane.", "A fox."]
+    assert all(prompt.reference is None for prompt in prompts)
+
+
+def test_coco_with_its_pictures(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    for n in (3, 5, 7):
+        Image.new("RGB", (4, 4)).save(tmp_path / "pictures" / f"{n:012d}.jpg")
+    recipe = coco(tmp_path, CAPTIONS, pictures=True)
+    names = [prompt.reference and prompt.reference.name for prompt in load_prompts(recipe)]
+    assert names == ["000000000003.jpg", "000000000005.jpg", "000000000007.jpg"]
+    (tmp_path / "pictures" / "000000000005.jpg").unlink()
+    with pytest.raises(AfaError, match=r"000000000005\.jpg', which is missing"):
+        load_prompts(recipe)
+
+
+@pytest.mark.parametrize("annotation", [{"id": 1}, {"id": 1, "image_id": 99, "caption": "A fox."}])
+def test_coco_that_is_not(tmp_path: Path, annotation: dict[str, Any]) -> None:
+    with pytest.raises(AfaError, match="must be COCO captions"):
+        load_prompts(coco(tmp_path, [annotation]))
+
+
+def test_drawbench_has_its_categories_as_groups(tmp_path: Path) -> None:
+    path = tmp_path / "drawbench.csv"
+    path.write_text(
+        'Prompts,Category\nA red car.,Colors\n"One cat, two dogs.",Counting\nA blue car.,Colors\n'
+        "A red car.,Conflicting\n"
+    )
+    prompts = load_prompts(PromptsRecipe(drawbench=path))
+    assert [(prompt.text, prompt.group) for prompt in prompts] == [
+        ("A red car.", "Colors"),
+        ("One cat, two dogs.", "Counting"),
+        ("A blue car.", "Colors"),
+    ]
+    assert groups_of(prompts) == {"Colors": [0, 2], "Counting": [1]}
+    path.write_text("prompt\nA red car.\n")
+    with pytest.raises(AfaError, match="columns Prompts and Category; its columns are prompt"):
+        load_prompts(PromptsRecipe(drawbench=path))
+    path.write_text("Prompts,Category\n,Colors\n")
+    with pytest.raises(AfaError, match=r"line 2 of .* is empty"):
+        load_prompts(PromptsRecipe(drawbench=path))
+
+
+def test_a_folder_of_pictures_and_captions(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a fox"}\n')
+    (prompt,) = load_prompts(PromptsRecipe(folder=tmp_path))
+    assert prompt.text == "a fox"
+    assert prompt.reference == tmp_path / "a.png"
+
+
+def test_the_zoo_with_its_true_pictures(tmp_path: Path) -> None:
+    recipe = PromptsRecipe(zoo=ZooPrompts(kinds={"mixed": 3, "food": 2}))
+    prompts = load_prompts(recipe, tmp_path / "true")
+    assert [prompt.group for prompt in prompts] == ["mixed"] * 3 + ["food"] * 2
+    for prompt in prompts:
+        assert prompt.reference is not None
+        with Image.open(prompt.reference) as picture:
+            assert picture.tobytes() == parse_caption(prompt.text).render().tobytes()
+    assert all(prompt.reference is None for prompt in load_prompts(recipe))
+
+
+def test_the_zoos_prompts_for_tuning_share_no_pair_with_the_tests() -> None:
+    test = load_prompts(PromptsRecipe(zoo=ZooPrompts(kinds={"mixed": 40})))
+    tuning = load_prompts(PromptsRecipe(zoo=ZooPrompts(kinds={"mixed": 40}, held_out=False)))
+    for prompts, expected in ((test, True), (tuning, False)):
+        scenes = [parse_caption(prompt.text) for prompt in prompts]
+        assert all(scene.is_mixed for scene in scenes)
+        assert {is_held_out(scene.left, scene.right) for scene in scenes} == {expected}
+
+
+def test_kinds_that_overlap() -> None:
+    # as many of both as it takes for one to come twice
+    recipe = PromptsRecipe(zoo=ZooPrompts(kinds={"mixed": 600, "any": 600}))
+    with pytest.raises(AfaError, match="kinds must not overlap"):
+        load_prompts(recipe)
+
+
+def test_a_limit_is_for_each_group() -> None:
+    zoo = ZooPrompts(kinds={"mixed": 5, "food": 1, "animals": 4})
+    prompts = load_prompts(PromptsRecipe(zoo=zoo, limit=2))
+    assert [prompt.group for prompt in prompts] == ["mixed", "mixed", "food", "animals", "animals"]
+
+
+def test_exactly_one_source() -> None:
+    with pytest.raises(ValueError, match="exactly one of text, coco"):
+        PromptsRecipe()
+    with pytest.raises(ValueError, match="exactly one of text, coco"):
+        PromptsRecipe(text=Path("a"), drawbench=Path("b"))
+
+
+def test_paths_are_relative_to_the_recipe(tmp_path: Path) -> None:
+    recipe = PromptsRecipe(coco=CocoPrompts(captions=Path("c.json"), pictures=Path("p")))
+    resolved = resolve_prompts(recipe, tmp_path).coco
+    assert resolved is not None
+    assert (resolved.captions, resolved.pictures) == (tmp_path / "c.json", tmp_path / "p")

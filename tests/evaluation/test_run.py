@@ -1,0 +1,353 @@
+"""A whole comparison: what it leaves, how it goes on, and that nothing depends on the stops."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import afa
+from afa.cli import main
+from afa.errors import AfaError
+from afa.evaluation import evaluate, load_evaluate_recipe
+from afa.evaluation.methods import MethodBuilder
+
+Write = Callable[..., Path]
+
+
+def run(recipe: Path, output: Path) -> dict[str, Any]:
+    list(evaluate(load_evaluate_recipe(recipe), output))
+    return json.loads((output / "report.json").read_text())
+
+
+def unmeasured(content: Any) -> str:
+    """A report without what is measured anew in every run, as bytes would be compared."""
+
+    def strip(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: strip(item) for key, item in value.items() if key != "measured"}
+        return [strip(item) for item in value] if isinstance(value, list) else value
+
+    return json.dumps(strip(content), indent=2)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The small comparison, done once without a stop."""
+    import yaml
+
+    from tests.evaluation.conftest import SMALL
+
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(SMALL, sort_keys=False))
+    report = run(folder / "recipe.yaml", folder / "output")
+    return folder / "output", report
+
+
+def test_everything_is_on_disk(finished: tuple[Path, dict[str, Any]]) -> None:
+    output, report = finished
+    names = {path.name for path in output.iterdir()}
+    assert {"report.json", "report.md", "pictures.png", "scores.png", "curve.png"} <= names
+    drawn = output / "pictures" / "expert-animals" / "replica-0" / "seed-1" / "steps-2"
+    assert sorted(path.name for path in drawn.glob("*.png")) == [f"{n:06d}.png" for n in range(5)]
+    assert not [path for path in output.rglob(".*")], "nothing unfinished is left"
+    rows = {row["method"]: row for row in report["rows"]}
+    assert list(rows) == [
+        "AFA",
+        "expert: animals",
+        "expert: food",
+        "shell: animals",
+        "shell: food",
+        "weighted merge",
+    ]
+    assert rows["weighted merge"]["expert_calls_per_image"] == 4
+    assert rows["AFA"]["expert_calls_per_image"] == 8
+    assert rows["AFA"]["measured"]["seconds_per_image"] > 0
+    for row in rows.values():
+        assert set(row["groups"]) == {"mixed", "animals"}
+        scores = row["groups"]["mixed"]["scores"]
+        assert list(scores) == ["both", "objects", "left", "right", "clip_t", "clip_i"]
+        for score in scores.values():
+            assert score["low"] <= score["mean"] <= score["high"]
+        assert row["groups"]["mixed"]["sets"]["fid"]["mean"] > 0
+
+
+def test_a_method_is_compared_with_the_best_expert_and_its_shell(
+    finished: tuple[Path, dict[str, Any]],
+) -> None:
+    _, report = finished
+    references = report["references"]["animals"]
+    assert references == {
+        "subject": "AFA",
+        "best expert": "expert: animals",
+        "shell of the best expert": "shell: animals",
+    }
+    chosen = [
+        row
+        for row in report["paired"]
+        if (row["group"], row["score"]) == ("animals", "clip_t") and row["role"] == "best expert"
+    ]
+    assert len(chosen) == 5
+    means = {
+        row["method"]: row["groups"]["animals"]["scores"]["clip_t"]["mean"]
+        for row in report["rows"]
+    }
+    for row in chosen:
+        assert row["against"] == "expert: animals"
+        expected = means[row["method"]] - means["expert: animals"]
+        assert row["difference"]["mean"] == pytest.approx(expected)
+        assert row["wins"] + row["losses"] + row["ties"] == 2
+    against = [row["against"] for row in report["paired"] if row["role"] == "subject"]
+    assert set(against) == {row["method"] for row in report["rows"]} - {"AFA"}
+
+
+def test_the_text_has_every_method_and_drawing(finished: tuple[Path, dict[str, Any]]) -> None:
+    output, report = finished
+    text = (output / "report.md").read_text()
+    for row in report["rows"]:
+        assert f"| {row['method']} |" in text
+    drawings = [part.split(")")[0] for part in text.split("![](")[1:]]
+    assert drawings
+    assert all((output / drawing).is_file() for drawing in drawings)
+    assert [row["num_steps"] for row in report["curve"]] == [1, 2] * 3
+
+
+def test_done_work_is_not_done_again(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path, write: Write, monkeypatch: Any
+) -> None:
+    output, report = finished
+    copy = shutil.copytree(output, tmp_path / "copy")
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("nothing is to be drawn")
+
+    monkeypatch.setattr(MethodBuilder, "build", refuse)
+    # and with nothing to draw, what was measured is the same, too
+    assert run(write(), copy) == report
+
+
+def test_methods_metrics_and_seeds_can_be_added(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path, write: Write
+) -> None:
+    from tests.evaluation.conftest import SMALL
+
+    output, report = finished
+    copy = shutil.copytree(output, tmp_path / "copy")
+    before = {
+        path: path.stat().st_mtime_ns for path in copy.rglob("*.png") if "steps-" in str(path)
+    }
+    more = run(
+        write(
+            methods=[*SMALL["methods"], {"name": "base", "model": "zoo:base"}],
+            metrics=[*SMALL["metrics"], {"name": "cmmd", "weights": "zoo:clip"}],
+        ),
+        copy,
+    )
+    assert [row["method"] for row in more["rows"]][-1] == "base"
+    assert all(path.stat().st_mtime_ns == when for path, when in before.items())
+    row, old = more["rows"][0]["groups"]["mixed"], report["rows"][0]["groups"]["mixed"]
+    assert row["scores"] == old["scores"]
+    assert row["sets"]["cmmd"]["mean"] > 0
+
+
+START = [sys.executable, "-m", "afa", "evaluate"]
+
+
+def start(command: list[str], recipe: Path, output: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [*command, str(recipe), "--output", str(output)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def reached(output: Path, pattern: str, count: int) -> bool:
+    return len(list(output.glob(pattern))) >= count
+
+
+@pytest.mark.slow
+def test_killed_three_times_it_comes_to_the_same_report(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path, write: Write
+) -> None:
+    output, report = tmp_path / "output", finished[1]
+    moments = [
+        ("references/*.png", 2),  # while it gets ready
+        ("pictures/*/*/*/*/*.png", 3),  # in the middle of a batch
+        ("scores/*/shell-animals/*/*/*/*.json", 1),  # between drawing and scoring
+    ]
+    for pattern, count in moments:
+        process = start(START, write(), output)
+        deadline = time.monotonic() + 120
+        while not reached(output, pattern, count):
+            assert process.poll() is None, "it ended before it was to be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert not (output / "report.json").exists()
+    assert start(START, write(), output).wait(timeout=240) == 0
+    written = json.loads((output / "report.json").read_text())
+    assert unmeasured(written) == unmeasured(report)
+
+
+@pytest.mark.slow
+def test_two_processes_come_to_the_same_report(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path, write: Write
+) -> None:
+    output, report = finished
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, *launcher, "-m", "afa", "evaluate"]
+    process = start(command, write(), tmp_path / "two")
+    assert process.wait(timeout=240) == 0
+    written = json.loads((tmp_path / "two" / "report.json").read_text())
+    assert unmeasured(written) == unmeasured(report)
+    for picture in output.glob("pictures/*/*/*/*/*.png"):
+        twin = tmp_path / "two" / picture.relative_to(output)
+        assert twin.read_bytes() == picture.read_bytes()
+
+
+# -- what is wrong ----------------------------------------------------------------------------
+
+
+def fails(recipe: Path, output: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that the command says; it exits with 2."""
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", str(recipe), "--output", str(output)])
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_a_damaged_reference_picture_keeps_what_is_done(
+    finished: tuple[Path, dict[str, Any]],
+    tmp_path: Path,
+    write: Write,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    real = shutil.copytree(finished[0] / "references", tmp_path / "real")
+    broken = real / "000003.png"
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:100])
+    metrics = ["scenes", {"name": "fid", "weights": "zoo:clip"}]
+    recipe = write(references=str(real), metrics=metrics, curve=None)
+    output = tmp_path / "output"
+    assert "000003.png' must be a complete picture" in fails(recipe, output, capsys)
+    assert not (output / "report.json").exists()
+    # the same command goes on once it is mended
+    broken.write_bytes(whole)
+    assert run(recipe, output)["rows"][0]["groups"]["mixed"]["sets"]["fid"]["mean"] > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metrics": [{"name": "clip_t", "weights": "none/such"}]}, "weights of 'clip_t'"),
+        ({"metrics": [{"name": "fid"}]}, "pip install 'afa[inception]'"),
+        (
+            {"metrics": [{"name": "clip_t"}]},
+            "the metric clip_t needs weights, a local path or a hub id",
+        ),
+        ({"metrics": ["beauty"]}, "is wrong"),
+        ({"methods": [{"name": "a", "model": "none.safetensors"}]}, "does not exist"),
+        ({"methods": [{"name": "a"}]}, "exactly one of model, ensemble, merge and fusion"),
+        ({"methods": [{"name": "a", "merge": {"method": "ties"}}], "base": None}, "base"),
+        (
+            {"methods": [{"name": "a", "model": "zoo:base"}, {"name": "A", "model": "zoo:base"}]},
+            "letters and digits tell them apart",
+        ),
+        ({"methods": [{"name": "a", "fusion": {"rule": "shell", "expert": 2}}]}, "from 0 to 1"),
+        ({"methods": [{"name": "a", "fusion": {"rule": "shell"}}]}, "must name the expert"),
+        (
+            {"methods": [{"name": "a", "fusion": {"rule": "noise_mean", "expert": 1}}]},
+            "must leave expert out",
+        ),
+        ({"subject": "nobody"}, "must name one of its methods, came 'nobody'"),
+        ({"experts": [], "base": None}, "must have experts for the method"),
+        ({"sampling": {"seeds": [1, 1]}}, "different numbers"),
+        ({"sampling": {"num_step": 3}}, "did you mean 'num_steps'?"),
+        ({"metrics": ["scenes"], "prompts": {"text": "none.txt"}}, "prompts of the zoo"),
+    ],
+)
+def test_mistakes_are_one_line(
+    tmp_path: Path,
+    write: Write,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any],
+    message: str,
+) -> None:
+    assert message in fails(write(**{"curve": None, **changes}), tmp_path / "output", capsys)
+    assert not list((tmp_path / "output").glob("pictures/*/*/*"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("a fox\n\na pizza\n", "line 2"), ("a fox\na fox\n", "repeats line 1")],
+)
+def test_a_prompt_file_with_a_bad_line(
+    tmp_path: Path,
+    write: Write,
+    capsys: pytest.CaptureFixture[str],
+    content: str,
+    message: str,
+) -> None:
+    (tmp_path / "prompts.txt").write_text(content)
+    metrics = [{"name": "clip_t", "weights": "zoo:clip"}]
+    recipe = write(prompts={"text": "prompts.txt"}, metrics=metrics, curve=None)
+    assert message in fails(recipe, tmp_path / "output", capsys)
+
+
+def test_experts_of_two_architectures(
+    experts: list[Path], tmp_path: Path, write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    methods = [{"name": "merge", "merge": {"method": "weighted"}}]
+    recipe = write(experts=["zoo:animals", str(experts[0])], methods=methods, curve=None)
+    line = fails(recipe, tmp_path / "output", capsys)
+    assert "must share one architecture" in line
+
+
+def test_a_checkpoint_that_has_changed_is_not_mixed_with_old_pictures(
+    tmp_path: Path, write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = shutil.copytree(afa.zoo.expert_folder("animals"), tmp_path / "own")
+    methods = [{"name": "own", "model": str(own)}]
+    recipe = write(methods=methods, metrics=["scenes"], curve=None)
+    output = tmp_path / "output"
+    run(recipe, output)
+    weights = own / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors["conv_in.bias"] = tensors["conv_in.bias"] + torch.ones(())
+    save_file(tensors, weights, metadata={"format": "pt"})
+    line = fails(recipe, output, capsys)
+    assert "'own' must be of the same recipe and the same checkpoints" in line
+    assert "it differs in model" in line
+
+
+def test_a_folder_of_something_else_is_left_alone(
+    tmp_path: Path, write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    assert "must be new or hold an earlier evaluation" in fails(write(), tmp_path / "mine", capsys)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+
+
+def test_clip_i_needs_a_picture_for_every_prompt(tmp_path: Path, write: Write) -> None:
+    (tmp_path / "prompts.txt").write_text("a fox\n")
+    metrics = [{"name": "clip_i", "weights": "zoo:clip"}]
+    recipe = write(prompts={"text": "prompts.txt"}, metrics=metrics, curve=None)
+    with pytest.raises(AfaError, match="these prompts have none"):
+        run(recipe, tmp_path / "output")
