@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from typing import TypeVar
 
+from afa.errors import AfaError
+
 Work = TypeVar("Work")
 
 
@@ -46,6 +48,13 @@ class Processes:
         return (item for n, item in enumerate(work) if n % self.count == self.rank)
 
     def wait(self) -> None:
-        """Go on when all processes are here."""
+        """Go on when all processes are here.
+
+        Raises:
+            AfaError: one of them has ended; it has said why.
+        """
         if self._state is not None:
-            self._state.wait_for_everyone()
+            try:
+                self._state.wait_for_everyone()
+            except RuntimeError as error:
+                raise AfaError("All processes must go on, but another one stopped.") from error

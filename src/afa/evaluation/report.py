@@ -185,7 +185,7 @@ def score_table(report: dict[str, Any], group: str) -> list[str]:
     for row in rows:
         scores, sets = row["groups"][group]["scores"], row["groups"][group]["sets"]
         cells = [row["method"], *(_interval(scores[name]) for name in report["scores"])]
-        cells += [f"{sets[name]['mean']:.3g}" for name in report["set_scores"]]
+        cells += [f"{sets[k]['mean']:.3g}" if k in sets else "-" for k in report["set_scores"]]
         memory = row["measured"]["peak_memory_mib"]
         cells += [
             f"{row['expert_calls_per_image']:.0f}",

@@ -120,7 +120,10 @@ class Results:
         return paired_difference(ours, theirs, self.recipe.num_resamples)
 
     def set_scores(self, method: str, group: str) -> dict[str, list[float]]:
-        """Every metric of whole sets, one number for each replica."""
+        """Every metric of whole sets, one number for each replica.
+
+        A group with a single picture, drawn or real, is no set and has none.
+        """
         wanted = set(self.groups[group])
         found: dict[str, list[float]] = {}
         units = self._of(self._units, method)
@@ -137,6 +140,8 @@ class Results:
                     )
                     if place in wanted
                 ]
+                if len(rows) < 2 or (real is not None and len(real) < 2):
+                    continue
                 generated = torch.stack(rows)
                 found.setdefault(metric.name, []).append(metric.compute(generated, real))
         return found

@@ -253,7 +253,7 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
         minus = row["afa_minus_this"]
         cells = [f"**{row['method']}**" if row["method"] == SUBJECT else row["method"]]
         cells += [_interval(row[name]) for name in _SHOWN]
-        cells += [f"{row[name]['mean']:.3g}" for name in _SETS]
+        cells += [f"{row[name]['mean']:.3g}" if name in row else "-" for name in _SETS]
         cells += [
             _signed(minus),
             "" if minus is None else f"{minus['wins']}/{minus['losses']}",

@@ -1,0 +1,166 @@
+"""autoMBW: it finds what is better, keeps its study in a file and goes on to the same result."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from afa.baselines.merging import BlockWeights
+from afa.baselines.merging.recipe import load_merge_recipe
+from afa.cli import main
+from afa.errors import AfaError
+from afa.evaluation import search
+from afa.evaluation.search import SearchRecipe, Trial, search_block_weights
+
+SMALL: dict[str, Any] = {
+    "experts": ["zoo:animals", "zoo:food"],
+    "prompts": {"zoo": {"kinds": {"mixed": 2}, "held_out": False}},
+    "sampling": {"num_steps": 1, "guidance": 3, "batch_size": 2, "num_threads": 1},
+    "metric": {"name": "clip_t", "weights": "zoo:clip"},
+    "num_trials": 3,
+}
+
+
+def recipe(**changes: Any) -> SearchRecipe:
+    return SearchRecipe.model_validate({**SMALL, **changes})
+
+
+@pytest.fixture
+def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Score a trial by its weights alone: the more of the second expert in `mid`, the better."""
+
+    def weights_as_pipeline(experts: Any, method: BlockWeights, base: Any = None) -> BlockWeights:
+        return method
+
+    def score(merged: BlockWeights, *_: Any) -> float:
+        assert isinstance(merged.weights, dict)
+        return merged.weights["mid"][1] - 0.1 * merged.weights["conv_in"][1]
+
+    monkeypatch.setattr(search, "merged_pipeline", weights_as_pipeline)
+    monkeypatch.setattr(search, "_score", score)
+
+
+def test_it_draws_scores_and_writes_a_recipe_for_merging(tmp_path: Path) -> None:
+    trials = list(search_block_weights(recipe(), tmp_path / "search"))
+    assert [trial.number for trial in trials] == [1, 2, 3]
+    assert trials[-1].best == max(trial.score for trial in trials)
+    assert len({trial.score for trial in trials}) == 3, "other weights draw other pictures"
+    found = load_merge_recipe(tmp_path / "search" / "merge.yaml")
+    assert found.experts == ["zoo:animals", "zoo:food"]
+    assert isinstance(found.block_weights, dict)
+    assert {"text_encoder", "conv_in", "mid", "conv_out"} <= set(found.block_weights)
+    assert all(sum(pair) == pytest.approx(1) for pair in found.block_weights.values())
+
+
+@pytest.mark.usefixtures("no_drawing")
+def test_the_first_trial_is_the_uniform_merge_and_later_ones_are_better(tmp_path: Path) -> None:
+    trials = list(search_block_weights(recipe(num_trials=40), tmp_path / "search"))
+    assert trials[0].score == pytest.approx(0.5 - 0.05)
+    assert trials[-1].best > 0.85
+    best = yaml.safe_load((tmp_path / "search" / "merge.yaml").read_text())["block_weights"]
+    assert best["mid"][1] - 0.1 * best["conv_in"][1] == pytest.approx(trials[-1].best)
+
+
+@pytest.mark.usefixtures("no_drawing")
+def test_three_experts_have_a_number_each(tmp_path: Path) -> None:
+    experts = ["zoo:animals", "zoo:food", "zoo:things"]
+    trials = list(search_block_weights(recipe(experts=experts), tmp_path / "search"))
+    assert trials[0].score == pytest.approx(0.9 / 3)
+    best = yaml.safe_load((tmp_path / "search" / "merge.yaml").read_text())["block_weights"]
+    assert all(len(v) == 3 and sum(v) == pytest.approx(1) for v in best.values())
+
+
+def scores(trials: list[Trial]) -> list[tuple[int, float, float]]:
+    return [(trial.number, trial.score, trial.best) for trial in trials]
+
+
+@pytest.mark.usefixtures("no_drawing")
+def test_stopped_and_started_again_it_takes_the_same_trials(tmp_path: Path) -> None:
+    whole = scores(list(search_block_weights(recipe(num_trials=14), tmp_path / "whole")))
+    parts: list[tuple[int, float, float]] = []
+    for stop in (1, 6, 14):
+        # a longer search of the same recipe is the same search
+        run = search_block_weights(recipe(num_trials=stop), tmp_path / "parts")
+        parts += scores(list(run))
+    assert parts == whole
+    assert not list(search_block_weights(recipe(num_trials=14), tmp_path / "parts"))
+
+
+@pytest.mark.usefixtures("no_drawing")
+@pytest.mark.parametrize("stopped_after", [0, 3])
+def test_a_trial_that_was_cut_off_is_taken_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped_after: int
+) -> None:
+    whole = scores(list(search_block_weights(recipe(num_trials=6), tmp_path / "whole")))
+
+    def cut_off(*_: Any) -> float:
+        raise KeyboardInterrupt
+
+    run = search_block_weights(recipe(num_trials=6), tmp_path / "cut")
+    parts = scores(list(itertools.islice(run, stopped_after)))
+    with monkeypatch.context() as patch:
+        patch.setattr(search, "_score", cut_off)
+        again = search_block_weights(recipe(num_trials=6), tmp_path / "cut")
+        with pytest.raises(KeyboardInterrupt):
+            next(again)
+    parts += scores(list(search_block_weights(recipe(num_trials=6), tmp_path / "cut")))
+    assert parts == whole
+
+
+@pytest.mark.usefixtures("no_drawing")
+def test_another_recipe_in_the_same_folder(tmp_path: Path) -> None:
+    list(search_block_weights(recipe(num_trials=1), tmp_path / "search"))
+    with pytest.raises(AfaError, match="must be new or hold an earlier search of this recipe"):
+        list(search_block_weights(recipe(seed=1), tmp_path / "search"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(AfaError, match="must be new"):
+        list(search_block_weights(recipe(), tmp_path / "mine"))
+
+
+def test_a_score_that_is_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        name = "broken"
+
+        def __call__(self, pictures: Any, prompts: Any) -> dict[str, list[float]]:
+            return {"broken": [float("nan")] * len(pictures)}
+
+    monkeypatch.setattr(search, "open_scorer", lambda *_: Broken())
+    with pytest.raises(AfaError, match="must be finite, came nan"):
+        list(search_block_weights(recipe(), tmp_path / "search"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"experts": ["zoo:animals"]}, "at least 2"),
+        ({"metric": {"name": "fid", "weights": "zoo:clip"}}, "searched against"),
+        ({"prompts": {"text": "p.txt"}, "metric": "scenes"}, "prompts of the zoo"),
+        ({"num_trial": 3}, "did you mean 'num_trials'?"),
+    ],
+)
+def test_mistakes_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], message: str
+) -> None:
+    path = tmp_path / "search.yaml"
+    path.write_text(yaml.safe_dump({**SMALL, **changes}))
+    with pytest.raises(SystemExit) as stop:
+        main(["search", str(path), "--output", str(tmp_path / "output")])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert message in line
+    assert not (tmp_path / "output").exists()
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "search.yaml"
+    path.write_text(json.dumps({**SMALL, "num_trials": 1}))
+    with pytest.raises(SystemExit) as stop:
+        main(["search", str(path), "--output", str(tmp_path / "output")])
+    assert stop.value.code == 0
+    assert "merge.yaml" in capsys.readouterr().out

@@ -1,0 +1,250 @@
+"""The study: its plan is sound, its words follow the figures, and all of it runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from afa.errors import AfaError
+from afa.evaluation.recipe import EvaluateRecipe
+from afa.evaluation.search import SearchRecipe
+from afa.study.conclusions import conclusions, verdict
+from afa.study.jobs import Job, JobProgress, run_jobs
+from afa.study.page import difference, row_of
+from afa.study.plan import (
+    ABLATIONS,
+    OTHER_EXPERTS,
+    StudySettings,
+    aggregator_recipes,
+    block_presets,
+    candidates,
+    comparison_recipe,
+    search_recipe,
+    tuning_recipe,
+)
+from afa.study.run import choose, run_study
+
+TINY = StudySettings(
+    num_train_steps=2,
+    batch_size=2,
+    num_mixed=3,
+    num_own=1,
+    num_tuning=2,
+    tuning_steps=1,
+    num_trials=1,
+    num_steps=1,
+    curve_steps=(1, 2),
+    num_resamples=100,
+)
+ROWS = {
+    *("AFA", "weighted merge", "SLERP merge", "TIES merge", "DARE merge", "MBW", "autoMBW"),
+    *("MagicFusion", "noise mean", "timestep hand-over", "base"),
+    *("tuned base (steps)", "tuned base (time)"),
+    *(f"{kind}: {name}" for kind in ("shell", "expert") for name in ("animals", "food", "things")),
+    *(f"ablation: {name}" for name in ("no spatial", "no timestep", "no prompt")),
+    *("ablation: shared by width", "ablation: conv_out only"),
+}
+
+
+def test_the_recipes_are_sound_and_have_every_row() -> None:
+    settings = StudySettings()
+    SearchRecipe.model_validate(search_recipe(settings))
+    bases = {"tuned base (steps) 0.001": Path("a")}
+    tuning = EvaluateRecipe.model_validate(tuning_recipe(settings, bases))
+    assert len(tuning.methods) == sum(map(len, candidates().values())) + 1
+    trained = {name: Path(name) for name in aggregator_recipes(settings)}
+    chosen = {name: listed[0] for name, listed in candidates().items()}
+    chosen["autoMBW"] = {"merge": {"method": "weighted"}}
+    tuned = {"tuned base (steps)": [Path("a")], "tuned base (time)": [Path("b")]}
+    recipe = comparison_recipe(settings, trained, tuned, chosen)
+    assert {method.name for method in EvaluateRecipe.model_validate(recipe).methods} >= ROWS
+
+
+def test_every_training_has_the_same_settings_but_its_own_point() -> None:
+    recipes = aggregator_recipes(StudySettings())
+    full = recipes["afa-0"]
+    assert {recipes[f"afa-{seed}"].training.seed for seed in range(3)} == {0, 1, 2}
+    for name, switches in ABLATIONS.items():
+        recipe = recipes[f"ablation {name}"]
+        assert recipe.training == full.training
+        assert recipe.data == full.data
+        own, whole = recipe.aggregator.model_dump(), full.aggregator.model_dump()
+        assert {key: own[key] for key in own if own[key] != whole[key]} == switches
+    for name, experts in OTHER_EXPERTS.items():
+        assert recipes[name].experts == [f"zoo:{expert}" for expert in experts]
+
+
+def test_hand_made_block_weights_have_every_order() -> None:
+    presets = block_presets()
+    assert len(presets) == 12
+    assert len({json.dumps(preset) for preset in presets}) == 12
+    assert all(sum(v) == pytest.approx(1) for preset in presets for v in preset.values())
+
+
+def test_the_best_candidate_is_chosen_and_of_equals_the_first() -> None:
+    means = dict.fromkeys(
+        [f"{name} {n}" for name, listed in candidates().items() for n in range(len(listed))], 0.1
+    )
+    means |= {
+        "TIES merge 4": 0.3,
+        "tuned base (steps) 0.0003": 0.5,
+        "tuned base (steps) 0.001": 0.4,
+    }
+    report = {
+        "rows": [
+            {"method": name, "groups": {"mixed": {"scores": {"both": {"mean": mean}}}}}
+            for name, mean in means.items()
+        ]
+    }
+    chosen, base = choose(report, StudySettings())
+    assert chosen["TIES merge"] == candidates()["TIES merge"][4]
+    assert chosen["SLERP merge"] == candidates()["SLERP merge"][0]
+    assert base == "tuned base (steps) 0.0003"
+
+
+# -- words ------------------------------------------------------------------------------------
+
+
+def figures(means: dict[str, float], tuned: float) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A report in which every method has one mean in every group; intervals are +-0.05."""
+    means = {"AFA": 0.9, "tuned base (steps)": tuned, "tuned base (time)": tuned, **means}
+    names = [f"{kind}: {d}" for kind in ("expert", "shell") for d in ("animals", "food", "things")]
+    means |= {name: means.get(name, 0.2) for name in names}
+    means |= {name: means.get(name, 0.5) for name in (f"ablation: {a}" for a in ABLATIONS)}
+    means |= {name: means.get(name, 0.9) for name in OTHER_EXPERTS}
+    groups = ("mixed", "animals", "food", "things")
+
+    def interval(mean: float) -> dict[str, float]:
+        return {"mean": mean, "low": mean - 0.05, "high": mean + 0.05}
+
+    report: dict[str, Any] = {
+        "rows": [
+            {
+                "method": name,
+                "num_replicas": 1,
+                "groups": {g: {"scores": {"both": interval(mean)}, "sets": {}} for g in groups},
+                "expert_calls_per_image": 2,
+                "measured": {"seconds_per_image": 0.5, "peak_memory_mib": 9},
+            }
+            for name, mean in means.items()
+        ],
+        "paired": [
+            {
+                "group": group,
+                "role": "subject",
+                "score": "both",
+                "against": name,
+                "difference": interval(means["AFA"] - mean),
+                "wins": 1,
+                "losses": 0,
+                "ties": 0,
+            }
+            for group in groups
+            for name, mean in means.items()
+            if name != "AFA"
+        ],
+        "curve": [
+            {
+                "method": name,
+                "num_steps": steps,
+                "scores": {"both": interval(0.1 * steps)},
+                "measured": {"seconds_per_image": seconds * steps},
+            }
+            for name, seconds in (("AFA", 0.3), ("base", 0.1))
+            for steps in (1, 2, 5)
+        ],
+    }
+    results = {
+        "rows": [row_of(report, row, "mixed") for row in report["rows"]],
+        "own_domain": {
+            group: [row_of(report, row, group) for row in report["rows"]] for group in groups[1:]
+        },
+    }
+    return report, results
+
+
+@pytest.mark.parametrize(
+    ("mean", "low", "expected"),
+    [(0.1, 0.01, "above"), (-0.1, -0.19, "below"), (0.0, -0.1, "not told apart")],
+)
+def test_a_verdict_needs_an_interval_without_zero(mean: float, low: float, expected: str) -> None:
+    interval = {"mean": mean, "low": low, "high": 2 * mean - low}
+    assert verdict(interval) == expected
+
+
+def test_where_it_wins_the_words_say_so() -> None:
+    text = " ".join(conclusions(*figures({"TIES merge": 0.3, "base": 0.6}, tuned=0.7)))
+    assert "AFA (0.90 of the pictures right) is above all of TIES merge, base" in text
+    assert "the closest of them is base with 0.60" in text
+    assert "The tuned base (steps) gets 0.70: AFA is above it" in text
+    assert "ablation: no spatial (0.50) is worse than AFA" in text
+    assert "AFA, things twice (0.90) is not told apart from AFA" in text
+    assert "in no more time base gets 0.20 with 2 steps" in text
+    assert "draws what it draws alone" in text
+
+
+def test_where_it_does_not_win_the_words_say_so() -> None:
+    means = {"TIES merge": 0.88, "base": 0.97, "expert: food": 0.99, "shell: animals": 0.1}
+    text = " ".join(conclusions(*figures(means, tuned=0.98)))
+    assert "cannot be told apart from TIES merge" in text
+    assert "is below base, expert: food" in text
+    assert "**AFA is below it**" in text
+    assert "On prompts of food alone AFA (0.90) is **below** the expert of food (0.99" in text
+    assert "differs from the same expert alone by at most 0.79" in text
+
+
+def test_the_subject_has_no_difference_from_itself() -> None:
+    report, _ = figures({}, tuned=0.5)
+    assert difference(report, "AFA", "mixed") is None
+    found = difference(report, "tuned base (time)", "mixed")
+    assert found is not None
+    assert found["mean"] == pytest.approx(0.4)
+
+
+# -- work -------------------------------------------------------------------------------------
+
+
+def write_name(name: str, folder: Path) -> None:
+    (folder / name).write_text(name)
+
+
+def fail(name: str, folder: Path) -> None:
+    raise AfaError("It must not be so.")
+
+
+@pytest.mark.slow
+def test_jobs_run_in_processes_of_their_own(tmp_path: Path) -> None:
+    jobs = [Job(f"job{n}", write_name, (tmp_path,)) for n in range(3)]
+    assert all(isinstance(event, JobProgress) for event in run_jobs(jobs, 2))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["job0", "job1", "job2"]
+    with pytest.raises(AfaError, match="bad: It must not be so"):
+        list(run_jobs([Job("bad", fail, (tmp_path,))], 1))
+
+
+@pytest.mark.slow
+def test_the_whole_study_in_small(tmp_path: Path) -> None:
+    work, docs = tmp_path / "work", tmp_path / "docs"
+    list(run_study(work, docs, TINY, num_processes=2))
+    results = json.loads((docs / "results.json").read_text())
+    rows = {row["method"]: row for row in results["rows"]}
+    assert set(rows) >= ROWS
+    for name, row in rows.items():
+        assert 0 <= row["both"]["low"] <= row["both"]["mean"] <= row["both"]["high"] <= 1
+        assert (row["afa_minus_this"] is None) == (name == "AFA")
+        assert row["seconds_per_image"] > 0
+    assert rows["AFA"]["num_seeds"] == rows["tuned base (time)"]["num_seeds"] == 3
+    assert results["training"]["tuned base (time)"]["num_steps"] >= 2
+    assert len(results["made_from"]["commit"]) >= 12
+    page = (docs / "results.md").read_text()
+    images = [part.split(")")[0] for part in page.split("](images/")[1:]]
+    assert len(images) >= 4
+    assert all((docs / "images" / image).is_file() for image in images)
+    # a second call has nothing left to do and comes to the same figures
+    before = (docs / "results.json").read_text()
+    list(run_study(work, docs, TINY, num_processes=2))
+    assert (docs / "results.json").read_text() == before
+    with pytest.raises(AfaError, match="is of other settings"):
+        list(run_study(work, docs, StudySettings(), num_processes=2))
