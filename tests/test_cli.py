@@ -16,7 +16,10 @@ from afa.cli import main
 from tests.tiny import tiny_pipeline
 
 AGGREGATOR = {"hidden_size": 8, "num_layers": 1, "num_heads": 2, "norm_num_groups": 4}
-COMMANDS = ("train", "generate", "inspect", "merge", "demo", "zoo build", "zoo export")
+COMMANDS = (
+    *("train", "generate", "inspect", "merge", "search", "evaluate", "demo"),
+    *("zoo build", "zoo export", "zoo results"),
+)
 
 
 def run(*arguments: object) -> int:

@@ -13,13 +13,13 @@ import afa
 import afa.demo
 from afa.cli import main
 from afa.demo import DemoSettings, Row, draw_comparison, report_text, rivals_reached, verdict
-from afa.zoo.evaluate import Proportion, Score
+from afa.zoo.evaluate import Score, proportion
 
 METHODS = {"animals", "food", "things", "base", "weight merge", "noise mean", "feature mean", "AFA"}
 
 
 def row(method: str, right: int, trials: int = 100) -> Row:
-    share = Proportion.of([n < right for n in range(trials)])
+    share = proportion([n < right for n in range(trials)])
     return Row(method, Score(share, share, share, share, 0.5), [Image.new("RGB", (64, 64))] * 2)
 
 

@@ -13,8 +13,8 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from afa.errors import AfaError
 from afa.zoo import assets
-from afa.zoo.evaluate import Proportion, Score
-from afa.zoo.judges import Verdict, judge, load_classifier, wilson_interval
+from afa.zoo.evaluate import Score
+from afa.zoo.judges import Verdict, judge, load_classifier
 from afa.zoo.models import ObjectClassifier
 from afa.zoo.scenes import Scene, scenes
 
@@ -85,34 +85,9 @@ def test_clip_tells_captions_apart_by_objects_and_sides() -> None:
     assert F.cross_entropy(logits, torch.arange(100)) < 0.5
 
 
-@pytest.mark.parametrize(
-    ("successes", "trials", "low", "high"),
-    # Newcombe, "Two-sided confidence intervals for the single proportion", 1998, table I
-    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611)],
-)
-def test_wilson_interval(successes: int, trials: int, low: float, high: float) -> None:
-    assert wilson_interval(successes, trials) == pytest.approx((low, high), abs=5e-5)
-    mirrored = wilson_interval(trials - successes, trials)
-    assert mirrored == pytest.approx((1 - high, 1 - low), abs=5e-5)
-
-
-def test_a_share_lies_in_its_interval() -> None:
-    for trials in range(1, 100):
-        for successes in range(trials + 1):
-            low, high = wilson_interval(successes, trials)
-            assert 0 <= low <= successes / trials <= high <= 1
-
-
-@pytest.mark.parametrize(("successes", "trials"), [(1, 0), (0, 0), (-1, 5), (6, 5)])
-def test_impossible_counts(successes: int, trials: int) -> None:
-    with pytest.raises(AfaError, match="0 <= successes <= trials"):
-        wilson_interval(successes, trials)
-
-
 def test_a_score_sums_verdicts_up() -> None:
     right, swapped = Verdict(True, True, True, True), Verdict(False, False, False, True)
     score = Score.of([right, swapped, swapped, Verdict(True, False, False, False)], 2.0)
     assert (score.both.mean, score.objects.mean) == (0.25, 0.75)
     assert (score.left.mean, score.right.mean, score.seconds_per_image) == (0.5, 0.25, 0.5)
     assert score.both.low < 0.25 < score.both.high
-    assert str(Proportion(0.5, 0.25, 0.75)) == "0.50 [0.25, 0.75]"

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from afa.evaluation.prompts import groups_of
-from afa.evaluation.statistics import Interval, Paired, mean_interval, paired_difference
 from afa.evaluation.work import Unit, read_cost, units_of
+from afa.statistics import Interval, Paired, mean_interval, paired_difference
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from afa.evaluation.prompts import Prompt
     from afa.evaluation.recipe import EvaluateRecipe, MethodRecipe
     from afa.evaluation.scoring import Scoring
-    from afa.evaluation.statistics import Scores
     from afa.evaluation.work import Store
+    from afa.statistics import Scores
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from afa.zoo.judges import judge, wilson_interval
+from afa.statistics import Interval, wilson
+from afa.zoo.judges import judge
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,24 +25,6 @@ NUM_STEPS = 20  # DDIM steps at which the shipped models were judged
 
 
 @dataclass(frozen=True)
-class Proportion:
-    """A share of the pictures, with its 95 % interval (Wilson, 1927)."""
-
-    mean: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, outcomes: Sequence[bool]) -> Proportion:
-        """The share of true outcomes."""
-        low, high = wilson_interval(sum(outcomes), len(outcomes))
-        return cls(sum(outcomes) / len(outcomes), low, high)
-
-    def __str__(self) -> str:
-        return f"{self.mean:.2f} [{self.low:.2f}, {self.high:.2f}]"
-
-
-@dataclass(frozen=True)
 class Score:
     """How well pictures show what their prompts say.
 
@@ -49,20 +32,25 @@ class Score:
     `left`, `right`: the right object on that side. `seconds_per_image`: wall time of the drawing.
     """
 
-    both: Proportion
-    objects: Proportion
-    left: Proportion
-    right: Proportion
+    both: Interval
+    objects: Interval
+    left: Interval
+    right: Interval
     seconds_per_image: float
 
     @classmethod
     def of(cls, verdicts: Sequence[Verdict], seconds: float) -> Score:
         """Sum up the verdicts on pictures that took `seconds` in all."""
         shares = {
-            name: Proportion.of([getattr(verdict, name) for verdict in verdicts])
+            name: Interval.of([getattr(verdict, name) for verdict in verdicts])
             for name in ("both", "objects", "left", "right")
         }
         return cls(**shares, seconds_per_image=seconds / len(verdicts))
+
+
+def proportion(outcomes: Sequence[bool]) -> Interval:
+    """The share of true outcomes, with its 95 % interval."""
+    return wilson(sum(outcomes) / len(outcomes), len(outcomes))
 
 
 def draw_pictures(

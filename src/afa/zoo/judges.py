@@ -79,28 +79,6 @@ def _halves(picture: Image.Image) -> Tensor:
     return torch.stack([pixels[..., : IMAGE_SIZE // 2], pixels[..., IMAGE_SIZE // 2 :]])
 
 
-def wilson_interval(num_successes: int, num_trials: int) -> tuple[float, float]:
-    """95 % interval of a proportion (Wilson, 1927).
-
-    Raises:
-        AfaError: no trials, or more successes than trials.
-    """
-    if not 0 <= num_successes <= num_trials or num_trials == 0:
-        raise AfaError(
-            f"A proportion needs 0 <= successes <= trials and a trial, came {num_successes} of "
-            f"{num_trials}."
-        )
-    z = 1.959963984540054
-    share = num_successes / num_trials
-    centre = share + z * z / (2 * num_trials)
-    spread = z * (share * (1 - share) / num_trials + z * z / (4 * num_trials**2)) ** 0.5
-    scale = 1 + z * z / num_trials
-    # the ends are exact, where rounding would put the share itself outside of its interval
-    low = 0.0 if num_successes == 0 else (centre - spread) / scale
-    high = 1.0 if num_successes == num_trials else (centre + spread) / scale
-    return low, high
-
-
 def report_card() -> dict:
     """How good the shipped experts and judges are, as measured when they were built."""
     return json.loads((assets() / "report.json").read_text())

@@ -6,14 +6,29 @@ import numpy as np
 import pytest
 
 from afa.errors import AfaError
-from afa.evaluation.statistics import Interval, mean_interval, paired_difference, wilson
-from afa.zoo.judges import wilson_interval
+from afa.statistics import Interval, mean_interval, paired_difference, wilson
 
 
-def test_wilson_is_the_zoos() -> None:
-    for right, trials in ((0, 7), (3, 7), (7, 7), (85, 96)):
-        interval = wilson(right / trials, trials)
-        assert (interval.low, interval.high) == pytest.approx(wilson_interval(right, trials))
+@pytest.mark.parametrize(
+    ("successes", "trials", "low", "high"),
+    # Newcombe, "Two-sided confidence intervals for the single proportion", 1998, table I
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611)],
+)
+def test_wilson_interval(successes: int, trials: int, low: float, high: float) -> None:
+    interval = wilson(successes / trials, trials)
+    assert (interval.low, interval.high) == pytest.approx((low, high), abs=5e-5)
+    mirrored = wilson(1 - successes / trials, trials)
+    assert (mirrored.low, mirrored.high) == pytest.approx((1 - high, 1 - low), abs=5e-5)
+
+
+def test_a_share_lies_in_its_interval() -> None:
+    for trials in range(1, 100):
+        for successes in range(trials + 1):
+            interval = wilson(successes / trials, trials)
+            assert 0 <= interval.low <= successes / trials <= interval.high <= 1
+
+
+def test_impossible_shares() -> None:
     with pytest.raises(AfaError, match="from 0 to 1"):
         wilson(1.1, 5)
     with pytest.raises(AfaError, match="at least one trial"):
