@@ -42,7 +42,7 @@ class Score:
     def of(cls, verdicts: Sequence[Verdict], seconds: float) -> Score:
         """Sum up the verdicts on pictures that took `seconds` in all."""
         shares = {
-            name: Interval.of([getattr(verdict, name) for verdict in verdicts])
+            name: proportion([getattr(verdict, name) for verdict in verdicts])
             for name in ("both", "objects", "left", "right")
         }
         return cls(**shares, seconds_per_image=seconds / len(verdicts))
