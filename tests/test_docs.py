@@ -10,8 +10,10 @@ import pytest
 import torch
 
 import afa
+from afa.baselines.merging.recipe import load_merge_recipe
 from afa.cli import main
 from afa.denoisers import discover_sites
+from afa.evaluation import load_evaluate_recipe
 from afa.recipe import load_recipe
 from tests.tiny import inputs, tiny_unet
 
@@ -34,6 +36,14 @@ def test_the_recipe_is_one(tmp_path: Path) -> None:
     recipe = load_recipe(tmp_path / "recipe.yaml")
     assert recipe.training.expert_dtype == "bfloat16"
     assert recipe.experts[2] == "stable-diffusion-v1-5/stable-diffusion-v1-5"
+
+
+def test_the_comparison_and_the_merge_are_recipes(tmp_path: Path) -> None:
+    (tmp_path / "compare.yaml").write_text(block("README.md", "methods:"))
+    recipe = load_evaluate_recipe(tmp_path / "compare.yaml")
+    assert [method.name for method in recipe.methods][-1] == "MagicFusion"
+    (tmp_path / "merge.yaml").write_text(block("README.md", "method: ties"))
+    assert load_merge_recipe(tmp_path / "merge.yaml").density == 0.3
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
