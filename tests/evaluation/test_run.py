@@ -275,6 +275,11 @@ def test_a_damaged_reference_picture_keeps_what_is_done(
             {"methods": [{"name": "a", "fusion": {"rule": "noise_mean", "expert": 1}}]},
             "must leave expert out",
         ),
+        ({"primary": "fid"}, "must have as primary one of its scores both, objects"),
+        (
+            {"metrics": [{"name": "clip_t", "weights": "zoo:clip"}] * 2},
+            "must name every metric once",
+        ),
         ({"subject": "nobody"}, "must name one of its methods, came 'nobody'"),
         ({"experts": [], "base": None}, "must have experts for the method"),
         ({"sampling": {"seeds": [1, 1]}}, "different numbers"),

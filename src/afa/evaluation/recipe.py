@@ -15,6 +15,10 @@ from afa.recipe import MAX_SEED, Section, read_recipe, resolve_source
 
 #: judged by the zoo's object classifier; needs prompts of the zoo
 SCENES = "scenes"
+#: what it says of a picture; see `afa.zoo.judges.Verdict`
+SCENE_SCORES = ("both", "objects", "left", "right")
+#: metrics of whole sets, which say nothing of a single picture
+_OF_SETS = ("fid", "kid", "is", "cmmd")
 
 
 def slug(name: str) -> str:
@@ -177,6 +181,16 @@ class EvaluateRecipe(Section):
             self._check_numbers(method)
         if SCENES in self.metrics and self.prompts.zoo is None:
             raise ValueError("must have prompts of the zoo for the metric 'scenes'")
+        scores = list(SCENE_SCORES) if SCENES in self.metrics else []
+        chosen = [metric.name for metric in self.metrics if not isinstance(metric, str)]
+        scores += [name for name in chosen if name not in _OF_SETS]
+        if self.primary is not None and self.primary not in scores:
+            raise ValueError(
+                f"must have as primary one of its scores {', '.join(scores)}, came '{self.primary}'"
+            )
+        twice = next((name for name in chosen if chosen.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"must name every metric once, '{twice}' stands twice")
         return self
 
     def _check_numbers(self, method: MethodRecipe) -> None:

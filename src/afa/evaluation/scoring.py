@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from afa.errors import AfaError
-from afa.evaluation.recipe import SCENES
+from afa.evaluation.recipe import SCENE_SCORES, SCENES
 from afa.evaluation.work import open_pictures, read_pictures, write_json
 from afa.files import read_json, write_atomic
 from afa.metrics import MetricRecipe, ReferenceScorer, SetMetric, open_metrics
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from afa.evaluation.work import Store, Unit
     from afa.metrics import FeatureExtractor, ImageScorer
 
-#: what the zoo's judge says of a picture; see `afa.zoo.judges.Verdict`
-SCENE_SCORES = ("both", "objects", "left", "right")
 _REFERENCE_BATCH = 32
 
 
@@ -120,6 +118,7 @@ class Scoring:
         self.set_metrics: list[SetMetric] = []
         self.extractors: dict[str, FeatureExtractor] = {}
         self._identities: dict[str, Any] = {}
+        self._real: dict[str, Tensor] = {}
         chosen = [metric for metric in recipe.metrics if isinstance(metric, MetricRecipe)]
         if SCENES in recipe.metrics:
             self.scorers.append(_Scenes())
@@ -236,9 +235,11 @@ class Scoring:
 
     def reference_features(self, network: str) -> Tensor:
         """The features of all reference pictures [pictures, width]."""
-        count = -(-len(self.references) // _REFERENCE_BATCH)
-        files = [self._store.reference_features(network, n) for n in range(count)]
-        return torch.cat([load_file(file)["features"] for file in files])
+        if network not in self._real:
+            count = -(-len(self.references) // _REFERENCE_BATCH)
+            files = [self._store.reference_features(network, n) for n in range(count)]
+            self._real[network] = torch.cat([load_file(file)["features"] for file in files])
+        return self._real[network]
 
 
 def _pictures_in(folder: Path) -> list[Path]:
