@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from afa.errors import AfaError
 from afa.files import read_json, write_atomic
@@ -28,7 +28,7 @@ class ZooPrompts(Section):
     which something may be tuned.
     """
 
-    kinds: dict[Kind, int] = Field(min_length=1)
+    kinds: dict[Kind, PositiveInt] = Field(min_length=1)
     held_out: bool = True
     seed: int = Field(default=1_000_000, ge=0, le=MAX_SEED)
 

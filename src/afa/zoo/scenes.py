@@ -171,8 +171,10 @@ def evaluation_prompts(
         held_out: false takes the pairs that training sets may hold, to tune something on.
 
     Raises:
-        AfaError: fewer different captions exist.
+        AfaError: fewer different captions exist, or a negative number of them is asked for.
     """
+    if num_prompts < 0:
+        raise AfaError(f"The number of prompts must not be negative, came {num_prompts}.")
     held_out = held_out and kind in ("mixed", "any")
     num_captions = len(_pairs(kind, held_out)) * len(BACKGROUNDS)
     if num_prompts > num_captions:
