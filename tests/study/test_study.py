@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +16,7 @@ import pytest
 from afa.errors import AfaError
 from afa.evaluation.recipe import EvaluateRecipe
 from afa.evaluation.search import SearchRecipe
+from afa.study import jobs
 from afa.study.conclusions import conclusions, verdict
 from afa.study.jobs import Job, JobProgress, run_jobs
 from afa.study.page import difference, row_of
@@ -217,11 +223,46 @@ def fail(name: str, folder: Path) -> None:
 
 @pytest.mark.slow
 def test_jobs_run_in_processes_of_their_own(tmp_path: Path) -> None:
-    jobs = [Job(f"job{n}", write_name, (tmp_path,)) for n in range(3)]
-    assert all(isinstance(event, JobProgress) for event in run_jobs(jobs, 2))
+    listed = [Job(f"job{n}", write_name, (tmp_path,)) for n in range(3)]
+    assert all(isinstance(event, JobProgress) for event in run_jobs(listed, 2))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["job0", "job1", "job2"]
     with pytest.raises(AfaError, match="bad: It must not be so"):
         list(run_jobs([Job("bad", fail, (tmp_path,))], 1))
+
+
+def count_forever(name: str, folder: Path) -> None:
+    for step in itertools.count():
+        (folder / "steps").write_text(str(step))
+        (folder / "pid").write_text(str(os.getpid()))
+        jobs._say(name, step, 1_000_000)
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_worker_ends_when_its_parent_was_killed(tmp_path: Path) -> None:
+    code = (
+        "from pathlib import Path\n"
+        "from afa.study.jobs import Job, run_jobs\n"
+        "from tests.study.test_study import count_forever\n"
+        "if __name__ == '__main__':\n"
+        f"    list(run_jobs([Job('count', count_forever, (Path({str(tmp_path)!r}),))], 1))\n"
+    )
+    script = tmp_path / "parent.py"
+    script.write_text(code)
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    process = subprocess.Popen([sys.executable, str(script)], env=environment)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "pid").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    worker = int((tmp_path / "pid").read_text())
+    process.kill()
+    process.wait()
+    while Path(f"/proc/{worker}").exists():
+        assert time.monotonic() < deadline, "the worker goes on without its parent"
+        time.sleep(0.1)
 
 
 @pytest.mark.slow

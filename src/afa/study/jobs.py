@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import queue
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 _DONE, _LOG = "finished.json", "log.jsonl"
 _events: Any = None  # the queue of a worker to its parent
 _stop: Any = None  # set when a job has failed, so that the others end with their step
+_parent = 0  # the process that started this worker
 
 
 @dataclass(frozen=True)
@@ -48,22 +51,26 @@ def run_jobs(jobs: Sequence[Job], num_processes: int) -> Iterator[JobProgress]:
         AfaError: what a job raised; the others end with their step, and what they kept stays.
     """
     context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
-        events, stop = manager.Queue(), manager.Event()
-        pool = ProcessPoolExecutor(
-            num_processes, mp_context=context, initializer=_start_worker, initargs=(events, stop)
-        )
-        try:
-            pending = {pool.submit(_run, job) for job in jobs}
-            while pending:
-                finished, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
-                yield from _drain(events)
-                for future in finished:
-                    future.result()
+    events, stop = context.Queue(), context.Event()
+    pool = ProcessPoolExecutor(
+        num_processes, mp_context=context, initializer=_start_worker, initargs=(events, stop)
+    )
+    try:
+        pending = {pool.submit(_run, job) for job in jobs}
+        while pending:
+            finished, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
             yield from _drain(events)
-        finally:
-            stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
+            for future in finished:
+                future.result()
+        yield from _drain(events)
+    except BrokenProcessPool as error:
+        raise AfaError(
+            "A process that trained was ended from outside; is the memory full? The same command "
+            "goes on."
+        ) from error
+    finally:
+        stop.set()
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _drain(events: Any) -> Iterator[JobProgress]:
@@ -79,8 +86,8 @@ def _start_worker(events: Any, stop: Any) -> None:
 
     from afa.cli.console import quieten, quieten_loading
 
-    global _events, _stop
-    _events, _stop = events, stop
+    global _events, _stop, _parent
+    _events, _stop, _parent = events, stop, os.getppid()
     quieten()
     quieten_loading()
     torch.set_num_threads(1)
@@ -95,6 +102,8 @@ def _run(job: Job) -> None:
 
 def _say(name: str, done: int, total: int) -> None:
     if _events is not None:
+        if os.getppid() != _parent:
+            os._exit(1)  # the parent was killed; going on would disturb the next run
         if _stop.is_set():
             raise KeyboardInterrupt
         _events.put(JobProgress(name, done, total))
