@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
 from afa.errors import AfaError
-from afa.statistics import Interval, mean_interval, paired_difference, wilson
+from afa.statistics import Interval, mean_interval, paired_difference, sign_test, wilson
 
 
 @pytest.mark.parametrize(
@@ -92,6 +94,30 @@ def test_wins_losses_and_ties() -> None:
     paired = paired_difference(thirds, np.array([[2 / 3, 1.0, 0.0, 0.0]]))
     assert (paired.wins, paired.losses, paired.ties) == (1, 1, 2)
     assert paired.difference.mean == pytest.approx(thirds.mean() - 5 / 12)
+
+
+@pytest.mark.parametrize(
+    ("wins", "losses", "p"),
+    [(4, 0, 0.125), (0, 4, 0.125), (5, 5, 1.0), (9, 1, 22 / 1024), (0, 0, 1)],
+)
+def test_the_sign_test_is_exact(wins: int, losses: int, p: float) -> None:
+    assert sign_test(wins, losses) == pytest.approx(p)
+
+
+def test_a_few_wins_are_not_certain() -> None:
+    ours = np.zeros((1, 32))
+    ours[0, :4] = 1
+    paired = paired_difference(ours, np.zeros((1, 32)))
+    assert paired.difference.excludes_zero, "what the bootstrap alone would say"
+    assert paired.p_value == 0.125
+
+
+def test_many_prompts_take_little_memory() -> None:
+    # 10,000 resamples of 20,000 prompts would be 1.6 GB at once
+    tracemalloc.start()
+    mean_interval(np.random.default_rng(0).random((1, 20_000)), 1000)
+    assert tracemalloc.get_traced_memory()[1] < 300e6
+    tracemalloc.stop()
 
 
 def test_the_same_every_time_and_antisymmetric() -> None:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from afa.experts import ExpertReference
 
 FORMAT = "afa-ensemble"
+AGGREGATORS = "aggregators.safetensors"
 
 
 class _Saved(BaseModel):
@@ -154,7 +155,7 @@ def save_ensemble(
     }
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(
-        folder / "aggregators.safetensors",
+        folder / AGGREGATORS,
         save(aggregator_tensors(ensemble), metadata={"format": "pt"}),
     )
     write_atomic(folder / "README.md", model_card(config))
@@ -245,7 +246,7 @@ def load_ensemble(
     if experts is not None and len(experts) != len(references):
         raise AfaError(f"This ensemble has {len(references)} experts, {len(experts)} were named.")
     sources = experts or [_absolute(reference["source"], folder) for reference in references]
-    weights = folder / "aggregators.safetensors"
+    weights = folder / AGGREGATORS
     check_safetensors(weights)
     settings = dict(saved["aggregator"])
     kind = settings.pop("type")

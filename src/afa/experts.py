@@ -202,6 +202,26 @@ def hash_expert(path: Path) -> str:
     return hash_files(path, weight_files(path))
 
 
+def hash_pipeline(path: Path) -> str:
+    """SHA-256 of all that decides a model's pictures: of a file, or of a folder's parts.
+
+    Unlike `hash_expert` it sees the autoencoder, the tokenizer and the scheduler, too.
+    """
+    weights = weight_files(path)
+    parts = [file for part in ("vae", "tokenizer", "scheduler") for file in _files_in(path / part)]
+    return hash_files(path, [*weights, *parts])
+
+
+def hash_vae(path: Path) -> str:
+    """SHA-256 of an autoencoder, in any of the places that `load_vae` reads."""
+    folder = path / "vae" if (path / "vae").is_dir() else path
+    return hash_files(path, [] if path.is_file() else weights_in(folder)[1])
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.glob("*") if file.is_file())
+
+
 def load_expert(
     source: str | Path,
     *,

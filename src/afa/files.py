@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock, Timeout
+
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+LOCK = ".lock"
+_PARTIAL = re.compile(r"\..+\.[a-z0-9_]{8}")  # as `write_atomic` names what it has not finished
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -53,6 +59,40 @@ def staged(output: Path) -> Iterator[Path]:
                 parent.rmdir()
         raise
     workplace.rmdir()
+
+
+@contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """Keep a folder for this process while the block runs; the folder is made if it is missing.
+
+    Files that a killed process had not finished are removed from it.
+
+    Raises:
+        AfaError: another process has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise AfaError(
+            f"Only one process at a time may work in '{folder}', and another one does. Wait for "
+            "it, or end it."
+        ) from None
+    try:
+        for partial in folder.rglob(".*.*"):
+            if _PARTIAL.fullmatch(partial.name) and partial.is_file():
+                partial.unlink(missing_ok=True)
+        yield
+    finally:
+        lock.release()
+
+
+def is_unused(folder: Path) -> bool:
+    """Whether a folder is missing, or holds nothing but what an unfinished start left in it."""
+    return not folder.exists() or (
+        folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir())
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,12 +11,15 @@ import numpy as np
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import NDArray
 
     #: scores of one method, [replicas, prompts]
     Scores = NDArray[np.float64]
 
 _Z = 1.959963984540054  # of a two-sided 95 % interval
+_CHUNK = 500  # resamples at a time: 120 MB for 30,000 prompts
 _SEED = 20_260_901  # the same resamples in every run
 
 
@@ -40,13 +44,23 @@ class Interval:
 class Paired:
     """How much better one method is than another, prompt by prompt.
 
-    `difference` is the mean of the paired differences; `wins`, `losses` and `ties` count prompts.
+    `difference` is the mean of the paired differences; `wins`, `losses` and `ties` count prompts;
+    `p_value` is that of the exact two-sided sign test on them (McNemar's, of outcomes), which does
+    not mistake a few wins for certainty as a bootstrap of few does.
     """
 
     difference: Interval
     wins: int
     losses: int
     ties: int
+    p_value: float
+
+
+def sign_test(wins: int, losses: int) -> float:
+    """The exact two-sided p value of so many wins, were a win and a loss as likely."""
+    count = wins + losses
+    tail = sum(math.comb(count, k) for k in range(min(wins, losses) + 1))
+    return min(1.0, 2 * tail / 2**count)
 
 
 def wilson(share: float, num_trials: int) -> Interval:
@@ -88,7 +102,7 @@ def mean_interval(
         is_outcome: whether every single score was 0 or 1.
     """
     mean = float(scores.mean())
-    drawn = _percentiles(mean, _resampled_means(scores, _prompt_draws(scores, num_resamples)))
+    drawn = _percentiles(mean, _resampled_means(scores, num_resamples))
     if not is_outcome:
         return drawn
     bounds = wilson(mean, scores.shape[1])
@@ -114,38 +128,45 @@ def paired_difference(ours: Scores, theirs: Scores, num_resamples: int = 10_000)
             f"Paired scores must be of the same prompts, came {ours.shape[1]} and "
             f"{theirs.shape[1]}."
         )
-    draws = _prompt_draws(ours, num_resamples)
-    first = _resampled_means(ours, draws, stream=1)
-    second = _resampled_means(theirs, draws, stream=2)
+    first = _resampled_means(ours, num_resamples, stream=1)
+    second = _resampled_means(theirs, num_resamples, stream=2)
     by_prompt = ours.mean(0) - theirs.mean(0)
     # scores of several seeds or replicas are sums of thirds and the like
     is_tie = np.isclose(by_prompt, 0.0, rtol=0, atol=1e-9)
+    wins, losses = int((~is_tie & (by_prompt > 0)).sum()), int((~is_tie & (by_prompt < 0)).sum())
     return Paired(
         _percentiles(float(by_prompt.mean()), first - second),
-        wins=int((~is_tie & (by_prompt > 0)).sum()),
-        losses=int((~is_tie & (by_prompt < 0)).sum()),
+        wins,
+        losses,
         ties=int(is_tie.sum()),
+        p_value=sign_test(wins, losses),
     )
 
 
-def _prompt_draws(scores: Scores, num_resamples: int) -> NDArray[np.int64]:
-    """How often every prompt is drawn, [resamples, prompts]."""
-    count = scores.shape[1]
-    rng = np.random.default_rng([_SEED, count])
-    return rng.multinomial(count, np.full(count, 1 / count), size=num_resamples)
+def _resampled_means(scores: Scores, num_resamples: int, stream: int = 0) -> NDArray[np.float64]:
+    """Means over drawn prompts and drawn replicas, [resamples].
 
-
-def _resampled_means(
-    scores: Scores, draws: NDArray[np.int64], stream: int = 0
-) -> NDArray[np.float64]:
-    """Means over drawn prompts and drawn replicas, [resamples]."""
+    The draws of prompts are the same for any scores of as many prompts; those of replicas go by
+    `stream`.
+    """
     num_replicas, num_prompts = scores.shape
-    by_replica = draws @ scores.T / num_prompts  # [resamples, replicas]
+    drawn = [draws @ scores.T for draws in _prompt_draws(num_prompts, num_resamples)]
+    by_replica = np.concatenate(drawn) / num_prompts  # [resamples, replicas]
     if num_replicas == 1:
         return by_replica[:, 0]
     rng = np.random.default_rng([_SEED, num_replicas, stream])
-    counts = rng.multinomial(num_replicas, np.full(num_replicas, 1 / num_replicas), size=len(draws))
+    counts = rng.multinomial(
+        num_replicas, np.full(num_replicas, 1 / num_replicas), size=num_resamples
+    )
     return (by_replica * counts).sum(1) / num_replicas
+
+
+def _prompt_draws(num_prompts: int, num_resamples: int) -> Iterator[NDArray[np.int64]]:
+    """How often every prompt is drawn, [resamples, prompts], some resamples at a time."""
+    rng = np.random.default_rng([_SEED, num_prompts])
+    for start in range(0, num_resamples, _CHUNK):
+        size = min(_CHUNK, num_resamples - start)
+        yield rng.multinomial(num_prompts, np.full(num_prompts, 1 / num_prompts), size=size)
 
 
 def _percentiles(mean: float, resampled: NDArray[np.float64]) -> Interval:

@@ -91,10 +91,13 @@ def test_what_is_refused(experts: list[Path], tmp_path: Path) -> None:
     with pytest.raises(AfaError, match="must be trained in float32"):
         tune(experts[0], tmp_path / "tuned", expert_dtype="bfloat16")
     tune(experts[0], tmp_path / "tuned")
-    with pytest.raises(AfaError, match="of the same base and settings"):
+    with pytest.raises(AfaError, match="of the same base, data and settings"):
         tune(experts[1], tmp_path / "tuned")
-    with pytest.raises(AfaError, match="of the same base and settings"):
+    with pytest.raises(AfaError, match="of the same base, data and settings"):
         tune(experts[0], tmp_path / "tuned", seed=1)
+    other = SceneImages(8, seed=2)
+    with pytest.raises(AfaError, match="of the same base, data and settings"):
+        list(tune_base(str(experts[0]), other, settings(), tmp_path / "tuned"))
     (tmp_path / "tuned" / "checkpoint.pt").write_bytes(b"PK")
     with pytest.raises(AfaError, match="must be complete"):
         tune(experts[0], tmp_path / "tuned")

@@ -85,7 +85,8 @@ CAPTIONS = [
 
 def test_coco_has_one_caption_for_each_picture(tmp_path: Path) -> None:
     prompts = load_prompts(coco(tmp_path, CAPTIONS))
-    assert [prompt.text for prompt in prompts] == ["A red fox.", "A crane.", "A fox."]
+    # the one with the lowest id; two pictures may have the same
+    assert [prompt.text for prompt in prompts] == ["A fox.", "A crane.", "A fox."]
     assert all(prompt.reference is None for prompt in prompts)
 
 
@@ -101,9 +102,16 @@ def test_coco_with_its_pictures(tmp_path: Path) -> None:
         load_prompts(recipe)
 
 
-@pytest.mark.parametrize("annotation", [{"id": 1}, {"id": 1, "image_id": 99, "caption": "A fox."}])
-def test_coco_that_is_not(tmp_path: Path, annotation: dict[str, Any]) -> None:
-    with pytest.raises(AfaError, match="must be COCO captions"):
+@pytest.mark.parametrize(
+    ("annotation", "message"),
+    [
+        ({"id": 1}, "must be COCO captions"),
+        ({"id": 1, "image_id": 99, "caption": "A fox."}, "there is no picture 99"),
+        ({"id": 1, "image_id": 3, "caption": " "}, "picture 3 of .* is empty"),
+    ],
+)
+def test_coco_that_is_not(tmp_path: Path, annotation: dict[str, Any], message: str) -> None:
+    with pytest.raises(AfaError, match=message):
         load_prompts(coco(tmp_path, [annotation]))
 
 
@@ -122,6 +130,11 @@ def test_drawbench_has_its_categories_as_groups(tmp_path: Path) -> None:
     assert groups_of(prompts) == {"Colors": [0, 2], "Counting": [1]}
     path.write_text("prompt\nA red car.\n")
     with pytest.raises(AfaError, match="columns Prompts and Category; its columns are prompt"):
+        load_prompts(PromptsRecipe(drawbench=path))
+    path.write_text("Prompts,Category\na fox, \n")
+    assert [prompt.group for prompt in load_prompts(PromptsRecipe(drawbench=path))] == ["all"]
+    path.write_text(f"Prompts,Category\n{'a' * 200_000},Colors\n")
+    with pytest.raises(AfaError, match="must be CSV"):
         load_prompts(PromptsRecipe(drawbench=path))
     path.write_text("Prompts,Category\n,Colors\n")
     with pytest.raises(AfaError, match=r"line 2 of .* is empty"):

@@ -59,9 +59,9 @@ def test_everything_is_on_disk(finished: tuple[Path, dict[str, Any]]) -> None:
     output, report = finished
     names = {path.name for path in output.iterdir()}
     assert {"report.json", "report.md", "pictures.png", "scores.png", "curve.png"} <= names
-    drawn = output / "pictures" / "expert-animals" / "replica-0" / "seed-1" / "steps-2"
+    drawn = output / "methods" / "expert-animals" / "replica-0" / "seed-1" / "steps-2"
     assert sorted(path.name for path in drawn.glob("*.png")) == [f"{n:06d}.png" for n in range(5)]
-    assert not [path for path in output.rglob(".*")], "nothing unfinished is left"
+    assert [path.name for path in output.rglob(".*")] == [".lock"], "nothing unfinished is left"
     rows = {row["method"]: row for row in report["rows"]}
     assert list(rows) == [
         "AFA",
@@ -185,8 +185,8 @@ def test_killed_three_times_it_comes_to_the_same_report(
     output, report = tmp_path / "output", finished[1]
     moments = [
         ("references/*.png", 2),  # while it gets ready
-        ("pictures/*/*/*/*/*.png", 3),  # in the middle of a batch
-        ("scores/*/shell-animals/*/*/*/*.json", 1),  # between drawing and scoring
+        ("methods/*/*/*/*/*.png", 3),  # in the middle of a batch
+        ("methods/shell-animals/*/*/*/scores/*/*.json", 1),  # between drawing and scoring
     ]
     for pattern, count in moments:
         process = start(START, write(), output)
@@ -214,7 +214,7 @@ def test_two_processes_come_to_the_same_report(
     assert process.wait(timeout=240) == 0
     written = json.loads((tmp_path / "two" / "report.json").read_text())
     assert unmeasured(written) == unmeasured(report)
-    for picture in output.glob("pictures/*/*/*/*/*.png"):
+    for picture in output.glob("methods/*/*/*/*/*.png"):
         twin = tmp_path / "two" / picture.relative_to(output)
         assert twin.read_bytes() == picture.read_bytes()
 
@@ -280,6 +280,32 @@ def test_a_damaged_reference_picture_keeps_what_is_done(
             {"metrics": [{"name": "clip_t", "weights": "zoo:clip"}] * 2},
             "must name every metric once",
         ),
+        (
+            {"methods": [{"name": "a", "merge": {"method": "weighted", "experts": ["b"]}}]},
+            "must leave experts out of the merge 'a'",
+        ),
+        (
+            {"methods": [{"name": "a", "merge": {"method": "weighted", "dtype": "float16"}}]},
+            "must leave dtype out of the merge 'a'",
+        ),
+        (
+            {"methods": [{"name": "a", "fusion": {"rule": "hand_over", "boundaries": [1, 2]}}]},
+            "must have 1 falling boundaries",
+        ),
+        (
+            {
+                "methods": [{"name": "a", "fusion": {"rule": "magic_fusion"}}],
+                "sampling": {"guidance": 1},
+            },
+            "must have a guidance above 1",
+        ),
+        ({"curve": {"num_steps": [0]}}, "greater than or equal to 1"),
+        ({"sampling": {"num_steps": 1001}}, "less than or equal to 1000"),
+        ({"prompts": {"zoo": {"kinds": {"mixed": 0}}}}, "greater than 0"),
+        (
+            {"metrics": [{"name": "fid", "weights": "zoo:clip"}], "curve": {"num_steps": [1]}},
+            "must have a metric of single pictures",
+        ),
         ({"subject": "nobody"}, "must name one of its methods, came 'nobody'"),
         ({"experts": [], "base": None}, "must have experts for the method"),
         ({"sampling": {"seeds": [1, 1]}}, "different numbers"),
@@ -295,7 +321,7 @@ def test_mistakes_are_one_line(
     message: str,
 ) -> None:
     assert message in fails(write(**{"curve": None, **changes}), tmp_path / "output", capsys)
-    assert not list((tmp_path / "output").glob("pictures/*/*/*"))
+    assert not list((tmp_path / "output").glob("methods/*/*/seed-*"))
 
 
 @pytest.mark.parametrize(
@@ -339,6 +365,77 @@ def test_a_checkpoint_that_has_changed_is_not_mixed_with_old_pictures(
     line = fails(recipe, output, capsys)
     assert "'own' must be of the same recipe and the same checkpoints" in line
     assert "it differs in model" in line
+    # doing what the line says gives the scores of the new checkpoint, not of the old one
+    shutil.rmtree(line.split("in '")[1].split("'")[0])
+    again = run(recipe, output)
+    fresh = run(recipe, tmp_path / "fresh")
+    assert unmeasured(again) == unmeasured(fresh)
+
+
+@pytest.mark.parametrize("file", ["vae/diffusion_pytorch_model.safetensors", "scheduler"])
+def test_autoencoder_and_scheduler_belong_to_a_checkpoint(
+    tmp_path: Path, write: Write, capsys: pytest.CaptureFixture[str], file: str
+) -> None:
+    own = shutil.copytree(afa.zoo.expert_folder("animals"), tmp_path / "own")
+    recipe = write(methods=[{"name": "own", "model": str(own)}], metrics=["scenes"], curve=None)
+    run(recipe, tmp_path / "output")
+    if file == "scheduler":
+        config = own / "scheduler" / "scheduler_config.json"
+        config.write_text(config.read_text().replace("0.012", "0.013"))
+    else:
+        tensors = {key: tensor / 2 for key, tensor in load_file(own / file).items()}
+        save_file(tensors, own / file, metadata={"format": "pt"})
+    assert "it differs in model" in fails(recipe, tmp_path / "output", capsys)
+
+
+def test_steps_and_seeds_can_be_changed_and_it_is_a_fresh_report(
+    tmp_path: Path, write: Write
+) -> None:
+    methods = [
+        {"name": "AFA", "ensemble": "zoo:ensemble"},
+        {"name": "dollars $_$ | ^", "model": "zoo:food"},
+    ]
+    few = {"methods": methods, "prompts": {"zoo": {"kinds": {"mixed": 3}}}, "metrics": ["scenes"]}
+    sampling = {"num_steps": 1, "guidance": 3, "batch_size": 4, "seeds": [0], "num_threads": 1}
+    # the curve's batches are cut elsewhere than the main comparison's
+    curve = {"num_steps": [1, 2], "limit": 2}
+    run(write(**few, sampling=sampling, curve=curve), tmp_path / "grown")
+    other = {**sampling, "num_steps": 2, "seeds": [5, 0]}
+    grown = run(write(**few, sampling=other, curve=curve), tmp_path / "grown")
+    fresh = run(write(**few, sampling=other, curve=curve), tmp_path / "fresh")
+    assert unmeasured(grown) == unmeasured(fresh)
+    assert grown["weights"]["experts"] == ["animals", "food", "things"]
+    assert len(grown["weights"]["groups"]["mixed"]["shares"]) == 2
+
+
+def test_groups_that_alternate_and_a_curve(tmp_path: Path, write: Write) -> None:
+    (tmp_path / "drawbench.csv").write_text("Prompts,Category\na,A\nb,B\nc,B\nd,A\n")
+    report = run(
+        write(
+            prompts={"drawbench": "drawbench.csv"},
+            methods=[{"name": "base", "model": "zoo:base"}],
+            metrics=[{"name": "clip_t", "weights": "zoo:clip"}],
+            sampling={"num_steps": 1, "guidance": 3, "batch_size": 4, "num_threads": 1},
+            curve={"num_steps": [1, 2]},
+        ),
+        tmp_path / "output",
+    )
+    assert report["groups"] == {"A": 2, "B": 2}
+    assert report["curve"][0]["scores"] == {
+        name: {k: score[k] for k in ("mean", "low", "high")}
+        for name, score in report["rows"][0]["groups"]["A"]["scores"].items()
+    }
+
+
+def test_only_one_process_may_have_the_folder(tmp_path: Path, write: Write) -> None:
+    from afa.files import owned
+
+    output = tmp_path / "output"
+    output.mkdir()
+    (output / ".report.json.abcd1234").write_text("half")  # of a start that was killed
+    with owned(output), pytest.raises(AfaError, match="another one does"):
+        run(write(curve=None), output)
+    assert not (output / ".report.json.abcd1234").exists()
 
 
 def test_a_folder_of_something_else_is_left_alone(

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+import afa
 from afa.baselines.merging import BlockWeights
 from afa.baselines.merging.recipe import load_merge_recipe
 from afa.cli import main
 from afa.errors import AfaError
 from afa.evaluation import search
-from afa.evaluation.search import SearchRecipe, Trial, search_block_weights
+from afa.evaluation.search import SearchRecipe, Trial, load_search_recipe, search_block_weights
 
 SMALL: dict[str, Any] = {
     "experts": ["zoo:animals", "zoo:food"],
@@ -103,6 +105,7 @@ def test_a_trial_that_was_cut_off_is_taken_again(
 
     run = search_block_weights(recipe(num_trials=6), tmp_path / "cut")
     parts = scores(list(itertools.islice(run, stopped_after)))
+    run.close()
     with monkeypatch.context() as patch:
         patch.setattr(search, "_score", cut_off)
         again = search_block_weights(recipe(num_trials=6), tmp_path / "cut")
@@ -110,6 +113,50 @@ def test_a_trial_that_was_cut_off_is_taken_again(
             next(again)
     parts += scores(list(search_block_weights(recipe(num_trials=6), tmp_path / "cut")))
     assert parts == whole
+
+
+@pytest.mark.usefixtures("no_drawing")
+def test_what_a_killed_process_leaves_is_mended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    output = Path("search")  # a relative path, as people give it
+    before = scores(list(search_block_weights(recipe(num_trials=2), output)))
+    (output / "study.log.lock").symlink_to("search/study.log")  # the library's lock, dangling
+    with (output / "study.log").open("a") as journal:
+        journal.write('{"op_code": 4, "work')
+    (output / "merge.yaml").unlink()  # killed between a trial and its recipe
+    after = scores(list(search_block_weights(recipe(num_trials=4), output)))
+    whole = scores(list(search_block_weights(recipe(num_trials=4), Path("whole"))))
+    assert before + after == whole
+    (output / "merge.yaml").unlink()
+    assert not list(search_block_weights(recipe(num_trials=4), output))
+    assert (output / "merge.yaml").read_text() == Path("whole/merge.yaml").read_text()
+
+
+@pytest.mark.usefixtures("no_drawing")
+def test_other_checkpoints_or_prompts_are_another_search(tmp_path: Path) -> None:
+    own = shutil.copytree(afa.zoo.expert_folder("animals"), tmp_path / "own")
+    (tmp_path / "prompts.txt").write_text("a fox\n")
+    asked = recipe(experts=[str(own), "zoo:food"], prompts={"text": str(tmp_path / "prompts.txt")})
+    list(search_block_weights(asked, tmp_path / "search"))
+    (tmp_path / "prompts.txt").write_text("a pizza\n")
+    with pytest.raises(AfaError, match="earlier search of this recipe"):
+        list(search_block_weights(asked, tmp_path / "search"))
+    (tmp_path / "prompts.txt").write_text("a fox\n")
+    shutil.rmtree(own)
+    shutil.copytree(afa.zoo.expert_folder("things"), own)
+    with pytest.raises(AfaError, match="with the same checkpoints"):
+        list(search_block_weights(asked, tmp_path / "search"))
+
+
+def test_a_metrics_weights_are_found_beside_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "clip").mkdir()
+    path = tmp_path / "search.yaml"
+    path.write_text(yaml.safe_dump({**SMALL, "metric": {"name": "clip_t", "weights": "clip"}}))
+    metric = load_search_recipe(path).metric
+    assert not isinstance(metric, str)
+    assert metric.weights == str(tmp_path / "clip")
 
 
 @pytest.mark.usefixtures("no_drawing")

@@ -37,7 +37,7 @@ TINY = StudySettings(
     num_train_steps=2,
     batch_size=2,
     num_mixed=3,
-    num_own=1,
+    num_own=2,
     num_tuning=2,
     tuning_steps=1,
     num_trials=1,
@@ -131,7 +131,16 @@ def figures(means: dict[str, float], tuned: float) -> tuple[dict[str, Any], dict
             {
                 "method": name,
                 "num_replicas": 1,
-                "groups": {g: {"scores": {"both": interval(mean)}, "sets": {}} for g in groups},
+                "groups": {
+                    g: {
+                        "scores": {
+                            "both": {**interval(mean), "by_replica": [mean]},
+                            "clip_t": {**interval(mean / 2), "by_replica": [mean / 2]},
+                        },
+                        "sets": {},
+                    }
+                    for g in groups
+                },
                 "expert_calls_per_image": 2,
                 "measured": {"seconds_per_image": 0.5, "peak_memory_mib": 9},
             }
@@ -144,9 +153,10 @@ def figures(means: dict[str, float], tuned: float) -> tuple[dict[str, Any], dict
                 "score": "both",
                 "against": name,
                 "difference": interval(means["AFA"] - mean),
-                "wins": 1,
+                "wins": 9,
                 "losses": 0,
                 "ties": 0,
+                "p_value": 0.01,
             }
             for group in groups
             for name, mean in means.items()
@@ -177,8 +187,9 @@ def figures(means: dict[str, float], tuned: float) -> tuple[dict[str, Any], dict
     [(0.1, 0.01, "above"), (-0.1, -0.19, "below"), (0.0, -0.1, "not told apart")],
 )
 def test_a_verdict_needs_an_interval_without_zero(mean: float, low: float, expected: str) -> None:
-    interval = {"mean": mean, "low": low, "high": 2 * mean - low}
+    interval = {"mean": mean, "low": low, "high": 2 * mean - low, "p_value": 0.01}
     assert verdict(interval) == expected
+    assert verdict({**interval, "p_value": 0.125}) == "not told apart"
 
 
 def test_where_it_wins_the_words_say_so() -> None:
@@ -186,10 +197,10 @@ def test_where_it_wins_the_words_say_so() -> None:
     assert "AFA (0.90 of the pictures right) is above all of TIES merge, base" in text
     assert "the closest of them is base with 0.60" in text
     assert "The tuned base (steps) gets 0.70: AFA is above it" in text
-    assert "ablation: no spatial (0.50) is worse than AFA" in text
-    assert "AFA, things twice (0.90) is not told apart from AFA" in text
+    assert "ablation: no spatial (0.50, one seed) is worse than AFA" in text
+    assert "AFA, things twice (0.90, one seed) is not told apart from AFA" in text
     assert "in no more time base gets 0.20 with 2 steps" in text
-    assert "draws what it draws alone" in text
+    assert "scores what it scores alone" in text
 
 
 def test_where_it_does_not_win_the_words_say_so() -> None:
@@ -199,7 +210,24 @@ def test_where_it_does_not_win_the_words_say_so() -> None:
     assert "is below base, expert: food" in text
     assert "**AFA is below it**" in text
     assert "On prompts of food alone AFA (0.90) is **below** the expert of food (0.99" in text
-    assert "differs from the same expert alone by at most 0.79" in text
+    assert "by at most 0.79 of `both`" in text
+
+
+def test_one_seed_within_the_seeds_of_the_whole_is_not_told_apart() -> None:
+    report, results = figures({"ablation: no prompt": 0.7}, tuned=0.5)
+    subject = next(row for row in results["rows"] if row["method"] == "AFA")
+    subject["both"]["by_replica"] = [0.65, 0.9, 1.0]
+    text = " ".join(conclusions(report, results))
+    assert "ablation: no prompt (0.70, one seed) is not told apart" in text
+    assert "ablation: no spatial (0.50, one seed) is worse" in text
+
+
+def test_whoever_takes_longer_is_not_compared_at_equal_time() -> None:
+    report, results = figures({}, tuned=0.5)
+    for row in report["curve"]:
+        if row["method"] == "base":
+            row["measured"]["seconds_per_image"] = 9.0
+    assert "none of the others draws one" in " ".join(conclusions(report, results))
 
 
 def test_the_subject_has_no_difference_from_itself() -> None:

@@ -14,7 +14,7 @@ from diffusers import StableDiffusionPipeline
 
 from afa.errors import AfaError
 from afa.experts import load_expert, load_vae
-from afa.files import read_json, write_atomic
+from afa.files import is_unused, read_json, write_atomic
 from afa.pipeline import check_text_to_image
 from afa.training.loop import CHECKPOINT, DAMAGED, optimizer_steps, pick_device
 
@@ -42,7 +42,7 @@ def tune_base(
 
     Args:
         source: the base; see `afa.experts.locate`.
-        data: pictures and captions.
+        data: pictures and captions; a run that goes on must have data of the same `repr`.
         settings: see `train_aggregators`; `expert_dtype` must be float32.
         output: a new folder, or one of an earlier run with the same settings.
         config: for a single file, a folder with its configuration.
@@ -67,13 +67,17 @@ def tune_base(
     ).to(device)
     check_text_to_image(pipeline)
     pipeline.vae.requires_grad_(False)
-    run = {"base": expert.reference.sha256, "training": settings.model_dump(mode="json")}
-    if output.exists() and any(output.iterdir()):
+    run = {
+        "base": expert.reference.sha256,
+        "data": repr(data),
+        "training": settings.model_dump(mode="json"),
+    }
+    if not is_unused(output):
         written = output / "run.json"
         if not written.is_file() or read_json(written) != run:
             raise AfaError(
-                f"The output folder must be new or of the same base and settings; '{output}' is "
-                "neither. Name another one."
+                "The output folder must be new or of the same base, data and settings; "
+                f"'{output}' is neither. Name another one."
             )
     modules: list[Any] = [pipeline.unet, pipeline.text_encoder]
     parameters = [p for module in modules for p in module.parameters()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,9 +15,9 @@ from afa.baselines import (
     noise_mean,
     shell,
 )
-from afa.checkpoint import load_ensemble
+from afa.checkpoint import AGGREGATORS, load_ensemble, read_config
 from afa.ensemble import EnsembleDenoiser
-from afa.experts import hash_expert, hash_file, load_expert, load_vae, locate
+from afa.experts import hash_file, hash_pipeline, hash_vae, load_expert, load_vae, locate
 from afa.pipeline import check_text_to_image, load_pipeline
 from afa.training.loop import pick_device
 
@@ -42,6 +41,7 @@ class MethodBuilder:
         self._device = device or pick_device(recipe.sampling.device)
         self._dtype = getattr(torch, recipe.sampling.dtype)
         self._hashes: dict[str, str] = {}
+        self._experts: StableDiffusionPipeline | None = None
 
     def identity(self, method: MethodRecipe, replica: int) -> dict[str, Any]:
         """All that a method's pictures depend on besides prompts and sampling, as JSON.
@@ -53,11 +53,12 @@ class MethodBuilder:
             return {"model": self._hash(method.model[replica])}
         if method.ensemble is not None:
             folder = locate(method.ensemble[replica])
-            files = ("config.json", "aggregators.safetensors")
-            return {"ensemble": [hash_file(folder / name) for name in files]}
+            saved = read_config(folder)  # names its experts by their hashes
+            return {"ensemble": saved, "aggregators": hash_file(folder / AGGREGATORS)}
         shared = {
             "experts": [self._hash(source) for source in recipe.experts],
-            "vae": recipe.vae,
+            "vae": recipe.vae and hash_vae(locate(recipe.vae)),
+            "config": recipe.config,
         }
         if method.fusion is not None:
             return {"fusion": method.fusion.model_dump(exclude_none=True), **shared}
@@ -68,7 +69,7 @@ class MethodBuilder:
 
     def _hash(self, source: str) -> str:
         if source not in self._hashes:
-            self._hashes[source] = hash_expert(locate(source))
+            self._hashes[source] = hash_pipeline(locate(source))
         return self._hashes[source]
 
     def build(self, method: MethodRecipe, replica: int = 0) -> StableDiffusionPipeline:
@@ -77,6 +78,8 @@ class MethodBuilder:
         Raises:
             AfaError: a checkpoint that cannot be had, or experts that do not fit each other.
         """
+        if not method.needs_experts:
+            self._experts = None  # what a picture costs is to be its own model's alone
         if method.model is not None:
             pipeline = self._model(method.model[replica])
         elif method.ensemble is not None:
@@ -92,16 +95,17 @@ class MethodBuilder:
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
-    @functools.cached_property
-    def _experts(self) -> StableDiffusionPipeline:
+    def _all_experts(self) -> StableDiffusionPipeline:
         """All experts in one pipeline, whose parts merges and fusions use."""
-        return load_pipeline(
-            self._recipe.experts,
-            vae=self._recipe.vae,
-            config=self._recipe.config,
-            torch_dtype=self._dtype,
-            device=self._device,
-        )
+        if self._experts is None:
+            self._experts = load_pipeline(
+                self._recipe.experts,
+                vae=self._recipe.vae,
+                config=self._recipe.config,
+                torch_dtype=self._dtype,
+                device=self._device,
+            )
+        return self._experts
 
     def _load(self, source: str) -> Expert:
         config = self._recipe.config
@@ -127,10 +131,10 @@ class MethodBuilder:
     def _merge(self, method: MethodRecipe) -> StableDiffusionPipeline:
         recipe = self._recipe.merge_recipe(method)
         base = None if recipe.base is None else self._load(recipe.base)
-        return merged_pipeline(self._experts, recipe.build(), base)
+        return merged_pipeline(self._all_experts(), recipe.build(), base)
 
     def _fusion(self, fusion: FusionRecipe) -> StableDiffusionPipeline:
-        experts, schedule = self._experts, None
+        experts, schedule = self._all_experts(), None
         if fusion.rule == "hand_over":
             order = fusion.order or list(range(len(experts.unet.experts)))
             num_timesteps = experts.scheduler.config.num_train_timesteps

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import textwrap
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from afa.files import write_atomic
@@ -78,7 +79,7 @@ def draw_sheet(results: Results, methods: Sequence[str], places: Sequence[int], 
     )
     for column, place in enumerate(places):
         title = textwrap.shorten(results.prompts[place].text, 90, placeholder=" ...")
-        axes[0, column].set_title(textwrap.fill(title, 17), fontsize=7)
+        axes[0, column].set_title(_plain(textwrap.fill(title, 17)), fontsize=7)
     for line, (name, files) in zip(axes, rows, strict=True):
         for axis, file in zip(line, files, strict=True):
             with Image.open(file) as picture:
@@ -87,7 +88,7 @@ def draw_sheet(results: Results, methods: Sequence[str], places: Sequence[int], 
             axis.set_yticks([])
         is_subject = name == results.recipe.subject_name
         line[0].set_ylabel(
-            textwrap.fill(name, 20),
+            _plain(textwrap.fill(name, 20)),
             rotation=0,
             ha="right",
             va="center",
@@ -114,10 +115,10 @@ def draw_scores(report: dict[str, Any], path: Path) -> None:
             colour = _COLOURS[5] if name == report["subject"] else _COLOURS[0]
             panel.plot([score["low"], score["high"]], [height, height], color=colour, linewidth=2)
             panel.plot(score["mean"], height, "o", color=colour)
-        panel.set_title(f"{group} ({report['groups'][group]} prompts)", fontsize=9)
+        panel.set_title(_plain(f"{group} ({report['groups'][group]} prompts)"), fontsize=9)
         panel.set_xlabel(primary)
         panel.grid(axis="x", alpha=0.3)
-    panels[0].set_yticks(range(len(names)), names, fontsize=8)
+    panels[0].set_yticks(range(len(names)), [_plain(name) for name in names], fontsize=8)
     for label, name in zip(panels[0].get_yticklabels(), names, strict=True):
         label.set_fontweight("bold" if name == report["subject"] else "normal")
     _save(figure, path)
@@ -141,7 +142,9 @@ def draw_curve(report: dict[str, Any], path: Path) -> None:
             [score["high"] - score["mean"] for score in scores],
         ]
         colour, marker = _COLOURS[n % len(_COLOURS)], _MARKERS[n % len(_MARKERS)]
-        axis.errorbar(seconds, means, errors, color=colour, marker=marker, capsize=2, label=name)
+        axis.errorbar(
+            seconds, means, errors, color=colour, marker=marker, capsize=2, label=_plain(name)
+        )
         for x, y, row in zip(seconds, means, points, strict=True):
             axis.annotate(
                 str(row["num_steps"]),
@@ -177,7 +180,7 @@ def draw_shares(weights: dict[str, Any], path: Path) -> None:
                 for site in sites
             ]
             image = panel.imshow(table, vmin=0, vmax=1, cmap="cividis", aspect="auto")
-            panel.set_title(f"{group}: {expert}", fontsize=9)
+            panel.set_title(_plain(f"{group}: {expert}"), fontsize=9)
             panel.set_yticks(range(len(sites)), sites if n == 0 else [""] * len(sites), fontsize=6)
             panel.tick_params(axis="x", labelsize=6)
             if line is panels[-1]:
@@ -187,7 +190,15 @@ def draw_shares(weights: dict[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
+def _plain(text: str) -> str:
+    """A text that is drawn as it is, not set as mathematics."""
+    return text.replace("$", r"\$")
+
+
 def _save(figure: Figure, path: Path) -> None:
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110, format=path.suffix.removeprefix("."))
+    with warnings.catch_warnings():
+        # letters that the font lacks are drawn as boxes, which is all that can be done
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        figure.savefig(buffer, dpi=110, format=path.suffix.removeprefix("."))
     write_atomic(path, buffer.getvalue())

@@ -113,12 +113,15 @@ def _read_text(path: Path) -> str:
         raise AfaError(f"The prompts '{path}' must be UTF-8 text: {error}.") from error
 
 
-def _checked(path: Path, places: Iterable[tuple[str, Prompt]]) -> list[Prompt]:
+def _checked(
+    path: Path, places: Iterable[tuple[str, Prompt]], *, may_repeat: bool = False
+) -> list[Prompt]:
     """The prompts, after a look for empty and repeated ones.
 
     Args:
         path: of the file, for messages.
         places: where in the file a prompt stands, such as "line 3", and the prompt.
+        may_repeat: whether one prompt may stand in several places.
     """
     seen: dict[str, str] = {}
     prompts = []
@@ -127,7 +130,7 @@ def _checked(path: Path, places: Iterable[tuple[str, Prompt]]) -> list[Prompt]:
             raise AfaError(
                 f"Every prompt must have words, but {place} of '{path}' is empty. Take it out."
             )
-        if prompt.text in seen:
+        if prompt.text in seen and not may_repeat:
             raise AfaError(
                 f"Every prompt must be there once, but {place} of '{path}' repeats "
                 f"{seen[prompt.text]}: {prompt.text[:80]!r}. Take one out; for several pictures "
@@ -155,28 +158,29 @@ def _from_coco(recipe: CocoPrompts) -> list[Prompt]:
             (int(entry["id"]), int(entry["image_id"]), str(entry["caption"]).strip())
             for entry in content["annotations"]
         )
-        first: dict[int, str] = {}
-        used: set[str] = set()
-        for _, image, caption in captions:
-            # captions repeat in COCO; a picture takes the first of its own that is still free
-            if image not in first and caption and caption not in used:
-                first[image] = caption
-                used.add(caption)
-        rows = [(image, caption, names[image]) for image, caption in sorted(first.items())]
     except (KeyError, TypeError, ValueError) as error:
         raise AfaError(
             f"'{recipe.captions}' must be COCO captions with 'images' (id, file_name) and "
             f"'annotations' (id, image_id, caption); reading it says {type(error).__name__}: "
             f"{error}."
         ) from error
-    places = []
-    for image, caption, name in rows:
+    first: dict[int, str] = {}
+    for _, image, caption in captions:
+        if image not in names:
+            raise AfaError(
+                f"Every caption of '{recipe.captions}' must be of one of its pictures; there is no "
+                f"picture {image}."
+            )
+        first.setdefault(image, caption)
+    prompts = []
+    for image, caption in sorted(first.items()):
         reference = None
         if recipe.pictures is not None:
-            reference = recipe.pictures / Path(name).name  # never outside of that folder
+            reference = recipe.pictures / Path(names[image]).name  # never outside of that folder
             _require_file(reference, recipe.captions)
-        places.append((f"picture {image}", Prompt(caption, reference=reference)))
-    return _checked(recipe.captions, places)
+        prompts.append((f"picture {image}", Prompt(caption, reference=reference)))
+    # two pictures may well have the same caption
+    return _checked(recipe.captions, prompts, may_repeat=True)
 
 
 def _require_file(reference: Path, named_by: Path) -> None:
@@ -189,17 +193,21 @@ def _require_file(reference: Path, named_by: Path) -> None:
 
 def _from_drawbench(path: Path) -> list[Prompt]:
     reader = csv.DictReader(io.StringIO(_read_text(path), newline=""))
-    fields = reader.fieldnames or []
+    try:
+        fields = reader.fieldnames or []
+        rows = [(reader.line_num, row) for row in reader]
+    except csv.Error as error:
+        raise AfaError(f"'{path}' must be CSV, but reading it says: {error}.") from error
     if "Prompts" not in fields:
         raise AfaError(
             f"'{path}' must be DrawBench's CSV with the columns Prompts and Category; its columns "
             f"are {', '.join(fields) or 'none'}."
         )
     first: dict[str, tuple[str, Prompt]] = {}
-    for row in reader:
-        text, group = (row["Prompts"] or "").strip(), (row.get("Category") or "all").strip()
+    for line, row in rows:
+        text, group = (row["Prompts"] or "").strip(), (row.get("Category") or "").strip()
         # the same prompt may stand in two categories; it is drawn once, for the first one
-        first.setdefault(text, (f"line {reader.line_num}", Prompt(text, group)))
+        first.setdefault(text, (f"line {line}", Prompt(text, group or "all")))
     return _checked(path, first.values())
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, field_validator, model_validator
 
+from afa.baselines.hand_over import HandOver
 from afa.baselines.merging import MergeRecipe
 from afa.evaluation.prompts import PromptsRecipe, resolve_file, resolve_prompts
 from afa.metrics import MetricRecipe
@@ -19,6 +20,10 @@ SCENES = "scenes"
 SCENE_SCORES = ("both", "objects", "left", "right")
 #: metrics of whole sets, which say nothing of a single picture
 _OF_SETS = ("fid", "kid", "is", "cmmd")
+
+
+#: more than the noise schedules of the supported models have
+NumSteps = Annotated[int, Field(ge=1, le=1000)]
 
 
 def slug(name: str) -> str:
@@ -83,6 +88,11 @@ class MethodRecipe(Section):
         return self
 
     @property
+    def needs_experts(self) -> bool:
+        """Whether this row is drawn with the comparison's experts, all in memory."""
+        return self.merge is not None or self.fusion is not None
+
+    @property
     def num_replicas(self) -> int:
         """How many models or ensembles stand behind this row."""
         return len(self.model or self.ensemble or [None])
@@ -95,7 +105,7 @@ class SamplingRecipe(Section):
     the processor's threads per process, on which the last bits of a picture may depend.
     """
 
-    num_steps: int = Field(default=50, ge=1)
+    num_steps: NumSteps = 50
     guidance: float = Field(default=7.5, ge=0)
     seeds: list[int] = Field(default=[0], min_length=1)
     batch_size: int = Field(default=8, ge=1)
@@ -121,10 +131,15 @@ class CurveRecipe(Section):
     `also` names more. Drawn are the prompts of the first group, with `limit` the first so many.
     """
 
-    num_steps: list[int] = Field(default=[5, 10, 20, 50], min_length=1)
+    num_steps: list[NumSteps] = Field(default=[5, 10, 20, 50], min_length=1)
     methods: list[str] | None = None
     also: list[str] = Field(default=[])
     limit: int | None = Field(default=None, ge=1)
+
+    @field_validator("num_steps")
+    @classmethod
+    def _each_once(cls, num_steps: list[int]) -> list[int]:
+        return list(dict.fromkeys(num_steps))
 
 
 class EvaluateRecipe(Section):
@@ -188,6 +203,8 @@ class EvaluateRecipe(Section):
             raise ValueError(
                 f"must have as primary one of its scores {', '.join(scores)}, came '{self.primary}'"
             )
+        if self.curve is not None and not scores:
+            raise ValueError("must have a metric of single pictures for its curve")
         twice = next((name for name in chosen if chosen.count(name) > 1), None)
         if twice is not None:
             raise ValueError(f"must name every metric once, '{twice}' stands twice")
@@ -198,6 +215,14 @@ class EvaluateRecipe(Section):
         fusion, count = method.fusion, len(self.experts)
         if fusion is None:
             return
+        if fusion.rule == "hand_over" and fusion.boundaries is not None:
+            HandOver(fusion.order or range(count), fusion.boundaries)
+        if fusion.rule == "magic_fusion" and self.sampling.guidance <= 1:
+            raise ValueError(f"must have a guidance above 1 for '{method.name}'")
+        if len(fusion.temperatures or [1.0]) not in (1, count):
+            raise ValueError(
+                f"must have one temperature for '{method.name}', or one for each of {count} experts"
+            )
         named = [*(fusion.order or []), *([] if fusion.expert is None else [fusion.expert])]
         if any(not 0 <= n < count for n in named):
             raise ValueError(
@@ -212,6 +237,12 @@ class EvaluateRecipe(Section):
             ValueError: it is no complete recipe of a merge.
         """
         settings = dict(method.merge or {})
+        refused = sorted({"experts", "base", "dtype", "vae"} & settings.keys())
+        if refused:
+            raise ValueError(
+                f"must leave {', '.join(refused)} out of the merge '{method.name}'; the "
+                "comparison's own are used"
+            )
         needs_base = settings.get("method") in ("add_difference", "ties", "dare")
         return MergeRecipe(experts=self.experts, base=self.base if needs_base else None, **settings)
 
@@ -219,6 +250,14 @@ class EvaluateRecipe(Section):
     def subject_name(self) -> str:
         """The method that is compared with all others."""
         return self.subject or self.methods[0].name
+
+
+def resolve_metric(metric: MetricRecipe, folder: Path) -> MetricRecipe:
+    """The paths of a metric in a recipe in `folder`, made absolute."""
+    places = {key: getattr(metric, key) for key in ("weights", "processor", "clip")}
+    return metric.model_copy(
+        update={key: place and resolve_source(place, folder) for key, place in places.items()}
+    )
 
 
 def load_evaluate_recipe(path: str | Path) -> EvaluateRecipe:
@@ -250,14 +289,7 @@ def load_evaluate_recipe(path: str | Path) -> EvaluateRecipe:
                 for method in recipe.methods
             ],
             "metrics": [
-                metric
-                if isinstance(metric, str)
-                else metric.model_copy(
-                    update={
-                        key: source(getattr(metric, key))
-                        for key in ("weights", "processor", "clip")
-                    }
-                )
+                metric if isinstance(metric, str) else resolve_metric(metric, folder)
                 for metric in recipe.metrics
             ],
         }

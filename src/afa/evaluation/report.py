@@ -48,7 +48,7 @@ def report_of(results: Results) -> dict[str, Any]:
         "paired": _paired(results),
         "curve": _curve(results),
         "failures": _failures(results),
-        "weights": read_shares(results.store, recipe.subject_name),
+        "weights": read_shares(results.store, recipe),
     }
     return report
 
@@ -207,15 +207,18 @@ def paired_table(report: dict[str, Any], group: str) -> list[str]:
         return []
     roles = {name: role for role, name in report["references"][group].items()}
     lines = [
-        f"| {report['subject']} against | {report['primary']} | wins | losses | ties |",
-        "|---|---|---|---|---|",
+        f"| {report['subject']} against | {report['primary']} | wins | losses | ties | sign p |",
+        "|---|---|---|---|---|---|",
     ]
     for row in sorted(chosen, key=lambda row: -row["difference"]["mean"]):
         role = roles.get(row["against"])
         name = row["against"] if role is None else f"{row['against']} ({role})"
         difference = row["difference"]
         signed = f"{difference['mean']:+.3f} [{difference['low']:+.3f}, {difference['high']:+.3f}]"
-        lines.append(f"| {name} | {signed} | {row['wins']} | {row['losses']} | {row['ties']} |")
+        lines.append(
+            f"| {name} | {signed} | {row['wins']} | {row['losses']} "
+            f"| {row['ties']} | {row['p_value']:.2g} |"
+        )
     return lines
 
 

@@ -231,11 +231,34 @@ class Results:
             names = [self.recipe.subject_name, *(method.name for method in best if method)]
         return list(dict.fromkeys([*names, *self.recipe.curve.also]))
 
+    def curve_units(self) -> list[Unit]:
+        """The batches that the curve has besides the main comparison's."""
+        if self.recipe.curve is None:
+            return []
+        names = self.curve_methods()
+        return [
+            unit
+            for num_steps in self.recipe.curve.num_steps
+            if num_steps != self.recipe.sampling.num_steps
+            for unit in self._curve_units(num_steps, names)
+        ]
+
+    def _curve_units(self, num_steps: int, methods: Sequence[str]) -> list[Unit]:
+        return units_of(self.recipe, self.curve_places(), num_steps, methods, part="curve")
+
     def curve_point(self, method: str, num_steps: int) -> tuple[dict[str, Interval], MeanCost]:
-        """A method at another number of steps: its scores, and what a picture costs."""
-        units = units_of(self.recipe, self.curve_places(), num_steps, [method])
-        scores = {name: self._interval(name, values) for name, values in self._read(units).items()}
-        return scores, self._cost(units)
+        """A method at another number of steps: its scores, and what a picture costs.
+
+        At the main comparison's steps they are those of the same prompts there.
+        """
+        if num_steps == self.recipe.sampling.num_steps:
+            places = self.curve_places()
+            values = {name: scores[:, places] for name, scores in self._scores[method].items()}
+            cost = self.cost(method)
+        else:
+            units = self._curve_units(num_steps, [method])
+            values, cost = self._read(units), self._cost(units)
+        return {name: self._interval(name, scores) for name, scores in values.items()}, cost
 
     def worst(self, count: int, group: str) -> list[int]:
         """The prompts on which the subject scores least, the first of equals first.

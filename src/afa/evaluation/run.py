@@ -7,7 +7,7 @@ processes does the same batches and so comes to the same report.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,7 @@ from afa.evaluation.results import Results
 from afa.evaluation.scoring import Scoring
 from afa.evaluation.shares import record_shares
 from afa.evaluation.work import Store, draw_unit, units_of, write_json
-from afa.files import read_json
+from afa.files import is_unused, owned, read_json
 from afa.training.loop import pick_device
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from afa.evaluation.recipe import EvaluateRecipe
     from afa.evaluation.work import Unit
 
+_MARK_FILE = "evaluation.json"
 _MARK = {"format": "afa-evaluation", "version": 1}
 
 
@@ -66,21 +67,21 @@ def evaluate(recipe: EvaluateRecipe, output: Path) -> Iterator[EvaluateProgress]
     processes = Processes()
     sampling = recipe.sampling
     device = pick_device(processes.device or sampling.device)
-    with _threads(sampling.num_threads):
+    if processes.is_main:
+        _check_folder(output)
+    with owned(output) if processes.is_main else nullcontext(), _threads(sampling.num_threads):
         store = Store(output)
-        if processes.is_main:
-            _open_folder(output)
-        processes.wait()
         # the zoo's true pictures are drawn by one process, and then found by the others
         scratch = output / "references" if recipe.prompts.zoo is not None else None
         if processes.is_main:
+            write_json(output / _MARK_FILE, _MARK)
             load_prompts(recipe.prompts, scratch)
         processes.wait()
         prompts = load_prompts(recipe.prompts, scratch)
         scoring = Scoring(recipe, prompts, store, device)
         builder = MethodBuilder(recipe, device)
         if processes.is_main:
-            _claim_all(recipe, prompts, store, builder, scoring)
+            _claim_all(recipe, prompts, store, builder)
         processes.wait()
 
         batches = list(processes.share(scoring.reference_batches()))
@@ -94,7 +95,7 @@ def evaluate(recipe: EvaluateRecipe, output: Path) -> Iterator[EvaluateProgress]
         processes.wait()
 
         results = Results(recipe, prompts, scoring, store)
-        yield from work.run("steps", curve_units(results))
+        yield from work.run("steps", results.curve_units())
         processes.wait()
         if processes.is_main:
             yield EvaluateProgress("report", 0, 1)
@@ -102,20 +103,6 @@ def evaluate(recipe: EvaluateRecipe, output: Path) -> Iterator[EvaluateProgress]
             write_report(results, output)
             yield EvaluateProgress("report", 1, 1)
         processes.wait()
-
-
-def curve_units(results: Results) -> list[Unit]:
-    """The batches of the curve of quality against time; which methods it has may be a result."""
-    recipe = results.recipe
-    if recipe.curve is None:
-        return []
-    places = results.curve_places()
-    methods = results.curve_methods()
-    return [
-        unit
-        for num_steps in recipe.curve.num_steps
-        for unit in units_of(recipe, places, num_steps, methods)
-    ]
 
 
 class _Work:
@@ -138,7 +125,9 @@ class _Work:
 
     def run(self, stage: str, units: Sequence[Unit]) -> Iterator[EvaluateProgress]:
         """Do this process's part of the batches that are not done yet."""
-        mine = list(self._processes.share(units))
+        # what needs one model first: the others keep all experts in memory, once they are loaded
+        ordered = sorted(units, key=lambda unit: self._methods[unit.method].needs_experts)
+        mine = list(self._processes.share(ordered))
         for done, unit in enumerate(mine):
             yield EvaluateProgress(stage, done, len(mine), unit.method)
             if not self._store.cost(unit).exists():
@@ -157,16 +146,14 @@ class _Work:
         return self._pipeline
 
 
-def _open_folder(output: Path) -> None:
-    """Make the folder, or see that it is of an evaluation."""
-    mark = output / "evaluation.json"
-    is_new = not output.exists() or (output.is_dir() and not any(output.iterdir()))
-    if not is_new and not (mark.is_file() and read_json(mark) == _MARK):
+def _check_folder(output: Path) -> None:
+    """See that the folder is new or of an evaluation."""
+    mark = output / _MARK_FILE
+    if not is_unused(output) and not (mark.is_file() and read_json(mark) == _MARK):
         raise AfaError(
             f"The output folder must be new or hold an earlier evaluation; '{output}' is neither. "
             "Name another one."
         )
-    write_json(mark, _MARK)
 
 
 def _claim_all(
@@ -174,7 +161,6 @@ def _claim_all(
     prompts: Sequence[Prompt],
     store: Store,
     builder: MethodBuilder,
-    scoring: Scoring,
 ) -> None:
     """See that everything already there is of this recipe, before any work."""
     sampling = recipe.sampling.model_dump(
@@ -187,7 +173,6 @@ def _claim_all(
             identity = {**builder.identity(method, replica), "sampling": sampling}
             place = store.method(method.name, replica) / "method.json"
             store.claim(place, identity, f"the method '{method.name}'")
-    scoring.claim()
 
 
 @contextmanager

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from afa.errors import AfaError
-from afa.evaluation.recipe import SCENE_SCORES, SCENES
-from afa.evaluation.work import open_pictures, read_pictures, write_json
+from afa.evaluation.recipe import SCENE_SCORES, SCENES, slug
+from afa.evaluation.work import digest, open_pictures, read_pictures, write_json
 from afa.files import read_json, write_atomic
 from afa.metrics import MetricRecipe, ReferenceScorer, SetMetric, open_metrics
 
@@ -117,13 +117,13 @@ class Scoring:
         self.reference_scorers: list[ReferenceScorer] = []
         self.set_metrics: list[SetMetric] = []
         self.extractors: dict[str, FeatureExtractor] = {}
-        self._identities: dict[str, Any] = {}
+        self._keys: dict[str, str] = {SCENES: SCENES}
         self._real: dict[str, Tensor] = {}
         chosen = [metric for metric in recipe.metrics if isinstance(metric, MetricRecipe)]
         if SCENES in recipe.metrics:
             self.scorers.append(_Scenes())
         for asked, metric in zip(chosen, open_metrics(chosen, device), strict=True):
-            self._identities[metric.name] = asked.model_dump(mode="json", exclude_none=True)
+            self._keys[metric.name] = f"{metric.name}-{digest(asked.model_dump(mode='json'))}"
             if isinstance(metric, SetMetric):
                 self.set_metrics.append(metric)
                 self.extractors[metric.extractor.name] = metric.extractor
@@ -160,15 +160,11 @@ class Scoring:
 
     # -- work ---------------------------------------------------------------------------------
 
-    def claim(self) -> None:
-        """Note what scores and features are made with.
+    def _scores_file(self, metric: str, unit: Unit) -> Path:
+        return self._store.scores(self._keys[metric], unit)
 
-        Raises:
-            AfaError: the folder holds those of other weights.
-        """
-        for name, identity in self._identities.items():
-            place = self._store.folder / "scores" / name / "metric.json"
-            self._store.claim(place, identity, f"the metric '{name}'")
+    def _features_file(self, network: str, unit: Unit) -> Path:
+        return self._store.features(_network_key(network), unit)
 
     def reference_batches(self) -> list[tuple[str, int]]:
         """The batches of reference pictures: network and number."""
@@ -183,7 +179,7 @@ class Scoring:
         Raises:
             AfaError: a picture that cannot be read.
         """
-        place = self._store.reference_features(network, number)
+        place = self._store.reference_features(_network_key(network), number)
         start = number * _REFERENCE_BATCH
         paths = self.references[start : start + _REFERENCE_BATCH]
         made_from = json.dumps([[path.name, path.stat().st_size] for path in paths])
@@ -196,8 +192,8 @@ class Scoring:
 
     def is_scored(self, unit: Unit) -> bool:
         """Whether all of a drawn batch's scores and features are there."""
-        scored = all(self._store.scores(s.name, unit).exists() for s in self.scorers)
-        return scored and all(self._store.features(n, unit).exists() for n in self.extractors)
+        scored = all(self._scores_file(s.name, unit).exists() for s in self.scorers)
+        return scored and all(self._features_file(n, unit).exists() for n in self.extractors)
 
     def score(self, unit: Unit) -> None:
         """Put the scores and features of one drawn batch on disk, those that are not there."""
@@ -206,11 +202,11 @@ class Scoring:
         pictures = read_pictures(self._store, unit)
         prompts = [self._prompts[place].text for place in unit.places]
         for scorer in self.scorers:
-            place = self._store.scores(scorer.name, unit)
+            place = self._scores_file(scorer.name, unit)
             if not place.exists():
                 write_json(place, scorer(pictures, prompts))
         for name, extractor in self.extractors.items():
-            place = self._store.features(name, unit)
+            place = self._features_file(name, unit)
             if not place.exists():
                 _write_features(place, extractor.features(pictures))
 
@@ -220,7 +216,7 @@ class Scoring:
         """All scores of a batch by name, those against references included."""
         scores: dict[str, list[float]] = {}
         for scorer in self.scorers:
-            scores |= read_json(self._store.scores(scorer.name, unit))
+            scores |= read_json(self._scores_file(scorer.name, unit))
         for reference_scorer in self.reference_scorers:
             network = reference_scorer.extractor.name
             real = self.reference_features(network)[list(unit.places)]
@@ -231,15 +227,20 @@ class Scoring:
 
     def features_of(self, network: str, unit: Unit) -> Tensor:
         """The features of a batch [pictures, width]."""
-        return load_file(self._store.features(network, unit))["features"]
+        return load_file(self._features_file(network, unit))["features"]
 
     def reference_features(self, network: str) -> Tensor:
         """The features of all reference pictures [pictures, width]."""
         if network not in self._real:
             count = -(-len(self.references) // _REFERENCE_BATCH)
-            files = [self._store.reference_features(network, n) for n in range(count)]
+            files = [self._store.reference_features(_network_key(network), n) for n in range(count)]
             self._real[network] = torch.cat([load_file(file)["features"] for file in files])
         return self._real[network]
+
+
+def _network_key(name: str) -> str:
+    """A network's name, which tells its weights, as a folder."""
+    return f"{slug(name)[:40]}-{digest(name)}"
 
 
 def _pictures_in(folder: Path) -> list[Path]:

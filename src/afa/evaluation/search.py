@@ -8,7 +8,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -19,17 +19,18 @@ from afa.baselines.merging import BlockWeights
 from afa.errors import AfaError
 from afa.evaluation.methods import merged_pipeline
 from afa.evaluation.prompts import PromptsRecipe, load_prompts, resolve_prompts
-from afa.evaluation.recipe import SCENES, SamplingRecipe
+from afa.evaluation.recipe import SCENES, SamplingRecipe, resolve_metric
 from afa.evaluation.scoring import open_scorer
 from afa.evaluation.work import draw
-from afa.files import read_json, write_atomic
+from afa.experts import hash_pipeline, hash_vae, locate
+from afa.files import is_unused, owned, read_json, write_atomic
 from afa.metrics import MetricRecipe
 from afa.pipeline import check_text_to_image, load_pipeline
 from afa.recipe import MAX_SEED, Section, read_recipe, resolve_source
 from afa.training.loop import pick_device
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Generator, Iterator, Sequence
 
     import optuna
     from diffusers import StableDiffusionPipeline
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 #: the text encoders' weights are searched like those of a block, as the web UIs' base alpha is
 _TEXT = "text_encoder"
+_IDENTITY = "search.json"
 
 
 class SearchRecipe(Section):
@@ -93,11 +95,14 @@ def load_search_recipe(path: str | Path) -> SearchRecipe:
             "vae": recipe.vae and resolve_source(recipe.vae, folder),
             "config": recipe.config and resolve_source(recipe.config, folder),
             "prompts": resolve_prompts(recipe.prompts, folder),
+            "metric": recipe.metric
+            if isinstance(recipe.metric, str)
+            else resolve_metric(recipe.metric, folder),
         }
     )
 
 
-def search_block_weights(recipe: SearchRecipe, output: Path) -> Iterator[Trial]:
+def search_block_weights(recipe: SearchRecipe, output: Path) -> Generator[Trial, None, None]:
     """Search with a tree-structured Parzen estimator (Bergstra et al., 2011; optuna).
 
     `output` gets `study.log`, optuna's journal, and after every trial the best weights so far as
@@ -112,11 +117,18 @@ def search_block_weights(recipe: SearchRecipe, output: Path) -> Iterator[Trial]:
     Raises:
         AfaError: the folder holds something else, or anything in the recipe cannot be had.
     """
-    _open_folder(recipe, output)
+    prompts = load_prompts(recipe.prompts)
+    identity = _identity(recipe, prompts)
+    _check_folder(identity, output)
+    with owned(output):
+        write_atomic(output / _IDENTITY, json.dumps(identity, indent=2) + "\n")
+        yield from _trials(recipe, prompts, output)
+
+
+def _trials(recipe: SearchRecipe, prompts: Sequence[Prompt], output: Path) -> Iterator[Trial]:
     device = pick_device(recipe.sampling.device)
     if recipe.sampling.num_threads is not None:
         torch.set_num_threads(recipe.sampling.num_threads)
-    prompts = load_prompts(recipe.prompts)
     scorer = open_scorer(recipe.metric, device)
     pipeline = load_pipeline(
         recipe.experts,
@@ -129,6 +141,8 @@ def search_block_weights(recipe: SearchRecipe, output: Path) -> Iterator[Trial]:
     study = _open_study(output / "study.log")
     keys = [_TEXT, *(site.name for site in pipeline.unet.sites)]
     first = len(_complete(study))
+    if first > 0:  # a stop may have come between a trial and its recipe
+        _write_merge(recipe, study, output)
     for number in range(first, recipe.num_trials):
         started = time.perf_counter()
         trial = _ask(study, recipe, number, keys)
@@ -137,25 +151,30 @@ def search_block_weights(recipe: SearchRecipe, output: Path) -> Iterator[Trial]:
         score = _score(merged, prompts, recipe.sampling, scorer)
         trial.set_user_attr("weights", weights)
         study.tell(trial, score)
-        best = study.best_trial
-        _write_merge(recipe, best.user_attrs["weights"], float(best.value or 0.0), output)
+        _write_merge(recipe, study, output)
         seconds = time.perf_counter() - started
-        yield Trial(number + 1, recipe.num_trials, score, float(best.value or 0.0), seconds)
+        yield Trial(number + 1, recipe.num_trials, score, study.best_value, seconds)
 
 
-def _open_folder(recipe: SearchRecipe, output: Path) -> None:
-    place, asked = output / "search.json", recipe.model_dump(mode="json")
-    # a search may be made longer, and moved to another device
-    free = {"num_trials": None, "sampling": {**asked["sampling"], "device": None}}
-    is_new = not output.exists() or (output.is_dir() and not any(output.iterdir()))
+def _identity(recipe: SearchRecipe, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """All that a trial's score depends on; checkpoints by their hashes, prompts by their words."""
+    asked = recipe.model_dump(mode="json", exclude={"num_trials": True, "sampling": {"device"}})
+    return {
+        **asked,
+        "experts": [hash_pipeline(locate(source)) for source in recipe.experts],
+        "vae": recipe.vae and hash_vae(locate(recipe.vae)),
+        "prompts": [prompt.text for prompt in prompts],
+    }
+
+
+def _check_folder(identity: dict[str, Any], output: Path) -> None:
+    place = output / _IDENTITY
     written = read_json(place) if place.is_file() else None
-    if not is_new and (written is None or written != {**asked, **free}):
+    if not is_unused(output) and written != identity:
         raise AfaError(
-            f"The output folder must be new or hold an earlier search of this recipe; '{output}' "
-            "is neither. Name another one."
+            f"The output folder must be new or hold an earlier search of this recipe with the same "
+            f"checkpoints; '{output}' is neither. Name another one."
         )
-    output.mkdir(parents=True, exist_ok=True)
-    write_atomic(place, json.dumps({**asked, **free}, indent=2) + "\n")
 
 
 def _open_study(file: Path) -> optuna.Study:
@@ -165,6 +184,8 @@ def _open_study(file: Path) -> optuna.Study:
     from optuna.storages.journal import JournalFileBackend
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    file = file.resolve()  # the library's own lock is a link to this path
+    _mend(file)
     study = optuna.create_study(
         study_name="block-weights",
         storage=JournalStorage(JournalFileBackend(str(file))),
@@ -174,6 +195,19 @@ def _open_study(file: Path) -> optuna.Study:
     for trial in study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.RUNNING]):
         study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
     return study
+
+
+def _mend(file: Path) -> None:
+    """Take away what a killed process left: the journal's lock, and half of its last line.
+
+    The folder is this process's alone, so the lock is nobody's.
+    """
+    for lock in file.parent.glob(f"{file.name}.lock*"):
+        lock.unlink()
+    content = file.read_bytes() if file.exists() else b""
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        write_atomic(file, whole)
 
 
 def _complete(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
@@ -245,18 +279,15 @@ def _score(
     return mean
 
 
-def _write_merge(
-    recipe: SearchRecipe, weights: dict[str, list[float]], score: float, output: Path
-) -> None:
+def _write_merge(recipe: SearchRecipe, study: optuna.Study, output: Path) -> None:
     """Write the best weights so far as a recipe of `afa merge`."""
-    name = recipe.metric if isinstance(recipe.metric, str) else recipe.metric.name
+    best = study.best_trial
     content = {
         "method": "block_weights",
         "experts": recipe.experts,
-        "block_weights": weights,
+        "block_weights": best.user_attrs["weights"],
     }
-    note = f"# found by afa search: mean {name} {score:.4f} over its prompts\n"
-    write_atomic(
-        output / "merge.yaml",
-        note + yaml.safe_dump(content, sort_keys=False, default_flow_style=None),
-    )
+    name = recipe.metric if isinstance(recipe.metric, str) else recipe.metric.name
+    note = f"# found by afa search: mean {name} {best.value:.4f} over its prompts\n"
+    text = yaml.safe_dump(content, sort_keys=False, default_flow_style=None)
+    write_atomic(output / "merge.yaml", note + text)

@@ -5,11 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from afa.evaluation.prompts import groups_of
-from afa.evaluation.recipe import slug
-from afa.evaluation.work import noise_of, write_json
+from afa.evaluation.work import digest, draw, write_json
 from afa.files import read_json
 from afa.maps import record_weights
 
@@ -31,7 +28,7 @@ def record_shares(
     those of the prompted half.
     """
     method = next(m for m in recipe.methods if m.name == recipe.subject_name)
-    place = shares_file(store, method.name)
+    place = shares_file(store, recipe)
     if method.ensemble is None or place.exists():
         return
     pipeline = builder.build(method)
@@ -43,16 +40,10 @@ def record_shares(
     }
     for group, places in groups_of(prompts).items():
         chosen = places[: sampling.batch_size]
-        with torch.no_grad(), record_weights(pipeline.unet) as record:
-            pipeline(
-                [prompts[n].text for n in chosen],
-                num_inference_steps=sampling.num_steps,
-                guidance_scale=sampling.guidance,
-                height=sampling.height,
-                width=sampling.width,
-                generator=noise_of(chosen, sampling.seeds[0]),
-                output_type="latent",
-            )
+        with record_weights(pipeline.unet) as record:
+            texts = [prompts[n].text for n in chosen]
+            seed, num_steps = sampling.seeds[0], sampling.num_steps
+            draw(pipeline, texts, chosen, seed, num_steps, sampling, output_type="latent")
         content["groups"][group] = {
             "timesteps": [step.timestep for step in record.steps],
             "shares": [
@@ -66,12 +57,14 @@ def record_shares(
     write_json(place, content)
 
 
-def shares_file(store: Store, method: str) -> Path:
-    """Where the mean weights of a method lie."""
-    return store.folder / "weights" / f"{slug(method)}.json"
+def shares_file(store: Store, recipe: EvaluateRecipe) -> Path:
+    """Where the subject's mean weights lie, for these steps, batches and this seed."""
+    sampling = recipe.sampling
+    drawn = [sampling.num_steps, sampling.seeds[0], sampling.batch_size]
+    return store.method(recipe.subject_name, 0) / f"weights-{digest(drawn)}.json"
 
 
-def read_shares(store: Store, method: str) -> dict[str, Any] | None:
-    """What `record_shares` has kept; None where the method is no ensemble."""
-    place = shares_file(store, method)
+def read_shares(store: Store, recipe: EvaluateRecipe) -> dict[str, Any] | None:
+    """What `record_shares` has kept; None where the subject is no ensemble."""
+    place = shares_file(store, recipe)
     return read_json(place) if place.exists() else None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from PIL import Image
@@ -30,7 +31,8 @@ class Unit:
     """One batch of one method's pictures: `places` are those of its prompts.
 
     Batches are cut the same way however many processes there are and wherever a run was stopped,
-    so that every picture is drawn beside the same others, bit for bit.
+    so that every picture is drawn beside the same others, bit for bit. `part` keeps the pictures of
+    the curve apart from those of the main comparison.
     """
 
     method: str
@@ -39,11 +41,17 @@ class Unit:
     num_steps: int
     batch: int
     places: tuple[int, ...]
+    part: Literal["main", "curve"] = "main"
 
-    def within(self, root: Path) -> Path:
-        """This unit's folder below `root`."""
-        parts = (f"replica-{self.replica}", f"seed-{self.seed}", f"steps-{self.num_steps}")
-        return root.joinpath(slug(self.method), *parts)
+    @property
+    def name(self) -> str:
+        """The batch's number, and which prompts it holds."""
+        return f"batch-{self.batch:04d}-{digest(self.places)}"
+
+
+def digest(content: Any) -> str:
+    """Eight digits that tell one JSON content from another."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]
 
 
 def units_of(
@@ -51,12 +59,13 @@ def units_of(
     places: Sequence[int],
     num_steps: int,
     methods: Sequence[str] | None = None,
+    part: Literal["main", "curve"] = "main",
 ) -> list[Unit]:
     """All units of some methods (None: all) at so many steps, in the order of the methods."""
     size = recipe.sampling.batch_size
     batches = [tuple(places[start : start + size]) for start in range(0, len(places), size)]
     return [
-        Unit(method.name, replica, seed, num_steps, batch, chosen)
+        Unit(method.name, replica, seed, num_steps, batch, chosen, part)
         for method in recipe.methods
         if methods is None or method.name in methods
         for replica in range(method.num_replicas)
@@ -68,39 +77,43 @@ def units_of(
 class Store:
     """The folder of a comparison.
 
-    `pictures/METHOD/replica-R/seed-S/steps-T/000012.png` and beside them what each batch cost;
-    `scores/METRIC/...` and `features/NETWORK/...` likewise, one file a batch. A file is there whole
-    or not at all, and a batch counts as drawn when its cost is there, which is written last.
+    Everything of a method lies below `methods/METHOD/replica-R`: pictures in
+    `seed-S/steps-T/000012.png`, beside them what each batch cost, its `scores/METRIC` and its
+    `features/NETWORK`. A file is there whole or not at all, and a batch counts as drawn when its
+    cost is there, which is written last.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def method(self, name: str, replica: int) -> Path:
-        """The folder of all pictures of one method's replica."""
-        return self.folder / "pictures" / slug(name) / f"replica-{replica}"
+        """The folder of all that was made of one method's replica."""
+        return self.folder / "methods" / slug(name) / f"replica-{replica}"
+
+    def unit(self, unit: Unit) -> Path:
+        """The folder of a batch's pictures."""
+        steps = f"{'curve' if unit.part == 'curve' else 'steps'}-{unit.num_steps}"
+        return self.method(unit.method, unit.replica) / f"seed-{unit.seed}" / steps
 
     def picture(self, unit: Unit, place: int) -> Path:
         """Where the picture of the prompt at `place` lies."""
-        return unit.within(self.folder / "pictures") / f"{place:06d}.png"
+        return self.unit(unit) / f"{place:06d}.png"
 
     def cost(self, unit: Unit) -> Path:
         """Where the cost of a batch lies, once it is drawn."""
-        return unit.within(self.folder / "pictures") / f"batch-{_name(unit)}.json"
+        return self.unit(unit) / f"{unit.name}.json"
 
     def scores(self, metric: str, unit: Unit) -> Path:
-        """Where the scores of a batch lie."""
-        return unit.within(self.folder / "scores" / slug(metric)) / f"batch-{_name(unit)}.json"
+        """Where the scores of a batch lie; `metric` tells its settings, too."""
+        return self.unit(unit) / "scores" / metric / f"{unit.name}.json"
 
     def features(self, network: str, unit: Unit) -> Path:
-        """Where the features of a batch lie."""
-        folder = unit.within(self.folder / "features" / slug(network))
-        return folder / f"batch-{_name(unit)}.safetensors"
+        """Where the features of a batch lie; `network` tells its weights, too."""
+        return self.unit(unit) / "features" / network / f"{unit.name}.safetensors"
 
     def reference_features(self, network: str, number: int) -> Path:
         """Where the features of the reference pictures of one batch lie."""
-        folder = self.folder / "features" / slug(network) / "references"
-        return folder / f"batch-{number:04d}.safetensors"
+        return self.folder / "references" / "features" / network / f"{number:04d}.safetensors"
 
     def claim(self, place: Path, identity: dict[str, Any], what: str) -> None:
         """Note in `place` what the files beside it were made from.
@@ -122,11 +135,6 @@ class Store:
             )
 
 
-def _name(unit: Unit) -> str:
-    """Names a batch by its number and its first and last prompt, since a limit cuts batches."""
-    return f"{unit.batch:04d}-{unit.places[0]:06d}-{unit.places[-1]:06d}"
-
-
 def write_json(path: Path, content: Any) -> None:
     """Write JSON, whole or not at all; makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -140,6 +148,7 @@ def draw(
     seed: int,
     num_steps: int,
     sampling: SamplingRecipe,
+    output_type: Literal["pil", "latent"] = "pil",
 ) -> list[Image.Image]:
     """One batch of pictures; the noise of each depends on the seed and its prompt's place alone."""
     with torch.no_grad():
@@ -150,13 +159,9 @@ def draw(
             guidance_scale=sampling.guidance,
             height=sampling.height,
             width=sampling.width,
-            generator=noise_of(places, seed),
+            generator=[torch.Generator().manual_seed(seed * 1_000_003 + place) for place in places],
+            output_type=output_type,
         ).images
-
-
-def noise_of(places: Sequence[int], seed: int) -> list[torch.Generator]:
-    """What draws the initial noise of the prompts at these places."""
-    return [torch.Generator().manual_seed(seed * 1_000_003 + place) for place in places]
 
 
 def draw_unit(

@@ -10,6 +10,8 @@ from afa.zoo import EXPERTS
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+_LEVEL = 0.05
+_SAME = 1e-3  # of a mean score: rounding moves a picture by a level or two
 _TUNED = ("tuned base (steps)", "tuned base (time)")
 
 
@@ -30,7 +32,13 @@ def conclusions(report: dict[str, Any], results: dict[str, Any]) -> list[str]:
 
 
 def verdict(difference: dict[str, float]) -> str:
-    """`above`, `below`, or `not told apart`, by whether the interval excludes zero."""
+    """`above`, `below`, or `not told apart`.
+
+    Told apart are methods whose interval excludes zero and whose wins and losses an exact sign test
+    tells apart, too; of few prompts a bootstrap alone is too sure.
+    """
+    if difference["p_value"] >= _LEVEL:
+        return "not told apart"
     if difference["low"] > 0:
         return "above"
     return "below" if difference["high"] < 0 else "not told apart"
@@ -106,17 +114,18 @@ def _shell(results: dict[str, Any]) -> str:
     """What the shell by itself does, on an expert's own prompts."""
     gaps = []
     for domain in EXPERTS:
-        rows = {row["method"]: row["both"]["mean"] for row in results["own_domain"][domain]}
-        gaps.append(abs(rows[f"shell: {domain}"] - rows[f"expert: {domain}"]))
-    if max(gaps) == 0:
+        rows = {row["method"]: row for row in results["own_domain"][domain]}
+        alone, shell = rows[f"expert: {domain}"], rows[f"shell: {domain}"]
+        gaps += [abs(shell[score]["mean"] - alone[score]["mean"]) for score in ("both", "clip_t")]
+    if max(gaps) < _SAME:
         return (
-            "An expert in the ensemble's shell draws what it draws alone: nothing of the gain "
+            "An expert in the ensemble's shell scores what it scores alone: nothing of the gain "
             "comes from the shell. (All models of the zoo have one autoencoder and one tokenizer; "
             "with checkpoints from the web the shell may well matter.)"
         )
     return (
-        f"An expert in the ensemble's shell differs from the same expert alone by at most "
-        f"{max(gaps):.2f} of its own prompts."
+        f"An expert in the ensemble's shell differs from the same expert alone, on its own "
+        f"prompts, by at most {max(gaps):.2f} of `both` and of CLIP-T."
     )
 
 
@@ -129,34 +138,41 @@ def _at_equal_time(report: dict[str, Any]) -> list[str]:
     budget = few["measured"]["seconds_per_image"]
     parts = []
     for name in dict.fromkeys(row["method"] for row in report["curve"]):
-        if name == SUBJECT:
-            continue
         points = [row for row in report["curve"] if row["method"] == name]
-        # the most steps that cost no more, or the fewest where all cost more
         within = [row for row in points if row["measured"]["seconds_per_image"] <= budget]
-        chosen = max(within, key=lambda row: row["num_steps"]) if within else points[0]
+        if name == SUBJECT or not within:
+            continue
+        most = max(within, key=lambda row: row["num_steps"])
         parts.append(
-            f"{name} gets {chosen['scores']['both']['mean']:.2f} with {chosen['num_steps']} steps "
-            f"({chosen['measured']['seconds_per_image']:.2f} s)"
+            f"{name} gets {most['scores']['both']['mean']:.2f} with {most['num_steps']} steps "
+            f"({most['measured']['seconds_per_image']:.2f} s)"
         )
+    rivals = "; ".join(parts) or "none of the others draws one"
     return [
         f"At {few['num_steps']} steps {SUBJECT} takes {budget:.2f} s for a picture and gets "
-        f"{few['scores']['both']['mean']:.2f} right; in no more time {'; '.join(parts)}."
+        f"{few['scores']['both']['mean']:.2f} right; in no more time {rivals}."
     ]
 
 
 def _variants(rows: dict[str, Any], names: Iterable[str]) -> list[str]:
-    """Ablations and other numbers of experts against the whole method."""
+    """Ablations and other numbers of experts against the whole method.
+
+    One of a single seed is only told apart where it is outside of what the whole method's seeds
+    got, since its own luck is not in the interval.
+    """
+    ours = rows[SUBJECT]["both"]["by_replica"]
     sentences = []
     for name in names:
-        difference = rows[name]["afa_minus_this"]
+        difference, mean = rows[name]["afa_minus_this"], rows[name]["both"]["mean"]
+        outcome = verdict(difference)
+        if min(ours) <= mean <= max(ours):
+            outcome = "not told apart"
         words = {
             "above": f"worse than {SUBJECT}",
             "below": f"**better** than {SUBJECT}",
             "not told apart": f"not told apart from {SUBJECT}",
-        }[verdict(difference)]
+        }[outcome]
         sentences.append(
-            f"{name} ({rows[name]['both']['mean']:.2f}) is {words}; difference "
-            f"{_signed(difference)}."
+            f"{name} ({mean:.2f}, one seed) is {words}; difference {_signed(difference)}."
         )
     return sentences

@@ -168,4 +168,7 @@ def _seconds(folder: Path) -> list[float]:
 
 
 def _note(folder: Path, content: dict[str, Any]) -> None:
+    from afa.study.provenance import commit
+
+    content = {**content, "commit": commit()}
     write_atomic(folder / _DONE, json.dumps(content) + "\n")

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import shutil
-import subprocess
 from dataclasses import asdict
-from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from afa.evaluation.report import curve_table
 from afa.files import read_json, write_atomic
 from afa.study.conclusions import conclusions
 from afa.study.plan import ABLATIONS, OTHER_EXPERTS, SUBJECT
+from afa.study.provenance import made_from, trained_at
 from afa.zoo import EXPERTS
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from afa.study.plan import StudySettings
 
 _MIXED = "mixed"
@@ -47,7 +45,7 @@ def write_pages(
     """
     report = read_json(work / "comparison" / "report.json")
     results = {
-        "made_from": made_from(),
+        "made_from": {**made_from(), "trained_at": trained_at(work)},
         "settings": asdict(settings),
         "rows": [row_of(report, row, _MIXED) for row in report["rows"]],
         "own_domain": {
@@ -69,39 +67,6 @@ def write_pages(
     write_atomic(docs / "results.md", page(report, results))
 
 
-def made_from() -> dict[str, str]:
-    """Commit and machine that the figures come from."""
-    root = Path(__file__).parent
-    try:
-        commit = _git(root, "rev-parse", "HEAD")
-        top = Path(_git(root, "rev-parse", "--show-toplevel"))
-        if _git(top, "status", "--porcelain", "--", "src", "pyproject.toml", "constraints.txt"):
-            commit += " and changes that are not committed"
-    except (OSError, subprocess.CalledProcessError):
-        commit = f"afa {version('afa')}, not a git checkout"
-    return {
-        "commit": commit,
-        "machine": f"{_processor()}, {os.cpu_count()} cores, one thread for each process",
-        "software": ", ".join(
-            [f"Python {platform.python_version()}"]
-            + [f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers")]
-        ),
-    }
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(folder), *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(x.split(":", 1)[1].strip() for x in lines if x.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def row_of(report: dict[str, Any], row: dict[str, Any], group: str) -> dict[str, Any]:
     """One method's row for a group of prompts, as `results.json` has it."""
     scores, sets = row["groups"][group]["scores"], row["groups"][group]["sets"]
@@ -121,7 +86,10 @@ def difference(report: dict[str, Any], method: str, group: str) -> dict[str, Any
     for row in report["paired"]:
         place = (row["group"], row["role"], row["score"], row["against"])
         if place == (group, "subject", "both", method):
-            return {**row["difference"], **{k: row[k] for k in ("wins", "losses", "ties")}}
+            return {
+                **row["difference"],
+                **{k: row[k] for k in ("wins", "losses", "ties", "p_value")},
+            }
     return None
 
 
@@ -137,7 +105,7 @@ def page(report: dict[str, Any], results: dict[str, Any]) -> str:
             "# Results on emoji scenes",
             "",
             "Written by `make results`; the figures are in [results.json](results.json). Commit "
-            f"{made['commit']}; {made['machine']}; {made['software']}.",
+            f"{made['commit']}{_trained(made)}; {made['machine']}; {made['software']}.",
             "",
             "Each picture shows two emojis, each in its place. The base model was trained on all "
             "48 objects for a short time; each expert is the base, fine-tuned on the objects of "
@@ -153,8 +121,9 @@ def page(report: dict[str, Any], results: dict[str, Any]) -> str:
             "",
             f"{report['sampling']['num_steps']} DDIM steps, guidance "
             f"{report['sampling']['guidance']:g}, the same noise for every method. {SUBJECT} and "
-            f"the tuned bases are means over {settings['num_seeds']} seeds of training, the "
-            "ablations are of one seed. "
+            f"the tuned bases are means over {settings['num_seeds']} seeds of training; the "
+            "ablations and other numbers of experts are of the first seed, whose luck their "
+            "intervals do not hold. "
             "Brackets are 95 % intervals: of a share Wilson's over the prompts, widened where "
             "seeds of training differ; of a difference the paired bootstrap over prompts and "
             f"seeds. *{SUBJECT} minus this* is of `both`; wins and losses count prompts. `calls` "
@@ -214,6 +183,10 @@ def page(report: dict[str, Any], results: dict[str, Any]) -> str:
             "",
         ]
     )
+
+
+def _trained(made: dict[str, str]) -> str:
+    return "" if made["trained_at"] == made["commit"] else f" (trained at {made['trained_at']})"
 
 
 def _settings(chosen: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from afa.errors import AfaError
-from afa.files import read_json, write_atomic
+from afa.files import is_unused, owned, read_json, write_atomic
 from afa.study.jobs import (
     Job,
     JobProgress,
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+_SETTINGS = "study.json"
 #: rows of the tuned base: as many steps as the aggregators, as much time as the aggregators
 STEPS, TIME = "tuned base (steps)", "tuned base (time)"
 
@@ -68,6 +69,15 @@ def run_study(
     num_processes = num_processes or os.cpu_count() or 1
     work = work.resolve()
     _require_same(work, settings)
+    with owned(work):
+        place = work / _SETTINGS
+        write_atomic(place, json.dumps(asdict(settings), indent=2) + "\n")
+        yield from _stages(work, docs, settings, num_processes)
+
+
+def _stages(
+    work: Path, docs: Path, settings: StudySettings, num_processes: int
+) -> Iterator[JobProgress | StageStarted]:
     trained = {name: work / "trained" / _folder(name) for name in aggregator_recipes(settings)}
     jobs = [
         Job(name, train_aggregators_job, (recipe, trained[name]))
@@ -125,13 +135,11 @@ def _tuning(
 
 
 def _require_same(work: Path, settings: StudySettings) -> None:
-    place, asked = work / "study.json", json.loads(json.dumps(asdict(settings)))
+    place, asked = work / _SETTINGS, json.loads(json.dumps(asdict(settings)))
     if place.exists() and read_json(place) != asked:
         raise AfaError(f"The work folder '{work}' is of other settings. Name another one.")
-    if not place.exists() and work.exists() and any(work.iterdir()):
+    if not place.exists() and not is_unused(work):
         raise AfaError(f"The work folder must be new or of an earlier study; '{work}' is neither.")
-    work.mkdir(parents=True, exist_ok=True)
-    write_atomic(place, json.dumps(asked, indent=2) + "\n")
 
 
 def _evaluate(output: Path, recipe: dict[str, Any], num_processes: int) -> None:

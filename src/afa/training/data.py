@@ -49,6 +49,7 @@ class FolderImages:
     """
 
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
         metadata = folder / "metadata.jsonl"
         if not folder.is_dir():
             raise AfaError(f"The data folder '{folder}' does not exist.")
@@ -82,6 +83,9 @@ class FolderImages:
             self.rows.append((path, caption))
         if not self.rows:
             raise AfaError(f"The data folder '{folder}' must hold pictures; its list is empty.")
+
+    def __repr__(self) -> str:
+        return f"FolderImages({str(self._folder)!r}, {len(self.rows)} pictures)"
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -120,6 +124,9 @@ class SceneImages:
     ) -> None:
         self._num_samples, self._seed, self._kind = num_samples, seed, kind
         self._sprites = sprites
+
+    def __repr__(self) -> str:
+        return f"SceneImages({self._num_samples}, seed={self._seed}, kind={self._kind!r})"
 
     def __len__(self) -> int:
         return self._num_samples

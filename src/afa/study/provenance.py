@@ -1,0 +1,55 @@
+"""Where figures come from: commit, machine, software."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+from afa.files import read_json
+
+
+def made_from() -> dict[str, str]:
+    """Commit and machine that the figures come from."""
+    return {
+        "commit": commit(),
+        "machine": f"{_processor()}, {os.cpu_count()} cores, one thread for each process",
+        "software": ", ".join(
+            [f"Python {platform.python_version()}"]
+            + [f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers")]
+        ),
+    }
+
+
+def trained_at(work: Path) -> str:
+    """The commits at which the trainings were finished, where other ones than the page's."""
+    notes = [read_json(file) for file in sorted(work.glob("*/*/finished.json"))]
+    return ", ".join(sorted({str(note["commit"]) for note in notes if "commit" in note}))
+
+
+def commit() -> str:
+    """The commit of the code that runs, and whether it has been changed since."""
+    root = Path(__file__).parent
+    try:
+        name = _git(root, "rev-parse", "HEAD")
+        top = Path(_git(root, "rev-parse", "--show-toplevel"))
+        if _git(top, "status", "--porcelain", "--", "src", "pyproject.toml", "constraints.txt"):
+            name += " and changes that are not committed"
+    except (OSError, subprocess.CalledProcessError):
+        name = f"afa {version('afa')}, not a git checkout"
+    return name
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(x.split(":", 1)[1].strip() for x in lines if x.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
