@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import afa
 from afa.errors import AfaError
-from afa.experts import check_safetensors, hash_expert, hash_file, load_vae, locate
+from afa.experts import load_vae, locate
+from afa.weights import check_safetensors, hash_expert, hash_file
 from tests.single_file import original_layout
 from tests.tiny import tiny_pipeline
 

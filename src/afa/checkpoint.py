@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save
 
 from afa.aggregators import SABW, Mean, SABWConfig, Separate
 from afa.errors import AfaError
-from afa.experts import check_safetensors, locate, require_hash
+from afa.experts import locate, require_hash
 from afa.files import read_json, write_atomic
 from afa.pipeline import load_pipeline
+from afa.weights import check_safetensors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -1,8 +1,7 @@
-"""Where an expert is, what it is (its hash), and how its parts are loaded."""
+"""Where an expert is, and how its parts are loaded."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,18 +15,25 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from afa.errors import AfaError
 from afa.files import read_json
+from afa.weights import (
+    PICKLES,
+    check_safetensors,
+    hash_expert,
+    hash_file,
+    hash_files,
+    weights_in,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from diffusers import SchedulerMixin
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-PICKLES = frozenset({".ckpt", ".pt", ".pth", ".bin", ".pkl"})
 _ZOO_PREFIX = "zoo:"
 # what of a hub repository is needed; never a pickle. In these patterns * matches a slash as well.
 _WEIGHTS = ("config.json", "*.safetensors", "*.safetensors.index.json")
@@ -120,106 +126,6 @@ def locate(
             f"Expert '{text}' is no local path, and as a hub id it could not be fetched "
             f"({type(error).__name__}). Check the name, the network and HF_TOKEN."
         ) from error
-
-
-def weights_in(folder: Path) -> tuple[str | None, list[Path]]:
-    """The safetensors files of one component, and their variant (`fp16`) where only that is there.
-
-    Several precisions of the same weights may lie side by side; the plain ones are taken.
-
-    Raises:
-        AfaError: there are none.
-    """
-    variants: dict[str | None, list[Path]] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        _, *middle, _ = file.name.split(".")
-        variants.setdefault(middle[0].split("-")[0] if middle else None, []).append(file)
-    if not variants:
-        raise AfaError(
-            f"An expert's weights must be safetensors; '{folder}' has none. Save it again with "
-            "safe_serialization=True."
-        )
-    variant = None if None in variants else sorted(map(str, variants))[0]
-    return variant, variants[variant]
-
-
-def weight_files(path: Path) -> list[Path]:
-    """The safetensors files that make an expert: the file itself, or U-Net and text encoder.
-
-    Raises:
-        AfaError: not a diffusers folder, no safetensors in it, or one that is damaged.
-    """
-    if path.is_file():
-        files = [path]
-    elif (path / "model_index.json").is_file():
-        files = [*weights_in(path / "unet")[1], *weights_in(path / "text_encoder")[1]]
-    else:
-        raise AfaError(
-            f"An expert's folder must be a diffusers pipeline with a model_index.json; "
-            f"'{path}' has none. Save it with pipeline.save_pretrained(folder)."
-        )
-    for file in files:
-        check_safetensors(file)
-    return files
-
-
-def check_safetensors(file: Path) -> None:
-    """Read a safetensors file's header and compare it with the file's length.
-
-    Raises:
-        AfaError: the file is no safetensors file, or it is cut short.
-    """
-    try:
-        with safe_open(file, framework="pt") as header:
-            header.keys()
-    except (SafetensorError, OSError) as error:
-        raise AfaError(
-            f"'{file}' must be a complete safetensors file, but reading its header says: {error}. "
-            "Download or copy it again."
-        ) from error
-
-
-def hash_file(file: Path) -> str:
-    """SHA-256 of a file, as published beside checkpoints."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def hash_files(path: Path, files: Iterable[Path]) -> str:
-    """SHA-256 of a single file as it is; of a folder that of the lines `<sha256>  <relative path>`.
-
-    The lines are sorted by path; they are what `sha256sum` prints.
-    """
-    if path.is_file():
-        return hash_file(path)
-    lines = {file.relative_to(path).as_posix(): hash_file(file) for file in files}
-    text = "".join(f"{digest}  {name}\n" for name, digest in sorted(lines.items()))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def hash_expert(path: Path) -> str:
-    """SHA-256 of an expert: of a single file, or of a folder's U-Net and text encoder weights."""
-    return hash_files(path, weight_files(path))
-
-
-def hash_pipeline(path: Path) -> str:
-    """SHA-256 of all that decides a model's pictures: of a file, or of a folder's parts.
-
-    Unlike `hash_expert` it sees the autoencoder, the tokenizer and the scheduler, too.
-    """
-    weights = weight_files(path)
-    parts = [file for part in ("vae", "tokenizer", "scheduler") for file in _files_in(path / part)]
-    return hash_files(path, [*weights, *parts])
-
-
-def hash_vae(path: Path) -> str:
-    """SHA-256 of an autoencoder, in any of the places that `load_vae` reads."""
-    folder = path / "vae" if (path / "vae").is_dir() else path
-    return hash_files(path, [] if path.is_file() else weights_in(folder)[1])
-
-
-def _files_in(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.glob("*") if file.is_file())
 
 
 def load_expert(

@@ -17,15 +17,9 @@ from afa.checkpoint import FORMAT, read_config
 from afa.denoisers import Site, discover_sites
 from afa.ensemble import text_width
 from afa.errors import AfaError
-from afa.experts import (
-    PICKLES,
-    check_safetensors,
-    hash_expert,
-    hash_file,
-    locate,
-    weight_files,
-)
+from afa.experts import locate
 from afa.files import read_json
+from afa.weights import PICKLES, check_safetensors, hash_expert, hash_file, weight_files
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

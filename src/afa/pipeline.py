@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from afa.aggregators import SABWConfig
+    from afa.experts import ExpertReference
 
 
 def load_pipeline(
@@ -106,6 +107,38 @@ def assemble(
     )
     vae.requires_grad_(False)
     return pipeline
+
+
+def load_single(
+    source: str | Path,
+    *,
+    config: Path | None = None,
+    torch_dtype: torch.dtype = torch.float32,
+) -> tuple[StableDiffusionPipeline, ExpertReference]:
+    """One checkpoint by itself, with its own autoencoder, as anyone would load it.
+
+    Args:
+        source: see `load_expert`, like the others.
+        config: for a single file.
+        torch_dtype: of all weights.
+
+    Returns: a stock pipeline, and what was loaded.
+
+    Raises:
+        AfaError: see `load_expert`.
+    """
+    expert = load_expert(source, config=config, torch_dtype=torch_dtype)
+    pipeline = StableDiffusionPipeline(
+        vae=expert.vae or load_vae(source, torch_dtype=torch_dtype)[0],
+        text_encoder=expert.text_encoder,
+        tokenizer=expert.tokenizer,
+        unet=expert.unet,
+        scheduler=expert.scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    return pipeline, expert.reference
 
 
 def check_text_to_image(pipeline: StableDiffusionPipeline) -> None:

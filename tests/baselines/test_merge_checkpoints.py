@@ -22,7 +22,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 import afa
 from afa.baselines import merge_models
 from afa.baselines.merging import MergeRecipe, merge_checkpoints, plan_merge
-from afa.experts import hash_expert, hash_file
+from afa.weights import hash_expert, hash_file
 from tests.single_file import original_layout
 from tests.tiny import ODD, tiny_pipeline
 

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 
 import afa
 from afa.errors import AfaError
-from afa.experts import hash_expert
 from afa.recipe import Recipe, TrainingRecipe
 from afa.text import hash_weights
 from afa.training import (
@@ -29,6 +28,7 @@ from afa.training import (
 from afa.training.data import batch_indices, to_pixels
 from afa.training.loop import encode_captions, encode_pictures, learning_rate_at
 from afa.training.objective import noise_and_target
+from afa.weights import hash_expert
 from tests.tiny import tiny_pipeline
 
 SMALL = afa.SABWConfig(hidden_size=8, num_layers=1, num_heads=2, norm_num_groups=4)

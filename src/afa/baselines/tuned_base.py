@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import StableDiffusionPipeline
 
 from afa.errors import AfaError
-from afa.experts import load_expert, load_vae
 from afa.files import is_unused, read_json, write_atomic
-from afa.pipeline import check_text_to_image
+from afa.pipeline import check_text_to_image, load_single
 from afa.training.loop import CHECKPOINT, DAMAGED, optimizer_steps, pick_device
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from diffusers import StableDiffusionPipeline
 
     from afa.recipe import TrainingRecipe
     from afa.training.data import CaptionedImages
@@ -54,21 +54,12 @@ def tune_base(
     if settings.expert_dtype != "float32":
         raise AfaError("A tuned base must be trained in float32, came another expert_dtype.")
     device = pick_device(settings.device)
-    expert = load_expert(source, config=config)
-    pipeline = StableDiffusionPipeline(
-        vae=expert.vae or load_vae(source)[0],
-        text_encoder=expert.text_encoder,
-        tokenizer=expert.tokenizer,
-        unet=expert.unet,
-        scheduler=expert.scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).to(device)
+    pipeline, reference = load_single(source, config=config)
+    pipeline = pipeline.to(device)
     check_text_to_image(pipeline)
     pipeline.vae.requires_grad_(False)
     run = {
-        "base": expert.reference.sha256,
+        "base": reference.sha256,
         "data": repr(data),
         "training": settings.model_dump(mode="json"),
     }

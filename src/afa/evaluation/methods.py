@@ -17,11 +17,14 @@ from afa.baselines import (
 )
 from afa.checkpoint import AGGREGATORS, load_ensemble, read_config
 from afa.ensemble import EnsembleDenoiser
-from afa.experts import hash_file, hash_pipeline, hash_vae, load_expert, load_vae, locate
-from afa.pipeline import check_text_to_image, load_pipeline
+from afa.experts import load_expert, locate
+from afa.pipeline import check_text_to_image, load_pipeline, load_single
 from afa.training.loop import pick_device
+from afa.weights import hash_file, hash_pipeline, hash_vae
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from afa.aggregators import FusionRule
     from afa.baselines.merging import MergeMethod
     from afa.evaluation.recipe import EvaluateRecipe, FusionRecipe, MethodRecipe
@@ -107,30 +110,20 @@ class MethodBuilder:
             )
         return self._experts
 
-    def _load(self, source: str) -> Expert:
-        config = self._recipe.config
-        return load_expert(
-            source, config=None if config is None else locate(config), torch_dtype=self._dtype
-        )
+    @property
+    def _config(self) -> Path | None:
+        return None if self._recipe.config is None else locate(self._recipe.config)
 
     def _model(self, source: str) -> StableDiffusionPipeline:
-        """A checkpoint with its own autoencoder, as anyone would load it."""
-        expert = self._load(source)
-        vae = expert.vae or load_vae(source, torch_dtype=self._dtype)[0]
-        return StableDiffusionPipeline(
-            vae=vae,
-            text_encoder=expert.text_encoder,
-            tokenizer=expert.tokenizer,
-            unet=expert.unet,
-            scheduler=expert.scheduler,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        ).to(self._device)
+        """A checkpoint with its own autoencoder."""
+        pipeline, _ = load_single(source, config=self._config, torch_dtype=self._dtype)
+        return pipeline.to(self._device)
 
     def _merge(self, method: MethodRecipe) -> StableDiffusionPipeline:
         recipe = self._recipe.merge_recipe(method)
-        base = None if recipe.base is None else self._load(recipe.base)
+        base = None
+        if recipe.base is not None:
+            base = load_expert(recipe.base, config=self._config, torch_dtype=self._dtype)
         return merged_pipeline(self._all_experts(), recipe.build(), base)
 
     def _fusion(self, fusion: FusionRecipe) -> StableDiffusionPipeline:

@@ -22,12 +22,13 @@ from afa.evaluation.prompts import PromptsRecipe, load_prompts, resolve_prompts
 from afa.evaluation.recipe import SCENES, SamplingRecipe, resolve_metric
 from afa.evaluation.scoring import open_scorer
 from afa.evaluation.work import draw
-from afa.experts import hash_pipeline, hash_vae, locate
+from afa.experts import locate
 from afa.files import is_unused, owned, read_json, write_atomic
 from afa.metrics import MetricRecipe
 from afa.pipeline import check_text_to_image, load_pipeline
 from afa.recipe import MAX_SEED, Section, read_recipe, resolve_source
 from afa.training.loop import pick_device
+from afa.weights import hash_pipeline, hash_vae
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence

@@ -55,7 +55,7 @@ _LOADING_ERRORS = (
 
 def is_pickle(file: str | Path) -> bool:
     """Whether a file's name says that reading it can run code."""
-    from afa.experts import PICKLES  # brings diffusers along, which checking a recipe does not need
+    from afa.weights import PICKLES  # brings diffusers along, which checking a recipe does not need
 
     return Path(file).suffix.lower() in PICKLES
 
@@ -141,7 +141,7 @@ class Source:
         Raises:
             AfaError: the file is damaged or holds something else.
         """
-        from afa.experts import check_safetensors
+        from afa.weights import check_safetensors
 
         if not is_pickle(file):
             check_safetensors(file)
@@ -191,7 +191,7 @@ class Source:
         Raises:
             AfaError: no safetensors, or damaged or incomplete ones.
         """
-        from afa.experts import check_safetensors
+        from afa.weights import check_safetensors
 
         if folder is not None:
             files = sorted(folder.glob("model*.safetensors"))

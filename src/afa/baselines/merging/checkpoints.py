@@ -10,8 +10,9 @@ from typing import Any
 from afa.baselines.merging.parts import TEXT_ENCODERS
 from afa.baselines.merging.streams import StoredTensor, read_header
 from afa.errors import AfaError
-from afa.experts import locate, weight_files, weights_in
+from afa.experts import locate
 from afa.files import read_json
+from afa.weights import weight_files, weights_in
 
 _PARTS = ("unet", *TEXT_ENCODERS, "vae")
 # what of a hub repository is needed; never a pickle

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from afa.baselines.merging.checkpoints import has_part
 from afa.baselines.merging.parts import TEXT_ENCODERS
-from afa.experts import PICKLES
 from afa.files import read_json, write_atomic
+from afa.weights import PICKLES
 
 _WEIGHTS = (".safetensors", ".safetensors.index.json", *PICKLES)
 _CHECKER = "safety_checker"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from afa.errors import AfaError
-from afa.experts import check_safetensors
+from afa.weights import check_safetensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
