@@ -91,7 +91,7 @@ def _stages(
     ]
     jobs.append(Job("autoMBW", search_job, (search_recipe(settings), work / "search")))
     # the longest first, so that no process is left alone with one at the end
-    jobs.sort(key=lambda job: "twice" not in job.name)
+    jobs.sort(key=lambda job: job.name != "autoMBW" and "twice" not in job.name)
     yield from run_jobs(jobs, num_processes)
 
     yield StageStarted("the rivals' settings")
