@@ -109,16 +109,16 @@ def candidates() -> dict[str, list[dict[str, Any]]]:
     return {
         "weighted merge": [_merge("weighted", weights=w) for w in weights],
         "add-difference merge": [
-            _merge("add_difference", weights=[w] * 3) for w in (0.2, 1 / 3, 0.5, 0.7, 1.0)
+            _merge("add_difference", weights=[w] * 3) for w in (0.05, 0.1, 0.2, 1 / 3, 0.5, 1.0)
         ],
         "SLERP merge": [_merge("slerp", weights=w) for w in weights],
         "TIES merge": [
             _merge("ties", density=d, weights=[w] * 3)
-            for d, w in itertools.product((0.2, 0.5, 0.8), (0.5, 1.0))
+            for d, w in itertools.product((0.2, 0.5, 0.8), (0.25, 0.5, 1.0))
         ],
         "DARE merge": [
             _merge("dare", density=d, weights=[w] * 3)
-            for d, w in itertools.product((0.2, 0.5, 0.8), (1 / 3, 0.5))
+            for d, w in itertools.product((0.2, 0.5, 0.8), (0.1, 0.2, 1 / 3))
         ],
         "MBW": [_merge("block_weights", block_weights=b) for b in block_presets()],
         "MagicFusion": [
