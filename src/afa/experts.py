@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,6 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError
 
 from afa.errors import AfaError
 from afa.files import read_json
@@ -25,11 +23,13 @@ from afa.weights import (
     hash_expert,
     hash_file,
     hash_files,
+    loading,
     weights_in,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
+    from contextlib import AbstractContextManager
 
     from diffusers import SchedulerMixin
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -48,17 +48,6 @@ _VAE_FILES = (
     "config.json",
     "diffusion_pytorch_model*.safetensors",
     *(f"vae/{name}" for name in _WEIGHTS),
-)
-# what a library says of a folder or file that is not what it seems
-_LOADING_ERRORS = (
-    OSError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    TypeError,
-    RuntimeError,
-    SafetensorError,
-    SingleFileComponentError,
 )
 
 
@@ -256,19 +245,11 @@ def _load_weights(model_class: Any, folder: Path, **options: Any) -> Any:
     return model
 
 
-@contextmanager
-def _loading(source: str | Path, remedy: str = "Download or save it again.") -> Iterator[None]:
-    """Turn whatever the libraries say of a damaged model into one line."""
-    try:
-        yield
-    except AfaError:
-        raise
-    except _LOADING_ERRORS as error:
-        said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise AfaError(
-            f"'{source}' must be a complete Stable Diffusion 1.x or 2.x model, but loading it says "
-            f"{said} - {remedy}"
-        ) from error
+def _loading(
+    source: str | Path, remedy: str = "Download or save it again."
+) -> AbstractContextManager[None]:
+    must = f"'{source}' must be a complete Stable Diffusion 1.x or 2.x model"
+    return loading(must, remedy, SingleFileComponentError)
 
 
 def _load_single_file(

@@ -159,15 +159,39 @@ def resolve_source(source: str, folder: Path) -> str:
     return os.path.abspath(local) if is_local else source
 
 
+def resolve_sources(section: Model, folder: Path, *keys: str) -> Model:
+    """A section of a recipe in `folder`, with the sources under these keys resolved.
+
+    Each is one source, a list of them, or None; see `resolve_source`.
+    """
+
+    def resolved(value: Any) -> Any:
+        if isinstance(value, list):
+            return [resolved(item) for item in value]
+        return value and resolve_source(value, folder)
+
+    return section.model_copy(update={key: resolved(getattr(section, key)) for key in keys})
+
+
 def _explain(detail: ErrorDetails, model: type[BaseModel]) -> str:
-    place = ".".join(str(part) for part in detail["loc"])
+    loc = detail["loc"]
+    # a key that is unknown or missing is itself in no section
+    is_key = detail["type"] in ("extra_forbidden", "missing")
+    place, known = _place(loc[:-1] if is_key else loc, model)
+    if is_key:
+        place = f"{place}.{loc[-1]}".removeprefix(".")
     if detail["type"] == "extra_forbidden":
-        known = _keys_at(detail["loc"][:-1], model)
-        close = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1, cutoff=0.5)
+        close = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean '{close[0]}'?" if close else f"known are {', '.join(known)}"
         return f"unknown key '{place}', {hint}"
     if detail["type"] == "missing":
         return f"the key '{place}' is missing"
+    if detail["type"].startswith("union_tag"):
+        key = detail["ctx"]["discriminator"].strip("'")
+        if detail["type"] == "union_tag_not_found":
+            return f"the key '{place}.{key}' is missing"
+        tags, came = detail["ctx"]["expected_tags"], detail["ctx"]["tag"]
+        return f"'{place}.{key}': must be one of {tags}, came '{came}'"
     message = detail["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     if not place:  # the recipe as a whole
@@ -177,15 +201,25 @@ def _explain(detail: ErrorDetails, model: type[BaseModel]) -> str:
     return f"'{place}': {message}, came {detail['input']!r}"
 
 
-def _keys_at(place: tuple[int | str, ...], model: type[BaseModel]) -> list[str]:
-    """The keys of the section at `place` in a recipe; lists are walked through."""
-    section = model
-    for part in place:
-        if isinstance(part, int):
-            continue
-        annotation: Any = section.model_fields[str(part)].annotation
-        section = next(kind for kind in _models_in(annotation))
-    return list(section.model_fields)
+def _place(loc: tuple[int | str, ...], model: type[BaseModel]) -> tuple[str, list[str]]:
+    """A place in a recipe as its writer names it, and the keys of the section there."""
+    sections, parts = [model], []
+    for part in loc:
+        if isinstance(part, str):
+            field = next(
+                (s.model_fields[part] for s in sections if part in s.model_fields),
+                None,
+            )
+            if field is None:  # which kind of a section it was taken for, not a key
+                sections = [s for s in sections if part in _tags(s)]
+                continue
+            sections = list(_models_in(field.annotation))
+        parts.append(str(part))
+    return ".".join(parts), list(sections[0].model_fields) if sections else []
+
+
+def _tags(section: type[BaseModel]) -> list[Any]:
+    return [field.default for field in section.model_fields.values()]
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
@@ -203,11 +237,5 @@ def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
         data = data.model_copy(
             update={"folder": Path(os.path.abspath(folder / data.folder.expanduser()))}
         )
-    return recipe.model_copy(
-        update={
-            "experts": [resolve_source(source, folder) for source in recipe.experts],
-            "vae": recipe.vae and resolve_source(recipe.vae, folder),
-            "config": recipe.config and resolve_source(recipe.config, folder),
-            "data": data,
-        }
-    )
+    recipe = resolve_sources(recipe, folder, "experts", "vae", "config")
+    return recipe.model_copy(update={"data": data})

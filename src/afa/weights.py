@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
@@ -10,10 +12,43 @@ from safetensors import SafetensorError, safe_open
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
 PICKLES = frozenset({".ckpt", ".pt", ".pth", ".bin", ".pkl"})
+# what libraries say of a file that is not what it seems
+_DAMAGED = (
+    OSError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    RuntimeError,
+    EOFError,
+    SafetensorError,
+    pickle.UnpicklingError,
+)
+
+
+@contextmanager
+def loading(must: str, remedy: str, *also: type[Exception]) -> Iterator[None]:
+    """Turn whatever a library says of damaged weights into one line.
+
+    Args:
+        must: names the weights and says what they must be.
+        remedy: what to do then, a sentence.
+        also: further exceptions that a library raises about damaged files.
+
+    Raises:
+        AfaError: "`must`, but loading says ... - `remedy`"; one that came from inside stays.
+    """
+    try:
+        yield
+    except AfaError:
+        raise
+    except _DAMAGED + also as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise AfaError(f"{must}, but loading says {said} - {remedy}") from error
 
 
 def weights_in(folder: Path) -> tuple[str | None, list[Path]]:

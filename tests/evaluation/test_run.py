@@ -270,10 +270,22 @@ def test_a_damaged_reference_picture_keeps_what_is_done(
             "letters and digits tell them apart",
         ),
         ({"methods": [{"name": "a", "fusion": {"rule": "shell", "expert": 2}}]}, "from 0 to 1"),
-        ({"methods": [{"name": "a", "fusion": {"rule": "shell"}}]}, "must name the expert"),
+        (
+            {"methods": [{"name": "a", "fusion": {"rule": "shell"}}]},
+            "the key 'methods.0.fusion.expert' is missing",
+        ),
+        (
+            {"methods": [{"name": "a", "fusion": {"rule": "shel"}}]},
+            "'methods.0.fusion.rule': must be one of 'feature_mean'",
+        ),
+        ({"methods": [{"name": "a", "fusion": {}}]}, "the key 'methods.0.fusion.rule' is missing"),
+        (
+            {"methods": [{"name": "a", "fusion": {"rule": "magic_fusion", "temprature": 1}}]},
+            "unknown key 'methods.0.fusion.temprature', did you mean 'temperatures'?",
+        ),
         (
             {"methods": [{"name": "a", "fusion": {"rule": "noise_mean", "expert": 1}}]},
-            "must leave expert out",
+            "unknown key 'methods.0.fusion.expert', known are rule",
         ),
         ({"primary": "fid"}, "must have as primary one of its scores both, objects"),
         (

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
+from afa.baselines.fusion import FusionRecipe
 from afa.errors import AfaError
 from afa.evaluation.recipe import EvaluateRecipe
 from afa.evaluation.search import SearchRecipe
-from afa.study import jobs
+from afa.study import jobs, plan
 from afa.study.conclusions import conclusions, verdict
 from afa.study.jobs import Job, JobProgress, run_jobs
 from afa.study.page import difference, row_of
@@ -67,6 +68,32 @@ def test_the_recipes_are_sound_and_have_every_row() -> None:
     tuned = {"tuned base (steps)": [Path("a")], "tuned base (time)": [Path("b")]}
     recipe = comparison_recipe(settings, trained, tuned, chosen)
     assert {method.name for method in EvaluateRecipe.model_validate(recipe).methods} >= ROWS
+
+
+def test_a_new_fusion_is_tuned_and_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own class is all that a new rule takes."""
+
+    class ModeRecipe(FusionRecipe):
+        rule: str = "mode"
+        width: float
+
+        def rules(self, sites: Any) -> Any:
+            raise NotImplementedError
+
+        @classmethod
+        def rows(cls, experts: Any) -> Any:
+            return {"mode": [cls(width=0.1), cls(width=0.2)], "mode of one": [cls(width=1)]}
+
+    monkeypatch.setattr(plan, "FUSIONS", (ModeRecipe,))
+    assert [c["fusion"]["width"] for c in candidates()["mode"]] == [0.1, 0.2]
+    settings = StudySettings()
+    names = [method["name"] for method in tuning_recipe(settings, {})["methods"]]
+    assert names[-2:] == ["mode 0", "mode 1"]
+    trained = {name: Path(name) for name in aggregator_recipes(settings)}
+    methods = comparison_recipe(settings, trained, {}, {"mode": candidates()["mode"][1]})["methods"]
+    by_name = {method.pop("name"): method for method in methods}
+    assert by_name["mode"] == {"fusion": {"rule": "mode", "width": 0.2}}
+    assert by_name["mode of one"] == {"fusion": {"rule": "mode", "width": 1.0}}
 
 
 def test_every_training_has_the_same_settings_but_its_own_point() -> None:

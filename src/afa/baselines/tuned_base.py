@@ -14,7 +14,8 @@ import torch
 from afa.errors import AfaError
 from afa.files import is_unused, read_json, write_atomic
 from afa.pipeline import check_text_to_image, load_single
-from afa.training.loop import CHECKPOINT, DAMAGED, optimizer_steps, pick_device
+from afa.training.loop import CHECKPOINT, optimizer_steps, pick_device
+from afa.weights import loading
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -98,17 +99,12 @@ def tune_base(
 
 def _resume(path: Path, modules: list[Any], optimizer: torch.optim.Optimizer) -> int:
     """Put a checkpoint into models and optimizer; returns the number of steps it has done."""
-    try:
+    with loading(f"The checkpoint '{path}' must be complete", "Delete it to begin again."):
         state = torch.load(path, weights_only=True, map_location="cpu")
         for module, weights in zip(modules, state["models"], strict=True):
             module.load_state_dict(weights)
         optimizer.load_state_dict(state["optimizer"])
         return int(state["step"])
-    except DAMAGED as error:
-        raise AfaError(
-            f"The checkpoint '{path}' must be complete, but reading it says "
-            f"{type(error).__name__}. Delete it to begin again."
-        ) from error
 
 
 def _save_pipeline(pipeline: StableDiffusionPipeline, output: Path) -> None:

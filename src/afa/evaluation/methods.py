@@ -7,14 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers import StableDiffusionPipeline
 
-from afa.baselines import (
-    HandOver,
-    feature_mean,
-    magic_fusion,
-    merge_models,
-    noise_mean,
-    shell,
-)
+from afa.baselines import merge_models
 from afa.checkpoint import AGGREGATORS, load_ensemble, read_config
 from afa.ensemble import EnsembleDenoiser
 from afa.experts import load_expert, locate
@@ -25,9 +18,9 @@ from afa.weights import hash_file, hash_pipeline, hash_vae
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from afa.aggregators import FusionRule
+    from afa.baselines.fusion import FusionRecipe
     from afa.baselines.merging import MergeMethod
-    from afa.evaluation.recipe import EvaluateRecipe, FusionRecipe, MethodRecipe
+    from afa.evaluation.recipe import EvaluateRecipe, MethodRecipe
     from afa.experts import Expert
 
 
@@ -127,17 +120,11 @@ class MethodBuilder:
         return merged_pipeline(self._all_experts(), recipe.build(), base)
 
     def _fusion(self, fusion: FusionRecipe) -> StableDiffusionPipeline:
-        experts, schedule = self._all_experts(), None
-        if fusion.rule == "hand_over":
-            order = fusion.order or list(range(len(experts.unet.experts)))
-            num_timesteps = experts.scheduler.config.num_train_timesteps
-            schedule = (
-                HandOver.evenly(order, num_timesteps)
-                if fusion.boundaries is None
-                else HandOver(order, fusion.boundaries)
-            )
-        rules = _rules(fusion, experts.unet.sites)
-        return _with(experts, unet=EnsembleDenoiser(list(experts.unet.experts), rules, schedule))
+        experts = self._all_experts()
+        unets = list(experts.unet.experts)
+        schedule = fusion.schedule(len(unets), experts.scheduler.config.num_train_timesteps)
+        rules = fusion.rules(experts.unet.sites)
+        return _with(experts, unet=EnsembleDenoiser(unets, rules, schedule))
 
 
 def merged_pipeline(
@@ -175,19 +162,3 @@ def _with(pipeline: StableDiffusionPipeline, **parts: object) -> StableDiffusion
     )
     changed.set_progress_bar_config(disable=True)
     return changed
-
-
-def _rules(fusion: FusionRecipe, sites: tuple[Any, ...]) -> list[FusionRule]:
-    if fusion.rule == "noise_mean":
-        return noise_mean(sites)
-    if fusion.rule == "shell":
-        assert fusion.expert is not None, "checked by the recipe"
-        return shell(sites, fusion.expert)
-    if fusion.rule == "magic_fusion":
-        settings: dict[str, Any] = {}
-        if fusion.temperatures is not None:
-            settings["temperatures"] = fusion.temperatures
-        if fusion.fuse_below is not None:
-            settings["fuse_below"] = fusion.fuse_below
-        return magic_fusion(sites, **settings)
-    return feature_mean(sites)

@@ -6,13 +6,13 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from afa.baselines.hand_over import HandOver
+from afa.baselines.fusion import AnyFusion
 from afa.baselines.merging import MergeRecipe
 from afa.evaluation.prompts import PromptsRecipe, resolve_file, resolve_prompts
 from afa.metrics import MetricRecipe
-from afa.recipe import MAX_SEED, Section, read_recipe, resolve_source
+from afa.recipe import MAX_SEED, Section, read_recipe, resolve_sources
 
 #: judged by the zoo's object classifier; needs prompts of the zoo
 SCENES = "scenes"
@@ -31,49 +31,19 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "method"
 
 
-class FusionRecipe(Section):
-    """Fusion without anything learnt.
-
-    `feature_mean`, `noise_mean`; `shell` with `expert`, a number from 0; `magic_fusion` with
-    `temperatures` (one, or one per expert) and `fuse_below`; `hand_over` with `order` and
-    `boundaries`, by default equal shares in the order of the experts.
-    """
-
-    rule: Literal["feature_mean", "noise_mean", "shell", "magic_fusion", "hand_over"]
-    expert: int | None = Field(default=None, ge=0)
-    temperatures: list[PositiveFloat] | None = Field(default=None, min_length=1)
-    fuse_below: PositiveFloat | None = None
-    order: list[int] | None = Field(default=None, min_length=1)
-    boundaries: list[float] | None = None
-
-    @model_validator(mode="after")
-    def _fits_its_rule(self) -> FusionRecipe:
-        takes = {
-            "shell": {"expert"},
-            "magic_fusion": {"temperatures", "fuse_below"},
-            "hand_over": {"order", "boundaries"},
-        }.get(self.rule, set())
-        given = {key for key in self.model_fields_set if key != "rule"}
-        if given - takes:
-            raise ValueError(f"must leave {', '.join(sorted(given - takes))} out: {self.rule}")
-        if self.rule == "shell" and self.expert is None:
-            raise ValueError("must name the expert of a shell, a number from 0")
-        return self
-
-
 class MethodRecipe(Section):
     """One row of the comparison: a name, and exactly one way to draw.
 
     `model`: a checkpoint by itself. `ensemble`: a folder of `afa train`, or several that differ in
     the seed of their training and are reported as one method. `merge`: as in a recipe of
-    `afa merge`, without experts and base. `fusion`: see `FusionRecipe`.
+    `afa merge`, without experts and base. `fusion`: a rule of `afa.baselines.fusion`.
     """
 
     name: str = Field(min_length=1, max_length=80)
     model: list[str] | None = Field(default=None, min_length=1)
     ensemble: list[str] | None = Field(default=None, min_length=1)
     merge: dict[str, Any] | None = None
-    fusion: FusionRecipe | None = None
+    fusion: AnyFusion | None = None
 
     @field_validator("model", "ensemble", mode="before")
     @classmethod
@@ -212,23 +182,11 @@ class EvaluateRecipe(Section):
 
     def _check_numbers(self, method: MethodRecipe) -> None:
         """Refuse a fusion that names experts which are not there."""
-        fusion, count = method.fusion, len(self.experts)
-        if fusion is None:
-            return
-        if fusion.rule == "hand_over" and fusion.boundaries is not None:
-            HandOver(fusion.order or range(count), fusion.boundaries)
-        if fusion.rule == "magic_fusion" and self.sampling.guidance <= 1:
-            raise ValueError(f"must have a guidance above 1 for '{method.name}'")
-        if len(fusion.temperatures or [1.0]) not in (1, count):
-            raise ValueError(
-                f"must have one temperature for '{method.name}', or one for each of {count} experts"
-            )
-        named = [*(fusion.order or []), *([] if fusion.expert is None else [fusion.expert])]
-        if any(not 0 <= n < count for n in named):
-            raise ValueError(
-                f"must number the {count} experts of '{method.name}' from 0 to {count - 1}, came "
-                f"{named}"
-            )
+        if method.fusion is not None:
+            try:
+                method.fusion.check(len(self.experts), self.sampling.guidance)
+            except ValueError as error:
+                raise ValueError(f"the method '{method.name}' {error}") from None
 
     def merge_recipe(self, method: MethodRecipe) -> MergeRecipe:
         """The static merge of a method, with this recipe's experts.
@@ -254,10 +212,7 @@ class EvaluateRecipe(Section):
 
 def resolve_metric(metric: MetricRecipe, folder: Path) -> MetricRecipe:
     """The paths of a metric in a recipe in `folder`, made absolute."""
-    places = {key: getattr(metric, key) for key in ("weights", "processor", "clip")}
-    return metric.model_copy(
-        update={key: place and resolve_source(place, folder) for key, place in places.items()}
-    )
+    return resolve_sources(metric, folder, "weights", "processor", "clip")
 
 
 def load_evaluate_recipe(path: str | Path) -> EvaluateRecipe:
@@ -268,25 +223,12 @@ def load_evaluate_recipe(path: str | Path) -> EvaluateRecipe:
     """
     recipe, folder = read_recipe(path, EvaluateRecipe), Path(path).parent
 
-    def source(name: str | None) -> str | None:
-        return None if name is None else resolve_source(name, folder)
-
-    def sources(names: list[str] | None) -> list[str] | None:
-        return None if names is None else [resolve_source(name, folder) for name in names]
-
-    return recipe.model_copy(
+    return resolve_sources(recipe, folder, "experts", "base", "vae", "config").model_copy(
         update={
-            "experts": sources(recipe.experts),
-            "base": source(recipe.base),
-            "vae": source(recipe.vae),
-            "config": source(recipe.config),
             "references": resolve_file(recipe.references, folder),
             "prompts": resolve_prompts(recipe.prompts, folder),
             "methods": [
-                method.model_copy(
-                    update={"model": sources(method.model), "ensemble": sources(method.ensemble)}
-                )
-                for method in recipe.methods
+                resolve_sources(method, folder, "model", "ensemble") for method in recipe.methods
             ],
             "metrics": [
                 metric if isinstance(metric, str) else resolve_metric(metric, folder)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from afa.baselines.fusion import ShellRecipe
 from afa.evaluation.prompts import groups_of
 from afa.evaluation.work import Unit, read_cost, units_of
 from afa.statistics import Interval, Paired, mean_interval, paired_difference
@@ -186,8 +187,8 @@ class Results:
     def shell_of(self, expert: MethodRecipe) -> MethodRecipe | None:
         """The control that has a single expert in the ensemble's shell."""
         number = self.recipe.experts.index((expert.model or [""])[0])
-        shells = [m for m in self.recipe.methods if self.kind(m) == "shell"]
-        return next((m for m in shells if m.fusion and m.fusion.expert == number), None)
+        shell = ShellRecipe(expert=number)
+        return next((m for m in self.recipe.methods if m.fusion == shell), None)
 
     def references(self, group: str) -> dict[str, str]:
         """What all methods are compared with in a group: role and method."""

@@ -26,7 +26,7 @@ from afa.experts import locate
 from afa.files import is_unused, owned, read_json, write_atomic
 from afa.metrics import MetricRecipe
 from afa.pipeline import check_text_to_image, load_pipeline
-from afa.recipe import MAX_SEED, Section, read_recipe, resolve_source
+from afa.recipe import MAX_SEED, Section, read_recipe, resolve_sources
 from afa.training.loop import pick_device
 from afa.weights import hash_pipeline, hash_vae
 
@@ -90,11 +90,8 @@ def load_search_recipe(path: str | Path) -> SearchRecipe:
         AfaError: see `afa.recipe.read_recipe`.
     """
     recipe, folder = read_recipe(path, SearchRecipe), Path(path).parent
-    return recipe.model_copy(
+    return resolve_sources(recipe, folder, "experts", "vae", "config").model_copy(
         update={
-            "experts": [resolve_source(source, folder) for source in recipe.experts],
-            "vae": recipe.vae and resolve_source(recipe.vae, folder),
-            "config": recipe.config and resolve_source(recipe.config, folder),
             "prompts": resolve_prompts(recipe.prompts, folder),
             "metric": recipe.metric
             if isinstance(recipe.metric, str)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from afa.errors import AfaError
+from afa.weights import PICKLES, check_safetensors, loading
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from contextlib import AbstractContextManager
 
     from torch import Tensor
 
@@ -39,24 +39,10 @@ PROCESSOR_FILES = (
 )
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
 PROCESSOR_ADVICE = " Or name another folder as processor."
-# what a library says of a file that is not what it seems
-_LOADING_ERRORS = (
-    OSError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    TypeError,
-    RuntimeError,
-    EOFError,
-    SafetensorError,
-    pickle.UnpicklingError,
-)
 
 
 def is_pickle(file: str | Path) -> bool:
     """Whether a file's name says that reading it can run code."""
-    from afa.weights import PICKLES  # brings diffusers along, which checking a recipe does not need
-
     return Path(file).suffix.lower() in PICKLES
 
 
@@ -141,8 +127,6 @@ class Source:
         Raises:
             AfaError: the file is damaged or holds something else.
         """
-        from afa.weights import check_safetensors
-
         if not is_pickle(file):
             check_safetensors(file)
             return load_file(file)
@@ -151,19 +135,12 @@ class Source:
             content = content.get("state_dict", content)
             return {key: t for key, t in content.items() if isinstance(t, torch.Tensor)}
 
-    @contextmanager
-    def loading(self) -> Iterator[None]:
+    def loading(self) -> AbstractContextManager[None]:
         """Turn whatever a library says of damaged or incomplete weights into one line."""
-        try:
-            yield
-        except AfaError:
-            raise
-        except _LOADING_ERRORS as error:
-            said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            raise AfaError(
-                f"{self.what} must be complete; loading '{self.name}' says {said} - download them "
-                f"again. Public ones: {self.public}."
-            ) from error
+        return loading(
+            f"{self.what} must be complete in '{self.name}'",
+            f"Download them again. Public ones: {self.public}.",
+        )
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -191,8 +168,6 @@ class Source:
         Raises:
             AfaError: no safetensors, or damaged or incomplete ones.
         """
-        from afa.weights import check_safetensors
-
         if folder is not None:
             files = sorted(folder.glob("model*.safetensors"))
             if not files:

@@ -6,6 +6,7 @@ import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from afa.baselines.fusion import FUSIONS
 from afa.recipe import AggregatorRecipe, DataRecipe, Recipe, ScenesRecipe, TrainingRecipe
 from afa.zoo import EXPERTS
 from afa.zoo.evaluate import GUIDANCE_SCALE, NUM_STEPS
@@ -106,7 +107,7 @@ def candidates() -> dict[str, list[dict[str, Any]]]:
     uniform = [1 / 3] * 3
     leading = [[0.5 if n == m else 0.25 for n in range(3)] for m in range(3)]
     weights = [uniform, *leading]
-    return {
+    merges = {
         "weighted merge": [_merge("weighted", weights=w) for w in weights],
         "add-difference merge": [
             _merge("add_difference", weights=[w] * 3) for w in (0.05, 0.1, 0.2, 1 / 3, 0.5, 1.0)
@@ -121,14 +122,16 @@ def candidates() -> dict[str, list[dict[str, Any]]]:
             for d, w in itertools.product((0.2, 0.5, 0.8), (0.1, 0.2, 1 / 3))
         ],
         "MBW": [_merge("block_weights", block_weights=b) for b in block_presets()],
-        "MagicFusion": [
-            {"fusion": {"rule": "magic_fusion", "temperatures": [t]}}
-            for t in (1.0, 10.0, 100.0, 1000.0)
-        ],
-        "timestep hand-over": [
-            {"fusion": {"rule": "hand_over", "order": list(order)}}
-            for order in itertools.permutations(range(3))
-        ],
+    }
+    return merges | {row: listed for row, listed in fusion_rows().items() if len(listed) > 1}
+
+
+def fusion_rows() -> dict[str, list[dict[str, Any]]]:
+    """Every row of every fusion without training, with the settings that it has to choose from."""
+    return {
+        row: [{"fusion": settings.model_dump(exclude_none=True)} for settings in listed]
+        for fusion in FUSIONS
+        for row, listed in fusion.rows(EXPERTS).items()
     }
 
 
@@ -234,12 +237,7 @@ def comparison_recipe(
     methods: list[dict[str, Any]] = [{"name": SUBJECT, "ensemble": seeds}]
     methods += [{"name": name, **settings_} for name, settings_ in chosen.items()]
     methods += [
-        {"name": "noise mean", "fusion": {"rule": "noise_mean"}},
-        {"name": "feature mean", "fusion": {"rule": "feature_mean"}},
-    ]
-    methods += [
-        {"name": f"shell: {name}", "fusion": {"rule": "shell", "expert": n}}
-        for n, name in enumerate(EXPERTS)
+        {"name": row, **listed[0]} for row, listed in fusion_rows().items() if len(listed) == 1
     ]
     methods += [{"name": f"expert: {name}", "model": _MODEL(name)} for name in EXPERTS]
     methods.append({"name": "base", "model": BASE})

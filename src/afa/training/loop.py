@@ -8,7 +8,6 @@ import math
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +23,7 @@ from afa.files import read_json, write_atomic
 from afa.pipeline import check_text_to_image, load_pipeline, native_resolution
 from afa.training.data import CaptionedImages, batch_indices, open_data, to_pixels
 from afa.training.objective import denoising_loss, training_scheduler
+from afa.weights import loading
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from afa.recipe import Recipe, TrainingRecipe
 
 CHECKPOINT = "checkpoint.pt"
-# what reading a checkpoint that was cut short or spoilt raises
-DAMAGED = (OSError, RuntimeError, ValueError, TypeError, LookupError, EOFError, UnpicklingError)
 _FREE = ("num_steps", "checkpoint_every", "device")  # may change when a run goes on
 
 
@@ -309,7 +307,9 @@ def _resume(path: Path, ensemble: EnsembleDenoiser, optimizer: torch.optim.Optim
     Raises:
         AfaError: it is damaged, or the experts are not the ones it was trained with.
     """
-    try:
+    with loading(
+        f"The checkpoint '{path}' must be complete", "Restore it, or delete it to begin again."
+    ):
         # on the CPU: the optimizer moves its state to where the parameters are now
         state = torch.load(path, weights_only=True, map_location="cpu")
         if state["experts"] != _hashes(ensemble):
@@ -321,13 +321,6 @@ def _resume(path: Path, ensemble: EnsembleDenoiser, optimizer: torch.optim.Optim
         load_aggregator_tensors(ensemble, state["aggregators"])
         optimizer.load_state_dict(state["optimizer"])
         return int(state["step"])
-    except AfaError:
-        raise
-    except DAMAGED as error:
-        raise AfaError(
-            f"The checkpoint '{path}' must be complete, but reading it says "
-            f"{type(error).__name__}. Restore it, or delete it to begin again."
-        ) from error
 
 
 def _hashes(ensemble: EnsembleDenoiser) -> list[str]:

@@ -15,7 +15,7 @@ from afa.baselines.merging.method import MergeMethod
 from afa.baselines.merging.slerp import Slerp
 from afa.baselines.merging.ties import Ties
 from afa.baselines.merging.weighted import WeightedSum
-from afa.recipe import MAX_SEED, Section, read_recipe, resolve_source
+from afa.recipe import MAX_SEED, Section, read_recipe, resolve_sources
 
 _METHODS: dict[str, type[MergeMethod]] = {
     "weighted": WeightedSum,
@@ -118,13 +118,7 @@ def load_merge_recipe(path: str | Path) -> MergeRecipe:
     Raises:
         AfaError: see `afa.recipe.read_recipe`.
     """
-    recipe, folder = read_recipe(path, MergeRecipe), Path(path).parent
-    return recipe.model_copy(
-        update={
-            "experts": [resolve_source(source, folder) for source in recipe.experts],
-            "base": recipe.base and resolve_source(recipe.base, folder),
-        }
-    )
+    return resolve_sources(read_recipe(path, MergeRecipe), Path(path).parent, "experts", "base")
 
 
 def _is_numbers(given: Any) -> bool:

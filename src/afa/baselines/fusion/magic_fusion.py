@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, Self
 
 import torch
+from pydantic import Field, PositiveFloat
 from torch.nn import functional as F
 
 from afa.aggregators import Condition, Fused, FusionRule, Separate
+from afa.baselines.fusion.recipe import FusionRecipe
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
@@ -106,3 +108,30 @@ def magic_fusion(
 ) -> list[FusionRule]:
     """The rules of an ensemble: every expert goes its own way up to its prediction."""
     return [*(Separate() for _ in sites[:-1]), MagicFusion(temperatures, fuse_below)]
+
+
+class MagicFusionRecipe(FusionRecipe):
+    """`rule: magic_fusion`; see `MagicFusion` for its settings, which have its defaults."""
+
+    rule: Literal["magic_fusion"] = "magic_fusion"
+    temperatures: list[PositiveFloat] | None = Field(default=None, min_length=1)
+    fuse_below: PositiveFloat | None = None
+
+    def rules(self, sites: Sequence[Site]) -> list[FusionRule]:
+        """The rule at the last site alone."""
+        return magic_fusion(sites, **self.model_dump(exclude={"rule"}, exclude_none=True))
+
+    def check(self, num_experts: int, guidance: float) -> None:
+        """Refuse to go without guidance, and another number of temperatures."""
+        if guidance <= 1:
+            raise ValueError("must have a guidance above 1")
+        if len(self.temperatures or [1.0]) not in (1, num_experts):
+            raise ValueError(
+                f"must have one temperature, or one for each of {num_experts} experts, came "
+                f"{self.temperatures}"
+            )
+
+    @classmethod
+    def rows(cls, experts: Sequence[str]) -> dict[str, list[Self]]:
+        """One row; the larger the temperature, the sharper the saliency."""
+        return {"MagicFusion": [cls(temperatures=[t]) for t in (1.0, 10.0, 100.0, 1000.0)]}

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, Self
 
+from pydantic import Field
+
+from afa.baselines.fusion.mean import feature_mean
+from afa.baselines.fusion.recipe import FusionRecipe, check_expert_numbers
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from afa.aggregators import FusionRule
+    from afa.denoisers import Site
 
 
 @dataclass(frozen=True)
@@ -45,3 +53,33 @@ class HandOver:
     def __call__(self, timestep: float) -> Sequence[int]:
         """The one expert of this timestep; at a boundary it is still the earlier one."""
         return [self.order[sum(timestep < boundary for boundary in self.boundaries)]]
+
+
+class HandOverRecipe(FusionRecipe):
+    """`rule: hand_over`; see `HandOver`. By default equal shares in the order of the experts."""
+
+    rule: Literal["hand_over"] = "hand_over"
+    order: list[int] | None = Field(default=None, min_length=1)
+    boundaries: list[float] | None = None
+
+    def rules(self, sites: Sequence[Site]) -> list[FusionRule]:
+        """Means, of the one expert that runs."""
+        return feature_mean(sites)
+
+    def schedule(self, num_experts: int, num_train_timesteps: int) -> HandOver:
+        """The hand-over itself."""
+        order = self.order or range(num_experts)
+        if self.boundaries is None:
+            return HandOver.evenly(order, num_train_timesteps)
+        return HandOver(order, self.boundaries)
+
+    def check(self, num_experts: int, guidance: float) -> None:
+        """Refuse experts that are not there, and boundaries that do not fit them."""
+        check_expert_numbers(self.order or [], num_experts)
+        self.schedule(num_experts, 1000)
+
+    @classmethod
+    def rows(cls, experts: Sequence[str]) -> dict[str, list[Self]]:
+        """One row, in any order."""
+        orders = itertools.permutations(range(len(experts)))
+        return {"timestep hand-over": [cls(order=list(order)) for order in orders]}
