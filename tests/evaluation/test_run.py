@@ -22,6 +22,7 @@ from afa.cli import main
 from afa.errors import AfaError
 from afa.evaluation import evaluate, load_evaluate_recipe
 from afa.evaluation.methods import MethodBuilder
+from tests.metrics.tiny import write_clip
 
 Write = Callable[..., Path]
 
@@ -318,6 +319,10 @@ def test_a_damaged_reference_picture_keeps_what_is_done(
             {"metrics": [{"name": "fid", "weights": "zoo:clip"}], "curve": {"num_steps": [1]}},
             "must have a metric of single pictures",
         ),
+        (
+            {"metrics": [{"name": "kid", "weights": "zoo:clip", "subset_size": 50}], "curve": None},
+            "must be at most 3, as many pictures as there are of 'mixed', came 50",
+        ),
         ({"subject": "nobody"}, "must name one of its methods, came 'nobody'"),
         ({"experts": [], "base": None}, "must have experts for the method"),
         ({"sampling": {"seeds": [1, 1]}}, "different numbers"),
@@ -382,6 +387,26 @@ def test_a_checkpoint_that_has_changed_is_not_mixed_with_old_pictures(
     again = run(recipe, output)
     fresh = run(recipe, tmp_path / "fresh")
     assert unmeasured(again) == unmeasured(fresh)
+
+
+def test_a_metric_whose_weights_have_changed_is_measured_again(
+    tmp_path: Path, write: Write
+) -> None:
+    write_clip(tmp_path / "clip")
+    names = ("clip_t", "clip_i", "cmmd")
+    metrics = [{"name": name, "weights": "clip"} for name in names]
+    recipe = write(metrics=metrics, curve=None)
+    before = run(recipe, tmp_path / "output")
+    weights = tmp_path / "clip" / "model.safetensors"
+    tensors = load_file(weights)
+    for name in ("visual_projection.weight", "text_projection.weight"):
+        tensors[name] = tensors[name].flip(0) * torch.arange(len(tensors[name]))[:, None]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    after = run(recipe, tmp_path / "output")
+    assert unmeasured(after) == unmeasured(run(recipe, tmp_path / "fresh"))
+    first, second = (r["rows"][0]["groups"]["mixed"] for r in (before, after))
+    assert all(first["scores"][n]["mean"] != second["scores"][n]["mean"] for n in names[:2])
+    assert first["sets"]["cmmd"] != second["sets"]["cmmd"]
 
 
 @pytest.mark.parametrize("file", ["vae/diffusion_pytorch_model.safetensors", "scheduler"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
@@ -10,14 +11,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from afa.errors import AfaError
+from afa.evaluation.prompts import groups_of
 from afa.evaluation.recipe import SCENE_SCORES, SCENES, slug
 from afa.evaluation.work import digest, open_pictures, read_pictures, write_json
 from afa.files import read_json, write_atomic
 from afa.metrics import MetricRecipe, ReferenceScorer, SetMetric, open_metrics
+from afa.weights import hash_file
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from PIL import Image
     from torch import Tensor
@@ -117,22 +119,29 @@ class Scoring:
         self.reference_scorers: list[ReferenceScorer] = []
         self.set_metrics: list[SetMetric] = []
         self.extractors: dict[str, FeatureExtractor] = {}
+        #: the folders that tell the settings and weights of metrics, and the weights of networks
         self._keys: dict[str, str] = {SCENES: SCENES}
         self._real: dict[str, Tensor] = {}
         chosen = [metric for metric in recipe.metrics if isinstance(metric, MetricRecipe)]
         if SCENES in recipe.metrics:
             self.scorers.append(_Scenes())
         for asked, metric in zip(chosen, open_metrics(chosen, device), strict=True):
-            self._keys[metric.name] = f"{metric.name}-{digest(asked.model_dump(mode='json'))}"
+            weights = _hash_weights(asked)
+            asked_for = [asked.model_dump(mode="json"), weights]
+            self._keys[metric.name] = f"{metric.name}-{digest(asked_for)}"
+            if isinstance(metric, SetMetric | ReferenceScorer):
+                network = metric.extractor.name
+                self.extractors[network] = metric.extractor
+                self._keys[network] = f"{slug(network)[:40]}-{digest([network, weights])}"
             if isinstance(metric, SetMetric):
                 self.set_metrics.append(metric)
-                self.extractors[metric.extractor.name] = metric.extractor
             elif isinstance(metric, ReferenceScorer):
                 self.reference_scorers.append(metric)
-                self.extractors[metric.extractor.name] = metric.extractor
             else:
                 self.scorers.append(_Single(metric))
         self.references = self._find_references(recipe)
+        for asked in chosen:
+            self._check_subsets(asked, recipe)
 
     def _find_references(self, recipe: EvaluateRecipe) -> list[Path]:
         """The real pictures: a folder's, or the prompts' own in their order."""
@@ -158,13 +167,27 @@ class Scoring:
             )
         return found if needs_real or self.reference_scorers else []
 
+    def _check_subsets(self, metric: MetricRecipe, recipe: EvaluateRecipe) -> None:
+        """Refuse subsets that are larger than a group of pictures, before any is drawn."""
+        if metric.subset_size is None:
+            return
+        num_seeds = len(recipe.sampling.seeds)
+        for group, places in groups_of(self._prompts).items():
+            num_real = len(places) if recipe.references is None else len(self.references)
+            smaller = min(num_seeds * len(places), num_real)
+            if metric.subset_size > smaller:
+                raise AfaError(
+                    f"The subset_size of '{metric.name}' must be at most {smaller}, as many "
+                    f"pictures as there are of '{group}', came {metric.subset_size}."
+                )
+
     # -- work ---------------------------------------------------------------------------------
 
     def _scores_file(self, metric: str, unit: Unit) -> Path:
         return self._store.scores(self._keys[metric], unit)
 
     def _features_file(self, network: str, unit: Unit) -> Path:
-        return self._store.features(_network_key(network), unit)
+        return self._store.features(self._keys[network], unit)
 
     def reference_batches(self) -> list[tuple[str, int]]:
         """The batches of reference pictures: network and number."""
@@ -179,7 +202,7 @@ class Scoring:
         Raises:
             AfaError: a picture that cannot be read.
         """
-        place = self._store.reference_features(_network_key(network), number)
+        place = self._store.reference_features(self._keys[network], number)
         start = number * _REFERENCE_BATCH
         paths = self.references[start : start + _REFERENCE_BATCH]
         made_from = json.dumps([[path.name, path.stat().st_size] for path in paths])
@@ -233,14 +256,21 @@ class Scoring:
         """The features of all reference pictures [pictures, width]."""
         if network not in self._real:
             count = -(-len(self.references) // _REFERENCE_BATCH)
-            files = [self._store.reference_features(_network_key(network), n) for n in range(count)]
+            key = self._keys[network]
+            files = [self._store.reference_features(key, number) for number in range(count)]
             self._real[network] = torch.cat([load_file(file)["features"] for file in files])
         return self._real[network]
 
 
-def _network_key(name: str) -> str:
-    """A network's name, which tells its weights, as a folder."""
-    return f"{slug(name)[:40]}-{digest(name)}"
+def _hash_weights(metric: MetricRecipe) -> dict[str, str]:
+    """SHA-256 of all local files that a metric reads; what a hub id names does not change."""
+    places = [Path(p) for p in (metric.weights, metric.processor, metric.clip) if p is not None]
+    files = [file for place in places for file in ([place] if place.is_file() else _files(place))]
+    return {str(file): hash_file(file) for file in files}
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
 
 
 def _pictures_in(folder: Path) -> list[Path]:

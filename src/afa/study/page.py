@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from afa.evaluation.report import curve_table
 from afa.files import read_json, write_atomic
 from afa.study.conclusions import conclusions
-from afa.study.plan import ABLATIONS, OTHER_EXPERTS, SUBJECT
+from afa.study.plan import ABLATIONS, OTHER_EXPERTS, SUBJECT, candidates
 from afa.study.provenance import made_from, trained_at
 from afa.zoo import EXPERTS
 
@@ -179,7 +179,10 @@ def page(report: dict[str, Any], results: dict[str, Any]) -> str:
             "choose at this point; its learning rate and schedule were chosen once, in a few runs, "
             "when the demo was made.",
             "",
-            *(f"- {name}: {_settings(chosen)}" for name, chosen in results["chosen"].items()),
+            *(
+                f"- {name}: {_settings(chosen)}{_tried(name)}"
+                for name, chosen in results["chosen"].items()
+            ),
             "",
         ]
     )
@@ -202,6 +205,12 @@ def _settings(chosen: dict[str, Any]) -> str:
         return value
 
     return f"`{json.dumps(rounded(chosen))}`"
+
+
+def _tried(name: str) -> str:
+    """Out of how many settings a rival's were chosen."""
+    listed = candidates().get(name)
+    return "" if listed is None else f", of {len(listed)} that were tried"
 
 
 def _variants() -> list[str]:
