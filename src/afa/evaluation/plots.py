@@ -108,7 +108,7 @@ def draw_scores(report: dict[str, Any], path: Path) -> None:
     figure = Figure(
         figsize=(2.2 + 2.6 * len(groups), 0.9 + 0.26 * len(names)), layout="constrained"
     )
-    panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
+    panels = figure.subplots(1, len(groups), sharex=True, sharey=True, squeeze=False)[0]
     for panel, group in zip(panels, groups, strict=True):
         for height, name in enumerate(names):
             score = rows[name]["groups"][group]["scores"][primary]
@@ -165,6 +165,7 @@ def draw_curve(report: dict[str, Any], path: Path) -> None:
 def draw_shares(weights: dict[str, Any], path: Path) -> None:
     """Draw the mean weight of each expert by site and step, groups by rows, experts by columns."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     experts, sites, groups = weights["experts"], weights["sites"], weights["groups"]
     width = 1.6 + 2.5 * len(experts)
@@ -172,7 +173,7 @@ def draw_shares(weights: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(width, height), layout="constrained")
     panels = figure.subplots(len(groups), len(experts), squeeze=False)
     image = None
-    for line, (group, recorded) in zip(panels, groups.items(), strict=True):
+    for row, (line, (group, recorded)) in enumerate(zip(panels, groups.items(), strict=True)):
         for n, (panel, expert) in enumerate(zip(line, experts, strict=True)):
             # a site without weights is drawn as if nobody were heard there
             table = [
@@ -180,10 +181,11 @@ def draw_shares(weights: dict[str, Any], path: Path) -> None:
                 for site in sites
             ]
             image = panel.imshow(table, vmin=0, vmax=1, cmap="cividis", aspect="auto")
-            panel.set_title(_plain(f"{group}: {expert}"), fontsize=9)
+            panel.set_title(_plain(f"{expert}, on {group} prompts"), fontsize=9)
             panel.set_yticks(range(len(sites)), sites if n == 0 else [""] * len(sites), fontsize=6)
+            panel.xaxis.set_major_locator(MaxNLocator(integer=True))
             panel.tick_params(axis="x", labelsize=6)
-            if line is panels[-1]:
+            if row == len(groups) - 1:
                 panel.set_xlabel("step", fontsize=8)
     if image is not None:
         figure.colorbar(image, ax=panels, label="mean weight", shrink=0.6)
