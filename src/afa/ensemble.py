@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,15 @@ from diffusers.utils.peft_utils import apply_lora_scale
 from torch import Tensor, nn
 
 from afa.aggregators import SABW, Condition, Mean, SABWConfig, Separate
-from afa.denoisers import Feature, Site, discover_sites, family_of, run_lockstep
+from afa.denoisers import (
+    PLAIN,
+    Execution,
+    Feature,
+    Site,
+    discover_sites,
+    family_of,
+    run_lockstep,
+)
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
@@ -70,6 +79,7 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
         self.aggregators = nn.ModuleList(self._build_aggregators(aggregators))
         self._rules = {site.name: n for n, site in enumerate(self.sites)}
         self.schedule = schedule
+        self.execution: Execution = PLAIN
         self.on_weights: WeightsObserver | None = None
         #: where the experts and the autoencoder come from; None where they were made in memory
         self.references: Sequence[ExpertReference] | None = None
@@ -176,6 +186,7 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
                 mid_block_additional_residual=mid_block_additional_residual,
                 down_intrablock_additional_residuals=down_intrablock_additional_residuals,
                 encoder_attention_mask=encoder_attention_mask,
+                execution=self.execution,
             )
             for n, text in zip(active, texts, strict=True)
         ]
@@ -188,7 +199,7 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
                 condition = Condition(steps, _mean([f.temb for f in features]), mean_text, sample)
             site = features[0].site
             rule = self.aggregators[self._rules[site]]
-            fused = rule([f.hidden for f in features], condition)
+            fused = self.execution.segment(rule, [f.hidden for f in features], condition)
             if self.on_weights is not None and fused.weights is not None:
                 self.on_weights(steps, site, fused.weights)
             return fused.feature
@@ -229,6 +240,11 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
     # -- what a denoiser offers besides -------------------------------------------------------
 
     @property
+    def device(self) -> torch.device:
+        """Where inputs are expected."""
+        return self.execution.device or next(self.experts[0].parameters()).device
+
+    @property
     def dtype(self) -> torch.dtype:
         """The experts' data type; aggregators stay in float32."""
         return self.experts[0].dtype
@@ -254,6 +270,47 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
         super().train(mode)
         self.experts.eval()
         return self
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether only the features at the sites are kept for the backward pass."""
+        return self.execution.checkpoints
+
+    def enable_gradient_checkpointing(self, *_: Any, **__: Any) -> None:
+        """Keep only the features at the sites for the backward pass; compute the rest again."""
+        self.execution = replace(self.execution, checkpoints=True)
+
+    def disable_gradient_checkpointing(self) -> None:
+        """Undo `enable_gradient_checkpointing`."""
+        self.execution = replace(self.execution, checkpoints=False)
+
+    def offload_experts(self, device: torch.device | str) -> None:
+        """Keep the experts' blocks on the CPU and bring one layer at a time to a device.
+
+        Everything else goes there as a whole. For training, `enable_gradient_checkpointing` besides
+        or the layers that a backward pass needs stay there until it.
+
+        Args:
+            device: where everything is computed.
+        """
+        self.experts.to("cpu")
+        for expert in self.experts:
+            streamed = {id(p) for part in self._family.streamed(expert) for p in part.parameters()}
+            for tensor in itertools.chain(expert.parameters(), expert.buffers()):
+                if id(tensor) not in streamed:
+                    tensor.data = tensor.data.to(device)
+        self.aggregators.to(device)
+        self.execution = replace(self.execution, device=torch.device(device))
+
+    def stop_offloading(self) -> None:
+        """Undo `offload_experts`; the experts stay on the CPU, the aggregators where they are."""
+        self.experts.to("cpu")
+        self.execution = replace(self.execution, device=None)
+
+    def frozen_names(self) -> list[str]:
+        """The names of all parameters and buffers of the experts."""
+        named = (*self.experts.named_parameters(), *self.experts.named_buffers())
+        return [f"experts.{name}" for name, _ in named]
 
     def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
         """Switch FreeU on in every expert."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 
-from afa.denoisers import discover_sites, family_of, run_alone
-from afa.denoisers.unet import unet_blocks
+from afa.denoisers import PLAIN, Execution, discover_sites, family_of, run_alone
+from afa.denoisers.unet import streamed_parts, unet_blocks
 from afa.errors import AfaError
 from tests.tiny import ODD, SD1, SD2, TEXT_WIDTH, inputs, tiny_unet
 
@@ -193,25 +194,66 @@ def test_fused_projections() -> None:
 def test_gradient_checkpointing_changes_no_gradient() -> None:
     call = inputs()
     gradients = []
-    for checkpointing in (False, True):
+    for execution in (PLAIN, Execution(checkpoints=True)):
         unet = tiny_unet()
-        if checkpointing:
-            unet.enable_gradient_checkpointing()
         sample = call["sample"].clone().requires_grad_()
-        run_alone(unet_blocks(unet, **{**call, "sample": sample})).square().mean().backward()
+        blocks = unet_blocks(unet, **{**call, "sample": sample}, execution=execution)
+        run_alone(blocks).square().mean().backward()
         gradients.append((sample.grad, unet.conv_in.weight.grad))
     for plain, checkpointed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, checkpointed, rtol=0, atol=0)
 
 
-def test_gradient_checkpointing_recomputes_resnets() -> None:
+def test_gradient_checkpointing_computes_what_lies_between_sites_again() -> None:
     unet = tiny_unet()
-    unet.enable_gradient_checkpointing()
-    calls = []
-    unet.down_blocks[0].resnets[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    calls: list[str] = []
+    parts = {
+        "resnet": unet.down_blocks[0].resnets[0],
+        "attention": unet.down_blocks[0].attentions[0],
+        "downsampler": unet.down_blocks[0].downsamplers[0],
+        "mid": unet.mid_block,
+        "upsampler": unet.up_blocks[0].upsamplers[0],
+    }
+    for name, part in parts.items():
+        part.register_forward_pre_hook(lambda *_, name=name: calls.append(name))
     sample = inputs()["sample"].requires_grad_()
-    run_alone(unet_blocks(unet, **{**inputs(), "sample": sample})).mean().backward()
-    assert len(calls) == 2
+    execution = Execution(checkpoints=True)
+    blocks = unet_blocks(unet, **{**inputs(), "sample": sample}, execution=execution)
+    run_alone(blocks).mean().backward()
+    assert {name: calls.count(name) for name in parts} == dict.fromkeys(parts, 2)
+
+
+@pytest.mark.parametrize("checkpoints", [False, True])
+def test_layers_that_are_brought_over_one_at_a_time(checkpoints: bool) -> None:
+    """Copies of the weights are used, whose results and gradients are the same, bit for bit."""
+    gradients = []
+    for execution in (PLAIN, Execution(checkpoints, torch.device("cpu"))):
+        unet = tiny_unet().requires_grad_(False)
+        sample = inputs()["sample"].requires_grad_()
+        blocks = unet_blocks(unet, **{**inputs(), "sample": sample}, execution=execution)
+        prediction = run_alone(blocks)
+        prediction.square().mean().backward()
+        gradients.append((prediction.detach(), sample.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_nothing_of_the_blocks_is_used_where_it_lies() -> None:
+    """As on a machine whose accelerator has no room for the blocks: here they are on no device."""
+    unet = tiny_unet().requires_grad_(False)
+    expected = run_alone(unet_blocks(unet, **inputs()))
+    kept = {id(part): copy.deepcopy(part) for part in _modules(streamed_parts(unet))}
+
+    class Elsewhere(Execution):
+        def run(self, layer: Any, *args: Any, **kwargs: Any) -> Any:
+            return kept[id(layer)](*args, **kwargs)
+
+    for part in streamed_parts(unet):
+        part.to("meta")
+    assert torch.equal(run_alone(unet_blocks(unet, **inputs(), execution=Elsewhere())), expected)
+
+
+def _modules(parts: list[Any]) -> list[Any]:
+    return [module for part in parts for module in part.modules()]
 
 
 def test_half_of_controlnets_residuals_is_refused() -> None:

@@ -14,7 +14,8 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from afa.denoisers.coroutine import Blocks, Feature, run_alone, run_lockstep
-from afa.denoisers.unet import check_unet, unet_blocks, unet_example
+from afa.denoisers.execution import PLAIN, Execution
+from afa.denoisers.unet import check_unet, streamed_parts, unet_blocks, unet_example
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FAMILIES",
+    "PLAIN",
     "Blocks",
+    "Execution",
     "Family",
     "Feature",
     "Site",
@@ -37,16 +40,22 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Family:
-    """How one family of denoisers is taken apart."""
+    """How one family of denoisers is taken apart.
+
+    `blocks` runs the modules of `streamed` through its `execution`, and all others as they are.
+    """
 
     name: str
     model_class: Any
     blocks: Callable[..., Blocks]
     check: Callable[[Any], None]
     example: Callable[[Any], dict[str, Any]]
+    streamed: Callable[[Any], list[nn.Module]]
 
 
-FAMILIES = (Family("unet", UNet2DConditionModel, unet_blocks, check_unet, unet_example),)
+FAMILIES = (
+    Family("unet", UNet2DConditionModel, unet_blocks, check_unet, unet_example, streamed_parts),
+)
 
 
 @dataclass(frozen=True)

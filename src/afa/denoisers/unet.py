@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.utils.torch_utils import apply_freeu
-from torch.utils.checkpoint import checkpoint
 
 from afa.denoisers.coroutine import Blocks, Feature
+from afa.denoisers.execution import PLAIN, Execution
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
 _LAYERED_DOWN = ("CrossAttnDownBlock2D", "DownBlock2D")
 _LAYERED_UP = ("CrossAttnUpBlock2D", "UpBlock2D")
@@ -67,6 +67,7 @@ def unet_blocks(
     mid_block_additional_residual: Tensor | None = None,
     down_intrablock_additional_residuals: Sequence[Tensor] | None = None,
     encoder_attention_mask: Tensor | None = None,
+    execution: Execution = PLAIN,
 ) -> Blocks:
     """Run one U-Net site by site (AFA, section 3.2 and figure 2).
 
@@ -90,6 +91,7 @@ def unet_blocks(
         mid_block_additional_residual: ControlNet's, for the mid block.
         down_intrablock_additional_residuals: T2I-Adapter's, one per down block.
         encoder_attention_mask: [B, L], true keeps a token of the text and false discards it.
+        execution: how the layers of the blocks are run.
 
     Yields: the feature at each site; expects the one to go on with.
     Returns: the prediction [B, C, H, W], which is what was sent back at `conv_out`.
@@ -141,13 +143,28 @@ def unet_blocks(
         cross_attention_kwargs = {**cross_attention_kwargs, "gligen": {"objs": objects}}
     text_kwargs["cross_attention_kwargs"] = cross_attention_kwargs
 
+    run = execution.run
+
     def layer(block: Any, index: int, hidden: Tensor) -> Tensor:
-        hidden = _checkpointed(block, block.resnets[index], hidden, temb)
+        hidden = run(block.resnets[index], hidden, temb)
         if getattr(block, "has_cross_attention", False):
-            hidden = block.attentions[index](
-                hidden, encoder_hidden_states=text, return_dict=False, **text_kwargs
+            attention = block.attentions[index]
+            hidden = run(
+                attention, hidden, encoder_hidden_states=text, return_dict=False, **text_kwargs
             )[0]
         return hidden
+
+    def up_layer(block: Any, index: int, hidden: Tensor, skip: Tensor, size: Any) -> Tensor:
+        hidden = layer(block, index, _join_skip(block, hidden, skip))
+        if index == len(block.resnets) - 1:
+            for upsampler in block.upsamplers or ():
+                hidden = run(upsampler, hidden, size)
+        return hidden
+
+    def middle(hidden: Tensor) -> Tensor:
+        if getattr(unet.mid_block, "has_cross_attention", False):
+            return run(unet.mid_block, hidden, temb, encoder_hidden_states=text, **text_kwargs)
+        return run(unet.mid_block, hidden, temb)
 
     hidden = yield Feature("conv_in", unet.conv_in(sample), temb)
     skips = [hidden]
@@ -155,13 +172,15 @@ def unet_blocks(
     for b, block in enumerate(unet.down_blocks):
         attends = getattr(block, "has_cross_attention", False)
         for i in range(len(block.resnets)):
-            hidden = yield Feature(f"down.{b}.{i}", layer(block, i, hidden), temb)
+            hidden = execution.segment(layer, block, i, hidden)
+            hidden = yield Feature(f"down.{b}.{i}", hidden, temb)
             is_last = i == len(block.resnets) - 1
             if attends and is_last and adapter_residuals:
                 hidden = hidden + adapter_residuals.pop(0)
             skips.append(hidden)
         for downsampler in block.downsamplers or ():
-            hidden = yield Feature(f"down.{b}.downsample", downsampler(hidden), temb)
+            hidden = execution.segment(run, downsampler, hidden)
+            hidden = yield Feature(f"down.{b}.downsample", hidden, temb)
             skips.append(hidden)
         if not attends and adapter_residuals:
             # the library adds this one in place, which changes the skip as well
@@ -171,11 +190,7 @@ def unet_blocks(
         skips = [s + r for s, r in zip(skips, down_block_additional_residuals, strict=True)]
 
     if unet.mid_block is not None:
-        if getattr(unet.mid_block, "has_cross_attention", False):
-            mid = unet.mid_block(hidden, temb, encoder_hidden_states=text, **text_kwargs)
-        else:
-            mid = unet.mid_block(hidden, temb)
-        hidden = yield Feature("mid", mid, temb)
+        hidden = yield Feature("mid", execution.segment(middle, hidden), temb)
         if adapter_residuals and adapter_residuals[0].shape == hidden.shape:
             hidden = hidden + adapter_residuals.pop(0)
     if mid_block_additional_residual is not None:
@@ -184,12 +199,11 @@ def unet_blocks(
     for b, block in enumerate(unet.up_blocks):
         is_last_block = b == len(unet.up_blocks) - 1
         for i in range(len(block.resnets)):
-            hidden = layer(block, i, _join_skip(block, hidden, skips.pop()))
             is_last_layer = i == len(block.resnets) - 1
-            if is_last_layer:
-                size = skips[-1].shape[2:] if forward_upsample_size and not is_last_block else None
-                for upsampler in block.upsamplers or ():
-                    hidden = upsampler(hidden, size)
+            skip, size = skips.pop(), None
+            if forward_upsample_size and is_last_layer and not is_last_block:
+                size = skips[-1].shape[2:]
+            hidden = execution.segment(up_layer, block, i, hidden, skip, size)
             if not (is_last_layer and is_last_block):
                 hidden = yield Feature(f"up.{b}.{i}", hidden, temb)
 
@@ -203,19 +217,6 @@ def _as_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if mask is None else ((1 - mask.to(dtype)) * -10000.0).unsqueeze(1)
 
 
-def _checkpointed(
-    block: Any, resnet: Callable[..., Tensor], hidden: Tensor, temb: Tensor
-) -> Tensor:
-    """Call a resnet; recompute it in the backward pass where its block asks for that.
-
-    Attention layers look after themselves; the block's own flag is read only in the block's own
-    forward, which is never called here.
-    """
-    if torch.is_grad_enabled() and block.gradient_checkpointing:
-        return checkpoint(resnet, hidden, temb, use_reentrant=False)
-    return resnet(hidden, temb)
-
-
 def _join_skip(block: Any, hidden: Tensor, skip: Tensor) -> Tensor:
     """Concatenate a skip connection, with FreeU (Si et al., 2023) where it is switched on."""
     scales = {key: getattr(block, key, None) for key in ("s1", "s2", "b1", "b2")}
@@ -223,6 +224,12 @@ def _join_skip(block: Any, hidden: Tensor, skip: Tensor) -> Tensor:
         # the library scales in place, and the fused feature is every expert's
         hidden, skip = apply_freeu(block.resolution_idx, hidden.clone(), skip, **scales)
     return torch.cat([hidden, skip], dim=1)
+
+
+def streamed_parts(unet: UNet2DConditionModel) -> list[nn.Module]:
+    """The large parts of a U-Net, which `unet_blocks` runs through its `execution`."""
+    mid = [] if unet.mid_block is None else [unet.mid_block]
+    return [*unet.down_blocks, *mid, *unet.up_blocks]
 
 
 def unet_example(unet: UNet2DConditionModel) -> dict[str, Any]:

@@ -1,0 +1,51 @@
+"""How the layers of an expert are run: kept or computed again, where they are or brought over."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Execution:
+    """What a coroutine calls its expert's layers through.
+
+    Attributes:
+        checkpoints: whether, for a backward pass, only what goes in and out of a segment is kept,
+            and the rest computed again (Chen et al., 2016, arXiv 1604.06174). A segment is what
+            lies between two sites.
+        device: where layers are brought, one at a time, to run; None runs them where they are. The
+            copies are let go of after the segment, in the forward pass and in the backward pass.
+    """
+
+    checkpoints: bool = False
+    device: torch.device | None = None
+
+    def segment(self, function: Callable[..., Any], *inputs: Any) -> Any:
+        """Run a function of tensors that lies between two sites."""
+        if self.checkpoints and torch.is_grad_enabled():
+            # experts are frozen and in evaluation mode: there is no random state to bring back
+            return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return function(*inputs)
+
+    def run(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Call a layer."""
+        if self.device is None:
+            return layer(*args, **kwargs)
+        named = itertools.chain(layer.named_parameters(), layer.named_buffers())
+        here = {name: tensor.to(self.device, non_blocking=True) for name, tensor in named}
+        return functional_call(layer, here, args, kwargs)
+
+
+#: every layer where it is, all kept
+PLAIN = Execution()
