@@ -6,7 +6,7 @@ WORK ?= runs/results
 OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo results test test-all format lint types check constraints clean
+.PHONY: help install demo results bench test test-all format lint types check constraints clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -23,6 +23,9 @@ demo: install ## train an ensemble on the emoji scenes and compare it (OUT=folde
 
 results: install ## train and compare everything, write docs/results.md (over an hour; goes on)
 	$(BIN)/afa zoo results $(WORK) --docs docs
+
+bench: install ## what each switch of the training costs and saves (minutes)
+	$(BIN)/python benchmarks/training.py
 
 test: install ## the quick tests
 	$(BIN)/python -m pytest -q -m "not slow and not gpu"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,8 @@ from afa.cli.console import quieten
 
 quieten()  # before the libraries read their settings
 os.environ["HF_HUB_OFFLINE"] = "1"
+_datasets = tempfile.TemporaryDirectory(prefix="afa-tests-")
+os.environ["HF_DATASETS_CACHE"] = _datasets.name
 
 from tests.tiny import tiny_pipeline  # noqa: E402
 

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import afa
 from afa.baselines.merging.recipe import load_merge_recipe
 from afa.cli import main
 from afa.denoisers import discover_sites
 from afa.evaluation import load_evaluate_recipe
-from afa.recipe import load_recipe
+from afa.training.recipe import DatasetRecipe, load_recipe
 from tests.tiny import inputs, tiny_unet
 
 ROOT = Path(__file__).parents[1]
@@ -36,6 +37,17 @@ def test_the_recipe_is_one(tmp_path: Path) -> None:
     recipe = load_recipe(tmp_path / "recipe.yaml")
     assert recipe.training.expert_dtype == "bfloat16"
     assert recipe.experts[2] == "stable-diffusion-v1-5/stable-diffusion-v1-5"
+
+
+def test_the_training_recipe_is_one(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(block("docs/training.md", "experts: ["))
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    assert (recipe.data.resolution, recipe.training.keep_checkpoints) == (512, 2)
+    text = (ROOT / "docs" / "training.md").read_text()
+    sources = re.findall(r"`dataset: (\{.*\})`", text)
+    assert len(sources) >= 3
+    for source in sources:
+        DatasetRecipe.model_validate(yaml.safe_load(source))
 
 
 def test_the_comparison_and_the_merge_are_recipes(tmp_path: Path) -> None:

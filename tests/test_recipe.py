@@ -8,7 +8,7 @@ import pytest
 
 from afa.aggregators import SABWConfig
 from afa.errors import AfaError
-from afa.recipe import load_recipe
+from afa.training.recipe import load_recipe
 
 GOOD = """
 experts: [./a, org/name, zoo:food]
@@ -52,10 +52,13 @@ def test_paths_are_relative_to_the_recipe_and_names_are_left_alone(tmp_path: Pat
         (("num_steps: 10", "num_steps: ten"), "'training.num_steps': input should be a valid int"),
         (("training: {num_steps: 10}", ""), "the key 'training' is missing"),
         (("[./a, org/name, zoo:food]", "[]"), "'experts': list should have at least 1 item"),
-        (("{folder: pictures}", "{}"), "'data' must have exactly one of folder and scenes"),
+        (
+            ("{folder: pictures}", "{}"),
+            "'data' must have exactly one of folder, dataset and scenes",
+        ),
         (
             ("{folder: pictures}", "{folder: a, scenes: {}}"),
-            "'data' must have exactly one of folder and scenes",
+            "'data' must have exactly one of folder, dataset and scenes",
         ),
         (("{folder: pictures}", "{scenes: {kind: cars}}"), "'data.scenes.kind': input should be"),
         (("{num_steps: 10}", "{num_steps: 10"), "must be YAML"),

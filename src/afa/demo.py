@@ -25,8 +25,7 @@ from afa.checkpoint import save_ensemble
 from afa.ensemble import EnsembleDenoiser
 from afa.maps import draw_weights, record_weights
 from afa.pipeline import load_pipeline
-from afa.recipe import TrainingRecipe
-from afa.training import SceneImages, seeded, train_aggregators
+from afa.training import SceneImages, TrainingRecipe, seeded, train_aggregators
 from afa.zoo import EXPERTS, expert_folder
 from afa.zoo.evaluate import GUIDANCE_SCALE, Score, draw_pictures, evaluate
 from afa.zoo.judges import load_classifier

@@ -1,4 +1,4 @@
-"""Recipes: YAML files checked before any work, and what `afa train` reads."""
+"""Recipes: YAML files that are checked before any work."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import difflib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 from afa.errors import AfaError
@@ -25,81 +25,6 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class ScenesRecipe(Section):
-    """Emoji scenes made on the fly; see `afa.zoo.scenes`."""
-
-    num_samples: int = Field(default=10_000, ge=1)
-    seed: int = Field(default=0, ge=0, le=MAX_SEED)
-    kind: Literal["animals", "food", "things", "any", "mixed"] = "any"
-
-
-class DataRecipe(Section):
-    """Exactly one source of captioned pictures."""
-
-    folder: Path | None = None
-    scenes: ScenesRecipe | None = None
-
-    @model_validator(mode="after")
-    def _exactly_one(self) -> DataRecipe:
-        if (self.folder is None) == (self.scenes is None):
-            raise ValueError("must have exactly one of folder and scenes")
-        return self
-
-
-class AggregatorRecipe(Section):
-    """The shape of SABW; see `afa.SABWConfig`."""
-
-    hidden_size: int = Field(default=128, ge=1)
-    num_layers: int = Field(default=2, ge=1)
-    num_heads: int = Field(default=8, ge=1)
-    norm_num_groups: int = Field(default=32, ge=1)
-    spatial: bool = True
-    timestep: bool = True
-    prompt: bool = True
-    sharing: Literal["none", "width"] = "none"
-    sites: Literal["all", "conv_out"] = "all"
-
-
-class TrainingRecipe(Section):
-    """How the aggregators are trained; defaults are the paper's (AFA, section 4.1).
-
-    One is not: the published code does not clip gradients, which is `max_grad_norm: null` here.
-    float16 experts are not offered, since gradients on their way through them underflow.
-    """
-
-    num_steps: int = Field(ge=1)
-    batch_size: int = Field(default=8, ge=1)
-    learning_rate: float = Field(default=1e-4, gt=0)
-    weight_decay: float = Field(default=0.01, ge=0)
-    num_warmup_steps: int = Field(default=100, ge=0)
-    # cosine falls to zero at num_steps: a short run ends well, a longer one is another run
-    learning_rate_schedule: Literal["constant", "cosine"] = "constant"
-    max_grad_norm: float | None = Field(default=1.0, gt=0)
-    caption_dropout: float = Field(default=0.1, ge=0, le=1)
-    resolution: int | None = Field(default=None, ge=8)  # None: what the experts were made for
-    expert_dtype: Literal["float32", "bfloat16"] = "float32"
-    gradient_checkpointing: bool = False
-    checkpoint_every: int = Field(default=500, ge=1)
-    device: str = "auto"
-    seed: int = Field(default=0, ge=0, le=MAX_SEED)
-
-
-class Recipe(Section):
-    """A whole training run.
-
-    `experts` are diffusers folders, single `.safetensors` files, hub ids or `zoo:animals`; the
-    autoencoder is the first expert's unless `vae` names another source. Single files need `config`,
-    a diffusers folder of their family, where no hub can be reached.
-    """
-
-    experts: list[str] = Field(min_length=1)
-    vae: str | None = None
-    config: str | None = None
-    data: DataRecipe
-    aggregator: AggregatorRecipe = AggregatorRecipe()
-    training: TrainingRecipe
-
-
 class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML's safe loader, which by itself lets a later key silently replace an earlier one."""
 
@@ -111,15 +36,6 @@ class _UniqueKeyLoader(yaml.SafeLoader):
                 None, None, f"the key '{twice}' stands twice", node.start_mark
             )
         return super().construct_mapping(node, deep=deep)
-
-
-def load_recipe(path: str | Path) -> Recipe:
-    """Read and check a training recipe; paths in it are relative to its own folder.
-
-    Raises:
-        AfaError: see `read_recipe`.
-    """
-    return _resolve_paths(read_recipe(path, Recipe), Path(path).parent)
 
 
 def read_recipe(path: str | Path, model: type[Model]) -> Model:
@@ -228,14 +144,3 @@ def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
         yield annotation
     for argument in getattr(annotation, "__args__", ()):
         yield from _models_in(argument)
-
-
-def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
-    """Make local paths independent of where the program is run; names stay as they are."""
-    data = recipe.data
-    if data.folder is not None:
-        data = data.model_copy(
-            update={"folder": Path(os.path.abspath(folder / data.folder.expanduser()))}
-        )
-    recipe = resolve_sources(recipe, folder, "experts", "vae", "config")
-    return recipe.model_copy(update={"data": data})

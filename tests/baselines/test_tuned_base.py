@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 
 from afa.baselines.tuned_base import tune_base
 from afa.errors import AfaError
-from afa.recipe import TrainingRecipe
-from afa.training import SceneImages, TrainStep
+from afa.training import SceneImages, TrainingRecipe, TrainStep
 
 DATA = SceneImages(8, seed=1)
 
@@ -98,6 +97,7 @@ def test_what_is_refused(experts: list[Path], tmp_path: Path) -> None:
     other = SceneImages(8, seed=2)
     with pytest.raises(AfaError, match="of the same base, data and settings"):
         list(tune_base(str(experts[0]), other, settings(), tmp_path / "tuned"))
-    (tmp_path / "tuned" / "checkpoint.pt").write_bytes(b"PK")
+    for checkpoint in (tmp_path / "tuned" / "checkpoints").iterdir():
+        checkpoint.write_bytes(b"PK")
     with pytest.raises(AfaError, match="must be complete"):
         tune(experts[0], tmp_path / "tuned")

@@ -1,21 +1,34 @@
-"""Captioned pictures from a folder and from the endless scenes."""
+"""Captioned pictures from folders, data sets of all kinds, and the endless scenes."""
 
 from __future__ import annotations
 
+import io
 import json
-from collections import Counter
+import tarfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import datasets
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
-import torch
 from PIL import Image
 
 from afa.errors import AfaError
-from afa.training.data import FolderImages, SceneImages, batch_indices, to_pixels
+from afa.training.data import (
+    BrokenPicture,
+    DatasetStream,
+    FolderImages,
+    Part,
+    SceneImages,
+    open_dataset,
+)
+from afa.training.recipe import DatasetRecipe
 
 
-def write(folder: Path, rows: list[object]) -> Path:
+def write(folder: Path, rows: Sequence[object]) -> Path:
     folder.mkdir(exist_ok=True)
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     (folder / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
@@ -107,36 +120,158 @@ def test_scenes_are_pictures_with_their_captions() -> None:
     assert np.array_equal(np.asarray(first), np.asarray(again))
 
 
-def test_pixels_are_scaled_cropped_and_signed() -> None:
-    wide = Image.fromarray(np.tile(np.arange(30, dtype=np.uint8), (10, 1))).convert("RGB")
-    generator = torch.Generator().manual_seed(0)
-    crops = [to_pixels(wide, 10, generator) for _ in range(50)]
-    assert all(crop.shape == (3, 10, 10) for crop in crops)
-    starts = {round(float((crop[0, 0, 0] + 1) * 127.5)) for crop in crops}
-    assert min(starts) <= 3 < 17 <= max(starts) <= 20  # anywhere, whole
-    assert torch.equal(crops[0][:, 0], crops[0][:, 9])
-    assert to_pixels(wide, 20, generator).shape == (3, 20, 20)
-    assert to_pixels(wide.resize((31, 100)), 7, generator).shape == (3, 7, 7)
+def test_a_part_has_the_wholes_names(tmp_path: Path) -> None:
+    rows = [picture(tmp_path, f"{n}.png") for n in range(4)]
+    data = FolderImages(write(tmp_path, rows))
+    part = Part(data, range(1, 3))
+    assert (len(part), part.name(0), part[1][1]) == (2, str(tmp_path / "1.png"), "a red square")
+    assert part.fingerprint != Part(data, range(2)).fingerprint
 
 
-def test_square_pictures_are_whole_and_draw_nothing() -> None:
-    generator = torch.Generator().manual_seed(0)
-    before = generator.get_state()
-    white = to_pixels(Image.new("RGB", (10, 10), "white"), 10, generator)
-    assert white.min().item() == white.max().item() == 1.0
-    assert to_pixels(Image.new("RGB", (10, 10)), 5, generator).max().item() == -1.0
-    assert torch.equal(generator.get_state(), before)
+def test_a_folders_fingerprint_sees_pictures_and_captions(tmp_path: Path) -> None:
+    rows = [picture(tmp_path, "1.png"), picture(tmp_path, "2.png", "blue")]
+    first = FolderImages(write(tmp_path, rows)).fingerprint
+    assert FolderImages(tmp_path).fingerprint == first
+    picture(tmp_path, "1.png", "white", (9, 9))
+    second = FolderImages(tmp_path).fingerprint
+    rows[0]["text"] = "another"
+    assert len({first, second, FolderImages(write(tmp_path, rows)).fingerprint}) == 3
 
 
-def test_an_epoch_has_every_sample_once_and_the_next_another_order() -> None:
-    epochs = [
-        [i for step in range(5 * n, 5 * n + 5) for i in batch_indices(15, 3, step, 0)]
-        for n in (0, 1)
-    ]
-    assert all(sorted(epoch) == list(range(15)) for epoch in epochs)
-    assert epochs[0] != epochs[1]
+# -- data sets of the `datasets` library ------------------------------------------------------
 
 
-def test_batches_run_over_the_end_of_an_epoch() -> None:
-    seen = [i for step in range(7) for i in batch_indices(3, 3 + 4, step, 1)]
-    assert set(Counter(seen[:48]).values()) == {16}
+def as_bytes(colour: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (12, 8), colour).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+COLOURS = ("red", "green", "blue", "white", "black")
+
+
+def parquet(folder: Path) -> dict[str, Any]:
+    """As people keep pictures in parquet: a struct of bytes and path."""
+    rows = {
+        "picture": [{"bytes": as_bytes(c), "path": f"{c}.png"} for c in COLOURS],
+        "words": [f"a {c} square" for c in COLOURS],
+    }
+    pyarrow.parquet.write_table(pyarrow.table(rows), folder / "rows.parquet")
+    return {
+        "path": "parquet",
+        "data_files": str(folder / "rows.parquet"),
+        "image_column": "picture",
+        "caption_column": "words",
+    }
+
+
+def webdataset(folder: Path) -> dict[str, Any]:
+    for shard in range(2):
+        with tarfile.open(folder / f"{shard:03d}.tar", "w") as tar:
+            for n, colour in list(enumerate(COLOURS))[shard::2]:
+                parts = {
+                    "png": as_bytes(colour),
+                    "json": json.dumps({"caption": f"a {colour} square"}).encode(),
+                }
+                for suffix, content in parts.items():
+                    entry = tarfile.TarInfo(f"{n:05d}.{suffix}")
+                    entry.size = len(content)
+                    tar.addfile(entry, io.BytesIO(content))
+    return {
+        "path": "webdataset",
+        "data_files": str(folder / "*.tar"),
+        "image_column": "png",
+        "caption_column": "json.caption",
+    }
+
+
+def imagefolder(folder: Path) -> dict[str, Any]:
+    rows = [picture(folder / "train", f"{c}.png", c) for c in COLOURS]
+    write(folder / "train", [*rows])
+    return {"path": str(folder)}
+
+
+def saved(folder: Path) -> dict[str, Any]:
+    """Features that say themselves that they are pictures."""
+    rows = {
+        "image": [{"bytes": as_bytes(c), "path": None} for c in COLOURS],
+        "text": [[f"a {c} square", "another caption"] for c in COLOURS],
+    }
+    features = datasets.Features(
+        {"image": datasets.Image(), "text": datasets.Sequence(datasets.Value("string"))}
+    )
+    table = datasets.Dataset.from_dict(rows, features=features)
+    table.to_parquet(folder / "rows.parquet")
+    return {"path": "parquet", "data_files": str(folder / "rows.parquet")}
+
+
+FORMATS = [parquet, webdataset, imagefolder, saved]
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_data_sets(tmp_path: Path, kind: Any, streaming: bool) -> None:
+    recipe = DatasetRecipe.model_validate({**kind(tmp_path), "streaming": streaming})
+    data = open_dataset(recipe, None)
+    if isinstance(data, DatasetStream):
+        samples = [read() for read in data]
+    else:
+        samples = [data[n] for n in range(len(data))]
+        assert data.name(0).startswith("row 0")
+    assert {caption for _, caption in samples} == {f"a {c} square" for c in COLOURS}
+    for shown, caption in samples:
+        colour = Image.new("RGB", (1, 1), caption.split()[1]).getpixel((0, 0))
+        assert (shown.mode, shown.getpixel((3, 3))) == ("RGB", colour)
+    again = open_dataset(recipe, None)
+    assert again.fingerprint == data.fingerprint
+    some = open_dataset(recipe, 2)
+    count = sum(1 for _ in some) if isinstance(some, DatasetStream) else len(some)
+    assert count == 2
+    assert some.fingerprint != data.fingerprint
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_broken_row_is_named(tmp_path: Path, streaming: bool) -> None:
+    pictures = [as_bytes("red"), as_bytes("red")[:50]]
+    table = pyarrow.table({"image": pictures, "text": ["a", "b"]})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    recipe = DatasetRecipe(
+        path="parquet", data_files=[str(tmp_path / "rows.parquet")], streaming=streaming
+    )
+    data = open_dataset(recipe, None)
+    readers = list(data) if isinstance(data, DatasetStream) else [lambda: data[0], lambda: data[1]]
+    assert readers[0]()[1] == "a"
+    with pytest.raises(BrokenPicture, match="'row 1' must be a complete picture"):
+        readers[1]()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_column": "picture"}, "has no column 'picture', it has image, text. Name one"),
+        ({"caption_column": "words"}, "has no column 'words'"),
+        ({"split": "test"}, "must be one that `datasets` reads, but it says ValueError"),
+        ({"data_files": ["none.parquet"]}, "must be one that `datasets` reads"),
+    ],
+)
+def test_data_sets_that_cannot_be_had(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    table = pyarrow.table({"image": [as_bytes("red")], "text": ["a"]})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    files = [str(tmp_path / "rows.parquet")]
+    recipe = DatasetRecipe.model_validate({"path": "parquet", "data_files": files, **changes})
+    with pytest.raises(AfaError) as caught:
+        open_dataset(recipe, None)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_rows_without_a_picture_or_a_text(tmp_path: Path) -> None:
+    table = pyarrow.table({"image": [as_bytes("red"), None], "text": [3, 4]})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    recipe = DatasetRecipe(path="parquet", data_files=[str(tmp_path / "rows.parquet")])
+    data = open_dataset(recipe, None)
+    assert not isinstance(data, DatasetStream)
+    with pytest.raises(AfaError, match=r"row 0 of .* must have a text .*, came 3"):
+        data[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 import tempfile
@@ -13,18 +12,27 @@ import torch
 
 from afa.errors import AfaError
 from afa.files import is_unused, read_json, write_atomic
-from afa.pipeline import check_text_to_image, load_single
-from afa.training.loop import CHECKPOINT, optimizer_steps, pick_device
-from afa.weights import loading
+from afa.pipeline import check_text_to_image, load_single, native_resolution
+from afa.training.checkpoints import (
+    Checkpoint,
+    Checkpoints,
+    load_optimizer_tensors,
+    optimizer_tensors,
+)
+from afa.training.engine import Engine
+from afa.training.examples import LiveExamples
+from afa.training.loop import optimizer_steps
+from afa.training.run import CHECKPOINTS
+from afa.training.transform import Transform
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from diffusers import StableDiffusionPipeline
 
-    from afa.recipe import TrainingRecipe
     from afa.training.data import CaptionedImages
     from afa.training.loop import TrainStep
+    from afa.training.recipe import TrainingRecipe
 
 
 def tune_base(
@@ -54,9 +62,9 @@ def tune_base(
     """
     if settings.expert_dtype != "float32":
         raise AfaError("A tuned base must be trained in float32, came another expert_dtype.")
-    device = pick_device(settings.device)
+    engine = Engine(settings.device)
     pipeline, reference = load_single(source, config=config)
-    pipeline = pipeline.to(device)
+    pipeline = pipeline.to(engine.device)
     check_text_to_image(pipeline)
     pipeline.vae.requires_grad_(False)
     run = {
@@ -76,35 +84,48 @@ def tune_base(
     optimizer = torch.optim.AdamW(
         parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
     )
-    checkpoint = output / CHECKPOINT
-    first = _resume(checkpoint, modules, optimizer) if checkpoint.exists() else 0
+    checkpoints = Checkpoints(output / CHECKPOINTS, keep=1)
+    first = _resume(checkpoints, modules, optimizer)
     output.mkdir(parents=True, exist_ok=True)
     write_atomic(output / "run.json", json.dumps(run, indent=2) + "\n")
 
     def save(step: int) -> None:
-        state = {
-            "step": step,
-            "models": [module.state_dict() for module in modules],
-            "optimizer": optimizer.state_dict(),
-        }
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        write_atomic(checkpoint, buffer.getvalue())
+        states = {f"models.{n}": module.state_dict() for n, module in enumerate(modules)}
+        states["optimizer"] = optimizer_tensors(optimizer)
+        tensors = {f"{part}.{k}": t for part, state in states.items() for k, t in state.items()}
+        checkpoints.write(Checkpoint(step, tensors))
 
+    examples = LiveExamples(
+        pipeline,
+        data,
+        Transform(min(native_resolution(pipeline)), seed=settings.seed),
+        seed=settings.seed,
+        caption_dropout=settings.caption_dropout,
+        device=engine.device,
+        trains_text=True,
+    )
     yield from optimizer_steps(
-        pipeline, data, settings, optimizer, modules=modules, first=first, save=save
+        pipeline,
+        examples,
+        settings,
+        optimizer,
+        engine=engine,
+        modules=modules,
+        first=first,
+        save=save,
     )
     _save_pipeline(pipeline, output)
 
 
-def _resume(path: Path, modules: list[Any], optimizer: torch.optim.Optimizer) -> int:
-    """Put a checkpoint into models and optimizer; returns the number of steps it has done."""
-    with loading(f"The checkpoint '{path}' must be complete", "Delete it to begin again."):
-        state = torch.load(path, weights_only=True, map_location="cpu")
-        for module, weights in zip(modules, state["models"], strict=True):
-            module.load_state_dict(weights)
-        optimizer.load_state_dict(state["optimizer"])
-        return int(state["step"])
+def _resume(checkpoints: Checkpoints, modules: list[Any], optimizer: torch.optim.Optimizer) -> int:
+    """Go on from the newest checkpoint; returns the number of steps it has done."""
+    found = checkpoints.read()
+    if found is None:
+        return 0
+    for n, module in enumerate(modules):
+        module.load_state_dict(found.part(f"models.{n}"))
+    load_optimizer_tensors(optimizer, found.part("optimizer"))
+    return found.step
 
 
 def _save_pipeline(pipeline: StableDiffusionPipeline, output: Path) -> None:

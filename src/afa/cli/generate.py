@@ -60,7 +60,7 @@ def generate(
     import afa
     from afa.maps import draw_weights
     from afa.pipeline import check_text_to_image
-    from afa.training.loop import pick_device
+    from afa.training.engine import pick_device
 
     quieten_loading()
     pipeline = afa.load_ensemble(

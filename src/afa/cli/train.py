@@ -2,30 +2,98 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from afa.cli.console import console, quieten_loading, show_steps
+from afa.cli.console import console, progress_bar, quieten_loading
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from afa.training import CacheProgress, TrainStep
+    from afa.training.recipe import Recipe
 
 
 def train(
     recipe: Annotated[Path, typer.Argument(help="YAML file: experts, data, aggregator, training.")],
     output: Annotated[Path, typer.Option(help="New folder, or one of an earlier run to go on.")],
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Encode pictures and captions anew in every step.")
+    ] = False,
 ) -> None:
     """Train the aggregators of an ensemble; the experts stay frozen.
 
-    The same command goes on where an earlier run was stopped.
+    The same command goes on where an earlier run was stopped. Ctrl-C saves first. Several
+    processes: accelerate launch -m afa train ...
 
     [bold]Example[/bold]: afa train recipe.yaml --output runs/first
     """
-    from afa.recipe import load_recipe
+    from afa.training.recipe import load_recipe
 
     checked = load_recipe(recipe)
+    if no_cache:
+        checked = _without_cache(checked)
 
+    from afa.training import Stopped, stop_on_signals
     from afa.training import train as train_ensemble
 
     quieten_loading()
-    show_steps(train_ensemble(checked, output), "train")
-    console.print(f"Ensemble in {output}. Try: afa generate {output} 'a prompt' --output pictures")
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    with stop_on_signals() as should_stop:
+        try:
+            _show(train_ensemble(checked, output, should_stop=should_stop), is_main=is_main)
+        except Stopped as stopped:
+            if is_main:
+                console.print(
+                    f"Stopped after step {stopped.step} of {stopped.num_steps}; all is saved. The "
+                    "same command goes on."
+                )
+            raise typer.Exit(128 + (should_stop.signal or 0)) from None
+    if is_main:
+        console.print(
+            f"Ensemble in {output}. Try: afa generate {output} 'a prompt' --output pictures"
+        )
+
+
+def _without_cache(recipe: Recipe) -> Recipe:
+    from afa.errors import AfaError
+
+    if recipe.data.dataset is not None and recipe.data.dataset.streaming:
+        raise AfaError("A streamed data set must be cached; leave --no-cache or streaming out.")
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache": False})})
+
+
+def _show(events: Iterator[TrainStep | CacheProgress], *, is_main: bool) -> None:
+    """Run a training to its end under bars with smoothed loss and speed, notes above them."""
+    from afa.training import TrainStep
+
+    first = next(events, None)  # before the bars, so that an early mistake prints one line alone
+    if first is None:
+        return
+    with progress_bar() as progress:
+        tasks: dict[str, int] = {}
+        loss = seconds = None
+        event: TrainStep | CacheProgress | None = first
+        while event is not None:
+            if not is_main:
+                event = next(events, None)
+                continue
+            for note in event.notes:
+                progress.console.print(note, markup=False, highlight=False)
+            if isinstance(event, TrainStep):
+                stage, done = "train", event.step
+                total: int | None = event.num_steps
+                loss = event.loss if loss is None else loss + 0.05 * (event.loss - loss)
+                seconds = (
+                    event.seconds if seconds is None else seconds + 0.05 * (event.seconds - seconds)
+                )
+                note = f"loss {loss:.4f}  {1 / max(seconds, 1e-9):.1f} steps/s"
+            else:
+                stage, done, total, note = event.stage, event.done, event.total, ""
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=total, note="")
+            progress.update(tasks[stage], completed=done, note=note)  # type: ignore[arg-type]
+            event = next(events, None)

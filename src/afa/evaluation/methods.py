@@ -12,7 +12,7 @@ from afa.checkpoint import AGGREGATORS, load_ensemble, read_config
 from afa.ensemble import EnsembleDenoiser
 from afa.experts import load_expert, locate
 from afa.pipeline import check_text_to_image, load_pipeline, load_single
-from afa.training.loop import pick_device
+from afa.training.engine import pick_device
 from afa.weights import hash_file, hash_pipeline, hash_vae
 
 if TYPE_CHECKING:

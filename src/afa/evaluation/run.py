@@ -23,7 +23,7 @@ from afa.evaluation.scoring import Scoring
 from afa.evaluation.shares import record_shares
 from afa.evaluation.work import Store, draw_unit, units_of, write_json
 from afa.files import is_unused, owned, read_json
-from afa.training.loop import pick_device
+from afa.training.engine import pick_device
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

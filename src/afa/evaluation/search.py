@@ -27,7 +27,7 @@ from afa.files import is_unused, owned, read_json, write_atomic
 from afa.metrics import MetricRecipe
 from afa.pipeline import check_text_to_image, load_pipeline
 from afa.recipe import MAX_SEED, Section, read_recipe, resolve_sources
-from afa.training.loop import pick_device
+from afa.training.engine import pick_device
 from afa.weights import hash_pipeline, hash_vae
 
 if TYPE_CHECKING:

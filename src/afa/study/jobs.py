@@ -18,7 +18,7 @@ from afa.errors import AfaError
 from afa.files import read_json, write_atomic
 
 if TYPE_CHECKING:
-    from afa.recipe import Recipe, TrainingRecipe
+    from afa.training.recipe import Recipe, TrainingRecipe
 
 _DONE, _LOG = "finished.json", "log.jsonl"
 _events: Any = None  # the queue of a worker to its parent
@@ -150,9 +150,13 @@ def search_job(name: str, recipe: dict[str, Any], folder: Path) -> None:
         _note(folder, {"seconds": sum(_seconds(folder))})
 
 
-def _finish(name: str, steps: Iterator[Any], folder: Path) -> None:
+def _finish(name: str, events: Iterator[Any], folder: Path) -> None:
     """Run a training to its end and keep how long a step took."""
-    for step in steps:
+    from afa.training import TrainStep
+
+    for step in events:
+        if not isinstance(step, TrainStep):  # scenes are encoded as they come
+            continue
         _say(name, step.step, step.num_steps)
         _log(folder, {"step": step.step, "loss": step.loss, "seconds": step.seconds})
     _note(folder, {"seconds_per_step": statistics.median(_seconds(folder))})
@@ -168,7 +172,7 @@ def _seconds(folder: Path) -> list[float]:
 
 
 def _note(folder: Path, content: dict[str, Any]) -> None:
-    from afa.study.provenance import commit
+    from afa.provenance import commit
 
     content = {**content, "commit": commit()}
     write_atomic(folder / _DONE, json.dumps(content) + "\n")

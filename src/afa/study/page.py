@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from afa.evaluation.report import curve_table
 from afa.files import read_json, write_atomic
+from afa.provenance import made_from
 from afa.study.conclusions import conclusions
 from afa.study.plan import ABLATIONS, OTHER_EXPERTS, SUBJECT, candidates
-from afa.study.provenance import made_from, trained_at
 from afa.zoo import EXPERTS
 
 if TYPE_CHECKING:
@@ -91,6 +91,12 @@ def difference(report: dict[str, Any], method: str, group: str) -> dict[str, Any
                 **{k: row[k] for k in ("wins", "losses", "ties", "p_value")},
             }
     return None
+
+
+def trained_at(work: Path) -> str:
+    """The commits at which the trainings were finished, where other ones than the page's."""
+    notes = [read_json(file) for file in sorted(work.glob("*/*/finished.json"))]
+    return ", ".join(sorted({str(note["commit"]) for note in notes if "commit" in note}))
 
 
 # -- the page ---------------------------------------------------------------------------------

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from afa.baselines.fusion import FUSIONS
-from afa.recipe import AggregatorRecipe, DataRecipe, Recipe, ScenesRecipe, TrainingRecipe
+from afa.training.recipe import (
+    AggregatorRecipe,
+    DataRecipe,
+    Recipe,
+    ScenesRecipe,
+    TrainingRecipe,
+)
 from afa.zoo import EXPERTS
 from afa.zoo.evaluate import GUIDANCE_SCALE, NUM_STEPS
 from afa.zoo.models import AGGREGATOR
@@ -63,6 +69,7 @@ def training(settings: StudySettings, seed: int, **changes: Any) -> TrainingReci
         "num_warmup_steps": min(50, settings.num_train_steps),
         "learning_rate_schedule": "cosine",
         "checkpoint_every": 100,
+        "trackers": [],
         "seed": seed,
     }
     return TrainingRecipe(**{**values, **changes})

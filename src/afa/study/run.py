@@ -95,7 +95,7 @@ def _stages(
     yield from run_jobs(jobs, num_processes)
 
     yield StageStarted("the rivals' settings")
-    _evaluate(work / "tuning", tuning_recipe(settings, bases), num_processes)
+    evaluate_in_processes(work / "tuning", tuning_recipe(settings, bases), num_processes)
     chosen, rate_name = choose(read_json(work / "tuning" / "report.json"), settings)
     chosen["autoMBW"] = {"merge": _searched(work / "search")}
     rate = rates[rate_name]
@@ -116,7 +116,7 @@ def _stages(
 
     yield StageStarted("the comparison")
     recipe = comparison_recipe(settings, trained, tuned, chosen)
-    _evaluate(work / "comparison", recipe, num_processes)
+    evaluate_in_processes(work / "comparison", recipe, num_processes)
     costs = training_costs(settings, trained, tuned, work / "search")
     write_pages(work, docs, settings, chosen, costs, rate)
 
@@ -142,7 +142,7 @@ def _require_same(work: Path, settings: StudySettings) -> None:
         raise AfaError(f"The work folder must be new or of an earlier study; '{work}' is neither.")
 
 
-def _evaluate(output: Path, recipe: dict[str, Any], num_processes: int) -> None:
+def evaluate_in_processes(output: Path, recipe: dict[str, Any], num_processes: int) -> None:
     """Run `afa evaluate` in several processes, on a recipe that is kept beside its output."""
     file = output.with_suffix(".yaml")
     plain = json.loads(json.dumps(recipe))  # equal lists as such, not as YAML's references

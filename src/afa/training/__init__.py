@@ -1,19 +1,35 @@
-"""Training of the aggregators: data, objective, loop."""
+"""Training of the aggregators: data, cache, objective, steps, checkpoints, what is observed."""
 
+from afa.training.cache import CacheProgress
+from afa.training.checkpoints import Checkpoints
 from afa.training.data import CaptionedImages, FolderImages, SceneImages, open_data
-from afa.training.loop import TrainStep, seeded, train, train_aggregators
-from afa.training.objective import denoising_loss, noise_and_target, training_scheduler
+from afa.training.engine import pick_device
+from afa.training.loop import TrainStep, seeded
+from afa.training.objective import denoising_loss, forward_process
+from afa.training.recipe import Recipe, TrainingRecipe, load_recipe
+from afa.training.run import train
+from afa.training.stopping import Stopped, stop_on_signals
+from afa.training.trainer import train_aggregators
+from afa.training.transform import Transform
 
 __all__ = [
+    "CacheProgress",
     "CaptionedImages",
+    "Checkpoints",
     "FolderImages",
+    "Recipe",
     "SceneImages",
+    "Stopped",
     "TrainStep",
+    "TrainingRecipe",
+    "Transform",
     "denoising_loss",
-    "noise_and_target",
+    "forward_process",
+    "load_recipe",
     "open_data",
+    "pick_device",
     "seeded",
+    "stop_on_signals",
     "train",
     "train_aggregators",
-    "training_scheduler",
 ]

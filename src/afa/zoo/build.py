@@ -26,9 +26,8 @@ from afa.checkpoint import save_ensemble
 from afa.errors import AfaError
 from afa.files import read_json, write_atomic
 from afa.pipeline import load_pipeline
-from afa.recipe import TrainingRecipe
 from afa.text import hash_weights
-from afa.training import SceneImages, seeded, train_aggregators
+from afa.training import Checkpoints, SceneImages, TrainingRecipe, seeded, train_aggregators
 from afa.zoo import copy_as, export_zoo
 from afa.zoo.fit import FitStep, fit
 from afa.zoo.models import (
@@ -378,8 +377,8 @@ def train_ensemble(shop: Workshop) -> Iterator[FitStep]:
         seed=shop.recipe.seed,
     )
     data = SceneImages(1_000_000, seed=shop.recipe.seed, sprites=shop.sprites)
-    checkpoint = shop.folder / "ensemble.ckpt"
-    for step in train_aggregators(pipeline, data, settings, checkpoint=checkpoint):
+    checkpoints = Checkpoints(shop.folder / "ensemble-checkpoints", keep=1)
+    for step in train_aggregators(pipeline, data, settings, checkpoints=checkpoints):
         yield FitStep("ensemble", step.step, step.num_steps, step.loss, step.seconds)
     # under the names by which every installation finds them
     pipeline.unet.references = [

@@ -8,25 +8,17 @@ import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
-from afa.files import read_json
-
 
 def made_from() -> dict[str, str]:
     """Commit and machine that the figures come from."""
     return {
         "commit": commit(),
-        "machine": f"{_processor()}, {os.cpu_count()} cores, one thread for each process",
+        "machine": f"{processor()}, {os.cpu_count()} cores, one thread for each process",
         "software": ", ".join(
             [f"Python {platform.python_version()}"]
             + [f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers")]
         ),
     }
-
-
-def trained_at(work: Path) -> str:
-    """The commits at which the trainings were finished, where other ones than the page's."""
-    notes = [read_json(file) for file in sorted(work.glob("*/*/finished.json"))]
-    return ", ".join(sorted({str(note["commit"]) for note in notes if "commit" in note}))
 
 
 def commit() -> str:
@@ -47,7 +39,8 @@ def _git(folder: Path, *arguments: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(x.split(":", 1)[1].strip() for x in lines if x.startswith("model name"))

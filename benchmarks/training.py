@@ -1,0 +1,222 @@
+"""What each switch of the training costs and saves: seconds of a step, memory at its peak.
+
+    python benchmarks/training.py                    # the zoo's models
+    python benchmarks/training.py --size sd15        # widths of Stable Diffusion 1.5, 32x32 latents
+
+Every mode runs in a process of its own, so that peaks are its own; the modes take turns for several
+rounds, and what is compared are ratios within a round. Weights are random where none ship.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+MODES: dict[str, dict[str, Any]] = {
+    "plain loop": {},
+    "cached": {"cache": True},
+    "cached, checkpointing": {"cache": True, "gradient_checkpointing": True},
+    "cached, bfloat16 experts": {"cache": True, "expert_dtype": "bfloat16"},
+    "cached, checkpointing, bfloat16 experts": {
+        "cache": True,
+        "gradient_checkpointing": True,
+        "expert_dtype": "bfloat16",
+    },
+}
+SIZES: dict[str, dict[str, Any]] = {
+    "zoo": {"batch_size": 16, "num_steps": 12, "num_samples": 96, "resolution": 64},
+    "sd15": {"batch_size": 2, "num_steps": 3, "num_samples": 6, "resolution": 256},
+}
+SD15_UNET: dict[str, Any] = {
+    "sample_size": 32,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+SD15_VAE: dict[str, Any] = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "sample_size": 256,
+}
+
+
+def main() -> None:
+    """Measure all modes of one size and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=SIZES, default="zoo")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--modes", nargs="*", choices=MODES, default=list(MODES))
+    parser.add_argument("--one", choices=MODES, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one is not None:
+        print(json.dumps(measure(arguments.size, MODES[arguments.one])))  # noqa: T201
+        return
+    command = [sys.executable, __file__, "--size", arguments.size, "--one"]
+    rounds = []
+    for number in range(arguments.rounds):
+        seen = {}
+        for mode in arguments.modes:
+            done = subprocess.run([*command, mode], check=True, capture_output=True, text=True)
+            seen[mode] = json.loads(done.stdout.splitlines()[-1])
+            sys.stderr.write(f"round {number + 1}, {mode}: {seen[mode]}\n")
+        rounds.append(seen)
+    print(table(arguments.size, rounds))  # noqa: T201
+
+
+def table(size: str, rounds: list[dict[str, dict[str, float]]]) -> str:
+    """The modes with medians over the rounds, times also as ratios to the first mode's."""
+    modes = list(rounds[0])
+    settings = SIZES[size]
+    lines = [
+        f"{size}: batches of {settings['batch_size']}, {len(rounds)} rounds, "
+        f"{settings['resolution']} px.",
+        "",
+        "| mode | seconds a step | time, ratio | seconds an epoch of 1,000 | encoded once, s per "
+        "1,000 | peak memory, GB | above what is loaded, GB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+
+    def median(mode: str, key: str) -> float:
+        return statistics.median(seen[mode][key] for seen in rounds)
+
+    for mode in modes:
+        ratio = statistics.median(
+            seen[mode]["seconds_per_step"] / seen[modes[0]]["seconds_per_step"] for seen in rounds
+        )
+        step = median(mode, "seconds_per_step")
+        encoding = median(mode, "seconds_encoding") / settings["num_samples"] * 1000
+        lines.append(
+            f"| {mode} | {step:.3g} | {ratio:.2f} | {step * 1000 / settings['batch_size']:.0f} "
+            f"| {encoding:.0f} | {median(mode, 'peak') / 1e9:.2f} "
+            f"| {median(mode, 'above_loaded') / 1e9:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def measure(size: str, changes: dict[str, Any]) -> dict[str, float]:
+    """Train for a few steps in this process."""
+    import torch
+
+    from afa.training import Recipe
+    from afa.training.engine import Engine
+    from afa.training.prepare import prepare_examples
+    from afa.training.trainer import Trainer
+
+    settings = dict(SIZES[size])
+    num_samples, resolution = settings.pop("num_samples"), settings.pop("resolution")
+    changes = dict(changes)
+    cache = changes.pop("cache", False)
+    with tempfile.TemporaryDirectory() as scratch:
+        recipe = Recipe.model_validate(
+            {
+                "experts": ["zoo:animals", "zoo:food", "zoo:things"],
+                "data": {
+                    "scenes": {"num_samples": num_samples},
+                    "resolution": resolution,
+                    "cache": cache,
+                    "cache_folder": scratch,
+                },
+                "training": {**settings, "trackers": [], "device": "cpu", **changes},
+            }
+        )
+        dtype = getattr(torch, recipe.training.expert_dtype)
+        pipeline = zoo_pipeline(dtype) if size == "zoo" else random_pipeline(dtype)
+        engine = Engine("cpu")
+        trainer = Trainer(pipeline, recipe.training, engine)
+        data = scenes(num_samples)
+        began = time.perf_counter()
+        preparing = prepare_examples(recipe, pipeline, data, engine)
+        while True:
+            try:
+                next(preparing)
+            except StopIteration as stop:
+                examples, _ = stop.value
+                break
+        encoding = time.perf_counter() - began if cache else 0.0
+        loaded = resident()
+        seconds = [step.seconds for step in trainer.steps(examples)]
+    return {
+        "seconds_per_step": statistics.median(seconds[1:]),  # the first one allocates
+        "seconds_encoding": encoding,
+        "peak": peak(),
+        "above_loaded": peak() - loaded,
+    }
+
+
+def scenes(num_samples: int) -> Any:
+    """Pictures and captions."""
+    from afa.training import SceneImages
+
+    return SceneImages(num_samples)
+
+
+def zoo_pipeline(dtype: Any) -> Any:
+    """The shipped experts with untrained aggregators of their size."""
+    import afa
+    from afa.zoo.models import AGGREGATOR
+
+    experts = ["zoo:animals", "zoo:food", "zoo:things"]
+    return afa.load_pipeline(experts, AGGREGATOR, torch_dtype=dtype)
+
+
+def random_pipeline(dtype: Any) -> Any:
+    """Three experts of Stable Diffusion 1.5's size and the paper's aggregators, all random."""
+    import torch
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    import afa
+    from afa.text import EnsembleTextEncoder
+    from afa.zoo.models import build_tokenizer
+
+    tokenizer = build_tokenizer(Path(tempfile.mkdtemp()))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        unets = [UNet2DConditionModel(**SD15_UNET) for _ in range(3)]
+        config = CLIPTextConfig(hidden_size=768, intermediate_size=3072, vocab_size=49408)
+        encoders = [CLIPTextModel(config) for _ in range(3)]
+        vae = AutoencoderKL(**SD15_VAE)
+    finally:
+        torch.set_default_dtype(before)
+    return StableDiffusionPipeline(
+        unet=afa.EnsembleDenoiser(unets, afa.SABWConfig()),
+        text_encoder=EnsembleTextEncoder(encoders),
+        vae=vae,
+        tokenizer=tokenizer,
+        scheduler=DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def resident() -> int:
+    """Bytes of memory that this process has now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def peak() -> int:
+    """Bytes of memory that this process had at the most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    main()

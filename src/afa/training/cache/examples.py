@@ -1,0 +1,82 @@
+"""Batches for the loss, from the cache."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from afa.training.encoding import as_batch, latent_shape
+from afa.training.examples import Broken, Order
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    from afa.training.cache.latents import LatentShards
+    from afa.training.cache.text import TextCache
+    from afa.training.encoding import Encoded
+    from afa.training.order import Purpose
+    from afa.training.transform import Transform
+
+
+class CachedExamples:
+    """Batches from a cache; the same as `LiveExamples` makes, up to rounding.
+
+    Build both caches first: `latents.build()`, then `text.build()` of the captions that
+    `cached_captions` finds.
+
+    Args:
+        pipeline: only its configuration is used.
+        latents: with all its shards.
+        text: with all captions of the latents, and the empty one.
+        transform: of the latents.
+        seed: of the order and of all that is drawn.
+        samples: which of the cache's samples are used; None is all.
+        caption_dropout: share of captions that are dropped.
+        max_broken: share of broken pictures that is borne.
+        device: where batches go.
+        purpose: what is drawn for.
+
+    Raises:
+        AfaError: too many broken pictures.
+    """
+
+    def __init__(
+        self,
+        pipeline: StableDiffusionPipeline,
+        latents: LatentShards,
+        text: TextCache,
+        transform: Transform,
+        *,
+        seed: int,
+        samples: range | None = None,
+        caption_dropout: float = 0.0,
+        max_broken: float = 0.0,
+        device: torch.device,
+        purpose: Purpose,
+    ) -> None:
+        self._latents, self._text, self._transform = latents, text, transform
+        self._scale, self._device = pipeline.vae.config.scaling_factor, device
+        shape = latent_shape(pipeline, transform.resolution)
+        samples = samples or range(latents.num_samples)
+        self._order = Order(samples, seed, caption_dropout, shape, purpose)
+        self.broken = Broken(latents.num_samples, max_broken)
+        self.broken.note(latents.broken)
+
+    def batches(self, places: Iterable[Sequence[int]]) -> Iterator[Encoded]:
+        """See `Examples.batches`."""
+        for row in places:
+            draws = [self._order.draw(place) for place in row]
+            samples = [
+                self._latents.whole(self._order.sample(place), self._order.samples) for place in row
+            ]
+            posterior = self._latents.posterior(
+                samples, [self._transform.variant(draw.variant) for draw in draws]
+            )
+            captions = [
+                "" if self._order.drops(draw) else self._latents.caption(sample)
+                for draw, sample in zip(draws, samples, strict=True)
+            ]
+            text = self._text.embeddings(captions)
+            yield as_batch(posterior, text, draws, self._scale, self._device)

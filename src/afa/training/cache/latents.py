@@ -1,0 +1,227 @@
+"""The autoencoder's posteriors of a data set, on disk."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from dataclasses import asdict
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from afa.errors import AfaError
+from afa.text import hash_weights
+from afa.training.cache.files import (
+    BATCH,
+    SHARD,
+    VERSION,
+    CacheProgress,
+    digest,
+    read_header,
+    read_row,
+    shard_name,
+    write_shard,
+)
+from afa.training.data import BrokenPicture, StreamedImages
+from afa.training.encoding import Posterior, encode_pictures, latent_shape
+from afa.training.examples import Broken
+from afa.training.order import successors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+    from diffusers import StableDiffusionPipeline
+    from PIL import Image
+    from torch import Tensor
+
+    from afa.training.data import CaptionedImages
+    from afa.training.transform import Transform
+
+    Reader = Callable[[], tuple[Image.Image, str]]
+
+
+class LatentCache:
+    """The autoencoder's posteriors of all variants of all samples of a data set.
+
+    Args:
+        folder: of all caches.
+        pipeline: its autoencoder encodes.
+        data: pictures and captions.
+        transform: crops and flips.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        pipeline: StableDiffusionPipeline,
+        data: CaptionedImages | StreamedImages,
+        transform: Transform,
+    ) -> None:
+        self._pipeline, self._data, self._transform = pipeline, data, transform
+        self._count = None if isinstance(data, StreamedImages) else len(data)
+        self._key = {
+            "version": VERSION,
+            "data": data.fingerprint,
+            "transform": asdict(transform),
+            "autoencoder": hash_weights(pipeline.vae),
+            "dtype": str(pipeline.vae.dtype),
+        }
+        self.folder = folder / f"latents-{digest(self._key)}"
+
+    def build(
+        self, rank: int = 0, num_processes: int = 1, max_broken: float = 1.0
+    ) -> Iterator[CacheProgress]:
+        """Encode what is not there yet; several processes take a shard each in turn.
+
+        Raises:
+            AfaError: there is not enough room on the disk, or more than the share `max_broken` of
+                the pictures are broken; what was encoded stays.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self._count is not None:
+            self._require_room(self._count)
+        readers, done = self._readers(), 0
+        broken = Broken(self._count, max_broken)
+        for number in itertools.count():
+            chunk = list(itertools.islice(readers, SHARD))
+            if not chunk:
+                break
+            place = self.folder / shard_name(number)
+            is_mine = number % num_processes == rank
+            if is_mine and not place.exists():
+                self._write(place, number * SHARD, chunk)
+            done += len(chunk)
+            said = broken.note(_broken_in(read_header(place))) if is_mine else []
+            notes = tuple(f"Skipped: {line}" for line in said)
+            yield CacheProgress("encode pictures", done, self._count, notes)
+
+    def shards(self) -> list[Path]:
+        """All shards, once they are built."""
+        return sorted(self.folder.glob("[0-9]*.safetensors"))
+
+    def _readers(self) -> Iterator[Reader]:
+        """All samples in order, none of them read yet."""
+        data = self._data
+        if isinstance(data, StreamedImages):
+            return iter(data)
+        return (partial(data.__getitem__, n) for n in range(len(data)))
+
+    def _require_room(self, count: int) -> None:
+        have = sum(place.stat().st_size for place in self.folder.glob("*.safetensors"))
+        shape = latent_shape(self._pipeline, self._transform.resolution)
+        per_variant = 2 * torch.Size(shape).numel() * self._pipeline.vae.dtype.itemsize
+        needed = count * self._transform.num_variants * per_variant - have
+        free = shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise AfaError(
+                f"The latents of {count} pictures need {needed / 1e9:.1f} GB more, '{self.folder}' "
+                f"has {free / 1e9:.1f} GB free. Name another data.cache_folder, or do without: "
+                "--no-cache."
+            )
+
+    def _write(self, place: Path, first: int, readers: Sequence[Reader]) -> None:
+        """Encode the samples of one shard; broken ones are left out and named."""
+        encoded: list[Posterior] = []
+        pixels: list[Tensor] = []
+        samples: list[int] = []
+        captions: list[str] = []
+        counts: list[int] = []
+        broken: dict[int, str] = {}
+        for sample, read in enumerate(readers, start=first):
+            try:
+                picture, caption = read()
+            except BrokenPicture as error:
+                broken[sample] = str(error)
+                continue
+            samples.append(sample)
+            captions.append(caption)
+            counts.append(self._transform.num_distinct(picture.size))
+            for variant in range(counts[-1]):
+                pixels.append(self._transform(picture, sample, variant))
+            if len(pixels) >= BATCH:
+                encoded.append(encode_pictures(self._pipeline, torch.stack(pixels)))
+                pixels = []
+        if pixels:
+            encoded.append(encode_pictures(self._pipeline, torch.stack(pixels)))
+        shape = latent_shape(self._pipeline, self._transform.resolution)
+        empty = torch.empty(0, *shape, dtype=self._pipeline.vae.dtype)
+        tensors = {
+            name: torch.cat([empty, *(getattr(part, name).cpu() for part in encoded)])
+            for name in Posterior._fields
+        }
+        meta = {
+            "num_samples": len(readers),
+            "samples": samples,
+            "captions": captions,
+            "num_variants": counts,
+            "broken": broken,
+        }
+        write_shard(place, tensors, meta)
+
+
+def _broken_in(header: dict[str, Any]) -> dict[int, str]:
+    return {int(sample): said for sample, said in header["broken"].items()}
+
+
+class LatentShards:
+    """The finished shards of a `LatentCache`.
+
+    Args:
+        cache: all its shards are built.
+
+    Raises:
+        AfaError: there is not a single whole picture.
+    """
+
+    def __init__(self, cache: LatentCache) -> None:
+        self.num_samples = 0
+        #: sample -> what reading it said
+        self.broken: dict[int, str] = {}
+        # the shard, the first row there, and how many variants follow each other
+        self._place_of: dict[int, tuple[Path, int, int]] = {}
+        self._captions: dict[int, str] = {}
+        for place in cache.shards():
+            meta = read_header(place)
+            self.num_samples += meta["num_samples"]
+            self.broken |= _broken_in(meta)
+            row = 0
+            for sample, caption, count in zip(
+                meta["samples"], meta["captions"], meta["num_variants"], strict=True
+            ):
+                self._place_of[sample] = place, row, count
+                self._captions[sample] = caption
+                row += count
+        if not self._place_of:
+            raise AfaError("The data must hold at least one whole picture, came none.")
+
+    @property
+    def captions(self) -> list[str]:
+        """Each caption once, and the empty one, which stands for a dropped one."""
+        return list(dict.fromkeys(["", *self._captions.values()]))
+
+    def caption(self, sample: int) -> str:
+        """The caption of a sample."""
+        return self._captions[sample]
+
+    def whole(self, sample: int, samples: range) -> int:
+        """The sample itself; where it is broken, the next one of `samples` that is not.
+
+        Raises:
+            AfaError: all of them are.
+        """
+        for candidate in successors(sample, samples):
+            if candidate in self._place_of:
+                return candidate
+        raise AfaError(f"No picture of samples {samples.start} to {samples.stop} can be read.")
+
+    def posterior(self, samples: Sequence[int], variants: Sequence[int]) -> Posterior:
+        """The posterior [B, C, H, W] of one variant of each sample."""
+        means, logvars = [], []
+        for sample, variant in zip(samples, variants, strict=True):
+            place, row, count = self._place_of[sample]
+            number = row + min(variant, count - 1)
+            means.append(read_row(place, "mean", number))
+            logvars.append(read_row(place, "logvar", number))
+        return Posterior(torch.stack(means), torch.stack(logvars))

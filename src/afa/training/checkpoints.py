@@ -1,0 +1,129 @@
+"""What a training needs to go on where it was stopped: one safetensors file for each checkpoint."""
+
+from __future__ import annotations
+
+import json
+import re
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+
+from afa.errors import AfaError
+from afa.files import write_atomic
+from afa.weights import loading
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+_NAME = re.compile(r"step-(\d{8})\.safetensors")
+_META = "afa"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state after so many steps: named tensors, and notes that are JSON."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def part(self, name: str) -> dict[str, Tensor]:
+        """The tensors whose names begin with `name` and a dot, without it."""
+        prefix = f"{name}."
+        return {k.removeprefix(prefix): t for k, t in self.tensors.items() if k.startswith(prefix)}
+
+
+class Checkpoints:
+    """The checkpoints in a folder. Each is there whole or not at all; the newest few are kept.
+
+    Args:
+        folder: is made when the first one is written.
+        keep: how many of the newest.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        self.folder, self._keep = folder, keep
+
+    def places(self) -> list[Path]:
+        """All checkpoints, the newest last."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(place for place in self.folder.iterdir() if _NAME.fullmatch(place.name))
+
+    def write(self, checkpoint: Checkpoint) -> None:
+        """Write one, then take the oldest away.
+
+        Raises:
+            AfaError: it cannot be written, for instance because the disk is full; says which one is
+                intact.
+        """
+        tensors = {
+            # copies, since the format refuses tensors that share memory
+            name: tensor.detach().cpu().clone().contiguous()
+            for name, tensor in checkpoint.tensors.items()
+        }
+        notes = json.dumps({"step": checkpoint.step, **checkpoint.notes})
+        place = self.folder / f"step-{checkpoint.step:08d}.safetensors"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(place, save(tensors, metadata={_META: notes}))
+        except OSError as error:
+            raise AfaError(
+                f"The checkpoint of step {checkpoint.step} cannot be written: {error}. "
+                f"{self.last_words()} Make room; the same command goes on."
+            ) from error
+        for old in self.places()[: -self._keep]:
+            with suppress(OSError):
+                old.unlink()
+
+    def last_words(self) -> str:
+        """Which checkpoint is the last good one, a sentence."""
+        places = self.places()
+        if not places:
+            return "There is no earlier one."
+        return f"The last one, '{places[-1]}', is intact."
+
+    def read(self) -> Checkpoint | None:
+        """The newest one; None where there is none.
+
+        Raises:
+            AfaError: it is damaged.
+        """
+        places = self.places()
+        if not places:
+            return None
+        place = places[-1]
+        remedy = "Delete it to begin again."
+        if len(places) > 1:
+            remedy = f"Delete it to go on from '{places[-2].name}'."
+        with (
+            loading(f"The checkpoint '{place}' must be complete", remedy),
+            safe_open(place, framework="pt") as file,
+        ):
+            notes = json.loads(file.metadata()[_META])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return Checkpoint(int(notes.pop("step")), tensors, notes)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The state of an optimizer whose state is tensors alone, such as AdamW's, as `N.NAME`."""
+    return {
+        f"{number}.{name}": tensor
+        for number, state in optimizer.state_dict()["state"].items()
+        for name, tensor in state.items()
+    }
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put what `optimizer_tensors` gave into an optimizer of the same parameters."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        number, name = key.split(".")
+        state.setdefault(int(number), {})[name] = tensor
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -1,0 +1,53 @@
+"""Where captioned pictures come from."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from afa.training.data.datasets import DatasetImages, DatasetStream, open_dataset
+from afa.training.data.folder import FolderImages
+from afa.training.data.images import (
+    BrokenPicture,
+    CaptionedImages,
+    Part,
+    StreamedImages,
+    read_picture,
+)
+from afa.training.data.scenes import SceneImages
+
+if TYPE_CHECKING:
+    from afa.training.recipe import DataRecipe
+
+__all__ = [
+    "BrokenPicture",
+    "CaptionedImages",
+    "DatasetImages",
+    "DatasetStream",
+    "FolderImages",
+    "Part",
+    "SceneImages",
+    "StreamedImages",
+    "open_data",
+    "open_dataset",
+    "read_picture",
+]
+
+
+def open_data(recipe: DataRecipe) -> CaptionedImages | StreamedImages:
+    """The data set that a recipe's `data` section names.
+
+    Raises:
+        AfaError: see `FolderImages` and `open_dataset`.
+    """
+    if recipe.dataset is not None:
+        return open_dataset(recipe.dataset, recipe.limit)
+    data: CaptionedImages
+    if recipe.folder is not None:
+        data = FolderImages(recipe.folder)
+    else:
+        scenes = recipe.scenes
+        assert scenes is not None, "a recipe has exactly one kind of data"
+        data = SceneImages(scenes.num_samples, seed=scenes.seed, kind=scenes.kind)
+    if recipe.limit is not None and recipe.limit < len(data):
+        return Part(data, range(recipe.limit))
+    return data

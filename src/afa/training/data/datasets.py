@@ -1,0 +1,161 @@
+"""Data sets of the Hugging Face `datasets` library: hub, parquet, WebDataset, streams."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from afa.errors import AfaError
+from afa.training.data.images import StreamedImages, read_picture
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from PIL import Image
+
+    from afa.training.recipe import DatasetRecipe
+
+
+class DatasetImages:
+    """A data set whose rows are on disk.
+
+    Args:
+        rows: a `datasets.Dataset` whose pictures are not decoded.
+        recipe: its columns.
+    """
+
+    def __init__(self, rows: Any, recipe: DatasetRecipe) -> None:
+        self._rows, self._recipe = rows, recipe
+
+    def __repr__(self) -> str:
+        return f"DatasetImages({self._recipe.path!r}, {len(self)} pictures)"
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, str]:
+        row = self._rows[index]
+        return _sample(row, self._recipe, _name(row, self._recipe, index))
+
+    def name(self, index: int) -> str:
+        """The picture's file where the row tells it, else its row."""
+        return _name(self._rows[index], self._recipe, index)
+
+    @property
+    def fingerprint(self) -> str:
+        """The library's own, which differs where rows, files or their order do."""
+        columns = f"{self._recipe.image_column}, {self._recipe.caption_column}"
+        return f"dataset {self._rows._fingerprint} {columns}"
+
+
+class DatasetStream(StreamedImages):
+    """A data set that is read from its beginning, never as a whole.
+
+    Args:
+        rows: a `datasets.IterableDataset` whose pictures are not decoded.
+        recipe: where it is, and its columns.
+        limit: how many samples at the most.
+    """
+
+    def __init__(self, rows: Any, recipe: DatasetRecipe, limit: int | None) -> None:
+        self._rows, self._recipe, self._limit = rows, recipe, limit
+
+    def __iter__(self) -> Iterator[Callable[[], tuple[Image.Image, str]]]:
+        rows = self._rows if self._limit is None else self._rows.take(self._limit)
+        for index, row in enumerate(rows):
+            yield partial(_sample, row, self._recipe, _name(row, self._recipe, index))
+
+    @property
+    def fingerprint(self) -> str:
+        """The recipe, and size and time of change of local files."""
+        digest = hashlib.sha256()
+        place = Path(self._recipe.path)
+        found = [Path(file) for file in self._recipe.data_files or ()]
+        found += sorted(place.rglob("*")) if place.is_dir() else []
+        for file in found:
+            files = [file] if file.is_file() else sorted(file.parent.glob(file.name))
+            for each in files:
+                stat = each.stat()
+                digest.update(json.dumps([str(each), stat.st_size, stat.st_mtime_ns]).encode())
+        settings = self._recipe.model_dump_json()
+        return f"stream {settings} limit {self._limit} {digest.hexdigest()}"
+
+
+def open_dataset(recipe: DatasetRecipe, limit: int | None) -> DatasetImages | DatasetStream:
+    """A data set of the `datasets` library.
+
+    Raises:
+        AfaError: it cannot be had, or lacks a column; says which it has.
+    """
+    from datasets import Image as ImageFeature
+    from datasets import disable_progress_bars, load_dataset
+
+    disable_progress_bars()
+    try:
+        rows = load_dataset(
+            recipe.path,
+            recipe.name,
+            data_files=recipe.data_files,
+            split=recipe.split,
+            revision=recipe.revision,
+            streaming=recipe.streaming,
+        )
+        features = rows.features or next(iter(rows.take(1)))
+    except Exception as error:  # the library's own, pyarrow's, fsspec's, the hub's
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise AfaError(
+            f"The data set '{recipe.path}' must be one that `datasets` reads, but it says {said}"
+        ) from error
+    for key in ("image_column", "caption_column"):
+        column = getattr(recipe, key).split(".")[0]
+        if column not in features:
+            raise AfaError(
+                f"The data set '{recipe.path}' has no column '{column}', it has "
+                f"{', '.join(features)}. Name one of them as {key}."
+            )
+    if isinstance(features[recipe.image_column.split(".")[0]], ImageFeature):
+        # bytes as they are: a broken picture is ours to skip and to name
+        rows = rows.cast_column(recipe.image_column, ImageFeature(decode=False))
+    if recipe.streaming:
+        return DatasetStream(rows, recipe, limit)
+    if limit is not None and limit < len(rows):
+        rows = rows.select(range(limit))
+    if len(rows) == 0:
+        raise AfaError(f"The data set '{recipe.path}' must hold pictures; it is empty.")
+    return DatasetImages(rows, recipe)
+
+
+def _value(row: Any, column: str) -> Any:
+    """A column's value; dots go into nested ones."""
+    for key in column.split("."):
+        row = row[key] if isinstance(row, dict) else None
+    return row
+
+
+def _name(row: Any, recipe: DatasetRecipe, index: int) -> str:
+    picture = _value(row, recipe.image_column)
+    path = picture.get("path") if isinstance(picture, dict) else None
+    key = row.get("__key__")  # of WebDataset
+    return f"row {index}" + "".join(f" ({part})" for part in (path or key,) if part)
+
+
+def _sample(row: Any, recipe: DatasetRecipe, name: str) -> tuple[Image.Image, str]:
+    picture, caption = (_value(row, c) for c in (recipe.image_column, recipe.caption_column))
+    if isinstance(caption, list):  # several captions of one picture
+        caption = caption[0] if caption else None
+    if not isinstance(caption, str):
+        raise AfaError(
+            f"{name} of the data set '{recipe.path}' must have a text in the column "
+            f"'{recipe.caption_column}', came {caption!r}."
+        )
+    if isinstance(picture, dict):  # a picture that is not decoded
+        picture = picture.get("bytes") or Path(picture.get("path") or "")
+    if not isinstance(picture, bytes | Path):
+        raise AfaError(
+            f"{name} of the data set '{recipe.path}' must have a picture in the column "
+            f"'{recipe.image_column}', came a {type(picture).__name__}."
+        )
+    return read_picture(picture, name), caption

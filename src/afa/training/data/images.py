@@ -1,0 +1,105 @@
+"""Captioned pictures: what a data set is, and how a picture is read."""
+
+from __future__ import annotations
+
+import io
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from afa.errors import AfaError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+_DECODING_ERRORS = (
+    UnidentifiedImageError,
+    OSError,
+    ValueError,
+    SyntaxError,  # what Pillow calls a broken PNG
+    Image.DecompressionBombError,
+)
+
+
+class BrokenPicture(AfaError):
+    """A picture that cannot be decoded to its end."""
+
+
+class CaptionedImages(Protocol):
+    """A data set of pictures and captions, by index.
+
+    Reading a broken picture raises `BrokenPicture`.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, str]: ...
+
+    def name(self, index: int) -> str:
+        """What a person would look for: a file, or a row of a data set."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Differs where the pictures or captions do."""
+
+
+class StreamedImages(ABC):
+    """A data set that can only be read from its beginning.
+
+    It gives readers, since not everyone who counts the samples wants to decode them.
+    """
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[Callable[[], tuple[Image.Image, str]]]:
+        """All samples in order, none of them read yet."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Differs where the pictures or captions do."""
+
+
+class Part:
+    """Some samples of a data set, as a data set."""
+
+    def __init__(self, data: CaptionedImages, indices: range) -> None:
+        self._data, self._indices = data, indices
+
+    def __repr__(self) -> str:
+        return f"Part({self._data!r}, {self._indices})"
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, str]:
+        return self._data[self._indices[index]]
+
+    def name(self, index: int) -> str:
+        """The name that the whole has for it."""
+        return self._data.name(self._indices[index])
+
+    @property
+    def fingerprint(self) -> str:
+        """The whole's, and which part."""
+        return f"{self._data.fingerprint}[{self._indices}]"
+
+
+def read_picture(
+    source: Path | bytes, name: str | None = None, remedy: str = "Replace it or take it out."
+) -> Image.Image:
+    """A picture from a file or its bytes, turned upright, RGB.
+
+    Raises:
+        BrokenPicture: it is missing or cannot be decoded to its end.
+    """
+    try:
+        with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as picture:
+            return ImageOps.exif_transpose(picture).convert("RGB")
+    except _DECODING_ERRORS as error:
+        said = " ".join(str(error).split())
+        name = name or (str(source) if isinstance(source, Path) else "a picture")
+        raise BrokenPicture(
+            f"'{name}' must be a complete picture, but reading it says: {said}. {remedy}"
+        ) from error

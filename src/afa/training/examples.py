@@ -1,0 +1,194 @@
+"""Batches for the loss, made from pictures and captions as they are needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from afa.errors import AfaError
+from afa.training.data import BrokenPicture
+from afa.training.encoding import as_batch, encode_captions, encode_pictures, latent_shape
+from afa.training.order import Draw, Purpose, draw_at, sample_at, successors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from diffusers import StableDiffusionPipeline
+    from torch import Tensor
+
+    from afa.training.data import CaptionedImages
+    from afa.training.encoding import Encoded
+    from afa.training.transform import Transform
+
+
+class Examples(Protocol):
+    """Where a training gets its batches."""
+
+    @property
+    def broken(self) -> Broken:
+        """The broken pictures that were met so far."""
+
+    def batches(self, places: Iterable[Sequence[int]]) -> Iterator[Encoded]:
+        """One batch for each row of places; what it holds depends on the places alone."""
+
+
+class Broken:
+    """Counts broken pictures and stops where there are too many.
+
+    Args:
+        num_samples: of the whole data set; None where only its end will tell, and nothing stops.
+        share: of it that may be broken.
+    """
+
+    def __init__(self, num_samples: int | None, share: float) -> None:
+        self._num_samples, self._share = num_samples, share
+        #: sample -> what reading it said, which names the file
+        self.found: dict[int, str] = {}
+
+    def note(self, found: dict[int, str]) -> list[str]:
+        """Take broken pictures down; returns what is to be said of those that are new.
+
+        Raises:
+            AfaError: they are more than the share.
+        """
+        new = {sample: said for sample, said in found.items() if sample not in self.found}
+        self.found |= new
+        count = self._num_samples
+        if new and count is not None and len(self.found) > self._share * count:
+            raise AfaError(
+                f"At most {self._share:.1%} of the pictures may be broken, but {len(self.found)} "
+                f"of {count} are (last: {list(new.values())[-1]}) Mend the data, or "
+                "raise data.max_broken."
+            )
+        return list(new.values())
+
+
+class Sample(NamedTuple):
+    """A transformed picture, its caption, and the broken ones that it stands in for."""
+
+    pixels: Tensor
+    caption: str
+    broken: dict[int, str]
+
+
+@dataclass(frozen=True)
+class Order:
+    """How places become samples and draws; `samples` are those of the data set that are used."""
+
+    samples: range
+    seed: int
+    caption_dropout: float
+    shape: tuple[int, int, int]
+    purpose: Purpose = Purpose.TRAINING
+
+    def sample(self, place: int) -> int:
+        """The sample at a place."""
+        if self.purpose is Purpose.VALIDATION:
+            return self.samples[place]
+        return self.samples[sample_at(place, len(self.samples), self.seed)]
+
+    def draw(self, place: int) -> Draw:
+        """What is drawn there."""
+        return draw_at(place, self.shape, self.seed, self.purpose)
+
+    def drops(self, draw: Draw) -> bool:
+        """Whether the caption is dropped."""
+        return draw.caption < self.caption_dropout
+
+
+class _Places(Dataset):
+    """Samples by place, for a loader with or without processes of its own."""
+
+    def __init__(self, data: CaptionedImages, transform: Transform, order: Order) -> None:
+        self._data, self._transform, self._order = data, transform, order
+
+    def __getitem__(self, place: int) -> Sample | AfaError:
+        """A sample; where it is broken, the next one that is not.
+
+        An error is returned: a loader's process would wrap it into a traceback.
+        """
+        variant = self._transform.variant(self._order.draw(place).variant)
+        broken: dict[int, str] = {}
+        for index in successors(self._order.sample(place), self._order.samples):
+            try:
+                picture, caption = self._data[index]
+                return Sample(self._transform(picture, index, variant), caption, broken)
+            except BrokenPicture as error:
+                broken[index] = str(error)
+            except AfaError as error:
+                return error
+        return AfaError(f"The data must hold pictures that can be read: {broken[index]}")
+
+
+class LiveExamples:
+    """Reads, transforms and encodes pictures when their turn comes.
+
+    Args:
+        pipeline: its autoencoder and text encoder encode.
+        data: pictures and captions.
+        transform: crops and flips.
+        seed: of the order and of all that is drawn.
+        samples: which of the data set's samples are used; None is all.
+        caption_dropout: share of captions that are dropped.
+        max_broken: share of broken pictures that is borne.
+        num_workers: processes that read pictures ahead.
+        device: where batches go.
+        trains_text: whether text embeddings carry gradients.
+        purpose: what is drawn for.
+    """
+
+    def __init__(
+        self,
+        pipeline: StableDiffusionPipeline,
+        data: CaptionedImages,
+        transform: Transform,
+        *,
+        seed: int,
+        samples: range | None = None,
+        caption_dropout: float = 0.0,
+        max_broken: float = 0.0,
+        num_workers: int = 0,
+        device: torch.device | None = None,
+        trains_text: bool = False,
+        purpose: Purpose = Purpose.TRAINING,
+    ) -> None:
+        self._pipeline, self._data, self._transform = pipeline, data, transform
+        self._device = device or pipeline.unet.device
+        self._num_workers, self._trains_text = num_workers, trains_text
+        shape = latent_shape(pipeline, transform.resolution)
+        samples = samples or range(len(data))
+        self._order = Order(samples, seed, caption_dropout, shape, purpose)
+        self.broken = Broken(len(data), max_broken)
+
+    def batches(self, places: Iterable[Sequence[int]]) -> Iterator[Encoded]:
+        """See `Examples.batches`."""
+        rows = list(places)
+        loader = DataLoader(
+            _Places(self._data, self._transform, self._order),
+            batch_sampler=cast("Any", rows),  # any sequences will do
+            num_workers=self._num_workers,
+            collate_fn=list,
+        )
+        for row, read in zip(rows, loader, strict=True):
+            yield self._encode(row, read)
+
+    def _encode(self, places: Sequence[int], read: Sequence[Sample | AfaError]) -> Encoded:
+        samples: list[Sample] = []
+        for sample in read:
+            if isinstance(sample, AfaError):
+                raise sample
+            self.broken.note(sample.broken)
+            samples.append(sample)
+        draws = [self._order.draw(place) for place in places]
+        captions = [
+            "" if self._order.drops(draw) else sample.caption
+            for draw, sample in zip(draws, samples, strict=True)
+        ]
+        posterior = encode_pictures(self._pipeline, torch.stack([s.pixels for s in samples]))
+        with torch.set_grad_enabled(self._trains_text):
+            text = encode_captions(self._pipeline, captions)
+        scale = self._pipeline.vae.config.scaling_factor
+        return as_batch(posterior, text, draws, scale, self._device)

@@ -1,0 +1,152 @@
+"""A whole training: experts and data in, an ensemble folder out, and what is watched between."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from afa.aggregators import SABWConfig
+from afa.checkpoint import save_ensemble
+from afa.errors import AfaError
+from afa.files import is_unused, owned, read_json, write_atomic
+from afa.pipeline import load_pipeline
+from afa.training.checkpoints import Checkpoints
+from afa.training.data import open_data
+from afa.training.engine import Engine
+from afa.training.loop import TrainStep, seeded
+from afa.training.prepare import prepare_examples
+from afa.training.stopping import Stopped
+from afa.training.trainer import Trainer
+from afa.training.watch import Watch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterator
+    from pathlib import Path
+
+    from afa.training.cache import CacheProgress
+    from afa.training.prepare import Prepared
+    from afa.training.recipe import Recipe
+
+RECIPE = "recipe.json"
+CHECKPOINTS = "checkpoints"
+#: what may change when a run goes on: none of it changes a step
+_FREE = {
+    "training": (
+        "num_steps",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "log_every",
+        "trackers",
+        "gradient_checkpointing",
+        "offload_experts",
+        "device",
+        # their product with the number of processes is kept in the checkpoints
+        "batch_size",
+        "gradient_accumulation_steps",
+    ),
+    "data": ("cache", "cache_folder", "num_workers", "max_broken"),
+    "validation": ("every",),
+    "previews": None,  # as a whole
+}
+
+
+def train(
+    recipe: Recipe,
+    output: Path,
+    *,
+    should_stop: Callable[[], bool] | None = None,
+) -> Iterator[TrainStep | CacheProgress]:
+    """Train aggregators as a recipe says and write an ensemble folder (AFA, section 4.1).
+
+    The folder gets `recipe.json`, `environment.json`, checkpoints and `metrics.jsonl` as it goes,
+    and the ensemble at the end. The same call on a folder of an earlier run goes on where that one
+    stopped, however it stopped; `training.num_steps` may be raised meanwhile if the learning rate
+    is constant. Several processes share a step's samples; see `Engine`.
+
+    Args:
+        recipe: experts, data, aggregator, training.
+        output: a new folder, or one of an earlier run of this recipe.
+        should_stop: asked after each step; if it says yes, the run saves and raises `Stopped`.
+
+    Raises:
+        AfaError: the folder holds something else, or anything in the recipe cannot be had. Then
+            nothing has been written. Or one of what `train_aggregators` raises while it runs.
+        Stopped: it was asked to stop.
+    """
+    settings = recipe.training
+    engine = Engine(settings.device)
+    _check_folder(recipe, output)
+    engine.wait()  # before any of them writes into it
+    data = open_data(recipe.data)
+    with seeded(settings.seed):
+        pipeline = load_pipeline(
+            recipe.experts,
+            SABWConfig(**recipe.aggregator.model_dump()),
+            vae=recipe.vae,
+            config=recipe.config,
+            torch_dtype=getattr(torch, settings.expert_dtype),
+            device="cpu" if settings.offload_experts else engine.device,
+        )
+    checkpoints = Checkpoints(output / CHECKPOINTS, settings.keep_checkpoints)
+    trainer = Trainer(pipeline, settings, engine, checkpoints)
+    training, validation = yield from _stoppable(
+        prepare_examples(recipe, pipeline, data, engine), trainer, should_stop
+    )
+    with owned(output) if engine.is_main else nullcontext():
+        if engine.is_main:
+            asked = recipe.model_dump(mode="json")
+            write_atomic(output / RECIPE, json.dumps(asked, indent=2) + "\n")
+        with Watch(recipe, output, trainer, validation) as watch:
+            watch.skipped(training.broken)
+            for step in trainer.steps(training, should_stop):
+                yield watch.see(step)
+        trainer.finish()
+        if engine.is_main:
+            save_ensemble(pipeline, output, exist_ok=True)
+        engine.wait()
+
+
+def _stoppable(
+    encoding: Generator[CacheProgress, None, Prepared],
+    trainer: Trainer,
+    should_stop: Callable[[], bool] | None,
+) -> Generator[CacheProgress, None, Prepared]:
+    """Encode until it is asked to stop; finished shards are on disk."""
+    while True:
+        try:
+            yield next(encoding)
+        except StopIteration as stop:
+            return stop.value
+        if should_stop is not None and should_stop():
+            raise Stopped(trainer.first, trainer.settings.num_steps)
+
+
+def _check_folder(recipe: Recipe, output: Path) -> None:
+    written = output / RECIPE
+    asked = recipe.model_dump(mode="json")
+    if not is_unused(output) and not (
+        written.is_file() and _essence(read_json(written)) == _essence(asked)
+    ):
+        raise AfaError(
+            f"The output folder must be new or hold an earlier run of this recipe; '{output}' "
+            "is neither. Name another one."
+        )
+
+
+def _essence(recipe: dict[str, Any]) -> dict[str, Any]:
+    """What of a recipe decides its steps."""
+    kept: dict[str, Any] = {}
+    for key, section in recipe.items():
+        free = _FREE.get(key, ())
+        if free is None:
+            continue
+        kept[key] = section
+        if isinstance(section, dict):
+            kept[key] = {k: v for k, v in section.items() if k not in free}
+    training = recipe.get("training") or {}
+    if training.get("learning_rate_schedule") == "cosine":  # every step's rate depends on it
+        kept["training"]["num_steps"] = training.get("num_steps")
+    return kept

@@ -1,0 +1,236 @@
+"""The aggregators of a pipeline with their optimizer, their average and their checkpoints."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers.training_utils import EMAModel
+from torch.amp import GradScaler
+
+from afa.checkpoint import aggregator_tensors, load_aggregator_tensors
+from afa.errors import AfaError
+from afa.pipeline import check_text_to_image, native_resolution
+from afa.training.checkpoints import (
+    Checkpoint,
+    Checkpoints,
+    load_optimizer_tensors,
+    optimizer_tensors,
+)
+from afa.training.engine import Engine
+from afa.training.examples import LiveExamples
+from afa.training.loop import NotFinite, TrainStep, optimizer_steps
+from afa.training.transform import Transform
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from diffusers import StableDiffusionPipeline
+
+    from afa.ensemble import EnsembleDenoiser
+    from afa.training.data import CaptionedImages
+    from afa.training.examples import Examples
+    from afa.training.recipe import TrainingRecipe
+
+
+def train_aggregators(
+    pipeline: StableDiffusionPipeline,
+    data: CaptionedImages,
+    settings: TrainingRecipe,
+    *,
+    checkpoints: Checkpoints | None = None,
+    transform: Transform | None = None,
+) -> Iterator[TrainStep]:
+    """Train the aggregators of a pipeline in place, everything else frozen.
+
+    What a step sees depends on the seed and the step alone. All is checked before the first step is
+    asked for.
+
+    Args:
+        pipeline: from `load_pipeline`, with an `EnsembleDenoiser` as its `unet`.
+        data: pictures and captions; a broken picture is an error.
+        settings: steps, batch size, learning rate and so on.
+        checkpoints: to continue from and to write to; None keeps nothing.
+        transform: crops and flips; None is a random crop at the experts' resolution.
+
+    Raises:
+        AfaError: there is nothing to train, the experts need more than a prompt, the checkpoint is
+            damaged, of other experts or further than asked for; later, a picture that cannot be
+            read, or a loss that is no longer finite.
+    """
+    trainer = Trainer(pipeline, settings, Engine(settings.device), checkpoints)
+    if transform is None:
+        transform = Transform(min(native_resolution(pipeline)), seed=settings.seed)
+    examples = LiveExamples(
+        pipeline,
+        data,
+        transform,
+        seed=settings.seed,
+        caption_dropout=settings.caption_dropout,
+    )
+
+    def steps() -> Iterator[TrainStep]:
+        yield from trainer.steps(examples)
+        trainer.finish()
+
+    return steps()
+
+
+class Trainer:
+    """The aggregators of a pipeline with their optimizer, average and checkpoints.
+
+    Args:
+        pipeline: with an `EnsembleDenoiser` as its `unet`, whose aggregators are trained in place.
+        settings: of the training.
+        engine: the processes.
+        checkpoints: to continue from and to write to; None keeps nothing.
+
+    Raises:
+        AfaError: see `train_aggregators`.
+    """
+
+    def __init__(
+        self,
+        pipeline: StableDiffusionPipeline,
+        settings: TrainingRecipe,
+        engine: Engine,
+        checkpoints: Checkpoints | None = None,
+    ) -> None:
+        check_text_to_image(pipeline)
+        self.pipeline, self.settings, self.engine = pipeline, settings, engine
+        self.ensemble: EnsembleDenoiser = pipeline.unet
+        self.ensemble.aggregators.to(engine.device)
+        self._parameters = [p for p in self.ensemble.aggregators.parameters() if p.requires_grad]
+        if not self._parameters:
+            raise AfaError("The ensemble has no aggregators to train. Pass a SABWConfig.")
+        self._optimizer = torch.optim.AdamW(
+            self._parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
+        )
+        self._scaler = GradScaler(engine.device.type) if _needs_scaler(settings) else None
+        self._ema = None
+        if settings.ema_decay is not None:
+            self._ema = EMAModel(self._parameters, decay=settings.ema_decay)
+        self._checkpoints = checkpoints
+        #: the number of steps that are done
+        self.first = 0
+        found = None if checkpoints is None else checkpoints.read()
+        if found is not None:
+            self._restore(found)
+        if self.first > settings.num_steps:
+            raise AfaError(
+                f"training.num_steps must be at least {self.first}, which this run has done "
+                f"already, came {settings.num_steps}. Raise it, or name another folder."
+            )
+
+    def steps(
+        self, examples: Examples, should_stop: Callable[[], bool] | None = None
+    ) -> Iterator[TrainStep]:
+        """The steps that are left; see `optimizer_steps`."""
+        settings, ensemble = self.settings, self.ensemble
+        with ExitStack() as stack:
+            if settings.gradient_checkpointing:
+                ensemble.enable_gradient_checkpointing()
+                stack.callback(ensemble.disable_gradient_checkpointing)
+            if settings.offload_experts:
+                ensemble.offload_experts(self.engine.device)
+                stack.callback(ensemble.stop_offloading)
+            steps = optimizer_steps(
+                self.pipeline,
+                examples,
+                settings,
+                self._optimizer,
+                engine=self.engine,
+                modules=[ensemble],
+                first=self.first,
+                save=self._save,
+                scaler=self._scaler,
+                after_step=self._average,
+                should_stop=should_stop,
+            )
+            try:
+                yield from steps
+            except NotFinite as error:
+                if self._checkpoints is None:
+                    raise
+                raise AfaError(f"{error} {self._checkpoints.last_words()}") from error
+
+    def averaged(self) -> ExitStack:
+        """A context in which the aggregators are the average, where one is kept."""
+        stack = ExitStack()
+        if self._ema is not None:
+            self._ema.store(self._parameters)
+            self._ema.copy_to(self._parameters)
+            stack.callback(self._ema.restore, self._parameters)
+        return stack
+
+    def finish(self) -> None:
+        """Leave the average in the aggregators, where one is kept."""
+        if self._ema is not None:
+            self._ema.copy_to(self._parameters)
+
+    def _average(self) -> None:
+        if self._ema is not None:
+            self._ema.step(self._parameters)
+
+    # -- checkpoints --------------------------------------------------------------------------
+
+    def _save(self, step: int) -> None:
+        if self._checkpoints is None or not self.engine.is_main:
+            return
+        parts = {
+            "aggregators": aggregator_tensors(self.ensemble),
+            "optimizer": optimizer_tensors(self._optimizer),
+        }
+        notes: dict[str, Any] = {"experts": self._hashes(), "samples_per_step": self._total}
+        if self._ema is not None:
+            average = self._ema.state_dict()
+            shadows = average.pop("shadow_params")
+            parts["average"] = {str(n): tensor for n, tensor in enumerate(shadows)}
+            notes["average"] = average
+        if self._scaler is not None:
+            notes["scaler"] = self._scaler.state_dict()
+        tensors = {f"{part}.{k}": t for part, found in parts.items() for k, t in found.items()}
+        self._checkpoints.write(Checkpoint(step, tensors, notes))
+
+    def _restore(self, found: Checkpoint) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            AfaError: it is of other experts, or of other numbers of samples to a step.
+        """
+        assert self._checkpoints is not None, "it was read there"
+        if found.notes["experts"] != self._hashes():
+            raise AfaError(
+                f"The checkpoints in '{self._checkpoints.folder}' were trained with experts and "
+                f"autoencoder of SHA-256 {', '.join(found.notes['experts'])}; now they have "
+                f"{', '.join(self._hashes())}. Restore them, or delete it to begin again."
+            )
+        if found.notes["samples_per_step"] != self._total:
+            raise AfaError(
+                f"batch_size times gradient_accumulation_steps times the number of processes must "
+                f"be {found.notes['samples_per_step']}, as before, came {self._total}."
+            )
+        load_aggregator_tensors(self.ensemble, found.part("aggregators"))
+        load_optimizer_tensors(self._optimizer, found.part("optimizer"))
+        if self._ema is not None:
+            shadows = found.part("average")
+            in_order = [shadows[str(n)] for n in range(len(shadows))]
+            self._ema.load_state_dict({**found.notes["average"], "shadow_params": in_order})
+            self._ema.to(self._parameters[0].device)
+        if self._scaler is not None:
+            self._scaler.load_state_dict(found.notes["scaler"])
+        self.first = found.step
+
+    @property
+    def _total(self) -> int:
+        return self.engine.shares(self.settings).total
+
+    def _hashes(self) -> list[str]:
+        references = [*(self.ensemble.references or ()), self.ensemble.vae_reference]
+        return [reference.sha256 for reference in references if reference is not None]
+
+
+def _needs_scaler(settings: TrainingRecipe) -> bool:
+    """Gradients that pass through experts in float16 would underflow."""
+    return settings.expert_dtype == "float16"

@@ -1,0 +1,197 @@
+"""What is observed of a training: figures, validation, starving experts, pictures."""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from PIL import Image
+
+from afa.files import write_atomic
+from afa.training.objective import denoising_loss, forward_process
+from afa.training.record import Recorder, routing_figures
+from afa.training.routing import CollapseWatch, Routing, tapped
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from afa.training.examples import Broken, Examples
+    from afa.training.loop import TrainStep
+    from afa.training.recipe import PreviewRecipe, Recipe
+    from afa.training.trainer import Trainer
+
+PREVIEWS = "previews"
+
+
+class Watch:
+    """Looks at every step and does, every so often, what the recipe asks to observe.
+
+    Only the main process writes; all take part in validation. A context: at its end trackers write
+    what they hold.
+
+    Args:
+        recipe: what to observe, and how often.
+        output: the run's folder.
+        trainer: what is observed.
+        validation: samples that are never trained on; None where there are none.
+    """
+
+    def __init__(
+        self, recipe: Recipe, output: Path, trainer: Trainer, validation: Examples | None
+    ) -> None:
+        self._recipe, self._output, self._trainer = recipe, output, trainer
+        self._validation = validation
+        self._names = _short_names(recipe.experts)
+        self._collapse = CollapseWatch(self._names)
+        self._routings: list[Routing] = []
+        self._recorder = None
+        if trainer.engine.is_main:
+            settings = recipe.model_dump(mode="json")
+            trackers = recipe.training.trackers
+            self._recorder = Recorder(output, trackers, settings, trainer.first)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._recorder is not None:
+            self._recorder.close()
+
+    def skipped(self, broken: Broken) -> None:
+        """Write down which pictures were found to be broken before the first step."""
+        if self._recorder is not None and broken.found:
+            self._recorder.write(self._trainer.first, {"skipped": list(broken.found.values())})
+
+    def see(self, step: TrainStep) -> TrainStep:
+        """Observe a step; returns it with what there is to say."""
+        notes = list(step.notes)
+        if step.routing is not None:
+            self._routings.append(step.routing)
+        if self._recorder is not None:
+            self._recorder.step(step)
+            if notes:
+                self._recorder.write(step.step, {"notes": notes})
+        if self._is_due(step, self._recipe.training.log_every):
+            notes += self._log(step.step)
+        validation, previews = self._recipe.validation, self._recipe.previews
+        if self._validation is not None and validation and self._is_due(step, validation.every):
+            notes.append(f"validation loss {self._validate(step.step):.4f}")
+        if previews is not None and self._is_due(step, previews.every):
+            self._preview(step.step, previews)
+        return replace(step, notes=tuple(notes))
+
+    @staticmethod
+    def _is_due(step: TrainStep, every: int) -> bool:
+        return step.step % every == 0 or step.step == step.num_steps
+
+    def _log(self, step: int) -> list[str]:
+        """Write the figures since the last time; returns warnings."""
+        if self._recorder is not None:
+            self._recorder.flush(step)
+        if not self._routings:
+            return []
+        routing, self._routings = self._over_processes(Routing.mean(self._routings)), []
+        if self._recorder is None:
+            return []
+        warnings = self._collapse.see(routing, step)
+        figures: dict[str, Any] = routing_figures(routing, self._names)
+        self._recorder.write(step, figures | ({"warnings": warnings} if warnings else {}))
+        return warnings
+
+    def _over_processes(self, routing: Routing) -> Routing:
+        engine = self._trainer.engine
+        return Routing(routing.sites, engine.mean(routing.shares), engine.mean(routing.entropy))
+
+    def _validate(self, step: int) -> float:
+        """The loss of the samples that are held out, with fixed timesteps and noise."""
+        trainer, validation = self._trainer, self._validation
+        assert validation is not None, "asked for only where there is some"
+        engine, settings = trainer.engine, trainer.settings
+        assert self._recipe.validation is not None
+        count, size = self._recipe.validation.num_samples, settings.batch_size
+        places = [range(n, min(n + size, count)) for n in range(0, count, size)]
+        mine = places[engine.rank :: engine.num_processes]
+        process = forward_process(trainer.pipeline.scheduler)
+        losses = torch.zeros(1, dtype=torch.float64, device=engine.device)
+        routings: list[Routing] = []
+        ensemble = trainer.ensemble
+        ensemble.eval()
+        with torch.no_grad(), trainer.averaged(), tapped(ensemble) as tap:
+            for row, batch in zip(mine, validation.batches(mine), strict=True):
+                # one timestep for each, evenly spread over all of them
+                time = torch.tensor([(place + 0.5) / count for place in row], dtype=torch.float64)
+                loss = denoising_loss(
+                    ensemble,
+                    process,
+                    batch.clean,
+                    batch.text,
+                    noise=batch.noise,
+                    time=time.to(engine.device),
+                )
+                losses += loss.double().sum()
+                routings.append(tap.routing())
+        ensemble.train()
+        total = float(engine.total(losses)) / count
+        if self._recorder is not None:
+            figures: dict[str, Any] = {"validation_loss": total}
+            if routings and engine.num_processes == 1:
+                seen = routing_figures(Routing.mean(routings), self._names)
+                figures |= {f"validation/{key}": value for key, value in seen.items()}
+            self._recorder.write(step, figures)
+        return total
+
+    def _preview(self, step: int, previews: PreviewRecipe) -> None:
+        """Draw the prompts, always from the same noise."""
+        if self._recorder is None:
+            return
+        pipeline, ensemble = self._trainer.pipeline, self._trainer.ensemble
+        ensemble.eval()
+        pipeline.set_progress_bar_config(disable=True)
+        # with offloaded experts these are on the CPU, where the pipeline would then begin
+        parts = (pipeline.vae, pipeline.text_encoder)
+        places = [part.device for part in parts]
+        for part in parts:
+            part.to(self._trainer.engine.device)
+        generators = [
+            torch.Generator().manual_seed(previews.seed + n) for n in range(len(previews.prompts))
+        ]
+        with torch.no_grad(), self._trainer.averaged():
+            pictures = pipeline(
+                list(previews.prompts),
+                num_inference_steps=previews.num_steps,
+                guidance_scale=previews.guidance,
+                generator=generators,
+            ).images
+        for part, place in zip(parts, places, strict=True):
+            part.to(place)
+        ensemble.train()
+        folder = self._output / PREVIEWS
+        folder.mkdir(exist_ok=True)
+        buffer = io.BytesIO()
+        _sheet(pictures).save(buffer, format="PNG")
+        write_atomic(folder / f"step-{step:08d}.png", buffer.getvalue())
+        self._recorder.pictures(step, pictures)
+
+
+def _short_names(sources: list[str]) -> list[str]:
+    """The experts' last names, with numbers where two are alike."""
+    names = [source.rstrip("/").rpartition("/")[2].removeprefix("zoo:") for source in sources]
+    names = [name.removesuffix(".safetensors") for name in names]
+    return [
+        f"{name} {names[:n].count(name) + 1}" if names.count(name) > 1 else name
+        for n, name in enumerate(names)
+    ]
+
+
+def _sheet(pictures: list[Image.Image]) -> Image.Image:
+    """All pictures on one, in rows that make it about square."""
+    columns = math.ceil(math.sqrt(len(pictures)))
+    width, height = pictures[0].size
+    rows = math.ceil(len(pictures) / columns)
+    sheet = Image.new("RGB", (columns * width, rows * height), "white")
+    for n, picture in enumerate(pictures):
+        sheet.paste(picture, (n % columns * width, n // columns * height))
+    return sheet

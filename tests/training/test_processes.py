@@ -1,0 +1,149 @@
+"""Several processes, and processes that are killed: the commands as users run them."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from afa.weights import hash_expert
+from tests.training.runs import as_written
+
+ALONE = [sys.executable, "-m", "afa", "train"]
+TWO = [
+    *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
+    *("-m", "afa", "train"),
+]
+
+
+def write(folder: Path, recipe: dict[str, Any], name: str = "recipe.yaml") -> Path:
+    path = folder / name
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def start(command: list[str], recipe: Path, output: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*command, str(recipe), "--output", str(output)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> str:
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == code, said
+    return said
+
+
+def figures(run: Path, key: str) -> list[float]:
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line[key] for line in found if key in line]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_two_processes_are_one_with_twice_the_batch(
+    experts: list[Path], tmp_path: Path, accumulated: int
+) -> None:
+    """The same samples in the same steps; float32 sums in another order, hence the tolerance."""
+    common: dict[str, Any] = {"num_steps": 12, "log_every": 1, "ema_decay": 0.9}
+    losses, validation, weights = [], [], []
+    for name, command, size, count in (
+        ("one", ALONE, 4 * accumulated, 1),
+        ("two", TWO, 2, accumulated),
+    ):
+        recipe = as_written(experts, {"scenes": {"num_samples": 30}}, **common)
+        recipe["training"] |= {"batch_size": size, "gradient_accumulation_steps": count}
+        recipe["data"]["cache_folder"] = str(tmp_path / f"cache {name}")
+        recipe["validation"] = {"num_samples": 6, "every": 4}
+        output = tmp_path / name
+        finish(start(command, write(tmp_path, recipe, f"{name}.yaml"), output))
+        losses.append(figures(output, "loss"))
+        validation.append(figures(output, "validation_loss"))
+        weights.append(load_file(output / "aggregators.safetensors"))
+    assert len(losses[0]) == 12
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert validation[1] == pytest.approx(validation[0], rel=1e-4)
+    for key, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][key], tensor, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_killed_five_times_it_ends_with_the_same_bits(experts: list[Path], tmp_path: Path) -> None:
+    """Once while it encodes, and at four moments of its steps that nobody chose."""
+    recipe = as_written(
+        experts,
+        {"scenes": {"num_samples": 60}},
+        num_steps=60,
+        checkpoint_every=3,
+        log_every=1,
+        ema_decay=0.9,
+    )
+    before = [hash_expert(expert) for expert in experts]
+    recipe["data"]["cache_folder"] = str(tmp_path / "cache whole")
+    finish(start(ALONE, write(tmp_path, recipe), tmp_path / "whole"))
+
+    cache = tmp_path / "cache parts"
+    recipe["data"]["cache_folder"] = str(cache)
+    path, output = write(tmp_path, recipe), tmp_path / "parts"
+    chance = random.Random(os.urandom(8))
+    moments = [0, *sorted(chance.sample(range(1, 58), 4))]
+    for moment in moments:
+        process = start(ALONE, path, output)
+        deadline = time.monotonic() + 120
+        while not (cache.exists() if moment == 0 else last_step(output) >= moment):
+            assert process.poll() is None, "it ended before it was to be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        time.sleep(chance.uniform(0, 0.05))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert not (output / "aggregators.safetensors").exists(), moments
+    finish(start(ALONE, path, output))
+    whole, parts = (tmp_path / n / "aggregators.safetensors" for n in ("whole", "parts"))
+    assert parts.read_bytes() == whole.read_bytes(), moments
+    assert [hash_expert(expert) for expert in experts] == before
+
+
+def last_step(run: Path) -> int:
+    """The last step that a run has written a line of; a line that is being written counts not."""
+    place = run / "metrics.jsonl"
+    found = place.read_text().split("\n")[:-1] if place.exists() else []
+    return max((json.loads(line)["step"] for line in found), default=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_first(experts: list[Path], tmp_path: Path, number: signal.Signals) -> None:
+    recipe = as_written(experts, num_steps=5000, checkpoint_every=5000, log_every=1)
+    path, output = write(tmp_path, recipe), tmp_path / "run"
+    process = start(ALONE, path, output)
+    deadline = time.monotonic() + 120
+    while not (output / "metrics.jsonl").exists() or len(figures(output, "loss")) < 3:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    said = finish(process, code=128 + number)
+    assert "all is saved. The same command goes on." in " ".join(said.split())
+    (checkpoint,) = (output / "checkpoints").iterdir()
+    done = int(checkpoint.stem.removeprefix("step-"))
+    assert 3 <= done < 5000
+    recipe["training"]["num_steps"] = done + 1
+    finish(start(ALONE, write(tmp_path, recipe), output))
+    assert (output / "aggregators.safetensors").exists()

@@ -1,0 +1,170 @@
+"""What a run leaves to look at: figures, validation, warnings, pictures, where it was made."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from afa.errors import AfaError
+from afa.training import Recipe
+from tests.training.runs import as_written, steps_of
+
+NAMES = ["expert0", "expert1", "expert2"]
+
+
+def observed(experts: list[Path], **changes: Any) -> Recipe:
+    written = as_written(experts, num_steps=6, log_every=2, trackers=["tensorboard"])
+    written["validation"] = {"num_samples": 5, "every": 3}
+    written["previews"] = {"prompts": ["a fox", "a pizza"], "every": 3, "num_steps": 2}
+    for key, value in changes.items():
+        written[key] = {**written.get(key, {}), **value}
+    return Recipe.model_validate(written)
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def run(experts: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("watched") / "run"
+    list(steps_of(observed(experts), output))
+    return output
+
+
+def test_figures_are_written_every_so_often(run: Path) -> None:
+    steps = [line for line in lines(run) if "loss" in line]
+    assert [line["step"] for line in steps] == [2, 4, 6]
+    for line in steps:
+        assert line["loss"] > 0
+        assert line["grad_norm"] > 0
+        assert line["learning_rate"] == pytest.approx(1e-2)
+        assert line["seconds_per_step"] > 0
+
+
+def test_weights_and_entropy_of_every_site(run: Path) -> None:
+    routed = [line for line in lines(run) if "entropy/conv_in" in line]
+    assert [line["step"] for line in routed] == [2, 4, 6]
+    for line in routed:
+        assert 0 < line["entropy/mid"] <= 1
+        shares = [line[f"weight/mid/{name}"] for name in NAMES]
+        assert sum(shares) == pytest.approx(1, abs=1e-4)
+
+
+def test_validation(run: Path) -> None:
+    found = [line for line in lines(run) if "validation_loss" in line]
+    assert [line["step"] for line in found] == [3, 6]
+    assert found[0]["validation_loss"] != found[1]["validation_loss"]
+    assert "validation/weight/mid/expert0" in found[0]
+
+
+def test_validation_is_the_same_however_it_is_batched_and_encoded(
+    experts: list[Path], tmp_path: Path
+) -> None:
+    """Nothing is learnt at a learning rate of next to nothing, so all runs have one loss."""
+    losses = []
+    for n, (size, cache) in enumerate(((2, False), (4, False), (2, True))):
+        data = {"cache_folder": str(tmp_path / "cache"), "cache": cache}
+        training = {"batch_size": size, "learning_rate": 1e-12, "num_steps": 1}
+        asked = observed(experts, data=data, training=training, validation={"every": 1})
+        list(steps_of(asked, tmp_path / str(n)))
+        found = [
+            line["validation_loss"]
+            for line in lines(tmp_path / str(n))
+            if "validation_loss" in line
+        ]
+        losses += found
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-4)
+
+
+def test_validation_and_previews_change_no_step(experts: list[Path], tmp_path: Path) -> None:
+    """But for the samples that are held out."""
+    plain = as_written(experts, {"scenes": {"num_samples": 95}}, num_steps=6)
+    unseen = [s.loss for s in steps_of(Recipe.model_validate(plain), tmp_path / "plain")]
+    assert [s.loss for s in steps_of(observed(experts), tmp_path / "seen")] == unseen
+
+
+def test_held_out_samples_must_leave_some(experts: list[Path], tmp_path: Path) -> None:
+    asked = observed(experts, validation={"num_samples": 100})
+    with pytest.raises(AfaError, match="must be less than the 100 samples there are"):
+        list(steps_of(asked, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_pictures(run: Path) -> None:
+    pictures = sorted((run / "previews").iterdir())
+    assert [path.name for path in pictures] == ["step-00000003.png", "step-00000006.png"]
+    with Image.open(pictures[0]) as sheet:
+        assert sheet.size == (32, 16)  # two of 16 pixels
+    assert pictures[0].read_bytes() != pictures[1].read_bytes()
+
+
+def test_tensorboard_has_figures_and_pictures(run: Path) -> None:
+    events = EventAccumulator(str(run / "logs"))
+    events.Reload()
+    tags = events.Tags()
+    assert {"loss", "validation_loss", "entropy/mid", "weight/mid/expert1"} <= set(tags["scalars"])
+    assert [event.step for event in events.Scalars("loss")] == [2, 4, 6]
+    assert any(tag.startswith("previews") for tag in tags["images"])
+
+
+def test_where_it_was_made(run: Path) -> None:
+    (start,) = json.loads((run / "environment.json").read_text())["starts"]
+    assert start["step"] == 0
+    assert start["commit"]
+    assert {"afa", "torch", "diffusers", "accelerate"} <= set(start["versions"])
+    assert json.loads((run / "recipe.json").read_text())["validation"]["num_samples"] == 5
+
+
+def test_lines_after_the_checkpoint_are_written_again_once(
+    experts: list[Path], tmp_path: Path, run: Path
+) -> None:
+    asked = observed(experts, training={"checkpoint_every": 3})
+    list(islice(steps_of(asked, tmp_path / "run"), 5))  # killed after step 5, saved at step 3
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')
+    list(steps_of(asked, tmp_path / "run"))
+    kept, whole = lines(tmp_path / "run"), lines(run)
+
+    def seen(found: list[dict[str, Any]], key: str) -> list[tuple[int, Any]]:
+        return [(line["step"], line[key]) for line in found if key in line]
+
+    assert seen(kept, "validation_loss") == seen(whole, "validation_loss")
+    assert [step for step, _ in seen(kept, "loss")] == [2, 4, 6]
+    assert seen(kept, "loss")[0] == seen(whole, "loss")[0]
+    assert seen(kept, "loss")[2] == seen(whole, "loss")[2]
+    starts = json.loads((tmp_path / "run" / "environment.json").read_text())["starts"]
+    assert [start["step"] for start in starts] == [0, 3]
+
+
+def test_starved_experts_are_warned_of(
+    experts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the mark at a third of the weight or more, which nobody has at the beginning."""
+    monkeypatch.setattr("afa.training.routing._RARE", 0.4)
+    asked = observed(experts, training={"num_steps": 12, "learning_rate": 1e-9})
+    notes = {step.step: step.notes for step in steps_of(asked, tmp_path / "run")}
+    warned = {step: [n for n in said if "less than 40%" in n] for step, said in notes.items()}
+    assert {step: len(said) for step, said in warned.items() if said} == {10: 3}  # the fifth report
+    for name, line in zip(NAMES, warned[10], strict=True):
+        assert f"'{name}'" in line
+        assert "conv_in, " in line
+    assert [x["step"] for x in lines(tmp_path / "run") if "warnings" in x] == [10]
+
+
+@pytest.mark.parametrize(
+    ("tracker", "message"),
+    [("no_such", "A tracker must be one of .*tensorboard"), ("wandb", "must be installed")],
+)
+def test_trackers_that_cannot_be_had(
+    experts: list[Path], tmp_path: Path, tracker: str, message: str
+) -> None:
+    asked = observed(experts, training={"trackers": [tracker]})
+    with pytest.raises(AfaError, match=message):
+        list(steps_of(asked, tmp_path / "run"))
