@@ -82,7 +82,7 @@ def _show(events: Iterator[TrainStep | CacheProgress], *, is_main: bool) -> None
                 event = next(events, None)
                 continue
             for note in event.notes:
-                progress.console.print(note, markup=False, highlight=False)
+                progress.console.print(note, markup=False, highlight=False, soft_wrap=True)
             if isinstance(event, TrainStep):
                 stage, done = "train", event.step
                 total: int | None = event.num_steps
