@@ -78,7 +78,7 @@ def test_a_new_fusion_is_tuned_and_compared(monkeypatch: pytest.MonkeyPatch) -> 
         width: float
 
         def rules(self, sites: Any) -> Any:
-            raise NotImplementedError
+            return []
 
         @classmethod
         def rows(cls, experts: Any) -> Any:

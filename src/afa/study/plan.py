@@ -42,7 +42,7 @@ _MODEL = "zoo:{}".format
 
 @dataclass(frozen=True)
 class StudySettings:
-    """How much of everything; the default takes about 65 minutes on two cores."""
+    """How much of everything; the default takes 65 to 110 minutes on two cores."""
 
     num_train_steps: int = 500
     batch_size: int = 16

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from afa.training.encoding import Encoded
     from afa.training.engine import Engine
     from afa.training.examples import Examples
+    from afa.training.objective import ForwardProcess
     from afa.training.recipe import TrainingRecipe
     from afa.training.routing import WeightTap
 
@@ -173,11 +174,14 @@ def optimizer_steps(
 
 
 def _loss(
-    model: Callable[..., tuple[Tensor]], process: object, batch: Encoded, settings: TrainingRecipe
+    model: Callable[..., tuple[Tensor]],
+    process: ForwardProcess,
+    batch: Encoded,
+    settings: TrainingRecipe,
 ) -> Tensor:
     return denoising_loss(
         model,
-        process,  # type: ignore[arg-type]
+        process,
         batch.clean,
         batch.text,
         noise=batch.noise,

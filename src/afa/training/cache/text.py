@@ -53,6 +53,7 @@ class TextCache:
             for e in encoders
         ]
         self._rows = [list(captions[n : n + SHARD]) for n in range(0, len(captions), SHARD)]
+        self._names = [f"{digest(chunk)}.safetensors" for chunk in self._rows]
         self._place_of = {
             caption: (number, row)
             for number, chunk in enumerate(self._rows)
@@ -89,7 +90,7 @@ class TextCache:
         return read_row(self._place(encoder, number), "text", row)
 
     def _place(self, encoder: int, number: int) -> Path:
-        return self._folders[encoder] / f"{digest(self._rows[number])}.safetensors"
+        return self._folders[encoder] / self._names[number]
 
     def _encode(self, captions: Sequence[str]) -> list[Tensor]:
         """The embeddings [n, L, D] of each distinct encoder."""
