@@ -2,14 +2,18 @@
 
     python benchmarks/training.py                    # the zoo's models
     python benchmarks/training.py --size sd15        # widths of Stable Diffusion 1.5, 32x32 latents
+    python benchmarks/training.py --offloading       # what stays on a device, by counting
 
 Every mode runs in a process of its own, so that peaks are its own; the modes take turns for several
-rounds, and what is compared are ratios within a round. Weights are random where none ship.
+rounds, and what is compared are ratios within a round. The first mode is a loop as a textbook has
+it, around the same ensemble, with nothing of afa.training in it. Weights are random where none
+ship.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import resource
 import statistics
@@ -18,10 +22,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 MODES: dict[str, dict[str, Any]] = {
-    "plain loop": {},
+    "plain loop": {"plain": True},
+    "afa, not cached": {},
     "cached": {"cache": True},
     "cached, checkpointing": {"cache": True, "gradient_checkpointing": True},
     "cached, bfloat16 experts": {"cache": True, "expert_dtype": "bfloat16"},
@@ -32,8 +40,8 @@ MODES: dict[str, dict[str, Any]] = {
     },
 }
 SIZES: dict[str, dict[str, Any]] = {
-    "zoo": {"batch_size": 16, "num_steps": 12, "num_samples": 96, "resolution": 64},
-    "sd15": {"batch_size": 2, "num_steps": 3, "num_samples": 6, "resolution": 256},
+    "zoo": {"batch_size": 16, "num_steps": 16, "num_samples": 96, "resolution": 64},
+    "sd15": {"batch_size": 2, "num_steps": 4, "num_samples": 8, "resolution": 256},
 }
 SD15_UNET: dict[str, Any] = {
     "sample_size": 32,
@@ -57,8 +65,12 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="zoo")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--modes", nargs="*", choices=MODES, default=list(MODES))
+    parser.add_argument("--offloading", action="store_true")
     parser.add_argument("--one", choices=MODES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.offloading:
+        print(offloading_table())  # noqa: T201
+        return
     if arguments.one is not None:
         print(json.dumps(measure(arguments.size, MODES[arguments.one])))  # noqa: T201
         return
@@ -116,6 +128,7 @@ def measure(size: str, changes: dict[str, Any]) -> dict[str, float]:
     settings = dict(SIZES[size])
     num_samples, resolution = settings.pop("num_samples"), settings.pop("resolution")
     changes = dict(changes)
+    is_plain = changes.pop("plain", False)
     cache = changes.pop("cache", False)
     with tempfile.TemporaryDirectory() as scratch:
         recipe = Recipe.model_validate(
@@ -132,26 +145,67 @@ def measure(size: str, changes: dict[str, Any]) -> dict[str, float]:
         )
         dtype = getattr(torch, recipe.training.expert_dtype)
         pipeline = zoo_pipeline(dtype) if size == "zoo" else random_pipeline(dtype)
-        engine = Engine("cpu")
-        trainer = Trainer(pipeline, recipe.training, engine)
         data = scenes(num_samples)
-        began = time.perf_counter()
-        preparing = prepare_examples(recipe, pipeline, data, engine)
-        while True:
-            try:
-                next(preparing)
-            except StopIteration as stop:
-                examples, _ = stop.value
-                break
-        encoding = time.perf_counter() - began if cache else 0.0
-        loaded = resident()
-        seconds = [step.seconds for step in trainer.steps(examples)]
+        encoding = 0.0
+        if is_plain:
+            loaded = resident()
+            seconds = list(plain_loop(pipeline, data, recipe.training, resolution))
+        else:
+            engine = Engine("cpu")
+            trainer = Trainer(pipeline, recipe.training, engine)
+            began = time.perf_counter()
+            preparing = prepare_examples(recipe, pipeline, data, engine)
+            while True:
+                try:
+                    next(preparing)
+                except StopIteration as stop:
+                    examples, _ = stop.value
+                    break
+            if cache:
+                encoding = time.perf_counter() - began
+            loaded = resident()
+            seconds = [step.seconds for step in trainer.steps(examples)]
     return {
         "seconds_per_step": statistics.median(seconds[1:]),  # the first one allocates
         "seconds_encoding": encoding,
         "peak": peak(),
         "above_loaded": peak() - loaded,
     }
+
+
+def plain_loop(pipeline: Any, data: Any, settings: Any, resolution: int) -> Iterator[float]:
+    """Train as a textbook would, encoding every batch; gives the seconds of each step."""
+    import numpy as np
+    import torch
+    from diffusers import DDPMScheduler
+
+    unet, vae = pipeline.unet, pipeline.vae
+    unet.train()
+    parameters = list(unet.aggregators.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate)
+    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    size = settings.batch_size
+    for step in range(settings.num_steps):
+        began = time.perf_counter()
+        samples = [data[n % len(data)] for n in range(step * size, (step + 1) * size)]
+        pictures = [
+            np.asarray(picture.resize((resolution, resolution)), dtype=np.float32)
+            for picture, _ in samples
+        ]
+        pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 127.5 - 1
+        with torch.no_grad():
+            latents = vae.encode(pixels).latent_dist.sample() * vae.config.scaling_factor
+            captions = [caption for _, caption in samples]
+            text = pipeline.encode_prompt(captions, vae.device, 1, False)[0]
+        noise = torch.randn_like(latents)
+        timesteps = torch.randint(scheduler.config.num_train_timesteps, (size,))
+        noisy = scheduler.add_noise(latents, noise, timesteps)
+        predicted = unet(noisy, timesteps, text).sample
+        torch.nn.functional.mse_loss(predicted, noise).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        yield time.perf_counter() - began
 
 
 def scenes(num_samples: int) -> Any:
@@ -205,6 +259,42 @@ def random_pipeline(dtype: Any) -> Any:
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def offloading_table() -> str:
+    """Bytes of three experts in bfloat16 that lie on a device, and those that pass through it."""
+    whole, largest, streamed = offloaded_bytes(SD15_UNET)
+    return (
+        "| U-Nets in bfloat16 | on the device | with `offload_experts` | brought there a pass |\n"
+        "|---|---|---|---|\n"
+        f"| 3 x Stable Diffusion 1.5 | {3 * whole / 1e9:.2f} GB "
+        f"| {(3 * (whole - streamed) + largest) / 1e9:.2f} GB | {3 * streamed / 1e9:.2f} GB |"
+    )
+
+
+def offloaded_bytes(config: dict[str, Any]) -> tuple[int, int, int]:
+    """Bytes of one U-Net in bfloat16, of what lies between two sites at the most, of what moves."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    from afa.denoisers import family_of
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**config)
+
+    def count(*modules: Any) -> int:
+        return 2 * sum(p.numel() for m in modules if m is not None for p in m.parameters())
+
+    streamed = family_of(unet).streamed(unet)
+    largest = 0
+    for block in streamed:
+        attentions = getattr(block, "attentions", None) or []
+        if block is unet.mid_block:
+            largest = max(largest, count(block))
+        else:
+            pairs = itertools.zip_longest(block.resnets, attentions)
+            largest = max([largest, *(count(*pair) for pair in pairs)])
+    return count(unet), largest, count(*streamed)
 
 
 def resident() -> int:
