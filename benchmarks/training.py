@@ -285,15 +285,12 @@ def offloaded_bytes(config: dict[str, Any]) -> tuple[int, int, int]:
     def count(*modules: Any) -> int:
         return 2 * sum(p.numel() for m in modules if m is not None for p in m.parameters())
 
-    streamed = family_of(unet).streamed(unet)
-    largest = 0
-    for block in streamed:
+    streamed = family_of(unet).layers(unet)
+    largest = count(unet.mid_block)
+    for block in (*unet.down_blocks, *unet.up_blocks):
         attentions = getattr(block, "attentions", None) or []
-        if block is unet.mid_block:
-            largest = max(largest, count(block))
-        else:
-            pairs = itertools.zip_longest(block.resnets, attentions)
-            largest = max([largest, *(count(*pair) for pair in pairs)])
+        pairs = itertools.zip_longest(block.resnets, attentions)
+        largest = max([largest, *(count(*pair) for pair in pairs)])
     return count(unet), largest, count(*streamed)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -21,12 +20,15 @@ from afa.denoisers import (
     Site,
     discover_sites,
     family_of,
+    move_all_but,
     run_lockstep,
 )
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
     from typing import Self
+
+    from torch.distributed.device_mesh import DeviceMesh
 
     from afa.experts import ExpertReference
 
@@ -295,10 +297,7 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
         """
         self.experts.to("cpu")
         for expert in self.experts:
-            streamed = {id(p) for part in self._family.streamed(expert) for p in part.parameters()}
-            for tensor in itertools.chain(expert.parameters(), expert.buffers()):
-                if id(tensor) not in streamed:
-                    tensor.data = tensor.data.to(device)
+            move_all_but(expert, self._family.layers(expert), device)
         self.aggregators.to(device)
         self.execution = replace(self.execution, device=torch.device(device))
 
@@ -306,6 +305,26 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
         """Undo `offload_experts`; the experts stay on the CPU, the aggregators where they are."""
         self.experts.to("cpu")
         self.execution = replace(self.execution, device=None)
+
+    def shard_experts(self, mesh: DeviceMesh, **settings: Any) -> None:
+        """Leave a part of every layer in each process; whoever runs a layer gathers it for that.
+
+        Fully sharded data parallelism (Zhao et al., 2023, arXiv 2304.11277) for what is frozen. The
+        aggregators stay whole. From then on the processes have to call the ensemble equally often.
+
+        Args:
+            mesh: one-dimensional, over the processes.
+            settings: more of `torch.distributed.fsdp.fully_shard`.
+        """
+        from torch.distributed.fsdp import fully_shard
+
+        device = torch.device(mesh.device_type)
+        for expert in self.experts:
+            layers = self._family.layers(expert)
+            for layer in layers:
+                fully_shard(layer, mesh=mesh, **settings)
+            move_all_but(expert, layers, device)
+        self.aggregators.to(device)
 
     def frozen_names(self) -> list[str]:
         """The names of all parameters and buffers of the experts."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from afa.denoisers import PLAIN, Execution, discover_sites, family_of, run_alone
-from afa.denoisers.unet import streamed_parts, unet_blocks
+from afa.denoisers.unet import unet_blocks, unet_layers
 from afa.errors import AfaError
 from tests.tiny import ODD, SD1, SD2, TEXT_WIDTH, inputs, tiny_unet
 
@@ -241,13 +241,13 @@ def test_nothing_of_the_blocks_is_used_where_it_lies() -> None:
     """As on a machine whose accelerator has no room for the blocks: here they are on no device."""
     unet = tiny_unet().requires_grad_(False)
     expected = run_alone(unet_blocks(unet, **inputs()))
-    kept = {id(part): copy.deepcopy(part) for part in _modules(streamed_parts(unet))}
+    kept = {id(part): copy.deepcopy(part) for part in _modules(unet_layers(unet))}
 
     class Elsewhere(Execution):
         def run(self, layer: Any, *args: Any, **kwargs: Any) -> Any:
             return kept[id(layer)](*args, **kwargs)
 
-    for part in streamed_parts(unet):
+    for part in unet_layers(unet):
         part.to("meta")
     assert torch.equal(run_alone(unet_blocks(unet, **inputs(), execution=Elsewhere())), expected)
 

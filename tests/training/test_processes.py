@@ -33,10 +33,12 @@ def write(folder: Path, recipe: dict[str, Any], name: str = "recipe.yaml") -> Pa
     return path
 
 
-def start(command: list[str], recipe: Path, output: Path) -> subprocess.Popen[str]:
+def start(
+    command: list[str], recipe: Path, output: Path, **environment: str
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [*command, str(recipe), "--output", str(output)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -81,6 +83,65 @@ def test_two_processes_are_one_with_twice_the_batch(
     assert validation[1] == pytest.approx(validation[0], rel=1e-4)
     for key, tensor in weights[0].items():
         torch.testing.assert_close(weights[1][key], tensor, rtol=1e-2, atol=1e-3)
+
+
+#: what `accelerate launch --use_fsdp --fsdp_version 2` sets
+SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
+@pytest.mark.slow
+def test_sharded_experts_train_alike(experts: list[Path], tmp_path: Path) -> None:
+    recipe = as_written(
+        experts,
+        {"scenes": {"num_samples": 30}},
+        gradient_accumulation_steps=2,
+        gradient_checkpointing=True,
+        log_every=1,
+    )
+    recipe["validation"] = {"num_samples": 5, "every": 2}  # 3 batches for 2 processes
+    recipe["previews"] = {"prompts": ["a fox"], "every": 4, "num_steps": 2}
+    outputs = [tmp_path / "replicated", tmp_path / "sharded"]
+    for output, environment in zip(outputs, ({}, SHARDED), strict=True):
+        recipe["data"]["cache_folder"] = str(tmp_path / f"cache {output.name}")
+        finish(start(TWO, write(tmp_path, recipe), output, **environment))
+    for key in ("loss", "validation_loss"):
+        whole, sharded = (figures(output, key) for output in outputs)
+        assert sharded == pytest.approx(whole, rel=1e-5)
+    assert (outputs[1] / "previews" / "step-00000004.png").is_file()
+    weights = [load_file(output / "aggregators.safetensors") for output in outputs]
+    for key, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][key], tensor, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_each_process_holds_its_share_of_the_experts() -> None:
+    command = [*TWO[:-3], "-m", "tests.training.sharded"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("all alike") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "environment", "said"),
+    [
+        ({}, {"FSDP_VERSION": "1"}, "fsdp_version must be 2, came 1"),
+        ({"offload_experts": True}, {}, "offload_experts must be off where accelerate shards"),
+    ],
+)
+def test_sharding_that_cannot_be(
+    experts: list[Path],
+    tmp_path: Path,
+    changes: dict[str, Any],
+    environment: dict[str, str],
+    said: str,
+) -> None:
+    recipe = as_written(experts, **changes)
+    process = start(TWO, write(tmp_path, recipe), tmp_path / "run", **{**SHARDED, **environment})
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert said in " ".join(output.split())
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

@@ -14,8 +14,8 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from afa.denoisers.coroutine import Blocks, Feature, run_alone, run_lockstep
-from afa.denoisers.execution import PLAIN, Execution
-from afa.denoisers.unet import check_unet, streamed_parts, unet_blocks, unet_example
+from afa.denoisers.execution import PLAIN, Execution, move_all_but
+from afa.denoisers.unet import check_unet, unet_blocks, unet_example, unet_layers
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ __all__ = [
     "Site",
     "discover_sites",
     "family_of",
+    "move_all_but",
     "run_alone",
     "run_lockstep",
 ]
@@ -42,7 +43,7 @@ __all__ = [
 class Family:
     """How one family of denoisers is taken apart.
 
-    `blocks` runs the modules of `streamed` through its `execution`, and all others as they are.
+    `blocks` runs the modules of `layers` through its `execution`, and all others as they are.
     """
 
     name: str
@@ -50,11 +51,11 @@ class Family:
     blocks: Callable[..., Blocks]
     check: Callable[[Any], None]
     example: Callable[[Any], dict[str, Any]]
-    streamed: Callable[[Any], list[nn.Module]]
+    layers: Callable[[Any], list[nn.Module]]
 
 
 FAMILIES = (
-    Family("unet", UNet2DConditionModel, unet_blocks, check_unet, unet_example, streamed_parts),
+    Family("unet", UNet2DConditionModel, unet_blocks, check_unet, unet_example, unet_layers),
 )
 
 

@@ -11,7 +11,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from torch import nn
 
@@ -45,6 +45,14 @@ class Execution:
         named = itertools.chain(layer.named_parameters(), layer.named_buffers())
         here = {name: tensor.to(self.device, non_blocking=True) for name, tensor in named}
         return functional_call(layer, here, args, kwargs)
+
+
+def move_all_but(expert: nn.Module, layers: Iterable[nn.Module], device: torch.device | str) -> None:
+    """Bring what is not of these layers to a device."""
+    kept = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    for tensor in itertools.chain(expert.parameters(), expert.buffers()):
+        if id(tensor) not in kept:
+            tensor.data = tensor.data.to(device)
 
 
 #: every layer where it is, all kept

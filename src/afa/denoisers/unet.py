@@ -226,10 +226,16 @@ def _join_skip(block: Any, hidden: Tensor, skip: Tensor) -> Tensor:
     return torch.cat([hidden, skip], dim=1)
 
 
-def streamed_parts(unet: UNet2DConditionModel) -> list[nn.Module]:
-    """The large parts of a U-Net, which `unet_blocks` runs through its `execution`."""
+def unet_layers(unet: UNet2DConditionModel) -> list[nn.Module]:
+    """The large modules of a U-Net, which `unet_blocks` runs through its `execution`, in order."""
+    kinds = ("resnets", "attentions", "downsamplers", "upsamplers")
+
+    def layers(blocks: Sequence[nn.Module]) -> list[nn.Module]:
+        lists = [getattr(block, kind, None) or () for block in blocks for kind in kinds]
+        return [layer for listed in lists for layer in listed]
+
     mid = [] if unet.mid_block is None else [unet.mid_block]
-    return [*unet.down_blocks, *mid, *unet.up_blocks]
+    return [*layers(unet.down_blocks), *mid, *layers(unet.up_blocks)]
 
 
 def unet_example(unet: UNet2DConditionModel) -> dict[str, Any]:

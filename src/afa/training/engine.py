@@ -8,14 +8,23 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import DistributedType, gather_object
+from accelerate import (
+    Accelerator,
+    DistributedDataParallelKwargs,
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+)
+from accelerate.utils import DistributedType, gather_object, parse_flag_from_env
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.nn.parallel import DistributedDataParallel
 
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from afa.ensemble import EnsembleDenoiser
     from afa.training.order import Shares
     from afa.training.recipe import TrainingRecipe
 
@@ -33,7 +42,8 @@ _REPLICATED = (
 class Engine:
     """The processes of a training, started by `accelerate launch` or `torchrun`, or just one.
 
-    Aggregators are replicated and their gradients averaged (distributed data parallel). Precision
+    Aggregators are replicated and their gradients averaged (distributed data parallel). Where
+    accelerate is configured for FSDP, the experts' layers are sharded over the processes. Precision
     is the training's own affair: experts are cast, aggregators stay in float32, and whatever mixed
     precision accelerate is configured for is left off.
 
@@ -57,12 +67,12 @@ class Engine:
             ],
         )
         kind = self._accelerator.distributed_type
-        if kind not in (*_SINGLE, *_REPLICATED):
+        if kind not in (*_SINGLE, *_REPLICATED, DistributedType.FSDP):
             raise AfaError(
-                f"accelerate must be configured for one process or for plain data parallelism "
-                f"(DDP), came {kind.value}. The aggregators are small; where the experts are too "
-                "large for a device, set training.offload_experts."
+                f"accelerate must be configured for one process, for plain data parallelism (DDP) "
+                f"or for FSDP, came {kind.value}. Run `accelerate config` again."
             )
+        self._sharding = _sharding() if self.num_processes > 1 else None
         self.device: torch.device = chosen or self._accelerator.device
 
     @property
@@ -74,6 +84,11 @@ class Engine:
     def rank(self) -> int:
         """Which one this is, from 0."""
         return self._accelerator.process_index
+
+    @property
+    def is_sharding(self) -> bool:
+        """Whether a forward pass takes all processes, since each holds a part of the experts."""
+        return self._sharding is not None
 
     @property
     def is_main(self) -> bool:
@@ -102,11 +117,19 @@ class Engine:
             return model
         # read by DistributedDataParallel: the experts are the same files in all processes
         model._ddp_params_and_buffers_to_ignore = frozen  # type: ignore[assignment]
+        if self.is_sharding:  # accelerate would shard the aggregators as well
+            return DistributedDataParallel(model, broadcast_buffers=False)
         return self._accelerator.prepare_model(model, device_placement=False)
+
+    def shard(self, ensemble: EnsembleDenoiser) -> None:
+        """Leave a part of every expert's layer in each process, where accelerate asks for it."""
+        if self._sharding is not None:
+            mesh = init_device_mesh(self.device.type, (self.num_processes,))
+            ensemble.shard_experts(mesh, **self._sharding)
 
     def without_sync(self, model: nn.Module, *, when: bool) -> AbstractContextManager[Any]:
         """Gradients are only added up, not averaged over the processes yet."""
-        return self._accelerator.no_sync(model) if when else nullcontext()
+        return model.no_sync() if when and self.num_processes > 1 else nullcontext()
 
     def mean(self, tensor: Tensor) -> Tensor:
         """The mean over all processes."""
@@ -130,6 +153,27 @@ class Engine:
             self._accelerator.wait_for_everyone()
         except RuntimeError as error:
             raise AfaError("All processes must go on, but another one stopped.") from error
+
+
+def _sharding() -> dict[str, Any] | None:
+    """What accelerate's configuration says of FSDP, for `shard_experts`; None without any.
+
+    Raises:
+        AfaError: it is of FSDP's first version.
+    """
+    # not from the accelerator's state, which has none on processors
+    if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return None
+    plugin = FullyShardedDataParallelPlugin()
+    if plugin.fsdp_version != 2:
+        raise AfaError(
+            f"accelerate's fsdp_version must be 2, came {plugin.fsdp_version}. Run `accelerate "
+            "config` again, or launch with --fsdp_version 2."
+        )
+    chosen: dict[str, Any] = {"reshard_after_forward": plugin.reshard_after_forward}
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        chosen["offload_policy"] = plugin.cpu_offload
+    return chosen
 
 
 def pick_device(name: str) -> torch.device:

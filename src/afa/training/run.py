@@ -88,7 +88,8 @@ def train(
             vae=recipe.vae,
             config=recipe.config,
             torch_dtype=getattr(torch, settings.expert_dtype),
-            device="cpu" if settings.offload_experts else engine.device,
+            # where they do not all fit on one, they come to it in parts
+            device="cpu" if settings.offload_experts or engine.is_sharding else engine.device,
         )
     checkpoints = Checkpoints(output / CHECKPOINTS, settings.keep_checkpoints)
     trainer = Trainer(pipeline, settings, engine, checkpoints)

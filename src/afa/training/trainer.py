@@ -117,11 +117,17 @@ class Trainer:
         found = None if checkpoints is None else checkpoints.read()
         if found is not None:
             self._restore(found)
+        if engine.is_sharding and settings.offload_experts:
+            raise AfaError(
+                "training.offload_experts must be off where accelerate shards the experts (FSDP). "
+                "Leave it out, and set fsdp_offload_params there."
+            )
         if self.first > settings.num_steps:
             raise AfaError(
                 f"training.num_steps must be at least {self.first}, which this run has done "
                 f"already, came {settings.num_steps}. Raise it, or name another folder."
             )
+        engine.shard(self.ensemble)
 
     def steps(
         self, examples: Examples, should_stop: Callable[[], bool] | None = None

@@ -114,13 +114,17 @@ class Watch:
         count, size = self._recipe.validation.num_samples, settings.batch_size
         places = [range(n, min(n + size, count)) for n in range(0, count, size)]
         mine = places[engine.rank :: engine.num_processes]
+        # with sharded experts a forward pass takes everybody: some repeat one that does not count
+        num_rounds = math.ceil(len(places) / engine.num_processes)
+        counts = [True] * len(mine) + [False] * (num_rounds - len(mine))
+        mine = [*mine, *places[: num_rounds - len(mine)]]
         process = forward_process(trainer.pipeline.scheduler)
         losses = torch.zeros(1, dtype=torch.float64, device=engine.device)
         routings: list[Routing] = []
         ensemble = trainer.ensemble
         ensemble.eval()
         with torch.no_grad(), trainer.averaged(), tapped(ensemble) as tap:
-            for row, batch in zip(mine, validation.batches(mine), strict=True):
+            for row, batch, is_mine in zip(mine, validation.batches(mine), counts, strict=True):
                 # one timestep for each, evenly spread over all of them
                 time = torch.tensor([(place + 0.5) / count for place in row], dtype=torch.float64)
                 loss = denoising_loss(
@@ -131,8 +135,9 @@ class Watch:
                     noise=batch.noise,
                     time=time.to(engine.device),
                 )
-                losses += loss.double().sum()
-                routings.append(tap.routing())
+                if is_mine:
+                    losses += loss.double().sum()
+                    routings.append(tap.routing())
         ensemble.train()
         total = float(engine.total(losses)) / count
         if self._recorder is not None:
@@ -145,16 +150,17 @@ class Watch:
 
     def _preview(self, step: int, previews: PreviewRecipe) -> None:
         """Draw the prompts, always from the same noise."""
-        if self._recorder is None:
+        engine = self._trainer.engine
+        if self._recorder is None and not engine.is_sharding:
             return
         pipeline, ensemble = self._trainer.pipeline, self._trainer.ensemble
         ensemble.eval()
         pipeline.set_progress_bar_config(disable=True)
-        # with offloaded experts these are on the CPU, where the pipeline would then begin
+        # beside offloaded or sharded experts these are on the CPU, where a pipeline would begin
         parts = (pipeline.vae, pipeline.text_encoder)
         places = [part.device for part in parts]
         for part in parts:
-            part.to(self._trainer.engine.device)
+            part.to(engine.device)
         generators = [
             torch.Generator().manual_seed(previews.seed + n) for n in range(len(previews.prompts))
         ]
@@ -168,6 +174,8 @@ class Watch:
         for part, place in zip(parts, places, strict=True):
             part.to(place)
         ensemble.train()
+        if self._recorder is None:
+            return
         folder = self._output / PREVIEWS
         folder.mkdir(exist_ok=True)
         buffer = io.BytesIO()
