@@ -91,11 +91,11 @@ def table(size: str, rounds: list[dict[str, dict[str, float]]]) -> str:
     modes = list(rounds[0])
     settings = SIZES[size]
     lines = [
-        f"{size}: batches of {settings['batch_size']}, {len(rounds)} rounds, "
-        f"{settings['resolution']} px.",
+        f"{size}: batches of {settings['batch_size']} of {settings['num_samples']} pictures of "
+        f"{settings['resolution']} px, {len(rounds)} rounds.",
         "",
-        "| mode | seconds a step | time, ratio | seconds an epoch of 1,000 | encoded once, s per "
-        "1,000 | peak memory, GB | above what is loaded, GB |",
+        "| mode | seconds a step | time, ratio | seconds an epoch of 1,000 | encoding, s "
+        "| peak memory, GB | above what is loaded, GB |",
         "|---|---|---|---|---|---|---|",
     ]
 
@@ -107,10 +107,10 @@ def table(size: str, rounds: list[dict[str, dict[str, float]]]) -> str:
             seen[mode]["seconds_per_step"] / seen[modes[0]]["seconds_per_step"] for seen in rounds
         )
         step = median(mode, "seconds_per_step")
-        encoding = median(mode, "seconds_encoding") / settings["num_samples"] * 1000
+        encoding = median(mode, "seconds_encoding")
         lines.append(
             f"| {mode} | {step:.3g} | {ratio:.2f} | {step * 1000 / settings['batch_size']:.0f} "
-            f"| {encoding:.0f} | {median(mode, 'peak') / 1e9:.2f} "
+            f"| {encoding:.2g} | {median(mode, 'peak') / 1e9:.2f} "
             f"| {median(mode, 'above_loaded') / 1e9:.2f} |"
         )
     return "\n".join(lines)

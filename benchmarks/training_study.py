@@ -112,7 +112,8 @@ def validations(folder: Path) -> list[dict[str, Any]]:
 
 def spread(validation: dict[str, Any]) -> tuple[float, float]:
     """Mean entropy over the sites, and the mean over the sites of the smallest share."""
-    entropies, shares = [], {}
+    entropies: list[float] = []
+    shares: dict[str, list[float]] = {}
     for key, value in validation.items():
         if key.startswith("validation/entropy/"):
             entropies.append(value)

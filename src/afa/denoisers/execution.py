@@ -47,7 +47,9 @@ class Execution:
         return functional_call(layer, here, args, kwargs)
 
 
-def move_all_but(expert: nn.Module, layers: Iterable[nn.Module], device: torch.device | str) -> None:
+def move_all_but(
+    expert: nn.Module, layers: Iterable[nn.Module], device: torch.device | str
+) -> None:
     """Bring what is not of these layers to a device."""
     kept = {id(parameter) for layer in layers for parameter in layer.parameters()}
     for tensor in itertools.chain(expert.parameters(), expert.buffers()):

@@ -129,7 +129,9 @@ class Engine:
 
     def without_sync(self, model: nn.Module, *, when: bool) -> AbstractContextManager[Any]:
         """Gradients are only added up, not averaged over the processes yet."""
-        return model.no_sync() if when and self.num_processes > 1 else nullcontext()
+        if not when or not isinstance(model, DistributedDataParallel):
+            return nullcontext()
+        return model.no_sync()
 
     def mean(self, tensor: Tensor) -> Tensor:
         """The mean over all processes."""
