@@ -13,10 +13,10 @@ from torch import nn
 
 from afa.aggregators import SABW, Condition, SABWConfig, Separate
 from afa.baselines import noise_mean, shell
-from afa.denoisers import discover_sites
+from afa.denoisers import Widths, discover_sites
 from afa.ensemble import EnsembleDenoiser
 from afa.errors import AfaError
-from tests.tiny import TEXT_WIDTH, inputs, tiny_unet
+from tests.tiny import POOLED_WIDTH, SDXL, TEXT_WIDTH, inputs, tiny_unet, xl_inputs
 
 SMALL = SABWConfig(hidden_size=16, num_layers=1, num_heads=2, norm_num_groups=4)
 
@@ -56,6 +56,25 @@ def test_one_expert_in_the_shell_is_that_expert(dtype: torch.dtype) -> None:
     text = arguments["encoder_hidden_states"][..., TEXT_WIDTH:]
     expected = experts[1](**{**arguments, "encoder_hidden_states": text}).sample
     assert torch.equal(ensemble(**arguments).sample, expected)
+
+
+@torch.no_grad()
+def test_experts_of_stable_diffusion_xl_get_their_own_texts() -> None:
+    """From two text encoders each, concatenated encoder by encoder."""
+    experts = [tiny_unet(n, **SDXL) for n in range(2)]
+    ensemble = EnsembleDenoiser(
+        experts, shell(discover_sites(experts[0]), expert=1), widths=Widths((6, TEXT_WIDTH - 6))
+    )
+    call = xl_inputs(num_experts=2)
+    text, added = call["encoder_hidden_states"], call["added_cond_kwargs"]
+    own = {
+        **call,
+        "encoder_hidden_states": torch.cat([text[..., 6:12], text[..., 22:]], dim=-1),
+        "added_cond_kwargs": {**added, "text_embeds": added["text_embeds"][:, POOLED_WIDTH:]},
+    }
+    assert torch.equal(ensemble(**call).sample, experts[1](**own).sample)
+    shared = xl_inputs()  # one embedding for both
+    assert torch.equal(ensemble(**shared).sample, experts[1](**shared).sample)
 
 
 @torch.no_grad()

@@ -59,7 +59,7 @@ def test_stable_diffusion_15_by_its_configuration_alone(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     facts = describe(tmp_path)
     assert len(facts["sites"]) == 25
-    assert facts["unet_parameters"] == 859_520_964
+    assert facts["denoiser_parameters"] == 859_520_964
     assert round(facts["aggregator_parameters_for_3_experts"] / 1e6, 2) == 45.13
 
 
@@ -72,14 +72,15 @@ def test_a_family_that_cannot_be_ensembled_is_still_described(tmp_path: Path) ->
         "norm_num_groups": 4,
         "cross_attention_dim": 8,
         "attention_head_dim": 2,
-        "addition_embed_type": "text_time",
+        "addition_embed_type": "image",
+        "encoder_hid_dim": 8,
         "addition_time_embed_dim": 8,
         "projection_class_embeddings_input_dim": 64,
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     facts = describe(tmp_path)
-    assert facts["unet_parameters"] > 0
-    assert "addition_embed_type = 'text_time'" in facts["refused"]
+    assert facts["denoiser_parameters"] > 0
+    assert "addition_embed_type = 'image'" in facts["refused"]
     (tmp_path / "config.json").write_text("[")
     with pytest.raises(AfaError, match="must be JSON"):
         describe(tmp_path)

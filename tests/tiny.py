@@ -33,6 +33,23 @@ SD2: dict[str, Any] = {
     "attention_head_dim": (2, 4, 4),
     "upcast_attention": True,
 }
+POOLED_WIDTH = 12
+#: Stable Diffusion XL: pooled text and sizes beside the timestep, deep attention; and its refiner
+SDXL: dict[str, Any] = {
+    **SD1,
+    "block_out_channels": (8, 16, 16),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 1, 2),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 4,
+    "projection_class_embeddings_input_dim": POOLED_WIDTH + 6 * 4,
+}
+REFINER: dict[str, Any] = {
+    **SDXL,
+    "projection_class_embeddings_input_dim": POOLED_WIDTH + 5 * 4,
+}
 #: what the zoo has, and further corners: one level, mid without attention, no mid at all
 ODD: dict[str, dict[str, Any]] = {
     "two levels": {
@@ -78,6 +95,18 @@ def inputs(
         "timestep": torch.randint(1000, (batch,), generator=generator),
         "encoder_hidden_states": torch.randn(batch, 5, text_width, generator=generator),
     }
+
+
+def xl_inputs(num_experts: int = 1, num_ids: int = 6, **settings: int) -> dict[str, Any]:
+    """As `inputs`, of Stable Diffusion XL, with the texts of several experts concatenated."""
+    call = inputs(text_width=TEXT_WIDTH * num_experts, **settings)
+    batch = len(call["sample"])
+    generator = torch.Generator().manual_seed(2)
+    call["added_cond_kwargs"] = {
+        "text_embeds": torch.randn(batch, POOLED_WIDTH * num_experts, generator=generator),
+        "time_ids": torch.randint(64, (batch, num_ids), generator=generator).float(),
+    }
+    return call
 
 
 def tiny_pipeline(folder: Path, seed: int = 0, **config: Any) -> StableDiffusionPipeline:

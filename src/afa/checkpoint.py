@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import load_file, save
 
 from afa.aggregators import SABW, Mean, SABWConfig, Separate
+from afa.aggregators.build import fused_sites, site_config
 from afa.errors import AfaError
 from afa.experts import locate, require_hash
 from afa.files import read_json, write_atomic
@@ -58,6 +59,7 @@ class _Aggregator(_Saved):
     prompt: bool | None = None
     sharing: Literal["none", "width"] | None = None
     sites: Literal["all", "conv_out"] | None = None
+    stride: int | None = None
 
 
 class _SavedEnsemble(_Saved):
@@ -74,7 +76,14 @@ class _SavedEnsemble(_Saved):
 
 
 _SIZES = ("hidden_size", "num_layers", "num_heads", "norm_num_groups")
-_SWITCHES = ("spatial", "timestep", "prompt", "sharing", "sites")  # written where not the default
+_SWITCHES = (
+    "spatial",
+    "timestep",
+    "prompt",
+    "sharing",
+    "sites",
+    "stride",
+)  # written where not the default
 
 
 def aggregator_tensors(ensemble: EnsembleDenoiser) -> dict[str, Tensor]:
@@ -151,7 +160,7 @@ def save_ensemble(
         "experts": [_written(reference, folder) for reference in ensemble.references],
         "vae": ensemble.vae_reference and _written(ensemble.vae_reference, folder),
         "config": ensemble.config_source and _relative(ensemble.config_source, folder),
-        "aggregator": describe_rules(ensemble.aggregators),
+        "aggregator": describe_rules(ensemble),
         "sites": [site.name for site in ensemble.sites],
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -164,30 +173,40 @@ def save_ensemble(
     return folder
 
 
-def describe_rules(rules: nn.ModuleList) -> dict[str, Any]:
+def describe_rules(ensemble: EnsembleDenoiser) -> dict[str, Any]:
     """The fusion rules as they stand in `config.json`.
 
     Raises:
         AfaError: rules that are neither SABW of one shape nor the mean.
     """
-    if all(isinstance(rule, Mean) for rule in rules):
+    rules = dict(zip(ensemble.sites, ensemble.aggregators, strict=True))
+    if all(isinstance(rule, Mean) for rule in rules.values()):
         return {"type": "mean"}
-    configs = [rule.config for rule in rules if isinstance(rule, SABW)]
-    shapes = [{key: getattr(config, key) for key in (*_SIZES, *_SWITCHES)} for config in configs]
-    num_fused = len(rules) if configs and configs[0].sites == "all" else 1
-    rest = list(rules)[: len(rules) - num_fused]
-    if len(configs) == num_fused and all(isinstance(rule, Separate) for rule in rest):
-        default = SABWConfig()
-        if all(shape == shapes[0] for shape in shapes):
+    default, last = SABWConfig(), rules[ensemble.sites[-1]]
+    if isinstance(last, SABW):
+        fused = fused_sites(last.config, ensemble.sites)
+        if all(_is_of(rule, last.config, site in fused, site) for site, rule in rules.items()):
             return {
                 "type": "sabw",
-                **{key: shapes[0][key] for key in _SIZES},
-                **{k: shapes[0][k] for k in _SWITCHES if shapes[0][k] != getattr(default, k)},
+                **{key: getattr(last.config, key) for key in _SIZES},
+                **{
+                    key: value
+                    for key in _SWITCHES
+                    if (value := getattr(last.config, key)) != getattr(default, key)
+                },
             }
-    kinds = ", ".join(sorted({type(rule).__name__ for rule in rules}))
+    kinds = ", ".join(sorted({type(rule).__name__ for rule in rules.values()}))
     raise AfaError(
         f"Only ensembles with SABW of one shape or Mean at every site can be saved, came {kinds}."
     )
+
+
+def _is_of(rule: nn.Module, config: SABWConfig, is_fused: bool, site: Site) -> bool:
+    """Whether a rule is the one that `build_sabw` makes for a site."""
+    if not is_fused:
+        return isinstance(rule, Separate)
+    expected = site_config(config, site, config.num_experts or 0, config.text_channels)
+    return isinstance(rule, SABW) and rule.config == expected
 
 
 def read_config(folder: Path) -> dict[str, Any]:

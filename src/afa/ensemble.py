@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
-from diffusers.utils.peft_utils import apply_lora_scale
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
 from torch import Tensor, nn
 
-from afa.aggregators import SABW, Condition, Mean, SABWConfig, Separate
+from afa.aggregators import Condition, Mean, SABWConfig
+from afa.aggregators.build import build_sabw
 from afa.denoisers import (
     PLAIN,
     Execution,
     Feature,
     Site,
+    Widths,
     discover_sites,
     family_of,
     move_all_but,
@@ -44,15 +47,17 @@ _FREE_CONFIG = frozenset({"sample_size", "upcast_attention", "dropout"})
 class EnsembleDenoiser(ModelMixin, ConfigMixin):
     """Several experts run side by side, fused after every block (AFA, section 3).
 
-    Takes the place of `unet` in stock diffusers pipelines: same call, same output type, same
-    configuration. The experts are frozen and stay in evaluation mode; only aggregators train, and
-    they stay in float32 whatever the experts are cast to.
+    Takes the place of `unet` or `transformer` in stock diffusers pipelines: same call, same output
+    type, same configuration. The experts are frozen and stay in evaluation mode; only aggregators
+    train, and they stay in float32 whatever the experts are cast to.
 
     Args:
-        experts: N U-Nets of one architecture.
+        experts: N denoisers of one architecture, of a family in `afa.denoisers`.
         aggregators: a `SABWConfig` builds an untrained SABW at every site; a sequence holds one
             fusion rule per site, in site order; None takes the uniform mean.
         schedule: which experts run at a timestep; fusion rules see these alone. None runs all.
+        widths: of the text encoders, where one expert has several whose embeddings are
+            concatenated; None takes what the experts' configuration says.
 
     Raises:
         AfaError: no experts, experts that do not share one architecture, blocks that cannot be
@@ -64,9 +69,10 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
 
     def __init__(
         self,
-        experts: Sequence[UNet2DConditionModel],
+        experts: Sequence[ModelMixin],
         aggregators: SABWConfig | Sequence[nn.Module] | None = None,
         schedule: Schedule | None = None,
+        widths: Widths | None = None,
     ) -> None:
         super().__init__()
         if not experts:
@@ -78,7 +84,9 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
         self.experts: Any = nn.ModuleList(experts)
         self.experts.requires_grad_(False)
         self.sites: tuple[Site, ...] = discover_sites(experts[0])
+        self.widths: Widths = widths or self._family.widths(experts[0])
         self.aggregators = nn.ModuleList(self._build_aggregators(aggregators))
+        self._signature = inspect.signature(self._family.model_class.forward)
         self._rules = {site.name: n for n, site in enumerate(self.sites)}
         self.schedule = schedule
         self.execution: Execution = PLAIN
@@ -97,7 +105,10 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
         if aggregators is None:
             return [Mean() for _ in self.sites]
         if isinstance(aggregators, SABWConfig):
-            return self._build_sabw(aggregators)
+            text_channels = sum(self.widths.text) or None
+            device = next(self.experts[0].parameters()).device
+            rules = build_sabw(aggregators, self.sites, len(self.experts), text_channels)
+            return [rule.to(device) for rule in rules]
         if len(aggregators) != len(self.sites):
             raise AfaError(
                 f"An ensemble must have one aggregator per site: {len(self.sites)} sites, "
@@ -105,100 +116,44 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
             )
         return aggregators
 
-    def _build_sabw(self, config: SABWConfig) -> Sequence[nn.Module]:
-        """One SABW per site, or fewer where the config has them shared or left out."""
-        device = next(self.experts[0].parameters()).device
-        built: dict[object, nn.Module] = {}
-        rules: list[nn.Module] = []
-        for site in self.sites:
-            if config.sites == "conv_out" and site is not self.sites[-1]:
-                rules.append(Separate())
-                continue
-            key = site.channels if config.sharing == "width" else site.name
-            if key not in built:
-                own = replace(
-                    config,
-                    num_experts=len(self.experts),
-                    in_channels=site.channels,
-                    temb_channels=site.temb_channels,
-                    text_channels=text_width(self.experts[0]),
-                )
-                built[key] = SABW(own).to(device)
-            rules.append(built[key])
-        return rules
-
     # -- one step of denoising ----------------------------------------------------------------
 
-    @apply_lora_scale("cross_attention_kwargs")
-    def forward(
-        self,
-        sample: Tensor,
-        timestep: Tensor | float,
-        encoder_hidden_states: Tensor,
-        class_labels: Tensor | None = None,
-        timestep_cond: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        cross_attention_kwargs: dict[str, Any] | None = None,
-        added_cond_kwargs: dict[str, Tensor] | None = None,
-        down_block_additional_residuals: Sequence[Tensor] | None = None,
-        mid_block_additional_residual: Tensor | None = None,
-        down_intrablock_additional_residuals: Sequence[Tensor] | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        return_dict: bool = True,
-    ) -> UNet2DConditionOutput | tuple[Tensor]:
+    def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
         """Predict with all experts, fused at every site (AFA, section 3.2).
 
-        Args:
-            sample: noisy latent [B, C, H, W].
-            timestep: one for all, or [B].
-            encoder_hidden_states: the experts' text embeddings, concatenated [B, L, N * D], or
-                one [B, L, D] for all.
-            class_labels: as in `UNet2DConditionModel.forward`, for every expert, like all that
-                follow.
-            timestep_cond: embedding of the guidance scale.
-            attention_mask: [B, L], 1 keeps.
-            cross_attention_kwargs: for the attention processors; `scale` is that of the LoRAs.
-            added_cond_kwargs: IP-Adapter images.
-            down_block_additional_residuals: ControlNet's.
-            mid_block_additional_residual: ControlNet's.
-            down_intrablock_additional_residuals: T2I-Adapter's.
-            encoder_attention_mask: [B, L], true keeps.
-            return_dict: whether to return an output object or a tuple.
+        Takes what the experts' own class takes. Embeddings of the text are the experts',
+        concatenated on the last axis as stock pipelines do with `EnsembleTextEncoder`, or one for
+        all; see `afa.denoisers.Widths`. All else goes to every expert.
+
+        Returns: the library's output object, or with `return_dict=False` a tuple of the prediction.
 
         Raises:
             AfaError: a text embedding of another width, or several timesteps at once where a
                 schedule picks the experts by timestep.
         """
-        steps = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
+        arguments = self._bind(args, kwargs)
+        with self._lora_scale(arguments):
+            prediction = self._predict(arguments)
+        return self._family.output_class(sample=prediction) if return_dict else (prediction,)
+
+    def _predict(self, arguments: dict[str, Any]) -> Tensor:
+        sample = next(iter(arguments.values()))
+        steps = torch.as_tensor(arguments["timestep"], device=sample.device).expand(len(sample))
         active = self._active_experts(steps)
-        texts = self.split_text(encoder_hidden_states)
-        texts = [texts[n] for n in active]
+        per_expert = self._family.split(self.experts[0], arguments, self.widths, len(self.experts))
         coroutines = [
-            self._family.blocks(
-                self.experts[n],
-                sample,
-                timestep,
-                text,
-                class_labels=class_labels,
-                timestep_cond=timestep_cond,
-                attention_mask=attention_mask,
-                cross_attention_kwargs=cross_attention_kwargs,
-                added_cond_kwargs=added_cond_kwargs,
-                down_block_additional_residuals=down_block_additional_residuals,
-                mid_block_additional_residual=mid_block_additional_residual,
-                down_intrablock_additional_residuals=down_intrablock_additional_residuals,
-                encoder_attention_mask=encoder_attention_mask,
-                execution=self.execution,
-            )
-            for n, text in zip(active, texts, strict=True)
+            self._family.blocks(self.experts[n], **per_expert[n], execution=self.execution)
+            for n in active
         ]
-        mean_text = _mean(texts)
+        texts = [own["encoder_hidden_states"] for own in per_expert if self.widths.text]
+        text = _mean([texts[n] for n in active]) if texts else None
+        mask = arguments.get(self._family.text_mask or "")
         condition: Condition | None = None
 
         def fuse(features: Sequence[Feature]) -> Tensor | Sequence[Tensor]:
             nonlocal condition
             if condition is None:
-                condition = Condition(steps, _mean([f.temb for f in features]), mean_text, sample)
+                condition = Condition(steps, _mean([f.temb for f in features]), text, sample, mask)
             site = features[0].site
             rule = self.aggregators[self._rules[site]]
             fused = self.execution.segment(rule, [f.hidden for f in features], condition)
@@ -206,8 +161,28 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
                 self.on_weights(steps, site, fused.weights)
             return fused.feature
 
-        prediction = run_lockstep(coroutines, fuse)
-        return UNet2DConditionOutput(sample=prediction) if return_dict else (prediction,)
+        return run_lockstep(coroutines, fuse)
+
+    def _bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """All arguments by name, as the experts' own class names them; the latent is the first."""
+        arguments = self._signature.bind(self, *args, **kwargs).arguments
+        del arguments["self"]
+        return arguments
+
+    @contextmanager
+    def _lora_scale(self, arguments: dict[str, Any]) -> Iterator[None]:
+        """Apply the LoRAs' `scale` to all experts, and take it out of the arguments."""
+        name = self._family.attention_kwargs
+        given = arguments.get(name)
+        if not given or "scale" not in given:
+            yield
+            return
+        arguments[name] = {key: value for key, value in given.items() if key != "scale"}
+        scale_lora_layers(self, given["scale"])
+        try:
+            yield
+        finally:
+            unscale_lora_layers(self, given["scale"])
 
     def _active_experts(self, steps: Tensor) -> Sequence[int]:
         """The experts that run at these timesteps [B]."""
@@ -220,24 +195,6 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
                 f"{', '.join(f'{step:g}' for step in distinct)}. Call it once for each."
             )
         return self.schedule(distinct[0])
-
-    def split_text(self, encoder_hidden_states: Tensor) -> Sequence[Tensor]:
-        """One text embedding [B, L, D] per expert, from [B, L, N * D] or [B, L, D].
-
-        Raises:
-            AfaError: another width.
-        """
-        width, count = text_width(self.experts[0]), len(self.experts)
-        came = encoder_hidden_states.shape[-1]
-        if came == width:
-            return [encoder_hidden_states] * count
-        if came == width * count:
-            # contiguous, or matrix products round differently from the expert's alone
-            return [part.contiguous() for part in encoder_hidden_states.chunk(count, dim=-1)]
-        raise AfaError(
-            f"The text embedding must be {width} wide (one for all experts) or {count} x {width} "
-            f"(one per expert, concatenated), came {came}. Use the pipeline's own text encoder."
-        )
 
     # -- what a denoiser offers besides -------------------------------------------------------
 
@@ -368,15 +325,7 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
         )
 
 
-def text_width(expert: UNet2DConditionModel) -> int:
-    """Width D of the text embedding that a U-Net takes."""
-    width = expert.config.encoder_hid_dim or expert.config.cross_attention_dim
-    return width if isinstance(width, int) else width[0]
-
-
-def check_same_architecture(
-    first: UNet2DConditionModel, other: UNet2DConditionModel, name: str
-) -> None:
+def check_same_architecture(first: ModelMixin, other: ModelMixin, name: str) -> None:
     """Refuse an expert whose configuration differs from the first one's.
 
     Raises:

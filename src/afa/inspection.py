@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 
-from afa.aggregators import SABW, SABWConfig
+from afa.aggregators import SABWConfig
+from afa.aggregators.build import build_sabw
 from afa.checkpoint import FORMAT, read_config
-from afa.denoisers import Site, discover_sites
-from afa.ensemble import text_width
+from afa.denoisers import FAMILIES, Family, Site, discover_sites
 from afa.errors import AfaError
 from afa.experts import locate
 from afa.files import read_json
@@ -36,7 +34,7 @@ _LAYOUTS = (
 
 
 def describe(path: str | Path) -> dict[str, Any]:
-    """Facts about an ensemble, a pipeline or U-Net folder, or a safetensors file.
+    """Facts about an ensemble, a pipeline's or a denoiser's folder, or a safetensors file.
 
     Returns: JSON-able facts; `kind` is always there, `sites`, `experts`, `sha256`, `parameters`
         and others where they make sense. Sites are named with channels and scale.
@@ -53,10 +51,12 @@ def describe(path: str | Path) -> dict[str, Any]:
         config = read_json(found / "config.json")
         if config.get("format") == FORMAT:
             return _describe_ensemble(found)
-        if config.get("_class_name") == UNet2DConditionModel.__name__:
-            return {"kind": "U-Net folder", **_describe_unet(config)}
+        family = _family_named(config.get("_class_name"))
+        if family is not None:
+            kind = "U-Net folder" if family.name == "unet" else "transformer folder"
+            return {"kind": kind, **_describe_denoiser(family, config)}
     raise AfaError(
-        f"'{path}' must be an ensemble folder, a diffusers pipeline or U-Net folder, or a "
+        f"'{path}' must be an ensemble folder, a diffusers pipeline or denoiser folder, or a "
         "safetensors file; it is none of them."
     )
 
@@ -88,41 +88,44 @@ def _describe_pipeline(folder: Path) -> dict[str, Any]:
         "parameters": parameters,
         "dtypes": dtypes,
     }
-    unet = folder / "unet" / "config.json"
-    if unet.is_file():
-        facts |= _describe_unet(read_json(unet))
+    for name in ("unet", "transformer"):
+        place = folder / name / "config.json"
+        config = read_json(place) if place.is_file() else {}
+        family = _family_named(config.get("_class_name"))
+        if family is not None:
+            facts |= _describe_denoiser(family, config)
     return facts
 
 
-def _describe_unet(config: dict[str, Any]) -> dict[str, Any]:
+def _describe_denoiser(family: Family, config: dict[str, Any]) -> dict[str, Any]:
     with torch.device("meta"):
         try:
-            unet = UNet2DConditionModel.from_config(config)
-            facts = {"unet_parameters": sum(p.numel() for p in unet.parameters())}
-            sites = discover_sites(unet)
+            model = family.model_class.from_config(config)
+            facts = {"denoiser_parameters": sum(p.numel() for p in model.parameters())}
+            sites = discover_sites(model)
+            width = sum(family.widths(model).text) or None
+            rules = build_sabw(SABWConfig(), sites, 3, width)
         except AfaError as error:
             return {**facts, "refused": str(error)}
         except (ValueError, TypeError, LookupError, RuntimeError) as error:
-            return {"refused": f"The configuration describes no U-Net: {error}"}
-        parameters = _count_aggregators(sites, text_width(unet))
+            name = family.model_class.__name__
+            return {"refused": f"The configuration describes no {name}: {error}"}
+        parameters = sum(p.numel() for rule in rules for p in rule.parameters())
     return {
         **facts,
-        "family": "unet",
+        "family": family.name,
         "aggregator_parameters_for_3_experts": parameters,
-        "sites": [f"{s.name}  {s.channels} channels, 1/{s.scale}" for s in sites],
+        "sites": [_describe_site(site) for site in sites],
     }
 
 
-def _count_aggregators(sites: Iterable[Site], width: int) -> int:
-    """Parameters of SABW at every site, with the default shape and three experts."""
-    default = SABWConfig(num_experts=3, text_channels=width)
-    return sum(
-        parameter.numel()
-        for site in sites
-        for parameter in SABW(
-            replace(default, in_channels=site.channels, temb_channels=site.temb_channels)
-        ).parameters()
-    )
+def _describe_site(site: Site) -> str:
+    place = "text" if site.stream == "text" else f"1/{site.scale}"
+    return f"{site.name}  {site.channels} channels, {place}"
+
+
+def _family_named(class_name: object) -> Family | None:
+    return next((f for f in FAMILIES if f.model_class.__name__ == class_name), None)
 
 
 def _describe_file(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from afa.denoisers import PLAIN, Execution, discover_sites, family_of, run_alone
 from afa.denoisers.unet import unet_blocks, unet_layers
 from afa.errors import AfaError
-from tests.tiny import ODD, SD1, SD2, TEXT_WIDTH, inputs, tiny_unet
+from tests.tiny import ODD, REFINER, SD1, SD2, SDXL, TEXT_WIDTH, inputs, tiny_unet, xl_inputs
 
 CONFIGS = {"sd1": SD1, "sd2": SD2, **ODD}
 
@@ -52,6 +52,12 @@ def _required(unet: Any) -> bool:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_forward_is_the_librarys_own(name: str) -> None:
     assert_parity(tiny_unet(**CONFIGS[name]), inputs())
+
+
+def test_stable_diffusion_xl_and_its_refiner() -> None:
+    assert_parity(tiny_unet(**SDXL), xl_inputs())
+    assert_parity(tiny_unet(**SDXL), xl_inputs(height=9, width=6))
+    assert_parity(tiny_unet(**REFINER), xl_inputs(num_ids=5))
 
 
 @pytest.mark.parametrize(("height", "width"), [(9, 8), (7, 13), (10, 6)])

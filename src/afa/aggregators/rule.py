@@ -16,13 +16,16 @@ class Condition(NamedTuple):
     """What a fusion rule may look at besides the features.
 
     `timestep` [B]; `temb` [B, T], mean of the experts' timestep embeddings; `text` [B, L, D], mean
-    of their text embeddings (AFA, section 3.2); `sample` [B, C, H, W], the noisy latent.
+    of their text embeddings (AFA, section 3.2), None where they take none; `sample`, the noisy
+    latent as the experts take it, [B, C, H, W] or packed [B, T, C]; `text_mask` [B, L], true or 1
+    where a token counts, None where all do.
     """
 
     timestep: Tensor
     temb: Tensor
-    text: Tensor
+    text: Tensor | None
     sample: Tensor
+    text_mask: Tensor | None = None
 
 
 class Fused(NamedTuple):

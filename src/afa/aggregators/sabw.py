@@ -41,13 +41,14 @@ class SABWConfig:
     prompt: bool = True  # off: the weights do not see the prompt
     sharing: Literal["none", "width"] = "none"  # width: sites of as many channels share one
     sites: Literal["all", "conv_out"] = "all"  # conv_out: only the predictions are fused
+    stride: int = 1  # a site after every so many blocks; the first and the last site always are
     num_experts: int | None = None
     in_channels: int | None = None
     temb_channels: int | None = None
     text_channels: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "num_layers", "num_heads", "norm_num_groups"):
+        for name in ("hidden_size", "num_layers", "num_heads", "norm_num_groups", "stride"):
             if getattr(self, name) < 1:
                 raise AfaError(f"aggregator.{name} must be at least 1, came {getattr(self, name)}.")
         if self.hidden_size % self.num_heads:
@@ -84,7 +85,11 @@ class SABW(FusionRule):
     def __init__(self, config: SABWConfig) -> None:
         super().__init__()
         sizes = [getattr(config, name) for name in _SITE_FIELDS]
-        missing = [name for name, size in zip(_SITE_FIELDS, sizes, strict=True) if size is None]
+        missing = [
+            name
+            for name, size in zip(_SITE_FIELDS, sizes, strict=True)
+            if size is None and (config.prompt or name != "text_channels")
+        ]
         if missing:
             raise AfaError(
                 f"SABW must know its site; the config lacks {', '.join(missing)}. Give them, or "
@@ -122,13 +127,19 @@ class SABW(FusionRule):
         dtype = self.conv_in.weight.dtype
         hidden = self.conv_in(torch.cat([f.to(dtype) for f in features], dim=1))
         temb = condition.temb.to(dtype) if self.config.timestep else None
-        text = condition.text.to(dtype) if self.config.prompt else None
         hidden = self.res_block(hidden, temb)
-        hidden = self.transformer(hidden, encoder_hidden_states=text, return_dict=False)[0]
+        hidden = self.transformer(hidden, **self._prompt(condition), return_dict=False)[0]
         logits = self.conv_out(hidden).float()
         if not self.config.spatial:
             return logits.mean((2, 3), keepdim=True).softmax(dim=1).expand_as(logits)
         return logits.softmax(dim=1)
+
+    def _prompt(self, condition: Condition) -> dict[str, Tensor | None]:
+        """What the transformer attends to."""
+        if not self.config.prompt or condition.text is None:
+            return {}
+        text = condition.text.to(self.conv_in.weight.dtype)
+        return {"encoder_hidden_states": text, "encoder_attention_mask": condition.text_mask}
 
     def forward(self, features: Sequence[Tensor], condition: Condition) -> Fused:
         """Fuse the experts' features at one site with per-pixel weights (AFA, section 3.2).

@@ -1,25 +1,31 @@
 """Denoiser families as coroutines, and where their sites are.
 
-A new architecture is one more `Family`: a coroutine of 30 to 80 lines that reads like the family's
-own forward pass, a check of what it can take apart, and an example of its input.
+A new architecture is one more file with a `Family`: a coroutine of 30 to 80 lines that reads like
+the family's own forward pass, a check of what it can take apart, and an example of its input.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from diffusers import UNet2DConditionModel
 
 from afa.denoisers.coroutine import Blocks, Feature, run_alone, run_lockstep
+from afa.denoisers.dit import DIT
 from afa.denoisers.execution import PLAIN, Execution, move_all_but
-from afa.denoisers.unet import check_unet, unet_blocks, unet_example, unet_layers
+from afa.denoisers.family import Family, Widths
+from afa.denoisers.flux import FLUX
+from afa.denoisers.pixart import PIXART
+from afa.denoisers.sd3 import SD3
+from afa.denoisers.tokens import TEXT
+from afa.denoisers.unet import UNET
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from torch import nn
 
@@ -31,6 +37,7 @@ __all__ = [
     "Family",
     "Feature",
     "Site",
+    "Widths",
     "discover_sites",
     "family_of",
     "move_all_but",
@@ -38,25 +45,7 @@ __all__ = [
     "run_lockstep",
 ]
 
-
-@dataclass(frozen=True)
-class Family:
-    """How one family of denoisers is taken apart.
-
-    `blocks` runs the modules of `layers` through its `execution`, and all others as they are.
-    """
-
-    name: str
-    model_class: Any
-    blocks: Callable[..., Blocks]
-    check: Callable[[Any], None]
-    example: Callable[[Any], dict[str, Any]]
-    layers: Callable[[Any], list[nn.Module]]
-
-
-FAMILIES = (
-    Family("unet", UNet2DConditionModel, unet_blocks, check_unet, unet_example, unet_layers),
-)
+FAMILIES = (UNET, FLUX, SD3, PIXART, DIT)
 
 
 @dataclass(frozen=True)
@@ -66,14 +55,22 @@ class Site:
     Attributes:
         name: `conv_in`, `down.1.0`, `mid`, ...; the vocabulary of weights, plots and plans.
         channels: of the feature there.
-        scale: how many times smaller than the latent the feature is, per side.
+        scale: how many times smaller than the latent, as the model takes it, the feature is, per
+            side; 1 for a text's.
         temb_channels: width of the embedded timestep.
+        stream: of what the feature is: the picture, or the text beside it in some transformers.
     """
 
     name: str
     channels: int
     scale: int
     temb_channels: int
+    stream: Literal["image", "text"] = "image"
+
+    @property
+    def block(self) -> str:
+        """The name of the picture's site after the same block."""
+        return self.name.removesuffix(TEXT)
 
 
 def family_of(expert: nn.Module) -> Family:
@@ -102,13 +99,18 @@ def discover_sites(expert: Any) -> tuple[Site, ...]:
     with torch.device("meta"), torch.no_grad():
         twin = family.model_class.from_config(copy.deepcopy(dict(expert.config)))
         inputs = family.example(twin)
-        height = inputs["sample"].shape[-2]
+        latent = next(inputs[key] for key in ("sample", "hidden_states") if key in inputs)
+        height = latent.shape[-2] if latent.ndim == 4 else math.isqrt(latent.shape[1])
         sites: list[Site] = []
 
         def note(features: Sequence[Feature]) -> torch.Tensor:
             (site, hidden, temb) = features[0]
-            scale = round(height / hidden.shape[-2])
-            sites.append(Site(site, hidden.shape[1], scale, temb.shape[-1]))
+            width = temb.shape[-1]
+            if site.endswith(TEXT):
+                sites.append(Site(site, hidden.shape[1], 1, width, "text"))
+            else:
+                scale = round(height / hidden.shape[-2])
+                sites.append(Site(site, hidden.shape[1], scale, width))
             return hidden
 
         run_lockstep([family.blocks(twin, **inputs)], note)

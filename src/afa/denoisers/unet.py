@@ -1,4 +1,4 @@
-"""Diffusers' `UNet2DConditionModel` as a coroutine: all of Stable Diffusion 1.x and 2.x.
+"""Diffusers' `UNet2DConditionModel` as a coroutine: all of Stable Diffusion 1.x, 2.x and XL.
 
 `unet_blocks` reads like the library's own forward pass and calls its public submodules; none of its
 code is forked. It yields the feature of every site (AFA, section 3.2) and goes on with whatever
@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from diffusers.utils.torch_utils import apply_freeu
 
 from afa.denoisers.coroutine import Blocks, Feature
 from afa.denoisers.execution import PLAIN, Execution
+from afa.denoisers.family import Family, Widths, split_joined, split_text
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor, nn
 
@@ -34,11 +36,11 @@ def check_unet(unet: UNet2DConditionModel) -> None:
         AfaError: names the first such block or condition and what is supported.
     """
     added = unet.config.addition_embed_type
-    if added not in (None, "text"):
+    if added not in (None, "text", "text_time"):
         raise AfaError(
-            f"A U-Net must be conditioned on prompt and timestep alone, this one has "
-            f"addition_embed_type = '{added}' (Stable Diffusion XL: text_time). Use experts of the "
-            "Stable Diffusion 1.x or 2.x family."
+            f"A U-Net must be conditioned on prompt, timestep and, as Stable Diffusion XL, on "
+            f"sizes, this one has addition_embed_type = '{added}'. Use experts of the Stable "
+            "Diffusion 1.x, 2.x or XL family."
         )
     kinds: list[tuple[str, Any, tuple[str, ...]]]
     kinds = [(f"down_blocks.{i}", b, _LAYERED_DOWN) for i, b in enumerate(unet.down_blocks)]
@@ -48,7 +50,7 @@ def check_unet(unet: UNet2DConditionModel) -> None:
         if type(block).__name__ not in known:
             raise AfaError(
                 f"A U-Net's blocks must be among {', '.join(known)} to be taken apart; {place} is "
-                f"a {type(block).__name__}. Use experts of the Stable Diffusion 1.x or 2.x family."
+                f"a {type(block).__name__}. Use experts of the Stable Diffusion family."
             )
 
 
@@ -86,7 +88,8 @@ def unet_blocks(
         timestep_cond: embedding of the guidance scale [B, D'].
         attention_mask: [B, L], 1 keeps a key and 0 discards it.
         cross_attention_kwargs: handed to the attention processors; `gligen` is honoured.
-        added_cond_kwargs: IP-Adapter images.
+        added_cond_kwargs: IP-Adapter images; for Stable Diffusion XL `text_embeds` [B, D''] and
+            `time_ids` [B, 6], or [B, 5] for its refiner.
         down_block_additional_residuals: ControlNet's, one per skip connection.
         mid_block_additional_residual: ControlNet's, for the mid block.
         down_intrablock_additional_residuals: T2I-Adapter's, one per down block.
@@ -243,10 +246,8 @@ def unet_example(unet: UNet2DConditionModel) -> dict[str, Any]:
     config = unet.config
     size = config.sample_size or 64
     height, width = (size, size) if isinstance(size, int) else size
-    text_width = config.encoder_hid_dim or config.cross_attention_dim
-    if not isinstance(text_width, int):
-        text_width = text_width[0]
-    example = {
+    (text_width,) = _widths(unet).text
+    example: dict[str, Any] = {
         "sample": torch.empty(1, config.in_channels, height, width, device="meta"),
         "timestep": torch.empty(1, dtype=torch.int64, device="meta"),
         "encoder_hidden_states": torch.empty(1, 1, text_width, device="meta"),
@@ -257,4 +258,57 @@ def unet_example(unet: UNet2DConditionModel) -> dict[str, Any]:
         else:
             in_features = config.projection_class_embeddings_input_dim or 4 * height
             example["class_labels"] = torch.empty(1, in_features, device="meta")
+    if config.addition_embed_type == "text_time":
+        example["added_cond_kwargs"] = {
+            "text_embeds": torch.empty(1, _pooled_width(unet, num_ids=5), device="meta"),
+            "time_ids": torch.empty(1, 5, device="meta"),
+        }
     return example
+
+
+def _widths(unet: UNet2DConditionModel) -> Widths:
+    width = unet.config.encoder_hid_dim or unet.config.cross_attention_dim
+    return Widths((width if isinstance(width, int) else width[0],))
+
+
+def _pooled_width(unet: UNet2DConditionModel, num_ids: int) -> int:
+    """What of Stable Diffusion XL's added embedding is the text's; the rest is the sizes'."""
+    config = unet.config
+    return config.projection_class_embeddings_input_dim - num_ids * config.addition_time_embed_dim
+
+
+def _split(
+    unet: UNet2DConditionModel, arguments: Mapping[str, Any], widths: Widths, count: int
+) -> list[dict[str, Any]]:
+    per_expert = split_text(arguments, widths, count)
+    added = arguments.get("added_cond_kwargs")
+    if not added or "text_embeds" not in added:
+        return per_expert
+    pooled_widths = widths.pooled
+    if not pooled_widths and "time_ids" in added:
+        pooled_widths = (_pooled_width(unet, added["time_ids"].shape[-1]),)
+    pooled = split_joined(
+        "pooled text embedding",
+        added["text_embeds"],
+        pooled_widths or (added["text_embeds"].shape[-1],),
+        count,
+    )
+    return [
+        {**own, "added_cond_kwargs": {**added, "text_embeds": part}}
+        for own, part in zip(per_expert, pooled, strict=True)
+    ]
+
+
+UNET = Family(
+    name="unet",
+    model_class=UNet2DConditionModel,
+    output_class=UNet2DConditionOutput,
+    blocks=unet_blocks,
+    layers=unet_layers,
+    check=check_unet,
+    example=unet_example,
+    widths=_widths,
+    split=_split,
+    attention_kwargs="cross_attention_kwargs",
+    text_mask="encoder_attention_mask",
+)

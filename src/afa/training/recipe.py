@@ -97,6 +97,7 @@ class AggregatorRecipe(Section):
     prompt: bool = True
     sharing: Literal["none", "width"] = "none"
     sites: Literal["all", "conv_out"] = "all"
+    stride: int = Field(default=1, ge=1)
 
 
 class TrainingRecipe(Section):

@@ -1,0 +1,125 @@
+"""Diffusers' `DiTTransformer2DModel` as a coroutine.
+
+`dit_blocks` reads like the library's own forward pass and calls its public submodules. Sent
+straight back, its features give the library's own output bit for bit.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import DiTTransformer2DModel
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch.nn import functional
+
+from afa.denoisers.coroutine import Blocks, Feature
+from afa.denoisers.execution import PLAIN, Execution
+from afa.denoisers.family import Family, Widths
+from afa.denoisers.tokens import require_blocks, to_grid, to_tokens, unpatchify
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor, nn
+
+
+def check_dit(transformer: DiTTransformer2DModel) -> None:
+    """Refuse blocks that `dit_blocks` does not know.
+
+    Raises:
+        AfaError: names the first one.
+    """
+    require_blocks(transformer, [("transformer_blocks", "BasicTransformerBlock")])
+
+
+def dit_blocks(
+    transformer: DiTTransformer2DModel,
+    hidden_states: Tensor,
+    timestep: Tensor,
+    class_labels: Tensor,
+    cross_attention_kwargs: dict[str, Any] | None = None,
+    *,
+    execution: Execution = PLAIN,
+) -> Blocks:
+    """Run one DiT site by site.
+
+    Sites, in order: `embed`; `block.K` after each block; `out`, the prediction, with the learned
+    variance where there is one. There is no text; what aggregators see of the class is in the
+    embedding of the timestep, to which this model adds it.
+
+    Args:
+        transformer: the expert.
+        hidden_states: noisy latent [B, C, S, S]; the library takes squares alone.
+        timestep: [B].
+        class_labels: [B].
+        cross_attention_kwargs: handed to the attention processors.
+        execution: how the blocks are run.
+
+    Yields: features [B, C, S / P, S / P].
+
+    Returns: the prediction [B, C', S, S].
+    """
+    patch = transformer.config.patch_size
+    height, width = (side // patch for side in hidden_states.shape[-2:])
+    blocks = transformer.transformer_blocks
+
+    hidden = transformer.pos_embed(hidden_states)
+    temb = execution.run(blocks[0].norm1.emb, timestep, class_labels, hidden_dtype=hidden.dtype)
+    kwargs: dict[str, Any] = {
+        "timestep": timestep,
+        "class_labels": class_labels,
+        "cross_attention_kwargs": cross_attention_kwargs,
+    }
+
+    def layer(block: nn.Module, hidden: Tensor) -> Tensor:
+        return execution.run(block, hidden, **kwargs)
+
+    hidden = to_tokens((yield Feature("embed", to_grid(hidden, height, width), temb)))
+    for k, block in enumerate(blocks):
+        hidden = execution.segment(layer, block, hidden)
+        hidden = to_tokens((yield Feature(f"block.{k}", to_grid(hidden, height, width), temb)))
+
+    shift, scale = transformer.proj_out_1(functional.silu(temb)).chunk(2, dim=1)
+    hidden = transformer.norm_out(hidden) * (1 + scale[:, None]) + shift[:, None]
+    out = transformer.proj_out_2(hidden)
+    return (yield Feature("out", unpatchify(out, height, width, patch), temb))
+
+
+def dit_layers(transformer: DiTTransformer2DModel) -> list[nn.Module]:
+    """What `dit_blocks` runs through its `execution`: the blocks, and the first one's embedding."""
+    blocks: Any = transformer.transformer_blocks
+    return [blocks[0].norm1.emb, *blocks]
+
+
+def dit_example(transformer: DiTTransformer2DModel) -> dict[str, Any]:
+    """The smallest complete input of this transformer's forward pass, on the meta device."""
+    config = transformer.config
+    side = config.patch_size * 2
+    return {
+        "hidden_states": torch.empty(1, config.in_channels, side, side, device="meta"),
+        "timestep": torch.empty(1, device="meta"),
+        "class_labels": torch.empty(1, dtype=torch.int64, device="meta"),
+    }
+
+
+def _split(
+    model: Any, arguments: Mapping[str, Any], widths: Widths, count: int
+) -> list[dict[str, Any]]:
+    """The same for all: a class has no embedding outside of the experts."""
+    del model, widths
+    return [dict(arguments)] * count
+
+
+DIT = Family(
+    name="dit",
+    model_class=DiTTransformer2DModel,
+    output_class=Transformer2DModelOutput,
+    blocks=dit_blocks,
+    layers=dit_layers,
+    check=check_dit,
+    example=dit_example,
+    widths=lambda _: Widths(()),
+    split=_split,
+    attention_kwargs="cross_attention_kwargs",
+)

@@ -1,0 +1,154 @@
+"""Diffusers' `PixArtTransformer2DModel` as a coroutine: PixArt-alpha and PixArt-sigma.
+
+`pixart_blocks` reads like the library's own forward pass and calls its public submodules. Sent
+straight back, its features give the library's own output bit for bit.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import PixArtTransformer2DModel
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+from afa.denoisers.coroutine import Blocks, Feature
+from afa.denoisers.execution import PLAIN, Execution
+from afa.denoisers.family import Family, Widths, split_text
+from afa.denoisers.tokens import require_blocks, to_grid, to_tokens, unpatchify
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor, nn
+
+
+def check_pixart(transformer: PixArtTransformer2DModel) -> None:
+    """Refuse blocks that `pixart_blocks` does not know.
+
+    Raises:
+        AfaError: names the first one.
+    """
+    require_blocks(transformer, [("transformer_blocks", "BasicTransformerBlock")])
+
+
+def pixart_blocks(
+    transformer: PixArtTransformer2DModel,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    timestep: Tensor,
+    added_cond_kwargs: dict[str, Tensor] | None = None,
+    cross_attention_kwargs: dict[str, Any] | None = None,
+    attention_mask: Tensor | None = None,
+    encoder_attention_mask: Tensor | None = None,
+    *,
+    execution: Execution = PLAIN,
+) -> Blocks:
+    """Run one transformer of PixArt site by site.
+
+    Sites, in order: `embed`; `block.K` after each block; `out`, the prediction, with the learned
+    variance where there is one. The text is attended to and has no stream.
+
+    Args:
+        transformer: the expert.
+        hidden_states: noisy latent [B, C, H, W].
+        encoder_hidden_states: embedding of the text [B, L, D].
+        timestep: [B].
+        added_cond_kwargs: `resolution` [B, 2] and `aspect_ratio` [B, 1], of models for 1024 pixels.
+        cross_attention_kwargs: handed to the attention processors.
+        attention_mask: [B, K] of the image, 1 keeps.
+        encoder_attention_mask: [B, L] of the text, 1 keeps; or a bias of scores [B, 1, L].
+        execution: how the blocks are run.
+
+    Yields: features [B, C, H / P, W / P].
+
+    Returns: the prediction [B, C', H, W].
+    """
+    patch, dtype = transformer.config.patch_size, hidden_states.dtype
+    batch, _, *size = hidden_states.shape
+    height, width = (side // patch for side in size)
+
+    hidden = transformer.pos_embed(hidden_states)
+    modulation, temb = transformer.adaln_single(
+        timestep, added_cond_kwargs, batch_size=batch, hidden_dtype=hidden.dtype
+    )
+    text = encoder_hidden_states
+    if transformer.caption_projection is not None:
+        text = transformer.caption_projection(text).view(batch, -1, hidden.shape[-1])
+    kwargs: dict[str, Any] = {
+        "attention_mask": _as_bias(attention_mask, dtype),
+        "encoder_hidden_states": text,
+        "encoder_attention_mask": _as_bias(encoder_attention_mask, dtype),
+        "timestep": modulation,
+        "cross_attention_kwargs": cross_attention_kwargs,
+        "class_labels": None,
+    }
+
+    def layer(block: nn.Module, hidden: Tensor) -> Tensor:
+        return execution.run(block, hidden, **kwargs)
+
+    hidden = to_tokens((yield Feature("embed", to_grid(hidden, height, width), temb)))
+    for k, block in enumerate(transformer.transformer_blocks):
+        hidden = execution.segment(layer, block, hidden)
+        hidden = to_tokens((yield Feature(f"block.{k}", to_grid(hidden, height, width), temb)))
+
+    shift, scale = (transformer.scale_shift_table[None] + temb[:, None]).chunk(2, dim=1)
+    out = transformer.proj_out(transformer.norm_out(hidden) * (1 + scale) + shift)
+    return (yield Feature("out", unpatchify(out, height, width, patch), temb))
+
+
+def _as_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Turn a mask of keys [B, K] into a bias of attention scores [B, 1, K]."""
+    if mask is None or mask.ndim != 2:
+        return mask
+    return ((1 - mask.to(dtype)) * -10000.0).unsqueeze(1)
+
+
+def pixart_layers(transformer: PixArtTransformer2DModel) -> list[nn.Module]:
+    """The blocks, which `pixart_blocks` runs through its `execution`, in order."""
+    return list(transformer.transformer_blocks)
+
+
+def pixart_example(transformer: PixArtTransformer2DModel) -> dict[str, Any]:
+    """The smallest complete input of this transformer's forward pass, on the meta device."""
+    config = transformer.config
+    side = config.patch_size * 2
+    (text_width,) = _widths(transformer).text
+    example: dict[str, Any] = {
+        "hidden_states": torch.empty(1, config.in_channels, side, side, device="meta"),
+        "encoder_hidden_states": torch.empty(1, 1, text_width, device="meta"),
+        "timestep": torch.empty(1, device="meta"),
+    }
+    if transformer.use_additional_conditions:
+        example["added_cond_kwargs"] = {
+            "resolution": torch.empty(1, 2, device="meta"),
+            "aspect_ratio": torch.empty(1, 1, device="meta"),
+        }
+    return example
+
+
+def _widths(transformer: PixArtTransformer2DModel) -> Widths:
+    config = transformer.config
+    return Widths((config.caption_channels or config.cross_attention_dim,))
+
+
+def _split(
+    model: Any, arguments: Mapping[str, Any], widths: Widths, count: int
+) -> list[dict[str, Any]]:
+    del model
+    return split_text(arguments, widths, count)
+
+
+PIXART = Family(
+    name="pixart",
+    model_class=PixArtTransformer2DModel,
+    output_class=Transformer2DModelOutput,
+    blocks=pixart_blocks,
+    layers=pixart_layers,
+    check=check_pixart,
+    example=pixart_example,
+    widths=_widths,
+    split=_split,
+    attention_kwargs="cross_attention_kwargs",
+    text_mask="encoder_attention_mask",
+)
