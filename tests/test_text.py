@@ -80,7 +80,7 @@ def test_hidden_layers_and_their_last_norm() -> None:
 
 @pytest.mark.parametrize("change", [{"hidden_size": 16}, {"num_hidden_layers": 1}])
 def test_different_shapes_are_refused(change: dict[str, int]) -> None:
-    with pytest.raises(AfaError, match="one width and depth"):
+    with pytest.raises(AfaError, match="one class, width and depth"):
         EnsembleTextEncoder([encoder(0), encoder(1, **change)])
 
 

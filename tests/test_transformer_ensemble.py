@@ -108,7 +108,8 @@ class _Cutter:
     def __call__(self, arguments: dict[str, Any], size: tuple[int, int]) -> torch.Tensor:
         experts = list(self.ensemble.experts)
         tembs: list[torch.Tensor] = []
-        hooks, workers, texts = [], [], []
+        hooks, workers = [], []
+        texts: list[Any] = []
         for n, model in enumerate(experts):
             own = {
                 k: v.chunk(len(experts), dim=-1)[n] if k in WIDE else v

@@ -21,6 +21,7 @@ from afa.aggregators.build import fused_sites, site_config
 from afa.errors import AfaError
 from afa.experts import locate, require_hash
 from afa.files import read_json, write_atomic
+from afa.kinds import denoiser_of
 from afa.pipeline import load_pipeline
 from afa.weights import check_safetensors
 
@@ -67,7 +68,7 @@ class _SavedEnsemble(_Saved):
 
     format: Literal["afa-ensemble"]
     version: Literal[1]
-    family: Literal["unet"]
+    family: Literal["unet", "flux", "sd3", "pixart", "dit"]
     experts: list[_Reference] = Field(min_length=1)
     vae: _Reference | None
     config: str | None
@@ -122,10 +123,7 @@ def load_aggregator_tensors(ensemble: EnsembleDenoiser, tensors: dict[str, Tenso
             "Use the weights with the experts and the aggregator settings they were trained for."
         )
     for site, rule in _distinct_rules(ensemble):
-        prefix = f"{site.name}."
-        rule.load_state_dict(
-            {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        )
+        rule.load_state_dict({key: tensors[f"{site.name}.{key}"] for key in rule.state_dict()})
 
 
 def save_ensemble(
@@ -145,7 +143,7 @@ def save_ensemble(
             fusion rule that cannot be saved.
     """
     folder = Path(folder)
-    ensemble: EnsembleDenoiser = pipeline.unet
+    ensemble: EnsembleDenoiser = denoiser_of(pipeline)
     if ensemble.references is None:
         raise AfaError(
             "A saved ensemble names its experts by their source, but these were made in memory. "
@@ -156,7 +154,7 @@ def save_ensemble(
     config = {
         "format": FORMAT,
         "version": 1,
-        "family": "unet",
+        "family": ensemble.family.name,
         "experts": [_written(reference, folder) for reference in ensemble.references],
         "vae": ensemble.vae_reference and _written(ensemble.vae_reference, folder),
         "config": ensemble.config_source and _relative(ensemble.config_source, folder),
@@ -289,8 +287,8 @@ def load_ensemble(
         torch_dtype=torch_dtype,
         device=device,
     )
-    require_hash("Autoencoder", pipeline.unet.vae_reference, saved_vae["sha256"])
-    load_aggregator_tensors(pipeline.unet, load_file(weights))
+    require_hash("Autoencoder", denoiser_of(pipeline).vae_reference, saved_vae["sha256"])
+    load_aggregator_tensors(denoiser_of(pipeline), load_file(weights))
     return pipeline
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from afa.aggregators.build import build_sabw
 from afa.denoisers import (
     PLAIN,
     Execution,
+    Family,
     Feature,
     Site,
     Widths,
@@ -77,16 +78,16 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
         super().__init__()
         if not experts:
             raise AfaError("An ensemble must have at least one expert, came none.")
-        self._family = family_of(experts[0])
+        self.family: Family = family_of(experts[0])
         for n, expert in enumerate(experts[1:], start=1):
             family_of(expert)
             check_same_architecture(experts[0], expert, f"expert {n}")
         self.experts: Any = nn.ModuleList(experts)
         self.experts.requires_grad_(False)
         self.sites: tuple[Site, ...] = discover_sites(experts[0])
-        self.widths: Widths = widths or self._family.widths(experts[0])
+        self.widths: Widths = widths or self.family.widths(experts[0])
         self.aggregators = nn.ModuleList(self._build_aggregators(aggregators))
-        self._signature = inspect.signature(self._family.model_class.forward)
+        self._signature = inspect.signature(self.family.model_class.forward)
         self._rules = {site.name: n for n, site in enumerate(self.sites)}
         self.schedule = schedule
         self.execution: Execution = PLAIN
@@ -105,7 +106,7 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
         if aggregators is None:
             return [Mean() for _ in self.sites]
         if isinstance(aggregators, SABWConfig):
-            text_channels = sum(self.widths.text) or None
+            text_channels = sum(self.family.widths(self.experts[0]).text) or None
             device = next(self.experts[0].parameters()).device
             rules = build_sabw(aggregators, self.sites, len(self.experts), text_channels)
             return [rule.to(device) for rule in rules]
@@ -134,20 +135,20 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
         arguments = self._bind(args, kwargs)
         with self._lora_scale(arguments):
             prediction = self._predict(arguments)
-        return self._family.output_class(sample=prediction) if return_dict else (prediction,)
+        return self.family.output_class(sample=prediction) if return_dict else (prediction,)
 
     def _predict(self, arguments: dict[str, Any]) -> Tensor:
         sample = next(iter(arguments.values()))
         steps = torch.as_tensor(arguments["timestep"], device=sample.device).expand(len(sample))
         active = self._active_experts(steps)
-        per_expert = self._family.split(self.experts[0], arguments, self.widths, len(self.experts))
+        per_expert = self.family.split(self.experts[0], arguments, self.widths, len(self.experts))
         coroutines = [
-            self._family.blocks(self.experts[n], **per_expert[n], execution=self.execution)
+            self.family.blocks(self.experts[n], **per_expert[n], execution=self.execution)
             for n in active
         ]
         texts = [own["encoder_hidden_states"] for own in per_expert if self.widths.text]
         text = _mean([texts[n] for n in active]) if texts else None
-        mask = arguments.get(self._family.text_mask or "")
+        mask = arguments.get(self.family.text_mask or "")
         condition: Condition | None = None
 
         def fuse(features: Sequence[Feature]) -> Tensor | Sequence[Tensor]:
@@ -172,7 +173,7 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
     @contextmanager
     def _lora_scale(self, arguments: dict[str, Any]) -> Iterator[None]:
         """Apply the LoRAs' `scale` to all experts, and take it out of the arguments."""
-        name = self._family.attention_kwargs
+        name = self.family.attention_kwargs
         given = arguments.get(name)
         if not given or "scale" not in given:
             yield
@@ -207,6 +208,19 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
     def dtype(self) -> torch.dtype:
         """The experts' data type; aggregators stay in float32."""
         return self.experts[0].dtype
+
+    @property
+    def add_embedding(self) -> nn.Module:
+        """The first expert's, whose width pipelines of Stable Diffusion XL check."""
+        return self.experts[0].add_embedding
+
+    @contextmanager
+    def cache_context(self, name: str) -> Iterator[None]:
+        """Tell the experts which half of guidance is computed, as transformers' pipelines do."""
+        with ExitStack() as stack:
+            for expert in self.experts:
+                stack.enter_context(expert.cache_context(name))
+            yield
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move or cast the experts; move the aggregators, which keep their data type."""
@@ -254,7 +268,7 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
         """
         self.experts.to("cpu")
         for expert in self.experts:
-            move_all_but(expert, self._family.layers(expert), device)
+            move_all_but(expert, self.family.layers(expert), device)
         self.aggregators.to(device)
         self.execution = replace(self.execution, device=torch.device(device))
 
@@ -277,7 +291,7 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
 
         device = torch.device(mesh.device_type)
         for expert in self.experts:
-            layers = self._family.layers(expert)
+            layers = self.family.layers(expert)
             for layer in layers:
                 fully_shard(layer, mesh=mesh, **settings)
             move_all_but(expert, layers, device)

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
 import transformers
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from afa.errors import AfaError
 from afa.files import read_json
+from afa.kinds import Kind, kind_of
 from afa.weights import (
     PICKLES,
     check_safetensors,
@@ -40,9 +41,12 @@ _WEIGHTS = ("config.json", "*.safetensors", "*.safetensors.index.json")
 _PIPELINE_FILES = (
     "model_index.json",
     "scheduler/*.json",
-    "tokenizer/*.json",
-    "tokenizer/*.txt",
-    *(f"{part}/{name}" for part in ("unet", "text_encoder", "vae") for name in _WEIGHTS),
+    *(f"tokenizer*/*.{kind}" for kind in ("json", "txt", "model")),
+    *(
+        f"{part}/{name}"
+        for part in ("unet", "transformer", "text_encoder*", "vae")
+        for name in _WEIGHTS
+    ),
 )
 _VAE_FILES = (
     "config.json",
@@ -65,14 +69,29 @@ class ExpertReference:
 
 @dataclass(frozen=True)
 class Expert:
-    """The parts of one Stable Diffusion model that an ensemble needs."""
+    """The parts of one model that an ensemble needs.
+
+    Attributes:
+        reference: where it comes from.
+        kind: of its pipeline.
+        class_name: of its pipeline.
+        denoiser: its U-Net or transformer.
+        text_encoders: by their names in the pipeline.
+        tokenizers: likewise.
+        scheduler: for sampling.
+        vae: of a single file; a folder's is loaded by `load_vae`.
+        options: what its pipeline is told besides.
+    """
 
     reference: ExpertReference
-    unet: UNet2DConditionModel
-    text_encoder: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    kind: Kind
+    class_name: str
+    denoiser: Any
+    text_encoders: dict[str, PreTrainedModel]
+    tokenizers: dict[str, PreTrainedTokenizerBase]
     scheduler: SchedulerMixin
-    vae: AutoencoderKL | None
+    vae: AutoencoderKL | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 def locate(
@@ -139,29 +158,74 @@ def load_expert(
             family that is not supported.
     """
     path = locate(source, revision)
+    index = path / "model_index.json"
+    if index.is_file():  # before its weights are looked for, which other families name otherwise
+        kind_of(str(read_json(index).get("_class_name")), source)
     reference = refer(source, path, hash_expert(path), revision)
     require_hash("Expert", reference, sha256)
     if path.is_file():
         return _load_single_file(reference, path, config, torch_dtype)
     with _loading(source):
-        index = read_json(path / "model_index.json")
-        kind = str(index.get("_class_name"))
-        if not kind.startswith("StableDiffusion") or "text_encoder_2" in index:
-            raise AfaError(
-                f"An expert must be a Stable Diffusion 1.x or 2.x pipeline; '{source}' is a "
-                f"{kind}. Other families are not supported yet."
+        return _load_folder(reference, path, torch_dtype)
+
+
+def _load_folder(reference: ExpertReference, path: Path, torch_dtype: torch.dtype) -> Expert:
+    """All but the autoencoder of a pipeline's folder."""
+    index = read_json(path / "model_index.json")
+    class_name = str(index.get("_class_name"))
+    kind = kind_of(class_name, reference.source)
+    classes = {
+        name: entry[1]
+        for name, entry in index.items()
+        if isinstance(entry, list) and entry and entry[0] is not None
+    }
+    encoders = [name for name in classes if name.startswith("text_encoder")]
+    tokenizers = [name for name in classes if name.startswith("tokenizer")]
+    return Expert(
+        reference,
+        kind,
+        class_name,
+        denoiser=_load_weights(
+            kind.denoiser_family.model_class, path / kind.denoiser, torch_dtype=torch_dtype
+        ),
+        text_encoders={
+            name: _load_weights(
+                _class(transformers, classes[name], transformers.PreTrainedModel),
+                path / name,
+                dtype=torch_dtype,
             )
-        encoder_class = getattr(transformers, index["text_encoder"][1])
-        tokenizer_class = getattr(transformers, index["tokenizer"][1])
-        scheduler_class = getattr(diffusers, index["scheduler"][1])
-        return Expert(
-            reference,
-            unet=_load_weights(UNet2DConditionModel, path / "unet", torch_dtype=torch_dtype),
-            text_encoder=_load_weights(encoder_class, path / "text_encoder", dtype=torch_dtype),
-            tokenizer=tokenizer_class.from_pretrained(path / "tokenizer"),
-            scheduler=scheduler_class.from_pretrained(path / "scheduler"),
-            vae=None,
+            for name in encoders
+        },
+        tokenizers={
+            name: _class(
+                transformers, classes[name], transformers.PreTrainedTokenizerBase
+            ).from_pretrained(path / name)
+            for name in tokenizers
+        },
+        scheduler=_class(diffusers, classes["scheduler"], diffusers.SchedulerMixin).from_pretrained(
+            path / "scheduler"
+        ),
+        options={
+            name: entry
+            for name, entry in index.items()
+            if not name.startswith("_") and not isinstance(entry, list)
+        },
+    )
+
+
+def _class(library: Any, name: str, base: type) -> Any:
+    """A class that a folder names, if it is of the expected kind.
+
+    Raises:
+        AfaError: the library has none of this name and kind.
+    """
+    found = getattr(library, name, None)
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise AfaError(
+            f"A part of a pipeline must be a {base.__name__} that {library.__name__} has; its "
+            f"model_index.json names '{name}'. Is the installed version older than the model?"
         )
+    return found
 
 
 def load_vae(
@@ -248,7 +312,7 @@ def _load_weights(model_class: Any, folder: Path, **options: Any) -> Any:
 def _loading(
     source: str | Path, remedy: str = "Download or save it again."
 ) -> AbstractContextManager[None]:
-    must = f"'{source}' must be a complete Stable Diffusion 1.x or 2.x model"
+    must = f"'{source}' must be a complete diffusion model"
     return loading(must, remedy, SingleFileComponentError)
 
 
@@ -286,9 +350,11 @@ def _load_single_file(
                 )
     return Expert(
         reference,
-        unet=parts["unet"],
-        text_encoder=parts["text_encoder"],
-        tokenizer=parts["tokenizer"],
+        kind_of("StableDiffusionPipeline", path),
+        "StableDiffusionPipeline",
+        denoiser=parts["unet"],
+        text_encoders={"text_encoder": parts["text_encoder"]},
+        tokenizers={"tokenizer": parts["tokenizer"]},
         scheduler=parts["scheduler"],
         vae=parts["vae"],
     )

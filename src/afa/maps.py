@@ -65,7 +65,7 @@ class WeightRecord:
 def record_weights(ensemble: EnsembleDenoiser) -> Iterator[WeightRecord]:
     """Collect the fusion weights of every step and site while the block runs.
 
-        with afa.record_weights(pipeline.unet) as record:
+        with afa.record_weights(denoiser_of(pipeline)) as record:
             pipeline("a fox")
 
     Nothing is kept outside of the block.

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import StableDiffusionPipeline
 
 from afa.ensemble import EnsembleDenoiser
 from afa.errors import AfaError
 from afa.experts import Expert, load_expert, load_vae
+from afa.kinds import build_pipeline, denoiser_of, kind_of_pipeline
 from afa.preflight import check_experts
-from afa.text import EnsembleTextEncoder
+from afa.text import EnsembleTextEncoder, hash_weights
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from diffusers import DiffusionPipeline
     from torch import nn
 
     from afa.aggregators import SABWConfig
@@ -35,11 +36,11 @@ def load_pipeline(
     hashes: Sequence[str | None] | None = None,
     torch_dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-) -> StableDiffusionPipeline:
-    """Put several Stable Diffusion models into one stock pipeline.
+) -> DiffusionPipeline:
+    """Put several diffusion models of one kind into one stock pipeline.
 
-    Other stock pipelines take the same parts:
-    `StableDiffusionImg2ImgPipeline(**pipeline.components)`.
+    Its class is that which the first expert names; other stock pipelines take the same parts:
+    `StableDiffusionImg2ImgPipeline(**pipeline.components)`. See `afa.kinds` for what there is.
 
     Args:
         experts: diffusers folders, single `.safetensors` files, hub ids, or `zoo:animals`.
@@ -81,9 +82,10 @@ def load_pipeline(
             torch_dtype=torch_dtype,
         )
     pipeline = assemble(loaded, aggregators, autoencoder).to(device)
-    pipeline.unet.vae_reference = vae_reference
+    denoiser = denoiser_of(pipeline)
+    denoiser.vae_reference = vae_reference
     if config is not None:  # the first folder among the experts is found again by itself
-        pipeline.unet.config_source = os.path.abspath(Path(config).expanduser())
+        denoiser.config_source = os.path.abspath(Path(config).expanduser())
     return pipeline
 
 
@@ -91,22 +93,33 @@ def assemble(
     experts: Sequence[Expert],
     aggregators: SABWConfig | Sequence[nn.Module] | None,
     vae: nn.Module,
-) -> StableDiffusionPipeline:
+) -> DiffusionPipeline:
     """A stock pipeline around an ensemble of loaded experts; the first one's scheduler is used."""
-    denoiser = EnsembleDenoiser([expert.unet for expert in experts], aggregators)
+    first = experts[0]
+    encoders = {
+        name: [expert.text_encoders[name] for expert in experts] for name in first.text_encoders
+    }
+    joined = any(len(set(map(hash_weights, each))) > 1 for each in encoders.values())
+    tokenizer = first.tokenizers.get("tokenizer")
+    widths = first.kind.widths(first.text_encoders, getattr(tokenizer, "model_max_length", 0))
+    denoiser = EnsembleDenoiser([expert.denoiser for expert in experts], aggregators, widths=widths)
     denoiser.references = [expert.reference for expert in experts]
-    pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=EnsembleTextEncoder([expert.text_encoder for expert in experts]),
-        tokenizer=experts[0].tokenizer,
-        unet=denoiser,
-        scheduler=experts[0].scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    if joined and first.kind.family == "sd3":
+        # the pipeline makes zeros of this width where there is no T5, and pads CLIP's text to it
+        width = len(experts) * first.denoiser.config.joint_attention_dim
+        denoiser.register_to_config(joint_attention_dim=width)
+    parts = {
+        "vae": vae,
+        first.kind.denoiser: denoiser,
+        **{name: EnsembleTextEncoder(each, join=joined) for name, each in encoders.items()},
+    }
     vae.requires_grad_(False)
-    return pipeline
+    return _build(first, parts)
+
+
+def _build(expert: Expert, parts: dict[str, Any]) -> DiffusionPipeline:
+    rest = {**expert.tokenizers, "scheduler": expert.scheduler}
+    return build_pipeline(expert.class_name, {**rest, **parts}, expert.options)
 
 
 def load_single(
@@ -114,7 +127,7 @@ def load_single(
     *,
     config: Path | None = None,
     torch_dtype: torch.dtype = torch.float32,
-) -> tuple[StableDiffusionPipeline, ExpertReference]:
+) -> tuple[DiffusionPipeline, ExpertReference]:
     """One checkpoint by itself, with its own autoencoder, as anyone would load it.
 
     Args:
@@ -128,42 +141,42 @@ def load_single(
         AfaError: see `load_expert`.
     """
     expert = load_expert(source, config=config, torch_dtype=torch_dtype)
-    pipeline = StableDiffusionPipeline(
-        vae=expert.vae or load_vae(source, torch_dtype=torch_dtype)[0],
-        text_encoder=expert.text_encoder,
-        tokenizer=expert.tokenizer,
-        unet=expert.unet,
-        scheduler=expert.scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    return pipeline, expert.reference
+    parts = {
+        "vae": expert.vae or load_vae(source, torch_dtype=torch_dtype)[0],
+        expert.kind.denoiser: expert.denoiser,
+        **expert.text_encoders,
+    }
+    return _build(expert, parts), expert.reference
 
 
-def check_text_to_image(pipeline: StableDiffusionPipeline) -> None:
+def check_text_to_image(pipeline: DiffusionPipeline) -> None:
     """Refuse experts that draw from more than a prompt: for inpainting, depth, upscaling.
 
     Raises:
         AfaError: the denoiser takes other channels than the autoencoder makes, or class labels.
     """
-    config, latent_channels = pipeline.unet.config, pipeline.vae.config.latent_channels
-    if config.in_channels != latent_channels or config.out_channels != latent_channels:
+    config, latent_channels = denoiser_of(pipeline).config, pipeline.vae.config.latent_channels
+    kind = kind_of_pipeline(pipeline)
+    taken, given = kind.latent_channels(config), config.get("out_channels") or config.in_channels
+    # transformers may give a variance besides, or pack the latent
+    gives_other = kind.family == "unet" and given != latent_channels
+    if taken != latent_channels or gives_other:
         raise AfaError(
             f"Text-to-image experts must take and give the autoencoder's {latent_channels} "
-            f"channels; these take {config.in_channels} and give {config.out_channels}. They are "
-            "for another task, such as inpainting; put the ensemble into that task's pipeline."
+            f"channels; these take {taken} and give {given}. They are for another task, such as "
+            "inpainting; put the ensemble into that task's pipeline."
         )
-    if config.class_embed_type is not None or config.num_class_embeds is not None:
+    if not kind.text or config.get("class_embed_type") or config.get("num_class_embeds"):
         raise AfaError(
             "Text-to-image experts must not need class labels; these do. Put the ensemble into "
             "the pipeline of their own task."
         )
 
 
-def native_resolution(pipeline: StableDiffusionPipeline) -> tuple[int, int]:
+def native_resolution(pipeline: DiffusionPipeline) -> tuple[int, int]:
     """Height and width in pixels of the pictures that the experts were made for."""
-    size = pipeline.unet.config.sample_size
+    # packed latents have no size of their own; the pipeline knows
+    size = denoiser_of(pipeline).config.get("sample_size") or pipeline.default_sample_size
     height, width = (size, size) if isinstance(size, int) else size
     return height * pipeline.vae_scale_factor, width * pipeline.vae_scale_factor
 

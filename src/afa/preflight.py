@@ -24,8 +24,23 @@ def check_experts(experts: Sequence[Expert]) -> None:
     first = experts[0]
     for other in experts[1:]:
         name = f"'{other.reference.source}'"
-        check_same_architecture(first.unet, other.unet, name)
-        if first.tokenizer.get_vocab() != other.tokenizer.get_vocab():
+        if other.kind is not first.kind:
+            raise AfaError(
+                f"Experts must be of one family: {name} is a {other.kind.name} model, "
+                f"'{first.reference.source}' is of {first.kind.name}. Their features have nothing "
+                "in common."
+            )
+        check_same_architecture(first.denoiser, other.denoiser, name)
+        if first.text_encoders.keys() != other.text_encoders.keys():
+            raise AfaError(
+                f"Experts must have the same text encoders: {name} has "
+                f"{', '.join(other.text_encoders) or 'none'}, '{first.reference.source}' has "
+                f"{', '.join(first.text_encoders) or 'none'}. Add what is missing."
+            )
+        if any(
+            ours.get_vocab() != other.tokenizers[part].get_vocab()
+            for part, ours in first.tokenizers.items()
+        ):
             raise AfaError(
                 f"Experts must share one tokenizer: that of {name} has another vocabulary than "
                 f"that of '{first.reference.source}'. The same words would mean different tokens."

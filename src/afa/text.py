@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from afa.denoisers.family import Widths, split_joined
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
@@ -25,26 +25,30 @@ class EnsembleTextEncoder(PreTrainedModel):
     output is a single embedding [B, L, D], which `EnsembleDenoiser` takes for all experts.
 
     Args:
-        encoders: one per expert, of one width.
+        encoders: one per expert, of one class and width.
+        join: concatenate N embeddings even where all are identical, since another text encoder of
+            the same pipeline differs.
 
     Raises:
-        AfaError: none, or encoders of different widths or layer counts.
+        AfaError: none, or encoders of different classes, widths or layer counts.
     """
 
-    config_class = CLIPTextConfig
+    config_class = PreTrainedConfig
     main_input_name = "input_ids"
     # whatever the encoders do: the composite has no attention of its own
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
 
-    def __init__(self, encoders: Sequence[PreTrainedModel]) -> None:
+    def __init__(self, encoders: Sequence[PreTrainedModel], *, join: bool = False) -> None:
         if not encoders:
             raise AfaError("A text encoder must have at least one expert's, came none.")
         super().__init__(copy.deepcopy(encoders[0].config))
-        shapes = [(e.config.hidden_size, e.config.num_hidden_layers) for e in encoders]
+        shapes = [
+            (type(e).__name__, e.config.hidden_size, e.config.num_hidden_layers) for e in encoders
+        ]
         if len(set(shapes)) > 1:
             raise AfaError(
-                "The experts' text encoders must have one width and depth; came "
-                f"{', '.join(f'{width} x {depth}' for width, depth in shapes)}. "
+                "The experts' text encoders must have one class, width and depth; came "
+                f"{', '.join(f'{name} {width} x {depth}' for name, width, depth in shapes)}. "
                 "Ensemble checkpoints of one family."
             )
         hashes = [hash_weights(encoder) for encoder in encoders]
@@ -53,8 +57,10 @@ class EnsembleTextEncoder(PreTrainedModel):
         self.encoder_of: list[int] = [distinct.index(h) for h in hashes]
         self.encoders: Any = nn.ModuleList(encoders[hashes.index(h)] for h in distinct)
         self.encoders.requires_grad_(False)
-        # where stock pipelines look for the last norm when they skip layers (`clip_skip`)
-        self.text_model = SimpleNamespace(final_layer_norm=self._final_layer_norm)
+        self.is_joined = join or len(distinct) > 1
+        if _last_norm(encoders[0]) is not None:
+            # where stock pipelines look for the last norm when they skip layers (`clip_skip`)
+            self.text_model = SimpleNamespace(final_layer_norm=self._final_layer_norm)
         self.eval()
 
     def forward(
@@ -64,11 +70,12 @@ class EnsembleTextEncoder(PreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPooling | tuple[Any, ...]:
+    ) -> Any:
         """Encode token ids [B, L] with every distinct encoder.
 
-        Returns: `last_hidden_state` and each of `hidden_states` [B, L, N * D], or [B, L, D] where
-            all experts share one encoder; `pooler_output` likewise [B, N * D] or [B, D].
+        Returns: the encoders' own output object, in which every tensor, such as
+            `last_hidden_state` and each of `hidden_states`, is [..., N * D], or [..., D] where all
+            experts share one encoder.
         """
         outputs = [
             encoder(
@@ -80,28 +87,22 @@ class EnsembleTextEncoder(PreTrainedModel):
             )
             for encoder in self.encoders
         ]
-        hidden_states = None
-        if output_hidden_states:
-            hidden_states = tuple(
-                self._join(layer)
-                for layer in zip(*(output.hidden_states for output in outputs), strict=True)
-            )
-        joined = BaseModelOutputWithPooling(
-            last_hidden_state=self._join([output.last_hidden_state for output in outputs]),
-            pooler_output=self._join([output.pooler_output for output in outputs]),
-            hidden_states=hidden_states,
+        joined = type(outputs[0])(
+            **{key: self._join([output[key] for output in outputs]) for key in outputs[0]}
         )
         return joined.to_tuple() if return_dict is False else joined
 
-    def _join(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Concatenate on the last axis, one part per expert."""
-        if len(tensors) == 1:
-            return tensors[0]
-        return torch.cat([tensors[n] for n in self.encoder_of], dim=-1)
+    def _join(self, values: Sequence[Any]) -> Any:
+        """Concatenate tensors, or tuples of them, on the last axis, one part per expert."""
+        if not self.is_joined:
+            return values[0]
+        if isinstance(values[0], tuple):
+            return tuple(self._join(layer) for layer in zip(*values, strict=True))
+        return torch.cat([values[n] for n in self.encoder_of], dim=-1)
 
     def _final_layer_norm(self, hidden: Tensor) -> Tensor:
         """Every encoder's own last norm on its own part of [B, L, N * D] or [B, L, D]."""
-        if len(self.encoders) == 1:
+        if not self.is_joined:
             return _last_norm(self.encoders[0])(hidden)
         parts = hidden.chunk(len(self.encoder_of), dim=-1)
         normed = [
@@ -111,9 +112,11 @@ class EnsembleTextEncoder(PreTrainedModel):
         return torch.cat(normed, dim=-1)
 
 
-def _last_norm(encoder: Any) -> nn.Module:
+def _last_norm(encoder: Any) -> Any:
+    """CLIP's; None of others."""
     # transformers 5 has the norm on the model itself, the variant with projection one deeper
-    return getattr(encoder, "text_model", encoder).final_layer_norm
+    inner = getattr(encoder, "text_model", encoder)
+    return inner._modules.get("final_layer_norm")
 
 
 def hash_weights(module: nn.Module) -> str:
@@ -127,28 +130,37 @@ def hash_weights(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def attach_controlnet(controlnet: Any, num_experts: int, expert: int = 0) -> None:
+def attach_controlnet(
+    controlnet: Any, num_experts: int, expert: int = 0, widths: Widths | None = None
+) -> None:
     """Let a ControlNet read one expert's part of the concatenated text embedding.
 
-    A ControlNet was trained with one text encoder; an ensemble's pipeline hands it all of them,
-    [B, L, N * D]. After this call it sees [B, L, D]. The class stays stock.
+    A ControlNet was trained with the text encoders of one model; an ensemble's pipeline hands it
+    those of all, [B, L, N * D]. After this call it sees [B, L, D]. The class stays stock.
 
     Args:
         controlnet: any ControlNet whose config has `cross_attention_dim`.
         num_experts: N.
         expert: whose embedding it sees, from 0.
+        widths: those of the ensemble, `pipeline.unet.widths`, for Stable Diffusion XL.
 
     Raises:
         AfaError: there is no such expert.
     """
     if not 0 <= expert < num_experts:
         raise AfaError(f"expert must be 0 to {num_experts - 1}, came {expert}.")
-    width = controlnet.config.cross_attention_dim
+    widths = widths or Widths((controlnet.config.cross_attention_dim,))
+
+    def own(joined: Tensor, parts: tuple[int, ...]) -> Tensor:
+        return split_joined("text embedding", joined, parts, num_experts)[expert]
 
     def narrow(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        text = kwargs.get("encoder_hidden_states")
-        if text is not None and text.shape[-1] == width * num_experts:
-            kwargs["encoder_hidden_states"] = text[..., expert * width : (expert + 1) * width]
+        text, added = kwargs.get("encoder_hidden_states"), kwargs.get("added_cond_kwargs") or {}
+        if text is not None:
+            kwargs["encoder_hidden_states"] = own(text, widths.text)
+        if "text_embeds" in added:
+            pooled = own(added["text_embeds"], widths.pooled)
+            kwargs["added_cond_kwargs"] = {**added, "text_embeds": pooled}
         return args, kwargs
 
     controlnet.register_forward_pre_hook(narrow, with_kwargs=True)

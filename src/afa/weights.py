@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError, safe_open
 
 from afa.errors import AfaError
+from afa.files import read_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -73,7 +74,7 @@ def weights_in(folder: Path) -> tuple[str | None, list[Path]]:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The safetensors files that make an expert: the file itself, or U-Net and text encoder.
+    """The safetensors files that make an expert: the file itself, or denoiser and text encoders.
 
     Raises:
         AfaError: not a diffusers folder, no safetensors in it, or one that is damaged.
@@ -81,7 +82,14 @@ def weight_files(path: Path) -> list[Path]:
     if path.is_file():
         files = [path]
     elif (path / "model_index.json").is_file():
-        files = [*weights_in(path / "unet")[1], *weights_in(path / "text_encoder")[1]]
+        index = read_json(path / "model_index.json")
+        parts = ["unet" if "unet" in index else "transformer"]
+        parts += sorted(
+            name
+            for name, entry in index.items()
+            if name.startswith("text_encoder") and entry and entry[0] is not None
+        )
+        files = [file for part in parts for file in weights_in(path / part)[1]]
     else:
         raise AfaError(
             f"An expert's folder must be a diffusers pipeline with a model_index.json; "
@@ -127,7 +135,7 @@ def hash_files(path: Path, files: Iterable[Path]) -> str:
 
 
 def hash_expert(path: Path) -> str:
-    """SHA-256 of an expert: of a single file, or of a folder's U-Net and text encoder weights."""
+    """SHA-256 of an expert: of a file, or of a folder's denoiser and text encoders."""
     return hash_files(path, weight_files(path))
 
 
@@ -137,8 +145,8 @@ def hash_pipeline(path: Path) -> str:
     Unlike `hash_expert` it sees the autoencoder, the tokenizer and the scheduler, too.
     """
     weights = weight_files(path)
-    parts = [file for part in ("vae", "tokenizer", "scheduler") for file in _files_in(path / part)]
-    return hash_files(path, [*weights, *parts])
+    folders = [path / "vae", path / "scheduler", *sorted(path.glob("tokenizer*"))]
+    return hash_files(path, [*weights, *(file for part in folders for file in _files_in(part))])
 
 
 def hash_vae(path: Path) -> str:

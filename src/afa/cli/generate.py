@@ -14,6 +14,7 @@ import typer
 from afa.cli.console import console, progress_bar, quieten_loading, require_new_folder
 from afa.errors import AfaError
 from afa.files import write_atomic
+from afa.kinds import denoiser_of
 from afa.recipe import MAX_SEED
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def generate(
     check_text_to_image(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     size = _picture_size(pipeline, height, width)
-    names = [Path(reference.source).name for reference in pipeline.unet.references]
+    names = [Path(reference.source).name for reference in denoiser_of(pipeline).references]
     output.mkdir(parents=True, exist_ok=True)
     with progress_bar() as progress:
         task = progress.add_task("generate", total=len(prompts) * num_images, note="")
@@ -83,7 +84,7 @@ def generate(
                     "guidance": guidance,
                     "ensemble": ensemble,
                 }
-                recording = afa.record_weights(pipeline.unet) if weights else nullcontext()
+                recording = afa.record_weights(denoiser_of(pipeline)) if weights else nullcontext()
                 with recording as record:
                     picture = pipeline(
                         prompt,

@@ -27,10 +27,13 @@ class Widths:
     Attributes:
         text: of the embedding of every token.
         pooled: of the embedding of the text as a whole; empty where there is none.
+        num_clip_tokens: of Stable Diffusion 3, whose text is tokens of its first two encoders and
+            then tokens of its third.
     """
 
     text: tuple[int, ...]
     pooled: tuple[int, ...] = ()
+    num_clip_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -99,15 +102,11 @@ def split_text(arguments: Mapping[str, Any], widths: Widths, count: int) -> list
     return [{**arguments, "encoder_hidden_states": text} for text in texts]
 
 
-def split_text_and_pooled(
-    model: Any, arguments: Mapping[str, Any], widths: Widths, count: int
+def split_pooled(
+    per_expert: list[dict[str, Any]], pooled: Tensor, widths: Widths
 ) -> list[dict[str, Any]]:
-    """The arguments of N experts whose call has `pooled_projections` as well."""
-    del model
-    pooled = split_joined(
-        "pooled text embedding", arguments["pooled_projections"], widths.pooled, count
-    )
+    """The same arguments with each expert's own `pooled_projections`."""
+    parts = split_joined("pooled text embedding", pooled, widths.pooled, len(per_expert))
     return [
-        {**own, "pooled_projections": part}
-        for own, part in zip(split_text(arguments, widths, count), pooled, strict=True)
+        {**own, "pooled_projections": part} for own, part in zip(per_expert, parts, strict=True)
     ]

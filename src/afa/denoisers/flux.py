@@ -14,7 +14,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 from afa.denoisers.coroutine import Blocks, Feature
 from afa.denoisers.execution import PLAIN, Execution
-from afa.denoisers.family import Family, Widths, split_text_and_pooled
+from afa.denoisers.family import Family, Widths, split_pooled, split_text
 from afa.denoisers.tokens import (
     TEXT,
     grid_of,
@@ -26,7 +26,7 @@ from afa.denoisers.tokens import (
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor, nn
 
@@ -186,6 +186,14 @@ def _widths(transformer: FluxTransformer2DModel) -> Widths:
     return Widths((config.joint_attention_dim,), (config.pooled_projection_dim,))
 
 
+def _split(
+    model: Any, arguments: Mapping[str, Any], widths: Widths, count: int
+) -> list[dict[str, Any]]:
+    del model
+    texts = split_text(arguments, widths, count)
+    return split_pooled(texts, arguments["pooled_projections"], widths)
+
+
 FLUX = Family(
     name="flux",
     model_class=FluxTransformer2DModel,
@@ -195,5 +203,5 @@ FLUX = Family(
     check=check_flux,
     example=flux_example,
     widths=_widths,
-    split=split_text_and_pooled,
+    split=_split,
 )

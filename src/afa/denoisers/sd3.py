@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers import SD3Transformer2DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch.nn import functional
 
 from afa.denoisers.coroutine import Blocks, Feature
 from afa.denoisers.execution import PLAIN, Execution
-from afa.denoisers.family import Family, Widths, split_text_and_pooled
+from afa.denoisers.family import Family, Widths, split_joined, split_pooled
 from afa.denoisers.flux import own_attention_kwargs
 from afa.denoisers.tokens import TEXT, require_blocks, to_column, to_grid, to_tokens, unpatchify
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor, nn
 
@@ -129,6 +130,30 @@ def _widths(transformer: SD3Transformer2DModel) -> Widths:
     return Widths((config.joint_attention_dim,), (config.pooled_projection_dim,))
 
 
+def _split(
+    transformer: SD3Transformer2DModel,
+    arguments: Mapping[str, Any],
+    widths: Widths,
+    count: int,
+) -> list[dict[str, Any]]:
+    """Tokens of the CLIP encoders, [encoder 1 of all | encoder 2 of all | zeros], then of T5."""
+    text, (width,) = arguments["encoder_hidden_states"], _widths(transformer).text
+    if text.shape[-1] == width or not widths.num_clip_tokens:
+        texts = split_joined("text embedding", text, (width,), count)
+    else:
+        clip, rest = text.tensor_split([widths.num_clip_tokens], dim=1)
+        clips = split_joined(
+            "text embedding", clip[..., : count * sum(widths.text[:2])], widths.text[:2], count
+        )
+        rests = split_joined("text embedding", rest, (width,), count)
+        texts = [
+            torch.cat([functional.pad(own, (0, width - own.shape[-1])), more], dim=1)
+            for own, more in zip(clips, rests, strict=True)
+        ]
+    per_expert = [{**arguments, "encoder_hidden_states": own} for own in texts]
+    return split_pooled(per_expert, arguments["pooled_projections"], widths)
+
+
 SD3 = Family(
     name="sd3",
     model_class=SD3Transformer2DModel,
@@ -138,5 +163,5 @@ SD3 = Family(
     check=check_sd3,
     example=sd3_example,
     widths=_widths,
-    split=split_text_and_pooled,
+    split=_split,
 )

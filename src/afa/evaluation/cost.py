@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from afa.ensemble import EnsembleDenoiser
+from afa.kinds import denoiser_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,7 +43,7 @@ def measure(pipeline: DiffusionPipeline) -> Iterator[Cost]:
     def count(module: Any, args: tuple[Any, ...]) -> None:
         cost.expert_calls += len(args[0])
 
-    denoiser = pipeline.unet
+    denoiser = denoiser_of(pipeline)
     experts = denoiser.experts if isinstance(denoiser, EnsembleDenoiser) else [denoiser]
     # the first layer runs once a call, in the library's forward and in the coroutine alike
     distinct = {id(expert): expert for expert in experts}.values()

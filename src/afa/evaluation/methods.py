@@ -5,18 +5,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import StableDiffusionPipeline
 
 from afa.baselines import merge_models
 from afa.checkpoint import AGGREGATORS, load_ensemble, read_config
 from afa.ensemble import EnsembleDenoiser
 from afa.experts import load_expert, locate
+from afa.kinds import build_pipeline, denoiser_of, kind_of_pipeline
 from afa.pipeline import check_text_to_image, load_pipeline, load_single
+from afa.text import EnsembleTextEncoder
 from afa.training.engine import pick_device
 from afa.weights import hash_file, hash_pipeline, hash_vae
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from diffusers import DiffusionPipeline
 
     from afa.baselines.fusion import FusionRecipe
     from afa.baselines.merging import MergeMethod
@@ -37,7 +40,7 @@ class MethodBuilder:
         self._device = device or pick_device(recipe.sampling.device)
         self._dtype = getattr(torch, recipe.sampling.dtype)
         self._hashes: dict[str, str] = {}
-        self._experts: StableDiffusionPipeline | None = None
+        self._experts: DiffusionPipeline | None = None
 
     def identity(self, method: MethodRecipe, replica: int) -> dict[str, Any]:
         """All that a method's pictures depend on besides prompts and sampling, as JSON.
@@ -68,7 +71,7 @@ class MethodBuilder:
             self._hashes[source] = hash_pipeline(locate(source))
         return self._hashes[source]
 
-    def build(self, method: MethodRecipe, replica: int = 0) -> StableDiffusionPipeline:
+    def build(self, method: MethodRecipe, replica: int = 0) -> DiffusionPipeline:
         """The pipeline of one method.
 
         Raises:
@@ -91,7 +94,7 @@ class MethodBuilder:
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
-    def _all_experts(self) -> StableDiffusionPipeline:
+    def _all_experts(self) -> DiffusionPipeline:
         """All experts in one pipeline, whose parts merges and fusions use."""
         if self._experts is None:
             self._experts = load_pipeline(
@@ -107,30 +110,32 @@ class MethodBuilder:
     def _config(self) -> Path | None:
         return None if self._recipe.config is None else locate(self._recipe.config)
 
-    def _model(self, source: str) -> StableDiffusionPipeline:
+    def _model(self, source: str) -> DiffusionPipeline:
         """A checkpoint with its own autoencoder."""
         pipeline, _ = load_single(source, config=self._config, torch_dtype=self._dtype)
         return pipeline.to(self._device)
 
-    def _merge(self, method: MethodRecipe) -> StableDiffusionPipeline:
+    def _merge(self, method: MethodRecipe) -> DiffusionPipeline:
         recipe = self._recipe.merge_recipe(method)
         base = None
         if recipe.base is not None:
             base = load_expert(recipe.base, config=self._config, torch_dtype=self._dtype)
         return merged_pipeline(self._all_experts(), recipe.build(), base)
 
-    def _fusion(self, fusion: FusionRecipe) -> StableDiffusionPipeline:
+    def _fusion(self, fusion: FusionRecipe) -> DiffusionPipeline:
         experts = self._all_experts()
-        unets = list(experts.unet.experts)
-        schedule = fusion.schedule(len(unets), experts.scheduler.config.num_train_timesteps)
-        rules = fusion.rules(experts.unet.sites)
-        return _with(experts, unet=EnsembleDenoiser(unets, rules, schedule))
+        ensemble = denoiser_of(experts)
+        count = len(ensemble.experts)
+        schedule = fusion.schedule(count, experts.scheduler.config.num_train_timesteps)
+        rules = fusion.rules(ensemble.sites)
+        denoiser = EnsembleDenoiser(list(ensemble.experts), rules, schedule, widths=ensemble.widths)
+        return _with(experts, {kind_of_pipeline(experts).denoiser: denoiser})
 
 
 def merged_pipeline(
-    experts: StableDiffusionPipeline, method: MergeMethod, base: Expert | None = None
-) -> StableDiffusionPipeline:
-    """A static merge of an ensemble's experts, their U-Nets and their text encoders.
+    experts: DiffusionPipeline, method: MergeMethod, base: Expert | None = None
+) -> DiffusionPipeline:
+    """A static merge of an ensemble's experts, their denoisers and their text encoders.
 
     Args:
         experts: a pipeline of `load_pipeline`, not changed; the other parts are its own.
@@ -140,25 +145,28 @@ def merged_pipeline(
     Raises:
         AfaError: settings that do not fit, or a base of another architecture.
     """
-    encoders = experts.text_encoder
-    return _with(
-        experts,
-        unet=merge_models(
-            list(experts.unet.experts), method, base=None if base is None else base.unet
-        ),
-        text_encoder=merge_models(
-            [encoders.encoders[n] for n in encoders.encoder_of],
+    parts: dict[str, Any] = {
+        kind_of_pipeline(experts).denoiser: merge_models(
+            list(denoiser_of(experts).experts),
             method,
-            base=None if base is None else base.text_encoder,
-            part="text_encoder",
-        ),
-    )
+            base=None if base is None else base.denoiser,
+        )
+    }
+    for name, encoder in experts.components.items():
+        if isinstance(encoder, EnsembleTextEncoder):
+            parts[name] = merge_models(
+                [encoder.encoders[n] for n in encoder.encoder_of],
+                method,
+                base=None if base is None else base.text_encoders[name],
+                part=name,
+            )
+    return _with(experts, parts)
 
 
-def _with(pipeline: StableDiffusionPipeline, **parts: object) -> StableDiffusionPipeline:
+def _with(pipeline: DiffusionPipeline, parts: dict[str, Any]) -> DiffusionPipeline:
     """A stock pipeline of the same components but these."""
-    changed = StableDiffusionPipeline(
-        **{**pipeline.components, **parts}, requires_safety_checker=False
+    changed = build_pipeline(
+        type(pipeline).__name__, {**pipeline.components, **parts}, pipeline.config
     )
     changed.set_progress_bar_config(disable=True)
     return changed

@@ -24,6 +24,7 @@ from afa.evaluation.scoring import open_scorer
 from afa.evaluation.work import draw
 from afa.experts import locate
 from afa.files import is_unused, owned, read_json, write_atomic
+from afa.kinds import denoiser_of
 from afa.metrics import MetricRecipe
 from afa.pipeline import check_text_to_image, load_pipeline
 from afa.recipe import MAX_SEED, Section, read_recipe, resolve_sources
@@ -137,7 +138,7 @@ def _trials(recipe: SearchRecipe, prompts: Sequence[Prompt], output: Path) -> It
     )
     check_text_to_image(pipeline)
     study = _open_study(output / "study.log")
-    keys = [_TEXT, *(site.name for site in pipeline.unet.sites)]
+    keys = [_TEXT, *(site.name for site in denoiser_of(pipeline).sites)]
     first = len(_complete(study))
     if first > 0:  # a stop may have come between a trial and its recipe
         _write_merge(recipe, study, output)

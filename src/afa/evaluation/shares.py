@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from afa.evaluation.prompts import groups_of
 from afa.evaluation.work import digest, draw, write_json
 from afa.files import read_json
+from afa.kinds import denoiser_of
 from afa.maps import record_weights
 
 if TYPE_CHECKING:
@@ -34,13 +35,13 @@ def record_shares(
     pipeline = builder.build(method)
     sampling = recipe.sampling
     content: dict[str, Any] = {
-        "experts": [Path(r.source).name.split(":")[-1] for r in pipeline.unet.references],
-        "sites": [site.name for site in pipeline.unet.sites],
+        "experts": [Path(r.source).name.split(":")[-1] for r in denoiser_of(pipeline).references],
+        "sites": [site.name for site in denoiser_of(pipeline).sites],
         "groups": {},
     }
     for group, places in groups_of(prompts).items():
         chosen = places[: sampling.batch_size]
-        with record_weights(pipeline.unet) as record:
+        with record_weights(denoiser_of(pipeline)) as record:
             texts = [prompts[n].text for n in chosen]
             seed, num_steps = sampling.seeds[0], sampling.num_steps
             draw(pipeline, texts, chosen, seed, num_steps, sampling, output_type="latent")

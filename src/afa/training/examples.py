@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from afa.errors import AfaError
+from afa.kinds import denoiser_of
 from afa.training.data import BrokenPicture
 from afa.training.encoding import as_batch, encode_captions, encode_pictures, latent_shape
 from afa.training.order import Draw, Purpose, draw_at, sample_at, successors
@@ -156,7 +157,7 @@ class LiveExamples:
         purpose: Purpose = Purpose.TRAINING,
     ) -> None:
         self._pipeline, self._data, self._transform = pipeline, data, transform
-        self._device = device or pipeline.unet.device
+        self._device = device or denoiser_of(pipeline).device
         self._num_workers, self._trains_text = num_workers, trains_text
         shape = latent_shape(pipeline, transform.resolution)
         samples = samples or range(len(data))

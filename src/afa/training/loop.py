@@ -14,6 +14,7 @@ from torch.amp import GradScaler
 
 from afa.ensemble import EnsembleDenoiser
 from afa.errors import AfaError
+from afa.kinds import denoiser_of
 from afa.training.objective import denoising_loss, forward_process
 from afa.training.routing import Routing, tapped
 from afa.training.stopping import Stopped
@@ -100,7 +101,7 @@ def optimizer_steps(
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     process = forward_process(pipeline.scheduler)
-    denoiser = pipeline.unet
+    denoiser = denoiser_of(pipeline)
     is_ensemble = isinstance(denoiser, EnsembleDenoiser)
     model = engine.prepare(denoiser, denoiser.frozen_names() if is_ensemble else [])
     batches = examples.batches(engine.shares(settings).batches(first, settings.num_steps))

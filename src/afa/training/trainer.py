@@ -11,6 +11,7 @@ from torch.amp import GradScaler
 
 from afa.checkpoint import aggregator_tensors, load_aggregator_tensors
 from afa.errors import AfaError
+from afa.kinds import denoiser_of
 from afa.pipeline import check_text_to_image, native_resolution
 from afa.training.checkpoints import (
     Checkpoint,
@@ -99,7 +100,7 @@ class Trainer:
     ) -> None:
         check_text_to_image(pipeline)
         self.pipeline, self.settings, self.engine = pipeline, settings, engine
-        self.ensemble: EnsembleDenoiser = pipeline.unet
+        self.ensemble: EnsembleDenoiser = denoiser_of(pipeline)
         self.ensemble.aggregators.to(engine.device)
         self._parameters = [p for p in self.ensemble.aggregators.parameters() if p.requires_grad]
         if not self._parameters:
