@@ -89,7 +89,7 @@ def test_an_expert_in_the_shell_draws_as_it_does_alone(kind: str, folders: list[
 
 
 def test_identical_experts_draw_as_one(kind: str, folders: list[Path]) -> None:
-    pipeline = awake(afa.load_pipeline([folders[1]] * 2, SMALL))
+    pipeline = awake(afa.load_pipeline([folders[1]] * 2, SMALL, allow_duplicates=True))
     single = alone(kind, folders[1])
     np.testing.assert_allclose(draw(pipeline, kind), draw(single, kind), rtol=0, atol=1e-4)
 

@@ -284,6 +284,7 @@ def load_ensemble(
         config=config,
         revisions=[reference["revision"] for reference in references],
         hashes=[reference["sha256"] for reference in references],
+        allow_duplicates=True,  # whoever trained it has allowed them
         torch_dtype=torch_dtype,
         device=device,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,6 +56,10 @@ _VAE_FILES = (
 )
 
 
+#: of an autoencoder: what has to be alike where predictions of latents are mixed
+LATENTS = ("latent_channels", "scaling_factor", "shift_factor")
+
+
 @dataclass(frozen=True)
 class ExpertReference:
     """An expert, or an autoencoder, as an ensemble folder keeps it: where, and its weights' hash.
@@ -80,6 +85,7 @@ class Expert:
         tokenizers: likewise.
         scheduler: for sampling.
         vae: of a single file; a folder's is loaded by `load_vae`.
+        latents: what its autoencoder's configuration says of the latents; empty where it has none.
         options: what its pipeline is told besides.
     """
 
@@ -91,6 +97,7 @@ class Expert:
     tokenizers: dict[str, PreTrainedTokenizerBase]
     scheduler: SchedulerMixin
     vae: AutoencoderKL | None = None
+    latents: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -205,12 +212,21 @@ def _load_folder(reference: ExpertReference, path: Path, torch_dtype: torch.dtyp
         scheduler=_class(diffusers, classes["scheduler"], diffusers.SchedulerMixin).from_pretrained(
             path / "scheduler"
         ),
+        latents=_latents(path / "vae" / "config.json"),
         options={
             name: entry
             for name, entry in index.items()
             if not name.startswith("_") and not isinstance(entry, list)
         },
     )
+
+
+def _latents(config: Path) -> dict[str, Any]:
+    """What an autoencoder's configuration says of the latents, with the library's defaults."""
+    if not config.is_file():
+        return {}
+    found, defaults = read_json(config), inspect.signature(AutoencoderKL).parameters
+    return {key: found.get(key, defaults[key].default) for key in LATENTS}
 
 
 def _class(library: Any, name: str, base: type) -> Any:
@@ -357,4 +373,5 @@ def _load_single_file(
         tokenizers={"tokenizer": parts["tokenizer"]},
         scheduler=parts["scheduler"],
         vae=parts["vae"],
+        latents={key: parts["vae"].config[key] for key in LATENTS},
     )

@@ -34,6 +34,7 @@ def load_pipeline(
     config: str | Path | None = None,
     revisions: Sequence[str | None] | None = None,
     hashes: Sequence[str | None] | None = None,
+    allow_duplicates: bool = False,
     torch_dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> DiffusionPipeline:
@@ -52,6 +53,7 @@ def load_pipeline(
             not read; None takes the first folder among the experts, else asks the hub.
         revisions: of hub ids, one per expert.
         hashes: SHA-256 that the experts must have, as `afa inspect` shows it, one per expert.
+        allow_duplicates: whether an expert may be named twice.
         torch_dtype: of experts and autoencoder; aggregators are float32.
         device: where everything goes.
 
@@ -72,7 +74,7 @@ def load_pipeline(
         )
         for source, revision, sha256 in zip(experts, revisions, hashes, strict=True)
     ]
-    check_experts(loaded)
+    check_experts(loaded, allow_duplicates=allow_duplicates)
     autoencoder, vae_reference = loaded[0].vae, loaded[0].reference
     if vae is not None or autoencoder is None:  # a single file brings its own, a folder does not
         autoencoder, vae_reference = load_vae(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from afa.ensemble import check_same_architecture
 from afa.errors import AfaError
+from afa.experts import LATENTS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -15,13 +16,26 @@ if TYPE_CHECKING:
 _SCHEDULE = ("prediction_type", "num_train_timesteps", "beta_schedule", "beta_start", "beta_end")
 
 
-def check_experts(experts: Sequence[Expert]) -> None:
-    """Compare every expert with the first: U-Net, tokenizer, noise schedule and objective.
+def check_experts(experts: Sequence[Expert], *, allow_duplicates: bool = False) -> None:
+    """Compare every expert with the first: family, latents, architecture, tokenizer, objective.
+
+    Args:
+        experts: all of them.
+        allow_duplicates: whether one may be named twice.
 
     Raises:
         AfaError: names the first difference, which expert has it, and what it would do.
     """
     first = experts[0]
+    by_hash: dict[str, str] = {}
+    for expert in experts if not allow_duplicates else ():
+        hashed, source = expert.reference.sha256, expert.reference.source
+        if hashed in by_hash:
+            raise AfaError(
+                f"Experts must differ: '{source}' has the same weights as '{by_hash[hashed]}'. It "
+                "would only cost time; leave it out, or set allow_duplicates."
+            )
+        by_hash[hashed] = source
     for other in experts[1:]:
         name = f"'{other.reference.source}'"
         if other.kind is not first.kind:
@@ -30,6 +44,14 @@ def check_experts(experts: Sequence[Expert]) -> None:
                 f"'{first.reference.source}' is of {first.kind.name}. Their features have nothing "
                 "in common."
             )
+        for key in LATENTS if first.latents and other.latents else ():
+            ours, theirs = first.latents[key], other.latents[key]
+            if ours != theirs:
+                raise AfaError(
+                    f"Experts must share one space of latents: the autoencoder of {name} has "
+                    f"{key} = {theirs}, that of '{first.reference.source}' has {ours}. The same "
+                    "numbers would mean different pictures."
+                )
         check_same_architecture(first.denoiser, other.denoiser, name)
         if first.text_encoders.keys() != other.text_encoders.keys():
             raise AfaError(

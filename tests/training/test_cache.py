@@ -189,7 +189,7 @@ def test_a_changed_expert_has_its_text_encoded_again_and_no_others(
 def test_experts_with_one_text_encoder_have_one_embedding(
     experts: list[Path], tmp_path: Path
 ) -> None:
-    pipeline = afa.load_pipeline([experts[0]] * 2, SMALL)
+    pipeline = afa.load_pipeline([experts[0]] * 2, SMALL, allow_duplicates=True)
     text = TextCache(tmp_path, pipeline, ["", "a fox"])
     list(text.build())
     expected = pipeline.encode_prompt(["a fox"], "cpu", 1, False)[0]

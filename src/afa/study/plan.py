@@ -90,6 +90,7 @@ def aggregator_recipes(settings: StudySettings) -> dict[str, Recipe]:
     def recipe(experts: Sequence[str], seed: int, **switches: Any) -> Recipe:
         return Recipe(
             experts=[_MODEL(name) for name in experts],
+            allow_duplicates=len(set(experts)) < len(experts),
             data=DataRecipe(scenes=scenes(seed)),
             aggregator=AggregatorRecipe(**sizes, **switches),
             training=training(settings, seed),

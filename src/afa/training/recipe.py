@@ -178,12 +178,13 @@ class Recipe(Section):
     `experts` are diffusers folders, single `.safetensors` files, hub ids or `zoo:animals`; the
     autoencoder is the first expert's unless `vae` names another source. Single files need `config`,
     a diffusers folder of their family, where no hub can be reached. `previews` are pictures drawn
-    meanwhile.
+    meanwhile. `allow_duplicates` lets one expert be named twice.
     """
 
     experts: list[str] = Field(min_length=1)
     vae: str | None = None
     config: str | None = None
+    allow_duplicates: bool = False
     data: DataRecipe
     aggregator: AggregatorRecipe = AggregatorRecipe()
     training: TrainingRecipe

@@ -87,6 +87,7 @@ def train(
             SABWConfig(**recipe.aggregator.model_dump()),
             vae=recipe.vae,
             config=recipe.config,
+            allow_duplicates=recipe.allow_duplicates,
             torch_dtype=getattr(torch, settings.expert_dtype),
             # where they do not all fit on one, they come to it in parts
             device="cpu" if settings.offload_experts or engine.is_sharding else engine.device,
