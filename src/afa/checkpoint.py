@@ -22,6 +22,7 @@ from afa.errors import AfaError
 from afa.experts import locate, require_hash
 from afa.files import read_json, write_atomic
 from afa.kinds import denoiser_of
+from afa.lora import LoraExpert, base_of
 from afa.pipeline import load_pipeline
 from afa.weights import check_safetensors
 
@@ -43,10 +44,17 @@ class _Saved(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+class _Lora(_Saved):
+    source: str
+    sha256: str
+    scale: float
+
+
 class _Reference(_Saved):
     source: str
     sha256: str
     revision: str | None = None
+    lora: _Lora | None = None
 
 
 class _Aggregator(_Saved):
@@ -241,7 +249,7 @@ def load_ensemble(
     *,
     torch_dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-    experts: Sequence[str | Path] | None = None,
+    experts: Sequence[str | Path | LoraExpert] | None = None,
     vae: str | Path | None = None,
     config: str | Path | None = None,
 ) -> StableDiffusionPipeline:
@@ -263,7 +271,9 @@ def load_ensemble(
     references = saved["experts"]
     if experts is not None and len(experts) != len(references):
         raise AfaError(f"This ensemble has {len(references)} experts, {len(experts)} were named.")
-    sources = experts or [_absolute(reference["source"], folder) for reference in references]
+    sources: Sequence[str | Path | LoraExpert] = experts or [
+        _source(reference, folder) for reference in references
+    ]
     weights = folder / AGGREGATORS
     check_safetensors(weights)
     settings = dict(saved["aggregator"])
@@ -272,7 +282,7 @@ def load_ensemble(
     if vae is None and saved_vae["source"] != references[0]["source"]:
         # an expert's own autoencoder moves with that expert
         names = [reference["source"] for reference in references]
-        moved = dict(zip(names, sources, strict=True))
+        moved = dict(zip(names, map(base_of, sources), strict=True))
         vae = moved.get(saved_vae["source"]) or _absolute(saved_vae["source"], folder)
     if config is None and saved["config"] is not None:
         config = _absolute(saved["config"], folder)
@@ -294,7 +304,25 @@ def load_ensemble(
 
 
 def _written(reference: ExpertReference, folder: Path) -> dict[str, Any]:
-    return {**asdict(reference), "source": _relative(reference.source, folder)}
+    written = {**asdict(reference), "source": _relative(reference.source, folder)}
+    if reference.lora is None:
+        del written["lora"]
+    else:
+        written["lora"]["source"] = _relative(reference.lora.source, folder)
+    return written
+
+
+def _source(reference: dict[str, Any], folder: Path) -> str | LoraExpert:
+    """An expert as `load_pipeline` takes it."""
+    base, lora = _absolute(reference["source"], folder), reference["lora"]
+    if lora is None:
+        return base
+    return LoraExpert(
+        base=base,
+        lora=_absolute(lora["source"], folder),
+        scale=lora["scale"],
+        sha256=lora["sha256"],
+    )
 
 
 def _relative(source: str, folder: Path) -> str:
@@ -315,9 +343,16 @@ def _absolute(source: str, folder: Path) -> str:
     return os.path.normpath(folder.resolve() / source)
 
 
+def _card_line(expert: dict[str, Any]) -> str:
+    line, lora = f"- `{expert['source']}` (SHA-256 `{expert['sha256']}`)", expert.get("lora")
+    if lora is not None:
+        line += f" with {lora['scale']:g} of `{lora['source']}` (SHA-256 `{lora['sha256']}`)"
+    return line
+
+
 def model_card(config: dict[str, Any]) -> str:
     """A model card in the hub's format, with what one needs to use the ensemble."""
-    experts = "\n".join(f"- `{e['source']}` (SHA-256 `{e['sha256']}`)" for e in config["experts"])
+    experts = "\n".join(_card_line(expert) for expert in config["experts"])
     settings = ", ".join(f"{key} {value}" for key, value in config["aggregator"].items())
     return f"""---
 library_name: afa

@@ -61,15 +61,38 @@ LATENTS = ("latent_channels", "scaling_factor", "shift_factor")
 
 
 @dataclass(frozen=True)
+class LoraReference:
+    """The LoRA of an expert, as an ensemble folder keeps it: where, its file's hash, its scale."""
+
+    source: str
+    sha256: str
+    scale: float
+
+
+@dataclass(frozen=True)
 class ExpertReference:
     """An expert, or an autoencoder, as an ensemble folder keeps it: where, and its weights' hash.
 
-    `revision` is the commit that a hub id stood for.
+    `revision` is the commit that a hub id stood for. With a `lora`, all else is its base's.
     """
 
     source: str
     sha256: str
     revision: str | None = None
+    lora: LoraReference | None = None
+
+    @property
+    def identity(self) -> str:
+        """All that decides its weights: their hash, and its LoRA's with the scale."""
+        if self.lora is None:
+            return self.sha256
+        return f"{self.sha256} + {self.lora.scale!r} x {self.lora.sha256}"
+
+    @property
+    def name(self) -> str:
+        """What people call it: the last part of its source, or its LoRA's."""
+        source = self.source if self.lora is None else self.lora.source
+        return source.rstrip("/").rpartition("/")[2].removeprefix("zoo:")
 
 
 @dataclass(frozen=True)

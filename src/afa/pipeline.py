@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,14 +12,13 @@ import torch
 
 from afa.ensemble import EnsembleDenoiser
 from afa.errors import AfaError
-from afa.experts import Expert, load_expert, load_vae
+from afa.experts import Expert, load_expert, load_vae, require_hash
 from afa.kinds import build_pipeline, denoiser_of, kind_of_pipeline
+from afa.lora import LoraExpert, base_of, lora_expert, shared_copy
 from afa.preflight import check_experts
 from afa.text import EnsembleTextEncoder, hash_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from diffusers import DiffusionPipeline
     from torch import nn
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def load_pipeline(
-    experts: Sequence[str | Path],
+    experts: Sequence[str | Path | LoraExpert | Mapping[str, Any]],
     aggregators: SABWConfig | Sequence[nn.Module] | None = None,
     *,
     vae: str | Path | None = None,
@@ -44,7 +45,8 @@ def load_pipeline(
     `StableDiffusionImg2ImgPipeline(**pipeline.components)`. See `afa.kinds` for what there is.
 
     Args:
-        experts: diffusers folders, single `.safetensors` files, hub ids, or `zoo:animals`.
+        experts: diffusers folders, single `.safetensors` files, hub ids, or `zoo:animals`; or a
+            `LoraExpert`, such as `{"base": "./base", "lora": "./ink.safetensors", "scale": 0.8}`.
         aggregators: a `SABWConfig` for untrained ones, one fusion rule per site, or None for the
             uniform mean.
         vae: where the autoencoder comes from; None takes the first expert's.
@@ -63,22 +65,17 @@ def load_pipeline(
     if not experts:
         raise AfaError("An ensemble must have at least one expert, came none.")
     revisions, hashes = revisions or [None] * len(experts), hashes or [None] * len(experts)
-    config_folder = Path(config).expanduser() if config is not None else _first_folder(experts)
-    loaded = [
-        load_expert(
-            source,
-            revision=revision,
-            config=config_folder,
-            sha256=sha256,
-            torch_dtype=torch_dtype,
-        )
-        for source, revision, sha256 in zip(experts, revisions, hashes, strict=True)
+    named = [
+        LoraExpert.model_validate(source) if isinstance(source, Mapping) else source
+        for source in experts
     ]
+    config_folder = Path(config).expanduser() if config is not None else _first_folder(named)
+    loaded = _load_all(named, revisions, hashes, config_folder, torch_dtype)
     check_experts(loaded, allow_duplicates=allow_duplicates)
     autoencoder, vae_reference = loaded[0].vae, loaded[0].reference
     if vae is not None or autoencoder is None:  # a single file brings its own, a folder does not
         autoencoder, vae_reference = load_vae(
-            experts[0] if vae is None else vae,
+            base_of(named[0]) if vae is None else vae,
             revision=loaded[0].reference.revision if vae is None else vae_revision,
             config=config_folder,
             torch_dtype=torch_dtype,
@@ -89,6 +86,31 @@ def load_pipeline(
     if config is not None:  # the first folder among the experts is found again by itself
         denoiser.config_source = os.path.abspath(Path(config).expanduser())
     return pipeline
+
+
+def _load_all(
+    experts: Sequence[str | Path | LoraExpert],
+    revisions: Sequence[str | None],
+    hashes: Sequence[str | None],
+    config: Path | None,
+    torch_dtype: torch.dtype,
+) -> list[Expert]:
+    """All experts; those of one base share its memory."""
+    bases: dict[tuple[str, str | None], Expert] = {}
+    loaded = []
+    for asked, revision, sha256 in zip(experts, revisions, hashes, strict=True):
+        key = (str(base_of(asked)), revision)
+        if key not in bases:
+            bases[key] = load_expert(
+                base_of(asked), revision=revision, config=config, torch_dtype=torch_dtype
+            )
+        base = bases[key]
+        require_hash("Expert", base.reference, sha256)
+        if isinstance(asked, LoraExpert):
+            loaded.append(lora_expert(base, asked))
+        else:
+            loaded.append(replace(base, denoiser=shared_copy(base.denoiser)))
+    return loaded
 
 
 def assemble(
@@ -183,6 +205,6 @@ def native_resolution(pipeline: DiffusionPipeline) -> tuple[int, int]:
     return height * pipeline.vae_scale_factor, width * pipeline.vae_scale_factor
 
 
-def _first_folder(experts: Sequence[str | Path]) -> Path | None:
-    paths = (Path(source).expanduser() for source in experts)
+def _first_folder(experts: Sequence[str | Path | LoraExpert]) -> Path | None:
+    paths = (Path(base_of(source)).expanduser() for source in experts)
     return next((path for path in paths if path.is_dir()), None)

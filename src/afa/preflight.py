@@ -29,7 +29,7 @@ def check_experts(experts: Sequence[Expert], *, allow_duplicates: bool = False) 
     first = experts[0]
     by_hash: dict[str, str] = {}
     for expert in experts if not allow_duplicates else ():
-        hashed, source = expert.reference.sha256, expert.reference.source
+        hashed, source = expert.reference.identity, expert.reference.name
         if hashed in by_hash:
             raise AfaError(
                 f"Experts must differ: '{source}' has the same weights as '{by_hash[hashed]}'. It "

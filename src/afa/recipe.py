@@ -6,7 +6,7 @@ import difflib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -23,6 +23,8 @@ class Section(BaseModel):
     """A mapping in a recipe: unknown keys are errors, and nothing changes once it is read."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    #: the keys that name files, folders or hub ids
+    SOURCES: ClassVar[tuple[str, ...]] = ()
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -78,12 +80,14 @@ def resolve_source(source: str, folder: Path) -> str:
 def resolve_sources(section: Model, folder: Path, *keys: str) -> Model:
     """A section of a recipe in `folder`, with the sources under these keys resolved.
 
-    Each is one source, a list of them, or None; see `resolve_source`.
+    Each is a source, see `resolve_source`, a section with some, a list of either, or None.
     """
 
     def resolved(value: Any) -> Any:
         if isinstance(value, list):
             return [resolved(item) for item in value]
+        if isinstance(value, Section):
+            return resolve_sources(value, folder, *value.SOURCES)
         return value and resolve_source(value, folder)
 
     return section.model_copy(update={key: resolved(getattr(section, key)) for key in keys})
@@ -135,7 +139,8 @@ def _place(loc: tuple[int | str, ...], model: type[BaseModel]) -> tuple[str, lis
 
 
 def _tags(section: type[BaseModel]) -> list[Any]:
-    return [field.default for field in section.model_fields.values()]
+    """What a union may know a section by: one of its defaults, or its name."""
+    return [section.__name__, *(field.default for field in section.model_fields.values())]
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -70,7 +70,7 @@ def generate(
     check_text_to_image(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     size = _picture_size(pipeline, height, width)
-    names = [Path(reference.source).name for reference in denoiser_of(pipeline).references]
+    names = [reference.name for reference in denoiser_of(pipeline).references]
     output.mkdir(parents=True, exist_ok=True)
     with progress_bar() as progress:
         task = progress.add_task("generate", total=len(prompts) * num_images, note="")

@@ -35,7 +35,7 @@ def record_shares(
     pipeline = builder.build(method)
     sampling = recipe.sampling
     content: dict[str, Any] = {
-        "experts": [Path(r.source).name.split(":")[-1] for r in denoiser_of(pipeline).references],
+        "experts": [r.name for r in denoiser_of(pipeline).references],
         "sites": [site.name for site in denoiser_of(pipeline).sites],
         "groups": {},
     }

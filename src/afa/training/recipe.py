@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from afa.lora import AnyExpert
 from afa.recipe import MAX_SEED, Section, read_recipe, resolve_source, resolve_sources
 
 
@@ -175,13 +176,14 @@ class PreviewRecipe(Section):
 class Recipe(Section):
     """A whole training run.
 
-    `experts` are diffusers folders, single `.safetensors` files, hub ids or `zoo:animals`; the
-    autoencoder is the first expert's unless `vae` names another source. Single files need `config`,
-    a diffusers folder of their family, where no hub can be reached. `previews` are pictures drawn
-    meanwhile. `allow_duplicates` lets one expert be named twice.
+    `experts` are diffusers folders, single `.safetensors` files, hub ids or `zoo:animals`, or LoRAs
+    on one, `{base: ./base, lora: ./ink.safetensors, scale: 0.8}`; the autoencoder is the first
+    expert's unless `vae` names another source. Single files need `config`, a diffusers folder of
+    their family, where no hub can be reached. `previews` are pictures drawn meanwhile.
+    `allow_duplicates` lets one expert be named twice.
     """
 
-    experts: list[str] = Field(min_length=1)
+    experts: list[AnyExpert] = Field(min_length=1)
     vae: str | None = None
     config: str | None = None
     allow_duplicates: bool = False

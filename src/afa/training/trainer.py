@@ -235,7 +235,7 @@ class Trainer:
 
     def _hashes(self) -> list[str]:
         references = [*(self.ensemble.references or ()), self.ensemble.vae_reference]
-        return [reference.sha256 for reference in references if reference is not None]
+        return [reference.identity for reference in references if reference is not None]
 
 
 def _needs_scaler(settings: TrainingRecipe) -> bool:

@@ -44,7 +44,8 @@ class Watch:
     ) -> None:
         self._recipe, self._output, self._trainer = recipe, output, trainer
         self._validation = validation
-        self._names = _short_names(recipe.experts)
+        references = trainer.ensemble.references or ()
+        self._names = _distinct([reference.name for reference in references])
         self._collapse = CollapseWatch(self._names)
         self._routings: list[Routing] = []
         self._recorder = None
@@ -184,9 +185,8 @@ class Watch:
         self._recorder.pictures(step, pictures)
 
 
-def _short_names(sources: list[str]) -> list[str]:
-    """The experts' last names, with numbers where two are alike."""
-    names = [source.rstrip("/").rpartition("/")[2].removeprefix("zoo:") for source in sources]
+def _distinct(names: list[str]) -> list[str]:
+    """Names without the ending of a file, with numbers where two are alike."""
     names = [name.removesuffix(".safetensors") for name in names]
     return [
         f"{name} {names[:n].count(name) + 1}" if names.count(name) > 1 else name
