@@ -15,6 +15,7 @@ from afa.aggregators import SABW
 from afa.baselines import shell
 from afa.errors import AfaError
 from afa.kinds import denoiser_of
+from tests.test_cli import run
 from tests.tiny_pipelines import PIPELINES, saved_experts
 
 SMALL = afa.SABWConfig(hidden_size=8, num_layers=1, num_heads=2, norm_num_groups=4)
@@ -104,3 +105,19 @@ def test_saved_and_loaded_it_draws_the_same(kind: str, folders: list[Path], tmp_
 def test_kinds_do_not_mix(kind: str, folders: list[Path], experts: list[Path]) -> None:
     with pytest.raises(AfaError, match="Experts must be of one family"):
         afa.load_pipeline([folders[0], experts[0]])
+
+
+def test_the_command_line(
+    kind: str, folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    afa.save_ensemble(awake(afa.load_pipeline(folders, SMALL)), tmp_path / "saved")
+    pictures = tmp_path / "pictures"
+    command = ["generate", str(tmp_path / "saved"), "a fox", "--output", str(pictures)]
+    code = run(*command, "--steps", "2", "--weights")
+    said = " ".join(capsys.readouterr().err.split())
+    refused = {"dit": "must not need class labels", "refiner": "takes a picture besides"}
+    if kind in refused:
+        assert (code, refused[kind] in said) == (2, True), said
+        return
+    assert code == 0, said
+    assert len(list(pictures.glob("*.png"))) == 2

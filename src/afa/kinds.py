@@ -16,7 +16,7 @@ from afa.denoisers import FAMILIES, Family, Widths
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from diffusers import DiffusionPipeline
     from transformers import PreTrainedModel
@@ -29,7 +29,8 @@ class Kind:
     Attributes:
         name: as users call it.
         family: of the denoiser, by name.
-        pipelines: the library's classes; the first one draws from a prompt alone.
+        pipelines: the library's classes that draw from a prompt alone.
+        others: those that take a picture besides.
         text: the text encoders whose embeddings of tokens are concatenated, in order.
         pooled: those whose embeddings of the text as a whole are.
         latent_channels: of the picture that a denoiser's configuration says it takes.
@@ -38,9 +39,23 @@ class Kind:
     name: str
     family: str
     pipelines: tuple[str, ...]
+    others: tuple[str, ...]
     text: tuple[str, ...]
     pooled: tuple[str, ...] = ()
     latent_channels: Callable[[Any], int] = lambda config: config.in_channels
+
+    def class_for(self, class_name: str, denoiser: Any, encoders: Collection[str]) -> str:
+        """The class of an ensemble of experts that name this one: from a prompt, if that can be.
+
+        It cannot where the denoiser takes another picture beside the latent, as those for
+        inpainting, or where a text encoder is left out, as in the refiner of Stable Diffusion XL.
+        """
+        config = denoiser.config
+        is_whole = self.latent_channels(config) == (config.get("out_channels") or 0)
+        is_whole = is_whole or self.family != "unet"
+        if class_name in self.pipelines or not is_whole or set(self.text) - set(encoders):
+            return class_name
+        return self.pipelines[0]
 
     @property
     def denoiser(self) -> str:
@@ -71,45 +86,37 @@ KINDS = (
     Kind(
         "Stable Diffusion",
         "unet",
-        (
-            "StableDiffusionPipeline",
-            "StableDiffusionImg2ImgPipeline",
-            "StableDiffusionInpaintPipeline",
-        ),
+        ("StableDiffusionPipeline",),
+        ("StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"),
         text=("text_encoder",),
     ),
     Kind(
         "Stable Diffusion XL",
         "unet",
-        (
-            "StableDiffusionXLPipeline",
-            "StableDiffusionXLImg2ImgPipeline",
-            "StableDiffusionXLInpaintPipeline",
-        ),
+        ("StableDiffusionXLPipeline",),
+        ("StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"),
         text=_CLIPS,
         pooled=("text_encoder_2",),
     ),
     Kind(
         "Stable Diffusion 3",
         "sd3",
-        (
-            "StableDiffusion3Pipeline",
-            "StableDiffusion3Img2ImgPipeline",
-            "StableDiffusion3InpaintPipeline",
-        ),
+        ("StableDiffusion3Pipeline",),
+        ("StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),
         text=(*_CLIPS, "text_encoder_3"),
         pooled=_CLIPS,
     ),
     Kind(
         "Flux",
         "flux",
-        ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline"),
+        ("FluxPipeline",),
+        ("FluxImg2ImgPipeline", "FluxInpaintPipeline"),
         text=("text_encoder_2",),
         pooled=("text_encoder",),
         latent_channels=lambda config: config.in_channels // 4,
     ),
-    Kind("PixArt", "pixart", ("PixArtAlphaPipeline", "PixArtSigmaPipeline"), ("text_encoder",)),
-    Kind("DiT", "dit", ("DiTPipeline",), ()),
+    Kind("PixArt", "pixart", ("PixArtAlphaPipeline", "PixArtSigmaPipeline"), (), ("text_encoder",)),
+    Kind("DiT", "dit", ("DiTPipeline",), (), ()),
 )
 
 
@@ -124,7 +131,7 @@ def kind_of(class_name: str, source: object) -> Kind:
         AfaError: none.
     """
     for kind in KINDS:
-        if class_name in kind.pipelines:
+        if class_name in (*kind.pipelines, *kind.others):
             return kind
     known = ", ".join(kind.name for kind in KINDS)
     raise AfaError(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional as F
 
+from afa.denoisers.tokens import TEXT
 from afa.errors import AfaError
 from afa.files import write_atomic
 
@@ -41,13 +42,15 @@ class WeightRecord:
     steps: list[RecordedStep] = field(default_factory=list)
 
     def mean_map(self, step: int, size: int) -> Tensor:
-        """Weights of one step averaged over the sites, [B, N, size, size].
+        """Weights of one step averaged over the picture's sites, [B, N, size, size].
 
-        Every site counts the same; maps are enlarged to `size` pixels first.
+        Every site counts the same; maps are enlarged to `size` pixels first. Sites of a text's own
+        stream have no place in the picture.
         """
         maps = [
             F.interpolate(w.float(), size=(size, size), mode="bilinear", align_corners=False)
-            for w in self.steps[step].weights.values()
+            for site, w in self.steps[step].weights.items()
+            if not site.endswith(TEXT)
         ]
         return torch.stack(maps).mean(0)
 
@@ -65,7 +68,7 @@ class WeightRecord:
 def record_weights(ensemble: EnsembleDenoiser) -> Iterator[WeightRecord]:
     """Collect the fusion weights of every step and site while the block runs.
 
-        with afa.record_weights(denoiser_of(pipeline)) as record:
+        with afa.record_weights(pipeline.unet) as record:
             pipeline("a fox")
 
     Nothing is kept outside of the block.

@@ -143,7 +143,8 @@ def assemble(
 
 def _build(expert: Expert, parts: dict[str, Any]) -> DiffusionPipeline:
     rest = {**expert.tokenizers, "scheduler": expert.scheduler}
-    return build_pipeline(expert.class_name, {**rest, **parts}, expert.options)
+    name = expert.kind.class_for(expert.class_name, expert.denoiser, expert.text_encoders)
+    return build_pipeline(name, {**rest, **parts}, expert.options)
 
 
 def load_single(
@@ -181,6 +182,11 @@ def check_text_to_image(pipeline: DiffusionPipeline) -> None:
     """
     config, latent_channels = denoiser_of(pipeline).config, pipeline.vae.config.latent_channels
     kind = kind_of_pipeline(pipeline)
+    if type(pipeline).__name__ in kind.others:
+        raise AfaError(
+            f"Text-to-image experts must draw from a prompt alone; a {type(pipeline).__name__} "
+            "takes a picture besides. Call it from Python."
+        )
     taken, given = kind.latent_channels(config), config.get("out_channels") or config.in_channels
     # transformers may give a variance besides, or pack the latent
     gives_other = kind.family == "unet" and given != latent_channels

@@ -14,7 +14,6 @@ import typer
 from afa.cli.console import console, progress_bar, quieten_loading, require_new_folder
 from afa.errors import AfaError
 from afa.files import write_atomic
-from afa.kinds import denoiser_of
 from afa.recipe import MAX_SEED
 
 if TYPE_CHECKING:
@@ -59,6 +58,7 @@ def generate(
     import torch
 
     import afa
+    from afa.kinds import denoiser_of
     from afa.maps import draw_weights
     from afa.pipeline import check_text_to_image
     from afa.training.engine import pick_device
@@ -70,6 +70,8 @@ def generate(
     check_text_to_image(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     size = _picture_size(pipeline, height, width)
+    # exactly the size that is asked for, which these pipelines would else round
+    exact = {"use_resolution_binning": False} if "PixArt" in type(pipeline).__name__ else {}
     names = [reference.name for reference in denoiser_of(pipeline).references]
     output.mkdir(parents=True, exist_ok=True)
     with progress_bar() as progress:
@@ -94,6 +96,7 @@ def generate(
                         height=size[0],
                         width=size[1],
                         generator=torch.Generator().manual_seed(picture_seed),
+                        **exact,
                     ).images[0]
                 stem = f"{number:02d}-{_slug(prompt)}-seed{picture_seed}"
                 _save_picture(picture, output / f"{stem}.png", settings)

@@ -11,7 +11,7 @@ from torch.amp import GradScaler
 
 from afa.checkpoint import aggregator_tensors, load_aggregator_tensors
 from afa.errors import AfaError
-from afa.kinds import denoiser_of
+from afa.kinds import denoiser_of, kind_of_pipeline
 from afa.pipeline import check_text_to_image, native_resolution
 from afa.training.checkpoints import (
     Checkpoint,
@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from afa.training.data import CaptionedImages
     from afa.training.examples import Examples
     from afa.training.recipe import TrainingRecipe
+
+
+#: kinds whose prompts are encoded for training
+TRAINED_KINDS = ("Stable Diffusion",)
 
 
 def train_aggregators(
@@ -99,6 +103,12 @@ class Trainer:
         checkpoints: Checkpoints | None = None,
     ) -> None:
         check_text_to_image(pipeline)
+        kind = kind_of_pipeline(pipeline)
+        if kind.name not in TRAINED_KINDS:
+            raise AfaError(
+                f"Aggregators can be trained for {' and '.join(TRAINED_KINDS)} so far; these "
+                f"experts are {kind.name} models."
+            )
         self.pipeline, self.settings, self.engine = pipeline, settings, engine
         self.ensemble: EnsembleDenoiser = denoiser_of(pipeline)
         self.ensemble.aggregators.to(engine.device)
