@@ -1,0 +1,126 @@
+"""Memory of LoRA experts on one base, at the widths of Stable Diffusion 1.5, against one model's.
+
+    python benchmarks/lora.py
+
+Random weights in float16, LoRAs of rank 16 on every attention of the U-Net; every mode loads in a
+process of its own. What the imports alone take is measured too, and taken off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+MODES = ("imports", "one model", "one LoRA", "three LoRAs", "three LoRAs and the base")
+
+
+def main() -> None:
+    """Measure all modes and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one is not None:
+        mode, folder = arguments.one
+        load(mode, Path(folder))
+        print(json.dumps({"resident": resident(), "peak": peak()}))  # noqa: T201
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        subprocess.run([sys.executable, __file__, "--one", "write", scratch], check=True)
+        seen = {}
+        for mode in MODES:
+            command = [sys.executable, __file__, "--one", mode, scratch]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            seen[mode] = json.loads(done.stdout.splitlines()[-1])
+    empty, one = seen.pop("imports"), seen["one model"]
+    lines = [
+        "| loaded | resident, GB | of one model | peak, GB | of one model |",
+        "|---|---|---|---|---|",
+    ]
+    for mode, figures in seen.items():
+        cells = []
+        for key in ("resident", "peak"):
+            own = figures[key] - empty[key]
+            cells += [f"{own / 1e9:.2f}", f"{own / (one[key] - empty[key]):.2f}"]
+        lines.append(f"| {mode} | {' | '.join(cells)} |")
+    print("\n".join(lines))  # noqa: T201
+
+
+def load(mode: str, folder: Path) -> None:
+    """Load what a mode says, and keep it."""
+    import torch
+
+    import afa
+
+    base, loras = folder / "base", [str(folder / f"lora{n}.safetensors") for n in range(3)]
+    named = [{"base": str(base), "lora": lora, "scale": 0.8} for lora in loras]
+    modes = {
+        "imports": [],
+        "one model": [str(base)],
+        "one LoRA": named[:1],
+        "three LoRAs": named,
+        "three LoRAs and the base": [str(base), *named],
+    }
+    if mode == "write":
+        write(folder)
+    elif modes[mode]:
+        kept.append(afa.load_pipeline(modes[mode], torch_dtype=torch.float16))
+
+
+kept: list[object] = []  # what is loaded, so that it is not let go of before it is measured
+
+
+def write(folder: Path) -> None:
+    """Write a base and three LoRAs with random weights."""
+    import torch
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
+    from diffusers import UNet2DConditionModel as UNet
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+    from safetensors.torch import save_file
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from afa.zoo.models import build_tokenizer
+    from training import SD15_UNET, SD15_VAE
+
+    torch.set_default_dtype(torch.float16)
+    unet = UNet(**SD15_UNET)
+    pipeline = StableDiffusionPipeline(
+        vae=AutoencoderKL(**SD15_VAE),
+        text_encoder=CLIPTextModel(
+            CLIPTextConfig(hidden_size=768, intermediate_size=3072, vocab_size=49408)
+        ),
+        tokenizer=build_tokenizer(folder / "tokenizer"),
+        unet=unet,
+        scheduler=DDIMScheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder / "base")
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    unet.add_adapter(LoraConfig(r=16, target_modules=targets))
+    for n in range(3):
+        state = get_peft_model_state_dict(unet)
+        save_file(
+            {f"unet.{key}": torch.randn_like(tensor) * 0.01 for key, tensor in state.items()},
+            folder / f"lora{n}.safetensors",
+        )
+
+
+def resident() -> int:
+    """Bytes of memory that this process has now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def peak() -> int:
+    """Bytes of memory that this process had at the most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    main()
