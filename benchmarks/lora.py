@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 MODES = ("imports", "one model", "one LoRA", "three LoRAs", "three LoRAs and the base")
 
@@ -58,7 +59,7 @@ def load(mode: str, folder: Path) -> None:
 
     base, loras = folder / "base", [str(folder / f"lora{n}.safetensors") for n in range(3)]
     named = [{"base": str(base), "lora": lora, "scale": 0.8} for lora in loras]
-    modes = {
+    modes: dict[str, list[Any]] = {
         "imports": [],
         "one model": [str(base)],
         "one LoRA": named[:1],
