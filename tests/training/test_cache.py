@@ -83,10 +83,13 @@ def test_batches_are_those_of_the_live_examples(
         loose = dtype == torch.bfloat16
         tolerance: Any = {"rtol": 0.05, "atol": 0.05} if loose else {"rtol": 1e-4, "atol": 1e-5}
         torch.testing.assert_close(ours.clean, theirs.clean, **tolerance)
-        torch.testing.assert_close(ours.text, theirs.text, **tolerance)
+        assert ours.conditions.keys() == theirs.conditions.keys() == {"text", "sizes"}
+        text, expected = ours.conditions["text"], theirs.conditions["text"]
+        torch.testing.assert_close(text, expected, **tolerance)
+        assert torch.equal(ours.conditions["sizes"], theirs.conditions["sizes"])
         assert torch.equal(ours.noise, theirs.noise)
         assert torch.equal(ours.time, theirs.time)
-        assert ours.text.dtype == theirs.text.dtype == dtype
+        assert text.dtype == expected.dtype == dtype
     assert stored.broken.found.keys() == live.broken.found.keys() == {4}
 
 
@@ -164,7 +167,7 @@ def test_a_changed_expert_has_its_text_encoded_again_and_no_others(
     text = TextCache(folder, pipeline, captions)
     list(text.build())
     whole = pipeline.encode_prompt(captions, "cpu", 1, False)[0]
-    torch.testing.assert_close(text.embeddings(captions), whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(text.conditions(captions)["text"], whole, rtol=1e-4, atol=1e-5)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
     assert len(list(folder.iterdir())) == 3
 
@@ -183,7 +186,7 @@ def test_a_changed_expert_has_its_text_encoded_again_and_no_others(
     assert len(list(folder.iterdir())) == 4
     assert all(path.stat().st_mtime_ns == when for path, when in before.items())
     whole = other.encode_prompt(captions, "cpu", 1, False)[0]
-    torch.testing.assert_close(text.embeddings(captions), whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(text.conditions(captions)["text"], whole, rtol=1e-4, atol=1e-5)
 
 
 def test_experts_with_one_text_encoder_have_one_embedding(
@@ -193,7 +196,7 @@ def test_experts_with_one_text_encoder_have_one_embedding(
     text = TextCache(tmp_path, pipeline, ["", "a fox"])
     list(text.build())
     expected = pipeline.encode_prompt(["a fox"], "cpu", 1, False)[0]
-    assert text.embeddings(["a fox"]).shape == expected.shape
+    assert text.conditions(["a fox"])["text"].shape == expected.shape
 
 
 def test_a_damaged_shard_is_named(experts: list[Path], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from afa.training import (
     train,
     train_aggregators,
 )
+from afa.training.conditions import conditioning_of
 from afa.training.encoding import encode_captions
 from afa.training.examples import LiveExamples
 from afa.training.loop import learning_rate_at
@@ -120,7 +122,7 @@ def test_captions_are_dropped_one_by_one(
 ) -> None:
     seen: list[list[str]] = []
 
-    def note(pipeline: Any, captions: list[str]) -> torch.Tensor:
+    def note(pipeline: Any, captions: list[str]) -> dict[str, torch.Tensor]:
         seen.append(captions)
         return encode_captions(pipeline, captions)
 
@@ -146,9 +148,13 @@ def test_training_lowers_the_loss(experts: list[Path]) -> None:
     def measure() -> float:
         batch = next(examples.batches([range(8)]))
         process = forward_process(pipeline.scheduler)
-        losses = denoising_loss(
-            pipeline.unet, process, batch.clean, batch.text, noise=batch.noise, time=batch.time
+        predict = partial(
+            conditioning_of(pipeline).predict,
+            pipeline,
+            pipeline.unet,
+            conditions=batch.conditions,
         )
+        losses = denoising_loss(predict, process, batch.clean, noise=batch.noise, time=batch.time)
         assert losses.shape == (8,)
         return losses.mean().item()
 

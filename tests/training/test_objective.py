@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 import afa
 from afa.errors import AfaError
 from afa.training import denoising_loss, forward_process
+from afa.training.conditions import conditioning_of
+from afa.training.encoding import encode_captions
 from afa.training.objective import Diffusion, FlowMatching
 from tests.training.runs import SMALL
 
@@ -98,17 +101,15 @@ def test_other_objectives_are_refused() -> None:
 def test_the_loss_is_that_of_each_sample() -> None:
     process = forward_process(sampler())
     clean, noise = torch.zeros(2, 4, 2, 2), torch.randn(2, 4, 2, 2)
-    text, time = torch.zeros(2, 1, 1), torch.tensor([0.2, 0.8], dtype=torch.float64)
+    time = torch.tensor([0.2, 0.8], dtype=torch.float64)
 
-    def denoiser(noisy: Any, timestep: Any, *_: Any, **__: Any) -> tuple[torch.Tensor]:
-        return (torch.stack([noise[0], noise[1] + 3]),)
+    def predict(noisy: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return torch.stack([noise[0], noise[1] + 3])
 
-    losses = denoising_loss(denoiser, process, clean, text, noise=noise, time=time)
+    losses = denoising_loss(predict, process, clean, noise=noise, time=time)
     torch.testing.assert_close(losses, torch.tensor([0.0, 9.0]))
     weight = process.min_snr_weight(process.timesteps(time), 5.0)
-    weighed = denoising_loss(
-        denoiser, process, clean, text, noise=noise, time=time, min_snr_gamma=5.0
-    )
+    weighed = denoising_loss(predict, process, clean, noise=noise, time=time, min_snr_gamma=5.0)
     torch.testing.assert_close(weighed, losses * weight)
 
 
@@ -127,7 +128,8 @@ def test_little_noise_is_not_rounded_away(experts: list[Path]) -> None:
         return (noisy,)
 
     pipeline = afa.load_pipeline(experts, SMALL, torch_dtype=torch.bfloat16)
-    text = pipeline.encode_prompt(["a fox"] * 2, "cpu", 1, False)[0]
+    conditions = encode_captions(pipeline, ["a fox"] * 2)
+    predict = partial(conditioning_of(pipeline).predict, pipeline, denoiser, conditions=conditions)
     time = torch.tensor([0.1, 0.2], dtype=torch.float64)
-    denoising_loss(denoiser, process, torch.zeros_like(noise), text, noise=noise, time=time)
+    denoising_loss(predict, process, torch.zeros_like(noise), noise=noise, time=time)
     assert seen == [torch.bfloat16]

@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from afa.training.conditions import conditioning_of
 
-    from diffusers import StableDiffusionPipeline
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from diffusers import AutoencoderKL, DiffusionPipeline
     from torch import Tensor
 
     from afa.training.order import Draw
@@ -27,53 +29,54 @@ class Encoded(NamedTuple):
 
     Attributes:
         clean: sampled and scaled latents [B, C, H, W], float32.
-        text: embeddings [B, L, N * D] or [B, L, D].
+        conditions: what the denoiser is told besides, by name; see `conditions.Conditioning`.
         noise: standard normal, of the latents' shape.
         time: uniform numbers [B] from 0 to 1.
     """
 
     clean: Tensor
-    text: Tensor
+    conditions: dict[str, Tensor]
     noise: Tensor
     time: Tensor
 
 
 @torch.no_grad()
-def encode_pictures(pipeline: StableDiffusionPipeline, pixels: Tensor) -> Posterior:
+def encode_pictures(pipeline: DiffusionPipeline, pixels: Tensor) -> Posterior:
     """The posterior over latents of pictures [B, 3, H', W'] in -1..1."""
     vae = pipeline.vae
     posterior = vae.encode(pixels.to(device=vae.device, dtype=vae.dtype)).latent_dist
     return Posterior(posterior.mean, posterior.logvar)
 
 
-def encode_captions(pipeline: StableDiffusionPipeline, captions: Sequence[str]) -> Tensor:
-    """Text embeddings [B, L, N * D] or [B, L, D], as the pipeline itself would make them."""
-    return pipeline.encode_prompt(list(captions), pipeline.text_encoder.device, 1, False)[0]
+def encode_captions(pipeline: DiffusionPipeline, captions: Sequence[str]) -> dict[str, Tensor]:
+    """Embeddings of the text and more, as the pipeline itself would make them."""
+    return conditioning_of(pipeline).encode(pipeline, list(captions))
 
 
 def as_batch(
     posterior: Posterior,
-    text: Tensor,
+    conditions: Mapping[str, Tensor],
     draws: Sequence[Draw],
-    scaling_factor: float,
+    vae: AutoencoderKL,
     device: torch.device,
 ) -> Encoded:
     """Sample latents with what was drawn, and put everything on one device.
 
-    What is drawn was drawn on the CPU, so that a seed means the same everywhere.
+    What is drawn was drawn on the CPU, so that a seed means the same everywhere. Of the autoencoder
+    only the configuration is used.
     """
     mean = posterior.mean.to(device).float()
     std = (0.5 * posterior.logvar.to(device).float()).exp()
     drawn = torch.stack([draw.posterior for draw in draws]).to(device)
     return Encoded(
-        clean=(mean + std * drawn) * scaling_factor,
-        text=text.to(device),
+        clean=(mean + std * drawn - (vae.config.shift_factor or 0)) * vae.config.scaling_factor,
+        conditions={name: tensor.to(device) for name, tensor in conditions.items()},
         noise=torch.stack([draw.noise for draw in draws]).to(device),
         time=torch.tensor([draw.time for draw in draws], dtype=torch.float64, device=device),
     )
 
 
-def latent_shape(pipeline: StableDiffusionPipeline, resolution: int) -> tuple[int, int, int]:
+def latent_shape(pipeline: DiffusionPipeline, resolution: int) -> tuple[int, int, int]:
     """Shape [C, H, W] of the latent of a square picture."""
     side = resolution // pipeline.vae_scale_factor
     return pipeline.vae.config.latent_channels, side, side

@@ -17,7 +17,7 @@ from afa.training.order import Draw, Purpose, draw_at, sample_at, successors
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
     from torch import Tensor
 
     from afa.training.data import CaptionedImages
@@ -68,9 +68,10 @@ class Broken:
 
 
 class Sample(NamedTuple):
-    """A transformed picture, its caption, and the broken ones that it stands in for."""
+    """A transformed picture with its sizes, its caption, and the broken ones it stands in for."""
 
     pixels: Tensor
+    sizes: Tensor
     caption: str
     broken: dict[int, str]
 
@@ -116,7 +117,9 @@ class _Places(Dataset):
         for index in successors(self._order.sample(place), self._order.samples):
             try:
                 picture, caption = self._data[index]
-                return Sample(self._transform(picture, index, variant), caption, broken)
+                pixels = self._transform(picture, index, variant)
+                sizes = self._transform.sizes(picture.size, index, variant)
+                return Sample(pixels, sizes, caption, broken)
             except BrokenPicture as error:
                 broken[index] = str(error)
             except AfaError as error:
@@ -143,7 +146,7 @@ class LiveExamples:
 
     def __init__(
         self,
-        pipeline: StableDiffusionPipeline,
+        pipeline: DiffusionPipeline,
         data: CaptionedImages,
         transform: Transform,
         *,
@@ -190,6 +193,6 @@ class LiveExamples:
         ]
         posterior = encode_pictures(self._pipeline, torch.stack([s.pixels for s in samples]))
         with torch.set_grad_enabled(self._trains_text):
-            text = encode_captions(self._pipeline, captions)
-        scale = self._pipeline.vae.config.scaling_factor
-        return as_batch(posterior, text, draws, scale, self._device)
+            conditions = encode_captions(self._pipeline, captions)
+        conditions["sizes"] = torch.stack([s.sizes for s in samples])
+        return as_batch(posterior, conditions, draws, self._pipeline.vae, self._device)

@@ -7,6 +7,7 @@ import math
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,7 @@ from torch.amp import GradScaler
 from afa.ensemble import EnsembleDenoiser
 from afa.errors import AfaError
 from afa.kinds import denoiser_of
+from afa.training.conditions import conditioning_of
 from afa.training.objective import denoising_loss, forward_process
 from afa.training.routing import Routing, tapped
 from afa.training.stopping import Stopped
@@ -22,7 +24,7 @@ from afa.training.stopping import Stopped
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
     from torch import Tensor, nn
 
     from afa.training.encoding import Encoded
@@ -63,7 +65,7 @@ class TrainStep:
 
 
 def optimizer_steps(
-    pipeline: StableDiffusionPipeline,
+    pipeline: DiffusionPipeline,
     examples: Examples,
     settings: TrainingRecipe,
     optimizer: torch.optim.Optimizer,
@@ -112,7 +114,7 @@ def optimizer_steps(
         """Add one batch's gradients; returns its loss."""
         batch = next(batches)
         with engine.without_sync(model, when=not last):
-            loss = _loss(model, process, batch, settings)
+            loss = _loss(pipeline, model, process, batch, settings)
             total = loss
             if tap is not None and (settings.entropy_weight or settings.balance_weight):
                 total = loss + tap.penalty(settings.entropy_weight, settings.balance_weight)
@@ -175,16 +177,16 @@ def optimizer_steps(
 
 
 def _loss(
+    pipeline: DiffusionPipeline,
     model: Callable[..., tuple[Tensor]],
     process: ForwardProcess,
     batch: Encoded,
     settings: TrainingRecipe,
 ) -> Tensor:
     return denoising_loss(
-        model,
+        partial(conditioning_of(pipeline).predict, pipeline, model, conditions=batch.conditions),
         process,
         batch.clean,
-        batch.text,
         noise=batch.noise,
         time=batch.time,
         min_snr_gamma=settings.min_snr_gamma,

@@ -125,10 +125,9 @@ def forward_process(scheduler: SchedulerMixin) -> ForwardProcess:
 
 
 def denoising_loss(
-    denoiser: Callable[..., tuple[Tensor]],
+    predict: Callable[[Tensor, Tensor], Tensor],
     process: ForwardProcess,
     clean: Tensor,
-    text: Tensor,
     *,
     noise: Tensor,
     time: Tensor,
@@ -136,14 +135,13 @@ def denoising_loss(
 ) -> Tensor:
     """Mean squared error of the fused prediction (AFA, eq. 5) for every sample, in float32.
 
-    Noise is added in float32, since bfloat16 rounds the little noise of the first timesteps away;
-    the denoiser then gets it in the text's dtype.
+    Noise is added in float32, since bfloat16 rounds the little noise of the first timesteps away.
 
     Args:
-        denoiser: the ensemble, called as `denoiser(noisy, timestep, text, return_dict=False)`.
+        predict: a prediction [B, C, H, W] from noisy latents [B, C, H, W] in float32 and timesteps
+            [B]; see `conditions.Conditioning`.
         process: from `forward_process`.
         clean: scaled latents [B, C, H, W], in float32.
-        text: text embeddings [B, L, N * D] or [B, L, D], in the experts' dtype.
         noise: standard normal, of the latents' shape.
         time: uniform numbers [B] from 0 to 1, which decide the timesteps.
         min_snr_gamma: weighs the samples by Min-SNR; None weighs them alike.
@@ -152,8 +150,7 @@ def denoising_loss(
     """
     timestep = process.timesteps(time)
     noisy, target = process.noisy_and_target(clean, noise, timestep)
-    predicted = denoiser(noisy.to(text.dtype), timestep, text, return_dict=False)[0]
-    loss = (predicted.float() - target.float()).square().flatten(1).mean(1)
+    loss = (predict(noisy, timestep).float() - target.float()).square().flatten(1).mean(1)
     if min_snr_gamma is not None:
         loss = loss * process.min_snr_weight(timestep, min_snr_gamma)
     return loss

@@ -22,7 +22,7 @@ from afa.training.transform import Transform
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
 
     from afa.training.data import CaptionedImages
     from afa.training.engine import Engine
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 def prepare_examples(
     recipe: Recipe,
-    pipeline: StableDiffusionPipeline,
+    pipeline: DiffusionPipeline,
     data: CaptionedImages | StreamedImages,
     engine: Engine,
 ) -> Generator[CacheProgress, None, Prepared]:

@@ -11,7 +11,7 @@ from torch.amp import GradScaler
 
 from afa.checkpoint import aggregator_tensors, load_aggregator_tensors
 from afa.errors import AfaError
-from afa.kinds import denoiser_of, kind_of_pipeline
+from afa.kinds import denoiser_of
 from afa.pipeline import check_text_to_image, native_resolution
 from afa.training.checkpoints import (
     Checkpoint,
@@ -27,7 +27,7 @@ from afa.training.transform import Transform
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
 
     from afa.ensemble import EnsembleDenoiser
     from afa.training.data import CaptionedImages
@@ -35,12 +35,8 @@ if TYPE_CHECKING:
     from afa.training.recipe import TrainingRecipe
 
 
-#: kinds whose prompts are encoded for training
-TRAINED_KINDS = ("Stable Diffusion",)
-
-
 def train_aggregators(
-    pipeline: StableDiffusionPipeline,
+    pipeline: DiffusionPipeline,
     data: CaptionedImages,
     settings: TrainingRecipe,
     *,
@@ -97,18 +93,12 @@ class Trainer:
 
     def __init__(
         self,
-        pipeline: StableDiffusionPipeline,
+        pipeline: DiffusionPipeline,
         settings: TrainingRecipe,
         engine: Engine,
         checkpoints: Checkpoints | None = None,
     ) -> None:
         check_text_to_image(pipeline)
-        kind = kind_of_pipeline(pipeline)
-        if kind.name not in TRAINED_KINDS:
-            raise AfaError(
-                f"Aggregators can be trained for {' and '.join(TRAINED_KINDS)} so far; these "
-                f"experts are {kind.name} models."
-            )
         self.pipeline, self.settings, self.engine = pipeline, settings, engine
         self.ensemble: EnsembleDenoiser = denoiser_of(pipeline)
         self.ensemble.aggregators.to(engine.device)

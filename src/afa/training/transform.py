@@ -51,13 +51,34 @@ class Transform:
         width, height = self._scaled(picture.size)
         if (width, height) != picture.size:
             picture = picture.resize((width, height), Image.Resampling.LANCZOS)
-        across, down, mirrored = self._chances(sample, variant)
-        left, top = int(across * (width - side + 1)), int(down * (height - side + 1))
+        left, top, mirrored = self._place((width, height), sample, variant)
         picture = picture.crop((left, top, left + side, top + side))
         if mirrored:
             picture = ImageOps.mirror(picture)
         array = np.asarray(picture, dtype=np.float32) / 127.5 - 1.0
         return torch.from_numpy(array).permute(2, 0, 1)
+
+    def sizes(self, size: tuple[int, int], sample: int, variant: int) -> Tensor:
+        """What Stable Diffusion XL is told of a variant (Podell et al., 2023, section 2.2).
+
+        Args:
+            size: width and height of the picture before.
+            sample: its number.
+            variant: of it.
+
+        Returns: [6]: height and width before, top and left of the crop in the scaled picture,
+            height and width of the square.
+        """
+        width, height = size
+        left, top, _ = self._place(self._scaled(size), sample, variant)
+        return torch.tensor([height, width, top, left, self.resolution, self.resolution]).float()
+
+    def _place(self, scaled: tuple[int, int], sample: int, variant: int) -> tuple[int, int, bool]:
+        """Left and top of the crop, and whether it is mirrored."""
+        across, down, mirrored = self._chances(sample, variant)
+        width, height = scaled
+        left = int(across * (width - self.resolution + 1))
+        return left, int(down * (height - self.resolution + 1)), mirrored
 
     def _scaled(self, size: tuple[int, int]) -> tuple[int, int]:
         scale = self.resolution / min(size)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import math
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from PIL import Image
 
 from afa.files import write_atomic
+from afa.training.conditions import conditioning_of
 from afa.training.objective import denoising_loss, forward_process
 from afa.training.record import Recorder, routing_figures
 from afa.training.routing import CollapseWatch, Routing, tapped
@@ -120,6 +122,7 @@ class Watch:
         counts = [True] * len(mine) + [False] * (num_rounds - len(mine))
         mine = [*mine, *places[: num_rounds - len(mine)]]
         process = forward_process(trainer.pipeline.scheduler)
+        predict = conditioning_of(trainer.pipeline).predict
         losses = torch.zeros(1, dtype=torch.float64, device=engine.device)
         routings: list[Routing] = []
         ensemble = trainer.ensemble
@@ -129,10 +132,9 @@ class Watch:
                 # one timestep for each, evenly spread over all of them
                 time = torch.tensor([(place + 0.5) / count for place in row], dtype=torch.float64)
                 loss = denoising_loss(
-                    ensemble,
+                    partial(predict, trainer.pipeline, ensemble, conditions=batch.conditions),
                     process,
                     batch.clean,
-                    batch.text,
                     noise=batch.noise,
                     time=time.to(engine.device),
                 )

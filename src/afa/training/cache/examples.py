@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from afa.training.encoding import as_batch, latent_shape
 from afa.training.examples import Broken, Order
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    import torch
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
 
     from afa.training.cache.latents import LatentShards
     from afa.training.cache.text import TextCache
@@ -44,7 +45,7 @@ class CachedExamples:
 
     def __init__(
         self,
-        pipeline: StableDiffusionPipeline,
+        pipeline: DiffusionPipeline,
         latents: LatentShards,
         text: TextCache,
         transform: Transform,
@@ -57,7 +58,7 @@ class CachedExamples:
         purpose: Purpose,
     ) -> None:
         self._latents, self._text, self._transform = latents, text, transform
-        self._scale, self._device = pipeline.vae.config.scaling_factor, device
+        self._vae, self._device = pipeline.vae, device
         shape = latent_shape(pipeline, transform.resolution)
         samples = samples or range(latents.num_samples)
         self._order = Order(samples, seed, caption_dropout, shape, purpose)
@@ -78,5 +79,13 @@ class CachedExamples:
                 "" if self._order.drops(draw) else self._latents.caption(sample)
                 for draw, sample in zip(draws, samples, strict=True)
             ]
-            text = self._text.embeddings(captions)
-            yield as_batch(posterior, text, draws, self._scale, self._device)
+            conditions = self._text.conditions(captions)
+            conditions["sizes"] = torch.stack(
+                [
+                    self._transform.sizes(
+                        self._latents.size(sample), sample, self._transform.variant(draw.variant)
+                    )
+                    for draw, sample in zip(draws, samples, strict=True)
+                ]
+            )
+            yield as_batch(posterior, conditions, draws, self._vae, self._device)

@@ -19,7 +19,7 @@ from afa.weights import loading
 if TYPE_CHECKING:
     from torch import Tensor
 
-VERSION = 1  # a change of what shards hold makes all of them anew
+VERSION = 2  # a change of what shards hold makes all of them anew
 SHARD = 256  # samples, or captions
 BATCH = 8  # that are encoded at once
 META = "afa"
@@ -75,3 +75,10 @@ def read_row(place: Path, name: str, row: int) -> Tensor:
     """One row of one of a shard's tensors."""
     with _reading(place):
         return _opened(place).get_slice(name)[row]
+
+
+def read_rows(place: Path, row: int) -> dict[str, Tensor]:
+    """One row of each of a shard's tensors, by name."""
+    with _reading(place):
+        file = _opened(place)
+        return {name: file.get_slice(name)[row] for name in file.keys()}  # noqa: SIM118

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
     from PIL import Image
     from torch import Tensor
 
@@ -55,7 +55,7 @@ class LatentCache:
     def __init__(
         self,
         folder: Path,
-        pipeline: StableDiffusionPipeline,
+        pipeline: DiffusionPipeline,
         data: CaptionedImages | StreamedImages,
         transform: Transform,
     ) -> None:
@@ -127,6 +127,7 @@ class LatentCache:
         pixels: list[Tensor] = []
         samples: list[int] = []
         captions: list[str] = []
+        sizes: list[tuple[int, int]] = []
         counts: list[int] = []
         broken: dict[int, str] = {}
         for sample, read in enumerate(readers, start=first):
@@ -137,6 +138,7 @@ class LatentCache:
                 continue
             samples.append(sample)
             captions.append(caption)
+            sizes.append(picture.size)
             counts.append(self._transform.num_distinct(picture.size))
             for variant in range(counts[-1]):
                 pixels.append(self._transform(picture, sample, variant))
@@ -155,6 +157,7 @@ class LatentCache:
             "num_samples": len(readers),
             "samples": samples,
             "captions": captions,
+            "sizes": sizes,
             "num_variants": counts,
             "broken": broken,
         }
@@ -182,16 +185,18 @@ class LatentShards:
         # the shard, the first row there, and how many variants follow each other
         self._place_of: dict[int, tuple[Path, int, int]] = {}
         self._captions: dict[int, str] = {}
+        self._sizes: dict[int, tuple[int, int]] = {}
         for place in cache.shards():
             meta = read_header(place)
             self.num_samples += meta["num_samples"]
             self.broken |= _broken_in(meta)
             row = 0
-            for sample, caption, count in zip(
-                meta["samples"], meta["captions"], meta["num_variants"], strict=True
+            for sample, caption, size, count in zip(
+                *(meta[key] for key in ("samples", "captions", "sizes", "num_variants")),
+                strict=True,
             ):
                 self._place_of[sample] = place, row, count
-                self._captions[sample] = caption
+                self._captions[sample], self._sizes[sample] = caption, tuple(size)
                 row += count
         if not self._place_of:
             raise AfaError("The data must hold at least one whole picture, came none.")
@@ -204,6 +209,10 @@ class LatentShards:
     def caption(self, sample: int) -> str:
         """The caption of a sample."""
         return self._captions[sample]
+
+    def size(self, sample: int) -> tuple[int, int]:
+        """Width and height of the picture before it was transformed."""
+        return self._sizes[sample]
 
     def whole(self, sample: int, samples: range) -> int:
         """The sample itself; where it is broken, the next one of `samples` that is not.

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from afa.text import hash_weights
+from afa.text import EnsembleTextEncoder, hash_weights
 from afa.training.cache.files import (
     BATCH,
     SHARD,
     VERSION,
     CacheProgress,
     digest,
-    read_row,
+    read_rows,
     write_shard,
 )
 from afa.training.encoding import encode_captions
@@ -24,33 +24,44 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
     from torch import Tensor
 
 
 class TextCache:
-    """The embeddings of captions by every distinct text encoder of an ensemble.
+    """What captions are to the denoisers of an ensemble, encoded by its text encoders.
 
     A caption's embeddings lie in the shard that its row of captions names, so that data sets with
-    the same captions share them, and a changed expert has its own part made again, no other's.
+    the same captions share them. Where experts have one text encoder each, as in Stable Diffusion,
+    a changed expert has its own part made again, no other's; of several encoders they are made
+    together.
 
     Args:
         folder: of all caches.
-        pipeline: its tokenizer and text encoder.
+        pipeline: its tokenizers and text encoders.
         captions: each once.
     """
 
-    def __init__(
-        self, folder: Path, pipeline: StableDiffusionPipeline, captions: Sequence[str]
-    ) -> None:
+    def __init__(self, folder: Path, pipeline: DiffusionPipeline, captions: Sequence[str]) -> None:
         self._pipeline = pipeline
-        encoder = pipeline.text_encoder
-        self._encoder_of = getattr(encoder, "encoder_of", [0])
-        encoders = getattr(encoder, "encoders", [encoder])
-        tokens = hash_tokenizer(pipeline.tokenizer)
+        parts = pipeline.components
+        names = sorted(name for name in parts if name.startswith("text_encoder") and parts[name])
+        tokens = [
+            hash_tokenizer(part)
+            for name, part in sorted(parts.items())
+            if name.startswith("tokenizer") and part is not None
+        ]
+        first = parts[names[0]]
+        #: by expert, whose part of the embedding is whose; None where they are kept as they are
+        self._encoder_of: list[int] | None = None
+        if len(names) == 1 and getattr(first, "is_joined", False):
+            self._encoder_of = first.encoder_of
+            groups = [[encoder] for encoder in first.encoders]
+        else:
+            groups = [[parts[name] for name in names]]
         self._folders = [
-            folder / f"text-{digest([VERSION, hash_weights(e), str(e.dtype), tokens])}"
-            for e in encoders
+            folder / f"text-{digest([VERSION, [_hash_encoder(e) for e in group], tokens])}"
+            for group in groups
         ]
         self._rows = [list(captions[n : n + SHARD]) for n in range(0, len(captions), SHARD)]
         self._names = [f"{digest(chunk)}.safetensors" for chunk in self._rows]
@@ -71,38 +82,55 @@ class TextCache:
             if number % num_processes == rank and missing:
                 parts = self._encode(chunk)
                 for n in missing:
-                    write_shard(self._place(n, number), {"text": parts[n]}, chunk)
+                    write_shard(self._place(n, number), parts[n], chunk)
             done += len(chunk)
             yield CacheProgress("encode captions", done, total)
 
-    def embeddings(self, captions: Sequence[str]) -> Tensor:
-        """Embeddings [B, L, N * D] or [B, L, D], as the pipeline's own text encoder gives them."""
+    def conditions(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """What `encode_captions` gives for these."""
         parts = [
-            torch.stack([self._read(n, caption) for caption in captions])
-            for n in range(len(self._folders))
+            [self._read(n, caption) for caption in captions] for n in range(len(self._folders))
         ]
-        if len(parts) == 1:
-            return parts[0]
-        return torch.cat([parts[n] for n in self._encoder_of], dim=-1)
+        stacked = [
+            {name: torch.stack([row[name] for row in rows]) for name in rows[0]} for rows in parts
+        ]
+        if self._encoder_of is None:
+            return stacked[0]
+        return {
+            name: torch.cat([stacked[n][name] for n in self._encoder_of], dim=-1)
+            for name in stacked[0]
+        }
 
-    def _read(self, encoder: int, caption: str) -> Tensor:
+    def _read(self, encoder: int, caption: str) -> dict[str, Tensor]:
         number, row = self._place_of[caption]
-        return read_row(self._place(encoder, number), "text", row)
+        return read_rows(self._place(encoder, number), row)
 
     def _place(self, encoder: int, number: int) -> Path:
         return self._folders[encoder] / self._names[number]
 
-    def _encode(self, captions: Sequence[str]) -> list[Tensor]:
-        """The embeddings [n, L, D] of each distinct encoder."""
+    def _encode(self, captions: Sequence[str]) -> list[dict[str, Tensor]]:
+        """What is kept in each folder: tensors by name, with an entry per caption."""
         batches = [captions[n : n + BATCH] for n in range(0, len(captions), BATCH)]
         with torch.no_grad():
-            joined = [encode_captions(self._pipeline, batch).cpu() for batch in batches]
-        text = torch.cat(joined)
-        if len(self._folders) == 1:
-            return [text]
-        parts = text.chunk(len(self._encoder_of), dim=-1)
-        first = [self._encoder_of.index(n) for n in range(len(self._folders))]
-        return [parts[n].contiguous() for n in first]
+            encoded = [encode_captions(self._pipeline, batch) for batch in batches]
+        whole = {name: torch.cat([e[name].cpu() for e in encoded]) for name in encoded[0]}
+        if self._encoder_of is None:
+            return [whole]
+        owners = [self._encoder_of.index(n) for n in range(len(self._folders))]
+        count = len(self._encoder_of)
+        return [
+            {name: t.chunk(count, dim=-1)[owner].contiguous() for name, t in whole.items()}
+            for owner in owners
+        ]
+
+
+def _hash_encoder(encoder: Any) -> list[str]:
+    """All that decides what a text encoder, or an ensemble's, gives."""
+    if not isinstance(encoder, EnsembleTextEncoder):
+        return [hash_weights(encoder), str(encoder.dtype)]
+    hashes = [hash_weights(e) for e in encoder.encoders]
+    of = [hashes[n] for n in encoder.encoder_of] if encoder.is_joined else hashes
+    return [*of, str(encoder.dtype)]
 
 
 def hash_tokenizer(tokenizer: Any) -> str:
