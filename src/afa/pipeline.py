@@ -96,20 +96,22 @@ def _load_all(
     torch_dtype: torch.dtype,
 ) -> list[Expert]:
     """All experts; those of one base share its memory."""
+    keys = [(str(base_of(asked)), rev) for asked, rev in zip(experts, revisions, strict=True)]
     bases: dict[tuple[str, str | None], Expert] = {}
     loaded = []
-    for asked, revision, sha256 in zip(experts, revisions, hashes, strict=True):
-        key = (str(base_of(asked)), revision)
+    for asked, key, sha256 in zip(experts, keys, hashes, strict=True):
         if key not in bases:
             bases[key] = load_expert(
-                base_of(asked), revision=revision, config=config, torch_dtype=torch_dtype
+                base_of(asked), revision=key[1], config=config, torch_dtype=torch_dtype
             )
         base = bases[key]
         require_hash("Expert", base.reference, sha256)
         if isinstance(asked, LoraExpert):
             loaded.append(lora_expert(base, asked))
-        else:
+        elif keys.count(key) > 1:
             loaded.append(replace(base, denoiser=shared_copy(base.denoiser)))
+        else:
+            loaded.append(base)
     return loaded
 
 
@@ -209,6 +211,13 @@ def native_resolution(pipeline: DiffusionPipeline) -> tuple[int, int]:
     size = denoiser_of(pipeline).config.get("sample_size") or pipeline.default_sample_size
     height, width = (size, size) if isinstance(size, int) else size
     return height * pipeline.vae_scale_factor, width * pipeline.vae_scale_factor
+
+
+def size_multiple(pipeline: DiffusionPipeline) -> int:
+    """What the height and width of a picture must be multiples of, in pixels."""
+    kind = kind_of_pipeline(pipeline)
+    patch = 2 if kind.family == "flux" else denoiser_of(pipeline).config.get("patch_size") or 1
+    return pipeline.vae_scale_factor * patch
 
 
 def _first_folder(experts: Sequence[str | Path | LoraExpert]) -> Path | None:

@@ -113,14 +113,14 @@ def _picture_size(
     """Height and width in pixels, the experts' own where none is asked for.
 
     Raises:
-        AfaError: one is no multiple of 8.
+        AfaError: one is no multiple of what the experts work in.
     """
-    from afa.pipeline import native_resolution
+    from afa.pipeline import native_resolution, size_multiple
 
-    native = native_resolution(pipeline)
+    native, multiple = native_resolution(pipeline), size_multiple(pipeline)
     for name, size in (("--height", height), ("--width", width)):
-        if size is not None and size % 8:
-            raise AfaError(f"{name} must be a multiple of 8 pixels, came {size}.")
+        if size is not None and size % multiple:
+            raise AfaError(f"{name} must be a multiple of {multiple} pixels, came {size}.")
     # the library ignores one without the other
     return height or native[0], width or native[1]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from afa.errors import AfaError
-from afa.pipeline import native_resolution
+from afa.pipeline import native_resolution, size_multiple
 from afa.training.cache import (
     CachedExamples,
     CacheProgress,
@@ -48,10 +48,10 @@ def prepare_examples(
         asked.num_variants,
         settings.seed,
     )
-    factor = pipeline.vae_scale_factor
+    factor = size_multiple(pipeline)
     if transform.resolution % factor:
         raise AfaError(
-            f"data.resolution must be a multiple of {factor}, as the autoencoder halves it, came "
+            f"data.resolution must be a multiple of {factor}, in which the experts work, came "
             f"{transform.resolution}."
         )
     num_held_out = 0 if recipe.validation is None else recipe.validation.num_samples
