@@ -181,10 +181,8 @@ def _method(name: str, pipeline: StableDiffusionPipeline, best: int) -> StableDi
     if name == "weight merge":
         experts = [_stock(expert) for expert in EXPERTS]
         merged = {
-            "unet": weighted_merge([expert.denoiser for expert in experts]),
-            "text_encoder": weighted_merge(
-                [expert.text_encoders["text_encoder"] for expert in experts]
-            ),
+            "unet": weighted_merge([expert.unet for expert in experts]),
+            "text_encoder": weighted_merge([expert.text_encoder for expert in experts]),
         }
         return _with_parts(experts[0], merged)
     sites = pipeline.unet.sites

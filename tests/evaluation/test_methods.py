@@ -48,8 +48,12 @@ def test_a_merge_is_of_unet_and_text_encoder() -> None:
     pipeline = build.build(recipe.methods[5])
     assert not isinstance(pipeline.unet, EnsembleDenoiser)
     experts = [afa.experts.load_expert(f"zoo:{name}") for name in ("animals", "food")]
-    for part in ("unet", "text_encoder"):
-        expected = weighted_merge([getattr(expert, part) for expert in experts]).state_dict()
+    parts = {
+        "unet": [expert.denoiser for expert in experts],
+        "text_encoder": [expert.text_encoders["text_encoder"] for expert in experts],
+    }
+    for part, models in parts.items():
+        expected = weighted_merge(models).state_dict()
         merged = getattr(pipeline, part).state_dict()
         assert all(torch.equal(merged[key], value) for key, value in expected.items())
 

@@ -358,13 +358,13 @@ def test_a_prompt_file_with_a_bad_line(
     assert message in fails(recipe, tmp_path / "output", capsys)
 
 
-def test_experts_of_two_architectures(
+def test_experts_that_do_not_fit(
     experts: list[Path], tmp_path: Path, write: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
     methods = [{"name": "merge", "merge": {"method": "weighted"}}]
     recipe = write(experts=["zoo:animals", str(experts[0])], methods=methods, curve=None)
     line = fails(recipe, tmp_path / "output", capsys)
-    assert "must share one architecture" in line
+    assert "must share one space of latents" in line
 
 
 def test_a_checkpoint_that_has_changed_is_not_mixed_with_old_pictures(
