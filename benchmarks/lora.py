@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from training import SD15_UNET, SD15_VAE, peak, resident
 
 MODES = ("imports", "one model", "one LoRA", "three LoRAs", "three LoRAs and the base")
 
@@ -91,7 +92,6 @@ def write(folder: Path) -> None:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     from afa.zoo.models import build_tokenizer
-    from training import SD15_UNET, SD15_VAE
 
     torch.set_default_dtype(torch.float16)
     unet = UNet(**SD15_UNET)
@@ -116,16 +116,6 @@ def write(folder: Path) -> None:
             {f"unet.{key}": torch.randn_like(tensor) * 0.01 for key, tensor in state.items()},
             folder / f"lora{n}.safetensors",
         )
-
-
-def resident() -> int:
-    """Bytes of memory that this process has now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
-def peak() -> int:
-    """Bytes of memory that this process had at the most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from afa.weights import check_safetensors
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
     from torch import Tensor, nn
 
     from afa.denoisers import Site
@@ -85,14 +85,8 @@ class _SavedEnsemble(_Saved):
 
 
 _SIZES = ("hidden_size", "num_layers", "num_heads", "norm_num_groups")
-_SWITCHES = (
-    "spatial",
-    "timestep",
-    "prompt",
-    "sharing",
-    "sites",
-    "stride",
-)  # written where not the default
+# written where they are not the default
+_SWITCHES = ("spatial", "timestep", "prompt", "sharing", "sites", "stride")
 
 
 def aggregator_tensors(ensemble: EnsembleDenoiser) -> dict[str, Tensor]:
@@ -135,7 +129,7 @@ def load_aggregator_tensors(ensemble: EnsembleDenoiser, tensors: dict[str, Tenso
 
 
 def save_ensemble(
-    pipeline: StableDiffusionPipeline, folder: str | Path, *, exist_ok: bool = False
+    pipeline: DiffusionPipeline, folder: str | Path, *, exist_ok: bool = False
 ) -> Path:
     """Write an ensemble folder: aggregators, configuration and experts by reference.
 
@@ -252,7 +246,7 @@ def load_ensemble(
     experts: Sequence[str | Path | LoraExpert] | None = None,
     vae: str | Path | None = None,
     config: str | Path | None = None,
-) -> StableDiffusionPipeline:
+) -> DiffusionPipeline:
     """Load an ensemble folder into a stock pipeline.
 
     Args:

@@ -7,7 +7,7 @@ denoiser and text encoders that stand for those of all experts.
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import diffusers
@@ -34,6 +34,8 @@ class Kind:
         text: the text encoders whose embeddings of tokens are concatenated, in order.
         pooled: those whose embeddings of the text as a whole are.
         latent_channels: of the picture that a denoiser's configuration says it takes.
+        patch: side of the patches of a latent that it works in, likewise.
+        call: what a pipeline has to be told so that a picture has the size that is asked for.
     """
 
     name: str
@@ -43,6 +45,8 @@ class Kind:
     text: tuple[str, ...]
     pooled: tuple[str, ...] = ()
     latent_channels: Callable[[Any], int] = lambda config: config.in_channels
+    patch: Callable[[Any], int] = lambda config: config.get("patch_size") or 1
+    call: Mapping[str, Any] = field(default_factory=dict)
 
     def class_for(self, class_name: str, denoiser: Any, encoders: Collection[str]) -> str:
         """The class of an ensemble of experts that name this one: from a prompt, if that can be.
@@ -114,8 +118,16 @@ KINDS = (
         text=("text_encoder_2",),
         pooled=("text_encoder",),
         latent_channels=lambda config: config.in_channels // 4,
+        patch=lambda _: 2,
     ),
-    Kind("PixArt", "pixart", ("PixArtAlphaPipeline", "PixArtSigmaPipeline"), (), ("text_encoder",)),
+    Kind(
+        "PixArt",
+        "pixart",
+        ("PixArtAlphaPipeline", "PixArtSigmaPipeline"),
+        (),
+        text=("text_encoder",),
+        call={"use_resolution_binning": False},
+    ),
     Kind("DiT", "dit", ("DiTPipeline",), (), ()),
 )
 

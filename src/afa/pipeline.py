@@ -216,8 +216,7 @@ def native_resolution(pipeline: DiffusionPipeline) -> tuple[int, int]:
 def size_multiple(pipeline: DiffusionPipeline) -> int:
     """What the height and width of a picture must be multiples of, in pixels."""
     kind = kind_of_pipeline(pipeline)
-    patch = 2 if kind.family == "flux" else denoiser_of(pipeline).config.get("patch_size") or 1
-    return pipeline.vae_scale_factor * patch
+    return pipeline.vae_scale_factor * kind.patch(denoiser_of(pipeline).config)
 
 
 def _first_folder(experts: Sequence[str | Path | LoraExpert]) -> Path | None:

@@ -145,7 +145,7 @@ def attach_controlnet(
         widths: those of the ensemble, `pipeline.unet.widths`, for Stable Diffusion XL.
 
     Raises:
-        AfaError: there is no such expert.
+        AfaError: there is no such expert; in a call, an embedding of another width.
     """
     if not 0 <= expert < num_experts:
         raise AfaError(f"expert must be 0 to {num_experts - 1}, came {expert}.")

@@ -33,9 +33,12 @@ def folders(kind: str, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def recipe(folders: list[Path], cache: Path | None, **training: Any) -> Recipe:
+    """With previews, which the stock pipeline draws in the experts' own size."""
     data: dict[str, Any] = {"scenes": {"num_samples": 10}, "resolution": 16}
     data |= {"cache": False} if cache is None else {"cache": True, "cache_folder": str(cache)}
-    return Recipe.model_validate(as_written(folders, data, num_steps=3, **training))
+    asked = as_written(folders, data, num_steps=3, **training)
+    asked["previews"] = {"prompts": ["a fox"], "every": 3, "num_steps": 1}
+    return Recipe.model_validate(asked)
 
 
 def test_trained_from_a_cache_or_without(kind: str, folders: list[Path], tmp_path: Path) -> None:
@@ -43,6 +46,7 @@ def test_trained_from_a_cache_or_without(kind: str, folders: list[Path], tmp_pat
     for name, cache in (("live", None), ("cached", tmp_path / "cache")):
         steps = list(steps_of(recipe(folders, cache), tmp_path / name))
         losses.append([step.loss for step in steps])
+    assert (tmp_path / "live" / "previews" / "step-00000003.png").is_file()
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     torch.manual_seed(0)
     trained = load_file(tmp_path / "live" / "aggregators.safetensors")

@@ -58,7 +58,7 @@ def generate(
     import torch
 
     import afa
-    from afa.kinds import denoiser_of
+    from afa.kinds import denoiser_of, kind_of_pipeline
     from afa.maps import draw_weights
     from afa.pipeline import check_text_to_image
     from afa.training.engine import pick_device
@@ -70,8 +70,6 @@ def generate(
     check_text_to_image(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     size = _picture_size(pipeline, height, width)
-    # exactly the size that is asked for, which these pipelines would else round
-    exact = {"use_resolution_binning": False} if "PixArt" in type(pipeline).__name__ else {}
     names = [reference.name for reference in denoiser_of(pipeline).references]
     output.mkdir(parents=True, exist_ok=True)
     with progress_bar() as progress:
@@ -96,7 +94,7 @@ def generate(
                         height=size[0],
                         width=size[1],
                         generator=torch.Generator().manual_seed(picture_seed),
-                        **exact,
+                        **kind_of_pipeline(pipeline).call,
                     ).images[0]
                 stem = f"{number:02d}-{_slug(prompt)}-seed{picture_seed}"
                 _save_picture(picture, output / f"{stem}.png", settings)

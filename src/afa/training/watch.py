@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from afa.files import write_atomic
+from afa.kinds import kind_of_pipeline
 from afa.training.conditions import conditioning_of
 from afa.training.objective import denoising_loss, forward_process
 from afa.training.record import Recorder, routing_figures
@@ -160,7 +161,11 @@ class Watch:
         ensemble.eval()
         pipeline.set_progress_bar_config(disable=True)
         # beside offloaded or sharded experts these are on the CPU, where a pipeline would begin
-        parts = (pipeline.vae, pipeline.text_encoder)
+        parts = [
+            part
+            for name, part in pipeline.components.items()
+            if part is not None and name.startswith(("vae", "text_encoder"))
+        ]
         places = [part.device for part in parts]
         for part in parts:
             part.to(engine.device)
@@ -173,6 +178,7 @@ class Watch:
                 num_inference_steps=previews.num_steps,
                 guidance_scale=previews.guidance,
                 generator=generators,
+                **kind_of_pipeline(pipeline).call,
             ).images
         for part, place in zip(parts, places, strict=True):
             part.to(place)
