@@ -16,8 +16,10 @@ from torch import nn
 import afa
 from afa.aggregators import SABW
 from afa.errors import AfaError
+from afa.inspection import describe
 from afa.kinds import denoiser_of
 from afa.lora import LoraExpert
+from tests.test_cli import run
 from tests.tiny_pipelines import PIPELINES
 
 SMALL = afa.SABWConfig(hidden_size=8, num_layers=1, num_heads=2, norm_num_groups=4)
@@ -128,6 +130,9 @@ def test_saved_and_loaded(experts: list[Path], loras: list[Path], tmp_path: Path
     assert torch.equal(draw(pipeline), draw(again))
     card = (folder / "README.md").read_text()
     assert "with 0.8 of `./../lora0.safetensors`" in card
+    (first, *_) = describe(folder)["experts"]
+    assert first["lora"] == "0.8 x ./../lora0.safetensors"
+    assert run("inspect", folder) == 0
     lora_of(StableDiffusionPipeline.from_pretrained(experts[0]), loras[1], seed=9)
     with pytest.raises(AfaError, match=r"LoRA '.*lora1\.safetensors' must have SHA-256"):
         afa.load_ensemble(folder)

@@ -69,13 +69,22 @@ def _describe_ensemble(folder: Path) -> dict[str, Any]:
     return {
         "kind": "ensemble",
         "family": config["family"],
-        "experts": config["experts"],
+        "experts": [_describe_expert(expert) for expert in config["experts"]],
         "vae": config["vae"] and config["vae"]["source"],
         "aggregator": ", ".join(f"{k} {v}" for k, v in config["aggregator"].items()),
         "aggregator_parameters": parameters,
         "dtypes": dtypes,
         "sites": config["sites"],
     }
+
+
+def _describe_expert(saved: dict[str, Any]) -> dict[str, Any]:
+    """Flat, whether or not it is a LoRA on its source."""
+    lora = saved["lora"]
+    facts = {key: value for key, value in saved.items() if key != "lora"}
+    if lora is not None:
+        facts |= {"lora": f"{lora['scale']:g} x {lora['source']}", "lora_sha256": lora["sha256"]}
+    return facts
 
 
 def _describe_pipeline(folder: Path) -> dict[str, Any]:
