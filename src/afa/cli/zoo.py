@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -14,6 +14,7 @@ from afa.cli.console import (
     require_new_folder,
     show_steps,
 )
+from afa.errors import AfaError
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -29,17 +30,32 @@ app = typer.Typer(
 @app.command()
 def build(
     workdir: Annotated[Path, typer.Argument(help="Work folder; an earlier run's goes on.")],
+    family: Annotated[
+        Literal["unet", "dit"], typer.Option(help="U-Nets, which ship; or diffusion transformers.")
+    ] = "unet",
     font: Annotated[
         Path | None, typer.Option(help="NotoColorEmoji.ttf; by default the shipped sprites.")
     ] = None,
 ) -> None:
-    """Make the whole zoo again: sprites, autoencoder, base, experts, judges. Takes hours.
+    """Make a zoo: a base model and its three experts. Takes hours.
 
-    [bold]Example[/bold]: afa zoo build work --font NotoColorEmoji.ttf
+    `unet` makes what ships, from the sprites on: autoencoder, models, judges, ensemble. `dit` makes
+    a second zoo of PixArt's kind, with the shipped autoencoder and judges.
+
+    [bold]Example[/bold]: afa zoo build work/dit --family dit
     """
+    quieten_loading()
+    if family == "dit":
+        from afa.zoo import MODELS
+        from afa.zoo.transformer import build_transformer_zoo
+
+        if font is not None:
+            raise AfaError("--font is for --family unet; transformers are shown the same sprites.")
+        show_steps(build_transformer_zoo(workdir), "zoo")
+        console.print(f"The zoo is in {workdir}: {', '.join(MODELS)}")
+        return
     from afa.zoo.build import build_zoo
 
-    quieten_loading()
     show_steps(build_zoo(workdir, font=font), "zoo")
     console.print(f"The zoo is in {workdir / 'assets'}")
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from afa.errors import AfaError
-from afa.files import write_atomic
+from afa.files import cache_folder, write_atomic
 from afa.zoo.sprites import DOMAINS
 
 EXPERTS = tuple(DOMAINS)
@@ -73,7 +73,7 @@ def export_zoo(directory: str | Path, source: Path | None = None) -> Path:
 def expert_folder(name: str) -> Path:
     """The pipeline folder of a shipped model, written into the user's cache on first use.
 
-    The cache is `$XDG_CACHE_HOME/afa`, by default `~/.cache/afa`; safe to delete at any time.
+    See `afa.files.cache_folder`.
 
     Raises:
         AfaError: no such model ships.
@@ -81,8 +81,7 @@ def expert_folder(name: str) -> Path:
     if name not in MODELS:
         known = ", ".join(f"zoo:{known}" for known in (*MODELS, "ensemble"))
         raise AfaError(f"A shipped name must be one of {known}, came 'zoo:{name}'.")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "afa"
-    folder = cache / f"zoo-{_digest()[:16]}"
+    folder = cache_folder() / f"zoo-{_digest()[:16]}"
     if not folder.exists():
         try:
             export_zoo(folder)

@@ -6,27 +6,19 @@ runs again. The result is the folder `assets` of float16 weights, which the pack
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import io
-import json
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file, save
 from torch import nn
 from torch.nn import functional as F
 
 from afa.checkpoint import save_ensemble
-from afa.errors import AfaError
-from afa.files import read_json, write_atomic
+from afa.files import write_atomic
 from afa.pipeline import load_pipeline
-from afa.text import hash_weights
 from afa.training import Checkpoints, SceneImages, TrainingRecipe, seeded, train_aggregators
 from afa.zoo import copy_as, export_zoo
 from afa.zoo.fit import FitStep, fit
@@ -35,41 +27,37 @@ from afa.zoo.models import (
     NUM_CLASSES,
     ObjectClassifier,
     build_clip,
-    build_scheduler,
     build_text_encoder,
     build_tokenizer,
     build_unet,
     build_vae,
 )
 from afa.zoo.pack import grade_zoo, pack_zoo
-from afa.zoo.scenes import scene
 from afa.zoo.sprites import DOMAINS, OBJECTS, cut_atlas, extract_sprites, load_sprites
+from afa.zoo.workshop import (
+    ModelsRecipe,
+    TextToImage,
+    Workshop,
+    encode_scenes,
+    require_same_recipe,
+    train_models,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
     from pathlib import Path
 
     from diffusers import AutoencoderKL
     from torch import Tensor
     from transformers import CLIPTokenizer
 
-    from afa.zoo.scenes import Kind, Scene
-    from afa.zoo.sprites import Sprites
-
 
 @dataclass(frozen=True)
-class ZooRecipe:
+class ZooRecipe(ModelsRecipe):
     """How long and on how much the zoo is trained."""
 
-    seed: int = 0
-    num_scenes: int = 16_384  # encoded once for each kind of data
     vae_steps: int = 4_000
     vae_batch_size: int = 16
-    base_steps: int = 3_000
-    expert_steps: int = 2_000
-    batch_size: int = 32
-    learning_rate: float = 1e-3
-    caption_dropout: float = 0.1
     judge_steps: int = 1_500
     ensemble_steps: int = 1_000
     ensemble_batch_size: int = 16
@@ -77,39 +65,10 @@ class ZooRecipe:
     num_graded: int = 96  # prompts of each kind for each model
 
 
-@dataclass(frozen=True)
-class Workshop:
-    """What every stage needs: the folder it writes to, how much to do, what to draw with.
-
-    Streams of scenes are told apart by `stream`: 0 trains models, 1 and 2 the judges.
-    """
-
-    folder: Path
-    recipe: ZooRecipe
-    sprites: Sprites
-    tokenizer: CLIPTokenizer
-
-    def scene(self, index: int, kind: Kind, stream: int = 0) -> Scene:
-        """The scene at `index` of a stream."""
-        return scene(index, kind=kind, seed=self.recipe.seed + stream)
-
-    def pixels(self, indices: Tensor, kind: Kind, stream: int = 0) -> Tensor:
-        """The pictures of these scenes, [B, 3, 64, 64] in -1..1."""
-        scenes = [self.scene(int(i), kind, stream) for i in indices]
-        pictures = np.stack([shown.render(self.sprites) for shown in scenes])
-        return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1.0
-
-    def tokenize(self, captions: Sequence[str]) -> Tensor:
-        """Token ids [B, 24]."""
-        return self.tokenizer(
-            list(captions), padding="max_length", truncation=True, return_tensors="pt"
-        )["input_ids"]
-
-
 # -- autoencoder ------------------------------------------------------------------------------
 
 
-def train_vae(shop: Workshop, vae: AutoencoderKL) -> Iterator[FitStep]:
+def train_vae(shop: Workshop[ZooRecipe], vae: AutoencoderKL) -> Iterator[FitStep]:
     """Absolute error plus a light pull of the latents towards a normal distribution."""
 
     def loss_of(generator: torch.Generator) -> Tensor:
@@ -139,83 +98,21 @@ def _crops(pictures: Tensor, size: int, generator: torch.Generator) -> Tensor:
     )
 
 
-@torch.no_grad()
-def encode_scenes(shop: Workshop, vae: AutoencoderKL, kind: Kind) -> tuple[Tensor, Tensor]:
-    """`num_scenes` scenes as latents [S, 8, 16, 16], unscaled, and token ids [S, 24].
-
-    Kept in the work folder, so that going on after a stop is quick, with what they were made from.
-    """
-    kept = shop.folder / f"scenes-{kind}.safetensors"
-    digest = hashlib.sha256(hash_weights(vae).encode())
-    for sprite in shop.sprites.values():
-        digest.update(sprite.tobytes())
-    if kept.exists():
-        with safe_open(kept, framework="pt") as file:
-            made_from = file.metadata().get("made_from")
-        if made_from == digest.hexdigest():
-            tensors = load_file(kept)
-            return tensors["latents"], tensors["token_ids"]
-    batches = torch.arange(shop.recipe.num_scenes).split(128)
-    latents = [vae.encode(shop.pixels(batch, kind)).latent_dist.mean for batch in batches]
-    captions = [shop.scene(i, kind).caption for i in range(shop.recipe.num_scenes)]
-    tensors = {"latents": torch.cat(latents).contiguous(), "token_ids": shop.tokenize(captions)}
-    write_atomic(kept, save(tensors, metadata={"made_from": digest.hexdigest()}))
-    return tensors["latents"], tensors["token_ids"]
-
-
 # -- base and experts -------------------------------------------------------------------------
 
 
-class TextToImage(nn.Module):
-    """What is trained of a Stable Diffusion model: U-Net and text encoder together."""
+class StableDiffusion(TextToImage):
+    """U-Net and text encoder of a Stable Diffusion model."""
 
     def __init__(self, tokenizer: CLIPTokenizer) -> None:
         super().__init__()
         self.unet = build_unet()
         self.text_encoder = build_text_encoder(tokenizer)
 
-
-def train_text_to_image(
-    shop: Workshop,
-    name: str,
-    model: TextToImage,
-    latents: Tensor,
-    token_ids: Tensor,
-    num_steps: int,
-) -> Iterator[FitStep]:
-    """Train on velocity (Salimans & Ho, 2022), each caption dropped by itself.
-
-    Args:
-        shop: batch size, learning rate, caption dropout, and where the checkpoint lies.
-        name: of the checkpoint, and shown in the progress.
-        model: the U-Net and the text encoder, trained together.
-        latents: scaled latents [S, 8, 16, 16].
-        token_ids: their captions [S, 24].
-        num_steps: see `fit`.
-    """
-    recipe, empty_ids = shop.recipe, shop.tokenize([""])[0]
-    scheduler = build_scheduler()
-
-    def loss_of(generator: torch.Generator) -> Tensor:
-        pick = torch.randint(len(latents), (recipe.batch_size,), generator=generator)
-        clean = latents[pick]
-        noise = torch.randn(clean.shape, generator=generator)
-        timestep = torch.randint(1000, (len(pick),), generator=generator)
-        dropped = torch.rand(len(pick), generator=generator) < recipe.caption_dropout
-        ids = torch.where(dropped[:, None], empty_ids, token_ids[pick])
-        noisy = scheduler.add_noise(clean, noise, timestep)
-        target = scheduler.get_velocity(clean, noise, timestep)
-        text = model.text_encoder(ids).last_hidden_state
-        return F.mse_loss(model.unet(noisy, timestep, text).sample, target)
-
-    yield from fit(
-        name,
-        model,
-        loss_of,
-        num_steps=num_steps,
-        checkpoint=shop.folder / f"{name}.ckpt",
-        learning_rate=recipe.learning_rate,
-    )
+    def forward(self, noisy: Tensor, timestep: Tensor, token_ids: Tensor) -> Tensor:
+        """See `TextToImage.forward`."""
+        text = self.text_encoder(token_ids).last_hidden_state
+        return self.unet(noisy, timestep, text).sample
 
 
 # -- judges -----------------------------------------------------------------------------------
@@ -244,7 +141,7 @@ def _soften(pictures: Tensor, generator: torch.Generator) -> Tensor:
     return (share * blurred + (1 - share) * pictures + strength * noise).clamp(-1, 1)
 
 
-def train_classifier(shop: Workshop, model: ObjectClassifier) -> Iterator[FitStep]:
+def train_classifier(shop: Workshop[ZooRecipe], model: ObjectClassifier) -> Iterator[FitStep]:
     """Cross-entropy on the halves of real scenes, and on spoilt halves as the class "none"."""
 
     def loss_of(generator: torch.Generator) -> Tensor:
@@ -268,7 +165,7 @@ def train_classifier(shop: Workshop, model: ObjectClassifier) -> Iterator[FitSte
     )
 
 
-def train_clip(shop: Workshop, model: nn.Module) -> Iterator[FitStep]:
+def train_clip(shop: Workshop[ZooRecipe], model: nn.Module) -> Iterator[FitStep]:
     """Contrastive loss (Radford et al., 2021); captions with sides swapped are hard negatives."""
 
     def loss_of(generator: torch.Generator) -> Tensor:
@@ -309,7 +206,7 @@ def build_zoo(
     """
     recipe = recipe or ZooRecipe()
     folder.mkdir(parents=True, exist_ok=True)
-    _require_same_recipe(folder / "recipe.json", recipe)
+    require_same_recipe(folder / "recipe.json", recipe)
     atlas = folder / "sprites.png"
     if font is not None:
         buffer = io.BytesIO()
@@ -329,20 +226,9 @@ def build_zoo(
     yield from train_classifier(shop, classifier)
     yield from train_clip(shop, clip)
 
-    latents, token_ids = encode_scenes(shop, vae, "any")
-    scale = 1.0 / latents.std().item()
-    vae.register_to_config(scaling_factor=scale)
-    torch.manual_seed(recipe.seed)
-    models = {"base": TextToImage(shop.tokenizer)}
-    yield from train_text_to_image(
-        shop, "base", models["base"], latents * scale, token_ids, recipe.base_steps
-    )
-    for domain in DOMAINS:
-        models[domain] = copy.deepcopy(models["base"])
-        latents, token_ids = encode_scenes(shop, vae, domain)
-        yield from train_text_to_image(
-            shop, domain, models[domain], latents * scale, token_ids, recipe.expert_steps
-        )
+    latents, _ = encode_scenes(shop, vae, "any")
+    vae.register_to_config(scaling_factor=1.0 / latents.std().item())
+    models = yield from train_models(shop, vae, lambda: StableDiffusion(shop.tokenizer))
 
     pack_zoo(shop.folder / "assets", vae, shop.tokenizer, models, classifier, clip)
     if atlas.exists():
@@ -351,19 +237,7 @@ def build_zoo(
     yield from grade_zoo(shop.folder / "assets", num_prompts=recipe.num_graded)
 
 
-def _require_same_recipe(path: Path, recipe: ZooRecipe) -> None:
-    """Checkpoints are only good for the recipe that they were made by."""
-    asked = asdict(recipe)
-    is_foreign = any(path.parent.glob("*.ckpt")) and not path.exists()
-    if is_foreign or (path.exists() and read_json(path) != asked):
-        raise AfaError(
-            f"The work folder '{path.parent}' must be new or of the same recipe; '{path}' is "
-            f"{'missing' if is_foreign else 'another one'}. Name another folder."
-        )
-    write_atomic(path, json.dumps(asked, indent=2) + "\n")
-
-
-def train_ensemble(shop: Workshop) -> Iterator[FitStep]:
+def train_ensemble(shop: Workshop[ZooRecipe]) -> Iterator[FitStep]:
     """Train aggregators for the three packed experts and put the ensemble beside them."""
     exported = shop.folder / "exported"
     shutil.rmtree(exported, ignore_errors=True)

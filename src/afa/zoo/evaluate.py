@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
+from diffusers import DiffusionPipeline
 
+from afa.kinds import kind_of_pipeline
 from afa.statistics import Interval, wilson
+from afa.zoo.fit import FitStep
 from afa.zoo.judges import judge
+from afa.zoo.scenes import Kind, evaluation_prompts
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Generator, Mapping, Sequence
+    from pathlib import Path
 
-    from diffusers import StableDiffusionPipeline
     from PIL import Image
 
     from afa.zoo.judges import Verdict
@@ -54,7 +58,7 @@ def proportion(outcomes: Sequence[bool]) -> Interval:
 
 
 def draw_pictures(
-    pipeline: StableDiffusionPipeline,
+    pipeline: DiffusionPipeline,
     prompts: Sequence[str],
     *,
     seed: int = 0,
@@ -84,12 +88,13 @@ def draw_pictures(
             num_inference_steps=num_steps,
             guidance_scale=guidance_scale,
             generator=generators,
+            **kind_of_pipeline(pipeline).call,
         ).images
     return pictures
 
 
 def evaluate(
-    pipeline: StableDiffusionPipeline,
+    pipeline: DiffusionPipeline,
     prompts: Sequence[str],
     classifier: ObjectClassifier,
     *,
@@ -113,3 +118,46 @@ def evaluate(
     )
     seconds = time.perf_counter() - started
     return Score.of(judge(classifier, pictures, prompts), seconds), pictures
+
+
+def grade(
+    folders: Mapping[str, Path],
+    classifier: ObjectClassifier,
+    *,
+    num_prompts: int,
+    seed: int = 0,
+) -> Generator[FitStep, None, dict[str, Any]]:
+    """Judge models, each on every kind of prompt.
+
+    Args:
+        folders: of stock pipelines, by the models' names.
+        classifier: see `evaluate`.
+        num_prompts: of each kind.
+        seed: see `draw_pictures`.
+
+    Yields: progress by model and kind of prompt; its "loss" is the share of wrong pictures.
+
+    Returns: the report, as `report.json` has it.
+    """
+    kinds = [kind for kind in get_args(Kind) if kind != "any"]
+    report: dict[str, dict[str, Any]] = {}
+    for n, (name, folder) in enumerate(folders.items()):
+        # what ships without a safety checker would be warned of
+        options = {"safety_checker": None} if (folder / "unet").is_dir() else {}
+        pipeline = DiffusionPipeline.from_pretrained(folder, **options)
+        report[name] = {}
+        for k, kind in enumerate(kinds):
+            started = time.perf_counter()
+            prompts = evaluation_prompts(num_prompts, kind=kind)
+            score, _ = evaluate(pipeline, prompts, classifier, seed=seed)
+            report[name][kind] = {"both": asdict(score.both), "objects": asdict(score.objects)}
+            done, wrong = n * len(kinds) + k + 1, 1 - score.both.mean
+            seconds = time.perf_counter() - started
+            yield FitStep("grades", done, len(folders) * len(kinds), wrong, seconds)
+    settings = {
+        "num_prompts": num_prompts,
+        "num_steps": NUM_STEPS,
+        "guidance_scale": GUIDANCE_SCALE,
+        "seed": seed,
+    }
+    return {"settings": settings, "models": report}

@@ -35,6 +35,8 @@ LATENT_SIZE = IMAGE_SIZE // 4
 LATENT_CHANNELS = 8
 _END = "</w>"  # CLIP's mark of a token that ends a word
 _GRAMMAR = "a an on the left and right background ,"  # what captions hold besides names
+#: of captions, the comma among them
+WORDS = sorted({*_GRAMMAR.split(), *OBJECTS, *BACKGROUNDS})
 MAX_TOKENS = 24  # a caption takes 16
 TEXT_WIDTH = 96
 CLIP_WIDTH = 64
@@ -138,7 +140,7 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
     Laid out as CLIP's own: bytes, bytes that end a word, merges, the two special tokens. Every word
     of a caption becomes one token; any other text still splits into letters.
     """
-    merges = byte_pair_merges({*_GRAMMAR.split(), *OBJECTS, *BACKGROUNDS})
+    merges = byte_pair_merges(WORDS)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*letters, *(f"{letter}{_END}" for letter in letters)]
     tokens += [*(first + second for first, second in merges), "<|startoftext|>", "<|endoftext|>"]

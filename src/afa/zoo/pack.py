@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-import time
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -16,11 +14,9 @@ from safetensors.torch import save_file
 
 from afa.files import write_atomic
 from afa.zoo import MODELS, copy_as, export_zoo
-from afa.zoo.evaluate import GUIDANCE_SCALE, NUM_STEPS, evaluate
-from afa.zoo.fit import FitStep
+from afa.zoo.evaluate import grade
 from afa.zoo.judges import load_classifier
 from afa.zoo.models import build_scheduler
-from afa.zoo.scenes import Kind, evaluation_prompts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -28,7 +24,8 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
     from transformers import CLIPModel, CLIPTokenizer
 
-    from afa.zoo.build import TextToImage
+    from afa.zoo.build import StableDiffusion
+    from afa.zoo.fit import FitStep
     from afa.zoo.models import ObjectClassifier
 
 _OWN = ("unet", "text_encoder")
@@ -39,7 +36,7 @@ def pack_zoo(
     assets: Path,
     vae: AutoencoderKL,
     tokenizer: CLIPTokenizer,
-    models: Mapping[str, TextToImage],
+    models: Mapping[str, StableDiffusion],
     classifier: ObjectClassifier,
     clip: CLIPModel,
 ) -> None:
@@ -86,34 +83,12 @@ def pack_zoo(
             shutil.copytree(folder, assets / folder.name)
 
 
-def grade_zoo(assets: Path, *, num_prompts: int, seed: int = 0) -> Iterator[FitStep]:
-    """Judge every packed model on every kind of prompt and write `report.json`.
-
-    Progress counts model and kind of prompt; its "loss" is the share of pictures that are wrong.
-    """
-    classifier = load_classifier(assets / "judges")
-    kinds = [kind for kind in get_args(Kind) if kind != "any"]
-    report: dict[str, dict[str, object]] = {}
+def grade_zoo(assets: Path, *, num_prompts: int) -> Iterator[FitStep]:
+    """Judge every packed model and write `report.json`; see `afa.zoo.evaluate.grade`."""
     with tempfile.TemporaryDirectory() as scratch:
-        export_zoo(Path(scratch) / "zoo", assets)
-        for n, name in enumerate(MODELS):
-            pipeline = StableDiffusionPipeline.from_pretrained(
-                Path(scratch) / "zoo" / name, safety_checker=None
-            )
-            report[name] = {}
-            for k, kind in enumerate(kinds):
-                started = time.perf_counter()
-                prompts = evaluation_prompts(num_prompts, kind=kind)
-                score, _ = evaluate(pipeline, prompts, classifier, seed=seed)
-                report[name][kind] = {"both": asdict(score.both), "objects": asdict(score.objects)}
-                done, wrong = n * len(kinds) + k + 1, 1 - score.both.mean
-                seconds = time.perf_counter() - started
-                yield FitStep("grades", done, len(MODELS) * len(kinds), wrong, seconds)
-    settings = {
-        "num_prompts": num_prompts,
-        "num_steps": NUM_STEPS,
-        "guidance_scale": GUIDANCE_SCALE,
-        "seed": seed,
-    }
-    content = {"settings": settings, "models": report}
-    write_atomic(assets / "report.json", json.dumps(content, indent=2) + "\n")
+        folder = export_zoo(Path(scratch) / "zoo", assets)
+        folders = {name: folder / name for name in MODELS}
+        report = yield from grade(
+            folders, load_classifier(assets / "judges"), num_prompts=num_prompts
+        )
+    write_atomic(assets / "report.json", json.dumps(report, indent=2) + "\n")
