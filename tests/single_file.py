@@ -1,12 +1,16 @@
-"""A tiny Stable Diffusion 1.x checkpoint in the layout of the original code, as the web has it."""
+"""Whole pipelines as single files in the layouts of the original codes, as the web has them."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from afa.kinds import kind_of_pipeline
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-    from torch import Tensor
+    from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+    from torch import Tensor, nn
 
 _RESNET = {
     "norm1": "in_layers.0",
@@ -25,14 +29,215 @@ _ATTENTION = {
 }
 
 
-def original_layout(pipeline: StableDiffusionPipeline) -> dict[str, Tensor]:
+def original_layout(pipeline: DiffusionPipeline) -> dict[str, Tensor]:
     """All weights of a pipeline under the names of the original code."""
-    tensors = {f"model.diffusion_model.{k}": v for k, v in _unet(pipeline.unet).items()}
-    tensors |= {f"first_stage_model.{k}": v for k, v in _vae(pipeline.vae).items()}
-    for key, tensor in pipeline.text_encoder.state_dict().items():
-        name = key.removeprefix("text_model.")
-        tensors[f"cond_stage_model.transformer.text_model.{name}"] = tensor
+    parts: Any = pipeline.components
+    name = kind_of_pipeline(pipeline).name
+    tensors: dict[str, Tensor] = {}
+
+    def add(prefix: str, part: dict[str, Tensor]) -> None:
+        tensors.update({prefix + key: tensor for key, tensor in part.items()})
+
+    vae = "first_stage_model."
+    if name in ("Stable Diffusion", "Stable Diffusion XL"):
+        add("model.diffusion_model.", _unet(parts["unet"]))
+    if name == "Stable Diffusion":
+        add("cond_stage_model.transformer.", _clip(parts["text_encoder"]))
+    elif name == "Stable Diffusion XL":
+        if parts["text_encoder"] is not None:
+            add("conditioner.embedders.0.transformer.", _clip(parts["text_encoder"]))
+        number = 0 if parts["text_encoder"] is None else 1
+        add(f"conditioner.embedders.{number}.model.", _open_clip(parts["text_encoder_2"]))
+    elif name == "Stable Diffusion 3":
+        add("model.diffusion_model.", _sd3(parts["transformer"]))
+        add("text_encoders.clip_l.transformer.", _clip(parts["text_encoder"]))
+        add("text_encoders.clip_g.transformer.", _clip(parts["text_encoder_2"]))
+        add("text_encoders.t5xxl.transformer.", parts["text_encoder_3"].state_dict())
+    else:
+        vae = "vae."
+        add("model.diffusion_model.", _flux(parts["transformer"]))
+        add("text_encoders.clip_l.transformer.", _clip(parts["text_encoder"]))
+        add("text_encoders.t5xxl.transformer.", parts["text_encoder_2"].state_dict())
+    add(vae, _vae(parts["vae"]))
     return {key: tensor.contiguous() for key, tensor in tensors.items()}
+
+
+# -- text encoders ----------------------------------------------------------------------------
+
+
+def _clip(encoder: nn.Module) -> dict[str, Tensor]:
+    """As transformers itself has it, in the older naming."""
+    return {
+        key if key.startswith(("text_model.", "text_projection.")) else f"text_model.{key}": tensor
+        for key, tensor in encoder.state_dict().items()
+    }
+
+
+_OPEN_CLIP = {
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
+    "text_model.final_layer_norm.weight": "ln_final.weight",
+    "text_model.final_layer_norm.bias": "ln_final.bias",
+}
+_OPEN_CLIP_LAYER = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
+}
+
+
+def _open_clip(encoder: nn.Module) -> dict[str, Tensor]:
+    state = _clip(encoder)
+    result = {theirs: state[ours] for ours, theirs in _OPEN_CLIP.items()}
+    if "text_projection.weight" in state:
+        result["text_projection"] = state["text_projection.weight"].T
+    for key, tensor in state.items():
+        if ".layers." not in key:
+            continue
+        number, rest = key.split(".layers.")[1].split(".", 1)
+        place = f"transformer.resblocks.{number}."
+        if "self_attn.q_proj" in rest:
+            kind = rest.rpartition(".")[2]
+            names = [key.replace("q_proj", f"{letter}_proj") for letter in "qkv"]
+            result[f"{place}attn.in_proj_{kind}"] = torch.cat([state[name] for name in names])
+        elif "_proj." not in rest or "out_proj" in rest:
+            result[place + _rename(rest, _OPEN_CLIP_LAYER)] = tensor
+    return result
+
+
+# -- transformers -----------------------------------------------------------------------------
+
+
+def _swapped(tensor: Tensor) -> Tensor:
+    """Scale and shift of a modulation, the other way round."""
+    return torch.cat(tensor.chunk(2, dim=0)[::-1])
+
+
+def _joined(state: dict[str, Tensor], place: str, names: str, kind: str) -> Tensor:
+    return torch.cat([state[f"{place}.{name}.{kind}"] for name in names.split()])
+
+
+_SD3 = {
+    "pos_embed.proj": "x_embedder.proj",
+    "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+    "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+    "context_embedder": "context_embedder",
+    "proj_out": "final_layer.linear",
+}
+_SD3_BLOCK = {
+    "attn.norm_q": "x_block.attn.ln_q",
+    "attn.norm_k": "x_block.attn.ln_k",
+    "attn.norm_added_q": "context_block.attn.ln_q",
+    "attn.norm_added_k": "context_block.attn.ln_k",
+    "attn.to_out.0": "x_block.attn.proj",
+    "attn.to_add_out": "context_block.attn.proj",
+    "attn2.norm_q": "x_block.attn2.ln_q",
+    "attn2.norm_k": "x_block.attn2.ln_k",
+    "attn2.to_out.0": "x_block.attn2.proj",
+    "norm1.linear": "x_block.adaLN_modulation.1",
+    "norm1_context.linear": "context_block.adaLN_modulation.1",
+    "ff.net.0.proj": "x_block.mlp.fc1",
+    "ff.net.2": "x_block.mlp.fc2",
+    "ff_context.net.0.proj": "context_block.mlp.fc1",
+    "ff_context.net.2": "context_block.mlp.fc2",
+}
+
+
+def _sd3(transformer: Any) -> dict[str, Tensor]:
+    state = transformer.state_dict()
+    last = len(transformer.transformer_blocks) - 1
+    result = {"pos_embed": state["pos_embed.pos_embed"]}
+    for kind in ("weight", "bias"):
+        result |= {f"{theirs}.{kind}": state[f"{ours}.{kind}"] for ours, theirs in _SD3.items()}
+        out = state[f"norm_out.linear.{kind}"]
+        result[f"final_layer.adaLN_modulation.1.{kind}"] = _swapped(out)
+        for n in range(last + 1):
+            ours, theirs = f"transformer_blocks.{n}", f"joint_blocks.{n}"
+            for block, names in (("x", "to_q to_k to_v"), ("context", "add_q add_k add_v")):
+                names = names if block == "x" else " ".join(f"{q}_proj" for q in names.split())
+                joined = _joined(state, f"{ours}.attn", names, kind)
+                result[f"{theirs}.{block}_block.attn.qkv.{kind}"] = joined
+            if f"{ours}.attn2.to_q.{kind}" in state:
+                joined = _joined(state, f"{ours}.attn2", "to_q to_k to_v", kind)
+                result[f"{theirs}.x_block.attn2.qkv.{kind}"] = joined
+            for name, other in _SD3_BLOCK.items():
+                tensor = state.get(f"{ours}.{name}.{kind}")
+                if tensor is None:
+                    continue
+                if n == last and name == "norm1_context.linear":
+                    tensor = _swapped(tensor)
+                result[f"{theirs}.{other}.{kind}"] = tensor
+    return result
+
+
+_FLUX = {
+    "time_text_embed.timestep_embedder.linear_1": "time_in.in_layer",
+    "time_text_embed.timestep_embedder.linear_2": "time_in.out_layer",
+    "time_text_embed.text_embedder.linear_1": "vector_in.in_layer",
+    "time_text_embed.text_embedder.linear_2": "vector_in.out_layer",
+    "time_text_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
+    "time_text_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
+    "context_embedder": "txt_in",
+    "x_embedder": "img_in",
+    "proj_out": "final_layer.linear",
+}
+_FLUX_DOUBLE = {
+    "norm1.linear": "img_mod.lin",
+    "norm1_context.linear": "txt_mod.lin",
+    "ff.net.0.proj": "img_mlp.0",
+    "ff.net.2": "img_mlp.2",
+    "ff_context.net.0.proj": "txt_mlp.0",
+    "ff_context.net.2": "txt_mlp.2",
+    "attn.to_out.0": "img_attn.proj",
+    "attn.to_add_out": "txt_attn.proj",
+}
+_FLUX_NORMS = {
+    "attn.norm_q": "img_attn.norm.query_norm",
+    "attn.norm_k": "img_attn.norm.key_norm",
+    "attn.norm_added_q": "txt_attn.norm.query_norm",
+    "attn.norm_added_k": "txt_attn.norm.key_norm",
+}
+
+
+def _flux(transformer: Any) -> dict[str, Tensor]:
+    state = transformer.state_dict()
+    result = {}
+    for kind in ("weight", "bias"):
+        for ours, theirs in _FLUX.items():
+            if f"{ours}.{kind}" in state:
+                result[f"{theirs}.{kind}"] = state[f"{ours}.{kind}"]
+        out = state[f"norm_out.linear.{kind}"]
+        result[f"final_layer.adaLN_modulation.1.{kind}"] = _swapped(out)
+        for n in range(len(transformer.transformer_blocks)):
+            ours, theirs = f"transformer_blocks.{n}", f"double_blocks.{n}"
+            for name, other in _FLUX_DOUBLE.items():
+                result[f"{theirs}.{other}.{kind}"] = state[f"{ours}.{name}.{kind}"]
+            streams = {"img": "to_q to_k to_v", "txt": "add_q_proj add_k_proj add_v_proj"}
+            for stream, names in streams.items():
+                tensor = _joined(state, f"{ours}.attn", names, kind)
+                result[f"{theirs}.{stream}_attn.qkv.{kind}"] = tensor
+        for n in range(len(transformer.single_transformer_blocks)):
+            ours, theirs = f"single_transformer_blocks.{n}", f"single_blocks.{n}"
+            all_in_one = _joined(state, ours, "attn.to_q attn.to_k attn.to_v proj_mlp", kind)
+            result[f"{theirs}.linear1.{kind}"] = all_in_one
+            result[f"{theirs}.linear2.{kind}"] = state[f"{ours}.proj_out.{kind}"]
+            result[f"{theirs}.modulation.lin.{kind}"] = state[f"{ours}.norm.linear.{kind}"]
+    for n in range(len(transformer.transformer_blocks)):
+        for name, other in _FLUX_NORMS.items():
+            key = f"transformer_blocks.{n}.{name}.weight"
+            result[f"double_blocks.{n}.{other}.scale"] = state[key]
+    for n in range(len(transformer.single_transformer_blocks)):
+        for letter, name in (("q", "query"), ("k", "key")):
+            key = f"single_transformer_blocks.{n}.attn.norm_{letter}.weight"
+            result[f"single_blocks.{n}.norm.{name}_norm.scale"] = state[key]
+    return result
+
+
+# -- U-Nets and autoencoders ------------------------------------------------------------------
 
 
 def _rename(key: str, names: dict[str, str]) -> str:
@@ -47,6 +252,8 @@ def _unet(unet: UNet2DConditionModel) -> dict[str, Tensor]:
     places = {
         "time_embedding.linear_1": "time_embed.0",
         "time_embedding.linear_2": "time_embed.2",
+        "add_embedding.linear_1": "label_emb.0.0",
+        "add_embedding.linear_2": "label_emb.0.2",
         "conv_in": "input_blocks.0.0",
         "conv_norm_out": "out.0",
         "conv_out": "out.2",

@@ -133,11 +133,11 @@ def tiny_sd3(folder: Path, *, with_t5: bool = True) -> StableDiffusion3Pipeline:
     _, config = TRANSFORMERS["sd3"]
     return StableDiffusion3Pipeline(
         transformer=SD3Transformer2DModel(
-            **{**config, "joint_attention_dim": _T5, "pooled_projection_dim": 5 + 6}
+            **{**config, "joint_attention_dim": _T5, "pooled_projection_dim": _FIRST + 6}
         ).eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=_vae(4),
-        text_encoder=_clip(tokenizer, _FIRST, 5),
+        text_encoder=_clip(tokenizer, _FIRST, _FIRST),
         tokenizer=tokenizer,
         text_encoder_2=_clip(tokenizer, _SECOND, 6),
         tokenizer_2=tokenizer,

@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save
 from afa.aggregators import SABW, Mean, SABWConfig, Separate
 from afa.aggregators.build import fused_sites, site_config
 from afa.errors import AfaError
-from afa.experts import locate, require_hash
 from afa.files import read_json, write_atomic
 from afa.kinds import denoiser_of
 from afa.lora import LoraExpert, base_of
 from afa.pipeline import load_pipeline
+from afa.sources import locate, require_hash
 from afa.weights import check_safetensors
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from afa.denoisers import Site
     from afa.ensemble import EnsembleDenoiser
-    from afa.experts import ExpertReference
+    from afa.sources import ExpertReference
 
 FORMAT = "afa-ensemble"
 AGGREGATORS = "aggregators.safetensors"
@@ -80,6 +80,7 @@ class _SavedEnsemble(_Saved):
     experts: list[_Reference] = Field(min_length=1)
     vae: _Reference | None
     config: str | None
+    parts: list[_Reference] = Field(default=[])
     aggregator: _Aggregator
     sites: list[str]
 
@@ -160,6 +161,7 @@ def save_ensemble(
         "experts": [_written(reference, folder) for reference in ensemble.references],
         "vae": ensemble.vae_reference and _written(ensemble.vae_reference, folder),
         "config": ensemble.config_source and _relative(ensemble.config_source, folder),
+        **_written_parts(ensemble, folder),
         "aggregator": describe_rules(ensemble),
         "sites": [site.name for site in ensemble.sites],
     }
@@ -246,6 +248,7 @@ def load_ensemble(
     experts: Sequence[str | Path | LoraExpert] | None = None,
     vae: str | Path | None = None,
     config: str | Path | None = None,
+    parts: Sequence[str | Path] | None = None,
 ) -> DiffusionPipeline:
     """Load an ensemble folder into a stock pipeline.
 
@@ -256,6 +259,7 @@ def load_ensemble(
         experts: where the experts are now, if they were moved; their hashes must still match.
         vae: likewise the autoencoder, if it is none of the experts'.
         config: likewise the configuration of single files.
+        parts: likewise what lends single files the parts that they leave out.
 
     Raises:
         AfaError: a damaged folder, an expert that is gone, or one whose hash is another.
@@ -263,6 +267,8 @@ def load_ensemble(
     folder = locate(folder) if str(folder).startswith("zoo:") else Path(folder)
     saved = read_config(folder)
     references = saved["experts"]
+    if parts is not None and len(parts) != len(saved["parts"]):
+        raise AfaError(f"This ensemble has {len(saved['parts'])} parts, {len(parts)} were named.")
     if experts is not None and len(experts) != len(references):
         raise AfaError(f"This ensemble has {len(references)} experts, {len(experts)} were named.")
     sources: Sequence[str | Path | LoraExpert] = experts or [
@@ -277,6 +283,7 @@ def load_ensemble(
         # an expert's own autoencoder moves with that expert
         names = [reference["source"] for reference in references]
         moved = dict(zip(names, map(base_of, sources), strict=True))
+        moved |= dict(zip((part["source"] for part in saved["parts"]), parts or (), strict=False))
         vae = moved.get(saved_vae["source"]) or _absolute(saved_vae["source"], folder)
     if config is None and saved["config"] is not None:
         config = _absolute(saved["config"], folder)
@@ -286,6 +293,9 @@ def load_ensemble(
         vae=vae,
         vae_revision=saved_vae.get("revision"),
         config=config,
+        parts=parts or [_absolute(part["source"], folder) for part in saved["parts"]],
+        part_revisions=[part["revision"] for part in saved["parts"]],
+        part_hashes=[part["sha256"] for part in saved["parts"]],
         revisions=[reference["revision"] for reference in references],
         hashes=[reference["sha256"] for reference in references],
         allow_duplicates=True,  # whoever trained it has allowed them
@@ -295,6 +305,11 @@ def load_ensemble(
     require_hash("Autoencoder", denoiser_of(pipeline).vae_reference, saved_vae["sha256"])
     load_aggregator_tensors(denoiser_of(pipeline), load_file(weights))
     return pipeline
+
+
+def _written_parts(ensemble: EnsembleDenoiser, folder: Path) -> dict[str, Any]:
+    parts = ensemble.part_references
+    return {"parts": [_written(part, folder) for part in parts]} if parts else {}
 
 
 def _written(reference: ExpertReference, folder: Path) -> dict[str, Any]:

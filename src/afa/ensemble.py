@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from torch.distributed.device_mesh import DeviceMesh
 
-    from afa.experts import ExpertReference
+    from afa.sources import ExpertReference
 
 #: called with the timestep [B], the site's name and the fusion weights [B, N, H, W]
 WeightsObserver = Callable[[Tensor, str, Tensor], None]
@@ -95,8 +95,10 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
         #: where the experts and the autoencoder come from; None where they were made in memory
         self.references: Sequence[ExpertReference] | None = None
         self.vae_reference: ExpertReference | None = None
-        #: the folder that lent single files their configuration
+        #: the folder, or the shipped configuration, that describes single files
         self.config_source: str | None = None
+        #: what lent single files the parts that they leave out
+        self.part_references: Sequence[ExpertReference] = ()
         self.register_to_config(**experts[0].config)
         self.eval()
 

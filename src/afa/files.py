@@ -38,6 +38,14 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         raise
 
 
+def cache_folder() -> Path:
+    """Where shipped models and configurations are written out: `$XDG_CACHE_HOME/afa`.
+
+    By default `~/.cache/afa`; safe to delete at any time.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "afa"
+
+
 @contextmanager
 def staged(output: Path) -> Iterator[Path]:
     """A free path beside `output` for a new file or folder, which becomes `output` at the end.

@@ -15,9 +15,17 @@ from afa.aggregators.build import build_sabw
 from afa.checkpoint import FORMAT, read_config
 from afa.denoisers import FAMILIES, Family, Site, discover_sites
 from afa.errors import AfaError
-from afa.experts import locate
 from afa.files import read_json
-from afa.weights import PICKLES, check_safetensors, hash_expert, hash_file, weight_files
+from afa.layouts import config_folder, config_of, missing_parts
+from afa.sources import locate
+from afa.weights import (
+    PICKLES,
+    check_safetensors,
+    hash_expert,
+    hash_file,
+    tensor_shapes,
+    weight_files,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -71,6 +79,7 @@ def _describe_ensemble(folder: Path) -> dict[str, Any]:
         "family": config["family"],
         "experts": [_describe_expert(expert) for expert in config["experts"]],
         "vae": config["vae"] and config["vae"]["source"],
+        "parts": [part["source"] for part in config["parts"]],
         "aggregator": ", ".join(f"{k} {v}" for k, v in config["aggregator"].items()),
         "aggregator_parameters": parameters,
         "dtypes": dtypes,
@@ -148,11 +157,22 @@ def _describe_file(path: Path) -> dict[str, Any]:
     return {
         "kind": "safetensors file",
         "layout": layout or "unknown",
+        **({} if layout == "LoRA" else _describe_model(path)),
         "sha256": hash_file(path),
         "parameters": parameters,
         "dtypes": dtypes,
         "tensors": len(keys),
     }
+
+
+def _describe_model(path: Path) -> dict[str, Any]:
+    """Which published model's configuration a file needs, and what it leaves out."""
+    shapes = tensor_shapes(path)
+    try:
+        name = config_of(shapes, path)
+    except AfaError as error:
+        return {"configuration": f"not told: {error}"}
+    return {"configuration": name, "leaves_out": missing_parts(shapes, config_folder(name))}
 
 
 def _read_header(files: Iterable[Path]) -> tuple[int, str, list[str]]:

@@ -17,9 +17,9 @@ from safetensors import safe_open
 from torch import nn
 
 from afa.errors import AfaError
-from afa.experts import LoraReference
 from afa.kinds import build_pipeline
 from afa.recipe import Section
+from afa.sources import LoraReference
 from afa.weights import PICKLES, check_safetensors, hash_file, loading
 
 if TYPE_CHECKING:

@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from afa.components import load_vae
 from afa.ensemble import EnsembleDenoiser
 from afa.errors import AfaError
-from afa.experts import Expert, load_expert, load_vae, require_hash
+from afa.experts import Expert, load_expert
 from afa.kinds import build_pipeline, denoiser_of, kind_of_pipeline
 from afa.lora import LoraExpert, base_of, lora_expert, shared_copy
 from afa.preflight import check_experts
+from afa.single_file import Companions
+from afa.sources import locate, require_hash
 from afa.text import EnsembleTextEncoder, hash_weights
 
 if TYPE_CHECKING:
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from afa.aggregators import SABWConfig
-    from afa.experts import ExpertReference
+    from afa.sources import ExpertReference
 
 
 def load_pipeline(
@@ -33,8 +36,11 @@ def load_pipeline(
     vae: str | Path | None = None,
     vae_revision: str | None = None,
     config: str | Path | None = None,
+    parts: Sequence[str | Path] | None = None,
     revisions: Sequence[str | None] | None = None,
     hashes: Sequence[str | None] | None = None,
+    part_revisions: Sequence[str | None] | None = None,
+    part_hashes: Sequence[str | None] | None = None,
     allow_duplicates: bool = False,
     torch_dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
@@ -49,12 +55,17 @@ def load_pipeline(
             `LoraExpert`, such as `{"base": "./base", "lora": "./ink.safetensors", "scale": 0.8}`.
         aggregators: a `SABWConfig` for untrained ones, one fusion rule per site, or None for the
             uniform mean.
-        vae: where the autoencoder comes from; None takes the first expert's.
+        vae: where the autoencoder comes from; None takes the first expert's, or one of `parts`.
         vae_revision: of a hub id.
-        config: for single files, a local diffusers folder of the same family, whose weights are
-            not read; None takes the first folder among the experts, else asks the hub.
+        config: for single files, a local diffusers folder that describes them, whose weights are
+            not read, or the name of a shipped one, such as `stable-diffusion-2`; None tells it
+            from each file's tensors. See `afa.layouts.configs`.
+        parts: folders, files or hub ids that lend single files the text encoders, and the
+            autoencoder, that they leave out.
         revisions: of hub ids, one per expert.
         hashes: SHA-256 that the experts must have, as `afa inspect` shows it, one per expert.
+        part_revisions: likewise of `parts`.
+        part_hashes: likewise of `parts`.
         allow_duplicates: whether an expert may be named twice.
         torch_dtype: of experts and autoencoder; aggregators are float32.
         device: where everything goes.
@@ -69,31 +80,59 @@ def load_pipeline(
         LoraExpert.model_validate(source) if isinstance(source, Mapping) else source
         for source in experts
     ]
-    config_folder = Path(config).expanduser() if config is not None else _first_folder(named)
-    loaded = _load_all(named, revisions, hashes, config_folder, torch_dtype)
+    companions = Companions(
+        torch_dtype,
+        config=config,
+        fallback=_first_folder(named),
+        parts=parts or (),
+        revisions=part_revisions or (),
+        hashes=part_hashes or (),
+    )
+    loaded = _load_all(named, revisions, hashes, companions)
     check_experts(loaded, allow_duplicates=allow_duplicates)
-    autoencoder, vae_reference = loaded[0].vae, loaded[0].reference
-    if vae is not None or autoencoder is None:  # a single file brings its own, a folder does not
-        autoencoder, vae_reference = load_vae(
-            base_of(named[0]) if vae is None else vae,
-            revision=loaded[0].reference.revision if vae is None else vae_revision,
-            config=config_folder,
-            torch_dtype=torch_dtype,
-        )
+    autoencoder, vae_reference = _autoencoder(loaded[0], vae, vae_revision, companions)
     pipeline = assemble(loaded, aggregators, autoencoder).to(device)
     denoiser = denoiser_of(pipeline)
     denoiser.vae_reference = vae_reference
-    if config is not None:  # the first folder among the experts is found again by itself
-        denoiser.config_source = os.path.abspath(Path(config).expanduser())
+    denoiser.part_references = companions.references
+    if config is not None:  # what is told from the files is told again
+        is_folder = Path(config).expanduser().exists()
+        denoiser.config_source = (
+            os.path.abspath(Path(config).expanduser()) if is_folder else str(config)
+        )
     return pipeline
+
+
+def _autoencoder(
+    expert: Expert, vae: str | Path | None, revision: str | None, companions: Companions
+) -> tuple[nn.Module, ExpertReference]:
+    """The autoencoder that is named; else the expert's own; else one that is lent.
+
+    Raises:
+        AfaError: there is none.
+    """
+    dtype = companions.torch_dtype
+    if vae is not None:
+        return load_vae(vae, revision=revision, config=expert.config, torch_dtype=dtype)
+    if expert.vae is not None:
+        return expert.vae, expert.reference
+    lent = companions.vae(expert.config)
+    source = expert.reference.source
+    if lent is not None:
+        return lent
+    if locate(source, expert.reference.revision).is_file():
+        raise AfaError(
+            f"An ensemble must have an autoencoder; '{source}' leaves it out. Name one: vae=FOLDER "
+            "or FILE."
+        )
+    return load_vae(source, revision=expert.reference.revision, torch_dtype=dtype)
 
 
 def _load_all(
     experts: Sequence[str | Path | LoraExpert],
     revisions: Sequence[str | None],
     hashes: Sequence[str | None],
-    config: Path | None,
-    torch_dtype: torch.dtype,
+    companions: Companions,
 ) -> list[Expert]:
     """All experts; those of one base share its memory."""
     keys = [(str(base_of(asked)), rev) for asked, rev in zip(experts, revisions, strict=True)]
@@ -102,7 +141,10 @@ def _load_all(
     for asked, key, sha256 in zip(experts, keys, hashes, strict=True):
         if key not in bases:
             bases[key] = load_expert(
-                base_of(asked), revision=key[1], config=config, torch_dtype=torch_dtype
+                base_of(asked),
+                revision=key[1],
+                companions=companions,
+                torch_dtype=companions.torch_dtype,
             )
         base = bases[key]
         require_hash("Expert", base.reference, sha256)
@@ -150,16 +192,18 @@ def _build(expert: Expert, parts: dict[str, Any]) -> DiffusionPipeline:
 
 
 def load_single(
-    source: str | Path,
+    source: str | Path | LoraExpert,
     *,
-    config: Path | None = None,
+    config: str | Path | None = None,
+    parts: Sequence[str | Path] | None = None,
     torch_dtype: torch.dtype = torch.float32,
 ) -> tuple[DiffusionPipeline, ExpertReference]:
     """One checkpoint by itself, with its own autoencoder, as anyone would load it.
 
     Args:
-        source: see `load_expert`, like the others.
-        config: for a single file.
+        source: see `load_expert`; or a LoRA on such a model.
+        config: see `load_pipeline`.
+        parts: see `load_pipeline`.
         torch_dtype: of all weights.
 
     Returns: a stock pipeline, and what was loaded.
@@ -167,13 +211,16 @@ def load_single(
     Raises:
         AfaError: see `load_expert`.
     """
-    expert = load_expert(source, config=config, torch_dtype=torch_dtype)
-    parts = {
-        "vae": expert.vae or load_vae(source, torch_dtype=torch_dtype)[0],
+    companions = Companions(torch_dtype, config=config, parts=parts or ())
+    expert = load_expert(base_of(source), companions=companions, torch_dtype=torch_dtype)
+    if isinstance(source, LoraExpert):
+        expert = lora_expert(expert, source)
+    components = {
+        "vae": _autoencoder(expert, None, None, companions)[0],
         expert.kind.denoiser: expert.denoiser,
         **expert.text_encoders,
     }
-    return _build(expert, parts), expert.reference
+    return _build(expert, components), expert.reference
 
 
 def check_text_to_image(pipeline: DiffusionPipeline) -> None:

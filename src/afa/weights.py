@@ -116,6 +116,48 @@ def check_safetensors(file: Path) -> None:
         ) from error
 
 
+def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of a file's tensors, by name, from its header alone.
+
+    Raises:
+        AfaError: see `check_safetensors`.
+    """
+    check_safetensors(file)
+    with safe_open(file, framework="pt") as header:
+        return {name: tuple(header.get_slice(name).get_shape()) for name in header.keys()}  # noqa: SIM118
+
+
+def tensor_dtypes(file: Path) -> dict[str, str]:
+    """The kinds of a file's numbers as safetensors names them (`F16`, `I8`), by tensor.
+
+    Raises:
+        AfaError: see `check_safetensors`.
+    """
+    check_safetensors(file)
+    with safe_open(file, framework="pt") as header:
+        return {name: header.get_slice(name).get_dtype() for name in header.keys()}  # noqa: SIM118
+
+
+def refuse_quantised(file: Path) -> None:
+    """Refuse weights whose numbers mean nothing without a scale; see `is_quantised`.
+
+    Raises:
+        AfaError: names the first.
+    """
+    for name, kind in tensor_dtypes(file).items():
+        if is_quantised(name, is_float=kind.startswith(("F", "BF"))):
+            raise AfaError(
+                f"Weights must be plain numbers; '{name}' in '{file}' is quantised ({kind}). Take "
+                "the float16 or float32 version."
+            )
+
+
+def is_quantised(name: str, *, is_float: bool) -> bool:
+    """Whether a tensor is a scale of others, or one of integers that a scale belongs to."""
+    is_scale = name.endswith((".scale_weight", ".weight_scale", "scaled_fp8"))
+    return is_scale or (name.endswith(".weight") and not is_float)
+
+
 def hash_file(file: Path) -> str:
     """SHA-256 of a file, as published beside checkpoints."""
     with file.open("rb") as stream:

@@ -41,7 +41,7 @@ def tune_base(
     settings: TrainingRecipe,
     output: Path,
     *,
-    config: Path | None = None,
+    config: str | Path | None = None,
 ) -> Iterator[TrainStep]:
     """Fine-tune a model's U-Net and text encoder in the way that aggregators are trained.
 
@@ -50,7 +50,7 @@ def tune_base(
     where an earlier one was stopped.
 
     Args:
-        source: the base; see `afa.experts.locate`.
+        source: the base; see `afa.sources.locate`.
         data: pictures and captions; a run that goes on must have data of the same `repr`.
         settings: see `train_aggregators`; `expert_dtype` must be float32.
         output: a new folder, or one of an earlier run with the same settings.

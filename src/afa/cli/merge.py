@@ -87,5 +87,5 @@ def _how_to_use(plan: MergePlan) -> str:
         )
     return (
         f"Merged checkpoint in {plan.output}. It loads wherever its experts do: ComfyUI, the web "
-        f"UIs, afa.load_pipeline(['{plan.output}'], config=FOLDER)"
+        f"UIs, afa.load_pipeline(['{plan.output}'])"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,16 +10,17 @@ import torch
 from afa.baselines import merge_models
 from afa.checkpoint import AGGREGATORS, load_ensemble, read_config
 from afa.ensemble import EnsembleDenoiser
-from afa.experts import load_expert, locate
+from afa.experts import load_expert
 from afa.kinds import build_pipeline, denoiser_of, kind_of_pipeline
+from afa.lora import LoraExpert, base_of
 from afa.pipeline import check_text_to_image, load_pipeline, load_single
+from afa.single_file import Companions
+from afa.sources import locate
 from afa.text import EnsembleTextEncoder
 from afa.training.engine import pick_device
-from afa.weights import hash_file, hash_pipeline, hash_vae
+from afa.weights import hash_expert, hash_file, hash_pipeline, hash_vae
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from diffusers import DiffusionPipeline
 
     from afa.baselines.fusion import FusionRecipe
@@ -39,7 +41,7 @@ class MethodBuilder:
         self._recipe = recipe
         self._device = device or pick_device(recipe.sampling.device)
         self._dtype = getattr(torch, recipe.sampling.dtype)
-        self._hashes: dict[str, str] = {}
+        self._hashes: dict[str | LoraExpert, str] = {}
         self._experts: DiffusionPipeline | None = None
 
     def identity(self, method: MethodRecipe, replica: int) -> dict[str, Any]:
@@ -58,6 +60,7 @@ class MethodBuilder:
             "experts": [self._hash(source) for source in recipe.experts],
             "vae": recipe.vae and hash_vae(locate(recipe.vae)),
             "config": recipe.config,
+            "parts": [hash_expert(locate(part)) for part in recipe.parts],
         }
         if method.fusion is not None:
             return {"fusion": method.fusion.model_dump(exclude_none=True), **shared}
@@ -66,9 +69,12 @@ class MethodBuilder:
         base = merge.pop("base", None)
         return {"merge": merge, "base": base and self._hash(base), **shared}
 
-    def _hash(self, source: str) -> str:
+    def _hash(self, source: str | LoraExpert) -> str:
         if source not in self._hashes:
-            self._hashes[source] = hash_pipeline(locate(source))
+            digest = hash_pipeline(locate(base_of(source)))
+            if isinstance(source, LoraExpert):
+                digest += f" + {source.scale!r} x {hash_file(Path(source.lora))}"
+            self._hashes[source] = digest
         return self._hashes[source]
 
     def build(self, method: MethodRecipe, replica: int = 0) -> DiffusionPipeline:
@@ -101,25 +107,28 @@ class MethodBuilder:
                 self._recipe.experts,
                 vae=self._recipe.vae,
                 config=self._recipe.config,
+                parts=self._recipe.parts,
                 torch_dtype=self._dtype,
                 device=self._device,
             )
         return self._experts
 
-    @property
-    def _config(self) -> Path | None:
-        return None if self._recipe.config is None else locate(self._recipe.config)
-
-    def _model(self, source: str) -> DiffusionPipeline:
+    def _model(self, source: str | LoraExpert) -> DiffusionPipeline:
         """A checkpoint with its own autoencoder."""
-        pipeline, _ = load_single(source, config=self._config, torch_dtype=self._dtype)
+        recipe = self._recipe
+        pipeline, _ = load_single(
+            source, config=recipe.config, parts=recipe.parts, torch_dtype=self._dtype
+        )
         return pipeline.to(self._device)
 
     def _merge(self, method: MethodRecipe) -> DiffusionPipeline:
         recipe = self._recipe.merge_recipe(method)
         base = None
         if recipe.base is not None:
-            base = load_expert(recipe.base, config=self._config, torch_dtype=self._dtype)
+            companions = Companions(
+                self._dtype, config=self._recipe.config, parts=self._recipe.parts
+            )
+            base = load_expert(recipe.base, companions=companions, torch_dtype=self._dtype)
         return merged_pipeline(self._all_experts(), recipe.build(), base)
 
     def _fusion(self, fusion: FusionRecipe) -> DiffusionPipeline:

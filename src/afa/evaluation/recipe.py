@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from afa.baselines.fusion import AnyFusion
 from afa.baselines.merging import MergeRecipe
 from afa.evaluation.prompts import PromptsRecipe, resolve_file, resolve_prompts
+from afa.lora import AnyExpert
 from afa.metrics import MetricRecipe
 from afa.recipe import MAX_SEED, Section, read_recipe, resolve_sources
 
@@ -34,13 +36,13 @@ def slug(name: str) -> str:
 class MethodRecipe(Section):
     """One row of the comparison: a name, and exactly one way to draw.
 
-    `model`: a checkpoint by itself. `ensemble`: a folder of `afa train`, or several that differ in
-    the seed of their training and are reported as one method. `merge`: as in a recipe of
-    `afa merge`, without experts and base. `fusion`: a rule of `afa.baselines.fusion`.
+    `model`: a checkpoint by itself, or a LoRA on one. `ensemble`: a folder of `afa train`, or
+    several that differ in the seed of their training and are reported as one method. `merge`: as in
+    a recipe of `afa merge`, without experts and base. `fusion`: a rule of `afa.baselines.fusion`.
     """
 
     name: str = Field(min_length=1, max_length=80)
-    model: list[str] | None = Field(default=None, min_length=1)
+    model: list[AnyExpert] | None = Field(default=None, min_length=1)
     ensemble: list[str] | None = Field(default=None, min_length=1)
     merge: dict[str, Any] | None = None
     fusion: AnyFusion | None = None
@@ -48,7 +50,7 @@ class MethodRecipe(Section):
     @field_validator("model", "ensemble", mode="before")
     @classmethod
     def _one_or_several(cls, given: Any) -> Any:
-        return [given] if isinstance(given, str) else given
+        return [given] if isinstance(given, (str, Mapping)) else given
 
     @model_validator(mode="after")
     def _exactly_one(self) -> MethodRecipe:
@@ -115,16 +117,18 @@ class CurveRecipe(Section):
 class EvaluateRecipe(Section):
     """A whole comparison.
 
-    `experts` and `base` are what merges and fusions combine; `experts` alone count as single
-    experts. `subject` is the method that is compared with all others, the first one by default;
-    `primary` the score that picks the best expert and the best merge, the first one by default.
+    `experts` and `base` are what merges and fusions combine, as in a recipe of `afa train`, with
+    its `vae`, `config` and `parts`; `experts` alone count as single experts. `subject` is the
+    method that is compared with all others, the first one by default; `primary` the score that
+    picks the best expert and the best merge, the first one by default.
     `references` is a folder of real pictures for FID, KID and CMMD; by default the prompts' own.
     """
 
-    experts: list[str] = Field(default=[], max_length=64)
+    experts: list[AnyExpert] = Field(default=[], max_length=64)
     base: str | None = None
     vae: str | None = None
     config: str | None = None
+    parts: list[str] = Field(default=[])
     prompts: PromptsRecipe
     methods: list[MethodRecipe] = Field(min_length=1)
     sampling: SamplingRecipe = SamplingRecipe()
@@ -202,7 +206,8 @@ class EvaluateRecipe(Section):
                 "comparison's own are used"
             )
         needs_base = settings.get("method") in ("add_difference", "ties", "dare")
-        return MergeRecipe(experts=self.experts, base=self.base if needs_base else None, **settings)
+        names = [str(expert) for expert in self.experts]  # they are merged in memory
+        return MergeRecipe(experts=names, base=self.base if needs_base else None, **settings)
 
     @property
     def subject_name(self) -> str:
@@ -223,7 +228,7 @@ def load_evaluate_recipe(path: str | Path) -> EvaluateRecipe:
     """
     recipe, folder = read_recipe(path, EvaluateRecipe), Path(path).parent
 
-    return resolve_sources(recipe, folder, "experts", "base", "vae", "config").model_copy(
+    return resolve_sources(recipe, folder, "experts", "base", "vae", "config", "parts").model_copy(
         update={
             "references": resolve_file(recipe.references, folder),
             "prompts": resolve_prompts(recipe.prompts, folder),

@@ -22,14 +22,14 @@ from afa.evaluation.prompts import PromptsRecipe, load_prompts, resolve_prompts
 from afa.evaluation.recipe import SCENES, SamplingRecipe, resolve_metric
 from afa.evaluation.scoring import open_scorer
 from afa.evaluation.work import draw
-from afa.experts import locate
 from afa.files import is_unused, owned, read_json, write_atomic
 from afa.kinds import denoiser_of
 from afa.metrics import MetricRecipe
 from afa.pipeline import check_text_to_image, load_pipeline
 from afa.recipe import MAX_SEED, Section, read_recipe, resolve_sources
+from afa.sources import locate
 from afa.training.engine import pick_device
-from afa.weights import hash_pipeline, hash_vae
+from afa.weights import hash_expert, hash_pipeline, hash_vae
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence
@@ -55,6 +55,7 @@ class SearchRecipe(Section):
     experts: list[str] = Field(min_length=2)
     vae: str | None = None
     config: str | None = None
+    parts: list[str] = Field(default=[])
     prompts: PromptsRecipe
     sampling: SamplingRecipe = SamplingRecipe()
     metric: MetricRecipe | Literal["scenes"]
@@ -91,7 +92,7 @@ def load_search_recipe(path: str | Path) -> SearchRecipe:
         AfaError: see `afa.recipe.read_recipe`.
     """
     recipe, folder = read_recipe(path, SearchRecipe), Path(path).parent
-    return resolve_sources(recipe, folder, "experts", "vae", "config").model_copy(
+    return resolve_sources(recipe, folder, "experts", "vae", "config", "parts").model_copy(
         update={
             "prompts": resolve_prompts(recipe.prompts, folder),
             "metric": recipe.metric
@@ -133,6 +134,7 @@ def _trials(recipe: SearchRecipe, prompts: Sequence[Prompt], output: Path) -> It
         recipe.experts,
         vae=recipe.vae,
         config=recipe.config,
+        parts=recipe.parts,
         torch_dtype=getattr(torch, recipe.sampling.dtype),
         device=device,
     )
@@ -162,6 +164,7 @@ def _identity(recipe: SearchRecipe, prompts: Sequence[Prompt]) -> dict[str, Any]
         **asked,
         "experts": [hash_pipeline(locate(source)) for source in recipe.experts],
         "vae": recipe.vae and hash_vae(locate(recipe.vae)),
+        "parts": [hash_expert(locate(source)) for source in recipe.parts],
         "prompts": [prompt.text for prompt in prompts],
     }
 

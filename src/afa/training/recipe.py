@@ -178,14 +178,16 @@ class Recipe(Section):
 
     `experts` are diffusers folders, single `.safetensors` files, hub ids or `zoo:animals`, or LoRAs
     on one, `{base: ./base, lora: ./ink.safetensors, scale: 0.8}`; the autoencoder is the first
-    expert's unless `vae` names another source. Single files need `config`, a diffusers folder of
-    their family, where no hub can be reached. `previews` are pictures drawn meanwhile.
+    expert's unless `vae` names another source. For single files, `config` is a diffusers folder of
+    their family or the name of a shipped one (by default it is told from the file), and `parts` are
+    sources of the text encoders that they leave out. `previews` are pictures drawn meanwhile.
     `allow_duplicates` lets one expert be named twice.
     """
 
     experts: list[AnyExpert] = Field(min_length=1)
     vae: str | None = None
     config: str | None = None
+    parts: list[str] = Field(default=[])
     allow_duplicates: bool = False
     data: DataRecipe
     aggregator: AggregatorRecipe = AggregatorRecipe()
@@ -209,7 +211,7 @@ def load_recipe(path: str | Path) -> Recipe:
             changes[key] = Path(os.path.abspath(folder / place.expanduser()))
     if data.dataset is not None:
         changes["dataset"] = _resolve_dataset(data.dataset, folder)
-    recipe = resolve_sources(recipe, folder, "experts", "vae", "config")
+    recipe = resolve_sources(recipe, folder, "experts", "vae", "config", "parts")
     return recipe.model_copy(update={"data": data.model_copy(update=changes)})
 
 

@@ -87,6 +87,7 @@ def train(
             SABWConfig(**recipe.aggregator.model_dump()),
             vae=recipe.vae,
             config=recipe.config,
+            parts=recipe.parts,
             allow_duplicates=recipe.allow_duplicates,
             torch_dtype=getattr(torch, settings.expert_dtype),
             # where they do not all fit on one, they come to it in parts

@@ -10,9 +10,9 @@ from typing import Any
 from afa.baselines.merging.parts import TEXT_ENCODERS
 from afa.baselines.merging.streams import StoredTensor, read_header
 from afa.errors import AfaError
-from afa.experts import locate
 from afa.files import read_json
-from afa.weights import weight_files, weights_in
+from afa.sources import locate
+from afa.weights import is_quantised, weight_files, weights_in
 
 _PARTS = ("unet", *TEXT_ENCODERS, "vae")
 # what of a hub repository is needed; never a pickle
@@ -117,8 +117,7 @@ def _refuse_quantised(tensors: Mapping[str, StoredTensor]) -> None:
         AfaError: names the first.
     """
     for name, tensor in tensors.items():
-        is_scale = name.endswith((".scale_weight", ".weight_scale", "scaled_fp8"))
-        if is_scale or (name.endswith(".weight") and not tensor.dtype.is_floating_point):
+        if is_quantised(name, is_float=tensor.dtype.is_floating_point):
             raise AfaError(
                 f"Merged weights must be plain numbers; '{name}' in '{tensor.file}' is quantised "
                 f"({tensor.dtype}). Take the float16 or float32 version."

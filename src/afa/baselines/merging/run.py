@@ -14,8 +14,8 @@ from afa.baselines.merging.method import is_finite
 from afa.baselines.merging.plan import SINGLE_FILE, MergePlan, PlannedTensor, plan_merge
 from afa.baselines.merging.streams import StoredTensor, write_tensors, writing_order
 from afa.errors import AfaError
-from afa.experts import refer
 from afa.files import staged, write_atomic
+from afa.sources import refer
 from afa.weights import hash_files
 
 if TYPE_CHECKING:

@@ -1,0 +1,412 @@
+"""Single files of the original codes: told apart by their tensors, read bit for bit, no network."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import diffusers
+import pytest
+import torch
+from diffusers import DiffusionPipeline, FluxTransformer2DModel
+from safetensors.torch import save_file
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+import afa
+from afa.cli import main
+from afa.errors import AfaError
+from afa.inspection import describe
+from afa.kinds import build_pipeline, denoiser_of
+from afa.layouts import config_folder, config_of, configs, missing_parts
+from afa.single_file import Companions, load_single_file
+from tests.single_file import original_layout
+from tests.tiny import tiny_pipeline
+from tests.tiny_pipelines import PIPELINES
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+_KINDS = ("xl", "refiner", "sd3")
+
+
+@pytest.fixture(autouse=True)
+def _unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No name is looked up and no connection made, whatever a library tries."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def made(kind: str, root: Path, seed: int = 0) -> DiffusionPipeline:
+    """A tiny pipeline in memory, and its folder `root/kind-seed`."""
+    torch.manual_seed(seed)
+    if kind == "1.5":
+        pipeline = tiny_pipeline(root / "tokenizer", seed)
+    else:
+        pipeline = PIPELINES[kind](root / "tokenizer")
+    if kind == "sd3":  # what the library takes the projection for, which these files leave out
+        torch.nn.init.eye_(pipeline.text_encoder.text_projection.weight)
+    pipeline.save_pretrained(root / f"{kind}-{seed}")
+    return pipeline
+
+
+def exported(pipeline: DiffusionPipeline, file: Path, *without: str) -> Path:
+    """Its single file, without the tensors that start like this."""
+    tensors = original_layout(pipeline)
+    save_file({k: t.clone() for k, t in tensors.items() if not k.startswith(without)}, file)
+    return file
+
+
+def assert_same_weights(ours: nn.Module, theirs: nn.Module) -> None:
+    expected, came = ours.state_dict(), theirs.state_dict()
+    assert expected.keys() == came.keys()
+    for key, tensor in expected.items():
+        assert torch.equal(tensor, came[key]), key
+
+
+# -- round trips ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["1.5", *_KINDS])
+def test_a_file_is_read_bit_for_bit(kind: str, tmp_path: Path) -> None:
+    pipeline = made(kind, tmp_path)
+    file = exported(pipeline, tmp_path / "file.safetensors")
+    companions = Companions(torch.float32, config=tmp_path / f"{kind}-0")
+    _, parts = load_single_file(file, companions)
+    for name, part in pipeline.components.items():
+        if isinstance(part, torch.nn.Module):
+            assert_same_weights(part, parts[name])
+            assert not parts[name].training, name
+    assert companions.references == []
+
+
+@pytest.mark.parametrize("kind", ["1.5", "xl", "sd3"])
+def test_files_and_folders_make_the_same_ensemble(kind: str, tmp_path: Path) -> None:
+    folders = [tmp_path / f"{kind}-{seed}" for seed in range(2)]
+    files = [
+        exported(made(kind, tmp_path, seed), tmp_path / f"{seed}.safetensors") for seed in range(2)
+    ]
+    torch.manual_seed(7)
+    expected = afa.load_pipeline(folders)
+    ours = afa.load_pipeline(files, config=folders[0])
+    assert_same_weights(denoiser_of(expected), denoiser_of(ours))
+    options: dict[str, Any] = {"num_inference_steps": 2, "output_type": "pt"}
+    pictures = [
+        pipeline("a fox", generator=torch.Generator().manual_seed(0), **options).images
+        for pipeline in (expected, ours)
+    ]
+    # where a file's bytes lie decides the last bits of a product, not of a weight
+    torch.testing.assert_close(*pictures, atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_a_flux_file_is_read_bit_for_bit(tmp_path: Path) -> None:
+    # the library reads this layout at the published width alone: one block of each kind, 1 GB
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=128,
+            num_attention_heads=24,
+            joint_attention_dim=24,
+            pooled_projection_dim=8,
+            guidance_embeds=True,
+        ).bfloat16()
+    transformer = transformer.to_empty(device="cpu").eval()
+    for n, parameter in enumerate(transformer.parameters()):
+        parameter.data.uniform_(-0.02, 0.02, generator=torch.Generator().manual_seed(n))
+    torch.manual_seed(0)
+    pipeline = PIPELINES["flux"](tmp_path / "tokenizer")
+    pipeline.register_modules(transformer=transformer)
+    pipeline.save_pretrained(tmp_path / "folder")
+    file = exported(pipeline, tmp_path / "file.safetensors")
+    companions = Companions(torch.bfloat16, config=tmp_path / "folder")
+    _, parts = load_single_file(file, companions)
+    assert_same_weights(transformer, parts["transformer"])
+    assert_same_weights(pipeline.vae.bfloat16(), parts["vae"])
+    for name in ("text_encoder", "text_encoder_2"):
+        assert_same_weights(getattr(pipeline, name).bfloat16(), parts[name])
+    # and as it is usually shared: the transformer alone, the rest in files of their own
+    alone = exported(
+        pipeline, tmp_path / "alone.safetensors", "vae.", "text_encoders.clip_l", "text_encoders.t5"
+    )
+    del parts
+    save_file(_bare(pipeline.text_encoder), tmp_path / "clip_l.safetensors")
+    save_file(_bare(pipeline.text_encoder_2), tmp_path / "t5xxl.safetensors")
+    lent = Companions(
+        torch.bfloat16,
+        config=tmp_path / "folder",
+        parts=[tmp_path / "clip_l.safetensors", tmp_path / "t5xxl.safetensors"],
+    )
+    _, parts = load_single_file(alone, lent)
+    for name in ("text_encoder", "text_encoder_2"):
+        assert_same_weights(getattr(pipeline, name), parts[name])
+
+
+def _bare(encoder: nn.Module) -> dict[str, Tensor]:
+    """A text encoder's file of its own, as web UIs keep it."""
+    if isinstance(encoder, T5EncoderModel):
+        state = encoder.state_dict()
+        return {k: t.contiguous() for k, t in state.items() if k != "encoder.embed_tokens.weight"}
+    return {
+        key if key.startswith("text_") else f"text_model.{key}": tensor.contiguous()
+        for key, tensor in encoder.state_dict().items()
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_numbers_of_less_precision_are_widened(dtype: torch.dtype, tmp_path: Path) -> None:
+    pipeline = made("1.5", tmp_path)
+    tensors = {key: tensor.to(dtype) for key, tensor in original_layout(pipeline).items()}
+    save_file(tensors, tmp_path / "file.safetensors")
+    _, parts = load_single_file(
+        tmp_path / "file.safetensors", Companions(torch.float32, config=tmp_path / "1.5-0")
+    )
+    expected = pipeline.unet.conv_in.weight.to(dtype).float()
+    assert torch.equal(parts["unet"].conv_in.weight, expected)
+
+
+# -- what files leave out ---------------------------------------------------------------------
+
+
+def test_text_encoders_that_a_file_leaves_out_are_lent(tmp_path: Path) -> None:
+    pipeline = made("xl", tmp_path)
+    whole = exported(pipeline, tmp_path / "whole.safetensors")
+    bare = exported(pipeline, tmp_path / "bare.safetensors", "conditioner.", "first_stage_model.")
+    folder = tmp_path / "xl-0"
+    with pytest.raises(AfaError, match=r"lacks text_encoder, text_encoder_2\. .* parts=\[\.\.\.\]"):
+        afa.load_pipeline([bare], config=folder)
+    for part in (folder, whole):
+        loaded = afa.load_pipeline([bare], config=folder, parts=[part])
+        for name in ("text_encoder", "text_encoder_2"):
+            assert_same_weights(getattr(pipeline, name), getattr(loaded, name).encoders[0])
+        assert_same_weights(pipeline.vae, loaded.vae)
+    # each in a file of its own; the autoencoder is named by itself
+    save_file(_bare(pipeline.text_encoder), tmp_path / "clip_l.safetensors")
+    save_file(_bare(pipeline.text_encoder_2), tmp_path / "clip_g.safetensors")
+    files = [tmp_path / "clip_l.safetensors", tmp_path / "clip_g.safetensors"]
+    with pytest.raises(AfaError, match=r"must have an autoencoder; .*bare.* Name one: vae="):
+        afa.load_pipeline([bare], config=folder, parts=files)
+    loaded = afa.load_pipeline([bare], config=folder, parts=files, vae=folder)
+    for name in ("text_encoder", "text_encoder_2"):
+        assert_same_weights(getattr(pipeline, name), getattr(loaded, name).encoders[0])
+
+
+def test_what_was_lent_is_found_again_and_must_be_the_same(tmp_path: Path) -> None:
+    pipeline = made("xl", tmp_path)
+    bare = exported(pipeline, tmp_path / "bare.safetensors", "conditioner.", "first_stage_model.")
+    whole = exported(pipeline, tmp_path / "whole.safetensors")
+    loaded = afa.load_pipeline([bare], config=tmp_path / "xl-0", parts=[whole])
+    saved = afa.save_ensemble(loaded, tmp_path / "ensemble")
+    assert describe(saved)["parts"] == ["./../whole.safetensors"]
+    again = afa.load_ensemble(saved)
+    assert_same_weights(loaded.text_encoder, again.text_encoder)
+    assert again.unet.vae_reference == loaded.unet.vae_reference
+    whole.rename(tmp_path / "moved.safetensors")
+    with pytest.raises(AfaError, match=r"whole\.safetensors' does not exist"):
+        afa.load_ensemble(saved)
+    afa.load_ensemble(saved, parts=[tmp_path / "moved.safetensors"])
+    with pytest.raises(AfaError, match="has 1 parts, 2 were named"):
+        afa.load_ensemble(saved, parts=[tmp_path / "moved.safetensors"] * 2)
+    exported(made("xl", tmp_path, 1), whole)
+    with pytest.raises(AfaError, match=r"Part .*whole.* must have SHA-256"):
+        afa.load_ensemble(saved)
+
+
+def test_lent_encoders_are_one_for_all(tmp_path: Path) -> None:
+    files = [
+        exported(made("xl", tmp_path, seed), tmp_path / f"{seed}.safetensors", "conditioner.")
+        for seed in range(2)
+    ]
+    loaded = afa.load_pipeline(files, config=tmp_path / "xl-0", parts=[tmp_path / "xl-0"])
+    assert len(loaded.text_encoder.encoders) == 1
+
+
+def test_stable_diffusion_3_works_without_t5(tmp_path: Path) -> None:
+    pipeline = made("sd3", tmp_path)
+    file = exported(pipeline, tmp_path / "file.safetensors", "text_encoders.t5xxl")
+    loaded = afa.load_pipeline([file], config=tmp_path / "sd3-0")
+    assert loaded.text_encoder_3 is None
+    assert loaded.tokenizer_3 is None
+    assert loaded("a fox", num_inference_steps=1, output_type="pt").images.isfinite().all()
+    lent = afa.load_pipeline([file], config=tmp_path / "sd3-0", parts=[tmp_path / "sd3-0"])
+    assert_same_weights(pipeline.text_encoder_3, lent.text_encoder_3.encoders[0])
+    gone = exported(pipeline, tmp_path / "gone.safetensors", "text_encoders.")
+    with pytest.raises(
+        AfaError, match=r"lacks text_encoder \(CLIP-L\), text_encoder_2 \(CLIP-G\)\."
+    ):
+        afa.load_pipeline([gone], config=tmp_path / "sd3-0")
+
+
+def test_parts_of_another_family_lend_nothing(tmp_path: Path) -> None:
+    pipeline = made("xl", tmp_path)
+    made("1.5", tmp_path)
+    made("sd3", tmp_path)
+    file = exported(pipeline, tmp_path / "file.safetensors", "conditioner.")
+    for other in ("1.5-0", "sd3-0"):
+        with pytest.raises(AfaError, match="lacks text_encoder"):
+            afa.load_pipeline([file], config=tmp_path / "xl-0", parts=[tmp_path / other])
+
+
+def test_a_file_without_a_denoiser_says_so(tmp_path: Path) -> None:
+    file = exported(made("1.5", tmp_path), tmp_path / "file.safetensors", "model.diffusion_model.")
+    with pytest.raises(AfaError, match="must hold a denoiser"):
+        afa.load_pipeline([file], config=tmp_path / "1.5-0")
+
+
+def test_quantised_files_are_refused(tmp_path: Path) -> None:
+    tensors = original_layout(made("1.5", tmp_path))
+    tensors["model.diffusion_model.scaled_fp8"] = torch.zeros(1)
+    save_file(tensors, tmp_path / "file.safetensors")
+    with pytest.raises(AfaError, match=r"plain numbers; .*scaled_fp8.* is quantised"):
+        afa.load_pipeline([tmp_path / "file.safetensors"], config=tmp_path / "1.5-0")
+
+
+# -- what ships -------------------------------------------------------------------------------
+
+_ENCODERS: dict[str, Any] = {
+    "CLIPTextModel": (CLIPTextConfig, CLIPTextModel),
+    "CLIPTextModelWithProjection": (CLIPTextConfig, CLIPTextModelWithProjection),
+    "T5EncoderModel": (T5Config, T5EncoderModel),
+}
+
+
+def described(name: str) -> DiffusionPipeline:
+    """The whole pipeline of a shipped configuration, at its real size, without memory."""
+    folder = config_folder(name)
+    index = json.loads((folder / "model_index.json").read_text())
+    parts: dict[str, Any] = {}
+    with torch.device("meta"):
+        for part, entry in index.items():
+            if not isinstance(entry, list):
+                continue
+            if entry[0] is None or part.startswith("tokenizer"):
+                parts[part] = None
+                continue
+            file = "scheduler_config.json" if part == "scheduler" else "config.json"
+            settings = json.loads((folder / part / file).read_text())
+            if part.startswith("text_encoder"):
+                config_class, model_class = _ENCODERS[entry[1]]
+                parts[part] = model_class(config_class(**settings))
+            else:
+                parts[part] = getattr(diffusers, entry[1]).from_config(settings)
+    return build_pipeline(index["_class_name"], parts, {})
+
+
+@pytest.mark.parametrize("name", configs())
+def test_every_shipped_configuration_is_told_from_its_own_file(name: str) -> None:
+    shapes = {key: tuple(t.shape) for key, t in original_layout(described(name)).items()}
+    if name in ("stable-diffusion-2", "stable-diffusion-2-base"):
+        with pytest.raises(AfaError, match="no tensor tells"):
+            config_of(shapes, "file")
+        return
+    if name == "stable-diffusion-xl-v":
+        assert config_of(shapes, "file") == "stable-diffusion-xl"
+        shapes["v_pred"] = ()
+    assert config_of(shapes, "file") == name
+    assert missing_parts(shapes, config_folder(name)) == []
+
+
+# parameters of the denoiser in millions, as published or as the original code's settings give them
+_SIZES = {
+    "stable-diffusion-1.5": 859.5,
+    "stable-diffusion-1.5-inpainting": 859.5,
+    "stable-diffusion-2": 865.9,
+    "stable-diffusion-2-base": 865.9,
+    "stable-diffusion-2-inpainting": 865.9,
+    "stable-diffusion-xl": 2567.5,
+    "stable-diffusion-xl-v": 2567.5,
+    "stable-diffusion-xl-inpainting": 2567.5,
+    "stable-diffusion-xl-refiner": 2259.5,
+    "stable-diffusion-3-medium": 2028.3,
+    "stable-diffusion-3.5-medium": 2243.2,
+    "stable-diffusion-3.5-large": 8056.6,
+    "flux-dev": 11901.4,
+    "flux-schnell": 11890.9,
+}
+
+
+@pytest.mark.parametrize("name", configs())
+def test_shipped_configurations_have_the_published_sizes(name: str) -> None:
+    parts = described(name).components
+    denoiser = parts.get("unet") or parts["transformer"]
+    millions = sum(p.numel() for p in denoiser.parameters()) / 1e6
+    assert millions == pytest.approx(_SIZES[name], rel=2e-4)
+
+
+def test_shipped_tokenizers_are_the_published_ones() -> None:
+    folder = config_folder("stable-diffusion-3-medium")
+    clip = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    ids = clip("a photo of a cat", padding="max_length", max_length=10).input_ids
+    assert ids == [49406, 320, 1125, 539, 320, 2368, 49407, 49407, 49407, 49407]
+    second = CLIPTokenizer.from_pretrained(folder / "tokenizer_2")
+    assert second("cat", padding="max_length", max_length=5).input_ids == [49406, 2368, 49407, 0, 0]
+    assert (len(clip), clip.model_max_length) == (49408, 77)
+    t5 = T5Tokenizer.from_pretrained(folder / "tokenizer_3")
+    assert t5("a photo of a cat").input_ids == [3, 9, 1202, 13, 3, 9, 1712, 1]
+    assert (len(t5), t5.pad_token_id) == (32100, 0)
+
+
+def test_unknown_files_say_what_is_known(tmp_path: Path) -> None:
+    with pytest.raises(AfaError, match=r"'nothing'"):
+        config_of({}, "file")
+    with pytest.raises(AfaError, match="layout of Stable Diffusion, Stable Diffusion XL"):
+        config_of({"blocks.0.weight": (1, 1)}, "file")
+    with pytest.raises(AfaError, match="takes 384 channels where flux-dev takes 64"):
+        config_of(
+            {
+                "double_blocks.0.img_attn.norm.key_norm.scale": (128,),
+                "guidance_in.in_layer.weight": (3072, 256),
+                "img_in.weight": (3072, 384),
+            },
+            "file",
+        )
+    with pytest.raises(AfaError, match="a U-Net with 8 channels"):
+        config_of({"model.diffusion_model.input_blocks.0.0.weight": (320, 8, 3, 3)}, "file")
+    with pytest.raises(AfaError, match="of 2 blocks and 144 positions"):
+        config_of(
+            {
+                "joint_blocks.0.context_block.adaLN_modulation.1.bias": (96,),
+                "joint_blocks.1.context_block.adaLN_modulation.1.bias": (96,),
+                "pos_embed": (1, 144, 16),
+            },
+            "file",
+        )
+    with pytest.raises(AfaError, match="A shipped configuration is one of flux-dev"):
+        config_folder("sd4")
+    save_file(original_layout(made("1.5", tmp_path)), tmp_path / "file.safetensors")
+    with pytest.raises(AfaError, match=r"'sd4' must be .* named as one of flux-dev"):
+        afa.load_pipeline([tmp_path / "file.safetensors"], config="sd4")
+
+
+def test_inspect_says_what_a_file_is_and_lacks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_file(
+        {
+            "double_blocks.0.img_attn.norm.key_norm.scale": torch.ones(128),
+            "img_in.weight": torch.ones(1, 64),
+        },
+        tmp_path / "flux.safetensors",
+    )
+    facts = describe(str(tmp_path / "flux.safetensors"))
+    assert facts["configuration"] == "flux-schnell"
+    assert facts["leaves_out"] == ["text_encoder", "text_encoder_2", "vae"]
+    with pytest.raises(SystemExit) as stop:
+        main(["inspect", str(tmp_path / "flux.safetensors")])
+    assert not stop.value.code
+    assert "flux-schnell" in capsys.readouterr().out
