@@ -290,15 +290,17 @@ def described(name: str) -> DiffusionPipeline:
     folder = config_folder(name)
     index = json.loads((folder / "model_index.json").read_text())
     parts: dict[str, Any] = {}
-    with torch.device("meta"):
-        for part, entry in index.items():
-            if not isinstance(entry, list):
-                continue
-            if entry[0] is None or part.startswith("tokenizer"):
-                parts[part] = None
-                continue
-            file = "scheduler_config.json" if part == "scheduler" else "config.json"
-            settings = json.loads((folder / part / file).read_text())
+    for part, entry in index.items():
+        if not isinstance(entry, list):
+            continue
+        if entry[0] is None or part.startswith("tokenizer"):
+            parts[part] = None
+            continue
+        if part == "scheduler":
+            parts[part] = getattr(diffusers, entry[1]).from_pretrained(folder / part)
+            continue
+        settings = json.loads((folder / part / "config.json").read_text())
+        with torch.device("meta"):
             if part.startswith("text_encoder"):
                 config_class, model_class = _ENCODERS[entry[1]]
                 parts[part] = model_class(config_class(**settings))

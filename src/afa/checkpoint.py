@@ -23,6 +23,7 @@ from afa.files import read_json, write_atomic
 from afa.kinds import denoiser_of
 from afa.lora import LoraExpert, base_of
 from afa.pipeline import load_pipeline
+from afa.published import is_published, load_published
 from afa.sources import locate, require_hash
 from afa.weights import check_safetensors
 
@@ -152,6 +153,11 @@ def save_ensemble(
             "A saved ensemble names its experts by their source, but these were made in memory. "
             "Save them as pipeline folders and load them with afa.load_pipeline."
         )
+    if ensemble.kept_in is not None:
+        raise AfaError(
+            f"A saved ensemble names experts that have folders of their own; these are in "
+            f"'{ensemble.kept_in}', which loads as it is. Copy that folder."
+        )
     if folder.exists() and not exist_ok:
         raise AfaError(f"The output folder must be new; '{folder}' exists. Name another one.")
     config = {
@@ -253,7 +259,8 @@ def load_ensemble(
     """Load an ensemble folder into a stock pipeline.
 
     Args:
-        folder: written by `save_ensemble`, or `zoo:ensemble` for the shipped one.
+        folder: written by `save_ensemble` or by the method's published code, or `zoo:ensemble` for
+            the shipped one.
         torch_dtype: of experts and autoencoder.
         device: where everything goes.
         experts: where the experts are now, if they were moved; their hashes must still match.
@@ -265,6 +272,10 @@ def load_ensemble(
         AfaError: a damaged folder, an expert that is gone, or one whose hash is another.
     """
     folder = locate(folder) if str(folder).startswith("zoo:") else Path(folder)
+    if is_published(folder):
+        if not all(moved is None for moved in (experts, vae, config, parts)):
+            raise AfaError(f"'{folder}' holds its experts itself; name no others.")
+        return load_published(folder, torch_dtype=torch_dtype, device=device)
     saved = read_config(folder)
     references = saved["experts"]
     if parts is not None and len(parts) != len(saved["parts"]):

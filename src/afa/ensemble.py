@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from afa.aggregators import Condition, Mean, SABWConfig
 from afa.aggregators.build import build_sabw
+from afa.delegation import Delegation
 from afa.denoisers import (
     PLAIN,
     Execution,
@@ -45,7 +46,7 @@ Schedule = Callable[[float], Sequence[int]]
 _FREE_CONFIG = frozenset({"sample_size", "upcast_attention", "dropout"})
 
 
-class EnsembleDenoiser(ModelMixin, ConfigMixin):
+class EnsembleDenoiser(Delegation, ModelMixin, ConfigMixin):
     """Several experts run side by side, fused after every block (AFA, section 3).
 
     Takes the place of `unet` or `transformer` in stock diffusers pipelines: same call, same output
@@ -99,6 +100,8 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
         self.config_source: str | None = None
         #: what lent single files the parts that they leave out
         self.part_references: Sequence[ExpertReference] = ()
+        #: the folder of the published code that the experts are in, which have none of their own
+        self.kept_in: str | None = None
         self.register_to_config(**experts[0].config)
         self.eval()
 
@@ -211,19 +214,6 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
         """The experts' data type; aggregators stay in float32."""
         return self.experts[0].dtype
 
-    @property
-    def add_embedding(self) -> nn.Module:
-        """The first expert's, whose width pipelines of Stable Diffusion XL check."""
-        return self.experts[0].add_embedding
-
-    @contextmanager
-    def cache_context(self, name: str) -> Iterator[None]:
-        """Tell the experts which half of guidance is computed, as transformers' pipelines do."""
-        with ExitStack() as stack:
-            for expert in self.experts:
-                stack.enter_context(expert.cache_context(name))
-            yield
-
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move or cast the experts; move the aggregators, which keep their data type."""
         device = torch._C._nn._parse_to(*args, **kwargs)[0]
@@ -303,31 +293,6 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
         """The names of all parameters and buffers of the experts."""
         named = (*self.experts.named_parameters(), *self.experts.named_buffers())
         return [f"experts.{name}" for name, _ in named]
-
-    def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
-        """Switch FreeU on in every expert."""
-        for expert in self.experts:
-            expert.enable_freeu(s1, s2, b1, b2)
-
-    def disable_freeu(self) -> None:
-        """Switch FreeU off in every expert."""
-        for expert in self.experts:
-            expert.disable_freeu()
-
-    def fuse_qkv_projections(self) -> None:
-        """Fuse the attention projections of every expert."""
-        for expert in self.experts:
-            expert.fuse_qkv_projections()
-
-    def unfuse_qkv_projections(self) -> None:
-        """Undo `fuse_qkv_projections`."""
-        for expert in self.experts:
-            expert.unfuse_qkv_projections()
-
-    def set_default_attn_processor(self) -> None:
-        """Give every expert the library's default attention processors."""
-        for expert in self.experts:
-            expert.set_default_attn_processor()
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Refused: it would write every frozen expert again.

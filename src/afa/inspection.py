@@ -17,6 +17,7 @@ from afa.denoisers import FAMILIES, Family, Site, discover_sites
 from afa.errors import AfaError
 from afa.files import read_json
 from afa.layouts import config_folder, config_of, missing_parts
+from afa.published import describe_published, is_published
 from afa.sources import locate
 from afa.weights import (
     PICKLES,
@@ -53,6 +54,8 @@ def describe(path: str | Path) -> dict[str, Any]:
     found = locate(path)
     if found.is_file():
         return _describe_file(found)
+    if is_published(found):
+        return describe_published(found)
     if (found / "model_index.json").is_file():
         return _describe_pipeline(found)
     if (found / "config.json").is_file():

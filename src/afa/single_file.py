@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -198,18 +199,30 @@ def load_single_file(path: Path, companions: Companions) -> tuple[Path, dict[str
             "or a diffusers folder that have them: parts=[...]."
         )
     with loading_model(path, f"Is it a whole checkpoint of the family that '{config}' describes?"):
-        parts = getattr(diffusers, str(index["_class_name"])).from_single_file(
-            str(path),
-            config=str(config),
-            torch_dtype=companions.torch_dtype,
-            local_files_only=True,
-            **{"safety_checker": None} if "safety_checker" in index else {},
-            **lent,
-        )
-        for name, part in parts.components.items():
+        parts = _read(path, config, lent, companions.torch_dtype)
+        for name, part in parts.items():
             if isinstance(part, nn.Module):
                 _finish(part, name, path)
-    return config, parts.components
+    return config, parts
+
+
+def _read(
+    path: Path, config: Path, given: dict[str, Any], torch_dtype: torch.dtype
+) -> dict[str, Any]:
+    """The components of a file as the library reads it, without a hub; `given` ones as they are."""
+    index = read_json(config / "model_index.json")
+    pipeline_class = getattr(diffusers, str(index["_class_name"]))
+    taken = inspect.signature(pipeline_class.__init__).parameters
+    off = {"safety_checker": None, "requires_safety_checker": False}
+    pipeline = pipeline_class.from_single_file(
+        str(path),
+        config=str(config),
+        torch_dtype=torch_dtype,
+        local_files_only=True,
+        **{name: value for name, value in off.items() if name in taken},
+        **given,
+    )
+    return pipeline.components
 
 
 def _finish(part: nn.Module, name: str, path: Path) -> None:
@@ -242,14 +255,7 @@ def _lend(path: Path, name: str, config: Path, companions: Companions) -> Any:
     if name not in missing_parts(shapes, config):
         parts = {other: None for other in PARTS[_kind_name(config)] if other != name}
         with loading_model(path):
-            pipeline = getattr(diffusers, str(index["_class_name"])).from_single_file(
-                str(path),
-                config=str(config),
-                torch_dtype=companions.torch_dtype,
-                local_files_only=True,
-                **parts,
-            )
-            encoder = pipeline.components[name]
+            encoder = _read(path, config, parts, companions.torch_dtype)[name]
             _finish(encoder, name, path)
             return encoder
     width = _encoder_width(shapes)

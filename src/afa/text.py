@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +92,27 @@ class EnsembleTextEncoder(PreTrainedModel):
         )
         return joined.to_tuple() if return_dict is False else joined
 
+    # -- textual inversion: the same words for every expert -----------------------------------
+
+    def get_input_embeddings(self) -> Any:
+        """The embeddings of all encoders as one, whose rows are written to every encoder."""
+        return _EveryEmbedding([encoder.get_input_embeddings() for encoder in self.encoders])
+
+    def set_input_embeddings(self, value: Any) -> None:
+        """Refused: the experts' embeddings differ.
+
+        Raises:
+            AfaError: always.
+        """
+        _EveryEmbedding.refuse()
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """Make room for new words in every encoder."""
+        for encoder in self.encoders:
+            encoder.resize_token_embeddings(*args, **kwargs)
+        self.config.vocab_size = self.encoders[0].config.vocab_size
+        return self.get_input_embeddings()
+
     def _join(self, values: Sequence[Any]) -> Any:
         """Concatenate tensors, or tuples of them, on the last axis, one part per expert."""
         if not self.is_joined:
@@ -110,6 +131,43 @@ class EnsembleTextEncoder(PreTrainedModel):
             for n, part in zip(self.encoder_of, parts, strict=True)
         ]
         return torch.cat(normed, dim=-1)
+
+
+class _EveryEmbedding:
+    """As much of an embedding as textual inversion asks for, written to several at once."""
+
+    def __init__(self, embeddings: Sequence[nn.Embedding]) -> None:
+        self._embeddings = embeddings
+        self.embedding_dim = embeddings[0].embedding_dim
+
+    @property
+    def weight(self) -> _EveryEmbedding:
+        return self
+
+    @property
+    def data(self) -> _EveryEmbedding:
+        return self
+
+    @property
+    def shape(self) -> torch.Size:
+        return self._embeddings[0].weight.shape
+
+    def to(self, **_: Any) -> _EveryEmbedding:
+        return self  # each is where its encoder is
+
+    @staticmethod
+    def refuse() -> NoReturn:
+        raise AfaError(
+            "The embeddings of an ensemble must stay each expert's own; words that were added are "
+            "not taken back. Load the ensemble again."
+        )
+
+    def __getitem__(self, rows: Any) -> NoReturn:
+        self.refuse()
+
+    def __setitem__(self, token: int, row: Tensor) -> None:
+        for embedding in self._embeddings:
+            embedding.weight.data[token] = row.to(embedding.weight)
 
 
 def _last_norm(encoder: Any) -> Any:

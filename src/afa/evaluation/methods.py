@@ -14,6 +14,7 @@ from afa.experts import load_expert
 from afa.kinds import build_pipeline, denoiser_of, kind_of_pipeline
 from afa.lora import LoraExpert, base_of
 from afa.pipeline import check_text_to_image, load_pipeline, load_single
+from afa.published import hash_published, is_published
 from afa.single_file import Companions
 from afa.sources import locate
 from afa.text import EnsembleTextEncoder
@@ -54,6 +55,8 @@ class MethodBuilder:
             return {"model": self._hash(method.model[replica])}
         if method.ensemble is not None:
             folder = locate(method.ensemble[replica])
+            if is_published(folder):
+                return {"published": hash_published(folder)}
             saved = read_config(folder)  # names its experts by their hashes
             return {"ensemble": saved, "aggregators": hash_file(folder / AGGREGATORS)}
         shared = {

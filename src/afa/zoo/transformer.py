@@ -54,7 +54,7 @@ class TransformerRecipe(ModelsRecipe):
     """How long the transformers are trained; they learn more slowly than U-Nets."""
 
     base_steps: int = 6_000
-    expert_steps: int = 2_500
+    expert_steps: int = 1_500
     num_graded: int = 96  # prompts of each kind for each model
 
 

@@ -1,0 +1,162 @@
+"""What a denoiser offers besides its forward pass, done to every expert of an ensemble."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from afa.errors import AfaError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from torch import nn
+
+_TEXT = "text_encoder"
+
+
+def _for_every_expert(name: str) -> Callable[..., None]:
+    """A method that calls the experts' own of the same name, in order."""
+
+    def call(self: Delegation, *args: Any, **kwargs: Any) -> None:
+        for expert in self.distinct_experts:
+            getattr(expert, name)(*args, **kwargs)
+
+    call.__name__ = name
+    call.__doc__ = f"`{name}` of the experts' own class, for every expert."
+    return call
+
+
+class Delegation:
+    """The part of `EnsembleDenoiser` that stock pipelines and users call besides the forward pass.
+
+    `docs/compatibility.md` lists what works, and what is refused.
+    """
+
+    experts: Any
+
+    @property
+    def distinct_experts(self) -> list[Any]:
+        """The experts, one that is named twice once."""
+        return list(dict.fromkeys(self.experts))
+
+    # -- FreeU, attention, compilation ----------------------------------------------------------
+
+    enable_freeu = _for_every_expert("enable_freeu")
+    disable_freeu = _for_every_expert("disable_freeu")
+    fuse_qkv_projections = _for_every_expert("fuse_qkv_projections")
+    unfuse_qkv_projections = _for_every_expert("unfuse_qkv_projections")
+    set_default_attn_processor = _for_every_expert("set_default_attn_processor")
+    compile_repeated_blocks = _for_every_expert("compile_repeated_blocks")
+    enable_layerwise_casting = _for_every_expert("enable_layerwise_casting")
+
+    @property
+    def attn_processors(self) -> dict[str, Any]:
+        """All attention processors, by `experts.N.` and their name in the expert."""
+        return {
+            f"experts.{n}.{name}": processor
+            for n, expert in enumerate(self.experts)
+            for name, processor in expert.attn_processors.items()
+        }
+
+    def set_attn_processor(self, processor: Any) -> None:
+        """Set one attention processor everywhere, or each by its name in `attn_processors`."""
+        for n, expert in enumerate(self.experts):
+            if not isinstance(processor, dict):
+                expert.set_attn_processor(processor)
+                continue
+            start = f"experts.{n}."
+            own = {k.removeprefix(start): v for k, v in processor.items() if k.startswith(start)}
+            expert.set_attn_processor(own)
+
+    @contextmanager
+    def cache_context(self, name: str) -> Iterator[None]:
+        """Tell the experts which half of guidance is computed, as transformers' pipelines do."""
+        with ExitStack() as stack:
+            for expert in self.experts:
+                stack.enter_context(expert.cache_context(name))
+            yield
+
+    def enable_cache(self, config: Any) -> NoReturn:
+        """Refused: the library's caches wait in a forward pass that no expert runs here.
+
+        Raises:
+            AfaError: always.
+        """
+        raise AfaError(
+            f"Caches of diffusers must hook a model's own forward pass; the experts of an ensemble "
+            f"run block by block, so {type(config).__name__} would do nothing. Take fewer steps."
+        )
+
+    # -- LoRAs ----------------------------------------------------------------------------------
+
+    set_adapters = _for_every_expert("set_adapters")
+    delete_adapters = _for_every_expert("delete_adapters")
+    enable_lora = _for_every_expert("enable_lora")
+    disable_lora = _for_every_expert("disable_lora")
+    fuse_lora = _for_every_expert("fuse_lora")
+    unfuse_lora = _for_every_expert("unfuse_lora")
+    unload_lora = _for_every_expert("unload_lora")
+
+    @property
+    def peft_config(self) -> dict[str, Any]:
+        """The LoRAs that `load_lora_adapter` gave to all experts, by name."""
+        return self.experts[0].peft_config
+
+    def load_lora_adapter(self, state_dict: Mapping[str, Any], **options: Any) -> None:
+        """Add a LoRA to the denoiser of every expert; the way of `pipeline.load_lora_weights`.
+
+        To add it to one, call this of `experts[N]`, or name `{base: ..., lora: ...}` as an expert.
+
+        Args:
+            state_dict: of the LoRA, in the library's names.
+            options: see the experts' own class.
+
+        Raises:
+            AfaError: the LoRA changes text encoders, too, which then come to differ by expert.
+        """
+        of_text = [key for key in state_dict if key.startswith(_TEXT)]
+        if of_text:
+            raise AfaError(
+                f"A LoRA that is added to an ensemble must be the denoiser's alone; this one has "
+                f"{len(of_text)} tensors for text encoders. Name it as an expert, {{base: ..., "
+                "lora: ...}, which merges both."
+            )
+        # the pipeline is for moving a single offloaded model out of the way and back
+        for expert in self.distinct_experts:
+            expert.load_lora_adapter(dict(state_dict), **options)
+
+    # -- IP-Adapter -----------------------------------------------------------------------------
+
+    _load_ip_adapter_weights = _for_every_expert("_load_ip_adapter_weights")
+
+    def _load_ip_adapter_loras(self, state_dicts: Any) -> dict[str, Any]:
+        """The LoRAs of an IP-Adapter for faces, which the pipeline then loads into all experts."""
+        return self.experts[0]._load_ip_adapter_loras(state_dicts)
+
+    @property
+    def encoder_hid_proj(self) -> Any:
+        """The first expert's, of which pipelines count the IP-Adapters; all have the same."""
+        return getattr(self.experts[0], "encoder_hid_proj", None)
+
+    @encoder_hid_proj.setter
+    def encoder_hid_proj(self, module: Any) -> None:
+        for expert in self.distinct_experts:
+            expert.encoder_hid_proj = module
+            if module is None:
+                expert.config.encoder_hid_dim_type = None
+
+    @property
+    def down_blocks(self) -> nn.ModuleList:
+        """The first expert's, whose layers pipelines count for IP-Adapter scales by block."""
+        return self.experts[0].down_blocks
+
+    @property
+    def up_blocks(self) -> nn.ModuleList:
+        """See `down_blocks`."""
+        return self.experts[0].up_blocks
+
+    @property
+    def add_embedding(self) -> nn.Module:
+        """The first expert's, whose width pipelines of Stable Diffusion XL check."""
+        return self.experts[0].add_embedding

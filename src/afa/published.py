@@ -1,0 +1,199 @@
+"""Ensembles as the published code of the method saved them (Tenvence/afa, commit e42173c).
+
+A Stable Diffusion pipeline's folder is the first expert; beside its parts lie `additional_unet_0`,
+`additional_text_encoder_0`, ... of the others, one `aggregator_J` for every site, and
+`model_config.json`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors.torch import load_file
+
+from afa.aggregators import SABWConfig
+from afa.components import load_text_encoder, load_vae, load_weights
+from afa.errors import AfaError
+from afa.experts import Expert, load_expert
+from afa.files import read_json
+from afa.kinds import denoiser_of
+from afa.pipeline import assemble
+from afa.preflight import check_experts
+from afa.weights import check_safetensors, hash_files, weights_in
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from diffusers import DiffusionPipeline
+
+_CONFIG = "model_config.json"
+_NUM_GROUPS = 32  # of the published aggregator's norms, which its configuration does not say
+
+
+class _Published(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class _Ensemble(_Published):
+    num_models: int = Field(ge=1, le=64)
+    num_aggregators: int = Field(ge=1, le=1024)
+
+
+class _Aggregator(_Published):
+    in_channels: int
+    hidden_size: int = Field(ge=1, le=65536)
+    num_experts: int
+    num_layers: int = Field(ge=1, le=1024)
+    num_attn_heads: int = Field(ge=1, le=65536)
+    cross_attn_dim: int
+    temb_channels: int
+
+
+def is_published(folder: Path) -> bool:
+    """Whether a folder was saved by the published code."""
+    return (folder / _CONFIG).is_file()
+
+
+def load_published(
+    folder: Path,
+    *,
+    torch_dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> DiffusionPipeline:
+    """Load such a folder into a stock pipeline; its experts are in it.
+
+    Args:
+        folder: see `is_published`.
+        torch_dtype: of experts and autoencoder.
+        device: where everything goes.
+
+    Raises:
+        AfaError: a damaged folder, or aggregators that do not fit its experts.
+    """
+    settings = _read(folder / _CONFIG, _Ensemble)
+    experts = _load_experts(folder, settings.num_models, torch_dtype)
+    check_experts(experts, allow_duplicates=True)
+    vae, reference = load_vae(folder, torch_dtype=torch_dtype)
+    configs = [
+        _read(_aggregator(folder, n) / "config.json", _Aggregator)
+        for n in range(settings.num_aggregators)
+    ]
+    pipeline = assemble(experts, _shared_config(configs, folder), vae)
+    ensemble = denoiser_of(pipeline)
+    ensemble.vae_reference = reference
+    ensemble.kept_in = str(folder.absolute())
+    if len(configs) != len(ensemble.sites):
+        raise AfaError(
+            f"An ensemble must have an aggregator for each of its {len(ensemble.sites)} sites; "
+            f"'{folder}' has {len(configs)}."
+        )
+    for n, (rule, site) in enumerate(zip(ensemble.aggregators, ensemble.sites, strict=True)):
+        file = _aggregator(folder, n) / "aggregator.safetensors"
+        check_safetensors(file)
+        try:
+            rule.load_state_dict(load_file(file))
+        except RuntimeError as error:
+            said = " ".join(str(error).split())[:200]
+            raise AfaError(
+                f"The weights in '{file}' must fit the site {site.name} of these experts: {said}"
+            ) from error
+    return pipeline.to(device)
+
+
+def describe_published(folder: Path) -> dict[str, Any]:
+    """What there is to say of such a folder without loading it."""
+    settings = _read(folder / _CONFIG, _Ensemble)
+    config = _read(_aggregator(folder, 0) / "config.json", _Aggregator)
+    return {
+        "kind": "ensemble of the published code",
+        "experts": settings.num_models,
+        "aggregators": settings.num_aggregators,
+        "aggregator": f"hidden_size {config.hidden_size}, num_layers {config.num_layers}, "
+        f"num_heads {config.num_attn_heads}",
+        "sha256": hash_published(folder),
+    }
+
+
+def hash_published(folder: Path) -> str:
+    """SHA-256 of all its weights; see `afa.weights.hash_files`."""
+    settings = _read(folder / _CONFIG, _Ensemble)
+    parts = ["unet", "text_encoder", "vae"]
+    parts += [
+        f"additional_{part}_{n}"
+        for part in ("unet", "text_encoder")
+        for n in range(settings.num_models - 1)
+    ]
+    files = [file for part in parts for file in weights_in(folder / part)[1]]
+    files += [
+        _aggregator(folder, n) / "aggregator.safetensors" for n in range(settings.num_aggregators)
+    ]
+    return hash_files(folder, files)
+
+
+def _load_experts(folder: Path, count: int, torch_dtype: torch.dtype) -> list[Expert]:
+    """The pipeline's own expert, and the additional ones, which have its tokenizer."""
+    first = load_expert(folder, torch_dtype=torch_dtype)
+    class_name = type(first.text_encoders["text_encoder"]).__name__
+    return [first] + [
+        replace(
+            first,
+            reference=replace(
+                first.reference, source=f"{first.reference.source}/additional_unet_{n}"
+            ),
+            denoiser=load_weights(
+                UNet2DConditionModel, folder / f"additional_unet_{n}", torch_dtype=torch_dtype
+            ),
+            text_encoders={
+                "text_encoder": load_text_encoder(
+                    folder / f"additional_text_encoder_{n}", class_name, torch_dtype
+                )
+            },
+        )
+        for n in range(count - 1)
+    ]
+
+
+def _shared_config(configs: Sequence[_Aggregator], folder: Path) -> SABWConfig:
+    """The settings that all of the aggregators have, which differ in their channels alone.
+
+    Raises:
+        AfaError: they differ in more.
+    """
+    sizes = {(c.hidden_size, c.num_layers, c.num_attn_heads) for c in configs}
+    if len(sizes) > 1:
+        raise AfaError(f"All aggregators in '{folder}' must be of one size, came {sorted(sizes)}.")
+    hidden_size, num_layers, num_heads = sizes.pop()
+    return SABWConfig(
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        norm_num_groups=_NUM_GROUPS,
+    )
+
+
+def _aggregator(folder: Path, number: int) -> Path:
+    return folder / f"aggregator_{number}"
+
+
+def _read(path: Path, model: Any) -> Any:
+    """Read and check one of its configurations.
+
+    Raises:
+        AfaError: it is missing, or other keys or values than the published code writes.
+    """
+    content = read_json(path)
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise AfaError(
+            f"'{path}' must be as the published code writes it, but at '{place}': {first['msg']}. "
+            f"It holds {json.dumps(content)[:200]}."
+        ) from None
