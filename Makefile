@@ -6,7 +6,7 @@ WORK ?= runs/results
 OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo results bench test test-all format lint types check constraints clean
+.PHONY: help install demo results results-dit bench test test-all format lint types check constraints clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -23,6 +23,10 @@ demo: install ## train an ensemble on the emoji scenes and compare it (OUT=folde
 
 results: install ## train and compare everything, write docs/results.md (over an hour; goes on)
 	$(BIN)/afa zoo results $(WORK) --docs docs
+
+results-dit: install ## the same on transformers, a section of it (WORK=folder; two hours, goes on)
+	$(BIN)/afa zoo build $(WORK)-dit-zoo --family dit
+	$(BIN)/afa zoo results $(WORK)-dit --zoo $(WORK)-dit-zoo --docs docs
 
 bench: install ## what each switch of the training costs and saves (minutes)
 	$(BIN)/python benchmarks/training.py

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,11 @@ from afa.study.plan import (
     candidates,
     comparison_recipe,
     search_recipe,
+    transformers,
     tuning_recipe,
 )
 from afa.study.run import choose, run_study
+from afa.zoo.transformer import TransformerRecipe, build_transformer_zoo
 
 TINY = StudySettings(
     num_train_steps=2,
@@ -205,6 +208,7 @@ def figures(means: dict[str, float], tuned: float) -> tuple[dict[str, Any], dict
         "own_domain": {
             group: [row_of(report, row, group) for row in report["rows"]] for group in groups[1:]
         },
+        "curve": report["curve"],
     }
     return report, results
 
@@ -220,7 +224,7 @@ def test_a_verdict_needs_an_interval_without_zero(mean: float, low: float, expec
 
 
 def test_where_it_wins_the_words_say_so() -> None:
-    text = " ".join(conclusions(*figures({"TIES merge": 0.3, "base": 0.6}, tuned=0.7)))
+    text = " ".join(conclusions(figures({"TIES merge": 0.3, "base": 0.6}, tuned=0.7)[1]))
     assert "AFA (0.90 of the pictures right) is above all of TIES merge, base" in text
     assert "the closest of them is base with 0.60" in text
     assert "The tuned base (steps) gets 0.70: AFA is above it" in text
@@ -232,7 +236,7 @@ def test_where_it_wins_the_words_say_so() -> None:
 
 def test_where_it_does_not_win_the_words_say_so() -> None:
     means = {"TIES merge": 0.88, "base": 0.97, "expert: food": 0.99, "shell: animals": 0.1}
-    text = " ".join(conclusions(*figures(means, tuned=0.98)))
+    text = " ".join(conclusions(figures(means, tuned=0.98)[1]))
     assert "cannot be told apart from TIES merge" in text
     assert "is below base, expert: food" in text
     assert "**AFA is below it**" in text
@@ -241,10 +245,10 @@ def test_where_it_does_not_win_the_words_say_so() -> None:
 
 
 def test_one_seed_within_the_seeds_of_the_whole_is_not_told_apart() -> None:
-    report, results = figures({"ablation: no prompt": 0.7}, tuned=0.5)
+    _, results = figures({"ablation: no prompt": 0.7}, tuned=0.5)
     subject = next(row for row in results["rows"] if row["method"] == "AFA")
     subject["both"]["by_replica"] = [0.65, 0.9, 1.0]
-    text = " ".join(conclusions(report, results))
+    text = " ".join(conclusions(results))
     assert "ablation: no prompt (0.70, one seed) is not told apart" in text
     assert "ablation: no spatial (0.50, one seed) is worse" in text
 
@@ -254,7 +258,7 @@ def test_whoever_takes_longer_is_not_compared_at_equal_time() -> None:
     for row in report["curve"]:
         if row["method"] == "base":
             row["measured"]["seconds_per_image"] = 9.0
-    assert "none of the others draws one" in " ".join(conclusions(report, results))
+    assert "none of the others draws one" in " ".join(conclusions(results))
 
 
 def test_the_subject_has_no_difference_from_itself() -> None:
@@ -344,3 +348,33 @@ def test_the_whole_study_in_small(tmp_path: Path) -> None:
     assert (docs / "results.json").read_text() == before
     with pytest.raises(AfaError, match="is of other settings"):
         list(run_study(work, docs, StudySettings(), num_processes=2))
+
+
+@pytest.mark.slow
+def test_the_study_of_transformers_in_small(tmp_path: Path) -> None:
+    recipe = TransformerRecipe(
+        num_scenes=64, base_steps=2, expert_steps=2, batch_size=2, num_graded=2
+    )
+    with pytest.raises(AfaError, match=r"lacks base, animals, .* Make one: afa zoo build"):
+        transformers(tmp_path / "zoo")
+    list(build_transformer_zoo(tmp_path / "zoo", recipe))
+    zoo, docs = transformers(tmp_path / "zoo"), tmp_path / "docs"
+    docs.mkdir()
+    (docs / "results.md").write_text("# Results\n\nOf U-Nets.\n")
+    settings = replace(TINY, num_seeds=1)
+    list(run_study(tmp_path / "work", docs, settings, num_processes=2, zoo=zoo))
+    results = json.loads((docs / "results-dit.json").read_text())
+    rows = {row["method"]: row for row in results["rows"]}
+    expected = {row for row in ROWS if not row.startswith("ablation")} - {"MBW", "autoMBW"}
+    assert set(rows) >= expected
+    # 2 halves of guidance, 1 step
+    assert rows["base"]["expert_calls_per_image"] == 2
+    assert rows["AFA"]["expert_calls_per_image"] == 6
+    page = (docs / "results.md").read_text()
+    assert page.startswith("# Results\n\nOf U-Nets.\n\n## Diffusion transformers\n")
+    images = [part.split(")")[0] for part in page.split("](images/")[1:]]
+    assert images
+    assert all((docs / "images" / image).is_file() for image in images)
+    # again, it takes its own place
+    list(run_study(tmp_path / "work", docs, settings, num_processes=2, zoo=zoo))
+    assert (docs / "results.md").read_text() == page

@@ -11,9 +11,19 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+import afa
+from afa.cli import main
 from afa.errors import AfaError
 from afa.zoo.build import ZooRecipe, build_zoo, spoil
+from afa.zoo.evaluate import draw_pictures
 from afa.zoo.fit import FitStep, fit
+from afa.zoo.scenes import evaluation_prompts
+from afa.zoo.transformer import (
+    PixArt,
+    TransformerRecipe,
+    build_t5_tokenizer,
+    build_transformer_zoo,
+)
 
 
 def steps_of(model: nn.Linear, checkpoint: Path, num_steps: int = 20) -> list[FitStep]:
@@ -128,3 +138,49 @@ def test_the_whole_zoo_in_few_steps(tmp_path: Path) -> None:
     )
     assert base.keys() == fox.keys()
     assert not torch.equal(base["conv_in.weight"], fox["conv_in.weight"])
+
+
+def test_every_word_of_a_caption_is_one_token() -> None:
+    tokenizer = build_t5_tokenizer()
+    caption = evaluation_prompts(1)[0]
+    words = caption.replace(",", " ,").split()
+    ids = tokenizer(caption).input_ids
+    assert len(ids) == len(words) + 1  # and the end
+    assert tokenizer.unk_token_id not in ids
+    assert tokenizer.unk_token_id not in tokenizer("quartz, a zebra").input_ids
+
+
+def test_padding_changes_nothing() -> None:
+    torch.manual_seed(0)
+    tokenizer = build_t5_tokenizer()
+    model = PixArt(tokenizer).eval()
+    noisy, timestep = torch.randn(1, 8, 16, 16), torch.tensor([5])
+    outputs = []
+    for length in (24, 40):
+        ids = tokenizer(
+            ["a fox"], padding="max_length", max_length=length, return_tensors="pt"
+        ).input_ids
+        with torch.no_grad():
+            outputs.append(model(noisy, timestep, ids))
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_a_zoo_of_transformers_in_few_steps(tmp_path: Path) -> None:
+    recipe = TransformerRecipe(
+        num_scenes=64, base_steps=2, expert_steps=2, batch_size=2, num_graded=2
+    )
+    folder = tmp_path / "zoo"
+    stages = [s.name for s in islice(build_transformer_zoo(folder, recipe), 5)]
+    assert stages == ["base", "base", "animals", "animals", "food"]
+    # stopped, it goes on with what is left
+    rest = [s.name for s in build_transformer_zoo(folder, recipe)]
+    assert list(dict.fromkeys(rest)) == ["food", "things", "grades"]
+    with pytest.raises(AfaError, match="of the same recipe"):
+        next(build_transformer_zoo(folder, replace(recipe, seed=1)))
+    pipeline = afa.load_pipeline([folder / name for name in ("animals", "food", "things")])
+    assert type(pipeline).__name__ == "PixArtAlphaPipeline"
+    assert len(draw_pictures(pipeline, evaluation_prompts(2), num_steps=1)) == 2
+    with pytest.raises(SystemExit) as stop:
+        main(["zoo", "build", str(tmp_path / "x"), "--family", "dit", "--font", "x.ttf"])
+    assert stop.value.code == 2

@@ -12,6 +12,7 @@ import torch
 
 from afa.errors import AfaError
 from afa.files import is_unused, read_json, write_atomic
+from afa.kinds import denoiser_of, kind_of_pipeline
 from afa.pipeline import check_text_to_image, load_single, native_resolution
 from afa.training.checkpoints import (
     Checkpoint,
@@ -28,7 +29,7 @@ from afa.training.transform import Transform
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
 
     from afa.training.data import CaptionedImages
     from afa.training.loop import TrainStep
@@ -43,7 +44,7 @@ def tune_base(
     *,
     config: str | Path | None = None,
 ) -> Iterator[TrainStep]:
-    """Fine-tune a model's U-Net and text encoder in the way that aggregators are trained.
+    """Fine-tune a model's denoiser and text encoders in the way that aggregators are trained.
 
     Same objective, data, batches, noise and schedule as `train_aggregators` with the same settings;
     only what learns is another. `output` becomes a stock pipeline folder; the same call goes on
@@ -79,7 +80,8 @@ def tune_base(
                 "The output folder must be new or of the same base, data and settings; "
                 f"'{output}' is neither. Name another one."
             )
-    modules: list[Any] = [pipeline.unet, pipeline.text_encoder]
+    encoders = [pipeline.components[name] for name in kind_of_pipeline(pipeline).text]
+    modules: list[Any] = [denoiser_of(pipeline), *encoders]
     parameters = [p for module in modules for p in module.parameters()]
     optimizer = torch.optim.AdamW(
         parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
@@ -128,7 +130,7 @@ def _resume(checkpoints: Checkpoints, modules: list[Any], optimizer: torch.optim
     return found.step
 
 
-def _save_pipeline(pipeline: StableDiffusionPipeline, output: Path) -> None:
+def _save_pipeline(pipeline: DiffusionPipeline, output: Path) -> None:
     """Write the pipeline's parts into `output`; its index comes last and makes it one."""
     with tempfile.TemporaryDirectory(dir=output, prefix=".saving.") as scratch:
         pipeline.save_pretrained(scratch)

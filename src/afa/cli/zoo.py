@@ -82,20 +82,26 @@ def results(
     processes: Annotated[
         int | None, typer.Option(min=1, help="One thread each; by default one for each core.")
     ] = None,
+    zoo: Annotated[
+        Path | None, typer.Option(help="Of `afa zoo build --family dit`; by default the shipped.")
+    ] = None,
 ) -> None:
     """Train and compare every way of combining the experts, and write the page of results.
 
-    Takes over an hour on two cores; the same command goes on where it was stopped.
+    Takes over an hour on two cores, half of it for transformers, which get a section of the page;
+    the same command goes on where it was stopped.
 
     [bold]Example[/bold]: afa zoo results runs/results --docs docs
     """
     from afa.study.jobs import JobProgress
+    from afa.study.plan import SHIPPED, transformers
     from afa.study.run import run_study
 
     quieten_loading()
+    studied = SHIPPED if zoo is None else transformers(zoo)
     with progress_bar() as progress:
         tasks: dict[str, TaskID] = {}
-        for event in run_study(workdir, docs, num_processes=processes):
+        for event in run_study(workdir, docs, num_processes=processes, zoo=studied):
             if isinstance(event, JobProgress):
                 if event.name not in tasks:
                     tasks[event.name] = progress.add_task(event.name, total=event.total, note="")

@@ -118,6 +118,7 @@ DIT = Family(
     blocks=dit_blocks,
     layers=dit_layers,
     check=check_dit,
+    entry="pos_embed",
     example=dit_example,
     widths=lambda _: Widths(()),
     split=_split,

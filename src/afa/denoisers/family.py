@@ -48,6 +48,7 @@ class Family:
             `execution` through which it runs the modules of `layers`, and all others as they are.
         layers: the large modules, in order.
         check: refuses a model that `blocks` does not know.
+        entry: the name of the module that runs first and once, on the whole batch.
         example: the smallest complete arguments, on the meta device.
         widths: of the texts that a model takes.
         split: the arguments of each of N experts, from a model, those of the ensemble, and widths.
@@ -61,6 +62,7 @@ class Family:
     blocks: Callable[..., Blocks]
     layers: Callable[[Any], list[nn.Module]]
     check: Callable[[Any], None]
+    entry: str
     example: Callable[[Any], dict[str, Any]]
     widths: Callable[[Any], Widths]
     split: Callable[[Any, Mapping[str, Any], Widths, int], list[dict[str, Any]]]

@@ -201,6 +201,7 @@ FLUX = Family(
     blocks=flux_blocks,
     layers=flux_layers,
     check=check_flux,
+    entry="x_embedder",
     example=flux_example,
     widths=_widths,
     split=_split,

@@ -146,6 +146,7 @@ PIXART = Family(
     blocks=pixart_blocks,
     layers=pixart_layers,
     check=check_pixart,
+    entry="pos_embed",
     example=pixart_example,
     widths=_widths,
     split=_split,

@@ -161,6 +161,7 @@ SD3 = Family(
     blocks=sd3_blocks,
     layers=sd3_layers,
     check=check_sd3,
+    entry="pos_embed",
     example=sd3_example,
     widths=_widths,
     split=_split,

@@ -306,6 +306,7 @@ UNET = Family(
     blocks=unet_blocks,
     layers=unet_layers,
     check=check_unet,
+    entry="conv_in",
     example=unet_example,
     widths=_widths,
     split=_split,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from afa.ensemble import EnsembleDenoiser
-from afa.kinds import denoiser_of
+from afa.kinds import denoiser_of, kind_of_pipeline
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,8 +46,9 @@ def measure(pipeline: DiffusionPipeline) -> Iterator[Cost]:
     denoiser = denoiser_of(pipeline)
     experts = denoiser.experts if isinstance(denoiser, EnsembleDenoiser) else [denoiser]
     # the first layer runs once a call, in the library's forward and in the coroutine alike
+    entry = kind_of_pipeline(pipeline).denoiser_family.entry
     distinct = {id(expert): expert for expert in experts}.values()
-    hooks = [expert.conv_in.register_forward_pre_hook(count) for expert in distinct]
+    hooks = [getattr(expert, entry).register_forward_pre_hook(count) for expert in distinct]
     device = denoiser.device
     _reset_peak(device)
     started = time.perf_counter()

@@ -15,6 +15,7 @@ from afa.errors import AfaError
 from afa.evaluation.cost import Cost, measure
 from afa.evaluation.recipe import slug
 from afa.files import read_json, write_atomic
+from afa.kinds import kind_of_pipeline
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -161,6 +162,7 @@ def draw(
             width=sampling.width,
             generator=[torch.Generator().manual_seed(seed * 1_000_003 + place) for place in places],
             output_type=output_type,
+            **kind_of_pipeline(pipeline).call,
         ).images
 
 

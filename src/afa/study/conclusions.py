@@ -15,19 +15,18 @@ _SAME = 1e-3  # of a mean score: rounding moves a picture by a level or two
 _TUNED = ("tuned base (steps)", "tuned base (time)")
 
 
-def conclusions(report: dict[str, Any], results: dict[str, Any]) -> list[str]:
+def conclusions(results: dict[str, Any]) -> list[str]:
     """What a reader may take away, in the order of interest."""
     rows = {row["method"]: row for row in results["rows"]}
-    variants = {f"ablation: {name}" for name in ABLATIONS} | set(OTHER_EXPERTS)
+    variants = [*(f"ablation: {name}" for name in ABLATIONS), *OTHER_EXPERTS]
     rivals = [name for name in rows if name not in {SUBJECT, *variants, *_TUNED}]
     return [
         *_against(rows, rivals),
         *(_tuned(rows, name) for name in _TUNED),
         *_own_domain(results),
         _shell(results),
-        *_at_equal_time(report),
-        *_variants(rows, [f"ablation: {name}" for name in ABLATIONS]),
-        *_variants(rows, OTHER_EXPERTS),
+        *_at_equal_time(results),
+        *_variants(rows, [name for name in variants if name in rows]),
     ]
 
 
@@ -129,16 +128,16 @@ def _shell(results: dict[str, Any]) -> str:
     )
 
 
-def _at_equal_time(report: dict[str, Any]) -> list[str]:
+def _at_equal_time(results: dict[str, Any]) -> list[str]:
     """The paper's claim of few steps, at equal cost."""
-    ours = [row for row in report["curve"] if row["method"] == SUBJECT]
+    ours = [row for row in results["curve"] if row["method"] == SUBJECT]
     if not ours:
         return []
     few = min(ours, key=lambda row: row["num_steps"])
     budget = few["measured"]["seconds_per_image"]
     parts = []
-    for name in dict.fromkeys(row["method"] for row in report["curve"]):
-        points = [row for row in report["curve"] if row["method"] == name]
+    for name in dict.fromkeys(row["method"] for row in results["curve"]):
+        points = [row for row in results["curve"] if row["method"] == name]
         within = [row for row in points if row["measured"]["seconds_per_image"] <= budget]
         if name == SUBJECT or not within:
             continue

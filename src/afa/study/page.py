@@ -20,51 +20,85 @@ if TYPE_CHECKING:
     from afa.study.plan import StudySettings
 
 _MIXED = "mixed"
+_SECTION, _HEADING = "results-dit.json", "## Diffusion transformers"
 _DRAWINGS = ("scores", "curve", "pictures", "failures", "weights")
 _SHOWN = ("both", "objects", "clip_t", "clip_i")
 _SETS = ("fid", "cmmd")
 
 
-def write_pages(
+def results_of(
     work: Path,
-    docs: Path,
     settings: StudySettings,
     chosen: dict[str, dict[str, Any]],
     costs: dict[str, dict[str, float]],
     base_learning_rate: float,
-) -> None:
-    """Write `results.md`, `results.json` and `images/results-*.png` into `docs`.
+) -> dict[str, Any]:
+    """All that the page says, as `results.json` has it.
 
     Args:
         work: the study's folder, with the finished comparison.
-        docs: is made.
         settings: how much of everything.
         chosen: the settings of every tuned rival.
         costs: what went into every trained row.
         base_learning_rate: the better one of the tuned base's.
     """
     report = read_json(work / "comparison" / "report.json")
-    results = {
+    return {
         "made_from": {**made_from(), "trained_at": trained_at(work)},
         "settings": asdict(settings),
+        "groups": report["groups"],
+        "sampling": report["sampling"],
         "rows": [row_of(report, row, _MIXED) for row in report["rows"]],
         "own_domain": {
             domain: [row_of(report, row, domain) for row in report["rows"]] for domain in EXPERTS
         },
+        "primary": report["primary"],
         "curve": report["curve"],
         "training": costs,
         "chosen": {**chosen, "tuned base": {"learning_rate": base_learning_rate}},
         "weights": report["weights"],
         "failures": report["failures"],
     }
+
+
+def write_pages(docs: Path, results: dict[str, Any], comparison: Path) -> None:
+    """Write `results.md`, `results.json` and `images/results-*.png` into `docs`.
+
+    Args:
+        docs: is made; what `write_section` put there becomes a part of the page again.
+        results: see `results_of`.
+        comparison: the folder with the drawings.
+    """
+    _copy_drawings(docs, comparison, "results")
+    write_atomic(docs / "results.json", json.dumps(results, indent=1) + "\n")
+    text, other = page(results), docs / _SECTION
+    if other.exists():
+        text += "\n" + section(read_json(other))
+    write_atomic(docs / "results.md", text)
+
+
+def write_section(docs: Path, results: dict[str, Any], comparison: Path) -> None:
+    """Write what came of transformers: the end of `results.md`, and a file and drawings of its own.
+
+    Args:
+        docs: see `write_pages`, like the others.
+        results: see `results_of`.
+        comparison: the folder with the drawings.
+    """
+    _copy_drawings(docs, comparison, "results-dit")
+    write_atomic(docs / _SECTION, json.dumps(results, indent=1) + "\n")
+    place = docs / "results.md"
+    before = place.read_text().partition(f"\n{_HEADING}\n")[0] if place.exists() else ""
+    write_atomic(place, f"{before.rstrip()}\n\n{section(results)}".lstrip())
+
+
+def _copy_drawings(docs: Path, comparison: Path, stem: str) -> None:
     images = docs / "images"
     images.mkdir(parents=True, exist_ok=True)
     for name in _DRAWINGS:
-        drawing = work / "comparison" / f"{name}.png"
+        drawing = comparison / f"{name}.png"
         if drawing.exists():
-            shutil.copyfile(drawing, images / f"results-{name}.png")
-    write_atomic(docs / "results.json", json.dumps(results, indent=1) + "\n")
-    write_atomic(docs / "results.md", page(report, results))
+            shutil.copyfile(drawing, images / f"{stem}-{name}.png")
 
 
 def row_of(report: dict[str, Any], row: dict[str, Any], group: str) -> dict[str, Any]:
@@ -102,7 +136,7 @@ def trained_at(work: Path) -> str:
 # -- the page ---------------------------------------------------------------------------------
 
 
-def page(report: dict[str, Any], results: dict[str, Any]) -> str:
+def page(results: dict[str, Any]) -> str:
     """`results.md`."""
     made, settings = results["made_from"], results["settings"]
     rows = {row["method"]: row for row in results["rows"]}
@@ -121,12 +155,12 @@ def page(report: dict[str, Any], results: dict[str, Any]) -> str:
             "",
             "## In plain words",
             "",
-            *(f"- {sentence}" for sentence in conclusions(report, results)),
+            *(f"- {sentence}" for sentence in conclusions(results)),
             "",
-            f"## Mixed prompts: {report['groups'][_MIXED]}",
+            f"## Mixed prompts: {results['groups'][_MIXED]}",
             "",
-            f"{report['sampling']['num_steps']} DDIM steps, guidance "
-            f"{report['sampling']['guidance']:g}, the same noise for every method. {SUBJECT} and "
+            f"{results['sampling']['num_steps']} DDIM steps, guidance "
+            f"{results['sampling']['guidance']:g}, the same noise for every method. {SUBJECT} and "
             f"the tuned bases are means over {settings['num_seeds']} seeds of training; the "
             "ablations and other numbers of experts are of the first seed, whose luck their "
             "intervals do not hold. "
@@ -145,7 +179,7 @@ def page(report: dict[str, Any], results: dict[str, Any]) -> str:
             "",
             "Prompts of one domain, which its own expert was fine-tuned for.",
             "",
-            *_domain_table(report, results),
+            *_domain_table(results),
             "",
             "## What was trained, and for how long",
             "",
@@ -156,7 +190,7 @@ def page(report: dict[str, Any], results: dict[str, Any]) -> str:
             "",
             "## Quality against time",
             "",
-            *curve_table(report),
+            *curve_table(results),
             "",
             "![Share of right pictures against seconds.](images/results-curve.png)",
             "",
@@ -189,6 +223,45 @@ def page(report: dict[str, Any], results: dict[str, Any]) -> str:
                 f"- {name}: {_settings(chosen)}{_tried(name)}"
                 for name, chosen in results["chosen"].items()
             ),
+            "",
+        ]
+    )
+
+
+def section(results: dict[str, Any]) -> str:
+    """What the page says of transformers."""
+    made, settings, sampling = results["made_from"], results["settings"], results["sampling"]
+    rows = {row["method"]: row for row in results["rows"]}
+    return "\n".join(
+        [
+            _HEADING,
+            "",
+            "The same scenes, prompts, judges and autoencoder; base and experts are small "
+            "transformers of PixArt's kind (`afa zoo build --family dit`), and SABW fuses their "
+            "tokens on their grid of 8x8. Written by `make results-dit`; the figures are in "
+            f"[{_SECTION}]({_SECTION}). Commit {made['commit']}{_trained(made)}; "
+            f"{made['machine']}; {made['software']}.",
+            "",
+            *(f"- {sentence}" for sentence in conclusions(results)),
+            "",
+            f"{results['groups'][_MIXED]} mixed prompts, {sampling['num_steps']} DDIM steps, "
+            f"guidance {sampling['guidance']:g}; {SUBJECT} and the tuned bases are means over "
+            f"{settings['num_seeds']} seeds. The rivals were tuned as above; merges by block are "
+            "for U-Nets alone.",
+            "",
+            *_table(list(rows.values())),
+            "",
+            "![The first mixed prompts, drawn by every method.](images/results-dit-pictures.png)",
+            "",
+            *_domain_table(results),
+            "",
+            *_cost_table(rows, results["training"]),
+            "",
+            *curve_table(results),
+            "",
+            "![Mean weights by site and step.](images/results-dit-weights.png)",
+            "",
+            *(f"- {name}: {_settings(chosen)}" for name, chosen in results["chosen"].items()),
             "",
         ]
     )
@@ -252,9 +325,9 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _domain_table(report: dict[str, Any], results: dict[str, Any]) -> list[str]:
+def _domain_table(results: dict[str, Any]) -> list[str]:
     """`both` of every method by domain, and the mean of the three."""
-    counts = [f"{domain} ({report['groups'][domain]})" for domain in EXPERTS]
+    counts = [f"{domain} ({results['groups'][domain]})" for domain in EXPERTS]
     lines = [f"| method | {' | '.join(counts)} | mean |", "|---|---|---|---|---|"]
     by_domain = {
         domain: {row["method"]: row["both"] for row in rows}

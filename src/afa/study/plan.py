@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from afa.baselines.fusion import FUSIONS
+from afa.errors import AfaError
 from afa.training.recipe import (
     AggregatorRecipe,
     DataRecipe,
@@ -14,16 +15,15 @@ from afa.training.recipe import (
     ScenesRecipe,
     TrainingRecipe,
 )
-from afa.zoo import EXPERTS
+from afa.zoo import EXPERTS, MODELS
 from afa.zoo.evaluate import GUIDANCE_SCALE, NUM_STEPS
 from afa.zoo.models import AGGREGATOR
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
 SUBJECT = "AFA"
-BASE = "zoo:base"
 #: rows of SABW without one of the states, or with fewer aggregators (AFA, section 4.4)
 ABLATIONS: dict[str, dict[str, Any]] = {
     "no spatial": {"spatial": False},
@@ -37,12 +37,45 @@ OTHER_EXPERTS = {
     "AFA, animals and food": ("animals", "food"),
     "AFA, things twice": ("animals", "food", "things", "things"),
 }
-_MODEL = "zoo:{}".format
+
+
+@dataclass(frozen=True)
+class Zoo:
+    """Whose experts are compared.
+
+    Attributes:
+        experts: sources by domain.
+        base: what they were fine-tuned from.
+        is_main: whether it is the shipped one, of U-Nets, with ablations and merges by block.
+    """
+
+    experts: Mapping[str, str]
+    base: str
+    is_main: bool = True
+
+
+SHIPPED = Zoo({name: f"zoo:{name}" for name in EXPERTS}, "zoo:base")
+
+
+def transformers(folder: Path) -> Zoo:
+    """The zoo that `afa zoo build --family dit` made in a folder.
+
+    Raises:
+        AfaError: it has not.
+    """
+    places = {name: folder.resolve() / name for name in MODELS}
+    missing = [name for name, place in places.items() if not place.is_dir()]
+    if missing:
+        raise AfaError(
+            f"A zoo must have {', '.join(MODELS)}; '{folder}' lacks {', '.join(missing)}. Make "
+            f"one: afa zoo build {folder} --family dit."
+        )
+    return Zoo({name: str(places[name]) for name in EXPERTS}, str(places["base"]), is_main=False)
 
 
 @dataclass(frozen=True)
 class StudySettings:
-    """How much of everything; the default takes 65 to 110 minutes on two cores."""
+    """How much of everything; of the shipped zoo it takes 65 to 110 minutes on two cores."""
 
     num_train_steps: int = 500
     batch_size: int = 16
@@ -80,7 +113,11 @@ def scenes(seed: int) -> ScenesRecipe:
     return ScenesRecipe(num_samples=100_000, seed=seed + 3)
 
 
-def aggregator_recipes(settings: StudySettings) -> dict[str, Recipe]:
+#: of transformers, which have neither ablations nor a search: half an hour on two cores
+FEWER = StudySettings(num_seeds=2, curve_steps=(5, 10, 20))
+
+
+def aggregator_recipes(settings: StudySettings, zoo: Zoo = SHIPPED) -> dict[str, Recipe]:
     """Every training of aggregators, by the name of its folder."""
     sizes = {
         key: getattr(AGGREGATOR, key)
@@ -89,7 +126,7 @@ def aggregator_recipes(settings: StudySettings) -> dict[str, Recipe]:
 
     def recipe(experts: Sequence[str], seed: int, **switches: Any) -> Recipe:
         return Recipe(
-            experts=[_MODEL(name) for name in experts],
+            experts=[zoo.experts[name] for name in experts],
             allow_duplicates=len(set(experts)) < len(experts),
             data=DataRecipe(scenes=scenes(seed)),
             aggregator=AggregatorRecipe(**sizes, **switches),
@@ -97,6 +134,8 @@ def aggregator_recipes(settings: StudySettings) -> dict[str, Recipe]:
         )
 
     recipes = {f"afa-{seed}": recipe(EXPERTS, seed) for seed in range(settings.num_seeds)}
+    if not zoo.is_main:
+        return recipes
     recipes |= {
         f"ablation {name}": recipe(EXPERTS, 0, **switches) for name, switches in ABLATIONS.items()
     }
@@ -107,7 +146,7 @@ def aggregator_recipes(settings: StudySettings) -> dict[str, Recipe]:
 # -- what rivals are tuned over ---------------------------------------------------------------
 
 
-def candidates() -> dict[str, list[dict[str, Any]]]:
+def candidates(zoo: Zoo = SHIPPED) -> dict[str, list[dict[str, Any]]]:
     """Settings of every rival that has some, as they stand in a method's recipe.
 
     The best on prompts that share no pair of objects with the test's is compared.
@@ -129,8 +168,9 @@ def candidates() -> dict[str, list[dict[str, Any]]]:
             _merge("dare", density=d, weights=[w] * 3)
             for d, w in itertools.product((0.2, 0.5, 0.8), (0.1, 0.2, 1 / 3))
         ],
-        "MBW": [_merge("block_weights", block_weights=b) for b in block_presets()],
     }
+    if zoo.is_main:
+        merges["MBW"] = [_merge("block_weights", block_weights=b) for b in block_presets()]
     return merges | {row: listed for row, listed in fusion_rows().items() if len(listed) > 1}
 
 
@@ -197,17 +237,19 @@ def tuning_prompts(settings: StudySettings) -> dict[str, Any]:
     return {"zoo": {"kinds": {"mixed": settings.num_tuning}, "held_out": False, "seed": 2_000_000}}
 
 
-def tuning_recipe(settings: StudySettings, bases: dict[str, Path]) -> dict[str, Any]:
+def tuning_recipe(
+    settings: StudySettings, bases: dict[str, Path], zoo: Zoo = SHIPPED
+) -> dict[str, Any]:
     """The comparison of all candidates, and of bases tuned with several learning rates."""
     methods = [
         {"name": f"{name} {n}", **candidate}
-        for name, listed in candidates().items()
+        for name, listed in candidates(zoo).items()
         for n, candidate in enumerate(listed)
     ]
     methods += [{"name": name, "model": str(folder)} for name, folder in bases.items()]
     return {
-        "experts": [_MODEL(name) for name in EXPERTS],
-        "base": BASE,
+        "experts": list(zoo.experts.values()),
+        "base": zoo.base,
         "prompts": tuning_prompts(settings),
         "methods": methods,
         "sampling": sampling(settings.tuning_steps),
@@ -216,10 +258,10 @@ def tuning_recipe(settings: StudySettings, bases: dict[str, Path]) -> dict[str, 
     }
 
 
-def search_recipe(settings: StudySettings) -> dict[str, Any]:
+def search_recipe(settings: StudySettings, zoo: Zoo = SHIPPED) -> dict[str, Any]:
     """The search of autoMBW, on the prompts that the others are tuned on."""
     return {
-        "experts": [_MODEL(name) for name in EXPERTS],
+        "experts": list(zoo.experts.values()),
         "prompts": tuning_prompts(settings),
         "sampling": sampling(settings.tuning_steps),
         "metric": "scenes",
@@ -232,6 +274,7 @@ def comparison_recipe(
     trained: dict[str, Path],
     tuned: dict[str, list[Path]],
     chosen: dict[str, dict[str, Any]],
+    zoo: Zoo = SHIPPED,
 ) -> dict[str, Any]:
     """The comparison itself, as a recipe of `afa evaluate`.
 
@@ -240,6 +283,7 @@ def comparison_recipe(
         trained: ensembles by the name of their training.
         tuned: tuned bases by row.
         chosen: the settings of every tuned rival.
+        zoo: whose experts.
     """
     seeds = [str(trained[f"afa-{seed}"]) for seed in range(settings.num_seeds)]
     methods: list[dict[str, Any]] = [{"name": SUBJECT, "ensemble": seeds}]
@@ -247,18 +291,21 @@ def comparison_recipe(
     methods += [
         {"name": row, **listed[0]} for row, listed in fusion_rows().items() if len(listed) == 1
     ]
-    methods += [{"name": f"expert: {name}", "model": _MODEL(name)} for name in EXPERTS]
-    methods.append({"name": "base", "model": BASE})
-    methods += [{"name": row, "model": [str(f) for f in folders]} for row, folders in tuned.items()]
     methods += [
-        {"name": f"ablation: {name}", "ensemble": str(trained[f"ablation {name}"])}
-        for name in ABLATIONS
+        {"name": f"expert: {name}", "model": source} for name, source in zoo.experts.items()
     ]
-    methods += [{"name": name, "ensemble": str(trained[name])} for name in OTHER_EXPERTS]
+    methods.append({"name": "base", "model": zoo.base})
+    methods += [{"name": row, "model": [str(f) for f in folders]} for row, folders in tuned.items()]
+    if zoo.is_main:
+        methods += [
+            {"name": f"ablation: {name}", "ensemble": str(trained[f"ablation {name}"])}
+            for name in ABLATIONS
+        ]
+        methods += [{"name": name, "ensemble": str(trained[name])} for name in OTHER_EXPERTS]
     kinds = {"mixed": settings.num_mixed} | {name: settings.num_own for name in EXPERTS}
     return {
-        "experts": [_MODEL(name) for name in EXPERTS],
-        "base": BASE,
+        "experts": list(zoo.experts.values()),
+        "base": zoo.base,
         "prompts": {"zoo": {"kinds": kinds}},
         "methods": methods,
         "sampling": sampling(settings.num_steps),

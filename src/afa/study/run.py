@@ -22,10 +22,12 @@ from afa.study.jobs import (
     train_aggregators_job,
     tune_base_job,
 )
-from afa.study.page import write_pages
+from afa.study.page import results_of, write_pages, write_section
 from afa.study.plan import (
-    BASE,
+    FEWER,
+    SHIPPED,
     StudySettings,
+    Zoo,
     aggregator_recipes,
     candidates,
     comparison_recipe,
@@ -52,7 +54,11 @@ class StageStarted:
 
 
 def run_study(
-    work: Path, docs: Path, settings: StudySettings | None = None, num_processes: int | None = None
+    work: Path,
+    docs: Path,
+    settings: StudySettings | None = None,
+    num_processes: int | None = None,
+    zoo: Zoo = SHIPPED,
 ) -> Iterator[JobProgress | StageStarted]:
     """Train, tune the rivals, compare, and write the pages.
 
@@ -61,43 +67,47 @@ def run_study(
         docs: gets `results.md`, `results.json` and their drawings at the end.
         settings: how much of everything.
         num_processes: one thread each; None takes one for each core.
+        zoo: whose experts.
 
     Raises:
         AfaError: the folder is of other settings, or a stage failed. What was done is kept.
     """
-    settings = settings or StudySettings()
+    settings = settings or (StudySettings() if zoo.is_main else FEWER)
     num_processes = num_processes or os.cpu_count() or 1
     work = work.resolve()
     _require_same(work, settings)
     with owned(work):
         place = work / _SETTINGS
         write_atomic(place, json.dumps(asdict(settings), indent=2) + "\n")
-        yield from _stages(work, docs, settings, num_processes)
+        yield from _stages(work, docs, settings, num_processes, zoo)
 
 
 def _stages(
-    work: Path, docs: Path, settings: StudySettings, num_processes: int
+    work: Path, docs: Path, settings: StudySettings, num_processes: int, zoo: Zoo
 ) -> Iterator[JobProgress | StageStarted]:
-    trained = {name: work / "trained" / _folder(name) for name in aggregator_recipes(settings)}
+    recipes = aggregator_recipes(settings, zoo)
+    trained = {name: work / "trained" / _folder(name) for name in recipes}
     jobs = [
         Job(name, train_aggregators_job, (recipe, trained[name]))
-        for name, recipe in aggregator_recipes(settings).items()
+        for name, recipe in recipes.items()
     ]
     rates = {f"{STEPS} {rate:g}": rate for rate in settings.base_learning_rates}
     bases = {name: work / "tuned" / _folder(name) for name in rates}
     jobs += [
-        Job(name, tune_base_job, _tuning(settings, 0, rates[name], folder))
+        Job(name, tune_base_job, _tuning(settings, zoo, 0, rates[name], folder))
         for name, folder in bases.items()
     ]
-    jobs.append(Job("autoMBW", search_job, (search_recipe(settings), work / "search")))
+    if zoo.is_main:
+        jobs.append(Job("autoMBW", search_job, (search_recipe(settings, zoo), work / "search")))
     # the longest first, so that no process is left alone with one at the end
     jobs.sort(key=lambda job: job.name != "autoMBW" and "twice" not in job.name)
     yield from run_jobs(jobs, num_processes)
 
     yield StageStarted("the rivals' settings")
-    evaluate_in_processes(work / "tuning", tuning_recipe(settings, bases), num_processes)
-    chosen, rate_name = choose(read_json(work / "tuning" / "report.json"), settings)
-    chosen["autoMBW"] = {"merge": _searched(work / "search")}
+    evaluate_in_processes(work / "tuning", tuning_recipe(settings, bases, zoo), num_processes)
+    chosen, rate_name = choose(read_json(work / "tuning" / "report.json"), settings, zoo)
+    if zoo.is_main:
+        chosen["autoMBW"] = {"merge": _searched(work / "search")}
     rate = rates[rate_name]
 
     seeds = range(settings.num_seeds)
@@ -109,16 +119,19 @@ def _stages(
         for row, steps in runs.items():
             folder = work / "tuned" / _folder(f"{row} {seed}")
             tuned[row].append(folder)
-            arguments = _tuning(settings, seed, rate, folder, steps)
+            arguments = _tuning(settings, zoo, seed, rate, folder, steps)
             later.append(Job(f"{row} {seed}", tune_base_job, arguments))
     later.sort(key=lambda job: TIME not in job.name)
     yield from run_jobs(later, num_processes)
 
     yield StageStarted("the comparison")
-    recipe = comparison_recipe(settings, trained, tuned, chosen)
+    recipe = comparison_recipe(settings, trained, tuned, chosen, zoo)
     evaluate_in_processes(work / "comparison", recipe, num_processes)
-    costs = training_costs(settings, trained, tuned, work / "search")
-    write_pages(work, docs, settings, chosen, costs, rate)
+    costs = training_costs(settings, trained, tuned)
+    if zoo.is_main:
+        costs["autoMBW"] = search_cost(settings, work / "search")
+    write = write_pages if zoo.is_main else write_section
+    write(docs, results_of(work, settings, chosen, costs, rate), work / "comparison")
 
 
 def _folder(name: str) -> str:
@@ -126,12 +139,17 @@ def _folder(name: str) -> str:
 
 
 def _tuning(
-    settings: StudySettings, seed: int, rate: float, folder: Path, steps: int | None = None
+    settings: StudySettings,
+    zoo: Zoo,
+    seed: int,
+    rate: float,
+    folder: Path,
+    steps: int | None = None,
 ) -> tuple[Any, ...]:
     changes: dict[str, Any] = {"learning_rate": rate}
     if steps is not None:
         changes["num_steps"] = steps
-    return BASE, scenes(seed).seed, training(settings, seed, **changes), folder
+    return zoo.base, scenes(seed).seed, training(settings, seed, **changes), folder
 
 
 def _require_same(work: Path, settings: StudySettings) -> None:
@@ -159,19 +177,20 @@ def evaluate_in_processes(output: Path, recipe: dict[str, Any], num_processes: i
 
 
 def choose(
-    report: dict[str, Any], settings: StudySettings
+    report: dict[str, Any], settings: StudySettings, zoo: Zoo = SHIPPED
 ) -> tuple[dict[str, dict[str, Any]], str]:
     """The best settings of every rival, and the name of the best tuned base; the first of equals.
 
     Args:
         report: of the comparison of all candidates.
         settings: whose learning rates name the bases.
+        zoo: whose experts.
     """
     means = {
         row["method"]: row["groups"]["mixed"]["scores"]["both"]["mean"] for row in report["rows"]
     }
     chosen = {}
-    for name, listed in candidates().items():
+    for name, listed in candidates(zoo).items():
         scores = [means[f"{name} {n}"] for n in range(len(listed))]
         chosen[name] = listed[scores.index(max(scores))]
     bases = [f"{STEPS} {rate:g}" for rate in settings.base_learning_rates]
@@ -198,7 +217,7 @@ def _steps_of_equal_time(work: Path, settings: StudySettings, ensemble: Path, ba
 
 
 def training_costs(
-    settings: StudySettings, trained: dict[str, Path], tuned: dict[str, list[Path]], search: Path
+    settings: StudySettings, trained: dict[str, Path], tuned: dict[str, list[Path]]
 ) -> dict[str, dict[str, float]]:
     """Steps and seconds that went into every trained row, of one seed."""
     costs = {}
@@ -212,7 +231,11 @@ def training_costs(
         assert note is not None, "it is tuned"
         steps = run["training"]["num_steps"]
         costs[row] = {"num_steps": steps, "seconds": steps * note["seconds_per_step"]}
+    return costs
+
+
+def search_cost(settings: StudySettings, search: Path) -> dict[str, float]:
+    """Trials and seconds that went into the search."""
     note = finished(search)
     assert note is not None, "the search is done"
-    costs["autoMBW"] = {"num_trials": settings.num_trials, "seconds": note["seconds"]}
-    return costs
+    return {"num_trials": settings.num_trials, "seconds": note["seconds"]}
