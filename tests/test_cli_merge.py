@@ -100,11 +100,11 @@ def single_file(experts: list[Path], folder: Path) -> Path:
     return folder / "single.safetensors"
 
 
-def not_a_unet(experts: list[Path], folder: Path) -> Path:
-    shutil.copytree(experts[0], folder / "flux")
-    index = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}
-    (folder / "flux" / "model_index.json").write_text(json.dumps(index))
-    return folder / "flux"
+def another_family(experts: list[Path], folder: Path) -> Path:
+    shutil.copytree(experts[0], folder / "kolors")
+    index = {"_class_name": "KolorsPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
+    (folder / "kolors" / "model_index.json").write_text(json.dumps(index))
+    return folder / "kolors"
 
 
 def missing(experts: list[Path], folder: Path) -> Path:
@@ -119,7 +119,7 @@ def missing(experts: list[Path], folder: Path) -> Path:
         (truncated, "must be a complete safetensors file"),
         (wider, "must share one architecture: 'unet."),
         (single_file, "must have one layout: "),
-        (not_a_unet, "must be pipelines with a U-Net; "),
+        (another_family, "is a KolorsPipeline. Other families are not supported"),
     ],
 )
 def test_wrong_experts(

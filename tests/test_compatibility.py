@@ -15,9 +15,11 @@ import torch
 from diffusers import (
     AutoPipelineForImage2Image,
     AutoPipelineForInpainting,
+    DDIMScheduler,
     EulerAncestralDiscreteScheduler,
     LCMScheduler,
     StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
     StableDiffusionPAGPipeline,
     StableDiffusionPipeline,
 )
@@ -25,12 +27,14 @@ from diffusers.hooks import FirstBlockCacheConfig, apply_group_offloading
 from diffusers.models.attention_processor import AttnProcessor
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import afa
+from afa.ensemble import EnsembleDenoiser
 from afa.errors import AfaError
 from afa.kinds import denoiser_of
-from tests.tiny import TEXT_WIDTH
+from tests.tiny import TEXT_WIDTH, tiny_pipeline, tiny_unet
 from tests.tiny_pipelines import saved_experts
 
 if TYPE_CHECKING:
@@ -338,6 +342,65 @@ def test_embeddings_instead_of_prompts(pipeline: Any) -> None:
 def test_guidance_rescaled(experts: list[Path]) -> None:
     drawn = [draw(make(experts[0]), guidance_rescale=0.7) for make in (stock, shell)]
     assert torch.equal(*drawn)
+
+
+# -- other experts ------------------------------------------------------------------------------
+
+
+def test_experts_for_inpainting(tmp_path: Path) -> None:
+    folders = []
+    for seed in range(2):
+        parts = tiny_pipeline(tmp_path / "tokenizer", seed, in_channels=9).components
+        model = StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
+        folders.append(tmp_path / f"expert{seed}")
+        model.save_pretrained(folders[-1])
+    picture, hole = Image.new("RGB", (16, 16), "red"), Image.new("L", (16, 16), 255)
+    stock_one = StableDiffusionInpaintPipeline.from_pretrained(folders[0], safety_checker=None)
+    drawn = [
+        draw(one, image=picture, mask_image=hole, height=16, width=16)
+        for one in (stock_one, shell(folders[0]))
+    ]
+    assert torch.equal(*drawn)
+    both = afa.load_pipeline(folders)
+    assert type(both) is StableDiffusionInpaintPipeline
+    filled = draw(both, image=picture, mask_image=hole, height=16, width=16)
+    assert filled.isfinite().all()
+    ordinary = tmp_path / "ordinary"
+    tiny_pipeline(tmp_path / "tokenizer").save_pretrained(ordinary)
+    with pytest.raises(AfaError, match=r"in_channels = 4, the first expert has 9"):
+        afa.load_pipeline([folders[0], ordinary])
+
+
+def test_experts_that_predict_velocity(tmp_path: Path) -> None:
+    folders = []
+    for seed in range(2):
+        model = tiny_pipeline(tmp_path / "tokenizer", seed)
+        scheduler = DDIMScheduler.from_config(
+            model.scheduler.config, prediction_type="v_prediction", rescale_betas_zero_snr=True
+        )
+        model.register_modules(scheduler=scheduler)
+        folders.append(tmp_path / f"expert{seed}")
+        model.save_pretrained(folders[-1])
+    assert torch.equal(draw(stock(folders[0])), draw(shell(folders[0])))
+    both = ensemble(folders)
+    assert both.scheduler.config.prediction_type == "v_prediction"
+    assert draw(both).isfinite().all()
+
+
+def test_experts_of_classes() -> None:
+    experts = [tiny_unet(seed, num_class_embeds=4) for seed in range(2)]
+    labels = torch.tensor([1, 3])
+    torch.manual_seed(0)
+    call: dict[str, Any] = {
+        "sample": torch.randn(2, 4, 8, 8),
+        "timestep": torch.tensor([3, 900]),
+        "encoder_hidden_states": torch.randn(2, 5, TEXT_WIDTH),
+        "class_labels": labels,
+    }
+    alone = EnsembleDenoiser(experts[:1])(**call).sample
+    assert torch.equal(alone, experts[0](**call).sample)
+    both = EnsembleDenoiser(experts)
+    assert not torch.equal(both(**call).sample, both(**{**call, "class_labels": 0 * labels}).sample)
 
 
 # -- the table ----------------------------------------------------------------------------------

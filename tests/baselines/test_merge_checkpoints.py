@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
+    DiffusionPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -20,11 +21,12 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 import afa
-from afa.baselines import merge_models
+from afa.baselines import merge_models, weighted_merge
 from afa.baselines.merging import MergeRecipe, merge_checkpoints, plan_merge
 from afa.weights import hash_expert, hash_file
 from tests.single_file import original_layout
 from tests.tiny import ODD, tiny_pipeline
+from tests.tiny_pipelines import saved_experts
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -267,3 +269,19 @@ def test_stable_diffusion_xl(tmp_path: Path) -> None:
     ):
         state = getattr(ours, part).state_dict()
         assert torch.equal(state[place], getattr(pipelines[expert], part).state_dict()[place])
+
+
+@pytest.mark.parametrize("kind", ["sd3", "pixart"])
+def test_folders_of_transformers(kind: str, tmp_path: Path) -> None:
+    folders = saved_experts(kind, tmp_path, 2)
+    recipe = MergeRecipe(method="weighted", experts=[str(folder) for folder in folders])
+    list(merge_checkpoints(recipe, tmp_path / "merged"))
+    merged = DiffusionPipeline.from_pretrained(tmp_path / "merged")
+    experts = [DiffusionPipeline.from_pretrained(folder) for folder in folders]
+    parts = [name for name in merged.components if name.startswith(("transformer", "text_enc"))]
+    assert len(parts) == (4 if kind == "sd3" else 2)
+    for name in parts:
+        expected = weighted_merge([expert.components[name] for expert in experts]).state_dict()
+        for key, tensor in merged.components[name].state_dict().items():
+            assert torch.equal(tensor, expected[key]), (name, key)
+    assert torch.equal(merged.vae.decoder.conv_in.weight, experts[0].vae.decoder.conv_in.weight)

@@ -11,16 +11,21 @@ from afa.baselines.merging.parts import TEXT_ENCODERS
 from afa.baselines.merging.streams import StoredTensor, read_header
 from afa.errors import AfaError
 from afa.files import read_json
+from afa.kinds import kind_of
 from afa.sources import locate
 from afa.weights import is_quantised, weight_files, weights_in
 
-_PARTS = ("unet", *TEXT_ENCODERS, "vae")
+_PARTS = ("unet", "transformer", *TEXT_ENCODERS, "vae")
 # what of a hub repository is needed; never a pickle
 _FILES = (
     "model_index.json",
     *(f"{part}/*.json" for part in (*_PARTS, "scheduler", "feature_extractor")),
     *(f"{part}/*.safetensors" for part in _PARTS),
-    *(f"tokenizer{number}/*.{kind}" for number in ("", "_2") for kind in ("json", "txt")),
+    *(
+        f"tokenizer{number}/*.{kind}"
+        for number in ("", "_2", "_3")
+        for kind in ("json", "txt", "model")
+    ),
 )
 
 
@@ -50,18 +55,15 @@ def read_checkpoint(source: str) -> Checkpoint:
     """Find a checkpoint and read the headers of its files.
 
     Raises:
-        AfaError: nothing is there, a pickle, something damaged, or a pipeline without a U-Net.
+        AfaError: nothing is there, a pickle, something damaged, or a family that is not supported.
     """
     path = locate(source, files=_FILES)
     if path.is_file():
         tensors = read_header(path)
         _refuse_quantised(tensors)
         return Checkpoint(source, path, tensors, {name: name for name in tensors})
-    if (path / "model_index.json").is_file() and not has_part(_index(path), "unet"):
-        raise AfaError(
-            f"Merged folders must be pipelines with a U-Net; '{source}' is a "
-            f"{_index(path).get('_class_name')}. Merge it as single files."
-        )
+    if (path / "model_index.json").is_file():
+        kind_of(str(_index(path).get("_class_name")), source)
     weight_files(path)  # refuses what is no pipeline
     index = _index(path)
     tensors, keys = {}, {}

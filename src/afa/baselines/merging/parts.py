@@ -9,9 +9,9 @@ from afa.denoisers.parameters import parameter_sites
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 #: parts that are no U-Net, as keys of per-block weights
-OTHER_PARTS = (*TEXT_ENCODERS, "vae")
+OTHER_PARTS = ("transformer", *TEXT_ENCODERS, "vae")
 # the start of a name -> part; a folder's names start with the part itself
 _PREFIXES = {
     "unet.": "unet",
@@ -20,12 +20,15 @@ _PREFIXES = {
     "cond_stage_model.": "text_encoder",
     "conditioner.embedders.0.": "text_encoder",
     "conditioner.embedders.1.": "text_encoder_2",
+    "text_encoders.clip_l.": "text_encoder",
+    "text_encoders.clip_g.": "text_encoder_2",
+    "text_encoders.t5xxl.": "text_encoder_3",
     "first_stage_model.": "vae",
 }
 
 
 def part_of(name: str) -> str | None:
-    """`unet`, `text_encoder`, `text_encoder_2` or `vae`; None where the name fits none of them."""
+    """`unet`, `transformer`, `text_encoder`, ... or `vae`; None where the name fits none."""
     return next((part for start, part in _PREFIXES.items() if name.startswith(start)), None)
 
 
