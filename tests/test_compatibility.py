@@ -24,7 +24,7 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 from diffusers.hooks import FirstBlockCacheConfig, apply_group_offloading
-from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.attention_processor import AttnProcessor, SlicedAttnProcessor
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
@@ -126,6 +126,20 @@ def test_a_lora_for_all_experts(experts: list[Path], tmp_path: Path) -> None:
     assert several.get_list_adapters() == {}
 
 
+def test_fusing_a_lora_into_experts_that_share_their_weights(
+    experts: list[Path], tmp_path: Path
+) -> None:
+    first = lora_file(experts[0], tmp_path / "first")
+    second = lora_file(experts[1], tmp_path / "second")
+    named: list[Any] = [experts[0], {"base": str(experts[0]), "lora": str(first)}]
+    pipeline = afa.load_pipeline(named)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_lora_weights(str(second))
+    before = draw(pipeline)
+    pipeline.fuse_lora(components=["unet"])
+    torch.testing.assert_close(draw(pipeline), before, atol=1e-5, rtol=0)
+
+
 def test_a_lora_for_one_expert(pipeline: Any, experts: list[Path], tmp_path: Path) -> None:
     state = load_file(lora_file(experts[0], tmp_path))
     pipeline.unet.experts[1].load_lora_adapter(state, prefix="unet")
@@ -191,8 +205,12 @@ def test_ip_adapter(experts: list[Path]) -> None:
         one.load_ip_adapter(state, subfolder="", weight_name="", image_encoder_folder=None)
     first = draw(inside, ip_adapter_image_embeds=picture)
     assert torch.equal(draw(alone, ip_adapter_image_embeds=picture), first)
-    for one in (alone, inside):
-        one.set_ip_adapter_scale(0.4)
+    for scale in (0.4, {"up": 0.3}, {"down": {"block_1": [0.0, 1.0]}}):
+        for one in (alone, inside):
+            one.set_ip_adapter_scale(scale)
+        scaled = draw(inside, ip_adapter_image_embeds=picture)
+        assert torch.equal(draw(alone, ip_adapter_image_embeds=picture), scaled), scale
+        assert not torch.equal(first, scaled)
     second = draw(inside, ip_adapter_image_embeds=picture)
     assert torch.equal(draw(alone, ip_adapter_image_embeds=picture), second)
     assert not torch.equal(first, second)
@@ -213,7 +231,10 @@ def test_attention_backends(pipeline: Any) -> None:
     pipeline.unet.set_default_attn_processor()
     pipeline.unet.set_attention_backend("native")
     torch.testing.assert_close(draw(pipeline), before, atol=1e-5, rtol=0)
+    pipeline.unet.set_default_attn_processor()
     pipeline.enable_attention_slicing()
+    sliced = {type(p) for p in pipeline.unet.attn_processors.values()}
+    assert sliced == {SlicedAttnProcessor}
     torch.testing.assert_close(draw(pipeline), before, atol=1e-5, rtol=0)
 
 
@@ -266,6 +287,7 @@ def test_layerwise_casting(pipeline: Any) -> None:
         storage_dtype=torch.bfloat16, compute_dtype=torch.float32
     )
     assert {p.dtype for p in pipeline.unet.experts[0].down_blocks.parameters()} >= {torch.bfloat16}
+    assert {p.dtype for p in pipeline.unet.aggregators.parameters()} == {torch.float32}
     torch.testing.assert_close(draw(pipeline), before, atol=0.05, rtol=0)
 
 
@@ -275,10 +297,17 @@ def test_caches_are_refused(pipeline: Any) -> None:
 
 
 def test_autoencoders_in_tiles_and_slices(pipeline: Any) -> None:
-    before = draw(pipeline)
+    size: dict[str, Any] = {"height": 16, "width": 16, "num_images_per_prompt": 2}
+    before = draw(pipeline, **size)
+    parts: list[torch.Size] = []
+    pipeline.vae.decoder.register_forward_pre_hook(lambda _, args: parts.append(args[0].shape))
     pipeline.vae.enable_slicing()
+    torch.testing.assert_close(draw(pipeline, **size), before, atol=1e-5, rtol=0)
+    assert [shape[0] for shape in parts] == [1, 1]
     pipeline.vae.enable_tiling()
-    torch.testing.assert_close(draw(pipeline), before, atol=1e-5, rtol=0)
+    wide = draw(pipeline, height=32, width=32)
+    assert wide.shape[-1] == 32
+    assert len(parts) > 3
 
 
 def test_other_memory_formats(pipeline: Any) -> None:

@@ -118,6 +118,11 @@ def _cut(folder: Path, file: str) -> None:
     (folder / file).write_bytes(data[:-100])
 
 
+def _seven_heads(folder: Path) -> None:
+    for n in range(9):
+        _wrong(folder, f"aggregator_{n}/config.json", num_attn_heads=7)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -127,6 +132,25 @@ def _cut(folder: Path, file: str) -> None:
         (lambda f: _wrong(f, "model_config.json", num_aggregators=8), "each of its 9 sites"),
         (lambda f: _wrong(f, "aggregator_2/config.json", hidden_size=32), "must be of one size"),
         (lambda f: _wrong(f, "aggregator_2/config.json", extra=1), "at 'extra'"),
+        (lambda f: _wrong(f, "aggregator_2/config.json", num_experts=3), "for its 2 experts"),
+        (
+            lambda f: [
+                _wrong(f, f"aggregator_{n}/config.json", num_attn_heads=7) for n in range(9)
+            ],
+            "cannot be built: aggregator.hidden_size",
+        ),
+        (
+            lambda f: _wrong(f, "additional_unet_0/config.json", block_out_channels=[3, 5]),
+            "must be a complete diffusion model",
+        ),
+        (
+            lambda f: _cut(f, "additional_unet_0/diffusion_pytorch_model.safetensors"),
+            "complete safetensors file",
+        ),
+        (
+            lambda f: (f / "additional_text_encoder_0/config.json").unlink(),
+            "must be a complete diffusion model",
+        ),
         (lambda f: _cut(f, "aggregator_2/aggregator.safetensors"), "complete safetensors file"),
         (
             lambda f: shutil.copy(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ from afa.errors import AfaError
 from afa.inspection import describe
 from afa.kinds import build_pipeline, denoiser_of
 from afa.layouts import config_folder, config_of, configs, missing_parts
+from afa.pipeline import load_single
 from afa.single_file import Companions, load_single_file
 from tests.single_file import original_layout
 from tests.tiny import tiny_pipeline
@@ -157,15 +159,16 @@ def test_a_flux_file_is_read_bit_for_bit(tmp_path: Path) -> None:
         assert_same_weights(getattr(pipeline, name), parts[name])
 
 
-def _bare(encoder: nn.Module) -> dict[str, Tensor]:
-    """A text encoder's file of its own, as web UIs keep it."""
+def _bare(encoder: Any) -> dict[str, Tensor]:
+    """A text encoder's file of its own, as web UIs keep it: CLIP-L's without a projection."""
+    state: dict[str, Tensor] = encoder.state_dict()
     if isinstance(encoder, T5EncoderModel):
-        state = encoder.state_dict()
-        return {k: t.contiguous() for k, t in state.items() if k != "encoder.embed_tokens.weight"}
-    return {
-        key if key.startswith("text_") else f"text_model.{key}": tensor.contiguous()
-        for key, tensor in encoder.state_dict().items()
-    }
+        left_out = "encoder.embed_tokens.weight"
+    else:
+        is_large = encoder.config.projection_dim == encoder.config.hidden_size
+        left_out = "text_projection.weight" if is_large else ""
+        state = {k if k.startswith("text_") else f"text_model.{k}": t for k, t in state.items()}
+    return {key: tensor.contiguous() for key, tensor in state.items() if key != left_out}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
@@ -245,6 +248,12 @@ def test_stable_diffusion_3_works_without_t5(tmp_path: Path) -> None:
     assert loaded("a fox", num_inference_steps=1, output_type="pt").images.isfinite().all()
     lent = afa.load_pipeline([file], config=tmp_path / "sd3-0", parts=[tmp_path / "sd3-0"])
     assert_same_weights(pipeline.text_encoder_3, lent.text_encoder_3.encoders[0])
+    # a folder that has left out T5, but not its tokenizer
+    shutil.copytree(tmp_path / "sd3-0", tmp_path / "small")
+    index = json.loads((tmp_path / "small" / "model_index.json").read_text())
+    content = json.dumps(index | {"text_encoder_3": [None, None]})
+    (tmp_path / "small" / "model_index.json").write_text(content)
+    afa.load_pipeline([file, tmp_path / "small"], config=tmp_path / "sd3-0", allow_duplicates=True)
     gone = exported(pipeline, tmp_path / "gone.safetensors", "text_encoders.")
     with pytest.raises(
         AfaError, match=r"lacks text_encoder \(CLIP-L\), text_encoder_2 \(CLIP-G\)\."
@@ -263,9 +272,73 @@ def test_parts_of_another_family_lend_nothing(tmp_path: Path) -> None:
 
 
 def test_a_file_without_a_denoiser_says_so(tmp_path: Path) -> None:
-    file = exported(made("1.5", tmp_path), tmp_path / "file.safetensors", "model.diffusion_model.")
-    with pytest.raises(AfaError, match="must hold a denoiser"):
-        afa.load_pipeline([file], config=tmp_path / "1.5-0")
+    pipeline = made("1.5", tmp_path)
+    file = exported(pipeline, tmp_path / "file.safetensors", "model.diffusion_model.")
+    whole = exported(pipeline, tmp_path / "whole.safetensors")
+    for parts in ([], [whole], [tmp_path / "1.5-0"]):
+        with pytest.raises(AfaError, match="must hold a denoiser"):
+            afa.load_pipeline([file], config=tmp_path / "1.5-0", parts=parts)
+
+
+def test_an_autoencoder_is_lent_to_files_of_its_kind_alone(tmp_path: Path) -> None:
+    made("1.5", tmp_path)
+    other = exported(made("1.5", tmp_path, 1), tmp_path / "other.safetensors")
+    file = exported(made("xl", tmp_path), tmp_path / "file.safetensors", "first_stage_model.")
+    for part in (other, tmp_path / "1.5-0"):
+        with pytest.raises(AfaError, match="must have an autoencoder"):
+            afa.load_pipeline([file], config=tmp_path / "xl-0", parts=[part])
+    # and a folder keeps its own
+    folder = tmp_path / "1.5-0"
+    own = afa.load_pipeline([folder]).vae
+    assert_same_weights(own, afa.load_pipeline([folder], parts=[other]).vae)
+    companions = Companions(torch.float32, parts=[other])
+    assert_same_weights(own, load_single(folder, companions=companions)[0].vae)
+
+
+def test_encoders_of_another_width_are_not_lent(tmp_path: Path) -> None:
+    file = exported(made("1.5", tmp_path), tmp_path / "file.safetensors", "cond_stage_model.")
+    wide = made("1.5", tmp_path, 1)
+    config = CLIPTextConfig(**{**wide.text_encoder.config.to_dict(), "hidden_size": 24})
+    wide.register_modules(text_encoder=CLIPTextModel(config))
+    wide.save_pretrained(tmp_path / "wide")
+    with pytest.raises(AfaError, match="lacks text_encoder"):
+        afa.load_pipeline([file], config=tmp_path / "1.5-0", parts=[tmp_path / "wide"])
+
+
+def test_a_file_says_what_it_is_before_a_folder_beside_it_does(tmp_path: Path) -> None:
+    folder = tmp_path / "xl-0"
+    made("xl", tmp_path)
+    companions = Companions(torch.float32, fallback=folder)
+    shapes = {key: tuple(t.shape) for key, t in original_layout(described("flux-dev")).items()}
+    assert companions.config_for(tmp_path / "x", shapes) == config_folder("flux-dev")
+    shapes = {
+        key: tuple(t.shape) for key, t in original_layout(described("stable-diffusion-2")).items()
+    }
+    with pytest.raises(AfaError, match="no tensor tells"):
+        companions.config_for(tmp_path / "x", shapes)
+    # what no published model is like is taken for one of the folder's, if it is of that kind
+    odd = {key: tuple(t.shape) for key, t in original_layout(made("xl", tmp_path)).items()}
+    assert companions.config_for(tmp_path / "x", odd) == folder
+    odd = {key: tuple(t.shape) for key, t in original_layout(made("1.5", tmp_path)).items()}
+    with pytest.raises(AfaError, match="must be described"):
+        companions.config_for(tmp_path / "x", odd)
+
+
+@pytest.mark.parametrize(
+    "entry", [5, {"a": 1}, ["transformers"], [None, None], ["transformers", 7]]
+)
+def test_indexes_that_are_no_indexes_are_one_line(entry: Any, tmp_path: Path) -> None:
+    made("1.5", tmp_path)
+    folder = tmp_path / "1.5-0"
+    index = json.loads((folder / "model_index.json").read_text())
+    for changes in ({"unet": entry}, {"scheduler": entry}, {"text_encoder/../../x": ["a", "b"]}):
+        (folder / "model_index.json").write_text(json.dumps(index | changes))
+        if "text_encoder/../../x" in changes:
+            afa.load_pipeline([folder])  # a name that is a path names nothing
+            continue
+        with pytest.raises(AfaError) as raised:
+            afa.load_pipeline([folder])
+        assert "\n" not in str(raised.value)
 
 
 def test_quantised_files_are_refused(tmp_path: Path) -> None:
@@ -319,6 +392,9 @@ def test_every_shipped_configuration_is_told_from_its_own_file(name: str) -> Non
     if name == "stable-diffusion-xl-v":
         assert config_of(shapes, "file") == "stable-diffusion-xl"
         shapes["v_pred"] = ()
+        with pytest.raises(AfaError, match="is marked with v_pred, which no shipped"):
+            config_of(shapes, "file")
+        shapes["ztsnr"] = ()
     assert config_of(shapes, "file") == name
     assert missing_parts(shapes, config_folder(name)) == []
 
@@ -368,7 +444,7 @@ def test_unknown_files_say_what_is_known(tmp_path: Path) -> None:
         config_of({}, "file")
     with pytest.raises(AfaError, match="layout of Stable Diffusion, Stable Diffusion XL"):
         config_of({"blocks.0.weight": (1, 1)}, "file")
-    with pytest.raises(AfaError, match="takes 384 channels where flux-dev takes 64"):
+    with pytest.raises(AfaError, match="has 384 channels in, where flux-dev has 64"):
         config_of(
             {
                 "double_blocks.0.img_attn.norm.key_norm.scale": (128,),
@@ -388,6 +464,11 @@ def test_unknown_files_say_what_is_known(tmp_path: Path) -> None:
             },
             "file",
         )
+    for odd in ("model.diffusion_model.input_blocks.0.0.weight", "joint_blocks.0.x", "pos_embed"):
+        with pytest.raises(AfaError):
+            config_of({odd: (3,)}, "file")
+    with pytest.raises(AfaError, match="guidance layers of its own"):
+        config_of({"double_blocks.0.x": (1,), "distilled_guidance_layer.x": (1,)}, "file")
     with pytest.raises(AfaError, match="A shipped configuration is one of flux-dev"):
         config_folder("sd4")
     save_file(original_layout(made("1.5", tmp_path)), tmp_path / "file.safetensors")

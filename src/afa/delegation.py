@@ -5,12 +5,13 @@ from __future__ import annotations
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
-
-    from torch import nn
 
 _TEXT = "text_encoder"
 
@@ -47,14 +48,18 @@ class Delegation:
     fuse_qkv_projections = _for_every_expert("fuse_qkv_projections")
     unfuse_qkv_projections = _for_every_expert("unfuse_qkv_projections")
     set_default_attn_processor = _for_every_expert("set_default_attn_processor")
+    set_attention_slice = _for_every_expert("set_attention_slice")
     compile_repeated_blocks = _for_every_expert("compile_repeated_blocks")
     enable_layerwise_casting = _for_every_expert("enable_layerwise_casting")
 
     @property
     def attn_processors(self) -> dict[str, Any]:
-        """All attention processors, by `experts.N.` and their name in the expert."""
+        """All attention processors, by their name in the expert and `.expertN`.
+
+        Pipelines tell an IP-Adapter's scales for a block by how the name starts.
+        """
         return {
-            f"experts.{n}.{name}": processor
+            f"{name}.expert{n}": processor
             for n, expert in enumerate(self.experts)
             for name, processor in expert.attn_processors.items()
         }
@@ -65,8 +70,8 @@ class Delegation:
             if not isinstance(processor, dict):
                 expert.set_attn_processor(processor)
                 continue
-            start = f"experts.{n}."
-            own = {k.removeprefix(start): v for k, v in processor.items() if k.startswith(start)}
+            end = f".expert{n}"
+            own = {k.removesuffix(end): v for k, v in processor.items() if k.endswith(end)}
             expert.set_attn_processor(own)
 
     @contextmanager
@@ -94,9 +99,26 @@ class Delegation:
     delete_adapters = _for_every_expert("delete_adapters")
     enable_lora = _for_every_expert("enable_lora")
     disable_lora = _for_every_expert("disable_lora")
-    fuse_lora = _for_every_expert("fuse_lora")
     unfuse_lora = _for_every_expert("unfuse_lora")
     unload_lora = _for_every_expert("unload_lora")
+
+    def fuse_lora(self, *args: Any, **kwargs: Any) -> None:
+        """`fuse_lora` of the experts' own class, for every expert.
+
+        LoRA experts share the parameters of their base; what is fused into comes to be each one's.
+        """
+        seen: set[int] = set()
+        for expert in self.distinct_experts:
+            layers = [m for m in expert.modules() if isinstance(m, BaseTunerLayer)]
+            for layer in layers:
+                own: nn.Module = layer.get_base_layer()
+                for name, parameter in list(own.named_parameters(recurse=False)):
+                    if id(parameter) in seen:
+                        copy = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+                        setattr(own, name, copy)
+                    seen.add(id(parameter))
+        for expert in self.distinct_experts:
+            expert.fuse_lora(*args, **kwargs)
 
     @property
     def peft_config(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import transformers
 from diffusers import AutoencoderKL
 
 from afa.components import library_class, load_text_encoder, load_weights, loading_model
-from afa.files import read_json
+from afa.files import parts_of, read_json
 from afa.kinds import Kind, kind_of
 from afa.single_file import Companions, load_single_file
 from afa.sources import ExpertReference, locate, refer, require_hash
@@ -63,6 +63,7 @@ def load_expert(
     *,
     revision: str | None = None,
     companions: Companions | None = None,
+    with_vae: bool = True,
     sha256: str | None = None,
     torch_dtype: torch.dtype = torch.float32,
 ) -> Expert:
@@ -72,6 +73,7 @@ def load_expert(
         source: see `afa.sources.locate`.
         revision: of a hub id.
         companions: what a single file may leave out; None is nothing but what ships.
+        with_vae: whether a single file's autoencoder is read, too.
         sha256: that its weights must have; None takes any.
         torch_dtype: of the weights in memory.
 
@@ -86,13 +88,15 @@ def load_expert(
     reference = refer(source, path, hash_expert(path), revision)
     require_hash("Expert", reference, sha256)
     if path.is_file():
-        return _load_file(reference, path, companions or Companions(torch_dtype))
+        return _load_file(reference, path, companions or Companions(torch_dtype), with_vae)
     with loading_model(source):
         return _load_folder(reference, path, torch_dtype)
 
 
-def _load_file(reference: ExpertReference, path: Path, companions: Companions) -> Expert:
-    config, parts = load_single_file(path, companions)
+def _load_file(
+    reference: ExpertReference, path: Path, companions: Companions, with_vae: bool
+) -> Expert:
+    config, parts = load_single_file(path, companions, with_vae=with_vae)
     index = read_json(config / "model_index.json")
     class_name = str(index["_class_name"])
     kind = kind_of(class_name, path)
@@ -130,12 +134,13 @@ def _load_folder(reference: ExpertReference, path: Path, torch_dtype: torch.dtyp
     index = read_json(path / "model_index.json")
     class_name = str(index.get("_class_name"))
     kind = kind_of(class_name, reference.source)
-    classes = {
-        name: entry[1]
-        for name, entry in index.items()
-        if isinstance(entry, list) and entry and entry[0] is not None
-    }
-    scheduler_class = library_class(diffusers, classes["scheduler"], diffusers.SchedulerMixin)
+    classes = parts_of(index)
+    encoders = [name for name in classes if name.startswith("text_encoder")]
+    # one without its encoder is of no use, and others may lack it
+    tokenizers = [name.replace("text_encoder", "tokenizer") for name in encoders]
+    scheduler_class = library_class(
+        diffusers, classes.get("scheduler", "none"), diffusers.SchedulerMixin
+    )
     return Expert(
         reference,
         kind,
@@ -144,16 +149,14 @@ def _load_folder(reference: ExpertReference, path: Path, torch_dtype: torch.dtyp
             kind.denoiser_family.model_class, path / kind.denoiser, torch_dtype=torch_dtype
         ),
         text_encoders={
-            name: load_text_encoder(path / name, classes[name], torch_dtype)
-            for name in classes
-            if name.startswith("text_encoder")
+            name: load_text_encoder(path / name, classes[name], torch_dtype) for name in encoders
         },
         tokenizers={
             name: library_class(
                 transformers, classes[name], transformers.PreTrainedTokenizerBase
             ).from_pretrained(path / name)
-            for name in classes
-            if name.startswith("tokenizer")
+            for name in tokenizers
+            if name in classes
         },
         scheduler=scheduler_class.from_pretrained(path / "scheduler"),
         config=path,

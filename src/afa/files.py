@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 LOCK = ".lock"
 _PARTIAL = re.compile(r"\..+\.[a-z0-9_]{8}")  # as `write_atomic` names what it has not finished
@@ -101,6 +101,21 @@ def is_unused(folder: Path) -> bool:
     return not folder.exists() or (
         folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir())
     )
+
+
+def parts_of(index: Mapping[str, Any]) -> dict[str, str]:
+    """The parts that a `model_index.json` names, and their classes; empty places are left out.
+
+    A name is no path: `../x` would be read from outside the folder.
+    """
+    return {
+        name: entry[1]
+        for name, entry in index.items()
+        if name.isidentifier()
+        and isinstance(entry, list)
+        and len(entry) == 2
+        and all(isinstance(part, str) for part in entry)
+    }
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -126,7 +126,8 @@ KINDS = (
         ("PixArtAlphaPipeline", "PixArtSigmaPipeline"),
         (),
         text=("text_encoder",),
-        call={"use_resolution_binning": False},
+        # prompts are trained and drawn as they are, whatever is installed beside
+        call={"use_resolution_binning": False, "clean_caption": False},
     ),
     Kind("DiT", "dit", ("DiTPipeline",), (), ()),
 )

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from afa.errors import AfaError
-from afa.files import cache_folder, read_json, staged, write_atomic
+from afa.files import cache_folder, parts_of, read_json, staged, write_atomic
 from afa.kinds import kind_of
 
 if TYPE_CHECKING:
@@ -62,6 +62,23 @@ COMMON_NAMES = {
 }
 _LORA = (".lora_up.", ".lora_down.", ".lora_A.", ".lora_B.", ".lora.up.", ".lora.down.")
 _UNET = "model.diffusion_model."
+
+
+class Ambiguous(AfaError):
+    """Several models look alike, and guessing would draw noise."""
+
+
+def kind_name(shapes: Shapes) -> str | None:
+    """The kind of pipeline whose denoiser a file holds, whatever its size; None without one."""
+    bare = {name.removeprefix(_UNET) for name in shapes}
+    if any(name.startswith("double_blocks.") for name in bare):
+        return "Flux"
+    if any(name.startswith("joint_blocks.") for name in bare):
+        return "Stable Diffusion 3"
+    if f"{_UNET}input_blocks.0.0.weight" not in shapes:
+        return None
+    is_xl = f"{_UNET}label_emb.0.0.weight" in shapes
+    return "Stable Diffusion XL" if is_xl else "Stable Diffusion"
 
 
 def configs() -> list[str]:
@@ -131,17 +148,20 @@ def config_of(shapes: Shapes, source: object) -> str:
         shapes: of all tensors of the file.
         source: for the errors.
 
+    A Flux without guidance is taken for schnell, which a dev that lost it may have to be told from:
+    name its configuration.
+
     Raises:
-        AfaError: the file is of no family that is known, of an unusual member of one, or one of
-            several models that no tensor tells apart.
+        AfaError: the file is of no family that is known, or of an unusual member of one.
+        Ambiguous: it is one of several models that no tensor tells apart.
     """
     bare = {name.removeprefix(_UNET): shape for name, shape in shapes.items()}
-    if "double_blocks.0.img_attn.norm.key_norm.scale" in bare:
-        name = "flux-dev" if "guidance_in.in_layer.weight" in bare else "flux-schnell"
-        return _of_width(name, bare.get("img_in.weight"), 64, source)
-    if "joint_blocks.0.context_block.adaLN_modulation.1.bias" in bare:
+    kind = kind_name(shapes)
+    if kind == "Flux":
+        return _flux(bare, source)
+    if kind == "Stable Diffusion 3":
         return _sd3(bare, source)
-    if f"{_UNET}input_blocks.0.0.weight" in shapes:
+    if kind is not None:
         return _unet(shapes, source)
     raise AfaError(
         f"A single file must hold a model in the layout of {', '.join(PARTS)}; '{source}' starts "
@@ -163,12 +183,20 @@ def refuse_lora(shapes: Shapes, source: object) -> None:
         )
 
 
-def _of_width(name: str, shape: tuple[int, ...] | None, expected: int, source: object) -> str:
-    """Refuse models that take another input than the shipped configuration says."""
-    if shape is not None and shape[1] != expected:
+def _size(shapes: Shapes, key: str, dimension: int) -> int:
+    """One dimension of a tensor; 0 where there is none."""
+    shape = shapes.get(key, ())
+    return shape[dimension] if len(shape) > dimension else 0
+
+
+def _flux(bare: Shapes, source: object) -> str:
+    name = "flux-dev" if "guidance_in.in_layer.weight" in bare else "flux-schnell"
+    width, is_other = _size(bare, "img_in.weight", 1), any("distilled_" in key for key in bare)
+    if width != 64 or is_other:
+        what = "guidance layers of its own" if is_other else f"{width} channels in"
         raise AfaError(
-            f"'{source}' must be described: it takes {shape[1]} channels where {name} takes "
-            f"{expected}. Name a diffusers folder of its kind, config=FOLDER."
+            f"'{source}' must be described: it has {what}, where {name} has 64 channels and none. "
+            "Name a diffusers folder of its kind, config=FOLDER."
         )
     return name
 
@@ -180,7 +208,7 @@ def _sd3(bare: Shapes, source: object) -> str:
         (24, 384**2): "stable-diffusion-3.5-medium",
         (38, 192**2): "stable-diffusion-3.5-large",
     }
-    positions = bare.get("pos_embed", (0, 0))[1]
+    positions = _size(bare, "pos_embed", 1)
     if (depth, positions) not in known:
         raise AfaError(
             f"'{source}' must be described: a Stable Diffusion 3 of {depth} blocks and {positions} "
@@ -190,33 +218,42 @@ def _sd3(bare: Shapes, source: object) -> str:
 
 
 def _unet(shapes: Shapes, source: object) -> str:
-    channels = shapes[f"{_UNET}input_blocks.0.0.weight"][1]
-    pooled = shapes.get(f"{_UNET}label_emb.0.0.weight")
-    if pooled is not None:
-        name = {2816: "stable-diffusion-xl", 2560: "stable-diffusion-xl-refiner"}.get(pooled[1])
-        # the mark of models that were trained on velocity, in their file since no tensor tells
-        variant = {4: "-v" if "v_pred" in shapes else "", 9: "-inpainting"}.get(channels)
-        name = None if name is None or variant is None else name + variant
-        if name in configs() and "edm_mean" not in shapes:
-            return str(name)
-    width = shapes.get(f"{_UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight", (0, 0))[1]
-    if pooled is None and (width, channels) == (1024, 4):
-        raise AfaError(
+    channels = _size(shapes, f"{_UNET}input_blocks.0.0.weight", 1)
+    pooled = _size(shapes, f"{_UNET}label_emb.0.0.weight", 1)
+    attention = f"{_UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+    width = _size(shapes, attention, 1)
+    known = {
+        (0, 768, 4): "stable-diffusion-1.5",
+        (0, 768, 9): "stable-diffusion-1.5-inpainting",
+        (0, 1024, 9): "stable-diffusion-2-inpainting",
+        (2816, 0, 4): "stable-diffusion-xl",
+        (2816, 0, 9): "stable-diffusion-xl-inpainting",
+        (2560, 0, 4): "stable-diffusion-xl-refiner",
+    }
+    if (pooled, width, channels) == (0, 1024, 4):
+        raise Ambiguous(
             f"'{source}' must be described: it may be of stable-diffusion-2, which predicts "
             "velocity, or of stable-diffusion-2-base, which predicts noise, and no tensor tells. "
             "Name the right one: config=stable-diffusion-2."
         )
-    known = {
-        (768, 4): "stable-diffusion-1.5",
-        (768, 9): "stable-diffusion-1.5-inpainting",
-        (1024, 9): "stable-diffusion-2-inpainting",
-    }
-    if pooled is None and (width, channels) in known:
-        return known[width, channels]
-    raise AfaError(
-        f"'{source}' must be described: a U-Net with {channels} channels and text of width {width} "
-        "is none of the published ones. Name a diffusers folder of its kind, config=FOLDER."
-    )
+    name = known.get((pooled, width, channels))
+    if name is None or "edm_mean" in shapes:
+        raise AfaError(
+            f"'{source}' must be described: a U-Net with {channels} channels, text of width "
+            f"{width} and {pooled} pooled is none of the published ones. Name a diffusers folder "
+            "of its kind, config=FOLDER."
+        )
+    # the marks of models that were trained on velocity, and to zero terminal SNR
+    marks = {mark for mark in ("v_pred", "ztsnr") if mark in shapes}
+    if name == "stable-diffusion-xl" and marks == {"v_pred", "ztsnr"}:
+        return "stable-diffusion-xl-v"
+    if marks:
+        raise Ambiguous(
+            f"'{source}' must be described: it is marked with {' and '.join(sorted(marks))}, which "
+            "no shipped configuration has by itself. Name a diffusers folder whose scheduler says "
+            "what it predicts, config=FOLDER; stable-diffusion-xl-v has zero terminal SNR besides."
+        )
+    return name
 
 
 # -- what a file leaves out -------------------------------------------------------------------
@@ -231,9 +268,9 @@ def missing_parts(shapes: Shapes, config: Path) -> list[str]:
     """
     index = read_json(config / "model_index.json")
     table = PARTS[kind_of(str(index.get("_class_name")), config).name]
+    named = parts_of(index)
     return [
         part
         for part, starts in table.items()
-        if (index.get(part) or [None])[0] is not None
-        and not any(name.startswith(starts) for name in shapes)
+        if part in named and not any(name.startswith(starts) for name in shapes)
     ]

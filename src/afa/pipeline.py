@@ -83,12 +83,12 @@ def load_pipeline(
     companions = Companions(
         torch_dtype,
         config=config,
-        fallback=_first_folder(named),
+        fallback=first_folder(named),
         parts=parts or (),
         revisions=part_revisions or (),
         hashes=part_hashes or (),
     )
-    loaded = _load_all(named, revisions, hashes, companions)
+    loaded = _load_all(named, revisions, hashes, companions, with_vae=vae is None)
     check_experts(loaded, allow_duplicates=allow_duplicates)
     autoencoder, vae_reference = _autoencoder(loaded[0], vae, vae_revision, companions)
     pipeline = assemble(loaded, aggregators, autoencoder).to(device)
@@ -106,7 +106,7 @@ def load_pipeline(
 def _autoencoder(
     expert: Expert, vae: str | Path | None, revision: str | None, companions: Companions
 ) -> tuple[nn.Module, ExpertReference]:
-    """The autoencoder that is named; else the expert's own; else one that is lent.
+    """The autoencoder that is named; else the expert's own; else, for a file, one that is lent.
 
     Raises:
         AfaError: there is none.
@@ -114,18 +114,18 @@ def _autoencoder(
     dtype = companions.torch_dtype
     if vae is not None:
         return load_vae(vae, revision=revision, config=expert.config, torch_dtype=dtype)
+    reference = replace(expert.reference, lora=None)
     if expert.vae is not None:
-        return expert.vae, expert.reference
+        return expert.vae, reference
+    if not locate(reference.source, reference.revision).is_file():
+        return load_vae(reference.source, revision=reference.revision, torch_dtype=dtype)
     lent = companions.vae(expert.config)
-    source = expert.reference.source
-    if lent is not None:
-        return lent
-    if locate(source, expert.reference.revision).is_file():
+    if lent is None:
         raise AfaError(
-            f"An ensemble must have an autoencoder; '{source}' leaves it out. Name one: vae=FOLDER "
-            "or FILE."
+            f"An ensemble must have an autoencoder; '{reference.source}' leaves it out. Name one: "
+            "vae=FOLDER or FILE."
         )
-    return load_vae(source, revision=expert.reference.revision, torch_dtype=dtype)
+    return lent
 
 
 def _load_all(
@@ -133,17 +133,20 @@ def _load_all(
     revisions: Sequence[str | None],
     hashes: Sequence[str | None],
     companions: Companions,
+    *,
+    with_vae: bool,
 ) -> list[Expert]:
-    """All experts; those of one base share its memory."""
+    """All experts, the first with a file's autoencoder; those of one base share its memory."""
     keys = [(str(base_of(asked)), rev) for asked, rev in zip(experts, revisions, strict=True)]
     bases: dict[tuple[str, str | None], Expert] = {}
-    loaded = []
+    loaded: list[Expert] = []
     for asked, key, sha256 in zip(experts, keys, hashes, strict=True):
         if key not in bases:
             bases[key] = load_expert(
                 base_of(asked),
                 revision=key[1],
                 companions=companions,
+                with_vae=with_vae and not loaded,
                 torch_dtype=companions.torch_dtype,
             )
         base = bases[key]
@@ -194,16 +197,14 @@ def _build(expert: Expert, parts: dict[str, Any]) -> DiffusionPipeline:
 def load_single(
     source: str | Path | LoraExpert,
     *,
-    config: str | Path | None = None,
-    parts: Sequence[str | Path] | None = None,
+    companions: Companions | None = None,
     torch_dtype: torch.dtype = torch.float32,
 ) -> tuple[DiffusionPipeline, ExpertReference]:
     """One checkpoint by itself, with its own autoencoder, as anyone would load it.
 
     Args:
         source: see `load_expert`; or a LoRA on such a model.
-        config: see `load_pipeline`.
-        parts: see `load_pipeline`.
+        companions: what a single file may leave out; see `load_expert`.
         torch_dtype: of all weights.
 
     Returns: a stock pipeline, and what was loaded.
@@ -211,7 +212,7 @@ def load_single(
     Raises:
         AfaError: see `load_expert`.
     """
-    companions = Companions(torch_dtype, config=config, parts=parts or ())
+    companions = companions or Companions(torch_dtype)
     expert = load_expert(base_of(source), companions=companions, torch_dtype=torch_dtype)
     if isinstance(source, LoraExpert):
         expert = lora_expert(expert, source)
@@ -266,6 +267,7 @@ def size_multiple(pipeline: DiffusionPipeline) -> int:
     return pipeline.vae_scale_factor * kind.patch(denoiser_of(pipeline).config)
 
 
-def _first_folder(experts: Sequence[str | Path | LoraExpert]) -> Path | None:
+def first_folder(experts: Sequence[str | Path | LoraExpert]) -> Path | None:
+    """The first local folder among experts, which describes files of its kind."""
     paths = (Path(base_of(source)).expanduser() for source in experts)
     return next((path for path in paths if path.is_dir()), None)

@@ -60,7 +60,7 @@ def check_experts(experts: Sequence[Expert], *, allow_duplicates: bool = False) 
                 f"{', '.join(first.text_encoders) or 'none'}. Add what is missing."
             )
         if any(
-            ours.get_vocab() != other.tokenizers[part].get_vocab()
+            part not in other.tokenizers or ours.get_vocab() != other.tokenizers[part].get_vocab()
             for part, ours in first.tokenizers.items()
         ):
             raise AfaError(

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import load_file
 
 from afa.aggregators import SABWConfig
-from afa.components import load_text_encoder, load_vae, load_weights
+from afa.components import load_text_encoder, load_vae, load_weights, loading_model
 from afa.errors import AfaError
 from afa.experts import Expert, load_expert
 from afa.files import read_json
@@ -84,7 +84,7 @@ def load_published(
         _read(_aggregator(folder, n) / "config.json", _Aggregator)
         for n in range(settings.num_aggregators)
     ]
-    pipeline = assemble(experts, _shared_config(configs, folder), vae)
+    pipeline = assemble(experts, _shared_config(configs, len(experts), folder), vae)
     ensemble = denoiser_of(pipeline)
     ensemble.vae_reference = reference
     ensemble.kept_in = str(folder.absolute())
@@ -133,6 +133,8 @@ def hash_published(folder: Path) -> str:
     files += [
         _aggregator(folder, n) / "aggregator.safetensors" for n in range(settings.num_aggregators)
     ]
+    for file in files:
+        check_safetensors(file)
     return hash_files(folder, files)
 
 
@@ -140,7 +142,18 @@ def _load_experts(folder: Path, count: int, torch_dtype: torch.dtype) -> list[Ex
     """The pipeline's own expert, and the additional ones, which have its tokenizer."""
     first = load_expert(folder, torch_dtype=torch_dtype)
     class_name = type(first.text_encoders["text_encoder"]).__name__
-    return [first] + [
+    for n in range(count - 1):
+        for part in ("unet", "text_encoder"):
+            for file in weights_in(folder / f"additional_{part}_{n}")[1]:
+                check_safetensors(file)
+    with loading_model(folder):
+        return [first, *_additional(folder, first, class_name, count - 1, torch_dtype)]
+
+
+def _additional(
+    folder: Path, first: Expert, class_name: str, count: int, torch_dtype: torch.dtype
+) -> list[Expert]:
+    return [
         replace(
             first,
             reference=replace(
@@ -155,26 +168,35 @@ def _load_experts(folder: Path, count: int, torch_dtype: torch.dtype) -> list[Ex
                 )
             },
         )
-        for n in range(count - 1)
+        for n in range(count)
     ]
 
 
-def _shared_config(configs: Sequence[_Aggregator], folder: Path) -> SABWConfig:
+def _shared_config(configs: Sequence[_Aggregator], count: int, folder: Path) -> SABWConfig:
     """The settings that all of the aggregators have, which differ in their channels alone.
 
     Raises:
-        AfaError: they differ in more.
+        AfaError: they differ in more, are for another number of experts, or are no settings.
     """
+    numbers = {c.num_experts for c in configs}
+    if numbers != {count}:
+        raise AfaError(
+            f"All aggregators in '{folder}' must be for its {count} experts, came "
+            f"{', '.join(map(str, sorted(numbers)))}."
+        )
     sizes = {(c.hidden_size, c.num_layers, c.num_attn_heads) for c in configs}
     if len(sizes) > 1:
         raise AfaError(f"All aggregators in '{folder}' must be of one size, came {sorted(sizes)}.")
     hidden_size, num_layers, num_heads = sizes.pop()
-    return SABWConfig(
-        hidden_size=hidden_size,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        norm_num_groups=_NUM_GROUPS,
-    )
+    try:
+        return SABWConfig(
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            norm_num_groups=_NUM_GROUPS,
+        )
+    except AfaError as error:
+        raise AfaError(f"The aggregators in '{folder}' cannot be built: {error}") from error
 
 
 def _aggregator(folder: Path, number: int) -> Path:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError, safe_open
 
 from afa.errors import AfaError
-from afa.files import read_json
+from afa.files import parts_of, read_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -82,13 +82,9 @@ def weight_files(path: Path) -> list[Path]:
     if path.is_file():
         files = [path]
     elif (path / "model_index.json").is_file():
-        index = read_json(path / "model_index.json")
-        parts = ["unet" if "unet" in index else "transformer"]
-        parts += sorted(
-            name
-            for name, entry in index.items()
-            if name.startswith("text_encoder") and entry and entry[0] is not None
-        )
+        named = parts_of(read_json(path / "model_index.json"))
+        parts = ["unet" if "unet" in named else "transformer"]
+        parts += sorted(name for name in named if name.startswith("text_encoder"))
         files = [file for part in parts for file in weights_in(path / part)[1]]
     else:
         raise AfaError(

@@ -360,7 +360,6 @@ def test_the_study_of_transformers_in_small(tmp_path: Path) -> None:
     list(build_transformer_zoo(tmp_path / "zoo", recipe))
     zoo, docs = transformers(tmp_path / "zoo"), tmp_path / "docs"
     docs.mkdir()
-    (docs / "results.md").write_text("# Results\n\nOf U-Nets.\n")
     settings = replace(TINY, num_seeds=1)
     list(run_study(tmp_path / "work", docs, settings, num_processes=2, zoo=zoo))
     results = json.loads((docs / "results-dit.json").read_text())
@@ -370,11 +369,15 @@ def test_the_study_of_transformers_in_small(tmp_path: Path) -> None:
     # 2 halves of guidance, 1 step
     assert rows["base"]["expert_calls_per_image"] == 2
     assert rows["AFA"]["expert_calls_per_image"] == 6
+    assert (docs / "results.md").read_text().startswith("## Diffusion transformers\n")
+    alone = (docs / "results.md").read_text()
+    (docs / "results.md").write_text(f"# Results\n\nOf U-Nets.\n\n{alone}")
     page = (docs / "results.md").read_text()
-    assert page.startswith("# Results\n\nOf U-Nets.\n\n## Diffusion transformers\n")
     images = [part.split(")")[0] for part in page.split("](images/")[1:]]
     assert images
     assert all((docs / "images" / image).is_file() for image in images)
     # again, it takes its own place
     list(run_study(tmp_path / "work", docs, settings, num_processes=2, zoo=zoo))
     assert (docs / "results.md").read_text() == page
+    with pytest.raises(AfaError, match="or of other models"):
+        list(run_study(tmp_path / "work", docs, settings, num_processes=2))

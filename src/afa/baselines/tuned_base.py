@@ -12,8 +12,9 @@ import torch
 
 from afa.errors import AfaError
 from afa.files import is_unused, read_json, write_atomic
-from afa.kinds import denoiser_of, kind_of_pipeline
+from afa.kinds import denoiser_of
 from afa.pipeline import check_text_to_image, load_single, native_resolution
+from afa.single_file import Companions
 from afa.training.checkpoints import (
     Checkpoint,
     Checkpoints,
@@ -64,7 +65,8 @@ def tune_base(
     if settings.expert_dtype != "float32":
         raise AfaError("A tuned base must be trained in float32, came another expert_dtype.")
     engine = Engine(settings.device)
-    pipeline, reference = load_single(source, config=config)
+    companions = Companions(torch.float32, config=config)
+    pipeline, reference = load_single(source, companions=companions)
     pipeline = pipeline.to(engine.device)
     check_text_to_image(pipeline)
     pipeline.vae.requires_grad_(False)
@@ -80,7 +82,8 @@ def tune_base(
                 "The output folder must be new or of the same base, data and settings; "
                 f"'{output}' is neither. Name another one."
             )
-    encoders = [pipeline.components[name] for name in kind_of_pipeline(pipeline).text]
+    parts = pipeline.components.items()
+    encoders = [part for name, part in parts if name.startswith("text_encoder") and part]
     modules: list[Any] = [denoiser_of(pipeline), *encoders]
     parameters = [p for module in modules for p in module.parameters()]
     optimizer = torch.optim.AdamW(

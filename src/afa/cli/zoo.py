@@ -88,8 +88,8 @@ def results(
 ) -> None:
     """Train and compare every way of combining the experts, and write the page of results.
 
-    Takes over an hour on two cores, half of it for transformers, which get a section of the page;
-    the same command goes on where it was stopped.
+    Takes over an hour on two cores; the same command goes on where it was stopped. With --zoo the
+    experts are that zoo's, and what comes of it a section of the page.
 
     [bold]Example[/bold]: afa zoo results runs/results --docs docs
     """

@@ -13,13 +13,13 @@ from afa.ensemble import EnsembleDenoiser
 from afa.experts import load_expert
 from afa.kinds import build_pipeline, denoiser_of, kind_of_pipeline
 from afa.lora import LoraExpert, base_of
-from afa.pipeline import check_text_to_image, load_pipeline, load_single
+from afa.pipeline import check_text_to_image, first_folder, load_pipeline, load_single
 from afa.published import hash_published, is_published
-from afa.single_file import Companions
+from afa.single_file import Companions, described_by
 from afa.sources import locate
 from afa.text import EnsembleTextEncoder
 from afa.training.engine import pick_device
-from afa.weights import hash_expert, hash_file, hash_pipeline, hash_vae
+from afa.weights import hash_file, hash_files, hash_pipeline, hash_vae
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from afa.baselines.fusion import FusionRecipe
     from afa.baselines.merging import MergeMethod
     from afa.evaluation.recipe import EvaluateRecipe, MethodRecipe
+    from afa.evaluation.search import SearchRecipe
     from afa.experts import Expert
 
 
@@ -52,7 +53,7 @@ class MethodBuilder:
         """
         recipe = self._recipe
         if method.model is not None:
-            return {"model": self._hash(method.model[replica])}
+            return {"model": self._hash(method.model[replica]), **files_identity(recipe)}
         if method.ensemble is not None:
             folder = locate(method.ensemble[replica])
             if is_published(folder):
@@ -62,8 +63,7 @@ class MethodBuilder:
         shared = {
             "experts": [self._hash(source) for source in recipe.experts],
             "vae": recipe.vae and hash_vae(locate(recipe.vae)),
-            "config": recipe.config,
-            "parts": [hash_expert(locate(part)) for part in recipe.parts],
+            **files_identity(recipe),
         }
         if method.fusion is not None:
             return {"fusion": method.fusion.model_dump(exclude_none=True), **shared}
@@ -116,22 +116,22 @@ class MethodBuilder:
             )
         return self._experts
 
+    def _companions(self) -> Companions:
+        """What single files may leave out."""
+        recipe = self._recipe
+        fallback = first_folder(recipe.experts)
+        return Companions(self._dtype, config=recipe.config, fallback=fallback, parts=recipe.parts)
+
     def _model(self, source: str | LoraExpert) -> DiffusionPipeline:
         """A checkpoint with its own autoencoder."""
-        recipe = self._recipe
-        pipeline, _ = load_single(
-            source, config=recipe.config, parts=recipe.parts, torch_dtype=self._dtype
-        )
+        pipeline, _ = load_single(source, companions=self._companions(), torch_dtype=self._dtype)
         return pipeline.to(self._device)
 
     def _merge(self, method: MethodRecipe) -> DiffusionPipeline:
         recipe = self._recipe.merge_recipe(method)
         base = None
         if recipe.base is not None:
-            companions = Companions(
-                self._dtype, config=self._recipe.config, parts=self._recipe.parts
-            )
-            base = load_expert(recipe.base, companions=companions, torch_dtype=self._dtype)
+            base = load_expert(recipe.base, companions=self._companions(), torch_dtype=self._dtype)
         return merged_pipeline(self._all_experts(), recipe.build(), base)
 
     def _fusion(self, fusion: FusionRecipe) -> DiffusionPipeline:
@@ -142,6 +142,18 @@ class MethodBuilder:
         rules = fusion.rules(ensemble.sites)
         denoiser = EnsembleDenoiser(list(ensemble.experts), rules, schedule, widths=ensemble.widths)
         return _with(experts, {kind_of_pipeline(experts).denoiser: denoiser})
+
+
+def files_identity(recipe: EvaluateRecipe | SearchRecipe) -> dict[str, Any]:
+    """What decides how single files are read, as JSON; empty where nothing is named."""
+    identity: dict[str, Any] = {}
+    if recipe.config is not None:
+        folder = described_by(recipe.config)
+        files = sorted(file for file in folder.rglob("*.json") if file.is_file())
+        identity["config"] = hash_files(folder, files)
+    if recipe.parts:
+        identity["parts"] = [hash_pipeline(locate(part)) for part in recipe.parts]
+    return identity
 
 
 def merged_pipeline(

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 
 from afa.baselines.merging import BlockWeights
 from afa.errors import AfaError
-from afa.evaluation.methods import merged_pipeline
+from afa.evaluation.methods import files_identity, merged_pipeline
 from afa.evaluation.prompts import PromptsRecipe, load_prompts, resolve_prompts
 from afa.evaluation.recipe import SCENES, SamplingRecipe, resolve_metric
 from afa.evaluation.scoring import open_scorer
@@ -29,7 +29,7 @@ from afa.pipeline import check_text_to_image, load_pipeline
 from afa.recipe import MAX_SEED, Section, read_recipe, resolve_sources
 from afa.sources import locate
 from afa.training.engine import pick_device
-from afa.weights import hash_expert, hash_pipeline, hash_vae
+from afa.weights import hash_pipeline, hash_vae
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence
@@ -164,7 +164,9 @@ def _identity(recipe: SearchRecipe, prompts: Sequence[Prompt]) -> dict[str, Any]
         **asked,
         "experts": [hash_pipeline(locate(source)) for source in recipe.experts],
         "vae": recipe.vae and hash_vae(locate(recipe.vae)),
-        "parts": [hash_expert(locate(source)) for source in recipe.parts],
+        "config": None,
+        "parts": [],
+        **files_identity(recipe),
         "prompts": [prompt.text for prompt in prompts],
     }
 

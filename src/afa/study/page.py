@@ -88,8 +88,9 @@ def write_section(docs: Path, results: dict[str, Any], comparison: Path) -> None
     _copy_drawings(docs, comparison, "results-dit")
     write_atomic(docs / _SECTION, json.dumps(results, indent=1) + "\n")
     place = docs / "results.md"
-    before = place.read_text().partition(f"\n{_HEADING}\n")[0] if place.exists() else ""
-    write_atomic(place, f"{before.rstrip()}\n\n{section(results)}".lstrip())
+    page_now = f"\n{place.read_text()}" if place.exists() else ""
+    before = page_now.partition(f"\n{_HEADING}\n")[0]
+    write_atomic(place, f"{before.strip()}\n\n{section(results)}".lstrip())
 
 
 def _copy_drawings(docs: Path, comparison: Path, stem: str) -> None:

@@ -13,6 +13,7 @@ import yaml
 
 from afa.errors import AfaError
 from afa.files import is_unused, owned, read_json, write_atomic
+from afa.sources import locate
 from afa.study.jobs import (
     Job,
     JobProgress,
@@ -36,6 +37,7 @@ from afa.study.plan import (
     training,
     tuning_recipe,
 )
+from afa.weights import hash_pipeline
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -75,10 +77,13 @@ def run_study(
     settings = settings or (StudySettings() if zoo.is_main else FEWER)
     num_processes = num_processes or os.cpu_count() or 1
     work = work.resolve()
-    _require_same(work, settings)
+    asked = {
+        **json.loads(json.dumps(asdict(settings))),
+        "models": [hash_pipeline(locate(s)) for s in (zoo.base, *zoo.experts.values())],
+    }
+    _require_same(work, asked)
     with owned(work):
-        place = work / _SETTINGS
-        write_atomic(place, json.dumps(asdict(settings), indent=2) + "\n")
+        write_atomic(work / _SETTINGS, json.dumps(asked, indent=2) + "\n")
         yield from _stages(work, docs, settings, num_processes, zoo)
 
 
@@ -152,10 +157,12 @@ def _tuning(
     return zoo.base, scenes(seed).seed, training(settings, seed, **changes), folder
 
 
-def _require_same(work: Path, settings: StudySettings) -> None:
-    place, asked = work / _SETTINGS, json.loads(json.dumps(asdict(settings)))
+def _require_same(work: Path, asked: dict[str, Any]) -> None:
+    place = work / _SETTINGS
     if place.exists() and read_json(place) != asked:
-        raise AfaError(f"The work folder '{work}' is of other settings. Name another one.")
+        raise AfaError(
+            f"The work folder '{work}' is of other settings or of other models. Name another one."
+        )
     if not place.exists() and not is_unused(work):
         raise AfaError(f"The work folder must be new or of an earlier study; '{work}' is neither.")
 

@@ -234,7 +234,12 @@ class Trainer:
         return self.engine.shares(self.settings).total
 
     def _hashes(self) -> list[str]:
-        references = [*(self.ensemble.references or ()), self.ensemble.vae_reference]
+        ensemble = self.ensemble
+        references = [
+            *(ensemble.references or ()),
+            ensemble.vae_reference,
+            *ensemble.part_references,
+        ]
         return [reference.identity for reference in references if reference is not None]
 
 
