@@ -136,3 +136,23 @@ def test_weights_that_cannot_be(weights: object, message: str) -> None:
 def test_unfitted_weights_do_not_guess() -> None:
     with pytest.raises(AfaError, match="Call fit"):
         BlockWeights({"mid": [1.0]}).merge("unet.conv_in.bias", [torch.ones(1)], None)
+
+
+def test_transformers_have_the_keys_of_their_folders() -> None:
+    names = [
+        "model.diffusion_model.double_blocks.0.img_mlp.0.weight",
+        "model.diffusion_model.img_in.weight",
+        "text_encoders.clip_l.transformer.text_model.final_layer_norm.weight",
+        "text_encoders.t5xxl.transformer.shared.weight",
+        "vae.decoder.conv_in.weight",
+    ]
+    expected = ["transformer", "transformer", "text_encoder", "text_encoder_2", "vae"]
+    assert block_keys(names) == dict(zip(names, expected, strict=True))
+    folder = ["transformer.x_embedder.weight", "text_encoder_2.shared.weight"]
+    assert list(block_keys(folder).values()) == ["transformer", "text_encoder_2"]
+    names[:2] = ["joint_blocks.0.x_block.attn.qkv.weight", "pos_embed"]
+    assert block_keys(names)[names[3]] == "text_encoder_3"
+    weights = BlockWeights({"transformer": [1.0, 0.0], "default": [0.5, 0.5]}).fit(names, 2)
+    ones = [torch.ones(1), torch.zeros(1)]
+    assert weights.merge(names[1], ones, None).item() == 1.0
+    assert weights.merge(names[2], ones, None).item() == 0.5

@@ -39,12 +39,19 @@ def block_keys(names: Iterable[str]) -> dict[str, str]:
         names: of all tensors of a checkpoint: a single file's, or a folder's behind their part
             (`unet.conv_in.weight`).
 
-    Returns: name -> `conv_in`, `down.0.0`, ..., `text_encoder`, `vae`; names that fit nothing are
-        left out.
+    Returns: name -> `conv_in`, `down.0.0`, ..., `transformer`, `text_encoder`, `vae`; names that
+        fit nothing are left out.
     """
+    names = list(names)
+    is_flux = any("double_blocks." in name for name in names)
+    is_transformer = is_flux or any("joint_blocks." in name for name in names)
     keys, unet = {}, {}
     for name in names:
         part = part_of(name)
+        if is_transformer and part in ("unet", None):
+            part = "transformer"  # the original codes call it as they do a U-Net, or nothing
+        elif is_flux and part == "text_encoder_3":
+            part = "text_encoder_2"
         if part == "unet":
             start = next(start for start in _PREFIXES if name.startswith(start))
             unet[name.removeprefix(start)] = name
