@@ -247,8 +247,9 @@ def section(results: dict[str, Any]) -> str:
             "",
             f"{results['groups'][_MIXED]} mixed prompts, {sampling['num_steps']} DDIM steps, "
             f"guidance {sampling['guidance']:g}; {SUBJECT} and the tuned bases are means over "
-            f"{settings['num_seeds']} seeds. The rivals were tuned as above; merges by block are "
-            "for U-Nets alone.",
+            f"{settings['num_seeds']} seeds. Each rival had its settings chosen on "
+            f"{settings['num_tuning']} other prompts, as above; merges by block are for U-Nets "
+            "alone.",
             "",
             *_table(list(rows.values())),
             "",

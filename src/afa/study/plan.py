@@ -114,7 +114,7 @@ def scenes(seed: int) -> ScenesRecipe:
 
 
 #: of transformers, which have neither ablations nor a search: half an hour on two cores
-FEWER = StudySettings(num_seeds=2, curve_steps=(5, 10, 20))
+FEWER = StudySettings(num_seeds=2, num_own=24, num_tuning=32, curve_steps=(5, 20), num_curve=32)
 
 
 def aggregator_recipes(settings: StudySettings, zoo: Zoo = SHIPPED) -> dict[str, Recipe]:
