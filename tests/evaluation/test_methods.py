@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,10 @@ from afa.evaluation.cost import measure
 from afa.evaluation.methods import MethodBuilder
 from afa.evaluation.recipe import EvaluateRecipe
 from afa.evaluation.work import draw
+from afa.experts import load_expert
+from afa.lora import LoraExpert, lora_expert
 from tests.evaluation.conftest import SMALL
+from tests.test_lora import lora_of
 
 PROMPTS = ["a fox on the left and a pizza on the right, blue background"] * 2
 
@@ -132,3 +136,46 @@ def test_experts_for_another_task_are_refused(tmp_path: Any) -> None:
     build, recipe = builder(methods=[{"name": "gone", "model": str(tmp_path / "gone")}])
     with pytest.raises(AfaError, match="does not exist"):
         build.build(recipe.methods[0])
+
+
+def test_loras_are_experts_of_a_comparison(experts: list[Path], tmp_path: Path) -> None:
+    base = StableDiffusionPipeline.from_pretrained(experts[0])
+    files = [lora_of(base, tmp_path / f"{n}.safetensors", n) for n in range(2)]
+    loras: list[dict[str, Any]] = [
+        {"base": str(experts[0]), "lora": str(file), "scale": 0.5} for file in files
+    ]
+    changes: dict[str, Any] = {
+        "experts": loras,
+        "prompts": {"text": str(tmp_path / "prompts.txt")},
+        "metrics": [{"name": "clip_t", "weights": "zoo:clip"}],
+        "methods": [
+            {"name": "first", "model": loras[0]},
+            {"name": "merge", "merge": {"method": "weighted"}},
+            {"name": "mean", "fusion": {"rule": "feature_mean"}},
+        ],
+    }
+    build, recipe = builder(**changes)
+    alone, merge, _ = (build.build(method) for method in recipe.methods)
+    both = [lora_expert(load_expert(experts[0]), LoraExpert(**lora)) for lora in loras]
+    torch.testing.assert_close(alone.unet.state_dict(), both[0].denoiser.state_dict())
+    expected = weighted_merge([expert.denoiser for expert in both])
+    torch.testing.assert_close(merge.unet.state_dict(), expected.state_dict())
+    # another scale, or another file, is another method
+    identity = build.identity(recipe.methods[0], 0)
+    other = {**changes, "methods": [{"name": "first", "model": {**loras[0], "scale": 0.6}}]}
+    changed, recipe = builder(**other)
+    assert changed.identity(recipe.methods[0], 0) != identity
+
+
+def test_what_files_need_belongs_to_a_methods_identity(experts: list[Path]) -> None:
+    plain, recipe = builder(methods=[{"name": "one", "model": str(experts[0])}])
+    identities = [plain.identity(recipe.methods[0], 0)]
+    for changes in (
+        {"config": str(experts[0])},
+        {"config": "stable-diffusion-2"},
+        {"parts": [str(experts[0])]},
+        {"parts": [str(experts[1])]},
+    ):
+        build, recipe = builder(methods=[{"name": "one", "model": str(experts[0])}], **changes)
+        identities.append(build.identity(recipe.methods[0], 0))
+    assert len({str(identity) for identity in identities}) == 5
