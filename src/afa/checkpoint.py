@@ -22,6 +22,7 @@ from afa.errors import AfaError
 from afa.files import read_json, write_atomic
 from afa.kinds import denoiser_of
 from afa.lora import LoraExpert, base_of
+from afa.model_card import model_card
 from afa.pipeline import load_pipeline
 from afa.published import is_published, load_published
 from afa.sources import locate, require_hash
@@ -361,44 +362,3 @@ def _absolute(source: str, folder: Path) -> str:
     if not source.startswith("."):
         return source
     return os.path.normpath(folder.resolve() / source)
-
-
-def _card_line(expert: dict[str, Any]) -> str:
-    line, lora = f"- `{expert['source']}` (SHA-256 `{expert['sha256']}`)", expert.get("lora")
-    if lora is not None:
-        line += f" with {lora['scale']:g} of `{lora['source']}` (SHA-256 `{lora['sha256']}`)"
-    return line
-
-
-def model_card(config: dict[str, Any]) -> str:
-    """A model card in the hub's format, with what one needs to use the ensemble."""
-    experts = "\n".join(_card_line(expert) for expert in config["experts"])
-    settings = ", ".join(f"{key} {value}" for key, value in config["aggregator"].items())
-    return f"""---
-library_name: afa
-tags: [text-to-image, diffusion, ensemble]
----
-
-# An ensemble of {len(config["experts"])} diffusion models
-
-Adaptive Feature Aggregation (Wang et al., ICLR 2025, arXiv 2405.17082): the experts below run side
-by side, frozen, and after each block a small network decides per pixel how much of each goes on.
-
-## Experts
-
-{experts}
-
-Their weights are not part of this folder.
-
-## Aggregators
-
-{settings}; {len(config["sites"])} sites.
-
-## Use
-
-    import afa
-    pipeline = afa.load_ensemble("this-folder")
-    picture = pipeline("a prompt").images[0]
-
-or `afa generate this-folder "a prompt" --output pictures`.
-"""

@@ -1,0 +1,46 @@
+"""The model card of a saved ensemble."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def _card_line(expert: dict[str, Any]) -> str:
+    line, lora = f"- `{expert['source']}` (SHA-256 `{expert['sha256']}`)", expert.get("lora")
+    if lora is not None:
+        line += f" with {lora['scale']:g} of `{lora['source']}` (SHA-256 `{lora['sha256']}`)"
+    return line
+
+
+def model_card(config: dict[str, Any]) -> str:
+    """A model card in the hub's format, with what one needs to use the ensemble."""
+    experts = "\n".join(_card_line(expert) for expert in config["experts"])
+    settings = ", ".join(f"{key} {value}" for key, value in config["aggregator"].items())
+    return f"""---
+library_name: afa
+tags: [text-to-image, diffusion, ensemble]
+---
+
+# An ensemble of {len(config["experts"])} diffusion models
+
+Adaptive Feature Aggregation (Wang et al., ICLR 2025, arXiv 2405.17082): the experts below run side
+by side, frozen, and after each block a small network decides per pixel how much of each goes on.
+
+## Experts
+
+{experts}
+
+Their weights are not part of this folder.
+
+## Aggregators
+
+{settings}; {len(config["sites"])} sites.
+
+## Use
+
+    import afa
+    pipeline = afa.load_ensemble("this-folder")
+    picture = pipeline("a prompt").images[0]
+
+or `afa generate this-folder "a prompt" --output pictures`.
+"""
