@@ -21,6 +21,7 @@ from afa.zoo.scenes import evaluation_prompts
 from afa.zoo.transformer import (
     PixArt,
     TransformerRecipe,
+    build_t5,
     build_t5_tokenizer,
     build_transformer_zoo,
 )
@@ -148,6 +149,22 @@ def test_every_word_of_a_caption_is_one_token() -> None:
     assert len(ids) == len(words) + 1  # and the end
     assert tokenizer.unk_token_id not in ids
     assert tokenizer.unk_token_id not in tokenizer("quartz, a zebra").input_ids
+
+
+def test_an_untrained_t5_tells_the_left_object_from_the_right_one() -> None:
+    torch.manual_seed(0)
+    tokenizer = build_t5_tokenizer()
+    captions = [
+        "a fox on the left and a pizza on the right, blue background",
+        "a pizza on the left and a fox on the right, blue background",
+    ]
+    ids = tokenizer(captions, return_tensors="pt").input_ids
+    with torch.no_grad():
+        features = build_t5(tokenizer).eval()(ids).last_hidden_state
+    fox = tokenizer.convert_tokens_to_ids("▁fox")
+    left, right = features[ids == fox]
+    # with biases as the library starts them it is 0.03
+    assert (left - right).norm() > 0.1 * left.norm()
 
 
 def test_padding_changes_nothing() -> None:
