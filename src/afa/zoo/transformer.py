@@ -55,7 +55,7 @@ REPORT = "report.json"
 class TransformerRecipe(ModelsRecipe):
     """How long the transformers are trained: a base that leaves something to be gained."""
 
-    expert_steps: int = 1_500
+    expert_steps: int = 1_000
     num_graded: int = 96  # prompts of each kind for each model
 
 
