@@ -24,7 +24,7 @@ demo: install ## train an ensemble on the emoji scenes and compare it (OUT=folde
 results: install ## train and compare everything, write docs/results.md (over an hour; goes on)
 	$(BIN)/afa zoo results $(WORK) --docs docs
 
-results-dit: install ## the same on transformers, a section of it (WORK=folder; two hours, goes on)
+results-dit: install ## the same on transformers, a section of it (WORK=folder; 90 minutes, goes on)
 	$(BIN)/afa zoo build $(WORK)-dit-zoo --family dit
 	$(BIN)/afa zoo results $(WORK)-dit --zoo $(WORK)-dit-zoo --docs docs
 

@@ -113,7 +113,7 @@ def scenes(seed: int) -> ScenesRecipe:
     return ScenesRecipe(num_samples=100_000, seed=seed + 3)
 
 
-#: of transformers, which have neither ablations nor a search: half an hour on two cores
+#: of transformers, which have neither ablations nor a search: 50 minutes on two cores
 FEWER = StudySettings(num_seeds=2, num_own=24, num_tuning=32, curve_steps=(5, 20), num_curve=32)
 
 
