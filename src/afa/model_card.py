@@ -13,7 +13,11 @@ def _card_line(expert: dict[str, Any]) -> str:
 
 
 def model_card(config: dict[str, Any]) -> str:
-    """A model card in the hub's format, with what one needs to use the ensemble."""
+    """A model card in the hub's format, with what one needs to use the ensemble.
+
+    Args:
+        config: the ensemble's `config.json`; its experts, aggregator and sites are read.
+    """
     experts = "\n".join(_card_line(expert) for expert in config["experts"])
     settings = ", ".join(f"{key} {value}" for key, value in config["aggregator"].items())
     return f"""---
