@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import load_file, save
 
 from afa.aggregators import SABW, Mean, SABWConfig, Separate
-from afa.aggregators.build import fused_sites, site_config
+from afa.aggregators.build import site_configs
 from afa.errors import AfaError
 from afa.files import read_json, write_atomic
 from afa.kinds import denoiser_of
@@ -71,6 +71,8 @@ class _Aggregator(_Saved):
     sharing: Literal["none", "width"] | None = None
     sites: Literal["all", "conv_out"] | None = None
     stride: int | None = None
+    hidden_ratio: float | None = None
+    min_scale: int | None = None
 
 
 class _SavedEnsemble(_Saved):
@@ -89,7 +91,16 @@ class _SavedEnsemble(_Saved):
 
 _SIZES = ("hidden_size", "num_layers", "num_heads", "norm_num_groups")
 # written where they are not the default
-_SWITCHES = ("spatial", "timestep", "prompt", "sharing", "sites", "stride")
+_SWITCHES = (
+    "spatial",
+    "timestep",
+    "prompt",
+    "sharing",
+    "sites",
+    "stride",
+    "hidden_ratio",
+    "min_scale",
+)
 
 
 def aggregator_tensors(ensemble: EnsembleDenoiser) -> dict[str, Tensor]:
@@ -193,8 +204,8 @@ def describe_rules(ensemble: EnsembleDenoiser) -> dict[str, Any]:
         return {"type": "mean"}
     default, last = SABWConfig(), rules[ensemble.sites[-1]]
     if isinstance(last, SABW):
-        fused = fused_sites(last.config, ensemble.sites)
-        if all(_is_of(rule, last.config, site in fused, site) for site, rule in rules.items()):
+        expected = dict(zip(ensemble.sites, site_configs(last.config, ensemble.sites), strict=True))
+        if all(_is_of(rule, expected[site]) for site, rule in rules.items()):
             return {
                 "type": "sabw",
                 **{key: getattr(last.config, key) for key in _SIZES},
@@ -210,12 +221,11 @@ def describe_rules(ensemble: EnsembleDenoiser) -> dict[str, Any]:
     )
 
 
-def _is_of(rule: nn.Module, config: SABWConfig, is_fused: bool, site: Site) -> bool:
-    """Whether a rule is the one that `build_sabw` makes for a site."""
-    if not is_fused:
+def _is_of(rule: nn.Module, config: SABWConfig | None) -> bool:
+    """Whether a rule is the one that `build_sabw` makes where this is expected."""
+    if config is None:
         return isinstance(rule, Separate)
-    expected = site_config(config, site, config.num_experts or 0, config.text_channels)
-    return isinstance(rule, SABW) and rule.config == expected
+    return isinstance(rule, SABW) and rule.config == config
 
 
 def read_config(folder: Path) -> dict[str, Any]:

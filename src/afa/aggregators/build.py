@@ -27,36 +27,46 @@ def build_sabw(
         num_experts: N.
         text_channels: width of the embedding of a token; None where experts take no text.
     """
+    filled = replace(config, num_experts=num_experts, text_channels=text_channels)
     built: dict[object, nn.Module] = {}
     rules: list[nn.Module] = []
-    fused = fused_sites(config, sites)
-    for site in sites:
-        if site not in fused:
+    for site, of_site in zip(sites, site_configs(filled, sites), strict=True):
+        if of_site is None:
             rules.append(Separate())
             continue
-        shape = (site.channels, site.temb_channels, site.stream)
-        key = shape if config.sharing == "width" else site.name
+        key = (of_site, site.stream) if config.sharing == "width" else site.name
         if key not in built:
-            built[key] = SABW(site_config(config, site, num_experts, text_channels))
+            built[key] = SABW(of_site)
         rules.append(built[key])
     return rules
 
 
-def site_config(
-    config: SABWConfig, site: Site, num_experts: int, text_channels: int | None
-) -> SABWConfig:
-    """The config of one site.
+def site_configs(config: SABWConfig, sites: Sequence[Site]) -> list[SABWConfig | None]:
+    """The config of every site of the experts; None where nothing is fused.
 
     Where the features are the text's own stream, or there is no text, no prompt is attended to.
+
+    Args:
+        config: with the number of experts and the width of the embedding of a token.
+        sites: of the experts.
     """
-    sees_prompt = config.prompt and text_channels is not None and site.stream == "image"
+    fused = fused_sites(config, sites)
+    return [_site_config(config, site, sites) if site in fused else None for site in sites]
+
+
+def _site_config(config: SABWConfig, site: Site, sites: Sequence[Site]) -> SABWConfig:
+    is_image = site.stream == "image"
+    sees_prompt = config.prompt and config.text_channels is not None and is_image
     return replace(
         config,
         prompt=sees_prompt,
-        num_experts=num_experts,
         in_channels=site.channels,
         temb_channels=site.temb_channels,
-        text_channels=text_channels if sees_prompt else None,
+        text_channels=config.text_channels if sees_prompt else None,
+        # the prediction has few channels, but the layers before it are as wide as the first
+        width=sites[0].channels if site == sites[-1] else site.channels,
+        # a text has no grid to make coarser
+        pool=max(1, config.min_scale // site.scale) if is_image else 1,
     )
 
 

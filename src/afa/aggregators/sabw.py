@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
@@ -25,32 +27,59 @@ _SITE_FIELDS = ("num_experts", "in_channels", "temb_channels", "text_channels")
 class SABWConfig:
     """Shape of an aggregator.
 
-    The last four are properties of a site, which `EnsembleDenoiser` fills in; the others are the
-    user's choice, one for all sites. Defaults are the paper's (AFA, section 4.1); the switches take
-    away one of the states that the weights depend on (AFA, section 4.4, ablations).
+    Those from `num_experts` on are properties of a site, which `EnsembleDenoiser` fills in; the
+    others are the user's choice, one for all sites. Defaults are the paper's (AFA, section 4.1);
+    the switches take away one of the states that the weights depend on (AFA, section 4.4,
+    ablations).
+
+    The paper's aggregator costs the same at every width of the experts, so beside narrow experts it
+    costs more than they do. `hidden_ratio` and `min_scale` make it follow them.
+
+    Attributes:
+        hidden_size: channels inside, the same at all sites unless `hidden_ratio` is given.
+        num_layers: transformer blocks; 2 is what the published code runs although it says 1.
+        num_heads: of attention at the full `hidden_size`; a smaller site has fewer, as wide.
+        norm_num_groups: likewise.
+        spatial: off, one weight per expert and site, the same at all pixels.
+        timestep: off, the weights do not see the denoising step.
+        prompt: off, the weights do not see the prompt.
+        sharing: `width`, sites of as many channels share one aggregator.
+        sites: `conv_out`, only the predictions are fused.
+        stride: a site after every so many blocks; the first and the last site always are.
+        hidden_ratio: channels inside by those of the experts at a site, `hidden_size` at the most.
+            At the last site the experts' width is that of the first.
+        min_scale: weights are found on a grid this many times smaller than the latent, per side,
+            and interpolated; sites whose features are as small see them as they are.
 
     Raises AfaError: sizes that do not fit each other.
     """
 
     hidden_size: int = 128
-    num_layers: int = 2  # transformer blocks; what the published code runs although it says 1
+    num_layers: int = 2
     num_heads: int = 8
     norm_num_groups: int = 32
-    spatial: bool = True  # off: one weight per expert and site, the same at all pixels
-    timestep: bool = True  # off: the weights do not see the denoising step
-    prompt: bool = True  # off: the weights do not see the prompt
-    sharing: Literal["none", "width"] = "none"  # width: sites of as many channels share one
-    sites: Literal["all", "conv_out"] = "all"  # conv_out: only the predictions are fused
-    stride: int = 1  # a site after every so many blocks; the first and the last site always are
+    spatial: bool = True
+    timestep: bool = True
+    prompt: bool = True
+    sharing: Literal["none", "width"] = "none"
+    sites: Literal["all", "conv_out"] = "all"
+    stride: int = 1
+    hidden_ratio: float | None = None
+    min_scale: int = 1
     num_experts: int | None = None
     in_channels: int | None = None
     temb_channels: int | None = None
     text_channels: int | None = None
+    width: int | None = None
+    pool: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "num_layers", "num_heads", "norm_num_groups", "stride"):
+        at_least_one = ("hidden_size", "num_layers", "num_heads", "norm_num_groups", "stride")
+        for name in (*at_least_one, "min_scale"):
             if getattr(self, name) < 1:
                 raise AfaError(f"aggregator.{name} must be at least 1, came {getattr(self, name)}.")
+        if self.hidden_ratio is not None and not self.hidden_ratio > 0:
+            raise AfaError(f"aggregator.hidden_ratio must be above 0, came {self.hidden_ratio}.")
         if self.hidden_size % self.num_heads:
             raise AfaError(
                 f"aggregator.hidden_size must be a multiple of num_heads, came {self.hidden_size} "
@@ -65,6 +94,29 @@ class SABWConfig:
                 f"came {self.hidden_size} and {self.norm_num_groups}. Choose norm_num_groups = "
                 f"{fitting} or a larger hidden_size."
             )
+
+    @property
+    def channels(self) -> int:
+        """Hidden channels at this site: a whole number of heads and of groups."""
+        if self.hidden_ratio is None or self.width is None:
+            return self.hidden_size
+        unit = math.lcm(self.hidden_size // self.num_heads, 2 * self._group_size)
+        asked = unit * max(1, round(self.hidden_ratio * self.width / unit))
+        return min(asked, self.hidden_size)
+
+    @property
+    def heads(self) -> int:
+        """Attention heads at this site, each as wide as at any other."""
+        return self.channels // (self.hidden_size // self.num_heads)
+
+    @property
+    def groups(self) -> int:
+        """Groups of the norms at this site, each as large as at any other."""
+        return self.channels // self._group_size
+
+    @property
+    def _group_size(self) -> int:
+        return self.hidden_size // self.norm_num_groups
 
 
 class SABW(FusionRule):
@@ -97,7 +149,7 @@ class SABW(FusionRule):
             )
         self.config = config
         num_experts, in_channels, temb_channels, text_channels = sizes
-        hidden, groups = config.hidden_size, config.norm_num_groups
+        hidden, groups = config.channels, config.groups
         self.conv_in = nn.Conv2d(num_experts * in_channels, hidden, 1)
         self.res_block = ResnetBlock2D(
             in_channels=hidden,
@@ -105,8 +157,8 @@ class SABW(FusionRule):
             groups=groups,
         )
         self.transformer = Transformer2DModel(
-            num_attention_heads=config.num_heads,
-            attention_head_dim=hidden // config.num_heads,
+            num_attention_heads=config.heads,
+            attention_head_dim=hidden // config.heads,
             in_channels=hidden,
             num_layers=config.num_layers,
             cross_attention_dim=text_channels if config.prompt else None,
@@ -124,15 +176,32 @@ class SABW(FusionRule):
 
         Returns: [B, N, H, W] in float32, summing to 1 over N.
         """
-        dtype = self.conv_in.weight.dtype
-        hidden = self.conv_in(torch.cat([f.to(dtype) for f in features], dim=1))
+        dtype, size = self.conv_in.weight.dtype, features[0].shape[-2:]
+        hidden = self._mix([self._pooled(feature).to(dtype) for feature in features])
         temb = condition.temb.to(dtype) if self.config.timestep else None
         hidden = self.res_block(hidden, temb)
         hidden = self.transformer(hidden, **self._prompt(condition), return_dict=False)[0]
         logits = self.conv_out(hidden).float()
         if not self.config.spatial:
-            return logits.mean((2, 3), keepdim=True).softmax(dim=1).expand_as(logits)
+            weights = logits.mean((2, 3), keepdim=True).softmax(dim=1)
+            return weights.expand(-1, -1, *size)
+        if self.config.pool > 1:
+            logits = F.interpolate(logits, size, mode="bilinear")
         return logits.softmax(dim=1)
+
+    def _pooled(self, feature: Tensor) -> Tensor:
+        """A feature [B, C, H, W] on the grid where weights are found."""
+        pool = self.config.pool
+        return feature if pool == 1 else F.avg_pool2d(feature, pool, ceil_mode=True)
+
+    def _mix(self, features: Sequence[Tensor]) -> Tensor:
+        """`conv_in` of N features [B, C, H, W], added up without concatenating them."""
+        batch, _, height, width = features[0].shape
+        kernels = self.conv_in.weight.flatten(1).chunk(len(features), dim=1)
+        hidden = self.conv_in.bias[:, None].expand(batch, -1, height * width)
+        for feature, kernel in zip(features, kernels, strict=True):
+            hidden = torch.baddbmm(hidden, kernel.expand(batch, -1, -1), feature.flatten(2))
+        return hidden.unflatten(2, (height, width))
 
     def _prompt(self, condition: Condition) -> dict[str, Tensor | None]:
         """What the transformer attends to."""

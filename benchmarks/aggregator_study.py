@@ -1,0 +1,91 @@
+"""How small aggregators may be before pictures suffer: on emoji scenes.
+
+    python benchmarks/aggregator_study.py runs/aggregator-study    # 40 minutes; goes on
+
+Every shape is trained with several seeds, like the comparison's ensemble, and judged by the share
+of mixed prompts whose picture has the right object on either side, and by the seconds of a picture.
+The pairs of objects are held out from training; the prompts are not those of the comparison, which
+a choice made here must not have seen. Differences to the first shape are paired, over prompts and
+seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from afa.study.jobs import Job, run_jobs, train_aggregators_job
+from afa.study.plan import StudySettings, aggregator_recipes, sampling
+from afa.study.run import evaluate_in_processes
+from afa.training.recipe import Recipe
+
+FULL = "full"
+#: what each changes of the comparison's aggregators
+SHAPES: dict[str, dict[str, Any]] = {
+    FULL: {},
+    "hidden_ratio 1, min_scale 2": {"hidden_ratio": 1.0, "min_scale": 2},
+    "hidden_ratio 0.5, min_scale 2": {"hidden_ratio": 0.5, "min_scale": 2},
+}
+PROMPTS_SEED = 3_000_000
+
+
+def main() -> None:
+    """Train all, judge all, print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--num-prompts", type=int, default=96)
+    parser.add_argument("--num-seeds", type=int, default=3)
+    parser.add_argument("--num-train-steps", type=int, default=500)
+    arguments = parser.parse_args()
+    work = arguments.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    settings = StudySettings(
+        num_seeds=arguments.num_seeds, num_train_steps=arguments.num_train_steps
+    )
+    folders = {
+        shape: [
+            work / "trained" / f"{shape.replace(' ', '-').replace(',', '')}-{seed}"
+            for seed in range(settings.num_seeds)
+        ]
+        for shape in SHAPES
+    }
+    num_processes = os.cpu_count() or 1
+    jobs = [
+        Job(f"{shape}, seed {seed}", train_aggregators_job, (recipe(settings, shape, seed), folder))
+        for shape, listed in folders.items()
+        for seed, folder in enumerate(listed)
+    ]
+    for event in run_jobs(jobs, num_processes):
+        if event.done % 50 == 0:
+            sys.stderr.write(f"{event.name}: step {event.done} of {event.total}\n")
+    compared = {
+        "prompts": {
+            "zoo": {"kinds": {"mixed": arguments.num_prompts}, "seed": PROMPTS_SEED},
+        },
+        "methods": [
+            {"name": shape, "ensemble": [str(folder) for folder in listed]}
+            for shape, listed in folders.items()
+        ],
+        "sampling": sampling(settings.num_steps),
+        "metrics": ["scenes"],
+        "subject": FULL,
+        "num_resamples": 10_000,
+    }
+    evaluate_in_processes(work / "comparison", compared, num_processes)
+    report = json.loads((work / "comparison" / "report.json").read_text())
+    print(json.dumps(report, indent=1)[:3000])  # noqa: T201
+
+
+def recipe(settings: StudySettings, shape: str, seed: int) -> Recipe:
+    """The comparison's training with another shape of aggregators."""
+    whole = aggregator_recipes(settings)[f"afa-{seed}"]
+    changed = whole.aggregator.model_copy(update=SHAPES[shape])
+    return whole.model_copy(update={"aggregator": changed})
+
+
+if __name__ == "__main__":
+    main()
