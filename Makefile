@@ -29,7 +29,7 @@ results-dit: install ## the same on transformers, a section of it (WORK=folder; 
 	$(BIN)/afa zoo results $(WORK)-dit --zoo $(WORK)-dit-zoo --docs docs
 
 bench: install ## what each switch of the training costs and saves (minutes)
-	$(BIN)/python benchmarks/training.py
+	$(BIN)/python -m benchmarks.training
 
 test: install ## the quick tests
 	$(BIN)/python -m pytest -q -m "not slow and not gpu"

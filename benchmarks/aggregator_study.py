@@ -1,6 +1,6 @@
 """How small aggregators may be before pictures suffer: on emoji scenes.
 
-    python benchmarks/aggregator_study.py runs/aggregator-study    # 40 minutes; goes on
+    python -m benchmarks.aggregator_study runs/aggregator-study    # 40 minutes; goes on
 
 Every shape is trained with several seeds, like the comparison's ensemble, and judged by the share
 of mixed prompts whose picture has the right object on either side, and by the seconds of a picture.

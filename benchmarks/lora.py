@@ -1,6 +1,6 @@
 """Memory of LoRA experts on one base, at the widths of Stable Diffusion 1.5, against one model's.
 
-    python benchmarks/lora.py
+    python -m benchmarks.lora
 
 Random weights in float16, LoRAs of rank 16 on every attention of the U-Net; every mode loads in a
 process of its own. What the imports alone take is measured too, and taken off.
@@ -16,7 +16,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from training import SD15_UNET, SD15_VAE, peak, resident
+from benchmarks.memory import peak, resident
+from benchmarks.models import SD15_UNET, SD15_VAE
 
 MODES = ("imports", "one model", "one LoRA", "three LoRAs", "three LoRAs and the base")
 
@@ -32,10 +33,12 @@ def main() -> None:
         print(json.dumps({"resident": resident(), "peak": peak()}))  # noqa: T201
         return
     with tempfile.TemporaryDirectory() as scratch:
-        subprocess.run([sys.executable, __file__, "--one", "write", scratch], check=True)
+        subprocess.run(
+            [sys.executable, "-m", "benchmarks.lora", "--one", "write", scratch], check=True
+        )
         seen = {}
         for mode in MODES:
-            command = [sys.executable, __file__, "--one", mode, scratch]
+            command = [sys.executable, "-m", "benchmarks.lora", "--one", mode, scratch]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             seen[mode] = json.loads(done.stdout.splitlines()[-1])
     empty, one = seen.pop("imports"), seen["one model"]

@@ -1,8 +1,8 @@
 """What each switch of the training costs and saves: seconds of a step, memory at its peak.
 
-    python benchmarks/training.py                    # the zoo's models
-    python benchmarks/training.py --size sd15        # widths of Stable Diffusion 1.5, 32x32 latents
-    python benchmarks/training.py --offloading       # what stays on a device, by counting
+    python -m benchmarks.training                    # the zoo's models
+    python -m benchmarks.training --size sd15        # widths of Stable Diffusion 1.5, 32x32 latents
+    python -m benchmarks.training --offloading       # what stays on a device, by counting
 
 Every mode runs in a process of its own, so that peaks are its own; the modes take turns for several
 rounds, and what is compared are ratios within a round. The first mode is a loop as a textbook has
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,9 @@ import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from benchmarks.memory import peak, resident
+from benchmarks.models import SD15_UNET, SD15_VAE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,20 +45,6 @@ SIZES: dict[str, dict[str, Any]] = {
     "zoo": {"batch_size": 16, "num_steps": 16, "num_samples": 96, "resolution": 64},
     "sd15": {"batch_size": 2, "num_steps": 4, "num_samples": 8, "resolution": 256},
 }
-SD15_UNET: dict[str, Any] = {
-    "sample_size": 32,
-    "block_out_channels": (320, 640, 1280, 1280),
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-}
-SD15_VAE: dict[str, Any] = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "latent_channels": 4,
-    "sample_size": 256,
-}
 
 
 def main() -> None:
@@ -74,7 +62,7 @@ def main() -> None:
     if arguments.one is not None:
         print(json.dumps(measure(arguments.size, MODES[arguments.one])))  # noqa: T201
         return
-    command = [sys.executable, __file__, "--size", arguments.size, "--one"]
+    command = [sys.executable, "-m", "benchmarks.training", "--size", arguments.size, "--one"]
     rounds = []
     for number in range(arguments.rounds):
         seen = {}
@@ -292,17 +280,6 @@ def offloaded_bytes(config: dict[str, Any]) -> tuple[int, int, int]:
         pairs = itertools.zip_longest(block.resnets, attentions)
         largest = max([largest, *(count(*pair) for pair in pairs)])
     return count(unet), largest, count(*streamed)
-
-
-def resident() -> int:
-    """Bytes of memory that this process has now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
-
-
-def peak() -> int:
-    """Bytes of memory that this process had at the most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What of a training's settings improves the pictures, as opposed to the loss: on emoji scenes.
 
-    python benchmarks/training_study.py runs/training-study    # an hour; goes on where it stopped
+    python -m benchmarks.training_study runs/training-study    # an hour; goes on where it stopped
 
 Learning rate by length, and then single switches. Every training is judged by the validation loss,
 by how its weights are spread over the experts, and by the share of mixed prompts whose picture has

@@ -29,10 +29,12 @@ from afa.denoisers import (
     run_lockstep,
 )
 from afa.errors import AfaError
+from afa.prompt import Runs, cross_attentions, once_per_prompt, prompts_attended_once
 
 if TYPE_CHECKING:
     from typing import Self
 
+    from diffusers.models.attention_processor import Attention
     from torch.distributed.device_mesh import DeviceMesh
 
     from afa.sources import ExpertReference
@@ -92,6 +94,8 @@ class EnsembleDenoiser(Delegation, ModelMixin, ConfigMixin):
         self._rules = {site.name: n for n, site in enumerate(self.sites)}
         self.schedule = schedule
         self.execution: Execution = PLAIN
+        self._runs = Runs()
+        self._attentions: list[Attention] = []
         self.on_weights: WeightsObserver | None = None
         #: where the experts and the autoencoder come from; None where they were made in memory
         self.references: Sequence[ExpertReference] | None = None
@@ -146,13 +150,13 @@ class EnsembleDenoiser(Delegation, ModelMixin, ConfigMixin):
         sample = next(iter(arguments.values()))
         steps = torch.as_tensor(arguments["timestep"], device=sample.device).expand(len(sample))
         active = self._active_experts(steps)
+        self._begin(arguments, steps)
         per_expert = self.family.split(self.experts[0], arguments, self.widths, len(self.experts))
+        text = self._prompt(arguments, per_expert, active) if self.widths.text else None
         coroutines = [
             self.family.blocks(self.experts[n], **per_expert[n], execution=self.execution)
             for n in active
         ]
-        texts = [own["encoder_hidden_states"] for own in per_expert if self.widths.text]
-        text = _mean([texts[n] for n in active]) if texts else None
         mask = arguments.get(self.family.text_mask or "")
         condition: Condition | None = None
 
@@ -167,7 +171,38 @@ class EnsembleDenoiser(Delegation, ModelMixin, ConfigMixin):
                 self.on_weights(steps, site, fused.weights)
             return fused.feature
 
-        return run_lockstep(coroutines, fuse)
+        with prompts_attended_once(self._attentions):
+            return run_lockstep(coroutines, fuse)
+
+    def _begin(self, arguments: dict[str, Any], steps: Tensor) -> None:
+        """See whether a denoising loop begins, for which everything is computed anew."""
+        prompt = arguments.get("encoder_hidden_states")
+        if prompt is None or torch.is_grad_enabled():
+            self._attentions = []
+        elif self._runs.begins(prompt, steps):
+            self._attentions = cross_attentions(self)
+
+    def _prompt(
+        self,
+        arguments: dict[str, Any],
+        per_expert: Sequence[dict[str, Any]],
+        active: Sequence[int],
+    ) -> Tensor:
+        """The mean of the active experts' texts [B, L, D].
+
+        Every expert's own, in its arguments, comes to be the same object at every step.
+        """
+        key = "encoder_hidden_states"
+        joined, texts = arguments[key], [own[key] for own in per_expert]
+        if any(_share_memory(text, joined) for text in texts):
+            return _mean([texts[n] for n in active])  # one for all, as it came
+        texts = once_per_prompt(joined, self, lambda: texts)
+        for own, text in zip(per_expert, texts, strict=True):
+            own[key] = text
+        chosen = [texts[n] for n in active]
+        if len(chosen) == 1:
+            return chosen[0]
+        return once_per_prompt(joined, (self, *active), lambda: _mean(chosen))
 
     def _bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
         """All arguments by name, as the experts' own class names them; the latent is the first."""
@@ -324,6 +359,10 @@ def check_same_architecture(first: ModelMixin, other: ModelMixin, name: str) -> 
 
 def _as_tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
+
+
+def _share_memory(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def _mean(tensors: Sequence[Tensor]) -> Tensor:

@@ -14,6 +14,7 @@ from torch import nn
 
 from afa.aggregators.rule import Condition, Fused, FusionRule, weighted_sum
 from afa.errors import AfaError
+from afa.prompt import once_per_prompt
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -198,6 +199,7 @@ class SABW(FusionRule):
         """`conv_in` of N features [B, C, H, W], added up without concatenating them."""
         batch, _, height, width = features[0].shape
         kernels = self.conv_in.weight.flatten(1).chunk(len(features), dim=1)
+        assert self.conv_in.bias is not None, "it is built with one"
         hidden = self.conv_in.bias[:, None].expand(batch, -1, height * width)
         for feature, kernel in zip(features, kernels, strict=True):
             hidden = torch.baddbmm(hidden, kernel.expand(batch, -1, -1), feature.flatten(2))
@@ -207,7 +209,10 @@ class SABW(FusionRule):
         """What the transformer attends to."""
         if not self.config.prompt or condition.text is None:
             return {}
-        text = condition.text.to(self.conv_in.weight.dtype)
+        given, dtype = condition.text, self.conv_in.weight.dtype
+        text = given
+        if given.dtype != dtype:
+            text = once_per_prompt(given, dtype, lambda: given.to(dtype))
         return {"encoder_hidden_states": text, "encoder_attention_mask": condition.text_mask}
 
     def forward(self, features: Sequence[Tensor], condition: Condition) -> Fused:

@@ -16,6 +16,7 @@ from afa.denoisers.coroutine import Blocks, Feature
 from afa.denoisers.execution import PLAIN, Execution
 from afa.denoisers.family import Family, Widths, split_text
 from afa.denoisers.tokens import require_blocks, to_grid, to_tokens, unpatchify
+from afa.prompt import once_per_prompt, versions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -72,9 +73,13 @@ def pixart_blocks(
     modulation, temb = transformer.adaln_single(
         timestep, added_cond_kwargs, batch_size=batch, hidden_dtype=hidden.dtype
     )
-    text = encoder_hidden_states
-    if transformer.caption_projection is not None:
-        text = transformer.caption_projection(text).view(batch, -1, hidden.shape[-1])
+    text, project = encoder_hidden_states, transformer.caption_projection
+    if project is not None:
+        text = once_per_prompt(
+            encoder_hidden_states,
+            (project, *versions(project)),
+            lambda: project(encoder_hidden_states).view(batch, -1, hidden.shape[-1]),
+        )
     kwargs: dict[str, Any] = {
         "attention_mask": _as_bias(attention_mask, dtype),
         "encoder_hidden_states": text,

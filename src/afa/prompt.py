@@ -1,0 +1,172 @@
+"""What depends on the prompt alone is computed once for all steps: split texts, keys, values.
+
+A pipeline hands the same tensor of text embeddings to the denoiser at every step. What was computed
+of it is kept with it, and goes when it goes. Nothing is kept where gradients are recorded.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import AttnProcessor2_0
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Iterable, Iterator
+
+    from diffusers.models.attention_processor import Attention
+
+T = TypeVar("T")
+
+# for each living tensor: its version, and what was computed of it
+_kept: Any = WeakIdKeyDictionary()
+
+
+def once_per_prompt(text: Tensor, key: Hashable, compute: Callable[[], T]) -> T:
+    """What `compute` makes of a text, computed again only if the text has changed.
+
+    Args:
+        text: any tensor that stays the same object as long as the prompt does.
+        key: of what is computed.
+        compute: must not give the text itself or a view of it, which would then live for ever.
+    """
+    if torch.is_grad_enabled() or text.is_inference() or torch.compiler.is_compiling():
+        return compute()
+    version, values = _kept.get(text, (None, None))
+    if values is None or version != text._version:
+        values = {}
+        _kept[text] = (text._version, values)
+    if key not in values:
+        values[key] = compute()
+    return values[key]
+
+
+def forget(text: Tensor) -> None:
+    """Compute anew whatever is asked of this text next."""
+    _kept.pop(text, None)
+
+
+def versions(*modules: nn.Module) -> list[int]:
+    """How often the parameters of modules have been changed in place; for a key."""
+    return [
+        0 if parameter.is_inference() else parameter._version
+        for module in modules
+        for parameter in module.parameters()
+    ]
+
+
+class Runs:
+    """Tells from the calls of a denoiser where a denoising loop begins."""
+
+    def __init__(self) -> None:
+        self._last: Any = WeakIdKeyDictionary()
+
+    def begins(self, prompt: Tensor, steps: Tensor) -> bool:
+        """Whether this call is the first of a loop; what was kept of the prompt is forgotten then.
+
+        A call goes on with a loop if it has the prompt of an earlier one, as the same object, and
+        one timestep for all that lies below that of the last call.
+
+        Args:
+            prompt: embedding of the text, or whatever else stays the same.
+            steps: timesteps [B].
+        """
+        distinct = steps.unique().tolist()
+        step = distinct[0] if len(distinct) == 1 else -math.inf
+        goes_on = -math.inf < step < self._last.get(prompt, -math.inf)
+        self._last[prompt] = step
+        if not goes_on:
+            forget(prompt)
+        return not goes_on
+
+
+class PromptAttention(AttnProcessor2_0):
+    """The library's attention, with keys and values of the prompt computed once.
+
+    Bit for bit what `AttnProcessor2_0` gives. For cross attention whose projections are plain
+    linear layers; of all else the library's own takes care.
+    """
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Attend from hidden states [B, T, C] to a text [B, L, D]; see the library's."""
+        if encoder_hidden_states is None or args or kwargs or not _is_plain(attn):
+            return super().__call__(
+                attn,
+                hidden_states,
+                encoder_hidden_states,
+                attention_mask,
+                temb,
+                *args,
+                **kwargs,
+            )
+        text, batch = encoder_hidden_states, len(hidden_states)
+
+        def by_head(projected: Tensor) -> Tensor:
+            return projected.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+
+        key, value = once_per_prompt(
+            text,
+            (attn, *versions(attn.to_k, attn.to_v)),
+            lambda: (by_head(attn.to_k(text)), by_head(attn.to_v(text))),
+        )
+        query = by_head(attn.to_q(hidden_states))
+        if attention_mask is not None:
+            attention_mask = attn.prepare_attention_mask(attention_mask, text.shape[1], batch)
+            attention_mask = attention_mask.view(batch, attn.heads, -1, attention_mask.shape[-1])
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
+        out = attn.to_out[0](out.transpose(1, 2).flatten(2).to(query.dtype))
+        return attn.to_out[1](out) / attn.rescale_output_factor
+
+
+def _is_plain(attn: Attention) -> bool:
+    """Whether this is nothing but projections and a product."""
+    extras = (attn.spatial_norm, attn.group_norm, attn.norm_cross, attn.norm_q, attn.norm_k)
+    return (
+        not any(extras)
+        and not attn.residual_connection
+        and type(attn.to_k) is nn.Linear
+        and type(attn.to_v) is nn.Linear
+    )
+
+
+def cross_attentions(model: nn.Module) -> list[Attention]:
+    """The attention layers of a model that look at the prompt, in order."""
+    return [
+        block.attn2
+        for block in model.modules()
+        if isinstance(block, BasicTransformerBlock) and block.attn2 is not None
+    ]
+
+
+@contextmanager
+def prompts_attended_once(attentions: Iterable[Attention]) -> Iterator[None]:
+    """Within, layers with the library's default attention compute keys and values once a prompt.
+
+    Layers with other processors, such as an IP-Adapter's, keep them.
+    """
+    swapped = [(a, a.processor) for a in attentions if type(a.processor) is AttnProcessor2_0]
+    try:
+        for attention, _ in swapped:
+            attention.processor = _PROMPT_ATTENTION
+        yield
+    finally:
+        for attention, processor in swapped:
+            attention.processor = processor
+
+
+_PROMPT_ATTENTION = PromptAttention()
