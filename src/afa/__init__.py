@@ -9,6 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from afa.acceleration.apply import accelerate as accelerate
+    from afa.acceleration.settings import Acceleration as Acceleration
     from afa.aggregators import SABW as SABW
     from afa.aggregators import FusionRule as FusionRule
     from afa.aggregators import SABWConfig as SABWConfig
@@ -25,12 +27,14 @@ __version__ = "0.1.0"
 
 # public name -> its module; imported on first use, so that `import afa` and `afa --help` are quick
 _PUBLIC = {
+    "Acceleration": "afa.acceleration.settings",
     "AfaError": "afa.errors",
     "EnsembleDenoiser": "afa.ensemble",
     "EnsembleTextEncoder": "afa.text",
     "FusionRule": "afa.aggregators",
     "SABW": "afa.aggregators",
     "SABWConfig": "afa.aggregators",
+    "accelerate": "afa.acceleration.apply",
     "attach_controlnet": "afa.text",
     "load_ensemble": "afa.checkpoint",
     "load_pipeline": "afa.pipeline",

@@ -13,6 +13,9 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
 from torch import Tensor, nn
 
+from afa.acceleration.call import predict as accelerated
+from afa.acceleration.loop import Loops
+from afa.acceleration.settings import EXACT
 from afa.aggregators import Condition, Mean, SABWConfig
 from afa.aggregators.build import build_sabw
 from afa.delegation import Delegation
@@ -29,7 +32,7 @@ from afa.denoisers import (
     run_lockstep,
 )
 from afa.errors import AfaError
-from afa.prompt import Runs, cross_attentions, once_per_prompt, prompts_attended_once
+from afa.prompt import cross_attentions, once_per_prompt, prompts_attended_once
 
 if TYPE_CHECKING:
     from typing import Self
@@ -37,6 +40,8 @@ if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
     from torch.distributed.device_mesh import DeviceMesh
 
+    from afa.acceleration.loop import Shortcut
+    from afa.acceleration.settings import Acceleration
     from afa.sources import ExpertReference
 
 #: called with the timestep [B], the site's name and the fusion weights [B, N, H, W]
@@ -94,7 +99,9 @@ class EnsembleDenoiser(Delegation, ModelMixin, ConfigMixin):
         self._rules = {site.name: n for n, site in enumerate(self.sites)}
         self.schedule = schedule
         self.execution: Execution = PLAIN
-        self._runs = Runs()
+        #: what is left out of denoising loops; see `afa.accelerate`
+        self.acceleration: Acceleration = EXACT
+        self._loops = Loops()
         self._attentions: list[Attention] = []
         self.on_weights: WeightsObserver | None = None
         #: where the experts and the autoencoder come from; None where they were made in memory
@@ -147,14 +154,35 @@ class EnsembleDenoiser(Delegation, ModelMixin, ConfigMixin):
         return self.family.output_class(sample=prediction) if return_dict else (prediction,)
 
     def _predict(self, arguments: dict[str, Any]) -> Tensor:
-        sample = next(iter(arguments.values()))
-        steps = torch.as_tensor(arguments["timestep"], device=sample.device).expand(len(sample))
+        prompt = arguments.get(self.family.prompt)
+        if prompt is None or torch.is_grad_enabled():
+            return self._run_experts(arguments)
+        loop = self._loops.of(prompt, _timesteps(arguments))
+        if loop.num_calls == 1:
+            self._attentions = cross_attentions(self)
+        with prompts_attended_once(self._attentions):
+            if self.acceleration.is_exact or arguments.get("skip_layers"):
+                return self._run_experts(arguments)
+            return accelerated(
+                self.acceleration, loop, self.family, self.sites, arguments, self._run_experts
+            )
+
+    def _run_experts(self, arguments: dict[str, Any], shortcut: Shortcut | None = None) -> Tensor:
+        """Run the experts side by side, without the sites that a shortcut skips."""
+        sample, steps = next(iter(arguments.values())), _timesteps(arguments)
+        taken = shortcut.prediction if shortcut else None
+        if shortcut is not None and taken is not None:
+            for site, weights in shortcut.weights.items():
+                self._show(steps, site, weights)
+            return taken
         active = self._active_experts(steps)
-        self._begin(arguments, steps)
         per_expert = self.family.split(self.experts[0], arguments, self.widths, len(self.experts))
         text = self._prompt(arguments, per_expert, active) if self.widths.text else None
+        execution, skipped = self.execution, shortcut.skipped if shortcut else frozenset()
         coroutines = [
-            self.family.blocks(self.experts[n], **per_expert[n], execution=self.execution)
+            self.family.blocks(
+                self.experts[n], **per_expert[n], execution=replace(execution, skipped=skipped)
+            )
             for n in active
         ]
         mask = arguments.get(self.family.text_mask or "")
@@ -165,22 +193,21 @@ class EnsembleDenoiser(Delegation, ModelMixin, ConfigMixin):
             if condition is None:
                 condition = Condition(steps, _mean([f.temb for f in features]), text, sample, mask)
             site = features[0].site
-            rule = self.aggregators[self._rules[site]]
-            fused = self.execution.segment(rule, [f.hidden for f in features], condition)
-            if self.on_weights is not None and fused.weights is not None:
-                self.on_weights(steps, site, fused.weights)
+            if shortcut is not None and site in skipped:
+                fused = shortcut.take(site)
+            else:
+                rule = self.aggregators[self._rules[site]]
+                fused = execution.segment(site, rule, [f.hidden for f in features], condition)
+                if shortcut is not None:
+                    shortcut.note(site, fused)
+            self._show(steps, site, fused.weights)
             return fused.feature
 
-        with prompts_attended_once(self._attentions):
-            return run_lockstep(coroutines, fuse)
+        return run_lockstep(coroutines, fuse)
 
-    def _begin(self, arguments: dict[str, Any], steps: Tensor) -> None:
-        """See whether a denoising loop begins, for which everything is computed anew."""
-        prompt = arguments.get("encoder_hidden_states")
-        if prompt is None or torch.is_grad_enabled():
-            self._attentions = []
-        elif self._runs.begins(prompt, steps):
-            self._attentions = cross_attentions(self)
+    def _show(self, steps: Tensor, site: str, weights: Tensor | None) -> None:
+        if self.on_weights is not None and weights is not None:
+            self.on_weights(steps, site, weights)
 
     def _prompt(
         self,
@@ -363,6 +390,12 @@ def _as_tuple(value: object) -> object:
 
 def _share_memory(one: Tensor, other: Tensor) -> bool:
     return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+
+
+def _timesteps(arguments: dict[str, Any]) -> Tensor:
+    """One for each of the batch, [B], of the arguments of a call."""
+    sample = next(iter(arguments.values()))
+    return torch.as_tensor(arguments["timestep"], device=sample.device).expand(len(sample))
 
 
 def _mean(tensors: Sequence[Tensor]) -> Tensor:

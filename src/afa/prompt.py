@@ -6,7 +6,6 @@ of it is kept with it, and goes when it goes. Nothing is kept where gradients ar
 
 from __future__ import annotations
 
-import math
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -59,31 +58,6 @@ def versions(*modules: nn.Module) -> list[int]:
         for module in modules
         for parameter in module.parameters()
     ]
-
-
-class Runs:
-    """Tells from the calls of a denoiser where a denoising loop begins."""
-
-    def __init__(self) -> None:
-        self._last: Any = WeakIdKeyDictionary()
-
-    def begins(self, prompt: Tensor, steps: Tensor) -> bool:
-        """Whether this call is the first of a loop; what was kept of the prompt is forgotten then.
-
-        A call goes on with a loop if it has the prompt of an earlier one, as the same object, and
-        one timestep for all that lies below that of the last call.
-
-        Args:
-            prompt: embedding of the text, or whatever else stays the same.
-            steps: timesteps [B].
-        """
-        distinct = steps.unique().tolist()
-        step = distinct[0] if len(distinct) == 1 else -math.inf
-        goes_on = -math.inf < step < self._last.get(prompt, -math.inf)
-        self._last[prompt] = step
-        if not goes_on:
-            forget(prompt)
-        return not goes_on
 
 
 class PromptAttention(AttnProcessor2_0):

@@ -44,6 +44,9 @@ def generate(
         int | None, typer.Option(min=8, help="Pixels; by default the experts'.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    speed: Annotated[
+        str, typer.Option(help="exact, balanced or fast: how much is taken over between steps.")
+    ] = "exact",
     dtype: Annotated[str, typer.Option(help=f"Of the experts: {', '.join(DTYPES)}.")] = "float32",
 ) -> None:
     """Generate pictures with a trained ensemble.
@@ -54,6 +57,10 @@ def generate(
     require_new_folder(output)
     if dtype not in DTYPES:
         raise AfaError(f"--dtype must be one of {', '.join(DTYPES)}, came '{dtype}'.")
+
+    from afa.acceleration.settings import acceleration_of
+
+    acceleration = acceleration_of(speed)
 
     import torch
 
@@ -68,6 +75,7 @@ def generate(
         ensemble, torch_dtype=getattr(torch, dtype), device=pick_device(device)
     )
     check_text_to_image(pipeline)
+    pipeline = afa.accelerate(pipeline, acceleration)
     pipeline.set_progress_bar_config(disable=True)
     size = _picture_size(pipeline, height, width)
     names = [reference.name for reference in denoiser_of(pipeline).references]
@@ -82,6 +90,7 @@ def generate(
                     "seed": picture_seed,
                     "steps": steps,
                     "guidance": guidance,
+                    "speed": speed,
                     "ensemble": ensemble,
                 }
                 recording = afa.record_weights(denoiser_of(pipeline)) if weights else nullcontext()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -14,11 +14,12 @@ from torch import Tensor
 class Feature(NamedTuple):
     """What a denoiser has computed at a site.
 
-    `hidden` is [B, C, H, W]; `temb` [B, T] is the embedded timestep that conditions its layers.
+    `hidden` is [B, C, H, W], or None where the site was to be skipped; `temb` [B, T] is the
+    embedded timestep that conditions its layers.
     """
 
     site: str
-    hidden: Tensor
+    hidden: Any
     temb: Tensor
 
 

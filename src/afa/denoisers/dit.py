@@ -77,13 +77,16 @@ def dit_blocks(
 
     hidden = to_tokens((yield Feature("embed", to_grid(hidden, height, width), temb)))
     for k, block in enumerate(blocks):
-        hidden = execution.segment(layer, block, hidden)
-        hidden = to_tokens((yield Feature(f"block.{k}", to_grid(hidden, height, width), temb)))
+        site = f"block.{k}"
+        hidden = execution.segment(site, layer, block, hidden)
+        hidden = to_tokens((yield Feature(site, to_grid(hidden, height, width), temb)))
 
-    shift, scale = transformer.proj_out_1(functional.silu(temb)).chunk(2, dim=1)
-    hidden = transformer.norm_out(hidden) * (1 + scale[:, None]) + shift[:, None]
-    out = transformer.proj_out_2(hidden)
-    return (yield Feature("out", unpatchify(out, height, width, patch), temb))
+    def output(hidden: Tensor) -> Tensor:
+        shift, scale = transformer.proj_out_1(functional.silu(temb)).chunk(2, dim=1)
+        hidden = transformer.norm_out(hidden) * (1 + scale[:, None]) + shift[:, None]
+        return unpatchify(transformer.proj_out_2(hidden), height, width, patch)
+
+    return (yield Feature("out", execution.segment("out", output, hidden), temb))
 
 
 def dit_layers(transformer: DiTTransformer2DModel) -> list[nn.Module]:
@@ -118,9 +121,10 @@ DIT = Family(
     blocks=dit_blocks,
     layers=dit_layers,
     check=check_dit,
-    entry="pos_embed",
     example=dit_example,
     widths=lambda _: Widths(()),
     split=_split,
     attention_kwargs="cross_attention_kwargs",
+    prompt="class_labels",
+    conditional_last=False,
 )

@@ -11,7 +11,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Collection, Iterable
 
     from torch import nn
 
@@ -26,13 +26,18 @@ class Execution:
             lies between two sites.
         device: where layers are brought, one at a time, to run; None runs them where they are. The
             copies are let go of after the segment, in the forward pass and in the backward pass.
+        skipped: sites whose features nobody asks for: what leads there is not run. It may grow
+            while a coroutine waits at a site.
     """
 
     checkpoints: bool = False
     device: torch.device | None = None
+    skipped: Collection[str] = frozenset()
 
-    def segment(self, function: Callable[..., Any], *inputs: Any) -> Any:
-        """Run a function of tensors that lies between two sites."""
+    def segment(self, site: str, function: Callable[..., Any], *inputs: Any) -> Any:
+        """Run a function of tensors that leads to a site; None where that site is skipped."""
+        if site in self.skipped:
+            return None
         if self.checkpoints and torch.is_grad_enabled():
             # experts are frozen and in evaluation mode: there is no random state to bring back
             return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)

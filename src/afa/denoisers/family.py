@@ -48,12 +48,15 @@ class Family:
             `execution` through which it runs the modules of `layers`, and all others as they are.
         layers: the large modules, in order.
         check: refuses a model that `blocks` does not know.
-        entry: the name of the module that runs first and once, on the whole batch.
         example: the smallest complete arguments, on the meta device.
         widths: of the texts that a model takes.
         split: the arguments of each of N experts, from a model, those of the ensemble, and widths.
         attention_kwargs: the argument that may have a LoRA's `scale`.
         text_mask: the argument that says which tokens of a text count; None where all do.
+        is_residual: whether every block adds to its input, on one grid.
+        prompt: the argument that stays the same object in a denoising loop.
+        conditional_last: whether pipelines with classifier-free guidance put the half with the
+            prompt last.
     """
 
     name: str
@@ -62,12 +65,14 @@ class Family:
     blocks: Callable[..., Blocks]
     layers: Callable[[Any], list[nn.Module]]
     check: Callable[[Any], None]
-    entry: str
     example: Callable[[Any], dict[str, Any]]
     widths: Callable[[Any], Widths]
     split: Callable[[Any, Mapping[str, Any], Widths, int], list[dict[str, Any]]]
     attention_kwargs: str = "joint_attention_kwargs"
     text_mask: str | None = None
+    is_residual: bool = True
+    prompt: str = "encoder_hidden_states"
+    conditional_last: bool = True
 
 
 def split_joined(what: str, joined: Tensor, widths: Sequence[int], count: int) -> list[Tensor]:

@@ -120,9 +120,10 @@ def flux_blocks(
 
     blocks, residuals = transformer.transformer_blocks, controlnet_block_samples
     for k, block in enumerate(blocks):
-        text, hidden = execution.segment(layer, block, hidden, text)
-        hidden = to_tokens((yield Feature(f"double.{k}", to_grid(hidden, height, width), temb)))
-        text = to_tokens((yield Feature(f"double.{k}{TEXT}", to_column(text), temb)))
+        site = f"double.{k}"
+        text, hidden = execution.segment(site, layer, block, hidden, text) or (None, None)
+        hidden = to_tokens((yield Feature(site, to_grid(hidden, height, width), temb)))
+        text = to_tokens((yield Feature(f"{site}{TEXT}", to_column(text), temb)))
         if residuals is not None and controlnet_blocks_repeat:
             hidden = hidden + residuals[k % len(residuals)]
         elif residuals is not None:
@@ -130,14 +131,18 @@ def flux_blocks(
 
     blocks, residuals = transformer.single_transformer_blocks, controlnet_single_block_samples
     for k, block in enumerate(blocks):
-        text, hidden = execution.segment(layer, block, hidden, text)
-        hidden = to_tokens((yield Feature(f"single.{k}", to_grid(hidden, height, width), temb)))
+        site = f"single.{k}"
+        text, hidden = execution.segment(site, layer, block, hidden, text) or (None, None)
+        hidden = to_tokens((yield Feature(site, to_grid(hidden, height, width), temb)))
         if k < len(blocks) - 1:
-            text = to_tokens((yield Feature(f"single.{k}{TEXT}", to_column(text), temb)))
+            text = to_tokens((yield Feature(f"{site}{TEXT}", to_column(text), temb)))
         if residuals is not None:
             hidden = hidden + residuals[k // _interval(blocks, residuals)]
 
-    out = transformer.proj_out(transformer.norm_out(hidden, temb))
+    def output(hidden: Tensor) -> Tensor:
+        return transformer.proj_out(transformer.norm_out(hidden, temb))
+
+    out = execution.segment("out", output, hidden)
     return to_tokens((yield Feature("out", to_grid(out, height, width), temb)))
 
 
@@ -201,7 +206,6 @@ FLUX = Family(
     blocks=flux_blocks,
     layers=flux_layers,
     check=check_flux,
-    entry="x_embedder",
     example=flux_example,
     widths=_widths,
     split=_split,

@@ -94,12 +94,16 @@ def pixart_blocks(
 
     hidden = to_tokens((yield Feature("embed", to_grid(hidden, height, width), temb)))
     for k, block in enumerate(transformer.transformer_blocks):
-        hidden = execution.segment(layer, block, hidden)
-        hidden = to_tokens((yield Feature(f"block.{k}", to_grid(hidden, height, width), temb)))
+        site = f"block.{k}"
+        hidden = execution.segment(site, layer, block, hidden)
+        hidden = to_tokens((yield Feature(site, to_grid(hidden, height, width), temb)))
 
-    shift, scale = (transformer.scale_shift_table[None] + temb[:, None]).chunk(2, dim=1)
-    out = transformer.proj_out(transformer.norm_out(hidden) * (1 + scale) + shift)
-    return (yield Feature("out", unpatchify(out, height, width, patch), temb))
+    def output(hidden: Tensor) -> Tensor:
+        shift, scale = (transformer.scale_shift_table[None] + temb[:, None]).chunk(2, dim=1)
+        out = transformer.proj_out(transformer.norm_out(hidden) * (1 + scale) + shift)
+        return unpatchify(out, height, width, patch)
+
+    return (yield Feature("out", execution.segment("out", output, hidden), temb))
 
 
 def _as_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -151,7 +155,6 @@ PIXART = Family(
     blocks=pixart_blocks,
     layers=pixart_layers,
     check=check_pixart,
-    entry="pos_embed",
     example=pixart_example,
     widths=_widths,
     split=_split,

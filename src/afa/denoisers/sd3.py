@@ -97,15 +97,19 @@ def sd3_blocks(
     blocks, residuals = transformer.transformer_blocks, block_controlnet_hidden_states
     for k, block in enumerate(blocks):
         if k not in (skip_layers or ()):
-            text, hidden = execution.segment(layer, block, hidden, text)
-            hidden = to_tokens((yield Feature(f"block.{k}", to_grid(hidden, height, width), temb)))
-            if text is not None:
-                text = to_tokens((yield Feature(f"block.{k}{TEXT}", to_column(text), temb)))
+            site = f"block.{k}"
+            text, hidden = execution.segment(site, layer, block, hidden, text) or (None, None)
+            hidden = to_tokens((yield Feature(site, to_grid(hidden, height, width), temb)))
+            if not block.context_pre_only:
+                text = to_tokens((yield Feature(f"{site}{TEXT}", to_column(text), temb)))
         if residuals is not None and not block.context_pre_only:
             hidden = hidden + residuals[int(k / (len(blocks) / len(residuals)))]
 
-    out = transformer.proj_out(transformer.norm_out(hidden, temb))
-    return (yield Feature("out", unpatchify(out, height, width, patch), temb))
+    def output(hidden: Tensor) -> Tensor:
+        out = transformer.proj_out(transformer.norm_out(hidden, temb))
+        return unpatchify(out, height, width, patch)
+
+    return (yield Feature("out", execution.segment("out", output, hidden), temb))
 
 
 def sd3_layers(transformer: SD3Transformer2DModel) -> list[nn.Module]:
@@ -161,7 +165,6 @@ SD3 = Family(
     blocks=sd3_blocks,
     layers=sd3_layers,
     check=check_sd3,
-    entry="pos_embed",
     example=sd3_example,
     widths=_widths,
     split=_split,

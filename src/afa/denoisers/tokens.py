@@ -8,7 +8,7 @@ drawn.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 import torch
 
@@ -23,9 +23,13 @@ if TYPE_CHECKING:
 TEXT = ".text"
 
 
-def to_grid(tokens: Tensor, height: int, width: int) -> Tensor:
-    """Tokens [B, H * W, C] as a feature [B, C, H, W], without a copy."""
-    return tokens.unflatten(1, (height, width)).movedim(-1, 1)
+@overload
+def to_grid(tokens: Tensor, height: int, width: int) -> Tensor: ...
+@overload
+def to_grid(tokens: Tensor | None, height: int, width: int) -> Tensor | None: ...
+def to_grid(tokens: Tensor | None, height: int, width: int) -> Tensor | None:
+    """Tokens [B, H * W, C] as a feature [B, C, H, W], without a copy; None of what was skipped."""
+    return None if tokens is None else tokens.unflatten(1, (height, width)).movedim(-1, 1)
 
 
 def to_tokens(feature: Tensor) -> Tensor:
@@ -33,9 +37,9 @@ def to_tokens(feature: Tensor) -> Tensor:
     return feature.movedim(1, -1).flatten(1, 2)
 
 
-def to_column(tokens: Tensor) -> Tensor:
-    """Tokens of a text [B, L, C] as a feature [B, C, L, 1], without a copy."""
-    return to_grid(tokens, tokens.shape[1], 1)
+def to_column(tokens: Tensor | None) -> Tensor | None:
+    """Tokens of a text [B, L, C] as a feature [B, C, L, 1], without a copy; None of what is not."""
+    return None if tokens is None else to_grid(tokens, tokens.shape[1], 1)
 
 
 def unpatchify(tokens: Tensor, height: int, width: int, patch: int) -> Tensor:

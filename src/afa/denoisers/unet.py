@@ -175,15 +175,15 @@ def unet_blocks(
     for b, block in enumerate(unet.down_blocks):
         attends = getattr(block, "has_cross_attention", False)
         for i in range(len(block.resnets)):
-            hidden = execution.segment(layer, block, i, hidden)
-            hidden = yield Feature(f"down.{b}.{i}", hidden, temb)
+            site = f"down.{b}.{i}"
+            hidden = yield Feature(site, execution.segment(site, layer, block, i, hidden), temb)
             is_last = i == len(block.resnets) - 1
             if attends and is_last and adapter_residuals:
                 hidden = hidden + adapter_residuals.pop(0)
             skips.append(hidden)
         for downsampler in block.downsamplers or ():
-            hidden = execution.segment(run, downsampler, hidden)
-            hidden = yield Feature(f"down.{b}.downsample", hidden, temb)
+            site = f"down.{b}.downsample"
+            hidden = yield Feature(site, execution.segment(site, run, downsampler, hidden), temb)
             skips.append(hidden)
         if not attends and adapter_residuals:
             # the library adds this one in place, which changes the skip as well
@@ -193,7 +193,7 @@ def unet_blocks(
         skips = [s + r for s, r in zip(skips, down_block_additional_residuals, strict=True)]
 
     if unet.mid_block is not None:
-        hidden = yield Feature("mid", execution.segment(middle, hidden), temb)
+        hidden = yield Feature("mid", execution.segment("mid", middle, hidden), temb)
         if adapter_residuals and adapter_residuals[0].shape == hidden.shape:
             hidden = hidden + adapter_residuals.pop(0)
     if mid_block_additional_residual is not None:
@@ -206,13 +206,17 @@ def unet_blocks(
             skip, size = skips.pop(), None
             if forward_upsample_size and is_last_layer and not is_last_block:
                 size = skips[-1].shape[2:]
-            hidden = execution.segment(up_layer, block, i, hidden, skip, size)
-            if not (is_last_layer and is_last_block):
-                hidden = yield Feature(f"up.{b}.{i}", hidden, temb)
+            site = "conv_out" if is_last_layer and is_last_block else f"up.{b}.{i}"
+            hidden = execution.segment(site, up_layer, block, i, hidden, skip, size)
+            if site != "conv_out":
+                hidden = yield Feature(site, hidden, temb)
 
-    if unet.conv_norm_out is not None:
-        hidden = unet.conv_act(unet.conv_norm_out(hidden))
-    return (yield Feature("conv_out", unet.conv_out(hidden), temb))
+    def output(hidden: Tensor) -> Tensor:
+        if unet.conv_norm_out is not None:
+            hidden = unet.conv_act(unet.conv_norm_out(hidden))
+        return unet.conv_out(hidden)
+
+    return (yield Feature("conv_out", execution.segment("conv_out", output, hidden), temb))
 
 
 def _as_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -306,10 +310,10 @@ UNET = Family(
     blocks=unet_blocks,
     layers=unet_layers,
     check=check_unet,
-    entry="conv_in",
     example=unet_example,
     widths=_widths,
     split=_split,
     attention_kwargs="cross_attention_kwargs",
     text_mask="encoder_attention_mask",
+    is_residual=False,
 )

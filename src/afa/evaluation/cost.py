@@ -26,8 +26,9 @@ class Cost:
     """Of one batch of pictures.
 
     `expert_calls` counts one expert's denoiser on one latent: with guidance, N experts and T steps
-    a picture has 2 N T. `peak_memory` is in bytes, of the accelerator where there is one, else of
-    the whole process; None where the system does not tell.
+    a picture has 2 N T. It is counted where the layer in the middle runs, so not where that one's
+    feature is taken over from another step. `peak_memory` is in bytes, of the accelerator where
+    there is one, else of the whole process; None where the system does not tell.
     """
 
     seconds: float = 0.0
@@ -40,15 +41,18 @@ def measure(pipeline: DiffusionPipeline) -> Iterator[Cost]:
     """Measure what happens inside the block; the figures are there when it ends."""
     cost = Cost()
 
-    def count(module: Any, args: tuple[Any, ...]) -> None:
-        cost.expert_calls += len(args[0])
+    def count(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        cost.expert_calls += len(args[0] if args else kwargs["hidden_states"])
 
     denoiser = denoiser_of(pipeline)
     experts = denoiser.experts if isinstance(denoiser, EnsembleDenoiser) else [denoiser]
-    # the first layer runs once a call, in the library's forward and in the coroutine alike
-    entry = kind_of_pipeline(pipeline).denoiser_family.entry
-    distinct = {id(expert): expert for expert in experts}.values()
-    hooks = [getattr(expert, entry).register_forward_pre_hook(count) for expert in distinct]
+    # a layer runs once a call, in the library's forward and in the coroutine alike
+    layers = kind_of_pipeline(pipeline).denoiser_family.layers
+    distinct = {id(expert): layers(expert) for expert in experts}.values()
+    hooks = [
+        listed[len(listed) // 2].register_forward_pre_hook(count, with_kwargs=True)
+        for listed in distinct
+    ]
     device = denoiser.device
     _reset_peak(device)
     started = time.perf_counter()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from afa.acceleration.apply import accelerate
 from afa.baselines import merge_models
 from afa.checkpoint import AGGREGATORS, load_ensemble, read_config
 from afa.ensemble import EnsembleDenoiser
@@ -51,6 +52,11 @@ class MethodBuilder:
 
         Checkpoints are told by their hashes, so that one which has changed is another method.
         """
+        identity = self._way(method, replica)
+        left_out = method.acceleration.describe()
+        return {**identity, "acceleration": left_out} if left_out else identity
+
+    def _way(self, method: MethodRecipe, replica: int) -> dict[str, Any]:
         recipe = self._recipe
         if method.model is not None:
             return {"model": self._hash(method.model[replica]), **files_identity(recipe)}
@@ -100,6 +106,7 @@ class MethodBuilder:
             assert method.fusion is not None, "a method is drawn in exactly one way"
             pipeline = self._fusion(method.fusion)
         check_text_to_image(pipeline)
+        pipeline = accelerate(pipeline, method.acceleration)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from afa.acceleration.settings import EXACT, Acceleration, acceleration_of
 from afa.baselines.fusion import AnyFusion
 from afa.baselines.merging import MergeRecipe
 from afa.evaluation.prompts import PromptsRecipe, resolve_file, resolve_prompts
@@ -39,6 +40,7 @@ class MethodRecipe(Section):
     `model`: a checkpoint by itself, or a LoRA on one. `ensemble`: a folder of `afa train`, or
     several that differ in the seed of their training and are reported as one method. `merge`: as in
     a recipe of `afa merge`, without experts and base. `fusion`: a rule of `afa.baselines.fusion`.
+    `acceleration`: what is left out while drawing, a preset or settings of `afa.Acceleration`.
     """
 
     name: str = Field(min_length=1, max_length=80)
@@ -46,6 +48,7 @@ class MethodRecipe(Section):
     ensemble: list[str] | None = Field(default=None, min_length=1)
     merge: dict[str, Any] | None = None
     fusion: AnyFusion | None = None
+    acceleration: Annotated[Acceleration, BeforeValidator(acceleration_of)] = EXACT
 
     @field_validator("model", "ensemble", mode="before")
     @classmethod

@@ -1,0 +1,233 @@
+"""Denoising loops as a denoiser sees them: a call at a time, and what each takes over."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from afa.acceleration.guidance import conditional_half
+from afa.aggregators import Fused
+from afa.prompt import forget
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from afa.acceleration.settings import Acceleration
+    from afa.denoisers import Site
+
+#: one for all experts, or one for each
+Features = list[Tensor]
+
+
+@dataclass
+class Kept:
+    """What a step that was computed as a whole has left: its timestep, and by site what came out.
+
+    Of sites whose features nobody will ask for there is only the shape.
+    """
+
+    timestep: float
+    features: dict[str, Features] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    prediction: Features = field(default_factory=list)
+
+    def half(self, conditional_last: bool) -> Kept:
+        """The same of the half of the batch with the prompt."""
+
+        def halves(features: Features) -> Features:
+            return [conditional_half(feature, conditional_last) for feature in features]
+
+        return Kept(
+            self.timestep,
+            {site: halves(features) for site, features in self.features.items()},
+            {site: conditional_half(w, conditional_last) for site, w in self.weights.items()},
+            halves(self.prediction),
+        )
+
+
+@dataclass
+class Loop:
+    """One denoising loop, so far.
+
+    Attributes:
+        begin: its first timestep.
+        timestep: its last one.
+        num_calls: up to and with the one that runs.
+        since_whole: calls since everything was computed.
+        kept: of the last two calls that computed everything, the newest last.
+        guidance: what the conditional half has beyond the other, when both were last computed.
+        is_halved: whether only the conditional half is computed from now on.
+    """
+
+    begin: float
+    timestep: float
+    num_calls: int = 1
+    since_whole: int = 0
+    kept: list[Kept] = field(default_factory=list)
+    guidance: Tensor | None = None
+    is_halved: bool = False
+
+
+class Loops:
+    """Tells from the calls of a denoiser which loop each belongs to."""
+
+    def __init__(self) -> None:
+        self._loops: Any = WeakIdKeyDictionary()
+
+    def of(self, prompt: Tensor, steps: Tensor) -> Loop:
+        """The loop that this call goes on with, or a new one.
+
+        A call goes on with a loop if it has the prompt of an earlier call, as the same object, and
+        one timestep for all that lies below that call's. Where a loop begins, what was computed of
+        the prompt is forgotten.
+
+        Args:
+            prompt: embedding of the text, or whatever else stays the same object in a loop.
+            steps: timesteps [B].
+        """
+        distinct = steps.unique().tolist()
+        step = distinct[0] if len(distinct) == 1 else -math.inf
+        loop = self._loops.get(prompt)
+        if loop is not None and -math.inf < step < loop.timestep:
+            loop.timestep, loop.num_calls = step, loop.num_calls + 1
+            return loop
+        forget(prompt)
+        loop = self._loops[prompt] = Loop(step, step)
+        return loop
+
+
+class Shortcut:
+    """What one call takes over from the whole ones before it.
+
+    Args:
+        settings: how much.
+        sites: of the experts.
+        is_residual: whether blocks add to their input, so that what they added is taken over.
+        loop: to which the call belongs; it is changed.
+    """
+
+    def __init__(
+        self, settings: Acceleration, sites: Sequence[Site], is_residual: bool, loop: Loop
+    ) -> None:
+        self._settings, self._is_residual, self._loop = settings, is_residual, loop
+        self._middle, self._entries, self._exits = _parts(settings, sites)
+        self._streams = {site.name: site.stream for site in sites}
+        self._new = Kept(loop.timestep)
+        #: sites whose features nobody computes in this call
+        self.skipped: set[str] = set()
+        is_due = loop.num_calls <= settings.first or loop.since_whole + 1 >= settings.interval
+        may_skip = bool(self._middle and loop.kept) and not is_due
+        # the site whose change decides
+        self._gate = self._entries.get("image") if may_skip and settings.threshold else None
+        if not may_skip:
+            loop.since_whole = 0
+        elif self._gate is None:
+            self._skip()
+
+    def _skip(self) -> None:
+        self.skipped.update(self._middle)
+        self._loop.since_whole += 1
+
+    @property
+    def prediction(self) -> Tensor | None:
+        """The prediction, where even that is taken over."""
+        if not self.skipped or self._settings.fresh:
+            return None
+        (taken,) = self._extrapolated(lambda kept: kept.prediction)
+        return taken
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """Fusion weights [B, N, H, W] by site, of the last whole call."""
+        return self._loop.kept[-1].weights
+
+    def take(self, site: str) -> Fused:
+        """What comes out at a skipped site; without content where nobody uses it."""
+        stream, weights = self._streams[site], self.weights.get(site)
+        if site != self._exits[stream]:
+            return _fused(self._loop.kept[-1].features[site], weights)
+        entry = self._entries.get(stream) if self._is_residual else None
+        if entry is None:
+            return _fused(self._extrapolated(lambda kept: kept.features[site]), weights)
+
+        def added(kept: Kept) -> Features:
+            return [b - a for a, b in zip(kept.features[entry], kept.features[site], strict=True)]
+
+        now = self._new.features[entry]
+        return _fused([a + b for a, b in zip(now, self._extrapolated(added), strict=True)], weights)
+
+    def note(self, site: str, fused: Fused) -> None:
+        """See what came out at a site that was computed."""
+        if not self._middle:
+            return
+        features, stream, new = _features(fused), self._streams[site], self._new
+        if fused.weights is not None:
+            new.weights[site] = fused.weights
+        if site in (self._entries.get(stream), self._exits.get(stream)):
+            new.features[site] = features
+        elif site in self._middle:
+            new.features[site] = [_without_content(feature) for feature in features]
+        if site == self._gate:
+            assert self._settings.threshold is not None, "there is no gate without"
+            if _change(features, self._loop.kept[-1].features[site]) < self._settings.threshold:
+                self._skip()
+            else:
+                self._loop.since_whole = 0
+
+    def end(self, prediction: Tensor) -> None:
+        """Keep what a whole call has left."""
+        if self._middle and not self.skipped:
+            self._new.prediction = [prediction]
+            self._loop.kept = [*self._loop.kept[-1:], self._new]
+
+    def _extrapolated(self, value: Callable[[Kept], Features]) -> Features:
+        newest, older = self._loop.kept[-1], self._loop.kept[0]
+        if self._settings.order == 0 or older is newest:
+            return value(newest)
+        reach = (self._loop.timestep - newest.timestep) / (newest.timestep - older.timestep)
+        pairs = zip(value(older), value(newest), strict=True)
+        return [torch.lerp(then, now, 1 + reach) for then, now in pairs]
+
+
+def _parts(
+    settings: Acceleration, sites: Sequence[Site]
+) -> tuple[list[str], dict[str, str], dict[str, str]]:
+    """Sites that may be taken over, and by stream the last ones before and the last ones of them.
+
+    There are none where everything is computed at every step.
+    """
+    names, fresh = [site.name for site in sites if site.stream == "image"], settings.fresh
+    inner = set(names[fresh : len(names) - fresh])
+    middle = [site for site in sites if site.block in inner]
+    if not middle or settings.interval == 1:
+        return [], {}, {}
+    before = sites[: sites.index(middle[0])]
+    return (
+        [site.name for site in middle],
+        {site.stream: site.name for site in before},
+        {site.stream: site.name for site in middle},
+    )
+
+
+def _features(fused: Fused) -> Features:
+    return [fused.feature] if isinstance(fused.feature, Tensor) else list(fused.feature)
+
+
+def _fused(features: Features, weights: Tensor | None) -> Fused:
+    return Fused(features[0] if len(features) == 1 else features, weights)
+
+
+def _change(now: Features, then: Features) -> float:
+    """Mean absolute difference, as a share of the mean absolute value there was."""
+    moved = sum((a - b).abs().mean() for a, b in zip(now, then, strict=True))
+    return float(moved / sum(b.abs().mean() for b in then))
+
+
+def _without_content(feature: Tensor) -> Tensor:
+    """A tensor of the same shape that takes no memory."""
+    return feature.new_zeros(()).expand(feature.shape)
