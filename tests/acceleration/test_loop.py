@@ -193,7 +193,7 @@ def test_the_change_is_measured_since_the_last_whole_step() -> None:
     ensemble.experts[1].conv_in.bias.data.zero_()
     with torch.no_grad():
         for number in range(8):
-            now = 900 - 100 * number
+            now: int = 900 - 100 * number
             moved = latent + 0.05 * number * noise
             ensemble(**{**arguments, "timestep": now, "sample": moved})
     assert whole[0] == 900
