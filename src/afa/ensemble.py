@@ -28,17 +28,16 @@ from afa.denoisers import (
     Widths,
     discover_sites,
     family_of,
-    move_all_but,
     run_lockstep,
 )
 from afa.errors import AfaError
+from afa.placement import Placement
 from afa.prompt import cross_attentions, once_per_prompt, prompts_attended_once
 
 if TYPE_CHECKING:
     from typing import Self
 
     from diffusers.models.attention_processor import Attention
-    from torch.distributed.device_mesh import DeviceMesh
 
     from afa.acceleration.loop import Shortcut
     from afa.acceleration.settings import Acceleration
@@ -53,7 +52,7 @@ Schedule = Callable[[float], Sequence[int]]
 _FREE_CONFIG = frozenset({"sample_size", "upcast_attention", "dropout"})
 
 
-class EnsembleDenoiser(Delegation, ModelMixin, ConfigMixin):
+class EnsembleDenoiser(Delegation, Placement, ModelMixin, ConfigMixin):
     """Several experts run side by side, fused after every block (AFA, section 3).
 
     Takes the place of `unet` or `transformer` in stock diffusers pipelines: same call, same output
@@ -310,46 +309,6 @@ class EnsembleDenoiser(Delegation, ModelMixin, ConfigMixin):
     def disable_gradient_checkpointing(self) -> None:
         """Undo `enable_gradient_checkpointing`."""
         self.execution = replace(self.execution, checkpoints=False)
-
-    def offload_experts(self, device: torch.device | str) -> None:
-        """Keep the experts' blocks on the CPU and bring one layer at a time to a device.
-
-        Everything else goes there as a whole. For training, `enable_gradient_checkpointing` besides
-        or the layers that a backward pass needs stay there until it.
-
-        Args:
-            device: where everything is computed.
-        """
-        self.experts.to("cpu")
-        for expert in self.experts:
-            move_all_but(expert, self.family.layers(expert), device)
-        self.aggregators.to(device)
-        self.execution = replace(self.execution, device=torch.device(device))
-
-    def stop_offloading(self) -> None:
-        """Undo `offload_experts`; the experts stay on the CPU, the aggregators where they are."""
-        self.experts.to("cpu")
-        self.execution = replace(self.execution, device=None)
-
-    def shard_experts(self, mesh: DeviceMesh, **settings: Any) -> None:
-        """Leave a part of every layer in each process; whoever runs a layer gathers it for that.
-
-        Fully sharded data parallelism (Zhao et al., 2023, arXiv 2304.11277) for what is frozen. The
-        aggregators stay whole. From then on the processes have to call the ensemble equally often.
-
-        Args:
-            mesh: one-dimensional, over the processes.
-            settings: more of `torch.distributed.fsdp.fully_shard`.
-        """
-        from torch.distributed.fsdp import fully_shard
-
-        device = torch.device(mesh.device_type)
-        for expert in self.experts:
-            layers = self.family.layers(expert)
-            for layer in layers:
-                fully_shard(layer, mesh=mesh, **settings)
-            move_all_but(expert, layers, device)
-        self.aggregators.to(device)
 
     def frozen_names(self) -> list[str]:
         """The names of all parameters and buffers of the experts."""

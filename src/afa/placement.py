@@ -1,0 +1,63 @@
+"""Where the experts of an ensemble are kept, and where they are computed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from afa.denoisers import Execution, Family, move_all_but
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+class Placement:
+    """The part of `EnsembleDenoiser` that moves its experts."""
+
+    experts: Any
+    aggregators: nn.ModuleList
+    family: Family
+    execution: Execution
+
+    def offload_experts(self, device: torch.device | str) -> None:
+        """Keep the experts' blocks on the CPU and bring one layer at a time to a device.
+
+        Everything else goes there as a whole. For training, `enable_gradient_checkpointing` besides
+        or the layers that a backward pass needs stay there until it.
+
+        Args:
+            device: where everything is computed.
+        """
+        self.experts.to("cpu")
+        for expert in self.experts:
+            move_all_but(expert, self.family.layers(expert), device)
+        self.aggregators.to(device)
+        self.execution = replace(self.execution, device=torch.device(device))
+
+    def stop_offloading(self) -> None:
+        """Undo `offload_experts`; the experts stay on the CPU, the aggregators where they are."""
+        self.experts.to("cpu")
+        self.execution = replace(self.execution, device=None)
+
+    def shard_experts(self, mesh: DeviceMesh, **settings: Any) -> None:
+        """Leave a part of every layer in each process; whoever runs a layer gathers it for that.
+
+        Fully sharded data parallelism (Zhao et al., 2023, arXiv 2304.11277) for what is frozen. The
+        aggregators stay whole. From then on the processes have to call the ensemble equally often.
+
+        Args:
+            mesh: one-dimensional, over the processes.
+            settings: more of `torch.distributed.fsdp.fully_shard`.
+        """
+        from torch.distributed.fsdp import fully_shard
+
+        device = torch.device(mesh.device_type)
+        for expert in self.experts:
+            layers = self.family.layers(expert)
+            for layer in layers:
+                fully_shard(layer, mesh=mesh, **settings)
+            move_all_but(expert, layers, device)
+        self.aggregators.to(device)
