@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from afa.acceleration.call import predict as accelerated
 from afa.acceleration.loop import Loops
 from afa.acceleration.settings import EXACT
-from afa.aggregators import Condition, Mean, SABWConfig
+from afa.aggregators import Condition, Fused, Mean, SABWConfig, weighted_sum
 from afa.aggregators.build import build_sabw
 from afa.delegation import Delegation
 from afa.denoisers import (
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
 
     from afa.acceleration.loop import Shortcut
+    from afa.acceleration.plan import PruningPlan
     from afa.acceleration.settings import Acceleration
     from afa.sources import ExpertReference
 
@@ -100,6 +101,8 @@ class EnsembleDenoiser(Delegation, Placement, ModelMixin, ConfigMixin):
         self.execution: Execution = PLAIN
         #: what is left out of denoising loops; see `afa.accelerate`
         self.acceleration: Acceleration = EXACT
+        #: which experts run where; see `afa.accelerate`
+        self.plan: PruningPlan | None = None
         self._loops = Loops()
         self._attentions: list[Attention] = []
         self.on_weights: WeightsObserver | None = None
@@ -177,10 +180,14 @@ class EnsembleDenoiser(Delegation, Placement, ModelMixin, ConfigMixin):
         active = self._active_experts(steps)
         per_expert = self.family.split(self.experts[0], arguments, self.widths, len(self.experts))
         text = self._prompt(arguments, per_expert, active) if self.widths.text else None
-        execution, skipped = self.execution, shortcut.skipped if shortcut else frozenset()
+        skipped = shortcut.skipped if shortcut else frozenset()
+        left = self._experts_left(steps)
+        execution = replace(self.execution, skipped=skipped)
         coroutines = [
             self.family.blocks(
-                self.experts[n], **per_expert[n], execution=replace(execution, skipped=skipped)
+                self.experts[n],
+                **per_expert[n],
+                execution=replace(execution, pruned={s for s in left if n not in left[s]}),
             )
             for n in active
         ]
@@ -195,14 +202,39 @@ class EnsembleDenoiser(Delegation, Placement, ModelMixin, ConfigMixin):
             if shortcut is not None and site in skipped:
                 fused = shortcut.take(site)
             else:
-                rule = self.aggregators[self._rules[site]]
-                fused = execution.segment(site, rule, [f.hidden for f in features], condition)
+                weights = shortcut.kept_weights(site) if shortcut else None
+                fused = self._fuse(site, features, condition, left.get(site), weights)
                 if shortcut is not None:
                     shortcut.note(site, fused)
             self._show(steps, site, fused.weights)
             return fused.feature
 
         return run_lockstep(coroutines, fuse)
+
+    def _fuse(
+        self,
+        site: str,
+        features: Sequence[Feature],
+        condition: Condition,
+        left: Sequence[int] | None,
+        weights: Tensor | None,
+    ) -> Fused:
+        """Fuse at one site: some experts alone where a plan leaves these, or with given weights."""
+        rule: Any = self.aggregators[self._rules[site]]
+        if weights is not None:
+            chosen = range(len(features)) if left is None else left
+            given = [features[n].hidden for n in chosen]
+            return Fused(weighted_sum(given, weights[:, list(chosen)]), weights)
+        if left is not None:
+            return rule.fuse_some({n: features[n].hidden for n in left}, condition)
+        return self.execution.segment(site, rule, [f.hidden for f in features], condition)
+
+    def _experts_left(self, steps: Tensor) -> Mapping[str, Sequence[int]]:
+        """The experts that run at these timesteps [B], by site; at other sites all do."""
+        if self.plan is None:
+            return {}
+        distinct = steps.unique().tolist()
+        return self.plan.at(distinct[0]) if len(distinct) == 1 else {}
 
     def _show(self, steps: Tensor, site: str, weights: Tensor | None) -> None:
         if self.on_weights is not None and weights is not None:

@@ -147,6 +147,37 @@ def test_what_is_skipped_is_not_run(family: str) -> None:
     assert calls == [3, 3]
 
 
+@pytest.mark.parametrize("family", ["unet", "flux"])
+def test_weights_can_be_taken_over_too(family: str) -> None:
+    ensemble, arguments = ensemble_of(family), arguments_of(family)
+    calls = [0] * len(ensemble.sites)
+    for place, rule in enumerate(ensemble.aggregators):
+
+        def count(*_: Any, place: int = place) -> None:
+            calls[place] += 1
+
+        rule.register_forward_hook(count)
+    ensemble.acceleration = afa.Acceleration(interval=2, keep_weights=True)
+    with afa.record_weights(ensemble) as record:
+        draw(ensemble, arguments)
+    assert calls == [3] * len(ensemble.sites)
+    last = ensemble.sites[-1].name
+    weights = [step.weights[last] for step in record.steps]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[1], weights[2])
+
+
+def test_kept_weights_that_are_right_change_nothing() -> None:
+    """The mean's weights are the same at every step."""
+    experts = [tiny_unet(n) for n in range(2)]
+    ensemble, arguments = afa.EnsembleDenoiser(experts), arguments_of("unet")
+    ensemble.acceleration = afa.Acceleration(interval=2)
+    expected = draw(ensemble, arguments)
+    ensemble.acceleration = afa.Acceleration(interval=2, keep_weights=True)
+    for a, b in zip(draw(ensemble, arguments), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("family", ["unet", "flux", "dit"])
 def test_the_prediction_itself_can_be_taken_over(family: str) -> None:
     ensemble, arguments = ensemble_of(family), arguments_of(family)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from afa.acceleration.settings import Acceleration, acceleration_of
+from afa.acceleration.plan import PruningPlan, load_plan
+from afa.acceleration.settings import EXACT, Acceleration, acceleration_of
 from afa.aggregators import Separate
 from afa.denoisers import discover_sites
 from afa.ensemble import EnsembleDenoiser
@@ -17,7 +19,10 @@ if TYPE_CHECKING:
 
 
 def accelerate(
-    pipeline: DiffusionPipeline, acceleration: str | Mapping[str, Any] | Acceleration
+    pipeline: DiffusionPipeline,
+    acceleration: str | Mapping[str, Any] | Acceleration = EXACT,
+    *,
+    plan: PruningPlan | str | Path | None = None,
 ) -> DiffusionPipeline:
     """Leave out a part of what a pipeline computes.
 
@@ -27,18 +32,24 @@ def accelerate(
         pipeline: with an ensemble, whose settings are changed in place; or with a single model,
             which then is an ensemble of one, and exactly what it was where nothing is left out.
         acceleration: the name of a preset, `exact`, `balanced` or `fast`; or settings.
+        plan: which experts run where; a file of `afa prune`, or what is in it.
 
     Returns: the pipeline; of a single model, another one of the same class and parts.
 
     Raises:
-        AfaError: no such preset or setting, or a model that cannot be taken apart.
+        AfaError: no such preset or setting, a model that cannot be taken apart, or a plan of
+            another ensemble.
     """
+    if isinstance(plan, (str, Path)):
+        plan = load_plan(Path(plan))
     settings, denoiser = acceleration_of(acceleration), denoiser_of(pipeline)
     if not isinstance(denoiser, EnsembleDenoiser):
-        if settings.is_exact:
+        if settings.is_exact and plan is None:
             return pipeline
         denoiser = EnsembleDenoiser([denoiser], [Separate() for _ in discover_sites(denoiser)])
         parts = {**pipeline.components, kind_of_pipeline(pipeline).denoiser: denoiser}
         pipeline = build_pipeline(type(pipeline).__name__, parts, pipeline.config)
-    denoiser.acceleration = settings
+    if plan is not None:
+        plan.check(denoiser)
+    denoiser.acceleration, denoiser.plan = settings, plan
     return pipeline

@@ -146,6 +146,12 @@ class Shortcut:
         """Fusion weights [B, N, H, W] by site, of the last whole call."""
         return self._loop.kept[-1].weights
 
+    def kept_weights(self, site: str) -> Tensor | None:
+        """With which weights a site that is computed is fused, where its rule need not run."""
+        if not self.skipped or not self._settings.keep_weights or site in self.skipped:
+            return None
+        return self.weights.get(site)
+
     def take(self, site: str) -> Fused:
         """What comes out at a skipped site; without content where nobody uses it."""
         stream, weights = self._streams[site], self.weights.get(site)

@@ -28,6 +28,8 @@ class Acceleration:
         threshold: all is computed as soon as the feature at the last of the first `fresh` sites has
             changed by more than this share since it last was (relative L1 distance; "first block
             cache", ParaAttention); `interval` is then the most steps between.
+        keep_weights: whether, where features are taken over, the fresh sites are fused with the
+            weights that they had when all was computed, so that aggregators do not run.
         first: so many steps at the beginning are computed as a whole in any case.
         guidance_until: the share of the noise levels, counted from where the loop began, after
             which the unconditional half of classifier-free guidance is no longer computed: its
@@ -40,6 +42,7 @@ class Acceleration:
     fresh: int = 1
     order: int = 0
     threshold: float | None = None
+    keep_weights: bool = False
     first: int = 1
     guidance_until: float = 1.0
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 
 class Condition(NamedTuple):
@@ -45,9 +45,23 @@ class FusionRule(nn.Module, ABC):
     A new way of combining experts is one subclass with one method.
     """
 
+    #: whether `fuse_some` can do without some of the features
+    can_prune = False
+
     @abstractmethod
     def forward(self, features: Sequence[Tensor], condition: Condition) -> Fused:
         """Make one feature, or one per expert, of N features [B, C, H, W]."""
+
+    def fuse_some(self, features: Mapping[int, Tensor], condition: Condition) -> Fused:
+        """Make one feature of those of some experts.
+
+        Args:
+            features: [B, C, H, W] by the expert's number, of at least one.
+            condition: of all experts.
+
+        Returns: weights are [B, N, H, W] of all experts, 0 of those that are missing.
+        """
+        raise NotImplementedError(f"{type(self).__name__} needs the features of all experts")
 
 
 def weighted_sum(features: Sequence[Tensor], weights: Tensor) -> Tensor:

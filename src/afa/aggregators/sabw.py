@@ -17,7 +17,7 @@ from afa.errors import AfaError
 from afa.prompt import once_per_prompt
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -135,6 +135,8 @@ class SABW(FusionRule):
         AfaError: a property of the site is missing.
     """
 
+    can_prune = True
+
     def __init__(self, config: SABWConfig) -> None:
         super().__init__()
         sizes = [getattr(config, name) for name in _SITE_FIELDS]
@@ -168,12 +170,18 @@ class SABW(FusionRule):
         self.conv_out = nn.Conv2d(hidden, num_experts, 1, bias=False)
         nn.init.zeros_(self.conv_out.weight)
 
-    def fusion_weights(self, features: Sequence[Tensor], condition: Condition) -> Tensor:
+    def fusion_weights(
+        self,
+        features: Sequence[Tensor],
+        condition: Condition,
+        missing: Sequence[int] = (),
+    ) -> Tensor:
         """Weights of the experts at every pixel (AFA, eq. 3).
 
         Args:
             features: N features [B, C, H, W] of the experts.
             condition: the mean timestep and text embedding.
+            missing: experts that get no weight, by number.
 
         Returns: [B, N, H, W] in float32, summing to 1 over N.
         """
@@ -183,6 +191,8 @@ class SABW(FusionRule):
         hidden = self.res_block(hidden, temb)
         hidden = self.transformer(hidden, **self._prompt(condition), return_dict=False)[0]
         logits = self.conv_out(hidden).float()
+        if missing:
+            logits[:, missing] = -math.inf
         if not self.config.spatial:
             weights = logits.mean((2, 3), keepdim=True).softmax(dim=1)
             return weights.expand(-1, -1, *size)
@@ -234,3 +244,25 @@ class SABW(FusionRule):
             )
         weights = self.fusion_weights(features, condition)
         return Fused(weighted_sum(features, weights), weights)
+
+    def fuse_some(self, features: Mapping[int, Tensor], condition: Condition) -> Fused:
+        """Fuse the features of some experts with per-pixel weights that sum to 1 over these.
+
+        To the aggregator, an expert that is missing has the mean feature of those that are not; a
+        single one is not asked about.
+
+        Args:
+            features: [B, C, H, W] by the expert's number.
+            condition: the mean timestep and text embedding of all experts.
+        """
+        count, given = self.config.num_experts or 0, list(features.values())
+        first = given[0]
+        if len(given) == 1:
+            share = first.new_zeros((len(first), count, *first.shape[-2:]), dtype=torch.float32)
+            share[:, next(iter(features))] = 1
+            return Fused(first, share)
+        stand_in = sum(given[1:], start=first) / len(given)
+        missing = [n for n in range(count) if n not in features]
+        completed = [features.get(n, stand_in) for n in range(count)]
+        weights = self.fusion_weights(completed, condition, missing)
+        return Fused(weighted_sum(given, weights[:, list(features)]), weights)

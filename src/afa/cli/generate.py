@@ -47,6 +47,9 @@ def generate(
     speed: Annotated[
         str, typer.Option(help="exact, balanced or fast: how much is taken over between steps.")
     ] = "exact",
+    plan: Annotated[
+        Path | None, typer.Option(help="Of afa prune: which experts run where.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help=f"Of the experts: {', '.join(DTYPES)}.")] = "float32",
 ) -> None:
     """Generate pictures with a trained ensemble.
@@ -75,7 +78,7 @@ def generate(
         ensemble, torch_dtype=getattr(torch, dtype), device=pick_device(device)
     )
     check_text_to_image(pipeline)
-    pipeline = afa.accelerate(pipeline, acceleration)
+    pipeline = afa.accelerate(pipeline, acceleration, plan=plan)
     pipeline.set_progress_bar_config(disable=True)
     size = _picture_size(pipeline, height, width)
     names = [reference.name for reference in denoiser_of(pipeline).references]
@@ -91,6 +94,7 @@ def generate(
                     "steps": steps,
                     "guidance": guidance,
                     "speed": speed,
+                    "plan": plan and str(plan),
                     "ensemble": ensemble,
                 }
                 recording = afa.record_weights(denoiser_of(pipeline)) if weights else nullcontext()

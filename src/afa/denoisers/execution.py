@@ -28,15 +28,17 @@ class Execution:
             copies are let go of after the segment, in the forward pass and in the backward pass.
         skipped: sites whose features nobody asks for: what leads there is not run. It may grow
             while a coroutine waits at a site.
+        pruned: sites whose features nobody asks of this expert.
     """
 
     checkpoints: bool = False
     device: torch.device | None = None
     skipped: Collection[str] = frozenset()
+    pruned: Collection[str] = frozenset()
 
     def segment(self, site: str, function: Callable[..., Any], *inputs: Any) -> Any:
         """Run a function of tensors that leads to a site; None where that site is skipped."""
-        if site in self.skipped:
+        if site in self.skipped or site in self.pruned:
             return None
         if self.checkpoints and torch.is_grad_enabled():
             # experts are frozen and in evaluation mode: there is no random state to bring back

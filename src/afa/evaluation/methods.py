@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from afa.acceleration.apply import accelerate
+from afa.acceleration.plan import load_plan
 from afa.baselines import merge_models
 from afa.checkpoint import AGGREGATORS, load_ensemble, read_config
 from afa.ensemble import EnsembleDenoiser
@@ -54,7 +55,11 @@ class MethodBuilder:
         """
         identity = self._way(method, replica)
         left_out = method.acceleration.describe()
-        return {**identity, "acceleration": left_out} if left_out else identity
+        if left_out:
+            identity["acceleration"] = left_out
+        if method.plan is not None:
+            identity["plan"] = load_plan(method.plan).model_dump()
+        return identity
 
     def _way(self, method: MethodRecipe, replica: int) -> dict[str, Any]:
         recipe = self._recipe
@@ -106,7 +111,7 @@ class MethodBuilder:
             assert method.fusion is not None, "a method is drawn in exactly one way"
             pipeline = self._fusion(method.fusion)
         check_text_to_image(pipeline)
-        pipeline = accelerate(pipeline, method.acceleration)
+        pipeline = accelerate(pipeline, method.acceleration, plan=method.plan)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 

@@ -41,6 +41,7 @@ class MethodRecipe(Section):
     several that differ in the seed of their training and are reported as one method. `merge`: as in
     a recipe of `afa merge`, without experts and base. `fusion`: a rule of `afa.baselines.fusion`.
     `acceleration`: what is left out while drawing, a preset or settings of `afa.Acceleration`.
+    `plan`: of `afa prune`, for the ensembles of this row.
     """
 
     name: str = Field(min_length=1, max_length=80)
@@ -49,6 +50,7 @@ class MethodRecipe(Section):
     merge: dict[str, Any] | None = None
     fusion: AnyFusion | None = None
     acceleration: Annotated[Acceleration, BeforeValidator(acceleration_of)] = EXACT
+    plan: Path | None = None
 
     @field_validator("model", "ensemble", mode="before")
     @classmethod
@@ -236,7 +238,10 @@ def load_evaluate_recipe(path: str | Path) -> EvaluateRecipe:
             "references": resolve_file(recipe.references, folder),
             "prompts": resolve_prompts(recipe.prompts, folder),
             "methods": [
-                resolve_sources(method, folder, "model", "ensemble") for method in recipe.methods
+                resolve_sources(method, folder, "model", "ensemble").model_copy(
+                    update={"plan": resolve_file(method.plan, folder)}
+                )
+                for method in recipe.methods
             ],
             "metrics": [
                 metric if isinstance(metric, str) else resolve_metric(metric, folder)

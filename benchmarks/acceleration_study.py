@@ -1,0 +1,129 @@
+"""How fast before pictures suffer: settings of `afa.accelerate` on emoji scenes.
+
+    python -m benchmarks.acceleration_study runs/acceleration-study    # half an hour; goes on
+
+Three ensembles that differ in the seed of their training draw mixed prompts of held-out pairs with
+every setting; so do, with the presets, the base model and a merge. The prompts are not those of the
+comparison, which a choice made here must not have seen. Seconds are compared with those of one
+model from which nothing is left out; quality with the same model's, paired over prompts and seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from afa.acceleration.settings import PRESETS
+from afa.study.jobs import Job, run_jobs, train_aggregators_job
+from afa.study.plan import SHIPPED, StudySettings, aggregator_recipes, sampling
+from afa.study.run import evaluate_in_processes
+
+PROMPTS_SEED = 3_000_000
+SUBJECT, ONE = "AFA", "base"
+SETTINGS: dict[str, dict[str, Any]] = {
+    "interval 2": {"interval": 2},
+    "interval 2, weights kept": {"interval": 2, "keep_weights": True},
+    "interval 3, weights kept": {"interval": 3, "keep_weights": True},
+    "interval 4, weights kept": {"interval": 4, "keep_weights": True},
+    "interval 4, first 2, weights kept": {"interval": 4, "first": 2, "keep_weights": True},
+    "interval 5, first 2, weights kept": {"interval": 5, "first": 2, "keep_weights": True},
+    "interval 10, first 2, weights kept": {"interval": 10, "first": 2, "keep_weights": True},
+    "threshold 0.2, weights kept": {"interval": 20, "threshold": 0.2, "keep_weights": True},
+    "threshold 0.3, weights kept": {"interval": 20, "threshold": 0.3, "keep_weights": True},
+    "interval 3, fresh 2, weights kept": {"interval": 3, "fresh": 2, "keep_weights": True},
+    "interval 3, prediction": {"interval": 3, "fresh": 0},
+    "interval 3, line, weights kept": {"interval": 3, "order": 1, "keep_weights": True},
+    "guidance until 0.7": {"guidance_until": 0.7},
+    "interval 3, guidance until 0.7, weights kept": {
+        "interval": 3,
+        "guidance_until": 0.7,
+        "keep_weights": True,
+    },
+}
+RIVALS: dict[str, dict[str, Any]] = {
+    ONE: {"model": SHIPPED.base},
+    "expert: things": {"model": SHIPPED.experts["things"]},
+    "add-difference merge": {"merge": {"method": "add_difference", "weights": [0.1] * 3}},
+}
+
+
+def main() -> None:
+    """Train, draw, judge, print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--num-prompts", type=int, default=96)
+    arguments = parser.parse_args()
+    work = arguments.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    settings = StudySettings()
+    recipes = aggregator_recipes(settings)
+    folders = [work / "trained" / f"afa-{seed}" for seed in range(settings.num_seeds)]
+    num_processes = os.cpu_count() or 1
+    jobs = [
+        Job(folder.name, train_aggregators_job, (recipes[folder.name], folder))
+        for folder in folders
+    ]
+    for event in run_jobs(jobs, num_processes):
+        if event.done % 50 == 0:
+            sys.stderr.write(f"{event.name}: step {event.done} of {event.total}\n")
+    compared = {
+        "experts": list(SHIPPED.experts.values()),
+        "base": SHIPPED.base,
+        "prompts": {"zoo": {"kinds": {"mixed": arguments.num_prompts}, "seed": PROMPTS_SEED}},
+        "methods": methods([str(folder) for folder in folders]),
+        "sampling": sampling(settings.num_steps),
+        "metrics": ["scenes"],
+        "subject": SUBJECT,
+        "num_resamples": 10_000,
+    }
+    evaluate_in_processes(work / "comparison", compared, num_processes)
+    report = json.loads((work / "comparison" / "report.json").read_text())
+    print(table(report))  # noqa: T201
+
+
+def methods(ensembles: list[str]) -> list[dict[str, Any]]:
+    """Every row of the comparison."""
+    fast = {name: preset.describe() for name, preset in PRESETS.items() if not preset.is_exact}
+    rows: list[dict[str, Any]] = [{"name": SUBJECT, "ensemble": ensembles}]
+    for name, settings in {**fast, **SETTINGS}.items():
+        rows.append({"name": f"{SUBJECT}: {name}", "ensemble": ensembles, "acceleration": settings})
+    for name, way in RIVALS.items():
+        rows.append({"name": name, **way})
+        for preset, settings in fast.items():
+            rows.append({"name": f"{name}: {preset}", **way, "acceleration": settings})
+    return rows
+
+
+def table(report: dict[str, Any]) -> str:
+    """A row for every setting, the fastest last."""
+    rows = {row["method"]: row for row in report["rows"]}
+    one = rows[ONE]["measured"]["seconds_per_image"]
+    paired = {
+        entry["against"]: entry
+        for entry in report["paired"]
+        if entry["method"] == SUBJECT and entry["score"] == "both"
+    }
+    lines = [
+        "| drawn with | right pictures | minus exact AFA | seconds a picture | by one model's |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        score = row["groups"]["mixed"]["scores"]["both"]
+        seconds = row["measured"]["seconds_per_image"]
+        difference = ""
+        if name in paired:
+            found = paired[name]["difference"]
+            difference = f"{-found['mean']:+.3f} [{-found['high']:+.3f}, {-found['low']:+.3f}]"
+        lines.append(
+            f"| {name} | {score['mean']:.3f} [{score['low']:.3f}, {score['high']:.3f}] "
+            f"| {difference} | {seconds:.3f} | {seconds / one:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

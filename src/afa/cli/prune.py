@@ -1,0 +1,93 @@
+"""`afa prune`: which experts need not run where."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from afa.cli.console import console, progress_bar, quieten_loading
+from afa.errors import AfaError
+
+
+def prune(
+    ensemble: Annotated[str, typer.Argument(help="Ensemble folder, or zoo:ensemble.")],
+    output: Annotated[Path, typer.Option(help="New JSON file for the plan.")],
+    keep: Annotated[
+        float, typer.Option(min=0, max=1, help="Least share of the weights that stays.")
+    ] = 0.98,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Text file, a prompt a line. By default the zoo's.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20,
+    ranges: Annotated[int, typer.Option(min=1, help="Parts of the noise levels.")] = 4,
+    guidance: Annotated[float, typer.Option(min=0, help="Classifier-free guidance scale.")] = 7.5,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+) -> None:
+    """Draw pictures, and leave out experts where nobody listens to them.
+
+    The plan says which experts run at which site and noise level; give it to afa generate.
+
+    [bold]Example[/bold]: afa prune runs/first --keep 0.98 --prompts prompts.txt --output plan.json
+    """
+    if output.exists():
+        raise AfaError(f"The plan must be a new file; '{output}' exists. Name another one.")
+    if keep == 0:
+        raise AfaError("--keep must be above 0, came 0.")
+    from afa.evaluation.prompts import PromptsRecipe, ZooPrompts, load_prompts
+
+    if prompts is not None:
+        recipe = PromptsRecipe(text=prompts)
+    elif ensemble.startswith("zoo:"):
+        recipe = PromptsRecipe(zoo=ZooPrompts(kinds={"mixed": 32}, held_out=False, seed=2_000_000))
+    else:
+        raise AfaError("A plan is made on prompts like those it is for. Name a file: --prompts.")
+    listed = [prompt.text for prompt in load_prompts(recipe)]
+
+    import afa
+    from afa.acceleration.calibrate import calibrate
+    from afa.acceleration.plan import save_plan
+    from afa.kinds import denoiser_of
+    from afa.pipeline import check_text_to_image
+    from afa.training.engine import pick_device
+
+    quieten_loading()
+    pipeline = afa.load_ensemble(ensemble, device=pick_device(device))
+    check_text_to_image(pipeline)
+    pipeline.set_progress_bar_config(disable=True)
+    drawing = calibrate(
+        pipeline, listed, num_steps=steps, num_ranges=ranges, guidance_scale=guidance
+    )
+    with progress_bar() as progress:
+        task = progress.add_task("pictures", total=len(listed), note="")
+        while True:
+            try:
+                progress.update(task, completed=next(drawing))
+            except StopIteration as stop:
+                shares = stop.value
+                break
+    plan = shares.plan(keep)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    save_plan(plan, output)
+    names = [reference.name for reference in denoiser_of(pipeline).references]
+    table = Table("site", *(f"{part + 1}/{ranges}" for part in range(ranges)), box=None)
+    for site in plan.sites:
+        cells = []
+        for part in plan.ranges:
+            left = part.experts.get(site, range(plan.num_experts))
+            cells.append(
+                "all" if len(left) == plan.num_experts else ", ".join(names[n] for n in left)
+            )
+        table.add_row(site, *cells)
+    console.print(
+        "Experts that run, by site and quarter of the noise levels:"
+        if ranges == 4
+        else "Experts that run, by site and part of the noise levels:"
+    )
+    console.print(table)
+    console.print(
+        f"{plan.share_left:.0%} of the experts' runs are left. Plan in {output}. "
+        f"Try: afa generate {ensemble} PROMPT --output pictures --plan {output}"
+    )
