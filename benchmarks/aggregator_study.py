@@ -18,15 +18,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from afa.evaluation.recipe import slug
 from afa.study.jobs import Job, run_jobs, train_aggregators_job
 from afa.study.plan import StudySettings, aggregator_recipes, sampling
 from afa.study.run import evaluate_in_processes
 from afa.training.recipe import Recipe
 
-FULL = "full"
+FULL = "the paper's, hidden_ratio None, min_scale 1"
 #: what each changes of the comparison's aggregators
 SHAPES: dict[str, dict[str, Any]] = {
-    FULL: {},
+    FULL: {"hidden_ratio": None, "min_scale": 1},
     "hidden_ratio 1, min_scale 2": {"hidden_ratio": 1.0, "min_scale": 2},
     "hidden_ratio 0.5, min_scale 2": {"hidden_ratio": 0.5, "min_scale": 2},
 }
@@ -47,10 +48,7 @@ def main() -> None:
         num_seeds=arguments.num_seeds, num_train_steps=arguments.num_train_steps
     )
     folders = {
-        shape: [
-            work / "trained" / f"{shape.replace(' ', '-').replace(',', '')}-{seed}"
-            for seed in range(settings.num_seeds)
-        ]
+        shape: [work / "trained" / f"{slug(shape)}-{seed}" for seed in range(settings.num_seeds)]
         for shape in SHAPES
     }
     num_processes = os.cpu_count() or 1
@@ -77,7 +75,7 @@ def main() -> None:
     }
     evaluate_in_processes(work / "comparison", compared, num_processes)
     report = json.loads((work / "comparison" / "report.json").read_text())
-    print(json.dumps(report, indent=1)[:3000])  # noqa: T201
+    print(table(report))  # noqa: T201
 
 
 def recipe(settings: StudySettings, shape: str, seed: int) -> Recipe:
@@ -85,6 +83,30 @@ def recipe(settings: StudySettings, shape: str, seed: int) -> Recipe:
     whole = aggregator_recipes(settings)[f"afa-{seed}"]
     changed = whole.aggregator.model_copy(update=SHAPES[shape])
     return whole.model_copy(update={"aggregator": changed})
+
+
+def table(report: dict[str, Any]) -> str:
+    """A row for every shape."""
+    paired = {
+        entry["against"]: entry
+        for entry in report["paired"]
+        if entry["method"] == FULL and entry["score"] == "both"
+    }
+    lines = [
+        "| aggregators | right pictures | minus the first | seconds a picture |",
+        "|---|---|---|---|",
+    ]
+    for row in report["rows"]:
+        score, name = row["groups"]["mixed"]["scores"]["both"], row["method"]
+        difference = ""
+        if name in paired:
+            found = paired[name]["difference"]
+            difference = f"{-found['mean']:+.3f} [{-found['high']:+.3f}, {-found['low']:+.3f}]"
+        lines.append(
+            f"| {name} | {score['mean']:.3f} [{score['low']:.3f}, {score['high']:.3f}] "
+            f"| {difference} | {row['measured']['seconds_per_image']:.2f} |"
+        )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
     python benchmarks/step.py --sizes "(64, 128, 256)" --rounds 9
 
 What is compared takes turns in one process: the experts, one after another, each by the library's
-own forward pass; the ensemble with the uniform mean; the ensemble with SABW, as published and in
-the cheaper shape. The floor is the ratio of the operations that they count, with nothing for
+own forward pass; the ensemble with the uniform mean; the ensemble with SABW, in the paper's shape
+and in the default one. The floor is the ratio of the operations that they count, with nothing for
 whatever is not a product. Weights are random; the same prompt at falling timesteps, as in a
 denoising loop.
 """
@@ -16,14 +16,12 @@ import argparse
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
-EXPERTS, MEAN, SABW, CHEAP = "experts", "mean", "SABW", "cheaper SABW"
-#: shapes of aggregators: the paper's, and one that follows the experts' widths
-SHAPES: dict[str, dict[str, Any]] = {
-    SABW: {},
-    CHEAP: {"hidden_ratio": 0.5, "min_scale": 2},
-}
+EXPERTS, MEAN, PAPER, DEFAULT = "experts", "mean", "the paper's SABW", "the default SABW"
+#: shapes of aggregators: one size everywhere, and one that follows the experts' widths
+SHAPES: dict[str, dict[str, Any]] = {PAPER: {"hidden_ratio": None, "min_scale": 1}, DEFAULT: {}}
 COUNTS, LATENTS = (1, 2, 3, 4, 6), (16, 32, 64)
 
 
@@ -68,14 +66,7 @@ def measure(cell: dict[str, Any], num_rounds: int, num_threads: int, batch: int)
     usual = AGGREGATOR if size == ZOO else SABWConfig()
     ensembles = {MEAN: EnsembleDenoiser(experts)}
     for name, changes in SHAPES.items():
-        config = SABWConfig(
-            **{
-                **{k: getattr(usual, k) for k in ("hidden_size", "num_layers", "num_heads")},
-                "norm_num_groups": usual.norm_num_groups,
-                **changes,
-            }
-        )
-        ensembles[name] = EnsembleDenoiser(experts, config)
+        ensembles[name] = EnsembleDenoiser(experts, replace(usual, **changes))
     with torch.no_grad():
         functions = {EXPERTS: run_experts, **{k: runner(e) for k, e in ensembles.items()}}
         floors = {

@@ -89,11 +89,12 @@ def test_untrained_equals_the_mean() -> None:
 @torch.no_grad()
 def test_sites_of_one_width_can_share_an_aggregator() -> None:
     ensemble = ensemble_of(aggregators=replace(SMALL, sharing="width"))
-    by_width: dict[int, set[int]] = {}
-    for site, rule in zip(ensemble.sites, ensemble.aggregators, strict=True):
-        by_width.setdefault(site.channels, set()).add(id(rule))
-    assert sorted(by_width) == [4, 8, 16]
-    assert all(len(rules) == 1 for rules in by_width.values())
+    by_width: dict[tuple[int, int], set[int]] = {}
+    rules: Any = ensemble.aggregators
+    for site, rule in zip(ensemble.sites, rules, strict=True):
+        by_width.setdefault((site.channels, rule.config.pool), set()).add(id(rule))
+    assert sorted(by_width) == [(4, 2), (8, 1), (8, 2), (16, 1), (16, 2)]
+    assert all(len(shared) == 1 for shared in by_width.values())
     assert len(ensemble.sites) > 3
     separate = ensemble_of()
     assert sum(p.numel() for p in ensemble.parameters() if p.requires_grad) < sum(

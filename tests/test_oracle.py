@@ -43,6 +43,8 @@ def test_output_maps_and_gradients(oracle: tuple[dict, dict[str, torch.Tensor]])
             hidden_size=settings["hidden_size"],
             num_layers=settings["num_layers"],
             num_heads=settings["num_attn_heads"],
+            hidden_ratio=None,
+            min_scale=1,
         ),
     )
     assert len(ensemble.sites) == len(facts["points"])

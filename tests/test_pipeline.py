@@ -164,6 +164,7 @@ def test_saved_and_loaded_it_draws_the_same_picture(
         {"sharing": "width"},
         {"sites": "conv_out"},
         {"prompt": False, "sharing": "width"},
+        {"hidden_ratio": 0.5, "min_scale": 4},
     ],
 )
 def test_ablations_are_saved_and_loaded(
@@ -187,6 +188,18 @@ def test_ablations_are_saved_and_loaded(
         torch.equal(a, b)
         for a, b in zip(untrained.unet.parameters(), loaded.unet.parameters(), strict=True)
     )
+
+
+def test_what_says_nothing_of_its_shape_has_the_paper_s(
+    experts: list[Path], tmp_path: Path
+) -> None:
+    """Folders that were written before there was another one."""
+    paper = replace(SMALL, hidden_ratio=None, min_scale=1)
+    folder = afa.save_ensemble(afa.load_pipeline(experts[:2], paper), tmp_path / "ensemble")
+    saved = json.loads((folder / "config.json").read_text())["aggregator"]
+    assert not {"hidden_ratio", "min_scale"} & saved.keys()
+    config = afa.load_ensemble(folder).unet.aggregators[0].config
+    assert (config.hidden_ratio, config.min_scale) == (None, 1)
 
 
 def test_no_expert_weights_are_written(pipeline: StableDiffusionPipeline, tmp_path: Path) -> None:

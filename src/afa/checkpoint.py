@@ -90,17 +90,17 @@ class _SavedEnsemble(_Saved):
 
 
 _SIZES = ("hidden_size", "num_layers", "num_heads", "norm_num_groups")
-# written where they are not the default
-_SWITCHES = (
-    "spatial",
-    "timestep",
-    "prompt",
-    "sharing",
-    "sites",
-    "stride",
-    "hidden_ratio",
-    "min_scale",
-)
+# what a file means that leaves one out: the only way there was when it was written
+_ABSENT: dict[str, Any] = {
+    "spatial": True,
+    "timestep": True,
+    "prompt": True,
+    "sharing": "none",
+    "sites": "all",
+    "stride": 1,
+    "hidden_ratio": None,
+    "min_scale": 1,
+}
 
 
 def aggregator_tensors(ensemble: EnsembleDenoiser) -> dict[str, Tensor]:
@@ -202,7 +202,7 @@ def describe_rules(ensemble: EnsembleDenoiser) -> dict[str, Any]:
     rules = dict(zip(ensemble.sites, ensemble.aggregators, strict=True))
     if all(isinstance(rule, Mean) for rule in rules.values()):
         return {"type": "mean"}
-    default, last = SABWConfig(), rules[ensemble.sites[-1]]
+    last = rules[ensemble.sites[-1]]
     if isinstance(last, SABW):
         expected = dict(zip(ensemble.sites, site_configs(last.config, ensemble.sites), strict=True))
         if all(_is_of(rule, expected[site]) for site, rule in rules.items()):
@@ -211,8 +211,8 @@ def describe_rules(ensemble: EnsembleDenoiser) -> dict[str, Any]:
                 **{key: getattr(last.config, key) for key in _SIZES},
                 **{
                     key: value
-                    for key in _SWITCHES
-                    if (value := getattr(last.config, key)) != getattr(default, key)
+                    for key, absent in _ABSENT.items()
+                    if (value := getattr(last.config, key)) != absent
                 },
             }
     kinds = ", ".join(sorted({type(rule).__name__ for rule in rules.values()}))
@@ -311,7 +311,7 @@ def load_ensemble(
         config = _absolute(saved["config"], folder)
     pipeline = load_pipeline(
         sources,
-        SABWConfig(**settings) if kind == "sabw" else None,
+        SABWConfig(**{**_ABSENT, **settings}) if kind == "sabw" else None,
         vae=vae,
         vae_revision=saved_vae.get("revision"),
         config=config,

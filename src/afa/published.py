@@ -194,6 +194,8 @@ def _shared_config(configs: Sequence[_Aggregator], count: int, folder: Path) -> 
             num_layers=num_layers,
             num_heads=num_heads,
             norm_num_groups=_NUM_GROUPS,
+            hidden_ratio=None,
+            min_scale=1,
         )
     except AfaError as error:
         raise AfaError(f"The aggregators in '{folder}' cannot be built: {error}") from error

@@ -18,6 +18,8 @@ from afa.aggregators import (
     Separate,
     weighted_sum,
 )
+from afa.aggregators.build import build_sabw, site_configs
+from afa.denoisers import Site
 from afa.errors import AfaError
 
 CONFIG = SABWConfig(
@@ -172,3 +174,84 @@ def test_rules_without_parameters() -> None:
     assert Separate()(features, condition).feature == features
     with pytest.raises(AfaError, match="0 to 2"):
         Only(3)(features, condition)
+
+
+@pytest.mark.parametrize("size", [(5, 7), (8, 8), (1, 1)])
+def test_on_a_coarser_grid_logits_are_interpolated(size: tuple[int, int]) -> None:
+    torch.manual_seed(3)
+    coarse = SABW(replace(CONFIG, min_scale=4, pool=4))
+    torch.nn.init.normal_(coarse.conv_out.weight)
+    fine = SABW(CONFIG)
+    fine.load_state_dict(coarse.state_dict())
+    _, condition = example()
+    features = [torch.randn(2, 6, *size) for _ in range(3)]
+    with torch.no_grad():
+        weights = coarse.fusion_weights(features, condition)
+        pooled = [torch.nn.functional.avg_pool2d(f, 4, ceil_mode=True) for f in features]
+        logits = fine.fusion_weights(pooled, condition).log()  # but for a constant a pixel
+    assert weights.shape == (2, 3, *size)
+    torch.testing.assert_close(weights.sum(1), torch.ones(2, *size))
+    if size == (8, 8):
+        # at the middle of four pixels' worth of weights, log-ratios are those of the coarse grid
+        corner = weights[:, :, 0, 0].log()
+        expected = logits[:, :, 0, 0]
+        torch.testing.assert_close(
+            corner - corner[:, :1], expected - expected[:, :1], rtol=1e-4, atol=1e-4
+        )
+
+
+def test_conv_in_adds_up_what_concatenation_would_give() -> None:
+    features, _ = example()
+    sabw = SABW(CONFIG)
+    with torch.no_grad():
+        for form in (torch.contiguous_format, torch.channels_last):
+            shaped = [f.contiguous(memory_format=form) for f in features]
+            torch.testing.assert_close(sabw._mix(shaped), sabw.conv_in(torch.cat(features, 1)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "width", "expected"),
+    [
+        ({}, 320, (128, 8, 32)),
+        ({}, 64, (64, 4, 16)),
+        ({}, 8, (16, 1, 4)),
+        ({"hidden_ratio": 0.5}, 64, (32, 2, 8)),
+        ({"hidden_ratio": 2.0}, 40, (80, 5, 20)),
+        ({"hidden_ratio": None}, 8, (128, 8, 32)),
+        ({"hidden_size": 64, "num_heads": 4, "norm_num_groups": 16}, 32, (32, 2, 8)),
+    ],
+    ids=str,
+)
+def test_its_size_follows_the_experts(
+    settings: dict[str, Any], width: int, expected: tuple[int, int, int]
+) -> None:
+    config = SABWConfig(**settings, width=width)
+    assert (config.channels, config.heads, config.groups) == expected
+
+
+def test_sites_tell_their_width_and_grid() -> None:
+    scales = {"conv_in": (64, 1), "down.0.downsample": (64, 2), "mid": (256, 4), "conv_out": (4, 1)}
+    sites = [Site(name, channels, scale, 32) for name, (channels, scale) in scales.items()]
+    sites.insert(2, Site("mid.text", 256, 1, 32, "text"))
+    configs = site_configs(SABWConfig(num_experts=3, text_channels=8), sites)
+    seen = [(c.width, c.channels, c.pool) for c in configs if c is not None]
+    assert seen == [(64, 64, 2), (64, 64, 1), (256, 128, 1), (256, 128, 1), (64, 64, 2)]
+
+
+def test_sharing_by_width_keeps_grids_apart() -> None:
+    sites = [Site("a", 64, 1, 32), Site("b", 64, 2, 32), Site("c", 64, 1, 32), Site("d", 4, 1, 32)]
+    rules = build_sabw(SABWConfig(sharing="width"), sites, 2, 8)
+    assert rules[0] is rules[2]
+    assert len({id(rule) for rule in rules}) == 3
+    assert (
+        len({id(r) for r in build_sabw(SABWConfig(sharing="width", min_scale=1), sites, 2, 8)}) == 2
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"hidden_ratio": 0.0}, "hidden_ratio must be above 0"), ({"min_scale": 0}, "min_scale must")],
+)
+def test_shapes_that_cannot_be(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(AfaError, match=message):
+        SABWConfig(**settings)

@@ -29,22 +29,22 @@ class SABWConfig:
     """Shape of an aggregator.
 
     Those from `num_experts` on are properties of a site, which `EnsembleDenoiser` fills in; the
-    others are the user's choice, one for all sites. Defaults are the paper's (AFA, section 4.1);
-    the switches take away one of the states that the weights depend on (AFA, section 4.4,
-    ablations).
-
-    The paper's aggregator costs the same at every width of the experts, so beside narrow experts it
-    costs more than they do. `hidden_ratio` and `min_scale` make it follow them.
+    others are the user's choice, one for all sites. Defaults are the paper's (AFA, section 4.1)
+    but for `hidden_ratio` and `min_scale`, which are None and 1 there: the paper's aggregator costs
+    the same at every width of the experts, more than they do where they are narrow; this one
+    follows them, and draws as well (docs/benchmarks.md). The switches take away one of the states
+    that the weights depend on (AFA, section 4.4, ablations).
 
     Attributes:
-        hidden_size: channels inside, the same at all sites unless `hidden_ratio` is given.
+        hidden_size: channels inside, the same at all sites where `hidden_ratio` is None.
         num_layers: transformer blocks; 2 is what the published code runs although it says 1.
         num_heads: of attention at the full `hidden_size`; a smaller site has fewer, as wide.
         norm_num_groups: likewise.
         spatial: off, one weight per expert and site, the same at all pixels.
         timestep: off, the weights do not see the denoising step.
         prompt: off, the weights do not see the prompt.
-        sharing: `width`, sites of as many channels share one aggregator.
+        sharing: `width`, sites of as many channels whose weights are on one grid share one
+            aggregator.
         sites: `conv_out`, only the predictions are fused.
         stride: a site after every so many blocks; the first and the last site always are.
         hidden_ratio: channels inside by those of the experts at a site, `hidden_size` at the most.
@@ -65,8 +65,8 @@ class SABWConfig:
     sharing: Literal["none", "width"] = "none"
     sites: Literal["all", "conv_out"] = "all"
     stride: int = 1
-    hidden_ratio: float | None = None
-    min_scale: int = 1
+    hidden_ratio: float | None = 1.0
+    min_scale: int = 2
     num_experts: int | None = None
     in_channels: int | None = None
     temb_channels: int | None = None

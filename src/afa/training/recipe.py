@@ -99,8 +99,8 @@ class AggregatorRecipe(Section):
     sharing: Literal["none", "width"] = "none"
     sites: Literal["all", "conv_out"] = "all"
     stride: int = Field(default=1, ge=1)
-    hidden_ratio: float | None = Field(default=None, gt=0)
-    min_scale: int = Field(default=1, ge=1)
+    hidden_ratio: float | None = Field(default=1.0, gt=0)
+    min_scale: int = Field(default=2, ge=1)
 
 
 class TrainingRecipe(Section):
