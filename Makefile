@@ -6,7 +6,7 @@ WORK ?= runs/results
 OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo results results-dit bench test test-all format lint types check constraints clean
+.PHONY: help install demo results results-dit bench bench-check test test-all format lint types check constraints clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -28,8 +28,11 @@ results-dit: install ## the same on transformers, a section of it (WORK=folder; 
 	$(BIN)/afa zoo build $(WORK)-dit-zoo --family dit
 	$(BIN)/afa zoo results $(WORK)-dit --zoo $(WORK)-dit-zoo --docs docs
 
-bench: install ## what each switch of the training costs and saves (minutes)
-	$(BIN)/python -m benchmarks.training
+bench: install ## measure speed and memory, write docs/benchmarks.md (an hour)
+	$(BIN)/python -m benchmarks.run
+
+bench-check: install ## are steps as fast, by the experts' own, as is committed? (minutes)
+	$(BIN)/python -m benchmarks.run --check
 
 test: install ## the quick tests
 	$(BIN)/python -m pytest -q -m "not slow and not gpu"

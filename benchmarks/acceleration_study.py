@@ -15,12 +15,18 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from afa.acceleration.settings import PRESETS
+from afa.evaluation.prompts import load_prompts
 from afa.study.jobs import Job, run_jobs, train_aggregators_job
 from afa.study.plan import SHIPPED, StudySettings, aggregator_recipes, sampling
 from afa.study.run import evaluate_in_processes
+from benchmarks import page
+from benchmarks.rounds import Spread, ratio, take_turns
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 PROMPTS_SEED = 3_000_000
 SUBJECT, ONE = "AFA", "base"
@@ -56,6 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("work", type=Path)
     parser.add_argument("--num-prompts", type=int, default=96)
+    parser.add_argument("--record", action="store_true", help="put it in docs/benchmarks.md")
     arguments = parser.parse_args()
     work = arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
@@ -82,7 +89,12 @@ def main() -> None:
     }
     evaluate_in_processes(work / "comparison", compared, num_processes)
     report = json.loads((work / "comparison" / "report.json").read_text())
-    print(table(report))  # noqa: T201
+    ratios = time_all(compared)
+    text = table(report, ratios)
+    if arguments.record:
+        times = {name: spread.as_json() for name, spread in ratios.items()}
+        page.record("study", {"table": text, "paired": report["paired"], "ratios": times})
+    print(text)  # noqa: T201
 
 
 def methods(ensembles: list[str]) -> list[dict[str, Any]]:
@@ -98,29 +110,49 @@ def methods(ensembles: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def table(report: dict[str, Any]) -> str:
-    """A row for every setting, the fastest last."""
+def time_all(compared: dict[str, Any], num_rounds: int = 3) -> dict[str, Spread]:
+    """Seconds of a batch of pictures by one model's; all take turns, on one thread."""
+    import torch
+
+    from afa.evaluation.methods import MethodBuilder
+    from afa.evaluation.recipe import EvaluateRecipe
+    from afa.evaluation.work import draw
+
+    torch.set_num_threads(1)
+    recipe = EvaluateRecipe.model_validate(compared)
+    builder, sampling = MethodBuilder(recipe), recipe.sampling
+    places = range(sampling.batch_size)
+    prompts = [prompt.text for prompt in load_prompts(recipe.prompts)][: len(places)]
+
+    def drawing(pipeline: Any) -> Callable[[], object]:
+        return lambda: draw(pipeline, prompts, places, 0, sampling.num_steps, sampling)
+
+    functions = {method.name: drawing(builder.build(method)) for method in recipe.methods}
+    seconds = take_turns(functions, num_rounds)
+    return {name: ratio(seconds, name, ONE) for name in functions}
+
+
+def table(report: dict[str, Any], ratios: dict[str, Spread]) -> str:
+    """A row for every setting: how many pictures are right, and how long one takes."""
     rows = {row["method"]: row for row in report["rows"]}
-    one = rows[ONE]["measured"]["seconds_per_image"]
     paired = {
         entry["against"]: entry
         for entry in report["paired"]
         if entry["method"] == SUBJECT and entry["score"] == "both"
     }
     lines = [
-        "| drawn with | right pictures | minus exact AFA | seconds a picture | by one model's |",
-        "|---|---|---|---|---|",
+        "| drawn with | right pictures | minus exact AFA | time, by one model's |",
+        "|---|---|---|---|",
     ]
     for name, row in rows.items():
         score = row["groups"]["mixed"]["scores"]["both"]
-        seconds = row["measured"]["seconds_per_image"]
         difference = ""
         if name in paired:
             found = paired[name]["difference"]
             difference = f"{-found['mean']:+.3f} [{-found['high']:+.3f}, {-found['low']:+.3f}]"
         lines.append(
             f"| {name} | {score['mean']:.3f} [{score['low']:.3f}, {score['high']:.3f}] "
-            f"| {difference} | {seconds:.3f} | {seconds / one:.2f} |"
+            f"| {difference} | {ratios[name]} |"
         )
     return "\n".join(lines)
 

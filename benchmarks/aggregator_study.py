@@ -23,6 +23,7 @@ from afa.study.jobs import Job, run_jobs, train_aggregators_job
 from afa.study.plan import StudySettings, aggregator_recipes, sampling
 from afa.study.run import evaluate_in_processes
 from afa.training.recipe import Recipe
+from benchmarks import page
 
 FULL = "the paper's, hidden_ratio None, min_scale 1"
 #: what each changes of the comparison's aggregators
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--num-prompts", type=int, default=96)
     parser.add_argument("--num-seeds", type=int, default=3)
     parser.add_argument("--num-train-steps", type=int, default=500)
+    parser.add_argument("--record", action="store_true", help="put it in docs/benchmarks.md")
     arguments = parser.parse_args()
     work = arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
@@ -75,6 +77,8 @@ def main() -> None:
     }
     evaluate_in_processes(work / "comparison", compared, num_processes)
     report = json.loads((work / "comparison" / "report.json").read_text())
+    if arguments.record:
+        page.record("aggregators", {"table": table(report), "paired": report["paired"]})
     print(table(report))  # noqa: T201
 
 

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.memory import peak, resident
 from benchmarks.models import SD15_UNET, SD15_VAE
+from benchmarks.rounds import ratio
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -54,6 +55,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--modes", nargs="*", choices=MODES, default=list(MODES))
     parser.add_argument("--offloading", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print figures instead of a table")
     parser.add_argument("--one", choices=MODES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.offloading:
@@ -71,7 +73,29 @@ def main() -> None:
             seen[mode] = json.loads(done.stdout.splitlines()[-1])
             sys.stderr.write(f"round {number + 1}, {mode}: {seen[mode]}\n")
         rounds.append(seen)
+    if arguments.json:
+        print(json.dumps(figures(rounds), indent=1))  # noqa: T201
+        return
     print(table(arguments.size, rounds))  # noqa: T201
+
+
+def figures(rounds: list[dict[str, dict[str, float]]]) -> list[dict[str, Any]]:
+    """Medians of every mode, and its ratio to the first one's time."""
+    first = next(iter(rounds[0]))
+    key = "seconds_per_step"
+    seconds = {mode: [seen[mode][key] for seen in rounds] for mode in rounds[0]}
+    return [
+        {
+            "mode": mode,
+            "num_rounds": len(rounds),
+            "ratio": ratio(seconds, mode, first).as_json(),
+            **{
+                name: statistics.median(seen[mode][name] for seen in rounds)
+                for name in rounds[0][mode]
+            },
+        }
+        for mode in rounds[0]
+    ]
 
 
 def table(size: str, rounds: list[dict[str, dict[str, float]]]) -> str:

@@ -89,8 +89,8 @@ EXACT = Acceleration()
 #: by what `afa generate --speed` calls them; docs/benchmarks.md has what each costs
 PRESETS = {
     "exact": EXACT,
-    "balanced": Acceleration(interval=2),
-    "fast": Acceleration(interval=4, first=2),
+    "balanced": Acceleration(interval=3, keep_weights=True),
+    "fast": Acceleration(interval=4, first=2, keep_weights=True),
 }
 
 

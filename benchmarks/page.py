@@ -1,0 +1,155 @@
+"""docs/benchmarks.json, and docs/benchmarks.md from it."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from afa.files import write_atomic
+from afa.provenance import commit, made_from, processor
+
+DOCS = Path(__file__).parent.parent / "docs"
+FILE = DOCS / "benchmarks.json"
+
+_NOT = "Not measured."
+_INTRO = """# Benchmarks
+
+Written by `make bench`; the figures are in [benchmarks.json](benchmarks.json). Everything that is
+compared took turns within one run; ratios are medians over the rounds of the ratio within a round,
+with the middle half of the rounds in brackets. Seconds are this machine's; ratios carry over.
+"""
+
+
+def committed() -> dict[str, Any]:
+    """What was measured before, by part."""
+    return json.loads(FILE.read_text()) if FILE.exists() else {}
+
+
+def record(part: str, results: Any) -> None:
+    """Put what was measured just now in the place of what was before, and write the page anew."""
+    origin = {
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{processor()}, {os.cpu_count()} cores",
+        "software": made_from()["software"],
+    }
+    kept = {**committed(), part: {**origin, "results": results}}
+    write_atomic(FILE, json.dumps(kept, indent=1) + "\n")
+    write_page()
+
+
+def write_page() -> None:
+    """Write the page of what was measured."""
+    write_atomic(DOCS / "benchmarks.md", as_page(committed()))
+
+
+def as_page(kept: dict[str, Any]) -> str:
+    """The whole page."""
+    sections = [
+        _INTRO,
+        _section("A step", _STEP, kept.get("step"), _step),
+        _section("A picture", _PICTURE, kept.get("picture"), _picture),
+        _section("Speed against quality", _STUDY, kept.get("study"), _study),
+        _section("The shape of the aggregators", _SHAPES, kept.get("aggregators"), _study),
+        _section("Training", _TRAINING, kept.get("training"), _training),
+        _section("Starting", _STARTUP, kept.get("startup"), _startup),
+        _section("On a GPU", _GPU, kept.get("gpu"), _study),
+    ]
+    return "\n".join(sections)
+
+
+_STEP = """One call of the denoiser on a batch of 2, against its experts one after another, each by
+the library's own forward pass. *Mean* fuses with the uniform mean: what the shell itself costs. The
+*floor* is the ratio of operation counts (convolutions, matrix products, attention), in which the
+prompt's keys and values count at every step; they are computed once per prompt, so that a ratio may
+lie below it. *Share* is the aggregators' part of the step's time. Random weights; one thing at a
+time is changed from three experts, 32x32 latents, float32."""
+_PICTURE = """The zoo's models, 20 DDIM steps, guidance 3, in batches of 16 with one thread: text
+encoder and autoencoder included. Ratios are to one model at the exact speed."""
+_STUDY = """`python -m benchmarks.acceleration_study WORK`: the zoo, 96 mixed prompts of held-out
+pairs that are not the comparison's, three seeds of training. All took turns drawing a batch of 16
+on one thread, for the time."""
+_SHAPES = """`python -m benchmarks.aggregator_study WORK`: the same prompts and seeds."""
+_TRAINING = """Batches of 16 on the zoo; see docs/training.md for what the switches are for."""
+_STARTUP = """Each start is a process of its own, with the files in the system's cache."""
+_GPU = """The same tables at the widths of Stable Diffusion 1.5, XL and Flux in bfloat16."""
+
+
+def _section(title: str, text: str, part: dict[str, Any] | None, body: Any) -> str:
+    lines = [f"## {title}", "", text, ""]
+    if part is None:
+        return "\n".join([*lines, _NOT, ""])
+    lines += [body(part["results"]), ""]
+    lines.append(f"{part['date']}, commit {part['commit']}; {part['machine']}; {part['software']}.")
+    return "\n".join([*lines, ""])
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _spread(spread: dict[str, float]) -> str:
+    return f"{spread['median']:.2f} [{spread['low']:.2f}, {spread['high']:.2f}]"
+
+
+def _step(results: list[dict[str, Any]]) -> str:
+    shapes = list(results[0]["floors"])
+    head = ["widths", "experts", "latents", "type", "experts' seconds", "mean"]
+    for shape in shapes:
+        head += [shape, "floor", "share"]
+    rows = []
+    for cell in results:
+        latent = f"{cell['latent']}x{cell['latent']}"
+        row = [cell["size"], str(cell["num_experts"]), latent, cell["dtype"]]
+        row += [f"{cell['seconds']['experts']:.3g}", _spread(cell["ratios"]["mean"])]
+        for shape in shapes:
+            row += [
+                _spread(cell["ratios"][shape]),
+                f"{cell['floors'][shape]:.2f}",
+                f"{cell['aggregators'][shape]:.0%}",
+            ]
+        rows.append(row)
+    threads = {cell["num_threads"] for cell in results}
+    return f"{_table(head, rows)}\n\nThreads: {', '.join(map(str, sorted(threads)))}."
+
+
+def _picture(results: list[dict[str, Any]]) -> str:
+    rows = [
+        [
+            row["way"],
+            row["speed"],
+            f"{row['seconds']:.3f}",
+            _spread(row["ratio"]),
+            f"{row['memory'] / 1e9:.2f}",
+        ]
+        for row in results
+    ]
+    return _table(["drawn by", "speed", "seconds a picture", "by one model's", "peak, GB"], rows)
+
+
+def _study(results: dict[str, Any]) -> str:
+    return results["table"]
+
+
+def _training(results: list[dict[str, Any]]) -> str:
+    rows = [
+        [
+            row["mode"],
+            f"{row['seconds_per_step']:.3g}",
+            _spread(row["ratio"]),
+            f"{row['peak'] / 1e9:.2f}",
+            f"{row['above_loaded'] / 1e9:.2f}",
+        ]
+        for row in results
+    ]
+    head = ["mode", "seconds a step", "by the plain loop's", "peak, GB", "above what is loaded, GB"]
+    return _table(head, rows)
+
+
+def _startup(results: list[dict[str, Any]]) -> str:
+    rows = [[row["start"], f"{row['seconds']:.2f}", _spread(row["ratio"])] for row in results]
+    return _table(["until", "seconds", "by the libraries' alone"], rows)
