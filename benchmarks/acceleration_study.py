@@ -14,11 +14,13 @@ import argparse
 import json
 import os
 import sys
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from afa.acceleration.settings import PRESETS
 from afa.evaluation.prompts import load_prompts
+from afa.evaluation.recipe import slug
 from afa.study.jobs import Job, run_jobs, train_aggregators_job
 from afa.study.plan import SHIPPED, StudySettings, aggregator_recipes, sampling
 from afa.study.run import evaluate_in_processes
@@ -93,6 +95,8 @@ def main() -> None:
     text = table(report, ratios)
     if arguments.record:
         times = {name: spread.as_json() for name, spread in ratios.items()}
+        draw_curve(report, ratios, page.DOCS / "images" / "benchmarks-speed.png")
+        draw_pictures(work / "comparison", page.DOCS / "images" / "benchmarks-pictures.png")
         page.record("study", {"table": text, "paired": report["paired"], "ratios": times})
     print(text)  # noqa: T201
 
@@ -155,6 +159,70 @@ def table(report: dict[str, Any], ratios: dict[str, Spread]) -> str:
             f"| {difference} | {ratios[name]} |"
         )
     return "\n".join(lines)
+
+
+_SHOWN = (
+    SUBJECT,
+    f"{SUBJECT}: balanced",
+    f"{SUBJECT}: fast",
+    f"{SUBJECT}: interval 5, first 2, weights kept",
+    f"{SUBJECT}: interval 10, first 2, weights kept",
+    f"{ONE}: fast",
+)
+
+
+def draw_curve(report: dict[str, Any], ratios: dict[str, Spread], path: Path) -> None:
+    """Right pictures against time, every setting a point; what one model and a merge do, too."""
+    from matplotlib.figure import Figure
+
+    rows = {row["method"]: row["groups"]["mixed"]["scores"]["both"] for row in report["rows"]}
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    families = {SUBJECT: "#0072B2", ONE: "#E69F00", "add-difference merge": "#009E73"}
+    for family, colour in families.items():
+        names = [name for name in rows if name.split(":")[0] == family]
+        times = [ratios[name].median for name in names]
+        means = [rows[name]["mean"] for name in names]
+        errors = [
+            [rows[name]["mean"] - rows[name]["low"] for name in names],
+            [rows[name]["high"] - rows[name]["mean"] for name in names],
+        ]
+        axes.errorbar(times, means, yerr=errors, fmt="o", color=colour, alpha=0.35, zorder=1)
+        axes.scatter(times, means, color=colour, label=family, zorder=2)
+        for name, time, mean in zip(names, times, means, strict=True):
+            preset = name.removeprefix(f"{family}: ")
+            if name == family or preset in PRESETS:
+                label = "exact" if name == family else preset
+                axes.annotate(label, (time, mean), xytext=(5, 6), textcoords="offset points")
+    axes.set_xlabel("time of a picture, by one model's")
+    axes.set_ylabel("right object on the right side, twice")
+    axes.set_xlim(left=0)
+    axes.set_ylim(0, 1)
+    axes.legend(loc="lower right")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def draw_pictures(comparison: Path, path: Path, num_prompts: int = 8) -> None:
+    """The same prompts and noise at several speeds, a row each."""
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    prompts = json.loads((comparison / "prompts.json").read_text())["prompts"][:num_prompts]
+    figure = Figure(figsize=(1.3 * num_prompts + 1.5, 1.4 * len(_SHOWN)), layout="constrained")
+    axes = figure.subplots(len(_SHOWN), num_prompts)
+    for row, method in enumerate(_SHOWN):
+        place = comparison / "methods" / slug(method) / "replica-0" / "seed-0" / "steps-20"
+        for column, (text, _) in enumerate(prompts):
+            axis = axes[row, column]
+            axis.imshow(Image.open(place / f"{column:06d}.png"))
+            axis.set_xticks([])
+            axis.set_yticks([])
+            if column == 0:
+                axis.set_ylabel("\n".join(textwrap.wrap(method, 14)), fontsize=7)
+            if row == 0:
+                axis.set_title("\n".join(textwrap.wrap(text, 20)), fontsize=6)
+    figure.savefig(path, dpi=130)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def as_page(kept: dict[str, Any]) -> str:
         _INTRO,
         _section("A step", _STEP, kept.get("step"), _step),
         _section("A picture", _PICTURE, kept.get("picture"), _picture),
-        _section("Speed against quality", _STUDY, kept.get("study"), _study),
+        _section("Speed against quality", _STUDY, kept.get("study"), _speeds),
         _section("The shape of the aggregators", _SHAPES, kept.get("aggregators"), _study),
         _section("Training", _TRAINING, kept.get("training"), _training),
         _section("Starting", _STARTUP, kept.get("startup"), _startup),
@@ -133,6 +133,16 @@ def _picture(results: list[dict[str, Any]]) -> str:
 
 def _study(results: dict[str, Any]) -> str:
     return results["table"]
+
+
+def _speeds(results: dict[str, Any]) -> str:
+    return f"""{results["table"]}
+
+![Right pictures against time: how far each setting goes.](images/benchmarks-speed.png)
+
+The same prompts and noise at several speeds:
+
+![Pictures at several speeds, by row.](images/benchmarks-pictures.png)"""
 
 
 def _training(results: list[dict[str, Any]]) -> str:

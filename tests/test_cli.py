@@ -80,6 +80,50 @@ def test_generate_writes_pictures_with_their_settings(ensemble: Path, tmp_path: 
     assert (settings["seed"], settings["steps"], settings["guidance"]) == (6, 2, 3)
 
 
+def test_generate_takes_a_speed_and_a_plan(
+    ensemble: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts, plan = tmp_path / "prompts.txt", tmp_path / "plans" / "plan.json"
+    prompts.write_text("a fox\na bee\n")
+    command = ["prune", ensemble, "--keep", 0.5, "--steps", 3, "--ranges", 2, "--prompts", prompts]
+    assert run(*command, "--output", plan) == 0
+    assert "of the experts' runs are left" in " ".join(capsys.readouterr().out.split())
+    pictures = {}
+    speeds: dict[str, list[Any]] = {
+        "exact": [],
+        "fast": ["--speed", "fast"],
+        "pruned": ["--plan", plan],
+        "both": ["--speed", "fast", "--plan", plan],
+    }
+    for name, options in speeds.items():
+        output = tmp_path / name
+        assert run("generate", ensemble, "a fox", "--output", output, "--steps", 5, *options) == 0
+        with Image.open(output / "00-a-fox-seed0.png") as picture:
+            pictures[name] = picture.tobytes()
+            settings = json.loads(picture.info["afa"])
+        assert settings["speed"] == ("fast" if name in ("fast", "both") else "exact")
+        assert settings["plan"] == (str(plan) if name in ("pruned", "both") else None)
+    assert len(set(pictures.values())) == 4
+
+
+def test_what_prune_and_speed_refuse(
+    ensemble: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = tmp_path / "there.json"
+    there.write_text("{}")
+    output = tmp_path / "new"
+    for command, message in {
+        ("generate", ensemble, "a fox", "--output", output, "--speed", "quick"): "A speed must be",
+        ("generate", ensemble, "a fox", "--output", output, "--plan", there): "must be a plan of",
+        ("prune", ensemble, "--output", there): "The plan must be a new file",
+        ("prune", ensemble, "--output", output): "Name a file: --prompts",
+        ("prune", ensemble, "--output", output, "--keep", 0): "--keep must be above 0",
+    }.items():
+        assert run(*command) == 2
+        assert message in capsys.readouterr().err
+    assert not output.exists()
+
+
 def test_the_same_command_draws_the_same_picture(ensemble: Path, tmp_path: Path) -> None:
     for name in ("first", "second"):
         assert run("generate", ensemble, "a fox", "--output", tmp_path / name, "--steps", 2) == 0

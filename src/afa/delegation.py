@@ -90,7 +90,8 @@ class Delegation:
         """
         raise AfaError(
             f"Caches of diffusers must hook a model's own forward pass; the experts of an ensemble "
-            f"run block by block, so {type(config).__name__} would do nothing. Take fewer steps."
+            f"run block by block, so {type(config).__name__} would do nothing. Use "
+            "afa.accelerate(pipeline, 'fast'), which has a cache of its own."
         )
 
     # -- LoRAs ----------------------------------------------------------------------------------
