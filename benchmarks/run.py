@@ -24,6 +24,7 @@ PARTS = {
     "step": ["benchmarks.step"],
     "picture": ["benchmarks.picture"],
     "startup": ["benchmarks.startup"],
+    "streaming": ["benchmarks.streaming"],
     "training": ["benchmarks.training", "--json"],
 }
 #: what `--check` measures again; few cells, so that it is done in minutes

@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from afa.denoisers import Execution, Family, move_all_but
+from afa.streaming import LayerStream
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import nn
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -37,10 +40,43 @@ class Placement:
         self.aggregators.to(device)
         self.execution = replace(self.execution, device=torch.device(device))
 
+    def stream_experts(
+        self, device: torch.device | str = "cpu", *, ahead: int = 2, folder: Path | None = None
+    ) -> None:
+        """Keep the experts' layers in a file, and read one after another to run.
+
+        For experts that do not fit in memory together; for drawing, not for training.
+
+        Args:
+            device: where everything is computed.
+            ahead: how many layers are read while one runs.
+            folder: on whose disk the file is; None takes the system's for temporary files.
+
+        Raises:
+            AfaError: there is no room on the disk.
+        """
+        self.use_stream(LayerStream(device, ahead=ahead, folder=folder), device)
+
+    def use_stream(self, stream: LayerStream, device: torch.device | str) -> None:
+        """Take the experts' layers from a stream, and add those that it does not have yet."""
+        self.stop_offloading()
+        for expert in self.experts:
+            layers = self.family.layers(expert)
+            stream.add(layers)
+            move_all_but(expert, layers, device)
+        self.aggregators.to(device)
+        self.execution = replace(self.execution, device=torch.device(device), source=stream)
+
     def stop_offloading(self) -> None:
-        """Undo `offload_experts`; the experts stay on the CPU, the aggregators where they are."""
+        """Undo `offload_experts` or `stream_experts`.
+
+        The experts are then on the CPU, the aggregators where they were.
+        """
+        source = self.execution.source
+        if isinstance(source, LayerStream):
+            source.close()
+        self.execution = replace(self.execution, device=None, source=None)
         self.experts.to("cpu")
-        self.execution = replace(self.execution, device=None)
 
     def shard_experts(self, mesh: DeviceMesh, **settings: Any) -> None:
         """Leave a part of every layer in each process; whoever runs a layer gathers it for that.

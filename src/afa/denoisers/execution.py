@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
 
-    from torch import nn
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,10 @@ class Execution:
         checkpoints: whether, for a backward pass, only what goes in and out of a segment is kept,
             and the rest computed again (Chen et al., 2016, arXiv 1604.06174). A segment is what
             lies between two sites.
-        device: where layers are brought, one at a time, to run; None runs them where they are. The
-            copies are let go of after the segment, in the forward pass and in the backward pass.
+        device: where layers are run, if they are brought there one at a time; None runs them where
+            they are. What was brought is let go of after the segment, in the forward pass and in
+            the backward pass.
+        source: gives the tensors of a layer on that device, by name; None copies the layer's own.
         skipped: sites whose features nobody asks for: what leads there is not run. It may grow
             while a coroutine waits at a site.
         pruned: sites whose features nobody asks of this expert.
@@ -33,6 +35,7 @@ class Execution:
 
     checkpoints: bool = False
     device: torch.device | None = None
+    source: Callable[[nn.Module], dict[str, Tensor]] | None = None
     skipped: Collection[str] = frozenset()
     pruned: Collection[str] = frozenset()
 
@@ -49,6 +52,8 @@ class Execution:
         """Call a layer."""
         if self.device is None:
             return layer(*args, **kwargs)
+        if self.source is not None:
+            return functional_call(layer, self.source(layer), args, kwargs)
         named = itertools.chain(layer.named_parameters(), layer.named_buffers())
         here = {name: tensor.to(self.device, non_blocking=True) for name, tensor in named}
         return functional_call(layer, here, args, kwargs)

@@ -1,0 +1,190 @@
+"""Experts whose layers are kept in a file, and read one after another to run.
+
+Memory then holds the few layers that run or are about to, however many experts there are. While one
+layer computes, the next ones are read.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import tempfile
+import weakref
+from collections import OrderedDict
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from afa.errors import AfaError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+_ALIGNMENT = 64  # bytes; what vector instructions like
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor lies among its layer's bytes."""
+
+    name: str
+    dtype: torch.dtype
+    shape: torch.Size
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Where a layer lies in the file."""
+
+    offset: int
+    size: int
+    places: tuple[_Place, ...]
+
+
+class LayerStream:
+    """A file of layers, read in the order in which they are asked for.
+
+    That order is learned from the last time: after a layer, the one that followed it is read ahead,
+    by a thread, and the one after that. The file has no name, so that nothing is left of it however
+    the process ends.
+
+    Args:
+        device: where layers run.
+        ahead: how many layers are read ahead.
+        folder: on whose disk the file is; None takes the system's folder for temporary files.
+    """
+
+    def __init__(
+        self, device: torch.device | str = "cpu", *, ahead: int = 2, folder: Path | None = None
+    ) -> None:
+        self._device, self._ahead = torch.device(device), ahead
+        self._folder = tempfile.gettempdir() if folder is None else str(folder)
+        self._file: Any = tempfile.TemporaryFile(dir=self._folder, prefix="afa-")  # noqa: SIM115
+        self._size = 0
+        self._layers: dict[nn.Module, _Layer] = {}
+        self._after: dict[nn.Module, nn.Module] = {}
+        self._last: nn.Module | None = None
+        self._reading: OrderedDict[nn.Module, Future[dict[str, Tensor]]] = OrderedDict()
+        # a layer that lies in another one is in the file twice
+        self._bytes: dict[Tensor, tuple[int, int]] = {}
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="afa-layers")
+        self._release = weakref.finalize(self, _release, self._reader, self._file)
+
+    def add(self, layers: Iterable[nn.Module]) -> None:
+        """Move layers to the file; what is left of their parameters is a shape.
+
+        Raises:
+            AfaError: the disk has no room for them.
+        """
+        for layer in layers:
+            if layer in self._layers:
+                continue
+            tensors = dict(itertools.chain(layer.named_parameters(), layer.named_buffers()))
+            places, end = [], 0
+            for name, tensor in tensors.items():
+                begin = -(-end // _ALIGNMENT) * _ALIGNMENT
+                end = begin + tensor.numel() * tensor.element_size()
+                places.append(_Place(name, tensor.dtype, tensor.shape, begin, end))
+            free = shutil.disk_usage(self._folder).free
+            if free < end:
+                raise AfaError(
+                    f"To stream experts, '{self._folder}' must have room for their layers; "
+                    f"{end / 1e9:.2f} GB more are needed, {free / 1e9:.2f} GB are free. Name a "
+                    "folder on another disk."
+                )
+            entry = _Layer(self._size, end, tuple(places))
+            for place in places:
+                content = self._content(tensors[place.name])
+                self._file.seek(entry.offset + place.begin)
+                self._file.write(content.numpy().data)
+            self._file.flush()
+            self._layers[layer] = entry
+            self._size += -(-end // _ALIGNMENT) * _ALIGNMENT
+            _replace(layer, {name: tensor.to("meta") for name, tensor in tensors.items()})
+            left = dict(itertools.chain(layer.named_parameters(), layer.named_buffers()))
+            for place in places:
+                where = (entry.offset + place.begin, place.end - place.begin)
+                self._bytes[left[place.name]] = where
+
+    def _content(self, tensor: Tensor) -> Tensor:
+        """The bytes of a tensor that is in memory, or in the file already."""
+        if tensor in self._bytes:
+            return self._bytes_at(*self._bytes[tensor])
+        return tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+
+    def __call__(self, layer: nn.Module) -> dict[str, Tensor]:
+        """The tensors of a layer by name, on the device; of a layer that stayed, its own."""
+        if layer not in self._layers:
+            named = itertools.chain(layer.named_parameters(), layer.named_buffers())
+            return {name: tensor.to(self._device) for name, tensor in named}
+        if self._last is not None:
+            self._after[self._last] = layer
+        self._last = layer
+        future = self._reading.pop(layer, None)
+        tensors = self._read(layer) if future is None else future.result()
+        self._read_ahead(layer)
+        if self._device.type == "cpu":
+            return tensors
+        return {name: t.to(self._device, non_blocking=True) for name, t in tensors.items()}
+
+    def _read_ahead(self, layer: nn.Module) -> None:
+        wanted: list[nn.Module] = []
+        following = self._after.get(layer)
+        while following is not None and len(wanted) < self._ahead and following not in wanted:
+            wanted.append(following)
+            following = self._after.get(following)
+        for stale in [key for key in self._reading if key not in wanted]:
+            del self._reading[stale]  # another way was gone
+        for key in wanted:
+            if key not in self._reading and key is not layer:
+                self._reading[key] = self._reader.submit(self._read, key)
+
+    def _read(self, layer: nn.Module) -> dict[str, Tensor]:
+        entry = self._layers[layer]
+        content = self._bytes_at(entry.offset, entry.size)
+        return {
+            place.name: content[place.begin : place.end].view(place.dtype).view(place.shape)
+            for place in entry.places
+        }
+
+    def _bytes_at(self, offset: int, size: int) -> Tensor:
+        content = torch.empty(size, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        view, done = content.numpy().data, 0
+        while done < size:
+            count = os.preadv(self._file.fileno(), [view[done:]], offset + done)
+            if count == 0:
+                raise AfaError("The file of streamed layers has ended early; is the disk full?")
+            done += count
+        return content
+
+    def close(self) -> None:
+        """Bring all layers back to memory, on the CPU, and give up the file."""
+        self._reading.clear()
+        for layer in self._layers:
+            _replace(layer, {name: t.clone() for name, t in self._read(layer).items()})
+        self._layers.clear()
+        self._bytes.clear()
+        self._release()
+
+
+def _release(reader: ThreadPoolExecutor, file: Any) -> None:
+    reader.shutdown()
+    file.close()
+
+
+def _replace(layer: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Give a layer other tensors in the places of its parameters and buffers."""
+    for name, tensor in tensors.items():
+        path, _, own = name.rpartition(".")
+        module = layer.get_submodule(path)
+        if own in module._parameters:
+            module._parameters[own] = nn.Parameter(tensor, requires_grad=False)
+        else:
+            module._buffers[own] = tensor
