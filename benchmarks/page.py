@@ -74,9 +74,9 @@ _STUDY = """`python -m benchmarks.acceleration_study WORK`: the zoo, 96 mixed pr
 pairs that are not the comparison's, three seeds of training. All took turns drawing a batch of 16
 on one thread, for the time."""
 _SHAPES = """`python -m benchmarks.aggregator_study WORK`: the same prompts and seeds."""
-_STREAMING = """Pictures of 256 pixels by models of Stable Diffusion 1.5's size with random weights, four
-steps with guidance, a process each; peak memory is without the imports'. `stream_experts` keeps the
-experts' layers in a file and reads the next while one runs; the system's cache of that file is
+_STREAMING = """Pictures of 256 pixels by models of Stable Diffusion 1.5's size with random weights,
+four steps with guidance, a process each; peaks are without the imports'. `stream_experts` keeps
+the experts' layers in a file and reads the next while one runs; the system's cache of that file is
 nobody's memory, and on this machine the file fits into it."""
 _TRAINING = """Batches of 16 on the zoo; see docs/training.md for what the switches are for."""
 _STARTUP = """Each start is a process of its own, with the files in the system's cache."""

@@ -4,7 +4,7 @@
 
 Random weights in float32, 32x32 latents, guidance, a few steps. Every way runs in a process of its
 own, and what the imports take is taken off its peak. The streamed experts are made one after
-another, as `load_pipeline` would load them; their file is on this machine's disk, and may well be in
+another, as `load_pipeline` would load them; their file is on this machine's disk, and may be in
 the system's cache, which counts as nobody's memory.
 """
 

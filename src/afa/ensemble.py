@@ -26,6 +26,7 @@ from afa.denoisers import (
     Feature,
     Site,
     Widths,
+    check_same_architecture,
     discover_sites,
     family_of,
     run_lockstep,
@@ -48,9 +49,6 @@ if TYPE_CHECKING:
 WeightsObserver = Callable[[Tensor, str, Tensor], None]
 #: answers to a timestep with the experts that run there, by number; the others are skipped
 Schedule = Callable[[float], Sequence[int]]
-
-# what may differ between experts of one architecture
-_FREE_CONFIG = frozenset({"sample_size", "upcast_attention", "dropout"})
 
 
 class EnsembleDenoiser(Delegation, Placement, ModelMixin, ConfigMixin):
@@ -183,19 +181,22 @@ class EnsembleDenoiser(Delegation, Placement, ModelMixin, ConfigMixin):
         skipped = shortcut.skipped if shortcut else frozenset()
         left = self._experts_left(steps)
         execution = replace(self.execution, skipped=skipped)
+        exchange = self.exchange
         coroutines = [
             self.family.blocks(
                 self.experts[n],
                 **per_expert[n],
                 execution=replace(execution, pruned={s for s in left if n not in left[s]}),
             )
-            for n in active
+            for n in (exchange.own if exchange else active)
         ]
         mask = arguments.get(self.family.text_mask or "")
         condition: Condition | None = None
 
         def fuse(features: Sequence[Feature]) -> Tensor | Sequence[Tensor]:
             nonlocal condition
+            if exchange is not None and features[0].site not in skipped:
+                features = exchange.gather(features, with_temb=condition is None)
             if condition is None:
                 condition = Condition(steps, _mean([f.temb for f in features]), text, sample, mask)
             site = features[0].site
@@ -207,6 +208,8 @@ class EnsembleDenoiser(Delegation, Placement, ModelMixin, ConfigMixin):
                 if shortcut is not None:
                     shortcut.note(site, fused)
             self._show(steps, site, fused.weights)
+            if exchange is not None and not isinstance(fused.feature, Tensor):
+                return [fused.feature[n] for n in exchange.own]
             return fused.feature
 
         return run_lockstep(coroutines, fuse)
@@ -300,7 +303,8 @@ class EnsembleDenoiser(Delegation, Placement, ModelMixin, ConfigMixin):
     @property
     def device(self) -> torch.device:
         """Where inputs are expected."""
-        return self.execution.device or next(self.experts[0].parameters()).device
+        own = self.exchange.own[0] if self.exchange else 0
+        return self.execution.device or next(self.experts[own].parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -357,26 +361,6 @@ class EnsembleDenoiser(Delegation, Placement, ModelMixin, ConfigMixin):
             "An ensemble must be saved without its experts' weights: use "
             "afa.save_ensemble(pipeline, folder), which keeps them by reference."
         )
-
-
-def check_same_architecture(first: ModelMixin, other: ModelMixin, name: str) -> None:
-    """Refuse an expert whose configuration differs from the first one's.
-
-    Raises:
-        AfaError: names the first entry that differs, with both values.
-    """
-    for key, expected in first.config.items():
-        came = other.config.get(key)
-        same = _as_tuple(expected) == _as_tuple(came)
-        if not (same or key.startswith("_") or key in _FREE_CONFIG):
-            raise AfaError(
-                f"Experts must share one architecture: {name} has {key} = {_as_tuple(came)}, the "
-                f"first expert has {_as_tuple(expected)}. Ensemble checkpoints of one family."
-            )
-
-
-def _as_tuple(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _share_memory(one: Tensor, other: Tensor) -> bool:

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from afa.denoisers import Execution, Family, move_all_but
+from afa.errors import AfaError
+from afa.exchange import Exchange
 from afa.streaming import LayerStream
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import nn
+    from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
 
@@ -24,6 +27,8 @@ class Placement:
     aggregators: nn.ModuleList
     family: Family
     execution: Execution
+    #: with other processes, of features; None where this one computes all experts
+    exchange: Exchange | None = None
 
     def offload_experts(self, device: torch.device | str) -> None:
         """Keep the experts' blocks on the CPU and bring one layer at a time to a device.
@@ -77,6 +82,28 @@ class Placement:
             source.close()
         self.execution = replace(self.execution, device=None, source=None)
         self.experts.to("cpu")
+
+    def spread_experts(self, group: ProcessGroup | None = None) -> None:
+        """Let every process compute experts of its own, and exchange their features at the sites.
+
+        Expert n is left to process n modulo their number; the others' layers are given up in each.
+        All processes draw the same pictures, in the time of the slowest expert and of sending every
+        feature once. For drawing, not for training.
+
+        Args:
+            group: of processes; None takes all of `torch.distributed`.
+
+        Raises:
+            AfaError: there are no processes, more of them than experts, or an expert is named
+                twice.
+        """
+        exchange = Exchange(len(self.experts), group)
+        if len(set(self.experts)) < len(self.experts):
+            raise AfaError("Experts that are spread over processes must be named once each.")
+        for n, expert in enumerate(self.experts):
+            if n not in exchange.own:
+                expert.to("meta")
+        self.exchange = exchange
 
     def shard_experts(self, mesh: DeviceMesh, **settings: Any) -> None:
         """Leave a part of every layer in each process; whoever runs a layer gathers it for that.

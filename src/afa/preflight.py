@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from afa.ensemble import check_same_architecture
+from afa.denoisers import check_same_architecture
 from afa.errors import AfaError
 from afa.experts import LATENTS
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from afa.denoisers.architecture import check_same_architecture
 from afa.denoisers.coroutine import Blocks, Feature, run_alone, run_lockstep
 from afa.denoisers.dit import DIT
 from afa.denoisers.execution import PLAIN, Execution, move_all_but
@@ -38,6 +39,7 @@ __all__ = [
     "Feature",
     "Site",
     "Widths",
+    "check_same_architecture",
     "discover_sites",
     "family_of",
     "move_all_but",
