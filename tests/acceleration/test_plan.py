@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from afa.acceleration.plan import PruningPlan, Shares, StepRange, load_plan, sav
 from afa.aggregators import SABW, Condition, Mean, weighted_sum
 from afa.errors import AfaError
 from tests.acceleration.test_loop import FAMILIES, arguments_of, at, ensemble_of
-from tests.aggregators.test_sabw import example, trained
+from tests.aggregators.test_sabw import CONFIG, example, trained
 
 
 def plan_of(ensemble: Any, *ranges: dict[str, list[int]], above: float = 500) -> PruningPlan:
@@ -44,17 +45,14 @@ def test_a_single_expert_that_is_left_is_not_asked_about() -> None:
     assert weights.sum() == weights[:, 1].sum()
 
 
-@pytest.mark.parametrize("spatial", [True, False])
-def test_who_is_missing_has_no_weight_and_looks_like_the_mean(spatial: bool) -> None:
+@pytest.mark.parametrize("settings", [{}, {"spatial": False}, {"pool": 2}, {"pool": 4}], ids=str)
+def test_who_is_missing_has_no_weight_and_looks_like_the_mean(settings: dict[str, Any]) -> None:
     features, condition = example()
-    sabw = trained()
-    object.__setattr__(sabw.config, "spatial", spatial)
-    try:
-        fused, weights = sabw.fuse_some({0: features[0], 2: features[2]}, condition)
-        completed = [features[0], (features[0] + features[2]) / 2, features[2]]
-        whole = sabw.fusion_weights(completed, condition)
-    finally:
-        object.__setattr__(sabw.config, "spatial", True)
+    sabw = SABW(replace(CONFIG, **settings))
+    torch.nn.init.normal_(sabw.conv_out.weight)
+    fused, weights = sabw.fuse_some({0: features[0], 2: features[2]}, condition)
+    completed = [features[0], (features[0] + features[2]) / 2, features[2]]
+    whole = sabw.fusion_weights(completed, condition)
     assert weights is not None
     assert not weights[:, 1].any()
     expected = whole[:, [0, 2]] / whole[:, [0, 2]].sum(1, keepdim=True)

@@ -191,14 +191,13 @@ class SABW(FusionRule):
         hidden = self.res_block(hidden, temb)
         hidden = self.transformer(hidden, **self._prompt(condition), return_dict=False)[0]
         logits = self.conv_out(hidden).float()
+        if not self.config.spatial:
+            logits = logits.mean((2, 3), keepdim=True)
+        elif self.config.pool > 1:
+            logits = F.interpolate(logits, size, mode="bilinear")
         if missing:
             logits[:, missing] = -math.inf
-        if not self.config.spatial:
-            weights = logits.mean((2, 3), keepdim=True).softmax(dim=1)
-            return weights.expand(-1, -1, *size)
-        if self.config.pool > 1:
-            logits = F.interpolate(logits, size, mode="bilinear")
-        return logits.softmax(dim=1)
+        return logits.softmax(dim=1).expand(-1, -1, *size)
 
     def _pooled(self, feature: Tensor) -> Tensor:
         """A feature [B, C, H, W] on the grid where weights are found."""

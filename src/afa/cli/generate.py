@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import re
 from contextlib import nullcontext
@@ -54,10 +55,17 @@ def generate(
 ) -> None:
     """Generate pictures with a trained ensemble.
 
+    Several processes share them: accelerate launch -m afa generate ..., or, without a GPU,
+    torchrun --nproc_per_node 2 -m afa generate ...
+
     [bold]Example[/bold]: afa generate zoo:ensemble "a fox on the left and a pizza on the right,
     blue background" --output pictures --guidance 3 --weights
     """
-    require_new_folder(output)
+    from afa.evaluation.processes import Processes
+
+    processes = Processes()
+    if processes.is_main:
+        require_new_folder(output)
     if dtype not in DTYPES:
         raise AfaError(f"--dtype must be one of {', '.join(DTYPES)}, came '{dtype}'.")
 
@@ -75,45 +83,50 @@ def generate(
 
     quieten_loading()
     pipeline = afa.load_ensemble(
-        ensemble, torch_dtype=getattr(torch, dtype), device=pick_device(device)
+        ensemble, torch_dtype=getattr(torch, dtype), device=pick_device(processes.device or device)
     )
     check_text_to_image(pipeline)
     pipeline = afa.accelerate(pipeline, acceleration, plan=plan)
     pipeline.set_progress_bar_config(disable=True)
     size = _picture_size(pipeline, height, width)
     names = [reference.name for reference in denoiser_of(pipeline).references]
+    processes.wait()  # nobody writes before the main process has seen that the folder is new
     output.mkdir(parents=True, exist_ok=True)
+    asked = itertools.product(enumerate(prompts), range(seed, seed + num_images))
+    mine = list(processes.share(asked))
     with progress_bar() as progress:
-        task = progress.add_task("generate", total=len(prompts) * num_images, note="")
-        for number, prompt in enumerate(prompts):
-            for picture_seed in range(seed, seed + num_images):
-                settings = {
-                    "prompt": prompt,
-                    "negative_prompt": negative_prompt,
-                    "seed": picture_seed,
-                    "steps": steps,
-                    "guidance": guidance,
-                    "speed": speed,
-                    "plan": plan and str(plan),
-                    "ensemble": ensemble,
-                }
-                recording = afa.record_weights(denoiser_of(pipeline)) if weights else nullcontext()
-                with recording as record:
-                    picture = pipeline(
-                        prompt,
-                        negative_prompt=negative_prompt,
-                        num_inference_steps=steps,
-                        guidance_scale=guidance,
-                        height=size[0],
-                        width=size[1],
-                        generator=torch.Generator().manual_seed(picture_seed),
-                        **kind_of_pipeline(pipeline).call,
-                    ).images[0]
-                stem = f"{number:02d}-{_slug(prompt)}-seed{picture_seed}"
-                _save_picture(picture, output / f"{stem}.png", settings)
-                if record is not None:
-                    draw_weights(record, [picture], output / f"{stem}-weights.png", experts=names)
-                progress.advance(task)
+        task = progress.add_task("generate", total=len(mine), note="", visible=processes.is_main)
+        for (number, prompt), picture_seed in mine:
+            settings = {
+                "prompt": prompt,
+                "negative_prompt": negative_prompt,
+                "seed": picture_seed,
+                "steps": steps,
+                "guidance": guidance,
+                "speed": speed,
+                "plan": plan and str(plan),
+                "ensemble": ensemble,
+            }
+            recording = afa.record_weights(denoiser_of(pipeline)) if weights else nullcontext()
+            with recording as record:
+                picture = pipeline(
+                    prompt,
+                    negative_prompt=negative_prompt,
+                    num_inference_steps=steps,
+                    guidance_scale=guidance,
+                    height=size[0],
+                    width=size[1],
+                    generator=torch.Generator().manual_seed(picture_seed),
+                    **kind_of_pipeline(pipeline).call,
+                ).images[0]
+            stem = f"{number:02d}-{_slug(prompt)}-seed{picture_seed}"
+            _save_picture(picture, output / f"{stem}.png", settings)
+            if record is not None:
+                draw_weights(record, [picture], output / f"{stem}-weights.png", experts=names)
+            progress.advance(task)
+    processes.wait()
+    if not processes.is_main:
+        return
     count = len(prompts) * num_images
     console.print(f"{count} {'picture' if count == 1 else 'pictures'} in {output}")
 
