@@ -13,6 +13,7 @@ from torch import distributed
 import afa
 from afa.errors import AfaError
 from tests.acceleration.test_loop import arguments_of, draw, ensemble_of
+from tests.acceleration.test_plan import plan_of
 
 FAMILIES = ("unet", "sdxl", "flux", "sd3", "pixart", "dit")
 
@@ -49,6 +50,10 @@ def main() -> None:
         ),
     )
     check("parted", parted, arguments_of("unet", 3))
+    pruned = ensemble_of("unet", 3)
+    pruned.plan = plan_of(pruned, {"mid": [0]})
+    with pytest.raises(AfaError, match="must all run; take off the plan"):
+        pruned.spread_experts()
     if count > 1:
         with pytest.raises(AfaError, match=f"as many processes as experts, came {count} for 1"):
             ensemble_of("unet", 1).spread_experts()

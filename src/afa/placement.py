@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
+    from afa.acceleration.plan import PruningPlan
+
 
 class Placement:
     """The part of `EnsembleDenoiser` that moves its experts."""
@@ -27,6 +29,7 @@ class Placement:
     aggregators: nn.ModuleList
     family: Family
     execution: Execution
+    plan: PruningPlan | None
     #: with other processes, of features; None where this one computes all experts
     exchange: Exchange | None = None
 
@@ -94,12 +97,16 @@ class Placement:
             group: of processes; None takes all of `torch.distributed`.
 
         Raises:
-            AfaError: there are no processes, more of them than experts, or an expert is named
-                twice.
+            AfaError: there are no processes, more of them than experts, an expert is named twice,
+                or a plan leaves some out.
         """
         exchange = Exchange(len(self.experts), group)
         if len(set(self.experts)) < len(self.experts):
             raise AfaError("Experts that are spread over processes must be named once each.")
+        if self.plan is not None:
+            raise AfaError(
+                "Experts that are spread over processes must all run; take off the plan."
+            )
         for n, expert in enumerate(self.experts):
             if n not in exchange.own:
                 expert.to("meta")

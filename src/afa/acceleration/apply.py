@@ -10,6 +10,7 @@ from afa.acceleration.settings import EXACT, Acceleration, acceleration_of
 from afa.aggregators import Separate
 from afa.denoisers import discover_sites
 from afa.ensemble import EnsembleDenoiser
+from afa.errors import AfaError
 from afa.kinds import build_pipeline, denoiser_of, kind_of_pipeline
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def accelerate(
 
     Raises:
         AfaError: no such preset or setting, a model that cannot be taken apart, or a plan of
-            another ensemble.
+            another ensemble, or of experts that are spread over processes.
     """
     if isinstance(plan, (str, Path)):
         plan = load_plan(Path(plan))
@@ -50,6 +51,8 @@ def accelerate(
         parts = {**pipeline.components, kind_of_pipeline(pipeline).denoiser: denoiser}
         pipeline = build_pipeline(type(pipeline).__name__, parts, pipeline.config)
     if plan is not None:
+        if denoiser.exchange is not None:
+            raise AfaError("A pruning plan needs all experts in one process; these are spread.")
         plan.check(denoiser)
     denoiser.acceleration, denoiser.plan = settings, plan
     return pipeline
