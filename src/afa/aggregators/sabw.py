@@ -120,6 +120,20 @@ class SABWConfig:
         return self.hidden_size // self.norm_num_groups
 
 
+class _Mix(nn.Conv2d):
+    """A 1x1 convolution of N features side by side, added up without concatenating them."""
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:  # type: ignore[override]
+        """Mix N features [B, C, H, W] to [B, C', H, W]."""
+        batch, _, height, width = features[0].shape
+        kernels = self.weight.flatten(1).chunk(len(features), dim=1)
+        assert self.bias is not None, "it is built with one"
+        hidden = self.bias[:, None].expand(batch, -1, height * width)
+        for feature, kernel in zip(features, kernels, strict=True):
+            hidden = torch.baddbmm(hidden, kernel.expand(batch, -1, -1), feature.flatten(2))
+        return hidden.unflatten(2, (height, width))
+
+
 class SABW(FusionRule):
     """Per-pixel softmax weights over the experts, from features, timestep and prompt.
 
@@ -153,7 +167,7 @@ class SABW(FusionRule):
         self.config = config
         num_experts, in_channels, temb_channels, text_channels = sizes
         hidden, groups = config.channels, config.groups
-        self.conv_in = nn.Conv2d(num_experts * in_channels, hidden, 1)
+        self.conv_in = _Mix(num_experts * in_channels, hidden, 1)
         self.res_block = ResnetBlock2D(
             in_channels=hidden,
             temb_channels=temb_channels if config.timestep else None,
@@ -186,7 +200,7 @@ class SABW(FusionRule):
         Returns: [B, N, H, W] in float32, summing to 1 over N.
         """
         dtype, size = self.conv_in.weight.dtype, features[0].shape[-2:]
-        hidden = self._mix([self._pooled(feature).to(dtype) for feature in features])
+        hidden = self.conv_in([self._pooled(feature).to(dtype) for feature in features])
         temb = condition.temb.to(dtype) if self.config.timestep else None
         hidden = self.res_block(hidden, temb)
         hidden = self.transformer(hidden, **self._prompt(condition), return_dict=False)[0]
@@ -203,16 +217,6 @@ class SABW(FusionRule):
         """A feature [B, C, H, W] on the grid where weights are found."""
         pool = self.config.pool
         return feature if pool == 1 else F.avg_pool2d(feature, pool, ceil_mode=True)
-
-    def _mix(self, features: Sequence[Tensor]) -> Tensor:
-        """`conv_in` of N features [B, C, H, W], added up without concatenating them."""
-        batch, _, height, width = features[0].shape
-        kernels = self.conv_in.weight.flatten(1).chunk(len(features), dim=1)
-        assert self.conv_in.bias is not None, "it is built with one"
-        hidden = self.conv_in.bias[:, None].expand(batch, -1, height * width)
-        for feature, kernel in zip(features, kernels, strict=True):
-            hidden = torch.baddbmm(hidden, kernel.expand(batch, -1, -1), feature.flatten(2))
-        return hidden.unflatten(2, (height, width))
 
     def _prompt(self, condition: Condition) -> dict[str, Tensor | None]:
         """What the transformer attends to."""
