@@ -129,7 +129,7 @@ def _picture(results: list[dict[str, Any]]) -> str:
             row["speed"],
             f"{row['seconds']:.3f}",
             _spread(row["ratio"]),
-            f"{row['memory'] / 1e9:.2f}",
+            f"{row['memory'] / 1e9:.2f}" if "memory" in row else "not measured",
         ]
         for row in results
     ]
