@@ -71,7 +71,7 @@ def test_all_of_them_are_the_whole_rule() -> None:
 
 def test_other_rules_need_all() -> None:
     features, condition = example()
-    with pytest.raises(NotImplementedError, match="Mean needs the features of all experts"):
+    with pytest.raises(AfaError, match="Mean needs the features of all experts"):
         Mean().fuse_some({0: features[0]}, condition)
 
 
@@ -180,9 +180,10 @@ def test_a_plan_is_saved_and_of_one_ensemble(tmp_path: Path) -> None:
     plan.check(ensemble)
     with pytest.raises(AfaError, match="with 3 experts and 19 sites"):
         plan.check(ensemble_of("unet", num_experts=3))
-    for experts in ([], [2]):
+    wrong: list[dict[str, list[int]]] = [{"mid": []}, {"mid": [2]}, {"middle": [0]}]
+    for experts in wrong:
         with pytest.raises(AfaError, match="at least one expert at every site"):
-            plan_of(ensemble, {"mid": experts}).check(ensemble)
+            plan_of(ensemble, experts).check(ensemble)
     (tmp_path / "plan.json").write_text('{"format": "afa-pruning-plan", "sites": 3}')
     with pytest.raises(AfaError, match=r"must be a plan of `afa prune`, but at '\w+': "):
         load_plan(tmp_path / "plan.json")

@@ -84,10 +84,11 @@ class PruningPlan(Section):
             n for part in self.ranges for experts in part.experts.values() for n in experts
         } - set(range(self.num_experts))
         nobody = any(not experts for part in self.ranges for experts in part.experts.values())
-        if unknown or nobody:
+        elsewhere = {site for part in self.ranges for site in part.experts} - set(listed)
+        if unknown or nobody or elsewhere:
             raise AfaError(
                 "A pruning plan must leave at least one expert at every site, by its number below "
-                f"{self.num_experts}. Make it anew: afa prune ENSEMBLE."
+                f"{self.num_experts}, and name no other sites. Make it anew: afa prune ENSEMBLE."
             )
 
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from afa.errors import AfaError
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -60,8 +62,11 @@ class FusionRule(nn.Module, ABC):
             condition: of all experts.
 
         Returns: weights are [B, N, H, W] of all experts, 0 of those that are missing.
+
+        Raises:
+            AfaError: this rule needs all of them.
         """
-        raise NotImplementedError(f"{type(self).__name__} needs the features of all experts")
+        raise AfaError(f"{type(self).__name__} needs the features of all experts; prune none.")
 
 
 def weighted_sum(features: Sequence[Tensor], weights: Tensor) -> Tensor:
