@@ -138,27 +138,9 @@ def time_all(compared: dict[str, Any], num_rounds: int = 3) -> dict[str, Spread]
 
 def table(report: dict[str, Any], ratios: dict[str, Spread]) -> str:
     """A row for every setting: how many pictures are right, and how long one takes."""
-    rows = {row["method"]: row for row in report["rows"]}
-    paired = {
-        entry["against"]: entry
-        for entry in report["paired"]
-        if entry["method"] == SUBJECT and entry["score"] == "both"
-    }
-    lines = [
-        "| drawn with | right pictures | minus exact AFA | time, by one model's |",
-        "|---|---|---|---|",
-    ]
-    for name, row in rows.items():
-        score = row["groups"]["mixed"]["scores"]["both"]
-        difference = ""
-        if name in paired:
-            found = paired[name]["difference"]
-            difference = f"{-found['mean']:+.3f} [{-found['high']:+.3f}, {-found['low']:+.3f}]"
-        lines.append(
-            f"| {name} | {score['mean']:.3f} [{score['low']:.3f}, {score['high']:.3f}] "
-            f"| {difference} | {ratios[name]} |"
-        )
-    return "\n".join(lines)
+    cells = page.quality_cells(report, SUBJECT)
+    head = ["drawn with", "right pictures", "minus exact AFA", "time, by one model's"]
+    return page.as_table(head, [[name, *own, str(ratios[name])] for name, own in cells.items()])
 
 
 _SHOWN = (

@@ -91,26 +91,12 @@ def recipe(settings: StudySettings, shape: str, seed: int) -> Recipe:
 
 def table(report: dict[str, Any]) -> str:
     """A row for every shape."""
-    paired = {
-        entry["against"]: entry
-        for entry in report["paired"]
-        if entry["method"] == FULL and entry["score"] == "both"
-    }
-    lines = [
-        "| aggregators | right pictures | minus the first | seconds a picture |",
-        "|---|---|---|---|",
-    ]
-    for row in report["rows"]:
-        score, name = row["groups"]["mixed"]["scores"]["both"], row["method"]
-        difference = ""
-        if name in paired:
-            found = paired[name]["difference"]
-            difference = f"{-found['mean']:+.3f} [{-found['high']:+.3f}, {-found['low']:+.3f}]"
-        lines.append(
-            f"| {name} | {score['mean']:.3f} [{score['low']:.3f}, {score['high']:.3f}] "
-            f"| {difference} | {row['measured']['seconds_per_image']:.2f} |"
-        )
-    return "\n".join(lines)
+    cells = page.quality_cells(report, FULL)
+    seconds = {row["method"]: row["measured"]["seconds_per_image"] for row in report["rows"]}
+    head = ["aggregators", "right pictures", "minus the first", "seconds a picture"]
+    return page.as_table(
+        head, [[name, *own, f"{seconds[name]:.2f}"] for name, own in cells.items()]
+    )
 
 
 if __name__ == "__main__":

@@ -83,6 +83,26 @@ _STARTUP = """Each start is a process of its own, with the files in the system's
 _GPU = """The same tables at the widths of Stable Diffusion 1.5, XL and Flux in bfloat16."""
 
 
+def quality_cells(report: dict[str, Any], subject: str) -> dict[str, list[str]]:
+    """By method of a report: its right mixed pictures, and the difference to a subject's.
+
+    The difference is empty where it is the subject itself.
+    """
+    beyond = {
+        entry["against"]: entry["difference"]
+        for entry in report["paired"]
+        if entry["method"] == subject and entry["score"] == "both"
+    }
+    cells = {}
+    for row in report["rows"]:
+        score, found = row["groups"]["mixed"]["scores"]["both"], beyond.get(row["method"])
+        cells[row["method"]] = [
+            f"{score['mean']:.3f} [{score['low']:.3f}, {score['high']:.3f}]",
+            f"{-found['mean']:+.3f} [{-found['high']:+.3f}, {-found['low']:+.3f}]" if found else "",
+        ]
+    return cells
+
+
 def _section(title: str, text: str, part: dict[str, Any] | None, body: Any) -> str:
     lines = [f"## {title}", "", text, ""]
     if part is None:
@@ -92,7 +112,8 @@ def _section(title: str, text: str, part: dict[str, Any] | None, body: Any) -> s
     return "\n".join([*lines, ""])
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def as_table(head: list[str], rows: list[list[str]]) -> str:
+    """Rows of text as Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
@@ -119,7 +140,7 @@ def _step(results: list[dict[str, Any]]) -> str:
             ]
         rows.append(row)
     threads = {cell["num_threads"] for cell in results}
-    return f"{_table(head, rows)}\n\nThreads: {', '.join(map(str, sorted(threads)))}."
+    return f"{as_table(head, rows)}\n\nThreads: {', '.join(map(str, sorted(threads)))}."
 
 
 def _picture(results: list[dict[str, Any]]) -> str:
@@ -133,7 +154,7 @@ def _picture(results: list[dict[str, Any]]) -> str:
         ]
         for row in results
     ]
-    return _table(["drawn by", "speed", "seconds a picture", "by one model's", "peak, GB"], rows)
+    return as_table(["drawn by", "speed", "seconds a picture", "by one model's", "peak, GB"], rows)
 
 
 def _study(results: dict[str, Any]) -> str:
@@ -162,7 +183,7 @@ def _training(results: list[dict[str, Any]]) -> str:
         for row in results
     ]
     head = ["mode", "seconds a step", "by the plain loop's", "peak, GB", "above what is loaded, GB"]
-    return _table(head, rows)
+    return as_table(head, rows)
 
 
 def _streaming(results: list[dict[str, Any]]) -> str:
@@ -177,9 +198,9 @@ def _streaming(results: list[dict[str, Any]]) -> str:
         for row in results
     ]
     head = ["", "peak, GB", "by one model's", "seconds a picture", "by that of experts in memory"]
-    return _table(head, rows)
+    return as_table(head, rows)
 
 
 def _startup(results: list[dict[str, Any]]) -> str:
     rows = [[row["start"], f"{row['seconds']:.2f}", _spread(row["ratio"])] for row in results]
-    return _table(["until", "seconds", "by the libraries' alone"], rows)
+    return as_table(["until", "seconds", "by the libraries' alone"], rows)
