@@ -30,10 +30,11 @@ def cells(sizes: list[str]) -> list[dict[str, Any]]:
     listed = []
     for size in sizes:
         usual = {"size": size, "num_experts": 3, "latent": 32, "dtype": "float32"}
+        usual["compiled"] = False
         listed.append(usual)
         listed += [{**usual, "num_experts": n} for n in COUNTS if n != 3]
         listed += [{**usual, "latent": latent} for latent in LATENTS if latent != 32]
-        listed.append({**usual, "dtype": "bfloat16"})
+        listed += [{**usual, "dtype": "bfloat16"}, {**usual, "compiled": True}]
     return listed
 
 
@@ -69,11 +70,16 @@ def measure(cell: dict[str, Any], num_rounds: int, num_threads: int, batch: int)
         ensembles[name] = EnsembleDenoiser(experts, replace(usual, **changes))
     with torch.no_grad():
         functions = {EXPERTS: run_experts, **{k: runner(e) for k, e in ensembles.items()}}
+        for function in functions.values():
+            function()  # keys and values of the prompt are there
         floors = {
             name: count_operations(functions[name]) / count_operations(run_experts)
             for name in SHAPES
         }
-        seconds = take_turns(functions, num_rounds)
+        if cell["compiled"]:
+            for ensemble in ensembles.values():
+                ensemble.compile_repeated_blocks()  # the experts are the same in all of them
+        seconds = take_turns(functions, num_rounds, num_warmups=2 if cell["compiled"] else 1)
         shares = {name: aggregator_share(ensembles[name], functions[name]) for name in SHAPES}
     return {
         **cell,
@@ -143,7 +149,7 @@ def line(result: dict[str, Any]) -> str:
     )
     return (
         f"{result['size']}, N={result['num_experts']}, {result['latent']}x{result['latent']}, "
-        f"{result['dtype']}: experts {result['seconds'][EXPERTS]:.4g} s; {ratios}"
+        f"{result['dtype']}{', compiled' * result['compiled']}: experts {result['seconds'][EXPERTS]:.4g} s; {ratios}"
     )
 
 

@@ -14,6 +14,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
 _TEXT = "text_encoder"
+#: what models have many of; a whole layer of a U-Net is a loop, which does not compile as one
+_REPEATED = (
+    "ResnetBlock2D",
+    "BasicTransformerBlock",
+    "JointTransformerBlock",
+    "FluxTransformerBlock",
+    "FluxSingleTransformerBlock",
+)
+#: of one kind of block, over all its shapes; beyond that, calls are not compiled
+_MAX_GRAPHS = 256
 
 
 def _for_every_expert(name: str) -> Callable[..., None]:
@@ -35,6 +45,7 @@ class Delegation:
     """
 
     experts: Any
+    modules: Callable[[], Iterator[nn.Module]]
 
     @property
     def distinct_experts(self) -> list[Any]:
@@ -49,8 +60,21 @@ class Delegation:
     unfuse_qkv_projections = _for_every_expert("unfuse_qkv_projections")
     set_default_attn_processor = _for_every_expert("set_default_attn_processor")
     set_attention_slice = _for_every_expert("set_attention_slice")
-    compile_repeated_blocks = _for_every_expert("compile_repeated_blocks")
     enable_layerwise_casting = _for_every_expert("enable_layerwise_casting")
+
+    def compile_repeated_blocks(self, *args: Any, **options: Any) -> None:
+        """Compile the blocks of experts and aggregators, each kind and shape of block once.
+
+        All experts' blocks have the graphs of the first one's. What comes out differs by rounding.
+
+        Args:
+            args: of `torch.compile`, as are the options.
+            options: by default `dynamic=False`, one graph for each size of picture.
+        """
+        options = {"dynamic": False, "recompile_limit": _MAX_GRAPHS, **options}
+        for module in self.modules():
+            if type(module).__name__ in _REPEATED:
+                module.compile(*args, **options)
 
     @property
     def attn_processors(self) -> dict[str, Any]:

@@ -89,22 +89,28 @@ class PromptAttention(AttnProcessor2_0):
                 **kwargs,
             )
         text, batch = encoder_hidden_states, len(hidden_states)
-
-        def by_head(projected: Tensor) -> Tensor:
-            return projected.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-
-        key, value = once_per_prompt(
-            text,
-            (attn, *versions(attn.to_k, attn.to_v)),
-            lambda: (by_head(attn.to_k(text)), by_head(attn.to_v(text))),
-        )
-        query = by_head(attn.to_q(hidden_states))
+        key, value = _keys_and_values(attn, text)
+        query = _by_head(attn, attn.to_q(hidden_states))
         if attention_mask is not None:
             attention_mask = attn.prepare_attention_mask(attention_mask, text.shape[1], batch)
             attention_mask = attention_mask.view(batch, attn.heads, -1, attention_mask.shape[-1])
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
         out = attn.to_out[0](out.transpose(1, 2).flatten(2).to(query.dtype))
         return attn.to_out[1](out) / attn.rescale_output_factor
+
+
+@torch.compiler.disable  # a graph would compute them at every step
+def _keys_and_values(attn: Attention, text: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the prompt, [B, heads, L, C / heads] each."""
+    return once_per_prompt(
+        text,
+        (attn, *versions(attn.to_k, attn.to_v)),
+        lambda: (_by_head(attn, attn.to_k(text)), _by_head(attn, attn.to_v(text))),
+    )
+
+
+def _by_head(attn: Attention, projected: Tensor) -> Tensor:
+    return projected.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
 
 
 def _is_plain(attn: Attention) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from afa.acceleration.plan import PruningPlan, load_plan
 from afa.acceleration.settings import EXACT, Acceleration, acceleration_of
@@ -24,6 +26,7 @@ def accelerate(
     acceleration: str | Mapping[str, Any] | Acceleration = EXACT,
     *,
     plan: PruningPlan | str | Path | None = None,
+    compile: Literal["regional"] | None = None,
 ) -> DiffusionPipeline:
     """Leave out a part of what a pipeline computes.
 
@@ -34,18 +37,20 @@ def accelerate(
             which then is an ensemble of one, and exactly what it was where nothing is left out.
         acceleration: the name of a preset, `exact`, `balanced` or `fast`; or settings.
         plan: which experts run where; a file of `afa prune`, or what is in it.
+        compile: `regional`, the blocks of experts and aggregators are compiled at the first step,
+            which takes from half a minute to some minutes; None leaves them as they are.
 
     Returns: the pipeline; of a single model, another one of the same class and parts.
 
     Raises:
-        AfaError: no such preset or setting, a model that cannot be taken apart, or a plan of
-            another ensemble, or of experts that are spread over processes.
+        AfaError: no such preset or setting, a model that cannot be taken apart, a plan of another
+            ensemble, or of experts that are spread over processes, or nothing to compile with.
     """
     if isinstance(plan, (str, Path)):
         plan = load_plan(Path(plan))
     settings, denoiser = acceleration_of(acceleration), denoiser_of(pipeline)
     if not isinstance(denoiser, EnsembleDenoiser):
-        if settings.is_exact and plan is None:
+        if settings.is_exact and plan is None and compile is None:
             return pipeline
         denoiser = EnsembleDenoiser([denoiser], [Separate() for _ in discover_sites(denoiser)])
         parts = {**pipeline.components, kind_of_pipeline(pipeline).denoiser: denoiser}
@@ -54,5 +59,19 @@ def accelerate(
         if denoiser.exchange is not None:
             raise AfaError("A pruning plan needs all experts in one process; these are spread.")
         plan.check(denoiser)
+    if compile is not None:
+        _require_compiler(compile, denoiser.device.type)
+        denoiser.compile_repeated_blocks()
     denoiser.acceleration, denoiser.plan = settings, plan
     return pipeline
+
+
+def _require_compiler(mode: str, device: str) -> None:
+    """Raise AfaError where there is no such mode, or no C++ compiler and a processor to run on."""
+    if mode != "regional":
+        raise AfaError(f"compile must be 'regional' or None, came {mode!r}.")
+    if device == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        raise AfaError(
+            "To compile for the processor there must be a C++ compiler; none was found as $CXX, "
+            "g++ or clang++. Install g++, or leave compiling out."
+        )

@@ -51,6 +51,9 @@ def generate(
     plan: Annotated[
         Path | None, typer.Option(help="Of afa prune: which experts run where.")
     ] = None,
+    compile_blocks: Annotated[
+        bool, typer.Option("--compile", help="Compile the blocks first; pays for many pictures.")
+    ] = False,
     dtype: Annotated[str, typer.Option(help=f"Of the experts: {', '.join(DTYPES)}.")] = "float32",
 ) -> None:
     """Generate pictures with a trained ensemble.
@@ -86,7 +89,9 @@ def generate(
         ensemble, torch_dtype=getattr(torch, dtype), device=pick_device(processes.device or device)
     )
     check_text_to_image(pipeline)
-    pipeline = afa.accelerate(pipeline, acceleration, plan=plan)
+    pipeline = afa.accelerate(
+        pipeline, acceleration, plan=plan, compile="regional" if compile_blocks else None
+    )
     pipeline.set_progress_bar_config(disable=True)
     size = _picture_size(pipeline, height, width)
     names = [reference.name for reference in denoiser_of(pipeline).references]
