@@ -181,22 +181,25 @@ class EnsembleDenoiser(Delegation, Placement, ModelMixin, ConfigMixin):
         skipped = shortcut.skipped if shortcut else frozenset()
         left = self._experts_left(steps)
         execution = replace(self.execution, skipped=skipped)
-        exchange = self.exchange
+        apart = self.exchange or self.devices
+        running = self.exchange.own if self.exchange else active
+        if self.devices is not None:
+            per_expert = self.devices.send(per_expert, self.family.prompt)
         coroutines = [
             self.family.blocks(
                 self.experts[n],
                 **per_expert[n],
                 execution=replace(execution, pruned={s for s in left if n not in left[s]}),
             )
-            for n in (exchange.own if exchange else active)
+            for n in running
         ]
         mask = arguments.get(self.family.text_mask or "")
         condition: Condition | None = None
 
         def fuse(features: Sequence[Feature]) -> Tensor | Sequence[Tensor]:
             nonlocal condition
-            if exchange is not None and features[0].site not in skipped:
-                features = exchange.gather(features, with_temb=condition is None)
+            if apart is not None and features[0].site not in skipped:
+                features = apart.gather(features, with_temb=condition is None)
             if condition is None:
                 condition = Condition(steps, _mean([f.temb for f in features]), text, sample, mask)
             site = features[0].site
@@ -208,11 +211,9 @@ class EnsembleDenoiser(Delegation, Placement, ModelMixin, ConfigMixin):
                 if shortcut is not None:
                     shortcut.note(site, fused)
             self._show(steps, site, fused.weights)
-            if exchange is not None and not isinstance(fused.feature, Tensor):
-                return [fused.feature[n] for n in exchange.own]
-            return fused.feature
+            return apart.scatter(fused.feature, running) if apart else fused.feature
 
-        return run_lockstep(coroutines, fuse)
+        return run_lockstep(coroutines, fuse).to(sample.device)
 
     def _fuse(
         self,
@@ -303,6 +304,8 @@ class EnsembleDenoiser(Delegation, Placement, ModelMixin, ConfigMixin):
     @property
     def device(self) -> torch.device:
         """Where inputs are expected."""
+        if self.devices is not None:
+            return self.devices.main
         own = self.exchange.own[0] if self.exchange else 0
         return self.execution.device or next(self.experts[own].parameters()).device
 
@@ -317,6 +320,7 @@ class EnsembleDenoiser(Delegation, Placement, ModelMixin, ConfigMixin):
         self.experts.to(*args, **kwargs)
         if device is not None:
             self.aggregators.to(device)
+            self.devices = None
         return self
 
     def half(self) -> Self:
@@ -364,7 +368,7 @@ class EnsembleDenoiser(Delegation, Placement, ModelMixin, ConfigMixin):
 
 
 def _share_memory(one: Tensor, other: Tensor) -> bool:
-    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+    return one.untyped_storage()._cdata == other.untyped_storage()._cdata
 
 
 def _timesteps(arguments: dict[str, Any]) -> Tensor:

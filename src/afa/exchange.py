@@ -64,6 +64,12 @@ class Exchange:
             Feature(first.site, feature, temb) for feature, temb in zip(hidden, tembs, strict=True)
         ]
 
+    def scatter(
+        self, fused: Tensor | Sequence[Tensor], experts: Sequence[int]
+    ) -> Tensor | Sequence[Tensor]:
+        """What this process's experts go on with, of what all do."""
+        return fused if isinstance(fused, Tensor) else [fused[n] for n in experts]
+
     def _gather(self, own: Sequence[Tensor]) -> list[Tensor]:
         """Tensors of one shape, one for each expert, from this process's."""
         # in the order of their memory, so that what comes is laid out as what went

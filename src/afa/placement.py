@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from afa.denoisers import Execution, Family, move_all_but
+from afa.devices import Devices
 from afa.errors import AfaError
 from afa.exchange import Exchange
 from afa.streaming import LayerStream
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from torch import nn
@@ -32,6 +34,44 @@ class Placement:
     plan: PruningPlan | None
     #: with other processes, of features; None where this one computes all experts
     exchange: Exchange | None = None
+    #: of the experts, where they are not all on one
+    devices: Devices | None = None
+
+    def place_experts(self, devices: Sequence[torch.device | str]) -> None:
+        """Put each expert on a device of its own; features meet on the first one's.
+
+        Several devices compute at the same time; the aggregators are on the first. What one draws
+        is what a single device draws, up to how the devices round.
+
+        Args:
+            devices: of every expert, in order; one may be named several times.
+
+        Raises:
+            AfaError: another number of devices than experts, experts that are spread over processes
+                or placed already, or LoRAs of one base, whose memory they share.
+        """
+        placed = Devices(devices, len(self.experts))
+        self._require_one_place("placed on devices")
+        if self.execution.device is not None:
+            self.stop_offloading()
+        shared = {id(p): placed.of_expert[0] for p in self.experts[0].parameters()}
+        for expert, device in zip(self.experts, placed.of_expert, strict=True):
+            if any(shared.setdefault(id(p), device) != device for p in expert.parameters()):
+                raise AfaError(
+                    "Experts that share weights, such as LoRAs of one base, must be on one device."
+                )
+        for expert, device in zip(self.experts, placed.of_expert, strict=True):
+            expert.to(device)
+        self.aggregators.to(placed.main)
+        self.devices = placed
+
+    def _require_one_place(self, done: str) -> None:
+        """Raise AfaError where experts are spread over processes or placed on devices."""
+        if self.exchange is not None or self.devices is not None:
+            where = "spread over processes" if self.exchange else "placed on several devices"
+            raise AfaError(
+                f"Experts must all be in one place to be {done}; these are {where}. Load them anew."
+            )
 
     def offload_experts(self, device: torch.device | str) -> None:
         """Keep the experts' blocks on the CPU and bring one layer at a time to a device.
@@ -41,7 +81,11 @@ class Placement:
 
         Args:
             device: where everything is computed.
+
+        Raises:
+            AfaError: the experts are spread over processes, or placed on several devices.
         """
+        self._require_one_place("offloaded")
         self.experts.to("cpu")
         for expert in self.experts:
             move_all_but(expert, self.family.layers(expert), device)
@@ -61,12 +105,17 @@ class Placement:
             folder: on whose disk the file is; None takes the system's for temporary files.
 
         Raises:
-            AfaError: there is no room on the disk.
+            AfaError: there is no room on the disk, or the experts are spread over processes.
         """
         self.use_stream(LayerStream(device, ahead=ahead, folder=folder), device)
 
     def use_stream(self, stream: LayerStream, device: torch.device | str) -> None:
-        """Take the experts' layers from a stream, and add those that it does not have yet."""
+        """Take the experts' layers from a stream, and add those that it does not have yet.
+
+        Raises:
+            AfaError: see `stream_experts`.
+        """
+        self._require_one_place("streamed")
         self.stop_offloading()
         for expert in self.experts:
             layers = self.family.layers(expert)
@@ -101,6 +150,9 @@ class Placement:
                 or a plan leaves some out.
         """
         exchange = Exchange(len(self.experts), group)
+        self._require_one_place("spread over processes")
+        if self.execution.device is not None:
+            self.stop_offloading()
         if len(set(self.experts)) < len(self.experts):
             raise AfaError("Experts that are spread over processes must be named once each.")
         if self.plan is not None:
