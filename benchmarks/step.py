@@ -149,7 +149,8 @@ def line(result: dict[str, Any]) -> str:
     )
     return (
         f"{result['size']}, N={result['num_experts']}, {result['latent']}x{result['latent']}, "
-        f"{result['dtype']}{', compiled' * result['compiled']}: experts {result['seconds'][EXPERTS]:.4g} s; {ratios}"
+        f"{result['dtype']}{', compiled' * result['compiled']}: "
+        f"experts {result['seconds'][EXPERTS]:.4g} s; {ratios}"
     )
 
 

@@ -20,7 +20,8 @@ from tests.acceleration.test_plan import plan_of
 def to(module: nn.Module, device: Any) -> nn.Module:
     """`module.to`, which does not know how to move parameters without content."""
     for part in module.modules():
-        for held in (part._parameters, part._buffers):
+        kinds: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
+        for held in kinds:
             for name, tensor in held.items():
                 if tensor is not None:
                     moved = tensor.detach().to(device)
