@@ -266,6 +266,7 @@ def load_ensemble(
     vae: str | Path | None = None,
     config: str | Path | None = None,
     parts: Sequence[str | Path] | None = None,
+    **memory: Any,
 ) -> DiffusionPipeline:
     """Load an ensemble folder into a stock pipeline.
 
@@ -278,6 +279,7 @@ def load_ensemble(
         vae: likewise the autoencoder, if it is none of the experts'.
         config: likewise the configuration of single files.
         parts: likewise what lends single files the parts that they leave out.
+        memory: `place`, `memory_budget`, `pixels`, `on_plan` and `quantize` of `load_pipeline`.
 
     Raises:
         AfaError: a damaged folder, an expert that is gone, or one whose hash is another.
@@ -286,6 +288,11 @@ def load_ensemble(
     if is_published(folder):
         if not all(moved is None for moved in (experts, vae, config, parts)):
             raise AfaError(f"'{folder}' holds its experts itself; name no others.")
+        if memory:
+            raise AfaError(
+                f"'{folder}' is of the published code and loads as a whole; it takes no "
+                f"{', '.join(memory)}. Move it with pipeline.unet.stream_experts() once loaded."
+            )
         return load_published(folder, torch_dtype=torch_dtype, device=device)
     saved = read_config(folder)
     references = saved["experts"]
@@ -323,6 +330,7 @@ def load_ensemble(
         allow_duplicates=True,  # whoever trained it has allowed them
         torch_dtype=torch_dtype,
         device=device,
+        **memory,
     )
     require_hash("Autoencoder", denoiser_of(pipeline).vae_reference, saved_vae["sha256"])
     load_aggregator_tensors(denoiser_of(pipeline), load_file(weights))

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from afa.aggregators import SABWConfig
 from afa.components import load_vae
 from afa.ensemble import EnsembleDenoiser
 from afa.errors import AfaError
 from afa.experts import Expert, load_expert
 from afa.kinds import build_pipeline, denoiser_of, kind_of_pipeline
 from afa.lora import LoraExpert, base_of, lora_expert, shared_copy
+from afa.memory.budget import AHEAD, MemoryPlan, Place
+from afa.memory.plan import plan_experts
 from afa.preflight import check_experts
+from afa.quantization import Weights, quantize_linear, require_quantizer
 from afa.single_file import Companions
 from afa.sources import locate, require_hash
+from afa.streaming import LayerStream
 from afa.text import EnsembleTextEncoder, hash_weights
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from torch import nn
 
-    from afa.aggregators import SABWConfig
     from afa.sources import ExpertReference
 
 
@@ -44,6 +48,11 @@ def load_pipeline(
     allow_duplicates: bool = False,
     torch_dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
+    place: Place = "memory",
+    memory_budget: str | int | None = None,
+    pixels: int | None = None,
+    on_plan: Callable[[MemoryPlan], object] | None = None,
+    quantize: Weights | None = None,
 ) -> DiffusionPipeline:
     """Put several diffusion models of one kind into one stock pipeline.
 
@@ -68,10 +77,21 @@ def load_pipeline(
         part_hashes: likewise of `parts`.
         allow_duplicates: whether an expert may be named twice.
         torch_dtype: of experts and autoencoder; aggregators are float32.
-        device: where everything goes.
+        device: where everything is computed.
+        place: where the experts' layers are until then: on that device, `memory`; in the
+            processor's memory, `offload`; or in a file, `stream`, which never has more than one
+            expert in memory.
+        memory_budget: bytes of the device's memory, or a size such as `8GB`, in which the fastest
+            of these places must fit with all that drawing takes; None takes `place`.
+        pixels: height times width of the pictures that the budget is for; None for what the
+            experts were made for.
+        on_plan: is told what was chosen, before anything is loaded.
+        quantize: the experts' linear layers have weights of 8 bits, `int8` or `float8`; see
+            `afa.quantization`.
 
     Raises:
-        AfaError: an expert that cannot be found or read, or experts that do not fit each other.
+        AfaError: an expert that cannot be found or read, experts that do not fit each other or the
+            budget, or no torchao to quantise with.
     """
     if not experts:
         raise AfaError("An ensemble must have at least one expert, came none.")
@@ -88,11 +108,45 @@ def load_pipeline(
         revisions=part_revisions or (),
         hashes=part_hashes or (),
     )
-    loaded = _load_all(named, revisions, hashes, companions, with_vae=vae is None)
+    if memory_budget is not None:
+        plan = plan_experts(
+            named,
+            aggregators if isinstance(aggregators, SABWConfig) else None,
+            companions,
+            memory_budget,
+            device=device,
+            revisions=revisions,
+            pixels=pixels,
+            is_quantised=quantize is not None,
+        )
+        place = plan.place
+        if on_plan is not None:
+            on_plan(plan)
+    if quantize is not None:
+        require_quantizer(quantize, place)
+    stream = LayerStream(device, ahead=AHEAD) if place == "stream" else None
+
+    def settle(expert: Expert) -> None:
+        if quantize is not None:
+            quantize_linear(expert.denoiser, quantize)
+        if stream is not None:
+            stream.add(expert.kind.denoiser_family.layers(expert.denoiser))
+
+    loaded = _load_all(named, revisions, hashes, companions, settle, with_vae=vae is None)
     check_experts(loaded, allow_duplicates=allow_duplicates)
     autoencoder, vae_reference = _autoencoder(loaded[0], vae, vae_revision, companions)
-    pipeline = assemble(loaded, aggregators, autoencoder).to(device)
+    pipeline = assemble(loaded, aggregators, autoencoder)
     denoiser = denoiser_of(pipeline)
+    if place == "memory":
+        pipeline.to(device)
+    else:
+        for part in pipeline.components.values():
+            if isinstance(part, torch.nn.Module) and part is not denoiser:
+                part.to(device)
+        if stream is not None:
+            denoiser.use_stream(stream, device)
+        else:
+            denoiser.offload_experts(device)
     denoiser.vae_reference = vae_reference
     denoiser.part_references = companions.references
     if config is not None:  # what is told from the files is told again
@@ -133,12 +187,18 @@ def _load_all(
     revisions: Sequence[str | None],
     hashes: Sequence[str | None],
     companions: Companions,
+    settle: Callable[[Expert], None],
     *,
     with_vae: bool,
 ) -> list[Expert]:
-    """All experts, the first with a file's autoencoder; those of one base share its memory."""
+    """All experts, the first with a file's autoencoder; those of one base share its memory.
+
+    Each is settled as soon as it is there, before the next is read. Text encoders that are equal
+    are the same object.
+    """
     keys = [(str(base_of(asked)), rev) for asked, rev in zip(experts, revisions, strict=True)]
     bases: dict[tuple[str, str | None], Expert] = {}
+    encoders: dict[str, Any] = {}
     loaded: list[Expert] = []
     for asked, key, sha256 in zip(experts, keys, hashes, strict=True):
         if key not in bases:
@@ -152,11 +212,16 @@ def _load_all(
         base = bases[key]
         require_hash("Expert", base.reference, sha256)
         if isinstance(asked, LoraExpert):
-            loaded.append(lora_expert(base, asked))
+            expert = lora_expert(base, asked)
         elif keys.count(key) > 1:
-            loaded.append(replace(base, denoiser=shared_copy(base.denoiser)))
+            expert = replace(base, denoiser=shared_copy(base.denoiser))
         else:
-            loaded.append(base)
+            expert = base
+            del bases[key]
+        settle(expert)
+        own = expert.text_encoders.items()
+        same = {name: encoders.setdefault(hash_weights(part), part) for name, part in own}
+        loaded.append(replace(expert, text_encoders=same))
     return loaded
 
 

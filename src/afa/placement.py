@@ -52,8 +52,7 @@ class Placement:
         """
         placed = Devices(devices, len(self.experts))
         self._require_one_place("placed on devices")
-        if self.execution.device is not None:
-            self.stop_offloading()
+        self.stop_offloading()
         shared = {id(p): placed.of_expert[0] for p in self.experts[0].parameters()}
         for expert, device in zip(self.experts, placed.of_expert, strict=True):
             if any(shared.setdefault(id(p), device) != device for p in expert.parameters()):
@@ -86,6 +85,7 @@ class Placement:
             AfaError: the experts are spread over processes, or placed on several devices.
         """
         self._require_one_place("offloaded")
+        self.stop_offloading()
         self.experts.to("cpu")
         for expert in self.experts:
             move_all_but(expert, self.family.layers(expert), device)
@@ -116,7 +116,8 @@ class Placement:
             AfaError: see `stream_experts`.
         """
         self._require_one_place("streamed")
-        self.stop_offloading()
+        if self.execution.source is not stream:
+            self.stop_offloading()
         for expert in self.experts:
             layers = self.family.layers(expert)
             stream.add(layers)
@@ -127,8 +128,11 @@ class Placement:
     def stop_offloading(self) -> None:
         """Undo `offload_experts` or `stream_experts`.
 
-        The experts are then on the CPU, the aggregators where they were.
+        The experts are then on the CPU, the aggregators where they were. Experts that are where
+        they were loaded stay there.
         """
+        if self.execution.device is None:
+            return
         source = self.execution.source
         if isinstance(source, LayerStream):
             source.close()
@@ -151,8 +155,7 @@ class Placement:
         """
         exchange = Exchange(len(self.experts), group)
         self._require_one_place("spread over processes")
-        if self.execution.device is not None:
-            self.stop_offloading()
+        self.stop_offloading()
         if len(set(self.experts)) < len(self.experts):
             raise AfaError("Experts that are spread over processes must be named once each.")
         if self.plan is not None:

@@ -51,7 +51,8 @@ class EnsembleTextEncoder(PreTrainedModel):
                 f"{', '.join(f'{name} {width} x {depth}' for name, width, depth in shapes)}. "
                 "Ensemble checkpoints of one family."
             )
-        hashes = [hash_weights(encoder) for encoder in encoders]
+        known = {encoder: hash_weights(encoder) for encoder in dict.fromkeys(encoders)}
+        hashes = [known[encoder] for encoder in encoders]
         distinct = list(dict.fromkeys(hashes))
         #: which of the distinct encoders each expert uses
         self.encoder_of: list[int] = [distinct.index(h) for h in hashes]

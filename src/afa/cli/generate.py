@@ -8,7 +8,7 @@ import json
 import re
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,6 +20,8 @@ from afa.recipe import MAX_SEED
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
     from PIL import Image
+
+    from afa.memory.budget import MemoryPlan
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -50,6 +52,12 @@ def generate(
     ] = "exact",
     plan: Annotated[
         Path | None, typer.Option(help="Of afa prune: which experts run where.")
+    ] = None,
+    memory_budget: Annotated[
+        str | None, typer.Option(help="Of the device, such as 8GB; says and does what fits.")
+    ] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="int8 or float8: smaller experts, by torchao.")
     ] = None,
     compile_blocks: Annotated[
         bool, typer.Option("--compile", help="Compile the blocks first; pays for many pictures.")
@@ -85,8 +93,15 @@ def generate(
     from afa.training.engine import pick_device
 
     quieten_loading()
+    memory: dict[str, Any] = {"quantize": quantize} if quantize is not None else {}
+    if memory_budget is not None:
+        memory |= {"memory_budget": memory_budget, "on_plan": _say_plan}
+        memory["pixels"] = height * width if height and width else None
     pipeline = afa.load_ensemble(
-        ensemble, torch_dtype=getattr(torch, dtype), device=pick_device(processes.device or device)
+        ensemble,
+        torch_dtype=getattr(torch, dtype),
+        device=pick_device(processes.device or device),
+        **memory,
     )
     check_text_to_image(pipeline)
     pipeline = afa.accelerate(
@@ -134,6 +149,11 @@ def generate(
         return
     count = len(prompts) * num_images
     console.print(f"{count} {'picture' if count == 1 else 'pictures'} in {output}")
+
+
+def _say_plan(plan: MemoryPlan) -> None:
+    for line in plan.lines():
+        console.print(line)
 
 
 def _picture_size(

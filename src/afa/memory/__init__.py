@@ -1,0 +1,1 @@
+"""How much memory an ensemble will take, and where to keep its experts so that it fits."""

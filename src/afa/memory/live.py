@@ -1,0 +1,66 @@
+"""The most memory that a computation holds at once, found without computing it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def peak_of(function: Callable[[], object]) -> int:
+    """Bytes of all tensors that a function makes and that live at once, at the most.
+
+    Args:
+        function: is run without gradients; of tensors on the meta device nothing is computed.
+    """
+    with torch.no_grad(), _Live() as live, _Attention():
+        function()
+    return live.peak
+
+
+class _Live(TorchDispatchMode):
+    """Counts storages from the operation that makes them to the one before which they are gone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._living: dict[StorageWeakRef, int] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        del types
+        given = {_storage(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        self._living = {ref: size for ref, size in self._living.items() if not ref.expired()}
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and (ref := _storage(leaf)) not in given:
+                self._living.setdefault(ref, leaf.untyped_storage().nbytes())
+        self.peak = max(self.peak, sum(self._living.values()))
+        return out
+
+
+def _storage(tensor: Tensor) -> StorageWeakRef:
+    return StorageWeakRef(tensor.untyped_storage())
+
+
+class _Attention(TorchFunctionMode):
+    """Attention as the fused kernels do it, which never hold all scores at once."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        del types
+        if func is functional.scaled_dot_product_attention:
+            query, _, value = args[:3]
+            return query.new_empty(*query.shape[:-1], value.shape[-1])
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,211 @@
+"""What an ensemble will take, told from configurations: no weights are read."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from diffusers import AutoencoderKL
+from torch import nn
+
+from afa.aggregators import Condition, SABWConfig
+from afa.aggregators.build import build_sabw
+from afa.components import library_class
+from afa.denoisers import Feature, discover_sites, run_lockstep
+from afa.files import parts_of, read_json
+from afa.kinds import Kind, kind_of
+from afa.memory.live import peak_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from afa.denoisers import Family
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes.
+
+    Attributes:
+        num_experts: N.
+        layers: of all experts together, what can be elsewhere until it runs.
+        largest: one such layer.
+        rest: of all experts together, what stays.
+        encoders: text encoders.
+        others: autoencoder and aggregators.
+        work: what a step, or decoding a picture, holds at once besides.
+    """
+
+    num_experts: int
+    layers: int
+    largest: int
+    rest: int
+    encoders: int
+    others: int
+    work: int
+
+    @property
+    def in_memory(self) -> int:
+        """All experts at hand."""
+        return self.layers + self.resting
+
+    @property
+    def resting(self) -> int:
+        """All that is not a layer."""
+        return self.rest + self.encoders + self.others + self.work
+
+    def streamed(self, ahead: int) -> int:
+        """One layer that runs, those that are read ahead, and the one before, not given up yet.
+
+        While experts are loaded, one after another, one of them is there as a whole.
+        """
+        expert = (self.layers + self.rest) // self.num_experts
+        loading = expert + self.rest + self.encoders
+        return max(loading, self.resting + (ahead + 2) * self.largest)
+
+
+def needs_of(
+    config: Path,
+    num_experts: int,
+    aggregators: SABWConfig | None,
+    *,
+    encoder_sets: int,
+    dtype: torch.dtype,
+    pixels: int | None = None,
+    batch: int = 2,
+    weight_bits: int | None = None,
+) -> Needs:
+    """What N experts that one pipeline folder describes will take to draw.
+
+    Args:
+        config: a pipeline folder; of it the configurations are read, no weights.
+        num_experts: N.
+        aggregators: of all sites; None for the mean.
+        encoder_sets: how many models' text encoders are loaded.
+        dtype: of experts, text encoders and autoencoder.
+        pixels: height times width of a picture; None for what the experts were made for.
+        batch: of a step; guidance doubles it.
+        weight_bits: of linear layers' weights in the experts, where they are quantised.
+
+    Raises:
+        AfaError: a model of no known kind.
+    """
+    index = read_json(config / "model_index.json")
+    kind = kind_of(str(index.get("_class_name")), config)
+    family = kind.denoiser_family
+    with torch.device("meta"):
+        twin: Any = family.model_class.from_config(
+            read_json(config / kind.denoiser / "config.json")
+        )
+        vae = AutoencoderKL.from_config(read_json(config / "vae" / "config.json"))
+        for model in (twin, vae):
+            nn.Module.to(model, dtype)  # the library's own says that it keeps nothing in float32
+        sites = discover_sites(twin)
+        rules: list[Any] = []
+        if aggregators is not None:
+            text = sum(family.widths(twin).text) or None
+            rules = build_sabw(aggregators, sites, num_experts, text)
+    size = _quantised(weight_bits)
+    layers = [size(layer) for layer in family.layers(twin)]
+    held = sum(size(layer) for layer in _outermost(family.layers(twin)))
+    step, cells = _step(family, twin, rules, num_experts)
+    shrink = 2 ** (len(vae.config.block_out_channels) - 1)
+    picture = (pixels or _native(kind, twin.config, shrink)) // shrink**2
+    decode = peak_of(lambda: _decode(vae, dtype))
+    return Needs(
+        num_experts=num_experts,
+        layers=num_experts * held,
+        largest=max(layers),
+        rest=num_experts * (size(twin) - held),
+        encoders=encoder_sets * sum(_encoder_bytes(config, index, dtype)),
+        others=_bytes(vae) + sum(_bytes(rule) for rule in dict.fromkeys(rules)),
+        work=max(step * batch * picture // cells, decode * picture // _SIDE**2),
+    )
+
+
+_SIDE = 16  # of the latent with which decoding is tried
+
+
+def _outermost(layers: Sequence[nn.Module]) -> list[nn.Module]:
+    """Those that lie in no other one."""
+    inner = {part for layer in layers for part in layer.modules() if part is not layer}
+    return [layer for layer in layers if layer not in inner]
+
+
+def _bytes(module: nn.Module) -> int:
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _quantised(bits: int | None) -> Any:
+    """A function that gives a module's bytes, the weights of its linear layers in so many bits."""
+
+    def size(module: nn.Module) -> int:
+        saved = 0
+        for part in module.modules() if bits else ():
+            if type(part) is nn.Linear and bits is not None:
+                weight = part.weight
+                packed = weight.numel() * bits // 8 + len(weight) * weight.element_size()
+                saved += weight.numel() * weight.element_size() - packed
+        return _bytes(module) - saved
+
+    return size
+
+
+def _step(family: Family, twin: Any, rules: Sequence[Any], count: int) -> tuple[int, int]:
+    """Bytes at once in a step of batch 1 on the smallest input, and that input's latent cells."""
+    inputs = {key: _cast(value, twin.dtype) for key, value in family.example(twin).items()}
+    latent = next(inputs[key] for key in ("sample", "hidden_states") if key in inputs)
+    cells = latent.shape[-1] * latent.shape[-2] if latent.ndim == 4 else 4 * latent.shape[1]
+    numbers = iter(itertools.cycle(range(len(rules)))) if rules else None
+
+    def fuse(features: Sequence[Feature]) -> Tensor | list[Tensor]:
+        hidden = [feature.hidden for feature in features]
+        if numbers is None:
+            return sum(hidden[1:], start=hidden[0]) / len(hidden)
+        temb, text = features[0].temb, inputs.get("encoder_hidden_states")
+        condition = Condition(torch.zeros(1, device="meta"), temb, text, latent, None)
+        fused = rules[next(numbers)](hidden, condition).feature
+        return fused if isinstance(fused, torch.Tensor) else list(fused)
+
+    def run() -> None:
+        run_lockstep([family.blocks(twin, **inputs) for _ in range(count)], fuse)
+
+    return peak_of(run), cells
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, dict):
+        return {key: _cast(item, dtype) for key, item in value.items()}
+    is_float = isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim > 1
+    return value.to(dtype) if is_float else value
+
+
+def _decode(vae: Any, dtype: torch.dtype) -> None:
+    channels = vae.config.latent_channels
+    vae.decode(torch.empty(1, channels, _SIDE, _SIDE, device="meta", dtype=dtype))
+
+
+def _native(kind: Kind, config: Any, shrink: int) -> int:
+    """Pixels of the pictures that the experts were made for."""
+    size = config.get("sample_size") or (128 if kind.family == "flux" else 64)
+    height, width = (size, size) if isinstance(size, int) else size
+    return height * width * shrink**2
+
+
+def _encoder_bytes(config: Path, index: dict[str, Any], dtype: torch.dtype) -> list[int]:
+    """Of every text encoder of one model."""
+    sizes = []
+    for name, class_name in parts_of(index).items():
+        if not name.startswith("text_encoder"):
+            continue
+        encoder_class = library_class(transformers, class_name, transformers.PreTrainedModel)
+        settings = encoder_class.config_class.from_json_file(str(config / name / "config.json"))
+        with torch.device("meta"):
+            sizes.append(_bytes(encoder_class(settings).to(dtype)))
+    return sizes
