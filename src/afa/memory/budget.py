@@ -84,7 +84,7 @@ def choose(
         AfaError: nothing fits.
     """
     on_cpu = torch.device(device).type == "cpu"
-    program = psutil.Process().memory_info().rss if on_cpu else _CUDA
+    program = _program(on_cpu)
     takes: dict[Place, int] = {"memory": program + needs.in_memory}
     if not on_cpu:
         takes["offload"] = program + needs.resting + 2 * needs.largest
@@ -98,6 +98,11 @@ def choose(
         f"({_SAID[min(takes, key=lambda place: takes[place])]}), is {_gb(budget)}. Raise it, draw "
         "smaller pictures, or load the experts as bfloat16."
     )
+
+
+def _program(on_cpu: bool) -> int:
+    """Bytes that are taken whatever is loaded."""
+    return psutil.Process().memory_info().rss if on_cpu else _CUDA
 
 
 def _gb(size: int) -> str:
