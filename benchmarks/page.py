@@ -64,10 +64,12 @@ def as_page(kept: dict[str, Any]) -> str:
 
 _STEP = """One call of the denoiser on a batch of 2, against its experts one after another, each by
 the library's own forward pass. *Mean* fuses with the uniform mean: what the shell itself costs. The
-*floor* is the ratio of operation counts (convolutions, matrix products, attention), in which the
-prompt's keys and values count at every step; they are computed once per prompt, so that a ratio may
-lie below it. *Share* is the aggregators' part of the step's time. Random weights; one thing at a
-time is changed from three experts, 32x32 latents, float32."""
+*floor* is the ratio of operation counts (convolutions, matrix products, attention) with the keys
+and values of the prompt at hand, as they are from the second step on; the experts alone compute
+theirs. It counts no exponentials, of which attention over all pixels has many, so that it is not
+reached at narrow widths. *Share* is the aggregators' part of the step's time. Random weights; one
+thing at a time is changed from three experts, 32x32 latents, float32. *Compiled*: experts and
+ensemble both, `compile_repeated_blocks()`."""
 _PICTURE = """The zoo's models, 20 DDIM steps, guidance 3, in batches of 16 with one thread: text
 encoder and autoencoder included. Ratios are to one model at the exact speed."""
 _STUDY = """`python -m benchmarks.acceleration_study WORK`: the zoo, 96 mixed prompts of held-out
@@ -130,7 +132,8 @@ def _step(results: list[dict[str, Any]]) -> str:
     rows = []
     for cell in results:
         latent = f"{cell['latent']}x{cell['latent']}"
-        row = [cell["size"], str(cell["num_experts"]), latent, cell["dtype"]]
+        kind = cell["dtype"] + ", compiled" * cell["compiled"]
+        row = [cell["size"], str(cell["num_experts"]), latent, kind]
         row += [f"{cell['seconds']['experts']:.3g}", _spread(cell["ratios"]["mean"])]
         for shape in shapes:
             row += [

@@ -1,7 +1,7 @@
 """One step of an ensemble against its experts' own forward passes.
 
-    python benchmarks/step.py                                  # all cells, half an hour
-    python benchmarks/step.py --sizes "(64, 128, 256)" --rounds 9
+    python -m benchmarks.step                                  # all cells, an hour
+    python -m benchmarks.step --sizes "(64, 128, 256)" --rounds 9
 
 What is compared takes turns in one process: the experts, one after another, each by the library's
 own forward pass; the ensemble with the uniform mean; the ensemble with SABW, in the paper's shape
@@ -23,18 +23,26 @@ EXPERTS, MEAN, PAPER, DEFAULT = "experts", "mean", "the paper's SABW", "the defa
 #: shapes of aggregators: one size everywhere, and one that follows the experts' widths
 SHAPES: dict[str, dict[str, Any]] = {PAPER: {"hidden_ratio": None, "min_scale": 1}, DEFAULT: {}}
 COUNTS, LATENTS = (1, 2, 3, 4, 6), (16, 32, 64)
+#: what takes seconds a step; measured in fewer ways
+LARGE = ("Stable Diffusion 1.5", "Stable Diffusion XL")
 
 
 def cells(sizes: list[str]) -> list[dict[str, Any]]:
-    """What is measured: at every width, one thing at a time away from three experts at 32x32."""
+    """What is measured: at every width, one thing at a time away from three experts at 32x32.
+
+    Of the large ones, fewer things.
+    """
     listed = []
     for size in sizes:
         usual = {"size": size, "num_experts": 3, "latent": 32, "dtype": "float32"}
         usual["compiled"] = False
         listed.append(usual)
-        listed += [{**usual, "num_experts": n} for n in COUNTS if n != 3]
-        listed += [{**usual, "latent": latent} for latent in LATENTS if latent != 32]
-        listed += [{**usual, "dtype": "bfloat16"}, {**usual, "compiled": True}]
+        is_large = size in LARGE
+        counts, latents = ((1, 2), ()) if is_large else (COUNTS, LATENTS)
+        listed += [{**usual, "num_experts": n} for n in counts if n != 3]
+        listed += [{**usual, "latent": latent} for latent in latents if latent != 32]
+        listed.append({**usual, "dtype": "bfloat16"})
+        listed += [] if is_large else [{**usual, "compiled": True}]
     return listed
 
 
