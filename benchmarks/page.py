@@ -55,6 +55,7 @@ def as_page(kept: dict[str, Any]) -> str:
         _section("Speed against quality", _STUDY, kept.get("study"), _speeds),
         _section("The shape of the aggregators", _SHAPES, kept.get("aggregators"), _study),
         _section("Streamed experts", _STREAMING, kept.get("streaming"), _streaming),
+        _section("Experts spread over processes", _SCALING, kept.get("scaling"), _scaling),
         _section("Training", _TRAINING, kept.get("training"), _training),
         _section("Starting", _STARTUP, kept.get("startup"), _startup),
         _section("On a GPU", _GPU, kept.get("gpu"), _study),
@@ -66,10 +67,11 @@ _STEP = """One call of the denoiser on a batch of 2, against its experts one aft
 the library's own forward pass. *Mean* fuses with the uniform mean: what the shell itself costs. The
 *floor* is the ratio of operation counts (convolutions, matrix products, attention) with the keys
 and values of the prompt at hand, as they are from the second step on; the experts alone compute
-theirs. It counts no exponentials, of which attention over all pixels has many, so that it is not
-reached at narrow widths. *Share* is the aggregators' part of the step's time. Random weights; one
-thing at a time is changed from three experts, 32x32 latents, float32. *Compiled*: experts and
-ensemble both, `compile_repeated_blocks()`."""
+theirs. It is a ratio of counts, not of times: a step lies below it where the operations of the
+aggregators are the quicker ones, above it where what is not counted, such as exponentials, weighs
+more. *Share* is the aggregators' part of the step's time. Random weights; one thing at a time is
+changed from three experts, 32x32 latents, float32. *Compiled*: experts and ensemble both,
+`compile_repeated_blocks()`."""
 _PICTURE = """The zoo's models, 20 DDIM steps, guidance 3, in batches of 16 with one thread: text
 encoder and autoencoder included. Ratios are to one model at the exact speed."""
 _STUDY = """`python -m benchmarks.acceleration_study WORK`: the zoo, 96 mixed prompts of held-out
@@ -80,6 +82,11 @@ _STREAMING = """Pictures of 256 pixels by models of Stable Diffusion 1.5's size 
 four steps with guidance, a process each; peaks are without the imports'. `stream_experts` keeps
 the experts' layers in a file and reads the next while one runs; the system's cache of that file is
 nobody's memory, and on this machine the file fits into it."""
+_SCALING = """Every process computes experts of its own and all exchange features at every site
+(`spread_experts`): one thread each, gloo, batches of 2 at 32x32 latents, the default aggregators.
+The model adds up what was measured by itself in these processes: the forward passes of the experts
+of one, the aggregators, which all run, and sending the features. *Sent* is what a process sends for
+one expert in a step; a link of 25 GB/s would take 1 ms for 25 MB."""
 _TRAINING = """Batches of 16 on the zoo; see docs/training.md for what the switches are for."""
 _STARTUP = """Each start is a process of its own, with the files in the system's cache."""
 _GPU = """The same tables at the widths of Stable Diffusion 1.5, XL and Flux in bfloat16."""
@@ -201,6 +208,26 @@ def _streaming(results: list[dict[str, Any]]) -> str:
         for row in results
     ]
     head = ["", "peak, GB", "by one model's", "seconds a picture", "by that of experts in memory"]
+    return as_table(head, rows)
+
+
+def _scaling(results: list[dict[str, Any]]) -> str:
+    rows = [
+        [
+            row["size"],
+            str(row["num_experts"]),
+            str(row["num_processes"]),
+            f"{row['alone']:.2f}",
+            f"{row['measured']:.2f}",
+            f"{row['alone'] / row['measured']:.2f}",
+            f"{row['alone'] / row['modelled']:.2f}",
+            *(f"{row['parts'][part]:.2f}" for part in ("experts", "aggregators", "exchange")),
+            f"{row['parts']['megabytes']:.0f}",
+        ]
+        for row in results
+    ]
+    head = ["widths", "experts", "processes", "seconds by one", "by all", "faster", "by the model"]
+    head += ["of it experts", "aggregators", "exchange", "sent, MB"]
     return as_table(head, rows)
 
 

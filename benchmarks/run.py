@@ -25,6 +25,7 @@ PARTS = {
     "picture": ["benchmarks.picture"],
     "startup": ["benchmarks.startup"],
     "streaming": ["benchmarks.streaming"],
+    "scaling": ["benchmarks.scaling"],
     "training": ["benchmarks.training", "--json"],
 }
 #: what `--check` measures again; few cells, so that it is done in minutes

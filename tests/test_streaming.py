@@ -111,6 +111,25 @@ def test_the_file_has_no_name(tmp_path: Path) -> None:
     assert os.fstat(stream._file.fileno()).st_size >= 8 * 8 * 4
 
 
+def test_layers_can_be_handed_over_one_expert_after_another() -> None:
+    ensemble, arguments = ensemble_of("unet"), arguments_of("unet")
+    expected, stream = draw(ensemble, arguments), LayerStream()
+    for expert in ensemble.experts:
+        stream.add(ensemble.family.layers(expert))
+    ensemble.use_stream(stream, "cpu")
+    assert all(torch.equal(a, b) for a, b in zip(draw(ensemble, arguments), expected, strict=True))
+
+
+def test_what_is_in_a_file_is_not_moved_or_cast() -> None:
+    ensemble = ensemble_of("unet")
+    ensemble.stream_experts()
+    for move in (ensemble.half, lambda: ensemble.to("cpu")):
+        with pytest.raises(AfaError, match="in memory to be moved or cast; their layers are in a"):
+            move()
+    ensemble.stop_offloading()
+    ensemble.to(torch.bfloat16)
+
+
 def test_a_full_disk_is_told_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Usage:
         free = 100

@@ -315,7 +315,12 @@ class EnsembleDenoiser(Delegation, Placement, ModelMixin, ConfigMixin):
         return self.experts[0].dtype
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Move or cast the experts; move the aggregators, which keep their data type."""
+        """Move or cast the experts; move the aggregators, which keep their data type.
+
+        Raises:
+            AfaError: the experts' layers are in a file.
+        """
+        self.require_layers("moved or cast")
         device = torch._C._nn._parse_to(*args, **kwargs)[0]
         self.experts.to(*args, **kwargs)
         if device is not None:

@@ -72,6 +72,18 @@ class Placement:
                 f"Experts must all be in one place to be {done}; these are {where}. Load them anew."
             )
 
+    def require_layers(self, done: str) -> None:
+        """Refuse to do what needs the experts' layers in memory.
+
+        Raises:
+            AfaError: they are in a file.
+        """
+        if isinstance(self.execution.source, LayerStream):
+            raise AfaError(
+                f"Experts must be in memory to be {done}; their layers are in a file, and run on "
+                f"{self.execution.device}. Call stop_offloading() first."
+            )
+
     def offload_experts(self, device: torch.device | str) -> None:
         """Keep the experts' blocks on the CPU and bring one layer at a time to a device.
 
