@@ -141,6 +141,14 @@ def test_the_same_is_drawn_wherever_experts_are(folders: list[Path]) -> None:
         assert torch.equal(draw(pipeline), expected)
 
 
+def test_what_cannot_be_planned_or_placed(folders: list[Path]) -> None:
+    with pytest.raises(AfaError, match="one of memory, offload, stream, came 'disk'"):
+        load_pipeline(folders, place="disk")  # type: ignore[arg-type]
+    (folders[0] / "vae" / "config.json").unlink()
+    with pytest.raises(AfaError, match=r"it has no vae/config\.json"):
+        load_pipeline(folders, vae=folders[1], memory_budget="8GB")
+
+
 def test_a_budget_decides_and_says_so_first(folders: list[Path], monkeypatch: Any) -> None:
     seen: list[Any] = []
     pipeline = load_pipeline(folders, memory_budget="100GB", on_plan=seen.append)

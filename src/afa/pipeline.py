@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
@@ -122,6 +122,8 @@ def load_pipeline(
         place = plan.place
         if on_plan is not None:
             on_plan(plan)
+    if place not in get_args(Place):
+        raise AfaError(f"place must be one of {', '.join(get_args(Place))}, came '{place}'.")
     if quantize is not None:
         require_quantizer(quantize, place)
     stream = LayerStream(device, ahead=AHEAD) if place == "stream" else None

@@ -17,6 +17,7 @@ from afa.aggregators import Condition, SABWConfig
 from afa.aggregators.build import build_sabw
 from afa.components import library_class
 from afa.denoisers import Feature, discover_sites, run_lockstep
+from afa.errors import AfaError
 from afa.files import parts_of, read_json
 from afa.kinds import Kind, kind_of
 from afa.memory.live import peak_of
@@ -93,8 +94,13 @@ def needs_of(
         weight_bits: of linear layers' weights in the experts, where they are quantised.
 
     Raises:
-        AfaError: a model of no known kind.
+        AfaError: a model of no known kind, or no configuration of an autoencoder.
     """
+    if not (config / "vae" / "config.json").is_file():
+        raise AfaError(
+            f"To plan memory, '{config}' must describe an autoencoder; it has no vae/config.json. "
+            "Copy it from the model that lends the autoencoder, or leave the budget out."
+        )
     index = read_json(config / "model_index.json")
     kind = kind_of(str(index.get("_class_name")), config)
     family = kind.denoiser_family
