@@ -28,7 +28,7 @@ def accelerate(
     plan: PruningPlan | str | Path | None = None,
     compile: Literal["regional"] | None = None,
 ) -> DiffusionPipeline:
-    """Leave out a part of what a pipeline computes.
+    """Make a pipeline faster: leave out a part of what it computes, compile it, or both.
 
         pipeline = afa.accelerate(afa.load_ensemble("zoo:ensemble"), "fast")
 
