@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+# a process a core, of one thread each: torch's threads would wait for each other
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 WORK ?= runs/results
 OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
@@ -35,10 +37,10 @@ bench-check: install ## are steps as fast, by the experts' own, as is committed?
 	$(BIN)/python -m benchmarks.run --check
 
 test: install ## the quick tests
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 test-all: install ## all tests but those that need a GPU
-	$(BIN)/python -m pytest -q -m "not gpu"
+	$(PYTEST) -m "not gpu"
 
 format: install ## rewrite the code in the house format
 	$(BIN)/ruff format .
