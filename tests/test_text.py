@@ -11,7 +11,7 @@ from diffusers import ControlNetModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from afa.errors import AfaError
-from afa.text import EnsembleTextEncoder, attach_controlnet, hash_weights
+from afa.text import EnsembleTextEncoder, attach_controlnet, hash_weights, share_equal
 from tests.tiny import TEXT_WIDTH, tiny_pipeline
 
 IDS = torch.tensor([[1, 5, 6, 2], [1, 7, 2, 2]])
@@ -91,6 +91,17 @@ def test_the_hash_sees_every_weight_and_its_type() -> None:
         second.final_layer_norm.bias[-1] += 1e-6
     assert hash_weights(first) != hash_weights(second)
     assert hash_weights(first) != hash_weights(encoder(0).bfloat16())
+
+
+def test_equal_encoders_are_one_object() -> None:
+    first, other, same = encoder(0), encoder(1), encoder(0)
+    shared = share_equal([first, other, same, other])
+    assert [id(e) for e in shared] == [id(e) for e in (first, other, first, other)]
+    with torch.no_grad():
+        same.final_layer_norm.bias[-1] += 1e-6
+    assert share_equal([first, same])[1] is same
+    half = encoder(0).bfloat16()
+    assert share_equal([first, half])[1] is half
 
 
 def test_skipping_layers_in_a_stock_pipeline(tmp_path: Path) -> None:

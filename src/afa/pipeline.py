@@ -24,7 +24,7 @@ from afa.quantization import Weights, quantize_linear, require_quantizer
 from afa.single_file import Companions
 from afa.sources import locate, require_hash
 from afa.streaming import LayerStream
-from afa.text import EnsembleTextEncoder, hash_weights
+from afa.text import EnsembleTextEncoder, first_equal, share_equal
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -200,7 +200,7 @@ def _load_all(
     """
     keys = [(str(base_of(asked)), rev) for asked, rev in zip(experts, revisions, strict=True)]
     bases: dict[tuple[str, str | None], Expert] = {}
-    encoders: dict[str, Any] = {}
+    encoders: list[Any] = []
     loaded: list[Expert] = []
     for asked, key, sha256 in zip(experts, keys, hashes, strict=True):
         if key not in bases:
@@ -222,8 +222,9 @@ def _load_all(
             del bases[key]
         settle(expert)
         own = expert.text_encoders.items()
-        same = {name: encoders.setdefault(hash_weights(part), part) for name, part in own}
-        loaded.append(replace(expert, text_encoders=same))
+        shared = {name: first_equal(encoder, encoders) for name, encoder in own}
+        encoders += shared.values()
+        loaded.append(replace(expert, text_encoders=shared))
     return loaded
 
 
@@ -235,9 +236,10 @@ def assemble(
     """A stock pipeline around an ensemble of loaded experts; the first one's scheduler is used."""
     first = experts[0]
     encoders = {
-        name: [expert.text_encoders[name] for expert in experts] for name in first.text_encoders
+        name: share_equal([expert.text_encoders[name] for expert in experts])
+        for name in first.text_encoders
     }
-    joined = any(len(set(map(hash_weights, each))) > 1 for each in encoders.values())
+    joined = any(len(set(each)) > 1 for each in encoders.values())
     tokenizer = first.tokenizers.get("tokenizer")
     widths = first.kind.widths(first.text_encoders, getattr(tokenizer, "model_max_length", 0))
     denoiser = EnsembleDenoiser([expert.denoiser for expert in experts], aggregators, widths=widths)

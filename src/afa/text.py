@@ -15,14 +15,14 @@ from afa.denoisers.family import Widths, split_joined
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 
 class EnsembleTextEncoder(PreTrainedModel):
     """N text encoders of one tokenizer; their embeddings travel concatenated on the last axis.
 
-    Encoders with identical weights are found by hash and run once. Where all are identical, the
-    output is a single embedding [B, L, D], which `EnsembleDenoiser` takes for all experts.
+    Encoders with identical weights are run once. Where all are identical, the output is a single
+    embedding [B, L, D], which `EnsembleDenoiser` takes for all experts.
 
     Args:
         encoders: one per expert, of one class and width.
@@ -51,12 +51,11 @@ class EnsembleTextEncoder(PreTrainedModel):
                 f"{', '.join(f'{name} {width} x {depth}' for name, width, depth in shapes)}. "
                 "Ensemble checkpoints of one family."
             )
-        known = {encoder: hash_weights(encoder) for encoder in dict.fromkeys(encoders)}
-        hashes = [known[encoder] for encoder in encoders]
-        distinct = list(dict.fromkeys(hashes))
+        shared = share_equal(encoders)
+        distinct = list(dict.fromkeys(shared))
         #: which of the distinct encoders each expert uses
-        self.encoder_of: list[int] = [distinct.index(h) for h in hashes]
-        self.encoders: Any = nn.ModuleList(encoders[hashes.index(h)] for h in distinct)
+        self.encoder_of: list[int] = [distinct.index(encoder) for encoder in shared]
+        self.encoders: Any = nn.ModuleList(distinct)
         self.encoders.requires_grad_(False)
         self.is_joined = join or len(distinct) > 1
         if _last_norm(encoders[0]) is not None:
@@ -176,6 +175,30 @@ def _last_norm(encoder: Any) -> Any:
     # transformers 5 has the norm on the model itself, the variant with projection one deeper
     inner = getattr(encoder, "text_model", encoder)
     return inner._modules.get("final_layer_norm")
+
+
+def first_equal(module: Any, known: Iterable[Any]) -> Any:
+    """The first of the known modules that has the same weights; the module itself if none has."""
+    return next((other for other in known if _are_equal(module, other)), module)
+
+
+def share_equal(modules: Sequence[Any]) -> list[Any]:
+    """The modules in their order, with the first in the place of all that have its weights."""
+    shared: list[Any] = []
+    for module in modules:
+        shared.append(first_equal(module, shared))
+    return shared
+
+
+def _are_equal(first: nn.Module, second: nn.Module) -> bool:
+    """Whether all weights have equal names, types and values; most that differ do at the first."""
+    if first is second:
+        return True
+    ours, theirs = first.state_dict(), second.state_dict()
+    return ours.keys() == theirs.keys() and all(
+        tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name].to(tensor.device))
+        for name, tensor in ours.items()
+    )
 
 
 def hash_weights(module: nn.Module) -> str:
