@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from benchmarks import page
 
 import afa
 from afa.baselines.merging.recipe import load_merge_recipe
@@ -93,3 +94,19 @@ def test_a_new_fusion_rule_is_one_class() -> None:
     ensemble = eval(call, scope)
     with torch.no_grad():
         assert ensemble(**inputs()).sample.shape == (2, 4, 8, 8)
+
+
+def test_the_benchmark_page_is_made_of_its_figures() -> None:
+    assert (page.DOCS / "benchmarks.md").read_text() == page.as_page(page.committed())
+
+
+def test_the_benchmark_page_says_which_rival_is_as_good() -> None:
+    kept = page.committed()
+    assert "none of the others comes as near" in page.as_page(kept)
+    (pair,) = (
+        pair
+        for pair in kept["study"]["results"]["paired"]
+        if (pair["against"], pair["score"]) == ("base: fast", "both")
+    )
+    pair["difference"] = {"mean": 0.01, "low": -0.02, "high": 0.04}
+    assert "of the others it is *base: fast*" in page.as_page(kept)
