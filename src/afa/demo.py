@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from diffusers import StableDiffusionPipeline
 from matplotlib.figure import Figure
 
+from afa.acceleration.apply import accelerate
 from afa.baselines import feature_mean, noise_mean, shell, weighted_merge
 from afa.checkpoint import save_ensemble
 from afa.ensemble import EnsembleDenoiser
@@ -36,6 +37,10 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Mapping, Sequence
 
     from PIL import Image
+
+
+#: the trained ensemble at the speeds that are shown; all other rows are its rivals
+OURS = {"AFA": "exact", "AFA, fast": "fast"}
 
 
 @dataclass(frozen=True)
@@ -154,7 +159,7 @@ def _compare(
     classifier = load_classifier()
     best: tuple[float, int] = (-1.0, 0)
     # the control comes last, when it is known which expert is the best
-    names = [*EXPERTS, "base", "weight merge", "noise mean", "feature mean", "AFA", "shell"]
+    names = [*EXPERTS, "base", "weight merge", "noise mean", "feature mean", *OURS, "shell"]
     for done, name in enumerate(names):
         title = f"{EXPERTS[best[1]]} in the ensemble's shell" if name == "shell" else name
         yield Progress("compare", done, len(names), title)
@@ -174,24 +179,26 @@ def _compare(
 
 def _method(name: str, pipeline: StableDiffusionPipeline, best: int) -> StableDiffusionPipeline:
     """A stock pipeline that combines the experts of `pipeline` in one way."""
-    if name == "AFA":
-        return pipeline
+    experts = list(pipeline.unet.experts)
+    if name in OURS:
+        again = EnsembleDenoiser(experts, list(pipeline.unet.aggregators))
+        return accelerate(_with_parts(pipeline, {"unet": again}), OURS[name])
     if name in (*EXPERTS, "base"):
         return _stock(name)
     if name == "weight merge":
-        experts = [_stock(expert) for expert in EXPERTS]
+        models = [_stock(expert) for expert in EXPERTS]
         merged = {
-            "unet": weighted_merge([expert.unet for expert in experts]),
-            "text_encoder": weighted_merge([expert.text_encoder for expert in experts]),
+            "unet": weighted_merge([model.unet for model in models]),
+            "text_encoder": weighted_merge([model.text_encoder for model in models]),
         }
-        return _with_parts(experts[0], merged)
+        return _with_parts(models[0], merged)
     sites = pipeline.unet.sites
     rules = {
         "noise mean": noise_mean(sites),
         "feature mean": feature_mean(sites),
         "shell": shell(sites, best),
     }[name]
-    return _with_parts(pipeline, {"unet": EnsembleDenoiser(list(pipeline.unet.experts), rules)})
+    return _with_parts(pipeline, {"unet": EnsembleDenoiser(experts, rules)})
 
 
 def _stock(name: str) -> StableDiffusionPipeline:
@@ -211,9 +218,9 @@ def _with_parts(
 
 
 def rivals_reached(rows: Sequence[Row], method: str = "AFA") -> list[str]:
-    """The methods whose `both` interval is not wholly below the method's own."""
+    """The rivals whose `both` interval is not wholly below the method's own."""
     low = next(row.score.both.low for row in rows if row.method == method)
-    return [row.method for row in rows if row.method != method and row.score.both.high >= low]
+    return [row.method for row in rows if row.method not in OURS and row.score.both.high >= low]
 
 
 def verdict(rows: Sequence[Row]) -> str:
@@ -278,7 +285,7 @@ def draw_comparison(rows: Sequence[Row], prompts: Sequence[str], path: Path) -> 
             axis.set_xticks([])
             axis.set_yticks([])
         label = f"{textwrap.fill(row.method, 18)}\n{row.score.both.mean:.0%} right"
-        weight = "bold" if row.method == "AFA" else "normal"
+        weight = "bold" if row.method in OURS else "normal"
         line[0].set_ylabel(
             label,
             rotation=0,

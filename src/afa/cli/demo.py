@@ -53,12 +53,14 @@ def demo(
 
 
 def _table(rows: Sequence[Row]) -> Table:
+    from afa.demo import OURS
+
     table = Table(title="Mixed prompts: the right object on the right side")
     for column in ("method", "both", "objects", "seconds per image"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for row in sorted(rows, key=lambda row: row.score.both.mean):
         score = row.score
-        style = "bold" if row.method == "AFA" else None
+        style = "bold" if row.method in OURS else None
         seconds = f"{score.seconds_per_image:.2f}"
         table.add_row(row.method, str(score.both), str(score.objects), seconds, style=style)
     return table

@@ -168,7 +168,8 @@ def page(results: dict[str, Any]) -> str:
             "Brackets are 95 % intervals: of a share Wilson's over the prompts, widened where "
             "seeds of training differ; of a difference the paired bootstrap over prompts and "
             f"seeds. *{SUBJECT} minus this* is of `both`; wins and losses count prompts. `calls` "
-            "are runs of one expert's denoiser for one picture.",
+            "are runs of one expert's denoiser for one picture, in whole or, where a row is *fast* "
+            "([speed.md](speed.md)), in part.",
             "",
             *_table(list(rows.values())),
             "",
@@ -196,6 +197,9 @@ def page(results: dict[str, Any]) -> str:
             "![Share of right pictures against seconds.](images/results-curve.png)",
             "",
             "## Ablations, and other numbers of experts",
+            "",
+            "*The paper's size*: `hidden_ratio: null, min_scale: 1`, the same many channels at "
+            "every site and weights at every pixel.",
             "",
             *_table([rows[SUBJECT], *(rows[name] for name in _variants())]),
             "",

@@ -24,19 +24,27 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SUBJECT = "AFA"
-#: rows of SABW without one of the states, or with fewer aggregators (AFA, section 4.4)
+#: rows of SABW without one of the states, or with fewer aggregators (AFA, section 4.4), or larger
 ABLATIONS: dict[str, dict[str, Any]] = {
     "no spatial": {"spatial": False},
     "no timestep": {"timestep": False},
     "no prompt": {"prompt": False},
     "shared by width": {"sharing": "width"},
     "conv_out only": {"sites": "conv_out"},
+    "the paper's size": {"hidden_ratio": None, "min_scale": 1},
 }
 #: rows of other numbers of experts
 OTHER_EXPERTS = {
     "AFA, animals and food": ("animals", "food"),
     "AFA, things twice": ("animals", "food", "things", "things"),
 }
+#: rows that are drawn a second time, with a preset of `afa.Acceleration`
+SPED_UP = (SUBJECT, "add-difference merge", "tuned base (time)")
+
+
+def fast(row: str) -> str:
+    """The name of a row that is drawn a second time."""
+    return f"{row}, fast"
 
 
 @dataclass(frozen=True)
@@ -302,6 +310,12 @@ def comparison_recipe(
             for name in ABLATIONS
         ]
         methods += [{"name": name, "ensemble": str(trained[name])} for name in OTHER_EXPERTS]
+    quick = [
+        {**method, "name": fast(method["name"]), "acceleration": "fast"}
+        for method in methods
+        if method["name"] in SPED_UP
+    ]
+    methods += quick
     kinds = {"mixed": settings.num_mixed} | {name: settings.num_own for name in EXPERTS}
     return {
         "experts": list(zoo.experts.values()),
@@ -313,7 +327,7 @@ def comparison_recipe(
         "subject": SUBJECT,
         "curve": {
             "num_steps": list(settings.curve_steps),
-            "also": ["base", *tuned],
+            "also": ["base", *tuned, *(method["name"] for method in quick)],
             "limit": settings.num_curve,
         },
         "num_resamples": settings.num_resamples,
