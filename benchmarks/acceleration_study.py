@@ -35,9 +35,14 @@ SUBJECT, ONE = "AFA", "base"
 SETTINGS: dict[str, dict[str, Any]] = {
     "interval 2": {"interval": 2},
     "interval 2, weights kept": {"interval": 2, "keep_weights": True},
+    "interval 3, weights kept": {"interval": 3, "keep_weights": True},
     "interval 4, weights kept": {"interval": 4, "keep_weights": True},
+    "interval 4, first 2, weights kept": {"interval": 4, "first": 2, "keep_weights": True},
     "interval 5, first 2, weights kept": {"interval": 5, "first": 2, "keep_weights": True},
     "interval 10, first 2, weights kept": {"interval": 10, "first": 2, "keep_weights": True},
+    "drift 0.25, weights kept": {"interval": 50, "drift": 0.25, "keep_weights": True},
+    "drift 0.3, weights kept": {"interval": 50, "drift": 0.3, "keep_weights": True},
+    "drift 0.5, weights kept": {"interval": 50, "drift": 0.5, "keep_weights": True},
     "threshold 0.2, weights kept": {"interval": 20, "threshold": 0.2, "keep_weights": True},
     "threshold 0.3, weights kept": {"interval": 20, "threshold": 0.3, "keep_weights": True},
     "interval 3, fresh 2, weights kept": {"interval": 3, "fresh": 2, "keep_weights": True},
@@ -50,6 +55,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "keep_weights": True,
     },
 }
+#: what is drawn with other numbers of steps, too
+CURVE = ("interval 3, weights kept", "interval 4, first 2, weights kept")
+NUM_STEPS = (8, 12, 20, 50)
 RIVALS: dict[str, dict[str, Any]] = {
     ONE: {"model": SHIPPED.base},
     "expert: things": {"model": SHIPPED.experts["things"]},
@@ -85,6 +93,11 @@ def main() -> None:
         "sampling": sampling(settings.num_steps),
         "metrics": ["scenes"],
         "subject": SUBJECT,
+        "curve": {
+            "num_steps": list(NUM_STEPS),
+            "methods": [SUBJECT, *(f"{SUBJECT}: {name}" for name in ("balanced", "fast", *CURVE))],
+            "limit": arguments.num_prompts // 3,
+        },
         "num_resamples": 10_000,
     }
     evaluate_in_processes(work / "comparison", compared, num_processes)
@@ -95,7 +108,9 @@ def main() -> None:
         times = {name: spread.as_json() for name, spread in ratios.items()}
         draw_curve(report, ratios, page.DOCS / "images" / "benchmarks-speed.png")
         draw_pictures(work / "comparison", page.DOCS / "images" / "benchmarks-pictures.png")
-        page.record("study", {"table": text, "paired": report["paired"], "ratios": times})
+        curve = curve_table(report)
+        results = {"table": text, "curve": curve, "paired": report["paired"], "ratios": times}
+        page.record("study", results)
     print(text)  # noqa: T201
 
 
@@ -141,12 +156,27 @@ def table(report: dict[str, Any], ratios: dict[str, Spread]) -> str:
     return page.as_table(head, [[name, *own, str(ratios[name])] for name, own in cells.items()])
 
 
+def curve_table(report: dict[str, Any]) -> str:
+    """Right pictures, and the time by that of the exact ensemble, for every number of steps."""
+    points = {(row["method"], row["num_steps"]): row for row in report["curve"]}
+    names = dict.fromkeys(name for name, _ in points)
+    rows = []
+    for name in names:
+        cells = [name]
+        for num_steps in NUM_STEPS:
+            row, exact = points[name, num_steps], points[SUBJECT, num_steps]
+            share = row["measured"]["seconds_per_image"] / exact["measured"]["seconds_per_image"]
+            cells.append(f"{row['scores']['both']['mean']:.3f}, {share:.2f}")
+        rows.append(cells)
+    return page.as_table(["drawn with", *(f"{n} steps" for n in NUM_STEPS)], rows)
+
+
 _SHOWN = (
     SUBJECT,
     f"{SUBJECT}: balanced",
     f"{SUBJECT}: fast",
-    f"{SUBJECT}: interval 5, first 2, weights kept",
-    f"{SUBJECT}: interval 10, first 2, weights kept",
+    f"{SUBJECT}: drift 0.3, weights kept",
+    f"{SUBJECT}: drift 0.5, weights kept",
     f"{ONE}: fast",
 )
 

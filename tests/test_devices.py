@@ -11,7 +11,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
 import afa
-from afa.acceleration.settings import acceleration_of
 from afa.errors import AfaError
 from tests.acceleration.test_loop import STEPS, arguments_of, at, ensemble_of
 from tests.acceleration.test_plan import plan_of
@@ -52,13 +51,12 @@ def on(device: str, arguments: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.usefixtures("devices")
 @pytest.mark.parametrize(
-    ("family", "speed"),
-    [("unet", "balanced"), ("sdxl", "exact"), ("sd3", "balanced"), ("pixart", "exact")],
+    ("family", "interval"), [("unet", 3), ("sdxl", 1), ("sd3", 3), ("pixart", 1)]
 )
-def test_an_operation_never_sees_two_devices(family: str, speed: str) -> None:
+def test_an_operation_never_sees_two_devices(family: str, interval: int) -> None:
     ensemble, arguments = ensemble_of(family, 3), arguments_of(family, 3)
     ensemble.place_experts(["cpu:0", "cpu:1", "cpu:1"])
-    ensemble.acceleration = acceleration_of(speed)
+    ensemble.acceleration = afa.Acceleration(interval=interval, keep_weights=True)
     assert {p.device.index for p in ensemble.experts[2].parameters()} == {1}
     assert ensemble.device == torch.device("cpu:0")
     arguments = on("cpu:0", arguments)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import math
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 import afa
 from afa.acceleration.loop import Loop, Loops, Shortcut
+from afa.acceleration.settings import acceleration_of
 from afa.aggregators import Condition, Fused, FusionRule, Separate
 from afa.denoisers import Site, discover_sites
 from tests import test_ensemble, test_transformer_ensemble
@@ -213,9 +216,10 @@ def test_a_threshold_decides_by_the_change_at_the_first_sites(threshold: float, 
     assert sum(torch.equal(a, b) for a, b in zip(came, exact, strict=True)) == whole
 
 
-def test_the_change_is_measured_since_the_last_whole_step() -> None:
+@pytest.mark.parametrize("measure", ["threshold", "drift"])
+def test_the_change_is_measured_since_the_last_whole_step(measure: str) -> None:
     ensemble, arguments = ensemble_of("unet"), arguments_of("unet")
-    ensemble.acceleration = afa.Acceleration(interval=100, threshold=0.15)
+    ensemble.acceleration = acceleration_of({"interval": 100, measure: 0.15})
     whole: list[int] = []
     ensemble.aggregators[4].register_forward_hook(lambda *_: whole.append(now))
     latent = torch.randn_like(arguments["sample"])
@@ -364,10 +368,10 @@ def test_sites_without_fusion_are_taken_over_for_each_expert() -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
-def shortcut_of(loop: Loop, **settings: Any) -> Shortcut:
+def shortcut_of(loop: Loop, settings: afa.Acceleration, latent: Tensor) -> Shortcut:
     names = ("conv_in", "down.0.0", "mid", "up.0.0", "conv_out")
     sites = [Site(name, 1, 1, 1) for name in names]
-    return Shortcut(afa.Acceleration(**settings), sites, False, loop)
+    return Shortcut(settings, sites, False, loop, latent)
 
 
 def test_a_line_through_two_steps_goes_on() -> None:
@@ -379,7 +383,7 @@ def test_a_line_through_two_steps_goes_on() -> None:
     loop = Loop(900, 900)
     for number, step in enumerate((900, 750, 600, 450)):
         loop.timestep, loop.num_calls = step, number + 1
-        shortcut = shortcut_of(loop, interval=2, order=1)
+        shortcut = shortcut_of(loop, afa.Acceleration(interval=2, order=1), torch.zeros(1))
         if number % 2:
             assert shortcut.skipped == {"down.0.0", "mid", "up.0.0"}
         if number == 1:  # one step has no direction
@@ -412,3 +416,40 @@ def test_a_transformer_with_skipped_layers_takes_nothing_over() -> None:
     exact = draw(ensemble, arguments)
     ensemble.acceleration = afa.Acceleration(interval=4)
     assert all(torch.equal(a, b) for a, b in zip(draw(ensemble, arguments), exact, strict=True))
+
+
+def whole_calls(settings: afa.Acceleration, latents: Iterable[Tensor]) -> list[int]:
+    """Which of these latents are computed as a whole."""
+    loop, found = Loop(1000, 1000), []
+    for number, latent in enumerate(latents):
+        loop.num_calls, loop.timestep = number + 1, 1000 - number
+        shortcut = shortcut_of(loop, settings, latent)
+        if not shortcut.skipped:
+            found.append(number)
+        shortcut.end(latent)
+    return found
+
+
+@pytest.mark.parametrize("num_steps", [10, 20, 80])
+def test_as_many_steps_are_whole_however_many_there_are(num_steps: int) -> None:
+    image, noise = torch.randn(2, 2, 4, 8, 8)
+    angles = torch.linspace(math.pi / 2, 0, num_steps + 1)[:-1].tolist()
+    latents = [math.cos(a) * image + math.sin(a) * noise for a in angles]
+    settings = afa.Acceleration(interval=1000, drift=0.3)
+    whole = whole_calls(settings, latents)
+    assert 5 <= len(whole) <= 7  # half a turn's half by 0.3 each
+    assert len(whole_calls(afa.Acceleration(interval=3), latents)) == math.ceil(num_steps / 3)
+    assert whole_calls(afa.Acceleration(interval=2, drift=9.0), latents) == [
+        *range(0, num_steps, 2)
+    ]
+    large = [latent.half().repeat(1, 1, 32, 32) for latent in latents]  # sums beyond float16
+    assert whole_calls(settings, large) == whole
+    # a mask and a masked picture beside the latent, as inpainting models have, change nothing
+    beside = torch.randn(2, 5, 8, 8)
+    assert whole_calls(settings, [torch.cat([latent, beside], 1) for latent in latents]) == whole
+
+
+def test_a_latent_that_is_changed_in_place_has_changed() -> None:
+    latent = torch.randn(1, 4, 8, 8)
+    growing = (latent.mul_(2) for _ in range(4))
+    assert whole_calls(afa.Acceleration(interval=9, drift=0.5), growing) == [0, 1, 2, 3]

@@ -47,7 +47,7 @@ def predict(
         loop.kept = [kept.half(last) for kept in loop.kept]
     if loop.is_halved:
         arguments = halved_arguments(arguments, family.prompt, len(latent), last)
-    shortcut = Shortcut(settings, sites, family.is_residual, loop)
+    shortcut = Shortcut(settings, sites, family.is_residual, loop, latent)
     prediction = compute(arguments, shortcut)
     shortcut.end(prediction)
     if loop.is_halved:

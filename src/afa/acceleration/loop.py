@@ -26,12 +26,14 @@ Features = list[Tensor]
 
 @dataclass
 class Kept:
-    """What a step that was computed as a whole has left: its timestep, and by site what came out.
+    """What a step that was computed as a whole has left.
 
-    Of sites whose features nobody will ask for there is only the shape.
+    Its timestep and latent, and by site what came out; of sites whose features nobody will ask for
+    there is only the shape.
     """
 
     timestep: float
+    latent: Tensor
     features: dict[str, Features] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
     prediction: Features = field(default_factory=list)
@@ -44,6 +46,7 @@ class Kept:
 
         return Kept(
             self.timestep,
+            self.latent,
             {site: halves(features) for site, features in self.features.items()},
             {site: conditional_half(w, conditional_last) for site, w in self.weights.items()},
             halves(self.prediction),
@@ -109,25 +112,42 @@ class Shortcut:
         sites: of the experts.
         is_residual: whether blocks add to their input, so that what they added is taken over.
         loop: to which the call belongs; it is changed.
+        latent: what the denoiser is given, both halves of guidance.
     """
 
     def __init__(
-        self, settings: Acceleration, sites: Sequence[Site], is_residual: bool, loop: Loop
+        self,
+        settings: Acceleration,
+        sites: Sequence[Site],
+        is_residual: bool,
+        loop: Loop,
+        latent: Tensor,
     ) -> None:
         self._settings, self._is_residual, self._loop = settings, is_residual, loop
         self._middle, self._entries, self._exits = _parts(settings, sites)
         self._streams = {site.name: site.stream for site in sites}
-        self._new = Kept(loop.timestep)
+        self._new = Kept(loop.timestep, latent.clone())  # who calls may change it in place
         #: sites whose features nobody computes in this call
         self.skipped: set[str] = set()
-        is_due = loop.num_calls <= settings.first or loop.since_whole + 1 >= settings.interval
-        may_skip = bool(self._middle and loop.kept) and not is_due
+        may_skip = bool(self._middle and loop.kept) and not self._is_due(latent)
         # the site whose change decides
         self._gate = self._entries.get("image") if may_skip and settings.threshold else None
         if not may_skip:
             loop.since_whole = 0
         elif self._gate is None:
             self._skip()
+
+    def _is_due(self, latent: Tensor) -> bool:
+        """Whether all has to be computed, by what is known before anything is."""
+        settings, loop = self._settings, self._loop
+        if loop.num_calls <= settings.first or loop.since_whole + 1 >= settings.interval:
+            return True
+        if settings.drift is None:
+            return False
+        now, then = latent.float(), loop.kept[-1].latent.float()
+        # whatever an inpainting model is given besides stays the same
+        size = then[now != then].abs().sum()
+        return bool((now - then).abs().sum() > settings.drift * size)
 
     def _skip(self) -> None:
         self.skipped.update(self._middle)

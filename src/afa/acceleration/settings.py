@@ -25,9 +25,12 @@ class Acceleration:
             itself. In transformers what is taken over is what the blocks between have added.
         order: 0 takes features over as they were; 1 goes on along the line through the last two
             (Liu et al., "TaylorSeers", 2025, arXiv 2503.06923).
-        threshold: all is computed as soon as the feature at the last of the first `fresh` sites has
-            changed by more than this share since it last was (relative L1 distance; "first block
-            cache", ParaAttention); `interval` is then the most steps between.
+        drift: all is computed as soon as the latent that the denoiser is given has changed by more
+            than this share since it last was (relative L1 distance, over what changes at all);
+            `interval` is then the most steps between. Unlike an interval, it means the same however
+            many steps there are.
+        threshold: likewise, by the feature at the last of the first `fresh` sites ("first block
+            cache", ParaAttention).
         keep_weights: whether, where features are taken over, the fresh sites are fused with the
             weights that they had when all was computed, so that aggregators do not run.
         first: so many steps at the beginning are computed as a whole in any case.
@@ -41,6 +44,7 @@ class Acceleration:
     interval: int = 1
     fresh: int = 1
     order: int = 0
+    drift: float | None = None
     threshold: float | None = None
     keep_weights: bool = False
     first: int = 1
@@ -61,17 +65,25 @@ class Acceleration:
                     f"acceleration.{name} must be from {low} to {high}, came {value}. "
                     f"Leave it out for {getattr(Acceleration, name)}."
                 )
-        if self.threshold is not None:
-            if not self.threshold > 0:
+        for name in ("drift", "threshold"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if not value > 0:
                 raise AfaError(
-                    f"acceleration.threshold must be above 0, came {self.threshold}. Leave it out "
-                    "to go by the interval alone."
+                    f"acceleration.{name} must be above 0, came {value}. Leave it out to go by the "
+                    "interval alone."
                 )
-            if self.fresh == 0 or self.interval == 1:
+            if self.interval == 1:
                 raise AfaError(
-                    "acceleration.threshold needs a site that is computed at every step and an "
-                    f"interval above 1, came fresh = {self.fresh}, interval = {self.interval}."
+                    f"acceleration.{name} needs an interval above 1, the most steps between those "
+                    "where all is computed, came interval = 1."
                 )
+        if self.threshold is not None and self.fresh == 0:
+            raise AfaError(
+                "acceleration.threshold needs a site that is computed at every step, came "
+                "fresh = 0. Use drift instead."
+            )
 
     @property
     def is_exact(self) -> bool:
@@ -89,8 +101,8 @@ EXACT = Acceleration()
 #: by what `afa generate --speed` calls them; docs/benchmarks.md has what each costs
 PRESETS = {
     "exact": EXACT,
-    "balanced": Acceleration(interval=3, keep_weights=True),
-    "fast": Acceleration(interval=4, first=2, keep_weights=True),
+    "balanced": Acceleration(interval=50, drift=0.15, keep_weights=True),
+    "fast": Acceleration(interval=50, drift=0.2, keep_weights=True),
 }
 
 
