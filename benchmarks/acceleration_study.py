@@ -127,8 +127,8 @@ def methods(ensembles: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def time_all(compared: dict[str, Any], num_rounds: int = 5) -> dict[str, Spread]:
-    """Seconds of a batch of pictures by one model's; all take turns, on one thread."""
+def time_all(compared: dict[str, Any], num_rounds: int = 5, batch: int = 8) -> dict[str, Spread]:
+    """Seconds of a batch of pictures by one model's, with which each takes turns; one thread."""
     import torch
 
     from afa.evaluation.methods import MethodBuilder
@@ -138,15 +138,18 @@ def time_all(compared: dict[str, Any], num_rounds: int = 5) -> dict[str, Spread]
     torch.set_num_threads(1)
     recipe = EvaluateRecipe.model_validate(compared)
     builder, sampling = MethodBuilder(recipe), recipe.sampling
-    places = range(sampling.batch_size)
+    places = range(batch)
     prompts = [prompt.text for prompt in load_prompts(recipe.prompts)][: len(places)]
 
     def drawing(pipeline: Any) -> Callable[[], object]:
         return lambda: draw(pipeline, prompts, places, 0, sampling.num_steps, sampling)
 
-    functions = {method.name: drawing(builder.build(method)) for method in recipe.methods}
-    seconds = take_turns(functions, num_rounds)
-    return {name: ratio(seconds, name, ONE) for name in functions}
+    one = drawing(builder.build(next(m for m in recipe.methods if m.name == ONE)))
+    found = {}
+    for method in recipe.methods:
+        both = {"one": one, "it": drawing(builder.build(method))}
+        found[method.name] = ratio(take_turns(both, num_rounds), "it", "one")
+    return found
 
 
 def table(report: dict[str, Any], ratios: dict[str, Spread]) -> str:
