@@ -97,7 +97,7 @@ def test_generate_takes_a_speed_and_a_plan(
     }
     for name, options in speeds.items():
         output = tmp_path / name
-        assert run("generate", ensemble, "a fox", "--output", output, "--steps", 5, *options) == 0
+        assert run("generate", ensemble, "a fox", "--output", output, "--steps", 20, *options) == 0
         with Image.open(output / "00-a-fox-seed0.png") as picture:
             pictures[name] = picture.tobytes()
             settings = json.loads(picture.info["afa"])
