@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from benchmarks import page
 
 import afa
 from afa.baselines.merging.recipe import load_merge_recipe
@@ -17,6 +16,7 @@ from afa.cli import main
 from afa.denoisers import discover_sites
 from afa.evaluation import load_evaluate_recipe
 from afa.training.recipe import DatasetRecipe, load_recipe
+from benchmarks import page
 from tests.tiny import inputs, tiny_unet
 
 ROOT = Path(__file__).parents[1]

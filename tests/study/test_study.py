@@ -23,14 +23,15 @@ from afa.study.conclusions import conclusions, verdict
 from afa.study.jobs import Job, JobProgress, run_jobs
 from afa.study.page import difference, row_of
 from afa.study.plan import (
-    ABLATIONS,
     OTHER_EXPERTS,
+    VARIANTS,
     StudySettings,
     aggregator_recipes,
     block_presets,
     candidates,
     comparison_recipe,
     search_recipe,
+    training_name,
     transformers,
     tuning_recipe,
 )
@@ -55,7 +56,7 @@ ROWS = {
     *("tuned base (steps)", "tuned base (time)"),
     *(f"{kind}: {name}" for kind in ("shell", "expert") for name in ("animals", "food", "things")),
     *(f"ablation: {name}" for name in ("no spatial", "no timestep", "no prompt")),
-    *("ablation: shared by width", "ablation: conv_out only", "ablation: the paper's size"),
+    *("ablation: shared by width", "ablation: conv_out only", "AFA, the paper's size"),
     *("AFA, fast", "tuned base (time), fast", "add-difference merge, fast"),
 }
 
@@ -104,8 +105,8 @@ def test_every_training_has_the_same_settings_but_its_own_point() -> None:
     recipes = aggregator_recipes(StudySettings())
     full = recipes["afa-0"]
     assert {recipes[f"afa-{seed}"].training.seed for seed in range(3)} == {0, 1, 2}
-    for name, switches in ABLATIONS.items():
-        recipe = recipes[f"ablation {name}"]
+    for row, switches in VARIANTS.items():
+        recipe = recipes[training_name(row)]
         assert recipe.training == full.training
         assert recipe.data == full.data
         own, whole = recipe.aggregator.model_dump(), full.aggregator.model_dump()
@@ -150,7 +151,7 @@ def figures(means: dict[str, float], tuned: float) -> tuple[dict[str, Any], dict
     means = {"AFA": 0.9, "tuned base (steps)": tuned, "tuned base (time)": tuned, **means}
     names = [f"{kind}: {d}" for kind in ("expert", "shell") for d in ("animals", "food", "things")]
     means |= {name: means.get(name, 0.2) for name in names}
-    means |= {name: means.get(name, 0.5) for name in (f"ablation: {a}" for a in ABLATIONS)}
+    means |= {name: means.get(name, 0.5) for name in VARIANTS}
     means |= {name: means.get(name, 0.9) for name in OTHER_EXPERTS}
     groups = ("mixed", "animals", "food", "things")
 

@@ -126,7 +126,7 @@ class Shortcut:
         self._settings, self._is_residual, self._loop = settings, is_residual, loop
         self._middle, self._entries, self._exits = _parts(settings, sites)
         self._streams = {site.name: site.stream for site in sites}
-        self._new = Kept(loop.timestep, latent.clone())  # who calls may change it in place
+        self._new = Kept(loop.timestep, latent)
         #: sites whose features nobody computes in this call
         self.skipped: set[str] = set()
         may_skip = bool(self._middle and loop.kept) and not self._is_due(latent)
@@ -209,6 +209,7 @@ class Shortcut:
         """Keep what a whole call has left."""
         if self._middle and not self.skipped:
             self._new.prediction = [prediction]
+            self._new.latent = self._new.latent.clone()  # who calls may change it in place
             self._loop.kept = [*self._loop.kept[-1:], self._new]
 
     def _extrapolated(self, value: Callable[[Kept], Features]) -> Features:

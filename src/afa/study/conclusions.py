@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from afa.study.plan import ABLATIONS, OTHER_EXPERTS, SPED_UP, SUBJECT, fast
+from afa.study.plan import OTHER_EXPERTS, SPED_UP, SUBJECT, VARIANTS, fast
 from afa.zoo import EXPERTS
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ _TUNED = ("tuned base (steps)", "tuned base (time)")
 def conclusions(results: dict[str, Any]) -> list[str]:
     """What a reader may take away, in the order of interest."""
     rows = {row["method"]: row for row in results["rows"]}
-    variants = [*(f"ablation: {name}" for name in ABLATIONS), *OTHER_EXPERTS]
+    variants = [*VARIANTS, *OTHER_EXPERTS]
     no_rivals = {SUBJECT, *variants, *_TUNED, *map(fast, SPED_UP)}
     rivals = [name for name in rows if name not in no_rivals]
     return [
@@ -186,7 +186,7 @@ def _in_the_time_of(ours: dict[str, Any], curve: Sequence[dict[str, Any]]) -> st
 
 
 def _variants(rows: dict[str, Any], names: Iterable[str]) -> list[str]:
-    """Ablations and other numbers of experts against the whole method.
+    """Other aggregators and other numbers of experts against the whole method.
 
     One of a single seed is only told apart where it is outside of what the whole method's seeds
     got, since its own luck is not in the interval.

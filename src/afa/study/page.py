@@ -11,7 +11,7 @@ from afa.evaluation.report import curve_table
 from afa.files import read_json, write_atomic
 from afa.provenance import made_from
 from afa.study.conclusions import conclusions
-from afa.study.plan import ABLATIONS, OTHER_EXPERTS, SUBJECT, candidates
+from afa.study.plan import OTHER_EXPERTS, SUBJECT, VARIANTS, candidates, training_name
 from afa.zoo import EXPERTS
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ def page(results: dict[str, Any]) -> str:
             "",
             "![Share of right pictures against seconds.](images/results-curve.png)",
             "",
-            "## Ablations, and other numbers of experts",
+            "## Ablations, other sizes, other numbers of experts",
             "",
             "*The paper's size*: `hidden_ratio: null, min_scale: 1`, the same many channels at "
             "every site and weights at every pixel.",
@@ -299,7 +299,7 @@ def _tried(name: str) -> str:
 
 
 def _variants() -> list[str]:
-    return [*(f"ablation: {name}" for name in ABLATIONS), *OTHER_EXPERTS]
+    return [*VARIANTS, *OTHER_EXPERTS]
 
 
 def _interval(score: dict[str, float]) -> str:
@@ -353,7 +353,7 @@ def _domain_table(results: dict[str, Any]) -> list[str]:
 def _cost_table(rows: dict[str, dict[str, Any]], costs: dict[str, dict[str, float]]) -> list[str]:
     lines = ["| row | steps | minutes | mixed prompts, both |", "|---|---|---|---|"]
     names = {f"{SUBJECT.lower()}-0": SUBJECT}
-    names |= {f"ablation {name}": f"ablation: {name}" for name in ABLATIONS}
+    names |= {training_name(row): row for row in VARIANTS}
     for key, cost in costs.items():
         name = names.get(key, key)
         if name not in rows:  # further seeds of the same row

@@ -24,14 +24,15 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SUBJECT = "AFA"
-#: rows of SABW without one of the states, or with fewer aggregators (AFA, section 4.4), or larger
-ABLATIONS: dict[str, dict[str, Any]] = {
-    "no spatial": {"spatial": False},
-    "no timestep": {"timestep": False},
-    "no prompt": {"prompt": False},
-    "shared by width": {"sharing": "width"},
-    "conv_out only": {"sites": "conv_out"},
-    "the paper's size": {"hidden_ratio": None, "min_scale": 1},
+#: rows of other aggregators: without one of the states or with fewer of them (AFA, section 4.4),
+#: and as large as the paper's
+VARIANTS: dict[str, dict[str, Any]] = {
+    "ablation: no spatial": {"spatial": False},
+    "ablation: no timestep": {"timestep": False},
+    "ablation: no prompt": {"prompt": False},
+    "ablation: shared by width": {"sharing": "width"},
+    "ablation: conv_out only": {"sites": "conv_out"},
+    "AFA, the paper's size": {"hidden_ratio": None, "min_scale": 1},
 }
 #: rows of other numbers of experts
 OTHER_EXPERTS = {
@@ -47,6 +48,11 @@ def fast(row: str) -> str:
     return f"{row}, fast"
 
 
+def training_name(row: str) -> str:
+    """The name, and the folder, of the training of a row of `VARIANTS`."""
+    return row.replace(":", "")
+
+
 @dataclass(frozen=True)
 class Zoo:
     """Whose experts are compared.
@@ -54,7 +60,7 @@ class Zoo:
     Attributes:
         experts: sources by domain.
         base: what they were fine-tuned from.
-        is_main: whether it is the shipped one, of U-Nets, with ablations and merges by block.
+        is_main: whether it is the shipped one, of U-Nets, with variants and merges by block.
     """
 
     experts: Mapping[str, str]
@@ -121,7 +127,7 @@ def scenes(seed: int) -> ScenesRecipe:
     return ScenesRecipe(num_samples=100_000, seed=seed + 3)
 
 
-#: of transformers, which have neither ablations nor a search: 50 minutes on two cores
+#: of transformers, which have neither variants nor a search: 50 minutes on two cores
 FEWER = StudySettings(num_seeds=2, num_own=24, num_tuning=32, curve_steps=(5, 20), num_curve=32)
 
 
@@ -145,7 +151,7 @@ def aggregator_recipes(settings: StudySettings, zoo: Zoo = SHIPPED) -> dict[str,
     if not zoo.is_main:
         return recipes
     recipes |= {
-        f"ablation {name}": recipe(EXPERTS, 0, **switches) for name, switches in ABLATIONS.items()
+        training_name(row): recipe(EXPERTS, 0, **switches) for row, switches in VARIANTS.items()
     }
     recipes |= {name: recipe(experts, 0) for name, experts in OTHER_EXPERTS.items()}
     return recipes
@@ -305,10 +311,7 @@ def comparison_recipe(
     methods.append({"name": "base", "model": zoo.base})
     methods += [{"name": row, "model": [str(f) for f in folders]} for row, folders in tuned.items()]
     if zoo.is_main:
-        methods += [
-            {"name": f"ablation: {name}", "ensemble": str(trained[f"ablation {name}"])}
-            for name in ABLATIONS
-        ]
+        methods += [{"name": row, "ensemble": str(trained[training_name(row)])} for row in VARIANTS]
         methods += [{"name": name, "ensemble": str(trained[name])} for name in OTHER_EXPERTS]
     quick = [
         {**method, "name": fast(method["name"]), "acceleration": "fast"}
