@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette, told apart with every common kind of colour vision
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
-_MARKERS = "osD^vPX"
+_MARKERS = "osD^vPX*"  # one more: where a colour comes again it has another
 _NUM_PICTURES = 8
 
 
@@ -142,8 +142,16 @@ def draw_curve(report: dict[str, Any], path: Path) -> None:
             [score["high"] - score["mean"] for score in scores],
         ]
         colour, marker = _COLOURS[n % len(_COLOURS)], _MARKERS[n % len(_MARKERS)]
+        dashed = "--" if n >= len(_COLOURS) else "-"
         axis.errorbar(
-            seconds, means, errors, color=colour, marker=marker, capsize=2, label=_plain(name)
+            seconds,
+            means,
+            errors,
+            color=colour,
+            marker=marker,
+            linestyle=dashed,
+            capsize=2,
+            label=_plain(name),
         )
         for x, y, row in zip(seconds, means, points, strict=True):
             axis.annotate(
