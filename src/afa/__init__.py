@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from afa.errors import AfaError as AfaError
     from afa.maps import record_weights as record_weights
     from afa.pipeline import load_pipeline as load_pipeline
+    from afa.steering import steer as steer
     from afa.text import EnsembleTextEncoder as EnsembleTextEncoder
     from afa.text import attach_controlnet as attach_controlnet
 
@@ -40,6 +41,7 @@ _PUBLIC = {
     "load_pipeline": "afa.pipeline",
     "record_weights": "afa.maps",
     "save_ensemble": "afa.checkpoint",
+    "steer": "afa.steering",
 }
 __all__ = sorted(_PUBLIC)
 

@@ -103,6 +103,8 @@ class EnsembleDenoiser(Delegation, Placement, ModelMixin, ConfigMixin):
         self.plan: PruningPlan | None = None
         self._loops = Loops()
         self._attentions: list[Attention] = []
+        #: what is added to the experts' logits [N], by site; see `afa.steer`
+        self.bias: Mapping[str, Tensor] = {}
         self.on_weights: WeightsObserver | None = None
         #: where the experts and the autoencoder come from; None where they were made in memory
         self.references: Sequence[ExpertReference] | None = None
@@ -225,6 +227,7 @@ class EnsembleDenoiser(Delegation, Placement, ModelMixin, ConfigMixin):
     ) -> Fused:
         """Fuse at one site: some experts alone where a plan leaves these, or with given weights."""
         rule: Any = self.aggregators[self._rules[site]]
+        condition = condition._replace(bias=self.bias.get(site))
         if weights is not None:
             chosen = range(len(features)) if left is None else left
             given = [features[n].hidden for n in chosen]

@@ -20,7 +20,8 @@ class Condition(NamedTuple):
     `timestep` [B]; `temb` [B, T], mean of the experts' timestep embeddings; `text` [B, L, D], mean
     of their text embeddings (AFA, section 3.2), None where they take none; `sample`, the noisy
     latent as the experts take it, [B, C, H, W] or packed [B, T, C]; `text_mask` [B, L], true or 1
-    where a token counts, None where all do.
+    where a token counts, None where all do; `bias` [N], what is added to the logits of the experts
+    at this site, None where nothing is.
     """
 
     timestep: Tensor
@@ -28,6 +29,7 @@ class Condition(NamedTuple):
     text: Tensor | None
     sample: Tensor
     text_mask: Tensor | None = None
+    bias: Tensor | None = None
 
 
 class Fused(NamedTuple):
@@ -49,6 +51,8 @@ class FusionRule(nn.Module, ABC):
 
     #: whether `fuse_some` can do without some of the features
     can_prune = False
+    #: whether weights are made of logits, to which a bias is added
+    can_steer = False
 
     @abstractmethod
     def forward(self, features: Sequence[Tensor], condition: Condition) -> Fused:

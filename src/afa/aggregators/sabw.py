@@ -156,6 +156,7 @@ class SABW(FusionRule):
     """
 
     can_prune = True
+    can_steer = True
 
     def __init__(self, config: SABWConfig) -> None:
         super().__init__()
@@ -215,6 +216,8 @@ class SABW(FusionRule):
             logits = logits.mean((2, 3), keepdim=True)
         elif self.config.pool > 1:
             logits = F.interpolate(logits, size, mode="bilinear")
+        if condition.bias is not None:
+            logits = logits + condition.bias.to(logits)[:, None, None]
         if missing:
             logits[:, missing] = -math.inf
         return logits.softmax(dim=1).expand(-1, -1, *size)
