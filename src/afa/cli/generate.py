@@ -1,10 +1,8 @@
-"""`afa generate`: prompts to pictures."""
+"""`afa generate`: prompts to pictures, or a picture once more."""
 
 from __future__ import annotations
 
-import io
 import itertools
-import json
 import re
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,22 +12,31 @@ import typer
 
 from afa.cli.console import console, progress_bar, quieten_loading, require_new_folder
 from afa.errors import AfaError
-from afa.files import write_atomic
 from afa.recipe import MAX_SEED
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
-    from PIL import Image
+    from diffusers import DiffusionPipeline
 
     from afa.memory.budget import MemoryPlan
 
 DTYPES = ("float32", "bfloat16", "float16")
+#: what may be said beside a picture that is to be made again; all else comes from it
+BESIDE_A_PICTURE = ("ensemble", "output", "from_image", "weights", "device", "memory_budget")
 
 
 def generate(
-    ensemble: Annotated[str, typer.Argument(help="Ensemble folder, or zoo:ensemble.")],
-    prompts: Annotated[list[str], typer.Argument(help="One or more prompts, each in quotes.")],
+    context: typer.Context,
     output: Annotated[Path, typer.Option(help="New folder for the pictures.")],
+    ensemble: Annotated[
+        str | None, typer.Argument(help="Ensemble folder, or zoo:ensemble.")
+    ] = None,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="One or more prompts, each in quotes.")
+    ] = None,
+    from_image: Annotated[
+        Path | None,
+        typer.Option(help="Make this picture again: a PNG of afa, which holds all it needs."),
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
     guidance: Annotated[float, typer.Option(min=0, help="Classifier-free guidance scale.")] = 7.5,
     seed: Annotated[
@@ -45,6 +52,12 @@ def generate(
     ] = None,
     width: Annotated[
         int | None, typer.Option(min=8, help="Pixels; by default the experts'.")
+    ] = None,
+    bias: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Lean on an expert: animals=+1.0, or animals@up=+1.0; as often as asked."
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     speed: Annotated[
@@ -66,8 +79,9 @@ def generate(
 ) -> None:
     """Generate pictures with a trained ensemble.
 
-    Several processes share them: accelerate launch -m afa generate ..., or, without a GPU,
-    torchrun --nproc_per_node 2 -m afa generate ...
+    Every PNG holds what it was made from; --from-image makes it again, bit for bit on the same
+    machine. Several processes share the pictures: accelerate launch -m afa generate ..., or,
+    without a GPU, torchrun --nproc_per_node 2 -m afa generate ...
 
     [bold]Example[/bold]: afa generate zoo:ensemble "a fox on the left and a pizza on the right,
     blue background" --output pictures --guidance 3 --weights
@@ -81,74 +95,117 @@ def generate(
         raise AfaError(f"--dtype must be one of {', '.join(DTYPES)}, came '{dtype}'.")
 
     from afa.acceleration.settings import acceleration_of
+    from afa.steering import parse_bias
 
     acceleration = acceleration_of(speed)
+    asked_bias = parse_bias(bias or [])
+    if from_image is not None:
+        _require_nothing_else(context)
+    elif ensemble is None or not prompts:
+        raise AfaError(
+            "afa generate must have an ensemble and a prompt, or --from-image with a picture. Try "
+            'afa generate zoo:ensemble "a fox on the left and a pizza on the right" --output new.'
+        )
 
     import torch
 
-    import afa
-    from afa.kinds import denoiser_of, kind_of_pipeline
+    from afa import pictures, record_weights
+    from afa.kinds import denoiser_of
     from afa.maps import draw_weights
-    from afa.pipeline import check_text_to_image
     from afa.training.engine import pick_device
 
     quieten_loading()
-    memory: dict[str, Any] = {"quantize": quantize} if quantize is not None else {}
+    loading: dict[str, Any] = {"device": pick_device(processes.device or device)}
     if memory_budget is not None:
-        memory |= {"memory_budget": memory_budget, "on_plan": _say_plan}
-        memory["pixels"] = height * width if height and width else None
-    pipeline = afa.load_ensemble(
-        ensemble,
-        torch_dtype=getattr(torch, dtype),
-        device=pick_device(processes.device or device),
-        **memory,
-    )
-    check_text_to_image(pipeline)
-    pipeline = afa.accelerate(
-        pipeline, acceleration, plan=plan, compile="regional" if compile_blocks else None
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    size = _picture_size(pipeline, height, width)
+        loading |= {"memory_budget": memory_budget, "on_plan": _say_plan}
+        loading["pixels"] = height * width if height and width else None
+    before: str | None = None
+    asked: list[tuple[str, pictures.PictureRecipe]]
+    if from_image is not None:
+        made = pictures.read_picture(from_image)
+        recipe = made.recipe.model_copy(update={"ensemble": ensemble or made.recipe.ensemble})
+        pipeline = pictures.prepare_again(recipe, **loading)
+        asked, before = [(f"00-{_slug(recipe.prompt)}-seed{recipe.seed}", recipe)], made.pixels
+    else:
+        assert ensemble is not None, "it was asked for above"
+        pipeline = pictures.prepare(
+            ensemble,
+            acceleration=acceleration,
+            plan=plan,
+            bias=asked_bias,
+            compiled=compile_blocks,
+            torch_dtype=getattr(torch, dtype),
+            **loading,
+            **({"quantize": quantize} if quantize is not None else {}),
+        )
+        size = _picture_size(pipeline, height, width)
+        recipe = pictures.picture_recipe(
+            ensemble=ensemble,
+            identity=pictures.identity_of(denoiser_of(pipeline)),
+            prompt="",
+            negative_prompt=negative_prompt,
+            seed=seed,
+            steps=steps,
+            guidance=guidance,
+            height=size[0],
+            width=size[1],
+            bias=asked_bias,
+            acceleration=acceleration.describe(),
+            plan=denoiser_of(pipeline).plan,
+            dtype=dtype,
+            quantize=quantize,
+            compiled=compile_blocks,
+        )
+        numbered = itertools.product(enumerate(prompts or []), range(seed, seed + num_images))
+        asked = [
+            (
+                f"{number:02d}-{_slug(prompt)}-seed{own_seed}",
+                pictures.picture_recipe(**{**dict(recipe), "prompt": prompt, "seed": own_seed}),
+            )
+            for (number, prompt), own_seed in numbered
+        ]
     names = [reference.name for reference in denoiser_of(pipeline).references]
     processes.wait()  # nobody writes before the main process has seen that the folder is new
     output.mkdir(parents=True, exist_ok=True)
-    asked = itertools.product(enumerate(prompts), range(seed, seed + num_images))
     mine = list(processes.share(asked))
     with progress_bar() as progress:
         task = progress.add_task("generate", total=len(mine), note="", visible=processes.is_main)
-        for (number, prompt), picture_seed in mine:
-            settings = {
-                "prompt": prompt,
-                "negative_prompt": negative_prompt,
-                "seed": picture_seed,
-                "steps": steps,
-                "guidance": guidance,
-                "speed": speed,
-                "plan": plan and str(plan),
-                "ensemble": ensemble,
-            }
-            recording = afa.record_weights(denoiser_of(pipeline)) if weights else nullcontext()
-            with recording as record:
-                picture = pipeline(
-                    prompt,
-                    negative_prompt=negative_prompt,
-                    num_inference_steps=steps,
-                    guidance_scale=guidance,
-                    height=size[0],
-                    width=size[1],
-                    generator=torch.Generator().manual_seed(picture_seed),
-                    **kind_of_pipeline(pipeline).call,
-                ).images[0]
-            stem = f"{number:02d}-{_slug(prompt)}-seed{picture_seed}"
-            _save_picture(picture, output / f"{stem}.png", settings)
+        for stem, recipe in mine:
+            with record_weights(denoiser_of(pipeline)) if weights else nullcontext() as record:
+                picture = pictures.draw(pipeline, recipe)
+            path = output / f"{stem}.png"
+            pictures.save_picture(picture, path, recipe, denoiser_of(pipeline).device)
             if record is not None:
                 draw_weights(record, [picture], output / f"{stem}-weights.png", experts=names)
             progress.advance(task)
     processes.wait()
     if not processes.is_main:
         return
-    count = len(prompts) * num_images
+    count = len(asked)
     console.print(f"{count} {'picture' if count == 1 else 'pictures'} in {output}")
+    if before is not None:
+        _say_whether_the_same(before, pictures.hash_pixels(picture))
+
+
+def _require_nothing_else(context: typer.Context) -> None:
+    """Raise AfaError where something is asked for that the picture itself says."""
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if name not in BESIDE_A_PICTURE and source is not None and source.name == "COMMANDLINE":
+            given = name.replace("_", "-").removesuffix("-blocks")
+            raise AfaError(
+                f"With --from-image all comes from the picture; leave {given} out, or the picture."
+            )
+
+
+def _say_whether_the_same(before: str, now: str) -> None:
+    if before == now:
+        console.print("The same picture, bit for bit.")
+    else:
+        console.print(
+            "The pixels are not the same: another machine, number of threads or release of torch "
+            "rounds differently."
+        )
 
 
 def _say_plan(plan: MemoryPlan) -> None:
@@ -157,7 +214,7 @@ def _say_plan(plan: MemoryPlan) -> None:
 
 
 def _picture_size(
-    pipeline: StableDiffusionPipeline, height: int | None, width: int | None
+    pipeline: DiffusionPipeline, height: int | None, width: int | None
 ) -> tuple[int, int]:
     """Height and width in pixels, the experts' own where none is asked for.
 
@@ -176,14 +233,3 @@ def _picture_size(
 
 def _slug(prompt: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48].strip("-") or "prompt"
-
-
-def _save_picture(picture: Image.Image, path: Path, settings: dict[str, object]) -> None:
-    """Write a PNG with its settings inside, whole or not at all."""
-    from PIL.PngImagePlugin import PngInfo
-
-    info = PngInfo()
-    info.add_text("afa", json.dumps(settings))
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", pnginfo=info)
-    write_atomic(path, buffer.getvalue())
