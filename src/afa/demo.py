@@ -11,21 +11,20 @@ import json
 import os
 import shutil
 import tempfile
-import textwrap
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffusers import StableDiffusionPipeline
-from matplotlib.figure import Figure
 
 from afa.acceleration.apply import accelerate
 from afa.baselines import feature_mean, noise_mean, shell, weighted_merge
 from afa.checkpoint import save_ensemble
 from afa.ensemble import EnsembleDenoiser
-from afa.maps import draw_weights, record_weights
+from afa.maps import record_weights
 from afa.pipeline import load_pipeline
+from afa.plots import comparison, filmstrip
 from afa.training import SceneImages, TrainingRecipe, seeded, train_aggregators
 from afa.zoo import EXPERTS, expert_folder
 from afa.zoo.evaluate import GUIDANCE_SCALE, Score, draw_pictures, evaluate
@@ -265,36 +264,18 @@ def draw_comparison(rows: Sequence[Row], prompts: Sequence[str], path: Path) -> 
         prompts: the captions above the columns; pictures are the first of every row.
         path: PNG or SVG, by its suffix.
     """
-    figure = Figure(figsize=(1.35 * len(prompts) + 1.6, 1.35 * len(rows) + 0.9))
-    axes = figure.subplots(len(rows), len(prompts), squeeze=False)
-    figure.subplots_adjust(
-        left=1.6 / figure.get_figwidth(),
-        right=0.995,
-        bottom=0.005,
-        top=1 - 0.9 / figure.get_figheight(),
-        wspace=0.04,
-        hspace=0.04,
+    scenes = [parse_caption(prompt) for prompt in prompts]
+    comparison(
+        {
+            f"{row.method}: {row.score.both.mean:.0%} right": row.pictures[: len(prompts)]
+            for row in rows
+        },
+        [f"{scene.left} | {scene.right} ({scene.background})" for scene in scenes],
+        path,
+        bold=[
+            f"{row.method}: {row.score.both.mean:.0%} right" for row in rows if row.method in OURS
+        ],
     )
-    for column, prompt in enumerate(prompts):
-        wanted = parse_caption(prompt)
-        title = f"{wanted.left} |\n{wanted.right}\n({wanted.background})"
-        axes[0, column].set_title(title, fontsize=9)
-    for line, row in zip(axes, rows, strict=True):
-        for axis, picture in zip(line, row.pictures, strict=False):
-            axis.imshow(picture)
-            axis.set_xticks([])
-            axis.set_yticks([])
-        label = f"{textwrap.fill(row.method, 18)}\n{row.score.both.mean:.0%} right"
-        weight = "bold" if row.method in OURS else "normal"
-        line[0].set_ylabel(
-            label,
-            rotation=0,
-            ha="right",
-            va="center",
-            fontsize=9,
-            fontweight=weight,
-        )
-    figure.savefig(path, dpi=110)
 
 
 def _draw_maps(
@@ -313,4 +294,4 @@ def _draw_maps(
         )
     scenes = [parse_caption(prompt) for prompt in prompts]
     titles = [f"{scene.left} | {scene.right}" for scene in scenes]
-    draw_weights(record, pictures, path, experts=EXPERTS, titles=titles)
+    filmstrip(record, pictures, path, experts=EXPERTS, titles=titles)

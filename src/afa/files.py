@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import re
 import shutil
 import tempfile
 from contextlib import contextmanager, suppress
@@ -131,3 +132,8 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise AfaError(f"'{path}' must hold a JSON object, came {str(content)[:80]}.")
     return content
+
+
+def slug(text: str) -> str:
+    """A text as part of a file's name: lower case, letters and digits, 48 at the most."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:48].strip("-") or "prompt"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +11,7 @@ import typer
 
 from afa.cli.console import console, progress_bar, quieten_loading, require_new_folder
 from afa.errors import AfaError
+from afa.files import slug
 from afa.recipe import MAX_SEED
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def generate(
 
     from afa import pictures, record_weights
     from afa.kinds import denoiser_of
-    from afa.maps import draw_weights
+    from afa.plots import filmstrip
     from afa.training.engine import pick_device
 
     quieten_loading()
@@ -125,7 +125,7 @@ def generate(
         made = pictures.read_picture(from_image)
         recipe = made.recipe.model_copy(update={"ensemble": ensemble or made.recipe.ensemble})
         pipeline = pictures.prepare_again(recipe, **loading)
-        asked, before = [(f"00-{_slug(recipe.prompt)}-seed{recipe.seed}", recipe)], made.pixels
+        asked, before = [(f"00-{slug(recipe.prompt)}-seed{recipe.seed}", recipe)], made.pixels
     else:
         assert ensemble is not None, "it was asked for above"
         pipeline = pictures.prepare(
@@ -159,7 +159,7 @@ def generate(
         numbered = itertools.product(enumerate(prompts or []), range(seed, seed + num_images))
         asked = [
             (
-                f"{number:02d}-{_slug(prompt)}-seed{own_seed}",
+                f"{number:02d}-{slug(prompt)}-seed{own_seed}",
                 pictures.picture_recipe(**{**dict(recipe), "prompt": prompt, "seed": own_seed}),
             )
             for (number, prompt), own_seed in numbered
@@ -176,7 +176,7 @@ def generate(
             path = output / f"{stem}.png"
             pictures.save_picture(picture, path, recipe, denoiser_of(pipeline).device)
             if record is not None:
-                draw_weights(record, [picture], output / f"{stem}-weights.png", experts=names)
+                filmstrip(record, [picture], output / f"{stem}-weights.png", experts=names)
             progress.advance(task)
     processes.wait()
     if not processes.is_main:
@@ -229,7 +229,3 @@ def _picture_size(
             raise AfaError(f"{name} must be a multiple of {multiple} pixels, came {size}.")
     # the library ignores one without the other
     return height or native[0], width or native[1]
-
-
-def _slug(prompt: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48].strip("-") or "prompt"

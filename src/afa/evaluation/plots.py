@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import io
-import textwrap
-import warnings
 from typing import TYPE_CHECKING, Any
 
-from afa.files import write_atomic
+from afa.plots import comparison, plain, save_figure
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
-
-    from matplotlib.figure import Figure
 
     from afa.evaluation.results import Results
 
@@ -62,40 +57,18 @@ def draw_sheet(results: Results, methods: Sequence[str], places: Sequence[int], 
         places: of the prompts, from left to right.
         path: PNG or SVG, by its suffix.
     """
-    from matplotlib.figure import Figure
     from PIL import Image
 
-    rows: list[tuple[str, list[Path]]] = []
+    def opened(files: Iterable[Path]) -> list[Image.Image]:
+        return [Image.open(file) for file in files]
+
+    rows: dict[str, list[Image.Image]] = {}
     references = [results.prompts[place].reference for place in places]
     if all(reference is not None for reference in references):
-        rows.append(("true", [reference for reference in references if reference is not None]))
-    rows += [(name, results.pictures(name, places)) for name in methods]
-    left, top = 1.7, 1.1
-    width, height = 1.2 * len(places) + left, 1.2 * len(rows) + top
-    figure = Figure(figsize=(width, height))
-    axes = figure.subplots(len(rows), len(places), squeeze=False)
-    figure.subplots_adjust(
-        left=left / width, right=0.995, bottom=0.005, top=1 - top / height, wspace=0.04, hspace=0.04
-    )
-    for column, place in enumerate(places):
-        title = textwrap.shorten(results.prompts[place].text, 90, placeholder=" ...")
-        axes[0, column].set_title(_plain(textwrap.fill(title, 17)), fontsize=7)
-    for line, (name, files) in zip(axes, rows, strict=True):
-        for axis, file in zip(line, files, strict=True):
-            with Image.open(file) as picture:
-                axis.imshow(picture)
-            axis.set_xticks([])
-            axis.set_yticks([])
-        is_subject = name == results.recipe.subject_name
-        line[0].set_ylabel(
-            _plain(textwrap.fill(name, 20)),
-            rotation=0,
-            ha="right",
-            va="center",
-            fontsize=9,
-            fontweight="bold" if is_subject else "normal",
-        )
-    _save(figure, path)
+        rows["true"] = opened(reference for reference in references if reference is not None)
+    rows |= {name: opened(results.pictures(name, places)) for name in methods}
+    prompts = [results.prompts[place].text for place in places]
+    comparison(rows, prompts, path, bold=[results.recipe.subject_name])
 
 
 def draw_scores(report: dict[str, Any], path: Path) -> None:
@@ -115,13 +88,13 @@ def draw_scores(report: dict[str, Any], path: Path) -> None:
             colour = _COLOURS[5] if name == report["subject"] else _COLOURS[0]
             panel.plot([score["low"], score["high"]], [height, height], color=colour, linewidth=2)
             panel.plot(score["mean"], height, "o", color=colour)
-        panel.set_title(_plain(f"{group} ({report['groups'][group]} prompts)"), fontsize=9)
+        panel.set_title(plain(f"{group} ({report['groups'][group]} prompts)"), fontsize=9)
         panel.set_xlabel(primary)
         panel.grid(axis="x", alpha=0.3)
-    panels[0].set_yticks(range(len(names)), [_plain(name) for name in names], fontsize=8)
+    panels[0].set_yticks(range(len(names)), [plain(name) for name in names], fontsize=8)
     for label, name in zip(panels[0].get_yticklabels(), names, strict=True):
         label.set_fontweight("bold" if name == report["subject"] else "normal")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_curve(report: dict[str, Any], path: Path) -> None:
@@ -151,7 +124,7 @@ def draw_curve(report: dict[str, Any], path: Path) -> None:
             marker=marker,
             linestyle=dashed,
             capsize=2,
-            label=_plain(name),
+            label=plain(name),
         )
         for x, y, row in zip(seconds, means, points, strict=True):
             axis.annotate(
@@ -167,7 +140,7 @@ def draw_curve(report: dict[str, Any], path: Path) -> None:
     axis.set_ylabel(primary)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_shares(weights: dict[str, Any], path: Path) -> None:
@@ -189,7 +162,7 @@ def draw_shares(weights: dict[str, Any], path: Path) -> None:
                 for site in sites
             ]
             image = panel.imshow(table, vmin=0, vmax=1, cmap="cividis", aspect="auto")
-            panel.set_title(_plain(f"{expert}, on {group} prompts"), fontsize=9)
+            panel.set_title(plain(f"{expert}, on {group} prompts"), fontsize=9)
             panel.set_yticks(range(len(sites)), sites if n == 0 else [""] * len(sites), fontsize=6)
             panel.xaxis.set_major_locator(MaxNLocator(integer=True))
             panel.tick_params(axis="x", labelsize=6)
@@ -197,18 +170,4 @@ def draw_shares(weights: dict[str, Any], path: Path) -> None:
                 panel.set_xlabel("step", fontsize=8)
     if image is not None:
         figure.colorbar(image, ax=panels, label="mean weight", shrink=0.6)
-    _save(figure, path)
-
-
-def _plain(text: str) -> str:
-    """A text that is drawn as it is, not set as mathematics."""
-    return text.replace("$", r"\$")
-
-
-def _save(figure: Figure, path: Path) -> None:
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        # letters that the font lacks are drawn as boxes, which is all that can be done
-        warnings.filterwarnings("ignore", message="Glyph .* missing")
-        figure.savefig(buffer, dpi=110, format=path.suffix.removeprefix("."))
-    write_atomic(path, buffer.getvalue())
+    save_figure(figure, path)

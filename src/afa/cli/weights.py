@@ -1,0 +1,163 @@
+"""`afa weights`: figures of who did what, of pictures or of an ensemble."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from afa.cli.console import console, progress_bar, quieten_loading, require_new_folder
+from afa.errors import AfaError
+from afa.files import slug
+from afa.recipe import MAX_SEED
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from PIL import Image
+
+    from afa.maps import WeightRecord
+
+FORMATS = ("png", "svg")
+
+
+def weights(
+    sources: Annotated[
+        list[str], typer.Argument(help="Pictures of afa; or one ensemble folder, or zoo:ensemble.")
+    ],
+    output: Annotated[Path, typer.Option(help="New folder for the figures.")],
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Of an ensemble: what to draw; as often as asked.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Of an ensemble: denoising steps.")] = 50,
+    guidance: Annotated[float, typer.Option(min=0, help="Of an ensemble: its scale.")] = 7.5,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MAX_SEED, help="Of an ensemble: of every picture.")
+    ] = 0,
+    formats: Annotated[
+        list[str] | None, typer.Option("--format", help="png, svg or both; png by default.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+) -> None:
+    """Draw which expert did what: by site and step, over the picture, and over the steps.
+
+    Pictures of afa generate are drawn once more, from what they hold. Of an ensemble, pictures of
+    the prompts are drawn by every expert, their uniform merge and the ensemble, side by side.
+
+    [bold]Example[/bold]: afa weights zoo:ensemble --prompt "a fox on the left and a pizza on the
+    right, blue background" --steps 20 --guidance 3 --output figures --format svg
+    """
+    require_new_folder(output)
+    suffixes = list(dict.fromkeys(formats or ["png"]))
+    unknown = [suffix for suffix in suffixes if suffix not in FORMATS]
+    if unknown:
+        raise AfaError(f"--format must be {' or '.join(FORMATS)}, came '{unknown[0]}'.")
+    pictures = [Path(source) for source in sources if source.lower().endswith(".png")]
+    if len(pictures) not in (0, len(sources)) or (not pictures and len(sources) > 1):
+        raise AfaError("afa weights must have pictures, each a .png, or one ensemble.")
+    if pictures and prompt:
+        raise AfaError("A picture says itself what it shows; leave --prompt out.")
+    if not pictures and not prompt:
+        raise AfaError("Of an ensemble afa weights must have something to draw: --prompt TEXT.")
+
+    from afa.training.engine import pick_device
+
+    quieten_loading()
+    figures = _Figures(output, suffixes)
+    with progress_bar() as progress:
+        task = progress.add_task("weights", total=None, note="")
+        where = pick_device(device)
+        if pictures:
+            progress.update(task, total=len(pictures))
+            for place in pictures:
+                _again(place, figures, where)
+                progress.advance(task)
+        else:
+            options = {"steps": steps, "guidance": guidance, "seed": seed}
+            drawn = _compared(sources[0], prompt or [], options, figures, where)
+            for done, total in drawn:
+                progress.update(task, completed=done, total=total)
+    console.print(f"{figures.count} figures in {output}")
+
+
+class _Figures:
+    """Where the figures go: each in every format that is asked for."""
+
+    def __init__(self, output: Path, suffixes: Sequence[str]) -> None:
+        self._output, self._suffixes, self.count = output, suffixes, 0
+
+    def paths(self, stem: str) -> list[Path]:
+        self._output.mkdir(parents=True, exist_ok=True)
+        self.count += len(self._suffixes)
+        return [self._output / f"{stem}.{suffix}" for suffix in self._suffixes]
+
+    def of_picture(
+        self,
+        stem: str,
+        picture: Image.Image,
+        record: WeightRecord,
+        experts: Sequence[str],
+        title: str,
+    ) -> None:
+        """All figures of one picture and the weights that it was made with."""
+        from afa.plots import filmstrip, heat_map, overlay
+
+        sites = list(record.steps[0].weights)
+        for path in self.paths(f"{stem}-sites"):
+            heat_map(record.last().mean_share(), path, experts=experts, sites=sites, title=title)
+        for path in self.paths(f"{stem}-places"):
+            overlay(picture, record.mean_map(None, 64)[-1], path, experts=experts, title=title)
+        for path in self.paths(f"{stem}-steps"):
+            filmstrip(record, [picture], path, experts=experts)
+
+
+def _again(place: Path, figures: _Figures, device: object) -> None:
+    """Draw a picture once more and look who does what."""
+    from afa.kinds import denoiser_of
+    from afa.maps import record_weights
+    from afa.pictures import draw, prepare_again, read_picture
+    from afa.steering import expert_names
+
+    recipe = read_picture(place).recipe
+    pipeline = prepare_again(recipe, device=device)
+    denoiser = denoiser_of(pipeline)
+    with record_weights(denoiser) as record:
+        picture = draw(pipeline, recipe)
+    figures.of_picture(place.stem, picture, record, expert_names(denoiser), recipe.prompt)
+
+
+def _compared(
+    ensemble: str,
+    prompts: Sequence[str],
+    options: dict[str, float],
+    figures: _Figures,
+    device: object,
+) -> Iterator[tuple[int, int]]:
+    """Draw prompts in every way there is, side by side, and look who does what; yields progress."""
+    from afa.contenders import ENSEMBLE, Contenders
+    from afa.kinds import denoiser_of
+    from afa.maps import record_weights
+    from afa.pictures import draw, identity_of, picture_recipe, prepare
+    from afa.pipeline import native_resolution
+    from afa.plots import comparison
+    from afa.steering import expert_names
+
+    pipeline = prepare(ensemble, device=device)
+    denoiser = denoiser_of(pipeline)
+    height, width = native_resolution(pipeline)
+    contenders, experts = Contenders(pipeline), expert_names(denoiser)
+    fields = {**options, "ensemble": ensemble, "identity": identity_of(denoiser)}
+    rows: dict[str, list[Image.Image]] = {name: [] for name in contenders.names}
+    total = len(rows) * len(prompts)
+    for number, prompt in enumerate(prompts):
+        recipe = picture_recipe(prompt=prompt, height=height, width=width, **fields)
+        for name, pictures in rows.items():
+            with record_weights(denoiser) as record:
+                pictures.append(draw(contenders.pipeline(name), recipe))
+            if name == ENSEMBLE:
+                stem = f"{number:02d}-{slug(prompt)}"
+                figures.of_picture(stem, pictures[-1], record, experts, prompt)
+            yield sum(map(len, rows.values())), total
+    for path in figures.paths("comparison"):
+        comparison(rows, prompts, path, bold=[ENSEMBLE])
