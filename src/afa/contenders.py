@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from afa.acceleration.apply import accelerate
 from afa.baselines.merging.weighted import WeightedSum
@@ -13,7 +13,11 @@ from afa.steering import expert_names
 from afa.text import EnsembleTextEncoder
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from diffusers import DiffusionPipeline
+
+    from afa.acceleration.settings import Acceleration
 
 ENSEMBLE, MERGE = "AFA", "uniform merge"
 
@@ -44,8 +48,10 @@ class Contenders:
             return [ENSEMBLE]
         return [*(self._title(n) for n in range(len(self._experts))), MERGE, ENSEMBLE]
 
-    def pipeline(self, name: str, speed: str = "exact") -> DiffusionPipeline:
-        """One of them, at a speed of `afa.accelerate`.
+    def pipeline(
+        self, name: str, speed: Acceleration | Mapping[str, Any] | str = "exact"
+    ) -> DiffusionPipeline:
+        """One of them, at a speed as `afa.accelerate` takes it.
 
         Raises:
             AfaError: no such contender or speed.
@@ -54,7 +60,8 @@ class Contenders:
             raise AfaError(f"Pictures are drawn by {', '.join(self.names)}; came '{name}'.")
         if name not in self._made:
             self._made[name] = self._merge() if name == MERGE else self._expert(name)
-        return accelerate(self._made[name], speed)
+        made = self._made[name]
+        return accelerate(made, speed, plan=getattr(denoiser_of(made), "plan", None))
 
     def _title(self, expert: int) -> str:
         """An expert's name, or with its number where that is not its own alone."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import re
 import shutil
 import tempfile
 from contextlib import contextmanager, suppress

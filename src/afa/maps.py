@@ -38,7 +38,7 @@ class WeightRecord:
 
     @property
     def places(self) -> list[str]:
-        """The sites whose weights have a place in the picture; those of a text's stream have none."""
+        """The sites whose weights have a place in the picture; a text's have none."""
         return [site for site in self.steps[0].weights if not site.endswith(TEXT)]
 
     def mean_map(self, step: int | None, size: int, site: str | None = None) -> Tensor:

@@ -19,6 +19,7 @@ import afa
 from afa.acceleration.apply import accelerate
 from afa.acceleration.plan import PruningPlan
 from afa.checkpoint import aggregator_tensors, load_ensemble
+from afa.contenders import ENSEMBLE, Contenders
 from afa.errors import AfaError
 from afa.files import write_atomic
 from afa.kinds import denoiser_of, kind_of_pipeline
@@ -46,6 +47,7 @@ class PictureRecipe(Section):
     Attributes:
         ensemble: a folder, or `zoo:ensemble`.
         identity: of the ensemble, see `identity_of`.
+        drawn_by: the ensemble itself, one of its experts or their merge; see `afa.contenders`.
         prompt: what it shows.
         negative_prompt: what it stays away from.
         seed: of the first noise.
@@ -62,6 +64,7 @@ class PictureRecipe(Section):
 
     ensemble: str = Field(max_length=4096)
     identity: str
+    drawn_by: str = ENSEMBLE
     prompt: str = Field(max_length=_MAX_PROMPT)
     negative_prompt: str = Field(default="", max_length=_MAX_PROMPT)
     seed: int = Field(ge=0, le=MAX_SEED)
@@ -171,7 +174,7 @@ def prepare(
 
 
 def prepare_again(recipe: PictureRecipe, **loading: Any) -> DiffusionPipeline:
-    """The ensemble of a recipe, ready to draw its picture.
+    """The ensemble of a recipe, or what of its parts drew the picture, ready to draw it again.
 
     Args:
         recipe: of a picture.
@@ -201,7 +204,9 @@ def prepare_again(recipe: PictureRecipe, **loading: Any) -> DiffusionPipeline:
             f"The ensemble must be the one that the picture was made with; '{recipe.ensemble}' is "
             "another one now. Name it: afa generate ENSEMBLE --from-image PICTURE."
         )
-    return pipeline
+    if recipe.drawn_by == ENSEMBLE:
+        return pipeline
+    return Contenders(pipeline).pipeline(recipe.drawn_by, recipe.acceleration)
 
 
 def draw(pipeline: DiffusionPipeline, recipe: PictureRecipe) -> Image.Image:

@@ -6,6 +6,7 @@ import sys
 
 import typer
 
+from afa.cli import app as page
 from afa.cli import demo, evaluate, generate, inspect, merge, prune, search, train, weights, zoo
 from afa.cli.console import quieten, say_error
 from afa.errors import AfaError
@@ -20,6 +21,7 @@ app = typer.Typer(
 )
 app.command("train")(train.train)
 app.command("generate")(generate.generate)
+app.command("app")(page.app)
 app.command("weights")(weights.weights)
 app.command("prune")(prune.prune)
 app.command("inspect")(inspect.inspect)
