@@ -17,7 +17,7 @@ from tests.tiny import tiny_pipeline
 
 AGGREGATOR = {"hidden_size": 8, "num_layers": 1, "num_heads": 2, "norm_num_groups": 4}
 COMMANDS = (
-    *("train", "generate", "inspect", "merge", "search", "evaluate", "demo"),
+    *("train", "generate", "app", "weights", "inspect", "merge", "search", "evaluate", "demo"),
     *("zoo build", "zoo export", "zoo results"),
 )
 
@@ -75,7 +75,7 @@ def test_generate_writes_pictures_with_their_settings(ensemble: Path, tmp_path: 
         "01-a-bee-seed6.png",
     ]
     with Image.open(output / "00-a-fox-seed6.png") as picture:
-        settings = json.loads(picture.info["afa"])
+        settings = json.loads(picture.info["afa"])["recipe"]
     assert settings["prompt"] == "A fox!"
     assert (settings["seed"], settings["steps"], settings["guidance"]) == (6, 2, 3)
 
@@ -100,10 +100,73 @@ def test_generate_takes_a_speed_and_a_plan(
         assert run("generate", ensemble, "a fox", "--output", output, "--steps", 20, *options) == 0
         with Image.open(output / "00-a-fox-seed0.png") as picture:
             pictures[name] = picture.tobytes()
-            settings = json.loads(picture.info["afa"])
-        assert settings["speed"] == ("fast" if name in ("fast", "both") else "exact")
-        assert settings["plan"] == (str(plan) if name in ("pruned", "both") else None)
+            settings = json.loads(picture.info["afa"])["recipe"]
+        assert ("acceleration" in settings) == (name in ("fast", "both"))
+        assert ("plan" in settings) == (name in ("pruned", "both"))
     assert len(set(pictures.values())) == 4
+
+
+def test_generate_makes_a_picture_again(
+    ensemble: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, again = tmp_path / "first", tmp_path / "again"
+    options = ["--steps", 3, "--seed", 9, "--bias", "1=+2", "--bias", "0@up=-1", "--weights"]
+    assert run("generate", ensemble, "a fox", "--output", first, *options) == 0
+    picture = first / "00-a-fox-seed9.png"
+    assert run("generate", "--from-image", picture, "--output", again, "--weights") == 0
+    assert "The same picture, bit for bit." in capsys.readouterr().out
+    assert {file.name for file in again.iterdir()} == {file.name for file in first.iterdir()}
+    one, other = (Image.open(folder / picture.name) for folder in (first, again))
+    assert one.tobytes() == other.tobytes()
+    assert one.info["afa"] == other.info["afa"]
+
+    moved = tmp_path / "moved"
+    ensemble.rename(moved)
+    new = tmp_path / "new"
+    for command, message in {
+        ("generate", "--from-image", picture): "Say where it is",
+        ("generate", "--from-image", picture, "--steps", 3): "leave steps out",
+        ("generate", "--from-image", picture, "--compile"): "leave compile out",
+        ("generate", moved, "a fox", "--from-image", picture): "leave prompts out",
+        ("generate", moved, "a fox", "--bias", "fox"): "EXPERT=NUMBER",
+        ("generate", moved, "a fox", "--bias", "fox=1"): "must name one expert",
+        ("generate", moved): "must have an ensemble and a prompt",
+        ("generate",): "must have an ensemble and a prompt",
+        ("generate", moved, "a" * 20_001): "at most 20000 characters",
+    }.items():
+        assert run(*command, "--output", new) == 2
+        assert message in capsys.readouterr().err, command
+    assert not new.exists()
+    assert run("generate", moved, "--from-image", picture, "--output", new) == 0
+
+
+def test_weights_draws_figures(
+    ensemble: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures, figures = tmp_path / "pictures", tmp_path / "figures"
+    assert run("generate", ensemble, "a fox", "--output", pictures, "--steps", 2) == 0
+    picture = pictures / "00-a-fox-seed0.png"
+    assert run("weights", picture, "--output", figures) == 0
+    kinds = ("sites", "places", "steps")
+    assert {f.name for f in figures.iterdir()} == {f"00-a-fox-seed0-{k}.png" for k in kinds}
+    others = tmp_path / "others"
+    command = ["weights", ensemble, "--prompt", "a fox", "--prompt", "a bee", "--steps", 2]
+    assert run(*command, "--format", "svg", "--format", "png", "--output", others) == 0
+    names = {f"00-a-fox-{k}" for k in kinds} | {f"01-a-bee-{k}" for k in kinds} | {"comparison"}
+    assert {f.stem for f in others.iterdir()} == names
+    assert len(list(others.iterdir())) == 14
+    new = tmp_path / "new"
+    for command, message in {
+        ("weights", ensemble): "--prompt TEXT",
+        ("weights", ensemble, picture): "or one ensemble",
+        ("weights", ensemble, ensemble): "or one ensemble",
+        ("weights", picture, "--prompt", "a fox"): "leave --prompt out",
+        ("weights", picture, "--format", "jpg"): "--format must be png or svg",
+        ("weights", others / "comparison.png"): "does not say how it was made",
+    }.items():
+        assert run(*command, "--output", new) == 2
+        assert message in capsys.readouterr().err, command
+    assert not new.exists()
 
 
 def test_what_prune_and_speed_refuse(

@@ -1,17 +1,14 @@
-"""Recorded fusion weights and their pictures."""
+"""Recorded fusion weights."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 
 import afa
-from afa.errors import AfaError
-from afa.maps import WeightRecord, draw_weights, record_weights
+from afa.maps import WeightRecord, record_weights
 from tests.tiny import inputs, tiny_unet
 
 SMALL = afa.SABWConfig(hidden_size=8, num_layers=1, num_heads=2, norm_num_groups=4)
@@ -74,12 +71,21 @@ def test_untrained_weights_are_a_third_each() -> None:
     torch.testing.assert_close(run(ensemble, 5).mean_share(), expected)
 
 
-def test_picture_of_the_weights(ensemble: afa.EnsembleDenoiser, tmp_path: Path) -> None:
-    record = run(ensemble, 900, 500, 1)
-    pictures = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
-    path = tmp_path / "weights.png"
-    draw_weights(record, pictures, path, experts=["a", "b", "c"], titles=["one", "two"])
-    with Image.open(path) as drawn:
-        assert drawn.width > drawn.height > 100
-    with pytest.raises(AfaError, match="of the run that made these pictures"):
-        draw_weights(WeightRecord(), pictures, path, experts=["a", "b", "c"])
+def test_maps_are_of_a_step_and_a_site_or_means(ensemble: afa.EnsembleDenoiser) -> None:
+    record = run(ensemble, 900, 1)
+    assert record.places == [site.name for site in ensemble.sites]
+    one = record.mean_map(1, 8, "conv_in")
+    torch.testing.assert_close(one, record.steps[1].weights["conv_in"])
+    every = torch.stack(
+        [record.mean_map(step, 8, site) for step in range(2) for site in record.places]
+    )
+    torch.testing.assert_close(record.mean_map(None, 8), every.mean(0))
+
+
+def test_the_last_of_a_batch_alone(ensemble: afa.EnsembleDenoiser) -> None:
+    record = run(ensemble, 900, 1)
+    last = record.last()
+    assert [step.timestep for step in last.steps] == [900, 1]
+    torch.testing.assert_close(
+        last.steps[0].weights["mid"].float(), record.steps[0].weights["mid"][1:], atol=1e-3, rtol=0
+    )

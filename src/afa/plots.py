@@ -47,7 +47,7 @@ def mix_colours(weights: Tensor) -> Tensor:
     return mixed.clamp(0, 1)
 
 
-def tint(picture: Image.Image, weights: Tensor, strength: float = 0.6) -> Image.Image:
+def tint(picture: Image.Image, weights: Tensor, strength: float = 0.7) -> Image.Image:
     """A picture in grey, coloured by who holds which place.
 
     Args:

@@ -1,5 +1,5 @@
 """The page of `afa app`: pictures side by side, who did what, steering, and what was drawn before.
 
-`drawing` draws in a thread that can be stopped, `views` makes what is seen of a picture, `page` is
-the layout and its events, `server` serves it.
+`drawing` draws in a thread that can be stopped, `views` makes what is seen of a picture, `layout`
+is what there is on the page and `page` what it does, `server` serves it.
 """

@@ -89,7 +89,8 @@ def served(
             raise AfaError("The page needs gradio: pip install 'afa[app]'.") from error
 
         from afa.app.drawing import Studio
-        from afa.app.page import CSS, Page
+        from afa.app.layout import CSS
+        from afa.app.page import Page
 
         pictures = Path(folder) / "pictures"
         pictures.mkdir()

@@ -134,13 +134,27 @@ def shares_over_steps(experts: Sequence[str], record: WeightRecord, site: str) -
 # -- short texts ------------------------------------------------------------------------------
 
 
-def progress_text(name: str, number: int, count: int, step: int, num_steps: int) -> str:
+def progress(name: str, number: int, count: int, step: int, num_steps: int) -> str:
     """A bar over all pictures, and in words which is drawn."""
     done = number * num_steps + step
     return (
         f"<div role='status'><progress max='{count * num_steps}' value='{done}'></progress> "
         f"{html.escape(name)}: step {step} of {num_steps}, picture {number + 1} of {count}</div>"
     )
+
+
+def caption(name: str, entry: Entry | None = None) -> str:
+    """What stands beneath a picture: by whom it is, and how long it took."""
+    if entry is None:
+        return f"<p>{html.escape(name)}</p>"
+    steered = ", steered" if entry.recipe.bias else ""
+    return f"<p><b>{html.escape(name)}</b>{steered}, {entry.seconds:.1f} s</p>"
+
+
+def short(entry: Entry) -> str:
+    """A picture's name in the history, as plain text."""
+    steered = ", steered" if entry.recipe.bias else ""
+    return f"{entry.recipe.drawn_by}{steered}, seed {entry.recipe.seed}"
 
 
 def note(text: str) -> str:

@@ -95,7 +95,7 @@ def generate(
         raise AfaError(f"--dtype must be one of {', '.join(DTYPES)}, came '{dtype}'.")
 
     from afa.acceleration.settings import acceleration_of
-    from afa.steering import parse_bias
+    from afa.steering import expert_names, parse_bias
 
     acceleration = acceleration_of(speed)
     asked_bias = parse_bias(bias or [])
@@ -110,6 +110,7 @@ def generate(
     import torch
 
     from afa import pictures, record_weights
+    from afa.contenders import ENSEMBLE
     from afa.kinds import denoiser_of
     from afa.plots import filmstrip
     from afa.training.engine import pick_device
@@ -124,6 +125,8 @@ def generate(
     if from_image is not None:
         made = pictures.read_picture(from_image)
         recipe = made.recipe.model_copy(update={"ensemble": ensemble or made.recipe.ensemble})
+        if weights and recipe.drawn_by != ENSEMBLE:
+            raise AfaError(f"Fusion weights are an ensemble's; this is by {recipe.drawn_by} alone.")
         pipeline = pictures.prepare_again(recipe, **loading)
         asked, before = [(f"00-{slug(recipe.prompt)}-seed{recipe.seed}", recipe)], made.pixels
     else:
@@ -164,7 +167,6 @@ def generate(
             )
             for (number, prompt), own_seed in numbered
         ]
-    names = [reference.name for reference in denoiser_of(pipeline).references]
     processes.wait()  # nobody writes before the main process has seen that the folder is new
     output.mkdir(parents=True, exist_ok=True)
     mine = list(processes.share(asked))
@@ -176,6 +178,7 @@ def generate(
             path = output / f"{stem}.png"
             pictures.save_picture(picture, path, recipe, denoiser_of(pipeline).device)
             if record is not None:
+                names = expert_names(denoiser_of(pipeline))
                 filmstrip(record, [picture], output / f"{stem}-weights.png", experts=names)
             progress.advance(task)
     processes.wait()

@@ -114,12 +114,15 @@ class _Figures:
 
 def _again(place: Path, figures: _Figures, device: object) -> None:
     """Draw a picture once more and look who does what."""
+    from afa.contenders import ENSEMBLE
     from afa.kinds import denoiser_of
     from afa.maps import record_weights
     from afa.pictures import draw, prepare_again, read_picture
     from afa.steering import expert_names
 
     recipe = read_picture(place).recipe
+    if recipe.drawn_by != ENSEMBLE:
+        raise AfaError(f"'{place}' must be an ensemble's; it is by {recipe.drawn_by} alone.")
     pipeline = prepare_again(recipe, device=device)
     denoiser = denoiser_of(pipeline)
     with record_weights(denoiser) as record:

@@ -1,0 +1,220 @@
+"""What is on the page: controls beside four tabs; what they do is in `page`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from afa.acceleration.settings import PRESETS
+from afa.app import views
+from afa.files import slug
+from afa.recipe import MAX_SEED
+from afa.steering import STAGES
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+MAX_STEPS, MAX_PIXELS, MAX_BIAS = 150, 2048, 4.0
+CSS = """
+.afa-legend {list-style: none; display: flex; flex-wrap: wrap; gap: 1em; margin: 0; padding: 0}
+.afa-legend span {display: inline-block; width: 1em; height: 1em; margin-right: .4em;
+  border: 1px solid; vertical-align: -.15em}
+.afa-error {border-left: 4px solid #D55E00; padding-left: .6em; font-weight: 600}
+.afa-status progress {width: 100%}
+.afa-pictures .image-frame, .afa-pictures img, .afa-map .image-frame, .afa-map img {
+  width: 100% !important; height: auto !important; object-fit: contain !important}
+@media (max-width: 480px) {
+  .tab-container button {padding: 0 .5em !important; font-size: .85em !important}}
+.afa-small, .afa-small > * {padding: 0 !important; min-height: 0 !important; margin: 0}
+"""
+
+
+@dataclass(frozen=True)
+class Usual:
+    """What the controls say at first.
+
+    Attributes:
+        prompt: an example.
+        steps: of denoising.
+        guidance: scale of classifier-free guidance.
+        height: in pixels, like the width.
+        multiple: what both must be multiples of.
+    """
+
+    prompt: str
+    steps: int
+    guidance: float
+    height: int
+    width: int
+    multiple: int
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place for a picture, and what stands beneath it."""
+
+    name: str
+    image: gr.Image
+    caption: gr.HTML
+
+
+class Controls:
+    """What is drawn, by whom, and how."""
+
+    def __init__(self, usual: Usual, names: Sequence[str]) -> None:
+        self.prompt = gr.Textbox(usual.prompt, label="Prompt", lines=2, elem_id="prompt")
+        self.who = gr.CheckboxGroup(list(names), value=list(names), label="Drawn by", elem_id="who")
+        with gr.Row():
+            self.go = gr.Button("Draw", variant="primary", elem_id="draw", min_width=100)
+            self.cancel = gr.Button(
+                "Cancel", variant="stop", elem_id="cancel", min_width=100, interactive=False
+            )
+        self.status = gr.HTML(elem_id="status", elem_classes=["afa-status", "afa-small"])
+        with gr.Row():
+            self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
+            self.dice = gr.Button("Another seed", size="sm")
+        self.steps = gr.Slider(1, MAX_STEPS, usual.steps, step=1, label="Steps", elem_id="steps")
+        self.guidance = gr.Slider(0, 20, usual.guidance, step=0.1, label="Guidance")
+        with gr.Accordion("More", open=False):
+            self.negative = gr.Textbox("", label="What to stay away from")
+            self.speed = gr.Radio(list(PRESETS), value="exact", label="Speed")
+            size: dict[str, Any] = {"step": usual.multiple, "minimum": usual.multiple}
+            size["maximum"] = MAX_PIXELS
+            self.height = gr.Slider(value=usual.height, label="Height", **size)
+            self.width = gr.Slider(value=usual.width, label="Width", **size)
+
+    @property
+    def sampling(self) -> list[Any]:
+        """What a recipe is made of, in this order: see `Page._read`."""
+        first = [self.prompt, self.negative, self.seed, self.steps, self.guidance]
+        return [*first, self.speed, self.height, self.width]
+
+
+class WhoDidWhat:
+    """A picture's fusion weights, by step and site."""
+
+    def __init__(self, experts: Sequence[str]) -> None:
+        self.title = gr.HTML(
+            "<p>Draw a picture first.</p>", elem_id="caption", elem_classes="afa-small"
+        )
+        with gr.Row():
+            with gr.Column(min_width=280):
+                self.map = gr.Image(
+                    label="Click a place for its numbers",
+                    type="pil",
+                    interactive=False,
+                    elem_id="map",
+                    elem_classes="afa-map",
+                    buttons=["fullscreen", "download"],
+                )
+                self.legend = gr.HTML(elem_id="legend", elem_classes="afa-small")
+                self.numbers = gr.HTML(elem_id="numbers", elem_classes="afa-small")
+            with gr.Column(min_width=280):
+                label = "Step (0: the mean of all)"
+                self.step = gr.Slider(0, 1, 0, step=1, label=label, elem_id="step")
+                self.site = gr.Dropdown([views.ALL_SITES], label="Site", elem_id="site")
+                colours = dict(zip(experts, views.hex_colours(len(experts)), strict=False))
+                self.shares = gr.LinePlot(
+                    x="step",
+                    y="share",
+                    color="expert",
+                    color_map=colours,
+                    y_lim=[0, 1],
+                    title="Mean share of the picture, by step",
+                    height=240,
+                )
+        self.alone = slots(experts, "weights")
+
+    @property
+    def seen(self) -> list[Any]:
+        """What depends on step and site."""
+        alone = [part for slot in self.alone for part in (slot.image, slot.caption)]
+        return [self.map, self.legend, self.numbers, *alone]
+
+
+class Steering:
+    """How much is leant on which expert."""
+
+    def __init__(self, experts: Sequence[str]) -> None:
+        gr.Markdown(
+            "Lean on an expert, or away from it, and draw: the ensemble decides where, you how "
+            "much. +1 makes its odds 2.7 times what they are; 0 changes nothing."
+        )
+
+        def slider(label: str, name: str) -> gr.Slider:
+            return gr.Slider(-MAX_BIAS, MAX_BIAS, 0, step=0.1, label=label, elem_id=slug(name))
+
+        with gr.Row():
+            everywhere = [slider(name, f"bias {n}") for n, name in enumerate(experts)]
+        by_stage = []
+        with gr.Accordion("By stage of the network, beside that", open=False):
+            for n, name in enumerate(experts):
+                with gr.Row():
+                    by_stage += [slider(f"{name}: {part}", f"bias {n} {part}") for part in STAGES]
+        #: for the whole network, by expert; then by expert and stage
+        self.biases = [*everywhere, *by_stage]
+        with gr.Row():
+            self.go = gr.Button("Draw with and without", variant="primary", elem_id="steer")
+            self.level = gr.Button("Back to 0")
+        self.without, self.steered = slots(["without", "with"], "steered")
+
+
+class History:
+    """What was drawn before."""
+
+    def __init__(self) -> None:
+        self.gallery = gr.Gallery(
+            label="What was drawn in this session",
+            columns=6,
+            height="auto",
+            elem_id="gallery",
+            allow_preview=False,
+            interactive=False,
+            buttons=[],
+        )
+        with gr.Row():
+            self.download = gr.DownloadButton("Download", elem_id="download", interactive=False)
+            self.use = gr.Button("Use these settings", interactive=False, elem_id="use")
+            self.look = gr.Button("Who did what", interactive=False, elem_id="look")
+        self.details = gr.Code(label="All it was made from", language="json", interactive=False)
+
+
+class Layout:
+    """The whole page, for an ensemble's experts and all that can draw; inside of a `Blocks`."""
+
+    def __init__(self, usual: Usual, experts: Sequence[str], names: Sequence[str]) -> None:
+        gr.Markdown("# afa: several experts, one picture")
+        with gr.Row():
+            with gr.Column(scale=1, min_width=280):
+                self.controls = Controls(usual, names)
+            with gr.Column(scale=3, min_width=320), gr.Tabs() as self.tabs:
+                with gr.Tab("Compare"):
+                    self.compare = {slot.name: slot for slot in slots(names, "picture")}
+                with gr.Tab("Who did what", id="who"):
+                    self.who = WhoDidWhat(experts)
+                with gr.Tab("Steer"):
+                    self.steering = Steering(experts)
+                with gr.Tab("History"):
+                    self.history = History()
+
+
+def slots(names: Sequence[str], kind: str) -> list[Slot]:
+    """Places for pictures side by side, as many in a row as there is room for."""
+    made = []
+    with gr.Row(elem_classes="afa-pictures"):
+        for n, name in enumerate(names):
+            with gr.Column(min_width=150):
+                image = gr.Image(
+                    type="filepath",
+                    format="png",
+                    interactive=False,
+                    show_label=False,
+                    label=name,
+                    elem_id=f"{kind}-{n}",
+                    buttons=["download", "fullscreen"],
+                )
+                caption = gr.HTML(views.caption(name), elem_classes="afa-small")
+                made.append(Slot(name, image, caption))
+    return made

@@ -1,0 +1,119 @@
+"""Drawing in a thread: progress, pictures as anywhere else, and an end when it is asked for."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from afa.app.drawing import Drawn, Progress, Stopped, Studio
+from afa.contenders import ENSEMBLE, MERGE, Contenders
+from afa.errors import AfaError
+from afa.kinds import denoiser_of
+from afa.pictures import PictureRecipe, draw, identity_of, picture_recipe, prepare, prepare_again
+
+PROMPT = "a fox on the left and a pizza on the right, blue background"
+
+
+@pytest.fixture(scope="module")
+def studio() -> Studio:
+    return Studio(prepare("zoo:ensemble"))
+
+
+def recipe(studio: Studio, name: str = ENSEMBLE, **changes: Any) -> PictureRecipe:
+    fields = {"seed": 1, "steps": 5, "guidance": 3.0, "height": 64, "width": 64, "prompt": PROMPT}
+    identity = identity_of(denoiser_of(studio.pipeline))
+    fields |= {"ensemble": "zoo:ensemble", "identity": identity, "drawn_by": name}
+    return picture_recipe(**{**fields, **changes})
+
+
+def test_everybody_draws_and_tells_of_it(studio: Studio) -> None:
+    names = studio.contenders.names
+    assert names == ["animals", "food", "things", MERGE, ENSEMBLE]
+    recipes = [recipe(studio, name) for name in names]
+    events = list(studio.draw(recipes, threading.Event()))
+    drawn = [event for event in events if isinstance(event, Drawn)]
+    assert [each.recipe for each in drawn] == recipes
+    for each in recipes:
+        steps = [e.step for e in events if isinstance(e, Progress) and e.recipe == each]
+        assert steps == [0, 1, 2, 3, 4]
+    assert [each.record is not None for each in drawn] == [False] * 4 + [True]
+    assert drawn[-1].record is not None
+    assert len(drawn[-1].record.steps) == 5
+    assert len({each.picture.tobytes() for each in drawn}) == 5
+    for each in drawn:  # from what a picture says of itself
+        again = draw(prepare_again(each.recipe), each.recipe)
+        assert again.tobytes() == each.picture.tobytes()
+
+
+def test_a_bias_is_of_one_picture_alone(studio: Studio) -> None:
+    plain, steered = recipe(studio), recipe(studio, bias={"food": {"up": 3.0}})
+    events = studio.draw([plain, steered, plain], threading.Event())
+    first, second, third = (e.picture.tobytes() for e in events if isinstance(e, Drawn))
+    assert first == third != second
+
+
+def test_it_ends_when_it_is_stopped(studio: Studio) -> None:
+    stop = threading.Event()
+    events = studio.draw([recipe(studio, steps=100)], stop)
+    assert next(events) == Progress(recipe(studio, steps=100), 0)
+    stop.set()
+    with pytest.raises(Stopped):
+        list(events)
+    assert denoiser_of(studio.pipeline).on_weights is None
+    again = list(studio.draw([recipe(studio)], threading.Event()))
+    assert isinstance(again[-1], Drawn)
+
+
+def test_it_ends_between_two_sites(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of large experts takes long; nobody waits for its end."""
+    stop, fused = threading.Event(), []
+    denoiser = denoiser_of(studio.pipeline)
+    whole = denoiser._fuse
+
+    def slow(site: str, *rest: Any) -> Any:
+        fused.append(site)
+        if len(fused) == 2:
+            stop.set()
+        return whole(site, *rest)
+
+    monkeypatch.setattr(denoiser, "_fuse", slow)
+    with pytest.raises(Stopped):
+        list(studio.draw([recipe(studio, steps=50)], stop))
+    assert len(fused) == 2
+
+
+def test_it_ends_when_nobody_listens(studio: Studio) -> None:
+    events = studio.draw([recipe(studio, steps=150) for _ in range(20)], threading.Event())
+    next(events)
+    started = time.perf_counter()
+    events.close()  # type: ignore[attr-defined]
+    assert time.perf_counter() - started < 20  # all of them would take minutes
+    assert isinstance(list(studio.draw([recipe(studio)], threading.Event()))[-1], Drawn)
+
+
+def test_what_goes_wrong_comes_out(studio: Studio) -> None:
+    with pytest.raises(AfaError, match="drawn by animals, food, things"):
+        list(studio.draw([recipe(studio, "nobody")], threading.Event()))
+
+
+def test_experts_of_one_name_are_told_apart() -> None:
+    import afa
+
+    pipeline = afa.load_pipeline(
+        ["zoo:animals", "zoo:animals", "zoo:food"],
+        afa.SABWConfig(hidden_size=32, norm_num_groups=8),
+        allow_duplicates=True,
+    )
+    names = Contenders(pipeline).names
+    assert names == ["animals (0)", "animals (1)", "food", MERGE, ENSEMBLE]
+    assert all(Contenders(pipeline).pipeline(name) is not None for name in names)
+
+
+def test_streamed_experts_draw_together_alone() -> None:
+    pipeline = prepare("zoo:ensemble", place="stream")
+    assert Contenders(pipeline).names == [ENSEMBLE]
+    with pytest.raises(AfaError, match="drawn by AFA"):
+        Contenders(pipeline).pipeline("animals")

@@ -1,0 +1,114 @@
+"""Who can reach the page, and what it takes from them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from afa.app import views
+from afa.app.server import check_reach
+from afa.cli import main
+from afa.errors import AfaError
+
+pytest.importorskip("gradio")
+
+
+def ask(address: str, data: bytes | None = None, **headers: str) -> tuple[int, str]:
+    request = urllib.request.Request(address, data=data, headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def test_others_need_a_password() -> None:
+    check_reach("127.0.0.1", None)
+    check_reach("localhost", None)
+    check_reach("0.0.0.0", "a long password")
+    for host in ("0.0.0.0", "192.168.1.4", "::", "example.org"):
+        with pytest.raises(AfaError, match="must have a password"):
+            check_reach(host, None)
+    for host in ("127.0.0.1", "0.0.0.0"):
+        with pytest.raises(AfaError, match="at least 8"):
+            check_reach(host, "short")
+
+
+def test_the_page_is_there_and_nothing_of_it_is_elsewhere(address: str) -> None:
+    code, text = ask(address)
+    assert code == 200
+    assert "fonts.googleapis" not in text
+    config = json.loads(ask(f"{address}/config")[1])
+    assert config["analytics_enabled"] is False
+
+
+def test_uploads_of_any_kind_are_off(address: str) -> None:
+    body = (
+        b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.txt"\r\n\r\na\r\n--x--'
+    )
+    for path in ("/gradio_api/upload", "/upload", "/gradio_api/upload/"):
+        content = {"Content-Type": "multipart/form-data; boundary=x"}
+        assert ask(f"{address}{path}", body, **content)[0] in (403, 404)
+    assert ask(f"{address}/gradio_api/upload", body)[1] == "Nothing can be uploaded here."
+
+
+def test_names_that_point_here_from_elsewhere_are_refused(address: str) -> None:
+    assert ask(address, Host="evil.example:7860")[0] == 400
+
+
+def test_files_of_the_machine_are_not_served(address: str) -> None:
+    for path in ("/etc/passwd", "../../etc/passwd"):
+        assert ask(f"{address}/gradio_api/file={path}")[0] in (403, 404)
+
+
+def test_a_password_is_asked_for(serve: Callable[..., str], tmp_path: Path) -> None:
+    secret = tmp_path / "password"
+    secret.write_text("a long password\nand more\n")
+    address = serve("--password-file", str(secret))
+    assert ask(f"{address}/config")[0] == 401
+    form = {"Content-Type": "application/x-www-form-urlencoded"}
+    wrong, right = b"username=afa&password=other", b"username=afa&password=a+long+password"
+    assert ask(f"{address}/login", wrong, **form)[0] == 400
+    assert ask(f"{address}/login", right, **form)[0] == 200
+
+
+def test_a_port_that_is_taken_is_one_line(address: str) -> None:
+    command = [sys.executable, "-m", "afa", "app", "--port", address.rsplit(":", 1)[1]]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "Name another --port" in done.stderr.splitlines()[-1]
+
+
+def test_what_cannot_be_served_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short, gone = tmp_path / "short", tmp_path / "gone"
+    short.write_text("abc")
+    for options, words in {
+        ("--host", "0.0.0.0"): "must have a password",
+        ("--password-file", str(short)): "at least 8",
+        ("--password-file", str(gone)): "must be a text file",
+        ("--output", str(short)): "must be a folder",
+        ("--dtype", "int4"): "--dtype must be",
+        (str(gone),): "must hold a config.json",
+    }.items():
+        with pytest.raises(SystemExit) as stop:
+            main(["app", *options])
+        assert stop.value.code == 2
+        said = capsys.readouterr().err
+        assert words in said
+        assert said.count("\n") == 1
+
+
+def test_what_users_write_is_never_a_part_of_the_page() -> None:
+    evil = "<img src=x onerror=alert(1)>"
+    for text in (views.note(evil), views.complaint(evil), views.caption(evil)):
+        assert "<img" not in text
+    assert "<img" not in views.progress(evil, 0, 1, 0, 1)
