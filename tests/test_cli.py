@@ -150,8 +150,11 @@ def test_weights_draws_figures(
     kinds = ("sites", "places", "steps")
     assert {f.name for f in figures.iterdir()} == {f"00-a-fox-seed0-{k}.png" for k in kinds}
     others = tmp_path / "others"
-    command = ["weights", ensemble, "--prompt", "a fox", "--prompt", "a bee", "--steps", 2]
-    assert run(*command, "--format", "svg", "--format", "png", "--output", others) == 0
+    options = ["--prompt", "a fox", "--prompt", "a bee", "--steps", 2]
+    assert (
+        run("weights", ensemble, *options, "--format", "svg", "--format", "png", "--output", others)
+        == 0
+    )
     names = {f"00-a-fox-{k}" for k in kinds} | {f"01-a-bee-{k}" for k in kinds} | {"comparison"}
     assert {f.stem for f in others.iterdir()} == names
     assert len(list(others.iterdir())) == 14

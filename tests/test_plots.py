@@ -51,7 +51,7 @@ def test_colours_are_mixed_by_weight() -> None:
 def test_a_tint_is_between_the_picture_in_grey_and_the_colours() -> None:
     picture = Image.new("RGB", (16, 12), (200, 200, 200))
     weights = record().mean_map(0, 8)[-1]
-    assert set(tint(picture, weights, strength=0).getdata()) == {(200, 200, 200)}
+    assert tint(picture, weights, strength=0).getextrema() == ((200, 200),) * 3
     whole = tint(picture, weights, strength=1)
     assert whole.size == picture.size
     expected = tuple((expert_colours(3)[0] * 255).round().int().tolist())

@@ -96,7 +96,12 @@ def heat_map(
     for n, (panel, expert) in enumerate(zip(panels, experts, strict=True)):
         extent = (0.5, len(shares) + 0.5, len(sites) - 0.5, -0.5)
         image = panel.imshow(
-            shares[:, :, n].T.float(), vmin=0, vmax=1, cmap="cividis", aspect="auto", extent=extent
+            shares[:, :, n].T.float().numpy(),
+            vmin=0,
+            vmax=1,
+            cmap="cividis",
+            aspect="auto",
+            extent=extent,
         )
         panel.set_title(plain(expert), fontsize=9)
         panel.set_xlabel("step", fontsize=8)
@@ -135,7 +140,7 @@ def overlay(
     _outline(axes[1], weights, picture.size, experts)
     for n, expert in enumerate(experts):
         panel = axes[n + 2]
-        image = panel.imshow(weights[n].float(), vmin=0, vmax=1, cmap="cividis")
+        image = panel.imshow(weights[n].float().numpy(), vmin=0, vmax=1, cmap="cividis")
         share = float(weights[n].float().mean())
         panel.set_title(f"{plain(expert)} ({share:.0%})", fontsize=9)
     figure.colorbar(image, ax=axes[2:], label="weight", shrink=0.75)
@@ -160,7 +165,8 @@ def _outline(axis: Axes, weights: Tensor, size: tuple[int, int], experts: Sequen
         if area < _LEAST_AREA:
             continue
         if area < 1:
-            axis.contour(columns, rows, led, levels=[0.5], colors="white", linewidths=1)
+            grid = (columns.numpy(), rows.numpy(), led.numpy())
+            axis.contour(*grid, levels=[0.5], colors="white", linewidths=1)
         # far inside of what it leads, and clear of the borders
         inside = F.avg_pool2d(led[None, None], 2 * (height // 8) + 1, 1, height // 8)[0, 0]
         place = int((inside * led).argmax())

@@ -22,5 +22,5 @@ def _draw(pipeline: Any, recipe: Any) -> Any:
 
 _whole = drawing.draw
 if __name__ == "__main__":
-    drawing.draw = _draw  # type: ignore[attr-defined]
+    drawing.draw = _draw
     main(["app", *sys.argv[1:]])

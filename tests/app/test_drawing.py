@@ -43,9 +43,9 @@ def test_everybody_draws_and_tells_of_it(studio: Studio) -> None:
     assert drawn[-1].record is not None
     assert len(drawn[-1].record.steps) == 5
     assert len({each.picture.tobytes() for each in drawn}) == 5
-    for each in drawn:  # from what a picture says of itself
-        again = draw(prepare_again(each.recipe), each.recipe)
-        assert again.tobytes() == each.picture.tobytes()
+    for one in drawn:  # from what a picture says of itself
+        again = draw(prepare_again(one.recipe), one.recipe)
+        assert again.tobytes() == one.picture.tobytes()
 
 
 def test_a_bias_is_of_one_picture_alone(studio: Studio) -> None:

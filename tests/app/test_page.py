@@ -234,7 +234,7 @@ def test_a_prompt_is_never_a_part_of_the_page(tab: Any) -> None:
     tab.locator("#gallery .thumbnail-lg").first.click()
     sync_api.expect(tab.locator("#download")).to_be_enabled()
     assert tab.title() == "afa"
-    assert tab.locator("#caption").inner_text() == evil
+    assert tab.locator("#caption").inner_text().strip() == evil
 
 
 def test_it_fits_a_telephone(browser: Any, address: str) -> None:

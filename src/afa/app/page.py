@@ -186,7 +186,7 @@ class Page:
                 done += 1
                 entry = self._keep_entry(event, session, len(history))
                 history = _without_old_records([*history, entry])
-                update = {
+                update: dict[Any, Any] = {
                     slot.image: str(entry.file),
                     slot.caption: views.caption(slot.name, entry),
                     self._history: history,

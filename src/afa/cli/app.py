@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -43,7 +43,7 @@ def app(
     [bold]Example[/bold]: afa app
     """
     from afa.app.server import check_reach, served
-    from afa.cli.generate import DTYPES
+    from afa.cli.generate import DTYPES, say_plan
 
     password = None
     if password_file is not None:
@@ -65,7 +65,9 @@ def app(
     from afa.training.engine import pick_device
 
     quieten_loading()
-    budget = {} if memory_budget is None else {"memory_budget": memory_budget}
+    budget: dict[str, Any] = {}
+    if memory_budget is not None:
+        budget = {"memory_budget": memory_budget, "on_plan": say_plan}
     pipeline = prepare(
         ensemble, torch_dtype=getattr(torch, dtype), device=pick_device(device), **budget
     )

@@ -118,7 +118,7 @@ def generate(
     quieten_loading()
     loading: dict[str, Any] = {"device": pick_device(processes.device or device)}
     if memory_budget is not None:
-        loading |= {"memory_budget": memory_budget, "on_plan": _say_plan}
+        loading |= {"memory_budget": memory_budget, "on_plan": say_plan}
         loading["pixels"] = height * width if height and width else None
     before: str | None = None
     asked: list[tuple[str, pictures.PictureRecipe]]
@@ -211,7 +211,8 @@ def _say_whether_the_same(before: str, now: str) -> None:
         )
 
 
-def _say_plan(plan: MemoryPlan) -> None:
+def say_plan(plan: MemoryPlan) -> None:
+    """Tell what a memory budget comes to."""
     for line in plan.lines():
         console.print(line)
 
