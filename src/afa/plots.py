@@ -245,6 +245,7 @@ def comparison(
     path: Path,
     *,
     bold: Sequence[str] = (),
+    dpi: int = 130,
 ) -> None:
     """Draw pictures side by side: ways to draw (rows) by prompts (columns).
 
@@ -253,6 +254,7 @@ def comparison(
         columns: the prompts.
         path: PNG or SVG, by its suffix.
         bold: the rows whose names stand out.
+        dpi: dots of a PNG per inch; a picture is 1.35 wide.
 
     Raises:
         AfaError: another suffix, no prompt, or a row of another length.
@@ -284,7 +286,7 @@ def comparison(
             fontsize=9,
             fontweight="bold" if name in bold else "normal",
         )
-    save_figure(figure, path)
+    save_figure(figure, path, dpi)
 
 
 def plain(text: str) -> str:

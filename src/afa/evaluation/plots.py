@@ -68,7 +68,7 @@ def draw_sheet(results: Results, methods: Sequence[str], places: Sequence[int], 
         rows["true"] = opened(reference for reference in references if reference is not None)
     rows |= {name: opened(results.pictures(name, places)) for name in methods}
     prompts = [results.prompts[place].text for place in places]
-    comparison(rows, prompts, path, bold=[results.recipe.subject_name])
+    comparison(rows, prompts, path, bold=[results.recipe.subject_name], dpi=95)
 
 
 def draw_scores(report: dict[str, Any], path: Path) -> None:
