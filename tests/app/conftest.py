@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -41,11 +40,14 @@ def serve() -> Iterator[Callable[..., str]]:
 
     yield start
     for process in processes:
-        process.send_signal(signal.SIGINT)
-        assert process.stdout is not None
-        said = process.stdout.read()
-        assert process.wait(timeout=60) == 0, said
-        process.stdout.close()
+        process.terminate()
+    for process in processes:
+        try:
+            said, _ = process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            said, _ = process.communicate()
+        assert process.returncode == 0, said
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +127,25 @@ def test_everybody_draws_and_the_picture_comes_out_again(tab: Any, tmp_path: Pat
         assert stop.value.code == 0
         (made,) = again.iterdir()
         assert hash_pixels(Image.open(made)) == hash_pixels(shown[n])
+
+
+def test_a_picture_of_another_precision_comes_out_again(
+    browser: Any, serve: Callable[..., str], tmp_path: Path
+) -> None:
+    kept = tmp_path / "kept"
+    with opened(browser, serve("--dtype", "bfloat16", "--output", str(kept))) as page:
+        only(page, "AFA")
+        draw(page, "1 picture,")
+        shown = picture(page, "picture-4")
+    (file,) = kept.iterdir()
+    said = read_picture(file)
+    assert said.recipe.dtype == "bfloat16"
+    assert said.pixels == hash_pixels(shown)
+    with pytest.raises(SystemExit) as stop:
+        main(["generate", "--from-image", str(file), "--output", str(tmp_path / "again")])
+    assert stop.value.code == 0
+    (made,) = (tmp_path / "again").iterdir()
+    assert hash_pixels(Image.open(made)) == hash_pixels(shown)
 
 
 def test_who_did_what_follows_step_site_and_clicks(tab: Any) -> None:

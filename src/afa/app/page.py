@@ -64,6 +64,7 @@ class Page:
             for n, name in enumerate(self._experts)
         ]
         self._device = denoiser.device
+        self._dtype = str(denoiser.dtype).removeprefix("torch.")
         self._stops: dict[str, threading.Event] = {}
         self.blocks = self._build()
 
@@ -244,6 +245,7 @@ class Page:
             drawn_by=name,
             bias=bias,
             acceleration=acceleration,
+            dtype=self._dtype,
         )
 
     def _keep_entry(self, drawn: Drawn, session: str, number: int) -> Entry:

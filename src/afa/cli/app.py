@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import time
+import signal
+import threading
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -75,8 +76,9 @@ def app(
         pipeline, ensemble, host=host, port=port, password=password, keep=output
     ) as address:
         console.print(f"afa is at {address} (Ctrl-C ends it)")
-        try:
-            while True:
-                time.sleep(3600)
-        except KeyboardInterrupt:
-            console.print("The page is closed.")
+        end = threading.Event()
+        # a shell's background jobs are born deaf to the first
+        for signal_number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signal_number, lambda *_: end.set())
+        end.wait()
+    console.print("The page is closed.")
