@@ -48,6 +48,7 @@ def serve() -> Iterator[Callable[..., str]]:
             process.kill()
             said, _ = process.communicate()
         assert process.returncode == 0, said
+        assert "gradio.exceptions" not in said, said  # what a browser shows for a moment only
 
 
 @pytest.fixture(scope="module")

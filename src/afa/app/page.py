@@ -292,7 +292,7 @@ class Page:
             caption,
             gr.update(maximum=len(record.steps), value=0),
             gr.update(choices=sites, value=views.ALL_SITES),
-            *self._see_shares(history, shown, 0, views.ALL_SITES),
+            self._see_shares(history, shown, 0, views.ALL_SITES),
             *self._see(history, shown, 0, views.ALL_SITES),
         ]
 
@@ -310,11 +310,11 @@ class Page:
             alone += [views.alone(own), views.caption(f"{expert} {own.float().mean():.0%}")]
         return [overlay, views.legend(self._experts, weights), "", *alone]
 
-    def _see_shares(self, history: list[Entry], shown: int | None, _: int, site: str) -> list[Any]:
+    def _see_shares(self, history: list[Entry], shown: int | None, _: int, site: str) -> Any:
         record = _record(history, shown)
         if record is None or site not in (views.ALL_SITES, *record.places):
-            return [gr.skip()]
-        return [views.shares_over_steps(self._experts, record, site)]
+            return gr.skip()
+        return views.shares_over_steps(self._experts, record, site)
 
     def _point(
         self, history: list[Entry], shown: int | None, step: int, site: str, event: gr.SelectData
