@@ -287,7 +287,7 @@ class Page:
             text = "<p>Of this picture there are no weights any more; draw it again.</p>"
             return [text, *[gr.skip()] * (3 + len(self._on.who.seen))]
         sites = [views.ALL_SITES, *record.places]
-        caption = f"<p>{views.html.escape(history[shown].recipe.prompt)}</p>"
+        caption = views.caption(history[shown].recipe.prompt)
         return [
             caption,
             gr.update(maximum=len(record.steps), value=0),
