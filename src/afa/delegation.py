@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -12,6 +13,8 @@ from afa.errors import AfaError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+
+    from afa.denoisers import Family
 
 _TEXT = "text_encoder"
 #: what models have many of; a whole layer of a U-Net is a loop, which does not compile as one
@@ -45,6 +48,7 @@ class Delegation:
     """
 
     experts: Any
+    family: Family
     modules: Callable[[], Iterator[nn.Module]]
 
     @property
@@ -119,6 +123,21 @@ class Delegation:
         )
 
     # -- LoRAs ----------------------------------------------------------------------------------
+
+    @contextmanager
+    def lora_scale(self, arguments: dict[str, Any]) -> Iterator[float | None]:
+        """Apply the LoRAs' `scale` to all experts, and take it out of the arguments."""
+        name = self.family.attention_kwargs
+        given = arguments.get(name)
+        if not given or "scale" not in given:
+            yield None
+            return
+        arguments[name] = {key: value for key, value in given.items() if key != "scale"}
+        scale_lora_layers(self, given["scale"])
+        try:
+            yield given["scale"]
+        finally:
+            unscale_lora_layers(self, given["scale"])
 
     set_adapters = _for_every_expert("set_adapters")
     delete_adapters = _for_every_expert("delete_adapters")

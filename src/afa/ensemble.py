@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
-from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
 from torch import Tensor, nn
 
 from afa.acceleration.call import predict as accelerated
@@ -40,6 +38,7 @@ if TYPE_CHECKING:
 
     from diffusers.models.attention_processor import Attention
 
+    from afa.acceleration.graphs import Graphs
     from afa.acceleration.loop import Shortcut
     from afa.acceleration.plan import PruningPlan
     from afa.acceleration.settings import Acceleration
@@ -101,6 +100,8 @@ class EnsembleDenoiser(Delegation, Placement, ModelMixin, ConfigMixin):
         self.acceleration: Acceleration = EXACT
         #: which experts run where; see `afa.accelerate`
         self.plan: PruningPlan | None = None
+        #: what records its steps as CUDA graphs; see `afa.accelerate`
+        self.graphs: Graphs | None = None
         self._loops = Loops()
         self._attentions: list[Attention] = []
         #: what is added to the experts' logits [N], by site; see `afa.steer`
@@ -151,23 +152,34 @@ class EnsembleDenoiser(Delegation, Placement, ModelMixin, ConfigMixin):
                 schedule picks the experts by timestep.
         """
         arguments = self._bind(args, kwargs)
-        with self._lora_scale(arguments):
-            prediction = self._predict(arguments)
+        with self.lora_scale(arguments) as scale:
+            prediction = self._predict(arguments, scale)
         return self.family.output_class(sample=prediction) if return_dict else (prediction,)
 
-    def _predict(self, arguments: dict[str, Any]) -> Tensor:
+    def _predict(self, arguments: dict[str, Any], scale: float | None) -> Tensor:
         prompt = arguments.get(self.family.prompt)
         if prompt is None or torch.is_grad_enabled():
             return self._run_experts(arguments)
         loop = self._loops.of(prompt, _timesteps(arguments))
         if loop.num_calls == 1:
             self._attentions = cross_attentions(self)
+            self.bias = {site: bias.to(prompt.device) for site, bias in self.bias.items()}
+        run: Callable[..., Tensor] = self._run_experts
+        if self._is_recordable(arguments):
+            assert self.graphs is not None, "it is recordable"
+            run = self.graphs.steps_of(loop, run, key=scale)
         with prompts_attended_once(self._attentions):
             if self.acceleration.is_exact or arguments.get("skip_layers"):
-                return self._run_experts(arguments)
-            return accelerated(
-                self.acceleration, loop, self.family, self.sites, arguments, self._run_experts
-            )
+                return run(arguments)
+            return accelerated(self.acceleration, loop, self.family, self.sites, arguments, run)
+
+    def _is_recordable(self, arguments: dict[str, Any]) -> bool:
+        """Whether steps are CUDA graphs: nobody looks into them, and no value decides on them."""
+        looked_into = self.on_weights or self.schedule or self.plan or arguments.get("skip_layers")
+        elsewhere = self.execution.device or self.exchange or self.devices
+        if self.graphs is None or looked_into or elsewhere:
+            return False
+        return self.graphs.take(next(iter(arguments.values())))
 
     def _run_experts(self, arguments: dict[str, Any], shortcut: Shortcut | None = None) -> Tensor:
         """Run the experts side by side, without the sites that a shortcut skips."""
@@ -274,21 +286,6 @@ class EnsembleDenoiser(Delegation, Placement, ModelMixin, ConfigMixin):
         arguments = self._signature.bind(self, *args, **kwargs).arguments
         del arguments["self"]
         return arguments
-
-    @contextmanager
-    def _lora_scale(self, arguments: dict[str, Any]) -> Iterator[None]:
-        """Apply the LoRAs' `scale` to all experts, and take it out of the arguments."""
-        name = self.family.attention_kwargs
-        given = arguments.get(name)
-        if not given or "scale" not in given:
-            yield
-            return
-        arguments[name] = {key: value for key, value in given.items() if key != "scale"}
-        scale_lora_layers(self, given["scale"])
-        try:
-            yield
-        finally:
-            unscale_lora_layers(self, given["scale"])
 
     def _active_experts(self, steps: Tensor) -> Sequence[int]:
         """The experts that run at these timesteps [B]."""

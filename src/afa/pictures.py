@@ -150,6 +150,7 @@ def prepare(
     plan: PruningPlan | Path | None = None,
     bias: Bias | None = None,
     compiled: bool = False,
+    cuda_graphs: bool = False,
     **loading: Any,
 ) -> DiffusionPipeline:
     """An ensemble that is ready to draw from a prompt.
@@ -160,6 +161,7 @@ def prepare(
         plan: of pruning.
         bias: see `afa.steer`.
         compiled: whether blocks are compiled, when the first picture is drawn.
+        cuda_graphs: whether steps are CUDA graphs, which changes no picture.
         loading: further arguments of `afa.load_ensemble`.
 
     Raises:
@@ -170,7 +172,7 @@ def prepare(
     steer(pipeline, bias)
     pipeline.set_progress_bar_config(disable=True)
     mode: Any = "regional" if compiled else None
-    return accelerate(pipeline, acceleration, plan=plan, compile=mode)
+    return accelerate(pipeline, acceleration, plan=plan, compile=mode, cuda_graphs=cuda_graphs)
 
 
 def prepare_again(recipe: PictureRecipe, **loading: Any) -> DiffusionPipeline:

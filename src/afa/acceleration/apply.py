@@ -7,6 +7,9 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+
+from afa.acceleration.graphs import Graphs
 from afa.acceleration.plan import PruningPlan, load_plan
 from afa.acceleration.settings import EXACT, Acceleration, acceleration_of
 from afa.aggregators import Separate
@@ -27,8 +30,9 @@ def accelerate(
     *,
     plan: PruningPlan | str | Path | None = None,
     compile: Literal["regional"] | None = None,
+    cuda_graphs: bool = False,
 ) -> DiffusionPipeline:
-    """Make a pipeline faster: leave out a part of what it computes, compile it, or both.
+    """Make a pipeline faster: leave out a part of what it computes, compile it, launch it at once.
 
         pipeline = afa.accelerate(afa.load_ensemble("zoo:ensemble"), "fast")
 
@@ -39,18 +43,24 @@ def accelerate(
         plan: which experts run where; a file of `afa prune`, or what is in it.
         compile: `regional`, the blocks of experts and aggregators are compiled at the first step,
             which takes from half a minute to some minutes; None leaves them as they are.
+        cuda_graphs: the second step of every denoising loop is recorded, and the later ones are
+            replayed: bit for bit the same, without the time that Python takes to launch a step. For
+            GPUs that wait for it, as they do where models, pictures and batches are small; takes
+            the memory of a step besides. Steps that something looks into, such as
+            `afa.record_weights`, or that are computed in part, run as they are.
 
     Returns: the pipeline; of a single model, another one of the same class and parts.
 
     Raises:
         AfaError: no such preset or setting, a model that cannot be taken apart, a plan of another
-            ensemble, or of experts that are spread over processes, or nothing to compile with.
+            ensemble, or of experts that are spread over processes, nothing to compile with, or no
+            CUDA device.
     """
     if isinstance(plan, (str, Path)):
         plan = load_plan(Path(plan))
     settings, denoiser = acceleration_of(acceleration), denoiser_of(pipeline)
     if not isinstance(denoiser, EnsembleDenoiser):
-        if settings.is_exact and plan is None and compile is None:
+        if settings.is_exact and plan is None and compile is None and not cuda_graphs:
             return pipeline
         denoiser = EnsembleDenoiser([denoiser], [Separate() for _ in discover_sites(denoiser)])
         parts = {**pipeline.components, kind_of_pipeline(pipeline).denoiser: denoiser}
@@ -59,11 +69,30 @@ def accelerate(
         if denoiser.exchange is not None:
             raise AfaError("A pruning plan needs all experts in one process; these are spread.")
         plan.check(denoiser)
+    if cuda_graphs:
+        _require_graphs(denoiser, plan)
     if compile is not None:
         _require_compiler(compile, denoiser.device.type)
         denoiser.compile_repeated_blocks()
     denoiser.acceleration, denoiser.plan = settings, plan
+    denoiser.graphs = Graphs() if cuda_graphs else None
     return pipeline
+
+
+def _require_graphs(denoiser: EnsembleDenoiser, plan: PruningPlan | None) -> None:
+    """Raise AfaError where no step could be recorded as a CUDA graph."""
+    if not torch.cuda.is_available():
+        raise AfaError("CUDA graphs need a CUDA device; torch finds none. Leave them out.")
+    if plan is not None or denoiser.schedule is not None:
+        raise AfaError(
+            "A CUDA graph is the same at every step; a plan or a schedule says which experts run "
+            "at which. Leave out the one or the other."
+        )
+    if denoiser.exchange or denoiser.devices or denoiser.execution.device:
+        raise AfaError(
+            "CUDA graphs need all experts in the memory of one device; these are offloaded, "
+            "streamed, spread or placed on several. Leave the graphs out."
+        )
 
 
 def _require_compiler(mode: str, device: str) -> None:

@@ -17,6 +17,7 @@ from afa.prompt import forget
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from afa.acceleration.graphs import StepGraph
     from afa.acceleration.settings import Acceleration
     from afa.denoisers import Site
 
@@ -65,6 +66,7 @@ class Loop:
         kept: of the last two calls that computed everything, the newest last.
         guidance: what the conditional half has beyond the other, when both were last computed.
         is_halved: whether only the conditional half is computed from now on.
+        graph: of its steps, where they are CUDA graphs.
     """
 
     begin: float
@@ -74,6 +76,7 @@ class Loop:
     kept: list[Kept] = field(default_factory=list)
     guidance: Tensor | None = None
     is_halved: bool = False
+    graph: StepGraph | None = None
 
 
 class Loops:
@@ -152,6 +155,11 @@ class Shortcut:
     def _skip(self) -> None:
         self.skipped.update(self._middle)
         self._loop.since_whole += 1
+
+    @property
+    def takes_features(self) -> bool:
+        """Whether anything is taken over in this call, or features are kept for others."""
+        return bool(self.skipped or (self._middle and self._settings.fresh))
 
     @property
     def prediction(self) -> Tensor | None:

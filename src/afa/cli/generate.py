@@ -21,7 +21,15 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "float16")
 #: what may be said beside a picture that is to be made again; all else comes from it
-BESIDE_A_PICTURE = ("ensemble", "output", "from_image", "weights", "device", "memory_budget")
+BESIDE_A_PICTURE = (
+    "ensemble",
+    "output",
+    "from_image",
+    "weights",
+    "device",
+    "memory_budget",
+    "cuda_graphs",
+)
 
 
 def generate(
@@ -75,6 +83,9 @@ def generate(
     compile_blocks: Annotated[
         bool, typer.Option("--compile", help="Compile the blocks first; pays for many pictures.")
     ] = False,
+    cuda_graphs: Annotated[
+        bool, typer.Option("--cuda-graphs", help="Launch steps at once; for small work on a GPU.")
+    ] = False,
     dtype: Annotated[str, typer.Option(help=f"Of the experts: {', '.join(DTYPES)}.")] = "float32",
 ) -> None:
     """Generate pictures with a trained ensemble.
@@ -117,6 +128,8 @@ def generate(
 
     quieten_loading()
     loading: dict[str, Any] = {"device": pick_device(processes.device or device)}
+    if cuda_graphs:
+        loading["cuda_graphs"] = True
     if memory_budget is not None:
         loading |= {"memory_budget": memory_budget, "on_plan": say_plan}
         loading["pixels"] = height * width if height and width else None
@@ -131,6 +144,8 @@ def generate(
         asked, before = [(f"00-{slug(recipe.prompt)}-seed{recipe.seed}", recipe)], made.pixels
     else:
         assert ensemble is not None, "it was asked for above"
+        if quantize is not None:
+            loading["quantize"] = quantize
         pipeline = pictures.prepare(
             ensemble,
             acceleration=acceleration,
@@ -139,7 +154,6 @@ def generate(
             compiled=compile_blocks,
             torch_dtype=getattr(torch, dtype),
             **loading,
-            **({"quantize": quantize} if quantize is not None else {}),
         )
         size = _picture_size(pipeline, height, width)
         recipe = pictures.picture_recipe(

@@ -24,6 +24,7 @@ from afa.denoisers.tokens import (
     to_tokens,
 )
 from afa.errors import AfaError
+from afa.prompt import once_per_prompt
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -93,8 +94,10 @@ def flux_blocks(
             apply, or the tokens are not those of one image.
     """
     attention_kwargs = own_attention_kwargs(joint_attention_kwargs)
+    positions = img_ids
     img_ids, txt_ids = (ids[0] if ids.ndim == 3 else ids for ids in (img_ids, txt_ids))
-    height, width = grid_of(img_ids)
+    # asked once: to read positions, the processor has to wait for a GPU
+    height, width = once_per_prompt(positions, grid_of, lambda: grid_of(img_ids))
 
     hidden = transformer.x_embedder(hidden_states)
     time = timestep.to(hidden.dtype) * 1000
