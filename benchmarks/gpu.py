@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import json
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -346,7 +346,7 @@ def measure_streaming(size: str, num_steps: int) -> list[dict[str, Any]]:
 
 
 def listed(parts: list[str], sizes: list[str], modes: list[str]) -> list[dict[str, Any]]:
-    """What is measured, each in a process of its own."""
+    """What is measured."""
     jobs: list[dict[str, Any]] = []
     for size in sizes:
         if "steps" in parts:
@@ -395,28 +395,34 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="*", choices=list(PIXELS), default=list(PIXELS))
     parser.add_argument("--modes", nargs="*", choices=MODES, default=list(MODES))
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.one is not None:
-        print(json.dumps(measure(json.loads(arguments.one), arguments.rounds)))  # noqa: T201
-        return
     known = json.loads(arguments.output.read_text()) if arguments.output.exists() else []
+    made = origin()
     for job in listed(arguments.parts, arguments.sizes, arguments.modes):
         if any(entry["job"] == job for entry in known):
             continue
-        command = [sys.executable, "-m", "benchmarks.gpu", str(arguments.output)]
-        command += ["--rounds", str(arguments.rounds), "--one", json.dumps(job)]
         began = time.perf_counter()
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            sys.stderr.write(f"{job} failed:\n{done.stderr[-1500:]}\n")
+        try:
+            results = measure(job, arguments.rounds)
+        except RuntimeError as error:  # such as out of memory; what is there stays
+            sys.stderr.write(f"{job} failed: {str(error)[:500]}\n")
             continue
-        results = json.loads(done.stdout.splitlines()[-1])
-        known.append({"job": job, "results": results, **origin()})
+        finally:
+            release()
+        known.append({"job": job, "results": results, **made})
         arguments.output.write_text(json.dumps(known, indent=1))
         sys.stderr.write(f"{job}, {time.perf_counter() - began:.0f} s\n")
         for row in results:
             sys.stderr.write(f"  {line(row)}\n")
+
+
+def release() -> None:
+    """Give back what the last job had."""
+    import torch
+
+    gc.collect()
+    torch.compiler.reset()
+    torch.cuda.empty_cache()
 
 
 def line(row: dict[str, Any]) -> str:

@@ -113,6 +113,16 @@ def test_a_step_that_waits_for_the_gpu_is_named() -> None:
     assert looped(ensemble, calls)[0].isfinite().all()
 
 
+def test_prompts_are_let_go_of() -> None:
+    ensemble, calls = ensemble_of("unet").to("cuda"), calls_of("unet", torch.float32)
+    ensemble.graphs = Graphs()
+    looped(ensemble, calls)
+    assert len(ensemble._loops._loops) == 1
+    calls.clear()
+    gc.collect()
+    assert len(ensemble._loops._loops) == 0
+
+
 @pytest.mark.parametrize("way", ["stream_experts", "offload_experts"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_experts_that_are_brought_there_compute_the_same(family: str, way: str) -> None:

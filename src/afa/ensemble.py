@@ -16,6 +16,7 @@ from afa.acceleration.loop import Loops
 from afa.acceleration.settings import EXACT
 from afa.aggregators import Condition, Fused, Mean, SABWConfig, weighted_sum
 from afa.aggregators.build import build_sabw
+from afa.aggregators.lowered import Lowered
 from afa.delegation import Delegation
 from afa.denoisers import (
     PLAIN,
@@ -55,7 +56,8 @@ class EnsembleDenoiser(Delegation, Placement, ModelMixin, ConfigMixin):
 
     Takes the place of `unet` or `transformer` in stock diffusers pipelines: same call, same output
     type, same configuration. The experts are frozen and stay in evaluation mode; only aggregators
-    train, and they stay in float32 whatever the experts are cast to.
+    train. Their parameters stay in float32 whatever the experts are cast to; while drawing they are
+    computed in the experts' type.
 
     Args:
         experts: N denoisers of one architecture, of a family in `afa.denoisers`.
@@ -102,7 +104,7 @@ class EnsembleDenoiser(Delegation, Placement, ModelMixin, ConfigMixin):
         self.plan: PruningPlan | None = None
         #: what records its steps as CUDA graphs; see `afa.accelerate`
         self.graphs: Graphs | None = None
-        self._loops = Loops()
+        self._loops, self._lowered = Loops(), Lowered()
         self._attentions: list[Attention] = []
         #: what is added to the experts' logits [N], by site; see `afa.steer`
         self.bias: Mapping[str, Tensor] = {}
@@ -246,7 +248,9 @@ class EnsembleDenoiser(Delegation, Placement, ModelMixin, ConfigMixin):
             return Fused(weighted_sum(given, weights[:, list(chosen)]), weights)
         if left is not None:
             return rule.fuse_some({n: features[n].hidden for n in left}, condition)
-        return self.execution.segment(site, rule, [f.hidden for f in features], condition)
+        hidden = [f.hidden for f in features]
+        call = rule if torch.is_grad_enabled() else self._lowered.of(rule, hidden[0].dtype)
+        return self.execution.segment(site, call, hidden, condition)
 
     def _experts_left(self, steps: Tensor) -> Mapping[str, Sequence[int]]:
         """The experts that run at these timesteps [B], by site; at other sites all do."""

@@ -53,6 +53,8 @@ class FusionRule(nn.Module, ABC):
     can_prune = False
     #: whether weights are made of logits, to which a bias is added
     can_steer = False
+    #: whether it computes in the type of its parameters, whatever that of the features is
+    can_lower = False
 
     @abstractmethod
     def forward(self, features: Sequence[Tensor], condition: Condition) -> Fused:

@@ -157,6 +157,7 @@ class SABW(FusionRule):
 
     can_prune = True
     can_steer = True
+    can_lower = True
 
     def __init__(self, config: SABWConfig) -> None:
         super().__init__()
