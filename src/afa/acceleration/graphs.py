@@ -30,7 +30,8 @@ class Graphs:
     """Of one ensemble: records its steps, in memory that all of its graphs share."""
 
     def __init__(self) -> None:
-        self._pool: Any = None
+        #: the newest one, without which the memory would be given up between two loops
+        self._newest: Any = None
 
     def take(self, latent: Tensor) -> bool:
         """Whether steps of this latent can be recorded."""
@@ -63,14 +64,13 @@ class Graphs:
         Raises:
             AfaError: the function waits for the device, or copies from the processor's memory.
         """
-        if self._pool is None:
-            self._pool = torch.cuda.MemPool()
+        pool = None if self._newest is None else self._newest.pool()
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         current = torch.cuda.current_stream()
         stream.wait_stream(current)
         try:
             with torch.cuda.stream(stream):
-                graph.capture_begin(pool=self._pool.id, capture_error_mode="thread_local")
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 try:
                     function()
                 finally:
@@ -85,6 +85,7 @@ class Graphs:
                 f"does more: {str(cause).splitlines()[0]} Leave CUDA graphs out."
             ) from error
         current.wait_stream(stream)
+        self._newest = graph
         return graph.replay
 
 
