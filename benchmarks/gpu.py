@@ -340,8 +340,17 @@ def measure_streaming(size: str, num_steps: int) -> list[dict[str, Any]]:
         began = time.perf_counter()
         memory = peak_of(draw, pipeline)
         seconds = time.perf_counter() - began
-        results.append({"size": size, "way": way, "num_steps": num_steps, "memory": memory})
-        results[-1] |= {"seconds": seconds, "time_ratio": seconds / results[0]["seconds"]}
+        first = results[0]["seconds"] if results else seconds
+        results.append(
+            {
+                "size": size,
+                "way": way,
+                "num_steps": num_steps,
+                "memory": memory,
+                "seconds": seconds,
+                "time_ratio": seconds / first,
+            }
+        )
         denoiser.stop_offloading()
         del experts, denoiser, pipeline, draw
     return results
@@ -375,15 +384,15 @@ def measure(job: dict[str, Any], num_rounds: int) -> list[dict[str, Any]]:
     return measure_streaming(job["size"], num_steps=4)
 
 
-def origin() -> dict[str, Any]:
-    """When and on what."""
+def origin(at: str | None) -> dict[str, Any]:
+    """When and on what; the commit where there is no repository to ask."""
     import torch
 
     from afa.provenance import commit, made_from
 
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": commit(),
+        "commit": at or commit(),
         "machine": torch.cuda.get_device_name(),
         "software": made_from()["software"],
     }
@@ -397,9 +406,10 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="*", choices=list(PIXELS), default=list(PIXELS))
     parser.add_argument("--modes", nargs="*", choices=MODES, default=list(MODES))
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--commit", help="what this is a copy of")
     arguments = parser.parse_args()
     known = json.loads(arguments.output.read_text()) if arguments.output.exists() else []
-    made = origin()
+    made = origin(arguments.commit)
     for job in listed(arguments.parts, arguments.sizes, arguments.modes):
         if any(entry["job"] == job for entry in known):
             continue

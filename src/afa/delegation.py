@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import torch
 from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -75,7 +77,12 @@ class Delegation:
             args: of `torch.compile`, as are the options.
             options: by default `dynamic=False`, one graph for each size of picture.
         """
-        options = {"dynamic": False, "recompile_limit": _MAX_GRAPHS, **options}
+        options = {"dynamic": False, **options}
+        if "recompile_limit" in inspect.signature(torch.compile).parameters:
+            options.setdefault("recompile_limit", _MAX_GRAPHS)
+        else:  # before torch 2.13 it is one for all that is compiled
+            limits = torch._dynamo.config
+            limits.recompile_limit = max(limits.recompile_limit, _MAX_GRAPHS)
         for module in self.modules():
             if type(module).__name__ in _REPEATED:
                 module.compile(*args, **options)

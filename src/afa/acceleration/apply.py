@@ -64,7 +64,9 @@ def accelerate(
             return pipeline
         denoiser = EnsembleDenoiser([denoiser], [Separate() for _ in discover_sites(denoiser)])
         parts = {**pipeline.components, kind_of_pipeline(pipeline).denoiser: denoiser}
+        bar = getattr(pipeline, "_progress_bar_config", None)
         pipeline = build_pipeline(type(pipeline).__name__, parts, pipeline.config)
+        pipeline.set_progress_bar_config(**bar or {})
     if plan is not None:
         if denoiser.exchange is not None:
             raise AfaError("A pruning plan needs all experts in one process; these are spread.")
