@@ -128,6 +128,7 @@ def test_a_step_that_waits_for_the_gpu_is_named() -> None:
         looped(ensemble, calls)
     ensemble.graphs = None
     assert looped(ensemble, calls)[0].isfinite().all()
+    assert torch.randn(3, device="cuda").isfinite().all()  # the generator is as it was
 
 
 def test_prompts_are_let_go_of() -> None:

@@ -32,6 +32,8 @@ class Graphs:
     def __init__(self) -> None:
         #: the newest one, without which the memory would be given up between two loops
         self._newest: Any = None
+        #: the libraries keep a workspace for every stream that they have seen
+        self._stream: Any = None
 
     def take(self, latent: Tensor) -> bool:
         """Whether steps of this latent can be recorded."""
@@ -65,8 +67,12 @@ class Graphs:
             AfaError: the function waits for the device, or copies from the processor's memory.
         """
         pool = None if self._newest is None else self._newest.pool()
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        current = torch.cuda.current_stream()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        if self._stream is None or self._stream.device != current.device:
+            self._stream = torch.cuda.Stream(current.device)
+        stream = self._stream
+        generator = torch.cuda.default_generators[current.device.index]
+        before = generator.clone_state()
         stream.wait_stream(current)
         try:
             with torch.cuda.stream(stream):
@@ -76,6 +82,8 @@ class Graphs:
                 finally:
                     graph.capture_end()
         except RuntimeError as error:
+            # or the generator would take itself to be recorded for ever
+            generator.graphsafe_set_state(before)
             # ending a recording fails too, in whose course the cause was raised
             cause = error if error.__context__ is None else error.__context__
             if "captur" not in str(cause):
