@@ -58,7 +58,7 @@ def as_page(kept: dict[str, Any]) -> str:
         _section("Experts spread over processes", _SCALING, kept.get("scaling"), _scaling),
         _section("Training", _TRAINING, kept.get("training"), _training),
         _section("Starting", _STARTUP, kept.get("startup"), _startup),
-        _section("On a GPU", _GPU, kept.get("gpu"), _study),
+        _section("On a GPU", _GPU, kept.get("gpu"), _gpu),
     ]
     return "\n".join(sections)
 
@@ -89,7 +89,13 @@ of one, the aggregators, which all run, and sending the features. *Sent* is what
 one expert in a step; a link of 25 GB/s would take 1 ms for 25 MB."""
 _TRAINING = """Batches of 16 on the zoo; see docs/training.md for what the switches are for."""
 _STARTUP = """Each start is a process of its own, with the files in the system's cache."""
-_GPU = """The same tables at the widths of Stable Diffusion 1.5, XL and Flux in bfloat16."""
+_GPU = """`python -m benchmarks.gpu OUT.json`: the widths of Stable Diffusion 1.5, XL and Flux in
+bfloat16, random weights; batches of 2 (Flux: 1), the latents of the pictures' size. *plain*: as
+they are. *graphs*: a step of the ensemble (`afa.accelerate(pipeline, cuda_graphs=True)`), and the
+forward pass of every expert, are CUDA graphs, so that nothing waits for Python. Ratios are to the
+experts' forward passes in the same way, one after another. Pictures: 20 steps, guidance 7.5 (Flux:
+3.5), the autoencoder included, text encoders not; *peak* is the pipeline's own weights and what a
+call adds. A merge costs what one model does."""
 
 
 def quality_cells(report: dict[str, Any], subject: str) -> dict[str, list[str]]:
@@ -214,6 +220,48 @@ def _at_equal_quality(results: dict[str, Any]) -> str:
         "**At equal quality**: the quickest row that is not told apart from exact AFA is "
         f"*{ours[0]}*, {seconds[ours[0]]:.2f} times one model's time; {of_rivals}"
     )
+
+
+def _gpu(results: list[dict[str, Any]]) -> str:
+    rows = [row for entry in results for row in entry["results"] if "ratios" in row]
+    shapes = list(rows[0]["floors"])
+    head = ["widths", "pixels", "experts", "way", "experts' ms", "mean"]
+    for shape in shapes:
+        head += [shape, "floor"]
+    steps = []
+    for row in rows:
+        cells = [row["size"], str(row["pixels"]), str(row["num_experts"]), row["mode"]]
+        cells += [f"{1000 * row['seconds']['experts']:.1f}", _spread(row["ratios"]["mean"])]
+        for shape in shapes:
+            cells += [_spread(row["ratios"][shape]), f"{row['floors'][shape]:.2f}"]
+        steps.append(cells)
+    pictures = [
+        [
+            row["size"],
+            str(row["pixels"]),
+            row["way"],
+            f"{row['seconds']:.2f}",
+            _spread(row["ratio"]),
+            f"{row['memory'] / 1e9:.2f}",
+        ]
+        for entry in results
+        if entry["job"]["part"] == "pictures"
+        for row in entry["results"]
+    ]
+    drawn = ["widths", "pixels", "drawn by", "seconds a picture", "by one model's", "peak, GB"]
+    return f"{as_table(head, steps)}\n\n{as_table(drawn, pictures)}"
+
+
+def record_gpu(file: Path) -> None:
+    """Put what `benchmarks.gpu` measured on the page; every entry says where and when."""
+    entries = json.loads(file.read_text())
+    origin = {
+        key: "; ".join(dict.fromkeys(entry[key] for entry in entries))
+        for key in ("commit", "date", "machine", "software")
+    }
+    kept = {**committed(), "gpu": {**origin, "results": entries}}
+    write_atomic(FILE, json.dumps(kept, indent=1) + "\n")
+    write_page()
 
 
 def _training(results: list[dict[str, Any]]) -> str:

@@ -5,7 +5,7 @@
     python -m benchmarks.run --check               # a few ratios again, against the committed ones
 
 Every part says at which commit it was measured. The studies of quality have commands of their own;
-parts for which there is no device here stay as they were, or are "not measured".
+what `benchmarks.gpu` measured on another machine is put on the page with `--gpu OUT.json`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS))
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--page", action="store_true", help="write the page anew, measure nothing")
+    parser.add_argument("--gpu", type=Path, help="put what benchmarks.gpu wrote on the page")
     arguments = parser.parse_args()
+    if arguments.gpu is not None:
+        page.record_gpu(arguments.gpu)
+        return
     if arguments.check:
         sys.exit(check(page.committed()))
     for name in () if arguments.page else arguments.only:
