@@ -8,7 +8,7 @@ WORK ?= runs/results
 OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo results results-dit bench bench-check test test-all format lint types check constraints clean
+.PHONY: help install demo docs results results-dit bench bench-check test test-all format lint types check constraints clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -35,6 +35,9 @@ bench: install ## measure speed and memory, write docs/benchmarks.md (an hour)
 
 bench-check: install ## are steps as fast, by the experts' own, as is committed? (minutes)
 	$(BIN)/python -m benchmarks.run --check
+
+docs: install ## the pages as a site, in build/site; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 test: install ## the quick tests
 	$(PYTEST) -m "not slow and not gpu"

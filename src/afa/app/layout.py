@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 MAX_STEPS, MAX_PIXELS, MAX_BIAS = 150, 2048, 4.0
 CSS = """
+#gallery .grid-container {
+  grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)) !important}
 .afa-legend {list-style: none; display: flex; flex-wrap: wrap; gap: 1em; margin: 0; padding: 0}
 .afa-legend span {display: inline-block; width: 1em; height: 1em; margin-right: .4em;
   border: 1px solid; vertical-align: -.15em}
@@ -167,6 +169,7 @@ class History:
     def __init__(self) -> None:
         self.gallery = gr.Gallery(
             label="What was drawn in this session",
+            show_label=False,
             columns=6,
             height="auto",
             elem_id="gallery",

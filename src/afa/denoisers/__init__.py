@@ -43,11 +43,12 @@ __all__ = [
     "discover_sites",
     "family_of",
     "move_all_but",
+    "register_family",
     "run_alone",
     "run_lockstep",
 ]
 
-FAMILIES = (UNET, FLUX, SD3, PIXART, DIT)
+FAMILIES = [UNET, FLUX, SD3, PIXART, DIT]
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,22 @@ class Site:
         return self.name.removesuffix(TEXT)
 
 
+def register_family(family: Family) -> None:
+    """Let ensembles take denoisers of another family apart, from anywhere.
+
+    Raises:
+        AfaError: there is a family of that name, or of that class, already.
+    """
+    for known in FAMILIES:
+        if family.name == known.name or family.model_class is known.model_class:
+            raise AfaError(
+                f"A family must have a name and a class of its own; '{family.name}' of "
+                f"{family.model_class.__name__} meets '{known.name}' of "
+                f"{known.model_class.__name__}. Choose another name, or use that one."
+            )
+    FAMILIES.append(family)
+
+
 def family_of(expert: nn.Module) -> Family:
     """The family of a denoiser.
 
@@ -88,7 +105,7 @@ def family_of(expert: nn.Module) -> Family:
     known = ", ".join(family.model_class.__name__ for family in FAMILIES)
     raise AfaError(
         f"An expert must be one of {known}; came a {type(expert).__name__}. "
-        "Other architectures need a coroutine in afa.denoisers."
+        "Other architectures need a coroutine: see afa.denoisers.register_family."
     )
 
 

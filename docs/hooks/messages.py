@@ -1,0 +1,88 @@
+"""Every message that afa can end with, read from its source while the site is built."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Any
+
+SOURCE = Path(__file__).parents[2] / "src" / "afa"
+PLACE = "<!-- every message -->"
+#: what is raised with a message for users: `AfaError`, and what is derived from it
+ERRORS = ("AfaError", "Ambiguous", "BrokenPicture", "NotFinite")
+#: parts of the package by what their users do; all else is "Experts and ensembles"
+TITLES = {
+    "acceleration": "Speed",
+    "app": "The page",
+    "baselines": "Merging and fusing",
+    "cli": "Command line",
+    "contenders": "Pictures",
+    "evaluation": "Comparing",
+    "memory": "Memory",
+    "metrics": "Metrics",
+    "pictures": "Pictures",
+    "placement": "Memory",
+    "plots": "Pictures",
+    "quantization": "Memory",
+    "recipe": "Recipes",
+    "statistics": "Comparing",
+    "steering": "Steering",
+    "streaming": "Memory",
+    "study": "Comparing",
+    "training": "Training",
+    "zoo": "The zoo",
+}
+
+
+def messages() -> dict[str, list[str]]:
+    """By what is done, the messages of `AfaError`s; what is filled in is in angle brackets."""
+    found: dict[str, list[str]] = {}
+    for file in sorted(SOURCE.rglob("*.py")):
+        texts = []
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.Call) or not node.args:
+                continue
+            name = getattr(node.func, "id", getattr(node.func, "attr", ""))
+            if name in ERRORS and (text := _text(node.args[0])):
+                texts.append(" ".join(text.split()))
+        part = file.relative_to(SOURCE).with_suffix("").parts[0]
+        known = found.setdefault(TITLES.get(part, "Experts and ensembles"), [])
+        known += [text for text in texts if text not in known]
+    return dict(sorted(found.items()))
+
+
+def _text(node: ast.expr) -> str:
+    """A message as it is written; empty where it comes from somewhere else."""
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(
+            _text(part) if isinstance(part, ast.Constant) else f"<{_name(part)}>"
+            for part in node.values
+        )
+    if isinstance(node, ast.BinOp):
+        return _text(node.left) + _text(node.right)
+    return ""
+
+
+def _name(part: Any) -> str:
+    """What is filled in, as the code calls it."""
+    value = part.value
+    while isinstance(value, ast.Call) and value.args:
+        value = value.args[-1]
+    for node in ast.walk(value):
+        name = getattr(node, "attr", getattr(node, "id", None))
+        if name:
+            return str(name).strip("_").replace("_", " ")
+    return "..."
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Put the messages where a page asks for them."""
+    if PLACE not in markdown:
+        return markdown
+    lines = []
+    for title, texts in messages().items():
+        lines += ["", f"## {title}", ""]
+        lines += [f"- `{text}`" for text in texts]
+    return markdown.replace(PLACE, "\n".join(lines))

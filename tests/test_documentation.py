@@ -1,0 +1,151 @@
+"""The pages are true: every block runs, every message in Trouble is one, the site builds."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from afa import inspection, single_file
+from afa.layouts import kind_name
+from tests.documentation import (
+    DOCS,
+    ROOT,
+    Block,
+    Runner,
+    blocks_of,
+    commands_of,
+    make_ensemble,
+    make_world,
+    shortened,
+)
+
+ALL = [*sorted(DOCS.glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+PAGES = [page for page in ALL if blocks_of(page)]
+#: where an ensemble is trained that the others find
+TRAIN = ("checkpoints.md", "README.md")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
+    root = tmp_path_factory.mktemp("world")
+    return root, make_world(root)
+
+
+@pytest.fixture
+def folder(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the world, in which the shipped configurations are those of tiny models."""
+    root, configs = world
+    folder = tmp_path / "here"
+    shutil.copytree(root, folder)
+    monkeypatch.chdir(folder)
+    for module in (single_file, inspection):
+        monkeypatch.setattr(module, "config_of", lambda shapes, _: kind_name(shapes))
+        monkeypatch.setattr(module, "config_folder", configs.__getitem__)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*lr_scheduler:UserWarning")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_block_runs(page: Path, folder: Path, world: Any) -> None:
+    if page.name not in TRAIN:
+        make_ensemble(folder, world[1]["Stable Diffusion"])
+    runner = Runner(folder)
+    for block in blocks_of(page):
+        try:
+            runner.run(block)
+        except Exception as error:
+            pytest.fail(f"{page.name}, line {block.line}: {type(error).__name__}: {error}")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_blocks_are_fenced_and_have_a_language(page: Path) -> None:
+    text = page.read_text()
+    assert all(block.language for block in blocks_of(page))
+    assert not re.search(r"\n\n {4}(?:afa|make|import|experts:)", text), "an indented block"
+
+
+def test_what_is_cut_short() -> None:
+    recipe = {"training": {"num_steps": 9, "batch_size": 8}, "curve": {"num_steps": [5, 50]}}
+    assert shortened(recipe) == {
+        "training": {"num_steps": 2, "batch_size": 2},
+        "curve": {"num_steps": [1, 2]},
+    }
+    assert list(commands_of("afa x \\\n  --y 'a b'  # why\n\nafa z\n")) == [
+        ["afa", "x", "--y", "a b"],
+        ["afa", "z"],
+    ]
+
+
+def test_a_block_that_fails_is_seen(folder: Path) -> None:
+    runner = Runner(folder)
+    with pytest.raises(AssertionError, match="ended with 2"):
+        runner.run(Block("bash", None, "afa inspect nothing\n", 1))
+    with pytest.raises(AssertionError):
+        runner.run(Block("bash", None, "make nothing\n", 1))
+    with pytest.raises(ZeroDivisionError):
+        runner.run(Block("python", None, "1 / 0\n", 1))
+
+
+# -- messages ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def messages() -> list[str]:
+    spec = importlib.util.spec_from_file_location("messages", DOCS / "hooks" / "messages.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.PLACE in (DOCS / "messages.md").read_text()
+    return [text for texts in module.messages().values() for text in texts]
+
+
+def test_all_messages_are_found(messages: list[str]) -> None:
+    """As many as the source raises with words of their own."""
+    raised = sum(
+        len(re.findall(r"\bAfaError\(\s*f?[\"']", file.read_text()))
+        for file in (ROOT / "src" / "afa").rglob("*.py")
+    )
+    assert raised * 0.9 < len(messages) <= raised * 1.1
+    assert "A speed must be one of <PRESETS>, came '<given>'." in messages
+
+
+def test_what_trouble_explains_is_said_somewhere(messages: list[str]) -> None:
+    """Headings that are no message of ours say so in their first words."""
+    text = (DOCS / "trouble.md").read_text()
+    sections = re.findall(r"^### (.+)\n\n(.+)$", text, flags=re.MULTILINE)
+    assert len(sections) > 20
+    for heading, first in sections:
+        quoted = re.match(r"`(?:\.\.\. )?(.+?)`", first)
+        if first.startswith(("torch's own", "No message", "A note", "`afa generate --from")):
+            continue
+        words = [part.strip() for part in re.split(r"\.\.\.", quoted[1] if quoted else heading)]
+        assert any(
+            all(re.sub(r"<\w+>", "", part) in re.sub(r"<[\w ]+>", "", message) for part in words)
+            for message in messages
+        ), heading
+
+
+# -- the site ---------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert not done.returncode, done.stderr[-3000:]
+    site = "\n".join(page.read_text() for page in tmp_path.rglob("*.html"))
+    assert "A speed must be one of" in (tmp_path / "messages.html").read_text()
+    assert "fonts.googleapis" not in site
+    assert "unpkg.com" not in site
+    for page in ("ensembles", "pictures", "denoisers", "training", "comparing", "speed"):
+        assert len((tmp_path / "api" / f"{page}.html").read_text()) > 20_000, page
