@@ -58,6 +58,7 @@ def as_page(kept: dict[str, Any]) -> str:
         _section("Experts spread over processes", _SCALING, kept.get("scaling"), _scaling),
         _section("Training", _TRAINING, kept.get("training"), _training),
         _section("Starting", _STARTUP, kept.get("startup"), _startup),
+        _section("The page", _APP, kept.get("app"), _app),
         _section("On a GPU", _GPU, kept.get("gpu"), _gpu),
     ]
     return "\n".join(sections)
@@ -89,6 +90,8 @@ of one, the aggregators, which all run, and sending the features. *Sent* is what
 one expert in a step; a link of 25 GB/s would take 1 ms for 25 MB."""
 _TRAINING = """Batches of 16 on the zoo; see docs/training.md for what the switches are for."""
 _STARTUP = """Each start is a process of its own, with the files in the system's cache."""
+_APP = """`afa app` with the shipped ensemble, in a process of its own, with Chromium beside it on the
+same cores; 20 steps. The imports of torch and the libraries are most of the first row."""
 _GPU = """`python -m benchmarks.gpu OUT.json`: the widths of Stable Diffusion 1.5, XL and Flux in
 bfloat16, random weights; batches of 2 (Flux: 1), the latents of the pictures' size. *plain*: as
 they are. *graphs*: a step of the ensemble (`afa.accelerate(pipeline, cuda_graphs=True)`), and the
@@ -220,6 +223,14 @@ def _at_equal_quality(results: dict[str, Any]) -> str:
         "**At equal quality**: the quickest row that is not told apart from exact AFA is "
         f"*{ours[0]}*, {seconds[ours[0]]:.2f} times one model's time; {of_rivals}"
     )
+
+
+def _app(results: list[dict[str, Any]]) -> str:
+    rows = [
+        [row["until"], f"{row['seconds']:.1f} [{row['low']:.1f}, {row['high']:.1f}]"]
+        for row in results
+    ]
+    return as_table(["until", f"seconds: median and range of {results[0]['num_rounds']}"], rows)
 
 
 def _gpu(results: list[dict[str, Any]]) -> str:

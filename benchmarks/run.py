@@ -27,6 +27,7 @@ PARTS = {
     "streaming": ["benchmarks.streaming"],
     "scaling": ["benchmarks.scaling"],
     "training": ["benchmarks.training", "--json"],
+    "app": ["benchmarks.app"],
 }
 #: what `--check` measures again; few cells, so that it is done in minutes
 CHECKED_SIZES = ("zoo, (32, 96)", "(64, 128, 256)")
