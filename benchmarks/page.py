@@ -90,8 +90,8 @@ of one, the aggregators, which all run, and sending the features. *Sent* is what
 one expert in a step; a link of 25 GB/s would take 1 ms for 25 MB."""
 _TRAINING = """Batches of 16 on the zoo; see docs/training.md for what the switches are for."""
 _STARTUP = """Each start is a process of its own, with the files in the system's cache."""
-_APP = """`afa app` with the shipped ensemble, in a process of its own, with Chromium beside it on the
-same cores; 20 steps. The imports of torch and the libraries are most of the first row."""
+_APP = """`afa app` with the shipped ensemble, in a process of its own, with Chromium beside it on
+the same cores; 20 steps. The imports of torch and the libraries are most of the first row."""
 _GPU = """`python -m benchmarks.gpu OUT.json`: the widths of Stable Diffusion 1.5, XL and Flux in
 bfloat16, random weights; batches of 2 (Flux: 1), the latents of the pictures' size. *plain*: as
 they are. *graphs*: a step of the ensemble (`afa.accelerate(pipeline, cuda_graphs=True)`), and the

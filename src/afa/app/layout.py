@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 MAX_STEPS, MAX_PIXELS, MAX_BIAS = 150, 2048, 4.0
 CSS = """
 #gallery .grid-container {
-  grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)) !important}
+  grid-template-columns: repeat(auto-fill, minmax(clamp(96px, 11vw, 140px), 1fr)) !important}
 .afa-legend {list-style: none; display: flex; flex-wrap: wrap; gap: 1em; margin: 0; padding: 0}
 .afa-legend span {display: inline-block; width: 1em; height: 1em; margin-right: .4em;
   border: 1px solid; vertical-align: -.15em}
