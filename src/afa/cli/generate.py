@@ -15,9 +15,12 @@ from afa.files import slug
 from afa.recipe import MAX_SEED
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from diffusers import DiffusionPipeline
 
     from afa.memory.budget import MemoryPlan
+    from afa.pictures import PictureRecipe
 
 DTYPES = ("float32", "bfloat16", "float16")
 #: what may be said beside a picture that is to be made again; all else comes from it
@@ -30,6 +33,18 @@ BESIDE_A_PICTURE = (
     "memory_budget",
     "cuda_graphs",
 )
+
+
+def _option(panel: str) -> Any:
+    """An option under a heading of the help."""
+
+    def option(text: str, *, name: str | None = None, **limits: Any) -> Any:
+        return typer.Option(*filter(None, [name]), help=text, rich_help_panel=panel, **limits)
+
+    return option
+
+
+_picture, _speed = _option("Pictures"), _option("Speed and memory")
 
 
 def generate(
@@ -45,48 +60,38 @@ def generate(
         Path | None,
         typer.Option(help="Make this picture again: a PNG of afa, which holds all it needs."),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
-    guidance: Annotated[float, typer.Option(min=0, help="Classifier-free guidance scale.")] = 7.5,
-    seed: Annotated[
-        int, typer.Option(min=0, max=MAX_SEED, help="Of the first picture; then one more each.")
-    ] = 0,
-    num_images: Annotated[int, typer.Option(min=1, help="Pictures per prompt.")] = 1,
     weights: Annotated[
         bool, typer.Option("--weights", help="Draw the fusion weights too.")
     ] = False,
-    negative_prompt: Annotated[str, typer.Option(help="What to stay away from.")] = "",
-    height: Annotated[
-        int | None, typer.Option(min=8, help="Pixels; by default the experts'.")
-    ] = None,
-    width: Annotated[
-        int | None, typer.Option(min=8, help="Pixels; by default the experts'.")
-    ] = None,
+    steps: Annotated[int, _picture("Denoising steps.", min=1)] = 50,
+    guidance: Annotated[float, _picture("Classifier-free guidance scale.", min=0)] = 7.5,
+    seed: Annotated[
+        int, _picture("Of the first picture; then one more each.", min=0, max=MAX_SEED)
+    ] = 0,
+    num_images: Annotated[int, _picture("Pictures per prompt.", min=1)] = 1,
+    negative_prompt: Annotated[str, _picture("What to stay away from.")] = "",
+    height: Annotated[int | None, _picture("Pixels; by default the experts'.", min=8)] = None,
+    width: Annotated[int | None, _picture("Pixels; by default the experts'.", min=8)] = None,
     bias: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Lean on an expert: animals=+1.0, or animals@up=+1.0; as often as asked."
-        ),
+        _picture("Lean on an expert: animals=+1.0, or animals@up=+1.0; as often as asked."),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    device: Annotated[str, _speed("auto, cpu, cuda, cuda:1, ...")] = "auto",
+    dtype: Annotated[str, _speed(f"Of the experts: {', '.join(DTYPES)}.")] = "float32",
     speed: Annotated[
-        str, typer.Option(help="exact, balanced or fast: how much is taken over between steps.")
+        str, _speed("exact, balanced or fast: how much is taken over between steps.")
     ] = "exact",
-    plan: Annotated[
-        Path | None, typer.Option(help="Of afa prune: which experts run where.")
-    ] = None,
+    plan: Annotated[Path | None, _speed("Of afa prune: which experts run where.")] = None,
     memory_budget: Annotated[
-        str | None, typer.Option(help="Of the device, such as 8GB; says and does what fits.")
+        str | None, _speed("Of the device, such as 8GB; says and does what fits.")
     ] = None,
-    quantize: Annotated[
-        str | None, typer.Option(help="int8 or float8: smaller experts, by torchao.")
-    ] = None,
+    quantize: Annotated[str | None, _speed("int8 or float8: smaller experts, by torchao.")] = None,
     compile_blocks: Annotated[
-        bool, typer.Option("--compile", help="Compile the blocks first; pays for many pictures.")
+        bool, _speed("Compile the blocks first; pays for many pictures.", name="--compile")
     ] = False,
     cuda_graphs: Annotated[
-        bool, typer.Option("--cuda-graphs", help="Launch steps at once; for small work on a GPU.")
+        bool, _speed("Launch steps at once; for small work on a GPU.", name="--cuda-graphs")
     ] = False,
-    dtype: Annotated[str, typer.Option(help=f"Of the experts: {', '.join(DTYPES)}.")] = "float32",
 ) -> None:
     """Generate pictures with a trained ensemble.
 
@@ -106,7 +111,7 @@ def generate(
         raise AfaError(f"--dtype must be one of {', '.join(DTYPES)}, came '{dtype}'.")
 
     from afa.acceleration.settings import acceleration_of
-    from afa.steering import expert_names, parse_bias
+    from afa.steering import parse_bias
 
     acceleration = acceleration_of(speed)
     asked_bias = parse_bias(bias or [])
@@ -120,10 +125,8 @@ def generate(
 
     import torch
 
-    from afa import pictures, record_weights
-    from afa.contenders import ENSEMBLE
+    from afa import pictures
     from afa.kinds import denoiser_of
-    from afa.plots import filmstrip
     from afa.training.engine import pick_device
 
     quieten_loading()
@@ -134,14 +137,9 @@ def generate(
         loading |= {"memory_budget": memory_budget, "on_plan": say_plan}
         loading["pixels"] = height * width if height and width else None
     before: str | None = None
-    asked: list[tuple[str, pictures.PictureRecipe]]
     if from_image is not None:
-        made = pictures.read_picture(from_image)
-        recipe = made.recipe.model_copy(update={"ensemble": ensemble or made.recipe.ensemble})
-        if weights and recipe.drawn_by != ENSEMBLE:
-            raise AfaError(f"Fusion weights are an ensemble's; this is by {recipe.drawn_by} alone.")
-        pipeline = pictures.prepare_again(recipe, **loading)
-        asked, before = [(f"00-{slug(recipe.prompt)}-seed{recipe.seed}", recipe)], made.pixels
+        pipeline, recipe, before = _again(from_image, ensemble, weights, loading)
+        asked = [(f"00-{slug(recipe.prompt)}-seed{recipe.seed}", recipe)]
     else:
         assert ensemble is not None, "it was asked for above"
         if quantize is not None:
@@ -173,35 +171,76 @@ def generate(
             quantize=quantize,
             compiled=compile_blocks,
         )
-        numbered = itertools.product(enumerate(prompts or []), range(seed, seed + num_images))
-        asked = [
-            (
-                f"{number:02d}-{slug(prompt)}-seed{own_seed}",
-                pictures.picture_recipe(**{**dict(recipe), "prompt": prompt, "seed": own_seed}),
-            )
-            for (number, prompt), own_seed in numbered
-        ]
+        asked = _each(recipe, prompts or [], num_images)
     processes.wait()  # nobody writes before the main process has seen that the folder is new
-    output.mkdir(parents=True, exist_ok=True)
-    mine = list(processes.share(asked))
-    with progress_bar() as progress:
-        task = progress.add_task("generate", total=len(mine), note="", visible=processes.is_main)
-        for stem, recipe in mine:
-            with record_weights(denoiser_of(pipeline)) if weights else nullcontext() as record:
-                picture = pictures.draw(pipeline, recipe)
-            path = output / f"{stem}.png"
-            pictures.save_picture(picture, path, recipe, denoiser_of(pipeline).device)
-            if record is not None:
-                names = expert_names(denoiser_of(pipeline))
-                filmstrip(record, [picture], output / f"{stem}-weights.png", experts=names)
-            progress.advance(task)
+    hashed = _draw(pipeline, list(processes.share(asked)), output, weights, processes.is_main)
     processes.wait()
     if not processes.is_main:
         return
     count = len(asked)
     console.print(f"{count} {'picture' if count == 1 else 'pictures'} in {output}")
     if before is not None:
-        _say_whether_the_same(before, pictures.hash_pixels(picture))
+        _say_whether_the_same(before, hashed)
+
+
+def _again(
+    picture: Path, ensemble: str | None, weights: bool, loading: dict[str, Any]
+) -> tuple[DiffusionPipeline, PictureRecipe, str]:
+    """What drew a picture, its recipe, and the hash of its pixels."""
+    from afa import pictures
+    from afa.contenders import ENSEMBLE
+
+    made = pictures.read_picture(picture)
+    recipe = made.recipe.model_copy(update={"ensemble": ensemble or made.recipe.ensemble})
+    if weights and recipe.drawn_by != ENSEMBLE:
+        raise AfaError(f"Fusion weights are an ensemble's; this is by {recipe.drawn_by} alone.")
+    return pictures.prepare_again(recipe, **loading), recipe, made.pixels
+
+
+def _each(
+    recipe: PictureRecipe, prompts: Sequence[str], num_images: int
+) -> list[tuple[str, PictureRecipe]]:
+    """The name of every picture's file, without its end, and its recipe."""
+    from afa import pictures
+
+    first = recipe.seed
+    numbered = itertools.product(enumerate(prompts), range(first, first + num_images))
+    return [
+        (
+            f"{number:02d}-{slug(prompt)}-seed{seed}",
+            pictures.picture_recipe(**{**dict(recipe), "prompt": prompt, "seed": seed}),
+        )
+        for (number, prompt), seed in numbered
+    ]
+
+
+def _draw(
+    pipeline: DiffusionPipeline,
+    asked: Sequence[tuple[str, PictureRecipe]],
+    output: Path,
+    weights: bool,
+    visible: bool,
+) -> str:
+    """Draw and write pictures; the hash of the last one's pixels."""
+    from afa import pictures, record_weights
+    from afa.kinds import denoiser_of
+    from afa.plots import filmstrip
+    from afa.steering import expert_names
+
+    output.mkdir(parents=True, exist_ok=True)
+    hashed, denoiser = "", denoiser_of(pipeline)
+    with progress_bar() as progress:
+        task = progress.add_task("generate", total=len(asked), note="", visible=visible)
+        for stem, recipe in asked:
+            with record_weights(denoiser) if weights else nullcontext() as record:
+                picture = pictures.draw(pipeline, recipe)
+            pictures.save_picture(picture, output / f"{stem}.png", recipe, denoiser.device)
+            hashed = pictures.hash_pixels(picture)
+            if record is not None:
+                names = expert_names(denoiser)
+                filmstrip(record, [picture], output / f"{stem}-weights.png", experts=names)
+            progress.advance(task)
+    return hashed
 
 
 def _require_nothing_else(context: typer.Context) -> None:
