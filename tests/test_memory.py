@@ -81,7 +81,11 @@ def test_weights_are_those_that_are_loaded(folders: list[Path], dtype: torch.dty
     sizes = [sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in layers]
     assert needs.largest == max(sizes)
     assert needs.layers == sum(sizes)
+    aggregators = sum(p.numel() for p in ensemble.aggregators.parameters())
+    copies = aggregators * dtype.itemsize if dtype == torch.bfloat16 else 0
     pipeline = tiny_pipeline(folders[0].parent / "three")
+    decoder = sum(p.numel() for p in pipeline.vae.parameters()) * dtype.itemsize
+    assert needs.others == decoder + aggregators * 4 + copies
     encoder = sum(p.numel() for p in pipeline.text_encoder.parameters()) * dtype.itemsize
     assert encoder <= needs.encoders / 2 < 1.1 * encoder + 1000  # and buffers
     assert needs.work > 0

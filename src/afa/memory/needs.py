@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch import nn
 
 from afa.aggregators import Condition, SABWConfig
 from afa.aggregators.build import build_sabw
+from afa.aggregators.lowered import HALVES
 from afa.components import library_class
 from afa.denoisers import Feature, discover_sites, run_lockstep
 from afa.errors import AfaError
@@ -119,7 +121,11 @@ def needs_of(
     size = _quantised(weight_bits)
     layers = [size(layer) for layer in family.layers(twin)]
     held = sum(size(layer) for layer in _outermost(family.layers(twin)))
-    step, cells = _step(family, twin, rules, num_experts)
+    own = list(dict.fromkeys(rules))
+    # beside experts in half precision a copy of them runs, see afa.aggregators.lowered
+    lowered = {rule: copy.deepcopy(rule).to(dtype) for rule in own if dtype in HALVES}
+    running = [lowered.get(rule, rule) for rule in rules]
+    step, cells = _step(family, twin, running, num_experts)
     shrink = 2 ** (len(vae.config.block_out_channels) - 1)
     picture = (pixels or _native(kind, twin.config, shrink)) // shrink**2
     decode = peak_of(lambda: _decode(vae, dtype))
@@ -129,7 +135,7 @@ def needs_of(
         largest=max(layers),
         rest=num_experts * (size(twin) - held),
         encoders=encoder_sets * sum(_encoder_bytes(config, index, dtype)),
-        others=_bytes(vae) + sum(_bytes(rule) for rule in dict.fromkeys(rules)),
+        others=_bytes(vae) + sum(_bytes(rule) for rule in (*own, *lowered.values())),
         work=max(step * batch * picture // cells, decode * picture // _SIDE**2),
     )
 
