@@ -59,6 +59,11 @@ def test_text_to_image(pipeline: StableDiffusionPipeline) -> None:
     assert not np.array_equal(first, other)
 
 
+def test_nothing_judges_or_marks_pictures(pipeline: StableDiffusionPipeline) -> None:
+    assert pipeline.components["safety_checker"] is None
+    assert not pipeline.config.requires_safety_checker
+
+
 def test_one_expert_picked_everywhere_draws_its_own_picture(experts: list[Path]) -> None:
     sites = afa.load_pipeline(experts).unet.sites
     ensemble = afa.load_pipeline(experts, [Only(1) for _ in sites], vae=experts[1])

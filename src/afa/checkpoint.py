@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from safetensors.torch import load_file, save
 
 from afa.aggregators import SABW, Mean, SABWConfig, Separate
 from afa.aggregators.build import site_configs
+from afa.denoisers import FAMILIES
 from afa.errors import AfaError
 from afa.files import read_json, write_atomic
 from afa.kinds import denoiser_of
@@ -80,13 +81,21 @@ class _SavedEnsemble(_Saved):
 
     format: Literal["afa-ensemble"]
     version: Literal[1]
-    family: Literal["unet", "flux", "sd3", "pixart", "dit"]
+    family: str
     experts: list[_Reference] = Field(min_length=1)
     vae: _Reference | None
     config: str | None
     parts: list[_Reference] = Field(default=[])
     aggregator: _Aggregator
     sites: list[str]
+
+    @field_validator("family")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        known = [family.name for family in FAMILIES]
+        if name not in known:
+            raise ValueError(f"must be one of {', '.join(known)}")
+        return name
 
 
 _SIZES = ("hidden_size", "num_layers", "num_heads", "norm_num_groups")
