@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
 import afa
 from afa.maps import WeightRecord, record_weights
+from tests.test_ensemble import ensemble_of
 from tests.tiny import inputs, tiny_unet
 
 SMALL = afa.SABWConfig(hidden_size=8, num_layers=1, num_heads=2, norm_num_groups=4)
@@ -16,11 +15,7 @@ SMALL = afa.SABWConfig(hidden_size=8, num_layers=1, num_heads=2, norm_num_groups
 
 @pytest.fixture
 def ensemble() -> afa.EnsembleDenoiser:
-    ensemble = afa.EnsembleDenoiser([tiny_unet(n) for n in range(3)], SMALL)
-    rules: Any = ensemble.aggregators
-    for rule in rules:
-        torch.nn.init.normal_(rule.conv_out.weight)
-    return ensemble
+    return ensemble_of()
 
 
 def run(ensemble: afa.EnsembleDenoiser, *timesteps: int) -> WeightRecord:

@@ -13,6 +13,7 @@ from afa.aggregators import Separate
 from afa.denoisers import discover_sites
 from afa.errors import AfaError
 from afa.steering import STAGES, parse_bias, stages_of
+from tests.test_ensemble import ensemble_of
 from tests.tiny import ODD, inputs, tiny_unet
 from tests.tiny_transformers import tiny_transformer
 
@@ -21,11 +22,7 @@ SMALL = afa.SABWConfig(hidden_size=8, num_layers=1, num_heads=2, norm_num_groups
 
 @pytest.fixture
 def ensemble() -> afa.EnsembleDenoiser:
-    ensemble = afa.EnsembleDenoiser([tiny_unet(n) for n in range(3)], SMALL)
-    rules: Any = ensemble.aggregators
-    for rule in rules:
-        torch.nn.init.normal_(rule.conv_out.weight)
-    return ensemble
+    return ensemble_of()
 
 
 def run(ensemble: afa.EnsembleDenoiser) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

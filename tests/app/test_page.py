@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,27 +13,22 @@ from PIL import Image
 
 from afa.cli import main
 from afa.pictures import hash_pixels, read_picture
+from benchmarks.app import BROWSER, OFFLINE
 from tests.app.serve import FAILS
 
 pytest.importorskip("gradio")
 sync_api = pytest.importorskip("playwright.sync_api")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium; apt install chromium"),
+    pytest.mark.skipif(BROWSER is None, reason="there is no Chromium; apt install chromium"),
 ]
-#: no look at any other machine
-OFFLINE = (
-    *("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-quic", "--disable-sync"),
-    *("--disable-background-networking", "--disable-component-update"),
-)
 PATIENCE = 120_000  # milliseconds; other tests run beside
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(OFFLINE))
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=list(OFFLINE))
         yield browser
         browser.close()
 
