@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -19,6 +20,18 @@ def test_data_sets_that_training_names_are_recipes() -> None:
     assert len(sources) >= 3
     for source in sources:
         DatasetRecipe.model_validate(yaml.safe_load(source))
+
+
+def test_the_readme_has_what_the_demo_came_to() -> None:
+    report = json.loads((ROOT / "docs" / "demo.json").read_text())
+    rows = [
+        f"| {row['method']} | {both['mean']:.2f} [{both['low']:.2f}, {both['high']:.2f}] "
+        f"| {row['seconds_per_image']:.2f} |"
+        for row in report["rows"]
+        for both in [row["both"]]
+    ]
+    assert len(rows) == 10
+    assert "\n".join(rows) in (ROOT / "README.md").read_text()
 
 
 def test_files_on_the_map_exist() -> None:
