@@ -20,6 +20,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.models import SD15_VAE, UNETS, build_unet
@@ -77,7 +78,7 @@ def example(size: str, count: int, batch: int) -> tuple[dict[str, Any], list[dic
     side = PIXELS[size] // 8
     with torch.device("cuda"):
         if size != FLUX:
-            unet = type("U", (), {"config": UnetConfig(UNETS[size])})
+            unet = SimpleNamespace(config=UnetConfig(UNETS[size]))
             return models.example(unet, size, count, side, batch, torch.bfloat16)
         rows = torch.arange(side // 2).repeat_interleave(side // 2)
         columns = torch.arange(side // 2).repeat(side // 2)

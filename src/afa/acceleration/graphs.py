@@ -56,7 +56,8 @@ class Graphs:
             latent = next(iter(arguments.values()))
             now = torch.as_tensor(arguments["timestep"], device=latent.device)
             loop.graph = loop.graph or StepGraph(self.record)
-            return loop.graph(compute, {**arguments, "timestep": now}, key)
+            with torch.cuda.device_of(latent):  # which need not be the current one
+                return loop.graph(compute, {**arguments, "timestep": now}, key)
 
         return run
 
