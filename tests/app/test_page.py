@@ -67,6 +67,16 @@ def status(page: Any, words: str) -> str:
     return page.locator("#status").inner_text()
 
 
+def changed(page: Any, name: str, words: str, before: str) -> str:
+    """Wait for another text at a place, with these words; for a moment there is none."""
+    script = """([name, words, before]) => {
+        const text = document.querySelector('#' + name).innerText;
+        return text.includes(words) && text !== before;
+    }"""
+    page.wait_for_function(script, arg=[name, words, before])
+    return page.locator(f"#{name}").inner_text()
+
+
 def number(page: Any, name: str, value: object) -> None:
     """Type a value into the field of a slider."""
     field = page.locator(f"#{name} input[type=number]")
@@ -146,20 +156,16 @@ def test_who_did_what_follows_step_site_and_clicks(tab: Any) -> None:
     only(tab, "AFA")
     draw(tab, "1 picture,")
     turn_to(tab, "Who did what")
-    sync_api.expect(tab.locator("#legend")).to_contain_text("animals")
-    seen = [tab.locator("#legend").inner_text()]
+    whole = changed(tab, "legend", "animals", "")
     number(tab, "step", 1)
-    sync_api.expect(tab.locator("#legend")).not_to_have_text(seen[0], timeout=PATIENCE)
-    seen.append(tab.locator("#legend").inner_text())
+    first = changed(tab, "legend", "animals", whole)
     tab.locator("#site input").click()
     tab.get_by_role("option", name="mid").click()
-    sync_api.expect(tab.locator("#legend")).not_to_have_text(seen[1], timeout=PATIENCE)
+    changed(tab, "legend", "animals", first)
     tab.locator("#map img").click(position={"x": 100, "y": 200})
-    sync_api.expect(tab.locator("#numbers")).to_contain_text("from the left", timeout=PATIENCE)
-    first = tab.locator("#numbers").inner_text()
+    here = changed(tab, "numbers", "from the left", "")
     tab.locator("#map img").click(position={"x": 300, "y": 200})
-    sync_api.expect(tab.locator("#numbers")).not_to_have_text(first, timeout=PATIENCE)
-    shares = tab.locator("#numbers").inner_text().split(":")[1]
+    shares = changed(tab, "numbers", "from the left", here).split(":")[1]
     total = sum(int(part.split()[-1].rstrip("%")) for part in shares.split(","))
     assert 97 <= total <= 103
 
