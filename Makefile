@@ -3,8 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 # a process a core, of one thread each: torch's threads would wait for each other
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile \
-	--no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 WORK ?= runs/results
 OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 

@@ -23,15 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-#: files whose tests take minutes; begun last, they would be waited for by one process alone
-LONGEST = ("test_demo.py", "test_page.py", "test_documentation.py", "test_processes.py")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first, whatever there is of them."""
-    items.sort(key=lambda item: item.path.name not in LONGEST)
-
-
 @pytest.fixture(scope="session")
 def experts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Three pipeline folders of one architecture, with different weights everywhere."""
