@@ -9,6 +9,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.func import functional_call
 
+from afa.prompt import versions
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -39,7 +41,7 @@ class Lowered:
             return rule
         parameters = dict(rule.named_parameters())
         # a parameter that is trained has another version, one that is moved or loaded another place
-        state = [dtype, *((p.data_ptr(), _version(p)) for p in parameters.values())]
+        state = [dtype, *(p.data_ptr() for p in parameters.values()), *versions(rule)]
         known, tensors = self._kept.get(rule, (None, {}))
         if known != state:
             tensors = {name: p.detach().to(dtype) for name, p in parameters.items()}
@@ -49,7 +51,3 @@ class Lowered:
 
 def _call(rule: nn.Module, tensors: dict[str, Tensor], *inputs: Any) -> Any:
     return functional_call(rule, tensors, inputs)
-
-
-def _version(parameter: Tensor) -> int:
-    return 0 if parameter.is_inference() else parameter._version
