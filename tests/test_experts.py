@@ -380,7 +380,7 @@ def _lacking_a_weight(folder: Path) -> None:
         (_without("vae"), "has none"),
         (_without("unet"), "has none"),
         (lambda f: (f / "model_index.json").write_text("{"), "must be JSON"),
-        (lambda f: (f / "unet" / "config.json").write_text("{"), "must be a complete diffusion"),
+        (lambda f: (f / "unet" / "config.json").write_text("{"), "must be JSON"),
         (_lacking_a_weight, "lack 1 parameters .first: conv_in.bias."),
     ],
 )

@@ -346,6 +346,15 @@ def load_ensemble(
     return pipeline
 
 
+def sources_in(
+    saved: dict[str, Any], folder: Path
+) -> tuple[list[str | LoraExpert], str | None, list[str]]:
+    """What a configuration of `read_config` names: experts, their configuration, and parts."""
+    config = saved["config"] and _absolute(saved["config"], folder)
+    parts = [_absolute(part["source"], folder) for part in saved["parts"]]
+    return [_source(reference, folder) for reference in saved["experts"]], config, parts
+
+
 def _written_parts(ensemble: EnsembleDenoiser, folder: Path) -> dict[str, Any]:
     parts = ensemble.part_references
     return {"parts": [_written(part, folder) for part in parts]} if parts else {}

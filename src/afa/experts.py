@@ -110,7 +110,7 @@ def _load_file(
         scheduler=parts["scheduler"],
         config=config,
         vae=parts["vae"],
-        latents=_latents(config / "vae" / "config.json"),
+        latents=latents_of(config / "vae" / "config.json"),
         options=_options(index),
     )
 
@@ -160,12 +160,12 @@ def _load_folder(reference: ExpertReference, path: Path, torch_dtype: torch.dtyp
         },
         scheduler=scheduler_class.from_pretrained(path / "scheduler"),
         config=path,
-        latents=_latents(path / "vae" / "config.json"),
+        latents=latents_of(path / "vae" / "config.json"),
         options=_options(index),
     )
 
 
-def _latents(config: Path) -> dict[str, Any]:
+def latents_of(config: Path) -> dict[str, Any]:
     """What an autoencoder's configuration says of the latents, with the library's defaults."""
     if not config.is_file():
         return {}

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 LOCK = ".lock"
+#: bytes and levels of a JSON file; the largest that is read is a results page of a study
+MAX_JSON, MAX_DEPTH = 32_000_000, 64
 _PARTIAL = re.compile(r"\..+\.[a-z0-9_]{8}")  # as `write_atomic` names what it has not finished
 
 
@@ -118,19 +121,57 @@ def parts_of(index: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file.
+def read_text(path: Path, limit: int) -> str:
+    """The UTF-8 text of a regular file that is not larger than it should be; no byte order mark.
+
+    Args:
+        path: of no pipe or device, which reading might never end.
+        limit: bytes.
 
     Raises:
-        AfaError: the file cannot be read, or holds something else.
+        OSError: it cannot be read.
+        ValueError: it is none, too large, or no UTF-8.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError("it is no regular file")
+    if found.st_size > limit:
+        raise ValueError(f"it has {found.st_size} bytes, {limit} are the most")
+    return path.read_text(encoding="utf-8-sig")
+
+
+def read_json(path: Path, limit: int = MAX_JSON) -> dict[str, Any]:
+    """Read a JSON object from a file.
+
+    Args:
+        path: of a regular file.
+        limit: bytes that it may have.
+
+    Raises:
+        AfaError: the file cannot be read, is too large or too deep, or holds something else.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path, limit))
+        if depth_of(content) > MAX_DEPTH:
+            raise ValueError(f"it is deeper than {MAX_DEPTH} levels")
     except (OSError, ValueError, RecursionError) as error:
         raise AfaError(f"'{path}' must be JSON, but reading it says: {error}.") from error
     if not isinstance(content, dict):
         raise AfaError(f"'{path}' must hold a JSON object, came {str(content)[:80]}.")
     return content
+
+
+def depth_of(content: Any) -> int:
+    """How deep lists and objects lie in one another; a number or a text has depth 0."""
+    depth, level = 0, [content]
+    while level := [
+        inner
+        for outer in level
+        if isinstance(outer, dict | list)
+        for inner in (outer.values() if isinstance(outer, dict) else outer)
+    ] or ([None] if any(isinstance(outer, dict | list) for outer in level) else []):
+        depth += 1
+    return depth
 
 
 def slug(text: str) -> str:

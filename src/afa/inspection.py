@@ -19,6 +19,7 @@ from afa.files import read_json
 from afa.layouts import config_folder, config_of, missing_parts
 from afa.published import describe_published, is_published
 from afa.sources import locate
+from afa.trust.folders import check_part
 from afa.weights import (
     PICKLES,
     check_safetensors,
@@ -59,6 +60,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     if (found / "model_index.json").is_file():
         return _describe_pipeline(found)
     if (found / "config.json").is_file():
+        check_part(found)
         config = read_json(found / "config.json")
         if config.get("format") == FORMAT:
             return _describe_ensemble(found)

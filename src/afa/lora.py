@@ -20,6 +20,7 @@ from afa.errors import AfaError
 from afa.kinds import build_pipeline
 from afa.recipe import Section
 from afa.sources import LoraReference
+from afa.trust.pickles import as_safetensors
 from afa.weights import PICKLES, check_safetensors, hash_file, loading
 
 if TYPE_CHECKING:
@@ -73,9 +74,10 @@ def lora_expert(base: Expert, asked: LoraExpert) -> Expert:
         AfaError: the file is missing, a pickle or damaged, no LoRA, or one of another kind of
             model.
     """
-    file = Path(asked.lora).expanduser()
-    _check_file(file)
-    reference = LoraReference(str(file.absolute()), hash_file(file), asked.scale)
+    source = Path(asked.lora).expanduser()
+    file = as_safetensors(source, "A LoRA") if source.suffix.lower() in PICKLES else source
+    check_lora_file(file)
+    reference = LoraReference(str(source.absolute()), hash_file(file), asked.scale)
     if asked.sha256 not in (None, reference.sha256):
         raise AfaError(
             f"The LoRA '{file}' must have SHA-256 {asked.sha256}, with which the ensemble was "
@@ -131,17 +133,12 @@ def _merge(model: nn.Module, scale: float) -> int:
     return count
 
 
-def _check_file(file: Path) -> None:
+def check_lora_file(file: Path) -> None:
     """Refuse what is no LoRA that can be added to weights.
 
     Raises:
         AfaError: see `lora_expert`.
     """
-    if file.suffix.lower() in PICKLES:
-        raise AfaError(
-            f"A LoRA must be safetensors; '{file}' is a pickle, which can run code when it is "
-            "opened. Get the .safetensors file."
-        )
     if not file.is_file():
         raise AfaError(f"A LoRA must be a local file; '{file}' does not exist. Download it first.")
     check_safetensors(file)

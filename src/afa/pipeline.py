@@ -19,12 +19,13 @@ from afa.kinds import build_pipeline, denoiser_of, kind_of_pipeline
 from afa.lora import LoraExpert, base_of, lora_expert, shared_copy
 from afa.memory.budget import AHEAD, MemoryPlan, Place
 from afa.memory.plan import plan_experts
-from afa.preflight import check_experts
+from afa.preflight import check_experts, check_folders
 from afa.quantization import Weights, quantize_linear, require_quantizer
-from afa.single_file import Companions
+from afa.single_file import Companions, config_of_expert
 from afa.sources import locate, require_hash
 from afa.streaming import LayerStream
 from afa.text import EnsembleTextEncoder, first_equal, share_equal
+from afa.weights import weight_files
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -134,6 +135,7 @@ def load_pipeline(
         if stream is not None:
             stream.add(expert.kind.denoiser_family.layers(expert.denoiser))
 
+    _check_before(named, revisions, companions)
     loaded = _load_all(named, revisions, hashes, companions, settle, with_vae=vae is None)
     check_experts(loaded, allow_duplicates=allow_duplicates)
     autoencoder, vae_reference = _autoencoder(loaded[0], vae, vae_revision, companions)
@@ -157,6 +159,25 @@ def load_pipeline(
             os.path.abspath(Path(config).expanduser()) if is_folder else str(config)
         )
     return pipeline
+
+
+def _check_before(
+    experts: Sequence[str | Path | LoraExpert],
+    revisions: Sequence[str | None],
+    companions: Companions,
+) -> None:
+    """Refuse experts that do not fit each other before the first of them is loaded.
+
+    Raises:
+        AfaError: see `check_folders`.
+    """
+    described = []
+    for asked, revision in zip(experts, revisions, strict=True):
+        path = locate(base_of(asked), revision)
+        if path.is_dir():
+            weight_files(path)  # a folder is looked at as a whole before anything in it is used
+        described.append((str(base_of(asked)), config_of_expert(path, companions)))
+    check_folders(described)
 
 
 def _autoencoder(

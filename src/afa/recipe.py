@@ -13,9 +13,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 from afa.errors import AfaError
+from afa.files import read_text
+from afa.trust.paths import require_within
 
 Model = TypeVar("Model", bound=BaseModel)
-_MAX_BYTES = 1_000_000
+#: of a recipe: bytes, levels, entries with all aliases followed, and mistakes that are listed
+_MAX_BYTES, _MAX_DEPTH, _MAX_NODES, _MAX_SAID = 1_000_000, 32, 100_000, 10
+_MAX_SHOWN = 120  # characters of a value in an error
 MAX_SEED = 2**32 - 1
 
 
@@ -27,17 +31,62 @@ class Section(BaseModel):
     SOURCES: ClassVar[tuple[str, ...]] = ()
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML's safe loader, which by itself lets a later key silently replace an earlier one."""
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, without the ways in which a short text becomes an endless one.
+
+    By itself it lets a later key silently replace an earlier one, and aliases of aliases stand for
+    more than any memory holds once they are looked at.
+    """
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None:
+            _require_bounded(node)
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         twice = next((key for key in keys if keys.count(key) > 1), None)
         if twice is not None:
             raise yaml.constructor.ConstructorError(
                 None, None, f"the key '{twice}' stands twice", node.start_mark
             )
         return super().construct_mapping(node, deep=deep)
+
+
+def _require_bounded(root: yaml.Node) -> None:
+    """Refuse a document that is too deep, refers to itself, or is too large with aliases followed.
+
+    Raises:
+        yaml.YAMLError: says which.
+    """
+    sizes: dict[int, int] = {}
+    inside: list[int] = []
+
+    def size_of(node: yaml.Node) -> int:
+        if isinstance(node, yaml.ScalarNode):
+            return 1
+        key = id(node)
+        if key in sizes:
+            return sizes[key]
+        if key in inside or len(inside) >= _MAX_DEPTH:
+            why = "it refers to itself" if key in inside else f"it is deeper than {_MAX_DEPTH}"
+            raise yaml.YAMLError(f"{why} levels" if "deeper" in why else why)
+        inside.append(key)
+        pairs = node.value
+        children = (
+            [part for pair in pairs for part in pair]
+            if isinstance(node, yaml.MappingNode)
+            else pairs
+        )
+        size = 1 + sum(size_of(child) for child in children)
+        inside.pop()
+        if size > _MAX_NODES:
+            raise yaml.YAMLError(f"it has more than {_MAX_NODES} entries with all its aliases")
+        sizes[key] = size
+        return size
+
+    size_of(root)
 
 
 def read_recipe(path: str | Path, model: type[Model]) -> Model:
@@ -48,16 +97,7 @@ def read_recipe(path: str | Path, model: type[Model]) -> Model:
             name where a key is unknown.
     """
     path = Path(path)
-    try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise AfaError(f"A recipe must be smaller than {_MAX_BYTES} bytes; '{path}' is larger.")
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise AfaError(f"The recipe '{path}' cannot be read: {error}.") from error
-    except (yaml.YAMLError, RecursionError) as error:
-        raise AfaError(
-            f"The recipe '{path}' must be YAML: {' '.join(str(error).split())}."
-        ) from None
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise AfaError(
             f"The recipe '{path}' must be a mapping with the keys {', '.join(model.model_fields)}."
@@ -65,16 +105,57 @@ def read_recipe(path: str | Path, model: type[Model]) -> Model:
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        problems = "; ".join(_explain(detail, model) for detail in error.errors())
-        raise AfaError(f"The recipe '{path}' is wrong: {problems}") from None
+        details = error.errors()
+        problems = "; ".join(_explain(detail, model) for detail in details[:_MAX_SAID])
+        more = len(details) - _MAX_SAID
+        raise AfaError(
+            f"The recipe '{path}' is wrong: {problems}{f'; and {more} more' if more > 0 else ''}"
+        ) from None
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds, bounded in size and depth.
+
+    Raises:
+        AfaError: it cannot be read, or is no such YAML.
+    """
+    try:
+        text = read_text(path, _MAX_BYTES)
+    except UnicodeDecodeError as error:
+        raise AfaError(f"The recipe '{path}' cannot be read: {error}.") from None
+    except ValueError as error:
+        raise AfaError(f"A recipe must be a small YAML file; '{path}': {error}.") from None
+    except OSError as error:
+        raise AfaError(f"The recipe '{path}' cannot be read: {error}.") from error
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date, a number
+        raise AfaError(
+            f"The recipe '{path}' must be YAML: {' '.join(str(error).split())}."
+        ) from None
 
 
 def resolve_source(source: str, folder: Path) -> str:
-    """A local path of a recipe in `folder` made absolute; hub ids and `zoo:` names stay."""
+    """A local path of a recipe in `folder` made absolute; hub ids and `zoo:` names stay.
+
+    Raises:
+        AfaError: a path where the recipe has no business; see `afa.trust.paths`.
+    """
     local = folder / Path(source).expanduser()
-    is_local = local.exists() or source.startswith((".", "/", "~"))
+    is_local = source.startswith((".", "/", "~")) or local.exists()
+    return str(resolve_path(source, folder)) if is_local else source
+
+
+def resolve_path(path: str | Path, folder: Path) -> Path:
+    """A path of a recipe in `folder` made absolute.
+
+    Raises:
+        AfaError: see `resolve_source`.
+    """
     # links stay: what a hub's cache links to has no suffix
-    return os.path.abspath(local) if is_local else source
+    place = Path(os.path.abspath(folder / Path(path).expanduser()))
+    require_within(place, folder, "A recipe")
+    return place
 
 
 def resolve_sources(section: Model, folder: Path, *keys: str) -> Model:
@@ -118,7 +199,13 @@ def _explain(detail: ErrorDetails, model: type[BaseModel]) -> str:
         return message
     if isinstance(detail["input"], dict):
         return f"'{place}' {message}"
-    return f"'{place}': {message}, came {detail['input']!r}"
+    return f"'{place}': {message}, came {_shown(detail['input'])}"
+
+
+def _shown(value: Any) -> str:
+    """A value as Python writes it, short enough for one line."""
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN - 3]}..."
 
 
 def _place(loc: tuple[int | str, ...], model: type[BaseModel]) -> tuple[str, list[str]]:

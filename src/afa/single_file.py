@@ -35,6 +35,7 @@ from afa.layouts import (
     refuse_lora,
 )
 from afa.sources import ExpertReference, locate, refer, require_hash
+from afa.trust.folders import check_folder
 from afa.weights import hash_file, hash_pipeline, refuse_quantised, tensor_shapes
 
 if TYPE_CHECKING:
@@ -143,6 +144,8 @@ def described_by(config: str | Path) -> Path:
         return config_folder(str(config))
     folder = Path(config).expanduser()
     place = folder / "model_index.json"
+    if place.is_file():
+        check_folder(folder)
     index = read_json(place) if place.is_file() else {}
     needed = ["model_index.json", *(name for name in parts_of(index) if name not in _NOT_USED)]
     missing = [name for name in needed if not (folder / name).exists()]
@@ -159,6 +162,20 @@ def _kind(folder: Path) -> Kind:
     """Of the pipeline that a folder describes."""
     index = read_json(folder / "model_index.json")
     return kind_of(str(index.get("_class_name")), folder)
+
+
+def config_of_expert(path: Path, companions: Companions) -> Path:
+    """The pipeline's folder that describes an expert: itself, or what a file's tensors tell.
+
+    Raises:
+        AfaError: a file that is a LoRA, quantised, or of no known kind.
+    """
+    if path.is_dir():
+        return path
+    refuse_quantised(path)
+    shapes = tensor_shapes(path)
+    refuse_lora(shapes, path)
+    return companions.config_for(path, shapes)
 
 
 def load_single_file(

@@ -7,16 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from huggingface_hub import constants as hub_constants
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from afa.errors import AfaError
+from afa.trust.pickles import as_safetensors, folder_as_safetensors
+from afa.trust.policy import policy
 from afa.weights import PICKLES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _ZOO_PREFIX = "zoo:"
+#: what the hub's library raises where something cannot be had
+HUB_ERRORS = (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError)
 # what of a hub repository is needed; never a pickle. In these patterns * matches a slash as well.
 _WEIGHTS = ("config.json", "*.safetensors", "*.safetensors.index.json")
 PIPELINE_FILES = (
@@ -86,7 +91,7 @@ def locate(
         files: patterns of what is downloaded.
 
     Raises:
-        AfaError: nothing is there, or a pickled checkpoint is.
+        AfaError: nothing is there, or a pickled checkpoint is and none is allowed.
     """
     text = str(source)
     if text.startswith(_ZOO_PREFIX):
@@ -95,22 +100,46 @@ def locate(
         return shipped(text.removeprefix(_ZOO_PREFIX))
     path = Path(text).expanduser()
     if path.suffix.lower() in PICKLES:
-        raise AfaError(
-            f"Experts must be safetensors; '{text}' is a pickle, which can run code when it is "
-            "opened. Convert it with a tool you trust, or get the .safetensors file."
-        )
+        return as_safetensors(path)
+    if path.is_dir():
+        return folder_as_safetensors(path)
     if path.exists():
         return path
     is_hub_id = text.count("/") == 1 and not text.startswith((".", "/", "~"))
     if not is_hub_id or path.suffix == ".safetensors":
         raise AfaError(f"Expert '{text}' does not exist. Name a folder, a file or a hub id.")
     try:
-        return Path(snapshot_download(text, revision=revision, allow_patterns=list(files)))
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        return fetch(text, files, revision)
+    except HUB_ERRORS as error:
         raise AfaError(
             f"Expert '{text}' is no local path, and as a hub id it could not be fetched "
-            f"({type(error).__name__}). Check the name, the network and HF_TOKEN."
+            f"({why_not_fetched(error)}). Check the name, the network and HF_TOKEN."
         ) from error
+
+
+def fetch(name: str, files: Sequence[str], revision: str | None = None) -> Path:
+    """The folder of a hub repository in the hub's cache, with what of it is needed.
+
+    Offline the cache is looked into and nothing is asked.
+
+    Raises:
+        one of `HUB_ERRORS`: it cannot be had.
+    """
+    return Path(
+        snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=list(files),
+            local_files_only=policy().offline,
+        )
+    )
+
+
+def why_not_fetched(error: Exception) -> str:
+    """What stands in the way, for an error's text."""
+    if policy().offline or hub_constants.HF_HUB_OFFLINE:
+        return "offline, and the hub's cache has no copy"
+    return type(error).__name__
 
 
 def refer(
@@ -123,7 +152,8 @@ def refer(
     is_local = Path(str(source)).expanduser().exists()
     if not is_local and path.parent.name == "snapshots":
         revision = path.name
-    return ExpertReference(os.path.abspath(path) if is_local else str(source), sha256, revision)
+    place = os.path.abspath(Path(str(source)).expanduser()) if is_local else str(source)
+    return ExpertReference(place, sha256, revision)
 
 
 def require_hash(what: str, reference: ExpertReference, sha256: str | None) -> None:

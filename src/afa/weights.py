@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import pickle
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
 from afa.errors import AfaError
 from afa.files import parts_of, read_json
+from afa.trust.folders import check_folder, check_part
+from afa.trust.headers import check_header
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -58,8 +60,9 @@ def weights_in(folder: Path) -> tuple[str | None, list[Path]]:
     Several precisions of the same weights may lie side by side; the plain ones are taken.
 
     Raises:
-        AfaError: there are none.
+        AfaError: there are none, or what lies beside them is refused; see `check_part`.
     """
+    check_part(folder)
     variants: dict[str | None, list[Path]] = {}
     for file in sorted(folder.glob("*.safetensors")):
         _, *middle, _ = file.name.split(".")
@@ -77,11 +80,13 @@ def weight_files(path: Path) -> list[Path]:
     """The safetensors files that make an expert: the file itself, or denoiser and text encoders.
 
     Raises:
-        AfaError: not a diffusers folder, no safetensors in it, or one that is damaged.
+        AfaError: not a diffusers folder, or one that is refused, see `check_folder`; no
+            safetensors in it, or one that is damaged.
     """
     if path.is_file():
         files = [path]
     elif (path / "model_index.json").is_file():
+        check_folder(path)
         named = parts_of(read_json(path / "model_index.json"))
         parts = ["unet" if "unet" in named else "transformer"]
         parts += sorted(name for name in named if name.startswith("text_encoder"))
@@ -96,20 +101,24 @@ def weight_files(path: Path) -> list[Path]:
     return files
 
 
-def check_safetensors(file: Path) -> None:
+def check_safetensors(file: Path) -> dict[str, Any]:
     """Read a safetensors file's header and compare it with the file's length.
+
+    Returns: `dtype`, `shape` and `data_offsets` of every tensor, by name.
 
     Raises:
         AfaError: the file is no safetensors file, or it is cut short.
     """
+    header = check_header(file)
     try:
-        with safe_open(file, framework="pt") as header:
-            header.keys()
+        with safe_open(file, framework="pt") as opened:
+            opened.keys()  # the library that will read it agrees
     except (SafetensorError, OSError) as error:
         raise AfaError(
             f"'{file}' must be a complete safetensors file, but reading its header says: {error}. "
             "Download or copy it again."
         ) from error
+    return header
 
 
 def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
@@ -118,9 +127,7 @@ def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     Raises:
         AfaError: see `check_safetensors`.
     """
-    check_safetensors(file)
-    with safe_open(file, framework="pt") as header:
-        return {name: tuple(header.get_slice(name).get_shape()) for name in header.keys()}  # noqa: SIM118
+    return {name: tuple(entry["shape"]) for name, entry in check_safetensors(file).items()}
 
 
 def tensor_dtypes(file: Path) -> dict[str, str]:
@@ -129,9 +136,7 @@ def tensor_dtypes(file: Path) -> dict[str, str]:
     Raises:
         AfaError: see `check_safetensors`.
     """
-    check_safetensors(file)
-    with safe_open(file, framework="pt") as header:
-        return {name: header.get_slice(name).get_dtype() for name in header.keys()}  # noqa: SIM118
+    return {name: entry["dtype"] for name, entry in check_safetensors(file).items()}
 
 
 def refuse_quantised(file: Path) -> None:

@@ -7,8 +7,21 @@ import sys
 import typer
 
 from afa.cli import app as page
-from afa.cli import demo, evaluate, generate, inspect, merge, prune, search, train, weights, zoo
+from afa.cli import (
+    check,
+    demo,
+    evaluate,
+    generate,
+    inspect,
+    merge,
+    prune,
+    search,
+    train,
+    weights,
+    zoo,
+)
 from afa.cli.console import quieten, say_error
+from afa.cli.trust import with_trust
 from afa.errors import AfaError
 
 app = typer.Typer(
@@ -19,15 +32,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-app.command("train")(train.train)
-app.command("generate")(generate.generate)
-app.command("app")(page.app)
-app.command("weights")(weights.weights)
-app.command("prune")(prune.prune)
-app.command("inspect")(inspect.inspect)
-app.command("merge")(merge.merge)
-app.command("search")(search.search)
-app.command("evaluate")(evaluate.evaluate)
+for _command in (
+    train.train,
+    generate.generate,
+    page.app,
+    weights.weights,
+    prune.prune,
+    inspect.inspect,
+    check.check,
+    merge.merge,
+    search.search,
+    evaluate.evaluate,
+):
+    app.command(_command.__name__)(with_trust(_command))
 app.command("demo")(demo.demo)
 app.add_typer(zoo.app, name="zoo")
 

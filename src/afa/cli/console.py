@@ -30,12 +30,19 @@ if TYPE_CHECKING:
 
     Step = TypeVar("Step", TrainStep, FitStep)
 
-console = Console()
+#: names of files and prompts are printed as they are: brackets in them are no markup
+console = Console(markup=False, highlight=False)
 
 
 def say_error(message: str) -> None:
     """One line on standard error."""
-    sys.stderr.write(f"afa: error: {' '.join(message.split())}\n")
+    sys.stderr.write(f"afa: error: {printable(message)}\n")
+
+
+def printable(text: str) -> str:
+    """A text on one line in which nothing steers the terminal: names in files may be anything."""
+    line = " ".join(text.split())
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
 
 
 def quieten() -> None:

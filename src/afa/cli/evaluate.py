@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from afa.cli.check import require_sound
 from afa.cli.console import console, progress_bar, quieten_loading
 
 if TYPE_CHECKING:
@@ -30,9 +31,12 @@ def evaluate(
 
     from afa.evaluation.processes import Processes
     from afa.evaluation.run import evaluate as run
+    from afa.preflight.plans import plan_of_evaluation
 
     quieten_loading()
     is_main = Processes().is_main
+    if is_main:
+        require_sound(plan_of_evaluation(checked))
     with progress_bar() as progress:
         tasks: dict[str, TaskID] = {}
         for event in run(checked, output):

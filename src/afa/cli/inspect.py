@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Column, Table
 
-from afa.cli.console import console
+from afa.cli.console import console, printable
 
 
 def inspect(
@@ -32,8 +32,8 @@ def inspect(
             for entry in value:
                 lines = [entry] if isinstance(entry, str) else filter(None, entry.values())
                 for line in lines:
-                    table.add_row("", line)
+                    table.add_row("", printable(line))
         else:
             text = f"{value:,}" if isinstance(value, int) else str(value)
-            table.add_row(key.replace("_", " "), text)
+            table.add_row(key.replace("_", " "), printable(text))
     console.print(table)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from afa.cli.check import require_sound
 from afa.cli.console import console, progress_bar, quieten_loading
 
 
@@ -21,9 +22,11 @@ def search(
     [bold]Example[/bold]: afa search recipe.yaml --output runs/search
     """
     from afa.evaluation.search import load_search_recipe, search_block_weights
+    from afa.preflight.plans import plan_of_search
 
     checked = load_search_recipe(recipe)
     quieten_loading()
+    require_sound(plan_of_search(checked))
     with progress_bar() as progress:
         task = progress.add_task("search", total=checked.num_trials, note="")
         for trial in search_block_weights(checked, output):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from afa.cli.check import require_sound
 from afa.cli.console import console, progress_bar, quieten_loading
 
 if TYPE_CHECKING:
@@ -37,11 +38,14 @@ def train(
     if no_cache:
         checked = _without_cache(checked)
 
+    from afa.preflight.plans import plan_of_training
     from afa.training import Stopped, stop_on_signals
     from afa.training import train as train_ensemble
 
     quieten_loading()
     is_main = int(os.environ.get("RANK", "0")) == 0
+    if is_main:
+        require_sound(plan_of_training(checked))
     with stop_on_signals() as should_stop:
         try:
             _show(train_ensemble(checked, output, should_stop=should_stop), is_main=is_main)

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from diffusers import ModelMixin
 
 # what may differ between experts of one architecture
 _FREE_CONFIG = frozenset({"sample_size", "upcast_attention", "dropout"})
+
+
+def difference(
+    first: Mapping[str, Any], other: Mapping[str, Any]
+) -> tuple[str, object, object] | None:
+    """The first entry of two denoisers' configurations that makes their architectures differ.
+
+    Returns: its name and both values, or None.
+    """
+    for key, expected in first.items():
+        came = other.get(key)
+        same = _as_tuple(expected) == _as_tuple(came)
+        if not (same or key.startswith("_") or key in _FREE_CONFIG):
+            return key, _as_tuple(expected), _as_tuple(came)
+    return None
 
 
 def check_same_architecture(first: ModelMixin, other: ModelMixin, name: str) -> None:
@@ -19,14 +36,13 @@ def check_same_architecture(first: ModelMixin, other: ModelMixin, name: str) -> 
     Raises:
         AfaError: names the first entry that differs, with both values.
     """
-    for key, expected in first.config.items():
-        came = other.config.get(key)
-        same = _as_tuple(expected) == _as_tuple(came)
-        if not (same or key.startswith("_") or key in _FREE_CONFIG):
-            raise AfaError(
-                f"Experts must share one architecture: {name} has {key} = {_as_tuple(came)}, the "
-                f"first expert has {_as_tuple(expected)}. Ensemble checkpoints of one family."
-            )
+    found = difference(first.config, other.config)
+    if found is not None:
+        key, expected, came = found
+        raise AfaError(
+            f"Experts must share one architecture: {name} has {key} = {came}, the first expert "
+            f"has {expected}. Ensemble checkpoints of one family."
+        )
 
 
 def _as_tuple(value: object) -> object:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,12 +12,15 @@ from PIL import Image
 from pydantic import Field, PositiveInt, model_validator
 
 from afa.errors import AfaError
-from afa.files import read_json, write_atomic
-from afa.recipe import MAX_SEED, Section
+from afa.files import read_json, read_text, write_atomic
+from afa.recipe import MAX_SEED, Section, resolve_path
 from afa.zoo.scenes import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+
+#: bytes; COCO's captions of 2017 have 92 MB
+_MAX_PROMPTS = 500_000_000
 
 
 class ZooPrompts(Section):
@@ -108,8 +110,8 @@ def load_prompts(recipe: PromptsRecipe, scratch: Path | None = None) -> list[Pro
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_text(path, _MAX_PROMPTS)
+    except (OSError, ValueError) as error:
         raise AfaError(f"The prompts '{path}' must be UTF-8 text: {error}.") from error
 
 
@@ -269,7 +271,7 @@ def resolve_prompts(recipe: PromptsRecipe, folder: Path) -> PromptsRecipe:
 
 def resolve_file(file: Path | None, folder: Path) -> Path | None:
     """A path of a recipe in `folder`, made absolute."""
-    return None if file is None else Path(os.path.abspath(folder / file.expanduser()))
+    return None if file is None else resolve_path(file, folder)
 
 
 def groups_of(prompts: Sequence[Prompt]) -> dict[str, list[int]]:

@@ -61,11 +61,14 @@ class MemoryPlan:
 
     def lines(self) -> list[str]:
         """For a user to read, before any work."""
-        lines = [f"memory budget {_gb(self.budget)}, of which {_gb(self.program)} is the program"]
+        lines = [
+            f"memory budget {size_text(self.budget)}, of which {size_text(self.program)} is the "
+            "program"
+        ]
         for place, needed in self.takes.items():
             verdict = "fits" if needed <= self.budget else "does not fit"
             chosen = ", chosen" if place == self.place else ""
-            lines.append(f"  {_gb(needed):>9}  {_SAID[place]}: {verdict}{chosen}")
+            lines.append(f"  {size_text(needed):>9}  {_SAID[place]}: {verdict}{chosen}")
         return lines
 
 
@@ -84,7 +87,7 @@ def choose(
         AfaError: nothing fits.
     """
     on_cpu = torch.device(device).type == "cpu"
-    program = _program(on_cpu)
+    program = program_bytes(on_cpu)
     takes: dict[Place, int] = {"memory": program + needs.in_memory}
     if not on_cpu:
         takes["offload"] = program + needs.resting + 2 * needs.largest
@@ -94,16 +97,17 @@ def choose(
         if needed <= budget:
             return MemoryPlan(place, budget, takes, program)
     raise AfaError(
-        f"The memory budget must be at least {_gb(min(takes.values()))} for these experts "
-        f"({_SAID[min(takes, key=lambda place: takes[place])]}), is {_gb(budget)}. Raise it, draw "
-        "smaller pictures, or load the experts as bfloat16."
+        f"The memory budget must be at least {size_text(min(takes.values()))} for these experts "
+        f"({_SAID[min(takes, key=lambda place: takes[place])]}), is {size_text(budget)}. Raise it, "
+        "draw smaller pictures, or load the experts as bfloat16."
     )
 
 
-def _program(on_cpu: bool) -> int:
+def program_bytes(on_cpu: bool) -> int:
     """Bytes that are taken whatever is loaded."""
     return psutil.Process().memory_info().rss if on_cpu else _CUDA
 
 
-def _gb(size: int) -> str:
+def size_text(size: int) -> str:
+    """Bytes as people read them."""
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -25,6 +25,30 @@ def peak_of(function: Callable[[], object]) -> int:
     with torch.no_grad(), _Live() as live, _Attention():
         function()
     return live.peak
+
+
+def kept_by(function: Callable[[], object]) -> int:
+    """Bytes of all that a computation keeps for its gradients, parameters left out.
+
+    Args:
+        function: is run with gradients; of tensors on the meta device nothing is computed.
+    """
+    kept: dict[StorageWeakRef, int] = {}
+    held: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            held.append(tensor)  # or another would get its place
+            kept[_storage(tensor)] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with (
+        torch.enable_grad(),
+        _Attention(),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        held.append(function())  # type: ignore[arg-type]
+    return sum(kept.values())
 
 
 class _Live(TorchDispatchMode):

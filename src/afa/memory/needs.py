@@ -13,21 +13,40 @@ import torch
 import transformers
 from diffusers import AutoencoderKL
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from afa.aggregators import Condition, SABWConfig
 from afa.aggregators.build import build_sabw
 from afa.aggregators.lowered import HALVES
 from afa.components import library_class
-from afa.denoisers import Feature, discover_sites, run_lockstep
+from afa.denoisers import Execution, Feature, discover_sites, run_lockstep
 from afa.errors import AfaError
 from afa.files import parts_of, read_json
 from afa.kinds import Kind, kind_of
-from afa.memory.live import peak_of
+from afa.memory.live import kept_by, peak_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from afa.denoisers import Family
+
+
+@dataclass(frozen=True)
+class Training:
+    """How aggregators are trained.
+
+    Attributes:
+        is_checkpointed: whether what lies between two sites is computed again.
+        has_average: whether a moving average of the aggregators is kept.
+    """
+
+    is_checkpointed: bool = False
+    has_average: bool = False
+
+    @property
+    def copies(self) -> int:
+        """Of every parameter besides itself: its gradient, AdamW's two moments, its average."""
+        return 3 + self.has_average
 
 
 @dataclass(frozen=True)
@@ -42,6 +61,7 @@ class Needs:
         encoders: text encoders.
         others: autoencoder and aggregators.
         work: what a step, or decoding a picture, holds at once besides.
+        flops: floating-point operations of a step; of a training's step, forward and backward.
     """
 
     num_experts: int
@@ -51,6 +71,7 @@ class Needs:
     encoders: int
     others: int
     work: int
+    flops: int = 0
 
     @property
     def in_memory(self) -> int:
@@ -82,8 +103,9 @@ def needs_of(
     pixels: int | None = None,
     batch: int = 2,
     weight_bits: int | None = None,
+    training: Training | None = None,
 ) -> Needs:
-    """What N experts that one pipeline folder describes will take to draw.
+    """What N experts that one pipeline folder describes will take to draw, or to train.
 
     Args:
         config: a pipeline folder; of it the configurations are read, no weights.
@@ -94,6 +116,7 @@ def needs_of(
         pixels: height times width of a picture; None for what the experts were made for.
         batch: of a step; guidance doubles it.
         weight_bits: of linear layers' weights in the experts, where they are quantised.
+        training: where aggregators are trained, and nothing is drawn.
 
     Raises:
         AfaError: a model of no known kind, or no configuration of an autoencoder.
@@ -123,9 +146,10 @@ def needs_of(
     held = sum(size(layer) for layer in _outermost(family.layers(twin)))
     own = list(dict.fromkeys(rules))
     # beside experts in half precision a copy of them runs, see afa.aggregators.lowered
-    lowered = {rule: copy.deepcopy(rule).to(dtype) for rule in own if dtype in HALVES}
+    halves = HALVES if training is None else ()
+    lowered = {rule: copy.deepcopy(rule).to(dtype) for rule in own if dtype in halves}
     running = [lowered.get(rule, rule) for rule in rules]
-    step, cells = _step(family, twin, running, num_experts)
+    step, cells, flops = _step(family, twin, running, num_experts, training)
     shrink = 2 ** (len(vae.config.block_out_channels) - 1)
     picture = (pixels or _native(kind, twin.config, shrink)) // shrink**2
     decode = peak_of(lambda: _decode(vae, dtype))
@@ -135,8 +159,11 @@ def needs_of(
         largest=max(layers),
         rest=num_experts * (size(twin) - held),
         encoders=encoder_sets * sum(_encoder_bytes(config, index, dtype)),
-        others=_bytes(vae) + sum(_bytes(rule) for rule in (*own, *lowered.values())),
+        others=_bytes(vae)
+        + sum(_bytes(rule) for rule in (*own, *lowered.values()))
+        + (0 if training is None else training.copies * sum(_bytes(rule) for rule in own)),
         work=max(step * batch * picture // cells, decode * picture // _SIDE**2),
+        flops=flops * batch * picture // cells,
     )
 
 
@@ -169,8 +196,14 @@ def _quantised(bits: int | None) -> Any:
     return size
 
 
-def _step(family: Family, twin: Any, rules: Sequence[Any], count: int) -> tuple[int, int]:
-    """Bytes at once in a step of batch 1 on the smallest input, and that input's latent cells."""
+def _step(
+    family: Family, twin: Any, rules: Sequence[Any], count: int, training: Training | None
+) -> tuple[int, int, int]:
+    """Bytes at once in a step of batch 1 on the smallest input, that input's latent cells, flops.
+
+    A backward pass through what is frozen takes as many operations as the forward pass, and
+    through what is trained as many again.
+    """
     inputs = {key: _cast(value, twin.dtype) for key, value in family.example(twin).items()}
     latent = next(inputs[key] for key in ("sample", "hidden_states") if key in inputs)
     cells = latent.shape[-1] * latent.shape[-2] if latent.ndim == 4 else 4 * latent.shape[1]
@@ -185,10 +218,21 @@ def _step(family: Family, twin: Any, rules: Sequence[Any], count: int) -> tuple[
         fused = rules[next(numbers)](hidden, condition).feature
         return fused if isinstance(fused, torch.Tensor) else list(fused)
 
-    def run() -> None:
-        run_lockstep([family.blocks(twin, **inputs) for _ in range(count)], fuse)
+    execution = Execution(checkpoints=training is not None and training.is_checkpointed)
 
-    return peak_of(run), cells
+    def run() -> Any:
+        experts = [family.blocks(twin, **inputs, execution=execution) for _ in range(count)]
+        return run_lockstep(experts, fuse)
+
+    peak = peak_of(run)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        run()
+    flops = counter.get_total_flops()
+    if training is not None and rules:
+        twin.requires_grad_(False)
+        peak += kept_by(run)
+        flops *= 3 if training.is_checkpointed else 2
+    return peak, cells, flops
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

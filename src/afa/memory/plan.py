@@ -9,8 +9,9 @@ from afa.files import parts_of, read_json
 from afa.lora import base_of
 from afa.memory.budget import MemoryPlan, choose, parse_size
 from afa.memory.needs import needs_of
+from afa.single_file import config_of_expert
 from afa.sources import locate
-from afa.weights import hash_files, tensor_shapes, weights_in
+from afa.weights import hash_files, weights_in
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -59,10 +60,10 @@ def plan_experts(
         for expert, revision in zip(experts, revisions or [None] * len(experts), strict=True)
     ]
     needs = needs_of(
-        _config(paths[0], companions),
+        config_of_expert(paths[0], companions),
         len(experts),
         aggregators,
-        encoder_sets=_encoder_sets(paths),
+        encoder_sets=encoder_sets(paths),
         dtype=companions.torch_dtype,
         pixels=pixels,
         weight_bits=_QUANTISED_BITS if is_quantised else None,
@@ -70,12 +71,7 @@ def plan_experts(
     return choose(needs, limit, device, can_stream=not is_quantised)
 
 
-def _config(path: Path, companions: Companions) -> Path:
-    """The pipeline folder that describes an expert."""
-    return path if path.is_dir() else companions.config_for(path, tensor_shapes(path))
-
-
-def _encoder_sets(paths: Sequence[Path]) -> int:
+def encoder_sets(paths: Sequence[Path]) -> int:
     """How many different text encoders experts have; files, which hold everything, each their own.
 
     Equal ones are kept once.

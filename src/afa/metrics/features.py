@@ -64,7 +64,9 @@ def load_inception(
     """
     weights = None
     if source.name != INCEPTION:
-        weights = str(source.file(_INCEPTION_FILES, allow_pickle=allow_pickle))
+        file = source.file(_INCEPTION_FILES, allow_pickle=allow_pickle)
+        source.tensors(file)  # torch's restricted unpickler finds nothing but tensors in it
+        weights = str(file)
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError as error:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors.torch import load_file
 
 from afa.errors import AfaError
+from afa.sources import HUB_ERRORS, fetch, why_not_fetched
+from afa.trust.folders import check_part
 from afa.weights import PICKLES, check_safetensors, loading
 
 if TYPE_CHECKING:
@@ -75,11 +75,11 @@ class Source:
                 f"Public ones: {self.public}."
             )
         try:
-            return Path(snapshot_download(self.name, allow_patterns=list(files)))
-        except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+            return fetch(self.name, files)
+        except HUB_ERRORS as error:
             raise AfaError(
                 f"{self.what} must be a local path or a hub id; '{self.name}' is no path, and "
-                f"could not be fetched from the hub ({type(error).__name__}). Check name and "
+                f"could not be fetched from the hub ({why_not_fetched(error)}). Check name and "
                 f"network. Public ones: {self.public}."
             ) from error
 
@@ -169,6 +169,7 @@ class Source:
             AfaError: no safetensors, or damaged or incomplete ones.
         """
         if folder is not None:
+            check_part(folder)
             files = sorted(folder.glob("model*.safetensors"))
             if not files:
                 raise AfaError(
@@ -196,6 +197,7 @@ class Source:
             AfaError: there is none, or it has more tokens than the model embeds.
         """
         self.part(folder, _TOKENIZER_FILES, PROCESSOR_ADVICE)
+        check_part(folder)
         with self.loading():
             tokenizer = tokenizer_class.from_pretrained(folder)
         if len(tokenizer) > num_embeddings:

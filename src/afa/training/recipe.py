@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from afa.errors import AfaError
 from afa.lora import AnyExpert
-from afa.recipe import MAX_SEED, Section, read_recipe, resolve_source, resolve_sources
+from afa.recipe import MAX_SEED, Section, read_recipe, resolve_path, resolve_source, resolve_sources
+
+_ADDRESS = re.compile(r"(https?|hf|s3|gs|az|abfs|zip|gzip|tar)://")
 
 
 class ScenesRecipe(Section):
@@ -210,7 +213,7 @@ def load_recipe(path: str | Path) -> Recipe:
     for key in ("folder", "cache_folder"):
         place = getattr(data, key)
         if place is not None:
-            changes[key] = Path(os.path.abspath(folder / place.expanduser()))
+            changes[key] = resolve_path(place, folder)
     if data.dataset is not None:
         changes["dataset"] = _resolve_dataset(data.dataset, folder)
     recipe = resolve_sources(recipe, folder, "experts", "vae", "config", "parts")
@@ -221,7 +224,15 @@ def _resolve_dataset(dataset: DatasetRecipe, folder: Path) -> DatasetRecipe:
     """Local files are relative to the recipe; addresses and hub ids stay."""
 
     def resolved(file: str) -> str:
-        return file if "://" in file else os.path.abspath(folder / Path(file).expanduser())
+        if "://" not in file:
+            return str(resolve_path(file, folder))
+        for part in file.split("::"):  # a file in an archive somewhere, as fsspec writes it
+            if not _ADDRESS.match(part):
+                raise AfaError(
+                    f"A data file must be a local path or an address (https, hf, s3, gs, az, "
+                    f"abfs), came '{file}'. Name a local file by its path alone."
+                )
+        return file
 
     files = dataset.data_files
     return dataset.model_copy(

@@ -85,11 +85,9 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     Raises:
         AfaError: the file is damaged, or has a tensor of a type that torch does not have.
     """
-    check_safetensors(file)  # lengths and offsets are right from here on
+    header = check_safetensors(file)  # lengths and offsets are right from here on
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        header: dict[str, Any] = json.loads(stream.read(length))
-    header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
         if entry["dtype"] not in _DTYPES:

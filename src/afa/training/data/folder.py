@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from typing import TYPE_CHECKING
 
 from afa.errors import AfaError
+from afa.files import read_text
 from afa.training.data.images import read_picture
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from PIL import Image
+
+_MAX_METADATA = 2_000_000_000  # bytes
 
 
 class FolderImages:
@@ -37,8 +41,8 @@ class FolderImages:
             )
         self.rows: list[tuple[Path, str]] = []
         try:
-            text = metadata.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_text(metadata, _MAX_METADATA)
+        except (OSError, ValueError) as error:
             raise AfaError(f"'{metadata}' must be UTF-8 text, but reading it: {error}.") from error
         # not splitlines: a caption may hold a line separator of Unicode
         for number, line in enumerate(text.split("\n"), start=1):
@@ -48,12 +52,17 @@ class FolderImages:
                 row = json.loads(line)
                 path, caption = folder / row["file_name"], row["text"]
                 valid = isinstance(caption, str)
-            except (json.JSONDecodeError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 valid = False
             if not valid:
                 raise AfaError(
                     f"Line {number} of '{metadata}' must be an object with the strings file_name "
                     f"and text, came {line[:80]!r}."
+                )
+            if not os.path.normpath(path).startswith(f"{os.path.normpath(folder)}{os.sep}"):
+                raise AfaError(
+                    f"Line {number} of '{metadata}' must name a file in that folder, came "
+                    f"'{row['file_name'][:80]}'. Move the picture there, or link it."
                 )
             if not path.is_file():
                 raise AfaError(f"Line {number} of '{metadata}' names '{path}', which is missing.")

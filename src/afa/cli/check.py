@@ -1,0 +1,161 @@
+"""`afa check`: what a recipe names, looked at before any work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Column, Table
+
+from afa.cli.console import console, printable, progress_bar
+from afa.errors import AfaError
+
+if TYPE_CHECKING:
+    from afa.preflight.plans import Plan
+    from afa.preflight.run import Report
+
+_SAID = {"error": "ERROR", "warning": "warning", "note": "note"}
+_HOUR, _MINUTE = 3600, 60
+
+
+def check(
+    recipe: Annotated[
+        Path, typer.Argument(help="Of afa train, evaluate, search or merge; or an ensemble folder.")
+    ],
+    weights: Annotated[
+        bool, typer.Option("--weights/--no-weights", help="Read all weights, too.")
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Look at everything a recipe names: do the experts fit each other, and this machine?
+
+    Nothing is written. Exit code 2 if anything would keep the work from being done.
+
+    [bold]Example[/bold]: afa check recipe.yaml
+    """
+    report = look_at(plan_for(recipe), with_weights=weights, visible=not as_json)
+    if as_json:
+        console.print_json(json.dumps(_as_json(report)))
+    else:
+        _show(report)
+    if report.errors:
+        raise typer.Exit(2)
+
+
+def plan_for(place: Path) -> Plan:
+    """What a recipe of any command would load.
+
+    Raises:
+        AfaError: it is no recipe, or a wrong one.
+    """
+    from afa.preflight import plans
+
+    if place.is_dir() or str(place).startswith("zoo:"):
+        import torch
+
+        from afa.training.engine import pick_device
+
+        return plans.plan_of_ensemble(str(place), torch.float32, pick_device("auto"))
+    from afa.recipe import read_yaml
+
+    content = read_yaml(place)
+    keys = content.keys() if isinstance(content, dict) else ()
+    if "training" in keys:
+        from afa.training.recipe import load_recipe
+
+        return plans.plan_of_training(load_recipe(place))
+    if "methods" in keys:
+        from afa.evaluation.recipe import load_evaluate_recipe
+
+        return plans.plan_of_evaluation(load_evaluate_recipe(place))
+    if "metric" in keys:
+        from afa.evaluation.search import load_search_recipe
+
+        return plans.plan_of_search(load_search_recipe(place))
+    if "method" in keys:
+        from afa.baselines.merging import load_merge_recipe, plan_merge
+
+        recipe = load_merge_recipe(place)
+        is_file = Path(recipe.experts[0]).is_file()
+        plan_merge(recipe, place.parent / f"afa-check{'.safetensors' if is_file else ''}")
+        return plans.plan_of_merge(recipe)
+    raise AfaError(
+        f"A recipe must be one of afa train (with training), evaluate (methods), search (metric) "
+        f"or merge (method); '{place}' has none of these keys."
+    )
+
+
+def look_at(plan: Plan, *, with_weights: bool = True, visible: bool = True) -> Report:
+    """Look, under a bar while weights are read."""
+    from afa.preflight.run import look
+
+    with progress_bar() as progress:
+        task = progress.add_task("look at weights", total=None, note="", visible=False)
+
+        def note(what: str, done: int, total: int) -> None:
+            del what
+            progress.update(task, completed=done >> 20, total=total >> 20, visible=visible)
+
+        return look(plan, with_weights=with_weights, progress=note)
+
+
+def require_sound(plan: Plan) -> None:
+    """Look before work, say what may disappoint, and go on only where nothing is wrong.
+
+    Raises:
+        AfaError: the first error.
+    """
+    report = look_at(plan)
+    report.require()
+    for finding in report.findings:
+        if finding.level == "warning":
+            console.print(f"{_SAID[finding.level]}: {printable(finding.text)}", soft_wrap=True)
+
+
+def _show(report: Report) -> None:
+    from afa.memory.budget import size_text
+
+    table = Table("expert", "family", "numbers", Column("size", justify="right"), box=None)
+    for each in report.experts:
+        name, size = printable(each.facts.name), size_text(each.num_bytes)
+        table.add_row(name, each.facts.kind.name, each.dtypes, size)
+    if report.experts:
+        console.print(table)
+    for label, found in report.estimates.items():
+        console.print(
+            f"{printable(label)}: about {size_text(found.takes)} of memory, "
+            f"{size_text(found.free)} are free; {found.num_steps} steps take at least "
+            f"{_time(found.seconds)} here",
+            soft_wrap=True,
+        )
+    for finding in report.findings:
+        console.print(
+            f"{_SAID[finding.level]}  {finding.check}: {printable(finding.text)}", soft_wrap=True
+        )
+    if not report.findings:
+        console.print("Nothing to say against it.")
+
+
+def _time(seconds: float) -> str:
+    if seconds > _HOUR:
+        return f"{seconds / _HOUR:.1f} hours"
+    return f"{seconds / _MINUTE:.1f} min" if seconds > _MINUTE else f"{seconds:.2g} s"
+
+
+def _as_json(report: Report) -> dict[str, Any]:
+    return {
+        "experts": [
+            {
+                "source": each.facts.name,
+                "family": each.facts.kind.name,
+                "identity": each.facts.identity,
+                "dtypes": each.dtypes,
+                "bytes": each.num_bytes,
+            }
+            for each in report.experts
+        ],
+        "estimates": {label: vars(found) for label, found in report.estimates.items()},
+        "findings": [vars(finding) for finding in report.findings],
+    }

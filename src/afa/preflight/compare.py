@@ -1,0 +1,180 @@
+"""Do experts fit each other? Every one beside the first, by facts alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from afa.denoisers.architecture import difference
+from afa.experts import LATENTS
+from afa.preflight.facts import SCHEDULE
+from afa.preflight.finding import Finding
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from afa.preflight.facts import Facts
+
+
+def compare(experts: Sequence[Facts], *, allow_duplicates: bool = False) -> Iterator[Finding]:
+    """All that keeps experts from being ensembled, the most basic first.
+
+    Args:
+        experts: of all of them.
+        allow_duplicates: whether one may be named twice.
+    """
+    if not allow_duplicates:
+        yield from _duplicates(experts)
+    for other in experts[1:]:
+        for check in _CHECKS:
+            found = check(experts[0], other)
+            if found is not None:
+                yield found
+                if check is _family:
+                    break  # nothing else of it can be compared
+    for expert in experts:
+        yield from _alone(expert)
+
+
+def _duplicates(experts: Sequence[Facts]) -> Iterator[Finding]:
+    first: dict[str, str] = {}
+    for expert in experts:
+        if expert.identity is None:
+            continue
+        if expert.identity in first:
+            yield Finding(
+                "error",
+                "duplicates",
+                f"Experts must differ: '{expert.short}' has the same weights as "
+                f"'{first[expert.identity]}'.",
+                "It would only cost time;",
+                "leave it out, or set allow_duplicates.",
+            )
+        first.setdefault(expert.identity, expert.short)
+
+
+def _family(first: Facts, other: Facts) -> Finding | None:
+    if other.kind is first.kind:
+        return None
+    return Finding(
+        "error",
+        "family",
+        f"Experts must be of one family: '{other.name}' is a {other.kind.name} model, "
+        f"'{first.name}' is of {first.kind.name}.",
+        "Their features have nothing in common.",
+    )
+
+
+def _latents(first: Facts, other: Facts) -> Finding | None:
+    if not first.latents or not other.latents:
+        return None
+    for key in LATENTS:
+        ours, theirs = first.latents[key], other.latents[key]
+        if ours != theirs:
+            return Finding(
+                "error",
+                "latents",
+                f"Experts must share one space of latents: the autoencoder of '{other.name}' has "
+                f"{key} = {theirs}, that of '{first.name}' has {ours}.",
+                "The same numbers would mean different pictures.",
+            )
+    return None
+
+
+def _architecture(first: Facts, other: Facts) -> Finding | None:
+    found = difference(first.denoiser, other.denoiser)
+    if found is None:
+        return None
+    key, ours, theirs = found
+    return Finding(
+        "error",
+        "architecture",
+        f"Experts must share one architecture: '{other.name}' has {key} = {theirs}, the first "
+        f"expert has {ours}.",
+        "",
+        "Ensemble checkpoints of one family.",
+    )
+
+
+def _encoders(first: Facts, other: Facts) -> Finding | None:
+    if first.encoders.keys() != other.encoders.keys():
+        return Finding(
+            "error",
+            "text encoders",
+            f"Experts must have the same text encoders: '{other.name}' has "
+            f"{', '.join(other.encoders) or 'none'}, '{first.name}' has "
+            f"{', '.join(first.encoders) or 'none'}.",
+            "",
+            "Add what is missing.",
+        )
+    for name, width in first.encoders.items():
+        theirs = other.encoders[name]
+        if width != theirs:
+            return Finding(
+                "error",
+                "text encoders",
+                f"Experts must have text encoders of one width: {name} of '{other.name}' is "
+                f"{theirs} wide, that of '{first.name}' {width}.",
+                "The denoiser could not read it.",
+                "Take the text encoder that the expert was trained with.",
+            )
+    return None
+
+
+def _tokenizers(first: Facts, other: Facts) -> Finding | None:
+    if all(other.vocabularies.get(part) == ours for part, ours in first.vocabularies.items()):
+        return None
+    return Finding(
+        "error",
+        "tokenizer",
+        f"Experts must share one tokenizer: that of '{other.name}' has another vocabulary than "
+        f"that of '{first.name}'.",
+        "The same words would mean different tokens.",
+    )
+
+
+def _schedule(first: Facts, other: Facts) -> Finding | None:
+    for key in SCHEDULE:
+        ours, theirs = first.schedule.get(key), other.schedule.get(key)
+        if (ours or None) != (theirs or None):
+            return Finding(
+                "error",
+                "schedule",
+                f"Experts must share one noise schedule and objective: '{other.name}' has {key} = "
+                f"{theirs}, the first expert has {ours}.",
+                "Their predictions cannot be mixed.",
+            )
+    return None
+
+
+def _alone(expert: Facts) -> Iterator[Finding]:
+    """What is odd about one expert by itself."""
+    zero_snr = expert.schedule.get("rescale_betas_zero_snr")
+    predicts = expert.schedule.get("prediction_type")
+    if zero_snr and predicts == "epsilon":
+        yield Finding(
+            "error",
+            "schedule",
+            f"With zero terminal SNR an expert must predict velocity; '{expert.name}' predicts "
+            "epsilon.",
+            "At the first step the picture is noise alone, of which epsilon says nothing.",
+            "Correct prediction_type in its scheduler_config.json.",
+        )
+    if zero_snr and expert.spacing not in (None, "trailing"):
+        yield Finding(
+            "warning",
+            "schedule",
+            f"With zero terminal SNR, timesteps should be spaced 'trailing'; '{expert.name}' has "
+            f"'{expert.spacing}'.",
+            "The first step, at full noise, is left out, and pictures come out grey.",
+            "Set timestep_spacing in the first expert's scheduler_config.json.",
+        )
+
+
+_CHECKS: tuple[Callable[[Facts, Facts], Finding | None], ...] = (
+    _family,
+    _latents,
+    _architecture,
+    _encoders,
+    _tokenizers,
+    _schedule,
+)

@@ -1,0 +1,155 @@
+"""What matters of an expert beside others: read from its files, or off what is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import diffusers
+import transformers
+
+from afa.components import library_class, loading_model
+from afa.experts import latents_of
+from afa.files import parts_of, read_json
+from afa.kinds import kind_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from afa.experts import Expert
+    from afa.kinds import Kind
+
+#: what of a scheduler experts must share
+SCHEDULE = (
+    *("prediction_type", "num_train_timesteps", "beta_schedule", "beta_start", "beta_end"),
+    "rescale_betas_zero_snr",
+)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Of one expert.
+
+    Attributes:
+        name: as messages call it: its source.
+        short: the same without its folder.
+        kind: of its pipeline.
+        denoiser: its denoiser's configuration, defaults filled in.
+        latents: what its autoencoder's configuration says of them; empty where there is none.
+        encoders: the width of each of its text encoders, by name.
+        vocabularies: a digest of each of its tokenizers' vocabularies, by name.
+        schedule: of its scheduler, see `SCHEDULE`.
+        spacing: of its scheduler's timesteps, where it says.
+        identity: what decides its weights; None where no hash was taken.
+    """
+
+    name: str
+    short: str
+    kind: Kind
+    denoiser: Mapping[str, Any]
+    latents: Mapping[str, Any] = field(default_factory=dict)
+    encoders: Mapping[str, int | None] = field(default_factory=dict)
+    vocabularies: Mapping[str, str] = field(default_factory=dict)
+    schedule: Mapping[str, Any] = field(default_factory=dict)
+    spacing: str | None = None
+    identity: str | None = None
+
+
+def facts_of(expert: Expert) -> Facts:
+    """Of an expert that is loaded."""
+    config = expert.scheduler.config
+    return Facts(
+        name=expert.reference.source,
+        short=expert.reference.name,
+        kind=expert.kind,
+        denoiser=expert.denoiser.config,
+        latents=expert.latents,
+        encoders={n: _width(part.config.to_dict()) for n, part in expert.text_encoders.items()},
+        vocabularies={n: _digest(part.get_vocab()) for n, part in expert.tokenizers.items()},
+        schedule={key: config.get(key) for key in SCHEDULE},
+        spacing=config.get("timestep_spacing"),
+        identity=expert.reference.identity,
+    )
+
+
+def read_facts(source: str, folder: Path) -> Facts:
+    """Of an expert that is not: no weights are read.
+
+    Args:
+        source: as it was named.
+        folder: the pipeline's folder that describes it; its own, where it is a folder.
+
+    Raises:
+        AfaError: a folder that is incomplete, damaged or of no known kind.
+    """
+    index = read_json(folder / "model_index.json")
+    kind, classes = kind_of(str(index.get("_class_name")), source), parts_of(index)
+    encoders = [name for name in classes if name.startswith("text_encoder")]
+    tokenizers = [name.replace("text_encoder", "tokenizer") for name in encoders]
+    with loading_model(source):
+        scheduler = library_class(
+            diffusers, classes.get("scheduler", "none"), diffusers.SchedulerMixin
+        ).from_pretrained(folder / "scheduler")
+        return Facts(
+            name=source,
+            short=source.rstrip("/").rpartition("/")[2].removeprefix("zoo:"),
+            kind=kind,
+            denoiser=with_defaults(
+                kind.denoiser_family.model_class, read_json(folder / kind.denoiser / "config.json")
+            ),
+            latents=latents_of(folder / "vae" / "config.json"),
+            encoders={name: _width(read_json(folder / name / "config.json")) for name in encoders},
+            vocabularies={
+                name: _vocabulary(classes[name], _Tokenizer.of(folder / name))
+                for name in tokenizers
+                if name in classes
+            },
+            schedule={key: scheduler.config.get(key) for key in SCHEDULE},
+            spacing=scheduler.config.get("timestep_spacing"),
+        )
+
+
+def with_defaults(model_class: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's configuration, and the library's defaults for what it leaves out."""
+    taken = inspect.signature(model_class.__init__).parameters.values()
+    defaults = {p.name: p.default for p in taken if p.default is not inspect.Parameter.empty}
+    return {**defaults, **{key: value for key, value in config.items() if key in defaults}}
+
+
+def _width(settings: Mapping[str, Any]) -> int | None:
+    return settings.get("hidden_size", settings.get("d_model"))
+
+
+def _digest(vocabulary: Mapping[str, int]) -> str:
+    return hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class _Tokenizer:
+    """A tokenizer's folder, known by its files, so that equal ones are opened once."""
+
+    folder: Path
+    content: str
+
+    @classmethod
+    def of(cls, folder: Path) -> _Tokenizer:
+        files = sorted(file for file in folder.iterdir() if file.is_file())
+        lines = [f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}" for file in files]
+        return cls(folder, "\n".join(lines))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Tokenizer) and self.content == other.content
+
+    def __hash__(self) -> int:
+        return hash(self.content)
+
+
+@lru_cache(maxsize=16)
+def _vocabulary(class_name: str, place: _Tokenizer) -> str:
+    tokenizer_class = library_class(transformers, class_name, transformers.PreTrainedTokenizerBase)
+    return _digest(tokenizer_class.from_pretrained(place.folder).get_vocab())

@@ -1,0 +1,167 @@
+"""Will it fit into this machine, and how long will it take at the least?"""
+
+from __future__ import annotations
+
+import resource
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+import torch
+
+from afa.memory.budget import program_bytes, size_text
+from afa.memory.needs import Training, needs_of
+from afa.preflight.finding import Finding
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from afa.aggregators import SABWConfig
+    from afa.memory.needs import Needs
+
+_SIDE, _MEASURE = 1024, 0.2  # of the matrices that are multiplied, and for how many seconds
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be done with experts.
+
+    Attributes:
+        config: the pipeline's folder that describes them.
+        num_experts: N.
+        encoder_sets: how many models' text encoders there are.
+        aggregators: of all sites; None for the mean.
+        dtype: of the experts.
+        device: where.
+        batch: samples of a step; pictures with guidance count twice.
+        num_steps: of all of it.
+        pixels: height times width; None for what the experts were made for.
+        training: of aggregators; None where pictures are drawn.
+    """
+
+    config: Path
+    num_experts: int
+    encoder_sets: int
+    aggregators: SABWConfig | None
+    dtype: torch.dtype
+    device: torch.device
+    batch: int
+    num_steps: int = 1
+    pixels: int | None = None
+    training: Training | None = None
+
+    def needs(self, batch: int | None = None) -> Needs:
+        """What it takes, with another batch where one is given."""
+        return needs_of(
+            self.config,
+            self.num_experts,
+            self.aggregators,
+            encoder_sets=self.encoder_sets,
+            dtype=self.dtype,
+            batch=batch or self.batch,
+            pixels=self.pixels,
+            training=self.training,
+        )
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Told before any work.
+
+    Attributes:
+        takes: bytes of the device's memory, the program's own included.
+        free: bytes that are to be had there, what this process has already included.
+        seconds: of all steps, at the least: their operations at the speed of a large product of
+            matrices, which nothing reaches as a whole.
+        num_steps: how many those are.
+    """
+
+    takes: int
+    free: int
+    seconds: float
+    num_steps: int
+
+
+def estimate(work: Work) -> Estimate:
+    """What work takes of this machine."""
+    needs = work.needs()
+    takes = program_bytes(work.device.type == "cpu") + needs.in_memory
+    seconds = work.num_steps * needs.flops / _speed(work)
+    return Estimate(takes, free_memory(work.device), seconds, work.num_steps)
+
+
+def fits(work: Work, found: Estimate) -> Iterator[Finding]:
+    """Findings where it does not fit, with what would."""
+    if found.takes <= found.free:
+        return
+    largest = largest_batch(work, found)
+    remedies = []
+    what = "batch_size" if work.training else "sampling.batch_size"
+    if largest:
+        remedies.append(f"{what}: {largest}")
+        if work.training:
+            times = -(-work.batch // largest)
+            remedies[-1] += f" with gradient_accumulation_steps: {times}"
+    if work.training and not work.training.is_checkpointed:
+        remedies.append("gradient_checkpointing: true")
+    if work.dtype == torch.float32:
+        remedies.append("experts in bfloat16")
+    if work.training is None:
+        remedies.append("--memory-budget, which keeps experts elsewhere")
+    yield Finding(
+        "error",
+        "memory",
+        f"The work must fit into memory: it takes about {size_text(found.takes)}, and "
+        f"{size_text(found.free)} of {work.device} are free.",
+        "It would be ended halfway.",
+        f"Take {', or '.join(remedies)}.",
+    )
+
+
+def largest_batch(work: Work, found: Estimate) -> int:
+    """How many samples of a step would fit; 0 where not even one does."""
+    one, two = work.needs(1).in_memory, work.needs(2).in_memory
+    room = found.free - (found.takes - work.needs().in_memory) - one
+    if room < 0:
+        return 0
+    return min(1 + room // max(two - one, 1), work.batch)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of a device's memory that a process may come to use, what it has already included."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device)
+    available = psutil.virtual_memory().available + psutil.Process().memory_info().rss
+    return min(available, *_limits()) if device.type == "cpu" else available
+
+
+def _limits() -> list[int]:
+    """What is set for this process by whoever started it."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    here = psutil.Process().memory_info()
+    limits = [soft - here.vms + here.rss] if soft != resource.RLIM_INFINITY else []
+    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        place = Path(name)
+        text = place.read_text().strip() if place.is_file() else "max"
+        limits += [int(text)] if text.isdigit() else []
+    return limits or [2**63]
+
+
+def _speed(work: Work) -> float:
+    """Operations a second in a large product of matrices, measured."""
+    matrix = torch.ones(_SIDE, _SIDE, device=work.device, dtype=work.dtype)
+
+    def product() -> None:
+        matrix @ matrix
+        if work.device.type == "cuda":
+            torch.cuda.synchronize(work.device)
+
+    product()
+    started, count = time.perf_counter(), 0
+    while (seconds := time.perf_counter() - started) < _MEASURE:
+        product()
+        count += 1
+    return count * 2 * _SIDE**3 / seconds

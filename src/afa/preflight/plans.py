@@ -1,0 +1,157 @@
+"""What a recipe of any command would load, group by group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from afa.aggregators import SABWConfig
+from afa.checkpoint import read_config, sources_in
+from afa.memory.needs import Training
+from afa.pipeline import first_folder
+from afa.published import is_published
+from afa.single_file import Companions
+from afa.sources import locate
+from afa.training.engine import pick_device
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from afa.baselines.merging.recipe import MergeRecipe
+    from afa.evaluation.recipe import EvaluateRecipe
+    from afa.evaluation.search import SearchRecipe
+    from afa.lora import LoraExpert
+    from afa.training.recipe import Recipe
+
+_NUM_STEPS = 50  # of a picture, where nobody says
+
+
+@dataclass(frozen=True)
+class Group:
+    """Experts that are to work together.
+
+    Attributes:
+        label: what they are for.
+        experts: as recipes name them.
+        companions: what single files leave out.
+        aggregators: of all sites; None for the mean, or where there is nothing to fuse.
+        allow_duplicates: whether one may be named twice.
+        is_loose: whether it may be of a kind that nothing is known of, as what is merged may.
+    """
+
+    label: str
+    experts: Sequence[str | Path | LoraExpert]
+    companions: Companions
+    aggregators: SABWConfig | None = None
+    allow_duplicates: bool = False
+    is_loose: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a recipe would load.
+
+    Attributes:
+        groups: of experts, each loaded by itself.
+        device: where.
+        batch: of a step; 0 where none is taken.
+        num_steps: of the whole training, or of a picture.
+        training: of aggregators; None where nothing is trained.
+        pixels: height times width of a picture; None for what the experts were made for.
+    """
+
+    groups: Sequence[Group]
+    device: torch.device
+    batch: int
+    num_steps: int = 1
+    training: Training | None = None
+    pixels: int | None = None
+
+
+def plan_of_training(recipe: Recipe) -> Plan:
+    """Of `afa train`."""
+    settings, side = recipe.training, recipe.data.resolution
+    dtype = getattr(torch, settings.expert_dtype)
+    group = Group(
+        "training",
+        recipe.experts,
+        _companions(recipe, dtype),
+        SABWConfig(**recipe.aggregator.model_dump()),
+        recipe.allow_duplicates,
+    )
+    training = Training(settings.gradient_checkpointing, settings.ema_decay is not None)
+    device = pick_device(settings.device)
+    return Plan(
+        [group], device, settings.batch_size, settings.num_steps, training, side and side**2
+    )
+
+
+def plan_of_evaluation(recipe: EvaluateRecipe) -> Plan:
+    """Of `afa evaluate`: every model and ensemble by itself, and what merges and fusions take."""
+    sampling = recipe.sampling
+    dtype = getattr(torch, sampling.dtype)
+    companions = _companions(recipe, dtype)
+    groups = []
+    if any(method.needs_experts for method in recipe.methods):
+        groups.append(Group("merges and fusions", recipe.experts, companions))
+        if recipe.base is not None:
+            groups.append(Group("base", [recipe.base], companions))
+    for method in recipe.methods:
+        groups += [Group(method.name, [model], companions) for model in method.model or ()]
+        groups += [_ensemble(method.name, folder, dtype) for folder in method.ensemble or ()]
+    pixels = sampling.height * sampling.width if sampling.height and sampling.width else None
+    batch, device = 2 * sampling.batch_size, pick_device(sampling.device)
+    return Plan(groups, device, batch, sampling.num_steps, pixels=pixels)
+
+
+def plan_of_search(recipe: SearchRecipe) -> Plan:
+    """Of `afa search`."""
+    sampling = recipe.sampling
+    companions = _companions(recipe, getattr(torch, sampling.dtype))
+    group = Group("search", recipe.experts, companions)
+    batch, device = 2 * sampling.batch_size, pick_device(sampling.device)
+    return Plan([group], device, batch, sampling.num_steps)
+
+
+def plan_of_merge(recipe: MergeRecipe) -> Plan:
+    """Of `afa merge`, which has one tensor of each in memory."""
+    experts = [*recipe.experts, *([] if recipe.base is None else [recipe.base])]
+    companions = Companions(torch.float32, fallback=first_folder(experts))
+    return Plan(
+        [Group("merge", experts, companions, allow_duplicates=True, is_loose=True)],
+        torch.device("cpu"),
+        0,
+    )
+
+
+def plan_of_ensemble(folder: str | Path, dtype: torch.dtype, device: torch.device) -> Plan:
+    """Of `afa generate` as it is without options: one picture, with guidance."""
+    return Plan([_ensemble("ensemble", folder, dtype)], device, 2, _NUM_STEPS)
+
+
+def _companions(recipe: Any, dtype: torch.dtype) -> Companions:
+    named: Any = recipe.experts
+    return Companions(
+        dtype, config=recipe.config, fallback=first_folder(named), parts=recipe.parts or ()
+    )
+
+
+def _ensemble(label: str, folder: str | Path, dtype: torch.dtype) -> Group:
+    """The experts that an ensemble's folder names; of the published code's the folder itself."""
+    place = locate(folder)
+    if is_published(place):
+        return Group(label, [place], Companions(dtype))
+    saved = read_config(place)
+    experts, config, parts = sources_in(saved, place)
+    settings = dict(saved["aggregator"])
+    is_sabw = settings.pop("type") == "sabw"
+    return Group(
+        label,
+        experts,
+        Companions(dtype, config=config, fallback=first_folder(experts), parts=parts),
+        SABWConfig(**settings) if is_sabw else None,
+        allow_duplicates=True,  # whoever trained it has allowed them
+    )

@@ -1,0 +1,270 @@
+"""A look at everything that a recipe names, before any of its work."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from afa.denoisers import family_of
+from afa.errors import AfaError
+from afa.files import parts_of, read_json
+from afa.lora import LoraExpert, base_of, check_lora_file
+from afa.memory.plan import encoder_sets
+from afa.preflight.compare import compare
+from afa.preflight.facts import Facts, read_facts
+from afa.preflight.finding import Finding, Level, in_order
+from afa.preflight.machine import Estimate, Work, estimate, fits
+from afa.preflight.weights import Weights, look_into
+from afa.single_file import config_of_expert
+from afa.sources import locate
+from afa.weights import (
+    hash_expert,
+    hash_file,
+    hash_vae,
+    tensor_dtypes,
+    tensor_shapes,
+    weight_files,
+    weights_in,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from afa.preflight.plans import Group, Plan
+    from afa.single_file import Companions
+
+
+@dataclass(frozen=True)
+class Look:
+    """One expert that was looked at.
+
+    Attributes:
+        facts: of it.
+        path: where it is.
+        config: the folder that describes it.
+        num_bytes: of its files.
+        dtypes: of its numbers, the most frequent first.
+    """
+
+    facts: Facts
+    path: Path
+    config: Path
+    num_bytes: int
+    dtypes: str
+
+
+@dataclass
+class Report:
+    """What came of it.
+
+    Attributes:
+        experts: that were looked at, each once.
+        findings: errors first.
+        estimates: of memory and time, by the group's label.
+    """
+
+    experts: list[Look] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    estimates: dict[str, Estimate] = field(default_factory=dict)
+
+    @property
+    def errors(self) -> list[Finding]:
+        """What keeps the work from being done."""
+        return [finding for finding in self.findings if finding.level == "error"]
+
+    def require(self) -> None:
+        """Go on only where there is no error.
+
+        Raises:
+            AfaError: the first, and how many more there are.
+        """
+        if self.errors:
+            more = len(self.errors) - 1
+            also = f" ({more} more: `afa check` lists all)" if more else ""
+            raise AfaError(self.errors[0].text + also)
+
+
+def look(
+    plan: Plan,
+    *,
+    with_weights: bool = True,
+    progress: Callable[[str, int, int], object] = lambda *_: None,
+) -> Report:
+    """Look at everything that a plan would load.
+
+    Args:
+        plan: what is to be loaded.
+        with_weights: whether weights are read, too; headers and configurations always are.
+        progress: told what is done, and bytes of how many.
+
+    Returns: the report; an expert that cannot be read at all is an error in it.
+    """
+    report, known = Report(), {}
+    for group in plan.groups:
+        looks: list[Look] = []
+        for asked in group.experts:
+            key = str(asked)
+            try:
+                if key not in known:
+                    known[key] = _look_at(asked, group.companions, with_weights=with_weights)
+                    report.experts.append(known[key])
+                    report.findings += _whole(known[key])
+                looks.append(known[key])
+            except AfaError as error:
+                level: Level = "note" if group.is_loose else "error"
+                report.findings.append(Finding(level, "files", str(error)))
+        if len(looks) == len(group.experts):
+            found = compare([each.facts for each in looks], allow_duplicates=group.allow_duplicates)
+            report.findings += [finding for finding in found if finding not in report.findings]
+            report.findings += _autoencoders(looks)
+            if plan.batch:
+                _estimate(report, plan, group, looks)
+    if with_weights and report.experts:
+        dtype = plan.groups[0].companions.torch_dtype
+        report.findings += _read_weights(report.experts, dtype, progress)
+    report.findings = in_order(report.findings)
+    return report
+
+
+def _look_at(asked: str | Path | LoraExpert, companions: Companions, *, with_weights: bool) -> Look:
+    path = locate(base_of(asked))
+    config, files = config_of_expert(path, companions), weight_files(path)
+    facts = read_facts(str(base_of(asked)), config)
+    identity = hash_expert(path) if with_weights else None
+    if isinstance(asked, LoraExpert):
+        lora = Path(asked.lora).expanduser()
+        check_lora_file(lora)
+        if identity is not None:
+            identity = f"{identity} + {asked.scale!r} x {hash_file(lora)}"
+        facts = replace(facts, name=str(lora), short=lora.name)
+    counts: Counter[str] = Counter()
+    for file in files:
+        kinds = tensor_dtypes(file)
+        for name, shape in tensor_shapes(file).items():
+            counts[kinds[name]] += prod(shape)
+    return Look(
+        replace(facts, identity=identity),
+        path,
+        config,
+        sum(file.stat().st_size for file in files),
+        ", ".join(kind for kind, _ in counts.most_common(2)),
+    )
+
+
+def _whole(look: Look) -> Iterator[Finding]:
+    """Does a folder's denoiser have all tensors, in the shapes that its configuration says?"""
+    facts, kind = look.facts, look.facts.kind
+    try:
+        with torch.device("meta"):
+            twin: Any = kind.denoiser_family.model_class.from_config(dict(facts.denoiser))
+        family_of(twin)
+    except AfaError as error:
+        yield Finding("error", "architecture", str(error))
+        return
+    except (ValueError, TypeError, LookupError, RuntimeError, AttributeError) as error:
+        said = " ".join(str(error).split())[:200]
+        yield Finding(
+            "error", "architecture", f"The denoiser of '{facts.name}' cannot be built: {said}."
+        )
+        return
+    text = sum(kind.denoiser_family.widths(twin).text)
+    given = sum(facts.encoders.get(name) or 0 for name in kind.text)
+    if text and given and text != given and kind.family == "unet":
+        yield Finding(
+            "error",
+            "text encoders",
+            f"The text encoders of '{facts.name}' must give {text} numbers a token, as its "
+            f"denoiser takes them; they give {given}.",
+            "The denoiser could not read the prompt.",
+            "Take the text encoder that it was trained with.",
+        )
+    if look.path.is_file():
+        return
+    shapes = {
+        name: shape
+        for file in weights_in(look.path / kind.denoiser)[1]
+        for name, shape in tensor_shapes(file).items()
+    }
+    for name, tensor in twin.state_dict().items():
+        if shapes.get(name) != tuple(tensor.shape):
+            came = "it is missing" if name not in shapes else f"it is {shapes[name]}"
+            yield Finding(
+                "error",
+                "weights",
+                f"The denoiser of '{facts.name}' must have '{name}' of shape "
+                f"{tuple(tensor.shape)}; {came}.",
+                "",
+                "Download it again, with the configuration that belongs to it.",
+            )
+            return
+
+
+def _autoencoders(looks: Sequence[Look]) -> Iterator[Finding]:
+    """Experts may have autoencoders of their own, of which one decodes for all."""
+    hashes = {}
+    for each in looks:
+        if (each.path / "vae").is_dir() and "vae" in parts_of(
+            read_json(each.path / "model_index.json")
+        ):
+            hashes[each.facts.short] = hash_vae(each.path)
+    if len(set(hashes.values())) > 1:
+        yield Finding(
+            "note",
+            "autoencoder",
+            f"The experts have autoencoders of their own ({', '.join(hashes)}); that of "
+            f"'{next(iter(hashes))}' decodes for all.",
+            "Fine detail and colours are a little of that expert's.",
+            "Name another one under vae if you prefer it.",
+        )
+
+
+def _estimate(report: Report, plan: Plan, group: Group, looks: Sequence[Look]) -> None:
+    work = Work(
+        looks[0].config,
+        len(looks),
+        encoder_sets([each.path for each in looks]),
+        group.aggregators,
+        group.companions.torch_dtype,
+        plan.device,
+        plan.batch,
+        plan.num_steps,
+        plan.pixels,
+        plan.training,
+    )
+    try:
+        found = estimate(work)
+    except AfaError as error:  # what describes the experts leaves the autoencoder out
+        report.findings.append(Finding("note", "memory", str(error)))
+        return
+    report.estimates[group.label] = found
+    report.findings += fits(work, found)
+
+
+def _read_weights(
+    looks: Sequence[Look], dtype: torch.dtype, progress: Callable[[str, int, int], object]
+) -> Iterator[Finding]:
+    by_path = {each.path: each for each in looks}
+    weights = []
+    for path, each in by_path.items():
+        name = each.facts.short
+        if path.is_file():
+            weights.append(Weights(name, [path]))
+            continue
+        denoiser = weights_in(path / each.facts.kind.denoiser)[1]
+        others = [file for file in weight_files(path) if file not in denoiser]
+        if (path / "vae").is_dir():
+            others += weights_in(path / "vae")[1]
+        weights.append(Weights(name, denoiser, others))
+    total, done = sum(each.num_bytes for each in weights), 0
+
+    def note(count: int) -> None:
+        nonlocal done
+        done += count
+        progress("weights", done, total)
+
+    yield from look_into(weights, dtype, note)

@@ -1,0 +1,129 @@
+"""Pickled checkpoints, for whoever allows them: tensors are taken out, no code in them is run.
+
+What comes of it is a safetensors file in the user's cache, and everything else reads that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import re
+import shutil
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+
+from afa.errors import AfaError
+from afa.files import cache_folder, staged
+from afa.trust.policy import policy
+from afa.weights import PICKLES, hash_file
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_MAX_NESTING = 4
+_ASKED = re.compile(r"GLOBAL ([\w.]+)")
+_WEIGHTS = "diffusion_pytorch_model"
+
+
+def folder_as_safetensors(folder: Path) -> Path:
+    """A pipeline's folder, where a part has its weights in pickles alone a copy of it without any.
+
+    The copy is in the user's cache, named after the SHA-256 of all that it was made of.
+
+    Raises:
+        AfaError: see `as_safetensors`.
+    """
+    parts = [part for part in sorted(folder.iterdir()) if part.is_dir() and _is_pickled(part)]
+    if not policy().allow_pickle or not parts:
+        return folder
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{hash_file(file)}  {file.relative_to(folder).as_posix()}\n".encode())
+    copy = cache_folder() / "from-pickles" / digest.hexdigest()
+    if not copy.exists():
+        with staged(copy) as partial:
+            for file in files:
+                if file.suffix.lower() not in PICKLES and not file.name.endswith(".bin.index.json"):
+                    place = partial / file.relative_to(folder)
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(file, place)
+            for part in parts:
+                tensors: dict[str, Any] = {}
+                for file in sorted(part.glob("*.bin")):
+                    tensors |= _read(file)
+                stem = "model" if part.name.startswith("text_encoder") else _WEIGHTS
+                save_file(tensors, partial / part.name / f"{stem}.safetensors", {"format": "pt"})
+    return copy
+
+
+def _is_pickled(part: Path) -> bool:
+    """Whether a component's only weights are pickles."""
+    return any(part.glob("*.bin")) and not any(part.glob("*.safetensors"))
+
+
+def as_safetensors(path: Path, what: str = "Experts") -> Path:
+    """The tensors of a pickled checkpoint as a safetensors file in the user's cache.
+
+    They are read by torch's restricted unpickler, `torch.load(weights_only=True)`, which makes
+    tensors and plain containers and nothing else. The copy is named after the pickle's SHA-256, so
+    a pickle is read once.
+
+    Args:
+        path: of the pickle.
+        what: it is, for the error.
+
+    Raises:
+        AfaError: pickles are not allowed, or it holds anything but tensors.
+    """
+    if not policy().allow_pickle:
+        raise AfaError(
+            f"{what} must be safetensors; '{path}' is a pickle, which can run code when it is "
+            "opened. Get the .safetensors file, or read its tensors alone: --allow-pickle."
+        )
+    if not path.is_file():
+        raise AfaError(f"{what} must be there, but '{path}' does not exist. Check the path.")
+    digest = hash_file(path)
+    copy = cache_folder() / "from-pickles" / f"{digest}.safetensors"
+    if not copy.exists():
+        tensors = _read(path)
+        with staged(copy) as partial:
+            save_file(tensors, partial, metadata={"format": "pt", "pickle_sha256": digest})
+    return copy
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        with warnings.catch_warnings():  # of pickles that torch did not write, which do no harm
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # not what torch says: it advises to load with code and all
+        asked = _ASKED.search(str(error))
+        more = f"asks for {asked[1]}" if asked else "is no such file or asks for more"
+        raise AfaError(
+            f"A pickled checkpoint must hold tensors alone; '{path}' {more}. Get the .safetensors "
+            "file."
+        ) from None
+    except (OSError, RuntimeError, ValueError, LookupError, TypeError, EOFError) as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise AfaError(
+            f"'{path}' must be a whole pickled checkpoint, but reading says {said} Download it "
+            "again."
+        ) from None
+    for _ in range(_MAX_NESTING):
+        if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+            content = content["state_dict"]
+    found = content.items() if isinstance(content, dict) else ()
+    # copies: the format refuses tensors that share memory
+    tensors = {
+        key: value.detach().clone().contiguous()
+        for key, value in found
+        if isinstance(key, str) and isinstance(value, torch.Tensor)
+    }
+    if not tensors:
+        raise AfaError(f"'{path}' must hold tensors by name; it has none. Is it a checkpoint?")
+    return tensors
