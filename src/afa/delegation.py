@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -16,7 +17,7 @@ from afa.errors import AfaError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from afa.denoisers import Family
+    from afa.denoisers import Execution, Family
 
 _TEXT = "text_encoder"
 #: what models have many of; a whole layer of a U-Net is a loop, which does not compile as one
@@ -51,12 +52,37 @@ class Delegation:
 
     experts: Any
     family: Family
+    execution: Execution
     modules: Callable[[], Iterator[nn.Module]]
 
     @property
     def distinct_experts(self) -> list[Any]:
         """The experts, one that is named twice once."""
         return list(dict.fromkeys(self.experts))
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether only the features at the sites are kept for the backward pass."""
+        return self.execution.checkpoints
+
+    def enable_gradient_checkpointing(self, *_: Any, **__: Any) -> None:
+        """Keep only the features at the sites for the backward pass; compute the rest again."""
+        self.execution = replace(self.execution, checkpoints=True)
+
+    def disable_gradient_checkpointing(self) -> None:
+        """Undo `enable_gradient_checkpointing`."""
+        self.execution = replace(self.execution, checkpoints=False)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: it would write every frozen expert again.
+
+        Raises:
+            AfaError: always; names `afa.save_ensemble`.
+        """
+        raise AfaError(
+            "An ensemble must be saved without its experts' weights: use "
+            "afa.save_ensemble(pipeline, folder), which keeps them by reference."
+        )
 
     # -- FreeU, attention, compilation ----------------------------------------------------------
 

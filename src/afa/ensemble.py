@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -31,8 +32,10 @@ from afa.denoisers import (
     run_lockstep,
 )
 from afa.errors import AfaError
+from afa.guard import Guard, is_finite
 from afa.placement import Placement
-from afa.prompt import cross_attentions, once_per_prompt, prompts_attended_once
+from afa.prompt import cross_attentions, mean_of, mean_text, prompts_attended_once
+from afa.steering import expert_names
 
 if TYPE_CHECKING:
     from typing import Self
@@ -40,9 +43,10 @@ if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
 
     from afa.acceleration.graphs import Graphs
-    from afa.acceleration.loop import Shortcut
+    from afa.acceleration.loop import Loop, Shortcut
     from afa.acceleration.plan import PruningPlan
     from afa.acceleration.settings import Acceleration
+    from afa.guard import OnNonFinite
     from afa.sources import ExpertReference
 
 #: called with the timestep [B], the site's name and the fusion weights [B, N, H, W]
@@ -104,6 +108,10 @@ class EnsembleDenoiser(Delegation, Placement, ModelMixin, ConfigMixin):
         self.plan: PruningPlan | None = None
         #: what records its steps as CUDA graphs; see `afa.accelerate`
         self.graphs: Graphs | None = None
+        #: what is done where an expert gives numbers that are none; see `afa.guard`
+        self.on_nonfinite: OnNonFinite = "stop"
+        #: how often each expert was left out at each site for that
+        self.masked: Counter[tuple[str, str]] = Counter()
         self._loops, self._lowered = Loops(), Lowered()
         self._attentions: list[Attention] = []
         #: what is added to the experts' logits [N], by site; see `afa.steer`
@@ -150,18 +158,27 @@ class EnsembleDenoiser(Delegation, Placement, ModelMixin, ConfigMixin):
         Returns: the library's output object, or with `return_dict=False` a tuple of the prediction.
 
         Raises:
-            AfaError: a text embedding of another width, or several timesteps at once where a
+            AfaError: no latent at all; numbers that are none, see `afa.guard`; a text embedding of
+                another width; or several timesteps at once where a
                 schedule picks the experts by timestep.
         """
         arguments = self._bind(args, kwargs)
+        sample = next(iter(arguments.values()))
+        if sample.numel() == 0:
+            raise AfaError(
+                "A denoiser must have at least one latent with an area, came the shape "
+                f"{tuple(sample.shape)}. Ask for a picture."
+            )
         with self.lora_scale(arguments) as scale:
             prediction = self._predict(arguments, scale)
         return self.family.output_class(sample=prediction) if return_dict else (prediction,)
 
     def _predict(self, arguments: dict[str, Any], scale: float | None) -> Tensor:
         prompt = arguments.get(self.family.prompt)
-        if prompt is None or torch.is_grad_enabled():
+        if torch.is_grad_enabled():
             return self._run_experts(arguments)
+        if prompt is None:
+            return self._finite(self._run_experts(arguments), arguments)
         loop = self._loops.of(prompt, _timesteps(arguments))
         if loop.num_calls == 1:
             self._attentions = cross_attentions(self)
@@ -171,9 +188,37 @@ class EnsembleDenoiser(Delegation, Placement, ModelMixin, ConfigMixin):
             assert self.graphs is not None, "it is recordable"
             run = self.graphs.steps_of(loop, run, key=scale)
         with prompts_attended_once(self._attentions):
+            if loop.is_guarded:
+                return self._guarded(arguments)
             if self.acceleration.is_exact or arguments.get("skip_layers"):
-                return run(arguments)
-            return accelerated(self.acceleration, loop, self.family, self.sites, arguments, run)
+                prediction = run(arguments)
+            else:
+                prediction = accelerated(
+                    self.acceleration, loop, self.family, self.sites, arguments, run
+                )
+            return self._finite(prediction, arguments, loop)
+
+    def _finite(
+        self, prediction: Tensor, arguments: dict[str, Any], loop: Loop | None = None
+    ) -> Tensor:
+        """A prediction as it is; where it is not finite, the step once more under guard.
+
+        Raises:
+            AfaError: names the expert and the site where it came from, unless it is masked.
+        """
+        if is_finite(prediction) or self.exchange is not None:
+            return prediction
+        if loop is not None:  # what it has kept of its steps may be the same
+            loop.is_guarded = True
+        return self._guarded(arguments)
+
+    def _guarded(self, arguments: dict[str, Any]) -> Tensor:
+        """A step in which every feature is looked at, and nothing is left out to save time."""
+        masks = self.on_nonfinite == "mask"
+        guard = Guard(expert_names(self), self.dtype, masks=masks)
+        prediction = self._run_experts(arguments, guard=guard)
+        self.masked += guard.masked
+        return prediction
 
     def _is_recordable(self, arguments: dict[str, Any]) -> bool:
         """Whether steps are CUDA graphs: nobody looks into them, and no value decides on them."""
@@ -183,7 +228,12 @@ class EnsembleDenoiser(Delegation, Placement, ModelMixin, ConfigMixin):
             return False
         return self.graphs.take(next(iter(arguments.values())))
 
-    def _run_experts(self, arguments: dict[str, Any], shortcut: Shortcut | None = None) -> Tensor:
+    def _run_experts(
+        self,
+        arguments: dict[str, Any],
+        shortcut: Shortcut | None = None,
+        guard: Guard | None = None,
+    ) -> Tensor:
         """Run the experts side by side, without the sites that a shortcut skips."""
         sample, steps = next(iter(arguments.values())), _timesteps(arguments)
         taken = shortcut.prediction if shortcut else None
@@ -193,7 +243,8 @@ class EnsembleDenoiser(Delegation, Placement, ModelMixin, ConfigMixin):
             return taken
         active = self._active_experts(steps)
         per_expert = self.family.split(self.experts[0], arguments, self.widths, len(self.experts))
-        text = self._prompt(arguments, per_expert, active) if self.widths.text else None
+        heard = guard.look_at_inputs(sample, per_expert, active) if guard else active
+        text = mean_text(self, arguments, per_expert, heard) if self.widths.text else None
         skipped = shortcut.skipped if shortcut else frozenset()
         left = self._experts_left(steps)
         execution = replace(self.execution, skipped=skipped)
@@ -216,14 +267,21 @@ class EnsembleDenoiser(Delegation, Placement, ModelMixin, ConfigMixin):
             nonlocal condition
             if apart is not None and features[0].site not in skipped:
                 features = apart.gather(features, with_temb=condition is None)
+            sound = guard.look(features, active) if guard else range(len(features))
             if condition is None:
-                condition = Condition(steps, _mean([f.temb for f in features]), text, sample, mask)
+                temb = mean_of([features[n].temb for n in sound])
+                condition = Condition(steps, temb, text, sample, mask)
             site = features[0].site
             if shortcut is not None and site in skipped:
                 fused = shortcut.take(site)
             else:
                 weights = shortcut.kept_weights(site) if shortcut else None
-                fused = self._fuse(site, features, condition, left.get(site), weights)
+                chosen = left.get(site)
+                if len(sound) < len(features):
+                    chosen = [n for n in chosen or sound if n in sound]
+                fused = self._fuse(site, features, condition, chosen, weights)
+                if guard is not None:
+                    guard.look_at_fused(site, fused.feature)
                 if shortcut is not None:
                     shortcut.note(site, fused)
             self._show(steps, site, fused.weights)
@@ -262,28 +320,6 @@ class EnsembleDenoiser(Delegation, Placement, ModelMixin, ConfigMixin):
     def _show(self, steps: Tensor, site: str, weights: Tensor | None) -> None:
         if self.on_weights is not None and weights is not None:
             self.on_weights(steps, site, weights)
-
-    def _prompt(
-        self,
-        arguments: dict[str, Any],
-        per_expert: Sequence[dict[str, Any]],
-        active: Sequence[int],
-    ) -> Tensor:
-        """The mean of the active experts' texts [B, L, D].
-
-        Every expert's own, in its arguments, comes to be the same object at every step.
-        """
-        key = "encoder_hidden_states"
-        joined, texts = arguments[key], [own[key] for own in per_expert]
-        if any(_share_memory(text, joined) for text in texts):
-            return _mean([texts[n] for n in active])  # one for all, as it came
-        texts = once_per_prompt(joined, self, lambda: texts)
-        for own, text in zip(per_expert, texts, strict=True):
-            own[key] = text
-        chosen = [texts[n] for n in active]
-        if len(chosen) == 1:
-            return chosen[0]
-        return once_per_prompt(joined, (self, *active), lambda: _mean(chosen))
 
     def _bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
         """All arguments by name, as the experts' own class names them; the latent is the first."""
@@ -346,48 +382,13 @@ class EnsembleDenoiser(Delegation, Placement, ModelMixin, ConfigMixin):
         self.experts.eval()
         return self
 
-    @property
-    def is_gradient_checkpointing(self) -> bool:
-        """Whether only the features at the sites are kept for the backward pass."""
-        return self.execution.checkpoints
-
-    def enable_gradient_checkpointing(self, *_: Any, **__: Any) -> None:
-        """Keep only the features at the sites for the backward pass; compute the rest again."""
-        self.execution = replace(self.execution, checkpoints=True)
-
-    def disable_gradient_checkpointing(self) -> None:
-        """Undo `enable_gradient_checkpointing`."""
-        self.execution = replace(self.execution, checkpoints=False)
-
     def frozen_names(self) -> list[str]:
         """The names of all parameters and buffers of the experts."""
         named = (*self.experts.named_parameters(), *self.experts.named_buffers())
         return [f"experts.{name}" for name, _ in named]
-
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Refused: it would write every frozen expert again.
-
-        Raises:
-            AfaError: always; names `afa.save_ensemble`.
-        """
-        raise AfaError(
-            "An ensemble must be saved without its experts' weights: use "
-            "afa.save_ensemble(pipeline, folder), which keeps them by reference."
-        )
-
-
-def _share_memory(one: Tensor, other: Tensor) -> bool:
-    return one.untyped_storage()._cdata == other.untyped_storage()._cdata
 
 
 def _timesteps(arguments: dict[str, Any]) -> Tensor:
     """One for each of the batch, [B], of the arguments of a call."""
     sample = next(iter(arguments.values()))
     return torch.as_tensor(arguments["timestep"], device=sample.device).expand(len(sample))
-
-
-def _mean(tensors: Sequence[Tensor]) -> Tensor:
-    """Mean of N tensors; of one tensor named N times, that tensor."""
-    if all(tensor is tensors[0] for tensor in tensors):
-        return tensors[0]
-    return sum(tensors[1:], start=tensors[0]) / len(tensors)

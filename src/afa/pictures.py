@@ -8,7 +8,7 @@ import json
 import platform
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import diffusers
 import torch
@@ -22,7 +22,11 @@ from afa.checkpoint import aggregator_tensors, load_ensemble
 from afa.contenders import ENSEMBLE, Contenders
 from afa.errors import AfaError
 from afa.files import write_atomic
+from afa.guard import OnNonFinite, decoded
 from afa.kinds import denoiser_of, kind_of_pipeline
+from afa.memory.budget import size_text
+from afa.memory.exhausted import saying_what_fits
+from afa.memory.free import free_memory
 from afa.pipeline import check_text_to_image
 from afa.recipe import MAX_SEED, Section
 from afa.steering import steer
@@ -60,6 +64,7 @@ class PictureRecipe(Section):
         dtype: of the experts.
         quantize: of the experts' weights, see `afa.quantization`.
         compiled: whether blocks were compiled, which changes how numbers are rounded.
+        on_nonfinite: what is done where an expert gives numbers that are none; see `afa.guard`.
     """
 
     ensemble: str = Field(max_length=4096)
@@ -78,6 +83,7 @@ class PictureRecipe(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     quantize: Literal["int8", "float8"] | None = None
     compiled: bool = False
+    on_nonfinite: OnNonFinite = "stop"
 
 
 class MadeWith(Section):
@@ -151,6 +157,7 @@ def prepare(
     bias: Bias | None = None,
     compiled: bool = False,
     cuda_graphs: bool = False,
+    on_nonfinite: str = "stop",
     **loading: Any,
 ) -> DiffusionPipeline:
     """An ensemble that is ready to draw from a prompt.
@@ -162,6 +169,7 @@ def prepare(
         bias: see `afa.steer`.
         compiled: whether blocks are compiled, when the first picture is drawn.
         cuda_graphs: whether steps are CUDA graphs, which changes no picture.
+        on_nonfinite: `mask` goes on without an expert where it gives numbers that are none.
         loading: further arguments of `afa.load_ensemble`.
 
     Raises:
@@ -170,6 +178,10 @@ def prepare(
     pipeline = load_ensemble(ensemble, **loading)
     check_text_to_image(pipeline)
     steer(pipeline, bias)
+    if on_nonfinite not in get_args(OnNonFinite):
+        known = ", ".join(get_args(OnNonFinite))
+        raise AfaError(f"on_nonfinite must be one of {known}, came '{on_nonfinite}'.")
+    denoiser_of(pipeline).on_nonfinite = on_nonfinite
     pipeline.set_progress_bar_config(disable=True)
     mode: Any = "regional" if compiled else None
     return accelerate(pipeline, acceleration, plan=plan, compile=mode, cuda_graphs=cuda_graphs)
@@ -198,6 +210,7 @@ def prepare_again(recipe: PictureRecipe, **loading: Any) -> DiffusionPipeline:
         plan=recipe.plan,
         bias=recipe.bias,
         compiled=recipe.compiled,
+        on_nonfinite=recipe.on_nonfinite,
         torch_dtype=getattr(torch, recipe.dtype),
         **loading,
     )
@@ -218,17 +231,30 @@ def draw(pipeline: DiffusionPipeline, recipe: PictureRecipe) -> Image.Image:
         pipeline: the ensemble, at the recipe's speed and with its bias; or any other stock
             pipeline, to compare with.
         recipe: prompt, noise and sampling.
+
+    Raises:
+        AfaError: memory runs out, or the picture is no numbers; see `afa.guard`.
     """
-    return pipeline(
-        recipe.prompt,
-        negative_prompt=recipe.negative_prompt,
-        num_inference_steps=recipe.steps,
-        guidance_scale=recipe.guidance,
-        height=recipe.height,
-        width=recipe.width,
-        generator=torch.Generator().manual_seed(recipe.seed),
-        **kind_of_pipeline(pipeline).call,
-    ).images[0]
+    what = f"A picture of {recipe.width} x {recipe.height} pixels"
+    with saying_what_fits(what, _smaller), decoded(pipeline):
+        return pipeline(
+            recipe.prompt,
+            negative_prompt=recipe.negative_prompt,
+            num_inference_steps=recipe.steps,
+            guidance_scale=recipe.guidance,
+            height=recipe.height,
+            width=recipe.width,
+            generator=torch.Generator().manual_seed(recipe.seed),
+            **kind_of_pipeline(pipeline).call,
+        ).images[0]
+
+
+def _smaller() -> str:
+    free = size_text(free_memory(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+    return (
+        f"Use --memory-budget '{free}', which is what is free, --dtype bfloat16, or a smaller "
+        "--height and --width."
+    )
 
 
 @contextmanager

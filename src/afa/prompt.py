@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable, Iterator
+    from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 
     from diffusers.models.attention_processor import Attention
 
@@ -150,3 +150,43 @@ def prompts_attended_once(attentions: Iterable[Attention]) -> Iterator[None]:
 
 
 _PROMPT_ATTENTION = PromptAttention()
+
+
+def mean_text(
+    owner: object,
+    arguments: Mapping[str, Any],
+    per_expert: Sequence[dict[str, Any]],
+    heard: Sequence[int],
+) -> Tensor:
+    """The mean of some experts' texts [B, L, D].
+
+    Every expert's own, in its arguments, comes to be the same object at every step.
+
+    Args:
+        owner: the ensemble, for which it is kept.
+        arguments: of its call.
+        per_expert: those of every expert's call.
+        heard: the experts whose texts count, by number.
+    """
+    key = "encoder_hidden_states"
+    joined, texts = arguments[key], [own[key] for own in per_expert]
+    if any(_share_memory(text, joined) for text in texts):
+        return mean_of([texts[n] for n in heard])  # one for all, as it came
+    texts = once_per_prompt(joined, owner, lambda: texts)
+    for own, text in zip(per_expert, texts, strict=True):
+        own[key] = text
+    chosen = [texts[n] for n in heard]
+    if len(chosen) == 1:
+        return chosen[0]
+    return once_per_prompt(joined, (owner, *heard), lambda: mean_of(chosen))
+
+
+def mean_of(tensors: Sequence[Tensor]) -> Tensor:
+    """Mean of N tensors; of one tensor named N times, that tensor."""
+    if all(tensor is tensors[0] for tensor in tensors):
+        return tensors[0]
+    return sum(tensors[1:], start=tensors[0]) / len(tensors)
+
+
+def _share_memory(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage()._cdata == other.untyped_storage()._cdata

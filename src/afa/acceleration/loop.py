@@ -67,6 +67,7 @@ class Loop:
         guidance: what the conditional half has beyond the other, when both were last computed.
         is_halved: whether only the conditional half is computed from now on.
         graph: of its steps, where they are CUDA graphs.
+        is_guarded: whether every feature of its steps is looked at from now on.
     """
 
     begin: float
@@ -77,6 +78,7 @@ class Loop:
     guidance: Tensor | None = None
     is_halved: bool = False
     graph: StepGraph | None = None
+    is_guarded: bool = False
 
 
 class Loops:

@@ -8,7 +8,7 @@ from afa.aggregators.rule import Condition, Fused, FusionRule, weighted_sum
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -21,6 +21,10 @@ class Mean(FusionRule):
         batch, _, height, width = features[0].shape
         share = features[0].new_full((batch, len(features), height, width), 1 / len(features))
         return Fused(weighted_sum(features, share), share)
+
+    def fuse_some(self, features: Mapping[int, Tensor], condition: Condition) -> Fused:
+        """Average the features that are there; there are no weights of all N."""
+        return Fused(self.forward(list(features.values()), condition).feature)
 
 
 class Only(FusionRule):

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from afa.pictures import PictureRecipe
 
 DTYPES = ("float32", "bfloat16", "float16")
+ON_NONFINITE = ("stop", "mask")
 #: what may be said beside a picture that is to be made again; all else comes from it
 BESIDE_A_PICTURE = (
     "ensemble",
@@ -92,6 +93,9 @@ def generate(
     cuda_graphs: Annotated[
         bool, _speed("Launch steps at once; for small work on a GPU.", name="--cuda-graphs")
     ] = False,
+    on_nonfinite: Annotated[
+        str, _picture("Where an expert's numbers overflow: stop, or mask it there.")
+    ] = "stop",
 ) -> None:
     """Generate pictures with a trained ensemble.
 
@@ -107,8 +111,8 @@ def generate(
     processes = Processes()
     if processes.is_main:
         require_new_folder(output)
-    if dtype not in DTYPES:
-        raise AfaError(f"--dtype must be one of {', '.join(DTYPES)}, came '{dtype}'.")
+    _require_one_of("--dtype", dtype, DTYPES)
+    _require_one_of("--on-nonfinite", on_nonfinite, ON_NONFINITE)
 
     from afa.acceleration.settings import acceleration_of
     from afa.steering import parse_bias
@@ -150,6 +154,7 @@ def generate(
             plan=plan,
             bias=asked_bias,
             compiled=compile_blocks,
+            on_nonfinite=on_nonfinite,
             torch_dtype=getattr(torch, dtype),
             **loading,
         )
@@ -170,6 +175,7 @@ def generate(
             dtype=dtype,
             quantize=quantize,
             compiled=compile_blocks,
+            on_nonfinite=on_nonfinite,
         )
         asked = _each(recipe, prompts or [], num_images)
     processes.wait()  # nobody writes before the main process has seen that the folder is new
@@ -177,10 +183,16 @@ def generate(
     processes.wait()
     if not processes.is_main:
         return
+    say_masked(denoiser_of(pipeline))
     count = len(asked)
     console.print(f"{count} {'picture' if count == 1 else 'pictures'} in {output}")
     if before is not None:
         _say_whether_the_same(before, hashed)
+
+
+def _require_one_of(option: str, given: str, known: Sequence[str]) -> None:
+    if given not in known:
+        raise AfaError(f"{option} must be one of {', '.join(known)}, came '{given}'.")
 
 
 def _again(
@@ -261,6 +273,16 @@ def _say_whether_the_same(before: str, now: str) -> None:
         console.print(
             "The pixels are not the same: another machine, number of threads or release of torch "
             "rounds differently."
+        )
+
+
+def say_masked(denoiser: Any) -> None:
+    """Tell which experts were left out somewhere, and how often."""
+    for (expert, place), count in sorted(getattr(denoiser, "masked", {}).items()):
+        console.print(
+            f"warning: '{expert}' gave numbers that are none at '{place}' in {count} steps, and "
+            "was left out there.",
+            soft_wrap=True,
         )
 
 

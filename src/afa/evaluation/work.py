@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +16,9 @@ from afa.errors import AfaError
 from afa.evaluation.cost import Cost, measure
 from afa.evaluation.recipe import slug
 from afa.files import read_json, write_atomic
+from afa.guard import decoded
 from afa.kinds import kind_of_pipeline
+from afa.memory.exhausted import saying_what_fits, smaller_batch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -152,7 +155,11 @@ def draw(
     output_type: Literal["pil", "latent"] = "pil",
 ) -> list[Image.Image]:
     """One batch of pictures; the noise of each depends on the seed and its prompt's place alone."""
-    with torch.no_grad():
+    what = f"A batch of {len(texts)} pictures"
+    otherwise = "Or take sampling.dtype: bfloat16, or smaller pictures."
+    remedy = smaller_batch(len(texts), "sampling.batch_size", None, otherwise)
+    checked = decoded(pipeline) if output_type == "pil" else nullcontext()
+    with torch.no_grad(), saying_what_fits(what, remedy), checked:
         return pipeline(
             list(texts),
             negative_prompt=[sampling.negative_prompt] * len(texts),

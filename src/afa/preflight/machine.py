@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
 import torch
 
 from afa.memory.budget import program_bytes, size_text
+from afa.memory.free import free_memory
 from afa.memory.needs import Training, needs_of
 from afa.preflight.finding import Finding
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from afa.aggregators import SABWConfig
-    from afa.memory.needs import Needs
+    from afa.memory.free import free_memory
+from afa.memory.needs import Needs
 
 _SIDE, _MEASURE = 1024, 0.2  # of the matrices that are multiplied, and for how many seconds
 
@@ -127,27 +127,6 @@ def largest_batch(work: Work, found: Estimate) -> int:
     if room < 0:
         return 0
     return min(1 + room // max(two - one, 1), work.batch)
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes of a device's memory that a process may come to use, what it has already included."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device)
-    available = psutil.virtual_memory().available + psutil.Process().memory_info().rss
-    return min(available, *_limits()) if device.type == "cpu" else available
-
-
-def _limits() -> list[int]:
-    """What is set for this process by whoever started it."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
-    here = psutil.Process().memory_info()
-    limits = [soft - here.vms + here.rss] if soft != resource.RLIM_INFINITY else []
-    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        place = Path(name)
-        text = place.read_text().strip() if place.is_file() else "max"
-        limits += [int(text)] if text.isdigit() else []
-    return limits or [2**63]
 
 
 def _speed(work: Work) -> float:

@@ -8,7 +8,7 @@ import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.amp import GradScaler
@@ -16,6 +16,7 @@ from torch.amp import GradScaler
 from afa.ensemble import EnsembleDenoiser
 from afa.errors import AfaError
 from afa.kinds import denoiser_of
+from afa.memory.exhausted import saying_what_fits, smaller_batch
 from afa.training.conditions import conditioning_of
 from afa.training.objective import denoising_loss, forward_process
 from afa.training.routing import Routing, tapped
@@ -109,12 +110,20 @@ def optimizer_steps(
     batches = examples.batches(engine.shares(settings).batches(first, settings.num_steps))
     num_known = len(examples.broken.found)
     done = first
+    too_large = smaller_batch(
+        settings.batch_size,
+        "training.batch_size",
+        settings.gradient_accumulation_steps,
+        "Or take gradient_checkpointing: true, or expert_dtype: bfloat16.",
+    )
 
     def gradients(last: bool, tap: WeightTap | None) -> tuple[Tensor, Routing | None]:
         """Add one batch's gradients; returns its loss."""
         batch = next(batches)
         with engine.without_sync(model, when=not last):
             loss = _loss(pipeline, model, process, batch, settings)
+            if not engine.is_sharding and not torch.isfinite(loss):
+                _name_who(pipeline, model, process, batch, settings)
             total = loss
             if tap is not None and (settings.entropy_weight or settings.balance_weight):
                 total = loss + tap.penalty(settings.entropy_weight, settings.balance_weight)
@@ -130,7 +139,8 @@ def optimizer_steps(
                 group["lr"] = learning_rate
             count = settings.gradient_accumulation_steps
             try:
-                parts = [gradients(n == count - 1, tap) for n in range(count)]
+                with saying_what_fits(f"A batch of {settings.batch_size} samples", too_large):
+                    parts = [gradients(n == count - 1, tap) for n in range(count)]
             except AfaError:
                 if done > first:
                     save(done)  # bad data shall not cost the steps before it
@@ -191,6 +201,19 @@ def _loss(
         time=batch.time,
         min_snr_gamma=settings.min_snr_gamma,
     ).mean()
+
+
+def _name_who(*step: Any) -> None:
+    """The step once more without gradients: an ensemble looks at every feature then.
+
+    Raises:
+        NotFinite: names the expert and the site where the first such number was.
+    """
+    try:
+        with torch.no_grad():
+            _loss(*step)
+    except AfaError as error:
+        raise NotFinite(f"The loss must be finite, but it is not. {error}") from error
 
 
 def _agree(

@@ -13,6 +13,7 @@ from PIL import Image
 
 from afa.files import write_atomic
 from afa.kinds import kind_of_pipeline
+from afa.memory.exhausted import saying_what_fits, smaller_batch
 from afa.training.conditions import conditioning_of
 from afa.training.objective import denoising_loss, forward_process
 from afa.training.record import Recorder, routing_figures
@@ -172,7 +173,11 @@ class Watch:
         generators = [
             torch.Generator().manual_seed(previews.seed + n) for n in range(len(previews.prompts))
         ]
-        with torch.no_grad(), self._trainer.averaged():
+        what = f"Previews of {len(previews.prompts)} prompts at once"
+        remedy = smaller_batch(
+            len(previews.prompts), "no more previews.prompts than", None, "Or leave previews out."
+        )
+        with torch.no_grad(), self._trainer.averaged(), saying_what_fits(what, remedy):
             pictures = pipeline(
                 list(previews.prompts),
                 num_inference_steps=previews.num_steps,

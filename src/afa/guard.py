@@ -1,0 +1,150 @@
+"""Numbers that are none: which expert gave them, at which site, and going on without it there.
+
+A feature of one expert that overflows in half precision would be in all of them from its site on,
+and in the end a black picture. Looking for it costs a step nothing until the prediction itself is
+not finite; then the step is run once more, with a look at every feature.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from afa.errors import AfaError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from afa.denoisers import Feature
+
+OnNonFinite = Literal["stop", "mask"]
+
+
+@contextmanager
+def decoded(pipeline: Any) -> Iterator[None]:
+    """Refuse pictures that are made of numbers that are none, which would come out black.
+
+    Around the call of a pipeline that gives pictures.
+
+    Raises:
+        AfaError: the autoencoder gave such numbers, for the denoiser's are looked at elsewhere.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "invalid value encountered in cast", RuntimeWarning)
+        try:
+            yield
+        except RuntimeWarning:
+            dtype = str(pipeline.vae.dtype).removeprefix("torch.")
+            raise AfaError(
+                f"A picture must be finite numbers, but the autoencoder gave nan or infinity in "
+                f"{dtype}. Use bfloat16 or float32, or an autoencoder that was made for {dtype}: "
+                "vae=FOLDER."
+            ) from None
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all numbers are."""
+    return bool(torch.isfinite(tensor).all())
+
+
+class Guard:
+    """Looks at all that one step computes.
+
+    Args:
+        names: of the experts.
+        dtype: of the experts.
+        masks: whether an expert is left out at the sites where it gives numbers that are none;
+            else the step is stopped there.
+    """
+
+    def __init__(self, names: Sequence[str], dtype: torch.dtype, *, masks: bool) -> None:
+        self._names, self._dtype, self._masks = names, dtype, masks
+        #: how often each expert was left out at each site
+        self.masked: Counter[tuple[str, str]] = Counter()
+        self._everywhere: frozenset[int] = frozenset()
+
+    def look_at_inputs(
+        self, sample: Tensor, per_expert: Sequence[Mapping[str, Any]], running: Sequence[int]
+    ) -> list[int]:
+        """The experts whose text is finite.
+
+        Raises:
+            AfaError: the latent is not, or somebody's text and nothing is masked.
+        """
+        if not is_finite(sample):
+            raise AfaError(
+                "The latent that is to be denoised must be finite, but it has nan or infinity "
+                "before any expert ran. Are sizes, scheduler and guidance as they should be?"
+            )
+        wrong = [n for n in running if not all(map(is_finite, _floats(per_expert[n])))]
+        for number in wrong:
+            self._note(number, "its text encoder", "text encoder")
+        self._everywhere = frozenset(wrong)
+        return self._others(wrong, running, "text encoder")
+
+    def look(self, features: Sequence[Feature], running: Sequence[int]) -> list[int]:
+        """The places of the features that are finite, among those of the experts that run.
+
+        Raises:
+            AfaError: one is not and nothing is masked, or none is.
+        """
+        site, wrong = features[0].site, []
+        for place, feature in enumerate(features):
+            if feature.hidden is None:
+                continue
+            if running[place] in self._everywhere:
+                wrong.append(place)
+            elif not (is_finite(feature.hidden) and is_finite(feature.temb)):
+                wrong.append(place)
+                self._note(running[place], f"its feature at site '{site}'", site)
+        return self._others(wrong, range(len(features)), site)
+
+    def look_at_fused(self, site: str, fused: Tensor | Sequence[Tensor]) -> None:
+        """Refuse what is not finite although all features were.
+
+        Raises:
+            AfaError: names the site.
+        """
+        if not all(map(is_finite, [fused] if isinstance(fused, Tensor) else fused)):
+            raise AfaError(
+                f"The experts' features at site '{site}' are finite, but what the aggregator makes "
+                "of them is not. Are its weights damaged, or a bias out of all measure? Load the "
+                "ensemble again, or train it again."
+            )
+
+    def _note(self, number: int, what: str, place: str) -> None:
+        self.masked[self._names[number], place] += 1
+        if not self._masks:
+            raise AfaError(
+                f"All that experts compute must be finite; '{self._names[number]}' gave nan or "
+                f"infinity: {what}. {self._remedy()}"
+            )
+
+    def _others(self, wrong: Sequence[int], running: Sequence[int], place: str) -> list[int]:
+        left = [n for n in running if n not in wrong]
+        if not left:
+            raise AfaError(
+                f"All that experts compute must be finite; none of them gave such numbers at "
+                f"'{place}'. {self._remedy()}"
+            )
+        return left
+
+    def _remedy(self) -> str:
+        if self._dtype == torch.float16:
+            return (
+                "In float16 nothing above 65504 can be held: use bfloat16 or float32. Or go on "
+                "without it there: mask."
+            )
+        return "Look at its weights with afa check, leave it out, or go on without it there: mask."
+
+
+def _floats(arguments: Mapping[str, Any]) -> list[Tensor]:
+    """All floating-point tensors of an expert's arguments, nested ones too."""
+    values = list(arguments.values())
+    values += [inner for value in values if isinstance(value, dict) for inner in value.values()]
+    return [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]

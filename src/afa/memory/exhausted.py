@@ -1,0 +1,73 @@
+"""Memory that runs out in the middle of work: one line that says what would fit."""
+
+from __future__ import annotations
+
+import re
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+from afa.errors import AfaError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+_ASKED = re.compile(r"ried to allocate (\d[\d.]* \w+)")
+_SAYS = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC")
+
+
+@contextmanager
+def saying_what_fits(what: str, remedy: Callable[[], str]) -> Iterator[None]:
+    """Turn whatever torch says of memory that is not there into one line.
+
+    Args:
+        what: was being done, with its size: "A step with batch_size 8".
+        remedy: says what to do; asked only then.
+
+    Raises:
+        AfaError: memory ran out.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not is_exhausted(error):
+            raise
+        asked = _ASKED.search(str(error))
+        detail = f" when {asked[1]} more were asked for" if asked else ""
+        raise AfaError(f"{what} must fit into memory, which ran out{detail}. {remedy()}") from error
+
+
+def is_exhausted(error: BaseException) -> bool:
+    """Whether an exception says that there is no more memory."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(said in str(error) for said in _SAYS)
+
+
+def smaller_batch(
+    size: int, key: str, accumulation: int | None, otherwise: str
+) -> Callable[[], str]:
+    """The remedy of a batch that was too large.
+
+    Args:
+        size: of the batch.
+        key: what a recipe calls it.
+        accumulation: batches of one step, which may become more instead; None where a batch is a
+            step's own affair.
+        otherwise: what helps besides, a sentence.
+    """
+    half = size // 2
+
+    def remedy() -> str:
+        if not half:
+            return otherwise
+        if accumulation is None:
+            return f"Take {key}: {half}. {otherwise}"
+        times = -(-size * accumulation // half)
+        return (
+            f"Take {key}: {half} with gradient_accumulation_steps: {times}, which learns the same. "
+            f"{otherwise}"
+        )
+
+    return remedy

@@ -1,0 +1,30 @@
+"""How much memory there is to be had."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+
+import psutil
+import torch
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of a device's memory that a process may come to use, what it has already included."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device)
+    available = psutil.virtual_memory().available + psutil.Process().memory_info().rss
+    return min(available, *_limits()) if device.type == "cpu" else available
+
+
+def _limits() -> list[int]:
+    """What is set for this process by whoever started it."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    here = psutil.Process().memory_info()
+    limits = [soft - here.vms + here.rss] if soft != resource.RLIM_INFINITY else []
+    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        place = Path(name)
+        text = place.read_text().strip() if place.is_file() else "max"
+        limits += [int(text)] if text.isdigit() else []
+    return limits or [2**63]
