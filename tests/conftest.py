@@ -18,10 +18,25 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 _datasets = tempfile.TemporaryDirectory(prefix="afa-tests-")
 os.environ["HF_DATASETS_CACHE"] = _datasets.name
 
+from tests.reliability import Reliability, note_fault  # noqa: E402
 from tests.tiny import tiny_pipeline  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--reliability", type=Path, help="JSON file for what came of faults.")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    place = config.getoption("--reliability")
+    if place is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Reliability(place))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    note_fault(item)
 
 
 @pytest.fixture(scope="session")

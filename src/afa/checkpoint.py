@@ -7,7 +7,7 @@ No weights of experts are ever written. An ensemble folder holds `config.json`,
 from __future__ import annotations
 
 import json
-import os
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,13 +20,13 @@ from afa.aggregators import SABW, Mean, SABWConfig, Separate
 from afa.aggregators.build import site_configs
 from afa.denoisers import FAMILIES
 from afa.errors import AfaError
-from afa.files import read_json, write_atomic
+from afa.files import read_json, staged, write_atomic
 from afa.kinds import denoiser_of
 from afa.lora import LoraExpert, base_of
 from afa.model_card import model_card
 from afa.pipeline import load_pipeline
 from afa.published import is_published, load_published
-from afa.sources import locate, require_hash
+from afa.sources import absolute_source, locate, relative_source, require_hash
 from afa.weights import check_safetensors
 
 if TYPE_CHECKING:
@@ -187,18 +187,19 @@ def save_ensemble(
         "family": ensemble.family.name,
         "experts": [_written(reference, folder) for reference in ensemble.references],
         "vae": ensemble.vae_reference and _written(ensemble.vae_reference, folder),
-        "config": ensemble.config_source and _relative(ensemble.config_source, folder),
+        "config": ensemble.config_source and relative_source(ensemble.config_source, folder),
         **_written_parts(ensemble, folder),
         "aggregator": describe_rules(ensemble),
         "sites": [site.name for site in ensemble.sites],
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(
-        folder / AGGREGATORS,
-        save(aggregator_tensors(ensemble), metadata={"format": "pt"}),
-    )
-    write_atomic(folder / "README.md", model_card(config))
-    write_atomic(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    with staged(folder) if not folder.exists() else nullcontext(folder) as place:
+        place.mkdir(exist_ok=True)
+        write_atomic(
+            place / AGGREGATORS,
+            save(aggregator_tensors(ensemble), metadata={"format": "pt"}),
+        )
+        write_atomic(place / "README.md", model_card(config))
+        write_atomic(place / "config.json", json.dumps(config, indent=2) + "\n")
     return folder
 
 
@@ -322,16 +323,16 @@ def load_ensemble(
         names = [reference["source"] for reference in references]
         moved = dict(zip(names, map(base_of, sources), strict=True))
         moved |= dict(zip((part["source"] for part in saved["parts"]), parts or (), strict=False))
-        vae = moved.get(saved_vae["source"]) or _absolute(saved_vae["source"], folder)
+        vae = moved.get(saved_vae["source"]) or absolute_source(saved_vae["source"], folder)
     if config is None and saved["config"] is not None:
-        config = _absolute(saved["config"], folder)
+        config = absolute_source(saved["config"], folder)
     pipeline = load_pipeline(
         sources,
         SABWConfig(**{**_ABSENT, **settings}) if kind == "sabw" else None,
         vae=vae,
         vae_revision=saved_vae.get("revision"),
         config=config,
-        parts=parts or [_absolute(part["source"], folder) for part in saved["parts"]],
+        parts=parts or [absolute_source(part["source"], folder) for part in saved["parts"]],
         part_revisions=[part["revision"] for part in saved["parts"]],
         part_hashes=[part["sha256"] for part in saved["parts"]],
         revisions=[reference["revision"] for reference in references],
@@ -350,8 +351,8 @@ def sources_in(
     saved: dict[str, Any], folder: Path
 ) -> tuple[list[str | LoraExpert], str | None, list[str]]:
     """What a configuration of `read_config` names: experts, their configuration, and parts."""
-    config = saved["config"] and _absolute(saved["config"], folder)
-    parts = [_absolute(part["source"], folder) for part in saved["parts"]]
+    config = saved["config"] and absolute_source(saved["config"], folder)
+    parts = [absolute_source(part["source"], folder) for part in saved["parts"]]
     return [_source(reference, folder) for reference in saved["experts"]], config, parts
 
 
@@ -361,40 +362,22 @@ def _written_parts(ensemble: EnsembleDenoiser, folder: Path) -> dict[str, Any]:
 
 
 def _written(reference: ExpertReference, folder: Path) -> dict[str, Any]:
-    written = {**asdict(reference), "source": _relative(reference.source, folder)}
+    written = {**asdict(reference), "source": relative_source(reference.source, folder)}
     if reference.lora is None:
         del written["lora"]
     else:
-        written["lora"]["source"] = _relative(reference.lora.source, folder)
+        written["lora"]["source"] = relative_source(reference.lora.source, folder)
     return written
 
 
 def _source(reference: dict[str, Any], folder: Path) -> str | LoraExpert:
     """An expert as `load_pipeline` takes it."""
-    base, lora = _absolute(reference["source"], folder), reference["lora"]
+    base, lora = absolute_source(reference["source"], folder), reference["lora"]
     if lora is None:
         return base
     return LoraExpert(
         base=base,
-        lora=_absolute(lora["source"], folder),
+        lora=absolute_source(lora["source"], folder),
         scale=lora["scale"],
         sha256=lora["sha256"],
     )
-
-
-def _relative(source: str, folder: Path) -> str:
-    """A source under the ensemble's parent folder, relative, so that both can move together.
-
-    Relative paths begin with a dot; nothing else does.
-    """
-    base, path = folder.resolve(), Path(source)
-    place = path.parent.resolve() / path.name  # a link at the end stays one
-    if path.is_absolute() and place.is_relative_to(base.parent):
-        return os.path.join(".", os.path.relpath(place, base))
-    return source
-
-
-def _absolute(source: str, folder: Path) -> str:
-    if not source.startswith("."):
-        return source
-    return os.path.normpath(folder.resolve() / source)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import glob
 import json
 import os
 import re
@@ -22,11 +24,12 @@ if TYPE_CHECKING:
 LOCK = ".lock"
 #: bytes and levels of a JSON file; the largest that is read is a results page of a study
 MAX_JSON, MAX_DEPTH = 32_000_000, 64
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 _PARTIAL = re.compile(r"\..+\.[a-z0-9_]{8}")  # as `write_atomic` names what it has not finished
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
-    """Write a file so that it is there whole or not at all."""
+    """Write a file so that it is there whole or not at all, also after a power cut."""
     data = content.encode() if isinstance(content, str) else content
     handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -39,6 +42,17 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     except BaseException:
         Path(partial).unlink(missing_ok=True)
         raise
+    _sync(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    """Have a folder's names on the disk; where a system has no such thing it does by itself."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def cache_folder() -> Path:
@@ -53,23 +67,43 @@ def cache_folder() -> Path:
 def staged(output: Path) -> Iterator[Path]:
     """A free path beside `output` for a new file or folder, which becomes `output` at the end.
 
-    Whatever goes wrong, nothing is left of it, nor of parent folders that were made for it.
+    Whatever goes wrong, nothing is left of it, nor of parent folders that were made for it. What a
+    killed process has left beside `output` is removed by the next one that makes it.
     """
     output = output.absolute()
     made = [parent for parent in output.parents if not parent.exists()]
     output.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(output)
     workplace = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
+    lock = FileLock(workplace / LOCK)
     try:
+        lock.acquire(timeout=0)
         partial = workplace / output.name
         yield partial
         os.replace(partial, output)
     except BaseException:
+        lock.release()
         shutil.rmtree(workplace, ignore_errors=True)
         with suppress(OSError):  # someone else may use them by now
             for parent in made:
                 parent.rmdir()
         raise
-    workplace.rmdir()
+    lock.release()
+    shutil.rmtree(workplace, ignore_errors=True)
+    _sync(output.parent)
+
+
+def _remove_abandoned(output: Path) -> None:
+    """Remove the workplaces of processes that are no more, which have let go of their locks."""
+    for workplace in output.parent.glob(f"{glob.escape(f'.{output.name}.')}*"):
+        lock_file = workplace / LOCK
+        if not (_PARTIAL.fullmatch(workplace.name) and lock_file.is_file()):
+            continue
+        lock = FileLock(lock_file)
+        with suppress(Timeout, OSError):
+            lock.acquire(timeout=0)
+            lock.release()
+            shutil.rmtree(workplace, ignore_errors=True)
 
 
 @contextmanager
@@ -89,6 +123,13 @@ def owned(folder: Path) -> Iterator[None]:
         raise AfaError(
             f"Only one process at a time may work in '{folder}', and another one does. Wait for "
             "it, or end it."
+        ) from None
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            raise
+        raise AfaError(
+            f"A work folder must be on a file system with locks; that of '{folder}' has none "
+            "(some network file systems). Name a folder on another one."
         ) from None
     try:
         for partial in folder.rglob(".*.*"):

@@ -30,6 +30,7 @@ from afa.memory.free import free_memory
 from afa.pipeline import check_text_to_image
 from afa.recipe import MAX_SEED, Section
 from afa.steering import steer
+from afa.trust.unchanged import require_unchanged
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -233,11 +234,12 @@ def draw(pipeline: DiffusionPipeline, recipe: PictureRecipe) -> Image.Image:
         recipe: prompt, noise and sampling.
 
     Raises:
-        AfaError: memory runs out, or the picture is no numbers; see `afa.guard`.
+        AfaError: memory runs out, the picture is no numbers, see `afa.guard`, or somebody wrote
+            into the files of weights meanwhile.
     """
     what = f"A picture of {recipe.width} x {recipe.height} pixels"
     with saying_what_fits(what, _smaller), decoded(pipeline):
-        return pipeline(
+        picture = pipeline(
             recipe.prompt,
             negative_prompt=recipe.negative_prompt,
             num_inference_steps=recipe.steps,
@@ -247,6 +249,8 @@ def draw(pipeline: DiffusionPipeline, recipe: PictureRecipe) -> Image.Image:
             generator=torch.Generator().manual_seed(recipe.seed),
             **kind_of_pipeline(pipeline).call,
         ).images[0]
+    require_unchanged(pipeline)
+    return picture
 
 
 def _smaller() -> str:

@@ -25,6 +25,7 @@ from afa.single_file import Companions, config_of_expert
 from afa.sources import locate, require_hash
 from afa.streaming import LayerStream
 from afa.text import EnsembleTextEncoder, first_equal, share_equal
+from afa.trust.unchanged import marks_of, watch
 from afa.weights import weight_files
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from afa.sources import ExpertReference
+    from afa.trust.unchanged import Mark
 
 
 def load_pipeline(
@@ -135,7 +137,7 @@ def load_pipeline(
         if stream is not None:
             stream.add(expert.kind.denoiser_family.layers(expert.denoiser))
 
-    _check_before(named, revisions, companions)
+    marks = _check_before(named, revisions, companions, vae)
     loaded = _load_all(named, revisions, hashes, companions, settle, with_vae=vae is None)
     check_experts(loaded, allow_duplicates=allow_duplicates)
     autoencoder, vae_reference = _autoencoder(loaded[0], vae, vae_revision, companions)
@@ -151,6 +153,7 @@ def load_pipeline(
             denoiser.use_stream(stream, device)
         else:
             denoiser.offload_experts(device)
+    watch(pipeline, marks)
     denoiser.vae_reference = vae_reference
     denoiser.part_references = companions.references
     if config is not None:  # what is told from the files is told again
@@ -165,19 +168,27 @@ def _check_before(
     experts: Sequence[str | Path | LoraExpert],
     revisions: Sequence[str | None],
     companions: Companions,
-) -> None:
+    vae: str | Path | None = None,
+) -> dict[Path, Mark]:
     """Refuse experts that do not fit each other before the first of them is loaded.
+
+    Returns: what all files of weights are like, before any is read.
 
     Raises:
         AfaError: see `check_folders`.
     """
-    described = []
+    described, files, paths = [], [], []
     for asked, revision in zip(experts, revisions, strict=True):
         path = locate(base_of(asked), revision)
-        if path.is_dir():
-            weight_files(path)  # a folder is looked at as a whole before anything in it is used
+        paths.append(path)
+        files += weight_files(path)  # a folder is looked at as a whole before anything is used
+        if isinstance(asked, LoraExpert):
+            files.append(Path(asked.lora).expanduser())
         described.append((str(base_of(asked)), config_of_expert(path, companions)))
     check_folders(described)
+    for place in [paths[0] / "vae", *([] if vae is None else [Path(vae).expanduser()])]:
+        files += [place] if place.is_file() else sorted(place.rglob("*.safetensors"))
+    return marks_of(files)
 
 
 def _autoencoder(
@@ -303,6 +314,7 @@ def load_single(
         AfaError: see `load_expert`.
     """
     companions = companions or Companions(torch_dtype)
+    marks = _check_before([source], [None], companions)
     expert = load_expert(base_of(source), companions=companions, torch_dtype=torch_dtype)
     if isinstance(source, LoraExpert):
         expert = lora_expert(expert, source)
@@ -311,7 +323,9 @@ def load_single(
         expert.kind.denoiser: expert.denoiser,
         **expert.text_encoders,
     }
-    return _build(expert, components), expert.reference
+    pipeline = _build(expert, components)
+    watch(pipeline, marks)
+    return pipeline, expert.reference
 
 
 def check_text_to_image(pipeline: DiffusionPipeline) -> None:

@@ -25,6 +25,7 @@ from afa.files import read_json
 from afa.kinds import denoiser_of
 from afa.pipeline import assemble
 from afa.preflight import check_experts
+from afa.trust.unchanged import marks_of, watch
 from afa.weights import check_safetensors, hash_files, weights_in
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ def load_published(
         AfaError: a damaged folder, or aggregators that do not fit its experts.
     """
     settings = _read(folder / _CONFIG, _Ensemble)
+    marks = marks_of(sorted(folder.rglob("*.safetensors")))
     experts = _load_experts(folder, settings.num_models, torch_dtype)
     check_experts(experts, allow_duplicates=True)
     vae, reference = load_vae(folder, torch_dtype=torch_dtype)
@@ -85,6 +87,7 @@ def load_published(
         for n in range(settings.num_aggregators)
     ]
     pipeline = assemble(experts, _shared_config(configs, len(experts), folder), vae)
+    watch(pipeline, marks)
     ensemble = denoiser_of(pipeline)
     ensemble.vae_reference = reference
     ensemble.kept_in = str(folder.absolute())

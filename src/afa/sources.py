@@ -167,3 +167,22 @@ def require_hash(what: str, reference: ExpertReference, sha256: str | None) -> N
             f"{what} '{reference.source}' must have SHA-256 {sha256}, with which the ensemble was "
             f"trained, has {reference.sha256}. Restore that file, or train again."
         )
+
+
+def relative_source(source: str, folder: Path) -> str:
+    """A source under the ensemble's parent folder, relative, so that both can move together.
+
+    Relative paths begin with a dot; nothing else does.
+    """
+    base, path = folder.resolve(), Path(source)
+    place = path.parent.resolve() / path.name  # a link at the end stays one
+    if path.is_absolute() and place.is_relative_to(base.parent):
+        return os.path.join(".", os.path.relpath(place, base))
+    return source
+
+
+def absolute_source(source: str, folder: Path) -> str:
+    """A source that an ensemble folder names, as it is found from anywhere."""
+    if not source.startswith("."):
+        return source
+    return os.path.normpath(folder.resolve() / source)

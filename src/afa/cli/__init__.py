@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 import typer
@@ -21,6 +22,7 @@ from afa.cli import (
     zoo,
 )
 from afa.cli.console import quieten, say_error
+from afa.cli.signals import Terminated, end_cleanly_on_sigterm
 from afa.cli.trust import with_trust
 from afa.errors import AfaError
 
@@ -50,12 +52,19 @@ app.add_typer(zoo.app, name="zoo")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one command and exit: 0 done, 2 something the user can put right, 130 interrupted."""
+    """Run one command and exit.
+
+    Codes: 0 done, 2 something the user can put right, 128 and its number where a signal ended it.
+    """
     quieten()
+    end_cleanly_on_sigterm()
     try:
         code = app(arguments, standalone_mode=False)
     except typer.Exit as stop:
         code = stop.exit_code
+    except Terminated:
+        say_error("ended by SIGTERM; what was unfinished is removed")
+        code = 128 + signal.SIGTERM
     except (KeyboardInterrupt, typer.Abort):
         say_error("interrupted")
         code = 130

@@ -109,8 +109,10 @@ def generate(
     from afa.evaluation.processes import Processes
 
     processes = Processes()
-    if processes.is_main:
+    if processes.is_main and from_image is not None:
         require_new_folder(output)
+    elif processes.is_main:
+        _require_same_pictures(output, _stems(prompts or [], seed, num_images))
     _require_one_of("--dtype", dtype, DTYPES)
     _require_one_of("--on-nonfinite", on_nonfinite, ON_NONFINITE)
 
@@ -215,15 +217,36 @@ def _each(
     """The name of every picture's file, without its end, and its recipe."""
     from afa import pictures
 
-    first = recipe.seed
+    asked = itertools.product(prompts, range(recipe.seed, recipe.seed + num_images))
+    recipes = (
+        pictures.picture_recipe(**{**dict(recipe), "prompt": prompt, "seed": seed})
+        for prompt, seed in asked
+    )
+    return list(zip(_stems(prompts, recipe.seed, num_images), recipes, strict=True))
+
+
+def _stems(prompts: Sequence[str], first: int, num_images: int) -> list[str]:
+    """The names of the pictures' files, without their ends."""
     numbered = itertools.product(enumerate(prompts), range(first, first + num_images))
-    return [
-        (
-            f"{number:02d}-{slug(prompt)}-seed{seed}",
-            pictures.picture_recipe(**{**dict(recipe), "prompt": prompt, "seed": seed}),
-        )
-        for (number, prompt), seed in numbered
-    ]
+    return [f"{number:02d}-{slug(prompt)}-seed{seed}" for (number, prompt), seed in numbered]
+
+
+def _require_same_pictures(output: Path, stems: Sequence[str]) -> None:
+    """Refuse a folder that holds anything but pictures of this command, which may go on.
+
+    Raises:
+        AfaError: names what else it holds.
+    """
+    if not output.is_dir():
+        require_new_folder(output)
+        return
+    names = {f"{stem}{end}.png" for stem in stems for end in ("", "-weights")}
+    for file in output.iterdir():
+        if file.name not in names and not file.name.startswith("."):
+            raise AfaError(
+                f"The output folder must be new, or of the same command that did not come to its "
+                f"end; '{output}' holds '{file.name}'. Name another one."
+            )
 
 
 def _draw(
@@ -244,6 +267,11 @@ def _draw(
     with progress_bar() as progress:
         task = progress.add_task("generate", total=len(asked), note="", visible=visible)
         for stem, recipe in asked:
+            done = _done(output / f"{stem}.png", recipe)
+            if done is not None and (not weights or (output / f"{stem}-weights.png").exists()):
+                hashed = done
+                progress.advance(task)
+                continue
             with record_weights(denoiser) if weights else nullcontext() as record:
                 picture = pictures.draw(pipeline, recipe)
             pictures.save_picture(picture, output / f"{stem}.png", recipe, denoiser.device)
@@ -253,6 +281,25 @@ def _draw(
                 filmstrip(record, [picture], output / f"{stem}-weights.png", experts=names)
             progress.advance(task)
     return hashed
+
+
+def _done(place: Path, recipe: PictureRecipe) -> str | None:
+    """The hash of a picture that an earlier start of the command has drawn; None where none has.
+
+    Raises:
+        AfaError: it was made from something else.
+    """
+    from afa import pictures
+
+    if not place.exists():
+        return None
+    found = pictures.read_picture(place)
+    if found.recipe != recipe:
+        raise AfaError(
+            f"The pictures in the output folder must be of the same command; '{place}' was made "
+            "from something else. Name another folder."
+        )
+    return found.pixels
 
 
 def _require_nothing_else(context: typer.Context) -> None:

@@ -19,6 +19,7 @@ from afa.files import read_json, write_atomic
 from afa.guard import decoded
 from afa.kinds import kind_of_pipeline
 from afa.memory.exhausted import saying_what_fits, smaller_batch
+from afa.trust.unchanged import require_unchanged
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -184,6 +185,7 @@ def draw_unit(
     texts = [prompts[place].text for place in unit.places]
     with measure(pipeline) as cost:
         pictures = draw(pipeline, texts, unit.places, unit.seed, unit.num_steps, sampling)
+    require_unchanged(pipeline)
     folder = store.cost(unit).parent
     folder.mkdir(parents=True, exist_ok=True)
     for place, picture in zip(unit.places, pictures, strict=True):

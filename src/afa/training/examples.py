@@ -127,6 +127,24 @@ class _Places(Dataset):
         return AfaError(f"The data must hold pictures that can be read: {broken[index]}")
 
 
+def _alive(loader: Iterable[Any]) -> Iterator[Any]:
+    """What a loader reads.
+
+    Raises:
+        AfaError: one of its processes was ended from outside.
+    """
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise AfaError(
+            "The processes that read pictures must live as long as the training, but one was "
+            "ended, most often for want of memory. Lower data.num_workers; the same command goes "
+            "on."
+        ) from error
+
+
 class LiveExamples:
     """Reads, transforms and encodes pictures when their turn comes.
 
@@ -176,7 +194,7 @@ class LiveExamples:
             num_workers=self._num_workers,
             collate_fn=list,
         )
-        for row, read in zip(rows, loader, strict=True):
+        for row, read in zip(rows, _alive(loader), strict=True):
             yield self._encode(row, read)
 
     def _encode(self, places: Sequence[int], read: Sequence[Sample | AfaError]) -> Encoded:

@@ -23,6 +23,7 @@ from afa.training.engine import Engine
 from afa.training.examples import LiveExamples
 from afa.training.loop import NotFinite, TrainStep, optimizer_steps
 from afa.training.transform import Transform
+from afa.trust.unchanged import require_unchanged
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -185,6 +186,7 @@ class Trainer:
     def _save(self, step: int) -> None:
         if self._checkpoints is None or not self.engine.is_main:
             return
+        require_unchanged(self.pipeline)
         parts = {
             "aggregators": aggregator_tensors(self.ensemble),
             "optimizer": optimizer_tensors(self._optimizer),

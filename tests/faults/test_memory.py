@@ -1,0 +1,134 @@
+"""Memory that runs out: said with a figure, before the work where it can be told, or in it."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from afa.errors import AfaError
+from afa.memory.exhausted import is_exhausted, saying_what_fits, smaller_batch
+from afa.preflight.plans import plan_of_training
+from afa.preflight.run import look
+from afa.training.recipe import load_recipe
+from tests.faults.commands import ENVIRONMENT
+
+_MB = 2**20
+
+
+def recipe_of(folder: Path, batch_size: int, resolution: int = 64) -> Path:
+    """A training of the zoo's experts."""
+    recipe: dict[str, Any] = {
+        "experts": ["zoo:animals", "zoo:food", "zoo:things"],
+        "data": {"scenes": {"num_samples": 512}, "resolution": resolution, "cache": False},
+        "training": {"num_steps": 1, "batch_size": batch_size, "device": "cpu", "trackers": []},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder / "recipe.yaml"
+
+
+def limited(arguments: list[str], size: int) -> subprocess.CompletedProcess[str]:
+    """A command that may have so many bytes of address space."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, **ENVIRONMENT, "MALLOC_ARENA_MAX": "1"},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (size, size)),
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
+    "out of memory",
+    "train, before it begins",
+    how="a batch that takes more than the process may have",
+    holds="said before any work, with the batch size that fits, which does fit",
+)
+def test_what_does_not_fit_is_said_before(tmp_path: Path) -> None:
+    place = recipe_of(tmp_path, 400)
+    size = 6000 * _MB
+    command = ["-m", "afa", "train", str(place), "--output", str(tmp_path / "run")]
+    done = limited(command, size)
+    lines = done.stderr.splitlines()
+    assert (done.returncode, len(lines)) == (2, 1), done.stderr
+    assert "must fit into memory: it takes about" in lines[0]
+    assert not (tmp_path / "run").exists()
+    fitting = int(lines[0].split("batch_size: ")[1].split(" ")[0])
+    times = int(lines[0].split("gradient_accumulation_steps: ")[1].split(",")[0])
+    assert 0 < fitting < 400 <= fitting * times
+    recipe_of(tmp_path, max(fitting // 2, 1))  # half, for what threads of libraries map besides
+    done = limited(command, size)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
+    "out of memory",
+    "train, in a step",
+    how="the process may have less memory than a step takes, and nobody looked before",
+    holds="one line with a batch size and the accumulation that learns the same; exit code 2",
+)
+def test_a_step_that_does_not_fit(tmp_path: Path) -> None:
+    place = recipe_of(tmp_path, 400)
+    program = (
+        "import sys; import afa.cli.train as t; t.require_sound = lambda plan: None; "
+        "from afa.cli import main; main(sys.argv[1:])"
+    )
+    arguments = ["-c", program, "train", str(place), "--output", str(tmp_path / "run")]
+    done = limited(arguments, 6000 * _MB)
+    lines = done.stderr.splitlines()
+    assert (done.returncode, len(lines)) == (2, 1), done.stderr
+    assert "A batch of 400 samples must fit into memory, which ran out" in lines[0]
+    assert "training.batch_size: 200 with gradient_accumulation_steps: 2" in lines[0]
+
+
+def test_the_estimate_is_of_the_batch(tmp_path: Path) -> None:
+    reports = [look(plan_of_training(load_recipe(recipe_of(tmp_path, n)))) for n in (8, 64)]
+    small, large = (report.estimates["training"].takes for report in reports)
+    assert large > small + 10 * _MB
+
+
+@pytest.mark.parametrize(
+    ("size", "accumulation", "said"),
+    [
+        (8, 1, "Take b: 4 with gradient_accumulation_steps: 2, which learns the same. Else."),
+        (7, 3, "Take b: 3 with gradient_accumulation_steps: 7, which learns the same. Else."),
+        (8, None, "Take b: 4. Else."),
+        (1, 1, "Else."),
+    ],
+)
+def test_the_remedy(size: int, accumulation: int | None, said: str) -> None:
+    assert smaller_batch(size, "b", accumulation, "Else.")() == said
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to "
+            "allocate 21474836480 bytes. Error code 12 (Cannot allocate memory)"
+        ),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has ..."),
+        MemoryError(),
+    ],
+)
+def test_what_the_libraries_say_of_it(error: Exception) -> None:
+    assert is_exhausted(error)
+    with (
+        pytest.raises(AfaError, match=r"^It must fit into memory, which ran out.* Rest\.$"),
+        saying_what_fits("It", lambda: "Rest."),
+    ):
+        raise error
+
+
+def test_other_errors_are_left_alone() -> None:
+    with pytest.raises(RuntimeError, match="something else"), saying_what_fits("It", str):
+        raise RuntimeError("something else")

@@ -1,0 +1,137 @@
+"""Processes that are ended: at once by SIGKILL, or asked to by SIGTERM."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults.commands import Command, evaluating, generating, merging, training
+from tests.faults.test_writes import made
+
+
+def kill_when(process: Any, ready: Any, number: int) -> tuple[int, str]:
+    """Send a signal as soon as something is the case; the exit code and what was said."""
+    end = time.monotonic() + 300
+    while not ready():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "it never came so far"
+        time.sleep(0.002)
+    os.killpg(process.pid, number)
+    _, said = process.communicate(timeout=300)
+    return process.returncode, said
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
+    "kill -9",
+    "generate",
+    how="SIGKILL after the first, the second and the third picture",
+    holds="pictures that are there stay and are not drawn again; the rerun has the same bits",
+)
+def test_pictures_that_were_drawn_stay(experts: list[Path], tmp_path: Path) -> None:
+    earlier = training(tmp_path, experts[:2], num_steps=1)
+    assert earlier.run()[0] == 0
+    (tmp_path / "whole").mkdir()
+    whole = generating(tmp_path / "whole", earlier.output, num_images=5)
+    assert whole.run()[0] == 0
+    command = generating(tmp_path, earlier.output, num_images=5)
+    times: dict[str, int] = {}
+    for count in (1, 2, 3):
+        process = command.start()
+
+        def enough(count: int = count) -> bool:
+            return len(list(command.output.glob("*[0-9].png"))) >= count
+
+        code, _ = kill_when(process, enough, signal.SIGKILL)
+        assert code == -signal.SIGKILL
+        command.require_whole()
+        for place in command.output.glob("*.png"):
+            changed = place.stat().st_mtime_ns
+            if place.name[:-4] + "-weights.png" in os.listdir(command.output):
+                assert times.setdefault(place.name, changed) == changed
+    assert command.run()[0] == 0
+    assert command.result() == whole.result()
+    assert len(whole.result()) == 5
+    code, said = command.run()  # and once more, with nothing left to do
+    assert code == 0, said
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
+    "kill -9",
+    "merge",
+    how="SIGKILL at three random moments while tensors are written",
+    holds="nothing has the output's name; the rerun is the same, and removes what was left",
+)
+def test_a_merge_that_is_killed(experts: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "whole").mkdir()
+    whole = merging(tmp_path / "whole", experts)
+    assert whole.run()[0] == 0
+    command, dice = merging(tmp_path, experts), random.Random(0)
+    for _ in range(3):
+        size = dice.randrange(1, 100_000)
+
+        def begun(size: int = size) -> bool:
+            files = list(tmp_path.glob(".merged.*/**/*.safetensors"))
+            return any(file.stat().st_size > size for file in files)
+
+        try:
+            code, _ = kill_when(command.start(), begun, signal.SIGKILL)
+        except AssertionError:  # it was quicker than that
+            assert command.output.exists()
+            break
+        assert code == -signal.SIGKILL
+        assert not command.output.exists()
+        assert command.left_over()
+    if not command.output.exists():
+        assert command.run()[0] == 0
+    assert command.result() == whole.result()
+    assert not command.left_over()
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
+    "SIGTERM",
+    "train, generate, merge, evaluate",
+    how="sent once the command has begun to write",
+    holds="exit code 143; no half files are left; the rerun ends with the result of an "
+    "undisturbed run",
+)
+@pytest.mark.parametrize("name", ["train", "generate", "merge", "evaluate"])
+def test_asked_to_end(name: str, experts: list[Path], tmp_path: Path) -> None:
+    commands: list[Command] = []
+    for folder in ("whole", "ended"):
+        (tmp_path / folder).mkdir()
+        commands.append(made(name, tmp_path / folder, experts))
+    whole, command = commands
+    assert whole.run()[0] == 0
+
+    def begun() -> bool:
+        inside = [*command.output.rglob("*"), *command.output.parent.glob(".merged.*/**/*")]
+        return any(file.is_file() for file in inside)
+
+    code, said = kill_when(command.start(), begun, signal.SIGTERM)
+    assert code == 143, said
+    assert "Traceback" not in said
+    command.require_whole()
+    if name != "train":  # which keeps its checkpoints
+        assert not command.left_over()
+    assert command.run()[0] == 0
+    if name == "train":
+        settled = "aggregators.safetensors"
+        assert command.result()[settled] == whole.result()[settled]
+    else:
+        assert command.result() == whole.result()
+
+
+def test_the_makers_are_what_they_say(experts: list[Path], tmp_path: Path) -> None:
+    """Every command of these tests writes where they look."""
+    for make in (training, merging, evaluating):
+        command = make(tmp_path, experts)
+        assert str(command.output) in command.arguments
