@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from afa.steering import steer as steer
     from afa.text import EnsembleTextEncoder as EnsembleTextEncoder
     from afa.text import attach_controlnet as attach_controlnet
+    from afa.trust import trusting as trusting
 
 __version__ = "0.1.0"
 
@@ -42,6 +43,7 @@ _PUBLIC = {
     "record_weights": "afa.maps",
     "save_ensemble": "afa.checkpoint",
     "steer": "afa.steering",
+    "trusting": "afa.trust",
 }
 __all__ = sorted(_PUBLIC)
 

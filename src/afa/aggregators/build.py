@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import psutil
+
 from afa.aggregators.sabw import SABW, SABWConfig
 from afa.aggregators.simple import Separate
+from afa.errors import AfaError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -14,6 +17,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from afa.denoisers import Site
+
+#: hidden size or layers from which on it is worth a look whether they can be had at all
+_LARGE = 512
 
 
 def build_sabw(
@@ -26,8 +32,13 @@ def build_sabw(
         sites: of the experts.
         num_experts: N.
         text_channels: width of the embedding of a token; None where experts take no text.
+
+    Raises:
+        AfaError: they would not fit into the machine's memory.
     """
     filled = replace(config, num_experts=num_experts, text_channels=text_channels)
+    if max(config.hidden_size, config.num_layers) > _LARGE:
+        _require_memory(filled, sites)
     built: dict[object, nn.Module] = {}
     rules: list[nn.Module] = []
     for site, of_site in zip(sites, site_configs(filled, sites), strict=True):
@@ -39,6 +50,25 @@ def build_sabw(
             built[key] = SABW(of_site)
         rules.append(built[key])
     return rules
+
+
+def _require_memory(config: SABWConfig, sites: Sequence[Site]) -> None:
+    """Refuse aggregators that are larger than the machine, before any memory is taken.
+
+    A transformer block has at least eight times the square of its width in parameters.
+
+    Raises:
+        AfaError: says how much they would take.
+    """
+    widths = [found.channels for found in site_configs(config, sites) if found is not None]
+    takes = sum(4 * 8 * config.num_layers * width**2 for width in widths)
+    there = psutil.virtual_memory().total
+    if takes > there:
+        raise AfaError(
+            f"Aggregators must fit into memory; of hidden_size {config.hidden_size} and num_layers "
+            f"{config.num_layers} they take more than {takes / 1e9:.0f} GB, {there / 1e9:.0f} GB "
+            "are there. Are these settings an ensemble's?"
+        )
 
 
 def site_configs(config: SABWConfig, sites: Sequence[Site]) -> list[SABWConfig | None]:

@@ -1,0 +1,191 @@
+"""What is fuzzed: each target reads bytes as one kind of file.
+
+A target may accept its input or refuse it with an `AfaError`; anything else is a finding. What is
+accepted is used as far as it is cheap, so that a reader that lets too much through is found, too.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+from PIL import Image
+from safetensors import safe_open
+
+from afa.baselines.merging.recipe import load_merge_recipe
+from afa.baselines.merging.streams import read_header
+from afa.checkpoint import read_config, sources_in
+from afa.cli.console import printable
+from afa.errors import AfaError
+from afa.evaluation.recipe import load_evaluate_recipe
+from afa.evaluation.search import load_search_recipe
+from afa.files import read_json
+from afa.inspection import describe
+from afa.layouts import config_folder, config_of
+from afa.pictures import read_picture
+from afa.steering import parse_bias
+from afa.training.data.folder import FolderImages
+from afa.training.recipe import load_recipe
+from afa.trust.folders import check_folder
+from afa.weights import check_safetensors, tensor_shapes
+
+#: characters of an error; names in files may be long, but a message is one line on a terminal
+_MAX_MESSAGE = 20_000
+_MAX_READ = 1_000_000
+
+
+class Finding(Exception):
+    """An input that a reader did not deal with."""
+
+
+@cache
+def place() -> Path:
+    """A folder for what is fed to readers, in memory where there is such a thing."""
+    memory = Path("/dev/shm")
+    return Path(tempfile.mkdtemp(prefix="afa-fuzz-", dir=memory if memory.is_dir() else None))
+
+
+def feed(target: str, data: bytes) -> bool:
+    """Give some bytes to a target; whether they were accepted.
+
+    Raises:
+        Finding: an error that says nothing, or too much.
+        Exception: whatever else came out, which is a finding as well.
+    """
+    try:
+        TARGETS[target](data)
+    except AfaError as error:
+        line = printable(str(error))
+        if not line or len(line) > _MAX_MESSAGE:
+            raise Finding(f"an error of {len(line)} characters") from error
+        return False
+    return True
+
+
+def safetensors_file(data: bytes) -> None:
+    """A file of weights: headers by our reader and by the library's, then every small tensor."""
+    file = place() / "model.safetensors"
+    file.write_bytes(data)
+    header = check_safetensors(file)
+    with safe_open(file, framework="pt") as opened:
+        if set(opened.keys()) != set(header):
+            raise Finding("the library sees other tensors")
+    for tensor in read_header(file).values():
+        if tensor.num_bytes > _MAX_READ:
+            raise Finding("a tensor larger than the file")
+        tensor.read()
+    config_of(tensor_shapes(file), file)
+
+
+@cache
+def _model() -> Path:
+    """A pipeline's folder without weights."""
+    return Path(shutil.copytree(config_folder("stable-diffusion-1.5"), place() / "folder"))
+
+
+def model_config(data: bytes) -> None:
+    """`config.json` of a denoiser: what may be said, and whether it can be built."""
+    folder = _model()
+    (folder / "unet" / "config.json").write_bytes(data)
+    check_folder(folder)
+    describe(folder / "unet")
+
+
+def model_index(data: bytes) -> None:
+    """`model_index.json`, and a part that it may name."""
+    folder = _model()
+    (folder / "model_index.json").write_bytes(data)
+    (folder / "unet" / "config.json").write_text("{}")
+    check_folder(folder)
+
+
+def shards(data: bytes) -> None:
+    """The index of a model in several files."""
+    folder = place() / "shards"
+    (folder / "unet").mkdir(parents=True, exist_ok=True)
+    (folder / "model_index.json").write_text(json.dumps({"unet": ["diffusers", "Any"]}))
+    index = folder / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_bytes(data)
+    check_folder(folder)
+    for shard in read_json(index)["weight_map"].values():
+        if (folder / "unet" / str(shard)).resolve().parent != (folder / "unet").resolve():
+            raise Finding("a shard outside of its folder")
+
+
+def ensemble_config(data: bytes) -> None:
+    """`config.json` of an ensemble's folder."""
+    folder = place() / "ensemble"
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_bytes(data)
+    sources_in(read_config(folder), folder)
+
+
+def recipes(data: bytes) -> None:
+    """A recipe, as every command reads it; paths in it lead nowhere else."""
+    file = place() / "recipe.yaml"
+    file.write_bytes(data)
+    errors = []
+    for load in (load_recipe, load_evaluate_recipe, load_merge_recipe, load_search_recipe):
+        read: Callable[[Path], object] = load
+        try:
+            read(file)
+        except AfaError as error:
+            errors.append(error)
+    if len(errors) == 4:
+        raise errors[0]
+
+
+@cache
+def _png() -> bytes:
+    file = place() / "plain.png"
+    Image.new("RGB", (1, 1)).save(file)
+    return file.read_bytes()
+
+
+def picture(data: bytes) -> None:
+    """A PNG, whole or only the text that says how it was made."""
+    file = place() / "picture.png"
+    if data[:1] == b"\x89":
+        file.write_bytes(data)
+    else:
+        from PIL import PngImagePlugin
+
+        info = PngImagePlugin.PngInfo()
+        info.add_itxt("afa", data.decode(errors="replace"))
+        Image.new("RGB", (1, 1)).save(file, pnginfo=info)
+    read_picture(file)
+
+
+def captions(data: bytes) -> None:
+    """`metadata.jsonl` of a folder of pictures."""
+    folder = place() / "pictures"
+    folder.mkdir(exist_ok=True)
+    (folder / "a.png").write_bytes(_png())
+    (folder / "metadata.jsonl").write_bytes(data)
+    images = FolderImages(folder)
+    for index in range(min(len(images), 3)):
+        if images.rows[index][0].resolve().parent != folder.resolve():
+            raise Finding("a picture outside of its folder")
+        _ = images[index]
+
+
+def bias(data: bytes) -> None:
+    """Words of the command line."""
+    parse_bias(data.decode(errors="surrogateescape").split("\n"))
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    "safetensors": safetensors_file,
+    "model-config": model_config,
+    "model-index": model_index,
+    "shards": shards,
+    "ensemble-config": ensemble_config,
+    "recipes": recipes,
+    "picture": picture,
+    "captions": captions,
+    "bias": bias,
+}
