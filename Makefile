@@ -8,16 +8,20 @@ WORK ?= runs/results
 OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo docs results results-dit bench bench-check test test-all format lint types check constraints clean
+.PHONY: help install demo docs results results-dit bench bench-check test test-all format lint types check lock constraints clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-install: $(STAMP) ## set up .venv from the pinned versions
+install: $(STAMP) ## set up .venv from the pinned versions, every file checked by its hash
 
-$(STAMP): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+$(STAMP): pyproject.toml constraints.txt requirements.lock
+	PYTHON=$(PYTHON) tools/install.sh .venv requirements.lock
+	touch $@
+
+.venv-tools/.installed: tools/requirements.lock
+	$(PYTHON) -m venv .venv-tools
+	.venv-tools/bin/python -m pip install --quiet --require-hashes --no-deps --only-binary :all: -r $<
 	touch $@
 
 demo: install ## train an ensemble on the emoji scenes and compare it (OUT=folder)
@@ -58,15 +62,11 @@ types: install ## type checker
 
 check: lint types test-all ## everything that CI runs
 
-constraints: ## pin the newest versions that work together
-	rm -rf .venv-pins
-	$(PYTHON) -m venv .venv-pins
-	.venv-pins/bin/python -m pip install --quiet torch==2.13.0
-	.venv-pins/bin/python -m pip install --quiet -e '.[dev]'
-	{ sed '/^[^#]/d' constraints.txt; .venv-pins/bin/python -m pip freeze --exclude-editable \
-		| sed 's/+cpu$$//' | grep -v '^nvidia-\|^triton'; } > constraints.new
-	mv constraints.new constraints.txt
-	rm -rf .venv-pins
+lock: .venv-tools/.installed ## write the pins anew: pyproject.toml's, at the versions that they have
+	PYTHONPATH=src .venv-tools/bin/python -m tools.lock $(if $(WHEELS),--wheels $(WHEELS))
+
+constraints: .venv-tools/.installed ## pin the newest versions that work together (but for torch)
+	PYTHONPATH=src .venv-tools/bin/python -m tools.lock --newest $(if $(WHEELS),--wheels $(WHEELS))
 
 clean: ## remove what can be made again
-	rm -rf .venv .venv-pins build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-all .venv-tools build dist .mypy_cache .pytest_cache .ruff_cache
