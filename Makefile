@@ -4,11 +4,12 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 # a process a core, of one thread each: torch's threads would wait for each other
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+SERVICE ?= pypi
 WORK ?= runs/results
 OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo docs results results-dit bench bench-check test test-all format lint types check lock constraints clean
+.PHONY: help install demo docs results results-dit bench bench-check test test-all format lint types check lock constraints audit clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -67,6 +68,9 @@ lock: .venv-tools/.installed ## write the pins anew: pyproject.toml's, at the ve
 
 constraints: .venv-tools/.installed ## pin the newest versions that work together (but for torch)
 	PYTHONPATH=src .venv-tools/bin/python -m tools.lock --newest $(if $(WHEELS),--wheels $(WHEELS))
+
+audit: .venv-tools/.installed ## are there advisories on what is pinned? Asks the package index
+	PYTHONPATH=src .venv-tools/bin/python -m tools.audit --service $(SERVICE)
 
 clean: ## remove what can be made again
 	rm -rf .venv .venv-all .venv-tools build dist .mypy_cache .pytest_cache .ruff_cache
