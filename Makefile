@@ -9,7 +9,8 @@ WORK ?= runs/results
 OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo docs results results-dit bench bench-check test test-all format lint types check lock constraints audit clean
+.PHONY: help install demo docs results results-dit bench bench-check test test-all format lint types check lock constraints audit licences \
+	clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -18,6 +19,11 @@ install: $(STAMP) ## set up .venv from the pinned versions, every file checked b
 
 $(STAMP): pyproject.toml constraints.txt requirements.lock
 	PYTHON=$(PYTHON) tools/install.sh .venv requirements.lock
+	touch $@
+
+# all extras, to read their licences and sizes; torchvision and torchao need not run there
+.venv-all/.installed: pyproject.toml constraints.txt requirements.lock requirements-extras.lock
+	PYTHON=$(PYTHON) tools/install.sh .venv-all requirements.lock requirements-extras.lock
 	touch $@
 
 .venv-tools/.installed: tools/requirements.lock
@@ -71,6 +77,9 @@ constraints: .venv-tools/.installed ## pin the newest versions that work togethe
 
 audit: .venv-tools/.installed ## are there advisories on what is pinned? Asks the package index
 	PYTHONPATH=src .venv-tools/bin/python -m tools.audit --service $(SERVICE)
+
+licences: install .venv-all/.installed ## read them from what is installed: docs/licences.md
+	$(BIN)/python -m tools.licences .venv-all
 
 clean: ## remove what can be made again
 	rm -rf .venv .venv-all .venv-tools build dist .mypy_cache .pytest_cache .ruff_cache
