@@ -10,7 +10,7 @@ OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo docs results results-dit bench bench-check test test-all format lint types check lock constraints audit licences \
-	clean
+	wheel clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -80,6 +80,9 @@ audit: .venv-tools/.installed ## are there advisories on what is pinned? Asks th
 
 licences: install .venv-all/.installed ## read them from what is installed: docs/licences.md
 	$(BIN)/python -m tools.licences .venv-all
+
+wheel: install ## build the wheel, the same bytes for the same commit
+	$(BIN)/python -m tools.wheel
 
 clean: ## remove what can be made again
 	rm -rf .venv .venv-all .venv-tools build dist .mypy_cache .pytest_cache .ruff_cache
