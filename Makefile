@@ -41,7 +41,7 @@ results-dit: install ## the same on transformers, a section of it (WORK=folder; 
 	$(BIN)/afa zoo build $(WORK)-dit-zoo --family dit
 	$(BIN)/afa zoo results $(WORK)-dit --zoo $(WORK)-dit-zoo --docs docs
 
-bench: install ## measure speed and memory, write docs/benchmarks.md (an hour)
+bench: install .venv-all/.installed ## measure speed and memory, write docs/benchmarks.md (an hour)
 	$(BIN)/python -m benchmarks.run
 
 bench-check: install ## are steps as fast, by the experts' own, as is committed? (minutes)
