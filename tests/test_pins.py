@@ -206,7 +206,7 @@ def test_a_file_whose_hash_is_not_locked_is_not_installed(tmp_path: Path) -> Non
     assert "DO NOT MATCH THE HASHES" in refused.stderr
     assert refused.stderr.splitlines()[-1] == (
         f"The build of torch must be one that a.lock knows, came {wheel.name}. Install it "
-        "unchecked and try again: venv/bin/pip install -c constraints.txt torch"
+        "unchecked and try again: venv/bin/pip install --no-deps -c constraints.txt torch"
     )
     assert not is_there()
     install(SHA, hashlib.sha256(wheel.read_bytes()).hexdigest())  # has no package to end with

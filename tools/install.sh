@@ -22,7 +22,8 @@ if ! pip show torch >/dev/null 2>&1; then
     sed -n '/^torch==/,/[^\\]$/p' "$1" >"$found/pin.txt"
     checked --no-index --find-links "$found" --requirement "$found/pin.txt" || {
         echo "The build of torch must be one that $1 knows, came $(basename "$found"/torch-*)." \
-            "Install it unchecked and try again: $venv/bin/pip install -c constraints.txt torch" >&2
+            "Install it unchecked and try again:" \
+            "$venv/bin/pip install --no-deps -c constraints.txt torch" >&2
         exit 2
     }
 fi
