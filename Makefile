@@ -4,20 +4,31 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 # a process a core, of one thread each: torch's threads would wait for each other
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+SERVICE ?= pypi
 WORK ?= runs/results
 OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo docs results results-dit bench bench-check test test-all format lint types check constraints clean
+.PHONY: help install demo docs results results-dit bench bench-check test test-all format lint types check lock constraints audit licences \
+	wheel clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-install: $(STAMP) ## set up .venv from the pinned versions
+install: $(STAMP) ## set up .venv from the pinned versions, every file checked by its hash
 
-$(STAMP): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+$(STAMP): pyproject.toml constraints.txt requirements.lock
+	PYTHON=$(PYTHON) tools/install.sh .venv requirements.lock
+	touch $@
+
+# all extras, to read their licences and sizes; torchvision and torchao need not run there
+.venv-all/.installed: pyproject.toml constraints.txt requirements.lock requirements-extras.lock
+	PYTHON=$(PYTHON) tools/install.sh .venv-all requirements.lock requirements-extras.lock
+	touch $@
+
+.venv-tools/.installed: tools/requirements.lock
+	$(PYTHON) -m venv .venv-tools
+	.venv-tools/bin/python -m pip install --quiet --require-hashes --no-deps --only-binary :all: -r $<
 	touch $@
 
 demo: install ## train an ensemble on the emoji scenes and compare it (OUT=folder)
@@ -30,7 +41,7 @@ results-dit: install ## the same on transformers, a section of it (WORK=folder; 
 	$(BIN)/afa zoo build $(WORK)-dit-zoo --family dit
 	$(BIN)/afa zoo results $(WORK)-dit --zoo $(WORK)-dit-zoo --docs docs
 
-bench: install ## measure speed and memory, write docs/benchmarks.md (an hour)
+bench: install .venv-all/.installed ## measure speed and memory, write docs/benchmarks.md (an hour)
 	$(BIN)/python -m benchmarks.run
 
 bench-check: install ## are steps as fast, by the experts' own, as is committed? (minutes)
@@ -58,15 +69,20 @@ types: install ## type checker
 
 check: lint types test-all ## everything that CI runs
 
-constraints: ## pin the newest versions that work together
-	rm -rf .venv-pins
-	$(PYTHON) -m venv .venv-pins
-	.venv-pins/bin/python -m pip install --quiet torch==2.13.0
-	.venv-pins/bin/python -m pip install --quiet -e '.[dev]'
-	{ sed '/^[^#]/d' constraints.txt; .venv-pins/bin/python -m pip freeze --exclude-editable \
-		| sed 's/+cpu$$//' | grep -v '^nvidia-\|^triton'; } > constraints.new
-	mv constraints.new constraints.txt
-	rm -rf .venv-pins
+lock: .venv-tools/.installed ## write the pins anew: pyproject.toml's, at the versions that they have
+	PYTHONPATH=src .venv-tools/bin/python -m tools.lock $(if $(WHEELS),--wheels $(WHEELS))
+
+constraints: .venv-tools/.installed ## pin the newest versions that work together (but for torch)
+	PYTHONPATH=src .venv-tools/bin/python -m tools.lock --newest $(if $(WHEELS),--wheels $(WHEELS))
+
+audit: .venv-tools/.installed ## are there advisories on what is pinned? Asks the package index
+	PYTHONPATH=src .venv-tools/bin/python -m tools.audit --service $(SERVICE)
+
+licences: install .venv-all/.installed ## read them from what is installed: docs/licences.md
+	$(BIN)/python -m tools.licences .venv-all
+
+wheel: install ## build the wheel, the same bytes for the same commit
+	$(BIN)/python -m tools.wheel
 
 clean: ## remove what can be made again
-	rm -rf .venv .venv-pins build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-all .venv-tools build dist .mypy_cache .pytest_cache .ruff_cache

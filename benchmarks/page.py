@@ -58,6 +58,7 @@ def as_page(kept: dict[str, Any]) -> str:
         _section("Experts spread over processes", _SCALING, kept.get("scaling"), _scaling),
         _section("Training", _TRAINING, kept.get("training"), _training),
         _section("Starting", _STARTUP, kept.get("startup"), _startup),
+        _section("Installing", _SIZE, kept.get("size"), _size),
         _section("The page", _APP, kept.get("app"), _app),
         _section("On a GPU", _GPU, kept.get("gpu"), _gpu),
     ]
@@ -90,6 +91,8 @@ of one, the aggregators, which all run, and sending the features. *Sent* is what
 one expert in a step; a link of 25 GB/s would take 1 ms for 25 MB."""
 _TRAINING = """Batches of 16 on the zoo; see docs/training.md for what the switches are for."""
 _STARTUP = """Each start is a process of its own, with the files in the system's cache."""
+_SIZE = """The files of each distribution on disk, compiled modules included; an extra is what it
+adds to the core, and to the extras that it includes. [Licences](licences.md) names them all."""
 _APP = """`afa app` with the shipped ensemble, in a process of its own, with Chromium beside it on
 the same cores; 20 steps. The imports of torch and the libraries are most of the first row."""
 _GPU = """`python -m benchmarks.gpu OUT.json`: the widths of Stable Diffusion 1.5, XL and Flux in
@@ -328,3 +331,10 @@ def _scaling(results: list[dict[str, Any]]) -> str:
 def _startup(results: list[dict[str, Any]]) -> str:
     rows = [[row["start"], f"{row['seconds']:.2f}", _spread(row["ratio"])] for row in results]
     return as_table(["until", "seconds", "by the libraries' alone"], rows)
+
+
+def _size(results: list[dict[str, Any]]) -> str:
+    rows = [
+        [row["part"], str(row["distributions"]), f"{row['bytes'] / 1e6:.1f}"] for row in results
+    ]
+    return as_table(["", "distributions", "MB"], rows)

@@ -1,0 +1,25 @@
+"""What maintainers run by `make`: pins, licences, advisories, the wheel."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from afa.errors import AfaError
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Run a command and exit: its own code, or one line and 2 for what the user can put right."""
+    try:
+        sys.exit(main())
+    except AfaError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+
+
+def say(text: str) -> None:
+    """Print a line."""
+    sys.stdout.write(f"{text}\n")

@@ -1,0 +1,68 @@
+"""Build the wheel, the same bytes for the same commit, and say what it is.
+
+    python -m tools.wheel            # into dist
+
+Nothing is fetched: what builds it is installed from requirements.lock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from afa.errors import AfaError
+from tools import ROOT, run, say
+
+
+def build(tree: Path, output: Path, epoch: int) -> Path:
+    """The wheel of a tree, whose files are dated `epoch`, in seconds.
+
+    Raises:
+        AfaError: hatchling does not build it.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "SOURCE_DATE_EPOCH": str(epoch)}
+    with tempfile.TemporaryDirectory(dir=output) as folder:
+        command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder]
+        done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            said = (done.stderr.strip() or "nothing").splitlines()[-1]
+            raise AfaError(
+                f"hatchling must build '{tree}', and says: {said} Install it: make install"
+            )
+        (wheel,) = Path(folder).glob("*.whl")
+        return wheel.replace(output / wheel.name)
+
+
+def committed_at(tree: Path) -> int:
+    """When the last commit was made, in seconds.
+
+    Raises:
+        AfaError: the tree is no git checkout.
+    """
+    command = ["git", "-C", str(tree), "log", "-1", "--format=%ct"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise AfaError(
+            f"The wheel is dated by the last commit, so '{tree}' must be a git checkout, and git "
+            f"says: {done.stderr.strip()} Clone the repository."
+        )
+    return int(done.stdout)
+
+
+def main() -> None:
+    """Build the wheel of this tree."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=ROOT / "dist")
+    wheel = build(ROOT, parser.parse_args().output, committed_at(ROOT))
+    content = wheel.read_bytes()
+    say(f"{wheel.name}: {len(content):,} bytes, sha256 {hashlib.sha256(content).hexdigest()}")
+
+
+if __name__ == "__main__":
+    run(main)
