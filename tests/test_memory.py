@@ -160,7 +160,7 @@ def test_a_budget_decides_and_says_so_first(folders: list[Path], monkeypatch: An
     assert denoiser_of(pipeline).execution.device is None
     # experts of this size would take as much streamed as not: a file costs nothing here
     monkeypatch.setattr("afa.memory.needs.Needs.streamed", lambda *_: 0)
-    monkeypatch.setattr("afa.memory.budget._program", lambda _: 0)
+    monkeypatch.setattr("afa.memory.budget.program_bytes", lambda _: 0)
     pipeline = load_pipeline(folders, memory_budget=1, on_plan=seen.append)
     assert seen[1].place == "stream"
     assert denoiser_of(pipeline).execution.source is not None

@@ -74,9 +74,7 @@ def lora_expert(base: Expert, asked: LoraExpert) -> Expert:
         AfaError: the file is missing, a pickle or damaged, no LoRA, or one of another kind of
             model.
     """
-    source = Path(asked.lora).expanduser()
-    file = as_safetensors(source, "A LoRA") if source.suffix.lower() in PICKLES else source
-    check_lora_file(file)
+    source, file = Path(asked.lora).expanduser(), lora_file(asked)
     reference = LoraReference(str(source.absolute()), hash_file(file), asked.scale)
     if asked.sha256 not in (None, reference.sha256):
         raise AfaError(
@@ -133,12 +131,15 @@ def _merge(model: nn.Module, scale: float) -> int:
     return count
 
 
-def check_lora_file(file: Path) -> None:
-    """Refuse what is no LoRA that can be added to weights.
+def lora_file(asked: LoraExpert) -> Path:
+    """The safetensors file of a LoRA that can be added to weights.
 
     Raises:
         AfaError: see `lora_expert`.
     """
+    file = Path(asked.lora).expanduser()
+    if file.suffix.lower() in PICKLES:
+        file = as_safetensors(file, "A LoRA")
     if not file.is_file():
         raise AfaError(f"A LoRA must be a local file; '{file}' does not exist. Download it first.")
     check_safetensors(file)
@@ -152,3 +153,4 @@ def check_lora_file(file: Path) -> None:
                 f"A LoRA must add low-rank products to weights; '{file}' is a {kind} ('{found}'). "
                 "Merge it into a checkpoint with the tool it is from, and name that as the expert."
             )
+    return file

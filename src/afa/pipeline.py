@@ -177,14 +177,16 @@ def _check_before(
     Raises:
         AfaError: see `check_folders`.
     """
-    described, files, paths = [], [], []
+    described: dict[str, tuple[Path, bool]] = {}
+    files: list[Path] = []
+    paths: list[Path] = []
     for asked, revision in zip(experts, revisions, strict=True):
         path = locate(base_of(asked), revision)
         paths.append(path)
         files += weight_files(path)  # a folder is looked at as a whole before anything is used
         if isinstance(asked, LoraExpert):
             files.append(Path(asked.lora).expanduser())
-        described.append((str(base_of(asked)), config_of_expert(path, companions)))
+        described[str(base_of(asked))] = (config_of_expert(path, companions), path.is_file())
     check_folders(described)
     for place in [paths[0] / "vae", *([] if vae is None else [Path(vae).expanduser()])]:
         files += [place] if place.is_file() else sorted(place.rglob("*.safetensors"))

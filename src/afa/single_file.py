@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from afa.layouts import Shapes
 
 #: left out of many files of that kind, which then draw without it
-_OPTIONAL = {("Stable Diffusion 3", "text_encoder_3")}
+OPTIONAL = {("Stable Diffusion 3", "text_encoder_3")}
 #: parts of pipelines that an ensemble does without
 _NOT_USED = ("safety_checker", "feature_extractor", "image_encoder")
 _PROJECTION = "text_projection.weight"
@@ -228,7 +228,7 @@ def _lent_encoders(
     kind, given, wanted = _kind(config).name, {}, []
     for name in [name for name in missing if name.startswith("text_encoder")]:
         given[name] = companions.text_encoder(name, config)
-        if given[name] is None and (kind, name) in _OPTIONAL:
+        if given[name] is None and (kind, name) in OPTIONAL:
             given[name.replace("text_encoder", "tokenizer")] = None
         elif given[name] is None:
             common = COMMON_NAMES.get((kind, name))

@@ -237,7 +237,7 @@ def test_only_what_is_needed_is_downloaded(
         asked[name] = allow_patterns
         return str(clip if name == "someone/clip" else tmp_path)
 
-    monkeypatch.setattr("afa.metrics.weights.snapshot_download", download)
+    monkeypatch.setattr("afa.sources.snapshot_download", download)
     open_metric(MetricRecipe(name="clip_t", weights="someone/clip"))
     assert "model.safetensors" in asked["someone/clip"]
     assert not any(".bin" in p or ".pt" in p or p.startswith("*") for p in asked["someone/clip"])
@@ -281,7 +281,7 @@ def test_inception_gets_raw_pictures(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert score.extractor.features(pictures(1)).shape == (1, 6)
     assert score.extractor.name != fid.extractor.name
     file = tmp_path / "weights.pth"
-    file.touch()
+    torch.save({"state_dict": {"a": torch.zeros(1)}}, file)
     assert "is a pickle" in refusal(name="fid", weights=file)
     local = open_metric(MetricRecipe(name="fid", weights=str(file), allow_pickle=True))
     assert isinstance(local, SetMetric)

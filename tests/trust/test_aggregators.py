@@ -31,7 +31,7 @@ def test_nothing_is_built_that_cannot_be(
     config["aggregator"] |= changes
     (folder / "config.json").write_text(json.dumps(config))
     tracemalloc.start()
-    with pytest.raises(AfaError, match="must fit into memory|must be a multiple"):
+    with pytest.raises(AfaError, match=r"must fit into memory|must be a multiple"):
         afa.load_ensemble(folder)
     assert tracemalloc.get_traced_memory()[1] < 200_000_000
     tracemalloc.stop()

@@ -37,7 +37,7 @@ def check(
     """
     report = look_at(plan_for(recipe), with_weights=weights, visible=not as_json)
     if as_json:
-        console.print_json(json.dumps(_as_json(report)))
+        console.print_json(json.dumps(_as_json(report)), ensure_ascii=True)
     else:
         _show(report)
     if report.errors:
@@ -91,7 +91,7 @@ def look_at(plan: Plan, *, with_weights: bool = True, visible: bool = True) -> R
     """Look, under a bar while weights are read."""
     from afa.preflight.run import look
 
-    with progress_bar() as progress:
+    with progress_bar(transient=True) as progress:
         task = progress.add_task("look at weights", total=None, note="", visible=False)
 
         def note(what: str, done: int, total: int) -> None:

@@ -62,8 +62,8 @@ def quieten_loading() -> None:
     diffusers_logging.disable_progress_bar()
 
 
-def progress_bar() -> Progress:
-    """The look of every progress bar."""
+def progress_bar(*, transient: bool = False) -> Progress:
+    """The look of every progress bar; a transient one leaves nothing behind."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -72,6 +72,7 @@ def progress_bar() -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=console,
+        transient=transient,
     )
 
 

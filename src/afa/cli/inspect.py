@@ -23,7 +23,7 @@ def inspect(
 
     facts = describe(path)
     if as_json:
-        console.print_json(json.dumps(facts))
+        console.print_json(json.dumps(facts), ensure_ascii=True)
         return
     table = Table("fact", Column("value", overflow="fold"), show_header=False, box=None)
     for key, value in facts.items():

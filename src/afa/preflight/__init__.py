@@ -13,7 +13,7 @@ from afa.preflight.facts import facts_of, read_facts
 from afa.preflight.finding import Finding, require_none_wrong
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from afa.experts import Expert
@@ -35,14 +35,17 @@ def check_experts(experts: Sequence[Expert], *, allow_duplicates: bool = False) 
     require_none_wrong(compare(facts, allow_duplicates=allow_duplicates))
 
 
-def check_folders(described: Sequence[tuple[str, Path]]) -> None:
+def check_folders(described: Mapping[str, tuple[Path, bool]]) -> None:
     """The same before anything is loaded; equal weights are not seen.
 
     Args:
-        described: of every expert its source and the pipeline's folder that describes it.
+        described: by every expert's source the pipeline's folder that describes it, and whether it
+            is a single file.
 
     Raises:
         AfaError: see `check_experts`.
     """
-    facts = [read_facts(source, folder) for source, folder in dict(described).items()]
+    facts = [
+        read_facts(name, folder, is_file=is_file) for name, (folder, is_file) in described.items()
+    ]
     require_none_wrong(compare(facts))

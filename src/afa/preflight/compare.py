@@ -96,7 +96,8 @@ def _architecture(first: Facts, other: Facts) -> Finding | None:
 
 
 def _encoders(first: Facts, other: Facts) -> Finding | None:
-    if first.encoders.keys() != other.encoders.keys():
+    unsure = first.unsure | other.unsure
+    if (first.encoders.keys() ^ other.encoders.keys()) - unsure:
         return Finding(
             "error",
             "text encoders",
@@ -107,8 +108,8 @@ def _encoders(first: Facts, other: Facts) -> Finding | None:
             "Add what is missing.",
         )
     for name, width in first.encoders.items():
-        theirs = other.encoders[name]
-        if width != theirs:
+        theirs = other.encoders.get(name)
+        if width != theirs and name not in unsure:
             return Finding(
                 "error",
                 "text encoders",
@@ -121,7 +122,12 @@ def _encoders(first: Facts, other: Facts) -> Finding | None:
 
 
 def _tokenizers(first: Facts, other: Facts) -> Finding | None:
-    if all(other.vocabularies.get(part) == ours for part, ours in first.vocabularies.items()):
+    unsure = {name.replace("text_encoder", "tokenizer") for name in first.unsure | other.unsure}
+    if all(
+        other.vocabularies.get(part) == ours
+        for part, ours in first.vocabularies.items()
+        if part not in unsure
+    ):
         return None
     return Finding(
         "error",

@@ -17,6 +17,7 @@ from afa.components import library_class, loading_model
 from afa.experts import latents_of
 from afa.files import parts_of, read_json
 from afa.kinds import kind_of
+from afa.single_file import OPTIONAL
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -42,6 +43,7 @@ class Facts:
         denoiser: its denoiser's configuration, defaults filled in.
         latents: what its autoencoder's configuration says of them; empty where there is none.
         encoders: the width of each of its text encoders, by name.
+        unsure: those that a single file may have lent to it, which only loading tells.
         vocabularies: a digest of each of its tokenizers' vocabularies, by name.
         schedule: of its scheduler, see `SCHEDULE`.
         spacing: of its scheduler's timesteps, where it says.
@@ -54,6 +56,7 @@ class Facts:
     denoiser: Mapping[str, Any]
     latents: Mapping[str, Any] = field(default_factory=dict)
     encoders: Mapping[str, int | None] = field(default_factory=dict)
+    unsure: frozenset[str] = frozenset()
     vocabularies: Mapping[str, str] = field(default_factory=dict)
     schedule: Mapping[str, Any] = field(default_factory=dict)
     spacing: str | None = None
@@ -77,12 +80,13 @@ def facts_of(expert: Expert) -> Facts:
     )
 
 
-def read_facts(source: str, folder: Path) -> Facts:
+def read_facts(source: str, folder: Path, *, is_file: bool = False) -> Facts:
     """Of an expert that is not: no weights are read.
 
     Args:
         source: as it was named.
         folder: the pipeline's folder that describes it; its own, where it is a folder.
+        is_file: whether it is a single file, which may leave parts out.
 
     Raises:
         AfaError: a folder that is incomplete, damaged or of no known kind.
@@ -104,6 +108,7 @@ def read_facts(source: str, folder: Path) -> Facts:
             ),
             latents=latents_of(folder / "vae" / "config.json"),
             encoders={name: _width(read_json(folder / name / "config.json")) for name in encoders},
+            unsure=frozenset(n for n in encoders if is_file and (kind.name, n) in OPTIONAL),
             vocabularies={
                 name: _vocabulary(classes[name], _Tokenizer.of(folder / name))
                 for name in tokenizers

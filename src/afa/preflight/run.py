@@ -13,7 +13,7 @@ import torch
 from afa.denoisers import family_of
 from afa.errors import AfaError
 from afa.files import parts_of, read_json
-from afa.lora import LoraExpert, base_of, check_lora_file
+from afa.lora import LoraExpert, base_of, lora_file
 from afa.memory.plan import encoder_sets
 from afa.preflight.compare import compare
 from afa.preflight.facts import Facts, read_facts
@@ -134,14 +134,13 @@ def look(
 def _look_at(asked: str | Path | LoraExpert, companions: Companions, *, with_weights: bool) -> Look:
     path = locate(base_of(asked))
     config, files = config_of_expert(path, companions), weight_files(path)
-    facts = read_facts(str(base_of(asked)), config)
+    facts = read_facts(str(base_of(asked)), config, is_file=path.is_file())
     identity = hash_expert(path) if with_weights else None
     if isinstance(asked, LoraExpert):
-        lora = Path(asked.lora).expanduser()
-        check_lora_file(lora)
+        lora = lora_file(asked)
         if identity is not None:
             identity = f"{identity} + {asked.scale!r} x {hash_file(lora)}"
-        facts = replace(facts, name=str(lora), short=lora.name)
+        facts = replace(facts, name=asked.lora, short=Path(asked.lora).name)
     counts: Counter[str] = Counter()
     for file in files:
         kinds = tensor_dtypes(file)
