@@ -233,7 +233,7 @@ def test_only_what_is_needed_is_downloaded(
 ) -> None:
     asked = {}
 
-    def download(name: str, *, allow_patterns: list[str]) -> str:
+    def download(name: str, *, allow_patterns: list[str], **_: object) -> str:
         asked[name] = allow_patterns
         return str(clip if name == "someone/clip" else tmp_path)
 

@@ -113,7 +113,7 @@ def recipes(experts: list[Path], wrong: Path) -> dict[str, dict[str, Any]]:
             "experts": [names[0], str(wrong)],
             "prompts": zoo,
             "sampling": {"num_steps": 1, "device": "cpu"},
-            "metric": "both",
+            "metric": "scenes",
             "num_trials": 1,
         },
     }
