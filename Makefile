@@ -6,10 +6,11 @@ STAMP := .venv/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 SERVICE ?= pypi
 WORK ?= runs/results
+SECONDS ?= 1800
 OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo docs results results-dit bench bench-check test test-all format lint types check lock constraints audit licences \
+.PHONY: help install demo docs results results-dit bench bench-check test test-all format lint types check lock constraints audit licences fuzz soak reliability \
 	wheel clean
 
 help: ## show this list
@@ -49,6 +50,14 @@ bench-check: install ## are steps as fast, by the experts' own, as is committed?
 
 docs: install ## the pages as a site, in build/site; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+fuzz: install ## feed the readers of files, write docs/fuzz.json (SECONDS=1800 for all; Linux)
+	sed -n '/^\(atheris\|coverage\)==/,/[^\\]$$/p' requirements-extras.lock > .venv/fuzz.lock
+	$(BIN)/python -m pip install --quiet --require-hashes --no-deps -r .venv/fuzz.lock
+	$(BIN)/python -m fuzz.run --seconds $(SECONDS) --docs docs
+
+reliability: install ## provoke every fault, write docs/reliability.json and its page (half an hour)
+	$(PYTEST) -m fault --reliability docs/reliability.json
 
 test: install ## the quick tests
 	$(PYTEST) -m "not slow and not gpu"

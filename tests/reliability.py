@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-BEGIN, END = "<!-- faults: begin -->", "<!-- faults: end -->"
+from tools.parts import write_part
+
 _PROPERTY = "fault"
 
 
@@ -47,8 +48,7 @@ class Reliability:
             "faults": [{"test": name, **entry} for name, entry in sorted(self._found.items())],
         }
         self._place.write_text(json.dumps(found, indent=1) + "\n")
-        page = self._place.with_suffix(".md")
-        page.write_text(with_table(page.read_text(), found))
+        write_part(self._place.with_suffix(".md"), "faults", table(found))
 
 
 def _git(*arguments: str) -> str:
@@ -62,13 +62,6 @@ def note_fault(item: pytest.Item) -> None:
         fault, what = mark.args
         told = {"fault": fault, "what": what, **mark.kwargs}
         item.user_properties.append((_PROPERTY, json.dumps(told)))
-
-
-def with_table(page: str, found: dict[str, Any]) -> str:
-    """A page with the table of what was found between its two marks."""
-    before, rest = page.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{table(found)}\n{END}{after}"
 
 
 def table(found: dict[str, Any]) -> str:
