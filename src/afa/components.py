@@ -107,7 +107,7 @@ def load_vae(
         options = {} if config is None else {"config": str(config), "subfolder": "vae"}
         with loading_model(source, "Name a local diffusers folder of its family: config=FOLDER."):
             vae = AutoencoderKL.from_single_file(
-                str(path), torch_dtype=torch_dtype, local_files_only=config is not None, **options
+                str(path), torch_dtype=torch_dtype, local_files_only=True, **options
             )
             require_complete([key for key, p in vae.named_parameters() if p.is_meta], source)
             return vae, reference
