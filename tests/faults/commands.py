@@ -125,14 +125,12 @@ def merging(folder: Path, experts: list[Path]) -> Command:
 
 
 def evaluating(folder: Path, experts: list[Path]) -> Command:
-    """Of two experts, by the zoo's judge."""
+    """Of an expert, by the zoo's judge."""
     recipe = {
         "prompts": {"zoo": {"kinds": {"mixed": 2}}},
-        "methods": [
-            {"name": "one", "model": str(experts[0])},
-            {"name": "two", "model": str(experts[1])},
-        ],
-        "sampling": {"num_steps": 1, "device": "cpu", "batch_size": 2},
+        "methods": [{"name": "one", "model": str(experts[0])}],
+        # the judge's own size
+        "sampling": {"num_steps": 1, "device": "cpu", "batch_size": 1, "height": 64, "width": 64},
         "metrics": ["scenes"],
         "num_resamples": 100,
     }

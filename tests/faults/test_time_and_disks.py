@@ -72,18 +72,42 @@ def test_a_slow_disk(experts: list[Path], tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.fault(
     "a file system without locks",
     "any work folder",
-    how="flock fails with ENOLCK, or is not there at all",
+    how="flock fails with ENOLCK",
     holds="one line that says so, before any work",
 )
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
-def test_no_locks(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: object) -> None:
-        raise OSError(number, os.strerror(number))
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", refused)
     with pytest.raises(AfaError, match="must be on a file system with locks"):  # noqa: SIM117
         with owned(tmp_path / "work"):
             pytest.fail("it went on")
+
+
+@pytest.mark.fault(
+    "a file system without locks",
+    "any work folder",
+    how="flock is not there at all (ENOSYS)",
+    holds="a file with the process's number is the lock: a second process is refused, and what a "
+    "dead one left is no obstacle",
+)
+@pytest.mark.filterwarnings("ignore:flock not supported")
+def test_no_flock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", missing)
+    with owned(tmp_path):  # noqa: SIM117
+        with pytest.raises(AfaError, match="Only one process at a time"), owned(tmp_path):
+            pytest.fail("it went on")
+    child = os.fork()
+    if child == 0:
+        with owned(tmp_path):
+            os._exit(0)  # as if killed: nothing is let go of
+    os.waitpid(child, 0)
+    with owned(tmp_path):
+        write_atomic(tmp_path / "file", "mine")
 
 
 @pytest.mark.fault(

@@ -85,10 +85,10 @@ def test_a_rank_that_is_killed(experts: list[Path], tmp_path: Path) -> None:
         *("--nproc_per_node", "2", "-m", "afa", *command.arguments),
     ]
     environment = {**os.environ, **ENVIRONMENT, "ACCELERATE_USE_CPU": "true"}
-    log = (tmp_path / "log").open("w")
-    process: Any = subprocess.Popen(
-        launched, env=environment, stdout=log, stderr=log, text=True, start_new_session=True
-    )
+    with (tmp_path / "log").open("w") as log:
+        process: Any = subprocess.Popen(
+            launched, env=environment, stdout=log, stderr=log, text=True, start_new_session=True
+        )
     checkpoints = command.output / "checkpoints"
     wait_for(lambda: checkpoints.is_dir() and any(checkpoints.iterdir()), process)
     ranks = [
