@@ -127,7 +127,7 @@ def merging(folder: Path, experts: list[Path]) -> Command:
 def evaluating(folder: Path, experts: list[Path]) -> Command:
     """Of an expert, by the zoo's judge."""
     recipe = {
-        "prompts": {"zoo": {"kinds": {"mixed": 2}}},
+        "prompts": {"zoo": {"kinds": {"mixed": 1}}},
         "methods": [{"name": "one", "model": str(experts[0])}],
         # the judge's own size
         "sampling": {"num_steps": 1, "device": "cpu", "batch_size": 1, "height": 64, "width": 64},

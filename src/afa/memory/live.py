@@ -11,6 +11,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,9 +23,19 @@ def peak_of(function: Callable[[], object]) -> int:
     Args:
         function: is run without gradients; of tensors on the meta device nothing is computed.
     """
-    with torch.no_grad(), _Live() as live, _Attention():
+    return measure(function)[0]
+
+
+def measure(function: Callable[[], object]) -> tuple[int, int]:
+    """As `peak_of`, and the floating-point operations of the computation."""
+    with (
+        torch.no_grad(),
+        _Live() as live,
+        FlopCounterMode(display=False) as counter,
+        _Attention() as attention,
+    ):
         function()
-    return live.peak
+    return live.peak, counter.get_total_flops() + attention.flops
 
 
 def kept_by(function: Callable[[], object]) -> int:
@@ -80,11 +91,17 @@ def _storage(tensor: Tensor) -> StorageWeakRef:
 class _Attention(TorchFunctionMode):
     """Attention as the fused kernels do it, which never hold all scores at once."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         del types
         if func is functional.scaled_dot_product_attention:
             query, _, value = args[:3]
+            # two products, of every query with every key, and of what comes of it with the values
+            self.flops += 2 * query.numel() * value.shape[-2] * 2
             return query.new_empty(*query.shape[:-1], value.shape[-1])
         return func(*args, **(kwargs or {}))

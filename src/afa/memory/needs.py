@@ -13,7 +13,6 @@ import torch
 import transformers
 from diffusers import AutoencoderKL
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from afa.aggregators import Condition, SABWConfig
 from afa.aggregators.build import build_sabw
@@ -23,7 +22,7 @@ from afa.denoisers import Execution, Feature, discover_sites, run_lockstep
 from afa.errors import AfaError
 from afa.files import parts_of, read_json
 from afa.kinds import Kind, kind_of
-from afa.memory.live import kept_by, peak_of
+from afa.memory.live import kept_by, measure, peak_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -224,10 +223,7 @@ def _step(
         experts = [family.blocks(twin, **inputs, execution=execution) for _ in range(count)]
         return run_lockstep(experts, fuse)
 
-    peak = peak_of(run)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        run()
-    flops = counter.get_total_flops()
+    peak, flops = measure(run)
     if training is not None and rules:
         twin.requires_grad_(False)
         peak += kept_by(run)
