@@ -5,10 +5,12 @@ STAMP := .venv/.installed
 # a process a core, of one thread each: torch's threads would wait for each other
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 WORK ?= runs/results
+MINUTES ?= 60
+SOAK ?= runs/soak
 OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo docs results results-dit bench bench-check test test-all format lint types check constraints clean
+.PHONY: help install demo docs results results-dit bench bench-check soak test test-all format lint types check constraints clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -35,6 +37,9 @@ bench: install ## measure speed and memory, write docs/benchmarks.md (an hour)
 
 bench-check: install ## are steps as fast, by the experts' own, as is committed? (minutes)
 	$(BIN)/python -m benchmarks.run --check
+
+soak: install ## draw and train over and over: does anything grow? (MINUTES=60, SOAK=folder)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak --minutes $(MINUTES) --output $(SOAK)
 
 docs: install ## the pages as a site, in build/site; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
