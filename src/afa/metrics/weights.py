@@ -13,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors.torch import load_file
 
 from afa.errors import AfaError
-from afa.weights import PICKLES, check_safetensors, loading
+from afa.weights import PICKLES, check_safetensors, keep_no_words, loading
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -197,7 +197,7 @@ class Source:
         """
         self.part(folder, _TOKENIZER_FILES, PROCESSOR_ADVICE)
         with self.loading():
-            tokenizer = tokenizer_class.from_pretrained(folder)
+            tokenizer = keep_no_words(tokenizer_class.from_pretrained(folder))
         if len(tokenizer) > num_embeddings:
             raise AfaError(
                 f"{self.what} must be a tokenizer of the model's {num_embeddings} tokens; that in "
