@@ -7,6 +7,8 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 
 SERVICE ?= pypi
 WORK ?= runs/results
 SECONDS ?= 1800
+MINUTES ?= 60
+SOAK ?= runs/soak
 OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
 .DEFAULT_GOAL := help
@@ -47,6 +49,9 @@ bench: install .venv-all/.installed ## measure speed and memory, write docs/benc
 
 bench-check: install ## are steps as fast, by the experts' own, as is committed? (minutes)
 	$(BIN)/python -m benchmarks.run --check
+
+soak: install ## draw and train over and over: does anything grow? (MINUTES=60, SOAK=folder)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak --minutes $(MINUTES) --output $(SOAK)
 
 docs: install ## the pages as a site, in build/site; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -17,8 +18,10 @@ from safetensors.torch import load_file, save_file
 import afa
 from afa.components import load_vae
 from afa.errors import AfaError
+from afa.experts import load_expert
 from afa.sources import locate
 from afa.weights import check_safetensors, hash_expert, hash_file
+from benchmarks.soak.sampling import allocated
 from tests.single_file import original_layout
 from tests.tiny import tiny_pipeline
 
@@ -399,3 +402,21 @@ def test_a_lora_is_no_expert(experts: list[Path], tmp_path: Path) -> None:
     save_file({"lora_unet_x.lora_up.weight": torch.zeros(1)}, file)
     with pytest.raises(AfaError, match=r"must be a whole model; .* is a LoRA"):
         afa.load_pipeline([experts[0], file])
+
+
+def test_nothing_is_left_of_a_tokenizer(experts: list[Path]) -> None:
+    """The library beneath would lose its cache: a quarter of a megabyte for so many words."""
+    letters = "abcdefghijklm"
+    words = [" ".join(a + b + c for b in letters for c in letters) for a in letters]
+
+    def use() -> int:
+        tokenizer = load_expert(experts[0]).tokenizers["tokenizer"]
+        assert len(tokenizer(words).input_ids) == len(words)
+        del tokenizer
+        gc.collect()
+        return allocated()
+
+    if not allocated():
+        pytest.skip("this C library does not say what it has given out")
+    before = [use() for _ in range(3)][-1]
+    assert [use() for _ in range(8)][-1] - before < 400_000

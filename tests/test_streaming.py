@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +111,23 @@ def test_the_file_has_no_name(tmp_path: Path) -> None:
     stream.add([torch.nn.Linear(8, 8)])
     assert not list(tmp_path.iterdir())
     assert os.fstat(stream._file.fileno()).st_size >= 8 * 8 * 4
+
+
+def test_the_reader_itself_may_be_the_last_to_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a picture is broken off while the next layers are being read."""
+    said: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", said.append)
+    layer, go_on = torch.nn.Linear(2, 2), threading.Event()
+    stream = LayerStream()
+    stream.add([layer])
+    file, reader = stream._file, stream._reader
+    reader.submit(lambda kept: go_on.wait(10) and None, stream)
+    del stream
+    assert not file.closed
+    go_on.set()
+    reader.shutdown()
+    assert file.closed
+    assert not said
 
 
 def test_layers_can_be_handed_over_one_expert_after_another() -> None:

@@ -17,7 +17,7 @@ from afa.files import parts_of, read_json
 from afa.kinds import Kind, kind_of
 from afa.single_file import Companions, load_single_file
 from afa.sources import ExpertReference, locate, refer, require_hash
-from afa.weights import hash_expert
+from afa.weights import hash_expert, keep_no_words
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -106,7 +106,7 @@ def _load_file(
         class_name,
         denoiser=parts[kind.denoiser],
         text_encoders=_named(parts, "text_encoder"),
-        tokenizers=_named(parts, "tokenizer"),
+        tokenizers={k: keep_no_words(v) for k, v in _named(parts, "tokenizer").items()},
         scheduler=parts["scheduler"],
         config=config,
         vae=parts["vae"],
@@ -152,9 +152,11 @@ def _load_folder(reference: ExpertReference, path: Path, torch_dtype: torch.dtyp
             name: load_text_encoder(path / name, classes[name], torch_dtype) for name in encoders
         },
         tokenizers={
-            name: library_class(
-                transformers, classes[name], transformers.PreTrainedTokenizerBase
-            ).from_pretrained(path / name)
+            name: keep_no_words(
+                library_class(
+                    transformers, classes[name], transformers.PreTrainedTokenizerBase
+                ).from_pretrained(path / name)
+            )
             for name in tokenizers
             if name in classes
         },

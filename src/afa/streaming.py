@@ -171,11 +171,14 @@ class LayerStream:
             _replace(layer, {name: t.clone() for name, t in self._read(layer).items()})
         self._layers.clear()
         self._bytes.clear()
+        self._reader.shutdown()
         self._release()
 
 
 def _release(reader: ThreadPoolExecutor, file: Any) -> None:
-    reader.shutdown()
+    # the last to let go may be the reader itself, which cannot wait for its own end; and nothing
+    # is being read then, since what reads holds the stream
+    reader.shutdown(wait=False)
     file.close()
 
 

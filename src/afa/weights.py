@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 
@@ -17,6 +17,8 @@ from afa.trust.headers import check_header
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
+
+T = TypeVar("T")
 
 PICKLES = frozenset({".ckpt", ".pt", ".pth", ".bin", ".pkl"})
 # what libraries say of a file that is not what it seems
@@ -200,3 +202,16 @@ def hash_vae(path: Path) -> str:
 
 def _files_in(folder: Path) -> list[Path]:
     return sorted(file for file in folder.glob("*") if file.is_file())
+
+
+def keep_no_words(tokenizer: T) -> T:
+    """A tokenizer of transformers without the cache of words that it has beneath.
+
+    tokenizers 0.23 loses that cache when the tokenizer goes: kilobytes for each that was used,
+    over a megabyte after ten thousand words. It saves some microseconds a caption.
+    """
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    resize = getattr(model, "_resize_cache", None)
+    if resize is not None:
+        resize(0)
+    return tokenizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,8 @@ def test_starved_experts_are_warned_of(
 def test_trackers_that_cannot_be_had(
     experts: list[Path], tmp_path: Path, tracker: str, message: str
 ) -> None:
-    asked = observed(experts, training={"trackers": [tracker]})
+    asked = observed(experts, training={"trackers": ["tensorboard", tracker]})
+    before = set(threading.enumerate())
     with pytest.raises(AfaError, match=message):
         list(steps_of(asked, tmp_path / "run"))
+    assert not set(threading.enumerate()) - before, "the first one's writer has ended"

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from afa.errors import AfaError
 from afa.sources import HUB_ERRORS, fetch, why_not_fetched
 from afa.trust.folders import check_part
-from afa.weights import PICKLES, check_safetensors, loading
+from afa.weights import PICKLES, check_safetensors, keep_no_words, loading
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -199,7 +199,7 @@ class Source:
         self.part(folder, _TOKENIZER_FILES, PROCESSOR_ADVICE)
         check_part(folder)
         with self.loading():
-            tokenizer = tokenizer_class.from_pretrained(folder)
+            tokenizer = keep_no_words(tokenizer_class.from_pretrained(folder))
         if len(tokenizer) > num_embeddings:
             raise AfaError(
                 f"{self.what} must be a tokenizer of the model's {num_embeddings} tokens; that in "

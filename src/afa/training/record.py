@@ -49,7 +49,13 @@ class Recorder:
         self._path = folder / METRICS
         self._keep_up_to(first_step)
         self._note_environment(folder / _ENVIRONMENT, first_step)
-        self._trackers = [_start(name, folder, settings, first_step) for name in trackers]
+        self._trackers: list[Any] = []
+        try:
+            for name in trackers:
+                self._trackers.append(_start(name, folder, settings, first_step))
+        except BaseException:
+            self.close()  # TensorBoard's writer has a thread, which would outlive this
+            raise
         self._since = _Window()
 
     def _keep_up_to(self, step: int) -> None:

@@ -56,11 +56,6 @@ def digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
 
 
-@lru_cache(maxsize=256)
-def _opened(place: Path) -> Any:
-    return safe_open(place, framework="pt")
-
-
 def _reading(place: Path) -> Any:
     return loading(f"The cache's '{place}' must be complete", "Delete it to make it again.")
 
@@ -71,14 +66,25 @@ def read_header(place: Path) -> Any:
         return json.loads(file.metadata()[META])
 
 
-def read_row(place: Path, name: str, row: int) -> Tensor:
-    """One row of one of a shard's tensors."""
-    with _reading(place):
-        return _opened(place).get_slice(name)[row]
+class Shards:
+    """Reads rows of shards, each of which stays open from its first row on.
+
+    Whoever reads has one of its own: open files are let go of with it. The newest 256 are kept.
+    """
+
+    def __init__(self) -> None:
+        self._opened = lru_cache(maxsize=256)(_mapped)
+
+    def row(self, place: Path, row: int) -> dict[str, Tensor]:
+        """One row of each of a shard's tensors, by name."""
+        with _reading(place):
+            return {name: tensor[row] for name, tensor in self._opened(place).items()}
 
 
-def read_rows(place: Path, row: int) -> dict[str, Tensor]:
-    """One row of each of a shard's tensors, by name."""
-    with _reading(place):
-        file = _opened(place)
-        return {name: file.get_slice(name)[row] for name in file.keys()}  # noqa: SIM118
+def _mapped(place: Path) -> dict[str, Tensor]:
+    """A shard's tensors, whose content is read from the disk where it is looked at.
+
+    Each is asked for once: the library loses two numbers every time.
+    """
+    with safe_open(place, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

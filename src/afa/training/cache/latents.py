@@ -17,9 +17,9 @@ from afa.training.cache.files import (
     SHARD,
     VERSION,
     CacheProgress,
+    Shards,
     digest,
     read_header,
-    read_row,
     shard_name,
     write_shard,
 )
@@ -184,6 +184,7 @@ class LatentShards:
         self.broken: dict[int, str] = {}
         # the shard, the first row there, and how many variants follow each other
         self._place_of: dict[int, tuple[Path, int, int]] = {}
+        self._shards = Shards()
         self._captions: dict[int, str] = {}
         self._sizes: dict[int, tuple[int, int]] = {}
         for place in cache.shards():
@@ -231,6 +232,7 @@ class LatentShards:
         for sample, variant in zip(samples, variants, strict=True):
             place, row, count = self._place_of[sample]
             number = row + min(variant, count - 1)
-            means.append(read_row(place, "mean", number))
-            logvars.append(read_row(place, "logvar", number))
+            read = self._shards.row(place, number)
+            means.append(read["mean"])
+            logvars.append(read["logvar"])
         return Posterior(torch.stack(means), torch.stack(logvars))

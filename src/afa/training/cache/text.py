@@ -14,8 +14,8 @@ from afa.training.cache.files import (
     SHARD,
     VERSION,
     CacheProgress,
+    Shards,
     digest,
-    read_rows,
     write_shard,
 )
 from afa.training.encoding import encode_captions
@@ -70,6 +70,7 @@ class TextCache:
             for number, chunk in enumerate(self._rows)
             for row, caption in enumerate(chunk)
         }
+        self._shards = Shards()
 
     def build(self, rank: int = 0, num_processes: int = 1) -> Iterator[CacheProgress]:
         """Encode what is not there yet; several processes take a shard each in turn."""
@@ -103,7 +104,7 @@ class TextCache:
 
     def _read(self, encoder: int, caption: str) -> dict[str, Tensor]:
         number, row = self._place_of[caption]
-        return read_rows(self._place(encoder, number), row)
+        return self._shards.row(self._place(encoder, number), row)
 
     def _place(self, encoder: int, number: int) -> Path:
         return self._folders[encoder] / self._names[number]

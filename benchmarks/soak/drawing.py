@@ -1,0 +1,85 @@
+"""A soak's curves against time."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from afa.plots import save_figure
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from matplotlib.axes import Axes
+
+    from benchmarks.soak.verdict import Verdict
+
+# Okabe and Ito's palette, told apart with every common kind of colour vision
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
+_MARKERS = "osD^vPX"
+_MEMORY = {
+    "rss": "resident",
+    "anonymous": "of it no file's",
+    "allocated": "given out by the C library",
+    "tensor_bytes": "in tensors",
+}
+_COUNTS = {
+    "fds": "file descriptors",
+    "threads": "threads",
+    "children": "child processes",
+    "tensors": "tensors",
+    "cached": "entries in caches",
+    "deleted": "maps of removed files",
+}
+_OBJECTS = {"objects": "Python objects", "blocks": "blocks of memory"}
+
+
+def draw(rows: Sequence[dict[str, Any]], verdict: Verdict, path: Path) -> None:
+    """Draw memory, objects and counts after every round; the warm-up is grey.
+
+    Args:
+        rows: the lines of a soak.
+        verdict: on them.
+        path: PNG or SVG, by its suffix.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.4, 8.0), layout="constrained")
+    memory, objects, counts = figure.subplots(3, 1, sharex=True)
+    minutes = [row["seconds"] / 60 for row in rows]
+    _curves(memory, minutes, rows, _MEMORY, 1e6)
+    memory.set_ylabel("MB")
+    _curves(objects, minutes, rows, _OBJECTS, 1e3)
+    objects.set_ylabel("thousands")
+    _curves(counts, minutes, rows, _COUNTS, 1)
+    counts.set_ylabel("count")
+    counts.set_xlabel("minutes")
+    for axis in (memory, objects, counts):
+        axis.axvspan(0, minutes[min(verdict.warm_up, len(rows)) - 1], color="#dddddd", zorder=0)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7, ncols=3, loc="upper right", bbox_to_anchor=(1, 1.16), frameon=False)
+    figure.suptitle(
+        f"One process, {len(rows)} rounds of drawing and training; grey: warm-up\n"
+        f"{verdict.lines()[-1]}",
+        fontsize=9,
+    )
+    save_figure(figure, path)
+
+
+def _curves(
+    axis: Axes,
+    minutes: Sequence[float],
+    rows: Sequence[dict[str, Any]],
+    names: dict[str, str],
+    unit: float,
+) -> None:
+    for n, (name, label) in enumerate(names.items()):
+        values = [row[name] / unit for row in rows]
+        style: dict[str, Any] = {
+            "color": _COLOURS[n],
+            "marker": _MARKERS[n],
+            "markersize": 2.5,
+            "linewidth": 1,
+        }
+        axis.plot(minutes, values, label=label, **style)

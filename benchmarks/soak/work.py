@@ -1,0 +1,54 @@
+"""A round of a soak: everything that a person might do in a day, with the shipped models."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from benchmarks.soak import drawn, trained
+from benchmarks.soak.fixtures import Round, make_fixtures
+from benchmarks.soak.mistakes import mistakes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+PARTS: dict[str, Callable[[Round], None]] = {
+    "pictures": drawn.pictures,
+    "streamed": drawn.streamed,
+    "studio": drawn.studio,
+    "loras": drawn.loras,
+    "families": drawn.families,
+    "merged": drawn.merged,
+    "compared": drawn.compared,
+    "trained": trained.to_the_end,
+    "stopped": trained.stopped,
+    "left": trained.left,
+    "mistakes": mistakes,
+}
+
+
+class Rounds:
+    """Does a round of all parts, or of some.
+
+    Args:
+        fixtures: a new folder, for what all rounds start from.
+        only: names of parts; None takes all.
+    """
+
+    def __init__(self, fixtures: Path, only: Sequence[str] | None = None) -> None:
+        unknown = set(only or ()) - PARTS.keys()
+        if unknown:
+            sys.exit(f"A round has the parts {', '.join(PARTS)}; came {', '.join(unknown)}.")
+        self._parts = {name: PARTS[name] for name in only or PARTS}
+        self._fixtures = make_fixtures(fixtures)
+
+    def __call__(self, number: int, folder: Path) -> dict[str, float]:
+        """Do the parts one after another; gives the seconds of each."""
+        seconds = {}
+        for name, part in self._parts.items():
+            began = time.perf_counter()
+            part(Round(number, folder, self._fixtures))
+            seconds[name] = time.perf_counter() - began
+        return seconds
