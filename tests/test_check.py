@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from afa.cli.check import plan_for
 from afa.errors import AfaError
 from afa.memory.needs import Training
-from afa.preflight.machine import Work, estimate, fits, largest_batch
+from afa.preflight.machine import Estimate, Work, estimate, fits, largest_batch
 from afa.preflight.plans import plan_of_training
 from afa.preflight.run import Report, look
 from afa.training.recipe import load_recipe
@@ -169,21 +169,19 @@ def test_all_errors_are_listed_and_the_first_is_raised(experts: list[Path], tmp_
 
 
 def test_what_does_not_fit_comes_with_what_does(experts: list[Path]) -> None:
-    config = afa_config(experts)
-    work = Work(config, 2, 2, None, torch.float32, torch.device("cpu"), 64, training=Training())
+    work = Work(experts[0], 2, 2, None, torch.float32, torch.device("cpu"), 64, training=Training())
     found = estimate(work)
     assert not list(fits(work, found))
     needs_64, needs_16 = work.needs(64).in_memory, work.needs(16).in_memory
-    tight = type(found)(found.takes, found.takes - needs_64 + needs_16, 1.0, 1)
+    little = Estimate(found.takes, int(found.takes / 1.1), 1.0, 1)
+    assert [finding.level for finding in fits(work, little)] == ["warning"]
+    tight = Estimate(needs_64, needs_16, 1.0, 1)
     (finding,) = fits(work, tight)
+    assert finding.level == "error"
     assert largest_batch(work, tight) == pytest.approx(16, abs=1)
     assert "batch_size: 1" in finding.remedy
     assert "gradient_accumulation_steps: 4" in finding.remedy or "5" in finding.remedy
     assert "gradient_checkpointing: true" in finding.remedy
-
-
-def afa_config(experts: list[Path]) -> Path:
-    return experts[0]
 
 
 # -- the command ------------------------------------------------------------------------------

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 def evaluate(
     recipe: Annotated[Path, typer.Argument(help="YAML file: prompts, methods, metrics.")],
     output: Annotated[Path, typer.Option(help="New folder, or one of an earlier run to go on.")],
+    look_first: Annotated[
+        bool, typer.Option("--check/--no-check", help="Look at everything first, as afa check.")
+    ] = True,
 ) -> None:
     """Compare ways of combining experts on the same prompts and the same noise.
 
@@ -35,7 +38,7 @@ def evaluate(
 
     quieten_loading()
     is_main = Processes().is_main
-    if is_main:
+    if is_main and look_first:
         require_sound(plan_of_evaluation(checked))
     with progress_bar() as progress:
         tasks: dict[str, TaskID] = {}

@@ -14,6 +14,9 @@ from afa.cli.console import console, progress_bar, quieten_loading
 def search(
     recipe: Annotated[Path, typer.Argument(help="YAML file: experts, prompts, metric.")],
     output: Annotated[Path, typer.Option(help="New folder, or one of an earlier run to go on.")],
+    look_first: Annotated[
+        bool, typer.Option("--check/--no-check", help="Look at everything first, as afa check.")
+    ] = True,
 ) -> None:
     """Search the block weights of a merge against a scorer (autoMBW).
 
@@ -26,7 +29,8 @@ def search(
 
     checked = load_search_recipe(recipe)
     quieten_loading()
-    require_sound(plan_of_search(checked))
+    if look_first:
+        require_sound(plan_of_search(checked))
     with progress_bar() as progress:
         task = progress.add_task("search", total=checked.num_trials, note="")
         for trial in search_block_weights(checked, output):

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 def train(
     recipe: Annotated[Path, typer.Argument(help="YAML file: experts, data, aggregator, training.")],
     output: Annotated[Path, typer.Option(help="New folder, or one of an earlier run to go on.")],
+    look_first: Annotated[
+        bool, typer.Option("--check/--no-check", help="Look at everything first, as afa check.")
+    ] = True,
     no_cache: Annotated[
         bool, typer.Option("--no-cache", help="Encode pictures and captions anew in every step.")
     ] = False,
@@ -44,7 +47,7 @@ def train(
 
     quieten_loading()
     is_main = int(os.environ.get("RANK", "0")) == 0
-    if is_main:
+    if is_main and look_first:
         require_sound(plan_of_training(checked))
     with stop_on_signals() as should_stop:
         try:

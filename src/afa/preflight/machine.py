@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from afa.memory.free import free_memory
 from afa.memory.needs import Needs
 
+#: times what is free, from which on work is refused; estimates were within a quarter
+_SURE = 1.25
 _SIDE, _MEASURE = 1024, 0.2  # of the matrices that are multiplied, and for how many seconds
 
 
@@ -39,6 +42,7 @@ class Work:
         num_steps: of all of it.
         pixels: height times width; None for what the experts were made for.
         training: of aggregators; None where pictures are drawn.
+        is_offloaded: whether the experts' layers come to the device one at a time.
     """
 
     config: Path
@@ -51,6 +55,14 @@ class Work:
     num_steps: int = 1
     pixels: int | None = None
     training: Training | None = None
+    is_offloaded: bool = False
+
+    def bytes(self, batch: int | None = None) -> int:
+        """What it takes of the device's memory, with another batch where one is given."""
+        needs = self.needs(batch)
+        if self.is_offloaded and self.device.type != "cpu":
+            return needs.resting + 2 * needs.largest
+        return needs.in_memory
 
     def needs(self, batch: int | None = None) -> Needs:
         """What it takes, with another batch where one is given."""
@@ -87,15 +99,19 @@ class Estimate:
 def estimate(work: Work) -> Estimate:
     """What work takes of this machine."""
     needs = work.needs()
-    takes = program_bytes(work.device.type == "cpu") + needs.in_memory
+    takes = program_bytes(work.device.type == "cpu") + work.bytes()
     seconds = work.num_steps * needs.flops / _speed(work)
     return Estimate(takes, free_memory(work.device), seconds, work.num_steps)
 
 
 def fits(work: Work, found: Estimate) -> Iterator[Finding]:
-    """Findings where it does not fit, with what would."""
+    """Findings where it does not fit, with what would.
+
+    An estimate is one: what is a little too much is a warning.
+    """
     if found.takes <= found.free:
         return
+    is_sure = found.takes > _SURE * found.free and os.environ.get("WORLD_SIZE", "1") == "1"
     largest = largest_batch(work, found)
     remedies = []
     what = "batch_size" if work.training else "sampling.batch_size"
@@ -111,7 +127,7 @@ def fits(work: Work, found: Estimate) -> Iterator[Finding]:
     if work.training is None:
         remedies.append("--memory-budget, which keeps experts elsewhere")
     yield Finding(
-        "error",
+        "error" if is_sure else "warning",
         "memory",
         f"The work must fit into memory: it takes about {size_text(found.takes)}, and "
         f"{size_text(found.free)} of {work.device} are free.",
@@ -122,8 +138,8 @@ def fits(work: Work, found: Estimate) -> Iterator[Finding]:
 
 def largest_batch(work: Work, found: Estimate) -> int:
     """How many samples of a step would fit; 0 where not even one does."""
-    one, two = work.needs(1).in_memory, work.needs(2).in_memory
-    room = found.free - (found.takes - work.needs().in_memory) - one
+    one, two = work.bytes(1), work.bytes(2)
+    room = found.free - (found.takes - work.bytes()) - one
     if room < 0:
         return 0
     return min(1 + room // max(two - one, 1), work.batch)

@@ -61,6 +61,7 @@ class Plan:
         num_steps: of the whole training, or of a picture.
         training: of aggregators; None where nothing is trained.
         pixels: height times width of a picture; None for what the experts were made for.
+        is_offloaded: whether the experts' layers come to the device one at a time.
     """
 
     groups: Sequence[Group]
@@ -69,6 +70,7 @@ class Plan:
     num_steps: int = 1
     training: Training | None = None
     pixels: int | None = None
+    is_offloaded: bool = False
 
 
 def plan_of_training(recipe: Recipe) -> Plan:
@@ -85,7 +87,13 @@ def plan_of_training(recipe: Recipe) -> Plan:
     training = Training(settings.gradient_checkpointing, settings.ema_decay is not None)
     device = pick_device(settings.device)
     return Plan(
-        [group], device, settings.batch_size, settings.num_steps, training, side and side**2
+        [group],
+        device,
+        settings.batch_size,
+        settings.num_steps,
+        training,
+        side and side**2,
+        is_offloaded=settings.offload_experts,
     )
 
 

@@ -234,6 +234,7 @@ def _estimate(report: Report, plan: Plan, group: Group, looks: Sequence[Look]) -
         plan.num_steps,
         plan.pixels,
         plan.training,
+        is_offloaded=plan.is_offloaded,
     )
     try:
         found = estimate(work)
