@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ import pytest
 import yaml
 from PIL import Image
 
+from afa.errors import AfaError
 from tests.faults.commands import ENVIRONMENT, training
+from tests.training.runs import recipe, steps_of
 
 
 def pictures(folder: Path, count: int = 40) -> Path:
@@ -61,6 +64,29 @@ def test_a_reader_that_is_killed(experts: list[Path], tmp_path: Path) -> None:
         assert code == 0, said
         results.append(command.result()["aggregators.safetensors"])
     assert results[0] == results[1]
+
+
+@pytest.mark.fault(
+    "a path that is too long",
+    "train, processes that read pictures",
+    how="TMPDIR is so long that no socket can be made in it, of which torch says nothing and hangs",
+    holds="one line before the first step; one byte less, and it trains",
+)
+@pytest.mark.parametrize("is_too_long", [True, False])
+def test_a_long_folder_for_temporary_files(
+    is_too_long: bool, experts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tempfile.TemporaryDirectory(prefix="afa-", dir="/tmp") as short:
+        long = Path(short) / ("x" * (75 - len(short) - 1 + is_too_long))
+        long.mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(long))
+        data = {"folder": str(pictures(tmp_path / "pictures", 4)), "cache": False, "num_workers": 1}
+        steps = steps_of(recipe(experts[:2], data, num_steps=1), tmp_path / "run")
+        if is_too_long:
+            with pytest.raises(AfaError, match="must have at most 75 bytes, came"):
+                list(steps)
+        else:
+            assert len(list(steps)) == 1
 
 
 def wait_for(ready: Any, process: subprocess.Popen[str]) -> None:

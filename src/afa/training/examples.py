@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
@@ -23,6 +25,12 @@ if TYPE_CHECKING:
     from afa.training.data import CaptionedImages
     from afa.training.encoding import Encoded
     from afa.training.transform import Transform
+
+
+#: seconds in which a process that reads pictures must have a batch
+_PATIENCE = 1800
+#: bytes of a socket's path (sun_path of unix(7), with its end), and of what Python puts in a folder
+_MAX_SOCKET, _SOCKET = 107, len("/pymp-abcdefgh/listener-abcdefgh")
 
 
 class Examples(Protocol):
@@ -127,15 +135,38 @@ class _Places(Dataset):
         return AfaError(f"The data must hold pictures that can be read: {broken[index]}")
 
 
+def _require_sockets() -> None:
+    """Refuse temporary folders in which processes cannot hand over what they have read.
+
+    They do so by a socket there, whose path may not be longer than the system takes; where it is,
+    torch loses what was read, and whoever waits for it waits for ever.
+
+    Raises:
+        AfaError: the path is too long.
+    """
+    place = tempfile.gettempdir()
+    if len(os.fsencode(place)) + _SOCKET > _MAX_SOCKET:
+        raise AfaError(
+            f"For data.num_workers the path of the folder for temporary files must have at most "
+            f"{_MAX_SOCKET - _SOCKET} bytes, came '{place}'. Set TMPDIR to a shorter one."
+        )
+
+
 def _alive(loader: Iterable[Any]) -> Iterator[Any]:
     """What a loader reads.
 
     Raises:
-        AfaError: one of its processes was ended from outside.
+        AfaError: one of its processes was ended from outside, or says nothing any more.
     """
     try:
         yield from loader
     except RuntimeError as error:
+        if "DataLoader timed out" in str(error):
+            raise AfaError(
+                f"The processes that read pictures must have a batch within {_PATIENCE} seconds, "
+                "but nothing came. Is the disk there? Set data.num_workers: 0 to see what a read "
+                "says; the same command goes on."
+            ) from error
         if "DataLoader worker" not in str(error):
             raise
         raise AfaError(
@@ -188,11 +219,14 @@ class LiveExamples:
     def batches(self, places: Iterable[Sequence[int]]) -> Iterator[Encoded]:
         """See `Examples.batches`."""
         rows = list(places)
+        if self._num_workers:
+            _require_sockets()
         loader = DataLoader(
             _Places(self._data, self._transform, self._order),
             batch_sampler=cast("Any", rows),  # any sequences will do
             num_workers=self._num_workers,
             collate_fn=list,
+            timeout=_PATIENCE if self._num_workers else 0,
         )
         for row, read in zip(rows, _alive(loader), strict=True):
             yield self._encode(row, read)
