@@ -1,15 +1,16 @@
 """The table of docs/reliability.md, made from the tests that provoke faults as they run.
 
 A test says what it is about: `@pytest.mark.fault("kill -9", "a training", how="...", holds="...")`.
-With `--reliability FILE` what came of each is written there as JSON, and the page beside it gets
-its table anew. See `make reliability`.
+With `--reliability FILE` what came of each is written there as JSON, where those that did not run
+keep their last result, and the page beside it gets its table anew. See `make reliability`.
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -41,12 +42,16 @@ class Reliability:
             entry[report.outcome] += 1
 
     def pytest_sessionfinish(self) -> None:
-        commit = _git("rev-parse", "--short", "HEAD")
-        found = {
+        changed = "+" if _git("status", "--porcelain", "--", "src", "tests") else ""
+        when = {
             "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-            "commit": commit + ("+" if _git("status", "--porcelain", "--", "src", "tests") else ""),
-            "faults": [{"test": name, **entry} for name, entry in sorted(self._found.items())],
+            "commit": _git("rev-parse", "--short", "HEAD") + changed,
         }
+        # those that did not run this time keep their last result
+        before = json.loads(self._place.read_text()) if self._place.exists() else []
+        entries = {entry["test"]: entry for entry in before}
+        entries |= {name: {"test": name, **entry, **when} for name, entry in self._found.items()}
+        found = sorted(entries.values(), key=lambda entry: (entry["fault"], entry["what"]))
         self._place.write_text(json.dumps(found, indent=1) + "\n")
         write_part(self._place.with_suffix(".md"), "faults", table(found))
 
@@ -64,15 +69,13 @@ def note_fault(item: pytest.Item) -> None:
         item.user_properties.append((_PROPERTY, json.dumps(told)))
 
 
-def table(found: dict[str, Any]) -> str:
+def table(found: Sequence[Mapping[str, Any]]) -> str:
     """What was found, in Markdown."""
     rows = [
-        f"Last run: {found['date']}, at commit `{found['commit']}`.",
-        "",
         "| Fault | in | how it is provoked | what must hold | test | last result |",
         "|---|---|---|---|---|---|",
     ]
-    for entry in sorted(found["faults"], key=lambda entry: (entry["fault"], entry["what"])):
+    for entry in found:
         name = entry["test"].split("::")[-1]
         file = entry["test"].split("::")[0]
         rows.append(
@@ -82,12 +85,18 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def _result(entry: dict[str, Any]) -> str:
+def _result(entry: Mapping[str, Any]) -> str:
     counts = [f"{entry[key]} {key}" for key in ("passed", "failed", "skipped") if entry[key]]
-    return f"{', '.join(counts)} in {entry['seconds']:.0f} s"
+    return f"{', '.join(counts)}, {entry['date']}, `{entry['commit']}`"
 
 
-def faults_in(items: Sequence[pytest.Item]) -> list[str]:
-    """The names of all marked tests, without parameters."""
-    marked = (item for item in items if item.get_closest_marker("fault") is not None)
-    return sorted({item.nodeid.split("[")[0] for item in marked})
+def faults_in(tests: Path) -> set[str]:
+    """All marked tests of a folder, as `FILE::NAME`, read and not run."""
+    found = set()
+    for file in sorted(tests.rglob("test_*.py")):
+        for node in ast.parse(file.read_text()).body:
+            marks = [ast.unparse(mark) for mark in getattr(node, "decorator_list", ())]
+            if any(mark.startswith("pytest.mark.fault(") for mark in marks):
+                place = file.relative_to(tests.parent).as_posix()
+                found.add(f"{place}::{getattr(node, 'name', '')}")
+    return found

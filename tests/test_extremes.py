@@ -29,6 +29,12 @@ def pipeline(experts: list[Path]) -> Any:
 # -- latents ----------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(
+    "odd sizes",
+    "a step",
+    how="latents of 1 x 1 to 8 x 33, of no multiple of 8",
+    holds="bit for bit what the expert by itself gives",
+)
 @pytest.mark.parametrize("size", [(8, 8), (9, 7), (13, 8), (5, 24), (1, 1), (3, 2), (8, 33)])
 def test_latents_of_any_size_are_what_one_expert_gives(
     size: tuple[int, int], experts: list[Path]
@@ -49,6 +55,12 @@ def test_aggregators_take_them(size: tuple[int, int], pipeline: Any) -> None:
         assert pipeline.unet(**call)[0].shape[-2:] == size
 
 
+@pytest.mark.fault(
+    "odd sizes",
+    "a step",
+    how="batches of 0, 1 and 5",
+    holds="one and five are computed, none is refused in one line",
+)
 @pytest.mark.parametrize("batch", [0, 1, 5])
 def test_batches(batch: int, pipeline: Any) -> None:
     with torch.no_grad():
@@ -60,6 +72,12 @@ def test_batches(batch: int, pipeline: Any) -> None:
                 pipeline.unet(**call)
 
 
+@pytest.mark.fault(
+    "odd sizes",
+    "a step",
+    how="latents without an area",
+    holds="refused in one line",
+)
 @pytest.mark.parametrize("size", [(0, 8), (8, 0), (0, 0)])
 def test_no_area(size: tuple[int, int], pipeline: Any) -> None:
     call = inputs(height=size[0], width=size[1], text_width=48)
@@ -70,6 +88,12 @@ def test_no_area(size: tuple[int, int], pipeline: Any) -> None:
 # -- logits -----------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(
+    "huge logits",
+    "an aggregator",
+    how="logits of 1e4 to beyond float32",
+    holds="weights sum to 1, or the step is refused; never quietly nan",
+)
 @pytest.mark.parametrize("size", [1e4, 1e30, 3e38])
 def test_huge_logits_choose_one_expert(size: float, pipeline: Any) -> None:
     rule: Any = build_sabw(
@@ -136,6 +160,12 @@ def ensemble(experts: list[Path], tmp_path_factory: pytest.TempPathFactory) -> P
     return folder / "run"
 
 
+@pytest.mark.fault(
+    "odd prompts",
+    "generate",
+    how="none, 10,000 characters, every script, controls, markup",
+    holds="a picture, which makes itself again",
+)
 @pytest.mark.parametrize("name", PROMPTS)
 def test_prompts_of_any_kind(name: str, ensemble: Path, tmp_path: Path) -> None:
     """A picture comes out, and makes itself again from what it says of itself."""
@@ -150,6 +180,12 @@ def test_prompts_of_any_kind(name: str, ensemble: Path, tmp_path: Path) -> None:
     assert afa.pictures.read_picture(other).recipe.prompt == prompt
 
 
+@pytest.mark.fault(
+    "odd prompts",
+    "generate",
+    how="bytes that are no text, 20,001 characters",
+    holds="refused in one line",
+)
 @pytest.mark.parametrize("prompt", ["a \udcff fox", "x" * 20_001])
 def test_prompts_that_are_none(
     prompt: str, ensemble: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

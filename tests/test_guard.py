@@ -48,6 +48,12 @@ PLACES: dict[str, Any] = {
 }
 
 
+@pytest.mark.fault(
+    "numbers that are none",
+    "generate",
+    how="nan or infinity in an expert, at five sites",
+    holds="the run stops; expert and site are named",
+)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("site", PLACES)
 def test_the_expert_and_the_site_are_named(site: str, value: float, pipeline: Any) -> None:
@@ -57,6 +63,12 @@ def test_the_expert_and_the_site_are_named(site: str, value: float, pipeline: An
     assert "\n" not in str(e.value)
 
 
+@pytest.mark.fault(
+    "numbers that are none",
+    "generate --on-nonfinite mask",
+    how="nan in an expert, at five sites, exact and fast",
+    holds="a finite picture; that expert has no weight at that site, and some at all others",
+)
 @pytest.mark.parametrize("speed", ["exact", "fast"])
 @pytest.mark.parametrize("site", PLACES)
 def test_an_expert_is_masked_there_and_nowhere_else(site: str, speed: str, pipeline: Any) -> None:
@@ -139,6 +151,12 @@ def test_a_latent_that_is_not_finite(pipeline: Any) -> None:
         drawn(pipeline, latents=latents)
 
 
+@pytest.mark.fault(
+    "overflow",
+    "generate in float16",
+    how="weights of an expert so large that its feature passes 65504",
+    holds="expert and site are named, bfloat16 is proposed",
+)
 def test_float16_overflows_in_an_expert(experts: list[Path]) -> None:
     pipeline = afa.load_pipeline(experts, SMALL, torch_dtype=torch.float16)
     pipeline.set_progress_bar_config(disable=True)
@@ -148,6 +166,12 @@ def test_float16_overflows_in_an_expert(experts: list[Path]) -> None:
         drawn(pipeline)
 
 
+@pytest.mark.fault(
+    "overflow",
+    "the autoencoder",
+    how="infinity while the picture is decoded",
+    holds="refused in one line; no black picture is kept",
+)
 def test_an_autoencoder_that_overflows(pipeline: Any) -> None:
     spoil(pipeline.vae.decoder.conv_out)
     asked = picture_recipe(
@@ -164,6 +188,12 @@ def test_an_autoencoder_that_overflows(pipeline: Any) -> None:
         draw(pipeline, asked)
 
 
+@pytest.mark.fault(
+    "numbers that are none",
+    "train",
+    how="nan in an expert",
+    holds="the run stops before anything is learnt; expert and site are named",
+)
 def test_training_names_them_too(experts: list[Path], tmp_path: Path) -> None:
     copy = Path(shutil.copytree(experts[1], tmp_path / "wrong"))
     file = copy / "unet" / "diffusion_pytorch_model.safetensors"

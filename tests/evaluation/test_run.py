@@ -179,6 +179,12 @@ def reached(output: Path, pattern: str, count: int) -> bool:
     return len(list(output.glob(pattern))) >= count
 
 
+@pytest.mark.fault(
+    "kill -9",
+    "evaluate",
+    how="SIGKILL three times, to two processes",
+    holds="the same command goes on, and comes to the report of an undisturbed run",
+)
 @pytest.mark.slow
 def test_killed_three_times_it_comes_to_the_same_report(
     finished: tuple[Path, dict[str, Any]], tmp_path: Path, write: Write

@@ -49,6 +49,12 @@ def test_the_newest_few_are_kept(tmp_path: Path) -> None:
     assert (tmp_path / "step-mine.safetensors").exists()
 
 
+@pytest.mark.fault(
+    "full disk",
+    "train, at a checkpoint",
+    how="writing the checkpoint fails with ENOSPC",
+    holds="one line that names the last checkpoint, which is intact",
+)
 def test_a_full_disk_leaves_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoints = Checkpoints(tmp_path)
     with monkeypatch.context() as full:

@@ -144,6 +144,12 @@ def test_sharding_that_cannot_be(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.fault(
+    "kill -9",
+    "train",
+    how="SIGKILL at a random moment, five times",
+    holds="the same command goes on, and ends with the bits of an undisturbed run",
+)
 @pytest.mark.slow
 def test_killed_five_times_it_ends_with_the_same_bits(experts: list[Path], tmp_path: Path) -> None:
     """Once while it encodes, and at four moments of its steps that nobody chose."""

@@ -37,6 +37,12 @@ def test_tiny_ones_are_taken(kind: str, tmp_path: Path) -> None:
     check_folder(saved_experts(kind, tmp_path, count=1)[0])
 
 
+@pytest.mark.fault(
+    "a hostile configuration",
+    "any model",
+    how="code, kernels of a hub, sizes without end, in every file",
+    holds="refused in one line before anything is built",
+)
 @pytest.mark.parametrize(
     ("file", "changes", "message"),
     [

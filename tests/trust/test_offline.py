@@ -66,6 +66,12 @@ def command(name: str, folder: Path, experts: list[Path]) -> list[str]:
     return [name.split()[0], str(folder / "recipe.yaml"), "--output", str(folder / "output")]
 
 
+@pytest.mark.fault(
+    "no network",
+    "train, merge, evaluate, inspect",
+    how="hub ids, with and without --offline",
+    holds="with it no name is looked up; one line either way, and no waiting for ever",
+)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["train", "train data", "merge", "evaluate", "inspect"])
 def test_nobody_is_asked(

@@ -48,6 +48,12 @@ def test_texts_that_are_no_recipe(text: str, message: str, tmp_path: Path) -> No
     assert not list(tmp_path.glob("x"))
 
 
+@pytest.mark.fault(
+    "a hostile recipe",
+    "train",
+    how="aliases that stand for 10^12 entries",
+    holds="refused in one line",
+)
 def test_aliases_of_aliases(tmp_path: Path) -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12)]
@@ -77,6 +83,12 @@ def test_a_thousand_mistakes_are_one_line(tmp_path: Path) -> None:
     assert len(str(error.value)) < 5000
 
 
+@pytest.mark.fault(
+    "a hostile recipe",
+    "train",
+    how="paths to other folders in every place that takes one",
+    holds="refused until the user allows the folder",
+)
 @pytest.mark.parametrize(
     "changes",
     [
