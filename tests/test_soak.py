@@ -94,6 +94,13 @@ LEAKS = {
 }
 
 
+@pytest.fixture
+def _two_percent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve megabytes of the six hundred that the series have."""
+    monkeypatch.setitem(SHARES, "anonymous", 0.02)
+
+
+@pytest.mark.usefixtures("_two_percent")
 @pytest.mark.parametrize("series", FLAT.values(), ids=FLAT)
 def test_what_is_flat(series: np.ndarray) -> None:
     verdict = judge({"anonymous": list(series)}, list(HOURS))
@@ -102,6 +109,7 @@ def test_what_is_flat(series: np.ndarray) -> None:
     assert verdict.lines()[-1].endswith("All is flat.")
 
 
+@pytest.mark.usefixtures("_two_percent")
 @pytest.mark.parametrize("series", LEAKS.values(), ids=LEAKS)
 def test_what_leaks(series: np.ndarray) -> None:
     verdict = judge({"anonymous": list(series)}, list(HOURS))
@@ -110,6 +118,7 @@ def test_what_leaks(series: np.ndarray) -> None:
     assert verdict.lines()[-1].endswith("Grew: anonymous.")
 
 
+@pytest.mark.usefixtures("_two_percent")
 def test_what_cannot_be_told_is_not_called_flat() -> None:
     verdict = judge({"anonymous": list(600 * MB + 60 * MB * noise(3))}, list(HOURS))
     assert outcomes(verdict) == {"anonymous": "unclear"}
