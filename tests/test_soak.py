@@ -181,6 +181,7 @@ def test_a_round_that_keeps_something_is_caught(work: str, grown: set[str], tmp_
     assert not list((tmp_path / WORK).iterdir()), "a round's folder is removed"
     judged = conclude(tmp_path)
     assert judged.is_flat == (not grown), "the lines alone say the same"
+    assert json.loads((tmp_path / SUMMARY).read_text())["trimmed"] == summary["trimmed"]
 
 
 def test_a_round_that_fails_ends_it_and_leaves_the_lines(tmp_path: Path) -> None:

@@ -79,6 +79,9 @@ def conclude(output: Path, after_trim: Mapping[str, int] | None = None) -> Verdi
     rows = [json.loads(line) for line in (output / LINES).read_text().splitlines()]
     verdict = judge_rows(rows)
     summary = {**summarise(rows, verdict), "trimmed": after_trim}
+    if after_trim is None and (output / SUMMARY).exists():  # only the process itself can tell
+        before = json.loads((output / SUMMARY).read_text())
+        summary |= {key: before[key] for key in ("trimmed", "commit")}
     (output / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
     from benchmarks.soak.drawing import draw
 
