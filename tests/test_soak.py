@@ -96,6 +96,13 @@ LEAKS = {
 }
 
 
+@pytest.fixture
+def _two_percent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve megabytes of the six hundred that the series have."""
+    monkeypatch.setitem(SHARES, "anonymous", 0.02)
+
+
+@pytest.mark.usefixtures("_two_percent")
 @pytest.mark.parametrize("series", FLAT.values(), ids=FLAT)
 def test_what_is_flat(series: np.ndarray) -> None:
     verdict = judge({"anonymous": list(series)}, list(HOURS))
@@ -104,6 +111,7 @@ def test_what_is_flat(series: np.ndarray) -> None:
     assert verdict.lines()[-1].endswith("All is flat.")
 
 
+@pytest.mark.usefixtures("_two_percent")
 @pytest.mark.parametrize("series", LEAKS.values(), ids=LEAKS)
 def test_what_leaks(series: np.ndarray) -> None:
     verdict = judge({"anonymous": list(series)}, list(HOURS))
@@ -112,6 +120,7 @@ def test_what_leaks(series: np.ndarray) -> None:
     assert verdict.lines()[-1].endswith("Grew: anonymous.")
 
 
+@pytest.mark.usefixtures("_two_percent")
 def test_what_cannot_be_told_is_not_called_flat() -> None:
     verdict = judge({"anonymous": list(600 * MB + 60 * MB * noise(3))}, list(HOURS))
     assert outcomes(verdict) == {"anonymous": "unclear"}
@@ -174,6 +183,7 @@ def test_a_round_that_keeps_something_is_caught(work: str, grown: set[str], tmp_
     assert not list((tmp_path / WORK).iterdir()), "a round's folder is removed"
     judged = conclude(tmp_path)
     assert judged.is_flat == (not grown), "the lines alone say the same"
+    assert json.loads((tmp_path / SUMMARY).read_text())["trimmed"] == summary["trimmed"]
 
 
 def test_a_round_that_fails_ends_it_and_leaves_the_lines(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ python -m benchmarks.soak --page FOLDER --docs docs     # its plot and figures i
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import importlib
 import os
 import shutil
@@ -38,6 +39,7 @@ def main() -> int:
         return 0
     if arguments.judge is not None:
         return int(not conclude(arguments.judge).is_flat)
+    faulthandler.enable()  # or a crash would leave nothing to go by
     output = arguments.output.absolute()
     if arguments.work is not None:
         module, _, name = arguments.work.partition(":")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from afa.plots import save_figure
+from benchmarks.soak.loop import curves_of
+from benchmarks.soak.reads import BLOCK
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,18 +22,22 @@ _MARKERS = "osD^vPX"
 _MEMORY = {
     "rss": "resident",
     "anonymous": "of it no file's",
+    "used": "in use, without what safetensors loses",
     "allocated": "given out by the C library",
-    "tensor_bytes": "in tensors",
+    "lost": "lost by safetensors",
 }
 _COUNTS = {
     "fds": "file descriptors",
     "threads": "threads",
     "children": "child processes",
     "tensors": "tensors",
-    "cached": "entries in caches",
     "deleted": "maps of removed files",
 }
-_OBJECTS = {"objects": "Python objects", "blocks": "blocks of memory"}
+_OBJECTS = {
+    "objects": "Python objects",
+    "blocks": "blocks of memory, without lost ones",
+    "cached": "entries in caches",
+}
 
 
 def draw(rows: Sequence[dict[str, Any]], verdict: Verdict, path: Path) -> None:
@@ -47,18 +53,22 @@ def draw(rows: Sequence[dict[str, Any]], verdict: Verdict, path: Path) -> None:
     figure = Figure(figsize=(8.4, 8.0), layout="constrained")
     memory, objects, counts = figure.subplots(3, 1, sharex=True)
     minutes = [row["seconds"] / 60 for row in rows]
-    _curves(memory, minutes, rows, _MEMORY, 1e6)
+    curves = curves_of(list(rows))
+    curves["rss"] = [row["rss"] for row in rows]
+    curves["anonymous"] = [row["anonymous"] for row in rows]
+    curves["lost"] = [BLOCK * row["lost"] for row in rows]
+    _draw(memory, minutes, curves, _MEMORY, 1e6)
     memory.set_ylabel("MB")
-    _curves(objects, minutes, rows, _OBJECTS, 1e3)
+    _draw(objects, minutes, curves, _OBJECTS, 1e3)
     objects.set_ylabel("thousands")
-    _curves(counts, minutes, rows, _COUNTS, 1)
+    _draw(counts, minutes, curves, _COUNTS, 1)
     counts.set_ylabel("count")
     counts.set_xlabel("minutes")
     for axis in (memory, objects, counts):
         axis.axvspan(0, minutes[min(verdict.warm_up, len(rows)) - 1], color="#dddddd", zorder=0)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7, ncols=3, loc="upper right", bbox_to_anchor=(1, 1.16), frameon=False)
+        axis.legend(fontsize=7, ncols=5, loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
     figure.suptitle(
         f"One process, {len(rows)} rounds of drawing and training; grey: warm-up\n"
         f"{verdict.lines()[-1]}",
@@ -67,15 +77,15 @@ def draw(rows: Sequence[dict[str, Any]], verdict: Verdict, path: Path) -> None:
     save_figure(figure, path)
 
 
-def _curves(
+def _draw(
     axis: Axes,
     minutes: Sequence[float],
-    rows: Sequence[dict[str, Any]],
+    curves: dict[str, list[float]],
     names: dict[str, str],
     unit: float,
 ) -> None:
     for n, (name, label) in enumerate(names.items()):
-        values = [row[name] / unit for row in rows]
+        values = [value / unit for value in curves[name]]
         style: dict[str, Any] = {
             "color": _COLOURS[n],
             "marker": _MARKERS[n],

@@ -19,9 +19,11 @@ MIN_WARM_UP, MIN_ROUNDS = 3, 6
 COUNTS = ("fds", "threads", "children", "tensors", "tensor_bytes", "cached", "deleted", "disk")
 #: what must not happen at all
 NEVER = ("unseen",)
-#: what may grow by this share over the whole time, which is more than it varies by itself
+#: What may grow by this share over the whole time, which is a little more than it varies by itself.
+#: A fifth of the anonymous memory is what the C library keeps, and that goes up and down by a fifth
+#: of itself. What it has given out, and what Python has, does not: a leak is seen there first.
 SHARES = {
-    "anonymous": 0.02,
+    "anonymous": 0.05,
     "allocated": 0.005,
     "blocks": 0.002,
     "objects": 0.002,
