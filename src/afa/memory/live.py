@@ -100,7 +100,8 @@ class _Attention(TorchFunctionMode):
     ) -> Any:
         del types
         if func is functional.scaled_dot_product_attention:
-            query, _, value = args[:3]
+            named = {**dict(zip(("query", "key", "value"), args, strict=False)), **(kwargs or {})}
+            query, value = named["query"], named["value"]
             # two products, of every query with every key, and of what comes of it with the values
             self.flops += 2 * query.numel() * value.shape[-2] * 2
             return query.new_empty(*query.shape[:-1], value.shape[-1])
