@@ -10,6 +10,8 @@ SOURCE = Path(__file__).parents[2] / "src" / "afa"
 PLACE = "<!-- every message -->"
 #: what is raised with a message for users: `AfaError`, and what is derived from it
 ERRORS = ("AfaError", "Ambiguous", "BrokenPicture", "NotFinite")
+#: from which argument on a `Finding` says something
+FINDING = 2
 #: parts of the package by what their users do; all else is "Experts and ensembles"
 TITLES = {
     "acceleration": "Speed",
@@ -43,7 +45,13 @@ def messages() -> dict[str, list[str]]:
             if not isinstance(node, ast.Call) or not node.args:
                 continue
             name = getattr(node.func, "id", getattr(node.func, "attr", ""))
-            if name in ERRORS and (text := _text(node.args[0])):
+            if name in ERRORS:
+                text = _text(node.args[0])
+            elif name == "Finding" and len(node.args) > FINDING:  # of a look before any work
+                text = " ".join(_text(part) for part in node.args[FINDING:])
+            else:
+                continue
+            if text:
                 texts.append(" ".join(text.split()))
         part = file.relative_to(SOURCE).with_suffix("").parts[0]
         known = found.setdefault(TITLES.get(part, "Experts and ensembles"), [])
