@@ -125,6 +125,7 @@ def owned(folder: Path) -> Iterator[None]:
             "it, or end it."
         ) from None
     except (NotImplementedError, OSError) as error:
+        # the first is how older releases of filelock say that there is no flock at all
         if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
             raise
         raise AfaError(
