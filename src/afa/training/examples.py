@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
@@ -152,14 +153,17 @@ def _require_sockets() -> None:
         )
 
 
-def _alive(loader: Iterable[Any]) -> Iterator[Any]:
-    """What a loader reads.
+@contextmanager
+def readers_alive() -> Iterator[None]:
+    """Say in one line what torch says where a process that reads pictures is no more.
+
+    It does so by a signal, in the middle of whatever runs: a step as well as a read.
 
     Raises:
-        AfaError: one of its processes was ended from outside, or says nothing any more.
+        AfaError: one of the processes was ended from outside, or says nothing any more.
     """
     try:
-        yield from loader
+        yield
     except RuntimeError as error:
         if "DataLoader timed out" in str(error):
             raise AfaError(
@@ -228,8 +232,9 @@ class LiveExamples:
             collate_fn=list,
             timeout=_PATIENCE if self._num_workers else 0,
         )
-        for row, read in zip(rows, _alive(loader), strict=True):
-            yield self._encode(row, read)
+        with readers_alive():
+            for row, read in zip(rows, loader, strict=True):
+                yield self._encode(row, read)
 
     def _encode(self, places: Sequence[int], read: Sequence[Sample | AfaError]) -> Encoded:
         samples: list[Sample] = []

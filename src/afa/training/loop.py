@@ -18,6 +18,7 @@ from afa.errors import AfaError
 from afa.kinds import denoiser_of
 from afa.memory.exhausted import saying_what_fits, smaller_batch
 from afa.training.conditions import conditioning_of
+from afa.training.examples import readers_alive
 from afa.training.objective import denoising_loss, forward_process
 from afa.training.routing import Routing, tapped
 from afa.training.stopping import Stopped
@@ -117,13 +118,13 @@ def optimizer_steps(
         "Or take gradient_checkpointing: true, or expert_dtype: bfloat16.",
     )
 
-    def gradients(last: bool, tap: WeightTap | None) -> tuple[Tensor, Routing | None]:
+    def gradients(step: int, last: bool, tap: WeightTap | None) -> tuple[Tensor, Routing | None]:
         """Add one batch's gradients; returns its loss."""
         batch = next(batches)
         with engine.without_sync(model, when=not last):
             loss = _loss(pipeline, model, process, batch, settings)
             if not engine.is_sharding and not torch.isfinite(loss):
-                _name_who(pipeline, model, process, batch, settings)
+                _name_who(step + 1, loss, pipeline, model, process, batch, settings)
             total = loss
             if tap is not None and (settings.entropy_weight or settings.balance_weight):
                 total = loss + tap.penalty(settings.entropy_weight, settings.balance_weight)
@@ -139,8 +140,9 @@ def optimizer_steps(
                 group["lr"] = learning_rate
             count = settings.gradient_accumulation_steps
             try:
-                with saying_what_fits(f"A batch of {settings.batch_size} samples", too_large):
-                    parts = [gradients(n == count - 1, tap) for n in range(count)]
+                what = f"A batch of {settings.batch_size} samples"
+                with readers_alive(), saying_what_fits(what, too_large):
+                    parts = [gradients(step, n == count - 1, tap) for n in range(count)]
             except AfaError:
                 if done > first:
                     save(done)  # bad data shall not cost the steps before it
@@ -203,7 +205,7 @@ def _loss(
     ).mean()
 
 
-def _name_who(*step: Any) -> None:
+def _name_who(step: int, loss: Tensor, *again: Any) -> None:
     """The step once more without gradients: an ensemble looks at every feature then.
 
     Raises:
@@ -211,9 +213,10 @@ def _name_who(*step: Any) -> None:
     """
     try:
         with torch.no_grad():
-            _loss(*step)
+            _loss(*again)
     except AfaError as error:
-        raise NotFinite(f"The loss must be finite, but it is not. {error}") from error
+        found = f"The loss must be finite, at step {step} it is {loss.item()}."
+        raise NotFinite(f"{found} {error}") from error
 
 
 def _agree(
