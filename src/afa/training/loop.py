@@ -143,6 +143,8 @@ def optimizer_steps(
                 what = f"A batch of {settings.batch_size} samples"
                 with readers_alive(), saying_what_fits(what, too_large):
                     parts = [gradients(step, n == count - 1, tap) for n in range(count)]
+            except NotFinite:  # the steps before it may have led there
+                raise
             except AfaError:
                 if done > first:
                     save(done)  # bad data shall not cost the steps before it
