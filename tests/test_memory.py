@@ -14,7 +14,7 @@ import afa
 from afa.errors import AfaError
 from afa.kinds import denoiser_of
 from afa.memory.budget import choose, parse_size
-from afa.memory.live import peak_of
+from afa.memory.live import measure, peak_of
 from afa.memory.needs import Needs, needs_of
 from afa.pipeline import load_pipeline
 from tests.tiny import tiny_pipeline
@@ -48,6 +48,15 @@ def test_sizes(text: str, size: float) -> None:
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(AfaError, match="must be a size such as 8GB"):
         parse_size(text)
+
+
+def test_attention_is_measured_however_it_is_called() -> None:
+    """Flux names its arguments; two products of 4 queries with 6 keys, in 2 heads of 8."""
+    query, other = (torch.empty(1, 2, length, 8, device="meta") for length in (4, 6))
+    attention = functional.scaled_dot_product_attention
+    by_place = measure(lambda: attention(query, other, other))
+    by_name = measure(lambda: attention(query=query, key=other, value=other))
+    assert by_place == by_name == (4 * 2 * 4 * 8, 2 * 2 * (2 * 4 * 6 * 8))
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
