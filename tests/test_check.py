@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from afa.cli.check import plan_for
 from afa.errors import AfaError
 from afa.memory.needs import Training
-from afa.preflight.machine import Estimate, Work, estimate, fits, largest_batch
+from afa.preflight.machine import Estimate, Work, fits, largest_batch
 from afa.preflight.plans import plan_of_training
 from afa.preflight.run import Report, look
 from afa.training.recipe import load_recipe
@@ -169,19 +170,50 @@ def test_all_errors_are_listed_and_the_first_is_raised(experts: list[Path], tmp_
 
 
 def test_what_does_not_fit_comes_with_what_does(experts: list[Path]) -> None:
-    work = Work(experts[0], 2, 2, None, torch.float32, torch.device("cpu"), 64, training=Training())
-    found = estimate(work)
+    cpu = torch.device("cpu")
+    work = Work(experts[0], 2, 2, None, torch.float32, cpu, 6400, "batch_size", training=Training())
+    found = work.estimate()
     assert not list(fits(work, found))
-    needs_64, needs_16 = work.needs(64).in_memory, work.needs(16).in_memory
     little = Estimate(found.takes, int(found.takes / 1.1), 1.0, 1)
     assert [finding.level for finding in fits(work, little)] == ["warning"]
-    tight = Estimate(needs_64, needs_16, 1.0, 1)
+    tight = Estimate(found.takes, work.bytes(1600), 1.0, 1)
     (finding,) = fits(work, tight)
     assert finding.level == "error"
-    assert largest_batch(work, tight) == pytest.approx(16, abs=1)
-    assert "batch_size: 1" in finding.remedy
-    assert "gradient_accumulation_steps: 4" in finding.remedy or "5" in finding.remedy
+    assert largest_batch(work, tight) == 1600
+    assert "batch_size: 1600 with gradient_accumulation_steps: 4" in finding.remedy
     assert "gradient_checkpointing: true" in finding.remedy
+    assert "memory-budget" not in finding.remedy
+
+
+def test_pictures_with_guidance_are_two_samples_each(experts: list[Path]) -> None:
+    cpu = torch.device("cpu")
+    work = Work(experts[0], 2, 2, None, torch.float32, cpu, 64, "sampling.batch_size", 2)
+    takes = work.bytes(64)
+    assert takes == replace(work, samples_each=1).bytes(128)
+    tight = Estimate(takes, work.bytes(16), 1.0, 1)
+    assert largest_batch(work, tight) == 16
+    (finding,) = fits(work, tight)
+    assert "sampling.batch_size: 16, or" in finding.remedy
+    assert "gradient" not in finding.remedy
+
+
+def test_a_picture_that_does_not_fit(
+    experts: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run("train", write_recipe(tmp_path, experts), "--output", tmp_path / "run") == 0
+    monkeypatch.setattr("afa.preflight.machine.free_memory", lambda _: 100_000_000)
+    asked = ("generate", tmp_path / "run", "a fox", "--steps", 1, "--device", "cpu", "--output")
+    capsys.readouterr()
+    assert run(*asked, tmp_path / "new") == 2
+    said = capsys.readouterr().err
+    assert "The work must fit into memory: it takes about" in said
+    assert "--memory-budget" in said
+    assert "batch_size" not in said
+    assert not (tmp_path / "new").exists()
+    assert run(*asked, tmp_path / "new", "--no-check") == 0
 
 
 # -- the command ------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from torch import Tensor
 import afa
 from afa.errors import AfaError
 from afa.pictures import draw, picture_recipe
+from tests.acceleration.test_plan import plan_of
 from tests.tiny import inputs
 from tests.training.runs import SMALL, recipe, steps_of
 
@@ -128,6 +129,18 @@ def test_a_text_encoder_that_overflows(pipeline: Any) -> None:
     pipeline.unet.on_nonfinite = "mask"
     assert drawn(pipeline).isfinite().all()
     assert {place for _, place in pipeline.unet.masked} == {"text encoder"}
+
+
+def test_experts_that_a_plan_leaves_out_do_not_step_in(pipeline: Any) -> None:
+    """Their features are not there; a plan's others go on, or nobody does."""
+    spoil(PLACES["mid"](pipeline.unet.experts[1]))
+    pipeline.unet.on_nonfinite = "mask"
+    pipeline.unet.plan = plan_of(pipeline.unet, {"mid": [0, 1]})
+    assert drawn(pipeline).isfinite().all()
+    assert pipeline.unet.masked == {("expert1", "mid"): 3}
+    pipeline.unet.plan = plan_of(pipeline.unet, {"mid": [1]})
+    with pytest.raises(AfaError, match="none of them gave such numbers at 'mid'"):
+        drawn(pipeline)
 
 
 def test_all_of_them(pipeline: Any) -> None:

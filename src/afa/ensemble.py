@@ -277,8 +277,8 @@ class EnsembleDenoiser(Delegation, Placement, ModelMixin, ConfigMixin):
             else:
                 weights = shortcut.kept_weights(site) if shortcut else None
                 chosen = left.get(site)
-                if len(sound) < len(features):
-                    chosen = [n for n in chosen or sound if n in sound]
+                if guard is not None and len(sound) < len(features):
+                    chosen = guard.still(chosen or sound, sound, site)
                 fused = self._fuse(site, features, condition, chosen, weights)
                 if guard is not None:
                     guard.look_at_fused(site, fused.feature)

@@ -104,6 +104,14 @@ class Guard:
                 self._note(running[place], f"its feature at site '{site}'", site)
         return self._others(wrong, range(len(features)), site)
 
+    def still(self, planned: Sequence[int], sound: Sequence[int], site: str) -> list[int]:
+        """Those of the places of which a plan says that they are fused that are finite.
+
+        Raises:
+            AfaError: none is.
+        """
+        return self._others([n for n in planned if n not in sound], planned, site)
+
     def look_at_fused(self, site: str, fused: Tensor | Sequence[Tensor]) -> None:
         """Refuse what is not finite although all features were.
 

@@ -101,13 +101,13 @@ def look_at(plan: Plan, *, with_weights: bool = True, visible: bool = True) -> R
         return look(plan, with_weights=with_weights, progress=note)
 
 
-def require_sound(plan: Plan) -> None:
+def require_sound(plan: Plan, *, with_weights: bool = True) -> None:
     """Look before work, say what may disappoint, and go on only where nothing is wrong.
 
     Raises:
         AfaError: the first error.
     """
-    report = look_at(plan)
+    report = look_at(plan, with_weights=with_weights)
     report.require()
     for finding in report.findings:
         if finding.level == "warning":

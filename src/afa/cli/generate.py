@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from afa.cli.check import require_sound
 from afa.cli.console import console, progress_bar, quieten_loading, require_new_folder
+from afa.cli.trust import OPTIONS as TRUST_OPTIONS
 from afa.errors import AfaError
 from afa.files import slug
 from afa.recipe import MAX_SEED
@@ -33,6 +35,7 @@ BESIDE_A_PICTURE = (
     "device",
     "memory_budget",
     "cuda_graphs",
+    *TRUST_OPTIONS,
 )
 
 
@@ -96,6 +99,9 @@ def generate(
     on_nonfinite: Annotated[
         str, _picture("Where an expert's numbers overflow: stop, or mask it there.")
     ] = "stop",
+    look_first: Annotated[
+        bool, _speed("Look first, as afa check --no-weights.", name="--check/--no-check")
+    ] = True,
 ) -> None:
     """Generate pictures with a trained ensemble.
 
@@ -133,6 +139,7 @@ def generate(
 
     from afa import pictures
     from afa.kinds import denoiser_of
+    from afa.preflight.plans import plan_of_ensemble
     from afa.training.engine import pick_device
 
     quieten_loading()
@@ -150,6 +157,18 @@ def generate(
         assert ensemble is not None, "it was asked for above"
         if quantize is not None:
             loading["quantize"] = quantize
+        elif look_first and memory_budget is None and processes.is_main:
+            require_sound(
+                plan_of_ensemble(
+                    ensemble,
+                    getattr(torch, dtype),
+                    loading["device"],
+                    samples_each=2 if guidance > 1 else 1,
+                    num_steps=steps * num_images * len(prompts or []),
+                    pixels=height * width if height and width else None,
+                ),
+                with_weights=False,
+            )
         pipeline = pictures.prepare(
             ensemble,
             acceleration=acceleration,

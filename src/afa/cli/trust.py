@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _PANEL = "Files from strangers"
-_OPTIONS: dict[str, Any] = {
+#: by the names of their arguments
+OPTIONS: dict[str, Any] = {
     "allow_pickle": Annotated[
         bool,
         typer.Option(
@@ -65,11 +66,11 @@ def with_trust(command: Callable[..., None]) -> Callable[..., None]:
         inspect.Parameter(
             name, keyword, default=None if name == "allow_folder" else False, annotation=annotation
         )
-        for name, annotation in _OPTIONS.items()
+        for name, annotation in OPTIONS.items()
     ]
     signature = inspect.signature(command, eval_str=True)
     run.__signature__ = signature.replace(  # type: ignore[attr-defined]
         parameters=[*signature.parameters.values(), *added]
     )
-    run.__annotations__ = {**command.__annotations__, **_OPTIONS}
+    run.__annotations__ = {**command.__annotations__, **OPTIONS}
     return run

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,13 +128,82 @@ def needs_of(
             "Copy it from the model that lends the autoencoder, or leave the budget out."
         )
     index = read_json(config / "model_index.json")
-    kind = kind_of(str(index.get("_class_name")), config)
+    class_name = str(index.get("_class_name"))
+    kind = kind_of(class_name, config)
+    found = _measured(
+        class_name,
+        _text(config / kind.denoiser / "config.json"),
+        _text(config / "vae" / "config.json"),
+        num_experts,
+        aggregators,
+        dtype,
+        weight_bits,
+        training,
+    )
+    picture = (pixels or found.native) // found.shrink**2
+    return Needs(
+        num_experts=num_experts,
+        layers=num_experts * found.layers,
+        largest=found.largest,
+        rest=num_experts * found.rest,
+        encoders=encoder_sets * sum(_encoder_bytes(config, index, dtype)),
+        others=found.others,
+        work=max(found.step * batch * picture // found.cells, found.decoding * picture // _SIDE**2),
+        flops=found.flops * batch * picture // found.cells,
+    )
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What takes long to find out and does not depend on the size of what is drawn.
+
+    Attributes:
+        layers: bytes of one expert's layers.
+        largest: one of them.
+        rest: of the expert.
+        others: autoencoder, aggregators, and what training keeps of these.
+        step: bytes at once in a step of batch 1 on the smallest input.
+        cells: of that input's latent.
+        flops: of that step.
+        decoding: bytes at once when a latent of `_SIDE` is decoded.
+        native: pixels of the pictures that the experts were made for.
+        shrink: of the autoencoder, per side.
+    """
+
+    layers: int
+    largest: int
+    rest: int
+    others: int
+    step: int
+    cells: int
+    flops: int
+    decoding: int
+    native: int
+    shrink: int
+
+
+def _text(config: Path) -> str:
+    """A configuration as one text, equal for equal content."""
+    return json.dumps(read_json(config), sort_keys=True)
+
+
+@lru_cache(maxsize=32)
+def _measured(
+    class_name: str,
+    denoiser: str,
+    autoencoder: str,
+    num_experts: int,
+    aggregators: SABWConfig | None,
+    dtype: torch.dtype,
+    weight_bits: int | None,
+    training: Training | None,
+) -> _Measured:
+    """Build the models without weights, and run them without data."""
+    kind = kind_of(class_name, "the model")
     family = kind.denoiser_family
     with torch.device("meta"):
-        twin: Any = family.model_class.from_config(
-            read_json(config / kind.denoiser / "config.json")
-        )
-        vae = AutoencoderKL.from_config(read_json(config / "vae" / "config.json"))
+        twin: Any = family.model_class.from_config(json.loads(denoiser))
+        vae = AutoencoderKL.from_config(json.loads(autoencoder))
         for model in (twin, vae):
             nn.Module.to(model, dtype)  # the library's own says that it keeps nothing in float32
         sites = discover_sites(twin)
@@ -141,7 +212,6 @@ def needs_of(
             text = sum(family.widths(twin).text) or None
             rules = build_sabw(aggregators, sites, num_experts, text)
     size = _quantised(weight_bits)
-    layers = [size(layer) for layer in family.layers(twin)]
     held = sum(size(layer) for layer in _outermost(family.layers(twin)))
     own = list(dict.fromkeys(rules))
     # beside experts in half precision a copy of them runs, see afa.aggregators.lowered
@@ -150,19 +220,19 @@ def needs_of(
     running = [lowered.get(rule, rule) for rule in rules]
     step, cells, flops = _step(family, twin, running, num_experts, training)
     shrink = 2 ** (len(vae.config.block_out_channels) - 1)
-    picture = (pixels or _native(kind, twin.config, shrink)) // shrink**2
-    decode = peak_of(lambda: _decode(vae, dtype))
-    return Needs(
-        num_experts=num_experts,
-        layers=num_experts * held,
-        largest=max(layers),
-        rest=num_experts * (size(twin) - held),
-        encoders=encoder_sets * sum(_encoder_bytes(config, index, dtype)),
+    return _Measured(
+        layers=held,
+        largest=max(size(layer) for layer in family.layers(twin)),
+        rest=size(twin) - held,
         others=_bytes(vae)
         + sum(_bytes(rule) for rule in (*own, *lowered.values()))
         + (0 if training is None else training.copies * sum(_bytes(rule) for rule in own)),
-        work=max(step * batch * picture // cells, decode * picture // _SIDE**2),
-        flops=flops * batch * picture // cells,
+        step=step,
+        cells=cells,
+        flops=flops,
+        decoding=peak_of(lambda: _decode(vae, dtype)),
+        native=_native(kind, twin.config, shrink),
+        shrink=shrink,
     )
 
 

@@ -19,63 +19,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from afa.aggregators import SABWConfig
-    from afa.memory.free import free_memory
-from afa.memory.needs import Needs
+    from afa.memory.needs import Needs
 
 #: times what is free, from which on work is refused; estimates were within a quarter
 _SURE = 1.25
 _SIDE, _MEASURE = 1024, 0.2  # of the matrices that are multiplied, and for how many seconds
-
-
-@dataclass(frozen=True)
-class Work:
-    """What is to be done with experts.
-
-    Attributes:
-        config: the pipeline's folder that describes them.
-        num_experts: N.
-        encoder_sets: how many models' text encoders there are.
-        aggregators: of all sites; None for the mean.
-        dtype: of the experts.
-        device: where.
-        batch: samples of a step; pictures with guidance count twice.
-        num_steps: of all of it.
-        pixels: height times width; None for what the experts were made for.
-        training: of aggregators; None where pictures are drawn.
-        is_offloaded: whether the experts' layers come to the device one at a time.
-    """
-
-    config: Path
-    num_experts: int
-    encoder_sets: int
-    aggregators: SABWConfig | None
-    dtype: torch.dtype
-    device: torch.device
-    batch: int
-    num_steps: int = 1
-    pixels: int | None = None
-    training: Training | None = None
-    is_offloaded: bool = False
-
-    def bytes(self, batch: int | None = None) -> int:
-        """What it takes of the device's memory, with another batch where one is given."""
-        needs = self.needs(batch)
-        if self.is_offloaded and self.device.type != "cpu":
-            return needs.resting + 2 * needs.largest
-        return needs.in_memory
-
-    def needs(self, batch: int | None = None) -> Needs:
-        """What it takes, with another batch where one is given."""
-        return needs_of(
-            self.config,
-            self.num_experts,
-            self.aggregators,
-            encoder_sets=self.encoder_sets,
-            dtype=self.dtype,
-            batch=batch or self.batch,
-            pixels=self.pixels,
-            training=self.training,
-        )
 
 
 @dataclass(frozen=True)
@@ -96,12 +44,67 @@ class Estimate:
     num_steps: int
 
 
-def estimate(work: Work) -> Estimate:
-    """What work takes of this machine."""
-    needs = work.needs()
-    takes = program_bytes(work.device.type == "cpu") + work.bytes()
-    seconds = work.num_steps * needs.flops / _speed(work)
-    return Estimate(takes, free_memory(work.device), seconds, work.num_steps)
+@dataclass(frozen=True)
+class Work:
+    """What is to be done with experts.
+
+    Attributes:
+        config: the pipeline's folder that describes them.
+        num_experts: N.
+        encoder_sets: how many models' text encoders there are.
+        aggregators: of all sites; None for the mean.
+        dtype: of the experts.
+        device: where.
+        batch: of a step, as `batch_name` counts it.
+        batch_name: what a recipe calls it; None where it is one picture and cannot be smaller.
+        samples_each: how many samples one of the batch is; a picture with guidance is two.
+        num_steps: of all of it.
+        pixels: height times width; None for what the experts were made for.
+        training: of aggregators; None where pictures are drawn.
+        is_offloaded: whether the experts' layers come to the device one at a time.
+    """
+
+    config: Path
+    num_experts: int
+    encoder_sets: int
+    aggregators: SABWConfig | None
+    dtype: torch.dtype
+    device: torch.device
+    batch: int
+    batch_name: str | None = None
+    samples_each: int = 1
+    num_steps: int = 1
+    pixels: int | None = None
+    training: Training | None = None
+    is_offloaded: bool = False
+
+    def estimate(self) -> Estimate:
+        """What it takes of this machine."""
+        needs = self._needs(self.batch)
+        seconds = self.num_steps * needs.flops / _speed(self)
+        return Estimate(self._takes(needs), free_memory(self.device), seconds, self.num_steps)
+
+    def bytes(self, batch: int) -> int:
+        """What a batch takes of the device's memory, the program's own included."""
+        return self._takes(self._needs(batch))
+
+    def _takes(self, needs: Needs) -> int:
+        is_on_cpu = self.device.type == "cpu"
+        if self.is_offloaded and not is_on_cpu:
+            return program_bytes(is_on_cpu) + needs.resting + 2 * needs.largest
+        return program_bytes(is_on_cpu) + needs.in_memory
+
+    def _needs(self, batch: int) -> Needs:
+        return needs_of(
+            self.config,
+            self.num_experts,
+            self.aggregators,
+            encoder_sets=self.encoder_sets,
+            dtype=self.dtype,
+            batch=self.samples_each * batch,
+            pixels=self.pixels,
+            training=self.training,
+        )
 
 
 def fits(work: Work, found: Estimate) -> Iterator[Finding]:
@@ -112,34 +115,38 @@ def fits(work: Work, found: Estimate) -> Iterator[Finding]:
     if found.takes <= found.free:
         return
     is_sure = found.takes > _SURE * found.free and os.environ.get("WORLD_SIZE", "1") == "1"
-    largest = largest_batch(work, found)
-    remedies = []
-    what = "batch_size" if work.training else "sampling.batch_size"
-    if largest:
-        remedies.append(f"{what}: {largest}")
-        if work.training:
-            times = -(-work.batch // largest)
-            remedies[-1] += f" with gradient_accumulation_steps: {times}"
-    if work.training and not work.training.is_checkpointed:
-        remedies.append("gradient_checkpointing: true")
-    if work.dtype == torch.float32:
-        remedies.append("experts in bfloat16")
-    if work.training is None:
-        remedies.append("--memory-budget, which keeps experts elsewhere")
     yield Finding(
         "error" if is_sure else "warning",
         "memory",
         f"The work must fit into memory: it takes about {size_text(found.takes)}, and "
         f"{size_text(found.free)} of {work.device} are free.",
         "It would be ended halfway.",
-        f"Take {', or '.join(remedies)}.",
+        f"Take {', or '.join(_remedies(work, found))}.",
     )
 
 
+def _remedies(work: Work, found: Estimate) -> Iterator[str]:
+    largest = largest_batch(work, found) if work.batch_name else 0
+    if largest and work.training:
+        times = -(-work.batch // largest)
+        yield f"{work.batch_name}: {largest} with gradient_accumulation_steps: {times}"
+    elif largest:
+        yield f"{work.batch_name}: {largest}"
+    if work.training and not work.training.is_checkpointed:
+        yield "gradient_checkpointing: true"
+    if work.training and not work.is_offloaded and work.device.type != "cpu":
+        yield "offload_experts: true"
+    if work.dtype == torch.float32:
+        yield "experts in bfloat16"
+    if not work.batch_name:
+        yield "--memory-budget, which keeps experts elsewhere"
+    yield "a machine with more memory"
+
+
 def largest_batch(work: Work, found: Estimate) -> int:
-    """How many samples of a step would fit; 0 where not even one does."""
+    """How large a batch would fit; 0 where not even one does."""
     one, two = work.bytes(1), work.bytes(2)
-    room = found.free - (found.takes - work.bytes()) - one
+    room = found.free - one
     if room < 0:
         return 0
     return min(1 + room // max(two - one, 1), work.batch)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from afa.baselines.merging.recipe import MergeRecipe
-    from afa.evaluation.recipe import EvaluateRecipe
+    from afa.evaluation.recipe import EvaluateRecipe, SamplingRecipe
     from afa.evaluation.search import SearchRecipe
     from afa.lora import LoraExpert
     from afa.training.recipe import Recipe
@@ -58,6 +58,8 @@ class Plan:
         groups: of experts, each loaded by itself.
         device: where.
         batch: of a step; 0 where none is taken.
+        batch_name: what a recipe calls it; None where it is one picture.
+        samples_each: how many samples one of the batch is; a picture with guidance is two.
         num_steps: of the whole training, or of a picture.
         training: of aggregators; None where nothing is trained.
         pixels: height times width of a picture; None for what the experts were made for.
@@ -67,6 +69,8 @@ class Plan:
     groups: Sequence[Group]
     device: torch.device
     batch: int
+    batch_name: str | None = None
+    samples_each: int = 1
     num_steps: int = 1
     training: Training | None = None
     pixels: int | None = None
@@ -90,9 +94,10 @@ def plan_of_training(recipe: Recipe) -> Plan:
         [group],
         device,
         settings.batch_size,
-        settings.num_steps,
-        training,
-        side and side**2,
+        "batch_size",
+        num_steps=settings.num_steps,
+        training=training,
+        pixels=side and side**2,
         is_offloaded=settings.offload_experts,
     )
 
@@ -110,9 +115,7 @@ def plan_of_evaluation(recipe: EvaluateRecipe) -> Plan:
     for method in recipe.methods:
         groups += [Group(method.name, [model], companions) for model in method.model or ()]
         groups += [_ensemble(method.name, folder, dtype) for folder in method.ensemble or ()]
-    pixels = sampling.height * sampling.width if sampling.height and sampling.width else None
-    batch, device = 2 * sampling.batch_size, pick_device(sampling.device)
-    return Plan(groups, device, batch, sampling.num_steps, pixels=pixels)
+    return _drawing(groups, sampling)
 
 
 def plan_of_search(recipe: SearchRecipe) -> Plan:
@@ -120,8 +123,7 @@ def plan_of_search(recipe: SearchRecipe) -> Plan:
     sampling = recipe.sampling
     companions = _companions(recipe, getattr(torch, sampling.dtype))
     group = Group("search", recipe.experts, companions)
-    batch, device = 2 * sampling.batch_size, pick_device(sampling.device)
-    return Plan([group], device, batch, sampling.num_steps)
+    return _drawing([group], sampling)
 
 
 def plan_of_merge(recipe: MergeRecipe) -> Plan:
@@ -135,9 +137,38 @@ def plan_of_merge(recipe: MergeRecipe) -> Plan:
     )
 
 
-def plan_of_ensemble(folder: str | Path, dtype: torch.dtype, device: torch.device) -> Plan:
-    """Of `afa generate` as it is without options: one picture, with guidance."""
-    return Plan([_ensemble("ensemble", folder, dtype)], device, 2, _NUM_STEPS)
+def plan_of_ensemble(
+    folder: str | Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    samples_each: int = 2,
+    num_steps: int = _NUM_STEPS,
+    pixels: int | None = None,
+) -> Plan:
+    """Of `afa generate`; as it is without options, one picture with guidance."""
+    return Plan(
+        [_ensemble("ensemble", folder, dtype)],
+        device,
+        1,
+        samples_each=samples_each,
+        num_steps=num_steps,
+        pixels=pixels,
+    )
+
+
+def _drawing(groups: Sequence[Group], sampling: SamplingRecipe) -> Plan:
+    """Of pictures in batches, with guidance."""
+    height, width = sampling.height, sampling.width
+    return Plan(
+        groups,
+        pick_device(sampling.device),
+        sampling.batch_size,
+        "sampling.batch_size",
+        samples_each=2,
+        num_steps=sampling.num_steps,
+        pixels=height * width if height and width else None,
+    )
 
 
 def _companions(recipe: Any, dtype: torch.dtype) -> Companions:

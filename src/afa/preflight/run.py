@@ -18,7 +18,7 @@ from afa.memory.plan import encoder_sets
 from afa.preflight.compare import compare
 from afa.preflight.facts import Facts, read_facts
 from afa.preflight.finding import Finding, Level, in_order
-from afa.preflight.machine import Estimate, Work, estimate, fits
+from afa.preflight.machine import Estimate, Work, fits
 from afa.preflight.weights import Weights, look_into
 from afa.single_file import config_of_expert
 from afa.sources import locate
@@ -231,13 +231,15 @@ def _estimate(report: Report, plan: Plan, group: Group, looks: Sequence[Look]) -
         group.companions.torch_dtype,
         plan.device,
         plan.batch,
+        plan.batch_name,
+        plan.samples_each,
         plan.num_steps,
         plan.pixels,
         plan.training,
         is_offloaded=plan.is_offloaded,
     )
     try:
-        found = estimate(work)
+        found = work.estimate()
     except AfaError as error:  # what describes the experts leaves the autoencoder out
         report.findings.append(Finding("note", "memory", str(error)))
         return
