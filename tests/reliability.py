@@ -51,9 +51,15 @@ class Reliability:
         before = json.loads(self._place.read_text()) if self._place.exists() else []
         entries = {entry["test"]: entry for entry in before}
         entries |= {name: {"test": name, **entry, **when} for name, entry in self._found.items()}
-        found = sorted(entries.values(), key=lambda entry: (entry["fault"], entry["what"]))
+        known = faults_in(Path(__file__).parent)
+        found = sorted(
+            (entry for name, entry in entries.items() if name in known),
+            key=lambda entry: (entry["fault"], entry["what"], entry["test"]),
+        )
         self._place.write_text(json.dumps(found, indent=1) + "\n")
-        write_part(self._place.with_suffix(".md"), "faults", table(found))
+        page = self._place.with_suffix(".md")
+        if page.exists():
+            write_part(page, "faults", table(found))
 
 
 def _git(*arguments: str) -> str:

@@ -161,6 +161,16 @@ def test_zero_terminal_snr_wants_trailing_timesteps(experts: list[Path], tmp_pat
     assert any("should be spaced 'trailing'" in text for text in warnings)
 
 
+def test_a_configuration_that_describes_no_model(experts: list[Path], tmp_path: Path) -> None:
+    """The library divides by zero when it builds this one."""
+    file = "unet/config.json"
+    copies = [changed(e, tmp_path / e.name, file, attention_head_dim=0) for e in experts[:2]]
+    report = looked(tmp_path, copies)
+    assert {error.check for error in report.errors} == {"architecture"}
+    assert "cannot be built: integer division or modulo by zero" in report.errors[0].text
+    assert not report.estimates
+
+
 def test_all_errors_are_listed_and_the_first_is_raised(experts: list[Path], tmp_path: Path) -> None:
     wrong = [tmp_path / "a", tmp_path / "b", experts[0]]
     report = looked(tmp_path, wrong)

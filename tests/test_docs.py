@@ -10,6 +10,11 @@ import yaml
 
 from afa.training.recipe import DatasetRecipe
 from benchmarks import page
+from benchmarks.soak.page import as_page
+from fuzz.run import READERS
+from fuzz.run import table as fuzzed
+from fuzz.targets import TARGETS
+from tests.reliability import faults_in, table
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,6 +43,26 @@ def test_files_on_the_map_exist() -> None:
     named = re.findall(r"`((?:src|tests)/[\w/.]+)`", (ROOT / "CONTRIBUTING.md").read_text())
     assert len(named) >= 6
     assert all((ROOT / name).exists() for name in named)
+
+
+def test_every_fault_that_is_provoked_is_in_the_table() -> None:
+    rows = json.loads((ROOT / "docs" / "reliability.json").read_text())
+    assert {row["test"] for row in rows} == faults_in(ROOT / "tests")
+    assert table(rows) in (ROOT / "docs" / "reliability.md").read_text()
+    assert [row["test"] for row in rows if row["failed"] or not row["passed"]] == []
+
+
+def test_every_reader_that_is_fuzzed_is_in_the_table() -> None:
+    report = json.loads((ROOT / "docs" / "fuzz.json").read_text())
+    assert {found["target"] for found in report["targets"]} == set(TARGETS)
+    assert set(report["lines"]) == set(READERS)
+    assert fuzzed(report) in (ROOT / "docs" / "reliability.md").read_text()
+
+
+def test_the_soak_that_is_shown_was_flat() -> None:
+    summary = json.loads((ROOT / "docs" / "soak.json").read_text())
+    assert as_page(summary) in (ROOT / "docs" / "reliability.md").read_text()
+    assert (ROOT / "docs" / "images" / "soak.png").exists()
 
 
 def test_the_benchmark_page_is_made_of_its_figures() -> None:

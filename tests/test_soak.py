@@ -196,12 +196,22 @@ def test_a_round_that_fails_ends_it_and_leaves_the_lines(tmp_path: Path) -> None
 
 def test_the_page_gets_plot_and_figures(tmp_path: Path) -> None:
     (tmp_path / "docs" / "images").mkdir(parents=True)
+    page = tmp_path / "docs" / "reliability.md"
+    page.write_text("before\n<!-- soak: begin -->\nold\n<!-- soak: end -->\nafter\n")
     (tmp_path / PLOT).write_bytes(b"plot")
-    (tmp_path / SUMMARY).write_text("{}")
+    finding = {"curve": "disk", "outcome": "flat", "before": 1e6, "after": 1e6, "limit": 0}
+    summary = {
+        **{"rounds": 9, "minutes": 59.6, "warm_up": 3, "date": "2026-01-02", "commit": "abc1234"},
+        **{"machine": "one, 2 cores", "findings": [{**finding, "at_most": -5.0}]},
+    }
+    (tmp_path / SUMMARY).write_text(json.dumps(summary))
     done = soak(tmp_path, "--page", str(tmp_path), "--docs", str(tmp_path / "docs"))
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "docs" / "images" / "soak.png").read_bytes() == b"plot"
-    assert (tmp_path / "docs" / "soak.json").read_text() == "{}"
+    assert json.loads((tmp_path / "docs" / "soak.json").read_text()) == summary
+    assert "| the work folder | 1.0 MB | 1.0 MB | 0.0 MB | 0.0 MB | flat |" in page.read_text()
+    assert page.read_text().startswith("before\n<!-- soak: begin -->\n9 rounds in 60 minutes")
+    assert page.read_text().endswith("<!-- soak: end -->\nafter\n")
 
 
 @pytest.fixture

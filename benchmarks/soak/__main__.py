@@ -16,7 +16,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.soak.loop import PLOT, SUMMARY, WORK, conclude, soak
+from benchmarks.soak.loop import WORK, conclude, soak
+from benchmarks.soak.page import publish
 
 if TYPE_CHECKING:
     from benchmarks.soak.loop import Work
@@ -47,12 +48,6 @@ def main() -> int:
     else:
         work = real_work(output, arguments.only)
     return int(not soak(work, output, arguments.minutes, arguments.rounds).is_flat)
-
-
-def publish(folder: Path, docs: Path) -> None:
-    """Put the plot and the figures of a soak among the pages."""
-    shutil.copyfile(folder / PLOT, docs / "images" / PLOT)
-    shutil.copyfile(folder / SUMMARY, docs / SUMMARY)
 
 
 def real_work(output: Path, only: list[str] | None) -> Work:

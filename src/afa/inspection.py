@@ -14,7 +14,7 @@ from afa.aggregators import SABWConfig
 from afa.aggregators.build import build_sabw
 from afa.checkpoint import FORMAT, read_config
 from afa.denoisers import FAMILIES, Family, Site, discover_sites
-from afa.errors import AfaError
+from afa.errors import NO_MODEL, AfaError
 from afa.files import read_json
 from afa.layouts import config_folder, config_of, missing_parts
 from afa.published import describe_published, is_published
@@ -130,7 +130,7 @@ def _describe_denoiser(family: Family, config: dict[str, Any]) -> dict[str, Any]
             rules = build_sabw(SABWConfig(), sites, 3, width)
         except AfaError as error:
             return {**facts, "refused": str(error)}
-        except (ValueError, TypeError, LookupError, RuntimeError) as error:
+        except NO_MODEL as error:
             name = family.model_class.__name__
             return {"refused": f"The configuration describes no {name}: {error}"}
         parameters = sum(p.numel() for rule in rules for p in rule.parameters())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 
-from afa.errors import AfaError
+from afa.errors import NO_MODEL, AfaError
 from afa.files import parts_of, read_json
 from afa.trust.folders import check_folder, check_part
 from afa.trust.headers import check_header
@@ -22,17 +22,7 @@ T = TypeVar("T")
 
 PICKLES = frozenset({".ckpt", ".pt", ".pth", ".bin", ".pkl"})
 # what libraries say of a file that is not what it seems
-_DAMAGED = (
-    OSError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    TypeError,
-    RuntimeError,
-    EOFError,
-    SafetensorError,
-    pickle.UnpicklingError,
-)
+_DAMAGED = (*NO_MODEL, OSError, EOFError, SafetensorError, pickle.UnpicklingError)
 
 
 @contextmanager

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import yaml
 from PIL import Image
 
 from afa.trust.headers import check_header
+from tests.faults.warm import Running
 from tests.test_cli import AGGREGATOR
 
 #: of a process that is started here
@@ -35,21 +34,14 @@ class Command:
     output: Path
     settled: tuple[str, ...]
 
-    def start(self, *options: str, **environment: str) -> subprocess.Popen[str]:
+    def start(self) -> Running:
         """A process of its own, at the head of a group."""
-        return subprocess.Popen(
-            [sys.executable, "-m", "afa", *self.arguments, *options],
-            env={**os.environ, **ENVIRONMENT, **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+        return Running(self.arguments, {**os.environ, **ENVIRONMENT})
 
-    def run(self, **environment: str) -> tuple[int, str]:
+    def run(self) -> tuple[int | None, str]:
         """Its exit code, and what it said on standard error."""
-        process = self.start(**environment)
-        _, said = process.communicate(timeout=600)
+        process = self.start()
+        _, said = process.communicate()
         return process.returncode, said
 
     def result(self) -> dict[str, str]:

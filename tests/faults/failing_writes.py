@@ -93,15 +93,9 @@ def main() -> None:
     """See the module."""
     root, out = Path(sys.argv[1]), Path(sys.argv[2])
     arguments = sys.argv[4:]
-    # what every command needs, imported by none of them anew
-    import afa.baselines.merging.run
     import afa.cli.check
-    import afa.evaluation.run
-    import afa.evaluation.scoring
-    import afa.pictures
-    import afa.plots
-    import afa.training.run
     from afa.preflight.run import Report
+    from tests.faults import warm  # noqa: F401  # imported here, and by no run anew
 
     # the look before the work writes nothing, and is taken often enough elsewhere
     afa.cli.check.look_at = lambda plan, **_: Report()

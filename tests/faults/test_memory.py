@@ -73,17 +73,13 @@ def test_what_does_not_fit_is_said_before(tmp_path: Path) -> None:
 @pytest.mark.fault(
     "out of memory",
     "train, in a step",
-    how="the process may have less memory than a step takes, and nobody looked before",
+    how="the process may have less memory than a step takes; --no-check",
     holds="one line with a batch size and the accumulation that learns the same; exit code 2",
 )
 def test_a_step_that_does_not_fit(tmp_path: Path) -> None:
     place = recipe_of(tmp_path, 400)
-    program = (
-        "import sys; import afa.cli.train as t; t.require_sound = lambda plan: None; "
-        "from afa.cli import main; main(sys.argv[1:])"
-    )
-    arguments = ["-c", program, "train", str(place), "--output", str(tmp_path / "run")]
-    done = limited(arguments, 6000 * _MB)
+    arguments = ["train", str(place), "--output", str(tmp_path / "run"), "--no-check"]
+    done = limited(["-m", "afa", *arguments], 6000 * _MB)
     lines = done.stderr.splitlines()
     assert (done.returncode, len(lines)) == (2, 1), done.stderr
     assert "A batch of 400 samples must fit into memory, which ran out" in lines[0]
@@ -118,6 +114,7 @@ def test_the_remedy(size: int, accumulation: int | None, said: str) -> None:
         ),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has ..."),
         MemoryError(),
+        RuntimeError("could not create a primitive"),
     ],
 )
 def test_what_the_libraries_say_of_it(error: Exception) -> None:

@@ -58,8 +58,8 @@ def test_pictures_that_were_drawn_stay(experts: list[Path], tmp_path: Path) -> N
     assert command.run()[0] == 0
     assert command.result() == whole.result()
     assert len(whole.result()) == 5
-    code, said = command.run()  # and once more, with nothing left to do
-    assert code == 0, said
+    again, said = command.run()  # and once more, with nothing left to do
+    assert again == 0, said
 
 
 @pytest.mark.slow

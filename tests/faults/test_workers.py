@@ -89,7 +89,7 @@ def test_a_long_folder_for_temporary_files(
             assert len(list(steps)) == 1
 
 
-def wait_for(ready: Any, process: subprocess.Popen[str]) -> None:
+def wait_for(ready: Any, process: Any) -> None:
     end = time.monotonic() + 300
     while not ready():
         assert process.poll() is None, process.communicate()

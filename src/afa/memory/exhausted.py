@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 _ASKED = re.compile(r"ried to allocate (\d[\d.]* \w+)")
+#: oneDNN, which computes convolutions on the CPU, has no other words for it, nor only this meaning
+_UNSURE = re.compile(r"could not (create|execute) a (primitive|memory object)")
 _SAYS = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC")
 
 
@@ -34,7 +36,10 @@ def saying_what_fits(what: str, remedy: Callable[[], str]) -> Iterator[None]:
         if not is_exhausted(error):
             raise
         asked = _ASKED.search(str(error))
+        unsure = _UNSURE.search(str(error))
         detail = f" when {asked[1]} more were asked for" if asked else ""
+        if unsure:
+            detail = f", if '{unsure[0]}' means what it most often does"
         raise AfaError(f"{what} must fit into memory, which ran out{detail}. {remedy()}") from error
 
 
@@ -42,7 +47,9 @@ def is_exhausted(error: BaseException) -> bool:
     """Whether an exception says that there is no more memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(said in str(error) for said in _SAYS)
+    said = str(error)
+    is_said = any(words in said for words in _SAYS) or _UNSURE.search(said) is not None
+    return isinstance(error, RuntimeError) and is_said
 
 
 def smaller_batch(

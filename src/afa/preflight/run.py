@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from afa.denoisers import family_of
-from afa.errors import AfaError
+from afa.errors import NO_MODEL, AfaError
 from afa.files import parts_of, read_json
 from afa.lora import LoraExpert, base_of, lora_file
 from afa.memory.plan import encoder_sets
@@ -122,7 +122,7 @@ def look(
             found = compare([each.facts for each in looks], allow_duplicates=group.allow_duplicates)
             report.findings += [finding for finding in found if finding not in report.findings]
             report.findings += _autoencoders(looks)
-            if plan.batch:
+            if plan.batch and not any(each.check == "architecture" for each in report.errors):
                 _estimate(report, plan, group, looks)
     if with_weights and report.experts:
         dtype = plan.groups[0].companions.torch_dtype
@@ -165,7 +165,7 @@ def _whole(look: Look) -> Iterator[Finding]:
     except AfaError as error:
         yield Finding("error", "architecture", str(error))
         return
-    except (ValueError, TypeError, LookupError, RuntimeError, AttributeError) as error:
+    except NO_MODEL as error:
         said = " ".join(str(error).split())[:200]
         yield Finding(
             "error", "architecture", f"The denoiser of '{facts.name}' cannot be built: {said}."
