@@ -60,7 +60,7 @@ def as_page(summary: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"{summary['rounds']} rounds in {summary['minutes']:.0f} minutes, of which the first "
-            f"{summary['warm_up']} are warm-up, on {summary['date']} at `{summary['commit']}` "
+            f"{summary['warm_up']} are warm-up, on {summary['date']} at `{summary['commit'][:7]}` "
             f"({summary['machine']}). A slope counts by the upper end of its 95 % interval.",
             "",
             "![Memory, objects and descriptors of one process over an hour](images/soak.png)",
