@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import re
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_ASKED = re.compile(r"GLOBAL ([\w.]+)")
 PICKLES = frozenset({".ckpt", ".pt", ".pth", ".bin", ".pkl"})
 # what libraries say of a file that is not what it seems
 _DAMAGED = (*NO_MODEL, OSError, EOFError, SafetensorError, pickle.UnpicklingError)
@@ -42,8 +44,15 @@ def loading(must: str, remedy: str, *also: type[Exception]) -> Iterator[None]:
     except AfaError:
         raise
     except _DAMAGED + also as error:
-        said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise AfaError(f"{must}, but loading says {said} - {remedy}") from error
+        raise AfaError(f"{must}, but loading says {said_by(error)} - {remedy}") from error
+
+
+def said_by(error: Exception) -> str:
+    """What a library says of a file, on a line; not torch's advice to run a pickle's code."""
+    if isinstance(error, pickle.UnpicklingError):
+        asked = _ASKED.search(str(error))
+        return f"it asks for {asked[1]}" if asked else "it is no such file or asks for more"
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def weights_in(folder: Path) -> tuple[str | None, list[Path]]:

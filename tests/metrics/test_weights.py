@@ -167,6 +167,7 @@ def test_a_pickles_code_is_never_run(clip: Path, tmp_path: Path) -> None:
     Intruder.ran = False
     said = refusal(name="aes", weights=tmp_path / "evil.pth", clip=clip, allow_pickle=True)
     assert "must be complete in" in said
+    assert "loading says it asks for setattr - Download" in said
     assert not Intruder.ran
 
 

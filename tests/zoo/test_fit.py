@@ -92,6 +92,12 @@ def test_stopped_and_continued_is_bit_for_bit_the_same(tmp_path: Path) -> None:
     assert torch.equal(whole.weight, again.weight)
 
 
+def test_a_checkpoint_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "line.ckpt").write_bytes(b"not what torch writes")
+    with pytest.raises(AfaError, match=r"line.ckpt' must be what this command has written, but"):
+        steps_of(line(), tmp_path / "line.ckpt")
+
+
 def test_spoilt_halves_are_no_halves() -> None:
     halves = torch.rand(20, 3, 64, 32)
     spoilt = spoil(halves, torch.Generator().manual_seed(0))

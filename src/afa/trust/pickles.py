@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-import re
 import shutil
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -18,13 +17,12 @@ from safetensors.torch import save_file
 from afa.errors import AfaError
 from afa.files import cache_folder, staged
 from afa.trust.policy import policy
-from afa.weights import PICKLES, hash_file
+from afa.weights import PICKLES, hash_file, said_by
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 _MAX_NESTING = 4
-_ASKED = re.compile(r"GLOBAL ([\w.]+)")
 _WEIGHTS = "diffusion_pytorch_model"
 
 
@@ -101,18 +99,14 @@ def _read(path: Path) -> dict[str, Any]:
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # not what torch says: it advises to load with code and all
-        asked = _ASKED.search(str(error))
-        more = f"asks for {asked[1]}" if asked else "is no such file or asks for more"
         raise AfaError(
-            f"A pickled checkpoint must hold tensors alone; '{path}' {more}. Get the .safetensors "
-            "file."
+            f"A pickled checkpoint must hold tensors alone; of '{path}' torch says that "
+            f"{said_by(error)}. Get the .safetensors file."
         ) from None
     except (OSError, RuntimeError, ValueError, LookupError, TypeError, EOFError) as error:
-        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise AfaError(
-            f"'{path}' must be a whole pickled checkpoint, but reading says {said} Download it "
-            "again."
+            f"'{path}' must be a whole pickled checkpoint, but reading says {said_by(error)} "
+            "Download it again."
         ) from None
     for _ in range(_MAX_NESTING):
         if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from afa.files import write_atomic
+from afa.weights import loading
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -63,12 +64,13 @@ def fit(
     average = {k: p.detach().clone() for k, p in parameters.items()}
     first = 0
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        first = state["step"]
-        model.load_state_dict(state["model"])
-        average = state["average"]
-        if first < num_steps:
-            optimizer.load_state_dict(state["optimizer"])
+        with loading(f"'{checkpoint}' must be what this command has written", "Remove it."):
+            state = torch.load(checkpoint, weights_only=True)
+            first = state["step"]
+            model.load_state_dict(state["model"])
+            average = state["average"]
+            if first < num_steps:
+                optimizer.load_state_dict(state["optimizer"])
 
     def save(step: int) -> None:
         state = {"step": step, "model": model.state_dict(), "average": average}
