@@ -238,6 +238,11 @@ def _is_of(rule: nn.Module, config: SABWConfig | None) -> bool:
     return isinstance(rule, SABW) and rule.config == config
 
 
+def ensemble_folder(folder: str | Path) -> Path:
+    """Where an ensemble is: a local folder, or `zoo:ensemble`; no hub is asked for one."""
+    return locate(folder) if str(folder).startswith("zoo:") else Path(folder)
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """Read and check `config.json` of an ensemble folder.
 
@@ -294,7 +299,7 @@ def load_ensemble(
     Raises:
         AfaError: a damaged folder, an expert that is gone, or one whose hash is another.
     """
-    folder = locate(folder) if str(folder).startswith("zoo:") else Path(folder)
+    folder = ensemble_folder(folder)
     if is_published(folder):
         if not all(moved is None for moved in (experts, vae, config, parts)):
             raise AfaError(f"'{folder}' holds its experts itself; name no others.")

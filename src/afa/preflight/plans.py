@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from afa.aggregators import SABWConfig
-from afa.checkpoint import read_config, sources_in
+from afa.checkpoint import ensemble_folder, read_config, sources_in
 from afa.memory.needs import Training
 from afa.pipeline import first_folder
 from afa.published import is_published
 from afa.single_file import Companions
-from afa.sources import locate
 from afa.training.engine import pick_device
 
 if TYPE_CHECKING:
@@ -180,7 +179,7 @@ def _companions(recipe: Any, dtype: torch.dtype) -> Companions:
 
 def _ensemble(label: str, folder: str | Path, dtype: torch.dtype) -> Group:
     """The experts that an ensemble's folder names; of the published code's the folder itself."""
-    place = locate(folder)
+    place = ensemble_folder(folder)
     if is_published(place):
         return Group(label, [place], Companions(dtype))
     saved = read_config(place)
