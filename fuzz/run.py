@@ -132,9 +132,9 @@ def minimise(target: str) -> None:
         control.write_text("\n".join([str(len(inputs)), "0", *map(str, inputs)]) + "\n")
         said = _libfuzzer(target, "-merge_inner=1", f"-merge_control_file={control}")
         reached = {
-            int(number): set(features)
-            for kind, number, *features in map(str.split, control.read_text().splitlines())
-            if kind == "FT"
+            int(words[1]): set(words[2:])
+            for words in map(str.split, control.read_text().splitlines())
+            if words[0] == "FT"
         }
     if reached.keys() != set(range(len(inputs))):
         raise SystemExit(f"not all inputs were read again, so all are kept:\n{said[-3000:]}")
