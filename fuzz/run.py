@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 from datetime import UTC, datetime
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +78,9 @@ def lines_reached() -> dict[str, float]:
     """The share of lines of every reader that all of the corpus reaches."""
     import coverage
 
-    spec = find_spec("afa")  # not imported yet: lines of modules count, too
-    assert spec is not None, "it is what runs here"
-    assert spec.origin is not None, "it is a package with an __init__.py"
-    source = Path(spec.origin).parent
+    import afa
+
+    source = Path(afa.__file__).parent
     measure = coverage.Coverage(
         include=[str(source / reader) for reader in READERS], data_file=None
     )

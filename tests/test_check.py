@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from afa.cli.check import plan_for
 from afa.errors import AfaError
 from afa.memory.needs import Training
-from afa.preflight.machine import Estimate, Work, fits, largest_batch
+from afa.preflight.machine import Estimate, Job, Work, fits, largest_batch
 from afa.preflight.plans import plan_of_training
 from afa.preflight.run import Report, look
 from afa.training.recipe import load_recipe
@@ -181,15 +181,16 @@ def test_all_errors_are_listed_and_the_first_is_raised(experts: list[Path], tmp_
 
 def test_what_does_not_fit_comes_with_what_does(experts: list[Path]) -> None:
     cpu = torch.device("cpu")
-    work = Work(experts[0], 2, 2, None, torch.float32, cpu, 6400, "batch_size", training=Training())
-    found = work.estimate()
-    assert not list(fits(work, found))
+    work = Work(cpu, 6400, "batch_size", training=Training())
+    job = Job(experts[0], 2, 2, None, torch.float32, work)
+    found = job.estimate()
+    assert not list(fits(job, found))
     little = Estimate(found.takes, int(found.takes / 1.1), 1.0, 1)
-    assert [finding.level for finding in fits(work, little)] == ["warning"]
-    tight = Estimate(found.takes, work.bytes(1600), 1.0, 1)
-    (finding,) = fits(work, tight)
+    assert [finding.level for finding in fits(job, little)] == ["warning"]
+    tight = Estimate(found.takes, job.bytes(1600), 1.0, 1)
+    (finding,) = fits(job, tight)
     assert finding.level == "error"
-    assert largest_batch(work, tight) == 1600
+    assert largest_batch(job, tight) == 1600
     assert "batch_size: 1600 with gradient_accumulation_steps: 4" in finding.remedy
     assert "gradient_checkpointing: true" in finding.remedy
     assert "memory-budget" not in finding.remedy
@@ -197,12 +198,13 @@ def test_what_does_not_fit_comes_with_what_does(experts: list[Path]) -> None:
 
 def test_pictures_with_guidance_are_two_samples_each(experts: list[Path]) -> None:
     cpu = torch.device("cpu")
-    work = Work(experts[0], 2, 2, None, torch.float32, cpu, 64, "sampling.batch_size", 2)
-    takes = work.bytes(64)
-    assert takes == replace(work, samples_each=1).bytes(128)
-    tight = Estimate(takes, work.bytes(16), 1.0, 1)
-    assert largest_batch(work, tight) == 16
-    (finding,) = fits(work, tight)
+    work = Work(cpu, 64, "sampling.batch_size", samples_each=2)
+    job = Job(experts[0], 2, 2, None, torch.float32, work)
+    takes = job.bytes(64)
+    assert takes == replace(job, work=replace(work, samples_each=1)).bytes(128)
+    tight = Estimate(takes, job.bytes(16), 1.0, 1)
+    assert largest_batch(job, tight) == 16
+    (finding,) = fits(job, tight)
     assert "sampling.batch_size: 16, or" in finding.remedy
     assert "gradient" not in finding.remedy
 

@@ -113,7 +113,8 @@ def test_generate_makes_a_picture_again(
     options = ["--steps", 3, "--seed", 9, "--bias", "1=+2", "--bias", "0@up=-1", "--weights"]
     assert run("generate", ensemble, "a fox", "--output", first, *options) == 0
     picture = first / "00-a-fox-seed9.png"
-    assert run("generate", "--from-image", picture, "--output", again, "--weights") == 0
+    asked = ("generate", "--from-image", picture, "--output", again, "--weights", "--allow-pickle")
+    assert run(*asked) == 0
     assert "The same picture, bit for bit." in capsys.readouterr().out
     assert {file.name for file in again.iterdir()} == {file.name for file in first.iterdir()}
     one, other = (Image.open(folder / picture.name) for folder in (first, again))
@@ -127,6 +128,7 @@ def test_generate_makes_a_picture_again(
         ("generate", "--from-image", picture): "Say where it is",
         ("generate", "--from-image", picture, "--steps", 3): "leave steps out",
         ("generate", "--from-image", picture, "--compile"): "leave compile out",
+        ("generate", "--from-image", picture, "--no-check"): "leave check out",
         ("generate", moved, "a fox", "--from-image", picture): "leave prompts out",
         ("generate", moved, "a fox", "--bias", "fox"): "EXPERT=NUMBER",
         ("generate", moved, "a fox", "--bias", "fox=1"): "must name one expert",

@@ -7,13 +7,12 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.soak.loop import PLOT, SUMMARY
+from benchmarks.soak.verdict import BYTES
 from tools.parts import write_part
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-#: curves whose figures are bytes
-_BYTES = ("anonymous", "allocated", "tensor_bytes", "disk")
 _CURVES = {
     "anonymous": "resident memory that is no file's, without what safetensors loses",
     "allocated": "memory that the C library has given out",
@@ -71,4 +70,4 @@ def as_page(summary: dict[str, Any]) -> str:
 
 
 def _figure(curve: str, value: float) -> str:
-    return f"{value / 1e6:,.1f} MB" if curve in _BYTES else f"{value:,.0f}"
+    return f"{value / 1e6:,.1f} MB" if curve in BYTES else f"{value:,.0f}"

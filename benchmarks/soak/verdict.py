@@ -29,6 +29,8 @@ SHARES = {
     "objects": 0.002,
     "maps": 0.05,
 }
+#: whose figures are bytes
+BYTES = ("anonymous", "allocated", "tensor_bytes", "disk")
 Outcome = Literal["flat", "grew", "unclear"]
 
 
@@ -221,7 +223,7 @@ def theil_sen(times: ArrayLike, values: ArrayLike) -> Slope:
 
 def _line(finding: Finding) -> str:
     def of(value: float) -> str:
-        if finding.curve in ("anonymous", "allocated", "tensor_bytes", "disk"):
+        if finding.curve in BYTES:
             return f"{value / 1e6:,.2f} MB"
         return f"{value:,.0f}"
 

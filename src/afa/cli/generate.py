@@ -146,9 +146,10 @@ def generate(
     loading: dict[str, Any] = {"device": pick_device(processes.device or device)}
     if cuda_graphs:
         loading["cuda_graphs"] = True
+    pixels = height * width if height and width else None
     if memory_budget is not None:
         loading |= {"memory_budget": memory_budget, "on_plan": say_plan}
-        loading["pixels"] = height * width if height and width else None
+        loading["pixels"] = pixels
     before: str | None = None
     if from_image is not None:
         pipeline, recipe, before = _again(from_image, ensemble, weights, loading)
@@ -157,7 +158,8 @@ def generate(
         assert ensemble is not None, "it was asked for above"
         if quantize is not None:
             loading["quantize"] = quantize
-        elif look_first and memory_budget is None and processes.is_main:
+        # neither a budget nor smaller weights: all experts are at hand as they are
+        if look_first and processes.is_main and not (quantize or memory_budget):
             require_sound(
                 plan_of_ensemble(
                     ensemble,
@@ -165,7 +167,7 @@ def generate(
                     loading["device"],
                     samples_each=2 if guidance > 1 else 1,
                     num_steps=steps * num_images * len(prompts or []),
-                    pixels=height * width if height and width else None,
+                    pixels=pixels,
                 ),
                 with_weights=False,
             )
@@ -323,10 +325,11 @@ def _done(place: Path, recipe: PictureRecipe) -> str | None:
 
 def _require_nothing_else(context: typer.Context) -> None:
     """Raise AfaError where something is asked for that the picture itself says."""
-    for name in context.params:
+    for parameter in context.command.params:
+        name = parameter.name or ""
         source = context.get_parameter_source(name)
         if name not in BESIDE_A_PICTURE and source is not None and source.name == "COMMANDLINE":
-            given = name.replace("_", "-").removesuffix("-blocks")
+            given = parameter.opts[0].lstrip("-")
             raise AfaError(
                 f"With --from-image all comes from the picture; leave {given} out, or the picture."
             )

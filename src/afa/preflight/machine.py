@@ -46,29 +46,19 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be done with experts.
+    """What is to be done, whoever does it.
 
     Attributes:
-        config: the pipeline's folder that describes them.
-        num_experts: N.
-        encoder_sets: how many models' text encoders there are.
-        aggregators: of all sites; None for the mean.
-        dtype: of the experts.
         device: where.
         batch: of a step, as `batch_name` counts it.
         batch_name: what a recipe calls it; None where it is one picture and cannot be smaller.
         samples_each: how many samples one of the batch is; a picture with guidance is two.
-        num_steps: of all of it.
-        pixels: height times width; None for what the experts were made for.
+        num_steps: of the whole training, or of a picture.
+        pixels: height times width of a picture; None for what the experts were made for.
         training: of aggregators; None where pictures are drawn.
         is_offloaded: whether the experts' layers come to the device one at a time.
     """
 
-    config: Path
-    num_experts: int
-    encoder_sets: int
-    aggregators: SABWConfig | None
-    dtype: torch.dtype
     device: torch.device
     batch: int
     batch_name: str | None = None
@@ -78,19 +68,40 @@ class Work:
     training: Training | None = None
     is_offloaded: bool = False
 
+
+@dataclass(frozen=True)
+class Job:
+    """Work, and the experts that are to do it.
+
+    Attributes:
+        config: the pipeline's folder that describes them.
+        num_experts: N.
+        encoder_sets: how many models' text encoders there are.
+        aggregators: of all sites; None for the mean.
+        dtype: of the experts.
+        work: what they do.
+    """
+
+    config: Path
+    num_experts: int
+    encoder_sets: int
+    aggregators: SABWConfig | None
+    dtype: torch.dtype
+    work: Work
+
     def estimate(self) -> Estimate:
         """What it takes of this machine."""
-        needs = self._needs(self.batch)
-        seconds = self.num_steps * needs.flops / _speed(self)
-        return Estimate(self._takes(needs), free_memory(self.device), seconds, self.num_steps)
+        work, needs = self.work, self._needs(self.work.batch)
+        seconds = work.num_steps * needs.flops / _speed(work.device, self.dtype)
+        return Estimate(self._takes(needs), free_memory(work.device), seconds, work.num_steps)
 
     def bytes(self, batch: int) -> int:
         """What a batch takes of the device's memory, the program's own included."""
         return self._takes(self._needs(batch))
 
     def _takes(self, needs: Needs) -> int:
-        is_on_cpu = self.device.type == "cpu"
-        if self.is_offloaded and not is_on_cpu:
+        is_on_cpu = self.work.device.type == "cpu"
+        if self.work.is_offloaded and not is_on_cpu:
             return program_bytes(is_on_cpu) + needs.resting + 2 * needs.largest
         return program_bytes(is_on_cpu) + needs.in_memory
 
@@ -101,13 +112,13 @@ class Work:
             self.aggregators,
             encoder_sets=self.encoder_sets,
             dtype=self.dtype,
-            batch=self.samples_each * batch,
-            pixels=self.pixels,
-            training=self.training,
+            batch=self.work.samples_each * batch,
+            pixels=self.work.pixels,
+            training=self.work.training,
         )
 
 
-def fits(work: Work, found: Estimate) -> Iterator[Finding]:
+def fits(job: Job, found: Estimate) -> Iterator[Finding]:
     """Findings where it does not fit, with what would.
 
     An estimate is one: what is a little too much is a warning.
@@ -119,14 +130,15 @@ def fits(work: Work, found: Estimate) -> Iterator[Finding]:
         "error" if is_sure else "warning",
         "memory",
         f"The work must fit into memory: it takes about {size_text(found.takes)}, and "
-        f"{size_text(found.free)} of {work.device} are free.",
+        f"{size_text(found.free)} of {job.work.device} are free.",
         "It would be ended halfway.",
-        f"Take {', or '.join(_remedies(work, found))}.",
+        f"Take {', or '.join(_remedies(job, found))}.",
     )
 
 
-def _remedies(work: Work, found: Estimate) -> Iterator[str]:
-    largest = largest_batch(work, found) if work.batch_name else 0
+def _remedies(job: Job, found: Estimate) -> Iterator[str]:
+    work = job.work
+    largest = largest_batch(job, found) if work.batch_name else 0
     if largest and work.training:
         times = -(-work.batch // largest)
         yield f"{work.batch_name}: {largest} with gradient_accumulation_steps: {times}"
@@ -136,30 +148,30 @@ def _remedies(work: Work, found: Estimate) -> Iterator[str]:
         yield "gradient_checkpointing: true"
     if work.training and not work.is_offloaded and work.device.type != "cpu":
         yield "offload_experts: true"
-    if work.dtype == torch.float32:
+    if job.dtype == torch.float32:
         yield "experts in bfloat16"
     if not work.batch_name:
         yield "--memory-budget, which keeps experts elsewhere"
     yield "a machine with more memory"
 
 
-def largest_batch(work: Work, found: Estimate) -> int:
+def largest_batch(job: Job, found: Estimate) -> int:
     """How large a batch would fit; 0 where not even one does."""
-    one, two = work.bytes(1), work.bytes(2)
+    one, two = job.bytes(1), job.bytes(2)
     room = found.free - one
     if room < 0:
         return 0
-    return min(1 + room // max(two - one, 1), work.batch)
+    return min(1 + room // max(two - one, 1), job.work.batch)
 
 
-def _speed(work: Work) -> float:
+def _speed(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second in a large product of matrices, measured."""
-    matrix = torch.ones(_SIDE, _SIDE, device=work.device, dtype=work.dtype)
+    matrix = torch.ones(_SIDE, _SIDE, device=device, dtype=dtype)
 
     def product() -> None:
         matrix @ matrix
-        if work.device.type == "cuda":
-            torch.cuda.synchronize(work.device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
     product()
     started, count = time.perf_counter(), 0

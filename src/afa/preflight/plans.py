@@ -11,6 +11,7 @@ from afa.aggregators import SABWConfig
 from afa.checkpoint import ensemble_folder, read_config, sources_in
 from afa.memory.needs import Training
 from afa.pipeline import first_folder
+from afa.preflight.machine import Work
 from afa.published import is_published
 from afa.single_file import Companions
 from afa.training.engine import pick_device
@@ -55,25 +56,11 @@ class Plan:
 
     Attributes:
         groups: of experts, each loaded by itself.
-        device: where.
-        batch: of a step; 0 where none is taken.
-        batch_name: what a recipe calls it; None where it is one picture.
-        samples_each: how many samples one of the batch is; a picture with guidance is two.
-        num_steps: of the whole training, or of a picture.
-        training: of aggregators; None where nothing is trained.
-        pixels: height times width of a picture; None for what the experts were made for.
-        is_offloaded: whether the experts' layers come to the device one at a time.
+        work: of every group; None where no step is taken.
     """
 
     groups: Sequence[Group]
-    device: torch.device
-    batch: int
-    batch_name: str | None = None
-    samples_each: int = 1
-    num_steps: int = 1
-    training: Training | None = None
-    pixels: int | None = None
-    is_offloaded: bool = False
+    work: Work | None = None
 
 
 def plan_of_training(recipe: Recipe) -> Plan:
@@ -88,10 +75,8 @@ def plan_of_training(recipe: Recipe) -> Plan:
         recipe.allow_duplicates,
     )
     training = Training(settings.gradient_checkpointing, settings.ema_decay is not None)
-    device = pick_device(settings.device)
-    return Plan(
-        [group],
-        device,
+    work = Work(
+        pick_device(settings.device),
         settings.batch_size,
         "batch_size",
         num_steps=settings.num_steps,
@@ -99,6 +84,7 @@ def plan_of_training(recipe: Recipe) -> Plan:
         pixels=side and side**2,
         is_offloaded=settings.offload_experts,
     )
+    return Plan([group], work)
 
 
 def plan_of_evaluation(recipe: EvaluateRecipe) -> Plan:
@@ -114,7 +100,7 @@ def plan_of_evaluation(recipe: EvaluateRecipe) -> Plan:
     for method in recipe.methods:
         groups += [Group(method.name, [model], companions) for model in method.model or ()]
         groups += [_ensemble(method.name, folder, dtype) for folder in method.ensemble or ()]
-    return _drawing(groups, sampling)
+    return Plan(groups, _drawing(sampling))
 
 
 def plan_of_search(recipe: SearchRecipe) -> Plan:
@@ -122,18 +108,14 @@ def plan_of_search(recipe: SearchRecipe) -> Plan:
     sampling = recipe.sampling
     companions = _companions(recipe, getattr(torch, sampling.dtype))
     group = Group("search", recipe.experts, companions)
-    return _drawing([group], sampling)
+    return Plan([group], _drawing(sampling))
 
 
 def plan_of_merge(recipe: MergeRecipe) -> Plan:
     """Of `afa merge`, which has one tensor of each in memory."""
     experts = [*recipe.experts, *([] if recipe.base is None else [recipe.base])]
     companions = Companions(torch.float32, fallback=first_folder(experts))
-    return Plan(
-        [Group("merge", experts, companions, allow_duplicates=True, is_loose=True)],
-        torch.device("cpu"),
-        0,
-    )
+    return Plan([Group("merge", experts, companions, allow_duplicates=True, is_loose=True)])
 
 
 def plan_of_ensemble(
@@ -146,21 +128,14 @@ def plan_of_ensemble(
     pixels: int | None = None,
 ) -> Plan:
     """Of `afa generate`; as it is without options, one picture with guidance."""
-    return Plan(
-        [_ensemble("ensemble", folder, dtype)],
-        device,
-        1,
-        samples_each=samples_each,
-        num_steps=num_steps,
-        pixels=pixels,
-    )
+    work = Work(device, 1, samples_each=samples_each, num_steps=num_steps, pixels=pixels)
+    return Plan([_ensemble("ensemble", folder, dtype)], work)
 
 
-def _drawing(groups: Sequence[Group], sampling: SamplingRecipe) -> Plan:
+def _drawing(sampling: SamplingRecipe) -> Work:
     """Of pictures in batches, with guidance."""
     height, width = sampling.height, sampling.width
-    return Plan(
-        groups,
+    return Work(
         pick_device(sampling.device),
         sampling.batch_size,
         "sampling.batch_size",

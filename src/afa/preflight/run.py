@@ -18,7 +18,7 @@ from afa.memory.plan import encoder_sets
 from afa.preflight.compare import compare
 from afa.preflight.facts import Facts, read_facts
 from afa.preflight.finding import Finding, Level, in_order
-from afa.preflight.machine import Estimate, Work, fits
+from afa.preflight.machine import Estimate, Job, Work, fits
 from afa.preflight.weights import Weights, look_into
 from afa.single_file import config_of_expert
 from afa.sources import locate
@@ -122,8 +122,8 @@ def look(
             found = compare([each.facts for each in looks], allow_duplicates=group.allow_duplicates)
             report.findings += [finding for finding in found if finding not in report.findings]
             report.findings += _autoencoders(looks)
-            if plan.batch and not any(each.check == "architecture" for each in report.errors):
-                _estimate(report, plan, group, looks)
+            if plan.work and not any(each.check == "architecture" for each in report.errors):
+                _estimate(report, plan.work, group, looks)
     if with_weights and report.experts:
         dtype = plan.groups[0].companions.torch_dtype
         report.findings += _read_weights(report.experts, dtype, progress)
@@ -222,29 +222,22 @@ def _autoencoders(looks: Sequence[Look]) -> Iterator[Finding]:
         )
 
 
-def _estimate(report: Report, plan: Plan, group: Group, looks: Sequence[Look]) -> None:
-    work = Work(
+def _estimate(report: Report, work: Work, group: Group, looks: Sequence[Look]) -> None:
+    job = Job(
         looks[0].config,
         len(looks),
         encoder_sets([each.path for each in looks]),
         group.aggregators,
         group.companions.torch_dtype,
-        plan.device,
-        plan.batch,
-        plan.batch_name,
-        plan.samples_each,
-        plan.num_steps,
-        plan.pixels,
-        plan.training,
-        is_offloaded=plan.is_offloaded,
+        work,
     )
     try:
-        found = work.estimate()
+        found = job.estimate()
     except AfaError as error:  # what describes the experts leaves the autoencoder out
         report.findings.append(Finding("note", "memory", str(error)))
         return
     report.estimates[group.label] = found
-    report.findings += fits(work, found)
+    report.findings += fits(job, found)
 
 
 def _read_weights(
