@@ -62,7 +62,7 @@ fuzz: install ## feed the readers of files, write docs/fuzz.json (SECONDS=1800 f
 	$(BIN)/python -m fuzz.run --seconds $(SECONDS) --docs docs
 
 reliability: install ## provoke every fault, write docs/reliability.json and its page (half an hour)
-	$(PYTEST) -m fault --reliability docs/reliability.json
+	$(PYTEST) -m fault --reliability=docs/reliability.json
 
 test: install ## the quick tests
 	$(PYTEST) -m "not slow and not gpu"

@@ -1,7 +1,7 @@
 """The table of docs/reliability.md, made from the tests that provoke faults as they run.
 
 A test says what it is about: `@pytest.mark.fault("kill -9", "a training", how="...", holds="...")`.
-With `--reliability FILE` what came of each is written there as JSON, where those that did not run
+With `--reliability=FILE` what came of each is written there as JSON, where those that did not run
 keep their last result, and the page beside it gets its table anew. See `make reliability`.
 """
 
