@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-# a process a core, of one thread each: torch's threads would wait for each other
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+# a process a core, of one thread each: torch's threads would wait for each other; files in their
+# own order, since those of few tests, which the plugin would put last, are the longest
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 SERVICE ?= pypi
 WORK ?= runs/results
 SECONDS ?= 1800
