@@ -14,6 +14,9 @@ from afa.cli.console import quieten
 
 quieten()  # before the libraries read their settings
 
+import matplotlib.backends.backend_agg  # noqa: E402
+import matplotlib.figure  # noqa: E402, F401
+import PIL.Image  # noqa: E402
 import torch  # noqa: E402
 
 import afa.baselines.merging.run  # noqa: E402
@@ -23,6 +26,8 @@ import afa.evaluation.scoring  # noqa: E402
 import afa.pictures  # noqa: E402
 import afa.plots  # noqa: E402
 import afa.training.run  # noqa: E402, F401
+
+PIL.Image.init()  # its readers of formats
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload([__name__])

@@ -50,6 +50,7 @@ def command(name: str, folder: Path, experts: list[Path]) -> list[str]:
         "train data": {
             "experts": [str(expert) for expert in experts],
             "data": {"dataset": {"path": "org/rows"}},
+            "aggregator": AGGREGATOR,
             "training": {"num_steps": 1, "device": "cpu"},
         },
         "merge": {"method": "weighted", "experts": [str(experts[0]), "org/model"]},
