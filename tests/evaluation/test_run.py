@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +20,7 @@ from afa.cli import main
 from afa.errors import AfaError
 from afa.evaluation import evaluate, load_evaluate_recipe
 from afa.evaluation.methods import MethodBuilder
+from tests import warm
 from tests.metrics.tiny import write_clip
 
 Write = Callable[..., Path]
@@ -162,19 +161,6 @@ def test_methods_metrics_and_seeds_can_be_added(
     assert row["sets"]["cmmd"]["mean"] > 0
 
 
-START = [sys.executable, "-m", "afa", "evaluate"]
-
-
-def start(command: list[str], recipe: Path, output: Path) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [*command, str(recipe), "--output", str(output)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-
-
 def reached(output: Path, pattern: str, count: int) -> bool:
     return len(list(output.glob(pattern))) >= count
 
@@ -196,16 +182,17 @@ def test_killed_three_times_it_comes_to_the_same_report(
         ("methods/shell-animals/*/*/*/scores/*/*.json", 1),  # between drawing and scoring
     ]
     for pattern, count in moments:
-        process = start(START, write(), output)
+        process = warm.Running(["evaluate", write(), "--output", output])
         deadline = time.monotonic() + 120
         while not reached(output, pattern, count):
             assert process.poll() is None, "it ended before it was to be killed"
             assert time.monotonic() < deadline
             time.sleep(0.002)
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.communicate()
         assert not (output / "report.json").exists()
-    assert start(START, write(), output).wait(timeout=240) == 0
+    code, _, said = warm.run(["evaluate", write(), "--output", output])
+    assert code == 0, said
     written = json.loads((output / "report.json").read_text())
     assert unmeasured(written) == unmeasured(report)
 
@@ -215,10 +202,8 @@ def test_two_processes_come_to_the_same_report(
     finished: tuple[Path, dict[str, Any]], tmp_path: Path, write: Write
 ) -> None:
     output, report = finished
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [sys.executable, *launcher, "-m", "afa", "evaluate"]
-    process = start(command, write(), tmp_path / "two")
-    assert process.wait(timeout=240) == 0
+    ranks = warm.run_ranks(["evaluate", write(), "--output", tmp_path / "two"])
+    assert not any(code for code, *_ in ranks), ranks
     written = json.loads((tmp_path / "two" / "report.json").read_text())
     assert unmeasured(written) == unmeasured(report)
     for picture in output.glob("methods/*/*/*/*/*.png"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,8 @@ import yaml
 from PIL import Image
 
 from afa.trust.headers import check_header
-from tests.faults.warm import Running
+from tests import warm
 from tests.test_cli import AGGREGATOR
-
-#: of a process that is started here
-ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 
 
 @dataclass(frozen=True)
@@ -34,15 +30,14 @@ class Command:
     output: Path
     settled: tuple[str, ...]
 
-    def start(self) -> Running:
+    def start(self) -> warm.Running:
         """A process of its own, at the head of a group."""
-        return Running(self.arguments, {**os.environ, **ENVIRONMENT})
+        return warm.Running(self.arguments)
 
-    def run(self) -> tuple[int | None, str]:
+    def run(self) -> tuple[int, str]:
         """Its exit code, and what it said on standard error."""
-        process = self.start()
-        _, said = process.communicate()
-        return process.returncode, said
+        code, _, said = warm.run(self.arguments)
+        return code, said
 
     def result(self) -> dict[str, str]:
         """The SHA-256 of all that decides what came out; nothing where it is not there."""
@@ -81,7 +76,7 @@ def training(folder: Path, experts: list[Path], **changes: Any) -> Command:
     recipe: dict[str, Any] = {
         "experts": [str(expert) for expert in experts],
         "data": {"scenes": {"num_samples": 12}, "cache_folder": str(folder / "cache")},
-        "aggregator": AGGREGATOR,
+        "aggregator": {**AGGREGATOR, "sites": "conv_out"},  # it is run hundreds of times
         "training": {
             "num_steps": 4,
             "batch_size": 4,

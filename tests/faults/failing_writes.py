@@ -2,11 +2,11 @@
 
     python -m tests.faults.failing_writes ROOT OUT -- ARGUMENTS OF AFA
 
-Everything is imported once, and every run is a fork of that. A write is whatever opens a file to
-write, makes a folder or renames something under ROOT. From the one that fails on, all do, as on a
-disk that is full. OUT gets a line of JSON for each run: the number of the write, what it was, the
-exit code and what was said, for the run that fails and for the one that follows without a fault.
-Before each pair of runs ROOT is as it was at first.
+Every run is a fork of this, so `tests.warm` is to start it, where all is imported. A write is
+whatever opens a file to write, makes a folder or renames something under ROOT. From the one that
+fails on, all do, as on a disk that is full. OUT gets a line of JSON for each run: the number of the
+write, what it was, the exit code and what was said, for the run that fails and for the one that
+follows without a fault. Before each pair of runs ROOT is as it was at first.
 """
 
 from __future__ import annotations
@@ -95,7 +95,6 @@ def main() -> None:
     arguments = sys.argv[4:]
     import afa.cli.check
     from afa.preflight.run import Report
-    from tests.faults import warm  # noqa: F401  # imported here, and by no run anew
 
     # the look before the work writes nothing, and is taken often enough elsewhere
     afa.cli.check.look_at = lambda plan, **_: Report()

@@ -18,7 +18,7 @@ from afa.memory.exhausted import is_exhausted, saying_what_fits, smaller_batch
 from afa.preflight.plans import plan_of_training
 from afa.preflight.run import look
 from afa.training.recipe import load_recipe
-from tests.faults.commands import ENVIRONMENT
+from tests.warm import ENVIRONMENT
 
 _MB = 2**20
 

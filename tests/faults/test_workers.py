@@ -17,8 +17,9 @@ import yaml
 from PIL import Image
 
 from afa.errors import AfaError
-from tests.faults.commands import ENVIRONMENT, training
+from tests.faults.commands import training
 from tests.training.runs import recipe, steps_of
+from tests.warm import ENVIRONMENT, run_ranks
 
 
 def pictures(folder: Path, count: int = 40) -> Path:
@@ -45,7 +46,7 @@ def test_a_reader_that_is_killed(experts: list[Path], tmp_path: Path) -> None:
     for name in ("whole", "killed"):
         folder = tmp_path / name
         folder.mkdir()
-        command = training(folder, experts[:2], num_steps=60, checkpoint_every=5, batch_size=2)
+        command = training(folder, experts[:2], num_steps=30, checkpoint_every=5, batch_size=2)
         place = folder / "train.yaml"
         recipe = yaml.safe_load(place.read_text())
         data = {"folder": str(pictures(folder / "pictures")), "cache": False, "num_workers": 2}
@@ -126,6 +127,6 @@ def test_a_rank_that_is_killed(experts: list[Path], tmp_path: Path) -> None:
     ranks[0].send_signal(signal.SIGKILL)
     assert process.wait(timeout=60) != 0
     command.require_whole()
-    done = subprocess.run(launched, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    for code, _, said in run_ranks(command.arguments):
+        assert code == 0, said
     assert "aggregators.safetensors" in command.result()

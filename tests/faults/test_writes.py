@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,15 +13,8 @@ from typing import Any
 import pytest
 
 from afa.files import write_atomic
-from tests.faults.commands import (
-    ENVIRONMENT,
-    Command,
-    evaluating,
-    generating,
-    merging,
-    pruning,
-    training,
-)
+from tests import warm
+from tests.faults.commands import Command, evaluating, generating, merging, pruning, training
 
 MAKERS = ("train", "generate", "merge", "evaluate", "prune")
 
@@ -52,17 +43,9 @@ def test_every_write_fails_once(name: str, experts: list[Path], tmp_path: Path) 
     for folder in (root, told):
         folder.mkdir()
     command = made(name, root, experts)
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "tests.faults.failing_writes", str(root), str(told / "runs")),
-            *("--", *command.arguments),
-        ],
-        env={**os.environ, **ENVIRONMENT},
-        capture_output=True,
-        text=True,
-        timeout=1500,
-    )
-    assert done.returncode == 0, done.stderr
+    given = [root, told / "runs", "--", *command.arguments]
+    code, _, said = warm.run(given, module="tests.faults.failing_writes")
+    assert code == 0, said
     whole, *failed = map(json.loads, (told / "runs").read_text().splitlines())
     assert whole["code"] == 0, whole["said"]
     assert len(failed) == len(whole["writes"]) > 1
@@ -144,17 +127,6 @@ def test_a_disk_that_is_full_indeed(experts: list[Path], tmp_path: Path, small_d
     assert command.result()[name] == whole.result()[name]
 
 
-#: of prctl(2) and capabilities(7)
-_DROP, _MAY_WRITE_ANYWHERE = 24, 1
-
-
-def _like_anyone() -> None:
-    """Take the administrator's right to write anywhere from the program that is started."""
-    import ctypes
-
-    ctypes.CDLL(None).prctl(_DROP, _MAY_WRITE_ANYWHERE, 0, 0, 0)
-
-
 @pytest.mark.slow
 @pytest.mark.fault(
     "read-only output",
@@ -170,16 +142,10 @@ def test_an_output_that_may_not_be_written(name: str, experts: list[Path], tmp_p
     before = sorted(root.rglob("*"))
     root.chmod(0o555)
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", "afa", *command.arguments],
-            env={**os.environ, **ENVIRONMENT},
-            preexec_fn=_like_anyone,
-            capture_output=True,
-            text=True,
-        )
+        code, _, said = warm.run(command.arguments, like_anyone=True)
     finally:
         root.chmod(0o755)
-    assert done.returncode == 2, done.stderr
-    assert len(done.stderr.splitlines()) == 1, done.stderr
-    assert "Permission denied" in done.stderr
+    assert code == 2, said
+    assert len(said.splitlines()) == 1, said
+    assert "Permission denied" in said
     assert sorted(root.rglob("*")) == before

@@ -1,4 +1,4 @@
-"""Several processes, and processes that are killed: the commands as users run them."""
+"""Several processes, and processes that are killed: the commands that users run."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,14 +16,8 @@ import yaml
 from safetensors.torch import load_file
 
 from afa.weights import hash_expert
-from tests.faults.warm import Running
 from tests.training.runs import as_written
-
-ALONE = [sys.executable, "-m", "afa", "train"]
-TWO = [
-    *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
-    *("-m", "afa", "train"),
-]
+from tests.warm import Running, run_ranks
 
 
 def write(folder: Path, recipe: dict[str, Any], name: str = "recipe.yaml") -> Path:
@@ -34,23 +26,19 @@ def write(folder: Path, recipe: dict[str, Any], name: str = "recipe.yaml") -> Pa
     return path
 
 
-def start(
-    command: list[str], recipe: Path, output: Path, **environment: str
-) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [*command, str(recipe), "--output", str(output)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+def start(recipe: Path, output: Path) -> Running:
+    return Running(["train", recipe, "--output", output])
 
 
-def finish(process: subprocess.Popen[str], code: int = 0) -> str:
-    said, _ = process.communicate(timeout=300)
-    assert process.returncode == code, said
-    return said
+def finish(process: Running, code: int = 0) -> str:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, out + err
+    return out + err
+
+
+def train(recipe: Path, output: Path, num_processes: int = 1, **environment: str) -> None:
+    ranks = run_ranks(["train", recipe, "--output", output], num_processes, environment)
+    assert [code for code, *_ in ranks] == [0] * num_processes, ranks
 
 
 def figures(run: Path, key: str) -> list[float]:
@@ -66,16 +54,16 @@ def test_two_processes_are_one_with_twice_the_batch(
     """The same samples in the same steps; float32 sums in another order, hence the tolerance."""
     common: dict[str, Any] = {"num_steps": 12, "log_every": 1, "ema_decay": 0.9}
     losses, validation, weights = [], [], []
-    for name, command, size, count in (
-        ("one", ALONE, 4 * accumulated, 1),
-        ("two", TWO, 2, accumulated),
+    for name, num_processes, size, count in (
+        ("one", 1, 4 * accumulated, 1),
+        ("two", 2, 2, accumulated),
     ):
         recipe = as_written(experts, {"scenes": {"num_samples": 30}}, **common)
         recipe["training"] |= {"batch_size": size, "gradient_accumulation_steps": count}
         recipe["data"]["cache_folder"] = str(tmp_path / f"cache {name}")
         recipe["validation"] = {"num_samples": 6, "every": 4}
         output = tmp_path / name
-        finish(start(command, write(tmp_path, recipe, f"{name}.yaml"), output))
+        train(write(tmp_path, recipe, f"{name}.yaml"), output, num_processes)
         losses.append(figures(output, "loss"))
         validation.append(figures(output, "validation_loss"))
         weights.append(load_file(output / "aggregators.safetensors"))
@@ -104,7 +92,7 @@ def test_sharded_experts_train_alike(experts: list[Path], tmp_path: Path) -> Non
     outputs = [tmp_path / "replicated", tmp_path / "sharded"]
     for output, environment in zip(outputs, ({}, SHARDED), strict=True):
         recipe["data"]["cache_folder"] = str(tmp_path / f"cache {output.name}")
-        finish(start(TWO, write(tmp_path, recipe), output, **environment))
+        train(write(tmp_path, recipe), output, 2, **environment)
     for key in ("loss", "validation_loss"):
         whole, sharded = (figures(output, key) for output in outputs)
         assert sharded == pytest.approx(whole, rel=1e-5)
@@ -116,10 +104,9 @@ def test_sharded_experts_train_alike(experts: list[Path], tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_each_process_holds_its_share_of_the_experts() -> None:
-    command = [*TWO[:-3], "-m", "tests.training.sharded"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("all alike") == 2
+    for code, out, err in run_ranks([], module="tests.training.sharded"):
+        assert code == 0, err
+        assert out.count("all alike") == 1
 
 
 @pytest.mark.slow
@@ -138,10 +125,10 @@ def test_sharding_that_cannot_be(
     said: str,
 ) -> None:
     recipe = as_written(experts, **changes)
-    process = start(TWO, write(tmp_path, recipe), tmp_path / "run", **{**SHARDED, **environment})
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode != 0
-    assert said in " ".join(output.split())
+    arguments = ["train", write(tmp_path, recipe), "--output", tmp_path / "run"]
+    ranks = run_ranks(arguments, environment={**SHARDED, **environment})
+    assert all(code for code, *_ in ranks)
+    assert said in " ".join("".join(err for *_, err in ranks).split())
     assert not (tmp_path / "run").exists()
 
 
@@ -156,40 +143,35 @@ def test_killed_five_times_it_ends_with_the_same_bits(experts: list[Path], tmp_p
     """Once while it encodes, and at four moments of its steps that nobody chose."""
     recipe = as_written(
         experts,
-        {"scenes": {"num_samples": 60}},
-        num_steps=60,
+        {"scenes": {"num_samples": 30}},
+        num_steps=30,
         checkpoint_every=3,
         log_every=1,
         ema_decay=0.9,
     )
+    recipe["aggregator"]["sites"] = "conv_out"
     before = [hash_expert(expert) for expert in experts]
     recipe["data"]["cache_folder"] = str(tmp_path / "cache whole")
-    finish(start(ALONE, write(tmp_path, recipe), tmp_path / "whole"))
+    finish(start(write(tmp_path, recipe), tmp_path / "whole"))
 
     cache = tmp_path / "cache parts"
     recipe["data"]["cache_folder"] = str(cache)
     path, output = write(tmp_path, recipe), tmp_path / "parts"
     chance = random.Random(os.urandom(8))
-    moments = [0, *sorted(chance.sample(range(1, 58), 4))]
-
-    def again() -> Running:
-        given = ["train", str(path), "--output", str(output)]
-        return Running(given, {**os.environ, "OMP_NUM_THREADS": "1"})
+    moments = [0, *sorted(chance.sample(range(1, 26), 4))]
 
     for moment in moments:
-        process = again()
+        process = start(path, output)
         deadline = time.monotonic() + 120
         while not (cache.exists() if moment == 0 else last_step(output) >= moment):
-            assert process.poll() is None, "it ended before it was to be killed"
+            assert process.poll() is None, (moments, process.communicate())
             assert time.monotonic() < deadline
             time.sleep(0.002)
         time.sleep(chance.uniform(0, 0.05))
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         assert not (output / "aggregators.safetensors").exists(), moments
-    last = again()
-    _, said = last.communicate(timeout=300)
-    assert last.returncode == 0, said
+    finish(start(path, output))
     whole, parts = (tmp_path / n / "aggregators.safetensors" for n in ("whole", "parts"))
     assert parts.read_bytes() == whole.read_bytes(), moments
     assert [hash_expert(expert) for expert in experts] == before
@@ -207,7 +189,7 @@ def last_step(run: Path) -> int:
 def test_a_signal_saves_first(experts: list[Path], tmp_path: Path, number: signal.Signals) -> None:
     recipe = as_written(experts, num_steps=5000, checkpoint_every=5000, log_every=1)
     path, output = write(tmp_path, recipe), tmp_path / "run"
-    process = start(ALONE, path, output)
+    process = start(path, output)
     deadline = time.monotonic() + 120
     while not (output / "metrics.jsonl").exists() or len(figures(output, "loss")) < 3:
         assert process.poll() is None
@@ -220,5 +202,5 @@ def test_a_signal_saves_first(experts: list[Path], tmp_path: Path, number: signa
     done = int(checkpoint.stem.removeprefix("step-"))
     assert 3 <= done < 5000
     recipe["training"]["num_steps"] = done + 1
-    finish(start(ALONE, write(tmp_path, recipe), output))
+    finish(start(write(tmp_path, recipe), output))
     assert (output / "aggregators.safetensors").exists()

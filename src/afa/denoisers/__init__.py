@@ -7,6 +7,7 @@ the family's own forward pass, a check of what it can take apart, and an example
 from __future__ import annotations
 
 import copy
+import json
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -49,6 +50,9 @@ __all__ = [
 ]
 
 FAMILIES = [UNET, FLUX, SD3, PIXART, DIT]
+
+#: the sites of each architecture that this process has met
+_FOUND: dict[tuple[Family, str], tuple[Site, ...]] = {}
 
 
 @dataclass(frozen=True)
@@ -110,13 +114,22 @@ def family_of(expert: nn.Module) -> Family:
 
 
 def discover_sites(expert: Any) -> tuple[Site, ...]:
-    """Find a denoiser's sites by running it once without data.
+    """Find a denoiser's sites by running its architecture once without data.
 
-    The run is on the meta device: it allocates no memory and computes nothing.
+    The run is on the meta device: it allocates no memory and computes nothing. Its time goes into
+    Python, so of each architecture there is one run in a process.
     """
     family = family_of(expert)
+    config = {name: value for name, value in expert.config.items() if not name.startswith("_")}
+    key = (family, json.dumps(config, sort_keys=True, default=repr))
+    if key not in _FOUND:
+        _FOUND[key] = _run_without_data(family, config)
+    return _FOUND[key]
+
+
+def _run_without_data(family: Family, config: dict[str, Any]) -> tuple[Site, ...]:
     with torch.device("meta"), torch.no_grad():
-        twin = family.model_class.from_config(copy.deepcopy(dict(expert.config)))
+        twin = family.model_class.from_config(copy.deepcopy(config))
         inputs = family.example(twin)
         latent = next(inputs[key] for key in ("sample", "hidden_states") if key in inputs)
         height = latent.shape[-2] if latent.ndim == 4 else math.isqrt(latent.shape[1])
