@@ -2,53 +2,39 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
+import signal
+import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.warm import Running
 
 
 @pytest.fixture(scope="module")
 def serve() -> Iterator[Callable[..., str]]:
     """Start `afa app` with options; gives the page's address. All end with the module."""
-    processes: list[subprocess.Popen[str]] = []
+    processes: list[Running] = []
 
     def start(*options: str) -> str:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tests.app.serve", *options],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        process = Running(options, module="tests.app.serve")
         processes.append(process)
-        assert process.stdout is not None
-        said = []
-        for line in process.stdout:
-            said.append(line)
-            found = re.search(r"afa is at (http://\S+)", line)
+        end = time.monotonic() + 300
+        while process.poll() is None and time.monotonic() < end:
+            found = re.search(r"afa is at (http://\S+)\s", process.output)
             if found:
                 return found[1].rstrip("/")
-        raise AssertionError("".join(said))
+            time.sleep(0.05)
+        raise AssertionError(process.communicate(0))
 
     yield start
     for process in processes:
-        process.terminate()
+        process.send_signal(signal.SIGTERM)
     for process in processes:
-        try:
-            said, _ = process.communicate(timeout=60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            said, _ = process.communicate()
+        said = process.communicate(timeout=60)
         assert process.returncode == 0, said
-        assert "gradio.exceptions" not in said, said  # what a browser shows for a moment only
+        assert "gradio.exceptions" not in "".join(said), said  # what a browser shows for a moment
 
 
 @pytest.fixture(scope="module")

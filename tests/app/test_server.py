@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -16,6 +14,7 @@ from afa.app import views
 from afa.app.server import check_reach
 from afa.cli import main
 from afa.errors import AfaError
+from tests.warm import run
 
 pytest.importorskip("gradio")
 
@@ -80,10 +79,9 @@ def test_a_password_is_asked_for(serve: Callable[..., str], tmp_path: Path) -> N
 
 
 def test_a_port_that_is_taken_is_one_line(address: str) -> None:
-    command = [sys.executable, "-m", "afa", "app", "--port", address.rsplit(":", 1)[1]]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "Name another --port" in done.stderr.splitlines()[-1]
+    code, _, said = run(["app", "--port", address.rsplit(":", 1)[1]])
+    assert code == 2
+    assert "Name another --port" in said.splitlines()[-1]
 
 
 def test_what_cannot_be_served_is_one_line(
