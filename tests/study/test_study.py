@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import subprocess
@@ -10,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +18,8 @@ from afa.baselines.fusion import FusionRecipe
 from afa.errors import AfaError
 from afa.evaluation.recipe import EvaluateRecipe
 from afa.evaluation.search import SearchRecipe
-from afa.study import jobs, plan
+from afa.study import plan
+from afa.study import run as study
 from afa.study.conclusions import conclusions, verdict
 from afa.study.jobs import Job, JobProgress, run_jobs
 from afa.study.page import difference, row_of
@@ -37,6 +38,8 @@ from afa.study.plan import (
 )
 from afa.study.run import choose, run_study
 from afa.zoo.transformer import TransformerRecipe, build_transformer_zoo
+from tests import warm
+from tests.study.work import fail, write_name
 
 TINY = StudySettings(
     num_train_steps=2,
@@ -299,14 +302,6 @@ def test_the_subject_has_no_difference_from_itself() -> None:
 # -- work -------------------------------------------------------------------------------------
 
 
-def write_name(name: str, folder: Path) -> None:
-    (folder / name).write_text(name)
-
-
-def fail(name: str, folder: Path) -> None:
-    raise AfaError("It must not be so.")
-
-
 @pytest.mark.slow
 def test_jobs_run_in_processes_of_their_own(tmp_path: Path) -> None:
     listed = [Job(f"job{n}", write_name, (tmp_path,)) for n in range(3)]
@@ -316,20 +311,12 @@ def test_jobs_run_in_processes_of_their_own(tmp_path: Path) -> None:
         list(run_jobs([Job("bad", fail, (tmp_path,))], 1))
 
 
-def count_forever(name: str, folder: Path) -> None:
-    for step in itertools.count():
-        (folder / "steps").write_text(str(step))
-        (folder / "pid").write_text(str(os.getpid()))
-        jobs._say(name, step, 1_000_000)
-        time.sleep(0.05)
-
-
 @pytest.mark.slow
 def test_a_worker_ends_when_its_parent_was_killed(tmp_path: Path) -> None:
     code = (
         "from pathlib import Path\n"
         "from afa.study.jobs import Job, run_jobs\n"
-        "from tests.study.test_study import count_forever\n"
+        "from tests.study.work import count_forever\n"
         "if __name__ == '__main__':\n"
         f"    list(run_jobs([Job('count', count_forever, (Path({str(tmp_path)!r}),))], 1))\n"
     )
@@ -377,8 +364,17 @@ def test_the_whole_study_in_small(tmp_path: Path) -> None:
         list(run_study(work, docs, StudySettings(), num_processes=2))
 
 
+def forked(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+    """`subprocess.run` of `python -m ...`."""
+    code, out, err = warm.run(command[3:], module=command[2])
+    return subprocess.CompletedProcess(command, code, out, err)
+
+
 @pytest.mark.slow
-def test_the_study_of_transformers_in_small(tmp_path: Path) -> None:
+def test_the_study_of_transformers_in_small(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study, "subprocess", SimpleNamespace(run=forked))
     recipe = TransformerRecipe(
         num_scenes=64, base_steps=2, expert_steps=2, batch_size=2, num_graded=2
     )
