@@ -168,7 +168,7 @@ def reached(output: Path, pattern: str, count: int) -> bool:
 @pytest.mark.fault(
     "kill -9",
     "evaluate",
-    how="SIGKILL three times, to two processes",
+    how="SIGKILL three times: getting ready, drawing, and between drawing and scoring",
     holds="the same command goes on, and comes to the report of an undisturbed run",
 )
 @pytest.mark.slow
