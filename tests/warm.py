@@ -49,8 +49,8 @@ discover_sites(tiny_unet())
 
 #: that a process has where it is to have one thread, as several run side by side
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
-#: of prctl(2) and capabilities(7)
-_DROP, _MAY_WRITE_ANYWHERE = 24, 1
+#: of capget(2) and capabilities(7)
+_VERSION, _MAY_WRITE_ANYWHERE = 0x20080522, 1
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload([__name__])
 
@@ -187,7 +187,17 @@ def _command(
         os.dup2(os.open(place, os.O_WRONLY | os.O_APPEND), number)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     if like_anyone:
-        ctypes.CDLL(None).prctl(_DROP, _MAY_WRITE_ANYWHERE, 0, 0, 0)
+        _give_up_writing_anywhere()
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def _give_up_writing_anywhere() -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(_VERSION, 0)  # of this process
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; and the upper halves
+    for call in (libc.capget, libc.capset):
+        if call(header, sets):
+            raise OSError(ctypes.get_errno(), "capabilities cannot be changed")
+        sets[0] &= ~(1 << _MAY_WRITE_ANYWHERE)
