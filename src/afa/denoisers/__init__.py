@@ -118,6 +118,14 @@ def discover_sites(expert: Any) -> tuple[Site, ...]:
 
     The run is on the meta device: it allocates no memory and computes nothing. Its time goes into
     Python, so of each architecture there is one run in a process.
+
+    Args:
+        expert: a denoiser; of it the class and the configuration count, no weights.
+
+    Returns: the sites in the order in which the coroutine comes to them.
+
+    Raises:
+        AfaError: see `family_of`.
     """
     family = family_of(expert)
     config = {name: value for name, value in expert.config.items() if not name.startswith("_")}
