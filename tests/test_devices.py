@@ -41,7 +41,9 @@ class Clock:
 def devices(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(nn.Module, "to", to)
     monkeypatch.setattr(Tensor, "unique", lambda _: Clock())
-    monkeypatch.setattr("afa.ensemble.is_finite", lambda _: True)  # a fake has no values to look at
+    # a fake has no values to look at
+    monkeypatch.setattr("afa.ensemble.is_finite", lambda _: True)
+    monkeypatch.setattr("afa.acceleration.loop.has_moved", lambda *_: False)
     with FakeTensorMode(), torch.no_grad():
         yield
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from afa.denoisers import Execution, Family
+    from afa.exchange import Exchange
 
 _TEXT = "text_encoder"
 #: what models have many of; a whole layer of a U-Net is a loop, which does not compile as one
@@ -32,16 +34,27 @@ _REPEATED = (
 _MAX_GRAPHS = 256
 
 
-def _for_every_expert(name: str) -> Callable[..., None]:
-    """A method that calls the experts' own of the same name, in order."""
+def _for_every_expert(name: str, *, changes_layers: bool = False) -> Callable[..., None]:
+    """A method that calls the experts' own of the same name, in order.
+
+    Args:
+        name: of the method.
+        changes_layers: whether it needs the layers of the experts in memory.
+    """
 
     def call(self: Delegation, *args: Any, **kwargs: Any) -> None:
-        for expert in self.distinct_experts:
+        if changes_layers:
+            self.require_layers(f"changed by {name}")
+        self.begin_anew()
+        for expert in self.computed_experts:
             getattr(expert, name)(*args, **kwargs)
 
     call.__name__ = name
     call.__doc__ = f"`{name}` of the experts' own class, for every expert."
     return call
+
+
+_layers_of_every_expert = partial(_for_every_expert, changes_layers=True)
 
 
 class Delegation:
@@ -53,12 +66,22 @@ class Delegation:
     experts: Any
     family: Family
     execution: Execution
+    exchange: Exchange | None
     modules: Callable[[], Iterator[nn.Module]]
+    require_layers: Callable[[str], None]
+    begin_anew: Callable[[], None]
 
     @property
     def distinct_experts(self) -> list[Any]:
         """The experts, one that is named twice once."""
         return list(dict.fromkeys(self.experts))
+
+    @property
+    def computed_experts(self) -> list[Any]:
+        """The distinct experts that this process computes; without exchange all of them."""
+        if self.exchange is None:
+            return self.distinct_experts
+        return [self.experts[n] for n in self.exchange.own]
 
     @property
     def is_gradient_checkpointing(self) -> bool:
@@ -88,11 +111,11 @@ class Delegation:
 
     enable_freeu = _for_every_expert("enable_freeu")
     disable_freeu = _for_every_expert("disable_freeu")
-    fuse_qkv_projections = _for_every_expert("fuse_qkv_projections")
-    unfuse_qkv_projections = _for_every_expert("unfuse_qkv_projections")
+    fuse_qkv_projections = _layers_of_every_expert("fuse_qkv_projections")
+    unfuse_qkv_projections = _layers_of_every_expert("unfuse_qkv_projections")
     set_default_attn_processor = _for_every_expert("set_default_attn_processor")
     set_attention_slice = _for_every_expert("set_attention_slice")
-    enable_layerwise_casting = _for_every_expert("enable_layerwise_casting")
+    enable_layerwise_casting = _layers_of_every_expert("enable_layerwise_casting")
 
     def compile_repeated_blocks(self, *args: Any, **options: Any) -> None:
         """Compile the blocks of experts and aggregators, each kind and shape of block once.
@@ -173,19 +196,24 @@ class Delegation:
             unscale_lora_layers(self, given["scale"])
 
     set_adapters = _for_every_expert("set_adapters")
-    delete_adapters = _for_every_expert("delete_adapters")
+    delete_adapters = _layers_of_every_expert("delete_adapters")
     enable_lora = _for_every_expert("enable_lora")
     disable_lora = _for_every_expert("disable_lora")
-    unfuse_lora = _for_every_expert("unfuse_lora")
-    unload_lora = _for_every_expert("unload_lora")
+    unfuse_lora = _layers_of_every_expert("unfuse_lora")
+    unload_lora = _layers_of_every_expert("unload_lora")
 
     def fuse_lora(self, *args: Any, **kwargs: Any) -> None:
         """`fuse_lora` of the experts' own class, for every expert.
 
         LoRA experts share the parameters of their base; what is fused into comes to be each one's.
+
+        Raises:
+            AfaError: the experts' layers are in a file, where nothing can be fused into them.
         """
+        self.require_layers("changed by fuse_lora")
+        self.begin_anew()
         seen: set[int] = set()
-        for expert in self.distinct_experts:
+        for expert in self.computed_experts:
             layers = [m for m in expert.modules() if isinstance(m, BaseTunerLayer)]
             for layer in layers:
                 own: nn.Module = layer.get_base_layer()
@@ -194,13 +222,13 @@ class Delegation:
                         copy = nn.Parameter(parameter.detach().clone(), requires_grad=False)
                         setattr(own, name, copy)
                     seen.add(id(parameter))
-        for expert in self.distinct_experts:
+        for expert in self.computed_experts:
             expert.fuse_lora(*args, **kwargs)
 
     @property
     def peft_config(self) -> dict[str, Any]:
         """The LoRAs that `load_lora_adapter` gave to all experts, by name."""
-        return self.experts[0].peft_config
+        return self.computed_experts[0].peft_config
 
     def load_lora_adapter(self, state_dict: Mapping[str, Any], **options: Any) -> None:
         """Add a LoRA to the denoiser of every expert; the way of `pipeline.load_lora_weights`.
@@ -212,8 +240,10 @@ class Delegation:
             options: see the experts' own class.
 
         Raises:
-            AfaError: the LoRA changes text encoders, too, which then come to differ by expert.
+            AfaError: the LoRA changes text encoders, too, which then come to differ by expert; or
+                the experts' layers are in a file.
         """
+        self.require_layers("changed by load_lora_adapter")
         of_text = [key for key in state_dict if key.startswith(_TEXT)]
         if of_text:
             raise AfaError(
@@ -222,12 +252,13 @@ class Delegation:
                 "lora: ...}, which merges both."
             )
         # the pipeline is for moving a single offloaded model out of the way and back
-        for expert in self.distinct_experts:
+        self.begin_anew()
+        for expert in self.computed_experts:
             expert.load_lora_adapter(dict(state_dict), **options)
 
     # -- IP-Adapter -----------------------------------------------------------------------------
 
-    _load_ip_adapter_weights = _for_every_expert("_load_ip_adapter_weights")
+    _load_ip_adapter_weights = _layers_of_every_expert("_load_ip_adapter_weights")
 
     def _load_ip_adapter_loras(self, state_dicts: Any) -> dict[str, Any]:
         """The LoRAs of an IP-Adapter for faces, which the pipeline then loads into all experts."""

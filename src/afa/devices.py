@@ -12,7 +12,7 @@ from afa.errors import AfaError
 from afa.prompt import once_per_prompt
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from afa.denoisers import Feature
 
@@ -59,19 +59,19 @@ class Devices:
             for arguments, device in zip(per_expert, self.of_expert, strict=True)
         ]
 
-    def gather(self, features: Sequence[Feature], *, with_temb: bool) -> list[Feature]:
+    def gather(self, features: Mapping[int, Feature], *, with_temb: bool) -> dict[int, Feature]:
         """The features of experts at a site, on the first device; see `Exchange.gather`."""
+        first = next(iter(features.values()))
 
         def here(value: Tensor | None) -> Any:
             return None if value is None else value.to(self.main, non_blocking=True)
 
-        return [
-            feature._replace(
-                hidden=here(feature.hidden),
-                temb=here(feature.temb) if with_temb else features[0].temb,
+        return {
+            n: feature._replace(
+                hidden=here(feature.hidden), temb=here(feature.temb) if with_temb else first.temb
             )
-            for feature in features
-        ]
+            for n, feature in features.items()
+        }
 
     def scatter(self, fused: Tensor | Sequence[Tensor], experts: Sequence[int]) -> list[Tensor]:
         """What each expert goes on with, where it is.

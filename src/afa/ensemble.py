@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,47 +15,45 @@ from torch import Tensor, nn
 from afa.acceleration.call import predict as accelerated
 from afa.acceleration.loop import Loops
 from afa.acceleration.settings import EXACT
-from afa.aggregators import Condition, Fused, Mean, SABWConfig, weighted_sum
+from afa.aggregators import Mean, SABWConfig
 from afa.aggregators.build import build_sabw
 from afa.aggregators.lowered import Lowered
+from afa.combinations import Switches
 from afa.delegation import Delegation
 from afa.denoisers import (
     PLAIN,
     Execution,
     Family,
-    Feature,
     Site,
     Widths,
     check_same_architecture,
     discover_sites,
     family_of,
-    run_lockstep,
 )
 from afa.errors import AfaError
 from afa.guard import Guard, is_finite
+from afa.locks import Lock
 from afa.placement import Placement
-from afa.prompt import cross_attentions, mean_of, mean_text, prompts_attended_once
+from afa.prompt import cross_attentions, prompts_attended_once
 from afa.steering import expert_names
+from afa.step import run_step, timesteps_of
 
 if TYPE_CHECKING:
     from typing import Self
 
     from diffusers.models.attention_processor import Attention
 
-    from afa.acceleration.graphs import Graphs
-    from afa.acceleration.loop import Loop, Shortcut
-    from afa.acceleration.plan import PruningPlan
+    from afa.acceleration.loop import Loop, Running, Shortcut
     from afa.acceleration.settings import Acceleration
+    from afa.combinations import Schedule
     from afa.guard import OnNonFinite
     from afa.sources import ExpertReference
 
 #: called with the timestep [B], the site's name and the fusion weights [B, N, H, W]
 WeightsObserver = Callable[[Tensor, str, Tensor], None]
-#: answers to a timestep with the experts that run there, by number; the others are skipped
-Schedule = Callable[[float], Sequence[int]]
 
 
-class EnsembleDenoiser(Delegation, Placement, ModelMixin, ConfigMixin):
+class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin):
     """Several experts run side by side, fused after every block (AFA, section 3).
 
     Takes the place of `unet` or `transformer` in stock diffusers pipelines: same call, same output
@@ -100,23 +98,23 @@ class EnsembleDenoiser(Delegation, Placement, ModelMixin, ConfigMixin):
         self.aggregators = nn.ModuleList(self._build_aggregators(aggregators))
         self._signature = inspect.signature(self.family.model_class.forward)
         self._rules = {site.name: n for n, site in enumerate(self.sites)}
-        self.schedule = schedule
+        self._loops, self._lock = Loops(), Lock()
         self.execution: Execution = PLAIN
+        self.schedule = schedule
         #: what is left out of denoising loops; see `afa.accelerate`
         self.acceleration: Acceleration = EXACT
-        #: which experts run where; see `afa.accelerate`
-        self.plan: PruningPlan | None = None
-        #: what records its steps as CUDA graphs; see `afa.accelerate`
-        self.graphs: Graphs | None = None
-        #: what is done where an expert gives numbers that are none; see `afa.guard`
+        #: what is done where an expert gives non-finite values; see `afa.guard`
         self.on_nonfinite: OnNonFinite = "stop"
         #: how often each expert was left out at each site for that
         self.masked: Counter[tuple[str, str]] = Counter()
-        self._loops, self._lowered = Loops(), Lowered()
+        #: the aggregators in the experts' type
+        self.lowered = Lowered()
         self._attentions: list[Attention] = []
-        #: what is added to the experts' logits [N], by site; see `afa.steer`
-        self.bias: Mapping[str, Tensor] = {}
+        self._bias_on: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None = None
+        #: called with the fusion weights of every call, whichever thread makes it
         self.on_weights: WeightsObserver | None = None
+        #: called with those of the calls of one thread; see `afa.maps.observed`
+        self.observers: list[tuple[int, WeightsObserver]] = []
         #: where the experts and the autoencoder come from; None where they were made in memory
         self.references: Sequence[ExpertReference] | None = None
         self.vae_reference: ExpertReference | None = None
@@ -153,14 +151,16 @@ class EnsembleDenoiser(Delegation, Placement, ModelMixin, ConfigMixin):
 
         Takes what the experts' own class takes. Embeddings of the text are the experts',
         concatenated on the last axis as stock pipelines do with `EnsembleTextEncoder`, or one for
-        all; see `afa.denoisers.Widths`. All else goes to every expert.
+        all; see `afa.denoisers.Widths`. All else goes to every expert. Calls from several threads
+        wait for each other.
 
         Returns: the library's output object, or with `return_dict=False` a tuple of the prediction.
 
         Raises:
-            AfaError: no latent at all; numbers that are none, see `afa.guard`; a text embedding of
-                another width; or several timesteps at once where a
-                schedule picks the experts by timestep.
+            AfaError: no latent at all; non-finite values, see `afa.guard`; a text embedding of
+                another width; several timesteps at once where a schedule picks the experts by
+                timestep; or, where experts are spread over processes, another thread or other
+                arguments than in the other processes.
         """
         arguments = self._bind(args, kwargs)
         sample = next(iter(arguments.values()))
@@ -169,175 +169,142 @@ class EnsembleDenoiser(Delegation, Placement, ModelMixin, ConfigMixin):
                 "A denoiser must have at least one latent with an area, came the shape "
                 f"{tuple(sample.shape)}. Ask for a picture."
             )
-        with self.lora_scale(arguments) as scale:
+        with self._lock, self.lora_scale(arguments) as scale:
             prediction = self._predict(arguments, scale)
         return self.family.output_class(sample=prediction) if return_dict else (prediction,)
 
     def _predict(self, arguments: dict[str, Any], scale: float | None) -> Tensor:
-        prompt = arguments.get(self.family.prompt)
+        prompt, steps = arguments.get(self.family.prompt), timesteps_of(arguments)
+        sample = next(iter(arguments.values()))
+        running = self._running(steps)
+        if self.exchange is not None:
+            self.exchange.begin(steps, sample, prompt)
         if torch.is_grad_enabled():
-            return self._run_experts(arguments)
+            return run_step(self, arguments, running)
+        self.lowered.refresh()
         if prompt is None:
-            return self._finite(self._run_experts(arguments), arguments)
-        loop = self._loops.of(prompt, _timesteps(arguments))
+            return self._finite(run_step(self, arguments, running), arguments, running)
+        agree = self.exchange.any_of if self.exchange else bool
+        loop = self._loops.of(prompt, steps, sample, agree)
+        loop.runs(running)
         if loop.num_calls == 1:
             self._attentions = cross_attentions(self)
-            self.bias = {site: bias.to(prompt.device) for site, bias in self.bias.items()}
-        run: Callable[..., Tensor] = self._run_experts
+
+        def run(given: dict[str, Any], shortcut: Shortcut | None = None) -> Tensor:
+            return run_step(self, given, running, shortcut)
+
+        compute: Callable[..., Tensor] = run
         if self._is_recordable(arguments):
             assert self.graphs is not None, "it is recordable"
-            run = self.graphs.steps_of(loop, run, key=scale)
+            compute = self.graphs.steps_of(loop, run, key=scale)
         with prompts_attended_once(self._attentions):
             if loop.is_guarded:
-                return self._guarded(arguments)
+                return self._guarded(arguments, running)
             if self.acceleration.is_exact or arguments.get("skip_layers"):
-                prediction = run(arguments)
+                prediction = compute(arguments)
             else:
                 prediction = accelerated(
-                    self.acceleration, loop, self.family, self.sites, arguments, run
+                    self.acceleration, loop, self.family, self.sites, arguments, compute, agree
                 )
-            return self._finite(prediction, arguments, loop)
+            return self._finite(prediction, arguments, running, loop)
 
     def _finite(
-        self, prediction: Tensor, arguments: dict[str, Any], loop: Loop | None = None
+        self,
+        prediction: Tensor,
+        arguments: dict[str, Any],
+        running: Running,
+        loop: Loop | None = None,
     ) -> Tensor:
         """A prediction as it is; where it is not finite, the step once more under guard.
 
         Raises:
             AfaError: names the expert and the site where it came from, unless it is masked.
         """
-        if is_finite(prediction) or self.exchange is not None:
+        agree = self.exchange.any_of if self.exchange else bool
+        if not agree(not is_finite(prediction)):
             return prediction
         if loop is not None:  # what it has kept of its steps may be the same
             loop.is_guarded = True
-        return self._guarded(arguments)
+        return self._guarded(arguments, running)
 
-    def _guarded(self, arguments: dict[str, Any]) -> Tensor:
+    def _guarded(self, arguments: dict[str, Any], running: Running) -> Tensor:
         """A step in which every feature is looked at, and nothing is left out to save time."""
         masks = self.on_nonfinite == "mask"
         guard = Guard(expert_names(self), self.dtype, masks=masks)
-        prediction = self._run_experts(arguments, guard=guard)
+        prediction = run_step(self, arguments, running, guard=guard)
         self.masked += guard.masked
         return prediction
 
     def _is_recordable(self, arguments: dict[str, Any]) -> bool:
-        """Whether steps are CUDA graphs: nobody looks into them, and no value decides on them."""
-        looked_into = self.on_weights or self.schedule or self.plan or arguments.get("skip_layers")
-        elsewhere = self.execution.device or self.exchange or self.devices
-        if self.graphs is None or looked_into or elsewhere:
+        """Whether steps are CUDA graphs: no observers and no data-dependent control flow."""
+        observed = self.on_weights or self.observers or arguments.get("skip_layers")
+        if self.graphs is None or observed:
             return False
         return self.graphs.take(next(iter(arguments.values())))
 
-    def _run_experts(
-        self,
-        arguments: dict[str, Any],
-        shortcut: Shortcut | None = None,
-        guard: Guard | None = None,
-    ) -> Tensor:
-        """Run the experts side by side, without the sites that a shortcut skips."""
-        sample, steps = next(iter(arguments.values())), _timesteps(arguments)
-        taken = shortcut.prediction if shortcut else None
-        if shortcut is not None and taken is not None:
-            for site, weights in shortcut.weights.items():
-                self._show(steps, site, weights)
-            return taken
-        active = self._active_experts(steps)
-        per_expert = self.family.split(self.experts[0], arguments, self.widths, len(self.experts))
-        heard = guard.look_at_inputs(sample, per_expert, active) if guard else active
-        text = mean_text(self, arguments, per_expert, heard) if self.widths.text else None
-        skipped = shortcut.skipped if shortcut else frozenset()
-        left = self._experts_left(steps)
-        execution = replace(self.execution, skipped=skipped)
-        apart = self.exchange or self.devices
-        running = self.exchange.own if self.exchange else active
-        if self.devices is not None:
-            per_expert = self.devices.send(per_expert, self.family.prompt)
-        coroutines = [
-            self.family.blocks(
-                self.experts[n],
-                **per_expert[n],
-                execution=replace(execution, pruned={s for s in left if n not in left[s]}),
-            )
-            for n in running
-        ]
-        mask = arguments.get(self.family.text_mask or "")
-        condition: Condition | None = None
+    def _running(self, steps: Tensor) -> Running:
+        """The experts that run at these timesteps [B], in all and by site.
 
-        def fuse(features: Sequence[Feature]) -> Tensor | Sequence[Tensor]:
-            nonlocal condition
-            if apart is not None and features[0].site not in skipped:
-                features = apart.gather(features, with_temb=condition is None)
-            sound = guard.look(features, active) if guard else range(len(features))
-            if condition is None:
-                temb = mean_of([features[n].temb for n in sound])
-                condition = Condition(steps, temb, text, sample, mask)
-            site = features[0].site
-            if shortcut is not None and site in skipped:
-                fused = shortcut.take(site)
-            else:
-                weights = shortcut.kept_weights(site) if shortcut else None
-                chosen = left.get(site)
-                if guard is not None and len(sound) < len(features):
-                    chosen = guard.still(chosen or sound, sound, site)
-                fused = self._fuse(site, features, condition, chosen, weights)
-                if guard is not None:
-                    guard.look_at_fused(site, fused.feature)
-                if shortcut is not None:
-                    shortcut.note(site, fused)
-            self._show(steps, site, fused.weights)
-            return apart.scatter(fused.feature, running) if apart else fused.feature
-
-        return run_lockstep(coroutines, fuse).to(sample.device)
-
-    def _fuse(
-        self,
-        site: str,
-        features: Sequence[Feature],
-        condition: Condition,
-        left: Sequence[int] | None,
-        weights: Tensor | None,
-    ) -> Fused:
-        """Fuse at one site: some experts alone where a plan leaves these, or with given weights."""
-        rule: Any = self.aggregators[self._rules[site]]
-        condition = condition._replace(bias=self.bias.get(site))
-        if weights is not None:
-            chosen = range(len(features)) if left is None else left
-            given = [features[n].hidden for n in chosen]
-            return Fused(weighted_sum(given, weights[:, list(chosen)]), weights)
-        if left is not None:
-            return rule.fuse_some({n: features[n].hidden for n in left}, condition)
-        hidden = [f.hidden for f in features]
-        call = rule if torch.is_grad_enabled() else self._lowered.of(rule, hidden[0].dtype)
-        return self.execution.segment(site, call, hidden, condition)
-
-    def _experts_left(self, steps: Tensor) -> Mapping[str, Sequence[int]]:
-        """The experts that run at these timesteps [B], by site; at other sites all do."""
-        if self.plan is None:
-            return {}
+        Raises:
+            AfaError: several timesteps where a schedule picks the experts; or it picks none, one
+                twice, or one that there is not.
+        """
+        every = range(len(self.experts))
+        if self.schedule is None and self.plan is None:
+            return every, {}
         distinct = steps.unique().tolist()
-        return self.plan.at(distinct[0]) if len(distinct) == 1 else {}
+        if self.plan is not None:
+            return every, self.plan.at(distinct[0]) if len(distinct) == 1 else {}
+        assert self.schedule is not None, "there is one of both"
+        if len(distinct) > 1:
+            raise AfaError(
+                "Where a schedule picks the experts, all of a batch must have one timestep, came "
+                f"{', '.join(f'{step:g}' for step in distinct)}. Call it once for each."
+            )
+        picked = list(self.schedule(distinct[0]))
+        if not picked or len(set(picked)) < len(picked) or not set(picked) <= set(every):
+            raise AfaError(
+                f"The schedule picked the experts {picked} at timestep {distinct[0]:g}; it must "
+                f"pick at least one, each once, by numbers from 0 to {len(every) - 1}. Correct "
+                "the schedule."
+            )
+        return sorted(picked), {}
 
-    def _show(self, steps: Tensor, site: str, weights: Tensor | None) -> None:
-        if self.on_weights is not None and weights is not None:
+    # -- what a step asks of its ensemble -----------------------------------------------------
+
+    def rule_at(self, site: str) -> nn.Module:
+        """The fusion rule of a site."""
+        return self.aggregators[self._rules[site]]
+
+    def bias_at(self, site: str, like: Tensor) -> Tensor | None:
+        """What is added to the experts' logits [N] at a site, on the device of a tensor."""
+        bias = self.bias.get(site)
+        if bias is None or bias.device == like.device:
+            return bias
+        if self._bias_on is None or self._bias_on[0] is not self.bias:
+            moved = {name: own.to(like.device) for name, own in self.bias.items()}
+            self._bias_on = self.bias, moved
+        return self._bias_on[1][site]
+
+    def show(self, steps: Tensor, site: str, weights: Tensor | None) -> None:
+        """Hand the fusion weights of a site to whoever observes them in this thread."""
+        if weights is None:
+            return
+        if self.on_weights is not None:
             self.on_weights(steps, site, weights)
+        for thread, observe in tuple(self.observers):
+            if thread == threading.get_ident():
+                observe(steps, site, weights)
+
+    def begin_anew(self) -> None:
+        """Discard what is kept of denoising loops; for whatever changes what a step computes."""
+        self._loops = Loops()
 
     def _bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
         """All arguments by name, as the experts' own class names them; the latent is the first."""
         arguments = self._signature.bind(self, *args, **kwargs).arguments
         del arguments["self"]
         return arguments
-
-    def _active_experts(self, steps: Tensor) -> Sequence[int]:
-        """The experts that run at these timesteps [B]."""
-        if self.schedule is None:
-            return range(len(self.experts))
-        distinct = steps.unique().tolist()
-        if len(distinct) > 1:
-            raise AfaError(
-                "Where a schedule picks the experts, all of a batch must have one timestep, came "
-                f"{', '.join(f'{step:g}' for step in distinct)}. Call it once for each."
-            )
-        return self.schedule(distinct[0])
 
     # -- what a denoiser offers besides -------------------------------------------------------
 
@@ -358,10 +325,16 @@ class EnsembleDenoiser(Delegation, Placement, ModelMixin, ConfigMixin):
         """Move or cast the experts; move the aggregators, which keep their data type.
 
         Raises:
-            AfaError: the experts' layers are in a file.
+            AfaError: the experts' layers are in a file; or they are offloaded or spread over
+                processes and the device is another than they run on.
         """
         self.require_layers("moved or cast")
-        device = torch._C._nn._parse_to(*args, **kwargs)[0]
+        device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+        self.begin_anew()
+        if self.execution.device is not None or self.exchange is not None:
+            self._require_same_device(device)
+            self.experts.to(dtype=dtype, memory_format=memory_format)
+            return self
         self.experts.to(*args, **kwargs)
         if device is not None:
             self.aggregators.to(device)
@@ -386,9 +359,3 @@ class EnsembleDenoiser(Delegation, Placement, ModelMixin, ConfigMixin):
         """The names of all parameters and buffers of the experts."""
         named = (*self.experts.named_parameters(), *self.experts.named_buffers())
         return [f"experts.{name}" for name, _ in named]
-
-
-def _timesteps(arguments: dict[str, Any]) -> Tensor:
-    """One for each of the batch, [B], of the arguments of a call."""
-    sample = next(iter(arguments.values()))
-    return torch.as_tensor(arguments["timestep"], device=sample.device).expand(len(sample))

@@ -1,7 +1,15 @@
-"""Experts spread over processes: each computes its own, and features are exchanged at the sites."""
+"""Experts spread over processes: each computes its own, and features are exchanged at the sites.
+
+Every process fuses the features of all experts and continues with the result, so all of them must
+compute the same picture and take the same decisions. Both are checked at every step: processes that
+were called with different pictures would mix these without a word, and processes that disagree on
+whether a step is computed would wait for each other forever.
+"""
 
 from __future__ import annotations
 
+import math
+import threading
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,18 +17,23 @@ from torch import Tensor, distributed
 
 from afa.denoisers import Feature
 from afa.errors import AfaError
+from afa.prompt import once_per_prompt
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch.distributed import ProcessGroup
+
+#: how many numbers the processes compare: timestep, sizes, projections
+_SEEN = 32
+_PROJECTIONS = 8
 
 
 class Exchange:
     """Who computes which expert, and how the others come to its features.
 
     Expert n is computed by process n modulo the number of processes. All of them fuse; for that
-    they have to be called equally often, with the same arguments.
+    they have to be called equally often, from one thread each, with the same arguments.
 
     Args:
         num_experts: N.
@@ -46,28 +59,81 @@ class Exchange:
         self._num_experts = num_experts
         #: the experts that this process computes, by number
         self.own: list[int] = list(range(self._rank, num_experts, self._count))
+        self._thread: int | None = None
 
-    def gather(self, features: Sequence[Feature], *, with_temb: bool) -> list[Feature]:
+    def begin(self, timesteps: Tensor, latent: Tensor, prompt: Tensor | None) -> None:
+        """See that all processes are about to compute the same step of the same picture.
+
+        Args:
+            timesteps: [B].
+            latent: of this call, [B, ...].
+            prompt: of this call, the same object at every step of a loop; None where there is none.
+
+        Raises:
+            AfaError: this is another thread than the first that called, or the processes were
+                called with different timesteps, latents or prompts.
+        """
+        if self._thread is None:
+            self._thread = threading.get_ident()
+        if self._thread != threading.get_ident():
+            raise AfaError(
+                "An ensemble whose experts are spread over processes was called from a second "
+                "thread; the order of its calls must be the same in every process. Draw from one "
+                "thread, or load the experts in one process."
+            )
+        if self._count == 1:
+            return
+        sizes = [math.log1p(size) for size in latent.shape]
+        parts = [timesteps.double().mean().reshape(1), latent.new_tensor(sizes).double()]
+        parts.append(_projections(latent))
+        if prompt is not None:
+            parts.append(once_per_prompt(prompt, _projections, lambda: _projections(prompt)))
+        seen = torch.nn.functional.pad(torch.cat(parts), (0, _SEEN - sum(map(len, parts))))
+        received = [torch.empty_like(seen) for _ in range(self._count)]
+        distributed.all_gather(received, seen, group=self._group)
+        if any(not _is_close(received[0], other) for other in received[1:]):
+            raise AfaError(
+                "The processes over which the experts are spread were called with different "
+                "timesteps, latents or prompts; they must draw the same picture. Give all of them "
+                "the same prompts, size and seed."
+            )
+
+    def any_of(self, decision: bool) -> bool:
+        """Whether any process decides so; what all of them then do."""
+        if self._count == 1:
+            return decision
+        flag = torch.tensor([int(decision)], device=self._device())
+        distributed.all_reduce(flag, distributed.ReduceOp.MAX, group=self._group)
+        return bool(flag)
+
+    def _device(self) -> torch.device:
+        """Where tensors have to be that the group's backend sends."""
+        backend = distributed.get_backend(self._group)
+        is_nccl = backend == distributed.Backend.NCCL
+        return torch.device("cuda", torch.cuda.current_device()) if is_nccl else torch.device("cpu")
+
+    def gather(self, features: Mapping[int, Feature], *, with_temb: bool) -> dict[int, Feature]:
         """The features of all experts at a site, from those of this process's own.
 
         Args:
-            features: in the order of `own`.
+            features: by the expert's number, of all in `own`.
             with_temb: whether the embeddings of the timestep are gathered, too; else every expert
                 comes with this process's first.
         """
-        first = features[0]
-        hidden = self._gather([feature.hidden for feature in features])
-        tembs = [first.temb] * self._num_experts
+        own = [features[n] for n in self.own]
+        hidden = self._gather([feature.hidden for feature in own])
+        tembs = [own[0].temb] * self._num_experts
         if with_temb:
-            tembs = self._gather([feature.temb for feature in features])
-        return [
-            Feature(first.site, feature, temb) for feature, temb in zip(hidden, tembs, strict=True)
-        ]
+            tembs = self._gather([feature.temb for feature in own])
+        return {
+            n: Feature(own[0].site, feature, temb)
+            for n, (feature, temb) in enumerate(zip(hidden, tembs, strict=True))
+        }
 
     def scatter(
         self, fused: Tensor | Sequence[Tensor], experts: Sequence[int]
     ) -> Tensor | Sequence[Tensor]:
-        """What this process's experts go on with, of what all do."""
+        """What this process's experts continue with, of what all do."""
         return fused if isinstance(fused, Tensor) else [fused[n] for n in experts]
 
     def _gather(self, own: Sequence[Tensor]) -> list[Tensor]:
@@ -89,3 +155,21 @@ class Exchange:
                 tensor = received[rank][place]
                 every.append(tensor.movedim(-1, 1) if is_last else tensor)
         return every
+
+
+def _projections(tensor: Tensor) -> Tensor:
+    """A few numbers of the size of 1 that tell tensors apart, but hardly see how a device rounds.
+
+    Projections on fixed directions, [8]; those of the latents of two pictures differ like random
+    numbers, those of one picture on two kinds of devices by its rounding.
+    """
+    flat = tensor.detach().flatten().double()
+    angles = torch.arange(len(flat), device=flat.device, dtype=torch.float64)
+    waves = [torch.cos(angles * angles * (0.1 + n)) for n in range(_PROJECTIONS)]
+    size = flat.norm().clamp(min=1e-12)
+    return torch.stack([(flat * wave).sum() / size for wave in waves])
+
+
+def _is_close(one: Tensor, other: Tensor) -> bool:
+    """Whether two processes have seen the same; values that are not finite are found elsewhere."""
+    return bool(torch.isclose(one, other, rtol=1e-3, atol=0.02, equal_nan=True).all())

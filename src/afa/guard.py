@@ -87,30 +87,25 @@ class Guard:
         self._everywhere = frozenset(wrong)
         return self._others(wrong, running, "text encoder")
 
-    def look(self, features: Sequence[Feature], running: Sequence[int]) -> list[int]:
-        """The places of the features that are finite, among those of the experts that run.
+    def look(self, features: Mapping[int, Feature]) -> frozenset[int]:
+        """The experts to leave out at a site, since their features are not finite, by number.
+
+        Args:
+            features: by the expert's number; those that a plan leaves out have no content.
 
         Raises:
-            AfaError: one is not and nothing is masked, or none is.
+            AfaError: one is not finite and nothing is masked, or none is.
         """
-        site, wrong = features[0].site, []
-        for place, feature in enumerate(features):
-            if feature.hidden is None:
-                continue
-            if running[place] in self._everywhere:
-                wrong.append(place)
+        computed = {n: feature for n, feature in features.items() if feature.hidden is not None}
+        site, wrong = next(iter(features.values())).site, []
+        for n, feature in computed.items():
+            if n in self._everywhere:
+                wrong.append(n)
             elif not (is_finite(feature.hidden) and is_finite(feature.temb)):
-                wrong.append(place)
-                self._note(running[place], f"its feature at site '{site}'", site)
-        return self._others(wrong, range(len(features)), site)
-
-    def still(self, planned: Sequence[int], sound: Sequence[int], site: str) -> list[int]:
-        """Those of the places of which a plan says that they are fused that are finite.
-
-        Raises:
-            AfaError: none is.
-        """
-        return self._others([n for n in planned if n not in sound], planned, site)
+                wrong.append(n)
+                self._note(n, f"its feature at site '{site}'", site)
+        self._others(wrong, list(computed), site)
+        return frozenset(wrong)
 
     def look_at_fused(self, site: str, fused: Tensor | Sequence[Tensor]) -> None:
         """Refuse what is not finite although all features were.

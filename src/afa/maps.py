@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from afa.ensemble import EnsembleDenoiser
+    from afa.ensemble import EnsembleDenoiser, WeightsObserver
 
 
 @dataclass
@@ -88,7 +89,7 @@ def record_weights(ensemble: EnsembleDenoiser) -> Iterator[WeightRecord]:
         with afa.record_weights(pipeline.unet) as record:
             pipeline("a fox")
 
-    Nothing is kept outside of the block.
+    Nothing is kept outside of the block, nor of pictures that other threads draw meanwhile.
     """
     record = WeightRecord()
     first_site = ensemble.sites[0].name
@@ -98,8 +99,26 @@ def record_weights(ensemble: EnsembleDenoiser) -> Iterator[WeightRecord]:
             record.steps.append(RecordedStep(float(timestep.flatten()[0])))
         record.steps[-1].weights[site] = weights.detach().to("cpu", copy=True)
 
-    previous, ensemble.on_weights = ensemble.on_weights, observe
-    try:
+    with observed(ensemble, observe):
         yield record
+
+
+@contextmanager
+def observed(ensemble: EnsembleDenoiser, observer: WeightsObserver) -> Iterator[None]:
+    """Call an observer with the fusion weights of every site while the block runs.
+
+    Observers of other blocks are called as well. It sees the calls of its own thread: pictures that
+    other threads draw with the same ensemble are not its own.
+
+    Args:
+        ensemble: whose weights are seen.
+        observer: see `WeightsObserver`.
+    """
+    entry = threading.get_ident(), observer
+    ensemble.observers.append(entry)
+    try:
+        yield
     finally:
-        ensemble.on_weights = previous
+        # by identity: two blocks may have observers that are equal
+        place = next(n for n, known in enumerate(ensemble.observers) if known is entry)
+        del ensemble.observers[place]

@@ -14,14 +14,14 @@ from afa.exchange import Exchange
 from afa.streaming import LayerStream
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from torch import nn
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
-    from afa.acceleration.plan import PruningPlan
+    from afa.combinations import Feature
 
 
 class Placement:
@@ -31,7 +31,7 @@ class Placement:
     aggregators: nn.ModuleList
     family: Family
     execution: Execution
-    plan: PruningPlan | None
+    require_compatible: Callable[[Feature], None]
     #: with other processes, of features; None where this one computes all experts
     exchange: Exchange | None = None
     #: of the experts, where they are not all on one
@@ -52,6 +52,7 @@ class Placement:
         """
         placed = Devices(devices, len(self.experts))
         self._require_one_place("placed on devices")
+        self.require_compatible("experts on several devices")
         self.stop_offloading()
         shared = {id(p): placed.of_expert[0] for p in self.experts[0].parameters()}
         for expert, device in zip(self.experts, placed.of_expert, strict=True):
@@ -71,6 +72,27 @@ class Placement:
             raise AfaError(
                 f"Experts must all be in one place to be {done}; these are {where}. Load them anew."
             )
+
+    def _require_same_device(self, device: torch.device | None) -> None:
+        """Raise AfaError where experts that are offloaded or spread are asked to be elsewhere."""
+        there = (
+            self.execution.device or next(self.experts[self.exchange.own[0]].parameters()).device
+        )
+        if (
+            device is None
+            or device == there
+            or (device.type, device.index or 0)
+            == (
+                there.type,
+                there.index or 0,
+            )
+        ):
+            return
+        how = "offloaded" if self.execution.device else "spread over processes"
+        remedy = "Call stop_offloading() first" if self.execution.device else "Load them anew there"
+        raise AfaError(
+            f"Experts that are {how} and run on {there} cannot be moved to {device}. {remedy}."
+        )
 
     def require_layers(self, done: str) -> None:
         """Refuse to do what needs the experts' layers in memory.
@@ -97,6 +119,7 @@ class Placement:
             AfaError: the experts are spread over processes, or placed on several devices.
         """
         self._require_one_place("offloaded")
+        self.require_compatible("offloaded experts")
         self.stop_offloading()
         self.experts.to("cpu")
         for expert in self.experts:
@@ -128,6 +151,7 @@ class Placement:
             AfaError: see `stream_experts`.
         """
         self._require_one_place("streamed")
+        self.require_compatible("streamed experts")
         if self.execution.source is not stream:
             self.stop_offloading()
         for expert in self.experts:
@@ -163,17 +187,14 @@ class Placement:
 
         Raises:
             AfaError: there are no processes, more of them than experts, an expert is named twice,
-                or a plan leaves some out.
+                or a plan or a schedule leaves some out.
         """
         exchange = Exchange(len(self.experts), group)
         self._require_one_place("spread over processes")
+        self.require_compatible("experts spread over processes")
         self.stop_offloading()
         if len(set(self.experts)) < len(self.experts):
             raise AfaError("Experts that are spread over processes must be named once each.")
-        if self.plan is not None:
-            raise AfaError(
-                "Experts that are spread over processes must all run; take off the plan."
-            )
         for n, expert in enumerate(self.experts):
             if n not in exchange.own:
                 expert.to("meta")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import afa
-from afa.acceleration.loop import Loop, Loops, Shortcut
+from afa.acceleration.loop import Kept, Loop, Loops, Shortcut
 from afa.acceleration.settings import acceleration_of
 from afa.aggregators import Condition, Fused, FusionRule, Separate
 from afa.denoisers import Site, discover_sites
@@ -46,11 +46,13 @@ def at(arguments: dict[str, Any], step: int, seed: int | None = None) -> dict[st
     given = arguments["timestep"]
     now = torch.full_like(given, step) / (1000 if given.max() <= 1 else 1)
     latent = next(key for key in ("sample", "hidden_states") if key in arguments)
+    torch.manual_seed(0)
+    picture = torch.randn_like(arguments[latent])  # what all steps have in common
     torch.manual_seed(step if seed is None else seed)
     return {
         **arguments,
         "timestep": now.to(given.dtype),
-        latent: torch.randn_like(arguments[latent]),
+        latent: 0.9 * picture + 0.4 * torch.randn_like(picture),
     }
 
 
@@ -368,10 +370,15 @@ def test_sites_without_fusion_are_taken_over_for_each_expert() -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
-def shortcut_of(loop: Loop, settings: afa.Acceleration, latent: Tensor) -> Shortcut:
+def shortcut_of(
+    loop: Loop,
+    settings: afa.Acceleration,
+    latent: Tensor,
+    agree: Callable[[bool], bool] = bool,
+) -> Shortcut:
     names = ("conv_in", "down.0.0", "mid", "up.0.0", "conv_out")
     sites = [Site(name, 1, 1, 1) for name in names]
-    return Shortcut(settings, sites, False, loop, latent)
+    return Shortcut(settings, sites, False, loop, latent, agree)
 
 
 def test_a_line_through_two_steps_goes_on() -> None:
@@ -380,7 +387,7 @@ def test_a_line_through_two_steps_goes_on() -> None:
     def feature(step: float) -> Tensor:
         return torch.tensor([[[[3.0 + 2 * step]]]])
 
-    loop = Loop(900, 900)
+    loop = Loop(900, 900, torch.zeros(1))
     for number, step in enumerate((900, 750, 600, 450)):
         loop.timestep, loop.num_calls = step, number + 1
         shortcut = shortcut_of(loop, afa.Acceleration(interval=2, order=1), torch.zeros(1))
@@ -397,16 +404,55 @@ def test_a_line_through_two_steps_goes_on() -> None:
 
 
 def test_loops_are_told_by_prompt_and_timestep() -> None:
-    loops, prompt = Loops(), torch.zeros(1)
+    loops, prompt, latent = Loops(), torch.zeros(1), torch.randn(2, 4, 8, 8)
     steps = torch.tensor([900, 900])
-    loop = loops.of(prompt, steps)
-    assert loops.of(prompt, steps - 1) is loop
+    loop = loops.of(prompt, steps, latent)
+    assert loops.of(prompt, steps - 1, latent) is loop
     assert (loop.num_calls, loop.timestep, loop.begin) == (2, 899, 900)
-    again = loops.of(prompt, steps - 1)  # the same step again: another picture
+    again = loops.of(prompt, steps - 1, latent)  # the same step again: another picture
     assert again is not loop
-    assert loops.of(torch.zeros(1), steps - 2) is not again
-    mixed = loops.of(prompt, torch.tensor([3, 4]))
-    assert loops.of(prompt, torch.tensor([1, 1])) is not mixed
+    assert loops.of(torch.zeros(1), steps - 2, latent) is not again
+    mixed = loops.of(prompt, torch.tensor([3, 4]), latent)
+    assert loops.of(prompt, torch.tensor([1, 1]), latent) is not mixed
+
+
+def test_a_latent_that_cannot_have_come_from_the_last_begins_a_loop() -> None:
+    """The caller holds the prompt of a picture that was left early, and begins another one."""
+    loops, prompt, latent = Loops(), torch.zeros(1), torch.randn(2, 4, 8, 8)
+    steps = torch.tensor([900, 900])
+    loop = loops.of(prompt, steps, latent)
+    latent.mul_(0.7)  # in place: the loop has a copy
+    assert loops.of(prompt, steps - 1, latent) is loop
+    wider, other = torch.randn(2, 4, 8, 16), torch.randn(2, 4, 8, 8)
+    for number, given in enumerate((other, wider, latent.half(), latent), start=2):
+        another = loops.of(prompt, steps - number, given)
+        assert another is not loop
+        loop = another
+    assert loops.of(prompt, steps - 9, 0.5 * latent) is loop
+
+
+def test_what_other_experts_have_made_is_not_reused() -> None:
+    loop = Loop(900, 900, torch.zeros(1), kept=[Kept(900, torch.zeros(1))])
+    loop.runs(([0, 1], {}))
+    loop.runs(([0, 1], {}))
+    assert loop.kept
+    loop.runs(([0, 1], {"mid": [0]}))
+    assert not loop.kept
+
+
+def test_processes_that_disagree_compute_the_step() -> None:
+    """One that sees a large change computes it; the others would wait for its features."""
+    loop = Loop(900, 900, torch.zeros(1), num_calls=2)
+    loop.kept = [Kept(901, torch.ones(1))]
+    settings, seen = afa.Acceleration(interval=9, drift=0.5), []
+
+    def agree(decision: bool) -> bool:
+        seen.append(decision)
+        return True
+
+    shortcut = shortcut_of(loop, settings, torch.ones(1), agree)
+    assert seen == [False]
+    assert not shortcut.skipped
 
 
 def test_a_transformer_with_skipped_layers_takes_nothing_over() -> None:
@@ -420,7 +466,7 @@ def test_a_transformer_with_skipped_layers_takes_nothing_over() -> None:
 
 def whole_calls(settings: afa.Acceleration, latents: Iterable[Tensor]) -> list[int]:
     """Which of these latents are computed as a whole."""
-    loop, found = Loop(1000, 1000), []
+    loop, found = Loop(1000, 1000, torch.zeros(1)), []
     for number, latent in enumerate(latents):
         loop.num_calls, loop.timestep = number + 1, 1000 - number
         shortcut = shortcut_of(loop, settings, latent)

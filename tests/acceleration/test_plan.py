@@ -14,6 +14,7 @@ from afa.acceleration.calibrate import calibrate
 from afa.acceleration.plan import PruningPlan, Shares, StepRange, load_plan, save_plan
 from afa.aggregators import SABW, Condition, weighted_sum
 from afa.aggregators.simple import Only
+from afa.baselines.fusion.magic_fusion import MagicFusion
 from afa.errors import AfaError
 from tests.acceleration.test_loop import FAMILIES, arguments_of, at, ensemble_of
 from tests.aggregators.test_sabw import CONFIG, example, trained
@@ -72,8 +73,11 @@ def test_all_of_them_are_the_whole_rule() -> None:
 
 def test_other_rules_need_all() -> None:
     features, condition = example()
-    with pytest.raises(AfaError, match="Only needs the features of all experts"):
-        Only(0).fuse_some({0: features[0]}, condition)
+    with pytest.raises(AfaError, match="MagicFusion needs the features of all experts"):
+        MagicFusion().fuse_some({0: features[0]}, condition)
+    assert Only(0).fuse_some({0: features[0]}, condition).feature is features[0]
+    with pytest.raises(AfaError, match=r"Only\(0\) needs .* leaves only \[1\]"):
+        Only(0).fuse_some({1: features[1]}, condition)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

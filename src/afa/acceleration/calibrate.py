@@ -8,6 +8,7 @@ import torch
 
 from afa.acceleration.plan import Shares
 from afa.kinds import denoiser_of, kind_of_pipeline
+from afa.maps import observed
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
@@ -44,8 +45,7 @@ def calibrate(
     # pipelines of Flux count from 0 to 1
     highest = pipeline.scheduler.config.num_train_timesteps / (1000 if kind.name == "Flux" else 1)
     shares = Shares(ensemble, num_ranges, highest)
-    previous, ensemble.on_weights = ensemble.on_weights, shares.note
-    try:
+    with observed(ensemble, shares.note):
         for start in range(0, len(prompts), batch_size):
             chosen = list(prompts[start : start + batch_size])
             pipeline(
@@ -58,6 +58,4 @@ def calibrate(
                 **{**kind.call, **call},
             )
             yield start + len(chosen)
-    finally:
-        ensemble.on_weights = previous
     return shares

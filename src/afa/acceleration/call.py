@@ -24,6 +24,7 @@ def predict(
     sites: Sequence[Site],
     arguments: dict[str, Any],
     compute: Callable[[dict[str, Any], Shortcut], Tensor],
+    agree: Callable[[bool], bool] = bool,
 ) -> Tensor:
     """The prediction of one call of a loop.
 
@@ -34,12 +35,13 @@ def predict(
         sites: of the experts.
         arguments: by name, the latent first.
         compute: runs the experts on such arguments, and takes over what the shortcut skips.
+        agree: makes one decision of those of several processes; see `Exchange.any_of`.
 
     Returns: [B, ...].
     """
     latent: Tensor = next(iter(arguments.values()))
     last = family.conditional_last
-    may_halve = settings.guidance_until < 1 and is_guided(latent)
+    may_halve = settings.guidance_until < 1 and not agree(not is_guided(latent))
     progress = 1 - loop.timestep / loop.begin if loop.begin else 1
     is_late = progress >= settings.guidance_until
     if may_halve and is_late and loop.guidance is not None and not loop.is_halved:
@@ -47,7 +49,7 @@ def predict(
         loop.kept = [kept.half(last) for kept in loop.kept]
     if loop.is_halved:
         arguments = halved_arguments(arguments, family.prompt, len(latent), last)
-    shortcut = Shortcut(settings, sites, family.is_residual, loop, latent)
+    shortcut = Shortcut(settings, sites, family.is_residual, loop, latent, agree)
     prediction = compute(arguments, shortcut)
     shortcut.end(prediction)
     if loop.is_halved:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from afa.aggregators import Fused
 from afa.prompt import forget
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from afa.acceleration.graphs import StepGraph
     from afa.acceleration.settings import Acceleration
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 #: one for all experts, or one for each
 Features = list[Tensor]
+#: the experts that run at a step, by number; and by site where a plan names fewer
+Running = tuple[Sequence[int], Mapping[str, Sequence[int]]]
 
 
 @dataclass
@@ -61,6 +64,7 @@ class Loop:
     Attributes:
         begin: its first timestep.
         timestep: its last one.
+        latent: a copy of the one that it was last called with.
         num_calls: up to and with the one that runs.
         since_whole: calls since everything was computed.
         kept: of the last two calls that computed everything, the newest last.
@@ -68,10 +72,12 @@ class Loop:
         is_halved: whether only the conditional half is computed from now on.
         graph: of its steps, where they are CUDA graphs.
         is_guarded: whether every feature of its steps is looked at from now on.
+        running: the experts that ran at its last call, in all and by site; see `Running`.
     """
 
     begin: float
     timestep: float
+    latent: Tensor
     num_calls: int = 1
     since_whole: int = 0
     kept: list[Kept] = field(default_factory=list)
@@ -79,6 +85,17 @@ class Loop:
     is_halved: bool = False
     graph: StepGraph | None = None
     is_guarded: bool = False
+    running: Running | None = None
+
+    def runs(self, running: Running) -> None:
+        """Note which experts run in this call; discard the features that others have made.
+
+        A feature that some experts have made says nothing about those that run now, and neither do
+        fusion weights, which are zero for experts that did not run.
+        """
+        if self.running is not None and self.running != running:
+            self.kept = []
+        self.running = running
 
 
 class Loops:
@@ -87,26 +104,58 @@ class Loops:
     def __init__(self) -> None:
         self._loops: Any = WeakIdKeyDictionary()
 
-    def of(self, prompt: Tensor, steps: Tensor) -> Loop:
-        """The loop that this call goes on with, or a new one.
+    def of(
+        self,
+        prompt: Tensor,
+        steps: Tensor,
+        latent: Tensor,
+        agree: Callable[[bool], bool] = bool,
+    ) -> Loop:
+        """The loop that this call continues, or a new one.
 
-        A call goes on with a loop if it has the prompt of an earlier call, as the same object, and
-        one timestep for all that lies below that call's. Where a loop begins, what was computed of
-        the prompt is forgotten.
+        A call continues a loop if it has the prompt of an earlier call, as the same object; one
+        timestep for all that is below that call's; and a latent that can have come from that
+        call's: of the same shape and type, and changed by less than its own size. Otherwise another
+        picture has begun, whose caller happened to hold the same prompt: the earlier loop was left
+        before its end. Where a loop begins, what was computed of the prompt is discarded.
 
         Args:
             prompt: embedding of the text, or whatever else stays the same object in a loop.
             steps: timesteps [B].
+            latent: what the denoiser is given, [B, ...].
+            agree: makes one decision of those of several processes; see `Exchange.any_of`.
         """
         distinct = steps.unique().tolist()
         step = distinct[0] if len(distinct) == 1 else -math.inf
         loop = self._loops.get(prompt)
-        if loop is not None and -math.inf < step < loop.timestep:
-            loop.timestep, loop.num_calls = step, loop.num_calls + 1
+        continues = (
+            loop is not None
+            and -math.inf < step < loop.timestep
+            and is_alike(loop.latent, latent)
+            and not has_moved(latent, loop.latent, 1.0)
+        )
+        if agree(not continues):
+            forget(prompt)
+            loop = self._loops[prompt] = Loop(step, step, latent.clone())
             return loop
-        forget(prompt)
-        loop = self._loops[prompt] = Loop(step, step)
+        loop.timestep, loop.num_calls, loop.latent = step, loop.num_calls + 1, latent.clone()
         return loop
+
+
+def is_alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have one shape, type and device."""
+    return (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
+
+
+def has_moved(now: Tensor, then: Tensor, share: float) -> bool:
+    """Whether a latent has changed by more than this share of what it was (relative L1 distance).
+
+    Only places that have changed at all count: some models are given a mask or a picture besides,
+    which stay the same.
+    """
+    now, then = now.float(), then.float()
+    size = then[now != then].abs().sum()
+    return bool((now - then).abs().sum() > share * size)
 
 
 class Shortcut:
@@ -118,6 +167,7 @@ class Shortcut:
         is_residual: whether blocks add to their input, so that what they added is taken over.
         loop: to which the call belongs; it is changed.
         latent: what the denoiser is given, both halves of guidance.
+        agree: makes one decision of those of several processes; see `Exchange.any_of`.
     """
 
     def __init__(
@@ -127,8 +177,10 @@ class Shortcut:
         is_residual: bool,
         loop: Loop,
         latent: Tensor,
+        agree: Callable[[bool], bool] = bool,
     ) -> None:
         self._settings, self._is_residual, self._loop = settings, is_residual, loop
+        self._agree = agree
         self._middle, self._entries, self._exits = _parts(settings, sites)
         self._streams = {site.name: site.stream for site in sites}
         self._new = Kept(loop.timestep, latent)
@@ -149,10 +201,7 @@ class Shortcut:
             return True
         if settings.drift is None:
             return False
-        now, then = latent.float(), loop.kept[-1].latent.float()
-        # whatever an inpainting model is given besides stays the same
-        size = then[now != then].abs().sum()
-        return bool((now - then).abs().sum() > settings.drift * size)
+        return self._agree(has_moved(latent, loop.kept[-1].latent, settings.drift))
 
     def _skip(self) -> None:
         self.skipped.update(self._middle)
@@ -210,10 +259,11 @@ class Shortcut:
             new.features[site] = [_without_content(feature) for feature in features]
         if site == self._gate:
             assert self._settings.threshold is not None, "there is no gate without"
-            if _change(features, self._loop.kept[-1].features[site]) < self._settings.threshold:
-                self._skip()
-            else:
+            change = _change(features, self._loop.kept[-1].features[site])
+            if self._agree(change >= self._settings.threshold):
                 self._loop.since_whole = 0
+            else:
+                self._skip()
 
     def end(self, prediction: Tensor) -> None:
         """Keep what a whole call has left."""

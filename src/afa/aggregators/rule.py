@@ -21,7 +21,7 @@ class Condition(NamedTuple):
     of their text embeddings (AFA, section 3.2), None where they take none; `sample`, the noisy
     latent as the experts take it, [B, C, H, W] or packed [B, T, C]; `text_mask` [B, L], true or 1
     where a token counts, None where all do; `bias` [N], what is added to the logits of the experts
-    at this site, None where nothing is.
+    at this site, None where nothing is; `num_experts` N, None where nobody said it.
     """
 
     timestep: Tensor
@@ -30,6 +30,7 @@ class Condition(NamedTuple):
     sample: Tensor
     text_mask: Tensor | None = None
     bias: Tensor | None = None
+    num_experts: int | None = None
 
 
 class Fused(NamedTuple):
@@ -56,6 +57,11 @@ class FusionRule(nn.Module, ABC):
     #: whether it computes in the type of its parameters, whatever that of the features is
     can_lower = False
 
+    @property
+    def takes_some(self) -> bool:
+        """Whether it can do without the features of some experts: it has its own `fuse_some`."""
+        return type(self).fuse_some is not FusionRule.fuse_some
+
     @abstractmethod
     def forward(self, features: Sequence[Tensor], condition: Condition) -> Fused:
         """Make one feature, or one per expert, of N features [B, C, H, W]."""
@@ -72,7 +78,31 @@ class FusionRule(nn.Module, ABC):
         Raises:
             AfaError: this rule needs all of them.
         """
-        raise AfaError(f"{type(self).__name__} needs the features of all experts; prune none.")
+        raise AfaError(
+            f"{type(self).__name__} needs the features of all experts, but a schedule, a plan or "
+            f"masking leaves only {sorted(features)}. Leave these out, or use Mean, Only or SABW."
+        )
+
+
+def shares_of(
+    features: Mapping[int, Tensor], condition: Condition, shares: Mapping[int, float]
+) -> Tensor | None:
+    """Fusion weights that are the same everywhere, 0 for experts that have none.
+
+    Args:
+        features: [B, C, H, W] by the expert's number.
+        condition: says how many experts there are.
+        shares: the weights, by the expert's number.
+
+    Returns: [B, N, H, W]; None where the number of experts is not known.
+    """
+    if condition.num_experts is None:
+        return None
+    batch, _, height, width = (first := next(iter(features.values()))).shape
+    weights = first.new_zeros((batch, condition.num_experts, height, width))
+    for n, share in shares.items():
+        weights[:, n] = share
+    return weights
 
 
 def weighted_sum(features: Sequence[Tensor], weights: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from afa.aggregators.rule import Condition, Fused, FusionRule, weighted_sum
+from afa.aggregators.rule import Condition, Fused, FusionRule, shares_of, weighted_sum
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
@@ -23,8 +23,10 @@ class Mean(FusionRule):
         return Fused(weighted_sum(features, share), share)
 
     def fuse_some(self, features: Mapping[int, Tensor], condition: Condition) -> Fused:
-        """Average the features that are there; there are no weights of all N."""
-        return Fused(self.forward(list(features.values()), condition).feature)
+        """Average the features of some experts; the others have the weight 0."""
+        fused = self.forward(list(features.values()), condition).feature
+        equal = dict.fromkeys(features, 1 / len(features))
+        return Fused(fused, shares_of(features, condition, equal))
 
 
 class Only(FusionRule):
@@ -50,9 +52,25 @@ class Only(FusionRule):
         share[:, self.expert] = 1
         return Fused(features[self.expert], share)
 
+    def fuse_some(self, features: Mapping[int, Tensor], condition: Condition) -> Fused:
+        """Pick the expert's feature out of those of some.
+
+        Raises:
+            AfaError: it is not among them.
+        """
+        if self.expert not in features:
+            raise AfaError(
+                f"Only({self.expert}) needs the features of that expert, but a schedule, a plan or "
+                f"masking leaves only {sorted(features)}. Leave these out, or name another expert."
+            )
+        shares = shares_of(features, condition, {self.expert: 1.0})
+        return Fused(features[self.expert], shares)
+
 
 class Separate(FusionRule):
-    """No fusion: every expert goes on with its own feature."""
+    """No fusion: every expert continues with its own feature, whichever run."""
+
+    takes_some = True
 
     def forward(self, features: Sequence[Tensor], condition: Condition) -> Fused:
         """Give each of the N features back to its own expert; there are no weights."""

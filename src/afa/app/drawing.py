@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from afa.contenders import ENSEMBLE, Contenders
 from afa.kinds import denoiser_of
-from afa.maps import WeightRecord, record_weights
+from afa.maps import WeightRecord, observed, record_weights
 from afa.pictures import draw, on_every_call
 from afa.steering import steer
 
@@ -111,14 +111,11 @@ class Studio:
             events.put(Progress(recipe, min(step, recipe.steps)))
 
         started = time.perf_counter()
-        with record_weights(denoiser) as record, on_every_call(pipeline, at_step):
-            observe = denoiser.on_weights
-
-            def at_site(*weights: Any) -> None:
-                _require_going_on(stop)
-                observe(*weights)
-
-            denoiser.on_weights = at_site
+        with (
+            record_weights(denoiser) as record,
+            observed(denoiser, lambda *_: _require_going_on(stop)),
+            on_every_call(pipeline, at_step),
+        ):
             picture = draw(pipeline, recipe)
         seconds = time.perf_counter() - started
         return Drawn(recipe, picture, seconds, record.last() if is_ensemble else None)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from afa.maps import observed
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -92,19 +94,14 @@ def _entropy(weights: Tensor, dim: int) -> Tensor:
 
 @contextmanager
 def tapped(ensemble: EnsembleDenoiser) -> Iterator[WeightTap]:
-    """Keep the weights of every call; an observer that is there already still gets them."""
-    tap, previous = WeightTap(), ensemble.on_weights
+    """Keep the weights of every call of this thread."""
+    tap = WeightTap()
 
-    def observe(timestep: Tensor, site: str, weights: Tensor) -> None:
+    def observe(_: Tensor, site: str, weights: Tensor) -> None:
         tap.weights[site] = weights
-        if previous is not None:
-            previous(timestep, site, weights)
 
-    ensemble.on_weights = observe
-    try:
+    with observed(ensemble, observe):
         yield tap
-    finally:
-        ensemble.on_weights = previous
 
 
 class CollapseWatch:
