@@ -13,7 +13,7 @@ SOAK ?= runs/soak
 OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo docs results results-dit bench bench-check test test-all format lint types check lock constraints audit licences fuzz soak reliability \
+.PHONY: help install demo docs results results-dit bench bench-check test test-all format lint types check lock constraints audit licences fuzz pairs soak reliability \
 	wheel clean
 
 help: ## show this list
@@ -56,6 +56,9 @@ soak: install ## draw and train over and over: does anything grow? (MINUTES=60, 
 
 docs: install ## the pages as a site, in build/site; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+pairs: install ## try every feature with every other, write the table of docs/compatibility.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.pairs
 
 fuzz: install ## feed the readers of files, write docs/fuzz.json (SECONDS=1800 for all; Linux)
 	sed -n '/^\(atheris\|coverage\)==/,/[^\\]$$/p' requirements-extras.lock > .venv/fuzz.lock

@@ -147,7 +147,8 @@ class Switches:
     def plan(self) -> PruningPlan | None:
         """Which experts run where; see `afa.accelerate`.
 
-        Setting it raises AfaError beside a schedule, CUDA graphs or experts that are spread.
+        Setting it raises AfaError for a plan of another ensemble, and beside a schedule, CUDA
+        graphs or experts that are spread over processes.
         """
         return self._plan
 
@@ -155,6 +156,7 @@ class Switches:
     def plan(self, plan: PruningPlan | None) -> None:
         if plan is not None:
             self.require_compatible("a pruning plan")
+            plan.check(self)
         self._plan = plan
 
     @property

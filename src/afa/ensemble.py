@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -47,6 +46,7 @@ if TYPE_CHECKING:
     from afa.acceleration.settings import Acceleration
     from afa.combinations import Schedule
     from afa.guard import OnNonFinite
+    from afa.maps import Observation
     from afa.sources import ExpertReference
 
 #: called with the timestep [B], the site's name and the fusion weights [B, N, H, W]
@@ -113,8 +113,8 @@ class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin)
         self._bias_on: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None = None
         #: called with the fusion weights of every call, whichever thread makes it
         self.on_weights: WeightsObserver | None = None
-        #: called with those of the calls of one thread; see `afa.maps.observed`
-        self.observers: list[tuple[int, WeightsObserver]] = []
+        #: those of one thread each; see `afa.maps.observed`
+        self.observers: list[Observation] = []
         #: where the experts and the autoencoder come from; None where they were made in memory
         self.references: Sequence[ExpertReference] | None = None
         self.vae_reference: ExpertReference | None = None
@@ -170,7 +170,9 @@ class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin)
                 f"{tuple(sample.shape)}. Ask for a picture."
             )
         with self._lock, self.lora_scale(arguments) as scale:
+            self._tell_observers("begin")
             prediction = self._predict(arguments, scale)
+            self._tell_observers("end")
         return self.family.output_class(sample=prediction) if return_dict else (prediction,)
 
     def _predict(self, arguments: dict[str, Any], scale: float | None) -> Tensor:
@@ -225,6 +227,7 @@ class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin)
             return prediction
         if loop is not None:  # what it has kept of its steps may be the same
             loop.is_guarded = True
+        self._tell_observers("begin")
         return self._guarded(arguments, running)
 
     def _guarded(self, arguments: dict[str, Any], running: Running) -> Tensor:
@@ -287,14 +290,18 @@ class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin)
         return self._bias_on[1][site]
 
     def show(self, steps: Tensor, site: str, weights: Tensor | None) -> None:
-        """Hand the fusion weights of a site to whoever observes them in this thread."""
+        """Show the fusion weights of a site to whoever observes them."""
         if weights is None:
             return
         if self.on_weights is not None:
             self.on_weights(steps, site, weights)
-        for thread, observe in tuple(self.observers):
-            if thread == threading.get_ident():
-                observe(steps, site, weights)
+        for observation in tuple(self.observers):
+            observation.see(steps, site, weights)
+
+    def _tell_observers(self, what: Literal["begin", "end"]) -> None:
+        """Let observers know that a call begins, once more perhaps, or has come to its end."""
+        for observation in tuple(self.observers):
+            getattr(observation, what)()
 
     def begin_anew(self) -> None:
         """Discard what is kept of denoising loops; for whatever changes what a step computes."""

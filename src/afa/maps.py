@@ -103,8 +103,44 @@ def record_weights(ensemble: EnsembleDenoiser) -> Iterator[WeightRecord]:
         yield record
 
 
+@dataclass(eq=False)
+class Observation:
+    """An observer of one thread, and what it has not been shown yet of the call that runs.
+
+    A call that is computed a second time, since its prediction was not finite, is shown once.
+    """
+
+    observer: WeightsObserver
+    immediately: bool = False
+    thread: int = field(default_factory=threading.get_ident)
+    pending: list[tuple[Tensor, str, Tensor]] = field(default_factory=list)
+
+    def see(self, timesteps: Tensor, site: str, weights: Tensor) -> None:
+        """Take the weights of a site; of calls of other threads, nothing."""
+        if self.thread != threading.get_ident():
+            return
+        if self.immediately:
+            self.observer(timesteps, site, weights)
+        else:
+            self.pending.append((timesteps, site, weights))
+
+    def begin(self) -> None:
+        """Discard what was seen of a call that did not come to its end."""
+        if self.thread == threading.get_ident():
+            self.pending = []
+
+    def end(self) -> None:
+        """Show the observer what was seen of this call."""
+        if self.thread == threading.get_ident():
+            seen, self.pending = self.pending, []
+            for timesteps, site, weights in seen:
+                self.observer(timesteps, site, weights)
+
+
 @contextmanager
-def observed(ensemble: EnsembleDenoiser, observer: WeightsObserver) -> Iterator[None]:
+def observed(
+    ensemble: EnsembleDenoiser, observer: WeightsObserver, *, immediately: bool = False
+) -> Iterator[None]:
     """Call an observer with the fusion weights of every site while the block runs.
 
     Observers of other blocks are called as well. It sees the calls of its own thread: pictures that
@@ -113,12 +149,12 @@ def observed(ensemble: EnsembleDenoiser, observer: WeightsObserver) -> Iterator[
     Args:
         ensemble: whose weights are seen.
         observer: see `WeightsObserver`.
+        immediately: call it at every site, even of a step that is computed once more since its
+            prediction is not finite; otherwise at the end of every call.
     """
-    entry = threading.get_ident(), observer
-    ensemble.observers.append(entry)
+    observation = Observation(observer, immediately)
+    ensemble.observers.append(observation)
     try:
         yield
     finally:
-        # by identity: two blocks may have observers that are equal
-        place = next(n for n, known in enumerate(ensemble.observers) if known is entry)
-        del ensemble.observers[place]
+        ensemble.observers.remove(observation)

@@ -80,6 +80,13 @@ def test_other_rules_need_all() -> None:
         Only(0).fuse_some({1: features[1]}, condition)
 
 
+def test_streams_of_one_block_are_left_to_the_same_experts() -> None:
+    ensemble = ensemble_of("flux")
+    with pytest.raises(AfaError, match=r"the same experts at 'double.0.text' and 'double.0'"):
+        ensemble.plan = plan_of(ensemble, {"double.0": [0]})
+    ensemble.plan = plan_of(ensemble, {"double.0": [0], "double.0.text": [0]})
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_experts_do_not_run_where_they_are_left_out(family: str) -> None:
     ensemble, arguments = ensemble_of(family), arguments_of(family)

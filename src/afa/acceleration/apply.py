@@ -67,34 +67,22 @@ def accelerate(
         bar = getattr(pipeline, "_progress_bar_config", None)
         pipeline = build_pipeline(type(pipeline).__name__, parts, pipeline.config)
         pipeline.set_progress_bar_config(**bar or {})
-    if plan is not None:
-        if denoiser.exchange is not None:
-            raise AfaError("A pruning plan needs all experts in one process; these are spread.")
-        plan.check(denoiser)
-    if cuda_graphs:
-        _require_graphs(denoiser, plan)
+    if cuda_graphs and not torch.cuda.is_available():
+        raise AfaError("CUDA graphs need a CUDA device; torch finds none. Leave them out.")
     if compile is not None:
         _require_compiler(compile, denoiser.device.type)
+    before = denoiser.plan, denoiser.graphs
+    denoiser.plan = denoiser.graphs = None
+    try:
+        denoiser.plan, denoiser.graphs = plan, Graphs() if cuda_graphs else None
+    except AfaError:
+        denoiser.plan = denoiser.graphs = None
+        denoiser.plan, denoiser.graphs = before
+        raise
+    denoiser.acceleration = settings
+    if compile is not None:
         denoiser.compile_repeated_blocks()
-    denoiser.acceleration, denoiser.plan = settings, plan
-    denoiser.graphs = Graphs() if cuda_graphs else None
     return pipeline
-
-
-def _require_graphs(denoiser: EnsembleDenoiser, plan: PruningPlan | None) -> None:
-    """Raise AfaError where no step could be recorded as a CUDA graph."""
-    if not torch.cuda.is_available():
-        raise AfaError("CUDA graphs need a CUDA device; torch finds none. Leave them out.")
-    if plan is not None or denoiser.schedule is not None:
-        raise AfaError(
-            "A CUDA graph is the same at every step; a plan or a schedule says which experts run "
-            "at which. Leave out the one or the other."
-        )
-    if denoiser.exchange or denoiser.devices or denoiser.execution.device:
-        raise AfaError(
-            "CUDA graphs need all experts in the memory of one device; these are offloaded, "
-            "streamed, spread or placed on several. Leave the graphs out."
-        )
 
 
 def _require_compiler(mode: str, device: str) -> None:

@@ -90,6 +90,15 @@ class PruningPlan(Section):
                 "A pruning plan must leave at least one expert at every site, by its number below "
                 f"{self.num_experts}, and name no other sites. Make it anew: afa prune ENSEMBLE."
             )
+        for part in self.ranges:
+            for site in ensemble.sites:
+                own, of_block = part.experts.get(site.name), part.experts.get(site.block)
+                if site.name in listed and site.block in listed and own != of_block:
+                    raise AfaError(
+                        f"A pruning plan must leave the same experts at '{site.name}' and "
+                        f"'{site.block}', which one block computes together; it leaves {own} and "
+                        f"{of_block}. Make it anew: afa prune ENSEMBLE."
+                    )
 
 
 def fused_sites(ensemble: EnsembleDenoiser) -> list[str]:

@@ -113,7 +113,7 @@ class Studio:
         started = time.perf_counter()
         with (
             record_weights(denoiser) as record,
-            observed(denoiser, lambda *_: _require_going_on(stop)),
+            observed(denoiser, lambda *_: _require_going_on(stop), immediately=True),
             on_every_call(pipeline, at_step),
         ):
             picture = draw(pipeline, recipe)

@@ -1,0 +1,416 @@
+"""The features that are tried with each other: how each is switched on, and what it means.
+
+A feature may prepare the models before any ensemble is made of them, switch something on, change
+the calls that are made, and say what all that means in the terms of `tests.pairs.reference`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+from diffusers.training_utils import EMAModel
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor, nn
+
+import afa
+from afa.acceleration.plan import PruningPlan, StepRange, fused_sites
+from afa.denoisers import discover_sites, family_of
+from afa.ensemble import EnsembleDenoiser
+from afa.steering import site_biases
+from tests.acceleration.test_graphs import Replays
+from tests.pairs.reference import Call, Meaning
+from tests.tiny import ODD, TEXT_WIDTH, tiny_unet
+from tests.tiny_transformers import POOLED_WIDTH, TEXT_LENGTH, tiny_transformer
+
+NUM_EXPERTS = 3
+SMALL = afa.SABWConfig(hidden_size=16, num_layers=1, num_heads=2, norm_num_groups=4)
+#: of the picture that is always drawn
+STEPS = (900, 700, 500, 300)
+BIAS = {"0": 1.0, "1": {"up": -0.5}}
+
+
+@cache
+def _made(name: str) -> EnsembleDenoiser:
+    """An ensemble of three experts with trained aggregators, of which all others are copies."""
+    make = {
+        "flux": lambda n: tiny_transformer("flux schnell", n, num_layers=1, num_single_layers=2),
+        "unet": lambda n: tiny_unet(n, **ODD["two levels"]),
+    }[name]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        ensemble = EnsembleDenoiser([make(n) for n in range(NUM_EXPERTS)], SMALL)
+        for rule in ensemble.aggregators:
+            nn.init.normal_(rule.conv_out.weight)
+    return ensemble
+
+
+class World:
+    """Tiny experts of one family, their aggregators, and what they are called with."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.ensemble = name, copy.deepcopy(_made(name))
+        self.experts = list(self.ensemble.experts)
+        self.family, self.sites = family_of(self.experts[0]), discover_sites(self.experts[0])
+        self.highest = 1.0 if name == "flux" else 1000.0
+        self.middle = "double.0" if name == "flux" else "mid"
+        self.last = self.sites[-1].name
+
+    def spoil(self) -> None:
+        """Let one expert give non-finite values at one site."""
+        inner = self.experts[1].transformer_blocks[0].ff.net[2] if self.name == "flux" else None
+        layer = inner or self.experts[1].mid_block.resnets[0].conv1
+        layer.weight.data[0] = float("nan")
+
+    def prompt(self, seed: int) -> Tensor:
+        """All experts' texts [B, L, N * D]."""
+        shape = (2, TEXT_LENGTH, TEXT_WIDTH * NUM_EXPERTS)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+    def picture(
+        self,
+        number: int,
+        prompt: Tensor,
+        steps: tuple[int, ...] = STEPS,
+        size: int = 8,
+        odd: int = 0,
+    ) -> list[Call]:
+        """The calls of one picture, whose latents change little from step to step."""
+        height, width = size - 2 * odd, size + odd
+        generator = torch.Generator().manual_seed(100 + number)
+        shape: tuple[int, ...] = (2, 4, height, width)
+        if self.name == "flux":
+            rows, columns = height // 2, width // 2
+            shape = (2, rows * columns, 16)
+        base = torch.randn(shape, generator=generator)
+        latent = "hidden_states" if self.name == "flux" else "sample"
+        calls = []
+        for step in steps:
+            moved = 0.9 * base + 0.4 * torch.randn(shape, generator=generator)
+            timestep = torch.full((2,), step / 1000 * self.highest)
+            own = {latent: moved, "timestep": timestep, "encoder_hidden_states": prompt}
+            if self.name == "flux":
+                ids = torch.zeros(rows, columns, 3)
+                ids[..., 1] += torch.arange(rows)[:, None]
+                ids[..., 2] += torch.arange(columns)
+                pooled = torch.Generator().manual_seed(7)
+                own |= {
+                    "pooled_projections": torch.randn(
+                        2, POOLED_WIDTH * NUM_EXPERTS, generator=pooled
+                    ),
+                    "img_ids": ids.flatten(0, 1),
+                    "txt_ids": torch.zeros(TEXT_LENGTH, 3),
+                }
+            calls.append(Call(number, float(timestep[0]), own))
+        return calls
+
+    def meaning(self) -> Meaning:
+        """What is computed where nothing is switched on."""
+        rules = zip(self.sites, self.ensemble.aggregators, strict=True)
+        named = {site.name: rule for site, rule in rules}
+        return Meaning(self.family, self.sites, self.experts, named, self.ensemble.widths)
+
+
+def _nothing(*_: Any) -> None:
+    pass
+
+
+def _same(_: World, calls: list[Call]) -> list[Call]:
+    return calls
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One feature.
+
+    Attributes:
+        name: as the table has it.
+        prepare: the models, before anything else.
+        switch_on: in an ensemble.
+        around: what all calls are made within.
+        calls: what becomes of the calls.
+        means: what it does to the meaning.
+        in_threads: whether two threads draw pictures of their own at the same time.
+    """
+
+    name: str
+    prepare: Callable[[World], None] = _nothing
+    switch_on: Callable[[EnsembleDenoiser, World], None] = _nothing
+    around: Callable[[EnsembleDenoiser], AbstractContextManager[Any]] = lambda _: nullcontext()
+    calls: Callable[[World, list[Call]], list[Call]] = _same
+    means: Callable[[Meaning, World], None] = _nothing
+    in_threads: bool = False
+
+    @property
+    def is_switched(self) -> bool:
+        """Whether it matters what is switched on before it."""
+        return self.switch_on is not _nothing
+
+    @property
+    def has_meaning(self) -> bool:
+        """Whether anything else is computed than without it."""
+        defaults = (_nothing, _same, _nothing)
+        return (self.prepare, self.calls, self.means) != defaults
+
+
+# -- which experts run ------------------------------------------------------------------------
+
+
+def _schedule(world: World) -> Callable[[float], list[int]]:
+    return lambda timestep: [0, 1] if timestep > 0.6 * world.highest else [2, 1]
+
+
+def _plan_on(ensemble: EnsembleDenoiser, world: World) -> None:
+    early, late = _planned(world)
+    ensemble.plan = PruningPlan(
+        num_experts=NUM_EXPERTS,
+        sites=fused_sites(ensemble),
+        keep=0.9,
+        ranges=[
+            StepRange(above=0.6 * world.highest, experts=early),
+            StepRange(above=None, experts=late),
+        ],
+    )
+
+
+def _planned(world: World) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+    middle = [site.name for site in world.sites if site.block == world.middle]
+    return {**dict.fromkeys(middle, [0, 1]), world.last: [0]}, {world.last: [1, 2]}
+
+
+def _plan_means(meaning: Meaning, world: World) -> None:
+    early, late = _planned(world)
+    meaning.plan = lambda timestep: early if timestep > 0.6 * world.highest else late
+
+
+def _schedule_on(ensemble: EnsembleDenoiser, world: World) -> None:
+    ensemble.schedule = _schedule(world)
+
+
+def _schedule_means(meaning: Meaning, world: World) -> None:
+    meaning.schedule = _schedule(world)
+
+
+# -- what is reused ---------------------------------------------------------------------------
+
+
+def _cache_on(ensemble: EnsembleDenoiser, _: World) -> None:
+    ensemble.acceleration = replace(ensemble.acceleration, interval=2)
+
+
+def _cache_means(meaning: Meaning, _: World) -> None:
+    meaning.interval = 2
+
+
+def _kept_on(ensemble: EnsembleDenoiser, _: World) -> None:
+    interval = 3 if ensemble.acceleration.is_exact else ensemble.acceleration.interval
+    ensemble.acceleration = afa.Acceleration(interval=interval, drift=0.7, keep_weights=True)
+
+
+def _kept_means(meaning: Meaning, _: World) -> None:
+    meaning.interval = 3 if meaning.interval == 1 else meaning.interval
+    meaning.drift, meaning.keep_weights = 0.7, True
+
+
+def _graphs_on(ensemble: EnsembleDenoiser, _: World) -> None:
+    ensemble.graphs = Replays()
+
+
+# -- LoRAs ------------------------------------------------------------------------------------
+
+
+@cache
+def _lora(name: str, seed: int) -> dict[str, Tensor]:
+    """A LoRA in the library's names, made on a model of its own."""
+    model = copy.deepcopy(_made(name).experts[0])
+    torch.manual_seed(seed)
+    targets = ["to_k", "to_v", "proj_in" if name == "unet" else "proj_out"]
+    model.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    state = convert_state_dict_to_diffusers(get_peft_model_state_dict(model))
+    return {f"unet.{key}": value for key, value in state.items()}
+
+
+def _load(model: Any, world: World, name: str, seed: int) -> None:
+    known = getattr(getattr(model, "experts", [model])[0], "peft_config", {})
+    while name in known:  # a feature with itself
+        name += " again"
+    model.load_lora_adapter(dict(_lora(world.name, seed)), adapter_name=name, prefix="unet")
+
+
+def _lora_loaded(ensemble: EnsembleDenoiser, world: World) -> None:
+    _load(ensemble, world, "loaded", 1)
+
+
+def _lora_fused(ensemble: EnsembleDenoiser, world: World) -> None:
+    _load(ensemble, world, "fused", 2)
+    ensemble.fuse_lora()
+
+
+def _lora_scaled(ensemble: EnsembleDenoiser, world: World) -> None:
+    _load(ensemble, world, "scaled", 3)
+
+
+def _with_scale(world: World, calls: list[Call]) -> list[Call]:
+    name = world.family.attention_kwargs
+    return [Call(c.picture, c.timestep, {**c.arguments, name: {"scale": 0.25}}) for c in calls]
+
+
+def _loaded_means(meaning: Meaning, world: World) -> None:
+    for expert in meaning.experts:
+        _load(expert, world, "loaded", 1)
+
+
+def _fused_means(meaning: Meaning, world: World) -> None:
+    for expert in meaning.experts:
+        _load(expert, world, "fused", 2)
+        expert.fuse_lora()
+
+
+def _scaled_means(meaning: Meaning, world: World) -> None:
+    for expert in meaning.experts:
+        _load(expert, world, "scaled", 3)
+    meaning.lora_scale = 0.25
+
+
+# -- weights ----------------------------------------------------------------------------------
+
+
+def _half(ensemble: EnsembleDenoiser, _: World) -> None:
+    ensemble.to(torch.bfloat16)
+
+
+def _half_calls(_: World, calls: list[Call]) -> list[Call]:
+    cast: dict[int, Tensor] = {}  # one object for all steps of a prompt, as pipelines have it
+
+    def halved(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        if id(value) not in cast:
+            cast[id(value)] = value.bfloat16()
+        return cast[id(value)]
+
+    def arguments(call: Call) -> dict[str, Any]:
+        given = {key: halved(value) for key, value in call.arguments.items()}
+        return {**given, "timestep": call.arguments["timestep"]}
+
+    return [Call(call.picture, call.timestep, arguments(call)) for call in calls]
+
+
+def _half_means(meaning: Meaning, _: World) -> None:
+    meaning.experts = [expert.to(torch.bfloat16) for expert in meaning.experts]
+    meaning.dtype = torch.bfloat16
+
+
+def _averages(parameters: list[nn.Parameter]) -> EMAModel:
+    """A moving average whose values are others than the parameters'."""
+    average = EMAModel(parameters, decay=0.9)
+    generator = torch.Generator().manual_seed(5)
+    for shadow in average.shadow_params:
+        shadow.mul_(0.7).add_(0.1 * torch.randn(shadow.shape, generator=generator))
+    return average
+
+
+def _ema_on(ensemble: EnsembleDenoiser, world: World) -> None:
+    """Draw once, so that whatever copies the weights has done so, and average them after."""
+    (first,) = world.picture(50, world.prompt(0), steps=(950,))
+    dtype = ensemble.dtype
+    calls = _half_calls(world, [first]) if dtype == torch.bfloat16 else [first]
+    with torch.no_grad():
+        ensemble(**calls[0].arguments)
+    ensemble.masked.clear()
+    parameters = list(ensemble.aggregators.parameters())
+    _averages(parameters).copy_to(parameters)
+
+
+def _ema_means(meaning: Meaning, _: World) -> None:
+    parameters = [p for rule in meaning.rules.values() for p in rule.parameters()]
+    _averages(parameters).copy_to(parameters)
+
+
+def _guard_on(ensemble: EnsembleDenoiser, _: World) -> None:
+    ensemble.on_nonfinite = "mask"
+
+
+def _guard_means(meaning: Meaning, _: World) -> None:
+    meaning.masks = True
+
+
+def _bias_on(ensemble: EnsembleDenoiser, _: World) -> None:
+    afa.steer(ensemble, BIAS)
+
+
+def _bias_means(meaning: Meaning, world: World) -> None:
+    meaning.bias = site_biases(world.ensemble, BIAS)
+
+
+# -- pictures ---------------------------------------------------------------------------------
+
+
+def _prompt_of(calls: list[Call]) -> Tensor:
+    return calls[-1].arguments["encoder_hidden_states"]
+
+
+def _is_odd(world: World, calls: list[Call]) -> int:
+    latent = calls[0].latent
+    return int(latent.shape[1] != 16 if world.name == "flux" else latent.shape[-1] % 2)
+
+
+def _odd(world: World, calls: list[Call]) -> list[Call]:
+    """Every picture of an odd size; all calls are made anew, before anything else changes them."""
+    odd = 2 if world.name == "flux" else 1
+    return world.picture(calls[0].picture, _prompt_of(calls), odd=odd)
+
+
+def _another_size(world: World, calls: list[Call]) -> list[Call]:
+    """With the same prompt, from a lower timestep on."""
+    return [*calls, *world.picture(1, _prompt_of(calls), (250, 150, 50), size=12)]
+
+
+def _another_prompt(world: World, calls: list[Call]) -> list[Call]:
+    odd = (2 if world.name == "flux" else 1) * _is_odd(world, calls)
+    return [*calls, *world.picture(2, world.prompt(9), (240, 140, 40), odd=odd)]
+
+
+def _left_early(world: World, calls: list[Call]) -> list[Call]:
+    """Two steps of a picture, with the prompt of the one that is drawn whole afterwards."""
+    odd = (2 if world.name == "flux" else 1) * _is_odd(world, calls)
+    return [*world.picture(3, _prompt_of(calls), (990, 950), odd=odd), *calls]
+
+
+FEATURES = (
+    Feature("pruning plan", switch_on=_plan_on, means=_plan_means),
+    Feature("schedule", switch_on=_schedule_on, means=_schedule_means),
+    Feature("several devices", switch_on=lambda e, _: e.place_experts(["cpu"] * NUM_EXPERTS)),
+    Feature("offloading", switch_on=lambda e, _: e.offload_experts("cpu")),
+    Feature("streaming", switch_on=lambda e, _: e.stream_experts()),
+    Feature("feature cache", switch_on=_cache_on, means=_cache_means),
+    Feature("kept weights", switch_on=_kept_on, means=_kept_means),
+    Feature("CUDA graphs", switch_on=_graphs_on),
+    Feature("non-finite guard", prepare=World.spoil, switch_on=_guard_on, means=_guard_means),
+    Feature("LoRA loaded", switch_on=_lora_loaded, means=_loaded_means),
+    Feature("LoRA fused", switch_on=_lora_fused, means=_fused_means),
+    Feature("LoRA scaled", switch_on=_lora_scaled, calls=_with_scale, means=_scaled_means),
+    Feature("bfloat16 experts", switch_on=_half, calls=_half_calls, means=_half_means),
+    Feature("EMA copied in", switch_on=_ema_on, means=_ema_means),
+    Feature("steering bias", switch_on=_bias_on, means=_bias_means),
+    Feature("recorder", around=afa.record_weights),
+    Feature("odd sizes", calls=_odd),
+    Feature("another picture size", calls=_another_size),
+    Feature("another prompt object", calls=_another_prompt),
+    Feature("a loop left early", calls=_left_early),
+    Feature("two threads", in_threads=True),
+)
+SPREAD = Feature("spread over processes", switch_on=lambda e, _: e.spread_experts())
+NAMES = ("spread over processes", *(feature.name for feature in FEATURES))
+
+
+def feature_of(name: str) -> Feature:
+    """A feature by its name in the table."""
+    return next(feature for feature in (SPREAD, *FEATURES) if feature.name == name)

@@ -1,0 +1,168 @@
+"""One pair of features on one family: equal to what they mean, or refused where switched on."""
+
+from __future__ import annotations
+
+import json
+import threading
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from diffusers.utils.peft_utils import scale_lora_layers
+from torch import Tensor
+
+from afa.ensemble import EnsembleDenoiser
+from afa.errors import AfaError
+from afa.maps import WeightRecord
+from tests.pairs.features import Feature, World, feature_of
+from tests.pairs.reference import Call, Expected, expected_of
+
+#: where the sums of products are taken in another order, as by a LoRA that is merged
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 5e-2}
+Kind = Literal["equal", "close", "refused"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a pair, and the words of a refusal."""
+
+    kind: Kind
+    message: str = ""
+
+
+class Wrong(AssertionError):
+    """A pair that is neither equal nor refused."""
+
+
+def outcome_of(family: str, names: tuple[str, str]) -> Outcome:
+    """Switch two features on, in this order, and see what is drawn.
+
+    Raises:
+        Wrong: what is drawn is something else than the features mean.
+    """
+    features = [feature_of(name) for name in names]
+    world = World(family)
+    for feature in dict.fromkeys(features):
+        feature.prepare(world)
+    ensemble = world.ensemble
+    try:
+        for feature in features:
+            feature.switch_on(ensemble, world)
+    except AfaError as refused:
+        return Outcome("refused", str(refused))
+    numbers = (0, 10) if any(feature.in_threads for feature in features) else (0,)
+    programs = [_program(world, features, number) for number in numbers]
+    came: list[Any] = [None] * len(programs)
+
+    def draw(number: int) -> None:
+        try:
+            came[number] = _drawn(ensemble, features, programs[number])
+        except Exception as error:
+            came[number] = error
+
+    if len(programs) == 1:
+        draw(0)
+    else:
+        threads = [threading.Thread(target=draw, args=(n,)) for n in range(len(programs))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for failed in came:
+        if isinstance(failed, AfaError) and "second thread" in str(failed):
+            return Outcome("refused", str(failed))
+        if isinstance(failed, Exception):
+            raise Wrong(f"{names}: {type(failed).__name__}: {failed}") from failed
+    kinds = [
+        _compared(names, _expected(family, _key(features), number), predictions, record)
+        for number, (predictions, record) in zip(numbers, came, strict=True)
+    ]
+    return Outcome("close" if "close" in kinds else "equal")
+
+
+def _key(features: list[Feature]) -> tuple[str, ...]:
+    """The features that change what is computed; in their order where weights are changed."""
+    names = [feature.name for feature in features if feature.has_meaning]
+    of_weights = [name for name in names if name.startswith(("LoRA", "bfloat16"))]
+    return tuple(names if len(of_weights) > 1 else sorted(names))
+
+
+def _program(world: World, features: list[Feature], number: int) -> list[Call]:
+    """All calls; sizes are decided before further pictures are drawn, types at the end."""
+    calls = world.picture(number, world.prompt(number))
+    order = ["odd sizes", "another picture size", "another prompt object", "a loop left early"]
+    rank = {name: place for place, name in enumerate(order)}
+    distinct = dict.fromkeys(features)
+    for feature in sorted(distinct, key=lambda f: rank.get(f.name, len(rank))):
+        calls = feature.calls(world, calls)
+    return calls
+
+
+def _drawn(
+    ensemble: EnsembleDenoiser, features: list[Feature], calls: list[Call]
+) -> tuple[list[Tensor], WeightRecord | None]:
+    with ExitStack() as stack, torch.no_grad():
+        entered = [stack.enter_context(feature.around(ensemble)) for feature in features]
+        predictions = [ensemble(**call.arguments, return_dict=False)[0] for call in calls]
+    return predictions, next((e for e in entered if e is not None), None)
+
+
+@cache
+def _expected(family: str, names: tuple[str, ...], number: int) -> list[Expected]:
+    """What features that are switched on in this order mean for the pictures of a program."""
+    features, world = [feature_of(name) for name in names], World(family)
+    for feature in dict.fromkeys(features):
+        feature.prepare(world)
+    meaning = world.meaning()
+    for feature in features:
+        feature.means(meaning, world)
+    if meaning.lora_scale is not None:
+        for expert in meaning.experts:
+            scale_lora_layers(expert, meaning.lora_scale)
+    return expected_of(meaning, _program(world, features, number))
+
+
+def _compared(
+    names: tuple[str, str],
+    expected: list[Expected],
+    predictions: list[Tensor],
+    record: WeightRecord | None,
+) -> Kind:
+    pairs = [(p, e.prediction) for p, e in zip(predictions, expected, strict=True)]
+    if record is not None:
+        if len(record.steps) != len(expected):
+            raise Wrong(f"{names}: {len(record.steps)} steps recorded, {len(expected)} drawn")
+        for step, each in zip(record.steps, expected, strict=True):
+            pairs += [(step.weights[site], weights) for site, weights in each.weights.items()]
+    differ = [(a, b) for a, b in pairs if not torch.equal(a, b)]
+    for came, right in differ:
+        near = TOLERANCE[predictions[0].dtype]
+        if came.shape != right.shape or not torch.allclose(came, right, rtol=near, atol=near):
+            error = (came - right).abs().max() if came.shape == right.shape else "another shape"
+            raise Wrong(f"{names}: off by {error}")
+    return "close" if differ else "equal"
+
+
+def names_who_is_not_finite(family: str, name: str) -> bool:
+    """Whether a non-finite expert stops the drawing of all pictures, by name, beside a feature.
+
+    A feature that leaves this expert out where it is not finite is no exception: it gives finite
+    values elsewhere, or is not masked.
+    """
+    feature, world = feature_of(name), World(family)
+    world.spoil()
+    feature.switch_on(world.ensemble, world)
+    world.ensemble.on_nonfinite = "stop"
+    program = _program(world, [feature], 0)
+    try:
+        _drawn(world.ensemble, [feature], program)
+    except AfaError as error:
+        return "'1' gave nan" in str(error)
+    return False
+
+
+def as_json(outcomes: dict[str, Outcome]) -> str:
+    """For a process that tries a row of pairs on behalf of another."""
+    return json.dumps({name: [outcome.kind, outcome.message] for name, outcome in outcomes.items()})

@@ -1,0 +1,24 @@
+"""The page has what the tests have found, and nothing that is refused is missing from the code."""
+
+from __future__ import annotations
+
+from afa.combinations import EXCLUDED
+from tests.pairs.features import NAMES
+from tests.pairs.table import every_pair, in_page, key_of, recorded, rendered
+
+
+def test_the_page_is_what_was_recorded() -> None:
+    assert in_page() == rendered(recorded())
+
+
+def test_no_pair_is_missing() -> None:
+    for pairs in recorded().values():
+        assert set(pairs) == {key_of(*pair) for pair in every_pair()}
+    assert len(every_pair()) == len(NAMES) * (len(NAMES) + 1) // 2
+
+
+def test_every_exclusion_is_tried() -> None:
+    """An exclusion that no pair meets would be an untested refusal."""
+    said = {outcome.message for pairs in recorded().values() for outcome in pairs.values()}
+    for excluded in EXCLUDED:
+        assert any(excluded.reason in message for message in said), excluded

@@ -1,0 +1,20 @@
+"""Every feature with every other on a tiny U-Net; see docs/compatibility.md."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.pairs.features import FEATURES
+from tests.pairs.matrix import names_who_is_not_finite
+from tests.pairs.table import key_of, recorded
+from tests.pairs.trying import PAIRS, tried
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="+".join)
+def test_it_equals_what_it_means_or_is_refused(pair: tuple[str, str]) -> None:
+    assert tried("unet", *pair) == recorded()["unet"][key_of(*pair)]
+
+
+@pytest.mark.parametrize("name", [feature.name for feature in FEATURES if not feature.in_threads])
+def test_an_expert_that_is_not_finite_is_named(name: str) -> None:
+    assert names_who_is_not_finite("unet", name)
