@@ -322,8 +322,10 @@ def _ema_on(ensemble: EnsembleDenoiser, world: World) -> None:
     (first,) = world.picture(50, world.prompt(0), steps=(950,))
     dtype = ensemble.dtype
     calls = _half_calls(world, [first]) if dtype == torch.bfloat16 else [first]
+    before, ensemble.on_nonfinite = ensemble.on_nonfinite, "mask"
     with torch.no_grad():
         ensemble(**calls[0].arguments)
+    ensemble.on_nonfinite = before
     ensemble.masked.clear()
     parameters = list(ensemble.aggregators.parameters())
     _averages(parameters).copy_to(parameters)

@@ -21,7 +21,8 @@ from tests.pairs.reference import Call, Expected, expected_of
 
 #: where the sums of products are taken in another order, as by a LoRA that is merged
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 5e-2}
-Kind = Literal["equal", "close", "refused"]
+#: `ordered`: equal where one is switched on first, refused where the other is
+Kind = Literal["equal", "close", "ordered", "refused"]
 
 
 @dataclass(frozen=True)
