@@ -201,6 +201,7 @@ def figures(means: dict[str, float], tuned: float) -> tuple[dict[str, Any], dict
             {
                 "method": name,
                 "num_steps": steps,
+                "num_prompts": 3,
                 "scores": {"both": interval(0.1 * steps)},
                 "measured": {"seconds_per_image": seconds * steps},
             }

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from afa.evaluation.report import curve_table
 from afa.files import read_json, write_atomic
 from afa.provenance import made_from
-from afa.study.conclusions import conclusions
+from afa.study.conclusions import conclusions, own_domain_means
+from afa.study.limits import NEXT_STUDY, REVIEW, REVIEW_HEAD, limits, limits_of_transformers
 from afa.study.plan import OTHER_EXPERTS, SUBJECT, VARIANTS, candidates, training_name
 from afa.zoo import EXPERTS
 
@@ -154,7 +155,21 @@ def page(results: dict[str, Any]) -> str:
             "training held. `both` is the share of pictures with the right object on either side, "
             "as a classifier of real scenes sees it.",
             "",
+            "## Limits of these figures",
+            "",
+            NEXT_STUDY,
+            "",
+            "From the tables below, the source and earlier commits:",
+            "",
+            *(f"- {sentence}" for sentence in limits(results)),
+            "",
+            REVIEW_HEAD,
+            "",
+            *(f"- {sentence}" for sentence in REVIEW),
+            "",
             "## In plain words",
+            "",
+            "Of this run, within the limits above; what speaks against AFA comes first.",
             "",
             *(f"- {sentence}" for sentence in conclusions(results)),
             "",
@@ -167,8 +182,9 @@ def page(results: dict[str, Any]) -> str:
             "intervals do not hold. "
             "Brackets are 95 % intervals: of a share Wilson's over the prompts, widened where "
             "seeds of training differ; of a difference the paired bootstrap over prompts and "
-            f"seeds. *{SUBJECT} minus this* is of `both`; wins and losses count prompts. `calls` "
-            "are runs of one expert's denoiser for one picture, in whole or, where a row is *fast* "
+            f"seeds. *{SUBJECT} minus this* is of `both`; wins and losses count prompts. `fid` and "
+            "`cmmd` are against scenes of the same prompts and have no intervals. `calls` are runs "
+            "of one expert's denoiser for one picture, in whole or, where a row is *fast* "
             "([speed.md](speed.md)), in part.",
             "",
             *_table(list(rows.values())),
@@ -188,7 +204,8 @@ def page(results: dict[str, Any]) -> str:
             *_cost_table(rows, results["training"]),
             "",
             "The tuned base is the base's U-Net and text encoder, trained on the very batches, "
-            "noise and schedule that the aggregators of the same seed saw.",
+            "noise and schedule that the aggregators of the same seed saw; *(time)* goes on with "
+            "more of them. The experts' own training is in no row of this table.",
             "",
             "## Quality against time",
             "",
@@ -199,7 +216,8 @@ def page(results: dict[str, Any]) -> str:
             "## Ablations, other sizes, other numbers of experts",
             "",
             "*The paper's size*: `hidden_ratio: null, min_scale: 1`, the same many channels at "
-            "every site and weights at every pixel.",
+            "every site and weights at every pixel. *conv_out only* has the default size, which is "
+            "too small there: see [the limits](#limits-of-these-figures).",
             "",
             *_table([rows[SUBJECT], *(rows[name] for name in _variants())]),
             "",
@@ -220,9 +238,8 @@ def page(results: dict[str, Any]) -> str:
             "",
             f"Each had its settings chosen on {settings['num_tuning']} mixed prompts whose pairs "
             f"the test does not ask for, at {settings['tuning_steps']} steps; autoMBW had "
-            f"{settings['num_trials']} trials on the same prompts. {SUBJECT} has no settings to "
-            "choose at this point; its learning rate and schedule were chosen once, in a few runs, "
-            "when the demo was made.",
+            f"{settings['num_trials']} trials on the same prompts. The learning rate and schedule "
+            f"of {SUBJECT} were chosen in a few runs of the demo, **on the prompts of this test**.",
             "",
             *(
                 f"- {name}: {_settings(chosen)}{_tried(name)}"
@@ -246,6 +263,13 @@ def section(results: dict[str, Any]) -> str:
             "tokens on their grid of 8x8. Written by `make results-dit`; the figures are in "
             f"[{_SECTION}]({_SECTION}). Commit {made['commit']}{_trained(made)}; "
             f"{made['machine']}; {made['software']}.",
+            "",
+            "The test prompts and the kind of references are those of the page, and so are their "
+            "limits. Other figures:",
+            "",
+            *(f"- {sentence}" for sentence in limits_of_transformers(results)),
+            "",
+            "In plain words, within these limits; what speaks against AFA comes first:",
             "",
             *(f"- {sentence}" for sentence in conclusions(results)),
             "",
@@ -340,13 +364,11 @@ def _domain_table(results: dict[str, Any]) -> list[str]:
         for domain, rows in results["own_domain"].items()
     }
 
-    def mean(method: str) -> float:
-        return sum(by_domain[domain][method]["mean"] for domain in EXPERTS) / len(EXPERTS)
-
-    for method in sorted(by_domain[EXPERTS[0]], key=mean, reverse=True):
+    means = own_domain_means(results)
+    for method in sorted(means, key=means.__getitem__, reverse=True):
         name = f"**{method}**" if method == SUBJECT else method
         cells = [_interval(by_domain[domain][method]) for domain in EXPERTS]
-        lines.append(f"| {name} | {' | '.join(cells)} | {mean(method):.2f} |")
+        lines.append(f"| {name} | {' | '.join(cells)} | {means[method]:.2f} |")
     return lines
 
 

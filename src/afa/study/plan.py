@@ -39,8 +39,10 @@ OTHER_EXPERTS = {
     "AFA, animals and food": ("animals", "food"),
     "AFA, things twice": ("animals", "food", "things", "things"),
 }
+#: rows of the tuned base: as many steps, or as much time, as the training of the aggregators
+STEPS, TIME = "tuned base (steps)", "tuned base (time)"
 #: rows that are drawn a second time, with a preset of `afa.Acceleration`
-SPED_UP = (SUBJECT, "add-difference merge", "tuned base (time)")
+SPED_UP = (SUBJECT, "add-difference merge", TIME)
 
 
 def fast(row: str) -> str:

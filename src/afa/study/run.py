@@ -27,6 +27,8 @@ from afa.study.page import results_of, write_pages, write_section
 from afa.study.plan import (
     FEWER,
     SHIPPED,
+    STEPS,
+    TIME,
     StudySettings,
     Zoo,
     aggregator_recipes,
@@ -44,8 +46,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _SETTINGS = "study.json"
-#: rows of the tuned base: as many steps as the aggregators, as much time as the aggregators
-STEPS, TIME = "tuned base (steps)", "tuned base (time)"
 
 
 @dataclass(frozen=True)
