@@ -3,8 +3,9 @@
     python -m benchmarks.acceleration_study runs/acceleration-study    # half an hour; goes on
 
 Three ensembles that differ in the seed of their training draw mixed prompts of held-out pairs with
-every setting; so do, with the presets, the base model and a merge. The prompts are not those of the
-comparison, which a choice made here must not have seen. Seconds are compared with those of one
+every setting; so do, with the presets, the base model and a merge. The prompts have another seed
+than those of the comparison but are not apart from them: 9 of 96 are the same, and 35 of 53 pairs.
+So a choice made here has seen a part of the comparison. Seconds are compared with those of one
 model from which nothing is left out; quality with the same model's, paired over prompts and seeds.
 """
 
