@@ -25,7 +25,7 @@ def demo(
         int, typer.Option(min=0, max=MAX_SEED, help="Of the training and of the pictures.")
     ] = 0,
 ) -> None:
-    """Train an ensemble of the zoo's experts for minutes and compare it with its rivals.
+    """Train an ensemble of the zoo's experts for minutes; compare it with simple other ways.
 
     [bold]Example[/bold]: afa demo --output runs/demo
     """
