@@ -32,8 +32,10 @@ class SABWConfig:
     others are the user's choice, one for all sites. Defaults are the paper's (AFA, section 4.1)
     but for `hidden_ratio` and `min_scale`, which are None and 1 there: the paper's aggregator costs
     the same at every width of the experts, more than they do where they are narrow; this one
-    follows them, and draws as well (docs/benchmarks.md). The switches take away one of the states
-    that the weights depend on (AFA, section 4.4, ablations).
+    follows them, and on the emoji scenes its pictures were not told apart from those of the
+    paper's (docs/benchmarks.md). With `sites="conv_out"` they were worse, so set both back there.
+    The switches take away one of the states that the weights depend on (AFA, section 4.4,
+    ablations).
 
     Attributes:
         hidden_size: channels inside, the same at all sites where `hidden_ratio` is None.

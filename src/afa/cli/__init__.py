@@ -28,7 +28,7 @@ from afa.errors import AfaError
 
 app = typer.Typer(
     name="afa",
-    help="Turn several fine-tuned text-to-image diffusion models into one better generator.",
+    help="Turn several fine-tuned text-to-image diffusion models into one generator.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
