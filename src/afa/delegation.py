@@ -6,6 +6,7 @@ import inspect
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -14,6 +15,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from afa.errors import AfaError
+from afa.kinds import KINDS
+from afa.lora.file import LoraFile
+from afa.lora.plan import Base, plan_changes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -241,7 +245,8 @@ class Delegation:
 
         Raises:
             AfaError: the LoRA changes text encoders, too, which then come to differ by expert; or
-                the experts' layers are in a file.
+                the experts' layers are in a file; or it has a tensor that the library would leave
+                out.
         """
         self.require_layers("changed by load_lora_adapter")
         of_text = [key for key in state_dict if key.startswith(_TEXT)]
@@ -251,10 +256,61 @@ class Delegation:
                 f"{len(of_text)} tensors for text encoders. Name it as an expert, {{base: ..., "
                 "lora: ...}, which merges both."
             )
+        self._account_for(state_dict, **options)
         # the pipeline is for moving a single offloaded model out of the way and back
         self.begin_anew()
         for expert in self.computed_experts:
             expert.load_lora_adapter(dict(state_dict), **options)
+
+    def _account_for(
+        self,
+        state_dict: Mapping[str, Any],
+        *,
+        prefix: str | None = "transformer",
+        adapter_name: str | None = None,
+        **_: Any,
+    ) -> None:
+        """Refuse what the experts' own class leaves out with no more than a line in the log.
+
+        Raises:
+            AfaError: names the first such tensor.
+        """
+        kind = next((each for each in KINDS if each.family == self.family.name), None)
+        if kind is None or any(".lokr_" in name for name in state_dict):
+            return  # a family that is not afa's own; a product of which PEFT reads all tensors
+        start = f"{prefix}." if prefix else ""
+        header = {name: {"dtype": "F32", "shape": t.shape} for name, t in state_dict.items()}
+        lora = LoraFile(Path(adapter_name or "default"), header, {}, None, {})
+        base = Base.of("the ensemble", kind, {kind.denoiser: self.experts[0]})
+        changes = plan_changes(lora, base, 1.0, is_merged=False)
+        lost = [name for name in state_dict if not name.startswith(start)]
+        lost += [
+            name
+            for change in changes
+            for role, name in change.tensors.items()
+            if role not in ("down", "up", "up_bias", "magnitude", "alpha")
+        ]
+        if lost:
+            raise AfaError(
+                f"diffusers would leave out {len(lost)} of the LoRA's {len(state_dict)} tensors "
+                f"(first: '{lost[0]}'). A LoRA that is added to an ensemble must have low-rank "
+                "products for the denoiser alone. Name it as an expert, {base: ..., lora: ...}, "
+                "which applies all of them."
+            )
+
+    @property
+    def _transformer_norm_layers(self) -> None:
+        """Where the pipeline of Flux keeps the norms that a LoRA has replaced: never any."""
+        return
+
+    @_transformer_norm_layers.setter
+    def _transformer_norm_layers(self, norms: Any) -> NoReturn:
+        raise AfaError(
+            "diffusers has left out the norms of this LoRA and added the rest. A LoRA that is "
+            "added to an ensemble must have low-rank products alone. Take it out with "
+            "pipeline.unload_lora_weights(), and name it as an expert, {base: ..., lora: ...}, "
+            "which replaces the norms as well."
+        )
 
     # -- IP-Adapter -----------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from afa.checkpoint import AGGREGATORS, load_ensemble, read_config
 from afa.ensemble import EnsembleDenoiser
 from afa.experts import load_expert
 from afa.kinds import build_pipeline, denoiser_of, kind_of_pipeline
-from afa.lora import LoraExpert, base_of
+from afa.lora import LoraExpert, base_of, hash_lora
 from afa.pipeline import check_text_to_image, first_folder, load_pipeline, load_single
 from afa.published import hash_published, is_published
 from afa.single_file import Companions, described_by
@@ -87,7 +87,7 @@ class MethodBuilder:
         if source not in self._hashes:
             digest = hash_pipeline(locate(base_of(source)))
             if isinstance(source, LoraExpert):
-                digest += f" + {source.scale!r} x {hash_file(Path(source.lora))}"
+                digest += f" + {source.scale!r} x {hash_lora(Path(source.lora))}"
             self._hashes[source] = digest
         return self._hashes[source]
 

@@ -13,7 +13,7 @@ import torch
 from afa.denoisers import family_of
 from afa.errors import NO_MODEL, AfaError
 from afa.files import parts_of, read_json
-from afa.lora import LoraExpert, base_of, lora_file
+from afa.lora import LoraExpert, base_of, check_lora, hash_lora
 from afa.memory.plan import encoder_sets
 from afa.preflight.compare import compare
 from afa.preflight.facts import Facts, read_facts
@@ -24,7 +24,6 @@ from afa.single_file import config_of_expert
 from afa.sources import locate
 from afa.weights import (
     hash_expert,
-    hash_file,
     hash_vae,
     tensor_dtypes,
     tensor_shapes,
@@ -137,9 +136,9 @@ def _look_at(asked: str | Path | LoraExpert, companions: Companions, *, with_wei
     facts = read_facts(str(base_of(asked)), config, is_file=path.is_file())
     identity = hash_expert(path) if with_weights else None
     if isinstance(asked, LoraExpert):
-        lora = lora_file(asked)
+        check_lora(asked, config, with_values=with_weights)
         if identity is not None:
-            identity = f"{identity} + {asked.scale!r} x {hash_file(lora)}"
+            identity = f"{identity} + {asked.scale!r} x {hash_lora(Path(asked.lora))}"
         facts = replace(facts, name=asked.lora, short=Path(asked.lora).name)
     counts: Counter[str] = Counter()
     for file in files:

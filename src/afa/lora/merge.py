@@ -1,0 +1,88 @@
+"""The arithmetic of LoRAs: from the tensors of one layer to its new weights, in float32.
+
+    W + scale * factor * up @ down        LoRA, https://arxiv.org/abs/2106.09685
+    m * (W + D) / |W + D|                 DoRA, https://arxiv.org/abs/2402.09353, norm by row
+
+Convolutions are products of their flattened kernels. With a core between the factors (LyCORIS,
+https://arxiv.org/abs/2309.14859, CP decomposition) a convolution is 1 x 1, k x k and 1 x 1 ones in
+a row. Both are what `peft` and `diffusers` compute.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from torch import Tensor
+
+    from afa.lora.layers import Rows
+    from afa.lora.names import Role
+
+
+def merged(
+    tensors: Mapping[Role, Tensor],
+    rows: tuple[Rows, ...],
+    parameters: Mapping[str, Tensor],
+    factor: float,
+    scale: float,
+) -> Iterator[tuple[str, Tensor]]:
+    """The new parameters of the layers that one entry of a file changes.
+
+    Args:
+        tensors: of the entry in float32, by role.
+        rows: the layers, whose rows are joined in the tensors.
+        parameters: of the whole part, by name.
+        factor: alpha / rank.
+        scale: of all that is added.
+
+    Returns: names and new values in float32.
+    """
+    weights = [parameters[f"{each.layer}.weight"] for each in rows]
+    sizes = [len(weight) for weight in weights]
+    split = {role: _split(t, sizes, rows) for role, t in _by_rows(tensors, factor).items()}
+    for n, (each, weight) in enumerate(zip(rows, weights, strict=True)):
+        of = {role: parts[n] for role, parts in split.items()}
+        name = f"{each.layer}.weight"
+        if "weight" in of:
+            yield name, of["weight"].reshape(weight.shape)
+        elif "diff" in of:
+            new = weight.float() + scale * of["diff"].reshape(weight.shape)
+            if "magnitude" in of:
+                norm = torch.linalg.vector_norm(new, dim=tuple(range(1, new.ndim)), keepdim=True)
+                new = new * (of["magnitude"].reshape(norm.shape) / norm)
+            yield name, new
+        name = f"{each.layer}.bias"
+        if "bias" in of:
+            yield name, of["bias"]
+        elif "diff_b" in of:
+            yield name, parameters[name].float() + scale * of["diff_b"]
+
+
+def _by_rows(tensors: Mapping[Role, Tensor], factor: float) -> dict[Role, Tensor]:
+    """All that is added or replaced, one entry for each row of the weight."""
+    found: dict[Role, Tensor] = {
+        role: tensors[role] for role in ("weight", "bias", "diff", "diff_b") if role in tensors
+    }
+    if "magnitude" in tensors:
+        found["magnitude"] = tensors["magnitude"].flatten()
+    if "mid" in tensors:
+        up, down = tensors["up"].flatten(1), tensors["down"].flatten(1)
+        found["diff"] = torch.einsum("or,rs...,si->oi...", up, tensors["mid"], down) * factor
+    elif "up" in tensors:
+        found["diff"] = (tensors["up"].flatten(1) @ tensors["down"].flatten(1)) * factor
+    if "up_bias" in tensors:
+        found["diff_b"] = tensors["up_bias"] * factor
+    return found
+
+
+def _split(tensor: Tensor, sizes: list[int], rows: tuple[Rows, ...]) -> list[Tensor]:
+    """The rows of each layer."""
+    parts = tensor.split(sizes)
+    return [
+        torch.cat(part.chunk(2)[::-1]) if each.is_swapped else part
+        for part, each in zip(parts, rows, strict=True)
+    ]

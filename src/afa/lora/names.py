@@ -1,0 +1,133 @@
+"""Names of a LoRA's tensors: which layer of which part of a model, and what the tensor is to it.
+
+Trainers and converters name the same tensor differently; these are read:
+
+- diffusers: `unet.down_blocks.0.[...].to_q.lora_A.weight`, and the older
+  `[...].attn1.processor.to_q_lora.down.weight`, with or without `unet.`;
+- PEFT: `base_model.model.[...].to_q.lora_A.weight`, or with the name of the adapter,
+  `lora_A.default.weight`;
+- kohya's scripts and LyCORIS: `lora_unet_down_blocks_0_[...]_to_q.lora_down.weight`, with the
+  layer's name flattened, and `lora_te_`, `lora_te1_`, `lora_te2_`, `lora_te3_`, `lycoris_`;
+- ComfyUI: `diffusion_model.[...]`, `text_encoders.clip_l.transformer.[...]`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+#: `down` and `up` are the factors of a low-rank product, `mid` the core between them (CP
+#: decomposition); `up_bias` is PEFT's `lora_bias`, `magnitude` that of DoRA; `diff` and `diff_b`
+#: are added to weight and bias as they are; `weight` and `bias` replace them
+Role = Literal[
+    "down", "up", "mid", "up_bias", "alpha", "magnitude", "diff", "diff_b", "weight", "bias"
+]
+_SIDES: dict[str, Role] = {"down": "down", "up": "up", "mid": "mid", "A": "down", "B": "up"}
+_DIFFERENCES: dict[str, Role] = {
+    "diff": "diff",
+    "w_norm": "diff",
+    "diff_b": "diff_b",
+    "b_norm": "diff_b",
+}
+_WHOLE: dict[str, Role] = {"weight": "weight", "scale": "weight", "bias": "bias"}
+_ADAPTER = r"(?:\.(?!weight$|bias$)(?P<adapter>[^.]+))?"
+_PEFT = re.compile(rf"\.lora_(?P<side>[AB]){_ADAPTER}\.(?P<kind>weight|bias)$")
+_KOHYA = re.compile(r"\.lora_(?P<side>down|up|mid)\.weight$")
+_OLD = re.compile(r"(?:(?<=lora\d)|[._]lora|\.lora_linear_layer)\.(?P<side>down|up)\.weight$")
+_MAGNITUDE = re.compile(rf"\.lora_magnitude_vector{_ADAPTER}(?:\.weight)?$")
+_ALPHA = re.compile(r"(?:[._]lora|\.lora_linear_layer)?\.alpha$")
+_DIFFERENCE = re.compile(r"\.(?P<kind>diff|diff_b|w_norm|b_norm)$")
+_PLAIN = re.compile(r"(?:\.base_layer|\.modules_to_save)?\.(?P<kind>weight|scale|bias)$")
+#: what changes nothing, and why
+HARMLESS = {
+    re.compile(r"\.position_ids$"): "the numbers 0, 1, 2, ..., which the text encoder has itself",
+}
+
+
+@dataclass(frozen=True)
+class Name:
+    """A tensor's name, taken apart.
+
+    Attributes:
+        layer: what comes before the role: the prefix and the layer, as the file names it.
+        role: what the tensor is to that layer.
+        adapter: PEFT's name of the adapter, where the file has it.
+    """
+
+    layer: str
+    role: Role
+    adapter: str | None = None
+
+
+def parse(name: str) -> Name | None:
+    """A tensor's layer and role; None if nothing is known of it."""
+    if found := _PEFT.search(name):
+        layer, side = name[: found.start()], _SIDES[found["side"]]
+        if found["kind"] == "weight":
+            return Name(layer, side, found["adapter"])
+        # PEFT gives only the second factor a bias
+        return Name(layer, "up_bias", found["adapter"]) if side == "up" else None
+    if found := _KOHYA.search(name) or _OLD.search(name):
+        return Name(name[: found.start()], _SIDES[found["side"]])
+    if found := _MAGNITUDE.search(name):
+        return Name(name[: found.start()], "magnitude", found["adapter"])
+    if found := _ALPHA.search(name):
+        return Name(name[: found.start()], "alpha")
+    if found := _DIFFERENCE.search(name):
+        return Name(name[: found.start()], _DIFFERENCES[found["kind"]])
+    if (found := _PLAIN.search(name)) and ".lora_" not in name:
+        return Name(name[: found.start()], _WHOLE[found["kind"]])
+    return None
+
+
+def is_harmless(name: str) -> bool:
+    """Whether a tensor changes nothing; see `HARMLESS`."""
+    return any(pattern.search(name) for pattern in HARMLESS)
+
+
+# -- parts ------------------------------------------------------------------------------------
+
+#: stands for `unet` or `transformer`
+DENOISER = "denoiser"
+RAW_PEFT = "base_model.model."
+# how a name starts, and the parts that it may be of; the first that has the layer is meant
+_PREFIXES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("model.diffusion_model.", (DENOISER,)),
+    ("diffusion_model.", (DENOISER,)),
+    ("unet.", (DENOISER,)),
+    ("transformer.", (DENOISER,)),
+    ("lora_unet_", (DENOISER,)),
+    ("lora_transformer_", (DENOISER,)),
+    ("text_encoders.clip_l.transformer.", ("text_encoder",)),
+    ("text_encoders.clip_g.transformer.", ("text_encoder_2",)),
+    # T5 is the second text encoder of Flux, the third of Stable Diffusion 3, PixArt's only one
+    (
+        "text_encoders.t5xxl.transformer.",
+        ("text_encoder_3", "text_encoder_2", "text_encoder"),
+    ),
+    ("text_encoder.", ("text_encoder",)),
+    ("text_encoder_2.", ("text_encoder_2",)),
+    ("text_encoder_3.", ("text_encoder_3",)),
+    ("lora_te_", ("text_encoder",)),
+    ("lora_te1_", ("text_encoder",)),
+    ("lora_te2_", ("text_encoder_2",)),
+    ("lora_te3_", ("text_encoder_3", "text_encoder_2")),
+)
+
+
+def split_prefix(layer: str) -> tuple[tuple[str, ...] | None, str]:
+    """The parts that a layer's name may mean, and the rest of the name.
+
+    Returns: None for the parts if the name has no prefix that tells.
+    """
+    bare = layer.removeprefix(RAW_PEFT)
+    for prefix, parts in _PREFIXES:
+        if bare.startswith(prefix):
+            return parts, bare.removeprefix(prefix).removeprefix(RAW_PEFT)
+    return None, bare.removeprefix("lycoris_")
+
+
+def flat(layer: str) -> str:
+    """A layer's name as kohya's scripts write it, by which all spellings are compared."""
+    return layer.replace(".processor", "").replace(".", "_")

@@ -1,0 +1,332 @@
+"""What each tensor of a LoRA's file does to its base, told from names and shapes alone.
+
+Every tensor is applied, known to be harmless, or refused by name. Neither the base's weights nor
+the LoRA's are read, so that `afa check` gives the same answer as loading.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+from afa.errors import AfaError
+from afa.lora.layers import names_of
+from afa.lora.names import DENOISER, flat, is_harmless, parse, split_prefix
+from afa.lora.scaling import check_scaling, config_for
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import nn
+
+    from afa.kinds import Kind
+    from afa.lora.file import LoraFile
+    from afa.lora.layers import Names, Rows
+    from afa.lora.names import Role
+
+    Shape = tuple[int, ...]
+
+_FACTORS: tuple[Role, ...] = ("down", "up", "mid", "up_bias", "magnitude")
+# what is never in one file for one layer: nobody has said what both together would mean
+_EXCLUSIVE: tuple[tuple[Role, Role], ...] = (
+    *(("magnitude", "mid"), ("magnitude", "up_bias"), ("mid", "up_bias")),
+    *(("down", "diff"), ("down", "weight"), ("diff", "weight")),
+    *(("up_bias", "diff_b"), ("up_bias", "bias"), ("diff_b", "bias")),
+)
+_REMEDY = "Merge the LoRA into a checkpoint with the tool it is from, and name that as the expert."
+# in flattened names: what models a LoRA is for
+_MARKS = {
+    "Flux": ("double_blocks", "single_blocks", "single_transformer_blocks"),
+    "Stable Diffusion 3": ("joint_blocks",),
+    "Stable Diffusion": ("down_blocks", "up_blocks", "input_blocks", "output_blocks"),
+}
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a LoRA is added to.
+
+    Attributes:
+        source: where it comes from, for messages.
+        kind: of its pipeline.
+        parts: the shapes of the parameters of the denoiser and the text encoders, by part.
+    """
+
+    source: str
+    kind: Kind
+    parts: Mapping[str, Mapping[str, Shape]]
+
+    @classmethod
+    def of(cls, source: str, kind: Kind, parts: Mapping[str, nn.Module]) -> Base:
+        """The base of these models, which may be on the meta device."""
+        shapes = {
+            part: {
+                name.replace(".base_layer.", "."): tuple(p.shape)
+                for name, p in model.named_parameters()
+                if ".lora_" not in name  # of a LoRA that was added before
+            }
+            for part, model in parts.items()
+        }
+        return cls(source, kind, shapes)
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a file holds for one layer as it names it, which may be several of the library's.
+
+    Attributes:
+        layer: as the file names it.
+        part: that it is of.
+        rows: the library's layers.
+        tensors: the names of its tensors, by role.
+    """
+
+    layer: str
+    part: str
+    rows: tuple[Rows, ...]
+    tensors: Mapping[Role, str]
+
+
+def plan_changes(
+    lora: LoraFile, base: Base, scale: float, *, is_merged: bool = True
+) -> list[Change]:
+    """Account for every tensor of a LoRA.
+
+    Args:
+        lora: its file.
+        base: what it is to be added to.
+        scale: that it is to be added with.
+        is_merged: whether it is merged into the base's parameters, not computed beside them.
+
+    Raises:
+        AfaError: names the first tensor that cannot be applied, and why.
+    """
+    layers = _by_layer(lora)
+    if not any({"down", "diff"} & tensors.keys() for tensors in layers.values()):
+        raise AfaError(
+            f"'{lora.path}' is no LoRA: none of its {len(lora.header)} tensors is part of a "
+            f"low-rank product (first: '{min(lora.header, default='none')}'). It must be a LoRA "
+            f"for the {base.kind.name} model '{base.source}'. Name a whole model as an expert by "
+            "itself."
+        )
+    changes = _resolve(lora, base, layers)
+    taken: dict[tuple[str, str], str] = {}
+    for change in changes:
+        _check_roles(lora, change)
+        for rows in change.rows:
+            other = taken.setdefault((change.part, rows.layer), change.layer)
+            if other != change.layer:
+                raise AfaError(
+                    f"The LoRA '{lora.path}' changes the layer '{rows.layer}' twice, as "
+                    f"'{other}' and as '{change.layer}'. A layer must have one change. Take one "
+                    "of them out of the file."
+                )
+        if is_merged:
+            _check_biases(lora, base, change)
+        _check_shapes(lora, base, change)
+        if scale != 1 and change.tensors.keys() & {"weight", "bias"}:
+            name = change.tensors["weight" if "weight" in change.tensors else "bias"]
+            raise AfaError(
+                f"'{name}' of the LoRA '{lora.path}' replaces a weight, which cannot be done by "
+                f"{scale:g}. The scale must be 1. Set scale: 1."
+            )
+    return changes
+
+
+def _by_layer(lora: LoraFile) -> dict[str, dict[Role, str]]:
+    """The names of tensors by layer and role, without those that change nothing."""
+    layers: defaultdict[str, dict[Role, str]] = defaultdict(dict)
+    adapters: dict[str | None, str] = {}  # PEFT's names of them, and the first tensor of each
+    for name, entry in lora.header.items():
+        if is_harmless(name):
+            continue
+        found = parse(name)
+        if found is None:
+            raise AfaError(
+                f"'{name}' of the LoRA '{lora.path}' is unknown. Every tensor must be part of a "
+                f"low-rank product, a difference of weights, or a weight. {_REMEDY}"
+            )
+        if not entry["dtype"].startswith(("F", "BF")) and found.role != "alpha":
+            raise AfaError(
+                f"'{name}' of the LoRA '{lora.path}' is quantised ({entry['dtype']}). The numbers "
+                "of a LoRA must be floating-point. Take the float16 or float32 version."
+            )
+        other = layers[found.layer].setdefault(found.role, name)
+        adapters.setdefault(found.adapter, name)
+        if other != name or len(adapters.keys() - {None}) > 1:
+            other = next(each for each in (other, *adapters.values()) if each != name)
+            raise AfaError(
+                f"The LoRA '{lora.path}' holds several adapters (first: '{other}' and '{name}'). A "
+                "file must hold one. Save them to files of their own, and name each as an expert."
+            )
+    return layers
+
+
+# -- which layers -----------------------------------------------------------------------------
+
+
+def _resolve(lora: LoraFile, base: Base, layers: Mapping[str, dict[Role, str]]) -> list[Change]:
+    tables = {
+        part: names_of(
+            [name.removesuffix(".weight") for name in shapes if name.endswith(".weight")],
+            base.kind.family if part == base.kind.denoiser else None,
+        )
+        for part, shapes in base.parts.items()
+    }
+    changes, unknown = [], []
+    for layer, tensors in layers.items():
+        if tensors.keys() == {"alpha"}:
+            continue  # it scales nothing: what it belonged to is not in the file
+        found = _find(lora, base, layer, tables)
+        if found is None:
+            unknown.append(layer)
+        else:
+            changes.append(Change(layer, *found, tensors))
+    if unknown:
+        raise _unknown(lora, base, layers, unknown)
+    return changes
+
+
+def _find(
+    lora: LoraFile, base: Base, layer: str, tables: Mapping[str, Names]
+) -> tuple[str, tuple[Rows, ...]] | None:
+    """The part and the layers that a name means."""
+    parts, rest = split_prefix(layer)
+    name = flat(rest)
+    if parts is not None:
+        for part in parts:
+            part = base.kind.denoiser if part == DENOISER else part
+            if name in tables.get(part, {}):
+                return part, tables[part][name]
+        return None
+    held = [part for part, table in tables.items() if name in table]
+    if base.kind.denoiser in held:
+        held = [base.kind.denoiser]
+    if len(held) > 1:
+        raise AfaError(
+            f"'{layer}' of the LoRA '{lora.path}' may be a layer of {' or '.join(held)}. Its name "
+            f"must begin with the part. Save it with '{held[0]}.' before each name."
+        )
+    return (held[0], tables[held[0]][name]) if held else None
+
+
+def _unknown(
+    lora: LoraFile, base: Base, layers: Mapping[str, dict[Role, str]], unknown: list[str]
+) -> AfaError:
+    """Names the first of the layers that the base lacks, and what the file is rather for."""
+    lost = [name for layer in unknown for name in layers[layer].values()]
+    count = sum(map(len, layers.values()))
+    what = "model"
+    parts, _ = split_prefix(unknown[0])
+    if parts is not None:
+        names = [base.kind.denoiser if part == DENOISER else part for part in parts]
+        there = [name for name in names if name in base.parts]
+        what = there[0] if there else f"model, which has no {names[0]}"
+    seen = [flat(layer) for layer in unknown]
+    likely = [
+        kind for kind, marks in _MARKS.items() if any(m in name for m in marks for name in seen)
+    ]
+    hint = lora.meant_for
+    if not hint and likely and not base.kind.name.startswith(likely[0]):
+        hint = f" It is probably for {likely[0]}."
+    return AfaError(
+        f"The LoRA '{lora.path}' does not fit the {base.kind.name} model '{base.source}': "
+        f"{len(lost)} of its {count} tensors are for layers that the base's {what} lacks (first: "
+        f"'{lost[0]}').{hint} A LoRA must change layers of its base alone. Name the base that it "
+        "was trained on."
+    )
+
+
+# -- what belongs together --------------------------------------------------------------------
+
+
+def _check_roles(lora: LoraFile, change: Change) -> None:
+    """Refuse halves of a product, and what cannot be combined."""
+    roles = change.tensors.keys()
+    has = {role for role in _FACTORS if role in roles}
+    if has and not {"down", "up"} <= roles:
+        lacking = " and ".join(sorted({"down", "up"} - roles))
+        raise AfaError(
+            f"The LoRA '{lora.path}' lacks the factor '{lacking}' of '{change.layer}'. Each "
+            "product must have both. Download it again."
+        )
+    config = config_for(lora, change.layer)
+    if has and config is not None and config.get("use_dora") and "magnitude" not in roles:
+        raise AfaError(
+            f"The LoRA '{lora.path}' lacks the lora_magnitude_vector of '{change.layer}'. With "
+            "use_dora in PEFT's configuration each layer must have one. Save it again."
+        )
+    for one, other in _EXCLUSIVE:
+        if {one, other} <= roles:
+            raise AfaError(
+                f"'{change.tensors[one]}' and '{change.tensors[other]}' of the LoRA '{lora.path}' "
+                f"change the same layer in two ways. They must not be combined. {_REMEDY}"
+            )
+
+
+def _check_biases(lora: LoraFile, base: Base, change: Change) -> None:
+    """Refuse a bias for a layer without one, as PEFT does when it merges."""
+    for role in ("up_bias", "diff_b", "bias"):
+        lacking = [
+            rows.layer
+            for rows in change.rows
+            if role in change.tensors and f"{rows.layer}.bias" not in base.parts[change.part]
+        ]
+        if lacking:
+            raise AfaError(
+                f"'{change.tensors[role]}' of the LoRA '{lora.path}' is a bias for the layer "
+                f"'{lacking[0]}' of '{base.source}', which has none. A LoRA must change "
+                "parameters that its base has. Train it without biases (lora_bias=False)."
+            )
+
+
+def _check_shapes(lora: LoraFile, base: Base, change: Change) -> None:
+    shapes = base.parts[change.part]
+    held = {role: lora.shape(name) for role, name in change.tensors.items()}
+    weights = [shapes.get(f"{rows.layer}.weight", ()) for rows in change.rows]
+    whole = (sum(weight[0] for weight in weights if weight), *weights[0][1:])
+    needs: dict[Role, Shape] = {"diff": whole, "weight": whole}
+    needs |= dict.fromkeys(("magnitude", "up_bias", "diff_b", "bias"), whole[:1])
+    if "down" in held:
+        rank = held["down"][0] if held["down"] else 0
+        core = held.get("mid", ())
+        inner = core[0] if core else rank
+        kernel = whole[2:]
+        needs["down"] = (rank, *whole[1:2]) if core else (rank, *whole[1:])
+        needs["up"] = (whole[0], inner)
+        needs["mid"] = (inner, rank, *kernel)
+        if rank == 0 or len(whole) < 2:
+            raise _wrong_shape(lora, base, change, "down", whole)
+        check_scaling(lora, change.layer, rank, has_alpha="alpha" in held)
+    for role, shape in held.items():
+        if role == "alpha":
+            if prod(shape) != 1:
+                raise _wrong_shape(lora, base, change, role, ())
+        elif _trimmed(shape) != _trimmed(needs[role]) and not (
+            role == "magnitude" and prod(shape) == prod(needs[role])
+        ):
+            raise _wrong_shape(lora, base, change, role, needs[role])
+
+
+def _wrong_shape(lora: LoraFile, base: Base, change: Change, role: Role, needs: Shape) -> AfaError:
+    name, layer = change.tensors[role], change.rows[0].layer
+    shape = lora.shape(name)
+    hint = lora.meant_for
+    if role == "down" and len(shape) == len(needs) > 1 and shape[1] > needs[1]:
+        hint += " It widens the layer's input."
+        if layer in ("x_embedder", "conv_in"):
+            hint += " Control LoRAs do so for a second picture, which experts do not take."
+    return AfaError(
+        f"The LoRA '{lora.path}' does not fit the {base.kind.name} model '{base.source}': '{name}' "
+        f"has shape {shape}.{hint} For the layer '{layer}' it must have {needs}. Name the base "
+        "that it was trained on."
+    )
+
+
+def _trimmed(shape: Shape) -> Shape:
+    """Without ones at the end, in which linear layers and 1 x 1 convolutions differ."""
+    while len(shape) > 1 and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
