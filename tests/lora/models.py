@@ -40,23 +40,20 @@ def expert_of(pipeline: Any) -> Expert:
 def with_lora(pipeline: Any, file: Path, scale: float = 1.0) -> Any:
     """The same pipeline with a LoRA as an expert has it."""
     expert = lora_expert(expert_of(pipeline), LoraExpert(base="base", lora=str(file), scale=scale))
-    parts = {
-        k: v
-        for k, v in pipeline.components.items()
-        if k != "feature_extractor" and k != "image_encoder" and k != "safety_checker"
-    }
-    return build_pipeline(
-        type(pipeline).__name__,
-        {**parts, expert.kind.denoiser: expert.denoiser, **expert.text_encoders},
-        {},
-    )
+    return _rebuilt(pipeline, {expert.kind.denoiser: expert.denoiser, **expert.text_encoders})
+
+
+def _rebuilt(pipeline: Any, parts: dict[str, Any]) -> Any:
+    others = ("feature_extractor", "image_encoder", "safety_checker")
+    rest = {k: v for k, v in pipeline.components.items() if k not in others}
+    return build_pipeline(type(pipeline).__name__, {**rest, **parts}, {})
 
 
 def by_diffusers(pipeline: Any, file: Path, scale: float = 1.0) -> Any:
     """The same, loaded and fused by the library."""
-    own = copy.deepcopy(pipeline)
+    denoiser = kind_of_pipeline(pipeline).denoiser
+    own = _rebuilt(pipeline, {denoiser: copy.deepcopy(denoiser_of(pipeline))})
     own.load_lora_weights(str(file))
-    denoiser = "unet" if hasattr(own, "unet") else "transformer"
     own.fuse_lora(components=[denoiser], lora_scale=scale)
     return plain(denoiser_of(own))
 
