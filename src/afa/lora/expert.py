@@ -22,7 +22,7 @@ from afa.components import library_class, loading_model
 from afa.errors import AfaError
 from afa.files import parts_of, read_json
 from afa.kinds import kind_of
-from afa.lora.file import hash_lora, open_lora, read_tensor
+from afa.lora.file import hash_lora, open_lora, read_tensors
 from afa.lora.merge import merged
 from afa.lora.plan import Base, plan_changes
 from afa.lora.scaling import factor
@@ -30,11 +30,8 @@ from afa.recipe import Section
 from afa.sources import LoraReference
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from afa.experts import Expert
     from afa.lora.file import LoraFile
-    from afa.lora.names import Role
     from afa.lora.plan import Change
 
 
@@ -134,9 +131,8 @@ def check_lora(asked: LoraExpert, config: Path, *, with_values: bool = True) -> 
                 models[name] = encoder(encoder.config_class.from_json_file(str(place)))
     changes = plan_changes(lora, Base.of(asked.base, kind, models), asked.scale)
     if with_values:
-        for change in changes:
-            for name in change.tensors.values():
-                read_tensor(lora, name)
+        for _ in read_tensors(lora, (change.tensors for change in changes)):
+            pass
 
 
 def shared_copy(module: Any) -> Any:
@@ -153,10 +149,8 @@ def _merge(model: nn.Module, lora: LoraFile, changes: list[Change], scale: float
     for module in model.modules():  # a parameter may be at several, as T5's embedding is
         for name, parameter in module.named_parameters(recurse=False):
             places[id(parameter)].append((module, name))
-    for change in changes:
-        tensors: dict[Role, Tensor] = {
-            role: read_tensor(lora, name) for role, name in change.tensors.items()
-        }
+    read = read_tensors(lora, (change.tensors for change in changes))
+    for change, tensors in zip(changes, read, strict=True):
         rank = len(tensors["down"]) if "down" in tensors else 1
         alpha = tensors["alpha"].item() if "alpha" in tensors else None
         by = factor(lora, change.layer, rank, alpha)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -17,10 +17,12 @@ from afa.trust.pickles import as_safetensors
 from afa.weights import PICKLES, check_safetensors, hash_file, hash_files
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
     from torch import Tensor
+
+K = TypeVar("K")
 
 #: in the names of tensors: methods that add something else than a low-rank product
 _OTHER_METHODS = {
@@ -119,21 +121,27 @@ def hash_lora(path: Path) -> str:
     return hash_files(folder, [lora.path, folder / _CONFIG])
 
 
-def read_tensor(lora: LoraFile, name: str) -> Tensor:
-    """One tensor in float32.
+def read_tensors(lora: LoraFile, entries: Iterable[Mapping[K, str]]) -> Iterator[dict[K, Tensor]]:
+    """The tensors of each entry in float32, one entry at a time.
+
+    Args:
+        lora: the file.
+        entries: names of tensors, by any key.
 
     Raises:
-        AfaError: it has NaN or infinity.
+        AfaError: a tensor has NaN or infinity.
     """
-    with safe_open(lora.path, framework="pt") as tensors:
-        tensor: Tensor = tensors.get_tensor(name).float()
-    if not torch.isfinite(tensor).all():
-        raise AfaError(
-            f"'{name}' of the LoRA '{lora.path}' has non-finite values (NaN or infinity). All "
-            "numbers of a LoRA must be finite. Download it again, or take an earlier checkpoint "
-            "of its training."
-        )
-    return tensor
+    with safe_open(lora.path, framework="pt") as file:
+        for entry in entries:
+            tensors = {key: file.get_tensor(name).float() for key, name in entry.items()}
+            for key, tensor in tensors.items():
+                if not torch.isfinite(tensor).all():
+                    raise AfaError(
+                        f"'{entry[key]}' of the LoRA '{lora.path}' has non-finite values (NaN or "
+                        "infinity). All numbers of a LoRA must be finite. Download it again, or "
+                        "take an earlier checkpoint of its training."
+                    )
+            yield tensors
 
 
 # -- PEFT's configuration ---------------------------------------------------------------------
