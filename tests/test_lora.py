@@ -225,7 +225,7 @@ def test_it_trains_from_a_recipe(experts: list[Path], loras: list[Path], tmp_pat
         (
             "x.safetensors",
             {"lora_unet_a.hada_w1_a": torch.ones(1)},
-            r"is a LoHa \('lora_unet_a.hada_w1_a'\)",
+            "has 'lora_unet_a.hada_w1_a', a tensor of LoHa",
         ),
         (
             "x.safetensors",

@@ -33,9 +33,9 @@ _OTHER_METHODS = {
     "boft_": "BOFT",
     ".ia3_": "IA3",
     ".vera_": "VeRA",
-    "lora_embedding_": "LoRA of embeddings",
-    "lora_controlnet": "Control-LoRA",
-    "bundle_emb.": "LoRA with textual inversions",
+    "lora_embedding_": "LoRA for embeddings",
+    "lora_controlnet": "a Control-LoRA",
+    "bundle_emb.": "a textual inversion",
 }
 _CONFIG = "adapter_config.json"
 #: bytes of it; published ones have 2 kB
@@ -94,8 +94,8 @@ def open_lora(path: Path) -> LoraFile:
         found = next((name for name in header if mark in name), None)
         if found is not None:
             raise AfaError(
-                f"'{path}' is a {method} ('{found}'). A LoRA must add low-rank products to "
-                "weights. Merge it into a checkpoint with the tool it is from, and name that as "
+                f"'{path}' has '{found}', a tensor of {method}. A LoRA must add low-rank products "
+                "to weights. Merge it into a checkpoint with the tool it is from, and name that as "
                 "the expert."
             )
     with safe_open(path, framework="pt") as tensors:
@@ -215,7 +215,7 @@ def _check_config(config: Mapping[str, Any], place: Path) -> None:
     numbers = {"r": config.get("r", 1), "lora_alpha": config.get("lora_alpha", 1)}
     for key in ("rank_pattern", "alpha_pattern"):
         pattern = config.get(key) or {}
-        numbers |= pattern if isinstance(pattern, dict) else {key: pattern}
+        numbers |= pattern if isinstance(pattern, dict) else {key: str(pattern)}
     for key, value in numbers.items():
         is_number = isinstance(value, (int, float)) and abs(value) < float("inf")
         if not is_number or not _PATTERN.fullmatch(key):

@@ -218,12 +218,13 @@ def _unknown(
     """Names the first of the layers that the base lacks, and what the file is rather for."""
     lost = [name for layer in unknown for name in layers[layer].values()]
     count = sum(map(len, layers.values()))
-    what = "model"
+    lacking = "layers that the base lacks"
     parts, _ = split_prefix(unknown[0])
     if parts is not None:
         names = [base.kind.denoiser if part == DENOISER else part for part in parts]
         there = [name for name in names if name in base.parts]
-        what = there[0] if there else f"model, which has no {names[0]}"
+        lacking = f"layers that the base's {there[0]} lacks" if there else ""
+        lacking = lacking or f"{names[-1]}, which the base lacks"
     seen = [flat(layer) for layer in unknown]
     likely = [
         kind for kind, marks in _MARKS.items() if any(m in name for m in marks for name in seen)
@@ -233,9 +234,8 @@ def _unknown(
         hint = f" It is probably for {likely[0]}."
     return AfaError(
         f"The LoRA '{lora.path}' does not fit the {base.kind.name} model '{base.source}': "
-        f"{len(lost)} of its {count} tensors are for layers that the base's {what} lacks (first: "
-        f"'{lost[0]}').{hint} A LoRA must change layers of its base alone. Name the base that it "
-        "was trained on."
+        f"{len(lost)} of its {count} tensors are for {lacking} (first: '{lost[0]}').{hint} A LoRA "
+        "must change layers of its base alone. Name the base that it was trained on."
     )
 
 
