@@ -191,3 +191,13 @@ def test_text_encoders(kind: str, prefix: str, part: str, tmp_path: Path) -> Non
     for other in ("text_encoder", "text_encoder_2", "text_encoder_3"):
         if other != part:  # left alone, and shared
             assert getattr(after, other, None) is getattr(pipeline, other, None)
+
+
+def test_an_embedding_that_two_modules_share(tmp_path: Path) -> None:
+    pipeline = made("flux", tmp_path / "tokenizer")
+    table = pipeline.text_encoder_2.shared.weight
+    tensors = {"text_encoders.t5xxl.transformer.shared.diff": torch.ones_like(table)}
+    after = with_lora(pipeline, write(tmp_path / "l.safetensors", tensors)).text_encoder_2
+    tokens = torch.tensor([[3, 4]])
+    torch.testing.assert_close(after.shared(tokens), pipeline.text_encoder_2.shared(tokens) + 1)
+    assert after.encoder.embed_tokens.weight is after.shared.weight

@@ -164,5 +164,6 @@ def _merge(model: nn.Module, lora: LoraFile, changes: list[Change], scale: float
                     "Lower the scale, or use bfloat16 or float32."
                 )
             # not in place: the base's own weight is every other expert's
+            parameter = nn.Parameter(new, requires_grad=False)
             for module, own in places[id(old)]:
-                setattr(module, own, nn.Parameter(new, requires_grad=False))
+                setattr(module, own, parameter)

@@ -124,9 +124,9 @@ def _unet(layers: list[str]) -> Iterator[tuple[str, tuple[Rows, ...]]]:
             if layer == place:
                 yield original, (Rows(layer),)
             elif layer.startswith(f"{place}."):
-                rest = layer.removeprefix(f"{place}.")
-                rest = _RESNET.get(rest, rest) if ".resnets." in place else rest
-                yield f"{original}.{rest}", (Rows(layer),)
+                inner = layer.removeprefix(f"{place}.")
+                inner = _RESNET.get(inner, inner) if ".resnets." in place else inner
+                yield f"{original}.{inner}", (Rows(layer),)
 
 
 def _numbered(members: dict[str, set[str]], side: str) -> list[str]:

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
     Shape = tuple[int, ...]
 
+_CHANGING: frozenset[Role] = frozenset({"down", "up", "mid", "diff", "diff_b"})
+#: what safetensors calls numbers that mean something without a scale beside them
+_FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 _FACTORS: tuple[Role, ...] = ("down", "up", "mid", "up_bias", "magnitude")
 # what is never in one file for one layer: nobody has said what both together would mean
 _EXCLUSIVE: tuple[tuple[Role, Role], ...] = (
@@ -104,7 +107,7 @@ def plan_changes(
         AfaError: names the first tensor that cannot be applied, and why.
     """
     layers = _by_layer(lora)
-    if not any({"down", "diff"} & tensors.keys() for tensors in layers.values()):
+    if not any(_CHANGING & tensors.keys() for tensors in layers.values()):
         raise AfaError(
             f"'{lora.path}' is no LoRA: none of its {len(lora.header)} tensors is part of a "
             f"low-rank product (first: '{min(lora.header, default='none')}'). It must be a LoRA "
@@ -148,7 +151,7 @@ def _by_layer(lora: LoraFile) -> dict[str, dict[Role, str]]:
                 f"'{name}' of the LoRA '{lora.path}' is unknown. Every tensor must be part of a "
                 f"low-rank product, a difference of weights, or a weight. {_REMEDY}"
             )
-        if not entry["dtype"].startswith(("F", "BF")) and found.role != "alpha":
+        if entry["dtype"] not in _FLOATS and found.role != "alpha":
             raise AfaError(
                 f"'{name}' of the LoRA '{lora.path}' is quantised ({entry['dtype']}). The numbers "
                 "of a LoRA must be floating-point. Take the float16 or float32 version."
