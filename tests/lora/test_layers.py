@@ -173,7 +173,8 @@ def test_text_encoders(kind: str, prefix: str, part: str, tmp_path: Path) -> Non
     pipeline = made(kind, tmp_path / "tokenizer")
     encoder = getattr(pipeline, part)
     is_t5 = "T5" in type(encoder).__name__
-    tensors, products = {}, {}
+    tensors: dict[str, Tensor] = {}
+    products: dict[str, Tensor] = {}
     for name, weight in encoder.named_parameters():
         layer = name.removesuffix(".weight")
         if weight.ndim < 2 or "embed" in name or layer == "shared":

@@ -146,7 +146,7 @@ def test_the_same_file_without_it_is_right(pipeline: Any, tmp_path: Path) -> Non
 
 
 def test_nine_in_ten_layers_that_the_base_lacks(pipeline: Any, tmp_path: Path) -> None:
-    far = {}
+    far: dict[str, Tensor] = {}
     for n in range(9):
         name = FAR.replace("attentions_0", f"attentions_{n}")
         far |= {f"{name}.lora_down.weight": ones(2, 8), f"{name}.lora_up.weight": ones(8, 2)}
