@@ -234,10 +234,18 @@ def test_two_scales(pipeline: Any, tmp_path: Path) -> None:
 # -- where it is said -------------------------------------------------------------------------
 
 
-def test_check_finds_what_loading_refuses(pipeline: Any, tmp_path: Path) -> None:
+def test_check_finds_what_loading_refuses(
+    pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = write(tmp_path / "l.safetensors", {**RIGHT, f"{FAR}.diff": ones(2)})
     expert = {"base": str(pipeline.folder), "lora": str(file)}
     with pytest.raises(AfaError) as loading:
         afa.load_pipeline([expert])
     (error,) = looked(tmp_path, [pipeline.folder, expert]).errors
     assert error.text == str(loading.value)
+    monkeypatch.chdir(pipeline.folder.parent)  # both name the base as it was named
+    with pytest.raises(AfaError, match=r"model '\./base'") as loading:
+        afa.load_pipeline([{**expert, "base": "./base"}])
+    with pytest.raises(AfaError) as checking:
+        check_lora(LoraExpert(base="./base", lora=str(file)), Path("base"))
+    assert str(checking.value) == str(loading.value)

@@ -89,7 +89,7 @@ def lora_expert(base: Expert, asked: LoraExpert) -> Expert:
             f"trained, has {reference.sha256}. Restore that file, or train again."
         )
     models = {base.kind.denoiser: base.denoiser, **base.text_encoders}
-    changes = plan_changes(lora, Base.of(base.reference.source, base.kind, models), asked.scale)
+    changes = plan_changes(lora, Base.of(asked.base, base.kind, models), asked.scale)
     by_part: defaultdict[str, list[Change]] = defaultdict(list)
     for change in changes:
         by_part[change.part].append(change)
