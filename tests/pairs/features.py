@@ -182,7 +182,8 @@ def _plan_on(ensemble: EnsembleDenoiser, world: World) -> None:
 
 def _planned(world: World) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
     middle = [site.name for site in world.sites if site.block == world.middle]
-    return {**dict.fromkeys(middle, [0, 1]), world.last: [0]}, {world.last: [1, 2]}
+    early = {name: [0, 1] for name in middle} | {world.last: [0]}
+    return early, {world.last: [1, 2]}
 
 
 def _plan_means(meaning: Meaning, world: World) -> None:
