@@ -71,15 +71,15 @@ def test_it_ends_between_two_sites(studio: Studio, monkeypatch: pytest.MonkeyPat
     """A step of large experts takes long; nobody waits for its end."""
     stop, fused = threading.Event(), []
     denoiser = denoiser_of(studio.pipeline)
-    whole = denoiser._fuse
+    whole = denoiser.rule_at
 
-    def slow(site: str, *rest: Any) -> Any:
+    def slow(site: str) -> Any:
         fused.append(site)
         if len(fused) == 2:
             stop.set()
-        return whole(site, *rest)
+        return whole(site)
 
-    monkeypatch.setattr(denoiser, "_fuse", slow)
+    monkeypatch.setattr(denoiser, "rule_at", slow)
     with pytest.raises(Stopped):
         list(studio.draw([recipe(studio, steps=50)], stop))
     assert len(fused) == 2
