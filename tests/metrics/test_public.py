@@ -31,6 +31,7 @@ from afa.metrics import (
 from afa.metrics.clip import ClipScorer
 from afa.metrics.hpsv2 import open_clip_config
 from afa.metrics.imagereward import MEAN, STD, ImageRewardScorer, blip_configs
+from afa.trust import trusting
 from tests.metrics.tiny import (
     MED_CONFIG,
     PROMPTS,
@@ -145,19 +146,18 @@ def test_hpsv2_is_the_cosine_of_the_same_clip(tmp_path: Path, suffix: str) -> No
             name="hpsv2",
             weights=str(weights),
             processor=str(tmp_path / "processor"),
-            allow_pickle=suffix == ".pt",
         )
-        scores = open_scorer(recipe).score(pictures(), PROMPTS)
+        with trusting(allow_pickle=suffix == ".pt"):
+            scores = open_scorer(recipe).score(pictures(), PROMPTS)
         assert scores == pytest.approx((image * text).sum(1).tolist(), abs=1e-5)
 
 
 def test_hpsv2_weights_arrive_bit_for_bit(tmp_path: Path) -> None:
     model = tiny_clip(write_processor(tmp_path))
     torch.save({"state_dict": open_clip_tensors(model)}, tmp_path / "HPS_v2.1_compressed.pt")
-    recipe = MetricRecipe(
-        name="hpsv2", weights=str(tmp_path), processor=str(tmp_path), allow_pickle=True
-    )
-    metric = open_metric(recipe)
+    recipe = MetricRecipe(name="hpsv2", weights=str(tmp_path), processor=str(tmp_path))
+    with trusting(allow_pickle=True):
+        metric = open_metric(recipe)
     assert isinstance(metric, ClipScorer)
     read = metric.encoder.model.state_dict()
     assert read.keys() == model.state_dict().keys()
@@ -208,10 +208,9 @@ def test_aes_is_linear_in_the_unit_embedding(
     for number in (0, 2, 4, 6, 7):
         weight, bias = (tensors[f"layers.{number}.{part}"] for part in ("weight", "bias"))
         expected = expected @ weight.T + bias
-    recipe = MetricRecipe(
-        name="aes", weights=str(file), clip=str(folder), allow_pickle=suffix == ".pth"
-    )
-    metric = open_scorer(recipe)
+    recipe = MetricRecipe(name="aes", weights=str(file), clip=str(folder))
+    with trusting(allow_pickle=suffix == ".pth"):
+        metric = open_scorer(recipe)
     scores = metric.score(pictures(), PROMPTS)
     assert scores == pytest.approx(expected[:, 0].tolist(), abs=1e-4)
     assert metric.score(pictures(), PROMPTS[::-1]) == scores
@@ -228,9 +227,9 @@ def test_imagereward_is_blip_and_a_head(tmp_path: Path) -> None:
         name="imagereward",
         weights=str(tmp_path),
         processor=str(tmp_path / "bert"),
-        allow_pickle=True,
     )
-    metric = open_metric(recipe)
+    with trusting(allow_pickle=True):
+        metric = open_metric(recipe)
     assert isinstance(metric, ImageRewardScorer)
     for mine, theirs in ((metric.vision, vision), (metric.text, text)):
         read = mine.state_dict()

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import types
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from afa.errors import AfaError
 from afa.metrics import MetricRecipe, ReferenceScorer, SetMetric, open_metric
 from afa.recipe import read_recipe
+from afa.trust import trusting
 from tests.metrics.tiny import (
     MED_CONFIG,
     blip_tensors,
@@ -48,7 +50,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def refusal(**recipe: Any) -> str:
     """What opening says, in one line."""
-    settings = {key: value if value is True else str(value) for key, value in recipe.items()}
+    settings = {key: str(value) for key, value in recipe.items()}
     with pytest.raises(AfaError) as caught:
         open_metric(MetricRecipe.model_validate(settings))
     assert "\n" not in str(caught.value)
@@ -146,9 +148,23 @@ def test_pickles_only_where_they_are_allowed(clip: Path, tmp_path: Path) -> None
     torch.save(head_tensors(24, "layers."), file)
     said = refusal(name="aes", weights=file, clip=clip)
     assert "must be safetensors;" in said
-    assert "is a pickle. With allow_pickle: true its tensors are read" in said
+    assert said.endswith("or read its tensors alone: --allow-pickle.")
     said = refusal(name="aes", weights=tmp_path, clip=clip)
-    assert said.endswith("They are a pickle, which allow_pickle: true reads.")
+    assert said.endswith("They are a pickle, which --allow-pickle reads.")
+    with trusting(allow_pickle=True):
+        for weights in (file, tmp_path):
+            open_metric(MetricRecipe(name="aes", weights=str(weights), clip=str(clip)))
+    assert "is a pickle" in refusal(name="aes", weights=file, clip=clip)
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_a_recipe_cannot_allow_pickles_itself(value: bool) -> None:
+    contexts: list[AbstractContextManager[None]] = [nullcontext(), trusting(allow_pickle=True)]
+    for allowing in contexts:
+        with allowing, pytest.raises(ValidationError) as error:
+            MetricRecipe.model_validate({"name": "fid", "allow_pickle": value})
+        assert f"it has allow_pickle: {value}".lower() in str(error.value)
+        assert "Remove that key and pass --allow-pickle" in str(error.value)
 
 
 class Intruder:
@@ -165,7 +181,8 @@ def test_a_pickles_code_is_never_run(clip: Path, tmp_path: Path) -> None:
     torch.load(tmp_path / "evil.pth", weights_only=False)
     assert Intruder.ran
     Intruder.ran = False
-    said = refusal(name="aes", weights=tmp_path / "evil.pth", clip=clip, allow_pickle=True)
+    with trusting(allow_pickle=True):
+        said = refusal(name="aes", weights=tmp_path / "evil.pth", clip=clip)
     assert "must be complete in" in said
     assert "loading says it asks for setattr - Download" in said
     assert not Intruder.ran
@@ -178,7 +195,8 @@ def test_damaged_pickles(clip: Path, tmp_path: Path, content: bytes | None) -> N
         torch.save([1, 2, 3], file)
     else:
         file.write_bytes(content)
-    said = refusal(name="aes", weights=file, clip=clip, allow_pickle=True)
+    with trusting(allow_pickle=True):
+        said = refusal(name="aes", weights=file, clip=clip)
     assert said.startswith("The weights of 'aes' must be complete in")
 
 
@@ -244,9 +262,10 @@ def test_only_what_is_needed_is_downloaded(
     assert not any(".bin" in p or ".pt" in p or p.startswith("*") for p in asked["someone/clip"])
     refusal(name="hpsv2", weights="someone/hps", processor="someone/clip")
     assert asked["someone/hps"] == ["HPS_v2.1_compressed.safetensors"]
-    refusal(name="hpsv2", weights="someone/hps", processor="someone/clip", allow_pickle=True)
+    with trusting(allow_pickle=True):
+        refusal(name="hpsv2", weights="someone/hps", processor="someone/clip")
+        refusal(name="imagereward", weights="someone/ir", processor="someone/clip")
     assert "HPS_v2.1_compressed.pt" in asked["someone/hps"]
-    refusal(name="imagereward", weights="someone/ir", processor="someone/clip", allow_pickle=True)
     assert {"ImageReward.pt", "med_config.json"} < set(asked["someone/ir"])
 
 
@@ -284,7 +303,8 @@ def test_inception_gets_raw_pictures(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     file = tmp_path / "weights.pth"
     torch.save({"state_dict": {"a": torch.zeros(1)}}, file)
     assert "is a pickle" in refusal(name="fid", weights=file)
-    local = open_metric(MetricRecipe(name="fid", weights=str(file), allow_pickle=True))
+    with trusting(allow_pickle=True):
+        local = open_metric(MetricRecipe(name="fid", weights=str(file)))
     assert isinstance(local, SetMetric)
     network: Any = local.extractor
     assert network.network.path == str(file)
@@ -303,7 +323,6 @@ def test_inception_gets_raw_pictures(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         ({"name": "kid", "weights": "zoo:clip", "processor": "c"}, "no use for processor"),
         ({"name": "clip_t", "weights": "a", "clip": "b"}, "has no use for clip; leave it out"),
         ({"name": "fid", "subset_size": 5}, "has no use for subset_size"),
-        ({"name": "clip_t", "weights": "a", "allow_pickle": True}, "no use for allow_pickle"),
         ({"name": "clip_t", "weights": "zoo:classifier"}, "no weights zoo:classifier in the zoo"),
         ({"name": "is", "weights": "zoo:clip"}, "in the zoo, it has zoo:classifier"),
         ({"name": "pickscore", "weights": "zoo:clip"}, "in the zoo, it has none for it"),

@@ -51,14 +51,14 @@ class AestheticScorer:
         return [self.head(embedding).item() for embedding in embeddings]
 
 
-def load_aesthetic(source: Source, encoder: ClipEncoder, *, allow_pickle: bool) -> AestheticScorer:
+def load_aesthetic(source: Source, encoder: ClipEncoder) -> AestheticScorer:
     """The predictor from its published file, `.pth` or safetensors.
 
     Raises:
         AfaError: nothing is there, a pickle that is not allowed, an incomplete file, or one made
             for embeddings of another width.
     """
-    file = source.file(AESTHETIC_FILES, allow_pickle=allow_pickle)
+    file = source.file(AESTHETIC_FILES)
     with source.reading():
         head = linear_head(source.tensors(file), "layers.")
     width, seen = encoder.model.config.projection_dim, head[0].in_features

@@ -54,8 +54,6 @@ def load_inception(
     source: Source,
     layer: InceptionLayer,
     device: torch.device | str,
-    *,
-    allow_pickle: bool,
 ) -> InceptionFeatures:
     """The network with weights that torch-fidelity downloads, or from a local file of them.
 
@@ -64,7 +62,7 @@ def load_inception(
     """
     weights = None
     if source.name != INCEPTION:
-        file = source.file(_INCEPTION_FILES, allow_pickle=allow_pickle)
+        file = source.file(_INCEPTION_FILES)
         source.tensors(file)  # torch's restricted unpickler finds nothing but tensors in it
         weights = str(file)
     try:

@@ -53,9 +53,7 @@ _LAYER = {
 }
 
 
-def load_hpsv2(
-    source: Source, processor: Source, device: torch.device | str, *, allow_pickle: bool
-) -> ClipScorer:
+def load_hpsv2(source: Source, processor: Source, device: torch.device | str) -> ClipScorer:
     """HPSv2 (Wu et al., 2023): the cosine of picture and prompt, as the authors' `score` has it.
 
     Their package resizes pictures as tensors, here Pillow does: scores differ in the fourth digit.
@@ -65,14 +63,13 @@ def load_hpsv2(
         source: of the weights: a file, a folder or a hub id.
         processor: of CLIP's tokenizer.
         device: where it computes.
-        allow_pickle: whether the published `.pt` may be read.
 
     Raises:
         AfaError: nothing is there, a pickle that is not allowed, or an incomplete file.
     """
     from transformers import CLIPModel
 
-    file = source.file(HPSV2_FILES, allow_pickle=allow_pickle)
+    file = source.file(HPSV2_FILES)
     tensors = source.tensors(file)
     with source.reading():
         config = open_clip_config(tensors)

@@ -106,7 +106,7 @@ class ImageRewardScorer:
 
 
 def load_imagereward(
-    source: Source, processor: Source, device: torch.device | str, *, allow_pickle: bool
+    source: Source, processor: Source, device: torch.device | str
 ) -> ImageRewardScorer:
     """ImageReward from its published file and the `med_config.json` beside it.
 
@@ -114,14 +114,13 @@ def load_imagereward(
         source: of the weights: a file, a folder or a hub id.
         processor: of BERT's tokenizer.
         device: where it computes.
-        allow_pickle: whether the published `.pt` may be read.
 
     Raises:
         AfaError: nothing is there, a pickle that is not allowed, or an incomplete file.
     """
     from transformers import BertTokenizer, BlipTextModel, BlipVisionModel
 
-    file = source.file(IMAGEREWARD_FILES, allow_pickle=allow_pickle, beside=[MED_CONFIG])
+    file = source.file(IMAGEREWARD_FILES, beside=[MED_CONFIG])
     settings = read_json(file.parent / MED_CONFIG)
     tensors = source.tensors(file)
     with source.reading():

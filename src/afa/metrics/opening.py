@@ -49,7 +49,7 @@ def open_metrics(
 
     Raises:
         AfaError: weights that are not there, damaged, incomplete, of another kind, or a pickle
-            that the recipe does not allow.
+            where the user has not allowed any.
     """
     opener = _Opener(device)
     return [opener.open(recipe) for recipe in recipes]
@@ -64,7 +64,7 @@ class _Opener:
 
     def open(self, recipe: MetricRecipe) -> Metric:
         """The metric of one recipe."""
-        name, pickles = recipe.name, recipe.allow_pickle
+        name = recipe.name
         source = _source(recipe, "weights", recipe.weights or INCEPTION, PUBLIC_WEIGHTS[name])
         processor = None
         if recipe.processor is not None:
@@ -72,13 +72,11 @@ class _Opener:
             processor = _source(recipe, "processor", recipe.processor, public)
         if name == "aes":
             clip = _source(recipe, "clip", cast("str", recipe.clip), PUBLIC_CLIP)
-            return load_aesthetic(source, self._clip(clip, None), allow_pickle=pickles)
+            return load_aesthetic(source, self._clip(clip, None))
         if name == "hpsv2":
-            return load_hpsv2(source, cast("Source", processor), self._device, allow_pickle=pickles)
+            return load_hpsv2(source, cast("Source", processor), self._device)
         if name == "imagereward":
-            return load_imagereward(
-                source, cast("Source", processor), self._device, allow_pickle=pickles
-            )
+            return load_imagereward(source, cast("Source", processor), self._device)
         if name == "pickscore":
             return pick_score(self._clip(source, processor))
         if name == "clip_t":
@@ -90,8 +88,8 @@ class _Opener:
                 name, self._clip(source, processor), cmmd, higher_is_better=False, needs_real=True
             )
         if name == "is":
-            return self._inception_score(source, allow_pickle=pickles)
-        network = self._set_features(source, processor, allow_pickle=pickles)
+            return self._inception_score(source)
+        network = self._set_features(source, processor)
         if name == "fid":
             return SetMetric(
                 name, network, frechet_distance, higher_is_better=False, needs_real=True
@@ -105,12 +103,10 @@ class _Opener:
             self._networks[key] = load_clip(source, processor, self._device)
         return cast("ClipEncoder", self._networks[key])
 
-    def _set_features(
-        self, source: Source, processor: Source | None, *, allow_pickle: bool
-    ) -> FeatureExtractor:
+    def _set_features(self, source: Source, processor: Source | None) -> FeatureExtractor:
         """The network of FID and KID: Inception, a CLIP or another vision transformer."""
         if source.name == INCEPTION or is_pickle(source.name):
-            return self._inception(source, "2048", allow_pickle=allow_pickle)
+            return self._inception(source, "2048")
         if source.name == ZOO_CLIP:
             return self._clip(source, processor)
         folder = source.locate([*MODEL_FILES, *PROCESSOR_FILES])
@@ -121,19 +117,15 @@ class _Opener:
             self._networks[key] = load_vision(source, processor, self._device)
         return self._networks[key]
 
-    def _inception(
-        self, source: Source, layer: InceptionLayer, *, allow_pickle: bool
-    ) -> FeatureExtractor:
+    def _inception(self, source: Source, layer: InceptionLayer) -> FeatureExtractor:
         key = (layer, source.name)
         if key not in self._networks:
-            self._networks[key] = load_inception(
-                source, layer, self._device, allow_pickle=allow_pickle
-            )
+            self._networks[key] = load_inception(source, layer, self._device)
         return self._networks[key]
 
-    def _inception_score(self, source: Source, *, allow_pickle: bool) -> SetMetric:
+    def _inception_score(self, source: Source) -> SetMetric:
         if source.name != ZOO_CLASSIFIER:
-            network = self._inception(source, "logits_unbiased", allow_pickle=allow_pickle)
+            network = self._inception(source, "logits_unbiased")
             return SetMetric(
                 "is", network, inception_score, higher_is_better=True, needs_real=False
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -42,17 +42,27 @@ class MetricRecipe(Section):
     `weights` are a local path or a hub id; for `fid`, `kid` and `is` the default is the Inception
     network of torch-fidelity. The zoo's own judges are `zoo:clip` (clip_t, clip_i, fid, kid, cmmd)
     and `zoo:classifier` (is). `processor` is where tokenizer and `preprocessor_config.json` lie if
-    not beside the weights. `clip` is the CLIP below the aesthetic predictor. With `allow_pickle`,
-    weights that are published as `.pt` or `.pth` alone are read; no code in them is run.
-    `subset_size` makes KID the mean over random subsets.
+    not beside the weights. `clip` is the CLIP below the aesthetic predictor. `subset_size` makes
+    KID the mean over random subsets. Weights that are published as `.pt` or `.pth` alone are read
+    where the user allows pickles, see `afa.trusting`; a recipe cannot allow them.
     """
 
     name: MetricName
     weights: str | None = None
     processor: str | None = None
     clip: str | None = None
-    allow_pickle: bool = False
     subset_size: int | None = Field(default=None, ge=2)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _allows_nothing_itself(cls, content: Any) -> Any:
+        if isinstance(content, dict) and "allow_pickle" in content:
+            raise ValueError(
+                f"it has allow_pickle: {str(content['allow_pickle']).lower()}; whether pickles are "
+                "read is for the user to say, not for a recipe. Remove that key and pass "
+                "--allow-pickle (Python: afa.trusting(allow_pickle=True))"
+            )
+        return content
 
     @model_validator(mode="after")
     def _has_what_it_needs(self) -> MetricRecipe:
@@ -80,8 +90,6 @@ class MetricRecipe(Section):
             "processor": self.processor is not None and brings_processor,
             "clip": self.clip is not None and self.name != "aes",
             "subset_size": self.subset_size is not None and self.name != "kid",
-            "allow_pickle": self.allow_pickle
-            and self.name in ("clip_t", "clip_i", "pickscore", "cmmd"),
         }
         for key, is_idle in idle.items():
             if is_idle:

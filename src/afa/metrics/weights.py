@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from afa.errors import AfaError
 from afa.sources import HUB_ERRORS, fetch, why_not_fetched
 from afa.trust.folders import check_part
+from afa.trust.policy import policy
 from afa.weights import PICKLES, check_safetensors, keep_no_words, loading
 
 if TYPE_CHECKING:
@@ -83,27 +84,28 @@ class Source:
                 f"network. Public ones: {self.public}."
             ) from error
 
-    def file(self, names: Sequence[str], *, allow_pickle: bool, beside: Sequence[str] = ()) -> Path:
+    def file(self, names: Sequence[str], *, beside: Sequence[str] = ()) -> Path:
         """The one file of these weights: itself, or the first of `names` in the folder.
 
         Args:
             names: of the file in a folder or hub repository, the preferred one first.
-            allow_pickle: whether a pickle will do.
             beside: what else of the repository is needed.
 
         Raises:
-            AfaError: it is not there, or it is a pickle and none is allowed.
+            AfaError: it is not there, or it is a pickle and the user has not allowed any.
         """
+        allow_pickle = policy().allow_pickle
         wanted = [name for name in names if allow_pickle or not is_pickle(name)]
         path = self.locate([*wanted, *beside])
         if path.is_dir():
             is_refused = wanted != list(names)
-            advice = " They are a pickle, which allow_pickle: true reads." if is_refused else ""
+            advice = " They are a pickle, which --allow-pickle reads." if is_refused else ""
             path = self.part(path, wanted or names, advice)
         if is_pickle(path) and not allow_pickle:
             raise AfaError(
-                f"{self.what} must be safetensors; '{self.name}' is a pickle. With allow_pickle: "
-                "true its tensors are read and no code in it is run."
+                f"{self.what} must be safetensors; '{self.name}' is a pickle, which can run code "
+                "when it is opened. Get a .safetensors file, or read its tensors alone: "
+                "--allow-pickle."
             )
         return path
 
