@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -12,12 +13,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import afa
 from afa.cli import app
 from afa.errors import AfaError
+from afa.files import cache_folder
 from afa.trust import trusting
+from afa.trust.pickles import folder_as_safetensors
+from afa.weights import hash_file
 from tests.single_file import original_layout
 from tests.test_cli import AGGREGATOR, run
 from tests.tiny import tiny_pipeline
@@ -257,6 +261,82 @@ def test_a_folder_of_bin_files(experts: list[Path], tmp_path: Path) -> None:
     for name, parameter in own.unet.experts[0].named_parameters():
         assert torch.equal(parameter, loaded.unet.experts[0].get_parameter(name))
     assert not list(folder.rglob("*.safetensors.tmp"))
+
+
+def pickled_unet(folder: Path, files: dict[str, float]) -> Path:
+    """A pipeline's folder whose U-Net is in pickles, `conv_in.weight` filled with these values."""
+    part = folder / "unet"
+    part.mkdir(parents=True)
+    (folder / "model_index.json").write_text('{"unet": ["diffusers", "UNet2DConditionModel"]}')
+    (part / "config.json").write_text("{}")
+    for name, value in files.items():
+        torch.save({"conv_in.weight": torch.full((2,), value)}, part / name)
+    return folder
+
+
+def value_read(folder: Path) -> float:
+    with trusting(allow_pickle=True):
+        (file,) = (folder_as_safetensors(folder) / "unet").glob("*.safetensors")
+    return float(load_file(file)["conv_in.weight"][0])
+
+
+W = "diffusion_pytorch_model"
+
+
+@pytest.mark.parametrize(
+    ("names", "main"),
+    [
+        ([f"{W}.bin", f"{W}.non_ema.bin", f"{W}.fp16.bin"], f"{W}.bin"),
+        ([f"{W}.non_ema.bin", f"{W}.fp16.bin"], f"{W}.fp16.bin"),
+        ([f"{W}.bin", "training_args.bin", "optimizer.bin"], f"{W}.bin"),
+        ([f"{W}.bin", f"{W}-00001-of-00001.bin"], f"{W}.bin"),
+        ([f"{W}-00001-of-00001.bin", f"{W}.non_ema.bin"], f"{W}-00001-of-00001.bin"),
+        ([f"{W}-00001-of-00001.bin", f"{W}-00001-of-00001.fp16.bin"], f"{W}-00001-of-00001.bin"),
+        ([f"{W}.bin", "pytorch_model.bin"], f"{W}.bin"),
+        (["pytorch_model.bin"], "pytorch_model.bin"),
+    ],
+)
+def test_the_main_weights_of_several_are_read(names: list[str], main: str, tmp_path: Path) -> None:
+    values = {name: float(number) for number, name in enumerate(names)}
+    assert value_read(pickled_unet(tmp_path / "folder", values)) == values[main]
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"unet_ema.bin": 1.0}, "are named unet_ema.bin; they must be"),
+        ({f"{W}-00001-of-00002.bin": 1.0}, "all shards of one set must be there, each once"),
+        (
+            {f"{W}-00001-of-00002.bin": 1.0, f"{W}-00002-of-00002.bin": 2.0},
+            "holds 'conv_in.weight', and so does an earlier one",
+        ),
+        ({f"{W}-00001-of-00002.bin": 1.0, f"{W}-00002-of-00003.bin": 2.0}, "all shards of one"),
+    ],
+)
+def test_pickles_that_leave_open_what_the_weights_are(
+    files: dict[str, float], said: str, tmp_path: Path
+) -> None:
+    folder = pickled_unet(tmp_path / "folder", files)
+    with trusting(allow_pickle=True), pytest.raises(AfaError, match=said):
+        folder_as_safetensors(folder)
+
+
+def test_a_copy_that_mixed_variants_is_not_used_again(tmp_path: Path) -> None:
+    folder = pickled_unet(tmp_path / "folder", {f"{W}.bin": 1.0, f"{W}.non_ema.bin": 2.0})
+    digest = hashlib.sha256()  # as copies were named before they had a version
+    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+        digest.update(f"{hash_file(file)}  {file.relative_to(folder).as_posix()}\n".encode())
+    old = cache_folder() / "from-pickles" / digest.hexdigest() / "unet"
+    old.mkdir(parents=True)
+    save_file({"conv_in.weight": torch.full((2,), 2.0)}, old / f"{W}.safetensors")
+    assert value_read(folder) == 1.0
+
+
+def test_pickles_beside_a_models_parts_are_left_alone(tmp_path: Path) -> None:
+    folder = pickled_unet(tmp_path / "folder", {f"{W}.bin": 1.0})
+    (folder / "checkpoint-500").mkdir()
+    torch.save({"state": 1}, folder / "checkpoint-500" / "optimizer.bin")
+    assert value_read(folder) == 1.0
 
 
 @pytest.mark.parametrize("content", [{"epoch": 3}, [1, 2], {}, {"state_dict": {}}])

@@ -47,7 +47,7 @@ class Policy:
         )
 
 
-_own: ContextVar[Policy] = ContextVar("afa_policy", default=Policy())
+_own: ContextVar[Policy] = ContextVar("afa_policy")
 #: of the process; entries are removed by identity, so overlapping grants may end in any order.
 #: Replaced as a whole: readers need no lock, which a fork could inherit locked
 _granted: tuple[Policy, ...] = ()
@@ -61,7 +61,7 @@ def policy() -> Policy:
     the environment variable `AFA_FOLDERS`.
     """
     allowed = Policy()
-    for grant in (*_granted, _own.get()):
+    for grant in (*_granted, _own.get(Policy())):
         allowed |= grant
     named = os.environ.get(FOLDERS_VARIABLE, "").split(os.pathsep)
     return allowed | Policy(folders=tuple(Path(name) for name in named if name))
@@ -87,7 +87,7 @@ def trusting(
     Raises:
         AfaError: `folders` is one path, not a sequence of paths.
     """
-    token = _own.set(_own.get() | _policy_of(allow_pickle, offline, folders))
+    token = _own.set(_own.get(Policy()) | _policy_of(allow_pickle, offline, folders))
     try:
         yield
     finally:
