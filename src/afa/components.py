@@ -9,9 +9,10 @@ import transformers
 from diffusers import AutoencoderKL
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 
+from afa.damaged import loading
 from afa.errors import AfaError
 from afa.sources import VAE_FILES, locate, refer
-from afa.weights import check_safetensors, hash_file, hash_files, loading, weights_in
+from afa.weights import check_safetensors, hash_file, hash_files, weights_in
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 def loading_model(
     source: str | Path, remedy: str = "Download or save it again."
 ) -> AbstractContextManager[None]:
-    """Turn whatever a library says of a damaged model into one line; see `afa.weights.loading`."""
+    """Turn whatever a library says of a damaged model into one line; see `afa.damaged.loading`."""
     must = f"'{source}' must be a complete diffusion model"
     return loading(must, remedy, SingleFileComponentError)
 

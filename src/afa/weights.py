@@ -3,56 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
-import re
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 
-from afa.errors import NO_MODEL, AfaError
+from afa.damaged import loading as loading
+from afa.errors import AfaError
 from afa.files import parts_of, read_json
 from afa.trust.folders import check_folder, check_part
 from afa.trust.headers import check_header
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
     from pathlib import Path
 
 T = TypeVar("T")
 
-_ASKED = re.compile(r"GLOBAL ([\w.]+)")
 PICKLES = frozenset({".ckpt", ".pt", ".pth", ".bin", ".pkl"})
-# what libraries say of a file that is not what it seems
-_DAMAGED = (*NO_MODEL, OSError, EOFError, SafetensorError, pickle.UnpicklingError)
-
-
-@contextmanager
-def loading(must: str, remedy: str, *also: type[Exception]) -> Iterator[None]:
-    """Turn whatever a library says of damaged weights into one line.
-
-    Args:
-        must: names the weights and says what they must be.
-        remedy: what to do then, a sentence.
-        also: further exceptions that a library raises about damaged files.
-
-    Raises:
-        AfaError: "`must`, but loading says ... - `remedy`"; one that came from inside stays.
-    """
-    try:
-        yield
-    except AfaError:
-        raise
-    except _DAMAGED + also as error:
-        raise AfaError(f"{must}, but loading says {said_by(error)} - {remedy}") from error
-
-
-def said_by(error: Exception) -> str:
-    """What a library says of a file, on a line; not torch's advice to run a pickle's code."""
-    if isinstance(error, pickle.UnpicklingError):
-        asked = _ASKED.search(str(error))
-        return f"it asks for {asked[1]}" if asked else "it is no such file or asks for more"
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def weights_in(folder: Path) -> tuple[str | None, list[Path]]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError
 
 from afa.errors import AfaError
 
@@ -16,7 +18,13 @@ if TYPE_CHECKING:
 _ASKED = re.compile(r"ried to allocate (\d[\d.]* \w+)")
 #: oneDNN, which computes convolutions on the CPU, has no other words for it, nor only this meaning
 _UNSURE = re.compile(r"could not (create|execute) a (primitive|memory object)")
-_SAYS = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC")
+_SAYS = (
+    "annot allocate memory",
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC",
+)
 
 
 @contextmanager
@@ -35,21 +43,43 @@ def saying_what_fits(what: str, remedy: Callable[[], str]) -> Iterator[None]:
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not is_exhausted(error):
             raise
-        asked = _ASKED.search(str(error))
-        unsure = _UNSURE.search(str(error))
-        detail = f" when {asked[1]} more were asked for" if asked else ""
-        if unsure:
-            detail = f", if '{unsure[0]}' means what it most often does"
+        detail = when_asked(error)
         raise AfaError(f"{what} must fit into memory, which ran out{detail}. {remedy()}") from error
+
+
+def when_asked(error: BaseException) -> str:
+    """For a message after "ran out": how much was asked for, where the library says it."""
+    unsure = _UNSURE.search(str(error))
+    if unsure:
+        return f", if '{unsure[0]}' means what it most often does"
+    asked = _ASKED.search(str(error))
+    return f" when {asked[1]} more were asked for" if asked else ""
+
+
+def ran_out(error: BaseException) -> BaseException | None:
+    """The exception in a chain that says that there is no more memory; None where none does.
+
+    Libraries that read files catch everything and raise something of their own.
+    """
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        if is_exhausted(current):
+            return current
+        seen.add(id(current))
+        current = current.__cause__ or current.__context__
+    return None
 
 
 def is_exhausted(error: BaseException) -> bool:
     """Whether an exception says that there is no more memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:  # of mmap
+        return True
     said = str(error)
     is_said = any(words in said for words in _SAYS) or _UNSURE.search(said) is not None
-    return isinstance(error, RuntimeError) and is_said
+    return isinstance(error, RuntimeError | SafetensorError) and is_said
 
 
 def smaller_batch(

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional as F
 
+from afa.damaged import Unreadable
 from afa.errors import AfaError
 from afa.metrics.pictures import require_partners
+from afa.metrics.weights import Lacking, shape_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -76,15 +78,22 @@ def linear_head(tensors: Mapping[str, Tensor], prefix: str) -> nn.Sequential:
     The numbers have gaps, where dropout stood in training. ImageReward ends in such layers too.
 
     Raises:
-        KeyError: a weight or a bias is missing.
+        Lacking: a weight or a bias is missing.
+        Unreadable: layers without a number, or weights that are no matrices.
     """
     numbers = {key.removeprefix(prefix).split(".")[0] for key in tensors if key.startswith(prefix)}
     if not numbers:
-        raise KeyError(f"{prefix}0.weight")
+        raise Lacking(f"{prefix}0.weight")
+    odd = next((number for number in sorted(numbers) if not number.isdecimal()), None)
+    if odd is not None:
+        raise Unreadable(f"'{prefix}{odd[:80]}' is a layer without a number")
     head = torch.nn.Sequential()
     for number in sorted(numbers, key=int):
-        weight, bias = (tensors[f"{prefix}{number}.{part}"] for part in ("weight", "bias"))
-        layer = torch.nn.utils.skip_init(torch.nn.Linear, weight.shape[1], weight.shape[0])
-        layer.load_state_dict({"weight": weight, "bias": bias})
+        width, seen = shape_of(tensors, f"{prefix}{number}.weight", 2)
+        shape_of(tensors, f"{prefix}{number}.bias", 1)
+        layer = torch.nn.utils.skip_init(torch.nn.Linear, seen, width)
+        layer.load_state_dict(
+            {part: tensors[f"{prefix}{number}.{part}"] for part in ("weight", "bias")}
+        )
         head.append(layer)
     return head.requires_grad_(False)

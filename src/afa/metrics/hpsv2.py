@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from afa.damaged import Unreadable
 from afa.metrics.clip import ClipEncoder, ClipScorer, load_clip_tokenizer
 from afa.metrics.pictures import Preprocessing
-from afa.metrics.weights import PROCESSOR_FILES, Source
+from afa.metrics.weights import PROCESSOR_FILES, Source, shape_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -85,7 +86,8 @@ def open_clip_config(tensors: Mapping[str, Tensor]) -> CLIPConfig:
     """The configuration of an open_clip ViT-H/14, sizes read from its state dictionary.
 
     Raises:
-        KeyError: a tensor that tells a size is missing.
+        Lacking: a tensor that tells a size is missing.
+        Unreadable: one has another number of dimensions.
     """
     from transformers import CLIPConfig
 
@@ -93,19 +95,19 @@ def open_clip_config(tensors: Mapping[str, Tensor]) -> CLIPConfig:
         return len({k.removeprefix(prefix).split(".")[0] for k in tensors if k.startswith(prefix)})
 
     text, vision = _TOWERS
-    vocab_size, text_width = tensors["token_embedding.weight"].shape
-    vision_width, _, patch_size, _ = tensors["visual.conv1.weight"].shape
-    num_patches = len(tensors["visual.positional_embedding"]) - 1
-    embedding_width = tensors["text_projection"].shape[1]
+    vocab_size, text_width = shape_of(tensors, "token_embedding.weight", 2)
+    vision_width, _, patch_size, _ = shape_of(tensors, "visual.conv1.weight", 4)
+    num_patches = shape_of(tensors, "visual.positional_embedding", 2)[0] - 1
+    embedding_width = shape_of(tensors, "text_projection", 2)[1]
     return CLIPConfig(
         projection_dim=embedding_width,
         text_config={
             "vocab_size": vocab_size,
             "hidden_size": text_width,
-            "intermediate_size": len(tensors[f"{text}0.mlp.c_fc.bias"]),
+            "intermediate_size": shape_of(tensors, f"{text}0.mlp.c_fc.bias", 1)[0],
             "num_hidden_layers": num_layers(text),
             "num_attention_heads": max(text_width // _TEXT_HEAD_SIZE, 1),
-            "max_position_embeddings": len(tensors["positional_embedding"]),
+            "max_position_embeddings": shape_of(tensors, "positional_embedding", 2)[0],
             "projection_dim": embedding_width,
             "hidden_act": "gelu",
             "bos_token_id": vocab_size - 2,
@@ -114,7 +116,7 @@ def open_clip_config(tensors: Mapping[str, Tensor]) -> CLIPConfig:
         },
         vision_config={
             "hidden_size": vision_width,
-            "intermediate_size": len(tensors[f"{vision}0.mlp.c_fc.bias"]),
+            "intermediate_size": shape_of(tensors, f"{vision}0.mlp.c_fc.bias", 1)[0],
             "num_hidden_layers": num_layers(vision),
             "num_attention_heads": max(vision_width // _VISION_HEAD_SIZE, 1),
             "image_size": round(num_patches**0.5) * patch_size,
@@ -129,19 +131,27 @@ def rename_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """An open_clip state dictionary in the names of transformers' `CLIPModel`.
 
     Query, key and value are one matrix there and three here; the two projections are transposed.
+
+    Raises:
+        Unreadable: a matrix that cannot be taken apart.
     """
+    for old in _TRANSPOSED:
+        if old in tensors:
+            shape_of(tensors, old, 2)
     renamed = {new: tensors[old] for old, new in _PLAIN.items() if old in tensors}
     renamed |= {new: tensors[old].T for old, new in _TRANSPOSED.items() if old in tensors}
     for key, tensor in tensors.items():
         prefix = next((prefix for prefix in _TOWERS if key.startswith(prefix)), None)
         if prefix is None:
             continue
-        number, name = key.removeprefix(prefix).split(".", 1)
+        number, _, name = key.removeprefix(prefix).partition(".")
         layer = f"{_TOWERS[prefix]}.encoder.layers.{number}"
         if name in _LAYER:
             renamed[f"{layer}.{_LAYER[name]}"] = tensor
         elif name.startswith("attn.in_proj_"):
             kind = name.removeprefix("attn.in_proj_")
+            if tensor.ndim == 0 or len(tensor) % 3:
+                raise Unreadable(f"'{key}' has the shape {tuple(tensor.shape)}; it must hold three")
             for part, chunk in zip("qkv", tensor.chunk(3), strict=True):
                 renamed[f"{layer}.self_attn.{part}_proj.{kind}"] = chunk
     return {key: tensor.contiguous() for key, tensor in renamed.items()}

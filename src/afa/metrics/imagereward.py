@@ -10,7 +10,7 @@ from afa.errors import AfaError
 from afa.files import read_json
 from afa.metrics.aesthetic import linear_head
 from afa.metrics.pictures import Preprocessing, one_by_one, require_partners
-from afa.metrics.weights import PROCESSOR_FILES, Source
+from afa.metrics.weights import PROCESSOR_FILES, Source, shape_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -149,7 +149,8 @@ def blip_configs(
     """BLIP's two configurations: vision from the tensors' shapes, text from `med_config.json`.
 
     Raises:
-        KeyError: a tensor that tells a size is missing.
+        Lacking: a tensor that tells a size is missing.
+        Unreadable: one has another number of dimensions.
         AfaError: a setting is.
     """
     from transformers import BlipTextConfig, BlipVisionConfig
@@ -160,12 +161,12 @@ def blip_configs(
             f"'{MED_CONFIG}' must describe a BERT; it lacks {', '.join(missing)}. Download that of "
             "zai-org/ImageReward."
         )
-    width, _, patch_size, _ = tensors[f"{_VISION}patch_embed.proj.weight"].shape
-    num_patches = tensors[f"{_VISION}pos_embed"].shape[1] - 1
+    width, _, patch_size, _ = shape_of(tensors, f"{_VISION}patch_embed.proj.weight", 4)
+    num_patches = shape_of(tensors, f"{_VISION}pos_embed", 3)[1] - 1
     blocks = f"{_VISION}blocks."
     vision = BlipVisionConfig(
         hidden_size=width,
-        intermediate_size=len(tensors[f"{blocks}0.mlp.fc1.bias"]),
+        intermediate_size=shape_of(tensors, f"{blocks}0.mlp.fc1.bias", 1)[0],
         num_hidden_layers=len(
             {k.removeprefix(blocks).split(".")[0] for k in tensors if k.startswith(blocks)}
         ),
@@ -193,7 +194,7 @@ def rename_blip_vision(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name = key.removeprefix(_VISION)
         layer, parts = "", _VISION_PARTS
         if name.startswith("blocks."):
-            _, number, name = name.split(".", 2)
+            number, _, name = name.removeprefix("blocks.").partition(".")
             layer, parts = f"encoder.layers.{number}.", _LAYER_PARTS
         old = next((old for old in parts if name.startswith(old)), None)
         if old is not None:

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file
 
+from afa.damaged import Unreadable, loading
 from afa.errors import AfaError
 from afa.sources import HUB_ERRORS, fetch, why_not_fetched
 from afa.trust.folders import check_part
 from afa.trust.policy import policy
-from afa.weights import PICKLES, check_safetensors, keep_no_words, loading
+from afa.weights import PICKLES, check_safetensors, keep_no_words
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from torch import Tensor
@@ -50,6 +51,28 @@ def is_pickle(file: str | Path) -> bool:
 def describe(source: Source, processor: Source | None) -> str:
     """What a network's features depend on, for its name."""
     return source.name if processor is None else f"{source.name}, {processor.name}"
+
+
+class Lacking(KeyError):
+    """Names a tensor that a state dictionary lacks."""
+
+
+def shape_of(tensors: Mapping[str, Tensor], name: str, num_dimensions: int) -> tuple[int, ...]:
+    """The shape of a tensor in a state dictionary, from which a model's sizes are read.
+
+    Raises:
+        Lacking: there is no such tensor.
+        Unreadable: it has another number of dimensions, or one of length zero.
+    """
+    if name not in tensors:
+        raise Lacking(name)
+    shape = tuple(tensors[name].shape)
+    if len(shape) != num_dimensions or 0 in shape:
+        raise Unreadable(
+            f"'{name}' has the shape {shape}; it must have {num_dimensions} dimensions, none of "
+            "them empty"
+        )
+    return shape
 
 
 @dataclass(frozen=True)
@@ -134,8 +157,15 @@ class Source:
             return load_file(file)
         with self.loading():
             content = torch.load(file, map_location="cpu", weights_only=True)
-            content = content.get("state_dict", content)
-            return {key: t for key, t in content.items() if isinstance(t, torch.Tensor)}
+            if isinstance(content, dict):
+                content = content.get("state_dict", content)
+            if not isinstance(content, dict):
+                raise Unreadable(f"it holds a {type(content).__name__} in place of tensors by name")
+            return {
+                key: t
+                for key, t in content.items()
+                if isinstance(key, str) and isinstance(t, torch.Tensor)
+            }
 
     def loading(self) -> AbstractContextManager[None]:
         """Turn whatever a library says of damaged or incomplete weights into one line."""
@@ -146,11 +176,11 @@ class Source:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """As `loading`, where a KeyError names a tensor that a state dictionary lacks."""
+        """As `loading`, where `Lacking` names a tensor that a state dictionary lacks."""
         with self.loading():
             try:
                 yield
-            except KeyError as error:
+            except Lacking as error:
                 raise self._lacks([str(error.args[0])]) from error
 
     def _lacks(self, missing: Sequence[str]) -> AfaError:

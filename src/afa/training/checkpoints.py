@@ -12,9 +12,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
+from afa.damaged import Unreadable, loading, metadata_json
 from afa.errors import AfaError
 from afa.files import write_atomic
-from afa.weights import loading
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -106,9 +106,11 @@ class Checkpoints:
             loading(f"The checkpoint '{place}' must be complete", remedy),
             safe_open(place, framework="pt") as file,
         ):
-            notes = json.loads(file.metadata()[_META])
+            notes = metadata_json(file, _META)
+            if not isinstance(notes, dict) or not isinstance(notes.get("step"), int):
+                raise Unreadable("its notes do not say of which step it is")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return Checkpoint(int(notes.pop("step")), tensors, notes)
+            return Checkpoint(notes.pop("step"), tensors, notes)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 
+from afa.damaged import loading, said_by
 from afa.errors import AfaError
 from afa.files import cache_folder, parts_of, read_json, staged
 from afa.trust.policy import policy
-from afa.weights import PICKLES, hash_file, said_by
+from afa.weights import PICKLES, hash_file
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -167,20 +168,16 @@ def as_safetensors(path: Path, what: str = "Experts") -> Path:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        with warnings.catch_warnings():  # of pickles that torch did not write, which do no harm
-            warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise AfaError(
-            f"A pickled checkpoint must hold tensors alone; of '{path}' torch says that "
-            f"{said_by(error)}. Get the .safetensors file."
-        ) from None
-    except (OSError, RuntimeError, ValueError, LookupError, TypeError, EOFError) as error:
-        raise AfaError(
-            f"'{path}' must be a whole pickled checkpoint, but reading says {said_by(error)} "
-            "Download it again."
-        ) from None
+    with loading(f"'{path}' must be a whole pickled checkpoint", "Download it again."):
+        try:
+            with warnings.catch_warnings():  # of pickles that torch did not write: harmless
+                warnings.simplefilter("ignore")
+                content = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise AfaError(
+                f"A pickled checkpoint must hold tensors alone; of '{path}' torch says that "
+                f"{said_by(error)}. Get the .safetensors file."
+            ) from None
     for _ in range(_MAX_NESTING):
         if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
             content = content["state_dict"]

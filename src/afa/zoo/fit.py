@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from afa.damaged import Unreadable, loading
 from afa.files import write_atomic
-from afa.weights import loading
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -66,7 +66,11 @@ def fit(
     if checkpoint.exists():
         with loading(f"'{checkpoint}' must be what this command has written", "Remove it."):
             state = torch.load(checkpoint, weights_only=True)
+            if not isinstance(state, dict) or not {"step", "model", "average"} <= state.keys():
+                raise Unreadable("it holds no step, model and average")
             first = state["step"]
+            if first < num_steps and "optimizer" not in state:
+                raise Unreadable(f"it is of the finished step {first}; {num_steps} are asked for")
             model.load_state_dict(state["model"])
             average = state["average"]
             if first < num_steps:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors import safe_open
 from safetensors.torch import save
 
+from afa.damaged import Unreadable, loading, metadata_json
 from afa.files import write_atomic
-from afa.weights import loading
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,7 +63,7 @@ def _reading(place: Path) -> Any:
 def read_header(place: Path) -> Any:
     """What a shard says of itself."""
     with _reading(place), safe_open(place, framework="pt") as file:
-        return json.loads(file.metadata()[META])
+        return metadata_json(file, META)
 
 
 class Shards:
@@ -78,7 +78,11 @@ class Shards:
     def row(self, place: Path, row: int) -> dict[str, Tensor]:
         """One row of each of a shard's tensors, by name."""
         with _reading(place):
-            return {name: tensor[row] for name, tensor in self._opened(place).items()}
+            tensors = self._opened(place)
+            for name, tensor in tensors.items():
+                if tensor.shape[:1] <= (row,):
+                    raise Unreadable(f"'{name}' of shape {tuple(tensor.shape)} has no row {row}")
+            return {name: tensor[row] for name, tensor in tensors.items()}
 
 
 def _mapped(place: Path) -> dict[str, Tensor]:
