@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ import afa
 from afa.cli import main
 from afa.errors import AfaError
 from afa.inspection import describe
+from afa.preflight.plans import plan_of_ensemble
+from afa.preflight.run import look
+from afa.published import hash_published
 from tests.test_oracle import ORACLE, part
 from tests.tiny import tiny_pipeline
 
@@ -102,6 +106,71 @@ def test_commands_take_it_as_any_ensemble(folder: Path, tmp_path: Path) -> None:
         afa.save_ensemble(afa.load_ensemble(folder), tmp_path / "saved")
     with pytest.raises(AfaError, match="holds its experts itself"):
         afa.load_ensemble(folder, vae=folder)
+
+
+def _changed(file: Path) -> None:
+    """Add 1 to the first tensor of a safetensors file."""
+    tensors = load_file(file)
+    name = min(tensors)
+    save_file({**tensors, name: tensors[name] + 1}, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_every_expert_is_told_by_its_own_weights(folder: Path, part: str) -> None:
+    before = [r.identity for r in afa.load_ensemble(folder).unet.references]
+    assert len(set(before)) == 2
+    (file,) = (folder / f"additional_{part}_0").glob("*.safetensors")
+    _changed(file)
+    after = [r.identity for r in afa.load_ensemble(folder).unet.references]
+    assert after[0] == before[0]
+    assert after[1] not in before
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("aggregator_3/config.json", {"num_attn_heads": 8}),
+        ("scheduler/scheduler_config.json", {"beta_end": 0.02}),
+        ("additional_unet_0/config.json", {"norm_eps": 1e-3}),
+    ],
+)
+def test_its_hash_sees_what_is_no_weight(folder: Path, file: str, changes: Any) -> None:
+    before = hash_published(folder)
+    assert hash_published(folder) == before
+    _wrong(folder, file, **changes)
+    assert hash_published(folder) != before
+
+
+def test_the_estimate_is_of_all_its_experts_and_aggregators(folder: Path) -> None:
+    plan = plan_of_ensemble(folder, torch.float32, torch.device("cpu"))
+    (group,) = plan.groups
+    loaded: Any = afa.load_ensemble(folder)
+    assert group.num_experts == len(loaded.unet.experts) == 2
+    assert group.encoder_sets == len(loaded.text_encoder.encoders) == 2
+    assert group.aggregators is not None
+    own = loaded.unet.aggregators[3].config
+    for name in ("hidden_size", "num_layers", "num_heads", "hidden_ratio", "min_scale"):
+        assert getattr(group.aggregators, name) == getattr(own, name), name
+    estimate = look(plan, with_weights=False).estimates["ensemble"]
+    alone = replace(group, aggregators=None, num_experts=None, encoder_sets=None)
+    less = look(replace(plan, groups=[alone]), with_weights=False).estimates["ensemble"]
+    assert estimate.takes > less.takes
+
+
+def test_additional_experts_are_looked_into(folder: Path) -> None:
+    file = folder / "additional_unet_0" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, "conv_in.bias": tensors["conv_in.bias"] * torch.nan}, file)
+    report = look(plan_of_ensemble(folder, torch.float32, torch.device("cpu")))
+    assert any("'published/additional_unet_0'" in finding.text for finding in report.errors)
+
+
+def test_a_folder_without_a_text_encoder(folder: Path) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    del index["text_encoder"], index["tokenizer"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(AfaError, match="must be a Stable Diffusion pipeline"):
+        afa.load_ensemble(folder)
 
 
 def _without(folder: Path, name: str) -> None:

@@ -320,8 +320,6 @@ def load_ensemble(
     ]
     weights = folder / AGGREGATORS
     check_safetensors(weights)
-    settings = dict(saved["aggregator"])
-    kind = settings.pop("type")
     saved_vae = saved["vae"] or {"source": references[0]["source"], "sha256": None}
     if vae is None and saved_vae["source"] != references[0]["source"]:
         # an expert's own autoencoder moves with that expert
@@ -333,7 +331,7 @@ def load_ensemble(
         config = absolute_source(saved["config"], folder)
     pipeline = load_pipeline(
         sources,
-        SABWConfig(**{**_ABSENT, **settings}) if kind == "sabw" else None,
+        saved_aggregators(saved),
         vae=vae,
         vae_revision=saved_vae.get("revision"),
         config=config,
@@ -350,6 +348,16 @@ def load_ensemble(
     require_hash("Autoencoder", denoiser_of(pipeline).vae_reference, saved_vae["sha256"])
     load_aggregator_tensors(denoiser_of(pipeline), load_file(weights))
     return pipeline
+
+
+def saved_aggregators(saved: dict[str, Any]) -> SABWConfig | None:
+    """The aggregators that a configuration of `read_config` describes; None for the mean.
+
+    Settings that an older release did not write have the values that it had.
+    """
+    settings = dict(saved["aggregator"])
+    is_sabw = settings.pop("type") == "sabw"
+    return SABWConfig(**{**_ABSENT, **settings}) if is_sabw else None
 
 
 def sources_in(

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from afa.aggregators import SABWConfig
 from afa.components import load_text_encoder, load_vae, load_weights, loading_model
+from afa.damaged import loading
 from afa.errors import AfaError
 from afa.experts import Expert, load_expert
 from afa.files import read_json
@@ -77,102 +78,122 @@ def load_published(
     Raises:
         AfaError: a damaged folder, or aggregators that do not fit its experts.
     """
-    settings = _read(folder / _CONFIG, _Ensemble)
     marks = marks_of(sorted(folder.rglob("*.safetensors")))
-    experts = _load_experts(folder, settings.num_models, torch_dtype)
+    experts = _load_experts(folder, torch_dtype)
     check_experts(experts, allow_duplicates=True)
     vae, reference = load_vae(folder, torch_dtype=torch_dtype)
-    configs = [
-        _read(_aggregator(folder, n) / "config.json", _Aggregator)
-        for n in range(settings.num_aggregators)
-    ]
-    pipeline = assemble(experts, _shared_config(configs, len(experts), folder), vae)
+    pipeline = assemble(experts, published_aggregators(folder), vae)
     watch(pipeline, marks)
     ensemble = denoiser_of(pipeline)
     ensemble.vae_reference = reference
     ensemble.kept_in = str(folder.absolute())
-    if len(configs) != len(ensemble.sites):
+    count = _read(folder / _CONFIG, _Ensemble).num_aggregators
+    if count != len(ensemble.sites):
         raise AfaError(
             f"An ensemble must have an aggregator for each of its {len(ensemble.sites)} sites; "
-            f"'{folder}' has {len(configs)}."
+            f"'{folder}' has {count}."
         )
     for n, (rule, site) in enumerate(zip(ensemble.aggregators, ensemble.sites, strict=True)):
         file = _aggregator(folder, n) / "aggregator.safetensors"
         check_safetensors(file)
-        try:
+        must = f"The weights in '{file}' must fit the site {site.name} of these experts"
+        with loading(must, "Copy the folder again."):
             rule.load_state_dict(load_file(file))
-        except RuntimeError as error:
-            said = " ".join(str(error).split())[:200]
-            raise AfaError(
-                f"The weights in '{file}' must fit the site {site.name} of these experts: {said}"
-            ) from error
     return pipeline.to(device)
 
 
 def describe_published(folder: Path) -> dict[str, Any]:
     """What there is to say of such a folder without loading it."""
     settings = _read(folder / _CONFIG, _Ensemble)
-    config = _read(_aggregator(folder, 0) / "config.json", _Aggregator)
+    config = published_aggregators(folder)
     return {
         "kind": "ensemble of the published code",
         "experts": settings.num_models,
         "aggregators": settings.num_aggregators,
         "aggregator": f"hidden_size {config.hidden_size}, num_layers {config.num_layers}, "
-        f"num_heads {config.num_attn_heads}",
+        f"num_heads {config.num_heads}",
         "sha256": hash_published(folder),
     }
 
 
 def hash_published(folder: Path) -> str:
-    """SHA-256 of all its weights; see `afa.weights.hash_files`."""
+    """SHA-256 of all that decides its pictures; see `afa.weights.hash_files`.
+
+    The weights and configurations of experts, autoencoder and aggregators, the tokenizer and the
+    scheduler.
+    """
     settings = _read(folder / _CONFIG, _Ensemble)
-    parts = ["unet", "text_encoder", "vae"]
-    parts += [
-        f"additional_{part}_{n}"
-        for part in ("unet", "text_encoder")
-        for n in range(settings.num_models - 1)
-    ]
-    files = [file for part in parts for file in weights_in(folder / part)[1]]
-    files += [
-        _aggregator(folder, n) / "aggregator.safetensors" for n in range(settings.num_aggregators)
-    ]
+    places = [place for parts in published_experts(folder) for place in parts]
+    places.append(folder / "vae")
+    files = [file for place in places for file in weights_in(place)[1]]
+    aggregators = [_aggregator(folder, n) for n in range(settings.num_aggregators)]
+    files += [place / "aggregator.safetensors" for place in aggregators]
     for file in files:
         check_safetensors(file)
-    return hash_files(folder, files)
+    files += [place / "config.json" for place in (*places, *aggregators)]
+    for place in (folder / "tokenizer", folder / "scheduler"):
+        files += sorted(file for file in place.glob("*") if file.is_file())
+    return hash_files(folder, [file for file in files if file.is_file()])
 
 
-def _load_experts(folder: Path, count: int, torch_dtype: torch.dtype) -> list[Expert]:
+def published_experts(folder: Path) -> list[tuple[Path, Path]]:
+    """The folders of U-Net and text encoder of every expert, the pipeline's own first.
+
+    Raises:
+        AfaError: a configuration that is missing or damaged.
+    """
+    count = _read(folder / _CONFIG, _Ensemble).num_models
+    additional = [
+        (folder / f"additional_unet_{n}", folder / f"additional_text_encoder_{n}")
+        for n in range(count - 1)
+    ]
+    return [(folder / "unet", folder / "text_encoder"), *additional]
+
+
+def published_aggregators(folder: Path) -> SABWConfig:
+    """The settings that all of its aggregators share.
+
+    Raises:
+        AfaError: see `_shared_config`; or a configuration that is missing or damaged.
+    """
+    settings = _read(folder / _CONFIG, _Ensemble)
+    configs = [
+        _read(_aggregator(folder, n) / "config.json", _Aggregator)
+        for n in range(settings.num_aggregators)
+    ]
+    return _shared_config(configs, settings.num_models, folder)
+
+
+def _load_experts(folder: Path, torch_dtype: torch.dtype) -> list[Expert]:
     """The pipeline's own expert, and the additional ones, which have its tokenizer."""
     first = load_expert(folder, torch_dtype=torch_dtype)
-    class_name = type(first.text_encoders["text_encoder"]).__name__
-    for n in range(count - 1):
-        for part in ("unet", "text_encoder"):
-            for file in weights_in(folder / f"additional_{part}_{n}")[1]:
-                check_safetensors(file)
-    with loading_model(folder):
-        return [first, *_additional(folder, first, class_name, count - 1, torch_dtype)]
-
-
-def _additional(
-    folder: Path, first: Expert, class_name: str, count: int, torch_dtype: torch.dtype
-) -> list[Expert]:
-    return [
-        replace(
-            first,
-            reference=replace(
-                first.reference, source=f"{first.reference.source}/additional_unet_{n}"
-            ),
-            denoiser=load_weights(
-                UNet2DConditionModel, folder / f"additional_unet_{n}", torch_dtype=torch_dtype
-            ),
-            text_encoders={
-                "text_encoder": load_text_encoder(
-                    folder / f"additional_text_encoder_{n}", class_name, torch_dtype
-                )
-            },
+    if "text_encoder" not in first.text_encoders or first.kind.family != "unet":
+        raise AfaError(
+            f"'{folder}' is a {first.class_name} without a text encoder of its own; an ensemble of "
+            "the published code must be a Stable Diffusion pipeline. Is it whole?"
         )
-        for n in range(count)
-    ]
+    class_name = type(first.text_encoders["text_encoder"]).__name__
+    additional = []
+    for unet, text_encoder in published_experts(folder)[1:]:
+        files = [*weights_in(unet)[1], *weights_in(text_encoder)[1]]
+        for file in files:
+            check_safetensors(file)
+        reference = replace(
+            first.reference,
+            source=f"{first.reference.source}/{unet.name}",
+            sha256=hash_files(folder, files),
+        )
+        with loading_model(folder):
+            expert = replace(
+                first,
+                reference=reference,
+                denoiser=load_weights(UNet2DConditionModel, unet, torch_dtype=torch_dtype),
+                text_encoders={
+                    "text_encoder": load_text_encoder(text_encoder, class_name, torch_dtype)
+                },
+            )
+        additional.append(expert)
+    return [first, *additional]
 
 
 def _shared_config(configs: Sequence[_Aggregator], count: int, folder: Path) -> SABWConfig:

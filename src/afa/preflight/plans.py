@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from afa.aggregators import SABWConfig
-from afa.checkpoint import ensemble_folder, read_config, sources_in
+from afa.checkpoint import ensemble_folder, read_config, saved_aggregators, sources_in
 from afa.memory.needs import Training
 from afa.pipeline import first_folder
 from afa.preflight.machine import Work
-from afa.published import is_published
+from afa.published import is_published, published_aggregators, published_experts
 from afa.single_file import Companions
 from afa.training.engine import pick_device
+from afa.weights import hash_files, weights_in
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,6 +41,8 @@ class Group:
         aggregators: of all sites; None for the mean, or where there is nothing to fuse.
         allow_duplicates: whether one may be named twice.
         is_loose: whether it may be of a kind that nothing is known of, as what is merged may.
+        num_experts: where one folder holds several; None where each is named.
+        encoder_sets: likewise, how many different text encoders they have.
     """
 
     label: str
@@ -48,6 +51,8 @@ class Group:
     aggregators: SABWConfig | None = None
     allow_duplicates: bool = False
     is_loose: bool = False
+    num_experts: int | None = None
+    encoder_sets: int | None = None
 
 
 @dataclass(frozen=True)
@@ -156,15 +161,22 @@ def _ensemble(label: str, folder: str | Path, dtype: torch.dtype) -> Group:
     """The experts that an ensemble's folder names; of the published code's the folder itself."""
     place = ensemble_folder(folder)
     if is_published(place):
-        return Group(label, [place], Companions(dtype))
+        experts = published_experts(place)
+        encoders = {hash_files(part, weights_in(part)[1]) for _, part in experts}
+        return Group(
+            label,
+            [place],
+            Companions(dtype),
+            published_aggregators(place),
+            num_experts=len(experts),
+            encoder_sets=len(encoders),
+        )
     saved = read_config(place)
     experts, config, parts = sources_in(saved, place)
-    settings = dict(saved["aggregator"])
-    is_sabw = settings.pop("type") == "sabw"
     return Group(
         label,
         experts,
         Companions(dtype, config=config, fallback=first_folder(experts), parts=parts),
-        SABWConfig(**settings) if is_sabw else None,
+        saved_aggregators(saved),
         allow_duplicates=True,  # whoever trained it has allowed them
     )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from afa.damaged import is_own_bug
 from afa.denoisers import family_of
 from afa.errors import NO_MODEL, AfaError
 from afa.files import parts_of, read_json
@@ -20,6 +21,7 @@ from afa.preflight.facts import Facts, read_facts
 from afa.preflight.finding import Finding, Level, in_order
 from afa.preflight.machine import Estimate, Job, Work, fits
 from afa.preflight.weights import Weights, look_into
+from afa.published import is_published, published_experts
 from afa.single_file import config_of_expert
 from afa.sources import locate
 from afa.weights import (
@@ -165,6 +167,8 @@ def _whole(look: Look) -> Iterator[Finding]:
         yield Finding("error", "architecture", str(error))
         return
     except NO_MODEL as error:
+        if is_own_bug(error):
+            raise
         said = " ".join(str(error).split())[:200]
         yield Finding(
             "error", "architecture", f"The denoiser of '{facts.name}' cannot be built: {said}."
@@ -224,8 +228,8 @@ def _autoencoders(looks: Sequence[Look]) -> Iterator[Finding]:
 def _estimate(report: Report, work: Work, group: Group, looks: Sequence[Look]) -> None:
     job = Job(
         looks[0].config,
-        len(looks),
-        encoder_sets([each.path for each in looks]),
+        group.num_experts or len(looks),
+        group.encoder_sets or encoder_sets([each.path for each in looks]),
         group.aggregators,
         group.companions.torch_dtype,
         work,
@@ -254,6 +258,11 @@ def _read_weights(
         if (path / "vae").is_dir():
             others += weights_in(path / "vae")[1]
         weights.append(Weights(name, denoiser, others))
+        if is_published(path):
+            weights += [
+                Weights(f"{name}/{unet.name}", weights_in(unet)[1], weights_in(encoder)[1])
+                for unet, encoder in published_experts(path)[1:]
+            ]
     total, done = sum(each.num_bytes for each in weights), 0
 
     def note(count: int) -> None:
