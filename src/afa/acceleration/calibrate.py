@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from afa.acceleration.plan import Shares
+from afa.denoisers.timesteps import highest_timestep
 from afa.kinds import denoiser_of, kind_of_pipeline
 from afa.maps import observed
 
@@ -42,8 +43,8 @@ def calibrate(
     Returns: the shares, from which plans are made.
     """
     ensemble, kind = denoiser_of(pipeline), kind_of_pipeline(pipeline)
-    # pipelines of Flux count from 0 to 1
-    highest = pipeline.scheduler.config.num_train_timesteps / (1000 if kind.name == "Flux" else 1)
+    count = pipeline.scheduler.config.num_train_timesteps
+    highest = highest_timestep(kind.denoiser_family, count)
     shares = Shares(ensemble, num_ranges, highest)
     with observed(ensemble, shares.note):
         for start in range(0, len(prompts), batch_size):

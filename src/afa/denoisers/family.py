@@ -57,6 +57,8 @@ class Family:
         prompt: the argument that stays the same object in a denoising loop.
         conditional_last: whether pipelines with classifier-free guidance put the half with the
             prompt last.
+        timestep_divisor: what pipelines divide their scheduler's timesteps by before they call the
+            denoiser; see `afa.denoisers.timesteps`.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Family:
     is_residual: bool = True
     prompt: str = "encoder_hidden_states"
     conditional_last: bool = True
+    timestep_divisor: float = 1.0
 
 
 def split_joined(what: str, joined: Tensor, widths: Sequence[int], count: int) -> list[Tensor]:

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+#: of the library's `FluxPipeline`; the model multiplies by it again
+_TIMESTEP_DIVISOR = 1000
+
 
 def check_flux(transformer: FluxTransformer2DModel) -> None:
     """Refuse blocks that `flux_blocks` does not know.
@@ -100,7 +103,7 @@ def flux_blocks(
     height, width = once_per_prompt(positions, grid_of, lambda: grid_of(img_ids))
 
     hidden = transformer.x_embedder(hidden_states)
-    time = timestep.to(hidden.dtype) * 1000
+    time = timestep.to(hidden.dtype) * _TIMESTEP_DIVISOR
     guided = () if guidance is None else (guidance.to(hidden.dtype) * 1000,)
     temb = transformer.time_text_embed(time, *guided, pooled_projections)
     text = transformer.context_embedder(encoder_hidden_states)
@@ -212,4 +215,5 @@ FLUX = Family(
     example=flux_example,
     widths=_widths,
     split=_split,
+    timestep_divisor=_TIMESTEP_DIVISOR,
 )

@@ -11,6 +11,7 @@ from afa.acceleration.apply import accelerate
 from afa.acceleration.plan import load_plan
 from afa.baselines import merge_models
 from afa.checkpoint import AGGREGATORS, load_ensemble, read_config
+from afa.denoisers.timesteps import in_scheduler_timesteps
 from afa.ensemble import EnsembleDenoiser
 from afa.experts import load_expert
 from afa.kinds import build_pipeline, denoiser_of, kind_of_pipeline
@@ -151,6 +152,8 @@ class MethodBuilder:
         ensemble = denoiser_of(experts)
         count = len(ensemble.experts)
         schedule = fusion.schedule(count, experts.scheduler.config.num_train_timesteps)
+        if schedule is not None:
+            schedule = in_scheduler_timesteps(schedule, ensemble.family)
         rules = fusion.rules(ensemble.sites)
         denoiser = EnsembleDenoiser(list(ensemble.experts), rules, schedule, widths=ensemble.widths)
         return _with(experts, {kind_of_pipeline(experts).denoiser: denoiser})

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers import FluxPipeline
 
+from afa.denoisers.flux import FLUX
 from afa.kinds import kind_of_pipeline
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def _predict_flux(
         ),
         encoder_hidden_states=text,
         pooled_projections=conditions["pooled"],
-        timestep=(timestep / 1000).to(text.dtype),
+        timestep=(timestep / FLUX.timestep_divisor).to(text.dtype),
         img_ids=FluxPipeline._prepare_latent_image_ids(batch, height // 2, width // 2, **place),
         txt_ids=torch.zeros(text.shape[1], 3, **place),
         guidance=guidance,

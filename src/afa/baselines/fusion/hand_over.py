@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Self
 
@@ -24,6 +25,8 @@ class HandOver:
     """Which expert denoises at a timestep, as in eDiff-I (Balaji et al., 2022, arXiv 2211.01324).
 
     Takes the place of `EnsembleDenoiser`'s schedule, so that the other experts do not run at all.
+    An ensemble asks its schedule about timesteps as its denoisers take them, which Flux counts from
+    0 to 1: `afa.denoisers.timesteps.in_scheduler_timesteps` converts a schedule of the scheduler's.
 
     Args:
         order: the experts by number, the first one starts with pure noise.
@@ -56,7 +59,10 @@ class HandOver:
 
 
 class HandOverRecipe(FusionRecipe):
-    """`rule: hand_over`; see `HandOver`. By default equal shares in the order of the experts."""
+    """`rule: hand_over`; see `HandOver`. By default equal shares in the order of the experts.
+
+    `boundaries` are timesteps of the scheduler, from 1000 down to 0, for every family.
+    """
 
     rule: Literal["hand_over"] = "hand_over"
     order: list[int] | None = Field(default=None, min_length=1)
@@ -71,12 +77,19 @@ class HandOverRecipe(FusionRecipe):
         order = self.order or range(num_experts)
         if self.boundaries is None:
             return HandOver.evenly(order, num_train_timesteps)
+        outside = [b for b in self.boundaries if not 1 <= b <= num_train_timesteps]
+        if outside:
+            raise AfaError(
+                f"A hand-over has the boundaries {self.boundaries}; they must be timesteps of the "
+                f"scheduler, from 1 to {num_train_timesteps}, for every family. Where they are "
+                f"shares of the noise, multiply them by {num_train_timesteps}."
+            )
         return HandOver(order, self.boundaries)
 
     def check(self, num_experts: int, guidance: float) -> None:
         """Refuse experts that are not there, and boundaries that do not fit them."""
         check_expert_numbers(self.order or [], num_experts)
-        self.schedule(num_experts, 1000)
+        self.schedule(num_experts, max([1000, *map(math.ceil, self.boundaries or ())]))
 
     @classmethod
     def rows(cls, experts: Sequence[str]) -> dict[str, list[Self]]:

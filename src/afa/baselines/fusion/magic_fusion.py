@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Literal, Self
 
 import torch
@@ -35,14 +36,15 @@ class MagicFusion(FusionRule):
     Args:
         temperatures: one per expert, or one for all; times the saliency before the softmax (the
             paper's k, larger is sharper).
-        fuse_below: timesteps from here on (noisier ones) are the first expert's alone.
+        fuse_below: timesteps from here on (noisier ones) are the first expert's alone; none are by
+            default. Flow models begin at 1000 itself.
 
     Raises:
         AfaError: a temperature that is not positive.
     """
 
     def __init__(
-        self, temperatures: float | Sequence[float] = 1.0, fuse_below: float = 1000.0
+        self, temperatures: float | Sequence[float] = 1.0, fuse_below: float = math.inf
     ) -> None:
         super().__init__()
         listed = [temperatures] if isinstance(temperatures, (int, float)) else list(temperatures)
@@ -104,7 +106,7 @@ class MagicFusion(FusionRule):
 def magic_fusion(
     sites: Sequence[Site],
     temperatures: float | Sequence[float] = 1.0,
-    fuse_below: float = 1000.0,
+    fuse_below: float = math.inf,
 ) -> list[FusionRule]:
     """The rules of an ensemble: every expert goes its own way up to its prediction."""
     return [*(Separate() for _ in sites[:-1]), MagicFusion(temperatures, fuse_below)]

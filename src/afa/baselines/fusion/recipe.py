@@ -30,7 +30,13 @@ class FusionRecipe(Section, ABC):
         """The fusion rules of an ensemble, one per site, in site order."""
 
     def schedule(self, num_experts: int, num_train_timesteps: int) -> Schedule | None:
-        """Which experts run at a timestep; None is all of them at every one."""
+        """Which experts run at a timestep; None is all of them at every one.
+
+        Args:
+            num_experts: how many there are.
+            num_train_timesteps: of the scheduler, in whose timesteps the answer is asked about,
+                whatever the denoisers of a family take.
+        """
         return None
 
     def check(self, num_experts: int, guidance: float) -> None:
