@@ -83,6 +83,8 @@ class Site:
 def register_family(family: Family) -> None:
     """Let ensembles take denoisers of another family apart, from anywhere.
 
+    A subclass of a known family's class may be a family of its own; the most specific class wins.
+
     Raises:
         AfaError: there is a family of that name, or of that class, already.
     """
@@ -97,15 +99,16 @@ def register_family(family: Family) -> None:
 
 
 def family_of(expert: nn.Module) -> Family:
-    """The family of a denoiser.
+    """The family of a denoiser: that of its own class, or else of the nearest class it inherits.
 
     Raises:
         AfaError: no family takes this class apart, or not these blocks.
     """
-    for family in FAMILIES:
-        if isinstance(expert, family.model_class):
-            family.check(expert)
-            return family
+    by_class = {family.model_class: family for family in FAMILIES}
+    for ancestor in type(expert).__mro__:
+        if ancestor in by_class:
+            by_class[ancestor].check(expert)
+            return by_class[ancestor]
     known = ", ".join(family.model_class.__name__ for family in FAMILIES)
     raise AfaError(
         f"An expert must be one of {known}; came a {type(expert).__name__}. "

@@ -31,11 +31,19 @@ def difference(
 
 
 def check_same_architecture(first: ModelMixin, other: ModelMixin, name: str) -> None:
-    """Refuse an expert whose configuration differs from the first one's.
+    """Refuse an expert whose family or configuration differs from the first one's.
 
     Raises:
         AfaError: names the first entry that differs, with both values.
     """
+    from afa.denoisers import family_of
+
+    families = family_of(first), family_of(other)
+    if families[0] is not families[1]:
+        raise AfaError(
+            f"Experts must share one architecture: {name} is of the family '{families[1].name}', "
+            f"the first expert of '{families[0].name}'. Ensemble checkpoints of one family."
+        )
     found = difference(first.config, other.config)
     if found is not None:
         key, expected, came = found
