@@ -185,7 +185,18 @@ def mean_of(tensors: Sequence[Tensor]) -> Tensor:
     """Mean of N tensors; of one tensor named N times, that tensor."""
     if all(tensor is tensors[0] for tensor in tensors):
         return tensors[0]
-    return sum(tensors[1:], start=tensors[0]) / len(tensors)
+    return average(tensors)
+
+
+def average(tensors: Sequence[Tensor]) -> Tensor:
+    """Mean of N tensors, in their type; in float16 also where their sum overflows."""
+    mean = sum(tensors[1:], start=tensors[0]) / len(tensors)
+    if mean.dtype != torch.float16:
+        return mean
+    # without a branch on values: a GPU would have to be waited for
+    rest = (tensor.float() for tensor in tensors[1:])
+    exact = sum(rest, start=tensors[0].float()) / len(tensors)
+    return torch.where(mean.isfinite(), mean, exact.to(mean.dtype))
 
 
 def _share_memory(one: Tensor, other: Tensor) -> bool:
