@@ -29,7 +29,7 @@ from afa.preflight.run import look
 from afa.single_file import Companions
 from afa.training.cache.files import Shards, read_header, write_shard
 from afa.training.checkpoints import Checkpoints
-from tests.tiny import tiny_unet
+from tests.tiny import SD1, tiny_unet
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -165,16 +165,7 @@ def test_a_damaged_folder_is_still_said_to_be_that(experts: list[Path], tmp_path
 
 
 def unet_folder(tmp_path: Path, **changes: Any) -> Path:
-    config = {
-        "_class_name": "UNet2DConditionModel",
-        "block_out_channels": [8, 16],
-        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-        "norm_num_groups": 4,
-        "cross_attention_dim": 8,
-        "attention_head_dim": 2,
-        **changes,
-    }
+    config = {"_class_name": "UNet2DConditionModel", **SD1, **changes}
     (tmp_path / "config.json").write_text(json.dumps(config))
     return tmp_path
 

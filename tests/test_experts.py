@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import shutil
@@ -101,6 +102,15 @@ def test_a_hub_id_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("afa.sources.snapshot_download", offline)
     with pytest.raises(AfaError, match=r"'org/name' is no local path, and as a hub id"):
+        locate("org/name")
+
+
+def test_a_full_disk_is_not_said_to_be_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("afa.sources.snapshot_download", full)
+    with pytest.raises(AfaError, match=r"cannot be written to the hub's cache .*No space left"):
         locate("org/name")
 
 

@@ -50,7 +50,7 @@ def loading(must: str, remedy: str, *also: type[Exception]) -> Iterator[None]:
         yield
     except AfaError:
         raise
-    except (*NO_MODEL, *_OF_FILES, MemoryError, *also) as error:
+    except NO_MODEL + _OF_FILES + (MemoryError,) + also as error:
         from afa.memory.exhausted import ran_out, when_asked  # imports torch
 
         shortage = ran_out(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from afa.weights import PICKLES
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+#: errors of the disk, which are no news of the hub
+_OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
 _ZOO_PREFIX = "zoo:"
 #: what the hub's library raises where something cannot be had
 HUB_ERRORS = (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError)
@@ -124,15 +127,25 @@ def fetch(name: str, files: Sequence[str], revision: str | None = None) -> Path:
 
     Raises:
         one of `HUB_ERRORS`: it cannot be had.
+        AfaError: this machine cannot keep it.
     """
-    return Path(
-        snapshot_download(
-            name,
-            revision=revision,
-            allow_patterns=list(files),
-            local_files_only=policy().offline,
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=list(files),
+                local_files_only=policy().offline,
+            )
         )
-    )
+    except OSError as error:
+        if error.errno not in _OF_DISKS:
+            raise
+        raise AfaError(
+            f"'{name}' cannot be written to the hub's cache '{hub_constants.HF_HUB_CACHE}': "
+            f"{error}. The cache must have room and be writable. Make room, or set HF_HOME to "
+            "another folder."
+        ) from error
 
 
 def why_not_fetched(error: Exception) -> str:

@@ -92,7 +92,7 @@ def test_a_missing_expert_stands_for_a_mean_that_does_not_overflow() -> None:
         seen.extend(completed)
         return torch.full((1, 3, 4, 4), 1 / 3)
 
-    sabw.fusion_weights = weights  # type: ignore[method-assign]
+    sabw.fusion_weights = weights  # type: ignore[method-assign,assignment]
     sabw.fuse_some(features, Condition(*[torch.zeros(1)] * 4))
     assert [float(feature.mean()) for feature in seen] == [49984.0] * 3
 

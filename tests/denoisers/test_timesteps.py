@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def test_the_divisor_is_what_the_librarys_pipeline_divides_by(family: str, tmp_p
     assert 0.8 * highest < max(seen) <= highest
 
 
-def asked_of(schedule: Any, timesteps: list[float]) -> list[int]:
+def asked_of(schedule: Any, timesteps: Sequence[float]) -> list[int]:
     return [schedule(timestep)[0] for timestep in timesteps]
 
 
@@ -84,7 +85,7 @@ def test_a_schedule_is_asked_about_the_schedulers_timesteps() -> None:
 def test_a_hand_over_in_a_recipe_uses_every_expert_of_a_flow_model(
     family: str, tmp_path: Path
 ) -> None:
-    rules = [{}, {"order": [2, 1, 0]}, {"boundaries": [900.0, 400.0]}]
+    rules: list[dict[str, Any]] = [{}, {"order": [2, 1, 0]}, {"boundaries": [900.0, 400.0]}]
     recipe = EvaluateRecipe.model_validate(
         {
             "experts": [str(folder) for folder in saved_experts(family, tmp_path)],

@@ -115,6 +115,27 @@ def test_coco_that_is_not(tmp_path: Path, annotation: dict[str, Any], message: s
         load_prompts(coco(tmp_path, [annotation]))
 
 
+@pytest.mark.parametrize(
+    ("files", "ids", "message"),
+    [
+        (["a.jpg", "b.jpg"], [1, 1], "two pictures with the id 1, 'a.jpg' and 'b.jpg'"),
+        (["x/a.jpg", "y/a.jpg"], [1, 2], "'x/a.jpg' and 'y/a.jpg', which would be one file"),
+    ],
+)
+def test_coco_whose_pictures_are_mistaken_for_each_other(
+    tmp_path: Path, files: list[str], ids: list[int], message: str
+) -> None:
+    content = {
+        "images": [{"id": n, "file_name": name} for n, name in zip(ids, files, strict=True)],
+        "annotations": [{"id": n, "image_id": n, "caption": f"fox {n}"} for n in set(ids)],
+    }
+    (tmp_path / "captions.json").write_text(json.dumps(content))
+    (tmp_path / "a.jpg").touch()
+    recipe = CocoPrompts(captions=tmp_path / "captions.json", pictures=tmp_path)
+    with pytest.raises(AfaError, match=message):
+        load_prompts(PromptsRecipe(coco=recipe))
+
+
 def test_drawbench_has_its_categories_as_groups(tmp_path: Path) -> None:
     path = tmp_path / "drawbench.csv"
     path.write_text(

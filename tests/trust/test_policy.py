@@ -92,7 +92,7 @@ def test_an_asyncio_task_keeps_to_itself() -> None:
             await asyncio.sleep(0)
             return policy()
 
-        return await asyncio.gather(task(), other())
+        return list(await asyncio.gather(task(), other()))
 
     assert asyncio.run(both()) == [Policy(allow_pickle=True), Policy()]
 

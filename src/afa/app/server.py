@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from afa.environment import changed_environment
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
@@ -51,6 +51,14 @@ class RefuseUploads:
         await self._app(scope, receive, send)
 
 
+def _settings_of_gradio(folder: str) -> dict[str, str]:
+    """What gradio looks at; the folder is gone when the page is closed."""
+    return {
+        "GRADIO_TEMP_DIR": str(Path(folder) / "gradio"),
+        "GRADIO_ANALYTICS_ENABLED": "False",
+    }
+
+
 @contextmanager
 def served(
     pipeline: DiffusionPipeline,
@@ -77,10 +85,11 @@ def served(
         AfaError: see `check_reach`; a port that is taken; or no gradio.
     """
     check_reach(host, password)
-    with tempfile.TemporaryDirectory(prefix="afa-app-") as folder:
-        # before gradio is asked for anything: its own copies go with the rest
-        os.environ["GRADIO_TEMP_DIR"] = str(Path(folder) / "gradio")
-        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    # before gradio is asked for anything: its own copies go with the rest
+    with (
+        tempfile.TemporaryDirectory(prefix="afa-app-") as folder,
+        changed_environment(_settings_of_gradio(folder)),
+    ):
         try:
             import gradio as gr
             from starlette.middleware import Middleware

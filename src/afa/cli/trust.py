@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import functools
 import inspect
-import os
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from afa.environment import changed_environment
 from afa.trust.policy import grant_to_process
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 _PANEL = "Files from strangers"
 #: by the names of their arguments
@@ -45,21 +44,6 @@ OPTIONS: dict[str, Any] = {
 _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
-@contextmanager
-def _libraries_offline() -> Iterator[None]:
-    """Set what libraries look at, and restore it: the next command of a process may be online."""
-    before = {name: os.environ.get(name) for name in _OFFLINE}
-    os.environ.update(dict.fromkeys(_OFFLINE, "1"))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
 def with_trust(command: Callable[..., None]) -> Callable[..., None]:
     """A command with the options that say what is allowed, for the whole process."""
 
@@ -73,7 +57,7 @@ def with_trust(command: Callable[..., None]) -> Callable[..., None]:
     ) -> None:
         folders = tuple(allow_folder or ())
         with (
-            _libraries_offline() if offline else nullcontext(),
+            changed_environment(dict.fromkeys(_OFFLINE, "1") if offline else {}),
             grant_to_process(allow_pickle=allow_pickle, offline=offline, folders=folders),
         ):
             command(*args, **kwargs)

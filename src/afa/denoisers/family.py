@@ -57,6 +57,8 @@ class Family:
         prompt: the argument that stays the same object in a denoising loop.
         conditional_last: whether pipelines with classifier-free guidance put the half with the
             prompt last.
+        batches_guidance: whether pipelines with guidance compute both halves in one batch; those of
+            Flux have none, or one after the other.
         timestep_divisor: what pipelines divide their scheduler's timesteps by before they call the
             denoiser; see `afa.denoisers.timesteps`.
     """
@@ -75,6 +77,7 @@ class Family:
     is_residual: bool = True
     prompt: str = "encoder_hidden_states"
     conditional_last: bool = True
+    batches_guidance: bool = True
     timestep_divisor: float = 1.0
 
 

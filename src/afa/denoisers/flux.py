@@ -215,5 +215,6 @@ FLUX = Family(
     example=flux_example,
     widths=_widths,
     split=_split,
+    batches_guidance=False,
     timestep_divisor=_TIMESTEP_DIVISOR,
 )

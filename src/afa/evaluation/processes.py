@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
@@ -54,7 +55,25 @@ class Processes:
             AfaError: one of them has ended; it has said why.
         """
         if self._state is not None:
+            from afa.memory.exhausted import is_of_device
+
             try:
                 self._state.wait_for_everyone()
             except RuntimeError as error:
+                if is_of_device(error):
+                    raise
                 raise AfaError("All processes must go on, but another one stopped.") from error
+
+
+@contextmanager
+def fixed_threads(num_threads: int | None) -> Iterator[None]:
+    """Compute with so many threads inside the block; None leaves them as they are."""
+    import torch
+
+    before = torch.get_num_threads()
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

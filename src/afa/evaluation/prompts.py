@@ -155,7 +155,7 @@ def _from_text(path: Path) -> list[Prompt]:
 def _from_coco(recipe: CocoPrompts) -> list[Prompt]:
     content = read_json(recipe.captions)
     try:
-        names = {int(entry["id"]): str(entry["file_name"]) for entry in content["images"]}
+        pictures = [(int(entry["id"]), str(entry["file_name"])) for entry in content["images"]]
         captions = sorted(
             (int(entry["id"]), int(entry["image_id"]), str(entry["caption"]).strip())
             for entry in content["annotations"]
@@ -166,6 +166,13 @@ def _from_coco(recipe: CocoPrompts) -> list[Prompt]:
             f"'annotations' (id, image_id, caption); reading it says {type(error).__name__}: "
             f"{error}."
         ) from error
+    names: dict[int, str] = {}
+    for image, name in pictures:
+        if names.setdefault(image, name) != name:
+            raise AfaError(
+                f"'{recipe.captions}' has two pictures with the id {image}, '{names[image][:80]}' "
+                f"and '{name[:80]}'; every id must be of one picture. Correct the file."
+            )
     first: dict[int, str] = {}
     for _, image, caption in captions:
         if image not in names:
@@ -175,10 +182,18 @@ def _from_coco(recipe: CocoPrompts) -> list[Prompt]:
             )
         first.setdefault(image, caption)
     prompts = []
+    of_base: dict[str, str] = {}
     for image, caption in sorted(first.items()):
         reference = None
         if recipe.pictures is not None:
-            reference = recipe.pictures / Path(names[image]).name  # never outside of that folder
+            base = Path(names[image]).name  # never outside of that folder
+            if of_base.setdefault(base, names[image]) != names[image]:
+                raise AfaError(
+                    f"'{recipe.captions}' has the pictures '{of_base[base][:80]}' and "
+                    f"'{names[image][:80]}', which would be one file of '{recipe.pictures}'; every "
+                    "picture must have a file name of its own. Rename one in both places."
+                )
+            reference = recipe.pictures / base
             _require_file(reference, recipe.captions)
         prompts.append((f"picture {image}", Prompt(caption, reference=reference)))
     # two pictures may well have the same caption

@@ -7,15 +7,13 @@ processes does the same batches and so comes to the same report.
 
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from afa.errors import AfaError
 from afa.evaluation.methods import MethodBuilder
-from afa.evaluation.processes import Processes
+from afa.evaluation.processes import Processes, fixed_threads
 from afa.evaluation.prompts import load_prompts
 from afa.evaluation.report import write_report
 from afa.evaluation.results import Results
@@ -69,7 +67,7 @@ def evaluate(recipe: EvaluateRecipe, output: Path) -> Iterator[EvaluateProgress]
     device = pick_device(processes.device or sampling.device)
     if processes.is_main:
         _check_folder(output)
-    with owned(output) if processes.is_main else nullcontext(), _threads(sampling.num_threads):
+    with owned(output) if processes.is_main else nullcontext(), fixed_threads(sampling.num_threads):
         store = Store(output)
         # the zoo's true pictures are drawn by one process, and then found by the others
         scratch = output / "references" if recipe.prompts.zoo is not None else None
@@ -173,15 +171,3 @@ def _claim_all(
             identity = {**builder.identity(method, replica), "sampling": sampling}
             place = store.method(method.name, replica) / "method.json"
             store.claim(place, identity, f"the method '{method.name}'")
-
-
-@contextmanager
-def _threads(num_threads: int | None) -> Iterator[None]:
-    """Compute with so many threads inside the block."""
-    before = torch.get_num_threads()
-    if num_threads is not None:
-        torch.set_num_threads(num_threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

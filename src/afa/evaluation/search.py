@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 from afa.baselines.merging import BlockWeights
 from afa.errors import AfaError
 from afa.evaluation.methods import files_identity, merged_pipeline
+from afa.evaluation.processes import fixed_threads
 from afa.evaluation.prompts import PromptsRecipe, load_prompts, resolve_prompts
 from afa.evaluation.recipe import SCENES, SamplingRecipe, resolve_metric
 from afa.evaluation.scoring import open_scorer
@@ -120,15 +121,13 @@ def search_block_weights(recipe: SearchRecipe, output: Path) -> Generator[Trial,
     prompts = load_prompts(recipe.prompts)
     identity = _identity(recipe, prompts)
     _check_folder(identity, output)
-    with owned(output):
+    with owned(output), fixed_threads(recipe.sampling.num_threads):
         write_atomic(output / _IDENTITY, json.dumps(identity, indent=2) + "\n")
         yield from _trials(recipe, prompts, output)
 
 
 def _trials(recipe: SearchRecipe, prompts: Sequence[Prompt], output: Path) -> Iterator[Trial]:
     device = pick_device(recipe.sampling.device)
-    if recipe.sampling.num_threads is not None:
-        torch.set_num_threads(recipe.sampling.num_threads)
     scorer = open_scorer(recipe.metric, device)
     pipeline = load_pipeline(
         recipe.experts,

@@ -71,6 +71,14 @@ def ran_out(error: BaseException) -> BaseException | None:
     return None
 
 
+def is_of_device(error: BaseException) -> bool:
+    """Whether an exception is of this process's own device or memory.
+
+    Devices compute on their own, so that it may surface where processes wait for each other.
+    """
+    return is_exhausted(error) or isinstance(error, torch.AcceleratorError)
+
+
 def is_exhausted(error: BaseException) -> bool:
     """Whether an exception says that there is no more memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):

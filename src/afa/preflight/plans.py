@@ -138,13 +138,13 @@ def plan_of_ensemble(
 
 
 def _drawing(sampling: SamplingRecipe) -> Work:
-    """Of pictures in batches, with guidance."""
+    """Of pictures in batches; with guidance each of them is two samples."""
     height, width = sampling.height, sampling.width
     return Work(
         pick_device(sampling.device),
         sampling.batch_size,
         "sampling.batch_size",
-        samples_each=2,
+        samples_each=2 if sampling.guidance > 1 else 1,
         num_steps=sampling.num_steps,
         pixels=height * width if height and width else None,
     )
@@ -161,14 +161,14 @@ def _ensemble(label: str, folder: str | Path, dtype: torch.dtype) -> Group:
     """The experts that an ensemble's folder names; of the published code's the folder itself."""
     place = ensemble_folder(folder)
     if is_published(place):
-        experts = published_experts(place)
-        encoders = {hash_files(part, weights_in(part)[1]) for _, part in experts}
+        inside = published_experts(place)
+        encoders = {hash_files(part, weights_in(part)[1]) for _, part in inside}
         return Group(
             label,
             [place],
             Companions(dtype),
             published_aggregators(place),
-            num_experts=len(experts),
+            num_experts=len(inside),
             encoder_sets=len(encoders),
         )
     saved = read_config(place)

@@ -109,7 +109,7 @@ def look(
     for group in plan.groups:
         looks: list[Look] = []
         for asked in group.experts:
-            key = str(asked)
+            key = _key(asked, group.companions)
             try:
                 if key not in known:
                     known[key] = _look_at(asked, group.companions, with_weights=with_weights)
@@ -130,6 +130,13 @@ def look(
         report.findings += _read_weights(report.experts, dtype, progress)
     report.findings = in_order(report.findings)
     return report
+
+
+def _key(asked: str | Path | LoraExpert, companions: Companions) -> tuple[str, ...]:
+    """What a look depends on: a single file's also on what describes it."""
+    if Path(base_of(asked)).expanduser().is_file():
+        return (str(asked), str(companions.config), str(companions.fallback))
+    return (str(asked),)
 
 
 def _look_at(asked: str | Path | LoraExpert, companions: Companions, *, with_weights: bool) -> Look:
@@ -208,31 +215,33 @@ def _whole(look: Look) -> Iterator[Finding]:
 
 def _autoencoders(looks: Sequence[Look]) -> Iterator[Finding]:
     """Experts may have autoencoders of their own, of which one decodes for all."""
-    hashes = {}
+    names, hashes = [], []
     for each in looks:
         if (each.path / "vae").is_dir() and "vae" in parts_of(
             read_json(each.path / "model_index.json")
         ):
-            hashes[each.facts.short] = hash_vae(each.path)
-    if len(set(hashes.values())) > 1:
+            names.append(each.facts.short)
+            hashes.append(hash_vae(each.path))
+    if len(set(hashes)) > 1:
         yield Finding(
             "note",
             "autoencoder",
-            f"The experts have autoencoders of their own ({', '.join(hashes)}); that of "
-            f"'{next(iter(hashes))}' decodes for all.",
+            f"The experts have autoencoders of their own ({', '.join(names)}); that of "
+            f"'{names[0]}' decodes for all.",
             "Fine detail and colours are a little of that expert's.",
             "Name another one under vae if you prefer it.",
         )
 
 
 def _estimate(report: Report, work: Work, group: Group, looks: Sequence[Look]) -> None:
+    alone = replace(work, samples_each=1)
     job = Job(
         looks[0].config,
         group.num_experts or len(looks),
         group.encoder_sets or encoder_sets([each.path for each in looks]),
         group.aggregators,
         group.companions.torch_dtype,
-        work,
+        work if looks[0].facts.kind.denoiser_family.batches_guidance else alone,
     )
     try:
         found = job.estimate()

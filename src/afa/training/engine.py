@@ -20,6 +20,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 from afa.errors import AfaError
+from afa.memory.exhausted import is_of_device
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -154,6 +155,8 @@ class Engine:
         try:
             self._accelerator.wait_for_everyone()
         except RuntimeError as error:
+            if is_of_device(error):
+                raise
             raise AfaError("All processes must go on, but another one stopped.") from error
 
 
