@@ -382,9 +382,9 @@ def _another_prompt(world: World, calls: list[Call]) -> list[Call]:
 
 
 def _left_early(world: World, calls: list[Call]) -> list[Call]:
-    """Two steps of a picture, with the prompt of the one that is drawn whole afterwards."""
+    """One step of a picture, with the prompt of the one that is drawn whole afterwards."""
     odd = (2 if world.name == "flux" else 1) * _is_odd(world, calls)
-    return [*world.picture(3, _prompt_of(calls), (990, 950), odd=odd), *calls]
+    return [*world.picture(3, _prompt_of(calls), (990,), odd=odd), *calls]
 
 
 FEATURES = (
