@@ -33,7 +33,7 @@ def check(name: str, ensemble: Any, arguments: dict[str, Any]) -> None:
     for a, b in zip(came, expected, strict=True):
         assert torch.equal(a, b), f"{name}: {(a - b).abs().max()}"
     for place in (spread.stream_experts, lambda: spread.place_experts(["cpu"] * 3)):
-        with pytest.raises(AfaError, match="these are spread over processes"):
+        with pytest.raises(AfaError, match="cannot be combined with experts spread over processes"):
             place()
     assert record.mean_share().shape[-1] == len(ensemble.experts)
 

@@ -95,7 +95,7 @@ def test_what_does_not_go_together_is_refused() -> None:
         ensemble.place_experts(["cpu", "cpu"])
     ensemble.place_experts(["cpu"] * 3)
     for place in (ensemble.stream_experts, lambda: ensemble.offload_experts("cpu")):
-        with pytest.raises(AfaError, match="these are placed on several devices"):
+        with pytest.raises(AfaError, match="cannot be combined with experts on several devices"):
             place()
     twice = afa.EnsembleDenoiser([ensemble.experts[0]] * 2)
     with pytest.raises(AfaError, match="must be on one device"):

@@ -8,7 +8,7 @@ switched on last.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from afa.errors import AfaError
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from afa.acceleration.plan import PruningPlan
     from afa.denoisers import Execution
     from afa.devices import Devices
+    from afa.ensemble import EnsembleDenoiser
     from afa.exchange import Exchange
 
 #: answers to a timestep with the experts that run there, by number; the others are skipped
@@ -44,7 +45,7 @@ _SCHEDULE: Feature = "a schedule"
 
 
 class Excluded(NamedTuple):
-    """Two features, why they cannot be combined, and what to do."""
+    """Two features, why they cannot be combined, and what to do; or one that is not repeated."""
 
     one: Feature
     other: Feature
@@ -54,7 +55,7 @@ class Excluded(NamedTuple):
 
 _FIXED = "a CUDA graph runs the same kernels on the same memory at every step"
 _ALL_RUN = "every process must compute its own experts at every step"
-_ONE_PLACE = "experts are kept in one place"
+_ONE_PLACE = "every expert is kept in one place, which is chosen once"
 _LEAVE_GRAPHS = "Leave CUDA graphs out, or the other"
 _LOAD_ANEW = "Load the ensemble anew to move its experts elsewhere"
 
@@ -72,6 +73,8 @@ EXCLUDED: tuple[Excluded, ...] = (
     Excluded(_GRAPHS, _DEVICES, _FIXED, _LEAVE_GRAPHS),
     Excluded(_GRAPHS, _OFFLOADED, _FIXED, _LEAVE_GRAPHS),
     Excluded(_GRAPHS, _STREAMED, _FIXED, _LEAVE_GRAPHS),
+    Excluded(_SPREAD, _SPREAD, _ONE_PLACE, _LOAD_ANEW),
+    Excluded(_DEVICES, _DEVICES, _ONE_PLACE, _LOAD_ANEW),
     Excluded(_SPREAD, _DEVICES, _ONE_PLACE, _LOAD_ANEW),
     Excluded(_SPREAD, _OFFLOADED, _ONE_PLACE, _LOAD_ANEW),
     Excluded(_SPREAD, _STREAMED, _ONE_PLACE, _LOAD_ANEW),
@@ -112,7 +115,7 @@ class Switches:
         Raises:
             AfaError: names both, why, and what to do.
         """
-        for other in sorted(self.features_in_use() - {wanted}):
+        for other in sorted(self.features_in_use()):
             for excluded in EXCLUDED:
                 if {excluded.one, excluded.other} == {wanted, other}:
                     first = wanted[0].upper() + wanted[1:]
@@ -156,7 +159,7 @@ class Switches:
     def plan(self, plan: PruningPlan | None) -> None:
         if plan is not None:
             self.require_compatible("a pruning plan")
-            plan.check(self)
+            plan.check(cast("EnsembleDenoiser", self))
         self._plan = plan
 
     @property

@@ -51,48 +51,31 @@ class Placement:
                 or placed already, or LoRAs of one base, whose memory they share.
         """
         placed = Devices(devices, len(self.experts))
-        self._require_one_place("placed on devices")
         self.require_compatible("experts on several devices")
-        self.stop_offloading()
         shared = {id(p): placed.of_expert[0] for p in self.experts[0].parameters()}
         for expert, device in zip(self.experts, placed.of_expert, strict=True):
             if any(shared.setdefault(id(p), device) != device for p in expert.parameters()):
                 raise AfaError(
                     "Experts that share weights, such as LoRAs of one base, must be on one device."
                 )
+        self.stop_offloading()
         for expert, device in zip(self.experts, placed.of_expert, strict=True):
             expert.to(device)
         self.aggregators.to(placed.main)
         self.devices = placed
 
-    def _require_one_place(self, done: str) -> None:
-        """Raise AfaError where experts are spread over processes or placed on devices."""
-        if self.exchange is not None or self.devices is not None:
-            where = "spread over processes" if self.exchange else "placed on several devices"
-            raise AfaError(
-                f"Experts must all be in one place to be {done}; these are {where}. Load them anew."
-            )
-
     def _require_same_device(self, device: torch.device | None) -> None:
         """Raise AfaError where experts that are offloaded or spread are asked to be elsewhere."""
-        there = (
-            self.execution.device or next(self.experts[self.exchange.own[0]].parameters()).device
-        )
-        if (
-            device is None
-            or device == there
-            or (device.type, device.index or 0)
-            == (
-                there.type,
-                there.index or 0,
-            )
-        ):
+        there, how, remedy = self.execution.device, "offloaded", "Call stop_offloading() first"
+        if self.exchange is not None:
+            there = next(self.experts[self.exchange.own[0]].parameters()).device
+            how, remedy = "spread over processes", "Load them anew there"
+        if device is None or there is None:
             return
-        how = "offloaded" if self.execution.device else "spread over processes"
-        remedy = "Call stop_offloading() first" if self.execution.device else "Load them anew there"
-        raise AfaError(
-            f"Experts that are {how} and run on {there} cannot be moved to {device}. {remedy}."
-        )
+        if (device.type, device.index or 0) != (there.type, there.index or 0):
+            raise AfaError(
+                f"Experts that are {how} and run on {there} cannot be moved to {device}. {remedy}."
+            )
 
     def require_layers(self, done: str) -> None:
         """Refuse to do what needs the experts' layers in memory.
@@ -118,7 +101,6 @@ class Placement:
         Raises:
             AfaError: the experts are spread over processes, or placed on several devices.
         """
-        self._require_one_place("offloaded")
         self.require_compatible("offloaded experts")
         self.stop_offloading()
         self.experts.to("cpu")
@@ -150,7 +132,6 @@ class Placement:
         Raises:
             AfaError: see `stream_experts`.
         """
-        self._require_one_place("streamed")
         self.require_compatible("streamed experts")
         if self.execution.source is not stream:
             self.stop_offloading()
@@ -190,11 +171,10 @@ class Placement:
                 or a plan or a schedule leaves some out.
         """
         exchange = Exchange(len(self.experts), group)
-        self._require_one_place("spread over processes")
         self.require_compatible("experts spread over processes")
-        self.stop_offloading()
         if len(set(self.experts)) < len(self.experts):
             raise AfaError("Experts that are spread over processes must be named once each.")
+        self.stop_offloading()
         for n, expert in enumerate(self.experts):
             if n not in exchange.own:
                 expert.to("meta")

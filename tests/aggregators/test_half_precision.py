@@ -18,6 +18,9 @@ from tests.aggregators.test_sabw import CONFIG
 LARGEST = torch.finfo(torch.float16).max
 
 
+_CONDITION = Condition(torch.zeros(1), torch.zeros(1), torch.zeros(1), torch.zeros(1))
+
+
 def plain_halved(feature: torch.Tensor) -> torch.Tensor:
     """As it was before it minded overflows."""
     rows = feature[..., ::2, :] + feature[..., 1::2, :]
@@ -93,7 +96,7 @@ def test_a_missing_expert_stands_for_a_mean_that_does_not_overflow() -> None:
         return torch.full((1, 3, 4, 4), 1 / 3)
 
     sabw.fusion_weights = weights  # type: ignore[method-assign,assignment]
-    sabw.fuse_some(features, Condition(*[torch.zeros(1)] * 4))
+    sabw.fuse_some(features, _CONDITION)
     assert [float(feature.mean()) for feature in seen] == [49984.0] * 3
 
 
@@ -109,7 +112,7 @@ def test_weighted_sums_of_large_numbers(count: int) -> None:
         fused = weighted_sum(features, weights)
         expected = (exact * weights.transpose(0, 1)[:, :, None]).sum(0)
         torch.testing.assert_close(fused.float(), expected, rtol=2e-3, atol=128)
-    fused_mean = Mean()(features, Condition(*[torch.zeros(1)] * 4)).feature
+    fused_mean = Mean()(features, _CONDITION).feature
     assert isinstance(fused_mean, torch.Tensor)
     torch.testing.assert_close(fused_mean.float(), exact.mean(0), rtol=2e-3, atol=128)
 

@@ -24,7 +24,7 @@ import afa
 from afa.acceleration.plan import PruningPlan, StepRange, fused_sites
 from afa.denoisers import discover_sites, family_of
 from afa.ensemble import EnsembleDenoiser
-from afa.steering import site_biases
+from afa.steering import Bias, site_biases
 from tests.acceleration.test_graphs import Replays
 from tests.pairs.reference import Call, Meaning
 from tests.tiny import ODD, TEXT_WIDTH, tiny_unet
@@ -34,7 +34,7 @@ NUM_EXPERTS = 3
 SMALL = afa.SABWConfig(hidden_size=16, num_layers=1, num_heads=2, norm_num_groups=4)
 #: of the picture that is always drawn
 STEPS = (900, 700, 500, 300)
-BIAS = {"0": 1.0, "1": {"up": -0.5}}
+BIAS: Bias = {"0": 1.0, "1": {"up": -0.5}}
 
 
 @cache
