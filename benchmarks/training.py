@@ -171,7 +171,7 @@ def measure(size: str, changes: dict[str, Any]) -> dict[str, float]:
                 try:
                     next(preparing)
                 except StopIteration as stop:
-                    examples, _ = stop.value
+                    examples = stop.value.training
                     break
             if cache:
                 encoding = time.perf_counter() - began

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
@@ -19,6 +20,18 @@ def made_from() -> dict[str, str]:
             + [f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers")]
         ),
     }
+
+
+def releases(*packages: str) -> dict[str, str]:
+    """Major and minor version of installed packages, by name; those that are missing are left out.
+
+    What is kept depends on them; a patch of a release changes the last bits at most.
+    """
+    found = {}
+    for package in packages:
+        with suppress(PackageNotFoundError):
+            found[package] = ".".join(version(package).split("+")[0].split(".")[:2])
+    return found
 
 
 def commit() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -210,6 +211,22 @@ def hash_weights(module: nn.Module) -> str:
         if flat.numel():
             digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+#: of a configuration: where and by what it was written
+_WRITTEN_BY = ("transformers_version", "torch_dtype", "dtype", "architectures")
+
+
+def configuration_of(model: Any) -> dict[str, Any]:
+    """A part's configuration as JSON, without where it lies and which release wrote it.
+
+    Two models with equal weights may differ by it alone, for instance in an activation.
+    """
+    config = model.config
+    told = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    kept = {k: v for k, v in told.items() if not k.startswith("_") and k not in _WRITTEN_BY}
+    kept["class"] = type(model).__name__
+    return json.loads(json.dumps(kept, sort_keys=True, default=str))
 
 
 def attach_controlnet(

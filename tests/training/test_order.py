@@ -79,4 +79,5 @@ def test_generators_do_not_collide_where_places_end_with_zero() -> None:
 
 
 def test_successors() -> None:
-    assert list(successors(5, range(3, 7))) == [5, 6, 3, 4]
+    assert list(successors(2, range(3, 7))) == [5, 6, 3, 4]
+    assert list(successors(1, [8, 2, 5])) == [2, 5, 8]

@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from afa.errors import AfaError
 from afa.training import Recipe
+from afa.training.split import Split
 from tests.training.runs import as_written, steps_of
 
 NAMES = ["expert0", "expert1", "expert2"]
@@ -84,8 +85,12 @@ def test_validation_is_the_same_however_it_is_batched_and_encoded(
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-4)
 
 
-def test_validation_and_previews_change_no_step(experts: list[Path], tmp_path: Path) -> None:
+def test_validation_and_previews_change_no_step(
+    experts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """But for the samples that are held out."""
+    last = Split(list(range(95)), list(range(95, 100)), 100, 5, 100)
+    monkeypatch.setattr("afa.training.prepare.split_by_picture", lambda *_: last)
     plain = as_written(experts, {"scenes": {"num_samples": 95}}, num_steps=6)
     unseen = [s.loss for s in steps_of(Recipe.model_validate(plain), tmp_path / "plain")]
     assert [s.loss for s in steps_of(observed(experts), tmp_path / "seen")] == unseen
@@ -93,7 +98,7 @@ def test_validation_and_previews_change_no_step(experts: list[Path], tmp_path: P
 
 def test_held_out_samples_must_leave_some(experts: list[Path], tmp_path: Path) -> None:
     asked = observed(experts, validation={"num_samples": 100})
-    with pytest.raises(AfaError, match="must be less than the 100 samples there are"):
+    with pytest.raises(AfaError, match=r"holds out all 100 .* \(100 samples\).* at most 99"):
         list(steps_of(asked, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 

@@ -42,6 +42,16 @@ def conditioning_of(pipeline: Any) -> Conditioning:
     return CONDITIONINGS[kind_of_pipeline(pipeline).name]
 
 
+def options_of(pipeline: Any) -> dict[str, Any]:
+    """What a pipeline is told besides its parts, as `force_zeros_for_empty_prompt`; its class."""
+    told = {
+        key: value
+        for key, value in pipeline.config.items()
+        if not key.startswith("_") and not isinstance(value, list | tuple)
+    }
+    return {"class": type(pipeline).__name__, **told}
+
+
 # -- Stable Diffusion -------------------------------------------------------------------------
 
 

@@ -89,17 +89,18 @@ class Sample(NamedTuple):
 class Order:
     """How places become samples and draws; `samples` are those of the data set that are used."""
 
-    samples: range
+    samples: Sequence[int]
     seed: int
     caption_dropout: float
     shape: tuple[int, int, int]
     purpose: Purpose = Purpose.TRAINING
 
-    def sample(self, place: int) -> int:
-        """The sample at a place."""
-        if self.purpose is Purpose.VALIDATION:
-            return self.samples[place]
-        return self.samples[sample_at(place, len(self.samples), self.seed)]
+    def candidates(self, place: int) -> Iterator[int]:
+        """The sample at a place, then those that take its place where it is broken."""
+        position = place
+        if self.purpose is not Purpose.VALIDATION:
+            position = sample_at(place, len(self.samples), self.seed)
+        return successors(position, self.samples)
 
     def draw(self, place: int) -> Draw:
         """What is drawn there."""
@@ -123,7 +124,7 @@ class _Places(Dataset):
         """
         variant = self._transform.variant(self._order.draw(place).variant)
         broken: dict[int, str] = {}
-        for index in successors(self._order.sample(place), self._order.samples):
+        for index in self._order.candidates(place):
             try:
                 picture, caption = self._data[index]
                 pixels = self._transform(picture, index, variant)
@@ -204,7 +205,7 @@ class LiveExamples:
         transform: Transform,
         *,
         seed: int,
-        samples: range | None = None,
+        samples: Sequence[int] | None = None,
         caption_dropout: float = 0.0,
         max_broken: float = 0.0,
         num_workers: int = 0,
@@ -216,7 +217,7 @@ class LiveExamples:
         self._device = device or denoiser_of(pipeline).device
         self._num_workers, self._trains_text = num_workers, trains_text
         shape = latent_shape(pipeline, transform.resolution)
-        samples = samples or range(len(data))
+        samples = range(len(data)) if samples is None else samples
         self._order = Order(samples, seed, caption_dropout, shape, purpose)
         self.broken = Broken(len(data), max_broken)
 

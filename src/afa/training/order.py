@@ -6,6 +6,7 @@ and the place alone: not on the batch size, the number of processes or where a r
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
@@ -56,10 +57,10 @@ def sample_at(place: int, num_samples: int, seed: int) -> int:
     return int(_epoch_order(num_samples, seed, epoch)[position])
 
 
-def successors(sample: int, samples: range) -> Iterator[int]:
-    """The samples from one on, and from the first after the last, each once."""
-    yield from range(sample, samples.stop)
-    yield from range(samples.start, sample)
+def successors(position: int, samples: Sequence[int]) -> Iterator[int]:
+    """The samples from a position on, and from the first after the last, each once."""
+    for n in itertools.chain(range(position, len(samples)), range(position)):
+        yield samples[n]
 
 
 @lru_cache(maxsize=2)

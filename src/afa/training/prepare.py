@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from afa.errors import AfaError
 from afa.pipeline import native_resolution, size_multiple
@@ -16,21 +16,31 @@ from afa.training.cache import (
 )
 from afa.training.data import StreamedImages
 from afa.training.examples import LiveExamples
+from afa.training.listing import Listing, digest_of, is_settled, rows_of
 from afa.training.order import Purpose
+from afa.training.split import split_by_picture
 from afa.training.transform import Transform
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Sequence
 
     from diffusers import DiffusionPipeline
 
+    from afa.training.continuing import Began
     from afa.training.data import CaptionedImages
     from afa.training.engine import Engine
     from afa.training.examples import Examples
     from afa.training.recipe import DataRecipe, Recipe
 
-    #: examples for training, and for validation where there is any
-    Prepared = tuple[Examples, Examples | None]
+    Samples = tuple[Sequence[int], Sequence[int]]
+
+
+class Prepared(NamedTuple):
+    """Examples for training, and for validation where there is any; what the data was."""
+
+    training: Examples
+    validation: Examples | None
+    listing: Listing | None
 
 
 def prepare_examples(
@@ -38,8 +48,21 @@ def prepare_examples(
     pipeline: DiffusionPipeline,
     data: CaptionedImages | StreamedImages,
     engine: Engine,
+    began: Began | None = None,
 ) -> Generator[CacheProgress, None, Prepared]:
-    """Examples for training and for validation, encoded beforehand where that pays."""
+    """Examples for training and for validation, encoded beforehand where that pays.
+
+    Args:
+        recipe: of the training.
+        pipeline: with the parts that encode.
+        data: pictures and captions.
+        engine: the processes.
+        began: what the run began with; None where nothing is kept.
+
+    Raises:
+        AfaError: other data than the run began with, too few pictures to hold some out, a
+            resolution that does not fit, or what the cache raises.
+    """
     settings, asked = recipe.training, recipe.data
     transform = Transform(
         asked.resolution or min(native_resolution(pipeline)),
@@ -54,49 +77,92 @@ def prepare_examples(
             f"data.resolution must be a multiple of {factor}, in which the experts work, came "
             f"{transform.resolution}."
         )
-    num_held_out = 0 if recipe.validation is None else recipe.validation.num_samples
     common: Any = {"seed": settings.seed, "max_broken": asked.max_broken, "device": engine.device}
+    trains: Any = {"caption_dropout": settings.caption_dropout}
+    validates: Any = {"purpose": Purpose.VALIDATION}
+    listing, content = None, None
+    if not isinstance(data, StreamedImages):
+        if not is_settled(data) or recipe.validation is not None:
+            listing = yield from _list_samples(data, engine, began)
+        # of scenes the listing does not tell where the objects are
+        content = digest_of(data) if listing is None or is_settled(data) else listing.digest
+        yield from _require_data(began, content, listing, data)
     if not _is_cached(asked, data, settings.num_steps * engine.shares(settings).total):
         assert not isinstance(data, StreamedImages), "a stream is always cached"
-        used, held_out = _split(len(data), num_held_out)
+        used, held_out = yield from _split(recipe, listing, len(data), transform, began)
         live: Any = {**common, "num_workers": asked.num_workers}
-        training = LiveExamples(
-            pipeline,
-            data,
-            transform,
-            samples=used,
-            caption_dropout=settings.caption_dropout,
-            **live,
-        )
+        training = LiveExamples(pipeline, data, transform, samples=used, **trains, **live)
         if not held_out:
-            return training, None
-        return training, LiveExamples(
-            pipeline, data, transform, samples=held_out, purpose=Purpose.VALIDATION, **live
-        )
+            return Prepared(training, None, listing)
+        held = LiveExamples(pipeline, data, transform, samples=held_out, **validates, **live)
+        return Prepared(training, held, listing)
     folder = asked.cache_folder or default_cache_folder()
-    cache = LatentCache(folder, pipeline, data, transform)
+    cache = LatentCache(folder, pipeline, data, transform, content)
     yield from cache.build(engine.rank, engine.num_processes, asked.max_broken)
     engine.wait()
     latents = LatentShards(cache)
+    if isinstance(data, StreamedImages):
+        listing = latents.listing
+        yield from _require_data(began, listing.digest, listing, None)
     text = TextCache(folder, pipeline, latents.captions)
     yield from text.build(engine.rank, engine.num_processes)
     engine.wait()
-    used, held_out = _split(latents.num_samples, num_held_out)
-    cached = CachedExamples(
-        pipeline,
-        latents,
-        text,
-        transform,
-        samples=used,
-        caption_dropout=settings.caption_dropout,
-        purpose=Purpose.TRAINING,
-        **common,
-    )
+    used, held_out = yield from _split(recipe, listing, latents.num_samples, transform, began)
+    stored: Any = (pipeline, latents, text, transform)
+    common["purpose"] = Purpose.TRAINING
+    cached = CachedExamples(*stored, samples=used, **trains, **common)
     if not held_out:
-        return cached, None
-    return cached, CachedExamples(
-        pipeline, latents, text, transform, samples=held_out, purpose=Purpose.VALIDATION, **common
+        return Prepared(cached, None, listing)
+    return Prepared(
+        cached, CachedExamples(*stored, samples=held_out, **common | validates), listing
     )
+
+
+def _list_samples(
+    data: CaptionedImages, engine: Engine, began: Began | None
+) -> Generator[CacheProgress, None, Listing]:
+    """Hash all pictures and captions; each process takes a part.
+
+    Files that the run knows from before are read only where somebody wrote into them.
+    """
+    known = began.listing.known() if began is not None and began.listing is not None else None
+    share = -(-len(data) // engine.num_processes)
+    mine = range(len(data))[engine.rank * share : (engine.rank + 1) * share]
+    rows = []
+    for some in rows_of(data, mine, known):
+        rows += some
+        yield CacheProgress("look at pictures", len(rows), len(mine))
+    return Listing.of(engine.gather(rows))
+
+
+def _require_data(
+    began: Began | None, content: str, listing: Listing | None, names: CaptionedImages | None
+) -> Generator[CacheProgress, None, None]:
+    notes = [] if began is None else began.require_data(content, listing, names)
+    if notes:
+        yield CacheProgress("look at pictures", 1, 1, tuple(notes))
+
+
+def _split(
+    recipe: Recipe,
+    listing: Listing | None,
+    num_samples: int,
+    transform: Transform,
+    began: Began | None,
+) -> Generator[CacheProgress, None, Samples]:
+    """The samples to train on, and those that are held out."""
+    used: Sequence[int] = range(num_samples)
+    held_out: Sequence[int] = ()
+    note = None
+    if recipe.validation is not None:
+        assert listing is not None, "pictures are told apart by it"
+        split = split_by_picture(listing, recipe.validation.num_samples)
+        used, held_out, note = split.training, split.validation, split.note
+    if began is not None:
+        began.require_split(held_out, transform)
+    if note is not None:
+        yield CacheProgress("hold out pictures", num_samples, num_samples, (note,))
+    return used, held_out
 
 
 def _is_cached(asked: DataRecipe, data: CaptionedImages | StreamedImages, num_places: int) -> bool:
@@ -104,17 +170,3 @@ def _is_cached(asked: DataRecipe, data: CaptionedImages | StreamedImages, num_pl
     if isinstance(data, StreamedImages):
         return True
     return num_places > len(data) if asked.cache is None else asked.cache
-
-
-def _split(num_samples: int, num_held_out: int) -> tuple[range, range]:
-    """The samples to train on, and the last ones, which are held out.
-
-    Raises:
-        AfaError: none would be left to train on.
-    """
-    if num_held_out >= num_samples:
-        raise AfaError(
-            f"validation.num_samples must be less than the {num_samples} samples there are, came "
-            f"{num_held_out}."
-        )
-    return range(num_samples - num_held_out), range(num_samples - num_held_out, num_samples)

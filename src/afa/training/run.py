@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,6 +14,7 @@ from afa.errors import AfaError
 from afa.files import is_unused, owned, read_json, write_atomic
 from afa.pipeline import load_pipeline
 from afa.training.checkpoints import Checkpoints
+from afa.training.continuing import Began, differing, essence
 from afa.training.data import open_data
 from afa.training.engine import Engine
 from afa.training.loop import TrainStep, seeded
@@ -32,25 +33,6 @@ if TYPE_CHECKING:
 
 RECIPE = "recipe.json"
 CHECKPOINTS = "checkpoints"
-#: what may change when a run goes on: none of it changes a step
-_FREE = {
-    "training": (
-        "num_steps",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "log_every",
-        "trackers",
-        "gradient_checkpointing",
-        "offload_experts",
-        "device",
-        # their product with the number of processes is kept in the checkpoints
-        "batch_size",
-        "gradient_accumulation_steps",
-    ),
-    "data": ("cache", "cache_folder", "num_workers", "max_broken"),
-    "validation": ("every",),
-    "previews": None,  # as a whole
-}
 
 
 def train(
@@ -95,13 +77,16 @@ def train(
         )
     checkpoints = Checkpoints(output / CHECKPOINTS, settings.keep_checkpoints)
     trainer = Trainer(pipeline, settings, engine, checkpoints)
-    training, validation = yield from _stoppable(
-        prepare_examples(recipe, pipeline, data, engine), trainer, should_stop
+    began = Began(trainer, output, validates=recipe.validation is not None)
+    training, validation, listing = yield from _stoppable(
+        prepare_examples(recipe, pipeline, data, engine, began), trainer, should_stop
     )
     with owned(output) if engine.is_main else nullcontext():
         if engine.is_main:
             asked = recipe.model_dump(mode="json")
             write_atomic(output / RECIPE, json.dumps(asked, indent=2) + "\n")
+            if listing is not None:
+                listing.write(output)
         with Watch(recipe, output, trainer, validation) as watch:
             watch.skipped(training.broken)
             for step in trainer.steps(training, should_stop):
@@ -128,28 +113,15 @@ def _stoppable(
 
 
 def _check_folder(recipe: Recipe, output: Path) -> None:
-    written = output / RECIPE
-    asked = recipe.model_dump(mode="json")
-    if not is_unused(output) and not (
-        written.is_file() and _essence(read_json(written)) == _essence(asked)
-    ):
+    if is_unused(output):
+        return
+    written, asked = output / RECIPE, essence(recipe.model_dump(mode="json"))
+    before = essence(read_json(written)) if written.is_file() else None
+    if before != asked:
+        found = f"'{output}' is neither"
+        if before is not None:
+            found = f"that in '{output}' has another {', '.join(differing(before, asked))}"
         raise AfaError(
-            f"The output folder must be new or hold an earlier run of this recipe; '{output}' "
-            "is neither. Name another one."
+            f"The output folder must be new or hold an earlier run of this recipe; {found}. Name "
+            "another one."
         )
-
-
-def _essence(recipe: dict[str, Any]) -> dict[str, Any]:
-    """What of a recipe decides its steps."""
-    kept: dict[str, Any] = {}
-    for key, section in recipe.items():
-        free = _FREE.get(key, ())
-        if free is None:
-            continue
-        kept[key] = section
-        if isinstance(section, dict):
-            kept[key] = {k: v for k, v in section.items() if k not in free}
-    training = recipe.get("training") or {}
-    if training.get("learning_rate_schedule") == "cosine":  # every step's rate depends on it
-        kept["training"]["num_steps"] = training.get("num_steps")
-    return kept

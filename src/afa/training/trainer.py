@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,14 +20,16 @@ from afa.training.checkpoints import (
     load_optimizer_tensors,
     optimizer_tensors,
 )
+from afa.training.continuing import configurations, digest, digest_of_settings, require_same
 from afa.training.engine import Engine
 from afa.training.examples import LiveExamples
+from afa.training.listing import digest_of
 from afa.training.loop import NotFinite, TrainStep, optimizer_steps
 from afa.training.transform import Transform
 from afa.trust.unchanged import require_unchanged
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from diffusers import DiffusionPipeline
 
@@ -58,12 +61,20 @@ def train_aggregators(
 
     Raises:
         AfaError: there is nothing to train, the experts need more than a prompt, the checkpoint is
-            damaged, of other experts or further than asked for; later, a picture that cannot be
-            read, or a loss that is no longer finite.
+            damaged, of other experts, data or settings, or further than asked for; later, a picture
+            that cannot be read, or a loss that is no longer finite.
     """
     trainer = Trainer(pipeline, settings, Engine(settings.device), checkpoints)
     if transform is None:
         transform = Transform(min(native_resolution(pipeline)), seed=settings.seed)
+    if checkpoints is not None:
+        trainer.bind(
+            {
+                "the data": digest_of(data),
+                "the transform": digest(asdict(transform)),
+                "the settings": digest_of_settings(settings),
+            }
+        )
     examples = LiveExamples(
         pipeline,
         data,
@@ -114,6 +125,10 @@ class Trainer:
         if settings.ema_decay is not None:
             self._ema = EMAModel(self._parameters, decay=settings.ema_decay)
         self._checkpoints = checkpoints
+        #: hashes of what decides a step besides weights, by what they are of
+        self._made_from = {} if checkpoints is None else configurations(pipeline)
+        #: the same, as the checkpoint has it that the run continues from
+        self.began: dict[str, str] = {}
         #: the number of steps that are done
         self.first = 0
         found = None if checkpoints is None else checkpoints.read()
@@ -130,6 +145,19 @@ class Trainer:
                 f"already, came {settings.num_steps}. Raise it, or name another folder."
             )
         engine.shard(self.ensemble)
+
+    def bind(self, made_from: Mapping[str, str]) -> None:
+        """Keep hashes of what else decides a step in the checkpoints.
+
+        Args:
+            made_from: by what they are of, as an error names it: data, transform, settings.
+
+        Raises:
+            AfaError: the run began with other ones.
+        """
+        if self._checkpoints is not None:
+            require_same(self.began, made_from, self._checkpoints.folder)
+            self._made_from |= made_from
 
     def steps(
         self, examples: Examples, should_stop: Callable[[], bool] | None = None
@@ -191,7 +219,11 @@ class Trainer:
             "aggregators": aggregator_tensors(self.ensemble),
             "optimizer": optimizer_tensors(self._optimizer),
         }
-        notes: dict[str, Any] = {"experts": self._hashes(), "samples_per_step": self._total}
+        notes: dict[str, Any] = {
+            "experts": self._hashes(),
+            "samples_per_step": self._total,
+            "made_from": self._made_from,
+        }
         if self._ema is not None:
             average = self._ema.state_dict()
             shadows = average.pop("shadow_params")
@@ -220,6 +252,8 @@ class Trainer:
                 f"batch_size times gradient_accumulation_steps times the number of processes must "
                 f"be {found.notes['samples_per_step']}, as before, came {self._total}."
             )
+        self.began = dict(found.notes.get("made_from") or {})
+        require_same(self.began, self._made_from, self._checkpoints.folder)
         load_aggregator_tensors(self.ensemble, found.part("aggregators"))
         load_optimizer_tensors(self._optimizer, found.part("optimizer"))
         if self._ema is not None:

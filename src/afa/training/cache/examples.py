@@ -51,7 +51,7 @@ class CachedExamples:
         transform: Transform,
         *,
         seed: int,
-        samples: range | None = None,
+        samples: Sequence[int] | None = None,
         caption_dropout: float = 0.0,
         max_broken: float = 0.0,
         device: torch.device,
@@ -60,7 +60,7 @@ class CachedExamples:
         self._latents, self._text, self._transform = latents, text, transform
         self._vae, self._device = pipeline.vae, device
         shape = latent_shape(pipeline, transform.resolution)
-        samples = samples or range(latents.num_samples)
+        samples = range(latents.num_samples) if samples is None else samples
         self._order = Order(samples, seed, caption_dropout, shape, purpose)
         self.broken = Broken(latents.num_samples, max_broken)
         self.broken.note(latents.broken)
@@ -69,9 +69,7 @@ class CachedExamples:
         """See `Examples.batches`."""
         for row in places:
             draws = [self._order.draw(place) for place in row]
-            samples = [
-                self._latents.whole(self._order.sample(place), self._order.samples) for place in row
-            ]
+            samples = [self._latents.first_whole(self._order.candidates(place)) for place in row]
             posterior = self._latents.posterior(
                 samples, [self._transform.variant(draw.variant) for draw in draws]
             )

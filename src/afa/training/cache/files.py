@@ -19,7 +19,7 @@ from afa.files import write_atomic
 if TYPE_CHECKING:
     from torch import Tensor
 
-VERSION = 2  # a change of what shards hold makes all of them anew
+VERSION = 3  # a change of what shards hold, or of how a picture is read, makes all of them anew
 SHARD = 256  # samples, or captions
 BATCH = 8  # that are encoded at once
 META = "afa"

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from afa.errors import AfaError
-from afa.text import hash_weights
+from afa.provenance import releases
+from afa.text import configuration_of, hash_weights
 from afa.training.cache.files import (
     BATCH,
     SHARD,
@@ -26,10 +27,10 @@ from afa.training.cache.files import (
 from afa.training.data import BrokenPicture, StreamedImages
 from afa.training.encoding import Posterior, encode_pictures, latent_shape
 from afa.training.examples import Broken
-from afa.training.order import successors
+from afa.training.listing import Listing, digest_of, row_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
 
     from diffusers import DiffusionPipeline
@@ -50,6 +51,7 @@ class LatentCache:
         pipeline: its autoencoder encodes.
         data: pictures and captions.
         transform: crops and flips.
+        content: `afa.training.listing.digest_of` the data, where it is known already.
     """
 
     def __init__(
@@ -58,16 +60,20 @@ class LatentCache:
         pipeline: DiffusionPipeline,
         data: CaptionedImages | StreamedImages,
         transform: Transform,
+        content: str | None = None,
     ) -> None:
         self._pipeline, self._data, self._transform = pipeline, data, transform
         self._count = None if isinstance(data, StreamedImages) else len(data)
-        self._key = {
+        self._key: dict[str, Any] = {
             "version": VERSION,
             "data": data.fingerprint,
             "transform": asdict(transform),
-            "autoencoder": hash_weights(pipeline.vae),
+            "autoencoder": [hash_weights(pipeline.vae), configuration_of(pipeline.vae)],
             "dtype": str(pipeline.vae.dtype),
+            "releases": releases("torch", "diffusers", "pillow"),
         }
+        if not isinstance(data, StreamedImages):  # which is read once, and not before
+            self._key["content"] = content or digest_of(data)
         self.folder = folder / f"latents-{digest(self._key)}"
 
     def build(
@@ -101,7 +107,7 @@ class LatentCache:
         """All shards, once they are built."""
         return sorted(self.folder.glob("[0-9]*.safetensors"))
 
-    def _readers(self) -> Iterator[Reader]:
+    def _readers(self) -> Iterator[Any]:
         """All samples in order, none of them read yet."""
         data = self._data
         if isinstance(data, StreamedImages):
@@ -130,7 +136,10 @@ class LatentCache:
         sizes: list[tuple[int, int]] = []
         counts: list[int] = []
         broken: dict[int, str] = {}
+        rows: list[list[str]] = []
         for sample, read in enumerate(readers, start=first):
+            if isinstance(self._data, StreamedImages):
+                rows.append([part.hex() for part in row_of(read.stored())])
             try:
                 picture, caption = read()
             except BrokenPicture as error:
@@ -160,6 +169,7 @@ class LatentCache:
             "sizes": sizes,
             "num_variants": counts,
             "broken": broken,
+            "rows": rows,
         }
         write_shard(place, tensors, meta)
 
@@ -182,6 +192,7 @@ class LatentShards:
         self.num_samples = 0
         #: sample -> what reading it said
         self.broken: dict[int, str] = {}
+        rows: list[tuple[bytes, bytes, bytes]] = []
         # the shard, the first row there, and how many variants follow each other
         self._place_of: dict[int, tuple[Path, int, int]] = {}
         self._shards = Shards()
@@ -191,6 +202,7 @@ class LatentShards:
             meta = read_header(place)
             self.num_samples += meta["num_samples"]
             self.broken |= _broken_in(meta)
+            rows += [(*map(bytes.fromhex, row),) for row in meta["rows"]]
             row = 0
             for sample, caption, size, count in zip(
                 *(meta[key] for key in ("samples", "captions", "sizes", "num_variants")),
@@ -199,6 +211,8 @@ class LatentShards:
                 self._place_of[sample] = place, row, count
                 self._captions[sample], self._sizes[sample] = caption, tuple(size)
                 row += count
+        #: of all samples of a stream; empty for other data, whose pictures are listed before
+        self.listing = Listing.of(rows)
         if not self._place_of:
             raise AfaError("The data must hold at least one whole picture, came none.")
 
@@ -215,16 +229,19 @@ class LatentShards:
         """Width and height of the picture before it was transformed."""
         return self._sizes[sample]
 
-    def whole(self, sample: int, samples: range) -> int:
-        """The sample itself; where it is broken, the next one of `samples` that is not.
+    def first_whole(self, samples: Iterable[int]) -> int:
+        """The first of these samples that is not broken.
 
         Raises:
             AfaError: all of them are.
         """
-        for candidate in successors(sample, samples):
-            if candidate in self._place_of:
-                return candidate
-        raise AfaError(f"No picture of samples {samples.start} to {samples.stop} can be read.")
+        for sample in samples:
+            if sample in self._place_of:
+                return sample
+        raise AfaError(
+            "At least one picture that is trained on, and one that is held out, must be whole; all "
+            "of one kind are broken. Repair or replace them."
+        )
 
     def posterior(self, samples: Sequence[int], variants: Sequence[int]) -> Posterior:
         """The posterior [B, C, H, W] of one variant of each sample."""

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from afa.text import EnsembleTextEncoder, hash_weights
+from afa.kinds import denoiser_of
+from afa.provenance import releases
+from afa.text import EnsembleTextEncoder, configuration_of, hash_weights
 from afa.training.cache.files import (
     BATCH,
     SHARD,
@@ -18,6 +20,7 @@ from afa.training.cache.files import (
     digest,
     write_shard,
 )
+from afa.training.conditions import options_of
 from afa.training.encoding import encode_captions
 
 if TYPE_CHECKING:
@@ -51,6 +54,12 @@ class TextCache:
             for name, part in sorted(parts.items())
             if name.startswith("tokenizer") and part is not None
         ]
+        told = {
+            "tokenizers": tokens,
+            "options": options_of(pipeline),
+            "width": getattr(denoiser_of(pipeline).config, "joint_attention_dim", None),
+            "releases": releases("torch", "diffusers", "transformers"),
+        }
         first = parts[names[0]]
         #: by expert, whose part of the embedding is whose; None where they are kept as they are
         self._encoder_of: list[int] | None = None
@@ -60,7 +69,7 @@ class TextCache:
         else:
             groups = [[parts[name] for name in names]]
         self._folders = [
-            folder / f"text-{digest([VERSION, [_hash_encoder(e) for e in group], tokens])}"
+            folder / f"text-{digest([VERSION, [_hash_encoder(e) for e in group], told])}"
             for group in groups
         ]
         self._rows = [list(captions[n : n + SHARD]) for n in range(0, len(captions), SHARD)]
@@ -125,18 +134,25 @@ class TextCache:
         ]
 
 
-def _hash_encoder(encoder: Any) -> list[str]:
+def _hash_encoder(encoder: Any) -> list[Any]:
     """All that decides what a text encoder, or an ensemble's, gives."""
     if not isinstance(encoder, EnsembleTextEncoder):
-        return [hash_weights(encoder), str(encoder.dtype)]
-    hashes = [hash_weights(e) for e in encoder.encoders]
-    of = [hashes[n] for n in encoder.encoder_of] if encoder.is_joined else hashes
+        return [hash_weights(encoder), configuration_of(encoder), str(encoder.dtype)]
+    told = [[hash_weights(e), configuration_of(e)] for e in encoder.encoders]
+    of = [told[n] for n in encoder.encoder_of] if encoder.is_joined else told
     return [*of, str(encoder.dtype)]
 
 
 def hash_tokenizer(tokenizer: Any) -> str:
     """SHA-256 of all that decides a text's tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    told = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab())
-    content = [told, tokenizer.model_max_length]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    if backend is None:
+        told: Any = tokenizer.get_vocab()
+    else:
+        told = json.loads(backend.to_str())
+        # what the last call asked for, which the next one sets anew
+        told.pop("truncation", None), told.pop("padding", None)
+    ids = [getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad", "unk")]
+    sides = [tokenizer.padding_side, tokenizer.truncation_side]
+    content = [type(tokenizer).__name__, told, tokenizer.model_max_length, ids, sides]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -10,6 +10,8 @@ from afa.training.data.images import (
     BrokenPicture,
     CaptionedImages,
     Part,
+    SampleReader,
+    Stored,
     StreamedImages,
     read_picture,
 )
@@ -25,7 +27,9 @@ __all__ = [
     "DatasetStream",
     "FolderImages",
     "Part",
+    "SampleReader",
     "SceneImages",
+    "Stored",
     "StreamedImages",
     "open_data",
     "open_dataset",

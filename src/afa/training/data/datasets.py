@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from functools import partial
+import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from afa.errors import AfaError
-from afa.training.data.images import StreamedImages, read_picture
+from afa.training.data.images import Stored, StreamedImages, read_picture
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator, Mapping
 
     from PIL import Image
 
@@ -40,6 +41,10 @@ class DatasetImages:
         row = self._rows[index]
         return _sample(row, self._recipe, _name(row, self._recipe, index))
 
+    def stored(self, index: int) -> Stored:
+        """The picture's bytes, or the file that the row names, and its caption."""
+        return _stored(self._rows[index], self._recipe)
+
     def name(self, index: int) -> str:
         """The picture's file where the row tells it, else its row."""
         return _name(self._rows[index], self._recipe, index)
@@ -58,30 +63,52 @@ class DatasetStream(StreamedImages):
         rows: a `datasets.IterableDataset` whose pictures are not decoded.
         recipe: where it is, and its columns.
         limit: how many samples at the most.
+        files: by split, the files that the library found, as `DataFilesList` of `datasets`.
     """
 
-    def __init__(self, rows: Any, recipe: DatasetRecipe, limit: int | None) -> None:
-        self._rows, self._recipe, self._limit = rows, recipe, limit
+    def __init__(
+        self, rows: Any, recipe: DatasetRecipe, limit: int | None, files: Mapping[Any, Any]
+    ) -> None:
+        self._rows, self._recipe, self._limit, self._files = rows, recipe, limit, files
 
-    def __iter__(self) -> Iterator[Callable[[], tuple[Image.Image, str]]]:
+    def __iter__(self) -> Iterator[_Row]:
         rows = self._rows if self._limit is None else self._rows.take(self._limit)
         for index, row in enumerate(rows):
-            yield partial(_sample, row, self._recipe, _name(row, self._recipe, index))
+            yield _Row(row, self._recipe, index)
 
     @property
     def fingerprint(self) -> str:
-        """The recipe, and size and time of change of local files."""
+        """The recipe and all files that the library found for it.
+
+        Of a local file, its size and time of change; of one elsewhere, what the library asked for:
+        the commit of a hub's repository, or an ETag.
+        """
         digest = hashlib.sha256()
-        place = Path(self._recipe.path)
-        found = [Path(file) for file in self._recipe.data_files or ()]
-        found += sorted(place.rglob("*")) if place.is_dir() else []
-        for file in found:
-            files = [file] if file.is_file() else sorted(file.parent.glob(file.name))
-            for each in files:
-                stat = each.stat()
-                digest.update(json.dumps([str(each), stat.st_size, stat.st_mtime_ns]).encode())
+        for split, files in sorted(self._files.items(), key=lambda item: str(item[0])):
+            known = getattr(files, "origin_metadata", None)
+            digest.update(json.dumps([str(split), list(files), known]).encode())
+            for address in files:
+                for part in address.split("::"):  # a file in an archive, as fsspec writes it
+                    if os.path.isfile(part):
+                        stat = os.stat(part)
+                        digest.update(json.dumps([stat.st_size, stat.st_mtime_ns]).encode())
         settings = self._recipe.model_dump_json()
         return f"stream {settings} limit {self._limit} {digest.hexdigest()}"
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row that is not decoded yet; see `afa.training.data.images.SampleReader`."""
+
+    row: Any
+    recipe: DatasetRecipe
+    index: int
+
+    def __call__(self) -> tuple[Image.Image, str]:
+        return _sample(self.row, self.recipe, _name(self.row, self.recipe, self.index))
+
+    def stored(self) -> Stored:
+        return _stored(self.row, self.recipe)
 
 
 def open_dataset(recipe: DatasetRecipe, limit: int | None) -> DatasetImages | DatasetStream:
@@ -91,18 +118,18 @@ def open_dataset(recipe: DatasetRecipe, limit: int | None) -> DatasetImages | Da
         AfaError: it cannot be had, or lacks a column; says which it has.
     """
     from datasets import Image as ImageFeature
-    from datasets import disable_progress_bars, load_dataset
+    from datasets import disable_progress_bars, load_dataset, load_dataset_builder
 
     disable_progress_bars()
+    named: dict[str, Any] = {"data_files": recipe.data_files, "revision": recipe.revision}
+    files: Mapping[Any, Any] = {}
     try:
-        rows = load_dataset(
-            recipe.path,
-            recipe.name,
-            data_files=recipe.data_files,
-            split=recipe.split,
-            revision=recipe.revision,
-            streaming=recipe.streaming,
-        )
+        if recipe.streaming:
+            builder = load_dataset_builder(recipe.path, recipe.name, **named)
+            files = builder.config.data_files or {}
+            rows = builder.as_streaming_dataset(split=recipe.split)
+        else:
+            rows = load_dataset(recipe.path, recipe.name, split=recipe.split, **named)
         features = rows.features or next(iter(rows.take(1)))
     except Exception as error:  # the library's own, pyarrow's, fsspec's, the hub's
         said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
@@ -120,7 +147,7 @@ def open_dataset(recipe: DatasetRecipe, limit: int | None) -> DatasetImages | Da
         # bytes as they are: a broken picture is ours to skip and to name
         rows = rows.cast_column(recipe.image_column, ImageFeature(decode=False))
     if recipe.streaming:
-        return DatasetStream(rows, recipe, limit)
+        return DatasetStream(rows, recipe, limit, files)
     if limit is not None and limit < len(rows):
         rows = rows.select(range(limit))
     if len(rows) == 0:
@@ -140,6 +167,17 @@ def _name(row: Any, recipe: DatasetRecipe, index: int) -> str:
     path = picture.get("path") if isinstance(picture, dict) else None
     key = row.get("__key__")  # of WebDataset
     return f"row {index}" + "".join(f" ({part})" for part in (path or key,) if part)
+
+
+def _stored(row: Any, recipe: DatasetRecipe) -> Stored:
+    """A row's picture as it is kept, and its caption; both empty where there is none."""
+    picture, caption = (_value(row, c) for c in (recipe.image_column, recipe.caption_column))
+    if isinstance(caption, list):
+        caption = caption[0] if caption else None
+    if isinstance(picture, dict):
+        picture = picture.get("bytes") or Path(picture.get("path") or "")
+    known = picture if isinstance(picture, bytes | Path) else b""
+    return Stored(known, caption if isinstance(caption, str) else "")
 
 
 def _sample(row: Any, recipe: DatasetRecipe, name: str) -> tuple[Image.Image, str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from afa.errors import AfaError
 from afa.files import read_text
-from afa.training.data.images import read_picture
+from afa.training.data.images import Stored, read_picture
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -80,6 +80,10 @@ class FolderImages:
         path, text = self.rows[index]
         remedy = "Replace it or take its line out of metadata.jsonl."
         return read_picture(path, remedy=remedy), text
+
+    def stored(self, index: int) -> Stored:
+        """The picture's file and its caption."""
+        return Stored(*self.rows[index])
 
     def name(self, index: int) -> str:
         """The picture's path."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 import io
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 _DECODING_ERRORS = (
     UnidentifiedImageError,
@@ -37,12 +37,37 @@ class CaptionedImages(Protocol):
 
     def __getitem__(self, index: int) -> tuple[Image.Image, str]: ...
 
+    def stored(self, index: int) -> Stored:
+        """The sample as it is kept, without decoding its picture."""
+
     def name(self, index: int) -> str:
         """What a person would look for: a file, or a row of a data set."""
 
     @property
     def fingerprint(self) -> str:
         """Differs where the pictures or captions do."""
+
+
+class Stored(NamedTuple):
+    """A sample as a data set keeps it.
+
+    Attributes:
+        picture: its file, or the bytes that decide it.
+        caption: its text; empty where it has none.
+    """
+
+    picture: Path | bytes
+    caption: str
+
+
+class SampleReader(Protocol):
+    """A sample of a stream that is not decoded yet."""
+
+    def __call__(self) -> tuple[Image.Image, str]:
+        """The picture and its caption."""
+
+    def stored(self) -> Stored:
+        """See `CaptionedImages.stored`."""
 
 
 class StreamedImages(ABC):
@@ -52,7 +77,7 @@ class StreamedImages(ABC):
     """
 
     @abstractmethod
-    def __iter__(self) -> Iterator[Callable[[], tuple[Image.Image, str]]]:
+    def __iter__(self) -> Iterator[SampleReader]:
         """All samples in order, none of them read yet."""
 
     @property
@@ -70,11 +95,20 @@ class Part:
     def __repr__(self) -> str:
         return f"Part({self._data!r}, {self._indices})"
 
+    @property
+    def whole(self) -> CaptionedImages:
+        """The data set that these samples are of."""
+        return self._data
+
     def __len__(self) -> int:
         return len(self._indices)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, str]:
         return self._data[self._indices[index]]
+
+    def stored(self, index: int) -> Stored:
+        """The whole's."""
+        return self._data.stored(self._indices[index])
 
     def name(self, index: int) -> str:
         """The name that the whole has for it."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING
 
 from PIL import Image
+
+from afa.training.data.images import Stored
 
 if TYPE_CHECKING:
     from afa.zoo.scenes import Kind
@@ -31,14 +34,26 @@ class SceneImages:
     def __len__(self) -> int:
         return self._num_samples
 
+    def stored(self, index: int) -> Stored:
+        """The caption, which names all that a scene shows; its objects' places vary a little."""
+        from afa.zoo.scenes import scene
+
+        caption = scene(index, kind=self._kind, seed=self._seed).caption
+        return Stored(caption.encode(), caption)
+
     def name(self, index: int) -> str:
         """The scene's number."""
         return f"scene {index}"
 
     @property
     def fingerprint(self) -> str:
-        """The settings, which decide every scene."""
-        return repr(self)
+        """The settings and the sprites, which decide every scene."""
+        from afa.zoo.sprites import load_sprites
+
+        digest = hashlib.sha256()
+        for name, sprite in (self._sprites or load_sprites()).items():
+            digest.update(name.encode() + sprite.tobytes())
+        return f"{self!r} {digest.hexdigest()}"
 
     def __getitem__(self, index: int) -> tuple[Image.Image, str]:
         from afa.zoo.scenes import scene

@@ -1,0 +1,190 @@
+"""What must be the same when a training continues from its checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from afa.errors import AfaError
+from afa.kinds import denoiser_of
+from afa.text import EnsembleTextEncoder, configuration_of
+from afa.training.cache.text import hash_tokenizer
+from afa.training.conditions import options_of
+from afa.training.listing import Listing, difference
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from diffusers import DiffusionPipeline
+
+    from afa.training.data import CaptionedImages
+    from afa.training.recipe import TrainingRecipe
+    from afa.training.trainer import Trainer
+    from afa.training.transform import Transform
+
+_DATA = "the data"
+#: what of a recipe may change when a run continues: none of it changes a step
+FREE: dict[str, tuple[str, ...] | None] = {
+    "training": (
+        "num_steps",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "log_every",
+        "trackers",
+        "gradient_checkpointing",
+        "offload_experts",
+        "device",
+        # their product with the number of processes is kept in the checkpoints
+        "batch_size",
+        "gradient_accumulation_steps",
+    ),
+    "data": ("cache", "cache_folder", "num_workers", "max_broken"),
+    "validation": ("every",),
+    "previews": None,  # as a whole
+}
+
+
+def essence(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a recipe, as JSON, decides its steps."""
+    kept: dict[str, Any] = {}
+    for key, section in recipe.items():
+        free = FREE.get(key, ())
+        if free is None:
+            continue
+        kept[key] = section
+        if isinstance(section, dict):
+            kept[key] = {k: v for k, v in section.items() if k not in free}
+    training = recipe.get("training") or {}
+    if training.get("learning_rate_schedule") == "cosine":  # every step's rate depends on it
+        kept["training"]["num_steps"] = training.get("num_steps")
+    return kept
+
+
+def differing(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The keys, with dots, in which two recipes differ."""
+    found = []
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differing(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append(f"{prefix}{key}")
+    return found
+
+
+def digest(content: Any) -> str:
+    """A hash of some JSON."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def digest_of_settings(settings: TrainingRecipe) -> str:
+    """A hash of what decides the steps of a training."""
+    return digest(essence({"training": settings.model_dump(mode="json")}))
+
+
+def configurations(pipeline: DiffusionPipeline) -> dict[str, str]:
+    """Hashes of what decides a loss besides weights: the parts' configurations, by name."""
+    found = {"the pipeline's options": digest(options_of(pipeline))}
+    for name, part in sorted(pipeline.components.items()):
+        if part is None:
+            continue
+        if name.startswith("tokenizer"):
+            found[f"the configuration of {name}"] = hash_tokenizer(part)
+            continue
+        experts = [part]
+        if part is denoiser_of(pipeline):
+            experts = list(getattr(part, "experts", [part]))
+        elif isinstance(part, EnsembleTextEncoder):
+            experts = [part.encoders[n] for n in part.encoder_of]
+        if all(hasattr(each, "config") for each in experts):
+            told = [configuration_of(each) for each in experts]
+            found[f"the configuration of {name}"] = digest(told)
+    return found
+
+
+def require_same(began: Mapping[str, str], now: Mapping[str, str], folder: Path) -> None:
+    """Refuse to continue a run with something else than what it began with.
+
+    Args:
+        began: hashes by what they are of, from the checkpoint; what it lacks is not compared.
+        now: likewise, of this start.
+        folder: of the checkpoints.
+
+    Raises:
+        AfaError: names all that differs.
+    """
+    changed = [what for what in now if what in began and began[what] != now[what]]
+    if changed:
+        raise AfaError(
+            f"The checkpoints in '{folder}' were made with another state of: {', '.join(changed)}. "
+            "A run continues with what it began with. Restore it, or name another output folder."
+        )
+
+
+class Began:
+    """What a run began with that continues now; of a new run, nothing.
+
+    Args:
+        trainer: that has read the newest checkpoint.
+        folder: of the run.
+        validates: whether pictures are held out.
+
+    Raises:
+        AfaError: the listing of the data is damaged.
+    """
+
+    def __init__(self, trainer: Trainer, folder: Path, *, validates: bool) -> None:
+        self._trainer, self._folder, self._validates = trainer, folder, validates
+        #: of the data, where the run continues and has kept one
+        self.listing = Listing.read(folder) if trainer.first else None
+
+    def require_data(
+        self, content: str, listing: Listing | None, names: CaptionedImages | None
+    ) -> list[str]:
+        """Refuse to continue with other data; returns what a user should read.
+
+        Args:
+            content: a hash of all pictures and captions.
+            listing: of the data, for the error; None where settings decide all of it.
+            names: the data set, which names samples; None where it cannot.
+
+        Raises:
+            AfaError: it is other data, or it is not known which pictures were held out.
+        """
+        began, notes = self._trainer.began.get(_DATA), []
+        if self._trainer.first and began is None:
+            if self._validates:
+                raise AfaError(
+                    f"The run in '{self._folder}' was begun by an earlier release, which held out "
+                    "the last lines of the data and not whole pictures. To continue it would train "
+                    "on pictures that were held out. Name another output folder, or finish it with "
+                    "that release."
+                )
+            notes.append(
+                "The run was begun by an earlier release, which kept no list of its pictures: "
+                "whether the data is still the same cannot be told."
+            )
+        if began is not None and began != content:
+            raise AfaError(
+                f"The data is not that with which the run in '{self._folder}' began: "
+                f"{difference(self.listing, listing, names)}. A run continues with the data that "
+                "it began with. Restore the data, or name another output folder."
+            )
+        self._trainer.bind({_DATA: content})
+        return notes
+
+    def require_split(self, validation: Sequence[int], transform: Transform) -> None:
+        """Refuse to continue with other held-out samples, or pictures that look otherwise.
+
+        Raises:
+            AfaError: see `Trainer.bind`.
+        """
+        self._trainer.bind(
+            {
+                "the held-out samples": digest(list(validation)),
+                "the transform": digest(asdict(transform)),
+            }
+        )
