@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import json
+import os
 import shutil
 import sys
 from itertools import islice
@@ -22,10 +23,13 @@ import afa
 from afa.errors import AfaError
 from afa.training import CacheProgress, train
 from afa.training.cache import CachedExamples, LatentCache, LatentShards, TextCache
+from afa.training.conditions import options_of
 from afa.training.data import FolderImages, SceneImages
 from afa.training.examples import LiveExamples
 from afa.training.order import Purpose
 from afa.training.transform import Transform
+from afa.zoo.sprites import load_sprites
+from tests.tiny_pipelines import tiny_xl
 from tests.training.runs import SMALL, recipe, steps_of
 
 TRANSFORM = Transform(16, flip=True, num_variants=3)
@@ -320,3 +324,92 @@ def test_too_many_broken_pictures_stop_it(experts: list[Path], tmp_path: Path) -
         assert "At most 1.0% of the pictures may be broken" in str(stop.value)
         assert ".png" in str(stop.value)
         assert "\n" not in str(stop.value)
+
+
+# -- keys -------------------------------------------------------------------------------------
+
+
+def test_a_picture_of_the_same_name_size_and_time_is_encoded_again(
+    experts: list[Path], tmp_path: Path
+) -> None:
+    pipeline = afa.load_pipeline(experts[:1], SMALL)
+    place = folder_of(tmp_path / "data", 5)
+
+    def name() -> str:
+        return LatentCache(tmp_path, pipeline, FolderImages(place), TRANSFORM).folder.name
+
+    file = place / "0002.png"
+    before, first = file.stat(), name()
+    content = bytearray(file.read_bytes())
+    content[-20] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert file.stat().st_mtime_ns == before.st_mtime_ns
+    assert name() != first
+
+
+def test_latents_depend_on_the_autoencoders_configuration_and_the_releases(
+    experts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = afa.load_pipeline(experts[:1], SMALL)
+
+    def name() -> str:
+        return LatentCache(tmp_path, pipeline, SceneImages(5), TRANSFORM).folder.name
+
+    names = [name()]
+    pipeline.vae.register_to_config(act_fn="gelu")
+    names.append(name())
+    monkeypatch.setattr("afa.training.cache.latents.releases", lambda *_: {"torch": "99.0"})
+    names.append(name())
+    assert len(set(names)) == 3
+
+
+def test_scenes_of_other_sprites_are_other_data() -> None:
+    sprites = load_sprites()
+    first = next(iter(sprites))
+    other = {**sprites, first: sprites[first] * 0.5}
+    fingerprints = {SceneImages(5).fingerprint, SceneImages(5, sprites=sprites).fingerprint}
+    assert len(fingerprints) == 1
+    assert SceneImages(5, sprites=other).fingerprint not in fingerprints
+
+
+def test_texts_depend_on_configurations_padding_and_options(
+    experts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = afa.load_pipeline(experts[:1], SMALL)
+
+    def made() -> set[str]:
+        list(TextCache(tmp_path, pipeline, ["", "a fox"]).build())
+        return {path.name for path in tmp_path.iterdir()}
+
+    count = len(made())
+    assert len(made()) == count, "a tokenizer that was used is the same"
+
+    def padded() -> None:
+        pipeline.tokenizer.pad_token = "!"
+
+    def other_side() -> None:
+        pipeline.tokenizer.truncation_side = "left"
+
+    def activation() -> None:
+        pipeline.text_encoder.encoders[0].config.hidden_act = "gelu"
+
+    def option() -> None:
+        told = options_of(pipeline) | {"force_zeros_for_empty_prompt": True}
+        monkeypatch.setattr("afa.training.cache.text.options_of", lambda _: told)
+
+    def release() -> None:
+        monkeypatch.setattr("afa.training.cache.text.releases", lambda *_: {"torch": "99.0"})
+
+    for change in (padded, other_side, activation, option, release):
+        change()
+        count += 1
+        assert len(made()) == count, change.__name__
+
+
+def test_options_of_a_pipeline_are_all_that_are_no_parts(tmp_path: Path) -> None:
+    """An empty caption is zeros or not by an option of Stable Diffusion XL."""
+    told = options_of(tiny_xl(tmp_path))
+    assert told["class"] == "StableDiffusionXLPipeline"
+    assert "force_zeros_for_empty_prompt" in told
+    assert "unet" not in told

@@ -275,3 +275,44 @@ def test_rows_without_a_picture_or_a_text(tmp_path: Path) -> None:
     assert not isinstance(data, DatasetStream)
     with pytest.raises(AfaError, match=r"row 0 of .* must have a text .*, came 3"):
         data[0]
+
+
+def test_a_streams_fingerprint_sees_all_files_that_a_pattern_finds(tmp_path: Path) -> None:
+    """Patterns may be in folders' names, and find new files."""
+
+    def rows(name: str, colour: str) -> None:
+        place = tmp_path / name / "rows.parquet"
+        place.parent.mkdir(exist_ok=True)
+        table = pyarrow.table({"image": [as_bytes(colour)], "text": ["a"]})
+        pyarrow.parquet.write_table(table, place)
+
+    def fingerprint() -> str:
+        files = [str(tmp_path / "part-*" / "*.parquet")]
+        recipe = DatasetRecipe(path="parquet", data_files=files, streaming=True)
+        return open_dataset(recipe, None).fingerprint
+
+    rows("part-1", "red")
+    seen = [fingerprint(), fingerprint()]
+    assert seen[0] == seen[1]
+    rows("part-2", "blue")
+    seen.append(fingerprint())
+    rows("part-1", "green")
+    seen.append(fingerprint())
+    assert len(set(seen)) == 3
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_samples_as_they_are_kept(tmp_path: Path, kind: Any, streaming: bool) -> None:
+    """The bytes of the very picture that is decoded, and its caption."""
+    recipe = DatasetRecipe.model_validate({**kind(tmp_path), "streaming": streaming})
+    data = open_dataset(recipe, None)
+    if isinstance(data, DatasetStream):
+        pairs = [(reader(), reader.stored()) for reader in data]
+    else:
+        pairs = [(data[n], data.stored(n)) for n in range(len(data))]
+    for (shown, caption), stored in pairs:
+        kept = stored.picture if isinstance(stored.picture, bytes) else stored.picture.read_bytes()
+        assert stored.caption == caption
+        with Image.open(io.BytesIO(kept)) as opened:
+            assert opened.convert("RGB").tobytes() == shown.tobytes()

@@ -12,6 +12,7 @@ import torch
 
 from afa.ensemble import EnsembleDenoiser
 from afa.kinds import denoiser_of, kind_of_pipeline
+from afa.provenance import processor, releases
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,12 +29,14 @@ class Cost:
     `expert_calls` counts one expert's denoiser on one latent: with guidance, N experts and T steps
     a picture has 2 N T. It is counted where the layer in the middle runs, so not where that one's
     feature is taken over from another step. `peak_memory` is in bytes, of the accelerator where
-    there is one, else of the whole process; None where the system does not tell.
+    there is one, else of the whole process; None where the system does not tell. `measured_on` is
+    the machine and the software, on which seconds depend, and pictures by their last bits.
     """
 
     seconds: float = 0.0
     peak_memory: int | None = None
     expert_calls: int = 0
+    measured_on: str = ""
 
 
 @contextmanager
@@ -62,9 +65,20 @@ def measure(pipeline: DiffusionPipeline) -> Iterator[Cost]:
             torch.cuda.synchronize(device)
         cost.seconds = time.perf_counter() - started
         cost.peak_memory = _peak(device)
+        cost.measured_on = _machine(device)
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _machine(device: torch.device) -> str:
+    """What computes, and by which software."""
+    threads = torch.get_num_threads()
+    place = f"{processor()}, {threads} threads"
+    if device.type == "cuda":
+        place = torch.cuda.get_device_name(device)
+    software = releases("afa", "torch", "diffusers", "transformers").items()
+    return f"{place}; {', '.join(f'{name} {release}' for name, release in software)}"
 
 
 def _reset_peak(device: torch.device) -> None:

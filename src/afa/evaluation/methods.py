@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from afa.acceleration.apply import accelerate
-from afa.acceleration.plan import load_plan
 from afa.baselines import merge_models
-from afa.checkpoint import AGGREGATORS, load_ensemble, read_config
+from afa.checkpoint import load_ensemble
 from afa.denoisers.timesteps import in_scheduler_timesteps
 from afa.ensemble import EnsembleDenoiser
+from afa.evaluation.identity import Identities
 from afa.experts import load_expert
 from afa.kinds import build_pipeline, denoiser_of, kind_of_pipeline
-from afa.lora import LoraExpert, base_of, hash_lora
 from afa.pipeline import check_text_to_image, first_folder, load_pipeline, load_single
-from afa.published import hash_published, is_published
-from afa.single_file import Companions, described_by
-from afa.sources import locate
+from afa.single_file import Companions
 from afa.text import EnsembleTextEncoder
 from afa.training.engine import pick_device
-from afa.weights import hash_file, hash_files, hash_pipeline, hash_vae
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -30,8 +25,8 @@ if TYPE_CHECKING:
     from afa.baselines.fusion import FusionRecipe
     from afa.baselines.merging import MergeMethod
     from afa.evaluation.recipe import EvaluateRecipe, MethodRecipe
-    from afa.evaluation.search import SearchRecipe
     from afa.experts import Expert
+    from afa.lora import LoraExpert
 
 
 class MethodBuilder:
@@ -46,51 +41,12 @@ class MethodBuilder:
         self._recipe = recipe
         self._device = device or pick_device(recipe.sampling.device)
         self._dtype = getattr(torch, recipe.sampling.dtype)
-        self._hashes: dict[str | LoraExpert, str] = {}
+        self._identities = Identities(recipe)
         self._experts: DiffusionPipeline | None = None
 
     def identity(self, method: MethodRecipe, replica: int) -> dict[str, Any]:
-        """All that a method's pictures depend on besides prompts and sampling, as JSON.
-
-        Checkpoints are told by their hashes, so that one which has changed is another method.
-        """
-        identity = self._way(method, replica)
-        left_out = method.acceleration.describe()
-        if left_out:
-            identity["acceleration"] = left_out
-        if method.plan is not None:
-            identity["plan"] = load_plan(method.plan).model_dump()
-        return identity
-
-    def _way(self, method: MethodRecipe, replica: int) -> dict[str, Any]:
-        recipe = self._recipe
-        if method.model is not None:
-            return {"model": self._hash(method.model[replica]), **files_identity(recipe)}
-        if method.ensemble is not None:
-            folder = locate(method.ensemble[replica])
-            if is_published(folder):
-                return {"published": hash_published(folder)}
-            saved = read_config(folder)  # names its experts by their hashes
-            return {"ensemble": saved, "aggregators": hash_file(folder / AGGREGATORS)}
-        shared = {
-            "experts": [self._hash(source) for source in recipe.experts],
-            "vae": recipe.vae and hash_vae(locate(recipe.vae)),
-            **files_identity(recipe),
-        }
-        if method.fusion is not None:
-            return {"fusion": method.fusion.model_dump(exclude_none=True), **shared}
-        merge = recipe.merge_recipe(method).model_dump(mode="json", exclude_none=True)
-        merge.pop("experts")
-        base = merge.pop("base", None)
-        return {"merge": merge, "base": base and self._hash(base), **shared}
-
-    def _hash(self, source: str | LoraExpert) -> str:
-        if source not in self._hashes:
-            digest = hash_pipeline(locate(base_of(source)))
-            if isinstance(source, LoraExpert):
-                digest += f" + {source.scale!r} x {hash_lora(Path(source.lora))}"
-            self._hashes[source] = digest
-        return self._hashes[source]
+        """See `afa.evaluation.identity.Identities.method`."""
+        return self._identities.method(method, replica)
 
     def build(self, method: MethodRecipe, replica: int = 0) -> DiffusionPipeline:
         """The pipeline of one method.
@@ -157,18 +113,6 @@ class MethodBuilder:
         rules = fusion.rules(ensemble.sites)
         denoiser = EnsembleDenoiser(list(ensemble.experts), rules, schedule, widths=ensemble.widths)
         return _with(experts, {kind_of_pipeline(experts).denoiser: denoiser})
-
-
-def files_identity(recipe: EvaluateRecipe | SearchRecipe) -> dict[str, Any]:
-    """What decides how single files are read, as JSON; empty where nothing is named."""
-    identity: dict[str, Any] = {}
-    if recipe.config is not None:
-        folder = described_by(recipe.config)
-        files = sorted(file for file in folder.rglob("*.json") if file.is_file())
-        identity["config"] = hash_files(folder, files)
-    if recipe.parts:
-        identity["parts"] = [hash_pipeline(locate(part)) for part in recipe.parts]
-    return identity
 
 
 def merged_pipeline(

@@ -79,8 +79,8 @@ def load_prompts(recipe: PromptsRecipe, scratch: Path | None = None) -> list[Pro
 
     Args:
         recipe: whose paths are absolute or relative to the working directory.
-        scratch: a folder for the zoo's true pictures, rendered where they are missing; None leaves
-            the zoo's prompts without references.
+        scratch: a folder for the zoo's true pictures, rendered where they are missing or differ;
+            None leaves the zoo's prompts without references.
 
     Raises:
         AfaError: a file that cannot be read or is not what it should be, an empty or repeated
@@ -263,9 +263,9 @@ def _from_zoo(recipe: ZooPrompts, scratch: Path | None) -> list[Prompt]:
     with_references = []
     for n, prompt in enumerate(prompts):
         path = scratch / f"{n:06d}.png"
-        if not path.exists():
-            buffer = io.BytesIO()
-            Image.fromarray(parse_caption(prompt.text).render()).save(buffer, format="PNG")
+        buffer = io.BytesIO()
+        Image.fromarray(parse_caption(prompt.text).render()).save(buffer, format="PNG")
+        if not path.exists() or path.read_bytes() != buffer.getvalue():
             write_atomic(path, buffer.getvalue())
         with_references.append(Prompt(prompt.text, prompt.group, path))
     return with_references

@@ -49,6 +49,7 @@ def report_of(results: Results) -> dict[str, Any]:
         "curve": _curve(results),
         "failures": _failures(results),
         "weights": read_shares(results.store, recipe),
+        "measured": {"on": results.machines()},
     }
     return report
 
@@ -159,6 +160,13 @@ def report_text(report: dict[str, Any]) -> str:
         "95 % intervals: Wilson's for shares of right pictures, else a bootstrap over prompts and "
         "over separately trained replicas.",
     ]
+    machines = report["measured"]["on"]
+    if len(machines) > 1:
+        lines += [
+            "",
+            "**Drawn on several machines or with several releases**, so seconds and memory of "
+            f"different rows cannot be compared: {' | '.join(machines)}.",
+        ]
     for group, count in report["groups"].items():
         lines += ["", f"## {group}: {count} prompts", "", *score_table(report, group)]
         lines += ["", *paired_table(report, group)]

@@ -216,6 +216,11 @@ class Results:
             sum(cost.expert_calls for cost, _ in costs) / sum(count for _, count in costs),
         )
 
+    def machines(self) -> list[str]:
+        """Where all batches were drawn: machines with their software, each once."""
+        units = [*self._units, *self.curve_units()]
+        return sorted({read_cost(self.store, unit).measured_on for unit in units} - {""})
+
     def curve_places(self) -> list[int]:
         """The prompts of the curve: the first group's, cut off at the curve's limit."""
         assert self.recipe.curve is not None, "there is a curve"

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from afa.errors import AfaError
+from afa.evaluation.identity import of_metric
 from afa.evaluation.prompts import groups_of
 from afa.evaluation.recipe import SCENE_SCORES, SCENES, slug
 from afa.evaluation.work import digest, open_pictures, read_pictures, write_json
@@ -120,13 +121,13 @@ class Scoring:
         self.set_metrics: list[SetMetric] = []
         self.extractors: dict[str, FeatureExtractor] = {}
         #: the folders that tell the settings and weights of metrics, and the weights of networks
-        self._keys: dict[str, str] = {SCENES: SCENES}
+        self._keys: dict[str, str] = {SCENES: f"{SCENES}-{digest(of_metric(SCENES))}"}
         self._real: dict[str, Tensor] = {}
         chosen = [metric for metric in recipe.metrics if isinstance(metric, MetricRecipe)]
         if SCENES in recipe.metrics:
             self.scorers.append(_Scenes())
         for asked, metric in zip(chosen, open_metrics(chosen, device), strict=True):
-            weights = _hash_weights(asked)
+            weights = of_metric(asked)
             asked_for = [asked.model_dump(mode="json"), weights]
             self._keys[metric.name] = f"{metric.name}-{digest(asked_for)}"
             if isinstance(metric, SetMetric | ReferenceScorer):
@@ -197,7 +198,7 @@ class Scoring:
     def extract_references(self, network: str, number: int) -> None:
         """Put the features of one batch of reference pictures on disk.
 
-        Those that are there already are kept if they are of the same files, by name and size.
+        Those that are there already are kept if they are of the same content in the same order.
 
         Raises:
             AfaError: a picture that cannot be read.
@@ -205,7 +206,7 @@ class Scoring:
         place = self._store.reference_features(self._keys[network], number)
         start = number * _REFERENCE_BATCH
         paths = self.references[start : start + _REFERENCE_BATCH]
-        made_from = json.dumps([[path.name, path.stat().st_size] for path in paths])
+        made_from = json.dumps([_content_of(path) for path in paths])
         if place.exists():
             with safe_open(place, framework="pt") as file:
                 if (file.metadata() or {}).get("pictures") == made_from:
@@ -262,15 +263,19 @@ class Scoring:
         return self._real[network]
 
 
-def _hash_weights(metric: MetricRecipe) -> dict[str, str]:
-    """SHA-256 of all local files that a metric reads; what a hub id names does not change."""
-    places = [Path(p) for p in (metric.weights, metric.processor, metric.clip) if p is not None]
-    files = [file for place in places for file in ([place] if place.is_file() else _files(place))]
-    return {str(file): hash_file(file) for file in files}
+def _content_of(picture: Path) -> str:
+    """SHA-256 of a picture's file.
 
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+    Raises:
+        AfaError: it cannot be read.
+    """
+    try:
+        return hash_file(picture)
+    except OSError as error:
+        raise AfaError(
+            f"The reference picture '{picture}' must be readable, but reading it says: {error}. "
+            "Restore it or take it out."
+        ) from error
 
 
 def _pictures_in(folder: Path) -> list[Path]:

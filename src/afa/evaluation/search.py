@@ -17,7 +17,8 @@ from pydantic import Field, model_validator
 
 from afa.baselines.merging import BlockWeights
 from afa.errors import AfaError
-from afa.evaluation.methods import files_identity, merged_pipeline
+from afa.evaluation.identity import Identities, of_metric
+from afa.evaluation.methods import merged_pipeline
 from afa.evaluation.processes import fixed_threads
 from afa.evaluation.prompts import PromptsRecipe, load_prompts, resolve_prompts
 from afa.evaluation.recipe import SCENES, SamplingRecipe, resolve_metric
@@ -27,10 +28,8 @@ from afa.files import is_unused, owned, read_json, write_atomic
 from afa.kinds import denoiser_of
 from afa.metrics import MetricRecipe
 from afa.pipeline import check_text_to_image, load_pipeline
-from afa.recipe import MAX_SEED, Section, read_recipe, resolve_sources
-from afa.sources import locate
+from afa.recipe import MAX_SEED, Section, differing, read_recipe, resolve_sources
 from afa.training.engine import pick_device
-from afa.weights import hash_pipeline, hash_vae
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence
@@ -157,26 +156,32 @@ def _trials(recipe: SearchRecipe, prompts: Sequence[Prompt], output: Path) -> It
 
 
 def _identity(recipe: SearchRecipe, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """All that a trial's score depends on; checkpoints by their hashes, prompts by their words."""
+    """All that a trial's score depends on; files by their hashes, prompts by their words."""
     asked = recipe.model_dump(mode="json", exclude={"num_trials": True, "sampling": {"device"}})
-    return {
+    judge = of_metric(recipe.metric)
+    del judge["releases"]  # after an upgrade the trials before it still count
+    identity = {
         **asked,
-        "experts": [hash_pipeline(locate(source)) for source in recipe.experts],
-        "vae": recipe.vae and hash_vae(locate(recipe.vae)),
         "config": None,
         "parts": [],
-        **files_identity(recipe),
+        **Identities(recipe).experts(),
         "prompts": [prompt.text for prompt in prompts],
+        "metric weights": judge,
     }
+    return json.loads(json.dumps(identity))
 
 
 def _check_folder(identity: dict[str, Any], output: Path) -> None:
     place = output / _IDENTITY
     written = read_json(place) if place.is_file() else None
     if not is_unused(output) and written != identity:
+        found = f"'{output}' is neither"
+        if written is not None:
+            changed = ", ".join(differing(written, identity))
+            found = f"that in '{output}' was made with another state of: {changed}"
         raise AfaError(
-            f"The output folder must be new or hold an earlier search of this recipe with the same "
-            f"checkpoints; '{output}' is neither. Name another one."
+            "The output folder must be new or hold an earlier search of this recipe with the same "
+            f"checkpoints; {found}. Name another one."
         )
 
 

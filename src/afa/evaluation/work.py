@@ -19,6 +19,7 @@ from afa.files import read_json, write_atomic
 from afa.guard import decoded
 from afa.kinds import kind_of_pipeline
 from afa.memory.exhausted import saying_what_fits, smaller_batch
+from afa.recipe import differing
 from afa.trust.unchanged import require_unchanged
 
 if TYPE_CHECKING:
@@ -124,15 +125,21 @@ class Store:
         """Note in `place` what the files beside it were made from.
 
         Raises:
-            AfaError: it says that they were made from something else.
+            AfaError: it says that they were made from something else, or it is missing beside
+                pictures.
         """
         wanted = json.loads(json.dumps(identity))
         if not place.exists():
+            if any(place.parent.glob("seed-*")) or any(place.parent.glob("methods/*")):
+                raise AfaError(
+                    f"What is kept of {what} must say what it was made from; '{place}' is missing. "
+                    f"Restore it, or delete '{place.parent}' to make all of it again."
+                )
             write_json(place, wanted)
             return
         found = read_json(place)
         if found != wanted:
-            keys = sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))
+            keys = sorted({key.split(".")[0] for key in differing(found, wanted)})
             raise AfaError(
                 f"What is kept of {what} must be of the same recipe and the same checkpoints; in "
                 f"'{place.parent}' it differs in {', '.join(keys)}. Delete that folder to make it "

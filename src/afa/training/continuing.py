@@ -63,18 +63,6 @@ def essence(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def differing(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The keys, with dots, in which two recipes differ."""
-    found = []
-    for key in sorted(before.keys() | now.keys()):
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += differing(old, new, f"{prefix}{key}.")
-        elif old != new:
-            found.append(f"{prefix}{key}")
-    return found
-
-
 def digest(content: Any) -> str:
     """A hash of some JSON."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()

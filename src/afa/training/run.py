@@ -13,8 +13,9 @@ from afa.checkpoint import save_ensemble
 from afa.errors import AfaError
 from afa.files import is_unused, owned, read_json, write_atomic
 from afa.pipeline import load_pipeline
+from afa.recipe import differing
 from afa.training.checkpoints import Checkpoints
-from afa.training.continuing import Began, differing, essence
+from afa.training.continuing import Began, essence
 from afa.training.data import open_data
 from afa.training.engine import Engine
 from afa.training.loop import TrainStep, seeded
