@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 from safetensors.torch import load_file
 
-from afa.baselines.tuned_base import tune_base
+from afa.baselines.tuned_base import require_same_run, tune_base
 from afa.errors import AfaError
-from afa.training import SceneImages, TrainingRecipe, TrainStep
+from afa.training import FolderImages, SceneImages, TrainingRecipe, TrainStep
+from tests.training.test_split import folder_of
 
 DATA = SceneImages(8, seed=1)
 
@@ -101,3 +104,29 @@ def test_what_is_refused(experts: list[Path], tmp_path: Path) -> None:
         checkpoint.write_bytes(b"PK")
     with pytest.raises(AfaError, match="must be complete"):
         tune(experts[0], tmp_path / "tuned")
+
+
+def test_other_pictures_or_another_configuration_are_another_run(
+    experts: list[Path], tmp_path: Path
+) -> None:
+    own = shutil.copytree(experts[0], tmp_path / "own")
+    folder_of(tmp_path / "data", 3)
+    quick = settings(num_steps=1)
+
+    def tuned() -> list[TrainStep]:
+        data = FolderImages(tmp_path / "data")
+        return list(tune_base(str(own), data, quick, tmp_path / "tuned"))
+
+    assert len(tuned()) == 1
+    assert tuned() == []
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "data" / "1.png")
+    with pytest.raises(AfaError, match=r"has another data\. Name another one"):
+        tuned()
+    with pytest.raises(AfaError, match=r"has another data\. Name another one"):
+        require_same_run(FolderImages(tmp_path / "data"), quick, tmp_path / "tuned")
+    folder_of(tmp_path / "data", 3)
+    require_same_run(FolderImages(tmp_path / "data"), quick, tmp_path / "tuned")
+    config = own / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text().replace("epsilon", "v_prediction"))
+    with pytest.raises(AfaError, match=r"has another base\. Name another one"):
+        tuned()

@@ -224,9 +224,7 @@ def test_pictures_without_a_note_of_what_drew_them_are_not_taken(
     note = tmp_path / "output" / "methods" / "one" / "replica-0" / "method.json"
     kept = note.read_text()
     note.unlink()
-    with pytest.raises(
-        AfaError, match=r"method 'one' must say .*method.json' is missing. Restore"
-    ):
+    with pytest.raises(AfaError, match=r"method 'one' must say .*method.json' is missing. Restore"):
         run(recipe, tmp_path / "output")
     note.write_text(kept)
     (tmp_path / "output" / "prompts.json").unlink()

@@ -18,7 +18,7 @@ from afa.baselines.fusion import FusionRecipe
 from afa.errors import AfaError
 from afa.evaluation.recipe import EvaluateRecipe
 from afa.evaluation.search import SearchRecipe
-from afa.study import plan
+from afa.study import jobs, plan
 from afa.study import run as study
 from afa.study.conclusions import conclusions, verdict
 from afa.study.jobs import Job, JobProgress, run_jobs
@@ -40,6 +40,7 @@ from afa.study.run import choose, run_study
 from afa.zoo.transformer import TransformerRecipe, build_transformer_zoo
 from tests import warm
 from tests.study.work import fail, write_name
+from tests.training.runs import recipe as small_recipe
 
 TINY = StudySettings(
     num_train_steps=2,
@@ -405,3 +406,13 @@ def test_the_study_of_transformers_in_small(
     assert (docs / "results.md").read_text() == page
     with pytest.raises(AfaError, match="or of other models"):
         list(run_study(tmp_path / "work", docs, settings, num_processes=1))
+
+
+def test_a_finished_job_of_another_recipe_is_not_taken(experts: list[Path], tmp_path: Path) -> None:
+    """As it would be after a change of the study's own settings in the code."""
+    asked = small_recipe(experts[:1], num_steps=1)
+    jobs.train_aggregators_job("one", asked, tmp_path / "one")
+    jobs.train_aggregators_job("one", asked, tmp_path / "one")
+    changed = small_recipe(experts[:1], num_steps=1, weight_decay=0.5)
+    with pytest.raises(AfaError, match=r"has another training.weight_decay"):
+        jobs.train_aggregators_job("one", changed, tmp_path / "one")

@@ -149,6 +149,23 @@ def test_lines_after_the_checkpoint_are_written_again_once(
     assert [start["step"] for start in starts] == [0, 3]
 
 
+def test_other_releases_are_told_where_a_run_continues(experts: list[Path], tmp_path: Path) -> None:
+    data = {"scenes": {"num_samples": 20}}
+    asked = Recipe.model_validate(as_written(experts[:1], data, num_steps=3))
+    steps = list(islice(steps_of(asked, tmp_path / "run"), 1))
+    assert not steps[0].notes
+    place = tmp_path / "run" / "environment.json"
+    environment = json.loads(place.read_text())
+    environment["starts"][-1]["versions"]["torch"] = "1.0"
+    place.write_text(json.dumps(environment))
+    first, second = steps_of(asked, tmp_path / "run")
+    assert "torch" in first.notes[0]
+    assert "(before: 1.0). Its steps may differ" in first.notes[0]
+    assert not second.notes
+    (line,) = (line for line in lines(tmp_path / "run") if "notes" in line)
+    assert line["notes"] == list(first.notes)
+
+
 def test_starved_experts_are_warned_of(
     experts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,10 +14,12 @@ from torch import nn
 import afa
 from afa.cli import main
 from afa.errors import AfaError
-from afa.zoo.build import ZooRecipe, build_zoo, spoil
+from afa.zoo.build import ZooRecipe, build_zoo, spoil, train_vae
 from afa.zoo.evaluate import draw_pictures
 from afa.zoo.fit import FitStep, fit
+from afa.zoo.models import build_vae
 from afa.zoo.scenes import evaluation_prompts
+from afa.zoo.sprites import load_sprites
 from afa.zoo.transformer import (
     PixArt,
     TransformerRecipe,
@@ -25,9 +27,12 @@ from afa.zoo.transformer import (
     build_t5_tokenizer,
     build_transformer_zoo,
 )
+from afa.zoo.workshop import Workshop
 
 
-def steps_of(model: nn.Linear, checkpoint: Path, num_steps: int = 20) -> list[FitStep]:
+def steps_of(
+    model: nn.Linear, checkpoint: Path, num_steps: int = 20, made_from: str = ""
+) -> list[FitStep]:
     def loss_of(generator: torch.Generator) -> torch.Tensor:
         inputs = torch.randn(8, 2, generator=generator)
         return (model(inputs) - inputs.sum(1, keepdim=True)).square().mean()
@@ -43,6 +48,7 @@ def steps_of(model: nn.Linear, checkpoint: Path, num_steps: int = 20) -> list[Fi
             num_warmup_steps=2,
             ema_decay=0.5,
             checkpoint_every=5,
+            made_from=made_from,
         )
     )
 
@@ -96,6 +102,23 @@ def test_a_checkpoint_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "line.ckpt").write_bytes(b"not what torch writes")
     with pytest.raises(AfaError, match=r"line.ckpt' must be what this command has written, but"):
         steps_of(line(), tmp_path / "line.ckpt")
+
+
+def test_a_stage_that_an_earlier_one_was_made_again_for(tmp_path: Path) -> None:
+    """A finished checkpoint of other data, or of another autoencoder, is not taken for this."""
+    steps_of(line(), tmp_path / "line.ckpt", made_from="an autoencoder")
+    assert steps_of(line(), tmp_path / "line.ckpt", made_from="an autoencoder") == []
+    with pytest.raises(AfaError, match=r"line.ckpt' was trained from something else .* Delete it"):
+        steps_of(line(), tmp_path / "line.ckpt", made_from="another")
+
+
+def test_other_sprites_are_another_zoo(tmp_path: Path) -> None:
+    shop = Workshop(tmp_path, ZooRecipe(vae_steps=1, vae_batch_size=1), load_sprites(), None)
+    list(train_vae(shop, build_vae()))
+    name = next(iter(shop.sprites))
+    other = replace(shop, sprites={**shop.sprites, name: shop.sprites[name] / 2})
+    with pytest.raises(AfaError, match=r"vae.ckpt' was trained from something else"):
+        list(train_vae(other, build_vae()))
 
 
 def test_spoilt_halves_are_no_halves() -> None:

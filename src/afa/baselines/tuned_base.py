@@ -14,15 +14,19 @@ from afa.errors import AfaError
 from afa.files import is_unused, read_json, write_atomic
 from afa.kinds import denoiser_of
 from afa.pipeline import check_text_to_image, load_single, native_resolution
+from afa.recipe import differing
 from afa.single_file import Companions
+from afa.text import hash_weights
 from afa.training.checkpoints import (
     Checkpoint,
     Checkpoints,
     load_optimizer_tensors,
     optimizer_tensors,
 )
+from afa.training.continuing import configurations
 from afa.training.engine import Engine
 from afa.training.examples import LiveExamples
+from afa.training.listing import digest_of
 from afa.training.loop import optimizer_steps
 from afa.training.run import CHECKPOINTS
 from afa.training.transform import Transform
@@ -53,7 +57,7 @@ def tune_base(
 
     Args:
         source: the base; see `afa.sources.locate`.
-        data: pictures and captions; a run that goes on must have data of the same `repr`.
+        data: pictures and captions; a run that continues must have the same.
         settings: see `train_aggregators`; `expert_dtype` must be float32.
         output: a new folder, or one of an earlier run with the same settings.
         config: for a single file, a folder with its configuration.
@@ -71,17 +75,11 @@ def tune_base(
     check_text_to_image(pipeline)
     pipeline.vae.requires_grad_(False)
     run = {
-        "base": reference.sha256,
-        "data": repr(data),
-        "training": settings.model_dump(mode="json"),
+        **_asked(data, settings),
+        "base": [reference.sha256, hash_weights(pipeline.vae), configurations(pipeline)],
     }
     if not is_unused(output):
-        written = output / "run.json"
-        if not written.is_file() or read_json(written) != run:
-            raise AfaError(
-                "The output folder must be new or of the same base, data and settings; "
-                f"'{output}' is neither. Name another one."
-            )
+        _require_same(output, run)
     parts = pipeline.components.items()
     encoders = [part for name, part in parts if name.startswith("text_encoder") and part]
     modules: list[Any] = [denoiser_of(pipeline), *encoders]
@@ -120,6 +118,34 @@ def tune_base(
         save=save,
     )
     _save_pipeline(pipeline, output)
+
+
+def require_same_run(data: CaptionedImages, settings: TrainingRecipe, output: Path) -> None:
+    """Refuse a finished folder that was tuned on other data or with other settings.
+
+    Raises:
+        AfaError: names what differs.
+    """
+    _require_same(output, _asked(data, settings))
+
+
+def _asked(data: CaptionedImages, settings: TrainingRecipe) -> dict[str, Any]:
+    return {"data": digest_of(data), "training": settings.model_dump(mode="json")}
+
+
+def _require_same(output: Path, run: dict[str, Any]) -> None:
+    place = output / "run.json"
+    written = read_json(place) if place.is_file() else None
+    if written is not None:
+        written = {key: value for key, value in written.items() if key in run}
+    if written != run:
+        found = f"'{output}' is neither"
+        if written is not None:
+            found = f"'{output}' has another {', '.join(differing(written, run))}"
+        raise AfaError(
+            f"The output folder must be new or of the same base, data and settings; {found}. Name "
+            "another one."
+        )
 
 
 def _resume(checkpoints: Checkpoints, modules: list[Any], optimizer: torch.optim.Optimizer) -> int:

@@ -155,6 +155,15 @@ def _trials(recipe: SearchRecipe, prompts: Sequence[Prompt], output: Path) -> It
         yield Trial(number + 1, recipe.num_trials, score, study.best_value, seconds)
 
 
+def require_same_search(recipe: SearchRecipe, output: Path) -> None:
+    """Refuse a folder that is not new and not of an earlier search of this recipe.
+
+    Raises:
+        AfaError: names what differs.
+    """
+    _check_folder(_identity(recipe, load_prompts(recipe.prompts)), output)
+
+
 def _identity(recipe: SearchRecipe, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """All that a trial's score depends on; files by their hashes, prompts by their words."""
     asked = recipe.model_dump(mode="json", exclude={"num_trials": True, "sampling": {"device"}})

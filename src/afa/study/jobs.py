@@ -121,26 +121,31 @@ def finished(folder: Path) -> dict[str, Any] | None:
 def train_aggregators_job(name: str, recipe: Recipe, folder: Path) -> None:
     """Train one ensemble; goes on where an earlier run was stopped."""
     from afa.training import train
+    from afa.training.run import require_same_recipe
 
     if finished(folder) is None:
         _finish(name, train(recipe, folder), folder)
+    else:
+        require_same_recipe(recipe, folder)
 
 
 def tune_base_job(
     name: str, base: str, data_seed: int, settings: TrainingRecipe, folder: Path
 ) -> None:
     """Tune the base on the scenes that the aggregators of the same seed see."""
-    from afa.baselines.tuned_base import tune_base
+    from afa.baselines.tuned_base import require_same_run, tune_base
     from afa.training import SceneImages
 
+    data = SceneImages(100_000, seed=data_seed)
     if finished(folder) is None:
-        data = SceneImages(100_000, seed=data_seed)
         _finish(name, tune_base(base, data, settings, folder), folder)
+    else:
+        require_same_run(data, settings, folder)
 
 
 def search_job(name: str, recipe: dict[str, Any], folder: Path) -> None:
     """Search block weights; goes on where an earlier run was stopped."""
-    from afa.evaluation.search import SearchRecipe, search_block_weights
+    from afa.evaluation.search import SearchRecipe, require_same_search, search_block_weights
 
     checked = SearchRecipe.model_validate(recipe)
     if finished(folder) is None:
@@ -148,6 +153,8 @@ def search_job(name: str, recipe: dict[str, Any], folder: Path) -> None:
             _say(name, trial.number, trial.num_trials)
             _log(folder, {"trial": trial.number, "seconds": trial.seconds})
         _note(folder, {"seconds": sum(_seconds(folder))})
+    else:
+        require_same_search(checked, folder)
 
 
 def _finish(name: str, events: Iterator[Any], folder: Path) -> None:

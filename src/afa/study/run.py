@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from afa.errors import AfaError
+from afa.evaluation.identity import hash_descriptions
 from afa.files import is_unused, owned, read_json, write_atomic
 from afa.sources import locate
 from afa.study.jobs import (
@@ -79,7 +80,10 @@ def run_study(
     work = work.resolve()
     asked = {
         **json.loads(json.dumps(asdict(settings))),
-        "models": [hash_pipeline(locate(s)) for s in (zoo.base, *zoo.experts.values())],
+        "models": [
+            [hash_pipeline(path), hash_descriptions(path)]
+            for path in map(locate, (zoo.base, *zoo.experts.values()))
+        ],
     }
     _require_same(work, asked)
     with owned(work):

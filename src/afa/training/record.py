@@ -48,7 +48,8 @@ class Recorder:
     ) -> None:
         self._path = folder / METRICS
         self._keep_up_to(first_step)
-        self._note_environment(folder / _ENVIRONMENT, first_step)
+        #: what a user should read of how the run starts, one line each
+        self.notes = self._note_environment(folder / _ENVIRONMENT, first_step)
         self._trackers: list[Any] = []
         try:
             for name in trackers:
@@ -72,10 +73,23 @@ class Recorder:
         write_atomic(self._path, "".join(f"{line}\n" for line in kept))
 
     @staticmethod
-    def _note_environment(place: Path, first_step: int) -> None:
+    def _note_environment(place: Path, first_step: int) -> list[str]:
         starts = read_json(place)["starts"] if place.exists() else []
-        starts.append({"step": first_step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")} | _here())
+        here = _here()
+        before = starts[-1].get("versions", {}) if starts and first_step else here["versions"]
+        starts.append({"step": first_step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")} | here)
         write_atomic(place, json.dumps({"starts": starts}, indent=2) + "\n")
+        changed = [
+            f"{name} {here['versions'].get(name, 'none')} (before: {before.get(name, 'none')})"
+            for name in sorted(before.keys() | here["versions"].keys())
+            if before.get(name) != here["versions"].get(name)
+        ]
+        if not changed:
+            return []
+        return [
+            f"The run continues with other releases than it began with: {', '.join(changed)}. Its "
+            "steps may differ from those of an undisturbed run."
+        ]
 
     def step(self, step: TrainStep) -> None:
         """Take a step into account for the next line."""

@@ -61,7 +61,7 @@ def train(
     """
     settings = recipe.training
     engine = Engine(settings.device)
-    _check_folder(recipe, output)
+    require_same_recipe(recipe, output)
     engine.wait()  # before any of them writes into it
     data = open_data(recipe.data)
     with seeded(settings.seed):
@@ -113,7 +113,12 @@ def _stoppable(
             raise Stopped(trainer.first, trainer.settings.num_steps)
 
 
-def _check_folder(recipe: Recipe, output: Path) -> None:
+def require_same_recipe(recipe: Recipe, output: Path) -> None:
+    """Refuse a folder that is not new and not of an earlier run of this recipe.
+
+    Raises:
+        AfaError: names what differs.
+    """
     if is_unused(output):
         return
     written, asked = output / RECIPE, essence(recipe.model_dump(mode="json"))

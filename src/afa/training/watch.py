@@ -53,10 +53,12 @@ class Watch:
         self._collapse = CollapseWatch(self._names)
         self._routings: list[Routing] = []
         self._recorder = None
+        self._notes: list[str] = []  # for the next step
         if trainer.engine.is_main:
             settings = recipe.model_dump(mode="json")
             trackers = recipe.training.trackers
             self._recorder = Recorder(output, trackers, settings, trainer.first)
+            self._notes += self._recorder.notes
 
     def __enter__(self) -> Self:
         return self
@@ -72,7 +74,8 @@ class Watch:
 
     def see(self, step: TrainStep) -> TrainStep:
         """Observe a step; returns it with what there is to say."""
-        notes = list(step.notes)
+        notes = [*self._notes, *step.notes]
+        self._notes = []
         if step.routing is not None:
             self._routings.append(step.routing)
         if self._recorder is not None:

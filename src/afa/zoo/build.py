@@ -33,7 +33,14 @@ from afa.zoo.models import (
     build_vae,
 )
 from afa.zoo.pack import grade_zoo, pack_zoo
-from afa.zoo.sprites import DOMAINS, OBJECTS, cut_atlas, extract_sprites, load_sprites
+from afa.zoo.sprites import (
+    DOMAINS,
+    OBJECTS,
+    cut_atlas,
+    extract_sprites,
+    hash_sprites,
+    load_sprites,
+)
 from afa.zoo.workshop import (
     ModelsRecipe,
     TextToImage,
@@ -85,6 +92,7 @@ def train_vae(shop: Workshop[ZooRecipe], vae: AutoencoderKL) -> Iterator[FitStep
         loss_of,
         num_steps=shop.recipe.vae_steps,
         checkpoint=shop.folder / "vae.ckpt",
+        made_from=hash_sprites(shop.sprites),
         learning_rate=3e-3,
     )
 
@@ -162,6 +170,7 @@ def train_classifier(shop: Workshop[ZooRecipe], model: ObjectClassifier) -> Iter
         loss_of,
         num_steps=shop.recipe.judge_steps,
         checkpoint=shop.folder / "classifier.ckpt",
+        made_from=hash_sprites(shop.sprites),
     )
 
 
@@ -185,6 +194,7 @@ def train_clip(shop: Workshop[ZooRecipe], model: nn.Module) -> Iterator[FitStep]
         loss_of,
         num_steps=shop.recipe.judge_steps,
         checkpoint=shop.folder / "clip.ckpt",
+        made_from=hash_sprites(shop.sprites),
     )
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from afa.damaged import Unreadable, loading
+from afa.errors import AfaError
 from afa.files import write_atomic
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def fit(
     num_warmup_steps: int = 100,
     ema_decay: float = 0.998,
     checkpoint_every: int = 250,
+    made_from: str = "",
 ) -> Iterator[FitStep]:
     """Train `model` with AdamW on a cosine schedule; at the end it holds the averaged weights.
 
@@ -58,6 +60,10 @@ def fit(
         num_warmup_steps: steps of linear warm-up.
         ema_decay: decay of the exponential moving average of the weights.
         checkpoint_every: steps between two writes of `checkpoint`.
+        made_from: a hash of what the loss depends on besides the model, such as its data.
+
+    Raises:
+        AfaError: the checkpoint is damaged, or was made from something else.
     """
     parameters = {k: p for k, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, weight_decay=0.01)
@@ -73,11 +79,22 @@ def fit(
                 raise Unreadable(f"it is of the finished step {first}; {num_steps} are asked for")
             model.load_state_dict(state["model"])
             average = state["average"]
+            if state.get("made_from", "") != made_from:
+                raise AfaError(
+                    f"'{checkpoint}' was trained from something else than what there is now: an "
+                    "earlier stage, the sprites or the data was made again. Delete it to train it "
+                    "again."
+                )
             if first < num_steps:
                 optimizer.load_state_dict(state["optimizer"])
 
     def save(step: int) -> None:
-        state = {"step": step, "model": model.state_dict(), "average": average}
+        state = {
+            "step": step,
+            "model": model.state_dict(),
+            "average": average,
+            "made_from": made_from,
+        }
         if step < num_steps:  # a finished stage does not go on
             state["optimizer"] = optimizer.state_dict()
         buffer = io.BytesIO()

@@ -6,6 +6,7 @@ domain. Noto Color Emoji is copyright Google Inc., SIL Open Font License 1.1.
 
 from __future__ import annotations
 
+import hashlib
 import io
 from functools import cache
 from importlib import resources
@@ -109,6 +110,14 @@ def load_sprites() -> Sprites:
     """The shipped sprites."""
     with resources.files("afa.zoo").joinpath("assets/sprites.png").open("rb") as file:
         return cut_atlas(Image.open(file))
+
+
+def hash_sprites(sprites: Sprites) -> str:
+    """SHA-256 of all sprites and their names."""
+    digest = hashlib.sha256()
+    for name, sprite in sprites.items():
+        digest.update(name.encode() + sprite.tobytes())
+    return digest.hexdigest()
 
 
 def cut_atlas(picture: Image.Image) -> Sprites:

@@ -8,10 +8,13 @@ of the two can be set beside each other.
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from diffusers import AutoencoderKL, PixArtAlphaPipeline, PixArtTransformer2DModel
+from safetensors.torch import load_file
 from torch import nn
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
@@ -153,11 +156,20 @@ def build_transformer_zoo(
         models = yield from train_models(shop, vae, lambda: PixArt(tokenizer))
         folders = {name: folder / name for name in models}
         for name, made in folders.items():
+            if made.exists() and not _is_of(models[name], made):
+                shutil.rmtree(made)
             if not made.exists():
                 with staged(made) as partial:
                     _pipeline(models[name], tokenizer, vae).save_pretrained(partial)
         report = yield from grade(folders, load_classifier(), num_prompts=recipe.num_graded)
         write_atomic(folder / REPORT, json.dumps(report, indent=2) + "\n")
+
+
+def _is_of(model: Any, folder: Path) -> bool:
+    """Whether a pipeline's folder has this model's weights, and not those of an earlier one."""
+    kept = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    own = model.transformer.state_dict()
+    return kept.keys() == own.keys() and all(torch.equal(kept[key], own[key]) for key in kept)
 
 
 def _pipeline(model: Any, tokenizer: T5Tokenizer, vae: AutoencoderKL) -> PixArtAlphaPipeline:

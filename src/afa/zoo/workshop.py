@@ -22,7 +22,7 @@ from afa.text import hash_weights
 from afa.zoo.fit import FitStep, fit
 from afa.zoo.models import build_scheduler
 from afa.zoo.scenes import scene
-from afa.zoo.sprites import DOMAINS
+from afa.zoo.sprites import DOMAINS, hash_sprites
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Sequence
@@ -87,9 +87,7 @@ def encode_scenes(shop: Workshop[Any], vae: AutoencoderKL, kind: Kind) -> tuple[
     Kept in the work folder, so that going on after a stop is quick, with what they were made from.
     """
     kept = shop.folder / f"scenes-{kind}.safetensors"
-    digest = hashlib.sha256(hash_weights(vae).encode())
-    for sprite in shop.sprites.values():
-        digest.update(sprite.tobytes())
+    digest = hashlib.sha256(f"{hash_weights(vae)} {hash_sprites(shop.sprites)}".encode())
     if kept.exists():
         with safe_open(kept, framework="pt") as file:
             made_from = file.metadata().get("made_from")
@@ -131,14 +129,28 @@ def train_models(
     latents, token_ids = encode_scenes(shop, vae, "any")
     torch.manual_seed(shop.recipe.seed)
     models = {"base": build()}
+    scenes_from = f"{hash_weights(vae)} {hash_sprites(shop.sprites)}"
     yield from train_text_to_image(
-        shop, "base", models["base"], latents * scale, token_ids, shop.recipe.base_steps
+        shop,
+        "base",
+        models["base"],
+        latents * scale,
+        token_ids,
+        shop.recipe.base_steps,
+        scenes_from,
     )
+    base_from = f"{scenes_from} {hash_weights(models['base'])}"
     for domain in DOMAINS:
         models[domain] = copy.deepcopy(models["base"])
         latents, token_ids = encode_scenes(shop, vae, domain)
         yield from train_text_to_image(
-            shop, domain, models[domain], latents * scale, token_ids, shop.recipe.expert_steps
+            shop,
+            domain,
+            models[domain],
+            latents * scale,
+            token_ids,
+            shop.recipe.expert_steps,
+            base_from,
         )
     return models
 
@@ -150,6 +162,7 @@ def train_text_to_image(
     latents: Tensor,
     token_ids: Tensor,
     num_steps: int,
+    made_from: str = "",
 ) -> Iterator[FitStep]:
     """Train on velocity (Salimans & Ho, 2022), each caption dropped by itself.
 
@@ -160,6 +173,7 @@ def train_text_to_image(
         latents: scaled latents [S, 8, 16, 16].
         token_ids: their captions [S, 24].
         num_steps: see `fit`.
+        made_from: see `fit`.
     """
     recipe, empty_ids = shop.recipe, shop.tokenize([""])[0]
     scheduler = build_scheduler()
@@ -182,6 +196,7 @@ def train_text_to_image(
         num_steps=num_steps,
         checkpoint=shop.folder / f"{name}.ckpt",
         learning_rate=recipe.learning_rate,
+        made_from=made_from,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import TYPE_CHECKING
 
 from PIL import Image
@@ -48,12 +47,9 @@ class SceneImages:
     @property
     def fingerprint(self) -> str:
         """The settings and the sprites, which decide every scene."""
-        from afa.zoo.sprites import load_sprites
+        from afa.zoo.sprites import hash_sprites, load_sprites
 
-        digest = hashlib.sha256()
-        for name, sprite in (self._sprites or load_sprites()).items():
-            digest.update(name.encode() + sprite.tobytes())
-        return f"{self!r} {digest.hexdigest()}"
+        return f"{self!r} {hash_sprites(self._sprites or load_sprites())}"
 
     def __getitem__(self, index: int) -> tuple[Image.Image, str]:
         from afa.zoo.scenes import scene
