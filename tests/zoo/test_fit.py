@@ -6,6 +6,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -116,7 +117,7 @@ def test_other_sprites_are_another_zoo(tmp_path: Path) -> None:
     shop = Workshop(tmp_path, ZooRecipe(vae_steps=1, vae_batch_size=1), load_sprites(), None)
     list(train_vae(shop, build_vae()))
     name = next(iter(shop.sprites))
-    other = replace(shop, sprites={**shop.sprites, name: shop.sprites[name] / 2})
+    other = replace(shop, sprites={**shop.sprites, name: shop.sprites[name] * np.float32(0.5)})
     with pytest.raises(AfaError, match=r"vae.ckpt' was trained from something else"):
         list(train_vae(other, build_vae()))
 

@@ -109,13 +109,11 @@ def prepare_examples(
     engine.wait()
     used, held_out = yield from _split(recipe, listing, latents.num_samples, transform, began)
     stored: Any = (pipeline, latents, text, transform)
-    common["purpose"] = Purpose.TRAINING
-    cached = CachedExamples(*stored, samples=used, **trains, **common)
+    cached = CachedExamples(*stored, samples=used, purpose=Purpose.TRAINING, **trains, **common)
     if not held_out:
         return Prepared(cached, None, listing)
-    return Prepared(
-        cached, CachedExamples(*stored, samples=held_out, **common | validates), listing
-    )
+    held = CachedExamples(*stored, samples=held_out, **validates, **common)
+    return Prepared(cached, held, listing)
 
 
 def _list_samples(

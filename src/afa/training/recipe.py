@@ -162,7 +162,11 @@ class TrainingRecipe(Section):
 
 
 class ValidationRecipe(Section):
-    """The loss on samples that are never trained on, always with the same noise and timesteps."""
+    """The loss on samples that are never trained on, always with the same noise and timesteps.
+
+    Pictures are held out as a whole, with all their captions, until they have `num_samples`; which
+    ones depends on the pictures' content alone.
+    """
 
     num_samples: int = Field(default=64, ge=1)
     every: int = Field(default=500, ge=1)

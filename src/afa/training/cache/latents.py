@@ -6,7 +6,7 @@ import itertools
 import shutil
 from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -37,10 +37,10 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-    from afa.training.data import CaptionedImages
+    from afa.training.data import CaptionedImages, SampleReader
     from afa.training.transform import Transform
 
-    Reader = Callable[[], tuple[Image.Image, str]]
+    Reader = Callable[[], tuple[Image.Image, str]] | SampleReader
 
 
 class LatentCache:
@@ -107,7 +107,7 @@ class LatentCache:
         """All shards, once they are built."""
         return sorted(self.folder.glob("[0-9]*.safetensors"))
 
-    def _readers(self) -> Iterator[Any]:
+    def _readers(self) -> Iterator[Reader]:
         """All samples in order, none of them read yet."""
         data = self._data
         if isinstance(data, StreamedImages):
@@ -139,7 +139,8 @@ class LatentCache:
         rows: list[list[str]] = []
         for sample, read in enumerate(readers, start=first):
             if isinstance(self._data, StreamedImages):
-                rows.append([part.hex() for part in row_of(read.stored())])
+                stored = cast("SampleReader", read).stored()
+                rows.append([part.hex() for part in row_of(stored)])
             try:
                 picture, caption = read()
             except BrokenPicture as error:
@@ -202,7 +203,9 @@ class LatentShards:
             meta = read_header(place)
             self.num_samples += meta["num_samples"]
             self.broken |= _broken_in(meta)
-            rows += [(*map(bytes.fromhex, row),) for row in meta["rows"]]
+            for row_as_hex in meta["rows"]:
+                picture, words, mark = map(bytes.fromhex, row_as_hex)
+                rows.append((picture, words, mark))
             row = 0
             for sample, caption, size, count in zip(
                 *(meta[key] for key in ("samples", "captions", "sizes", "num_variants")),

@@ -83,7 +83,8 @@ class FolderImages:
 
     def stored(self, index: int) -> Stored:
         """The picture's file and its caption."""
-        return Stored(*self.rows[index])
+        path, caption = self.rows[index]
+        return Stored(path, caption or "")
 
     def name(self, index: int) -> str:
         """The picture's path."""
