@@ -108,12 +108,22 @@ def prepare_examples(
     yield from text.build(engine.rank, engine.num_processes)
     engine.wait()
     used, held_out = yield from _split(recipe, listing, latents.num_samples, transform, began)
-    stored: Any = (pipeline, latents, text, transform)
-    cached = CachedExamples(*stored, samples=used, purpose=Purpose.TRAINING, **trains, **common)
+    cached = CachedExamples(
+        pipeline,
+        latents,
+        text,
+        transform,
+        samples=used,
+        purpose=Purpose.TRAINING,
+        **trains,
+        **common,
+    )
     if not held_out:
         return Prepared(cached, None, listing)
-    held = CachedExamples(*stored, samples=held_out, **validates, **common)
-    return Prepared(cached, held, listing)
+    kept = CachedExamples(
+        pipeline, latents, text, transform, samples=held_out, **validates, **common
+    )
+    return Prepared(cached, kept, listing)
 
 
 def _list_samples(
