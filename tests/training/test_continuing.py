@@ -171,31 +171,28 @@ def set_key(file: str, key: str, value: Any) -> Callable[[Path], None]:
     return change
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (
-            set_key("scheduler/scheduler_config.json", "beta_end", 0.02),
-            "configuration of scheduler",
-        ),
-        (set_key("vae/config.json", "scaling_factor", 0.5), "configuration of vae"),
-        (set_key("unet/config.json", "act_fn", "gelu"), "configuration of unet"),
-        (
-            set_key("text_encoder/config.json", "hidden_act", "gelu"),
-            "configuration of text_encoder",
-        ),
-        (set_key("tokenizer/tokenizer_config.json", "model_max_length", 12), "of tokenizer"),
-    ],
-)
+CONFIGURATIONS = {
+    "scheduler": set_key("scheduler/scheduler_config.json", "beta_end", 0.02),
+    "vae": set_key("vae/config.json", "scaling_factor", 0.5),
+    "unet": set_key("unet/config.json", "act_fn", "gelu"),
+    "text_encoder": set_key("text_encoder/config.json", "hidden_act", "gelu"),
+    "tokenizer": set_key("tokenizer/tokenizer_config.json", "model_max_length", 12),
+}
+
+
 def test_another_configuration_of_equal_weights_is_refused(
-    experts: list[Path], tmp_path: Path, change: Callable[[Path], None], said: str
+    experts: list[Path], tmp_path: Path
 ) -> None:
     own = shutil.copytree(experts[0], tmp_path / "own")
     data = {"scenes": {"num_samples": 20}}
     list(steps_of(recipe([own], data, num_steps=1), tmp_path / "run"))
-    change(own)
-    with pytest.raises(AfaError, match=f"made with another state of: .*{said}"):
-        list(steps_of(recipe([own], data, num_steps=2), tmp_path / "run"))
+    for part, change in CONFIGURATIONS.items():
+        change(own)
+        message = f"made with another state of: .*the configuration of {part}[,.]"
+        with pytest.raises(AfaError, match=message):
+            list(steps_of(recipe([own], data, num_steps=2), tmp_path / "run"))
+        shutil.rmtree(own)
+        shutil.copytree(experts[0], own)
 
 
 def test_train_aggregators_continues_with_the_same_alone(
@@ -233,7 +230,7 @@ def rows(place: Path, colours: list[str], files: Path | None = None) -> None:
     pyarrow.parquet.write_table(table, place)
 
 
-@pytest.mark.parametrize("kind", ["rows", "stream", "files"])
+@pytest.mark.parametrize("kind", ["stream", "files"])
 def test_rows_of_data_sets(experts: list[Path], tmp_path: Path, kind: str) -> None:
     colours = ["red", "green", "blue", "white", "black"]
     files = tmp_path if kind == "files" else None
