@@ -68,10 +68,13 @@ def test_old_files_give_sizes_as_numbers(tmp_path: Path) -> None:
 
 
 def test_other_modes_become_rgb() -> None:
-    for mode in ("L", "RGBA"):
-        shown = picture(20, 20, mode)
-        expected = Preprocessing.square(20).pixels(shown.convert("RGB"))
-        assert torch.equal(Preprocessing.square(20).pixels(shown), expected)
+    grey, glass = picture(20, 20, "L"), picture(20, 20, "RGBA")
+    on_white = Image.new("RGBA", glass.size, "white")
+    on_white.alpha_composite(glass)
+    for shown, expected in ((grey, grey.convert("RGB")), (glass, on_white.convert("RGB"))):
+        assert torch.equal(
+            Preprocessing.square(20).pixels(shown), Preprocessing.square(20).pixels(expected)
+        )
 
 
 @pytest.mark.parametrize(

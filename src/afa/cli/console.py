@@ -22,7 +22,7 @@ from rich.progress import (
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     from afa.training import TrainStep
@@ -37,6 +37,12 @@ console = Console(markup=False, highlight=False)
 def say_error(message: str) -> None:
     """One line on standard error."""
     sys.stderr.write(f"afa: error: {printable(message)}\n")
+
+
+def say_warnings(lines: Iterable[str]) -> None:
+    """What a user should know although the work goes on, each on one line."""
+    for line in lines:
+        console.print(f"warning: {printable(line)}", soft_wrap=True)
 
 
 def printable(text: str) -> str:

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from afa.cli.check import require_sound
-from afa.cli.console import console, progress_bar, quieten_loading, require_new_folder
+from afa.cli.console import (
+    console,
+    progress_bar,
+    quieten_loading,
+    require_new_folder,
+    say_warnings,
+)
 from afa.cli.trust import OPTIONS as TRUST_OPTIONS
 from afa.errors import AfaError
 from afa.files import slug
@@ -141,6 +147,7 @@ def generate(
     from afa.kinds import denoiser_of
     from afa.preflight.plans import plan_of_ensemble
     from afa.training.engine import pick_device
+    from afa.truncation import warnings_for
 
     quieten_loading()
     loading: dict[str, Any] = {"device": pick_device(processes.device or device)}
@@ -201,6 +208,12 @@ def generate(
             on_nonfinite=on_nonfinite,
         )
         asked = _each(recipe, prompts or [], num_images)
+    if processes.is_main:
+        say_warnings(
+            warnings_for(
+                pipeline, prompts or [recipe.prompt], recipe.negative_prompt, recipe.guidance
+            )
+        )
     processes.wait()  # nobody writes before the main process has seen that the folder is new
     hashed = _draw(pipeline, list(processes.share(asked)), output, weights, processes.is_main)
     processes.wait()

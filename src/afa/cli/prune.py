@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from afa.cli.console import console, progress_bar, quieten_loading
+from afa.cli.console import console, progress_bar, quieten_loading, say_warnings
 from afa.errors import AfaError
 
 
@@ -52,11 +52,13 @@ def prune(
     from afa.kinds import denoiser_of
     from afa.pipeline import check_text_to_image
     from afa.training.engine import pick_device
+    from afa.truncation import warnings_for
 
     quieten_loading()
     pipeline = afa.load_ensemble(ensemble, device=pick_device(device))
     check_text_to_image(pipeline)
     pipeline.set_progress_bar_config(disable=True)
+    say_warnings(warnings_for(pipeline, listed))
     drawing = calibrate(
         pipeline, listed, num_steps=steps, num_ranges=ranges, guidance_scale=guidance
     )

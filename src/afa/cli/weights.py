@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from afa.cli.console import console, progress_bar, quieten_loading, require_new_folder
+from afa.cli.console import (
+    console,
+    progress_bar,
+    quieten_loading,
+    require_new_folder,
+    say_warnings,
+)
 from afa.errors import AfaError
 from afa.files import slug
 from afa.recipe import MAX_SEED
@@ -119,11 +125,13 @@ def _again(place: Path, figures: _Figures, device: object) -> None:
     from afa.maps import record_weights
     from afa.pictures import draw, prepare_again, read_picture
     from afa.steering import expert_names
+    from afa.truncation import warnings_for
 
     recipe = read_picture(place).recipe
     if recipe.drawn_by != ENSEMBLE:
         raise AfaError(f"'{place}' must be an ensemble's; it is by {recipe.drawn_by} alone.")
     pipeline = prepare_again(recipe, device=device)
+    say_warnings(warnings_for(pipeline, [recipe.prompt], recipe.negative_prompt, recipe.guidance))
     denoiser = denoiser_of(pipeline)
     with record_weights(denoiser) as record:
         picture = draw(pipeline, recipe)
@@ -145,10 +153,12 @@ def _compared(
     from afa.pipeline import native_resolution
     from afa.plots import comparison
     from afa.steering import expert_names
+    from afa.truncation import warnings_for
 
     pipeline = prepare(ensemble, device=device)
     denoiser = denoiser_of(pipeline)
     height, width = native_resolution(pipeline)
+    say_warnings(warnings_for(pipeline, prompts))
     contenders, experts = Contenders(pipeline), expert_names(denoiser)
     fields = {**options, "ensemble": ensemble, "identity": identity_of(denoiser)}
     rows: dict[str, list[Image.Image]] = {name: [] for name in contenders.names}

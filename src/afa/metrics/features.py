@@ -10,6 +10,7 @@ import torch
 from afa.errors import AfaError
 from afa.metrics.pictures import Preprocessing, one_by_one
 from afa.metrics.weights import MODEL_FILES, PROCESSOR_ADVICE, Source, describe
+from afa.reading import as_rgb
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,7 +47,7 @@ class InceptionFeatures:
         return one_by_one(pictures, self._embed)
 
     def _embed(self, picture: Image.Image) -> Tensor:
-        levels = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)[None]
+        levels = torch.from_numpy(np.array(as_rgb(picture))).permute(2, 0, 1)[None]
         return self.network(levels.to(self.device))[0][0]  # the network resizes by itself
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from afa.errors import AfaError
 from afa.files import read_json
+from afa.reading import as_rgb, scale_and_crop
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -78,8 +79,13 @@ class Preprocessing:
         return self.crop or self.size
 
     def pixels(self, picture: Image.Image) -> Tensor:
-        """Pixels [3, H, W], float32."""
-        picture = picture.convert("RGB")
+        """Pixels [3, H, W], float32, of a picture in any mode; see `afa.reading.as_rgb`.
+
+        Raises:
+            BrokenPicture: its values cannot be understood.
+        """
+        picture = as_rgb(picture)
+        scaled = picture.size
         if self.shortest_edge is not None:
             scale = self.shortest_edge / min(picture.size)
             # the shorter side exactly, the longer one rounded down, as in transformers
@@ -87,13 +93,15 @@ class Preprocessing:
                 self.shortest_edge if side == min(picture.size) else int(side * scale)
                 for side in picture.size
             )
-            picture = picture.resize((width, height), self.resample)
+            scaled = width, height
         elif self.size is not None:
-            picture = picture.resize(self.size[::-1], self.resample)
-        if self.crop is not None:
-            left = (picture.width - self.crop[1]) // 2
-            top = (picture.height - self.crop[0]) // 2
-            picture = picture.crop((left, top, left + self.crop[1], top + self.crop[0]))
+            scaled = self.size[1], self.size[0]
+        if self.crop is None:
+            picture = picture.resize(scaled, self.resample)
+        else:
+            left, top = (scaled[0] - self.crop[1]) // 2, (scaled[1] - self.crop[0]) // 2
+            middle = left, top, left + self.crop[1], top + self.crop[0]
+            picture = scale_and_crop(picture, scaled, middle, self.resample)
         levels = torch.from_numpy(np.array(picture, dtype=np.float32)).permute(2, 0, 1)
         mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
         return (levels * self.scale - mean) / std

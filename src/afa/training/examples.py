@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from afa.errors import AfaError
 from afa.kinds import denoiser_of
-from afa.training.data import BrokenPicture
+from afa.reading import BrokenSample, Tally
 from afa.training.encoding import as_batch, encode_captions, encode_pictures, latent_shape
 from afa.training.order import Draw, Purpose, draw_at, sample_at, successors
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from torch import Tensor
 
+    from afa.reading import Conversion
     from afa.training.data import CaptionedImages
     from afa.training.encoding import Encoded
     from afa.training.transform import Transform
@@ -43,6 +44,9 @@ class Examples(Protocol):
 
     def batches(self, places: Iterable[Sequence[int]]) -> Iterator[Encoded]:
         """One batch for each row of places; what it holds depends on the places alone."""
+
+    def notes(self, *, is_last: bool) -> list[str]:
+        """What a user should know of the batches since the last call, one line each."""
 
 
 class Broken:
@@ -70,18 +74,29 @@ class Broken:
         if new and count is not None and len(self.found) > self._share * count:
             raise AfaError(
                 f"At most {self._share:.1%} of the pictures may be broken, but {len(self.found)} "
-                f"of {count} are (last: {list(new.values())[-1]}) Mend the data, or "
-                "raise data.max_broken."
+                f"of {count} are (last: {list(new.values())[-1]}) Repair the data, or raise "
+                "data.max_broken."
             )
         return list(new.values())
 
 
 class Sample(NamedTuple):
-    """A transformed picture with its sizes, its caption, and the broken ones it stands in for."""
+    """A transformed picture.
+
+    Attributes:
+        pixels: [3, R, R] in -1..1.
+        sizes: see `Transform.sizes`.
+        caption: its own.
+        index: its number in the data set.
+        conversions: what reading it took.
+        broken: the samples that it stands in for, with what reading them said.
+    """
 
     pixels: Tensor
     sizes: Tensor
     caption: str
+    index: int
+    conversions: frozenset[Conversion]
     broken: dict[int, str]
 
 
@@ -129,8 +144,9 @@ class _Places(Dataset):
                 picture, caption = self._data[index]
                 pixels = self._transform(picture, index, variant)
                 sizes = self._transform.sizes(picture.size, index, variant)
-                return Sample(pixels, sizes, caption, broken)
-            except BrokenPicture as error:
+                conversions = self._transform.conversions(picture)
+                return Sample(pixels, sizes, caption, index, conversions, broken)
+            except BrokenSample as error:
                 broken[index] = str(error)
             except AfaError as error:
                 return error
@@ -196,6 +212,7 @@ class LiveExamples:
         device: where batches go.
         trains_text: whether text embeddings carry gradients.
         purpose: what is drawn for.
+        tally: counts conversions; one may be shared by training and validation.
     """
 
     def __init__(
@@ -212,6 +229,7 @@ class LiveExamples:
         device: torch.device | None = None,
         trains_text: bool = False,
         purpose: Purpose = Purpose.TRAINING,
+        tally: Tally | None = None,
     ) -> None:
         self._pipeline, self._data, self._transform = pipeline, data, transform
         self._device = device or denoiser_of(pipeline).device
@@ -220,6 +238,14 @@ class LiveExamples:
         samples = range(len(data)) if samples is None else samples
         self._order = Order(samples, seed, caption_dropout, shape, purpose)
         self.broken = Broken(len(data), max_broken)
+        self._tally = Tally() if tally is None else tally
+        self._news: list[str] = []
+
+    def notes(self, *, is_last: bool) -> list[str]:
+        """See `Examples.notes`: every kind of conversion once, and at the end how many."""
+        notes, self._news = self._news, []
+        line = self._tally.line() if is_last else None
+        return [*notes, line] if line else notes
 
     def batches(self, places: Iterable[Sequence[int]]) -> Iterator[Encoded]:
         """See `Examples.batches`."""
@@ -243,6 +269,9 @@ class LiveExamples:
             if isinstance(sample, AfaError):
                 raise sample
             self.broken.note(sample.broken)
+            for conversion in self._tally.add(sample.index, sample.conversions):
+                name = self._data.name(sample.index)
+                self._news.append(f"'{name}' is the first picture {conversion.said}.")
             samples.append(sample)
         draws = [self._order.draw(place) for place in places]
         captions = [

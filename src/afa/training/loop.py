@@ -184,7 +184,10 @@ def optimizer_steps(
                 learning_rate,
                 grad_norm,
                 Routing.mean(routings) if routings else None,
-                tuple(f"Skipped: {said}" for said in notes),
+                (
+                    *(f"Skipped: {said}" for said in notes),
+                    *examples.notes(is_last=done == settings.num_steps or wants_stop),
+                ),
             )
             if wants_stop and done < settings.num_steps:
                 raise Stopped(done, settings.num_steps)

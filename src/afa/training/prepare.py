@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from afa.errors import AfaError
 from afa.pipeline import native_resolution, size_multiple
+from afa.reading import Tally
 from afa.training.cache import (
     CachedExamples,
     CacheProgress,
@@ -15,14 +16,16 @@ from afa.training.cache import (
     default_cache_folder,
 )
 from afa.training.data import StreamedImages
+from afa.training.data.survey import caption_warnings, folder_warnings, known_captions
 from afa.training.examples import LiveExamples
 from afa.training.listing import Listing, digest_of, is_settled, rows_of
 from afa.training.order import Purpose
 from afa.training.split import split_by_picture
 from afa.training.transform import Transform
+from afa.truncation import limits_of, warnings_for
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Sequence
+    from collections.abc import Generator, Iterator, Sequence
 
     from diffusers import DiffusionPipeline
 
@@ -90,7 +93,11 @@ def prepare_examples(
     if not _is_cached(asked, data, settings.num_steps * engine.shares(settings).total):
         assert not isinstance(data, StreamedImages), "a stream is always cached"
         used, held_out = yield from _split(recipe, listing, len(data), transform, began)
-        live: Any = {**common, "num_workers": asked.num_workers}
+        if engine.is_main:
+            num_places = settings.num_steps * engine.shares(settings).total
+            captions = known_captions(data, num_places)
+            yield from _say(recipe, pipeline, data, caption_warnings(captions, limits_of(pipeline)))
+        live: Any = {**common, "num_workers": asked.num_workers, "tally": Tally()}
         training = LiveExamples(pipeline, data, transform, samples=used, **trains, **live)
         if not held_out:
             return Prepared(training, None, listing)
@@ -107,6 +114,8 @@ def prepare_examples(
     text = TextCache(folder, pipeline, latents.captions)
     yield from text.build(engine.rank, engine.num_processes)
     engine.wait()
+    if engine.is_main:
+        yield from _say(recipe, pipeline, data, _of_latents(pipeline, latents))
     used, held_out = yield from _split(recipe, listing, latents.num_samples, transform, began)
     cached = CachedExamples(
         pipeline,
@@ -171,6 +180,31 @@ def _split(
     if note is not None:
         yield CacheProgress("hold out pictures", num_samples, num_samples, (note,))
     return used, held_out
+
+
+def _say(
+    recipe: Recipe,
+    pipeline: DiffusionPipeline,
+    data: CaptionedImages | StreamedImages,
+    found: list[str],
+) -> Iterator[CacheProgress]:
+    """What a user should know of data and prompts, before the first step."""
+    lines = [*folder_warnings(data), *found]
+    previews = recipe.previews
+    if previews is not None:
+        cut = warnings_for(pipeline, previews.prompts, guidance=previews.guidance)
+        lines += [f"previews: {line}" for line in cut]
+    if lines:
+        yield CacheProgress("look at the data", 1, 1, tuple(f"warning: {each}" for each in lines))
+
+
+def _of_latents(pipeline: DiffusionPipeline, latents: LatentShards) -> list[str]:
+    """What encoding has shown of captions and pictures."""
+    converted = latents.tally.line()
+    return [
+        *caption_warnings(latents.all_captions, limits_of(pipeline)),
+        *([] if converted is None else [converted]),
+    ]
 
 
 def _is_cached(asked: DataRecipe, data: CaptionedImages | StreamedImages, num_places: int) -> bool:

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from afa.errors import AfaError
 from afa.lora import AnyExpert
+from afa.reading import parse_colour
 from afa.recipe import MAX_SEED, Section, read_recipe, resolve_path, resolve_source, resolve_sources
 
 _ADDRESS = re.compile(r"(https?|hf|s3|gs|az|abfs|zip|gzip|tar)://")
@@ -50,10 +51,11 @@ class DataRecipe(Section):
     """Exactly one source of captioned pictures, and what becomes of a picture.
 
     Attributes:
-        folder: pictures with a `metadata.jsonl`.
+        folder: pictures with a `metadata.jsonl`, or with a `.txt` beside each.
         dataset: see `DatasetRecipe`.
         scenes: see `ScenesRecipe`.
         limit: keeps the first so many samples.
+        background: colour that transparent pictures are composited on, as a name or `#rrggbb`.
         resolution: side of the square crop in pixels; None is what the experts were made for. The
             shorter side is scaled to it.
         crop: a square anywhere, or the middle one.
@@ -64,13 +66,15 @@ class DataRecipe(Section):
             the training goes over the data more than once.
         cache_folder: where; by default the user's cache.
         num_workers: processes that decode pictures where nothing is cached.
-        max_broken: the share of pictures that may be broken; they are skipped and named.
+        max_broken: the share of samples that may be broken, in their picture or by a missing
+            caption; they are skipped and named.
     """
 
     folder: Path | None = None
     dataset: DatasetRecipe | None = None
     scenes: ScenesRecipe | None = None
     limit: int | None = Field(default=None, ge=1)
+    background: str = "#ffffff"
     resolution: int | None = Field(default=None, ge=8)
     crop: Literal["random", "center"] = "random"
     flip: bool = False
@@ -79,6 +83,12 @@ class DataRecipe(Section):
     cache_folder: Path | None = None
     num_workers: int = Field(default=0, ge=0)
     max_broken: float = Field(default=0.01, ge=0, le=1)
+
+    @field_validator("background")
+    @classmethod
+    def _as_hex(cls, given: str) -> str:
+        """One spelling of each colour: it is compared when a run continues."""
+        return "#{:02x}{:02x}{:02x}".format(*parse_colour(given))
 
     @model_validator(mode="after")
     def _exactly_one(self) -> DataRecipe:

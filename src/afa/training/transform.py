@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from afa.reading import Conversion, conversions_of, scale_and_crop
 from afa.training.order import Purpose, generator_of
 
 if TYPE_CHECKING:
@@ -41,6 +42,11 @@ class Transform:
         can_move = self.crop == "random" and self._scaled(size) != (self.resolution,) * 2
         return self.num_variants if can_move or self.flip else 1
 
+    def conversions(self, picture: Image.Image) -> frozenset[Conversion]:
+        """What it takes to make a picture that was read a square; see `afa.reading`."""
+        is_small = min(picture.size) < self.resolution
+        return conversions_of(picture) | ({Conversion.ENLARGED} if is_small else frozenset())
+
     def variant(self, drawn: float) -> int:
         """The variant that a number from 0 to 1 stands for."""
         return int(drawn * self.num_variants)
@@ -48,11 +54,10 @@ class Transform:
     def __call__(self, picture: Image.Image, sample: int, variant: int) -> Tensor:
         """The pixels [3, R, R] in -1..1 of one variant of a sample."""
         side = self.resolution
-        width, height = self._scaled(picture.size)
-        if (width, height) != picture.size:
-            picture = picture.resize((width, height), Image.Resampling.LANCZOS)
-        left, top, mirrored = self._place((width, height), sample, variant)
-        picture = picture.crop((left, top, left + side, top + side))
+        scaled = self._scaled(picture.size)
+        left, top, mirrored = self._place(scaled, sample, variant)
+        square = left, top, left + side, top + side
+        picture = scale_and_crop(picture, scaled, square, Image.Resampling.LANCZOS)
         if mirrored:
             picture = ImageOps.mirror(picture)
         array = np.asarray(picture, dtype=np.float32) / 127.5 - 1.0

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from afa.errors import AfaError
+from afa.reading import as_rgb
 from afa.zoo import assets
 from afa.zoo.models import ObjectClassifier
 from afa.zoo.scenes import IMAGE_SIZE, parse_caption
@@ -74,7 +75,7 @@ def judge(
 
 
 def _halves(picture: Image.Image) -> Tensor:
-    array = np.asarray(picture.convert("RGB"), dtype=np.float32) / 127.5 - 1.0
+    array = np.asarray(as_rgb(picture), dtype=np.float32) / 127.5 - 1.0
     pixels = torch.from_numpy(array).permute(2, 0, 1)
     return torch.stack([pixels[..., : IMAGE_SIZE // 2], pixels[..., IMAGE_SIZE // 2 :]])
 

@@ -65,6 +65,11 @@ class CachedExamples:
         self.broken = Broken(latents.num_samples, max_broken)
         self.broken.note(latents.broken)
 
+    def notes(self, *, is_last: bool) -> list[str]:
+        """Nothing: what was converted is said when the cache is built."""
+        del is_last
+        return []
+
     def batches(self, places: Iterable[Sequence[int]]) -> Iterator[Encoded]:
         """See `Examples.batches`."""
         for row in places:

@@ -12,6 +12,7 @@ import torch
 
 from afa.errors import AfaError
 from afa.provenance import releases
+from afa.reading import BrokenSample, Conversion, Tally
 from afa.text import configuration_of, hash_weights
 from afa.training.cache.files import (
     BATCH,
@@ -24,7 +25,7 @@ from afa.training.cache.files import (
     shard_name,
     write_shard,
 )
-from afa.training.data import BrokenPicture, StreamedImages
+from afa.training.data import StreamedImages
 from afa.training.encoding import Posterior, encode_pictures, latent_shape
 from afa.training.examples import Broken
 from afa.training.listing import Listing, digest_of, row_of
@@ -137,17 +138,20 @@ class LatentCache:
         counts: list[int] = []
         broken: dict[int, str] = {}
         rows: list[list[str]] = []
+        converted: dict[int, list[str]] = {}
         for sample, read in enumerate(readers, start=first):
             if isinstance(self._data, StreamedImages):
                 stored = cast("SampleReader", read).stored()
                 rows.append([part.hex() for part in row_of(stored)])
             try:
                 picture, caption = read()
-            except BrokenPicture as error:
+            except BrokenSample as error:
                 broken[sample] = str(error)
                 continue
             samples.append(sample)
             captions.append(caption)
+            if conversions := self._transform.conversions(picture):
+                converted[sample] = sorted(conversions)
             sizes.append(picture.size)
             counts.append(self._transform.num_distinct(picture.size))
             for variant in range(counts[-1]):
@@ -171,6 +175,7 @@ class LatentCache:
             "num_variants": counts,
             "broken": broken,
             "rows": rows,
+            "converted": converted,
         }
         write_shard(place, tensors, meta)
 
@@ -193,6 +198,8 @@ class LatentShards:
         self.num_samples = 0
         #: sample -> what reading it said
         self.broken: dict[int, str] = {}
+        #: what was converted on the way to latents
+        self.tally = Tally()
         rows: list[tuple[bytes, bytes, bytes]] = []
         # the shard, the first row there, and how many variants follow each other
         self._place_of: dict[int, tuple[Path, int, int]] = {}
@@ -206,6 +213,8 @@ class LatentShards:
             for row_as_hex in meta["rows"]:
                 picture, words, mark = map(bytes.fromhex, row_as_hex)
                 rows.append((picture, words, mark))
+            for number, done in meta["converted"].items():
+                self.tally.add(int(number), map(Conversion, done))
             row = 0
             for sample, caption, size, count in zip(
                 *(meta[key] for key in ("samples", "captions", "sizes", "num_variants")),
@@ -223,6 +232,11 @@ class LatentShards:
     def captions(self) -> list[str]:
         """Each caption once, and the empty one, which stands for a dropped one."""
         return list(dict.fromkeys(["", *self._captions.values()]))
+
+    @property
+    def all_captions(self) -> list[str]:
+        """The caption of every whole sample."""
+        return list(self._captions.values())
 
     def caption(self, sample: int) -> str:
         """The caption of a sample."""

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from afa.reading import BrokenPicture, BrokenSample, parse_colour, read_picture
 from afa.training.data.datasets import DatasetImages, DatasetStream, open_dataset
 from afa.training.data.folder import FolderImages
 from afa.training.data.images import (
-    BrokenPicture,
     CaptionedImages,
     Part,
     SampleReader,
     Stored,
     StreamedImages,
-    read_picture,
 )
 from afa.training.data.scenes import SceneImages
 
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BrokenPicture",
+    "BrokenSample",
     "CaptionedImages",
     "DatasetImages",
     "DatasetStream",
@@ -43,11 +43,12 @@ def open_data(recipe: DataRecipe) -> CaptionedImages | StreamedImages:
     Raises:
         AfaError: see `FolderImages` and `open_dataset`.
     """
+    background = parse_colour(recipe.background)
     if recipe.dataset is not None:
-        return open_dataset(recipe.dataset, recipe.limit)
+        return open_dataset(recipe.dataset, recipe.limit, background)
     data: CaptionedImages
     if recipe.folder is not None:
-        data = FolderImages(recipe.folder)
+        data = FolderImages(recipe.folder, background)
     else:
         scenes = recipe.scenes
         assert scenes is not None, "a recipe has exactly one kind of data"

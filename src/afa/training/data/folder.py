@@ -4,71 +4,49 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from typing import TYPE_CHECKING
 
-from afa.errors import AfaError
-from afa.files import read_text
-from afa.training.data.images import Stored, read_picture
+from afa.reading import WHITE, read_picture
+from afa.reading.broken import MissingCaption
+from afa.training.data.captions import METADATA, Rows, rows_beside, rows_listed
+from afa.training.data.images import Stored
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from PIL import Image
 
-_MAX_METADATA = 2_000_000_000  # bytes
+    from afa.reading.picture import Colour
 
 
 class FolderImages:
-    """A folder of pictures with `metadata.jsonl`, the Hugging Face `imagefolder` convention.
+    """A folder of pictures with their captions.
 
-    Each line of the file is an object with `file_name`, relative to the folder, and `text`.
+    Either a `metadata.jsonl` lists them, the Hugging Face `imagefolder` convention: each line is an
+    object with `file_name`, relative to the folder, and `text`. Or, without such a file, every
+    picture of the folder and its subfolders has its caption in the first line of a `.txt` or
+    `.caption` file of the same name, the convention of kohya's trainers.
+
+    Args:
+        folder: of the pictures.
+        background: that transparent pictures are composited on.
 
     Raises:
-        AfaError: no folder, no or an empty metadata file, a broken line, a picture that is not
-            there; on access, a picture that cannot be decoded.
+        AfaError: no folder, no captions, an empty or broken list, a listed picture that is missing;
+            on access a `BrokenSample`, for a picture that cannot be decoded or has no caption.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        metadata = folder / "metadata.jsonl"
-        if not folder.is_dir():
-            raise AfaError(f"The data folder '{folder}' does not exist.")
-        if not metadata.is_file():
-            raise AfaError(
-                f"The data folder '{folder}' must hold pictures and a metadata.jsonl with lines "
-                'such as {"file_name": "0001.png", "text": "a fox"}; it has no metadata.jsonl.'
-            )
-        self.rows: list[tuple[Path, str]] = []
-        try:
-            text = read_text(metadata, _MAX_METADATA)
-        except (OSError, ValueError) as error:
-            raise AfaError(f"'{metadata}' must be UTF-8 text, but reading it: {error}.") from error
-        # not splitlines: a caption may hold a line separator of Unicode
-        for number, line in enumerate(text.split("\n"), start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                path, caption = folder / row["file_name"], row["text"]
-                valid = isinstance(caption, str)
-            except (ValueError, KeyError, TypeError, RecursionError):
-                valid = False
-            if not valid:
-                raise AfaError(
-                    f"Line {number} of '{metadata}' must be an object with the strings file_name "
-                    f"and text, came {line[:80]!r}."
-                )
-            if not os.path.normpath(path).startswith(f"{os.path.normpath(folder)}{os.sep}"):
-                raise AfaError(
-                    f"Line {number} of '{metadata}' must name a file in that folder, came "
-                    f"'{row['file_name'][:80]}'. Move the picture there, or link it."
-                )
-            if not path.is_file():
-                raise AfaError(f"Line {number} of '{metadata}' names '{path}', which is missing.")
-            self.rows.append((path, caption))
-        if not self.rows:
-            raise AfaError(f"The data folder '{folder}' must hold pictures; its list is empty.")
+    def __init__(self, folder: Path, background: Colour = WHITE) -> None:
+        self._folder, self._background = folder, background
+        found: Rows = rows_listed(folder) if (folder / METADATA).is_file() else rows_beside(folder)
+        #: pictures and captions; None where a caption is missing
+        self.rows = found.rows
+        #: files of the folder that are not used
+        self.unused = found.unused
+        #: what a user should know of the folder, one line each
+        self.warnings = found.warnings
+        self._remedy = found.remedy
 
     def __repr__(self) -> str:
         return f"FolderImages({str(self._folder)!r}, {len(self.rows)} pictures)"
@@ -78,8 +56,13 @@ class FolderImages:
 
     def __getitem__(self, index: int) -> tuple[Image.Image, str]:
         path, text = self.rows[index]
-        remedy = "Replace it or take its line out of metadata.jsonl."
-        return read_picture(path, remedy=remedy), text
+        if text is None:
+            raise MissingCaption(f"'{path}' must have a caption; it has none. {self._remedy}")
+        return read_picture(path, remedy=self._remedy, background=self._background), text
+
+    def captions(self) -> Iterator[str | None]:
+        """All captions in order, without reading a picture; None for those that are missing."""
+        return (text for _, text in self.rows)
 
     def stored(self, index: int) -> Stored:
         """The picture's file and its caption."""
@@ -92,8 +75,8 @@ class FolderImages:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over names, sizes and times of change of all pictures, and the captions."""
-        digest = hashlib.sha256()
+        """SHA-256 over names, sizes and times of change of all pictures, captions, background."""
+        digest = hashlib.sha256(json.dumps(self._background).encode())
         for path, text in self.rows:
             stat = path.stat()
             place = path.relative_to(self._folder).as_posix()

@@ -1,36 +1,22 @@
-"""Captioned pictures: what a data set is, and how a picture is read."""
+"""Captioned pictures: what a data set is."""
 
 from __future__ import annotations
 
-import io
+import itertools
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from PIL import Image, ImageOps, UnidentifiedImageError
-
-from afa.errors import AfaError
-
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_DECODING_ERRORS = (
-    UnidentifiedImageError,
-    OSError,
-    ValueError,
-    SyntaxError,  # what Pillow calls a broken PNG
-    Image.DecompressionBombError,
-)
-
-
-class BrokenPicture(AfaError):
-    """A picture that cannot be decoded to its end."""
+    from PIL import Image
 
 
 class CaptionedImages(Protocol):
     """A data set of pictures and captions, by index.
 
-    Reading a broken picture raises `BrokenPicture`.
+    Reading a broken picture, or one without a caption, raises `afa.reading.BrokenSample`.
     """
 
     def __len__(self) -> int: ...
@@ -110,6 +96,13 @@ class Part:
         """The whole's."""
         return self._data.stored(self._indices[index])
 
+    def captions(self) -> Iterator[str | None] | None:
+        """See `captions_in`."""
+        found = captions_in(self._data)
+        if found is None:
+            return None
+        return itertools.islice(found, self._indices.start, self._indices.stop, self._indices.step)
+
     def name(self, index: int) -> str:
         """The name that the whole has for it."""
         return self._data.name(self._indices[index])
@@ -120,20 +113,10 @@ class Part:
         return f"{self._data.fingerprint}[{self._indices}]"
 
 
-def read_picture(
-    source: Path | bytes, name: str | None = None, remedy: str = "Replace it or take it out."
-) -> Image.Image:
-    """A picture from a file or its bytes, turned upright, RGB.
+def captions_in(data: CaptionedImages | StreamedImages) -> Iterator[str | None] | None:
+    """All captions of a data set in order, None where one is missing, without reading a picture.
 
-    Raises:
-        BrokenPicture: it is missing or cannot be decoded to its end.
+    Returns None for data sets that cannot do so: streams, and those that are made on the fly.
     """
-    try:
-        with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as picture:
-            return ImageOps.exif_transpose(picture).convert("RGB")
-    except _DECODING_ERRORS as error:
-        said = " ".join(str(error).split())
-        name = name or (str(source) if isinstance(source, Path) else "a picture")
-        raise BrokenPicture(
-            f"'{name}' must be a complete picture, but reading it says: {said}. {remedy}"
-        ) from error
+    captions = getattr(data, "captions", None)
+    return None if captions is None else captions()

@@ -1,0 +1,25 @@
+"""Read picture files of any kind as 8-bit sRGB; the only place that decodes foreign pictures.
+
+Training data, reference pictures and metrics all read through `read_picture`, so that a file means
+the same pixels everywhere.
+"""
+
+from afa.reading.broken import BrokenPicture, BrokenSample
+from afa.reading.crop import scale_and_crop
+from afa.reading.formats import is_picture_file
+from afa.reading.picture import WHITE, as_rgb, conversions_of, parse_colour, read_picture
+from afa.reading.tally import Conversion, Tally
+
+__all__ = [
+    "WHITE",
+    "BrokenPicture",
+    "BrokenSample",
+    "Conversion",
+    "Tally",
+    "as_rgb",
+    "conversions_of",
+    "is_picture_file",
+    "parse_colour",
+    "read_picture",
+    "scale_and_crop",
+]

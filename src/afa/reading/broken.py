@@ -1,0 +1,17 @@
+"""Errors of single samples, which a data set may hold a few of."""
+
+from __future__ import annotations
+
+from afa.errors import AfaError
+
+
+class BrokenSample(AfaError):
+    """A sample that cannot be used; `data.max_broken` says how many a training accepts."""
+
+
+class BrokenPicture(BrokenSample):
+    """A picture that cannot be read completely and correctly."""
+
+
+class MissingCaption(BrokenSample):
+    """A picture whose caption is missing or null."""

@@ -1,0 +1,90 @@
+"""Grey pictures of 16 and 32 bits and of floating point as 8 bits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+#: what "white" may be where only the values tell: 8, 16 and 32 bits (signed, as Pillow keeps them)
+_WHITES = (255, 65_535, 2_147_483_647)
+_HALF_LEVEL = 0.5 / 255
+_BITS, _PHOTOMETRIC = 258, 262  # tags of TIFF 6.0
+_WHITE_IS_ZERO = 0
+
+
+def is_deep(mode: str) -> bool:
+    """Whether Pillow keeps more than 8 bits for each value in this mode."""
+    return mode.startswith("I") or mode == "F"
+
+
+def as_grey(picture: Image.Image, tags: Any = None, file_format: str | None = None) -> Image.Image:
+    """A picture in a deep mode as `L`, or `LA` where one of its values is transparent.
+
+    Pillow's own `convert` clips such values at 255, which makes most pictures white. Black is 0;
+    white is 65535 in 16 bits, or what a TIFF's BitsPerSample says (12 bits are kept in 16), and 1.0
+    in floating point. For integers of 32 bits it is the smallest of 255, 65535 and 2147483647 that
+    no value exceeds, since programs save 8 and 16 bits so, too.
+
+    Args:
+        picture: mode `I`, `I;16` or one of its variants, or `F`.
+        tags: of a TIFF.
+        file_format: that it was read from, by Pillow's name.
+
+    Raises:
+        ValueError: values that are negative, not finite, or above 1.0 in floating point: what white
+            is cannot be known.
+    """
+    tags = tags or {}
+    values = np.asarray(picture)
+    transparent = picture.info.get("transparency")
+    alpha = None
+    if isinstance(transparent, int):
+        alpha = np.where(values == transparent, 0, 255).astype(np.uint8)
+    if picture.mode == "F":
+        levels = _from_float(values)
+    else:
+        levels = _from_integers(values, _white(picture.mode, values, tags, file_format))
+    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow inverts 8 bits alone
+        levels = 255 - levels
+    grey = Image.fromarray(levels)
+    if alpha is not None:
+        grey.putalpha(Image.fromarray(alpha))
+    return grey
+
+
+def _white(mode: str, values: NDArray[Any], tags: Any, file_format: str | None) -> int:
+    bits = int(tags.get(_BITS, (0,))[0])
+    if mode != "I":
+        return 2**bits - 1 if 8 < bits < 16 else 65_535
+    if bits == 16:  # signed
+        return 32_767
+    if file_format in ("PPM", "PNG"):  # scaled to 16 bits by Pillow, whatever the file has
+        return 65_535
+    most = int(values.max(initial=0))
+    return next(white for white in _WHITES if most <= white)
+
+
+def _from_integers(values: NDArray[Any], white: int) -> NDArray[np.uint8]:
+    if values.min(initial=0) < 0:
+        raise ValueError(
+            f"it has values from {values.min()} to {values.max()}, but black must be 0; convert "
+            "it to 8 or 16 bits without a sign"
+        )
+    wide = values.astype(np.uint64)
+    return np.minimum((wide * 255 + white // 2) // white, 255).astype(np.uint8)
+
+
+def _from_float(values: NDArray[Any]) -> NDArray[np.uint8]:
+    least, most = values.min(initial=0), values.max(initial=0)
+    # NaN compares as false
+    if not (least >= -_HALF_LEVEL and most <= 1 + _HALF_LEVEL):
+        raise ValueError(
+            f"it has floating-point values from {least:.4g} to {most:.4g}, but they must be from "
+            "0 (black) to 1 (white); scale it, or convert it to 8 or 16 bits"
+        )
+    return np.clip(np.rint(values * 255.0), 0, 255).astype(np.uint8)

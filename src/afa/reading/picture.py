@@ -1,0 +1,232 @@
+"""One picture, from a file or its bytes, as 8-bit sRGB without transparency."""
+
+from __future__ import annotations
+
+import io
+import re
+import struct
+import threading
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any
+
+from PIL import ExifTags, Image, ImageColor, ImageOps, UnidentifiedImageError
+
+from afa.reading.broken import BrokenPicture
+from afa.reading.depth import as_grey, is_deep
+from afa.reading.formats import NUM_HEAD, foreign_format, raw_photograph, readable_formats
+from afa.reading.profiles import UnusableProfile, apply_profile, lab_as_rgb
+from afa.reading.tally import Conversion
+
+Colour = tuple[int, int, int]
+WHITE: Colour = (255, 255, 255)
+#: in the `info` of a picture that was read
+_CONVERSIONS = "afa conversions"
+
+#: what Pillow's readers raise of files that are damaged; other errors are not the file's
+_DECODING_ERRORS = (
+    UnidentifiedImageError,
+    OSError,
+    ValueError,
+    SyntaxError,  # what Pillow calls a broken PNG
+    EOFError,
+    LookupError,
+    NotImplementedError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+)
+#: `warnings.catch_warnings` is not safe in threads by itself
+_warnings_lock = threading.Lock()
+#: formats whose further pictures are previews, or layers of which the first picture is the whole
+_MANY_IN_ONE = ("MPO", "PSD")
+_SRGB_GAMMA, _GAMMA_TOLERANCE = 1 / 2.2, 0.02
+_INTEROP, _INTEROP_INDEX, _ADOBE_RGB = ExifTags.IFD.Interop, 1, "R03"  # Exif 2.3, DCF option file
+
+
+def read_picture(
+    source: Path | bytes,
+    name: str | None = None,
+    remedy: str = "Replace it or take it out.",
+    *,
+    background: Colour = WHITE,
+) -> Image.Image:
+    """Read a picture: upright, RGB, 8 bits, sRGB, without transparency.
+
+    Deep greys are scaled (see `afa.reading.depth`), an embedded colour profile is converted to
+    sRGB, transparent pixels are composited on `background`, EXIF orientation is applied, and of an
+    animation or a TIFF of several pages the first is taken. `conversions_of` the result says which
+    of these were done.
+
+    Args:
+        source: a file, or its bytes.
+        name: for errors; by default the file's path.
+        remedy: the last sentence of errors.
+        background: red, green and blue, 0 to 255.
+
+    Raises:
+        BrokenPicture: it is missing, damaged, too large, of an unknown format, or its values cannot
+            be understood.
+    """
+    name = name or (str(source) if isinstance(source, Path) else "a picture")
+    head, done = b"", set[Conversion]()
+    try:
+        head = _head(source)
+        with _warnings_lock, warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            upright, tags, file_format = _decoded(source, head, done)
+        # an unusually large picture is none of the damages
+        if any(not issubclass(each.category, Image.DecompressionBombWarning) for each in said):
+            done.add(Conversion.METADATA)
+    except Image.DecompressionBombError as error:
+        raise BrokenPicture(_too_large(name, str(error))) from error
+    except _DECODING_ERRORS as error:
+        foreign = foreign_format(head)
+        if foreign is not None and not (isinstance(error, OSError) and error.errno):
+            what, advice = foreign
+            raise BrokenPicture(f"'{name}' is {what}, which cannot be read. {advice}") from error
+        raise _broken(name, error, remedy) from error
+    try:
+        picture = _in_srgb(upright, background, done, tags, file_format)
+    except ValueError as error:
+        raise _broken(name, error, remedy) from error
+    picture.info = {_CONVERSIONS: frozenset(done)}
+    return picture
+
+
+def conversions_of(picture: Image.Image) -> frozenset[Conversion]:
+    """What `read_picture` did to a picture; none for others."""
+    return picture.info.get(_CONVERSIONS, frozenset())
+
+
+def as_rgb(picture: Image.Image, background: Colour = WHITE) -> Image.Image:
+    """A picture in memory as `read_picture` gives it; orientation is the caller's.
+
+    Raises:
+        BrokenPicture: its values cannot be understood; see `afa.reading.depth`.
+    """
+    if picture.mode == "RGB" and not {"icc_profile", "transparency"} & picture.info.keys():
+        return picture
+    try:
+        return _in_srgb(picture, background, set(), getattr(picture, "tag_v2", None))
+    except ValueError as error:
+        raise BrokenPicture(
+            f"A picture of mode {picture.mode} must have values that can be shown, but {error}."
+        ) from error
+
+
+def parse_colour(text: str) -> Colour:
+    """Red, green and blue of a colour's name or `#rrggbb`.
+
+    Raises:
+        ValueError: it is none, or it is transparent itself.
+    """
+    parts = ImageColor.getrgb(text)
+    if len(parts) != len(WHITE):
+        raise ValueError(f"'{text}' has an alpha value; a background must be opaque")
+    return parts
+
+
+def _head(source: Path | bytes) -> bytes:
+    if isinstance(source, bytes):
+        return source[:NUM_HEAD]
+    with source.open("rb") as file:
+        return file.read(NUM_HEAD)
+
+
+def _decoded(
+    source: Path | bytes, head: bytes, done: set[Conversion]
+) -> tuple[Image.Image, Any, str | None]:
+    """The first frame, upright; a TIFF's tags; the format."""
+    opened = source if isinstance(source, Path) else io.BytesIO(source)
+    with Image.open(opened, formats=readable_formats()) as picture:
+        if raw_photograph(picture, head):
+            raise ValueError(
+                "it is a camera's raw file, of which only a preview could be read; develop it to "
+                "TIFF, PNG or JPEG"
+            )
+        if getattr(picture, "is_animated", False) and picture.format not in _MANY_IN_ONE:
+            done.add(Conversion.FRAMES)
+        if _states_other_colours(picture):
+            done.add(Conversion.STATED_COLOURS)
+        tags, file_format = getattr(picture, "tag_v2", None), picture.format
+        return ImageOps.exif_transpose(picture), tags, file_format
+
+
+def _states_other_colours(picture: Image.Image) -> bool:
+    """Whether a picture without a profile says in another way that it is not sRGB."""
+    if picture.info.get("icc_profile") or "srgb" in picture.info:
+        return False
+    gamma = picture.info.get("gamma")
+    if gamma and abs(gamma - _SRGB_GAMMA) > _GAMMA_TOLERANCE:
+        return True
+    exif = picture.getexif()
+    if not exif or _INTEROP not in exif.get_ifd(ExifTags.IFD.Exif):
+        return False
+    return exif.get_ifd(_INTEROP).get(_INTEROP_INDEX) == _ADOBE_RGB
+
+
+def _in_srgb(
+    picture: Image.Image,
+    background: Colour,
+    done: set[Conversion],
+    tags: Any = None,
+    file_format: str | None = None,
+) -> Image.Image:
+    """The picture as RGB; adds to `done` what that took."""
+    profile = picture.info.get("icc_profile")
+    if is_deep(picture.mode):
+        picture = as_grey(picture, tags, file_format)
+        done.add(Conversion.DEPTH)
+    alpha = None
+    if picture.has_transparency_data:
+        grey = picture.mode in ("1", "L", "LA", "La")
+        picture = picture.convert("LA" if grey else "RGBA")
+        alpha = picture.getchannel("A")
+        picture = picture.convert("L" if grey else "RGB")
+    elif picture.mode not in ("RGB", "L", "CMYK", "LAB"):
+        picture = picture.convert("L" if picture.mode == "1" else "RGB")
+    picture = _converted(picture, profile, done)
+    if alpha is None or alpha.getextrema()[0] == 255:
+        return picture
+    done.add(Conversion.ALPHA)
+    picture.putalpha(alpha)
+    base = Image.new("RGBA", picture.size, (*background, 255))
+    return Image.alpha_composite(base, picture).convert("RGB")
+
+
+def _converted(picture: Image.Image, profile: bytes | None, done: set[Conversion]) -> Image.Image:
+    """A picture of mode RGB, L, CMYK or LAB in sRGB."""
+    if picture.mode == "LAB":
+        done.add(Conversion.PROFILE)
+        return lab_as_rgb(picture)
+    if profile:
+        try:
+            converted, is_changed = apply_profile(picture, profile)
+        except UnusableProfile:
+            done.add(Conversion.BAD_PROFILE)
+        else:
+            if is_changed:
+                done.add(Conversion.PROFILE)
+            return converted
+    if picture.mode == "CMYK":
+        done.add(Conversion.CMYK)
+    return picture.convert("RGB")
+
+
+def _broken(name: str, error: Exception, remedy: str) -> BrokenPicture:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return BrokenPicture(
+        f"'{name}' must be a complete picture, but reading it says: {text}. {remedy}"
+    )
+
+
+def _too_large(name: str, said: str) -> str:
+    limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+    found = re.search(r"\((\d+) pixels\)", said)
+    count = f"{int(found[1]):,} pixels" if found else "more pixels"
+    return (
+        f"'{name}' has {count}, and at most {limit:,} are read, so that a small file cannot fill "
+        "the memory. Scale it down."
+    )

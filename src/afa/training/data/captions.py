@@ -1,0 +1,208 @@
+"""Which pictures of a folder have which captions, and which of its files nobody uses."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from afa.errors import AfaError
+from afa.files import read_text
+from afa.reading import is_picture_file
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+METADATA = "metadata.jsonl"
+#: of a file with a picture's caption
+_CAPTIONS = (".txt", ".caption")
+_MAX_METADATA = 2_000_000_000  # bytes
+_MAX_CAPTION = 1_000_000  # bytes
+#: what systems leave in any folder
+_OF_SYSTEMS = {"thumbs.db", "desktop.ini"}
+_REPEATS = re.compile(r"(\d+)_.+")  # kohya's: "10_fox" shows its pictures ten times an epoch
+_SHOWN = 3  # names in a warning
+
+
+class Rows(NamedTuple):
+    """What a folder holds.
+
+    Attributes:
+        rows: pictures and captions; None where a caption is missing.
+        unused: the other files, but for hidden ones.
+        warnings: what a user should know, one line each.
+        remedy: of a row that is broken.
+    """
+
+    rows: list[tuple[Path, str | None]]
+    unused: list[Path]
+    warnings: list[str]
+    remedy: str
+
+
+def rows_listed(folder: Path) -> Rows:
+    """The rows of a `metadata.jsonl`.
+
+    Raises:
+        AfaError: it is not UTF-8, empty, or has a line that is none or names a missing file.
+    """
+    metadata = folder / METADATA
+    rows: list[tuple[Path, str | None]] = []
+    try:
+        text = read_text(metadata, _MAX_METADATA)
+    except (OSError, ValueError) as error:
+        raise AfaError(f"'{metadata}' must be UTF-8 text, but reading it: {error}.") from error
+    # not splitlines: a caption may hold a line separator of Unicode
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            path, caption = folder / row["file_name"], row.get("text")
+            valid = caption is None or isinstance(caption, str)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            valid = False
+        if not valid:
+            raise AfaError(
+                f"Line {number} of '{metadata}' must be an object with the strings file_name "
+                f"and text, came {line[:80]!r}."
+            )
+        if not os.path.normpath(path).startswith(f"{os.path.normpath(folder)}{os.sep}"):
+            raise AfaError(
+                f"Line {number} of '{metadata}' must name a file in that folder, came "
+                f"'{row['file_name'][:80]}'. Move the picture there, or link it."
+            )
+        if not path.is_file():
+            raise AfaError(f"Line {number} of '{metadata}' names '{path}', which is missing.")
+        rows.append((path, caption))
+    if not rows:
+        raise AfaError(f"The data folder '{folder}' must hold pictures; its list is empty.")
+    used = {os.path.normpath(path) for path, _ in rows} | {os.path.normpath(metadata)}
+    unused = [path for path in _files(folder) if os.path.normpath(path) not in used]
+    warnings = []
+    if unused:
+        warnings.append(
+            f"{_count(unused)} in '{folder}' {_are(unused)} not used, since {METADATA} does not "
+            f"list {'it' if len(unused) == 1 else 'them'}: {_some(unused, folder)}."
+        )
+    return Rows(rows, unused, warnings, f"Replace it or take its line out of {METADATA}.")
+
+
+def rows_beside(folder: Path) -> Rows:
+    """The pictures of a folder and its subfolders with the captions that lie beside them.
+
+    A caption is the first line with words, as kohya's trainers read it. The number in the name of a
+    subfolder such as `10_fox`, with which they repeat its pictures in an epoch, is not used.
+
+    Raises:
+        AfaError: no folder, none with a caption, one with two, or captions that are not UTF-8.
+    """
+    if not folder.is_dir():
+        raise AfaError(f"The data folder '{folder}' does not exist.")
+    files = list(_files(folder))
+    captions: dict[tuple[Path, str], list[Path]] = {}
+    for path in files:
+        if path.suffix.lower() in _CAPTIONS:
+            captions.setdefault((path.parent, path.stem), []).append(path)
+    pictures = [path for path in files if is_picture_file(path)]
+    pairs = [(path, captions.get((path.parent, path.stem))) for path in pictures]
+    if not any(found for _, found in pairs):
+        raise AfaError(
+            f"The data folder '{folder}' must hold pictures and a {METADATA} with lines such as "
+            '{"file_name": "0001.png", "text": "a fox"}, or a .txt with its caption beside each '
+            f"picture; it has no {METADATA} and no picture with a .txt. What the library "
+            "`datasets` reads, such as metadata.csv, goes under data.dataset: "
+            f"{{path: '{folder}'}}."
+        )
+    rows: list[tuple[Path, str | None]] = []
+    longer: list[Path] = []
+    for picture, found in pairs:
+        caption = None
+        if found:
+            lines = {path: _caption(path) for path in found}
+            if len({tuple(each) for each in lines.values()}) > 1:
+                raise AfaError(
+                    f"A picture must have one caption, but '{found[0]}' and '{found[1]}' differ. "
+                    "Delete one of them."
+                )
+            of_file = lines[found[0]]
+            caption = of_file[0] if of_file else ""
+            longer += found[:1] if len(of_file) > 1 else []
+        rows.append((picture, caption))
+    used = set(pictures) | {path for _, found in pairs for path in found or ()}
+    unused = [path for path in files if path not in used]
+    return Rows(
+        rows,
+        unused,
+        _warnings_beside(folder, pictures, longer, unused),
+        "Replace it, write its caption into a .txt beside it, or take it out.",
+    )
+
+
+def _warnings_beside(
+    folder: Path, pictures: list[Path], longer: list[Path], unused: list[Path]
+) -> list[str]:
+    warnings = []
+    if unused:
+        warnings.append(
+            f"{_count(unused)} in '{folder}' {_are(unused)} not used, being neither a picture nor "
+            f"the caption of one: {_some(unused, folder)}."
+        )
+    if longer:
+        warnings.append(
+            f"Of {len(longer)} caption files only the first line is used, they have more: "
+            f"{_some(longer, folder)}. Put each caption on one line."
+        )
+    repeats = {_repeats(path.relative_to(folder).parts) for path in pictures}
+    if len(repeats) > 1:  # where all are alike they change nothing: epochs have no meaning here
+        warnings.append(
+            "The numbers in the names of subfolders (10_fox), with which kohya's trainers repeat "
+            "pictures, are not used: every picture is seen equally often. To show some more often, "
+            f"list them several times in a {METADATA}."
+        )
+    return warnings
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All files of a folder and its subfolders in order, without hidden ones."""
+    seen: set[str] = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        place = os.path.realpath(parent)
+        if place in seen:  # a link to a folder above would have no end
+            folders.clear()
+            continue
+        seen.add(place)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            if not name.startswith(".") and name.lower() not in _OF_SYSTEMS:
+                yield Path(parent) / name
+
+
+def _caption(path: Path) -> list[str]:
+    """The lines of a caption file that have words."""
+    try:
+        text = read_text(path, _MAX_CAPTION)
+    except (OSError, ValueError) as error:
+        raise AfaError(f"'{path}' must be UTF-8 text, but reading it: {error}.") from error
+    return [line.strip() for line in text.split("\n") if line.strip()]
+
+
+def _repeats(parts: tuple[str, ...]) -> int:
+    """How often kohya's trainers would show a picture of this relative path in an epoch."""
+    found = _REPEATS.fullmatch(parts[0]) if len(parts) > 1 else None
+    return int(found[1]) if found else 1
+
+
+def _count(files: list[Path]) -> str:
+    return f"{len(files)} {'file' if len(files) == 1 else 'files'}"
+
+
+def _are(files: list[Path]) -> str:
+    return "is" if len(files) == 1 else "are"
+
+
+def _some(files: list[Path], folder: Path) -> str:
+    shown = ", ".join(str(path.relative_to(folder)) for path in files[:_SHOWN])
+    return f"{shown}, ..." if len(files) > _SHOWN else shown

@@ -1,0 +1,137 @@
+"""What there is to say of a data set before it is trained on; nothing of it stops a training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from afa.reading import BrokenSample, Conversion, Tally, conversions_of
+from afa.reading.broken import MissingCaption
+from afa.training.data.images import captions_in
+from afa.truncation import cuts_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from afa.training.data.images import CaptionedImages, StreamedImages
+    from afa.truncation import Cuts, TextLimit
+
+
+@dataclass
+class DataSurvey:
+    """What a look at every sample of a data set has found.
+
+    Attributes:
+        num_pictures: all samples.
+        num_without_caption: with a missing or an empty caption.
+        num_smaller: with a side that is shorter than the resolution.
+        num_unused: files of the folder that are neither a sample nor its caption.
+        cuts: captions that are longer than text encoders read, an entry for each encoder.
+        broken: what reading said of samples that a training skips.
+        tally: what was converted.
+        warnings: what a user should know, one line each.
+    """
+
+    num_pictures: int = 0
+    num_without_caption: int = 0
+    num_smaller: int = 0
+    num_unused: int = 0
+    cuts: list[Cuts] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
+    tally: Tally = field(default_factory=Tally)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def summary(self) -> str:
+        """All numbers on one line, those that are 0 left out.
+
+        "24 pictures, 3 without caption, 5 captions longer than 77 tokens, 2 smaller than the
+        resolution, 12 files not listed"
+        """
+        parts = [_number(self.num_pictures, "picture")]
+        if self.broken:
+            parts.append(f"{len(self.broken)} broken")
+        if self.num_without_caption:
+            parts.append(f"{self.num_without_caption} without caption")
+        parts += [
+            f"{_number(cut.num_cut, 'caption')} longer than {cut.limit.num_tokens} tokens"
+            for cut in self.cuts
+        ]
+        if self.num_smaller:
+            parts.append(f"{self.num_smaller} smaller than the resolution")
+        if self.num_unused:
+            parts.append(f"{_number(self.num_unused, 'file')} not listed")
+        return ", ".join(parts)
+
+
+def survey(
+    data: CaptionedImages,
+    limits: Sequence[TextLimit] = (),
+    resolution: int | None = None,
+    progress: Callable[[int, int], object] = lambda *_: None,
+) -> DataSurvey:
+    """Read every sample of a data set once, as a training would.
+
+    Args:
+        data: read from beginning to end; not for streams, which may have none.
+        limits: of the text encoders; see `afa.truncation`.
+        resolution: side of the square that is trained on; None counts no small pictures.
+        progress: told the samples that are done, and of how many.
+    """
+    found = DataSurvey(len(data), num_unused=len(getattr(data, "unused", ())))
+    captions: list[str | None] = []
+    for index in range(len(data)):
+        try:
+            picture, caption = data[index]
+        except BrokenSample as error:
+            found.broken.append(str(error))
+            if isinstance(error, MissingCaption):
+                captions.append(None)
+        else:
+            captions.append(caption)
+            is_small = resolution is not None and min(picture.size) < resolution
+            enlarged = {Conversion.ENLARGED} if is_small else frozenset()
+            found.tally.add(index, conversions_of(picture) | enlarged)
+        progress(index + 1, len(data))
+    found.num_without_caption = sum(not (caption or "").strip() for caption in captions)
+    found.num_smaller = found.tally.counts[Conversion.ENLARGED]
+    found.cuts = cuts_of(limits, [caption for caption in captions if caption])
+    found.warnings = [
+        *folder_warnings(data),
+        *caption_warnings(captions, limits),
+    ]
+    line = found.tally.line()
+    if line is not None:
+        found.warnings.append(line)
+    return found
+
+
+def folder_warnings(data: CaptionedImages | StreamedImages) -> list[str]:
+    """What opening a data set has found: files that are not used, captions that are not."""
+    whole = getattr(data, "whole", data)
+    return list(getattr(whole, "warnings", ()))
+
+
+def caption_warnings(captions: Iterable[str | None], limits: Sequence[TextLimit]) -> list[str]:
+    """Whether all captions are empty, and which are cut at the encoders' lengths."""
+    present = [caption for caption in captions if caption is not None]
+    if present and not any(caption.strip() for caption in present):
+        return [
+            f"All {len(present)} captions are empty, so nothing is learned of prompts. Write "
+            "captions, or name the column or file that holds them."
+        ]
+    return [cut.line("caption", "captions") for cut in cuts_of(limits, present)]
+
+
+def known_captions(
+    data: CaptionedImages | StreamedImages, most: int | None = None
+) -> list[str | None]:
+    """The first captions of a data set, without reading a picture; none where that cannot be."""
+    found = captions_in(data)
+    if found is None:
+        return []
+    return [caption for _, caption in zip(range(most or 2**62), found, strict=False)]
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
