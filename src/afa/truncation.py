@@ -81,15 +81,15 @@ def limits_of(pipeline: Any) -> list[TextLimit]:
     return _limits(type(pipeline), tokenizers, are_t5)
 
 
-def limits_of_folder(folder: Path) -> list[TextLimit]:
-    """Those of a pipeline's folder, whose weights are not read.
+def limits_of_folder(folder: Path) -> tuple[list[TextLimit], str]:
+    """Those of a pipeline's folder, whose weights are not read, and the denoiser's family.
 
     Raises:
         AfaError: it is incomplete or of no known kind.
     """
     index = read_json(folder / "model_index.json")
     class_name, classes = str(index.get("_class_name")), parts_of(index)
-    kind_of(class_name, folder)
+    family = kind_of(class_name, folder).family
     tokenizers, are_t5 = {}, set()
     for encoder in [name for name in classes if name.startswith("text_encoder")]:
         name = encoder.replace("text_encoder", "tokenizer")
@@ -101,7 +101,7 @@ def limits_of_folder(folder: Path) -> list[TextLimit]:
         tokenizers[name] = keep_no_words(found.from_pretrained(folder / name))
         if classes[encoder].startswith("T5"):
             are_t5.add(name)
-    return _limits(getattr(diffusers, class_name), tokenizers, are_t5)
+    return _limits(getattr(diffusers, class_name), tokenizers, are_t5), family
 
 
 def _limits(

@@ -23,8 +23,10 @@ from afa.files import slug
 from afa.kinds import denoiser_of
 from afa.pictures import identity_of, picture_recipe, save_picture
 from afa.pipeline import native_resolution, size_multiple
+from afa.reading import read_picture
 from afa.recipe import MAX_SEED
 from afa.steering import STAGES, expert_names
+from afa.truncation import warnings_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -175,6 +177,9 @@ class Page:
         yield {status: views.note("Starting"), **self._buttons(is_busy=True)}
         try:
             asked = wanted()
+            warnings = self._warnings(asked[0][1])
+            if warnings:
+                yield {status: views.warned("Starting", warnings)}
             for event in self._studio.draw([recipe for _, recipe in asked], stop):
                 slot, recipe = asked[done]
                 if not isinstance(event, Drawn):
@@ -197,7 +202,8 @@ class Page:
                     update[self._shown] = len(history) - 1
                 yield update
             seconds = sum(entry.seconds for entry in history[len(history) - done :])
-            said = views.note(f"{done} {'picture' if done == 1 else 'pictures'}, {seconds:.1f} s")
+            drawn = f"{done} {'picture' if done == 1 else 'pictures'}, {seconds:.1f} s"
+            said = views.warned(drawn, warnings)
         except Stopped:
             said = views.note(f"Stopped; {done} of the pictures were finished.")
         except AfaError as error:
@@ -209,6 +215,12 @@ class Page:
         finally:
             self._stops.pop(session, None)
         yield {status: said, **self._buttons(is_busy=False)}
+
+    def _warnings(self, recipe: PictureRecipe) -> list[str]:
+        """What the text encoders do not read; equal for all who draw the same prompt."""
+        return warnings_for(
+            self._studio.pipeline, [recipe.prompt], recipe.negative_prompt, recipe.guidance
+        )
 
     def _read(self, values: Sequence[Any]) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
         """What the controls say: fields of a recipe, and the bias."""
@@ -297,14 +309,11 @@ class Page:
         ]
 
     def _see(self, history: list[Entry], shown: int | None, step: int, site: str) -> list[Any]:
-        from PIL import Image
-
         record = _record(history, shown)
         if record is None or shown is None or site not in (views.ALL_SITES, *record.places):
             return [gr.skip()] * len(self._on.who.seen)
         weights = views.weights_at(record, step, site)
-        with Image.open(history[shown].file) as picture:
-            overlay = views.overlay(picture, weights)
+        overlay = views.overlay(read_picture(history[shown].file), weights)
         alone: list[Any] = []
         for expert, own in zip(self._experts, weights, strict=True):
             alone += [views.alone(own), views.caption(f"{expert} {own.float().mean():.0%}")]
@@ -319,14 +328,11 @@ class Page:
     def _point(
         self, history: list[Entry], shown: int | None, step: int, site: str, event: gr.SelectData
     ) -> str:
-        from PIL import Image
-
         record = _record(history, shown)
         if record is None or shown is None:
             return ""
         weights = views.weights_at(record, step, site)
-        with Image.open(history[shown].file) as picture:
-            size = views.overlay(picture, weights).size
+        size = views.overlay(read_picture(history[shown].file), weights).size
         return views.numbers_at(self._experts, weights, (event.index[0], event.index[1]), size)
 
     # -- history ------------------------------------------------------------------------------

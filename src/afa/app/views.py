@@ -162,6 +162,12 @@ def note(text: str) -> str:
     return f"<div role='status'>{html.escape(text)}</div>"
 
 
+def warned(text: str, warnings: Sequence[str]) -> str:
+    """Something that went well, with what the user should know of it, a line each."""
+    lines = "".join(f"<p>warning: {html.escape(line)}</p>" for line in warnings)
+    return note(text) + (f"<div role='alert'>{lines}</div>" if lines else "")
+
+
 def complaint(text: str) -> str:
     """Something that did not."""
     return f"<div role='alert' class='afa-error'>{html.escape(text)}</div>"

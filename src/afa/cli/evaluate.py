@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from afa.cli.check import require_sound
-from afa.cli.console import console, progress_bar, quieten_loading
+from afa.cli.console import console, progress_bar, quieten_loading, say_warnings
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -45,6 +45,7 @@ def evaluate(
         for event in run(checked, output):
             if not is_main:
                 continue
+            say_warnings(event.notes)
             if event.stage not in tasks:
                 tasks[event.stage] = progress.add_task(event.stage, total=event.total, note="")
             progress.update(tasks[event.stage], completed=event.done, note=event.note)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from afa.cli.check import require_sound
-from afa.cli.console import console, progress_bar, quieten_loading
+from afa.cli.console import console, progress_bar, quieten_loading, say_warnings
 
 
 def search(
@@ -24,13 +24,19 @@ def search(
 
     [bold]Example[/bold]: afa search recipe.yaml --output runs/search
     """
+    from afa.evaluation.prompts import load_prompts
     from afa.evaluation.search import load_search_recipe, search_block_weights
     from afa.preflight.plans import plan_of_search
+    from afa.preflight.prompts import warnings_of_plan
 
     checked = load_search_recipe(recipe)
     quieten_loading()
+    plan = plan_of_search(checked)
     if look_first:
-        require_sound(plan_of_search(checked))
+        require_sound(plan)
+    prompts = [prompt.text for prompt in load_prompts(checked.prompts)]
+    sampling = checked.sampling
+    say_warnings(warnings_of_plan(plan, prompts, sampling.negative_prompt, sampling.guidance))
     with progress_bar() as progress:
         task = progress.add_task("search", total=checked.num_trials, note="")
         for trial in search_block_weights(checked, output):

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 from afa.plots import comparison, plain, save_figure
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
+
+    from PIL import Image
 
     from afa.evaluation.results import Results
 
@@ -57,16 +59,14 @@ def draw_sheet(results: Results, methods: Sequence[str], places: Sequence[int], 
         places: of the prompts, from left to right.
         path: PNG or SVG, by its suffix.
     """
-    from PIL import Image
-
-    def opened(files: Iterable[Path]) -> list[Image.Image]:
-        return [Image.open(file) for file in files]
+    from afa.evaluation.work import open_pictures
 
     rows: dict[str, list[Image.Image]] = {}
     references = [results.prompts[place].reference for place in places]
     if all(reference is not None for reference in references):
-        rows["true"] = opened(reference for reference in references if reference is not None)
-    rows |= {name: opened(results.pictures(name, places)) for name in methods}
+        found = [reference for reference in references if reference is not None]
+        rows["true"] = list(open_pictures(found))
+    rows |= {name: list(open_pictures(results.pictures(name, places))) for name in methods}
     prompts = [results.prompts[place].text for place in places]
     comparison(rows, prompts, path, bold=[results.recipe.subject_name], dpi=95)
 

@@ -47,7 +47,7 @@ class PromptsRecipe(Section):
 
     `text`: a UTF-8 file with one prompt on each line. `coco`: COCO's caption JSON, of every picture
     the caption with the lowest id. `drawbench`: a CSV with the columns Prompts and Category, whose
-    categories are the groups. `folder`: pictures with a metadata.jsonl, which are references too.
+    categories are the groups. `folder`: pictures with captions, as for training, and references.
     """
 
     text: Path | None = None
@@ -231,13 +231,11 @@ def _from_drawbench(path: Path) -> list[Prompt]:
 def _from_folder(folder: Path) -> list[Prompt]:
     from afa.training.data import FolderImages
 
-    rows = FolderImages(folder).rows
-    listing = folder / "metadata.jsonl"
     return _checked(
-        listing,
+        folder,
         (
-            (f"entry {n}", Prompt(caption, reference=path))
-            for n, (path, caption) in enumerate(rows, start=1)
+            (f"the caption of '{path.relative_to(folder)}'", Prompt(caption or "", reference=path))
+            for path, caption in FolderImages(folder).rows
         ),
     )
 

@@ -39,12 +39,16 @@ _MARK = {"format": "afa-evaluation", "version": 1}
 
 @dataclass(frozen=True)
 class EvaluateProgress:
-    """How far an evaluation is: so many parts of one stage, and what it is at."""
+    """How far an evaluation is: so many parts of one stage.
+
+    `note` says what it is at; `notes` are what a user should know, one line each.
+    """
 
     stage: str
     done: int
     total: int
     note: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def evaluate(recipe: EvaluateRecipe, output: Path) -> Iterator[EvaluateProgress]:
@@ -81,12 +85,19 @@ def evaluate(recipe: EvaluateRecipe, output: Path) -> Iterator[EvaluateProgress]
         if processes.is_main:
             _claim_all(recipe, prompts, store, builder)
         processes.wait()
+        if processes.is_main:
+            said = (*scoring.warnings(), *_cut_prompts(recipe, prompts))
+            yield EvaluateProgress("prompts", len(prompts), len(prompts), notes=said)
 
         batches = list(processes.share(scoring.reference_batches()))
         for done, (network, number) in enumerate(batches):
             yield EvaluateProgress("references", done, len(batches), network)
             scoring.extract_references(network, number)
             yield EvaluateProgress("references", done + 1, len(batches))
+        processes.wait()
+        if processes.is_main and (converted := scoring.converted_references()):
+            count = len(batches)
+            yield EvaluateProgress("references", count, count, notes=(converted,))
         work = _Work(recipe, prompts, store, builder, scoring, processes)
         main = units_of(recipe, range(len(prompts)), sampling.num_steps)
         yield from work.run("pictures", main)
@@ -152,6 +163,17 @@ def _check_folder(output: Path) -> None:
             f"The output folder must be new or hold an earlier evaluation; '{output}' is neither. "
             "Name another one."
         )
+
+
+def _cut_prompts(recipe: EvaluateRecipe, prompts: Sequence[Prompt]) -> list[str]:
+    """What the text encoders of all methods do not read."""
+    from afa.preflight.plans import plan_of_evaluation
+    from afa.preflight.prompts import warnings_of_plan
+
+    sampling = recipe.sampling
+    texts = [prompt.text for prompt in prompts]
+    plan = plan_of_evaluation(recipe)
+    return warnings_of_plan(plan, texts, sampling.negative_prompt, sampling.guidance)
 
 
 def _claim_all(

@@ -17,6 +17,8 @@ from afa.evaluation.recipe import SCENE_SCORES, SCENES, slug
 from afa.evaluation.work import digest, open_pictures, read_pictures, write_json
 from afa.files import read_json, write_atomic
 from afa.metrics import MetricRecipe, ReferenceScorer, SetMetric, open_metrics
+from afa.reading import Conversion, Tally, conversions_of, is_picture_file
+from afa.truncation import cuts_of
 from afa.weights import hash_file
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from afa.evaluation.recipe import EvaluateRecipe
     from afa.evaluation.work import Store, Unit
     from afa.metrics import FeatureExtractor, ImageScorer
+    from afa.truncation import TextLimit
 
 _REFERENCE_BATCH = 32
 
@@ -70,6 +73,8 @@ class _Single:
 
     def __init__(self, scorer: ImageScorer) -> None:
         self.name = scorer.name
+        #: of its text encoder, where it has one
+        self.text_limits: list[TextLimit] = getattr(scorer, "text_limits", [])
         self._scorer = scorer
 
     def __call__(
@@ -140,6 +145,7 @@ class Scoring:
                 self.reference_scorers.append(metric)
             else:
                 self.scorers.append(_Single(metric))
+        self._folder = recipe.references
         self.references = self._find_references(recipe)
         for asked in chosen:
             self._check_subsets(asked, recipe)
@@ -182,6 +188,24 @@ class Scoring:
                     f"pictures as there are of '{group}', came {metric.subset_size}."
                 )
 
+    def warnings(self) -> list[str]:
+        """What a user should know before any work, one line each."""
+        texts = [prompt.text for prompt in self._prompts]
+        lines = [
+            cut.line("prompt", "prompts")
+            for scorer in self.scorers
+            if isinstance(scorer, _Single)
+            for cut in cuts_of(scorer.text_limits, texts)
+        ]
+        if self._folder is not None and self.references:
+            others = [path for path in _files(self._folder) if not is_picture_file(path)]
+            if others:
+                lines.append(
+                    f"{len(others)} files of '{self._folder}' are no pictures and are not used as "
+                    f"references, such as '{others[0].name}'."
+                )
+        return lines
+
     # -- work ---------------------------------------------------------------------------------
 
     def _scores_file(self, metric: str, unit: Unit) -> Path:
@@ -211,8 +235,21 @@ class Scoring:
             with safe_open(place, framework="pt") as file:
                 if (file.metadata() or {}).get("pictures") == made_from:
                     return
-        features = self.extractors[network].features(list(open_pictures(paths)))
-        _write_features(place, features, {"pictures": made_from})
+        pictures = list(open_pictures(paths))
+        features = self.extractors[network].features(pictures)
+        converted = json.dumps([sorted(conversions_of(picture)) for picture in pictures])
+        _write_features(place, features, {"pictures": made_from, "converted": converted})
+
+    def converted_references(self) -> str | None:
+        """What was converted while the references were read; None for nothing, or no references."""
+        tally = Tally()
+        for network, number in self.reference_batches():
+            place = self._store.reference_features(self._keys[network], number)
+            with safe_open(place, framework="pt") as file:
+                found = json.loads((file.metadata() or {}).get("converted", "[]"))
+            for row, done in enumerate(found):
+                tally.add((number, row), map(Conversion, done))
+        return tally.line("References")
 
     def is_scored(self, unit: Unit) -> bool:
         """Whether all of a drawn batch's scores and features are there."""
@@ -286,8 +323,7 @@ def _pictures_in(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise AfaError(f"The references must be a folder of pictures; '{folder}' is none.")
-    suffixes = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
+    return [path for path in _files(folder) if is_picture_file(path)]
 
 
 def _write_features(place: Path, features: Tensor, metadata: dict[str, str] | None = None) -> None:

@@ -217,12 +217,12 @@ def read_pictures(store: Store, unit: Unit) -> list[Image.Image]:
 
 
 def open_pictures(paths: Iterator[Path] | Sequence[Path]) -> Iterator[Image.Image]:
-    """Pictures from files, RGB.
+    """Pictures from files as RGB; transparent ones on white, see `afa.reading.read_picture`.
 
     Raises:
         AfaError: one is missing or damaged; names it.
     """
-    from afa.training.data import read_picture
+    from afa.reading import read_picture
 
     for path in paths:
         yield read_picture(path)

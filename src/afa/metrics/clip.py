@@ -15,6 +15,7 @@ from afa.metrics.weights import (
     Source,
     describe,
 )
+from afa.truncation import TextLimit
 from afa.zoo import assets
 
 if TYPE_CHECKING:
@@ -55,6 +56,10 @@ class ClipEncoder:
         """
         return one_by_one(pictures, self._embed_picture)
 
+    def text_limit(self, metric: str) -> TextLimit:
+        """How many tokens of a prompt a metric reads with it."""
+        return TextLimit((f"the metric '{metric}'",), self.tokenizer, self._num_tokens)
+
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Embeddings of texts [n, d], as of pictures; a text is cut to what the model reads.
 
@@ -65,6 +70,10 @@ class ClipEncoder:
         place = {text: index for index, text in enumerate(different)}
         return one_by_one(different, self._embed_text)[[place[text] for text in texts]]
 
+    @property
+    def _num_tokens(self) -> int:
+        return self.model.config.text_config.max_position_embeddings
+
     def _embed_picture(self, picture: Image.Image) -> Tensor:
         pixels = self.preprocessing.pixels(picture)[None].to(self.model.device)
         return self.model.visual_projection(self.model.vision_model(pixels).pooler_output)[0]
@@ -74,7 +83,7 @@ class ClipEncoder:
         ids = self.tokenizer(
             text,
             truncation=True,
-            max_length=self.model.config.text_config.max_position_embeddings,
+            max_length=self._num_tokens,
             return_tensors="pt",
         )["input_ids"].to(self.model.device)
         return self.model.text_projection(self.model.text_model(ids).pooler_output)[0]
@@ -96,6 +105,11 @@ class ClipScorer:
         self.name = name
         self.encoder = encoder
         self.scale = scale
+
+    @property
+    def text_limits(self) -> list[TextLimit]:
+        """How many tokens of a prompt are read."""
+        return [self.encoder.text_limit(self.name)]
 
     def score(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
         """The score of every picture with the prompt at its place.

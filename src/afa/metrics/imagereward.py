@@ -11,6 +11,7 @@ from afa.files import read_json
 from afa.metrics.aesthetic import linear_head
 from afa.metrics.pictures import Preprocessing, one_by_one, require_partners
 from afa.metrics.weights import PROCESSOR_FILES, Source, shape_of
+from afa.truncation import TextLimit
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -81,6 +82,11 @@ class ImageRewardScorer:
         self.head = head
         self.tokenizer = tokenizer
         self.preprocessing = Preprocessing.square(vision.config.image_size)
+
+    @property
+    def text_limits(self) -> list[TextLimit]:
+        """How many tokens of a prompt are read."""
+        return [TextLimit((f"the metric '{self.name}'",), self.tokenizer, _MAX_TOKENS)]
 
     def score(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
         """The reward of every picture with the prompt at its place, cut to 35 tokens.

@@ -125,7 +125,7 @@ def parse_colour(text: str) -> Colour:
     parts = ImageColor.getrgb(text)
     if len(parts) != len(WHITE):
         raise ValueError(f"'{text}' has an alpha value; a background must be opaque")
-    return parts
+    return parts[0], parts[1], parts[2]
 
 
 def _head(source: Path | bytes) -> bytes:

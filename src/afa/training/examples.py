@@ -87,7 +87,7 @@ class Sample(NamedTuple):
         pixels: [3, R, R] in -1..1.
         sizes: see `Transform.sizes`.
         caption: its own.
-        index: its number in the data set.
+        number: its own in the data set.
         conversions: what reading it took.
         broken: the samples that it stands in for, with what reading them said.
     """
@@ -95,7 +95,7 @@ class Sample(NamedTuple):
     pixels: Tensor
     sizes: Tensor
     caption: str
-    index: int
+    number: int
     conversions: frozenset[Conversion]
     broken: dict[int, str]
 
@@ -269,8 +269,8 @@ class LiveExamples:
             if isinstance(sample, AfaError):
                 raise sample
             self.broken.note(sample.broken)
-            for conversion in self._tally.add(sample.index, sample.conversions):
-                name = self._data.name(sample.index)
+            for conversion in self._tally.add(sample.number, sample.conversions):
+                name = self._data.name(sample.number)
                 self._news.append(f"'{name}' is the first picture {conversion.said}.")
             samples.append(sample)
         draws = [self._order.draw(place) for place in places]

@@ -113,8 +113,7 @@ def rows_beside(folder: Path) -> Rows:
             f"The data folder '{folder}' must hold pictures and a {METADATA} with lines such as "
             '{"file_name": "0001.png", "text": "a fox"}, or a .txt with its caption beside each '
             f"picture; it has no {METADATA} and no picture with a .txt. What the library "
-            "`datasets` reads, such as metadata.csv, goes under data.dataset: "
-            f"{{path: '{folder}'}}."
+            f"`datasets` reads (metadata.csv, ...) goes under data.dataset: {{path: '{folder}'}}."
         )
     rows: list[tuple[Path, str | None]] = []
     longer: list[Path] = []
