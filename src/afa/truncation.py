@@ -156,18 +156,19 @@ class Cuts:
             what: one text, as `prompt`.
             plural: several, as `prompts`.
         """
-        names = " and ".join(self.limit.names)
+        reads = "reads" if len(self.limit.names) == 1 else "read"
+        readers = f"{' and '.join(self.limit.names)} {reads}"
         unread = self.limit.unread(self.example)
         shown = f"{unread[:_SHOWN]}..." if len(unread) > _SHOWN else unread
         remedy = "Shorten it, or put what matters first."
         if self.num_texts == 1:
             return (
-                f"The {what} has {self.most} tokens, and {names} reads {self.limit.num_tokens}: "
+                f"The {what} has {self.most} tokens, and {readers} {self.limit.num_tokens}: "
                 f"what follows from '{shown}' on is cut off. {remedy}"
             )
         return (
             f"{self.num_cut} of {self.num_texts} {plural} are longer than the "
-            f"{self.limit.num_tokens} tokens that {names} reads; the longest has {self.most}. What "
+            f"{self.limit.num_tokens} tokens that {readers}; the longest has {self.most}. What "
             f"is beyond is cut off, in the first of them from '{shown}' on. "
             f"{remedy.replace('it', 'them', 1)}"
         )
