@@ -9,7 +9,7 @@ from typing import Any
 SOURCE = Path(__file__).parents[2] / "src" / "afa"
 PLACE = "<!-- every message -->"
 #: what is raised with a message for users: `AfaError`, and what is derived from it
-ERRORS = ("AfaError", "Ambiguous", "BrokenPicture", "NotFinite")
+ERRORS = ("AfaError", "Ambiguous", "BrokenPicture", "MissingCaption", "NotFinite")
 #: from which argument on a `Finding` says something
 FINDING = 2
 #: parts of the package by what their users do; all else is "Experts and ensembles"
@@ -26,6 +26,7 @@ TITLES = {
     "placement": "Memory",
     "plots": "Pictures",
     "quantization": "Memory",
+    "reading": "Pictures",
     "recipe": "Recipes",
     "statistics": "Comparing",
     "steering": "Steering",

@@ -80,7 +80,7 @@ def read_picture(
         if any(not issubclass(each.category, Image.DecompressionBombWarning) for each in said):
             done.add(Conversion.METADATA)
     except Image.DecompressionBombError as error:
-        raise BrokenPicture(_too_large(name, str(error))) from error
+        raise _too_large(name, str(error)) from error
     except _DECODING_ERRORS as error:
         foreign = foreign_format(head)
         if foreign is not None and not (isinstance(error, OSError) and error.errno):
@@ -222,11 +222,11 @@ def _broken(name: str, error: Exception, remedy: str) -> BrokenPicture:
     )
 
 
-def _too_large(name: str, said: str) -> str:
+def _too_large(name: str, said: str) -> BrokenPicture:
     limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
     found = re.search(r"\((\d+) pixels\)", said)
     count = f"{int(found[1]):,} pixels" if found else "more pixels"
-    return (
+    return BrokenPicture(
         f"'{name}' has {count}, and at most {limit:,} are read, so that a small file cannot fill "
         "the memory. Scale it down."
     )

@@ -110,9 +110,9 @@ def rows_beside(folder: Path) -> Rows:
     pairs = [(path, captions.get((path.parent, path.stem))) for path in pictures]
     if not any(found for _, found in pairs):
         raise AfaError(
-            f"The data folder '{folder}' must hold pictures and a {METADATA} with lines such as "
+            f"The data folder '{folder}' must hold pictures and a metadata.jsonl with lines such as "
             '{"file_name": "0001.png", "text": "a fox"}, or a .txt with its caption beside each '
-            f"picture; it has no {METADATA} and no picture with a .txt. What the library "
+            "picture; it has no metadata.jsonl and no picture with a .txt. What the library "
             f"`datasets` reads (metadata.csv, ...) goes under data.dataset: {{path: '{folder}'}}."
         )
     rows: list[tuple[Path, str | None]] = []
