@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from afa.cli import main
 from afa.truncation import cuts_of, limits_of, limits_of_folder, prompt_warnings, warnings_for
 from tests.tiny_pipelines import PIPELINES
 
@@ -100,3 +101,16 @@ def test_negative_prompts_are_cut_and_left_out_too(pipelines: dict[str, Any]) ->
     (line,) = warnings_for(pipelines["flux"], ["a fox"], "a pizza", 5.0)
     assert line.startswith("The negative prompt is not used: the pipelines of Flux")
     assert warnings_for(pipelines["xl"], ["a fox"], "", 1.0) == []
+
+
+def test_generate_says_what_is_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    long = "a fox on the left and a pizza on the right, blue background " * 3
+    options = ["--steps", "1", "--no-check", "--output", str(tmp_path / "new")]
+    with pytest.raises(SystemExit) as stop:
+        main(["generate", "zoo:ensemble", "a fox", long, "--negative-prompt", long, *options])
+    assert stop.value.code == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert [line.split(":")[1].split(" ")[1:5] for line in said] == [
+        ["1", "of", "2", "prompts"],
+        ["The", "negative", "prompt", "has"],
+    ]

@@ -88,8 +88,8 @@ def test_further_lines_of_captions_are_named(tmp_path: Path) -> None:
     data = FolderImages(tmp_path)
     assert data[0][1] == "a fox"
     assert data.warnings == [
-        "Of 1 caption files only the first line is used, they have more: a.txt. Put each caption "
-        "on one line."
+        "Only the first line is used of 1 caption file with several: a.txt. Put each caption on "
+        "one line."
     ]
 
 
@@ -191,7 +191,7 @@ def test_the_background_is_used_and_part_of_what_data_is(tmp_path: Path) -> None
 def mixed(folder: Path) -> Path:
     """Pictures with everything that there is to say of them."""
     folder.mkdir()
-    rows = []
+    rows: list[dict[str, Any]] = []
     for n in range(8):
         picture(folder / f"{n}.png", colour=(30 * n, 0, 0))
         rows.append({"file_name": f"{n}.png", "text": f"a fox {n}"})

@@ -17,7 +17,7 @@ from afa.evaluation.recipe import SCENE_SCORES, SCENES, slug
 from afa.evaluation.work import digest, open_pictures, read_pictures, write_json
 from afa.files import read_json, write_atomic
 from afa.metrics import MetricRecipe, ReferenceScorer, SetMetric, open_metrics
-from afa.reading import Conversion, Tally, conversions_of, is_picture_file
+from afa.reading import Conversion, Tally, conversions_of, counted, is_picture_file
 from afa.truncation import cuts_of
 from afa.weights import hash_file
 
@@ -201,8 +201,8 @@ class Scoring:
             others = [path for path in _files(self._folder) if not is_picture_file(path)]
             if others:
                 lines.append(
-                    f"{len(others)} files of '{self._folder}' are no pictures and are not used as "
-                    f"references, such as '{others[0].name}'."
+                    f"{counted(len(others), 'file')} of '{self._folder}' without the name of a "
+                    f"picture, such as '{others[0].name}', cannot be used as references."
                 )
         return lines
 

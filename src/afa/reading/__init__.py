@@ -8,7 +8,7 @@ from afa.reading.broken import BrokenPicture, BrokenSample
 from afa.reading.crop import scale_and_crop
 from afa.reading.formats import is_picture_file
 from afa.reading.picture import WHITE, as_rgb, conversions_of, parse_colour, read_picture
-from afa.reading.tally import Conversion, Tally
+from afa.reading.tally import Conversion, Tally, counted
 
 __all__ = [
     "WHITE",
@@ -18,6 +18,7 @@ __all__ = [
     "Tally",
     "as_rgb",
     "conversions_of",
+    "counted",
     "is_picture_file",
     "parse_colour",
     "read_picture",

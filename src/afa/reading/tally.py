@@ -76,3 +76,8 @@ class Tally:
         counts = self.counts
         listed = "; ".join(f"{counts[each]} {each.said}" for each in Conversion if counts[each])
         return f"{what} converted while reading: {listed}."
+
+
+def counted(count: int, noun: str) -> str:
+    """A number of things in words: "1 file", "2 files"."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"

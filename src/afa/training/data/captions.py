@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from afa.errors import AfaError
 from afa.files import read_text
-from afa.reading import is_picture_file
+from afa.reading import counted, is_picture_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -84,8 +84,9 @@ def rows_listed(folder: Path) -> Rows:
     warnings = []
     if unused:
         warnings.append(
-            f"{_count(unused)} in '{folder}' {_are(unused)} not used, since {METADATA} does not "
-            f"list {'it' if len(unused) == 1 else 'them'}: {_some(unused, folder)}."
+            f"{counted(len(unused), 'file')} in '{folder}' {_are(unused)} not used, since "
+            f"{METADATA} does not list {'it' if len(unused) == 1 else 'them'}: "
+            f"{_some(unused, folder)}."
         )
     return Rows(rows, unused, warnings, f"Replace it or take its line out of {METADATA}.")
 
@@ -110,8 +111,8 @@ def rows_beside(folder: Path) -> Rows:
     pairs = [(path, captions.get((path.parent, path.stem))) for path in pictures]
     if not any(found for _, found in pairs):
         raise AfaError(
-            f"The data folder '{folder}' must hold pictures and a metadata.jsonl with lines such as "
-            '{"file_name": "0001.png", "text": "a fox"}, or a .txt with its caption beside each '
+            f"The data folder '{folder}' must hold pictures and a metadata.jsonl with lines such "
+            'as {"file_name": "0001.png", "text": "a fox"}, or a .txt with its caption beside each '
             "picture; it has no metadata.jsonl and no picture with a .txt. What the library "
             f"`datasets` reads (metadata.csv, ...) goes under data.dataset: {{path: '{folder}'}}."
         )
@@ -146,12 +147,12 @@ def _warnings_beside(
     warnings = []
     if unused:
         warnings.append(
-            f"{_count(unused)} in '{folder}' {_are(unused)} not used, being neither a picture nor "
-            f"the caption of one: {_some(unused, folder)}."
+            f"{counted(len(unused), 'file')} in '{folder}' {_are(unused)} not used, being neither "
+            f"a picture nor the caption of one: {_some(unused, folder)}."
         )
     if longer:
         warnings.append(
-            f"Of {len(longer)} caption files only the first line is used, they have more: "
+            f"Only the first line is used of {counted(len(longer), 'caption file')} with several: "
             f"{_some(longer, folder)}. Put each caption on one line."
         )
     repeats = {_repeats(path.relative_to(folder).parts) for path in pictures}
@@ -192,10 +193,6 @@ def _repeats(parts: tuple[str, ...]) -> int:
     """How often kohya's trainers would show a picture of this relative path in an epoch."""
     found = _REPEATS.fullmatch(parts[0]) if len(parts) > 1 else None
     return int(found[1]) if found else 1
-
-
-def _count(files: list[Path]) -> str:
-    return f"{len(files)} {'file' if len(files) == 1 else 'files'}"
 
 
 def _are(files: list[Path]) -> str:

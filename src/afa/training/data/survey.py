@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from afa.reading import BrokenSample, Conversion, Tally, conversions_of
+from afa.reading import BrokenSample, Conversion, Tally, conversions_of, counted
 from afa.reading.broken import MissingCaption
 from afa.training.data.images import captions_in
 from afa.truncation import cuts_of
@@ -48,19 +48,19 @@ class DataSurvey:
         "24 pictures, 3 without caption, 5 captions longer than 77 tokens, 2 smaller than the
         resolution, 12 files not listed"
         """
-        parts = [_number(self.num_pictures, "picture")]
+        parts = [counted(self.num_pictures, "picture")]
         if self.broken:
             parts.append(f"{len(self.broken)} broken")
         if self.num_without_caption:
             parts.append(f"{self.num_without_caption} without caption")
         parts += [
-            f"{_number(cut.num_cut, 'caption')} longer than {cut.limit.num_tokens} tokens"
+            f"{counted(cut.num_cut, 'caption')} longer than {cut.limit.num_tokens} tokens"
             for cut in self.cuts
         ]
         if self.num_smaller:
             parts.append(f"{self.num_smaller} smaller than the resolution")
         if self.num_unused:
-            parts.append(f"{_number(self.num_unused, 'file')} not listed")
+            parts.append(f"{counted(self.num_unused, 'file')} not listed")
         return ", ".join(parts)
 
 
@@ -131,7 +131,3 @@ def known_captions(
     if found is None:
         return []
     return [caption for _, caption in zip(range(most or 2**62), found, strict=False)]
-
-
-def _number(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"
