@@ -198,7 +198,7 @@ class Scoring:
             for cut in cuts_of(scorer.text_limits, texts)
         ]
         if self._folder is not None and self.references:
-            others = [path for path in _files(self._folder) if not is_picture_file(path)]
+            others = [path for path in _listed(self._folder) if not is_picture_file(path)]
             if others:
                 lines.append(
                     f"{counted(len(others), 'file')} of '{self._folder}' without the name of a "
@@ -323,7 +323,17 @@ def _pictures_in(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise AfaError(f"The references must be a folder of pictures; '{folder}' is none.")
-    return [path for path in _files(folder) if is_picture_file(path)]
+    return [path for path in _listed(folder) if is_picture_file(path)]
+
+
+def _listed(folder: Path) -> list[Path]:
+    """All files of a folder and its subfolders in order, without hidden ones."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
 
 
 def _write_features(place: Path, features: Tensor, metadata: dict[str, str] | None = None) -> None:
