@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from afa.cli.check import plan_for
+from afa.cli.check import plan_for, read_any
 from afa.errors import AfaError
 from afa.memory.needs import Training
 from afa.preflight.machine import Estimate, Job, Work, fits, largest_batch
@@ -275,7 +275,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 def test_recipes_of_every_command(name: str, experts: list[Path], tmp_path: Path) -> None:
     place = tmp_path / "recipe.yaml"
     place.write_text(yaml.safe_dump({**RECIPES[name], "experts": [str(e) for e in experts[:2]]}))
-    report = look(plan_for(place))
+    report = look(plan_for(place, read_any(place)))
     assert not report.errors, report.errors
     assert len(report.experts) == 2
     assert bool(report.estimates) == (name != "merge")
@@ -283,7 +283,7 @@ def test_recipes_of_every_command(name: str, experts: list[Path], tmp_path: Path
 
 def test_an_ensemble_is_looked_at_as_it_is(experts: list[Path], tmp_path: Path) -> None:
     assert run("train", write_recipe(tmp_path, experts), "--output", tmp_path / "run") == 0
-    report = look(plan_for(tmp_path / "run"))
+    report = look(plan_for(tmp_path / "run", None))
     assert not report.errors
     assert len(report.experts) == 3
 

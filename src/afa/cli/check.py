@@ -11,8 +11,10 @@ from rich.table import Column, Table
 
 from afa.cli.console import console, printable, progress_bar
 from afa.errors import AfaError
+from afa.preflight.finding import in_order
 
 if TYPE_CHECKING:
+    from afa.preflight.inputs import Inputs
     from afa.preflight.plans import Plan
     from afa.preflight.run import Report
 
@@ -27,15 +29,24 @@ def check(
     weights: Annotated[
         bool, typer.Option("--weights/--no-weights", help="Read all weights, too.")
     ] = True,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder that the command is to write: may it?")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Look at everything a recipe names: do the experts fit each other, and this machine?
+    """Open everything a recipe names: do the experts fit each other, and this machine?
 
-    Nothing is written. Exit code 2 if anything would keep the work from being done.
+    Models, LoRAs and parts, all pictures and captions, prompts, references, metrics. What the
+    command of the recipe would refuse is refused here, in the same words. Nothing is written. Exit
+    code 2 if anything would keep the work from being done.
 
     [bold]Example[/bold]: afa check recipe.yaml
     """
-    report = look_at(plan_for(recipe), with_weights=weights, visible=not as_json)
+    asked = read_any(recipe)
+    report = look_at(plan_for(recipe, asked), with_weights=weights, visible=not as_json)
+    inputs = look_at_inputs(asked, output, visible=not as_json)
+    report.data = inputs.summary
+    report.findings = in_order([*report.findings, *inputs.findings])
     if as_json:
         console.print_json(json.dumps(_as_json(report)), ensure_ascii=True)
     else:
@@ -44,20 +55,14 @@ def check(
         raise typer.Exit(2)
 
 
-def plan_for(place: Path) -> Plan:
-    """What a recipe of any command would load.
+def read_any(place: Path) -> Any:
+    """The recipe of whichever command; None for the folder of an ensemble.
 
     Raises:
         AfaError: it is no recipe, or a wrong one.
     """
-    from afa.preflight import plans
-
     if place.is_dir() or str(place).startswith("zoo:"):
-        import torch
-
-        from afa.training.engine import pick_device
-
-        return plans.plan_of_ensemble(str(place), torch.float32, pick_device("auto"))
+        return None
     from afa.recipe import read_yaml
 
     content = read_yaml(place)
@@ -65,26 +70,77 @@ def plan_for(place: Path) -> Plan:
     if "training" in keys:
         from afa.training.recipe import load_recipe
 
-        return plans.plan_of_training(load_recipe(place))
+        return load_recipe(place)
     if "methods" in keys:
         from afa.evaluation.recipe import load_evaluate_recipe
 
-        return plans.plan_of_evaluation(load_evaluate_recipe(place))
+        return load_evaluate_recipe(place)
     if "metric" in keys:
         from afa.evaluation.search import load_search_recipe
 
-        return plans.plan_of_search(load_search_recipe(place))
+        return load_search_recipe(place)
     if "method" in keys:
-        from afa.baselines.merging import load_merge_recipe, plan_merge
+        from afa.baselines.merging import load_merge_recipe
 
-        recipe = load_merge_recipe(place)
-        is_file = Path(recipe.experts[0]).is_file()
-        plan_merge(recipe, place.parent / f"afa-check{'.safetensors' if is_file else ''}")
-        return plans.plan_of_merge(recipe)
+        return load_merge_recipe(place)
     raise AfaError(
         f"A recipe must be one of afa train (with training), evaluate (methods), search (metric) "
         f"or merge (method); '{place}' has none of these keys."
     )
+
+
+def plan_for(place: Path, recipe: Any) -> Plan:
+    """What a recipe, or an ensemble's folder, would load.
+
+    Raises:
+        AfaError: models that do not merge.
+    """
+    from afa.baselines.merging import MergeRecipe, plan_merge
+    from afa.evaluation.recipe import EvaluateRecipe
+    from afa.evaluation.search import SearchRecipe
+    from afa.preflight import plans
+    from afa.training.recipe import Recipe
+
+    if isinstance(recipe, Recipe):
+        return plans.plan_of_training(recipe)
+    if isinstance(recipe, EvaluateRecipe):
+        return plans.plan_of_evaluation(recipe)
+    if isinstance(recipe, SearchRecipe):
+        return plans.plan_of_search(recipe)
+    if isinstance(recipe, MergeRecipe):
+        is_file = Path(recipe.experts[0]).is_file()
+        plan_merge(recipe, place.parent / f"afa-check{'.safetensors' if is_file else ''}")
+        return plans.plan_of_merge(recipe)
+    import torch
+
+    from afa.training.engine import pick_device
+
+    return plans.plan_of_ensemble(str(place), torch.float32, pick_device("auto"))
+
+
+def look_at_inputs(recipe: Any, output: Path | None, *, visible: bool = True) -> Inputs:
+    """Open what a recipe names besides models, under a bar while pictures are read."""
+    from afa.evaluation.recipe import EvaluateRecipe
+    from afa.evaluation.search import SearchRecipe
+    from afa.preflight import inputs
+    from afa.training.recipe import Recipe
+
+    looks: dict[type, Any] = {
+        Recipe: inputs.inputs_of_training,
+        EvaluateRecipe: inputs.inputs_of_evaluation,
+        SearchRecipe: inputs.inputs_of_search,
+    }
+    if type(recipe) not in looks:
+        return inputs.Inputs()
+    with progress_bar(transient=True) as progress:
+        task = progress.add_task("look at pictures", total=None, note="", visible=False)
+
+        def note(what: str, done: int, total: int) -> None:
+            progress.update(
+                task, description=f"look at {what}", completed=done, total=total, visible=visible
+            )
+
+        return looks[type(recipe)](recipe, output, note)
 
 
 def look_at(plan: Plan, *, with_weights: bool = True, visible: bool = True) -> Report:
@@ -134,8 +190,10 @@ def _show(report: Report) -> None:
         console.print(
             f"{_SAID[finding.level]}  {finding.check}: {printable(finding.text)}", soft_wrap=True
         )
-    if not report.findings:
+    if not any(finding.level != "note" for finding in report.findings):
         console.print("Nothing to say against it.")
+    if report.data is not None:
+        console.print(f"Data: {report.data}.", soft_wrap=True)
 
 
 def _time(seconds: float) -> str:
@@ -157,5 +215,6 @@ def _as_json(report: Report) -> dict[str, Any]:
             for each in report.experts
         ],
         "estimates": {label: vars(found) for label, found in report.estimates.items()},
+        "data": report.data,
         "findings": [vars(finding) for finding in report.findings],
     }

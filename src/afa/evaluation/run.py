@@ -70,7 +70,7 @@ def evaluate(recipe: EvaluateRecipe, output: Path) -> Iterator[EvaluateProgress]
     sampling = recipe.sampling
     device = pick_device(processes.device or sampling.device)
     if processes.is_main:
-        _check_folder(output)
+        require_evaluation(output)
     with owned(output) if processes.is_main else nullcontext(), fixed_threads(sampling.num_threads):
         store = Store(output)
         # the zoo's true pictures are drawn by one process, and then found by the others
@@ -155,8 +155,12 @@ class _Work:
         return self._pipeline
 
 
-def _check_folder(output: Path) -> None:
-    """See that the folder is new or of an evaluation."""
+def require_evaluation(output: Path) -> None:
+    """Refuse a folder that is not new and not of an earlier evaluation.
+
+    Raises:
+        AfaError: names it.
+    """
     mark = output / _MARK_FILE
     if not is_unused(output) and not (mark.is_file() and read_json(mark) == _MARK):
         raise AfaError(

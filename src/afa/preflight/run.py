@@ -67,11 +67,13 @@ class Report:
         experts: that were looked at, each once.
         findings: errors first.
         estimates: of memory and time, by the group's label.
+        data: what the data set holds, on one line; None where none was looked at.
     """
 
     experts: list[Look] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     estimates: dict[str, Estimate] = field(default_factory=dict)
+    data: str | None = None
 
     @property
     def errors(self) -> list[Finding]:

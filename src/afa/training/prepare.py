@@ -74,12 +74,7 @@ def prepare_examples(
         asked.num_variants,
         settings.seed,
     )
-    factor = size_multiple(pipeline)
-    if transform.resolution % factor:
-        raise AfaError(
-            f"data.resolution must be a multiple of {factor}, in which the experts work, came "
-            f"{transform.resolution}."
-        )
+    require_resolution(transform.resolution, size_multiple(pipeline))
     common: Any = {"seed": settings.seed, "max_broken": asked.max_broken, "device": engine.device}
     trains: Any = {"caption_dropout": settings.caption_dropout}
     validates: Any = {"purpose": Purpose.VALIDATION}
@@ -133,6 +128,19 @@ def prepare_examples(
         pipeline, latents, text, transform, samples=held_out, **validates, **common
     )
     return Prepared(cached, kept, listing)
+
+
+def require_resolution(side: int, multiple: int) -> None:
+    """Refuse a side of pictures, in pixels, in which the experts do not work.
+
+    Raises:
+        AfaError: it is no multiple.
+    """
+    if side % multiple:
+        raise AfaError(
+            f"data.resolution must be a multiple of {multiple}, in which the experts work, came "
+            f"{side}."
+        )
 
 
 def _list_samples(

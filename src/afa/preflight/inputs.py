@@ -1,0 +1,239 @@
+"""What a recipe names besides models: pictures, captions, prompts, references, metrics, a folder.
+
+Everything is opened by the functions that the commands themselves open it with, so that whatever
+these refuse is refused here, in the same words.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers.configuration_utils import FrozenDict
+
+from afa.errors import AfaError
+from afa.files import read_json
+from afa.kinds import kind_of
+from afa.lora import base_of
+from afa.preflight.finding import Finding, Level
+from afa.preflight.plans import (
+    plan_of_evaluation,
+    plan_of_search,
+    plan_of_training,
+)
+from afa.preflight.prompts import warnings_of_plan
+from afa.single_file import config_of_expert
+from afa.sources import locate
+from afa.truncation import limits_of_folder, prompt_warnings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from afa.evaluation.prompts import Prompt
+    from afa.evaluation.recipe import EvaluateRecipe
+    from afa.evaluation.search import SearchRecipe
+    from afa.preflight.plans import Plan
+    from afa.training.data.images import CaptionedImages
+    from afa.training.recipe import Recipe
+
+
+@dataclass
+class Inputs:
+    """What a look at them has found.
+
+    Attributes:
+        summary: of the data, on one line; None where no data set is named.
+        findings: in the order in which they were met.
+    """
+
+    summary: str | None = None
+    findings: list[Finding] = field(default_factory=list)
+
+    @contextmanager
+    def refusals(self, check: str) -> Iterator[None]:
+        """Note what is refused within, and go on with the next input."""
+        try:
+            yield
+        except AfaError as error:
+            self.findings.append(Finding("error", check, str(error)))
+
+    def say(self, check: str, lines: Any, level: Level = "warning") -> None:
+        """Note lines that do not keep the work from being done."""
+        self.findings += [Finding(level, check, line) for line in lines]
+
+
+def inputs_of_training(
+    recipe: Recipe, output: Path | None, progress: Callable[[str, int, int], object]
+) -> Inputs:
+    """Open what `afa train` reads: all pictures and captions, and the prompts of previews.
+
+    Args:
+        recipe: of the training.
+        output: the folder that it is to write; None where nobody has said it.
+        progress: told how many samples are read, and of how many.
+    """
+    from afa.training.data import StreamedImages, open_data
+    from afa.training.data.survey import folder_warnings, survey
+    from afa.training.examples import Broken
+    from afa.training.prepare import require_resolution
+    from afa.training.run import require_same_recipe
+
+    found, asked = Inputs(), recipe.data
+    if output is not None:
+        with found.refusals("output"):
+            require_same_recipe(recipe, output)
+            _require_writable(output)
+    plan = plan_of_training(recipe)
+    limits: list[Any] = []
+    side = asked.resolution
+    with found.refusals("resolution"):
+        folder = _first_config(plan)
+        limits, family = limits_of_folder(folder)
+        native, multiple = _sizes(folder)
+        side = side or native
+        require_resolution(side, multiple)
+        if (previews := recipe.previews) is not None:
+            guidance, is_flux = previews.guidance, family == "flux"
+            cut = prompt_warnings(
+                limits, previews.prompts, guidance=guidance, takes_negative=not is_flux
+            )
+            found.say("previews", cut)
+    with found.refusals("data"):
+        data = open_data(asked)
+        if isinstance(data, StreamedImages):
+            found.say("data", folder_warnings(data))
+            found.say("data", ["A stream is read as it is trained on, not before."], "note")
+            return found
+        surveyed = survey(data, limits, side, lambda done, of: progress("pictures", done, of))
+        found.summary = surveyed.summary
+        found.say("data", surveyed.warnings)
+        Broken(len(data), asked.max_broken).note(dict(enumerate(surveyed.broken)))
+        found.say("data", surveyed.broken[:3])
+        if recipe.validation is not None:
+            found.say("validation", [_split_note(data, recipe.validation.num_samples)], "note")
+    return found
+
+
+def _split_note(data: CaptionedImages, num_samples: int) -> str:
+    """What would be held out.
+
+    Raises:
+        AfaError: nothing would be left to train on.
+    """
+    from afa.training.listing import Listing, rows_of
+    from afa.training.split import split_by_picture
+
+    rows = [row for some in rows_of(data, range(len(data))) for row in some]
+    return split_by_picture(Listing.of(rows), num_samples).note
+
+
+def inputs_of_evaluation(
+    recipe: EvaluateRecipe, output: Path | None, progress: Callable[[str, int, int], object]
+) -> Inputs:
+    """Open what `afa evaluate` reads: prompts, metrics' weights, references, pruning plans.
+
+    Args:
+        recipe: of the comparison.
+        output: see `inputs_of_training`.
+        progress: told how many references are read, and of how many.
+    """
+    from afa.acceleration.plan import load_plan
+    from afa.evaluation.prompts import load_prompts
+    from afa.evaluation.run import require_evaluation
+    from afa.evaluation.scoring import Scoring
+    from afa.evaluation.work import Store, open_pictures
+
+    found = Inputs()
+    if output is not None:
+        with found.refusals("output"):
+            require_evaluation(output)
+            _require_writable(output)
+    for method in recipe.methods:
+        if method.plan is not None:
+            with found.refusals("plan"):
+                load_plan(method.plan)
+    with tempfile.TemporaryDirectory(prefix="afa-check-") as scratch:
+        prompts: list[Prompt] = []
+        with found.refusals("prompts"):
+            prompts = load_prompts(recipe.prompts, Path(scratch) / "references")
+            _say_cut(found, plan_of_evaluation(recipe), prompts, recipe.sampling)
+        if not prompts:
+            return found
+        with found.refusals("metrics"):
+            store = Store(Path(scratch))
+            scoring = Scoring(recipe, prompts, store, torch.device("cpu"))
+            found.say("metrics", scoring.warnings())
+            for done, _ in enumerate(open_pictures(scoring.references), start=1):
+                progress("references", done, len(scoring.references))
+    return found
+
+
+def inputs_of_search(
+    recipe: SearchRecipe, output: Path | None, progress: Callable[[str, int, int], object]
+) -> Inputs:
+    """Open what `afa search` reads: prompts and the metric's weights."""
+    from afa.evaluation.prompts import load_prompts
+    from afa.evaluation.scoring import open_scorer
+    from afa.evaluation.search import require_same_search
+
+    del progress
+    found = Inputs()
+    with found.refusals("prompts"):
+        prompts = load_prompts(recipe.prompts)
+        _say_cut(found, plan_of_search(recipe), prompts, recipe.sampling)
+    with found.refusals("metric"):
+        open_scorer(recipe.metric, torch.device("cpu"))
+    if output is not None and not found.findings:
+        with found.refusals("output"):
+            require_same_search(recipe, output)
+            _require_writable(output)
+    return found
+
+
+def _say_cut(found: Inputs, plan: Plan, prompts: list[Prompt], sampling: Any) -> None:
+    texts = [prompt.text for prompt in prompts]
+    lines = warnings_of_plan(plan, texts, sampling.negative_prompt, sampling.guidance)
+    found.say("prompts", lines)
+
+
+def _first_config(plan: Plan) -> Path:
+    """The folder that describes the first expert.
+
+    Raises:
+        AfaError: it cannot be had.
+    """
+    group = plan.groups[0]
+    return config_of_expert(locate(base_of(group.experts[0])), group.companions)
+
+
+def _sizes(folder: Path) -> tuple[int, int]:
+    """Side of the pictures that a model was made for, and what sides must be multiples of."""
+    kind = kind_of(str(read_json(folder / "model_index.json").get("_class_name")), folder)
+    config = FrozenDict(read_json(folder / kind.denoiser / "config.json"))
+    autoencoder = folder / "vae" / "config.json"
+    blocks = read_json(autoencoder)["block_out_channels"] if autoencoder.is_file() else [0] * 4
+    shrink = 2 ** (len(blocks) - 1)
+    size = config.get("sample_size") or (128 if kind.family == "flux" else 64)
+    side = size if isinstance(size, int) else min(size)
+    return side * shrink, shrink * kind.patch(config)
+
+
+def _require_writable(output: Path) -> None:
+    """Refuse a place where no folder can be made, without making one.
+
+    Raises:
+        AfaError: names the folder above it that cannot be written to.
+    """
+    above = output.absolute()
+    while not above.exists():
+        above = above.parent
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise AfaError(
+            f"The output '{output}' must be a folder that can be written; '{above}' is none. Name "
+            "another one, or change its permissions."
+        )
