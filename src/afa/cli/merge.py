@@ -11,12 +11,9 @@ import typer
 from afa.cli.console import console, progress_bar
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from afa.baselines.merging import MergePlan
 
 _MB = 10**6
-_NUM_NAMED = 5
 
 
 def merge(
@@ -40,21 +37,14 @@ def merge(
 
 
 def _announcement(plan: MergePlan) -> str:
+    from afa.baselines.merging.report import notes
+
     recipe = plan.recipe
     lines = [
         f"Merging {len(plan.tensors)} tensors of {len(plan.experts)} experts ({recipe.method}) "
         f"into {plan.num_bytes / 1e9:.2f} GB: {', '.join(recipe.experts)}"
     ]
-    if plan.unknown:
-        lines.append(f"Of no known part, merged like the others: {_named(plan.unknown)}")
-    if plan.kept:
-        lines.append(f"Not in all of them, taken from the first that has it: {_named(plan.kept)}")
-    return "\n".join(lines)
-
-
-def _named(names: Sequence[str]) -> str:
-    more = len(names) - _NUM_NAMED
-    return ", ".join(names[:_NUM_NAMED]) + (f" and {more} more, see the record" if more > 0 else "")
+    return "\n".join([*lines, *notes(plan)])
 
 
 def _show(plan: MergePlan) -> None:

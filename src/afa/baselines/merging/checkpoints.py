@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from afa.baselines.merging.parts import TEXT_ENCODERS
-from afa.baselines.merging.streams import StoredTensor, read_header
+from afa.baselines.merging.quantised import refuse_quantised
+from afa.baselines.merging.streams import StoredTensor, read_header, read_metadata
+from afa.baselines.merging.whole_models import refuse_parts
+from afa.canonical_names import DENOISER, canonical_names, unet_names
 from afa.errors import AfaError
 from afa.files import read_json
 from afa.kinds import kind_of
 from afa.sources import locate
-from afa.weights import is_quantised, weight_files, weights_in
+from afa.weights import weight_files, weights_in
 
 _PARTS = ("unet", "transformer", *TEXT_ENCODERS, "vae")
 # what of a hub repository is needed; never a pickle
@@ -36,14 +39,17 @@ class Checkpoint:
     Attributes:
         source: as it was named.
         path: where it is.
-        tensors: name -> tensor; a folder's names start with their part, `unet.conv_in.weight`.
-        keys: name -> the tensor's name in its own file.
+        tensors: canonical name -> tensor; a folder's names start with their part,
+            `unet.conv_in.weight`.
+        keys: canonical name -> the tensor's name in its own file.
+        metadata: of a single file.
     """
 
     source: str
     path: Path
     tensors: Mapping[str, StoredTensor]
     keys: Mapping[str, str]
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     def files(self, *, vae: bool) -> list[Path]:
         """The files that the tensors lie in, those of a folder's autoencoder only if asked for."""
@@ -55,13 +61,12 @@ def read_checkpoint(source: str) -> Checkpoint:
     """Find a checkpoint and read the headers of its files.
 
     Raises:
-        AfaError: nothing is there, a pickle, something damaged, or a family that is not supported.
+        AfaError: nothing is there, a pickle, something damaged, a family that is not supported, a
+            file that is no whole model (a LoRA, an autoencoder, ...), or quantised weights.
     """
     path = locate(source, files=_FILES)
     if path.is_file():
-        tensors = read_header(path)
-        _refuse_quantised(tensors)
-        return Checkpoint(source, path, tensors, {name: name for name in tensors})
+        return _read_file(source, path)
     if (path / "model_index.json").is_file():
         kind_of(str(_index(path).get("_class_name")), source)
     weight_files(path)  # refuses what is no pipeline
@@ -79,8 +84,63 @@ def read_checkpoint(source: str) -> Checkpoint:
                         f"'{tensors[name].file}' and in '{file}'. Remove one of them."
                     )
                 tensors[name], keys[name] = tensor, key
-    _refuse_quantised(tensors)
+    refuse_quantised(tensors, {}, source)
     return Checkpoint(source, path, tensors, keys)
+
+
+def _read_file(source: str, path: Path) -> Checkpoint:
+    stored, metadata = read_header(path), read_metadata(path)
+    refuse_parts({name: tensor.shape for name, tensor in stored.items()}, source)
+    refuse_quantised(stored, metadata, source)
+    keys: dict[str, str] = {}
+    for key, name in canonical_names(stored).items():
+        if name in keys:
+            raise AfaError(
+                f"'{source}' holds one tensor under two names, '{keys[name]}' and '{key}', as "
+                "merges of two layouts leave it. A merge needs every tensor once. Take another "
+                "copy, or remove one layout's tensors from the file."
+            )
+        keys[name] = key
+    return Checkpoint(source, path, {n: stored[key] for n, key in keys.items()}, keys, metadata)
+
+
+def in_one_layout(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """Single files by the same names, where some have diffusers' names for the U-Net.
+
+    Raises:
+        AfaError: a transformer in two layouts, which differ in more than names.
+    """
+    has_original = [_has(c, DENOISER) for c in checkpoints]
+    for part in ("transformer.", "unet."):
+        if not any(has_original) or not any(_has(c, part) for c in checkpoints):
+            continue
+        if part == "transformer.":
+            theirs = next(c for c in checkpoints if _has(c, part))
+            ours = next(c for c in checkpoints if _has(c, DENOISER))
+            raise AfaError(
+                f"'{theirs.source}' is in diffusers' layout, '{ours.source}' in that of the "
+                "original code, which joins queries, keys and values. A merge of transformers "
+                "needs one layout. Name both in the same one."
+            )
+        return [
+            _renamed(c) if is_original else c
+            for c, is_original in zip(checkpoints, has_original, strict=True)
+        ]
+    return list(checkpoints)
+
+
+def _has(checkpoint: Checkpoint, start: str) -> bool:
+    return any(name.startswith(start) for name in checkpoint.tensors)
+
+
+def _renamed(checkpoint: Checkpoint) -> Checkpoint:
+    """The same file with diffusers' names for its U-Net."""
+    new = unet_names(checkpoint.tensors)
+    return replace(
+        checkpoint,
+        tensors={new.get(name, name): tensor for name, tensor in checkpoint.tensors.items()},
+        keys={new.get(name, name): key for name, key in checkpoint.keys.items()},
+    )
 
 
 def canonical_name(part: str, key: str) -> str:
@@ -100,27 +160,5 @@ def has_part(index: Mapping[str, Any], part: str) -> bool:
     return isinstance(entry, list) and entry[:1] not in ([], [None]) and part.isidentifier()
 
 
-def prediction_type(checkpoint: Checkpoint) -> str | None:
-    """What a folder's U-Net predicts; None for a single file, which does not say."""
-    file = checkpoint.path / "scheduler" / "scheduler_config.json"
-    if not file.is_file():
-        return None
-    return str(read_json(file).get("prediction_type") or "epsilon")
-
-
 def _index(path: Path) -> dict[str, Any]:
     return read_json(path / "model_index.json")
-
-
-def _refuse_quantised(tensors: Mapping[str, StoredTensor]) -> None:
-    """Refuse weights whose numbers mean nothing without a scale.
-
-    Raises:
-        AfaError: names the first.
-    """
-    for name, tensor in tensors.items():
-        if is_quantised(name, is_float=tensor.dtype.is_floating_point):
-            raise AfaError(
-                f"Merged weights must be plain numbers; '{name}' in '{tensor.file}' is quantised "
-                f"({tensor.dtype}). Take the float16 or float32 version."
-            )

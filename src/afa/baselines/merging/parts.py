@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from afa.canonical_names import DENOISER, canonical_names
 from afa.denoisers.parameters import parameter_sites
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ _PREFIXES = {
     **{f"{part}.": part for part in OTHER_PARTS},
     "model.diffusion_model.": "unet",
     "cond_stage_model.": "text_encoder",
+    "conditioner.embedders.0.model.": "text_encoder_2",  # the refiner of XL has that one alone
     "conditioner.embedders.0.": "text_encoder",
     "conditioner.embedders.1.": "text_encoder_2",
     "text_encoders.clip_l.": "text_encoder",
@@ -33,29 +35,38 @@ def part_of(name: str) -> str | None:
 
 
 def block_keys(names: Iterable[str]) -> dict[str, str]:
-    """For every tensor of a checkpoint the site it works for, or its part if that is no U-Net.
+    """For every tensor of a checkpoint its site in the U-Net, or its part if that is no U-Net.
 
     Args:
-        names: of all tensors of a checkpoint: a single file's, or a folder's behind their part
-            (`unet.conv_in.weight`).
+        names: of all tensors of a checkpoint: a single file's in any of its layouts, or a folder's
+            behind their part (`unet.conv_in.weight`). Weights that are averaged over training
+            (`model_ema.`) have the site of the weights that they average.
 
     Returns: name -> `conv_in`, `down.0.0`, ..., `transformer`, `text_encoder`, `vae`; names that
         fit nothing are left out.
     """
-    names = list(names)
-    is_flux = any("double_blocks." in name for name in names)
-    is_transformer = is_flux or any("joint_blocks." in name for name in names)
+    canonical = canonical_names(names)
+    known = canonical.values()
+    is_flux = any("double_blocks." in name for name in known)
+    is_transformer = is_flux or any("joint_blocks." in name for name in known)
     keys, unet = {}, {}
-    for name in names:
-        part = part_of(name)
-        if is_transformer and part in ("unet", None):
-            part = "transformer"  # the original codes call it as they do a U-Net, or nothing
+    for name, full in canonical.items():
+        part = part_of(full)
+        if is_transformer and part == "unet":
+            part = "transformer"  # the original codes call it as they do a U-Net
         elif is_flux and part == "text_encoder_3":
             part = "text_encoder_2"
         if part == "unet":
-            start = next(start for start in _PREFIXES if name.startswith(start))
-            unet[name.removeprefix(start)] = name
+            start = next(start for start in _PREFIXES if full.startswith(start))
+            unet[full.removeprefix(start)] = name
         elif part is not None:
             keys[name] = part
-    sites = parameter_sites(unet)
-    return keys | {unet[parameter]: site for parameter, site in sites.items()}
+    sites = {unet[parameter]: site for parameter, site in parameter_sites(unet).items()}
+    averaged = {
+        # as training code names what it averages: all dots left out behind `model_ema.`
+        "model_ema." + canonical[name].removeprefix("model.").replace(".", ""): key
+        for name, key in (keys | sites).items()
+        if canonical[name].startswith(DENOISER)
+    }
+    twins = {name: averaged[full] for name, full in canonical.items() if full in averaged}
+    return keys | sites | twins

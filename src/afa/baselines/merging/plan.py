@@ -7,43 +7,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from afa.baselines.merging.checkpoints import Checkpoint, prediction_type, read_checkpoint
+from afa.baselines.merging.checkpoints import Checkpoint, in_one_layout, read_checkpoint
+from afa.baselines.merging.compared import PlannedTensor, plan_tensors
 from afa.baselines.merging.folders import files_to_copy, weights_file
-from afa.baselines.merging.method import MergeMethod, is_kept
+from afa.baselines.merging.method import MergeMethod
+from afa.baselines.merging.model_kinds import check_channels, refuse_mixed_kinds
+from afa.baselines.merging.objectives import check_objectives
 from afa.baselines.merging.parts import block_keys, part_of
 from afa.baselines.merging.recipe import MergeRecipe
-from afa.baselines.merging.streams import StoredTensor, TensorSpec
 from afa.errors import AfaError
 
 # the whole output, where it is one file
 SINGLE_FILE = ""
-
-
-@dataclass(frozen=True)
-class PlannedTensor(TensorSpec):
-    """One tensor of the result; `dtype` and `shape` are the result's.
-
-    Attributes:
-        name: by which experts are compared.
-        key: in the output file.
-        sources: the experts' tensors; a single one is taken as it is.
-        base: the base's tensor, where the method needs it.
-        is_merged: false where the tensor is one expert's.
-    """
-
-    name: str
-    key: str
-    sources: Sequence[StoredTensor]
-    base: StoredTensor | None
-    is_merged: bool
-
-    @property
-    def num_bytes_read(self) -> int:
-        """What has to be read for it."""
-        inputs = self.sources if self.base is None else [*self.sources, self.base]
-        return sum(source.num_bytes for source in inputs)
 
 
 @dataclass(frozen=True)
@@ -59,7 +34,11 @@ class MergePlan:
         files: output file, relative to a folder's root -> its tensors.
         copies: files that come from the first expert's folder, relative to it.
         unknown: tensors that fit no known part or site; they are merged like the others.
-        kept: tensors that some checkpoints lack, taken from the first expert that has them.
+        kept: tensors that are the first expert's as they are, without an autoencoder that the
+            recipe takes from it: those that another checkpoint lacks, and those that are no
+            weights, such as positions.
+        left_out: source -> tensors of other experts that the first one lacks, and so the result.
+        predicts: what the models predict, where one of them says it.
         num_bytes: of everything that will be written.
     """
 
@@ -72,6 +51,8 @@ class MergePlan:
     copies: Sequence[Path]
     unknown: Sequence[str]
     kept: Sequence[str]
+    left_out: Mapping[str, Sequence[str]]
+    predicts: str | None
     num_bytes: int
 
     @property
@@ -88,8 +69,9 @@ def plan_merge(recipe: MergeRecipe, output: str | Path) -> MergePlan:
         output: ends in `.safetensors` for single files, and is a new folder for folders.
 
     Raises:
-        AfaError: an output that exists; checkpoints that cannot be read, or of several layouts,
-            objectives or architectures; settings that do not fit; too little space.
+        AfaError: an output that exists; checkpoints that cannot be read, that are no whole models,
+            or of several layouts, kinds, objectives or architectures; settings that do not fit;
+            too little space.
     """
     output = Path(output).expanduser()
     is_empty_folder = output.is_dir() and not any(output.iterdir())
@@ -99,8 +81,11 @@ def plan_merge(recipe: MergeRecipe, output: str | Path) -> MergePlan:
     base = None if recipe.base is None else read_checkpoint(recipe.base)
     compared = experts if base is None else [*experts, base]
     _check_layouts(compared, output)
-    _check_objectives(compared)
-    tensors = _plan_tensors(recipe, experts, base)
+    refuse_mixed_kinds(compared)
+    predicts = check_objectives(compared)
+    compared = in_one_layout(compared)
+    check_channels(compared)
+    tensors, left_out = plan_tensors(compared, recipe, has_base=base is not None)
     names = [tensor.name for tensor in tensors]
     files: dict[str, list[PlannedTensor]] = {}
     for tensor in tensors:
@@ -121,75 +106,12 @@ def plan_merge(recipe: MergeRecipe, output: str | Path) -> MergePlan:
         base=base,
         files=files,
         copies=copies,
-        unknown=[name for name in names if name not in known],
-        kept=[
-            name
-            for name in names
-            if not _is_first_only(recipe, name) and any(name not in c.tensors for c in compared)
-        ],
+        unknown=[t.name for t in tensors if t.is_merged and t.name not in known],
+        kept=[t.name for t in tensors if not (t.is_merged or t.is_autoencoder)],
+        left_out=left_out,
+        predicts=predicts,
         num_bytes=num_bytes,
     )
-
-
-def _plan_tensors(
-    recipe: MergeRecipe, experts: Sequence[Checkpoint], base: Checkpoint | None
-) -> list[PlannedTensor]:
-    planned = []
-    compared = experts if base is None else [*experts, base]
-    for name in dict.fromkeys(name for checkpoint in compared for name in checkpoint.tensors):
-        having = [checkpoint for checkpoint in compared if name in checkpoint.tensors]
-        is_optional = name.startswith("model_ema.") or name.endswith("position_ids")
-        if having[0] is base and (is_optional or _is_first_only(recipe, name)):
-            continue
-        if _is_first_only(recipe, name):
-            if having[0] is not experts[0]:
-                continue
-            is_merged = False
-        else:
-            if len(having) < len(compared) and not is_optional:
-                lacking = next(c for c in compared if name not in c.tensors)
-                raise AfaError(
-                    f"Merged checkpoints must share one architecture: '{name}' has shape "
-                    f"{having[0].tensors[name].shape} in '{having[0].source}' and is missing in "
-                    f"'{lacking.source}'. Merge checkpoints of one family."
-                )
-            is_merged = len(having) == len(compared)
-        first = having[0].tensors[name]
-        is_merged = is_merged and not is_kept(name, first.dtype)
-        if is_merged:
-            _check_shapes(name, having)
-        dtype = first.dtype
-        if recipe.dtype is not None and dtype.is_floating_point:
-            dtype = getattr(torch, recipe.dtype)
-        planned.append(
-            PlannedTensor(
-                dtype=dtype,
-                shape=first.shape,
-                name=name,
-                key=having[0].keys[name],
-                sources=[c.tensors[name] for c in experts] if is_merged else [first],
-                base=base.tensors[name] if is_merged and base is not None else None,
-                is_merged=is_merged,
-            )
-        )
-    return planned
-
-
-def _is_first_only(recipe: MergeRecipe, name: str) -> bool:
-    """Whether a tensor is of an autoencoder that is taken from the first expert."""
-    return recipe.vae == "first" and part_of(name) == "vae"
-
-
-def _check_shapes(name: str, checkpoints: Sequence[Checkpoint]) -> None:
-    first = checkpoints[0]
-    for other in checkpoints[1:]:
-        ours, theirs = first.tensors[name].shape, other.tensors[name].shape
-        if ours != theirs:
-            raise AfaError(
-                f"Merged checkpoints must share one architecture: '{name}' has shape {ours} in "
-                f"'{first.source}' and {theirs} in '{other.source}'. Merge checkpoints of one "
-                "family."
-            )
 
 
 def _check_layouts(checkpoints: Sequence[Checkpoint], output: Path) -> None:
@@ -208,16 +130,6 @@ def _check_layouts(checkpoints: Sequence[Checkpoint], output: Path) -> None:
             f"A merge has its experts' layout, which makes {made}; the output is '{output}'. Name "
             f"{made}."
         )
-
-
-def _check_objectives(checkpoints: Sequence[Checkpoint]) -> None:
-    first, *others = [(c.source, prediction_type(c)) for c in checkpoints]
-    for source, kind in others:
-        if kind != first[1]:
-            raise AfaError(
-                f"Merged checkpoints must share one objective: '{first[0]}' has prediction_type = "
-                f"{first[1]}, '{source}' has {kind}. Their mean would predict neither."
-            )
 
 
 def _check_space(output: Path, num_bytes: int) -> None:

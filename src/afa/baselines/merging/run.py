@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import afa
+from afa.baselines.merging.compared import PlannedTensor
 from afa.baselines.merging.folders import copy_files
+from afa.baselines.merging.metadata import carried_metadata
 from afa.baselines.merging.method import is_finite
-from afa.baselines.merging.plan import SINGLE_FILE, MergePlan, PlannedTensor, plan_merge
+from afa.baselines.merging.optional import right_positions
+from afa.baselines.merging.plan import SINGLE_FILE, MergePlan, plan_merge
 from afa.baselines.merging.streams import StoredTensor, write_tensors, writing_order
 from afa.errors import AfaError
 from afa.files import staged, write_atomic
@@ -84,7 +87,9 @@ def run_merge(plan: MergePlan) -> Iterator[MergeProgress]:
         for relative, planned in plan.files.items():
             file = partial / relative if relative else partial
             file.parent.mkdir(exist_ok=True)
-            metadata = {"format": "pt"} if relative else {"format": "pt", "afa_merge": record}
+            metadata = {"format": "pt"}
+            if not relative:
+                metadata |= carried_metadata(plan) | {"afa_merge": record}
             by_key = {tensor.key: tensor for tensor in planned}
             values = (_value(plan, by_key[key]) for key in writing_order(by_key))
             for key in write_tensors(file, by_key, values, metadata):
@@ -102,15 +107,19 @@ def _value(plan: MergePlan, tensor: PlannedTensor) -> Tensor:
     Raises:
         AfaError: it, or what it is made of, is not finite.
     """
+    if tensor.is_repaired:
+        return right_positions(tensor.shape)
     if not tensor.is_merged:
         value = tensor.sources[0].read()
-        if not value.is_floating_point() or tensor.name.endswith("attn_mask"):
+        if not value.is_floating_point():
             return value
+        if tensor.is_buffer:
+            return value.to(tensor.dtype)
         _check_input(value.float(), tensor.name, tensor.sources[0])
         merged = value
     else:
-        values = [_read_finite(source, tensor.name) for source in tensor.sources]
-        base = None if tensor.base is None else _read_finite(tensor.base, tensor.name)
+        values = [_read_finite(source, tensor) for source in tensor.sources]
+        base = None if tensor.base is None else _read_finite(tensor.base, tensor)
         merged = plan.method.merge(tensor.name, values, base)
     result = merged.to(tensor.dtype)
     if not is_finite(result):
@@ -122,10 +131,15 @@ def _value(plan: MergePlan, tensor: PlannedTensor) -> Tensor:
     return result
 
 
-def _read_finite(source: StoredTensor, name: str) -> Tensor:
+def _read_finite(source: StoredTensor, tensor: PlannedTensor) -> Tensor:
+    """A source in float32, with zeros for the input channels that it lacks."""
     value = source.read().float()
-    _check_input(value, name, source)
-    return value
+    _check_input(value, tensor.name, source)
+    if value.shape == tensor.shape:
+        return value
+    padded = value.new_zeros(tensor.shape)
+    padded[:, : value.shape[1]] = value
+    return padded
 
 
 def _check_input(value: Tensor, name: str, source: StoredTensor) -> None:
@@ -159,6 +173,9 @@ def _record(plan: MergePlan, hashes: list[str]) -> dict[str, Any]:
         "vae": plan.recipe.vae,
         "unknown_tensors": list(plan.unknown),
         "kept_tensors": list(plan.kept),
+        "left_out_tensors": {source: list(names) for source, names in plan.left_out.items()},
+        "repaired_tensors": [t.name for t in plan.tensors if t.is_repaired],
+        "padded_tensors": [t.name for t in plan.tensors if t.is_padded],
     }
     others = references[len(plan.experts) :]
     if plan.base is not None:

@@ -14,6 +14,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 
 from afa.errors import AfaError
 from afa.weights import check_safetensors
@@ -98,6 +99,12 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         shape, offset = tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
         tensors[name] = StoredTensor(_DTYPES[entry["dtype"]], shape, file, offset)
     return tensors
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """The texts that a safetensors file carries beside its tensors."""
+    with safe_open(file, framework="pt") as opened:
+        return dict(opened.metadata() or {})
 
 
 def writing_order(specs: Mapping[str, TensorSpec]) -> list[str]:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from afa.baselines.merging.method import MergeMethod, check_weights, uniform
 
 if TYPE_CHECKING:
@@ -31,8 +33,15 @@ class WeightedSum(MergeMethod):
 
 
 def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """sum_n w_n t_n, with memory for two tensors more."""
-    first, *others = zip(tensors, weights, strict=True)
+    """sum_n w_n t_n, with memory for two tensors more.
+
+    A tensor of weight 0 is left out, so that the other's zeros keep their sign: an expert of weight
+    1 comes out bit for bit.
+    """
+    counted = [pair for pair in zip(tensors, weights, strict=True) if pair[1] != 0]
+    if not counted:
+        return torch.zeros_like(tensors[0])
+    first, *others = counted
     total = first[1] * first[0]
     for tensor, weight in others:
         total += weight * tensor

@@ -1,0 +1,120 @@
+"""Files that look like checkpoints and are no whole models, told by name, and what to do instead."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from afa.errors import AfaError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    Shapes = Mapping[str, tuple[int, ...]]
+
+_WHOLE = "Name whole checkpoints under experts."
+_BAKE = (
+    "Merge it into its base first: load the base with diffusers, then "
+    "pipeline.load_lora_weights(FILE), pipeline.fuse_lora(), pipeline.unload_lora_weights(), "
+    "pipeline.save_pretrained(FOLDER), and name FOLDER."
+)
+_LORA = re.compile(
+    r".*\.(lora_(up|down|A|B|mid|magnitude_vector)|lora\.(up|down)|processor\.\w+_lora)\b.*"
+    r"|.*[._](hada_[wt][12]\w*|lokr_[wt][12]\w*|oft_\w+|boft_\w+|dora_scale|glora_\w+)"
+    r"|(lora_(unet|te\d?|transformer|prior)|lycoris)_.*|.*\.(diff|diff_b|set_weight)"
+)
+_CONTROL = re.compile(
+    r"(control_model|controlnet|control_net)\..*|(.*\.)?(input_hint_block|zero_convs)\..*"
+    r"|(controlnet_(cond_embedding|down_blocks|mid_block|blocks|x_embedder|single_blocks))\..*"
+    r"|lllite_.*|(pos_embed_input|control_\w+_embedder)\..*"
+)
+_ADAPTER = re.compile(r"(ip_adapter|image_proj(_model)?|ip_adapter_\w+)\..*|adapter\.body\..*")
+_MOTION = re.compile(r"(.*\.)?motion_modules\..*")
+_VAE = re.compile(r"(first_stage_model\.|vae\.)?(encoder|decoder)\.(conv_in|mid|mid_block)\..*")
+_TEXT = re.compile(
+    r"(.*\.)?(text_model\.|token_embedding\.weight|shared\.weight|transformer\.resblocks\."
+    r"|encoder\.block\.)"
+)
+_VISION = re.compile(r"(.*\.)?(vision_model|visual|visual_projection)\..*")
+_OF_DENOISERS = (
+    *("model.diffusion_model.", "unet.", "transformer."),
+    *("input_blocks.", "joint_blocks.", "double_blocks.", "down_blocks.", "transformer_blocks."),
+)
+_WEIGHTS = re.compile(r"(.*\.)?(weight|bias|scale|gamma)")
+
+
+def refuse_parts(shapes: Shapes, source: object) -> None:
+    """Refuse a single file that changes a model, or is a part of one.
+
+    A file of an unknown kind with the weights of layers passes: models are merged by their tensors.
+
+    Args:
+        shapes: of all tensors, by their names in the file.
+        source: for the errors.
+
+    Raises:
+        AfaError: says what the file is, by which tensor, and what to do.
+    """
+    has_denoiser = any(name.startswith(_OF_DENOISERS) for name in shapes)
+    for what, remedy, matches, is_mark in _KINDS:
+        if has_denoiser and not is_mark:
+            continue
+        name = next((name for name in shapes if matches(name, shapes)), None)
+        if name is not None:
+            raise AfaError(
+                f"'{source}' is {what} (it has '{name}'). A merge needs whole models. {remedy}"
+            )
+    if not any(_WEIGHTS.fullmatch(name) for name in shapes):
+        raise AfaError(
+            f"'{source}' is no model: none of its {len(shapes)} tensors (such as "
+            f"'{min(shapes, default='none')}') is a layer's weight. A merge needs whole models. "
+            f"{_WHOLE}"
+        )
+
+
+def _is_embedding(name: str, shapes: Shapes) -> bool:
+    """One or more vectors for each text encoder, and nothing else."""
+    return len(shapes) <= 4 and all(
+        "." not in key and len(s) in (1, 2) for key, s in shapes.items()
+    )
+
+
+def _is(pattern: re.Pattern[str]) -> Callable[[str, Shapes], bool]:
+    return lambda name, _: pattern.fullmatch(name) is not None
+
+
+def _starts(pattern: re.Pattern[str]) -> Callable[[str, Shapes], bool]:
+    return lambda name, _: pattern.match(name) is not None
+
+
+# what it is, what to do, how to tell, whether one such tensor beside a denoiser tells it as well
+_KINDS: tuple[tuple[str, str, Callable[[str, Shapes], bool], bool], ...] = (
+    (
+        "a ControlNet",
+        f"{_WHOLE} A ControlNet works beside the merge as it is.",
+        _is(_CONTROL),
+        True,
+    ),
+    ("a LoRA", _BAKE, _is(_LORA), True),
+    (
+        "an adapter for pictures as prompts (IP-Adapter, T2I-Adapter)",
+        f"{_WHOLE} An adapter works beside the merge as it is.",
+        _is(_ADAPTER),
+        True,
+    ),
+    ("a motion module (AnimateDiff)", _WHOLE, _is(_MOTION), True),
+    (
+        "a textual inversion embedding",
+        f"{_WHOLE} An embedding works beside the merge as it is.",
+        _is_embedding,
+        False,
+    ),
+    (
+        "an autoencoder (VAE) without a denoiser",
+        f"{_WHOLE} Their autoencoders are merged with vae: merge.",
+        _is(_VAE),
+        False,
+    ),
+    ("an image encoder (CLIP vision)", _WHOLE, _is(_VISION), False),
+    ("a text encoder without a denoiser", _WHOLE, _starts(_TEXT), False),
+)
