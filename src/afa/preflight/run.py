@@ -39,6 +39,9 @@ if TYPE_CHECKING:
     from afa.preflight.plans import Group, Plan
     from afa.single_file import Companions
 
+#: what the plan of a merge compares by itself, since it may pad channels and do without a part
+_PLANNED = ("architecture", "text encoders")
+
 
 @dataclass(frozen=True)
 class Look:
@@ -123,7 +126,12 @@ def look(
                 report.findings.append(Finding(level, "files", str(error)))
         if len(looks) == len(group.experts):
             found = compare([each.facts for each in looks], allow_duplicates=group.allow_duplicates)
-            report.findings += [finding for finding in found if finding not in report.findings]
+            report.findings += [
+                finding
+                for finding in found
+                if finding not in report.findings
+                and not (group.is_loose and finding.check in _PLANNED)
+            ]
             report.findings += _autoencoders(looks)
             if plan.work and not any(each.check == "architecture" for each in report.errors):
                 _estimate(report, plan.work, group, looks)

@@ -87,8 +87,9 @@ def _check_schedules(checkpoints: Sequence[Checkpoint]) -> None:
     for source, schedule in others:
         for key in first[1].keys() & schedule.keys():
             ours, theirs = first[1][key], schedule[key]
-            is_equal = ours == theirs
-            if isinstance(ours, torch.Tensor):
+            if not isinstance(ours, torch.Tensor):
+                is_equal = ours == theirs
+            else:
                 is_equal = ours.shape == theirs.shape and torch.allclose(
                     ours, theirs, rtol=1e-2, atol=1e-4
                 )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from afa.baselines.merging.block_weights import DEFAULT
 from afa.baselines.merging.model_kinds import INPUT_LAYERS, model_kind
 from afa.baselines.merging.objectives import prediction_type
+from afa.baselines.merging.optional import is_optional
 from afa.baselines.merging.parts import OTHER_PARTS, block_keys, part_of
 
 if TYPE_CHECKING:
@@ -104,8 +105,8 @@ def _grouped(names: Iterable[str]) -> str:
     """Names, whole parts and averaged weights as one each."""
     groups: dict[str, list[str]] = {}
     for name in names:
-        part = part_of(name)
-        key = "model_ema.*" if name.startswith("model_ema.") else _PARTS.get(part or "", name)
+        key = name if is_optional(name) else _PARTS.get(part_of(name) or "", name)
+        key = "model_ema.*" if name.startswith("model_ema.") else key
         groups.setdefault(key, []).append(name)
     said = [f"{g} ({len(n)} tensors)" if len(n) > 1 else n[0] for g, n in groups.items()]
     return _named(said)

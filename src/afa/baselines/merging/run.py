@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+
 import afa
 from afa.baselines.merging.compared import PlannedTensor
 from afa.baselines.merging.folders import copy_files
@@ -122,13 +124,20 @@ def _value(plan: MergePlan, tensor: PlannedTensor) -> Tensor:
         base = None if tensor.base is None else _read_finite(tensor.base, tensor)
         merged = plan.method.merge(tensor.name, values, base)
     result = merged.to(tensor.dtype)
-    if not is_finite(result):
+    if not is_finite(result) or _is_clipped(merged, tensor.dtype):
         raise AfaError(
             f"A merged tensor must be finite, but '{tensor.name}' reaches "
             f"{merged.float().abs().max().item():.4g}, which is too much for {tensor.dtype}. Set "
             "dtype: float32, or take smaller weights."
         )
     return result
+
+
+def _is_clipped(value: Tensor, dtype: torch.dtype) -> bool:
+    """Whether numbers are too large for a type of 8 bits, for which torch takes its largest."""
+    if dtype.itemsize > 1 or value.numel() == 0:
+        return False
+    return bool(value.float().abs().max() > torch.finfo(dtype).max)
 
 
 def _read_finite(source: StoredTensor, tensor: PlannedTensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Files that look like checkpoints and are no whole models, told by name, and what to do instead."""
+"""Files that look like checkpoints and are no whole models: what they are, and what to do."""
 
 from __future__ import annotations
 
