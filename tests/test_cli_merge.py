@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from tests.test_cli import fails, pickled, run, truncated, wider
@@ -107,6 +108,12 @@ def another_family(experts: list[Path], folder: Path) -> Path:
     return folder / "kolors"
 
 
+def lora(experts: list[Path], folder: Path) -> Path:
+    tensors = {"lora_unet_x.lora_down.weight": torch.eye(2), "lora_unet_x.alpha": torch.ones(1)}
+    save_file(tensors, folder / "lora.safetensors")
+    return folder / "lora.safetensors"
+
+
 def missing(experts: list[Path], folder: Path) -> Path:
     return folder / "nowhere"
 
@@ -119,6 +126,7 @@ def missing(experts: list[Path], folder: Path) -> Path:
         (truncated, "must be a complete safetensors file"),
         (wider, "must share one architecture: 'unet."),
         (single_file, "must have one layout: "),
+        (lora, "lora.safetensors' is a LoRA (it has 'lora_unet_x.lora_down.weight')"),
         (another_family, "is a KolorsPipeline. Other families are not supported"),
     ],
 )
@@ -133,6 +141,25 @@ def test_wrong_experts(
     before = sorted(tmp_path.iterdir())
     assert message in fails(capsys, "merge", recipe, "--output", tmp_path / "merged")
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_inpainting_folder_is_merged_checked_and_drawn(
+    experts: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(experts[0], tmp_path / "inpainting")
+    tensors = load_file(tmp_path / "inpainting" / UNET)
+    more = torch.randn(8, 5, 3, 3)
+    tensors["conv_in.weight"] = torch.cat([tensors["conv_in.weight"], more], 1)
+    save_file(tensors, tmp_path / "inpainting" / UNET)
+    config = tmp_path / "inpainting" / "unet" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "in_channels": 9}))
+    recipe = write(tmp_path, [tmp_path / "inpainting", experts[1]])
+    assert run("check", recipe, "--no-weights") == 0
+    assert run("merge", recipe, "--output", tmp_path / "merged") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Padded with zeros to 9 input channels, where a checkpoint has 4: unet.conv_in" in said
+    found = UNet2DConditionModel.from_pretrained(tmp_path / "merged" / "unet").conv_in.weight
+    torch.testing.assert_close(found[:, 4:], more / 2)
 
 
 def test_wrong_outputs(

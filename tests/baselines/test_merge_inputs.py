@@ -91,6 +91,12 @@ def test_quantised_weights_of_any_naming(
         merged(tmp_path, {"a": models[0] | tensors, "b": models[1] | tensors})
 
 
+def test_a_file_of_nothing_but_quantised_weights(tmp_path: Path) -> None:
+    tensors = {"k.weight._data": ONE.to(torch.int8), "k.weight._scale": torch.ones(2, 1)}
+    with pytest.raises(AfaError, match="is quantised"):
+        merged(tmp_path, {"a": tensors, "b": tensors})
+
+
 def test_metadata_may_say_that_weights_are_quantised(models: list[Tensors], tmp_path: Path) -> None:
     about = {"b": {"_quantization_metadata": "{}"}}
     with pytest.raises(AfaError, match=r"metadata of '.*b.safetensors' describe quantised"):

@@ -10,7 +10,7 @@ from typing import Any
 from afa.baselines.merging.parts import TEXT_ENCODERS
 from afa.baselines.merging.quantised import refuse_quantised
 from afa.baselines.merging.streams import StoredTensor, read_header, read_metadata
-from afa.baselines.merging.whole_models import refuse_parts
+from afa.baselines.merging.whole_models import refuse_other_data, refuse_parts
 from afa.canonical_names import DENOISER, canonical_names, unet_names
 from afa.errors import AfaError
 from afa.files import read_json
@@ -90,8 +90,10 @@ def read_checkpoint(source: str) -> Checkpoint:
 
 def _read_file(source: str, path: Path) -> Checkpoint:
     stored, metadata = read_header(path), read_metadata(path)
-    refuse_parts({name: tensor.shape for name, tensor in stored.items()}, source)
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
+    refuse_parts(shapes, source)
     refuse_quantised(stored, metadata, source)
+    refuse_other_data(shapes, source)
     keys: dict[str, str] = {}
     for key, name in canonical_names(stored).items():
         if name in keys:

@@ -46,8 +46,6 @@ _WEIGHTS = re.compile(r"(.*\.)?(weight|bias|scale|gamma)")
 def refuse_parts(shapes: Shapes, source: object) -> None:
     """Refuse a single file that changes a model, or is a part of one.
 
-    A file of an unknown kind with the weights of layers passes: models are merged by their tensors.
-
     Args:
         shapes: of all tensors, by their names in the file.
         source: for the errors.
@@ -64,6 +62,16 @@ def refuse_parts(shapes: Shapes, source: object) -> None:
             raise AfaError(
                 f"'{source}' is {what} (it has '{name}'). A merge needs whole models. {remedy}"
             )
+
+
+def refuse_other_data(shapes: Shapes, source: object) -> None:
+    """Refuse a file without any layer's weight, such as encoded pictures.
+
+    A model of an unknown kind passes: models are merged by their tensors.
+
+    Raises:
+        AfaError: names one of its tensors.
+    """
     if not any(_WEIGHTS.fullmatch(name) for name in shapes):
         raise AfaError(
             f"'{source}' is no model: none of its {len(shapes)} tensors (such as "
