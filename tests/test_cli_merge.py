@@ -126,7 +126,7 @@ def missing(experts: list[Path], folder: Path) -> Path:
         (truncated, "must be a complete safetensors file"),
         (wider, "must share one architecture: 'unet."),
         (single_file, "must have one layout: "),
-        (lora, "lora.safetensors' is a LoRA (it has 'lora_unet_x.lora_down.weight')"),
+        (lora, "lora.safetensors' is a LoRA (it has 'lora_unet_x."),
         (another_family, "is a KolorsPipeline. Other families are not supported"),
     ],
 )

@@ -159,8 +159,10 @@ def test_halves_shards_and_older_names_are_read(experts: list[Path], tmp_path: P
         "diffusion_pytorch_model.safetensors",
     ]
     expected = (load_file(experts[0] / UNET)["conv_in.weight"].half() + unet.conv_in.weight) / 2
-    found = StableDiffusionPipeline.from_pretrained(merged).unet.conv_in.weight
+    pipeline = StableDiffusionPipeline.from_pretrained(merged)
+    found = pipeline.unet.conv_in.weight
     assert found.dtype == torch.float32
+    assert pipeline.text_encoder.dtype == torch.float32  # the first expert's says float16
     torch.testing.assert_close(found, expected)
     again = merge(tmp_path / "again", [half, sharded])
     assert load_file(again / UNET)["conv_in.weight"].dtype == torch.float16

@@ -71,7 +71,8 @@ def read_checkpoint(source: str) -> Checkpoint:
         kind_of(str(_index(path).get("_class_name")), source)
     weight_files(path)  # refuses what is no pipeline
     index = _index(path)
-    tensors, keys = {}, {}
+    tensors: dict[str, StoredTensor] = {}
+    keys: dict[str, str] = {}
     for part in _PARTS:
         if not has_part(index, part):
             continue

@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from afa.baselines.merging.checkpoints import has_part
 from afa.baselines.merging.parts import TEXT_ENCODERS
 from afa.files import read_json, write_atomic
 from afa.weights import PICKLES
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 _WEIGHTS = (".safetensors", ".safetensors.index.json", *PICKLES)
 _CHECKER = "safety_checker"
+_DTYPES = ("dtype", "torch_dtype")
 
 
 def weights_file(part: str) -> str:
@@ -41,12 +46,29 @@ def files_to_copy(folder: Path, merged_parts: set[str]) -> list[Path]:
     return files
 
 
-def copy_files(folder: Path, files: list[Path], target: Path) -> None:
-    """Copy, and write a `model_index.json` that names what is there."""
+def copy_files(
+    folder: Path, files: list[Path], target: Path, merged_parts: Iterable[str], dtype: str | None
+) -> None:
+    """Copy, and write a `model_index.json` that names what is there.
+
+    Args:
+        folder: of the first expert.
+        files: see `files_to_copy`.
+        target: the new folder, with the merged weights.
+        merged_parts: whose weights were merged, or written in another type.
+        dtype: of those weights, where the recipe sets it; transformers loads in the type that a
+            part's configuration names, and would round them to the first expert's.
+    """
     for file in files:
         copy = target / file
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / file, copy)
+    for part in merged_parts:
+        config = target / part / "config.json"
+        content = read_json(config) if dtype is not None and config.is_file() else {}
+        named = {key: dtype for key in _DTYPES if content.get(key) not in (None, dtype)}
+        if named:
+            write_atomic(config, json.dumps(content | named, indent=2) + "\n")
     index = read_json(folder / "model_index.json")
     for part in index:
         if has_part(index, part) and not (target / part).is_dir():

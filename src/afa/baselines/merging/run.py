@@ -99,7 +99,9 @@ def run_merge(plan: MergePlan) -> Iterator[MergeProgress]:
                 num_tensors += 1
                 yield MergeProgress("merge", num_bytes, total, num_tensors, len(tensors))
         if SINGLE_FILE not in plan.files:
-            copy_files(plan.experts[0].path, list(plan.copies), partial)
+            parts = [str(Path(file).parent) for file in plan.files]
+            first, dtype = plan.experts[0].path, plan.recipe.dtype
+            copy_files(first, list(plan.copies), partial, parts, dtype)
             write_atomic(partial / RECORD, f"{record}\n")
 
 
