@@ -80,6 +80,7 @@ def inputs_of_training(
     from afa.training.data import StreamedImages, open_data
     from afa.training.data.survey import folder_warnings, survey
     from afa.training.examples import Broken
+    from afa.training.listing import is_settled
     from afa.training.prepare import require_resolution
     from afa.training.run import require_same_recipe
 
@@ -109,11 +110,12 @@ def inputs_of_training(
             found.say("data", folder_warnings(data))
             found.say("data", ["A stream is read as it is trained on, not before."], "note")
             return found
-        surveyed = survey(data, limits, side, lambda done, of: progress("pictures", done, of))
-        found.summary = surveyed.summary
-        found.say("data", surveyed.warnings)
-        Broken(len(data), asked.max_broken).note(dict(enumerate(surveyed.broken)))
-        found.say("data", surveyed.broken[:3])
+        if not is_settled(data):  # nothing of the zoo's scenes can be broken or missing
+            surveyed = survey(data, limits, side, lambda done, of: progress("pictures", done, of))
+            found.summary = surveyed.summary
+            found.say("data", surveyed.warnings)
+            Broken(len(data), asked.max_broken).note(dict(enumerate(surveyed.broken)))
+            found.say("data", surveyed.broken[:3])
         if recipe.validation is not None:
             found.say("validation", [_split_note(data, recipe.validation.num_samples)], "note")
     return found
