@@ -19,6 +19,14 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# how programs call what belongs to a quantised weight
+_SCALES = (
+    *(".scale_weight", ".scale_input", ".weight_scale", ".input_scale", ".weight_scale_inv"),
+    *(".weight_scale_2", "scaled_fp8", ".comfy_quant", "._scale", "._data", ".SCB", ".absmax"),
+    *(".quant_map", ".qweight", ".qzeros"),
+)
+#: endings of safetensors files, in small letters; the second is what ComfyUI's users call them
+SAFETENSORS = frozenset({".safetensors", ".sft"})
 PICKLES = frozenset({".ckpt", ".pt", ".pth", ".bin", ".pkl"})
 
 
@@ -107,6 +115,17 @@ def tensor_dtypes(file: Path) -> dict[str, str]:
     return {name: entry["dtype"] for name, entry in check_safetensors(file).items()}
 
 
+def file_metadata(file: Path) -> dict[str, str]:
+    """The texts that a safetensors file's header holds beside its tensors.
+
+    Raises:
+        AfaError: see `check_safetensors`.
+    """
+    check_safetensors(file)
+    with safe_open(file, framework="pt") as opened:
+        return opened.metadata() or {}
+
+
 def refuse_quantised(file: Path) -> None:
     """Refuse weights whose numbers mean nothing without a scale; see `is_quantised`.
 
@@ -123,7 +142,7 @@ def refuse_quantised(file: Path) -> None:
 
 def is_quantised(name: str, *, is_float: bool) -> bool:
     """Whether a tensor is a scale of others, or one of integers that a scale belongs to."""
-    is_scale = name.endswith((".scale_weight", ".weight_scale", "scaled_fp8"))
+    is_scale = name.endswith(_SCALES)
     return is_scale or (name.endswith(".weight") and not is_float)
 
 

@@ -32,6 +32,8 @@ BITS = {
     "F4": 4,
 }
 _METADATA = "__metadata__"
+#: the first bytes of a GGUF file, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+GGUF = b"GGUF"
 
 
 def check_header(file: Path) -> dict[str, Any]:
@@ -55,11 +57,21 @@ def check_header(file: Path) -> dict[str, Any]:
         if len(content) < length:
             raise _Wrong("it ended while it was read")
         return _tensors(_parse(content), found.st_size - 8 - length)
+    except _IsGguf:
+        raise AfaError(
+            f"'{file}' is a GGUF file, whose weights are quantised for other programs. Weights "
+            "must be plain numbers in safetensors. Take the float16 or bfloat16 .safetensors of "
+            "the same model; to save memory, quantise it here: `--quantize int8`."
+        ) from None
     except (_Wrong, OSError) as error:
         raise AfaError(
             f"'{file}' must be a complete safetensors file, but reading its header says: {error}. "
             "Download or copy it again."
         ) from None
+
+
+class _IsGguf(Exception):
+    """It is a file of another format, which is known."""
 
 
 class _Wrong(Exception):
@@ -69,6 +81,8 @@ class _Wrong(Exception):
 def _header_length(start: bytes, size: int) -> int:
     if len(start) < 8:
         raise _Wrong(f"it has {size} bytes")
+    if start.startswith(GGUF):
+        raise _IsGguf
     length = int.from_bytes(start, "little")
     if length > size - 8:
         raise _Wrong(
