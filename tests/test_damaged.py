@@ -26,7 +26,7 @@ from afa.preflight import facts
 from afa.preflight.facts import read_facts
 from afa.preflight.plans import Group, Plan
 from afa.preflight.run import look
-from afa.single_file import Companions
+from afa.single_file import Companions, Described
 from afa.training.cache.files import Shards, read_header, write_shard
 from afa.training.checkpoints import Checkpoints
 from tests.tiny import SD1, tiny_unet
@@ -123,7 +123,7 @@ def every_way(expert: Path) -> list[Any]:
         (components, "require_complete", lambda: load_expert(expert)),
         (components, "require_complete", lambda: afa.load_pipeline([expert])),
         (components, "require_complete", lambda: components.load_vae(expert)),
-        (facts, "with_defaults", lambda: read_facts("x", expert)),
+        (facts, "with_defaults", lambda: read_facts("x", Described(expert))),
     ]
 
 

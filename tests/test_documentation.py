@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from afa import inspection, single_file
+from afa import single_file
 from afa.layouts import kind_name
 from tests.documentation import (
     DOCS,
@@ -45,9 +45,8 @@ def folder(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "here"
     shutil.copytree(root, folder)
     monkeypatch.chdir(folder)
-    for module in (single_file, inspection):
-        monkeypatch.setattr(module, "config_of", lambda shapes, _: kind_name(shapes))
-        monkeypatch.setattr(module, "config_folder", configs.__getitem__)
+    monkeypatch.setattr(single_file, "config_of", lambda shapes, *_, **__: kind_name(shapes))
+    monkeypatch.setattr(single_file, "config_folder", configs.__getitem__)
     return folder
 
 

@@ -391,9 +391,8 @@ def test_every_shipped_configuration_is_told_from_its_own_file(name: str) -> Non
         return
     if name == "stable-diffusion-xl-v":
         assert config_of(shapes, "file") == "stable-diffusion-xl"
-        shapes["v_pred"] = ()
-        with pytest.raises(AfaError, match="is marked with v_pred, which no shipped"):
-            config_of(shapes, "file")
+        shapes["v_pred"] = ()  # another scheduler: tests/test_prediction.py
+        assert config_of(shapes, "file") == "stable-diffusion-xl"
         shapes["ztsnr"] = ()
     assert config_of(shapes, "file") == name
     assert missing_parts(shapes, config_folder(name)) == []
@@ -477,7 +476,7 @@ def test_unknown_files_say_what_is_known(tmp_path: Path) -> None:
 
 
 def test_inspect_says_what_a_file_is_and_lacks(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_file(
         {
@@ -487,9 +486,17 @@ def test_inspect_says_what_a_file_is_and_lacks(
         tmp_path / "flux.safetensors",
     )
     facts = describe(str(tmp_path / "flux.safetensors"))
-    assert facts["configuration"] == "flux-schnell"
-    assert facts["leaves_out"] == ["text_encoder", "text_encoder_2", "vae"]
+    assert "does not fit the configuration 'flux-schnell'" in facts["configuration"]
+    pipeline = made("xl", tmp_path)
+    exported(pipeline, tmp_path / "xl.safetensors", "conditioner.embedders.1", "first_stage_model.")
+    monkeypatch.setattr("afa.single_file.config_of", lambda *_, **__: "stable-diffusion-xl")
+    monkeypatch.setattr("afa.single_file.config_folder", lambda _: tmp_path / "xl-0")
+    facts = describe(str(tmp_path / "xl.safetensors"))
+    assert facts["layout"] == "Stable Diffusion XL, original layout"
+    assert facts["configuration"] == "xl-0"
+    assert facts["predicts"] == "epsilon (assumed: the configuration 'xl-0')"
+    assert facts["leaves_out"] == ["text_encoder_2", "vae"]
     with pytest.raises(SystemExit) as stop:
-        main(["inspect", str(tmp_path / "flux.safetensors")])
+        main(["inspect", str(tmp_path / "xl.safetensors")])
     assert not stop.value.code
-    assert "flux-schnell" in capsys.readouterr().out
+    assert "leaves out" in capsys.readouterr().out

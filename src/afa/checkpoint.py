@@ -19,18 +19,20 @@ from safetensors.torch import load_file, save
 from afa.aggregators import SABW, Mean, SABWConfig, Separate
 from afa.aggregators.build import site_configs
 from afa.denoisers import FAMILIES
+from afa.described import DescribedExpert
 from afa.errors import AfaError
 from afa.files import read_json, staged, write_atomic
 from afa.kinds import denoiser_of
-from afa.lora import LoraExpert, base_of
+from afa.lora import Asked, LoraExpert, base_of, moved_expert
 from afa.model_card import model_card
 from afa.pipeline import load_pipeline
+from afa.prediction import PredictionType
 from afa.published import is_published, load_published
 from afa.sources import absolute_source, locate, relative_source, require_hash
 from afa.weights import check_safetensors
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from diffusers import DiffusionPipeline
     from torch import Tensor, nn
@@ -58,6 +60,8 @@ class _Reference(_Saved):
     sha256: str
     revision: str | None = None
     lora: _Lora | None = None
+    config: str | None = None
+    prediction_type: PredictionType | None = None
 
 
 class _Aggregator(_Saved):
@@ -277,7 +281,7 @@ def load_ensemble(
     *,
     torch_dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-    experts: Sequence[str | Path | LoraExpert] | None = None,
+    experts: Sequence[Asked | Mapping[str, Any]] | None = None,
     vae: str | Path | None = None,
     config: str | Path | None = None,
     parts: Sequence[str | Path] | None = None,
@@ -315,9 +319,8 @@ def load_ensemble(
         raise AfaError(f"This ensemble has {len(saved['parts'])} parts, {len(parts)} were named.")
     if experts is not None and len(experts) != len(references):
         raise AfaError(f"This ensemble has {len(references)} experts, {len(experts)} were named.")
-    sources: Sequence[str | Path | LoraExpert] = experts or [
-        _source(reference, folder) for reference in references
-    ]
+    sources, _, _ = sources_in(saved, folder)
+    sources = list(map(moved_expert, experts or sources, sources))
     weights = folder / AGGREGATORS
     check_safetensors(weights)
     saved_vae = saved["vae"] or {"source": references[0]["source"], "sha256": None}
@@ -360,9 +363,7 @@ def saved_aggregators(saved: dict[str, Any]) -> SABWConfig | None:
     return SABWConfig(**{**_ABSENT, **settings}) if is_sabw else None
 
 
-def sources_in(
-    saved: dict[str, Any], folder: Path
-) -> tuple[list[str | LoraExpert], str | None, list[str]]:
+def sources_in(saved: dict[str, Any], folder: Path) -> tuple[list[Asked], str | None, list[str]]:
     """What a configuration of `read_config` names: experts, their configuration, and parts."""
     config = saved["config"] and absolute_source(saved["config"], folder)
     parts = [absolute_source(part["source"], folder) for part in saved["parts"]]
@@ -375,22 +376,26 @@ def _written_parts(ensemble: EnsembleDenoiser, folder: Path) -> dict[str, Any]:
 
 
 def _written(reference: ExpertReference, folder: Path) -> dict[str, Any]:
-    written = {**asdict(reference), "source": relative_source(reference.source, folder)}
-    if reference.lora is None:
-        del written["lora"]
-    else:
+    written = {k: v for k, v in asdict(reference).items() if v is not None or k == "revision"}
+    written["source"] = relative_source(reference.source, folder)
+    if reference.config is not None:
+        written["config"] = relative_source(reference.config, folder)
+    if reference.lora is not None:
         written["lora"]["source"] = relative_source(reference.lora.source, folder)
     return written
 
 
-def _source(reference: dict[str, Any], folder: Path) -> str | LoraExpert:
+def _source(reference: dict[str, Any], folder: Path) -> str | DescribedExpert | LoraExpert:
     """An expert as `load_pipeline` takes it."""
     base, lora = absolute_source(reference["source"], folder), reference["lora"]
+    config = reference["config"] and absolute_source(reference["config"], folder)
+    described = {"config": config, "prediction_type": reference["prediction_type"]}
     if lora is None:
-        return base
+        return DescribedExpert(model=base, **described) if any(described.values()) else base
     return LoraExpert(
         base=base,
         lora=absolute_source(lora["source"], folder),
         scale=lora["scale"],
         sha256=lora["sha256"],
+        **described,
     )

@@ -105,13 +105,10 @@ def load_vae(
     if path.is_file():
         check_safetensors(path)
         reference = refer(source, path, hash_file(path), revision)
-        options = {} if config is None else {"config": str(config), "subfolder": "vae"}
+        from afa.file_parts import read_vae  # which loads parts by this module
+
         with loading_model(source, "Name a local diffusers folder of its family: config=FOLDER."):
-            vae = AutoencoderKL.from_single_file(
-                str(path), torch_dtype=torch_dtype, local_files_only=True, **options
-            )
-            require_complete([key for key, p in vae.named_parameters() if p.is_meta], source)
-            return vae, reference
+            return read_vae(path, config, torch_dtype), reference
     folder = path / "vae" if (path / "vae").is_dir() else path
     files = weights_in(folder)[1]
     for file in files:

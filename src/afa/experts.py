@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import diffusers
 import torch
 import transformers
 from diffusers import AutoencoderKL
@@ -15,7 +14,8 @@ from diffusers import AutoencoderKL
 from afa.components import library_class, load_text_encoder, load_weights, loading_model
 from afa.files import parts_of, read_json
 from afa.kinds import Kind, kind_of
-from afa.single_file import Companions, load_single_file
+from afa.prediction import Prediction, scheduler_of
+from afa.single_file import Companions, describe_expert, load_single_file
 from afa.sources import ExpertReference, locate, refer, require_hash
 from afa.weights import hash_expert, keep_no_words
 
@@ -82,37 +82,46 @@ def load_expert(
             family that is not supported.
     """
     path = locate(source, revision)
+    companions = companions or Companions(torch_dtype)
     index = path / "model_index.json"
     if index.is_file():  # before its weights are looked for, which other families name otherwise
         kind_of(str(read_json(index).get("_class_name")), source)
     reference = refer(source, path, hash_expert(path), revision)
     require_hash("Expert", reference, sha256)
     if path.is_file():
-        return _load_file(reference, path, companions or Companions(torch_dtype), with_vae)
+        return _load_file(reference, path, companions, with_vae)
+    prediction = describe_expert(path, companions).prediction
     with loading_model(source):
-        return _load_folder(reference, path, torch_dtype)
+        return _load_folder(reference, path, torch_dtype, prediction)
 
 
 def _load_file(
     reference: ExpertReference, path: Path, companions: Companions, with_vae: bool
 ) -> Expert:
-    config, parts = load_single_file(path, companions, with_vae=with_vae)
+    described, parts = load_single_file(path, companions, with_vae=with_vae)
+    config = described.config
     index = read_json(config / "model_index.json")
     class_name = str(index["_class_name"])
     kind = kind_of(class_name, path)
     return Expert(
-        reference,
+        _as_described(reference, described.prediction),
         kind,
         class_name,
         denoiser=parts[kind.denoiser],
         text_encoders=_named(parts, "text_encoder"),
-        tokenizers={k: keep_no_words(v) for k, v in _named(parts, "tokenizer").items()},
+        tokenizers=_named(parts, "tokenizer"),
         scheduler=parts["scheduler"],
         config=config,
         vae=parts["vae"],
         latents=latents_of(config / "vae" / "config.json"),
         options=_options(index),
     )
+
+
+def _as_described(reference: ExpertReference, prediction: Prediction | None) -> ExpertReference:
+    """A reference with what an ensemble folder has to remember of what the model predicts."""
+    kept = None if prediction is None else prediction.kept
+    return replace(reference, prediction_type=kept)
 
 
 def _named(parts: dict[str, Any], start: str) -> dict[str, Any]:
@@ -129,7 +138,12 @@ def _options(index: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _load_folder(reference: ExpertReference, path: Path, torch_dtype: torch.dtype) -> Expert:
+def _load_folder(
+    reference: ExpertReference,
+    path: Path,
+    torch_dtype: torch.dtype,
+    prediction: Prediction | None,
+) -> Expert:
     """All but the autoencoder of a pipeline's folder."""
     index = read_json(path / "model_index.json")
     class_name = str(index.get("_class_name"))
@@ -138,11 +152,8 @@ def _load_folder(reference: ExpertReference, path: Path, torch_dtype: torch.dtyp
     encoders = [name for name in classes if name.startswith("text_encoder")]
     # one without its encoder is of no use, and others may lack it
     tokenizers = [name.replace("text_encoder", "tokenizer") for name in encoders]
-    scheduler_class = library_class(
-        diffusers, classes.get("scheduler", "none"), diffusers.SchedulerMixin
-    )
     return Expert(
-        reference,
+        _as_described(reference, prediction),
         kind,
         class_name,
         denoiser=load_weights(
@@ -160,7 +171,7 @@ def _load_folder(reference: ExpertReference, path: Path, torch_dtype: torch.dtyp
             for name in tokenizers
             if name in classes
         },
-        scheduler=scheduler_class.from_pretrained(path / "scheduler"),
+        scheduler=scheduler_of(path, prediction),
         config=path,
         latents=latents_of(path / "vae" / "config.json"),
         options=_options(index),

@@ -10,22 +10,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 
+from afa.accounting import account
 from afa.aggregators import SABWConfig
 from afa.aggregators.build import build_sabw
 from afa.checkpoint import FORMAT, read_config
 from afa.damaged import is_own_bug
 from afa.denoisers import FAMILIES, Family, Site, discover_sites
+from afa.distilled import distilled_of
 from afa.errors import NO_MODEL, AfaError
+from afa.file_layout import denoiser_in, names_by_part
 from afa.files import read_json
-from afa.layouts import config_folder, config_of, missing_parts
+from afa.layouts import missing_parts
 from afa.published import describe_published, is_published
+from afa.single_file import Companions
 from afa.sources import locate
 from afa.trust.folders import check_part
 from afa.weights import (
-    PICKLES,
+    SAFETENSORS,
     check_safetensors,
     hash_expert,
     hash_file,
+    refuse_quantised,
     tensor_shapes,
     weight_files,
 )
@@ -33,14 +38,15 @@ from afa.weights import (
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-# telling keys of single files -> what they are; the first that fits
-_LAYOUTS = (
-    ("conditioner.embedders.1.", "Stable Diffusion XL, original layout"),
-    ("model.diffusion_model.double_blocks.", "Flux, original layout"),
-    ("model.diffusion_model.joint_blocks.", "Stable Diffusion 3, original layout"),
-    ("model.diffusion_model.input_blocks.", "Stable Diffusion, original layout"),
-    ("down_blocks.0.resnets.", "U-Net, diffusers layout"),
+    from afa.file_layout import Shapes
+
+#: files that are no model by themselves: the start of a name -> what it is
+_OTHERS = (
     ("conv_in.res_block.", "aggregators of an ensemble"),
+    ("text_model.", "text encoder (CLIP)"),
+    ("shared.weight", "text encoder (T5)"),
+    ("encoder.block.", "text encoder (T5)"),
+    ("decoder.conv_in.", "autoencoder"),
 )
 
 
@@ -55,7 +61,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     """
     found = locate(path)
     if found.is_file():
-        return _describe_file(found)
+        return _describe_file(found, Path(path).expanduser())
     if is_published(found):
         return describe_published(found)
     if (found / "model_index.json").is_file():
@@ -169,18 +175,21 @@ def _family_named(class_name: object) -> Family | None:
     return next((f for f in FAMILIES if f.model_class.__name__ == class_name), None)
 
 
-def _describe_file(path: Path) -> dict[str, Any]:
-    if path.suffix.lower() in PICKLES or path.suffix != ".safetensors":
-        raise AfaError(f"A single file must be .safetensors, came '{path}'. Convert it first.")
+def _describe_file(path: Path, named: Path) -> dict[str, Any]:
+    if path.suffix.lower() not in SAFETENSORS:
+        check_safetensors(path)  # says what else it is, where that is known
+        raise AfaError(
+            f"A single file must be named .safetensors or .sft, came '{path}'. Rename it."
+        )
     check_safetensors(path)
     parameters, dtypes, keys = _read_header([path])
-    layout = next((name for key, name in _LAYOUTS if any(k.startswith(key) for k in keys)), None)
-    if any("lora_" in key or ".lora." in key for key in keys):
-        layout = "LoRA"
+    shapes = tensor_shapes(path)
+    is_lora = any("lora_" in key or ".lora." in key for key in keys)
+    layout = "LoRA" if is_lora else _layout(shapes)
     return {
         "kind": "safetensors file",
-        "layout": layout or "unknown",
-        **({} if layout == "LoRA" else _describe_model(path)),
+        "layout": layout,
+        **({} if is_lora else _describe_model(path, named, shapes)),
         "sha256": hash_file(path),
         "parameters": parameters,
         "dtypes": dtypes,
@@ -188,14 +197,37 @@ def _describe_file(path: Path) -> dict[str, Any]:
     }
 
 
-def _describe_model(path: Path) -> dict[str, Any]:
-    """Which published model's configuration a file needs, and what it leaves out."""
-    shapes = tensor_shapes(path)
+def _layout(shapes: Shapes) -> str:
+    """In words: whose model, and whose names for its tensors."""
+    found = denoiser_in(shapes)
+    if found is None:
+        names = (what for key, what in _OTHERS if any(k.startswith(key) for k in shapes))
+        return next(names, "unknown")
+    names_of = "diffusers layout" if found.is_diffusers else "original layout"
+    parts = names_by_part(shapes, found.kind).keys() - {"", "unet", "transformer"}
+    return f"{found.kind}, {names_of}" + ("" if parts else ", denoiser alone")
+
+
+def _describe_model(path: Path, named: Path, shapes: Shapes) -> dict[str, Any]:
+    """Which published model's configuration a file needs, what it predicts, leaves out and has."""
     try:
-        name = config_of(shapes, path)
+        companions = Companions(torch.float32).of(named)
+        refuse_quantised(path)
+        found = companions.describe(path, shapes)
+        unused = account(shapes, found.config, path)
     except AfaError as error:
         return {"configuration": f"not told: {error}"}
-    return {"configuration": name, "leaves_out": missing_parts(shapes, config_folder(name))}
+    facts: dict[str, Any] = {"configuration": found.config.name}
+    if found.prediction is not None:
+        facts["predicts"] = found.prediction.text
+    distilled = distilled_of(str(named), found.config, is_file=True, path=path)
+    if distilled is not None:
+        facts["distilled"] = f"{distilled.method} (by {distilled.where})"
+    return {
+        **facts,
+        "leaves_out": missing_parts(shapes, found.config),
+        "not_used": [f"{count} tensors: {why}" for why, count in unused.items()],
+    }
 
 
 def _read_header(files: Iterable[Path]) -> tuple[int, str, list[str]]:

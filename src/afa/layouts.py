@@ -12,46 +12,28 @@ import json
 import shutil
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from afa.accounting import account
 from afa.errors import AfaError
+from afa.file_layout import PARTS, Shapes, denoiser_in, kind_name, names_by_part
 from afa.files import cache_folder, parts_of, read_json, staged, write_atomic
 from afa.kinds import kind_of
+from afa.prediction import marks_in
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+__all__ = [
+    "COMMON_NAMES",
+    "PARTS",
+    "Ambiguous",
+    "Shapes",
+    "config_folder",
+    "config_of",
+    "configs",
+    "kind_name",
+    "missing_parts",
+    "refuse_lora",
+]
 
-    #: of every tensor of a file, by name
-    Shapes = Mapping[str, tuple[int, ...]]
-
-_VAE = ("first_stage_model.", "vae.")
-#: kind of pipeline -> its part -> how the names of that part's tensors start
-PARTS: dict[str, dict[str, tuple[str, ...]]] = {
-    "Stable Diffusion": {
-        "unet": ("model.diffusion_model.",),
-        "text_encoder": ("cond_stage_model.",),
-        "vae": _VAE,
-    },
-    "Stable Diffusion XL": {
-        "unet": ("model.diffusion_model.",),
-        "text_encoder": ("conditioner.embedders.0.transformer.",),
-        "text_encoder_2": ("conditioner.embedders.1.model.", "conditioner.embedders.0.model."),
-        "vae": _VAE,
-    },
-    "Stable Diffusion 3": {
-        "transformer": ("model.diffusion_model.", "joint_blocks."),
-        "text_encoder": ("text_encoders.clip_l.",),
-        "text_encoder_2": ("text_encoders.clip_g.",),
-        "text_encoder_3": ("text_encoders.t5xxl.",),
-        "vae": _VAE,
-    },
-    "Flux": {
-        "transformer": ("model.diffusion_model.", "double_blocks."),
-        "text_encoder": ("text_encoders.clip_l.",),
-        "text_encoder_2": ("text_encoders.t5xxl.",),
-        "vae": _VAE,
-    },
-}
 #: what people call the text encoders that files leave out
 COMMON_NAMES = {
     ("Stable Diffusion 3", "text_encoder"): "CLIP-L",
@@ -61,24 +43,10 @@ COMMON_NAMES = {
     ("Flux", "text_encoder_2"): "T5-XXL",
 }
 _LORA = (".lora_up.", ".lora_down.", ".lora_A.", ".lora_B.", ".lora.up.", ".lora.down.")
-_UNET = "model.diffusion_model."
 
 
 class Ambiguous(AfaError):
     """Several models look alike, and guessing would draw noise."""
-
-
-def kind_name(shapes: Shapes) -> str | None:
-    """The kind of pipeline whose denoiser a file holds, whatever its size; None without one."""
-    bare = {name.removeprefix(_UNET) for name in shapes}
-    if any(name.startswith("double_blocks.") for name in bare):
-        return "Flux"
-    if any(name.startswith("joint_blocks.") for name in bare):
-        return "Stable Diffusion 3"
-    if f"{_UNET}input_blocks.0.0.weight" not in shapes:
-        return None
-    is_xl = f"{_UNET}label_emb.0.0.weight" in shapes
-    return "Stable Diffusion XL" if is_xl else "Stable Diffusion"
 
 
 def configs() -> list[str]:
@@ -141,33 +109,44 @@ def _digest() -> str:
 # -- which model a file holds -----------------------------------------------------------------
 
 
-def config_of(shapes: Shapes, source: object) -> str:
+def config_of(
+    shapes: Shapes, source: object, prediction_type: str | None = None, *, own_vae: bool = True
+) -> str:
     """The name of the shipped configuration that a single file needs, told by its tensors.
 
     Args:
         shapes: of all tensors of the file.
         source: for the errors.
+        prediction_type: what it predicts, where its marker tensors do not say it.
+        own_vae: whether its autoencoder is to be used, and must fit.
 
     A Flux without guidance is taken for schnell, which a dev that lost it may have to be told from:
     name its configuration.
 
     Raises:
-        AfaError: the file is of no family that is known, or of an unusual member of one.
+        AfaError: the file is of no family that is known, or of an unusual member of one; or it has
+            tensors that the configuration has no use for, or lacks some, see `afa.accounting`.
         Ambiguous: it is one of several models that no tensor tells apart.
     """
-    bare = {name.removeprefix(_UNET): shape for name, shape in shapes.items()}
-    kind = kind_name(shapes)
-    if kind == "Flux":
-        return _flux(bare, source)
-    if kind == "Stable Diffusion 3":
-        return _sd3(bare, source)
-    if kind is not None:
-        return _unet(shapes, source)
-    raise AfaError(
-        f"A single file must hold a model in the layout of {', '.join(PARTS)}; '{source}' starts "
-        f"with '{min(shapes, default='nothing')}'. If it is one of a known family, describe it: "
-        "config=FOLDER, a diffusers folder of its family."
-    )
+    found = denoiser_in(shapes)
+    if found is None:
+        raise AfaError(
+            f"A single file must hold a model in the layout of {', '.join(PARTS)}; '{source}' "
+            f"starts with '{min(shapes, default='nothing')}'. If it is one of a known family, "
+            "describe it: config=FOLDER, a diffusers folder of its family."
+        )
+    bare = {
+        name.removeprefix(found.prefix): shape
+        for name, shape in shapes.items()
+        if name.startswith(found.prefix)
+    }
+    tell = {"Flux": _flux, "Stable Diffusion 3": _sd3}.get(found.kind)
+    if tell is not None:
+        name = tell(bare, found.is_diffusers, source)
+    else:
+        name = _unet(bare, found.is_diffusers, source, shapes, prediction_type)
+    account(shapes, config_folder(name), source, own_vae=own_vae)
+    return name
 
 
 def refuse_lora(shapes: Shapes, source: object) -> None:
@@ -189,9 +168,13 @@ def _size(shapes: Shapes, key: str, dimension: int) -> int:
     return shape[dimension] if len(shape) > dimension else 0
 
 
-def _flux(bare: Shapes, source: object) -> str:
-    name = "flux-dev" if "guidance_in.in_layer.weight" in bare else "flux-schnell"
-    width, is_other = _size(bare, "img_in.weight", 1), any("distilled_" in key for key in bare)
+def _flux(bare: Shapes, is_diffusers: bool, source: object) -> str:
+    guidance = (
+        "time_text_embed.guidance_embedder.linear_1" if is_diffusers else "guidance_in.in_layer"
+    )
+    name = "flux-dev" if f"{guidance}.weight" in bare else "flux-schnell"
+    width = _size(bare, "x_embedder.weight" if is_diffusers else "img_in.weight", 1)
+    is_other = any("distilled_" in key for key in bare)
     if width != 64 or is_other:
         what = "guidance layers of its own" if is_other else f"{width} channels in"
         raise AfaError(
@@ -201,14 +184,15 @@ def _flux(bare: Shapes, source: object) -> str:
     return name
 
 
-def _sd3(bare: Shapes, source: object) -> str:
-    depth = len({name.split(".")[1] for name in bare if name.startswith("joint_blocks.")})
+def _sd3(bare: Shapes, is_diffusers: bool, source: object) -> str:
+    start = "transformer_blocks." if is_diffusers else "joint_blocks."
+    depth = len({name.split(".")[1] for name in bare if name.startswith(start)})
     known = {
         (24, 192**2): "stable-diffusion-3-medium",
         (24, 384**2): "stable-diffusion-3.5-medium",
         (38, 192**2): "stable-diffusion-3.5-large",
     }
-    positions = _size(bare, "pos_embed", 1)
+    positions = _size(bare, "pos_embed.pos_embed" if is_diffusers else "pos_embed", 1)
     if (depth, positions) not in known:
         raise AfaError(
             f"'{source}' must be described: a Stable Diffusion 3 of {depth} blocks and {positions} "
@@ -217,11 +201,17 @@ def _sd3(bare: Shapes, source: object) -> str:
     return known[depth, positions]
 
 
-def _unet(shapes: Shapes, source: object) -> str:
-    channels = _size(shapes, f"{_UNET}input_blocks.0.0.weight", 1)
-    pooled = _size(shapes, f"{_UNET}label_emb.0.0.weight", 1)
-    attention = f"{_UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
-    width = _size(shapes, attention, 1)
+def _unet(
+    bare: Shapes, is_diffusers: bool, source: object, shapes: Shapes, prediction_type: str | None
+) -> str:
+    if is_diffusers:
+        first, added = "conv_in.weight", "add_embedding.linear_1.weight"
+        attention = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+    else:
+        first, added = "input_blocks.0.0.weight", "label_emb.0.0.weight"
+        attention = "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+    channels, pooled = _size(bare, first, 1), _size(bare, added, 1)
+    width = _size(bare, attention, 1)
     known = {
         (0, 768, 4): "stable-diffusion-1.5",
         (0, 768, 9): "stable-diffusion-1.5-inpainting",
@@ -230,29 +220,34 @@ def _unet(shapes: Shapes, source: object) -> str:
         (2816, 0, 9): "stable-diffusion-xl-inpainting",
         (2560, 0, 4): "stable-diffusion-xl-refiner",
     }
-    if (pooled, width, channels) == (0, 1024, 4):
-        raise Ambiguous(
-            f"'{source}' must be described: it may be of stable-diffusion-2, which predicts "
-            "velocity, or of stable-diffusion-2-base, which predicts noise, and no tensor tells. "
-            "Name the right one: config=stable-diffusion-2."
+    marks = marks_in(shapes)
+    edm = next((mark for mark in marks if mark.is_edm), None)
+    if edm is not None:
+        raise AfaError(
+            f"'{source}' must be described: it predicts on continuous noise levels ({edm.where}), "
+            "which no shipped configuration does, and cannot be mixed with other models. Leave it "
+            "out, or name a diffusers folder of it with an EDM scheduler, config=FOLDER."
         )
+    predicts = prediction_type or next((mark.type for mark in marks if mark.type), None)
+    if (pooled, width, channels) == (0, 1024, 4):
+        if predicts is None:
+            raise Ambiguous(
+                f"'{source}' must be described: it may be of stable-diffusion-2, which predicts "
+                "velocity, or of stable-diffusion-2-base, which predicts noise, and no tensor "
+                "tells. Name the right one: config=stable-diffusion-2."
+            )
+        return "stable-diffusion-2" if predicts == "v_prediction" else "stable-diffusion-2-base"
     name = known.get((pooled, width, channels))
-    if name is None or "edm_mean" in shapes:
+    if name is None:
         raise AfaError(
             f"'{source}' must be described: a U-Net with {channels} channels, text of width "
             f"{width} and {pooled} pooled is none of the published ones. Name a diffusers folder "
             "of its kind, config=FOLDER."
         )
-    # the marks of models that were trained on velocity, and to zero terminal SNR
-    marks = {mark for mark in ("v_pred", "ztsnr") if mark in shapes}
-    if name == "stable-diffusion-xl" and marks == {"v_pred", "ztsnr"}:
+    # velocity to zero terminal SNR; other objectives change the scheduler, see `afa.prediction`
+    is_zero_snr = any(mark.zero_snr for mark in marks)
+    if name == "stable-diffusion-xl" and predicts == "v_prediction" and is_zero_snr:
         return "stable-diffusion-xl-v"
-    if marks:
-        raise Ambiguous(
-            f"'{source}' must be described: it is marked with {' and '.join(sorted(marks))}, which "
-            "no shipped configuration has by itself. Name a diffusers folder whose scheduler says "
-            "what it predicts, config=FOLDER; stable-diffusion-xl-v has zero terminal SNR besides."
-        )
     return name
 
 
@@ -267,10 +262,6 @@ def missing_parts(shapes: Shapes, config: Path) -> list[str]:
         config: the pipeline folder that describes it.
     """
     index = read_json(config / "model_index.json")
-    table = PARTS[kind_of(str(index.get("_class_name")), config).name]
-    named = parts_of(index)
-    return [
-        part
-        for part, starts in table.items()
-        if part in named and not any(name.startswith(starts) for name in shapes)
-    ]
+    kind = kind_of(str(index.get("_class_name")), config).name
+    named, found = parts_of(index), names_by_part(shapes, kind)
+    return [part for part in PARTS[kind] if part in named and part not in found]

@@ -16,12 +16,21 @@ from afa.ensemble import EnsembleDenoiser
 from afa.errors import AfaError
 from afa.experts import Expert, load_expert
 from afa.kinds import build_pipeline, denoiser_of, kind_of_pipeline
-from afa.lora import LoraExpert, base_of, lora_expert, shared_copy
+from afa.lora import (
+    Asked,
+    LoraExpert,
+    as_expert,
+    base_of,
+    description_of,
+    lora_expert,
+    refer_description,
+    shared_copy,
+)
 from afa.memory.budget import AHEAD, MemoryPlan, Place
 from afa.memory.plan import plan_experts
-from afa.preflight import check_experts, check_folders
+from afa.preflight import DescribedSource, check_experts, check_folders
 from afa.quantization import Weights, quantize_linear, require_quantizer
-from afa.single_file import Companions, config_of_expert
+from afa.single_file import Companions, describe_expert
 from afa.sources import locate, require_hash
 from afa.streaming import LayerStream
 from afa.text import EnsembleTextEncoder, first_equal, share_equal
@@ -37,7 +46,7 @@ if TYPE_CHECKING:
 
 
 def load_pipeline(
-    experts: Sequence[str | Path | LoraExpert | Mapping[str, Any]],
+    experts: Sequence[Asked | Mapping[str, Any]],
     aggregators: SABWConfig | Sequence[nn.Module] | None = None,
     *,
     vae: str | Path | None = None,
@@ -64,7 +73,9 @@ def load_pipeline(
 
     Args:
         experts: diffusers folders, single `.safetensors` files, hub ids, or `zoo:animals`; or a
-            `LoraExpert`, such as `{"base": "./base", "lora": "./ink.safetensors", "scale": 0.8}`.
+            `LoraExpert`, such as `{"base": "./base", "lora": "./ink.safetensors", "scale": 0.8}`;
+            or a `DescribedExpert`, such as `{"model": "./a.safetensors", "prediction_type":
+            "v_prediction"}`, see `afa.prediction`.
         aggregators: a `SABWConfig` for untrained ones, one fusion rule per site, or None for the
             uniform mean.
         vae: where the autoencoder comes from; None takes the first expert's, or one of `parts`.
@@ -99,10 +110,7 @@ def load_pipeline(
     if not experts:
         raise AfaError("An ensemble must have at least one expert, came none.")
     revisions, hashes = revisions or [None] * len(experts), hashes or [None] * len(experts)
-    named = [
-        LoraExpert.model_validate(source) if isinstance(source, Mapping) else source
-        for source in experts
-    ]
+    named = [as_expert(source) for source in experts]
     companions = Companions(
         torch_dtype,
         config=config,
@@ -110,6 +118,7 @@ def load_pipeline(
         parts=parts or (),
         revisions=part_revisions or (),
         hashes=part_hashes or (),
+        own_vae=vae is None,
     )
     if memory_budget is not None:
         plan = plan_experts(
@@ -165,7 +174,7 @@ def load_pipeline(
 
 
 def _check_before(
-    experts: Sequence[str | Path | LoraExpert],
+    experts: Sequence[Asked],
     revisions: Sequence[str | None],
     companions: Companions,
     vae: str | Path | None = None,
@@ -177,7 +186,7 @@ def _check_before(
     Raises:
         AfaError: see `check_folders`.
     """
-    described: dict[str, tuple[Path, bool]] = {}
+    described: dict[tuple[str, Any], DescribedSource] = {}
     files: list[Path] = []
     paths: list[Path] = []
     for asked, revision in zip(experts, revisions, strict=True):
@@ -186,8 +195,10 @@ def _check_before(
         files += weight_files(path)  # a folder is looked at as a whole before anything is used
         if isinstance(asked, LoraExpert):
             files.append(Path(asked.lora).expanduser())
-        described[str(base_of(asked))] = (config_of_expert(path, companions), path.is_file())
-    check_folders(described)
+        name = str(base_of(asked))
+        found = describe_expert(path, companions.of(asked))
+        described[name, description_of(asked)] = DescribedSource(name, found, path.is_file())
+    check_folders(list(described.values()))
     for place in [paths[0] / "vae", *([] if vae is None else [Path(vae).expanduser()])]:
         files += [place] if place.is_file() else sorted(place.rglob("*.safetensors"))
     return marks_of(files)
@@ -219,7 +230,7 @@ def _autoencoder(
 
 
 def _load_all(
-    experts: Sequence[str | Path | LoraExpert],
+    experts: Sequence[Asked],
     revisions: Sequence[str | None],
     hashes: Sequence[str | None],
     companions: Companions,
@@ -232,8 +243,11 @@ def _load_all(
     Each is settled as soon as it is there, before the next is read. Text encoders that are equal
     are the same object.
     """
-    keys = [(str(base_of(asked)), rev) for asked, rev in zip(experts, revisions, strict=True)]
-    bases: dict[tuple[str, str | None], Expert] = {}
+    keys = [
+        (str(base_of(asked)), revision, description_of(asked))
+        for asked, revision in zip(experts, revisions, strict=True)
+    ]
+    bases: dict[tuple[str, str | None, Any], Expert] = {}
     encoders: list[Any] = []
     loaded: list[Expert] = []
     for asked, key, sha256 in zip(experts, keys, hashes, strict=True):
@@ -241,12 +255,13 @@ def _load_all(
             bases[key] = load_expert(
                 base_of(asked),
                 revision=key[1],
-                companions=companions,
+                companions=companions.of(asked),
                 with_vae=with_vae and not loaded,
                 torch_dtype=companions.torch_dtype,
             )
         base = bases[key]
         require_hash("Expert", base.reference, sha256)
+        base = replace(base, reference=refer_description(base.reference, asked))
         if isinstance(asked, LoraExpert):
             expert = lora_expert(base, asked)
         elif keys.count(key) > 1:
@@ -298,7 +313,7 @@ def _build(expert: Expert, parts: dict[str, Any]) -> DiffusionPipeline:
 
 
 def load_single(
-    source: str | Path | LoraExpert,
+    source: Asked,
     *,
     companions: Companions | None = None,
     torch_dtype: torch.dtype = torch.float32,
@@ -317,6 +332,7 @@ def load_single(
     """
     companions = companions or Companions(torch_dtype)
     marks = _check_before([source], [None], companions)
+    companions = companions.of(source)
     expert = load_expert(base_of(source), companions=companions, torch_dtype=torch_dtype)
     if isinstance(source, LoraExpert):
         expert = lora_expert(expert, source)
@@ -373,7 +389,7 @@ def size_multiple(pipeline: DiffusionPipeline) -> int:
     return pipeline.vae_scale_factor * kind.patch(denoiser_of(pipeline).config)
 
 
-def first_folder(experts: Sequence[str | Path | LoraExpert]) -> Path | None:
+def first_folder(experts: Sequence[Asked]) -> Path | None:
     """The first local folder among experts, which describes files of its kind."""
     paths = (Path(base_of(source)).expanduser() for source in experts)
     return next((path for path in paths if path.is_dir()), None)

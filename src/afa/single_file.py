@@ -1,26 +1,19 @@
-"""Single `.safetensors` files in the layout of the original codes, read without a hub."""
+"""Single `.safetensors` files of one model, in whatever layout, read without a hub."""
 
 from __future__ import annotations
 
-import inspect
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import diffusers
-import torch
 import transformers
-from safetensors.torch import load_file
-from torch import nn
 
-from afa.components import (
-    library_class,
-    load_text_encoder,
-    load_vae,
-    loading_model,
-    require_complete,
-)
+from afa.accounting import account, account_part
+from afa.components import library_class, load_text_encoder, load_vae, loading_model
+from afa.conversion import converted
 from afa.errors import AfaError
+from afa.file_layout import harmless
+from afa.file_parts import encoder_from, read_parts, read_tensors, vae_names
 from afa.files import parts_of, read_json
 from afa.kinds import kind_of
 from afa.layouts import (
@@ -34,24 +27,39 @@ from afa.layouts import (
     missing_parts,
     refuse_lora,
 )
+from afa.lora import base_of, description_of
+from afa.prediction import Prediction, decide, evidence_of, scheduler_of
 from afa.sources import ExpertReference, locate, refer, require_hash
 from afa.trust.folders import check_folder
-from afa.weights import hash_file, hash_pipeline, refuse_quantised, tensor_shapes
+from afa.weights import hash_file, hash_pipeline, keep_no_words, refuse_quantised, tensor_shapes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import torch
     from diffusers import AutoencoderKL
     from transformers import PreTrainedModel
 
     from afa.kinds import Kind
     from afa.layouts import Shapes
+    from afa.lora import Asked
+    from afa.prediction import PredictionType
 
 #: left out of many files of that kind, which then draw without it
 OPTIONAL = {("Stable Diffusion 3", "text_encoder_3")}
 #: parts of pipelines that an ensemble does without
 _NOT_USED = ("safety_checker", "feature_extractor", "image_encoder")
-_PROJECTION = "text_projection.weight"
+
+
+@dataclass(frozen=True)
+class Described:
+    """A model before it is loaded: the pipeline folder that describes it, and what it predicts.
+
+    `prediction` is None where that folder's scheduler says it, and nothing else does.
+    """
+
+    config: Path
+    prediction: Prediction | None = None
 
 
 @dataclass
@@ -67,6 +75,11 @@ class Companions:
         revisions: of hub ids, one for each of the parts.
         hashes: that the parts must have; None takes any.
         references: of the parts, once they were read.
+        prediction_type: what the model predicts, see `afa.prediction`; None where its file or its
+            configuration says it.
+        own_vae: whether a file's own autoencoder is to be used.
+        named: the expert as it was named, beside which its `.yaml` is; see `of`.
+        is_own: whether `config` is this expert's alone.
     """
 
     torch_dtype: torch.dtype
@@ -76,26 +89,65 @@ class Companions:
     revisions: Sequence[str | None] = ()
     hashes: Sequence[str | None] = ()
     references: list[ExpertReference] = field(default_factory=list)
+    prediction_type: PredictionType | None = None
+    own_vae: bool = True
+    named: Path | None = None
+    is_own: bool = False
     _paths: list[Path] = field(default_factory=list)
     _lent: dict[tuple[Path, Path], dict[str, Any]] = field(default_factory=dict)
 
+    def of(self, expert: Asked) -> Companions:
+        """The same for one expert, with what a recipe says of it alone."""
+        config, prediction_type = description_of(expert)
+        return replace(
+            self,
+            config=config or self.config,
+            prediction_type=prediction_type,
+            named=Path(base_of(expert)).expanduser(),
+            is_own=config is not None,
+        )
+
     def config_for(self, path: Path, shapes: Shapes) -> Path:
-        """The folder that describes a file.
+        """The folder that describes a file; see `describe`."""
+        return self.describe(path, shapes).config
+
+    def describe(self, path: Path, shapes: Shapes) -> Described:
+        """What a file is, from its header, its metadata and a `.yaml` beside it.
 
         Raises:
-            AfaError: a folder that is incomplete, or a file of no known kind.
+            AfaError: a folder that is incomplete; a file of no known kind, with tensors that
+                nothing uses, or that contradicts itself.
         """
+        is_elsewhere = self.named is not None and self.named.is_file()
+        evidence = evidence_of(path, shapes, beside=self.named if is_elsewhere else None)
+        said = next((each.type for each in evidence if each.type is not None), None)
+        config = self._config(path, shapes, self.prediction_type or said)
+        prediction = decide(
+            path,
+            config,
+            evidence,
+            asked=self.prediction_type,
+            is_named=self.config is not None,
+        )
+        return Described(config, prediction)
+
+    def _config(self, path: Path, shapes: Shapes, prediction_type: str | None) -> Path:
+        """The configuration that is named, that a file's tensors tell, or that is beside."""
         if self.config is not None:
-            return described_by(self.config)
-        try:
-            return config_folder(config_of(shapes, path))
-        except Ambiguous:
-            raise
-        except AfaError:
-            kind = kind_name(shapes)
-            if self.fallback is None or kind not in (None, _kind(self.fallback).name):
+            config = described_by(self.config)
+        else:
+            try:
+                name = config_of(shapes, path, prediction_type, own_vae=self.own_vae)
+                return config_folder(name)
+            except Ambiguous:
                 raise
-            return described_by(self.fallback)
+            except AfaError:
+                kind = kind_name(shapes)
+                if self.fallback is None or kind not in (None, _kind(self.fallback).name):
+                    raise
+                config = described_by(self.fallback)
+        account(shapes, config, path, own_vae=self.own_vae)
+        return config
 
     def text_encoder(self, name: str, config: Path) -> PreTrainedModel | None:
         """A text encoder of this name from the first part that has it; None where none does."""
@@ -168,19 +220,40 @@ def config_of_expert(path: Path, companions: Companions) -> Path:
     """The pipeline's folder that describes an expert: itself, or what a file's tensors tell.
 
     Raises:
-        AfaError: a file that is a LoRA, quantised, or of no known kind.
+        AfaError: see `describe_expert`.
+    """
+    return describe_expert(path, companions).config
+
+
+def describe_expert(path: Path, companions: Companions) -> Described:
+    """The pipeline's folder that describes an expert, and what the expert predicts.
+
+    Args:
+        path: of a folder or a file.
+        companions: what describes files, and what a recipe says of this expert.
+
+    Raises:
+        AfaError: a file that is a LoRA, quantised, or of no known kind, or a folder that a recipe
+            describes by another.
     """
     if path.is_dir():
-        return path
+        if companions.is_own:
+            raise AfaError(
+                f"'{companions.named}' has config = {companions.config} in the recipe. A folder "
+                "must describe itself; config is for single files. Leave it out, or name a file."
+            )
+        asked = companions.prediction_type
+        prediction = None if asked is None else decide(path, path, asked=asked, is_named=True)
+        return Described(path, prediction)
     refuse_quantised(path)
     shapes = tensor_shapes(path)
     refuse_lora(shapes, path)
-    return companions.config_for(path, shapes)
+    return companions.describe(path, shapes)
 
 
 def load_single_file(
     path: Path, companions: Companions, *, with_vae: bool = True
-) -> tuple[Path, dict[str, Any]]:
+) -> tuple[Described, dict[str, Any]]:
     """Load a single file's pipeline, with what others lend; an autoencoder may still be missing.
 
     Args:
@@ -188,33 +261,36 @@ def load_single_file(
         companions: what it may leave out.
         with_vae: whether the file's autoencoder is read.
 
-    Returns: the folder that describes it, and its components by name.
+    Returns: what describes it, and its components by name.
 
     Raises:
         AfaError: a LoRA; a file of no known kind, damaged or quantised; or parts that nobody
             lends.
     """
-    refuse_quantised(path)
-    shapes = tensor_shapes(path)
-    refuse_lora(shapes, path)
-    config = companions.config_for(path, shapes)
+    described = describe_expert(path, companions)
+    config, shapes = described.config, tensor_shapes(path)
     kind = _kind(config)
-    if kind.name not in PARTS:
-        raise AfaError(
-            f"Single files are read of {', '.join(PARTS)}; '{path}' is described as a {kind.name} "
-            "model. Save it as a diffusers folder."
-        )
     missing = missing_parts(shapes, config)
     if kind.denoiser in missing:
         raise AfaError(
             f"A single file must hold a denoiser; '{path}' has none in the layout of {kind.name}. "
             "Is it a text encoder or an autoencoder? Name it under parts or vae."
         )
-    given = _lent_encoders(path, missing, config, companions)
-    if "vae" in missing or not with_vae:
-        given["vae"] = None
+    parts: dict[str, Any] = _lent_encoders(path, missing, config, companions)
+    named = parts_of(read_json(config / "model_index.json"))
+    inside = [n for n in PARTS[kind.name] if n in named and n not in missing]
+    if not with_vae and "vae" in inside:
+        inside.remove("vae")
     with loading_model(path, f"Is it a whole checkpoint of the family that '{config}' describes?"):
-        return config, _read(path, config, given, companions.torch_dtype)
+        parts = {"vae": None, **parts, **read_parts(path, inside, config, companions.torch_dtype)}
+        for name, class_name in named.items():
+            if name.startswith("tokenizer") and parts.get(name, 0) is not None:
+                tokenizer_class = library_class(
+                    transformers, class_name, transformers.PreTrainedTokenizerBase
+                )
+                parts[name] = keep_no_words(tokenizer_class.from_pretrained(config / name))
+        parts["scheduler"] = scheduler_of(config, described.prediction)
+    return described, parts
 
 
 def _lent_encoders(
@@ -241,34 +317,6 @@ def _lent_encoders(
     return given
 
 
-def _read(
-    path: Path, config: Path, given: dict[str, Any], torch_dtype: torch.dtype
-) -> dict[str, Any]:
-    """The components of a file as the library reads it, without a hub; `given` ones as they are.
-
-    Raises:
-        AfaError: parameters that the file lacks.
-    """
-    index = read_json(config / "model_index.json")
-    pipeline_class = getattr(diffusers, str(index["_class_name"]))
-    taken = inspect.signature(pipeline_class.__init__).parameters
-    off = {**dict.fromkeys(_NOT_USED), "requires_safety_checker": False}
-    parts = pipeline_class.from_single_file(
-        str(path),
-        config=str(config),
-        torch_dtype=torch_dtype,
-        local_files_only=True,
-        **{name: value for name, value in off.items() if name in taken},
-        **given,
-    ).components
-    for name, part in parts.items():
-        if isinstance(part, nn.Module):
-            empty = [f"{name}.{key}" for key, p in part.named_parameters() if p.is_meta]
-            require_complete(empty, path)
-            part.eval()  # the library leaves T5's dropout on
-    return parts
-
-
 # -- what others lend -------------------------------------------------------------------------
 
 
@@ -290,13 +338,13 @@ def _text_encoders(path: Path, config: Path, dtype: torch.dtype) -> dict[str, An
     shapes = tensor_shapes(path)
     missing = missing_parts(shapes, config)
     inside = [name for name in wanted if name not in missing]
+    if inside:
+        account(shapes, config, path, parts=inside)
     with loading_model(path):
         if inside:
-            others = [name for name in PARTS[_kind(config).name] if name not in inside]
-            read = _read(path, config, dict.fromkeys(others), dtype)
-            return {name: read[name] for name in inside}
+            return read_parts(path, inside, config, dtype)
         return {
-            name: _bare_encoder(path, named[name], config / name, dtype)
+            name: _bare_encoder(path, name, config, dtype)
             for name in wanted
             if _bare_width(shapes, named[name]) == widths[name]
         }
@@ -314,20 +362,13 @@ def _bare_width(shapes: Shapes, class_name: str) -> int | None:
     return shapes[key][1] if len(shapes.get(key, ())) == 2 else None
 
 
-def _bare_encoder(path: Path, class_name: str, config: Path, dtype: torch.dtype) -> Any:
-    """A text encoder from a file of its own."""
-    encoder_class = library_class(transformers, class_name, transformers.PreTrainedModel)
-    settings = encoder_class.config_class.from_pretrained(config)
-    state = load_file(path)
-    is_projecting = class_name.endswith("WithProjection")
-    if is_projecting and settings.projection_dim == settings.hidden_size:
-        # the CLIP-L that everyone has with Stable Diffusion 3 leaves it out, as whole files do
-        state.setdefault(_PROJECTION, torch.eye(settings.hidden_size))
-    encoder, info = encoder_class.from_pretrained(
-        None, config=settings, state_dict=state, dtype=dtype, output_loading_info=True
-    )
-    require_complete(info["missing_keys"], path)
-    return encoder.eval()
+def _bare_encoder(path: Path, part: str, config: Path, dtype: torch.dtype) -> Any:
+    """A text encoder from a file of its own, every tensor of which is accounted for."""
+    shapes, class_name = tensor_shapes(path), parts_of(read_json(config / "model_index.json"))[part]
+    names = {name: name for name in shapes if harmless(name) is None}
+    account_part(part, names, shapes, config, path)
+    state = converted(part, read_tensors(path, names), config)
+    return encoder_from(state, class_name, config / part, path, dtype)
 
 
 def _has_vae(path: Path, config: Path) -> bool:
@@ -336,8 +377,4 @@ def _has_vae(path: Path, config: Path) -> bool:
     if path.is_dir():
         return (path / "vae").is_dir() and _kind(path).name == kind
     shapes = tensor_shapes(path)
-    bare = ("decoder.conv_in.weight", "encoder.conv_in.weight")
-    starts = ("", "vae.", "first_stage_model.")
-    return kind_name(shapes) in (None, kind) and any(
-        f"{start}{key}" in shapes for start in starts for key in bare
-    )
+    return kind_name(shapes) in (None, kind) and bool(vae_names(shapes))

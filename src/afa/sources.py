@@ -13,12 +13,15 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from afa.errors import AfaError
+from afa.trust.headers import check_header
 from afa.trust.pickles import as_safetensors, folder_as_safetensors
 from afa.trust.policy import policy
-from afa.weights import PICKLES
+from afa.weights import PICKLES, SAFETENSORS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from afa.prediction import PredictionType
 
 #: errors of the disk, which are no news of the hub
 _OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
@@ -58,19 +61,23 @@ class ExpertReference:
     """An expert, or an autoencoder, as an ensemble folder keeps it: where, and its weights' hash.
 
     `revision` is the commit that a hub id stood for. With a `lora`, all else is its base's.
+    `config` and `prediction_type` are what a recipe says of it, see `afa.described`.
     """
 
     source: str
     sha256: str
     revision: str | None = None
     lora: LoraReference | None = None
+    config: str | None = None
+    prediction_type: PredictionType | None = None
 
     @property
     def identity(self) -> str:
-        """All that decides its weights: their hash, and its LoRA's with the scale."""
-        if self.lora is None:
-            return self.sha256
-        return f"{self.sha256} + {self.lora.scale!r} x {self.lora.sha256}"
+        """All that decides its pictures: its weights' hash, its LoRA's, and what a recipe says."""
+        weights = self.sha256
+        if self.lora is not None:
+            weights += f" + {self.lora.scale!r} x {self.lora.sha256}"
+        return weights if self.prediction_type is None else f"{weights} as {self.prediction_type}"
 
     @property
     def name(self) -> str:
@@ -104,12 +111,14 @@ def locate(
     path = Path(text).expanduser()
     if path.suffix.lower() in PICKLES:
         return as_safetensors(path)
+    if path.suffix.lower() == ".gguf" and path.is_file():
+        check_header(path)  # says what such a file is
     if path.is_dir():
         return folder_as_safetensors(path)
     if path.exists():
         return path
     is_hub_id = text.count("/") == 1 and not text.startswith((".", "/", "~"))
-    if not is_hub_id or path.suffix == ".safetensors":
+    if not is_hub_id or path.suffix.lower() in SAFETENSORS:
         raise AfaError(f"Expert '{text}' does not exist. Name a folder, a file or a hub id.")
     try:
         return fetch(text, files, revision)

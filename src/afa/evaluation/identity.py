@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from afa.acceleration.plan import load_plan
-from afa.checkpoint import AGGREGATORS, read_config
-from afa.lora import LoraExpert, base_of, hash_lora
+from afa.checkpoint import AGGREGATORS, read_config, sources_in
+from afa.lora import Asked, LoraExpert, base_of, hash_lora
 from afa.pipeline import first_folder
 from afa.provenance import releases
 from afa.published import hash_published, is_published
-from afa.single_file import Companions, config_of_expert, described_by
+from afa.single_file import Companions, config_of_expert, describe_expert, described_by
 from afa.sources import HUB_ERRORS, VAE_FILES, absolute_source, fetch, locate
 from afa.weights import hash_file, hash_files, hash_pipeline, hash_vae
 
@@ -42,7 +42,7 @@ class Identities:
 
     def __init__(self, recipe: EvaluateRecipe | SearchRecipe) -> None:
         self._recipe = recipe
-        self._known: dict[str | LoraExpert, list[str]] = {}
+        self._known: dict[Asked, list[str]] = {}
         self._companions = Companions(
             torch.float32,
             config=recipe.config,
@@ -92,12 +92,14 @@ class Identities:
             identity["parts"] = [self._hashes(part) for part in recipe.parts]
         return identity
 
-    def source(self, source: str | LoraExpert) -> list[str]:
+    def source(self, source: Asked) -> list[str]:
         """Of one model: its weights, its LoRA, and the configuration that describes it."""
         if source not in self._known:
             path = locate(base_of(source))
-            described = hash_descriptions(config_of_expert(path, self._companions))
-            found = [hash_pipeline(path), described]
+            described = describe_expert(path, self._companions.of(source))
+            found = [hash_pipeline(path), hash_descriptions(described.config)]
+            if described.prediction is not None and described.prediction.scheduler is not None:
+                found.append(f"scheduler with {dict(described.prediction.scheduler)}")
             if isinstance(source, LoraExpert):
                 found.append(f"{source.scale!r} x {hash_lora(Path(source.lora))}")
             self._known[source] = found
@@ -131,7 +133,11 @@ def _ensemble(folder: Path) -> dict[str, Any]:
         config=saved["config"] and absolute_source(saved["config"], folder),
         fallback=next((path for path in paths if path.is_dir()), None),
     )
-    described = [hash_descriptions(config_of_expert(path, companions)) for path in paths]
+    asked, _, _ = sources_in(saved, folder)
+    described = [
+        hash_descriptions(config_of_expert(path, companions.of(expert)))
+        for path, expert in zip(paths, asked, strict=True)
+    ]
     if saved["vae"] is not None:
         vae = path_of(saved["vae"], files=VAE_FILES)
         described += [hash_descriptions(vae)] if vae.is_dir() else []

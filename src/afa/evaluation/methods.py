@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from afa.baselines.merging import MergeMethod
     from afa.evaluation.recipe import EvaluateRecipe, MethodRecipe
     from afa.experts import Expert
-    from afa.lora import LoraExpert
+    from afa.lora import Asked
 
 
 class MethodBuilder:
@@ -91,7 +91,7 @@ class MethodBuilder:
         fallback = first_folder(recipe.experts)
         return Companions(self._dtype, config=recipe.config, fallback=fallback, parts=recipe.parts)
 
-    def _model(self, source: str | LoraExpert) -> DiffusionPipeline:
+    def _model(self, source: Asked) -> DiffusionPipeline:
         """A checkpoint with its own autoencoder."""
         pipeline, _ = load_single(source, companions=self._companions(), torch_dtype=self._dtype)
         return pipeline.to(self._device)

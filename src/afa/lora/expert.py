@@ -7,11 +7,12 @@ very same parameters, and owns only those of the layers that its LoRA changes (W
 from __future__ import annotations
 
 import copy
+import os
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
 import torch
 import transformers
@@ -19,6 +20,7 @@ from pydantic import Discriminator, Field, Tag
 from torch import nn
 
 from afa.components import library_class, loading_model
+from afa.described import DescribedExpert, Description
 from afa.errors import AfaError
 from afa.files import parts_of, read_json
 from afa.kinds import kind_of
@@ -26,17 +28,17 @@ from afa.lora.file import hash_lora, open_lora, read_tensors
 from afa.lora.merge import merged
 from afa.lora.plan import Base, plan_changes
 from afa.lora.scaling import factor
-from afa.recipe import Section
-from afa.sources import LoraReference
+from afa.sources import ExpertReference, LoraReference
 
 if TYPE_CHECKING:
     from afa.experts import Expert
     from afa.lora.file import LoraFile
     from afa.lora.plan import Change
+    from afa.prediction import PredictionType
 
 
-class LoraExpert(Section):
-    """An expert that is a LoRA on a base, as it stands in a recipe.
+class LoraExpert(Description):
+    """An expert that is a LoRA on a base, as it stands in a recipe; a description is the base's.
 
     Attributes:
         base: as any expert: a folder, a file, a hub id or `zoo:base`.
@@ -46,7 +48,7 @@ class LoraExpert(Section):
         sha256: that the LoRA's file must have, see `afa.lora.hash_lora`; None takes any.
     """
 
-    SOURCES: ClassVar[tuple[str, ...]] = ("base", "lora")
+    SOURCES: ClassVar[tuple[str, ...]] = ("base", "lora", "config")
 
     base: str
     lora: str
@@ -55,18 +57,56 @@ class LoraExpert(Section):
 
 
 def _kind(given: Any) -> str:
+    if isinstance(given, DescribedExpert) or (isinstance(given, Mapping) and "model" in given):
+        return "DescribedExpert"
     return "LoraExpert" if isinstance(given, (Mapping, LoraExpert)) else "source"
 
 
-#: an expert as recipes name it: a source, or a LoRA on one
+#: an expert as recipes name it: a source, one with a description, or a LoRA on one
 AnyExpert = Annotated[
-    Annotated[str, Tag("source")] | Annotated[LoraExpert, Tag("LoraExpert")], Discriminator(_kind)
+    Annotated[str, Tag("source")]
+    | Annotated[DescribedExpert, Tag("DescribedExpert")]
+    | Annotated[LoraExpert, Tag("LoraExpert")],
+    Discriminator(_kind),
 ]
+#: the same once it is read, or a path
+Asked = str | Path | DescribedExpert | LoraExpert
 
 
-def base_of(expert: str | Path | LoraExpert) -> str | Path:
+def as_expert(given: str | Path | Description | Mapping[str, Any]) -> Asked:
+    """An expert as Python names it, where a mapping stands for a section of a recipe."""
+    if isinstance(given, Mapping):
+        is_model = _kind(given) == "DescribedExpert"
+        return (DescribedExpert if is_model else LoraExpert).model_validate(given)
+    return cast("Asked", given)
+
+
+def moved_expert(expert: Asked | Mapping[str, Any], saved: Asked) -> Asked:
+    """An expert where it is now; what was saved of its description stays."""
+    asked = as_expert(expert)
+    if isinstance(saved, DescribedExpert) and not isinstance(asked, Description):
+        return saved.model_copy(update={"model": str(asked)})
+    return asked
+
+
+def base_of(expert: Asked) -> str | Path:
     """Where an expert, or the base of its LoRA, comes from."""
+    if isinstance(expert, DescribedExpert):
+        return expert.model
     return expert.base if isinstance(expert, LoraExpert) else expert
+
+
+def description_of(expert: Asked) -> tuple[str | None, PredictionType | None]:
+    """The configuration and the prediction type that an expert is named with."""
+    return expert.description if isinstance(expert, Description) else (None, None)
+
+
+def refer_description(reference: ExpertReference, expert: Asked) -> ExpertReference:
+    """A reference with the configuration that an expert is named with; local ones absolute."""
+    config, _ = description_of(expert)
+    if config is not None and Path(config).expanduser().exists():
+        config = os.path.abspath(Path(config).expanduser())
+    return replace(reference, config=config)
 
 
 def lora_expert(base: Expert, asked: LoraExpert) -> Expert:

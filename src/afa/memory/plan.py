@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from afa.aggregators import SABWConfig
-    from afa.lora import LoraExpert
+    from afa.lora import Asked
     from afa.single_file import Companions
 
 #: of a weight that `afa.quantization` has packed
@@ -27,7 +27,7 @@ _QUANTISED_BITS = 8
 
 
 def plan_experts(
-    experts: Sequence[str | Path | LoraExpert],
+    experts: Sequence[Asked],
     aggregators: SABWConfig | None,
     companions: Companions,
     budget: str | int,
@@ -60,7 +60,7 @@ def plan_experts(
         for expert, revision in zip(experts, revisions or [None] * len(experts), strict=True)
     ]
     needs = needs_of(
-        config_of_expert(paths[0], companions),
+        config_of_expert(paths[0], companions.of(experts[0])),
         len(experts),
         aggregators,
         encoder_sets=encoder_sets(paths),

@@ -6,6 +6,7 @@ which is what `afa check` and every long command do first.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from afa.preflight.compare import compare
@@ -13,12 +14,12 @@ from afa.preflight.facts import facts_of, read_facts
 from afa.preflight.finding import Finding, require_none_wrong
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Sequence
 
     from afa.experts import Expert
+    from afa.single_file import Described
 
-__all__ = ["Finding", "check_experts", "check_folders"]
+__all__ = ["DescribedSource", "Finding", "check_experts", "check_folders"]
 
 
 def check_experts(experts: Sequence[Expert], *, allow_duplicates: bool = False) -> None:
@@ -35,17 +36,23 @@ def check_experts(experts: Sequence[Expert], *, allow_duplicates: bool = False) 
     require_none_wrong(compare(facts, allow_duplicates=allow_duplicates))
 
 
-def check_folders(described: Mapping[str, tuple[Path, bool]]) -> None:
+@dataclass(frozen=True)
+class DescribedSource:
+    """An expert before it is loaded: its source, what describes it, and whether it is a file."""
+
+    name: str
+    described: Described
+    is_file: bool
+
+
+def check_folders(experts: Sequence[DescribedSource]) -> None:
     """The same before anything is loaded; equal weights are not seen.
 
     Args:
-        described: by every expert's source the pipeline's folder that describes it, and whether it
-            is a single file.
+        experts: each once.
 
     Raises:
         AfaError: see `check_experts`.
     """
-    facts = [
-        read_facts(name, folder, is_file=is_file) for name, (folder, is_file) in described.items()
-    ]
+    facts = [read_facts(each.name, each.described, is_file=each.is_file) for each in experts]
     require_none_wrong(compare(facts))

@@ -31,6 +31,7 @@ def compare(experts: Sequence[Facts], *, allow_duplicates: bool = False) -> Iter
                 yield found
                 if check is _family:
                     break  # nothing else of it can be compared
+    yield from _distilled(experts)
     for expert in experts:
         yield from _alone(expert)
 
@@ -81,7 +82,8 @@ def _latents(first: Facts, other: Facts) -> Finding | None:
 
 
 def _architecture(first: Facts, other: Facts) -> Finding | None:
-    found = difference(first.denoiser, other.denoiser)
+    model_class = first.kind.denoiser_family.model_class
+    found = difference(first.denoiser, other.denoiser, model_class)
     if found is None:
         return None
     key, ours, theirs = found
@@ -152,8 +154,37 @@ def _schedule(first: Facts, other: Facts) -> Finding | None:
     return None
 
 
+def _distilled(experts: Sequence[Facts]) -> Iterator[Finding]:
+    """Models for few steps beside models for many."""
+    few = [expert for expert in experts if expert.distilled is not None]
+    if not few or len(few) == len(experts):
+        return
+    first = few[0]
+    assert first.distilled is not None
+    others = ", ".join(f"'{each.short}'" for each in experts if each.distilled is None)
+    yield Finding(
+        "warning",
+        "distilled",
+        f"'{first.short}' seems to be distilled for few steps ({first.distilled.method}, by "
+        f"{first.distilled.where}), {others} not. Experts should take the same number of steps and "
+        "the same guidance.",
+        "With many steps and guidance the distilled one burns out, with few the others blur.",
+        "Leave it out, or combine it with experts that were distilled in the same way.",
+    )
+
+
 def _alone(expert: Facts) -> Iterator[Finding]:
     """What is odd about one expert by itself."""
+    yield from _prediction(expert)
+    if expert.unknown:
+        yield Finding(
+            "warning",
+            "configuration",
+            f"The installed diffusers does not know {', '.join(expert.unknown)} in the denoiser's "
+            f"configuration of '{expert.name}', and ignores it.",
+            "The model may need it.",
+            "Compare its pictures with those of the program it was made for, or update diffusers.",
+        )
     zero_snr = expert.schedule.get("rescale_betas_zero_snr")
     predicts = expert.schedule.get("prediction_type")
     if zero_snr and predicts == "epsilon":
@@ -173,6 +204,32 @@ def _alone(expert: Facts) -> Iterator[Finding]:
             f"'{expert.spacing}'.",
             "The first step, at full noise, is left out, and pictures come out grey.",
             "Set timestep_spacing in the first expert's scheduler_config.json.",
+        )
+
+
+def _prediction(expert: Facts) -> Iterator[Finding]:
+    """What a single file predicts, where that is an assumption or against what the file says."""
+    found = expert.prediction
+    if found is None:
+        return
+    if found.overruled is not None:
+        yield Finding(
+            "warning",
+            "prediction",
+            f"'{expert.name}' is used as a model that predicts {found.type}, as the recipe says; "
+            f"{found.overruled}.",
+            "If the recipe is wrong, pictures are noise.",
+            "Leave prediction_type out to believe the file.",
+        )
+    if found.is_assumed and found.type != "flow_prediction":
+        yield Finding(
+            "note",
+            "prediction",
+            f"'{expert.name}' is assumed to predict {found.type}, as {found.where} does; nothing "
+            "in the file says so.",
+            "If it predicts velocity, pictures are noise.",
+            "Then name it as {model: FILE, prediction_type: v_prediction}; with zero terminal SNR, "
+            "as XL models have it, as {model: FILE, config: stable-diffusion-xl-v}.",
         )
 
 

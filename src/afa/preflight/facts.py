@@ -3,33 +3,39 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import diffusers
 import transformers
 
 from afa.components import library_class, loading_model
+from afa.denoisers.architecture import unknown_entries, with_defaults
+from afa.distilled import distilled_of
 from afa.experts import latents_of
 from afa.files import parts_of, read_json
 from afa.kinds import kind_of
+from afa.prediction import predicted_by, scheduler_of
 from afa.single_file import OPTIONAL
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
+    from afa.distilled import Distilled
     from afa.experts import Expert
     from afa.kinds import Kind
+    from afa.prediction import Prediction
+    from afa.single_file import Described
 
 #: what of a scheduler experts must share
 SCHEDULE = (
     *("prediction_type", "num_train_timesteps", "beta_schedule", "beta_start", "beta_end"),
-    "rescale_betas_zero_snr",
+    *("trained_betas", "rescale_betas_zero_snr", "noise_levels"),
 )
+# of EDM schedulers, which have no betas
+_NOISE_LEVELS = ("sigma_min", "sigma_max", "sigma_data")
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,9 @@ class Facts:
         schedule: of its scheduler, see `SCHEDULE`.
         spacing: of its scheduler's timesteps, where it says.
         identity: what decides its weights; None where no hash was taken.
+        prediction: what it predicts and who says so; None where its own folder does.
+        distilled: how it was distilled for few steps, and what says so; None where nothing does.
+        unknown: entries of its denoiser's configuration that the installed library ignores.
     """
 
     name: str
@@ -61,6 +70,9 @@ class Facts:
     schedule: Mapping[str, Any] = field(default_factory=dict)
     spacing: str | None = None
     identity: str | None = None
+    prediction: Prediction | None = None
+    distilled: Distilled | None = None
+    unknown: tuple[str, ...] = ()
 
 
 def facts_of(expert: Expert) -> Facts:
@@ -74,38 +86,54 @@ def facts_of(expert: Expert) -> Facts:
         latents=expert.latents,
         encoders={n: _width(part.config.to_dict()) for n, part in expert.text_encoders.items()},
         vocabularies={n: _digest(part.get_vocab()) for n, part in expert.tokenizers.items()},
-        schedule={key: config.get(key) for key in SCHEDULE},
+        schedule=_schedule(expert.scheduler),
         spacing=config.get("timestep_spacing"),
         identity=expert.reference.identity,
     )
 
 
-def read_facts(source: str, folder: Path, *, is_file: bool = False) -> Facts:
+def _schedule(scheduler: Any) -> dict[str, Any]:
+    """What of a scheduler experts must share, in one form for all of its classes."""
+    config, name = scheduler.config, type(scheduler).__name__
+    found = {key: config.get(key) for key in SCHEDULE}
+    predicts = predicted_by(name, config)
+    # the flow is a straight line, whatever betas a scheduler names besides
+    kept = ("num_train_timesteps",) if predicts == "flow_prediction" else SCHEDULE
+    found = {key: found[key] if key in kept else None for key in SCHEDULE}
+    if name.startswith("EDM"):
+        found["noise_levels"] = tuple(config.get(key) for key in _NOISE_LEVELS)
+    return {**found, "prediction_type": predicts}
+
+
+def read_facts(
+    source: str, described: Described, *, is_file: bool = False, path: Path | None = None
+) -> Facts:
     """Of an expert that is not: no weights are read.
 
     Args:
         source: as it was named.
-        folder: the pipeline's folder that describes it; its own, where it is a folder.
+        described: the pipeline's folder that describes it (its own, where it is a folder), and what
+            it predicts.
         is_file: whether it is a single file, which may leave parts out.
+        path: of that file, for its metadata.
 
     Raises:
         AfaError: a folder that is incomplete, damaged or of no known kind.
     """
+    folder = described.config
     index = read_json(folder / "model_index.json")
     kind, classes = kind_of(str(index.get("_class_name")), source), parts_of(index)
     encoders = [name for name in classes if name.startswith("text_encoder")]
     tokenizers = [name.replace("text_encoder", "tokenizer") for name in encoders]
     with loading_model(source):
-        scheduler = library_class(
-            diffusers, classes.get("scheduler", "none"), diffusers.SchedulerMixin
-        ).from_pretrained(folder / "scheduler")
+        scheduler = scheduler_of(folder, described.prediction)
+        model_class = kind.denoiser_family.model_class
+        config = read_json(folder / kind.denoiser / "config.json")
         return Facts(
             name=source,
             short=source.rstrip("/").rpartition("/")[2].removeprefix("zoo:"),
             kind=kind,
-            denoiser=with_defaults(
-                kind.denoiser_family.model_class, read_json(folder / kind.denoiser / "config.json")
-            ),
+            denoiser=with_defaults(model_class, config),
             latents=latents_of(folder / "vae" / "config.json"),
             encoders={name: _width(read_json(folder / name / "config.json")) for name in encoders},
             unsure=frozenset(n for n in encoders if is_file and (kind.name, n) in OPTIONAL),
@@ -114,16 +142,12 @@ def read_facts(source: str, folder: Path, *, is_file: bool = False) -> Facts:
                 for name in tokenizers
                 if name in classes
             },
-            schedule={key: scheduler.config.get(key) for key in SCHEDULE},
+            schedule=_schedule(scheduler),
             spacing=scheduler.config.get("timestep_spacing"),
+            prediction=described.prediction,
+            distilled=distilled_of(source, folder, is_file=is_file, path=path),
+            unknown=tuple(unknown_entries(model_class, config)),
         )
-
-
-def with_defaults(model_class: Any, config: Mapping[str, Any]) -> dict[str, Any]:
-    """A model's configuration, and the library's defaults for what it leaves out."""
-    taken = inspect.signature(model_class.__init__).parameters.values()
-    defaults = {p.name: p.default for p in taken if p.default is not inspect.Parameter.empty}
-    return {**defaults, **{key: value for key, value in config.items() if key in defaults}}
 
 
 def _width(settings: Mapping[str, Any]) -> int | None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from afa.baselines.merging.recipe import MergeRecipe
     from afa.evaluation.recipe import EvaluateRecipe, SamplingRecipe
     from afa.evaluation.search import SearchRecipe
-    from afa.lora import LoraExpert
+    from afa.lora import Asked
     from afa.training.recipe import Recipe
 
 _NUM_STEPS = 50  # of a picture, where nobody says
@@ -46,7 +46,7 @@ class Group:
     """
 
     label: str
-    experts: Sequence[str | Path | LoraExpert]
+    experts: Sequence[Asked]
     companions: Companions
     aggregators: SABWConfig | None = None
     allow_duplicates: bool = False
@@ -153,7 +153,11 @@ def _drawing(sampling: SamplingRecipe) -> Work:
 def _companions(recipe: Any, dtype: torch.dtype) -> Companions:
     named: Any = recipe.experts
     return Companions(
-        dtype, config=recipe.config, fallback=first_folder(named), parts=recipe.parts or ()
+        dtype,
+        config=recipe.config,
+        fallback=first_folder(named),
+        parts=recipe.parts or (),
+        own_vae=recipe.vae is None,
     )
 
 
@@ -176,7 +180,13 @@ def _ensemble(label: str, folder: str | Path, dtype: torch.dtype) -> Group:
     return Group(
         label,
         experts,
-        Companions(dtype, config=config, fallback=first_folder(experts), parts=parts),
+        Companions(
+            dtype,
+            config=config,
+            fallback=first_folder(experts),
+            parts=parts,
+            own_vae=saved["vae"] is None or saved["vae"]["source"] == saved["experts"][0]["source"],
+        ),
         saved_aggregators(saved),
         allow_duplicates=True,  # whoever trained it has allowed them
     )

@@ -12,9 +12,11 @@ import torch
 
 from afa.damaged import is_own_bug
 from afa.denoisers import family_of
+from afa.distilled import distilled_of
 from afa.errors import NO_MODEL, AfaError
 from afa.files import parts_of, read_json
 from afa.lora import LoraExpert, base_of, check_lora, hash_lora
+from afa.lora.file import open_lora
 from afa.memory.plan import encoder_sets
 from afa.preflight.compare import compare
 from afa.preflight.facts import Facts, read_facts
@@ -22,7 +24,7 @@ from afa.preflight.finding import Finding, Level, in_order
 from afa.preflight.machine import Estimate, Job, Work, fits
 from afa.preflight.weights import Weights, look_into
 from afa.published import is_published, published_experts
-from afa.single_file import config_of_expert
+from afa.single_file import describe_expert
 from afa.sources import locate
 from afa.weights import (
     hash_expert,
@@ -36,6 +38,7 @@ from afa.weights import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from afa.lora import Asked
     from afa.preflight.plans import Group, Plan
     from afa.single_file import Companions
 
@@ -142,23 +145,31 @@ def look(
     return report
 
 
-def _key(asked: str | Path | LoraExpert, companions: Companions) -> tuple[str, ...]:
+def _key(asked: Asked, companions: Companions) -> tuple[str, ...]:
     """What a look depends on: a single file's also on what describes it."""
     if Path(base_of(asked)).expanduser().is_file():
         return (str(asked), str(companions.config), str(companions.fallback))
     return (str(asked),)
 
 
-def _look_at(asked: str | Path | LoraExpert, companions: Companions, *, with_weights: bool) -> Look:
+def _look_at(asked: Asked, companions: Companions, *, with_weights: bool) -> Look:
     path = locate(base_of(asked))
-    config, files = config_of_expert(path, companions), weight_files(path)
-    facts = read_facts(str(base_of(asked)), config, is_file=path.is_file())
+    described, files = describe_expert(path, companions.of(asked)), weight_files(path)
+    config, is_file = described.config, path.is_file()
+    facts = read_facts(str(base_of(asked)), described, is_file=is_file, path=path)
     identity = hash_expert(path) if with_weights else None
     if isinstance(asked, LoraExpert):
         check_lora(asked, config, with_values=with_weights)
         if identity is not None:
             identity = f"{identity} + {asked.scale!r} x {hash_lora(Path(asked.lora))}"
-        facts = replace(facts, name=asked.lora, short=Path(asked.lora).name)
+        file = open_lora(Path(asked.lora).expanduser()).path
+        own = distilled_of(asked.lora, config, is_file=True, path=file)
+        facts = replace(
+            facts,
+            name=asked.lora,
+            short=Path(asked.lora).name,
+            distilled=own or facts.distilled,
+        )
     counts: Counter[str] = Counter()
     for file in files:
         kinds = tensor_dtypes(file)

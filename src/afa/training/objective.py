@@ -110,10 +110,17 @@ def forward_process(scheduler: SchedulerMixin) -> ForwardProcess:
     """The forward process that the experts' sampling scheduler undoes.
 
     Raises:
-        AfaError: it is neither flow matching nor a diffusion with `epsilon` or `v_prediction`.
+        AfaError: it is neither flow matching nor a diffusion with `epsilon` or `v_prediction`, or
+            its noise levels are continuous.
     """
     config = scheduler.config
     kind = config.get("prediction_type")
+    if type(scheduler).__name__.startswith("EDM"):
+        raise AfaError(
+            f"Experts with {type(scheduler).__name__} predict on continuous noise levels (CosXL, "
+            "Playground 2.5). Aggregators are trained on experts with discrete timesteps or flow "
+            "matching. Train with other experts."
+        )
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or kind == "flow_prediction":
         return FlowMatching(scheduler)
     if kind not in ("epsilon", "v_prediction"):
