@@ -80,6 +80,20 @@ def test_other_rules_need_all() -> None:
         Only(0).fuse_some({1: features[1]}, condition)
 
 
+def test_a_plan_follows_the_aggregators_that_it_was_made_with() -> None:
+    ensemble, other = ensemble_of("unet"), ensemble_of("unet")
+    shares = Shares(ensemble, 2, 1000)
+    ensemble.on_weights = shares.note
+    run(ensemble, arguments_of("unet"))
+    plan = shares.plan(0.5)
+    other.plan = plan  # equal weights
+    with torch.no_grad():
+        other.aggregators[0].conv_out.weight.add_(1)
+    with pytest.raises(AfaError, match="was made with other aggregators"):
+        other.plan = plan
+    other.plan = plan.model_copy(update={"aggregators": None})  # of an earlier release
+
+
 def test_streams_of_one_block_are_left_to_the_same_experts() -> None:
     ensemble = ensemble_of("flux")
     with pytest.raises(AfaError, match=r"the same experts at 'double.0.text' and 'double.0'"):

@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError
 from afa.errors import AfaError
 from afa.files import read_json, write_atomic
 from afa.recipe import Section
+from afa.text import hash_weights
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -40,6 +41,8 @@ class PruningPlan(Section):
         keep: the least share of the fusion weights that the experts left have, at every site and
             range of steps, over the prompts that the plan was made on.
         ranges: from pure noise on; a timestep is in the first that takes it.
+        aggregators: SHA-256 of the weights of the aggregators whose decisions it follows; None in
+            plans of earlier releases, which did not tell.
     """
 
     format: Literal["afa-pruning-plan"] = "afa-pruning-plan"
@@ -48,6 +51,7 @@ class PruningPlan(Section):
     sites: list[str]
     keep: float = Field(gt=0, le=1)
     ranges: list[StepRange]
+    aggregators: str | None = None
 
     def at(self, timestep: float) -> Mapping[str, Sequence[int]]:
         """The experts that run at a timestep, by site; at other sites all do."""
@@ -71,7 +75,8 @@ class PruningPlan(Section):
         """See that the plan is of such an ensemble.
 
         Raises:
-            AfaError: it has other experts or sites, or fusion rules that need all of them.
+            AfaError: it has other experts, sites or aggregators, fusion rules that need all
+                experts, or it leaves different experts to the two streams of a block.
         """
         listed = fused_sites(ensemble)
         if (self.num_experts, self.sites) != (len(ensemble.experts), listed):
@@ -79,6 +84,11 @@ class PruningPlan(Section):
                 f"A pruning plan must be of this ensemble, with {len(ensemble.experts)} experts "
                 f"and {len(listed)} sites where they are fused; it is of one with "
                 f"{self.num_experts} and {len(self.sites)}. Make one: afa prune ENSEMBLE."
+            )
+        if self.aggregators not in (None, hash_weights(ensemble.aggregators)):
+            raise AfaError(
+                "This pruning plan was made with other aggregators, which decide otherwise who is "
+                "needed where. Make one of this ensemble: afa prune ENSEMBLE."
             )
         unknown = {
             n for part in self.ranges for experts in part.experts.values() for n in experts
@@ -166,7 +176,13 @@ class Shares:
             above = self._highest * (1 - (part + 1) / self._num_ranges)
             is_last = part == self._num_ranges - 1
             ranges.append(StepRange(above=None if is_last else above, experts=experts))
-        return PruningPlan(num_experts=count, sites=listed, keep=keep, ranges=ranges)
+        return PruningPlan(
+            num_experts=count,
+            sites=listed,
+            keep=keep,
+            ranges=ranges,
+            aggregators=hash_weights(self._ensemble.aggregators),
+        )
 
 
 def _fewest(shares: Tensor, keep: float) -> list[int]:
