@@ -246,7 +246,7 @@ V = {"modelspec.prediction_type": "v"}
         ({}, V, "v_prediction"),
         ({}, {"modelspec.predict_key": "v"}, "v_prediction"),
         ({"edm_mean": torch.zeros(4), "edm_std": torch.ones(4)}, {}, "EDM"),
-        ({"edm_vpred.sigma_max": torch.tensor(120.0)}, {}, "EDM velocity"),
+        ({"edm_vpred.sigma_max": torch.tensor(120.0)}, {}, "EDM"),
     ],
 )
 def test_predictions_that_differ(

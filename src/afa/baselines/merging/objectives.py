@@ -9,48 +9,49 @@ import torch
 from afa.baselines.merging.model_kinds import INPUT_LAYERS, model_kind
 from afa.errors import AfaError
 from afa.files import read_json
-from afa.recipe import read_yaml
+from afa.prediction import evidence_of, predicted_by
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from afa.baselines.merging.checkpoints import Checkpoint
 
-#: metadata that say it, by the standard of model specs and as ComfyUI writes it
+#: what `modelspec` calls it, and ComfyUI
 METADATA = ("modelspec.prediction_type", "modelspec.predict_key")
-_SPELLINGS = {
-    **dict.fromkeys(("eps", "epsilon"), "epsilon"),
-    **dict.fromkeys(("v", "v_pred", "vpred", "v_prediction", "v-prediction"), "v_prediction"),
-}
-# tensors that mark what a file predicts
-_MARKERS = {
-    "edm_vpred.sigma_max": "EDM velocity (CosXL)",
-    "edm_mean": "EDM (Playground 2.5)",
-    "v_pred": "v_prediction",
-}
 _SCHEDULE = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
 _PRODUCTS = "alphas_cumprod"
 
 
 def prediction_type(checkpoint: Checkpoint) -> str | None:
-    """What the model predicts: `epsilon`, `v_prediction`, `flow`, ...
+    """What the model predicts: `epsilon`, `v_prediction`, `flow_prediction`, ...
 
-    A folder's scheduler says it; of a file a marking tensor, its metadata, or a `.yaml` of the same
-    name beside it (`model: params: parameterization: v`) as the web UIs read it.
+    A folder's scheduler says it; of a file what `afa.prediction.evidence_of` finds.
 
     Returns: None for a file that does not say.
+
+    Raises:
+        AfaError: a file of which two places say different things, or a `.yaml` beside it that
+            cannot be read.
     """
     if checkpoint.path.is_dir():
-        return _of_scheduler(_scheduler(checkpoint.path))
-    for name, kind in _MARKERS.items():
-        if name in checkpoint.tensors:
-            return kind
-    for key in METADATA:
-        if key in checkpoint.metadata:
-            said = checkpoint.metadata[key].strip().lower()
-            return _SPELLINGS.get(said, said)
-    return _of_yaml(checkpoint.path.with_suffix(".yaml"))
+        config = _scheduler(checkpoint.path)
+        return predicted_by(str(config.get("_class_name")), config) if config else None
+    shapes = {name: tuple(tensor.shape) for name, tensor in checkpoint.tensors.items()}
+    said: dict[str, str] = {}
+    for each in evidence_of(checkpoint.path, shapes):
+        if each.is_edm:
+            said.setdefault("EDM, on continuous noise levels", each.where)
+        elif each.type is not None:
+            said.setdefault(each.type, each.where)
+    if len(said) > 1:
+        (first, here), (second, there) = list(said.items())[:2]
+        raise AfaError(
+            f"'{checkpoint.source}' contradicts itself: {here} says that it predicts {first}, "
+            f"{there} says {second}. One of them must be wrong, and a wrong one draws noise. "
+            "Correct it, or leave the file out."
+        )
+    return next(iter(said), None)
 
 
 def check_objectives(checkpoints: Sequence[Checkpoint]) -> str | None:
@@ -117,22 +118,3 @@ def _schedule(checkpoint: Checkpoint) -> dict[str, Any]:
 def _scheduler(folder: Path) -> dict[str, Any]:
     file = folder / "scheduler" / "scheduler_config.json"
     return read_json(file) if file.is_file() else {}
-
-
-def _of_scheduler(config: Mapping[str, Any]) -> str | None:
-    if not config:
-        return None
-    if str(config.get("_class_name")).startswith("FlowMatch"):
-        return "flow"
-    return str(config.get("prediction_type") or "epsilon")
-
-
-def _of_yaml(file: Path) -> str | None:
-    if not file.is_file():
-        return None
-    try:
-        content: Any = read_yaml(file)
-        said = content["model"]["params"].get("parameterization", "eps")
-    except (AfaError, KeyError, TypeError, AttributeError):
-        return None  # a file of another purpose that has the same name, such as a recipe
-    return _SPELLINGS.get(str(said).lower(), str(said))
