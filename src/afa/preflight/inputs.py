@@ -210,7 +210,8 @@ def _first_config(plan: Plan) -> Path:
         AfaError: it cannot be had.
     """
     group = plan.groups[0]
-    return config_of_expert(locate(base_of(group.experts[0])), group.companions)
+    first = group.experts[0]
+    return config_of_expert(locate(base_of(first)), group.companions.of(first))
 
 
 def _sizes(folder: Path) -> tuple[int, int]:

@@ -32,7 +32,7 @@ def warnings_of_plan(
         AfaError: an expert that cannot be had.
     """
     folders = {
-        config_of_expert(locate(base_of(group.experts[0])), group.companions)
+        config_of_expert(locate(base_of(group.experts[0])), group.companions.of(group.experts[0]))
         for group in plan.groups
     }
     lines: dict[str, None] = {}
