@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from afa.exchange import Exchange
 
 _TEXT = "text_encoder"
+#: of products, in diffusers' names, which are not read beside those of PEFT
+_OTHER_NAMES = re.compile(r"\.(lora|lora_linear_layer|processor\.\w+_lora)\.(down|up)\.")
 #: what models have many of; a whole layer of a U-Net is a loop, which does not compile as one
 _REPEATED = (
     "ResnetBlock2D",
@@ -284,6 +287,10 @@ class Delegation:
         base = Base.of("the ensemble", kind, {kind.denoiser: self.experts[0]})
         changes = plan_changes(lora, base, 1.0, is_merged=False)
         lost = [name for name in state_dict if not name.startswith(start)]
+        if ".lora_A." in next(
+            iter(state_dict), ""
+        ):  # by the first one it decides how all are named
+            lost += [name for name in state_dict if _OTHER_NAMES.search(name)]
         lost += [
             name
             for change in changes

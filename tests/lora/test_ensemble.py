@@ -45,6 +45,19 @@ def test_input_layers_of_kohyas_flux(flux: Any, tmp_path: Path) -> None:
     assert names(flux.transformer) == before
 
 
+def test_products_in_two_kinds_of_names(flux: Any) -> None:
+    """diffusers goes by the first name, and reads none of the other kind."""
+    place = "transformer.transformer_blocks.0.attn."
+    tensors = {
+        f"{place}to_q.lora_A.weight": torch.ones(2, 16),
+        f"{place}to_q.lora_B.weight": torch.ones(16, 2),
+        f"{place}to_k.lora.down.weight": torch.ones(2, 16),
+        f"{place}to_k.lora.up.weight": torch.ones(16, 2),
+    }
+    with pytest.raises(AfaError, match=r"leave out 2 of .* \(first: '.*to_k\.lora\.down"):
+        flux.transformer.load_lora_adapter(tensors, prefix="transformer")
+
+
 def test_norms_of_flux(flux: Any, tmp_path: Path) -> None:
     place = "transformer.transformer_blocks.0.attn."
     tensors = {

@@ -7,6 +7,7 @@ the calls that are made, and say what all that means in the terms of `tests.pair
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -15,7 +16,6 @@ from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
-from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
@@ -229,20 +229,23 @@ def _graphs_on(ensemble: EnsembleDenoiser, _: World) -> None:
 
 @cache
 def _lora(name: str, seed: int) -> dict[str, Tensor]:
-    """A LoRA in the library's names, made on a model of its own."""
+    """A LoRA in PEFT's names, made on a model of its own."""
     model = copy.deepcopy(_made(name).experts[0])
     torch.manual_seed(seed)
     targets = ["to_k", "to_v", "proj_in" if name == "unet" else "proj_out"]
     model.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
-    state = convert_state_dict_to_diffusers(get_peft_model_state_dict(model))
-    return {f"unet.{key}": value for key, value in state.items()}
+    return {f"unet.{key}": value for key, value in get_peft_model_state_dict(model).items()}
 
 
 def _load(model: Any, world: World, name: str, seed: int) -> None:
     known = getattr(getattr(model, "experts", [model])[0], "peft_config", {})
     while name in known:  # a feature with itself
         name += " again"
-    model.load_lora_adapter(dict(_lora(world.name, seed)), adapter_name=name, prefix="unet")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
+        # to load a LoRA after one was fused takes that one out again, in a single model as well
+        warnings.filterwarnings("ignore", "Adapter cannot be set when the model is merged")
+        model.load_lora_adapter(dict(_lora(world.name, seed)), adapter_name=name, prefix="unet")
 
 
 def _lora_loaded(ensemble: EnsembleDenoiser, world: World) -> None:
