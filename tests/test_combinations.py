@@ -14,8 +14,10 @@ import afa
 from afa.aggregators import Mean, Only
 from afa.baselines.fusion.magic_fusion import MagicFusion
 from afa.errors import AfaError
+from afa.exchange import _is_close, _marks
 from afa.locks import Lock
 from tests.acceleration.test_loop import arguments_of, at, draw, ensemble_of
+from tests.acceleration.test_plan import plan_of
 from tests.tiny import inputs, tiny_unet
 
 
@@ -89,6 +91,92 @@ def test_layers_in_a_file_are_not_changed() -> None:
             getattr(ensemble, change)()
     with pytest.raises(AfaError, match="to be changed by load_lora_adapter"):
         ensemble.load_lora_adapter({})
+
+
+def test_a_module_may_be_a_schedule() -> None:
+    """Modules are registered by the library before properties are asked."""
+
+    class Router(torch.nn.Module):
+        def forward(self, timestep: float) -> list[int]:
+            del timestep
+            return [1]
+
+    ensemble = with_rules(lambda: Only(1))
+    ensemble.schedule = Router()
+    assert isinstance(ensemble.schedule, Router)
+    with torch.no_grad(), afa.record_weights(ensemble) as record:
+        ensemble(**at(inputs(), 500))
+    assert record.mean_share()[0, 0].tolist() == [0, 1, 0]
+    ensemble.schedule = None
+    assert ensemble.schedule is None
+
+
+def test_other_settings_begin_a_loop_anew() -> None:
+    """What was kept under earlier settings is of other sites."""
+    ensemble, arguments = ensemble_of("unet"), arguments_of("unet")
+    with torch.no_grad():
+        expected = ensemble(**at(arguments, 700)).sample
+        for before, after in ((1, 2), (2, 1), (0, 1)):
+            ensemble.acceleration = afa.Acceleration(interval=4, fresh=before)
+            ensemble(**at(arguments, 900))
+            ensemble.acceleration = afa.Acceleration(interval=4, fresh=after)
+            assert torch.equal(ensemble(**at(arguments, 700)).sample, expected)
+
+
+def test_two_threads_with_one_prompt_have_loops_of_their_own() -> None:
+    """Pictures of one image, whose latents are close; calls in turns."""
+    ensemble, arguments = ensemble_of("unet"), arguments_of("unet")
+    other = {**arguments, "sample": arguments["sample"] + 0.1}
+    alone = ensemble_of("unet")
+    for each in (ensemble, alone):
+        each.acceleration = afa.Acceleration(interval=3)
+    mine = [{**arguments, "timestep": torch.tensor([t, t])} for t in (300, 280, 260)]
+    theirs = [{**other, "timestep": torch.tensor([t, t])} for t in (290, 270, 250)]
+    with torch.no_grad():
+        expected = [alone(**call).sample for call in mine]
+        came = []
+        for own, foreign in zip(mine, theirs, strict=True):
+            came.append(ensemble(**own).sample)
+            thread = threading.Thread(target=torch.no_grad()(ensemble), kwargs=foreign)
+            thread.start()
+            thread.join()
+    assert all(torch.equal(a, b) for a, b in zip(came, expected, strict=True))
+
+
+def test_a_record_of_another_thread_alone_is_refused() -> None:
+    ensemble = ensemble_of("unet")
+
+    def elsewhere() -> None:
+        with afa.record_weights(ensemble):
+            thread = threading.Thread(target=draw, args=(ensemble, arguments_of("unet")))
+            thread.start()
+            thread.join()
+
+    with pytest.raises(AfaError, match="another thread has drawn, and nothing was seen"):
+        elsewhere()
+    assert not ensemble.observers
+
+
+def test_a_plan_that_leaves_a_site_to_whoever_is_masked() -> None:
+    ensemble = ensemble_of("unet", 3)
+    ensemble.experts[1].conv_in.weight.data[0] = torch.nan
+    ensemble.on_nonfinite = "mask"
+    ensemble.plan = plan_of(ensemble, {"conv_in": [1]})
+    with (
+        torch.no_grad(),
+        pytest.raises(AfaError, match="none of them gave such numbers at 'conv_i"),
+    ):
+        ensemble(**at(arguments_of("unet", 3), 500))
+
+
+def test_processes_see_what_differs() -> None:
+    classes = torch.tensor([207, 1000])
+    assert not _is_close(_marks(classes), _marks(classes + torch.tensor([1, 0])))
+    assert _is_close(_marks(classes), _marks(classes.clone()))
+    latent = torch.randn(2, 4, 8, 8)
+    assert _is_close(_marks(latent), _marks(latent.bfloat16()))
+    assert not _is_close(_marks(latent), _marks(torch.randn(2, 4, 8, 8)))
+    assert not _is_close(_marks(latent), _marks(2 * latent))
 
 
 def test_a_record_is_of_its_own_thread_alone() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
+from afa.acceleration.settings import EXACT
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from afa.acceleration.graphs import Graphs
     from afa.acceleration.plan import PruningPlan
+    from afa.acceleration.settings import Acceleration
     from afa.denoisers import Execution
     from afa.devices import Devices
     from afa.ensemble import EnsembleDenoiser
@@ -83,6 +85,9 @@ EXCLUDED: tuple[Excluded, ...] = (
 )
 
 
+_SWITCHES = ("schedule", "plan", "graphs", "bias", "acceleration")
+
+
 class Switches:
     """The part of `EnsembleDenoiser` that is switched on and off."""
 
@@ -95,6 +100,14 @@ class Switches:
     _plan: PruningPlan | None = None
     _graphs: Graphs | None = None
     _bias: Mapping[str, Tensor] = {}
+    _acceleration: Acceleration = EXACT
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # a module, such as a learned schedule, would be registered past the property
+        if name.removeprefix("_") in _SWITCHES:
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def features_in_use(self) -> set[Feature]:
         """Which of the features that exclude others are switched on."""
@@ -176,6 +189,19 @@ class Switches:
         if graphs is not None:
             self.require_compatible("CUDA graphs")
         self._graphs = graphs
+
+    @property
+    def acceleration(self) -> Acceleration:
+        """What is left out of denoising loops; see `afa.accelerate`.
+
+        Setting it begins a loop anew: what was kept under other settings is of other sites.
+        """
+        return self._acceleration
+
+    @acceleration.setter
+    def acceleration(self, acceleration: Acceleration) -> None:
+        self._acceleration = acceleration
+        self.begin_anew()
 
     @property
     def bias(self) -> Mapping[str, Tensor]:

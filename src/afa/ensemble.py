@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 
 from afa.acceleration.call import predict as accelerated
 from afa.acceleration.loop import Loops
-from afa.acceleration.settings import EXACT
 from afa.aggregators import Mean, SABWConfig
 from afa.aggregators.build import build_sabw
 from afa.aggregators.lowered import Lowered
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
 
     from afa.acceleration.loop import Loop, Running, Shortcut
-    from afa.acceleration.settings import Acceleration
     from afa.combinations import Schedule
     from afa.guard import OnNonFinite
     from afa.maps import Observation
@@ -101,8 +100,6 @@ class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin)
         self._loops, self._lock = Loops(), Lock()
         self.execution: Execution = PLAIN
         self.schedule = schedule
-        #: what is left out of denoising loops; see `afa.accelerate`
-        self.acceleration: Acceleration = EXACT
         #: what is done where an expert gives non-finite values; see `afa.guard`
         self.on_nonfinite: OnNonFinite = "stop"
         #: how often each expert was left out at each site for that
@@ -157,10 +154,10 @@ class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin)
         Returns: the library's output object, or with `return_dict=False` a tuple of the prediction.
 
         Raises:
-            AfaError: no latent at all; non-finite values, see `afa.guard`; a text embedding of
-                another width; several timesteps at once where a schedule picks the experts by
-                timestep; or, where experts are spread over processes, another thread or other
-                arguments than in the other processes.
+            AfaError: no latent at all; non-finite values where no gradients are recorded, see
+                `afa.guard`; a text embedding of another width; several timesteps at once where a
+                schedule picks the experts by timestep; or, where experts are spread over
+                processes, another thread or other arguments than in the other processes.
         """
         arguments = self._bind(args, kwargs)
         sample = next(iter(arguments.values()))
@@ -180,7 +177,7 @@ class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin)
         sample = next(iter(arguments.values()))
         running = self._running(steps)
         if self.exchange is not None:
-            self.exchange.begin(steps, sample, prompt)
+            self.exchange.begin(steps, arguments, prompt)
         if torch.is_grad_enabled():
             return run_step(self, arguments, running)
         self.lowered.refresh()
@@ -235,6 +232,7 @@ class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin)
         masks = self.on_nonfinite == "mask"
         guard = Guard(expert_names(self), self.dtype, masks=masks)
         prediction = run_step(self, arguments, running, guard=guard)
+        guard.look_at_prediction(prediction)
         self.masked += guard.masked
         return prediction
 
@@ -300,8 +298,9 @@ class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin)
 
     def _tell_observers(self, what: Literal["begin", "end"]) -> None:
         """Let observers know that a call begins, once more perhaps, or has come to its end."""
-        for observation in tuple(self.observers):
-            getattr(observation, what)()
+        with ExitStack() as stack:  # one that raises keeps nothing from the others
+            for observation in reversed(self.observers):
+                stack.callback(getattr(observation, what))
 
     def begin_anew(self) -> None:
         """Discard what is kept of denoising loops; for whatever changes what a step computes."""
@@ -347,6 +346,24 @@ class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin)
             self.aggregators.to(device)
             self.devices = None
         return self
+
+    def float(self) -> Self:
+        """Cast the experts to float32."""
+        return self.to(torch.float32)
+
+    def double(self) -> Self:
+        """Cast the experts to float64."""
+        return self.to(torch.float64)
+
+    def cpu(self) -> Self:
+        """Move experts and aggregators to the CPU."""
+        return self.to("cpu")
+
+    def cuda(self, device: Any = None) -> Self:
+        """Move experts and aggregators to a CUDA device; None takes the current one."""
+        return self.to(
+            torch.device("cuda", device) if isinstance(device, int) else device or "cuda"
+        )
 
     def half(self) -> Self:
         """Cast the experts to float16."""

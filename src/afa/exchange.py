@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import math
 import threading
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed
+from torch.utils._pytree import tree_leaves
 
 from afa.denoisers import Feature
 from afa.errors import AfaError
@@ -24,9 +26,9 @@ if TYPE_CHECKING:
 
     from torch.distributed import ProcessGroup
 
-#: how many numbers the processes compare: timestep, sizes, projections
-_SEEN = 32
-_PROJECTIONS = 8
+#: how many tensors of a call the processes compare, and by how many numbers each
+_MOST, _PROJECTIONS = 32, 8
+_MARKS = _PROJECTIONS + 2
 
 
 class Exchange:
@@ -61,18 +63,25 @@ class Exchange:
         self.own: list[int] = list(range(self._rank, num_experts, self._count))
         self._thread: int | None = None
 
-    def begin(self, timesteps: Tensor, latent: Tensor, prompt: Tensor | None) -> None:
+    def begin(self, timesteps: Tensor, arguments: Mapping[str, Any], prompt: Tensor | None) -> None:
         """See that all processes are about to compute the same step of the same picture.
 
         Args:
             timesteps: [B].
-            latent: of this call, [B, ...].
-            prompt: of this call, the same object at every step of a loop; None where there is none.
+            arguments: of this call by name; all tensors among them are compared, however deep.
+            prompt: the one of them that stays the same object in a loop; None where there is none.
 
         Raises:
-            AfaError: this is another thread than the first that called, or the processes were
-                called with different timesteps, latents or prompts.
+            AfaError: gradients are recorded, which would be of this process's experts alone; this
+                is another thread than the first that called; or the processes were called with
+                different arguments.
         """
+        if torch.is_grad_enabled():
+            raise AfaError(
+                "Experts that are spread over processes are for drawing, but gradients are "
+                "recorded. Call the ensemble under torch.no_grad(), or train in one process for "
+                "each sample."
+            )
         if self._thread is None:
             self._thread = threading.get_ident()
         if self._thread != threading.get_ident():
@@ -83,19 +92,23 @@ class Exchange:
             )
         if self._count == 1:
             return
-        sizes = [math.log1p(size) for size in latent.shape]
-        parts = [timesteps.double().mean().reshape(1), latent.new_tensor(sizes).double()]
-        parts.append(_projections(latent))
-        if prompt is not None:
-            parts.append(once_per_prompt(prompt, _projections, lambda: _projections(prompt)))
-        seen = torch.nn.functional.pad(torch.cat(parts), (0, _SEEN - sum(map(len, parts))))
+        tensors = [leaf for leaf in tree_leaves(dict(arguments)) if isinstance(leaf, Tensor)]
+        parts = [timesteps.double().mean().reshape(1)]
+        for tensor in tensors[:_MOST]:
+            if tensor is prompt:
+                parts.append(once_per_prompt(tensor, _marks, partial(_marks, tensor)))
+            else:
+                parts.append(_marks(tensor))
+        parts = [part.to(timesteps.device) for part in parts]
+        count = sum(map(len, parts))
+        seen = torch.nn.functional.pad(torch.cat(parts), (0, 1 + _MOST * _MARKS - count))
         received = [torch.empty_like(seen) for _ in range(self._count)]
         distributed.all_gather(received, seen, group=self._group)
         if any(not _is_close(received[0], other) for other in received[1:]):
             raise AfaError(
                 "The processes over which the experts are spread were called with different "
-                "timesteps, latents or prompts; they must draw the same picture. Give all of them "
-                "the same prompts, size and seed."
+                "arguments, such as timesteps, latents or prompts; they must draw the same "
+                "picture. Give all of them the same prompts, size and seed."
             )
 
     def any_of(self, decision: bool) -> bool:
@@ -157,17 +170,22 @@ class Exchange:
         return every
 
 
-def _projections(tensor: Tensor) -> Tensor:
+def _marks(tensor: Tensor) -> Tensor:
     """A few numbers of the size of 1 that tell tensors apart, but hardly see how a device rounds.
 
-    Projections on fixed directions, [8]; those of the latents of two pictures differ like random
-    numbers, those of one picture on two kinds of devices by its rounding.
+    Number of elements and norm, as logarithms, and projections on fixed directions, [10]. Those of
+    the latents of two pictures differ like random numbers, those of one picture on two kinds of
+    devices by its rounding. Of whole numbers, such as classes, any difference counts.
     """
     flat = tensor.detach().flatten().double()
     angles = torch.arange(len(flat), device=flat.device, dtype=torch.float64)
     waves = [torch.cos(angles * angles * (0.1 + n)) for n in range(_PROJECTIONS)]
     size = flat.norm().clamp(min=1e-12)
-    return torch.stack([(flat * wave).sum() / size for wave in waves])
+    if tensor.is_floating_point():
+        seen = [(flat * wave).sum() / size for wave in waves]
+    else:
+        seen = [torch.frac((flat * wave).sum() * 997 / (3 + n)) for n, wave in enumerate(waves)]
+    return torch.stack([flat.new_tensor(math.log1p(len(flat))), torch.log(size), *seen])
 
 
 def _is_close(one: Tensor, other: Tensor) -> bool:

@@ -120,6 +120,28 @@ class Guard:
                 "ensemble again, or train it again."
             )
 
+    def require_some(self, chosen: Sequence[int], site: str) -> None:
+        """Refuse a site where nobody is left to fuse: a plan leaves it to experts that are masked.
+
+        Raises:
+            AfaError: names the site.
+        """
+        if not chosen:
+            self._others((), chosen, site)
+
+    def look_at_prediction(self, prediction: Tensor) -> None:
+        """Refuse a prediction that is not finite although whoever is not was masked.
+
+        Raises:
+            AfaError: says so.
+        """
+        if not is_finite(prediction):
+            raise AfaError(
+                "The prediction is not finite although experts were left out where they are not. "
+                "The aggregators' weights may be damaged. Load the ensemble again, or train it "
+                "again."
+            )
+
     def _note(self, number: int, what: str, place: str) -> None:
         self.masked[self._names[number], place] += 1
         if not self._masks:

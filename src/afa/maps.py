@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from afa.denoisers.tokens import TEXT
+from afa.errors import AfaError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -114,11 +115,15 @@ class Observation:
     immediately: bool = False
     thread: int = field(default_factory=threading.get_ident)
     pending: list[tuple[Tensor, str, Tensor]] = field(default_factory=list)
+    num_own: int = 0
+    num_foreign: int = 0
 
     def see(self, timesteps: Tensor, site: str, weights: Tensor) -> None:
         """Take the weights of a site; of calls of other threads, nothing."""
         if self.thread != threading.get_ident():
+            self.num_foreign += 1
             return
+        self.num_own += 1
         if self.immediately:
             self.observer(timesteps, site, weights)
         else:
@@ -151,6 +156,9 @@ def observed(
         observer: see `WeightsObserver`.
         immediately: call it at every site, even of a step that is computed once more since its
             prediction is not finite; otherwise at the end of every call.
+
+    Raises:
+        AfaError: at the end, if other threads alone have drawn.
     """
     observation = Observation(observer, immediately)
     ensemble.observers.append(observation)
@@ -158,3 +166,9 @@ def observed(
         yield
     finally:
         ensemble.observers.remove(observation)
+    if observation.num_foreign and not observation.num_own:
+        raise AfaError(
+            "Fusion weights are seen of pictures that are drawn in the thread that asks for them; "
+            "here another thread has drawn, and nothing was seen. Enter afa.record_weights in the "
+            "thread that calls the pipeline."
+        )

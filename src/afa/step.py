@@ -120,6 +120,8 @@ class _Step:
             fused = shortcut.take(site)
         else:
             chosen = [n for n in self._planned.get(site, self._active) if n not in masked]
+            if self._guard is not None:
+                self._guard.require_some(chosen, site)
             weights = shortcut.kept_weights(site) if shortcut else None
             hidden = {n: feature.hidden for n, feature in features.items()}
             fused = self._fused(site, hidden, chosen, weights)

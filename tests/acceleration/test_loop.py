@@ -295,7 +295,8 @@ def test_unused_features_take_no_memory() -> None:
     ensemble, arguments = ensemble_of("unet"), arguments_of("unet")
     ensemble.acceleration = afa.Acceleration(interval=2)
     draw(ensemble, arguments)
-    (loop,) = ensemble._loops._loops.values()
+    (of_threads,) = ensemble._loops._loops.values()
+    (loop,) = of_threads.values()
     sizes = {
         site: features[0].untyped_storage().nbytes()
         for site, features in loop.kept[-1].features.items()

@@ -46,9 +46,9 @@ def calibrate(
     count = pipeline.scheduler.config.num_train_timesteps
     highest = highest_timestep(kind.denoiser_family, count)
     shares = Shares(ensemble, num_ranges, highest)
-    with observed(ensemble, shares.note):
-        for start in range(0, len(prompts), batch_size):
-            chosen = list(prompts[start : start + batch_size])
+    for start in range(0, len(prompts), batch_size):
+        chosen = list(prompts[start : start + batch_size])
+        with observed(ensemble, shares.note):  # in whichever thread asks for the next batch
             pipeline(
                 chosen,
                 num_inference_steps=num_steps,
@@ -58,5 +58,5 @@ def calibrate(
                 output_type="latent",
                 **{**kind.call, **call},
             )
-            yield start + len(chosen)
+        yield start + len(chosen)
     return shares

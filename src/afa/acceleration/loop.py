@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -99,9 +100,10 @@ class Loop:
 
 
 class Loops:
-    """Tells from the calls of a denoiser which loop each belongs to."""
+    """Tells from the calls of a denoiser which loop each belongs to; threads have loops apart."""
 
     def __init__(self) -> None:
+        # by prompt, and then by thread
         self._loops: Any = WeakIdKeyDictionary()
 
     def of(
@@ -127,7 +129,11 @@ class Loops:
         """
         distinct = steps.unique().tolist()
         step = distinct[0] if len(distinct) == 1 else -math.inf
-        loop = self._loops.get(prompt)
+        of_prompt = self._loops.get(prompt)
+        if of_prompt is None:
+            of_prompt = self._loops[prompt] = {}
+        thread = threading.get_ident()
+        loop = of_prompt.get(thread)
         continues = (
             loop is not None
             and -math.inf < step < loop.timestep
@@ -136,7 +142,7 @@ class Loops:
         )
         if agree(not continues):
             forget(prompt)
-            loop = self._loops[prompt] = Loop(step, step, latent.clone())
+            loop = of_prompt[thread] = Loop(step, step, latent.clone())
             return loop
         loop.timestep, loop.num_calls, loop.latent = step, loop.num_calls + 1, latent.clone()
         return loop
