@@ -80,7 +80,7 @@ def test_graphs_give_the_same_bit_for_bit(family: str, dtype: torch.dtype) -> No
     ensemble.graphs = Graphs()
     for _ in range(2):
         assert_same(looped(ensemble, calls), expected)
-    loops = list(ensemble._loops._loops.values())
+    loops = [loop for each in ensemble._loops._loops.values() for loop in each.values()]
     assert [loop.graph._replay is not None for loop in loops] == [True]
 
 
