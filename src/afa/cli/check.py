@@ -11,7 +11,6 @@ from rich.table import Column, Table
 
 from afa.cli.console import console, printable, progress_bar
 from afa.errors import AfaError
-from afa.preflight.finding import in_order
 
 if TYPE_CHECKING:
     from afa.preflight.inputs import Inputs
@@ -45,6 +44,8 @@ def check(
     asked = read_any(recipe)
     report = look_at(plan_for(recipe, asked), with_weights=weights, visible=not as_json)
     inputs = look_at_inputs(asked, output, visible=not as_json)
+    from afa.preflight.finding import in_order
+
     report.data = inputs.summary
     report.findings = in_order([*report.findings, *inputs.findings])
     if as_json:
