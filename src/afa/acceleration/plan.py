@@ -85,7 +85,8 @@ class PruningPlan(Section):
                 f"and {len(listed)} sites where they are fused; it is of one with "
                 f"{self.num_experts} and {len(self.sites)}. Make one: afa prune ENSEMBLE."
             )
-        if self.aggregators not in (None, hash_weights(ensemble.aggregators)):
+        made_with = self.aggregators
+        if made_with is not None and made_with != hash_weights(ensemble.aggregators):
             raise AfaError(
                 "This pruning plan was made with other aggregators, which decide otherwise who is "
                 "needed where. Make one of this ensemble: afa prune ENSEMBLE."
