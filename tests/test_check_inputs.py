@@ -11,6 +11,9 @@ import pytest
 import yaml
 from PIL import Image
 
+from afa.evaluation.scoring import _pictures_in
+from afa.training.data import FolderImages, open_data
+from afa.training.recipe import DataRecipe
 from tests.test_cli import AGGREGATOR, run
 
 TRAINING = {"num_steps": 1, "batch_size": 2, "device": "cpu"}
@@ -167,6 +170,57 @@ def test_a_reference_that_is_damaged(
     )
     line = refused(capsys, "evaluate", recipe, "--output", tmp_path / "run", "--no-check")
     assert_check_says(capsys, recipe, line)
+
+
+@pytest.mark.parametrize("other", [False, True], ids=["this output", "another's output"])
+def test_drawn_pictures_are_no_references(
+    other: bool, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.txt").write_text(CAPTION + "\n")
+    recipe = written(
+        tmp_path,
+        prompts={"text": "prompts.txt"},
+        methods=[{"name": "A", "model": "zoo:base"}],
+        metrics=[{"name": "fid", "weights": "zoo:clip"}],
+        sampling={"num_steps": 1, "guidance": 1, "device": "cpu"},
+        references="./pictures",
+    )
+    output = tmp_path / "elsewhere" if other else pictures / "out"
+    if other:
+        (pictures / "old").mkdir()
+        (pictures / "old" / "evaluation.json").write_text("{}")
+    line = refused(capsys, "evaluate", recipe, "--output", output, "--no-check")
+    assert "real ones" in line
+    assert not (pictures / "out").exists()
+    assert_check_says(capsys, recipe, line, "--output", output)
+
+
+def test_a_warning_does_not_keep_a_search_from_looking_at_its_output(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.txt").write_text("very " * 90 + CAPTION + "\n")
+    recipe = written(
+        tmp_path,
+        experts=["zoo:animals", "zoo:food"],
+        prompts={"text": "prompts.txt"},
+        metric="scenes",
+        num_trials=1,
+        sampling={"num_steps": 1, "guidance": 1, "device": "cpu"},
+    )
+    line = refused(capsys, "search", recipe, "--output", pictures)
+    assert_check_says(capsys, recipe, line, "--output", pictures)
+
+
+def test_linked_folders_are_read_alike(pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "more").symlink_to(pictures)
+    (tmp_path / "linked" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "linked" / "gone.txt").write_text("a fox")
+    assert len(_pictures_in(tmp_path / "linked")) == 13
+    assert open_data(DataRecipe(folder=tmp_path / "linked" / "more")).fingerprint
+    beside = FolderImages(tmp_path / "linked")
+    assert any(path.name == "gone.png" for path, _ in beside.rows)
+    assert beside.fingerprint  # a link to nowhere is a broken sample, not an end
 
 
 @pytest.mark.parametrize(

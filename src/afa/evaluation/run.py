@@ -19,7 +19,7 @@ from afa.evaluation.report import write_report
 from afa.evaluation.results import Results
 from afa.evaluation.scoring import Scoring
 from afa.evaluation.shares import record_shares
-from afa.evaluation.work import Store, draw_unit, units_of, write_json
+from afa.evaluation.work import MARK_FILE, Store, draw_unit, units_of, write_json
 from afa.files import is_unused, owned, read_json
 from afa.training.engine import pick_device
 
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from afa.evaluation.recipe import EvaluateRecipe
     from afa.evaluation.work import Unit
 
-_MARK_FILE = "evaluation.json"
 _MARK = {"format": "afa-evaluation", "version": 1}
 
 
@@ -70,13 +69,13 @@ def evaluate(recipe: EvaluateRecipe, output: Path) -> Iterator[EvaluateProgress]
     sampling = recipe.sampling
     device = pick_device(processes.device or sampling.device)
     if processes.is_main:
-        require_evaluation(output)
+        require_evaluation(output, recipe.references)
     with owned(output) if processes.is_main else nullcontext(), fixed_threads(sampling.num_threads):
         store = Store(output)
         # the zoo's true pictures are drawn by one process, and then found by the others
         scratch = output / "references" if recipe.prompts.zoo is not None else None
         if processes.is_main:
-            write_json(output / _MARK_FILE, _MARK)
+            write_json(output / MARK_FILE, _MARK)
             load_prompts(recipe.prompts, scratch)
         processes.wait()
         prompts = load_prompts(recipe.prompts, scratch)
@@ -155,13 +154,22 @@ class _Work:
         return self._pipeline
 
 
-def require_evaluation(output: Path) -> None:
+def require_evaluation(output: Path, references: Path | None = None) -> None:
     """Refuse a folder that is not new and not of an earlier evaluation.
+
+    Args:
+        output: the folder.
+        references: of real pictures, in which it must not be.
 
     Raises:
         AfaError: names it.
     """
-    mark = output / _MARK_FILE
+    if references is not None and output.resolve().is_relative_to(references.resolve()):
+        raise AfaError(
+            f"The output '{output}' is in the folder of references '{references}'; the pictures "
+            "that are drawn there would be taken for real ones. Name a folder elsewhere."
+        )
+    mark = output / MARK_FILE
     if not is_unused(output) and not (mark.is_file() and read_json(mark) == _MARK):
         raise AfaError(
             f"The output folder must be new or hold an earlier evaluation; '{output}' is neither. "

@@ -14,10 +14,10 @@ from afa.errors import AfaError
 from afa.evaluation.identity import of_metric
 from afa.evaluation.prompts import groups_of
 from afa.evaluation.recipe import SCENE_SCORES, SCENES, slug
-from afa.evaluation.work import digest, open_pictures, read_pictures, write_json
+from afa.evaluation.work import MARK_FILE, digest, open_pictures, read_pictures, write_json
 from afa.files import read_json, write_atomic
 from afa.metrics import MetricRecipe, ReferenceScorer, SetMetric, open_metrics
-from afa.reading import Conversion, Tally, conversions_of, counted, is_picture_file
+from afa.reading import Conversion, Tally, conversions_of, counted, files_in, is_picture_file
 from afa.truncation import cuts_of
 from afa.weights import hash_file
 
@@ -198,7 +198,7 @@ class Scoring:
             for cut in cuts_of(scorer.text_limits, texts)
         ]
         if self._folder is not None and self.references:
-            others = [path for path in _listed(self._folder) if not is_picture_file(path)]
+            others = [path for path in files_in(self._folder) if not is_picture_file(path)]
             if others:
                 lines.append(
                     f"{counted(len(others), 'file')} of '{self._folder}' without the name of a "
@@ -319,21 +319,19 @@ def _pictures_in(folder: Path) -> list[Path]:
     """All pictures of a folder, by name.
 
     Raises:
-        AfaError: no folder.
+        AfaError: no folder, or one that holds the output of a comparison, whose drawn pictures
+            would be taken for real ones.
     """
     if not folder.is_dir():
         raise AfaError(f"The references must be a folder of pictures; '{folder}' is none.")
-    return [path for path in _listed(folder) if is_picture_file(path)]
-
-
-def _listed(folder: Path) -> list[Path]:
-    """All files of a folder and its subfolders in order, without hidden ones."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+    found = sorted(files_in(folder))
+    drawn = next((path.parent for path in found if path.name == MARK_FILE), None)
+    if drawn is not None:
+        raise AfaError(
+            f"The references '{folder}' hold the output of a comparison, '{drawn}', whose drawn "
+            "pictures are no real ones. Name a folder of real pictures alone."
+        )
+    return [path for path in found if is_picture_file(path)]
 
 
 def _write_features(place: Path, features: Tensor, metadata: dict[str, str] | None = None) -> None:

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from afa.evaluation.prompts import Prompt
     from afa.evaluation.recipe import EvaluateRecipe, SamplingRecipe
 
+#: what tells the folder of a comparison
+MARK_FILE = "evaluation.json"
+
 
 @dataclass(frozen=True)
 class Unit:

@@ -153,7 +153,7 @@ def inputs_of_evaluation(
     found = Inputs()
     if output is not None:
         with found.refusals("output"):
-            require_evaluation(output)
+            require_evaluation(output, recipe.references)
             _require_writable(output)
     for method in recipe.methods:
         if method.plan is not None:
@@ -190,7 +190,7 @@ def inputs_of_search(
         _say_cut(found, plan_of_search(recipe), prompts, recipe.sampling)
     with found.refusals("metric"):
         open_scorer(recipe.metric, torch.device("cpu"))
-    if output is not None and not found.findings:
+    if output is not None and not any(each.level == "error" for each in found.findings):
         with found.refusals("output"):
             require_same_search(recipe, output)
             _require_writable(output)

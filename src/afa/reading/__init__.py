@@ -9,6 +9,7 @@ from afa.reading.crop import scale_and_crop
 from afa.reading.formats import is_picture_file
 from afa.reading.picture import WHITE, as_rgb, conversions_of, parse_colour, read_picture
 from afa.reading.tally import Conversion, Tally, counted
+from afa.reading.walk import files_in
 
 __all__ = [
     "WHITE",
@@ -19,6 +20,7 @@ __all__ = [
     "as_rgb",
     "conversions_of",
     "counted",
+    "files_in",
     "is_picture_file",
     "parse_colour",
     "read_picture",

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from afa.errors import AfaError
 from afa.files import read_text
-from afa.reading import counted, is_picture_file
+from afa.reading import counted, files_in, is_picture_file
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    pass
 
 METADATA = "metadata.jsonl"
 #: of a file with a picture's caption
@@ -21,7 +21,6 @@ _CAPTIONS = (".txt", ".caption")
 _MAX_METADATA = 2_000_000_000  # bytes
 _MAX_CAPTION = 1_000_000  # bytes
 #: what systems leave in any folder
-_OF_SYSTEMS = {"thumbs.db", "desktop.ini"}
 _REPEATS = re.compile(r"(\d+)_.+")  # kohya's: "10_fox" shows its pictures ten times an epoch
 _SHOWN = 3  # names in a warning
 
@@ -80,7 +79,7 @@ def rows_listed(folder: Path) -> Rows:
     if not rows:
         raise AfaError(f"The data folder '{folder}' must hold pictures; its list is empty.")
     used = {os.path.normpath(path) for path, _ in rows} | {os.path.normpath(metadata)}
-    unused = [path for path in _files(folder) if os.path.normpath(path) not in used]
+    unused = [path for path in files_in(folder) if os.path.normpath(path) not in used]
     warnings = []
     if unused:
         warnings.append(
@@ -102,7 +101,7 @@ def rows_beside(folder: Path) -> Rows:
     """
     if not folder.is_dir():
         raise AfaError(f"The data folder '{folder}' does not exist.")
-    files = list(_files(folder))
+    files = list(files_in(folder))
     captions: dict[tuple[Path, str], list[Path]] = {}
     for path in files:
         if path.suffix.lower() in _CAPTIONS:
@@ -163,21 +162,6 @@ def _warnings_beside(
             f"list them several times in a {METADATA}."
         )
     return warnings
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    """All files of a folder and its subfolders in order, without hidden ones."""
-    seen: set[str] = set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        place = os.path.realpath(parent)
-        if place in seen:  # a link to a folder above would have no end
-            folders.clear()
-            continue
-        seen.add(place)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if not name.startswith(".") and name.lower() not in _OF_SYSTEMS:
-                yield Path(parent) / name
 
 
 def _caption(path: Path) -> list[str]:

@@ -78,7 +78,11 @@ class FolderImages:
         """SHA-256 over names, sizes and times of change of all pictures, captions, background."""
         digest = hashlib.sha256(json.dumps(self._background).encode())
         for path, text in self.rows:
-            stat = path.stat()
             place = path.relative_to(self._folder).as_posix()
-            digest.update(json.dumps([place, stat.st_size, stat.st_mtime_ns, text]).encode())
+            try:
+                stat = path.stat()
+                mark = [stat.st_size, stat.st_mtime_ns]
+            except OSError:  # a broken picture, such as a link to nowhere; reading it says so
+                mark = [None, None]
+            digest.update(json.dumps([place, *mark, text]).encode())
         return f"folder {digest.hexdigest()}"
