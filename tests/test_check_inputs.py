@@ -67,6 +67,15 @@ TRAININGS: dict[str, Any] = {
     "no captions": {"data": {"folder": "./pictures"}, "change": "metadata"},
     "too many broken": {"data": {"folder": "./pictures", "max_broken": 0.1}, "change": "broken"},
     "a resolution in which nothing works": {"data": {"folder": "./pictures", "resolution": 15}},
+    "half of a character": {"data": {"folder": "./pictures"}, "change": "surrogate"},
+    "an autoencoder that is not there": {"data": {"folder": "./pictures"}, "vae": "./nowhere"},
+    "no such tracker": {
+        "data": {"folder": "./pictures"},
+        "training": {**TRAINING, "trackers": ["nonsense"]},
+    },
+    "a cache that is a file": {
+        "data": {"folder": "./pictures", "cache": True, "cache_folder": "./recipe.yaml"},
+    },
     "nothing left to train on": {
         "data": {"folder": "./pictures"},
         "validation": {"num_samples": 12, "every": 1},
@@ -89,12 +98,17 @@ def test_what_train_refuses(
     elif change == "broken":
         spoil(pictures, 4)
         changes["data"]["cache"] = True  # which reads all of them before any work
+    elif change == "surrogate":
+        place = pictures / "metadata.jsonl"
+        place.write_text(place.read_text().replace("a fox", "a fox \\ud83d", 1))
     recipe = written(
         tmp_path,
-        experts=[str(expert) for expert in experts[:2]],
-        aggregator=AGGREGATOR,
-        training=TRAINING,
-        **changes,
+        **{
+            "experts": [str(expert) for expert in experts[:2]],
+            "aggregator": AGGREGATOR,
+            "training": TRAINING,
+            **changes,
+        },
     )
     line = refused(capsys, "train", recipe, "--output", tmp_path / "run", "--no-check")
     assert not (tmp_path / "run").exists()
@@ -114,6 +128,27 @@ def test_an_output_that_holds_something_else(
     line = refused(capsys, "train", recipe, "--output", pictures, "--no-check")
     assert_check_says(capsys, recipe, line, "--output", pictures)
     assert run("check", recipe, "--no-weights", "--output", tmp_path / "new") == 0
+
+
+def test_a_run_whose_data_has_changed(
+    pictures: Path, experts: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content: dict[str, Any] = {
+        "experts": [str(expert) for expert in experts[:2]],
+        "aggregator": AGGREGATOR,
+        "training": TRAINING,
+        "data": {"folder": "./pictures"},
+    }
+    recipe, output = written(tmp_path, **content), tmp_path / "run"
+    assert run("train", recipe, "--output", output, "--no-check") == 0
+    assert run("check", recipe, "--output", output, "--no-weights") == 0
+    place = pictures / "metadata.jsonl"
+    place.write_text(place.read_text().replace("a fox", "an owl", 1))
+    written(tmp_path, **{**content, "training": {**TRAINING, "num_steps": 2}})
+    capsys.readouterr()
+    line = refused(capsys, "train", recipe, "--output", output, "--no-check")
+    assert "other captions" in line
+    assert_check_says(capsys, recipe, line, "--output", output)
 
 
 EVALUATIONS: dict[str, Any] = {

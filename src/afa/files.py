@@ -106,6 +106,35 @@ def _remove_abandoned(output: Path) -> None:
             shutil.rmtree(workplace, ignore_errors=True)
 
 
+def require_place_for_folder(folder: Path, what: str) -> None:
+    """Refuse a place where no folder can be, without making one.
+
+    Args:
+        folder: that is to be written.
+        what: it is for, with an article, for the error.
+
+    Raises:
+        AfaError: names what is in the way.
+    """
+    above = folder.absolute()
+    while not above.exists():
+        above = above.parent
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise AfaError(
+            f"{what} '{folder}' must be a folder that can be written; '{above}' is none. Name "
+            "another one, or change its permissions."
+        )
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written; halves of characters, which JSON may hold, cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 @contextmanager
 def owned(folder: Path) -> Iterator[None]:
     """Keep a folder for this process while the block runs; the folder is made if it is missing.

@@ -12,7 +12,7 @@ from PIL import Image
 from pydantic import Field, PositiveInt, model_validator
 
 from afa.errors import AfaError
-from afa.files import read_json, read_text, write_atomic
+from afa.files import is_unicode, read_json, read_text, write_atomic
 from afa.recipe import MAX_SEED, Section, resolve_path
 from afa.zoo.scenes import Kind
 
@@ -131,6 +131,11 @@ def _checked(
         if not prompt.text.strip():
             raise AfaError(
                 f"Every prompt must have words, but {place} of '{path}' is empty. Take it out."
+            )
+        if not is_unicode(prompt.text):
+            raise AfaError(
+                f"Every prompt must be text, but {place} of '{path}' has half of a character: "
+                f"{prompt.text[:80]!a}. Correct it."
             )
         if prompt.text in seen and not may_repeat:
             raise AfaError(

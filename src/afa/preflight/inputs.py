@@ -6,7 +6,6 @@ these refuse is refused here, in the same words.
 
 from __future__ import annotations
 
-import os
 import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ import torch
 from diffusers.configuration_utils import FrozenDict
 
 from afa.errors import AfaError
-from afa.files import read_json
+from afa.files import read_json, require_place_for_folder
 from afa.kinds import kind_of
 from afa.lora import base_of
 from afa.preflight.finding import Finding, Level
@@ -28,7 +27,7 @@ from afa.preflight.plans import (
 )
 from afa.preflight.prompts import warnings_of_plan
 from afa.single_file import config_of_expert
-from afa.sources import locate
+from afa.sources import VAE_FILES, locate
 from afa.truncation import limits_of_folder, prompt_warnings
 
 if TYPE_CHECKING:
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
     from afa.evaluation.recipe import EvaluateRecipe
     from afa.evaluation.search import SearchRecipe
     from afa.preflight.plans import Plan
-    from afa.training.data.images import CaptionedImages
     from afa.training.recipe import Recipe
 
 
@@ -77,18 +75,28 @@ def inputs_of_training(
         output: the folder that it is to write; None where nobody has said it.
         progress: told how many samples are read, and of how many.
     """
+    from afa.training.cache import default_cache_folder
+    from afa.training.checkpoints import Checkpoints
+    from afa.training.continuing import require_data_of_run
     from afa.training.data import StreamedImages, open_data
     from afa.training.data.survey import folder_warnings, survey
     from afa.training.examples import Broken
-    from afa.training.listing import is_settled
+    from afa.training.listing import Listing, digest_of, is_settled, rows_of
     from afa.training.prepare import require_resolution
-    from afa.training.run import require_same_recipe
+    from afa.training.record import require_trackers
+    from afa.training.run import CHECKPOINTS, require_same_recipe
+    from afa.training.split import split_by_picture
 
     found, asked = Inputs(), recipe.data
     if output is not None:
         with found.refusals("output"):
             require_same_recipe(recipe, output)
-            _require_writable(output)
+            require_place_for_folder(output, "The output")
+    with found.refusals("trackers"):
+        require_trackers(recipe.training.trackers)
+    with found.refusals("cache"):
+        require_place_for_folder(asked.cache_folder or default_cache_folder(), "The cache")
+    _open_autoencoder(found, recipe.vae)
     plan = plan_of_training(recipe)
     limits: list[Any] = []
     side = asked.resolution
@@ -116,22 +124,26 @@ def inputs_of_training(
             found.say("data", surveyed.warnings)
             Broken(len(data), asked.max_broken).note(dict(enumerate(surveyed.broken)))
             found.say("data", surveyed.broken[:3])
-        if recipe.validation is not None:
-            found.say("validation", [_split_note(data, recipe.validation.num_samples)], "note")
+        listing = None
+        if recipe.validation is not None or not is_settled(data):
+            rows = [row for some in rows_of(data, range(len(data))) for row in some]
+            listing = Listing.of(rows)
+        if recipe.validation is not None and listing is not None:
+            note = split_by_picture(listing, recipe.validation.num_samples).note
+            found.say("validation", [note], "note")
+        if output is not None:
+            checkpoint = Checkpoints(output / CHECKPOINTS).read()
+            is_told = listing is None or is_settled(data)
+            content = digest_of(data) if is_told or listing is None else listing.digest
+            require_data_of_run(output, checkpoint, content, listing, data)
     return found
 
 
-def _split_note(data: CaptionedImages, num_samples: int) -> str:
-    """What would be held out.
-
-    Raises:
-        AfaError: nothing would be left to train on.
-    """
-    from afa.training.listing import Listing, rows_of
-    from afa.training.split import split_by_picture
-
-    rows = [row for some in rows_of(data, range(len(data))) for row in some]
-    return split_by_picture(Listing.of(rows), num_samples).note
+def _open_autoencoder(found: Inputs, vae: str | Path | None) -> None:
+    """See that the autoencoder is there that a recipe names."""
+    if vae is not None:
+        with found.refusals("autoencoder"):
+            locate(vae, files=VAE_FILES)
 
 
 def inputs_of_evaluation(
@@ -151,10 +163,11 @@ def inputs_of_evaluation(
     from afa.evaluation.work import Store, open_pictures
 
     found = Inputs()
+    _open_autoencoder(found, recipe.vae)
     if output is not None:
         with found.refusals("output"):
             require_evaluation(output, recipe.references)
-            _require_writable(output)
+            require_place_for_folder(output, "The output")
     for method in recipe.methods:
         if method.plan is not None:
             with found.refusals("plan"):
@@ -185,6 +198,7 @@ def inputs_of_search(
 
     del progress
     found = Inputs()
+    _open_autoencoder(found, recipe.vae)
     with found.refusals("prompts"):
         prompts = load_prompts(recipe.prompts)
         _say_cut(found, plan_of_search(recipe), prompts, recipe.sampling)
@@ -193,7 +207,7 @@ def inputs_of_search(
     if output is not None and not any(each.level == "error" for each in found.findings):
         with found.refusals("output"):
             require_same_search(recipe, output)
-            _require_writable(output)
+            require_place_for_folder(output, "The output")
     return found
 
 
@@ -224,19 +238,3 @@ def _sizes(folder: Path) -> tuple[int, int]:
     size = config.get("sample_size") or (128 if kind.family == "flux" else 64)
     side = size if isinstance(size, int) else min(size)
     return side * shrink, shrink * kind.patch(config)
-
-
-def _require_writable(output: Path) -> None:
-    """Refuse a place where no folder can be made, without making one.
-
-    Raises:
-        AfaError: names the folder above it that cannot be written to.
-    """
-    above = output.absolute()
-    while not above.exists():
-        above = above.parent
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise AfaError(
-            f"The output '{output}' must be a folder that can be written; '{above}' is none. Name "
-            "another one, or change its permissions."
-        )

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from diffusers import DiffusionPipeline
 
+    from afa.training.checkpoints import Checkpoint
     from afa.training.data import CaptionedImages
     from afa.training.recipe import TrainingRecipe
     from afa.training.trainer import Trainer
@@ -112,6 +113,53 @@ def require_same(began: Mapping[str, str], now: Mapping[str, str], folder: Path)
         )
 
 
+def require_same_data(
+    folder: Path,
+    began: str | None,
+    content: str,
+    before: Listing | None,
+    now: Listing | None,
+    names: CaptionedImages | None,
+) -> None:
+    """Refuse to continue a run with other data than it began with.
+
+    Args:
+        folder: of the run.
+        began: a hash of the data that it began with; None where that is not known.
+        content: a hash of the data as it is.
+        before: the listing of the data as it was, for the error.
+        now: likewise, as it is.
+        names: the data set, which names samples; None where it cannot.
+
+    Raises:
+        AfaError: says what differs.
+    """
+    if began is not None and began != content:
+        raise AfaError(
+            f"The data is not that with which the run in '{folder}' began: "
+            f"{difference(before, now, names)}. A run continues with the data that it began with. "
+            "Restore the data, or name another output folder."
+        )
+
+
+def require_data_of_run(
+    folder: Path,
+    checkpoint: Checkpoint | None,
+    content: str,
+    listing: Listing | None,
+    names: CaptionedImages,
+) -> None:
+    """The same before a run is continued, from what its newest checkpoint says.
+
+    Raises:
+        AfaError: see `require_same_data`; or the listing of the data is damaged.
+    """
+    if checkpoint is not None:
+        began = (checkpoint.notes.get("made_from") or {}).get(_DATA)
+        before = Listing.read(folder)
+        require_same_data(folder, began, content, before, listing, names)
+
+
 class Began:
     """What a run began with that continues now; of a new run, nothing.
 
@@ -155,12 +203,7 @@ class Began:
                 "The run was begun by an earlier release, which kept no list of its pictures: "
                 "whether the data is still the same cannot be told."
             )
-        if began is not None and began != content:
-            raise AfaError(
-                f"The data is not that with which the run in '{self._folder}' began: "
-                f"{difference(self.listing, listing, names)}. A run continues with the data that "
-                "it began with. Restore the data, or name another output folder."
-            )
+        require_same_data(self._folder, began, content, self.listing, listing, names)
         self._trainer.bind({_DATA: content})
         return notes
 

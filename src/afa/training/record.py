@@ -160,13 +160,25 @@ def routing_figures(routing: Routing, experts: Sequence[str]) -> dict[str, float
     }
 
 
+def require_trackers(names: Sequence[str]) -> None:
+    """Refuse trackers that accelerate does not know, before any work.
+
+    Raises:
+        AfaError: names those that there are.
+    """
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    known = sorted(map(str, LOGGER_TYPE_TO_CLASS))
+    for name in names:
+        if name not in known:
+            raise AfaError(f"A tracker must be one of {', '.join(known)}, came '{name}'.")
+
+
 def _start(name: str, folder: Path, settings: dict[str, Any], first_step: int) -> Any:
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    known = {str(kind): tracker for kind, tracker in LOGGER_TYPE_TO_CLASS.items()}
-    if name not in known:
-        raise AfaError(f"A tracker must be one of {', '.join(sorted(known))}, came '{name}'.")
-    kind = known[name]
+    require_trackers([name])
+    kind = next(found for known, found in LOGGER_TYPE_TO_CLASS.items() if str(known) == name)
     try:
         # TensorBoard drops what an earlier run wrote after the checkpoint
         purge = {"purge_step": first_step + 1} if name == "tensorboard" and first_step else {}

@@ -11,15 +11,23 @@ import torch
 from afa.aggregators import SABWConfig
 from afa.checkpoint import save_ensemble
 from afa.errors import AfaError
-from afa.files import is_unused, owned, read_json, write_atomic
+from afa.files import (
+    is_unused,
+    owned,
+    read_json,
+    require_place_for_folder,
+    write_atomic,
+)
 from afa.pipeline import load_pipeline
 from afa.recipe import differing
+from afa.training.cache import default_cache_folder
 from afa.training.checkpoints import Checkpoints
 from afa.training.continuing import Began, essence
 from afa.training.data import open_data
 from afa.training.engine import Engine
 from afa.training.loop import TrainStep, seeded
 from afa.training.prepare import prepare_examples
+from afa.training.record import require_trackers
 from afa.training.stopping import Stopped
 from afa.training.trainer import Trainer
 from afa.training.watch import Watch
@@ -62,6 +70,9 @@ def train(
     settings = recipe.training
     engine = Engine(settings.device)
     require_same_recipe(recipe, output)
+    require_trackers(settings.trackers)
+    place = recipe.data.cache_folder or default_cache_folder()
+    require_place_for_folder(place, "The cache")
     engine.wait()  # before any of them writes into it
     data = open_data(recipe.data)
     with seeded(settings.seed):

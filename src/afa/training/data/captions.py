@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from afa.errors import AfaError
-from afa.files import read_text
+from afa.files import is_unicode, read_text
 from afa.reading import counted, files_in, is_picture_file
 
 if TYPE_CHECKING:
@@ -60,13 +60,13 @@ def rows_listed(folder: Path) -> Rows:
         try:
             row = json.loads(line)
             path, caption = folder / row["file_name"], row.get("text")
-            valid = caption is None or isinstance(caption, str)
+            valid = caption is None or (isinstance(caption, str) and is_unicode(caption))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             valid = False
         if not valid:
             raise AfaError(
                 f"Line {number} of '{metadata}' must be an object with the strings file_name "
-                f"and text, came {line[:80]!r}."
+                f"and text, of whole characters, came {line[:80]!r}."
             )
         if not os.path.normpath(path).startswith(f"{os.path.normpath(folder)}{os.sep}"):
             raise AfaError(
