@@ -81,8 +81,8 @@ class FolderImages:
             place = path.relative_to(self._folder).as_posix()
             try:
                 stat = path.stat()
-                mark = [stat.st_size, stat.st_mtime_ns]
+                mark = [str(stat.st_size), str(stat.st_mtime_ns)]
             except OSError:  # a broken picture, such as a link to nowhere; reading it says so
-                mark = [None, None]
+                mark = []
             digest.update(json.dumps([place, *mark, text]).encode())
         return f"folder {digest.hexdigest()}"
