@@ -5,6 +5,7 @@ STAMP := .venv/.installed
 # a process a core, of one thread each: torch's threads would wait for each other; files in their
 # own order, since those of few tests, which the plugin would put last, are the longest
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+EVERY_DAY := not gpu and not nightly
 SERVICE ?= pypi
 WORK ?= runs/results
 SECONDS ?= 1800
@@ -13,7 +14,7 @@ SOAK ?= runs/soak
 OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo docs results results-dit bench bench-check test test-all format lint types check lock constraints audit licences fuzz pairs soak reliability \
+.PHONY: help install demo docs results results-dit bench bench-check test unit processes nightly format lint types check lock constraints audit licences fuzz golden pairs soak reliability \
 	wheel clean
 
 help: ## show this list
@@ -60,6 +61,9 @@ docs: install ## the pages as a site, in build/site; warnings are errors
 pairs: install ## try every feature with every other, write the table of docs/compatibility.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.pairs
 
+golden: install ## are results on tiny models as they were, to the bit? (WRITE=--write records them)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.golden $(WRITE)
+
 fuzz: install ## feed the readers of files, write docs/fuzz.json (SECONDS=1800 for all; Linux)
 	sed -n '/^\(atheris\|coverage\)==/,/[^\\]$$/p' requirements-extras.lock > .venv/fuzz.lock
 	$(BIN)/python -m pip install --quiet --require-hashes --no-deps -r .venv/fuzz.lock
@@ -69,10 +73,16 @@ reliability: install ## provoke every fault, write docs/reliability.json and its
 	$(PYTEST) -m fault --reliability=docs/reliability.json
 
 test: install ## the quick tests
-	$(PYTEST) -m "not slow and not gpu"
+	$(PYTEST) -m "$(EVERY_DAY) and not slow and not processes"
 
-test-all: install ## all tests but those that need a GPU
-	$(PYTEST) -m "not gpu"
+unit: install ## all tests of one process
+	$(PYTEST) -m "$(EVERY_DAY) and not processes"
+
+processes: install ## tests that start processes or provoke faults
+	$(PYTEST) -m "$(EVERY_DAY) and processes"
+
+nightly: install ## the site, and tests of minutes: soak, studies, zoo builds (half an hour)
+	$(BIN)/python -m tools.nightly
 
 format: install ## rewrite the code in the house format
 	$(BIN)/ruff format .
@@ -85,7 +95,7 @@ lint: install ## formatter and linter, without changing anything
 types: install ## type checker
 	$(BIN)/mypy
 
-check: lint types test-all ## everything that CI runs
+check: lint types unit processes ## everything that CI runs
 
 lock: .venv-tools/.installed ## write the pins anew: pyproject.toml's, at the versions that they have
 	PYTHONPATH=src .venv-tools/bin/python -m tools.lock $(if $(WHEELS),--wheels $(WHEELS))
