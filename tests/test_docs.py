@@ -17,6 +17,7 @@ from fuzz.run import READERS
 from fuzz.run import table as fuzzed
 from fuzz.targets import TARGETS
 from tests.reliability import faults_in, table
+from tools import nightly
 
 ROOT = Path(__file__).parents[1]
 
@@ -112,3 +113,8 @@ def test_the_benchmark_page_says_which_rival_is_as_good() -> None:
     )
     pair["difference"] = {"mean": 0.01, "low": -0.02, "high": 0.04}
     assert "of the others it is *base: fast*" in page.as_page(kept)
+
+
+def test_the_last_nightly_run_is_the_recorded_one() -> None:
+    record = json.loads(nightly.RECORD.read_text())
+    assert nightly.line(record) in nightly.PAGE.read_text()

@@ -11,6 +11,8 @@ from afa.errors import AfaError
 from tests.test_ensemble import ensemble_of
 from tests.warm import run_ranks
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3])

@@ -27,6 +27,8 @@ from benchmarks.soak.verdict import (
     theil_sen,
 )
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parents[1]
 ROUNDS = 80
 HOURS = np.arange(1, ROUNDS + 1) / ROUNDS
@@ -221,7 +223,7 @@ def short_path() -> Iterator[Path]:
         yield Path(folder)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.fault(
     "a long run",
     "generate, train, evaluate, merge, errors",

@@ -16,6 +16,8 @@ from afa.cli import main
 from afa.errors import AfaError
 from tests.warm import run
 
+pytestmark = pytest.mark.processes
+
 pytest.importorskip("gradio")
 
 

@@ -20,6 +20,8 @@ from tests.faults.commands import training
 from tests.faults.test_workers import wait_for
 from tests.training.runs import SMALL, recipe, steps_of
 
+pytestmark = pytest.mark.processes
+
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 

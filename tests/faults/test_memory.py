@@ -20,6 +20,8 @@ from afa.preflight.run import look
 from afa.training.recipe import load_recipe
 from tests.warm import ENVIRONMENT
 
+pytestmark = pytest.mark.processes
+
 _MB = 2**20
 
 

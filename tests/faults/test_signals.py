@@ -15,6 +15,8 @@ import pytest
 from tests.faults.commands import Command, evaluating, generating, merging, training
 from tests.faults.test_writes import made
 
+pytestmark = pytest.mark.processes
+
 
 def kill_when(process: Any, ready: Any, number: int) -> tuple[int, str]:
     """Send a signal as soon as something is the case; the exit code and what was said."""

@@ -17,6 +17,8 @@ from afa.errors import AfaError
 from afa.files import owned, staged, write_atomic
 from tests.training.runs import recipe, steps_of
 
+pytestmark = pytest.mark.processes
+
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "aggregators.safetensors")

@@ -21,6 +21,8 @@ from tests.faults.commands import training
 from tests.training.runs import recipe, steps_of
 from tests.warm import ENVIRONMENT, run_ranks
 
+pytestmark = pytest.mark.processes
+
 
 def pictures(folder: Path, count: int = 40) -> Path:
     """A folder of pictures with captions."""

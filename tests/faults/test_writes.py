@@ -16,7 +16,11 @@ from afa.files import write_atomic
 from tests import warm
 from tests.faults.commands import Command, evaluating, generating, merging, pruning, training
 
+pytestmark = pytest.mark.processes
+
 MAKERS = ("train", "generate", "merge", "evaluate", "prune")
+#: commands of many writes: a minute and more each
+_NIGHTLY = dict.fromkeys(("train", "generate", "evaluate"), pytest.mark.nightly)
 
 
 def made(name: str, root: Path, experts: list[Path]) -> Command:
@@ -37,7 +41,9 @@ def made(name: str, root: Path, experts: list[Path]) -> Command:
     holds="exit code 2 and one line; all that has its final name is whole; the rerun ends with "
     "the bytes of an undisturbed run",
 )
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=_NIGHTLY.get(name, ())) for name in MAKERS]
+)
 def test_every_write_fails_once(name: str, experts: list[Path], tmp_path: Path) -> None:
     root, told = tmp_path / "root", tmp_path / "told"
     for folder in (root, told):

@@ -11,6 +11,8 @@ from tests.pairs.matrix import Outcome
 from tests.pairs.table import key_of, recorded
 from tests.warm import run_ranks
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:

@@ -42,6 +42,8 @@ from tests import warm
 from tests.study.work import fail, write_name
 from tests.training.runs import recipe as small_recipe
 
+pytestmark = pytest.mark.processes
+
 TINY = StudySettings(
     num_train_steps=2,
     batch_size=2,
@@ -340,7 +342,7 @@ def test_a_worker_ends_when_its_parent_was_killed(tmp_path: Path) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_whole_study_in_small(tmp_path: Path) -> None:
     work, docs = tmp_path / "work", tmp_path / "docs"
     list(run_study(work, docs, TINY, num_processes=2))
@@ -372,7 +374,7 @@ def forked(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(command, code, out, err)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_study_of_transformers_in_small(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

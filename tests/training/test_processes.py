@@ -19,6 +19,8 @@ from afa.weights import hash_expert
 from tests.training.runs import as_written
 from tests.warm import Running, run_ranks
 
+pytestmark = pytest.mark.processes
+
 
 def write(folder: Path, recipe: dict[str, Any], name: str = "recipe.yaml") -> Path:
     path = folder / name

@@ -12,6 +12,8 @@ import yaml
 
 from tests.test_cli import AGGREGATOR
 
+pytestmark = pytest.mark.processes
+
 #: imported first by every Python there: notes who asks for an address, and lets nobody have one
 _WATCH = """
 import os, socket, sys

@@ -129,7 +129,7 @@ def test_spoilt_halves_are_no_halves() -> None:
     assert not any(torch.equal(a, b) for a, b in zip(halves, spoilt, strict=True))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_whole_zoo_in_few_steps(tmp_path: Path) -> None:
     recipe = ZooRecipe(
         num_scenes=64,
@@ -212,7 +212,7 @@ def test_padding_changes_nothing() -> None:
     torch.testing.assert_close(*outputs, atol=1e-5, rtol=0)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_zoo_of_transformers_in_few_steps(tmp_path: Path) -> None:
     recipe = TransformerRecipe(
         num_scenes=64, base_steps=2, expert_steps=2, batch_size=2, num_graded=2

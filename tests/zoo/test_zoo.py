@@ -73,7 +73,7 @@ def test_experts_know_their_own_domain_and_no_other() -> None:
             assert share >= 0.9 if domain == expert else share <= 0.5, (expert, domain, share)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("expert", EXPERTS)
 def test_the_report_can_be_repeated(expert: str) -> None:
     card = report_card()
