@@ -19,7 +19,6 @@ from safetensors import safe_open
 
 from afa.baselines.merging.recipe import load_merge_recipe
 from afa.baselines.merging.streams import read_header
-from afa.checkpoint import read_config, sources_in
 from afa.cli.console import printable
 from afa.errors import AfaError
 from afa.evaluation.recipe import load_evaluate_recipe
@@ -28,6 +27,7 @@ from afa.files import read_json
 from afa.inspection import describe
 from afa.layouts import config_folder, config_of
 from afa.pictures import read_picture
+from afa.saved import read_config, sources_in
 from afa.steering import parse_bias
 from afa.training.data.folder import FolderImages
 from afa.training.recipe import load_recipe

@@ -13,7 +13,6 @@ from safetensors import safe_open
 from afa.accounting import account
 from afa.aggregators import SABWConfig
 from afa.aggregators.build import build_sabw
-from afa.checkpoint import FORMAT, read_config
 from afa.damaged import is_own_bug
 from afa.denoisers import FAMILIES, Family, Site, discover_sites
 from afa.distilled import distilled_of
@@ -22,6 +21,7 @@ from afa.file_layout import denoiser_in, names_by_part
 from afa.files import read_json
 from afa.layouts import missing_parts
 from afa.published import describe_published, is_published
+from afa.saved import FORMAT, read_config
 from afa.single_file import Companions
 from afa.sources import locate
 from afa.trust.folders import check_part

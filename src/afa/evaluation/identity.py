@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from afa.acceleration.plan import load_plan
-from afa.checkpoint import AGGREGATORS, read_config, sources_in
+from afa.checkpoint import AGGREGATORS, ensemble_folder
 from afa.lora import Asked, LoraExpert, base_of, hash_lora
 from afa.pipeline import first_folder
 from afa.provenance import releases
 from afa.published import hash_published, is_published
+from afa.saved import read_config, sources_in
 from afa.single_file import Companions, config_of_expert, describe_expert, described_by
 from afa.sources import HUB_ERRORS, VAE_FILES, absolute_source, fetch, locate
 from afa.weights import hash_file, hash_files, hash_pipeline, hash_vae
@@ -65,7 +66,7 @@ class Identities:
         if method.model is not None:
             return {"model": self.source(method.model[replica]), **self.companions()}
         if method.ensemble is not None:
-            return _ensemble(locate(method.ensemble[replica]))
+            return _ensemble(ensemble_folder(method.ensemble[replica]))
         if method.fusion is not None:
             return {"fusion": method.fusion.model_dump(exclude_none=True), **self.experts()}
         merge = recipe.merge_recipe(method).model_dump(mode="json", exclude_none=True)

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from afa.aggregators import SABWConfig
-from afa.checkpoint import ensemble_folder, read_config, saved_aggregators, sources_in
+from afa.checkpoint import ensemble_folder
 from afa.memory.needs import Training
 from afa.pipeline import first_folder
 from afa.preflight.machine import Work
 from afa.published import is_published, published_aggregators, published_experts
+from afa.saved import read_config, saved_aggregators, sources_in
 from afa.single_file import Companions
 from afa.training.engine import pick_device
 from afa.weights import hash_files, weights_in
