@@ -25,6 +25,13 @@ LOCK = ".lock"
 #: bytes and levels of a JSON file; the largest that is read is a results page of a study
 MAX_JSON, MAX_DEPTH = 32_000_000, 64
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
+_IRREGULAR = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}
 _PARTIAL = re.compile(r"\..+\.[a-z0-9_]{8}")  # as `write_atomic` names what it has not finished
 
 
@@ -192,6 +199,21 @@ def parts_of(index: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+def irregular(path: Path) -> str | None:
+    """What a path is that is no regular file, links followed, such as "a named pipe".
+
+    Reading a pipe, a socket or a device may never end. None for a regular file, and where nothing
+    is: reading it says so.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):  # no name of a file has a zero byte
+        return None
+    if stat.S_ISREG(mode):
+        return None
+    return _IRREGULAR.get(stat.S_IFMT(mode), "no regular file")
+
+
 def read_text(path: Path, limit: int) -> str:
     """The UTF-8 text of a regular file that is not larger than it should be; no byte order mark.
 
@@ -203,11 +225,11 @@ def read_text(path: Path, limit: int) -> str:
         OSError: it cannot be read.
         ValueError: it is none, too large, or no UTF-8.
     """
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode):
-        raise ValueError("it is no regular file")
-    if found.st_size > limit:
-        raise ValueError(f"it has {found.st_size} bytes, {limit} are the most")
+    size = path.stat().st_size
+    if (what := irregular(path)) is not None:
+        raise ValueError(f"it is {what} and must be a regular file")
+    if size > limit:
+        raise ValueError(f"it has {size} bytes, {limit} are the most")
     return path.read_text(encoding="utf-8-sig")
 
 

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from afa.damaged import loading as loading
 from afa.errors import AfaError
-from afa.files import parts_of, read_json
+from afa.files import irregular, parts_of, read_json
 from afa.trust.folders import check_folder, check_part
 from afa.trust.headers import check_header
 
@@ -147,7 +147,13 @@ def is_quantised(name: str, *, is_float: bool) -> bool:
 
 
 def hash_file(file: Path) -> str:
-    """SHA-256 of a file, as published beside checkpoints."""
+    """SHA-256 of a file, as published beside checkpoints.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file, which might have no end.
+    """
+    if (what := irregular(file)) is not None:
+        raise OSError(f"'{file}' is {what} and must be a regular file")
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import io
+import os
+import socket
 import struct
 import warnings
 from pathlib import Path
@@ -23,6 +25,8 @@ from afa.reading import (
     parse_colour,
     read_picture,
 )
+from afa.training.data import Stored
+from afa.training.listing import row_of
 from tests.reading.icc import ADOBE_RGB, cmyk_profile, grey_profile
 
 RAMP = np.linspace(0, 1, 4096).reshape(64, 64)
@@ -369,3 +373,25 @@ def test_every_picture_is_opened_by_the_reader() -> None:
                 if getattr(owner, "id", getattr(owner, "attr", "")) == "Image":
                     found.add(file.relative_to(root).as_posix())
     assert found == allowed
+
+
+@pytest.mark.parametrize("kind", ["a named pipe", "a socket", "a device", "a folder"])
+@pytest.mark.parametrize("is_link", [False, True])
+def test_what_is_no_regular_file(kind: str, is_link: bool, tmp_path: Path) -> None:
+    """Reading a pipe or a device would never end."""
+    place = tmp_path / "x.png"
+    special = tmp_path / "special" if is_link else place
+    with socket.socket(socket.AF_UNIX) as listener:
+        if kind == "a named pipe":
+            os.mkfifo(special)
+        elif kind == "a socket":
+            listener.bind(os.path.relpath(special))
+        elif kind == "a folder":
+            special.mkdir()
+        else:
+            place.symlink_to("/dev/zero")
+        if is_link and kind != "a device":
+            place.symlink_to(special)
+        with pytest.raises(BrokenPicture, match=f"x.png' is {kind} and must be a regular file"):
+            read_picture(place)
+        assert row_of(Stored(place, "a")) == row_of(Stored(place, "a"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -262,3 +263,10 @@ def test_missing_captions_count_towards_max_broken(experts: list[Path], tmp_path
     data = {"folder": str(tmp_path / "data"), "cache_folder": str(tmp_path / "cache")}
     with pytest.raises(AfaError, match=r"may be broken, but 1 of 4 are \(last: .*2\.png' must"):
         list(train(recipe(experts[:2], data), tmp_path / "run"))
+
+
+def test_a_listed_pipe_is_called_one(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.png")
+    listed(tmp_path, [{"file_name": "x.png", "text": "a fox"}])
+    with pytest.raises(AfaError, match=r"x.png', which is a named pipe and must be a regular file"):
+        FolderImages(tmp_path)

@@ -13,6 +13,7 @@ from typing import Any
 
 from PIL import ExifTags, Image, ImageColor, ImageOps, UnidentifiedImageError
 
+from afa.files import irregular
 from afa.reading.broken import BrokenPicture
 from afa.reading.depth import as_grey, is_deep
 from afa.reading.formats import NUM_HEAD, foreign_format, raw_photograph, readable_formats
@@ -66,11 +67,13 @@ def read_picture(
         background: red, green and blue, 0 to 255.
 
     Raises:
-        BrokenPicture: it is missing, damaged, too large, of an unknown format, or its values cannot
-            be understood.
+        BrokenPicture: it is missing, no regular file, damaged, too large, of an unknown format, or
+            its values cannot be understood.
     """
     name = name or (str(source) if isinstance(source, Path) else "a picture")
     head, done = b"", set[Conversion]()
+    if isinstance(source, Path) and (what := irregular(source)) is not None:
+        raise BrokenPicture(f"'{name}' is {what} and must be a regular file. {remedy}")
     try:
         head = _head(source)
         with _warnings_lock, warnings.catch_warnings(record=True) as said:

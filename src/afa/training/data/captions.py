@@ -6,21 +6,17 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from afa.errors import AfaError
-from afa.files import is_unicode, read_text
+from afa.files import irregular, is_unicode, read_text
 from afa.reading import counted, files_in, is_picture_file
-
-if TYPE_CHECKING:
-    pass
 
 METADATA = "metadata.jsonl"
 #: of a file with a picture's caption
 _CAPTIONS = (".txt", ".caption")
 _MAX_METADATA = 2_000_000_000  # bytes
 _MAX_CAPTION = 1_000_000  # bytes
-#: what systems leave in any folder
 _REPEATS = re.compile(r"(\d+)_.+")  # kohya's: "10_fox" shows its pictures ten times an epoch
 _SHOWN = 3  # names in a warning
 
@@ -72,6 +68,11 @@ def rows_listed(folder: Path) -> Rows:
             raise AfaError(
                 f"Line {number} of '{metadata}' must name a file in that folder, came "
                 f"'{row['file_name'][:80]}'. Move the picture there, or link it."
+            )
+        if (what := irregular(path)) is not None:
+            raise AfaError(
+                f"Line {number} of '{metadata}' names '{path}', which is {what} and must be a "
+                "regular file. Replace it or take the line out."
             )
         if not path.is_file():
             raise AfaError(f"Line {number} of '{metadata}' names '{path}', which is missing.")
