@@ -230,7 +230,10 @@ def read_text(path: Path, limit: int) -> str:
         raise ValueError(f"it is {what} and must be a regular file")
     if size > limit:
         raise ValueError(f"it has {size} bytes, {limit} are the most")
-    return path.read_text(encoding="utf-8-sig")
+    text = path.read_text(encoding="utf-8-sig")
+    if "\0" in text:
+        raise ValueError("it has zero bytes, as UTF-16 has; save it as UTF-8")
+    return text
 
 
 def read_json(path: Path, limit: int = MAX_JSON) -> dict[str, Any]:

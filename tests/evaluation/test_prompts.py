@@ -215,3 +215,31 @@ def test_paths_are_relative_to_the_recipe(tmp_path: Path) -> None:
     resolved = resolve_prompts(recipe, tmp_path).coco
     assert resolved is not None
     assert (resolved.captions, resolved.pictures) == (tmp_path / "c.json", tmp_path / "p")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("Prompts,Category\na fox, in snow,Animals\n", "2 cells, .* line 2 has 3"),
+        ('Prompts,Category\n"a fox,Animals\na bee,Animals\n', "2 cells, .* line 3 has 1"),
+        ("Prompts,Category\na fox\n", "2 cells, .* line 2 has 1"),
+        ("Prompts,Prompts,Category\na,b,c\n", "must have one column Prompts; it has 2"),
+    ],
+)
+def test_rows_whose_cells_could_be_others(tmp_path: Path, content: str, said: str) -> None:
+    path = tmp_path / "drawbench.csv"
+    path.write_text(content)
+    with pytest.raises(AfaError, match=said):
+        load_prompts(PromptsRecipe(drawbench=path))
+
+
+@pytest.mark.parametrize(
+    "change", [{"caption": None}, {"caption": ["a fox"]}, {"id": 1.5}, {"image_id": True}]
+)
+def test_coco_whose_values_are_of_other_types(tmp_path: Path, change: dict[str, Any]) -> None:
+    annotation = {"id": 1, "image_id": 1, "caption": "a fox", **change}
+    path = tmp_path / "captions.json"
+    images = [{"id": 1, "file_name": "a.jpg"}]
+    path.write_text(json.dumps({"images": images, "annotations": [annotation]}))
+    with pytest.raises(AfaError, match="must be COCO captions with"):
+        load_prompts(PromptsRecipe(coco=CocoPrompts(captions=path)))

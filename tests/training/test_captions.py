@@ -20,6 +20,7 @@ from afa.reading.broken import MissingCaption
 from afa.training import CacheProgress, train
 from afa.training.data import DatasetImages, FolderImages, Part, open_data, open_dataset
 from afa.training.data.survey import caption_warnings, survey
+from afa.training.listing import row_of
 from afa.training.recipe import DataRecipe, DatasetRecipe
 from afa.truncation import limits_of
 from tests.training.runs import recipe
@@ -270,3 +271,55 @@ def test_a_listed_pipe_is_called_one(tmp_path: Path) -> None:
     listed(tmp_path, [{"file_name": "x.png", "text": "a fox"}])
     with pytest.raises(AfaError, match=r"x.png', which is a named pipe and must be a regular file"):
         FolderImages(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["a folder", "a named pipe", "a link to nowhere"])
+def test_a_list_that_cannot_be_read_is_not_passed_over(tmp_path: Path, kind: str) -> None:
+    """Captions beside pictures would be taken in its place, which are others perhaps."""
+    beside(tmp_path / "a.png", "a fox")
+    place = tmp_path / "metadata.jsonl"
+    if kind == "a folder":
+        place.mkdir()
+    elif kind == "a named pipe":
+        os.mkfifo(place)
+    else:
+        place.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(AfaError, match=r"metadata.jsonl' must be UTF-8 text"):
+        FolderImages(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"file_name": "a.png", "text": "a fox", "text": "a bee"}',
+        '{"file_name": "a\\u0000.png", "text": "a fox"}',
+    ],
+)
+def test_lines_that_could_mean_two_things_are_refused(tmp_path: Path, line: str) -> None:
+    picture(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text(line)
+    with pytest.raises(AfaError, match=r"Line 1 of .*, each once and of whole characters"):
+        FolderImages(tmp_path)
+
+
+def test_keys_of_a_list_that_nobody_uses_are_named(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    listed(tmp_path, [{"file_name": "a.png", "text": "a fox", "caption": "red", "mask": 1}])
+    (warning,) = FolderImages(tmp_path).warnings
+    assert "only file_name and text are used, not caption, mask." in warning
+
+
+def test_captions_with_zero_bytes_are_utf_16(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png").with_suffix(".txt").write_bytes("a fox".encode("utf-16-le"))
+    with pytest.raises(AfaError, match=r"a.txt' must be UTF-8 text, .* zero bytes, as UTF-16"):
+        FolderImages(tmp_path)
+
+
+def test_names_that_are_no_text(tmp_path: Path) -> None:
+    name = os.fsdecode(b"\xff.png")
+    (tmp_path / name).symlink_to("nowhere")
+    (tmp_path / name).with_suffix(".txt").write_text("a fox")
+    data = FolderImages(tmp_path)
+    with pytest.raises(BrokenSample):
+        data[0]
+    assert row_of(data.stored(0))[2] == bytes(16)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from afa.cli.check import require_sound
-from afa.cli.console import console, progress_bar, quieten_loading
+from afa.cli.console import console, printable, progress_bar, quieten_loading
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -89,7 +89,7 @@ def _show(events: Iterator[TrainStep | CacheProgress], *, is_main: bool) -> None
                 event = next(events, None)
                 continue
             for note in event.notes:
-                progress.console.print(note, markup=False, highlight=False, soft_wrap=True)
+                progress.console.print(printable(note), soft_wrap=True)
             if isinstance(event, TrainStep):
                 stage, done = "train", event.step
                 total: int | None = event.num_steps

@@ -6,13 +6,14 @@ import csv
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 from pydantic import Field, PositiveInt, model_validator
 
 from afa.errors import AfaError
-from afa.files import is_unicode, read_json, read_text, write_atomic
+from afa.files import irregular, is_unicode, read_json, read_text, write_atomic
+from afa.reading import counted
 from afa.recipe import MAX_SEED, Section, resolve_path
 from afa.zoo.scenes import Kind
 
@@ -160,9 +161,9 @@ def _from_text(path: Path) -> list[Prompt]:
 def _from_coco(recipe: CocoPrompts) -> list[Prompt]:
     content = read_json(recipe.captions)
     try:
-        pictures = [(int(entry["id"]), str(entry["file_name"])) for entry in content["images"]]
+        pictures = [(_id(entry["id"]), _text(entry["file_name"])) for entry in content["images"]]
         captions = sorted(
-            (int(entry["id"]), int(entry["image_id"]), str(entry["caption"]).strip())
+            (_id(entry["id"]), _id(entry["image_id"]), _text(entry["caption"]).strip())
             for entry in content["annotations"]
         )
     except (KeyError, TypeError, ValueError) as error:
@@ -205,7 +206,34 @@ def _from_coco(recipe: CocoPrompts) -> list[Prompt]:
     return _checked(recipe.captions, prompts, may_repeat=True)
 
 
+def _id(value: Any) -> int:
+    """A whole number, which some programs write as text; nothing is rounded.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ValueError(f"an id must be a whole number, came {value!r}")
+    return int(value)
+
+
+def _text(value: Any) -> str:
+    """A text, where `str` would make one of anything.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(value, str):
+        raise ValueError(f"a file name and a caption must be text, came {str(value)[:80]!r}")
+    return value
+
+
 def _require_file(reference: Path, named_by: Path) -> None:
+    if (what := irregular(reference)) is not None:
+        raise AfaError(
+            f"'{named_by}' names the picture '{reference}', which is {what} and must be a regular "
+            "file. Name the folder that holds it, or leave the pictures out."
+        )
     if not reference.is_file():
         raise AfaError(
             f"'{named_by}' names the picture '{reference}', which is missing. Name the folder "
@@ -213,7 +241,8 @@ def _require_file(reference: Path, named_by: Path) -> None:
         )
 
 
-def _from_drawbench(path: Path) -> list[Prompt]:
+def _drawbench_rows(path: Path) -> list[tuple[int, str, str]]:
+    """Line, prompt and category of every row."""
     reader = csv.DictReader(io.StringIO(_read_text(path), newline=""))
     try:
         fields = reader.fieldnames or []
@@ -225,9 +254,27 @@ def _from_drawbench(path: Path) -> list[Prompt]:
             f"'{path}' must be DrawBench's CSV with the columns Prompts and Category; its columns "
             f"are {', '.join(fields) or 'none'}."
         )
-    first: dict[str, tuple[str, Prompt]] = {}
+    for name in ("Prompts", "Category"):
+        if fields.count(name) > 1:
+            raise AfaError(f"'{path}' must have one column {name}; it has {fields.count(name)}.")
     for line, row in rows:
-        text, group = (row["Prompts"] or "").strip(), (row.get("Category") or "").strip()
+        if None in row or None in row.values():
+            came = sum(value is not None for key, value in row.items() if key is not None)
+            came += len(row.get(None) or ())
+            raise AfaError(
+                f"Every row of '{path}' must have {counted(len(fields), 'cell')}, as its header; "
+                f"the one that ends in line {line} has {came}. Put a text with commas in quotes, "
+                "and close every quote."
+            )
+    return [
+        (line, (row["Prompts"] or "").strip(), (row.get("Category") or "").strip())
+        for line, row in rows
+    ]
+
+
+def _from_drawbench(path: Path) -> list[Prompt]:
+    first: dict[str, tuple[str, Prompt]] = {}
+    for line, text, group in _drawbench_rows(path):
         # the same prompt may stand in two categories; it is drawn once, for the first one
         first.setdefault(text, (f"line {line}", Prompt(text, group or "all")))
     return _checked(path, first.values())

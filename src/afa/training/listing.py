@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,7 +144,7 @@ def row_of(stored: Stored, known: dict[bytes, bytes] | None = None) -> Row:
         try:
             picture = bytes.fromhex(hash_file(stored.picture))[:_WIDTH]
         except OSError:  # told, and counted as broken, by whoever reads the picture
-            picture = _short(f"unreadable: {stored.picture}".encode())
+            picture = _short(b"unreadable: " + os.fsencode(stored.picture))
     return picture, caption, mark
 
 

@@ -6,13 +6,14 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from afa.errors import AfaError
 from afa.files import irregular, is_unicode, read_text
 from afa.reading import counted, files_in, is_picture_file
 
 METADATA = "metadata.jsonl"
+_KEYS = {"file_name", "text"}
 #: of a file with a picture's caption
 _CAPTIONS = (".txt", ".caption")
 _MAX_METADATA = 2_000_000_000  # bytes
@@ -37,6 +38,14 @@ class Rows(NamedTuple):
     remedy: str
 
 
+def is_listed(folder: Path) -> bool:
+    """Whether a list says which pictures of a folder are used; it may be one that cannot be read.
+
+    Where a link to it leads nowhere, captions beside pictures are not meant.
+    """
+    return os.path.lexists(folder / METADATA)
+
+
 def rows_listed(folder: Path) -> Rows:
     """The rows of a `metadata.jsonl`.
 
@@ -45,6 +54,7 @@ def rows_listed(folder: Path) -> Rows:
     """
     metadata = folder / METADATA
     rows: list[tuple[Path, str | None]] = []
+    others: set[str] = set()
     try:
         text = read_text(metadata, _MAX_METADATA)
     except (OSError, ValueError) as error:
@@ -54,15 +64,17 @@ def rows_listed(folder: Path) -> Rows:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=_once)
+            others.update(row.keys() - _KEYS)
             path, caption = folder / row["file_name"], row.get("text")
             valid = caption is None or (isinstance(caption, str) and is_unicode(caption))
+            valid = valid and "\0" not in row["file_name"]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             valid = False
         if not valid:
             raise AfaError(
                 f"Line {number} of '{metadata}' must be an object with the strings file_name "
-                f"and text, of whole characters, came {line[:80]!r}."
+                f"and text, each once and of whole characters, came {line[:80]!r}."
             )
         if not os.path.normpath(path).startswith(f"{os.path.normpath(folder)}{os.sep}"):
             raise AfaError(
@@ -88,7 +100,25 @@ def rows_listed(folder: Path) -> Rows:
             f"{METADATA} does not list {'it' if len(unused) == 1 else 'them'}: "
             f"{_some(unused, folder)}."
         )
+    if others:
+        shown = ", ".join(sorted(others)[:_SHOWN])
+        warnings.append(
+            f"Of the keys in '{metadata}' only file_name and text are used, not {shown}"
+            f"{', ...' if len(others) > _SHOWN else ''}."
+        )
     return Rows(rows, unused, warnings, f"Replace it or take its line out of {METADATA}.")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys are there once; of two equal ones json takes the last.
+
+    Raises:
+        ValueError: one is there twice.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key is there twice")
+    return found
 
 
 def rows_beside(folder: Path) -> Rows:

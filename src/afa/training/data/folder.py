@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from afa.reading import WHITE, read_picture
 from afa.reading.broken import MissingCaption
-from afa.training.data.captions import METADATA, Rows, rows_beside, rows_listed
+from afa.training.data.captions import Rows, is_listed, rows_beside, rows_listed
 from afa.training.data.images import Stored
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class FolderImages:
 
     def __init__(self, folder: Path, background: Colour = WHITE) -> None:
         self._folder, self._background = folder, background
-        found: Rows = rows_listed(folder) if (folder / METADATA).is_file() else rows_beside(folder)
+        found: Rows = (rows_listed if is_listed(folder) else rows_beside)(folder)
         #: pictures and captions; None where a caption is missing
         self.rows = found.rows
         #: files of the folder that are not used
