@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import afa
 from afa.errors import AfaError
+from afa.preflight.inputs import inputs_of_training
 from afa.training import Checkpoints, Recipe, SceneImages, Transform, train, train_aggregators
 from tests.training.runs import SMALL, as_written, recipe, steps_of
 from tests.training.test_split import folder_of, write
@@ -135,14 +136,22 @@ def test_the_listing_may_be_lost(experts: list[Path], begun: Path, tmp_path: Pat
     assert (run / "data.safetensors").is_file()
 
 
-def without_notes(run: Path) -> None:
-    """Checkpoints as earlier releases wrote them, and no listing."""
-    (run / "data.safetensors").unlink()
+def as_earlier(run: Path) -> None:
+    """A run as releases before `data.background` wrote it: no listing, no hashes."""
+    (run / "data.safetensors").unlink(missing_ok=True)
+    written = json.loads((run / "recipe.json").read_text())
+    del written["data"]["background"]
+    (run / "recipe.json").write_text(json.dumps(written))
     for place in (run / "checkpoints").iterdir():
         with safe_open(place, framework="pt") as file:
             notes = json.loads(file.metadata()["afa"])
         del notes["made_from"]
         save_file(load_file(place), place, metadata={"afa": json.dumps(notes)})
+
+
+def said_by_check(asked: Recipe, run: Path) -> list[str]:
+    found = inputs_of_training(asked, run, lambda *_: None)
+    return [finding.text for finding in found.findings]
 
 
 def test_a_run_of_an_earlier_release(experts: list[Path], tmp_path: Path) -> None:
@@ -152,14 +161,44 @@ def test_a_run_of_an_earlier_release(experts: list[Path], tmp_path: Path) -> Non
         run = tmp_path / str(validates)
         asked = of_folder(experts, tmp_path / "data", 1, validates=validates)
         list(steps_of(asked, run))
-        without_notes(run)
+        as_earlier(run)
         longer = of_folder(experts, tmp_path / "data", 2, validates=validates)
+        checked = said_by_check(longer, run)
         if validates:
-            with pytest.raises(AfaError, match="begun by an earlier release, which held out"):
+            with pytest.raises(AfaError, match="begun by an earlier release, which held out") as e:
                 list(steps_of(longer, run))
+            assert str(e.value) in checked
         else:
+            assert any("kept no list of its pictures" in line for line in checked)
             notes = [note for event in train(longer, run) for note in event.notes]
             assert any("kept no list of its pictures" in note for note in notes)
+
+
+@pytest.mark.parametrize("kind", ["folder", "stream"])
+def test_pictures_that_an_earlier_release_read_otherwise(
+    experts: list[Path], tmp_path: Path, kind: str
+) -> None:
+    data: dict[str, Any] = {"folder": str(tmp_path / "data"), "cache": False}
+    if kind == "folder":
+        folder_of(tmp_path / "data", 5)
+        Image.new("RGBA", (20, 20), (255, 0, 0, 255)).save(tmp_path / "data" / "1.png")
+    else:
+        rows(tmp_path / "rows.parquet", ["red", "green", "blue"])
+        files = {"path": "parquet", "data_files": str(tmp_path / "*.parquet"), "streaming": True}
+        data = {"dataset": files, "cache_folder": str(tmp_path / "cache")}
+    run = tmp_path / "run"
+    list(steps_of(recipe(experts[:1], data, num_steps=1), run))
+    as_earlier(run)
+    opaque, longer = shutil.copytree(run, tmp_path / "copy"), recipe(experts[:1], data, num_steps=2)
+    assert [s.step for s in steps_of(longer, opaque)] == [2]
+    if kind == "folder":
+        Image.new("RGBA", (20, 20), (255, 0, 0, 128)).save(tmp_path / "data" / "1.png")
+    else:
+        rows(tmp_path / "rows.parquet", ["red", "#00ff0080", "blue"], mode="RGBA")
+    said = "begun by an earlier release, which ignored transparency .* pictures 1 transparent"
+    with pytest.raises(AfaError, match=said) as refused:
+        list(steps_of(longer, run))
+    assert kind == "stream" or str(refused.value) in said_by_check(longer, run)
 
 
 def set_key(file: str, key: str, value: Any) -> Callable[[Path], None]:
@@ -215,12 +254,12 @@ def test_train_aggregators_continues_with_the_same_alone(
     assert [step.step for step in steps] == [2]
 
 
-def rows(place: Path, colours: list[str], files: Path | None = None) -> None:
+def rows(place: Path, colours: list[str], files: Path | None = None, mode: str = "RGB") -> None:
     """A parquet file of pictures, or of the paths of pictures."""
     pictures = []
     for n, colour in enumerate(colours):
         buffer = io.BytesIO()
-        Image.new("RGB", (20, 20), colour).save(buffer, format="PNG")
+        Image.new(mode, (20, 20), colour).save(buffer, format="PNG")
         entry: dict[str, Any] = {"bytes": buffer.getvalue(), "path": None}
         if files is not None:
             (files / f"{n}.png").write_bytes(buffer.getvalue())

@@ -75,6 +75,7 @@ def inputs_of_training(
         output: the folder that it is to write; None where nobody has said it.
         progress: told how many samples are read, and of how many.
     """
+    from afa.reading import Tally
     from afa.training.cache import default_cache_folder
     from afa.training.checkpoints import Checkpoints
     from afa.training.continuing import require_data_of_run
@@ -118,9 +119,10 @@ def inputs_of_training(
             found.say("data", folder_warnings(data))
             found.say("data", ["A stream is read as it is trained on, not before."], "note")
             return found
+        tally = Tally()
         if not is_settled(data):  # nothing of the zoo's scenes can be broken or missing
             surveyed = survey(data, limits, side, lambda done, of: progress("pictures", done, of))
-            found.summary = surveyed.summary
+            found.summary, tally = surveyed.summary, surveyed.tally
             found.say("data", surveyed.warnings)
             Broken(len(data), asked.max_broken).note(dict(enumerate(surveyed.broken)))
             found.say("data", surveyed.broken[:3])
@@ -133,9 +135,14 @@ def inputs_of_training(
             found.say("validation", [note], "note")
         if output is not None:
             checkpoint = Checkpoints(output / CHECKPOINTS).read()
+            began = None if checkpoint is None else checkpoint.notes.get("made_from") or {}
             is_told = listing is None or is_settled(data)
             content = digest_of(data) if is_told or listing is None else listing.digest
-            require_data_of_run(output, checkpoint, content, listing, data)
+            before, validates = Listing.read(output), recipe.validation is not None
+            notes = require_data_of_run(
+                output, began, content, before, listing, data, tally, validates=validates
+            )
+            found.say("data", notes, "note")
     return found
 
 

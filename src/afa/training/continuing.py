@@ -8,10 +8,12 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from afa.errors import AfaError
+from afa.files import read_json
 from afa.kinds import denoiser_of
 from afa.text import EnsembleTextEncoder, configuration_of
 from afa.training.cache.text import hash_tokenizer
 from afa.training.conditions import options_of
+from afa.training.earlier import is_earlier, require_same_pixels, require_whole_pictures
 from afa.training.listing import Listing, difference
 
 if TYPE_CHECKING:
@@ -20,12 +22,14 @@ if TYPE_CHECKING:
 
     from diffusers import DiffusionPipeline
 
-    from afa.training.checkpoints import Checkpoint
+    from afa.reading import Tally
     from afa.training.data import CaptionedImages
     from afa.training.recipe import TrainingRecipe
     from afa.training.trainer import Trainer
     from afa.training.transform import Transform
 
+#: the file of a run that keeps its recipe
+RECIPE = "recipe.json"
 _DATA = "the data"
 #: what of a recipe may change when a run continues: none of it changes a step
 FREE: dict[str, tuple[str, ...] | None] = {
@@ -144,20 +148,49 @@ def require_same_data(
 
 def require_data_of_run(
     folder: Path,
-    checkpoint: Checkpoint | None,
+    began: Mapping[str, str] | None,
     content: str,
-    listing: Listing | None,
-    names: CaptionedImages,
-) -> None:
-    """The same before a run is continued, from what its newest checkpoint says.
+    before: Listing | None,
+    now: Listing | None,
+    names: CaptionedImages | None,
+    tally: Tally,
+    *,
+    validates: bool,
+) -> list[str]:
+    """Refuse to continue a run with other data; see `require_same_data`.
+
+    Args:
+        folder: of the run.
+        began: hashes of its newest checkpoint; None of a run that has none.
+        content: a hash of all pictures and captions.
+        before: the listing of the data as it was, for the error.
+        now: likewise, as it is; None where settings decide all of it.
+        names: the data set, which names samples; None where it cannot.
+        tally: what was converted while all pictures were read; only an earlier release's run needs
+            it, see `is_earlier_run`.
+        validates: whether pictures are held out.
+
+    Returns: what a user should know, one line each.
 
     Raises:
-        AfaError: see `require_same_data`; or the listing of the data is damaged.
+        AfaError: it is other data, or the run was begun by an earlier release whose pictures or
+            held-out samples were other ones.
     """
-    if checkpoint is not None:
-        began = (checkpoint.notes.get("made_from") or {}).get(_DATA)
-        before = Listing.read(folder)
-        require_same_data(folder, began, content, before, listing, names)
+    if began is None:
+        return []
+    notes = []
+    if is_earlier_run(folder):
+        require_same_pixels(folder, tally)
+    if _DATA not in began:
+        notes.append(require_whole_pictures(folder, validates=validates))
+    require_same_data(folder, began.get(_DATA), content, before, now, names)
+    return notes
+
+
+def is_earlier_run(folder: Path) -> bool:
+    """Whether the run in a folder was last continued by a release without `data.background`."""
+    written = folder / RECIPE
+    return written.is_file() and is_earlier(read_json(written))
 
 
 class Began:
@@ -176,9 +209,11 @@ class Began:
         self._trainer, self._folder, self._validates = trainer, folder, validates
         #: of the data, where the run continues and has kept one
         self.listing = Listing.read(folder) if trainer.first else None
+        #: whether an earlier release read the pictures, so that all are read again and compared
+        self.is_earlier = bool(trainer.first) and is_earlier_run(folder)
 
     def require_data(
-        self, content: str, listing: Listing | None, names: CaptionedImages | None
+        self, content: str, listing: Listing | None, names: CaptionedImages | None, tally: Tally
     ) -> list[str]:
         """Refuse to continue with other data; returns what a user should read.
 
@@ -186,24 +221,22 @@ class Began:
             content: a hash of all pictures and captions.
             listing: of the data, for the error; None where settings decide all of it.
             names: the data set, which names samples; None where it cannot.
+            tally: what was converted while all pictures were read, where `is_earlier`.
 
         Raises:
-            AfaError: it is other data, or it is not known which pictures were held out.
+            AfaError: see `require_data_of_run`.
         """
-        began, notes = self._trainer.began.get(_DATA), []
-        if self._trainer.first and began is None:
-            if self._validates:
-                raise AfaError(
-                    f"The run in '{self._folder}' was begun by an earlier release, which held out "
-                    "the last lines of the data and not whole pictures. To continue it would train "
-                    "on pictures that were held out. Name another output folder, or finish it with "
-                    "that release."
-                )
-            notes.append(
-                "The run was begun by an earlier release, which kept no list of its pictures: "
-                "whether the data is still the same cannot be told."
-            )
-        require_same_data(self._folder, began, content, self.listing, listing, names)
+        began = self._trainer.began if self._trainer.first else None
+        notes = require_data_of_run(
+            self._folder,
+            began,
+            content,
+            self.listing,
+            listing,
+            names,
+            tally,
+            validates=self._validates,
+        )
         self._trainer.bind({_DATA: content})
         return notes
 

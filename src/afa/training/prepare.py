@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from afa.errors import AfaError
 from afa.pipeline import native_resolution, size_multiple
-from afa.reading import Tally
+from afa.reading import BrokenSample, Tally, conversions_of
 from afa.training.cache import (
     CachedExamples,
     CacheProgress,
@@ -105,7 +106,7 @@ def prepare_examples(
     latents = LatentShards(cache)
     if isinstance(data, StreamedImages):
         listing = latents.listing
-        yield from _require_data(began, listing.digest, listing, None)
+        yield from _require_data(began, listing.digest, listing, None, latents.tally)
     text = TextCache(folder, pipeline, latents.captions)
     yield from text.build(engine.rank, engine.num_processes)
     engine.wait()
@@ -161,11 +162,29 @@ def _list_samples(
 
 
 def _require_data(
-    began: Began | None, content: str, listing: Listing | None, names: CaptionedImages | None
+    began: Began | None,
+    content: str,
+    listing: Listing | None,
+    names: CaptionedImages | None,
+    tally: Tally | None = None,
 ) -> Generator[CacheProgress, None, None]:
-    notes = [] if began is None else began.require_data(content, listing, names)
-    if notes:
+    """Refuse to continue with other data; `tally` is of pictures that are read already."""
+    if began is None:
+        return
+    if tally is None:
+        tally = Tally()
+        if began.is_earlier and names is not None and not is_settled(names):
+            yield from _read_all(names, tally)
+    if notes := began.require_data(content, listing, names, tally):
         yield CacheProgress("look at pictures", 1, 1, tuple(notes))
+
+
+def _read_all(data: CaptionedImages, tally: Tally) -> Iterator[CacheProgress]:
+    """Read all pictures to see what is converted; those that are broken are named later."""
+    for index in range(len(data)):
+        with suppress(BrokenSample):
+            tally.add(index, conversions_of(data[index][0]))
+        yield CacheProgress("look at pictures", index + 1, len(data))
 
 
 def _split(
