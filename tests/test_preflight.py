@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ import torch
 
 import afa
 from afa.errors import AfaError
+from afa.preflight.compare import compare
+from afa.preflight.facts import read_facts
+from afa.single_file import Described
 from tests.tiny_pipelines import saved_experts
 
 
@@ -69,3 +73,38 @@ def test_text_encoders_that_one_lacks(tmp_path: Path) -> None:
         [*whole, *without],
         r"same text encoders: .*without.* has text_encoder, text_encoder_2, '.*' has .*_3\. Add",
     )
+
+
+def test_tokenizers_of_two_lengths(experts: list[Path], tmp_path: Path) -> None:
+    """The first one's length counts for all; an encoder that cannot take it is refused."""
+    file = "tokenizer/tokenizer_config.json"
+    short = changed(experts[1], tmp_path / "short", file, model_max_length=12)
+    long = changed(experts[1], tmp_path / "long", file, model_max_length=500)
+    refused([long, experts[0]], "model_max_length = 500, and the text encoder of .* takes 24 tok")
+    for pair, said in (
+        ([experts[0], short], r"'.*short' has model_max_length = 12 \(the first: 24\)"),
+        ([short, experts[0]], r"'.*expert0' has model_max_length = 24 \(the first: 12\)"),
+    ):
+        facts = [read_facts(str(each), Described(each)) for each in pair]
+        (found,) = compare(facts)
+        assert (found.level, found.check) == ("warning", "tokenizer")
+        assert re.search(said, found.text)
+    pipeline = afa.load_pipeline([short, experts[0]])
+    embedding, _ = pipeline.encode_prompt("a fox", "cpu", 1, False)
+    assert embedding.shape[1] == 12
+
+
+def test_tokenizers_that_fill_up_otherwise(experts: list[Path], tmp_path: Path) -> None:
+    file = "tokenizer/tokenizer_config.json"
+    other = changed(experts[1], tmp_path / "other", file, pad_token="<|startoftext|>")
+    facts = [read_facts(str(each), Described(each)) for each in (experts[0], other)]
+    (found,) = compare(facts)
+    assert "pad_token = '<|startoftext|>'" in found.text
+
+
+@pytest.mark.parametrize(
+    ("kind", "counted"), [("sd3", {"tokenizer"}), ("xl", {"tokenizer", "tokenizer_2"})]
+)
+def test_whose_length_counts(kind: str, counted: set[str], tmp_path: Path) -> None:
+    (expert,) = saved_experts(kind, tmp_path, count=1)
+    assert read_facts("a", Described(expert)).settings.keys() == counted

@@ -140,6 +140,39 @@ def _tokenizers(first: Facts, other: Facts) -> Finding | None:
     )
 
 
+def _lengths(first: Facts, other: Facts) -> Finding | None:
+    """The first expert's tokenizers read the prompts of all; the others' are not used."""
+    for name, ours in first.settings.items():
+        theirs, most = other.settings.get(name, ours), other.positions.get(name)
+        length = ours["model_max_length"]
+        if ours != theirs and most is not None and length > most:
+            return Finding(
+                "error",
+                "tokenizer",
+                f"The first expert's tokenizer reads the prompts of all: {name} of '{first.name}' "
+                f"has model_max_length = {length}, and the text encoder of '{other.name}' takes "
+                f"{most} tokens.",
+                "Pictures could not be drawn.",
+                f"Correct model_max_length in {name}/tokenizer_config.json of '{first.name}', or "
+                "put the other expert first.",
+            )
+        different = [key for key in ours if ours[key] != theirs[key]]
+        if different:
+            told = " and ".join(
+                f"{key} = {theirs[key]!r} (the first: {ours[key]!r})" for key in different
+            )
+            return Finding(
+                "warning",
+                "tokenizer",
+                f"Experts should read prompts alike: {name} of '{other.name}' has {told}. The "
+                "first expert's tokenizer cuts and fills up the prompts of all.",
+                f"'{other.short}' gets other tokens than it does alone.",
+                "Put the expert first whose tokenizer is right, or make them alike in "
+                f"{name}/tokenizer_config.json.",
+            )
+    return None
+
+
 def _schedule(first: Facts, other: Facts) -> Finding | None:
     for key in SCHEDULE:
         ours, theirs = first.schedule.get(key), other.schedule.get(key)
@@ -239,5 +272,6 @@ _CHECKS: tuple[Callable[[Facts, Facts], Finding | None], ...] = (
     _architecture,
     _encoders,
     _tokenizers,
+    _lengths,
     _schedule,
 )

@@ -51,6 +51,8 @@ class Facts:
         encoders: the width of each of its text encoders, by name.
         unsure: those that a single file may have lent to it, which only loading tells.
         vocabularies: a digest of each of its tokenizers' vocabularies, by name.
+        settings: of each tokenizer that cuts and pads texts by itself, by name; see `_settings`.
+        positions: the most tokens that each text encoder takes, by the name of its tokenizer.
         schedule: of its scheduler, see `SCHEDULE`.
         spacing: of its scheduler's timesteps, where it says.
         identity: what decides its weights; None where no hash was taken.
@@ -67,6 +69,8 @@ class Facts:
     encoders: Mapping[str, int | None] = field(default_factory=dict)
     unsure: frozenset[str] = frozenset()
     vocabularies: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    positions: Mapping[str, int] = field(default_factory=dict)
     schedule: Mapping[str, Any] = field(default_factory=dict)
     spacing: str | None = None
     identity: str | None = None
@@ -86,6 +90,14 @@ def facts_of(expert: Expert) -> Facts:
         latents=expert.latents,
         encoders={n: _width(part.config.to_dict()) for n, part in expert.text_encoders.items()},
         vocabularies={n: _digest(part.get_vocab()) for n, part in expert.tokenizers.items()},
+        settings={
+            name: _settings(tokenizer)
+            for name, tokenizer in expert.tokenizers.items()
+            if _cuts(expert.kind, name, type(tokenizer).__name__)
+        },
+        positions=_positions(
+            {name: part.config.to_dict() for name, part in expert.text_encoders.items()}
+        ),
         schedule=_schedule(expert.scheduler),
         spacing=config.get("timestep_spacing"),
         identity=expert.reference.identity,
@@ -129,19 +141,27 @@ def read_facts(
         scheduler = scheduler_of(folder, described.prediction)
         model_class = kind.denoiser_family.model_class
         config = read_json(folder / kind.denoiser / "config.json")
+        described_encoders = {n: read_json(folder / n / "config.json") for n in encoders}
+        read = {
+            name: _read_tokenizer(classes[name], _Tokenizer.of(folder / name))
+            for name in tokenizers
+            if name in classes
+        }
         return Facts(
             name=source,
             short=source.rstrip("/").rpartition("/")[2].removeprefix("zoo:"),
             kind=kind,
             denoiser=with_defaults(model_class, config),
             latents=latents_of(folder / "vae" / "config.json"),
-            encoders={name: _width(read_json(folder / name / "config.json")) for name in encoders},
+            encoders={name: _width(settings) for name, settings in described_encoders.items()},
             unsure=frozenset(n for n in encoders if is_file and (kind.name, n) in OPTIONAL),
-            vocabularies={
-                name: _vocabulary(classes[name], _Tokenizer.of(folder / name))
-                for name in tokenizers
-                if name in classes
+            vocabularies={name: vocabulary for name, (vocabulary, _) in read.items()},
+            settings={
+                name: settings
+                for name, (_, settings) in read.items()
+                if _cuts(kind, name, classes[name])
             },
+            positions=_positions(described_encoders),
             schedule=_schedule(scheduler),
             spacing=scheduler.config.get("timestep_spacing"),
             prediction=described.prediction,
@@ -152,6 +172,34 @@ def read_facts(
 
 def _width(settings: Mapping[str, Any]) -> int | None:
     return settings.get("hidden_size", settings.get("d_model"))
+
+
+def _positions(encoders: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    """The most tokens of text encoders, of those that have a limit, by their tokenizers' names."""
+    found = {
+        name.replace("text_encoder", "tokenizer"): settings.get("max_position_embeddings")
+        for name, settings in encoders.items()
+    }
+    return {name: most for name, most in found.items() if most is not None}
+
+
+def _cuts(kind: Kind, name: str, class_name: str) -> bool:
+    """Whether a pipeline cuts and pads texts by this tokenizer's own settings.
+
+    T5's texts have the pipeline's `max_sequence_length`; Stable Diffusion 3 and Flux take the
+    length of `tokenizer` for their other one.
+    """
+    if class_name.startswith("T5"):
+        return False
+    return name == "tokenizer" or kind.family not in ("sd3", "flux")
+
+
+def _settings(tokenizer: Any) -> dict[str, Any]:
+    """What decides a prompt's tokens besides the vocabulary: its length, and what fills it up."""
+    return {
+        "model_max_length": tokenizer.model_max_length,
+        "pad_token": tokenizer.pad_token,
+    }
 
 
 def _digest(vocabulary: Mapping[str, int]) -> str:
@@ -179,6 +227,8 @@ class _Tokenizer:
 
 
 @lru_cache(maxsize=16)
-def _vocabulary(class_name: str, place: _Tokenizer) -> str:
+def _read_tokenizer(class_name: str, place: _Tokenizer) -> tuple[str, dict[str, Any]]:
+    """A digest of a tokenizer's vocabulary, and its settings."""
     tokenizer_class = library_class(transformers, class_name, transformers.PreTrainedTokenizerBase)
-    return _digest(tokenizer_class.from_pretrained(place.folder).get_vocab())
+    tokenizer = tokenizer_class.from_pretrained(place.folder)
+    return _digest(tokenizer.get_vocab()), _settings(tokenizer)
