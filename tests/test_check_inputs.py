@@ -112,6 +112,7 @@ def test_what_train_refuses(
     )
     line = refused(capsys, "train", recipe, "--output", tmp_path / "run", "--no-check")
     assert not (tmp_path / "run").exists()
+    assert "vae" not in changes or line.startswith("Autoencoder '")
     assert_check_says(capsys, recipe, line)
 
 

@@ -11,7 +11,7 @@ from diffusers.loaders.single_file_utils import SingleFileComponentError
 
 from afa.damaged import loading
 from afa.errors import AfaError
-from afa.sources import VAE_FILES, locate, refer
+from afa.sources import locate_vae, refer
 from afa.weights import check_safetensors, hash_file, hash_files, weights_in
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def load_vae(
     Raises:
         AfaError: as `afa.experts.load_expert`.
     """
-    path = locate(source, revision, files=VAE_FILES)
+    path = locate_vae(source, revision)
     if path.is_file():
         check_safetensors(path)
         reference = refer(source, path, hash_file(path), revision)

@@ -177,7 +177,7 @@ class Companions:
             nothing: Sequence[None] = [None] * len(self.parts)
             rows = zip(self.parts, self.revisions or nothing, self.hashes or nothing, strict=True)
             for source, revision, sha256 in rows:
-                path = locate(source, revision)
+                path = locate(source, revision, what="Part")
                 digest = hash_file(path) if path.is_file() else hash_pipeline(path)
                 reference = refer(source, path, digest, revision)
                 require_hash("Part", reference, sha256)

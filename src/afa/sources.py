@@ -91,14 +91,16 @@ def locate(
     revision: str | None = None,
     *,
     files: Sequence[str] = PIPELINE_FILES,
+    what: str = "Expert",
 ) -> Path:
-    """The local folder or file of an expert; a hub id is downloaded into the hub's cache.
+    """The local folder or file of a source; a hub id is downloaded into the hub's cache.
 
     Args:
         source: a diffusers folder, a single `.safetensors` file, a hub id such as `org/name`, or
             `zoo:animals` for one of the shipped models.
         revision: of a hub id.
         files: patterns of what is downloaded.
+        what: the source is, for errors, such as `Autoencoder`.
 
     Raises:
         AfaError: nothing is there, or a pickled checkpoint is and none is allowed.
@@ -119,12 +121,12 @@ def locate(
         return path
     is_hub_id = text.count("/") == 1 and not text.startswith((".", "/", "~"))
     if not is_hub_id or path.suffix.lower() in SAFETENSORS:
-        raise AfaError(f"Expert '{text}' does not exist. Name a folder, a file or a hub id.")
+        raise AfaError(f"{what} '{text}' does not exist. Name a folder, a file or a hub id.")
     try:
         return fetch(text, files, revision)
     except HUB_ERRORS as error:
         raise AfaError(
-            f"Expert '{text}' is no local path, and as a hub id it could not be fetched "
+            f"{what} '{text}' is no local path, and as a hub id it could not be fetched "
             f"({why_not_fetched(error)}). Check the name, the network and HF_TOKEN."
         ) from error
 
@@ -176,6 +178,11 @@ def refer(
         revision = path.name
     place = os.path.abspath(Path(str(source)).expanduser()) if is_local else str(source)
     return ExpertReference(place, sha256, revision)
+
+
+def locate_vae(source: str | Path, revision: str | None = None) -> Path:
+    """The local folder or file of an autoencoder; see `locate`."""
+    return locate(source, revision, files=VAE_FILES, what="Autoencoder")
 
 
 def require_hash(what: str, reference: ExpertReference, sha256: str | None) -> None:

@@ -21,7 +21,7 @@ from afa.provenance import releases
 from afa.published import hash_published, is_published
 from afa.saved import read_config, sources_in
 from afa.single_file import Companions, config_of_expert, describe_expert, described_by
-from afa.sources import HUB_ERRORS, VAE_FILES, absolute_source, fetch, locate
+from afa.sources import HUB_ERRORS, absolute_source, fetch, locate, locate_vae
 from afa.weights import hash_file, hash_files, hash_pipeline, hash_vae
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Identities:
         recipe = self._recipe
         vae = None
         if recipe.vae is not None:
-            path = locate(recipe.vae, files=VAE_FILES)
+            path = locate_vae(recipe.vae)
             vae = [hash_vae(path), *([hash_descriptions(path)] if path.is_dir() else [])]
         experts = [self.source(source) for source in recipe.experts]
         return {"experts": experts, "vae": vae, **self.companions()}
@@ -107,7 +107,7 @@ class Identities:
         return self._known[source]
 
     def _hashes(self, part: str) -> list[str]:
-        path = locate(part)
+        path = locate(part, what="Part")
         return [hash_pipeline(path), *([hash_descriptions(path)] if path.is_dir() else [])]
 
 
@@ -125,10 +125,10 @@ def _ensemble(folder: Path) -> dict[str, Any]:
         return {"published": hash_published(folder), "described": hash_descriptions(folder)}
     saved = read_config(folder)
 
-    def path_of(reference: dict[str, Any], **files: Any) -> Path:
-        return locate(absolute_source(reference["source"], folder), reference["revision"], **files)
+    def place_of(reference: dict[str, Any]) -> tuple[str, str | None]:
+        return absolute_source(reference["source"], folder), reference["revision"]
 
-    paths = [path_of(expert) for expert in saved["experts"]]
+    paths = [locate(*place_of(expert)) for expert in saved["experts"]]
     companions = Companions(
         torch.float32,
         config=saved["config"] and absolute_source(saved["config"], folder),
@@ -140,9 +140,10 @@ def _ensemble(folder: Path) -> dict[str, Any]:
         for path, expert in zip(paths, asked, strict=True)
     ]
     if saved["vae"] is not None:
-        vae = path_of(saved["vae"], files=VAE_FILES)
+        vae = locate_vae(*place_of(saved["vae"]))
         described += [hash_descriptions(vae)] if vae.is_dir() else []
-    described += [hash_descriptions(p) for p in map(path_of, saved["parts"]) if p.is_dir()]
+    parts = [locate(*place_of(part), what="Part") for part in saved["parts"]]
+    described += [hash_descriptions(part) for part in parts if part.is_dir()]
     return {
         "ensemble": saved,
         "aggregators": hash_file(folder / AGGREGATORS),

@@ -27,7 +27,7 @@ from afa.preflight.plans import (
 )
 from afa.preflight.prompts import warnings_of_plan
 from afa.single_file import config_of_expert
-from afa.sources import VAE_FILES, locate
+from afa.sources import locate, locate_vae
 from afa.truncation import limits_of_folder, prompt_warnings
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def _open_autoencoder(found: Inputs, vae: str | Path | None) -> None:
     """See that the autoencoder is there that a recipe names."""
     if vae is not None:
         with found.refusals("autoencoder"):
-            locate(vae, files=VAE_FILES)
+            locate_vae(vae)
 
 
 def inputs_of_evaluation(
