@@ -323,3 +323,25 @@ def test_the_summary_of_the_data(
     )
     assert run("check", recipe, "--no-weights", "--json") == 0
     assert json.loads(capsys.readouterr().out)["data"].startswith("12 pictures, 2 without")
+
+
+@pytest.mark.parametrize("damaged", [False, True], ids=["missing", "damaged"])
+def test_parts_that_no_file_asks_for(
+    damaged: bool, pictures: Path, experts: list[Path], tmp_path: Path, capsys: Any
+) -> None:
+    del pictures
+    part = tmp_path / "part.safetensors"
+    if damaged:
+        part.write_bytes(b"no weights")
+    recipe = written(
+        tmp_path,
+        experts=[str(expert) for expert in experts[:2]],
+        parts=["./part.safetensors"],
+        aggregator=AGGREGATOR,
+        training=TRAINING,
+        data={"folder": "./pictures"},
+    )
+    line = refused(capsys, "train", recipe, "--output", tmp_path / "run", "--no-check")
+    assert "part.safetensors'" in line
+    assert damaged or line.startswith("Part '")
+    assert_check_says(capsys, recipe, line)

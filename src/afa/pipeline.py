@@ -186,6 +186,7 @@ def _check_before(
     Raises:
         AfaError: see `check_folders`.
     """
+    companions.require_parts()
     described: dict[tuple[str, Any], DescribedSource] = {}
     files: list[Path] = []
     paths: list[Path] = []

@@ -31,7 +31,14 @@ from afa.lora import base_of, description_of
 from afa.prediction import Prediction, decide, evidence_of, scheduler_of
 from afa.sources import ExpertReference, locate, refer, require_hash
 from afa.trust.folders import check_folder
-from afa.weights import hash_file, hash_pipeline, keep_no_words, refuse_quantised, tensor_shapes
+from afa.weights import (
+    hash_file,
+    hash_pipeline,
+    keep_no_words,
+    refuse_quantised,
+    tensor_shapes,
+    weight_files,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -170,6 +177,16 @@ class Companions:
                     torch_dtype=self.torch_dtype,
                 )
         return None
+
+    def require_parts(self) -> None:
+        """Refuse parts that are missing or damaged, whether or not a file asks for one of them.
+
+        Raises:
+            AfaError: see `afa.weights.weight_files`.
+        """
+        revisions = self.revisions or [None] * len(self.parts)
+        for source, revision in zip(self.parts, revisions, strict=True):
+            weight_files(locate(source, revision, what="Part"))
 
     def _located(self) -> list[Path]:
         """Where the parts are; the first time their hashes are taken and compared."""

@@ -116,6 +116,7 @@ def look(
     report, known = Report(), {}
     for group in plan.groups:
         looks: list[Look] = []
+        report.findings += _parts(group, report.findings)
         for asked in group.experts:
             key = _key(asked, group.companions)
             try:
@@ -143,6 +144,16 @@ def look(
         report.findings += _read_weights(report.experts, dtype, progress)
     report.findings = in_order(report.findings)
     return report
+
+
+def _parts(group: Group, known: Sequence[Finding]) -> Iterator[Finding]:
+    """Are the parts there that the group names for single files?"""
+    try:
+        group.companions.require_parts()
+    except AfaError as error:
+        found = Finding("error", "parts", str(error))
+        if found not in known:
+            yield found
 
 
 def _key(asked: Asked, companions: Companions) -> tuple[str, ...]:
