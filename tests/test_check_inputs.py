@@ -345,3 +345,23 @@ def test_parts_that_no_file_asks_for(
     assert "part.safetensors'" in line
     assert damaged or line.startswith("Part '")
     assert_check_says(capsys, recipe, line)
+
+
+def test_the_output_of_a_merge(
+    experts: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = written(tmp_path, method="weighted", experts=[str(each) for each in experts[:2]])
+    for output, said in (
+        (experts[0], "must be new"),
+        (tmp_path / "recipe.yaml" / "merged", "must be a folder that can be written"),
+        (tmp_path / "merged.safetensors", "Name a folder"),
+    ):
+        line = refused(capsys, "merge", recipe, "--output", output)
+        assert said in line
+        assert_check_says(capsys, recipe, line, "--output", output)
+    assert run("check", recipe, "--no-weights", "--output", tmp_path / "merged") == 0
+
+
+def test_an_ensemble_has_no_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(capsys, "check", "zoo:ensemble", "--output", tmp_path)
+    assert line.startswith("--output is for recipes of afa train")

@@ -42,7 +42,12 @@ def check(
     [bold]Example[/bold]: afa check recipe.yaml
     """
     asked = read_any(recipe)
-    report = look_at(plan_for(recipe, asked), with_weights=weights, visible=not as_json)
+    if asked is None and output is not None:
+        raise AfaError(
+            f"--output is for recipes of afa train, evaluate, search and merge; '{recipe}' is an "
+            "ensemble, which `afa generate` draws with. Leave --output out."
+        )
+    report = look_at(plan_for(recipe, asked, output), with_weights=weights, visible=not as_json)
     inputs = look_at_inputs(asked, output, visible=not as_json)
     from afa.preflight.finding import in_order
 
@@ -90,11 +95,16 @@ def read_any(place: Path) -> Any:
     )
 
 
-def plan_for(place: Path, recipe: Any) -> Plan:
+def plan_for(place: Path, recipe: Any, output: Path | None = None) -> Plan:
     """What a recipe, or an ensemble's folder, would load.
 
+    Args:
+        place: of the recipe or the ensemble.
+        recipe: from `read_any`.
+        output: of a merge, which is looked at with its models; None where nobody has said it.
+
     Raises:
-        AfaError: models that do not merge.
+        AfaError: models that do not merge, or an output where no merge can be written.
     """
     from afa.baselines.merging import MergeRecipe, plan_merge
     from afa.evaluation.recipe import EvaluateRecipe
@@ -110,7 +120,8 @@ def plan_for(place: Path, recipe: Any) -> Plan:
         return plans.plan_of_search(recipe)
     if isinstance(recipe, MergeRecipe):
         is_file = Path(recipe.experts[0]).is_file()
-        plan_merge(recipe, place.parent / f"afa-check{'.safetensors' if is_file else ''}")
+        free = place.parent / f"afa-check{'.safetensors' if is_file else ''}"
+        plan_merge(recipe, output or free)
         return plans.plan_of_merge(recipe)
     import torch
 

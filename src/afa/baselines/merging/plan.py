@@ -16,6 +16,7 @@ from afa.baselines.merging.objectives import check_objectives
 from afa.baselines.merging.parts import block_keys, part_of
 from afa.baselines.merging.recipe import MergeRecipe
 from afa.errors import AfaError
+from afa.files import require_place_for_folder
 
 # the whole output, where it is one file
 SINGLE_FILE = ""
@@ -69,14 +70,15 @@ def plan_merge(recipe: MergeRecipe, output: str | Path) -> MergePlan:
         output: ends in `.safetensors` for single files, and is a new folder for folders.
 
     Raises:
-        AfaError: an output that exists; checkpoints that cannot be read, that are no whole models,
-            or of several layouts, kinds, objectives or architectures; settings that do not fit;
-            too little space.
+        AfaError: an output that exists or cannot be written; checkpoints that cannot be read, that
+            are no whole models, or of several layouts, kinds, objectives or architectures; settings
+            that do not fit; too little space.
     """
     output = Path(output).expanduser()
     is_empty_folder = output.is_dir() and not any(output.iterdir())
     if output.exists() and (output.suffix == ".safetensors" or not is_empty_folder):
         raise AfaError(f"The output must be new; '{output}' exists. Name another one.")
+    require_place_for_folder(output.absolute().parent, "The folder of the output")
     experts = [read_checkpoint(source) for source in recipe.experts]
     base = None if recipe.base is None else read_checkpoint(recipe.base)
     compared = experts if base is None else [*experts, base]
