@@ -17,6 +17,7 @@ from afa.evaluation.prompts import (
     groups_of,
     load_prompts,
     resolve_prompts,
+    source_warnings,
 )
 from afa.zoo.scenes import is_held_out, parse_caption
 
@@ -149,6 +150,8 @@ def test_drawbench_has_its_categories_as_groups(tmp_path: Path) -> None:
         ("A blue car.", "Colors"),
     ]
     assert groups_of(prompts) == {"Colors": [0, 2], "Counting": [1]}
+    (warning,) = source_warnings(PromptsRecipe(drawbench=path))
+    assert warning.startswith("1 row of ")
     path.write_text("prompt\nA red car.\n")
     with pytest.raises(AfaError, match="columns Prompts and Category; its columns are prompt"):
         load_prompts(PromptsRecipe(drawbench=path))

@@ -14,7 +14,7 @@ from PIL import Image
 
 import afa
 from afa.errors import AfaError
-from afa.evaluation.prompts import PromptsRecipe, load_prompts
+from afa.evaluation.prompts import PromptsRecipe, load_prompts, source_warnings
 from afa.reading import BrokenSample, Conversion
 from afa.reading.broken import MissingCaption
 from afa.training import CacheProgress, train
@@ -264,6 +264,26 @@ def test_missing_captions_count_towards_max_broken(experts: list[Path], tmp_path
     data = {"folder": str(tmp_path / "data"), "cache_folder": str(tmp_path / "cache")}
     with pytest.raises(AfaError, match=r"may be broken, but 1 of 4 are \(last: .*2\.png' must"):
         list(train(recipe(experts[:2], data), tmp_path / "run"))
+
+
+def test_a_limit_keeps_what_the_folder_says(tmp_path: Path) -> None:
+    for n in range(3):
+        picture(tmp_path / f"{n}.png")
+    listed(tmp_path, [{"file_name": f"{n}.png", "text": "a fox"} for n in range(2)])
+    data = open_data(DataRecipe(folder=tmp_path, limit=1))
+    assert isinstance(data, Part)
+    found = survey(data)
+    assert found.summary == "1 picture, 1 file not listed"
+    assert any("2.png" in warning for warning in found.warnings)
+
+
+def test_prompts_of_a_folder_say_what_training_says(tmp_path: Path) -> None:
+    beside(tmp_path / "a.png", "a fox\na second line")
+    (tmp_path / "notes.md").write_text("of no picture")
+    asked = PromptsRecipe(folder=tmp_path)
+    assert [prompt.text for prompt in load_prompts(asked)] == ["a fox"]
+    assert source_warnings(asked) == FolderImages(tmp_path).warnings
+    assert len(source_warnings(asked)) == 2
 
 
 def test_a_listed_pipe_is_called_one(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def search(
 
     [bold]Example[/bold]: afa search recipe.yaml --output runs/search
     """
-    from afa.evaluation.prompts import load_prompts
+    from afa.evaluation.prompts import load_prompts, source_warnings
     from afa.evaluation.search import load_search_recipe, search_block_weights
     from afa.preflight.plans import plan_of_search
     from afa.preflight.prompts import warnings_of_plan
@@ -35,6 +35,7 @@ def search(
     if look_first:
         require_sound(plan)
     prompts = [prompt.text for prompt in load_prompts(checked.prompts)]
+    say_warnings(source_warnings(checked.prompts))
     sampling = checked.sampling
     say_warnings(warnings_of_plan(plan, prompts, sampling.negative_prompt, sampling.guidance))
     with progress_bar() as progress:

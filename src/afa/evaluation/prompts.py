@@ -151,6 +151,27 @@ def _checked(
     return prompts
 
 
+def source_warnings(recipe: PromptsRecipe) -> list[str]:
+    """What of a recipe's sources is not used though it may be meant, one line each.
+
+    Raises:
+        AfaError: see `load_prompts`.
+    """
+    if recipe.folder is not None:
+        from afa.training.data import FolderImages
+
+        return FolderImages(recipe.folder).warnings
+    if recipe.drawbench is not None:
+        rows = _drawbench_rows(recipe.drawbench)
+        repeated = len(rows) - len({text for _, text, _ in rows})
+        if repeated:
+            return [
+                f"{counted(repeated, 'row')} of '{recipe.drawbench}' repeat a prompt of an earlier "
+                "row and are not drawn again: each prompt is in the group of its first row."
+            ]
+    return []
+
+
 def _from_text(path: Path) -> list[Prompt]:
     lines = _read_text(path).removesuffix("\n").split("\n")
     return _checked(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from afa.errors import AfaError
 from afa.evaluation.methods import MethodBuilder
 from afa.evaluation.processes import Processes, fixed_threads
-from afa.evaluation.prompts import load_prompts
+from afa.evaluation.prompts import load_prompts, source_warnings
 from afa.evaluation.report import write_report
 from afa.evaluation.results import Results
 from afa.evaluation.scoring import Scoring
@@ -85,7 +85,11 @@ def evaluate(recipe: EvaluateRecipe, output: Path) -> Iterator[EvaluateProgress]
             _claim_all(recipe, prompts, store, builder)
         processes.wait()
         if processes.is_main:
-            said = (*scoring.warnings(), *_cut_prompts(recipe, prompts))
+            said = (
+                *source_warnings(recipe.prompts),
+                *scoring.warnings(),
+                *_cut_prompts(recipe, prompts),
+            )
             yield EvaluateProgress("prompts", len(prompts), len(prompts), notes=said)
 
         batches = list(processes.share(scoring.reference_batches()))

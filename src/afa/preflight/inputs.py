@@ -164,7 +164,7 @@ def inputs_of_evaluation(
         progress: told how many references are read, and of how many.
     """
     from afa.acceleration.plan import load_plan
-    from afa.evaluation.prompts import load_prompts
+    from afa.evaluation.prompts import load_prompts, source_warnings
     from afa.evaluation.run import require_evaluation
     from afa.evaluation.scoring import Scoring
     from afa.evaluation.work import Store, open_pictures
@@ -183,6 +183,7 @@ def inputs_of_evaluation(
         prompts: list[Prompt] = []
         with found.refusals("prompts"):
             prompts = load_prompts(recipe.prompts, Path(scratch) / "references")
+            found.say("prompts", source_warnings(recipe.prompts))
             _say_cut(found, plan_of_evaluation(recipe), prompts, recipe.sampling)
         if not prompts:
             return found
@@ -199,7 +200,7 @@ def inputs_of_search(
     recipe: SearchRecipe, output: Path | None, progress: Callable[[str, int, int], object]
 ) -> Inputs:
     """Open what `afa search` reads: prompts and the metric's weights."""
-    from afa.evaluation.prompts import load_prompts
+    from afa.evaluation.prompts import load_prompts, source_warnings
     from afa.evaluation.scoring import open_scorer
     from afa.evaluation.search import require_same_search
 
@@ -208,6 +209,7 @@ def inputs_of_search(
     _open_autoencoder(found, recipe.vae)
     with found.refusals("prompts"):
         prompts = load_prompts(recipe.prompts)
+        found.say("prompts", source_warnings(recipe.prompts))
         _say_cut(found, plan_of_search(recipe), prompts, recipe.sampling)
     with found.refusals("metric"):
         open_scorer(recipe.metric, torch.device("cpu"))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from afa.reading import BrokenSample, Conversion, Tally, conversions_of, counted
 from afa.reading.broken import MissingCaption
-from afa.training.data.images import captions_in
+from afa.training.data.images import Part, captions_in
 from afa.truncation import cuts_of
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def survey(
         resolution: side of the square that is trained on; None counts no small pictures.
         progress: told the samples that are done, and of how many.
     """
-    found = DataSurvey(len(data), num_unused=len(getattr(data, "unused", ())))
+    found = DataSurvey(len(data), num_unused=len(getattr(_whole(data), "unused", ())))
     captions: list[str | None] = []
     for index in range(len(data)):
         try:
@@ -108,8 +108,14 @@ def survey(
 
 def folder_warnings(data: CaptionedImages | StreamedImages) -> list[str]:
     """What opening a data set has found: files that are not used, captions that are not."""
-    whole = getattr(data, "whole", data)
-    return list(getattr(whole, "warnings", ()))
+    return list(getattr(_whole(data), "warnings", ()))
+
+
+def _whole(data: CaptionedImages | StreamedImages) -> CaptionedImages | StreamedImages:
+    """The data set that was opened, of which `data.limit` may keep a part."""
+    while isinstance(data, Part):
+        data = data.whole
+    return data
 
 
 def caption_warnings(captions: Iterable[str | None], limits: Sequence[TextLimit]) -> list[str]:
