@@ -325,6 +325,34 @@ def test_the_summary_of_the_data(
     assert json.loads(capsys.readouterr().out)["data"].startswith("12 pictures, 2 without")
 
 
+@pytest.mark.parametrize("change", ["prompts", "model"])
+def test_an_evaluation_of_something_else(
+    change: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.txt").write_text(CAPTION + "\n")
+    recipe = written(
+        tmp_path,
+        prompts={"text": "prompts.txt"},
+        methods=[{"name": "A", "model": "zoo:base"}],
+        metrics=[{"name": "clip_t", "weights": "zoo:clip"}],
+        sampling={"num_steps": 1, "guidance": 1, "device": "cpu"},
+    )
+    output = tmp_path / "run"
+    kept = {
+        "evaluation.json": {"format": "afa-evaluation", "version": 1},
+        "prompts.json": {"prompts": [[CAPTION if change == "model" else "a fox", "all"]]},
+        "methods/a/replica-0/method.json": {"model": ["another"]},
+    }
+    for name, content in kept.items():
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        (output / name).write_text(json.dumps(content))
+    line = refused(capsys, "evaluate", recipe, "--output", output, "--no-check")
+    assert f"it differs in {change}" in line
+    before = sorted(output.rglob("*"))
+    assert_check_says(capsys, recipe, line, "--output", output)
+    assert sorted(output.rglob("*")) == before
+
+
 @pytest.mark.parametrize("damaged", [False, True], ids=["missing", "damaged"])
 def test_parts_that_no_file_asks_for(
     damaged: bool, pictures: Path, experts: list[Path], tmp_path: Path, capsys: Any

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from afa.errors import AfaError
+from afa.evaluation.identity import Identities
 from afa.evaluation.methods import MethodBuilder
 from afa.evaluation.processes import Processes, fixed_threads
 from afa.evaluation.prompts import load_prompts, source_warnings
@@ -19,18 +20,18 @@ from afa.evaluation.report import write_report
 from afa.evaluation.results import Results
 from afa.evaluation.scoring import Scoring
 from afa.evaluation.shares import record_shares
-from afa.evaluation.work import MARK_FILE, Store, draw_unit, units_of, write_json
+from afa.evaluation.work import MARK_FILE, Claim, Store, draw_unit, units_of, write_json
 from afa.files import is_unused, owned, read_json
 from afa.training.engine import pick_device
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from diffusers import StableDiffusionPipeline
 
     from afa.evaluation.prompts import Prompt
-    from afa.evaluation.recipe import EvaluateRecipe
+    from afa.evaluation.recipe import EvaluateRecipe, MethodRecipe
     from afa.evaluation.work import Unit
 
 _MARK = {"format": "afa-evaluation", "version": 1}
@@ -82,7 +83,7 @@ def evaluate(recipe: EvaluateRecipe, output: Path) -> Iterator[EvaluateProgress]
         scoring = Scoring(recipe, prompts, store, device)
         builder = MethodBuilder(recipe, device)
         if processes.is_main:
-            _claim_all(recipe, prompts, store, builder)
+            store.claim(list(_claims(recipe, prompts, store, builder.identity)))
         processes.wait()
         if processes.is_main:
             said = (
@@ -192,20 +193,35 @@ def _cut_prompts(recipe: EvaluateRecipe, prompts: Sequence[Prompt]) -> list[str]
     return warnings_of_plan(plan, texts, sampling.negative_prompt, sampling.guidance)
 
 
-def _claim_all(
+def require_same_evaluation(
+    recipe: EvaluateRecipe, prompts: Sequence[Prompt], output: Path
+) -> None:
+    """Refuse a folder whose pictures were drawn from other prompts or other models.
+
+    Raises:
+        AfaError: names what differs.
+    """
+    if is_unused(output):
+        return
+    store = Store(output)
+    for claim in _claims(recipe, prompts, store, Identities(recipe).method):
+        store.require(claim)
+
+
+def _claims(
     recipe: EvaluateRecipe,
     prompts: Sequence[Prompt],
     store: Store,
-    builder: MethodBuilder,
-) -> None:
-    """See that everything already there is of this recipe, before any work."""
+    identity_of: Callable[[MethodRecipe, int], dict[str, Any]],
+) -> Iterator[Claim]:
+    """What everything in an evaluation's folder is made from."""
     sampling = recipe.sampling.model_dump(
         mode="json", exclude={"num_steps", "seeds", "device", "num_threads"}
     )
     listed = [[prompt.text, prompt.group] for prompt in prompts]
-    store.claim(store.folder / "prompts.json", {"prompts": listed}, "the prompts")
+    yield Claim.of(store.folder / "prompts.json", {"prompts": listed}, "the prompts")
     for method in recipe.methods:
         for replica in range(method.num_replicas):
-            identity = {**builder.identity(method, replica), "sampling": sampling}
+            identity = {**identity_of(method, replica), "sampling": sampling}
             place = store.method(method.name, replica) / "method.json"
-            store.claim(place, identity, f"the method '{method.name}'")
+            yield Claim.of(place, identity, f"the method '{method.name}'")

@@ -58,6 +58,26 @@ class Unit:
         return f"batch-{self.batch:04d}-{digest(self.places)}"
 
 
+@dataclass(frozen=True)
+class Claim:
+    """What some files are made from.
+
+    Attributes:
+        place: the file beside them that says it.
+        identity: as JSON.
+        what: they are, for errors.
+    """
+
+    place: Path
+    identity: dict[str, Any]
+    what: str
+
+    @classmethod
+    def of(cls, place: Path, identity: dict[str, Any], what: str) -> Claim:
+        """A claim whose identity is as JSON would read it back."""
+        return cls(place, json.loads(json.dumps(identity)), what)
+
+
 def digest(content: Any) -> str:
     """Eight digits that tell one JSON content from another."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]
@@ -124,30 +144,40 @@ class Store:
         """Where the features of the reference pictures of one batch lie."""
         return self.folder / "references" / "features" / network / f"{number:04d}.safetensors"
 
-    def claim(self, place: Path, identity: dict[str, Any], what: str) -> None:
-        """Note in `place` what the files beside it were made from.
+    def require(self, claim: Claim) -> None:
+        """Refuse what was made from something else than is asked for; nothing is written.
 
         Raises:
-            AfaError: it says that they were made from something else, or it is missing beside
-                pictures.
+            AfaError: the claim's place says so, or it is missing beside pictures.
         """
-        wanted = json.loads(json.dumps(identity))
+        place, what = claim.place, claim.what
         if not place.exists():
             if any(place.parent.glob("seed-*")) or any(place.parent.glob("methods/*")):
                 raise AfaError(
                     f"What is kept of {what} must say what it was made from; '{place}' is missing. "
                     f"Restore it, or delete '{place.parent}' to make all of it again."
                 )
-            write_json(place, wanted)
             return
         found = read_json(place)
-        if found != wanted:
-            keys = sorted({key.split(".")[0] for key in differing(found, wanted)})
+        if found != claim.identity:
+            keys = sorted({key.split(".")[0] for key in differing(found, claim.identity)})
             raise AfaError(
                 f"What is kept of {what} must be of the same recipe and the same checkpoints; in "
                 f"'{place.parent}' it differs in {', '.join(keys)}. Delete that folder to make it "
                 "again, or name another output folder."
             )
+
+    def claim(self, claims: Sequence[Claim]) -> None:
+        """Note what files are made from; where one of the claims is refused, none is noted.
+
+        Raises:
+            AfaError: see `require`.
+        """
+        for claim in claims:
+            self.require(claim)
+        for claim in claims:
+            if not claim.place.exists():
+                write_json(claim.place, claim.identity)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -16,7 +16,7 @@ import torch
 from diffusers.configuration_utils import FrozenDict
 
 from afa.errors import AfaError
-from afa.files import read_json, require_place_for_folder
+from afa.files import is_unused, read_json, require_place_for_folder
 from afa.kinds import kind_of
 from afa.lora import base_of
 from afa.preflight.finding import Finding, Level
@@ -58,7 +58,8 @@ class Inputs:
         try:
             yield
         except AfaError as error:
-            self.findings.append(Finding("error", check, str(error)))
+            if not any(each.text == str(error) for each in self.findings):
+                self.findings.append(Finding("error", check, str(error)))
 
     def say(self, check: str, lines: Any, level: Level = "warning") -> None:
         """Note lines that do not keep the work from being done."""
@@ -165,16 +166,17 @@ def inputs_of_evaluation(
     """
     from afa.acceleration.plan import load_plan
     from afa.evaluation.prompts import load_prompts, source_warnings
-    from afa.evaluation.run import require_evaluation
+    from afa.evaluation.run import require_evaluation, require_same_evaluation
     from afa.evaluation.scoring import Scoring
     from afa.evaluation.work import Store, open_pictures
 
-    found = Inputs()
+    found, is_continued = Inputs(), False
     _open_autoencoder(found, recipe.vae)
     if output is not None:
         with found.refusals("output"):
             require_evaluation(output, recipe.references)
             require_place_for_folder(output, "The output")
+            is_continued = not is_unused(output)
     for method in recipe.methods:
         if method.plan is not None:
             with found.refusals("plan"):
@@ -187,6 +189,9 @@ def inputs_of_evaluation(
             _say_cut(found, plan_of_evaluation(recipe), prompts, recipe.sampling)
         if not prompts:
             return found
+        if output is not None and is_continued:
+            with found.refusals("output"):
+                require_same_evaluation(recipe, prompts, output)
         with found.refusals("metrics"):
             store = Store(Path(scratch))
             scoring = Scoring(recipe, prompts, store, torch.device("cpu"))
