@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from afa.devices import Devices
     from afa.ensemble import EnsembleDenoiser
     from afa.exchange import Exchange
+    from afa.processes import Processes
 
 #: answers to a timestep with the experts that run there, by number; the others are skipped
 Schedule = Callable[[float], Sequence[int]]
@@ -31,6 +32,7 @@ Feature = Literal[
     "a pruning plan",
     "a schedule",
     "experts spread over processes",
+    "sharded experts",
     "experts on several devices",
     "offloaded experts",
     "streamed experts",
@@ -38,6 +40,7 @@ Feature = Literal[
 ]
 
 _SPREAD: Feature = "experts spread over processes"
+_SHARDED: Feature = "sharded experts"
 _DEVICES: Feature = "experts on several devices"
 _OFFLOADED: Feature = "offloaded experts"
 _STREAMED: Feature = "streamed experts"
@@ -57,6 +60,7 @@ class Excluded(NamedTuple):
 
 _FIXED = "a CUDA graph runs the same kernels on the same memory at every step"
 _ALL_RUN = "every process must compute its own experts at every step"
+_SAME_LAYERS = "every process must run the same layers at every step"
 _ONE_PLACE = "every expert is kept in one place, which is chosen once"
 _LEAVE_GRAPHS = "Leave CUDA graphs out, or the other"
 _LOAD_ANEW = "Load the ensemble anew to move its experts elsewhere"
@@ -69,17 +73,25 @@ EXCLUDED: tuple[Excluded, ...] = (
     Excluded(
         _SCHEDULE, _SPREAD, _ALL_RUN, "Set schedule = None, or load the experts in one process"
     ),
+    Excluded(_PLAN, _SHARDED, _SAME_LAYERS, "Take off the plan, or load the experts whole"),
+    Excluded(_SCHEDULE, _SHARDED, _SAME_LAYERS, "Set schedule = None, or load the experts whole"),
     Excluded(_GRAPHS, _PLAN, _FIXED, _LEAVE_GRAPHS),
     Excluded(_GRAPHS, _SCHEDULE, _FIXED, _LEAVE_GRAPHS),
     Excluded(_GRAPHS, _SPREAD, _FIXED, _LEAVE_GRAPHS),
+    Excluded(_GRAPHS, _SHARDED, _FIXED, _LEAVE_GRAPHS),
     Excluded(_GRAPHS, _DEVICES, _FIXED, _LEAVE_GRAPHS),
     Excluded(_GRAPHS, _OFFLOADED, _FIXED, _LEAVE_GRAPHS),
     Excluded(_GRAPHS, _STREAMED, _FIXED, _LEAVE_GRAPHS),
     Excluded(_SPREAD, _SPREAD, _ONE_PLACE, _LOAD_ANEW),
+    Excluded(_SHARDED, _SHARDED, _ONE_PLACE, _LOAD_ANEW),
     Excluded(_DEVICES, _DEVICES, _ONE_PLACE, _LOAD_ANEW),
     Excluded(_SPREAD, _DEVICES, _ONE_PLACE, _LOAD_ANEW),
     Excluded(_SPREAD, _OFFLOADED, _ONE_PLACE, _LOAD_ANEW),
     Excluded(_SPREAD, _STREAMED, _ONE_PLACE, _LOAD_ANEW),
+    Excluded(_SHARDED, _SPREAD, _ONE_PLACE, _LOAD_ANEW),
+    Excluded(_SHARDED, _DEVICES, _ONE_PLACE, _LOAD_ANEW),
+    Excluded(_SHARDED, _OFFLOADED, _ONE_PLACE, _LOAD_ANEW),
+    Excluded(_SHARDED, _STREAMED, _ONE_PLACE, _LOAD_ANEW),
     Excluded(_DEVICES, _OFFLOADED, _ONE_PLACE, _LOAD_ANEW),
     Excluded(_DEVICES, _STREAMED, _ONE_PLACE, _LOAD_ANEW),
 )
@@ -95,6 +107,7 @@ class Switches:
     execution: Execution
     exchange: Exchange | None
     devices: Devices | None
+    shards: Processes | None
     begin_anew: Callable[[], None]
     _schedule: Schedule | None = None
     _plan: PruningPlan | None = None
@@ -115,6 +128,7 @@ class Switches:
             _PLAN: self._plan is not None,
             _SCHEDULE: self._schedule is not None,
             _SPREAD: self.exchange is not None,
+            _SHARDED: self.shards is not None,
             _DEVICES: self.devices is not None,
             _OFFLOADED: self.execution.device is not None and self.execution.source is None,
             _STREAMED: self.execution.source is not None,

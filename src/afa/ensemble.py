@@ -178,12 +178,14 @@ class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin)
         running = self._running(steps)
         if self.exchange is not None:
             self.exchange.begin(steps, arguments, prompt)
+        if self.shards is not None:
+            self.shards.require_one_thread()
         if torch.is_grad_enabled():
             return run_step(self, arguments, running)
         self.lowered.refresh()
         if prompt is None:
             return self._finite(run_step(self, arguments, running), arguments, running)
-        agree = self.exchange.any_of if self.exchange else bool
+        agree = self._agree
         loop = self._loops.of(prompt, steps, sample, agree)
         loop.runs(running)
         if loop.num_calls == 1:
@@ -217,15 +219,27 @@ class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin)
         """A prediction as it is; where it is not finite, the step once more under guard.
 
         Raises:
-            AfaError: names the expert and the site where it came from, unless it is masked.
+            AfaError: names the expert and the site where it came from, unless it is masked; names
+                neither where experts are sharded over processes.
         """
-        agree = self.exchange.any_of if self.exchange else bool
-        if not agree(not is_finite(prediction)):
+        if not self._agree(not is_finite(prediction)):
             return prediction
+        if self.shards is not None:  # whoever stops in the middle of a step leaves others waiting
+            raise AfaError(
+                "A prediction must be finite; that of this process or of another has NaN or "
+                "infinity. Where experts are sharded over processes, which expert gave it is not "
+                "looked for, and none is skipped. Draw with the experts whole in one process."
+            )
         if loop is not None:  # what it has kept of its steps may be the same
             loop.is_guarded = True
         self._tell_observers("begin")
         return self._guarded(arguments, running)
+
+    @property
+    def _agree(self) -> Callable[[bool], bool]:
+        """What makes one decision of those of all processes that must run the same layers."""
+        together = self.exchange or self.shards
+        return together.any_of if together else bool
 
     def _guarded(self, arguments: dict[str, Any], running: Running) -> Tensor:
         """A step in which every feature is looked at, and nothing is left out to save time."""

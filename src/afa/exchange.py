@@ -9,7 +9,6 @@ whether a step is computed would wait for each other forever.
 from __future__ import annotations
 
 import math
-import threading
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from afa.denoisers import Feature
 from afa.errors import AfaError
+from afa.processes import Processes
 from afa.prompt import once_per_prompt
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ _MOST, _PROJECTIONS = 32, 8
 _MARKS = _PROJECTIONS + 2
 
 
-class Exchange:
+class Exchange(Processes):
     """Who computes which expert, and how the others come to its features.
 
     Expert n is computed by process n modulo the number of processes. All of them fuse; for that
@@ -51,8 +51,7 @@ class Exchange:
                 "Experts are spread over processes of torch.distributed, and there are none. Start "
                 "several, torchrun --nproc_per_node N ..., and call init_process_group first."
             )
-        self._group = group
-        self._rank, self._count = distributed.get_rank(group), distributed.get_world_size(group)
+        super().__init__(group, "spread")
         if self._count > num_experts:
             raise AfaError(
                 f"There must be at most as many processes as experts, came {self._count} for "
@@ -61,7 +60,6 @@ class Exchange:
         self._num_experts = num_experts
         #: the experts that this process computes, by number
         self.own: list[int] = list(range(self._rank, num_experts, self._count))
-        self._thread: int | None = None
 
     def begin(self, timesteps: Tensor, arguments: Mapping[str, Any], prompt: Tensor | None) -> None:
         """See that all processes are about to compute the same step of the same picture.
@@ -82,14 +80,7 @@ class Exchange:
                 "recorded. Call the ensemble under torch.no_grad(), or train in one process for "
                 "each sample."
             )
-        if self._thread is None:
-            self._thread = threading.get_ident()
-        if self._thread != threading.get_ident():
-            raise AfaError(
-                "An ensemble whose experts are spread over processes was called from a second "
-                "thread; the order of its calls must be the same in every process. Draw from one "
-                "thread, or load the experts in one process."
-            )
+        self.require_one_thread()
         if self._count == 1:
             return
         tensors = [leaf for leaf in tree_leaves(dict(arguments)) if isinstance(leaf, Tensor)]
@@ -110,20 +101,6 @@ class Exchange:
                 "arguments, such as timesteps, latents or prompts; they must draw the same "
                 "picture. Give all of them the same prompts, size and seed."
             )
-
-    def any_of(self, decision: bool) -> bool:
-        """Whether any process decides so; what all of them then do."""
-        if self._count == 1:
-            return decision
-        flag = torch.tensor([int(decision)], device=self._device())
-        distributed.all_reduce(flag, distributed.ReduceOp.MAX, group=self._group)
-        return bool(flag)
-
-    def _device(self) -> torch.device:
-        """Where tensors have to be that the group's backend sends."""
-        backend = distributed.get_backend(self._group)
-        is_nccl = backend == distributed.Backend.NCCL
-        return torch.device("cuda", torch.cuda.current_device()) if is_nccl else torch.device("cpu")
 
     def gather(self, features: Mapping[int, Feature], *, with_temb: bool) -> dict[int, Feature]:
         """The features of all experts at a site, from those of this process's own.

@@ -11,6 +11,7 @@ from afa.denoisers import Execution, Family, move_all_but
 from afa.devices import Devices
 from afa.errors import AfaError
 from afa.exchange import Exchange
+from afa.processes import Processes
 from afa.streaming import LayerStream
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ class Placement:
     exchange: Exchange | None = None
     #: of the experts, where they are not all on one
     devices: Devices | None = None
+    #: the processes over which the experts' layers are sharded; None where this one has them whole
+    shards: Processes | None = None
 
     def place_experts(self, devices: Sequence[torch.device | str]) -> None:
         """Put each expert on a device of its own; features meet on the first one's.
@@ -184,14 +187,21 @@ class Placement:
         """Leave a part of every layer in each process; whoever runs a layer gathers it for that.
 
         Fully sharded data parallelism (Zhao et al., 2023, arXiv 2304.11277) for what is frozen. The
-        aggregators stay whole. From then on the processes have to call the ensemble equally often.
+        aggregators stay whole. From then on the processes have to call the ensemble equally often,
+        from one thread each. They may draw different pictures: whether a step is computed in full
+        is decided by all of them together.
 
         Args:
             mesh: one-dimensional, over the processes.
             settings: more of `torch.distributed.fsdp.fully_shard`.
+
+        Raises:
+            AfaError: a plan or a schedule picks the experts, steps are CUDA graphs, or the experts
+                are offloaded, streamed, placed on several devices, or divided already.
         """
         from torch.distributed.fsdp import fully_shard
 
+        self.require_compatible("sharded experts")
         device = torch.device(mesh.device_type)
         for expert in self.experts:
             layers = self.family.layers(expert)
@@ -199,3 +209,4 @@ class Placement:
                 fully_shard(layer, mesh=mesh, **settings)
             move_all_but(expert, layers, device)
         self.aggregators.to(device)
+        self.shards = Processes(mesh.get_group(), "sharded")

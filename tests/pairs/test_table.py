@@ -18,7 +18,9 @@ def test_no_pair_is_missing() -> None:
 
 
 def test_every_exclusion_is_tried() -> None:
-    """An exclusion that no pair meets would be an untested refusal."""
+    """An exclusion that no pair meets would be an untested refusal; tests/shards.py has its own."""
     said = {outcome.message for pairs in recorded().values() for outcome in pairs.values()}
     for excluded in EXCLUDED:
+        if "sharded experts" in (excluded.one, excluded.other):
+            continue
         assert any(excluded.reason in message for message in said), excluded
