@@ -16,6 +16,7 @@ from afa.baselines.fusion.magic_fusion import MagicFusion
 from afa.errors import AfaError
 from afa.exchange import _is_close, _marks
 from afa.locks import Lock
+from tests.acceleration.test_graphs import Replays
 from tests.acceleration.test_loop import arguments_of, at, draw, ensemble_of
 from tests.acceleration.test_plan import plan_of
 from tests.tiny import inputs, tiny_unet
@@ -218,3 +219,40 @@ def test_a_lock_is_not_shared_by_copies() -> None:
             thread.start()
             thread.join(5)
             assert done.is_set()
+
+
+def test_a_copy_has_no_observers() -> None:
+    ensemble, arguments = ensemble_of("unet"), arguments_of("unet")
+    with afa.record_weights(ensemble) as record:
+        draw(ensemble, arguments)
+        count = len(record.steps)
+        twin = copy.deepcopy(ensemble)
+        draw(twin, arguments)
+    assert (len(record.steps), len(twin.observers)) == (count, 0)
+    with afa.record_weights(twin) as own:
+        draw(twin, arguments)
+    assert (len(record.steps), len(own.steps)) == (count, count)
+
+
+def test_a_copy_begins_loops_anew() -> None:
+    """A graph that was recorded of the original's steps would compute with the original."""
+    ensemble, arguments = ensemble_of("unet"), arguments_of("unet")
+    ensemble.graphs = Replays()
+    with torch.no_grad():
+        for step in (900, 700):
+            ensemble(**at(arguments, step))
+        twin = copy.deepcopy(ensemble)
+        twin.experts[0].conv_out.bias.data += 1
+        came = twin(**at(arguments, 500)).sample
+        twin.graphs = None
+        twin.begin_anew()
+        assert torch.equal(came, twin(**at(arguments, 500)).sample)
+
+
+def test_layers_in_a_file_are_not_copied() -> None:
+    ensemble = ensemble_of("unet")
+    ensemble.stream_experts()
+    with pytest.raises(AfaError, match=r"in a file cannot be copied or pickled.*stop_offloading"):
+        copy.deepcopy(ensemble)
+    ensemble.stop_offloading()
+    copy.deepcopy(ensemble)

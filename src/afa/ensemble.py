@@ -32,6 +32,7 @@ from afa.denoisers import (
 from afa.errors import AfaError
 from afa.guard import Guard, is_finite
 from afa.locks import Lock
+from afa.maps import Observers
 from afa.placement import Placement
 from afa.prompt import cross_attentions, prompts_attended_once
 from afa.steering import expert_names
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
     from afa.acceleration.loop import Loop, Running, Shortcut
     from afa.combinations import Schedule
     from afa.guard import OnNonFinite
-    from afa.maps import Observation
     from afa.sources import ExpertReference
 
 #: called with the timestep [B], the site's name and the fusion weights [B, N, H, W]
@@ -111,7 +111,7 @@ class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin)
         #: called with the fusion weights of every call, whichever thread makes it
         self.on_weights: WeightsObserver | None = None
         #: those of one thread each; see `afa.maps.observed`
-        self.observers: list[Observation] = []
+        self.observers = Observers()
         #: where the experts and the autoencoder come from; None where they were made in memory
         self.references: Sequence[ExpertReference] | None = None
         self.vae_reference: ExpertReference | None = None

@@ -142,6 +142,13 @@ class Observation:
                 self.observer(timesteps, site, weights)
 
 
+class Observers(list[Observation]):
+    """Those of one ensemble. A copy of it has none: nobody would ever take them off again."""
+
+    def __reduce__(self) -> tuple[type[Observers], tuple[()]]:
+        return Observers, ()
+
+
 @contextmanager
 def observed(
     ensemble: EnsembleDenoiser, observer: WeightsObserver, *, immediately: bool = False

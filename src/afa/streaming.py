@@ -14,7 +14,7 @@ import weakref
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +76,12 @@ class LayerStream:
         self._bytes: dict[Tensor, tuple[int, int]] = {}
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="afa-layers")
         self._release = weakref.finalize(self, _release, self._reader, self._file)
+
+    def __reduce__(self) -> NoReturn:
+        raise AfaError(
+            "Experts whose layers are in a file cannot be copied or pickled; the copy would have "
+            "no layers. Call stop_offloading() first."
+        )
 
     def add(self, layers: Iterable[nn.Module]) -> None:
         """Move layers to the file; what is left of their parameters is a shape.

@@ -27,13 +27,19 @@ if TYPE_CHECKING:
 
 
 class Graphs:
-    """Of one ensemble: records its steps, in memory that all of its graphs share."""
+    """Of one ensemble: records its steps, in memory that all of its graphs share.
+
+    A copy shares nothing and has recorded nothing.
+    """
 
     def __init__(self) -> None:
         #: the newest one, without which the memory would be given up between two loops
         self._newest: Any = None
         #: the libraries keep a workspace for every stream that they have seen
         self._stream: Any = None
+
+    def __reduce__(self) -> tuple[type[Graphs], tuple[()]]:
+        return type(self), ()
 
     def take(self, latent: Tensor) -> bool:
         """Whether steps of this latent can be recorded."""

@@ -100,11 +100,17 @@ class Loop:
 
 
 class Loops:
-    """Tells from the calls of a denoiser which loop each belongs to; threads have loops apart."""
+    """Tells from the calls of a denoiser which loop each belongs to; threads have loops apart.
+
+    A copy knows none: graphs of a loop are of the denoiser whose steps were recorded.
+    """
 
     def __init__(self) -> None:
         # by prompt, and then by thread
         self._loops: Any = WeakIdKeyDictionary()
+
+    def __reduce__(self) -> tuple[type[Loops], tuple[()]]:
+        return Loops, ()
 
     def of(
         self,

@@ -22,11 +22,15 @@ class Lowered:
     Experts in bfloat16 beside aggregators in float32 would leave most of a step's time on a GPU to
     the aggregators. Whoever trains, averages or saves their parameters has the originals. These are
     copied at every step: nothing tells that a parameter was written through its `.data`, as by the
-    moving averages of diffusers, and all of them are copied by a few operations.
+    moving averages of diffusers, and all of them are copied by a few operations. A copy of this
+    object has lowered nothing yet.
     """
 
     def __init__(self) -> None:
         self._kept: Any = WeakKeyDictionary()
+
+    def __reduce__(self) -> tuple[type[Lowered], tuple[()]]:
+        return Lowered, ()
 
     def refresh(self) -> None:
         """Copy all parameters again, to where they were copied before."""
