@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -22,100 +22,16 @@ from torch import Tensor, nn
 
 import afa
 from afa.acceleration.plan import PruningPlan, StepRange, fused_sites
-from afa.denoisers import discover_sites, family_of
 from afa.ensemble import EnsembleDenoiser
 from afa.steering import Bias, site_biases
 from tests.acceleration.test_graphs import Replays
 from tests.pairs.reference import Call, Meaning
-from tests.tiny import ODD, TEXT_WIDTH, tiny_unet
-from tests.tiny_transformers import POOLED_WIDTH, TEXT_LENGTH, tiny_transformer
+from tests.pairs.world import NUM_EXPERTS, World, made
+from tests.tiny import TEXT_WIDTH
 
-NUM_EXPERTS = 3
-SMALL = afa.SABWConfig(hidden_size=16, num_layers=1, num_heads=2, norm_num_groups=4)
-#: of the picture that is always drawn
-STEPS = (900, 700, 500, 300)
+#: other experts run from the second step on, at which nothing else would end a cache's reuse
+SWITCH = 0.8
 BIAS: Bias = {"0": 1.0, "1": {"up": -0.5}}
-
-
-@cache
-def _made(name: str) -> EnsembleDenoiser:
-    """An ensemble of three experts with trained aggregators, of which all others are copies."""
-    make = {
-        "flux": lambda n: tiny_transformer("flux schnell", n, num_layers=1, num_single_layers=2),
-        "unet": lambda n: tiny_unet(n, **ODD["two levels"]),
-    }[name]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        ensemble = EnsembleDenoiser([make(n) for n in range(NUM_EXPERTS)], SMALL)
-        for rule in ensemble.aggregators:
-            nn.init.normal_(rule.conv_out.weight)
-    return ensemble
-
-
-class World:
-    """Tiny experts of one family, their aggregators, and what they are called with."""
-
-    def __init__(self, name: str) -> None:
-        self.name, self.ensemble = name, copy.deepcopy(_made(name))
-        self.experts = list(self.ensemble.experts)
-        self.family, self.sites = family_of(self.experts[0]), discover_sites(self.experts[0])
-        self.highest = 1.0 if name == "flux" else 1000.0
-        self.middle = "double.0" if name == "flux" else "mid"
-        self.last = self.sites[-1].name
-
-    def spoil(self) -> None:
-        """Let one expert give non-finite values at one site."""
-        inner = self.experts[1].transformer_blocks[0].ff.net[2] if self.name == "flux" else None
-        layer = inner or self.experts[1].mid_block.resnets[0].conv1
-        layer.weight.data[0] = float("nan")
-
-    def prompt(self, seed: int) -> Tensor:
-        """All experts' texts [B, L, N * D]."""
-        shape = (2, TEXT_LENGTH, TEXT_WIDTH * NUM_EXPERTS)
-        return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-    def picture(
-        self,
-        number: int,
-        prompt: Tensor,
-        steps: tuple[int, ...] = STEPS,
-        size: int = 8,
-        odd: int = 0,
-    ) -> list[Call]:
-        """The calls of one picture, whose latents change little from step to step."""
-        height, width = size - 2 * odd, size + odd
-        generator = torch.Generator().manual_seed(100 + number)
-        shape: tuple[int, ...] = (2, 4, height, width)
-        if self.name == "flux":
-            rows, columns = height // 2, width // 2
-            shape = (2, rows * columns, 16)
-        base = torch.randn(shape, generator=generator)
-        latent = "hidden_states" if self.name == "flux" else "sample"
-        calls = []
-        for step in steps:
-            moved = 0.9 * base + 0.4 * torch.randn(shape, generator=generator)
-            timestep = torch.full((2,), step / 1000 * self.highest)
-            own = {latent: moved, "timestep": timestep, "encoder_hidden_states": prompt}
-            if self.name == "flux":
-                ids = torch.zeros(rows, columns, 3)
-                ids[..., 1] += torch.arange(rows)[:, None]
-                ids[..., 2] += torch.arange(columns)
-                pooled = torch.Generator().manual_seed(7)
-                own |= {
-                    "pooled_projections": torch.randn(
-                        2, POOLED_WIDTH * NUM_EXPERTS, generator=pooled
-                    ),
-                    "img_ids": ids.flatten(0, 1),
-                    "txt_ids": torch.zeros(TEXT_LENGTH, 3),
-                }
-            calls.append(Call(number, float(timestep[0]), own))
-        return calls
-
-    def meaning(self) -> Meaning:
-        """What is computed where nothing is switched on."""
-        rules = zip(self.sites, self.ensemble.aggregators, strict=True)
-        named = {site.name: rule for site, rule in rules}
-        return Meaning(self.family, self.sites, self.experts, named, self.ensemble.widths)
 
 
 def _nothing(*_: Any) -> None:
@@ -159,12 +75,27 @@ class Feature:
         defaults = (_nothing, _same, _nothing)
         return (self.prepare, self.calls, self.means) != defaults
 
+    @property
+    def is_prepared(self) -> bool:
+        """Whether the experts are others than without it."""
+        return self.prepare is not _nothing
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether a LoRA is loaded."""
+        return self.name.startswith("LoRA")
+
+    @property
+    def is_of_weights(self) -> bool:
+        """Whether it changes the experts' weights, so that its order among such matters."""
+        return self.is_lora or self.name.startswith("bfloat16")
+
 
 # -- which experts run ------------------------------------------------------------------------
 
 
 def _schedule(world: World) -> Callable[[float], list[int]]:
-    return lambda timestep: [0, 1] if timestep > 0.6 * world.highest else [2, 1]
+    return lambda timestep: [0, 1] if timestep > SWITCH * world.highest else [2, 1]
 
 
 def _plan_on(ensemble: EnsembleDenoiser, world: World) -> None:
@@ -174,7 +105,7 @@ def _plan_on(ensemble: EnsembleDenoiser, world: World) -> None:
         sites=fused_sites(ensemble),
         keep=0.9,
         ranges=[
-            StepRange(above=0.6 * world.highest, experts=early),
+            StepRange(above=SWITCH * world.highest, experts=early),
             StepRange(above=None, experts=late),
         ],
     )
@@ -188,7 +119,7 @@ def _planned(world: World) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
 
 def _plan_means(meaning: Meaning, world: World) -> None:
     early, late = _planned(world)
-    meaning.plan = lambda timestep: early if timestep > 0.6 * world.highest else late
+    meaning.plan = lambda timestep: early if timestep > SWITCH * world.highest else late
 
 
 def _schedule_on(ensemble: EnsembleDenoiser, world: World) -> None:
@@ -230,9 +161,9 @@ def _graphs_on(ensemble: EnsembleDenoiser, _: World) -> None:
 @cache
 def _lora(name: str, seed: int) -> dict[str, Tensor]:
     """A LoRA in PEFT's names, made on a model of its own."""
-    model = copy.deepcopy(_made(name).experts[0])
+    model = copy.deepcopy(made(name).experts[0])
     torch.manual_seed(seed)
-    targets = ["to_k", "to_v", "proj_in" if name == "unet" else "proj_out"]
+    targets = ["to_k", "proj_in" if name == "unet" else "proj_out"]
     model.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
     return {f"unet.{key}": value for key, value in get_peft_model_state_dict(model).items()}
 
@@ -348,6 +279,18 @@ def _guard_means(meaning: Meaning, _: World) -> None:
     meaning.masks = True
 
 
+def _text_spoiled(value: float) -> Callable[[World, list[Call]], list[Call]]:
+    """All calls with a prompt of which one expert's part has a value that is not finite."""
+
+    def calls_of(_: World, calls: list[Call]) -> list[Call]:
+        prompt = _prompt_of(calls).clone()
+        prompt[:, 0, TEXT_WIDTH] = value
+        given = {"encoder_hidden_states": prompt}
+        return [Call(c.picture, c.timestep, c.arguments | given) for c in calls]
+
+    return calls_of
+
+
 def _bias_on(ensemble: EnsembleDenoiser, _: World) -> None:
     afa.steer(ensemble, BIAS)
 
@@ -376,12 +319,12 @@ def _odd(world: World, calls: list[Call]) -> list[Call]:
 
 def _another_size(world: World, calls: list[Call]) -> list[Call]:
     """With the same prompt, from a lower timestep on."""
-    return [*calls, *world.picture(1, _prompt_of(calls), (250, 150, 50), size=12)]
+    return [*calls, *world.picture(1, _prompt_of(calls), (250, 150), size=12)]
 
 
 def _another_prompt(world: World, calls: list[Call]) -> list[Call]:
     odd = (2 if world.name == "flux" else 1) * _is_odd(world, calls)
-    return [*calls, *world.picture(2, world.prompt(9), (240, 140, 40), odd=odd)]
+    return [*calls, *world.picture(2, world.prompt(9), (240, 140), odd=odd)]
 
 
 def _left_early(world: World, calls: list[Call]) -> list[Call]:
@@ -413,10 +356,33 @@ FEATURES = (
     Feature("a loop left early", calls=_left_early),
     Feature("two threads", in_threads=True),
 )
+SITES = ("first", "middle", "last")
+#: the guard, by where the values that are not finite come from
+GUARDS = (
+    *(
+        Feature(
+            f"{value} at the {place} site",
+            prepare=partial(World.spoil, place=place, value=float(value)),
+            switch_on=_guard_on,
+            means=_guard_means,
+        )
+        for place in SITES
+        for value in ("nan", "inf")
+    ),
+    *(
+        Feature(
+            f"{value} from the text encoder",
+            switch_on=_guard_on,
+            calls=_text_spoiled(float(value)),
+            means=_guard_means,
+        )
+        for value in ("nan", "inf")
+    ),
+)
 SPREAD = Feature("spread over processes", switch_on=lambda e, _: e.spread_experts())
 NAMES = ("spread over processes", *(feature.name for feature in FEATURES))
 
 
 def feature_of(name: str) -> Feature:
     """A feature by its name in the table."""
-    return next(feature for feature in (SPREAD, *FEATURES) if feature.name == name)
+    return next(feature for feature in (SPREAD, *FEATURES, *GUARDS) if feature.name == name)

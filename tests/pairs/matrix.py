@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import threading
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -16,13 +18,18 @@ from torch import Tensor
 from afa.ensemble import EnsembleDenoiser
 from afa.errors import AfaError
 from afa.maps import WeightRecord
-from tests.pairs.features import Feature, World, feature_of
+from tests.pairs.copies import Template
+from tests.pairs.features import SPREAD, Feature, feature_of
 from tests.pairs.reference import Call, Expected, expected_of
+from tests.pairs.world import World
 
+gc.freeze()  # what was imported is not looked through at every collection
 #: where the sums of products are taken in another order, as by a LoRA that is merged
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 5e-2}
 #: `ordered`: equal where one is switched on first, refused where the other is
 Kind = Literal["equal", "close", "ordered", "refused"]
+#: by family, features in their order, and the picture's number
+Reference = Callable[[str, tuple[str, ...], int], list[Expected]]
 
 
 @dataclass(frozen=True)
@@ -37,19 +44,26 @@ class Wrong(AssertionError):
     """A pair that is neither equal nor refused."""
 
 
-def outcome_of(family: str, names: tuple[str, str]) -> Outcome:
+def outcome_of(family: str, names: tuple[str, str], expected: Reference | None = None) -> Outcome:
     """Switch two features on, in this order, and see what is drawn.
+
+    Args:
+        family: of the experts.
+        names: of the features.
+        expected: gives what is to be drawn; None computes it.
 
     Raises:
         Wrong: what is drawn is something else than the features mean.
     """
     features = [feature_of(name) for name in names]
-    world = World(family)
+    world, waiting = World(family), list(features)
+    if features[0].is_lora:
+        world = World(family, _with_lora(family, waiting.pop(0).name).copy())
     for feature in dict.fromkeys(features):
         feature.prepare(world)
     ensemble = world.ensemble
     try:
-        for feature in features:
+        for feature in waiting:
             feature.switch_on(ensemble, world)
     except AfaError as refused:
         return Outcome("refused", str(refused))
@@ -66,28 +80,59 @@ def outcome_of(family: str, names: tuple[str, str]) -> Outcome:
     if len(programs) == 1:
         draw(0)
     else:
-        threads = [threading.Thread(target=draw, args=(n,)) for n in range(len(programs))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        _in_threads(draw, names, ensemble, programs)
     for failed in came:
         if isinstance(failed, AfaError) and "second thread" in str(failed):
             return Outcome("refused", str(failed))
         if isinstance(failed, Exception):
             raise Wrong(f"{names}: {type(failed).__name__}: {failed}") from failed
+    right = expected or expected_pictures
     kinds = [
-        _compared(names, _expected(family, _key(features), number), predictions, record)
+        _compared(names, right(family, _key(features), number), predictions, record)
         for number, (predictions, record) in zip(numbers, came, strict=True)
     ]
     return Outcome("close" if "close" in kinds else "equal")
 
 
+def _in_threads(
+    draw: Callable[[int], None],
+    names: tuple[str, str],
+    ensemble: EnsembleDenoiser,
+    programs: list[list[Call]],
+) -> None:
+    """Draw each picture in a thread of its own, and let the threads meet within every call.
+
+    Raises:
+        Wrong: they were not in the same call of the ensemble at the same time.
+    """
+    met: list[int] = []
+    barrier = threading.Barrier(len(programs), action=lambda: met.append(1), timeout=60)
+
+    def meet(*_: Any) -> None:
+        # a thread that was refused does not come; what became of it is looked at by the caller
+        with suppress(threading.BrokenBarrierError):
+            barrier.wait()
+
+    def run(number: int) -> None:
+        draw(number)
+        barrier.abort()
+
+    if SPREAD.name not in names:  # where the second thread is refused, whichever comes first
+        ensemble.register_forward_pre_hook(meet)
+    threads = [threading.Thread(target=run, args=(n,)) for n in range(len(programs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if SPREAD.name not in names and len(met) != len(programs[0]):
+        raise Wrong(f"{names}: the threads met in {len(met)} of {len(programs[0])} calls")
+
+
 def _key(features: list[Feature]) -> tuple[str, ...]:
     """The features that change what is computed; in their order where weights are changed."""
     names = [feature.name for feature in features if feature.has_meaning]
-    of_weights = [name for name in names if name.startswith(("LoRA", "bfloat16"))]
-    return tuple(names if len(of_weights) > 1 else sorted(names))
+    is_ordered = sum(feature.is_of_weights for feature in features) > 1
+    return tuple(names if is_ordered else sorted(names))
 
 
 def _program(world: World, features: list[Feature], number: int) -> list[Call]:
@@ -111,13 +156,36 @@ def _drawn(
 
 
 @cache
-def _expected(family: str, names: tuple[str, ...], number: int) -> list[Expected]:
+def _with_lora(family: str, name: str) -> Template:
+    """An ensemble with a LoRA switched on; to load it takes as long as to draw a picture."""
+    world = World(family)
+    feature_of(name).switch_on(world.ensemble, world)
+    return Template(world.ensemble)
+
+
+@cache
+def _meaning_of_lora(family: str, name: str) -> Template:
+    """What a LoRA alone means, loaded into every expert by the library."""
+    world = World(family)
+    meaning = world.meaning()
+    feature_of(name).means(meaning, world)
+    return Template(meaning)
+
+
+@cache
+def expected_pictures(family: str, names: tuple[str, ...], number: int) -> list[Expected]:
     """What features that are switched on in this order mean for the pictures of a program."""
     features, world = [feature_of(name) for name in names], World(family)
-    for feature in dict.fromkeys(features):
-        feature.prepare(world)
-    meaning = world.meaning()
-    for feature in features:
+    waiting = list(features)
+    of_weights = [feature for feature in features if feature.is_of_weights]
+    if of_weights and of_weights[0].is_lora and not any(f.is_prepared for f in features):
+        waiting.remove(of_weights[0])
+        meaning = _meaning_of_lora(family, of_weights[0].name).copy()
+    else:
+        for feature in dict.fromkeys(features):
+            feature.prepare(world)
+        meaning = world.meaning()
+    for feature in waiting:
         feature.means(meaning, world)
     if meaning.lora_scale is not None:
         for expert in meaning.experts:
@@ -152,16 +220,28 @@ def names_who_is_not_finite(family: str, name: str) -> bool:
     A feature that leaves this expert out where it is not finite is no exception: it gives finite
     values elsewhere, or is not masked.
     """
-    feature, world = feature_of(name), World(family)
-    world.spoil()
+    return "'1' gave nan" in what_stops(family, feature_of(name), World.spoil)
+
+
+def what_stops(family: str, feature: Feature, spoil: Callable[[World], None]) -> str:
+    """What is said where drawing beside a feature is stopped by a non-finite expert.
+
+    Args:
+        family: of the experts.
+        feature: switched on, but its masking.
+        spoil: makes the expert non-finite.
+
+    Returns: nothing where drawing came to its end.
+    """
+    world = World(family)
+    spoil(world)
     feature.switch_on(world.ensemble, world)
     world.ensemble.on_nonfinite = "stop"
-    program = _program(world, [feature], 0)
     try:
-        _drawn(world.ensemble, [feature], program)
+        _drawn(world.ensemble, [feature], _program(world, [feature], 0))
     except AfaError as error:
-        return "'1' gave nan" in str(error)
-    return False
+        return str(error)
+    return ""
 
 
 def as_json(outcomes: dict[str, Outcome]) -> str:

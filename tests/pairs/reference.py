@@ -77,9 +77,10 @@ class Expected:
 def expected_of(meaning: Meaning, calls: Sequence[Call]) -> list[Expected]:
     """What the calls give, in their order."""
     pictures: dict[int, _Picture] = {}
-    lowered = {site: copy.deepcopy(rule).to(meaning.dtype) for site, rule in meaning.rules.items()}
-    meaning = copy.copy(meaning)
-    meaning.rules = lowered
+    if meaning.dtype != torch.float32:
+        rules = meaning.rules.items()
+        meaning = copy.copy(meaning)
+        meaning.rules = {site: copy.deepcopy(rule).to(meaning.dtype) for site, rule in rules}
     return [_step(meaning, pictures.setdefault(c.picture, _Picture()), c) for c in calls]
 
 
@@ -129,7 +130,8 @@ def _run(
     per_expert = meaning.family.split(
         meaning.experts[0], arguments, meaning.widths, len(meaning.experts)
     )
-    texts = [per_expert[n]["encoder_hidden_states"] for n in active]
+    texts = {n: per_expert[n]["encoder_hidden_states"] for n in active}
+    heard = [n for n in active if not masks or texts[n].isfinite().all()]
     runs = {n: meaning.family.blocks(meaning.experts[n], **per_expert[n]) for n in active}
     yielded = {n: next(run) for n, run in runs.items()}
     steps = torch.as_tensor(arguments["timestep"]).expand(len(call.latent))
@@ -141,10 +143,12 @@ def _run(
     while True:
         site = next(iter(yielded.values())).site
         hidden = {n: feature.hidden for n, feature in yielded.items()}
-        sound = [n for n in active if not masks or hidden[n].isfinite().all()]
+        sound = [n for n in heard if not masks or hidden[n].isfinite().all()]
         if condition is None:
             temb = _mean([yielded[n].temb for n in sound])
-            condition = Condition(steps, temb, _mean(texts), call.latent, num_experts=3)
+            condition = Condition(
+                steps, temb, _mean([texts[n] for n in heard]), call.latent, num_experts=3
+            )
         chosen = [n for n in planned.get(site, active) if n in sound]
         kept = reused[2][site] if reused and meaning.keep_weights and site not in inner else None
         fused = _fused(meaning, site, {n: hidden[n] for n in chosen}, condition, kept)

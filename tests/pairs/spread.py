@@ -13,8 +13,24 @@ import torch
 from torch import distributed
 
 from tests.pairs.features import NAMES, SPREAD
-from tests.pairs.matrix import Outcome, Wrong, as_json, names_who_is_not_finite
+from tests.pairs.matrix import (
+    Outcome,
+    Wrong,
+    as_json,
+    expected_pictures,
+    names_who_is_not_finite,
+)
+from tests.pairs.reference import Expected
 from tests.pairs.trying import tried
+
+
+def _expected_by_first(family: str, names: tuple[str, ...], number: int) -> list[Expected]:
+    """What the first process computes, for all."""
+    is_first = distributed.get_rank() == 0
+    given = [expected_pictures(family, names, number) if is_first else None]
+    distributed.broadcast_object_list(given)
+    assert given[0] is not None, "the first process has sent it"
+    return given[0]
 
 
 def main() -> None:
@@ -25,7 +41,7 @@ def main() -> None:
     for family in ("unet", "flux"):
         for name in NAMES:
             try:
-                outcome = tried(family, SPREAD.name, name)
+                outcome = tried(family, SPREAD.name, name, _expected_by_first)
             except (Wrong, AssertionError) as error:
                 outcome = Outcome("refused", f"WRONG {error}")
             outcomes[f"{family}: {name}"] = outcome

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from tests.pairs.features import FEATURES
-from tests.pairs.matrix import names_who_is_not_finite
+from tests.pairs.features import FEATURES, GUARDS, Feature
+from tests.pairs.matrix import Outcome, names_who_is_not_finite
 from tests.pairs.table import key_of, recorded
-from tests.pairs.trying import PAIRS, tried
+from tests.pairs.trying import PAIRS, names_where, tried
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids="+".join)
@@ -18,3 +18,13 @@ def test_it_equals_what_it_means_or_is_refused(pair: tuple[str, str]) -> None:
 @pytest.mark.parametrize("name", [feature.name for feature in FEATURES if not feature.in_threads])
 def test_an_expert_that_is_not_finite_is_named(name: str) -> None:
     assert names_who_is_not_finite("flux", name)
+
+
+@pytest.mark.parametrize("guard", GUARDS, ids=lambda guard: guard.name)
+def test_it_is_masked_wherever_it_comes_from(guard: Feature) -> None:
+    assert tried("flux", guard.name, "recorder") == Outcome("equal")
+
+
+@pytest.mark.parametrize("guard", GUARDS, ids=lambda guard: guard.name)
+def test_it_is_named_wherever_it_comes_from(guard: Feature) -> None:
+    assert names_where("flux", guard)
