@@ -28,8 +28,8 @@ gc.freeze()  # what was imported is not looked through at every collection
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 5e-2}
 #: `ordered`: equal where one is switched on first, refused where the other is
 Kind = Literal["equal", "close", "ordered", "refused"]
-#: by family, features in their order, and the picture's number
-Reference = Callable[[str, tuple[str, ...], int], list[Expected]]
+#: by family, features in their order, the picture's number, and its prompt's seed
+Reference = Callable[[str, tuple[str, ...], int, int], list[Expected]]
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,12 @@ def outcome_of(family: str, names: tuple[str, str], expected: Reference | None =
             feature.switch_on(ensemble, world)
     except AfaError as refused:
         return Outcome("refused", str(refused))
-    numbers = (0, 10) if any(feature.in_threads for feature in features) else (0,)
-    programs = [_program(world, features, number) for number in numbers]
+    pictures = [(0, 0)]  # number, and the prompt's seed
+    if any(feature.in_threads for feature in features):
+        # two pictures of one prompt are the harder case; alone, the threads have one each
+        pictures.append((10, 10 if len(set(names)) == 1 else 0))
+    prompts = {seed: world.prompt(seed) for _, seed in pictures}
+    programs = [_program(world, features, number, prompts[seed]) for number, seed in pictures]
     came: list[Any] = [None] * len(programs)
 
     def draw(number: int) -> None:
@@ -88,8 +92,8 @@ def outcome_of(family: str, names: tuple[str, str], expected: Reference | None =
             raise Wrong(f"{names}: {type(failed).__name__}: {failed}") from failed
     right = expected or expected_pictures
     kinds = [
-        _compared(names, right(family, _key(features), number), predictions, record)
-        for number, (predictions, record) in zip(numbers, came, strict=True)
+        _compared(names, right(family, _key(features), *which), predictions, record)
+        for which, (predictions, record) in zip(pictures, came, strict=True)
     ]
     return Outcome("close" if "close" in kinds else "equal")
 
@@ -135,9 +139,9 @@ def _key(features: list[Feature]) -> tuple[str, ...]:
     return tuple(names if is_ordered else sorted(names))
 
 
-def _program(world: World, features: list[Feature], number: int) -> list[Call]:
+def _program(world: World, features: list[Feature], number: int, prompt: Tensor) -> list[Call]:
     """All calls; sizes are decided before further pictures are drawn, types at the end."""
-    calls = world.picture(number, world.prompt(number))
+    calls = world.picture(number, prompt)
     order = ["odd sizes", "another picture size", "another prompt object", "a loop left early"]
     rank = {name: place for place, name in enumerate(order)}
     distinct = dict.fromkeys(features)
@@ -173,8 +177,17 @@ def _meaning_of_lora(family: str, name: str) -> Template:
 
 
 @cache
-def expected_pictures(family: str, names: tuple[str, ...], number: int) -> list[Expected]:
-    """What features that are switched on in this order mean for the pictures of a program."""
+def expected_pictures(
+    family: str, names: tuple[str, ...], number: int, seed: int
+) -> list[Expected]:
+    """What features that are switched on in this order mean for the pictures of a program.
+
+    Args:
+        family: of the experts.
+        names: of the features.
+        number: of the program's picture.
+        seed: of its prompt.
+    """
     features, world = [feature_of(name) for name in names], World(family)
     waiting = list(features)
     of_weights = [feature for feature in features if feature.is_of_weights]
@@ -190,7 +203,7 @@ def expected_pictures(family: str, names: tuple[str, ...], number: int) -> list[
     if meaning.lora_scale is not None:
         for expert in meaning.experts:
             scale_lora_layers(expert, meaning.lora_scale)
-    return expected_of(meaning, _program(world, features, number))
+    return expected_of(meaning, _program(world, features, number, world.prompt(seed)))
 
 
 def _compared(
@@ -238,7 +251,7 @@ def what_stops(family: str, feature: Feature, spoil: Callable[[World], None]) ->
     feature.switch_on(world.ensemble, world)
     world.ensemble.on_nonfinite = "stop"
     try:
-        _drawn(world.ensemble, [feature], _program(world, [feature], 0))
+        _drawn(world.ensemble, [feature], _program(world, [feature], 0, world.prompt(0)))
     except AfaError as error:
         return str(error)
     return ""

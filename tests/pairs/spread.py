@@ -24,10 +24,12 @@ from tests.pairs.reference import Expected
 from tests.pairs.trying import tried
 
 
-def _expected_by_first(family: str, names: tuple[str, ...], number: int) -> list[Expected]:
+def _expected_by_first(
+    family: str, names: tuple[str, ...], number: int, seed: int
+) -> list[Expected]:
     """What the first process computes, for all."""
     is_first = distributed.get_rank() == 0
-    given = [expected_pictures(family, names, number) if is_first else None]
+    given = [expected_pictures(family, names, number, seed) if is_first else None]
     distributed.broadcast_object_list(given)
     assert given[0] is not None, "the first process has sent it"
     return given[0]
