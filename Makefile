@@ -91,6 +91,7 @@ format: install ## rewrite the code in the house format
 lint: install ## formatter and linter, without changing anything
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-cache
 
 types: install ## type checker
 	$(BIN)/mypy

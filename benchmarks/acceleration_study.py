@@ -19,12 +19,12 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from afa.acceleration.settings import PRESETS
+from afa.ensemble.caching.settings import PRESETS
 from afa.evaluation.prompts import load_prompts
 from afa.evaluation.recipe import slug
-from afa.study.jobs import Job, run_jobs, train_aggregators_job
-from afa.study.plan import SHIPPED, StudySettings, aggregator_recipes, sampling
-from afa.study.run import evaluate_in_processes
+from afa.studies.results.jobs import Job, run_jobs, train_aggregators_job
+from afa.studies.results.plan import SHIPPED, StudySettings, aggregator_recipes, sampling
+from afa.studies.results.run import evaluate_in_processes
 from benchmarks import page
 from benchmarks.rounds import Spread, ratio, take_turns
 

@@ -113,7 +113,7 @@ def measure_steps(size: str, count: int, mode: str, num_rounds: int) -> dict[str
     import torch
 
     from afa import EnsembleDenoiser, SABWConfig
-    from afa.acceleration.graphs import Graphs
+    from afa.ensemble.caching.graphs import Graphs
 
     batch = BATCH[size]
     experts = [build(size) for _ in range(count)]

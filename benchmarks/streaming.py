@@ -88,8 +88,8 @@ def build(way: str) -> Any:
 
     import afa
     from afa.denoisers import family_of
-    from afa.streaming import LayerStream
-    from afa.text import EnsembleTextEncoder
+    from afa.ensemble.placement.streaming import LayerStream
+    from afa.ensemble.text import EnsembleTextEncoder
     from afa.zoo.models import build_tokenizer
 
     tokenizer = build_tokenizer(Path(tempfile.mkdtemp()))

@@ -248,7 +248,7 @@ def random_pipeline(dtype: Any) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     import afa
-    from afa.text import EnsembleTextEncoder
+    from afa.ensemble.text import EnsembleTextEncoder
     from afa.zoo.models import build_tokenizer
 
     tokenizer = build_tokenizer(Path(tempfile.mkdtemp()))

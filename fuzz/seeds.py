@@ -12,8 +12,8 @@ import torch
 import yaml
 from safetensors.torch import save
 
-from afa.layouts import config_folder
-from afa.saved import read_config
+from afa.loading.saved import read_config
+from afa.loading.single_file.identify import config_folder
 from afa.zoo import shipped
 from fuzz.run import CORPUS
 

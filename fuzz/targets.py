@@ -17,22 +17,22 @@ from pathlib import Path
 from PIL import Image
 from safetensors import safe_open
 
-from afa.baselines.merging.recipe import load_merge_recipe
-from afa.baselines.merging.streams import read_header
 from afa.cli.console import printable
+from afa.drawing.pictures import read_picture
+from afa.ensemble.steering import parse_bias
 from afa.errors import AfaError
 from afa.evaluation.recipe import load_evaluate_recipe
-from afa.evaluation.search import load_search_recipe
+from afa.evaluation.search_recipe import load_search_recipe
 from afa.files import read_json
-from afa.inspection import describe
-from afa.layouts import config_folder, config_of
-from afa.pictures import read_picture
-from afa.saved import read_config, sources_in
-from afa.steering import parse_bias
+from afa.loading.inspection import describe
+from afa.loading.saved import read_config, sources_in
+from afa.loading.single_file.identify import config_folder, config_of
+from afa.loading.trust.folders import check_folder
+from afa.loading.weights import check_safetensors, tensor_shapes
+from afa.merging.recipe import load_merge_recipe
+from afa.merging.streams import read_header
 from afa.training.data.folder import FolderImages
 from afa.training.recipe import load_recipe
-from afa.trust.folders import check_folder
-from afa.weights import check_safetensors, tensor_shapes
 
 #: characters of an error; names in files may be long, but a message is one line on a terminal
 _MAX_MESSAGE = 20_000

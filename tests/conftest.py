@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from afa.cli.console import quieten
+from afa.machine.quiet import quieten
 
 quieten()  # before the libraries read their settings
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -23,9 +23,9 @@ from safetensors.torch import save_file
 
 import afa
 from afa.cli import main
+from tests.loading.test_lora import lora_of
 from tests.metrics.tiny import write_clip
 from tests.single_file import original_layout
-from tests.test_lora import lora_of
 from tests.tiny import tiny_pipeline
 from tests.tiny_pipelines import saved_experts
 

@@ -14,11 +14,11 @@ from torch import distributed
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import afa
-from afa.combinations import EXCLUDED
+from afa.ensemble.combinations import EXCLUDED
 from afa.errors import AfaError
-from tests.acceleration.test_graphs import Replays
-from tests.acceleration.test_loop import arguments_of, ensemble_of
-from tests.acceleration.test_plan import plan_of
+from tests.ensemble.caching.test_graphs import Replays
+from tests.ensemble.caching.test_loop import arguments_of, ensemble_of
+from tests.ensemble.caching.test_plan import plan_of
 
 #: by process, how large the latent is at each step, by what it was at the first
 SIZES = [(1.0, 1.8, 1.8, 1.8), (1.0, 1.0, 1.0, 1.8)]

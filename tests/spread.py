@@ -12,8 +12,8 @@ from torch import distributed
 
 import afa
 from afa.errors import AfaError
-from tests.acceleration.test_loop import arguments_of, draw, ensemble_of
-from tests.acceleration.test_plan import plan_of
+from tests.ensemble.caching.test_loop import arguments_of, draw, ensemble_of
+from tests.ensemble.caching.test_plan import plan_of
 
 FAMILIES = ("unet", "sdxl", "flux", "sd3", "pixart", "dit")
 

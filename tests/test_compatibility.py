@@ -31,9 +31,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import afa
-from afa.ensemble import EnsembleDenoiser
+from afa.denoisers.kinds import denoiser_of
+from afa.ensemble.denoiser import EnsembleDenoiser
 from afa.errors import AfaError
-from afa.kinds import denoiser_of
 from tests.tiny import TEXT_WIDTH, tiny_pipeline, tiny_unet
 from tests.tiny_pipelines import saved_experts
 

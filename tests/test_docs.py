@@ -8,8 +8,8 @@ from pathlib import Path
 
 import yaml
 
-from afa.study import page as results_page
-from afa.study.plan import SUBJECT, TIME
+from afa.studies.results import page as results_page
+from afa.studies.results.plan import SUBJECT, TIME
 from afa.training.recipe import DatasetRecipe
 from benchmarks import page
 from benchmarks.soak.page import as_page

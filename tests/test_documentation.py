@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from afa import single_file
-from afa.layouts import kind_name
+from afa.loading.single_file import load as single_file
+from afa.loading.single_file.identify import kind_name
 from tests.documentation import (
     DOCS,
     ROOT,

@@ -16,9 +16,9 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 
 import afa
-from afa.acceleration.graphs import Graphs
-from afa.kinds import denoiser_of
-from tests.acceleration.test_loop import FAMILIES, STEPS, arguments_of, at, draw, ensemble_of
+from afa.denoisers.kinds import denoiser_of
+from afa.ensemble.caching.graphs import Graphs
+from tests.ensemble.caching.test_loop import FAMILIES, STEPS, arguments_of, at, draw, ensemble_of
 from tests.training import runs
 
 pytestmark = pytest.mark.gpu

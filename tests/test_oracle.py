@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from afa.aggregators import SABWConfig
-from afa.ensemble import EnsembleDenoiser
+from afa.ensemble.denoiser import EnsembleDenoiser
 
 ORACLE = Path(__file__).parent / "oracle"
 

@@ -15,17 +15,17 @@ from torch import Tensor
 
 from afa.aggregators import SABWConfig
 from afa.aggregators.build import fused_sites, site_configs
-from afa.baselines.merging.method import MergeMethod
-from afa.baselines.merging.recipe import MergeRecipe
 from afa.denoisers import Site
+from afa.ensemble.steering import parse_bias, stages_of
 from afa.errors import AfaError
 from afa.evaluation.recipe import load_evaluate_recipe
-from afa.memory.budget import parse_size, size_text
+from afa.loading.memory.budget import parse_size, size_text
+from afa.loading.sources import absolute_source, relative_source
+from afa.merging.method import MergeMethod
+from afa.merging.recipe import MergeRecipe
+from afa.policy import trusting
 from afa.recipe import read_yaml
-from afa.sources import absolute_source, relative_source
-from afa.steering import parse_bias, stages_of
 from afa.training.recipe import load_recipe
-from afa.trust import trusting
 
 settings.register_profile(
     "afa",

@@ -18,7 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from afa.cli.console import quieten
+from afa.machine.quiet import quieten
 
 quieten()  # before the libraries read their settings
 
@@ -29,14 +29,14 @@ import torch  # noqa: E402
 from diffusers import DDIMScheduler  # noqa: E402
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping  # noqa: E402
 
-import afa.acceleration.calibrate  # noqa: E402
-import afa.baselines.merging.run  # noqa: E402
 import afa.cli.check  # noqa: E402
+import afa.drawing.pictures  # noqa: E402
+import afa.drawing.plots  # noqa: E402
+import afa.ensemble.calibrate  # noqa: E402
 import afa.evaluation.run  # noqa: E402
 import afa.evaluation.scoring  # noqa: E402
-import afa.pictures  # noqa: E402
-import afa.plots  # noqa: E402
-import afa.preflight.plans  # noqa: E402
+import afa.merging.run  # noqa: E402
+import afa.preflight.inputs  # noqa: E402
 import afa.training.run  # noqa: E402
 import afa.zoo.judges  # noqa: E402, F401
 from afa.denoisers import discover_sites  # noqa: E402

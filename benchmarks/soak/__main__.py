@@ -66,7 +66,7 @@ def real_work(output: Path, only: list[str] | None) -> Work:
     from benchmarks.soak.reads import count_reads
 
     count_reads()
-    from afa.cli.console import quieten, quieten_loading
+    from afa.machine.quiet import quieten, quieten_loading
 
     quieten()
     quieten_loading()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from afa.plots import save_figure
+from afa.drawing.plots import save_figure
 from benchmarks.soak.loop import curves_of
 from benchmarks.soak.reads import BLOCK
 

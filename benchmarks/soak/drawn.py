@@ -9,12 +9,9 @@ import torch
 
 import afa
 from afa.app.drawing import Drawn, Progress, Stopped, Studio
-from afa.baselines.merging import MergeRecipe, merge_checkpoints
-from afa.contenders import MERGE
-from afa.evaluation import evaluate
-from afa.evaluation.recipe import EvaluateRecipe
-from afa.kinds import denoiser_of
-from afa.pictures import (
+from afa.denoisers.kinds import denoiser_of
+from afa.drawing.contenders import MERGE
+from afa.drawing.pictures import (
     PictureRecipe,
     draw,
     hash_pixels,
@@ -25,8 +22,11 @@ from afa.pictures import (
     read_picture,
     save_picture,
 )
-from afa.plots import filmstrip, heat_map, overlay
-from afa.steering import expert_names
+from afa.drawing.plots import filmstrip, heat_map, overlay
+from afa.ensemble.protocol import expert_names
+from afa.evaluation import evaluate
+from afa.evaluation.recipe import EvaluateRecipe
+from afa.merging import MergeRecipe, merge_checkpoints
 from afa.zoo.scenes import scene
 
 if TYPE_CHECKING:

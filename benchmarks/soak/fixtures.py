@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import save_file
 
-from afa.experts import load_expert
+from afa.loading.expert import load_expert
 from afa.training import SceneImages
 from afa.zoo import expert_folder
 from tests.tiny_pipelines import saved_experts

@@ -6,13 +6,13 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 import afa
-from afa.baselines.merging import MergeRecipe, merge_checkpoints
+from afa.drawing.pictures import draw, on_every_call, prepare, read_picture
+from afa.drawing.plots import save_figure
 from afa.errors import AfaError
 from afa.evaluation import evaluate
 from afa.evaluation.recipe import EvaluateRecipe
 from afa.files import owned
-from afa.pictures import draw, on_every_call, prepare, read_picture
-from afa.plots import save_figure
+from afa.merging import MergeRecipe, merge_checkpoints
 from afa.training import load_recipe, train
 from benchmarks.soak.drawn import ENSEMBLE, asked_for
 from benchmarks.soak.trained import recipe

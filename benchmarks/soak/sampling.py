@@ -166,9 +166,9 @@ def _caches() -> dict[str, int]:
             for key, value in vars(module).items():
                 if isinstance(value, functools._lru_cache_wrapper):
                     found[f"{value.__module__}.{key}"] = value.cache_info().currsize
-    prompt: Any = sys.modules.get("afa.prompt")
+    prompt: Any = sys.modules.get("afa.denoisers.prompt")
     if prompt is not None:
-        found["afa.prompt._kept"] = len(prompt._kept)
+        found["afa.denoisers.prompt._kept"] = len(prompt._kept)
     return found
 
 

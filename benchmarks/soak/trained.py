@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from afa.kinds import denoiser_of
-from afa.pictures import draw, identity_of, prepare
+from afa.denoisers.kinds import denoiser_of
+from afa.drawing.pictures import draw, identity_of, prepare
 from afa.training import Recipe, Stopped, TrainStep, train
 from benchmarks.soak.drawn import asked_for
 

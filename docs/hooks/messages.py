@@ -12,26 +12,27 @@ PLACE = "<!-- every message -->"
 ERRORS = ("AfaError", "Ambiguous", "BrokenPicture", "MissingCaption", "NotFinite")
 #: from which argument on a `Finding` says something
 FINDING = 2
-#: parts of the package by what their users do; all else is "Experts and ensembles"
+#: what is done in a package, or in a part of one; the longest path counts
 TITLES = {
-    "acceleration": "Speed",
     "app": "The page",
-    "baselines": "Merging and fusing",
     "cli": "Command line",
-    "contenders": "Pictures",
+    "drawing": "Pictures",
+    "ensemble/caching": "Speed",
+    "ensemble/placement": "Memory",
+    "ensemble/steering": "Steering",
     "evaluation": "Comparing",
-    "memory": "Memory",
+    "loading/memory": "Memory",
+    "loading/quantization": "Memory",
+    "machine/exhausted": "Memory",
+    "merging": "Merging and fusing",
+    "aggregators/fusion": "Merging and fusing",
     "metrics": "Metrics",
-    "pictures": "Pictures",
-    "placement": "Memory",
-    "plots": "Pictures",
-    "quantization": "Memory",
+    "policy": "Recipes",
     "reading": "Pictures",
     "recipe": "Recipes",
     "statistics": "Comparing",
-    "steering": "Steering",
-    "streaming": "Memory",
-    "study": "Comparing",
+    "studies": "Comparing",
+    "studies/zoo_build": "The zoo",
     "training": "Training",
     "zoo": "The zoo",
 }
@@ -54,10 +55,16 @@ def messages() -> dict[str, list[str]]:
                 continue
             if text:
                 texts.append(" ".join(text.split()))
-        part = file.relative_to(SOURCE).with_suffix("").parts[0]
-        known = found.setdefault(TITLES.get(part, "Experts and ensembles"), [])
+        known = found.setdefault(_title(file), [])
         known += [text for text in texts if text not in known]
     return dict(sorted(found.items()))
+
+
+def _title(file: Path) -> str:
+    """What is done where a file is."""
+    parts = file.relative_to(SOURCE).with_suffix("").parts
+    paths = ("/".join(parts[:n]) for n in range(len(parts), 0, -1))
+    return next((TITLES[path] for path in paths if path in TITLES), "Experts and ensembles")
 
 
 def _text(node: ast.expr) -> str:

@@ -8,42 +8,43 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from afa.provenance import __version__ as __version__
+
 if TYPE_CHECKING:
-    from afa.acceleration.apply import accelerate as accelerate
-    from afa.acceleration.settings import Acceleration as Acceleration
     from afa.aggregators import SABW as SABW
     from afa.aggregators import FusionRule as FusionRule
     from afa.aggregators import SABWConfig as SABWConfig
-    from afa.checkpoint import load_ensemble as load_ensemble
-    from afa.checkpoint import save_ensemble as save_ensemble
-    from afa.ensemble import EnsembleDenoiser as EnsembleDenoiser
+    from afa.ensemble.accelerate import accelerate as accelerate
+    from afa.ensemble.caching.settings import Acceleration as Acceleration
+    from afa.ensemble.denoiser import EnsembleDenoiser as EnsembleDenoiser
+    from afa.ensemble.recording import record_weights as record_weights
+    from afa.ensemble.steering import steer as steer
+    from afa.ensemble.text import EnsembleTextEncoder as EnsembleTextEncoder
+    from afa.ensemble.text import attach_controlnet as attach_controlnet
     from afa.errors import AfaError as AfaError
-    from afa.maps import record_weights as record_weights
-    from afa.pipeline import load_pipeline as load_pipeline
-    from afa.steering import steer as steer
-    from afa.text import EnsembleTextEncoder as EnsembleTextEncoder
-    from afa.text import attach_controlnet as attach_controlnet
-    from afa.trust import trusting as trusting
+    from afa.loading.ensemble_folder import load_ensemble as load_ensemble
+    from afa.loading.ensemble_folder import save_ensemble as save_ensemble
+    from afa.loading.pipeline import load_pipeline as load_pipeline
+    from afa.policy import trusting as trusting
 
-__version__ = "0.1.0"
 
 # public name -> its module; imported on first use, so that `import afa` and `afa --help` are quick
 _PUBLIC = {
-    "Acceleration": "afa.acceleration.settings",
+    "Acceleration": "afa.ensemble.caching.settings",
     "AfaError": "afa.errors",
-    "EnsembleDenoiser": "afa.ensemble",
-    "EnsembleTextEncoder": "afa.text",
+    "EnsembleDenoiser": "afa.ensemble.denoiser",
+    "EnsembleTextEncoder": "afa.ensemble.text",
     "FusionRule": "afa.aggregators",
     "SABW": "afa.aggregators",
     "SABWConfig": "afa.aggregators",
-    "accelerate": "afa.acceleration.apply",
-    "attach_controlnet": "afa.text",
-    "load_ensemble": "afa.checkpoint",
-    "load_pipeline": "afa.pipeline",
-    "record_weights": "afa.maps",
-    "save_ensemble": "afa.checkpoint",
-    "steer": "afa.steering",
-    "trusting": "afa.trust",
+    "accelerate": "afa.ensemble.accelerate",
+    "attach_controlnet": "afa.ensemble.text",
+    "load_ensemble": "afa.loading.ensemble_folder",
+    "load_pipeline": "afa.loading.pipeline",
+    "record_weights": "afa.ensemble.recording",
+    "save_ensemble": "afa.loading.ensemble_folder",
+    "steer": "afa.ensemble.steering",
+    "trusting": "afa.policy",
 }
 __all__ = sorted(_PUBLIC)
 

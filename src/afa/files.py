@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import glob
+import hashlib
 import json
 import os
 import re
@@ -273,3 +274,15 @@ def depth_of(content: Any) -> int:
 def slug(text: str) -> str:
     """A text as part of a file's name: lower case, letters and digits, 48 at the most."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:48].strip("-") or "prompt"
+
+
+def hash_file(file: Path) -> str:
+    """SHA-256 of a file, as published beside checkpoints.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file, which might have no end.
+    """
+    if (what := irregular(file)) is not None:
+        raise OSError(f"'{file}' is {what} and must be a regular file")
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

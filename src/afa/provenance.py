@@ -9,6 +9,8 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+__version__ = "0.1.0"
+
 
 def made_from() -> dict[str, str]:
     """Commit and machine that the figures come from."""

@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 
 from afa.errors import AfaError
 from afa.files import read_text
-from afa.trust.paths import require_within
+from afa.policy import require_within
 
 Model = TypeVar("Model", bound=BaseModel)
 #: of a recipe: bytes, levels, entries with all aliases followed, and mistakes that are listed
@@ -139,7 +139,7 @@ def resolve_source(source: str, folder: Path) -> str:
     """A local path of a recipe in `folder` made absolute; hub ids and `zoo:` names stay.
 
     Raises:
-        AfaError: a path where the recipe has no business; see `afa.trust.paths`.
+        AfaError: a path where the recipe has no business; see `afa.policy`.
     """
     local = folder / Path(source).expanduser()
     is_local = source.startswith((".", "/", "~")) or local.exists()

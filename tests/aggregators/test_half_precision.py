@@ -10,9 +10,9 @@ import torch
 from torch.nn.functional import avg_pool2d
 
 from afa.aggregators import SABW, Condition, Mean, weighted_sum
+from afa.aggregators.fusion import MagicFusion
 from afa.aggregators.sabw import _halved
-from afa.baselines import MagicFusion
-from afa.prompt import average, mean_of
+from afa.denoisers.prompt import average, mean_of
 from tests.aggregators.test_sabw import CONFIG
 
 LARGEST = torch.finfo(torch.float16).max

@@ -10,9 +10,9 @@ from torch import nn
 
 import afa
 from afa.aggregators import SABW, Condition, Fused, FusionRule
-from afa.ensemble import EnsembleDenoiser
-from tests.acceleration.test_loop import arguments_of, at, ensemble_of
-from tests.test_streaming import _cast
+from afa.ensemble.denoiser import EnsembleDenoiser
+from tests.ensemble.caching.test_loop import arguments_of, at, ensemble_of
+from tests.ensemble.placement.test_streaming import _cast
 from tests.tiny import tiny_unet
 
 HALVES = [torch.bfloat16, torch.float16]

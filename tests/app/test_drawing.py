@@ -9,10 +9,17 @@ from typing import Any
 import pytest
 
 from afa.app.drawing import Drawn, Progress, Stopped, Studio
-from afa.contenders import ENSEMBLE, MERGE, Contenders
+from afa.denoisers.kinds import denoiser_of
+from afa.drawing.contenders import ENSEMBLE, MERGE, Contenders
+from afa.drawing.pictures import (
+    PictureRecipe,
+    draw,
+    identity_of,
+    picture_recipe,
+    prepare,
+    prepare_again,
+)
 from afa.errors import AfaError
-from afa.kinds import denoiser_of
-from afa.pictures import PictureRecipe, draw, identity_of, picture_recipe, prepare, prepare_again
 
 PROMPT = "a fox on the left and a pizza on the right, blue background"
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from afa.cli import main
-from afa.pictures import hash_pixels, read_picture
+from afa.drawing.pictures import hash_pixels, read_picture
 from benchmarks.app import BROWSER, OFFLINE
 from tests.app.serve import FAILS
 

@@ -10,7 +10,8 @@ import torch
 from diffusers import UNet2DConditionModel
 
 import afa
-from afa.denoisers import FAMILIES, UNET, discover_sites, family_of, register_family
+from afa.denoisers import FAMILIES, discover_sites, family_of, register_family
+from afa.denoisers.unet import UNET
 from afa.errors import AfaError
 from tests.tiny import SD1, inputs, tiny_unet
 

@@ -10,18 +10,18 @@ import pytest
 import torch
 
 import afa
-from afa.acceleration.calibrate import calibrate
 from afa.aggregators import Condition
-from afa.baselines import HandOver, MagicFusion
-from afa.baselines.fusion.hand_over import HandOverRecipe
+from afa.aggregators.fusion import HandOver, MagicFusion
+from afa.aggregators.fusion.hand_over import HandOverRecipe
 from afa.denoisers import FAMILIES
 from afa.denoisers.flux import FLUX
+from afa.denoisers.kinds import denoiser_of
 from afa.denoisers.timesteps import highest_timestep, in_scheduler_timesteps
 from afa.denoisers.unet import UNET
+from afa.ensemble.calibrate import calibrate
 from afa.errors import AfaError
 from afa.evaluation.methods import MethodBuilder
 from afa.evaluation.recipe import EvaluateRecipe
-from afa.kinds import denoiser_of
 from tests.tiny import tiny_pipeline
 from tests.tiny_pipelines import PIPELINES, saved_experts
 

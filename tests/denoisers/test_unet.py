@@ -11,7 +11,17 @@ import torch
 from afa.denoisers import PLAIN, Execution, discover_sites, family_of, run_alone
 from afa.denoisers.unet import unet_blocks, unet_layers
 from afa.errors import AfaError
-from tests.tiny import ODD, REFINER, SD1, SD2, SDXL, TEXT_WIDTH, inputs, tiny_unet, xl_inputs
+from tests.tiny import (
+    ODD,
+    REFINER,
+    SD1,
+    SD2,
+    SDXL,
+    TEXT_WIDTH,
+    inputs,
+    tiny_unet,
+    xl_inputs,
+)
 
 CONFIGS = {"sd1": SD1, "sd2": SD2, **ODD}
 

@@ -205,7 +205,7 @@ def test_an_autoencoder_that_is_named(experts: list[Path], tmp_path: Path) -> No
 def test_the_folder_that_describes_a_single_file(experts: list[Path], tmp_path: Path) -> None:
     """A file of no shipped configuration is described by the first expert that is a folder."""
     pipeline = afa.load_pipeline([experts[1]]).components
-    single = afa.pipeline.load_single(experts[1])[0]
+    single = afa.loading.pipeline.load_single(experts[1])[0]
     assert pipeline
     save_file(original_layout(single), tmp_path / "one.safetensors")
     own = shutil.copytree(experts[0], tmp_path / "own")

@@ -11,17 +11,18 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 import afa
-from afa.baselines import weighted_merge
-from afa.ensemble import EnsembleDenoiser
+from afa.ensemble.denoiser import EnsembleDenoiser
 from afa.errors import AfaError
 from afa.evaluation.cost import measure
 from afa.evaluation.methods import MethodBuilder
 from afa.evaluation.recipe import EvaluateRecipe
 from afa.evaluation.work import draw
-from afa.experts import load_expert
-from afa.lora import LoraExpert, lora_expert
+from afa.loading.asked import LoraExpert
+from afa.loading.expert import load_expert
+from afa.loading.lora import lora_expert
+from afa.merging.in_memory import weighted_merge
 from tests.evaluation.conftest import SMALL
-from tests.test_lora import lora_of
+from tests.loading.test_lora import lora_of
 
 PROMPTS = ["a fox on the left and a pizza on the right, blue background"] * 2
 
@@ -51,7 +52,7 @@ def test_a_merge_is_of_unet_and_text_encoder() -> None:
     build, recipe = builder()
     pipeline = build.build(recipe.methods[5])
     assert not isinstance(pipeline.unet, EnsembleDenoiser)
-    experts = [afa.experts.load_expert(f"zoo:{name}") for name in ("animals", "food")]
+    experts = [afa.loading.expert.load_expert(f"zoo:{name}") for name in ("animals", "food")]
     parts = {
         "unet": [expert.denoiser for expert in experts],
         "text_encoder": [expert.text_encoders["text_encoder"] for expert in experts],

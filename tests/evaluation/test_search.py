@@ -12,12 +12,13 @@ import pytest
 import yaml
 
 import afa
-from afa.baselines.merging import BlockWeights
-from afa.baselines.merging.recipe import load_merge_recipe
 from afa.cli import main
 from afa.errors import AfaError
 from afa.evaluation import search
-from afa.evaluation.search import SearchRecipe, Trial, load_search_recipe, search_block_weights
+from afa.evaluation.search import Trial, search_block_weights
+from afa.evaluation.search_recipe import SearchRecipe, load_search_recipe
+from afa.merging import BlockWeights
+from afa.merging.recipe import load_merge_recipe
 
 SMALL: dict[str, Any] = {
     "experts": ["zoo:animals", "zoo:food"],

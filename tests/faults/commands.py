@@ -11,9 +11,9 @@ from typing import Any
 import yaml
 from PIL import Image
 
-from afa.trust.headers import check_header
+from afa.loading.trust.headers import check_header
 from tests import warm
-from tests.test_cli import AGGREGATOR
+from tests.cli.test_cli import AGGREGATOR
 
 
 @dataclass(frozen=True)

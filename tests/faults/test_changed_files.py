@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 import afa
+from afa.drawing.pictures import draw, picture_recipe
 from afa.errors import AfaError
-from afa.pictures import draw, picture_recipe
-from afa.trust.unchanged import require_unchanged
+from afa.loading.trust.unchanged import require_unchanged
 from tests.faults.commands import training
 from tests.faults.test_workers import wait_for
 from tests.training.runs import SMALL, recipe, steps_of

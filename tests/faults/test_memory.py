@@ -14,9 +14,9 @@ import torch
 import yaml
 
 from afa.errors import AfaError
-from afa.memory.exhausted import is_exhausted, saying_what_fits, smaller_batch
-from afa.preflight.plans import plan_of_training
+from afa.machine.exhausted import is_exhausted, saying_what_fits, smaller_batch
 from afa.preflight.run import look
+from afa.training.planned import plan_of_training
 from afa.training.recipe import load_recipe
 from tests.warm import ENVIRONMENT
 

@@ -13,10 +13,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from afa.experts import Expert
-from afa.kinds import build_pipeline, denoiser_of, kind_of_pipeline
-from afa.lora import LoraExpert, lora_expert
-from afa.sources import ExpertReference
+from afa.denoisers.kinds import build_pipeline, denoiser_of, kind_of_pipeline
+from afa.ensemble.references import ExpertReference
+from afa.loading.asked import LoraExpert
+from afa.loading.loaded import Expert
+from afa.loading.lora import lora_expert
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,12 +9,12 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from afa.kinds import denoiser_of, kind_of_pipeline
-from afa.lora.file import LoraFile
+from afa.denoisers.kinds import denoiser_of, kind_of_pipeline
+from afa.lora.header import LoraFile
 from afa.lora.plan import Base, plan_changes
+from tests.loading.single_file.test_load import described
 from tests.lora.models import assert_equal, by_diffusers, peft_lora, with_lora, write
 from tests.single_file import original_layout
-from tests.test_single_file import described
 from tests.tiny import ODD, tiny_pipeline
 from tests.tiny_pipelines import PIPELINES
 

@@ -12,11 +12,12 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 import afa
+from afa.denoisers.kinds import denoiser_of
 from afa.errors import AfaError
-from afa.kinds import denoiser_of
-from afa.lora import LoraExpert, check_lora, hash_lora
+from afa.loading.asked import LoraExpert
+from afa.loading.lora import check_lora, hash_lora
 from tests.lora.models import peft_lora, with_lora, write
-from tests.test_check import looked
+from tests.preflight.test_check import looked
 from tests.tiny import ODD, tiny_pipeline
 from tests.tiny_pipelines import PIPELINES
 

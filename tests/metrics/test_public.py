@@ -31,7 +31,7 @@ from afa.metrics import (
 from afa.metrics.clip import ClipScorer
 from afa.metrics.hpsv2 import open_clip_config
 from afa.metrics.imagereward import MEAN, STD, ImageRewardScorer, blip_configs
-from afa.trust import trusting
+from afa.policy import trusting
 from tests.metrics.tiny import (
     MED_CONFIG,
     PROMPTS,

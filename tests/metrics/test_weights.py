@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from afa.errors import AfaError
 from afa.metrics import MetricRecipe, ReferenceScorer, SetMetric, open_metric
+from afa.policy import trusting
 from afa.recipe import read_recipe
-from afa.trust import trusting
 from tests.metrics.tiny import (
     MED_CONFIG,
     blip_tensors,
@@ -256,7 +256,7 @@ def test_only_what_is_needed_is_downloaded(
         asked[name] = allow_patterns
         return str(clip if name == "someone/clip" else tmp_path)
 
-    monkeypatch.setattr("afa.sources.snapshot_download", download)
+    monkeypatch.setattr("afa.loading.sources.snapshot_download", download)
     open_metric(MetricRecipe(name="clip_t", weights="someone/clip"))
     assert "model.safetensors" in asked["someone/clip"]
     assert not any(".bin" in p or ".pt" in p or p.startswith("*") for p in asked["someone/clip"])

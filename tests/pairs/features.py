@@ -21,10 +21,10 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 import afa
-from afa.acceleration.plan import PruningPlan, StepRange, fused_sites
-from afa.ensemble import EnsembleDenoiser
-from afa.steering import Bias, site_biases
-from tests.acceleration.test_graphs import Replays
+from afa.ensemble.caching.plan import PruningPlan, StepRange, fused_sites
+from afa.ensemble.denoiser import EnsembleDenoiser
+from afa.ensemble.steering import Bias, site_biases
+from tests.ensemble.caching.test_graphs import Replays
 from tests.pairs.reference import Call, Meaning
 from tests.pairs.world import NUM_EXPERTS, World, made
 from tests.tiny import TEXT_WIDTH

@@ -15,9 +15,9 @@ import torch
 from diffusers.utils.peft_utils import scale_lora_layers
 from torch import Tensor
 
-from afa.ensemble import EnsembleDenoiser
+from afa.ensemble.denoiser import EnsembleDenoiser
+from afa.ensemble.recording import WeightRecord
 from afa.errors import AfaError
-from afa.maps import WeightRecord
 from tests.pairs.copies import Template
 from tests.pairs.features import SPREAD, Feature, feature_of
 from tests.pairs.reference import Call, Expected, expected_of

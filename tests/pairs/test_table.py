@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from afa.combinations import EXCLUDED
+from afa.ensemble.combinations import EXCLUDED
 from tests.pairs.features import NAMES
 from tests.pairs.table import every_pair, in_page, key_of, recorded, rendered
 

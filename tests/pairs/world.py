@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import afa
 from afa.denoisers import discover_sites, family_of
-from afa.ensemble import EnsembleDenoiser
+from afa.ensemble.denoiser import EnsembleDenoiser
 from tests.pairs.copies import Template
 from tests.pairs.reference import Call, Meaning
 from tests.tiny import ODD, TEXT_WIDTH, tiny_unet

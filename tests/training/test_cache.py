@@ -20,10 +20,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import afa
+from afa.denoisers.conditions import options_of
 from afa.errors import AfaError
 from afa.training import CacheProgress, train
 from afa.training.cache import CachedExamples, LatentCache, LatentShards, TextCache
-from afa.training.conditions import options_of
 from afa.training.data import FolderImages, SceneImages
 from afa.training.examples import LiveExamples
 from afa.training.order import Purpose

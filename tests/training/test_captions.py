@@ -15,6 +15,7 @@ from PIL import Image
 import afa
 from afa.errors import AfaError
 from afa.evaluation.prompts import PromptsRecipe, load_prompts, source_warnings
+from afa.loading.truncation import limits_of
 from afa.reading import BrokenSample, Conversion
 from afa.reading.broken import MissingCaption
 from afa.training import CacheProgress, train
@@ -22,7 +23,6 @@ from afa.training.data import DatasetImages, FolderImages, Part, open_data, open
 from afa.training.data.survey import caption_warnings, survey
 from afa.training.listing import row_of
 from afa.training.recipe import DataRecipe, DatasetRecipe
-from afa.truncation import limits_of
 from tests.training.runs import recipe
 
 LONG = "a fox on the left " * 8

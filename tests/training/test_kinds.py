@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 import afa
-from afa.kinds import denoiser_of
+from afa.denoisers.conditions import conditioning_of
+from afa.denoisers.kinds import denoiser_of
 from afa.training import Recipe, SceneImages
-from afa.training.conditions import conditioning_of
 from afa.training.encoding import encode_captions
 from afa.training.examples import LiveExamples
 from afa.training.transform import Transform

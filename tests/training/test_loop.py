@@ -15,8 +15,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import afa
+from afa.denoisers.conditions import conditioning_of
+from afa.ensemble.text import hash_weights
 from afa.errors import AfaError
-from afa.text import hash_weights
+from afa.loading.weights import hash_expert
 from afa.training import (
     Checkpoints,
     Recipe,
@@ -29,13 +31,11 @@ from afa.training import (
     train,
     train_aggregators,
 )
-from afa.training.conditions import conditioning_of
 from afa.training.encoding import encode_captions
 from afa.training.examples import LiveExamples
 from afa.training.loop import learning_rate_at
 from afa.training.order import Purpose, sample_at
 from afa.training.transform import Transform
-from afa.weights import hash_expert
 from tests.tiny import tiny_pipeline
 from tests.training.runs import SMALL, fresh, recipe, steps_of
 

@@ -11,9 +11,9 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 import afa
+from afa.denoisers.conditions import conditioning_of
 from afa.errors import AfaError
 from afa.training import denoising_loss, forward_process
-from afa.training.conditions import conditioning_of
 from afa.training.encoding import encode_captions
 from afa.training.objective import Diffusion, FlowMatching
 from tests.training.runs import SMALL

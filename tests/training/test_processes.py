@@ -15,7 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from afa.weights import hash_expert
+from afa.loading.weights import hash_expert
 from tests.training.runs import as_written
 from tests.warm import Running, run_ranks
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from afa.ensemble import EnsembleDenoiser
+from afa.ensemble.denoiser import EnsembleDenoiser
 from afa.training.routing import CollapseWatch, Routing, WeightTap, tapped
 from tests.tiny import inputs, tiny_unet
 from tests.training.runs import SMALL

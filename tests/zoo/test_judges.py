@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTokenizer
 
 from afa.errors import AfaError
+from afa.studies.zoo_build.evaluate import Score
 from afa.zoo import assets
-from afa.zoo.evaluate import Score
 from afa.zoo.judges import Verdict, judge, load_classifier
 from afa.zoo.models import ObjectClassifier
 from afa.zoo.scenes import Scene, scenes

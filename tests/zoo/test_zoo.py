@@ -12,8 +12,8 @@ from safetensors import safe_open
 import afa
 from afa.cli import main
 from afa.errors import AfaError
+from afa.studies.zoo_build.evaluate import draw_pictures, evaluate
 from afa.zoo import EXPERTS, MODELS, assets, expert_folder, export_zoo
-from afa.zoo.evaluate import draw_pictures, evaluate
 from afa.zoo.judges import load_classifier, report_card
 from afa.zoo.scenes import evaluation_prompts
 

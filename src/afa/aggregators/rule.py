@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -12,6 +13,9 @@ from afa.errors import AfaError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+#: answers to a timestep with the experts that run there, by number; the others are skipped
+Schedule = Callable[[float], Sequence[int]]
 
 
 class Condition(NamedTuple):

@@ -13,8 +13,8 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 
 from afa.aggregators.rule import Condition, Fused, FusionRule, weighted_sum
+from afa.denoisers.prompt import average, once_per_prompt
 from afa.errors import AfaError
-from afa.prompt import average, once_per_prompt
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from afa.contenders import ENSEMBLE, Contenders
-from afa.kinds import denoiser_of
-from afa.maps import WeightRecord, observed, record_weights
-from afa.pictures import draw, on_every_call
-from afa.steering import steer
+from afa.denoisers.kinds import denoiser_of
+from afa.drawing.contenders import ENSEMBLE, Contenders
+from afa.drawing.pictures import draw, on_every_call
+from afa.ensemble.recording import WeightRecord, observed, record_weights
+from afa.ensemble.steering import steer
 
 if TYPE_CHECKING:
     import threading
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from PIL import Image
 
-    from afa.pictures import PictureRecipe
+    from afa.drawing.pictures import PictureRecipe
 
 
 class Stopped(Exception):

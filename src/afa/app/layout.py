@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from afa.acceleration.settings import PRESETS
 from afa.app import views
+from afa.ensemble.caching.settings import PRESETS
+from afa.ensemble.steering import STAGES
 from afa.files import slug
 from afa.recipe import MAX_SEED
-from afa.steering import STAGES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -12,28 +12,29 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from afa.acceleration.settings import PRESETS, acceleration_of
 from afa.app import views
 from afa.app.drawing import Drawn, Stopped
 from afa.app.layout import MAX_PIXELS, MAX_STEPS, Layout, Slot, Usual
 from afa.app.views import Entry
-from afa.contenders import ENSEMBLE
+from afa.denoisers.kinds import denoiser_of
+from afa.drawing.contenders import ENSEMBLE
+from afa.drawing.pictures import identity_of, picture_recipe, save_picture
+from afa.ensemble.caching.settings import PRESETS, acceleration_of
+from afa.ensemble.protocol import expert_names
+from afa.ensemble.steering import STAGES
 from afa.errors import AfaError
 from afa.files import slug
-from afa.kinds import denoiser_of
-from afa.pictures import identity_of, picture_recipe, save_picture
-from afa.pipeline import native_resolution, size_multiple
+from afa.loading.pipeline import native_resolution, size_multiple
+from afa.loading.truncation import warnings_for
 from afa.reading import read_picture
 from afa.recipe import MAX_SEED
-from afa.steering import STAGES, expert_names
-from afa.truncation import warnings_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from afa.app.drawing import Studio
-    from afa.maps import WeightRecord
-    from afa.pictures import PictureRecipe
+    from afa.drawing.pictures import PictureRecipe
+    from afa.ensemble.recording import WeightRecord
 
 #: so many pictures of a session keep their fusion weights, which are large
 _MAX_RECORDS = 8

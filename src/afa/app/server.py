@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from afa.environment import changed_environment
 from afa.errors import AfaError
+from afa.machine.environment import changed_environment
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -9,7 +9,7 @@ import html
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from afa.plots import expert_colours, tint
+from afa.drawing.plots import expert_colours, tint
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-    from afa.maps import WeightRecord
-    from afa.pictures import PictureRecipe
+    from afa.drawing.pictures import PictureRecipe
+    from afa.ensemble.recording import WeightRecord
 
 ALL_SITES = "all sites"
 _SHOWN = 512  # pixels of a side, for a map that can be pointed at

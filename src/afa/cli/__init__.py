@@ -21,10 +21,11 @@ from afa.cli import (
     weights,
     zoo,
 )
-from afa.cli.console import quieten, say_error
+from afa.cli.console import say_error
 from afa.cli.signals import Terminated, end_cleanly_on_sigterm
 from afa.cli.trust import with_trust
 from afa.errors import AfaError
+from afa.machine.quiet import quieten
 
 app = typer.Typer(
     name="afa",

@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from afa.cli.console import console, quieten_loading
+from afa.cli.console import console
 from afa.errors import AfaError
+from afa.machine.quiet import quieten_loading
 
 
 def app(
@@ -62,7 +63,7 @@ def app(
 
     import torch
 
-    from afa.pictures import prepare
+    from afa.drawing.pictures import prepare
     from afa.training.engine import pick_device
 
     quieten_loading()

@@ -13,8 +13,8 @@ from afa.cli.console import console, printable, progress_bar
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
+    from afa.loading.planned import Plan
     from afa.preflight.inputs import Inputs
-    from afa.preflight.plans import Plan
     from afa.preflight.run import Report
 
 _SAID = {"error": "ERROR", "warning": "warning", "note": "note"}
@@ -49,7 +49,7 @@ def check(
         )
     report = look_at(plan_for(recipe, asked, output), with_weights=weights, visible=not as_json)
     inputs = look_at_inputs(asked, output, visible=not as_json)
-    from afa.preflight.finding import in_order
+    from afa.loading.finding import in_order
 
     report.data = inputs.summary
     report.findings = in_order([*report.findings, *inputs.findings])
@@ -82,11 +82,11 @@ def read_any(place: Path) -> Any:
 
         return load_evaluate_recipe(place)
     if "metric" in keys:
-        from afa.evaluation.search import load_search_recipe
+        from afa.evaluation.search_recipe import load_search_recipe
 
         return load_search_recipe(place)
     if "method" in keys:
-        from afa.baselines.merging import load_merge_recipe
+        from afa.merging import load_merge_recipe
 
         return load_merge_recipe(place)
     raise AfaError(
@@ -106,34 +106,37 @@ def plan_for(place: Path, recipe: Any, output: Path | None = None) -> Plan:
     Raises:
         AfaError: models that do not merge, or an output where no merge can be written.
     """
-    from afa.baselines.merging import MergeRecipe, plan_merge
+    from afa.evaluation.planned import plan_of_evaluation, plan_of_search
     from afa.evaluation.recipe import EvaluateRecipe
-    from afa.evaluation.search import SearchRecipe
-    from afa.preflight import plans
+    from afa.evaluation.search_recipe import SearchRecipe
+    from afa.loading.planned import plan_of_ensemble
+    from afa.merging import MergeRecipe, plan_merge
+    from afa.merging.planned import plan_of_merge
+    from afa.training.planned import plan_of_training
     from afa.training.recipe import Recipe
 
     if isinstance(recipe, Recipe):
-        return plans.plan_of_training(recipe)
+        return plan_of_training(recipe)
     if isinstance(recipe, EvaluateRecipe):
-        return plans.plan_of_evaluation(recipe)
+        return plan_of_evaluation(recipe)
     if isinstance(recipe, SearchRecipe):
-        return plans.plan_of_search(recipe)
+        return plan_of_search(recipe)
     if isinstance(recipe, MergeRecipe):
         is_file = Path(recipe.experts[0]).is_file()
         free = place.parent / f"afa-check{'.safetensors' if is_file else ''}"
         plan_merge(recipe, output or free)
-        return plans.plan_of_merge(recipe)
+        return plan_of_merge(recipe)
     import torch
 
     from afa.training.engine import pick_device
 
-    return plans.plan_of_ensemble(str(place), torch.float32, pick_device("auto"))
+    return plan_of_ensemble(str(place), torch.float32, pick_device("auto"))
 
 
 def look_at_inputs(recipe: Any, output: Path | None, *, visible: bool = True) -> Inputs:
     """Open what a recipe names besides models, under a bar while pictures are read."""
     from afa.evaluation.recipe import EvaluateRecipe
-    from afa.evaluation.search import SearchRecipe
+    from afa.evaluation.search_recipe import SearchRecipe
     from afa.preflight import inputs
     from afa.training.recipe import Recipe
 
@@ -183,7 +186,7 @@ def require_sound(plan: Plan, *, with_weights: bool = True) -> None:
 
 
 def _show(report: Report) -> None:
-    from afa.memory.budget import size_text
+    from afa.loading.memory.budget import size_text
 
     table = Table("expert", "family", "numbers", Column("size", justify="right"), box=None)
     for each in report.experts:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import logging
-import os
 import sys
-import warnings
 from typing import TYPE_CHECKING, TypeVar
 
 from rich.console import Console
@@ -25,8 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
+    from afa.studies.zoo_build.fit import FitStep
     from afa.training import TrainStep
-    from afa.zoo.fit import FitStep
 
     Step = TypeVar("Step", TrainStep, FitStep)
 
@@ -49,25 +46,6 @@ def printable(text: str) -> str:
     """A text on one line in which nothing steers the terminal: names in files may be anything."""
     line = " ".join(text.split())
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
-
-
-def quieten() -> None:
-    """Keep the libraries' own bars and advice out of the commands' output."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # or it tells of every retry
-    os.environ.setdefault("DATASETS_VERBOSITY", "error")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-
-
-def quieten_loading() -> None:
-    """Keep diffusers' own loading bars off; imports it, so only for commands that need it."""
-    from diffusers.utils import logging as diffusers_logging
-
-    diffusers_logging.disable_progress_bar()
 
 
 def progress_bar(*, transient: bool = False) -> Progress:

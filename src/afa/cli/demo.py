@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from afa.cli.console import console, progress_bar, quieten_loading, require_new_folder
+from afa.cli.console import console, progress_bar, require_new_folder
+from afa.machine.quiet import quieten_loading
 from afa.recipe import MAX_SEED
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
     from rich.progress import TaskID
 
-    from afa.demo import Row
+    from afa.studies.demo import Row
 
 
 def demo(
@@ -30,7 +31,7 @@ def demo(
     [bold]Example[/bold]: afa demo --output runs/demo
     """
     require_new_folder(output)
-    from afa.demo import DemoSettings, Row, run_demo, verdict
+    from afa.studies.demo import DemoSettings, Row, run_demo, verdict
 
     quieten_loading()
 
@@ -53,7 +54,7 @@ def demo(
 
 
 def _table(rows: Sequence[Row]) -> Table:
-    from afa.demo import OURS
+    from afa.studies.demo import OURS
 
     table = Table(title="Mixed prompts: the right object on the right side")
     for column in ("method", "both", "objects", "seconds per image"):

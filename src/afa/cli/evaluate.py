@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from afa.cli.check import require_sound
-from afa.cli.console import console, progress_bar, quieten_loading, say_warnings
+from afa.cli.console import console, progress_bar, say_warnings
+from afa.machine.quiet import quieten_loading
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -32,9 +33,9 @@ def evaluate(
 
     checked = load_evaluate_recipe(recipe)
 
-    from afa.evaluation.processes import Processes
+    from afa.evaluation.planned import plan_of_evaluation
     from afa.evaluation.run import evaluate as run
-    from afa.preflight.plans import plan_of_evaluation
+    from afa.machine.processes import Processes
 
     quieten_loading()
     is_main = Processes().is_main

@@ -10,16 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from afa.cli.check import require_sound
-from afa.cli.console import (
-    console,
-    progress_bar,
-    quieten_loading,
-    require_new_folder,
-    say_warnings,
-)
+from afa.cli.console import console, progress_bar, require_new_folder, say_warnings
 from afa.cli.trust import OPTIONS as TRUST_OPTIONS
 from afa.errors import AfaError
 from afa.files import slug
+from afa.machine.quiet import quieten_loading
 from afa.recipe import MAX_SEED
 
 if TYPE_CHECKING:
@@ -27,8 +22,8 @@ if TYPE_CHECKING:
 
     from diffusers import DiffusionPipeline
 
-    from afa.memory.budget import MemoryPlan
-    from afa.pictures import PictureRecipe
+    from afa.drawing.pictures import PictureRecipe
+    from afa.loading.memory.budget import MemoryPlan
 
 DTYPES = ("float32", "bfloat16", "float16")
 ON_NONFINITE = ("stop", "mask")
@@ -118,7 +113,7 @@ def generate(
     [bold]Example[/bold]: afa generate zoo:ensemble "a fox on the left and a pizza on the right,
     blue background" --output pictures --guidance 3 --weights
     """
-    from afa.evaluation.processes import Processes
+    from afa.machine.processes import Processes
 
     processes = Processes()
     if processes.is_main and from_image is not None:
@@ -128,8 +123,8 @@ def generate(
     _require_one_of("--dtype", dtype, DTYPES)
     _require_one_of("--on-nonfinite", on_nonfinite, ON_NONFINITE)
 
-    from afa.acceleration.settings import acceleration_of
-    from afa.steering import parse_bias
+    from afa.ensemble.caching.settings import acceleration_of
+    from afa.ensemble.steering import parse_bias
 
     acceleration = acceleration_of(speed)
     asked_bias = parse_bias(bias or [])
@@ -143,11 +138,11 @@ def generate(
 
     import torch
 
-    from afa import pictures
-    from afa.kinds import denoiser_of
-    from afa.preflight.plans import plan_of_ensemble
+    from afa.denoisers.kinds import denoiser_of
+    from afa.drawing import pictures
+    from afa.loading.planned import plan_of_ensemble
+    from afa.loading.truncation import warnings_for
     from afa.training.engine import pick_device
-    from afa.truncation import warnings_for
 
     quieten_loading()
     loading: dict[str, Any] = {"device": pick_device(processes.device or device)}
@@ -235,8 +230,8 @@ def _again(
     picture: Path, ensemble: str | None, weights: bool, loading: dict[str, Any]
 ) -> tuple[DiffusionPipeline, PictureRecipe, str]:
     """What drew a picture, its recipe, and the hash of its pixels."""
-    from afa import pictures
-    from afa.contenders import ENSEMBLE
+    from afa.drawing import pictures
+    from afa.drawing.contenders import ENSEMBLE
 
     made = pictures.read_picture(picture)
     recipe = made.recipe.model_copy(update={"ensemble": ensemble or made.recipe.ensemble})
@@ -249,7 +244,7 @@ def _each(
     recipe: PictureRecipe, prompts: Sequence[str], num_images: int
 ) -> list[tuple[str, PictureRecipe]]:
     """The name of every picture's file, without its end, and its recipe."""
-    from afa import pictures
+    from afa.drawing import pictures
 
     asked = itertools.product(prompts, range(recipe.seed, recipe.seed + num_images))
     recipes = (
@@ -291,10 +286,11 @@ def _draw(
     visible: bool,
 ) -> str:
     """Draw and write pictures; the hash of the last one's pixels."""
-    from afa import pictures, record_weights
-    from afa.kinds import denoiser_of
-    from afa.plots import filmstrip
-    from afa.steering import expert_names
+    from afa.denoisers.kinds import denoiser_of
+    from afa.drawing import pictures
+    from afa.drawing.plots import filmstrip
+    from afa.ensemble.protocol import expert_names
+    from afa.ensemble.recording import record_weights
 
     output.mkdir(parents=True, exist_ok=True)
     hashed, denoiser = "", denoiser_of(pipeline)
@@ -323,7 +319,7 @@ def _done(place: Path, recipe: PictureRecipe) -> str | None:
     Raises:
         AfaError: it was made from something else.
     """
-    from afa import pictures
+    from afa.drawing import pictures
 
     if not place.exists():
         return None
@@ -382,7 +378,7 @@ def _picture_size(
     Raises:
         AfaError: one is no multiple of what the experts work in.
     """
-    from afa.pipeline import native_resolution, size_multiple
+    from afa.loading.pipeline import native_resolution, size_multiple
 
     native, multiple = native_resolution(pipeline), size_multiple(pipeline)
     for name, size in (("--height", height), ("--width", width)):

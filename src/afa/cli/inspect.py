@@ -19,7 +19,7 @@ def inspect(
 
     [bold]Example[/bold]: afa inspect runs/first
     """
-    from afa.inspection import describe
+    from afa.loading.inspection import describe
 
     facts = describe(path)
     if as_json:

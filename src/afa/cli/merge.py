@@ -11,7 +11,7 @@ import typer
 from afa.cli.console import console, progress_bar
 
 if TYPE_CHECKING:
-    from afa.baselines.merging import MergePlan
+    from afa.merging import MergePlan
 
 _MB = 10**6
 
@@ -28,7 +28,7 @@ def merge(
 
     [bold]Example[/bold]: afa merge merge.yaml --output merged
     """
-    from afa.baselines.merging import load_merge_recipe, plan_merge
+    from afa.merging import load_merge_recipe, plan_merge
 
     plan = plan_merge(load_merge_recipe(recipe), output)
     console.print(_announcement(plan), soft_wrap=True, highlight=False, markup=False)
@@ -37,7 +37,7 @@ def merge(
 
 
 def _announcement(plan: MergePlan) -> str:
-    from afa.baselines.merging.report import notes
+    from afa.merging.report import notes
 
     recipe = plan.recipe
     lines = [
@@ -49,7 +49,7 @@ def _announcement(plan: MergePlan) -> str:
 
 def _show(plan: MergePlan) -> None:
     """Run a merge under one bar for the hashes and one for the tensors, in MB read."""
-    from afa.baselines.merging import run_merge
+    from afa.merging import run_merge
 
     start = time.monotonic()
     with progress_bar() as progress:

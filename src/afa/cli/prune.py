@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from afa.cli.console import console, progress_bar, quieten_loading, say_warnings
+from afa.cli.console import console, progress_bar, say_warnings
 from afa.errors import AfaError
+from afa.machine.quiet import quieten_loading
 
 
 def prune(
@@ -46,16 +47,16 @@ def prune(
         raise AfaError("A plan is made on prompts like those it is for. Name a file: --prompts.")
     listed = [prompt.text for prompt in load_prompts(recipe)]
 
-    import afa
-    from afa.acceleration.calibrate import calibrate
-    from afa.acceleration.plan import save_plan
-    from afa.kinds import denoiser_of
-    from afa.pipeline import check_text_to_image
+    from afa.denoisers.kinds import denoiser_of
+    from afa.ensemble.caching.plan import save_plan
+    from afa.ensemble.calibrate import calibrate
+    from afa.loading.ensemble_folder import load_ensemble
+    from afa.loading.pipeline import check_text_to_image
+    from afa.loading.truncation import warnings_for
     from afa.training.engine import pick_device
-    from afa.truncation import warnings_for
 
     quieten_loading()
-    pipeline = afa.load_ensemble(ensemble, device=pick_device(device))
+    pipeline = load_ensemble(ensemble, device=pick_device(device))
     check_text_to_image(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     say_warnings(warnings_for(pipeline, listed))

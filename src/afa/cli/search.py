@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from afa.cli.check import require_sound
-from afa.cli.console import console, progress_bar, quieten_loading, say_warnings
+from afa.cli.console import console, progress_bar, say_warnings
+from afa.machine.quiet import quieten_loading
 
 
 def search(
@@ -24,10 +25,11 @@ def search(
 
     [bold]Example[/bold]: afa search recipe.yaml --output runs/search
     """
+    from afa.evaluation.planned import plan_of_search
     from afa.evaluation.prompts import load_prompts, source_warnings
-    from afa.evaluation.search import load_search_recipe, search_block_weights
-    from afa.preflight.plans import plan_of_search
-    from afa.preflight.prompts import warnings_of_plan
+    from afa.evaluation.search import search_block_weights
+    from afa.evaluation.search_recipe import load_search_recipe
+    from afa.loading.prompt_warnings import warnings_of_plan
 
     checked = load_search_recipe(recipe)
     quieten_loading()

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from afa.cli.check import require_sound
-from afa.cli.console import console, printable, progress_bar, quieten_loading
+from afa.cli.console import console, printable, progress_bar
+from afa.machine.quiet import quieten_loading
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,9 +42,9 @@ def train(
     if no_cache:
         checked = _without_cache(checked)
 
-    from afa.preflight.plans import plan_of_training
     from afa.training import Stopped, stop_on_signals
     from afa.training import train as train_ensemble
+    from afa.training.planned import plan_of_training
 
     quieten_loading()
     is_main = int(os.environ.get("RANK", "0")) == 0

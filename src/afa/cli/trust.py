@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from afa.environment import changed_environment
-from afa.trust.policy import grant_to_process
+from afa.machine.environment import changed_environment
+from afa.policy import grant_to_process
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -7,15 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from afa.cli.console import (
-    console,
-    progress_bar,
-    quieten_loading,
-    require_new_folder,
-    say_warnings,
-)
+from afa.cli.console import console, progress_bar, require_new_folder, say_warnings
 from afa.errors import AfaError
 from afa.files import slug
+from afa.machine.quiet import quieten_loading
 from afa.recipe import MAX_SEED
 
 if TYPE_CHECKING:
@@ -23,7 +18,7 @@ if TYPE_CHECKING:
 
     from PIL import Image
 
-    from afa.maps import WeightRecord
+    from afa.ensemble.recording import WeightRecord
 
 FORMATS = ("png", "svg")
 
@@ -107,7 +102,7 @@ class _Figures:
         title: str,
     ) -> None:
         """All figures of one picture and the weights that it was made with."""
-        from afa.plots import filmstrip, heat_map, overlay
+        from afa.drawing.plots import filmstrip, heat_map, overlay
 
         sites = list(record.steps[0].weights)
         for path in self.paths(f"{stem}-sites"):
@@ -120,12 +115,12 @@ class _Figures:
 
 def _again(place: Path, figures: _Figures, device: object) -> None:
     """Draw a picture once more and look who does what."""
-    from afa.contenders import ENSEMBLE
-    from afa.kinds import denoiser_of
-    from afa.maps import record_weights
-    from afa.pictures import draw, prepare_again, read_picture
-    from afa.steering import expert_names
-    from afa.truncation import warnings_for
+    from afa.denoisers.kinds import denoiser_of
+    from afa.drawing.contenders import ENSEMBLE
+    from afa.drawing.pictures import draw, prepare_again, read_picture
+    from afa.ensemble.protocol import expert_names
+    from afa.ensemble.recording import record_weights
+    from afa.loading.truncation import warnings_for
 
     recipe = read_picture(place).recipe
     if recipe.drawn_by != ENSEMBLE:
@@ -146,14 +141,14 @@ def _compared(
     device: object,
 ) -> Iterator[tuple[int, int]]:
     """Draw prompts in every way there is, side by side, and look who does what; yields progress."""
-    from afa.contenders import ENSEMBLE, Contenders
-    from afa.kinds import denoiser_of
-    from afa.maps import record_weights
-    from afa.pictures import draw, identity_of, picture_recipe, prepare
-    from afa.pipeline import native_resolution
-    from afa.plots import comparison
-    from afa.steering import expert_names
-    from afa.truncation import warnings_for
+    from afa.denoisers.kinds import denoiser_of
+    from afa.drawing.contenders import ENSEMBLE, Contenders
+    from afa.drawing.pictures import draw, identity_of, picture_recipe, prepare
+    from afa.drawing.plots import comparison
+    from afa.ensemble.protocol import expert_names
+    from afa.ensemble.recording import record_weights
+    from afa.loading.pipeline import native_resolution
+    from afa.loading.truncation import warnings_for
 
     pipeline = prepare(ensemble, device=device)
     denoiser = denoiser_of(pipeline)

@@ -7,14 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from afa.cli.console import (
-    console,
-    progress_bar,
-    quieten_loading,
-    require_new_folder,
-    show_steps,
-)
+from afa.cli.console import console, progress_bar, require_new_folder, show_steps
 from afa.errors import AfaError
+from afa.machine.quiet import quieten_loading
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -46,15 +41,15 @@ def build(
     """
     quieten_loading()
     if family == "dit":
+        from afa.studies.zoo_build.transformer import build_transformer_zoo
         from afa.zoo import MODELS
-        from afa.zoo.transformer import build_transformer_zoo
 
         if font is not None:
             raise AfaError("--font is for --family unet; transformers are shown the same sprites.")
         show_steps(build_transformer_zoo(workdir), "zoo")
         console.print(f"The zoo is in {workdir}: {', '.join(MODELS)}")
         return
-    from afa.zoo.build import build_zoo
+    from afa.studies.zoo_build.build import build_zoo
 
     show_steps(build_zoo(workdir, font=font), "zoo")
     console.print(f"The zoo is in {workdir / 'assets'}")
@@ -93,9 +88,9 @@ def results(
 
     [bold]Example[/bold]: afa zoo results runs/results --docs docs
     """
-    from afa.study.jobs import JobProgress
-    from afa.study.plan import SHIPPED, transformers
-    from afa.study.run import run_study
+    from afa.studies.results.jobs import JobProgress
+    from afa.studies.results.plan import SHIPPED, transformers
+    from afa.studies.results.run import run_study
 
     quieten_loading()
     studied = SHIPPED if zoo is None else transformers(zoo)

@@ -53,7 +53,7 @@ def check_same_architecture(first: ModelMixin, other: ModelMixin, name: str) -> 
     Raises:
         AfaError: names the first entry that differs, with both values.
     """
-    from afa.denoisers import family_of
+    from afa.denoisers.sites import family_of
 
     families = family_of(first), family_of(other)
     if families[0] is not families[1]:

@@ -15,6 +15,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from afa.denoisers.coroutine import Blocks, Feature
 from afa.denoisers.execution import PLAIN, Execution
 from afa.denoisers.family import Family, Widths, split_pooled, split_text
+from afa.denoisers.prompt import once_per_prompt
 from afa.denoisers.tokens import (
     TEXT,
     grid_of,
@@ -24,7 +25,6 @@ from afa.denoisers.tokens import (
     to_tokens,
 )
 from afa.errors import AfaError
-from afa.prompt import once_per_prompt
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

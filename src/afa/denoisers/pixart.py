@@ -15,8 +15,8 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from afa.denoisers.coroutine import Blocks, Feature
 from afa.denoisers.execution import PLAIN, Execution
 from afa.denoisers.family import Family, Widths, split_text
+from afa.denoisers.prompt import once_per_prompt, versions
 from afa.denoisers.tokens import require_blocks, to_grid, to_tokens, unpatchify
-from afa.prompt import once_per_prompt, versions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from afa.ensemble import EnsembleDenoiser
-from afa.kinds import denoiser_of, kind_of_pipeline
+from afa.denoisers.kinds import denoiser_of, kind_of_pipeline
+from afa.ensemble.denoiser import EnsembleDenoiser
 from afa.provenance import processor, releases
 
 if TYPE_CHECKING:

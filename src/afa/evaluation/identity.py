@@ -13,20 +13,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from afa.acceleration.plan import load_plan
-from afa.checkpoint import AGGREGATORS, ensemble_folder
-from afa.lora import Asked, LoraExpert, base_of, hash_lora
-from afa.pipeline import first_folder
+from afa.ensemble.caching.plan import load_plan
+from afa.files import hash_file
+from afa.loading.asked import Asked, LoraExpert, base_of
+from afa.loading.ensemble_folder import AGGREGATORS, ensemble_folder
+from afa.loading.lora import hash_lora
+from afa.loading.pipeline import first_folder
+from afa.loading.published import hash_published, is_published
+from afa.loading.saved import read_config, sources_in
+from afa.loading.single_file.load import Companions, config_of_expert, describe_expert, described_by
+from afa.loading.sources import HUB_ERRORS, absolute_source, fetch, locate, locate_vae
+from afa.loading.weights import hash_files, hash_pipeline, hash_vae
 from afa.provenance import releases
-from afa.published import hash_published, is_published
-from afa.saved import read_config, sources_in
-from afa.single_file import Companions, config_of_expert, describe_expert, described_by
-from afa.sources import HUB_ERRORS, absolute_source, fetch, locate, locate_vae
-from afa.weights import hash_file, hash_files, hash_pipeline, hash_vae
 
 if TYPE_CHECKING:
     from afa.evaluation.recipe import EvaluateRecipe, MethodRecipe
-    from afa.evaluation.search import SearchRecipe
+    from afa.evaluation.search_recipe import SearchRecipe
     from afa.metrics import MetricRecipe
 
 #: files of a pipeline's folder besides weights: configurations and vocabularies

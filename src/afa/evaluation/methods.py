@@ -6,27 +6,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from afa.acceleration.apply import accelerate
-from afa.baselines import merge_models
-from afa.checkpoint import load_ensemble
+from afa.denoisers.kinds import denoiser_of, kind_of_pipeline
 from afa.denoisers.timesteps import in_scheduler_timesteps
-from afa.ensemble import EnsembleDenoiser
+from afa.drawing.merged import _with, merged_pipeline
+from afa.ensemble.accelerate import accelerate
+from afa.ensemble.denoiser import EnsembleDenoiser
 from afa.evaluation.identity import Identities
-from afa.experts import load_expert
-from afa.kinds import build_pipeline, denoiser_of, kind_of_pipeline
-from afa.pipeline import check_text_to_image, first_folder, load_pipeline, load_single
-from afa.single_file import Companions
-from afa.text import EnsembleTextEncoder
+from afa.loading.ensemble_folder import load_ensemble
+from afa.loading.expert import load_expert
+from afa.loading.pipeline import check_text_to_image, first_folder, load_pipeline, load_single
+from afa.loading.single_file.load import Companions
 from afa.training.engine import pick_device
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from afa.baselines.fusion import FusionRecipe
-    from afa.baselines.merging import MergeMethod
+    from afa.aggregators.fusion import FusionRecipe
     from afa.evaluation.recipe import EvaluateRecipe, MethodRecipe
-    from afa.experts import Expert
-    from afa.lora import Asked
+    from afa.loading.asked import Asked
 
 
 class MethodBuilder:
@@ -113,43 +110,3 @@ class MethodBuilder:
         rules = fusion.rules(ensemble.sites)
         denoiser = EnsembleDenoiser(list(ensemble.experts), rules, schedule, widths=ensemble.widths)
         return _with(experts, {kind_of_pipeline(experts).denoiser: denoiser})
-
-
-def merged_pipeline(
-    experts: DiffusionPipeline, method: MergeMethod, base: Expert | None = None
-) -> DiffusionPipeline:
-    """A static merge of an ensemble's experts, their denoisers and their text encoders.
-
-    Args:
-        experts: a pipeline of `load_pipeline`, not changed; the other parts are its own.
-        method: how one tensor is merged.
-        base: what the experts were fine-tuned from, for methods that need it.
-
-    Raises:
-        AfaError: settings that do not fit, or a base of another architecture.
-    """
-    parts: dict[str, Any] = {
-        kind_of_pipeline(experts).denoiser: merge_models(
-            list(denoiser_of(experts).experts),
-            method,
-            base=None if base is None else base.denoiser,
-        )
-    }
-    for name, encoder in experts.components.items():
-        if isinstance(encoder, EnsembleTextEncoder):
-            parts[name] = merge_models(
-                [encoder.encoders[n] for n in encoder.encoder_of],
-                method,
-                base=None if base is None else base.text_encoders[name],
-                part=name,
-            )
-    return _with(experts, parts)
-
-
-def _with(pipeline: DiffusionPipeline, parts: dict[str, Any]) -> DiffusionPipeline:
-    """A stock pipeline of the same components but these."""
-    changed = build_pipeline(
-        type(pipeline).__name__, {**pipeline.components, **parts}, pipeline.config
-    )
-    changed.set_progress_bar_config(disable=True)
-    return changed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from afa.plots import comparison, plain, save_figure
+from afa.drawing.plots import comparison, plain, save_figure
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -9,11 +9,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from afa.acceleration.settings import EXACT, Acceleration, acceleration_of
-from afa.baselines.fusion import AnyFusion
-from afa.baselines.merging import MergeRecipe
+from afa.aggregators.fusion import AnyFusion
+from afa.ensemble.caching.settings import EXACT, Acceleration, acceleration_of
 from afa.evaluation.prompts import PromptsRecipe, resolve_file, resolve_prompts
-from afa.lora import AnyExpert
+from afa.loading.asked import AnyExpert
+from afa.merging import MergeRecipe
 from afa.metrics import MetricRecipe
 from afa.recipe import MAX_SEED, Section, read_recipe, resolve_sources
 
@@ -39,7 +39,7 @@ class MethodRecipe(Section):
 
     `model`: a checkpoint by itself, or a LoRA on one. `ensemble`: a folder of `afa train`, or
     several that differ in the seed of their training and are reported as one method. `merge`: as in
-    a recipe of `afa merge`, without experts and base. `fusion`: a rule of `afa.baselines.fusion`.
+    a recipe of `afa merge`, without experts and base. `fusion`: a rule of `afa.aggregators.fusion`.
     `acceleration`: what is left out while drawing, a preset or settings of `afa.Acceleration`.
     `plan`: of `afa prune`, for the ensembles of this row.
     """

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from afa.baselines.fusion import ShellRecipe
+from afa.aggregators.fusion import ShellRecipe
 from afa.evaluation.prompts import groups_of
 from afa.evaluation.work import Unit, read_cost, units_of
 from afa.statistics import Interval, Paired, mean_interval, paired_difference

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from afa.errors import AfaError
 from afa.evaluation.identity import Identities
 from afa.evaluation.methods import MethodBuilder
-from afa.evaluation.processes import Processes, fixed_threads
 from afa.evaluation.prompts import load_prompts, source_warnings
 from afa.evaluation.report import write_report
 from afa.evaluation.results import Results
@@ -22,6 +21,7 @@ from afa.evaluation.scoring import Scoring
 from afa.evaluation.shares import record_shares
 from afa.evaluation.work import MARK_FILE, Claim, Store, draw_unit, units_of, write_json
 from afa.files import is_unused, owned, read_json
+from afa.machine.processes import Processes, fixed_threads
 from afa.training.engine import pick_device
 
 if TYPE_CHECKING:
@@ -184,8 +184,8 @@ def require_evaluation(output: Path, references: Path | None = None) -> None:
 
 def _cut_prompts(recipe: EvaluateRecipe, prompts: Sequence[Prompt]) -> list[str]:
     """What the text encoders of all methods do not read."""
-    from afa.preflight.plans import plan_of_evaluation
-    from afa.preflight.prompts import warnings_of_plan
+    from afa.evaluation.planned import plan_of_evaluation
+    from afa.loading.prompt_warnings import warnings_of_plan
 
     sampling = recipe.sampling
     texts = [prompt.text for prompt in prompts]

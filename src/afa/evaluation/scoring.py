@@ -15,11 +15,10 @@ from afa.evaluation.identity import of_metric
 from afa.evaluation.prompts import groups_of
 from afa.evaluation.recipe import SCENE_SCORES, SCENES, slug
 from afa.evaluation.work import MARK_FILE, digest, open_pictures, read_pictures, write_json
-from afa.files import read_json, write_atomic
+from afa.files import hash_file, read_json, write_atomic
+from afa.loading.truncation import cuts_of
 from afa.metrics import MetricRecipe, ReferenceScorer, SetMetric, open_metrics
 from afa.reading import Conversion, Tally, conversions_of, counted, files_in, is_picture_file
-from afa.truncation import cuts_of
-from afa.weights import hash_file
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,8 +29,8 @@ if TYPE_CHECKING:
     from afa.evaluation.prompts import Prompt
     from afa.evaluation.recipe import EvaluateRecipe
     from afa.evaluation.work import Store, Unit
+    from afa.loading.truncation import TextLimit
     from afa.metrics import FeatureExtractor, ImageScorer
-    from afa.truncation import TextLimit
 
 _REFERENCE_BATCH = 32
 

@@ -8,27 +8,26 @@ import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import yaml
-from pydantic import Field, model_validator
 
-from afa.baselines.merging import BlockWeights
+from afa.denoisers.kinds import denoiser_of
+from afa.drawing.merged import merged_pipeline
 from afa.errors import AfaError
 from afa.evaluation.identity import Identities, of_metric
-from afa.evaluation.methods import merged_pipeline
-from afa.evaluation.processes import fixed_threads
-from afa.evaluation.prompts import PromptsRecipe, load_prompts, resolve_prompts
-from afa.evaluation.recipe import SCENES, SamplingRecipe, resolve_metric
+from afa.evaluation.prompts import load_prompts
+from afa.evaluation.recipe import SamplingRecipe
 from afa.evaluation.scoring import open_scorer
+from afa.evaluation.search_recipe import SearchRecipe
 from afa.evaluation.work import draw
 from afa.files import is_unused, owned, read_json, write_atomic
-from afa.kinds import denoiser_of
-from afa.metrics import MetricRecipe
-from afa.pipeline import check_text_to_image, load_pipeline
-from afa.recipe import MAX_SEED, Section, differing, read_recipe, resolve_sources
+from afa.loading.pipeline import check_text_to_image, load_pipeline
+from afa.machine.processes import fixed_threads
+from afa.merging import BlockWeights
+from afa.recipe import differing
 from afa.training.engine import pick_device
 
 if TYPE_CHECKING:
@@ -45,35 +44,6 @@ _TEXT = "text_encoder"
 _IDENTITY = "search.json"
 
 
-class SearchRecipe(Section):
-    """A search of block weights.
-
-    The mean of `metric` over all prompts and seeds is made as large as possible in `num_trials`
-    trials: `scenes` is the share of scenes with the right object on either side.
-    """
-
-    experts: list[str] = Field(min_length=2)
-    vae: str | None = None
-    config: str | None = None
-    parts: list[str] = Field(default=[])
-    prompts: PromptsRecipe
-    sampling: SamplingRecipe = SamplingRecipe()
-    metric: MetricRecipe | Literal["scenes"]
-    num_trials: int = Field(default=100, ge=1)
-    seed: int = Field(default=0, ge=0, le=MAX_SEED)
-
-    @model_validator(mode="after")
-    def _judges_single_pictures(self) -> SearchRecipe:
-        singles = ("clip_t", "aes", "pickscore", "hpsv2", "imagereward")
-        if isinstance(self.metric, MetricRecipe) and self.metric.name not in singles:
-            raise ValueError(
-                f"must be searched against scenes, {', '.join(singles)}; came {self.metric.name}"
-            )
-        if self.metric == SCENES and self.prompts.zoo is None:
-            raise ValueError("must have prompts of the zoo for the metric 'scenes'")
-        return self
-
-
 @dataclass(frozen=True)
 class Trial:
     """One finished trial: its score, and the best so far."""
@@ -83,23 +53,6 @@ class Trial:
     score: float
     best: float
     seconds: float
-
-
-def load_search_recipe(path: str | Path) -> SearchRecipe:
-    """Read and check a recipe; paths in it are relative to its own folder.
-
-    Raises:
-        AfaError: see `afa.recipe.read_recipe`.
-    """
-    recipe, folder = read_recipe(path, SearchRecipe), Path(path).parent
-    return resolve_sources(recipe, folder, "experts", "vae", "config", "parts").model_copy(
-        update={
-            "prompts": resolve_prompts(recipe.prompts, folder),
-            "metric": recipe.metric
-            if isinstance(recipe.metric, str)
-            else resolve_metric(recipe.metric, folder),
-        }
-    )
 
 
 def search_block_weights(recipe: SearchRecipe, output: Path) -> Generator[Trial, None, None]:

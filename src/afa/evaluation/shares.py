@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from afa.denoisers.kinds import denoiser_of
+from afa.ensemble.recording import record_weights
 from afa.evaluation.prompts import groups_of
 from afa.evaluation.work import digest, draw, write_json
 from afa.files import read_json
-from afa.kinds import denoiser_of
-from afa.maps import record_weights
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

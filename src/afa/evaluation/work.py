@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from PIL import Image
 
+from afa.denoisers.kinds import kind_of_pipeline
+from afa.ensemble.guard import decoded
 from afa.errors import AfaError
 from afa.evaluation.cost import Cost, measure
 from afa.evaluation.recipe import slug
 from afa.files import read_json, write_atomic
-from afa.guard import decoded
-from afa.kinds import kind_of_pipeline
-from afa.memory.exhausted import saying_what_fits, smaller_batch
+from afa.loading.trust.unchanged import require_unchanged
+from afa.machine.exhausted import saying_what_fits, smaller_batch
 from afa.recipe import differing
-from afa.trust.unchanged import require_unchanged
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

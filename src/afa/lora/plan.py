@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from afa.kinds import Kind
-    from afa.lora.file import LoraFile
+    from afa.denoisers.kinds import Kind
+    from afa.lora.header import LoraFile
     from afa.lora.layers import Names, Rows
     from afa.lora.names import Role
 

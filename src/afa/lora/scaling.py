@@ -16,7 +16,7 @@ from afa.lora.names import RAW_PEFT
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from afa.lora.file import LoraFile
+    from afa.lora.header import LoraFile
 
 _DEFAULT = 8  # of rank and alpha, in `peft.LoraConfig`
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional as F
 
-from afa.damaged import Unreadable
 from afa.errors import AfaError
+from afa.machine.damaged import Unreadable
 from afa.metrics.pictures import require_partners
 from afa.metrics.weights import Lacking, shape_of
 

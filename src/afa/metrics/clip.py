@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from afa.errors import AfaError
 from afa.files import read_json
+from afa.loading.truncation import TextLimit
 from afa.metrics.distances import cosine_scores
 from afa.metrics.pictures import Preprocessing, one_by_one, require_partners
 from afa.metrics.weights import (
@@ -15,7 +16,6 @@ from afa.metrics.weights import (
     Source,
     describe,
 )
-from afa.truncation import TextLimit
 from afa.zoo import assets
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from afa.damaged import Unreadable
+from afa.machine.damaged import Unreadable
 from afa.metrics.clip import ClipEncoder, ClipScorer, load_clip_tokenizer
 from afa.metrics.pictures import Preprocessing
 from afa.metrics.weights import PROCESSOR_FILES, Source, shape_of

@@ -8,10 +8,10 @@ import torch
 
 from afa.errors import AfaError
 from afa.files import read_json
+from afa.loading.truncation import TextLimit
 from afa.metrics.aesthetic import linear_head
 from afa.metrics.pictures import Preprocessing, one_by_one, require_partners
 from afa.metrics.weights import PROCESSOR_FILES, Source, shape_of
-from afa.truncation import TextLimit
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

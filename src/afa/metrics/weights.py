@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file
 
-from afa.damaged import Unreadable, loading
 from afa.errors import AfaError
-from afa.sources import HUB_ERRORS, fetch, why_not_fetched
-from afa.trust.folders import check_part
-from afa.trust.policy import policy
-from afa.weights import PICKLES, check_safetensors, keep_no_words
+from afa.loading.sources import HUB_ERRORS, fetch, why_not_fetched
+from afa.loading.trust.folders import check_part
+from afa.loading.trust.pickles import PICKLES
+from afa.loading.weights import check_safetensors, keep_no_words
+from afa.machine.damaged import Unreadable, loading
+from afa.policy import policy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

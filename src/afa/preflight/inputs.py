@@ -15,28 +15,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers.configuration_utils import FrozenDict
 
+from afa.denoisers.kinds import kind_of
 from afa.errors import AfaError
+from afa.evaluation.planned import plan_of_evaluation, plan_of_search
 from afa.files import is_unused, read_json, require_place_for_folder
-from afa.kinds import kind_of
-from afa.lora import base_of
-from afa.preflight.finding import Finding, Level
-from afa.preflight.plans import (
-    plan_of_evaluation,
-    plan_of_search,
-    plan_of_training,
-)
-from afa.preflight.prompts import warnings_of_plan
-from afa.single_file import config_of_expert
-from afa.sources import locate, locate_vae
-from afa.truncation import limits_of_folder, prompt_warnings
+from afa.loading.asked import base_of
+from afa.loading.finding import Finding, Level
+from afa.loading.prompt_warnings import warnings_of_plan
+from afa.loading.single_file.load import config_of_expert
+from afa.loading.sources import locate, locate_vae
+from afa.loading.truncation import limits_of_folder, prompt_warnings
+from afa.training.planned import plan_of_training
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from afa.evaluation.prompts import Prompt
     from afa.evaluation.recipe import EvaluateRecipe
-    from afa.evaluation.search import SearchRecipe
-    from afa.preflight.plans import Plan
+    from afa.evaluation.search_recipe import SearchRecipe
+    from afa.loading.planned import Plan
     from afa.training.recipe import Recipe
 
 
@@ -164,7 +161,7 @@ def inputs_of_evaluation(
         output: see `inputs_of_training`.
         progress: told how many references are read, and of how many.
     """
-    from afa.acceleration.plan import load_plan
+    from afa.ensemble.caching.plan import load_plan
     from afa.evaluation.prompts import load_prompts, source_warnings
     from afa.evaluation.run import require_evaluation, require_same_evaluation
     from afa.evaluation.scoring import Scoring

@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from afa.memory.budget import program_bytes, size_text
-from afa.memory.free import free_memory
-from afa.memory.needs import Training, needs_of
-from afa.preflight.finding import Finding
+from afa.loading.finding import Finding
+from afa.loading.memory.budget import program_bytes, size_text
+from afa.loading.memory.needs import needs_of
+from afa.loading.planned import Work
+from afa.machine.free import free_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
     from afa.aggregators import SABWConfig
-    from afa.memory.needs import Needs
+    from afa.loading.memory.needs import Needs
 
 #: times what is free, from which on work is refused; estimates were within a quarter
 _SURE = 1.25
@@ -42,31 +43,6 @@ class Estimate:
     free: int
     seconds: float
     num_steps: int
-
-
-@dataclass(frozen=True)
-class Work:
-    """What is to be done, whoever does it.
-
-    Attributes:
-        device: where.
-        batch: of a step, as `batch_name` counts it.
-        batch_name: what a recipe calls it; None where it is one picture and cannot be smaller.
-        samples_each: how many samples one of the batch is; a picture with guidance is two.
-        num_steps: of the whole training, or of a picture.
-        pixels: height times width of a picture; None for what the experts were made for.
-        training: of aggregators; None where pictures are drawn.
-        is_offloaded: whether the experts' layers come to the device one at a time.
-    """
-
-    device: torch.device
-    batch: int
-    batch_name: str | None = None
-    samples_each: int = 1
-    num_steps: int = 1
-    pixels: int | None = None
-    training: Training | None = None
-    is_offloaded: bool = False
 
 
 @dataclass(frozen=True)

@@ -10,23 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from afa.damaged import is_own_bug
 from afa.denoisers import family_of
-from afa.distilled import distilled_of
 from afa.errors import NO_MODEL, AfaError
 from afa.files import parts_of, read_json
-from afa.lora import LoraExpert, base_of, check_lora, hash_lora
-from afa.lora.file import open_lora
-from afa.memory.plan import encoder_sets
-from afa.preflight.compare import compare
-from afa.preflight.facts import Facts, read_facts
-from afa.preflight.finding import Finding, Level, in_order
-from afa.preflight.machine import Estimate, Job, Work, fits
-from afa.preflight.weights import Weights, look_into
-from afa.published import is_published, published_experts
-from afa.single_file import describe_expert
-from afa.sources import locate
-from afa.weights import (
+from afa.loading.asked import LoraExpert, base_of
+from afa.loading.compare import compare
+from afa.loading.distilled import distilled_of
+from afa.loading.facts import Facts, read_facts
+from afa.loading.finding import Finding, Level, in_order
+from afa.loading.lora import check_lora, hash_lora
+from afa.loading.lora.file import open_lora
+from afa.loading.memory.plan import encoder_sets
+from afa.loading.planned import Work
+from afa.loading.published import is_published, published_experts
+from afa.loading.single_file.load import describe_expert
+from afa.loading.sources import locate
+from afa.loading.weights import (
     hash_expert,
     hash_vae,
     tensor_dtypes,
@@ -34,13 +33,16 @@ from afa.weights import (
     weight_files,
     weights_in,
 )
+from afa.machine.damaged import is_own_bug
+from afa.preflight.machine import Estimate, Job, fits
+from afa.preflight.weights import Weights, look_into
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from afa.lora import Asked
-    from afa.preflight.plans import Group, Plan
-    from afa.single_file import Companions
+    from afa.loading.asked import Asked
+    from afa.loading.planned import Group, Plan
+    from afa.loading.single_file.load import Companions
 
 #: what the plan of a merge compares by itself, since it may pad channels and do without a part
 _PLANNED = ("architecture", "text encoders")

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from afa.baselines.merging.method import is_finite
-from afa.baselines.merging.streams import read_header
-from afa.preflight.finding import Finding
+from afa.loading.finding import Finding
+from afa.merging.method import is_finite
+from afa.merging.streams import read_header
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from afa.baselines.merging.streams import StoredTensor
+    from afa.merging.streams import StoredTensor
 
 #: above it two experts are the same for any purpose; fine-tunes of one base reach 0.999
 SAME = 0.9999

@@ -12,9 +12,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from afa.damaged import Unreadable, loading, metadata_json
 from afa.errors import AfaError
 from afa.files import write_atomic
+from afa.machine.damaged import Unreadable, loading, metadata_json
 
 if TYPE_CHECKING:
     from pathlib import Path

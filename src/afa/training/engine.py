@@ -20,12 +20,12 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 from afa.errors import AfaError
-from afa.memory.exhausted import is_of_device
+from afa.machine.exhausted import is_of_device
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from afa.ensemble import EnsembleDenoiser
+    from afa.ensemble.denoiser import EnsembleDenoiser
     from afa.training.order import Shares
     from afa.training.recipe import TrainingRecipe
 

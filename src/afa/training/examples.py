@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from afa.denoisers.kinds import denoiser_of
 from afa.errors import AfaError
-from afa.kinds import denoiser_of
 from afa.reading import BrokenSample, Tally
 from afa.training.encoding import as_batch, encode_captions, encode_pictures, latent_shape
 from afa.training.order import Draw, Purpose, draw_at, sample_at, successors

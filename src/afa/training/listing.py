@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from safetensors.numpy import load, save
 
-from afa.files import write_atomic
+from afa.files import hash_file, write_atomic
+from afa.loading.weights import loading
 from afa.training.data import Part, SceneImages
-from afa.weights import hash_file, loading
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

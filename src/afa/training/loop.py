@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.amp import GradScaler
 
-from afa.ensemble import EnsembleDenoiser
+from afa.denoisers.conditions import conditioning_of
+from afa.denoisers.kinds import denoiser_of
+from afa.ensemble.denoiser import EnsembleDenoiser
 from afa.errors import AfaError
-from afa.kinds import denoiser_of
-from afa.memory.exhausted import saying_what_fits, smaller_batch
-from afa.training.conditions import conditioning_of
+from afa.machine.exhausted import saying_what_fits, smaller_batch
 from afa.training.examples import readers_alive
 from afa.training.objective import denoising_loss, forward_process
 from afa.training.routing import Routing, tapped

@@ -6,7 +6,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from afa.errors import AfaError
-from afa.pipeline import native_resolution, size_multiple
+from afa.loading.pipeline import native_resolution, size_multiple
+from afa.loading.truncation import limits_of, warnings_for
 from afa.reading import BrokenSample, Tally, conversions_of
 from afa.training.cache import (
     CachedExamples,
@@ -23,14 +24,13 @@ from afa.training.listing import Listing, digest_of, is_settled, rows_of
 from afa.training.order import Purpose
 from afa.training.split import split_by_picture
 from afa.training.transform import Transform
-from afa.truncation import limits_of, warnings_for
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence
 
     from diffusers import DiffusionPipeline
 
-    from afa.training.continuing import Began
+    from afa.training.began import Began
     from afa.training.data import CaptionedImages
     from afa.training.engine import Engine
     from afa.training.examples import Examples

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from afa.errors import AfaError
-from afa.lora import AnyExpert
+from afa.loading.asked import AnyExpert
 from afa.reading import parse_colour
 from afa.recipe import MAX_SEED, Section, read_recipe, resolve_path, resolve_source, resolve_sources
 

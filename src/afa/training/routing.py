@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from afa.maps import observed
+from afa.ensemble.recording import observed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from afa.ensemble import EnsembleDenoiser
+    from afa.ensemble.denoiser import EnsembleDenoiser
 
 _RARE = 0.05
 

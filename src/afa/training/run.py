@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from afa.aggregators import SABWConfig
-from afa.checkpoint import save_ensemble
 from afa.errors import AfaError
 from afa.files import (
     is_unused,
@@ -18,11 +17,13 @@ from afa.files import (
     require_place_for_folder,
     write_atomic,
 )
-from afa.pipeline import load_pipeline
+from afa.loading.ensemble_folder import save_ensemble
+from afa.loading.pipeline import load_pipeline
 from afa.recipe import differing
+from afa.training.began import Began
 from afa.training.cache import default_cache_folder
 from afa.training.checkpoints import Checkpoints
-from afa.training.continuing import RECIPE, Began, essence
+from afa.training.continuing import RECIPE, essence
 from afa.training.data import open_data
 from afa.training.earlier import is_earlier
 from afa.training.engine import Engine

@@ -10,10 +10,11 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch.amp import GradScaler
 
-from afa.checkpoint import aggregator_tensors, load_aggregator_tensors
+from afa.denoisers.kinds import denoiser_of
 from afa.errors import AfaError
-from afa.kinds import denoiser_of
-from afa.pipeline import check_text_to_image, native_resolution
+from afa.loading.ensemble_folder import aggregator_tensors, load_aggregator_tensors
+from afa.loading.pipeline import check_text_to_image, native_resolution
+from afa.loading.trust.unchanged import require_unchanged
 from afa.training.checkpoints import (
     Checkpoint,
     Checkpoints,
@@ -26,14 +27,13 @@ from afa.training.examples import LiveExamples
 from afa.training.listing import digest_of
 from afa.training.loop import NotFinite, TrainStep, optimizer_steps
 from afa.training.transform import Transform
-from afa.trust.unchanged import require_unchanged
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from diffusers import DiffusionPipeline
 
-    from afa.ensemble import EnsembleDenoiser
+    from afa.ensemble.denoiser import EnsembleDenoiser
     from afa.training.data import CaptionedImages
     from afa.training.examples import Examples
     from afa.training.recipe import TrainingRecipe

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors import safe_open
 from safetensors.torch import save
 
-from afa.damaged import Unreadable, loading, metadata_json
 from afa.files import write_atomic
+from afa.machine.damaged import Unreadable, loading, metadata_json
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from afa.ensemble.text import configuration_of, hash_weights
 from afa.errors import AfaError
 from afa.provenance import releases
 from afa.reading import BrokenSample, Conversion, Tally
-from afa.text import configuration_of, hash_weights
 from afa.training.cache.files import (
     BATCH,
     SHARD,

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from afa.kinds import denoiser_of
+from afa.denoisers.conditions import options_of
+from afa.denoisers.kinds import denoiser_of
+from afa.ensemble.text import EnsembleTextEncoder, configuration_of, hash_weights
 from afa.provenance import releases
-from afa.text import EnsembleTextEncoder, configuration_of, hash_weights
 from afa.training.cache.files import (
     BATCH,
     SHARD,
@@ -20,7 +21,6 @@ from afa.training.cache.files import (
     digest,
     write_shard,
 )
-from afa.training.conditions import options_of
 from afa.training.encoding import encode_captions
 
 if TYPE_CHECKING:

@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from afa.loading.truncation import cuts_of
 from afa.reading import BrokenSample, Conversion, Tally, conversions_of, counted
 from afa.reading.broken import MissingCaption
 from afa.training.data.images import Part, captions_in
-from afa.truncation import cuts_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from afa.loading.truncation import Cuts, TextLimit
     from afa.training.data.images import CaptionedImages, StreamedImages
-    from afa.truncation import Cuts, TextLimit
 
 
 @dataclass
@@ -74,7 +74,7 @@ def survey(
 
     Args:
         data: read from beginning to end; not for streams, which may have none.
-        limits: of the text encoders; see `afa.truncation`.
+        limits: of the text encoders; see `afa.loading.truncation`.
         resolution: side of the square that is trained on; None counts no small pictures.
         progress: told the samples that are done, and of how many.
     """

@@ -1,0 +1,139 @@
+"""MagicFusion: at every pixel the expert whose guidance response is the most salient."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Literal, Self
+
+import torch
+from pydantic import Field, PositiveFloat
+from torch.nn import functional as F
+
+from afa.aggregators import Condition, Fused, FusionRule, Separate
+from afa.aggregators.fusion.recipe import FusionRecipe
+from afa.errors import AfaError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from afa.denoisers import Site
+
+
+class MagicFusion(FusionRule):
+    """Saliency-aware noise fusion (Zhao et al., ICCV 2023, arXiv 2303.13126), for N experts.
+
+    The saliency of expert n is its guidance response |eps_n(c) - eps_n(null)|, smoothed, averaged
+    over the channels and normalised by a softmax over the map. At every pixel the prediction of
+    the expert with the largest saliency is taken, with and without prompt, so that guidance comes
+    out as if it had been applied before. For two experts this is the paper's rule; its published
+    code measures both responses from the first expert's null prediction instead.
+
+    A prediction of velocity responds in proportion to one of noise, by a factor that depends on
+    the timestep alone; it sharpens or flattens the softmax as the temperatures do.
+
+    Args:
+        temperatures: one per expert, or one for all; times the saliency before the softmax (the
+            paper's k, larger is sharper).
+        fuse_below: timesteps from here on (noisier ones) are the first expert's alone; none are by
+            default. Flow models begin at 1000 itself.
+
+    Raises:
+        AfaError: a temperature that is not positive.
+    """
+
+    def __init__(
+        self, temperatures: float | Sequence[float] = 1.0, fuse_below: float = math.inf
+    ) -> None:
+        super().__init__()
+        listed = [temperatures] if isinstance(temperatures, (int, float)) else list(temperatures)
+        if not listed or min(listed) <= 0:
+            raise AfaError(f"MagicFusion's temperatures must be positive, came {listed}.")
+        self.temperatures = listed
+        self.fuse_below = fuse_below
+
+    def saliency(self, prediction: Tensor, temperature: float) -> Tensor:
+        """Normalised saliency [B, 1, H, W] of one expert's predictions [2 B, C, H, W]."""
+        null, prompted = prediction.float().chunk(2)
+        response = (prompted - null).abs()
+        # a window of 4, as published: its result is one pixel smaller and stretched again
+        smooth = F.avg_pool2d(response, 4, stride=1, padding=1)
+        smooth = F.interpolate(smooth, size=response.shape[-2:], mode="bilinear")
+        smooth = smooth.mean(1, keepdim=True)
+        return (temperature * smooth.flatten(1)).softmax(1).view_as(smooth)
+
+    def forward(self, features: Sequence[Tensor], condition: Condition) -> Fused:
+        """Pick one of N predictions [2 B, C, H, W] at every pixel.
+
+        Args:
+            features: the experts' predictions, those without prompt first.
+            condition: its noisy latents tell whether both halves are there.
+
+        Raises:
+            AfaError: the batch does not hold every latent twice, that is guidance is off, or there
+                are as many temperatures as no number of experts fits.
+        """
+        self._require_guidance(condition.sample)
+        count = len(features)
+        temperatures = self.temperatures * (count if len(self.temperatures) == 1 else 1)
+        if len(temperatures) != count:
+            raise AfaError(
+                f"MagicFusion needs one temperature, or one for each of the {count} experts; came "
+                f"{len(temperatures)}."
+            )
+        if features[0].shape[-1] < 2 or features[0].shape[-2] < 2:
+            raise AfaError("MagicFusion needs predictions of at least 2x2 pixels to smooth.")
+        maps = [self.saliency(f, k) for f, k in zip(features, temperatures, strict=True)]
+        chosen = torch.cat(maps, dim=1).argmax(1)  # [B, H, W]
+        is_early = condition.timestep[: len(chosen)] >= self.fuse_below
+        chosen = torch.where(is_early[:, None, None], 0, chosen).repeat(2, 1, 1)
+        weights = F.one_hot(chosen, count).permute(0, 3, 1, 2).to(features[0].dtype)
+        stacked = torch.stack(list(features))  # [N, 2 B, C, H, W]
+        index = chosen[None, :, None].expand(1, *features[0].shape)
+        return Fused(stacked.gather(0, index)[0], weights)
+
+    @staticmethod
+    def _require_guidance(sample: Tensor) -> None:
+        half = len(sample) // 2
+        if len(sample) % 2 or not torch.equal(sample[:half], sample[half:]):
+            raise AfaError(
+                "MagicFusion needs classifier-free guidance, the latents without and with prompt "
+                "in one batch. Set a guidance scale above 1."
+            )
+
+
+def magic_fusion(
+    sites: Sequence[Site],
+    temperatures: float | Sequence[float] = 1.0,
+    fuse_below: float = math.inf,
+) -> list[FusionRule]:
+    """The rules of an ensemble: every expert goes its own way up to its prediction."""
+    return [*(Separate() for _ in sites[:-1]), MagicFusion(temperatures, fuse_below)]
+
+
+class MagicFusionRecipe(FusionRecipe):
+    """`rule: magic_fusion`; see `MagicFusion` for its settings, which have its defaults."""
+
+    rule: Literal["magic_fusion"] = "magic_fusion"
+    temperatures: list[PositiveFloat] | None = Field(default=None, min_length=1)
+    fuse_below: PositiveFloat | None = None
+
+    def rules(self, sites: Sequence[Site]) -> list[FusionRule]:
+        """The rule at the last site alone."""
+        return magic_fusion(sites, **self.model_dump(exclude={"rule"}, exclude_none=True))
+
+    def check(self, num_experts: int, guidance: float) -> None:
+        """Refuse to go without guidance, and another number of temperatures."""
+        if guidance <= 1:
+            raise ValueError("must have a guidance above 1")
+        if len(self.temperatures or [1.0]) not in (1, num_experts):
+            raise ValueError(
+                f"must have one temperature, or one for each of {num_experts} experts, came "
+                f"{self.temperatures}"
+            )
+
+    @classmethod
+    def rows(cls, experts: Sequence[str]) -> dict[str, list[Self]]:
+        """One row; the larger the temperature, the sharper the saliency."""
+        return {"MagicFusion": [cls(temperatures=[t]) for t in (1.0, 10.0, 100.0, 1000.0)]}

@@ -1,0 +1,310 @@
+"""Figures for people and for papers: who did what, and pictures side by side, as PNG or SVG.
+
+Colours are Okabe and Ito's, told apart with every common kind of colour vision; where it matters
+names are written beside them. Letters in an SVG are outlines, so that it looks the same everywhere.
+"""
+
+from __future__ import annotations
+
+import io
+import textwrap
+import warnings
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from afa.errors import AfaError
+from afa.files import write_atomic
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from PIL import Image
+    from torch import Tensor
+
+    from afa.ensemble.recording import WeightRecord
+
+SUFFIXES = (".png", ".svg")
+_COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D55E00", "#F0E442")
+_LEAST_AREA = 0.03  # of the picture, for a name to be written on a place
+
+
+def expert_colours(num_experts: int) -> Tensor:
+    """One colour per expert, RGB [N, 3] in 0..1, repeated after seven."""
+    from matplotlib.colors import to_rgb
+
+    return torch.tensor([to_rgb(_COLOURS[n % len(_COLOURS)]) for n in range(num_experts)])
+
+
+def mix_colours(weights: Tensor) -> Tensor:
+    """Every pixel in the experts' colours, mixed by their weights [N, H, W]: RGB [H, W, 3]."""
+    mixed = torch.einsum("nhw,nc->hwc", weights.float(), expert_colours(len(weights)))
+    return mixed.clamp(0, 1)
+
+
+def tint(picture: Image.Image, weights: Tensor, strength: float = 0.7) -> Image.Image:
+    """A picture in grey, coloured by who holds which place.
+
+    Args:
+        picture: of any size.
+        weights: [N, H, W], enlarged to the picture.
+        strength: of the colour; 0 is the picture in grey, 1 the colours alone.
+
+    Returns: RGB, as large as the picture.
+    """
+    from PIL import Image
+
+    size = (picture.height, picture.width)
+    enlarged = F.interpolate(weights[None].float(), size, mode="bilinear", align_corners=False)[0]
+    grey = torch.from_numpy(np.array(picture.convert("L"))).float()[..., None] / 255
+    mixed = strength * mix_colours(enlarged) + (1 - strength) * grey
+    return Image.fromarray((255 * mixed).round().to(torch.uint8).numpy(), "RGB")
+
+
+def heat_map(
+    shares: Tensor, path: Path, *, experts: Sequence[str], sites: Sequence[str], title: str = ""
+) -> None:
+    """Draw the mean weight of each expert by site (from input to output) and step.
+
+    Args:
+        shares: [steps, sites, N]; of a record, `WeightRecord.mean_share()`.
+        path: PNG or SVG, by its suffix.
+        experts: their names.
+        sites: likewise.
+        title: above all panels.
+
+    Raises:
+        AfaError: another suffix, or names that do not fit.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    if shares.shape[1:] != (len(sites), len(experts)):
+        raise AfaError(
+            f"The shares must be of {len(sites)} sites and {len(experts)} experts, came "
+            f"{list(shares.shape)}."
+        )
+    figure = Figure(
+        figsize=(1.9 + 2.4 * len(experts), 1.2 + 0.2 * len(sites)), layout="constrained"
+    )
+    panels = figure.subplots(1, len(experts), sharey=True, squeeze=False)[0]
+    for n, (panel, expert) in enumerate(zip(panels, experts, strict=True)):
+        extent = (0.5, len(shares) + 0.5, len(sites) - 0.5, -0.5)
+        image = panel.imshow(
+            shares[:, :, n].T.float().numpy(),
+            vmin=0,
+            vmax=1,
+            cmap="cividis",
+            aspect="auto",
+            extent=extent,
+        )
+        panel.set_title(plain(expert), fontsize=9)
+        panel.set_xlabel("step", fontsize=8)
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.tick_params(labelsize=7)
+    panels[0].set_yticks(range(len(sites)), [plain(site) for site in sites], fontsize=7)
+    figure.colorbar(image, ax=panels, label="mean weight")
+    if title:
+        figure.suptitle(plain(textwrap.shorten(title, 120, placeholder=" ...")), fontsize=9)
+    save_figure(figure, path)
+
+
+def overlay(
+    picture: Image.Image, weights: Tensor, path: Path, *, experts: Sequence[str], title: str = ""
+) -> None:
+    """Draw a picture, who holds which place of it, and each expert's weights alone.
+
+    Args:
+        picture: that the weights are of.
+        weights: [N, H, W], of a step and site or the mean of some.
+        path: PNG or SVG, by its suffix.
+        experts: their names.
+        title: above all panels.
+
+    Raises:
+        AfaError: another suffix.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2.1 * (len(experts) + 2) + 0.6, 2.9), layout="constrained")
+    axes = figure.subplots(1, len(experts) + 2)
+    axes[0].imshow(picture)
+    axes[0].set_title("picture", fontsize=9)
+    axes[1].imshow(tint(picture, weights))
+    axes[1].set_title("who did what", fontsize=9)
+    _outline(axes[1], weights, picture.size, experts)
+    for n, expert in enumerate(experts):
+        panel = axes[n + 2]
+        image = panel.imshow(weights[n].float().numpy(), vmin=0, vmax=1, cmap="cividis")
+        share = float(weights[n].float().mean())
+        panel.set_title(f"{plain(expert)} ({share:.0%})", fontsize=9)
+    figure.colorbar(image, ax=axes[2:], label="weight", shrink=0.75)
+    for axis in axes:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    if title:
+        figure.suptitle(plain(textwrap.shorten(title, 110, placeholder=" ...")), fontsize=9)
+    save_figure(figure, path)
+
+
+def _outline(axis: Axes, weights: Tensor, size: tuple[int, int], experts: Sequence[str]) -> None:
+    """Lines where another expert begins to lead, and the name of each where it leads the most."""
+    height, width = weights.shape[-2:]
+    scale = (size[0] / width, size[1] / height)
+    leader = weights.float().argmax(0)
+    rows = (torch.arange(height) + 0.5) * scale[1] - 0.5
+    columns = (torch.arange(width) + 0.5) * scale[0] - 0.5
+    for n, expert in enumerate(experts):
+        led = (leader == n).float()
+        area = float(led.mean())
+        if area < _LEAST_AREA:
+            continue
+        if area < 1:
+            grid = (columns.numpy(), rows.numpy(), led.numpy())
+            axis.contour(*grid, levels=[0.5], colors="white", linewidths=1)
+        # far inside of what it leads, and clear of the borders
+        inside = F.avg_pool2d(led[None, None], 2 * (height // 8) + 1, 1, height // 8)[0, 0]
+        place = int((inside * led).argmax())
+        axis.text(
+            float(columns[place % width].clamp(0.15 * size[0], 0.85 * size[0])),
+            float(rows[place // width].clamp(0.08 * size[1], 0.92 * size[1])),
+            plain(textwrap.shorten(expert, 16, placeholder="...")),
+            ha="center",
+            va="center",
+            fontsize=8,
+            bbox={"facecolor": "white", "alpha": 0.8, "pad": 1, "edgecolor": "none"},
+        )
+
+
+def filmstrip(
+    record: WeightRecord,
+    pictures: Sequence[Image.Image],
+    path: Path,
+    *,
+    experts: Sequence[str],
+    titles: Sequence[str] | None = None,
+    num_steps: int = 5,
+) -> None:
+    """Draw who held which place at which step, mean over all sites, one row per picture.
+
+    Every pixel has the experts' colours mixed by their weights; the last column is the mean over
+    the steps, with each expert's share of the whole picture beneath.
+
+    Args:
+        record: of the run that made `pictures`, all in one batch.
+        pictures: in the order of their prompts.
+        path: PNG or SVG, by its suffix.
+        experts: their names, for the legend.
+        titles: one per picture.
+        num_steps: how many steps to show, evenly spaced.
+
+    Raises:
+        AfaError: another suffix, a record without weights, or one of another run.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    if not record.steps or len(next(iter(record.steps[0].weights.values()))) < len(pictures):
+        raise AfaError("The record must hold the weights of the run that made these pictures.")
+    places = torch.linspace(0, len(record.steps) - 1, min(num_steps, len(record.steps)))
+    shown = [int(place) for place in places.round()]
+    # with guidance the prompts are the second half of the batch
+    maps = torch.stack([record.mean_map(s, 64)[-len(pictures) :] for s in range(len(record.steps))])
+    rows, columns = len(pictures), len(shown) + 2
+    figure = Figure(figsize=(1.5 * columns, 1.9 * rows + 0.5), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for row, picture in enumerate(pictures):
+        axes[row, 0].imshow(picture)
+        axes[row, 0].set_title("picture" if titles is None else plain(titles[row]), fontsize=8)
+        panels = [maps[s, row] for s in shown] + [maps[:, row].mean(0)]
+        labels = [f"step {s + 1}" for s in shown] + ["all steps"]
+        for column, (panel, label) in enumerate(zip(panels, labels, strict=True), start=1):
+            axes[row, column].imshow(mix_colours(panel).numpy())
+            axes[row, column].set_title(label, fontsize=8)
+        shares = panels[-1].mean((1, 2)).tolist()
+        axes[row, -1].set_xlabel(" / ".join(f"{share:.0%}" for share in shares), fontsize=8)
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    handles = [
+        Patch(color=tuple(c.tolist()), label=plain(e))
+        for c, e in zip(expert_colours(len(experts)), experts, strict=True)
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(experts), frameon=False)
+    save_figure(figure, path)
+
+
+def comparison(
+    rows: Mapping[str, Sequence[Image.Image]],
+    columns: Sequence[str],
+    path: Path,
+    *,
+    bold: Sequence[str] = (),
+    dpi: int = 130,
+) -> None:
+    """Draw pictures side by side: ways to draw (rows) by prompts (columns).
+
+    Args:
+        rows: the pictures of each way, in the order of the prompts.
+        columns: the prompts.
+        path: PNG or SVG, by its suffix.
+        bold: the rows whose names stand out.
+        dpi: dots of a PNG per inch; a picture is 1.35 wide.
+
+    Raises:
+        AfaError: another suffix, no prompt, or a row of another length.
+    """
+    from matplotlib.figure import Figure
+
+    if not columns or any(len(pictures) != len(columns) for pictures in rows.values()):
+        raise AfaError(f"A comparison must have {len(columns) or 'some'} pictures in every row.")
+    left, top = 1.7, 0.9
+    width, height = 1.35 * len(columns) + left, 1.35 * len(rows) + top
+    figure = Figure(figsize=(width, height))
+    axes = figure.subplots(len(rows), len(columns), squeeze=False)
+    figure.subplots_adjust(
+        left=left / width, right=0.995, bottom=0.005, top=1 - top / height, wspace=0.04, hspace=0.04
+    )
+    for axis, prompt in zip(axes[0], columns, strict=True):
+        short = textwrap.shorten(prompt, 90, placeholder=" ...")
+        axis.set_title(plain(textwrap.fill(short, 19)), fontsize=8)
+    for line, (name, pictures) in zip(axes, rows.items(), strict=True):
+        for axis, picture in zip(line, pictures, strict=True):
+            axis.imshow(picture)
+            axis.set_xticks([])
+            axis.set_yticks([])
+        line[0].set_ylabel(
+            plain(textwrap.fill(name, 20)),
+            rotation=0,
+            ha="right",
+            va="center",
+            fontsize=9,
+            fontweight="bold" if name in bold else "normal",
+        )
+    save_figure(figure, path, dpi)
+
+
+def plain(text: str) -> str:
+    """A text that is drawn as it is, not set as mathematics."""
+    return text.replace("$", r"\$")
+
+
+def save_figure(figure: Figure, path: Path, dpi: int = 130) -> None:
+    """Write a figure whole or not at all, as PNG or SVG by its suffix.
+
+    Raises:
+        AfaError: another suffix.
+    """
+    if path.suffix.lower() not in SUFFIXES:
+        raise AfaError(f"A figure must be {' or '.join(SUFFIXES)}, came '{path.name}'.")
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        # letters that the font lacks are drawn as boxes, which is all that can be done
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        figure.savefig(buffer, dpi=dpi, format=path.suffix.lower().removeprefix("."))
+    write_atomic(path, buffer.getvalue())

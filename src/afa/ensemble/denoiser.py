@@ -1,0 +1,396 @@
+"""`EnsembleDenoiser`: N frozen experts and their fusion rules, a drop-in for one denoiser."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from torch import Tensor, nn
+
+from afa.aggregators import Mean, SABWConfig
+from afa.aggregators.build import build_sabw
+from afa.aggregators.lowered import Lowered
+from afa.denoisers import (
+    PLAIN,
+    Execution,
+    Family,
+    Site,
+    Widths,
+    check_same_architecture,
+    discover_sites,
+    family_of,
+)
+from afa.denoisers.prompt import cross_attentions, prompts_attended_once
+from afa.ensemble.caching.call import predict as accelerated
+from afa.ensemble.caching.loop import Loops
+from afa.ensemble.combinations import Switches
+from afa.ensemble.delegation import Delegation
+from afa.ensemble.guard import Guard, is_finite
+from afa.ensemble.locks import Lock
+from afa.ensemble.observation import Observers, WeightsObserver
+from afa.ensemble.placing import Placement
+from afa.ensemble.protocol import expert_names
+from afa.ensemble.step import run_step, timesteps_of
+from afa.errors import AfaError
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    from diffusers.models.attention_processor import Attention
+
+    from afa.aggregators.rule import Schedule
+    from afa.ensemble.caching.loop import Loop, Running, Shortcut
+    from afa.ensemble.guard import OnNonFinite
+    from afa.ensemble.references import ExpertReference
+
+
+class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin):
+    """Several experts run side by side, fused after every block (AFA, section 3).
+
+    Takes the place of `unet` or `transformer` in stock diffusers pipelines: same call, same output
+    type, same configuration. The experts are frozen and stay in evaluation mode; only aggregators
+    train. Their parameters stay in float32 whatever the experts are cast to; while drawing they are
+    computed in the experts' type.
+
+    Args:
+        experts: N denoisers of one architecture, of a family in `afa.denoisers`.
+        aggregators: a `SABWConfig` builds an untrained SABW at every site; a sequence holds one
+            fusion rule per site, in site order; None takes the uniform mean.
+        schedule: which experts run at a timestep; fusion rules see these alone. None runs all.
+        widths: of the text encoders, where one expert has several whose embeddings are
+            concatenated; None takes what the experts' configuration says.
+
+    Raises:
+        AfaError: no experts, experts that do not share one architecture, blocks that cannot be
+            taken apart, or another number of aggregators than sites.
+    """
+
+    config_name = "config.json"
+    _supports_gradient_checkpointing = True
+
+    def __init__(
+        self,
+        experts: Sequence[ModelMixin],
+        aggregators: SABWConfig | Sequence[nn.Module] | None = None,
+        schedule: Schedule | None = None,
+        widths: Widths | None = None,
+    ) -> None:
+        super().__init__()
+        if not experts:
+            raise AfaError("An ensemble must have at least one expert, came none.")
+        self.family: Family = family_of(experts[0])
+        for n, expert in enumerate(experts[1:], start=1):
+            family_of(expert)
+            check_same_architecture(experts[0], expert, f"expert {n}")
+        self.experts: Any = nn.ModuleList(experts)
+        self.experts.requires_grad_(False)
+        self.sites: tuple[Site, ...] = discover_sites(experts[0])
+        self.widths: Widths = widths or self.family.widths(experts[0])
+        self.aggregators = nn.ModuleList(self._build_aggregators(aggregators))
+        self._signature = inspect.signature(self.family.model_class.forward)
+        self._rules = {site.name: n for n, site in enumerate(self.sites)}
+        self._loops, self._lock = Loops(), Lock()
+        self.execution: Execution = PLAIN
+        self.schedule = schedule
+        #: what is done where an expert gives non-finite values; see `afa.ensemble.guard`
+        self.on_nonfinite: OnNonFinite = "stop"
+        #: how often each expert was left out at each site for that
+        self.masked: Counter[tuple[str, str]] = Counter()
+        #: the aggregators in the experts' type
+        self.lowered = Lowered()
+        self._attentions: list[Attention] = []
+        self._bias_on: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None = None
+        #: called with the fusion weights of every call, whichever thread makes it
+        self.on_weights: WeightsObserver | None = None
+        #: those of one thread each; see `afa.ensemble.recording.observed`
+        self.observers = Observers()
+        #: where the experts and the autoencoder come from; None where they were made in memory
+        self.references: Sequence[ExpertReference] | None = None
+        self.vae_reference: ExpertReference | None = None
+        #: the folder, or the shipped configuration, that describes single files
+        self.config_source: str | None = None
+        #: what lent single files the parts that they leave out
+        self.part_references: Sequence[ExpertReference] = ()
+        #: the folder of the published code that the experts are in, which have none of their own
+        self.kept_in: str | None = None
+        self.register_to_config(**experts[0].config)
+        self.eval()
+
+    def _build_aggregators(
+        self, aggregators: SABWConfig | Sequence[nn.Module] | None
+    ) -> Sequence[nn.Module]:
+        if aggregators is None:
+            return [Mean() for _ in self.sites]
+        if isinstance(aggregators, SABWConfig):
+            text_channels = sum(self.family.widths(self.experts[0]).text) or None
+            device = next(self.experts[0].parameters()).device
+            rules = build_sabw(aggregators, self.sites, len(self.experts), text_channels)
+            return [rule.to(device) for rule in rules]
+        if len(aggregators) != len(self.sites):
+            raise AfaError(
+                f"An ensemble must have one aggregator per site: {len(self.sites)} sites, "
+                f"{len(aggregators)} aggregators. List them in the order of `.sites`."
+            )
+        return aggregators
+
+    # -- one step of denoising ----------------------------------------------------------------
+
+    def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
+        """Predict with all experts, fused at every site (AFA, section 3.2).
+
+        Takes what the experts' own class takes. Embeddings of the text are the experts',
+        concatenated on the last axis as stock pipelines do with `EnsembleTextEncoder`, or one for
+        all; see `afa.denoisers.Widths`. All else goes to every expert. Calls from several threads
+        wait for each other.
+
+        Returns: the library's output object, or with `return_dict=False` a tuple of the prediction.
+
+        Raises:
+            AfaError: no latent at all; non-finite values where no gradients are recorded, see
+                `afa.ensemble.guard`; a text embedding of another width; several timesteps at once
+                where a schedule picks the experts by timestep; or, where experts are spread over
+                processes, another thread or other arguments than in the other processes.
+        """
+        arguments = self._bind(args, kwargs)
+        sample = next(iter(arguments.values()))
+        if sample.numel() == 0:
+            raise AfaError(
+                "A denoiser must have at least one latent with an area, came the shape "
+                f"{tuple(sample.shape)}. Ask for a picture."
+            )
+        with self._lock, self.lora_scale(arguments) as scale:
+            self._tell_observers("begin")
+            prediction = self._predict(arguments, scale)
+            self._tell_observers("end")
+        return self.family.output_class(sample=prediction) if return_dict else (prediction,)
+
+    def _predict(self, arguments: dict[str, Any], scale: float | None) -> Tensor:
+        prompt, steps = arguments.get(self.family.prompt), timesteps_of(arguments)
+        sample = next(iter(arguments.values()))
+        running = self._running(steps)
+        if self.exchange is not None:
+            self.exchange.begin(steps, arguments, prompt)
+        if self.shards is not None:
+            self.shards.require_one_thread()
+        if torch.is_grad_enabled():
+            return run_step(self, arguments, running)
+        self.lowered.refresh()
+        if prompt is None:
+            return self._finite(run_step(self, arguments, running), arguments, running)
+        agree = self._agree
+        loop = self._loops.of(prompt, steps, sample, agree)
+        loop.runs(running)
+        if loop.num_calls == 1:
+            self._attentions = cross_attentions(self)
+
+        def run(given: dict[str, Any], shortcut: Shortcut | None = None) -> Tensor:
+            return run_step(self, given, running, shortcut)
+
+        compute: Callable[..., Tensor] = run
+        if self._is_recordable(arguments):
+            assert self.graphs is not None, "it is recordable"
+            compute = self.graphs.steps_of(loop, run, key=scale)
+        with prompts_attended_once(self._attentions):
+            if loop.is_guarded:
+                return self._guarded(arguments, running)
+            if self.acceleration.is_exact or arguments.get("skip_layers"):
+                prediction = compute(arguments)
+            else:
+                prediction = accelerated(
+                    self.acceleration, loop, self.family, self.sites, arguments, compute, agree
+                )
+            return self._finite(prediction, arguments, running, loop)
+
+    def _finite(
+        self,
+        prediction: Tensor,
+        arguments: dict[str, Any],
+        running: Running,
+        loop: Loop | None = None,
+    ) -> Tensor:
+        """A prediction as it is; where it is not finite, the step once more under guard.
+
+        Raises:
+            AfaError: names the expert and the site where it came from, unless it is masked; names
+                neither where experts are sharded over processes.
+        """
+        if not self._agree(not is_finite(prediction)):
+            return prediction
+        if self.shards is not None:  # whoever stops in the middle of a step leaves others waiting
+            raise AfaError(
+                "A prediction must be finite; that of this process or of another has NaN or "
+                "infinity. Where experts are sharded over processes, which expert gave it is not "
+                "looked for, and none is skipped. Draw with the experts whole in one process."
+            )
+        if loop is not None:  # what it has kept of its steps may be the same
+            loop.is_guarded = True
+        self._tell_observers("begin")
+        return self._guarded(arguments, running)
+
+    @property
+    def _agree(self) -> Callable[[bool], bool]:
+        """What makes one decision of those of all processes that must run the same layers."""
+        together = self.exchange or self.shards
+        return together.any_of if together else bool
+
+    def _guarded(self, arguments: dict[str, Any], running: Running) -> Tensor:
+        """A step in which every feature is looked at, and nothing is left out to save time."""
+        masks = self.on_nonfinite == "mask"
+        guard = Guard(expert_names(self), self.dtype, masks=masks)
+        prediction = run_step(self, arguments, running, guard=guard)
+        guard.look_at_prediction(prediction)
+        self.masked += guard.masked
+        return prediction
+
+    def _is_recordable(self, arguments: dict[str, Any]) -> bool:
+        """Whether steps are CUDA graphs: no observers and no data-dependent control flow."""
+        observed = self.on_weights or self.observers or arguments.get("skip_layers")
+        if self.graphs is None or observed:
+            return False
+        return self.graphs.take(next(iter(arguments.values())))
+
+    def _running(self, steps: Tensor) -> Running:
+        """The experts that run at these timesteps [B], in all and by site.
+
+        Raises:
+            AfaError: several timesteps where a schedule picks the experts; or it picks none, one
+                twice, or one that there is not.
+        """
+        every = range(len(self.experts))
+        if self.schedule is None and self.plan is None:
+            return every, {}
+        distinct = steps.unique().tolist()
+        if self.plan is not None:
+            return every, self.plan.at(distinct[0]) if len(distinct) == 1 else {}
+        assert self.schedule is not None, "there is one of both"
+        if len(distinct) > 1:
+            raise AfaError(
+                "Where a schedule picks the experts, all of a batch must have one timestep, came "
+                f"{', '.join(f'{step:g}' for step in distinct)}. Call it once for each."
+            )
+        picked = list(self.schedule(distinct[0]))
+        if not picked or len(set(picked)) < len(picked) or not set(picked) <= set(every):
+            raise AfaError(
+                f"The schedule picked the experts {picked} at timestep {distinct[0]:g}; it must "
+                f"pick at least one, each once, by numbers from 0 to {len(every) - 1}. Correct "
+                "the schedule."
+            )
+        return sorted(picked), {}
+
+    # -- what a step asks of its ensemble -----------------------------------------------------
+
+    def rule_at(self, site: str) -> nn.Module:
+        """The fusion rule of a site."""
+        return self.aggregators[self._rules[site]]
+
+    def bias_at(self, site: str, like: Tensor) -> Tensor | None:
+        """What is added to the experts' logits [N] at a site, on the device of a tensor."""
+        bias = self.bias.get(site)
+        if bias is None or bias.device == like.device:
+            return bias
+        if self._bias_on is None or self._bias_on[0] is not self.bias:
+            moved = {name: own.to(like.device) for name, own in self.bias.items()}
+            self._bias_on = self.bias, moved
+        return self._bias_on[1][site]
+
+    def show(self, steps: Tensor, site: str, weights: Tensor | None) -> None:
+        """Show the fusion weights of a site to whoever observes them."""
+        if weights is None:
+            return
+        if self.on_weights is not None:
+            self.on_weights(steps, site, weights)
+        for observation in tuple(self.observers):
+            observation.see(steps, site, weights)
+
+    def _tell_observers(self, what: Literal["begin", "end"]) -> None:
+        """Let observers know that a call begins, once more perhaps, or has come to its end."""
+        with ExitStack() as stack:  # one that raises keeps nothing from the others
+            for observation in reversed(self.observers):
+                stack.callback(getattr(observation, what))
+
+    def begin_anew(self) -> None:
+        """Discard what is kept of denoising loops; for whatever changes what a step computes."""
+        self._loops = Loops()
+
+    def _bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """All arguments by name, as the experts' own class names them; the latent is the first."""
+        arguments = self._signature.bind(self, *args, **kwargs).arguments
+        del arguments["self"]
+        return arguments
+
+    # -- what a denoiser offers besides -------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs are expected."""
+        if self.devices is not None:
+            return self.devices.main
+        own = self.exchange.own[0] if self.exchange else 0
+        return self.execution.device or next(self.experts[own].parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The experts' data type; aggregators stay in float32."""
+        return self.experts[0].dtype
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move or cast the experts; move the aggregators, which keep their data type.
+
+        Raises:
+            AfaError: the experts' layers are in a file; or they are offloaded or spread over
+                processes and the device is another than they run on.
+        """
+        self.require_layers("moved or cast")
+        device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+        self.begin_anew()
+        if self.execution.device is not None or self.exchange is not None:
+            self._require_same_device(device)
+            self.experts.to(dtype=dtype, memory_format=memory_format)
+            return self
+        self.experts.to(*args, **kwargs)
+        if device is not None:
+            self.aggregators.to(device)
+            self.devices = None
+        return self
+
+    def float(self) -> Self:
+        """Cast the experts to float32."""
+        return self.to(torch.float32)
+
+    def double(self) -> Self:
+        """Cast the experts to float64."""
+        return self.to(torch.float64)
+
+    def cpu(self) -> Self:
+        """Move experts and aggregators to the CPU."""
+        return self.to("cpu")
+
+    def cuda(self, device: Any = None) -> Self:
+        """Move experts and aggregators to a CUDA device; None takes the current one."""
+        return self.to(
+            torch.device("cuda", device) if isinstance(device, int) else device or "cuda"
+        )
+
+    def half(self) -> Self:
+        """Cast the experts to float16."""
+        return self.to(torch.float16)
+
+    def bfloat16(self) -> Self:
+        """Cast the experts to bfloat16."""
+        return self.to(torch.bfloat16)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the aggregators' mode; the experts stay in evaluation mode."""
+        super().train(mode)
+        self.experts.eval()
+        return self
+
+    def frozen_names(self) -> list[str]:
+        """The names of all parameters and buffers of the experts."""
+        named = (*self.experts.named_parameters(), *self.experts.named_buffers())
+        return [f"experts.{name}" for name, _ in named]

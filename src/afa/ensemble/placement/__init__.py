@@ -1,0 +1,1 @@
+"""Where experts are: devices, processes, files; and how features come together."""

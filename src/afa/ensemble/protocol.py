@@ -1,0 +1,49 @@
+"""What the modules of this package ask of an ensemble, so that none of them needs the whole."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor, nn
+
+    from afa.aggregators.lowered import Lowered
+    from afa.denoisers import Execution, Family, Site, Widths
+    from afa.ensemble.observation import Observers
+    from afa.ensemble.placement.devices import Devices
+    from afa.ensemble.placement.exchange import Exchange
+    from afa.ensemble.references import ExpertReference
+
+
+class Ensemble(Protocol):
+    """N experts and their fusion rules; `EnsembleDenoiser` is one."""
+
+    family: Family
+    experts: Any
+    sites: tuple[Site, ...]
+    aggregators: Any
+    widths: Widths
+    execution: Execution
+    exchange: Exchange | None
+    devices: Devices | None
+    lowered: Lowered
+    observers: Observers
+    references: Sequence[ExpertReference] | None
+
+    def rule_at(self, site: str) -> nn.Module:
+        """The fusion rule of a site."""
+
+    def bias_at(self, site: str, like: Tensor) -> Tensor | None:
+        """What is added to the experts' logits [N] at a site, on the device of a tensor."""
+
+    def show(self, steps: Tensor, site: str, weights: Tensor | None) -> None:
+        """Show the fusion weights of a site to whoever observes them."""
+
+
+def expert_names(ensemble: Ensemble) -> list[str]:
+    """What the experts are called: as their checkpoints, or by number where there are none."""
+    if ensemble.references is None:
+        return [str(n) for n in range(len(ensemble.experts))]
+    return [reference.name for reference in ensemble.references]

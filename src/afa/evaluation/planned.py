@@ -1,0 +1,53 @@
+"""What an evaluation or a search would load, and its work."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from afa.loading.planned import Group, Plan, Work, companions_of, group_of_ensemble
+from afa.training.engine import pick_device
+
+if TYPE_CHECKING:
+    from afa.evaluation.recipe import EvaluateRecipe, SamplingRecipe
+    from afa.evaluation.search_recipe import SearchRecipe
+
+
+def plan_of_evaluation(recipe: EvaluateRecipe) -> Plan:
+    """Of `afa evaluate`: every model and ensemble by itself, and what merges and fusions take."""
+    sampling = recipe.sampling
+    dtype = getattr(torch, sampling.dtype)
+    companions = companions_of(recipe, dtype)
+    groups = []
+    if any(method.needs_experts for method in recipe.methods):
+        groups.append(Group("merges and fusions", recipe.experts, companions))
+        if recipe.base is not None:
+            groups.append(Group("base", [recipe.base], companions))
+    for method in recipe.methods:
+        groups += [Group(method.name, [model], companions) for model in method.model or ()]
+        groups += [
+            group_of_ensemble(method.name, folder, dtype) for folder in method.ensemble or ()
+        ]
+    return Plan(groups, _drawing(sampling))
+
+
+def plan_of_search(recipe: SearchRecipe) -> Plan:
+    """Of `afa search`."""
+    sampling = recipe.sampling
+    companions = companions_of(recipe, getattr(torch, sampling.dtype))
+    group = Group("search", recipe.experts, companions)
+    return Plan([group], _drawing(sampling))
+
+
+def _drawing(sampling: SamplingRecipe) -> Work:
+    """Of pictures in batches; with guidance each of them is two samples."""
+    height, width = sampling.height, sampling.width
+    return Work(
+        pick_device(sampling.device),
+        sampling.batch_size,
+        "sampling.batch_size",
+        samples_each=2 if sampling.guidance > 1 else 1,
+        num_steps=sampling.num_steps,
+        pixels=height * width if height and width else None,
+    )

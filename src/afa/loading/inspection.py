@@ -1,0 +1,244 @@
+"""What a file or folder is, read without loading weights."""
+
+from __future__ import annotations
+
+from collections import Counter
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+
+from afa.aggregators import SABWConfig
+from afa.aggregators.build import build_sabw
+from afa.denoisers import FAMILIES, Family, Site, discover_sites
+from afa.errors import NO_MODEL, AfaError
+from afa.files import hash_file, read_json
+from afa.loading.distilled import distilled_of
+from afa.loading.published import describe_published, is_published
+from afa.loading.saved import FORMAT, read_config
+from afa.loading.single_file.accounting import account
+from afa.loading.single_file.identify import missing_parts
+from afa.loading.single_file.layout import denoiser_in, names_by_part
+from afa.loading.single_file.load import Companions
+from afa.loading.sources import locate
+from afa.loading.trust.folders import check_part
+from afa.loading.weights import (
+    SAFETENSORS,
+    check_safetensors,
+    hash_expert,
+    refuse_quantised,
+    tensor_shapes,
+    weight_files,
+)
+from afa.machine.damaged import is_own_bug
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from afa.loading.weights import Shapes
+
+#: files that are no model by themselves: the start of a name -> what it is
+_OTHERS = (
+    ("conv_in.res_block.", "aggregators of an ensemble"),
+    ("text_model.", "text encoder (CLIP)"),
+    ("shared.weight", "text encoder (T5)"),
+    ("encoder.block.", "text encoder (T5)"),
+    ("decoder.conv_in.", "autoencoder"),
+)
+
+
+def describe(path: str | Path) -> dict[str, Any]:
+    """Facts about an ensemble, a pipeline's or a denoiser's folder, or a safetensors file.
+
+    Returns: JSON-able facts; `kind` is always there, `sites`, `experts`, `sha256`, `parameters`
+        and others where they make sense. Sites are named with channels and scale.
+
+    Raises:
+        AfaError: nothing is there, a pickle, a damaged file, or a folder of no known kind.
+    """
+    found = locate(path)
+    if found.is_file():
+        return _describe_file(found, Path(path).expanduser())
+    if is_published(found):
+        return describe_published(found)
+    if (found / "model_index.json").is_file():
+        return _describe_pipeline(found)
+    if (found / "config.json").is_file():
+        check_part(found)
+        config = read_json(found / "config.json")
+        if config.get("format") == FORMAT:
+            return _describe_ensemble(found)
+        family = _family_named(config.get("_class_name"))
+        if family is not None:
+            kind = "U-Net folder" if family.name == "unet" else "transformer folder"
+            return {"kind": kind, **_describe_denoiser(family, config)}
+    raise AfaError(
+        f"'{path}' must be an ensemble folder, a diffusers pipeline or denoiser folder, or a "
+        "safetensors file; it is none of them."
+    )
+
+
+def _describe_ensemble(folder: Path) -> dict[str, Any]:
+    config = read_config(folder)
+    weights = folder / "aggregators.safetensors"
+    check_safetensors(weights)
+    parameters, dtypes, _ = _read_header([weights])
+    return {
+        "kind": "ensemble",
+        "family": config["family"],
+        "experts": [_describe_expert(expert) for expert in config["experts"]],
+        "vae": config["vae"] and config["vae"]["source"],
+        "parts": [part["source"] for part in config["parts"]],
+        "aggregator": ", ".join(f"{k} {v}" for k, v in config["aggregator"].items()),
+        "aggregator_parameters": parameters,
+        "dtypes": dtypes,
+        "sites": config["sites"],
+    }
+
+
+def _describe_expert(saved: dict[str, Any]) -> dict[str, Any]:
+    """Flat, whether or not it is a LoRA on its source."""
+    lora = saved["lora"]
+    facts = {key: value for key, value in saved.items() if key != "lora"}
+    if lora is not None:
+        facts |= {"lora": f"{lora['scale']:g} x {lora['source']}", "lora_sha256": lora["sha256"]}
+    return facts
+
+
+def _describe_pipeline(folder: Path) -> dict[str, Any]:
+    index = read_json(folder / "model_index.json")
+    parameters, dtypes, _ = _read_header(weight_files(folder))
+    facts = {
+        "kind": "pipeline folder",
+        "class": index.get("_class_name"),
+        "sha256": hash_expert(folder),
+        "parameters": parameters,
+        "dtypes": dtypes,
+    }
+    for name in ("unet", "transformer"):
+        place = folder / name / "config.json"
+        config = read_json(place) if place.is_file() else {}
+        family = _family_named(config.get("_class_name"))
+        if family is not None:
+            facts |= _describe_denoiser(family, config)
+    return facts
+
+
+def _describe_denoiser(family: Family, config: dict[str, Any]) -> dict[str, Any]:
+    facts: dict[str, Any] = {}
+    model: Any = None
+    with torch.device("meta"), torch.no_grad():
+        try:
+            model = family.model_class.from_config(config)
+            facts = {"denoiser_parameters": sum(p.numel() for p in model.parameters())}
+            sites = discover_sites(model)
+            width = sum(family.widths(model).text) or None
+            rules = build_sabw(SABWConfig(), sites, 3, width)
+        except AfaError as error:
+            return {**facts, "refused": str(error)}
+        except NO_MODEL as error:
+            if is_own_bug(error) and (model is None or _runs_by_itself(family, model)):
+                raise
+            name = family.model_class.__name__
+            return {"refused": f"The configuration describes no {name}: {error}"}
+        parameters = sum(p.numel() for rule in rules for p in rule.parameters())
+    return {
+        **facts,
+        "family": family.name,
+        "aggregator_parameters_for_3_experts": parameters,
+        "sites": [_describe_site(site) for site in sites],
+    }
+
+
+def _runs_by_itself(family: Family, model: Any) -> bool:
+    """Whether the library's own forward pass takes this model's smallest input.
+
+    Where it does, an error of the coroutine, which stands for that pass, is none of the
+    configuration's.
+    """
+    try:
+        model(**family.example(model))
+    except NO_MODEL:
+        return False
+    return True
+
+
+def _describe_site(site: Site) -> str:
+    place = "text" if site.stream == "text" else f"1/{site.scale}"
+    return f"{site.name}  {site.channels} channels, {place}"
+
+
+def _family_named(class_name: object) -> Family | None:
+    return next((f for f in FAMILIES if f.model_class.__name__ == class_name), None)
+
+
+def _describe_file(path: Path, named: Path) -> dict[str, Any]:
+    if path.suffix.lower() not in SAFETENSORS:
+        check_safetensors(path)  # says what else it is, where that is known
+        raise AfaError(
+            f"A single file must be named .safetensors or .sft, came '{path}'. Rename it."
+        )
+    check_safetensors(path)
+    parameters, dtypes, keys = _read_header([path])
+    shapes = tensor_shapes(path)
+    is_lora = any("lora_" in key or ".lora." in key for key in keys)
+    layout = "LoRA" if is_lora else _layout(shapes)
+    return {
+        "kind": "safetensors file",
+        "layout": layout,
+        **({} if is_lora else _describe_model(path, named, shapes)),
+        "sha256": hash_file(path),
+        "parameters": parameters,
+        "dtypes": dtypes,
+        "tensors": len(keys),
+    }
+
+
+def _layout(shapes: Shapes) -> str:
+    """In words: whose model, and whose names for its tensors."""
+    found = denoiser_in(shapes)
+    if found is None:
+        names = (what for key, what in _OTHERS if any(k.startswith(key) for k in shapes))
+        return next(names, "unknown")
+    names_of = "diffusers layout" if found.is_diffusers else "original layout"
+    parts = names_by_part(shapes, found.kind).keys() - {"", "unet", "transformer"}
+    return f"{found.kind}, {names_of}" + ("" if parts else ", denoiser alone")
+
+
+def _describe_model(path: Path, named: Path, shapes: Shapes) -> dict[str, Any]:
+    """Which published model's configuration a file needs, what it predicts, leaves out and has."""
+    try:
+        companions = Companions(torch.float32).of(named)
+        refuse_quantised(path)
+        found = companions.describe(path, shapes)
+        unused = account(shapes, found.config, path)
+    except AfaError as error:
+        return {"configuration": f"not told: {error}"}
+    facts: dict[str, Any] = {"configuration": found.config.name}
+    if found.prediction is not None:
+        facts["predicts"] = found.prediction.text
+    distilled = distilled_of(str(named), found.config, is_file=True, path=path)
+    if distilled is not None:
+        facts["distilled"] = f"{distilled.method} (by {distilled.where})"
+    return {
+        **facts,
+        "leaves_out": missing_parts(shapes, found.config),
+        "not_used": [f"{count} tensors: {why}" for why, count in unused.items()],
+    }
+
+
+def _read_header(files: Iterable[Path]) -> tuple[int, str, list[str]]:
+    """Number of elements, data types and names of all tensors in some safetensors files."""
+    count, names = 0, []
+    dtypes: Counter[str] = Counter()
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - no mapping
+                piece = tensors.get_slice(name)
+                size = prod(piece.get_shape())
+                count += size
+                dtypes[piece.get_dtype()] += size
+                names.append(name)
+    return count, ", ".join(f"{dtype} {n:,}" for dtype, n in dtypes.most_common()), names

@@ -1,0 +1,51 @@
+"""An expert whose parts are in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffusers import AutoencoderKL
+
+from afa.denoisers.kinds import Kind
+from afa.ensemble.references import ExpertReference
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+#: of an autoencoder: what has to be alike where predictions of latents are mixed
+LATENTS = ("latent_channels", "scaling_factor", "shift_factor")
+
+
+@dataclass(frozen=True)
+class Expert:
+    """The parts of one model that an ensemble needs.
+
+    Attributes:
+        reference: where it comes from.
+        kind: of its pipeline.
+        class_name: of its pipeline.
+        denoiser: its U-Net or transformer.
+        text_encoders: by their names in the pipeline.
+        tokenizers: likewise.
+        scheduler: for sampling.
+        config: the pipeline folder that describes its parts; its own, where it is a folder.
+        vae: of a single file that has one; a folder's is loaded by
+            `afa.loading.single_file.autoencoder`.
+        latents: what its autoencoder's configuration says of the latents; empty where it has none.
+        options: what its pipeline is told besides.
+    """
+
+    reference: ExpertReference
+    kind: Kind
+    class_name: str
+    denoiser: Any
+    text_encoders: dict[str, PreTrainedModel]
+    tokenizers: dict[str, PreTrainedTokenizerBase]
+    scheduler: SchedulerMixin
+    config: Path
+    vae: AutoencoderKL | None = None
+    latents: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)

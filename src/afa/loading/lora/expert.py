@@ -1,0 +1,134 @@
+"""A LoRA on a base as an expert that shares the base's memory.
+
+N LoRAs of one base cost about one model: each expert is a copy of the base's modules around the
+very same parameters, and owns only those of the layers that its LoRA changes (W + scale * dW).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from torch import nn
+
+from afa.denoisers.kinds import kind_of
+from afa.ensemble.references import LoraReference
+from afa.errors import AfaError
+from afa.files import parts_of, read_json
+from afa.loading.asked import LoraExpert
+from afa.loading.components import loading_model
+from afa.loading.lora.file import hash_lora, open_lora, read_tensors
+from afa.lora.merge import merged
+from afa.lora.plan import Base, plan_changes
+from afa.lora.scaling import factor
+from afa.machine.library import library_class
+
+if TYPE_CHECKING:
+    from afa.loading.loaded import Expert
+    from afa.lora.header import LoraFile
+    from afa.lora.plan import Change
+
+
+def lora_expert(base: Expert, asked: LoraExpert) -> Expert:
+    """Merge a LoRA into a copy of its base that shares all parameters which the LoRA leaves alone.
+
+    Args:
+        base: loaded; it is not changed.
+        asked: which LoRA, and its scale.
+
+    Raises:
+        AfaError: the file is missing, a pickle or damaged, no LoRA, or has a tensor that cannot
+            be applied to this base; see `plan_changes`.
+    """
+    source = Path(asked.lora).expanduser()
+    lora = open_lora(source)
+    reference = LoraReference(str(source.absolute()), hash_lora(source), asked.scale)
+    if asked.sha256 not in (None, reference.sha256):
+        raise AfaError(
+            f"The LoRA '{lora.path}' must have SHA-256 {asked.sha256}, with which the ensemble was "
+            f"trained, has {reference.sha256}. Restore that file, or train again."
+        )
+    models = {base.kind.denoiser: base.denoiser, **base.text_encoders}
+    changes = plan_changes(lora, Base.of(asked.base, base.kind, models), asked.scale)
+    by_part: defaultdict[str, list[Change]] = defaultdict(list)
+    for change in changes:
+        by_part[change.part].append(change)
+    # an encoder without any change is the base's own, which then runs once for all
+    copies = {part: shared_copy(models[part]) for part in {base.kind.denoiser, *by_part}}
+    for part, each in by_part.items():
+        _merge(copies[part], lora, each, asked.scale)
+    return replace(
+        base,
+        reference=replace(base.reference, lora=reference),
+        denoiser=copies[base.kind.denoiser],
+        text_encoders={name: copies.get(name, own) for name, own in base.text_encoders.items()},
+    )
+
+
+def check_lora(asked: LoraExpert, config: Path, *, with_values: bool = True) -> None:
+    """Refuse what `lora_expert` refuses, with the same words, without the base's weights.
+
+    Args:
+        asked: which LoRA on which base.
+        config: the pipeline folder that describes the base.
+        with_values: whether the LoRA's numbers are read as well, not its header alone.
+
+    Raises:
+        AfaError: see `lora_expert`.
+    """
+    lora = open_lora(Path(asked.lora))
+    index = read_json(config / "model_index.json")
+    kind = kind_of(str(index.get("_class_name")), asked.base)
+    models: dict[str, nn.Module] = {}
+    with loading_model(asked.base), torch.device("meta"):
+        models[kind.denoiser] = kind.denoiser_family.model_class.from_config(
+            read_json(config / kind.denoiser / "config.json")
+        )
+        for name, class_name in parts_of(index).items():
+            if name.startswith("text_encoder"):
+                encoder: Any = library_class(transformers, class_name, transformers.PreTrainedModel)
+                place = config / name / "config.json"
+                models[name] = encoder(encoder.config_class.from_json_file(str(place)))
+    changes = plan_changes(lora, Base.of(asked.base, kind, models), asked.scale)
+    if with_values:
+        for _ in read_tensors(lora, (change.tensors for change in changes)):
+            pass
+
+
+def shared_copy(module: Any) -> Any:
+    """Modules of its own around the very same parameters and buffers."""
+    kept = (*module.parameters(), *module.buffers())
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in kept})
+
+
+@torch.no_grad()
+def _merge(model: nn.Module, lora: LoraFile, changes: list[Change], scale: float) -> None:
+    """Give every layer that is changed parameters of its own, with the LoRA in them."""
+    parameters = dict(model.named_parameters())
+    places: defaultdict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
+    for module in model.modules():  # a parameter may be at several, as T5's embedding is
+        for name, parameter in module.named_parameters(recurse=False):
+            places[id(parameter)].append((module, name))
+    read = read_tensors(lora, (change.tensors for change in changes))
+    for change, tensors in zip(changes, read, strict=True):
+        rank = len(tensors["down"]) if "down" in tensors else 1
+        alpha = tensors["alpha"].item() if "alpha" in tensors else None
+        by = factor(lora, change.layer, rank, alpha)
+        for name, value in merged(tensors, change.rows, parameters, by, scale):
+            old = parameters[name]
+            new = value.to(old)
+            if not torch.isfinite(new).all():
+                raise AfaError(
+                    f"The LoRA '{lora.path}' makes '{name}' non-finite (NaN or infinity) in "
+                    f"{str(old.dtype).removeprefix('torch.')}. Merged weights must be finite. "
+                    "Lower the scale, or use bfloat16 or float32."
+                )
+            # not in place: the base's own weight is every other expert's
+            parameter = nn.Parameter(new, requires_grad=False)
+            for module, own in places[id(old)]:
+                setattr(module, own, parameter)

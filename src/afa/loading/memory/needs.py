@@ -1,0 +1,333 @@
+"""What an ensemble will take, told from configurations: no weights are read."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from diffusers import AutoencoderKL
+from torch import nn
+
+from afa.aggregators import Condition, SABWConfig
+from afa.aggregators.build import build_sabw
+from afa.aggregators.lowered import HALVES
+from afa.denoisers import Execution, Feature, discover_sites, run_lockstep
+from afa.denoisers.kinds import Kind, kind_of
+from afa.errors import AfaError
+from afa.files import parts_of, read_json
+from afa.loading.memory.live import kept_by, measure, peak_of
+from afa.machine.library import library_class
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from afa.denoisers import Family
+
+
+@dataclass(frozen=True)
+class Training:
+    """How aggregators are trained.
+
+    Attributes:
+        is_checkpointed: whether what lies between two sites is computed again.
+        has_average: whether a moving average of the aggregators is kept.
+    """
+
+    is_checkpointed: bool = False
+    has_average: bool = False
+
+    @property
+    def copies(self) -> int:
+        """Of every parameter besides itself: its gradient, AdamW's two moments, its average."""
+        return 3 + self.has_average
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes.
+
+    Attributes:
+        num_experts: N.
+        layers: of all experts together, what can be elsewhere until it runs.
+        largest: one such layer.
+        rest: of all experts together, what stays.
+        encoders: text encoders.
+        others: autoencoder and aggregators.
+        work: what a step, or decoding a picture, holds at once besides.
+        flops: floating-point operations of a step; of a training's step, forward and backward.
+    """
+
+    num_experts: int
+    layers: int
+    largest: int
+    rest: int
+    encoders: int
+    others: int
+    work: int
+    flops: int = 0
+
+    @property
+    def in_memory(self) -> int:
+        """All experts at hand."""
+        return self.layers + self.resting
+
+    @property
+    def resting(self) -> int:
+        """All that is not a layer."""
+        return self.rest + self.encoders + self.others + self.work
+
+    def streamed(self, ahead: int) -> int:
+        """One layer that runs, those that are read ahead, and the one before, not given up yet.
+
+        While experts are loaded, one after another, one of them is there as a whole.
+        """
+        expert = (self.layers + self.rest) // self.num_experts
+        loading = expert + self.rest + self.encoders
+        return max(loading, self.resting + (ahead + 2) * self.largest)
+
+
+def needs_of(
+    config: Path,
+    num_experts: int,
+    aggregators: SABWConfig | None,
+    *,
+    encoder_sets: int,
+    dtype: torch.dtype,
+    pixels: int | None = None,
+    batch: int = 2,
+    weight_bits: int | None = None,
+    training: Training | None = None,
+) -> Needs:
+    """What N experts that one pipeline folder describes will take to draw, or to train.
+
+    Args:
+        config: a pipeline folder; of it the configurations are read, no weights.
+        num_experts: N.
+        aggregators: of all sites; None for the mean.
+        encoder_sets: how many models' text encoders are loaded.
+        dtype: of experts, text encoders and autoencoder.
+        pixels: height times width of a picture; None for what the experts were made for.
+        batch: of a step; guidance doubles it.
+        weight_bits: of linear layers' weights in the experts, where they are quantised.
+        training: where aggregators are trained, and nothing is drawn.
+
+    Raises:
+        AfaError: a model of no known kind, or no configuration of an autoencoder.
+    """
+    if not (config / "vae" / "config.json").is_file():
+        raise AfaError(
+            f"To plan memory, '{config}' must describe an autoencoder; it has no vae/config.json. "
+            "Copy it from the model that lends the autoencoder, or leave the budget out."
+        )
+    index = read_json(config / "model_index.json")
+    class_name = str(index.get("_class_name"))
+    kind = kind_of(class_name, config)
+    found = _measured(
+        class_name,
+        _text(config / kind.denoiser / "config.json"),
+        _text(config / "vae" / "config.json"),
+        num_experts,
+        aggregators,
+        dtype,
+        weight_bits,
+        training,
+    )
+    picture = (pixels or found.native) // found.shrink**2
+    return Needs(
+        num_experts=num_experts,
+        layers=num_experts * found.layers,
+        largest=found.largest,
+        rest=num_experts * found.rest,
+        encoders=encoder_sets * sum(_encoder_bytes(config, index, dtype)),
+        others=found.others,
+        work=max(found.step * batch * picture // found.cells, found.decoding * picture // _SIDE**2),
+        flops=found.flops * batch * picture // found.cells,
+    )
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What takes long to find out and does not depend on the size of what is drawn.
+
+    Attributes:
+        layers: bytes of one expert's layers.
+        largest: one of them.
+        rest: of the expert.
+        others: autoencoder, aggregators, and what training keeps of these.
+        step: bytes at once in a step of batch 1 on the smallest input.
+        cells: of that input's latent.
+        flops: of that step.
+        decoding: bytes at once when a latent of `_SIDE` is decoded.
+        native: pixels of the pictures that the experts were made for.
+        shrink: of the autoencoder, per side.
+    """
+
+    layers: int
+    largest: int
+    rest: int
+    others: int
+    step: int
+    cells: int
+    flops: int
+    decoding: int
+    native: int
+    shrink: int
+
+
+def _text(config: Path) -> str:
+    """A configuration as one text, equal for equal content."""
+    return json.dumps(read_json(config), sort_keys=True)
+
+
+@lru_cache(maxsize=32)
+def _measured(
+    class_name: str,
+    denoiser: str,
+    autoencoder: str,
+    num_experts: int,
+    aggregators: SABWConfig | None,
+    dtype: torch.dtype,
+    weight_bits: int | None,
+    training: Training | None,
+) -> _Measured:
+    """Build the models without weights, and run them without data."""
+    kind = kind_of(class_name, "the model")
+    family = kind.denoiser_family
+    with torch.device("meta"):
+        twin: Any = family.model_class.from_config(json.loads(denoiser))
+        vae = AutoencoderKL.from_config(json.loads(autoencoder))
+        for model in (twin, vae):
+            nn.Module.to(model, dtype)  # the library's own says that it keeps nothing in float32
+        sites = discover_sites(twin)
+        rules: list[Any] = []
+        if aggregators is not None:
+            text = sum(family.widths(twin).text) or None
+            rules = build_sabw(aggregators, sites, num_experts, text)
+    size = _quantised(weight_bits)
+    held = sum(size(layer) for layer in _outermost(family.layers(twin)))
+    own = list(dict.fromkeys(rules))
+    # beside experts in half precision a copy of them runs, see afa.aggregators.lowered
+    halves = HALVES if training is None else ()
+    lowered = {rule: copy.deepcopy(rule).to(dtype) for rule in own if dtype in halves}
+    running = [lowered.get(rule, rule) for rule in rules]
+    step, cells, flops = _step(family, twin, running, num_experts, training)
+    shrink = 2 ** (len(vae.config.block_out_channels) - 1)
+    return _Measured(
+        layers=held,
+        largest=max(size(layer) for layer in family.layers(twin)),
+        rest=size(twin) - held,
+        others=_bytes(vae)
+        + sum(_bytes(rule) for rule in (*own, *lowered.values()))
+        + (0 if training is None else training.copies * sum(_bytes(rule) for rule in own)),
+        step=step,
+        cells=cells,
+        flops=flops,
+        decoding=peak_of(lambda: _decode(vae, dtype)),
+        native=_native(kind, twin.config, shrink),
+        shrink=shrink,
+    )
+
+
+_SIDE = 16  # of the latent with which decoding is tried
+
+
+def _outermost(layers: Sequence[nn.Module]) -> list[nn.Module]:
+    """Those that lie in no other one."""
+    inner = {part for layer in layers for part in layer.modules() if part is not layer}
+    return [layer for layer in layers if layer not in inner]
+
+
+def _bytes(module: nn.Module) -> int:
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _quantised(bits: int | None) -> Any:
+    """A function that gives a module's bytes, the weights of its linear layers in so many bits."""
+
+    def size(module: nn.Module) -> int:
+        saved = 0
+        for part in module.modules() if bits else ():
+            if type(part) is nn.Linear and bits is not None:
+                weight = part.weight
+                packed = weight.numel() * bits // 8 + len(weight) * weight.element_size()
+                saved += weight.numel() * weight.element_size() - packed
+        return _bytes(module) - saved
+
+    return size
+
+
+def _step(
+    family: Family, twin: Any, rules: Sequence[Any], count: int, training: Training | None
+) -> tuple[int, int, int]:
+    """Bytes at once in a step of batch 1 on the smallest input, that input's latent cells, flops.
+
+    A backward pass through what is frozen takes as many operations as the forward pass, and
+    through what is trained as many again.
+    """
+    inputs = {key: _cast(value, twin.dtype) for key, value in family.example(twin).items()}
+    latent = next(inputs[key] for key in ("sample", "hidden_states") if key in inputs)
+    cells = latent.shape[-1] * latent.shape[-2] if latent.ndim == 4 else 4 * latent.shape[1]
+    numbers = iter(itertools.cycle(range(len(rules)))) if rules else None
+
+    def fuse(features: Sequence[Feature]) -> Tensor | list[Tensor]:
+        hidden = [feature.hidden for feature in features]
+        if numbers is None:
+            return sum(hidden[1:], start=hidden[0]) / len(hidden)
+        temb, text = features[0].temb, inputs.get("encoder_hidden_states")
+        condition = Condition(torch.zeros(1, device="meta"), temb, text, latent, None)
+        fused = rules[next(numbers)](hidden, condition).feature
+        return fused if isinstance(fused, torch.Tensor) else list(fused)
+
+    execution = Execution(checkpoints=training is not None and training.is_checkpointed)
+
+    def run() -> Any:
+        experts = [family.blocks(twin, **inputs, execution=execution) for _ in range(count)]
+        return run_lockstep(experts, fuse)
+
+    peak, flops = measure(run)
+    if training is not None and rules:
+        twin.requires_grad_(False)
+        peak += kept_by(run)
+        flops *= 3 if training.is_checkpointed else 2
+    return peak, cells, flops
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, dict):
+        return {key: _cast(item, dtype) for key, item in value.items()}
+    is_float = isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim > 1
+    return value.to(dtype) if is_float else value
+
+
+def _decode(vae: Any, dtype: torch.dtype) -> None:
+    channels = vae.config.latent_channels
+    vae.decode(torch.empty(1, channels, _SIDE, _SIDE, device="meta", dtype=dtype))
+
+
+def _native(kind: Kind, config: Any, shrink: int) -> int:
+    """Pixels of the pictures that the experts were made for."""
+    size = config.get("sample_size") or (128 if kind.family == "flux" else 64)
+    height, width = (size, size) if isinstance(size, int) else size
+    return height * width * shrink**2
+
+
+def _encoder_bytes(config: Path, index: dict[str, Any], dtype: torch.dtype) -> list[int]:
+    """Of every text encoder of one model."""
+    sizes = []
+    for name, class_name in parts_of(index).items():
+        if not name.startswith("text_encoder"):
+            continue
+        encoder_class = library_class(transformers, class_name, transformers.PreTrainedModel)
+        settings = encoder_class.config_class.from_json_file(str(config / name / "config.json"))
+        with torch.device("meta"):
+            sizes.append(_bytes(encoder_class(settings).to(dtype)))
+    return sizes

@@ -1,0 +1,396 @@
+"""Experts from folders, hub ids or single files, to a stock diffusers pipeline."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import torch
+
+from afa.aggregators import SABWConfig
+from afa.denoisers.kinds import build_pipeline, denoiser_of, kind_of_pipeline
+from afa.ensemble.denoiser import EnsembleDenoiser
+from afa.ensemble.placement.streaming import LayerStream
+from afa.ensemble.text import EnsembleTextEncoder, first_equal, share_equal
+from afa.errors import AfaError
+from afa.loading.asked import (
+    Asked,
+    LoraExpert,
+    as_expert,
+    base_of,
+    description_of,
+    refer_description,
+)
+from afa.loading.compare import DescribedSource, check_experts, check_folders
+from afa.loading.expert import load_expert
+from afa.loading.loaded import Expert
+from afa.loading.lora import lora_expert, shared_copy
+from afa.loading.memory.budget import AHEAD, MemoryPlan, Place
+from afa.loading.memory.plan import plan_experts
+from afa.loading.quantization import Weights, quantize_linear, require_quantizer
+from afa.loading.single_file.autoencoder import load_vae
+from afa.loading.single_file.load import Companions, describe_expert
+from afa.loading.sources import locate, require_hash
+from afa.loading.trust.unchanged import marks_of, watch
+from afa.loading.weights import weight_files
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from torch import nn
+
+    from afa.ensemble.references import ExpertReference
+    from afa.loading.trust.unchanged import Mark
+
+
+def load_pipeline(
+    experts: Sequence[Asked | Mapping[str, Any]],
+    aggregators: SABWConfig | Sequence[nn.Module] | None = None,
+    *,
+    vae: str | Path | None = None,
+    vae_revision: str | None = None,
+    config: str | Path | None = None,
+    parts: Sequence[str | Path] | None = None,
+    revisions: Sequence[str | None] | None = None,
+    hashes: Sequence[str | None] | None = None,
+    part_revisions: Sequence[str | None] | None = None,
+    part_hashes: Sequence[str | None] | None = None,
+    allow_duplicates: bool = False,
+    torch_dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    place: Place = "memory",
+    memory_budget: str | int | None = None,
+    pixels: int | None = None,
+    on_plan: Callable[[MemoryPlan], object] | None = None,
+    quantize: Weights | None = None,
+) -> DiffusionPipeline:
+    """Put several diffusion models of one kind into one stock pipeline.
+
+    Its class is that which the first expert names; other stock pipelines take the same parts:
+    `StableDiffusionImg2ImgPipeline(**pipeline.components)`. `afa.denoisers.kinds` lists them.
+
+    Args:
+        experts: diffusers folders, single `.safetensors` files, hub ids, or `zoo:animals`; or a
+            `LoraExpert`, such as `{"base": "./base", "lora": "./ink.safetensors", "scale": 0.8}`;
+            or a `DescribedExpert`, such as `{"model": "./a.safetensors", "prediction_type":
+            "v_prediction"}`, see `afa.loading.prediction`.
+        aggregators: a `SABWConfig` for untrained ones, one fusion rule per site, or None for the
+            uniform mean.
+        vae: where the autoencoder comes from; None takes the first expert's, or one of `parts`.
+        vae_revision: of a hub id.
+        config: for single files, a local diffusers folder that describes them, whose weights are
+            not read, or the name of a shipped one, such as `stable-diffusion-2`; None tells it
+            from each file's tensors. See `afa.loading.single_file.identify.configs`.
+        parts: folders, files or hub ids that lend single files the text encoders, and the
+            autoencoder, that they leave out.
+        revisions: of hub ids, one per expert.
+        hashes: SHA-256 that the experts must have, as `afa inspect` shows it, one per expert.
+        part_revisions: likewise of `parts`.
+        part_hashes: likewise of `parts`.
+        allow_duplicates: whether an expert may be named twice.
+        torch_dtype: of experts and autoencoder; aggregators are float32.
+        device: where everything is computed.
+        place: where the experts' layers are until then: on that device, `memory`; in the
+            processor's memory, `offload`; or in a file, `stream`, which never has more than one
+            expert in memory.
+        memory_budget: bytes of the device's memory, or a size such as `8GB`, in which the fastest
+            of these places must fit with all that drawing takes; None takes `place`.
+        pixels: height times width of the pictures that the budget is for; None for what the
+            experts were made for.
+        on_plan: is told what was chosen, before anything is loaded.
+        quantize: the experts' linear layers have weights of 8 bits, `int8` or `float8`; see
+            `afa.loading.quantization`.
+
+    Raises:
+        AfaError: an expert that cannot be found or read, experts that do not fit each other or the
+            budget, or no torchao to quantise with.
+    """
+    if not experts:
+        raise AfaError("An ensemble must have at least one expert, came none.")
+    revisions, hashes = revisions or [None] * len(experts), hashes or [None] * len(experts)
+    named = [as_expert(source) for source in experts]
+    companions = Companions(
+        torch_dtype,
+        config=config,
+        fallback=first_folder(named),
+        parts=parts or (),
+        revisions=part_revisions or (),
+        hashes=part_hashes or (),
+        own_vae=vae is None,
+    )
+    if memory_budget is not None:
+        plan = plan_experts(
+            named,
+            aggregators if isinstance(aggregators, SABWConfig) else None,
+            companions,
+            memory_budget,
+            device=device,
+            revisions=revisions,
+            pixels=pixels,
+            is_quantised=quantize is not None,
+        )
+        place = plan.place
+        if on_plan is not None:
+            on_plan(plan)
+    if place not in get_args(Place):
+        raise AfaError(f"place must be one of {', '.join(get_args(Place))}, came '{place}'.")
+    if quantize is not None:
+        require_quantizer(quantize, place)
+    stream = LayerStream(device, ahead=AHEAD) if place == "stream" else None
+
+    def settle(expert: Expert) -> None:
+        if quantize is not None:
+            quantize_linear(expert.denoiser, quantize)
+        if stream is not None:
+            stream.add(expert.kind.denoiser_family.layers(expert.denoiser))
+
+    marks = _check_before(named, revisions, companions, vae)
+    loaded = _load_all(named, revisions, hashes, companions, settle, with_vae=vae is None)
+    check_experts(loaded, allow_duplicates=allow_duplicates)
+    autoencoder, vae_reference = _autoencoder(loaded[0], vae, vae_revision, companions)
+    pipeline = assemble(loaded, aggregators, autoencoder)
+    denoiser = denoiser_of(pipeline)
+    if place == "memory":
+        pipeline.to(device)
+    else:
+        for part in pipeline.components.values():
+            if isinstance(part, torch.nn.Module) and part is not denoiser:
+                part.to(device)
+        if stream is not None:
+            denoiser.use_stream(stream, device)
+        else:
+            denoiser.offload_experts(device)
+    watch(pipeline, marks)
+    denoiser.vae_reference = vae_reference
+    denoiser.part_references = companions.references
+    if config is not None:  # what is told from the files is told again
+        is_folder = Path(config).expanduser().exists()
+        denoiser.config_source = (
+            os.path.abspath(Path(config).expanduser()) if is_folder else str(config)
+        )
+    return pipeline
+
+
+def _check_before(
+    experts: Sequence[Asked],
+    revisions: Sequence[str | None],
+    companions: Companions,
+    vae: str | Path | None = None,
+) -> dict[Path, Mark]:
+    """Refuse experts that do not fit each other before the first of them is loaded.
+
+    Returns: what all files of weights are like, before any is read.
+
+    Raises:
+        AfaError: see `check_folders`.
+    """
+    companions.require_parts()
+    described: dict[tuple[str, Any], DescribedSource] = {}
+    files: list[Path] = []
+    paths: list[Path] = []
+    for asked, revision in zip(experts, revisions, strict=True):
+        path = locate(base_of(asked), revision)
+        paths.append(path)
+        files += weight_files(path)  # a folder is looked at as a whole before anything is used
+        if isinstance(asked, LoraExpert):
+            files.append(Path(asked.lora).expanduser())
+        name = str(base_of(asked))
+        found = describe_expert(path, companions.of(asked))
+        described[name, description_of(asked)] = DescribedSource(name, found, path.is_file())
+    check_folders(list(described.values()))
+    for place in [paths[0] / "vae", *([] if vae is None else [Path(vae).expanduser()])]:
+        files += [place] if place.is_file() else sorted(place.rglob("*.safetensors"))
+    return marks_of(files)
+
+
+def _autoencoder(
+    expert: Expert, vae: str | Path | None, revision: str | None, companions: Companions
+) -> tuple[nn.Module, ExpertReference]:
+    """The autoencoder that is named; else the expert's own; else, for a file, one that is lent.
+
+    Raises:
+        AfaError: there is none.
+    """
+    dtype = companions.torch_dtype
+    if vae is not None:
+        return load_vae(vae, revision=revision, config=expert.config, torch_dtype=dtype)
+    reference = replace(expert.reference, lora=None)
+    if expert.vae is not None:
+        return expert.vae, reference
+    if not locate(reference.source, reference.revision).is_file():
+        return load_vae(reference.source, revision=reference.revision, torch_dtype=dtype)
+    lent = companions.vae(expert.config)
+    if lent is None:
+        raise AfaError(
+            f"An ensemble must have an autoencoder; '{reference.source}' leaves it out. Name one: "
+            "vae=FOLDER or FILE."
+        )
+    return lent
+
+
+def _load_all(
+    experts: Sequence[Asked],
+    revisions: Sequence[str | None],
+    hashes: Sequence[str | None],
+    companions: Companions,
+    settle: Callable[[Expert], None],
+    *,
+    with_vae: bool,
+) -> list[Expert]:
+    """All experts, the first with a file's autoencoder; those of one base share its memory.
+
+    Each is settled as soon as it is there, before the next is read. Text encoders that are equal
+    are the same object.
+    """
+    keys = [
+        (str(base_of(asked)), revision, description_of(asked))
+        for asked, revision in zip(experts, revisions, strict=True)
+    ]
+    bases: dict[tuple[str, str | None, Any], Expert] = {}
+    encoders: list[Any] = []
+    loaded: list[Expert] = []
+    for asked, key, sha256 in zip(experts, keys, hashes, strict=True):
+        if key not in bases:
+            bases[key] = load_expert(
+                base_of(asked),
+                revision=key[1],
+                companions=companions.of(asked),
+                with_vae=with_vae and not loaded,
+                torch_dtype=companions.torch_dtype,
+            )
+        base = bases[key]
+        require_hash("Expert", base.reference, sha256)
+        base = replace(base, reference=refer_description(base.reference, asked))
+        if isinstance(asked, LoraExpert):
+            expert = lora_expert(base, asked)
+        elif keys.count(key) > 1:
+            expert = replace(base, denoiser=shared_copy(base.denoiser))
+        else:
+            expert = base
+            del bases[key]
+        settle(expert)
+        own = expert.text_encoders.items()
+        shared = {name: first_equal(encoder, encoders) for name, encoder in own}
+        encoders += shared.values()
+        loaded.append(replace(expert, text_encoders=shared))
+    return loaded
+
+
+def assemble(
+    experts: Sequence[Expert],
+    aggregators: SABWConfig | Sequence[nn.Module] | None,
+    vae: nn.Module,
+) -> DiffusionPipeline:
+    """A stock pipeline around an ensemble of loaded experts; the first one's scheduler is used."""
+    first = experts[0]
+    encoders = {
+        name: share_equal([expert.text_encoders[name] for expert in experts])
+        for name in first.text_encoders
+    }
+    joined = any(len(set(each)) > 1 for each in encoders.values())
+    tokenizer = first.tokenizers.get("tokenizer")
+    widths = first.kind.widths(first.text_encoders, getattr(tokenizer, "model_max_length", 0))
+    denoiser = EnsembleDenoiser([expert.denoiser for expert in experts], aggregators, widths=widths)
+    denoiser.references = [expert.reference for expert in experts]
+    if joined and first.kind.family == "sd3":
+        # the pipeline makes zeros of this width where there is no T5, and pads CLIP's text to it
+        width = len(experts) * first.denoiser.config.joint_attention_dim
+        denoiser.register_to_config(joint_attention_dim=width)
+    parts = {
+        "vae": vae,
+        first.kind.denoiser: denoiser,
+        **{name: EnsembleTextEncoder(each, join=joined) for name, each in encoders.items()},
+    }
+    vae.requires_grad_(False)
+    return _build(first, parts)
+
+
+def _build(expert: Expert, parts: dict[str, Any]) -> DiffusionPipeline:
+    rest = {**expert.tokenizers, "scheduler": expert.scheduler}
+    name = expert.kind.class_for(expert.class_name, expert.denoiser, expert.text_encoders)
+    return build_pipeline(name, {**rest, **parts}, expert.options)
+
+
+def load_single(
+    source: Asked,
+    *,
+    companions: Companions | None = None,
+    torch_dtype: torch.dtype = torch.float32,
+) -> tuple[DiffusionPipeline, ExpertReference]:
+    """One checkpoint by itself, with its own autoencoder, as anyone would load it.
+
+    Args:
+        source: see `load_expert`; or a LoRA on such a model.
+        companions: what a single file may leave out; see `load_expert`.
+        torch_dtype: of all weights.
+
+    Returns: a stock pipeline, and what was loaded.
+
+    Raises:
+        AfaError: see `load_expert`.
+    """
+    companions = companions or Companions(torch_dtype)
+    marks = _check_before([source], [None], companions)
+    companions = companions.of(source)
+    expert = load_expert(base_of(source), companions=companions, torch_dtype=torch_dtype)
+    if isinstance(source, LoraExpert):
+        expert = lora_expert(expert, source)
+    components = {
+        "vae": _autoencoder(expert, None, None, companions)[0],
+        expert.kind.denoiser: expert.denoiser,
+        **expert.text_encoders,
+    }
+    pipeline = _build(expert, components)
+    watch(pipeline, marks)
+    return pipeline, expert.reference
+
+
+def check_text_to_image(pipeline: DiffusionPipeline) -> None:
+    """Refuse experts that draw from more than a prompt: for inpainting, depth, upscaling.
+
+    Raises:
+        AfaError: the denoiser takes other channels than the autoencoder makes, or class labels.
+    """
+    config, latent_channels = denoiser_of(pipeline).config, pipeline.vae.config.latent_channels
+    kind = kind_of_pipeline(pipeline)
+    if type(pipeline).__name__ in kind.others:
+        raise AfaError(
+            f"Text-to-image experts must draw from a prompt alone; a {type(pipeline).__name__} "
+            "takes a picture besides. Call it from Python."
+        )
+    taken, given = kind.latent_channels(config), config.get("out_channels") or config.in_channels
+    # transformers may give a variance besides, or pack the latent
+    gives_other = kind.family == "unet" and given != latent_channels
+    if taken != latent_channels or gives_other:
+        raise AfaError(
+            f"Text-to-image experts must take and give the autoencoder's {latent_channels} "
+            f"channels; these take {taken} and give {given}. They are for another task, such as "
+            "inpainting; put the ensemble into that task's pipeline."
+        )
+    if not kind.text or config.get("class_embed_type") or config.get("num_class_embeds"):
+        raise AfaError(
+            "Text-to-image experts must not need class labels; these do. Put the ensemble into "
+            "the pipeline of their own task."
+        )
+
+
+def native_resolution(pipeline: DiffusionPipeline) -> tuple[int, int]:
+    """Height and width in pixels of the pictures that the experts were made for."""
+    # packed latents have no size of their own; the pipeline knows
+    size = denoiser_of(pipeline).config.get("sample_size") or pipeline.default_sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return height * pipeline.vae_scale_factor, width * pipeline.vae_scale_factor
+
+
+def size_multiple(pipeline: DiffusionPipeline) -> int:
+    """What the height and width of a picture must be multiples of, in pixels."""
+    kind = kind_of_pipeline(pipeline)
+    return pipeline.vae_scale_factor * kind.patch(denoiser_of(pipeline).config)
+
+
+def first_folder(experts: Sequence[Asked]) -> Path | None:
+    """The first local folder among experts, which describes files of its kind."""
+    paths = (Path(base_of(source)).expanduser() for source in experts)
+    return next((path for path in paths if path.is_dir()), None)

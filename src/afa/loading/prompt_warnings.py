@@ -1,0 +1,45 @@
+"""What a recipe's text encoders do not read of its prompts, told before anything is loaded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from afa.loading.asked import base_of
+from afa.loading.single_file.load import config_of_expert
+from afa.loading.sources import locate
+from afa.loading.truncation import limits_of_folder, prompt_warnings
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from afa.loading.planned import Plan
+
+
+def warnings_of_plan(
+    plan: Plan, prompts: Sequence[str], negative_prompt: str = "", guidance: float | None = None
+) -> list[str]:
+    """What a user should know of prompts that a plan's models draw, each line once.
+
+    Of every group the first expert's tokenizers count: with them the ensemble's pipeline reads.
+
+    Args:
+        plan: of an evaluation, a search or an ensemble.
+        prompts: all of them.
+        negative_prompt: of all of them.
+        guidance: see `afa.loading.truncation.prompt_warnings`.
+
+    Raises:
+        AfaError: an expert that cannot be had.
+    """
+    folders = {
+        config_of_expert(locate(base_of(group.experts[0])), group.companions.of(group.experts[0]))
+        for group in plan.groups
+    }
+    lines: dict[str, None] = {}
+    for folder in sorted(folders):
+        limits, family = limits_of_folder(folder)
+        found = prompt_warnings(
+            limits, prompts, negative_prompt, guidance=guidance, takes_negative=family != "flux"
+        )
+        lines |= dict.fromkeys(found)
+    return list(lines)

@@ -1,0 +1,154 @@
+"""`config.json` of an ensemble folder: what it may hold, and what it names."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from afa.aggregators import SABWConfig
+from afa.denoisers import FAMILIES
+from afa.denoisers.kinds import PredictionType
+from afa.errors import AfaError
+from afa.files import read_json
+from afa.loading.asked import DescribedExpert, LoraExpert
+from afa.loading.sources import absolute_source
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from afa.loading.asked import Asked
+
+FORMAT = "afa-ensemble"
+
+
+class _Saved(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class _Lora(_Saved):
+    source: str
+    sha256: str
+    scale: float
+
+
+class _Reference(_Saved):
+    source: str
+    sha256: str
+    revision: str | None = None
+    lora: _Lora | None = None
+    config: str | None = None
+    prediction_type: PredictionType | None = None
+
+
+class _Aggregator(_Saved):
+    type: Literal["sabw", "mean"]
+    hidden_size: int | None = None
+    num_layers: int | None = None
+    num_heads: int | None = None
+    norm_num_groups: int | None = None
+    spatial: bool | None = None
+    timestep: bool | None = None
+    prompt: bool | None = None
+    sharing: Literal["none", "width"] | None = None
+    sites: Literal["all", "conv_out"] | None = None
+    stride: int | None = None
+    hidden_ratio: float | None = None
+    min_scale: int | None = None
+
+
+class _SavedEnsemble(_Saved):
+    """What `config.json` of an ensemble folder holds."""
+
+    format: Literal["afa-ensemble"]
+    version: Literal[1]
+    family: str
+    experts: list[_Reference] = Field(min_length=1)
+    vae: _Reference | None
+    config: str | None
+    parts: list[_Reference] = Field(default=[])
+    aggregator: _Aggregator
+    sites: list[str]
+
+    @field_validator("family")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        known = [family.name for family in FAMILIES]
+        if name not in known:
+            raise ValueError(f"must be one of {', '.join(known)}")
+        return name
+
+
+#: what a file means that leaves one out: the only way there was when it was written
+ABSENT: dict[str, Any] = {
+    "spatial": True,
+    "timestep": True,
+    "prompt": True,
+    "sharing": "none",
+    "sites": "all",
+    "stride": 1,
+    "hidden_ratio": None,
+    "min_scale": 1,
+}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read and check `config.json` of an ensemble folder.
+
+    Raises:
+        AfaError: there is none, or it is of another format or version.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise AfaError(
+            f"An ensemble folder must hold a config.json; '{folder}' has none. "
+            "Make one with `afa train` or afa.save_ensemble."
+        )
+    config = read_json(path)
+    came = (config.get("format"), config.get("version"))
+    if came != (FORMAT, 1):
+        raise AfaError(
+            f"'{path}' must be of format '{FORMAT}', version 1, came {came}. Is it an ensemble?"
+        )
+    try:
+        saved = _SavedEnsemble.model_validate(config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise AfaError(
+            f"'{path}' must be as afa.save_ensemble writes it, but at '{place}': {first['msg']}."
+        ) from None
+    return {**saved.model_dump(), "aggregator": saved.aggregator.model_dump(exclude_none=True)}
+
+
+def saved_aggregators(saved: dict[str, Any]) -> SABWConfig | None:
+    """The aggregators that a configuration of `read_config` describes; None for the mean.
+
+    Settings that an older release did not write have the values that it had.
+    """
+    settings = dict(saved["aggregator"])
+    is_sabw = settings.pop("type") == "sabw"
+    return SABWConfig(**{**ABSENT, **settings}) if is_sabw else None
+
+
+def sources_in(saved: dict[str, Any], folder: Path) -> tuple[list[Asked], str | None, list[str]]:
+    """What a configuration of `read_config` names: experts, their configuration, and parts."""
+    config = saved["config"] and absolute_source(saved["config"], folder)
+    parts = [absolute_source(part["source"], folder) for part in saved["parts"]]
+    return [_source(reference, folder) for reference in saved["experts"]], config, parts
+
+
+def _source(reference: dict[str, Any], folder: Path) -> str | DescribedExpert | LoraExpert:
+    """An expert as `load_pipeline` takes it."""
+    base, lora = absolute_source(reference["source"], folder), reference["lora"]
+    config = reference["config"] and absolute_source(reference["config"], folder)
+    described = {"config": config, "prediction_type": reference["prediction_type"]}
+    if lora is None:
+        return DescribedExpert(model=base, **described) if any(described.values()) else base
+    return LoraExpert(
+        base=base,
+        lora=absolute_source(lora["source"], folder),
+        scale=lora["scale"],
+        sha256=lora["sha256"],
+        **described,
+    )

@@ -1,0 +1,1 @@
+"""Single files of whole models: which model, which tensors, and the parts that they hold."""

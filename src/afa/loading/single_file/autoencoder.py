@@ -1,0 +1,52 @@
+"""An autoencoder, from wherever it is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from diffusers import AutoencoderKL
+
+from afa.files import hash_file
+from afa.loading.components import load_weights, loading_model
+from afa.loading.single_file.parts import read_vae
+from afa.loading.sources import locate_vae, refer
+from afa.loading.weights import check_safetensors, hash_files, weights_in
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from afa.ensemble.references import ExpertReference
+
+
+def load_vae(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    config: Path | None = None,
+    torch_dtype: torch.dtype = torch.float32,
+) -> tuple[AutoencoderKL, ExpertReference]:
+    """Load an autoencoder from a pipeline folder, a folder of its own, a file or a hub id.
+
+    Args:
+        source: see `afa.loading.sources.locate`.
+        revision: of a hub id.
+        config: for a single file: a pipeline folder whose `vae/config.json` describes it.
+        torch_dtype: of the weights in memory.
+
+    Raises:
+        AfaError: as `afa.loading.expert.load_expert`.
+    """
+    path = locate_vae(source, revision)
+    if path.is_file():
+        check_safetensors(path)
+        reference = refer(source, path, hash_file(path), revision)
+        with loading_model(source, "Name a local diffusers folder of its family: config=FOLDER."):
+            return read_vae(path, config, torch_dtype), reference
+    folder = path / "vae" if (path / "vae").is_dir() else path
+    files = weights_in(folder)[1]
+    for file in files:
+        check_safetensors(file)
+    reference = refer(source, path, hash_files(path, files), revision)
+    with loading_model(source):
+        return load_weights(AutoencoderKL, folder, torch_dtype=torch_dtype), reference

@@ -1,0 +1,145 @@
+"""From the tensors of one part of a single file to those of the library's model.
+
+The renaming itself is diffusers' own (`diffusers.loaders.single_file_utils`).
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import diffusers
+import torch
+import transformers
+from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
+
+from afa.denoisers.architecture import with_defaults
+from afa.errors import NO_MODEL, AfaError
+from afa.files import parts_of, read_json
+from afa.machine.damaged import is_own_bug
+from afa.machine.library import library_class
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from torch import Tensor
+
+PROJECTION = "text_projection.weight"
+#: Stable Diffusion 2 leaves out the last layer of its text encoder under this prefix
+_OPEN_CLIP_2 = "cond_stage_model.model."
+_OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def converted(
+    part: str, tensors: Mapping[str, Tensor], config: Path, *, is_diffusers: bool = False
+) -> dict[str, Tensor]:
+    """The state dict of one part of a pipeline.
+
+    Args:
+        part: `unet`, `transformer`, `vae`, `text_encoder`, ...
+        tensors: of that part, by their names in the file without the part's prefix.
+        config: the pipeline folder that describes it.
+        is_diffusers: whether a denoiser's names are those of diffusers already.
+
+    Raises:
+        LookupError, ValueError and others of `afa.errors.NO_MODEL`: tensors that the conversion
+            needs are missing.
+    """
+    if part.startswith("text_encoder"):
+        return _encoder_state(tensors, _class_name(part, config), config / part)
+    settings = read_json(config / part / "config.json")
+    model_class = library_class(diffusers, _class_name(part, config), diffusers.ModelMixin)
+    if is_diffusers:
+        return dict(tensors)
+    if part == "vae":
+        return _vae_state(tensors, settings)
+    convert: Any = SINGLE_FILE_LOADABLE_CLASSES[model_class.__name__]["checkpoint_mapping_fn"]
+    settings = with_defaults(model_class, settings)
+    if part == "unet":
+        layers = settings["layers_per_block"]
+        if not isinstance(layers, int):
+            if len(set(layers)) != 1:
+                raise AfaError(
+                    f"A single file must have as many layers in every block; '{config}' describes "
+                    f"layers_per_block = {layers}. Use the model as a diffusers folder."
+                )
+            settings["layers_per_block"] = layers[0]
+        tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in tensors.items()}
+    result: dict[str, Tensor] = convert(dict(tensors), config=settings)
+    return result
+
+
+def _class_name(part: str, config: Path) -> str:
+    return parts_of(read_json(config / "model_index.json"))[part]
+
+
+def _vae_state(tensors: Mapping[str, Tensor], settings: dict[str, Any]) -> dict[str, Tensor]:
+    """Of the original layout, or of diffusers' with the older names of its attention."""
+    if any(".down_blocks." in name or ".up_blocks." in name for name in tensors):
+        return {_new_attention(name): tensor for name, tensor in tensors.items()}
+    convert: Any = SINGLE_FILE_LOADABLE_CLASSES["AutoencoderKL"]["checkpoint_mapping_fn"]
+    settings = with_defaults(diffusers.AutoencoderKL, settings)
+    prefixed = {f"first_stage_model.{name}": tensor for name, tensor in tensors.items()}
+    result: dict[str, Tensor] = convert(prefixed, config=settings)
+    return result
+
+
+def _new_attention(name: str) -> str:
+    *start, layer, kind = name.split(".")
+    new = _OLD_VAE_ATTENTION.get(layer) if "attentions" in start else None
+    return name if new is None else ".".join([*start, new, kind])
+
+
+def _encoder_state(
+    tensors: Mapping[str, Tensor], class_name: str, folder: Path
+) -> dict[str, Tensor]:
+    """Of OpenCLIP, of T5, or of CLIP with or without `text_model.`."""
+    if any("resblocks." in name for name in tensors):
+        is_second = any(name.startswith("model.") for name in tensors)
+        prefix = _OPEN_CLIP_2 if is_second else "model."
+        given = {prefix + name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+        settings = SimpleNamespace(config=SimpleNamespace(**read_json(folder / "config.json")))
+        return dict(convert_open_clip_checkpoint(settings, given, prefix=prefix))
+    given = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    if class_name.startswith("T5"):
+        return given
+    return {
+        name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}": t
+        for name, t in given.items()
+    }
+
+
+def expected_shapes(part: str, config: Path) -> dict[str, tuple[int, ...]]:
+    """The parameters that a folder's configuration gives a part; nothing is allocated.
+
+    Raises:
+        AfaError: the configuration describes no model.
+    """
+    settings = read_json(config / part / "config.json")
+    try:
+        return dict(_expected(_class_name(part, config), json.dumps(settings, sort_keys=True)))
+    except NO_MODEL as error:
+        if isinstance(error, AfaError) or is_own_bug(error):
+            raise
+        said = " ".join(str(error).split())[:200]
+        raise AfaError(
+            f"'{config / part / 'config.json'}' must describe a model, but building it says: "
+            f"{said}. Download it again."
+        ) from error
+
+
+@lru_cache(maxsize=32)
+def _expected(class_name: str, settings: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    found = json.loads(settings)
+    with torch.device("meta"):
+        if hasattr(diffusers, class_name):
+            model_class = library_class(diffusers, class_name, diffusers.ModelMixin)
+            model: Any = model_class.from_config(found)
+        else:
+            encoder = library_class(transformers, class_name, transformers.PreTrainedModel)
+            model = encoder(encoder.config_class.from_dict(found))
+    return tuple((name, tuple(tensor.shape)) for name, tensor in model.state_dict().items())

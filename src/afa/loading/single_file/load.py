@@ -1,0 +1,398 @@
+"""Single `.safetensors` files of one model, in whatever layout, read without a hub."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import transformers
+
+from afa.denoisers.kinds import kind_of
+from afa.ensemble.references import ExpertReference
+from afa.errors import AfaError
+from afa.files import hash_file, parts_of, read_json
+from afa.loading.asked import base_of, description_of
+from afa.loading.components import load_text_encoder, loading_model
+from afa.loading.prediction import Prediction, decide, evidence_of, scheduler_of
+from afa.loading.single_file.accounting import account, account_part
+from afa.loading.single_file.autoencoder import load_vae
+from afa.loading.single_file.conversion import converted
+from afa.loading.single_file.identify import (
+    COMMON_NAMES,
+    PARTS,
+    Ambiguous,
+    config_folder,
+    config_of,
+    configs,
+    kind_name,
+    missing_parts,
+    refuse_lora,
+)
+from afa.loading.single_file.layout import harmless
+from afa.loading.single_file.parts import encoder_from, read_parts, read_tensors, vae_names
+from afa.loading.sources import locate, refer, require_hash
+from afa.loading.trust.folders import check_folder
+from afa.loading.weights import (
+    hash_pipeline,
+    keep_no_words,
+    refuse_quantised,
+    tensor_shapes,
+    weight_files,
+)
+from afa.machine.library import library_class
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+    from diffusers import AutoencoderKL
+    from transformers import PreTrainedModel
+
+    from afa.denoisers.kinds import Kind, PredictionType
+    from afa.loading.asked import Asked
+    from afa.loading.single_file.identify import Shapes
+
+#: left out of many files of that kind, which then draw without it
+OPTIONAL = {("Stable Diffusion 3", "text_encoder_3")}
+#: parts of pipelines that an ensemble does without
+_NOT_USED = ("safety_checker", "feature_extractor", "image_encoder")
+
+
+@dataclass(frozen=True)
+class Described:
+    """A model before it is loaded: the pipeline folder that describes it, and what it predicts.
+
+    `prediction` is None where that folder's scheduler says it, and nothing else does.
+    """
+
+    config: Path
+    prediction: Prediction | None = None
+
+
+@dataclass
+class Companions:
+    """What single files leave out: their configuration, text encoders, an autoencoder.
+
+    Attributes:
+        torch_dtype: of weights.
+        config: a diffusers folder that describes the files, whose weights are not read, or the name
+            of a shipped one; None tells it from each file's tensors.
+        fallback: a folder for files of its kind that no shipped configuration fits.
+        parts: folders, files or hub ids that lend the text encoders and the autoencoder.
+        revisions: of hub ids, one for each of the parts.
+        hashes: that the parts must have; None takes any.
+        references: of the parts, once they were read.
+        prediction_type: what the model predicts, see `afa.loading.prediction`; None where its file
+            or its configuration says it.
+        own_vae: whether a file's own autoencoder is to be used.
+        named: the expert as it was named, beside which its `.yaml` is; see `of`.
+        is_own: whether `config` is this expert's alone.
+    """
+
+    torch_dtype: torch.dtype
+    config: str | Path | None = None
+    fallback: Path | None = None
+    parts: Sequence[str | Path] = ()
+    revisions: Sequence[str | None] = ()
+    hashes: Sequence[str | None] = ()
+    references: list[ExpertReference] = field(default_factory=list)
+    prediction_type: PredictionType | None = None
+    own_vae: bool = True
+    named: Path | None = None
+    is_own: bool = False
+    _paths: list[Path] = field(default_factory=list)
+    _lent: dict[tuple[Path, Path], dict[str, Any]] = field(default_factory=dict)
+
+    def of(self, expert: Asked) -> Companions:
+        """The same for one expert, with what a recipe says of it alone."""
+        config, prediction_type = description_of(expert)
+        return replace(
+            self,
+            config=config or self.config,
+            prediction_type=prediction_type,
+            named=Path(base_of(expert)).expanduser(),
+            is_own=config is not None,
+        )
+
+    def config_for(self, path: Path, shapes: Shapes) -> Path:
+        """The folder that describes a file; see `describe`."""
+        return self.describe(path, shapes).config
+
+    def describe(self, path: Path, shapes: Shapes) -> Described:
+        """What a file is, from its header, its metadata and a `.yaml` beside it.
+
+        Raises:
+            AfaError: a folder that is incomplete; a file of no known kind, with tensors that
+                nothing uses, or that contradicts itself.
+        """
+        is_elsewhere = self.named is not None and self.named.is_file()
+        evidence = evidence_of(path, shapes, beside=self.named if is_elsewhere else None)
+        said = next((each.type for each in evidence if each.type is not None), None)
+        config = self._config(path, shapes, self.prediction_type or said)
+        prediction = decide(
+            path,
+            config,
+            evidence,
+            asked=self.prediction_type,
+            is_named=self.config is not None,
+        )
+        return Described(config, prediction)
+
+    def _config(self, path: Path, shapes: Shapes, prediction_type: str | None) -> Path:
+        """The configuration that is named, that a file's tensors tell, or that is beside."""
+        if self.config is not None:
+            config = described_by(self.config)
+        else:
+            try:
+                name = config_of(shapes, path, prediction_type, own_vae=self.own_vae)
+                return config_folder(name)
+            except Ambiguous:
+                raise
+            except AfaError:
+                kind = kind_name(shapes)
+                if self.fallback is None or kind not in (None, _kind(self.fallback).name):
+                    raise
+                config = described_by(self.fallback)
+        account(shapes, config, path, own_vae=self.own_vae)
+        return config
+
+    def text_encoder(self, name: str, config: Path) -> PreTrainedModel | None:
+        """A text encoder of this name from the first part that has it; None where none does."""
+        for path in self._located():
+            if (path, config) not in self._lent:
+                self._lent[path, config] = _text_encoders(path, config, self.torch_dtype)
+            if name in self._lent[path, config]:
+                return self._lent[path, config][name]
+        return None
+
+    def vae(self, config: Path) -> tuple[AutoencoderKL, ExpertReference] | None:
+        """An autoencoder from the first part of the kind that has one; None where none does."""
+        for number, path in enumerate(self._located()):
+            if _has_vae(path, config):
+                revision = self.revisions[number] if self.revisions else None
+                return load_vae(
+                    self.parts[number],
+                    revision=revision,
+                    config=config,
+                    torch_dtype=self.torch_dtype,
+                )
+        return None
+
+    def require_parts(self) -> None:
+        """Refuse parts that are missing or damaged, whether or not a file asks for one of them.
+
+        Raises:
+            AfaError: see `afa.loading.weights.weight_files`.
+        """
+        revisions = self.revisions or [None] * len(self.parts)
+        for source, revision in zip(self.parts, revisions, strict=True):
+            weight_files(locate(source, revision, what="Part"))
+
+    def _located(self) -> list[Path]:
+        """Where the parts are; the first time their hashes are taken and compared."""
+        if not self._paths and self.parts:
+            nothing: Sequence[None] = [None] * len(self.parts)
+            rows = zip(self.parts, self.revisions or nothing, self.hashes or nothing, strict=True)
+            for source, revision, sha256 in rows:
+                path = locate(source, revision, what="Part")
+                digest = hash_file(path) if path.is_file() else hash_pipeline(path)
+                reference = refer(source, path, digest, revision)
+                require_hash("Part", reference, sha256)
+                self._paths.append(path)
+                self.references.append(reference)
+        return self._paths
+
+
+def described_by(config: str | Path) -> Path:
+    """The folder of a configuration, local or shipped.
+
+    Raises:
+        AfaError: there is none, or it is no pipeline's.
+    """
+    if str(config) in configs() and not Path(config).exists():
+        return config_folder(str(config))
+    folder = Path(config).expanduser()
+    place = folder / "model_index.json"
+    if place.is_file():
+        check_folder(folder)
+    index = read_json(place) if place.is_file() else {}
+    needed = ["model_index.json", *(name for name in parts_of(index) if name not in _NOT_USED)]
+    missing = [name for name in needed if not (folder / name).exists()]
+    if missing:
+        raise AfaError(
+            f"The configuration folder '{folder}' must be a diffusers pipeline (weights are not "
+            f"needed), or named as one of {', '.join(configs())}; it lacks {', '.join(missing)}."
+        )
+    _kind(folder)
+    return folder
+
+
+def _kind(folder: Path) -> Kind:
+    """Of the pipeline that a folder describes."""
+    index = read_json(folder / "model_index.json")
+    return kind_of(str(index.get("_class_name")), folder)
+
+
+def config_of_expert(path: Path, companions: Companions) -> Path:
+    """The pipeline's folder that describes an expert: itself, or what a file's tensors tell.
+
+    Raises:
+        AfaError: see `describe_expert`.
+    """
+    return describe_expert(path, companions).config
+
+
+def describe_expert(path: Path, companions: Companions) -> Described:
+    """The pipeline's folder that describes an expert, and what the expert predicts.
+
+    Args:
+        path: of a folder or a file.
+        companions: what describes files, and what a recipe says of this expert.
+
+    Raises:
+        AfaError: a file that is a LoRA, quantised, or of no known kind, or a folder that a recipe
+            describes by another.
+    """
+    if path.is_dir():
+        if companions.is_own:
+            raise AfaError(
+                f"'{companions.named}' has config = {companions.config} in the recipe. A folder "
+                "must describe itself; config is for single files. Leave it out, or name a file."
+            )
+        asked = companions.prediction_type
+        prediction = None if asked is None else decide(path, path, asked=asked, is_named=True)
+        return Described(path, prediction)
+    refuse_quantised(path)
+    shapes = tensor_shapes(path)
+    refuse_lora(shapes, path)
+    return companions.describe(path, shapes)
+
+
+def load_single_file(
+    path: Path, companions: Companions, *, with_vae: bool = True
+) -> tuple[Described, dict[str, Any]]:
+    """Load a single file's pipeline, with what others lend; an autoencoder may still be missing.
+
+    Args:
+        path: of the file.
+        companions: what it may leave out.
+        with_vae: whether the file's autoencoder is read.
+
+    Returns: what describes it, and its components by name.
+
+    Raises:
+        AfaError: a LoRA; a file of no known kind, damaged or quantised; or parts that nobody
+            lends.
+    """
+    described = describe_expert(path, companions)
+    config, shapes = described.config, tensor_shapes(path)
+    kind = _kind(config)
+    missing = missing_parts(shapes, config)
+    if kind.denoiser in missing:
+        raise AfaError(
+            f"A single file must hold a denoiser; '{path}' has none in the layout of {kind.name}. "
+            "Is it a text encoder or an autoencoder? Name it under parts or vae."
+        )
+    parts: dict[str, Any] = _lent_encoders(path, missing, config, companions)
+    named = parts_of(read_json(config / "model_index.json"))
+    inside = [n for n in PARTS[kind.name] if n in named and n not in missing]
+    if not with_vae and "vae" in inside:
+        inside.remove("vae")
+    with loading_model(path, f"Is it a whole checkpoint of the family that '{config}' describes?"):
+        parts = {"vae": None, **parts, **read_parts(path, inside, config, companions.torch_dtype)}
+        for name, class_name in named.items():
+            if name.startswith("tokenizer") and parts.get(name, 0) is not None:
+                tokenizer_class = library_class(
+                    transformers, class_name, transformers.PreTrainedTokenizerBase
+                )
+                parts[name] = keep_no_words(tokenizer_class.from_pretrained(config / name))
+        parts["scheduler"] = scheduler_of(config, described.prediction)
+    return described, parts
+
+
+def _lent_encoders(
+    path: Path, missing: Sequence[str], config: Path, companions: Companions
+) -> dict[str, Any]:
+    """The text encoders that a file leaves out; None, with its tokenizer, for an optional one.
+
+    Raises:
+        AfaError: one that is needed and that nobody lends.
+    """
+    kind, given, wanted = _kind(config).name, {}, []
+    for name in [name for name in missing if name.startswith("text_encoder")]:
+        given[name] = companions.text_encoder(name, config)
+        if given[name] is None and (kind, name) in OPTIONAL:
+            given[name.replace("text_encoder", "tokenizer")] = None
+        elif given[name] is None:
+            common = COMMON_NAMES.get((kind, name))
+            wanted.append(name if common is None else f"{name} ({common})")
+    if wanted:
+        raise AfaError(
+            f"An expert must have its text encoders; '{path}' lacks {', '.join(wanted)}. Name "
+            "files or a diffusers folder that have them: parts=[...]."
+        )
+    return given
+
+
+# -- what others lend -------------------------------------------------------------------------
+
+
+def _text_encoders(path: Path, config: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """The text encoders that a part has, and that fit what a folder describes, by name."""
+    named = parts_of(read_json(config / "model_index.json"))
+    wanted = [name for name in named if name.startswith("text_encoder")]
+    widths = {name: _width(read_json(config / name / "config.json")) for name in wanted}
+    if path.is_dir():
+        theirs = parts_of(read_json(path / "model_index.json"))
+        with loading_model(path):
+            return {
+                name: load_text_encoder(path / name, theirs[name], dtype)
+                for name in wanted
+                if theirs.get(name) == named[name]
+                and _width(read_json(path / name / "config.json")) == widths[name]
+            }
+    refuse_quantised(path)
+    shapes = tensor_shapes(path)
+    missing = missing_parts(shapes, config)
+    inside = [name for name in wanted if name not in missing]
+    if inside:
+        account(shapes, config, path, parts=inside)
+    with loading_model(path):
+        if inside:
+            return read_parts(path, inside, config, dtype)
+        return {
+            name: _bare_encoder(path, name, config, dtype)
+            for name in wanted
+            if _bare_width(shapes, named[name]) == widths[name]
+        }
+
+
+def _width(settings: dict[str, Any]) -> Any:
+    """Of a text encoder, by its configuration."""
+    return settings.get("hidden_size", settings.get("d_model"))
+
+
+def _bare_width(shapes: Shapes, class_name: str) -> int | None:
+    """The width of the text encoder that a file of its own holds, in transformers' layout."""
+    is_t5 = class_name.startswith("T5")
+    key = "shared.weight" if is_t5 else "text_model.embeddings.token_embedding.weight"
+    return shapes[key][1] if len(shapes.get(key, ())) == 2 else None
+
+
+def _bare_encoder(path: Path, part: str, config: Path, dtype: torch.dtype) -> Any:
+    """A text encoder from a file of its own, every tensor of which is accounted for."""
+    shapes, class_name = tensor_shapes(path), parts_of(read_json(config / "model_index.json"))[part]
+    names = {name: name for name in shapes if harmless(name) is None}
+    account_part(part, names, shapes, config, path)
+    state = converted(part, read_tensors(path, names), config)
+    return encoder_from(state, class_name, config / part, path, dtype)
+
+
+def _has_vae(path: Path, config: Path) -> bool:
+    """Whether a part has an autoencoder of the kind that a folder describes."""
+    kind = _kind(config).name
+    if path.is_dir():
+        return (path / "vae").is_dir() and _kind(path).name == kind
+    shapes = tensor_shapes(path)
+    return kind_name(shapes) in (None, kind) and bool(vae_names(shapes))

@@ -1,0 +1,165 @@
+"""The parts of a single file, read into the library's models."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import AutoencoderKL
+from safetensors import safe_open
+
+from afa.denoisers.kinds import kind_of
+from afa.errors import AfaError
+from afa.files import parts_of, read_json
+from afa.loading.components import require_complete
+from afa.loading.single_file.accounting import account_part
+from afa.loading.single_file.conversion import PROJECTION, converted, expected_shapes
+from afa.loading.single_file.layout import DENOISERS, denoiser_in, harmless, names_by_part
+from afa.loading.weights import check_safetensors, tensor_shapes
+from afa.machine.library import library_class
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from afa.loading.weights import Shapes
+
+_VAE_PREFIXES = ("first_stage_model.", "vae.", "")
+_VAE_INSIDE = ("decoder.conv_in.weight", "encoder.conv_in.weight")
+
+
+def read_parts(
+    path: Path, parts: Iterable[str], config: Path, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Read some parts of a single file; their tensors alone are loaded.
+
+    Args:
+        path: of the file.
+        parts: by their names in the pipeline; the file must have them.
+        config: the pipeline folder that describes the file.
+        dtype: of the weights in memory.
+
+    Returns: the models by name, for inference.
+
+    Raises:
+        AfaError: parameters that the file lacks.
+    """
+    shapes = tensor_shapes(path)
+    index = read_json(config / "model_index.json")
+    found = names_by_part(shapes, kind_of(str(index.get("_class_name")), config).name)
+    denoiser = denoiser_in(shapes)
+    read = {}
+    for part in parts:
+        is_diffusers = part in DENOISERS and denoiser is not None and denoiser.is_diffusers
+        tensors = read_tensors(path, found[part])
+        state = converted(part, tensors, config, is_diffusers=is_diffusers)
+        class_name = parts_of(index)[part]
+        if part.startswith("text_encoder"):
+            read[part] = encoder_from(state, class_name, config / part, path, dtype)
+        else:
+            model_class = library_class(diffusers, class_name, diffusers.ModelMixin)
+            read[part] = _model_from(state, model_class, part, config, path, dtype)
+    return read
+
+
+def read_tensors(path: Path, names: dict[str, str]) -> dict[str, Tensor]:
+    """Tensors of a file, given under which names they are in it."""
+    with safe_open(path, framework="pt") as opened:
+        return {rest: opened.get_tensor(name) for rest, name in names.items()}
+
+
+def _model_from(
+    state: dict[str, Tensor],
+    model_class: Any,
+    part: str,
+    config: Path,
+    path: Path,
+    dtype: torch.dtype,
+) -> Any:
+    """A denoiser or an autoencoder from its state dict."""
+    expected = expected_shapes(part, config)
+    require_complete([name for name in expected if name not in state], path)
+    # exactly the model's own names, which the library then takes as they are
+    own = {name: state[name] for name in expected}
+    model = model_class.from_single_file(
+        own, config=str(config), subfolder=part, torch_dtype=dtype, local_files_only=True
+    )
+    require_complete([name for name, p in model.named_parameters() if p.is_meta], path)
+    return model.eval()
+
+
+def encoder_from(
+    state: dict[str, Tensor], class_name: str, config: Path, path: Path, dtype: torch.dtype
+) -> Any:
+    """A text encoder from its state dict.
+
+    Args:
+        state: in the layout of transformers.
+        class_name: as `model_index.json` has it.
+        config: the folder of the text encoder's `config.json`.
+        path: for the errors.
+        dtype: of the weights in memory.
+
+    Raises:
+        AfaError: parameters that are missing.
+    """
+    encoder_class = library_class(transformers, class_name, transformers.PreTrainedModel)
+    settings = encoder_class.config_class.from_pretrained(config)
+    is_projecting = class_name.endswith("WithProjection")
+    if is_projecting and settings.projection_dim == settings.hidden_size:
+        # the CLIP-L that everyone has with Stable Diffusion 3 leaves it out, as whole files do
+        state.setdefault(PROJECTION, torch.eye(settings.hidden_size))
+    encoder, info = encoder_class.from_pretrained(
+        None, config=settings, state_dict=state, dtype=dtype, output_loading_info=True
+    )
+    require_complete(info["missing_keys"], path)
+    return encoder.eval()  # the library leaves T5's dropout on
+
+
+# -- autoencoders of files of their own -------------------------------------------------------
+
+
+def vae_names(shapes: Shapes) -> dict[str, str]:
+    """The tensors of an autoencoder in a file of its own or in a whole checkpoint.
+
+    Returns: name without a prefix -> name in the file; empty where there is none.
+    """
+    for start in _VAE_PREFIXES:
+        if any(f"{start}{name}" in shapes for name in _VAE_INSIDE):
+            return {n.removeprefix(start): n for n in shapes if n.startswith(start)}
+    return {}
+
+
+def read_vae(path: Path, config: Path | None, dtype: torch.dtype) -> AutoencoderKL:
+    """Read an autoencoder from a file, in the layout of the original code or of diffusers.
+
+    Args:
+        path: of its own file, or of a checkpoint that has one.
+        config: a pipeline folder whose `vae/config.json` describes it; None takes what the library
+            has in its cache for such a file.
+        dtype: of the weights in memory.
+
+    Raises:
+        AfaError: no autoencoder, or one that does not fit the configuration.
+    """
+    check_safetensors(path)
+    shapes = tensor_shapes(path)
+    names = vae_names(shapes)
+    if not names:
+        raise AfaError(
+            f"'{path}' must be a file with an autoencoder; it has no '{_VAE_INSIDE[0]}'. Name the "
+            "autoencoder's file, a whole checkpoint or a diffusers folder."
+        )
+    if config is None:
+        given = {f"first_stage_model.{rest}": t for rest, t in read_tensors(path, names).items()}
+        vae = AutoencoderKL.from_single_file(given, torch_dtype=dtype, local_files_only=True)
+        require_complete([name for name, p in vae.named_parameters() if p.is_meta], path)
+        return vae
+    used = {rest: name for rest, name in names.items() if harmless(f"vae.{rest}") is None}
+    account_part("vae", used, shapes, config, path)
+    state = converted("vae", read_tensors(path, used), config)
+    return _model_from(state, AutoencoderKL, "vae", config, path, dtype)

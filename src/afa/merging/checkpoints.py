@@ -1,0 +1,167 @@
+"""Checkpoints to merge: what tensors they have and where, without reading any."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from afa.denoisers.kinds import kind_of
+from afa.errors import AfaError
+from afa.files import read_json
+from afa.loading.single_file.canonical_names import DENOISER, canonical_names, unet_names
+from afa.loading.sources import locate
+from afa.loading.weights import weight_files, weights_in
+from afa.merging.parts import TEXT_ENCODERS
+from afa.merging.quantised import refuse_quantised
+from afa.merging.streams import StoredTensor, read_header, read_metadata
+from afa.merging.whole_models import refuse_other_data, refuse_parts
+
+_PARTS = ("unet", "transformer", *TEXT_ENCODERS, "vae")
+# what of a hub repository is needed; never a pickle
+_FILES = (
+    "model_index.json",
+    *(f"{part}/*.json" for part in (*_PARTS, "scheduler", "feature_extractor")),
+    *(f"{part}/*.safetensors" for part in _PARTS),
+    *(
+        f"tokenizer{number}/*.{kind}"
+        for number in ("", "_2", "_3")
+        for kind in ("json", "txt", "model")
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A diffusers folder or a single file.
+
+    Attributes:
+        source: as it was named.
+        path: where it is.
+        tensors: canonical name -> tensor; a folder's names start with their part,
+            `unet.conv_in.weight`.
+        keys: canonical name -> the tensor's name in its own file.
+        metadata: of a single file.
+    """
+
+    source: str
+    path: Path
+    tensors: Mapping[str, StoredTensor]
+    keys: Mapping[str, str]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def files(self, *, vae: bool) -> list[Path]:
+        """The files that the tensors lie in, those of a folder's autoencoder only if asked for."""
+        names = [name for name in self.tensors if vae or not name.startswith("vae.")]
+        return sorted({self.tensors[name].file for name in names})
+
+
+def read_checkpoint(source: str) -> Checkpoint:
+    """Find a checkpoint and read the headers of its files.
+
+    Raises:
+        AfaError: nothing is there, a pickle, something damaged, a family that is not supported, a
+            file that is no whole model (a LoRA, an autoencoder, ...), or quantised weights.
+    """
+    path = locate(source, files=_FILES)
+    if path.is_file():
+        return _read_file(source, path)
+    if (path / "model_index.json").is_file():
+        kind_of(str(_index(path).get("_class_name")), source)
+    weight_files(path)  # refuses what is no pipeline
+    index = _index(path)
+    tensors: dict[str, StoredTensor] = {}
+    keys: dict[str, str] = {}
+    for part in _PARTS:
+        if not has_part(index, part):
+            continue
+        for file in weights_in(path / part)[1]:
+            for key, tensor in read_header(file).items():
+                name = canonical_name(part, key)
+                if name in tensors:
+                    raise AfaError(
+                        f"A folder must hold every tensor once; '{key}' is in "
+                        f"'{tensors[name].file}' and in '{file}'. Remove one of them."
+                    )
+                tensors[name], keys[name] = tensor, key
+    refuse_quantised(tensors, {}, source)
+    return Checkpoint(source, path, tensors, keys)
+
+
+def _read_file(source: str, path: Path) -> Checkpoint:
+    stored, metadata = read_header(path), read_metadata(path)
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
+    refuse_parts(shapes, source)
+    refuse_quantised(stored, metadata, source)
+    refuse_other_data(shapes, source)
+    keys: dict[str, str] = {}
+    for key, name in canonical_names(stored).items():
+        if name in keys:
+            raise AfaError(
+                f"'{source}' holds one tensor under two names, '{keys[name]}' and '{key}', as "
+                "merges of two layouts leave it. A merge needs every tensor once. Take another "
+                "copy, or remove one layout's tensors from the file."
+            )
+        keys[name] = key
+    return Checkpoint(source, path, {n: stored[key] for n, key in keys.items()}, keys, metadata)
+
+
+def in_one_layout(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """Single files by the same names, where some have diffusers' names for the U-Net.
+
+    Raises:
+        AfaError: a transformer in two layouts, which differ in more than names.
+    """
+    has_original = [_has(c, DENOISER) for c in checkpoints]
+    for part in ("transformer.", "unet."):
+        if not any(has_original) or not any(_has(c, part) for c in checkpoints):
+            continue
+        if part == "transformer.":
+            theirs = next(c for c in checkpoints if _has(c, part))
+            ours = next(c for c in checkpoints if _has(c, DENOISER))
+            raise AfaError(
+                f"'{theirs.source}' is in diffusers' layout, '{ours.source}' in that of the "
+                "original code, which joins queries, keys and values. A merge of transformers "
+                "needs one layout. Name both in the same one."
+            )
+        return [
+            _renamed(c) if is_original else c
+            for c, is_original in zip(checkpoints, has_original, strict=True)
+        ]
+    return list(checkpoints)
+
+
+def _has(checkpoint: Checkpoint, start: str) -> bool:
+    return any(name.startswith(start) for name in checkpoint.tensors)
+
+
+def _renamed(checkpoint: Checkpoint) -> Checkpoint:
+    """The same file with diffusers' names for its U-Net."""
+    new = unet_names(checkpoint.tensors)
+    return replace(
+        checkpoint,
+        tensors={new.get(name, name): tensor for name, tensor in checkpoint.tensors.items()},
+        keys={new.get(name, name): key for name, key in checkpoint.keys.items()},
+    )
+
+
+def canonical_name(part: str, key: str) -> str:
+    """The name of a folder's tensor by which experts are compared.
+
+    transformers 5 saves text encoders without the `text_model.` that older versions wrote.
+    """
+    return f"{part}.{key.removeprefix('text_model.') if part in TEXT_ENCODERS else key}"
+
+
+def has_part(index: Mapping[str, Any], part: str) -> bool:
+    """Whether a `model_index.json` names a component, and not only its empty place.
+
+    A name is no path: `../x` would be copied from and to outside the folders.
+    """
+    entry = index.get(part)
+    return isinstance(entry, list) and entry[:1] not in ([], [None]) and part.isidentifier()
+
+
+def _index(path: Path) -> dict[str, Any]:
+    return read_json(path / "model_index.json")

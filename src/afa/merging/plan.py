@@ -1,0 +1,144 @@
+"""Everything about a merge that can be known before it starts, and every refusal."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from afa.errors import AfaError
+from afa.files import require_place_for_folder
+from afa.merging.checkpoints import Checkpoint, in_one_layout, read_checkpoint
+from afa.merging.compared import PlannedTensor, plan_tensors
+from afa.merging.folders import files_to_copy, weights_file
+from afa.merging.method import MergeMethod
+from afa.merging.model_kinds import check_channels, refuse_mixed_kinds
+from afa.merging.objectives import check_objectives
+from afa.merging.parts import block_keys, part_of
+from afa.merging.recipe import MergeRecipe
+
+# the whole output, where it is one file
+SINGLE_FILE = ""
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """A merge that nothing is known to stand in the way of.
+
+    Attributes:
+        recipe: what was asked for.
+        method: fitted to these checkpoints.
+        output: a new folder, or a new `.safetensors` file.
+        experts: in the recipe's order.
+        base: what they were fine-tuned from, where the method needs it.
+        files: output file, relative to a folder's root -> its tensors.
+        copies: files that come from the first expert's folder, relative to it.
+        unknown: tensors that fit no known part or site; they are merged like the others.
+        kept: tensors that are the first expert's as they are, without an autoencoder that the
+            recipe takes from it: those that another checkpoint lacks, and those that are no
+            weights, such as positions.
+        left_out: source -> tensors of other experts that the first one lacks, and so the result.
+        predicts: what the models predict, where one of them says it.
+        num_bytes: of everything that will be written.
+    """
+
+    recipe: MergeRecipe
+    method: MergeMethod
+    output: Path
+    experts: Sequence[Checkpoint]
+    base: Checkpoint | None
+    files: Mapping[str, Sequence[PlannedTensor]]
+    copies: Sequence[Path]
+    unknown: Sequence[str]
+    kept: Sequence[str]
+    left_out: Mapping[str, Sequence[str]]
+    predicts: str | None
+    num_bytes: int
+
+    @property
+    def tensors(self) -> list[PlannedTensor]:
+        """Of all files."""
+        return [tensor for tensors in self.files.values() for tensor in tensors]
+
+
+def plan_merge(recipe: MergeRecipe, output: str | Path) -> MergePlan:
+    """Check a merge as far as that goes without reading a tensor.
+
+    Args:
+        recipe: what to merge; paths in it are relative to where the program runs.
+        output: ends in `.safetensors` for single files, and is a new folder for folders.
+
+    Raises:
+        AfaError: an output that exists or cannot be written; checkpoints that cannot be read, that
+            are no whole models, or of several layouts, kinds, objectives or architectures; settings
+            that do not fit; too little space.
+    """
+    output = Path(output).expanduser()
+    is_empty_folder = output.is_dir() and not any(output.iterdir())
+    if output.exists() and (output.suffix == ".safetensors" or not is_empty_folder):
+        raise AfaError(f"The output must be new; '{output}' exists. Name another one.")
+    require_place_for_folder(output.absolute().parent, "The folder of the output")
+    experts = [read_checkpoint(source) for source in recipe.experts]
+    base = None if recipe.base is None else read_checkpoint(recipe.base)
+    compared = experts if base is None else [*experts, base]
+    _check_layouts(compared, output)
+    refuse_mixed_kinds(compared)
+    predicts = check_objectives(compared)
+    compared = in_one_layout(compared)
+    check_channels(compared)
+    tensors, left_out = plan_tensors(compared, recipe, has_base=base is not None)
+    names = [tensor.name for tensor in tensors]
+    files: dict[str, list[PlannedTensor]] = {}
+    for tensor in tensors:
+        part = part_of(tensor.name) if experts[0].path.is_dir() else None
+        files.setdefault(weights_file(part) if part else SINGLE_FILE, []).append(tensor)
+    copies: list[Path] = []
+    if experts[0].path.is_dir():
+        copies = files_to_copy(experts[0].path, {str(Path(file).parent) for file in files})
+    num_bytes = sum(tensor.num_bytes for tensor in tensors)
+    num_bytes += sum((experts[0].path / file).stat().st_size for file in copies)
+    _check_space(output, num_bytes)
+    known = block_keys(names)
+    return MergePlan(
+        recipe=recipe,
+        method=recipe.build().fit(names, len(experts)),
+        output=output,
+        experts=experts,
+        base=base,
+        files=files,
+        copies=copies,
+        unknown=[t.name for t in tensors if t.is_merged and t.name not in known],
+        kept=[t.name for t in tensors if not (t.is_merged or t.is_autoencoder)],
+        left_out=left_out,
+        predicts=predicts,
+        num_bytes=num_bytes,
+    )
+
+
+def _check_layouts(checkpoints: Sequence[Checkpoint], output: Path) -> None:
+    first = checkpoints[0]
+    for other in checkpoints[1:]:
+        if other.path.is_file() != first.path.is_file():
+            file, folder = (first, other) if first.path.is_file() else (other, first)
+            raise AfaError(
+                f"Merged checkpoints must have one layout: '{file.source}' is a single file, "
+                f"'{folder.source}' a folder. Load the file with diffusers' from_single_file and "
+                "save it with save_pretrained."
+            )
+    if first.path.is_file() != (output.suffix == ".safetensors"):
+        made = "a .safetensors file" if first.path.is_file() else "a folder"
+        raise AfaError(
+            f"A merge has its experts' layout, which makes {made}; the output is '{output}'. Name "
+            f"{made}."
+        )
+
+
+def _check_space(output: Path, num_bytes: int) -> None:
+    place = next(parent for parent in output.absolute().parents if parent.is_dir())
+    free = shutil.disk_usage(place).free
+    if num_bytes > free:
+        raise AfaError(
+            f"The merge takes {num_bytes / 1e9:.2f} GB; '{place}' has {free / 1e9:.2f} GB free. "
+            "Make room, or name another place."
+        )

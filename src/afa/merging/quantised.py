@@ -1,0 +1,81 @@
+"""Weights whose numbers mean nothing without a scale, under any naming; they cannot be averaged."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from afa.errors import AfaError
+from afa.loading.single_file.canonical_names import MARKERS
+from afa.loading.weights import is_quantised
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from afa.merging.streams import StoredTensor
+
+# ComfyUI, bitsandbytes, optimum-quanto, torchao, GPTQ and AWQ, Nunchaku, and what they share: a
+# word behind a weight's own name (`to_q.weight.absmax`, `to_q.weight_scale`, `to_q.weight._data`)
+_SCALE = re.compile(
+    r".*weight[._:]_?(q|scale|zero|absmax|nested|data|shift|int|format|lut|codebook).*"
+    r"|(.*\.)?(scaled_fp8|scale_weight|scale_input|input_scale|weight_format|comfy_quant|SCB)"
+    r"|.*\.(qweight|qzeros|scales|g_idx|wscales|wzeros|smooth_factor\w*)"
+    r"|.*[._](absmax|quant_map|quant_state\.\S+|zero_?point)"
+)
+_SCALE_WORDS = re.compile(r"scale|absmax|zero|quant")
+#: integers that belong to whole models: positions, counters, a tokenizer as bytes
+_INTEGERS = re.compile(
+    r"(.*\.)?(position_ids|num_batches_tracked|num_updates|global_step|relative_position_index"
+    r"|spiece_model|tekken_model|attn_mask)"
+)
+
+
+def refuse_quantised(
+    tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str], source: object
+) -> None:
+    """Refuse a checkpoint with quantised weights, or with integers that nothing is known of.
+
+    Weights of 8 bits without any scale (plain float8) pass: their values are what they say.
+
+    Args:
+        tensors: of one file or folder, by name.
+        metadata: that a file carries.
+        source: for the errors.
+
+    Raises:
+        AfaError: names the first such tensor.
+    """
+    siblings = _scales_by_layer(tensors)
+    for name, tensor in tensors.items():
+        is_float = tensor.dtype.is_floating_point
+        is_narrow = tensor.dtype.itemsize == 1 or not is_float
+        layer = name.rpartition(".")[0]
+        is_scaled = is_narrow and bool(siblings.get(layer, set()) - {name})
+        if is_quantised(name, is_float=is_float) or _SCALE.fullmatch(name) or is_scaled:
+            raise AfaError(
+                f"Merged weights must be plain numbers; '{name}' in '{tensor.file}' is quantised "
+                f"({tensor.dtype}). Take the float16 or float32 version."
+            )
+        is_known = _INTEGERS.fullmatch(name) or name in MARKERS or 0 in tensor.shape
+        if not is_float and not is_known:
+            raise AfaError(
+                f"Merged weights must be floating-point numbers; '{name}' in '{tensor.file}' is "
+                f"{tensor.dtype}, of which nothing is known and no mean can be taken. Take a "
+                "float16 or float32 version without it."
+            )
+    if any("quantization" in key for key in metadata):
+        key = next(key for key in metadata if "quantization" in key)
+        raise AfaError(
+            f"Merged weights must be plain numbers; the metadata of '{source}' describe quantised "
+            f"weights ('{key}'). Take the float16 or float32 version."
+        )
+
+
+def _scales_by_layer(names: Iterable[str]) -> dict[str, set[str]]:
+    """Layer -> its tensors that are called a scale or the like."""
+    scales: dict[str, set[str]] = {}
+    for name in names:
+        layer, _, last = name.rpartition(".")
+        if _SCALE_WORDS.search(last):
+            scales.setdefault(layer, set()).add(name)
+    return scales

@@ -1,0 +1,196 @@
+"""A merge from its recipe to its last byte on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from afa.errors import AfaError
+from afa.files import staged, write_atomic
+from afa.loading.sources import refer
+from afa.loading.weights import hash_files
+from afa.merging.compared import PlannedTensor
+from afa.merging.folders import copy_files
+from afa.merging.metadata import carried_metadata
+from afa.merging.method import is_finite
+from afa.merging.optional import right_positions
+from afa.merging.plan import SINGLE_FILE, MergePlan, plan_merge
+from afa.merging.streams import StoredTensor, write_tensors, writing_order
+from afa.provenance import __version__
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from afa.merging.checkpoints import Checkpoint
+    from afa.merging.recipe import MergeRecipe
+
+#: what a merged folder says of itself; in a single file the metadata `afa_merge` does
+RECORD = "merge.json"
+
+
+@dataclass(frozen=True)
+class MergeProgress:
+    """How far a merge has come.
+
+    Attributes:
+        stage: `hash` while the inputs' SHA-256 are taken, then `merge`.
+        num_bytes: read so far in this stage.
+        total_bytes: to read in this stage.
+        num_tensors: written so far.
+        total_tensors: to write.
+    """
+
+    stage: Literal["hash", "merge"]
+    num_bytes: int
+    total_bytes: int
+    num_tensors: int
+    total_tensors: int
+
+
+def merge_checkpoints(recipe: MergeRecipe, output: str | Path) -> Iterator[MergeProgress]:
+    """Merge checkpoints into a new one, holding one tensor of each in memory.
+
+    Nothing is left behind unless all of it is there: the output gets its name at the end.
+
+    Args:
+        recipe: what to merge, and how.
+        output: see `plan_merge`.
+
+    Yields: progress, after every input's hash and every tensor.
+
+    Raises:
+        AfaError: see `plan_merge`; and numbers that are not finite, in an input or in the result.
+    """
+    yield from run_merge(plan_merge(recipe, output))
+
+
+def run_merge(plan: MergePlan) -> Iterator[MergeProgress]:
+    """Carry out a plan; see `merge_checkpoints`."""
+    tensors = plan.tensors
+    inputs = _inputs(plan)
+    sizes = [sum(file.stat().st_size for file in files) for _, files in inputs]
+    hashes: list[str] = []
+    for checkpoint, files in inputs:
+        hashes.append(hash_files(checkpoint.path, files))
+        done = sum(sizes[: len(hashes)])
+        yield MergeProgress("hash", done, sum(sizes), 0, len(tensors))
+    record = json.dumps(_record(plan, hashes), indent=2)
+
+    total = sum(tensor.num_bytes_read for tensor in tensors)
+    num_bytes = num_tensors = 0
+    with staged(plan.output) as partial:
+        if SINGLE_FILE not in plan.files:
+            partial.mkdir()
+        for relative, planned in plan.files.items():
+            file = partial / relative if relative else partial
+            file.parent.mkdir(exist_ok=True)
+            metadata = {"format": "pt"}
+            if not relative:
+                metadata |= carried_metadata(plan) | {"afa_merge": record}
+            by_key = {tensor.key: tensor for tensor in planned}
+            values = (_value(plan, by_key[key]) for key in writing_order(by_key))
+            for key in write_tensors(file, by_key, values, metadata):
+                num_bytes += by_key[key].num_bytes_read
+                num_tensors += 1
+                yield MergeProgress("merge", num_bytes, total, num_tensors, len(tensors))
+        if SINGLE_FILE not in plan.files:
+            parts = [str(Path(file).parent) for file in plan.files]
+            first, dtype = plan.experts[0].path, plan.recipe.dtype
+            copy_files(first, list(plan.copies), partial, parts, dtype)
+            write_atomic(partial / RECORD, f"{record}\n")
+
+
+def _value(plan: MergePlan, tensor: PlannedTensor) -> Tensor:
+    """One tensor of the result.
+
+    Raises:
+        AfaError: it, or what it is made of, is not finite.
+    """
+    if tensor.is_repaired:
+        return right_positions(tensor.shape)
+    if not tensor.is_merged:
+        value = tensor.sources[0].read()
+        if not value.is_floating_point():
+            return value
+        if tensor.is_buffer:
+            return value.to(tensor.dtype)
+        _check_input(value.float(), tensor.name, tensor.sources[0])
+        merged = value
+    else:
+        values = [_read_finite(source, tensor) for source in tensor.sources]
+        base = None if tensor.base is None else _read_finite(tensor.base, tensor)
+        merged = plan.method.merge(tensor.name, values, base)
+    result = merged.to(tensor.dtype)
+    if not is_finite(result) or _is_clipped(merged, tensor.dtype):
+        raise AfaError(
+            f"A merged tensor must be finite, but '{tensor.name}' reaches "
+            f"{merged.float().abs().max().item():.4g}, which is too much for {tensor.dtype}. Set "
+            "dtype: float32, or take smaller weights."
+        )
+    return result
+
+
+def _is_clipped(value: Tensor, dtype: torch.dtype) -> bool:
+    """Whether numbers are too large for a type of 8 bits, for which torch takes its largest."""
+    if dtype.itemsize > 1 or value.numel() == 0:
+        return False
+    return bool(value.float().abs().max() > torch.finfo(dtype).max)
+
+
+def _read_finite(source: StoredTensor, tensor: PlannedTensor) -> Tensor:
+    """A source in float32, with zeros for the input channels that it lacks."""
+    value = source.read().float()
+    _check_input(value, tensor.name, source)
+    if value.shape == tensor.shape:
+        return value
+    padded = value.new_zeros(tensor.shape)
+    padded[:, : value.shape[1]] = value
+    return padded
+
+
+def _check_input(value: Tensor, name: str, source: StoredTensor) -> None:
+    if not is_finite(value):
+        raise AfaError(
+            f"A merged checkpoint must hold finite numbers; '{name}' in '{source.file}' has nan or "
+            "infinity. Download it again, or leave it out."
+        )
+
+
+def _inputs(plan: MergePlan) -> list[tuple[Checkpoint, list[Path]]]:
+    """Everything that is hashed: the experts, the base, a folder's autoencoder that is copied."""
+    vae = plan.recipe.vae == "merge"
+    checkpoints = plan.experts if plan.base is None else [*plan.experts, plan.base]
+    inputs = [(checkpoint, checkpoint.files(vae=vae)) for checkpoint in checkpoints]
+    first = plan.experts[0]
+    copied = sorted(set(first.files(vae=True)) - set(first.files(vae=vae)))
+    return [*inputs, (first, copied)] if copied else inputs
+
+
+def _record(plan: MergePlan, hashes: list[str]) -> dict[str, Any]:
+    """What a merge says of itself."""
+    references = [
+        {key: value for key, value in asdict(refer(c.source, c.path, sha256)).items() if value}
+        for (c, _), sha256 in zip(_inputs(plan), hashes, strict=True)
+    ]
+    record = {
+        "afa_version": __version__,
+        **plan.recipe.model_dump(exclude_none=True, exclude={"experts", "base", "vae"}),
+        "experts": references[: len(plan.experts)],
+        "vae": plan.recipe.vae,
+        "unknown_tensors": list(plan.unknown),
+        "kept_tensors": list(plan.kept),
+        "left_out_tensors": {source: list(names) for source, names in plan.left_out.items()},
+        "repaired_tensors": [t.name for t in plan.tensors if t.is_repaired],
+        "padded_tensors": [t.name for t in plan.tensors if t.is_padded],
+    }
+    others = references[len(plan.experts) :]
+    if plan.base is not None:
+        record["base"] = others.pop(0)
+    if others:
+        record["vae"] = others.pop(0)
+    return record

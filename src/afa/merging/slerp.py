@@ -1,0 +1,102 @@
+"""Spherical interpolation: the mean direction of the experts' tensors, not their mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from afa.errors import AfaError
+from afa.merging.method import MergeMethod, check_weights, uniform
+from afa.merging.weighted import weighted_sum
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_PARALLEL = 1e-6  # 1 - cosine below which the arc is its chord in float32
+_MAX_STEPS = 200
+_CHUNK = 2**20
+
+
+@dataclass(frozen=True)
+class Slerp(MergeMethod):
+    """The weighted spherical mean of the experts (Buss and Fillmore 2001), tensor by tensor.
+
+    Each tensor is one vector. Coefficients c come from the directions alone: those for which
+    sum_n c_n t_n / |t_n| is the point of the unit sphere with the least weighted sum of squared
+    angles to the directions; the result is sum_n c_n t_n. For two experts with weights (1 - t, t)
+    and the angle W between them that is the textbook's
+    sin((1 - t) W) / sin W t_1 + sin(t W) / sin W t_2 (Shoemake 1985), and it does not depend on the
+    experts' order. Where directions say nothing the result is the weighted mean: (nearly) parallel
+    tensors, opposite ones, zeros.
+
+    Attributes:
+        weights: one per expert, none negative, summing to 1; None is uniform.
+    """
+
+    weights: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        check_weights(self.weights, sum_to_one=True)
+        if self.weights is not None and min(self.weights) < 0:
+            raise AfaError(
+                f"The weights of slerp must not be negative; came {list(self.weights)}. Method "
+                "'weighted' extrapolates."
+            )
+
+    def merge(self, name: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
+        """The weighted spherical mean of one tensor."""
+        weights = uniform(self.weights, len(tensors))
+        products = np.array(
+            [
+                [_dot(a, b) for b in tensors[: i + 1]] + [0.0] * (len(tensors) - i - 1)
+                for i, a in enumerate(tensors)
+            ]
+        )
+        products = products + np.tril(products, -1).T
+        return weighted_sum(tensors, spherical_coefficients(products, weights))
+
+
+def spherical_coefficients(products: np.ndarray, weights: Sequence[float]) -> list[float]:
+    """Coefficients of the weighted spherical mean of N vectors; the weights where there is none.
+
+    The mean lies in the vectors' span, so that their inner products are all it takes.
+
+    Args:
+        products: inner products of the vectors [N, N].
+        weights: [N], none negative, summing to 1.
+    """
+    norms = np.sqrt(np.diag(products))
+    if not (norms > 0).all():
+        return list(weights)
+    cosines = products / np.outer(norms, norms)
+    if (cosines > 1 - _PARALLEL).all() or (cosines < _PARALLEL - 1).any():
+        return list(weights)
+    w = np.array(weights)
+    length = np.sqrt(max(w @ cosines @ w, 0.0))
+    if length < 1e-3:  # directions that cancel have no mean
+        return list(weights)
+    mean = w / length
+    for _ in range(_MAX_STEPS):
+        to_each = np.clip(cosines @ mean, -1, 1)
+        if to_each.min() < _PARALLEL - 1:
+            break
+        angles = np.arccos(to_each)
+        stretch = 1 / np.sinc(angles / np.pi)  # angle / sine, which is 1 for no angle
+        # the weighted mean of the vectors seen from the plane that touches the sphere at `mean`
+        step = w * stretch - (w * stretch * to_each).sum() * mean
+        size = np.sqrt(max(step @ cosines @ step, 0.0))
+        if size < 1e-12:
+            return [float(c) for c in mean]
+        mean = np.cos(size) * mean + np.sin(size) / size * step
+        mean = mean / np.sqrt(mean @ cosines @ mean)
+    return list(weights)
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    """Inner product in float64, without a whole tensor in float64."""
+    pairs = zip(a.reshape(-1).split(_CHUNK), b.reshape(-1).split(_CHUNK), strict=True)
+    return sum(torch.dot(x.double(), y.double()).item() for x, y in pairs)

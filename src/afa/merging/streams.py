@@ -1,0 +1,159 @@
+"""Safetensors files one tensor at a time: what is in memory is one tensor, never a model.
+
+The library's own writer wants all tensors at once, and its reader maps whole files into memory,
+where every page that was touched counts; so both ends are plain reads and writes here.
+Format: https://huggingface.co/docs/safetensors, "Format".
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+
+from afa.errors import AfaError
+from afa.loading.weights import check_safetensors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from torch import Tensor
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a tensor is, without its values."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size in a file."""
+        return self.dtype.itemsize * prod(self.shape)
+
+
+@dataclass(frozen=True)
+class StoredTensor(TensorSpec):
+    """A tensor in a safetensors file, read when asked for."""
+
+    file: Path
+    offset: int
+
+    def read(self) -> Tensor:
+        """Its values, in memory of their own.
+
+        Raises:
+            AfaError: the file has become shorter since its header was read.
+        """
+        content = torch.empty(self.num_bytes, dtype=torch.uint8)
+        with self.file.open("rb", buffering=0) as stream:
+            stream.seek(self.offset)
+            view = content.numpy().data
+            while view:
+                count = stream.readinto(view)
+                if not count:
+                    raise AfaError(f"'{self.file}' ended while it was read. Did it change?")
+                view = view[count:]
+        return content.view(self.dtype).reshape(self.shape)
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """All tensors of a safetensors file by name, none of them read.
+
+    Raises:
+        AfaError: the file is damaged, or has a tensor of a type that torch does not have.
+    """
+    header = check_safetensors(file)  # lengths and offsets are right from here on
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+    tensors = {}
+    for name, entry in header.items():
+        if entry["dtype"] not in _DTYPES:
+            raise AfaError(
+                f"Merged tensors must be of a type among {', '.join(_DTYPES)}; '{name}' in "
+                f"'{file}' is {entry['dtype']}. Take a checkpoint of another precision."
+            )
+        shape, offset = tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
+        tensors[name] = StoredTensor(_DTYPES[entry["dtype"]], shape, file, offset)
+    return tensors
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """The texts that a safetensors file carries beside its tensors."""
+    with safe_open(file, framework="pt") as opened:
+        return dict(opened.metadata() or {})
+
+
+def writing_order(specs: Mapping[str, TensorSpec]) -> list[str]:
+    """The order of tensors in a file: widest type first, so that each lies on its own multiple."""
+    return sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name))
+
+
+def header_of(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> bytes:
+    """The start of a safetensors file whose tensors follow in `writing_order`."""
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    start = 0
+    for name in writing_order(specs):
+        spec = specs[name]
+        end = start + spec.num_bytes
+        entries[name] = {
+            "dtype": _CODES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [start, end],
+        }
+        start = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_tensors(
+    path: Path,
+    specs: Mapping[str, TensorSpec],
+    tensors: Iterator[Tensor],
+    metadata: Mapping[str, str],
+) -> Iterator[str]:
+    """Write a safetensors file tensor by tensor; it is complete and on disk at the end.
+
+    Args:
+        path: a new file, under a temporary name.
+        specs: of all tensors.
+        tensors: their values, in `writing_order`.
+        metadata: strings to keep beside them.
+
+    Yields: the name of each tensor when it is written.
+    """
+    with path.open("xb") as stream:
+        stream.write(header_of(specs, metadata))
+        for name in writing_order(specs):
+            tensor = next(tensors)  # zip would hold on to the one before
+            assert (tensor.dtype, tuple(tensor.shape)) == (specs[name].dtype, specs[name].shape)
+            if tensor.numel():
+                stream.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            del tensor  # before the next one is made
+            yield name
+        stream.flush()
+        os.fsync(stream.fileno())

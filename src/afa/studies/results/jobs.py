@@ -1,0 +1,186 @@
+"""Trainings side by side: as many processes as cores, one thread each."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import queue
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from afa.errors import AfaError
+from afa.files import read_json, write_atomic
+
+if TYPE_CHECKING:
+    from afa.training.recipe import Recipe, TrainingRecipe
+
+_DONE, _LOG = "finished.json", "log.jsonl"
+_events: Any = None  # the queue of a worker to its parent
+_stop: Any = None  # set when a job has failed, so that the others end with their step
+_parent = 0  # the process that started this worker
+
+
+@dataclass(frozen=True)
+class Job:
+    """A name, and a function of picklable arguments that runs in a process of its own."""
+
+    name: str
+    function: Callable[..., None]
+    arguments: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class JobProgress:
+    """How far one job is."""
+
+    name: str
+    done: int
+    total: int
+
+
+def run_jobs(jobs: Sequence[Job], num_processes: int) -> Iterator[JobProgress]:
+    """Run jobs, the first ones first, and report their progress as it comes.
+
+    Raises:
+        AfaError: what a job raised; the others end with their step, and what they kept stays.
+    """
+    context = multiprocessing.get_context("spawn")
+    events, stop = context.Queue(), context.Event()
+    pool = ProcessPoolExecutor(
+        num_processes, mp_context=context, initializer=_start_worker, initargs=(events, stop)
+    )
+    try:
+        pending = {pool.submit(_run, job) for job in jobs}
+        while pending:
+            finished, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+            yield from _drain(events)
+            for future in finished:
+                future.result()
+        yield from _drain(events)
+    except BrokenProcessPool as error:
+        raise AfaError(
+            "A process that trained was ended from outside; is the memory full? The same command "
+            "goes on."
+        ) from error
+    finally:
+        stop.set()
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _drain(events: Any) -> Iterator[JobProgress]:
+    while True:
+        try:
+            yield events.get_nowait()
+        except queue.Empty:
+            return
+
+
+def _start_worker(events: Any, stop: Any) -> None:
+    import torch
+
+    from afa.machine.quiet import quieten, quieten_loading
+
+    global _events, _stop, _parent
+    _events, _stop, _parent = events, stop, os.getppid()
+    quieten()
+    quieten_loading()
+    torch.set_num_threads(1)
+
+
+def _run(job: Job) -> None:
+    try:
+        job.function(job.name, *job.arguments)
+    except AfaError as error:
+        raise AfaError(f"{job.name}: {error}") from None
+
+
+def _say(name: str, done: int, total: int) -> None:
+    if _events is not None:
+        if os.getppid() != _parent:
+            os._exit(1)  # the parent was killed; going on would disturb the next run
+        if _stop.is_set():
+            raise KeyboardInterrupt
+        _events.put(JobProgress(name, done, total))
+
+
+# -- what jobs there are ----------------------------------------------------------------------
+
+
+def finished(folder: Path) -> dict[str, Any] | None:
+    """What a finished training noted: `seconds_per_step`, the median."""
+    place = folder / _DONE
+    return read_json(place) if place.exists() else None
+
+
+def train_aggregators_job(name: str, recipe: Recipe, folder: Path) -> None:
+    """Train one ensemble; goes on where an earlier run was stopped."""
+    from afa.training import train
+    from afa.training.run import require_same_recipe
+
+    if finished(folder) is None:
+        _finish(name, train(recipe, folder), folder)
+    else:
+        require_same_recipe(recipe, folder)
+
+
+def tune_base_job(
+    name: str, base: str, data_seed: int, settings: TrainingRecipe, folder: Path
+) -> None:
+    """Tune the base on the scenes that the aggregators of the same seed see."""
+    from afa.training import SceneImages
+    from afa.training.tuned_base import require_same_run, tune_base
+
+    data = SceneImages(100_000, seed=data_seed)
+    if finished(folder) is None:
+        _finish(name, tune_base(base, data, settings, folder), folder)
+    else:
+        require_same_run(data, settings, folder)
+
+
+def search_job(name: str, recipe: dict[str, Any], folder: Path) -> None:
+    """Search block weights; goes on where an earlier run was stopped."""
+    from afa.evaluation.search import require_same_search, search_block_weights
+    from afa.evaluation.search_recipe import SearchRecipe
+
+    checked = SearchRecipe.model_validate(recipe)
+    if finished(folder) is None:
+        for trial in search_block_weights(checked, folder):
+            _say(name, trial.number, trial.num_trials)
+            _log(folder, {"trial": trial.number, "seconds": trial.seconds})
+        _note(folder, {"seconds": sum(_seconds(folder))})
+    else:
+        require_same_search(checked, folder)
+
+
+def _finish(name: str, events: Iterator[Any], folder: Path) -> None:
+    """Run a training to its end and keep how long a step took."""
+    from afa.training import TrainStep
+
+    for step in events:
+        if not isinstance(step, TrainStep):  # scenes are encoded as they come
+            continue
+        _say(name, step.step, step.num_steps)
+        _log(folder, {"step": step.step, "loss": step.loss, "seconds": step.seconds})
+    _note(folder, {"seconds_per_step": statistics.median(_seconds(folder))})
+
+
+def _log(folder: Path, line: dict[str, float]) -> None:
+    with (folder / _LOG).open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def _seconds(folder: Path) -> list[float]:
+    return [json.loads(line)["seconds"] for line in (folder / _LOG).read_text().splitlines()]
+
+
+def _note(folder: Path, content: dict[str, Any]) -> None:
+    from afa.provenance import commit
+
+    content = {**content, "commit": commit()}
+    write_atomic(folder / _DONE, json.dumps(content) + "\n")

@@ -1,0 +1,339 @@
+"""What is trained, what rivals are tuned over, and what is compared."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from afa.aggregators.fusion import FUSIONS
+from afa.errors import AfaError
+from afa.studies.zoo_build.evaluate import GUIDANCE_SCALE, NUM_STEPS
+from afa.training.recipe import (
+    AggregatorRecipe,
+    DataRecipe,
+    Recipe,
+    ScenesRecipe,
+    TrainingRecipe,
+)
+from afa.zoo import EXPERTS, MODELS
+from afa.zoo.models import AGGREGATOR
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+SUBJECT = "AFA"
+#: rows of other aggregators: without one of the states or with fewer of them (AFA, section 4.4),
+#: and as large as the paper's
+VARIANTS: dict[str, dict[str, Any]] = {
+    "ablation: no spatial": {"spatial": False},
+    "ablation: no timestep": {"timestep": False},
+    "ablation: no prompt": {"prompt": False},
+    "ablation: shared by width": {"sharing": "width"},
+    "ablation: conv_out only": {"sites": "conv_out"},
+    "AFA, the paper's size": {"hidden_ratio": None, "min_scale": 1},
+}
+#: rows of other numbers of experts
+OTHER_EXPERTS = {
+    "AFA, animals and food": ("animals", "food"),
+    "AFA, things twice": ("animals", "food", "things", "things"),
+}
+#: rows of the tuned base: as many steps, or as much time, as the training of the aggregators
+STEPS, TIME = "tuned base (steps)", "tuned base (time)"
+#: rows that are drawn a second time, with a preset of `afa.Acceleration`
+SPED_UP = (SUBJECT, "add-difference merge", TIME)
+
+
+def fast(row: str) -> str:
+    """The name of a row that is drawn a second time."""
+    return f"{row}, fast"
+
+
+def training_name(row: str) -> str:
+    """The name, and the folder, of the training of a row of `VARIANTS`."""
+    return row.replace(":", "")
+
+
+@dataclass(frozen=True)
+class Zoo:
+    """Whose experts are compared.
+
+    Attributes:
+        experts: sources by domain.
+        base: what they were fine-tuned from.
+        is_main: whether it is the shipped one, of U-Nets, with variants and merges by block.
+    """
+
+    experts: Mapping[str, str]
+    base: str
+    is_main: bool = True
+
+
+SHIPPED = Zoo({name: f"zoo:{name}" for name in EXPERTS}, "zoo:base")
+
+
+def transformers(folder: Path) -> Zoo:
+    """The zoo that `afa zoo build --family dit` made in a folder.
+
+    Raises:
+        AfaError: it has not.
+    """
+    places = {name: folder.resolve() / name for name in MODELS}
+    missing = [name for name, place in places.items() if not place.is_dir()]
+    if missing:
+        raise AfaError(
+            f"A zoo must have {', '.join(MODELS)}; '{folder}' lacks {', '.join(missing)}. Make "
+            f"one: afa zoo build {folder} --family dit."
+        )
+    return Zoo({name: str(places[name]) for name in EXPERTS}, str(places["base"]), is_main=False)
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """How much of everything; of the shipped zoo it takes 65 to 110 minutes on two cores."""
+
+    num_train_steps: int = 500
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    num_seeds: int = 3
+    base_learning_rates: tuple[float, ...] = (3e-4, 1e-3)
+    num_mixed: int = 96
+    num_own: int = 32  # of each domain
+    num_tuning: int = 48  # prompts that rivals are tuned on
+    tuning_steps: int = 12
+    num_trials: int = 100
+    num_steps: int = NUM_STEPS
+    curve_steps: tuple[int, ...] = (5, 10, 20, 50)
+    num_curve: int = 48  # mixed prompts
+    num_resamples: int = 10_000
+
+
+def training(settings: StudySettings, seed: int, **changes: Any) -> TrainingRecipe:
+    """One training's settings, for aggregators and for the base alike."""
+    values = {
+        "num_steps": settings.num_train_steps,
+        "batch_size": settings.batch_size,
+        "learning_rate": settings.learning_rate,
+        "num_warmup_steps": min(50, settings.num_train_steps),
+        "learning_rate_schedule": "cosine",
+        "checkpoint_every": 100,
+        "trackers": [],
+        "seed": seed,
+    }
+    return TrainingRecipe(**{**values, **changes})
+
+
+def scenes(seed: int) -> ScenesRecipe:
+    """The data of one seed: any pair of objects that is not held out."""
+    return ScenesRecipe(num_samples=100_000, seed=seed + 3)
+
+
+#: of transformers, which have neither variants nor a search: 50 minutes on two cores
+FEWER = StudySettings(num_seeds=2, num_own=24, num_tuning=32, curve_steps=(5, 20), num_curve=32)
+
+
+def aggregator_recipes(settings: StudySettings, zoo: Zoo = SHIPPED) -> dict[str, Recipe]:
+    """Every training of aggregators, by the name of its folder."""
+    sizes = {
+        key: getattr(AGGREGATOR, key)
+        for key in ("hidden_size", "num_layers", "num_heads", "norm_num_groups")
+    }
+
+    def recipe(experts: Sequence[str], seed: int, **switches: Any) -> Recipe:
+        return Recipe(
+            experts=[zoo.experts[name] for name in experts],
+            allow_duplicates=len(set(experts)) < len(experts),
+            data=DataRecipe(scenes=scenes(seed)),
+            aggregator=AggregatorRecipe(**sizes, **switches),
+            training=training(settings, seed),
+        )
+
+    recipes = {f"afa-{seed}": recipe(EXPERTS, seed) for seed in range(settings.num_seeds)}
+    if not zoo.is_main:
+        return recipes
+    recipes |= {
+        training_name(row): recipe(EXPERTS, 0, **switches) for row, switches in VARIANTS.items()
+    }
+    recipes |= {name: recipe(experts, 0) for name, experts in OTHER_EXPERTS.items()}
+    return recipes
+
+
+# -- what rivals are tuned over ---------------------------------------------------------------
+
+
+def candidates(zoo: Zoo = SHIPPED) -> dict[str, list[dict[str, Any]]]:
+    """Settings of every rival that has some, as they stand in a method's recipe.
+
+    The best on prompts that share no pair of objects with the test's is compared.
+    """
+    uniform = [1 / 3] * 3
+    leading = [[0.5 if n == m else 0.25 for n in range(3)] for m in range(3)]
+    weights = [uniform, *leading]
+    merges = {
+        "weighted merge": [_merge("weighted", weights=w) for w in weights],
+        "add-difference merge": [
+            _merge("add_difference", weights=[w] * 3) for w in (0.05, 0.1, 0.2, 1 / 3, 0.5, 1.0)
+        ],
+        "SLERP merge": [_merge("slerp", weights=w) for w in weights],
+        "TIES merge": [
+            _merge("ties", density=d, weights=[w] * 3)
+            for d, w in itertools.product((0.2, 0.5, 0.8), (0.25, 0.5, 1.0))
+        ],
+        "DARE merge": [
+            _merge("dare", density=d, weights=[w] * 3)
+            for d, w in itertools.product((0.2, 0.5, 0.8), (0.1, 0.2, 1 / 3))
+        ],
+    }
+    if zoo.is_main:
+        merges["MBW"] = [_merge("block_weights", block_weights=b) for b in block_presets()]
+    return merges | {row: listed for row, listed in fusion_rows().items() if len(listed) > 1}
+
+
+def fusion_rows() -> dict[str, list[dict[str, Any]]]:
+    """Every row of every fusion without training, with the settings that it has to choose from."""
+    return {
+        row: [{"fusion": settings.model_dump(exclude_none=True)} for settings in listed]
+        for fusion in FUSIONS
+        for row, listed in fusion.rows(EXPERTS).items()
+    }
+
+
+def _merge(method: str, **settings: Any) -> dict[str, Any]:
+    return {"merge": {"method": method, **settings}}
+
+
+def block_presets() -> list[dict[str, list[float]]]:
+    """Block weights as people choose them by hand: another expert leads at another depth.
+
+    All orders of the experts over shallow, middle and deep blocks, hard and soft, and the uniform
+    merge of the text encoders.
+    """
+    depths = (
+        ("conv_in", "down.0.0", "down.0.downsample"),
+        ("down.1.0", "mid", "up.0.0"),
+        ("up.0.1", "up.1.0", "conv_out"),
+    )
+    presets = []
+    for order, lead in itertools.product(itertools.permutations(range(3)), (1.0, 0.6)):
+        rest = (1 - lead) / 2
+        weights = {"default": [1 / 3] * 3}
+        for sites, leader in zip(depths, order, strict=True):
+            vector = [lead if n == leader else rest for n in range(3)]
+            weights |= {site: vector for site in sites}
+        presets.append(weights)
+    return presets
+
+
+# -- what is compared -------------------------------------------------------------------------
+
+_JUDGES = [
+    "scenes",
+    {"name": "clip_t", "weights": "zoo:clip"},
+    {"name": "clip_i", "weights": "zoo:clip"},
+    {"name": "fid", "weights": "zoo:clip"},
+    {"name": "kid", "weights": "zoo:clip"},
+    {"name": "cmmd", "weights": "zoo:clip"},
+]
+
+
+def sampling(num_steps: int) -> dict[str, Any]:
+    """How pictures are drawn; one thread, so that any number of processes draws the same."""
+    return {
+        "num_steps": num_steps,
+        "guidance": GUIDANCE_SCALE,
+        "batch_size": 16,
+        "num_threads": 1,
+        "device": "cpu",
+    }
+
+
+def tuning_prompts(settings: StudySettings) -> dict[str, Any]:
+    """Mixed prompts of pairs that the test never asks for."""
+    return {"zoo": {"kinds": {"mixed": settings.num_tuning}, "held_out": False, "seed": 2_000_000}}
+
+
+def tuning_recipe(
+    settings: StudySettings, bases: dict[str, Path], zoo: Zoo = SHIPPED
+) -> dict[str, Any]:
+    """The comparison of all candidates, and of bases tuned with several learning rates."""
+    methods = [
+        {"name": f"{name} {n}", **candidate}
+        for name, listed in candidates(zoo).items()
+        for n, candidate in enumerate(listed)
+    ]
+    methods += [{"name": name, "model": str(folder)} for name, folder in bases.items()]
+    return {
+        "experts": list(zoo.experts.values()),
+        "base": zoo.base,
+        "prompts": tuning_prompts(settings),
+        "methods": methods,
+        "sampling": sampling(settings.tuning_steps),
+        "metrics": ["scenes"],
+        "num_resamples": 100,
+    }
+
+
+def search_recipe(settings: StudySettings, zoo: Zoo = SHIPPED) -> dict[str, Any]:
+    """The search of autoMBW, on the prompts that the others are tuned on."""
+    return {
+        "experts": list(zoo.experts.values()),
+        "prompts": tuning_prompts(settings),
+        "sampling": sampling(settings.tuning_steps),
+        "metric": "scenes",
+        "num_trials": settings.num_trials,
+    }
+
+
+def comparison_recipe(
+    settings: StudySettings,
+    trained: dict[str, Path],
+    tuned: dict[str, list[Path]],
+    chosen: dict[str, dict[str, Any]],
+    zoo: Zoo = SHIPPED,
+) -> dict[str, Any]:
+    """The comparison itself, as a recipe of `afa evaluate`.
+
+    Args:
+        settings: how much of everything.
+        trained: ensembles by the name of their training.
+        tuned: tuned bases by row.
+        chosen: the settings of every tuned rival.
+        zoo: whose experts.
+    """
+    seeds = [str(trained[f"afa-{seed}"]) for seed in range(settings.num_seeds)]
+    methods: list[dict[str, Any]] = [{"name": SUBJECT, "ensemble": seeds}]
+    methods += [{"name": name, **settings_} for name, settings_ in chosen.items()]
+    methods += [
+        {"name": row, **listed[0]} for row, listed in fusion_rows().items() if len(listed) == 1
+    ]
+    methods += [
+        {"name": f"expert: {name}", "model": source} for name, source in zoo.experts.items()
+    ]
+    methods.append({"name": "base", "model": zoo.base})
+    methods += [{"name": row, "model": [str(f) for f in folders]} for row, folders in tuned.items()]
+    if zoo.is_main:
+        methods += [{"name": row, "ensemble": str(trained[training_name(row)])} for row in VARIANTS]
+        methods += [{"name": name, "ensemble": str(trained[name])} for name in OTHER_EXPERTS]
+    quick = [
+        {**method, "name": fast(method["name"]), "acceleration": "fast"}
+        for method in methods
+        if method["name"] in SPED_UP
+    ]
+    methods += quick
+    kinds = {"mixed": settings.num_mixed} | {name: settings.num_own for name in EXPERTS}
+    return {
+        "experts": list(zoo.experts.values()),
+        "base": zoo.base,
+        "prompts": {"zoo": {"kinds": kinds}},
+        "methods": methods,
+        "sampling": sampling(settings.num_steps),
+        "metrics": _JUDGES,
+        "subject": SUBJECT,
+        "curve": {
+            "num_steps": list(settings.curve_steps),
+            "also": ["base", *tuned, *(method["name"] for method in quick)],
+            "limit": settings.num_curve,
+        },
+        "num_resamples": settings.num_resamples,
+    }

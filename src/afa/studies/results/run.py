@@ -1,0 +1,253 @@
+"""All stages of the study, each of which goes on where it was stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from afa.errors import AfaError
+from afa.evaluation.identity import hash_descriptions
+from afa.files import is_unused, owned, read_json, write_atomic
+from afa.loading.sources import locate
+from afa.loading.weights import hash_pipeline
+from afa.studies.results.jobs import (
+    Job,
+    JobProgress,
+    finished,
+    run_jobs,
+    search_job,
+    train_aggregators_job,
+    tune_base_job,
+)
+from afa.studies.results.page import results_of, write_pages, write_section
+from afa.studies.results.plan import (
+    FEWER,
+    SHIPPED,
+    STEPS,
+    TIME,
+    StudySettings,
+    Zoo,
+    aggregator_recipes,
+    candidates,
+    comparison_recipe,
+    scenes,
+    search_recipe,
+    training,
+    tuning_recipe,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+_SETTINGS = "study.json"
+
+
+@dataclass(frozen=True)
+class StageStarted:
+    """A stage of which `afa evaluate` itself shows the progress."""
+
+    name: str
+
+
+def run_study(
+    work: Path,
+    docs: Path,
+    settings: StudySettings | None = None,
+    num_processes: int | None = None,
+    zoo: Zoo = SHIPPED,
+) -> Iterator[JobProgress | StageStarted]:
+    """Train, tune the rivals, compare, and write the pages.
+
+    Args:
+        work: keeps everything; an earlier run's folder goes on.
+        docs: gets `results.md`, `results.json` and their drawings at the end.
+        settings: how much of everything.
+        num_processes: one thread each; None takes one for each core.
+        zoo: whose experts.
+
+    Raises:
+        AfaError: the folder is of other settings, or a stage failed. What was done is kept.
+    """
+    settings = settings or (StudySettings() if zoo.is_main else FEWER)
+    num_processes = num_processes or os.cpu_count() or 1
+    work = work.resolve()
+    asked = {
+        **json.loads(json.dumps(asdict(settings))),
+        "models": [
+            [hash_pipeline(path), hash_descriptions(path)]
+            for path in map(locate, (zoo.base, *zoo.experts.values()))
+        ],
+    }
+    _require_same(work, asked)
+    with owned(work):
+        write_atomic(work / _SETTINGS, json.dumps(asked, indent=2) + "\n")
+        yield from _stages(work, docs, settings, num_processes, zoo)
+
+
+def _stages(
+    work: Path, docs: Path, settings: StudySettings, num_processes: int, zoo: Zoo
+) -> Iterator[JobProgress | StageStarted]:
+    recipes = aggregator_recipes(settings, zoo)
+    trained = {name: work / "trained" / _folder(name) for name in recipes}
+    jobs = [
+        Job(name, train_aggregators_job, (recipe, trained[name]))
+        for name, recipe in recipes.items()
+    ]
+    rates = {f"{STEPS} {rate:g}": rate for rate in settings.base_learning_rates}
+    bases = {name: work / "tuned" / _folder(name) for name in rates}
+    jobs += [
+        Job(name, tune_base_job, _tuning(settings, zoo, 0, rates[name], folder))
+        for name, folder in bases.items()
+    ]
+    if zoo.is_main:
+        jobs.append(Job("autoMBW", search_job, (search_recipe(settings, zoo), work / "search")))
+    # the longest first, so that no process is left alone with one at the end
+    jobs.sort(key=lambda job: job.name != "autoMBW" and "twice" not in job.name)
+    yield from run_jobs(jobs, num_processes)
+
+    yield StageStarted("the rivals' settings")
+    evaluate_in_processes(work / "tuning", tuning_recipe(settings, bases, zoo), num_processes)
+    chosen, rate_name = choose(read_json(work / "tuning" / "report.json"), settings, zoo)
+    if zoo.is_main:
+        chosen["autoMBW"] = {"merge": _searched(work / "search")}
+    rate = rates[rate_name]
+
+    seeds = range(settings.num_seeds)
+    tuned = {STEPS: [bases[rate_name]], TIME: []}
+    later = []
+    for seed in seeds:
+        num_steps = _steps_of_equal_time(work, settings, trained[f"afa-{seed}"], bases[rate_name])
+        runs = {TIME: num_steps} if seed == 0 else {TIME: num_steps, STEPS: None}
+        for row, steps in runs.items():
+            folder = work / "tuned" / _folder(f"{row} {seed}")
+            tuned[row].append(folder)
+            arguments = _tuning(settings, zoo, seed, rate, folder, steps)
+            later.append(Job(f"{row} {seed}", tune_base_job, arguments))
+    later.sort(key=lambda job: TIME not in job.name)
+    yield from run_jobs(later, num_processes)
+
+    yield StageStarted("the comparison")
+    recipe = comparison_recipe(settings, trained, tuned, chosen, zoo)
+    evaluate_in_processes(work / "comparison", recipe, num_processes)
+    costs = training_costs(settings, trained, tuned)
+    if zoo.is_main:
+        costs["autoMBW"] = search_cost(settings, work / "search")
+    write = write_pages if zoo.is_main else write_section
+    write(docs, results_of(work, settings, chosen, costs, rate), work / "comparison")
+
+
+def _folder(name: str) -> str:
+    return name.replace(" ", "-").replace(",", "").replace("(", "").replace(")", "")
+
+
+def _tuning(
+    settings: StudySettings,
+    zoo: Zoo,
+    seed: int,
+    rate: float,
+    folder: Path,
+    steps: int | None = None,
+) -> tuple[Any, ...]:
+    changes: dict[str, Any] = {"learning_rate": rate}
+    if steps is not None:
+        changes["num_steps"] = steps
+    return zoo.base, scenes(seed).seed, training(settings, seed, **changes), folder
+
+
+def _require_same(work: Path, asked: dict[str, Any]) -> None:
+    place = work / _SETTINGS
+    if place.exists() and read_json(place) != asked:
+        raise AfaError(
+            f"The work folder '{work}' is of other settings or of other models. Name another one."
+        )
+    if not place.exists() and not is_unused(work):
+        raise AfaError(f"The work folder must be new or of an earlier study; '{work}' is neither.")
+
+
+def evaluate_in_processes(output: Path, recipe: dict[str, Any], num_processes: int) -> None:
+    """Run `afa evaluate` in several processes, on a recipe that is kept beside its output."""
+    file = output.with_suffix(".yaml")
+    plain = json.loads(json.dumps(recipe))  # equal lists as such, not as YAML's references
+    text = yaml.safe_dump(plain, sort_keys=False, default_flow_style=None, width=100)
+    write_atomic(file, text)
+    command = [sys.executable, "-m"]
+    if num_processes > 1:
+        launcher = "torch.distributed.run"
+        command += [launcher, "--standalone", f"--nproc_per_node={num_processes}", "-m"]
+    # small models that were made here: the look would take a minute and have nothing to say
+    command += ["afa", "evaluate", str(file), "--output", str(output), "--no-check"]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+    if done.returncode:
+        raise AfaError(f"afa evaluate failed on '{file}', see above; the same command goes on.")
+
+
+def choose(
+    report: dict[str, Any], settings: StudySettings, zoo: Zoo = SHIPPED
+) -> tuple[dict[str, dict[str, Any]], str]:
+    """The best settings of every rival, and the name of the best tuned base; the first of equals.
+
+    Args:
+        report: of the comparison of all candidates.
+        settings: whose learning rates name the bases.
+        zoo: whose experts.
+    """
+    means = {
+        row["method"]: row["groups"]["mixed"]["scores"]["both"]["mean"] for row in report["rows"]
+    }
+    chosen = {}
+    for name, listed in candidates(zoo).items():
+        scores = [means[f"{name} {n}"] for n in range(len(listed))]
+        chosen[name] = listed[scores.index(max(scores))]
+    bases = [f"{STEPS} {rate:g}" for rate in settings.base_learning_rates]
+    return chosen, max(bases, key=lambda name: means[name])
+
+
+def _searched(folder: Path) -> dict[str, Any]:
+    """What the search found, as it stands in a method's recipe."""
+    found = yaml.safe_load((folder / "merge.yaml").read_text())
+    return {key: found[key] for key in ("method", "block_weights")}
+
+
+def _steps_of_equal_time(work: Path, settings: StudySettings, ensemble: Path, base: Path) -> int:
+    """How many steps of the base take as long as the training of an ensemble; measured once."""
+    place = work / "tuned" / f"steps-{ensemble.name}.json"
+    if not place.exists():
+        slow, fast = finished(ensemble), finished(base)
+        assert slow is not None, "the ensemble is trained"
+        assert fast is not None, "the base is tuned"
+        ratio = slow["seconds_per_step"] / fast["seconds_per_step"]
+        content = {"num_steps": round(settings.num_train_steps * ratio)}
+        write_atomic(place, json.dumps(content) + "\n")
+    return int(read_json(place)["num_steps"])
+
+
+def training_costs(
+    settings: StudySettings, trained: dict[str, Path], tuned: dict[str, list[Path]]
+) -> dict[str, dict[str, float]]:
+    """Steps and seconds that went into every trained row, of one seed."""
+    costs = {}
+    for name, folder in trained.items():
+        note = finished(folder)
+        assert note is not None, "it is trained"
+        seconds = settings.num_train_steps * note["seconds_per_step"]
+        costs[name] = {"num_steps": settings.num_train_steps, "seconds": seconds}
+    for row, folders in tuned.items():
+        note, run = finished(folders[-1]), read_json(folders[-1] / "run.json")
+        assert note is not None, "it is tuned"
+        steps = run["training"]["num_steps"]
+        costs[row] = {"num_steps": steps, "seconds": steps * note["seconds_per_step"]}
+    return costs
+
+
+def search_cost(settings: StudySettings, search: Path) -> dict[str, float]:
+    """Trials and seconds that went into the search."""
+    note = finished(search)
+    assert note is not None, "the search is done"
+    return {"num_trials": settings.num_trials, "seconds": note["seconds"]}

@@ -1,0 +1,1 @@
+"""The zoo built anew: sprites, base, experts, judges, an ensemble."""

@@ -1,0 +1,39 @@
+"""What a training would load, and its work."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from afa.aggregators import SABWConfig
+from afa.loading.memory.needs import Training
+from afa.loading.planned import Group, Plan, Work, companions_of
+from afa.training.engine import pick_device
+
+if TYPE_CHECKING:
+    from afa.training.recipe import Recipe
+
+
+def plan_of_training(recipe: Recipe) -> Plan:
+    """Of `afa train`."""
+    settings, side = recipe.training, recipe.data.resolution
+    dtype = getattr(torch, settings.expert_dtype)
+    group = Group(
+        "training",
+        recipe.experts,
+        companions_of(recipe, dtype),
+        SABWConfig(**recipe.aggregator.model_dump()),
+        recipe.allow_duplicates,
+    )
+    training = Training(settings.gradient_checkpointing, settings.ema_decay is not None)
+    work = Work(
+        pick_device(settings.device),
+        settings.batch_size,
+        "batch_size",
+        num_steps=settings.num_steps,
+        training=training,
+        pixels=side and side**2,
+        is_offloaded=settings.offload_experts,
+    )
+    return Plan([group], work)

@@ -1,0 +1,171 @@
+"""The control that asks whether an ensemble is needed: the base, tuned on the same data."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from afa.denoisers.kinds import denoiser_of
+from afa.ensemble.text import hash_weights
+from afa.errors import AfaError
+from afa.files import is_unused, read_json, write_atomic
+from afa.loading.pipeline import check_text_to_image, load_single, native_resolution
+from afa.loading.single_file.load import Companions
+from afa.recipe import differing
+from afa.training.checkpoints import (
+    Checkpoint,
+    Checkpoints,
+    load_optimizer_tensors,
+    optimizer_tensors,
+)
+from afa.training.continuing import configurations
+from afa.training.engine import Engine
+from afa.training.examples import LiveExamples
+from afa.training.listing import digest_of
+from afa.training.loop import optimizer_steps
+from afa.training.run import CHECKPOINTS
+from afa.training.transform import Transform
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from diffusers import DiffusionPipeline
+
+    from afa.training.data import CaptionedImages
+    from afa.training.loop import TrainStep
+    from afa.training.recipe import TrainingRecipe
+
+
+def tune_base(
+    source: str,
+    data: CaptionedImages,
+    settings: TrainingRecipe,
+    output: Path,
+    *,
+    config: str | Path | None = None,
+) -> Iterator[TrainStep]:
+    """Fine-tune a model's denoiser and text encoders in the way that aggregators are trained.
+
+    Same objective, data, batches, noise and schedule as `train_aggregators` with the same settings;
+    only what learns is another. `output` becomes a stock pipeline folder; the same call goes on
+    where an earlier one was stopped.
+
+    Args:
+        source: the base; see `afa.loading.sources.locate`.
+        data: pictures and captions; a run that continues must have the same.
+        settings: see `train_aggregators`; `expert_dtype` must be float32.
+        output: a new folder, or one of an earlier run with the same settings.
+        config: for a single file, a folder with its configuration.
+
+    Raises:
+        AfaError: the model cannot be had, settings that do not fit, a folder that holds another
+            run, or what `train_aggregators` raises.
+    """
+    if settings.expert_dtype != "float32":
+        raise AfaError("A tuned base must be trained in float32, came another expert_dtype.")
+    engine = Engine(settings.device)
+    companions = Companions(torch.float32, config=config)
+    pipeline, reference = load_single(source, companions=companions)
+    pipeline = pipeline.to(engine.device)
+    check_text_to_image(pipeline)
+    pipeline.vae.requires_grad_(False)
+    run = {
+        **_asked(data, settings),
+        "base": [reference.sha256, hash_weights(pipeline.vae), configurations(pipeline)],
+    }
+    if not is_unused(output):
+        _require_same(output, run)
+    parts = pipeline.components.items()
+    encoders = [part for name, part in parts if name.startswith("text_encoder") and part]
+    modules: list[Any] = [denoiser_of(pipeline), *encoders]
+    parameters = [p for module in modules for p in module.parameters()]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
+    )
+    checkpoints = Checkpoints(output / CHECKPOINTS, keep=1)
+    first = _resume(checkpoints, modules, optimizer)
+    output.mkdir(parents=True, exist_ok=True)
+    write_atomic(output / "run.json", json.dumps(run, indent=2) + "\n")
+
+    def save(step: int) -> None:
+        states = {f"models.{n}": module.state_dict() for n, module in enumerate(modules)}
+        states["optimizer"] = optimizer_tensors(optimizer)
+        tensors = {f"{part}.{k}": t for part, state in states.items() for k, t in state.items()}
+        checkpoints.write(Checkpoint(step, tensors))
+
+    examples = LiveExamples(
+        pipeline,
+        data,
+        Transform(min(native_resolution(pipeline)), seed=settings.seed),
+        seed=settings.seed,
+        caption_dropout=settings.caption_dropout,
+        device=engine.device,
+        trains_text=True,
+    )
+    yield from optimizer_steps(
+        pipeline,
+        examples,
+        settings,
+        optimizer,
+        engine=engine,
+        modules=modules,
+        first=first,
+        save=save,
+    )
+    _save_pipeline(pipeline, output)
+
+
+def require_same_run(data: CaptionedImages, settings: TrainingRecipe, output: Path) -> None:
+    """Refuse a finished folder that was tuned on other data or with other settings.
+
+    Raises:
+        AfaError: names what differs.
+    """
+    _require_same(output, _asked(data, settings))
+
+
+def _asked(data: CaptionedImages, settings: TrainingRecipe) -> dict[str, Any]:
+    return {"data": digest_of(data), "training": settings.model_dump(mode="json")}
+
+
+def _require_same(output: Path, run: dict[str, Any]) -> None:
+    place = output / "run.json"
+    written = read_json(place) if place.is_file() else None
+    if written is not None:
+        written = {key: value for key, value in written.items() if key in run}
+    if written != run:
+        found = f"'{output}' is neither"
+        if written is not None:
+            found = f"'{output}' has another {', '.join(differing(written, run))}"
+        raise AfaError(
+            f"The output folder must be new or of the same base, data and settings; {found}. Name "
+            "another one."
+        )
+
+
+def _resume(checkpoints: Checkpoints, modules: list[Any], optimizer: torch.optim.Optimizer) -> int:
+    """Go on from the newest checkpoint; returns the number of steps it has done."""
+    found = checkpoints.read()
+    if found is None:
+        return 0
+    for n, module in enumerate(modules):
+        module.load_state_dict(found.part(f"models.{n}"))
+    load_optimizer_tensors(optimizer, found.part("optimizer"))
+    return found.step
+
+
+def _save_pipeline(pipeline: DiffusionPipeline, output: Path) -> None:
+    """Write the pipeline's parts into `output`; its index comes last and makes it one."""
+    with tempfile.TemporaryDirectory(dir=output, prefix=".saving.") as scratch:
+        pipeline.save_pretrained(scratch)
+        parts = sorted(Path(scratch).iterdir(), key=lambda path: path.name == "model_index.json")
+        for part in parts:
+            target = output / part.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            part.rename(target)

@@ -1,0 +1,65 @@
+"""What cannot be merged is said in one line, and nothing is left of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from afa.errors import AfaError
+from afa.merging import merge_checkpoints, plan_merge
+from tests.merging.test_merge_checkpoints import copied, merge, recipe
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"conv_in.bias": torch.zeros(3)}, r"'unet.conv_in.bias' has shape \(8,\) in .*\(3,\) in"),
+        ({"new.bias": torch.zeros(3)}, r"'unet.new.bias' has shape \(3,\) in .* is missing in"),
+        ({"conv_in.bias": torch.full((8,), torch.nan)}, "'unet.conv_in.bias' in .* has nan"),
+        ({"conv_in.bias": torch.full((8,), torch.inf)}, "has nan or infinity"),
+        ({"conv_in.bias": torch.full((8,), 1e6)}, "reaches 5e.05, which is too much for .*float16"),
+        ({"conv_in.weight": torch.zeros(8, 4, dtype=torch.uint8)}, "is quantised"),
+    ],
+)
+def test_refusals_leave_nothing_behind(
+    tensors: dict[str, Tensor], message: str, experts: list[Path], tmp_path: Path
+) -> None:
+    wrong = copied(tmp_path / "wrong", experts[1], tensors)
+    with pytest.raises(AfaError, match=message):
+        merge(tmp_path / "new" / "merged", [experts[0], wrong], dtype="float16")
+    assert [path.name for path in tmp_path.iterdir()] == ["wrong"]
+
+
+def test_mixed_objectives_are_refused(experts: list[Path], tmp_path: Path) -> None:
+    shutil.copytree(experts[1], tmp_path / "v")
+    config = tmp_path / "v" / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "prediction_type": "v"}))
+    with pytest.raises(AfaError, match=r"share one objective: .* epsilon, .* has v"):
+        plan_merge(recipe([experts[0], tmp_path / "v"]), tmp_path / "merged")
+
+
+def test_too_little_space_is_said_before(
+    experts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage)
+    with pytest.raises(AfaError, match=r"The merge takes 0.00 GB; .* has 0.00 GB free"):
+        plan_merge(recipe(experts), tmp_path / "a" / "merged")
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError])
+def test_an_interrupted_merge_leaves_nothing(
+    stop: type[BaseException], experts: list[Path], tmp_path: Path
+) -> None:
+    progress = merge_checkpoints(recipe(experts), tmp_path / "merged")
+    while next(progress).num_tensors < 5:
+        pass
+    assert list(tmp_path.iterdir())
+    with pytest.raises(stop):
+        progress.throw(stop())  # type: ignore[attr-defined]
+    assert not list(tmp_path.iterdir())
