@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from afa.drawing.plots import save_figure
-from benchmarks.soak.loop import curves_of
+from benchmarks.soak.curves import curves_of
 from benchmarks.soak.reads import BLOCK
 
 if TYPE_CHECKING:
