@@ -72,7 +72,7 @@ def test_large_files_and_pipes_are_not_read(tmp_path: Path) -> None:
     with pytest.raises(AfaError, match="1000000 are the most"):
         load_recipe(tmp_path / "large.yaml")
     os.mkfifo(tmp_path / "pipe.yaml")
-    with pytest.raises(AfaError, match="no regular file"):
+    with pytest.raises(AfaError, match="is a named pipe and must be a regular file"):
         load_recipe(tmp_path / "pipe.yaml")
 
 
