@@ -28,8 +28,8 @@ _MAX_LENGTH, _TIMEOUT, _MEMORY = 4096, 20, 4096
 _DONE = re.compile(r"#(\d+)\s+DONE\s+cov: (\d+) ft: (\d+) corp: (\d+)")
 #: what reads files from strangers, of which the report says how much the corpus reaches
 READERS = (
-    *("trust/headers.py", "trust/folders.py", "trust/paths.py", "recipe.py", "weights.py"),
-    *("files.py", "baselines/merging/streams.py", "training/data/folder.py"),
+    *("loading/trust/headers.py", "loading/trust/folders.py", "policy.py", "recipe.py"),
+    *("loading/weights.py", "files.py", "merging/streams.py", "training/data/folder.py"),
 )
 
 

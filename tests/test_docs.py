@@ -116,5 +116,4 @@ def test_the_benchmark_page_says_which_rival_is_as_good() -> None:
 
 
 def test_the_last_nightly_run_is_the_recorded_one() -> None:
-    record = json.loads(nightly.RECORD.read_text())
-    assert nightly.line(record) in nightly.PAGE.read_text()
+    assert nightly.line(nightly.recorded()) in nightly.PAGE.read_text()

@@ -57,8 +57,15 @@ def read(report: Path) -> dict[str, Any]:
     }
 
 
-def line(record: Mapping[str, Any]) -> str:
+def recorded() -> dict[str, Any] | None:
+    """What came of the last run; None before the first one."""
+    return json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else None
+
+
+def line(record: Mapping[str, Any] | None) -> str:
     """The record in a sentence."""
+    if record is None:
+        return "`make nightly` has not been run yet."
     return (
         f"Last run of `make nightly`: {record['date']}, commit {record['commit']}: "
         f"{record['passed']} passed, {record['failed']} failed, {record['skipped']} skipped, in "

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
+from afa.cli import main
 from afa.cli.check import plan_for, read_any
 from afa.errors import AfaError
 from afa.loading.memory.needs import Training
@@ -23,6 +25,7 @@ from afa.training.planned import plan_of_training
 from afa.training.recipe import load_recipe
 from tests.cli.test_cli import AGGREGATOR, run, write_recipe
 from tests.preflight.test_preflight import changed
+from tests.single_file import original_layout
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -293,3 +296,28 @@ def test_what_is_no_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     (tmp_path / "a.yaml").write_text("a: 1\n")
     assert run("check", tmp_path / "a.yaml") == 2
     assert "must be one of afa train (with training)" in capsys.readouterr().err
+
+
+def test_text_encoders_that_nobody_supplies(
+    experts: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file without its text encoders is refused as training refuses it, unless parts has them."""
+    tensors = original_layout(StableDiffusionPipeline.from_pretrained(experts[0]))
+    bare = {k: v for k, v in tensors.items() if not k.startswith("cond_stage_model.")}
+    encoder = {k: v for k, v in tensors.items() if k.startswith("cond_stage_model.")}
+    save_file(bare, tmp_path / "bare.safetensors")
+    save_file(encoder, tmp_path / "encoder.safetensors")
+    recipe = {
+        "experts": [str(tmp_path / "bare.safetensors"), str(experts[1])],
+        "config": str(experts[0]),
+        "data": {"scenes": {"num_samples": 8}, "resolution": 16},
+        "training": {"num_steps": 1, "device": "cpu"},
+    }
+    for parts, code in ((None, 2), ([str(tmp_path / "encoder.safetensors")], 0)):
+        given = recipe if parts is None else {**recipe, "parts": parts}
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(given))
+        with pytest.raises(SystemExit) as stop:
+            main(["check", str(tmp_path / "recipe.yaml"), "--no-weights"])
+        said = capsys.readouterr().out
+        assert stop.value.code == code, said
+        assert ("bare.safetensors' lacks text_encoder" in said) == (code == 2)

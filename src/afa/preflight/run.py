@@ -23,7 +23,7 @@ from afa.loading.lora.file import open_lora
 from afa.loading.memory.plan import encoder_sets
 from afa.loading.planned import Work
 from afa.loading.published import is_published, published_experts
-from afa.loading.single_file.load import describe_expert
+from afa.loading.single_file.load import describe_expert, require_supplied
 from afa.loading.sources import locate
 from afa.loading.weights import (
     hash_expert,
@@ -127,6 +127,8 @@ def look(
                     report.experts.append(known[key])
                     report.findings += _whole(known[key])
                 looks.append(known[key])
+                if not group.is_loose:  # a merge takes the denoiser alone
+                    require_supplied(known[key].path, group.companions.of(asked))
             except AfaError as error:
                 level: Level = "note" if group.is_loose else "error"
                 report.findings.append(Finding(level, "files", str(error)))
@@ -176,12 +178,12 @@ def _look_at(asked: Asked, companions: Companions, *, with_weights: bool) -> Loo
         if identity is not None:
             identity = f"{identity} + {asked.scale!r} x {hash_lora(Path(asked.lora))}"
         file = open_lora(Path(asked.lora).expanduser()).path
-        own = distilled_of(asked.lora, config, is_file=True, path=file)
+        distilled = distilled_of(asked.lora, config, is_file=True, path=file)
         facts = replace(
             facts,
             name=asked.lora,
             short=Path(asked.lora).name,
-            distilled=own or facts.distilled,
+            distilled=distilled or facts.distilled,
         )
     counts: Counter[str] = Counter()
     for file in files:

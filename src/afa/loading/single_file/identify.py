@@ -6,6 +6,11 @@ The package ships the configuration and the tokenizers of every family's publish
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from afa.denoisers.kinds import Kind
+
 import functools
 import hashlib
 import json
@@ -267,3 +272,9 @@ def missing_parts(shapes: Shapes, config: Path) -> list[str]:
     kind = kind_of(str(index.get("_class_name")), config).name
     named, found = parts_of(index), names_by_part(shapes, kind)
     return [part for part in PARTS[kind] if part in named and part not in found]
+
+
+def described_kind(folder: Path) -> Kind:
+    """Of the pipeline that a folder describes."""
+    index = read_json(folder / "model_index.json")
+    return kind_of(str(index.get("_class_name")), folder)

@@ -8,16 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import transformers
 
-from afa.denoisers.kinds import kind_of
 from afa.ensemble.references import ExpertReference
 from afa.errors import AfaError
 from afa.files import hash_file, parts_of, read_json
 from afa.loading.asked import base_of, description_of
-from afa.loading.components import load_text_encoder, loading_model
+from afa.loading.components import loading_model
 from afa.loading.prediction import Prediction, decide, evidence_of, scheduler_of
-from afa.loading.single_file.accounting import account, account_part
+from afa.loading.single_file.accounting import account
 from afa.loading.single_file.autoencoder import load_vae
-from afa.loading.single_file.conversion import converted
 from afa.loading.single_file.identify import (
     COMMON_NAMES,
     PARTS,
@@ -25,12 +23,17 @@ from afa.loading.single_file.identify import (
     config_folder,
     config_of,
     configs,
+    described_kind,
     kind_name,
     missing_parts,
     refuse_lora,
 )
-from afa.loading.single_file.layout import harmless
-from afa.loading.single_file.parts import encoder_from, read_parts, read_tensors, vae_names
+from afa.loading.single_file.parts import read_parts
+from afa.loading.single_file.supplied import (
+    fitting_encoders,
+    has_autoencoder,
+    load_fitting_encoders,
+)
 from afa.loading.sources import locate, refer, require_hash
 from afa.loading.trust.folders import check_folder
 from afa.loading.weights import (
@@ -151,7 +154,10 @@ class Companions:
                 raise
             except AfaError:
                 kind = kind_name(shapes)
-                if self.fallback is None or kind not in (None, _kind(self.fallback).name):
+                if self.fallback is None or kind not in (
+                    None,
+                    described_kind(self.fallback).name,
+                ):
                     raise
                 config = described_by(self.fallback)
         account(shapes, config, path, own_vae=self.own_vae)
@@ -161,15 +167,20 @@ class Companions:
         """A text encoder of this name from the first part that has it; None where none does."""
         for path in self._located():
             if (path, config) not in self._lent:
-                self._lent[path, config] = _text_encoders(path, config, self.torch_dtype)
+                self._lent[path, config] = load_fitting_encoders(path, config, self.torch_dtype)
             if name in self._lent[path, config]:
                 return self._lent[path, config][name]
         return None
 
+    def supplies(self, name: str, config: Path) -> bool:
+        """Whether a part has a text encoder of this name, told without loading it."""
+        places = (locate(source, what="Part") for source in self.parts)
+        return any(name in fitting_encoders(place, config) for place in places)
+
     def vae(self, config: Path) -> tuple[AutoencoderKL, ExpertReference] | None:
         """An autoencoder from the first part of the kind that has one; None where none does."""
         for number, path in enumerate(self._located()):
-            if _has_vae(path, config):
+            if has_autoencoder(path, config):
                 revision = self.revisions[number] if self.revisions else None
                 return load_vae(
                     self.parts[number],
@@ -224,14 +235,8 @@ def described_by(config: str | Path) -> Path:
             f"The configuration folder '{folder}' must be a diffusers pipeline (weights are not "
             f"needed), or named as one of {', '.join(configs())}; it lacks {', '.join(missing)}."
         )
-    _kind(folder)
+    described_kind(folder)
     return folder
-
-
-def _kind(folder: Path) -> Kind:
-    """Of the pipeline that a folder describes."""
-    index = read_json(folder / "model_index.json")
-    return kind_of(str(index.get("_class_name")), folder)
 
 
 def config_of_expert(path: Path, companions: Companions) -> Path:
@@ -287,13 +292,9 @@ def load_single_file(
     """
     described = describe_expert(path, companions)
     config, shapes = described.config, tensor_shapes(path)
-    kind = _kind(config)
+    kind = described_kind(config)
     missing = missing_parts(shapes, config)
-    if kind.denoiser in missing:
-        raise AfaError(
-            f"A single file must hold a denoiser; '{path}' has none in the layout of {kind.name}. "
-            "Is it a text encoder or an autoencoder? Name it under parts or vae."
-        )
+    _require_denoiser(path, missing, kind)
     parts: dict[str, Any] = _lent_encoders(path, missing, config, companions)
     named = parts_of(read_json(config / "model_index.json"))
     inside = [n for n in PARTS[kind.name] if n in named and n not in missing]
@@ -311,88 +312,58 @@ def load_single_file(
     return described, parts
 
 
+def require_supplied(path: Path, companions: Companions) -> None:
+    """Refuse a file that leaves out what nobody supplies, before anything is loaded.
+
+    Args:
+        path: of a folder, which has all its parts, or of a file.
+        companions: what the file may leave out.
+
+    Raises:
+        AfaError: as `load_single_file`.
+    """
+    if path.is_dir():
+        return
+    config = describe_expert(path, companions).config
+    kind, missing = described_kind(config), missing_parts(tensor_shapes(path), config)
+    _require_denoiser(path, missing, kind)
+    encoders = [name for name in missing if name.startswith("text_encoder")]
+    _require_encoders(path, kind, [n for n in encoders if not companions.supplies(n, config)])
+
+
+def _require_denoiser(path: Path, missing: Sequence[str], kind: Kind) -> None:
+    if kind.denoiser in missing:
+        raise AfaError(
+            f"A single file must hold a denoiser; '{path}' has none in the layout of {kind.name}. "
+            "Is it a text encoder or an autoencoder? Name it under parts or vae."
+        )
+
+
+def _require_encoders(path: Path, kind: Kind, absent: Sequence[str]) -> None:
+    """Refuse a file whose text encoders are absent, but for optional ones."""
+    wanted = [name for name in absent if (kind.name, name) not in OPTIONAL]
+    if wanted:
+        common = [COMMON_NAMES.get((kind.name, name)) for name in wanted]
+        named = [
+            name if known is None else f"{name} ({known})"
+            for name, known in zip(wanted, common, strict=True)
+        ]
+        raise AfaError(
+            f"An expert must have its text encoders; '{path}' lacks {', '.join(named)}. Name "
+            "files or a diffusers folder that have them: parts=[...]."
+        )
+
+
 def _lent_encoders(
     path: Path, missing: Sequence[str], config: Path, companions: Companions
 ) -> dict[str, Any]:
     """The text encoders that a file leaves out; None, with its tokenizer, for an optional one.
 
     Raises:
-        AfaError: one that is needed and that nobody lends.
+        AfaError: one that is needed and that nobody supplies.
     """
-    kind, given, wanted = _kind(config).name, {}, []
-    for name in [name for name in missing if name.startswith("text_encoder")]:
-        given[name] = companions.text_encoder(name, config)
-        if given[name] is None and (kind, name) in OPTIONAL:
-            given[name.replace("text_encoder", "tokenizer")] = None
-        elif given[name] is None:
-            common = COMMON_NAMES.get((kind, name))
-            wanted.append(name if common is None else f"{name} ({common})")
-    if wanted:
-        raise AfaError(
-            f"An expert must have its text encoders; '{path}' lacks {', '.join(wanted)}. Name "
-            "files or a diffusers folder that have them: parts=[...]."
-        )
-    return given
-
-
-# -- what others lend -------------------------------------------------------------------------
-
-
-def _text_encoders(path: Path, config: Path, dtype: torch.dtype) -> dict[str, Any]:
-    """The text encoders that a part has, and that fit what a folder describes, by name."""
-    named = parts_of(read_json(config / "model_index.json"))
-    wanted = [name for name in named if name.startswith("text_encoder")]
-    widths = {name: _width(read_json(config / name / "config.json")) for name in wanted}
-    if path.is_dir():
-        theirs = parts_of(read_json(path / "model_index.json"))
-        with loading_model(path):
-            return {
-                name: load_text_encoder(path / name, theirs[name], dtype)
-                for name in wanted
-                if theirs.get(name) == named[name]
-                and _width(read_json(path / name / "config.json")) == widths[name]
-            }
-    refuse_quantised(path)
-    shapes = tensor_shapes(path)
-    missing = missing_parts(shapes, config)
-    inside = [name for name in wanted if name not in missing]
-    if inside:
-        account(shapes, config, path, parts=inside)
-    with loading_model(path):
-        if inside:
-            return read_parts(path, inside, config, dtype)
-        return {
-            name: _bare_encoder(path, name, config, dtype)
-            for name in wanted
-            if _bare_width(shapes, named[name]) == widths[name]
-        }
-
-
-def _width(settings: dict[str, Any]) -> Any:
-    """Of a text encoder, by its configuration."""
-    return settings.get("hidden_size", settings.get("d_model"))
-
-
-def _bare_width(shapes: Shapes, class_name: str) -> int | None:
-    """The width of the text encoder that a file of its own holds, in transformers' layout."""
-    is_t5 = class_name.startswith("T5")
-    key = "shared.weight" if is_t5 else "text_model.embeddings.token_embedding.weight"
-    return shapes[key][1] if len(shapes.get(key, ())) == 2 else None
-
-
-def _bare_encoder(path: Path, part: str, config: Path, dtype: torch.dtype) -> Any:
-    """A text encoder from a file of its own, every tensor of which is accounted for."""
-    shapes, class_name = tensor_shapes(path), parts_of(read_json(config / "model_index.json"))[part]
-    names = {name: name for name in shapes if harmless(name) is None}
-    account_part(part, names, shapes, config, path)
-    state = converted(part, read_tensors(path, names), config)
-    return encoder_from(state, class_name, config / part, path, dtype)
-
-
-def _has_vae(path: Path, config: Path) -> bool:
-    """Whether a part has an autoencoder of the kind that a folder describes."""
-    kind = _kind(config).name
-    if path.is_dir():
-        return (path / "vae").is_dir() and _kind(path).name == kind
-    shapes = tensor_shapes(path)
-    return kind_name(shapes) in (None, kind) and bool(vae_names(shapes))
+    names = [name for name in missing if name.startswith("text_encoder")]
+    given = {name: companions.text_encoder(name, config) for name in names}
+    absent = [name for name, encoder in given.items() if encoder is None]
+    _require_encoders(path, described_kind(config), absent)
+    return given | {name.replace("text_encoder", "tokenizer"): None for name in absent}

@@ -1,0 +1,94 @@
+"""Parts that other files and folders supply to a single file that leaves them out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from afa.files import parts_of, read_json
+from afa.loading.components import load_text_encoder, loading_model
+from afa.loading.single_file.accounting import account, account_part
+from afa.loading.single_file.conversion import converted
+from afa.loading.single_file.identify import described_kind, kind_name, missing_parts
+from afa.loading.single_file.layout import harmless
+from afa.loading.single_file.parts import encoder_from, read_parts, read_tensors, vae_names
+from afa.loading.weights import refuse_quantised, tensor_shapes
+
+if TYPE_CHECKING:
+    import torch
+
+    from afa.loading.single_file.identify import Shapes
+
+
+def fitting_encoders(path: Path, config: Path) -> list[str]:
+    """The names of the text encoders that a part has, and that fit what a folder describes.
+
+    Headers and configurations alone are read.
+
+    Args:
+        path: of the part, a folder or a file.
+        config: the pipeline folder that describes the file that needs them.
+    """
+    named = parts_of(read_json(config / "model_index.json"))
+    wanted = [name for name in named if name.startswith("text_encoder")]
+    widths = {name: _width(read_json(config / name / "config.json")) for name in wanted}
+    if path.is_dir():
+        theirs = parts_of(read_json(path / "model_index.json"))
+        return [
+            name
+            for name in wanted
+            if theirs.get(name) == named[name]
+            and _width(read_json(path / name / "config.json")) == widths[name]
+        ]
+    refuse_quantised(path)
+    shapes = tensor_shapes(path)
+    missing = missing_parts(shapes, config)
+    inside = [name for name in wanted if name not in missing]
+    return inside or [n for n in wanted if _bare_width(shapes, named[n]) == widths[n]]
+
+
+def load_fitting_encoders(path: Path, config: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """These text encoders, by name."""
+    names = fitting_encoders(path, config)
+    if path.is_dir():
+        theirs = parts_of(read_json(path / "model_index.json"))
+        with loading_model(path):
+            return {name: load_text_encoder(path / name, theirs[name], dtype) for name in names}
+    shapes = tensor_shapes(path)
+    if set(names) & set(missing_parts(shapes, config)):  # a file of one text encoder
+        with loading_model(path):
+            return {name: _bare_encoder(path, name, config, dtype) for name in names}
+    if names:
+        account(shapes, config, path, parts=names)
+    with loading_model(path):
+        return read_parts(path, names, config, dtype) if names else {}
+
+
+def _width(settings: dict[str, Any]) -> Any:
+    """Of a text encoder, by its configuration."""
+    return settings.get("hidden_size", settings.get("d_model"))
+
+
+def _bare_width(shapes: Shapes, class_name: str) -> int | None:
+    """The width of the text encoder that a file of its own holds, in transformers' layout."""
+    is_t5 = class_name.startswith("T5")
+    key = "shared.weight" if is_t5 else "text_model.embeddings.token_embedding.weight"
+    return shapes[key][1] if len(shapes.get(key, ())) == 2 else None
+
+
+def _bare_encoder(path: Path, part: str, config: Path, dtype: torch.dtype) -> Any:
+    """A text encoder from a file of its own, every tensor of which is accounted for."""
+    shapes, class_name = tensor_shapes(path), parts_of(read_json(config / "model_index.json"))[part]
+    names = {name: name for name in shapes if harmless(name) is None}
+    account_part(part, names, shapes, config, path)
+    state = converted(part, read_tensors(path, names), config)
+    return encoder_from(state, class_name, config / part, path, dtype)
+
+
+def has_autoencoder(path: Path, config: Path) -> bool:
+    """Whether a part has an autoencoder of the kind that a folder describes."""
+    kind = described_kind(config).name
+    if path.is_dir():
+        return (path / "vae").is_dir() and described_kind(path).name == kind
+    shapes = tensor_shapes(path)
+    return kind_name(shapes) in (None, kind) and bool(vae_names(shapes))
