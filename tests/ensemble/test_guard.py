@@ -50,7 +50,7 @@ PLACES: dict[str, Any] = {
 
 
 @pytest.mark.fault(
-    "numbers that are none",
+    "non-finite values",
     "generate",
     how="nan or infinity in an expert, at five sites",
     holds="the run stops; expert and site are named",
@@ -65,7 +65,7 @@ def test_the_expert_and_the_site_are_named(site: str, value: float, pipeline: An
 
 
 @pytest.mark.fault(
-    "numbers that are none",
+    "non-finite values",
     "generate --on-nonfinite mask",
     how="nan in an expert, at five sites, exact and fast",
     holds="a finite picture; that expert has no weight at that site, and some at all others",
@@ -202,7 +202,7 @@ def test_an_autoencoder_that_overflows(pipeline: Any) -> None:
 
 
 @pytest.mark.fault(
-    "numbers that are none",
+    "non-finite values",
     "train",
     how="nan in an expert",
     holds="the run stops before anything is learnt; expert and site are named",

@@ -91,7 +91,7 @@ def wrapped(error: BaseException) -> Callable[..., Any]:
     def fail(*_: Any, **__: Any) -> None:
         try:
             raise error
-        except Exception:
+        except Exception:  # whatever it is, as diffusers does
             raising_at(LIBRARY, OSError("Unable to load weights from checkpoint file"))()
 
     return fail

@@ -14,6 +14,7 @@ import yaml
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
+import afa
 from afa.cli import main
 from afa.cli.check import plan_for, read_any
 from afa.errors import AfaError
@@ -298,26 +299,51 @@ def test_what_is_no_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "must be one of afa train (with training)" in capsys.readouterr().err
 
 
-def test_text_encoders_that_nobody_supplies(
-    experts: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def parts_of_a_file(expert: Path, folder: Path) -> dict[str, str]:
+    """A single file without text encoder and autoencoder, which are files of their own."""
+    tensors = original_layout(StableDiffusionPipeline.from_pretrained(expert))
+    marks = {"encoder": "cond_stage_model.", "vae": "first_stage_model.", "denoiser": "model."}
+    for name, mark in marks.items():
+        part = {key: tensor for key, tensor in tensors.items() if key.startswith(mark)}
+        save_file(part, folder / f"{name}.safetensors")
+    return {name: str(folder / f"{name}.safetensors") for name in marks}
+
+
+@pytest.mark.parametrize(
+    ("supplied", "said"),
+    [
+        ((), "lacks text_encoder"),
+        (("vae",), "lacks text_encoder"),
+        (("encoder",), "must have an autoencoder"),
+        (("nowhere",), "does not exist"),
+        (("encoder", "vae"), None),
+    ],
+    ids=str,
+)
+def test_what_nobody_supplies_to_a_file(
+    supplied: tuple[str, ...],
+    said: str | None,
+    experts: list[Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A file without its text encoders is refused as training refuses it, unless parts has them."""
-    tensors = original_layout(StableDiffusionPipeline.from_pretrained(experts[0]))
-    bare = {k: v for k, v in tensors.items() if not k.startswith("cond_stage_model.")}
-    encoder = {k: v for k, v in tensors.items() if k.startswith("cond_stage_model.")}
-    save_file(bare, tmp_path / "bare.safetensors")
-    save_file(encoder, tmp_path / "encoder.safetensors")
-    recipe = {
-        "experts": [str(tmp_path / "bare.safetensors"), str(experts[1])],
+    """It is refused before anything is loaded, by the check as by the training."""
+    files = parts_of_a_file(experts[0], tmp_path) | {"nowhere": str(tmp_path / "nowhere")}
+    recipe: dict[str, Any] = {
+        "experts": [files["denoiser"], str(experts[1])],
         "config": str(experts[0]),
+        "parts": [files[name] for name in supplied],
         "data": {"scenes": {"num_samples": 8}, "resolution": 16},
         "training": {"num_steps": 1, "device": "cpu"},
     }
-    for parts, code in ((None, 2), ([str(tmp_path / "encoder.safetensors")], 0)):
-        given = recipe if parts is None else {**recipe, "parts": parts}
-        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(given))
-        with pytest.raises(SystemExit) as stop:
-            main(["check", str(tmp_path / "recipe.yaml"), "--no-weights"])
-        said = capsys.readouterr().out
-        assert stop.value.code == code, said
-        assert ("bare.safetensors' lacks text_encoder" in said) == (code == 2)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(SystemExit) as stop:
+        main(["check", str(tmp_path / "recipe.yaml"), "--no-weights"])
+    line = next((x for x in capsys.readouterr().out.splitlines() if x.startswith("ERROR")), "")
+    assert stop.value.code == (0 if said is None else 2), line
+    if said is None:
+        return
+    assert said in line
+    with pytest.raises(AfaError) as refused:
+        afa.load_pipeline(recipe["experts"], config=recipe["config"], parts=recipe["parts"])
+    assert str(refused.value) in line

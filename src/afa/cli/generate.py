@@ -358,8 +358,8 @@ def say_masked(denoiser: Any) -> None:
     """Tell which experts were left out somewhere, and how often."""
     for (expert, place), count in sorted(getattr(denoiser, "masked", {}).items()):
         console.print(
-            f"warning: '{expert}' gave numbers that are none at '{place}' in {count} steps, and "
-            "was left out there.",
+            f"warning: '{expert}' gave non-finite values (NaN or infinity) at '{place}' in {count} "
+            "steps, and was skipped there.",
             soft_wrap=True,
         )
 

@@ -1,8 +1,4 @@
-"""The families there are, and the sites of an architecture.
-
-A new architecture is one more file with a `Family`: a coroutine of 30 to 80 lines that reads like
-the family's own forward pass, a check of what it can take apart, and an example of its input.
-"""
+"""The families there are, and the sites of an architecture."""
 
 from __future__ import annotations
 

@@ -172,7 +172,7 @@ def prepare(
         bias: see `afa.steer`.
         compiled: whether blocks are compiled, when the first picture is drawn.
         cuda_graphs: whether steps are CUDA graphs, which changes no picture.
-        on_nonfinite: `mask` goes on without an expert where it gives numbers that are none.
+        on_nonfinite: `mask` skips an expert where it gives non-finite values.
         loading: further arguments of `afa.load_ensemble`.
 
     Raises:

@@ -27,7 +27,7 @@ OnNonFinite = Literal["stop", "mask"]
 
 @contextmanager
 def decoded(pipeline: Any) -> Iterator[None]:
-    """Refuse pictures that are made of numbers that are none, which would come out black.
+    """Refuse pictures of non-finite values (NaN or infinity), which would come out black.
 
     Around the call of a pipeline that gives pictures.
 
@@ -58,7 +58,7 @@ class Guard:
     Args:
         names: of the experts.
         dtype: of the experts.
-        masks: whether an expert is left out at the sites where it gives numbers that are none;
+        masks: whether an expert is skipped at the sites where it gives non-finite values;
             else the step is stopped there.
     """
 

@@ -23,7 +23,7 @@ class ExpertReference:
     """An expert, or an autoencoder, as an ensemble folder keeps it: where, and its weights' hash.
 
     `revision` is the commit that a hub id stood for. With a `lora`, all else is its base's.
-    `config` and `prediction_type` are what a recipe says of it, see `afa.loading.described`.
+    `config` and `prediction_type` are what a recipe says of it, see `afa.loading.asked`.
     """
 
     source: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,13 +20,14 @@ def plan_of_evaluation(recipe: EvaluateRecipe) -> Plan:
     sampling = recipe.sampling
     dtype = getattr(torch, sampling.dtype)
     companions = companions_of(recipe, dtype)
+    alone = replace(companions, own_vae=True)  # a single model draws with its own autoencoder
     groups = []
     if any(method.needs_experts for method in recipe.methods):
         groups.append(Group("merges and fusions", recipe.experts, companions))
         if recipe.base is not None:
-            groups.append(Group("base", [recipe.base], companions))
+            groups.append(Group("base", [recipe.base], companions, is_drawn=False))
     for method in recipe.methods:
-        groups += [Group(method.name, [model], companions) for model in method.model or ()]
+        groups += [Group(method.name, [model], alone) for model in method.model or ()]
         groups += [
             group_of_ensemble(method.name, folder, dtype) for folder in method.ensemble or ()
         ]

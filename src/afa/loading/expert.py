@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
@@ -21,9 +21,6 @@ from afa.loading.single_file.load import Companions, describe_expert, load_singl
 from afa.loading.sources import locate, refer, require_hash
 from afa.loading.weights import hash_expert, keep_no_words
 from afa.machine.library import library_class
-
-if TYPE_CHECKING:
-    pass
 
 
 def load_expert(

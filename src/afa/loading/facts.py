@@ -17,7 +17,7 @@ from afa.loading.components import loading_model
 from afa.loading.distilled import distilled_of
 from afa.loading.expert import latents_of
 from afa.loading.prediction import predicted_by, scheduler_of
-from afa.loading.single_file.load import OPTIONAL
+from afa.loading.single_file.supplied import OPTIONAL
 from afa.machine.library import library_class
 
 if TYPE_CHECKING:

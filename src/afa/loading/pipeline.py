@@ -33,6 +33,8 @@ from afa.loading.memory.plan import plan_experts
 from afa.loading.quantization import Weights, quantize_linear, require_quantizer
 from afa.loading.single_file.autoencoder import load_vae
 from afa.loading.single_file.load import Companions, describe_expert
+from afa.loading.single_file.required import require_whole
+from afa.loading.single_file.supplied import require_autoencoder
 from afa.loading.sources import locate, require_hash
 from afa.loading.trust.unchanged import marks_of, watch
 from afa.loading.weights import weight_files
@@ -200,6 +202,8 @@ def _check_before(
         found = describe_expert(path, companions.of(asked))
         described[name, description_of(asked)] = DescribedSource(name, found, path.is_file())
     check_folders(list(described.values()))
+    for number, (asked, path) in enumerate(zip(experts, paths, strict=True)):
+        require_whole(asked, path, companions, with_autoencoder=number == 0 and vae is None)
     for place in [paths[0] / "vae", *([] if vae is None else [Path(vae).expanduser()])]:
         files += [place] if place.is_file() else sorted(place.rglob("*.safetensors"))
     return marks_of(files)
@@ -222,11 +226,8 @@ def _autoencoder(
     if not locate(reference.source, reference.revision).is_file():
         return load_vae(reference.source, revision=reference.revision, torch_dtype=dtype)
     lent = companions.vae(expert.config)
-    if lent is None:
-        raise AfaError(
-            f"An ensemble must have an autoencoder; '{reference.source}' leaves it out. Name one: "
-            "vae=FOLDER or FILE."
-        )
+    require_autoencoder(reference.source, is_there=lent is not None)
+    assert lent is not None, "or it was refused"
     return lent
 
 

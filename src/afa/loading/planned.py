@@ -65,6 +65,7 @@ class Group:
         is_loose: whether it may be of a kind that nothing is known of, as what is merged may.
         num_experts: where one folder holds several; None where each is named.
         encoder_sets: likewise, how many different text encoders they have.
+        is_drawn: whether they draw, with the first one's autoencoder; not what merges begin with.
     """
 
     label: str
@@ -75,6 +76,7 @@ class Group:
     is_loose: bool = False
     num_experts: int | None = None
     encoder_sets: int | None = None
+    is_drawn: bool = True
 
 
 @dataclass(frozen=True)

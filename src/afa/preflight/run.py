@@ -23,7 +23,8 @@ from afa.loading.lora.file import open_lora
 from afa.loading.memory.plan import encoder_sets
 from afa.loading.planned import Work
 from afa.loading.published import is_published, published_experts
-from afa.loading.single_file.load import describe_expert, require_supplied
+from afa.loading.single_file.load import describe_expert
+from afa.loading.single_file.required import require_whole
 from afa.loading.sources import locate
 from afa.loading.weights import (
     hash_expert,
@@ -118,7 +119,8 @@ def look(
     report, known = Report(), {}
     for group in plan.groups:
         looks: list[Look] = []
-        report.findings += _parts(group, report.findings)
+        parts = list(_parts(group))
+        report.findings += [finding for finding in parts if finding not in report.findings]
         for asked in group.experts:
             key = _key(asked, group.companions)
             try:
@@ -127,8 +129,14 @@ def look(
                     report.experts.append(known[key])
                     report.findings += _whole(known[key])
                 looks.append(known[key])
-                if not group.is_loose:  # a merge takes the denoiser alone
-                    require_supplied(known[key].path, group.companions.of(asked))
+                if not group.is_loose and not parts:  # a merge needs the denoisers alone
+                    is_first = asked is group.experts[0] and group.companions.own_vae
+                    require_whole(
+                        asked,
+                        known[key].path,
+                        group.companions,
+                        with_autoencoder=is_first and group.is_drawn,
+                    )
             except AfaError as error:
                 level: Level = "note" if group.is_loose else "error"
                 report.findings.append(Finding(level, "files", str(error)))
@@ -150,14 +158,12 @@ def look(
     return report
 
 
-def _parts(group: Group, known: Sequence[Finding]) -> Iterator[Finding]:
+def _parts(group: Group) -> Iterator[Finding]:
     """Are the parts there that the group names for single files?"""
     try:
         group.companions.require_parts()
     except AfaError as error:
-        found = Finding("error", "parts", str(error))
-        if found not in known:
-            yield found
+        yield Finding("error", "parts", str(error))
 
 
 def _key(asked: Asked, companions: Companions) -> tuple[str, ...]:

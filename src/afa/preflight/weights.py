@@ -1,4 +1,4 @@
-"""A look into the experts' weights: numbers that are none, and experts that are nearly the same.
+"""A look into the experts' weights: non-finite values, and experts that are nearly the same.
 
 One tensor of each expert is in memory at a time.
 """

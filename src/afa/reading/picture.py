@@ -33,7 +33,7 @@ _DECODING_ERRORS = (
     SyntaxError,  # what Pillow calls a broken PNG
     EOFError,
     LookupError,
-    NotImplementedError,
+    NotImplementedError,  # a pixel format of DDS, for one, that Pillow knows and does not decode
     OverflowError,
     struct.error,
     zlib.error,

@@ -83,7 +83,7 @@ class Loop:
     kept: list[Kept] = field(default_factory=list)
     guidance: Tensor | None = None
     is_halved: bool = False
-    graph: Any = None
+    graph: Any = None  # a `StepGraph`, which `graphs` makes and keeps here
     is_guarded: bool = False
     running: Running | None = None
 

@@ -17,7 +17,6 @@ from afa.loading.prediction import Prediction, decide, evidence_of, scheduler_of
 from afa.loading.single_file.accounting import account
 from afa.loading.single_file.autoencoder import load_vae
 from afa.loading.single_file.identify import (
-    COMMON_NAMES,
     PARTS,
     Ambiguous,
     config_folder,
@@ -33,6 +32,8 @@ from afa.loading.single_file.supplied import (
     fitting_encoders,
     has_autoencoder,
     load_fitting_encoders,
+    require_denoiser,
+    require_encoders,
 )
 from afa.loading.sources import locate, refer, require_hash
 from afa.loading.trust.folders import check_folder
@@ -46,18 +47,16 @@ from afa.loading.weights import (
 from afa.machine.library import library_class
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     import torch
     from diffusers import AutoencoderKL
     from transformers import PreTrainedModel
 
-    from afa.denoisers.kinds import Kind, PredictionType
+    from afa.denoisers.kinds import PredictionType
     from afa.loading.asked import Asked
     from afa.loading.single_file.identify import Shapes
 
-#: left out of many files of that kind, which then draw without it
-OPTIONAL = {("Stable Diffusion 3", "text_encoder_3")}
 #: parts of pipelines that an ensemble does without
 _NOT_USED = ("safety_checker", "feature_extractor", "image_encoder")
 
@@ -172,10 +171,13 @@ class Companions:
                 return self._lent[path, config][name]
         return None
 
-    def supplies(self, name: str, config: Path) -> bool:
-        """Whether a part has a text encoder of this name, told without loading it."""
-        places = (locate(source, what="Part") for source in self.parts)
-        return any(name in fitting_encoders(place, config) for place in places)
+    def supplied_encoders(self, config: Path) -> set[str]:
+        """The names of the text encoders that the parts have, told without loading them."""
+        return {name for place in self._places() for name in fitting_encoders(place, config)}
+
+    def supplies_autoencoder(self, config: Path) -> bool:
+        """Whether a part has an autoencoder of the kind, told without loading it."""
+        return any(has_autoencoder(place, config) for place in self._places())
 
     def vae(self, config: Path) -> tuple[AutoencoderKL, ExpertReference] | None:
         """An autoencoder from the first part of the kind that has one; None where none does."""
@@ -196,9 +198,14 @@ class Companions:
         Raises:
             AfaError: see `afa.loading.weights.weight_files`.
         """
+        for place in self._places():
+            weight_files(place)
+
+    def _places(self) -> Iterator[Path]:
+        """Where the parts are."""
         revisions = self.revisions or [None] * len(self.parts)
         for source, revision in zip(self.parts, revisions, strict=True):
-            weight_files(locate(source, revision, what="Part"))
+            yield locate(source, revision, what="Part")
 
     def _located(self) -> list[Path]:
         """Where the parts are; the first time their hashes are taken and compared."""
@@ -294,7 +301,7 @@ def load_single_file(
     config, shapes = described.config, tensor_shapes(path)
     kind = described_kind(config)
     missing = missing_parts(shapes, config)
-    _require_denoiser(path, missing, kind)
+    require_denoiser(path, missing, kind)
     parts: dict[str, Any] = _lent_encoders(path, missing, config, companions)
     named = parts_of(read_json(config / "model_index.json"))
     inside = [n for n in PARTS[kind.name] if n in named and n not in missing]
@@ -312,48 +319,6 @@ def load_single_file(
     return described, parts
 
 
-def require_supplied(path: Path, companions: Companions) -> None:
-    """Refuse a file that leaves out what nobody supplies, before anything is loaded.
-
-    Args:
-        path: of a folder, which has all its parts, or of a file.
-        companions: what the file may leave out.
-
-    Raises:
-        AfaError: as `load_single_file`.
-    """
-    if path.is_dir():
-        return
-    config = describe_expert(path, companions).config
-    kind, missing = described_kind(config), missing_parts(tensor_shapes(path), config)
-    _require_denoiser(path, missing, kind)
-    encoders = [name for name in missing if name.startswith("text_encoder")]
-    _require_encoders(path, kind, [n for n in encoders if not companions.supplies(n, config)])
-
-
-def _require_denoiser(path: Path, missing: Sequence[str], kind: Kind) -> None:
-    if kind.denoiser in missing:
-        raise AfaError(
-            f"A single file must hold a denoiser; '{path}' has none in the layout of {kind.name}. "
-            "Is it a text encoder or an autoencoder? Name it under parts or vae."
-        )
-
-
-def _require_encoders(path: Path, kind: Kind, absent: Sequence[str]) -> None:
-    """Refuse a file whose text encoders are absent, but for optional ones."""
-    wanted = [name for name in absent if (kind.name, name) not in OPTIONAL]
-    if wanted:
-        common = [COMMON_NAMES.get((kind.name, name)) for name in wanted]
-        named = [
-            name if known is None else f"{name} ({known})"
-            for name, known in zip(wanted, common, strict=True)
-        ]
-        raise AfaError(
-            f"An expert must have its text encoders; '{path}' lacks {', '.join(named)}. Name "
-            "files or a diffusers folder that have them: parts=[...]."
-        )
-
-
 def _lent_encoders(
     path: Path, missing: Sequence[str], config: Path, companions: Companions
 ) -> dict[str, Any]:
@@ -365,5 +330,5 @@ def _lent_encoders(
     names = [name for name in missing if name.startswith("text_encoder")]
     given = {name: companions.text_encoder(name, config) for name in names}
     absent = [name for name, encoder in given.items() if encoder is None]
-    _require_encoders(path, described_kind(config), absent)
+    require_encoders(path, described_kind(config), absent)
     return given | {name.replace("text_encoder", "tokenizer"): None for name in absent}

@@ -5,19 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from afa.errors import AfaError
 from afa.files import parts_of, read_json
 from afa.loading.components import load_text_encoder, loading_model
 from afa.loading.single_file.accounting import account, account_part
 from afa.loading.single_file.conversion import converted
-from afa.loading.single_file.identify import described_kind, kind_name, missing_parts
+from afa.loading.single_file.identify import COMMON_NAMES, described_kind, kind_name, missing_parts
 from afa.loading.single_file.layout import harmless
 from afa.loading.single_file.parts import encoder_from, read_parts, read_tensors, vae_names
 from afa.loading.weights import refuse_quantised, tensor_shapes
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
 
+    from afa.denoisers.kinds import Kind
     from afa.loading.single_file.identify import Shapes
+
+#: left out of many files of that kind, which then draw without it
+OPTIONAL = {("Stable Diffusion 3", "text_encoder_3")}
 
 
 def fitting_encoders(path: Path, config: Path) -> list[str]:
@@ -92,3 +99,62 @@ def has_autoencoder(path: Path, config: Path) -> bool:
         return (path / "vae").is_dir() and described_kind(path).name == kind
     shapes = tensor_shapes(path)
     return kind_name(shapes) in (None, kind) and bool(vae_names(shapes))
+
+
+def require_denoiser(path: Path, missing: Sequence[str], kind: Kind) -> None:
+    """Refuse a file without a denoiser.
+
+    Args:
+        path: of the file.
+        missing: the parts that it lacks.
+        kind: of its pipeline.
+
+    Raises:
+        AfaError: the denoiser is among them.
+    """
+    if kind.denoiser in missing:
+        raise AfaError(
+            f"A single file must hold a denoiser; '{path}' has none in the layout of {kind.name}. "
+            "Is it a text encoder or an autoencoder? Name it under parts or vae."
+        )
+
+
+def require_encoders(path: Path, kind: Kind, absent: Sequence[str]) -> None:
+    """Refuse a file without its text encoders, but for optional ones.
+
+    Args:
+        path: of the file.
+        kind: of its pipeline.
+        absent: the text encoders that neither it nor a part has.
+
+    Raises:
+        AfaError: names those that are needed.
+    """
+    wanted = [name for name in absent if (kind.name, name) not in OPTIONAL]
+    if wanted:
+        common = [COMMON_NAMES.get((kind.name, name)) for name in wanted]
+        named = [
+            name if known is None else f"{name} ({known})"
+            for name, known in zip(wanted, common, strict=True)
+        ]
+        raise AfaError(
+            f"An expert must have its text encoders; '{path}' lacks {', '.join(named)}. Name "
+            "files or a diffusers folder that have them: parts=[...]."
+        )
+
+
+def require_autoencoder(source: str | Path, *, is_there: bool) -> None:
+    """Refuse a file whose pictures nothing decodes.
+
+    Args:
+        source: of the file, as it was named.
+        is_there: whether it, or a part, has an autoencoder.
+
+    Raises:
+        AfaError: there is none.
+    """
+    if not is_there:
+        raise AfaError(
+            f"An ensemble must have an autoencoder; '{source}' leaves it out. Name one: "
+            "vae=FOLDER or FILE."
+        )
