@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from afa.cli.console import console
+from afa.cli.console import say
 from afa.errors import AfaError
 from afa.machine.quiet import quieten_loading
 
@@ -76,10 +76,10 @@ def app(
     with served(
         pipeline, ensemble, host=host, port=port, password=password, keep=output
     ) as address:
-        console.print(f"afa is at {address} (Ctrl-C ends it)")
+        say(f"afa is at {address} (Ctrl-C ends it)")
         end = threading.Event()
         # a shell's background jobs are born deaf to the first
         for signal_number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signal_number, lambda *_: end.set())
         end.wait()
-    console.print("The page is closed.")
+    say("The page is closed.")

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Column, Table
 
-from afa.cli.console import console, printable, progress_bar
+from afa.cli.console import console, printable, say
+from afa.cli.progress import Progress
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
@@ -147,13 +148,10 @@ def look_at_inputs(recipe: Any, output: Path | None, *, visible: bool = True) ->
     }
     if type(recipe) not in looks:
         return inputs.Inputs()
-    with progress_bar(transient=True) as progress:
-        task = progress.add_task("look at pictures", total=None, note="", visible=False)
+    with Progress(transient=True, visible=visible) as progress:
 
         def note(what: str, done: int, total: int) -> None:
-            progress.update(
-                task, description=f"look at {what}", completed=done, total=total, visible=visible
-            )
+            progress.update(f"check {what}", done, total)
 
         return looks[type(recipe)](recipe, output, note)
 
@@ -162,12 +160,11 @@ def look_at(plan: Plan, *, with_weights: bool = True, visible: bool = True) -> R
     """Look, under a bar while weights are read."""
     from afa.preflight.run import look
 
-    with progress_bar(transient=True) as progress:
-        task = progress.add_task("look at weights", total=None, note="", visible=False)
+    with Progress(transient=True, visible=visible) as progress:
 
         def note(what: str, done: int, total: int) -> None:
             del what
-            progress.update(task, completed=done >> 20, total=total >> 20, visible=visible)
+            progress.update("check weights", done >> 20, total >> 20, unit="MiB")
 
         return look(plan, with_weights=with_weights, progress=note)
 
@@ -182,7 +179,7 @@ def require_sound(plan: Plan, *, with_weights: bool = True) -> None:
     report.require()
     for finding in report.findings:
         if finding.level == "warning":
-            console.print(f"{_SAID[finding.level]}: {printable(finding.text)}", soft_wrap=True)
+            say(f"{_SAID[finding.level]}: {printable(finding.text)}")
 
 
 def _show(report: Report) -> None:
@@ -195,20 +192,17 @@ def _show(report: Report) -> None:
     if report.experts:
         console.print(table)
     for label, found in report.estimates.items():
-        console.print(
+        say(
             f"{printable(label)}: about {size_text(found.takes)} of memory, "
             f"{size_text(found.free)} are free; {found.num_steps} steps take at least "
-            f"{_time(found.seconds)} here",
-            soft_wrap=True,
+            f"{_time(found.seconds)} here"
         )
     for finding in report.findings:
-        console.print(
-            f"{_SAID[finding.level]}  {finding.check}: {printable(finding.text)}", soft_wrap=True
-        )
+        say(f"{_SAID[finding.level]}  {finding.check}: {printable(finding.text)}", soft_wrap=True)
     if not any(finding.level != "note" for finding in report.findings):
-        console.print("Nothing to say against it.")
+        say("Nothing to say against it.")
     if report.data is not None:
-        console.print(f"Data: {report.data}.", soft_wrap=True)
+        say(f"Data: {report.data}.")
 
 
 def _time(seconds: float) -> str:

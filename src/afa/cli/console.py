@@ -1,31 +1,17 @@
-"""What all commands share of the terminal: messages, progress bars, quiet libraries."""
+"""What all commands share of the terminal: messages and the output folder."""
 
 from __future__ import annotations
 
-import itertools
 import sys
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
     from pathlib import Path
-
-    from afa.studies.zoo_build.fit import FitStep
-    from afa.training import TrainStep
-
-    Step = TypeVar("Step", TrainStep, FitStep)
 
 #: names of files and prompts are printed as they are: brackets in them are no markup
 console = Console(markup=False, highlight=False)
@@ -36,49 +22,21 @@ def say_error(message: str) -> None:
     sys.stderr.write(f"afa: error: {printable(message)}\n")
 
 
+def say(text: str) -> None:
+    """Print lines as they are: neither a terminal's nor a log's width wraps them."""
+    console.print(text, soft_wrap=True)
+
+
 def say_warnings(lines: Iterable[str]) -> None:
     """What a user should know although the work goes on, each on one line."""
     for line in lines:
-        console.print(f"warning: {printable(line)}", soft_wrap=True)
+        say(f"warning: {printable(line)}")
 
 
 def printable(text: str) -> str:
     """A text on one line in which nothing steers the terminal: names in files may be anything."""
     line = " ".join(text.split())
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
-
-
-def progress_bar(*, transient: bool = False) -> Progress:
-    """The look of every progress bar; a transient one leaves nothing behind."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=transient,
-        disable=transient and not console.is_terminal,
-    )
-
-
-def show_steps(steps: Iterator[Step], name: str) -> None:
-    """Run a training to its end under a bar with smoothed loss and speed, one bar a stage."""
-    first = next(steps, None)  # before the bar, so that an early mistake prints one line alone
-    if first is None:
-        return
-    with progress_bar() as progress:
-        tasks, loss, seconds = {}, 0.0, 0.0
-        for step in itertools.chain([first], steps):
-            stage = getattr(step, "name", name)
-            if stage not in tasks:
-                tasks[stage] = progress.add_task(stage, total=step.num_steps, note="")
-                loss, seconds = step.loss, step.seconds
-            loss += 0.05 * (step.loss - loss)
-            seconds += 0.05 * (step.seconds - seconds)
-            note = f"loss {loss:.4f}  {1 / max(seconds, 1e-9):.1f} steps/s"
-            progress.update(tasks[stage], completed=step.step, note=note)
 
 
 def require_new_folder(folder: Path) -> None:

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from afa.cli.console import console, progress_bar, require_new_folder
+from afa.cli.console import console, require_new_folder, say
+from afa.cli.progress import Progress
 from afa.machine.quiet import quieten_loading
 from afa.recipe import MAX_SEED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from rich.progress import TaskID
 
     from afa.studies.demo import Row
 
@@ -36,18 +35,15 @@ def demo(
     quieten_loading()
 
     rows: list[Row] = []
-    with progress_bar() as progress:
-        tasks: dict[str, TaskID] = {}
+    with Progress() as progress:
         for event in run_demo(output, DemoSettings(seed=seed)):
             if isinstance(event, Row):
                 rows.append(event)
-                continue
-            if event.stage not in tasks:
-                tasks[event.stage] = progress.add_task(event.stage, total=event.total, note="")
-            progress.update(tasks[event.stage], completed=event.done, note=event.note)
+            else:
+                progress.update(event.stage, event.done, event.total, event.note)
     console.print(_table(rows))
-    console.print(verdict(rows))
-    console.print(
+    say(verdict(rows))
+    say(
         f"Report, pictures.png and weights.png in {output}. Try: afa generate {output}/ensemble "
         "'a fox on the left and a pizza on the right, blue background' --output pictures"
     )

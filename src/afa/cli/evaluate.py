@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from afa.cli.check import require_sound
-from afa.cli.console import console, progress_bar, say_warnings
+from afa.cli.console import say, say_warnings
+from afa.cli.progress import Progress
 from afa.machine.quiet import quieten_loading
-
-if TYPE_CHECKING:
-    from rich.progress import TaskID
 
 
 def evaluate(
@@ -41,14 +39,10 @@ def evaluate(
     is_main = Processes().is_main
     if is_main and look_first:
         require_sound(plan_of_evaluation(checked))
-    with progress_bar() as progress:
-        tasks: dict[str, TaskID] = {}
+    with Progress(visible=is_main) as progress:
         for event in run(checked, output):
-            if not is_main:
-                continue
-            say_warnings(event.notes)
-            if event.stage not in tasks:
-                tasks[event.stage] = progress.add_task(event.stage, total=event.total, note="")
-            progress.update(tasks[event.stage], completed=event.done, note=event.note)
+            if is_main:
+                say_warnings(event.notes)
+            progress.update(event.stage, event.done, event.total, event.note)
     if is_main:
-        console.print(f"Report, tables and drawings in {output}: report.md, report.json")
+        say(f"Report, tables and drawings in {output}: report.md, report.json")

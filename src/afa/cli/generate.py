@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from afa.cli.check import require_sound
-from afa.cli.console import console, progress_bar, require_new_folder, say_warnings
+from afa.cli.console import require_new_folder, say, say_warnings
+from afa.cli.progress import Progress
 from afa.cli.trust import OPTIONS as TRUST_OPTIONS
 from afa.errors import AfaError
 from afa.files import slug
@@ -216,7 +217,7 @@ def generate(
         return
     say_masked(denoiser_of(pipeline))
     count = len(asked)
-    console.print(f"{count} {'picture' if count == 1 else 'pictures'} in {output}")
+    say(f"{count} {'picture' if count == 1 else 'pictures'} in {output}")
     if before is not None:
         _say_whether_the_same(before, hashed)
 
@@ -294,22 +295,29 @@ def _draw(
 
     output.mkdir(parents=True, exist_ok=True)
     hashed, denoiser = "", denoiser_of(pipeline)
-    with progress_bar() as progress:
-        task = progress.add_task("generate", total=len(asked), note="", visible=visible)
-        for stem, recipe in asked:
+    with Progress(visible=visible) as progress:
+        for number, (stem, recipe) in enumerate(asked):
             done = _done(output / f"{stem}.png", recipe)
             if done is not None and (not weights or (output / f"{stem}-weights.png").exists()):
                 hashed = done
-                progress.advance(task)
                 continue
-            with record_weights(denoiser) if weights else nullcontext() as record:
+
+            def show(step: int, number: int = number, steps: int = recipe.steps) -> None:
+                # some schedulers call the denoiser more often than there are steps
+                calls = len(getattr(pipeline.scheduler, "timesteps", ())) or steps
+                drawn = number * steps + min(step, calls) * steps // calls
+                note = f"picture {number + 1} of {len(asked)}"
+                progress.update("generate", drawn, len(asked) * steps, note, "steps")
+
+            recording = record_weights(denoiser) if weights else nullcontext()
+            with recording as record, pictures.on_every_call(pipeline, show):
                 picture = pictures.draw(pipeline, recipe)
             pictures.save_picture(picture, output / f"{stem}.png", recipe, denoiser.device)
             hashed = pictures.hash_pixels(picture)
             if record is not None:
                 names = expert_names(denoiser)
                 filmstrip(record, [picture], output / f"{stem}-weights.png", experts=names)
-            progress.advance(task)
+            show(len(pipeline.scheduler.timesteps))
     return hashed
 
 
@@ -346,9 +354,9 @@ def _require_nothing_else(context: typer.Context) -> None:
 
 def _say_whether_the_same(before: str, now: str) -> None:
     if before == now:
-        console.print("The same picture, bit for bit.")
+        say("The same picture, bit for bit.")
     else:
-        console.print(
+        say(
             "The pixels are not the same: another machine, number of threads or release of torch "
             "rounds differently."
         )
@@ -357,17 +365,16 @@ def _say_whether_the_same(before: str, now: str) -> None:
 def say_masked(denoiser: Any) -> None:
     """Tell which experts were left out somewhere, and how often."""
     for (expert, place), count in sorted(getattr(denoiser, "masked", {}).items()):
-        console.print(
+        say(
             f"warning: '{expert}' gave non-finite values (NaN or infinity) at '{place}' in {count} "
-            "steps, and was skipped there.",
-            soft_wrap=True,
+            "steps, and was skipped there."
         )
 
 
 def say_plan(plan: MemoryPlan) -> None:
     """Tell what a memory budget comes to."""
     for line in plan.lines():
-        console.print(line)
+        say(line)
 
 
 def _picture_size(

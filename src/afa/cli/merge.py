@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from afa.cli.console import console, progress_bar
+from afa.cli.console import say
+from afa.cli.progress import Progress
 
 if TYPE_CHECKING:
     from afa.merging import MergePlan
@@ -31,9 +31,9 @@ def merge(
     from afa.merging import load_merge_recipe, plan_merge
 
     plan = plan_merge(load_merge_recipe(recipe), output)
-    console.print(_announcement(plan), soft_wrap=True, highlight=False, markup=False)
+    say(_announcement(plan))
     _show(plan)
-    console.print(_how_to_use(plan), soft_wrap=True, highlight=False, markup=False)
+    say(_how_to_use(plan))
 
 
 def _announcement(plan: MergePlan) -> str:
@@ -48,24 +48,18 @@ def _announcement(plan: MergePlan) -> str:
 
 
 def _show(plan: MergePlan) -> None:
-    """Run a merge under one bar for the hashes and one for the tensors, in MB read."""
+    """Run a merge; show the MB read of the hashes, then of the tensors."""
     from afa.merging import run_merge
 
-    start = time.monotonic()
-    with progress_bar() as progress:
-        tasks = {"hash": progress.add_task("hash, MB", total=None, note="")}
+    with Progress() as progress:
         for step in run_merge(plan):
-            if step.stage not in tasks:
-                tasks[step.stage] = progress.add_task(f"{step.stage}, MB", note="")
-                start = time.monotonic()
-            speed = step.num_bytes / _MB / max(time.monotonic() - start, 1e-9)
-            tensors = f"{step.num_tensors}/{step.total_tensors} tensors  "
-            note = f"{tensors if step.stage == 'merge' else ''}{speed:.0f} MB/s"
+            tensors = f"{step.num_tensors}/{step.total_tensors} tensors"
             progress.update(
-                tasks[step.stage],
-                completed=step.num_bytes // _MB,
-                total=step.total_bytes // _MB,
-                note=note,
+                step.stage,
+                step.num_bytes // _MB,
+                step.total_bytes // _MB,
+                tensors if step.stage == "merge" else "",
+                "MB",
             )
 
 

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from afa.cli.console import console, progress_bar, say_warnings
+from afa.cli.console import console, say, say_warnings
+from afa.cli.progress import Progress
 from afa.errors import AfaError
 from afa.machine.quiet import quieten_loading
 
@@ -63,11 +64,10 @@ def prune(
     drawing = calibrate(
         pipeline, listed, num_steps=steps, num_ranges=ranges, guidance_scale=guidance
     )
-    with progress_bar() as progress:
-        task = progress.add_task("pictures", total=len(listed), note="")
+    with Progress() as progress:
         while True:
             try:
-                progress.update(task, completed=next(drawing))
+                progress.update("calibrate", next(drawing), len(listed), unit="pictures")
             except StopIteration as stop:
                 shares = stop.value
                 break
@@ -84,13 +84,13 @@ def prune(
                 "all" if len(left) == plan.num_experts else ", ".join(names[n] for n in left)
             )
         table.add_row(site, *cells)
-    console.print(
+    say(
         "Experts that run, by site and quarter of the noise levels:"
         if ranges == 4
         else "Experts that run, by site and part of the noise levels:"
     )
     console.print(table)
-    console.print(
+    say(
         f"{plan.share_left:.0%} of the experts' runs are left. Plan in {output}. "
         f"Try: afa generate {ensemble} PROMPT --output pictures --plan {output}"
     )

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from afa.cli.check import require_sound
-from afa.cli.console import console, progress_bar, say_warnings
+from afa.cli.console import say, say_warnings
+from afa.cli.progress import Progress
 from afa.machine.quiet import quieten_loading
 
 
@@ -40,11 +41,9 @@ def search(
     say_warnings(source_warnings(checked.prompts))
     sampling = checked.sampling
     say_warnings(warnings_of_plan(plan, prompts, sampling.negative_prompt, sampling.guidance))
-    with progress_bar() as progress:
-        task = progress.add_task("search", total=checked.num_trials, note="")
+    with Progress() as progress:
+        progress.update("search", 0, checked.num_trials, unit="trials")
         for trial in search_block_weights(checked, output):
             note = f"score {trial.score:.4f}  best {trial.best:.4f}"
-            progress.update(task, completed=trial.number, note=note)
-    console.print(
-        f"Best weights in {output}/merge.yaml. Try: afa merge {output}/merge.yaml --output merged"
-    )
+            progress.update("search", trial.number, checked.num_trials, note, "trials")
+    say(f"Best weights in {output}/merge.yaml. Try: afa merge {output}/merge.yaml --output merged")

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from afa.cli.check import require_sound
-from afa.cli.console import console, printable, progress_bar
+from afa.cli.console import printable, say
+from afa.cli.progress import Progress
 from afa.machine.quiet import quieten_loading
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable
 
     from afa.training import CacheProgress, TrainStep
     from afa.training.recipe import Recipe
@@ -55,15 +56,13 @@ def train(
             _show(train_ensemble(checked, output, should_stop=should_stop), is_main=is_main)
         except Stopped as stopped:
             if is_main:
-                console.print(
+                say(
                     f"Stopped after step {stopped.step} of {stopped.num_steps}; all is saved. The "
                     "same command goes on."
                 )
             raise typer.Exit(128 + (should_stop.signal or 0)) from None
     if is_main:
-        console.print(
-            f"Ensemble in {output}. Try: afa generate {output} 'a prompt' --output pictures"
-        )
+        say(f"Ensemble in {output}. Try: afa generate {output} 'a prompt' --output pictures")
 
 
 def _without_cache(recipe: Recipe) -> Recipe:
@@ -74,34 +73,18 @@ def _without_cache(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache": False})})
 
 
-def _show(events: Iterator[TrainStep | CacheProgress], *, is_main: bool) -> None:
-    """Run a training to its end under bars with smoothed loss and speed, notes above them."""
+def _show(events: Iterable[TrainStep | CacheProgress], *, is_main: bool) -> None:
+    """Run a training to its end with a smoothed loss, and print its notes."""
     from afa.training import TrainStep
 
-    first = next(events, None)  # before the bars, so that an early mistake prints one line alone
-    if first is None:
-        return
-    with progress_bar() as progress:
-        tasks: dict[str, int] = {}
-        loss = seconds = None
-        event: TrainStep | CacheProgress | None = first
-        while event is not None:
-            if not is_main:
-                event = next(events, None)
-                continue
-            for note in event.notes:
-                progress.console.print(printable(note), soft_wrap=True)
+    loss: float | None = None
+    with Progress(visible=is_main) as progress:
+        for event in events:
+            for note in event.notes if is_main else ():
+                say(printable(note))
             if isinstance(event, TrainStep):
-                stage, done = "train", event.step
-                total: int | None = event.num_steps
                 loss = event.loss if loss is None else loss + 0.05 * (event.loss - loss)
-                seconds = (
-                    event.seconds if seconds is None else seconds + 0.05 * (event.seconds - seconds)
-                )
-                note = f"loss {loss:.4f}  {1 / max(seconds, 1e-9):.1f} steps/s"
+                note = f"loss {loss:.4f}"
+                progress.update("train", event.step, event.num_steps, note, "steps")
             else:
-                stage, done, total, note = event.stage, event.done, event.total, ""
-            if stage not in tasks:
-                tasks[stage] = progress.add_task(stage, total=total, note="")
-            progress.update(tasks[stage], completed=done, note=note)  # type: ignore[arg-type]
-            event = next(events, None)
+                progress.update(event.stage, event.done, event.total)

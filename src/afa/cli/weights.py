@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from afa.cli.console import console, progress_bar, require_new_folder, say_warnings
+from afa.cli.console import require_new_folder, say, say_warnings
+from afa.cli.progress import Progress
 from afa.errors import AfaError
 from afa.files import slug
 from afa.machine.quiet import quieten_loading
@@ -66,20 +67,19 @@ def weights(
 
     quieten_loading()
     figures = _Figures(output, suffixes)
-    with progress_bar() as progress:
-        task = progress.add_task("weights", total=None, note="")
+    with Progress() as progress:
         where = pick_device(device)
         if pictures:
-            progress.update(task, total=len(pictures))
-            for place in pictures:
+            for done, place in enumerate(pictures):
+                progress.update("weights", done, len(pictures), unit="pictures")
                 _again(place, figures, where)
-                progress.advance(task)
+            progress.update("weights", len(pictures), len(pictures), unit="pictures")
         else:
             options = {"steps": steps, "guidance": guidance, "seed": seed}
             drawn = _compared(sources[0], prompt or [], options, figures, where)
             for done, total in drawn:
-                progress.update(task, completed=done, total=total)
-    console.print(f"{figures.count} figures in {output}")
+                progress.update("weights", done, total, unit="pictures")
+    say(f"{figures.count} figures in {output}")
 
 
 class _Figures:

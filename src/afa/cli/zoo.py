@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from afa.cli.console import console, progress_bar, require_new_folder, show_steps
+from afa.cli.console import require_new_folder, say
+from afa.cli.progress import Progress
 from afa.errors import AfaError
 from afa.machine.quiet import quieten_loading
 
 if TYPE_CHECKING:
-    from rich.progress import TaskID
+    from collections.abc import Iterable
+
+    from afa.studies.zoo_build.fit import FitStep
 
 app = typer.Typer(
     help="The embedded emoji scenes, their experts and judges.",
@@ -46,13 +49,13 @@ def build(
 
         if font is not None:
             raise AfaError("--font is for --family unet; transformers are shown the same sprites.")
-        show_steps(build_transformer_zoo(workdir), "zoo")
-        console.print(f"The zoo is in {workdir}: {', '.join(MODELS)}")
+        _show(build_transformer_zoo(workdir))
+        say(f"The zoo is in {workdir}: {', '.join(MODELS)}")
         return
     from afa.studies.zoo_build.build import build_zoo
 
-    show_steps(build_zoo(workdir, font=font), "zoo")
-    console.print(f"The zoo is in {workdir / 'assets'}")
+    _show(build_zoo(workdir, font=font))
+    say(f"The zoo is in {workdir / 'assets'}")
 
 
 @app.command()
@@ -67,7 +70,7 @@ def export(
     from afa.zoo import MODELS, export_zoo
 
     export_zoo(directory)
-    console.print(f"{', '.join(MODELS)} in {directory}")
+    say(f"{', '.join(MODELS)} in {directory}")
 
 
 @app.command()
@@ -94,13 +97,20 @@ def results(
 
     quieten_loading()
     studied = SHIPPED if zoo is None else transformers(zoo)
-    with progress_bar() as progress:
-        tasks: dict[str, TaskID] = {}
+    with Progress() as progress:
         for event in run_study(workdir, docs, num_processes=processes, zoo=studied):
             if isinstance(event, JobProgress):
-                if event.name not in tasks:
-                    tasks[event.name] = progress.add_task(event.name, total=event.total, note="")
-                progress.update(tasks[event.name], completed=event.done)
+                progress.update(event.name, event.done, event.total)
             else:
-                console.print(f"Next: {event.name}")
-    console.print(f"Page in {docs / 'results.md'}, figures in {docs / 'results.json'}")
+                say(f"Next: {event.name}")
+    say(f"Page in {docs / 'results.md'}, figures in {docs / 'results.json'}")
+
+
+def _show(steps: Iterable[FitStep]) -> None:
+    """Run trainings to their end with a smoothed loss, one bar a model."""
+    with Progress() as progress:
+        model, loss = "", 0.0
+        for step in steps:
+            loss = step.loss if step.name != model else loss + 0.05 * (step.loss - loss)
+            model = step.name
+            progress.update(step.name, step.step, step.num_steps, f"loss {loss:.4f}", "steps")
