@@ -13,6 +13,7 @@ from torch.nn import functional
 import afa
 from afa.denoisers.kinds import denoiser_of
 from afa.errors import AfaError
+from afa.loading.memory import needs as needs_module
 from afa.loading.memory.budget import choose, parse_size
 from afa.loading.memory.live import measure, peak_of
 from afa.loading.memory.needs import Needs, needs_of
@@ -208,3 +209,30 @@ def test_quantised_experts_draw_nearly_the_same(folders: list[Path], weights: An
     came = draw(pipeline)
     assert not torch.equal(came, expected)
     assert (came - expected).abs().mean() < 0.02
+
+
+def test_an_estimate_is_measured_once_and_damage_of_what_is_kept_is_harmless(
+    folders: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    measured = []
+    real = needs_module._measure
+    monkeypatch.setattr(
+        needs_module, "_measure", lambda *given: measured.append(given) or real(*given)
+    )
+
+    def again() -> Needs:
+        needs_module._measured.cache_clear()  # as in another process
+        return needs_of(folders[0], 2, SMALL, encoder_sets=2, dtype=torch.float32)
+
+    first = again()
+    assert again() == first
+    assert len(measured) == 1
+    (kept,) = tmp_path.rglob("estimates/*.json")
+    for damaged in ("{", "[]", '{"layers": 1}'):
+        kept.write_text(damaged)
+        assert again() == first
+    assert len(measured) == 4
+    needs_module._measured.cache_clear()
+    needs_of(folders[0], 3, SMALL, encoder_sets=2, dtype=torch.float32)  # another question
+    assert len(measured) == 5

@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,14 +28,9 @@ def peak_of(function: Callable[[], object]) -> int:
 
 def measure(function: Callable[[], object]) -> tuple[int, int]:
     """As `peak_of`, and the floating-point operations of the computation."""
-    with (
-        torch.no_grad(),
-        _Live() as live,
-        FlopCounterMode(display=False) as counter,
-        _Attention() as attention,
-    ):
+    with torch.no_grad(), _Live() as live, _Attention() as attention:
         function()
-    return live.peak, counter.get_total_flops() + attention.flops
+    return live.peak, live.flops + attention.flops
 
 
 def kept_by(function: Callable[[], object]) -> int:
@@ -63,11 +58,11 @@ def kept_by(function: Callable[[], object]) -> int:
 
 
 class _Live(TorchDispatchMode):
-    """Counts storages from the operation that makes them to the one before which they are gone."""
+    """Counts operations; and storages from the one that makes them to that where they are gone."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.peak = 0
+        self.peak = self.flops = 0
         self._living: dict[StorageWeakRef, int] = {}
 
     def __torch_dispatch__(
@@ -76,6 +71,9 @@ class _Live(TorchDispatchMode):
         del types
         given = {_storage(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         out = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func.overloadpacket)
+        if count is not None:
+            self.flops += count(*args, **(kwargs or {}), out_val=out)
         self._living = {ref: size for ref, size in self._living.items() if not ref.expired()}
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor) and (ref := _storage(leaf)) not in given:

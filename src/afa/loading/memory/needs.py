@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import diffusers
 import torch
 import transformers
 from diffusers import AutoencoderKL
@@ -22,7 +25,7 @@ from afa.aggregators.lowered import HALVES
 from afa.denoisers import Execution, Feature, discover_sites, run_lockstep
 from afa.denoisers.kinds import Kind, kind_of
 from afa.errors import AfaError
-from afa.files import parts_of, read_json
+from afa.files import cache_folder, parts_of, read_json, write_atomic
 from afa.loading.memory.live import kept_by, measure, peak_of
 from afa.machine.library import library_class
 
@@ -188,8 +191,40 @@ def _text(config: Path) -> str:
 
 
 @lru_cache(maxsize=32)
-def _measured(
-    class_name: str,
+def _measured(class_name: str, *described: Any) -> _Measured:
+    """As `_measure`; what was measured once is kept in the user's cache folder.
+
+    A family that is registered from outside is measured in every process, since nothing here says
+    whether its code has changed.
+    """
+    kind = kind_of(class_name, "the model")
+    if kind.denoiser_family.model_class.__module__.partition(".")[0] != "diffusers":
+        return _measure(kind, *described)
+    key = hashlib.sha256(f"{class_name} {described} {_code()}".encode()).hexdigest()
+    place = cache_folder() / "estimates" / f"{key[:32]}.json"
+    try:
+        return _Measured(**read_json(place))
+    except (AfaError, OSError, TypeError):  # missing or damaged
+        found = _measure(kind, *described)
+        with suppress(OSError):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(place, json.dumps(asdict(found)) + "\n")
+        return found
+
+
+@cache
+def _code() -> str:
+    """SHA-256 of all code that an estimate comes from, and the releases of the libraries."""
+    digest = hashlib.sha256(f"{torch.__version__} {diffusers.__version__}".encode())
+    package = Path(__file__).parents[2]
+    for part in ("aggregators", "denoisers", "loading/memory"):
+        for file in sorted((package / part).rglob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _measure(
+    kind: Kind,
     denoiser: str,
     autoencoder: str,
     num_experts: int,
@@ -199,7 +234,6 @@ def _measured(
     training: Training | None,
 ) -> _Measured:
     """Build the models without weights, and run them without data."""
-    kind = kind_of(class_name, "the model")
     family = kind.denoiser_family
     with torch.device("meta"):
         twin: Any = family.model_class.from_config(json.loads(denoiser))
