@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +23,7 @@ from afa.studies.demo import (
     rivals_reached,
     verdict,
 )
-from afa.studies.zoo_build.evaluate import Score, proportion
+from afa.studies.zoo_build.evaluate import proportion
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -35,7 +36,10 @@ METHODS = {
 
 def row(method: str, right: int, trials: int = 100) -> Row:
     share = proportion([n < right for n in range(trials)])
-    return Row(method, Score(share, share, share, share, 0.5), [Image.new("RGB", (64, 64))] * 2)
+    return Row(method, share, share, share, share, 0.5)
+
+
+ROWS = (("food", 10), ("AFA", 90))
 
 
 def test_intervals_that_touch_are_no_victory() -> None:
@@ -63,7 +67,9 @@ def test_the_report_has_every_row_and_the_verdict() -> None:
 
 def test_the_picture_of_all_methods(tmp_path: Path) -> None:
     prompt = "a fox on the left and a pizza on the right, blue background"
-    draw_comparison([row("food", 10), row("AFA", 90)], [prompt] * 2, tmp_path / "pictures.png")
+    Image.new("RGB", (64, 64)).save(tmp_path / "one.png")
+    rows = [replace(row(*of), pictures=[tmp_path / "one.png"] * 2) for of in ROWS]
+    draw_comparison(rows, [prompt] * 2, tmp_path / "pictures.png")
     with Image.open(tmp_path / "pictures.png") as picture:
         assert min(picture.size) > 200
         assert len(picture.convert("RGB").getcolors(1 << 24) or []) > 2
@@ -76,6 +82,7 @@ def run_small(output: Path, monkeypatch: pytest.MonkeyPatch, **settings: int) ->
         main(["demo", "--output", str(output)])
     assert not stop.value.code
     files = {"ensemble", "pictures.png", "report.json", "report.md", "weights.png"}
+    files |= {"comparison", "comparison.yaml"}
     assert {file.name for file in output.iterdir()} == files
     report = json.loads((output / "report.json").read_text())
     names = [entry["method"] for entry in report["rows"]]
@@ -103,6 +110,13 @@ def test_the_main_path(
     loaded = afa.load_ensemble(output / "ensemble")
     assert [r.source for r in loaded.unet.references] == ["zoo:animals", "zoo:food", "zoo:things"]
     assert [p.name for p in tmp_path.iterdir()] == ["demo"]
+    # the comparison goes on from its recipe: nothing is drawn again
+    before = {p: p.stat().st_mtime_ns for p in output.rglob("methods/**/*.png")}
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", str(output / "comparison.yaml"), "--output", str(output / "comparison")])
+    assert not stop.value.code
+    assert before == {p: p.stat().st_mtime_ns for p in output.rglob("methods/**/*.png")}
+    assert len(before) == 4 * len(METHODS | {"shell"})
 
 
 @pytest.mark.nightly

@@ -198,7 +198,7 @@ def _show(report: Report) -> None:
             f"{_time(found.seconds)} here"
         )
     for finding in report.findings:
-        say(f"{_SAID[finding.level]}  {finding.check}: {printable(finding.text)}", soft_wrap=True)
+        say(f"{_SAID[finding.level]}  {finding.check}: {printable(finding.text)}")
     if not any(finding.level != "note" for finding in report.findings):
         say("Nothing to say against it.")
     if report.data is not None:

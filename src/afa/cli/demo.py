@@ -30,17 +30,13 @@ def demo(
     [bold]Example[/bold]: afa demo --output runs/demo
     """
     require_new_folder(output)
-    from afa.studies.demo import DemoSettings, Row, run_demo, verdict
+    from afa.studies.demo import DemoSettings, read_rows, run_demo, verdict
 
     quieten_loading()
-
-    rows: list[Row] = []
     with Progress() as progress:
         for event in run_demo(output, DemoSettings(seed=seed)):
-            if isinstance(event, Row):
-                rows.append(event)
-            else:
-                progress.update(event.stage, event.done, event.total, event.note)
+            progress.update(event.stage, event.done, event.total, event.note)
+    rows = read_rows(output / "comparison")
     console.print(_table(rows))
     say(verdict(rows))
     say(
@@ -55,9 +51,8 @@ def _table(rows: Sequence[Row]) -> Table:
     table = Table(title="Mixed prompts: the right object on the right side")
     for column in ("method", "both", "objects", "seconds per image"):
         table.add_column(column, justify="left" if column == "method" else "right")
-    for row in sorted(rows, key=lambda row: row.score.both.mean):
-        score = row.score
+    for row in sorted(rows, key=lambda row: row.both.mean):
         style = "bold" if row.method in OURS else None
-        seconds = f"{score.seconds_per_image:.2f}"
-        table.add_row(row.method, str(score.both), str(score.objects), seconds, style=style)
+        seconds = f"{row.seconds_per_image:.2f}"
+        table.add_row(row.method, str(row.both), str(row.objects), seconds, style=style)
     return table

@@ -18,33 +18,35 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from diffusers import StableDiffusionPipeline
+import yaml
 
-from afa.aggregators.fusion import feature_mean, noise_mean, shell
+from afa.denoisers.kinds import denoiser_of
 from afa.drawing.plots import comparison, filmstrip
-from afa.ensemble.accelerate import accelerate
-from afa.ensemble.denoiser import EnsembleDenoiser
 from afa.ensemble.recording import record_weights
+from afa.evaluation import EvaluateRecipe, evaluate
+from afa.evaluation.recipe import slug
+from afa.evaluation.work import open_pictures
+from afa.files import read_json
 from afa.loading.ensemble_folder import save_ensemble
 from afa.loading.pipeline import load_pipeline
-from afa.merging.in_memory import weighted_merge
-from afa.studies.zoo_build.evaluate import GUIDANCE_SCALE, Score, draw_pictures, evaluate
+from afa.statistics import Interval
+from afa.studies.zoo_build.evaluate import GUIDANCE_SCALE, draw_pictures
 from afa.training import SceneImages, TrainingRecipe, seeded, train_aggregators
-from afa.zoo import EXPERTS, expert_folder
-from afa.zoo.judges import load_classifier
+from afa.zoo import EXPERTS
 from afa.zoo.models import AGGREGATOR
 from afa.zoo.scenes import evaluation_prompts, parse_caption
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
-    from PIL import Image
+    from diffusers import DiffusionPipeline
 
 
 #: the trained ensemble at the speeds that are shown; all other rows are its rivals
 OURS = {"AFA": "exact", "AFA, fast": "fast"}
+_SCORES = ("both", "objects", "left", "right")
 
 
 @dataclass(frozen=True)
@@ -72,30 +74,40 @@ class Progress:
 
 @dataclass(frozen=True)
 class Row:
-    """One way of combining the experts, judged."""
+    """One way of combining the experts, judged.
+
+    Attributes:
+        method: its name.
+        both: share of pictures with the right object on the right side, twice.
+        objects: share of pictures with both objects, in any order.
+        left: share of pictures with the right object on that side; likewise `right`.
+        seconds_per_image: wall time of drawing.
+        pictures: the files, in the order of the prompts.
+    """
 
     method: str
-    score: Score
-    pictures: Sequence[Image.Image]
+    both: Interval
+    objects: Interval
+    left: Interval
+    right: Interval
+    seconds_per_image: float
+    pictures: Sequence[Path] = ()
 
-    def as_json(self) -> dict[str, object]:
+    def as_json(self) -> dict[str, Any]:
         """The row as it stands in `report.json`."""
-        return {"method": self.method, **asdict(self.score)}
+        return {key: value for key, value in asdict(self).items() if key != "pictures"}
 
 
-def run_demo(
-    output: Path, settings: DemoSettings | None = None
-) -> Generator[Progress | Row, None, None]:
+def run_demo(output: Path, settings: DemoSettings | None = None) -> Iterator[Progress]:
     """Train an ensemble of the zoo's experts, compare it with its rivals, write the report.
 
-    `output` gets `report.json`, `report.md`, `pictures.png`, `weights.png` and `ensemble`, all at
-    once at the end; a run that fails or is stopped leaves nothing behind.
+    `output` gets `report.json`, `report.md`, `pictures.png`, `weights.png`, the `ensemble`, the
+    `comparison` of `afa evaluate` and its recipe, all at once at the end; a run that fails or is
+    stopped leaves nothing behind.
 
     Args:
         output: a new or empty folder.
         settings: how much of everything.
-
-    Yields: progress, and every method's row as soon as it is judged.
     """
     settings = settings or DemoSettings()
     output = output.resolve()
@@ -110,36 +122,37 @@ def run_demo(
         train_seconds = time.perf_counter() - train_started
         save_ensemble(pipeline, partial / "ensemble")
 
-        prompts = evaluation_prompts(settings.num_prompts)
-        rows: list[Row] = []
-        for row in _compare(pipeline, prompts, settings):
-            if isinstance(row, Row):
-                rows.append(row)
-            yield row
+        compared, ensemble = partial / "comparison", str(partial / "ensemble")
+        yield from _compare(comparison_recipe(settings, ensemble), compared)
+        # the control is of the best expert, which is known now
+        best = max(read_rows(compared)[: len(EXPERTS)], key=lambda row: row.both.mean).method
+        yield from _compare(comparison_recipe(settings, ensemble, best), compared)
 
-        yield Progress("pictures", 0, 1)
-        rows.sort(key=lambda row: row.score.both.mean)
-        total_seconds = time.perf_counter() - started
+        yield Progress("report", 0, 1)
+        recipe = comparison_recipe(settings, "ensemble", best)
+        (partial / "comparison.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+        rows = sorted(read_rows(compared), key=lambda row: row.both.mean)
         report = {
             "settings": asdict(settings),
             "aggregator_parameters": sum(p.numel() for p in pipeline.unet.aggregators.parameters()),
             "train_seconds": train_seconds,
-            "total_seconds": total_seconds,
+            "total_seconds": time.perf_counter() - started,
             "rows": [row.as_json() for row in rows],
         }
         (partial / "report.json").write_text(json.dumps(report, indent=2) + "\n")
         (partial / "report.md").write_text(report_text(rows, settings, train_seconds))
         # the first prompts, whatever came of them
+        prompts = evaluation_prompts(settings.num_prompts)
         draw_comparison(rows, prompts[:8], partial / "pictures.png")
         _draw_maps(pipeline, prompts[:4], settings, partial / "weights.png")
         partial.chmod(0o755)
         os.replace(partial, output)
-        yield Progress("pictures", 1, 1)
+        yield Progress("report", 1, 1)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _train(pipeline: StableDiffusionPipeline, settings: DemoSettings) -> Iterator[Progress]:
+def _train(pipeline: DiffusionPipeline, settings: DemoSettings) -> Iterator[Progress]:
     recipe = TrainingRecipe(
         num_steps=settings.num_train_steps,
         batch_size=settings.batch_size,
@@ -156,66 +169,66 @@ def _train(pipeline: StableDiffusionPipeline, settings: DemoSettings) -> Iterato
         yield Progress("train", step.step, step.num_steps, f"loss {loss:.4f}")
 
 
-def _compare(
-    pipeline: StableDiffusionPipeline, prompts: Sequence[str], settings: DemoSettings
-) -> Iterator[Progress | Row]:
-    """Draw and judge all methods; the control in the shell is of the best expert alone."""
-    classifier = load_classifier()
-    best: tuple[float, int] = (-1.0, 0)
-    # the control comes last, when it is known which expert is the best
-    names = [*EXPERTS, "base", "weight merge", "noise mean", "feature mean", *OURS, "shell"]
-    for done, name in enumerate(names):
-        title = f"{EXPERTS[best[1]]} in the ensemble's shell" if name == "shell" else name
-        yield Progress("compare", done, len(names), title)
-        score, pictures = evaluate(
-            _method(name, pipeline, best[1]),
-            prompts,
-            classifier,
-            seed=settings.seed,
-            num_steps=settings.num_steps,
-            guidance_scale=settings.guidance_scale,
-        )
-        if name in EXPERTS:
-            best = max(best, (score.both.mean, EXPERTS.index(name)), key=lambda pair: pair[0])
-        yield Row(title, score, pictures)
-    yield Progress("compare", len(names), len(names))
+# -- the comparison ---------------------------------------------------------------------------
 
 
-def _method(name: str, pipeline: StableDiffusionPipeline, best: int) -> StableDiffusionPipeline:
-    """A stock pipeline that combines the experts of `pipeline` in one way."""
-    experts = list(pipeline.unet.experts)
-    if name in OURS:
-        again = EnsembleDenoiser(experts, list(pipeline.unet.aggregators))
-        return accelerate(_with_parts(pipeline, {"unet": again}), OURS[name])
-    if name in (*EXPERTS, "base"):
-        return _stock(name)
-    if name == "weight merge":
-        models = [_stock(expert) for expert in EXPERTS]
-        merged = {
-            "unet": weighted_merge([model.unet for model in models]),
-            "text_encoder": weighted_merge([model.text_encoder for model in models]),
+def comparison_recipe(
+    settings: DemoSettings, ensemble: str, best: str | None = None
+) -> dict[str, Any]:
+    """What `afa evaluate` compares: the experts, their base, ways to combine them, the ensemble.
+
+    Args:
+        settings: how much is drawn.
+        ensemble: the trained one, a folder.
+        best: the expert that is drawn alone in the ensemble's shell, as a control.
+    """
+    ways: dict[str, dict[str, Any]] = {
+        **{name: {"model": f"zoo:{name}"} for name in (*EXPERTS, "base")},
+        "weight merge": {"merge": {"method": "weighted"}},
+        "noise mean": {"fusion": {"rule": "noise_mean"}},
+        "feature mean": {"fusion": {"rule": "feature_mean"}},
+        **{name: {"ensemble": ensemble, "acceleration": speed} for name, speed in OURS.items()},
+    }
+    if best is not None:
+        fusion = {"rule": "shell", "expert": EXPERTS.index(best)}
+        ways[f"{best} in the ensemble's shell"] = {"fusion": fusion}
+    return {
+        "experts": [f"zoo:{name}" for name in EXPERTS],
+        "prompts": {"zoo": {"kinds": {"mixed": settings.num_prompts}}},
+        "methods": [{"name": name, **way} for name, way in ways.items()],
+        "sampling": {
+            "num_steps": settings.num_steps,
+            "guidance": settings.guidance_scale,
+            "seeds": [settings.seed],
+            "batch_size": 32,
+        },
+        "metrics": ["scenes"],
+        "subject": next(iter(OURS)),
+    }
+
+
+def _compare(recipe: dict[str, Any], folder: Path) -> Iterator[Progress]:
+    for event in evaluate(EvaluateRecipe.model_validate(recipe), folder):
+        yield Progress(event.stage, event.done, event.total, event.note)
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """The rows of a finished comparison, in the order of its recipe."""
+    report = read_json(folder / "report.json")
+    (group,) = report["groups"]
+    rows = []
+    for row in report["rows"]:
+        scores = row["groups"][group]["scores"]
+        shares = {
+            name: Interval(*(scores[name][key] for key in ("mean", "low", "high")))
+            for name in _SCORES
         }
-        return _with_parts(models[0], merged)
-    sites = pipeline.unet.sites
-    rules = {
-        "noise mean": noise_mean(sites),
-        "feature mean": feature_mean(sites),
-        "shell": shell(sites, best),
-    }[name]
-    return _with_parts(pipeline, {"unet": EnsembleDenoiser(experts, rules)})
-
-
-def _stock(name: str) -> StableDiffusionPipeline:
-    """One of the zoo's models, loaded as anyone would, without anything of this package."""
-    return StableDiffusionPipeline.from_pretrained(expert_folder(name), safety_checker=None)
-
-
-def _with_parts(
-    pipeline: StableDiffusionPipeline, parts: Mapping[str, object]
-) -> StableDiffusionPipeline:
-    return StableDiffusionPipeline(
-        **{**pipeline.components, **parts}, requires_safety_checker=False
-    )
+        seconds = row["measured"]["seconds_per_image"]
+        places = (folder / "methods" / slug(row["method"])).rglob("*.png")
+        rows.append(
+            Row(row["method"], **shares, seconds_per_image=seconds, pictures=sorted(places))
+        )
+    return rows
 
 
 # -- the report -------------------------------------------------------------------------------
@@ -223,8 +236,8 @@ def _with_parts(
 
 def rivals_reached(rows: Sequence[Row], method: str = "AFA") -> list[str]:
     """The rivals whose `both` interval is not wholly below the method's own."""
-    low = next(row.score.both.low for row in rows if row.method == method)
-    return [row.method for row in rows if row.method not in OURS and row.score.both.high >= low]
+    low = next(row.both.low for row in rows if row.method == method)
+    return [row.method for row in rows if row.method not in OURS and row.both.high >= low]
 
 
 def verdict(rows: Sequence[Row]) -> str:
@@ -258,10 +271,9 @@ def report_text(rows: Sequence[Row], settings: DemoSettings, train_seconds: floa
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        s = row.score
         lines.append(
-            f"| {row.method} | {s.both} | {s.objects} | {s.left} | {s.right} "
-            f"| {s.seconds_per_image:.2f} |"
+            f"| {row.method} | {row.both} | {row.objects} | {row.left} | {row.right} "
+            f"| {row.seconds_per_image:.2f} |"
         )
     return "\n".join([*lines, "", verdict(rows), ""])
 
@@ -274,27 +286,25 @@ def draw_comparison(rows: Sequence[Row], prompts: Sequence[str], path: Path) -> 
         prompts: the captions above the columns; pictures are the first of every row.
         path: PNG or SVG, by its suffix.
     """
-    scenes = [parse_caption(prompt) for prompt in prompts]
+    labels = {row.method: f"{row.method}: {row.both.mean:.0%} right" for row in rows}
     comparison(
-        {
-            f"{row.method}: {row.score.both.mean:.0%} right": row.pictures[: len(prompts)]
-            for row in rows
-        },
-        [f"{scene.left} | {scene.right} ({scene.background})" for scene in scenes],
+        {labels[row.method]: list(open_pictures(row.pictures[: len(prompts)])) for row in rows},
+        [_title(prompt) for prompt in prompts],
         path,
-        bold=[
-            f"{row.method}: {row.score.both.mean:.0%} right" for row in rows if row.method in OURS
-        ],
+        bold=[labels[row.method] for row in rows if row.method in OURS],
     )
 
 
+def _title(prompt: str) -> str:
+    scene = parse_caption(prompt)
+    return f"{scene.left} | {scene.right} ({scene.background})"
+
+
 def _draw_maps(
-    pipeline: StableDiffusionPipeline,
-    prompts: Sequence[str],
-    settings: DemoSettings,
-    path: Path,
+    pipeline: DiffusionPipeline, prompts: Sequence[str], settings: DemoSettings, path: Path
 ) -> None:
-    with record_weights(pipeline.unet) as record:
+    """Draw the fusion weights of the first prompts."""
+    with record_weights(denoiser_of(pipeline)) as record:
         pictures = draw_pictures(
             pipeline,
             prompts,
@@ -302,6 +312,4 @@ def _draw_maps(
             num_steps=settings.num_steps,
             guidance_scale=settings.guidance_scale,
         )
-    scenes = [parse_caption(prompt) for prompt in prompts]
-    titles = [f"{scene.left} | {scene.right}" for scene in scenes]
-    filmstrip(record, pictures, path, experts=EXPERTS, titles=titles)
+    filmstrip(record, pictures, path, experts=EXPERTS, titles=[_title(p) for p in prompts])
