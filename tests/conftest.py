@@ -54,7 +54,10 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        root = tmp_path_factory.getbasetemp()
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            root = root.parent  # of all workers: what is kept is made once
+        patch.setenv("XDG_CACHE_HOME", str(root / "cache"))
         # recipes of tests name experts that other tests use, too
         patch.setenv("AFA_FOLDERS", str(tmp_path_factory.getbasetemp().parent))
         yield
