@@ -10,7 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from afa.denoisers import discover_sites
-from afa.denoisers.parameters import ordered_sites, parameter_sites
+from afa.denoisers.unet_names import ordered_sites, parameter_sites
 from tests.single_file import original_layout
 from tests.tiny import ODD, SD1, SD2, tiny_pipeline, tiny_unet
 

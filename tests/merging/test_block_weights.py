@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from afa.denoisers.parameters import parameter_sites
+from afa.denoisers.unet_names import parameter_sites
 from afa.errors import AfaError
 from afa.merging import PRESETS, BlockWeights
 from afa.merging.in_memory import merge_models

@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import afa
-from afa.denoisers.conditions import options_of
+from afa.denoisers.kinds import options_of
 from afa.errors import AfaError
 from afa.training import CacheProgress, train
 from afa.training.cache import CachedExamples, LatentCache, LatentShards, TextCache

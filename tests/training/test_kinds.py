@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import afa
-from afa.denoisers.conditions import conditioning_of
-from afa.denoisers.kinds import denoiser_of
+from afa.denoisers.kinds import conditioning_of, denoiser_of
 from afa.training import Recipe, SceneImages
 from afa.training.encoding import encode_captions
 from afa.training.examples import LiveExamples

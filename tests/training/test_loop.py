@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import afa
-from afa.denoisers.conditions import conditioning_of
+from afa.denoisers.kinds import conditioning_of
 from afa.ensemble.text import hash_weights
 from afa.errors import AfaError
 from afa.loading.weights import hash_expert

@@ -11,7 +11,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 import afa
-from afa.denoisers.conditions import conditioning_of
+from afa.denoisers.kinds import conditioning_of
 from afa.errors import AfaError
 from afa.training import denoising_loss, forward_process
 from afa.training.encoding import encode_captions

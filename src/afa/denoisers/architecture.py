@@ -11,11 +11,10 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from afa.denoisers.sites import families_of_class, family_of
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
     from diffusers import ModelMixin
 
 # what may differ between experts of one architecture
@@ -53,8 +52,6 @@ def check_same_architecture(first: ModelMixin, other: ModelMixin, name: str) -> 
     Raises:
         AfaError: names the first entry that differs, with both values.
     """
-    from afa.denoisers.sites import family_of
-
     families = family_of(first), family_of(other)
     if families[0] is not families[1]:
         raise AfaError(
@@ -111,108 +108,14 @@ def canonical(config: Mapping[str, Any], model_class: Any = None) -> dict[str, A
     for key in _ACTIVATIONS:
         if isinstance(found.get(key), str):
             found[key] = {"swish": "silu"}.get(found[key].lower(), found[key].lower())
-    bases = (base.__name__ for base in getattr(model_class, "__mro__", ()))
-    forms = next((_FORMS[name] for name in bases if name in _FORMS), None)
-    if forms is not None:
+    rewrite = next(
+        (f.canonical_config for f in families_of_class(model_class) if f.canonical_config), None
+    )
+    if rewrite is not None:
         with suppress(LookupError, TypeError, ValueError):  # building it says what is wrong
-            forms(found)
+            rewrite(found)
     return found
 
 
 def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
-
-
-# -- U-Nets -----------------------------------------------------------------------------------
-
-
-def _unet(config: dict[str, Any]) -> None:
-    """Lists for every number that stands for all levels; None where no block reads it."""
-    for key in ("down_block_types", "up_block_types"):
-        config[key] = tuple(name.removeprefix("UNetRes") for name in config[key])
-    down, up = config["down_block_types"], config["up_block_types"]
-    levels = len(down)
-    last = [False] * (levels - 1) + [config["mid_block_type"] is not None]
-    # the levels whose blocks attend at all, and those whose blocks read the text
-    attends, reads = (
-        [mark in a or mark in b or c for a, b, c in zip(down, reversed(up), last, strict=True)]
-        for mark in ("Attn", "CrossAttn")
-    )
-    layers = _per_level(config["layers_per_block"], levels)
-    config["layers_per_block"] = layers
-    heads = config["num_attention_heads"] or config["attention_head_dim"]
-    config["num_attention_heads"] = None
-    config["attention_head_dim"] = _masked(_per_level(heads, levels), attends)
-    if config["encoder_hid_dim"] is None:
-        widths = _per_level(config["cross_attention_dim"], levels)
-        config["cross_attention_dim"] = _masked(widths, reads)
-    only = config["only_cross_attention"]
-    middle = config["mid_block_only_cross_attention"]
-    if middle is None:
-        middle = only if isinstance(only, bool) else False
-    is_simple = config["mid_block_type"] == "UNetMidBlock2DSimpleCrossAttn"
-    config["mid_block_only_cross_attention"] = middle if is_simple else None
-    config["only_cross_attention"] = _masked(_per_level(only, levels), reads)
-    _transformer_layers(config, layers)
-    if config["time_embedding_dim"] is None:
-        times = {"positional": 4, "fourier": 2}[config["time_embedding_type"]]
-        config["time_embedding_dim"] = times * config["block_out_channels"][0]
-    added, labels = config["addition_embed_type"], config["class_embed_type"]
-    unused = {
-        "addition_embed_type_num_heads": added != "text",
-        "addition_time_embed_dim": added != "text_time",
-        "projection_class_embeddings_input_dim": added != "text_time"
-        and labels not in ("projection", "simple_projection"),
-    }
-    config.update({key: None for key, is_unused in unused.items() if is_unused})
-
-
-def _transformer_layers(config: dict[str, Any], layers: Sequence[int]) -> None:
-    """The transformer layers of every attention, down, in the middle and up."""
-    down, up = config["down_block_types"], config["up_block_types"]
-    asked = _per_level(config["transformer_layers_per_block"], len(down))
-    backwards = config["reverse_transformer_layers_per_block"]
-    backwards = asked[::-1] if backwards is None else _per_level(backwards, len(up))
-    numbers = zip(backwards, up, reversed(layers), strict=True)
-    config["reverse_transformer_layers_per_block"] = tuple(
-        _per_level(n, count + 1) if "CrossAttn" in name else None for n, name, count in numbers
-    )
-    numbers = zip(asked, down, layers, strict=True)
-    in_levels = [
-        _per_level(n, count) if "CrossAttn" in name else None for n, name, count in numbers
-    ]
-    has_middle = "CrossAttn" in (config["mid_block_type"] or "")
-    middle = asked[-1][0] if isinstance(asked[-1], tuple) else asked[-1]
-    config["transformer_layers_per_block"] = (*in_levels, middle if has_middle else None)
-
-
-def _per_level(value: Any, levels: int) -> tuple[Any, ...]:
-    return value if isinstance(value, tuple) else (value,) * levels
-
-
-def _masked(values: Sequence[Any], used: Sequence[bool]) -> tuple[Any, ...]:
-    return tuple(v if is_used else None for v, is_used in zip(values, used, strict=True))
-
-
-# -- transformers -----------------------------------------------------------------------------
-
-
-def _transformer(config: dict[str, Any]) -> None:
-    """As many channels out as in, where nothing is said."""
-    if config.get("out_channels") is None:
-        config["out_channels"] = config["in_channels"]
-
-
-def _pixart(config: dict[str, Any]) -> None:
-    _transformer(config)
-    if config["use_additional_conditions"] is None:
-        config["use_additional_conditions"] = config["sample_size"] == 128
-
-
-_FORMS: dict[str, Callable[[dict[str, Any]], None]] = {
-    "UNet2DConditionModel": _unet,
-    "FluxTransformer2DModel": _transformer,
-    "SD3Transformer2DModel": _transformer,
-    "DiTTransformer2DModel": _transformer,
-    "PixArtTransformer2DModel": _pixart,
-}

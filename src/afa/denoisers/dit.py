@@ -15,8 +15,14 @@ from torch.nn import functional
 
 from afa.denoisers.coroutine import Blocks, Feature
 from afa.denoisers.execution import PLAIN, Execution
-from afa.denoisers.family import Family, Widths
-from afa.denoisers.tokens import require_blocks, to_grid, to_tokens, unpatchify
+from afa.denoisers.family import Family, PipelineKind, Widths
+from afa.denoisers.tokens import (
+    fill_out_channels,
+    require_blocks,
+    to_grid,
+    to_tokens,
+    unpatchify,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -127,4 +133,7 @@ DIT = Family(
     attention_kwargs="cross_attention_kwargs",
     prompt="class_labels",
     conditional_last=False,
+    repeated_blocks=("BasicTransformerBlock",),
+    canonical_config=fill_out_channels,
+    pipelines=(PipelineKind("DiT", ("DiTPipeline",)),),
 )

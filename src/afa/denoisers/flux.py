@@ -14,10 +14,22 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 from afa.denoisers.coroutine import Blocks, Feature
 from afa.denoisers.execution import PLAIN, Execution
-from afa.denoisers.family import Family, Widths, split_pooled, split_text
+from afa.denoisers.family import (
+    VAE_PREFIXES,
+    Conditioning,
+    Family,
+    FileDenoiser,
+    PipelineKind,
+    SingleFiles,
+    Widths,
+    split_pooled,
+    split_text,
+)
+from afa.denoisers.original_names import joined_blocks, outside
 from afa.denoisers.prompt import once_per_prompt
 from afa.denoisers.tokens import (
     TEXT,
+    fill_out_channels,
     grid_of,
     require_blocks,
     to_column,
@@ -27,10 +39,14 @@ from afa.denoisers.tokens import (
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
 
+    from afa.denoisers.family import Conditions, Shapes
+    from afa.denoisers.original_names import OriginalName
+
+_GUIDANCE = 3.5  # of models that were distilled with it; what their pipelines take by default
 #: of the library's `FluxPipeline`; the model multiplies by it again
 _TIMESTEP_DIVISOR = 1000
 
@@ -205,6 +221,155 @@ def _split(
     return split_pooled(texts, arguments["pooled_projections"], widths)
 
 
+# -- pipelines --------------------------------------------------------------------------------
+
+
+def _encode(pipeline: Any, captions: list[str]) -> dict[str, Tensor]:
+    text, pooled, _ = pipeline.encode_prompt(
+        captions, captions, device=pipeline.text_encoder.device
+    )
+    return {"text": text, "pooled": pooled}
+
+
+def _predict(
+    pipeline: Any, denoiser: Any, noisy: Tensor, timestep: Tensor, conditions: Conditions
+) -> Tensor:
+    from diffusers import FluxPipeline
+
+    text = conditions["text"]
+    batch, channels, height, width = noisy.shape
+    place: dict[str, Any] = {"device": noisy.device, "dtype": text.dtype}
+    guidance = None
+    if pipeline.transformer.config.guidance_embeds:
+        guidance = torch.full((batch,), _GUIDANCE, device=noisy.device)
+    packed = denoiser(
+        hidden_states=FluxPipeline._pack_latents(
+            noisy.to(text.dtype), batch, channels, height, width
+        ),
+        encoder_hidden_states=text,
+        pooled_projections=conditions["pooled"],
+        timestep=(timestep / _TIMESTEP_DIVISOR).to(text.dtype),
+        img_ids=FluxPipeline._prepare_latent_image_ids(batch, height // 2, width // 2, **place),
+        txt_ids=torch.zeros(text.shape[1], 3, **place),
+        guidance=guidance,
+        return_dict=False,
+    )[0]
+    factor = pipeline.vae_scale_factor
+    return FluxPipeline._unpack_latents(packed, height * factor, width * factor, factor)
+
+
+# -- single files and LoRAs -------------------------------------------------------------------
+
+
+def _configuration(file: FileDenoiser) -> str:
+    """A Flux without guidance is taken for schnell; a dev that lost it looks the same."""
+    guidance, first = "guidance_in.in_layer", "img_in.weight"
+    if file.is_diffusers:
+        guidance, first = "time_text_embed.guidance_embedder.linear_1", "x_embedder.weight"
+    name = "flux-dev" if f"{guidance}.weight" in file.shapes else "flux-schnell"
+    width = file.size(first, 1)
+    is_other = any("distilled_" in key for key in file.shapes)
+    if width != 64 or is_other:
+        what = "guidance layers of its own" if is_other else f"{width} channels in"
+        raise AfaError(
+            f"'{file.source}' must be described: it has {what}, where {name} has 64 channels and "
+            "none. Name a diffusers folder of its kind, config=FOLDER."
+        )
+    return name
+
+
+def _variant(shapes: Shapes) -> str | None:
+    if any(name.startswith("distilled_guidance_layer.") for name in shapes):
+        return "Chroma"
+    if not any(
+        name.startswith(("double_blocks.", "single_transformer_blocks.")) for name in shapes
+    ):
+        return None
+    guidance = ("guidance_in.in_layer.", "time_text_embed.guidance_embedder.")
+    has_guidance = any(name.startswith(guidance) for name in shapes)
+    return "Flux with guidance (dev)" if has_guidance else "Flux without guidance (schnell)"
+
+
+_FLUX = {
+    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
+    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
+    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
+    "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
+    "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
+    "txt_in": "context_embedder",
+    "img_in": "x_embedder",
+    "final_layer.linear": "proj_out",
+}
+_FLUX_DOUBLE = {
+    "img_mod.lin": "norm1.linear",
+    "txt_mod.lin": "norm1_context.linear",
+    "img_mlp.0": "ff.net.0.proj",
+    "img_mlp.2": "ff.net.2",
+    "txt_mlp.0": "ff_context.net.0.proj",
+    "txt_mlp.2": "ff_context.net.2",
+    "img_attn.proj": "attn.to_out.0",
+    "txt_attn.proj": "attn.to_add_out",
+    "img_attn.qkv": "attn.to_q attn.to_k attn.to_v",
+    "txt_attn.qkv": "attn.add_q_proj attn.add_k_proj attn.add_v_proj",
+    "img_attn.norm.query_norm": "attn.norm_q",
+    "img_attn.norm.key_norm": "attn.norm_k",
+    "txt_attn.norm.query_norm": "attn.norm_added_q",
+    "txt_attn.norm.key_norm": "attn.norm_added_k",
+    # XLabs, after `.processor` is taken out
+    "proj_lora1": "attn.to_out.0",
+    "proj_lora2": "attn.to_add_out",
+    "qkv_lora1": "attn.to_q attn.to_k attn.to_v",
+    "qkv_lora2": "attn.add_q_proj attn.add_k_proj attn.add_v_proj",
+}
+_FLUX_SINGLE = {
+    "modulation.lin": "norm.linear",
+    "linear1": "attn.to_q attn.to_k attn.to_v proj_mlp",
+    "linear2": "proj_out",
+    "norm.query_norm": "attn.norm_q",
+    "norm.key_norm": "attn.norm_k",
+    # XLabs
+    "proj": "proj_out",
+    "qkv": "attn.to_q attn.to_k attn.to_v",
+}
+
+
+def flux_layer_names(layers: list[str]) -> Iterator[OriginalName]:
+    """The layers under the names of the original code and of XLabs."""
+    known = set(layers)
+    yield from outside(_FLUX, known)
+    yield from joined_blocks("double_blocks", "transformer_blocks", _FLUX_DOUBLE, known)
+    yield from joined_blocks("single_blocks", "single_transformer_blocks", _FLUX_SINGLE, known)
+
+
+_KIND = PipelineKind(
+    name="Flux",
+    pipelines=("FluxPipeline",),
+    others=("FluxImg2ImgPipeline", "FluxInpaintPipeline"),
+    text=("text_encoder_2",),
+    pooled=("text_encoder",),
+    conditioning=Conditioning(_encode, _predict),
+    single_files=SingleFiles(
+        configuration=_configuration,
+        parts={
+            "text_encoder": ("text_encoders.clip_l.",),
+            "text_encoder_2": ("text_encoders.t5xxl.",),
+            "vae": VAE_PREFIXES,
+        },
+        original=("double_blocks.",),
+        diffusers=("x_embedder.weight", "transformer_blocks.0.norm1_context.linear.weight"),
+        common_names={"text_encoder": "CLIP-L", "text_encoder_2": "T5-XXL"},
+        blocks={
+            r"transformer_blocks\.\d+": "double blocks",
+            r"single_transformer_blocks\.\d+": "single blocks",
+        },
+    ),
+    latent_channels=lambda config: config.in_channels // 4,
+    patch=lambda _: 2,
+    sample_size=128,
+    shares_length=True,
+    takes_negative=False,
+)
 FLUX = Family(
     name="flux",
     model_class=FluxTransformer2DModel,
@@ -217,4 +382,11 @@ FLUX = Family(
     split=_split,
     batches_guidance=False,
     timestep_divisor=_TIMESTEP_DIVISOR,
+    repeated_blocks=("FluxTransformerBlock", "FluxSingleTransformerBlock"),
+    original_blocks=("double_blocks", "single_blocks"),
+    library_blocks=("single_transformer_blocks",),
+    original_layers=flux_layer_names,
+    canonical_config=fill_out_channels,
+    variant=_variant,
+    pipelines=(_KIND,),
 )

@@ -14,14 +14,22 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 from afa.denoisers.coroutine import Blocks, Feature
 from afa.denoisers.execution import PLAIN, Execution
-from afa.denoisers.family import Family, Widths, split_text
+from afa.denoisers.family import Conditioning, Family, PipelineKind, Widths, split_text
 from afa.denoisers.prompt import once_per_prompt, versions
-from afa.denoisers.tokens import require_blocks, to_grid, to_tokens, unpatchify
+from afa.denoisers.tokens import (
+    fill_out_channels,
+    require_blocks,
+    to_grid,
+    to_tokens,
+    unpatchify,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor, nn
+
+    from afa.denoisers.family import Conditions, Shapes
 
 
 def check_pixart(transformer: PixArtTransformer2DModel) -> None:
@@ -148,6 +156,56 @@ def _split(
     return split_text(arguments, widths, count)
 
 
+def _canonical_config(config: dict[str, Any]) -> None:
+    fill_out_channels(config)
+    if config["use_additional_conditions"] is None:
+        config["use_additional_conditions"] = config["sample_size"] == 128
+
+
+def _variant(shapes: Shapes) -> str | None:
+    return "PixArt" if any(name.startswith("adaln_single.") for name in shapes) else None
+
+
+# -- pipelines --------------------------------------------------------------------------------
+
+
+def _encode(pipeline: Any, captions: list[str]) -> dict[str, Tensor]:
+    text, mask, _, _ = pipeline.encode_prompt(
+        captions, do_classifier_free_guidance=False, device=pipeline.text_encoder.device
+    )
+    return {"text": text, "mask": mask}
+
+
+def _predict(
+    pipeline: Any, denoiser: Any, noisy: Tensor, timestep: Tensor, conditions: Conditions
+) -> Tensor:
+    text, config = conditions["text"], pipeline.transformer.config
+    batch, channels, height, width = noisy.shape
+    added: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
+    if config.sample_size == 128:
+        pixels = torch.tensor([height, width]) * pipeline.vae_scale_factor
+        added["resolution"] = pixels.to(text).expand(batch, 2)
+        added["aspect_ratio"] = torch.full((batch, 1), height / width).to(text)
+    predicted = denoiser(
+        noisy.to(text.dtype),
+        encoder_hidden_states=text,
+        encoder_attention_mask=conditions["mask"],
+        timestep=timestep,
+        added_cond_kwargs=added,
+        return_dict=False,
+    )[0]
+    return predicted[:, :channels]  # without the learned variance
+
+
+_KIND = PipelineKind(
+    name="PixArt",
+    pipelines=("PixArtAlphaPipeline", "PixArtSigmaPipeline"),
+    text=("text_encoder",),
+    conditioning=Conditioning(_encode, _predict),
+    # prompts are trained and drawn as they are, whatever is installed beside
+    call={"use_resolution_binning": False, "clean_caption": False},
+    prepare=lambda prompt: prompt.lower().strip(),  # as for one that is not to be cleaned
+)
 PIXART = Family(
     name="pixart",
     model_class=PixArtTransformer2DModel,
@@ -160,4 +218,8 @@ PIXART = Family(
     split=_split,
     attention_kwargs="cross_attention_kwargs",
     text_mask="encoder_attention_mask",
+    repeated_blocks=("BasicTransformerBlock",),
+    canonical_config=_canonical_config,
+    variant=_variant,
+    pipelines=(_KIND,),
 )

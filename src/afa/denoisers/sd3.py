@@ -15,14 +15,37 @@ from torch.nn import functional
 
 from afa.denoisers.coroutine import Blocks, Feature
 from afa.denoisers.execution import PLAIN, Execution
-from afa.denoisers.family import Family, Widths, split_joined, split_pooled
+from afa.denoisers.family import (
+    VAE_PREFIXES,
+    Conditioning,
+    Family,
+    FileDenoiser,
+    PipelineKind,
+    SingleFiles,
+    Widths,
+    split_joined,
+    split_pooled,
+)
 from afa.denoisers.flux import own_attention_kwargs
-from afa.denoisers.tokens import TEXT, require_blocks, to_column, to_grid, to_tokens, unpatchify
+from afa.denoisers.original_names import Rows, depth, joined_blocks, outside
+from afa.denoisers.tokens import (
+    TEXT,
+    fill_out_channels,
+    require_blocks,
+    to_column,
+    to_grid,
+    to_tokens,
+    unpatchify,
+)
+from afa.errors import AfaError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
+
+    from afa.denoisers.family import Conditions, Shapes
+    from afa.denoisers.original_names import OriginalName
 
 
 def check_sd3(transformer: SD3Transformer2DModel) -> None:
@@ -158,6 +181,137 @@ def _split(
     return split_pooled(per_expert, arguments["pooled_projections"], widths)
 
 
+# -- pipelines --------------------------------------------------------------------------------
+
+
+def _encode(pipeline: Any, captions: list[str]) -> dict[str, Tensor]:
+    text, _, pooled, _ = pipeline.encode_prompt(
+        captions,
+        captions,
+        captions,
+        device=pipeline.text_encoder.device,
+        do_classifier_free_guidance=False,
+    )
+    return {"text": text, "pooled": pooled}
+
+
+def _predict(
+    pipeline: Any, denoiser: Any, noisy: Tensor, timestep: Tensor, conditions: Conditions
+) -> Tensor:
+    del pipeline
+    text = conditions["text"]
+    return denoiser(
+        hidden_states=noisy.to(text.dtype),
+        timestep=timestep,
+        encoder_hidden_states=text,
+        pooled_projections=conditions["pooled"],
+        return_dict=False,
+    )[0]
+
+
+# -- single files and LoRAs -------------------------------------------------------------------
+
+
+def _configuration(file: FileDenoiser) -> str:
+    depth, positions = _depth(file.shapes), file.size("pos_embed", 1)
+    if file.is_diffusers:
+        positions = file.size("pos_embed.pos_embed", 1)
+    known = {
+        (24, 192**2): "stable-diffusion-3-medium",
+        (24, 384**2): "stable-diffusion-3.5-medium",
+        (38, 192**2): "stable-diffusion-3.5-large",
+    }
+    if (depth, positions) not in known:
+        raise AfaError(
+            f"'{file.source}' must be described: a Stable Diffusion 3 of {depth} blocks and "
+            f"{positions} positions is none of the published ones. Name a diffusers folder, "
+            "config=FOLDER."
+        )
+    return known[depth, positions]
+
+
+def _depth(names: Iterable[str]) -> int:
+    """The number of blocks, by the names of either layout."""
+    roots = ("joint_blocks.", "transformer_blocks.")
+    return len({name.split(".")[1] for name in names if name.startswith(roots)})
+
+
+def _variant(shapes: Shapes) -> str | None:
+    if any(name.startswith("single_transformer_blocks.") for name in shapes):
+        return None
+    is_sd3 = any(name.startswith(("joint_blocks.", "time_text_embed.")) for name in shapes)
+    return f"Stable Diffusion 3 ({_depth(shapes)} blocks)" if is_sd3 else None
+
+
+_SD3 = {
+    "x_embedder.proj": "pos_embed.proj",
+    "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
+    "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
+    "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
+    "final_layer.linear": "proj_out",
+}
+_SD3_JOINT = {
+    "x_block.attn.qkv": "attn.to_q attn.to_k attn.to_v",
+    "x_block.attn2.qkv": "attn2.to_q attn2.to_k attn2.to_v",
+    "context_block.attn.qkv": "attn.add_q_proj attn.add_k_proj attn.add_v_proj",
+    "x_block.attn.ln_q": "attn.norm_q",
+    "x_block.attn.ln_k": "attn.norm_k",
+    "x_block.attn2.ln_q": "attn2.norm_q",
+    "x_block.attn2.ln_k": "attn2.norm_k",
+    "context_block.attn.ln_q": "attn.norm_added_q",
+    "context_block.attn.ln_k": "attn.norm_added_k",
+    "x_block.attn.proj": "attn.to_out.0",
+    "x_block.attn2.proj": "attn2.to_out.0",
+    "context_block.attn.proj": "attn.to_add_out",
+    "x_block.adaLN_modulation.1": "norm1.linear",
+    "context_block.adaLN_modulation.1": "norm1_context.linear",
+    "x_block.mlp.fc1": "ff.net.0.proj",
+    "x_block.mlp.fc2": "ff.net.2",
+    "context_block.mlp.fc1": "ff_context.net.0.proj",
+    "context_block.mlp.fc2": "ff_context.net.2",
+}
+
+
+def sd3_layer_names(layers: list[str]) -> Iterator[OriginalName]:
+    """The layers under the names of the original code."""
+    known = set(layers)
+    yield from outside(_SD3, known)
+    last = f"transformer_blocks.{depth('transformer_blocks', known) - 1}.norm1_context.linear"
+    for name, rows in joined_blocks("joint_blocks", "transformer_blocks", _SD3_JOINT, known):
+        # of the last block the context is not used further: its modulation is a final one
+        yield name, ((Rows(last, is_swapped=True),) if rows == (Rows(last),) else rows)
+
+
+_CLIPS = ("text_encoder", "text_encoder_2")
+_KIND = PipelineKind(
+    name="Stable Diffusion 3",
+    pipelines=("StableDiffusion3Pipeline",),
+    others=("StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),
+    text=(*_CLIPS, "text_encoder_3"),
+    pooled=_CLIPS,
+    conditioning=Conditioning(_encode, _predict),
+    single_files=SingleFiles(
+        configuration=_configuration,
+        parts={
+            "text_encoder": ("text_encoders.clip_l.",),
+            "text_encoder_2": ("text_encoders.clip_g.",),
+            "text_encoder_3": ("text_encoders.t5xxl.",),
+            "vae": VAE_PREFIXES,
+        },
+        original=("joint_blocks.",),
+        diffusers=("pos_embed.proj.weight", "transformer_blocks.0.norm1_context.linear.weight"),
+        common_names={
+            "text_encoder": "CLIP-L",
+            "text_encoder_2": "CLIP-G",
+            "text_encoder_3": "T5-XXL",
+        },
+        optional=frozenset({"text_encoder_3"}),
+        blocks={r"transformer_blocks\.\d+": "blocks"},
+    ),
+    padded_text="joint_attention_dim",
+    shares_length=True,
+)
 SD3 = Family(
     name="sd3",
     model_class=SD3Transformer2DModel,
@@ -168,4 +322,10 @@ SD3 = Family(
     example=sd3_example,
     widths=_widths,
     split=_split,
+    repeated_blocks=("JointTransformerBlock",),
+    original_blocks=("joint_blocks",),
+    original_layers=sd3_layer_names,
+    canonical_config=fill_out_channels,
+    variant=_variant,
+    pipelines=(_KIND,),
 )

@@ -80,16 +80,21 @@ def family_of(expert: nn.Module) -> Family:
     Raises:
         AfaError: no family takes this class apart, or not these blocks.
     """
-    by_class = {family.model_class: family for family in FAMILIES}
-    for ancestor in type(expert).__mro__:
-        if ancestor in by_class:
-            by_class[ancestor].check(expert)
-            return by_class[ancestor]
+    for family in families_of_class(type(expert)):
+        family.check(expert)
+        return family
     known = ", ".join(family.model_class.__name__ for family in FAMILIES)
     raise AfaError(
         f"An expert must be one of {known}; came a {type(expert).__name__}. "
         "Other architectures need a coroutine: see afa.denoisers.register_family."
     )
+
+
+def families_of_class(model_class: Any) -> list[Family]:
+    """The families of a class of denoisers and of its ancestors, the most specific first."""
+    by_class = {family.model_class: family for family in FAMILIES}
+    ancestors = getattr(model_class, "__mro__", ())
+    return [by_class[ancestor] for ancestor in ancestors if ancestor in by_class]
 
 
 def discover_sites(expert: Any) -> tuple[Site, ...]:
@@ -118,7 +123,7 @@ def _run_without_data(family: Family, config: dict[str, Any]) -> tuple[Site, ...
     with torch.device("meta"), torch.no_grad():
         twin = family.model_class.from_config(copy.deepcopy(config))
         inputs = family.example(twin)
-        latent = next(inputs[key] for key in ("sample", "hidden_states") if key in inputs)
+        latent = inputs[family.latent]
         height = latent.shape[-2] if latent.ndim == 4 else math.isqrt(latent.shape[1])
         sites: list[Site] = []
 

@@ -8,7 +8,7 @@ drawn.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
@@ -87,3 +87,9 @@ def require_blocks(model: nn.Module, kinds: Iterable[tuple[str, str]]) -> None:
                     f"The blocks of a {type(model).__name__} must be {kind} to be taken apart; "
                     f"{name}.{k} is a {type(block).__name__}."
                 )
+
+
+def fill_out_channels(config: dict[str, Any]) -> None:
+    """As many channels out as in, where a transformer's configuration does not say; in place."""
+    if config.get("out_channels") is None:
+        config["out_channels"] = config["in_channels"]

@@ -17,6 +17,9 @@ from diffusers.utils.torch_utils import apply_freeu
 from afa.denoisers.coroutine import Blocks, Feature
 from afa.denoisers.execution import PLAIN, Execution
 from afa.denoisers.family import Family, Widths, split_joined, split_text
+from afa.denoisers.stable_diffusion import STABLE_DIFFUSION, STABLE_DIFFUSION_XL, unet_variant
+from afa.denoisers.unet_config import canonical_unet_config
+from afa.denoisers.unet_names import original_layers
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
@@ -316,4 +319,14 @@ UNET = Family(
     attention_kwargs="cross_attention_kwargs",
     text_mask="encoder_attention_mask",
     is_residual=False,
+    latent="sample",
+    component="unet",
+    # a whole layer is a loop, which does not compile as one
+    repeated_blocks=("ResnetBlock2D", "BasicTransformerBlock"),
+    original_blocks=("input_blocks", "output_blocks"),
+    library_blocks=("down_blocks", "up_blocks"),
+    original_layers=original_layers,
+    canonical_config=canonical_unet_config,
+    variant=unet_variant,
+    pipelines=(STABLE_DIFFUSION, STABLE_DIFFUSION_XL),
 )

@@ -44,7 +44,7 @@ def calibrate(
     """
     ensemble, kind = denoiser_of(pipeline), kind_of_pipeline(pipeline)
     count = pipeline.scheduler.config.num_train_timesteps
-    highest = highest_timestep(kind.denoiser_family, count)
+    highest = highest_timestep(kind.family, count)
     shares = Shares(ensemble, num_ranges, highest)
     for start in range(0, len(prompts), batch_size):
         chosen = list(prompts[start : start + batch_size])

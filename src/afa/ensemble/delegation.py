@@ -15,7 +15,6 @@ from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from afa.denoisers.kinds import KINDS
 from afa.errors import AfaError
 from afa.lora.header import LoraFile
 from afa.lora.plan import Base, plan_changes
@@ -29,14 +28,6 @@ if TYPE_CHECKING:
 _TEXT = "text_encoder"
 #: of products, in diffusers' names, which are not read beside those of PEFT
 _OTHER_NAMES = re.compile(r"\.(lora|lora_linear_layer|processor\.\w+_lora)\.(down|up)\.")
-#: what models have many of; a whole layer of a U-Net is a loop, which does not compile as one
-_REPEATED = (
-    "ResnetBlock2D",
-    "BasicTransformerBlock",
-    "JointTransformerBlock",
-    "FluxTransformerBlock",
-    "FluxSingleTransformerBlock",
-)
 #: of one kind of block, over all its shapes; beyond that, calls are not compiled
 _MAX_GRAPHS = 256
 
@@ -140,7 +131,7 @@ class Delegation:
             limits = torch._dynamo.config
             limits.recompile_limit = max(limits.recompile_limit, _MAX_GRAPHS)
         for module in self.modules():
-            if type(module).__name__ in _REPEATED:
+            if type(module).__name__ in self.family.repeated_blocks:
                 module.compile(*args, **options)
 
     @property
@@ -278,9 +269,9 @@ class Delegation:
         Raises:
             AfaError: names the first such tensor.
         """
-        kind = next((each for each in KINDS if each.family == self.family.name), None)
+        kind = next(iter(self.family.pipelines), None)
         if kind is None or any(".lokr_" in name for name in state_dict):
-            return  # a family that is not afa's own; a product of which PEFT reads all tensors
+            return  # a family without pipelines; a product of which PEFT reads all tensors
         start = f"{prefix}." if prefix else ""
         header = {name: {"dtype": "F32", "shape": t.shape} for name, t in state_dict.items()}
         lora = LoraFile(Path(adapter_name or "default"), header, {}, None, {})

@@ -50,7 +50,7 @@ def measure(pipeline: DiffusionPipeline) -> Iterator[Cost]:
     denoiser = denoiser_of(pipeline)
     experts = denoiser.experts if isinstance(denoiser, EnsembleDenoiser) else [denoiser]
     # a layer runs once a call, in the library's forward and in the coroutine alike
-    layers = kind_of_pipeline(pipeline).denoiser_family.layers
+    layers = kind_of_pipeline(pipeline).family.layers
     distinct = {id(expert): layers(expert) for expert in experts}.values()
     hooks = [
         listed[len(listed) // 2].register_forward_pre_hook(count, with_kwargs=True)

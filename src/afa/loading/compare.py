@@ -85,7 +85,7 @@ def _latents(first: Facts, other: Facts) -> Finding | None:
 
 
 def _architecture(first: Facts, other: Facts) -> Finding | None:
-    model_class = first.kind.denoiser_family.model_class
+    model_class = first.kind.family.model_class
     found = difference(first.denoiser, other.denoiser, model_class)
     if found is None:
         return None

@@ -122,7 +122,7 @@ def _load_folder(
         kind,
         class_name,
         denoiser=load_weights(
-            kind.denoiser_family.model_class, path / kind.denoiser, torch_dtype=torch_dtype
+            kind.family.model_class, path / kind.denoiser, torch_dtype=torch_dtype
         ),
         text_encoders={
             name: load_text_encoder(path / name, classes[name], torch_dtype) for name in encoders

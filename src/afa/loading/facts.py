@@ -17,14 +17,13 @@ from afa.loading.components import loading_model
 from afa.loading.distilled import distilled_of
 from afa.loading.expert import latents_of
 from afa.loading.prediction import predicted_by, scheduler_of
-from afa.loading.single_file.supplied import OPTIONAL
 from afa.machine.library import library_class
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from afa.denoisers.kinds import Kind
+    from afa.denoisers import PipelineKind
     from afa.loading.distilled import Distilled
     from afa.loading.loaded import Expert
     from afa.loading.prediction import Prediction
@@ -64,7 +63,7 @@ class Facts:
 
     name: str
     short: str
-    kind: Kind
+    kind: PipelineKind
     denoiser: Mapping[str, Any]
     latents: Mapping[str, Any] = field(default_factory=dict)
     encoders: Mapping[str, int | None] = field(default_factory=dict)
@@ -138,9 +137,10 @@ def read_facts(
     kind, classes = kind_of(str(index.get("_class_name")), source), parts_of(index)
     encoders = [name for name in classes if name.startswith("text_encoder")]
     tokenizers = [name.replace("text_encoder", "tokenizer") for name in encoders]
+    files = kind.single_files
     with loading_model(source):
         scheduler = scheduler_of(folder, described.prediction)
-        model_class = kind.denoiser_family.model_class
+        model_class = kind.family.model_class
         config = read_json(folder / kind.denoiser / "config.json")
         described_encoders = {n: read_json(folder / n / "config.json") for n in encoders}
         read = {
@@ -155,7 +155,7 @@ def read_facts(
             denoiser=with_defaults(model_class, config),
             latents=latents_of(folder / "vae" / "config.json"),
             encoders={name: _width(settings) for name, settings in described_encoders.items()},
-            unsure=frozenset(n for n in encoders if is_file and (kind.name, n) in OPTIONAL),
+            unsure=frozenset(encoders) & files.optional if is_file and files else frozenset(),
             vocabularies={name: vocabulary for name, (vocabulary, _) in read.items()},
             settings={
                 name: settings
@@ -184,15 +184,14 @@ def _positions(encoders: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
     return {name: most for name, most in found.items() if most is not None}
 
 
-def _cuts(kind: Kind, name: str, class_name: str) -> bool:
+def _cuts(kind: PipelineKind, name: str, class_name: str) -> bool:
     """Whether a pipeline cuts and pads texts by this tokenizer's own settings.
 
-    T5's texts have the pipeline's `max_sequence_length`; Stable Diffusion 3 and Flux take the
-    length of `tokenizer` for their other one.
+    T5's texts have the pipeline's `max_sequence_length`.
     """
     if class_name.startswith("T5"):
         return False
-    return name == "tokenizer" or kind.family not in ("sd3", "flux")
+    return name == "tokenizer" or not kind.shares_length
 
 
 def _settings(tokenizer: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from afa.aggregators import SABWConfig
 from afa.aggregators.build import build_sabw
 from afa.denoisers import FAMILIES, Family, Site, discover_sites
+from afa.denoisers.family import COMPONENTS
 from afa.errors import NO_MODEL, AfaError
 from afa.files import hash_file, read_json
 from afa.loading.distilled import distilled_of
@@ -72,7 +73,7 @@ def describe(path: str | Path) -> dict[str, Any]:
             return _describe_ensemble(found)
         family = _family_named(config.get("_class_name"))
         if family is not None:
-            kind = "U-Net folder" if family.name == "unet" else "transformer folder"
+            kind = "U-Net folder" if family.component == "unet" else "transformer folder"
             return {"kind": kind, **_describe_denoiser(family, config)}
     raise AfaError(
         f"'{path}' must be an ensemble folder, a diffusers pipeline or denoiser folder, or a "
@@ -117,7 +118,7 @@ def _describe_pipeline(folder: Path) -> dict[str, Any]:
         "parameters": parameters,
         "dtypes": dtypes,
     }
-    for name in ("unet", "transformer"):
+    for name in COMPONENTS:
         place = folder / name / "config.json"
         config = read_json(place) if place.is_file() else {}
         family = _family_named(config.get("_class_name"))
@@ -203,8 +204,8 @@ def _layout(shapes: Shapes) -> str:
         names = (what for key, what in _OTHERS if any(k.startswith(key) for k in shapes))
         return next(names, "unknown")
     names_of = "diffusers layout" if found.is_diffusers else "original layout"
-    parts = names_by_part(shapes, found.kind).keys() - {"", "unet", "transformer"}
-    return f"{found.kind}, {names_of}" + ("" if parts else ", denoiser alone")
+    parts = names_by_part(shapes, found.kind).keys() - {"", found.kind.denoiser}
+    return f"{found.kind.name}, {names_of}" + ("" if parts else ", denoiser alone")
 
 
 def _describe_model(path: Path, named: Path, shapes: Shapes) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffusers import AutoencoderKL
 
-from afa.denoisers.kinds import Kind
+from afa.denoisers import PipelineKind
 from afa.ensemble.references import ExpertReference
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Expert:
     """
 
     reference: ExpertReference
-    kind: Kind
+    kind: PipelineKind
     class_name: str
     denoiser: Any
     text_encoders: dict[str, PreTrainedModel]

@@ -146,7 +146,7 @@ def load_pipeline(
         if quantize is not None:
             quantize_linear(expert.denoiser, quantize)
         if stream is not None:
-            stream.add(expert.kind.denoiser_family.layers(expert.denoiser))
+            stream.add(expert.kind.family.layers(expert.denoiser))
 
     marks = _check_before(named, revisions, companions, vae)
     loaded = _load_all(named, revisions, hashes, companions, settle, with_vae=vae is None)
@@ -295,10 +295,10 @@ def assemble(
     widths = first.kind.widths(first.text_encoders, getattr(tokenizer, "model_max_length", 0))
     denoiser = EnsembleDenoiser([expert.denoiser for expert in experts], aggregators, widths=widths)
     denoiser.references = [expert.reference for expert in experts]
-    if joined and first.kind.family == "sd3":
+    if joined and (entry := first.kind.padded_text) is not None:
         # the pipeline makes zeros of this width where there is no T5, and pads CLIP's text to it
-        width = len(experts) * first.denoiser.config.joint_attention_dim
-        denoiser.register_to_config(joint_attention_dim=width)
+        width = len(experts) * first.denoiser.config[entry]
+        denoiser.register_to_config(**{entry: width})
     parts = {
         "vae": vae,
         first.kind.denoiser: denoiser,
@@ -363,7 +363,7 @@ def check_text_to_image(pipeline: DiffusionPipeline) -> None:
         )
     taken, given = kind.latent_channels(config), config.get("out_channels") or config.in_channels
     # transformers may give a variance besides, or pack the latent
-    gives_other = kind.family == "unet" and given != latent_channels
+    gives_other = kind.gives_latent and given != latent_channels
     if taken != latent_channels or gives_other:
         raise AfaError(
             f"Text-to-image experts must take and give the autoencoder's {latent_channels} "

@@ -37,9 +37,7 @@ def warnings_of_plan(
     }
     lines: dict[str, None] = {}
     for folder in sorted(folders):
-        limits, family = limits_of_folder(folder)
-        found = prompt_warnings(
-            limits, prompts, negative_prompt, guidance=guidance, takes_negative=family != "flux"
-        )
+        limits, kind = limits_of_folder(folder)
+        found = prompt_warnings(limits, prompts, negative_prompt, guidance=guidance, kind=kind)
         lines |= dict.fromkeys(found)
     return list(lines)

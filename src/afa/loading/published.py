@@ -169,7 +169,9 @@ def published_aggregators(folder: Path) -> SABWConfig:
 def _load_experts(folder: Path, torch_dtype: torch.dtype) -> list[Expert]:
     """The pipeline's own expert, and the additional ones, which have its tokenizer."""
     first = load_expert(folder, torch_dtype=torch_dtype)
-    if "text_encoder" not in first.text_encoders or first.kind.family != "unet":
+    if "text_encoder" not in first.text_encoders or not isinstance(
+        first.denoiser, UNet2DConditionModel
+    ):
         raise AfaError(
             f"'{folder}' is a {first.class_name} without a text encoder of its own; an ensemble of "
             "the published code must be a Stable Diffusion pipeline. Is it whole?"

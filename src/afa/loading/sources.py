@@ -11,6 +11,7 @@ from huggingface_hub import constants as hub_constants
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from afa.denoisers.family import COMPONENTS
 from afa.ensemble.references import ExpertReference
 from afa.errors import AfaError
 from afa.loading.trust.headers import check_header
@@ -33,11 +34,7 @@ PIPELINE_FILES = (
     "model_index.json",
     "scheduler/*.json",
     *(f"tokenizer*/*.{kind}" for kind in ("json", "txt", "model")),
-    *(
-        f"{part}/{name}"
-        for part in ("unet", "transformer", "text_encoder*", "vae")
-        for name in _WEIGHTS
-    ),
+    *(f"{part}/{name}" for part in (*COMPONENTS, "text_encoder*", "vae") for name in _WEIGHTS),
 )
 VAE_FILES = (
     "config.json",

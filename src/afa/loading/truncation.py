@@ -12,10 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import diffusers
 import transformers
 
-from afa.denoisers.kinds import kind_of
+from afa.denoisers.kinds import kind_of, kind_of_pipeline
 from afa.files import parts_of, read_json
 from afa.loading.weights import keep_no_words
 from afa.machine.library import library_class
@@ -23,6 +22,8 @@ from afa.machine.library import library_class
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
+
+    from afa.denoisers import PipelineKind
 
 #: a tokenizer without a limit of its own says so by a number of this size
 _NO_LIMIT = 1_000_000
@@ -81,15 +82,15 @@ def limits_of(pipeline: Any) -> list[TextLimit]:
     return _limits(type(pipeline), tokenizers, are_t5)
 
 
-def limits_of_folder(folder: Path) -> tuple[list[TextLimit], str]:
-    """Those of a pipeline's folder, whose weights are not read, and the denoiser's family.
+def limits_of_folder(folder: Path) -> tuple[list[TextLimit], PipelineKind]:
+    """Those of a pipeline's folder, whose weights are not read, and its kind.
 
     Raises:
         AfaError: it is incomplete or of no known kind.
     """
     index = read_json(folder / "model_index.json")
     class_name, classes = str(index.get("_class_name")), parts_of(index)
-    family = kind_of(class_name, folder).family
+    kind = kind_of(class_name, folder)
     tokenizers, are_t5 = {}, set()
     for encoder in [name for name in classes if name.startswith("text_encoder")]:
         name = encoder.replace("text_encoder", "tokenizer")
@@ -101,7 +102,7 @@ def limits_of_folder(folder: Path) -> tuple[list[TextLimit], str]:
         tokenizers[name] = keep_no_words(found.from_pretrained(folder / name))
         if classes[encoder].startswith("T5"):
             are_t5.add(name)
-    return _limits(getattr(diffusers, class_name), tokenizers, are_t5), family
+    return _limits(kind.pipeline_class(class_name), tokenizers, are_t5), kind
 
 
 def _limits(
@@ -114,21 +115,15 @@ def _limits(
         limit = tokenizer.model_max_length
         if name in are_t5 and taken is not None:
             limit = kind.call.get("max_sequence_length", taken.default)
-        elif kind.family in ("sd3", "flux") and "tokenizer" in tokenizers:
+        elif kind.shares_length and "tokenizer" in tokenizers:
             limit = tokenizers["tokenizer"].model_max_length  # their `tokenizer_max_length`
         if limit >= _NO_LIMIT:
             continue
         # equal ones, such as both of Stable Diffusion XL, are spoken of as one
         same = (str(sorted(tokenizer.get_vocab().items())), limit)
         names = (*(found[same].names if same in found else ()), name)
-        prepare = _lowered if kind.family == "pixart" else str
-        found[same] = TextLimit(names, tokenizer, limit, prepare)
+        found[same] = TextLimit(names, tokenizer, limit, kind.prepare)
     return list(found.values())
-
-
-def _lowered(text: str) -> str:
-    """What the pipelines of PixArt do to a prompt that is not to be cleaned."""
-    return text.lower().strip()
 
 
 @dataclass(frozen=True)
@@ -193,7 +188,7 @@ def prompt_warnings(
     negative_prompt: str = "",
     *,
     guidance: float | None = None,
-    takes_negative: bool = True,
+    kind: PipelineKind | None = None,
 ) -> list[str]:
     """What a user should know of prompts before pictures are drawn, one line each.
 
@@ -202,14 +197,14 @@ def prompt_warnings(
         prompts: all of them.
         negative_prompt: of all of them.
         guidance: scale of classifier-free guidance, without which there is no negative prompt.
-        takes_negative: whether the pipeline reads one at all by default; those of Flux do not.
+        kind: of the pipeline, which may read no negative prompt; None is one that reads it.
     """
     lines = [cut.line("prompt", "prompts") for cut in cuts_of(limits, prompts)]
     if not negative_prompt:
         return lines
-    if not takes_negative:
-        said = "The negative prompt is not used: the pipelines of Flux take none beside `guidance`."
-        return [*lines, said]
+    if kind is not None and not kind.takes_negative:
+        said = f"The negative prompt is not used: the pipelines of {kind.name} take none beside"
+        return [*lines, f"{said} `guidance`."]
     if guidance is not None and guidance <= 1:
         return [
             *lines,
@@ -223,11 +218,10 @@ def warnings_for(
     pipeline: Any, prompts: Sequence[str], negative_prompt: str = "", guidance: float | None = None
 ) -> list[str]:
     """The same of a pipeline that is loaded."""
-    takes_negative = kind_of(type(pipeline).__name__, "the pipeline").family != "flux"
     return prompt_warnings(
         limits_of(pipeline),
         prompts,
         negative_prompt,
         guidance=guidance,
-        takes_negative=takes_negative,
+        kind=kind_of_pipeline(pipeline),
     )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 
+from afa.denoisers.kinds import component_in
 from afa.errors import AfaError
 from afa.files import hash_file, parts_of, read_json
 from afa.loading.trust.folders import check_folder, check_part
@@ -67,7 +68,7 @@ def weight_files(path: Path) -> list[Path]:
     elif (path / "model_index.json").is_file():
         check_folder(path)
         named = parts_of(read_json(path / "model_index.json"))
-        parts = ["unet" if "unet" in named else "transformer"]
+        parts: list[str] = [component_in(named)]
         parts += sorted(name for name in named if name.startswith("text_encoder"))
         files = [file for part in parts for file in weights_in(path / part)[1]]
     else:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
+from afa.denoisers import FAMILIES
 from afa.errors import AfaError
 from afa.lora.layers import names_of
 from afa.lora.names import DENOISER, flat, is_harmless, parse, split_prefix
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from afa.denoisers.kinds import Kind
+    from afa.denoisers import PipelineKind
     from afa.lora.header import LoraFile
     from afa.lora.layers import Names, Rows
     from afa.lora.names import Role
@@ -39,12 +40,6 @@ _EXCLUSIVE: tuple[tuple[Role, Role], ...] = (
     *(("up_bias", "diff_b"), ("up_bias", "bias"), ("diff_b", "bias")),
 )
 _REMEDY = "Merge the LoRA into a checkpoint with the tool it is from, and name that as the expert."
-# in flattened names: what models a LoRA is for
-_MARKS = {
-    "Flux": ("double_blocks", "single_blocks", "single_transformer_blocks"),
-    "Stable Diffusion 3": ("joint_blocks",),
-    "Stable Diffusion": ("down_blocks", "up_blocks", "input_blocks", "output_blocks"),
-}
 
 
 @dataclass(frozen=True)
@@ -58,11 +53,11 @@ class Base:
     """
 
     source: str
-    kind: Kind
+    kind: PipelineKind
     parts: Mapping[str, Mapping[str, Shape]]
 
     @classmethod
-    def of(cls, source: str, kind: Kind, parts: Mapping[str, nn.Module]) -> Base:
+    def of(cls, source: str, kind: PipelineKind, parts: Mapping[str, nn.Module]) -> Base:
         """The base of these models, which may be on the meta device."""
         shapes = {
             part: {
@@ -230,11 +225,14 @@ def _unknown(
         lacking = lacking or f"{names[-1]}, which the base lacks"
     seen = [flat(layer) for layer in unknown]
     likely = [
-        kind for kind, marks in _MARKS.items() if any(m in name for m in marks for name in seen)
+        family
+        for family in FAMILIES
+        for root in (*family.original_blocks, *family.library_blocks)
+        if any(root in name for name in seen)
     ]
     hint = lora.meant_for
-    if not hint and likely and not base.kind.name.startswith(likely[0]):
-        hint = f" It is probably for {likely[0]}."
+    if not hint and likely and likely[0] is not base.kind.family:
+        hint = f" It is probably for {likely[0].pipelines[0].name}."
     return AfaError(
         f"The LoRA '{lora.path}' does not fit the {base.kind.name} model '{base.source}': "
         f"{len(lost)} of its {count} tensors are for {lacking} (first: '{lost[0]}').{hint} A LoRA "

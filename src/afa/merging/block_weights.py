@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from afa.denoisers.parameters import ordered_sites
+from afa.denoisers.unet_names import ordered_sites
 from afa.errors import AfaError
 from afa.merging.method import MergeMethod, check_number, check_weights, uniform
 from afa.merging.parts import OTHER_PARTS, block_keys

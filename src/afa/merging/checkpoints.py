@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from afa.denoisers.family import COMPONENTS
 from afa.denoisers.kinds import kind_of
 from afa.errors import AfaError
 from afa.files import read_json
@@ -18,7 +19,7 @@ from afa.merging.quantised import refuse_quantised
 from afa.merging.streams import StoredTensor, read_header, read_metadata
 from afa.merging.whole_models import refuse_other_data, refuse_parts
 
-_PARTS = ("unet", "transformer", *TEXT_ENCODERS, "vae")
+_PARTS = (*COMPONENTS, *TEXT_ENCODERS, "vae")
 # what of a hub repository is needed; never a pickle
 _FILES = (
     "model_index.json",

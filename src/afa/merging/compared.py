@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from afa.denoisers.family import COMPONENTS
 from afa.errors import AfaError
 from afa.merging.checkpoints import Checkpoint
 from afa.merging.method import is_finite, is_kept
@@ -16,7 +17,7 @@ from afa.merging.parts import part_of
 from afa.merging.recipe import MergeRecipe
 from afa.merging.streams import StoredTensor, TensorSpec
 
-_DENOISERS = ("unet", "transformer", None)
+_DENOISERS = (*COMPONENTS, None)
 _MAX_BUFFER = 100_000  # numbers; a noise schedule has a thousand
 
 

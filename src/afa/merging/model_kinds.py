@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
+from afa.denoisers import FAMILIES
+from afa.denoisers.family import COMPONENTS
 from afa.errors import AfaError
 from afa.loading.single_file.canonical_names import DENOISER
 
@@ -19,14 +20,6 @@ INPUT_LAYERS = (f"{DENOISER}input_blocks.0.0.weight", "unet.conv_in.weight")
 # its copy in the average that training code keeps
 _AVERAGED_INPUT = "model_ema.diffusion_modelinput_blocks00weight"
 _OUTPUT_LAYERS = (f"{DENOISER}out.2.weight", "unet.conv_out.weight")
-_POOLED = (f"{DENOISER}label_emb.0.0.weight", "unet.add_embedding.linear_1.weight")
-_CONTEXT = re.compile(r"(model\.diffusion_model|unet)\..*\.attn2\.to_k\.weight")
-_KNOWN = {
-    (False, 768): "Stable Diffusion 1.x",
-    (False, 1024): "Stable Diffusion 2.x",
-    (True, 2048): "Stable Diffusion XL",
-    (True, 1280): "Stable Diffusion XL refiner",
-}
 _INPAINTING = {9: "inpainting", 8: "instruct-pix2pix", 5: "depth"}
 
 
@@ -36,40 +29,13 @@ def model_kind(tensors: Mapping[str, TensorSpec]) -> str | None:
     Args:
         tensors: by canonical name.
     """
-    if any(name in tensors for name in INPUT_LAYERS):
-        return _unet_kind(tensors)
-    original = {n.removeprefix(DENOISER) for n in tensors if n.startswith(DENOISER)}
-    diffusers = {n.removeprefix("transformer.") for n in tensors if n.startswith("transformer.")}
-    if any(name.startswith("distilled_guidance_layer.") for name in original | diffusers):
-        return "Chroma"
-    if any(name.startswith("double_blocks.") for name in original):
-        return _flux_kind("guidance_in.in_layer.weight" in original)
-    if any(name.startswith("joint_blocks.") for name in original):
-        return f"Stable Diffusion 3 ({_num_blocks(original, 'joint_blocks')} blocks)"
-    if any(name.startswith("single_transformer_blocks.") for name in diffusers):
-        marks = (name.startswith("time_text_embed.guidance_embedder.") for name in diffusers)
-        return _flux_kind(any(marks))
-    if any(name.startswith("time_text_embed.") for name in diffusers):
-        return f"Stable Diffusion 3 ({_num_blocks(diffusers, 'transformer_blocks')} blocks)"
-    if any(name.startswith("adaln_single.") for name in diffusers):
-        return "PixArt"
-    return "a transformer" if diffusers or original else None
-
-
-def _unet_kind(tensors: Mapping[str, TensorSpec]) -> str:
-    """By the width of the text that it reads, and whether it reads a pooled one besides."""
-    widths = [spec.shape[1] for name, spec in tensors.items() if _CONTEXT.fullmatch(name)]
-    is_pooled, width = any(name in tensors for name in _POOLED), max(widths, default=0)
-    family = "Stable Diffusion XL" if is_pooled else "Stable Diffusion"
-    return _KNOWN.get((is_pooled, width), f"{family} with text of width {width}")
-
-
-def _flux_kind(has_guidance: bool) -> str:
-    return "Flux with guidance (dev)" if has_guidance else "Flux without guidance (schnell)"
-
-
-def _num_blocks(names: set[str], root: str) -> int:
-    return len({name.split(".")[1] for name in names if name.startswith(f"{root}.")})
+    for start in (DENOISER, *(f"{component}." for component in COMPONENTS)):
+        shapes = {n.removeprefix(start): t.shape for n, t in tensors.items() if n.startswith(start)}
+        for family in FAMILIES:
+            if (said := family.variant(shapes)) is not None:
+                return said
+    is_transformer = any(name.startswith((DENOISER, "transformer.")) for name in tensors)
+    return "a transformer" if is_transformer else None
 
 
 def refuse_mixed_kinds(checkpoints: Sequence[Checkpoint]) -> None:

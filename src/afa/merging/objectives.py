@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from afa.denoisers.stable_diffusion import STABLE_DIFFUSION_2
 from afa.errors import AfaError
 from afa.files import read_json
 from afa.loading.prediction import evidence_of, predicted_by
@@ -68,7 +69,7 @@ def check_objectives(checkpoints: Sequence[Checkpoint]) -> str | None:
     said = {c.source: prediction_type(c) for c in checkpoints}
     tensors = checkpoints[0].tensors
     is_unet = any(name in tensors for name in INPUT_LAYERS)
-    is_open = not is_unet or model_kind(tensors) == "Stable Diffusion 2.x"
+    is_open = not is_unet or model_kind(tensors) == STABLE_DIFFUSION_2
     unsaid = None if is_open else "epsilon"
     kinds = [(source, kind or unsaid) for source, kind in said.items() if kind or unsaid]
     for first, (source, kind) in ((kinds[0], other) for other in kinds[1:]):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from afa.denoisers.parameters import parameter_sites
+from afa.denoisers import FAMILIES
+from afa.denoisers.unet_names import parameter_sites
 from afa.loading.single_file.canonical_names import DENOISER, canonical_names
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ OTHER_PARTS = ("transformer", *TEXT_ENCODERS, "vae")
 _PREFIXES = {
     "unet.": "unet",
     **{f"{part}.": part for part in OTHER_PARTS},
-    "model.diffusion_model.": "unet",
+    DENOISER: "unet",
     "cond_stage_model.": "text_encoder",
     "conditioner.embedders.0.model.": "text_encoder_2",  # the refiner of XL has that one alone
     "conditioner.embedders.0.": "text_encoder",
@@ -46,18 +47,12 @@ def block_keys(names: Iterable[str]) -> dict[str, str]:
         fit nothing are left out.
     """
     canonical = canonical_names(names)
-    known = canonical.values()
-    is_flux = any("double_blocks." in name for name in known)
-    is_transformer = is_flux or any("joint_blocks." in name for name in known)
+    own = _parts_of_family(canonical.values())
     keys, unet = {}, {}
     for name, full in canonical.items():
-        part = part_of(full)
-        if is_transformer and part == "unet":
-            part = "transformer"  # the original codes call it as they do a U-Net
-        elif is_flux and part == "text_encoder_3":
-            part = "text_encoder_2"
+        start = next((start for start in _PREFIXES if full.startswith(start)), "")
+        part = own.get(start) or _PREFIXES.get(start)
         if part == "unet":
-            start = next(start for start in _PREFIXES if full.startswith(start))
             unet[full.removeprefix(start)] = name
         elif part is not None:
             keys[name] = part
@@ -70,3 +65,15 @@ def block_keys(names: Iterable[str]) -> dict[str, str]:
     }
     twins = {name: averaged[full] for name, full in canonical.items() if full in averaged}
     return keys | sites | twins
+
+
+def _parts_of_family(names: Iterable[str]) -> dict[str, str]:
+    """Start of a name -> part, where the family of a file in an original layout has its own."""
+    names = list(names)
+    for family in FAMILIES:
+        if any(f"{root}." in name for root in family.original_blocks for name in names):
+            files = [kind.single_files for kind in family.pipelines if kind.single_files]
+            parts = [(part, starts) for each in files for part, starts in each.parts.items()]
+            own = {start: part for part, starts in parts for start in starts}
+            return {DENOISER: family.component, **own}
+    return {}

@@ -101,15 +101,12 @@ def inputs_of_training(
     side = asked.resolution
     with found.refusals("resolution"):
         folder = _first_config(plan)
-        limits, family = limits_of_folder(folder)
+        limits, kind = limits_of_folder(folder)
         native, multiple = _sizes(folder)
         side = side or native
         require_resolution(side, multiple)
         if (previews := recipe.previews) is not None:
-            guidance, is_flux = previews.guidance, family == "flux"
-            cut = prompt_warnings(
-                limits, previews.prompts, guidance=guidance, takes_negative=not is_flux
-            )
+            cut = prompt_warnings(limits, previews.prompts, guidance=previews.guidance, kind=kind)
             found.say("previews", cut)
     with found.refusals("data"):
         data = open_data(asked)
@@ -246,6 +243,4 @@ def _sizes(folder: Path) -> tuple[int, int]:
     autoencoder = folder / "vae" / "config.json"
     blocks = read_json(autoencoder)["block_out_channels"] if autoencoder.is_file() else [0] * 4
     shrink = 2 ** (len(blocks) - 1)
-    size = config.get("sample_size") or (128 if kind.family == "flux" else 64)
-    side = size if isinstance(size, int) else min(size)
-    return side * shrink, shrink * kind.patch(config)
+    return min(kind.native_size(config)) * shrink, shrink * kind.patch(config)

@@ -210,7 +210,7 @@ def _whole(look: Look) -> Iterator[Finding]:
     facts, kind = look.facts, look.facts.kind
     try:
         with torch.device("meta"):
-            twin: Any = kind.denoiser_family.model_class.from_config(dict(facts.denoiser))
+            twin: Any = kind.family.model_class.from_config(dict(facts.denoiser))
         family_of(twin)
     except AfaError as error:
         yield Finding("error", "architecture", str(error))
@@ -223,9 +223,9 @@ def _whole(look: Look) -> Iterator[Finding]:
             "error", "architecture", f"The denoiser of '{facts.name}' cannot be built: {said}."
         )
         return
-    text = sum(kind.denoiser_family.widths(twin).text)
+    text = sum(kind.family.widths(twin).text)
     given = sum(facts.encoders.get(name) or 0 for name in kind.text)
-    if text and given and text != given and kind.family == "unet":
+    if text and given and text != given and kind.padded_text is None:
         yield Finding(
             "error",
             "text encoders",
@@ -283,7 +283,7 @@ def _estimate(report: Report, work: Work, group: Group, looks: Sequence[Look]) -
         group.encoder_sets or encoder_sets([each.path for each in looks]),
         group.aggregators,
         group.companions.torch_dtype,
-        work if looks[0].facts.kind.denoiser_family.batches_guidance else alone,
+        work if looks[0].facts.kind.family.batches_guidance else alone,
     )
     try:
         found = job.estimate()

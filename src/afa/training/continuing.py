@@ -6,8 +6,7 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
-from afa.denoisers.conditions import options_of
-from afa.denoisers.kinds import denoiser_of
+from afa.denoisers.kinds import denoiser_of, options_of
 from afa.ensemble.text import EnsembleTextEncoder, configuration_of
 from afa.errors import AfaError
 from afa.files import read_json

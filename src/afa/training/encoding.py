@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from afa.denoisers.conditions import conditioning_of
+from afa.denoisers.kinds import conditioning_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

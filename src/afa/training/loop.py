@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.amp import GradScaler
 
-from afa.denoisers.conditions import conditioning_of
-from afa.denoisers.kinds import denoiser_of
+from afa.denoisers.kinds import conditioning_of, denoiser_of
 from afa.ensemble.denoiser import EnsembleDenoiser
 from afa.errors import AfaError
 from afa.machine.exhausted import saying_what_fits, smaller_batch

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from PIL import Image
 
-from afa.denoisers.conditions import conditioning_of
-from afa.denoisers.kinds import kind_of_pipeline
+from afa.denoisers.kinds import conditioning_of, kind_of_pipeline
 from afa.files import write_atomic
 from afa.machine.exhausted import saying_what_fits, smaller_batch
 from afa.training.objective import denoising_loss, forward_process

@@ -86,7 +86,7 @@ def check_lora(asked: LoraExpert, config: Path, *, with_values: bool = True) -> 
     kind = kind_of(str(index.get("_class_name")), asked.base)
     models: dict[str, nn.Module] = {}
     with loading_model(asked.base), torch.device("meta"):
-        models[kind.denoiser] = kind.denoiser_family.model_class.from_config(
+        models[kind.denoiser] = kind.family.model_class.from_config(
             read_json(config / kind.denoiser / "config.json")
         )
         for name, class_name in parts_of(index).items():

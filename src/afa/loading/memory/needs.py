@@ -23,7 +23,7 @@ from afa.aggregators import Condition, SABWConfig
 from afa.aggregators.build import build_sabw
 from afa.aggregators.lowered import HALVES
 from afa.denoisers import Execution, Feature, discover_sites, run_lockstep
-from afa.denoisers.kinds import Kind, kind_of
+from afa.denoisers.kinds import PipelineKind, kind_of
 from afa.errors import AfaError
 from afa.files import cache_folder, parts_of, read_json, write_atomic
 from afa.loading.memory.live import kept_by, measure, peak_of
@@ -32,7 +32,7 @@ from afa.machine.library import library_class
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from afa.denoisers import Family
+    from afa.denoisers import Family, PipelineKind
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def _measured(class_name: str, *described: Any) -> _Measured:
     whether its code has changed.
     """
     kind = kind_of(class_name, "the model")
-    if kind.denoiser_family.model_class.__module__.partition(".")[0] != "diffusers":
+    if kind.family.model_class.__module__.partition(".")[0] != "diffusers":
         return _measure(kind, *described)
     key = hashlib.sha256(f"{class_name} {described} {_code()}".encode()).hexdigest()
     place = cache_folder() / "estimates" / f"{key[:32]}.json"
@@ -224,7 +224,7 @@ def _code() -> str:
 
 
 def _measure(
-    kind: Kind,
+    kind: PipelineKind,
     denoiser: str,
     autoencoder: str,
     num_experts: int,
@@ -234,7 +234,7 @@ def _measure(
     training: Training | None,
 ) -> _Measured:
     """Build the models without weights, and run them without data."""
-    family = kind.denoiser_family
+    family = kind.family
     with torch.device("meta"):
         twin: Any = family.model_class.from_config(json.loads(denoiser))
         vae = AutoencoderKL.from_config(json.loads(autoencoder))
@@ -308,7 +308,7 @@ def _step(
     through what is trained as many again.
     """
     inputs = {key: _cast(value, twin.dtype) for key, value in family.example(twin).items()}
-    latent = next(inputs[key] for key in ("sample", "hidden_states") if key in inputs)
+    latent = inputs[family.latent]
     cells = latent.shape[-1] * latent.shape[-2] if latent.ndim == 4 else 4 * latent.shape[1]
     numbers = iter(itertools.cycle(range(len(rules)))) if rules else None
 
@@ -347,10 +347,9 @@ def _decode(vae: Any, dtype: torch.dtype) -> None:
     vae.decode(torch.empty(1, channels, _SIDE, _SIDE, device="meta", dtype=dtype))
 
 
-def _native(kind: Kind, config: Any, shrink: int) -> int:
+def _native(kind: PipelineKind, config: Any, shrink: int) -> int:
     """Pixels of the pictures that the experts were made for."""
-    size = config.get("sample_size") or (128 if kind.family == "flux" else 64)
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = kind.native_size(config)
     return height * width * shrink**2
 
 

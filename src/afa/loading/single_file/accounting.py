@@ -17,22 +17,25 @@ from afa.denoisers.kinds import kind_of
 from afa.errors import NO_MODEL, AfaError
 from afa.files import parts_of, read_json
 from afa.loading.single_file.conversion import PROJECTION, converted, expected_shapes
-from afa.loading.single_file.layout import DENOISERS, PARTS, denoiser_in, harmless, names_by_part
+from afa.loading.single_file.layout import (
+    denoiser_in,
+    harmless,
+    layout_of,
+    names_by_part,
+    readable_kinds,
+)
 from afa.machine.damaged import is_own_bug
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
     from pathlib import Path
 
+    from afa.denoisers import PipelineKind
     from afa.loading.weights import Shapes
 
 #: layers of SD 2's text encoder that its pipeline does not use
 _UNUSED_LAYER = "cond_stage_model.model.transformer.resblocks.23."
 _LEFT_OUT = "part that is not asked for"
-_BLOCKS = {
-    "Flux": {"transformer_blocks": "double blocks", "single_transformer_blocks": "single blocks"},
-    "Stable Diffusion 3": {"transformer_blocks": "blocks"},
-}
 
 
 class Traced(torch.Tensor):
@@ -87,12 +90,8 @@ def account(
             the file lacks, or other shapes. Names the first of each.
     """
     index = read_json(config / "model_index.json")
-    kind = kind_of(str(index.get("_class_name")), config).name
-    if kind not in PARTS:
-        raise AfaError(
-            f"Single files are read of {', '.join(PARTS)}; '{source}' is described as a {kind} "
-            "model. Save it as a diffusers folder."
-        )
+    kind = kind_of(str(index.get("_class_name")), config)
+    layout_of(kind, source)
     named, denoiser = parts_of(index), denoiser_in(shapes)
     unused: Counter[str] = Counter()
     for part, names in names_by_part(shapes, kind).items():
@@ -101,7 +100,7 @@ def account(
         if part not in named or (part == "vae" and not own_vae):
             _count_unused(unused, names.values(), source, left_out=bool(part))
             continue
-        is_diffusers = part in DENOISERS and denoiser is not None and denoiser.is_diffusers
+        is_diffusers = part == kind.denoiser and denoiser is not None and denoiser.is_diffusers
         free = account_part(part, names, shapes, config, source, is_diffusers=is_diffusers)
         _count_unused(unused, free, source, encoder=part.startswith("text_encoder"))
     return dict(unused)
@@ -143,12 +142,12 @@ def account_part(
             f"'{error.args[0]}' is missing" if isinstance(error, KeyError) else "blocks are missing"
         )
         raise _misfit(source, config, part, lacks) from error
-    kind = kind_of(str(read_json(config / "model_index.json").get("_class_name")), config).name
+    kind = kind_of(str(read_json(config / "model_index.json").get("_class_name")), config)
     return _fit(kind, part, state, names.values(), config, source)
 
 
 def _fit(
-    kind: str,
+    kind: PipelineKind,
     part: str,
     state: Mapping[str, Any],
     names: Iterable[str],
@@ -175,7 +174,7 @@ def _fit(
         if name in state and tuple(state[name].shape) != shape
     ]
     if missing or strange or wrong:
-        said = _block_counts(kind, state, expected, config) if part in DENOISERS else []
+        said = _block_counts(kind, state, expected, config) if part == kind.denoiser else []
         if not (said or strange or wrong):
             raise AfaError(
                 f"'{source}' must be complete; of its {part}, '{config.name}' has {len(missing)} "
@@ -199,7 +198,7 @@ def _misfit(source: object, config: Path, part: str, said: str) -> AfaError:
     )
     if part == "vae":
         remedy = "Name another autoencoder: vae=FOLDER or FILE."
-    elif part not in DENOISERS:
+    elif part.startswith("text_encoder"):
         remedy = "Describe the file by a diffusers folder of the same model: config=FOLDER."
     return AfaError(
         f"'{source}' does not fit the configuration '{config.name}': of its {part}, {said}. Every "
@@ -248,19 +247,19 @@ def _count_unused(
         if why is None:
             raise AfaError(
                 f"Every tensor of a file must be used; '{name}' in '{source}' belongs to no part "
-                f"of a model that is read from single files ({', '.join(PARTS)}). Use the model "
+                f"of a model that is read from single files ({readable_kinds()}). Use the model "
                 "without this addition, or save it as a diffusers folder."
             )
         unused[why] += 1
 
 
-def _block_counts(kind: str, state: Iterable[str], expected: Shapes, config: Path) -> list[str]:
+def _block_counts(
+    kind: PipelineKind, state: Iterable[str], expected: Shapes, config: Path
+) -> list[str]:
     """Where two denoisers have other numbers of blocks, as a part of a sentence."""
     said = []
-    for blocks, words in _BLOCKS.get(kind, {"": "attention layers"}).items():
-        pattern = re.compile(
-            rf"({blocks}\.\d+)\." if blocks else r"(.+\.transformer_blocks\.\d+)\."
-        )
+    for block, words in layout_of(kind, config).blocks.items():
+        pattern = re.compile(rf"({block})\.")
         came, wanted = (
             len({match[1] for name in names if (match := pattern.match(name))})
             for names in (state, expected)

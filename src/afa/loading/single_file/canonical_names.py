@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from afa.denoisers import FAMILIES
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -17,9 +19,7 @@ if TYPE_CHECKING:
 DENOISER = "model.diffusion_model."
 _SHORT_DENOISER = "diffusion_model."
 _VAE, _SHORT_VAE = "first_stage_model.", "vae."
-# first parts of names by which a denoiser without a prefix is known: original codes, diffusers
-_ORIGINAL = frozenset({"input_blocks", "joint_blocks", "double_blocks"})
-_UNET = frozenset({"down_blocks", "up_blocks"})
+# first parts of names by which a transformer of diffusers without a prefix is known
 _TRANSFORMER = frozenset({"transformer_blocks", "single_transformer_blocks"})
 # starts of names that belong to no denoiser, whatever else the file holds
 _OTHERS = (
@@ -54,13 +54,13 @@ def canonical_names(names: Iterable[str]) -> dict[str, str]:
     """
     names = list(names)
     roots = {name.split(".", 1)[0] for name in names}
-    prefix = ""
-    if roots & _ORIGINAL:
+    if any(roots.intersection(family.original_blocks) for family in FAMILIES):
         prefix = DENOISER
     elif roots & _TRANSFORMER:
         prefix = "transformer."
-    elif roots & _UNET:
-        prefix = "unet."
+    else:
+        told = (f for f in FAMILIES if roots.intersection(f.library_blocks))
+        prefix = next((f"{family.component}." for family in told), "")
     return {name: _canonical(name, prefix) for name in names}
 
 

@@ -17,6 +17,7 @@ from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
 
 from afa.denoisers.architecture import with_defaults
+from afa.denoisers.kinds import kind_of
 from afa.errors import NO_MODEL, AfaError
 from afa.files import parts_of, read_json
 from afa.machine.damaged import is_own_bug
@@ -52,25 +53,41 @@ def converted(
     if part.startswith("text_encoder"):
         return _encoder_state(tensors, _class_name(part, config), config / part)
     settings = read_json(config / part / "config.json")
-    model_class = library_class(diffusers, _class_name(part, config), diffusers.ModelMixin)
+    model_class = model_class_of(part, config)
     if is_diffusers:
         return dict(tensors)
     if part == "vae":
         return _vae_state(tensors, settings)
-    convert: Any = SINGLE_FILE_LOADABLE_CLASSES[model_class.__name__]["checkpoint_mapping_fn"]
     settings = with_defaults(model_class, settings)
-    if part == "unet":
-        layers = settings["layers_per_block"]
-        if not isinstance(layers, int):
-            if len(set(layers)) != 1:
-                raise AfaError(
-                    f"A single file must have as many layers in every block; '{config}' describes "
-                    f"layers_per_block = {layers}. Use the model as a diffusers folder."
-                )
-            settings["layers_per_block"] = layers[0]
-        tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in tensors.items()}
+    files = kind_of(_pipeline_class(config), config).single_files
+    if files is not None and files.convert is not None:
+        return files.convert(tensors, settings, config)
+    convert: Any = SINGLE_FILE_LOADABLE_CLASSES[model_class.__name__]["checkpoint_mapping_fn"]
     result: dict[str, Tensor] = convert(dict(tensors), config=settings)
     return result
+
+
+def model_class_of(part: str, config: Path) -> Any:
+    """The class of one part of a pipeline: of its kind's denoiser, or of a library.
+
+    Args:
+        part: by its name in the pipeline.
+        config: the pipeline folder that describes it.
+
+    Raises:
+        AfaError: no library has it.
+    """
+    name = _class_name(part, config)
+    if part.startswith("text_encoder"):
+        return library_class(transformers, name, transformers.PreTrainedModel)
+    own = kind_of(_pipeline_class(config), config).family.model_class
+    if name == own.__name__:
+        return own
+    return library_class(diffusers, name, diffusers.ModelMixin)
+
+
+def _pipeline_class(config: Path) -> str:
+    return str(read_json(config / "model_index.json").get("_class_name"))
 
 
 def _class_name(part: str, config: Path) -> str:
@@ -121,7 +138,7 @@ def expected_shapes(part: str, config: Path) -> dict[str, tuple[int, ...]]:
     """
     settings = read_json(config / part / "config.json")
     try:
-        return dict(_expected(_class_name(part, config), json.dumps(settings, sort_keys=True)))
+        return dict(_expected(model_class_of(part, config), json.dumps(settings, sort_keys=True)))
     except NO_MODEL as error:
         if isinstance(error, AfaError) or is_own_bug(error):
             raise
@@ -133,13 +150,11 @@ def expected_shapes(part: str, config: Path) -> dict[str, tuple[int, ...]]:
 
 
 @lru_cache(maxsize=32)
-def _expected(class_name: str, settings: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
+def _expected(model_class: Any, settings: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
     found = json.loads(settings)
     with torch.device("meta"):
-        if hasattr(diffusers, class_name):
-            model_class = library_class(diffusers, class_name, diffusers.ModelMixin)
+        if issubclass(model_class, diffusers.ModelMixin):
             model: Any = model_class.from_config(found)
         else:
-            encoder = library_class(transformers, class_name, transformers.PreTrainedModel)
-            model = encoder(encoder.config_class.from_dict(found))
+            model = model_class(model_class.config_class.from_dict(found))
     return tuple((name, tuple(tensor.shape)) for name, tensor in model.state_dict().items())

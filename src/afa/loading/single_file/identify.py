@@ -6,30 +6,33 @@ The package ships the configuration and the tokenizers of every family's publish
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from afa.denoisers.kinds import Kind
-
 import functools
 import hashlib
 import json
 import shutil
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from afa.denoisers.family import Ambiguous, FileDenoiser
 from afa.denoisers.kinds import kind_of
 from afa.errors import AfaError
 from afa.files import cache_folder, parts_of, read_json, staged, write_atomic
 from afa.loading.prediction import marks_in
 from afa.loading.single_file.accounting import account
-from afa.loading.single_file.layout import PARTS, denoiser_in, kind_name, names_by_part
+from afa.loading.single_file.layout import (
+    denoiser_in,
+    kind_name,
+    layout_of,
+    names_by_part,
+    readable_kinds,
+)
 from afa.loading.weights import Shapes
 
+if TYPE_CHECKING:
+    from afa.denoisers import PipelineKind
+
 __all__ = [
-    "COMMON_NAMES",
-    "PARTS",
     "Ambiguous",
     "Shapes",
     "config_folder",
@@ -40,19 +43,7 @@ __all__ = [
     "refuse_lora",
 ]
 
-#: what people call the text encoders that files leave out
-COMMON_NAMES = {
-    ("Stable Diffusion 3", "text_encoder"): "CLIP-L",
-    ("Stable Diffusion 3", "text_encoder_2"): "CLIP-G",
-    ("Stable Diffusion 3", "text_encoder_3"): "T5-XXL",
-    ("Flux", "text_encoder"): "CLIP-L",
-    ("Flux", "text_encoder_2"): "T5-XXL",
-}
 _LORA = (".lora_up.", ".lora_down.", ".lora_A.", ".lora_B.", ".lora.up.", ".lora.down.")
-
-
-class Ambiguous(AfaError):
-    """Several models look alike, and guessing would draw noise."""
 
 
 def configs() -> list[str]:
@@ -117,8 +108,8 @@ def _digest() -> str:
 
 def config_of(
     shapes: Shapes, source: object, prediction_type: str | None = None, *, own_vae: bool = True
-) -> str:
-    """The name of the shipped configuration that a single file needs, told by its tensors.
+) -> str | Path:
+    """The configuration that a single file needs, told by its tensors; see `SingleFiles`.
 
     Args:
         shapes: of all tensors of the file.
@@ -126,8 +117,7 @@ def config_of(
         prediction_type: what it predicts, where its marker tensors do not say it.
         own_vae: whether its autoencoder is to be used, and must fit.
 
-    A Flux without guidance is taken for schnell, which a dev that lost it may have to be told from:
-    name its configuration.
+    Returns: the name of a shipped one, or a pipeline's folder.
 
     Raises:
         AfaError: the file is of no family that is known, or of an unusual member of one; or it has
@@ -138,7 +128,7 @@ def config_of(
     found = denoiser_in(shapes)
     if found is None:
         raise AfaError(
-            f"A single file must hold a model in the layout of {', '.join(PARTS)}; '{source}' "
+            f"A single file must hold a model in the layout of {readable_kinds()}; '{source}' "
             f"starts with '{min(shapes, default='nothing')}'. If it is one of a known family, "
             "describe it: config=FOLDER, a diffusers folder of its family."
         )
@@ -147,13 +137,26 @@ def config_of(
         for name, shape in shapes.items()
         if name.startswith(found.prefix)
     }
-    tell = {"Flux": _flux, "Stable Diffusion 3": _sd3}.get(found.kind)
-    if tell is not None:
-        name = tell(bare, found.is_diffusers, source)
-    else:
-        name = _unet(bare, found.is_diffusers, source, shapes, prediction_type)
-    account(shapes, config_folder(name), source, own_vae=own_vae)
-    return name
+    marks = marks_in(shapes)
+    edm = next((mark for mark in marks if mark.is_edm), None)
+    if edm is not None:
+        raise AfaError(
+            f"'{source}' must be described: it predicts on continuous noise levels ({edm.where}), "
+            "which no shipped configuration does, and cannot be mixed with other models. Leave it "
+            "out, or name a diffusers folder of it with an EDM scheduler, config=FOLDER."
+        )
+    told = layout_of(found.kind, source).configuration(
+        FileDenoiser(
+            bare,
+            found.is_diffusers,
+            source,
+            predicts=prediction_type or next((mark.type for mark in marks if mark.type), None),
+            has_zero_snr=any(mark.zero_snr for mark in marks),
+        )
+    )
+    folder = told if isinstance(told, Path) else config_folder(told)
+    account(shapes, folder, source, own_vae=own_vae)
+    return told
 
 
 def refuse_lora(shapes: Shapes, source: object) -> None:
@@ -169,95 +172,6 @@ def refuse_lora(shapes: Shapes, source: object) -> None:
         )
 
 
-def _size(shapes: Shapes, key: str, dimension: int) -> int:
-    """One dimension of a tensor; 0 where there is none."""
-    shape = shapes.get(key, ())
-    return shape[dimension] if len(shape) > dimension else 0
-
-
-def _flux(bare: Shapes, is_diffusers: bool, source: object) -> str:
-    guidance = (
-        "time_text_embed.guidance_embedder.linear_1" if is_diffusers else "guidance_in.in_layer"
-    )
-    name = "flux-dev" if f"{guidance}.weight" in bare else "flux-schnell"
-    width = _size(bare, "x_embedder.weight" if is_diffusers else "img_in.weight", 1)
-    is_other = any("distilled_" in key for key in bare)
-    if width != 64 or is_other:
-        what = "guidance layers of its own" if is_other else f"{width} channels in"
-        raise AfaError(
-            f"'{source}' must be described: it has {what}, where {name} has 64 channels and none. "
-            "Name a diffusers folder of its kind, config=FOLDER."
-        )
-    return name
-
-
-def _sd3(bare: Shapes, is_diffusers: bool, source: object) -> str:
-    start = "transformer_blocks." if is_diffusers else "joint_blocks."
-    depth = len({name.split(".")[1] for name in bare if name.startswith(start)})
-    known = {
-        (24, 192**2): "stable-diffusion-3-medium",
-        (24, 384**2): "stable-diffusion-3.5-medium",
-        (38, 192**2): "stable-diffusion-3.5-large",
-    }
-    positions = _size(bare, "pos_embed.pos_embed" if is_diffusers else "pos_embed", 1)
-    if (depth, positions) not in known:
-        raise AfaError(
-            f"'{source}' must be described: a Stable Diffusion 3 of {depth} blocks and {positions} "
-            "positions is none of the published ones. Name a diffusers folder, config=FOLDER."
-        )
-    return known[depth, positions]
-
-
-def _unet(
-    bare: Shapes, is_diffusers: bool, source: object, shapes: Shapes, prediction_type: str | None
-) -> str:
-    if is_diffusers:
-        first, added = "conv_in.weight", "add_embedding.linear_1.weight"
-        attention = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
-    else:
-        first, added = "input_blocks.0.0.weight", "label_emb.0.0.weight"
-        attention = "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
-    channels, pooled = _size(bare, first, 1), _size(bare, added, 1)
-    width = _size(bare, attention, 1)
-    known = {
-        (0, 768, 4): "stable-diffusion-1.5",
-        (0, 768, 9): "stable-diffusion-1.5-inpainting",
-        (0, 1024, 9): "stable-diffusion-2-inpainting",
-        (2816, 0, 4): "stable-diffusion-xl",
-        (2816, 0, 9): "stable-diffusion-xl-inpainting",
-        (2560, 0, 4): "stable-diffusion-xl-refiner",
-    }
-    marks = marks_in(shapes)
-    edm = next((mark for mark in marks if mark.is_edm), None)
-    if edm is not None:
-        raise AfaError(
-            f"'{source}' must be described: it predicts on continuous noise levels ({edm.where}), "
-            "which no shipped configuration does, and cannot be mixed with other models. Leave it "
-            "out, or name a diffusers folder of it with an EDM scheduler, config=FOLDER."
-        )
-    predicts = prediction_type or next((mark.type for mark in marks if mark.type), None)
-    if (pooled, width, channels) == (0, 1024, 4):
-        if predicts is None:
-            raise Ambiguous(
-                f"'{source}' must be described: it may be of stable-diffusion-2, which predicts "
-                "velocity, or of stable-diffusion-2-base, which predicts noise, and no tensor "
-                "tells. Name the right one: config=stable-diffusion-2."
-            )
-        return "stable-diffusion-2" if predicts == "v_prediction" else "stable-diffusion-2-base"
-    name = known.get((pooled, width, channels))
-    if name is None:
-        raise AfaError(
-            f"'{source}' must be described: a U-Net with {channels} channels, text of width "
-            f"{width} and {pooled} pooled is none of the published ones. Name a diffusers folder "
-            "of its kind, config=FOLDER."
-        )
-    # velocity to zero terminal SNR; `afa.loading.prediction` changes the scheduler for others
-    is_zero_snr = any(mark.zero_snr for mark in marks)
-    if name == "stable-diffusion-xl" and predicts == "v_prediction" and is_zero_snr:
-        return "stable-diffusion-xl-v"
-    return name
-
-
 # -- what a file leaves out -------------------------------------------------------------------
 
 
@@ -268,13 +182,12 @@ def missing_parts(shapes: Shapes, config: Path) -> list[str]:
         shapes: of all tensors of the file.
         config: the pipeline folder that describes it.
     """
-    index = read_json(config / "model_index.json")
-    kind = kind_of(str(index.get("_class_name")), config).name
-    named, found = parts_of(index), names_by_part(shapes, kind)
-    return [part for part in PARTS[kind] if part in named and part not in found]
+    kind = described_kind(config)
+    named, found = parts_of(read_json(config / "model_index.json")), names_by_part(shapes, kind)
+    return [part for part in kind.file_parts if part in named and part not in found]
 
 
-def described_kind(folder: Path) -> Kind:
+def described_kind(folder: Path) -> PipelineKind:
     """Of the pipeline that a folder describes."""
     index = read_json(folder / "model_index.json")
     return kind_of(str(index.get("_class_name")), folder)

@@ -2,55 +2,27 @@
 
 A denoiser comes in the layout of the original code, behind `model.diffusion_model.`, behind
 `diffusion_model.` or bare, or in the layout of diffusers. Text encoders and autoencoders come
-behind the prefixes in `PARTS`.
+behind prefixes that their kind of pipeline says; see `afa.denoisers.SingleFiles`.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from afa.denoisers.family import COMPONENTS
+from afa.denoisers.kinds import kinds
+from afa.errors import AfaError
 from afa.loading.weights import Shapes
 
-_VAE = ("first_stage_model.", "vae.")
-#: kind of pipeline -> its part -> the prefixes of that part's tensors in whole checkpoints
-PARTS: dict[str, dict[str, tuple[str, ...]]] = {
-    "Stable Diffusion": {
-        "unet": ("model.diffusion_model.",),
-        "text_encoder": ("cond_stage_model.",),
-        "vae": _VAE,
-    },
-    "Stable Diffusion XL": {
-        "unet": ("model.diffusion_model.",),
-        "text_encoder": ("conditioner.embedders.0.transformer.",),
-        "text_encoder_2": ("conditioner.embedders.1.model.", "conditioner.embedders.0.model."),
-        "vae": _VAE,
-    },
-    "Stable Diffusion 3": {
-        "transformer": ("model.diffusion_model.", "joint_blocks."),
-        "text_encoder": ("text_encoders.clip_l.",),
-        "text_encoder_2": ("text_encoders.clip_g.",),
-        "text_encoder_3": ("text_encoders.t5xxl.",),
-        "vae": _VAE,
-    },
-    "Flux": {
-        "transformer": ("model.diffusion_model.", "double_blocks."),
-        "text_encoder": ("text_encoders.clip_l.",),
-        "text_encoder_2": ("text_encoders.t5xxl.",),
-        "vae": _VAE,
-    },
-}
-DENOISERS = ("unet", "transformer")
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from afa.denoisers import PipelineKind, SingleFiles
+
 _ORIGINAL_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
-_DIFFUSERS_PREFIXES = ("", "unet.", "transformer.")
-#: prefixes of parts other than the denoiser, in any kind of file
-_OTHERS = tuple(
-    start
-    for parts in PARTS.values()
-    for part, starts in parts.items()
-    if part not in DENOISERS
-    for start in starts
-)
+_DIFFUSERS_PREFIXES = ("", *(f"{component}." for component in COMPONENTS))
 #: scalars that say what a model predicts; `afa.loading.prediction` reads them
 MARKERS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
 #: tensors that change no picture, with the reason that `afa inspect` shows
@@ -84,53 +56,72 @@ class Denoiser:
     """How a file holds its denoiser.
 
     Attributes:
-        kind: the kind of pipeline, as in `PARTS`.
+        kind: the kind of pipeline.
         prefix: before the names of its tensors.
         is_diffusers: whether the names are those of diffusers, not of the original code.
     """
 
-    kind: str
+    kind: PipelineKind
     prefix: str
     is_diffusers: bool = False
 
 
+def layouts() -> dict[PipelineKind, SingleFiles]:
+    """How single files look, by their kind of pipeline."""
+    return {kind: kind.single_files for kind in kinds() if kind.single_files is not None}
+
+
+def readable_kinds() -> str:
+    """The names of the kinds of pipelines that are read from single files, for messages."""
+    return ", ".join(kind.name for kind in layouts())
+
+
+def layout_of(kind: PipelineKind, source: object) -> SingleFiles:
+    """How single files of a kind look.
+
+    Raises:
+        AfaError: they are not read.
+    """
+    if kind.single_files is None:
+        raise AfaError(
+            f"Single files are read of {readable_kinds()}; '{source}' is described as a "
+            f"{kind.name} model. Save it as a diffusers folder."
+        )
+    return kind.single_files
+
+
 def denoiser_in(shapes: Shapes) -> Denoiser | None:
     """The denoiser of a file, whatever its size; None where the file holds none."""
+    original = {kind: files.original for kind, files in layouts().items()}
     for start in _ORIGINAL_PREFIXES:
-        if any(name.startswith(f"{start}double_blocks.") for name in shapes):
-            return Denoiser("Flux", start)
-        if any(name.startswith(f"{start}joint_blocks.") for name in shapes):
-            return Denoiser("Stable Diffusion 3", start)
-        if f"{start}input_blocks.0.0.weight" in shapes:
-            is_xl = f"{start}label_emb.0.0.weight" in shapes
-            return Denoiser("Stable Diffusion XL" if is_xl else "Stable Diffusion", start)
+        kind = _told(shapes, start, original)
+        if kind is not None:
+            return Denoiser(kind, start)
+    diffusers = {kind: files.diffusers for kind, files in layouts().items()}
     for start in _DIFFUSERS_PREFIXES:
-        kind = _diffusers_kind(shapes, start)
+        kind = _told(shapes, start, diffusers)
         if kind is not None:
             return Denoiser(kind, start, is_diffusers=True)
     return None
 
 
-def _diffusers_kind(shapes: Shapes, start: str) -> str | None:
-    def has(*names: str) -> bool:
-        return all(f"{start}{name}" in shapes for name in names)
+def _told(
+    shapes: Shapes, start: str, marks: Mapping[PipelineKind, tuple[str, ...]]
+) -> PipelineKind | None:
+    """The kind that has the most marks, of those of which a file has all of them."""
 
-    # the last blocks tell a U-Net from a ControlNet, which has the first ones alone
-    if has(
-        "conv_in.weight", "time_embedding.linear_1.weight", "up_blocks.0.resnets.0.conv1.weight"
-    ):
-        is_xl = has("add_embedding.linear_1.weight")
-        return "Stable Diffusion XL" if is_xl else "Stable Diffusion"
-    if has("pos_embed.proj.weight", "transformer_blocks.0.norm1_context.linear.weight"):
-        return "Stable Diffusion 3"
-    is_flux = has("x_embedder.weight", "transformer_blocks.0.norm1_context.linear.weight")
-    return "Flux" if is_flux else None
+    def has(mark: str) -> bool:
+        name = f"{start}{mark}"
+        return any(n.startswith(name) for n in shapes) if mark.endswith(".") else name in shapes
+
+    fitting = [kind for kind, names in marks.items() if names and all(map(has, names))]
+    return max(fitting, key=lambda kind: len(marks[kind]), default=None)
 
 
 def kind_name(shapes: Shapes) -> str | None:
     """The kind of pipeline whose denoiser a file holds, whatever its size; None without one."""
     found = denoiser_in(shapes)
-    return None if found is None else found.kind
+    return None if found is None else found.kind.name
 
 
 def harmless(name: str) -> str | None:
@@ -138,39 +129,36 @@ def harmless(name: str) -> str | None:
     return next((why for pattern, why in HARMLESS if pattern.fullmatch(name)), None)
 
 
-def names_by_part(shapes: Shapes, kind: str) -> dict[str, dict[str, str]]:
+def names_by_part(shapes: Shapes, kind: PipelineKind) -> dict[str, dict[str, str]]:
     """Every tensor under the part that it belongs to.
 
     Args:
         shapes: of all tensors of a file.
-        kind: of the pipeline that the file is read as, as in `PARTS`.
+        kind: of the pipeline that the file is read as, which has single files.
 
     Returns: part -> name without the part's prefix -> name in the file. Tensors of no part stand
         under an empty name, with their whole names. Parts that the file lacks are left out.
     """
     found: dict[str, dict[str, str]] = {}
     denoiser = denoiser_in(shapes)
-    others = {
-        start: part
-        for part, starts in PARTS[kind].items()
-        if part not in DENOISERS
-        for start in starts
-    }
-    own = next(part for part in PARTS[kind] if part in DENOISERS)
+    others = {start: part for part, starts in layouts()[kind].parts.items() for start in starts}
+    of_others = tuple(
+        start for files in layouts().values() for starts in files.parts.values() for start in starts
+    )
     for name in shapes:
         start = next((start for start in others if name.startswith(start)), None)
         if start is not None:
             part, rest = others[start], name.removeprefix(start)
-        elif denoiser is not None and denoiser.kind == kind and _is_of(name, denoiser):
-            part, rest = own, name.removeprefix(denoiser.prefix)
+        elif denoiser is not None and denoiser.kind is kind and _is_of(name, denoiser, of_others):
+            part, rest = kind.denoiser, name.removeprefix(denoiser.prefix)
         else:
             part, rest = "", name
         found.setdefault(part, {})[rest] = name
     return found
 
 
-def _is_of(name: str, denoiser: Denoiser) -> bool:
+def _is_of(name: str, denoiser: Denoiser, others: tuple[str, ...]) -> bool:
     """Whether a tensor is the denoiser's; of a bare one is all that is nothing else."""
     if denoiser.prefix:
         return name.startswith(denoiser.prefix)
-    return harmless(name) is None and not name.startswith(_OTHERS)
+    return harmless(name) is None and not name.startswith(others)

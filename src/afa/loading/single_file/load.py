@@ -17,7 +17,6 @@ from afa.loading.prediction import Prediction, decide, evidence_of, scheduler_of
 from afa.loading.single_file.accounting import account
 from afa.loading.single_file.autoencoder import load_vae
 from afa.loading.single_file.identify import (
-    PARTS,
     Ambiguous,
     config_folder,
     config_of,
@@ -147,8 +146,8 @@ class Companions:
             config = described_by(self.config)
         else:
             try:
-                name = config_of(shapes, path, prediction_type, own_vae=self.own_vae)
-                return config_folder(name)
+                told = config_of(shapes, path, prediction_type, own_vae=self.own_vae)
+                return described_by(told)
             except Ambiguous:
                 raise
             except AfaError:
@@ -304,7 +303,7 @@ def load_single_file(
     require_denoiser(path, missing, kind)
     parts: dict[str, Any] = _lent_encoders(path, missing, config, companions)
     named = parts_of(read_json(config / "model_index.json"))
-    inside = [n for n in PARTS[kind.name] if n in named and n not in missing]
+    inside = [n for n in kind.file_parts if n in named and n not in missing]
     if not with_vae and "vae" in inside:
         inside.remove("vae")
     with loading_model(path, f"Is it a whole checkpoint of the family that '{config}' describes?"):

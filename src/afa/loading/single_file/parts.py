@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import diffusers
 import torch
 import transformers
 from diffusers import AutoencoderKL
@@ -15,8 +14,13 @@ from afa.errors import AfaError
 from afa.files import parts_of, read_json
 from afa.loading.components import require_complete
 from afa.loading.single_file.accounting import account_part
-from afa.loading.single_file.conversion import PROJECTION, converted, expected_shapes
-from afa.loading.single_file.layout import DENOISERS, denoiser_in, harmless, names_by_part
+from afa.loading.single_file.conversion import (
+    PROJECTION,
+    converted,
+    expected_shapes,
+    model_class_of,
+)
+from afa.loading.single_file.layout import denoiser_in, harmless, names_by_part
 from afa.loading.weights import check_safetensors, tensor_shapes
 from afa.machine.library import library_class
 
@@ -50,18 +54,19 @@ def read_parts(
     """
     shapes = tensor_shapes(path)
     index = read_json(config / "model_index.json")
-    found = names_by_part(shapes, kind_of(str(index.get("_class_name")), config).name)
+    kind = kind_of(str(index.get("_class_name")), config)
+    found = names_by_part(shapes, kind)
     denoiser = denoiser_in(shapes)
     read = {}
     for part in parts:
-        is_diffusers = part in DENOISERS and denoiser is not None and denoiser.is_diffusers
+        is_diffusers = part == kind.denoiser and denoiser is not None and denoiser.is_diffusers
         tensors = read_tensors(path, found[part])
         state = converted(part, tensors, config, is_diffusers=is_diffusers)
-        class_name = parts_of(index)[part]
         if part.startswith("text_encoder"):
+            class_name = parts_of(index)[part]
             read[part] = encoder_from(state, class_name, config / part, path, dtype)
         else:
-            model_class = library_class(diffusers, class_name, diffusers.ModelMixin)
+            model_class = model_class_of(part, config)
             read[part] = _model_from(state, model_class, part, config, path, dtype)
     return read
 
@@ -85,9 +90,13 @@ def _model_from(
     require_complete([name for name in expected if name not in state], path)
     # exactly the model's own names, which the library then takes as they are
     own = {name: state[name] for name in expected}
-    model = model_class.from_single_file(
-        own, config=str(config), subfolder=part, torch_dtype=dtype, local_files_only=True
-    )
+    if hasattr(model_class, "from_single_file"):
+        model = model_class.from_single_file(
+            own, config=str(config), subfolder=part, torch_dtype=dtype, local_files_only=True
+        )
+    else:
+        model = model_class.from_config(read_json(config / part / "config.json")).to(dtype)
+        model.load_state_dict(own)
     require_complete([name for name, p in model.named_parameters() if p.is_meta], path)
     return model.eval()
 

@@ -10,8 +10,8 @@ from afa.files import parts_of, read_json
 from afa.loading.components import load_text_encoder, loading_model
 from afa.loading.single_file.accounting import account, account_part
 from afa.loading.single_file.conversion import converted
-from afa.loading.single_file.identify import COMMON_NAMES, described_kind, kind_name, missing_parts
-from afa.loading.single_file.layout import harmless
+from afa.loading.single_file.identify import described_kind, kind_name, missing_parts
+from afa.loading.single_file.layout import harmless, layout_of
 from afa.loading.single_file.parts import encoder_from, read_parts, read_tensors, vae_names
 from afa.loading.weights import refuse_quantised, tensor_shapes
 
@@ -20,11 +20,8 @@ if TYPE_CHECKING:
 
     import torch
 
-    from afa.denoisers.kinds import Kind
+    from afa.denoisers import PipelineKind
     from afa.loading.single_file.identify import Shapes
-
-#: left out of many files of that kind, which then draw without it
-OPTIONAL = {("Stable Diffusion 3", "text_encoder_3")}
 
 
 def fitting_encoders(path: Path, config: Path) -> list[str]:
@@ -101,7 +98,7 @@ def has_autoencoder(path: Path, config: Path) -> bool:
     return kind_name(shapes) in (None, kind) and bool(vae_names(shapes))
 
 
-def require_denoiser(path: Path, missing: Sequence[str], kind: Kind) -> None:
+def require_denoiser(path: Path, missing: Sequence[str], kind: PipelineKind) -> None:
     """Refuse a file without a denoiser.
 
     Args:
@@ -119,7 +116,7 @@ def require_denoiser(path: Path, missing: Sequence[str], kind: Kind) -> None:
         )
 
 
-def require_encoders(path: Path, kind: Kind, absent: Sequence[str]) -> None:
+def require_encoders(path: Path, kind: PipelineKind, absent: Sequence[str]) -> None:
     """Refuse a file without its text encoders, but for optional ones.
 
     Args:
@@ -130,9 +127,10 @@ def require_encoders(path: Path, kind: Kind, absent: Sequence[str]) -> None:
     Raises:
         AfaError: names those that are needed.
     """
-    wanted = [name for name in absent if (kind.name, name) not in OPTIONAL]
+    files = layout_of(kind, path)
+    wanted = [name for name in absent if name not in files.optional]
     if wanted:
-        common = [COMMON_NAMES.get((kind.name, name)) for name in wanted]
+        common = [files.common_names.get(name) for name in wanted]
         named = [
             name if known is None else f"{name} ({known})"
             for name, known in zip(wanted, common, strict=True)

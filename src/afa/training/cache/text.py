@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from afa.denoisers.conditions import options_of
-from afa.denoisers.kinds import denoiser_of
+from afa.denoisers.kinds import denoiser_of, options_of
 from afa.ensemble.text import EnsembleTextEncoder, configuration_of, hash_weights
 from afa.provenance import releases
 from afa.training.cache.files import (

@@ -1,4 +1,4 @@
-"""Which site each parameter of a U-Net works for, in the names of diffusers and the original code.
+"""Names of a U-Net's parameters in diffusers and in the original code, and the sites they work for.
 
 A site stands for the layer that makes its feature: Stable Diffusion 1.x and 2.x have 25, which are
 the blocks IN00..IN11, M00, OUT00..OUT11 of the web UIs' block-weighted merges, in that order.
@@ -7,10 +7,15 @@ the blocks IN00..IN11, M00, OUT00..OUT11 of the web UIs' block-weighted merges, 
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from typing import TYPE_CHECKING
 
+from afa.denoisers.original_names import Rows
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
+
+    from afa.denoisers.original_names import OriginalName
 
 # what turns timestep, labels and picture into the first feature
 _FIRST = (
@@ -116,3 +121,76 @@ def _original_places(names: list[str]) -> dict[str, str]:
         places[f"output_blocks.{number}."] = "conv_out" if is_last else f"up.{block}.{layer}"
         block, layer = (block + 1, 0) if number in grows else (block, layer + 1)
     return places
+
+
+# -- layers in the original code --------------------------------------------------------------
+
+_UNET = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+    "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.1": "middle_block.2",
+}
+_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+
+
+def original_layers(layers: list[str]) -> Iterator[OriginalName]:
+    """The layers under the names of the original code.
+
+    Blocks are numbered through: one for each resnet, and on the way down for each scale.
+
+    Args:
+        layers: the library's names of a U-Net's layers.
+    """
+    members: defaultdict[str, set[str]] = defaultdict(set)
+    for layer in layers:
+        side, *rest = layer.split(".")
+        if side in ("down_blocks", "up_blocks") and len(rest) > 2:
+            members[f"{side}.{rest[0]}"].add(f"{rest[1]}.{rest[2]}")
+    places, number = dict(_UNET), 1
+    for block in _numbered(members, "down_blocks"):
+        for n in range(_count(members[block], "resnets")):
+            places[f"{block}.resnets.{n}"] = f"input_blocks.{number}.0"
+            places[f"{block}.attentions.{n}"] = f"input_blocks.{number}.1"
+            number += 1
+        if "downsamplers.0" in members[block]:
+            places[f"{block}.downsamplers.0.conv"] = f"input_blocks.{number}.0.op"
+            number += 1
+    number = 0
+    for block in _numbered(members, "up_blocks"):
+        for n in range(_count(members[block], "resnets")):
+            places[f"{block}.resnets.{n}"] = f"output_blocks.{number}.0"
+            places[f"{block}.attentions.{n}"] = f"output_blocks.{number}.1"
+            number += 1
+        after = 2 if _count(members[block], "attentions") else 1
+        places[f"{block}.upsamplers.0.conv"] = f"output_blocks.{number - 1}.{after}.conv"
+    for layer in layers:
+        for place, original in places.items():
+            if layer == place:
+                yield original, (Rows(layer),)
+            elif layer.startswith(f"{place}."):
+                inner = layer.removeprefix(f"{place}.")
+                inner = _RESNET.get(inner, inner) if ".resnets." in place else inner
+                yield f"{original}.{inner}", (Rows(layer),)
+
+
+def _numbered(members: dict[str, set[str]], side: str) -> list[str]:
+    count = sum(block.startswith(f"{side}.") for block in members)
+    return [f"{side}.{n}" for n in range(count)]
+
+
+def _count(members: set[str], kind: str) -> int:
+    return sum(member.startswith(f"{kind}.") for member in members)

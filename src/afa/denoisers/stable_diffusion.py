@@ -1,0 +1,195 @@
+"""Stable Diffusion 1.x, 2.x and XL: the pipelines, prompts and single files of U-Nets."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from afa.denoisers.family import (
+    VAE_PREFIXES,
+    Ambiguous,
+    Conditioning,
+    FileDenoiser,
+    PipelineKind,
+    SingleFiles,
+)
+from afa.errors import AfaError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from afa.denoisers.family import Conditions, Shapes
+
+# -- prompts ----------------------------------------------------------------------------------
+
+
+def _encode_sd(pipeline: Any, captions: list[str]) -> dict[str, Tensor]:
+    return {"text": pipeline.encode_prompt(captions, pipeline.text_encoder.device, 1, False)[0]}
+
+
+def _predict_sd(
+    pipeline: Any, denoiser: Any, noisy: Tensor, timestep: Tensor, conditions: Conditions
+) -> Tensor:
+    del pipeline
+    text = conditions["text"]
+    return denoiser(noisy.to(text.dtype), timestep, text, return_dict=False)[0]
+
+
+def _encode_xl(pipeline: Any, captions: list[str]) -> dict[str, Tensor]:
+    text, _, pooled, _ = pipeline.encode_prompt(
+        captions,
+        device=pipeline.text_encoder_2.device,
+        num_images_per_prompt=1,
+        do_classifier_free_guidance=False,
+    )
+    if pipeline.config.force_zeros_for_empty_prompt:  # so does the pipeline without a prompt
+        empty = torch.tensor([not caption for caption in captions], device=text.device)
+        text = text.masked_fill(empty[:, None, None], 0)
+        pooled = pooled.masked_fill(empty[:, None], 0)
+    return {"text": text, "pooled": pooled}
+
+
+def _predict_xl(
+    pipeline: Any, denoiser: Any, noisy: Tensor, timestep: Tensor, conditions: Conditions
+) -> Tensor:
+    del pipeline
+    text = conditions["text"]
+    added = {"text_embeds": conditions["pooled"], "time_ids": conditions["sizes"].to(text.dtype)}
+    return denoiser(
+        noisy.to(text.dtype), timestep, text, added_cond_kwargs=added, return_dict=False
+    )[0]
+
+
+# -- single files -----------------------------------------------------------------------------
+
+
+def _configuration(file: FileDenoiser) -> str:
+    """Told by the channels of the latent, the width of the text and of the pooled text."""
+    first, added = "input_blocks.0.0.weight", "label_emb.0.0.weight"
+    attention = "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+    if file.is_diffusers:
+        first, added = "conv_in.weight", "add_embedding.linear_1.weight"
+        attention = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+    channels, pooled, width = file.size(first, 1), file.size(added, 1), file.size(attention, 1)
+    known = {
+        (0, 768, 4): "stable-diffusion-1.5",
+        (0, 768, 9): "stable-diffusion-1.5-inpainting",
+        (0, 1024, 9): "stable-diffusion-2-inpainting",
+        (2816, 0, 4): "stable-diffusion-xl",
+        (2816, 0, 9): "stable-diffusion-xl-inpainting",
+        (2560, 0, 4): "stable-diffusion-xl-refiner",
+    }
+    if (pooled, width, channels) == (0, 1024, 4):
+        if file.predicts is None:
+            raise Ambiguous(
+                f"'{file.source}' must be described: it may be of stable-diffusion-2, which "
+                "predicts velocity, or of stable-diffusion-2-base, which predicts noise, and no "
+                "tensor tells. Name the right one: config=stable-diffusion-2."
+            )
+        is_velocity = file.predicts == "v_prediction"
+        return "stable-diffusion-2" if is_velocity else "stable-diffusion-2-base"
+    name = known.get((pooled, width, channels))
+    if name is None:
+        raise AfaError(
+            f"'{file.source}' must be described: a U-Net with {channels} channels, text of width "
+            f"{width} and {pooled} pooled is none of the published ones. Name a diffusers folder "
+            "of its kind, config=FOLDER."
+        )
+    # velocity to zero terminal SNR; `afa.loading.prediction` changes the scheduler for others
+    if name == "stable-diffusion-xl" and file.predicts == "v_prediction" and file.has_zero_snr:
+        return "stable-diffusion-xl-v"
+    return name
+
+
+def _convert(
+    tensors: Mapping[str, Tensor], settings: dict[str, Any], folder: Path
+) -> dict[str, Tensor]:
+    """By diffusers' conversion, which reads the prefix and one number of layers."""
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    layers = settings["layers_per_block"]
+    if not isinstance(layers, int):
+        if len(set(layers)) != 1:
+            raise AfaError(
+                f"A single file must have as many layers in every block; '{folder}' describes "
+                f"layers_per_block = {layers}. Use the model as a diffusers folder."
+            )
+        settings["layers_per_block"] = layers[0]
+    prefixed = {f"model.diffusion_model.{name}": tensor for name, tensor in tensors.items()}
+    result: dict[str, Tensor] = convert_ldm_unet_checkpoint(prefixed, config=settings)
+    return result
+
+
+#: of this one, which may predict noise or velocity, no tensor tells which
+STABLE_DIFFUSION_2 = "Stable Diffusion 2.x"
+_CONTEXT = re.compile(r".*\.attn2\.to_k\.weight")
+_VARIANTS = {
+    (False, 768): "Stable Diffusion 1.x",
+    (False, 1024): STABLE_DIFFUSION_2,
+    (True, 2048): "Stable Diffusion XL",
+    (True, 1280): "Stable Diffusion XL refiner",
+}
+
+
+def unet_variant(shapes: Shapes) -> str | None:
+    """The words of people for a U-Net, by the widths of the texts that it reads."""
+    if not any(name in shapes for name in ("input_blocks.0.0.weight", "conv_in.weight")):
+        return None
+    widths = [shape[1] for name, shape in shapes.items() if _CONTEXT.fullmatch(name)]
+    pooled = ("label_emb.0.0.weight", "add_embedding.linear_1.weight")
+    is_pooled, width = any(name in shapes for name in pooled), max(widths, default=0)
+    kind = STABLE_DIFFUSION_XL if is_pooled else STABLE_DIFFUSION
+    return _VARIANTS.get((is_pooled, width), f"{kind.name} with text of width {width}")
+
+
+# the last blocks tell a U-Net from a ControlNet, which has the first ones alone
+_ORIGINAL = ("input_blocks.0.0.weight",)
+_DIFFUSERS = (
+    "conv_in.weight",
+    "time_embedding.linear_1.weight",
+    "up_blocks.0.resnets.0.conv1.weight",
+)
+_BLOCKS = {r".+\.transformer_blocks\.\d+": "attention layers"}
+
+STABLE_DIFFUSION = PipelineKind(
+    name="Stable Diffusion",
+    pipelines=("StableDiffusionPipeline",),
+    others=("StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"),
+    text=("text_encoder",),
+    conditioning=Conditioning(_encode_sd, _predict_sd),
+    single_files=SingleFiles(
+        configuration=_configuration,
+        parts={"text_encoder": ("cond_stage_model.",), "vae": VAE_PREFIXES},
+        original=_ORIGINAL,
+        diffusers=_DIFFUSERS,
+        blocks=_BLOCKS,
+        convert=_convert,
+    ),
+    gives_latent=True,
+)
+STABLE_DIFFUSION_XL = PipelineKind(
+    name="Stable Diffusion XL",
+    pipelines=("StableDiffusionXLPipeline",),
+    others=("StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"),
+    text=("text_encoder", "text_encoder_2"),
+    pooled=("text_encoder_2",),
+    conditioning=Conditioning(_encode_xl, _predict_xl),
+    single_files=SingleFiles(
+        configuration=_configuration,
+        parts={
+            "text_encoder": ("conditioner.embedders.0.transformer.",),
+            "text_encoder_2": ("conditioner.embedders.1.model.", "conditioner.embedders.0.model."),
+            "vae": VAE_PREFIXES,
+        },
+        original=(*_ORIGINAL, "label_emb.0.0.weight"),
+        diffusers=(*_DIFFUSERS, "add_embedding.linear_1.weight"),
+        blocks=_BLOCKS,
+        convert=_convert,
+    ),
+    gives_latent=True,
+)
