@@ -44,7 +44,8 @@ if TYPE_CHECKING:
 _FIRST, _SECOND, _T5 = 8, 12, 24  # widths of the text encoders
 
 
-def _clip(tokenizer: Any, width: int, projection: int | None = None) -> Any:
+def tiny_clip(tokenizer: Any, width: int, projection: int | None = None) -> Any:
+    """A text encoder of CLIP for a tokenizer."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -71,7 +72,8 @@ def _t5() -> tuple[Any, Any]:
     return tokenizer, T5EncoderModel(config).eval()
 
 
-def _vae(channels: int) -> AutoencoderKL:
+def tiny_vae(channels: int) -> AutoencoderKL:
+    """An autoencoder that halves the sides."""
     return AutoencoderKL(
         block_out_channels=(4, 8),
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -94,9 +96,9 @@ def tiny_xl(folder: Path) -> StableDiffusionXLPipeline:
         "projection_class_embeddings_input_dim": 10 + 6 * 4,
     }
     return StableDiffusionXLPipeline(
-        vae=_vae(4),
-        text_encoder=_clip(tokenizer, _FIRST),
-        text_encoder_2=_clip(tokenizer, _SECOND, 10),
+        vae=tiny_vae(4),
+        text_encoder=tiny_clip(tokenizer, _FIRST),
+        text_encoder_2=tiny_clip(tokenizer, _SECOND, 10),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         unet=tiny_unet(int(torch.initial_seed()), **config),
@@ -114,9 +116,9 @@ def tiny_refiner(folder: Path) -> StableDiffusionXLImg2ImgPipeline:
         "projection_class_embeddings_input_dim": 10 + 5 * 4,
     }
     return StableDiffusionXLImg2ImgPipeline(
-        vae=_vae(4),
+        vae=tiny_vae(4),
         text_encoder=None,
-        text_encoder_2=_clip(tokenizer, _SECOND, 10),
+        text_encoder_2=tiny_clip(tokenizer, _SECOND, 10),
         tokenizer=None,
         tokenizer_2=tokenizer,
         unet=tiny_unet(int(torch.initial_seed()), **config),
@@ -136,10 +138,10 @@ def tiny_sd3(folder: Path, *, with_t5: bool = True) -> StableDiffusion3Pipeline:
             **{**config, "joint_attention_dim": _T5, "pooled_projection_dim": _FIRST + 6}
         ).eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=_vae(4),
-        text_encoder=_clip(tokenizer, _FIRST, _FIRST),
+        vae=tiny_vae(4),
+        text_encoder=tiny_clip(tokenizer, _FIRST, _FIRST),
         tokenizer=tokenizer,
-        text_encoder_2=_clip(tokenizer, _SECOND, 6),
+        text_encoder_2=tiny_clip(tokenizer, _SECOND, 6),
         tokenizer_2=tokenizer,
         text_encoder_3=t5,
         tokenizer_3=t5_tokenizer,
@@ -153,8 +155,8 @@ def tiny_flux(folder: Path) -> FluxPipeline:
     _, config = TRANSFORMERS["flux"]
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=_vae(4),
-        text_encoder=_clip(tokenizer, _FIRST),
+        vae=tiny_vae(4),
+        text_encoder=tiny_clip(tokenizer, _FIRST),
         tokenizer=tokenizer,
         text_encoder_2=t5,
         tokenizer_2=t5_tokenizer,
@@ -172,7 +174,7 @@ def tiny_pixart(folder: Path) -> PixArtSigmaPipeline:
     return PixArtSigmaPipeline(
         tokenizer=tokenizer,
         text_encoder=t5,
-        vae=_vae(4),
+        vae=tiny_vae(4),
         transformer=PixArtTransformer2DModel(**{**config, "caption_channels": _T5}).eval(),
         scheduler=DPMSolverMultistepScheduler(),
     )
@@ -184,7 +186,7 @@ def tiny_dit(folder: Path) -> DiTPipeline:
     _, config = TRANSFORMERS["dit"]
     return DiTPipeline(
         transformer=DiTTransformer2DModel(**{**config, "num_embeds_ada_norm": 1000}).eval(),
-        vae=_vae(4),
+        vae=tiny_vae(4),
         scheduler=DDIMScheduler(),
         id2label={0: "fox", 1: "pizza"},
     )

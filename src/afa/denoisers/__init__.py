@@ -14,6 +14,7 @@ from afa.denoisers.family import (
     PipelineKind,
     SingleFiles,
     Widths,
+    split_text,
 )
 from afa.denoisers.sites import FAMILIES, Site, discover_sites, family_of, register_family
 
@@ -37,4 +38,5 @@ __all__ = [
     "register_family",
     "run_alone",
     "run_lockstep",
+    "split_text",
 ]

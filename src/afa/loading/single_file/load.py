@@ -147,7 +147,7 @@ class Companions:
         else:
             try:
                 told = config_of(shapes, path, prediction_type, own_vae=self.own_vae)
-                return described_by(told)
+                return told if isinstance(told, Path) else config_folder(told)
             except Ambiguous:
                 raise
             except AfaError:
