@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def main() -> None:
 def recipe(settings: StudySettings, shape: str, seed: int) -> Recipe:
     """The comparison's training with another shape of aggregators."""
     whole = aggregator_recipes(settings)[f"afa-{seed}"]
-    changed = whole.aggregator.model_copy(update=SHAPES[shape])
+    changed = replace(whole.aggregator, **SHAPES[shape])
     return whole.model_copy(update={"aggregator": changed})
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from afa.aggregators import SABWConfig
+from afa.aggregators import SABWSettings
 from afa.errors import AfaError
 from afa.training.recipe import load_recipe
 
@@ -28,8 +28,8 @@ def test_defaults_are_the_papers(tmp_path: Path) -> None:
     aggregator = recipe.aggregator
     assert (aggregator.hidden_size, aggregator.num_layers) == (128, 2)
     assert (aggregator.num_heads, aggregator.norm_num_groups) == (8, 32)
-    # the recipe's section and the class that it stands for have one set of fields and defaults
-    assert SABWConfig(**aggregator.model_dump()) == SABWConfig()
+    assert aggregator == SABWSettings()
+    assert recipe.model_dump()["aggregator"] == vars(SABWSettings())
     training = recipe.training
     assert (training.batch_size, training.learning_rate, training.weight_decay) == (8, 1e-4, 0.01)
     assert (training.num_warmup_steps, training.caption_dropout) == (100, 0.1)
@@ -94,3 +94,19 @@ def test_a_billion_laughs_do_not_fill_the_memory(tmp_path: Path) -> None:
     levels += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12)]
     with pytest.raises(AfaError, match="more than 100000 entries with all its aliases"):
         load_recipe(write(tmp_path, "\n".join(levels)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ("{hidden_siz: 64}", r"unknown key 'aggregator.hidden_siz', did you mean 'hidden_size'\?"),
+        ("{num_experts: 3}", r"unknown key 'aggregator.num_experts'"),
+        ("{hidden_size: 0}", r"'aggregator.hidden_size': input should be greater .* came 0"),
+        ("{hidden_ratio: 0}", r"'aggregator.hidden_ratio': input should be greater than 0, came 0"),
+        ("{sites: some}", r"'aggregator.sites': input should be 'all' or 'conv_out', came 'some'"),
+        ("{hidden_size: 30}", r"hidden_size must be a multiple of num_heads, came 30 and 8"),
+    ],
+)
+def test_settings_of_the_aggregator(settings: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(AfaError, match=said):
+        load_recipe(write(tmp_path, f"{GOOD}\naggregator: {settings}\n"))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from afa.errors import AfaError
@@ -177,11 +179,12 @@ def resolve_sources(section: Model, folder: Path, *keys: str) -> Model:
 def _explain(detail: ErrorDetails, model: type[BaseModel]) -> str:
     loc = detail["loc"]
     # a key that is unknown or missing is itself in no section
-    is_key = detail["type"] in ("extra_forbidden", "missing")
+    is_unknown = detail["type"] in ("extra_forbidden", "unexpected_keyword_argument")
+    is_key = is_unknown or detail["type"] == "missing"
     place, known = _place(loc[:-1] if is_key else loc, model)
     if is_key:
         place = f"{place}.{loc[-1]}".removeprefix(".")
-    if detail["type"] == "extra_forbidden":
+    if is_unknown:
         close = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean '{close[0]}'?" if close else f"known are {', '.join(known)}"
         return f"unknown key '{place}', {hint}"
@@ -208,34 +211,42 @@ def _shown(value: Any) -> str:
     return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN - 3]}..."
 
 
-def _place(loc: tuple[int | str, ...], model: type[BaseModel]) -> tuple[str, list[str]]:
+def _place(loc: tuple[int | str, ...], model: type) -> tuple[str, list[str]]:
     """A place in a recipe as its writer names it, and the keys of the section there."""
     sections, parts = [model], []
     for part in loc:
         if isinstance(part, str):
-            field = next(
-                (s.model_fields[part] for s in sections if part in s.model_fields),
-                None,
-            )
-            if field is None:  # which kind of a section it was taken for, not a key
+            keys = next((keys for s in sections if part in (keys := _keys(s))), None)
+            if keys is None:  # which kind of a section it was taken for, not a key
                 sections = [s for s in sections if part in _tags(s)]
                 continue
-            sections = list(_models_in(field.annotation))
+            sections = list(_sections_in(keys[part].annotation))
         parts.append(str(part))
-    return ".".join(parts), list(sections[0].model_fields) if sections else []
+    return ".".join(parts), list(_keys(sections[0])) if sections else []
 
 
-def _tags(section: type[BaseModel]) -> list[Any]:
+def _keys(section: Any) -> dict[str, FieldInfo]:
+    """The keys of a section, which is a model or a dataclass."""
+    if is_dataclass(section):
+        return {
+            key: FieldInfo.from_annotation(hint) for key, hint in get_type_hints(section).items()
+        }
+    return section.model_fields
+
+
+def _tags(section: type) -> list[Any]:
     """What a union may know a section by: one of its defaults, or its name."""
-    return [section.__name__, *(field.default for field in section.model_fields.values())]
+    return [section.__name__, *(field.default for field in _keys(section).values())]
 
 
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+def _sections_in(annotation: Any) -> Iterator[type]:
     """The sections that an annotation such as `list[Section] | None` allows."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    if isinstance(annotation, type) and (
+        issubclass(annotation, BaseModel) or is_dataclass(annotation)
+    ):
         yield annotation
     for argument in getattr(annotation, "__args__", ()):
-        yield from _models_in(argument)
+        yield from _sections_in(argument)
 
 
 def differing(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:

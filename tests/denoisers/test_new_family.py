@@ -64,7 +64,7 @@ def draw(pipeline: Any) -> np.ndarray:
 
 def test_its_coroutine_is_its_forward_pass() -> None:
     model = Toy().eval()
-    call = {
+    call: dict[str, Any] = {
         "sample": torch.randn(2, 4, 8, 8),
         "timestep": torch.tensor([500.0, 20.0]),
         "encoder_hidden_states": torch.randn(2, 3, 8),
@@ -104,9 +104,13 @@ def test_single_files(is_original: bool, folders: list[Path], tmp_path: Path) ->
         names = {name: name.replace("conv_in.", "stem.") for name in expert}
         expert = {f"model.diffusion_model.{names[name]}": t for name, t in expert.items()}
     encoder = pipeline.text_encoder.encoders[0].state_dict()
-    parts = (("cond_stage_model.transformer.", encoder),)
-    parts += (("first_stage_model.", pipeline.vae.state_dict()),)
-    tensors = expert | {start + name: t for start, part in parts for name, t in part.items()}
+    parts = {
+        "cond_stage_model.transformer.": encoder,
+        "first_stage_model.": pipeline.vae.state_dict(),
+    }
+    tensors = expert | {
+        start + name: t for start, part in parts.items() for name, t in part.items()
+    }
     file = tmp_path / "toy.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
     layout = "original layout" if is_original else "diffusers layout"

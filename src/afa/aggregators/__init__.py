@@ -1,7 +1,7 @@
 """How the features of N experts become one: the fusion rules."""
 
 from afa.aggregators.rule import Condition, Fused, FusionRule, weighted_sum
-from afa.aggregators.sabw import SABW, SABWConfig
+from afa.aggregators.sabw import SABW, SABWConfig, SABWSettings
 from afa.aggregators.simple import Mean, Only, Separate
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Mean",
     "Only",
     "SABWConfig",
+    "SABWSettings",
     "Separate",
     "weighted_sum",
 ]

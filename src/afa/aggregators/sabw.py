@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from pydantic import Field
 from torch import nn
 
 from afa.aggregators.rule import Condition, Fused, FusionRule, weighted_sum
@@ -24,18 +25,21 @@ if TYPE_CHECKING:
 _SITE_FIELDS = ("num_experts", "in_channels", "temb_channels", "text_channels")
 
 
-@dataclass(frozen=True)
-class SABWConfig:
-    """Shape of an aggregator.
+#: a number of things of which there is at least one
+Count = Annotated[int, Field(ge=1)]
 
-    Those from `num_experts` on are properties of a site, which `EnsembleDenoiser` fills in; the
-    others are the user's choice, one for all sites. Defaults are the paper's (AFA, section 4.1)
-    but for `hidden_ratio` and `min_scale`, which are None and 1 there: the paper's aggregator costs
-    the same at every width of the experts, more than they do where they are narrow; this one
-    follows them, and on the emoji scenes its pictures were not told apart from those of the
-    paper's (docs/benchmarks.md). With `sites="conv_out"` they were worse, so set both back there.
-    The switches take away one of the states that the weights depend on (AFA, section 4.4,
-    ablations).
+
+@dataclass(frozen=True)
+class SABWSettings:
+    """What a user chooses of an aggregator, one choice for all sites.
+
+    Recipes and `config.json` of ensemble folders have these keys. Defaults are the paper's (AFA,
+    section 4.1) but for `hidden_ratio` and `min_scale`, which are None and 1 there: the paper's
+    aggregator costs the same at every width of the experts, more than they do where they are
+    narrow; this one follows them, and on the emoji scenes its pictures were not told apart from
+    those of the paper's (docs/benchmarks.md). With `sites="conv_out"` they were worse, so set both
+    back there. The switches take away one of the states that the weights depend on (AFA, section
+    4.4, ablations).
 
     Attributes:
         hidden_size: channels inside, the same at all sites where `hidden_ratio` is None.
@@ -57,29 +61,22 @@ class SABWConfig:
     Raises AfaError: sizes that do not fit each other.
     """
 
-    hidden_size: int = 128
-    num_layers: int = 2
-    num_heads: int = 8
-    norm_num_groups: int = 32
+    hidden_size: Count = 128
+    num_layers: Count = 2
+    num_heads: Count = 8
+    norm_num_groups: Count = 32
     spatial: bool = True
     timestep: bool = True
     prompt: bool = True
     sharing: Literal["none", "width"] = "none"
     sites: Literal["all", "conv_out"] = "all"
-    stride: int = 1
-    hidden_ratio: float | None = 1.0
-    min_scale: int = 2
-    num_experts: int | None = None
-    in_channels: int | None = None
-    temb_channels: int | None = None
-    text_channels: int | None = None
-    width: int | None = None
-    pool: int = 1
+    stride: Count = 1
+    hidden_ratio: Annotated[float, Field(gt=0)] | None = 1.0
+    min_scale: Count = 2
 
     def __post_init__(self) -> None:
-        at_least_one = ("hidden_size", "num_layers", "num_heads", "norm_num_groups", "stride")
-        for name in (*at_least_one, "min_scale"):
-            if getattr(self, name) < 1:
+        for name, written in SABWSettings.__annotations__.items():
+            if written == "Count" and getattr(self, name) < 1:
                 raise AfaError(f"aggregator.{name} must be at least 1, came {getattr(self, name)}.")
         if self.hidden_ratio is not None and not self.hidden_ratio > 0:
             raise AfaError(f"aggregator.hidden_ratio must be above 0, came {self.hidden_ratio}.")
@@ -97,6 +94,31 @@ class SABWConfig:
                 f"came {self.hidden_size} and {self.norm_num_groups}. Choose norm_num_groups = "
                 f"{fitting} or a larger hidden_size."
             )
+
+
+@dataclass(frozen=True)
+class SABWConfig(SABWSettings):
+    """Shape of an aggregator: the user's settings, and the properties of its site.
+
+    `EnsembleDenoiser` fills in the properties of the site; leave them out.
+
+    Attributes:
+        num_experts: that are fused.
+        in_channels: of their features at the site.
+        temb_channels: width of the embedded timestep.
+        text_channels: width of the embedding of a token.
+        width: channels that `hidden_ratio` goes by.
+        pool: how many times smaller the grid of the weights is than the features, per side.
+
+    Raises AfaError: sizes that do not fit each other.
+    """
+
+    num_experts: int | None = None
+    in_channels: int | None = None
+    temb_channels: int | None = None
+    text_channels: int | None = None
+    width: int | None = None
+    pool: int = 1
 
     @property
     def channels(self) -> int:

@@ -152,11 +152,10 @@ def describe_rules(ensemble: EnsembleDenoiser) -> dict[str, Any]:
         if all(_is_of(rule, expected[site]) for site, rule in rules.items()):
             return {
                 "type": "sabw",
-                **{key: getattr(last.config, key) for key in _SIZES},
                 **{
                     key: value
                     for key, absent in ABSENT.items()
-                    if (value := getattr(last.config, key)) != absent
+                    if (value := getattr(last.config, key)) != absent or key in _SIZES
                 },
             }
     kinds = ", ".join(sorted({type(rule).__name__ for rule in rules.values()}))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from afa.aggregators import SABWConfig
+from afa.aggregators import SABWConfig, SABWSettings
 from afa.denoisers import FAMILIES
 from afa.denoisers.kinds import PredictionType
 from afa.errors import AfaError
@@ -41,20 +42,19 @@ class _Reference(_Saved):
     prediction_type: PredictionType | None = None
 
 
-class _Aggregator(_Saved):
+#: what a file means that leaves a setting out: the only way there was when it was written
+ABSENT: dict[str, Any] = {
+    **{field.name: field.default for field in fields(SABWSettings)},
+    "hidden_ratio": None,
+    "min_scale": 1,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rules(SABWSettings):
+    """The fusion rules: SABW of these settings, or the mean."""
+
     type: Literal["sabw", "mean"]
-    hidden_size: int | None = None
-    num_layers: int | None = None
-    num_heads: int | None = None
-    norm_num_groups: int | None = None
-    spatial: bool | None = None
-    timestep: bool | None = None
-    prompt: bool | None = None
-    sharing: Literal["none", "width"] | None = None
-    sites: Literal["all", "conv_out"] | None = None
-    stride: int | None = None
-    hidden_ratio: float | None = None
-    min_scale: int | None = None
 
 
 class _SavedEnsemble(_Saved):
@@ -67,8 +67,13 @@ class _SavedEnsemble(_Saved):
     vae: _Reference | None
     config: str | None
     parts: list[_Reference] = Field(default=[])
-    aggregator: _Aggregator
+    aggregator: _Rules
     sites: list[str]
+
+    @field_validator("aggregator", mode="before")
+    @classmethod
+    def _filled(cls, given: Any) -> Any:
+        return {**ABSENT, **_written(given)} if isinstance(given, dict) else given
 
     @field_validator("family")
     @classmethod
@@ -77,19 +82,6 @@ class _SavedEnsemble(_Saved):
         if name not in known:
             raise ValueError(f"must be one of {', '.join(known)}")
         return name
-
-
-#: what a file means that leaves one out: the only way there was when it was written
-ABSENT: dict[str, Any] = {
-    "spatial": True,
-    "timestep": True,
-    "prompt": True,
-    "sharing": "none",
-    "sites": "all",
-    "stride": 1,
-    "hidden_ratio": None,
-    "min_scale": 1,
-}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -118,7 +110,12 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise AfaError(
             f"'{path}' must be as afa.save_ensemble writes it, but at '{place}': {first['msg']}."
         ) from None
-    return {**saved.model_dump(), "aggregator": saved.aggregator.model_dump(exclude_none=True)}
+    written = _written(config["aggregator"])
+    return {**saved.model_dump(), "aggregator": {k: getattr(saved.aggregator, k) for k in written}}
+
+
+def _written(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if value is not None}
 
 
 def saved_aggregators(saved: dict[str, Any]) -> SABWConfig | None:

@@ -23,7 +23,7 @@ def plan_of_training(recipe: Recipe) -> Plan:
         "training",
         recipe.experts,
         companions_of(recipe, dtype),
-        SABWConfig(**recipe.aggregator.model_dump()),
+        SABWConfig(**vars(recipe.aggregator)),
         recipe.allow_duplicates,
     )
     training = Training(settings.gradient_checkpointing, settings.ema_decay is not None)

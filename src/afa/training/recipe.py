@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from afa.aggregators import SABWSettings
 from afa.errors import AfaError
 from afa.loading.asked import AnyExpert
 from afa.reading import parse_colour
@@ -97,23 +98,6 @@ class DataRecipe(Section):
         if self.dataset is not None and self.dataset.streaming and self.cache is False:
             raise ValueError("must be cached where it is streamed; leave cache out, or streaming")
         return self
-
-
-class AggregatorRecipe(Section):
-    """The shape of SABW; see `afa.SABWConfig`."""
-
-    hidden_size: int = Field(default=128, ge=1)
-    num_layers: int = Field(default=2, ge=1)
-    num_heads: int = Field(default=8, ge=1)
-    norm_num_groups: int = Field(default=32, ge=1)
-    spatial: bool = True
-    timestep: bool = True
-    prompt: bool = True
-    sharing: Literal["none", "width"] = "none"
-    sites: Literal["all", "conv_out"] = "all"
-    stride: int = Field(default=1, ge=1)
-    hidden_ratio: float | None = Field(default=1.0, gt=0)
-    min_scale: int = Field(default=2, ge=1)
 
 
 class TrainingRecipe(Section):
@@ -209,7 +193,7 @@ class Recipe(Section):
     parts: list[str] = Field(default=[])
     allow_duplicates: bool = False
     data: DataRecipe
-    aggregator: AggregatorRecipe = AggregatorRecipe()
+    aggregator: SABWSettings = SABWSettings()
     training: TrainingRecipe
     validation: ValidationRecipe | None = None
     previews: PreviewRecipe | None = None

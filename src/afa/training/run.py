@@ -79,7 +79,7 @@ def train(
     with seeded(settings.seed):
         pipeline = load_pipeline(
             recipe.experts,
-            SABWConfig(**recipe.aggregator.model_dump()),
+            SABWConfig(**vars(recipe.aggregator)),
             vae=recipe.vae,
             config=recipe.config,
             parts=recipe.parts,

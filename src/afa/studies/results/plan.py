@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from afa.aggregators import SABWSettings
 from afa.aggregators.fusion import FUSIONS
 from afa.errors import AfaError
 from afa.studies.zoo_build.evaluate import GUIDANCE_SCALE, NUM_STEPS
 from afa.training.recipe import (
-    AggregatorRecipe,
     DataRecipe,
     Recipe,
     ScenesRecipe,
@@ -135,17 +135,14 @@ FEWER = StudySettings(num_seeds=2, num_own=24, num_tuning=32, curve_steps=(5, 20
 
 def aggregator_recipes(settings: StudySettings, zoo: Zoo = SHIPPED) -> dict[str, Recipe]:
     """Every training of aggregators, by the name of its folder."""
-    sizes = {
-        key: getattr(AGGREGATOR, key)
-        for key in ("hidden_size", "num_layers", "num_heads", "norm_num_groups")
-    }
+    chosen = {field.name: getattr(AGGREGATOR, field.name) for field in fields(SABWSettings)}
 
     def recipe(experts: Sequence[str], seed: int, **switches: Any) -> Recipe:
         return Recipe(
             experts=[zoo.experts[name] for name in experts],
             allow_duplicates=len(set(experts)) < len(experts),
             data=DataRecipe(scenes=scenes(seed)),
-            aggregator=AggregatorRecipe(**sizes, **switches),
+            aggregator=SABWSettings(**{**chosen, **switches}),
             training=training(settings, seed),
         )
 
