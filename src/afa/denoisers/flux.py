@@ -238,7 +238,7 @@ def _predict(
 
     text = conditions["text"]
     batch, channels, height, width = noisy.shape
-    place: dict[str, Any] = {"device": noisy.device, "dtype": text.dtype}
+    options: dict[str, Any] = {"device": noisy.device, "dtype": text.dtype}
     guidance = None
     if pipeline.transformer.config.guidance_embeds:
         guidance = torch.full((batch,), _GUIDANCE, device=noisy.device)
@@ -249,8 +249,8 @@ def _predict(
         encoder_hidden_states=text,
         pooled_projections=conditions["pooled"],
         timestep=(timestep / _TIMESTEP_DIVISOR).to(text.dtype),
-        img_ids=FluxPipeline._prepare_latent_image_ids(batch, height // 2, width // 2, **place),
-        txt_ids=torch.zeros(text.shape[1], 3, **place),
+        img_ids=FluxPipeline._prepare_latent_image_ids(batch, height // 2, width // 2, **options),
+        txt_ids=torch.zeros(text.shape[1], 3, **options),
         guidance=guidance,
         return_dict=False,
     )[0]

@@ -49,10 +49,10 @@ def check_unet(unet: UNet2DConditionModel) -> None:
     kinds = [(f"down_blocks.{i}", b, _LAYERED_DOWN) for i, b in enumerate(unet.down_blocks)]
     kinds += [("mid_block", unet.mid_block, _MID)] if unet.mid_block is not None else []
     kinds += [(f"up_blocks.{i}", b, _LAYERED_UP) for i, b in enumerate(unet.up_blocks)]
-    for place, block, known in kinds:
+    for name, block, known in kinds:
         if type(block).__name__ not in known:
             raise AfaError(
-                f"A U-Net's blocks must be among {', '.join(known)} to be taken apart; {place} is "
+                f"A U-Net's blocks must be among {', '.join(known)} to be taken apart; {name} is "
                 f"a {type(block).__name__}. Use experts of the Stable Diffusion family."
             )
 

@@ -54,7 +54,7 @@ def parameter_sites(names: Iterable[str]) -> dict[str, str]:
     Returns: name -> site; parameters that work for no site are left out.
     """
     names = list(names)
-    places = {**_diffusers_places(names), **_original_places(names)}
+    by_layer = {**_library_sites(names), **_original_sites(names)}
     sites = {}
     for name in names:
         root = name.split(".", 1)[0]
@@ -65,7 +65,7 @@ def parameter_sites(names: Iterable[str]) -> dict[str, str]:
         elif root in _MIDDLE:
             sites[name] = "mid"
         elif match := next(filter(None, (pattern.match(name) for pattern in _NUMBERED)), None):
-            sites[name] = places[match.group()]
+            sites[name] = by_layer[match.group()]
     return sites
 
 
@@ -73,54 +73,54 @@ def ordered_sites(sites: Iterable[str]) -> list[str]:
     """Site names without repetition, in the order in which a U-Net comes to them."""
     ends = {"conv_in": 0, "down": 1, "mid": 2, "up": 3, "conv_out": 4}
 
-    def place(site: str) -> tuple[int, ...]:
+    def order(site: str) -> tuple[int, ...]:
         kind, *numbers = site.split(".")
         # a block's downsampler comes after its layers
         return (ends[kind], *(int(n) if n.isdigit() else len(site) + 10**6 for n in numbers))
 
-    return sorted(set(sites), key=place)
+    return sorted(set(sites), key=order)
 
 
-def _diffusers_places(names: list[str]) -> dict[str, str]:
+def _library_sites(names: list[str]) -> dict[str, str]:
     """`down_blocks.0.resnets.0.` and the like -> site."""
-    places: dict[str, str] = {}
+    sites: dict[str, str] = {}
     up_layers: dict[int, int] = {}
     for match in filter(None, map(_LAYER.match, names)):
         side, block, layer = match[1], int(match[2]), int(match[3])
-        places[match.group()] = f"{side}.{block}.{layer}"
+        sites[match.group()] = f"{side}.{block}.{layer}"
         if side == "up":
             up_layers[block] = max(layer, up_layers.get(block, 0))
     for match in filter(None, map(_DOWNSAMPLER.match, names)):
-        places[match.group()] = f"down.{match[1]}.downsample"
+        sites[match.group()] = f"down.{match[1]}.downsample"
     for match in filter(None, map(_UPSAMPLER.match, names)):
-        places[match.group()] = f"up.{match[1]}.{up_layers.get(int(match[1]), 0)}"
+        sites[match.group()] = f"up.{match[1]}.{up_layers.get(int(match[1]), 0)}"
     last_block = max(up_layers, default=0)
     last = f"up.{last_block}.{up_layers.get(last_block, 0)}"
-    return {place: "conv_out" if site == last else site for place, site in places.items()}
+    return {layer: "conv_out" if site == last else site for layer, site in sites.items()}
 
 
-def _original_places(names: list[str]) -> dict[str, str]:
+def _original_sites(names: list[str]) -> dict[str, str]:
     """`input_blocks.7.` and the like -> site; blocks are told apart by where the size changes."""
     numbers: dict[str, set[int]] = {"input": set(), "output": set()}
     for match in filter(None, map(_ORIGINAL.match, names)):
         numbers[match[1]].add(int(match[2]))
     shrinks = {int(m[1]) for m in map(_ORIGINAL_DOWNSAMPLER.match, names) if m}
     grows = {int(m[1]) for m in map(_ORIGINAL_UPSAMPLER.match, names) if m}
-    places = {"input_blocks.0.": "conv_in"}
+    sites = {"input_blocks.0.": "conv_in"}
     block = layer = 0
     for number in sorted(numbers["input"] - {0}):
         if number in shrinks:
-            places[f"input_blocks.{number}."] = f"down.{block}.downsample"
+            sites[f"input_blocks.{number}."] = f"down.{block}.downsample"
             block, layer = block + 1, 0
         else:
-            places[f"input_blocks.{number}."] = f"down.{block}.{layer}"
+            sites[f"input_blocks.{number}."] = f"down.{block}.{layer}"
             layer += 1
     block = layer = 0
     for number in sorted(numbers["output"]):
         is_last = number == max(numbers["output"])
-        places[f"output_blocks.{number}."] = "conv_out" if is_last else f"up.{block}.{layer}"
+        sites[f"output_blocks.{number}."] = "conv_out" if is_last else f"up.{block}.{layer}"
         block, layer = (block + 1, 0) if number in grows else (block, layer + 1)
-    return places
+    return sites
 
 
 # -- layers in the original code --------------------------------------------------------------
@@ -160,30 +160,30 @@ def original_layers(layers: list[str]) -> Iterator[OriginalName]:
         side, *rest = layer.split(".")
         if side in ("down_blocks", "up_blocks") and len(rest) > 2:
             members[f"{side}.{rest[0]}"].add(f"{rest[1]}.{rest[2]}")
-    places, number = dict(_UNET), 1
+    originals, number = dict(_UNET), 1
     for block in _numbered(members, "down_blocks"):
         for n in range(_count(members[block], "resnets")):
-            places[f"{block}.resnets.{n}"] = f"input_blocks.{number}.0"
-            places[f"{block}.attentions.{n}"] = f"input_blocks.{number}.1"
+            originals[f"{block}.resnets.{n}"] = f"input_blocks.{number}.0"
+            originals[f"{block}.attentions.{n}"] = f"input_blocks.{number}.1"
             number += 1
         if "downsamplers.0" in members[block]:
-            places[f"{block}.downsamplers.0.conv"] = f"input_blocks.{number}.0.op"
+            originals[f"{block}.downsamplers.0.conv"] = f"input_blocks.{number}.0.op"
             number += 1
     number = 0
     for block in _numbered(members, "up_blocks"):
         for n in range(_count(members[block], "resnets")):
-            places[f"{block}.resnets.{n}"] = f"output_blocks.{number}.0"
-            places[f"{block}.attentions.{n}"] = f"output_blocks.{number}.1"
+            originals[f"{block}.resnets.{n}"] = f"output_blocks.{number}.0"
+            originals[f"{block}.attentions.{n}"] = f"output_blocks.{number}.1"
             number += 1
         after = 2 if _count(members[block], "attentions") else 1
-        places[f"{block}.upsamplers.0.conv"] = f"output_blocks.{number - 1}.{after}.conv"
+        originals[f"{block}.upsamplers.0.conv"] = f"output_blocks.{number - 1}.{after}.conv"
     for layer in layers:
-        for place, original in places.items():
-            if layer == place:
+        for start, original in originals.items():
+            if layer == start:
                 yield original, (Rows(layer),)
-            elif layer.startswith(f"{place}."):
-                inner = layer.removeprefix(f"{place}.")
-                inner = _RESNET.get(inner, inner) if ".resnets." in place else inner
+            elif layer.startswith(f"{start}."):
+                inner = layer.removeprefix(f"{start}.")
+                inner = _RESNET.get(inner, inner) if ".resnets." in start else inner
                 yield f"{original}.{inner}", (Rows(layer),)
 
 

@@ -23,7 +23,7 @@ from afa.aggregators import Condition, SABWConfig
 from afa.aggregators.build import build_sabw
 from afa.aggregators.lowered import HALVES
 from afa.denoisers import Execution, Feature, discover_sites, run_lockstep
-from afa.denoisers.kinds import PipelineKind, kind_of
+from afa.denoisers.kinds import kind_of
 from afa.errors import AfaError
 from afa.files import cache_folder, parts_of, read_json, write_atomic
 from afa.loading.memory.live import kept_by, measure, peak_of
