@@ -44,17 +44,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "drift 0.25, weights kept": {"interval": 50, "drift": 0.25, "keep_weights": True},
     "drift 0.3, weights kept": {"interval": 50, "drift": 0.3, "keep_weights": True},
     "drift 0.5, weights kept": {"interval": 50, "drift": 0.5, "keep_weights": True},
-    "threshold 0.2, weights kept": {"interval": 20, "threshold": 0.2, "keep_weights": True},
-    "threshold 0.3, weights kept": {"interval": 20, "threshold": 0.3, "keep_weights": True},
     "interval 3, fresh 2, weights kept": {"interval": 3, "fresh": 2, "keep_weights": True},
     "interval 3, prediction": {"interval": 3, "fresh": 0},
-    "interval 3, line, weights kept": {"interval": 3, "order": 1, "keep_weights": True},
-    "guidance until 0.7": {"guidance_until": 0.7},
-    "interval 3, guidance until 0.7, weights kept": {
-        "interval": 3,
-        "guidance_until": 0.7,
-        "keep_weights": True,
-    },
 }
 #: what is drawn with other numbers of steps, too
 CURVE = ("interval 3, weights kept", "interval 4, first 2, weights kept")

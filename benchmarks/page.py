@@ -82,7 +82,8 @@ of training. Prompts are of held-out pairs, by another seed than the test of
 [results.md](results.md), but they are not apart from it: 9 of the 96 are the same, and 35 of their
 53 pairs of objects. The presets were chosen on these prompts. *Minus exact AFA* has a paired 95 %
 interval. No model tuned on the aggregators' data is among the rows. For the time, each took turns
-with the exact base in drawing a batch of 8 on one thread."""
+with the exact base in drawing a batch of 8 on one thread. The settings *threshold*, *line* and
+*guidance until* no longer exist; their rows are why."""
 _SHAPES = """`python -m benchmarks.aggregator_study WORK`: the same prompts and seeds."""
 _STREAMING = """Pictures of 256 pixels by models of Stable Diffusion 1.5's size with random weights,
 four steps with guidance, a process each; peaks are without the imports'. `stream_experts` keeps

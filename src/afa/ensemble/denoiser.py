@@ -26,8 +26,7 @@ from afa.denoisers import (
     family_of,
 )
 from afa.denoisers.prompt import cross_attentions, prompts_attended_once
-from afa.ensemble.caching.call import predict as accelerated
-from afa.ensemble.caching.loop import Loops
+from afa.ensemble.caching.loop import Loops, Shortcut
 from afa.ensemble.combinations import Switches
 from afa.ensemble.delegation import Delegation
 from afa.ensemble.guard import Guard, is_finite
@@ -44,7 +43,7 @@ if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
 
     from afa.aggregators.rule import Schedule
-    from afa.ensemble.caching.loop import Loop, Running, Shortcut
+    from afa.ensemble.caching.loop import Loop, Running
     from afa.ensemble.guard import OnNonFinite
     from afa.ensemble.references import ExpertReference
 
@@ -201,9 +200,11 @@ class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin)
             if self.acceleration.is_exact or arguments.get("skip_layers"):
                 prediction = compute(arguments)
             else:
-                prediction = accelerated(
-                    self.acceleration, loop, self.family, self.sites, arguments, compute, agree
+                shortcut = Shortcut(
+                    self.acceleration, self.sites, self.family.is_residual, loop, sample, agree
                 )
+                prediction = compute(arguments, shortcut)
+                shortcut.end(prediction)
             return self._finite(prediction, arguments, running, loop)
 
     def _finite(

@@ -143,7 +143,6 @@ def test_another_number_of_arguments_is_another_step() -> None:
     [
         ({"interval": 2, "fresh": 0}, 2),  # three whole steps, the first of which runs
         ({"interval": 2, "fresh": 1}, 0),  # features are kept
-        ({"guidance_until": 0.5}, 3),  # the half is another shape, whose first step runs
         ({"interval": 50, "drift": 1e-6, "fresh": 0}, 4),
     ],
     ids=str,
@@ -158,16 +157,9 @@ def test_it_goes_together_with_what_is_left_out(
     outcomes = []
     for each in (ensemble, plain):
         with torch.no_grad():
-            outcomes.append([each(**_guided(arguments, step)).sample for step in STEPS])
+            outcomes.append([each(**at(arguments, step)).sample for step in STEPS])
     assert_same(*outcomes)
     assert graphs.num_replayed == num_replayed
-
-
-def _guided(arguments: dict[str, Any], step: int) -> dict[str, Any]:
-    """Both halves of guidance have one latent."""
-    given = at(arguments, step)
-    given["sample"] = given["sample"][:1].repeat(2, 1, 1, 1)
-    return given
 
 
 def test_steps_that_something_looks_into_run() -> None:

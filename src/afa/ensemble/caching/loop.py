@@ -8,13 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from afa.aggregators import Fused
 from afa.denoisers.prompt import forget
-from afa.ensemble.caching.guidance import conditional_half
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,29 +30,14 @@ Running = tuple[Sequence[int], Mapping[str, Sequence[int]]]
 class Kept:
     """What a step that was computed as a whole has left.
 
-    Its timestep and latent, and by site what came out; of sites whose features nobody will ask for
-    there is only the shape.
+    Its latent, and by site what came out; of sites whose features nobody will ask for there is only
+    the shape.
     """
 
-    timestep: float
     latent: Tensor
     features: dict[str, Features] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
-    prediction: Features = field(default_factory=list)
-
-    def half(self, conditional_last: bool) -> Kept:
-        """The same of the half of the batch with the prompt."""
-
-        def halves(features: Features) -> Features:
-            return [conditional_half(feature, conditional_last) for feature in features]
-
-        return Kept(
-            self.timestep,
-            self.latent,
-            {site: halves(features) for site, features in self.features.items()},
-            {site: conditional_half(w, conditional_last) for site, w in self.weights.items()},
-            halves(self.prediction),
-        )
+    prediction: Tensor | None = None
 
 
 @dataclass
@@ -62,27 +45,21 @@ class Loop:
     """One denoising loop, so far.
 
     Attributes:
-        begin: its first timestep.
         timestep: its last one.
         latent: a copy of the one that it was last called with.
         num_calls: up to and with the one that runs.
         since_whole: calls since everything was computed.
-        kept: of the last two calls that computed everything, the newest last.
-        guidance: what the conditional half has beyond the other, when both were last computed.
-        is_halved: whether only the conditional half is computed from now on.
+        kept: of the last call that computed everything.
         graph: of its steps, where they are CUDA graphs.
         is_guarded: whether every feature of its steps is looked at from now on.
         running: the experts that ran at its last call, in all and by site; see `Running`.
     """
 
-    begin: float
     timestep: float
     latent: Tensor
     num_calls: int = 1
     since_whole: int = 0
-    kept: list[Kept] = field(default_factory=list)
-    guidance: Tensor | None = None
-    is_halved: bool = False
+    kept: Kept | None = None
     graph: Any = None  # a `StepGraph`, which `graphs` makes and keeps here
     is_guarded: bool = False
     running: Running | None = None
@@ -94,7 +71,7 @@ class Loop:
         fusion weights, which are zero for experts that did not run.
         """
         if self.running is not None and self.running != running:
-            self.kept = []
+            self.kept = None
         self.running = running
 
 
@@ -147,7 +124,7 @@ class Loops:
         )
         if agree(not continues):
             forget(prompt)
-            loop = of_prompt[thread] = Loop(step, step, latent.clone())
+            loop = of_prompt[thread] = Loop(step, latent.clone())
             return loop
         loop.timestep, loop.num_calls, loop.latent = step, loop.num_calls + 1, latent.clone()
         return loop
@@ -194,29 +171,24 @@ class Shortcut:
         self._agree = agree
         self._middle, self._entries, self._exits = _parts(settings, sites)
         self._streams = {site.name: site.stream for site in sites}
-        self._new = Kept(loop.timestep, latent)
+        self._new = Kept(latent)
+        is_whole = not self._middle or self._is_due(latent)
         #: sites whose features nobody computes in this call
-        self.skipped: set[str] = set()
-        may_skip = bool(self._middle and loop.kept) and not self._is_due(latent)
-        # the site whose change decides
-        self._gate = self._entries.get("image") if may_skip and settings.threshold else None
-        if not may_skip:
-            loop.since_whole = 0
-        elif self._gate is None:
-            self._skip()
+        self.skipped = frozenset() if is_whole else frozenset(self._middle)
+        loop.since_whole = 0 if is_whole else loop.since_whole + 1
 
     def _is_due(self, latent: Tensor) -> bool:
-        """Whether all has to be computed, by what is known before anything is."""
+        """Whether all has to be computed."""
         settings, loop = self._settings, self._loop
-        if loop.num_calls <= settings.first or loop.since_whole + 1 >= settings.interval:
+        if (
+            loop.kept is None
+            or loop.num_calls <= settings.first
+            or loop.since_whole + 1 >= settings.interval
+        ):
             return True
         if settings.drift is None:
             return False
-        return self._agree(has_moved(latent, loop.kept[-1].latent, settings.drift))
-
-    def _skip(self) -> None:
-        self.skipped.update(self._middle)
-        self._loop.since_whole += 1
+        return self._agree(has_moved(latent, loop.kept.latent, settings.drift))
 
     @property
     def takes_features(self) -> bool:
@@ -226,15 +198,17 @@ class Shortcut:
     @property
     def prediction(self) -> Tensor | None:
         """The prediction, where even that is taken over."""
-        if not self.skipped or self._settings.fresh:
-            return None
-        (taken,) = self._extrapolated(lambda kept: kept.prediction)
-        return taken
+        return None if not self.skipped or self._settings.fresh else self._kept.prediction
+
+    @property
+    def _kept(self) -> Kept:
+        assert self._loop.kept is not None, "nothing is skipped before"
+        return self._loop.kept
 
     @property
     def weights(self) -> dict[str, Tensor]:
         """Fusion weights [B, N, H, W] by site, of the last whole call."""
-        return self._loop.kept[-1].weights
+        return self._kept.weights
 
     def kept_weights(self, site: str) -> Tensor | None:
         """With which weights a site that is computed is fused, where its rule need not run."""
@@ -244,18 +218,13 @@ class Shortcut:
 
     def take(self, site: str) -> Fused:
         """What comes out at a skipped site; without content where nobody uses it."""
-        stream, weights = self._streams[site], self.weights.get(site)
-        if site != self._exits[stream]:
-            return _fused(self._loop.kept[-1].features[site], weights)
+        stream, kept = self._streams[site], self._kept
+        taken = kept.features[site]
         entry = self._entries.get(stream) if self._is_residual else None
-        if entry is None:
-            return _fused(self._extrapolated(lambda kept: kept.features[site]), weights)
-
-        def added(kept: Kept) -> Features:
-            return [b - a for a, b in zip(kept.features[entry], kept.features[site], strict=True)]
-
-        now = self._new.features[entry]
-        return _fused([a + b for a, b in zip(now, self._extrapolated(added), strict=True)], weights)
+        if site == self._exits[stream] and entry is not None:
+            before, now = kept.features[entry], self._new.features[entry]
+            taken = [a + (c - b) for a, b, c in zip(now, before, taken, strict=True)]
+        return Fused(taken[0] if len(taken) == 1 else taken, kept.weights.get(site))
 
     def note(self, site: str, fused: Fused) -> None:
         """See what came out at a site that was computed."""
@@ -268,28 +237,13 @@ class Shortcut:
             new.features[site] = features
         elif site in self._middle:
             new.features[site] = [_without_content(feature) for feature in features]
-        if site == self._gate:
-            assert self._settings.threshold is not None, "there is no gate without"
-            change = _change(features, self._loop.kept[-1].features[site])
-            if self._agree(change >= self._settings.threshold):
-                self._loop.since_whole = 0
-            else:
-                self._skip()
 
     def end(self, prediction: Tensor) -> None:
         """Keep what a whole call has left."""
         if self._middle and not self.skipped:
-            self._new.prediction = [prediction]
+            self._new.prediction = prediction
             self._new.latent = self._new.latent.clone()  # who calls may change it in place
-            self._loop.kept = [*self._loop.kept[-1:], self._new]
-
-    def _extrapolated(self, value: Callable[[Kept], Features]) -> Features:
-        newest, older = self._loop.kept[-1], self._loop.kept[0]
-        if self._settings.order == 0 or older is newest:
-            return value(newest)
-        reach = (self._loop.timestep - newest.timestep) / (newest.timestep - older.timestep)
-        pairs = zip(value(older), value(newest), strict=True)
-        return [torch.lerp(then, now, 1 + reach) for then, now in pairs]
+            self._loop.kept = self._new
 
 
 def _parts(
@@ -314,16 +268,6 @@ def _parts(
 
 def _features(fused: Fused) -> Features:
     return [fused.feature] if isinstance(fused.feature, Tensor) else list(fused.feature)
-
-
-def _fused(features: Features, weights: Tensor | None) -> Fused:
-    return Fused(features[0] if len(features) == 1 else features, weights)
-
-
-def _change(now: Features, then: Features) -> float:
-    """Mean absolute difference, as a share of the mean absolute value there was."""
-    moved = sum((a - b).abs().mean() for a, b in zip(now, then, strict=True))
-    return float(moved / sum(b.abs().mean() for b in then))
 
 
 def _without_content(feature: Tensor) -> Tensor:

@@ -23,41 +23,25 @@ class Acceleration:
             middle are taken over (Ma et al., "DeepCache", 2024, arXiv 2312.00858).
         fresh: how many sites at either end are computed at every step; 0 takes over the prediction
             itself. In transformers what is taken over is what the blocks between have added.
-        order: 0 takes features over as they were; 1 goes on along the line through the last two
-            (Liu et al., "TaylorSeers", 2025, arXiv 2503.06923).
         drift: all is computed as soon as the latent that the denoiser is given has changed by more
             than this share since it last was (relative L1 distance, over what changes at all);
             `interval` is then the most steps between. Unlike an interval, it means the same however
             many steps there are.
-        threshold: likewise, by the feature at the last of the first `fresh` sites ("first block
-            cache", ParaAttention).
         keep_weights: whether, where features are taken over, the fresh sites are fused with the
             weights that they had when all was computed, so that aggregators do not run.
         first: so many steps at the beginning are computed as a whole in any case.
-        guidance_until: the share of the noise levels, counted from where the loop began, after
-            which the unconditional half of classifier-free guidance is no longer computed: its
-            distance from the conditional half stays what it was. 1 computes it to the end.
 
     Raises AfaError: settings out of range, or that ask for nothing together.
     """
 
     interval: int = 1
     fresh: int = 1
-    order: int = 0
     drift: float | None = None
-    threshold: float | None = None
     keep_weights: bool = False
     first: int = 1
-    guidance_until: float = 1.0
 
     def __post_init__(self) -> None:
-        ranges = {
-            "interval": (1, 1000),
-            "fresh": (0, 1000),
-            "order": (0, 1),
-            "first": (1, 1000),
-            "guidance_until": (0, 1),
-        }
+        ranges = {"interval": (1, 1000), "fresh": (0, 1000), "first": (1, 1000)}
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
             if not low <= value <= high:
@@ -65,30 +49,23 @@ class Acceleration:
                     f"acceleration.{name} must be from {low} to {high}, came {value}. "
                     f"Leave it out for {getattr(Acceleration, name)}."
                 )
-        for name in ("drift", "threshold"):
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if not value > 0:
-                raise AfaError(
-                    f"acceleration.{name} must be above 0, came {value}. Leave it out to go by the "
-                    "interval alone."
-                )
-            if self.interval == 1:
-                raise AfaError(
-                    f"acceleration.{name} needs an interval above 1, the most steps between those "
-                    "where all is computed, came interval = 1."
-                )
-        if self.threshold is not None and self.fresh == 0:
+        if self.drift is None:
+            return
+        if not self.drift > 0:
             raise AfaError(
-                "acceleration.threshold needs a site that is computed at every step, came "
-                "fresh = 0. Use drift instead."
+                f"acceleration.drift must be above 0, came {self.drift}. Leave it out to go by the "
+                "interval alone."
+            )
+        if self.interval == 1:
+            raise AfaError(
+                "acceleration.drift needs an interval above 1, the most steps between those "
+                "where all is computed, came interval = 1."
             )
 
     @property
     def is_exact(self) -> bool:
         """Whether nothing is left out."""
-        return self.interval == 1 and self.guidance_until == 1
+        return self.interval == 1
 
     def describe(self) -> dict[str, Any]:
         """What differs from the exact settings, as JSON."""
@@ -106,11 +83,21 @@ PRESETS = {
 }
 
 
+#: settings of earlier versions: the value that changed nothing, why it was removed, what to use
+_REMOVED: dict[str, tuple[object, str, str]] = {
+    "threshold": (None, "no gain over drift was found", "Use drift"),
+    "order": (0, "no gain from extrapolation was found", "Leave it out"),
+    "guidance_until": (1, "it costs quality and saves little time", "Leave it out and use drift"),
+}
+
+
 def acceleration_of(given: str | Mapping[str, Any] | Acceleration) -> Acceleration:
     """Settings from the name of a preset, or from some of them by name.
 
+    A setting of an earlier version that was removed is ignored where its value changes nothing.
+
     Raises:
-        AfaError: no such preset or setting, or one out of range.
+        AfaError: no such preset or setting, one that was removed, or one out of range.
     """
     if isinstance(given, Acceleration):
         return given
@@ -118,6 +105,12 @@ def acceleration_of(given: str | Mapping[str, Any] | Acceleration) -> Accelerati
         if given not in PRESETS:
             raise AfaError(f"A speed must be one of {', '.join(PRESETS)}, came '{given}'.")
         return PRESETS[given]
+    for name, (neutral, reason, remedy) in _REMOVED.items():
+        if given.get(name, neutral) != neutral:
+            raise AfaError(
+                f"acceleration.{name} was removed, since {reason}; came {given[name]}. {remedy}."
+            )
+    given = {key: value for key, value in given.items() if key not in _REMOVED}
     known = [field.name for field in fields(Acceleration)]
     unknown = [key for key in given if key not in known]
     if unknown:
