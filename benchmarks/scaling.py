@@ -121,16 +121,16 @@ def _measure(size: str, num_experts: int, num_rounds: int) -> None:
             exchange._gather([torch.empty(shape)] * len(exchange.own))
 
     shapes: list[tuple[int, ...]] = []
-    gather = exchange.gather
+    gather = exchange.features
 
-    def noted(features: Any, **options: Any) -> Any:
+    def noted(site: str, features: Any) -> Any:
         shapes.append(tuple(features[0].hidden.shape))
-        return gather(features, **options)
+        return gather(site, features)
 
-    exchange.gather = noted
+    exchange.features = noted
     with torch.no_grad():
         step()
-        exchange.gather = gather
+        exchange.features = gather
         forwards()
         send(shapes)
         rounds = []

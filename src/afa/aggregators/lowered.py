@@ -47,13 +47,15 @@ class Lowered:
     def of(self, rule: nn.Module, dtype: torch.dtype) -> Any:
         """What is called in the place of a rule; the rule itself where there is nothing to lower.
 
+        Nothing is lowered where gradients are recorded.
+
         Args:
             rule: of which `can_lower` says whether it takes its type from its parameters.
             dtype: of the features.
 
         Returns: has the rule's `__call__` and `fuse_some`.
         """
-        if dtype not in HALVES or not getattr(rule, "can_lower", False):
+        if torch.is_grad_enabled() or dtype not in HALVES or not getattr(rule, "can_lower", False):
             return rule
         known, tensors = self._kept.get(rule, (None, {}))
         if known != dtype:

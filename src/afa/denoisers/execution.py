@@ -28,20 +28,17 @@ class Execution:
             they are. What was brought is let go of after the segment, in the forward pass and in
             the backward pass.
         source: gives the tensors of a layer on that device, by name; None copies the layer's own.
-        skipped: sites whose features nobody asks for: what leads there is not run. It may grow
-            while a coroutine waits at a site.
-        pruned: sites whose features nobody asks of this expert.
+        skipped: sites whose features nobody asks of this expert: what leads there is not run.
     """
 
     checkpoints: bool = False
     device: torch.device | None = None
     source: Callable[[nn.Module], dict[str, Tensor]] | None = None
     skipped: Collection[str] = frozenset()
-    pruned: Collection[str] = frozenset()
 
     def segment(self, site: str, function: Callable[..., Any], *inputs: Any) -> Any:
         """Run a function of tensors that leads to a site; None where that site is skipped."""
-        if site in self.skipped or site in self.pruned:
+        if site in self.skipped:
             return None
         if self.checkpoints and torch.is_grad_enabled():
             # experts are frozen and in evaluation mode: there is no random state to bring back

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from afa.aggregators.rule import Schedule
+from afa.ensemble.bias import Steering
 from afa.ensemble.caching.settings import EXACT
 from afa.errors import AfaError
 
@@ -96,7 +97,7 @@ EXCLUDED: tuple[Excluded, ...] = (
 )
 
 
-_SWITCHES = ("schedule", "plan", "graphs", "bias", "acceleration")
+_SWITCHES = ("schedule", "plan", "graphs", "bias", "steering", "acceleration")
 
 
 class Switches:
@@ -112,6 +113,8 @@ class Switches:
     _plan: PruningPlan | None = None
     _graphs: Graphs | None = None
     _bias: Mapping[str, Tensor] = {}
+    #: the hook that adds the bias
+    steering: Steering | None = None
     _acceleration: Acceleration = EXACT
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -223,7 +226,7 @@ class Switches:
 
     @bias.setter
     def bias(self, bias: Mapping[str, Tensor]) -> None:
-        self._bias = bias
+        self._bias, self.steering = bias, Steering(bias) if bias else None
         self.begin_anew()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,14 +26,17 @@ from afa.denoisers import (
     family_of,
 )
 from afa.denoisers.prompt import cross_attentions, prompts_attended_once
-from afa.ensemble.caching.loop import Loops, Shortcut
+from afa.ensemble.caching.loop import Loops
+from afa.ensemble.caching.shortcut import Shortcut
 from afa.ensemble.combinations import Switches
 from afa.ensemble.delegation import Delegation
 from afa.ensemble.guard import Guard, is_finite
+from afa.ensemble.hooks import in_order
 from afa.ensemble.locks import Lock
-from afa.ensemble.observation import Observers, WeightsObserver
+from afa.ensemble.observation import Observers, Recorder, WeightsObserver
 from afa.ensemble.placing import Placement
 from afa.ensemble.protocol import expert_names
+from afa.ensemble.running import running_at
 from afa.ensemble.step import run_step, timesteps_of
 from afa.errors import AfaError
 
@@ -43,8 +46,9 @@ if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
 
     from afa.aggregators.rule import Schedule
-    from afa.ensemble.caching.loop import Loop, Running
+    from afa.ensemble.caching.loop import Loop
     from afa.ensemble.guard import OnNonFinite
+    from afa.ensemble.hook import Hook
     from afa.ensemble.references import ExpertReference
 
 
@@ -103,7 +107,6 @@ class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin)
         #: the aggregators in the experts' type
         self.lowered = Lowered()
         self._attentions: list[Attention] = []
-        self._bias_on: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None = None
         #: called with the fusion weights of every call, whichever thread makes it
         self.on_weights: WeightsObserver | None = None
         #: those of one thread each; see `afa.ensemble.recording.observed`
@@ -171,47 +174,69 @@ class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin)
     def _predict(self, arguments: dict[str, Any], scale: float | None) -> Tensor:
         prompt, steps = arguments.get(self.family.prompt), timesteps_of(arguments)
         sample = next(iter(arguments.values()))
-        running = self._running(steps)
+        planned = None if self.plan is None else self.plan.at
+        running = running_at(steps, len(self.experts), self.schedule, planned)
         if self.exchange is not None:
-            self.exchange.begin(steps, arguments, prompt)
+            self.exchange.check_call(steps, arguments, prompt)
         if self.shards is not None:
             self.shards.require_one_thread()
+
+        def run(given: dict[str, Any], *of_call: Hook) -> Tensor:
+            return run_step(self, given, running, in_order(*self._hooks(steps), *of_call))
+
         if torch.is_grad_enabled():
-            return run_step(self, arguments, running)
+            return run(arguments)
         self.lowered.refresh()
         if prompt is None:
-            return self._finite(run_step(self, arguments, running), arguments, running)
-        agree = self._agree
-        loop = self._loops.of(prompt, steps, sample, agree)
+            return self._finite(run(arguments), arguments, run)
+        loop = self._loops.of(prompt, steps, sample, self._agree)
         loop.runs(running)
         if loop.num_calls == 1:
             self._attentions = cross_attentions(self)
-
-        def run(given: dict[str, Any], shortcut: Shortcut | None = None) -> Tensor:
-            return run_step(self, given, running, shortcut)
-
-        compute: Callable[..., Tensor] = run
-        if self._is_recordable(arguments):
-            assert self.graphs is not None, "it is recordable"
-            compute = self.graphs.steps_of(loop, run, key=scale)
         with prompts_attended_once(self._attentions):
             if loop.is_guarded:
-                return self._guarded(arguments, running)
+                return self._guarded(arguments, run)
+            compute: Callable[..., Tensor] = run
+            if self._is_recordable(arguments, steps):
+                assert self.graphs is not None, "it is recordable"
+                compute = self.graphs.steps_of(loop, run, key=scale)
             if self.acceleration.is_exact or arguments.get("skip_layers"):
                 prediction = compute(arguments)
             else:
-                shortcut = Shortcut(
-                    self.acceleration, self.sites, self.family.is_residual, loop, sample, agree
-                )
-                prediction = compute(arguments, shortcut)
-                shortcut.end(prediction)
-            return self._finite(prediction, arguments, running, loop)
+                prediction = self._cached(loop, arguments, compute)
+            return self._finite(prediction, arguments, run, loop)
+
+    def _hooks(self, steps: Tensor) -> list[Hook | None]:
+        """The hooks of all steps; those of one alone are the cache and the guard."""
+        return [self.devices, self.exchange, self.steering, self._recorder(steps)]
+
+    def _recorder(self, steps: Tensor) -> Recorder | None:
+        if self.on_weights is None and not self.observers:
+            return None
+        return Recorder(steps, self.on_weights, self.observers)
+
+    def _cached(
+        self, loop: Loop, arguments: dict[str, Any], compute: Callable[..., Tensor]
+    ) -> Tensor:
+        """A prediction that reuses what earlier steps of a loop have left, or is one of theirs."""
+        sample = next(iter(arguments.values()))
+        cache = Shortcut(
+            self.acceleration, self.sites, self.family.is_residual, loop, sample, self._agree
+        )
+        if cache.prediction is not None:
+            if (recorder := self._recorder(timesteps_of(arguments))) is not None:
+                for site, weights in cache.weights.items():
+                    recorder.show(site, weights)
+            return cache.prediction
+        prediction = compute(arguments, cache)
+        cache.keep(prediction)
+        return prediction
 
     def _finite(
         self,
         prediction: Tensor,
         arguments: dict[str, Any],
-        running: Running,
+        run: Callable[..., Tensor],
         loop: Loop | None = None,
     ) -> Tensor:
         """A prediction as it is; where it is not finite, the step once more under guard.
@@ -231,7 +256,7 @@ class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin)
         if loop is not None:  # what it has kept of its steps may be the same
             loop.is_guarded = True
         self._tell_observers("begin")
-        return self._guarded(arguments, running)
+        return self._guarded(arguments, run)
 
     @property
     def _agree(self) -> Callable[[bool], bool]:
@@ -239,74 +264,26 @@ class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin)
         together = self.exchange or self.shards
         return together.any_of if together else bool
 
-    def _guarded(self, arguments: dict[str, Any], running: Running) -> Tensor:
+    def _guarded(self, arguments: dict[str, Any], run: Callable[..., Tensor]) -> Tensor:
         """A step in which every feature is looked at, and nothing is left out to save time."""
-        masks = self.on_nonfinite == "mask"
-        guard = Guard(expert_names(self), self.dtype, masks=masks)
-        prediction = run_step(self, arguments, running, guard=guard)
-        guard.look_at_prediction(prediction)
+        guard = Guard(expert_names(self), self.dtype, masks=self.on_nonfinite == "mask")
+        prediction = run(arguments, guard)
         self.masked += guard.masked
         return prediction
 
-    def _is_recordable(self, arguments: dict[str, Any]) -> bool:
-        """Whether steps are CUDA graphs: no observers and no data-dependent control flow."""
-        observed = self.on_weights or self.observers or arguments.get("skip_layers")
-        if self.graphs is None or observed:
+    def _is_recordable(self, arguments: dict[str, Any], steps: Tensor) -> bool:
+        """Whether steps are CUDA graphs: all hooks allow it, and no data-dependent control flow."""
+        if self.graphs is None or arguments.get("skip_layers"):
             return False
-        return self.graphs.take(next(iter(arguments.values())))
-
-    def _running(self, steps: Tensor) -> Running:
-        """The experts that run at these timesteps [B], in all and by site.
-
-        Raises:
-            AfaError: several timesteps where a schedule picks the experts; or it picks none, one
-                twice, or one that there is not.
-        """
-        every = range(len(self.experts))
-        if self.schedule is None and self.plan is None:
-            return every, {}
-        distinct = steps.unique().tolist()
-        if self.plan is not None:
-            return every, self.plan.at(distinct[0]) if len(distinct) == 1 else {}
-        assert self.schedule is not None, "there is one of both"
-        if len(distinct) > 1:
-            raise AfaError(
-                "Where a schedule picks the experts, all of a batch must have one timestep, came "
-                f"{', '.join(f'{step:g}' for step in distinct)}. Call it once for each."
-            )
-        picked = list(self.schedule(distinct[0]))
-        if not picked or len(set(picked)) < len(picked) or not set(picked) <= set(every):
-            raise AfaError(
-                f"The schedule picked the experts {picked} at timestep {distinct[0]:g}; it must "
-                f"pick at least one, each once, by numbers from 0 to {len(every) - 1}. Correct "
-                "the schedule."
-            )
-        return sorted(picked), {}
+        hooks = in_order(*self._hooks(steps))
+        latent = next(iter(arguments.values()))
+        return all(hook.is_recordable for hook in hooks) and self.graphs.take(latent)
 
     # -- what a step asks of its ensemble -----------------------------------------------------
 
     def rule_at(self, site: str) -> nn.Module:
         """The fusion rule of a site."""
         return self.aggregators[self._rules[site]]
-
-    def bias_at(self, site: str, like: Tensor) -> Tensor | None:
-        """What is added to the experts' logits [N] at a site, on the device of a tensor."""
-        bias = self.bias.get(site)
-        if bias is None or bias.device == like.device:
-            return bias
-        if self._bias_on is None or self._bias_on[0] is not self.bias:
-            moved = {name: own.to(like.device) for name, own in self.bias.items()}
-            self._bias_on = self.bias, moved
-        return self._bias_on[1][site]
-
-    def show(self, steps: Tensor, site: str, weights: Tensor | None) -> None:
-        """Show the fusion weights of a site to whoever observes them."""
-        if weights is None:
-            return
-        if self.on_weights is not None:
-            self.on_weights(steps, site, weights)
-        for observation in tuple(self.observers):
-            observation.see(steps, site, weights)
 
     def _tell_observers(self, what: Literal["begin", "end"]) -> None:
         """Let observers know that a call begins, once more perhaps, or has come to its end."""

@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from afa.ensemble.hook import Hook
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
-    from afa.denoisers import Feature
+    from afa.aggregators import Fused
+    from afa.ensemble.hook import Features, Inputs
+    from afa.ensemble.running import Running
 
 OnNonFinite = Literal["stop", "mask"]
 
@@ -52,7 +55,7 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor).all())
 
 
-class Guard:
+class Guard(Hook):
     """Looks at all that one step computes.
 
     Args:
@@ -66,70 +69,68 @@ class Guard:
         self._names, self._dtype, self._masks = names, dtype, masks
         #: how often each expert was left out at each site
         self.masked: Counter[tuple[str, str]] = Counter()
-        self._everywhere: frozenset[int] = frozenset()
+        self._everywhere: Collection[int] = ()
+        self._masks_here = False
 
-    def look_at_inputs(
-        self, sample: Tensor, per_expert: Sequence[Mapping[str, Any]], running: Sequence[int]
-    ) -> list[int]:
-        """The experts whose text is finite.
+    def begin(self, inputs: Inputs) -> Collection[int]:
+        """The experts whose text is not finite.
 
         Raises:
-            AfaError: the latent is not, or somebody's text and nothing is masked.
+            AfaError: the latent is not finite, nobody's text is, or one is not and nothing is
+                masked.
         """
-        if not is_finite(sample):
+        self._running: Running = inputs.running
+        if not is_finite(inputs.sample):
             raise AfaError(
                 "The latent that is to be denoised must be finite, but it has nan or infinity "
                 "before any expert ran. Are sizes, scheduler and guidance as they should be?"
             )
-        wrong = [n for n in running if not all(map(is_finite, _floats(per_expert[n])))]
+        given = inputs.arguments.items()
+        wrong = [n for n, own in given if not all(map(is_finite, _floats(own)))]
         for number in wrong:
             self._note(number, "its text encoder", "text encoder")
-        self._everywhere = frozenset(wrong)
-        return self._others(wrong, running, "text encoder")
+        self._everywhere = wrong
+        self._require_others(wrong, list(inputs.arguments), "text encoder")
+        return wrong
 
-    def look(self, features: Mapping[int, Feature]) -> frozenset[int]:
-        """The experts to leave out at a site, since their features are not finite, by number.
+    def look(self, site: str, features: Features) -> Collection[int]:
+        """The experts whose features are not finite.
 
         Args:
-            features: by the expert's number; those that a plan leaves out have no content.
+            site: its name.
+            features: those that a plan leaves out have no content.
 
         Raises:
-            AfaError: one is not finite and nothing is masked, or none is.
+            AfaError: one is not finite and nothing is masked, or nobody is left to fuse.
         """
-        computed = {n: feature for n, feature in features.items() if feature.hidden is not None}
-        site, wrong = next(iter(features.values())).site, []
-        for n, feature in computed.items():
+        wrong = []
+        for n, feature in features.items():
+            if feature.hidden is None:
+                continue
             if n in self._everywhere:
                 wrong.append(n)
             elif not (is_finite(feature.hidden) and is_finite(feature.temb)):
                 wrong.append(n)
                 self._note(n, f"its feature at site '{site}'", site)
-        self._others(wrong, list(computed), site)
-        return frozenset(wrong)
+        self._require_others(wrong, self._running.at(site), site)
+        self._masks_here = bool(wrong)
+        return wrong
 
-    def look_at_fused(self, site: str, fused: Tensor | Sequence[Tensor]) -> None:
+    def fused(self, site: str, fused: Fused) -> None:
         """Refuse what is not finite although all features were.
 
         Raises:
             AfaError: names the site.
         """
-        if not all(map(is_finite, [fused] if isinstance(fused, Tensor) else fused)):
+        made = [fused.feature] if isinstance(fused.feature, Tensor) else fused.feature
+        if not self._masks_here and not all(map(is_finite, made)):
             raise AfaError(
                 f"The experts' features at site '{site}' are finite, but what the aggregator makes "
                 "of them is not. Are its weights damaged, or a bias out of all measure? Load the "
                 "ensemble again, or train it again."
             )
 
-    def require_some(self, chosen: Sequence[int], site: str) -> None:
-        """Refuse a site where nobody is left to fuse: a plan leaves it to experts that are masked.
-
-        Raises:
-            AfaError: names the site.
-        """
-        if not chosen:
-            self._others((), chosen, site)
-
-    def look_at_prediction(self, prediction: Tensor) -> None:
+    def end(self, prediction: Tensor) -> None:
         """Refuse a prediction that is not finite although whoever is not was masked.
 
         Raises:
@@ -150,14 +151,12 @@ class Guard:
                 f"infinity: {what}. {self._remedy()}"
             )
 
-    def _others(self, wrong: Sequence[int], running: Sequence[int], place: str) -> list[int]:
-        left = [n for n in running if n not in wrong]
-        if not left:
+    def _require_others(self, wrong: Sequence[int], experts: Sequence[int], place: str) -> None:
+        if set(experts) <= set(wrong):
             raise AfaError(
                 f"All that experts compute must be finite; none of them gave such numbers at "
                 f"'{place}'. {self._remedy()}"
             )
-        return left
 
     def _remedy(self) -> str:
         if self._dtype == torch.float16:

@@ -5,8 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+from afa.ensemble.hook import Hook
+
+if TYPE_CHECKING:
+    from afa.aggregators import Fused
 
 #: called with the timestep [B], the site's name and the fusion weights [B, N, H, W]
 WeightsObserver = Callable[[Tensor, str, Tensor], None]
@@ -55,3 +61,30 @@ class Observers(list[Observation]):
 
     def __reduce__(self) -> tuple[type[Observers], tuple[()]]:
         return Observers, ()
+
+
+class Recorder(Hook):
+    """Shows the fusion weights of a step to whoever observes them.
+
+    Args:
+        timesteps: of the call, [B].
+        on_weights: called whichever thread makes the call.
+        observers: those of one thread each.
+    """
+
+    def __init__(
+        self, timesteps: Tensor, on_weights: WeightsObserver | None, observers: Observers
+    ) -> None:
+        self._timesteps, self._on_weights, self._observers = timesteps, on_weights, observers
+
+    def fused(self, site: str, fused: Fused) -> None:
+        """Show the weights of a site; some rules have none."""
+        if fused.weights is not None:
+            self.show(site, fused.weights)
+
+    def show(self, site: str, weights: Tensor) -> None:
+        """Show fusion weights [B, N, H, W] that need not have been computed in this step."""
+        if self._on_weights is not None:
+            self._on_weights(self._timesteps, site, weights)
+        for observation in tuple(self._observers):
+            observation.see(self._timesteps, site, weights)

@@ -53,7 +53,7 @@ class Placement:
             AfaError: another number of devices than experts, experts that are spread over processes
                 or placed already, or LoRAs of one base, whose memory they share.
         """
-        placed = Devices(devices, len(self.experts))
+        placed = Devices(devices, len(self.experts), self.family.prompt)
         self.require_compatible("experts on several devices")
         shared = {id(p): placed.of_expert[0] for p in self.experts[0].parameters()}
         for expert, device in zip(self.experts, placed.of_expert, strict=True):

@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import Tensor, nn
+    from torch import nn
 
     from afa.aggregators.lowered import Lowered
     from afa.denoisers import Execution, Family, Site, Widths
     from afa.ensemble.observation import Observers
-    from afa.ensemble.placement.devices import Devices
-    from afa.ensemble.placement.exchange import Exchange
     from afa.ensemble.references import ExpertReference
 
 
@@ -26,20 +24,12 @@ class Ensemble(Protocol):
     aggregators: Any
     widths: Widths
     execution: Execution
-    exchange: Exchange | None
-    devices: Devices | None
     lowered: Lowered
     observers: Observers
     references: Sequence[ExpertReference] | None
 
     def rule_at(self, site: str) -> nn.Module:
         """The fusion rule of a site."""
-
-    def bias_at(self, site: str, like: Tensor) -> Tensor | None:
-        """What is added to the experts' logits [N] at a site, on the device of a tensor."""
-
-    def show(self, steps: Tensor, site: str, weights: Tensor | None) -> None:
-        """Show the fusion weights of a site to whoever observes them."""
 
 
 def expert_names(ensemble: Ensemble) -> list[str]:

@@ -1,7 +1,17 @@
 """One step of an ensemble: all experts side by side, fused at every site (AFA, section 3.2).
 
-An expert is always meant by its number in the ensemble, never by its place among those that run:
-a schedule, a pruning plan, masking and other processes all leave experts out.
+Whatever else an ensemble does in a step, such as caching or placement on devices, is a hook; see
+`afa.ensemble.hook`. A step calls the hooks' methods in this order:
+
+- before the experts run: `begin`, `arguments`;
+- at every site: `features`, `look`, `condition`, `fuse`, `fused`, `send`;
+- at last: `end`.
+
+Hooks are listed from the experts to the fused feature (`afa.ensemble.hooks`). A method is called of
+the first hook first; `arguments` and `send`, which lead to the experts, of the last one first.
+
+Which experts run, and where, is an argument and no hook: the coroutines are made of it, and a
+denoising loop must know it before the step begins.
 """
 
 from __future__ import annotations
@@ -10,133 +20,119 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from afa.aggregators import Condition, Fused, Separate, weighted_sum
-from afa.denoisers import Execution, run_lockstep
+from afa.aggregators import Condition, Fused, Separate
+from afa.denoisers import run_lockstep
 from afa.denoisers.prompt import mean_of, mean_text
+from afa.ensemble.hook import Inputs
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
-    from torch import Tensor
-
-    from afa.denoisers import Feature
-    from afa.ensemble.caching.loop import Running, Shortcut
-    from afa.ensemble.guard import Guard
+    from afa.denoisers import Execution, Feature
+    from afa.ensemble.hook import Arguments, Features, Hook
     from afa.ensemble.protocol import Ensemble
+    from afa.ensemble.running import Running
 
 
 def run_step(
-    ensemble: Ensemble,
-    arguments: dict[str, Any],
-    running: Running,
-    shortcut: Shortcut | None = None,
-    guard: Guard | None = None,
+    ensemble: Ensemble, arguments: dict[str, Any], running: Running, hooks: Sequence[Hook] = ()
 ) -> Tensor:
     """The fused prediction of one step.
 
     Args:
         ensemble: whose experts run.
         arguments: of its call by name, the latent [B, ...] first.
-        running: the experts that run; and by site where a plan names fewer.
-        shortcut: what is reused of earlier steps, at which sites.
-        guard: looks at every feature, and may leave experts out where they are not finite.
+        running: the experts that run, and where.
+        hooks: in their order.
 
     Returns: [B, ...], on the device of the latent.
 
     Raises:
         AfaError: see `EnsembleDenoiser.forward`.
     """
-    return _Step(ensemble, arguments, running, shortcut, guard).run()
+    return _Step(ensemble, arguments, running, hooks).run()
 
 
 class _Step:
-    """See `run_step`."""
+    """See `run_step`. Experts are meant by their number in the ensemble."""
 
     def __init__(
         self,
         ensemble: Ensemble,
         arguments: dict[str, Any],
         running: Running,
-        shortcut: Shortcut | None,
-        guard: Guard | None,
+        hooks: Sequence[Hook],
     ) -> None:
         self._ensemble, self._arguments = ensemble, arguments
-        self._active, self._planned = running
-        self._shortcut, self._guard = shortcut, guard
+        self._running, self._hooks = running, hooks
         self._sample: Tensor = next(iter(arguments.values()))
         self._timesteps = timesteps_of(arguments)
-        self._skipped = shortcut.skipped if shortcut else frozenset()
-        #: how features come together that are not all in this process, on one device
-        self._apart = ensemble.exchange or ensemble.devices
-        #: the experts that this process runs
-        self._own = ensemble.exchange.own if ensemble.exchange else self._active
+        self._skipped = frozenset().union(*(hook.skipped for hook in hooks))
         self._text: Tensor | None = None
         self._condition: Condition | None = None
+        #: the experts that are computed here
+        self._own: tuple[int, ...] = ()
 
     def run(self) -> Tensor:
-        if self._shortcut is not None and (reused := self._shortcut.prediction) is not None:
-            for site, weights in self._shortcut.weights.items():
-                self._ensemble.show(self._timesteps, site, weights)
-            return reused
+        given = self._given()
+        self._own = tuple(given)
         coroutines = [
             self._ensemble.family.blocks(
-                self._ensemble.experts[n], **given, execution=self._execution(n)
+                self._ensemble.experts[n], **own, execution=self._execution(n)
             )
-            for n, given in self._given().items()
+            for n, own in given.items()
         ]
-        return run_lockstep(coroutines, self._fuse).to(self._sample.device)
+        prediction = run_lockstep(coroutines, self._at_site).to(self._sample.device)
+        for hook in self._hooks:
+            hook.end(prediction)
+        return prediction
 
-    def _given(self) -> dict[int, dict[str, Any]]:
-        """The arguments of each expert that this process runs, by number."""
-        ensemble = self._ensemble
+    def _given(self) -> Arguments:
+        """The arguments of each expert that is computed here."""
+        ensemble, experts = self._ensemble, self._running.experts
         per_expert = ensemble.family.split(
             ensemble.experts[0], self._arguments, ensemble.widths, len(ensemble.experts)
         )
-        sound: Sequence[int] = self._active
-        if self._guard is not None:
-            sound = self._guard.look_at_inputs(self._sample, per_expert, self._active)
+        given = {n: per_expert[n] for n in experts}
+        inputs = Inputs(self._sample, self._timesteps, given, self._running)
+        excluded = {n for hook in self._hooks for n in hook.begin(inputs)}
         if ensemble.widths.text:
-            self._text = mean_text(ensemble, self._arguments, per_expert, sound)
-        if ensemble.devices is not None:
-            per_expert = ensemble.devices.send(per_expert, ensemble.family.prompt)
-        return {n: per_expert[n] for n in self._own}
+            heard = [n for n in experts if n not in excluded]
+            self._text = mean_text(ensemble, self._arguments, per_expert, heard)
+        for hook in reversed(self._hooks):
+            given = hook.arguments(given)
+        return given
 
     def _execution(self, expert: int) -> Execution:
-        """How an expert's layers are run, without those that lead to sites where it is left out."""
-        left_out = {site for site, chosen in self._planned.items() if expert not in chosen}
-        return replace(self._ensemble.execution, skipped=self._skipped, pruned=left_out)
+        """How an expert's layers are run, without those that lead to sites that are skipped."""
+        skipped = self._skipped | self._running.left_out(expert)
+        return replace(self._ensemble.execution, skipped=skipped)
 
-    def _fuse(self, yielded: Sequence[Feature]) -> Tensor | Sequence[Tensor]:
-        """What the experts of this process continue with at a site."""
-        site, shortcut = yielded[0].site, self._shortcut
-        features = dict(zip(self._own, yielded, strict=True))
-        if self._apart is not None and site not in self._skipped:
-            features = self._apart.gather(features, with_temb=self._condition is None)
-        masked = self._guard.look(features) if self._guard else frozenset()
+    def _at_site(self, yielded: Sequence[Feature]) -> list[Tensor]:
+        """What each expert that is computed here continues with, of what each has yielded."""
+        site = yielded[0].site
+        features: Features = dict(zip(self._own, yielded, strict=True))
+        for hook in self._hooks:
+            features = hook.features(site, features)
+        excluded = {n for hook in self._hooks for n in hook.look(site, features)}
         if self._condition is None:
-            self._condition = self._conditioned(features, masked)
-        if shortcut is not None and site in self._skipped:
-            fused = shortcut.take(site)
-        else:
-            chosen = [n for n in self._planned.get(site, self._active) if n not in masked]
-            if self._guard is not None:
-                self._guard.require_some(chosen, site)
-            weights = shortcut.kept_weights(site) if shortcut else None
-            hidden = {n: feature.hidden for n, feature in features.items()}
-            fused = self._fused(site, hidden, chosen, weights)
-            if self._guard is not None and not masked:
-                self._guard.look_at_fused(site, fused.feature)
-            if shortcut is not None:
-                shortcut.note(site, fused)
-        self._ensemble.show(self._timesteps, site, fused.weights)
-        return self._apart.scatter(fused.feature, self._own) if self._apart else fused.feature
+            self._condition = self._conditioned(features, excluded)
+        chosen = [n for n in self._running.at(site) if n not in excluded]
+        fused = self._fused(site, features, chosen, self._condition)
+        for hook in self._hooks:
+            hook.fused(site, fused)
+        sent = self._by_expert(fused)
+        for hook in reversed(self._hooks):
+            sent = hook.send(sent)
+        return [sent[n] for n in self._own]
 
-    def _conditioned(self, features: Mapping[int, Feature], masked: frozenset[int]) -> Condition:
+    def _conditioned(self, features: Features, excluded: set[int]) -> Condition:
         """What the fusion rules of all sites may look at besides the features."""
         return Condition(
             timestep=self._timesteps,
-            temb=mean_of([feature.temb for n, feature in features.items() if n not in masked]),
+            temb=mean_of([feature.temb for n, feature in features.items() if n not in excluded]),
             text=self._text,
             sample=self._sample,
             text_mask=self._arguments.get(self._ensemble.family.text_mask or ""),
@@ -144,33 +140,28 @@ class _Step:
         )
 
     def _fused(
-        self,
-        site: str,
-        hidden: Mapping[int, Tensor],
-        chosen: Sequence[int],
-        weights: Tensor | None,
+        self, site: str, features: Features, chosen: Sequence[int], condition: Condition
     ) -> Fused:
-        """Fuse at one site.
-
-        Args:
-            site: its name.
-            hidden: the features of the experts that run, by number.
-            chosen: the experts that are fused.
-            weights: [B, N, H, W] of an earlier step, which are used instead of the rule's own.
-        """
-        assert self._condition is not None, "it is made at the first site"
-        ensemble = self._ensemble
-        rule: Any = ensemble.rule_at(site)
-        if weights is not None:
-            given = [hidden[n] for n in chosen]
-            return Fused(weighted_sum(given, weights[:, list(chosen)]), weights)
-        condition = self._condition._replace(bias=ensemble.bias_at(site, self._condition.temb))
-        call = rule
-        if not torch.is_grad_enabled():
-            call = ensemble.lowered.of(rule, hidden[chosen[0]].dtype)
+        """Fuse the features of the chosen experts at a site."""
+        for hook in self._hooks:
+            condition = hook.condition(site, condition)
+        hidden = {n: features[n].hidden for n in chosen}
+        for hook in self._hooks:
+            if (fused := hook.fuse(site, hidden)) is not None:
+                return fused
+        ensemble, rule = self._ensemble, self._ensemble.rule_at(site)
+        call: Any = ensemble.lowered.of(rule, hidden[chosen[0]].dtype)
         if isinstance(rule, Separate) or len(chosen) == condition.num_experts:
-            return ensemble.execution.segment(site, call, list(hidden.values()), condition)
-        return call.fuse_some({n: hidden[n] for n in chosen}, condition)
+            every = [features[n].hidden for n in self._running.experts]
+            return ensemble.execution.segment(site, call, every, condition)
+        return call.fuse_some(hidden, condition)
+
+    def _by_expert(self, fused: Fused) -> dict[int, Tensor]:
+        """The feature that each expert that runs continues with: the one for all, or its own."""
+        experts = self._running.experts
+        if isinstance(fused.feature, Tensor):
+            return dict.fromkeys(experts, fused.feature)
+        return dict(zip(experts, fused.feature, strict=True))
 
 
 def timesteps_of(arguments: dict[str, Any]) -> Tensor:

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 import afa
 from afa.aggregators import Condition, Fused, FusionRule, Separate
 from afa.denoisers import Site, discover_sites
-from afa.ensemble.caching.loop import Kept, Loop, Loops, Shortcut
+from afa.ensemble.caching.loop import Kept, Loop, Loops
+from afa.ensemble.caching.shortcut import Shortcut
+from afa.ensemble.running import Running
 from tests.ensemble import test_ensemble, test_transformer_ensemble
 from tests.tiny import SDXL, TEXT_WIDTH, inputs, tiny_unet, xl_inputs
 from tests.tiny_transformers import KINDS, transformer_inputs
@@ -401,10 +403,10 @@ def test_a_latent_that_cannot_have_come_from_the_last_begins_a_loop() -> None:
 
 def test_what_other_experts_have_made_is_not_reused() -> None:
     loop = Loop(900, torch.zeros(1), kept=Kept(torch.zeros(1)))
-    loop.runs(([0, 1], {}))
-    loop.runs(([0, 1], {}))
+    loop.runs(Running([0, 1]))
+    loop.runs(Running([0, 1]))
     assert loop.kept
-    loop.runs(([0, 1], {"mid": [0]}))
+    loop.runs(Running([0, 1], {"mid": [0]}))
     assert not loop.kept
 
 
@@ -440,7 +442,7 @@ def whole_calls(settings: afa.Acceleration, latents: Iterable[Tensor]) -> list[i
         shortcut = shortcut_of(loop, settings, latent)
         if not shortcut.skipped:
             found.append(number)
-        shortcut.end(latent)
+        shortcut.keep(latent)
     return found
 
 

@@ -43,7 +43,8 @@ def devices(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(Tensor, "unique", lambda _: Clock())
     # a fake has no values to look at
     monkeypatch.setattr("afa.ensemble.denoiser.is_finite", lambda _: True)
-    monkeypatch.setattr("afa.ensemble.caching.loop.has_moved", lambda *_: False)
+    for module in ("loop", "shortcut"):
+        monkeypatch.setattr(f"afa.ensemble.caching.{module}.has_moved", lambda *_: False)
     with FakeTensorMode(), torch.no_grad():
         yield
 

@@ -20,7 +20,8 @@ from afa.errors import AfaError
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
 
-    from afa.ensemble.caching.loop import Loop, Shortcut
+    from afa.ensemble.caching.loop import Loop
+    from afa.ensemble.caching.shortcut import Shortcut
 
     #: runs a function once without computing anything, and gives what computes it again
     Record = Callable[[Callable[[], None]], Callable[[], None]]
@@ -52,7 +53,7 @@ class Graphs:
 
         Args:
             loop: whose graph it is.
-            compute: takes the arguments of a step, and what it takes over from others.
+            compute: takes the arguments of a step, and its cache where features are kept or taken.
             key: of whatever else decides what is computed.
         """
 

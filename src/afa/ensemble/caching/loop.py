@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from afa.aggregators import Fused
 from afa.denoisers.prompt import forget
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from afa.denoisers import Site
-    from afa.ensemble.caching.settings import Acceleration
+    from afa.ensemble.running import Running
 
 #: one for all experts, or one for each
 Features = list[Tensor]
-#: the experts that run at a step, by number; and by site where a plan names fewer
-Running = tuple[Sequence[int], Mapping[str, Sequence[int]]]
 
 
 @dataclass
@@ -52,7 +47,7 @@ class Loop:
         kept: of the last call that computed everything.
         graph: of its steps, where they are CUDA graphs.
         is_guarded: whether every feature of its steps is looked at from now on.
-        running: the experts that ran at its last call, in all and by site; see `Running`.
+        running: the experts that ran at its last call.
     """
 
     timestep: float
@@ -144,132 +139,3 @@ def has_moved(now: Tensor, then: Tensor, share: float) -> bool:
     now, then = now.float(), then.float()
     size = then[now != then].abs().sum()
     return bool((now - then).abs().sum() > share * size)
-
-
-class Shortcut:
-    """What one call takes over from the whole ones before it.
-
-    Args:
-        settings: how much.
-        sites: of the experts.
-        is_residual: whether blocks add to their input, so that what they added is taken over.
-        loop: to which the call belongs; it is changed.
-        latent: what the denoiser is given, both halves of guidance.
-        agree: makes one decision of those of several processes; see `Exchange.any_of`.
-    """
-
-    def __init__(
-        self,
-        settings: Acceleration,
-        sites: Sequence[Site],
-        is_residual: bool,
-        loop: Loop,
-        latent: Tensor,
-        agree: Callable[[bool], bool] = bool,
-    ) -> None:
-        self._settings, self._is_residual, self._loop = settings, is_residual, loop
-        self._agree = agree
-        self._middle, self._entries, self._exits = _parts(settings, sites)
-        self._streams = {site.name: site.stream for site in sites}
-        self._new = Kept(latent)
-        is_whole = not self._middle or self._is_due(latent)
-        #: sites whose features nobody computes in this call
-        self.skipped = frozenset() if is_whole else frozenset(self._middle)
-        loop.since_whole = 0 if is_whole else loop.since_whole + 1
-
-    def _is_due(self, latent: Tensor) -> bool:
-        """Whether all has to be computed."""
-        settings, loop = self._settings, self._loop
-        if (
-            loop.kept is None
-            or loop.num_calls <= settings.first
-            or loop.since_whole + 1 >= settings.interval
-        ):
-            return True
-        if settings.drift is None:
-            return False
-        return self._agree(has_moved(latent, loop.kept.latent, settings.drift))
-
-    @property
-    def takes_features(self) -> bool:
-        """Whether anything is taken over in this call, or features are kept for others."""
-        return bool(self.skipped or (self._middle and self._settings.fresh))
-
-    @property
-    def prediction(self) -> Tensor | None:
-        """The prediction, where even that is taken over."""
-        return None if not self.skipped or self._settings.fresh else self._kept.prediction
-
-    @property
-    def _kept(self) -> Kept:
-        assert self._loop.kept is not None, "nothing is skipped before"
-        return self._loop.kept
-
-    @property
-    def weights(self) -> dict[str, Tensor]:
-        """Fusion weights [B, N, H, W] by site, of the last whole call."""
-        return self._kept.weights
-
-    def kept_weights(self, site: str) -> Tensor | None:
-        """With which weights a site that is computed is fused, where its rule need not run."""
-        if not self.skipped or not self._settings.keep_weights or site in self.skipped:
-            return None
-        return self.weights.get(site)
-
-    def take(self, site: str) -> Fused:
-        """What comes out at a skipped site; without content where nobody uses it."""
-        stream, kept = self._streams[site], self._kept
-        taken = kept.features[site]
-        entry = self._entries.get(stream) if self._is_residual else None
-        if site == self._exits[stream] and entry is not None:
-            before, now = kept.features[entry], self._new.features[entry]
-            taken = [a + (c - b) for a, b, c in zip(now, before, taken, strict=True)]
-        return Fused(taken[0] if len(taken) == 1 else taken, kept.weights.get(site))
-
-    def note(self, site: str, fused: Fused) -> None:
-        """See what came out at a site that was computed."""
-        if not self._middle:
-            return
-        features, stream, new = _features(fused), self._streams[site], self._new
-        if fused.weights is not None:
-            new.weights[site] = fused.weights
-        if site in (self._entries.get(stream), self._exits.get(stream)):
-            new.features[site] = features
-        elif site in self._middle:
-            new.features[site] = [_without_content(feature) for feature in features]
-
-    def end(self, prediction: Tensor) -> None:
-        """Keep what a whole call has left."""
-        if self._middle and not self.skipped:
-            self._new.prediction = prediction
-            self._new.latent = self._new.latent.clone()  # who calls may change it in place
-            self._loop.kept = self._new
-
-
-def _parts(
-    settings: Acceleration, sites: Sequence[Site]
-) -> tuple[list[str], dict[str, str], dict[str, str]]:
-    """Sites that may be taken over, and by stream the last ones before and the last ones of them.
-
-    There are none where everything is computed at every step.
-    """
-    names, fresh = [site.name for site in sites if site.stream == "image"], settings.fresh
-    inner = set(names[fresh : len(names) - fresh])
-    middle = [site for site in sites if site.block in inner]
-    if not middle or settings.interval == 1:
-        return [], {}, {}
-    before = sites[: sites.index(middle[0])]
-    return (
-        [site.name for site in middle],
-        {site.stream: site.name for site in before},
-        {site.stream: site.name for site in middle},
-    )
-
-
-def _features(fused: Fused) -> Features:
-    return [fused.feature] if isinstance(fused.feature, Tensor) else list(fused.feature)
-
-
-def _without_content(feature: Tensor) -> Tensor:
-    """A tensor of the same shape that takes no memory."""
-    return feature.new_zeros(()).expand(feature.shape)

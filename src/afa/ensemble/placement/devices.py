@@ -9,15 +9,16 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from afa.denoisers.prompt import once_per_prompt
+from afa.ensemble.hook import Hook
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Sequence
 
-    from afa.denoisers import Feature
+    from afa.ensemble.hook import Arguments, Features, Inputs
 
 
-class Devices:
+class Devices(Hook):
     """Where each expert is, and how its inputs and features come and go.
 
     Calls to accelerators return before they are done, so that devices compute at the same time
@@ -26,42 +27,49 @@ class Devices:
     Args:
         names: one device per expert; fusion happens on the first.
         num_experts: N.
+        prompt: the argument that is the prompt's embedding, sent once for all steps.
 
     Raises:
         AfaError: another number of devices than experts.
     """
 
-    def __init__(self, names: Sequence[torch.device | str], num_experts: int) -> None:
+    def __init__(self, names: Sequence[torch.device | str], num_experts: int, prompt: str) -> None:
         if len(names) != num_experts:
             raise AfaError(
                 f"Experts must be placed on one device each, came {len(names)} devices for "
                 f"{num_experts} experts. Name a device once for every expert on it."
             )
         self.of_expert = tuple(torch.device(name) for name in names)
+        self._prompt = prompt
+        #: whether the embeddings of the timestep were gathered in this step
+        self._has_temb = False
 
     @property
     def main(self) -> torch.device:
         """Where features are fused."""
         return self.of_expert[0]
 
-    def send(self, per_expert: Sequence[dict[str, Any]], prompt: str) -> list[dict[str, Any]]:
-        """The inputs of every expert, where it is.
+    def begin(self, inputs: Inputs) -> Collection[int]:
+        """Forget the last step."""
+        del inputs
+        self._has_temb = False
+        return ()
 
-        Args:
-            per_expert: arguments of their forward passes; nested tensors are moved, too.
-            prompt: which of them is the prompt's embedding, sent once for all steps.
-        """
-        return [
-            {
-                key: _kept_at(value, device) if key == prompt else _at(value, device)
-                for key, value in arguments.items()
+    def arguments(self, arguments: Arguments) -> Arguments:
+        """The inputs of every expert, where it is; nested tensors are moved, too."""
+        return {
+            n: {
+                key: (_kept_at if key == self._prompt else _at)(value, self.of_expert[n])
+                for key, value in own.items()
             }
-            for arguments, device in zip(per_expert, self.of_expert, strict=True)
-        ]
+            for n, own in arguments.items()
+        }
 
-    def gather(self, features: Mapping[int, Feature], *, with_temb: bool) -> dict[int, Feature]:
-        """The features of experts at a site, on the first device; see `Exchange.gather`."""
-        first = next(iter(features.values()))
+    def features(self, site: str, features: Features) -> Features:
+        """The features of experts at a site, on the first device."""
+        del site
+        first, with_temb = next(iter(features.values())), not self._has_temb
+        self._has_temb = True
 
         def here(value: Tensor | None) -> Any:
             return None if value is None else value.to(self.main, non_blocking=True)
@@ -73,18 +81,9 @@ class Devices:
             for n, feature in features.items()
         }
 
-    def scatter(self, fused: Tensor | Sequence[Tensor], experts: Sequence[int]) -> list[Tensor]:
-        """What each expert goes on with, where it is.
-
-        Args:
-            fused: one for all, or one for each that runs.
-            experts: the numbers of those.
-        """
-        each = [fused] * len(experts) if isinstance(fused, Tensor) else fused
-        return [
-            feature.to(self.of_expert[n], non_blocking=True)
-            for n, feature in zip(experts, each, strict=True)
-        ]
+    def send(self, sent: dict[int, Tensor]) -> dict[int, Tensor]:
+        """What each expert continues with, where it is."""
+        return {n: own.to(self.of_expert[n], non_blocking=True) for n, own in sent.items()}
 
 
 def _at(value: Any, device: torch.device) -> Any:

@@ -18,20 +18,23 @@ from torch.utils._pytree import tree_leaves
 
 from afa.denoisers import Feature
 from afa.denoisers.prompt import once_per_prompt
+from afa.ensemble.hook import Hook
 from afa.ensemble.placement.ranks import Processes
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from torch.distributed import ProcessGroup
+
+    from afa.ensemble.hook import Arguments, Features, Inputs
 
 #: how many tensors of a call the processes compare, and by how many numbers each
 _MOST, _PROJECTIONS = 32, 8
 _MARKS = _PROJECTIONS + 2
 
 
-class Exchange(Processes):
+class Exchange(Processes, Hook):
     """Who computes which expert, and how the others come to its features.
 
     Expert n is computed by process n modulo the number of processes. All of them fuse; for that
@@ -60,8 +63,12 @@ class Exchange(Processes):
         self._num_experts = num_experts
         #: the experts that this process computes, by number
         self.own: list[int] = list(range(self._rank, num_experts, self._count))
+        #: whether the embeddings of the timestep were gathered in this step
+        self._has_temb = False
 
-    def begin(self, timesteps: Tensor, arguments: Mapping[str, Any], prompt: Tensor | None) -> None:
+    def check_call(
+        self, timesteps: Tensor, arguments: Mapping[str, Any], prompt: Tensor | None
+    ) -> None:
         """See that all processes are about to compute the same step of the same picture.
 
         Args:
@@ -102,29 +109,34 @@ class Exchange(Processes):
                 "picture. Give all of them the same prompts, size and seed."
             )
 
-    def gather(self, features: Mapping[int, Feature], *, with_temb: bool) -> dict[int, Feature]:
+    def begin(self, inputs: Inputs) -> Collection[int]:
+        """Forget the last step."""
+        del inputs
+        self._has_temb = False
+        return ()
+
+    def arguments(self, arguments: Arguments) -> Arguments:
+        """The arguments of the experts that this process computes."""
+        return {n: arguments[n] for n in self.own}
+
+    def features(self, site: str, features: Features) -> Features:
         """The features of all experts at a site, from those of this process's own.
 
-        Args:
-            features: by the expert's number, of all in `own`.
-            with_temb: whether the embeddings of the timestep are gathered, too; else every expert
-                comes with this process's first.
+        Embeddings of the timestep are gathered at the first site; at others every expert comes with
+        this process's first.
         """
         own = [features[n] for n in self.own]
+        if own[0].hidden is None:  # the site is skipped in all processes
+            return {n: own[0] for n in range(self._num_experts)}
         hidden = self._gather([feature.hidden for feature in own])
         tembs = [own[0].temb] * self._num_experts
-        if with_temb:
+        if not self._has_temb:
             tembs = self._gather([feature.temb for feature in own])
+        self._has_temb = True
         return {
-            n: Feature(own[0].site, feature, temb)
+            n: Feature(site, feature, temb)
             for n, (feature, temb) in enumerate(zip(hidden, tembs, strict=True))
         }
-
-    def scatter(
-        self, fused: Tensor | Sequence[Tensor], experts: Sequence[int]
-    ) -> Tensor | Sequence[Tensor]:
-        """What this process's experts continue with, of what all do."""
-        return fused if isinstance(fused, Tensor) else [fused[n] for n in experts]
 
     def _gather(self, own: Sequence[Tensor]) -> list[Tensor]:
         """Tensors of one shape, one for each expert, from this process's."""
