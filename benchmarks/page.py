@@ -59,6 +59,7 @@ def as_page(kept: dict[str, Any]) -> str:
         _section("Experts spread over processes", _SCALING, kept.get("scaling"), _scaling),
         _section("Training", _TRAINING, kept.get("training"), _training),
         _section("Starting", _STARTUP, kept.get("startup"), _startup),
+        _section("Hashes of the experts", _HASHING, kept.get("hashing"), _hashing),
         _section("Installing", _SIZE, kept.get("size"), _size),
         _section("The page", _APP, kept.get("app"), _app),
         _section("On a GPU", _GPU, kept.get("gpu"), _gpu),
@@ -96,6 +97,8 @@ of one, the aggregators, which all run, and sending the features. *Sent* is what
 one expert in a step; a link of 25 GB/s would take 1 ms for 25 MB."""
 _TRAINING = """Batches of 16 on the zoo; see docs/training.md for what the switches are for."""
 _STARTUP = """Each start is a process of its own, with the files in the system's cache."""
+_HASHING = """Three sparse files of 2 GB each are described as by `afa inspect`; each start is a
+process of its own, with an empty cache before the first. *Read*: bytes by system calls."""
 _SIZE = """The files of each distribution on disk, compiled modules included; an extra is what it
 adds to the core, and to the extras that it includes. [Licences](licences.md) names them all."""
 _APP = """`afa app` with the shipped ensemble, in a process of its own, with Chromium beside it on
@@ -339,6 +342,13 @@ def _scaling(results: list[dict[str, Any]]) -> str:
 def _startup(results: list[dict[str, Any]]) -> str:
     rows = [[row["start"], f"{row['seconds']:.2f}", _spread(row["ratio"])] for row in results]
     return as_table(["until", "seconds", "by the libraries' alone"], rows)
+
+
+def _hashing(results: list[dict[str, Any]]) -> str:
+    rows = [
+        [row["start"], f"{row['seconds']:.2f}", f"{row['bytes_read'] / 1e6:.3f}"] for row in results
+    ]
+    return as_table(["start", "seconds", "read, MB"], rows)
 
 
 def _size(results: list[dict[str, Any]]) -> str:

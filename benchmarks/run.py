@@ -24,6 +24,7 @@ PARTS = {
     "step": ["benchmarks.step"],
     "picture": ["benchmarks.picture"],
     "startup": ["benchmarks.startup"],
+    "hashing": ["benchmarks.hashing"],
     "size": ["benchmarks.size"],
     "streaming": ["benchmarks.streaming"],
     "scaling": ["benchmarks.scaling"],

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import errno
 import glob
-import hashlib
 import json
+import marshal
 import os
 import re
 import shutil
 import stat
 import tempfile
+import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 LOCK = ".lock"
 #: bytes and levels of a JSON file; the largest that is read is a results page of a study
@@ -33,6 +34,10 @@ _IRREGULAR = {
     stat.S_IFBLK: "a device",
     stat.S_IFDIR: "a folder",
 }
+#: nanoseconds after which another write is sure to change a file's times; FAT has 2 s
+SETTLED = 2_000_000_000
+#: bytes that a `FileCache` holds
+_MAX_CACHED = 64_000_000
 _PARTIAL = re.compile(r"\..+\.[a-z0-9_]{8}")  # as `write_atomic` names what it has not finished
 
 
@@ -215,6 +220,81 @@ def irregular(path: Path) -> str | None:
     return _IRREGULAR.get(stat.S_IFMT(mode), "no regular file")
 
 
+class Mark(NamedTuple):
+    """What tells that a file is the same and was not written into: `os.stat`, links followed."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether any write from now on changes the mark; it may not in a file just written."""
+        return time.time_ns() - max(self.mtime_ns, self.ctime_ns) > SETTLED
+
+
+def mark_of(file: Path) -> Mark | None:
+    """The mark of a file as it is now; None where there is none."""
+    try:
+        found = file.stat()
+    except (OSError, ValueError):  # no name of a file has a zero byte
+        return None
+    return Mark(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+class FileCache:
+    """What was read from files, in this process, each until its file changes.
+
+    Contents are plain values as of JSON. Every caller gets its own copy.
+    """
+
+    def __init__(self) -> None:
+        # no lock, which a fork could inherit locked: each access is atomic, and the size may be
+        # wrong by what threads keep at once
+        self._kept: dict[str, tuple[Mark, bytes]] = {}
+        self._size = 0
+
+    def get(self, file: Path, read: Callable[[], Any]) -> Any:
+        """The content of a file: what was kept, or what `read` returns."""
+        place, mark = os.path.abspath(file), mark_of(file)
+        known = self._kept.get(place)
+        if known is not None and known[0] == mark:
+            return marshal.loads(known[1])
+        is_settled = mark is not None and mark.is_settled  # before it is read
+        content = read()
+        if mark is not None and is_settled and mark_of(file) == mark:
+            self._keep(place, mark, marshal.dumps(content))
+        return content
+
+    def _keep(self, place: str, mark: Mark, content: bytes) -> None:
+        before = self._kept.pop(place, None)
+        self._kept[place] = mark, content
+        self._size += len(content) - (len(before[1]) if before is not None else 0)
+        while self._size > _MAX_CACHED and self._kept:
+            for oldest in list(self._kept)[:100]:
+                _, dropped = self._kept.pop(oldest, (mark, b""))
+                self._size -= len(dropped)
+
+
+_json = FileCache()
+
+
+def require_readable(path: Path, limit: int) -> None:
+    """Refuse what is no regular file, which reading might never end, or is too large.
+
+    Raises:
+        OSError: there is none.
+        ValueError: says what it is.
+    """
+    size = path.stat().st_size
+    if (what := irregular(path)) is not None:
+        raise ValueError(f"it is {what} and must be a regular file")
+    if size > limit:
+        raise ValueError(f"it has {size} bytes, {limit} are the most")
+
+
 def read_text(path: Path, limit: int) -> str:
     """The UTF-8 text of a regular file that is not larger than it should be; no byte order mark.
 
@@ -226,11 +306,7 @@ def read_text(path: Path, limit: int) -> str:
         OSError: it cannot be read.
         ValueError: it is none, too large, or no UTF-8.
     """
-    size = path.stat().st_size
-    if (what := irregular(path)) is not None:
-        raise ValueError(f"it is {what} and must be a regular file")
-    if size > limit:
-        raise ValueError(f"it has {size} bytes, {limit} are the most")
+    require_readable(path, limit)
     text = path.read_text(encoding="utf-8-sig")
     if "\0" in text:
         raise ValueError("it has zero bytes, as UTF-16 has; save it as UTF-8")
@@ -238,7 +314,7 @@ def read_text(path: Path, limit: int) -> str:
 
 
 def read_json(path: Path, limit: int = MAX_JSON) -> dict[str, Any]:
-    """Read a JSON object from a file.
+    """Read a JSON object from a file, once for each state of it.
 
     Args:
         path: of a regular file.
@@ -248,13 +324,19 @@ def read_json(path: Path, limit: int = MAX_JSON) -> dict[str, Any]:
         AfaError: the file cannot be read, is too large or too deep, or holds something else.
     """
     try:
-        content = json.loads(read_text(path, limit))
-        if depth_of(content) > MAX_DEPTH:
-            raise ValueError(f"it is deeper than {MAX_DEPTH} levels")
+        require_readable(path, limit)
+        content = _json.get(path, lambda: _parse(read_text(path, limit)))
     except (OSError, ValueError, RecursionError) as error:
         raise AfaError(f"'{path}' must be JSON, but reading it says: {error}.") from error
     if not isinstance(content, dict):
         raise AfaError(f"'{path}' must hold a JSON object, came {str(content)[:80]}.")
+    return content
+
+
+def _parse(text: str) -> Any:
+    content = json.loads(text)
+    if depth_of(content) > MAX_DEPTH:
+        raise ValueError(f"it is deeper than {MAX_DEPTH} levels")
     return content
 
 
@@ -274,15 +356,3 @@ def depth_of(content: Any) -> int:
 def slug(text: str) -> str:
     """A text as part of a file's name: lower case, letters and digits, 48 at the most."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:48].strip("-") or "prompt"
-
-
-def hash_file(file: Path) -> str:
-    """SHA-256 of a file, as published beside checkpoints.
-
-    Raises:
-        OSError: it cannot be read, or is no regular file, which might have no end.
-    """
-    if (what := irregular(file)) is not None:
-        raise OSError(f"'{file}' is {what} and must be a regular file")
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -32,11 +32,13 @@ class Policy:
         allow_pickle: whether pickled checkpoints are read, as tensors alone.
         offline: whether the hub is left alone, and only its cache is looked into.
         folders: that recipes may name paths in, besides their own folder and the current one.
+        rehash: whether files are hashed although their hashes are in the user's cache.
     """
 
     allow_pickle: bool = False
     offline: bool = False
     folders: tuple[Path, ...] = ()
+    rehash: bool = False
 
     def __or__(self, other: Policy) -> Policy:
         """What either of two allows."""
@@ -44,6 +46,7 @@ class Policy:
             self.allow_pickle or other.allow_pickle,
             self.offline or other.offline,
             tuple(dict.fromkeys((*self.folders, *other.folders))),
+            self.rehash or other.rehash,
         )
 
 
@@ -69,7 +72,11 @@ def policy() -> Policy:
 
 @contextmanager
 def trusting(
-    *, allow_pickle: bool = False, offline: bool = False, folders: Sequence[str | Path] = ()
+    *,
+    allow_pickle: bool = False,
+    offline: bool = False,
+    folders: Sequence[str | Path] = (),
+    rehash: bool = False,
 ) -> Iterator[None]:
     """Allow more while the block runs, in the current thread or asyncio task alone.
 
@@ -83,11 +90,12 @@ def trusting(
         allow_pickle: read pickled checkpoints, as tensors alone.
         offline: ask no hub.
         folders: that recipes may name paths in.
+        rehash: hash files although their hashes are in the user's cache.
 
     Raises:
         AfaError: `folders` is one path, not a sequence of paths.
     """
-    token = _own.set(_own.get(Policy()) | _policy_of(allow_pickle, offline, folders))
+    token = _own.set(_own.get(Policy()) | _policy_of(allow_pickle, offline, folders, rehash))
     try:
         yield
     finally:
@@ -96,7 +104,11 @@ def trusting(
 
 @contextmanager
 def grant_to_process(
-    *, allow_pickle: bool = False, offline: bool = False, folders: Sequence[str | Path] = ()
+    *,
+    allow_pickle: bool = False,
+    offline: bool = False,
+    folders: Sequence[str | Path] = (),
+    rehash: bool = False,
 ) -> Iterator[None]:
     """Allow more while the block runs, in all threads of the process; see `trusting`.
 
@@ -106,7 +118,7 @@ def grant_to_process(
         AfaError: see `trusting`.
     """
     global _granted
-    grant = _policy_of(allow_pickle, offline, folders)
+    grant = _policy_of(allow_pickle, offline, folders, rehash)
     with _lock:
         _granted = (*_granted, grant)
     try:
@@ -139,10 +151,13 @@ def require_within(path: str | Path, folder: Path, said_by: str) -> None:
         )
 
 
-def _policy_of(allow_pickle: bool, offline: bool, folders: Sequence[str | Path]) -> Policy:
+def _policy_of(
+    allow_pickle: bool, offline: bool, folders: Sequence[str | Path], rehash: bool
+) -> Policy:
     if isinstance(folders, str | os.PathLike):  # letter by letter "/x" would allow "/"
         raise AfaError(
             f"folders is the single path '{folders}'; it must be a sequence of paths. Write "
             f"folders=['{folders}']."
         )
-    return Policy(bool(allow_pickle), bool(offline), tuple(Path(folder) for folder in folders))
+    places = tuple(Path(folder) for folder in folders)
+    return Policy(bool(allow_pickle), bool(offline), places, bool(rehash))

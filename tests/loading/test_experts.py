@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 
 import afa
 from afa.errors import AfaError
-from afa.files import hash_file
 from afa.loading.expert import load_expert
 from afa.loading.single_file.autoencoder import load_vae
 from afa.loading.sources import locate
 from afa.loading.weights import check_safetensors, hash_expert
+from afa.machine.hashes import hash_file
 from benchmarks.soak.sampling import allocated
 from tests.single_file import original_layout
 from tests.tiny import tiny_pipeline

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 import afa
 from afa.errors import AfaError
-from afa.files import hash_file
 from afa.loading.inspection import describe
+from afa.machine.hashes import hash_file
 from tests.single_file import original_layout
 from tests.tiny import tiny_pipeline
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 import afa
-from afa.files import hash_file
 from afa.loading.weights import hash_expert
+from afa.machine.hashes import hash_file
 from afa.merging import MergeRecipe, merge_checkpoints, plan_merge
 from afa.merging.in_memory import merge_models, weighted_merge
 from tests.single_file import original_layout

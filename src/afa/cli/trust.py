@@ -39,6 +39,14 @@ OPTIONS: dict[str, Any] = {
             rich_help_panel=_PANEL,
         ),
     ],
+    "rehash": Annotated[
+        bool,
+        typer.Option(
+            "--rehash",
+            help="Hash all files again, also those whose hash is in the cache.",
+            rich_help_panel=_PANEL,
+        ),
+    ],
 }
 #: what libraries look at, some of them once, when they are imported
 _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
@@ -53,12 +61,15 @@ def with_trust(command: Callable[..., None]) -> Callable[..., None]:
         allow_pickle: bool = False,
         offline: bool = False,
         allow_folder: list[Path] | None = None,
+        rehash: bool = False,
         **kwargs: Any,
     ) -> None:
         folders = tuple(allow_folder or ())
         with (
             changed_environment(dict.fromkeys(_OFFLINE, "1") if offline else {}),
-            grant_to_process(allow_pickle=allow_pickle, offline=offline, folders=folders),
+            grant_to_process(
+                allow_pickle=allow_pickle, offline=offline, folders=folders, rehash=rehash
+            ),
         ):
             command(*args, **kwargs)
 

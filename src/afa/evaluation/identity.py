@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from afa.ensemble.caching.plan import load_plan
-from afa.files import hash_file
 from afa.loading.asked import Asked, LoraExpert, base_of
 from afa.loading.ensemble_folder import AGGREGATORS, ensemble_folder
 from afa.loading.lora import hash_lora
@@ -24,6 +23,7 @@ from afa.loading.saved import read_config, sources_in
 from afa.loading.single_file.load import Companions, config_of_expert, describe_expert, described_by
 from afa.loading.sources import HUB_ERRORS, absolute_source, fetch, locate, locate_vae
 from afa.loading.weights import hash_files, hash_pipeline, hash_vae
+from afa.machine.hashes import hash_file
 from afa.provenance import releases
 
 if TYPE_CHECKING:

@@ -15,8 +15,9 @@ from afa.evaluation.identity import of_metric
 from afa.evaluation.prompts import groups_of
 from afa.evaluation.recipe import SCENE_SCORES, SCENES, slug
 from afa.evaluation.work import MARK_FILE, digest, open_pictures, read_pictures, write_json
-from afa.files import hash_file, read_json, write_atomic
+from afa.files import read_json, write_atomic
 from afa.loading.truncation import cuts_of
+from afa.machine.hashes import hash_file
 from afa.metrics import MetricRecipe, ReferenceScorer, SetMetric, open_metrics
 from afa.reading import Conversion, Tally, conversions_of, counted, files_in, is_picture_file
 

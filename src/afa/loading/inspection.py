@@ -15,7 +15,7 @@ from afa.aggregators.build import build_sabw
 from afa.denoisers import FAMILIES, Family, Site, discover_sites
 from afa.denoisers.family import COMPONENTS
 from afa.errors import NO_MODEL, AfaError
-from afa.files import hash_file, read_json
+from afa.files import read_json
 from afa.loading.distilled import distilled_of
 from afa.loading.published import describe_published, is_published
 from afa.loading.saved import FORMAT, read_config
@@ -34,6 +34,7 @@ from afa.loading.weights import (
     weight_files,
 )
 from afa.machine.damaged import is_own_bug
+from afa.machine.hashes import hash_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -10,10 +10,11 @@ from safetensors import SafetensorError, safe_open
 
 from afa.denoisers.kinds import component_in
 from afa.errors import AfaError
-from afa.files import hash_file, parts_of, read_json
+from afa.files import parts_of, read_json
 from afa.loading.trust.folders import check_folder, check_part
 from afa.loading.trust.headers import check_header
 from afa.machine.damaged import loading as loading
+from afa.machine.hashes import hash_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

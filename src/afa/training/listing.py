@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from safetensors.numpy import load, save
 
-from afa.files import hash_file, write_atomic
+from afa.files import write_atomic
 from afa.loading.weights import loading
+from afa.machine.hashes import hash_file
 from afa.training.data import Part, SceneImages
 
 if TYPE_CHECKING:

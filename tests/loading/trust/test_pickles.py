@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 import afa
 from afa.cli import app
 from afa.errors import AfaError
-from afa.files import cache_folder, hash_file
+from afa.files import cache_folder
 from afa.loading.trust.pickles import folder_as_safetensors
+from afa.machine.hashes import hash_file
 from afa.policy import trusting
 from tests.cli.test_cli import AGGREGATOR, run
 from tests.single_file import original_layout

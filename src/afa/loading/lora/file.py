@@ -10,11 +10,12 @@ import torch
 from safetensors import safe_open
 
 from afa.errors import AfaError
-from afa.files import hash_file, read_json
+from afa.files import read_json
 from afa.loading.trust.pickles import PICKLES, as_safetensors
 from afa.loading.weights import check_safetensors, hash_files
 from afa.lora.header import LoraFile
 from afa.lora.names import RAW_PEFT
+from afa.machine.hashes import hash_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from diffusers import AutoencoderKL
 
-from afa.files import hash_file
 from afa.loading.components import load_weights, loading_model
 from afa.loading.single_file.parts import read_vae
 from afa.loading.sources import locate_vae, refer
 from afa.loading.weights import check_safetensors, hash_files, weights_in
+from afa.machine.hashes import hash_file
 
 if TYPE_CHECKING:
     from pathlib import Path

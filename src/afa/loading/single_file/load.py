@@ -10,7 +10,7 @@ import transformers
 
 from afa.ensemble.references import ExpertReference
 from afa.errors import AfaError
-from afa.files import hash_file, parts_of, read_json
+from afa.files import parts_of, read_json
 from afa.loading.asked import base_of, description_of
 from afa.loading.components import loading_model
 from afa.loading.prediction import Prediction, decide, evidence_of, scheduler_of
@@ -43,6 +43,7 @@ from afa.loading.weights import (
     tensor_shapes,
     weight_files,
 )
+from afa.machine.hashes import hash_file
 from afa.machine.library import library_class
 
 if TYPE_CHECKING:

@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import save_file
 
 from afa.errors import AfaError
-from afa.files import cache_folder, hash_file, parts_of, read_json, staged
+from afa.files import cache_folder, parts_of, read_json, staged
 from afa.machine.damaged import loading, said_by
+from afa.machine.hashes import hash_file
 from afa.policy import policy
 
 if TYPE_CHECKING:

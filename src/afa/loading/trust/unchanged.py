@@ -12,20 +12,20 @@ from weakref import WeakKeyDictionary
 
 from afa.denoisers.kinds import denoiser_of
 from afa.errors import AfaError
+from afa.files import mark_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-#: of a file: which one it is, and what writing into it changes
-Mark = tuple[tuple[int, int], tuple[int, int]]
+    from afa.files import Mark
 
 _marks: Any = WeakKeyDictionary()
 
 
 def marks_of(files: Iterable[Path]) -> dict[Path, Mark]:
     """What files are like now; those that are not there are left out."""
-    found = {file: _mark(file) for file in files}
+    found = {file: mark_of(file) for file in files}
     return {file: mark for file, mark in found.items() if mark is not None}
 
 
@@ -41,18 +41,11 @@ def require_unchanged(pipeline: Any) -> None:
         AfaError: names the first such file.
     """
     for file, before in _marks.get(denoiser_of(pipeline), {}).items():
-        now = _mark(file)
-        if now is not None and now[0] == before[0] and now[1] != before[1]:
+        now = mark_of(file)
+        # its times may change without a write, as of a file that gets a second name
+        if now is not None and now[:2] == before[:2] and now[2:4] != before[2:4]:
             raise AfaError(
                 f"Files of weights must stay as they are while they are in use; '{file}' was "
                 "written into. What came after that is not kept. Restore the file, and run the "
                 "same command again."
             )
-
-
-def _mark(file: Path) -> Mark | None:
-    try:
-        found = file.stat()
-    except OSError:
-        return None
-    return (found.st_dev, found.st_ino), (found.st_size, found.st_mtime_ns)
