@@ -17,6 +17,7 @@ from afa.loading.components import loading_model
 from afa.loading.distilled import distilled_of
 from afa.loading.expert import latents_of
 from afa.loading.prediction import predicted_by, scheduler_of
+from afa.machine.hashes import hash_file
 from afa.machine.library import library_class
 
 if TYPE_CHECKING:
@@ -216,8 +217,7 @@ class _Tokenizer:
     @classmethod
     def of(cls, folder: Path) -> _Tokenizer:
         files = sorted(file for file in folder.iterdir() if file.is_file())
-        lines = [f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}" for file in files]
-        return cls(folder, "\n".join(lines))
+        return cls(folder, "\n".join(f"{file.name} {hash_file(file)}" for file in files))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Tokenizer) and self.content == other.content

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 
 from afa.aggregators import SABWConfig
 from afa.aggregators.build import build_sabw
@@ -85,7 +84,6 @@ def describe(path: str | Path) -> dict[str, Any]:
 def _describe_ensemble(folder: Path) -> dict[str, Any]:
     config = read_config(folder)
     weights = folder / "aggregators.safetensors"
-    check_safetensors(weights)
     parameters, dtypes, _ = _read_header([weights])
     return {
         "kind": "ensemble",
@@ -182,7 +180,6 @@ def _describe_file(path: Path, named: Path) -> dict[str, Any]:
         raise AfaError(
             f"A single file must be named .safetensors or .sft, came '{path}'. Rename it."
         )
-    check_safetensors(path)
     parameters, dtypes, keys = _read_header([path])
     shapes = tensor_shapes(path)
     is_lora = any("lora_" in key or ".lora." in key for key in keys)
@@ -233,14 +230,11 @@ def _describe_model(path: Path, named: Path, shapes: Shapes) -> dict[str, Any]:
 
 def _read_header(files: Iterable[Path]) -> tuple[int, str, list[str]]:
     """Number of elements, data types and names of all tensors in some safetensors files."""
-    count, names = 0, []
-    dtypes: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    names = []
     for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - no mapping
-                piece = tensors.get_slice(name)
-                size = prod(piece.get_shape())
-                count += size
-                dtypes[piece.get_dtype()] += size
-                names.append(name)
-    return count, ", ".join(f"{dtype} {n:,}" for dtype, n in dtypes.most_common()), names
+        for name, entry in check_safetensors(file).tensors.items():
+            sizes[entry["dtype"]] += prod(entry["shape"])
+            names.append(name)
+    dtypes = ", ".join(f"{dtype} {n:,}" for dtype, n in sizes.most_common())
+    return sizes.total(), dtypes, names

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from safetensors import SafetensorError, safe_open
 
 from afa.denoisers.kinds import component_in
 from afa.errors import AfaError
-from afa.files import parts_of, read_json
+from afa.files import FileCache, parts_of, read_json
 from afa.loading.trust.folders import check_folder, check_part
-from afa.loading.trust.headers import check_header
+from afa.loading.trust.headers import Header, check_header
 from afa.machine.damaged import loading as loading
 from afa.machine.hashes import hash_file
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 Shapes = Mapping[str, tuple[int, ...]]
 
 T = TypeVar("T")
+
+_headers = FileCache()
 
 # how programs call what belongs to a quantised weight
 _SCALES = (
@@ -82,14 +84,16 @@ def weight_files(path: Path) -> list[Path]:
     return files
 
 
-def check_safetensors(file: Path) -> dict[str, Any]:
-    """Read a safetensors file's header and compare it with the file's length.
-
-    Returns: `dtype`, `shape` and `data_offsets` of every tensor, by name.
+def check_safetensors(file: Path) -> Header:
+    """Read a safetensors file's header, once for each state of it, and compare it with its length.
 
     Raises:
         AfaError: the file is no safetensors file, or it is cut short.
     """
+    return Header(*_headers.get(file, lambda: tuple(_read_header(file))))
+
+
+def _read_header(file: Path) -> Header:
     header = check_header(file)
     try:
         with safe_open(file, framework="pt") as opened:
@@ -108,7 +112,7 @@ def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     Raises:
         AfaError: see `check_safetensors`.
     """
-    return {name: tuple(entry["shape"]) for name, entry in check_safetensors(file).items()}
+    return {name: tuple(entry["shape"]) for name, entry in check_safetensors(file).tensors.items()}
 
 
 def tensor_dtypes(file: Path) -> dict[str, str]:
@@ -117,7 +121,7 @@ def tensor_dtypes(file: Path) -> dict[str, str]:
     Raises:
         AfaError: see `check_safetensors`.
     """
-    return {name: entry["dtype"] for name, entry in check_safetensors(file).items()}
+    return {name: entry["dtype"] for name, entry in check_safetensors(file).tensors.items()}
 
 
 def file_metadata(file: Path) -> dict[str, str]:
@@ -126,9 +130,7 @@ def file_metadata(file: Path) -> dict[str, str]:
     Raises:
         AfaError: see `check_safetensors`.
     """
-    check_safetensors(file)
-    with safe_open(file, framework="pt") as opened:
-        return opened.metadata() or {}
+    return check_safetensors(file).metadata
 
 
 def refuse_quantised(file: Path) -> None:

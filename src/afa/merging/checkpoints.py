@@ -13,10 +13,10 @@ from afa.errors import AfaError
 from afa.files import read_json
 from afa.loading.single_file.canonical_names import DENOISER, canonical_names, unet_names
 from afa.loading.sources import locate
-from afa.loading.weights import weight_files, weights_in
+from afa.loading.weights import file_metadata, weight_files, weights_in
 from afa.merging.parts import TEXT_ENCODERS
 from afa.merging.quantised import refuse_quantised
-from afa.merging.streams import StoredTensor, read_header, read_metadata
+from afa.merging.streams import StoredTensor, read_header
 from afa.merging.whole_models import refuse_other_data, refuse_parts
 
 _PARTS = (*COMPONENTS, *TEXT_ENCODERS, "vae")
@@ -91,7 +91,7 @@ def read_checkpoint(source: str) -> Checkpoint:
 
 
 def _read_file(source: str, path: Path) -> Checkpoint:
-    stored, metadata = read_header(path), read_metadata(path)
+    stored, metadata = read_header(path), file_metadata(path)
     shapes = {name: tensor.shape for name, tensor in stored.items()}
     refuse_parts(shapes, source)
     refuse_quantised(stored, metadata, source)

@@ -14,7 +14,6 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 
 from afa.errors import AfaError
 from afa.loading.weights import check_safetensors
@@ -87,24 +86,16 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         AfaError: the file is damaged, or has a tensor of a type that torch does not have.
     """
     header = check_safetensors(file)  # lengths and offsets are right from here on
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
     tensors = {}
-    for name, entry in header.items():
+    for name, entry in header.tensors.items():
         if entry["dtype"] not in _DTYPES:
             raise AfaError(
                 f"Merged tensors must be of a type among {', '.join(_DTYPES)}; '{name}' in "
                 f"'{file}' is {entry['dtype']}. Take a checkpoint of another precision."
             )
-        shape, offset = tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
+        shape, offset = tuple(entry["shape"]), header.start + entry["data_offsets"][0]
         tensors[name] = StoredTensor(_DTYPES[entry["dtype"]], shape, file, offset)
     return tensors
-
-
-def read_metadata(file: Path) -> dict[str, str]:
-    """The texts that a safetensors file carries beside its tensors."""
-    with safe_open(file, framework="pt") as opened:
-        return dict(opened.metadata() or {})
 
 
 def writing_order(specs: Mapping[str, TensorSpec]) -> list[str]:

@@ -31,7 +31,7 @@ def test_what_the_library_writes_is_taken(tmp_path: Path) -> None:
     tensors |= {"empty": torch.zeros(0, 4), "scalar": torch.zeros(())}
     save_file(tensors, tmp_path / "a.safetensors", metadata={"format": "pt"})
     found = check_header(tmp_path / "a.safetensors")
-    assert {name: tuple(entry["shape"]) for name, entry in found.items()} == {
+    assert {name: tuple(entry["shape"]) for name, entry in found.tensors.items()} == {
         name: tuple(tensor.shape) for name, tensor in tensors.items()
     }
 

@@ -61,19 +61,18 @@ def open_lora(path: Path) -> LoraFile:
         raise AfaError(f"A LoRA must be a local file; '{path}' does not exist. Download it first.")
     header = check_safetensors(path)
     for mark, method in _OTHER_METHODS.items():
-        found = next((name for name in header if mark in name), None)
+        found = next((name for name in header.tensors if mark in name), None)
         if found is not None:
             raise AfaError(
                 f"'{path}' has '{found}', a tensor of {method}. A LoRA must add low-rank products "
                 "to weights. Merge it into a checkpoint with the tool it is from, and name that as "
                 "the expert."
             )
-    with safe_open(path, framework="pt") as tensors:
-        metadata = tensors.metadata() or {}
     adapter = None
-    if any(name.startswith(RAW_PEFT) for name in header):
+    if any(name.startswith(RAW_PEFT) for name in header.tensors):
         adapter = _read_config(path)
-    return LoraFile(path, header, metadata, adapter, _by_part(path, metadata))
+    metadata = header.metadata
+    return LoraFile(path, header.tensors, metadata, adapter, _by_part(path, metadata))
 
 
 def hash_lora(path: Path) -> str:

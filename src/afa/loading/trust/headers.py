@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import stat
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from afa.errors import AfaError
 
@@ -36,13 +36,25 @@ _METADATA = "__metadata__"
 GGUF = b"GGUF"
 
 
-def check_header(file: Path) -> dict[str, Any]:
+class Header(NamedTuple):
+    """What a safetensors file says of itself.
+
+    Attributes:
+        tensors: `dtype`, `shape` and `data_offsets` of every tensor, by name.
+        metadata: the texts beside them.
+        start: the byte of the file from which the offsets count.
+    """
+
+    tensors: dict[str, Any]
+    metadata: dict[str, str]
+    start: int
+
+
+def check_header(file: Path) -> Header:
     """Read the header of a safetensors file and hold it against the file's length.
 
     Memory is taken for the header alone, and only after its declared length was held against the
     file's own and against `MAX_HEADER`.
-
-    Returns: `dtype`, `shape` and `data_offsets` of every tensor, by name.
 
     Raises:
         AfaError: says what is wrong with it.
@@ -56,7 +68,8 @@ def check_header(file: Path) -> dict[str, Any]:
             content = stream.read(length)
         if len(content) < length:
             raise _Wrong("it ended while it was read")
-        return _tensors(_parse(content), found.st_size - 8 - length)
+        tensors, metadata = _parse(content)
+        return Header(_tensors(tensors, found.st_size - 8 - length), metadata, 8 + length)
     except _IsGguf:
         raise AfaError(
             f"'{file}' is a GGUF file, whose weights are quantised for other programs. Weights "
@@ -94,7 +107,7 @@ def _header_length(start: bytes, size: int) -> int:
     return length
 
 
-def _parse(content: bytes) -> dict[str, Any]:
+def _parse(content: bytes) -> tuple[dict[str, Any], dict[str, str]]:
     if content[:1] != b"{":
         raise _Wrong("the header is no JSON object")
     try:
@@ -106,7 +119,7 @@ def _parse(content: bytes) -> dict[str, Any]:
     metadata = header.pop(_METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _Wrong("its metadata must be texts")
-    return header
+    return header, metadata
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
