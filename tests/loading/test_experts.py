@@ -128,7 +128,7 @@ def test_a_hub_id_never_asks_for_pickles(
     pipeline = afa.load_pipeline(["org/name"], revisions=["v1"])
     assert (asked["name"], asked["revision"]) == ("org/name", "v1")
     assert not any("bin" in p or "ckpt" in p for p in asked["allow_patterns"])  # type: ignore[attr-defined]
-    reference = pipeline.unet.references[0]
+    reference = pipeline.unet.provenance.experts[0]
     assert (reference.source, reference.revision) == ("org/name", "v1")
 
 
@@ -169,7 +169,7 @@ def test_single_files_of_the_original_layout(tmp_path: Path) -> None:
         arguments = ("a fox", "cpu", 1, False)
         texts = [p.encode_prompt(*arguments)[0] for p in (loaded, expected)]
         torch.testing.assert_close(*texts)
-    reference = alone.unet.references[0]
+    reference = alone.unet.provenance.experts[0]
     assert (reference.source, reference.sha256) == (str(files[0]), hash_file(files[0]))
 
 
@@ -232,7 +232,7 @@ def test_links_are_kept_as_they_are_named(tmp_path: Path) -> None:
     link = tmp_path / "model.safetensors"
     link.symlink_to(tmp_path / "blob")
     loaded = afa.load_pipeline([link], config=tmp_path / "folder")
-    assert loaded.unet.references[0].source == str(link)
+    assert loaded.unet.provenance.experts[0].source == str(link)
 
 
 def test_single_files_are_found_again_with_their_configuration(tmp_path: Path) -> None:
@@ -244,8 +244,10 @@ def test_single_files_are_found_again_with_their_configuration(tmp_path: Path) -
     loaded = afa.load_pipeline([file, tmp_path / "other"], config=tmp_path / "family")
     folder = afa.save_ensemble(loaded, tmp_path / "ensemble")
     again = afa.load_ensemble(folder)
-    assert again.unet.config_source == str(tmp_path / "family")
-    assert again.unet.vae_reference == loaded.unet.vae_reference == loaded.unet.references[0]
+    assert again.unet.provenance.config == str(tmp_path / "family")
+    assert (
+        again.unet.provenance.vae == loaded.unet.provenance.vae == loaded.unet.provenance.experts[0]
+    )
     (tmp_path / "family").rename(tmp_path / "moved")
     with pytest.raises(AfaError, match=r"configuration folder .*family"):
         afa.load_ensemble(folder)
@@ -263,8 +265,8 @@ def test_experts_that_moved_lend_their_configuration_from_where_they_are(tmp_pat
     for path in moved:
         (tmp_path / path.name).rename(path)
     again = afa.load_ensemble(folder, experts=moved)
-    assert [r.source for r in again.unet.references] == [str(path) for path in moved]
-    assert again.unet.vae_reference.source == str(moved[0])
+    assert [r.source for r in again.unet.provenance.experts] == [str(path) for path in moved]
+    assert again.unet.provenance.vae.source == str(moved[0])
 
 
 def test_the_autoencoder_of_another_expert_moves_with_it(
@@ -278,7 +280,7 @@ def test_the_autoencoder_of_another_expert_moves_with_it(
     (tmp_path / "old").rename(tmp_path / "new")
     moved = [tmp_path / "new" / copy.name for copy in copies]
     again = afa.load_ensemble(folder, experts=moved)
-    assert again.unet.vae_reference.source == str(moved[1])
+    assert again.unet.provenance.vae.source == str(moved[1])
     with pytest.raises(AfaError, match=r"Autoencoder .* must have SHA-256"):
         afa.load_ensemble(folder, experts=moved, vae=experts[2])
 
@@ -289,7 +291,7 @@ def test_an_ensemble_behind_a_link_finds_its_experts(experts: list[Path], tmp_pa
     folder = afa.save_ensemble(afa.load_pipeline([home / "expert"]), home / "ensemble")
     (tmp_path / "latest").symlink_to(folder)
     again = afa.load_ensemble(tmp_path / "latest")
-    assert again.unet.references[0].source == str(home / "expert")
+    assert again.unet.provenance.experts[0].source == str(home / "expert")
 
 
 @pytest.mark.parametrize(
@@ -319,7 +321,7 @@ def test_an_autoencoder_in_a_file_of_its_own(tmp_path: Path) -> None:
     for key, tensor in other.vae.state_dict().items():
         assert torch.equal(loaded.vae.state_dict()[key], tensor), key
     folder = afa.save_ensemble(loaded, tmp_path / "ensemble")
-    assert afa.load_ensemble(folder).unet.vae_reference == loaded.unet.vae_reference
+    assert afa.load_ensemble(folder).unet.provenance.vae == loaded.unet.provenance.vae
     save_file({k: v + 1 for k, v in tensors.items()}, tmp_path / "vae.safetensors")
     with pytest.raises(AfaError, match=r"Autoencoder .* must have SHA-256"):
         afa.load_ensemble(folder)
@@ -371,7 +373,7 @@ def test_the_commit_of_a_hub_id_is_kept(
     snapshot = tmp_path / "snapshots" / "0123abcd"
     shutil.copytree(experts[0], snapshot)
     monkeypatch.setattr("afa.loading.sources.snapshot_download", lambda *_, **__: str(snapshot))
-    reference = afa.load_pipeline(["org/name"]).unet.references[0]
+    reference = afa.load_pipeline(["org/name"]).unet.provenance.experts[0]
     assert (reference.source, reference.revision) == ("org/name", "0123abcd")
 
 

@@ -24,7 +24,7 @@ def test_pipeline_folder(experts: list[Path]) -> None:
     loaded = afa.load_pipeline([experts[0]])
     assert (facts["kind"], facts["family"]) == ("pipeline folder", "unet")
     assert facts["class"] == "StableDiffusionPipeline"
-    assert facts["sha256"] == loaded.unet.references[0].sha256
+    assert facts["sha256"] == loaded.unet.provenance.experts[0].sha256
     parts = [*loaded.unet.experts[0].parameters(), *loaded.text_encoder.parameters()]
     assert facts["parameters"] == sum(p.numel() for p in parts)
     assert [s.split()[0] for s in facts["sites"]] == [s.name for s in loaded.unet.sites]
@@ -37,7 +37,9 @@ def test_ensemble_folder(experts: list[Path], tmp_path: Path) -> None:
     own = sum(p.numel() for p in pipeline.unet.aggregators.parameters())
     assert facts["aggregator_parameters"] == own
     assert facts["sites"] == [s.name for s in pipeline.unet.sites]
-    assert [e["sha256"] for e in facts["experts"]] == [r.sha256 for r in pipeline.unet.references]
+    assert [e["sha256"] for e in facts["experts"]] == [
+        r.sha256 for r in pipeline.unet.provenance.experts
+    ]
 
 
 def test_an_ensemble_without_parameters(experts: list[Path], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,7 @@ def test_controlnet(pipeline: StableDiffusionPipeline) -> None:
 
 def test_expert_parts(experts: list[Path]) -> None:
     pipeline = afa.load_pipeline(experts, SMALL)
-    assert [r.source for r in pipeline.unet.references] == [str(e) for e in experts]
+    assert [r.source for r in pipeline.unet.provenance.experts] == [str(e) for e in experts]
     assert all(isinstance(rule, SABW) for rule in pipeline.unet.aggregators)
     assert not any(p.requires_grad for p in pipeline.unet.experts.parameters())
     assert not any(p.requires_grad for p in pipeline.vae.parameters())
@@ -155,8 +156,8 @@ def test_saved_and_loaded_it_draws_the_same_picture(
     loaded.set_progress_bar_config(disable=True)
     pictures = [p("a fox", generator=noise(), **CALL).images for p in (pipeline, loaded)]
     assert np.array_equal(*pictures)
-    assert [r.sha256 for r in loaded.unet.references] == [
-        r.sha256 for r in pipeline.unet.references
+    assert [r.sha256 for r in loaded.unet.provenance.experts] == [
+        r.sha256 for r in pipeline.unet.provenance.experts
     ]
 
 
@@ -228,20 +229,20 @@ def test_ensemble_and_experts_can_move_together(experts: list[Path], tmp_path: P
     afa.save_ensemble(pipeline, here / "ensemble")
     here.rename(tmp_path / "there")
     loaded = afa.load_ensemble(tmp_path / "there" / "ensemble")
-    assert loaded.unet.references[0].source == str(tmp_path / "there" / experts[0].name)
+    assert loaded.unet.provenance.experts[0].source == str(tmp_path / "there" / experts[0].name)
 
 
 def test_a_changed_expert_is_an_error_with_both_hashes(experts: list[Path], tmp_path: Path) -> None:
     copy = tmp_path / "expert"
     shutil.copytree(experts[0], copy)
     pipeline = afa.load_pipeline([copy, experts[1]], SMALL)
-    before = pipeline.unet.references[0].sha256
+    before = pipeline.unet.provenance.experts[0].sha256
     folder = afa.save_ensemble(pipeline, tmp_path / "ensemble")
     weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(weights)
     tensors["conv_in.bias"] += 1
     save_file(tensors, weights, metadata={"format": "pt"})
-    after = afa.load_pipeline([copy]).unet.references[0].sha256
+    after = afa.load_pipeline([copy]).unet.provenance.experts[0].sha256
     with pytest.raises(AfaError) as caught:
         afa.load_ensemble(folder)
     assert before in str(caught.value)
@@ -331,3 +332,11 @@ def test_experts_of_two_tokenizers(experts: list[Path], tmp_path: Path) -> None:
         file.write_text(file.read_text().replace("æ", "\N{SNOWMAN}"))
     with pytest.raises(AfaError, match="one tokenizer"):
         afa.load_pipeline([experts[0], copy])
+
+
+def test_other_pipelines_and_copies_have_the_provenance(experts: list[Path]) -> None:
+    pipeline = afa.load_pipeline(experts, SMALL)
+    known = pipeline.unet.provenance
+    assert known.names == [expert.name for expert in experts]
+    other = StableDiffusionImg2ImgPipeline(**pipeline.components)
+    assert other.unet.provenance == deepcopy(pipeline).unet.provenance == known

@@ -284,9 +284,12 @@ def test_what_a_recipe_says_is_used_kept_and_found_again(
     for moved in (None, [file]):
         again = afa.load_ensemble(saved, experts=moved)
         assert again.scheduler.config.prediction_type == "v_prediction"
-        assert again.unet.references[0].identity == pipeline.unet.references[0].identity
+        assert (
+            again.unet.provenance.experts[0].identity
+            == pipeline.unet.provenance.experts[0].identity
+        )
     plain = afa.load_pipeline([file], config=folder)
-    assert plain.unet.references[0].identity != pipeline.unet.references[0].identity
+    assert plain.unet.provenance.experts[0].identity != pipeline.unet.provenance.experts[0].identity
     with pytest.raises(AfaError, match="A folder must describe itself"):
         afa.load_pipeline([{"model": str(folder), "config": str(folder)}])
 

@@ -117,11 +117,11 @@ def _changed(file: Path) -> None:
 
 @pytest.mark.parametrize("part", ["unet", "text_encoder"])
 def test_every_expert_is_told_by_its_own_weights(folder: Path, part: str) -> None:
-    before = [r.identity for r in afa.load_ensemble(folder).unet.references]
+    before = [r.identity for r in afa.load_ensemble(folder).unet.provenance.experts]
     assert len(set(before)) == 2
     (file,) = (folder / f"additional_{part}_0").glob("*.safetensors")
     _changed(file)
-    after = [r.identity for r in afa.load_ensemble(folder).unet.references]
+    after = [r.identity for r in afa.load_ensemble(folder).unet.provenance.experts]
     assert after[0] == before[0]
     assert after[1] not in before
 

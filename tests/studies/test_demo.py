@@ -108,7 +108,11 @@ def test_the_main_path(
     run_small(output, monkeypatch, num_train_steps=10, num_prompts=4)
     assert "AFA" in capsys.readouterr().out
     loaded = afa.load_ensemble(output / "ensemble")
-    assert [r.source for r in loaded.unet.references] == ["zoo:animals", "zoo:food", "zoo:things"]
+    assert [r.source for r in loaded.unet.provenance.experts] == [
+        "zoo:animals",
+        "zoo:food",
+        "zoo:things",
+    ]
     assert [p.name for p in tmp_path.iterdir()] == ["demo"]
     # the comparison goes on from its recipe: nothing is drawn again
     before = {p: p.stat().st_mtime_ns for p in output.rglob("methods/**/*.png")}

@@ -47,7 +47,7 @@ def test_exported_models_are_stock_pipelines(tmp_path: Path) -> None:
 
 def test_experts_by_name() -> None:
     pipeline = afa.load_pipeline([f"zoo:{name}" for name in EXPERTS])
-    assert [reference.source for reference in pipeline.unet.references] == [
+    assert [reference.source for reference in pipeline.unet.provenance.experts] == [
         "zoo:animals",
         "zoo:food",
         "zoo:things",

@@ -74,7 +74,7 @@ def prune(
     plan = shares.plan(keep)
     output.parent.mkdir(parents=True, exist_ok=True)
     save_plan(plan, output)
-    names = [reference.name for reference in denoiser_of(pipeline).references]
+    names = denoiser_of(pipeline).provenance.names
     table = Table("site", *(f"{part + 1}/{ranges}" for part in range(ranges)), box=None)
     for site in plan.sites:
         cells = []

@@ -142,10 +142,10 @@ def identity_of(ensemble: EnsembleDenoiser) -> str:
     Experts and autoencoder are told by their own hashes.
     """
     digest = hashlib.sha256()
-    for reference in (*(ensemble.references or ()), *ensemble.part_references):
-        digest.update(f"{reference.identity}\n".encode())
-    if ensemble.vae_reference is not None:
-        digest.update(f"{ensemble.vae_reference.identity}\n".encode())
+    known = ensemble.provenance
+    for reference in (*known.experts, *known.parts, known.vae):
+        if reference is not None:
+            digest.update(f"{reference.identity}\n".encode())
     for name, tensor in sorted(aggregator_tensors(ensemble).items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)

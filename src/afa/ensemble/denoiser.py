@@ -36,6 +36,7 @@ from afa.ensemble.locks import Lock
 from afa.ensemble.observation import Observers, Recorder, WeightsObserver
 from afa.ensemble.placing import Placement
 from afa.ensemble.protocol import expert_names
+from afa.ensemble.references import Provenance
 from afa.ensemble.running import running_at
 from afa.ensemble.step import run_step, timesteps_of
 from afa.errors import AfaError
@@ -49,7 +50,6 @@ if TYPE_CHECKING:
     from afa.ensemble.caching.loop import Loop
     from afa.ensemble.guard import OnNonFinite
     from afa.ensemble.hook import Hook
-    from afa.ensemble.references import ExpertReference
 
 
 class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin):
@@ -111,15 +111,8 @@ class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin)
         self.on_weights: WeightsObserver | None = None
         #: those of one thread each; see `afa.ensemble.recording.observed`
         self.observers = Observers()
-        #: where the experts and the autoencoder come from; None where they were made in memory
-        self.references: Sequence[ExpertReference] | None = None
-        self.vae_reference: ExpertReference | None = None
-        #: the folder, or the shipped configuration, that describes single files
-        self.config_source: str | None = None
-        #: what lent single files the parts that they leave out
-        self.part_references: Sequence[ExpertReference] = ()
-        #: the folder of the published code that the experts are in, which have none of their own
-        self.kept_in: str | None = None
+        #: where the experts, the autoencoder and what else was read come from
+        self.provenance = Provenance()
         self.register_to_config(**experts[0].config)
         self.eval()
 

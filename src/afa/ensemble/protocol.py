@@ -5,14 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from torch import nn
 
     from afa.aggregators.lowered import Lowered
     from afa.denoisers import Execution, Family, Site, Widths
     from afa.ensemble.observation import Observers
-    from afa.ensemble.references import ExpertReference
+    from afa.ensemble.references import Provenance
 
 
 class Ensemble(Protocol):
@@ -26,7 +24,7 @@ class Ensemble(Protocol):
     execution: Execution
     lowered: Lowered
     observers: Observers
-    references: Sequence[ExpertReference] | None
+    provenance: Provenance
 
     def rule_at(self, site: str) -> nn.Module:
         """The fusion rule of a site."""
@@ -34,6 +32,4 @@ class Ensemble(Protocol):
 
 def expert_names(ensemble: Ensemble) -> list[str]:
     """What the experts are called: as their checkpoints, or by number where there are none."""
-    if ensemble.references is None:
-        return [str(n) for n in range(len(ensemble.experts))]
-    return [reference.name for reference in ensemble.references]
+    return ensemble.provenance.names or [str(n) for n in range(len(ensemble.experts))]

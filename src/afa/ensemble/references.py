@@ -46,3 +46,30 @@ class ExpertReference:
         """What people call it: the last part of its source, or its LoRA's."""
         source = self.source if self.lora is None else self.lora.source
         return source.rstrip("/").rpartition("/")[2].removeprefix("zoo:")
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where an ensemble comes from, as an ensemble folder keeps it.
+
+    It is an attribute of the denoiser, not of the pipeline: other stock pipelines that take the
+    same components, and copies, have it, too.
+
+    Attributes:
+        experts: empty where they were made in memory.
+        vae: of the autoencoder.
+        config: the folder, or the shipped configuration, that describes single files.
+        parts: what supplied single files with the parts that they leave out.
+        folder: of the published code that the experts are in, which have none of their own.
+    """
+
+    experts: tuple[ExpertReference, ...] = ()
+    vae: ExpertReference | None = None
+    config: str | None = None
+    parts: tuple[ExpertReference, ...] = ()
+    folder: str | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """What people call the experts."""
+        return [reference.name for reference in self.experts]

@@ -35,7 +35,7 @@ def record_shares(
     pipeline = builder.build(method)
     sampling = recipe.sampling
     content: dict[str, Any] = {
-        "experts": [r.name for r in denoiser_of(pipeline).references],
+        "experts": denoiser_of(pipeline).provenance.names,
         "sites": [site.name for site in denoiser_of(pipeline).sites],
         "groups": {},
     }

@@ -117,6 +117,10 @@ def description_of(expert: Asked) -> tuple[str | None, PredictionType | None]:
 def refer_description(reference: ExpertReference, expert: Asked) -> ExpertReference:
     """A reference with the configuration that an expert is named with; local ones absolute."""
     config, _ = description_of(expert)
-    if config is not None and Path(config).expanduser().exists():
-        config = os.path.abspath(Path(config).expanduser())
-    return replace(reference, config=config)
+    return replace(reference, config=config and absolute_config(config))
+
+
+def absolute_config(config: str | Path) -> str:
+    """A configuration as it is found from anywhere: a local folder, or a shipped one's name."""
+    place = Path(config).expanduser()
+    return os.path.abspath(place) if place.exists() else str(config)

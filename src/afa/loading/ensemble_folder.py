@@ -103,15 +103,16 @@ def save_ensemble(
     """
     folder = Path(folder)
     ensemble: EnsembleDenoiser = denoiser_of(pipeline)
-    if ensemble.references is None:
+    known = ensemble.provenance
+    if not known.experts:
         raise AfaError(
             "A saved ensemble names its experts by their source, but these were made in memory. "
             "Save them as pipeline folders and load them with afa.load_pipeline."
         )
-    if ensemble.kept_in is not None:
+    if known.folder is not None:
         raise AfaError(
             f"A saved ensemble names experts that have folders of their own; these are in "
-            f"'{ensemble.kept_in}', which loads as it is. Copy that folder."
+            f"'{known.folder}', which loads as it is. Copy that folder."
         )
     if folder.exists() and not exist_ok:
         raise AfaError(f"The output folder must be new; '{folder}' exists. Name another one.")
@@ -119,10 +120,10 @@ def save_ensemble(
         "format": FORMAT,
         "version": 1,
         "family": ensemble.family.name,
-        "experts": [_written(reference, folder) for reference in ensemble.references],
-        "vae": ensemble.vae_reference and _written(ensemble.vae_reference, folder),
-        "config": ensemble.config_source and relative_source(ensemble.config_source, folder),
-        **_written_parts(ensemble, folder),
+        "experts": [_written(reference, folder) for reference in known.experts],
+        "vae": known.vae and _written(known.vae, folder),
+        "config": known.config and relative_source(known.config, folder),
+        **({"parts": [_written(part, folder) for part in known.parts]} if known.parts else {}),
         "aggregator": describe_rules(ensemble),
         "sites": [site.name for site in ensemble.sites],
     }
@@ -248,14 +249,9 @@ def load_ensemble(
         device=device,
         **memory,
     )
-    require_hash("Autoencoder", denoiser_of(pipeline).vae_reference, saved_vae["sha256"])
+    require_hash("Autoencoder", denoiser_of(pipeline).provenance.vae, saved_vae["sha256"])
     load_aggregator_tensors(denoiser_of(pipeline), load_file(weights))
     return pipeline
-
-
-def _written_parts(ensemble: EnsembleDenoiser, folder: Path) -> dict[str, Any]:
-    parts = ensemble.part_references
-    return {"parts": [_written(part, folder) for part in parts]} if parts else {}
 
 
 def _written(reference: ExpertReference, folder: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +13,13 @@ from afa.aggregators import SABWConfig
 from afa.denoisers.kinds import build_pipeline, denoiser_of, kind_of_pipeline
 from afa.ensemble.denoiser import EnsembleDenoiser
 from afa.ensemble.placement.streaming import LayerStream
+from afa.ensemble.references import Provenance
 from afa.ensemble.text import EnsembleTextEncoder, first_equal, share_equal
 from afa.errors import AfaError
 from afa.loading.asked import (
     Asked,
     LoraExpert,
+    absolute_config,
     as_expert,
     base_of,
     description_of,
@@ -165,13 +166,12 @@ def load_pipeline(
         else:
             denoiser.offload_experts(device)
     watch(pipeline, marks)
-    denoiser.vae_reference = vae_reference
-    denoiser.part_references = companions.references
-    if config is not None:  # what is told from the files is told again
-        is_folder = Path(config).expanduser().exists()
-        denoiser.config_source = (
-            os.path.abspath(Path(config).expanduser()) if is_folder else str(config)
-        )
+    denoiser.provenance = replace(
+        denoiser.provenance,
+        vae=vae_reference,
+        parts=tuple(companions.references),
+        config=config and absolute_config(config),  # what is told from the files is told again
+    )
     return pipeline
 
 
@@ -294,7 +294,7 @@ def assemble(
     tokenizer = first.tokenizers.get("tokenizer")
     widths = first.kind.widths(first.text_encoders, getattr(tokenizer, "model_max_length", 0))
     denoiser = EnsembleDenoiser([expert.denoiser for expert in experts], aggregators, widths=widths)
-    denoiser.references = [expert.reference for expert in experts]
+    denoiser.provenance = Provenance(tuple(expert.reference for expert in experts))
     if joined and (entry := first.kind.padded_text) is not None:
         # the pipeline makes zeros of this width where there is no T5, and pads CLIP's text to it
         width = len(experts) * first.denoiser.config[entry]

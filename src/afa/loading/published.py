@@ -87,8 +87,8 @@ def load_published(
     pipeline = assemble(experts, published_aggregators(folder), vae)
     watch(pipeline, marks)
     ensemble = denoiser_of(pipeline)
-    ensemble.vae_reference = reference
-    ensemble.kept_in = str(folder.absolute())
+    place = str(folder.absolute())
+    ensemble.provenance = replace(ensemble.provenance, vae=reference, folder=place)
     count = _read(folder / _CONFIG, _Ensemble).num_aggregators
     if count != len(ensemble.sites):
         raise AfaError(

@@ -270,12 +270,8 @@ class Trainer:
         return self.engine.shares(self.settings).total
 
     def _hashes(self) -> list[str]:
-        ensemble = self.ensemble
-        references = [
-            *(ensemble.references or ()),
-            ensemble.vae_reference,
-            *ensemble.part_references,
-        ]
+        known = self.ensemble.provenance
+        references = (*known.experts, known.vae, *known.parts)
         return [reference.identity for reference in references if reference is not None]
 
 

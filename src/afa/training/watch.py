@@ -47,8 +47,7 @@ class Watch:
     ) -> None:
         self._recipe, self._output, self._trainer = recipe, output, trainer
         self._validation = validation
-        references = trainer.ensemble.references or ()
-        self._names = _distinct([reference.name for reference in references])
+        self._names = _distinct(trainer.ensemble.provenance.names)
         self._collapse = CollapseWatch(self._names)
         self._routings: list[Routing] = []
         self._recorder = None

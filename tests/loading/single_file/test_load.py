@@ -218,7 +218,7 @@ def test_what_was_lent_is_found_again_and_must_be_the_same(tmp_path: Path) -> No
     assert describe(saved)["parts"] == ["./../whole.safetensors"]
     again = afa.load_ensemble(saved)
     assert_same_weights(loaded.text_encoder, again.text_encoder)
-    assert again.unet.vae_reference == loaded.unet.vae_reference
+    assert again.unet.provenance.vae == loaded.unet.provenance.vae
     whole.rename(tmp_path / "moved.safetensors")
     with pytest.raises(AfaError, match=r"whole\.safetensors' does not exist"):
         afa.load_ensemble(saved)

@@ -231,7 +231,7 @@ def test_a_checkpoint_draws_as_its_safetensors_twin(tmp_path: Path) -> None:
     torch.save({"state_dict": tensors, "epoch": 3, "note": "x"}, tmp_path / "model.ckpt")
     with trusting(allow_pickle=True):
         loaded = afa.load_pipeline([tmp_path / "model.ckpt"], config=tmp_path / "config")
-    reference = loaded.unet.references[0]
+    reference = loaded.unet.provenance.experts[0]
     assert reference.source == str(tmp_path / "model.ckpt")
     for name, parameter in pipeline.unet.named_parameters():
         assert torch.equal(parameter, loaded.unet.experts[0].get_parameter(name))
@@ -256,7 +256,7 @@ def test_a_folder_of_bin_files(experts: list[Path], tmp_path: Path) -> None:
         afa.load_pipeline([folder])
     with trusting(allow_pickle=True):
         loaded = afa.load_pipeline([folder])
-    assert loaded.unet.references[0].source == str(folder)
+    assert loaded.unet.provenance.experts[0].source == str(folder)
     own = afa.load_pipeline([experts[0]])
     for name, parameter in own.unet.experts[0].named_parameters():
         assert torch.equal(parameter, loaded.unet.experts[0].get_parameter(name))

@@ -248,12 +248,12 @@ def train_ensemble(shop: Workshop[ZooRecipe]) -> Iterator[FitStep]:
     for step in train_aggregators(pipeline, data, settings, checkpoints=checkpoints):
         yield FitStep("ensemble", step.step, step.num_steps, step.loss, step.seconds)
     # under the names by which every installation finds them
-    pipeline.unet.references = [
+    known = pipeline.unet.provenance
+    experts = tuple(
         replace(reference, source=f"zoo:{domain}")
-        for domain, reference in zip(DOMAINS, pipeline.unet.references, strict=True)
-    ]
-    pipeline.unet.vae_reference = replace(
-        pipeline.unet.vae_reference, source=pipeline.unet.references[0].source
+        for domain, reference in zip(DOMAINS, known.experts, strict=True)
     )
+    vae = replace(known.vae, source=experts[0].source)
+    pipeline.unet.provenance = replace(known, experts=experts, vae=vae)
     save_ensemble(pipeline, shop.folder / "ensemble", exist_ok=True)
     copy_as(shop.folder / "ensemble", shop.folder / "assets" / "ensemble", torch.float16)
