@@ -8,6 +8,7 @@ import pytest
 
 from afa.aggregators import SABWSettings
 from afa.errors import AfaError
+from afa.loading.expert_source import ExpertSource
 from afa.training.recipe import load_recipe
 
 GOOD = """
@@ -37,7 +38,9 @@ def test_defaults_are_the_papers(tmp_path: Path) -> None:
 
 def test_paths_are_relative_to_the_recipe_and_names_are_left_alone(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, GOOD))
-    assert recipe.experts == [str(tmp_path / "a"), "org/name", "zoo:food"]
+    sources = [str(tmp_path / "a"), "org/name", "zoo:food"]
+    assert recipe.experts == [ExpertSource(source) for source in sources]
+    assert recipe.model_dump(mode="json")["experts"] == sources
     assert recipe.data.folder == tmp_path / "pictures"
 
 

@@ -55,7 +55,8 @@ def _folder_that_is_cut(this: Round) -> None:
 
 
 def _another_hash(this: Round) -> None:
-    afa.load_pipeline(["zoo:animals", "zoo:food"], hashes=["0" * 64, None], place="stream")
+    expert = afa.ExpertSource("zoo:animals", sha256="0" * 64)
+    afa.load_pipeline([expert, "zoo:food"], place="stream")
 
 
 def _experts_that_do_not_fit(this: Round) -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from afa.errors import AfaError as AfaError
     from afa.loading.ensemble_folder import load_ensemble as load_ensemble
     from afa.loading.ensemble_folder import save_ensemble as save_ensemble
+    from afa.loading.expert_source import ExpertSource as ExpertSource
     from afa.loading.pipeline import load_pipeline as load_pipeline
     from afa.policy import trusting as trusting
 
@@ -34,6 +35,7 @@ _PUBLIC = {
     "AfaError": "afa.errors",
     "EnsembleDenoiser": "afa.ensemble.denoiser",
     "EnsembleTextEncoder": "afa.ensemble.text",
+    "ExpertSource": "afa.loading.expert_source",
     "FusionRule": "afa.aggregators",
     "SABW": "afa.aggregators",
     "SABWConfig": "afa.aggregators",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_type_hints
 
@@ -160,20 +160,24 @@ def resolve_path(path: str | Path, folder: Path) -> Path:
     return place
 
 
-def resolve_sources(section: Model, folder: Path, *keys: str) -> Model:
+def resolve_sources(section: Any, folder: Path, *keys: str) -> Any:
     """A section of a recipe in `folder`, with the sources under these keys resolved.
 
-    Each is a source, see `resolve_source`, a section with some, a list of either, or None.
+    Each is a source, see `resolve_source`, a section or dataclass with `SOURCES`, a list of these,
+    or None.
     """
 
     def resolved(value: Any) -> Any:
         if isinstance(value, list):
             return [resolved(item) for item in value]
-        if isinstance(value, Section):
+        if hasattr(value, "SOURCES"):
             return resolve_sources(value, folder, *value.SOURCES)
         return value and resolve_source(value, folder)
 
-    return section.model_copy(update={key: resolved(getattr(section, key)) for key in keys})
+    changes = {key: resolved(getattr(section, key)) for key in keys}
+    if isinstance(section, BaseModel):
+        return section.model_copy(update=changes)
+    return replace(section, **changes)
 
 
 def _explain(detail: ErrorDetails, model: type[BaseModel]) -> str:
@@ -241,7 +245,9 @@ def _tags(section: type) -> list[Any]:
 
 def _sections_in(annotation: Any) -> Iterator[type]:
     """The sections that an annotation such as `list[Section] | None` allows."""
-    if isinstance(annotation, type) and (
+    if hasattr(annotation, "SECTIONS"):  # what it is written as is not what it becomes
+        yield from annotation.SECTIONS
+    elif isinstance(annotation, type) and (
         issubclass(annotation, BaseModel) or is_dataclass(annotation)
     ):
         yield annotation

@@ -17,8 +17,8 @@ from afa.evaluation.cost import measure
 from afa.evaluation.methods import MethodBuilder
 from afa.evaluation.recipe import EvaluateRecipe
 from afa.evaluation.work import draw
-from afa.loading.asked import LoraExpert
 from afa.loading.expert import load_expert
+from afa.loading.expert_source import ExpertSource
 from afa.loading.lora import lora_expert
 from afa.merging.in_memory import weighted_merge
 from tests.evaluation.conftest import SMALL
@@ -157,7 +157,7 @@ def test_loras_are_experts_of_a_comparison(experts: list[Path], tmp_path: Path) 
     }
     build, recipe = builder(**changes)
     alone, merge, _ = (build.build(method) for method in recipe.methods)
-    both = [lora_expert(load_expert(experts[0]), LoraExpert(**lora)) for lora in loras]
+    both = [lora_expert(load_expert(experts[0]), ExpertSource.of(lora)) for lora in loras]
     torch.testing.assert_close(alone.unet.state_dict(), both[0].denoiser.state_dict())
     expected = weighted_merge([expert.denoiser for expert in both])
     torch.testing.assert_close(merge.unet.state_dict(), expected.state_dict())

@@ -125,7 +125,7 @@ def test_a_hub_id_never_asks_for_pickles(
         return str(experts[0])
 
     monkeypatch.setattr("afa.loading.sources.snapshot_download", fetch)
-    pipeline = afa.load_pipeline(["org/name"], revisions=["v1"])
+    pipeline = afa.load_pipeline([afa.ExpertSource("org/name", revision="v1")])
     assert (asked["name"], asked["revision"]) == ("org/name", "v1")
     assert not any("bin" in p or "ckpt" in p for p in asked["allow_patterns"])  # type: ignore[attr-defined]
     reference = pipeline.unet.provenance.experts[0]
@@ -337,7 +337,7 @@ def test_an_autoencoder_of_the_hub_may_lie_at_the_top(
         return str(experts[0] / "vae")
 
     monkeypatch.setattr("afa.loading.sources.snapshot_download", fetch)
-    load_vae("org/vae", revision="v2")
+    load_vae(afa.ExpertSource("org/vae", revision="v2"))
     assert asked["revision"] == "v2"
     files = ["config.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"]
     assert list(filter_repo_objects(files, allow_patterns=asked["allow_patterns"])) == files[:2]

@@ -17,7 +17,7 @@ import afa
 from afa.aggregators import SABW
 from afa.denoisers.kinds import denoiser_of
 from afa.errors import AfaError
-from afa.loading.asked import LoraExpert
+from afa.loading.expert_source import ExpertSource
 from afa.loading.inspection import describe
 from tests.cli.test_cli import run
 from tests.tiny_pipelines import PIPELINES
@@ -246,4 +246,4 @@ def test_errors(experts: list[Path], tmp_path: Path, name: str, tensors: Any, me
 
 
 def test_from_python() -> None:
-    assert LoraExpert(base="zoo:base", lora="a.safetensors").scale == 1.0
+    assert ExpertSource("zoo:base", lora="a.safetensors").scale == 1.0

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 import afa
 from afa.errors import AfaError
-from afa.loading.asked import as_expert
 from afa.loading.compare import compare
+from afa.loading.expert_source import ExpertSource
 from afa.loading.facts import read_facts
 from afa.loading.inspection import describe
 from afa.loading.pipeline import load_single
@@ -58,7 +58,7 @@ def written(place: Path, tensors: dict[str, Any], *marks: str, **metadata: str) 
 def told(file: Path, beside: Path, **named: Any) -> Any:
     """What a file predicts, described by a folder that stands beside it in a recipe."""
     companions = Companions(torch.float32, fallback=beside).of(
-        as_expert({"model": str(file), **named}) if named else file
+        ExpertSource.of({"model": str(file), **named} if named else file)
     )
     return describe_expert(file, companions).prediction
 
@@ -72,8 +72,8 @@ def test_without_evidence_the_configuration_is_assumed_and_said(
     file = written(tmp_path / "a.safetensors", tensors)
     found = told(file, folder)
     assert (found.type, found.zero_snr, found.is_assumed) == ("epsilon", False, True)
-    companions = Companions(torch.float32, fallback=folder).of(file)
-    facts = read_facts("a", describe_expert(file, companions), is_file=True)
+    companions = Companions(torch.float32, fallback=folder).of(ExpertSource.of(file))
+    facts = read_facts("a", describe_expert(file, companions), path=file)
     notes = [each.text for each in compare([facts]) if each.check == "prediction"]
     assert len(notes) == 1
     assert "'a' is assumed to predict epsilon" in notes[0]
@@ -277,7 +277,7 @@ def test_what_a_recipe_says_is_used_kept_and_found_again(
     asked = {"model": str(file), "config": str(folder), "prediction_type": "v_prediction"}
     pipeline = afa.load_pipeline([asked])
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
-    assert load_single(as_expert(asked))[0].scheduler.config.prediction_type == "v_prediction"
+    assert load_single(asked)[0].scheduler.config.prediction_type == "v_prediction"
     saved = afa.save_ensemble(pipeline, tmp_path / "ensemble")
     (expert,) = describe(saved)["experts"]
     assert expert["prediction_type"] == "v_prediction"

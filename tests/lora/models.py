@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from afa.denoisers.kinds import build_pipeline, denoiser_of, kind_of_pipeline
 from afa.ensemble.references import ExpertReference
-from afa.loading.asked import LoraExpert
+from afa.loading.expert_source import ExpertSource
 from afa.loading.loaded import Expert
 from afa.loading.lora import lora_expert
 
@@ -40,7 +40,7 @@ def expert_of(pipeline: Any) -> Expert:
 
 def with_lora(pipeline: Any, file: Path, scale: float = 1.0) -> Any:
     """The same pipeline with a LoRA as an expert has it."""
-    expert = lora_expert(expert_of(pipeline), LoraExpert(base="base", lora=str(file), scale=scale))
+    expert = lora_expert(expert_of(pipeline), ExpertSource("base", lora=str(file), scale=scale))
     return _rebuilt(pipeline, {expert.kind.denoiser: expert.denoiser, **expert.text_encoders})
 
 

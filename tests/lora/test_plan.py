@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 import afa
 from afa.denoisers.kinds import denoiser_of
 from afa.errors import AfaError
-from afa.loading.asked import LoraExpert
+from afa.loading.expert_source import ExpertSource
 from afa.loading.lora import check_lora, hash_lora
 from tests.lora.models import peft_lora, with_lora, write
 from tests.preflight.test_check import looked
@@ -56,7 +56,7 @@ def refused(pipeline: Any, file: Path, scale: float = 1.0) -> str:
     with pytest.raises(AfaError) as loading:
         with_lora(pipeline, file, scale)
     with pytest.raises(AfaError) as checking:
-        check_lora(LoraExpert(base="base", lora=str(file), scale=scale), pipeline.folder)
+        check_lora(ExpertSource("base", lora=str(file), scale=scale), pipeline.folder)
     assert str(checking.value) == str(loading.value)
     assert "\n" not in str(loading.value)
     return str(loading.value)
@@ -139,7 +139,7 @@ def test_the_same_file_without_it_is_right(pipeline: Any, tmp_path: Path) -> Non
     more = {"text_encoder.text_model.embeddings.position_ids": torch.arange(4)}
     orphan = {"lora_unet_conv_in.alpha": torch.tensor(1.0)}  # of a product that is not there
     file = write(tmp_path / "l.safetensors", {**RIGHT, **more, **orphan})
-    check_lora(LoraExpert(base="base", lora=str(file)), pipeline.folder)
+    check_lora(ExpertSource("base", lora=str(file)), pipeline.folder)
     new, old = with_lora(pipeline, file).unet.state_dict(), pipeline.unet.state_dict()
     changed = [key for key in old if not torch.equal(new[key], old[key])]
     assert changed == [f"{NAME.removeprefix('unet.')}.weight"]
@@ -248,5 +248,5 @@ def test_check_finds_what_loading_refuses(
     with pytest.raises(AfaError, match=r"model '\./base'") as loading:
         afa.load_pipeline([{**expert, "base": "./base"}])
     with pytest.raises(AfaError) as checking:
-        check_lora(LoraExpert(base="./base", lora=str(file)), Path("base"))
+        check_lora(ExpertSource("./base", lora=str(file)), Path("base"))
     assert str(checking.value) == str(loading.value)

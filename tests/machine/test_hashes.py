@@ -28,7 +28,12 @@ def counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
     """The files whose bytes were read; files count as old at once, and small ones are kept."""
     read: list[Path] = []
     digest = hashes._digest
-    monkeypatch.setattr(hashes, "_digest", lambda file: read.append(file) or digest(file))
+
+    def counting(file: Path) -> str:
+        read.append(file)
+        return digest(file)
+
+    monkeypatch.setattr(hashes, "_digest", counting)
     monkeypatch.setattr(files, "SETTLED", -1)
     monkeypatch.setattr(hashes, "MIN_KEPT", 1)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

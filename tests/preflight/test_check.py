@@ -65,7 +65,7 @@ def test_sound_experts(experts: list[Path], tmp_path: Path) -> None:
     assert not report.errors
     assert ("warning", "duplicates") not in levels(report)
     assert [each.facts.short for each in report.experts] == ["expert0", "expert1", "expert2"]
-    assert all(each.num_bytes > 0 and each.dtypes == "F32" for each in report.experts)
+    assert all(each.manifest.num_bytes > 0 and each.dtypes == "F32" for each in report.experts)
     found = report.estimates["training"]
     assert 0 < found.takes < found.free
     assert found.seconds > 0

@@ -103,6 +103,7 @@ def test_a_single_file_is_looked_at_with_each_configuration(
     ]
     report = look(Plan(groups), with_weights=False)
     assert not [finding for finding in report.errors if "prediction_type" in finding.text]
-    found = [each.facts.schedule["prediction_type"] for each in report.experts if each.path == file]
+    looks = [each for each in report.experts if each.manifest.path == file]
+    found = [each.facts.schedule["prediction_type"] for each in looks]
     assert found == ["epsilon", "v_prediction"]
     assert json.loads((other / scheduler).read_text())["prediction_type"] == "v_prediction"

@@ -187,7 +187,7 @@ def _show(report: Report) -> None:
 
     table = Table("expert", "family", "numbers", Column("size", justify="right"), box=None)
     for each in report.experts:
-        name, size = printable(each.facts.name), size_text(each.num_bytes)
+        name, size = printable(each.facts.name), size_text(each.manifest.num_bytes)
         table.add_row(name, each.facts.kind.name, each.dtypes, size)
     if report.experts:
         console.print(table)
@@ -219,7 +219,7 @@ def _as_json(report: Report) -> dict[str, Any]:
                 "family": each.facts.kind.name,
                 "identity": each.facts.identity,
                 "dtypes": each.dtypes,
-                "bytes": each.num_bytes,
+                "bytes": each.manifest.num_bytes,
             }
             for each in report.experts
         ],

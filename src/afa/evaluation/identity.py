@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from afa.ensemble.caching.plan import load_plan
-from afa.loading.asked import Asked, LoraExpert, base_of
 from afa.loading.ensemble_folder import AGGREGATORS, ensemble_folder
+from afa.loading.expert_source import AnySource, ExpertSource, first_folder
 from afa.loading.lora import hash_lora
-from afa.loading.pipeline import first_folder
+from afa.loading.manifest import read_manifest
 from afa.loading.published import hash_published, is_published
-from afa.loading.saved import read_config, sources_in
-from afa.loading.single_file.load import Companions, config_of_expert, describe_expert, described_by
-from afa.loading.sources import HUB_ERRORS, absolute_source, fetch, locate, locate_vae
+from afa.loading.saved import read_config, source_of, sources_in
+from afa.loading.single_file.load import Companions, described_by
+from afa.loading.sources import HUB_ERRORS, fetch, locate, locate_vae
 from afa.loading.weights import hash_files, hash_pipeline, hash_vae
 from afa.machine.hashes import hash_file
 from afa.provenance import releases
@@ -45,7 +45,7 @@ class Identities:
 
     def __init__(self, recipe: EvaluateRecipe | SearchRecipe) -> None:
         self._recipe = recipe
-        self._known: dict[Asked, list[str]] = {}
+        self._known: dict[ExpertSource, list[str]] = {}
         self._companions = Companions(
             torch.float32,
             config=recipe.config,
@@ -95,15 +95,16 @@ class Identities:
             identity["parts"] = [self._hashes(part) for part in recipe.parts]
         return identity
 
-    def source(self, source: Asked) -> list[str]:
+    def source(self, named: AnySource) -> list[str]:
         """Of one model: its weights, its LoRA, and the configuration that describes it."""
+        source = ExpertSource.of(named)
         if source not in self._known:
-            path = locate(base_of(source))
-            described = describe_expert(path, self._companions.of(source))
-            found = [hash_pipeline(path), hash_descriptions(described.config)]
-            if described.prediction is not None and described.prediction.scheduler is not None:
-                found.append(f"scheduler with {dict(described.prediction.scheduler)}")
-            if isinstance(source, LoraExpert):
+            manifest = read_manifest(source, self._companions)
+            prediction = manifest.described.prediction
+            found = [hash_pipeline(manifest.path), hash_descriptions(manifest.config)]
+            if prediction is not None and prediction.scheduler is not None:
+                found.append(f"scheduler with {dict(prediction.scheduler)}")
+            if source.lora is not None:
                 found.append(f"{source.scale!r} x {hash_lora(Path(source.lora))}")
             self._known[source] = found
         return self._known[source]
@@ -127,25 +128,19 @@ def _ensemble(folder: Path) -> dict[str, Any]:
         return {"published": hash_published(folder), "described": hash_descriptions(folder)}
     saved = read_config(folder)
 
-    def place_of(reference: dict[str, Any]) -> tuple[str, str | None]:
-        return absolute_source(reference["source"], folder), reference["revision"]
-
-    paths = [locate(*place_of(expert)) for expert in saved["experts"]]
+    experts, config, parts = sources_in(saved, folder)
+    paths = [locate(expert.source, expert.revision) for expert in experts]
     companions = Companions(
         torch.float32,
-        config=saved["config"] and absolute_source(saved["config"], folder),
+        config=config,
         fallback=next((path for path in paths if path.is_dir()), None),
     )
-    asked, _, _ = sources_in(saved, folder)
-    described = [
-        hash_descriptions(config_of_expert(path, companions.of(expert)))
-        for path, expert in zip(paths, asked, strict=True)
-    ]
+    described = [hash_descriptions(read_manifest(expert, companions).config) for expert in experts]
+    others = [locate(part.source, part.revision, what="Part") for part in parts]
     if saved["vae"] is not None:
-        vae = locate_vae(*place_of(saved["vae"]))
-        described += [hash_descriptions(vae)] if vae.is_dir() else []
-    parts = [locate(*place_of(part), what="Part") for part in saved["parts"]]
-    described += [hash_descriptions(part) for part in parts if part.is_dir()]
+        vae = source_of(saved["vae"], folder)
+        others.insert(0, locate_vae(vae.source, vae.revision))
+    described += [hash_descriptions(place) for place in others if place.is_dir()]
     return {
         "ensemble": saved,
         "aggregators": hash_file(folder / AGGREGATORS),

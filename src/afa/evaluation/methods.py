@@ -14,7 +14,8 @@ from afa.ensemble.denoiser import EnsembleDenoiser
 from afa.evaluation.identity import Identities
 from afa.loading.ensemble_folder import load_ensemble
 from afa.loading.expert import load_expert
-from afa.loading.pipeline import check_text_to_image, first_folder, load_pipeline, load_single
+from afa.loading.expert_source import first_folder
+from afa.loading.pipeline import check_text_to_image, load_pipeline, load_single
 from afa.loading.single_file.load import Companions
 from afa.training.engine import pick_device
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from afa.aggregators.fusion import FusionRecipe
     from afa.evaluation.recipe import EvaluateRecipe, MethodRecipe
-    from afa.loading.asked import Asked
+    from afa.loading.expert_source import ExpertSource
 
 
 class MethodBuilder:
@@ -88,7 +89,7 @@ class MethodBuilder:
         fallback = first_folder(recipe.experts)
         return Companions(self._dtype, config=recipe.config, fallback=fallback, parts=recipe.parts)
 
-    def _model(self, source: Asked) -> DiffusionPipeline:
+    def _model(self, source: ExpertSource) -> DiffusionPipeline:
         """A checkpoint with its own autoencoder."""
         pipeline, _ = load_single(source, companions=self._companions(), torch_dtype=self._dtype)
         return pipeline.to(self._device)

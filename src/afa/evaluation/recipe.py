@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from afa.aggregators.fusion import AnyFusion
 from afa.ensemble.caching.settings import EXACT, Acceleration, acceleration_of
 from afa.evaluation.prompts import PromptsRecipe, resolve_file, resolve_prompts
-from afa.loading.asked import AnyExpert
+from afa.loading.expert_source import ExpertSource
 from afa.merging import MergeRecipe
 from afa.metrics import MetricRecipe
 from afa.recipe import MAX_SEED, Section, read_recipe, resolve_sources
@@ -45,7 +45,7 @@ class MethodRecipe(Section):
     """
 
     name: str = Field(min_length=1, max_length=80)
-    model: list[AnyExpert] | None = Field(default=None, min_length=1)
+    model: list[ExpertSource] | None = Field(default=None, min_length=1)
     ensemble: list[str] | None = Field(default=None, min_length=1)
     merge: dict[str, Any] | None = None
     fusion: AnyFusion | None = None
@@ -55,7 +55,7 @@ class MethodRecipe(Section):
     @field_validator("model", "ensemble", mode="before")
     @classmethod
     def _one_or_several(cls, given: Any) -> Any:
-        return [given] if isinstance(given, (str, Mapping)) else given
+        return [given] if isinstance(given, (str, Mapping, ExpertSource)) else given
 
     @model_validator(mode="after")
     def _exactly_one(self) -> MethodRecipe:
@@ -129,7 +129,7 @@ class EvaluateRecipe(Section):
     `references` is a folder of real pictures for FID, KID and CMMD; by default the prompts' own.
     """
 
-    experts: list[AnyExpert] = Field(default=[], max_length=64)
+    experts: list[ExpertSource] = Field(default=[], max_length=64)
     base: str | None = None
     vae: str | None = None
     config: str | None = None

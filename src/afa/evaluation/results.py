@@ -186,8 +186,8 @@ class Results:
 
     def shell_of(self, expert: MethodRecipe) -> MethodRecipe | None:
         """The control that has a single expert in the ensemble's shell."""
-        number = self.recipe.experts.index((expert.model or [""])[0])
-        shell = ShellRecipe(expert=number)
+        assert expert.model is not None, "an expert is drawn alone"
+        shell = ShellRecipe(expert=self.recipe.experts.index(expert.model[0]))
         return next((m for m in self.recipe.methods if m.fusion == shell), None)
 
     def references(self, group: str) -> dict[str, str]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from afa.denoisers.architecture import difference
-from afa.loading.facts import SCHEDULE, facts_of, read_facts
+from afa.loading.facts import SCHEDULE, facts_of
 from afa.loading.finding import Finding, require_none_wrong
 from afa.loading.loaded import LATENTS
 
@@ -15,7 +14,6 @@ if TYPE_CHECKING:
 
     from afa.loading.facts import Facts
     from afa.loading.loaded import Expert
-    from afa.loading.single_file.load import Described
 
 
 def compare(experts: Sequence[Facts], *, allow_duplicates: bool = False) -> Iterator[Finding]:
@@ -294,16 +292,7 @@ def check_experts(experts: Sequence[Expert], *, allow_duplicates: bool = False) 
     require_none_wrong(compare(facts, allow_duplicates=allow_duplicates))
 
 
-@dataclass(frozen=True)
-class DescribedSource:
-    """An expert before it is loaded: its source, what describes it, and whether it is a file."""
-
-    name: str
-    described: Described
-    is_file: bool
-
-
-def check_folders(experts: Sequence[DescribedSource]) -> None:
+def check_facts(experts: Sequence[Facts]) -> None:
     """The same before anything is loaded; equal weights are not seen.
 
     Args:
@@ -312,5 +301,4 @@ def check_folders(experts: Sequence[DescribedSource]) -> None:
     Raises:
         AfaError: see `check_experts`.
     """
-    facts = [read_facts(each.name, each.described, is_file=each.is_file) for each in experts]
-    require_none_wrong(compare(facts))
+    require_none_wrong(compare(experts))

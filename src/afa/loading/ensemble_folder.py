@@ -20,16 +20,15 @@ from afa.aggregators.build import site_configs
 from afa.denoisers.kinds import denoiser_of
 from afa.errors import AfaError
 from afa.files import staged, write_atomic
-from afa.loading.asked import base_of, moved_expert
 from afa.loading.model_card import model_card
 from afa.loading.pipeline import load_pipeline
 from afa.loading.published import is_published, load_published
-from afa.loading.saved import ABSENT, FORMAT, read_config, saved_aggregators, sources_in
-from afa.loading.sources import absolute_source, locate, relative_source, require_hash
+from afa.loading.saved import ABSENT, FORMAT, read_config, saved_aggregators, source_of, sources_in
+from afa.loading.sources import locate, relative_source, require_hash
 from afa.loading.weights import check_safetensors
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from diffusers import DiffusionPipeline
     from torch import Tensor, nn
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
     from afa.denoisers import Site
     from afa.ensemble.denoiser import EnsembleDenoiser
     from afa.ensemble.references import ExpertReference
-    from afa.loading.asked import Asked
+    from afa.loading.expert_source import AnySource
 
 AGGREGATORS = "aggregators.safetensors"
 
@@ -182,10 +181,10 @@ def load_ensemble(
     *,
     torch_dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-    experts: Sequence[Asked | Mapping[str, Any]] | None = None,
-    vae: str | Path | None = None,
+    experts: Sequence[AnySource] | None = None,
+    vae: AnySource | None = None,
     config: str | Path | None = None,
-    parts: Sequence[str | Path] | None = None,
+    parts: Sequence[AnySource] | None = None,
     **memory: Any,
 ) -> DiffusionPipeline:
     """Load an ensemble folder into a stock pipeline.
@@ -215,41 +214,34 @@ def load_ensemble(
             )
         return load_published(folder, torch_dtype=torch_dtype, device=device)
     saved = read_config(folder)
-    references = saved["experts"]
-    if parts is not None and len(parts) != len(saved["parts"]):
-        raise AfaError(f"This ensemble has {len(saved['parts'])} parts, {len(parts)} were named.")
-    if experts is not None and len(experts) != len(references):
-        raise AfaError(f"This ensemble has {len(references)} experts, {len(experts)} were named.")
-    sources, _, _ = sources_in(saved, folder)
-    sources = list(map(moved_expert, experts or sources, sources))
+    sources, saved_config, saved_parts = sources_in(saved, folder)
+    if parts is not None and len(parts) != len(saved_parts):
+        raise AfaError(f"This ensemble has {len(saved_parts)} parts, {len(parts)} were named.")
+    if experts is not None and len(experts) != len(sources):
+        raise AfaError(f"This ensemble has {len(sources)} experts, {len(experts)} were named.")
+    before = [*sources, *saved_parts]
+    named = [*(experts or sources), *(parts or saved_parts)]
+    after = [old.moved_to(new) for old, new in zip(before, named, strict=True)]
     weights = folder / AGGREGATORS
     check_safetensors(weights)
-    saved_vae = saved["vae"] or {"source": references[0]["source"], "sha256": None}
-    if vae is None and saved_vae["source"] != references[0]["source"]:
+    saved_vae = saved["vae"] and source_of(saved["vae"], folder)
+    if saved_vae is not None and vae is None and saved_vae.source != sources[0].source:
         # an expert's own autoencoder moves with that expert
-        names = [reference["source"] for reference in references]
-        moved = dict(zip(names, map(base_of, sources), strict=True))
-        moved |= dict(zip((part["source"] for part in saved["parts"]), parts or (), strict=False))
-        vae = moved.get(saved_vae["source"]) or absolute_source(saved_vae["source"], folder)
-    if config is None and saved["config"] is not None:
-        config = absolute_source(saved["config"], folder)
+        moved = {old.source: new.source for old, new in zip(before, after, strict=True)}
+        vae = moved.get(saved_vae.source, saved_vae.source)
     pipeline = load_pipeline(
-        sources,
+        after[: len(sources)],
         saved_aggregators(saved),
-        vae=vae,
-        vae_revision=saved_vae.get("revision"),
-        config=config,
-        parts=parts or [absolute_source(part["source"], folder) for part in saved["parts"]],
-        part_revisions=[part["revision"] for part in saved["parts"]],
-        part_hashes=[part["sha256"] for part in saved["parts"]],
-        revisions=[reference["revision"] for reference in references],
-        hashes=[reference["sha256"] for reference in references],
+        vae=vae if vae is None or saved_vae is None else saved_vae.moved_to(vae),
+        config=saved_config if config is None else config,
+        parts=after[len(sources) :],
         allow_duplicates=True,  # whoever trained it has allowed them
         torch_dtype=torch_dtype,
         device=device,
         **memory,
     )
-    require_hash("Autoencoder", denoiser_of(pipeline).provenance.vae, saved_vae["sha256"])
+    if saved_vae is not None:
+        require_hash("Autoencoder", denoiser_of(pipeline).provenance.vae, saved_vae.sha256)
     load_aggregator_tensors(denoiser_of(pipeline), load_file(weights))
     return pipeline
 

@@ -15,7 +15,7 @@ from afa.denoisers.kinds import kind_of
 from afa.files import parts_of, read_json
 from afa.loading.components import loading_model
 from afa.loading.distilled import distilled_of
-from afa.loading.expert import latents_of
+from afa.loading.loaded import latents_of
 from afa.loading.prediction import predicted_by, scheduler_of
 from afa.machine.hashes import hash_file
 from afa.machine.library import library_class
@@ -118,22 +118,19 @@ def _schedule(scheduler: Any) -> dict[str, Any]:
     return {**found, "prediction_type": predicts}
 
 
-def read_facts(
-    source: str, described: Described, *, is_file: bool = False, path: Path | None = None
-) -> Facts:
+def read_facts(source: str, described: Described, *, path: Path | None = None) -> Facts:
     """Of an expert that is not: no weights are read.
 
     Args:
         source: as it was named.
         described: the pipeline's folder that describes it (its own, where it is a folder), and what
             it predicts.
-        is_file: whether it is a single file, which may leave parts out.
-        path: of that file, for its metadata.
+        path: where it is; a single file may leave parts out.
 
     Raises:
         AfaError: a folder that is incomplete, damaged or of no known kind.
     """
-    folder = described.config
+    folder, is_file = described.config, path is not None and path.is_file()
     index = read_json(folder / "model_index.json")
     kind, classes = kind_of(str(index.get("_class_name")), source), parts_of(index)
     encoders = [name for name in classes if name.startswith("text_encoder")]

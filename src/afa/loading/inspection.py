@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +14,7 @@ from afa.denoisers.family import COMPONENTS
 from afa.errors import NO_MODEL, AfaError
 from afa.files import read_json
 from afa.loading.distilled import distilled_of
+from afa.loading.expert_source import ExpertSource
 from afa.loading.published import describe_published, is_published
 from afa.loading.saved import FORMAT, read_config
 from afa.loading.single_file.accounting import account
@@ -27,6 +26,7 @@ from afa.loading.trust.folders import check_part
 from afa.loading.weights import (
     SAFETENSORS,
     check_safetensors,
+    count_elements,
     hash_expert,
     refuse_quantised,
     tensor_shapes,
@@ -84,7 +84,7 @@ def describe(path: str | Path) -> dict[str, Any]:
 def _describe_ensemble(folder: Path) -> dict[str, Any]:
     config = read_config(folder)
     weights = folder / "aggregators.safetensors"
-    parameters, dtypes, _ = _read_header([weights])
+    parameters, dtypes = _describe_elements([weights])
     return {
         "kind": "ensemble",
         "family": config["family"],
@@ -109,7 +109,7 @@ def _describe_expert(saved: dict[str, Any]) -> dict[str, Any]:
 
 def _describe_pipeline(folder: Path) -> dict[str, Any]:
     index = read_json(folder / "model_index.json")
-    parameters, dtypes, _ = _read_header(weight_files(folder))
+    parameters, dtypes = _describe_elements(weight_files(folder))
     facts = {
         "kind": "pipeline folder",
         "class": index.get("_class_name"),
@@ -180,9 +180,9 @@ def _describe_file(path: Path, named: Path) -> dict[str, Any]:
         raise AfaError(
             f"A single file must be named .safetensors or .sft, came '{path}'. Rename it."
         )
-    parameters, dtypes, keys = _read_header([path])
+    parameters, dtypes = _describe_elements([path])
     shapes = tensor_shapes(path)
-    is_lora = any("lora_" in key or ".lora." in key for key in keys)
+    is_lora = any("lora_" in key or ".lora." in key for key in shapes)
     layout = "LoRA" if is_lora else _layout(shapes)
     return {
         "kind": "safetensors file",
@@ -191,7 +191,7 @@ def _describe_file(path: Path, named: Path) -> dict[str, Any]:
         "sha256": hash_file(path),
         "parameters": parameters,
         "dtypes": dtypes,
-        "tensors": len(keys),
+        "tensors": len(shapes),
     }
 
 
@@ -209,7 +209,7 @@ def _layout(shapes: Shapes) -> str:
 def _describe_model(path: Path, named: Path, shapes: Shapes) -> dict[str, Any]:
     """Which published model's configuration a file needs, what it predicts, leaves out and has."""
     try:
-        companions = Companions(torch.float32).of(named)
+        companions = Companions(torch.float32).of(ExpertSource(str(named)))
         refuse_quantised(path)
         found = companions.describe(path, shapes)
         unused = account(shapes, found.config, path)
@@ -228,13 +228,7 @@ def _describe_model(path: Path, named: Path, shapes: Shapes) -> dict[str, Any]:
     }
 
 
-def _read_header(files: Iterable[Path]) -> tuple[int, str, list[str]]:
-    """Number of elements, data types and names of all tensors in some safetensors files."""
-    sizes: Counter[str] = Counter()
-    names = []
-    for file in files:
-        for name, entry in check_safetensors(file).tensors.items():
-            sizes[entry["dtype"]] += prod(entry["shape"])
-            names.append(name)
-    dtypes = ", ".join(f"{dtype} {n:,}" for dtype, n in sizes.most_common())
-    return sizes.total(), dtypes, names
+def _describe_elements(files: Iterable[Path]) -> tuple[int, str]:
+    """Number of elements, and data types, of all tensors in some safetensors files."""
+    counts = count_elements(files)
+    return counts.total(), ", ".join(f"{dtype} {n:,}" for dtype, n in counts.most_common())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from diffusers import AutoencoderKL
 
 from afa.denoisers import PipelineKind
 from afa.ensemble.references import ExpertReference
+from afa.files import read_json
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -49,3 +51,11 @@ class Expert:
     vae: AutoencoderKL | None = None
     latents: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
+
+
+def latents_of(config: Path) -> dict[str, Any]:
+    """What an autoencoder's configuration says of the latents, with the library's defaults."""
+    if not config.is_file():
+        return {}
+    found, defaults = read_json(config), inspect.signature(AutoencoderKL).parameters
+    return {key: found.get(key, defaults[key].default) for key in LATENTS}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -16,29 +16,20 @@ from afa.ensemble.placement.streaming import LayerStream
 from afa.ensemble.references import Provenance
 from afa.ensemble.text import EnsembleTextEncoder, first_equal, share_equal
 from afa.errors import AfaError
-from afa.loading.asked import (
-    Asked,
-    LoraExpert,
-    absolute_config,
-    as_expert,
-    base_of,
-    description_of,
-    refer_description,
-)
-from afa.loading.compare import DescribedSource, check_experts, check_folders
-from afa.loading.expert import load_expert
+from afa.loading.compare import check_experts, check_facts
+from afa.loading.expert import load_described
+from afa.loading.expert_source import AnySource, ExpertSource, absolute_config, first_folder
 from afa.loading.loaded import Expert
 from afa.loading.lora import lora_expert, shared_copy
+from afa.loading.manifest import ExpertManifest, read_manifest
 from afa.loading.memory.budget import AHEAD, MemoryPlan, Place
 from afa.loading.memory.plan import plan_experts
 from afa.loading.quantization import Weights, quantize_linear, require_quantizer
 from afa.loading.single_file.autoencoder import load_vae
-from afa.loading.single_file.load import Companions, describe_expert
-from afa.loading.single_file.required import require_whole
+from afa.loading.single_file.load import Companions
 from afa.loading.single_file.supplied import require_autoencoder
-from afa.loading.sources import locate, require_hash
+from afa.loading.sources import require_hash
 from afa.loading.trust.unchanged import marks_of, watch
-from afa.loading.weights import weight_files
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -49,17 +40,12 @@ if TYPE_CHECKING:
 
 
 def load_pipeline(
-    experts: Sequence[Asked | Mapping[str, Any]],
+    experts: Sequence[AnySource],
     aggregators: SABWConfig | Sequence[nn.Module] | None = None,
     *,
-    vae: str | Path | None = None,
-    vae_revision: str | None = None,
+    vae: AnySource | None = None,
     config: str | Path | None = None,
-    parts: Sequence[str | Path] | None = None,
-    revisions: Sequence[str | None] | None = None,
-    hashes: Sequence[str | None] | None = None,
-    part_revisions: Sequence[str | None] | None = None,
-    part_hashes: Sequence[str | None] | None = None,
+    parts: Sequence[AnySource] | None = None,
     allow_duplicates: bool = False,
     torch_dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
@@ -75,23 +61,19 @@ def load_pipeline(
     `StableDiffusionImg2ImgPipeline(**pipeline.components)`. `afa.denoisers.kinds` lists them.
 
     Args:
-        experts: diffusers folders, single `.safetensors` files, hub ids, or `zoo:animals`; or a
-            `LoraExpert`, such as `{"base": "./base", "lora": "./ink.safetensors", "scale": 0.8}`;
-            or a `DescribedExpert`, such as `{"model": "./a.safetensors", "prediction_type":
-            "v_prediction"}`, see `afa.loading.prediction`.
+        experts: diffusers folders, single `.safetensors` files, hub ids, or `zoo:animals`; or an
+            `afa.ExpertSource`, which also names a revision, the SHA-256 that the weights must have,
+            a LoRA, or what the model predicts. A mapping is one as recipes have it, such as
+            `{"base": "./base", "lora": "./ink.safetensors", "scale": 0.8}` or
+            `{"model": "./a.safetensors", "prediction_type": "v_prediction"}`.
         aggregators: a `SABWConfig` for untrained ones, one fusion rule per site, or None for the
             uniform mean.
         vae: where the autoencoder comes from; None takes the first expert's, or one of `parts`.
-        vae_revision: of a hub id.
         config: for single files, a local diffusers folder that describes them, whose weights are
             not read, or the name of a shipped one, such as `stable-diffusion-2`; None tells it
             from each file's tensors. See `afa.loading.single_file.identify.configs`.
-        parts: folders, files or hub ids that lend single files the text encoders, and the
+        parts: folders, files or hub ids that supply single files with the text encoders, and the
             autoencoder, that they leave out.
-        revisions: of hub ids, one per expert.
-        hashes: SHA-256 that the experts must have, as `afa inspect` shows it, one per expert.
-        part_revisions: likewise of `parts`.
-        part_hashes: likewise of `parts`.
         allow_duplicates: whether an expert may be named twice.
         torch_dtype: of experts and autoencoder; aggregators are float32.
         device: where everything is computed.
@@ -112,25 +94,22 @@ def load_pipeline(
     """
     if not experts:
         raise AfaError("An ensemble must have at least one expert, came none.")
-    revisions, hashes = revisions or [None] * len(experts), hashes or [None] * len(experts)
-    named = [as_expert(source) for source in experts]
     companions = Companions(
         torch_dtype,
         config=config,
-        fallback=first_folder(named),
+        fallback=first_folder(experts),
         parts=parts or (),
-        revisions=part_revisions or (),
-        hashes=part_hashes or (),
         own_vae=vae is None,
     )
+    companions.require_parts()
+    manifests = [read_manifest(expert, companions) for expert in experts]
     if memory_budget is not None:
         plan = plan_experts(
-            named,
+            manifests,
             aggregators if isinstance(aggregators, SABWConfig) else None,
-            companions,
+            torch_dtype,
             memory_budget,
             device=device,
-            revisions=revisions,
             pixels=pixels,
             is_quantised=quantize is not None,
         )
@@ -149,10 +128,11 @@ def load_pipeline(
         if stream is not None:
             stream.add(expert.kind.family.layers(expert.denoiser))
 
-    marks = _check_before(named, revisions, companions, vae)
-    loaded = _load_all(named, revisions, hashes, companions, settle, with_vae=vae is None)
+    vae = None if vae is None else ExpertSource.of(vae)
+    marks = _check_before(manifests, vae)
+    loaded = _load_all(manifests, settle, with_vae=vae is None)
     check_experts(loaded, allow_duplicates=allow_duplicates)
-    autoencoder, vae_reference = _autoencoder(loaded[0], vae, vae_revision, companions)
+    autoencoder, vae_reference = _autoencoder(loaded[0], manifests[0], vae)
     pipeline = assemble(loaded, aggregators, autoencoder)
     denoiser = denoiser_of(pipeline)
     if place == "memory":
@@ -176,96 +156,73 @@ def load_pipeline(
 
 
 def _check_before(
-    experts: Sequence[Asked],
-    revisions: Sequence[str | None],
-    companions: Companions,
-    vae: str | Path | None = None,
+    experts: Sequence[ExpertManifest], vae: ExpertSource | None = None
 ) -> dict[Path, Mark]:
     """Refuse experts that do not fit each other before the first of them is loaded.
 
     Returns: what all files of weights are like, before any is read.
 
     Raises:
-        AfaError: see `check_folders`.
+        AfaError: see `check_facts` and `ExpertManifest.require_whole`.
     """
-    companions.require_parts()
-    described: dict[tuple[str, Any], DescribedSource] = {}
     files: list[Path] = []
-    paths: list[Path] = []
-    for asked, revision in zip(experts, revisions, strict=True):
-        path = locate(base_of(asked), revision)
-        paths.append(path)
-        files += weight_files(path)  # a folder is looked at as a whole before anything is used
-        if isinstance(asked, LoraExpert):
-            files.append(Path(asked.lora).expanduser())
-        name = str(base_of(asked))
-        found = describe_expert(path, companions.of(asked))
-        described[name, description_of(asked)] = DescribedSource(name, found, path.is_file())
-    check_folders(list(described.values()))
-    for number, (asked, path) in enumerate(zip(experts, paths, strict=True)):
-        require_whole(asked, path, companions, with_autoencoder=number == 0 and vae is None)
-    for place in [paths[0] / "vae", *([] if vae is None else [Path(vae).expanduser()])]:
+    for expert in experts:
+        files += expert.files  # a folder is looked at as a whole before anything is used
+        if expert.source.lora is not None:
+            files.append(Path(expert.source.lora).expanduser())
+    bases = {expert.source.base: expert for expert in experts}
+    check_facts([expert.facts for expert in bases.values()])
+    for number, expert in enumerate(experts):
+        expert.require_whole(with_autoencoder=number == 0 and vae is None)
+    places = [experts[0].path / "vae"]
+    places += [] if vae is None else [Path(vae.source).expanduser()]
+    for place in places:
         files += [place] if place.is_file() else sorted(place.rglob("*.safetensors"))
     return marks_of(files)
 
 
 def _autoencoder(
-    expert: Expert, vae: str | Path | None, revision: str | None, companions: Companions
+    expert: Expert, manifest: ExpertManifest, vae: ExpertSource | None
 ) -> tuple[nn.Module, ExpertReference]:
-    """The autoencoder that is named; else the expert's own; else, for a file, one that is lent.
+    """The autoencoder that is named; else the expert's own; else, for a file, that of a part.
 
     Raises:
-        AfaError: there is none.
+        AfaError: there is none, or another than is demanded.
     """
-    dtype = companions.torch_dtype
+    dtype = manifest.companions.torch_dtype
     if vae is not None:
-        return load_vae(vae, revision=revision, config=expert.config, torch_dtype=dtype)
-    reference = replace(expert.reference, lora=None)
+        loaded, reference = load_vae(vae, config=expert.config, torch_dtype=dtype)
+        require_hash("Autoencoder", reference, vae.sha256)
+        return loaded, reference
     if expert.vae is not None:
-        return expert.vae, reference
-    if not locate(reference.source, reference.revision).is_file():
-        return load_vae(reference.source, revision=reference.revision, torch_dtype=dtype)
-    lent = companions.vae(expert.config)
-    require_autoencoder(reference.source, is_there=lent is not None)
-    assert lent is not None, "or it was refused"
-    return lent
+        return expert.vae, replace(expert.reference, lora=None)
+    if manifest.path.is_dir():
+        return load_vae(manifest.source.base, torch_dtype=dtype)
+    supplied = manifest.companions.vae(expert.config)
+    require_autoencoder(expert.reference.source, is_there=supplied is not None)
+    assert supplied is not None, "or it was refused"
+    return supplied
 
 
 def _load_all(
-    experts: Sequence[Asked],
-    revisions: Sequence[str | None],
-    hashes: Sequence[str | None],
-    companions: Companions,
-    settle: Callable[[Expert], None],
-    *,
-    with_vae: bool,
+    experts: Sequence[ExpertManifest], settle: Callable[[Expert], None], *, with_vae: bool
 ) -> list[Expert]:
     """All experts, the first with a file's autoencoder; those of one base share its memory.
 
     Each is settled as soon as it is there, before the next is read. Text encoders that are equal
     are the same object.
     """
-    keys = [
-        (str(base_of(asked)), revision, description_of(asked))
-        for asked, revision in zip(experts, revisions, strict=True)
-    ]
-    bases: dict[tuple[str, str | None, Any], Expert] = {}
+    keys = [expert.source.base for expert in experts]
+    bases: dict[ExpertSource, Expert] = {}
     encoders: list[Any] = []
     loaded: list[Expert] = []
-    for asked, key, sha256 in zip(experts, keys, hashes, strict=True):
+    for manifest, key in zip(experts, keys, strict=True):
         if key not in bases:
-            bases[key] = load_expert(
-                base_of(asked),
-                revision=key[1],
-                companions=companions.of(asked),
-                with_vae=with_vae and not loaded,
-                torch_dtype=companions.torch_dtype,
-            )
+            bases[key] = load_described(manifest, with_vae=with_vae and not loaded)
         base = bases[key]
-        require_hash("Expert", base.reference, sha256)
-        base = replace(base, reference=refer_description(base.reference, asked))
-        if isinstance(asked, LoraExpert):
-            expert = lora_expert(base, asked)
+        require_hash("Expert", base.reference, manifest.source.sha256)
+        if manifest.source.lora is not None:
+            expert = lora_expert(base, manifest.source)
         elif keys.count(key) > 1:
             expert = replace(base, denoiser=shared_copy(base.denoiser))
         else:
@@ -315,7 +272,7 @@ def _build(expert: Expert, parts: dict[str, Any]) -> DiffusionPipeline:
 
 
 def load_single(
-    source: Asked,
+    source: AnySource,
     *,
     companions: Companions | None = None,
     torch_dtype: torch.dtype = torch.float32,
@@ -333,13 +290,14 @@ def load_single(
         AfaError: see `load_expert`.
     """
     companions = companions or Companions(torch_dtype)
-    marks = _check_before([source], [None], companions)
-    companions = companions.of(source)
-    expert = load_expert(base_of(source), companions=companions, torch_dtype=torch_dtype)
-    if isinstance(source, LoraExpert):
-        expert = lora_expert(expert, source)
+    companions.require_parts()
+    manifest = read_manifest(source, companions)
+    marks = _check_before([manifest])
+    expert = load_described(manifest)
+    if manifest.source.lora is not None:
+        expert = lora_expert(expert, manifest.source)
     components = {
-        "vae": _autoencoder(expert, None, None, companions)[0],
+        "vae": _autoencoder(expert, manifest, None)[0],
         expert.kind.denoiser: expert.denoiser,
         **expert.text_encoders,
     }
@@ -389,9 +347,3 @@ def size_multiple(pipeline: DiffusionPipeline) -> int:
     """What the height and width of a picture must be multiples of, in pixels."""
     kind = kind_of_pipeline(pipeline)
     return pipeline.vae_scale_factor * kind.patch(denoiser_of(pipeline).config)
-
-
-def first_folder(experts: Sequence[Asked]) -> Path | None:
-    """The first local folder among experts, which describes files of its kind."""
-    paths = (Path(base_of(source)).expanduser() for source in experts)
-    return next((path for path in paths if path.is_dir()), None)

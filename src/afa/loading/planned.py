@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from afa.aggregators import SABWConfig
 from afa.loading.ensemble_folder import ensemble_folder
-from afa.loading.pipeline import first_folder
+from afa.loading.expert_source import first_folder
 from afa.loading.published import is_published, published_aggregators, published_experts
 from afa.loading.saved import read_config, saved_aggregators, sources_in
 from afa.loading.single_file.load import Companions
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from afa.loading.asked import Asked
+    from afa.loading.expert_source import AnySource
 
 from dataclasses import dataclass
 
@@ -69,7 +69,7 @@ class Group:
     """
 
     label: str
-    experts: Sequence[Asked]
+    experts: Sequence[AnySource]
     companions: Companions
     aggregators: SABWConfig | None = None
     allow_duplicates: bool = False
@@ -108,11 +108,10 @@ def plan_of_ensemble(
 
 def companions_of(recipe: Any, dtype: torch.dtype) -> Companions:
     """What single files of a recipe's experts leave out, and where it is."""
-    named: Any = recipe.experts
     return Companions(
         dtype,
         config=recipe.config,
-        fallback=first_folder(named),
+        fallback=first_folder(recipe.experts),
         parts=recipe.parts or (),
         own_vae=recipe.vae is None,
     )

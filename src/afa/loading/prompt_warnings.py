@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from afa.loading.asked import base_of
-from afa.loading.single_file.load import config_of_expert
-from afa.loading.sources import locate
+from afa.loading.manifest import read_manifest
 from afa.loading.truncation import limits_of_folder, prompt_warnings
 
 if TYPE_CHECKING:
@@ -31,10 +29,7 @@ def warnings_of_plan(
     Raises:
         AfaError: an expert that cannot be had.
     """
-    folders = {
-        config_of_expert(locate(base_of(group.experts[0])), group.companions.of(group.experts[0]))
-        for group in plan.groups
-    }
+    folders = {read_manifest(group.experts[0], group.companions).config for group in plan.groups}
     lines: dict[str, None] = {}
     for folder in sorted(folders):
         limits, kind = limits_of_folder(folder)

@@ -12,13 +12,11 @@ from afa.denoisers import FAMILIES
 from afa.denoisers.kinds import PredictionType
 from afa.errors import AfaError
 from afa.files import read_json
-from afa.loading.asked import DescribedExpert, LoraExpert
+from afa.loading.expert_source import ExpertSource
 from afa.loading.sources import absolute_source
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from afa.loading.asked import Asked
 
 FORMAT = "afa-ensemble"
 
@@ -128,24 +126,27 @@ def saved_aggregators(saved: dict[str, Any]) -> SABWConfig | None:
     return SABWConfig(**{**ABSENT, **settings}) if is_sabw else None
 
 
-def sources_in(saved: dict[str, Any], folder: Path) -> tuple[list[Asked], str | None, list[str]]:
+def sources_in(
+    saved: dict[str, Any], folder: Path
+) -> tuple[list[ExpertSource], str | None, list[ExpertSource]]:
     """What a configuration of `read_config` names: experts, their configuration, and parts."""
     config = saved["config"] and absolute_source(saved["config"], folder)
-    parts = [absolute_source(part["source"], folder) for part in saved["parts"]]
-    return [_source(reference, folder) for reference in saved["experts"]], config, parts
+    experts, parts = (
+        [source_of(reference, folder) for reference in saved[key]] for key in ("experts", "parts")
+    )
+    return experts, config, parts
 
 
-def _source(reference: dict[str, Any], folder: Path) -> str | DescribedExpert | LoraExpert:
-    """An expert as `load_pipeline` takes it."""
-    base, lora = absolute_source(reference["source"], folder), reference["lora"]
-    config = reference["config"] and absolute_source(reference["config"], folder)
-    described = {"config": config, "prediction_type": reference["prediction_type"]}
-    if lora is None:
-        return DescribedExpert(model=base, **described) if any(described.values()) else base
-    return LoraExpert(
-        base=base,
-        lora=absolute_source(lora["source"], folder),
-        scale=lora["scale"],
-        sha256=lora["sha256"],
-        **described,
+def source_of(reference: dict[str, Any], folder: Path) -> ExpertSource:
+    """A saved reference as `load_pipeline` takes it."""
+    lora, config = reference["lora"], reference["config"]
+    named = {} if lora is None else {"scale": lora["scale"], "lora_sha256": lora["sha256"]}
+    return ExpertSource(
+        absolute_source(reference["source"], folder),
+        reference["revision"],
+        reference["sha256"],
+        lora and absolute_source(lora["source"], folder),
+        config=config and absolute_source(config, folder),
+        prediction_type=reference["prediction_type"],
+        **named,
     )

@@ -14,6 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from afa.denoisers.family import COMPONENTS
 from afa.ensemble.references import ExpertReference
 from afa.errors import AfaError
+from afa.loading.expert_source import ExpertSource, absolute_config
 from afa.loading.trust.headers import check_header
 from afa.loading.trust.pickles import PICKLES, as_safetensors, folder_as_safetensors
 from afa.loading.weights import SAFETENSORS
@@ -123,18 +124,18 @@ def why_not_fetched(error: Exception) -> str:
     return type(error).__name__
 
 
-def refer(
-    source: str | Path, path: Path, sha256: str, revision: str | None = None
-) -> ExpertReference:
+def refer(source: ExpertSource, path: Path, sha256: str) -> ExpertReference:
     """A reference by which the same weights are found again, wherever the program is run.
 
     Local paths become absolute, links in them stay; a hub id keeps the commit it was fetched at.
     """
-    is_local = Path(str(source)).expanduser().exists()
+    local, revision = Path(source.source).expanduser(), source.revision
+    is_local = local.exists()
     if not is_local and path.parent.name == "snapshots":
         revision = path.name
-    place = os.path.abspath(Path(str(source)).expanduser()) if is_local else str(source)
-    return ExpertReference(place, sha256, revision)
+    place = os.path.abspath(local) if is_local else source.source
+    config = source.config and absolute_config(source.config)
+    return ExpertReference(place, sha256, revision, config=config)
 
 
 def locate_vae(source: str | Path, revision: str | None = None) -> Path:

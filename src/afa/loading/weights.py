@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping
+from math import prod
 from typing import TYPE_CHECKING, TypeVar
 
 from safetensors import SafetensorError, safe_open
@@ -122,6 +124,19 @@ def tensor_dtypes(file: Path) -> dict[str, str]:
         AfaError: see `check_safetensors`.
     """
     return {name: entry["dtype"] for name, entry in check_safetensors(file).tensors.items()}
+
+
+def count_elements(files: Iterable[Path]) -> Counter[str]:
+    """How many numbers files have of each type, as safetensors names it, from their headers.
+
+    Raises:
+        AfaError: see `check_safetensors`.
+    """
+    counts: Counter[str] = Counter()
+    for file in files:
+        for entry in check_safetensors(file).tensors.values():
+            counts[entry["dtype"]] += prod(entry["shape"])
+    return counts
 
 
 def file_metadata(file: Path) -> dict[str, str]:

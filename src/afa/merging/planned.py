@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from afa.loading.pipeline import first_folder
+from afa.loading.expert_source import first_folder
 from afa.loading.planned import Group, Plan
 from afa.loading.single_file.load import Companions
 

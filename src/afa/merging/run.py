@@ -12,6 +12,7 @@ import torch
 
 from afa.errors import AfaError
 from afa.files import staged, write_atomic
+from afa.loading.expert_source import ExpertSource
 from afa.loading.sources import refer
 from afa.loading.weights import hash_files
 from afa.merging.compared import PlannedTensor
@@ -173,10 +174,11 @@ def _inputs(plan: MergePlan) -> list[tuple[Checkpoint, list[Path]]]:
 
 def _record(plan: MergePlan, hashes: list[str]) -> dict[str, Any]:
     """What a merge says of itself."""
-    references = [
-        {key: value for key, value in asdict(refer(c.source, c.path, sha256)).items() if value}
-        for (c, _), sha256 in zip(_inputs(plan), hashes, strict=True)
-    ]
+    found = (
+        refer(ExpertSource(checkpoint.source), checkpoint.path, sha256)
+        for (checkpoint, _), sha256 in zip(_inputs(plan), hashes, strict=True)
+    )
+    references = [{k: v for k, v in asdict(reference).items() if v} for reference in found]
     record = {
         "afa_version": __version__,
         **plan.recipe.model_dump(exclude_none=True, exclude={"experts", "base", "vae"}),

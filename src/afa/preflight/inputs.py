@@ -19,11 +19,10 @@ from afa.denoisers.kinds import kind_of
 from afa.errors import AfaError
 from afa.evaluation.planned import plan_of_evaluation, plan_of_search
 from afa.files import is_unused, read_json, require_place_for_folder
-from afa.loading.asked import base_of
 from afa.loading.finding import Finding, Level
+from afa.loading.manifest import read_manifest
 from afa.loading.prompt_warnings import warnings_of_plan
-from afa.loading.single_file.load import config_of_expert
-from afa.loading.sources import locate, locate_vae
+from afa.loading.sources import locate_vae
 from afa.loading.truncation import limits_of_folder, prompt_warnings
 from afa.training.planned import plan_of_training
 
@@ -232,8 +231,7 @@ def _first_config(plan: Plan) -> Path:
         AfaError: it cannot be had.
     """
     group = plan.groups[0]
-    first = group.experts[0]
-    return config_of_expert(locate(base_of(first)), group.companions.of(first))
+    return read_manifest(group.experts[0], group.companions).config
 
 
 def _sizes(folder: Path) -> tuple[int, int]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field, replace
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,23 +11,19 @@ import torch
 from afa.denoisers import family_of
 from afa.errors import NO_MODEL, AfaError
 from afa.files import parts_of, read_json
-from afa.loading.asked import LoraExpert, base_of
 from afa.loading.compare import compare
 from afa.loading.distilled import distilled_of
-from afa.loading.facts import Facts, read_facts
+from afa.loading.expert_source import ExpertSource
+from afa.loading.facts import Facts
 from afa.loading.finding import Finding, Level, in_order
 from afa.loading.lora import check_lora, hash_lora
 from afa.loading.lora.file import open_lora
+from afa.loading.manifest import ExpertManifest, read_manifest
 from afa.loading.memory.plan import encoder_sets
 from afa.loading.planned import Work
 from afa.loading.published import is_published, published_experts
-from afa.loading.single_file.load import describe_expert
-from afa.loading.single_file.required import require_whole
-from afa.loading.sources import locate
 from afa.loading.weights import (
-    hash_expert,
     hash_vae,
-    tensor_dtypes,
     tensor_shapes,
     weight_files,
     weights_in,
@@ -41,7 +35,7 @@ from afa.preflight.weights import Weights, look_into
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from afa.loading.asked import Asked
+    from afa.loading.expert_source import AnySource
     from afa.loading.planned import Group, Plan
     from afa.loading.single_file.load import Companions
 
@@ -54,18 +48,17 @@ class Look:
     """One expert that was looked at.
 
     Attributes:
-        facts: of it.
-        path: where it is.
-        config: the folder that describes it.
-        num_bytes: of its files.
-        dtypes: of its numbers, the most frequent first.
+        manifest: of it, or of its LoRA's base.
+        facts: of it, with its LoRA.
     """
 
+    manifest: ExpertManifest
     facts: Facts
-    path: Path
-    config: Path
-    num_bytes: int
-    dtypes: str
+
+    @property
+    def dtypes(self) -> str:
+        """Of its numbers, the most frequent first."""
+        return ", ".join(dtype for dtype, _ in self.manifest.num_elements.most_common(2))
 
 
 @dataclass
@@ -131,12 +124,8 @@ def look(
                 looks.append(known[key])
                 if not group.is_loose and not parts:  # a merge needs the denoisers alone
                     is_first = asked is group.experts[0] and group.companions.own_vae
-                    require_whole(
-                        asked,
-                        known[key].path,
-                        group.companions,
-                        with_autoencoder=is_first and group.is_drawn,
-                    )
+                    manifest = read_manifest(asked, group.companions)
+                    manifest.require_whole(with_autoencoder=is_first and group.is_drawn)
             except AfaError as error:
                 level: Level = "note" if group.is_loose else "error"
                 report.findings.append(Finding(level, "files", str(error)))
@@ -166,43 +155,29 @@ def _parts(group: Group) -> Iterator[Finding]:
         yield Finding("error", "parts", str(error))
 
 
-def _key(asked: Asked, companions: Companions) -> tuple[str, ...]:
+def _key(named: AnySource, companions: Companions) -> tuple[object, ...]:
     """What a look depends on: a single file's also on what describes it."""
-    if Path(base_of(asked)).expanduser().is_file():
-        return (str(asked), str(companions.config), str(companions.fallback))
-    return (str(asked),)
+    source = replace(ExpertSource.of(named), sha256=None)
+    if Path(source.source).expanduser().is_file():
+        return (source, str(companions.config), str(companions.fallback))
+    return (source,)
 
 
-def _look_at(asked: Asked, companions: Companions, *, with_weights: bool) -> Look:
-    path = locate(base_of(asked))
-    described, files = describe_expert(path, companions.of(asked)), weight_files(path)
-    config, is_file = described.config, path.is_file()
-    facts = read_facts(str(base_of(asked)), described, is_file=is_file, path=path)
-    identity = hash_expert(path) if with_weights else None
-    if isinstance(asked, LoraExpert):
-        check_lora(asked, config, with_values=with_weights)
+def _look_at(named: AnySource, companions: Companions, *, with_weights: bool) -> Look:
+    manifest = read_manifest(named, companions)
+    asked, facts, _ = manifest.source, manifest.facts, manifest.files  # damaged ones are refused
+    identity = manifest.sha256 if with_weights else None
+    if asked.lora is not None:
+        place = Path(asked.lora).expanduser()
+        check_lora(asked, manifest.config, with_values=with_weights)
         if identity is not None:
-            identity = f"{identity} + {asked.scale!r} x {hash_lora(Path(asked.lora))}"
-        file = open_lora(Path(asked.lora).expanduser()).path
-        distilled = distilled_of(asked.lora, config, is_file=True, path=file)
+            identity = f"{identity} + {asked.scale!r} x {hash_lora(place)}"
+        file = open_lora(place).path
+        distilled = distilled_of(asked.lora, manifest.config, is_file=True, path=file)
         facts = replace(
-            facts,
-            name=asked.lora,
-            short=Path(asked.lora).name,
-            distilled=distilled or facts.distilled,
+            facts, name=asked.lora, short=place.name, distilled=distilled or facts.distilled
         )
-    counts: Counter[str] = Counter()
-    for file in files:
-        kinds = tensor_dtypes(file)
-        for name, shape in tensor_shapes(file).items():
-            counts[kinds[name]] += prod(shape)
-    return Look(
-        replace(facts, identity=identity),
-        path,
-        config,
-        sum(file.stat().st_size for file in files),
-        ", ".join(kind for kind, _ in counts.most_common(2)),
-    )
+    return Look(manifest, replace(facts, identity=identity))
 
 
 def _whole(look: Look) -> Iterator[Finding]:
@@ -234,11 +209,11 @@ def _whole(look: Look) -> Iterator[Finding]:
             "The denoiser could not read the prompt.",
             "Take the text encoder that it was trained with.",
         )
-    if look.path.is_file():
+    if look.manifest.path.is_file():
         return
     shapes = {
         name: shape
-        for file in weights_in(look.path / kind.denoiser)[1]
+        for file in weights_in(look.manifest.path / kind.denoiser)[1]
         for name, shape in tensor_shapes(file).items()
     }
     for name, tensor in twin.state_dict().items():
@@ -259,11 +234,11 @@ def _autoencoders(looks: Sequence[Look]) -> Iterator[Finding]:
     """Experts may have autoencoders of their own, of which one decodes for all."""
     names, hashes = [], []
     for each in looks:
-        if (each.path / "vae").is_dir() and "vae" in parts_of(
-            read_json(each.path / "model_index.json")
+        if (each.manifest.path / "vae").is_dir() and "vae" in parts_of(
+            read_json(each.manifest.path / "model_index.json")
         ):
             names.append(each.facts.short)
-            hashes.append(hash_vae(each.path))
+            hashes.append(hash_vae(each.manifest.path))
     if len(set(hashes)) > 1:
         yield Finding(
             "note",
@@ -278,9 +253,9 @@ def _autoencoders(looks: Sequence[Look]) -> Iterator[Finding]:
 def _estimate(report: Report, work: Work, group: Group, looks: Sequence[Look]) -> None:
     alone = replace(work, samples_each=1)
     job = Job(
-        looks[0].config,
+        looks[0].manifest.config,
         group.num_experts or len(looks),
-        group.encoder_sets or encoder_sets([each.path for each in looks]),
+        group.encoder_sets or encoder_sets([each.manifest.path for each in looks]),
         group.aggregators,
         group.companions.torch_dtype,
         work if looks[0].facts.kind.family.batches_guidance else alone,
@@ -297,7 +272,7 @@ def _estimate(report: Report, work: Work, group: Group, looks: Sequence[Look]) -
 def _read_weights(
     looks: Sequence[Look], dtype: torch.dtype, progress: Callable[[str, int, int], object]
 ) -> Iterator[Finding]:
-    by_path = {each.path: each for each in looks}
+    by_path = {each.manifest.path: each for each in looks}
     weights = []
     for path, each in by_path.items():
         name = each.facts.short

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from afa.aggregators import SABWSettings
 from afa.errors import AfaError
-from afa.loading.asked import AnyExpert
+from afa.loading.expert_source import ExpertSource
 from afa.reading import parse_colour
 from afa.recipe import MAX_SEED, Section, read_recipe, resolve_path, resolve_source, resolve_sources
 
@@ -187,7 +187,7 @@ class Recipe(Section):
     `allow_duplicates` lets one expert be named twice.
     """
 
-    experts: list[AnyExpert] = Field(min_length=1)
+    experts: list[ExpertSource] = Field(min_length=1)
     vae: str | None = None
     config: str | None = None
     parts: list[str] = Field(default=[])

@@ -176,7 +176,7 @@ def test_a_budget_decides_and_says_so_first(folders: list[Path], monkeypatch: An
     assert denoiser_of(pipeline).execution.source is not None
     monkeypatch.undo()
     monkeypatch.setattr(
-        "afa.loading.pipeline.load_expert", lambda *_, **__: pytest.fail("was loaded")
+        "afa.loading.pipeline.load_described", lambda *_, **__: pytest.fail("was loaded")
     )
     with pytest.raises(AfaError, match="The memory budget must be at least"):
         load_pipeline(folders, memory_budget="1KB")

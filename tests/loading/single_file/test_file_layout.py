@@ -16,10 +16,15 @@ from afa.loading.single_file.accounting import account
 from afa.loading.single_file.autoencoder import load_vae
 from afa.loading.single_file.identify import config_of
 from afa.loading.single_file.layout import denoiser_in, kind_name
-from afa.loading.single_file.load import Companions, load_single_file
+from afa.loading.single_file.load import Companions
 from afa.loading.weights import tensor_shapes
 from afa.merging.checkpoints import read_checkpoint
-from tests.loading.single_file.test_load import assert_same_weights, described, made
+from tests.loading.single_file.test_load import (
+    assert_same_weights,
+    described,
+    load_file_parts,
+    made,
+)
 from tests.preflight.test_check import looked
 from tests.single_file import original_layout
 
@@ -79,7 +84,7 @@ def test_a_denoiser_alone_is_read_in_every_layout(
         }
     file = written(tmp_path / "unet.SAFETENSORS", tensors)
     folder = root / "xl-0"
-    _, parts = load_single_file(file, Companions(torch.float32, config=folder, parts=[folder]))
+    parts = load_file_parts(file, Companions(torch.float32, config=folder, parts=[folder]))
     assert_same_weights(xl.unet, parts["unet"])
     loaded = afa.load_pipeline([folder, file], parts=[folder], allow_duplicates=True)
     assert_same_weights(xl.unet, loaded.unet.experts[1])
@@ -117,7 +122,7 @@ def test_a_projection_in_a_file_is_used(sd3: DiffusionPipeline, root: Path, tmp_
     name = "text_encoders.clip_l.transformer.text_projection.weight"
     tensors[name] = torch.randn_like(tensors[name])
     file = written(tmp_path / "a.safetensors", tensors)
-    _, parts = load_single_file(file, Companions(torch.float32, config=root / "sd3-0"))
+    parts = load_file_parts(file, Companions(torch.float32, config=root / "sd3-0"))
     assert torch.equal(parts["text_encoder"].text_projection.weight, tensors[name])
 
 
@@ -217,11 +222,11 @@ def test_a_lent_encoder_is_accounted_for(xl: DiffusionPipeline, root: Path, tmp_
     full = {**clip, "vision_model.x": torch.ones(1), "logit_scale": torch.ones(())}
     folder, sound = root / "xl-0", written(tmp_path / "clip.safetensors", full)
     companions = Companions(torch.float32, config=folder, parts=[sound, folder])
-    _, parts = load_single_file(file, companions)
+    parts = load_file_parts(file, companions)
     assert_same_weights(xl.text_encoder, parts["text_encoder"])
     odd = written(tmp_path / "odd.safetensors", {**clip, "text_model.surprise": torch.ones(1)})
     with pytest.raises(AfaError, match=r"odd.safetensors' .* fit no layer: 1 .*surprise"):
-        load_single_file(file, Companions(torch.float32, config=folder, parts=[odd, folder]))
+        load_file_parts(file, Companions(torch.float32, config=folder, parts=[odd, folder]))
 
 
 def test_check_inspect_and_loading_give_one_answer(

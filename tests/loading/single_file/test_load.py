@@ -30,7 +30,7 @@ from afa.errors import AfaError
 from afa.loading.inspection import describe
 from afa.loading.pipeline import load_single
 from afa.loading.single_file.identify import config_folder, config_of, configs, missing_parts
-from afa.loading.single_file.load import Companions, load_single_file
+from afa.loading.single_file.load import Companions, describe_expert, load_single_file
 from tests.single_file import original_layout
 from tests.tiny import tiny_pipeline
 from tests.tiny_pipelines import PIPELINES
@@ -50,6 +50,11 @@ def _unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def load_file_parts(file: Path, companions: Companions) -> dict[str, Any]:
+    """The components of a single file."""
+    return load_single_file(file, describe_expert(file, companions), companions)
 
 
 def made(kind: str, root: Path, seed: int = 0) -> DiffusionPipeline:
@@ -87,7 +92,7 @@ def test_a_file_is_read_bit_for_bit(kind: str, tmp_path: Path) -> None:
     pipeline = made(kind, tmp_path)
     file = exported(pipeline, tmp_path / "file.safetensors")
     companions = Companions(torch.float32, config=tmp_path / f"{kind}-0")
-    _, parts = load_single_file(file, companions)
+    parts = load_file_parts(file, companions)
     for name, part in pipeline.components.items():
         if isinstance(part, torch.nn.Module):
             assert_same_weights(part, parts[name])
@@ -137,7 +142,7 @@ def test_a_flux_file_is_read_bit_for_bit(tmp_path: Path) -> None:
     pipeline.save_pretrained(tmp_path / "folder")
     file = exported(pipeline, tmp_path / "file.safetensors")
     companions = Companions(torch.bfloat16, config=tmp_path / "folder")
-    _, parts = load_single_file(file, companions)
+    parts = load_file_parts(file, companions)
     assert_same_weights(transformer, parts["transformer"])
     assert_same_weights(pipeline.vae.bfloat16(), parts["vae"])
     for name in ("text_encoder", "text_encoder_2"):
@@ -154,7 +159,7 @@ def test_a_flux_file_is_read_bit_for_bit(tmp_path: Path) -> None:
         config=tmp_path / "folder",
         parts=[tmp_path / "clip_l.safetensors", tmp_path / "t5xxl.safetensors"],
     )
-    _, parts = load_single_file(alone, lent)
+    parts = load_file_parts(alone, lent)
     for name in ("text_encoder", "text_encoder_2"):
         assert_same_weights(getattr(pipeline, name), parts[name])
 
@@ -176,7 +181,7 @@ def test_numbers_of_less_precision_are_widened(dtype: torch.dtype, tmp_path: Pat
     pipeline = made("1.5", tmp_path)
     tensors = {key: tensor.to(dtype) for key, tensor in original_layout(pipeline).items()}
     save_file(tensors, tmp_path / "file.safetensors")
-    _, parts = load_single_file(
+    parts = load_file_parts(
         tmp_path / "file.safetensors", Companions(torch.float32, config=tmp_path / "1.5-0")
     )
     expected = pipeline.unet.conv_in.weight.to(dtype).float()

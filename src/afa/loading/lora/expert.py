@@ -20,7 +20,6 @@ from afa.denoisers.kinds import kind_of
 from afa.ensemble.references import LoraReference
 from afa.errors import AfaError
 from afa.files import parts_of, read_json
-from afa.loading.asked import LoraExpert
 from afa.loading.components import loading_model
 from afa.loading.lora.file import hash_lora, open_lora, read_tensors
 from afa.lora.merge import merged
@@ -29,12 +28,13 @@ from afa.lora.scaling import factor
 from afa.machine.library import library_class
 
 if TYPE_CHECKING:
+    from afa.loading.expert_source import ExpertSource
     from afa.loading.loaded import Expert
     from afa.lora.header import LoraFile
     from afa.lora.plan import Change
 
 
-def lora_expert(base: Expert, asked: LoraExpert) -> Expert:
+def lora_expert(base: Expert, asked: ExpertSource) -> Expert:
     """Merge a LoRA into a copy of its base that shares all parameters which the LoRA leaves alone.
 
     Args:
@@ -45,16 +45,17 @@ def lora_expert(base: Expert, asked: LoraExpert) -> Expert:
         AfaError: the file is missing, a pickle or damaged, no LoRA, or has a tensor that cannot
             be applied to this base; see `plan_changes`.
     """
+    assert asked.lora is not None, "it names one"
     source = Path(asked.lora).expanduser()
     lora = open_lora(source)
     reference = LoraReference(str(source.absolute()), hash_lora(source), asked.scale)
-    if asked.sha256 not in (None, reference.sha256):
+    if asked.lora_sha256 not in (None, reference.sha256):
         raise AfaError(
-            f"The LoRA '{lora.path}' must have SHA-256 {asked.sha256}, with which the ensemble was "
-            f"trained, has {reference.sha256}. Restore that file, or train again."
+            f"The LoRA '{lora.path}' must have SHA-256 {asked.lora_sha256}, with which the "
+            f"ensemble was trained, has {reference.sha256}. Restore that file, or train again."
         )
     models = {base.kind.denoiser: base.denoiser, **base.text_encoders}
-    changes = plan_changes(lora, Base.of(asked.base, base.kind, models), asked.scale)
+    changes = plan_changes(lora, Base.of(asked.source, base.kind, models), asked.scale)
     by_part: defaultdict[str, list[Change]] = defaultdict(list)
     for change in changes:
         by_part[change.part].append(change)
@@ -70,7 +71,7 @@ def lora_expert(base: Expert, asked: LoraExpert) -> Expert:
     )
 
 
-def check_lora(asked: LoraExpert, config: Path, *, with_values: bool = True) -> None:
+def check_lora(asked: ExpertSource, config: Path, *, with_values: bool = True) -> None:
     """Refuse what `lora_expert` refuses, with the same words, without the base's weights.
 
     Args:
@@ -81,11 +82,12 @@ def check_lora(asked: LoraExpert, config: Path, *, with_values: bool = True) -> 
     Raises:
         AfaError: see `lora_expert`.
     """
+    assert asked.lora is not None, "it names one"
     lora = open_lora(Path(asked.lora))
     index = read_json(config / "model_index.json")
-    kind = kind_of(str(index.get("_class_name")), asked.base)
+    kind = kind_of(str(index.get("_class_name")), asked.source)
     models: dict[str, nn.Module] = {}
-    with loading_model(asked.base), torch.device("meta"):
+    with loading_model(asked.source), torch.device("meta"):
         models[kind.denoiser] = kind.family.model_class.from_config(
             read_json(config / kind.denoiser / "config.json")
         )
@@ -94,7 +96,7 @@ def check_lora(asked: LoraExpert, config: Path, *, with_values: bool = True) -> 
                 encoder: Any = library_class(transformers, class_name, transformers.PreTrainedModel)
                 place = config / name / "config.json"
                 models[name] = encoder(encoder.config_class.from_json_file(str(place)))
-    changes = plan_changes(lora, Base.of(asked.base, kind, models), asked.scale)
+    changes = plan_changes(lora, Base.of(asked.source, kind, models), asked.scale)
     if with_values:
         for _ in read_tensors(lora, (change.tensors for change in changes)):
             pass

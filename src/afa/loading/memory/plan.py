@@ -6,11 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from afa.files import parts_of, read_json
-from afa.loading.asked import base_of
 from afa.loading.memory.budget import MemoryPlan, choose, parse_size
 from afa.loading.memory.needs import needs_of
-from afa.loading.single_file.load import config_of_expert
-from afa.loading.sources import locate
 from afa.loading.weights import hash_files, weights_in
 
 if TYPE_CHECKING:
@@ -19,21 +16,19 @@ if TYPE_CHECKING:
     import torch
 
     from afa.aggregators import SABWConfig
-    from afa.loading.asked import Asked
-    from afa.loading.single_file.load import Companions
+    from afa.loading.manifest import ExpertManifest
 
 #: of a weight that `afa.loading.quantization` has packed
 _QUANTISED_BITS = 8
 
 
 def plan_experts(
-    experts: Sequence[Asked],
+    experts: Sequence[ExpertManifest],
     aggregators: SABWConfig | None,
-    companions: Companions,
+    dtype: torch.dtype,
     budget: str | int,
     *,
     device: str | torch.device,
-    revisions: Sequence[str | None] = (),
     pixels: int | None = None,
     is_quantised: bool = False,
 ) -> MemoryPlan:
@@ -42,12 +37,11 @@ def plan_experts(
     An expert that is a LoRA counts as a whole one, which is more than it takes in memory.
 
     Args:
-        experts: as `load_pipeline` takes them.
+        experts: all of them.
         aggregators: of all sites; None for the mean.
-        companions: what describes single files, and the type of weights.
+        dtype: of weights.
         budget: bytes, or a size such as `8GB`; what this process takes already is a part of it.
         device: where everything is computed.
-        revisions: of hub ids, one per expert.
         pixels: height times width of a picture; None for what the experts were made for.
         is_quantised: whether linear layers are to have weights of 8 bits.
 
@@ -55,16 +49,12 @@ def plan_experts(
         AfaError: nothing fits, the budget is no size, or an expert that cannot be found or told.
     """
     limit = parse_size(budget) if isinstance(budget, str) else budget
-    paths = [
-        locate(base_of(expert), revision)
-        for expert, revision in zip(experts, revisions or [None] * len(experts), strict=True)
-    ]
     needs = needs_of(
-        config_of_expert(paths[0], companions.of(experts[0])),
+        experts[0].config,
         len(experts),
         aggregators,
-        encoder_sets=encoder_sets(paths),
-        dtype=companions.torch_dtype,
+        encoder_sets=encoder_sets([expert.path for expert in experts]),
+        dtype=dtype,
         pixels=pixels,
         weight_bits=_QUANTISED_BITS if is_quantised else None,
     )

@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from afa.loading.components import load_weights, loading_model
+from afa.loading.expert_source import AnySource, ExpertSource
 from afa.loading.single_file.parts import read_vae
 from afa.loading.sources import locate_vae, refer
 from afa.loading.weights import check_safetensors, hash_files, weights_in
@@ -20,9 +21,8 @@ if TYPE_CHECKING:
 
 
 def load_vae(
-    source: str | Path,
+    source: AnySource,
     *,
-    revision: str | None = None,
     config: Path | None = None,
     torch_dtype: torch.dtype = torch.float32,
 ) -> tuple[AutoencoderKL, ExpertReference]:
@@ -30,23 +30,25 @@ def load_vae(
 
     Args:
         source: see `afa.loading.sources.locate`.
-        revision: of a hub id.
         config: for a single file: a pipeline folder whose `vae/config.json` describes it.
         torch_dtype: of the weights in memory.
 
     Raises:
         AfaError: as `afa.loading.expert.load_expert`.
     """
-    path = locate_vae(source, revision)
+    source = ExpertSource.of(source)
+    path = locate_vae(source.source, source.revision)
     if path.is_file():
         check_safetensors(path)
-        reference = refer(source, path, hash_file(path), revision)
-        with loading_model(source, "Name a local diffusers folder of its family: config=FOLDER."):
+        reference = refer(source, path, hash_file(path))
+        with loading_model(
+            source.source, "Name a local diffusers folder of its family: config=FOLDER."
+        ):
             return read_vae(path, config, torch_dtype), reference
     folder = path / "vae" if (path / "vae").is_dir() else path
     files = weights_in(folder)[1]
     for file in files:
         check_safetensors(file)
-    reference = refer(source, path, hash_files(path, files), revision)
-    with loading_model(source):
+    reference = refer(source, path, hash_files(path, files))
+    with loading_model(source.source):
         return load_weights(AutoencoderKL, folder, torch_dtype=torch_dtype), reference

@@ -11,8 +11,8 @@ import transformers
 from afa.ensemble.references import ExpertReference
 from afa.errors import AfaError
 from afa.files import parts_of, read_json
-from afa.loading.asked import base_of, description_of
 from afa.loading.components import loading_model
+from afa.loading.expert_source import AnySource, ExpertSource
 from afa.loading.prediction import Prediction, decide, evidence_of, scheduler_of
 from afa.loading.single_file.accounting import account
 from afa.loading.single_file.autoencoder import load_vae
@@ -54,7 +54,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from afa.denoisers.kinds import PredictionType
-    from afa.loading.asked import Asked
     from afa.loading.single_file.identify import Shapes
 
 #: parts of pipelines that an ensemble does without
@@ -81,9 +80,7 @@ class Companions:
         config: a diffusers folder that describes the files, whose weights are not read, or the name
             of a shipped one; None tells it from each file's tensors.
         fallback: a folder for files of its kind that no shipped configuration fits.
-        parts: folders, files or hub ids that lend the text encoders and the autoencoder.
-        revisions: of hub ids, one for each of the parts.
-        hashes: that the parts must have; None takes any.
+        parts: that supply the text encoders and the autoencoder.
         references: of the parts, once they were read.
         prediction_type: what the model predicts, see `afa.loading.prediction`; None where its file
             or its configuration says it.
@@ -95,9 +92,7 @@ class Companions:
     torch_dtype: torch.dtype
     config: str | Path | None = None
     fallback: Path | None = None
-    parts: Sequence[str | Path] = ()
-    revisions: Sequence[str | None] = ()
-    hashes: Sequence[str | None] = ()
+    parts: Sequence[AnySource] = ()
     references: list[ExpertReference] = field(default_factory=list)
     prediction_type: PredictionType | None = None
     own_vae: bool = True
@@ -106,15 +101,14 @@ class Companions:
     _paths: list[Path] = field(default_factory=list)
     _lent: dict[tuple[Path, Path], dict[str, Any]] = field(default_factory=dict)
 
-    def of(self, expert: Asked) -> Companions:
+    def of(self, expert: ExpertSource) -> Companions:
         """The same for one expert, with what a recipe says of it alone."""
-        config, prediction_type = description_of(expert)
         return replace(
             self,
-            config=config or self.config,
-            prediction_type=prediction_type,
-            named=Path(base_of(expert)).expanduser(),
-            is_own=config is not None,
+            config=expert.config or self.config,
+            prediction_type=expert.prediction_type,
+            named=Path(expert.source).expanduser(),
+            is_own=expert.config is not None,
         )
 
     def config_for(self, path: Path, shapes: Shapes) -> Path:
@@ -183,13 +177,8 @@ class Companions:
         """An autoencoder from the first part of the kind that has one; None where none does."""
         for number, path in enumerate(self._located()):
             if has_autoencoder(path, config):
-                revision = self.revisions[number] if self.revisions else None
-                return load_vae(
-                    self.parts[number],
-                    revision=revision,
-                    config=config,
-                    torch_dtype=self.torch_dtype,
-                )
+                part = self.parts[number]
+                return load_vae(part, config=config, torch_dtype=self.torch_dtype)
         return None
 
     def require_parts(self) -> None:
@@ -203,20 +192,16 @@ class Companions:
 
     def _places(self) -> Iterator[Path]:
         """Where the parts are."""
-        revisions = self.revisions or [None] * len(self.parts)
-        for source, revision in zip(self.parts, revisions, strict=True):
-            yield locate(source, revision, what="Part")
+        for part in map(ExpertSource.of, self.parts):
+            yield locate(part.source, part.revision, what="Part")
 
     def _located(self) -> list[Path]:
         """Where the parts are; the first time their hashes are taken and compared."""
-        if not self._paths and self.parts:
-            nothing: Sequence[None] = [None] * len(self.parts)
-            rows = zip(self.parts, self.revisions or nothing, self.hashes or nothing, strict=True)
-            for source, revision, sha256 in rows:
-                path = locate(source, revision, what="Part")
+        if not self._paths:
+            for part, path in zip(map(ExpertSource.of, self.parts), self._places(), strict=True):
                 digest = hash_file(path) if path.is_file() else hash_pipeline(path)
-                reference = refer(source, path, digest, revision)
-                require_hash("Part", reference, sha256)
+                reference = refer(part, path, digest)
+                require_hash("Part", reference, part.sha256)
                 self._paths.append(path)
                 self.references.append(reference)
         return self._paths
@@ -246,15 +231,6 @@ def described_by(config: str | Path) -> Path:
     return folder
 
 
-def config_of_expert(path: Path, companions: Companions) -> Path:
-    """The pipeline's folder that describes an expert: itself, or what a file's tensors tell.
-
-    Raises:
-        AfaError: see `describe_expert`.
-    """
-    return describe_expert(path, companions).config
-
-
 def describe_expert(path: Path, companions: Companions) -> Described:
     """The pipeline's folder that describes an expert, and what the expert predicts.
 
@@ -282,22 +258,21 @@ def describe_expert(path: Path, companions: Companions) -> Described:
 
 
 def load_single_file(
-    path: Path, companions: Companions, *, with_vae: bool = True
-) -> tuple[Described, dict[str, Any]]:
+    path: Path, described: Described, companions: Companions, *, with_vae: bool = True
+) -> dict[str, Any]:
     """Load a single file's pipeline, with what others lend; an autoencoder may still be missing.
 
     Args:
         path: of the file.
+        described: what it is; see `describe_expert`.
         companions: what it may leave out.
         with_vae: whether the file's autoencoder is read.
 
-    Returns: what describes it, and its components by name.
+    Returns: its components by name.
 
     Raises:
-        AfaError: a LoRA; a file of no known kind, damaged or quantised; or parts that nobody
-            lends.
+        AfaError: a file that is damaged, or parts that nobody supplies.
     """
-    described = describe_expert(path, companions)
     config, shapes = described.config, tensor_shapes(path)
     kind = described_kind(config)
     missing = missing_parts(shapes, config)
@@ -316,7 +291,7 @@ def load_single_file(
                 )
                 parts[name] = keep_no_words(tokenizer_class.from_pretrained(config / name))
         parts["scheduler"] = scheduler_of(config, described.prediction)
-    return described, parts
+    return parts
 
 
 def _lent_encoders(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from afa.aggregators import SABWSettings
 from afa.aggregators.fusion import FUSIONS
 from afa.errors import AfaError
+from afa.loading.expert_source import ExpertSource
 from afa.studies.zoo_build.evaluate import GUIDANCE_SCALE, NUM_STEPS
 from afa.training.recipe import (
     DataRecipe,
@@ -139,7 +140,7 @@ def aggregator_recipes(settings: StudySettings, zoo: Zoo = SHIPPED) -> dict[str,
 
     def recipe(experts: Sequence[str], seed: int, **switches: Any) -> Recipe:
         return Recipe(
-            experts=[zoo.experts[name] for name in experts],
+            experts=[ExpertSource(zoo.experts[name]) for name in experts],
             allow_duplicates=len(set(experts)) < len(experts),
             data=DataRecipe(scenes=scenes(seed)),
             aggregator=SABWSettings(**{**chosen, **switches}),
