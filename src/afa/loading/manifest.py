@@ -23,7 +23,7 @@ from afa.loading.sources import locate, refer
 from afa.loading.weights import count_elements, hash_files, tensor_shapes, weight_files
 
 if TYPE_CHECKING:
-    from afa.denoisers.kinds import Kind
+    from afa.denoisers.kinds import PipelineKind
     from afa.ensemble.references import ExpertReference
     from afa.loading.facts import Facts
     from afa.loading.single_file.load import Companions, Described
@@ -56,7 +56,7 @@ class ExpertManifest:
         return read_json(self.config / "model_index.json")
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> PipelineKind:
         """Of its pipeline."""
         return kind_of(str(self.index.get("_class_name")), self.source.source)
 

@@ -39,7 +39,7 @@ from afa.zoo.models import AGGREGATOR
 from afa.zoo.scenes import evaluation_prompts, parse_caption
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Generator, Iterator, Sequence
 
     from diffusers import DiffusionPipeline
 
@@ -98,7 +98,7 @@ class Row:
         return {key: value for key, value in asdict(self).items() if key != "pictures"}
 
 
-def run_demo(output: Path, settings: DemoSettings | None = None) -> Iterator[Progress]:
+def run_demo(output: Path, settings: DemoSettings | None = None) -> Generator[Progress, None, None]:
     """Train an ensemble of the zoo's experts, compare it with its rivals, write the report.
 
     `output` gets `report.json`, `report.md`, `pictures.png`, `weights.png`, the `ensemble`, the

@@ -217,9 +217,12 @@ def test_an_estimate_is_measured_once_and_damage_of_what_is_kept_is_harmless(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     measured = []
     real = needs_module._measure
-    monkeypatch.setattr(
-        needs_module, "_measure", lambda *given: measured.append(given) or real(*given)
-    )
+
+    def measure_noted(*given: Any) -> Any:
+        measured.append(given)
+        return real(*given)
+
+    monkeypatch.setattr(needs_module, "_measure", measure_noted)
 
     def again() -> Needs:
         needs_module._measured.cache_clear()  # as in another process
