@@ -153,7 +153,7 @@ def test_builds_from_elsewhere_are_accepted_and_kept(tmp_path: Path) -> None:
 
 def test_an_error_is_one_line_and_two(capsys: pytest.CaptureFixture[str]) -> None:
     def fails() -> None:
-        raise AfaError("It must be so.")
+        raise AfaError("AFA-STUDY-001", "It must be so.")
 
     with pytest.raises(SystemExit) as stop:
         run(fails)

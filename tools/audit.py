@@ -43,8 +43,9 @@ def advisories(report: dict[str, Any], pins: Pins, file: str) -> list[str]:
     if missing := sorted(wanted - answered):
         why = asked.get(missing[0], {}).get("skip_reason", "it was not asked for")
         raise AfaError(
+            "AFA-TOOL-001",
             f"The advisory service must answer for every pin of {file}, and answered for "
-            f"{len(wanted & answered)} of {len(wanted)}; of {missing[0]}: {why}. {_REMEDY}"
+            f"{len(wanted & answered)} of {len(wanted)}; of {missing[0]}: {why}. {_REMEDY}",
         )
     return [
         f"{name} {asked[name]['version']}: {found['id']}, fixed in "
@@ -69,7 +70,9 @@ def ask(lock: Path, service: str) -> dict[str, Any]:
     except ValueError:
         said = (done.stderr.strip() or "nothing").splitlines()[-1]
         raise AfaError(
-            f"The advisory service must answer, and pip-audit says of {lock.name}: {said} {_REMEDY}"
+            "AFA-TOOL-002",
+            f"The advisory service must answer, and pip-audit says of {lock.name}: {said} "
+            f"{_REMEDY}",
         ) from None
 
 

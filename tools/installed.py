@@ -27,8 +27,9 @@ class Installed:
         found = {canonicalize_name(each.name): each for each in distributions(path=places)}
         if PROJECT not in found:
             raise AfaError(
+                "AFA-TOOL-003",
                 f"'{venv}' must be a virtual environment with afa and all of its extras, and has "
-                "no afa. Make it: make .venv-all/.installed"
+                "no afa. Make it: make .venv-all/.installed",
             )
         self.distributions: dict[NormalizedName, Distribution] = found
 
@@ -67,8 +68,9 @@ class Installed:
     def _asked(self, name: NormalizedName, extra: str) -> list[Requirement]:
         if name not in self.distributions:
             raise AfaError(
+                "AFA-TOOL-004",
                 f"All that afa and its extras need must be installed, and {name} is not. Install "
-                "it: make .venv-all/.installed"
+                "it: make .venv-all/.installed",
             )
         asked = [Requirement(text) for text in self.distributions[name].requires or []]
         return [each for each in asked if not each.marker or each.marker.evaluate({"extra": extra})]

@@ -104,8 +104,9 @@ def licence_of(distribution: Distribution) -> str:
     licence = given if given and "\n" not in given else READ.get(name)
     if licence is None:
         raise AfaError(
+            "AFA-TOOL-005",
             f"The licence of every distribution must be known, and {name} {distribution.version} "
-            "names none. Read its licence file, and add it to READ in tools/licences.py."
+            "names none. Read its licence file, and add it to READ in tools/licences.py.",
         )
     return licence
 
@@ -119,8 +120,9 @@ def check(name: str, licence: str) -> str:
     named = {each.strip() for each in re.split(r"\bAND\b|\bOR\b|[()]", licence)} - {""}
     if unknown := sorted(named - ALLOWED):
         raise AfaError(
+            "AFA-TOOL-006",
             f"Licences must be among the allowed of tools/licences.py, came '{', '.join(unknown)}' "
-            f"of {name}. Do without {name}, or allow it there if its terms suit afa."
+            f"of {name}. Do without {name}, or allow it there if its terms suit afa.",
         )
     return licence
 
@@ -152,8 +154,9 @@ def as_page(installed: Installed, pins: Pins) -> str:
 def _read(pin: Pin) -> str:
     if pin.name not in READ:
         raise AfaError(
+            "AFA-TOOL-007",
             f"The licence of every distribution must be known, and {pin.name} cannot be installed "
-            "here. Read its licence file, and add it to READ in tools/licences.py."
+            "here. Read its licence file, and add it to READ in tools/licences.py.",
         )
     return READ[pin.name]
 

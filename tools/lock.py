@@ -116,10 +116,11 @@ def pins_of(resolved: dict[str, Any]) -> Pins:
         ]
         if name in pins or not hashes:
             raise AfaError(
+                "AFA-TOOL-008",
                 f"Every distribution must have one version with files to install, came "
                 f"{name}=={entry['version']}, {len(hashes)} files"
                 + (f", beside {pins[name].version}" if name in pins else "")
-                + ". Bound it in pyproject.toml."
+                + ". Bound it in pyproject.toml.",
             )
         pins[name] = Pin(name, entry["version"], marker, hashes)
     return dict(sorted(pins.items()))
@@ -141,8 +142,9 @@ def resolve(kept: Pins, *arguments: str) -> Pins:
         if done.returncode:
             said = " ".join(done.stderr.split())[:600]
             raise AfaError(
+                "AFA-TOOL-009",
                 f"The pins must fit pyproject.toml and be on the package index, but uv says: "
-                f"{said} Take the pin that is in the way out of constraints.txt."
+                f"{said} Take the pin that is in the way out of constraints.txt.",
             )
         return pins_of(tomllib.loads(found.read_text()))
 
@@ -169,7 +171,10 @@ def main() -> None:
     parser.add_argument("--wheels", type=Path, help="a folder of files to be accepted as well")
     arguments = parser.parse_args()
     if arguments.wheels and not arguments.wheels.is_dir():
-        raise AfaError(f"--wheels must be a folder, came '{arguments.wheels}'. Name one, or none.")
+        raise AfaError(
+            "AFA-TOOL-010",
+            f"--wheels must be a folder, came '{arguments.wheels}'. Name one, or none.",
+        )
     kept, tools = read_pins(CONSTRAINTS), read_pins(TOOLS_LOCK)
     before = read_pins(LOCK) | read_pins(EXTRAS_LOCK)
     if arguments.newest:

@@ -63,7 +63,9 @@ def read_pins(path: Path) -> Pins:
         AfaError: the file is missing, or a line of it is no pin.
     """
     if not path.exists():
-        raise AfaError(f"'{path.name}' must be there, and is not. Write it: make lock")
+        raise AfaError(
+            "AFA-TOOL-011", f"'{path.name}' must be there, and is not. Write it: make lock"
+        )
     pins: Pins = {}
     beside: dict[str, str] = {}
     last = None
@@ -80,7 +82,8 @@ def read_pins(path: Path) -> Pins:
             last.hashes.append(found[1])
         else:
             raise AfaError(
+                "AFA-TOOL-012",
                 f"Every line of '{path.name}' must be a pin or a hash, came line {number}: "
-                f"'{line[:80]}'. Write it anew: make lock"
+                f"'{line[:80]}'. Write it anew: make lock",
             )
     return pins

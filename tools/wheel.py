@@ -33,7 +33,8 @@ def build(tree: Path, output: Path, epoch: int) -> Path:
         if done.returncode:
             said = (done.stderr.strip() or "nothing").splitlines()[-1]
             raise AfaError(
-                f"hatchling must build '{tree}', and says: {said} Install it: make install"
+                "AFA-TOOL-013",
+                f"hatchling must build '{tree}', and says: {said} Install it: make install",
             )
         (wheel,) = Path(folder).glob("*.whl")
         return wheel.replace(output / wheel.name)
@@ -49,8 +50,9 @@ def committed_at(tree: Path) -> int:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise AfaError(
+            "AFA-TOOL-014",
             f"The wheel is dated by the last commit, so '{tree}' must be a git checkout, and git "
-            f"says: {done.stderr.strip()} Clone the repository."
+            f"says: {done.stderr.strip()} Clone the repository.",
         )
     return int(done.stdout)
 

@@ -1,4 +1,4 @@
-"""Every message that afa can end with, read from its source while the site is built."""
+"""Every error of afa by its code, read from the source while the site is built."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ SOURCE = Path(__file__).parents[2] / "src" / "afa"
 PLACE = "<!-- every message -->"
 #: what is raised with a message for users: `AfaError`, and what is derived from it
 ERRORS = ("AfaError", "Ambiguous", "BrokenPicture", "MissingCaption", "NotFinite")
-#: from which argument on a `Finding` says something
-FINDING = 2
+#: from which argument on a `Finding` says something; its code is the first
+FINDING = 3
 #: what is done in a package, or in a part of one; the longest path counts
 TITLES = {
     "app": "The page",
@@ -38,26 +38,27 @@ TITLES = {
 }
 
 
-def messages() -> dict[str, list[str]]:
-    """By what is done, the messages of `AfaError`s; what is filled in is in angle brackets."""
-    found: dict[str, list[str]] = {}
+def messages() -> dict[str, dict[str, str]]:
+    """By what is done, messages by code; what is filled in is in angle brackets."""
+    found: dict[str, dict[str, str]] = {}
     for file in sorted(SOURCE.rglob("*.py")):
-        texts = []
         for node in ast.walk(ast.parse(file.read_text())):
             if not isinstance(node, ast.Call) or not node.args:
                 continue
             name = getattr(node.func, "id", getattr(node.func, "attr", ""))
             if name in ERRORS:
-                text = _text(node.args[0])
-            elif name == "Finding" and len(node.args) > FINDING:  # of a look before any work
-                text = " ".join(_text(part) for part in node.args[FINDING:])
+                parts = node.args[1:]
+            elif name == "Finding":  # of the checks before any work
+                parts = node.args[FINDING:]
+            elif name == "say_error" and len(node.args) == 2:
+                parts = node.args[:1]
             else:
                 continue
-            if text:
-                texts.append(" ".join(text.split()))
-        known = found.setdefault(_title(file), [])
-        known += [text for text in texts if text not in known]
-    return dict(sorted(found.items()))
+            code = node.args[-1 if name == "say_error" else 0]
+            if isinstance(code, ast.Constant):
+                text = " ".join(" ".join(_text(part) for part in parts).split())
+                found.setdefault(_title(file), {})[str(code.value)] = text
+    return {title: dict(sorted(by_code.items())) for title, by_code in sorted(found.items())}
 
 
 def _title(file: Path) -> str:
@@ -98,7 +99,10 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     if PLACE not in markdown:
         return markdown
     lines = []
-    for title, texts in messages().items():
+    for title, by_code in messages().items():
         lines += ["", f"## {title}", ""]
-        lines += [f"- `{text}`" for text in texts]
+        lines += [
+            f'- <a id="{code}"></a>**{code}**' + (f": `{text}`" if text else "")
+            for code, text in by_code.items()
+        ]
     return markdown.replace(PLACE, "\n".join(lines))

@@ -134,8 +134,9 @@ def require_place_for_folder(folder: Path, what: str) -> None:
         above = above.parent
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise AfaError(
+            "AFA-FILE-001",
             f"{what} '{folder}' must be a folder that can be written; '{above}' is none. Name "
-            "another one, or change its permissions."
+            "another one, or change its permissions.",
         )
 
 
@@ -163,16 +164,18 @@ def owned(folder: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         raise AfaError(
+            "AFA-FILE-002",
             f"Only one process at a time may work in '{folder}', and another one does. Wait for "
-            "it, or end it."
+            "it, or end it.",
         ) from None
     except (NotImplementedError, OSError) as error:
         # the first is how older releases of filelock say that there is no flock at all
         if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
             raise
         raise AfaError(
+            "AFA-FILE-003",
             f"A work folder must be on a file system with locks; that of '{folder}' has none "
-            "(some network file systems). Name a folder on another one."
+            "(some network file systems). Name a folder on another one.",
         ) from None
     try:
         for partial in folder.rglob(".*.*"):
@@ -327,9 +330,13 @@ def read_json(path: Path, limit: int = MAX_JSON) -> dict[str, Any]:
         require_readable(path, limit)
         content = _json.get(path, lambda: _parse(read_text(path, limit)))
     except (OSError, ValueError, RecursionError) as error:
-        raise AfaError(f"'{path}' must be JSON, but reading it says: {error}.") from error
+        raise AfaError(
+            "AFA-FILE-004", f"'{path}' must be JSON, but reading it says: {error}."
+        ) from error
     if not isinstance(content, dict):
-        raise AfaError(f"'{path}' must hold a JSON object, came {str(content)[:80]}.")
+        raise AfaError(
+            "AFA-FILE-005", f"'{path}' must hold a JSON object, came {str(content)[:80]}."
+        )
     return content
 
 

@@ -145,9 +145,10 @@ def require_within(path: str | Path, folder: Path, said_by: str) -> None:
     roots = [folder, Path.cwd(), *policy().folders]
     if not any(place.is_relative_to(Path(os.path.abspath(root))) for root in roots):
         raise AfaError(
+            "AFA-POLICY-001",
             f"{said_by} may name paths in its own folder and in the current one; '{place}' is in "
             f"neither. If you trust it, say so: --allow-folder '{place.parent}', or in the "
-            f"environment variable {FOLDERS_VARIABLE}."
+            f"environment variable {FOLDERS_VARIABLE}.",
         )
 
 
@@ -156,8 +157,9 @@ def _policy_of(
 ) -> Policy:
     if isinstance(folders, str | os.PathLike):  # letter by letter "/x" would allow "/"
         raise AfaError(
+            "AFA-POLICY-002",
             f"folders is the single path '{folders}'; it must be a sequence of paths. Write "
-            f"folders=['{folders}']."
+            f"folders=['{folders}'].",
         )
     places = tuple(Path(folder) for folder in folders)
     return Policy(bool(allow_pickle), bool(offline), places, bool(rehash))

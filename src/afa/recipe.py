@@ -102,7 +102,8 @@ def read_recipe(path: str | Path, model: type[Model]) -> Model:
     content = read_yaml(path)
     if not isinstance(content, dict):
         raise AfaError(
-            f"The recipe '{path}' must be a mapping with the keys {', '.join(model.model_fields)}."
+            "AFA-RECIPE-001",
+            f"The recipe '{path}' must be a mapping with the keys {', '.join(model.model_fields)}.",
         )
     try:
         return model.model_validate(content)
@@ -111,7 +112,8 @@ def read_recipe(path: str | Path, model: type[Model]) -> Model:
         problems = "; ".join(_explain(detail, model) for detail in details[:_MAX_SAID])
         more = len(details) - _MAX_SAID
         raise AfaError(
-            f"The recipe '{path}' is wrong: {problems}{f'; and {more} more' if more > 0 else ''}"
+            "AFA-RECIPE-002",
+            f"The recipe '{path}' is wrong: {problems}{f'; and {more} more' if more > 0 else ''}",
         ) from None
 
 
@@ -124,16 +126,18 @@ def read_yaml(path: Path) -> Any:
     try:
         text = read_text(path, _MAX_BYTES)
     except UnicodeDecodeError as error:
-        raise AfaError(f"The recipe '{path}' cannot be read: {error}.") from None
+        raise AfaError("AFA-RECIPE-003", f"The recipe '{path}' cannot be read: {error}.") from None
     except ValueError as error:
-        raise AfaError(f"A recipe must be a small YAML file; '{path}': {error}.") from None
+        raise AfaError(
+            "AFA-RECIPE-004", f"A recipe must be a small YAML file; '{path}': {error}."
+        ) from None
     except OSError as error:
-        raise AfaError(f"The recipe '{path}' cannot be read: {error}.") from error
+        raise AfaError("AFA-RECIPE-005", f"The recipe '{path}' cannot be read: {error}.") from error
     try:
         return yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date, a number
         raise AfaError(
-            f"The recipe '{path}' must be YAML: {' '.join(str(error).split())}."
+            "AFA-RECIPE-006", f"The recipe '{path}' must be YAML: {' '.join(str(error).split())}."
         ) from None
 
 

@@ -75,8 +75,9 @@ def wilson(share: float, num_trials: int) -> Interval:
     """
     if not 0 <= share <= 1 or num_trials < 1:
         raise AfaError(
+            "AFA-STAT-001",
             f"A proportion must be from 0 to 1, of at least one trial; came {share} of "
-            f"{num_trials}."
+            f"{num_trials}.",
         )
     scale = 1 + _Z * _Z / num_trials
     centre = share + _Z * _Z / (2 * num_trials)
@@ -125,8 +126,9 @@ def paired_difference(ours: Scores, theirs: Scores, num_resamples: int = 10_000)
     """
     if ours.shape[1] != theirs.shape[1]:
         raise AfaError(
+            "AFA-STAT-002",
             f"Paired scores must be of the same prompts, came {ours.shape[1]} and "
-            f"{theirs.shape[1]}."
+            f"{theirs.shape[1]}.",
         )
     first = _resampled_means(ours, num_resamples, stream=1)
     second = _resampled_means(theirs, num_resamples, stream=2)

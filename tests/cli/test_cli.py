@@ -230,7 +230,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     came = capsys.readouterr()
     lines = came.err.splitlines()
     assert len(lines) == 1, came
-    assert lines[0].startswith("afa: error: ")
+    assert lines[0].startswith("afa: error [AFA-")
     return lines[0]
 
 
@@ -359,5 +359,5 @@ def test_nothing_but_the_error_reaches_the_terminal(experts: list[Path], tmp_pat
     command = [sys.executable, "-m", "afa", "train", str(recipe), "--output", str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("afa: error: ")
+    assert done.stderr.startswith("afa: error [AFA-")
     assert done.stderr.count("\n") == 1

@@ -43,8 +43,8 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     """The one line with which a command ends."""
     assert run(*arguments) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]  # below the libraries' bars
-    assert line.startswith("afa: error: ")
-    return line.partition("error: ")[2]
+    assert line.startswith("afa: error [AFA-")
+    return line.partition("]: ")[2]
 
 
 def assert_check_says(

@@ -252,7 +252,7 @@ def test_a_bad_picture_costs_no_step(experts: list[Path], tmp_path: Path) -> Non
 
         def __getitem__(self, index: int) -> tuple[Image.Image, str]:
             if self.is_spoilt and index == spoilt:
-                raise AfaError("'9.jpg' must have a caption")
+                raise AfaError("AFA-TRAIN-001", "'9.jpg' must have a caption")
             return super().__getitem__(index)
 
     settings = recipe(experts, checkpoint_every=100).training

@@ -65,9 +65,10 @@ def _require_memory(config: SABWConfig, sites: Sequence[Site]) -> None:
     there = psutil.virtual_memory().total
     if takes > there:
         raise AfaError(
+            "AFA-FUSION-001",
             f"Aggregators must fit into memory; of hidden_size {config.hidden_size} and num_layers "
             f"{config.num_layers} they take more than {takes / 1e9:.0f} GB, {there / 1e9:.0f} GB "
-            "are there. Are these settings an ensemble's?"
+            "are there. Are these settings an ensemble's?",
         )
 
 

@@ -83,8 +83,9 @@ class FusionRule(nn.Module, ABC):
             AfaError: this rule needs all of them.
         """
         raise AfaError(
+            "AFA-FUSION-008",
             f"{type(self).__name__} needs the features of all experts, but a schedule, a plan or "
-            f"masking leaves only {sorted(features)}. Leave these out, or use Mean, Only or SABW."
+            f"masking leaves only {sorted(features)}. Leave these out, or use Mean, Only or SABW.",
         )
 
 

@@ -77,22 +77,30 @@ class SABWSettings:
     def __post_init__(self) -> None:
         for name, written in SABWSettings.__annotations__.items():
             if written == "Count" and getattr(self, name) < 1:
-                raise AfaError(f"aggregator.{name} must be at least 1, came {getattr(self, name)}.")
+                raise AfaError(
+                    "AFA-FUSION-009",
+                    f"aggregator.{name} must be at least 1, came {getattr(self, name)}.",
+                )
         if self.hidden_ratio is not None and not self.hidden_ratio > 0:
-            raise AfaError(f"aggregator.hidden_ratio must be above 0, came {self.hidden_ratio}.")
+            raise AfaError(
+                "AFA-FUSION-010",
+                f"aggregator.hidden_ratio must be above 0, came {self.hidden_ratio}.",
+            )
         if self.hidden_size % self.num_heads:
             raise AfaError(
+                "AFA-FUSION-011",
                 f"aggregator.hidden_size must be a multiple of num_heads, came {self.hidden_size} "
-                f"and {self.num_heads}. Change one of them."
+                f"and {self.num_heads}. Change one of them.",
             )
         if self.hidden_size % self.norm_num_groups or self.hidden_size == self.norm_num_groups:
             # with one channel a group, group norm cancels what the timestep adds to that channel
             quarter = max(1, self.hidden_size // 4)
             fitting = max(g for g in range(1, quarter + 1) if self.hidden_size % g == 0)
             raise AfaError(
+                "AFA-FUSION-012",
                 "aggregator.hidden_size must be a multiple of norm_num_groups, at least twice it, "
                 f"came {self.hidden_size} and {self.norm_num_groups}. Choose norm_num_groups = "
-                f"{fitting} or a larger hidden_size."
+                f"{fitting} or a larger hidden_size.",
             )
 
 
@@ -200,8 +208,9 @@ class SABW(FusionRule):
         ]
         if missing:
             raise AfaError(
+                "AFA-FUSION-013",
                 f"SABW must know its site; the config lacks {', '.join(missing)}. Give them, or "
-                "pass the config to EnsembleDenoiser, which fills them in."
+                "pass the config to EnsembleDenoiser, which fills them in.",
             )
         self.config = config
         num_experts, in_channels, temb_channels, text_channels = sizes
@@ -285,8 +294,9 @@ class SABW(FusionRule):
         """
         if len(features) != self.config.num_experts:
             raise AfaError(
+                "AFA-FUSION-014",
                 f"This aggregator fuses {self.config.num_experts} experts, came {len(features)} "
-                "features. Use the experts it was trained with."
+                "features. Use the experts it was trained with.",
             )
         weights = self.fusion_weights(features, condition)
         return Fused(weighted_sum(features, weights), weights)

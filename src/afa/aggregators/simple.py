@@ -44,8 +44,9 @@ class Only(FusionRule):
         """
         if not 0 <= self.expert < len(features):
             raise AfaError(
+                "AFA-FUSION-015",
                 f"Only({self.expert}) must name one of {len(features)} experts, "
-                f"0 to {len(features) - 1}."
+                f"0 to {len(features) - 1}.",
             )
         batch, _, height, width = features[0].shape
         share = features[0].new_zeros((batch, len(features), height, width))
@@ -60,8 +61,9 @@ class Only(FusionRule):
         """
         if self.expert not in features:
             raise AfaError(
+                "AFA-FUSION-016",
                 f"Only({self.expert}) needs the features of that expert, but a schedule, a plan or "
-                f"masking leaves only {sorted(features)}. Leave these out, or name another expert."
+                f"masking leaves only {sorted(features)}. Leave these out, or name another expert.",
             )
         shares = shares_of(features, condition, {self.expert: 1.0})
         return Fused(features[self.expert], shares)

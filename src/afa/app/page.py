@@ -143,7 +143,9 @@ class Page:
         def wanted() -> list[tuple[Slot, PictureRecipe]]:
             names = [name for name in places if name in who]
             if not names:
-                raise AfaError("Somebody must draw: tick at least one under 'Drawn by'.")
+                raise AfaError(
+                    "AFA-APP-001", "Somebody must draw: tick at least one under 'Drawn by'."
+                )
             own = {ENSEMBLE: bias}
             return [(places[n], self._recipe(fields, n, own.get(n, {}))) for n in names]
 
@@ -208,7 +210,7 @@ class Page:
         except Stopped:
             said = views.note(f"Stopped; {done} of the pictures were finished.")
         except AfaError as error:
-            said = views.complaint(str(error))
+            said = views.complaint(f"{error} ({error.code})")
         except Exception as error:
             _log.exception("drawing failed")
             what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
@@ -246,11 +248,11 @@ class Page:
         acceleration = acceleration_of(fields.pop("speed")).describe()
         for key, most in {"steps": MAX_STEPS, "height": MAX_PIXELS, "width": MAX_PIXELS}.items():
             if not isinstance(fields[key], (int, float)) or fields[key] > most:
-                raise AfaError(f"{key} must be a number, {most} at the most.")
+                raise AfaError("AFA-APP-002", f"{key} must be a number, {most} at the most.")
         multiple = size_multiple(self._studio.pipeline)
         for key in ("height", "width"):
             if fields[key] % multiple:
-                raise AfaError(f"{key} must be a multiple of {multiple} pixels.")
+                raise AfaError("AFA-APP-003", f"{key} must be a multiple of {multiple} pixels.")
         return picture_recipe(
             **fields,
             ensemble=self._ensemble,

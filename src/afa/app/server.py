@@ -28,11 +28,12 @@ def check_reach(host: str, password: str | None) -> None:
     """
     if host not in LOOPBACK and password is None:
         raise AfaError(
+            "AFA-APP-004",
             f"A page that others can reach must have a password; --host {host} is not this machine "
-            "alone. Put one into a file: --password-file FILE."
+            "alone. Put one into a file: --password-file FILE.",
         )
     if password is not None and len(password) < _LEAST_LETTERS:
-        raise AfaError(f"The password must have at least {_LEAST_LETTERS} letters.")
+        raise AfaError("AFA-APP-005", f"The password must have at least {_LEAST_LETTERS} letters.")
 
 
 class RefuseUploads:
@@ -95,7 +96,9 @@ def served(
             from starlette.middleware import Middleware
             from starlette.middleware.trustedhost import TrustedHostMiddleware
         except ImportError as error:
-            raise AfaError("The page needs gradio: pip install 'afa[app]'.") from error
+            raise AfaError(
+                "AFA-APP-006", "The page needs gradio: pip install 'afa[app]'."
+            ) from error
 
         from afa.app.drawing import Studio
         from afa.app.layout import CSS
@@ -128,7 +131,7 @@ def served(
             )
         except OSError as error:
             raise AfaError(
-                f"The page cannot be served at {host}: {error} Name another --port."
+                "AFA-APP-007", f"The page cannot be served at {host}: {error} Name another --port."
             ) from None
         try:
             yield address

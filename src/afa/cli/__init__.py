@@ -70,12 +70,13 @@ def main(arguments: list[str] | None = None) -> None:
         say_error("interrupted")
         code = 130
     except typer.TyperException as error:
-        say_error(f"{error.format_message()} Try --help.")
+        say_error(f"{error.format_message()} Try --help.", "AFA-CLI-024")
         code = 2
     except AfaError as error:
-        say_error(str(error))
+        say_error(str(error), error.code)
         code = 2
     except OSError as error:  # a full disk, a folder that may not be written
-        say_error(f"{error}. Nothing unfinished was left under its final name.")
+        left = "Nothing unfinished was left under its final name."
+        say_error(f"{error}. {left}", "AFA-CLI-025")
         code = 2
     sys.exit(code or 0)

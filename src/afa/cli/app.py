@@ -52,13 +52,17 @@ def app(
         try:
             password = next(iter(password_file.read_text(encoding="utf-8").splitlines()), "")
         except (OSError, UnicodeDecodeError) as error:
-            raise AfaError(f"--password-file must be a text file; reading says: {error}.") from None
+            raise AfaError(
+                "AFA-CLI-001", f"--password-file must be a text file; reading says: {error}."
+            ) from None
     check_reach(host, password)
     if dtype not in DTYPES:
-        raise AfaError(f"--dtype must be one of {', '.join(DTYPES)}, came '{dtype}'.")
+        raise AfaError(
+            "AFA-CLI-002", f"--dtype must be one of {', '.join(DTYPES)}, came '{dtype}'."
+        )
     if output is not None:
         if output.exists() and not output.is_dir():
-            raise AfaError(f"--output must be a folder; '{output}' is a file.")
+            raise AfaError("AFA-CLI-003", f"--output must be a folder; '{output}' is a file.")
         output.mkdir(parents=True, exist_ok=True)
 
     import torch

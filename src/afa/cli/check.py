@@ -45,8 +45,9 @@ def check(
     asked = read_any(recipe)
     if asked is None and output is not None:
         raise AfaError(
+            "AFA-CLI-004",
             f"--output is for recipes of afa train, evaluate, search and merge; '{recipe}' is an "
-            "ensemble, which `afa generate` draws with. Leave --output out."
+            "ensemble, which `afa generate` draws with. Leave --output out.",
         )
     report = look_at(plan_for(recipe, asked, output), with_weights=weights, visible=not as_json)
     inputs = look_at_inputs(asked, output, visible=not as_json)
@@ -91,8 +92,9 @@ def read_any(place: Path) -> Any:
 
         return load_merge_recipe(place)
     raise AfaError(
+        "AFA-CLI-005",
         f"A recipe must be one of afa train (with training), evaluate (methods), search (metric) "
-        f"or merge (method); '{place}' has none of these keys."
+        f"or merge (method); '{place}' has none of these keys.",
     )
 
 
@@ -198,7 +200,8 @@ def _show(report: Report) -> None:
             f"{_time(found.seconds)} here"
         )
     for finding in report.findings:
-        say(f"{_SAID[finding.level]}  {finding.check}: {printable(finding.text)}")
+        label = f"{_SAID[finding.level]}  {finding.check} [{finding.code}]"
+        say(f"{label}: {printable(finding.text)}")
     if not any(finding.level != "note" for finding in report.findings):
         say("Nothing to say against it.")
     if report.data is not None:

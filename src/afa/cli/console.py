@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 console = Console(markup=False, highlight=False)
 
 
-def say_error(message: str) -> None:
-    """One line on standard error."""
-    sys.stderr.write(f"afa: error: {printable(message)}\n")
+def say_error(message: str, code: str = "") -> None:
+    """Print one line on standard error, with the error's code."""
+    label = f"error [{code}]" if code else "error"
+    sys.stderr.write(f"afa: {label}: {printable(message)}\n")
 
 
 def say(text: str) -> None:
@@ -46,4 +47,6 @@ def require_new_folder(folder: Path) -> None:
         AfaError: it is a file, or not empty.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise AfaError(f"The output folder must be new; '{folder}' exists. Name another one.")
+        raise AfaError(
+            "AFA-CLI-006", f"The output folder must be new; '{folder}' exists. Name another one."
+        )

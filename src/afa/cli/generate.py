@@ -133,8 +133,9 @@ def generate(
         _require_nothing_else(context)
     elif ensemble is None or not prompts:
         raise AfaError(
+            "AFA-CLI-007",
             "afa generate must have an ensemble and a prompt, or --from-image with a picture. Try "
-            'afa generate zoo:ensemble "a fox on the left and a pizza on the right" --output new.'
+            'afa generate zoo:ensemble "a fox on the left and a pizza on the right" --output new.',
         )
 
     import torch
@@ -224,7 +225,9 @@ def generate(
 
 def _require_one_of(option: str, given: str, known: Sequence[str]) -> None:
     if given not in known:
-        raise AfaError(f"{option} must be one of {', '.join(known)}, came '{given}'.")
+        raise AfaError(
+            "AFA-CLI-008", f"{option} must be one of {', '.join(known)}, came '{given}'."
+        )
 
 
 def _again(
@@ -237,7 +240,9 @@ def _again(
     made = pictures.read_picture(picture)
     recipe = made.recipe.model_copy(update={"ensemble": ensemble or made.recipe.ensemble})
     if weights and recipe.drawn_by != ENSEMBLE:
-        raise AfaError(f"Fusion weights are an ensemble's; this is by {recipe.drawn_by} alone.")
+        raise AfaError(
+            "AFA-CLI-009", f"Fusion weights are an ensemble's; this is by {recipe.drawn_by} alone."
+        )
     return pictures.prepare_again(recipe, **loading), recipe, made.pixels
 
 
@@ -274,8 +279,9 @@ def _require_same_pictures(output: Path, stems: Sequence[str]) -> None:
     for file in output.iterdir():
         if file.name not in names and not file.name.startswith("."):
             raise AfaError(
+                "AFA-CLI-010",
                 f"The output folder must be new, or of the same command that did not come to its "
-                f"end; '{output}' holds '{file.name}'. Name another one."
+                f"end; '{output}' holds '{file.name}'. Name another one.",
             )
 
 
@@ -334,8 +340,9 @@ def _done(place: Path, recipe: PictureRecipe) -> str | None:
     found = pictures.read_picture(place)
     if found.recipe != recipe:
         raise AfaError(
+            "AFA-CLI-011",
             f"The pictures in the output folder must be of the same command; '{place}' was made "
-            "from something else. Name another folder."
+            "from something else. Name another folder.",
         )
     return found.pixels
 
@@ -348,7 +355,8 @@ def _require_nothing_else(context: typer.Context) -> None:
         if name not in BESIDE_A_PICTURE and source is not None and source.name == "COMMANDLINE":
             given = parameter.opts[0].lstrip("-")
             raise AfaError(
-                f"With --from-image all comes from the picture; leave {given} out, or the picture."
+                "AFA-CLI-012",
+                f"With --from-image all comes from the picture; leave {given} out, or the picture.",
             )
 
 
@@ -390,6 +398,8 @@ def _picture_size(
     native, multiple = native_resolution(pipeline), size_multiple(pipeline)
     for name, size in (("--height", height), ("--width", width)):
         if size is not None and size % multiple:
-            raise AfaError(f"{name} must be a multiple of {multiple} pixels, came {size}.")
+            raise AfaError(
+                "AFA-CLI-013", f"{name} must be a multiple of {multiple} pixels, came {size}."
+            )
     # the library ignores one without the other
     return height or native[0], width or native[1]

@@ -35,9 +35,11 @@ def prune(
     [bold]Example[/bold]: afa prune runs/first --keep 0.98 --prompts prompts.txt --output plan.json
     """
     if output.exists():
-        raise AfaError(f"The plan must be a new file; '{output}' exists. Name another one.")
+        raise AfaError(
+            "AFA-CLI-014", f"The plan must be a new file; '{output}' exists. Name another one."
+        )
     if keep == 0:
-        raise AfaError("--keep must be above 0, came 0.")
+        raise AfaError("AFA-CLI-015", "--keep must be above 0, came 0.")
     from afa.evaluation.prompts import PromptsRecipe, ZooPrompts, load_prompts
 
     if prompts is not None:
@@ -45,7 +47,9 @@ def prune(
     elif ensemble.startswith("zoo:"):
         recipe = PromptsRecipe(zoo=ZooPrompts(kinds={"mixed": 32}, held_out=False, seed=2_000_000))
     else:
-        raise AfaError("A plan is made on prompts like those it is for. Name a file: --prompts.")
+        raise AfaError(
+            "AFA-CLI-016", "A plan is made on prompts like those it is for. Name a file: --prompts."
+        )
     listed = [prompt.text for prompt in load_prompts(recipe)]
 
     from afa.denoisers.kinds import denoiser_of

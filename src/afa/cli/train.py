@@ -69,7 +69,9 @@ def _without_cache(recipe: Recipe) -> Recipe:
     from afa.errors import AfaError
 
     if recipe.data.dataset is not None and recipe.data.dataset.streaming:
-        raise AfaError("A streamed data set must be cached; leave --no-cache or streaming out.")
+        raise AfaError(
+            "AFA-CLI-017", "A streamed data set must be cached; leave --no-cache or streaming out."
+        )
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache": False})})
 
 

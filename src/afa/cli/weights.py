@@ -54,14 +54,20 @@ def weights(
     suffixes = list(dict.fromkeys(formats or ["png"]))
     unknown = [suffix for suffix in suffixes if suffix not in FORMATS]
     if unknown:
-        raise AfaError(f"--format must be {' or '.join(FORMATS)}, came '{unknown[0]}'.")
+        raise AfaError(
+            "AFA-CLI-018", f"--format must be {' or '.join(FORMATS)}, came '{unknown[0]}'."
+        )
     pictures = [Path(source) for source in sources if source.lower().endswith(".png")]
     if len(pictures) not in (0, len(sources)) or (not pictures and len(sources) > 1):
-        raise AfaError("afa weights must have pictures, each a .png, or one ensemble.")
+        raise AfaError(
+            "AFA-CLI-019", "afa weights must have pictures, each a .png, or one ensemble."
+        )
     if pictures and prompt:
-        raise AfaError("A picture says itself what it shows; leave --prompt out.")
+        raise AfaError("AFA-CLI-020", "A picture says itself what it shows; leave --prompt out.")
     if not pictures and not prompt:
-        raise AfaError("Of an ensemble afa weights must have something to draw: --prompt TEXT.")
+        raise AfaError(
+            "AFA-CLI-021", "Of an ensemble afa weights must have something to draw: --prompt TEXT."
+        )
 
     from afa.training.engine import pick_device
 
@@ -124,7 +130,9 @@ def _again(place: Path, figures: _Figures, device: object) -> None:
 
     recipe = read_picture(place).recipe
     if recipe.drawn_by != ENSEMBLE:
-        raise AfaError(f"'{place}' must be an ensemble's; it is by {recipe.drawn_by} alone.")
+        raise AfaError(
+            "AFA-CLI-022", f"'{place}' must be an ensemble's; it is by {recipe.drawn_by} alone."
+        )
     pipeline = prepare_again(recipe, device=device)
     say_warnings(warnings_for(pipeline, [recipe.prompt], recipe.negative_prompt, recipe.guidance))
     denoiser = denoiser_of(pipeline)

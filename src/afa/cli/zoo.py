@@ -48,7 +48,10 @@ def build(
         from afa.zoo import MODELS
 
         if font is not None:
-            raise AfaError("--font is for --family unet; transformers are shown the same sprites.")
+            raise AfaError(
+                "AFA-CLI-023",
+                "--font is for --family unet; transformers are shown the same sprites.",
+            )
         _show(build_transformer_zoo(workdir))
         say(f"The zoo is in {workdir}: {', '.join(MODELS)}")
         return

@@ -55,15 +55,17 @@ def check_same_architecture(first: ModelMixin, other: ModelMixin, name: str) -> 
     families = family_of(first), family_of(other)
     if families[0] is not families[1]:
         raise AfaError(
+            "AFA-MODEL-001",
             f"Experts must share one architecture: {name} is of the family '{families[1].name}', "
-            f"the first expert of '{families[0].name}'. Ensemble checkpoints of one family."
+            f"the first expert of '{families[0].name}'. Ensemble checkpoints of one family.",
         )
     found = difference(first.config, other.config, type(first))
     if found is not None:
         key, expected, came = found
         raise AfaError(
+            "AFA-MODEL-002",
             f"Experts must share one architecture: {name} has {key} = {came}, the first expert "
-            f"has {expected}. Ensemble checkpoints of one family."
+            f"has {expected}. Ensemble checkpoints of one family.",
         )
 
 

@@ -317,8 +317,9 @@ def split_joined(what: str, joined: Tensor, widths: Sequence[int], count: int) -
         return [joined] * count
     if came != width * count:
         raise AfaError(
+            "AFA-MODEL-003",
             f"The {what} must be {width} wide (one for all experts) or {count} x {width} (one per "
-            f"expert, concatenated), came {came}. Use the pipeline's own text encoder."
+            f"expert, concatenated), came {came}. Use the pipeline's own text encoder.",
         )
     parts = joined.split([w * count for w in widths], dim=-1)
     per_expert = zip(*(part.chunk(count, dim=-1) for part in parts), strict=True)

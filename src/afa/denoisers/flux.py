@@ -181,8 +181,9 @@ def own_attention_kwargs(given: dict[str, Any] | None) -> dict[str, Any]:
     """
     if given and "scale" in given:
         raise AfaError(
+            "AFA-MODEL-004",
             "A LoRA scale must be applied to the whole model, came as an attention argument of a "
-            "coroutine. Call the ensemble, which applies it to every expert."
+            "coroutine. Call the ensemble, which applies it to every expert.",
         )
     return dict(given or {})
 
@@ -272,8 +273,9 @@ def _configuration(file: FileDenoiser) -> str:
     if width != 64 or is_other:
         what = "guidance layers of its own" if is_other else f"{width} channels in"
         raise AfaError(
+            "AFA-MODEL-005",
             f"'{file.source}' must be described: it has {what}, where {name} has 64 channels and "
-            "none. Name a diffusers folder of its kind, config=FOLDER."
+            "none. Name a diffusers folder of its kind, config=FOLDER.",
         )
     return name
 

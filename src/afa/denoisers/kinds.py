@@ -44,8 +44,9 @@ def kind_of(class_name: str, source: object) -> PipelineKind:
             return kind
     names = ", ".join(kind.name for kind in known)
     raise AfaError(
+        "AFA-MODEL-006",
         f"An expert must be a pipeline of {names}; '{source}' is a {class_name}. Other families "
-        "are not supported yet."
+        "are not supported yet.",
     )
 
 
@@ -74,8 +75,9 @@ def conditioning_of(pipeline: Any) -> Conditioning:
     kind = kind_of_pipeline(pipeline)
     if kind.conditioning is None:
         raise AfaError(
+            "AFA-MODEL-007",
             f"Training needs a model that draws from a prompt; a {kind.name} pipeline does not. "
-            "Train aggregators for experts of another family."
+            "Train aggregators for experts of another family.",
         )
     return kind.conditioning
 

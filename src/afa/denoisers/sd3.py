@@ -223,9 +223,10 @@ def _configuration(file: FileDenoiser) -> str:
     }
     if (depth, positions) not in known:
         raise AfaError(
+            "AFA-MODEL-008",
             f"'{file.source}' must be described: a Stable Diffusion 3 of {depth} blocks and "
             f"{positions} positions is none of the published ones. Name a diffusers folder, "
-            "config=FOLDER."
+            "config=FOLDER.",
         )
     return known[depth, positions]
 

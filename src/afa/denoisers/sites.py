@@ -67,9 +67,10 @@ def register_family(family: Family) -> None:
     for known in FAMILIES:
         if family.name == known.name or family.model_class is known.model_class:
             raise AfaError(
+                "AFA-MODEL-009",
                 f"A family must have a name and a class of its own; '{family.name}' of "
                 f"{family.model_class.__name__} meets '{known.name}' of "
-                f"{known.model_class.__name__}. Choose another name, or use that one."
+                f"{known.model_class.__name__}. Choose another name, or use that one.",
             )
     FAMILIES.append(family)
 
@@ -85,8 +86,9 @@ def family_of(expert: nn.Module) -> Family:
         return family
     known = ", ".join(family.model_class.__name__ for family in FAMILIES)
     raise AfaError(
+        "AFA-MODEL-010",
         f"An expert must be one of {known}; came a {type(expert).__name__}. "
-        "Other architectures need a coroutine: see afa.denoisers.register_family."
+        "Other architectures need a coroutine: see afa.denoisers.register_family.",
     )
 
 

@@ -87,18 +87,20 @@ def _configuration(file: FileDenoiser) -> str:
     if (pooled, width, channels) == (0, 1024, 4):
         if file.predicts is None:
             raise Ambiguous(
+                "AFA-MODEL-011",
                 f"'{file.source}' must be described: it may be of stable-diffusion-2, which "
                 "predicts velocity, or of stable-diffusion-2-base, which predicts noise, and no "
-                "tensor tells. Name the right one: config=stable-diffusion-2."
+                "tensor tells. Name the right one: config=stable-diffusion-2.",
             )
         is_velocity = file.predicts == "v_prediction"
         return "stable-diffusion-2" if is_velocity else "stable-diffusion-2-base"
     name = known.get((pooled, width, channels))
     if name is None:
         raise AfaError(
+            "AFA-MODEL-012",
             f"'{file.source}' must be described: a U-Net with {channels} channels, text of width "
             f"{width} and {pooled} pooled is none of the published ones. Name a diffusers folder "
-            "of its kind, config=FOLDER."
+            "of its kind, config=FOLDER.",
         )
     # velocity to zero terminal SNR; `afa.loading.prediction` changes the scheduler for others
     if name == "stable-diffusion-xl" and file.predicts == "v_prediction" and file.has_zero_snr:
@@ -116,8 +118,9 @@ def _convert(
     if not isinstance(layers, int):
         if len(set(layers)) != 1:
             raise AfaError(
+                "AFA-MODEL-013",
                 f"A single file must have as many layers in every block; '{folder}' describes "
-                f"layers_per_block = {layers}. Use the model as a diffusers folder."
+                f"layers_per_block = {layers}. Use the model as a diffusers folder.",
             )
         settings["layers_per_block"] = layers[0]
     prefixed = {f"model.diffusion_model.{name}": tensor for name, tensor in tensors.items()}

@@ -64,8 +64,9 @@ def grid_of(positions: Tensor) -> tuple[int, int]:
     height, width = round(row) + 1, round(column) + 1
     if first or height * width != count:
         raise AfaError(
+            "AFA-MODEL-014",
             f"The tokens must be those of one image, row by row; {count} came, over {height} rows "
-            f"and {width} columns. Experts that take another image beside it cannot be fused."
+            f"and {width} columns. Experts that take another image beside it cannot be fused.",
         )
     return height, width
 
@@ -84,8 +85,9 @@ def require_blocks(model: nn.Module, kinds: Iterable[tuple[str, str]]) -> None:
         for k, block in enumerate(getattr(model, name)):
             if type(block).__name__.removeprefix("FSDP") != kind:
                 raise AfaError(
+                    "AFA-MODEL-015",
                     f"The blocks of a {type(model).__name__} must be {kind} to be taken apart; "
-                    f"{name}.{k} is a {type(block).__name__}."
+                    f"{name}.{k} is a {type(block).__name__}.",
                 )
 
 

@@ -41,9 +41,10 @@ def check_unet(unet: UNet2DConditionModel) -> None:
     added = unet.config.addition_embed_type
     if added not in (None, "text", "text_time"):
         raise AfaError(
+            "AFA-MODEL-016",
             f"A U-Net must be conditioned on prompt, timestep and, as Stable Diffusion XL, on "
             f"sizes, this one has addition_embed_type = '{added}'. Use experts of the Stable "
-            "Diffusion 1.x, 2.x or XL family."
+            "Diffusion 1.x, 2.x or XL family.",
         )
     kinds: list[tuple[str, Any, tuple[str, ...]]]
     kinds = [(f"down_blocks.{i}", b, _LAYERED_DOWN) for i, b in enumerate(unet.down_blocks)]
@@ -52,8 +53,9 @@ def check_unet(unet: UNet2DConditionModel) -> None:
     for name, block, known in kinds:
         if type(block).__name__ not in known:
             raise AfaError(
+                "AFA-MODEL-017",
                 f"A U-Net's blocks must be among {', '.join(known)} to be taken apart; {name} is "
-                f"a {type(block).__name__}. Use experts of the Stable Diffusion family."
+                f"a {type(block).__name__}. Use experts of the Stable Diffusion family.",
             )
 
 
@@ -108,14 +110,16 @@ def unet_blocks(
     """
     if (down_block_additional_residuals is None) != (mid_block_additional_residual is None):
         raise AfaError(
+            "AFA-MODEL-018",
             "ControlNet residuals must come as down_block_additional_residuals and "
             "mid_block_additional_residual together; one is missing. Pass a T2I-Adapter's as "
-            "down_intrablock_additional_residuals."
+            "down_intrablock_additional_residuals.",
         )
     if cross_attention_kwargs and "scale" in cross_attention_kwargs:
         raise AfaError(
+            "AFA-MODEL-019",
             "A LoRA scale must be applied to the whole model, came as cross_attention_kwargs "
-            "of a coroutine. Call the ensemble, which applies it to every expert."
+            "of a coroutine. Call the ensemble, which applies it to every expert.",
         )
     adapter_residuals = list(down_intrablock_additional_residuals or ())
 

@@ -57,7 +57,9 @@ class Contenders:
             AfaError: no such contender or speed.
         """
         if name not in self.names:
-            raise AfaError(f"Pictures are drawn by {', '.join(self.names)}; came '{name}'.")
+            raise AfaError(
+                "AFA-DRAW-001", f"Pictures are drawn by {', '.join(self.names)}; came '{name}'."
+            )
         if name not in self._made:
             self._made[name] = self._merge() if name == MERGE else self._expert(name)
         made = self._made[name]

@@ -125,7 +125,9 @@ def picture_recipe(**fields: Any) -> PictureRecipe:
     try:
         return PictureRecipe.model_validate(fields)
     except ValidationError as error:
-        raise AfaError(f"A picture cannot be asked for so: {_first_problem(error)}.") from None
+        raise AfaError(
+            "AFA-DRAW-002", f"A picture cannot be asked for so: {_first_problem(error)}."
+        ) from None
 
 
 def _first_problem(error: ValidationError) -> str:
@@ -183,7 +185,9 @@ def prepare(
     steer(pipeline, bias)
     if on_nonfinite not in get_args(OnNonFinite):
         known = ", ".join(get_args(OnNonFinite))
-        raise AfaError(f"on_nonfinite must be one of {known}, came '{on_nonfinite}'.")
+        raise AfaError(
+            "AFA-DRAW-003", f"on_nonfinite must be one of {known}, came '{on_nonfinite}'."
+        )
     denoiser_of(pipeline).on_nonfinite = on_nonfinite
     pipeline.set_progress_bar_config(disable=True)
     mode: Any = "regional" if compiled else None
@@ -202,8 +206,9 @@ def prepare_again(recipe: PictureRecipe, **loading: Any) -> DiffusionPipeline:
     """
     if not recipe.ensemble.startswith("zoo:") and not Path(recipe.ensemble).is_dir():
         raise AfaError(
+            "AFA-DRAW-004",
             f"The ensemble of the picture must be there; there is no folder '{recipe.ensemble}'. "
-            "Say where it is: afa generate ENSEMBLE --from-image PICTURE."
+            "Say where it is: afa generate ENSEMBLE --from-image PICTURE.",
         )
     if recipe.quantize is not None:
         loading["quantize"] = recipe.quantize
@@ -219,8 +224,9 @@ def prepare_again(recipe: PictureRecipe, **loading: Any) -> DiffusionPipeline:
     )
     if identity_of(denoiser_of(pipeline)) != recipe.identity:
         raise AfaError(
+            "AFA-DRAW-005",
             f"The ensemble must be the one that the picture was made with; '{recipe.ensemble}' is "
-            "another one now. Name it: afa generate ENSEMBLE --from-image PICTURE."
+            "another one now. Name it: afa generate ENSEMBLE --from-image PICTURE.",
         )
     if recipe.drawn_by == ENSEMBLE:
         return pipeline
@@ -334,12 +340,13 @@ def read_picture(path: Path) -> PictureText:
             text = picture.info.get(_KEY)
     except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
         raise AfaError(
-            f"'{path}' must be a PNG that afa has made; reading says: {error}."
+            "AFA-DRAW-006", f"'{path}' must be a PNG that afa has made; reading says: {error}."
         ) from None
     if not isinstance(text, str):
         raise AfaError(
+            "AFA-DRAW-007",
             f"'{path}' must be a PNG that afa has made; it does not say how it was made. Some "
-            "programs and pages drop that: take the file as it was written."
+            "programs and pages drop that: take the file as it was written.",
         )
     try:
         if len(text) > _MAX_TEXT:
@@ -348,5 +355,5 @@ def read_picture(path: Path) -> PictureText:
     except (ValidationError, ValueError, RecursionError) as error:
         said = _first_problem(error) if isinstance(error, ValidationError) else str(error)
         raise AfaError(
-            f"What '{path}' says of how it was made is not understood: {said}."
+            "AFA-DRAW-008", f"What '{path}' says of how it was made is not understood: {said}."
         ) from None

@@ -86,8 +86,9 @@ def heat_map(
 
     if shares.shape[1:] != (len(sites), len(experts)):
         raise AfaError(
+            "AFA-DRAW-009",
             f"The shares must be of {len(sites)} sites and {len(experts)} experts, came "
-            f"{list(shares.shape)}."
+            f"{list(shares.shape)}.",
         )
     figure = Figure(
         figsize=(1.9 + 2.4 * len(experts), 1.2 + 0.2 * len(sites)), layout="constrained"
@@ -210,7 +211,9 @@ def filmstrip(
     from matplotlib.patches import Patch
 
     if not record.steps or len(next(iter(record.steps[0].weights.values()))) < len(pictures):
-        raise AfaError("The record must hold the weights of the run that made these pictures.")
+        raise AfaError(
+            "AFA-DRAW-010", "The record must hold the weights of the run that made these pictures."
+        )
     places = torch.linspace(0, len(record.steps) - 1, min(num_steps, len(record.steps)))
     shown = [int(place) for place in places.round()]
     # with guidance the prompts are the second half of the batch
@@ -262,7 +265,10 @@ def comparison(
     from matplotlib.figure import Figure
 
     if not columns or any(len(pictures) != len(columns) for pictures in rows.values()):
-        raise AfaError(f"A comparison must have {len(columns) or 'some'} pictures in every row.")
+        raise AfaError(
+            "AFA-DRAW-011",
+            f"A comparison must have {len(columns) or 'some'} pictures in every row.",
+        )
     left, top = 1.7, 0.9
     width, height = 1.35 * len(columns) + left, 1.35 * len(rows) + top
     figure = Figure(figsize=(width, height))
@@ -301,7 +307,9 @@ def save_figure(figure: Figure, path: Path, dpi: int = 130) -> None:
         AfaError: another suffix.
     """
     if path.suffix.lower() not in SUFFIXES:
-        raise AfaError(f"A figure must be {' or '.join(SUFFIXES)}, came '{path.name}'.")
+        raise AfaError(
+            "AFA-DRAW-012", f"A figure must be {' or '.join(SUFFIXES)}, came '{path.name}'."
+        )
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         # letters that the font lacks are drawn as boxes, which is all that can be done

@@ -68,7 +68,9 @@ def accelerate(
         pipeline = build_pipeline(type(pipeline).__name__, parts, pipeline.config)
         pipeline.set_progress_bar_config(**bar or {})
     if cuda_graphs and not torch.cuda.is_available():
-        raise AfaError("CUDA graphs need a CUDA device; torch finds none. Leave them out.")
+        raise AfaError(
+            "AFA-ENSEMBLE-001", "CUDA graphs need a CUDA device; torch finds none. Leave them out."
+        )
     if compile is not None:
         _require_compiler(compile, denoiser.device.type)
     before = denoiser.plan, denoiser.graphs
@@ -88,9 +90,10 @@ def accelerate(
 def _require_compiler(mode: str, device: str) -> None:
     """Raise AfaError where there is no such mode, or no C++ compiler and a processor to run on."""
     if mode != "regional":
-        raise AfaError(f"compile must be 'regional' or None, came {mode!r}.")
+        raise AfaError("AFA-ENSEMBLE-002", f"compile must be 'regional' or None, came {mode!r}.")
     if device == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
         raise AfaError(
+            "AFA-ENSEMBLE-003",
             "To compile for the processor there must be a C++ compiler; none was found as $CXX, "
-            "g++ or clang++. Install g++, or leave compiling out."
+            "g++ or clang++. Install g++, or leave compiling out.",
         )

@@ -149,8 +149,9 @@ class Switches:
                 if {excluded.one, excluded.other} == {wanted, other}:
                     first = wanted[0].upper() + wanted[1:]
                     raise AfaError(
+                        "AFA-ENSEMBLE-018",
                         f"{first} cannot be combined with {other}: {excluded.reason}. "
-                        f"{excluded.remedy}."
+                        f"{excluded.remedy}.",
                     )
 
     @property
@@ -169,9 +170,10 @@ class Switches:
             rigid = {type(rule).__name__ for rule in self.aggregators if not _takes_some(rule)}
             if rigid:
                 raise AfaError(
+                    "AFA-ENSEMBLE-019",
                     f"A schedule cannot be combined with {', '.join(sorted(rigid))}, which needs "
                     "the features of all experts at every step. Leave the schedule out, or use "
-                    "Mean, Only or SABW."
+                    "Mean, Only or SABW.",
                 )
         self._schedule = schedule
 

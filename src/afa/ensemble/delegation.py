@@ -101,8 +101,9 @@ class Delegation:
             AfaError: always; names `afa.save_ensemble`.
         """
         raise AfaError(
+            "AFA-ENSEMBLE-020",
             "An ensemble must be saved without its experts' weights: use "
-            "afa.save_ensemble(pipeline, folder), which keeps them by reference."
+            "afa.save_ensemble(pipeline, folder), which keeps them by reference.",
         )
 
     # -- FreeU, attention, compilation ----------------------------------------------------------
@@ -171,9 +172,10 @@ class Delegation:
             AfaError: always.
         """
         raise AfaError(
+            "AFA-ENSEMBLE-021",
             f"Caches of diffusers must hook a model's own forward pass; the experts of an ensemble "
             f"run block by block, so {type(config).__name__} would do nothing. Use "
-            "afa.accelerate(pipeline, 'fast'), which has a cache of its own."
+            "afa.accelerate(pipeline, 'fast'), which has a cache of its own.",
         )
 
     # -- LoRAs ----------------------------------------------------------------------------------
@@ -246,9 +248,10 @@ class Delegation:
         of_text = [key for key in state_dict if key.startswith(_TEXT)]
         if of_text:
             raise AfaError(
+                "AFA-ENSEMBLE-022",
                 f"A LoRA that is added to an ensemble must be the denoiser's alone; this one has "
                 f"{len(of_text)} tensors for text encoders. Name it as an expert, {{base: ..., "
-                "lora: ...}, which merges both."
+                "lora: ...}, which merges both.",
             )
         self._account_for(state_dict, **options)
         # the pipeline is for moving a single offloaded model out of the way and back
@@ -290,10 +293,11 @@ class Delegation:
         ]
         if lost:
             raise AfaError(
+                "AFA-ENSEMBLE-023",
                 f"diffusers would leave out {len(lost)} of the LoRA's {len(state_dict)} tensors "
                 f"(first: '{lost[0]}'). A LoRA that is added to an ensemble must have low-rank "
                 "products for the denoiser alone. Name it as an expert, {base: ..., lora: ...}, "
-                "which applies all of them."
+                "which applies all of them.",
             )
 
     @property
@@ -304,10 +308,11 @@ class Delegation:
     @_transformer_norm_layers.setter
     def _transformer_norm_layers(self, norms: Any) -> NoReturn:
         raise AfaError(
+            "AFA-ENSEMBLE-024",
             "diffusers has left out the norms of this LoRA and added the rest. A LoRA that is "
             "added to an ensemble must have low-rank products alone. Take it out with "
             "pipeline.unload_lora_weights(), and name it as an expert, {base: ..., lora: ...}, "
-            "which replaces the norms as well."
+            "which replaces the norms as well.",
         )
 
     # -- IP-Adapter -----------------------------------------------------------------------------

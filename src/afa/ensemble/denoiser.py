@@ -85,7 +85,9 @@ class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin)
     ) -> None:
         super().__init__()
         if not experts:
-            raise AfaError("An ensemble must have at least one expert, came none.")
+            raise AfaError(
+                "AFA-ENSEMBLE-025", "An ensemble must have at least one expert, came none."
+            )
         self.family: Family = family_of(experts[0])
         for n, expert in enumerate(experts[1:], start=1):
             family_of(expert)
@@ -128,8 +130,9 @@ class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin)
             return [rule.to(device) for rule in rules]
         if len(aggregators) != len(self.sites):
             raise AfaError(
+                "AFA-ENSEMBLE-026",
                 f"An ensemble must have one aggregator per site: {len(self.sites)} sites, "
-                f"{len(aggregators)} aggregators. List them in the order of `.sites`."
+                f"{len(aggregators)} aggregators. List them in the order of `.sites`.",
             )
         return aggregators
 
@@ -155,8 +158,9 @@ class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin)
         sample = next(iter(arguments.values()))
         if sample.numel() == 0:
             raise AfaError(
+                "AFA-ENSEMBLE-027",
                 "A denoiser must have at least one latent with an area, came the shape "
-                f"{tuple(sample.shape)}. Ask for a picture."
+                f"{tuple(sample.shape)}. Ask for a picture.",
             )
         with self._lock, self.lora_scale(arguments) as scale:
             self._tell_observers("begin")
@@ -242,9 +246,10 @@ class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin)
             return prediction
         if self.shards is not None:  # whoever stops in the middle of a step leaves others waiting
             raise AfaError(
+                "AFA-ENSEMBLE-028",
                 "A prediction must be finite; that of this process or of another has NaN or "
                 "infinity. Where experts are sharded over processes, which expert gave it is not "
-                "looked for, and none is skipped. Draw with the experts whole in one process."
+                "looked for, and none is skipped. Draw with the experts whole in one process.",
             )
         if loop is not None:  # what it has kept of its steps may be the same
             loop.is_guarded = True

@@ -44,9 +44,10 @@ def decoded(pipeline: Any) -> Iterator[None]:
         except RuntimeWarning:
             dtype = str(pipeline.vae.dtype).removeprefix("torch.")
             raise AfaError(
+                "AFA-ENSEMBLE-029",
                 f"A picture must be finite numbers, but the autoencoder gave nan or infinity in "
                 f"{dtype}. Use bfloat16 or float32, or an autoencoder that was made for {dtype}: "
-                "vae=FOLDER."
+                "vae=FOLDER.",
             ) from None
 
 
@@ -82,8 +83,9 @@ class Guard(Hook):
         self._running: Running = inputs.running
         if not is_finite(inputs.sample):
             raise AfaError(
+                "AFA-ENSEMBLE-030",
                 "The latent that is to be denoised must be finite, but it has nan or infinity "
-                "before any expert ran. Are sizes, scheduler and guidance as they should be?"
+                "before any expert ran. Are sizes, scheduler and guidance as they should be?",
             )
         given = inputs.arguments.items()
         wrong = [n for n, own in given if not all(map(is_finite, _floats(own)))]
@@ -125,9 +127,10 @@ class Guard(Hook):
         made = [fused.feature] if isinstance(fused.feature, Tensor) else fused.feature
         if not self._masks_here and not all(map(is_finite, made)):
             raise AfaError(
+                "AFA-ENSEMBLE-031",
                 f"The experts' features at site '{site}' are finite, but what the aggregator makes "
                 "of them is not. Are its weights damaged, or a bias out of all measure? Load the "
-                "ensemble again, or train it again."
+                "ensemble again, or train it again.",
             )
 
     def end(self, prediction: Tensor) -> None:
@@ -138,24 +141,27 @@ class Guard(Hook):
         """
         if not is_finite(prediction):
             raise AfaError(
+                "AFA-ENSEMBLE-032",
                 "The prediction is not finite although experts were left out where they are not. "
                 "The aggregators' weights may be damaged. Load the ensemble again, or train it "
-                "again."
+                "again.",
             )
 
     def _note(self, number: int, what: str, place: str) -> None:
         self.masked[self._names[number], place] += 1
         if not self._masks:
             raise AfaError(
+                "AFA-ENSEMBLE-033",
                 f"All that experts compute must be finite; '{self._names[number]}' gave nan or "
-                f"infinity: {what}. {self._remedy()}"
+                f"infinity: {what}. {self._remedy()}",
             )
 
     def _require_others(self, wrong: Sequence[int], experts: Sequence[int], place: str) -> None:
         if set(experts) <= set(wrong):
             raise AfaError(
+                "AFA-ENSEMBLE-034",
                 f"All that experts compute must be finite; none of them gave such numbers at "
-                f"'{place}'. {self._remedy()}"
+                f"'{place}'. {self._remedy()}",
             )
 
     def _remedy(self) -> str:

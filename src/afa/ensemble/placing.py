@@ -59,7 +59,8 @@ class Placement:
         for expert, device in zip(self.experts, placed.of_expert, strict=True):
             if any(shared.setdefault(id(p), device) != device for p in expert.parameters()):
                 raise AfaError(
-                    "Experts that share weights, such as LoRAs of one base, must be on one device."
+                    "AFA-ENSEMBLE-044",
+                    "Experts that share weights, such as LoRAs of one base, must be on one device.",
                 )
         self.stop_offloading()
         for expert, device in zip(self.experts, placed.of_expert, strict=True):
@@ -77,7 +78,8 @@ class Placement:
             return
         if (device.type, device.index or 0) != (there.type, there.index or 0):
             raise AfaError(
-                f"Experts that are {how} and run on {there} cannot be moved to {device}. {remedy}."
+                "AFA-ENSEMBLE-045",
+                f"Experts that are {how} and run on {there} cannot be moved to {device}. {remedy}.",
             )
 
     def require_layers(self, done: str) -> None:
@@ -88,8 +90,9 @@ class Placement:
         """
         if isinstance(self.execution.source, LayerStream):
             raise AfaError(
+                "AFA-ENSEMBLE-046",
                 f"Experts must be in memory to be {done}; their layers are in a file, and run on "
-                f"{self.execution.device}. Call stop_offloading() first."
+                f"{self.execution.device}. Call stop_offloading() first.",
             )
 
     def offload_experts(self, device: torch.device | str) -> None:
@@ -176,7 +179,10 @@ class Placement:
         exchange = Exchange(len(self.experts), group)
         self.require_compatible("experts spread over processes")
         if len(set(self.experts)) < len(self.experts):
-            raise AfaError("Experts that are spread over processes must be named once each.")
+            raise AfaError(
+                "AFA-ENSEMBLE-047",
+                "Experts that are spread over processes must be named once each.",
+            )
         self.stop_offloading()
         for n, expert in enumerate(self.experts):
             if n not in exchange.own:

@@ -131,7 +131,8 @@ def observed(
         ensemble.observers.remove(observation)
     if observation.num_foreign and not observation.num_own:
         raise AfaError(
+            "AFA-ENSEMBLE-048",
             "Fusion weights are seen of pictures that are drawn in the thread that asks for them; "
             "here another thread has drawn, and nothing was seen. Enter afa.record_weights in the "
-            "thread that calls the pipeline."
+            "thread that calls the pipeline.",
         )

@@ -56,14 +56,16 @@ def running_at(
     assert schedule is not None, "there is one of both"
     if len(distinct) > 1:
         raise AfaError(
+            "AFA-ENSEMBLE-049",
             "Where a schedule picks the experts, all of a batch must have one timestep, came "
-            f"{', '.join(f'{step:g}' for step in distinct)}. Call it once for each."
+            f"{', '.join(f'{step:g}' for step in distinct)}. Call it once for each.",
         )
     picked = list(schedule(distinct[0]))
     if not picked or len(set(picked)) < len(picked) or not set(picked) <= set(every):
         raise AfaError(
+            "AFA-ENSEMBLE-050",
             f"The schedule picked the experts {picked} at timestep {distinct[0]:g}; it must "
             f"pick at least one, each once, by numbers from 0 to {num_experts - 1}. Correct "
-            "the schedule."
+            "the schedule.",
         )
     return Running(sorted(picked))

@@ -53,7 +53,9 @@ def steer(pipeline: DiffusionPipeline | EnsembleDenoiser, bias: Bias | None) -> 
     if not isinstance(pipeline, EnsembleDenoiser):
         denoiser = denoiser_of(pipeline)
         if not isinstance(denoiser, EnsembleDenoiser):
-            raise AfaError("Only an ensemble can be steered; this is a single model.")
+            raise AfaError(
+                "AFA-ENSEMBLE-051", "Only an ensemble can be steered; this is a single model."
+            )
     denoiser.bias = site_biases(denoiser, bias or {})
 
 
@@ -71,11 +73,15 @@ def site_biases(denoiser: EnsembleDenoiser, bias: Bias) -> dict[str, torch.Tenso
         for stage, value in parts.items():
             if stage not in STAGES:
                 raise AfaError(
+                    "AFA-ENSEMBLE-052",
                     f"A bias must be for one of the stages {', '.join(STAGES)}; that of '{key}' "
-                    f"names '{stage}'."
+                    f"names '{stage}'.",
                 )
             if not math.isfinite(value):
-                raise AfaError(f"A bias must be a finite number; that of '{key}' is {value}.")
+                raise AfaError(
+                    "AFA-ENSEMBLE-053",
+                    f"A bias must be a finite number; that of '{key}' is {value}.",
+                )
             by_stage[stage][expert] += value
     biases = {
         site.name: by_stage[stage]
@@ -85,8 +91,9 @@ def site_biases(denoiser: EnsembleDenoiser, bias: Bias) -> dict[str, torch.Tenso
     rigid = {type(rule).__name__ for rule in denoiser.aggregators if not _can_steer(rule)}
     if biases and rigid:
         raise AfaError(
+            "AFA-ENSEMBLE-054",
             "Only aggregators that make weights of logits can be steered; these are "
-            f"{', '.join(sorted(rigid))}. Train some: afa train."
+            f"{', '.join(sorted(rigid))}. Train some: afa train.",
         )
     return biases
 
@@ -121,7 +128,8 @@ def _expert(key: str, names: Sequence[str]) -> int:
     listed = ", ".join(f"{n} {name}" for n, name in enumerate(names))
     what = "several" if key in (*names, *stems) else "none"
     raise AfaError(
-        f"A bias must name one expert, by name or number, of {listed}; '{key}' names {what}."
+        "AFA-ENSEMBLE-055",
+        f"A bias must name one expert, by name or number, of {listed}; '{key}' names {what}.",
     )
 
 
@@ -143,8 +151,9 @@ def parse_bias(words: Sequence[str]) -> dict[str, dict[str, float]]:
             value = math.nan
         if not equals or not expert or not math.isfinite(value):
             raise AfaError(
+                "AFA-ENSEMBLE-056",
                 "--bias must be EXPERT=NUMBER or EXPERT@STAGE=NUMBER with a stage of "
-                f"{', '.join(STAGES)}, such as animals=+1.0; came '{word}'."
+                f"{', '.join(STAGES)}, such as animals=+1.0; came '{word}'.",
             )
         parts = bias.setdefault(expert, dict.fromkeys(STAGES, 0.0))
         for each in [stage] if stage else STAGES:

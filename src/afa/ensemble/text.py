@@ -41,16 +41,19 @@ class EnsembleTextEncoder(PreTrainedModel):
 
     def __init__(self, encoders: Sequence[PreTrainedModel], *, join: bool = False) -> None:
         if not encoders:
-            raise AfaError("A text encoder must have at least one expert's, came none.")
+            raise AfaError(
+                "AFA-ENSEMBLE-057", "A text encoder must have at least one expert's, came none."
+            )
         super().__init__(copy.deepcopy(encoders[0].config))
         shapes = [
             (type(e).__name__, e.config.hidden_size, e.config.num_hidden_layers) for e in encoders
         ]
         if len(set(shapes)) > 1:
             raise AfaError(
+                "AFA-ENSEMBLE-058",
                 "The experts' text encoders must have one class, width and depth; came "
                 f"{', '.join(f'{name} {width} x {depth}' for name, width, depth in shapes)}. "
-                "Ensemble checkpoints of one family."
+                "Ensemble checkpoints of one family.",
             )
         shared = share_equal(encoders)
         distinct = list(dict.fromkeys(shared))
@@ -159,8 +162,9 @@ class _EveryEmbedding:
     @staticmethod
     def refuse() -> NoReturn:
         raise AfaError(
+            "AFA-ENSEMBLE-059",
             "The embeddings of an ensemble must stay each expert's own; words that were added are "
-            "not taken back. Load the ensemble again."
+            "not taken back. Load the ensemble again.",
         )
 
     def __getitem__(self, rows: Any) -> NoReturn:
@@ -247,7 +251,7 @@ def attach_controlnet(
         AfaError: there is no such expert; in a call, an embedding of another width.
     """
     if not 0 <= expert < num_experts:
-        raise AfaError(f"expert must be 0 to {num_experts - 1}, came {expert}.")
+        raise AfaError("AFA-ENSEMBLE-060", f"expert must be 0 to {num_experts - 1}, came {expert}.")
     widths = widths or Widths((controlnet.config.cross_attention_dim,))
 
     def own(joined: Tensor, parts: tuple[int, ...]) -> Tensor:

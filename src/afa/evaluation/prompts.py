@@ -113,7 +113,9 @@ def _read_text(path: Path) -> str:
     try:
         return read_text(path, _MAX_PROMPTS)
     except (OSError, ValueError) as error:
-        raise AfaError(f"The prompts '{path}' must be UTF-8 text: {error}.") from error
+        raise AfaError(
+            "AFA-EVAL-001", f"The prompts '{path}' must be UTF-8 text: {error}."
+        ) from error
 
 
 def _checked(
@@ -131,23 +133,28 @@ def _checked(
     for place, prompt in places:
         if not prompt.text.strip():
             raise AfaError(
-                f"Every prompt must have words, but {place} of '{path}' is empty. Take it out."
+                "AFA-EVAL-002",
+                f"Every prompt must have words, but {place} of '{path}' is empty. Take it out.",
             )
         if not is_unicode(prompt.text):
             raise AfaError(
+                "AFA-EVAL-003",
                 f"Every prompt must be text, but {place} of '{path}' has half of a character: "
-                f"{prompt.text[:80]!a}. Correct it."
+                f"{prompt.text[:80]!a}. Correct it.",
             )
         if prompt.text in seen and not may_repeat:
             raise AfaError(
+                "AFA-EVAL-004",
                 f"Every prompt must be there once, but {place} of '{path}' repeats "
                 f"{seen[prompt.text]}: {prompt.text[:80]!r}. Take one out; for several pictures "
-                "of a prompt give several seeds."
+                "of a prompt give several seeds.",
             )
         seen[prompt.text] = place
         prompts.append(prompt)
     if not prompts:
-        raise AfaError(f"The prompts '{path}' must hold at least one; there is none.")
+        raise AfaError(
+            "AFA-EVAL-005", f"The prompts '{path}' must hold at least one; there is none."
+        )
     return prompts
 
 
@@ -189,23 +196,26 @@ def _from_coco(recipe: CocoPrompts) -> list[Prompt]:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise AfaError(
+            "AFA-EVAL-006",
             f"'{recipe.captions}' must be COCO captions with 'images' (id, file_name) and "
             f"'annotations' (id, image_id, caption); reading it says {type(error).__name__}: "
-            f"{error}."
+            f"{error}.",
         ) from error
     names: dict[int, str] = {}
     for image, name in pictures:
         if names.setdefault(image, name) != name:
             raise AfaError(
+                "AFA-EVAL-007",
                 f"'{recipe.captions}' has two pictures with the id {image}, '{names[image][:80]}' "
-                f"and '{name[:80]}'; every id must be of one picture. Correct the file."
+                f"and '{name[:80]}'; every id must be of one picture. Correct the file.",
             )
     first: dict[int, str] = {}
     for _, image, caption in captions:
         if image not in names:
             raise AfaError(
+                "AFA-EVAL-008",
                 f"Every caption of '{recipe.captions}' must be of one of its pictures; there is no "
-                f"picture {image}."
+                f"picture {image}.",
             )
         first.setdefault(image, caption)
     prompts = []
@@ -216,9 +226,10 @@ def _from_coco(recipe: CocoPrompts) -> list[Prompt]:
             base = Path(names[image]).name  # never outside of that folder
             if of_base.setdefault(base, names[image]) != names[image]:
                 raise AfaError(
+                    "AFA-EVAL-009",
                     f"'{recipe.captions}' has the pictures '{of_base[base][:80]}' and "
                     f"'{names[image][:80]}', which would be one file of '{recipe.pictures}'; every "
-                    "picture must have a file name of its own. Rename one in both places."
+                    "picture must have a file name of its own. Rename one in both places.",
                 )
             reference = recipe.pictures / base
             _require_file(reference, recipe.captions)
@@ -252,13 +263,15 @@ def _text(value: Any) -> str:
 def _require_file(reference: Path, named_by: Path) -> None:
     if (what := irregular(reference)) is not None:
         raise AfaError(
+            "AFA-EVAL-010",
             f"'{named_by}' names the picture '{reference}', which is {what} and must be a regular "
-            "file. Name the folder that holds it, or leave the pictures out."
+            "file. Name the folder that holds it, or leave the pictures out.",
         )
     if not reference.is_file():
         raise AfaError(
+            "AFA-EVAL-011",
             f"'{named_by}' names the picture '{reference}', which is missing. Name the folder "
-            "that holds it, or leave the pictures out."
+            "that holds it, or leave the pictures out.",
         )
 
 
@@ -269,23 +282,30 @@ def _drawbench_rows(path: Path) -> list[tuple[int, str, str]]:
         fields = reader.fieldnames or []
         rows = [(reader.line_num, row) for row in reader]
     except csv.Error as error:
-        raise AfaError(f"'{path}' must be CSV, but reading it says: {error}.") from error
+        raise AfaError(
+            "AFA-EVAL-012", f"'{path}' must be CSV, but reading it says: {error}."
+        ) from error
     if "Prompts" not in fields:
         raise AfaError(
+            "AFA-EVAL-013",
             f"'{path}' must be DrawBench's CSV with the columns Prompts and Category; its columns "
-            f"are {', '.join(fields) or 'none'}."
+            f"are {', '.join(fields) or 'none'}.",
         )
     for name in ("Prompts", "Category"):
         if fields.count(name) > 1:
-            raise AfaError(f"'{path}' must have one column {name}; it has {fields.count(name)}.")
+            raise AfaError(
+                "AFA-EVAL-014",
+                f"'{path}' must have one column {name}; it has {fields.count(name)}.",
+            )
     for line, row in rows:
         if None in row or None in row.values():
             came = sum(value is not None for key, value in row.items() if key is not None)
             came += len(row.get(None) or ())
             raise AfaError(
+                "AFA-EVAL-015",
                 f"Every row of '{path}' must have {counted(len(fields), 'cell')}, as its header; "
                 f"the one that ends in line {line} has {came}. Put a text with commas in quotes, "
-                "and close every quote."
+                "and close every quote.",
             )
     return [
         (line, (row["Prompts"] or "").strip(), (row.get("Category") or "").strip())
@@ -325,8 +345,9 @@ def _from_zoo(recipe: ZooPrompts, scratch: Path | None) -> list[Prompt]:
     ]
     if len({prompt.text for prompt in prompts}) < len(prompts):
         raise AfaError(
+            "AFA-EVAL-016",
             "The zoo's kinds must not overlap; 'any' holds all of the others' prompts. Name "
-            "either 'any' or the others."
+            "either 'any' or the others.",
         )
     if scratch is None:
         return prompts

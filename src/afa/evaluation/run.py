@@ -171,14 +171,16 @@ def require_evaluation(output: Path, references: Path | None = None) -> None:
     """
     if references is not None and output.resolve().is_relative_to(references.resolve()):
         raise AfaError(
+            "AFA-EVAL-017",
             f"The output '{output}' is in the folder of references '{references}'; the pictures "
-            "that are drawn there would be taken for real ones. Name a folder elsewhere."
+            "that are drawn there would be taken for real ones. Name a folder elsewhere.",
         )
     mark = output / MARK_FILE
     if not is_unused(output) and not (mark.is_file() and read_json(mark) == _MARK):
         raise AfaError(
+            "AFA-EVAL-018",
             f"The output folder must be new or hold an earlier evaluation; '{output}' is neither. "
-            "Name another one."
+            "Name another one.",
         )
 
 

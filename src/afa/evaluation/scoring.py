@@ -94,7 +94,8 @@ def open_scorer(metric: MetricRecipe | Literal["scenes"], device: torch.device) 
     opened = open_metrics([metric], device)[0]
     if isinstance(opened, SetMetric | ReferenceScorer):
         raise AfaError(
-            f"A single picture must be scored by itself; '{metric.name}' compares it with others."
+            "AFA-EVAL-019",
+            f"A single picture must be scored by itself; '{metric.name}' compares it with others.",
         )
     return _Single(opened)
 
@@ -155,22 +156,25 @@ class Scoring:
         own = [prompt.reference for prompt in self._prompts if prompt.reference is not None]
         if self.reference_scorers and len(own) < len(self._prompts):
             raise AfaError(
+                "AFA-EVAL-020",
                 f"The metric '{self.reference_scorers[0].name}' compares every picture with the "
                 "real one of its prompt, but these prompts have none. Take them from a folder, "
-                "from COCO with its pictures, or from the zoo."
+                "from COCO with its pictures, or from the zoo.",
             )
         if self.reference_scorers and recipe.references is not None:
             raise AfaError(
+                "AFA-EVAL-021",
                 f"The metric '{self.reference_scorers[0].name}' compares every picture with the "
                 "real one of its prompt; a folder of references cannot be named beside it. Leave "
-                "references out."
+                "references out.",
             )
         needs_real = [metric.name for metric in self.set_metrics if metric.needs_real]
         found = own if recipe.references is None else _pictures_in(recipe.references)
         if needs_real and len(found) < 2:
             raise AfaError(
+                "AFA-EVAL-022",
                 f"The metric '{needs_real[0]}' needs real pictures, came {len(found)}. Name a "
-                "folder of them as references, or take prompts that have pictures."
+                "folder of them as references, or take prompts that have pictures.",
             )
         return found if needs_real or self.reference_scorers else []
 
@@ -184,8 +188,9 @@ class Scoring:
             smaller = min(num_seeds * len(places), num_real)
             if metric.subset_size > smaller:
                 raise AfaError(
+                    "AFA-EVAL-023",
                     f"The subset_size of '{metric.name}' must be at most {smaller}, as many "
-                    f"pictures as there are of '{group}', came {metric.subset_size}."
+                    f"pictures as there are of '{group}', came {metric.subset_size}.",
                 )
 
     def warnings(self) -> list[str]:
@@ -310,8 +315,9 @@ def _content_of(picture: Path) -> str:
         return hash_file(picture)
     except OSError as error:
         raise AfaError(
+            "AFA-EVAL-024",
             f"The reference picture '{picture}' must be readable, but reading it says: {error}. "
-            "Restore it or take it out."
+            "Restore it or take it out.",
         ) from error
 
 
@@ -323,13 +329,16 @@ def _pictures_in(folder: Path) -> list[Path]:
             would be taken for real ones.
     """
     if not folder.is_dir():
-        raise AfaError(f"The references must be a folder of pictures; '{folder}' is none.")
+        raise AfaError(
+            "AFA-EVAL-025", f"The references must be a folder of pictures; '{folder}' is none."
+        )
     found = sorted(files_in(folder))
     drawn = next((path.parent for path in found if path.name == MARK_FILE), None)
     if drawn is not None:
         raise AfaError(
+            "AFA-EVAL-026",
             f"The references '{folder}' hold the output of a comparison, '{drawn}', whose drawn "
-            "pictures are no real ones. Name a folder of real pictures alone."
+            "pictures are no real ones. Name a folder of real pictures alone.",
         )
     return [path for path in found if is_picture_file(path)]
 

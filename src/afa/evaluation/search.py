@@ -142,8 +142,9 @@ def _check_folder(identity: dict[str, Any], output: Path) -> None:
             changed = ", ".join(differing(written, identity))
             found = f"that in '{output}' was made with another state of: {changed}"
         raise AfaError(
+            "AFA-EVAL-027",
             "The output folder must be new or hold an earlier search of this recipe with the same "
-            f"checkpoints; {found}. Name another one."
+            f"checkpoints; {found}. Name another one.",
         )
 
 
@@ -245,7 +246,10 @@ def _score(
             scores += next(iter(scorer(pictures, chosen).values()))
     mean = float(np.mean(scores))
     if not math.isfinite(mean):
-        raise AfaError(f"The mean score must be finite, came {mean}. Is the metric's input black?")
+        raise AfaError(
+            "AFA-EVAL-028",
+            f"The mean score must be finite, came {mean}. Is the metric's input black?",
+        )
     return mean
 
 

@@ -154,17 +154,19 @@ class Store:
         if not place.exists():
             if any(place.parent.glob("seed-*")) or any(place.parent.glob("methods/*")):
                 raise AfaError(
+                    "AFA-EVAL-029",
                     f"What is kept of {what} must say what it was made from; '{place}' is missing. "
-                    f"Restore it, or delete '{place.parent}' to make all of it again."
+                    f"Restore it, or delete '{place.parent}' to make all of it again.",
                 )
             return
         found = read_json(place)
         if found != claim.identity:
             keys = sorted({key.split(".")[0] for key in differing(found, claim.identity)})
             raise AfaError(
+                "AFA-EVAL-030",
                 f"What is kept of {what} must be of the same recipe and the same checkpoints; in "
                 f"'{place.parent}' it differs in {', '.join(keys)}. Delete that folder to make it "
-                "again, or name another output folder."
+                "again, or name another output folder.",
             )
 
     def claim(self, claims: Sequence[Claim]) -> None:

@@ -44,6 +44,7 @@ def _duplicates(experts: Sequence[Facts]) -> Iterator[Finding]:
             continue
         if expert.identity in first:
             yield Finding(
+                "AFA-LOAD-001",
                 "error",
                 "duplicates",
                 f"Experts must differ: '{expert.short}' has the same weights as "
@@ -58,6 +59,7 @@ def _family(first: Facts, other: Facts) -> Finding | None:
     if other.kind is first.kind:
         return None
     return Finding(
+        "AFA-LOAD-002",
         "error",
         "family",
         f"Experts must be of one family: '{other.name}' is a {other.kind.name} model, "
@@ -73,6 +75,7 @@ def _latents(first: Facts, other: Facts) -> Finding | None:
         ours, theirs = first.latents[key], other.latents[key]
         if ours != theirs:
             return Finding(
+                "AFA-LOAD-003",
                 "error",
                 "latents",
                 f"Experts must share one space of latents: the autoencoder of '{other.name}' has "
@@ -89,6 +92,7 @@ def _architecture(first: Facts, other: Facts) -> Finding | None:
         return None
     key, ours, theirs = found
     return Finding(
+        "AFA-LOAD-004",
         "error",
         "architecture",
         f"Experts must share one architecture: '{other.name}' has {key} = {theirs}, the first "
@@ -102,6 +106,7 @@ def _encoders(first: Facts, other: Facts) -> Finding | None:
     unsure = first.unsure | other.unsure
     if (first.encoders.keys() ^ other.encoders.keys()) - unsure:
         return Finding(
+            "AFA-LOAD-005",
             "error",
             "text encoders",
             f"Experts must have the same text encoders: '{other.name}' has "
@@ -114,6 +119,7 @@ def _encoders(first: Facts, other: Facts) -> Finding | None:
         theirs = other.encoders.get(name)
         if width != theirs and name not in unsure:
             return Finding(
+                "AFA-LOAD-006",
                 "error",
                 "text encoders",
                 f"Experts must have text encoders of one width: {name} of '{other.name}' is "
@@ -133,6 +139,7 @@ def _tokenizers(first: Facts, other: Facts) -> Finding | None:
     ):
         return None
     return Finding(
+        "AFA-LOAD-007",
         "error",
         "tokenizer",
         f"Experts must share one tokenizer: that of '{other.name}' has another vocabulary than "
@@ -148,6 +155,7 @@ def _lengths(first: Facts, other: Facts) -> Finding | None:
         length = ours["model_max_length"]
         if ours != theirs and most is not None and length > most:
             return Finding(
+                "AFA-LOAD-008",
                 "error",
                 "tokenizer",
                 f"The first expert's tokenizer reads the prompts of all: {name} of '{first.name}' "
@@ -163,6 +171,7 @@ def _lengths(first: Facts, other: Facts) -> Finding | None:
                 f"{key} = {theirs[key]!r} (the first: {ours[key]!r})" for key in different
             )
             return Finding(
+                "AFA-LOAD-009",
                 "warning",
                 "tokenizer",
                 f"Experts should read prompts alike: {name} of '{other.name}' has {told}. The "
@@ -179,6 +188,7 @@ def _schedule(first: Facts, other: Facts) -> Finding | None:
         ours, theirs = first.schedule.get(key), other.schedule.get(key)
         if (ours or None) != (theirs or None):
             return Finding(
+                "AFA-LOAD-010",
                 "error",
                 "schedule",
                 f"Experts must share one noise schedule and objective: '{other.name}' has {key} = "
@@ -197,6 +207,7 @@ def _distilled(experts: Sequence[Facts]) -> Iterator[Finding]:
     assert first.distilled is not None
     others = ", ".join(f"'{each.short}'" for each in experts if each.distilled is None)
     yield Finding(
+        "AFA-LOAD-011",
         "warning",
         "distilled",
         f"'{first.short}' seems to be distilled for few steps ({first.distilled.method}, by "
@@ -212,6 +223,7 @@ def _alone(expert: Facts) -> Iterator[Finding]:
     yield from _prediction(expert)
     if expert.unknown:
         yield Finding(
+            "AFA-LOAD-012",
             "warning",
             "configuration",
             f"The installed diffusers does not know {', '.join(expert.unknown)} in the denoiser's "
@@ -223,6 +235,7 @@ def _alone(expert: Facts) -> Iterator[Finding]:
     predicts = expert.schedule.get("prediction_type")
     if zero_snr and predicts == "epsilon":
         yield Finding(
+            "AFA-LOAD-013",
             "error",
             "schedule",
             f"With zero terminal SNR an expert must predict velocity; '{expert.name}' predicts "
@@ -232,6 +245,7 @@ def _alone(expert: Facts) -> Iterator[Finding]:
         )
     if zero_snr and expert.spacing not in (None, "trailing"):
         yield Finding(
+            "AFA-LOAD-014",
             "warning",
             "schedule",
             f"With zero terminal SNR, timesteps should be spaced 'trailing'; '{expert.name}' has "
@@ -248,6 +262,7 @@ def _prediction(expert: Facts) -> Iterator[Finding]:
         return
     if found.overruled is not None:
         yield Finding(
+            "AFA-LOAD-015",
             "warning",
             "prediction",
             f"'{expert.name}' is used as a model that predicts {found.type}, as the recipe says; "
@@ -257,6 +272,7 @@ def _prediction(expert: Facts) -> Iterator[Finding]:
         )
     if found.is_assumed and found.type != "flow_prediction":
         yield Finding(
+            "AFA-LOAD-016",
             "note",
             "prediction",
             f"'{expert.name}' is assumed to predict {found.type}, as {found.where} does; nothing "

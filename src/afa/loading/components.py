@@ -50,8 +50,9 @@ def require_complete(missing: Any, source: object) -> None:
     """
     if missing:
         raise AfaError(
+            "AFA-LOAD-017",
             f"Weights must be complete; those in '{source}' lack {len(missing)} parameters "
-            f"(first: {min(missing)}). Download or save them again."
+            f"(first: {min(missing)}). Download or save them again.",
         )
 
 

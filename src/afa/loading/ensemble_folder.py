@@ -77,8 +77,9 @@ def load_aggregator_tensors(ensemble: EnsembleDenoiser, tensors: dict[str, Tenso
             if names
         ]
         raise AfaError(
+            "AFA-LOAD-018",
             f"Aggregator weights must fit the ensemble's sites, but there are {', '.join(detail)}. "
-            "Use the weights with the experts and the aggregator settings they were trained for."
+            "Use the weights with the experts and the aggregator settings they were trained for.",
         )
     for site, rule in _distinct_rules(ensemble):
         rule.load_state_dict({key: tensors[f"{site.name}.{key}"] for key in rule.state_dict()})
@@ -105,16 +106,20 @@ def save_ensemble(
     known = ensemble.provenance
     if not known.experts:
         raise AfaError(
+            "AFA-LOAD-019",
             "A saved ensemble names its experts by their source, but these were made in memory. "
-            "Save them as pipeline folders and load them with afa.load_pipeline."
+            "Save them as pipeline folders and load them with afa.load_pipeline.",
         )
     if known.folder is not None:
         raise AfaError(
+            "AFA-LOAD-020",
             f"A saved ensemble names experts that have folders of their own; these are in "
-            f"'{known.folder}', which loads as it is. Copy that folder."
+            f"'{known.folder}', which loads as it is. Copy that folder.",
         )
     if folder.exists() and not exist_ok:
-        raise AfaError(f"The output folder must be new; '{folder}' exists. Name another one.")
+        raise AfaError(
+            "AFA-LOAD-021", f"The output folder must be new; '{folder}' exists. Name another one."
+        )
     config = {
         "format": FORMAT,
         "version": 1,
@@ -160,7 +165,8 @@ def describe_rules(ensemble: EnsembleDenoiser) -> dict[str, Any]:
             }
     kinds = ", ".join(sorted({type(rule).__name__ for rule in rules.values()}))
     raise AfaError(
-        f"Only ensembles with SABW of one shape or Mean at every site can be saved, came {kinds}."
+        "AFA-LOAD-022",
+        f"Only ensembles with SABW of one shape or Mean at every site can be saved, came {kinds}.",
     )
 
 
@@ -206,19 +212,24 @@ def load_ensemble(
     folder = ensemble_folder(folder)
     if is_published(folder):
         if not all(moved is None for moved in (experts, vae, config, parts)):
-            raise AfaError(f"'{folder}' holds its experts itself; name no others.")
+            raise AfaError("AFA-LOAD-023", f"'{folder}' holds its experts itself; name no others.")
         if memory:
             raise AfaError(
+                "AFA-LOAD-024",
                 f"'{folder}' is of the published code and loads as a whole; it takes no "
-                f"{', '.join(memory)}. Move it with pipeline.unet.stream_experts() once loaded."
+                f"{', '.join(memory)}. Move it with pipeline.unet.stream_experts() once loaded.",
             )
         return load_published(folder, torch_dtype=torch_dtype, device=device)
     saved = read_config(folder)
     sources, saved_config, saved_parts = sources_in(saved, folder)
     if parts is not None and len(parts) != len(saved_parts):
-        raise AfaError(f"This ensemble has {len(saved_parts)} parts, {len(parts)} were named.")
+        raise AfaError(
+            "AFA-LOAD-025", f"This ensemble has {len(saved_parts)} parts, {len(parts)} were named."
+        )
     if experts is not None and len(experts) != len(sources):
-        raise AfaError(f"This ensemble has {len(sources)} experts, {len(experts)} were named.")
+        raise AfaError(
+            "AFA-LOAD-026", f"This ensemble has {len(sources)} experts, {len(experts)} were named."
+        )
     before = [*sources, *saved_parts]
     named = [*(experts or sources), *(parts or saved_parts)]
     after = [old.moved_to(new) for old, new in zip(before, named, strict=True)]

@@ -96,11 +96,14 @@ class ExpertSource:
             value = getattr(self, key)
             object.__setattr__(self, key, value if value is None else str(value))  # of a path
         if not abs(self.scale) <= _MAX_SCALE:
-            raise AfaError(f"The scale of a LoRA must be from -10 to 10, came {self.scale}.")
+            raise AfaError(
+                "AFA-LOAD-027", f"The scale of a LoRA must be from -10 to 10, came {self.scale}."
+            )
         if self.prediction_type not in (None, *get_args(PredictionType)):
             raise AfaError(
+                "AFA-LOAD-028",
                 f"prediction_type must be one of {', '.join(get_args(PredictionType))}, came "
-                f"'{self.prediction_type}'."
+                f"'{self.prediction_type}'.",
             )
 
     @classmethod

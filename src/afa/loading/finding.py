@@ -19,6 +19,7 @@ class Finding:
     """One thing that a user should know before any work.
 
     Attributes:
+        code: stable name of what was found, see `afa.errors.AfaError`.
         level: `error` where the work cannot be done, `warning` where it can and may disappoint.
         check: what was looked at, such as `architecture`.
         says: what must hold and what came.
@@ -26,6 +27,7 @@ class Finding:
         remedy: what to do about it.
     """
 
+    code: str
     level: Level
     check: str
     says: str
@@ -51,4 +53,4 @@ def require_none_wrong(findings: Iterable[Finding]) -> None:
     """
     for finding in findings:
         if finding.level == "error":
-            raise AfaError(finding.text)
+            raise AfaError(finding.code, finding.text)

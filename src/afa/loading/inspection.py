@@ -76,8 +76,9 @@ def describe(path: str | Path) -> dict[str, Any]:
             kind = "U-Net folder" if family.component == "unet" else "transformer folder"
             return {"kind": kind, **_describe_denoiser(family, config)}
     raise AfaError(
+        "AFA-LOAD-029",
         f"'{path}' must be an ensemble folder, a diffusers pipeline or denoiser folder, or a "
-        "safetensors file; it is none of them."
+        "safetensors file; it is none of them.",
     )
 
 
@@ -178,7 +179,8 @@ def _describe_file(path: Path, named: Path) -> dict[str, Any]:
     if path.suffix.lower() not in SAFETENSORS:
         check_safetensors(path)  # says what else it is, where that is known
         raise AfaError(
-            f"A single file must be named .safetensors or .sft, came '{path}'. Rename it."
+            "AFA-LOAD-030",
+            f"A single file must be named .safetensors or .sft, came '{path}'. Rename it.",
         )
     parameters, dtypes = _describe_elements([path])
     shapes = tensor_shapes(path)

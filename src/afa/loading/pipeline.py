@@ -93,7 +93,7 @@ def load_pipeline(
             budget, or no torchao to quantise with.
     """
     if not experts:
-        raise AfaError("An ensemble must have at least one expert, came none.")
+        raise AfaError("AFA-LOAD-041", "An ensemble must have at least one expert, came none.")
     companions = Companions(
         torch_dtype,
         config=config,
@@ -117,7 +117,9 @@ def load_pipeline(
         if on_plan is not None:
             on_plan(plan)
     if place not in get_args(Place):
-        raise AfaError(f"place must be one of {', '.join(get_args(Place))}, came '{place}'.")
+        raise AfaError(
+            "AFA-LOAD-042", f"place must be one of {', '.join(get_args(Place))}, came '{place}'."
+        )
     if quantize is not None:
         require_quantizer(quantize, place)
     stream = LayerStream(device, ahead=AHEAD) if place == "stream" else None
@@ -316,22 +318,25 @@ def check_text_to_image(pipeline: DiffusionPipeline) -> None:
     kind = kind_of_pipeline(pipeline)
     if type(pipeline).__name__ in kind.others:
         raise AfaError(
+            "AFA-LOAD-043",
             f"Text-to-image experts must draw from a prompt alone; a {type(pipeline).__name__} "
-            "takes a picture besides. Call it from Python."
+            "takes a picture besides. Call it from Python.",
         )
     taken, given = kind.latent_channels(config), config.get("out_channels") or config.in_channels
     # transformers may give a variance besides, or pack the latent
     gives_other = kind.gives_latent and given != latent_channels
     if taken != latent_channels or gives_other:
         raise AfaError(
+            "AFA-LOAD-044",
             f"Text-to-image experts must take and give the autoencoder's {latent_channels} "
             f"channels; these take {taken} and give {given}. They are for another task, such as "
-            "inpainting; put the ensemble into that task's pipeline."
+            "inpainting; put the ensemble into that task's pipeline.",
         )
     if not kind.text or config.get("class_embed_type") or config.get("num_class_embeds"):
         raise AfaError(
+            "AFA-LOAD-045",
             "Text-to-image experts must not need class labels; these do. Put the ensemble into "
-            "the pipeline of their own task."
+            "the pipeline of their own task.",
         )
 
 

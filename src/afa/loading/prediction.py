@@ -162,8 +162,9 @@ def _yaml_beside(path: Path) -> list[Evidence]:
         content = read_yaml(beside)
     except AfaError as error:
         raise AfaError(
+            "AFA-LOAD-046",
             f"'{beside}' beside a model must be YAML that describes it, but reading it says: "
-            f"{error} Correct or move that file."
+            f"{error} Correct or move that file.",
         ) from error
     model = content.get("model") if isinstance(content, dict) else None
     settings = model.get("params") if isinstance(model, dict) else None
@@ -194,8 +195,9 @@ def _scaling(denoiser: Any, beside: Path, where: str) -> Evidence:
 
 def _unknown_objective(beside: Path, key: str, said: object) -> AfaError:
     return AfaError(
+        "AFA-LOAD-047",
         f"'{beside}' has {key} = {said}, which is no objective that afa knows. It must be that of "
-        "a model that predicts noise (eps) or velocity (v). Correct or move that file."
+        "a model that predicts noise (eps) or velocity (v). Correct or move that file.",
     )
 
 
@@ -229,9 +231,10 @@ def decide(
     if own == _FLOW or asked == _FLOW:
         if asked not in (None, own):
             raise AfaError(
+                "AFA-LOAD-048",
                 f"'{source}' has prediction_type = {asked} in the recipe, but it is described as a "
                 f"model that predicts {own}. Flow matching models predict flow_prediction, others "
-                "do not. Leave prediction_type out."
+                "do not. Leave prediction_type out.",
             )
         return Prediction(
             own, False, f"the configuration '{config.name}'"
@@ -248,9 +251,10 @@ def decide(
     own_zero = bool(settings.get("rescale_betas_zero_snr"))
     if kind == "epsilon" and zero and asked is None:
         raise AfaError(
+            "AFA-LOAD-049",
             f"'{source}' is marked with zero terminal SNR (the tensor 'ztsnr') and said to predict "
             "epsilon. With zero terminal SNR a model must predict velocity. Say what is true: "
-            "{model: FILE, prediction_type: v_prediction} in the recipe."
+            "{model: FILE, prediction_type: v_prediction} in the recipe.",
         )
     zero = kind != "epsilon" and (zero or (own_zero and kind == own))
     zero = zero or (kind == own and own_zero)  # a folder's own words stay as they are
@@ -299,19 +303,21 @@ def _require_edm(
     marked = next((each for each in evidence if each.is_edm), None)
     if marked is not None and not class_name.startswith("EDM"):
         raise AfaError(
+            "AFA-LOAD-050",
             f"'{source}' predicts on continuous noise levels ({marked.where}), the configuration "
             f"'{config.name}' samples with {class_name or 'no scheduler'}. Such a model must be "
             "sampled with an EDM scheduler, and cannot be trained on or mixed with others. Leave "
-            "it out, or describe it by a diffusers folder that has one: config=FOLDER."
+            "it out, or describe it by a diffusers folder that has one: config=FOLDER.",
         )
 
 
 def _contradiction(source: object, first: Evidence, where: str, kind: str | None) -> AfaError:
     return AfaError(
+        "AFA-LOAD-051",
         f"'{source}' contradicts itself: {first.where} says that it predicts {first.type}, {where} "
         f"says {kind}. One of them must be wrong, and a wrong one draws noise. Say what is true: "
         "{model: FILE, prediction_type: v_prediction} or {..., prediction_type: epsilon} in the "
-        "recipe."
+        "recipe.",
     )
 
 

@@ -92,8 +92,9 @@ def load_published(
     count = _read(folder / _CONFIG, _Ensemble).num_aggregators
     if count != len(ensemble.sites):
         raise AfaError(
+            "AFA-LOAD-052",
             f"An ensemble must have an aggregator for each of its {len(ensemble.sites)} sites; "
-            f"'{folder}' has {count}."
+            f"'{folder}' has {count}.",
         )
     for n, (rule, site) in enumerate(zip(ensemble.aggregators, ensemble.sites, strict=True)):
         file = _aggregator(folder, n) / "aggregator.safetensors"
@@ -173,8 +174,9 @@ def _load_experts(folder: Path, torch_dtype: torch.dtype) -> list[Expert]:
         first.denoiser, UNet2DConditionModel
     ):
         raise AfaError(
+            "AFA-LOAD-053",
             f"'{folder}' is a {first.class_name} without a text encoder of its own; an ensemble of "
-            "the published code must be a Stable Diffusion pipeline. Is it whole?"
+            "the published code must be a Stable Diffusion pipeline. Is it whole?",
         )
     class_name = type(first.text_encoders["text_encoder"]).__name__
     additional = []
@@ -209,12 +211,16 @@ def _shared_config(configs: Sequence[_Aggregator], count: int, folder: Path) -> 
     numbers = {c.num_experts for c in configs}
     if numbers != {count}:
         raise AfaError(
+            "AFA-LOAD-054",
             f"All aggregators in '{folder}' must be for its {count} experts, came "
-            f"{', '.join(map(str, sorted(numbers)))}."
+            f"{', '.join(map(str, sorted(numbers)))}.",
         )
     sizes = {(c.hidden_size, c.num_layers, c.num_attn_heads) for c in configs}
     if len(sizes) > 1:
-        raise AfaError(f"All aggregators in '{folder}' must be of one size, came {sorted(sizes)}.")
+        raise AfaError(
+            "AFA-LOAD-055",
+            f"All aggregators in '{folder}' must be of one size, came {sorted(sizes)}.",
+        )
     hidden_size, num_layers, num_heads = sizes.pop()
     try:
         return SABWConfig(
@@ -226,7 +232,9 @@ def _shared_config(configs: Sequence[_Aggregator], count: int, folder: Path) -> 
             min_scale=1,
         )
     except AfaError as error:
-        raise AfaError(f"The aggregators in '{folder}' cannot be built: {error}") from error
+        raise AfaError(
+            "AFA-LOAD-056", f"The aggregators in '{folder}' cannot be built: {error}"
+        ) from error
 
 
 def _aggregator(folder: Path, number: int) -> Path:
@@ -246,6 +254,7 @@ def _read(path: Path, model: Any) -> Any:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise AfaError(
+            "AFA-LOAD-057",
             f"'{path}' must be as the published code writes it, but at '{place}': {first['msg']}. "
-            f"It holds {json.dumps(content)[:200]}."
+            f"It holds {json.dumps(content)[:200]}.",
         ) from None

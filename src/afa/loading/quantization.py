@@ -27,16 +27,20 @@ def require_quantizer(weights: str, place: str) -> None:
     """
     if weights not in get_args(Weights):
         kinds = ", ".join(get_args(Weights))
-        raise AfaError(f"quantize must be one of {kinds} or left out, came '{weights}'.")
+        raise AfaError(
+            "AFA-LOAD-058", f"quantize must be one of {kinds} or left out, came '{weights}'."
+        )
     if find_spec("torchao") is None:
         raise AfaError(
+            "AFA-LOAD-059",
             "To quantise experts there must be torchao, and there is none. Install it: "
-            "pip install 'afa[quantize]'."
+            "pip install 'afa[quantize]'.",
         )
     if place == "stream":
         raise AfaError(
+            "AFA-LOAD-060",
             "Quantised experts must be in memory; layers in a file are kept as they are. Leave one "
-            "of the two out."
+            "of the two out.",
         )
 
 

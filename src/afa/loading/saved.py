@@ -91,14 +91,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise AfaError(
+            "AFA-LOAD-061",
             f"An ensemble folder must hold a config.json; '{folder}' has none. "
-            "Make one with `afa train` or afa.save_ensemble."
+            "Make one with `afa train` or afa.save_ensemble.",
         )
     config = read_json(path)
     came = (config.get("format"), config.get("version"))
     if came != (FORMAT, 1):
         raise AfaError(
-            f"'{path}' must be of format '{FORMAT}', version 1, came {came}. Is it an ensemble?"
+            "AFA-LOAD-062",
+            f"'{path}' must be of format '{FORMAT}', version 1, came {came}. Is it an ensemble?",
         )
     try:
         saved = _SavedEnsemble.model_validate(config)
@@ -106,7 +108,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise AfaError(
-            f"'{path}' must be as afa.save_ensemble writes it, but at '{place}': {first['msg']}."
+            "AFA-LOAD-063",
+            f"'{path}' must be as afa.save_ensemble writes it, but at '{place}': {first['msg']}.",
         ) from None
     written = _written(config["aggregator"])
     return {**saved.model_dump(), "aggregator": {k: getattr(saved.aggregator, k) for k in written}}

@@ -79,13 +79,16 @@ def locate(
         return path
     is_hub_id = text.count("/") == 1 and not text.startswith((".", "/", "~"))
     if not is_hub_id or path.suffix.lower() in SAFETENSORS:
-        raise AfaError(f"{what} '{text}' does not exist. Name a folder, a file or a hub id.")
+        raise AfaError(
+            "AFA-LOAD-079", f"{what} '{text}' does not exist. Name a folder, a file or a hub id."
+        )
     try:
         return fetch(text, files, revision)
     except HUB_ERRORS as error:
         raise AfaError(
+            "AFA-LOAD-080",
             f"{what} '{text}' is no local path, and as a hub id it could not be fetched "
-            f"({why_not_fetched(error)}). Check the name, the network and HF_TOKEN."
+            f"({why_not_fetched(error)}). Check the name, the network and HF_TOKEN.",
         ) from error
 
 
@@ -111,9 +114,10 @@ def fetch(name: str, files: Sequence[str], revision: str | None = None) -> Path:
         if error.errno not in _OF_DISKS:
             raise
         raise AfaError(
+            "AFA-LOAD-081",
             f"'{name}' cannot be written to the hub's cache '{hub_constants.HF_HUB_CACHE}': "
             f"{error}. The cache must have room and be writable. Make room, or set HF_HOME to "
-            "another folder."
+            "another folder.",
         ) from error
 
 
@@ -151,8 +155,9 @@ def require_hash(what: str, reference: ExpertReference, sha256: str | None) -> N
     """
     if sha256 not in (None, reference.sha256):
         raise AfaError(
+            "AFA-LOAD-082",
             f"{what} '{reference.source}' must have SHA-256 {sha256}, with which the ensemble was "
-            f"trained, has {reference.sha256}. Restore that file, or train again."
+            f"trained, has {reference.sha256}. Restore that file, or train again.",
         )
 
 

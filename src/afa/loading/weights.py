@@ -54,8 +54,9 @@ def weights_in(folder: Path) -> tuple[str | None, list[Path]]:
         variants.setdefault(middle[0].split("-")[0] if middle else None, []).append(file)
     if not variants:
         raise AfaError(
+            "AFA-LOAD-101",
             f"An expert's weights must be safetensors; '{folder}' has none. Save it again with "
-            "safe_serialization=True."
+            "safe_serialization=True.",
         )
     variant = None if None in variants else sorted(map(str, variants))[0]
     return variant, variants[variant]
@@ -78,8 +79,9 @@ def weight_files(path: Path) -> list[Path]:
         files = [file for part in parts for file in weights_in(path / part)[1]]
     else:
         raise AfaError(
+            "AFA-LOAD-102",
             f"An expert's folder must be a diffusers pipeline with a model_index.json; "
-            f"'{path}' has none. Save it with pipeline.save_pretrained(folder)."
+            f"'{path}' has none. Save it with pipeline.save_pretrained(folder).",
         )
     for file in files:
         check_safetensors(file)
@@ -102,8 +104,9 @@ def _read_header(file: Path) -> Header:
             opened.keys()  # the library that will read it agrees
     except (SafetensorError, OSError) as error:
         raise AfaError(
+            "AFA-LOAD-103",
             f"'{file}' must be a complete safetensors file, but reading its header says: {error}. "
-            "Download or copy it again."
+            "Download or copy it again.",
         ) from error
     return header
 
@@ -157,8 +160,9 @@ def refuse_quantised(file: Path) -> None:
     for name, kind in tensor_dtypes(file).items():
         if is_quantised(name, is_float=kind.startswith(("F", "BF"))):
             raise AfaError(
+                "AFA-LOAD-104",
                 f"Weights must be plain numbers; '{name}' in '{file}' is quantised ({kind}). Take "
-                "the float16 or float32 version."
+                "the float16 or float32 version.",
             )
 
 

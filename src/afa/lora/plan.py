@@ -104,10 +104,11 @@ def plan_changes(
     layers = _by_layer(lora)
     if not any(_CHANGING & tensors.keys() for tensors in layers.values()):
         raise AfaError(
+            "AFA-LORA-001",
             f"'{lora.path}' is no LoRA: none of its {len(lora.header)} tensors is part of a "
             f"low-rank product (first: '{min(lora.header, default='none')}'). It must be a LoRA "
             f"for the {base.kind.name} model '{base.source}'. Name a whole model as an expert by "
-            "itself."
+            "itself.",
         )
     changes = _resolve(lora, base, layers)
     taken: dict[tuple[str, str], str] = {}
@@ -117,9 +118,10 @@ def plan_changes(
             other = taken.setdefault((change.part, rows.layer), change.layer)
             if other != change.layer:
                 raise AfaError(
+                    "AFA-LORA-002",
                     f"The LoRA '{lora.path}' changes the layer '{rows.layer}' twice, as "
                     f"'{other}' and as '{change.layer}'. A layer must have one change. Take one "
-                    "of them out of the file."
+                    "of them out of the file.",
                 )
         if is_merged:
             _check_biases(lora, base, change)
@@ -127,8 +129,9 @@ def plan_changes(
         if scale != 1 and change.tensors.keys() & {"weight", "bias"}:
             name = change.tensors["weight" if "weight" in change.tensors else "bias"]
             raise AfaError(
+                "AFA-LORA-003",
                 f"'{name}' of the LoRA '{lora.path}' replaces a weight, which cannot be done by "
-                f"{scale:g}. The scale must be 1. Set scale: 1."
+                f"{scale:g}. The scale must be 1. Set scale: 1.",
             )
     return changes
 
@@ -143,21 +146,24 @@ def _by_layer(lora: LoraFile) -> dict[str, dict[Role, str]]:
         found = parse(name)
         if found is None:
             raise AfaError(
+                "AFA-LORA-004",
                 f"'{name}' of the LoRA '{lora.path}' is unknown. Every tensor must be part of a "
-                f"low-rank product, a difference of weights, or a weight. {_REMEDY}"
+                f"low-rank product, a difference of weights, or a weight. {_REMEDY}",
             )
         if entry["dtype"] not in _FLOATS and found.role != "alpha":
             raise AfaError(
+                "AFA-LORA-005",
                 f"'{name}' of the LoRA '{lora.path}' is quantised ({entry['dtype']}). The numbers "
-                "of a LoRA must be floating-point. Take the float16 or float32 version."
+                "of a LoRA must be floating-point. Take the float16 or float32 version.",
             )
         other = layers[found.layer].setdefault(found.role, name)
         adapters.setdefault(found.adapter, name)
         if other != name or len(adapters.keys() - {None}) > 1:
             other = next(each for each in (other, *adapters.values()) if each != name)
             raise AfaError(
+                "AFA-LORA-006",
                 f"The LoRA '{lora.path}' holds several adapters (first: '{other}' and '{name}'). A "
-                "file must hold one. Save them to files of their own, and name each as an expert."
+                "file must hold one. Save them to files of their own, and name each as an expert.",
             )
     return layers
 
@@ -204,8 +210,9 @@ def _find(
         held = [base.kind.denoiser]
     if len(held) > 1:
         raise AfaError(
+            "AFA-LORA-007",
             f"'{layer}' of the LoRA '{lora.path}' may be a layer of {' or '.join(held)}. Its name "
-            f"must begin with the part. Save it with '{held[0]}.' before each name."
+            f"must begin with the part. Save it with '{held[0]}.' before each name.",
         )
     return (held[0], tables[held[0]][name]) if held else None
 
@@ -234,9 +241,10 @@ def _unknown(
     if not hint and likely and likely[0] is not base.kind.family:
         hint = f" It is probably for {likely[0].pipelines[0].name}."
     return AfaError(
+        "AFA-LORA-008",
         f"The LoRA '{lora.path}' does not fit the {base.kind.name} model '{base.source}': "
         f"{len(lost)} of its {count} tensors are for {lacking} (first: '{lost[0]}').{hint} A LoRA "
-        "must change layers of its base alone. Name the base that it was trained on."
+        "must change layers of its base alone. Name the base that it was trained on.",
     )
 
 
@@ -250,20 +258,23 @@ def _check_roles(lora: LoraFile, change: Change) -> None:
     if has and not {"down", "up"} <= roles:
         lacking = " and ".join(sorted({"down", "up"} - roles))
         raise AfaError(
+            "AFA-LORA-009",
             f"The LoRA '{lora.path}' lacks the factor '{lacking}' of '{change.layer}'. Each "
-            "product must have both. Download it again."
+            "product must have both. Download it again.",
         )
     config = config_for(lora, change.layer)
     if has and config is not None and config.get("use_dora") and "magnitude" not in roles:
         raise AfaError(
+            "AFA-LORA-010",
             f"The LoRA '{lora.path}' lacks the lora_magnitude_vector of '{change.layer}'. With "
-            "use_dora in PEFT's configuration each layer must have one. Save it again."
+            "use_dora in PEFT's configuration each layer must have one. Save it again.",
         )
     for one, other in _EXCLUSIVE:
         if {one, other} <= roles:
             raise AfaError(
+                "AFA-LORA-011",
                 f"'{change.tensors[one]}' and '{change.tensors[other]}' of the LoRA '{lora.path}' "
-                f"change the same layer in two ways. They must not be combined. {_REMEDY}"
+                f"change the same layer in two ways. They must not be combined. {_REMEDY}",
             )
 
 
@@ -277,9 +288,10 @@ def _check_biases(lora: LoraFile, base: Base, change: Change) -> None:
         ]
         if lacking:
             raise AfaError(
+                "AFA-LORA-012",
                 f"'{change.tensors[role]}' of the LoRA '{lora.path}' is a bias for the layer "
                 f"'{lacking[0]}' of '{base.source}', which has none. A LoRA must change "
-                "parameters that its base has. Train it without biases (lora_bias=False)."
+                "parameters that its base has. Train it without biases (lora_bias=False).",
             )
 
 
@@ -320,9 +332,10 @@ def _wrong_shape(lora: LoraFile, base: Base, change: Change, role: Role, needs: 
         if layer in ("x_embedder", "conv_in"):
             hint += " Control LoRAs do so for a second picture, which experts do not take."
     return AfaError(
+        "AFA-LORA-013",
         f"The LoRA '{lora.path}' does not fit the {base.kind.name} model '{base.source}': '{name}' "
         f"has shape {shape}.{hint} For the layer '{layer}' it must have {needs}. Name the base "
-        "that it was trained on."
+        "that it was trained on.",
     )
 
 

@@ -39,14 +39,16 @@ def check_scaling(lora: LoraFile, layer: str, rank: int, *, has_alpha: bool) -> 
         return
     if has_alpha:
         raise AfaError(
+            "AFA-LORA-014",
             f"The LoRA '{lora.path}' has two scales for '{layer}': an alpha tensor and PEFT's "
-            "configuration. One of them must be there. Save it again without the other."
+            "configuration. One of them must be there. Save it again without the other.",
         )
     said = _setting(config, "r", layer)
     if said != rank:
         raise AfaError(
+            "AFA-LORA-015",
             f"'{layer}' of the LoRA '{lora.path}' has rank {rank}; PEFT's configuration says "
-            f"{said}. They must be equal. Download file and configuration again."
+            f"{said}. They must be equal. Download file and configuration again.",
         )
 
 

@@ -57,13 +57,16 @@ def loading(must: str, remedy: str, *also: type[Exception]) -> Iterator[None]:
         if shortage is not None:
             subject = must.partition(" must ")[0]
             raise AfaError(
+                "AFA-MACHINE-001",
                 f"{subject} must fit into memory, which ran out{when_asked(shortage)}. Close other "
                 "programs, load models in bfloat16, or keep experts elsewhere: --memory-budget "
-                "(Python: memory_budget)."
+                "(Python: memory_budget).",
             ) from error
         if is_own_bug(error, *also):
             raise
-        raise AfaError(f"{must}, but loading says {said_by(error)} - {remedy}") from error
+        raise AfaError(
+            "AFA-MACHINE-002", f"{must}, but loading says {said_by(error)} - {remedy}"
+        ) from error
 
 
 def metadata_json(opened: Any, key: str) -> Any:

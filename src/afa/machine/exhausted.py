@@ -44,7 +44,9 @@ def saying_what_fits(what: str, remedy: Callable[[], str]) -> Iterator[None]:
         if not is_exhausted(error):
             raise
         detail = when_asked(error)
-        raise AfaError(f"{what} must fit into memory, which ran out{detail}. {remedy()}") from error
+        raise AfaError(
+            "AFA-MEMORY-004", f"{what} must fit into memory, which ran out{detail}. {remedy()}"
+        ) from error
 
 
 def when_asked(error: BaseException) -> str:

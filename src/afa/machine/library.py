@@ -16,7 +16,8 @@ def library_class(library: Any, name: str, base: type) -> Any:
     found = getattr(library, name, None)
     if not (isinstance(found, type) and issubclass(found, base)):
         raise AfaError(
+            "AFA-MACHINE-003",
             f"A part of a pipeline must be a {base.__name__} that {library.__name__} has; its "
-            f"model_index.json names '{name}'. Is the installed version older than the model?"
+            f"model_index.json names '{name}'. Is the installed version older than the model?",
         )
     return found

@@ -62,7 +62,9 @@ class Processes:
             except RuntimeError as error:
                 if is_of_device(error):
                     raise
-                raise AfaError("All processes must go on, but another one stopped.") from error
+                raise AfaError(
+                    "AFA-MACHINE-004", "All processes must go on, but another one stopped."
+                ) from error
 
 
 @contextmanager

@@ -39,7 +39,9 @@ class BlockWeights(MergeMethod):
     def __post_init__(self) -> None:
         if isinstance(self.weights, Mapping):
             if not self.weights:
-                raise AfaError("block_weights must name at least one site, or 'default'.")
+                raise AfaError(
+                    "AFA-MERGE-001", "block_weights must name at least one site, or 'default'."
+                )
             for weights in self.weights.values():
                 check_weights(weights, sum_to_one=True)
         elif isinstance(self.weights, str):
@@ -63,7 +65,10 @@ class BlockWeights(MergeMethod):
     def merge(self, name: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
         """The weighted mean of one tensor, with the weights of its site."""
         if self.keys is None or not isinstance(self.weights, Mapping):
-            raise AfaError("Block weights must know the checkpoint's tensors first. Call fit().")
+            raise AfaError(
+                "AFA-MERGE-002",
+                "Block weights must know the checkpoint's tensors first. Call fit().",
+            )
         weights = self.weights.get(self.keys.get(name, DEFAULT), self.weights.get(DEFAULT))
         return weighted_sum(tensors, uniform(weights, len(tensors)))
 
@@ -74,14 +79,16 @@ class BlockWeights(MergeMethod):
         numbers = read_preset(given) if isinstance(given, str) else check_preset(tuple(given))
         if num_experts != 2:
             raise AfaError(
+                "AFA-MERGE-003",
                 f"A preset of block weights is for two experts, came {num_experts}. Give one "
-                "weight per expert: block_weights: {default: [...], mid: [...]}."
+                "weight per expert: block_weights: {default: [...], mid: [...]}.",
             )
         if sites and len(sites) != NUM_BLOCKS:  # a text encoder alone has none
             raise AfaError(
+                "AFA-MERGE-004",
                 f"A preset of block weights is for a U-Net with {NUM_BLOCKS} sites (Stable "
                 f"Diffusion 1.x and 2.x); this one has {len(sites)}: {', '.join(sites)}. Name "
-                "them: block_weights: {default: [...], mid: [...]}."
+                "them: block_weights: {default: [...], mid: [...]}.",
             )
         pairs = [[1 - number, number] for number in numbers]
         return {DEFAULT: pairs[0], **dict(zip(sites, pairs[1:], strict=False))}
@@ -93,4 +100,7 @@ def _check_keys(weights: Mapping[str, Sequence[float]], sites: list[str]) -> Non
         if sites and key not in known:
             close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             hint = f"did you mean '{close[0]}'?" if close else f"known are {', '.join(known)}."
-            raise AfaError(f"block_weights names '{key}', which these experts do not have; {hint}")
+            raise AfaError(
+                "AFA-MERGE-005",
+                f"block_weights names '{key}', which these experts do not have; {hint}",
+            )

@@ -82,8 +82,9 @@ def read_checkpoint(source: str) -> Checkpoint:
                 name = canonical_name(part, key)
                 if name in tensors:
                     raise AfaError(
+                        "AFA-MERGE-006",
                         f"A folder must hold every tensor once; '{key}' is in "
-                        f"'{tensors[name].file}' and in '{file}'. Remove one of them."
+                        f"'{tensors[name].file}' and in '{file}'. Remove one of them.",
                     )
                 tensors[name], keys[name] = tensor, key
     refuse_quantised(tensors, {}, source)
@@ -100,9 +101,10 @@ def _read_file(source: str, path: Path) -> Checkpoint:
     for key, name in canonical_names(stored).items():
         if name in keys:
             raise AfaError(
+                "AFA-MERGE-007",
                 f"'{source}' holds one tensor under two names, '{keys[name]}' and '{key}', as "
                 "merges of two layouts leave it. A merge needs every tensor once. Take another "
-                "copy, or remove one layout's tensors from the file."
+                "copy, or remove one layout's tensors from the file.",
             )
         keys[name] = key
     return Checkpoint(source, path, {n: stored[key] for n, key in keys.items()}, keys, metadata)
@@ -122,9 +124,10 @@ def in_one_layout(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
             theirs = next(c for c in checkpoints if _has(c, part))
             ours = next(c for c in checkpoints if _has(c, DENOISER))
             raise AfaError(
+                "AFA-MERGE-008",
                 f"'{theirs.source}' is in diffusers' layout, '{ours.source}' in that of the "
                 "original code, which joins queries, keys and values. A merge of transformers "
-                "needs one layout. Name both in the same one."
+                "needs one layout. Name both in the same one.",
             )
         return [
             _renamed(c) if is_original else c

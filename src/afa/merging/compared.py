@@ -151,9 +151,10 @@ def _refuse_missing(name: str, having: Checkpoint, lacking: Checkpoint) -> None:
     others = sum(n not in lacking.tensors for n in same) - 1
     also = f" (as are {others} more of {len(same)} like it)" if others else ""
     raise AfaError(
+        "AFA-MERGE-009",
         f"Merged checkpoints must share one architecture: '{name}' has shape "
         f"{having.tensors[name].shape} in '{having.source}' and is missing in "
-        f"'{lacking.source}'{also}. Merge checkpoints of one family."
+        f"'{lacking.source}'{also}. Merge checkpoints of one family.",
     )
 
 
@@ -164,9 +165,10 @@ def _check_shapes(name: str, checkpoints: Sequence[Checkpoint]) -> None:
         theirs = other.tensors[name].shape
         if ours != theirs and not (is_input_layer(name) and _can_be_padded(theirs, ours)):
             raise AfaError(
+                "AFA-MERGE-010",
                 f"Merged checkpoints must share one architecture: '{name}' has shape {ours} in "
                 f"'{first.source}' and {theirs} in '{other.source}'. Merge checkpoints of one "
-                "family."
+                "family.",
             )
 
 

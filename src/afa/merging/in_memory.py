@@ -43,9 +43,11 @@ def merge_models(
             architectures, or a result that is not finite.
     """
     if not models:
-        raise AfaError("A merge must have at least one model, came none.")
+        raise AfaError("AFA-MERGE-011", "A merge must have at least one model, came none.")
     if base is not None and not method.needs_base:
-        raise AfaError(f"A merge by {type(method).__name__} must have no base. Leave it out.")
+        raise AfaError(
+            "AFA-MERGE-012", f"A merge by {type(method).__name__} must have no base. Leave it out."
+        )
     merged = copy.deepcopy(models[0])
     states = [model.state_dict() for model in models]
     base_state = None if base is None else base.state_dict()
@@ -55,8 +57,9 @@ def merge_models(
         parts = [state[name] for state in compared if name in state]
         if len(parts) < len(compared) or any(other.shape != tensor.shape for other in parts):
             raise AfaError(
+                "AFA-MERGE-013",
                 f"Merged models must share one architecture, but '{name}' is missing or of "
-                "another shape in one of them."
+                "another shape in one of them.",
             )
         experts = parts[: len(models)]
         base_tensor = None if base_state is None else base_state[name]
@@ -64,8 +67,9 @@ def merge_models(
         tensor.copy_(value)
         if not is_kept(name, tensor.dtype) and not is_finite(tensor):
             raise AfaError(
+                "AFA-MERGE-014",
                 f"A merged tensor must be finite, but '{name}' is not in {tensor.dtype}. Take "
-                "models without nan and infinity, smaller weights, or float32."
+                "models without nan and infinity, smaller weights, or float32.",
             )
     return merged
 

@@ -81,11 +81,14 @@ def check_weights(weights: Sequence[float] | None, *, sum_to_one: bool) -> None:
     if weights is None:
         return
     if not all(math.isfinite(weight) for weight in weights):
-        raise AfaError(f"The weights of a merge must be finite; came {list(weights)}.")
+        raise AfaError(
+            "AFA-MERGE-015", f"The weights of a merge must be finite; came {list(weights)}."
+        )
     if sum_to_one and abs(sum(weights) - 1) > 1e-6:
         raise AfaError(
+            "AFA-MERGE-016",
             f"The weights of this merge must be one per expert, summing to 1; came "
-            f"{list(weights)}, which sum to {sum(weights):.6g}."
+            f"{list(weights)}, which sum to {sum(weights):.6g}.",
         )
 
 
@@ -97,7 +100,8 @@ def check_number(weights: Sequence[float], num_experts: int) -> None:
     """
     if len(weights) != num_experts:
         raise AfaError(
-            f"A merge of {num_experts} experts must have as many weights; came {list(weights)}."
+            "AFA-MERGE-017",
+            f"A merge of {num_experts} experts must have as many weights; came {list(weights)}.",
         )
 
 
@@ -109,8 +113,9 @@ def check_density(density: float) -> None:
     """
     if not 0 < density <= 1:
         raise AfaError(
+            "AFA-MERGE-018",
             f"The density must be above 0 and at most 1, the share of entries to keep; came "
-            f"{density}."
+            f"{density}.",
         )
 
 
@@ -127,7 +132,8 @@ def require_base(base: Tensor | None, method: MergeMethod) -> Tensor:
     """
     if base is None:
         raise AfaError(
+            "AFA-MERGE-019",
             f"{type(method).__name__} must have the model that the experts were fine-tuned from; "
-            "none came. Name it as base."
+            "none came. Name it as base.",
         )
     return base

@@ -48,9 +48,10 @@ def refuse_mixed_kinds(checkpoints: Sequence[Checkpoint]) -> None:
     for source, kind in others:
         if kind != first[1]:
             raise AfaError(
+                "AFA-MERGE-020",
                 f"'{first[0]}' is {first[1] or 'of no known kind'}, '{source}' is "
                 f"{kind or 'of no known kind'}. A merge needs models of one kind. Name checkpoints "
-                "of one kind."
+                "of one kind.",
             )
 
 
@@ -86,13 +87,15 @@ def check_channels(checkpoints: Sequence[Checkpoint]) -> dict[str, int]:
             continue
         if expected == latent < count:
             raise AfaError(
+                "AFA-MERGE-021",
                 f"'{source}' reads {_channels(count)}, '{first.source}' reads {expected}. A merge "
                 "has the input channels of the first expert, and can only add zeros to the others. "
-                f"Name '{source}' first."
+                f"Name '{source}' first.",
             )
         raise AfaError(
+            "AFA-MERGE-022",
             f"'{source}' reads {_channels(count)}, '{first.source}' reads {_channels(expected)}. A "
-            f"merge needs the same extra channels, or none ({latent}). Name models of one use."
+            f"merge needs the same extra channels, or none ({latent}). Name models of one use.",
         )
     return padded
 

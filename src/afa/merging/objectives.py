@@ -48,9 +48,10 @@ def prediction_type(checkpoint: Checkpoint) -> str | None:
     if len(said) > 1:
         (first, here), (second, there) = list(said.items())[:2]
         raise AfaError(
+            "AFA-MERGE-023",
             f"'{checkpoint.source}' contradicts itself: {here} says that it predicts {first}, "
             f"{there} says {second}. One of them must be wrong, and a wrong one draws noise. "
-            "Correct it, or leave the file out."
+            "Correct it, or leave the file out.",
         )
     return next(iter(said), None)
 
@@ -75,10 +76,11 @@ def check_objectives(checkpoints: Sequence[Checkpoint]) -> str | None:
     for first, (source, kind) in ((kinds[0], other) for other in kinds[1:]):
         if kind != first[1]:
             raise AfaError(
+                "AFA-MERGE-024",
                 f"Merged checkpoints must share one objective: '{first[0]}' has prediction_type = "
                 f"{first[1]}, '{source}' has {kind}. Their mean would predict neither. Leave one "
                 "out; a single file says what it predicts by modelspec.prediction_type in its "
-                "metadata or a .yaml beside it, and is taken for epsilon where it does not."
+                "metadata or a .yaml beside it, and is taken for epsilon where it does not.",
             )
     _check_schedules(checkpoints)
     return next(filter(None, said.values()), None)
@@ -98,8 +100,10 @@ def _check_schedules(checkpoints: Sequence[Checkpoint]) -> None:
                 ours, theirs = (f"{float(end):.4g} at its end" for end in (ours[-1], theirs[-1]))
             if not is_equal:
                 raise AfaError(
-                    f"Merged checkpoints must share one noise schedule: '{first[0]}' has {key} = "
-                    f"{ours}, '{source}' has {theirs}. Their mean would fit neither. Leave one out."
+                    "AFA-MERGE-025",
+                    "Merged checkpoints must share one noise schedule: "
+                    f"'{first[0]}' has {key} = {ours}, '{source}' has {theirs}. Their mean would "
+                    "fit neither. Leave one out.",
                 )
 
 

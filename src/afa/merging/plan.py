@@ -77,7 +77,9 @@ def plan_merge(recipe: MergeRecipe, output: str | Path) -> MergePlan:
     output = Path(output).expanduser()
     is_empty_folder = output.is_dir() and not any(output.iterdir())
     if output.exists() and (output.suffix == ".safetensors" or not is_empty_folder):
-        raise AfaError(f"The output must be new; '{output}' exists. Name another one.")
+        raise AfaError(
+            "AFA-MERGE-026", f"The output must be new; '{output}' exists. Name another one."
+        )
     require_place_for_folder(output.absolute().parent, "The folder of the output")
     experts = [read_checkpoint(source) for source in recipe.experts]
     base = None if recipe.base is None else read_checkpoint(recipe.base)
@@ -122,15 +124,17 @@ def _check_layouts(checkpoints: Sequence[Checkpoint], output: Path) -> None:
         if other.path.is_file() != first.path.is_file():
             file, folder = (first, other) if first.path.is_file() else (other, first)
             raise AfaError(
+                "AFA-MERGE-027",
                 f"Merged checkpoints must have one layout: '{file.source}' is a single file, "
                 f"'{folder.source}' a folder. Load the file with diffusers' from_single_file and "
-                "save it with save_pretrained."
+                "save it with save_pretrained.",
             )
     if first.path.is_file() != (output.suffix == ".safetensors"):
         made = "a .safetensors file" if first.path.is_file() else "a folder"
         raise AfaError(
+            "AFA-MERGE-028",
             f"A merge has its experts' layout, which makes {made}; the output is '{output}'. Name "
-            f"{made}."
+            f"{made}.",
         )
 
 
@@ -139,6 +143,7 @@ def _check_space(output: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(place).free
     if num_bytes > free:
         raise AfaError(
+            "AFA-MERGE-029",
             f"The merge takes {num_bytes / 1e9:.2f} GB; '{place}' has {free / 1e9:.2f} GB free. "
-            "Make room, or name another place."
+            "Make room, or name another place.",
         )

@@ -119,7 +119,9 @@ def read_preset(text: str) -> Weights:
     except ValueError:
         close = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.5)
         hint = f"did you mean '{close[0]}'?" if close else f"known are {', '.join(PRESETS)}."
-        raise AfaError(f"There is no preset of block weights '{text[:60]}', {hint}") from None
+        raise AfaError(
+            "AFA-MERGE-030", f"There is no preset of block weights '{text[:60]}', {hint}"
+        ) from None
     return check_preset(numbers)
 
 
@@ -131,8 +133,9 @@ def check_preset(numbers: Weights) -> Weights:
     """
     if len(numbers) != NUM_BLOCKS + 1 or not all(map(math.isfinite, numbers)):
         raise AfaError(
+            "AFA-MERGE-031",
             f"A preset of block weights must be {NUM_BLOCKS + 1} finite numbers: base alpha (text "
             f"encoder and all else that is no U-Net), IN00..IN11, M00, OUT00..OUT11; came "
-            f"{len(numbers)}. Where base alpha is not written, put it first."
+            f"{len(numbers)}. Where base alpha is not written, put it first.",
         )
     return numbers

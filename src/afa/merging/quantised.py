@@ -53,21 +53,24 @@ def refuse_quantised(
         is_scaled = is_narrow and bool(siblings.get(layer, set()) - {name})
         if is_quantised(name, is_float=is_float) or _SCALE.fullmatch(name) or is_scaled:
             raise AfaError(
+                "AFA-MERGE-032",
                 f"Merged weights must be plain numbers; '{name}' in '{tensor.file}' is quantised "
-                f"({tensor.dtype}). Take the float16 or float32 version."
+                f"({tensor.dtype}). Take the float16 or float32 version.",
             )
         is_known = _INTEGERS.fullmatch(name) or name in MARKERS or 0 in tensor.shape
         if not is_float and not is_known:
             raise AfaError(
+                "AFA-MERGE-033",
                 f"Merged weights must be floating-point numbers; '{name}' in '{tensor.file}' is "
                 f"{tensor.dtype}, of which nothing is known and no mean can be taken. Take a "
-                "float16 or float32 version without it."
+                "float16 or float32 version without it.",
             )
     if any("quantization" in key for key in metadata):
         key = next(key for key in metadata if "quantization" in key)
         raise AfaError(
+            "AFA-MERGE-034",
             f"Merged weights must be plain numbers; the metadata of '{source}' describe quantised "
-            f"weights ('{key}'). Take the float16 or float32 version."
+            f"weights ('{key}'). Take the float16 or float32 version.",
         )
 
 

@@ -129,9 +129,10 @@ def _value(plan: MergePlan, tensor: PlannedTensor) -> Tensor:
     result = merged.to(tensor.dtype)
     if not is_finite(result) or _is_clipped(merged, tensor.dtype):
         raise AfaError(
+            "AFA-MERGE-035",
             f"A merged tensor must be finite, but '{tensor.name}' reaches "
             f"{merged.float().abs().max().item():.4g}, which is too much for {tensor.dtype}. Set "
-            "dtype: float32, or take smaller weights."
+            "dtype: float32, or take smaller weights.",
         )
     return result
 
@@ -157,8 +158,9 @@ def _read_finite(source: StoredTensor, tensor: PlannedTensor) -> Tensor:
 def _check_input(value: Tensor, name: str, source: StoredTensor) -> None:
     if not is_finite(value):
         raise AfaError(
+            "AFA-MERGE-036",
             f"A merged checkpoint must hold finite numbers; '{name}' in '{source.file}' has nan or "
-            "infinity. Download it again, or leave it out."
+            "infinity. Download it again, or leave it out.",
         )
 
 

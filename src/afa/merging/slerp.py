@@ -43,8 +43,9 @@ class Slerp(MergeMethod):
         check_weights(self.weights, sum_to_one=True)
         if self.weights is not None and min(self.weights) < 0:
             raise AfaError(
+                "AFA-MERGE-037",
                 f"The weights of slerp must not be negative; came {list(self.weights)}. Method "
-                "'weighted' extrapolates."
+                "'weighted' extrapolates.",
             )
 
     def merge(self, name: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:

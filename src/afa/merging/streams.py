@@ -74,7 +74,9 @@ class StoredTensor(TensorSpec):
             while view:
                 count = stream.readinto(view)
                 if not count:
-                    raise AfaError(f"'{self.file}' ended while it was read. Did it change?")
+                    raise AfaError(
+                        "AFA-MERGE-038", f"'{self.file}' ended while it was read. Did it change?"
+                    )
                 view = view[count:]
         return content.view(self.dtype).reshape(self.shape)
 
@@ -90,8 +92,9 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     for name, entry in header.tensors.items():
         if entry["dtype"] not in _DTYPES:
             raise AfaError(
+                "AFA-MERGE-039",
                 f"Merged tensors must be of a type among {', '.join(_DTYPES)}; '{name}' in "
-                f"'{file}' is {entry['dtype']}. Take a checkpoint of another precision."
+                f"'{file}' is {entry['dtype']}. Take a checkpoint of another precision.",
             )
         shape, offset = tuple(entry["shape"]), header.start + entry["data_offsets"][0]
         tensors[name] = StoredTensor(_DTYPES[entry["dtype"]], shape, file, offset)

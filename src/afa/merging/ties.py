@@ -51,7 +51,8 @@ class Ties(MergeMethod):
         check_density(self.density)
         if self.majority_sign not in ("total", "frequency"):
             raise AfaError(
-                f"majority_sign must be 'total' or 'frequency'; came '{self.majority_sign}'."
+                "AFA-MERGE-040",
+                f"majority_sign must be 'total' or 'frequency'; came '{self.majority_sign}'.",
             )
 
     def merge(self, name: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:

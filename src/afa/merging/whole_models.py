@@ -60,7 +60,8 @@ def refuse_parts(shapes: Shapes, source: object) -> None:
         name = next((name for name in shapes if matches(name, shapes)), None)
         if name is not None:
             raise AfaError(
-                f"'{source}' is {what} (it has '{name}'). A merge needs whole models. {remedy}"
+                "AFA-MERGE-041",
+                f"'{source}' is {what} (it has '{name}'). A merge needs whole models. {remedy}",
             )
 
 
@@ -74,9 +75,10 @@ def refuse_other_data(shapes: Shapes, source: object) -> None:
     """
     if not any(_WEIGHTS.fullmatch(name) for name in shapes):
         raise AfaError(
+            "AFA-MERGE-042",
             f"'{source}' is no model: none of its {len(shapes)} tensors (such as "
             f"'{min(shapes, default='none')}') is a layer's weight. A merge needs whole models. "
-            f"{_WHOLE}"
+            f"{_WHOLE}",
         )
 
 

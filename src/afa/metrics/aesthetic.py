@@ -66,8 +66,9 @@ def load_aesthetic(source: Source, encoder: ClipEncoder) -> AestheticScorer:
     width, seen = encoder.model.config.projection_dim, head[0].in_features
     if width != seen:
         raise AfaError(
+            "AFA-METRIC-001",
             f"The metric 'aes' needs a CLIP with embeddings of {seen} numbers, '{encoder.name}' "
-            f"has {width}. Name the one that the predictor was trained on as clip."
+            f"has {width}. Name the one that the predictor was trained on as clip.",
         )
     return AestheticScorer(encoder, head)
 

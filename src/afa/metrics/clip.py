@@ -151,8 +151,9 @@ def load_clip(source: Source, processor: Source | None, device: torch.device | s
         kind = read_json(folder / "config.json").get("model_type") if folder.is_dir() else "a file"
         if kind != "clip":
             raise AfaError(
+                "AFA-METRIC-002",
                 f"{source.what} must be a folder whose config.json has the model_type clip; "
-                f"'{source.name}' is {kind}. Public ones: {source.public}."
+                f"'{source.name}' is {kind}. Public ones: {source.public}.",
             )
         model = source.model(CLIPModel, folder)
         parts, parts_folder = source, folder
@@ -164,8 +165,9 @@ def load_clip(source: Source, processor: Source | None, device: torch.device | s
         seen = model.config.vision_config.image_size
         if preprocessing.shape not in (None, (seen, seen)):
             raise AfaError(
+                "AFA-METRIC-003",
                 f"{parts.what} must make pictures of {seen}x{seen} pixels for the model; "
-                f"'{parts.name}' makes {preprocessing.shape}. Name the model's own."
+                f"'{parts.name}' makes {preprocessing.shape}. Name the model's own.",
             )
     tokenizer = load_clip_tokenizer(parts, parts_folder, model)
     return ClipEncoder(

@@ -84,8 +84,9 @@ def kernel_distance(
     smaller = min(len(generated), len(real))
     if not 2 <= subset_size <= smaller or num_subsets < 1:
         raise AfaError(
+            "AFA-METRIC-004",
             f"KID needs one or more subsets of 2 to {smaller} pictures, the size of the smaller "
-            f"set, came {num_subsets} of {subset_size}. Name a smaller subset_size or none."
+            f"set, came {num_subsets} of {subset_size}. Name a smaller subset_size or none.",
         )
     generator = torch.Generator().manual_seed(seed)
     total = 0.0
@@ -164,8 +165,9 @@ def cosine_scores(first: Tensor, second: Tensor) -> list[float]:
     first, second = _two_sets(first, second, "A cosine", min_rows=1)
     if len(first) != len(second):
         raise AfaError(
+            "AFA-METRIC-005",
             f"A cosine score needs a partner for every picture, came {len(first)} and "
-            f"{len(second)} embeddings. Pair them one to one."
+            f"{len(second)} embeddings. Pair them one to one.",
         )
     return (_unit(first, "A cosine") * _unit(second, "A cosine")).sum(1).tolist()
 
@@ -179,8 +181,9 @@ def _unit(features: Tensor, metric: str) -> Tensor:
     lengths = features.norm(dim=1, keepdim=True)
     if (lengths == 0).any():
         raise AfaError(
+            "AFA-METRIC-006",
             f"{metric} needs embeddings that are not zero, row {int(lengths.argmin())} is. "
-            "Make the features again."
+            "Make the features again.",
         )
     return features / lengths
 
@@ -190,8 +193,9 @@ def _two_sets(
 ) -> tuple[Tensor, Tensor]:
     if generated.ndim == 2 and real.ndim == 2 and generated.shape[1] != real.shape[1]:
         raise AfaError(
+            "AFA-METRIC-007",
             f"{metric} needs features of one network, came widths {generated.shape[1]} and "
-            f"{real.shape[1]}. Make both sets' features with the same weights."
+            f"{real.shape[1]}. Make both sets' features with the same weights.",
         )
     return (
         _features(generated, metric, "generated features", min_rows=min_rows),
@@ -202,13 +206,15 @@ def _two_sets(
 def _features(features: Tensor, metric: str, what: str, *, min_rows: int) -> Tensor:
     if features.ndim != 2 or len(features) < min_rows or features.shape[1] == 0:
         raise AfaError(
+            "AFA-METRIC-008",
             f"{metric} needs {what} [pictures, width] of {min_rows} or more pictures, came "
-            f"{list(features.shape)}. Give it more pictures."
+            f"{list(features.shape)}. Give it more pictures.",
         )
     finite = torch.isfinite(features).all(1)
     if not finite.all():
         raise AfaError(
+            "AFA-METRIC-009",
             f"{metric} needs finite {what}, row {int((~finite).nonzero()[0])} holds NaN or "
-            "infinity. Make the features again, in float32."
+            "infinity. Make the features again, in float32.",
         )
     return features.to(device="cpu", dtype=torch.float64)

@@ -70,9 +70,10 @@ def load_inception(
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError as error:
         raise AfaError(
+            "AFA-METRIC-010",
             f"{source.what} are the Inception network's, which needs torch-fidelity and "
             f"torchvision; importing them says {error}. Run: pip install 'afa[inception]' - or "
-            "name another network as weights, such as openai/clip-vit-large-patch14."
+            "name another network as weights, such as openai/clip-vit-large-patch14.",
         ) from error
     with source.loading():
         network = FeatureExtractorInceptionV3(
@@ -152,8 +153,9 @@ class ClassifierLogits:
 
         if picture.size != (IMAGE_SIZE, IMAGE_SIZE):
             raise AfaError(
+                "AFA-METRIC-011",
                 f"'{ZOO_CLASSIFIER}' needs pictures of {IMAGE_SIZE}x{IMAGE_SIZE} pixels, came "
-                f"{picture.size}. Use it on scenes of the zoo only."
+                f"{picture.size}. Use it on scenes of the zoo only.",
             )
         pixels = Preprocessing(crop=None, mean=(0.5,) * 3, std=(0.5,) * 3).pixels(picture)
         halves = torch.stack(pixels.split(IMAGE_SIZE // 2, dim=-1))

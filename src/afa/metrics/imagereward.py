@@ -164,8 +164,9 @@ def blip_configs(
     missing = [name for name in _TEXT_SETTINGS if name not in settings]
     if missing:
         raise AfaError(
+            "AFA-METRIC-012",
             f"'{MED_CONFIG}' must describe a BERT; it lacks {', '.join(missing)}. Download that of "
-            "zai-org/ImageReward."
+            "zai-org/ImageReward.",
         )
     width, _, patch_size, _ = shape_of(tensors, f"{_VISION}patch_embed.proj.weight", 4)
     num_patches = shape_of(tensors, f"{_VISION}pos_embed", 3)[1] - 1

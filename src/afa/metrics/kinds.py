@@ -91,9 +91,10 @@ class SetMetric:
         """
         if self.needs_real == (real is None):
             raise AfaError(
+                "AFA-METRIC-013",
                 f"The metric '{self.name}' needs features of generated "
                 f"{'and of real' if self.needs_real else 'pictures and of no real'} ones, came "
-                f"{'none' if real is None else 'some'} of real ones. See its needs_real."
+                f"{'none' if real is None else 'some'} of real ones. See its needs_real.",
             )
         return self.measure(generated) if real is None else self.measure(generated, real)
 

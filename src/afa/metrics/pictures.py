@@ -69,8 +69,9 @@ class Preprocessing:
             )
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise AfaError(
+                "AFA-METRIC-014",
                 f"'{file}' must describe an image processor, but reading it says "
-                f"{type(error).__name__}: {error}. Download it again."
+                f"{type(error).__name__}: {error}. Download it again.",
             ) from error
 
     @property
@@ -125,7 +126,9 @@ def one_by_one(items: Sequence[Any], embed: Callable[[Any], Tensor]) -> Tensor:
         AfaError: there are none.
     """
     if len(items) == 0:
-        raise AfaError("Features need at least one picture, came none. Draw some first.")
+        raise AfaError(
+            "AFA-METRIC-015", "Features need at least one picture, came none. Draw some first."
+        )
     return torch.stack([embed(item).float().cpu() for item in items])
 
 
@@ -137,6 +140,7 @@ def require_partners(pictures: Sequence[Any], prompts: Sequence[str]) -> None:
     """
     if len(pictures) != len(prompts):
         raise AfaError(
+            "AFA-METRIC-016",
             f"Every picture needs its own prompt, came {len(pictures)} pictures and "
-            f"{len(prompts)} prompts. Give one prompt for each."
+            f"{len(prompts)} prompts. Give one prompt for each.",
         )

@@ -96,16 +96,18 @@ class Source:
         is_hub_id = self.name.count("/") == 1 and not self.name.startswith((".", "/", "~"))
         if not is_hub_id or path.suffix == ".safetensors" or is_pickle(path):
             raise AfaError(
+                "AFA-METRIC-017",
                 f"{self.what} must be a local path or a hub id; '{self.name}' does not exist. "
-                f"Public ones: {self.public}."
+                f"Public ones: {self.public}.",
             )
         try:
             return fetch(self.name, files)
         except HUB_ERRORS as error:
             raise AfaError(
+                "AFA-METRIC-018",
                 f"{self.what} must be a local path or a hub id; '{self.name}' is no path, and "
                 f"could not be fetched from the hub ({why_not_fetched(error)}). Check name and "
-                f"network. Public ones: {self.public}."
+                f"network. Public ones: {self.public}.",
             ) from error
 
     def file(self, names: Sequence[str], *, beside: Sequence[str] = ()) -> Path:
@@ -127,9 +129,10 @@ class Source:
             path = self.part(path, wanted or names, advice)
         if is_pickle(path) and not allow_pickle:
             raise AfaError(
+                "AFA-METRIC-019",
                 f"{self.what} must be safetensors; '{self.name}' is a pickle, which can run code "
                 "when it is opened. Get a .safetensors file, or read its tensors alone: "
-                "--allow-pickle."
+                "--allow-pickle.",
             )
         return path
 
@@ -142,8 +145,9 @@ class Source:
         found = next((folder / name for name in names if (folder / name).is_file()), None)
         if found is None:
             raise AfaError(
+                "AFA-METRIC-020",
                 f"{self.what} must be a folder with {' or '.join(names)}; '{self.name}' has none. "
-                f"Public ones: {self.public}.{advice}"
+                f"Public ones: {self.public}.{advice}",
             )
         return found
 
@@ -186,8 +190,9 @@ class Source:
 
     def _lacks(self, missing: Sequence[str]) -> AfaError:
         return AfaError(
+            "AFA-METRIC-021",
             f"{self.what} must be complete; '{self.name}' lacks {len(missing)} tensors (first: "
-            f"{missing[0]}). Download them again. Public ones: {self.public}."
+            f"{missing[0]}). Download them again. Public ones: {self.public}.",
         )
 
     def model(self, model_class: Any, folder: Path | None = None, **options: Any) -> Any:
@@ -206,8 +211,9 @@ class Source:
             files = sorted(folder.glob("model*.safetensors"))
             if not files:
                 raise AfaError(
+                    "AFA-METRIC-022",
                     f"{self.what} must be a folder with model.safetensors; '{self.name}' has none. "
-                    f"Public ones: {self.public}."
+                    f"Public ones: {self.public}.",
                 )
             for file in files:
                 check_safetensors(file)
@@ -235,7 +241,8 @@ class Source:
             tokenizer = keep_no_words(tokenizer_class.from_pretrained(folder))
         if len(tokenizer) > num_embeddings:
             raise AfaError(
+                "AFA-METRIC-023",
                 f"{self.what} must be a tokenizer of the model's {num_embeddings} tokens; that in "
-                f"'{self.name}' has {len(tokenizer)}. Public ones: {self.public}."
+                f"'{self.name}' has {len(tokenizer)}. Public ones: {self.public}.",
             )
         return tokenizer

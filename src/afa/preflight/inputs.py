@@ -55,11 +55,11 @@ class Inputs:
             yield
         except AfaError as error:
             if not any(each.text == str(error) for each in self.findings):
-                self.findings.append(Finding("error", check, str(error)))
+                self.findings.append(Finding(error.code, "error", check, str(error)))
 
     def say(self, check: str, lines: Any, level: Level = "warning") -> None:
         """Note lines that do not keep the work from being done."""
-        self.findings += [Finding(level, check, line) for line in lines]
+        self.findings += [Finding("AFA-CHECK-001", level, check, line) for line in lines]
 
 
 def inputs_of_training(

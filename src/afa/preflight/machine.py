@@ -103,6 +103,7 @@ def fits(job: Job, found: Estimate) -> Iterator[Finding]:
         return
     is_sure = found.takes > _SURE * found.free and os.environ.get("WORLD_SIZE", "1") == "1"
     yield Finding(
+        "AFA-CHECK-002",
         "error" if is_sure else "warning",
         "memory",
         f"The work must fit into memory: it takes about {size_text(found.takes)}, and "

@@ -91,7 +91,7 @@ class Report:
         if self.errors:
             more = len(self.errors) - 1
             also = f" ({more} more: `afa check` lists all)" if more else ""
-            raise AfaError(self.errors[0].text + also)
+            raise AfaError(self.errors[0].code, self.errors[0].text + also)
 
 
 def look(
@@ -128,7 +128,7 @@ def look(
                     manifest.require_whole(with_autoencoder=is_first and group.is_drawn)
             except AfaError as error:
                 level: Level = "note" if group.is_loose else "error"
-                report.findings.append(Finding(level, "files", str(error)))
+                report.findings.append(Finding(error.code, level, "files", str(error)))
         if len(looks) == len(group.experts):
             found = compare([each.facts for each in looks], allow_duplicates=group.allow_duplicates)
             report.findings += [
@@ -152,7 +152,7 @@ def _parts(group: Group) -> Iterator[Finding]:
     try:
         group.companions.require_parts()
     except AfaError as error:
-        yield Finding("error", "parts", str(error))
+        yield Finding(error.code, "error", "parts", str(error))
 
 
 def _key(named: AnySource, companions: Companions) -> tuple[object, ...]:
@@ -188,20 +188,24 @@ def _whole(look: Look) -> Iterator[Finding]:
             twin: Any = kind.family.model_class.from_config(dict(facts.denoiser))
         family_of(twin)
     except AfaError as error:
-        yield Finding("error", "architecture", str(error))
+        yield Finding(error.code, "error", "architecture", str(error))
         return
     except NO_MODEL as error:
         if is_own_bug(error):
             raise
         said = " ".join(str(error).split())[:200]
         yield Finding(
-            "error", "architecture", f"The denoiser of '{facts.name}' cannot be built: {said}."
+            "AFA-CHECK-003",
+            "error",
+            "architecture",
+            f"The denoiser of '{facts.name}' cannot be built: {said}.",
         )
         return
     text = sum(kind.family.widths(twin).text)
     given = sum(facts.encoders.get(name) or 0 for name in kind.text)
     if text and given and text != given and kind.padded_text is None:
         yield Finding(
+            "AFA-CHECK-004",
             "error",
             "text encoders",
             f"The text encoders of '{facts.name}' must give {text} numbers a token, as its "
@@ -220,6 +224,7 @@ def _whole(look: Look) -> Iterator[Finding]:
         if shapes.get(name) != tuple(tensor.shape):
             came = "it is missing" if name not in shapes else f"it is {shapes[name]}"
             yield Finding(
+                "AFA-CHECK-005",
                 "error",
                 "weights",
                 f"The denoiser of '{facts.name}' must have '{name}' of shape "
@@ -241,6 +246,7 @@ def _autoencoders(looks: Sequence[Look]) -> Iterator[Finding]:
             hashes.append(hash_vae(each.manifest.path))
     if len(set(hashes)) > 1:
         yield Finding(
+            "AFA-CHECK-006",
             "note",
             "autoencoder",
             f"The experts have autoencoders of their own ({', '.join(names)}); that of "
@@ -263,7 +269,7 @@ def _estimate(report: Report, work: Work, group: Group, looks: Sequence[Look]) -
     try:
         found = job.estimate()
     except AfaError as error:  # what describes the experts leaves the autoencoder out
-        report.findings.append(Finding("note", "memory", str(error)))
+        report.findings.append(Finding(error.code, "note", "memory", str(error)))
         return
     report.estimates[group.label] = found
     report.findings += fits(job, found)

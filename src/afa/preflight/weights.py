@@ -104,6 +104,7 @@ def _numbers(
         return
     if not is_finite(value):
         yield Finding(
+            "AFA-CHECK-007",
             "error",
             "weights",
             f"Weights must be finite numbers; '{name}' of '{expert}' ({tensor.file.name}) has nan "
@@ -115,6 +116,7 @@ def _numbers(
         largest = float(value.abs().max().float())
         if largest > _HALF:
             yield Finding(
+                "AFA-CHECK-008",
                 "error",
                 "weights",
                 f"In float16 no number may be above {_HALF:.0f}; '{name}' of '{expert}' has "
@@ -132,6 +134,7 @@ def _alike(
         cosine = products.get((a, b), 0) / size if size and math.isfinite(size) else 0
         if cosine > SAME:
             yield Finding(
+                "AFA-CHECK-009",
                 "warning",
                 "duplicates",
                 f"Experts should differ; the weights of '{experts[b].name}' and "

@@ -73,7 +73,9 @@ def read_picture(
     name = name or (str(source) if isinstance(source, Path) else "a picture")
     head, done = b"", set[Conversion]()
     if isinstance(source, Path) and (what := irregular(source)) is not None:
-        raise BrokenPicture(f"'{name}' is {what} and must be a regular file. {remedy}")
+        raise BrokenPicture(
+            "AFA-PICTURE-001", f"'{name}' is {what} and must be a regular file. {remedy}"
+        )
     try:
         head = _head(source)
         with _warnings_lock, warnings.catch_warnings(record=True) as said:
@@ -88,7 +90,9 @@ def read_picture(
         foreign = foreign_format(head)
         if foreign is not None and not (isinstance(error, OSError) and error.errno):
             what, advice = foreign
-            raise BrokenPicture(f"'{name}' is {what}, which cannot be read. {advice}") from error
+            raise BrokenPicture(
+                "AFA-PICTURE-002", f"'{name}' is {what}, which cannot be read. {advice}"
+            ) from error
         raise _broken(name, error, remedy) from error
     try:
         picture = _in_srgb(upright, background, done, tags, file_format)
@@ -115,7 +119,8 @@ def as_rgb(picture: Image.Image, background: Colour = WHITE) -> Image.Image:
         return _in_srgb(picture, background, set(), getattr(picture, "tag_v2", None))
     except ValueError as error:
         raise BrokenPicture(
-            f"A picture of mode {picture.mode} must have values that can be shown, but {error}."
+            "AFA-PICTURE-003",
+            f"A picture of mode {picture.mode} must have values that can be shown, but {error}.",
         ) from error
 
 
@@ -221,7 +226,8 @@ def _converted(picture: Image.Image, profile: bytes | None, done: set[Conversion
 def _broken(name: str, error: Exception, remedy: str) -> BrokenPicture:
     text = " ".join(str(error).split()) or type(error).__name__
     return BrokenPicture(
-        f"'{name}' must be a complete picture, but reading it says: {text}. {remedy}"
+        "AFA-PICTURE-004",
+        f"'{name}' must be a complete picture, but reading it says: {text}. {remedy}",
     )
 
 
@@ -230,6 +236,7 @@ def _too_large(name: str, said: str) -> BrokenPicture:
     found = re.search(r"\((\d+) pixels\)", said)
     count = f"{int(found[1]):,} pixels" if found else "more pixels"
     return BrokenPicture(
+        "AFA-PICTURE-005",
         f"'{name}' has {count}, and at most {limit:,} are read, so that a small file cannot fill "
-        "the memory. Scale it down."
+        "the memory. Scale it down.",
     )

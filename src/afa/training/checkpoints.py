@@ -75,8 +75,9 @@ class Checkpoints:
             write_atomic(place, save(tensors, metadata={_META: notes}))
         except OSError as error:
             raise AfaError(
+                "AFA-TRAIN-004",
                 f"The checkpoint of step {checkpoint.step} cannot be written: {error}. "
-                f"{self.last_words()} Make room; the same command goes on."
+                f"{self.last_words()} Make room; the same command goes on.",
             ) from error
         for old in self.places()[: -self._keep]:
             with suppress(OSError):

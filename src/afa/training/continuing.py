@@ -108,8 +108,9 @@ def require_same(began: Mapping[str, str], now: Mapping[str, str], folder: Path)
     changed = [what for what in now if what in began and began[what] != now[what]]
     if changed:
         raise AfaError(
+            "AFA-TRAIN-005",
             f"The checkpoints in '{folder}' were made with another state of: {', '.join(changed)}. "
-            "A run continues with what it began with. Restore it, or name another output folder."
+            "A run continues with what it began with. Restore it, or name another output folder.",
         )
 
 
@@ -136,9 +137,10 @@ def require_same_data(
     """
     if began is not None and began != content:
         raise AfaError(
+            "AFA-TRAIN-006",
             f"The data is not that with which the run in '{folder}' began: "
             f"{difference(before, now, names)}. A run continues with the data that it began with. "
-            "Restore the data, or name another output folder."
+            "Restore the data, or name another output folder.",
         )
 
 

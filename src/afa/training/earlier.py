@@ -41,9 +41,10 @@ def require_same_pixels(folder: Path, tally: Tally) -> None:
     changed = [f"{tally.counts[each]} {each.said}" for each in _NEW if tally.counts[each]]
     if changed:
         raise AfaError(
+            "AFA-TRAIN-025",
             f"The run in '{folder}' was begun by an earlier release, which ignored transparency "
             f"and colour profiles and clipped deep values; now there are pictures "
-            f"{'; '.join(changed)}. A run continues with the pixels that it began with. {_REMEDY}"
+            f"{'; '.join(changed)}. A run continues with the pixels that it began with. {_REMEDY}",
         )
 
 
@@ -61,9 +62,10 @@ def require_whole_pictures(folder: Path, *, validates: bool) -> str:
     """
     if validates:
         raise AfaError(
+            "AFA-TRAIN-026",
             f"The run in '{folder}' was begun by an earlier release, which held out the last lines "
             "of the data and not whole pictures. To continue it would train on pictures that were "
-            f"held out. {_REMEDY}"
+            f"held out. {_REMEDY}",
         )
     return (
         "The run was begun by an earlier release, which kept no list of its pictures: whether the "

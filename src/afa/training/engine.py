@@ -70,8 +70,9 @@ class Engine:
         kind = self._accelerator.distributed_type
         if kind not in (*_SINGLE, *_REPLICATED, DistributedType.FSDP):
             raise AfaError(
+                "AFA-TRAIN-027",
                 f"accelerate must be configured for one process, for plain data parallelism (DDP) "
-                f"or for FSDP, came {kind.value}. Run `accelerate config` again."
+                f"or for FSDP, came {kind.value}. Run `accelerate config` again.",
             )
         self._sharding = _sharding() if self.num_processes > 1 else None
         self.device: torch.device = chosen or self._accelerator.device
@@ -157,7 +158,9 @@ class Engine:
         except RuntimeError as error:
             if is_of_device(error):
                 raise
-            raise AfaError("All processes must go on, but another one stopped.") from error
+            raise AfaError(
+                "AFA-TRAIN-028", "All processes must go on, but another one stopped."
+            ) from error
 
 
 def _sharding() -> dict[str, Any] | None:
@@ -172,8 +175,9 @@ def _sharding() -> dict[str, Any] | None:
     plugin = FullyShardedDataParallelPlugin()
     if plugin.fsdp_version != 2:
         raise AfaError(
+            "AFA-TRAIN-029",
             f"accelerate's fsdp_version must be 2, came {plugin.fsdp_version}. Run `accelerate "
-            "config` again, or launch with --fsdp_version 2."
+            "config` again, or launch with --fsdp_version 2.",
         )
     chosen: dict[str, Any] = {"reshard_after_forward": plugin.reshard_after_forward}
     if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
@@ -193,6 +197,7 @@ def pick_device(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise AfaError(
+            "AFA-TRAIN-030",
             f"The device must be auto, cpu, or one that this machine has, such as cuda or cuda:1; "
-            f"'{name}' cannot be used: {str(error).splitlines()[0]}"
+            f"'{name}' cannot be used: {str(error).splitlines()[0]}",
         ) from error

@@ -73,9 +73,10 @@ class Broken:
         count = self._num_samples
         if new and count is not None and len(self.found) > self._share * count:
             raise AfaError(
+                "AFA-TRAIN-031",
                 f"At most {self._share:.1%} of the pictures may be broken, but {len(self.found)} "
                 f"of {count} are (last: {list(new.values())[-1]}) Repair the data, or raise "
-                "data.max_broken."
+                "data.max_broken.",
             )
         return list(new.values())
 
@@ -150,7 +151,9 @@ class _Places(Dataset):
                 broken[index] = str(error)
             except AfaError as error:
                 return error
-        return AfaError(f"The data must hold pictures that can be read: {broken[index]}")
+        return AfaError(
+            "AFA-TRAIN-032", f"The data must hold pictures that can be read: {broken[index]}"
+        )
 
 
 def _require_sockets() -> None:
@@ -165,8 +168,9 @@ def _require_sockets() -> None:
     place = tempfile.gettempdir()
     if len(os.fsencode(place)) + _SOCKET > _MAX_SOCKET:
         raise AfaError(
+            "AFA-TRAIN-033",
             f"For data.num_workers the path of the folder for temporary files must have at most "
-            f"{_MAX_SOCKET - _SOCKET} bytes, came '{place}'. Set TMPDIR to a shorter one."
+            f"{_MAX_SOCKET - _SOCKET} bytes, came '{place}'. Set TMPDIR to a shorter one.",
         )
 
 
@@ -184,16 +188,18 @@ def readers_alive() -> Iterator[None]:
     except RuntimeError as error:
         if "DataLoader timed out" in str(error):
             raise AfaError(
+                "AFA-TRAIN-034",
                 f"The processes that read pictures must have a batch within {_PATIENCE} seconds, "
                 "but nothing came. Is the disk there? Set data.num_workers: 0 to see what a read "
-                "says; the same command goes on."
+                "says; the same command goes on.",
             ) from error
         if "DataLoader worker" not in str(error):
             raise
         raise AfaError(
+            "AFA-TRAIN-035",
             "The processes that read pictures must live as long as the training, but one was "
             "ended, most often for want of memory. Lower data.num_workers; the same command goes "
-            "on."
+            "on.",
         ) from error
 
 

@@ -220,7 +220,7 @@ def _name_who(step: int, loss: Tensor, *again: Any) -> None:
             _loss(*again)
     except AfaError as error:
         found = f"The loss must be finite, at step {step} it is {loss.item()}."
-        raise NotFinite(f"{found} {error}") from error
+        raise NotFinite("AFA-TRAIN-036", f"{found} {error}") from error
 
 
 def _agree(
@@ -240,11 +240,15 @@ def _require_finite(step: int, loss: float, grad_norm: float, scaler: GradScaler
     """
     remedy = "Lower the learning rate, or keep the experts in float32."
     if not math.isfinite(loss):
-        raise NotFinite(f"The loss must be finite, at step {step} it is {loss}. {remedy}")
+        raise NotFinite(
+            "AFA-TRAIN-037", f"The loss must be finite, at step {step} it is {loss}. {remedy}"
+        )
     if math.isfinite(grad_norm):
         return
     if scaler is None or scaler.get_scale() < 1:
-        raise NotFinite(f"The gradients must be finite, at step {step} they are not. {remedy}")
+        raise NotFinite(
+            "AFA-TRAIN-038", f"The gradients must be finite, at step {step} they are not. {remedy}"
+        )
 
 
 @contextmanager

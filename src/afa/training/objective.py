@@ -101,8 +101,9 @@ class FlowMatching:
             AfaError: always.
         """
         raise AfaError(
+            "AFA-TRAIN-039",
             "training.min_snr_gamma is for experts that predict noise or velocity of a diffusion; "
-            "these were trained with flow matching. Leave it out."
+            "these were trained with flow matching. Leave it out.",
         )
 
 
@@ -117,16 +118,18 @@ def forward_process(scheduler: SchedulerMixin) -> ForwardProcess:
     kind = config.get("prediction_type")
     if type(scheduler).__name__.startswith("EDM"):
         raise AfaError(
+            "AFA-TRAIN-040",
             f"Experts with {type(scheduler).__name__} predict on continuous noise levels (CosXL, "
             "Playground 2.5). Aggregators are trained on experts with discrete timesteps or flow "
-            "matching. Train with other experts."
+            "matching. Train with other experts.",
         )
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or kind == "flow_prediction":
         return FlowMatching(scheduler)
     if kind not in ("epsilon", "v_prediction"):
         raise AfaError(
+            "AFA-TRAIN-041",
             f"Experts must predict noise (epsilon) or velocity (v_prediction), or be trained with "
-            f"flow matching, came '{kind}'."
+            f"flow matching, came '{kind}'.",
         )
     return Diffusion(scheduler)
 

@@ -139,8 +139,9 @@ def require_resolution(side: int, multiple: int) -> None:
     """
     if side % multiple:
         raise AfaError(
+            "AFA-TRAIN-042",
             f"data.resolution must be a multiple of {multiple}, in which the experts work, came "
-            f"{side}."
+            f"{side}.",
         )
 
 

@@ -227,8 +227,9 @@ def _resolve_dataset(dataset: DatasetRecipe, folder: Path) -> DatasetRecipe:
         for part in file.split("::"):  # a file in an archive somewhere, as fsspec writes it
             if not _ADDRESS.match(part):
                 raise AfaError(
+                    "AFA-TRAIN-043",
                     f"A data file must be a local path or an address (https, hf, s3, gs, az, "
-                    f"abfs), came '{file}'. Name a local file by its path alone."
+                    f"abfs), came '{file}'. Name a local file by its path alone.",
                 )
         return file
 

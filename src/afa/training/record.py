@@ -171,7 +171,9 @@ def require_trackers(names: Sequence[str]) -> None:
     known = sorted(map(str, LOGGER_TYPE_TO_CLASS))
     for name in names:
         if name not in known:
-            raise AfaError(f"A tracker must be one of {', '.join(known)}, came '{name}'.")
+            raise AfaError(
+                "AFA-TRAIN-044", f"A tracker must be one of {', '.join(known)}, came '{name}'."
+            )
 
 
 def _start(name: str, folder: Path, settings: dict[str, Any], first_step: int) -> Any:
@@ -189,7 +191,8 @@ def _start(name: str, folder: Path, settings: dict[str, Any], first_step: int) -
         tracker.start()
     except ImportError as error:
         raise AfaError(
-            f"The tracker '{name}' must be installed: {error}. Run: pip install {name}"
+            "AFA-TRAIN-045",
+            f"The tracker '{name}' must be installed: {error}. Run: pip install {name}",
         ) from error
     if not kind.requires_logging_directory:
         tracker.store_init_configuration(settings)

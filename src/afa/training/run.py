@@ -142,6 +142,7 @@ def require_same_recipe(recipe: Recipe, output: Path) -> None:
         if before is not None:
             found = f"that in '{output}' has another {', '.join(differing(before, asked))}"
         raise AfaError(
+            "AFA-TRAIN-046",
             f"The output folder must be new or hold an earlier run of this recipe; {found}. Name "
-            "another one."
+            "another one.",
         )

@@ -69,10 +69,11 @@ def split_by_picture(listing: Listing, num_samples: int) -> Split:
         most = len(listing) - len(samples_of[order[-1]])
         remedy = f"Set validation.num_samples to at most {most}" if most else "Add other pictures"
         raise AfaError(
+            "AFA-TRAIN-047",
             f"validation.num_samples is {num_samples}, which holds out all {len(order)} different "
             f"pictures of the data ({len(listing)} samples): a picture is held out with all its "
             f"captions. At least one picture must be left to train on. {remedy}, or leave "
-            "validation out."
+            "validation out.",
         )
     is_held = set(held)
     return Split(

@@ -116,7 +116,9 @@ class Trainer:
         self.ensemble.aggregators.to(engine.device)
         self._parameters = [p for p in self.ensemble.aggregators.parameters() if p.requires_grad]
         if not self._parameters:
-            raise AfaError("The ensemble has no aggregators to train. Pass a SABWConfig.")
+            raise AfaError(
+                "AFA-TRAIN-048", "The ensemble has no aggregators to train. Pass a SABWConfig."
+            )
         self._optimizer = torch.optim.AdamW(
             self._parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
@@ -136,13 +138,15 @@ class Trainer:
             self._restore(found)
         if engine.is_sharding and settings.offload_experts:
             raise AfaError(
+                "AFA-TRAIN-049",
                 "training.offload_experts must be off where accelerate shards the experts (FSDP). "
-                "Leave it out, and set fsdp_offload_params there."
+                "Leave it out, and set fsdp_offload_params there.",
             )
         if self.first > settings.num_steps:
             raise AfaError(
+                "AFA-TRAIN-050",
                 f"training.num_steps must be at least {self.first}, which this run has done "
-                f"already, came {settings.num_steps}. Raise it, or name another folder."
+                f"already, came {settings.num_steps}. Raise it, or name another folder.",
             )
         engine.shard(self.ensemble)
 
@@ -189,7 +193,9 @@ class Trainer:
             except NotFinite as error:
                 if self._checkpoints is None:
                     raise
-                raise AfaError(f"{error} {self._checkpoints.last_words()}") from error
+                raise AfaError(
+                    "AFA-TRAIN-051", f"{error} {self._checkpoints.last_words()}"
+                ) from error
 
     def averaged(self) -> ExitStack:
         """A context in which the aggregators are the average, where one is kept."""
@@ -243,14 +249,16 @@ class Trainer:
         assert self._checkpoints is not None, "it was read there"
         if found.notes["experts"] != self._hashes():
             raise AfaError(
+                "AFA-TRAIN-052",
                 f"The checkpoints in '{self._checkpoints.folder}' were trained with experts and "
                 f"autoencoder of SHA-256 {', '.join(found.notes['experts'])}; now they have "
-                f"{', '.join(self._hashes())}. Restore them, or delete it to begin again."
+                f"{', '.join(self._hashes())}. Restore them, or delete it to begin again.",
             )
         if found.notes["samples_per_step"] != self._total:
             raise AfaError(
+                "AFA-TRAIN-053",
                 f"batch_size times gradient_accumulation_steps times the number of processes must "
-                f"be {found.notes['samples_per_step']}, as before, came {self._total}."
+                f"be {found.notes['samples_per_step']}, as before, came {self._total}.",
             )
         self.began = dict(found.notes.get("made_from") or {})
         require_same(self.began, self._made_from, self._checkpoints.folder)

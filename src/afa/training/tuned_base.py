@@ -67,7 +67,9 @@ def tune_base(
             run, or what `train_aggregators` raises.
     """
     if settings.expert_dtype != "float32":
-        raise AfaError("A tuned base must be trained in float32, came another expert_dtype.")
+        raise AfaError(
+            "AFA-TRAIN-054", "A tuned base must be trained in float32, came another expert_dtype."
+        )
     engine = Engine(settings.device)
     companions = Companions(torch.float32, config=config)
     pipeline, reference = load_single(source, companions=companions)
@@ -143,8 +145,9 @@ def _require_same(output: Path, run: dict[str, Any]) -> None:
         if written is not None:
             found = f"'{output}' has another {', '.join(differing(written, run))}"
         raise AfaError(
+            "AFA-TRAIN-055",
             f"The output folder must be new or of the same base, data and settings; {found}. Name "
-            "another one."
+            "another one.",
         )
 
 

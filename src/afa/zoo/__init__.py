@@ -56,7 +56,9 @@ def export_zoo(directory: str | Path, source: Path | None = None) -> Path:
     """
     directory = Path(directory).resolve()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise AfaError(f"The output folder must be new; '{directory}' exists. Name another one.")
+        raise AfaError(
+            "AFA-ZOO-001", f"The output folder must be new; '{directory}' exists. Name another one."
+        )
     directory.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
     try:
@@ -80,7 +82,7 @@ def expert_folder(name: str) -> Path:
     """
     if name not in MODELS:
         known = ", ".join(f"zoo:{known}" for known in (*MODELS, "ensemble"))
-        raise AfaError(f"A shipped name must be one of {known}, came 'zoo:{name}'.")
+        raise AfaError("AFA-ZOO-002", f"A shipped name must be one of {known}, came 'zoo:{name}'.")
     folder = cache_folder() / f"zoo-{_digest()[:16]}"
     if not folder.exists():
         try:

@@ -64,7 +64,8 @@ def judge(
     for picture, caption in zip(pictures, captions, strict=True):
         if picture.size != (IMAGE_SIZE, IMAGE_SIZE):
             raise AfaError(
-                f"A judged picture must be {IMAGE_SIZE}x{IMAGE_SIZE} pixels, came {picture.size}."
+                "AFA-ZOO-003",
+                f"A judged picture must be {IMAGE_SIZE}x{IMAGE_SIZE} pixels, came {picture.size}.",
             )
         truth = parse_caption(caption)
         found = classifier(_halves(picture)).argmax(1).tolist()

@@ -92,9 +92,10 @@ def parse_caption(caption: str) -> Scene:
     except (IndexError, KeyError):
         pass
     raise AfaError(
+        "AFA-ZOO-004",
         "A scene's caption must read like 'a fox on the left and a pizza on the right, blue "
         f"background', came '{caption}'. Objects: {', '.join(OBJECTS)}; backgrounds: "
-        f"{', '.join(BACKGROUNDS)}."
+        f"{', '.join(BACKGROUNDS)}.",
     )
 
 
@@ -140,10 +141,15 @@ def scene(index: int, *, kind: Kind = "any", seed: int = 0, held_out: bool = Fal
         AfaError: `kind` is unknown, or has no held-out pairs.
     """
     if kind not in get_args(Kind):
-        raise AfaError(f"kind must be one of {', '.join(get_args(Kind))}, came '{kind}'.")
+        raise AfaError(
+            "AFA-ZOO-005", f"kind must be one of {', '.join(get_args(Kind))}, came '{kind}'."
+        )
     pairs = _pairs(kind, held_out)
     if not pairs:
-        raise AfaError(f"Held-out pairs are mixed ones; kind '{kind}' has none. Use kind='mixed'.")
+        raise AfaError(
+            "AFA-ZOO-006",
+            f"Held-out pairs are mixed ones; kind '{kind}' has none. Use kind='mixed'.",
+        )
     rng = np.random.default_rng([seed, index, get_args(Kind).index(kind), int(held_out)])
     left, right = pairs[rng.integers(len(pairs))]
     background = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
@@ -174,13 +180,16 @@ def evaluation_prompts(
         AfaError: fewer different captions exist, or a negative number of them is asked for.
     """
     if num_prompts < 0:
-        raise AfaError(f"The number of prompts must not be negative, came {num_prompts}.")
+        raise AfaError(
+            "AFA-ZOO-007", f"The number of prompts must not be negative, came {num_prompts}."
+        )
     held_out = held_out and kind in ("mixed", "any")
     num_captions = len(_pairs(kind, held_out)) * len(BACKGROUNDS)
     if num_prompts > num_captions:
         raise AfaError(
+            "AFA-ZOO-008",
             f"Only {num_captions} different '{kind}' prompts exist, {num_prompts} were asked for. "
-            "Ask for fewer."
+            "Ask for fewer.",
         )
     captions: dict[str, None] = {}
     for index in itertools.count():

@@ -69,8 +69,9 @@ def extract_sprites(font: Path) -> Image.Image:
         from fontTools.ttLib import TTFont, TTLibError
     except ImportError as error:
         raise AfaError(
+            "AFA-ZOO-009",
             "Cutting sprites from the font needs fonttools, which is not installed: "
-            "pip install 'afa[zoo]'."
+            "pip install 'afa[zoo]'.",
         ) from error
     try:
         tables = TTFont(font)
@@ -78,15 +79,18 @@ def extract_sprites(font: Path) -> Image.Image:
         bitmaps = tables["CBDT"].strikeData[0]
     except (TTLibError, KeyError, OSError) as error:
         raise AfaError(
+            "AFA-ZOO-010",
             f"The font must be Noto Color Emoji with bitmap glyphs (CBDT); '{font}' is not: "
-            f"{error}. Debian's package fonts-noto-color-emoji has it."
+            f"{error}. Debian's package fonts-noto-color-emoji has it.",
         ) from error
     columns = max(len(objects) for objects in DOMAINS.values())
     atlas = Image.new("RGBA", (columns * SPRITE_SIZE, len(DOMAINS) * SPRITE_SIZE))
     for row, objects in enumerate(DOMAINS.values()):
         for column, (name, emoji) in enumerate(objects):
             if ord(emoji) not in glyph_names:
-                raise AfaError(f"The font '{font}' has no glyph {emoji} for '{name}'.")
+                raise AfaError(
+                    "AFA-ZOO-011", f"The font '{font}' has no glyph {emoji} for '{name}'."
+                )
             png = bitmaps[glyph_names[ord(emoji)]].imageData
             bitmap = Image.open(io.BytesIO(png)).convert("RGBA")
             atlas.paste(_fit(bitmap), (column * SPRITE_SIZE, row * SPRITE_SIZE))

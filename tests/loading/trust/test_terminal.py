@@ -24,7 +24,7 @@ def test_nothing_steers_the_terminal() -> None:
 
 
 def test_an_error_is_one_line_whatever_is_in_it() -> None:
-    text = str(AfaError("a\nb\rc\u2028d\x85e\x1cf"))
+    text = str(AfaError("AFA-FILE-001", "a\nb\rc\u2028d\x85e\x1cf"))
     assert len(text.splitlines()) == 1
     assert text == "a b c d e f"
 

@@ -16,7 +16,7 @@ def write_name(name: str, folder: Path) -> None:
 
 
 def fail(name: str, folder: Path) -> None:
-    raise AfaError("It must not be so.")
+    raise AfaError("AFA-STUDY-001", "It must not be so.")
 
 
 def count_forever(name: str, folder: Path) -> None:

@@ -43,8 +43,9 @@ class HandOver:
         falls = all(a > b for a, b in zip(self.boundaries, self.boundaries[1:], strict=False))
         if len(self.boundaries) != len(self.order) - 1 or not falls:
             raise AfaError(
+                "AFA-FUSION-002",
                 f"A hand-over between {len(self.order)} experts must have "
-                f"{len(self.order) - 1} falling boundaries, came {list(self.boundaries)}."
+                f"{len(self.order) - 1} falling boundaries, came {list(self.boundaries)}.",
             )
 
     @classmethod
@@ -80,9 +81,10 @@ class HandOverRecipe(FusionRecipe):
         outside = [b for b in self.boundaries if not 1 <= b <= num_train_timesteps]
         if outside:
             raise AfaError(
+                "AFA-FUSION-003",
                 f"A hand-over has the boundaries {self.boundaries}; they must be timesteps of the "
                 f"scheduler, from 1 to {num_train_timesteps}, for every family. Where they are "
-                f"shares of the noise, multiply them by {num_train_timesteps}."
+                f"shares of the noise, multiply them by {num_train_timesteps}.",
             )
         return HandOver(order, self.boundaries)
 

@@ -49,7 +49,9 @@ class MagicFusion(FusionRule):
         super().__init__()
         listed = [temperatures] if isinstance(temperatures, (int, float)) else list(temperatures)
         if not listed or min(listed) <= 0:
-            raise AfaError(f"MagicFusion's temperatures must be positive, came {listed}.")
+            raise AfaError(
+                "AFA-FUSION-004", f"MagicFusion's temperatures must be positive, came {listed}."
+            )
         self.temperatures = listed
         self.fuse_below = fuse_below
 
@@ -79,11 +81,14 @@ class MagicFusion(FusionRule):
         temperatures = self.temperatures * (count if len(self.temperatures) == 1 else 1)
         if len(temperatures) != count:
             raise AfaError(
+                "AFA-FUSION-005",
                 f"MagicFusion needs one temperature, or one for each of the {count} experts; came "
-                f"{len(temperatures)}."
+                f"{len(temperatures)}.",
             )
         if features[0].shape[-1] < 2 or features[0].shape[-2] < 2:
-            raise AfaError("MagicFusion needs predictions of at least 2x2 pixels to smooth.")
+            raise AfaError(
+                "AFA-FUSION-006", "MagicFusion needs predictions of at least 2x2 pixels to smooth."
+            )
         maps = [self.saliency(f, k) for f, k in zip(features, temperatures, strict=True)]
         chosen = torch.cat(maps, dim=1).argmax(1)  # [B, H, W]
         is_early = condition.timestep[: len(chosen)] >= self.fuse_below
@@ -98,8 +103,9 @@ class MagicFusion(FusionRule):
         half = len(sample) // 2
         if len(sample) % 2 or not torch.equal(sample[:half], sample[half:]):
             raise AfaError(
+                "AFA-FUSION-007",
                 "MagicFusion needs classifier-free guidance, the latents without and with prompt "
-                "in one batch. Set a guidance scale above 1."
+                "in one batch. Set a guidance scale above 1.",
             )
 
 

@@ -97,8 +97,9 @@ class Graphs:
             if "captur" not in str(cause):
                 raise
             raise AfaError(
+                "AFA-ENSEMBLE-004",
                 "A step must only launch work on the GPU to be recorded as a CUDA graph; this one "
-                f"does more: {str(cause).splitlines()[0]} Leave CUDA graphs out."
+                f"does more: {str(cause).splitlines()[0]} Leave CUDA graphs out.",
             ) from error
         current.wait_stream(stream)
         self._newest = graph

@@ -81,15 +81,17 @@ class PruningPlan(Section):
         listed = fused_sites(ensemble)
         if (self.num_experts, self.sites) != (len(ensemble.experts), listed):
             raise AfaError(
+                "AFA-ENSEMBLE-005",
                 f"A pruning plan must be of this ensemble, with {len(ensemble.experts)} experts "
                 f"and {len(listed)} sites where they are fused; it is of one with "
-                f"{self.num_experts} and {len(self.sites)}. Make one: afa prune ENSEMBLE."
+                f"{self.num_experts} and {len(self.sites)}. Make one: afa prune ENSEMBLE.",
             )
         made_with = self.aggregators
         if made_with is not None and made_with != hash_weights(ensemble.aggregators):
             raise AfaError(
+                "AFA-ENSEMBLE-006",
                 "This pruning plan was made with other aggregators, which decide otherwise who is "
-                "needed where. Make one of this ensemble: afa prune ENSEMBLE."
+                "needed where. Make one of this ensemble: afa prune ENSEMBLE.",
             )
         unknown = {
             n for part in self.ranges for experts in part.experts.values() for n in experts
@@ -98,17 +100,19 @@ class PruningPlan(Section):
         elsewhere = {site for part in self.ranges for site in part.experts} - set(listed)
         if unknown or nobody or elsewhere:
             raise AfaError(
+                "AFA-ENSEMBLE-007",
                 "A pruning plan must leave at least one expert at every site, by its number below "
-                f"{self.num_experts}, and name no other sites. Make it anew: afa prune ENSEMBLE."
+                f"{self.num_experts}, and name no other sites. Make it anew: afa prune ENSEMBLE.",
             )
         for part in self.ranges:
             for site in ensemble.sites:
                 own, of_block = part.experts.get(site.name), part.experts.get(site.block)
                 if site.name in listed and site.block in listed and own != of_block:
                     raise AfaError(
+                        "AFA-ENSEMBLE-008",
                         f"A pruning plan must leave the same experts at '{site.name}' and "
                         f"'{site.block}', which one block computes together; it leaves {own} and "
-                        f"{of_block}. Make it anew: afa prune ENSEMBLE."
+                        f"{of_block}. Make it anew: afa prune ENSEMBLE.",
                     )
 
 
@@ -156,9 +160,12 @@ class Shares:
             AfaError: no picture was drawn, or `keep` is not above 0 and at most 1.
         """
         if not 0 < keep <= 1:
-            raise AfaError(f"keep must be above 0 and at most 1, came {keep}.")
+            raise AfaError("AFA-ENSEMBLE-009", f"keep must be above 0 and at most 1, came {keep}.")
         if not self._sums:
-            raise AfaError("A pruning plan is made from pictures; none was drawn. Give prompts.")
+            raise AfaError(
+                "AFA-ENSEMBLE-010",
+                "A pruning plan is made from pictures; none was drawn. Give prompts.",
+            )
         listed = fused_sites(self._ensemble)
         blocks = {site.name: site.block for site in self._ensemble.sites}
         count = len(self._ensemble.experts)
@@ -211,5 +218,6 @@ def load_plan(path: Path) -> PruningPlan:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise AfaError(
-            f"'{path}' must be a plan of `afa prune`, but at '{place}': {first['msg']}."
+            "AFA-ENSEMBLE-011",
+            f"'{path}' must be a plan of `afa prune`, but at '{place}': {first['msg']}.",
         ) from None

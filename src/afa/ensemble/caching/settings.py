@@ -46,20 +46,23 @@ class Acceleration:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise AfaError(
+                    "AFA-ENSEMBLE-012",
                     f"acceleration.{name} must be from {low} to {high}, came {value}. "
-                    f"Leave it out for {getattr(Acceleration, name)}."
+                    f"Leave it out for {getattr(Acceleration, name)}.",
                 )
         if self.drift is None:
             return
         if not self.drift > 0:
             raise AfaError(
+                "AFA-ENSEMBLE-013",
                 f"acceleration.drift must be above 0, came {self.drift}. Leave it out to go by the "
-                "interval alone."
+                "interval alone.",
             )
         if self.interval == 1:
             raise AfaError(
+                "AFA-ENSEMBLE-014",
                 "acceleration.drift needs an interval above 1, the most steps between those "
-                "where all is computed, came interval = 1."
+                "where all is computed, came interval = 1.",
             )
 
     @property
@@ -103,16 +106,21 @@ def acceleration_of(given: str | Mapping[str, Any] | Acceleration) -> Accelerati
         return given
     if isinstance(given, str):
         if given not in PRESETS:
-            raise AfaError(f"A speed must be one of {', '.join(PRESETS)}, came '{given}'.")
+            raise AfaError(
+                "AFA-ENSEMBLE-015", f"A speed must be one of {', '.join(PRESETS)}, came '{given}'."
+            )
         return PRESETS[given]
     for name, (neutral, reason, remedy) in _REMOVED.items():
         if given.get(name, neutral) != neutral:
             raise AfaError(
-                f"acceleration.{name} was removed, since {reason}; came {given[name]}. {remedy}."
+                "AFA-ENSEMBLE-016",
+                f"acceleration.{name} was removed, since {reason}; came {given[name]}. {remedy}.",
             )
     given = {key: value for key, value in given.items() if key not in _REMOVED}
     known = [field.name for field in fields(Acceleration)]
     unknown = [key for key in given if key not in known]
     if unknown:
-        raise AfaError(f"acceleration has {', '.join(known)}; there is no '{unknown[0]}'.")
+        raise AfaError(
+            "AFA-ENSEMBLE-017", f"acceleration has {', '.join(known)}; there is no '{unknown[0]}'."
+        )
     return Acceleration(**given)

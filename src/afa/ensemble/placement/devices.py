@@ -36,8 +36,9 @@ class Devices(Hook):
     def __init__(self, names: Sequence[torch.device | str], num_experts: int, prompt: str) -> None:
         if len(names) != num_experts:
             raise AfaError(
+                "AFA-ENSEMBLE-035",
                 f"Experts must be placed on one device each, came {len(names)} devices for "
-                f"{num_experts} experts. Name a device once for every expert on it."
+                f"{num_experts} experts. Name a device once for every expert on it.",
             )
         self.of_expert = tuple(torch.device(name) for name in names)
         self._prompt = prompt

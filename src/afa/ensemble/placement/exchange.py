@@ -51,14 +51,16 @@ class Exchange(Processes, Hook):
     def __init__(self, num_experts: int, group: ProcessGroup | None = None) -> None:
         if not distributed.is_initialized():
             raise AfaError(
+                "AFA-ENSEMBLE-036",
                 "Experts are spread over processes of torch.distributed, and there are none. Start "
-                "several, torchrun --nproc_per_node N ..., and call init_process_group first."
+                "several, torchrun --nproc_per_node N ..., and call init_process_group first.",
             )
         super().__init__(group, "spread")
         if self._count > num_experts:
             raise AfaError(
+                "AFA-ENSEMBLE-037",
                 f"There must be at most as many processes as experts, came {self._count} for "
-                f"{num_experts}. Let groups of processes draw different pictures instead."
+                f"{num_experts}. Let groups of processes draw different pictures instead.",
             )
         self._num_experts = num_experts
         #: the experts that this process computes, by number
@@ -83,9 +85,10 @@ class Exchange(Processes, Hook):
         """
         if torch.is_grad_enabled():
             raise AfaError(
+                "AFA-ENSEMBLE-038",
                 "Experts that are spread over processes are for drawing, but gradients are "
                 "recorded. Call the ensemble under torch.no_grad(), or train in one process for "
-                "each sample."
+                "each sample.",
             )
         self.require_one_thread()
         if self._count == 1:
@@ -104,9 +107,10 @@ class Exchange(Processes, Hook):
         distributed.all_gather(received, seen, group=self._group)
         if any(not _is_close(received[0], other) for other in received[1:]):
             raise AfaError(
+                "AFA-ENSEMBLE-039",
                 "The processes over which the experts are spread were called with different "
                 "arguments, such as timesteps, latents or prompts; they must draw the same "
-                "picture. Give all of them the same prompts, size and seed."
+                "picture. Give all of them the same prompts, size and seed.",
             )
 
     def begin(self, inputs: Inputs) -> Collection[int]:

@@ -37,9 +37,10 @@ class Processes:
             self._thread = threading.get_ident()
         if self._thread != threading.get_ident():
             raise AfaError(
+                "AFA-ENSEMBLE-040",
                 f"An ensemble whose experts are {self._how} over processes was called from a "
                 "second thread; the order of its calls must be the same in every process. Draw "
-                "from one thread, or load the experts in one process."
+                "from one thread, or load the experts in one process.",
             )
 
     def any_of(self, decision: bool) -> bool:

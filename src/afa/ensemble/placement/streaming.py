@@ -79,8 +79,9 @@ class LayerStream:
 
     def __reduce__(self) -> NoReturn:
         raise AfaError(
+            "AFA-ENSEMBLE-041",
             "Experts whose layers are in a file cannot be copied or pickled; the copy would have "
-            "no layers. Call stop_offloading() first."
+            "no layers. Call stop_offloading() first.",
         )
 
     def add(self, layers: Iterable[nn.Module]) -> None:
@@ -101,9 +102,10 @@ class LayerStream:
             free = shutil.disk_usage(self._folder).free
             if free < end:
                 raise AfaError(
+                    "AFA-ENSEMBLE-042",
                     f"To stream experts, '{self._folder}' must have room for their layers; "
                     f"{end / 1e9:.2f} GB more are needed, {free / 1e9:.2f} GB are free. Name a "
-                    "folder on another disk."
+                    "folder on another disk.",
                 )
             entry = _Layer(self._size, end, tuple(places))
             for place in places:
@@ -166,7 +168,10 @@ class LayerStream:
         while done < size:
             count = os.preadv(self._file.fileno(), [view[done:]], offset + done)
             if count == 0:
-                raise AfaError("The file of streamed layers has ended early; is the disk full?")
+                raise AfaError(
+                    "AFA-ENSEMBLE-043",
+                    "The file of streamed layers has ended early; is the disk full?",
+                )
             done += count
         return content
 

@@ -51,8 +51,9 @@ def lora_expert(base: Expert, asked: ExpertSource) -> Expert:
     reference = LoraReference(str(source.absolute()), hash_lora(source), asked.scale)
     if asked.lora_sha256 not in (None, reference.sha256):
         raise AfaError(
+            "AFA-LOAD-031",
             f"The LoRA '{lora.path}' must have SHA-256 {asked.lora_sha256}, with which the "
-            f"ensemble was trained, has {reference.sha256}. Restore that file, or train again."
+            f"ensemble was trained, has {reference.sha256}. Restore that file, or train again.",
         )
     models = {base.kind.denoiser: base.denoiser, **base.text_encoders}
     changes = plan_changes(lora, Base.of(asked.source, base.kind, models), asked.scale)
@@ -126,9 +127,10 @@ def _merge(model: nn.Module, lora: LoraFile, changes: list[Change], scale: float
             new = value.to(old)
             if not torch.isfinite(new).all():
                 raise AfaError(
+                    "AFA-LOAD-032",
                     f"The LoRA '{lora.path}' makes '{name}' non-finite (NaN or infinity) in "
                     f"{str(old.dtype).removeprefix('torch.')}. Merged weights must be finite. "
-                    "Lower the scale, or use bfloat16 or float32."
+                    "Lower the scale, or use bfloat16 or float32.",
                 )
             # not in place: the base's own weight is every other expert's
             parameter = nn.Parameter(new, requires_grad=False)

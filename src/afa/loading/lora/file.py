@@ -58,15 +58,19 @@ def open_lora(path: Path) -> LoraFile:
     if path.suffix.lower() in PICKLES:
         path = as_safetensors(path, "A LoRA")
     if not path.is_file():
-        raise AfaError(f"A LoRA must be a local file; '{path}' does not exist. Download it first.")
+        raise AfaError(
+            "AFA-LOAD-033",
+            f"A LoRA must be a local file; '{path}' does not exist. Download it first.",
+        )
     header = check_safetensors(path)
     for mark, method in _OTHER_METHODS.items():
         found = next((name for name in header.tensors if mark in name), None)
         if found is not None:
             raise AfaError(
+                "AFA-LOAD-034",
                 f"'{path}' has '{found}', a tensor of {method}. A LoRA must add low-rank products "
                 "to weights. Merge it into a checkpoint with the tool it is from, and name that as "
-                "the expert."
+                "the expert.",
             )
     adapter = None
     if any(name.startswith(RAW_PEFT) for name in header.tensors):
@@ -106,9 +110,10 @@ def read_tensors(lora: LoraFile, entries: Iterable[Mapping[K, str]]) -> Iterator
             for key, tensor in tensors.items():
                 if not torch.isfinite(tensor).all():
                     raise AfaError(
+                        "AFA-LOAD-035",
                         f"'{entry[key]}' of the LoRA '{lora.path}' has non-finite values (NaN or "
                         "infinity). All numbers of a LoRA must be finite. Download it again, or "
-                        "take an earlier checkpoint of its training."
+                        "take an earlier checkpoint of its training.",
                     )
             yield tensors
 
@@ -132,9 +137,10 @@ def _read_config(path: Path) -> dict[str, Any]:
     place = path.parent / _CONFIG
     if not place.is_file():
         raise AfaError(
+            "AFA-LOAD-036",
             f"'{path}' is a LoRA in PEFT's own layout, whose scale (lora_alpha) stands in the "
             f"{_CONFIG} that PEFT saves with it. That file must lie beside it; there is none. "
-            "Download or copy it, too."
+            "Download or copy it, too.",
         )
     config = read_json(place, _MAX_CONFIG)
     _check_config(config, place)
@@ -151,8 +157,9 @@ def _by_part(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any
         content = None
     if not isinstance(content, dict):
         raise AfaError(
+            "AFA-LOAD-037",
             f"The metadata {_METADATA} of the LoRA '{path}' is no JSON object. It must be what "
-            "diffusers writes. Save the LoRA again, or without metadata."
+            "diffusers writes. Save the LoRA again, or without metadata.",
         )
     found: dict[str, dict[str, Any]] = {}
     for key, value in content.items():
@@ -168,8 +175,9 @@ def _check_config(config: Mapping[str, Any], place: Path) -> None:
     method = config.get("peft_type") or "LORA"
     if method != "LORA":
         raise AfaError(
+            "AFA-LOAD-038",
             f"'{place}' describes a {method} adapter. It must be a LORA one. Merge the adapter "
-            "into its base with PEFT, and name the result as the expert."
+            "into its base with PEFT, and name the result as the expert.",
         )
     start = config.get("init_lora_weights")
     wrong = [f"{key} = {config[key]}" for key in _UNSUPPORTED if config.get(key)]
@@ -177,9 +185,10 @@ def _check_config(config: Mapping[str, Any], place: Path) -> None:
         wrong.append(f"init_lora_weights = {start}, which changes the base's weights as well")
     if wrong:
         raise AfaError(
+            "AFA-LOAD-039",
             f"'{place}' has {str(wrong[0])[:120]}. A LoRA must add low-rank products to the "
             "weights of its base. Merge the adapter into its base with PEFT, and name the result "
-            "as the expert."
+            "as the expert.",
         )
     numbers = {"r": config.get("r", 1), "lora_alpha": config.get("lora_alpha", 1)}
     for key in ("rank_pattern", "alpha_pattern"):
@@ -189,6 +198,7 @@ def _check_config(config: Mapping[str, Any], place: Path) -> None:
         is_number = isinstance(value, (int, float)) and abs(value) < float("inf")
         if not is_number or not _PATTERN.fullmatch(key):
             raise AfaError(
+                "AFA-LOAD-040",
                 f"'{place}' has '{key[:80]}' = {str(value)[:60]}. Ranks and alphas must be finite "
-                "numbers, for layers by their names. Download it again."
+                "numbers, for layers by their names. Download it again.",
             )

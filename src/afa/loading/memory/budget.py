@@ -39,7 +39,10 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     unit = match and _UNITS.get(match[2].upper())
     if match is None or unit is None or float(match[1]) == 0:
-        raise AfaError(f"A memory budget must be a size such as 8GB or 7.5GiB, came '{text}'.")
+        raise AfaError(
+            "AFA-MEMORY-001",
+            f"A memory budget must be a size such as 8GB or 7.5GiB, came '{text}'.",
+        )
     return int(float(match[1]) * unit)
 
 
@@ -97,9 +100,10 @@ def choose(
         if needed <= budget:
             return MemoryPlan(place, budget, takes, program)
     raise AfaError(
+        "AFA-MEMORY-002",
         f"The memory budget must be at least {size_text(min(takes.values()))} for these experts "
         f"({_SAID[min(takes, key=lambda place: takes[place])]}), is {size_text(budget)}. Raise it, "
-        "draw smaller pictures, or load the experts as bfloat16."
+        "draw smaller pictures, or load the experts as bfloat16.",
     )
 
 

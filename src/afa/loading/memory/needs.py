@@ -127,8 +127,9 @@ def needs_of(
     """
     if not (config / "vae" / "config.json").is_file():
         raise AfaError(
+            "AFA-MEMORY-003",
             f"To plan memory, '{config}' must describe an autoencoder; it has no vae/config.json. "
-            "Copy it from the model that lends the autoencoder, or leave the budget out."
+            "Copy it from the model that lends the autoencoder, or leave the budget out.",
         )
     index = read_json(config / "model_index.json")
     class_name = str(index.get("_class_name"))

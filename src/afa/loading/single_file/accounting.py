@@ -177,10 +177,11 @@ def _fit(
         said = _block_counts(kind, state, expected, config) if part == kind.denoiser else []
         if not (said or strange or wrong):
             raise AfaError(
+                "AFA-LOAD-064",
                 f"'{source}' must be complete; of its {part}, '{config.name}' has {len(missing)} "
                 f"parameters that are missing in the file (first: '{min(missing)}'). Download or "
                 "save it again; a different model must be described by a diffusers folder of its "
-                "own: config=FOLDER."
+                "own: config=FOLDER.",
             )
         if strange:
             said.append(f"tensors that fit no layer: {len(strange)} (first: '{min(strange)}')")
@@ -201,8 +202,9 @@ def _misfit(source: object, config: Path, part: str, said: str) -> AfaError:
     elif part.startswith("text_encoder"):
         remedy = "Describe the file by a diffusers folder of the same model: config=FOLDER."
     return AfaError(
+        "AFA-LOAD-065",
         f"'{source}' does not fit the configuration '{config.name}': of its {part}, {said}. Every "
-        f"tensor of a file must be used. {remedy}"
+        f"tensor of a file must be used. {remedy}",
     )
 
 
@@ -246,9 +248,10 @@ def _count_unused(
             why = _LEFT_OUT
         if why is None:
             raise AfaError(
+                "AFA-LOAD-066",
                 f"Every tensor of a file must be used; '{name}' in '{source}' belongs to no part "
                 f"of a model that is read from single files ({readable_kinds()}). Use the model "
-                "without this addition, or save it as a diffusers folder."
+                "without this addition, or save it as a diffusers folder.",
             )
         unused[why] += 1
 

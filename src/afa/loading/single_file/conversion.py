@@ -144,8 +144,9 @@ def expected_shapes(part: str, config: Path) -> dict[str, tuple[int, ...]]:
             raise
         said = " ".join(str(error).split())[:200]
         raise AfaError(
+            "AFA-LOAD-067",
             f"'{config / part / 'config.json'}' must describe a model, but building it says: "
-            f"{said}. Download it again."
+            f"{said}. Download it again.",
         ) from error
 
 

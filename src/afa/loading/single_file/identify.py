@@ -60,7 +60,10 @@ def config_folder(name: str) -> Path:
         AfaError: none of this name ships.
     """
     if name not in configs():
-        raise AfaError(f"A shipped configuration is one of {', '.join(configs())}, came '{name}'.")
+        raise AfaError(
+            "AFA-LOAD-068",
+            f"A shipped configuration is one of {', '.join(configs())}, came '{name}'.",
+        )
     folder = cache_folder() / f"configs-{_digest()[:16]}" / name
     if not folder.exists():
         try:
@@ -128,9 +131,10 @@ def config_of(
     found = denoiser_in(shapes)
     if found is None:
         raise AfaError(
+            "AFA-LOAD-069",
             f"A single file must hold a model in the layout of {readable_kinds()}; '{source}' "
             f"starts with '{min(shapes, default='nothing')}'. If it is one of a known family, "
-            "describe it: config=FOLDER, a diffusers folder of its family."
+            "describe it: config=FOLDER, a diffusers folder of its family.",
         )
     bare = {
         name.removeprefix(found.prefix): shape
@@ -141,9 +145,10 @@ def config_of(
     edm = next((mark for mark in marks if mark.is_edm), None)
     if edm is not None:
         raise AfaError(
+            "AFA-LOAD-070",
             f"'{source}' must be described: it predicts on continuous noise levels ({edm.where}), "
             "which no shipped configuration does, and cannot be mixed with other models. Leave it "
-            "out, or name a diffusers folder of it with an EDM scheduler, config=FOLDER."
+            "out, or name a diffusers folder of it with an EDM scheduler, config=FOLDER.",
         )
     told = layout_of(found.kind, source).configuration(
         FileDenoiser(
@@ -167,8 +172,9 @@ def refuse_lora(shapes: Shapes, source: object) -> None:
     """
     if any(mark in name for name in shapes for mark in _LORA):
         raise AfaError(
+            "AFA-LOAD-071",
             f"An expert must be a whole model; '{source}' is a LoRA. Name the model that it is for "
-            "as well: {base: MODEL, lora: FILE}."
+            "as well: {base: MODEL, lora: FILE}.",
         )
 
 

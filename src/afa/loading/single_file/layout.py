@@ -84,8 +84,9 @@ def layout_of(kind: PipelineKind, source: object) -> SingleFiles:
     """
     if kind.single_files is None:
         raise AfaError(
+            "AFA-LOAD-072",
             f"Single files are read of {readable_kinds()}; '{source}' is described as a "
-            f"{kind.name} model. Save it as a diffusers folder."
+            f"{kind.name} model. Save it as a diffusers folder.",
         )
     return kind.single_files
 

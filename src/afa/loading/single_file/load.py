@@ -224,8 +224,9 @@ def described_by(config: str | Path) -> Path:
     missing = [name for name in needed if not (folder / name).exists()]
     if missing:
         raise AfaError(
+            "AFA-LOAD-073",
             f"The configuration folder '{folder}' must be a diffusers pipeline (weights are not "
-            f"needed), or named as one of {', '.join(configs())}; it lacks {', '.join(missing)}."
+            f"needed), or named as one of {', '.join(configs())}; it lacks {', '.join(missing)}.",
         )
     described_kind(folder)
     return folder
@@ -245,8 +246,9 @@ def describe_expert(path: Path, companions: Companions) -> Described:
     if path.is_dir():
         if companions.is_own:
             raise AfaError(
+                "AFA-LOAD-074",
                 f"'{companions.named}' has config = {companions.config} in the recipe. A folder "
-                "must describe itself; config is for single files. Leave it out, or name a file."
+                "must describe itself; config is for single files. Leave it out, or name a file.",
             )
         asked = companions.prediction_type
         prediction = None if asked is None else decide(path, path, asked=asked, is_named=True)

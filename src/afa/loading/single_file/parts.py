@@ -160,8 +160,9 @@ def read_vae(path: Path, config: Path | None, dtype: torch.dtype) -> Autoencoder
     names = vae_names(shapes)
     if not names:
         raise AfaError(
+            "AFA-LOAD-075",
             f"'{path}' must be a file with an autoencoder; it has no '{_VAE_INSIDE[0]}'. Name the "
-            "autoencoder's file, a whole checkpoint or a diffusers folder."
+            "autoencoder's file, a whole checkpoint or a diffusers folder.",
         )
     if config is None:
         given = {f"first_stage_model.{rest}": t for rest, t in read_tensors(path, names).items()}

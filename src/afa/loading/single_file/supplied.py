@@ -111,8 +111,9 @@ def require_denoiser(path: Path, missing: Sequence[str], kind: PipelineKind) -> 
     """
     if kind.denoiser in missing:
         raise AfaError(
+            "AFA-LOAD-076",
             f"A single file must hold a denoiser; '{path}' has none in the layout of {kind.name}. "
-            "Is it a text encoder or an autoencoder? Name it under parts or vae."
+            "Is it a text encoder or an autoencoder? Name it under parts or vae.",
         )
 
 
@@ -136,8 +137,9 @@ def require_encoders(path: Path, kind: PipelineKind, absent: Sequence[str]) -> N
             for name, known in zip(wanted, common, strict=True)
         ]
         raise AfaError(
+            "AFA-LOAD-077",
             f"An expert must have its text encoders; '{path}' lacks {', '.join(named)}. Name "
-            "files or a diffusers folder that have them: parts=[...]."
+            "files or a diffusers folder that have them: parts=[...].",
         )
 
 
@@ -153,6 +155,7 @@ def require_autoencoder(source: str | Path, *, is_there: bool) -> None:
     """
     if not is_there:
         raise AfaError(
+            "AFA-LOAD-078",
             f"An ensemble must have an autoencoder; '{source}' leaves it out. Name one: "
-            "vae=FOLDER or FILE."
+            "vae=FOLDER or FILE.",
         )

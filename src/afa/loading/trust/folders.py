@@ -57,8 +57,9 @@ def check_part(folder: Path) -> None:
         return
     if (folder / _ADAPTER).exists():
         raise AfaError(
+            "AFA-LOAD-083",
             f"A model's part must be whole; '{folder / _ADAPTER}' makes it an adapter, whose base "
-            "may be anywhere. Merge the adapter into its base and save it, or name it as a LoRA."
+            "may be anywhere. Merge the adapter into its base and save it, or name it as a LoRA.",
         )
     is_tokenizer = _TOKENIZER.fullmatch(folder.name) is not None
     for file in sorted(folder.glob("*.json")):
@@ -70,8 +71,9 @@ def check_part(folder: Path) -> None:
     for file in folder.iterdir():
         if is_tokenizer and file.is_file() and file.stat().st_size > _MAX_TOKENIZER:
             raise AfaError(
+                "AFA-LOAD-084",
                 f"A tokenizer's file must be smaller than {_MAX_TOKENIZER} bytes; '{file}' has "
-                f"{file.stat().st_size}. Download it again."
+                f"{file.stat().st_size}. Download it again.",
             )
 
 
@@ -84,12 +86,16 @@ def _check_index(content: dict[str, Any], file: Path) -> None:
     """Shards lie beside their index, and are safetensors."""
     shards = content.get("weight_map")
     if not isinstance(shards, dict):
-        raise AfaError(f"'{file}' must have a weight_map of tensors to files. Download it again.")
+        raise AfaError(
+            "AFA-LOAD-085",
+            f"'{file}' must have a weight_map of tensors to files. Download it again.",
+        )
     for shard in set(map(str, shards.values())):
         if "/" in shard or "\\" in shard or not shard.endswith(".safetensors"):
             raise AfaError(
+                "AFA-LOAD-086",
                 f"'{file}' must name safetensors files beside it, came '{shard[:80]}'. Download it "
-                "again from a source you trust."
+                "again from a source you trust.",
             )
 
 
@@ -97,13 +103,15 @@ def _check_entries(content: dict[str, Any], file: Path) -> None:
     for key, value in _entries(content):
         if key in _CODE and value not in (None, False, {}, []):
             raise AfaError(
+                "AFA-LOAD-087",
                 f"A model must be data alone; '{file}' has {key}, with which code of others is "
-                "run. Take that entry out if the class that it replaces is a library's own."
+                "run. Take that entry out if the class that it replaces is a library's own.",
             )
         if key in _ATTENTION and not _is_own(value):
             raise AfaError(
+                "AFA-LOAD-088",
                 f"A model must compute attention by a library's own means; '{file}' has {key} = "
-                f"'{str(value)[:80]}', which is fetched and run. Take that entry out."
+                f"'{str(value)[:80]}', which is fetched and run. Take that entry out.",
             )
         _check_size(key, value, file)
 
@@ -119,8 +127,9 @@ def _check_size(key: str, value: Any, file: Path) -> None:
     numbers, length = _flat(value)
     if length > (_MAX_LAYERS if is_count else _MAX_LIST):
         raise AfaError(
+            "AFA-LOAD-089",
             f"'{file}' must describe a model that can be built; its {key} has {length} entries. "
-            "Download it again from a source you trust."
+            "Download it again from a source you trust.",
         )
     limit = _MAX_WIDTH
     if is_count and not key.endswith("channels"):
@@ -132,9 +141,10 @@ def _check_size(key: str, value: Any, file: Path) -> None:
     for number in numbers:
         if not (is_free or abs(number) == math.inf or abs(number) <= limit):
             raise AfaError(
+                "AFA-LOAD-090",
                 f"'{file}' must describe a model that can be built; its {key} is "
                 f"{str(number)[:20]}, {limit} is the most. Download it again from a source you "
-                "trust."
+                "trust.",
             )
 
 

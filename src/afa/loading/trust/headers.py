@@ -72,14 +72,16 @@ def check_header(file: Path) -> Header:
         return Header(_tensors(tensors, found.st_size - 8 - length), metadata, 8 + length)
     except _IsGguf:
         raise AfaError(
+            "AFA-LOAD-091",
             f"'{file}' is a GGUF file, whose weights are quantised for other programs. Weights "
             "must be plain numbers in safetensors. Take the float16 or bfloat16 .safetensors of "
-            "the same model; to save memory, quantise it here: `--quantize int8`."
+            "the same model; to save memory, quantise it here: `--quantize int8`.",
         ) from None
     except (_Wrong, OSError) as error:
         raise AfaError(
+            "AFA-LOAD-092",
             f"'{file}' must be a complete safetensors file, but reading its header says: {error}. "
-            "Download or copy it again."
+            "Download or copy it again.",
         ) from None
 
 

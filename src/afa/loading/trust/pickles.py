@@ -103,9 +103,10 @@ def _main_weights(part: Path) -> list[Path]:
             variants.setdefault((name["stem"] != expected, variant), []).append((file, name))
     if not variants:
         raise AfaError(
+            "AFA-LOAD-093",
             f"The pickled weights in '{part}' are named {', '.join(file.name for file in named)}; "
             f"they must be {_WEIGHTS}.bin or pytorch_model.bin, or shards of these. Rename the "
-            "file that has the weights."
+            "file that has the weights.",
         )
     found = variants[min(variants)]
     whole = [file for file, name in found if name["shard"] is None]
@@ -115,8 +116,9 @@ def _main_weights(part: Path) -> list[Path]:
     numbers = [int(name["shard"]) for _, name in found]
     if counts != {len(found)} or sorted(numbers) != list(range(1, len(found) + 1)):
         raise AfaError(
+            "AFA-LOAD-094",
             f"The pickled weights in '{part}' are {', '.join(file.name for file, _ in found)}; all "
-            "shards of one set must be there, each once. Download the folder again."
+            "shards of one set must be there, each once. Download the folder again.",
         )
     return [file for file, _ in found]
 
@@ -132,8 +134,9 @@ def _tensors_of(shards: Sequence[Path]) -> dict[str, Any]:
         for name, tensor in _read(file).items():
             if name in tensors:
                 raise AfaError(
+                    "AFA-LOAD-095",
                     f"The shard '{file}' holds '{name[:80]}', and so does an earlier one; every "
-                    "tensor must be in one shard. Download the folder again."
+                    "tensor must be in one shard. Download the folder again.",
                 )
             tensors[name] = tensor
     return tensors
@@ -155,11 +158,14 @@ def as_safetensors(path: Path, what: str = "Experts") -> Path:
     """
     if not policy().allow_pickle:
         raise AfaError(
+            "AFA-LOAD-096",
             f"{what} must be safetensors; '{path}' is a pickle, which can run code when it is "
-            "opened. Get the .safetensors file, or read its tensors alone: --allow-pickle."
+            "opened. Get the .safetensors file, or read its tensors alone: --allow-pickle.",
         )
     if not path.is_file():
-        raise AfaError(f"{what} must be there, but '{path}' does not exist. Check the path.")
+        raise AfaError(
+            "AFA-LOAD-097", f"{what} must be there, but '{path}' does not exist. Check the path."
+        )
     digest = hash_file(path)
     copy = cache_folder() / "from-pickles" / f"{digest}.safetensors"
     if not copy.exists():
@@ -177,8 +183,9 @@ def _read(path: Path) -> dict[str, Any]:
                 content = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             raise AfaError(
+                "AFA-LOAD-098",
                 f"A pickled checkpoint must hold tensors alone; of '{path}' torch says that "
-                f"{said_by(error)}. Get the .safetensors file."
+                f"{said_by(error)}. Get the .safetensors file.",
             ) from None
     for _ in range(_MAX_NESTING):
         if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
@@ -191,5 +198,7 @@ def _read(path: Path) -> dict[str, Any]:
         if isinstance(key, str) and isinstance(value, torch.Tensor)
     }
     if not tensors:
-        raise AfaError(f"'{path}' must hold tensors by name; it has none. Is it a checkpoint?")
+        raise AfaError(
+            "AFA-LOAD-099", f"'{path}' must hold tensors by name; it has none. Is it a checkpoint?"
+        )
     return tensors

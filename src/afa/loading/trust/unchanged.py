@@ -45,7 +45,8 @@ def require_unchanged(pipeline: Any) -> None:
         # its times may change without a write, as of a file that gets a second name
         if now is not None and now[:2] == before[:2] and now[2:4] != before[2:4]:
             raise AfaError(
+                "AFA-LOAD-100",
                 f"Files of weights must stay as they are while they are in use; '{file}' was "
                 "written into. What came after that is not kept. Restore the file, and run the "
-                "same command again."
+                "same command again.",
             )

@@ -65,8 +65,9 @@ def run_jobs(jobs: Sequence[Job], num_processes: int) -> Iterator[JobProgress]:
         yield from _drain(events)
     except BrokenProcessPool as error:
         raise AfaError(
+            "AFA-STUDY-001",
             "A process that trained was ended from outside; is the memory full? The same command "
-            "goes on."
+            "goes on.",
         ) from error
     finally:
         stop.set()
@@ -97,7 +98,7 @@ def _run(job: Job) -> None:
     try:
         job.function(job.name, *job.arguments)
     except AfaError as error:
-        raise AfaError(f"{job.name}: {error}") from None
+        raise AfaError("AFA-STUDY-002", f"{job.name}: {error}") from None
 
 
 def _say(name: str, done: int, total: int) -> None:

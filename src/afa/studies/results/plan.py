@@ -84,8 +84,9 @@ def transformers(folder: Path) -> Zoo:
     missing = [name for name, place in places.items() if not place.is_dir()]
     if missing:
         raise AfaError(
+            "AFA-STUDY-003",
             f"A zoo must have {', '.join(MODELS)}; '{folder}' lacks {', '.join(missing)}. Make "
-            f"one: afa zoo build {folder} --family dit."
+            f"one: afa zoo build {folder} --family dit.",
         )
     return Zoo({name: str(places[name]) for name in EXPERTS}, str(places["base"]), is_main=False)
 

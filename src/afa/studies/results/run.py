@@ -165,10 +165,14 @@ def _require_same(work: Path, asked: dict[str, Any]) -> None:
     place = work / _SETTINGS
     if place.exists() and read_json(place) != asked:
         raise AfaError(
-            f"The work folder '{work}' is of other settings or of other models. Name another one."
+            "AFA-STUDY-004",
+            f"The work folder '{work}' is of other settings or of other models. Name another one.",
         )
     if not place.exists() and not is_unused(work):
-        raise AfaError(f"The work folder must be new or of an earlier study; '{work}' is neither.")
+        raise AfaError(
+            "AFA-STUDY-005",
+            f"The work folder must be new or of an earlier study; '{work}' is neither.",
+        )
 
 
 def evaluate_in_processes(output: Path, recipe: dict[str, Any], num_processes: int) -> None:
@@ -185,7 +189,10 @@ def evaluate_in_processes(output: Path, recipe: dict[str, Any], num_processes: i
     command += ["afa", "evaluate", str(file), "--output", str(output), "--no-check"]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
     if done.returncode:
-        raise AfaError(f"afa evaluate failed on '{file}', see above; the same command goes on.")
+        raise AfaError(
+            "AFA-STUDY-006",
+            f"afa evaluate failed on '{file}', see above; the same command goes on.",
+        )
 
 
 def choose(

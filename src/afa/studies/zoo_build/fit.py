@@ -81,9 +81,10 @@ def fit(
             average = state["average"]
             if state.get("made_from", "") != made_from:
                 raise AfaError(
+                    "AFA-STUDY-007",
                     f"'{checkpoint}' was trained from something else than what there is now: an "
                     "earlier stage, the sprites or the data was made again. Delete it to train it "
-                    "again."
+                    "again.",
                 )
             if first < num_steps:
                 optimizer.load_state_dict(state["optimizer"])

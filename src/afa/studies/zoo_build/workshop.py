@@ -207,8 +207,9 @@ def require_same_recipe(path: Path, recipe: ModelsRecipe) -> None:
     is_foreign = any(path.parent.glob("*.ckpt")) and not path.exists()
     if is_foreign or (path.exists() and read_json(path) != asked):
         raise AfaError(
+            "AFA-STUDY-008",
             f"The work folder '{path.parent}' must be new or of the same recipe; '{path}' is "
-            f"{'missing' if is_foreign else 'another one'}. Name another folder."
+            f"{'missing' if is_foreign else 'another one'}. Name another folder.",
         )
     write_atomic(path, json.dumps(asked, indent=2) + "\n")
 

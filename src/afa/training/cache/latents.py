@@ -123,9 +123,10 @@ class LatentCache:
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise AfaError(
+                "AFA-TRAIN-001",
                 f"The latents of {count} pictures need {needed / 1e9:.1f} GB more, '{self.folder}' "
                 f"has {free / 1e9:.1f} GB free. Name another data.cache_folder, or do without: "
-                "--no-cache."
+                "--no-cache.",
             )
 
     def _write(self, place: Path, first: int, readers: Sequence[Reader]) -> None:
@@ -226,7 +227,9 @@ class LatentShards:
         #: of all samples of a stream; empty for other data, whose pictures are listed before
         self.listing = Listing.of(rows)
         if not self._place_of:
-            raise AfaError("The data must hold at least one whole picture, came none.")
+            raise AfaError(
+                "AFA-TRAIN-002", "The data must hold at least one whole picture, came none."
+            )
 
     @property
     def captions(self) -> list[str]:
@@ -256,8 +259,9 @@ class LatentShards:
             if sample in self._place_of:
                 return sample
         raise AfaError(
+            "AFA-TRAIN-003",
             "At least one picture that is trained on, and one that is held out, must be whole; all "
-            "of one kind are broken. Repair or replace them."
+            "of one kind are broken. Repair or replace them.",
         )
 
     def posterior(self, samples: Sequence[int], variants: Sequence[int]) -> Posterior:

@@ -58,7 +58,9 @@ def rows_listed(folder: Path) -> Rows:
     try:
         text = read_text(metadata, _MAX_METADATA)
     except (OSError, ValueError) as error:
-        raise AfaError(f"'{metadata}' must be UTF-8 text, but reading it: {error}.") from error
+        raise AfaError(
+            "AFA-TRAIN-007", f"'{metadata}' must be UTF-8 text, but reading it: {error}."
+        ) from error
     # not splitlines: a caption may hold a line separator of Unicode
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -73,24 +75,31 @@ def rows_listed(folder: Path) -> Rows:
             valid = False
         if not valid:
             raise AfaError(
+                "AFA-TRAIN-008",
                 f"Line {number} of '{metadata}' must be an object with the strings file_name "
-                f"and text, each once and of whole characters, came {line[:80]!r}."
+                f"and text, each once and of whole characters, came {line[:80]!r}.",
             )
         if not os.path.normpath(path).startswith(f"{os.path.normpath(folder)}{os.sep}"):
             raise AfaError(
+                "AFA-TRAIN-009",
                 f"Line {number} of '{metadata}' must name a file in that folder, came "
-                f"'{row['file_name'][:80]}'. Move the picture there, or link it."
+                f"'{row['file_name'][:80]}'. Move the picture there, or link it.",
             )
         if (what := irregular(path)) is not None:
             raise AfaError(
+                "AFA-TRAIN-010",
                 f"Line {number} of '{metadata}' names '{path}', which is {what} and must be a "
-                "regular file. Replace it or take the line out."
+                "regular file. Replace it or take the line out.",
             )
         if not path.is_file():
-            raise AfaError(f"Line {number} of '{metadata}' names '{path}', which is missing.")
+            raise AfaError(
+                "AFA-TRAIN-011", f"Line {number} of '{metadata}' names '{path}', which is missing."
+            )
         rows.append((path, caption))
     if not rows:
-        raise AfaError(f"The data folder '{folder}' must hold pictures; its list is empty.")
+        raise AfaError(
+            "AFA-TRAIN-012", f"The data folder '{folder}' must hold pictures; its list is empty."
+        )
     used = {os.path.normpath(path) for path, _ in rows} | {os.path.normpath(metadata)}
     unused = [path for path in files_in(folder) if os.path.normpath(path) not in used]
     warnings = []
@@ -131,7 +140,7 @@ def rows_beside(folder: Path) -> Rows:
         AfaError: no folder, none with a caption, one with two, or captions that are not UTF-8.
     """
     if not folder.is_dir():
-        raise AfaError(f"The data folder '{folder}' does not exist.")
+        raise AfaError("AFA-TRAIN-013", f"The data folder '{folder}' does not exist.")
     files = list(files_in(folder))
     captions: dict[tuple[Path, str], list[Path]] = {}
     for path in files:
@@ -141,10 +150,11 @@ def rows_beside(folder: Path) -> Rows:
     pairs = [(path, captions.get((path.parent, path.stem))) for path in pictures]
     if not any(found for _, found in pairs):
         raise AfaError(
+            "AFA-TRAIN-014",
             f"The data folder '{folder}' must hold pictures and a metadata.jsonl with lines such "
             'as {"file_name": "0001.png", "text": "a fox"}, or a .txt with its caption beside each '
             "picture; it has no metadata.jsonl and no picture with a .txt. What the library "
-            f"`datasets` reads (metadata.csv, ...) goes under data.dataset: {{path: '{folder}'}}."
+            f"`datasets` reads (metadata.csv, ...) goes under data.dataset: {{path: '{folder}'}}.",
         )
     rows: list[tuple[Path, str | None]] = []
     longer: list[Path] = []
@@ -154,8 +164,9 @@ def rows_beside(folder: Path) -> Rows:
             lines = {path: _caption(path) for path in found}
             if len({tuple(each) for each in lines.values()}) > 1:
                 raise AfaError(
+                    "AFA-TRAIN-015",
                     f"A picture must have one caption, but '{found[0]}' and '{found[1]}' differ. "
-                    "Delete one of them."
+                    "Delete one of them.",
                 )
             of_file = lines[found[0]]
             caption = of_file[0] if of_file else ""
@@ -200,7 +211,9 @@ def _caption(path: Path) -> list[str]:
     try:
         text = read_text(path, _MAX_CAPTION)
     except (OSError, ValueError) as error:
-        raise AfaError(f"'{path}' must be UTF-8 text, but reading it: {error}.") from error
+        raise AfaError(
+            "AFA-TRAIN-016", f"'{path}' must be UTF-8 text, but reading it: {error}."
+        ) from error
     return [line.strip() for line in text.split("\n") if line.strip()]
 
 

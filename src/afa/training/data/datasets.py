@@ -168,14 +168,16 @@ def open_dataset(
     except Exception as error:  # the library's own, pyarrow's, fsspec's, the hub's
         said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise AfaError(
-            f"The data set '{recipe.path}' must be one that `datasets` reads, but it says {said}"
+            "AFA-TRAIN-017",
+            f"The data set '{recipe.path}' must be one that `datasets` reads, but it says {said}",
         ) from error
     for key in ("image_column", "caption_column"):
         column = getattr(recipe, key).split(".")[0]
         if column not in features:
             raise AfaError(
+                "AFA-TRAIN-018",
                 f"The data set '{recipe.path}' has no column '{column}', it has "
-                f"{', '.join(features)}. Name one of them as {key}."
+                f"{', '.join(features)}. Name one of them as {key}.",
             )
     if isinstance(features[recipe.image_column.split(".")[0]], ImageFeature):
         # bytes as they are: a broken picture is ours to skip and to name
@@ -185,7 +187,9 @@ def open_dataset(
     if limit is not None and limit < len(rows):
         rows = rows.select(range(limit))
     if len(rows) == 0:
-        raise AfaError(f"The data set '{recipe.path}' must hold pictures; it is empty.")
+        raise AfaError(
+            "AFA-TRAIN-019", f"The data set '{recipe.path}' must hold pictures; it is empty."
+        )
     return DatasetImages(rows, recipe, background)
 
 
@@ -238,8 +242,9 @@ def _caption(row: Any, recipe: DatasetRecipe, name: str) -> str | None:
         caption = caption[0] if caption else None
     if caption is not None and not isinstance(caption, str):
         raise AfaError(
+            "AFA-TRAIN-020",
             f"{name} of the data set '{recipe.path}' must have a text in the column "
-            f"'{recipe.caption_column}', came {caption!r}."
+            f"'{recipe.caption_column}', came {caption!r}.",
         )
     return caption
 
@@ -252,19 +257,23 @@ def _sample(
     remedy = "Fill it in or take the row out."
     if caption is None:
         raise MissingCaption(
+            "AFA-TRAIN-021",
             f"{of} must have a caption in the column '{recipe.caption_column}'; it has none. "
-            f"{remedy}"
+            f"{remedy}",
         )
     if isinstance(picture, dict):  # a picture that is not decoded
         place = picture.get("path")
         picture = picture.get("bytes") or (Path(place) if place else None)
     if picture is None:
         raise BrokenPicture(
-            f"{of} must have a picture in the column '{recipe.image_column}'; it has none. {remedy}"
+            "AFA-TRAIN-022",
+            f"{of} must have a picture in the column '{recipe.image_column}'; it has none. "
+            f"{remedy}",
         )
     if not isinstance(picture, bytes | Path):
         raise AfaError(
+            "AFA-TRAIN-023",
             f"{of} must have a picture in the column '{recipe.image_column}', came a "
-            f"{type(picture).__name__}."
+            f"{type(picture).__name__}.",
         )
     return read_picture(picture, name, background=background), caption

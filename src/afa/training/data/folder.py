@@ -57,7 +57,9 @@ class FolderImages:
     def __getitem__(self, index: int) -> tuple[Image.Image, str]:
         path, text = self.rows[index]
         if text is None:
-            raise MissingCaption(f"'{path}' must have a caption; it has none. {self._remedy}")
+            raise MissingCaption(
+                "AFA-TRAIN-024", f"'{path}' must have a caption; it has none. {self._remedy}"
+            )
         return read_picture(path, remedy=self._remedy, background=self._background), text
 
     def captions(self) -> Iterator[str | None]:
