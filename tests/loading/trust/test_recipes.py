@@ -135,7 +135,8 @@ def test_the_current_folder_is_the_users(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(AfaError, match="--allow-folder"):
         load_recipe(place)
     monkeypatch.chdir(tmp_path)
-    assert load_recipe(place).experts == [str(tmp_path / "experts" / "a")]
+    (expert,) = load_recipe(place).experts
+    assert expert.source == str(tmp_path / "experts" / "a")
 
 
 def test_prompts_of_a_comparison_are_held_to_the_same(
