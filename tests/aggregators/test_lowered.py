@@ -109,7 +109,6 @@ def test_the_copy_goes_with_the_aggregator() -> None:
     assert isinstance(ensemble.aggregators[0], SABW)
     with torch.no_grad():
         ensemble(**at(_cast(arguments_of("unet"), torch.bfloat16), 500))
-    kept = ensemble.lowered._kept
-    assert len(kept) == len(ensemble.sites)
+    assert len(ensemble.lowered) == len(ensemble.sites)
     ensemble.aggregators = nn.ModuleList()
-    assert len(kept) == 0
+    assert len(ensemble.lowered) == 0

@@ -14,7 +14,7 @@ import afa
 from afa.aggregators import Mean, Only
 from afa.aggregators.fusion.magic_fusion import MagicFusion
 from afa.ensemble.locks import Lock
-from afa.ensemble.placement.exchange import _is_close, _marks
+from afa.ensemble.placement.exchange import is_close, marks
 from afa.errors import AfaError
 from tests.ensemble.caching.test_graphs import Replays
 from tests.ensemble.caching.test_loop import arguments_of, at, draw, ensemble_of
@@ -172,12 +172,12 @@ def test_a_plan_that_leaves_a_site_to_whoever_is_masked() -> None:
 
 def test_processes_see_what_differs() -> None:
     classes = torch.tensor([207, 1000])
-    assert not _is_close(_marks(classes), _marks(classes + torch.tensor([1, 0])))
-    assert _is_close(_marks(classes), _marks(classes.clone()))
+    assert not is_close(marks(classes), marks(classes + torch.tensor([1, 0])))
+    assert is_close(marks(classes), marks(classes.clone()))
     latent = torch.randn(2, 4, 8, 8)
-    assert _is_close(_marks(latent), _marks(latent.bfloat16()))
-    assert not _is_close(_marks(latent), _marks(torch.randn(2, 4, 8, 8)))
-    assert not _is_close(_marks(latent), _marks(2 * latent))
+    assert is_close(marks(latent), marks(latent.bfloat16()))
+    assert not is_close(marks(latent), marks(torch.randn(2, 4, 8, 8)))
+    assert not is_close(marks(latent), marks(2 * latent))
 
 
 def test_a_record_is_of_its_own_thread_alone() -> None:

@@ -32,6 +32,10 @@ class Lowered:
     def __reduce__(self) -> tuple[type[Lowered], tuple[()]]:
         return Lowered, ()
 
+    def __len__(self) -> int:
+        """How many rules there are copies of."""
+        return len(self._kept)
+
     def refresh(self) -> None:
         """Copy all parameters again, to where they were copied before."""
         for rule, (dtype, tensors) in list(self._kept.items()):

@@ -99,7 +99,9 @@ class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin)
         self.aggregators = nn.ModuleList(self._build_aggregators(aggregators))
         self._signature = inspect.signature(self.family.model_class.forward)
         self._rules = {site.name: n for n, site in enumerate(self.sites)}
-        self._loops, self._lock = Loops(), Lock()
+        self._lock = Lock()
+        #: the denoising loops that are under way
+        self.loops = Loops()
         self.execution: Execution = PLAIN
         self.schedule = schedule
         #: what is done where an expert gives non-finite values; see `afa.ensemble.guard`
@@ -186,7 +188,7 @@ class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin)
         self.lowered.refresh()
         if prompt is None:
             return self._finite(run(arguments), arguments, run)
-        loop = self._loops.of(prompt, steps, sample, self._agree)
+        loop = self.loops.of(prompt, steps, sample, self._agree)
         loop.runs(running)
         if loop.num_calls == 1:
             self._attentions = cross_attentions(self)
@@ -291,7 +293,7 @@ class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin)
 
     def begin_anew(self) -> None:
         """Discard what is kept of denoising loops; for whatever changes what a step computes."""
-        self._loops = Loops()
+        self.loops = Loops()
 
     def _bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
         """All arguments by name, as the experts' own class names them; the latent is the first."""

@@ -202,7 +202,7 @@ def test_graphs_go_with_the_prompt() -> None:
     ensemble, arguments = ensemble_of("unet"), arguments_of("unet")
     ensemble.graphs = Once()
     draw(ensemble, arguments)
-    ((loop,),) = (each.values() for each in ensemble._loops._loops.values())
+    (loop,) = ensemble.loops
     graph = weakref.ref(loop.graph)
     del loop
     assert graph() is not None

@@ -276,18 +276,17 @@ def test_what_is_kept_goes_with_the_prompt() -> None:
     ensemble, arguments = ensemble_of("unet"), arguments_of("unet")
     ensemble.acceleration = afa.Acceleration(interval=2)
     draw(ensemble, arguments)
-    assert len(ensemble._loops._loops) == 1
+    assert len(list(ensemble.loops)) == 1
     del arguments
     gc.collect()
-    assert len(ensemble._loops._loops) == 0
+    assert not list(ensemble.loops)
 
 
 def test_unused_features_take_no_memory() -> None:
     ensemble, arguments = ensemble_of("unet"), arguments_of("unet")
     ensemble.acceleration = afa.Acceleration(interval=2)
     draw(ensemble, arguments)
-    (of_threads,) = ensemble._loops._loops.values()
-    (loop,) = of_threads.values()
+    (loop,) = ensemble.loops
     sizes = {
         site: features[0].untyped_storage().nbytes()
         for site, features in loop.kept.features.items()

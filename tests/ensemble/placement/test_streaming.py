@@ -69,26 +69,26 @@ def test_what_comes_next_is_read_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = LayerStream(ahead=2)
     stream.add(layers)
     asked: list[int] = []
-    read = LayerStream._read
+    read = LayerStream.read
 
     def note(self: LayerStream, layer: Any) -> Any:
         asked.append(layers.index(layer))
         return read(self, layer)
 
-    monkeypatch.setattr(LayerStream, "_read", note)
+    monkeypatch.setattr(LayerStream, "read", note)
     for layer in layers:
         stream(layer)
     assert asked == [0, 1, 2, 3]
     asked.clear()
     stream(layers[0])  # 3 is followed by 0 from now on
-    stream._reader.submit(lambda: None).result()
+    stream.reader.submit(lambda: None).result()
     assert asked == [0, 1, 2]
     stream(layers[1])
-    stream._reader.submit(lambda: None).result()
+    stream.reader.submit(lambda: None).result()
     assert asked == [0, 1, 2, 3]
     stream(layers[0])  # another way: what was read ahead is let go of
-    stream._reader.submit(lambda: None).result()
-    assert set(stream._reading) == {layers[1]}
+    stream.reader.submit(lambda: None).result()
+    assert set(stream.reading) == {layers[1]}
     stream.close()
 
 
@@ -110,7 +110,7 @@ def test_the_file_has_no_name(tmp_path: Path) -> None:
     stream = LayerStream(folder=tmp_path)
     stream.add([torch.nn.Linear(8, 8)])
     assert not list(tmp_path.iterdir())
-    assert os.fstat(stream._file.fileno()).st_size >= 8 * 8 * 4
+    assert os.fstat(stream.file.fileno()).st_size >= 8 * 8 * 4
 
 
 def test_the_reader_itself_may_be_the_last_to_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +120,7 @@ def test_the_reader_itself_may_be_the_last_to_let_go(monkeypatch: pytest.MonkeyP
     layer, go_on = torch.nn.Linear(2, 2), threading.Event()
     stream = LayerStream()
     stream.add([layer])
-    file, reader = stream._file, stream._reader
+    file, reader = stream.file, stream.reader
     reader.submit(lambda kept: go_on.wait(10) and None, stream)
     del stream
     assert not file.closed

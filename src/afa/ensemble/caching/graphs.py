@@ -183,6 +183,11 @@ class StepGraph:
         self._replay()
         return self._output.clone()
 
+    @property
+    def is_recorded(self) -> bool:
+        """Whether the next step is replayed, if its arguments fit."""
+        return self._replay is not None
+
     def _can_record(self, leaves: list[Any], spec: Any) -> bool:
         return spec == self._spec and all(
             known.is_same(leaf) or known.is_alike(leaf)

@@ -13,7 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from afa.denoisers.prompt import forget
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from afa.ensemble.running import Running
 
@@ -82,6 +82,9 @@ class Loops:
 
     def __reduce__(self) -> tuple[type[Loops], tuple[()]]:
         return Loops, ()
+
+    def __iter__(self) -> Iterator[Loop]:
+        return (loop for of_prompt in self._loops.values() for loop in of_prompt.values())
 
     def of(
         self,

@@ -97,15 +97,15 @@ class Exchange(Processes, Hook):
         parts = [timesteps.double().mean().reshape(1)]
         for tensor in tensors[:_MOST]:
             if tensor is prompt:
-                parts.append(once_per_prompt(tensor, _marks, partial(_marks, tensor)))
+                parts.append(once_per_prompt(tensor, marks, partial(marks, tensor)))
             else:
-                parts.append(_marks(tensor))
+                parts.append(marks(tensor))
         parts = [part.to(timesteps.device) for part in parts]
         count = sum(map(len, parts))
         seen = torch.nn.functional.pad(torch.cat(parts), (0, 1 + _MOST * _MARKS - count))
         received = [torch.empty_like(seen) for _ in range(self._count)]
         distributed.all_gather(received, seen, group=self._group)
-        if any(not _is_close(received[0], other) for other in received[1:]):
+        if any(not is_close(received[0], other) for other in received[1:]):
             raise AfaError(
                 "AFA-ENSEMBLE-039",
                 "The processes over which the experts are spread were called with different "
@@ -163,7 +163,7 @@ class Exchange(Processes, Hook):
         return every
 
 
-def _marks(tensor: Tensor) -> Tensor:
+def marks(tensor: Tensor) -> Tensor:
     """A few numbers of the size of 1 that tell tensors apart, but hardly see how a device rounds.
 
     Number of elements and norm, as logarithms, and projections on fixed directions, [10]. Those of
@@ -181,6 +181,6 @@ def _marks(tensor: Tensor) -> Tensor:
     return torch.stack([flat.new_tensor(math.log1p(len(flat))), torch.log(size), *seen])
 
 
-def _is_close(one: Tensor, other: Tensor) -> bool:
+def is_close(one: Tensor, other: Tensor) -> bool:
     """Whether two processes have seen the same; values that are not finite are found elsewhere."""
     return bool(torch.isclose(one, other, rtol=1e-3, atol=0.02, equal_nan=True).all())

@@ -66,16 +66,19 @@ class LayerStream:
     ) -> None:
         self._device, self._ahead = torch.device(device), ahead
         self._folder = tempfile.gettempdir() if folder is None else str(folder)
-        self._file: Any = tempfile.TemporaryFile(dir=self._folder, prefix="afa-")  # noqa: SIM115
+        #: it has no name
+        self.file: Any = tempfile.TemporaryFile(dir=self._folder, prefix="afa-")  # noqa: SIM115
         self._size = 0
         self._layers: dict[nn.Module, _Layer] = {}
         self._after: dict[nn.Module, nn.Module] = {}
         self._last: nn.Module | None = None
-        self._reading: OrderedDict[nn.Module, Future[dict[str, Tensor]]] = OrderedDict()
+        #: the layers that are read ahead
+        self.reading: OrderedDict[nn.Module, Future[dict[str, Tensor]]] = OrderedDict()
         # a layer that lies in another one is in the file twice
         self._bytes: dict[Tensor, tuple[int, int]] = {}
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="afa-layers")
-        self._release = weakref.finalize(self, _release, self._reader, self._file)
+        #: the thread that reads ahead
+        self.reader = ThreadPoolExecutor(1, thread_name_prefix="afa-layers")
+        self._release = weakref.finalize(self, _release, self.reader, self.file)
 
     def __reduce__(self) -> NoReturn:
         raise AfaError(
@@ -110,9 +113,9 @@ class LayerStream:
             entry = _Layer(self._size, end, tuple(places))
             for place in places:
                 content = self._content(tensors[place.name])
-                self._file.seek(entry.offset + place.begin)
-                self._file.write(content.numpy().data)
-            self._file.flush()
+                self.file.seek(entry.offset + place.begin)
+                self.file.write(content.numpy().data)
+            self.file.flush()
             self._layers[layer] = entry
             self._size += -(-end // _ALIGNMENT) * _ALIGNMENT
             _replace(layer, {name: tensor.to("meta") for name, tensor in tensors.items()})
@@ -135,8 +138,8 @@ class LayerStream:
         if self._last is not None:
             self._after[self._last] = layer
         self._last = layer
-        future = self._reading.pop(layer, None)
-        tensors = self._read(layer) if future is None else future.result()
+        future = self.reading.pop(layer, None)
+        tensors = self.read(layer) if future is None else future.result()
         self._read_ahead(layer)
         if self._device.type == "cpu":
             return tensors
@@ -148,13 +151,14 @@ class LayerStream:
         while following is not None and len(wanted) < self._ahead and following not in wanted:
             wanted.append(following)
             following = self._after.get(following)
-        for stale in [key for key in self._reading if key not in wanted]:
-            del self._reading[stale]  # another way was gone
+        for stale in [key for key in self.reading if key not in wanted]:
+            del self.reading[stale]  # another way was gone
         for key in wanted:
-            if key not in self._reading and key is not layer:
-                self._reading[key] = self._reader.submit(self._read, key)
+            if key not in self.reading and key is not layer:
+                self.reading[key] = self.reader.submit(self.read, key)
 
-    def _read(self, layer: nn.Module) -> dict[str, Tensor]:
+    def read(self, layer: nn.Module) -> dict[str, Tensor]:
+        """The tensors of a layer by name, read from the file into memory."""
         entry = self._layers[layer]
         content = self._bytes_at(entry.offset, entry.size)
         return {
@@ -166,7 +170,7 @@ class LayerStream:
         content = torch.empty(size, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
         view, done = content.numpy().data, 0
         while done < size:
-            count = os.preadv(self._file.fileno(), [view[done:]], offset + done)
+            count = os.preadv(self.file.fileno(), [view[done:]], offset + done)
             if count == 0:
                 raise AfaError(
                     "AFA-ENSEMBLE-043",
@@ -177,12 +181,12 @@ class LayerStream:
 
     def close(self) -> None:
         """Bring all layers back to memory, on the CPU, and give up the file."""
-        self._reading.clear()
+        self.reading.clear()
         for layer in self._layers:
-            _replace(layer, {name: t.clone() for name, t in self._read(layer).items()})
+            _replace(layer, {name: t.clone() for name, t in self.read(layer).items()})
         self._layers.clear()
         self._bytes.clear()
-        self._reader.shutdown()
+        self.reader.shutdown()
         self._release()
 
 
