@@ -70,7 +70,7 @@ def test_what_is_called_back_by_a_library_is_ours() -> None:
     "error", [OSError("gone"), EOFError("short"), Unreadable("it has no step")], ids=repr
 )
 def test_some_errors_are_about_files_whoever_raises_them(error: Exception) -> None:
-    said = r"^'x' must be whole, but loading says .* - Get it\.$"
+    said = r"^'x' must be whole, but loading says .* - Get it\.\n"
     with pytest.raises(AfaError, match=said), loading("'x' must be whole", "Get it."):
         raising_at(OWN, error)()
     assert not is_own_bug(error)

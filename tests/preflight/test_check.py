@@ -253,7 +253,7 @@ def test_the_command(
     recipe = write_recipe(tmp_path, [*experts, tmp_path / "nowhere"])
     assert run("check", recipe) == 2
     said = capsys.readouterr().out
-    assert "ERROR  files: Expert" in said
+    assert "ERROR  files [AFA-LOAD-0" in said
     assert run("check", recipe, "--json", "--no-weights") == 2
     found = json.loads(capsys.readouterr().out)
     assert found["findings"][0]["level"] == "error"

@@ -288,7 +288,7 @@ def test_what_merge_refuses(
     line = refused(capsys, "merge", recipe, "--output", tmp_path / "merged")
     code = run("check", recipe, "--no-weights")
     assert code == 2
-    assert capsys.readouterr().err.partition("error: ")[2].strip() == line
+    assert capsys.readouterr().err.partition("]: ")[2].strip() == line
 
 
 def test_what_generate_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -296,7 +296,7 @@ def test_what_generate_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str
     output = ("--output", tmp_path / "drawn", "--no-check")
     line = refused(capsys, "generate", tmp_path / "empty", "a fox", *output)
     assert run("check", tmp_path / "empty") == 2
-    assert capsys.readouterr().err.partition("error: ")[2].strip() == line
+    assert capsys.readouterr().err.partition("]: ")[2].strip() == line
 
 
 def test_the_summary_of_the_data(
