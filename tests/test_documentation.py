@@ -30,6 +30,8 @@ ALL = [*sorted(DOCS.glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 PAGES = [page for page in ALL if blocks_of(page)]
 #: where an ensemble is trained that the others find
 TRAIN = ("checkpoints.md", "README.md")
+#: pages whose blocks take longest: `make nightly` runs them
+LONG = ("app.md", "checkpoints.md", "compare.md", "training.md")
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,11 @@ def folder(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*lr_scheduler:UserWarning")
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=pytest.mark.nightly if page.name in LONG else ()) for page in PAGES],
+    ids=lambda page: page.stem,
+)
 def test_every_block_runs(page: Path, folder: Path, world: Any) -> None:
     if page.name not in TRAIN:
         make_ensemble(folder, world[1]["Stable Diffusion"])

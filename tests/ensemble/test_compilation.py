@@ -53,6 +53,7 @@ def test_the_same_comes_out(family: str) -> None:
     assert graphs.count
 
 
+@pytest.mark.nightly
 def test_all_experts_share_graphs() -> None:
     def graphs_of(num_experts: int) -> int:
         torch.compiler.reset()
@@ -77,6 +78,7 @@ def test_the_prompt_is_attended_once_all_the_same() -> None:
     assert len(calls) == len(set(calls)) > 0
 
 
+@pytest.mark.nightly
 def test_streamed_layers_are_compiled_too() -> None:
     ensemble, arguments = ensemble_of("unet"), arguments_of("unet")
     expected, graphs = draw(ensemble, arguments), Graphs()
@@ -98,7 +100,7 @@ def test_it_is_refused_without_a_compiler(tmp_path: Any, monkeypatch: pytest.Mon
         afa.accelerate(pipeline, compile="regional")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_really_compiled_it_is_the_same_to_rounding(tmp_path: Any) -> None:
     pipeline = tiny_pipeline(tmp_path / "one")

@@ -100,7 +100,7 @@ def shell_of(names: Iterable[str]) -> str:
     return shell
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_main_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

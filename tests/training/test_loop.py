@@ -404,7 +404,7 @@ def test_regularisers_pull_as_they_should(experts: list[Path]) -> None:
     ends = {}
     for name in ("none", "entropy_weight", "balance_weight"):
         changes: Any = {} if name == "none" else {name: 10.0}
-        settings = recipe(experts, num_steps=40, **changes).training
+        settings = recipe(experts, num_steps=20, **changes).training
         pipeline = fresh(experts)
         with torch.no_grad():  # away from the uniform weights that it begins with
             for rule in pipeline.unet.aggregators:
