@@ -122,7 +122,7 @@ def test_the_remedy(size: int, accumulation: int | None, said: str) -> None:
 def test_what_the_libraries_say_of_it(error: Exception) -> None:
     assert is_exhausted(error)
     with (
-        pytest.raises(AfaError, match=r"^It must fit into memory, which ran out.* Rest\.$"),
+        pytest.raises(AfaError, match=r"^It must fit into memory, which ran out.* Rest\.\n"),
         saying_what_fits("It", lambda: "Rest."),
     ):
         raise error
