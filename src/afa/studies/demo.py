@@ -31,7 +31,7 @@ from afa.evaluation.work import open_pictures
 from afa.files import read_json
 from afa.loading.ensemble_folder import save_ensemble
 from afa.loading.pipeline import load_pipeline
-from afa.statistics import Interval
+from afa.statistics import Interval, wilson
 from afa.studies.zoo_build.evaluate import GUIDANCE_SCALE, draw_pictures
 from afa.training import SceneImages, TrainingRecipe, seeded, train_aggregators
 from afa.zoo import EXPERTS
@@ -215,14 +215,11 @@ def _compare(recipe: dict[str, Any], folder: Path) -> Iterator[Progress]:
 def read_rows(folder: Path) -> list[Row]:
     """The rows of a finished comparison, in the order of its recipe."""
     report = read_json(folder / "report.json")
-    (group,) = report["groups"]
+    ((group, count),) = report["groups"].items()
     rows = []
     for row in report["rows"]:
         scores = row["groups"][group]["scores"]
-        shares = {
-            name: Interval(*(scores[name][key] for key in ("mean", "low", "high")))
-            for name in _SCORES
-        }
+        shares = {name: wilson(scores[name]["mean"], count) for name in _SCORES}
         seconds = row["measured"]["seconds_per_image"]
         places = (folder / "methods" / slug(row["method"])).rglob("*.png")
         rows.append(
