@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 import afa
 from afa.denoisers.kinds import denoiser_of
 from afa.ensemble.denoiser import EnsembleDenoiser
-from afa.errors import AfaError
+from tests.refusal import refusal
 from tests.tiny import TEXT_WIDTH, tiny_pipeline, tiny_unet
 from tests.tiny_pipelines import saved_experts
 
@@ -155,7 +155,7 @@ def test_a_lora_of_text_encoders_is_refused(
 ) -> None:
     before = draw(pipeline)
     file = lora_file(experts[0], tmp_path, text=True)
-    with pytest.raises(AfaError, match=r"must be the denoiser's alone; .* \{base: \.\.\., lora"):
+    with refusal("AFA-ENSEMBLE-022", "denoiser's", r"\{base"):
         pipeline.load_lora_weights(str(file))
     assert torch.equal(draw(pipeline), before)
 
@@ -172,7 +172,7 @@ def test_textual_inversion(experts: list[Path], tmp_path: Path) -> None:
     rows = [e.get_input_embeddings().weight[-2:] for e in several.text_encoder.encoders]
     assert len(rows) == 3
     assert torch.equal(rows[0], rows[1])
-    with pytest.raises(AfaError, match="must stay each expert's own"):
+    with refusal("AFA-ENSEMBLE-059", "expert's"):
         several.unload_textual_inversion()
 
 
@@ -292,7 +292,7 @@ def test_layerwise_casting(pipeline: Any) -> None:
 
 
 def test_caches_are_refused(pipeline: Any) -> None:
-    with pytest.raises(AfaError, match=r"Caches .* FirstBlockCacheConfig would do nothing"):
+    with refusal("AFA-ENSEMBLE-021"):
         pipeline.unet.enable_cache(FirstBlockCacheConfig(threshold=0.1))
 
 
@@ -396,7 +396,7 @@ def test_experts_for_inpainting(tmp_path: Path) -> None:
     assert filled.isfinite().all()
     ordinary = tmp_path / "ordinary"
     tiny_pipeline(tmp_path / "tokenizer").save_pretrained(ordinary)
-    with pytest.raises(AfaError, match=r"in_channels = 4, the first expert has 9"):
+    with refusal("AFA-LOAD-004", "= 4", "9"):
         afa.load_pipeline([folders[0], ordinary])
 
 

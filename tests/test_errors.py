@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from afa.errors import AfaError
-from tests.refused import refused
+from tests.refusal import refusal
 
 ROOT = Path(__file__).parents[1]
 #: every code that there ever was, one a line; "retired" behind those that are no longer raised
@@ -67,7 +67,7 @@ def test_an_error_has_its_code_everywhere() -> None:
     assert (error.code, str(error)) == ("AFA-LOAD-017", "one two")
     again = pickle.loads(pickle.dumps(error))  # from a worker process
     assert (type(again), again.code, str(again)) == (AfaError, error.code, str(error))
-    with pytest.raises(AfaError, match="AFA-LOAD-017"):  # in a traceback, too
+    with refusal("AFA-LOAD-017", "AFA-LOAD-017"):  # in a traceback, too
         raise error
 
 
@@ -75,12 +75,12 @@ def test_a_refusal_is_told_by_its_code_and_its_values() -> None:
     def fail() -> None:
         raise AfaError("AFA-LOAD-017", "'a.bin' has 3 tensors.")
 
-    with refused("AFA-LOAD-017", "'a.bin'", "3") as caught:
+    with refusal("AFA-LOAD-017", "'a.bin'", "3") as caught:
         fail()
     assert caught.value.code == "AFA-LOAD-017"
-    with pytest.raises(AssertionError, match=r"AFA-LOAD-017: .*a\.bin"), refused("AFA-X-001"):
+    with pytest.raises(AssertionError, match=r"AFA-LOAD-017: .*a\.bin"), refusal("AFA-X-001"):
         fail()
-    with pytest.raises(AssertionError, match="no '4' in"), refused("AFA-LOAD-017", "4"):
+    with pytest.raises(AssertionError, match="no '4' in"), refusal("AFA-LOAD-017", "4"):
         fail()
-    with pytest.raises(pytest.fail.Exception), refused("AFA-LOAD-017"):
+    with pytest.raises(pytest.fail.Exception), refusal("AFA-LOAD-017"):
         pass

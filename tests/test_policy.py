@@ -16,8 +16,8 @@ import typer
 from torch.utils.data import DataLoader, Dataset
 
 from afa.cli.trust import with_trust
-from afa.errors import AfaError
 from afa.policy import FOLDERS_VARIABLE, Policy, grant_to_process, policy, trusting
+from tests.refusal import refusal
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -139,9 +139,9 @@ def test_an_exception_ends_it() -> None:
 
 
 def test_one_path_is_no_list_of_letters() -> None:
-    with pytest.raises(AfaError, match=r"single path '/data'; .* folders=\['/data'\]"):
+    with refusal("AFA-POLICY-002", "'/data'", r"folders=\['/data'\]"):
         trusting(folders="/data").__enter__()
-    with pytest.raises(AfaError, match="single path"):
+    with refusal("AFA-POLICY-002"):
         grant_to_process(folders=Path("/data")).__enter__()  # type: ignore[arg-type]
     assert policy() == Policy()
 

@@ -14,8 +14,8 @@ import afa
 from afa.aggregators import SABW
 from afa.aggregators.fusion import shell
 from afa.denoisers.kinds import denoiser_of
-from afa.errors import AfaError
 from tests.cli.test_cli import run
+from tests.refusal import refusal
 from tests.tiny_pipelines import PIPELINES, saved_experts
 
 SMALL = afa.SABWConfig(hidden_size=8, num_layers=1, num_heads=2, norm_num_groups=4)
@@ -103,7 +103,7 @@ def test_saved_and_loaded_it_draws_the_same(kind: str, folders: list[Path], tmp_
 
 
 def test_kinds_do_not_mix(kind: str, folders: list[Path], experts: list[Path]) -> None:
-    with pytest.raises(AfaError, match="Experts must be of one family"):
+    with refusal("AFA-LOAD-002"):
         afa.load_pipeline([folders[0], experts[0]])
 
 

@@ -16,10 +16,10 @@ import afa
 from afa.denoisers import FAMILIES, register_family, run_alone
 from afa.denoisers.family import COMPONENTS
 from afa.denoisers.kinds import conditioning_of
-from afa.errors import AfaError
 from afa.loading.inspection import describe
 from afa.zoo.models import build_tokenizer
 from tests.denoisers.toy import Toy, ToyPipeline, toy_blocks, toy_family
+from tests.refusal import refusal
 from tests.tiny_pipelines import saved_experts, tiny_clip, tiny_vae
 from tests.training.runs import SMALL, recipe, steps_of
 
@@ -152,5 +152,5 @@ def test_no_module_asks_for_a_name() -> None:
 
 def test_a_kind_without_prompts_cannot_be_trained(tmp_path: Path) -> None:
     pipeline = afa.load_pipeline(saved_experts("dit", tmp_path, count=1), None)
-    with pytest.raises(AfaError, match=r"draws from a prompt; a DiT pipeline does not"):
+    with refusal("AFA-MODEL-007"):
         conditioning_of(pipeline)

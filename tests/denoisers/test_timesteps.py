@@ -19,9 +19,9 @@ from afa.denoisers.kinds import denoiser_of
 from afa.denoisers.timesteps import highest_timestep, in_scheduler_timesteps
 from afa.denoisers.unet import UNET
 from afa.ensemble.calibrate import calibrate
-from afa.errors import AfaError
 from afa.evaluation.methods import MethodBuilder
 from afa.evaluation.recipe import EvaluateRecipe
+from tests.refusal import refusal
 from tests.tiny import tiny_pipeline
 from tests.tiny_pipelines import PIPELINES, saved_experts
 
@@ -111,9 +111,9 @@ def test_a_hand_over_in_a_recipe_uses_every_expert_of_a_flow_model(
 
 def test_boundaries_are_the_same_for_every_family() -> None:
     recipe = HandOverRecipe(boundaries=[0.7, 0.3])
-    with pytest.raises(AfaError, match=r"\[0\.7, 0\.3\]; they must be .* from 1 to 1000.*multiply"):
+    with refusal("AFA-FUSION-003", r"\[0\.7, 0\.3\]", "1", "1000"):
         recipe.check(3, 7.5)
-    with pytest.raises(AfaError, match="from 1 to 500"):
+    with refusal("AFA-FUSION-003", "1", "500"):
         HandOverRecipe(boundaries=[700.0, 300.0]).schedule(3, 500)
     HandOverRecipe(boundaries=[1500.0, 300.0]).check(3, 7.5)  # of a scheduler with 2000, perhaps
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from afa.denoisers import discover_sites, family_of, run_alone, run_lockstep
-from afa.errors import AfaError
+from tests.refusal import refusal
 from tests.tiny_transformers import KINDS, call, tiny_transformer, transformer_inputs
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -116,12 +116,12 @@ def test_positions_with_a_batch_axis() -> None:
 def test_a_loras_scale_is_refused() -> None:
     for kind in ("flux", "sd3"):
         inputs = transformer_inputs(kind) | {"joint_attention_kwargs": {"scale": 0.5}}
-        with pytest.raises(AfaError, match="Call the ensemble"):
+        with refusal("AFA-MODEL-004"):
             rejoined(tiny_transformer(kind), inputs)
 
 
 def test_an_unknown_block_is_refused() -> None:
     model = tiny_transformer("sd3")
     model.transformer_blocks[1] = torch.nn.Identity()
-    with pytest.raises(AfaError, match=r"transformer_blocks\.1 is a Identity"):
+    with refusal("AFA-MODEL-015", r"transformer_blocks\.1"):
         family_of(model)

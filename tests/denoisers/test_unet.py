@@ -10,7 +10,7 @@ import torch
 
 from afa.denoisers import PLAIN, Execution, discover_sites, family_of, run_alone
 from afa.denoisers.unet import unet_blocks, unet_layers
-from afa.errors import AfaError
+from tests.refusal import refusal
 from tests.tiny import (
     ODD,
     REFINER,
@@ -275,12 +275,12 @@ def _modules(parts: list[Any]) -> list[Any]:
 def test_half_of_controlnets_residuals_is_refused() -> None:
     residuals = controlnet_residuals()
     residuals.pop("mid_block_additional_residual")
-    with pytest.raises(AfaError, match="T2I-Adapter's as down_intrablock"):
+    with refusal("AFA-MODEL-018", "T2I-Adapter's"):
         run_alone(unet_blocks(tiny_unet(), **inputs(), **residuals))
 
 
 def test_lora_scale_is_refused_below_the_ensemble() -> None:
-    with pytest.raises(AfaError, match="Call the ensemble"):
+    with refusal("AFA-MODEL-019"):
         run_alone(unet_blocks(tiny_unet(), **inputs(), cross_attention_kwargs={"scale": 0.5}))
 
 
@@ -292,12 +292,12 @@ def test_unknown_blocks_are_refused_by_name() -> None:
             "attention_head_dim": 4,
         }
     )
-    with pytest.raises(AfaError, match=r"down_blocks\.1 is a SimpleCrossAttnDownBlock2D"):
+    with refusal("AFA-MODEL-017", r"down_blocks\.1", "SimpleCrossAttnDownBlock2D"):
         family_of(unet)
 
 
 def test_other_models_are_refused() -> None:
-    with pytest.raises(AfaError, match="came a Linear"):
+    with refusal("AFA-MODEL-010"):
         family_of(torch.nn.Linear(1, 1))
 
 

@@ -19,7 +19,7 @@ from afa.drawing.plots import (
     tint,
 )
 from afa.ensemble.recording import RecordedStep, WeightRecord
-from afa.errors import AfaError
+from tests.refusal import refusal
 
 EXPERTS = ["$a_1$", "b", "c"]
 
@@ -89,16 +89,16 @@ def test_one_expert_that_leads_everywhere_and_one_step(tmp_path: Path, pictures:
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path, pictures: Any) -> None:
-    with pytest.raises(AfaError, match="of the run that made these pictures"):
+    with refusal("AFA-DRAW-010"):
         filmstrip(WeightRecord(), pictures, tmp_path / "a.png", experts=EXPERTS)
-    with pytest.raises(AfaError, match=r"of the run that made these pictures"):
+    with refusal("AFA-DRAW-010"):
         filmstrip(record(batch=1), pictures, tmp_path / "a.png", experts=EXPERTS)
-    with pytest.raises(AfaError, match=r"of 1 sites and 3 experts, came \[4, 2, 3\]"):
+    with refusal("AFA-DRAW-009", "1", "3", r"\[4, 2, 3\]"):
         heat_map(record().mean_share(), tmp_path / "a.png", experts=EXPERTS, sites=["mid"])
-    with pytest.raises(AfaError, match="2 pictures in every row"):
+    with refusal("AFA-DRAW-011", "2"):
         comparison({"x": pictures[:1]}, ["a", "b"], tmp_path / "a.png")
-    with pytest.raises(AfaError, match="some pictures in every row"):
+    with refusal("AFA-DRAW-011"):
         comparison({}, [], tmp_path / "a.png")
-    with pytest.raises(AfaError, match=r"A figure must be \.png or \.svg, came 'a\.gif'"):
+    with refusal("AFA-DRAW-012", r"'a\.gif'"):
         overlay(pictures[0], torch.ones(1, 4, 4), tmp_path / "a.gif", experts=["a"])
     assert list(tmp_path.iterdir()) == []

@@ -11,7 +11,7 @@ from diffusers import ControlNetModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from afa.ensemble.text import EnsembleTextEncoder, attach_controlnet, hash_weights, share_equal
-from afa.errors import AfaError
+from tests.refusal import refusal
 from tests.tiny import TEXT_WIDTH, tiny_pipeline
 
 IDS = torch.tensor([[1, 5, 6, 2], [1, 7, 2, 2]])
@@ -80,7 +80,7 @@ def test_hidden_layers_and_their_last_norm() -> None:
 
 @pytest.mark.parametrize("change", [{"hidden_size": 16}, {"num_hidden_layers": 1}])
 def test_different_shapes_are_refused(change: dict[str, int]) -> None:
-    with pytest.raises(AfaError, match="one class, width and depth"):
+    with refusal("AFA-ENSEMBLE-058"):
         EnsembleTextEncoder([encoder(0), encoder(1, **change)])
 
 
@@ -142,5 +142,5 @@ def test_a_controlnet_sees_one_experts_part() -> None:
     attach_controlnet(controlnet, 3, expert=1)
     assert torch.equal(run(text), expected)
     assert not torch.equal(run(text), other)
-    with pytest.raises(AfaError, match="0 to 2, came 3"):
+    with refusal("AFA-ENSEMBLE-060", "0", "2", "3"):
         attach_controlnet(controlnet, 3, expert=3)

@@ -16,7 +16,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import afa
-from afa.errors import AfaError
 from afa.evaluation import evaluate, identity, load_evaluate_recipe, search
 from afa.evaluation.identity import Identities, of_metric
 from afa.evaluation.prompts import PromptsRecipe, load_prompts
@@ -26,6 +25,7 @@ from afa.metrics import MetricRecipe
 from tests.evaluation.test_run import unmeasured
 from tests.evaluation.test_search import recipe as search_recipe
 from tests.metrics.tiny import write_clip
+from tests.refusal import refusal
 from tests.single_file import original_layout
 from tests.training.runs import SMALL
 
@@ -224,11 +224,11 @@ def test_pictures_without_a_note_of_what_drew_them_are_not_taken(
     note = tmp_path / "output" / "methods" / "one" / "replica-0" / "method.json"
     kept = note.read_text()
     note.unlink()
-    with pytest.raises(AfaError, match=r"method 'one' must say .*method.json' is missing. Restore"):
+    with refusal("AFA-EVAL-029", "'one'", "method.json"):
         run(recipe, tmp_path / "output")
     note.write_text(kept)
     (tmp_path / "output" / "prompts.json").unlink()
-    with pytest.raises(AfaError, match=r"the prompts must say .*prompts.json' is missing"):
+    with refusal("AFA-EVAL-029", "prompts.json"):
         run(recipe, tmp_path / "output")
 
 
@@ -315,7 +315,7 @@ def test_a_search_continues_with_the_same_judge_and_models(
     ):
         kept = shutil.copytree(folder, tmp_path / f"kept {said}")
         change(folder)
-        with pytest.raises(AfaError, match=f"made with another state of: {said}"):
+        with refusal("AFA-EVAL-027", f"{said}"):
             list(search_block_weights(asked, tmp_path / "search"))
         shutil.rmtree(folder)
         shutil.copytree(kept, folder)

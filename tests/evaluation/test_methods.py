@@ -12,7 +12,6 @@ from diffusers import StableDiffusionPipeline
 
 import afa
 from afa.ensemble.denoiser import EnsembleDenoiser
-from afa.errors import AfaError
 from afa.evaluation.cost import measure
 from afa.evaluation.methods import MethodBuilder
 from afa.evaluation.recipe import EvaluateRecipe
@@ -23,6 +22,7 @@ from afa.loading.lora import lora_expert
 from afa.merging.in_memory import weighted_merge
 from tests.evaluation.conftest import SMALL
 from tests.loading.test_lora import lora_of
+from tests.refusal import refusal
 
 PROMPTS = ["a fox on the left and a pizza on the right, blue background"] * 2
 
@@ -135,7 +135,7 @@ def test_an_identity_tells_checkpoints_and_settings_apart() -> None:
 
 def test_experts_for_another_task_are_refused(tmp_path: Any) -> None:
     build, recipe = builder(methods=[{"name": "gone", "model": str(tmp_path / "gone")}])
-    with pytest.raises(AfaError, match="does not exist"):
+    with refusal("AFA-LOAD-079"):
         build.build(recipe.methods[0])
 
 

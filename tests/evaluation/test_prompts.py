@@ -20,6 +20,7 @@ from afa.evaluation.prompts import (
     source_warnings,
 )
 from afa.zoo.scenes import is_held_out, parse_caption
+from tests.refusal import refusal
 
 
 def text_file(folder: Path, content: str, encoding: str = "utf-8") -> PromptsRecipe:
@@ -57,9 +58,9 @@ def test_a_file_that_is_no_text(tmp_path: Path) -> None:
     recipe = text_file(tmp_path, "a fox")
     assert recipe.text is not None
     recipe.text.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(AfaError, match="must be UTF-8 text"):
+    with refusal("AFA-EVAL-001", "UTF-8"):
         load_prompts(recipe)
-    with pytest.raises(AfaError, match="must be UTF-8 text"):
+    with refusal("AFA-EVAL-001", "UTF-8"):
         load_prompts(PromptsRecipe(text=tmp_path / "none.txt"))
 
 
@@ -99,7 +100,7 @@ def test_coco_with_its_pictures(tmp_path: Path) -> None:
     names = [prompt.reference and prompt.reference.name for prompt in load_prompts(recipe)]
     assert names == ["000000000003.jpg", "000000000005.jpg", "000000000007.jpg"]
     (tmp_path / "pictures" / "000000000005.jpg").unlink()
-    with pytest.raises(AfaError, match=r"000000000005\.jpg', which is missing"):
+    with refusal("AFA-EVAL-011", r"000000000005\.jpg"):
         load_prompts(recipe)
 
 
@@ -153,15 +154,15 @@ def test_drawbench_has_its_categories_as_groups(tmp_path: Path) -> None:
     (warning,) = source_warnings(PromptsRecipe(drawbench=path))
     assert warning.startswith("1 row of ")
     path.write_text("prompt\nA red car.\n")
-    with pytest.raises(AfaError, match="columns Prompts and Category; its columns are prompt"):
+    with refusal("AFA-EVAL-013"):
         load_prompts(PromptsRecipe(drawbench=path))
     path.write_text("Prompts,Category\na fox, \n")
     assert [prompt.group for prompt in load_prompts(PromptsRecipe(drawbench=path))] == ["all"]
     path.write_text(f"Prompts,Category\n{'a' * 200_000},Colors\n")
-    with pytest.raises(AfaError, match="must be CSV"):
+    with refusal("AFA-EVAL-012"):
         load_prompts(PromptsRecipe(drawbench=path))
     path.write_text("Prompts,Category\n,Colors\n")
-    with pytest.raises(AfaError, match=r"line 2 of .* is empty"):
+    with refusal("AFA-EVAL-002", "2"):
         load_prompts(PromptsRecipe(drawbench=path))
 
 
@@ -196,7 +197,7 @@ def test_the_zoos_prompts_for_tuning_share_no_pair_with_the_tests() -> None:
 def test_kinds_that_overlap() -> None:
     # as many of both as it takes for one to come twice
     recipe = PromptsRecipe(zoo=ZooPrompts(kinds={"mixed": 600, "any": 600}))
-    with pytest.raises(AfaError, match="kinds must not overlap"):
+    with refusal("AFA-EVAL-016"):
         load_prompts(recipe)
 
 
@@ -244,5 +245,5 @@ def test_coco_whose_values_are_of_other_types(tmp_path: Path, change: dict[str, 
     path = tmp_path / "captions.json"
     images = [{"id": 1, "file_name": "a.jpg"}]
     path.write_text(json.dumps({"images": images, "annotations": [annotation]}))
-    with pytest.raises(AfaError, match="must be COCO captions with"):
+    with refusal("AFA-EVAL-006"):
         load_prompts(PromptsRecipe(coco=CocoPrompts(captions=path)))

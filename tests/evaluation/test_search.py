@@ -13,12 +13,12 @@ import yaml
 
 import afa
 from afa.cli import main
-from afa.errors import AfaError
 from afa.evaluation import search
 from afa.evaluation.search import Trial, search_block_weights
 from afa.evaluation.search_recipe import SearchRecipe, load_search_recipe
 from afa.merging import BlockWeights
 from afa.merging.recipe import load_merge_recipe
+from tests.refusal import refusal
 
 SMALL: dict[str, Any] = {
     "experts": ["zoo:animals", "zoo:food"],
@@ -142,12 +142,12 @@ def test_other_checkpoints_or_prompts_are_another_search(tmp_path: Path) -> None
     asked = recipe(experts=[str(own), "zoo:food"], prompts={"text": str(tmp_path / "prompts.txt")})
     list(search_block_weights(asked, tmp_path / "search"))
     (tmp_path / "prompts.txt").write_text("a pizza\n")
-    with pytest.raises(AfaError, match="earlier search of this recipe"):
+    with refusal("AFA-EVAL-027"):
         list(search_block_weights(asked, tmp_path / "search"))
     (tmp_path / "prompts.txt").write_text("a fox\n")
     shutil.rmtree(own)
     shutil.copytree(afa.zoo.expert_folder("things"), own)
-    with pytest.raises(AfaError, match="with the same checkpoints"):
+    with refusal("AFA-EVAL-027"):
         list(search_block_weights(asked, tmp_path / "search"))
 
 
@@ -163,11 +163,11 @@ def test_a_metrics_weights_are_found_beside_the_recipe(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("no_drawing")
 def test_another_recipe_in_the_same_folder(tmp_path: Path) -> None:
     list(search_block_weights(recipe(num_trials=1), tmp_path / "search"))
-    with pytest.raises(AfaError, match="must be new or hold an earlier search of this recipe"):
+    with refusal("AFA-EVAL-027"):
         list(search_block_weights(recipe(seed=1), tmp_path / "search"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
-    with pytest.raises(AfaError, match="must be new"):
+    with refusal("AFA-EVAL-027"):
         list(search_block_weights(recipe(), tmp_path / "mine"))
 
 
@@ -179,7 +179,7 @@ def test_a_score_that_is_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             return {"broken": [float("nan")] * len(pictures)}
 
     monkeypatch.setattr(search, "open_scorer", lambda *_: Broken())
-    with pytest.raises(AfaError, match="must be finite, came nan"):
+    with refusal("AFA-EVAL-028"):
         list(search_block_weights(recipe(), tmp_path / "search"))
 
 

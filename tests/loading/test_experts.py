@@ -24,6 +24,7 @@ from afa.loading.sources import locate
 from afa.loading.weights import check_safetensors, hash_expert
 from afa.machine.hashes import hash_file
 from benchmarks.soak.sampling import allocated
+from tests.refusal import refusal
 from tests.single_file import original_layout
 from tests.tiny import tiny_pipeline
 
@@ -51,7 +52,7 @@ def test_pickles_are_refused_unopened(tmp_path: Path, suffix: str) -> None:
 
     file = tmp_path / f"expert{suffix}"
     torch.save({"bomb": Bomb()}, file)
-    with pytest.raises(AfaError, match="is a pickle"):
+    with refusal("AFA-LOAD-096"):
         afa.load_pipeline([file])
     assert not (tmp_path / "ran").exists()
 
@@ -61,7 +62,7 @@ def test_pickles_inside_a_folder_are_not_read(experts: list[Path], tmp_path: Pat
     shutil.copytree(experts[0], copy)
     weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_suffix(".bin"))
-    with pytest.raises(AfaError, match=r"must be safetensors; '.*unet' has none"):
+    with refusal("AFA-LOAD-101", "unet"):
         afa.load_pipeline([copy])
 
 
@@ -71,7 +72,7 @@ def test_truncated_files_are_refused(experts: list[Path], tmp_path: Path, keep: 
     shutil.copytree(experts[0], copy)
     weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:keep])
-    with pytest.raises(AfaError, match="must be a complete safetensors file"):
+    with refusal("AFA-LOAD-092"):
         afa.load_pipeline([copy])
 
 
@@ -79,7 +80,7 @@ def test_a_header_that_claims_terabytes_is_refused(tmp_path: Path) -> None:
     header = json.dumps({"a": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}})
     file = tmp_path / "huge.safetensors"
     file.write_bytes(len(header).to_bytes(8, "little") + header.encode())
-    with pytest.raises(AfaError, match="must be a complete safetensors file"):
+    with refusal("AFA-LOAD-092"):
         check_safetensors(file)
 
 
@@ -102,7 +103,7 @@ def test_a_hub_id_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("no route to host")
 
     monkeypatch.setattr("afa.loading.sources.snapshot_download", offline)
-    with pytest.raises(AfaError, match=r"'org/name' is no local path, and as a hub id"):
+    with refusal("AFA-LOAD-080", "'org/name'"):
         locate("org/name")
 
 
@@ -111,7 +112,7 @@ def test_a_full_disk_is_not_said_to_be_the_hub(monkeypatch: pytest.MonkeyPatch) 
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("afa.loading.sources.snapshot_download", full)
-    with pytest.raises(AfaError, match=r"cannot be written to the hub's cache .*No space left"):
+    with refusal("AFA-LOAD-081", "hub's"):
         locate("org/name")
 
 
@@ -133,7 +134,7 @@ def test_a_hub_id_never_asks_for_pickles(
 
 
 def test_a_folder_that_is_no_pipeline(tmp_path: Path) -> None:
-    with pytest.raises(AfaError, match="must be a diffusers pipeline with a model_index"):
+    with refusal("AFA-LOAD-102"):
         afa.load_pipeline([tmp_path])
 
 
@@ -143,7 +144,7 @@ def test_another_family_is_refused(experts: list[Path], tmp_path: Path) -> None:
     index = copy / "model_index.json"
     content = {**json.loads(index.read_text()), "_class_name": "KandinskyV22Pipeline"}
     index.write_text(json.dumps(content))
-    with pytest.raises(AfaError, match=r"must be a pipeline of .* is a KandinskyV22Pipeline"):
+    with refusal("AFA-MODEL-006", "KandinskyV22Pipeline"):
         afa.load_pipeline([copy])
 
 
@@ -183,14 +184,14 @@ def test_a_single_file_without_configuration_or_network(
         raise OSError("no route to host")
 
     monkeypatch.setattr(StableDiffusionPipeline, "from_single_file", offline)
-    with pytest.raises(AfaError, match="config=FOLDER"):
+    with refusal("AFA-MODEL-012", "config=FOLDER"):
         afa.load_pipeline([file])
 
 
 def test_a_configuration_folder_is_checked_first(tmp_path: Path) -> None:
     file = tmp_path / "file.safetensors"
     save_file({"a": torch.zeros(1)}, file)
-    with pytest.raises(AfaError, match=r"it lacks model_index\.json"):
+    with refusal("AFA-LOAD-073"):
         afa.load_pipeline([file], config=tmp_path)
 
 
@@ -249,7 +250,7 @@ def test_single_files_are_found_again_with_their_configuration(tmp_path: Path) -
         again.unet.provenance.vae == loaded.unet.provenance.vae == loaded.unet.provenance.experts[0]
     )
     (tmp_path / "family").rename(tmp_path / "moved")
-    with pytest.raises(AfaError, match=r"configuration folder .*family"):
+    with refusal("AFA-LOAD-073"):
         afa.load_ensemble(folder)
     afa.load_ensemble(folder, config=tmp_path / "moved")
 
@@ -281,7 +282,7 @@ def test_the_autoencoder_of_another_expert_moves_with_it(
     moved = [tmp_path / "new" / copy.name for copy in copies]
     again = afa.load_ensemble(folder, experts=moved)
     assert again.unet.provenance.vae.source == str(moved[1])
-    with pytest.raises(AfaError, match=r"Autoencoder .* must have SHA-256"):
+    with refusal("AFA-LOAD-082", "SHA-256"):
         afa.load_ensemble(folder, experts=moved, vae=experts[2])
 
 
@@ -304,7 +305,7 @@ def test_incomplete_single_files_are_one_line(part: str, tmp_path: Path) -> None
     lost = next(k for k in tensors if k.startswith(part) and k.endswith("bias"))
     del tensors[lost]
     save_file(tensors, tmp_path / "file.safetensors")
-    with pytest.raises(AfaError, match=r"must be (a )?complete"):
+    with refusal("AFA-LOAD-064"):
         afa.load_pipeline([tmp_path / "file.safetensors"], config=tmp_path / "folder")
 
 
@@ -323,7 +324,7 @@ def test_an_autoencoder_in_a_file_of_its_own(tmp_path: Path) -> None:
     folder = afa.save_ensemble(loaded, tmp_path / "ensemble")
     assert afa.load_ensemble(folder).unet.provenance.vae == loaded.unet.provenance.vae
     save_file({k: v + 1 for k, v in tensors.items()}, tmp_path / "vae.safetensors")
-    with pytest.raises(AfaError, match=r"Autoencoder .* must have SHA-256"):
+    with refusal("AFA-LOAD-082", "SHA-256"):
         afa.load_ensemble(folder)
 
 
@@ -413,7 +414,7 @@ def test_damaged_folders_are_one_line(
 def test_a_lora_is_no_expert(experts: list[Path], tmp_path: Path) -> None:
     file = tmp_path / "lora.safetensors"
     save_file({"lora_unet_x.lora_up.weight": torch.zeros(1)}, file)
-    with pytest.raises(AfaError, match=r"must be a whole model; .* is a LoRA"):
+    with refusal("AFA-LOAD-071"):
         afa.load_pipeline([experts[0], file])
 
 

@@ -13,6 +13,7 @@ import afa
 from afa.errors import AfaError
 from afa.loading.inspection import describe
 from afa.machine.hashes import hash_file
+from tests.refusal import refusal
 from tests.single_file import original_layout
 from tests.tiny import tiny_pipeline
 
@@ -84,7 +85,7 @@ def test_a_family_that_cannot_be_ensembled_is_still_described(tmp_path: Path) ->
     assert facts["denoiser_parameters"] > 0
     assert "addition_embed_type = 'image'" in facts["refused"]
     (tmp_path / "config.json").write_text("[")
-    with pytest.raises(AfaError, match="must be JSON"):
+    with refusal("AFA-FILE-004"):
         describe(tmp_path)
 
 
@@ -109,8 +110,8 @@ def test_other_files_are_refused(tmp_path: Path, name: str) -> None:
 
 
 def test_other_folders_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(AfaError, match="must be an ensemble folder"):
+    with refusal("AFA-LOAD-029"):
         describe(tmp_path)
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
-    with pytest.raises(AfaError, match="must be an ensemble folder"):
+    with refusal("AFA-LOAD-029"):
         describe(tmp_path)

@@ -20,6 +20,7 @@ from afa.errors import AfaError
 from afa.loading.expert_source import ExpertSource
 from afa.loading.inspection import describe
 from tests.cli.test_cli import run
+from tests.refusal import refusal
 from tests.tiny_pipelines import PIPELINES
 
 SMALL = afa.SABWConfig(hidden_size=8, num_layers=1, num_heads=2, norm_num_groups=4)
@@ -133,7 +134,7 @@ def test_saved_and_loaded(experts: list[Path], loras: list[Path], tmp_path: Path
     assert first["lora"] == "0.8 x ./../lora0.safetensors"
     assert run("inspect", folder) == 0
     lora_of(StableDiffusionPipeline.from_pretrained(experts[0]), loras[1], seed=9)
-    with pytest.raises(AfaError, match=r"LoRA '.*lora1\.safetensors' must have SHA-256"):
+    with refusal("AFA-LOAD-031", r"lora1\.safetensors", "SHA-256"):
         afa.load_ensemble(folder)
 
 
@@ -212,7 +213,7 @@ def test_it_trains_from_a_recipe(experts: list[Path], loras: list[Path], tmp_pat
     assert (tmp_path / "run" / "aggregators.safetensors").is_file()
     recipe["experts"][0]["scal"] = recipe["experts"][0].pop("scale")
     path.write_text(yaml.safe_dump(recipe))
-    with pytest.raises(AfaError, match=r"unknown key 'experts\.0\.scal', did you mean 'scale'"):
+    with refusal("AFA-RECIPE-002", r"'experts\.0\.scal'", "'scale'"):
         load_recipe(path)
 
 

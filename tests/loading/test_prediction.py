@@ -24,6 +24,7 @@ from afa.loading.single_file.load import Companions, describe_expert
 from afa.training.objective import Diffusion, forward_process
 from tests.loading.single_file.test_load import described, made
 from tests.preflight.test_preflight import changed
+from tests.refusal import refusal
 from tests.single_file import original_layout
 
 if TYPE_CHECKING:
@@ -161,9 +162,7 @@ def test_contradictions_are_refused_and_a_recipe_settles_them(
     folder: Path, tensors: Any, tmp_path: Path
 ) -> None:
     file = written(tmp_path / "a.safetensors", tensors, "v_pred", prediction_type="epsilon")
-    with pytest.raises(
-        AfaError, match=r"the tensor 'v_pred' says .* v_prediction, 'modelspec.prediction_type'"
-    ):
+    with refusal("AFA-LOAD-051", "'v_pred'", "'modelspec.prediction_type'"):
         told(file, folder)
     found = told(file, folder, prediction_type="v_prediction")
     assert (found.type, found.overruled) == (
@@ -171,7 +170,7 @@ def test_contradictions_are_refused_and_a_recipe_settles_them(
         "'modelspec.prediction_type' in its metadata says epsilon",
     )
     # a configuration that somebody named, against the file
-    with pytest.raises(AfaError, match=r"says .* v_prediction, the configuration 'xl-0' says eps"):
+    with refusal("AFA-LOAD-051", "'xl-0'"):
         told(
             file := written(tmp_path / "b.safetensors", tensors, "v_pred"),
             folder,
@@ -181,7 +180,7 @@ def test_contradictions_are_refused_and_a_recipe_settles_them(
     assert told(file, folder, **both).type == "epsilon"
     # noise at a level where there is nothing but noise
     file = written(tmp_path / "c.safetensors", tensors, "ztsnr")
-    with pytest.raises(AfaError, match="With zero terminal SNR a model must predict velocity"):
+    with refusal("AFA-LOAD-049"):
         told(file, folder)
     found = told(file, folder, prediction_type="v_prediction")
     assert (found.type, found.zero_snr) == ("v_prediction", True)
@@ -204,7 +203,7 @@ def test_flow_models_predict_the_flow_whatever_metadata_says() -> None:
     # trainers write epsilon into every file of this family
     found = decide("x", config, [Evidence("its metadata", "epsilon")])
     assert (found.type, found.scheduler) == ("flow_prediction", None)
-    with pytest.raises(AfaError, match="prediction_type = epsilon in the recipe, but it is"):
+    with refusal("AFA-LOAD-048", "="):
         decide("x", config, asked="epsilon")
 
 
@@ -231,7 +230,7 @@ def test_continuous_noise_levels_need_their_scheduler(
 ) -> None:
     file = written(tmp_path / "cos.safetensors", tensors, mark)
     for named in ({}, {"config": str(folder)}, {"prediction_type": "v_prediction"}):
-        with pytest.raises(AfaError, match=f"continuous noise levels .the tensor '{mark}'"):
+        with refusal("AFA-LOAD-050", f"'{mark}'"):
             told(file, folder, **named)
     edm = tmp_path / "edm"
     shutil.copytree(folder, edm)
@@ -243,10 +242,10 @@ def test_continuous_noise_levels_need_their_scheduler(
     )
     assert told(file, folder, config=str(edm)).type == "v_prediction"
     scheduler = scheduler_of(edm)
-    with pytest.raises(AfaError, match="EDMEulerScheduler predict on continuous noise levels"):
+    with refusal("AFA-TRAIN-040"):
         forward_process(scheduler)
     other = changed(edm, tmp_path / "other", SCHEDULER, sigma_max=80.0)
-    with pytest.raises(AfaError, match=r"noise_levels = \(0.002, 80.0, 1.0\), the first .*120"):
+    with refusal("AFA-LOAD-010", r"= \(0.002, 80.0, 1.0\)", "120"):
         afa.load_pipeline([edm, other])
 
 
@@ -266,7 +265,7 @@ def test_experts_that_predict_different_things_are_refused_everywhere(
         [folder, {"model": str(folder), "prediction_type": "v_prediction"}],
     ]
     for experts in mixtures:
-        with pytest.raises(AfaError, match=message):
+        with refusal("AFA-LOAD-010", message):
             afa.load_pipeline(experts, allow_duplicates=True)
 
 
@@ -290,7 +289,7 @@ def test_what_a_recipe_says_is_used_kept_and_found_again(
         )
     plain = afa.load_pipeline([file], config=folder)
     assert plain.unet.provenance.experts[0].identity != pipeline.unet.provenance.experts[0].identity
-    with pytest.raises(AfaError, match="A folder must describe itself"):
+    with refusal("AFA-LOAD-074"):
         afa.load_pipeline([{"model": str(folder), "config": str(folder)}])
 
 

@@ -14,6 +14,7 @@ from afa.merging import PRESETS, BlockWeights
 from afa.merging.in_memory import merge_models
 from afa.merging.parts import block_keys
 from afa.merging.presets import read_preset
+from tests.refusal import refusal
 from tests.single_file import original_layout
 from tests.tiny import tiny_pipeline, tiny_unet
 
@@ -134,7 +135,7 @@ def test_weights_that_cannot_be(weights: object, message: str) -> None:
 
 
 def test_unfitted_weights_do_not_guess() -> None:
-    with pytest.raises(AfaError, match="Call fit"):
+    with refusal("AFA-MERGE-002"):
         BlockWeights({"mid": [1.0]}).merge("unet.conv_in.bias", [torch.ones(1)], None)
 
 

@@ -9,11 +9,11 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 import afa
-from afa.errors import AfaError
 from afa.loading.single_file.canonical_names import unet_names
 from afa.merging import BlockWeights
 from afa.merging.parts import block_keys
 from tests.merging.merge_files import UNET, denoiser, merged, model, old_text_encoder
+from tests.refusal import refusal
 from tests.single_file import _unet
 from tests.tiny import tiny_unet
 
@@ -125,7 +125,7 @@ def test_transformers_need_one_layout(tmp_path: Path) -> None:
     }
     if any(name.startswith("guidance_in.") for name in flux):
         theirs["time_text_embed.guidance_embedder.linear_1.weight"] = torch.ones(2, 2)
-    with pytest.raises(AfaError, match=r"'.*b.safetensors' is in diffusers' layout, .* needs one"):
+    with refusal("AFA-MERGE-008", "b.safetensors", "diffusers"):
         merged(tmp_path, {"a": flux, "b": theirs})
 
 

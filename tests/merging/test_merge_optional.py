@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from afa.errors import AfaError
 from tests.merging.merge_files import POSITIONS, TEXT, UNET, denoiser, merged, model
+from tests.refusal import refusal
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -117,7 +117,7 @@ def test_weights_that_are_missing_are_refused(
 ) -> None:
     files = {"a": dict(models[0]), "b": dict(models[1])}
     del files["ab"[lacking]][name]
-    with pytest.raises(AfaError, match=rf"{message} .* is missing in '.*{'ab'[lacking]}.safet"):
+    with refusal("AFA-MERGE-009", f"{message}", f"{'ab'[lacking]}.safet"):
         merged(tmp_path, files)
     assert not (tmp_path / "merged").exists()
 
@@ -188,5 +188,5 @@ def test_float8_that_cannot_hold_the_result_is_refused(
     name = f"{UNET}input_blocks.0.0.bias"
     first = {**models[0], name: torch.full((8,), 400.0).to(torch.float8_e4m3fn)}
     second = {**models[1], name: torch.full((8,), 5000.0)}
-    with pytest.raises(AfaError, match=r"reaches 2692, which is too much for torch.float8"):
+    with refusal("AFA-MERGE-035", "2692", "torch.float8"):
         merged(tmp_path, {"a": first, "b": second})

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from afa.errors import AfaError
 from afa.metrics import cmmd, cosine_scores, frechet_distance, inception_score, kernel_distance
+from tests.refusal import refusal
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -213,28 +213,28 @@ def test_pairs_may_be_reordered_together_but_not_alone() -> None:
 def test_features_that_no_distance_is_of(measure: Callable[[Tensor, Tensor], float]) -> None:
     good, broken = normal(5, 4), normal(5, 4)
     broken[3, 2] = math.nan
-    with pytest.raises(AfaError, match="real features, row 3 holds NaN"):
+    with refusal("AFA-METRIC-009", "3"):
         measure(good, broken)
-    with pytest.raises(AfaError, match="features of one network, came widths 4 and 3"):
+    with refusal("AFA-METRIC-007", "4", "3"):
         measure(good, good[:, :3])
-    with pytest.raises(AfaError, match=r"generated features \[pictures, width\].* came \[4\]"):
+    with refusal("AFA-METRIC-008", r"\[4\]"):
         measure(good[0], good)
-    with pytest.raises(AfaError, match=r"came \[0, 4\]. Give it more pictures"):
+    with refusal("AFA-METRIC-008", r"\[0, 4\]"):
         measure(good[:0], good)
 
 
 def test_what_single_metrics_refuse() -> None:
     good = normal(5, 4)
     for measure in (frechet_distance, kernel_distance):
-        with pytest.raises(AfaError, match=r"of 2 or more pictures, came \[1, 4\]"):
+        with refusal("AFA-METRIC-008", "2", r"\[1, 4\]"):
             measure(good, good[:1])
     for size in (1, 6):
-        with pytest.raises(AfaError, match=f"subsets of 2 to 5 pictures.* came 100 of {size}"):
+        with refusal("AFA-METRIC-004", "2", "5", "100", f"{size}"):
             kernel_distance(good, good, subset_size=size)
     for pairwise in (cmmd, cosine_scores):
-        with pytest.raises(AfaError, match="not zero, row 0 is"):
+        with refusal("AFA-METRIC-006", "0"):
             pairwise(torch.zeros(5, 4), good)
-    with pytest.raises(AfaError, match="came 5 and 4 embeddings"):
+    with refusal("AFA-METRIC-005", "5", "4"):
         cosine_scores(good, good[:4])
-    with pytest.raises(AfaError, match=r"IS needs finite logits, row 0"):
+    with refusal("AFA-METRIC-009", "0"):
         inception_score(torch.full((2, 3), math.inf))

@@ -18,7 +18,6 @@ from transformers import (
     Dinov2Model,
 )
 
-from afa.errors import AfaError
 from afa.metrics import (
     MetricRecipe,
     ReferenceScorer,
@@ -46,6 +45,7 @@ from tests.metrics.tiny import (
     write_clip,
     write_processor,
 )
+from tests.refusal import refusal
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -298,6 +298,6 @@ def test_a_batch_changes_no_bit(clip: tuple[Path, CLIPModel]) -> None:
 def test_inception_without_its_libraries() -> None:
     names: tuple[MetricName, ...] = ("fid", "kid", "is")
     for name in names:
-        with pytest.raises(AfaError, match=r"Run: pip install 'afa\[inception\]'") as caught:
+        with refusal("AFA-METRIC-010", r"'afa\[inception\]'") as caught:
             open_metric(MetricRecipe(name=name))
         assert "\n" not in str(caught.value)

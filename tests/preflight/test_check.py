@@ -26,6 +26,7 @@ from afa.training.planned import plan_of_training
 from afa.training.recipe import load_recipe
 from tests.cli.test_cli import AGGREGATOR, run, write_recipe
 from tests.preflight.test_preflight import changed
+from tests.refusal import refusal
 from tests.single_file import original_layout
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -180,7 +181,7 @@ def test_all_errors_are_listed_and_the_first_is_raised(experts: list[Path], tmp_
     wrong = [tmp_path / "a", tmp_path / "b", experts[0]]
     report = looked(tmp_path, wrong)
     assert len(report.errors) == 2
-    with pytest.raises(AfaError, match=r"'.*/a' does not exist.* \(1 more: `afa check` lists all"):
+    with refusal("AFA-LOAD-079", "/a", r"\(1"):
         report.require()
 
 

@@ -29,6 +29,7 @@ from afa.training.examples import LiveExamples
 from afa.training.order import Purpose
 from afa.training.transform import Transform
 from afa.zoo.sprites import load_sprites
+from tests.refusal import refusal
 from tests.tiny_pipelines import tiny_xl
 from tests.training.runs import SMALL, recipe, steps_of
 
@@ -233,7 +234,7 @@ def test_a_damaged_shard_is_named(experts: list[Path], tmp_path: Path) -> None:
     list(cache.build())
     place = cache.shards()[0]
     place.write_bytes(place.read_bytes()[:100])
-    with pytest.raises(AfaError, match=r"000000.safetensors' must be complete.*Delete it to make"):
+    with refusal("AFA-MACHINE-002", "000000.safetensors"):
         list(cache.build())
 
 
@@ -244,7 +245,7 @@ def test_no_room_on_the_disk_is_said_before_any_work(
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr("afa.training.cache.latents.shutil.disk_usage", lambda _: usage)
     cache = LatentCache(tmp_path, pipeline, SceneImages(5), TRANSFORM)
-    with pytest.raises(AfaError, match=r"need .* GB more, .* has 0.0 GB free.*--no-cache"):
+    with refusal("AFA-TRAIN-001", "0.0", "--no-cache"):
         next(cache.build())
     assert not cache.shards()
 

@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 
 import afa
-from afa.errors import AfaError
 from afa.evaluation.prompts import PromptsRecipe, load_prompts, source_warnings
 from afa.loading.truncation import limits_of
 from afa.reading import BrokenSample, Conversion
@@ -23,6 +22,7 @@ from afa.training.data import DatasetImages, FolderImages, Part, open_data, open
 from afa.training.data.survey import caption_warnings, survey
 from afa.training.listing import row_of
 from afa.training.recipe import DataRecipe, DatasetRecipe
+from tests.refusal import refusal
 from tests.training.runs import recipe
 
 LONG = "a fox on the left " * 8
@@ -69,7 +69,7 @@ def test_one_of_captions_and_pictures_is_missing(tmp_path: Path) -> None:
     (tmp_path / "c.txt").write_text("of no picture")
     (tmp_path / "a.npz").write_bytes(b"latents of a trainer")
     data = FolderImages(tmp_path)
-    with pytest.raises(MissingCaption, match=r"b\.png' must have a caption; it has none\. Replace"):
+    with refusal("AFA-TRAIN-024", r"b\.png", kind=MissingCaption):
         data[1]
     (warning,) = data.warnings
     assert warning.startswith("2 files in ")
@@ -100,10 +100,10 @@ def test_two_captions_and_captions_in_other_encodings(tmp_path: Path) -> None:
     (tmp_path / "a.caption").write_text("a fox\n")
     assert FolderImages(tmp_path)[0][1] == "a fox"
     (tmp_path / "a.caption").write_text("a bee")
-    with pytest.raises(AfaError, match=r"must have one caption, but .* differ\. Delete one"):
+    with refusal("AFA-TRAIN-015"):
         FolderImages(tmp_path)
     (tmp_path / "a.caption").write_bytes("a bée".encode("latin-1"))
-    with pytest.raises(AfaError, match=r"a\.caption' must be UTF-8"):
+    with refusal("AFA-TRAIN-016", r"a\.caption", "UTF-8"):
         FolderImages(tmp_path)
 
 
@@ -115,7 +115,7 @@ def test_a_folder_that_links_to_itself_has_an_end(tmp_path: Path) -> None:
 
 def test_pictures_without_any_caption_are_refused(tmp_path: Path) -> None:
     picture(tmp_path / "a.png")
-    with pytest.raises(AfaError, match=r"it has no metadata\.jsonl and no picture with a \.txt"):
+    with refusal("AFA-TRAIN-014"):
         FolderImages(tmp_path)
 
 
@@ -137,9 +137,9 @@ def test_files_that_no_line_names_are_warned_of(tmp_path: Path) -> None:
 def test_a_null_caption_is_a_broken_sample(tmp_path: Path, row: dict[str, Any]) -> None:
     picture(tmp_path / "a.png")
     data = FolderImages(listed(tmp_path, [{"file_name": "a.png", **row}]))
-    with pytest.raises(BrokenSample, match=r"a\.png' must have a caption; .* metadata\.jsonl"):
+    with refusal("AFA-TRAIN-024", r"a\.png", kind=BrokenSample):
         data[0]
-    with pytest.raises(AfaError, match=r"must have words, but the caption of 'a\.png'"):
+    with refusal("AFA-EVAL-002", r"'a\.png'"):
         load_prompts(PromptsRecipe(folder=tmp_path))
 
 
@@ -262,7 +262,7 @@ def test_missing_captions_count_towards_max_broken(experts: list[Path], tmp_path
     for n in range(4):
         beside(tmp_path / "data" / f"{n}.png", None if n == 2 else "a fox")
     data = {"folder": str(tmp_path / "data"), "cache_folder": str(tmp_path / "cache")}
-    with pytest.raises(AfaError, match=r"may be broken, but 1 of 4 are \(last: .*2\.png' must"):
+    with refusal("AFA-TRAIN-031", "1", "4", r"2\.png"):
         list(train(recipe(experts[:2], data), tmp_path / "run"))
 
 
@@ -289,7 +289,7 @@ def test_prompts_of_a_folder_say_what_training_says(tmp_path: Path) -> None:
 def test_a_listed_pipe_is_called_one(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "x.png")
     listed(tmp_path, [{"file_name": "x.png", "text": "a fox"}])
-    with pytest.raises(AfaError, match=r"x.png', which is a named pipe and must be a regular file"):
+    with refusal("AFA-TRAIN-010", "x.png"):
         FolderImages(tmp_path)
 
 
@@ -304,7 +304,7 @@ def test_a_list_that_cannot_be_read_is_not_passed_over(tmp_path: Path, kind: str
         os.mkfifo(place)
     else:
         place.symlink_to(tmp_path / "nowhere")
-    with pytest.raises(AfaError, match=r"metadata.jsonl' must be UTF-8 text"):
+    with refusal("AFA-TRAIN-007", "metadata.jsonl", "UTF-8"):
         FolderImages(tmp_path)
 
 
@@ -318,7 +318,7 @@ def test_a_list_that_cannot_be_read_is_not_passed_over(tmp_path: Path, kind: str
 def test_lines_that_could_mean_two_things_are_refused(tmp_path: Path, line: str) -> None:
     picture(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").write_text(line)
-    with pytest.raises(AfaError, match=r"Line 1 of .*, each once and of whole characters"):
+    with refusal("AFA-TRAIN-008", "1"):
         FolderImages(tmp_path)
 
 
@@ -331,7 +331,7 @@ def test_keys_of_a_list_that_nobody_uses_are_named(tmp_path: Path) -> None:
 
 def test_captions_with_zero_bytes_are_utf_16(tmp_path: Path) -> None:
     picture(tmp_path / "a.png").with_suffix(".txt").write_bytes("a fox".encode("utf-16-le"))
-    with pytest.raises(AfaError, match=r"a.txt' must be UTF-8 text, .* zero bytes, as UTF-16"):
+    with refusal("AFA-TRAIN-016", "a.txt", "UTF-8", "UTF-16"):
         FolderImages(tmp_path)
 
 

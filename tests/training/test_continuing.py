@@ -19,9 +19,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import afa
-from afa.errors import AfaError
 from afa.preflight.inputs import inputs_of_training
 from afa.training import Checkpoints, Recipe, SceneImages, Transform, train, train_aggregators
+from tests.refusal import refusal
 from tests.training.runs import SMALL, as_written, recipe, steps_of
 from tests.training.test_split import folder_of, write
 
@@ -106,7 +106,7 @@ def test_other_data_is_refused(
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     try:
         change(begun / "data")
-        with pytest.raises(AfaError, match=f"began: .*{said}.* Restore the data, or name another"):
+        with refusal("AFA-TRAIN-006", f"{said}"):
             list(steps_of(of_folder(experts, begun / "data", 2), run))
         assert all(path.read_bytes() == content for path, content in before.items())
     finally:
@@ -129,7 +129,7 @@ def test_the_listing_may_be_lost(experts: list[Path], begun: Path, tmp_path: Pat
     (run / "data.safetensors").unlink()
     kept = (begun / "data" / "metadata.jsonl").read_text()
     edit_caption(begun / "data")
-    with pytest.raises(AfaError, match="began: they are other ones"):
+    with refusal("AFA-TRAIN-006"):
         list(steps_of(of_folder(experts, begun / "data", 2), run))
     (begun / "data" / "metadata.jsonl").write_text(kept)
     assert [s.step for s in steps_of(of_folder(experts, begun / "data", 2), run)] == [2]
@@ -165,7 +165,7 @@ def test_a_run_of_an_earlier_release(experts: list[Path], tmp_path: Path) -> Non
         longer = of_folder(experts, tmp_path / "data", 2, validates=validates)
         checked = said_by_check(longer, run)
         if validates:
-            with pytest.raises(AfaError, match="begun by an earlier release, which held out") as e:
+            with refusal("AFA-TRAIN-026") as e:
                 list(steps_of(longer, run))
             assert str(e.value) in checked
         else:
@@ -196,9 +196,9 @@ def test_pictures_that_an_earlier_release_read_otherwise(
     else:
         rows(tmp_path / "rows.parquet", ["red", "#00ff0080", "blue"], mode="RGBA")
     said = "begun by an earlier release, which ignored transparency .* pictures 1 transparent"
-    with pytest.raises(AfaError, match=said) as refused:
+    with refusal("AFA-TRAIN-025", said) as caught:
         list(steps_of(longer, run))
-    assert kind == "stream" or str(refused.value) in said_by_check(longer, run)
+    assert kind == "stream" or str(caught.value) in said_by_check(longer, run)
 
 
 def set_key(file: str, key: str, value: Any) -> Callable[[Path], None]:
@@ -228,7 +228,7 @@ def test_another_configuration_of_equal_weights_is_refused(
     for part, change in CONFIGURATIONS.items():
         change(own)
         message = f"made with another state of: .*the configuration of {part}[,.]"
-        with pytest.raises(AfaError, match=message):
+        with refusal("AFA-TRAIN-005", message):
             list(steps_of(recipe([own], data, num_steps=2), tmp_path / "run"))
         shutil.rmtree(own)
         shutil.copytree(experts[0], own)
@@ -248,7 +248,7 @@ def test_train_aggregators_continues_with_the_same_alone(
         ("the settings", SceneImages(10), changed, None),
         ("the transform", SceneImages(10), longer, Transform(16, flip=True)),
     ):
-        with pytest.raises(AfaError, match=f"another state of: {said}. A run continues"):
+        with refusal("AFA-TRAIN-005", f"{said}"):
             train_aggregators(pipeline, data, chosen, checkpoints=checkpoints, transform=transform)
     steps = train_aggregators(pipeline, SceneImages(10), longer, checkpoints=checkpoints)
     assert [step.step for step in steps] == [2]
@@ -288,7 +288,7 @@ def test_rows_of_data_sets(experts: list[Path], tmp_path: Path, kind: str) -> No
         rows(tmp_path / "rows.parquet", ["red", "pink", "blue", "white", "black"])
     else:  # the rows stay as they are
         Image.new("RGB", (20, 20), "pink").save(tmp_path / "1.png")
-    with pytest.raises(AfaError, match=r"1 samples with pictures that were not there \(first: "):
+    with refusal("AFA-TRAIN-006", "1"):
         list(steps_of(Recipe.model_validate(written), tmp_path / "run"))
     rows(tmp_path / "rows.parquet", colours, files)
     assert [s.step for s in steps_of(Recipe.model_validate(written), tmp_path / "run")] == [2]

@@ -26,6 +26,7 @@ from afa.training.data import (
     open_dataset,
 )
 from afa.training.recipe import DatasetRecipe
+from tests.refusal import refusal
 
 
 def write(folder: Path, rows: Sequence[object]) -> Path:
@@ -79,9 +80,9 @@ def test_broken_lists(tmp_path: Path, rows: list[object], message: str) -> None:
 
 
 def test_no_folder_and_an_empty_one(tmp_path: Path) -> None:
-    with pytest.raises(AfaError, match="does not exist"):
+    with refusal("AFA-TRAIN-013"):
         FolderImages(tmp_path / "none")
-    with pytest.raises(AfaError, match=r"it has no metadata\.jsonl"):
+    with refusal("AFA-TRAIN-014"):
         FolderImages(tmp_path)
 
 
@@ -92,14 +93,14 @@ def test_any_unicode_in_captions(tmp_path: Path) -> None:
     (tmp_path / "metadata.jsonl").write_bytes(b"\xef\xbb\xbf" + line.encode() + b"\r\n")
     assert FolderImages(tmp_path)[0][1] == caption
     (tmp_path / "metadata.jsonl").write_bytes(line.encode("utf-16"))
-    with pytest.raises(AfaError, match="must be UTF-8"):
+    with refusal("AFA-TRAIN-007", "UTF-8"):
         FolderImages(tmp_path)
 
 
 def test_a_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = FolderImages(write(tmp_path, [picture(tmp_path, "1.png", size=(64, 64))]))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(BrokenPicture, match=r"1\.png' has 4,096 pixels, and at most 200 are read"):
+    with refusal("AFA-PICTURE-005", r"1\.png", "4,096", "200", kind=BrokenPicture):
         data[0]
 
 
@@ -107,7 +108,7 @@ def test_a_truncated_picture_is_named(tmp_path: Path) -> None:
     row = picture(tmp_path, "1.jpg", size=(64, 64))
     file = tmp_path / "1.jpg"
     file.write_bytes(file.read_bytes()[:-40])
-    with pytest.raises(AfaError, match=r"1\.jpg' must be a complete picture"):
+    with refusal("AFA-PICTURE-004", r"1\.jpg"):
         FolderImages(write(tmp_path, [row]))[0]
 
 
@@ -241,7 +242,7 @@ def test_a_broken_row_is_named(tmp_path: Path, streaming: bool) -> None:
     data = open_dataset(recipe, None)
     readers = list(data) if isinstance(data, DatasetStream) else [lambda: data[0], lambda: data[1]]
     assert readers[0]()[1] == "a"
-    with pytest.raises(BrokenPicture, match="'row 1' must be a complete picture"):
+    with refusal("AFA-PICTURE-004", "'row 1'", kind=BrokenPicture):
         readers[1]()
 
 
@@ -273,7 +274,7 @@ def test_rows_without_a_picture_or_a_text(tmp_path: Path) -> None:
     recipe = DatasetRecipe(path="parquet", data_files=[str(tmp_path / "rows.parquet")])
     data = open_dataset(recipe, None)
     assert not isinstance(data, DatasetStream)
-    with pytest.raises(AfaError, match=r"row 0 of .* must have a text .*, came 3"):
+    with refusal("AFA-TRAIN-020", "0", "3"):
         data[0]
 
 

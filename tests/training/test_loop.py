@@ -36,6 +36,7 @@ from afa.training.examples import LiveExamples
 from afa.training.loop import learning_rate_at
 from afa.training.order import Purpose, sample_at
 from afa.training.transform import Transform
+from tests.refusal import refusal
 from tests.tiny import tiny_pipeline
 from tests.training.runs import SMALL, fresh, recipe, steps_of
 
@@ -80,14 +81,14 @@ def test_a_finished_run_can_be_made_longer(experts: list[Path], tmp_path: Path) 
 def test_the_length_of_a_cosine_is_fixed(experts: list[Path], tmp_path: Path) -> None:
     cosine = {"learning_rate_schedule": "cosine"}
     list(steps_of(recipe(experts, num_steps=2, **cosine), tmp_path / "run"))
-    with pytest.raises(AfaError, match="an earlier run of this recipe"):
+    with refusal("AFA-TRAIN-046"):
         list(steps_of(recipe(experts, num_steps=3, **cosine), tmp_path / "run"))
 
 
 def test_another_recipe_does_not_touch_the_folder(experts: list[Path], tmp_path: Path) -> None:
     list(steps_of(recipe(experts, num_steps=1), tmp_path / "run"))
     before = contents(tmp_path / "run")
-    with pytest.raises(AfaError, match="an earlier run of this recipe"):
+    with refusal("AFA-TRAIN-046"):
         list(steps_of(recipe(experts, num_steps=1, weight_decay=0.5), tmp_path / "run"))
     assert contents(tmp_path / "run") == before
 
@@ -98,7 +99,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_what_cannot_start_leaves_nothing(experts: list[Path], tmp_path: Path) -> None:
     wrong = recipe([*experts, tmp_path / "none"])
-    with pytest.raises(AfaError, match="does not exist"):
+    with refusal("AFA-LOAD-079"):
         list(steps_of(wrong, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
@@ -190,7 +191,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(experts: list[Path]) -> None:
     pipeline = afa.load_pipeline(experts, SMALL)
     with torch.no_grad():
         pipeline.unet.experts[0].conv_in.weight.fill_(float("nan"))
-    with pytest.raises(AfaError, match="must be finite, at step 1 it is nan"):
+    with refusal("AFA-TRAIN-036", "1"):
         list(train_aggregators(pipeline, SceneImages(10), recipe(experts).training))
 
 
@@ -205,14 +206,14 @@ def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(
     kept = contents(tmp_path)
     with torch.no_grad():
         pipeline.unet.experts[0].conv_in.weight.fill_(float("inf"))
-    with pytest.raises(AfaError, match=r"must be finite, at step 4 .*step-00000002.* is intact"):
+    with refusal("AFA-TRAIN-051", "4", "step-00000002"):
         next(steps)
     assert contents(tmp_path) == kept
 
 
 def test_nothing_to_train(experts: list[Path]) -> None:
     pipeline = afa.load_pipeline(experts)
-    with pytest.raises(AfaError, match="no aggregators to train"):
+    with refusal("AFA-TRAIN-048"):
         list(train_aggregators(pipeline, SceneImages(10), recipe(experts).training))
 
 
@@ -228,13 +229,13 @@ def test_going_on_with_other_weights_is_refused(experts: list[Path], tmp_path: P
     list(steps_of(recipe(copies, num_steps=1), tmp_path / "run"))
     shutil.rmtree(copies[0] / "unet")
     shutil.copytree(experts[1] / "unet", copies[0] / "unet")
-    with pytest.raises(AfaError, match="were trained with experts and autoencoder of SHA-256"):
+    with refusal("AFA-TRAIN-052", "SHA-256"):
         train_one(recipe(copies, num_steps=2), tmp_path / "run")
 
 
 def test_experts_of_another_task_are_refused(tmp_path: Path) -> None:
     tiny_pipeline(tmp_path / "tokenizer", in_channels=9).save_pretrained(tmp_path / "inpaint")
-    with pytest.raises(AfaError, match="these take 9 and give 4"):
+    with refusal("AFA-LOAD-044", "9", "4"):
         train_one(recipe([tmp_path / "inpaint"]), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -261,7 +262,7 @@ def test_a_bad_picture_costs_no_step(experts: list[Path], tmp_path: Path) -> Non
     data = Spoilt(20)
     steps = train_aggregators(fresh(experts), data, settings, checkpoints=checkpoints)
     losses = [next(steps).loss, next(steps).loss]
-    with pytest.raises(AfaError, match=r"9\.jpg"):
+    with refusal("AFA-TRAIN-001", r"9\.jpg"):
         next(steps)
     data.is_spoilt = False
     rest = train_aggregators(fresh(experts), data, settings, checkpoints=checkpoints)
@@ -272,7 +273,7 @@ def test_a_bad_picture_costs_no_step(experts: list[Path], tmp_path: Path) -> Non
 def test_damaged_and_foreign_runs_are_refused(experts: list[Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
     list(steps_of(recipe(experts, num_steps=2), run))
-    with pytest.raises(AfaError, match="num_steps must be at least 2"):
+    with refusal("AFA-TRAIN-050", "2"):
         train_one(recipe(experts, num_steps=1), run)
     assert json.loads((run / "recipe.json").read_text())["training"]["num_steps"] == 2
 
@@ -280,7 +281,7 @@ def test_damaged_and_foreign_runs_are_refused(experts: list[Path], tmp_path: Pat
     whole = place.read_bytes()
     for damaged in (whole[:-1000], b"", b"nonsense"):
         place.write_bytes(damaged)
-        with pytest.raises(AfaError, match=r"02.safetensors' must be complete.*go on from 'step-"):
+        with refusal("AFA-MACHINE-002", "02.safetensors", "step-"):
             train_one(recipe(experts, num_steps=3), run)
     place.write_bytes(whole)
     for content in ("{", "[]"):
@@ -303,7 +304,7 @@ def test_another_number_of_samples_to_a_step_is_another_run(
     experts: list[Path], tmp_path: Path
 ) -> None:
     list(steps_of(recipe(experts, num_steps=2, batch_size=4), tmp_path / "run"))
-    with pytest.raises(AfaError, match="must be 4, as before, came 3"):
+    with refusal("AFA-TRAIN-053", "4", "3"):
         train_one(recipe(experts, num_steps=3, batch_size=3), tmp_path / "run")
     shared = recipe(experts, num_steps=3, batch_size=2, gradient_accumulation_steps=2)
     assert [step.step for step in steps_of(shared, tmp_path / "run")] == [3]

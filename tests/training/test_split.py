@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from afa.errors import AfaError
 from afa.training import CacheProgress, Recipe, train
 from afa.training.data import FolderImages, SceneImages
 from afa.training.examples import Order
 from afa.training.listing import Listing, rows_of
 from afa.training.order import Purpose
 from afa.training.split import Split, split_by_picture
+from tests.refusal import refusal
 from tests.training.runs import as_written, steps_of
 
 #: a picture and its caption
@@ -124,7 +124,7 @@ def test_no_picture_left_to_train_on(
     tmp_path: Path, pictures: int, captions: int, count: int, message: str
 ) -> None:
     folder_of(tmp_path, pictures, captions)
-    with pytest.raises(AfaError, match=message):
+    with refusal("AFA-TRAIN-047", message):
         split(tmp_path, count)
 
 
@@ -212,7 +212,7 @@ def test_a_listing_reads_only_what_somebody_wrote_into(
     assert set(read) == {"3.png"}
     assert Listing.of(rows).digest != first.digest
     (tmp_path / "data.safetensors").write_bytes(b"nonsense")
-    with pytest.raises(AfaError, match=r"data.safetensors' must be complete.*Delete it"):
+    with refusal("AFA-MACHINE-002", "data.safetensors"):
         Listing.read(tmp_path)
 
 

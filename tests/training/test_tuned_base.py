@@ -12,9 +12,9 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from afa.errors import AfaError
 from afa.training import FolderImages, SceneImages, TrainingRecipe, TrainStep
 from afa.training.tuned_base import require_same_run, tune_base
+from tests.refusal import refusal
 from tests.training.test_split import folder_of
 
 DATA = SceneImages(8, seed=1)
@@ -90,19 +90,19 @@ def test_stopped_and_started_again_it_is_the_same(experts: list[Path], tmp_path:
 
 
 def test_what_is_refused(experts: list[Path], tmp_path: Path) -> None:
-    with pytest.raises(AfaError, match="must be trained in float32"):
+    with refusal("AFA-TRAIN-054", "float32"):
         tune(experts[0], tmp_path / "tuned", expert_dtype="bfloat16")
     tune(experts[0], tmp_path / "tuned")
-    with pytest.raises(AfaError, match="of the same base, data and settings"):
+    with refusal("AFA-TRAIN-055"):
         tune(experts[1], tmp_path / "tuned")
-    with pytest.raises(AfaError, match="of the same base, data and settings"):
+    with refusal("AFA-TRAIN-055"):
         tune(experts[0], tmp_path / "tuned", seed=1)
     other = SceneImages(8, seed=2)
-    with pytest.raises(AfaError, match="of the same base, data and settings"):
+    with refusal("AFA-TRAIN-055"):
         list(tune_base(str(experts[0]), other, settings(), tmp_path / "tuned"))
     for checkpoint in (tmp_path / "tuned" / "checkpoints").iterdir():
         checkpoint.write_bytes(b"PK")
-    with pytest.raises(AfaError, match="must be complete"):
+    with refusal("AFA-MACHINE-002"):
         tune(experts[0], tmp_path / "tuned")
 
 
@@ -120,13 +120,13 @@ def test_other_pictures_or_another_configuration_are_another_run(
     assert len(tuned()) == 1
     assert tuned() == []
     Image.new("RGB", (16, 16), "red").save(tmp_path / "data" / "1.png")
-    with pytest.raises(AfaError, match=r"has another data\. Name another one"):
+    with refusal("AFA-TRAIN-055"):
         tuned()
-    with pytest.raises(AfaError, match=r"has another data\. Name another one"):
+    with refusal("AFA-TRAIN-055"):
         require_same_run(FolderImages(tmp_path / "data"), quick, tmp_path / "tuned")
     folder_of(tmp_path / "data", 3)
     require_same_run(FolderImages(tmp_path / "data"), quick, tmp_path / "tuned")
     config = own / "scheduler" / "scheduler_config.json"
     config.write_text(config.read_text().replace("epsilon", "v_prediction"))
-    with pytest.raises(AfaError, match=r"has another base\. Name another one"):
+    with refusal("AFA-TRAIN-055"):
         tuned()

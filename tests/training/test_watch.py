@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from afa.errors import AfaError
 from afa.training import Recipe
 from afa.training.split import Split
+from tests.refusal import refusal
 from tests.training.runs import as_written, steps_of
 
 NAMES = ["expert0", "expert1", "expert2"]
@@ -98,7 +99,7 @@ def test_validation_and_previews_change_no_step(
 
 def test_held_out_samples_must_leave_some(experts: list[Path], tmp_path: Path) -> None:
     asked = observed(experts, validation={"num_samples": 100})
-    with pytest.raises(AfaError, match=r"holds out all 100 .* \(100 samples\).* at most 99"):
+    with refusal("AFA-TRAIN-047", "100", r"\(100", "99"):
         list(steps_of(asked, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 

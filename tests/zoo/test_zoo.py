@@ -11,11 +11,11 @@ from safetensors import safe_open
 
 import afa
 from afa.cli import main
-from afa.errors import AfaError
 from afa.studies.zoo_build.evaluate import draw_pictures, evaluate
 from afa.zoo import EXPERTS, MODELS, assets, expert_folder, export_zoo
 from afa.zoo.judges import load_classifier, report_card
 from afa.zoo.scenes import evaluation_prompts
+from tests.refusal import refusal
 
 FOX = "a fox on the left and a pizza on the right, blue background"
 
@@ -41,7 +41,7 @@ def test_exported_models_are_stock_pipelines(tmp_path: Path) -> None:
         pipeline.set_progress_bar_config(disable=True)
         assert pipeline.unet.dtype == torch.float32
         assert pipeline(FOX, num_inference_steps=1).images[0].size == (64, 64)
-    with pytest.raises(AfaError, match="must be new"):
+    with refusal("AFA-ZOO-001"):
         export_zoo(tmp_path / "zoo")
 
 
@@ -53,7 +53,7 @@ def test_experts_by_name() -> None:
         "zoo:things",
     ]
     assert expert_folder("animals") == expert_folder("animals")
-    with pytest.raises(AfaError, match="must be one of zoo:base, zoo:animals"):
+    with refusal("AFA-ZOO-002"):
         afa.load_pipeline(["zoo:cars"])
 
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from afa.aggregators import Condition
 from afa.aggregators.fusion import MagicFusion, magic_fusion
 from afa.ensemble.denoiser import EnsembleDenoiser
-from afa.errors import AfaError
+from tests.refusal import refusal
 from tests.tiny import TEXT_WIDTH, tiny_unet
 
 
@@ -75,7 +75,7 @@ def test_one_temperature_for_each() -> None:
     # the same saliency, but the second map is sharper where it is large
     weights = MagicFusion([1.0, 50.0])(features, guided()).weights
     assert 0 < weights[:, 1].mean() < 1
-    with pytest.raises(AfaError, match="one for each of the 2 experts; came 3"):
+    with refusal("AFA-FUSION-005", "2", "3"):
         MagicFusion([1.0, 2.0, 3.0])(features, guided())
 
 
@@ -89,12 +89,12 @@ def test_inside_an_ensemble_and_without_guidance() -> None:
     alone = torch.stack([e(sample.repeat(2, 1, 1, 1), 500, text).sample for e in experts])
     matches = (fused == alone).all(2)  # [N, 2, H, W]
     assert matches.any(0).all(), "every pixel is one expert's own prediction"
-    with pytest.raises(AfaError, match="Set a guidance scale above 1"):
+    with refusal("AFA-FUSION-007", "1"):
         ensemble(torch.randn(2, 4, 8, 8), 500, text)
-    with pytest.raises(AfaError, match="Set a guidance scale above 1"):
+    with refusal("AFA-FUSION-007", "1"):
         ensemble(sample, 500, text[:1])
 
 
 def test_temperatures_must_be_positive() -> None:
-    with pytest.raises(AfaError, match="must be positive"):
+    with refusal("AFA-FUSION-004"):
         MagicFusion([1.0, 0.0])

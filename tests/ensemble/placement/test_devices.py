@@ -11,9 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
 import afa
-from afa.errors import AfaError
 from tests.ensemble.caching.test_loop import STEPS, arguments_of, at, ensemble_of
 from tests.ensemble.caching.test_plan import plan_of
+from tests.refusal import refusal
 
 
 def to(module: nn.Module, device: Any) -> nn.Module:
@@ -92,12 +92,12 @@ def test_on_one_device_nothing_changes() -> None:
 
 def test_what_does_not_go_together_is_refused() -> None:
     ensemble = ensemble_of("unet", 3)
-    with pytest.raises(AfaError, match="one device each, came 2 devices for 3 experts"):
+    with refusal("AFA-ENSEMBLE-035", "2", "3"):
         ensemble.place_experts(["cpu", "cpu"])
     ensemble.place_experts(["cpu"] * 3)
     for place in (ensemble.stream_experts, lambda: ensemble.offload_experts("cpu")):
-        with pytest.raises(AfaError, match="cannot be combined with experts on several devices"):
+        with refusal("AFA-ENSEMBLE-018"):
             place()
     twice = afa.EnsembleDenoiser([ensemble.experts[0]] * 2)
-    with pytest.raises(AfaError, match="must be on one device"):
+    with refusal("AFA-ENSEMBLE-044"):
         twice.place_experts(["cpu", "meta"])

@@ -9,8 +9,8 @@ import torch
 from peft import LoraConfig
 
 import afa
-from afa.errors import AfaError
 from tests.lora.models import peft_lora, write
+from tests.refusal import refusal
 from tests.tiny import ODD, tiny_pipeline
 from tests.tiny_pipelines import PIPELINES
 
@@ -40,7 +40,7 @@ def test_input_layers_of_kohyas_flux(flux: Any, tmp_path: Path) -> None:
     width, channels = flux.transformer.experts[0].x_embedder.weight.shape
     layers = kohya("double_blocks_0_img_attn_proj", 16, 16) | kohya("img_in", width, channels)
     before = names(flux.transformer)
-    with pytest.raises(AfaError, match=r"leave out 2 of .* \(first: 'x_embedder\.lora_A\.weight'"):
+    with refusal("AFA-ENSEMBLE-023", "2", r"'x_embedder\.lora_A\.weight'"):
         flux.load_lora_weights(str(write(tmp_path / "l.safetensors", layers)))
     assert names(flux.transformer) == before
 
@@ -54,7 +54,7 @@ def test_products_in_two_kinds_of_names(flux: Any) -> None:
         f"{place}to_k.lora.down.weight": torch.ones(2, 16),
         f"{place}to_k.lora.up.weight": torch.ones(16, 2),
     }
-    with pytest.raises(AfaError, match=r"leave out 2 of .* \(first: '.*to_k\.lora\.down"):
+    with refusal("AFA-ENSEMBLE-023", "2"):
         flux.transformer.load_lora_adapter(tensors, prefix="transformer")
 
 
@@ -65,7 +65,7 @@ def test_norms_of_flux(flux: Any, tmp_path: Path) -> None:
         f"{place}to_q.lora_B.weight": torch.ones(16, 2),
         f"{place}norm_q.weight": torch.ones(8),
     }
-    with pytest.raises(AfaError, match="has left out the norms of this LoRA"):
+    with refusal("AFA-ENSEMBLE-024"):
         flux.load_lora_weights(str(write(tmp_path / "l.safetensors", tensors)))
     flux.unload_lora_weights()
     assert not any("lora" in name for name in names(flux.transformer))
@@ -81,7 +81,7 @@ def test_layers_that_the_experts_lack(tmp_path: Path) -> None:
     right = {f"unet.{key}": tensor for key, tensor in state.items()}
     far = {key.replace("blocks.0", "blocks.7"): tensor for key, tensor in right.items()}
     before = names(ensemble.unet)
-    with pytest.raises(AfaError, match="tensors are for layers that the base's unet lacks"):
+    with refusal("AFA-LORA-008", "base's"):
         ensemble.load_lora_weights(str(write(tmp_path / "far.safetensors", {**right, **far})))
     assert names(ensemble.unet) == before
     file = write(tmp_path / "right.safetensors", right)

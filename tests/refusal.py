@@ -10,7 +10,7 @@ import pytest
 from afa.errors import AfaError
 
 
-class refused:
+class refusal:
     """Within, an error of this code must be raised.
 
     Args:
