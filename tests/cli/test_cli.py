@@ -87,7 +87,7 @@ def test_generate_takes_a_speed_and_a_plan(
     prompts.write_text("a fox\na bee\n")
     command = ["prune", ensemble, "--keep", 0.5, "--steps", 3, "--ranges", 2, "--prompts", prompts]
     assert run(*command, "--output", plan) == 0
-    assert "of the experts' runs are left" in " ".join(capsys.readouterr().out.split())
+    assert "of the expert evaluations remain" in " ".join(capsys.readouterr().out.split())
     pictures = {}
     speeds: dict[str, list[Any]] = {
         "exact": [],
@@ -115,7 +115,7 @@ def test_generate_makes_a_picture_again(
     picture = first / "00-a-fox-seed9.png"
     asked = ("generate", "--from-image", picture, "--output", again, "--weights", "--allow-pickle")
     assert run(*asked) == 0
-    assert "The same picture, bit for bit." in capsys.readouterr().out
+    assert "The picture is identical, bit for bit." in capsys.readouterr().out
     assert {file.name for file in again.iterdir()} == {file.name for file in first.iterdir()}
     one, other = (Image.open(folder / picture.name) for folder in (first, again))
     assert one.tobytes() == other.tobytes()
@@ -124,20 +124,21 @@ def test_generate_makes_a_picture_again(
     moved = tmp_path / "moved"
     ensemble.rename(moved)
     new = tmp_path / "new"
-    for command, message in {
-        ("generate", "--from-image", picture): "Say where it is",
-        ("generate", "--from-image", picture, "--steps", 3): "leave steps out",
-        ("generate", "--from-image", picture, "--compile"): "leave compile out",
-        ("generate", "--from-image", picture, "--no-check"): "leave check out",
-        ("generate", moved, "a fox", "--from-image", picture): "leave prompts out",
-        ("generate", moved, "a fox", "--bias", "fox"): "EXPERT=NUMBER",
-        ("generate", moved, "a fox", "--bias", "fox=1"): "must name one expert",
-        ("generate", moved): "must have an ensemble and a prompt",
-        ("generate",): "must have an ensemble and a prompt",
-        ("generate", moved, "a" * 20_001): "at most 20000 characters",
-    }.items():
-        assert run(*command, "--output", new) == 2
-        assert message in capsys.readouterr().err, command
+    for command, code, value in [
+        (("--from-image", picture), "AFA-DRAW-004", str(ensemble)),
+        (("--from-image", picture, "--steps", 3), "AFA-CLI-012", "--steps"),
+        (("--from-image", picture, "--compile"), "AFA-CLI-012", "--compile"),
+        (("--from-image", picture, "--no-check"), "AFA-CLI-012", "--check"),
+        ((moved, "a fox", "--from-image", picture), "AFA-CLI-012", "prompts"),
+        ((moved, "a fox", "--bias", "fox"), "AFA-ENSEMBLE-056", "'fox'"),
+        ((moved, "a fox", "--bias", "fox=1"), "AFA-ENSEMBLE-055", "'fox'"),
+        ((moved,), "AFA-CLI-007", "--from-image"),
+        ((), "AFA-CLI-007", "--from-image"),
+        ((moved, "a" * 20_001), "AFA-DRAW-002", "20000"),
+    ]:
+        line = fails(capsys, "generate", *command, "--output", new)
+        assert code in line
+        assert value in line
     assert not new.exists()
     assert run("generate", moved, "--from-image", picture, "--output", new) == 0
 
@@ -161,16 +162,17 @@ def test_weights_draws_figures(
     assert {f.stem for f in others.iterdir()} == names
     assert len(list(others.iterdir())) == 14
     new = tmp_path / "new"
-    for command, message in {
-        ("weights", ensemble): "--prompt TEXT",
-        ("weights", ensemble, picture): "or one ensemble",
-        ("weights", ensemble, ensemble): "or one ensemble",
-        ("weights", picture, "--prompt", "a fox"): "leave --prompt out",
-        ("weights", picture, "--format", "jpg"): "--format must be png or svg",
-        ("weights", others / "comparison.png"): "does not say how it was made",
-    }.items():
-        assert run(*command, "--output", new) == 2
-        assert message in capsys.readouterr().err, command
+    for command, code, value in [
+        ((ensemble,), "AFA-CLI-021", "--prompt TEXT"),
+        ((ensemble, picture), "AFA-CLI-019", str(picture)),
+        ((ensemble, ensemble), "AFA-CLI-019", str(ensemble)),
+        ((picture, "--prompt", "a fox"), "AFA-CLI-020", "--prompt"),
+        ((picture, "--format", "jpg"), "AFA-CLI-018", "'jpg'"),
+        ((others / "comparison.png",), "AFA-DRAW-007", "comparison.png"),
+    ]:
+        line = fails(capsys, "weights", *command, "--output", new)
+        assert code in line
+        assert value in line
     assert not new.exists()
 
 
@@ -180,15 +182,18 @@ def test_what_prune_and_speed_refuse(
     there = tmp_path / "there.json"
     there.write_text("{}")
     output = tmp_path / "new"
-    for command, message in {
-        ("generate", ensemble, "a fox", "--output", output, "--speed", "quick"): "A speed must be",
-        ("generate", ensemble, "a fox", "--output", output, "--plan", there): "must be a plan of",
-        ("prune", ensemble, "--output", there): "The plan must be a new file",
-        ("prune", ensemble, "--output", output): "Name a file: --prompts",
-        ("prune", ensemble, "--output", output, "--keep", 0): "--keep must be above 0",
-    }.items():
-        assert run(*command) == 2
-        assert message in capsys.readouterr().err
+    drawing = ("generate", ensemble, "a fox", "--output", output)
+    pruning = ("prune", ensemble, "--output")
+    for command, code, value in [
+        ((*drawing, "--speed", "quick"), "AFA-ENSEMBLE-015", "'quick'"),
+        ((*drawing, "--plan", there), "AFA-ENSEMBLE-011", "num_experts"),
+        ((*pruning, there), "AFA-CLI-014", "there.json"),
+        ((*pruning, output), "AFA-CLI-016", "--prompts"),
+        ((*pruning, output, "--keep", 0), "AFA-CLI-015", "got 0"),
+    ]:
+        line = fails(capsys, *command)
+        assert code in line
+        assert value in line
     assert not output.exists()
 
 
@@ -227,9 +232,9 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     """The one line that a mistaken command prints."""
     capsys.readouterr()
     assert run(*arguments) == 2
-    came = capsys.readouterr()
-    lines = came.err.splitlines()
-    assert len(lines) == 1, came
+    printed = capsys.readouterr()
+    lines = printed.err.splitlines()
+    assert len(lines) == 1, printed
     assert lines[0].startswith("afa: error [AFA-")
     return lines[0]
 
@@ -259,46 +264,52 @@ def missing(experts: list[Path], folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("make", "code", "value"),
     [
-        (missing, "nowhere' does not exist"),
-        (pickled, "is a pickle, which can run code"),
-        (truncated, "must be a complete safetensors file"),
-        (wider, "must share one architecture"),
+        (missing, "AFA-LOAD-079", "nowhere'"),
+        (pickled, "AFA-LOAD-096", "model.ckpt'"),
+        (truncated, "AFA-LOAD-092", "truncated"),
+        (wider, "AFA-LOAD-004", "(8, 16, 32)"),
     ],
 )
 def test_wrong_experts(
     make: Any,
-    message: str,
+    code: str,
+    value: str,
     experts: list[Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     recipe = write_recipe(tmp_path, [experts[0], make(experts, tmp_path)])
     before = sorted(tmp_path.iterdir())
-    assert message in fails(capsys, "train", recipe, "--output", tmp_path / "run")
+    line = fails(capsys, "train", recipe, "--output", tmp_path / "run")
+    assert code in line
+    assert value in line
     assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "code", "value"),
     [
-        ({"training": {"num_steps": 2, "batchsize": 2}}, "did you mean 'batch_size'?"),
-        ({"data": {"folder": "empty"}}, "it has no metadata.jsonl"),
-        ({"aggregator": {"hidden_size": 30}}, "hidden_size must be a multiple of num_heads"),
-        ({"training": {"num_steps": 2, "device": "quantum"}}, "device must be auto"),
+        ({"training": {"num_steps": 2, "batchsize": 2}}, "AFA-RECIPE-002", "'batch_size'?"),
+        ({"data": {"folder": "empty"}}, "AFA-TRAIN-014", "metadata.jsonl"),
+        ({"aggregator": {"hidden_size": 30}}, "AFA-RECIPE-002", "hidden_size"),
+        ({"training": {"num_steps": 2, "device": "quantum"}}, "AFA-TRAIN-030", "'quantum'"),
     ],
 )
 def test_wrong_recipes(
     changes: dict[str, Any],
-    message: str,
+    code: str,
+    value: str,
     experts: list[Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "empty").mkdir()
     recipe = write_recipe(tmp_path, experts, **changes)
-    assert message in fails(capsys, "train", recipe, "--output", tmp_path / "run")
+    line = fails(capsys, "train", recipe, "--output", tmp_path / "run")
+    assert code in line
+    assert value in line
     assert not (tmp_path / "run").exists()
 
 
@@ -309,38 +320,43 @@ def test_output_folders_that_exist_are_left_alone(
     taken.mkdir()
     (taken / "mine.txt").write_text("mine")
     recipe = write_recipe(tmp_path, experts)
-    for command in (
-        ["train", recipe, "--output", taken],
-        ["generate", ensemble, "a fox", "--output", taken],
-        ["demo", "--output", taken],
-        ["zoo", "export", taken],
-    ):
-        assert "must be new" in fails(capsys, *command)
+    for command, code in [
+        (["train", recipe, "--output", taken], "AFA-TRAIN-046"),
+        (["generate", ensemble, "a fox", "--output", taken], "AFA-CLI-010"),
+        (["demo", "--output", taken], "AFA-CLI-006"),
+        (["zoo", "export", taken], "AFA-CLI-006"),
+    ]:
+        line = fails(capsys, *command)
+        assert code in line
+        assert str(taken) in line
     assert [file.name for file in taken.iterdir()] == ["mine.txt"]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "code", "value"),
     [
-        (["generate", "{ensemble}", "a fox", "--output", "{new}", "--steps", "0"], "--steps"),
-        (["generate", "{ensemble}", "a fox", "--output", "{new}", "--dtype", "int8"], "--dtype"),
-        (["generate", "{ensemble}", "a fox", "--output", "{new}", "--height", "17"], "--height"),
-        (["generate", "{new}", "a fox", "--output", "{new}2"], "must hold a config.json"),
-        (["generate", "{ensemble}", "a fox"], "--output"),
-        (["inspect", "{new}"], "does not exist"),
-        (["train", "{new}.yaml", "--output", "{new}"], "cannot be read"),
-        (["paint"], "paint"),
+        ("generate {ensemble} fox --output {new} --steps 0", "AFA-CLI-024", "--steps"),
+        ("generate {ensemble} fox --output {new} --dtype int8", "AFA-CLI-008", "--dtype"),
+        ("generate {ensemble} fox --output {new} --height 17", "AFA-CLI-013", "--height"),
+        ("generate {new} fox --output {new}2", "AFA-LOAD-061", "config.json"),
+        ("generate {ensemble} fox", "AFA-CLI-024", "--output"),
+        ("inspect {new}", "AFA-LOAD-079", "new"),
+        ("train {new}.yaml --output {new}", "AFA-RECIPE-005", "new.yaml"),
+        ("paint", "AFA-CLI-024", "paint"),
     ],
 )
 def test_wrong_arguments(
-    arguments: list[str],
-    message: str,
+    arguments: str,
+    code: str,
+    value: str,
     ensemble: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    filled = [a.format(ensemble=ensemble, new=tmp_path / "new") for a in arguments]
-    assert message in fails(capsys, *filled)
+    words = [word.format(ensemble=ensemble, new=tmp_path / "new") for word in arguments.split()]
+    line = fails(capsys, *words)
+    assert code in line
+    assert value in line
     assert not (tmp_path / "new").exists()
 
 

@@ -199,7 +199,7 @@ def test_a_signal_saves_first(experts: list[Path], tmp_path: Path, number: signa
         time.sleep(0.05)
     process.send_signal(number)
     said = finish(process, code=128 + number)
-    assert "all is saved. The same command goes on." in " ".join(said.split())
+    assert "Run the same command again to resume." in " ".join(said.split())
     (checkpoint,) = (output / "checkpoints").iterdir()
     done = int(checkpoint.stem.removeprefix("step-"))
     assert 3 <= done < 5000

@@ -1,4 +1,4 @@
-"""The command line: one thin file a command; heavy imports wait until a command runs."""
+"""The command line: one module per command, with heavy imports inside the commands."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ app.add_typer(zoo.app, name="zoo")
 def main(arguments: list[str] | None = None) -> None:
     """Run one command and exit.
 
-    Codes: 0 done, 2 something the user can put right, 128 and its number where a signal ended it.
+    Exit codes: 0 for success, 2 for errors that the user can fix, 128 + n after signal n.
     """
     quieten()
     end_cleanly_on_sigterm()
@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
     except typer.Exit as stop:
         code = stop.exit_code
     except Terminated:
-        say_error("ended by SIGTERM; what was unfinished is removed")
+        say_error("stopped by SIGTERM; unfinished files were removed")
         code = 128 + signal.SIGTERM
     except (KeyboardInterrupt, typer.Abort):
         say_error("interrupted")
@@ -75,8 +75,8 @@ def main(arguments: list[str] | None = None) -> None:
     except AfaError as error:
         say_error(str(error), error.code)
         code = 2
-    except OSError as error:  # a full disk, a folder that may not be written
-        left = "Nothing unfinished was left under its final name."
+    except OSError as error:  # such as a full disk or a read-only folder
+        left = "No unfinished file was left under its final name."
         say_error(f"{error}. {left}", "AFA-CLI-025")
         code = 2
     sys.exit(code or 0)

@@ -1,4 +1,4 @@
-"""`afa app`: a page to draw, compare and steer in a browser."""
+"""`afa app`: draw, compare and steer pictures in a browser."""
 
 from __future__ import annotations
 
@@ -16,31 +16,29 @@ from afa.machine.quiet import quieten_loading
 
 def app(
     ensemble: Annotated[
-        str, typer.Argument(help="Ensemble folder; by default the shipped one.")
+        str, typer.Argument(help="Ensemble folder; default: the bundled ensemble.")
     ] = "zoo:ensemble",
     port: Annotated[
-        int | None, typer.Option(min=1, max=65535, help="By default the first free from 7860 on.")
+        int | None, typer.Option(min=1, max=65535, help="Default: the first free port from 7860.")
     ] = None,
     host: Annotated[
-        str, typer.Option(help="Address to listen at; others than this machine need a password.")
+        str, typer.Option(help="Address to listen on; requires a password unless it is local.")
     ] = "127.0.0.1",
     password_file: Annotated[
-        Path | None, typer.Option(help="Its first line is the password of the user 'afa'.")
+        Path | None, typer.Option(help="File whose first line is the password of the user 'afa'.")
     ] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="Folder that every picture is written to.")
-    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for all pictures.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    dtype: Annotated[str, typer.Option(help="Of the experts: float32, bfloat16, float16.")] = (
-        "float32"
-    ),
+    dtype: Annotated[
+        str, typer.Option(help="dtype of the experts: float32, bfloat16, float16.")
+    ] = ("float32"),
     memory_budget: Annotated[
-        str | None, typer.Option(help="Of the device, such as 8GB; see afa generate.")
+        str | None, typer.Option(help="Device memory to use, such as 8GB; see afa generate.")
     ] = None,
 ) -> None:
-    """Open a page: compare experts, merge and ensemble, see who did what, lean on an expert.
+    """Serve a page to compare experts, merge and ensemble, see fusion weights, and set biases.
 
-    Nothing is sent anywhere; the page is this machine's alone unless --host says otherwise.
+    The page sends nothing to other servers. Only this machine can open it, unless --host is set.
 
     [bold]Example[/bold]: afa app
     """
@@ -53,16 +51,14 @@ def app(
             password = next(iter(password_file.read_text(encoding="utf-8").splitlines()), "")
         except (OSError, UnicodeDecodeError) as error:
             raise AfaError(
-                "AFA-CLI-001", f"--password-file must be a text file; reading says: {error}."
+                "AFA-CLI-001", f"--password-file must be a readable text file; got: {error}."
             ) from None
     check_reach(host, password)
     if dtype not in DTYPES:
-        raise AfaError(
-            "AFA-CLI-002", f"--dtype must be one of {', '.join(DTYPES)}, came '{dtype}'."
-        )
+        raise AfaError("AFA-CLI-002", f"--dtype must be one of {', '.join(DTYPES)}; got '{dtype}'.")
     if output is not None:
         if output.exists() and not output.is_dir():
-            raise AfaError("AFA-CLI-003", f"--output must be a folder; '{output}' is a file.")
+            raise AfaError("AFA-CLI-003", f"--output must be a folder; got the file '{output}'.")
         output.mkdir(parents=True, exist_ok=True)
 
     import torch
@@ -80,9 +76,9 @@ def app(
     with served(
         pipeline, ensemble, host=host, port=port, password=password, keep=output
     ) as address:
-        say(f"afa is at {address} (Ctrl-C ends it)")
+        say(f"afa is at {address} (Ctrl-C stops it)")
         end = threading.Event()
-        # a shell's background jobs are born deaf to the first
+        # a background job of a shell ignores SIGINT at start
         for signal_number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signal_number, lambda *_: end.set())
         end.wait()

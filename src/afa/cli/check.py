@@ -1,4 +1,4 @@
-"""`afa check`: what a recipe names, looked at before any work."""
+"""`afa check`: check everything that a recipe names before any work starts."""
 
 from __future__ import annotations
 
@@ -18,27 +18,34 @@ if TYPE_CHECKING:
     from afa.preflight.inputs import Inputs
     from afa.preflight.run import Report
 
-_SAID = {"error": "ERROR", "warning": "warning", "note": "note"}
+_LABELS = {"error": "ERROR", "warning": "warning", "note": "note"}
+#: the option of the commands that run the check themselves
+RunCheck = Annotated[
+    bool, typer.Option("--check/--no-check", help="Run the checks of afa check first.")
+]
 _HOUR, _MINUTE = 3600, 60
 
 
 def check(
     recipe: Annotated[
-        Path, typer.Argument(help="Of afa train, evaluate, search or merge; or an ensemble folder.")
+        Path,
+        typer.Argument(
+            help="Recipe of afa train, evaluate, search or merge; or an ensemble folder."
+        ),
     ],
     weights: Annotated[
-        bool, typer.Option("--weights/--no-weights", help="Read all weights, too.")
+        bool, typer.Option("--weights/--no-weights", help="Also read all weights.")
     ] = True,
     output: Annotated[
-        Path | None, typer.Option(help="Folder that the command is to write: may it?")
+        Path | None, typer.Option(help="Also check this output folder of the command.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Open everything a recipe names: do the experts fit each other, and this machine?
+    """Check whether the experts of a recipe fit each other and this machine.
 
-    Models, LoRAs and parts, all pictures and captions, prompts, references, metrics. What the
-    command of the recipe would refuse is refused here, in the same words. Nothing is written. Exit
-    code 2 if anything would keep the work from being done.
+    Opens all models, LoRAs, parts, pictures, captions, prompts, references and metrics. Reports
+    the errors that the recipe's command would raise. Writes nothing. Exits with code 2 if there is
+    an error.
 
     [bold]Example[/bold]: afa check recipe.yaml
     """
@@ -46,8 +53,8 @@ def check(
     if asked is None and output is not None:
         raise AfaError(
             "AFA-CLI-004",
-            f"--output is for recipes of afa train, evaluate, search and merge; '{recipe}' is an "
-            "ensemble, which `afa generate` draws with. Leave --output out.",
+            f"--output only applies to recipes of afa train, evaluate, search and merge; got the "
+            f"ensemble '{recipe}'. Remove --output.",
         )
     report = look_at(plan_for(recipe, asked, output), with_weights=weights, visible=not as_json)
     inputs = look_at_inputs(asked, output, visible=not as_json)
@@ -64,10 +71,10 @@ def check(
 
 
 def read_any(place: Path) -> Any:
-    """The recipe of whichever command; None for the folder of an ensemble.
+    """Load a recipe of any command; returns None for an ensemble.
 
     Raises:
-        AfaError: it is no recipe, or a wrong one.
+        AfaError: if it is not a valid recipe.
     """
     if place.is_dir() or str(place).startswith("zoo:"):
         return None
@@ -93,21 +100,21 @@ def read_any(place: Path) -> Any:
         return load_merge_recipe(place)
     raise AfaError(
         "AFA-CLI-005",
-        f"A recipe must be one of afa train (with training), evaluate (methods), search (metric) "
-        f"or merge (method); '{place}' has none of these keys.",
+        f"'{place}' has none of the keys that identify a recipe: training (afa train), methods "
+        "(evaluate), metric (search) or method (merge). Add the one of your command.",
     )
 
 
 def plan_for(place: Path, recipe: Any, output: Path | None = None) -> Plan:
-    """What a recipe, or an ensemble's folder, would load.
+    """List what a recipe or an ensemble would load.
 
     Args:
-        place: of the recipe or the ensemble.
-        recipe: from `read_any`.
-        output: of a merge, which is looked at with its models; None where nobody has said it.
+        place: path of the recipe, or the ensemble's folder or bundled name.
+        recipe: the result of `read_any`.
+        output: output of a merge; None checks the merge without it.
 
     Raises:
-        AfaError: models that do not merge, or an output where no merge can be written.
+        AfaError: if the models cannot be merged, or the merge cannot be written to `output`.
     """
     from afa.evaluation.planned import plan_of_evaluation, plan_of_search
     from afa.evaluation.recipe import EvaluateRecipe
@@ -126,8 +133,8 @@ def plan_for(place: Path, recipe: Any, output: Path | None = None) -> Plan:
         return plan_of_search(recipe)
     if isinstance(recipe, MergeRecipe):
         is_file = Path(recipe.experts[0]).is_file()
-        free = place.parent / f"afa-check{'.safetensors' if is_file else ''}"
-        plan_merge(recipe, output or free)
+        unused = place.parent / f"afa-check{'.safetensors' if is_file else ''}"
+        plan_merge(recipe, output or unused)
         return plan_of_merge(recipe)
     import torch
 
@@ -137,57 +144,56 @@ def plan_for(place: Path, recipe: Any, output: Path | None = None) -> Plan:
 
 
 def look_at_inputs(recipe: Any, output: Path | None, *, visible: bool = True) -> Inputs:
-    """Open what a recipe names besides models, under a bar while pictures are read."""
+    """Check everything that a recipe names except models, and show progress."""
     from afa.evaluation.recipe import EvaluateRecipe
     from afa.evaluation.search_recipe import SearchRecipe
     from afa.preflight import inputs
     from afa.training.recipe import Recipe
 
-    looks: dict[type, Any] = {
+    checks: dict[type, Any] = {
         Recipe: inputs.inputs_of_training,
         EvaluateRecipe: inputs.inputs_of_evaluation,
         SearchRecipe: inputs.inputs_of_search,
     }
-    if type(recipe) not in looks:
+    if type(recipe) not in checks:
         return inputs.Inputs()
     with Progress(transient=True, visible=visible) as progress:
 
-        def note(what: str, done: int, total: int) -> None:
-            progress.update(f"check {what}", done, total)
+        def note(stage: str, done: int, total: int) -> None:
+            progress.update(f"check {stage}", done, total)
 
-        return looks[type(recipe)](recipe, output, note)
+        return checks[type(recipe)](recipe, output, note)
 
 
 def look_at(plan: Plan, *, with_weights: bool = True, visible: bool = True) -> Report:
-    """Look, under a bar while weights are read."""
+    """Check the models of a plan, and show progress while weights are read."""
     from afa.preflight.run import look
 
     with Progress(transient=True, visible=visible) as progress:
 
-        def note(what: str, done: int, total: int) -> None:
-            del what
+        def note(_: str, done: int, total: int) -> None:
             progress.update("check weights", done >> 20, total >> 20, unit="MiB")
 
         return look(plan, with_weights=with_weights, progress=note)
 
 
 def require_sound(plan: Plan, *, with_weights: bool = True) -> None:
-    """Look before work, say what may disappoint, and go on only where nothing is wrong.
+    """Check the models of a plan before work starts, and print warnings.
 
     Raises:
-        AfaError: the first error.
+        AfaError: the first error that the check finds.
     """
     report = look_at(plan, with_weights=with_weights)
     report.require()
     for finding in report.findings:
         if finding.level == "warning":
-            say(f"{_SAID[finding.level]}: {printable(finding.text)}")
+            say(f"{_LABELS[finding.level]}: {printable(finding.text)}")
 
 
 def _show(report: Report) -> None:
     from afa.loading.memory.budget import size_text
 
-    table = Table("expert", "family", "numbers", Column("size", justify="right"), box=None)
+    table = Table("expert", "family", "dtypes", Column("size", justify="right"), box=None)
     for each in report.experts:
         name, size = printable(each.facts.name), size_text(each.manifest.num_bytes)
         table.add_row(name, each.facts.kind.name, each.dtypes, size)
@@ -195,15 +201,15 @@ def _show(report: Report) -> None:
         console.print(table)
     for label, found in report.estimates.items():
         say(
-            f"{printable(label)}: about {size_text(found.takes)} of memory, "
-            f"{size_text(found.free)} are free; {found.num_steps} steps take at least "
-            f"{_time(found.seconds)} here"
+            f"{printable(label)}: needs about {size_text(found.takes)} of memory, "
+            f"{size_text(found.free)} free; {found.num_steps} steps take at least "
+            f"{_time(found.seconds)} on this machine"
         )
     for finding in report.findings:
-        label = f"{_SAID[finding.level]}  {finding.check} [{finding.code}]"
+        label = f"{_LABELS[finding.level]}  {finding.check} [{finding.code}]"
         say(f"{label}: {printable(finding.text)}")
     if not any(finding.level != "note" for finding in report.findings):
-        say("Nothing to say against it.")
+        say("No errors or warnings.")
     if report.data is not None:
         say(f"Data: {report.data}.")
 

@@ -1,4 +1,4 @@
-"""`afa demo`: the main job on the embedded default, with a table and pictures."""
+"""`afa demo`: train and compare an ensemble of the bundled experts."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 def demo(
     output: Annotated[Path, typer.Option(help="New folder for the report and the pictures.")],
     seed: Annotated[
-        int, typer.Option(min=0, max=MAX_SEED, help="Of the training and of the pictures.")
+        int, typer.Option(min=0, max=MAX_SEED, help="Seed of the training and the pictures.")
     ] = 0,
 ) -> None:
-    """Train an ensemble of the zoo's experts for minutes; compare it with simple other ways.
+    """Train an ensemble of the bundled experts for minutes, and compare it with simple baselines.
 
     [bold]Example[/bold]: afa demo --output runs/demo
     """

@@ -1,4 +1,4 @@
-"""`afa evaluate`: a recipe to a comparison of all its methods."""
+"""`afa evaluate`: compare all methods of a recipe."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from afa.cli.check import require_sound
+from afa.cli.check import RunCheck, require_sound
 from afa.cli.console import say, say_warnings
 from afa.cli.progress import Progress
 from afa.machine.quiet import quieten_loading
@@ -15,15 +15,13 @@ from afa.machine.quiet import quieten_loading
 
 def evaluate(
     recipe: Annotated[Path, typer.Argument(help="YAML file: prompts, methods, metrics.")],
-    output: Annotated[Path, typer.Option(help="New folder, or one of an earlier run to go on.")],
-    look_first: Annotated[
-        bool, typer.Option("--check/--no-check", help="Look at everything first, as afa check.")
-    ] = True,
+    output: Annotated[Path, typer.Option(help="New folder, or that of a run to resume.")],
+    run_check: RunCheck = True,
 ) -> None:
-    """Compare ways of combining experts on the same prompts and the same noise.
+    """Compare methods of combining experts on the same prompts and the same initial noise.
 
-    The same command goes on where an earlier run was stopped; methods, metrics and seeds may be
-    added to the recipe meanwhile. Several processes: accelerate launch -m afa evaluate ...
+    Run the same command again to resume. You may add methods, metrics and seeds to the recipe in
+    between. Several processes: accelerate launch -m afa evaluate ...
 
     [bold]Example[/bold]: afa evaluate recipe.yaml --output runs/comparison
     """
@@ -37,7 +35,7 @@ def evaluate(
 
     quieten_loading()
     is_main = Processes().is_main
-    if is_main and look_first:
+    if is_main and run_check:
         require_sound(plan_of_evaluation(checked))
     with Progress(visible=is_main) as progress:
         for event in run(checked, output):
@@ -45,4 +43,4 @@ def evaluate(
                 say_warnings(event.notes)
             progress.update(event.stage, event.done, event.total, event.note)
     if is_main:
-        say(f"Report, tables and drawings in {output}: report.md, report.json")
+        say(f"Report, tables and figures in {output}: report.md, report.json")

@@ -1,4 +1,4 @@
-"""`afa generate`: prompts to pictures, or a picture once more."""
+"""`afa generate`: draw pictures of prompts, or reproduce a picture."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from afa.cli.check import require_sound
+from afa.cli.check import RunCheck, require_sound
 from afa.cli.console import require_new_folder, say, say_warnings
 from afa.cli.progress import Progress
 from afa.cli.trust import OPTIONS as TRUST_OPTIONS
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "float16")
 ON_NONFINITE = ("stop", "mask")
-#: what may be said beside a picture that is to be made again; all else comes from it
+#: parameters allowed with --from-image; the picture itself provides all others
 BESIDE_A_PICTURE = (
     "ensemble",
     "output",
@@ -42,7 +42,7 @@ BESIDE_A_PICTURE = (
 
 
 def _option(panel: str) -> Any:
-    """An option under a heading of the help."""
+    """Return a function that makes options of one panel of the help."""
 
     def option(text: str, *, name: str | None = None, **limits: Any) -> Any:
         return typer.Option(*filter(None, [name]), help=text, rich_help_panel=panel, **limits)
@@ -64,52 +64,50 @@ def generate(
     ] = None,
     from_image: Annotated[
         Path | None,
-        typer.Option(help="Make this picture again: a PNG of afa, which holds all it needs."),
+        typer.Option(help="PNG of afa to reproduce from its recorded settings."),
     ] = None,
     weights: Annotated[
-        bool, typer.Option("--weights", help="Draw the fusion weights too.")
+        bool, typer.Option("--weights", help="Also draw the fusion weights.")
     ] = False,
     steps: Annotated[int, _picture("Denoising steps.", min=1)] = 50,
     guidance: Annotated[float, _picture("Classifier-free guidance scale.", min=0)] = 7.5,
     seed: Annotated[
-        int, _picture("Of the first picture; then one more each.", min=0, max=MAX_SEED)
+        int, _picture("Seed of the first picture; each next one adds 1.", min=0, max=MAX_SEED)
     ] = 0,
     num_images: Annotated[int, _picture("Pictures per prompt.", min=1)] = 1,
-    negative_prompt: Annotated[str, _picture("What to stay away from.")] = "",
-    height: Annotated[int | None, _picture("Pixels; by default the experts'.", min=8)] = None,
-    width: Annotated[int | None, _picture("Pixels; by default the experts'.", min=8)] = None,
+    negative_prompt: Annotated[str, _picture("Negative prompt.")] = "",
+    height: Annotated[int | None, _picture("Pixels; default: the experts' own.", min=8)] = None,
+    width: Annotated[int | None, _picture("Pixels; default: the experts' own.", min=8)] = None,
     bias: Annotated[
         list[str] | None,
-        _picture("Lean on an expert: animals=+1.0, or animals@up=+1.0; as often as asked."),
+        _picture("Bias towards an expert: animals=+1.0 or animals@up=+1.0; repeatable."),
     ] = None,
     device: Annotated[str, _speed("auto, cpu, cuda, cuda:1, ...")] = "auto",
-    dtype: Annotated[str, _speed(f"Of the experts: {', '.join(DTYPES)}.")] = "float32",
+    dtype: Annotated[str, _speed(f"dtype of the experts: {', '.join(DTYPES)}.")] = "float32",
     speed: Annotated[
-        str, _speed("exact, balanced or fast: how much is taken over between steps.")
+        str, _speed("exact, balanced or fast: how much steps reuse of earlier steps.")
     ] = "exact",
-    plan: Annotated[Path | None, _speed("Of afa prune: which experts run where.")] = None,
+    plan: Annotated[Path | None, _speed("Plan of afa prune: experts to skip.")] = None,
     memory_budget: Annotated[
-        str | None, _speed("Of the device, such as 8GB; says and does what fits.")
+        str | None, _speed("Device memory to use, such as 8GB; places experts to fit.")
     ] = None,
-    quantize: Annotated[str | None, _speed("int8 or float8: smaller experts, by torchao.")] = None,
+    quantize: Annotated[str | None, _speed("Quantize experts to int8 or float8.")] = None,
     compile_blocks: Annotated[
-        bool, _speed("Compile the blocks first; pays for many pictures.", name="--compile")
+        bool, _speed("Compile the blocks first; faster for many pictures.", name="--compile")
     ] = False,
     cuda_graphs: Annotated[
-        bool, _speed("Launch steps at once; for small work on a GPU.", name="--cuda-graphs")
+        bool, _speed("Run steps as CUDA graphs; faster for small models.", name="--cuda-graphs")
     ] = False,
     on_nonfinite: Annotated[
-        str, _picture("Where an expert's numbers overflow: stop, or mask it there.")
+        str, _picture("At NaN or infinity in an expert: stop, or mask (skip) it there.")
     ] = "stop",
-    look_first: Annotated[
-        bool, _speed("Look first, as afa check --no-weights.", name="--check/--no-check")
-    ] = True,
+    run_check: RunCheck = True,
 ) -> None:
     """Generate pictures with a trained ensemble.
 
-    Every PNG holds what it was made from; --from-image makes it again, bit for bit on the same
-    machine. Several processes share the pictures: accelerate launch -m afa generate ..., or,
-    without a GPU, torchrun --nproc_per_node 2 -m afa generate ...
+    Every PNG records its settings. --from-image reproduces it, bit for bit on the same machine.
+    Several processes share the pictures: accelerate launch -m afa generate ..., or without a GPU:
+    torchrun --nproc_per_node 2 -m afa generate ...
 
     [bold]Example[/bold]: afa generate zoo:ensemble "a fox on the left and a pizza on the right,
     blue background" --output pictures --guidance 3 --weights
@@ -134,8 +132,8 @@ def generate(
     elif ensemble is None or not prompts:
         raise AfaError(
             "AFA-CLI-007",
-            "afa generate must have an ensemble and a prompt, or --from-image with a picture. Try "
-            'afa generate zoo:ensemble "a fox on the left and a pizza on the right" --output new.',
+            "afa generate requires an ensemble and a prompt, or --from-image. For example: "
+            'afa generate zoo:ensemble "a fox on the left and a pizza on the right" --output new',
         )
 
     import torch
@@ -156,14 +154,14 @@ def generate(
         loading["pixels"] = pixels
     before: str | None = None
     if from_image is not None:
-        pipeline, recipe, before = _again(from_image, ensemble, weights, loading)
+        pipeline, recipe, before = _reproduce(from_image, ensemble, weights, loading)
         asked = [(f"00-{slug(recipe.prompt)}-seed{recipe.seed}", recipe)]
     else:
-        assert ensemble is not None, "it was asked for above"
+        assert ensemble is not None, "checked above"
         if quantize is not None:
             loading["quantize"] = quantize
-        # neither a budget nor smaller weights: all experts are at hand as they are
-        if look_first and processes.is_main and not (quantize or memory_budget):
+        # the estimate of memory does not know budgets and quantization
+        if run_check and processes.is_main and not (quantize or memory_budget):
             require_sound(
                 plan_of_ensemble(
                     ensemble,
@@ -211,7 +209,7 @@ def generate(
                 pipeline, prompts or [recipe.prompt], recipe.negative_prompt, recipe.guidance
             )
         )
-    processes.wait()  # nobody writes before the main process has seen that the folder is new
+    processes.wait()  # the main process checks that the folder is new before any one writes
     hashed = _draw(pipeline, list(processes.share(asked)), output, weights, processes.is_main)
     processes.wait()
     if not processes.is_main:
@@ -225,15 +223,13 @@ def generate(
 
 def _require_one_of(option: str, given: str, known: Sequence[str]) -> None:
     if given not in known:
-        raise AfaError(
-            "AFA-CLI-008", f"{option} must be one of {', '.join(known)}, came '{given}'."
-        )
+        raise AfaError("AFA-CLI-008", f"{option} must be one of {', '.join(known)}; got '{given}'.")
 
 
-def _again(
+def _reproduce(
     picture: Path, ensemble: str | None, weights: bool, loading: dict[str, Any]
 ) -> tuple[DiffusionPipeline, PictureRecipe, str]:
-    """What drew a picture, its recipe, and the hash of its pixels."""
+    """The pipeline that draws a picture again, its recipe, and the hash of its pixels."""
     from afa.drawing import pictures
     from afa.drawing.contenders import ENSEMBLE
 
@@ -241,7 +237,8 @@ def _again(
     recipe = made.recipe.model_copy(update={"ensemble": ensemble or made.recipe.ensemble})
     if weights and recipe.drawn_by != ENSEMBLE:
         raise AfaError(
-            "AFA-CLI-009", f"Fusion weights are an ensemble's; this is by {recipe.drawn_by} alone."
+            "AFA-CLI-009",
+            f"'{picture}' has no fusion weights: {recipe.drawn_by} drew it. Remove --weights.",
         )
     return pictures.prepare_again(recipe, **loading), recipe, made.pixels
 
@@ -249,7 +246,7 @@ def _again(
 def _each(
     recipe: PictureRecipe, prompts: Sequence[str], num_images: int
 ) -> list[tuple[str, PictureRecipe]]:
-    """The name of every picture's file, without its end, and its recipe."""
+    """The stem of each picture's file name, and its recipe."""
     from afa.drawing import pictures
 
     asked = itertools.product(prompts, range(recipe.seed, recipe.seed + num_images))
@@ -261,16 +258,16 @@ def _each(
 
 
 def _stems(prompts: Sequence[str], first: int, num_images: int) -> list[str]:
-    """The names of the pictures' files, without their ends."""
+    """The stems of the pictures' file names."""
     numbered = itertools.product(enumerate(prompts), range(first, first + num_images))
     return [f"{number:02d}-{slug(prompt)}-seed{seed}" for (number, prompt), seed in numbered]
 
 
 def _require_same_pictures(output: Path, stems: Sequence[str]) -> None:
-    """Refuse a folder that holds anything but pictures of this command, which may go on.
+    """Require that an output folder is new, or contains only pictures of this command.
 
     Raises:
-        AfaError: names what else it holds.
+        AfaError: if it contains another file.
     """
     if not output.is_dir():
         require_new_folder(output)
@@ -280,8 +277,8 @@ def _require_same_pictures(output: Path, stems: Sequence[str]) -> None:
         if file.name not in names and not file.name.startswith("."):
             raise AfaError(
                 "AFA-CLI-010",
-                f"The output folder must be new, or of the same command that did not come to its "
-                f"end; '{output}' holds '{file.name}'. Name another one.",
+                f"The output folder '{output}' contains '{file.name}', which this command did not "
+                "write. Pass a new folder as --output, or the command's own to resume.",
             )
 
 
@@ -292,7 +289,7 @@ def _draw(
     weights: bool,
     visible: bool,
 ) -> str:
-    """Draw and write pictures; the hash of the last one's pixels."""
+    """Draw and write pictures; return the hash of the last one's pixels."""
     from afa.denoisers.kinds import denoiser_of
     from afa.drawing import pictures
     from afa.drawing.plots import filmstrip
@@ -327,60 +324,59 @@ def _draw(
     return hashed
 
 
-def _done(place: Path, recipe: PictureRecipe) -> str | None:
-    """The hash of a picture that an earlier start of the command has drawn; None where none has.
+def _done(path: Path, recipe: PictureRecipe) -> str | None:
+    """The hash of a picture that an earlier run has drawn; None if it does not exist.
 
     Raises:
-        AfaError: it was made from something else.
+        AfaError: if it was made with other settings.
     """
     from afa.drawing import pictures
 
-    if not place.exists():
+    if not path.exists():
         return None
-    found = pictures.read_picture(place)
+    found = pictures.read_picture(path)
     if found.recipe != recipe:
         raise AfaError(
             "AFA-CLI-011",
-            f"The pictures in the output folder must be of the same command; '{place}' was made "
-            "from something else. Name another folder.",
+            f"'{path}' was made with other settings. Pass a new folder as --output, or repeat the "
+            "earlier command to resume.",
         )
     return found.pixels
 
 
 def _require_nothing_else(context: typer.Context) -> None:
-    """Raise AfaError where something is asked for that the picture itself says."""
+    """Raise AfaError if an option is given whose value comes from the picture."""
     for parameter in context.command.params:
         name = parameter.name or ""
         source = context.get_parameter_source(name)
         if name not in BESIDE_A_PICTURE and source is not None and source.name == "COMMANDLINE":
-            given = parameter.opts[0].lstrip("-")
             raise AfaError(
                 "AFA-CLI-012",
-                f"With --from-image all comes from the picture; leave {given} out, or the picture.",
+                f"--from-image takes all settings from the picture. Remove {parameter.opts[0]}.",
             )
 
 
 def _say_whether_the_same(before: str, now: str) -> None:
     if before == now:
-        say("The same picture, bit for bit.")
+        say("The picture is identical, bit for bit.")
     else:
         say(
-            "The pixels are not the same: another machine, number of threads or release of torch "
-            "rounds differently."
+            "The pixels differ. Another machine, number of threads or version of torch rounds "
+            "differently."
         )
 
 
 def say_masked(denoiser: Any) -> None:
-    """Tell which experts were left out somewhere, and how often."""
-    for (expert, place), count in sorted(getattr(denoiser, "masked", {}).items()):
+    """Warn of experts that were skipped at a site, and in how many steps."""
+    for (expert, site), count in sorted(getattr(denoiser, "masked", {}).items()):
         say(
-            f"warning: '{expert}' gave non-finite values (NaN or infinity) at '{place}' in {count} "
+            f"warning: '{expert}' gave non-finite values (NaN or infinity) at '{site}' in {count} "
             "steps, and was skipped there."
         )
 
 
 def say_plan(plan: MemoryPlan) -> None:
-    """Tell what a memory budget comes to."""
+    """Print where a memory budget places the experts."""
     for line in plan.lines():
         say(line)
 
@@ -388,10 +384,10 @@ def say_plan(plan: MemoryPlan) -> None:
 def _picture_size(
     pipeline: DiffusionPipeline, height: int | None, width: int | None
 ) -> tuple[int, int]:
-    """Height and width in pixels, the experts' own where none is asked for.
+    """Height and width in pixels; defaults to the experts' own.
 
     Raises:
-        AfaError: one is no multiple of what the experts work in.
+        AfaError: if one is not a multiple of the experts' smallest step.
     """
     from afa.loading.pipeline import native_resolution, size_multiple
 
@@ -399,7 +395,7 @@ def _picture_size(
     for name, size in (("--height", height), ("--width", width)):
         if size is not None and size % multiple:
             raise AfaError(
-                "AFA-CLI-013", f"{name} must be a multiple of {multiple} pixels, came {size}."
+                "AFA-CLI-013", f"{name} must be a multiple of {multiple} pixels; got {size}."
             )
-    # the library ignores one without the other
+    # diffusers ignores one without the other
     return height or native[0], width or native[1]

@@ -1,4 +1,4 @@
-"""`afa inspect`: what a file or folder is."""
+"""`afa inspect`: describe a file or folder."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from afa.cli.console import console, printable
 
 
 def inspect(
-    path: Annotated[str, typer.Argument(help="Ensemble, pipeline or U-Net folder, or one file.")],
+    path: Annotated[str, typer.Argument(help="Ensemble, pipeline or U-Net folder, or a file.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what something is: family, sites, experts, hashes, parameters.
+    """Show the family, sites, experts, hashes and parameters of a file or folder.
 
     [bold]Example[/bold]: afa inspect runs/first
     """

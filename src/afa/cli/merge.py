@@ -1,4 +1,4 @@
-"""`afa merge`: several checkpoints to one, on disk."""
+"""`afa merge`: merge several checkpoints into one on disk."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ _MB = 10**6
 
 
 def merge(
-    recipe: Annotated[Path, typer.Argument(help="YAML file: method, experts, its settings.")],
+    recipe: Annotated[
+        Path, typer.Argument(help="YAML file: method, experts, settings of the method.")
+    ],
     output: Annotated[
-        Path, typer.Option(help="New folder; a new .safetensors file where the experts are files.")
+        Path, typer.Option(help="New folder, or a new .safetensors file if the experts are files.")
     ],
 ) -> None:
-    """Merge checkpoints into one, tensor by tensor, in the memory of one tensor of each.
+    """Merge checkpoints into one, with one tensor of each in memory at a time.
 
     Methods: weighted, add_difference, slerp, ties, dare, block_weights.
 
@@ -48,7 +50,7 @@ def _announcement(plan: MergePlan) -> str:
 
 
 def _show(plan: MergePlan) -> None:
-    """Run a merge; show the MB read of the hashes, then of the tensors."""
+    """Run a merge, and show the MB that were hashed and then merged."""
     from afa.merging import run_merge
 
     with Progress() as progress:
@@ -66,10 +68,10 @@ def _show(plan: MergePlan) -> None:
 def _how_to_use(plan: MergePlan) -> str:
     if plan.output.is_dir():
         return (
-            f"Merged pipeline in {plan.output}. It loads as any other: "
+            f"Merged pipeline in {plan.output}. Load it like any other: "
             f"StableDiffusionPipeline.from_pretrained('{plan.output}')"
         )
     return (
-        f"Merged checkpoint in {plan.output}. It loads wherever its experts do: ComfyUI, the web "
-        f"UIs, afa.load_pipeline(['{plan.output}'])"
+        f"Merged checkpoint in {plan.output}. Load it like its experts: in ComfyUI, the web UIs "
+        f"or afa.load_pipeline(['{plan.output}'])"
     )

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import TaskID
 
-#: seconds between two lines of a stage where there is no terminal
+#: seconds between two lines of a stage without a terminal
 EVERY = 30.0
 
 
@@ -28,30 +28,30 @@ class _Stage:
     """One stage of a command.
 
     Attributes:
-        began: seconds of the clock at its first update.
-        first: what was done then, by an earlier run.
-        said: seconds of the clock at its last line.
-        bar: on a terminal.
+        began: clock time of its first update, in seconds.
+        first: amount that an earlier run had done by then.
+        last_line: clock time of its last line, in seconds.
+        bar: its bar on a terminal.
     """
 
     began: float
     first: int
-    said: float
+    last_line: float
     bar: TaskID | None = None
 
 
 class Progress:
-    """Show how far each stage of a command is, its speed and the time left.
+    """Show each stage's progress, speed and remaining time.
 
-    On a terminal every stage has a bar. Elsewhere (a log file, a pipe, nohup) every stage has a
-    plain line at its first and last update, and one every `EVERY` seconds between.
+    A terminal shows one bar per stage. A log file or pipe gets one line for the first and the last
+    update of each stage, and one line every `EVERY` seconds in between.
 
     Args:
-        visible: False shows nothing: of several processes, one shows progress.
-        transient: leave nothing behind. Bars are removed at the end, and a stage has no line
-            before `EVERY` seconds are over.
+        visible: False shows nothing; only one of several processes shows progress.
+        transient: remove the bars at the end, and print no line for stages that take less than
+            `EVERY` seconds.
         console: where to print.
-        clock: seconds.
+        clock: returns the time in seconds.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Progress:
         )
 
     def __enter__(self) -> Progress:
-        return self  # the bars start at the first update: an early error is then one line alone
+        return self  # the bars start at the first update, so an early error prints only its line
 
     def __exit__(self, *raised: object) -> None:
         self._bars.stop()
@@ -88,37 +88,35 @@ class Progress:
         """Show how much of a stage is done.
 
         Args:
-            stage: what is done; a new name is a new bar.
-            done: how much of it.
-            total: of how much; None where that is not known yet.
-            note: shown beside it.
-            unit: of `done`, such as "steps".
+            stage: name of the stage; a new name starts a new bar.
+            done: completed amount.
+            total: total amount; None if it is not known yet.
+            note: text beside the bar.
+            unit: unit of `done`, such as "steps".
         """
         if not self._visible:
             return
         now = self._clock()
-        shown = self._stages.get(stage)
-        is_new = shown is None
-        if shown is None:
-            shown = self._stages[stage] = _Stage(now, done, now)
+        is_new = stage not in self._stages
+        shown = self._stages.setdefault(stage, _Stage(now, done, now))
         speed = _speed(done - shown.first, now - shown.began, total and total - done, unit)
-        said = "  ".join(filter(None, (printable(note), speed)))
+        text = "  ".join(filter(None, (printable(note), speed)))
         if not self._bars.disable:
             if shown.bar is None:
                 self._bars.start()
-                shown.bar = self._bars.add_task(stage, total=total, note=said)
-            self._bars.update(shown.bar, completed=done, total=total, note=said)
+                shown.bar = self._bars.add_task(stage, total=total, note=text)
+            self._bars.update(shown.bar, completed=done, total=total, note=text)
             return
         is_end = not self._transient and (is_new or done == total)
-        if is_end or now - shown.said >= EVERY:
-            shown.said = now
+        if is_end or now - shown.last_line >= EVERY:
+            shown.last_line = now
             of = "" if total is None else f"/{total}"
-            line = f"{stage}: {done}{of} {unit}".rstrip() + (f", {said}" if said else "")
+            line = f"{stage}: {done}{of} {unit}".rstrip() + (f", {text}" if text else "")
             self._console.print(line, soft_wrap=True)
 
 
 def _speed(done: int, seconds: float, left: int | None, unit: str) -> str:
-    """The speed and the time left as text; empty where nothing was done yet."""
+    """Format the speed and the remaining time; empty if nothing was done yet."""
     if done <= 0 or seconds <= 0:
         return ""
     rate = done / seconds

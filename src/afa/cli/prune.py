@@ -1,4 +1,4 @@
-"""`afa prune`: which experts need not run where."""
+"""`afa prune`: plan which experts to skip at which site and noise level."""
 
 from __future__ import annotations
 
@@ -18,28 +18,30 @@ def prune(
     ensemble: Annotated[str, typer.Argument(help="Ensemble folder, or zoo:ensemble.")],
     output: Annotated[Path, typer.Option(help="New JSON file for the plan.")],
     keep: Annotated[
-        float, typer.Option(min=0, max=1, help="Least share of the weights that stays.")
+        float, typer.Option(min=0, max=1, help="Minimum fraction of the fusion weights to keep.")
     ] = 0.98,
     prompts: Annotated[
-        Path | None, typer.Option(help="Text file, a prompt a line. By default the zoo's.")
+        Path | None,
+        typer.Option(help="Text file, one prompt per line; default for zoo:: the zoo's."),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20,
-    ranges: Annotated[int, typer.Option(min=1, help="Parts of the noise levels.")] = 4,
+    ranges: Annotated[int, typer.Option(min=1, help="Number of noise ranges.")] = 4,
     guidance: Annotated[float, typer.Option(min=0, help="Classifier-free guidance scale.")] = 7.5,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
 ) -> None:
-    """Draw pictures, and leave out experts where nobody listens to them.
+    """Measure fusion weights, and plan to skip experts where their weights are small.
 
-    The plan says which experts run at which site and noise level; give it to afa generate.
+    The plan lists the experts that run at each site and noise level. Use it with
+    afa generate --plan.
 
     [bold]Example[/bold]: afa prune runs/first --keep 0.98 --prompts prompts.txt --output plan.json
     """
     if output.exists():
         raise AfaError(
-            "AFA-CLI-014", f"The plan must be a new file; '{output}' exists. Name another one."
+            "AFA-CLI-014", f"The plan file '{output}' exists. Pass a new file as --output."
         )
     if keep == 0:
-        raise AfaError("AFA-CLI-015", "--keep must be above 0, came 0.")
+        raise AfaError("AFA-CLI-015", "--keep must be greater than 0; got 0.")
     from afa.evaluation.prompts import PromptsRecipe, ZooPrompts, load_prompts
 
     if prompts is not None:
@@ -48,7 +50,9 @@ def prune(
         recipe = PromptsRecipe(zoo=ZooPrompts(kinds={"mixed": 32}, held_out=False, seed=2_000_000))
     else:
         raise AfaError(
-            "AFA-CLI-016", "A plan is made on prompts like those it is for. Name a file: --prompts."
+            "AFA-CLI-016",
+            f"No prompts are bundled for '{ensemble}'. Pass a text file of typical prompts as "
+            "--prompts.",
         )
     listed = [prompt.text for prompt in load_prompts(recipe)]
 
@@ -79,22 +83,18 @@ def prune(
     output.parent.mkdir(parents=True, exist_ok=True)
     save_plan(plan, output)
     names = denoiser_of(pipeline).provenance.names
-    table = Table("site", *(f"{part + 1}/{ranges}" for part in range(ranges)), box=None)
+    table = Table("site", *(f"{number + 1}/{ranges}" for number in range(ranges)), box=None)
     for site in plan.sites:
         cells = []
-        for part in plan.ranges:
-            left = part.experts.get(site, range(plan.num_experts))
+        for noise_range in plan.ranges:
+            kept = noise_range.experts.get(site, range(plan.num_experts))
             cells.append(
-                "all" if len(left) == plan.num_experts else ", ".join(names[n] for n in left)
+                "all" if len(kept) == plan.num_experts else ", ".join(names[n] for n in kept)
             )
         table.add_row(site, *cells)
-    say(
-        "Experts that run, by site and quarter of the noise levels:"
-        if ranges == 4
-        else "Experts that run, by site and part of the noise levels:"
-    )
+    say("Experts that run, by site and noise range:")
     console.print(table)
     say(
-        f"{plan.share_left:.0%} of the experts' runs are left. Plan in {output}. "
+        f"{plan.share_left:.0%} of the expert evaluations remain. Plan in {output}. "
         f"Try: afa generate {ensemble} PROMPT --output pictures --plan {output}"
     )

@@ -1,4 +1,4 @@
-"""`afa search`: block weights of a merge, searched against a scorer."""
+"""`afa search`: search the block weights of a merge for the best score."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from afa.cli.check import require_sound
+from afa.cli.check import RunCheck, require_sound
 from afa.cli.console import say, say_warnings
 from afa.cli.progress import Progress
 from afa.machine.quiet import quieten_loading
@@ -15,14 +15,12 @@ from afa.machine.quiet import quieten_loading
 
 def search(
     recipe: Annotated[Path, typer.Argument(help="YAML file: experts, prompts, metric.")],
-    output: Annotated[Path, typer.Option(help="New folder, or one of an earlier run to go on.")],
-    look_first: Annotated[
-        bool, typer.Option("--check/--no-check", help="Look at everything first, as afa check.")
-    ] = True,
+    output: Annotated[Path, typer.Option(help="New folder, or that of a run to resume.")],
+    run_check: RunCheck = True,
 ) -> None:
-    """Search the block weights of a merge against a scorer (autoMBW).
+    """Search the block weights of a merge for the best score of a metric (autoMBW).
 
-    The same command goes on where an earlier run was stopped.
+    Run the same command again to resume.
 
     [bold]Example[/bold]: afa search recipe.yaml --output runs/search
     """
@@ -35,7 +33,7 @@ def search(
     checked = load_search_recipe(recipe)
     quieten_loading()
     plan = plan_of_search(checked)
-    if look_first:
+    if run_check:
         require_sound(plan)
     prompts = [prompt.text for prompt in load_prompts(checked.prompts)]
     say_warnings(source_warnings(checked.prompts))

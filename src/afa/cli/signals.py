@@ -1,4 +1,4 @@
-"""SIGTERM, with which batch systems and containers end programs."""
+"""SIGTERM, which batch systems and containers send to stop a program."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ if TYPE_CHECKING:
 
 
 class Terminated(BaseException):
-    """The process was asked to end; whatever is unfinished cleans up on its way out."""
+    """The process received SIGTERM; unwinding the stack removes unfinished files."""
 
 
 def end_cleanly_on_sigterm() -> None:
-    """Have SIGTERM raise `Terminated` in the main thread, once; the next one ends it at once."""
+    """Make the first SIGTERM raise `Terminated`; the second one ends the process at once."""
     if threading.current_thread() is not threading.main_thread():
         return
     if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        return  # whoever runs this in a process of their own has other plans
+        return  # the embedding program has its own handler
 
     def end(number: int, frame: FrameType | None) -> None:
         del frame

@@ -1,14 +1,13 @@
-"""`afa train`: a recipe to an ensemble folder."""
+"""`afa train`: train the aggregators of an ensemble from a recipe."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from afa.cli.check import require_sound
+from afa.cli.check import RunCheck, require_sound
 from afa.cli.console import printable, say
 from afa.cli.progress import Progress
 from afa.machine.quiet import quieten_loading
@@ -22,18 +21,16 @@ if TYPE_CHECKING:
 
 def train(
     recipe: Annotated[Path, typer.Argument(help="YAML file: experts, data, aggregator, training.")],
-    output: Annotated[Path, typer.Option(help="New folder, or one of an earlier run to go on.")],
-    look_first: Annotated[
-        bool, typer.Option("--check/--no-check", help="Look at everything first, as afa check.")
-    ] = True,
+    output: Annotated[Path, typer.Option(help="New folder, or that of a run to resume.")],
+    run_check: RunCheck = True,
     no_cache: Annotated[
-        bool, typer.Option("--no-cache", help="Encode pictures and captions anew in every step.")
+        bool, typer.Option("--no-cache", help="Encode pictures and captions again in every step.")
     ] = False,
 ) -> None:
     """Train the aggregators of an ensemble; the experts stay frozen.
 
-    The same command goes on where an earlier run was stopped. Ctrl-C saves first. Several
-    processes: accelerate launch -m afa train ...
+    Run the same command again to resume. Ctrl-C saves a checkpoint and stops. Several processes:
+    accelerate launch -m afa train ...
 
     [bold]Example[/bold]: afa train recipe.yaml --output runs/first
     """
@@ -43,13 +40,14 @@ def train(
     if no_cache:
         checked = _without_cache(checked)
 
+    from afa.machine.processes import Processes
     from afa.training import Stopped, stop_on_signals
     from afa.training import train as train_ensemble
     from afa.training.planned import plan_of_training
 
     quieten_loading()
-    is_main = int(os.environ.get("RANK", "0")) == 0
-    if is_main and look_first:
+    is_main = Processes().is_main
+    if is_main and run_check:
         require_sound(plan_of_training(checked))
     with stop_on_signals() as should_stop:
         try:
@@ -57,8 +55,8 @@ def train(
         except Stopped as stopped:
             if is_main:
                 say(
-                    f"Stopped after step {stopped.step} of {stopped.num_steps}; all is saved. The "
-                    "same command goes on."
+                    f"Stopped after step {stopped.step} of {stopped.num_steps} and saved. Run the "
+                    "same command again to resume."
                 )
             raise typer.Exit(128 + (should_stop.signal or 0)) from None
     if is_main:
@@ -70,13 +68,14 @@ def _without_cache(recipe: Recipe) -> Recipe:
 
     if recipe.data.dataset is not None and recipe.data.dataset.streaming:
         raise AfaError(
-            "AFA-CLI-017", "A streamed data set must be cached; leave --no-cache or streaming out."
+            "AFA-CLI-017",
+            "A streamed data set must be cached. Remove --no-cache or data.dataset.streaming.",
         )
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache": False})})
 
 
 def _show(events: Iterable[TrainStep | CacheProgress], *, is_main: bool) -> None:
-    """Run a training to its end with a smoothed loss, and print its notes."""
+    """Run a training, and show a smoothed loss and its notes."""
     from afa.training import TrainStep
 
     loss: float | None = None

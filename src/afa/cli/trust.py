@@ -1,4 +1,4 @@
-"""What every command takes that reads files of others: what of them is allowed."""
+"""Options of all commands that read untrusted files."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from afa.policy import grant_to_process
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_PANEL = "Files from strangers"
-#: by the names of their arguments
+_PANEL = "Untrusted files"
+#: by argument name
 OPTIONS: dict[str, Any] = {
     "allow_pickle": Annotated[
         bool,
         typer.Option(
             "--allow-pickle",
-            help="Read .ckpt, .pt and .bin too: their tensors, no code in them.",
+            help="Also read tensors from .ckpt, .pt and .bin; never run their code.",
             rich_help_panel=_PANEL,
         ),
     ],
     "offline": Annotated[
         bool,
         typer.Option(
-            "--offline", help="Ask no hub; what its cache has is used.", rich_help_panel=_PANEL
+            "--offline", help="Use the hub's cache only, no network.", rich_help_panel=_PANEL
         ),
     ],
     "allow_folder": Annotated[
         list[Path] | None,
         typer.Option(
-            help="A folder that recipes may name paths in; as often as needed.",
+            help="Allow paths in this folder in recipes; repeatable.",
             rich_help_panel=_PANEL,
         ),
     ],
@@ -43,17 +43,17 @@ OPTIONS: dict[str, Any] = {
         bool,
         typer.Option(
             "--rehash",
-            help="Hash all files again, also those whose hash is in the cache.",
+            help="Hash all files again, even if the hash is cached.",
             rich_help_panel=_PANEL,
         ),
     ],
 }
-#: what libraries look at, some of them once, when they are imported
+#: read by libraries, by some only once at import
 _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
 def with_trust(command: Callable[..., None]) -> Callable[..., None]:
-    """A command with the options that say what is allowed, for the whole process."""
+    """Add the options for untrusted files to a command; they apply to the whole process."""
 
     @functools.wraps(command)
     def run(

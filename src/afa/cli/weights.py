@@ -1,4 +1,4 @@
-"""`afa weights`: figures of who did what, of pictures or of an ensemble."""
+"""`afa weights`: draw the fusion weights of pictures or of an ensemble."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ FORMATS = ("png", "svg")
 
 def weights(
     sources: Annotated[
-        list[str], typer.Argument(help="Pictures of afa; or one ensemble folder, or zoo:ensemble.")
+        list[str], typer.Argument(help="PNGs of afa, or one ensemble folder or zoo:ensemble.")
     ],
     output: Annotated[Path, typer.Option(help="New folder for the figures.")],
     prompt: Annotated[
-        list[str] | None, typer.Option(help="Of an ensemble: what to draw; as often as asked.")
+        list[str] | None, typer.Option(help="For an ensemble: prompt to draw; repeatable.")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Of an ensemble: denoising steps.")] = 50,
-    guidance: Annotated[float, typer.Option(min=0, help="Of an ensemble: its scale.")] = 7.5,
+    steps: Annotated[int, typer.Option(min=1, help="For an ensemble: denoising steps.")] = 50,
+    guidance: Annotated[float, typer.Option(min=0, help="For an ensemble: guidance scale.")] = 7.5,
     seed: Annotated[
-        int, typer.Option(min=0, max=MAX_SEED, help="Of an ensemble: of every picture.")
+        int, typer.Option(min=0, max=MAX_SEED, help="For an ensemble: seed of all pictures.")
     ] = 0,
     formats: Annotated[
-        list[str] | None, typer.Option("--format", help="png, svg or both; png by default.")
+        list[str] | None, typer.Option("--format", help="png or svg; repeatable; default: png.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
 ) -> None:
-    """Draw which expert did what: by site and step, over the picture, and over the steps.
+    """Draw the experts' fusion weights: by site and step, over the picture, and over the steps.
 
-    Pictures of afa generate are drawn once more, from what they hold. Of an ensemble, pictures of
-    the prompts are drawn by every expert, their uniform merge and the ensemble, side by side.
+    Pictures of afa generate are drawn again from their recorded settings. For an ensemble, the
+    prompts are drawn by each expert, by their uniform merge and by the ensemble, side by side.
 
     [bold]Example[/bold]: afa weights zoo:ensemble --prompt "a fox on the left and a pizza on the
     right, blue background" --steps 20 --guidance 3 --output figures --format svg
@@ -55,41 +55,41 @@ def weights(
     unknown = [suffix for suffix in suffixes if suffix not in FORMATS]
     if unknown:
         raise AfaError(
-            "AFA-CLI-018", f"--format must be {' or '.join(FORMATS)}, came '{unknown[0]}'."
+            "AFA-CLI-018", f"--format must be {' or '.join(FORMATS)}; got '{unknown[0]}'."
         )
     pictures = [Path(source) for source in sources if source.lower().endswith(".png")]
     if len(pictures) not in (0, len(sources)) or (not pictures and len(sources) > 1):
         raise AfaError(
-            "AFA-CLI-019", "afa weights must have pictures, each a .png, or one ensemble."
+            "AFA-CLI-019", f"afa weights requires .png files or one ensemble; got {sources}."
         )
     if pictures and prompt:
-        raise AfaError("AFA-CLI-020", "A picture says itself what it shows; leave --prompt out.")
-    if not pictures and not prompt:
         raise AfaError(
-            "AFA-CLI-021", "Of an ensemble afa weights must have something to draw: --prompt TEXT."
+            "AFA-CLI-020", "--prompt only applies to an ensemble; got pictures. Remove it."
         )
+    if not pictures and not prompt:
+        raise AfaError("AFA-CLI-021", f"No prompt to draw with '{sources[0]}'. Pass --prompt TEXT.")
 
     from afa.training.engine import pick_device
 
     quieten_loading()
     figures = _Figures(output, suffixes)
     with Progress() as progress:
-        where = pick_device(device)
+        chosen = pick_device(device)
         if pictures:
-            for done, place in enumerate(pictures):
+            for done, path in enumerate(pictures):
                 progress.update("weights", done, len(pictures), unit="pictures")
-                _again(place, figures, where)
+                _redraw(path, figures, chosen)
             progress.update("weights", len(pictures), len(pictures), unit="pictures")
         else:
             options = {"steps": steps, "guidance": guidance, "seed": seed}
-            drawn = _compared(sources[0], prompt or [], options, figures, where)
+            drawn = _compared(sources[0], prompt or [], options, figures, chosen)
             for done, total in drawn:
                 progress.update("weights", done, total, unit="pictures")
     say(f"{figures.count} figures in {output}")
 
 
 class _Figures:
-    """Where the figures go: each in every format that is asked for."""
+    """Names the files of the figures, one per format."""
 
     def __init__(self, output: Path, suffixes: Sequence[str]) -> None:
         self._output, self._suffixes, self.count = output, suffixes, 0
@@ -107,7 +107,7 @@ class _Figures:
         experts: Sequence[str],
         title: str,
     ) -> None:
-        """All figures of one picture and the weights that it was made with."""
+        """Draw all figures of one picture and its fusion weights."""
         from afa.drawing.plots import filmstrip, heat_map, overlay
 
         sites = list(record.steps[0].weights)
@@ -119,8 +119,8 @@ class _Figures:
             filmstrip(record, [picture], path, experts=experts)
 
 
-def _again(place: Path, figures: _Figures, device: object) -> None:
-    """Draw a picture once more and look who does what."""
+def _redraw(path: Path, figures: _Figures, device: object) -> None:
+    """Draw a picture again, and record and draw its fusion weights."""
     from afa.denoisers.kinds import denoiser_of
     from afa.drawing.contenders import ENSEMBLE
     from afa.drawing.pictures import draw, prepare_again, read_picture
@@ -128,17 +128,19 @@ def _again(place: Path, figures: _Figures, device: object) -> None:
     from afa.ensemble.recording import record_weights
     from afa.loading.truncation import warnings_for
 
-    recipe = read_picture(place).recipe
+    recipe = read_picture(path).recipe
     if recipe.drawn_by != ENSEMBLE:
         raise AfaError(
-            "AFA-CLI-022", f"'{place}' must be an ensemble's; it is by {recipe.drawn_by} alone."
+            "AFA-CLI-022",
+            f"'{path}' has no fusion weights: {recipe.drawn_by} drew it. Pass a picture that an "
+            "ensemble drew.",
         )
     pipeline = prepare_again(recipe, device=device)
     say_warnings(warnings_for(pipeline, [recipe.prompt], recipe.negative_prompt, recipe.guidance))
     denoiser = denoiser_of(pipeline)
     with record_weights(denoiser) as record:
         picture = draw(pipeline, recipe)
-    figures.of_picture(place.stem, picture, record, expert_names(denoiser), recipe.prompt)
+    figures.of_picture(path.stem, picture, record, expert_names(denoiser), recipe.prompt)
 
 
 def _compared(
@@ -148,7 +150,7 @@ def _compared(
     figures: _Figures,
     device: object,
 ) -> Iterator[tuple[int, int]]:
-    """Draw prompts in every way there is, side by side, and look who does what; yields progress."""
+    """Draw prompts with every contender, and their fusion weights; yield (done, total)."""
     from afa.denoisers.kinds import denoiser_of
     from afa.drawing.contenders import ENSEMBLE, Contenders
     from afa.drawing.pictures import draw, identity_of, picture_recipe, prepare

@@ -1,4 +1,4 @@
-"""`afa zoo`: the embedded emoji scenes, their experts and judges."""
+"""`afa zoo`: the bundled small models, their emoji scenes and judges."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from afa.studies.zoo_build.fit import FitStep
 
 app = typer.Typer(
-    help="The embedded emoji scenes, their experts and judges.",
+    help="The bundled small models, their emoji scenes and judges.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -27,18 +27,21 @@ app = typer.Typer(
 
 @app.command()
 def build(
-    workdir: Annotated[Path, typer.Argument(help="Work folder; an earlier run's goes on.")],
+    workdir: Annotated[
+        Path, typer.Argument(help="Work folder; that of an earlier run is resumed.")
+    ],
     family: Annotated[
-        Literal["unet", "dit"], typer.Option(help="U-Nets, which ship; or diffusion transformers.")
+        Literal["unet", "dit"],
+        typer.Option(help="unet: the bundled models; dit: diffusion transformers."),
     ] = "unet",
     font: Annotated[
-        Path | None, typer.Option(help="NotoColorEmoji.ttf; by default the shipped sprites.")
+        Path | None, typer.Option(help="NotoColorEmoji.ttf; default: the bundled sprites.")
     ] = None,
 ) -> None:
-    """Make a zoo: a base model and its three experts. Takes hours.
+    """Train a zoo: a base model and three experts of it. Takes hours.
 
-    `unet` makes what ships, from the sprites on: autoencoder, models, judges, ensemble. `dit` makes
-    a second zoo of PixArt's kind, with the shipped autoencoder and judges.
+    `unet` rebuilds the bundled zoo from its sprites: autoencoder, models, judges, ensemble. `dit`
+    trains a second zoo of the PixArt family, with the bundled autoencoder and judges.
 
     [bold]Example[/bold]: afa zoo build work/dit --family dit
     """
@@ -50,7 +53,7 @@ def build(
         if font is not None:
             raise AfaError(
                 "AFA-CLI-023",
-                "--font is for --family unet; transformers are shown the same sprites.",
+                "--font only applies to --family unet; got --family dit. Remove --font.",
             )
         _show(build_transformer_zoo(workdir))
         say(f"The zoo is in {workdir}: {', '.join(MODELS)}")
@@ -65,7 +68,7 @@ def build(
 def export(
     directory: Annotated[Path, typer.Argument(help="New folder.")],
 ) -> None:
-    """Write base and experts as stock Stable Diffusion pipeline folders.
+    """Write the base model and the experts as Stable Diffusion pipeline folders.
 
     [bold]Example[/bold]: afa zoo export zoo
     """
@@ -78,19 +81,22 @@ def export(
 
 @app.command()
 def results(
-    workdir: Annotated[Path, typer.Argument(help="Work folder; an earlier run's goes on.")],
-    docs: Annotated[Path, typer.Option(help="Gets results.md, results.json and drawings.")],
+    workdir: Annotated[
+        Path, typer.Argument(help="Work folder; that of an earlier run is resumed.")
+    ],
+    docs: Annotated[Path, typer.Option(help="Folder for results.md, results.json and figures.")],
     processes: Annotated[
-        int | None, typer.Option(min=1, help="One thread each; by default one for each core.")
+        int | None, typer.Option(min=1, help="With one thread each; default: one per core.")
     ] = None,
     zoo: Annotated[
-        Path | None, typer.Option(help="Of `afa zoo build --family dit`; by default the shipped.")
+        Path | None,
+        typer.Option(help="A zoo of `afa zoo build --family dit`; default: the bundled one."),
     ] = None,
 ) -> None:
-    """Train and compare every way of combining the experts, and write the page of results.
+    """Train and compare all methods of combining the experts, and write the results page.
 
-    Takes over an hour on two cores; the same command goes on where it was stopped. With --zoo the
-    experts are that zoo's, and what comes of it a section of the page.
+    Takes over an hour on two cores. Run the same command again to resume. With --zoo, the results
+    of that zoo's experts become a section of the page.
 
     [bold]Example[/bold]: afa zoo results runs/results --docs docs
     """
@@ -110,7 +116,7 @@ def results(
 
 
 def _show(steps: Iterable[FitStep]) -> None:
-    """Run trainings to their end with a smoothed loss, one bar a model."""
+    """Run trainings with one bar per model, and show a smoothed loss."""
     with Progress() as progress:
         model, loss = "", 0.0
         for step in steps:
