@@ -244,7 +244,7 @@ def test_several_machines_are_told_in_the_report(tmp_path: Path, write: Write) -
     again = run(write(**{**QUICK, "metrics": ["scenes"], "methods": methods}), tmp_path / "output")
     assert again["measured"]["on"] == sorted([here, "another machine; torch 1.0"])
     text = (tmp_path / "output" / "report.md").read_text()
-    assert "Drawn on several machines or with several releases" in text
+    assert "Drawn on several machines or with several software versions" in text
     assert "another machine; torch 1.0" in text
 
 

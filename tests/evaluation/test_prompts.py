@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from afa.errors import AfaError
 from afa.evaluation.prompts import (
     CocoPrompts,
     PromptsRecipe,
@@ -40,17 +39,17 @@ def test_one_prompt_on_each_line(tmp_path: Path, content: str, encoding: str) ->
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "code", "said"),
     [
-        ("a fox\n\na crane\n", "line 2 of .* is empty"),
-        ("a fox\n   \n", "line 2 of .* is empty"),
-        ("a fox\na crane\na fox\n", "line 3 of .* repeats line 1: 'a fox'"),
-        ("a fox\na fox \n", "line 2 of .* repeats line 1"),
-        ("", "line 1 of .* is empty"),
+        ("a fox\n\na crane\n", "AFA-EVAL-002", "line 2"),
+        ("a fox\n   \n", "AFA-EVAL-002", "line 2"),
+        ("a fox\na crane\na fox\n", "AFA-EVAL-004", "line 3 .* line 1: 'a fox'"),
+        ("a fox\na fox \n", "AFA-EVAL-004", "line 2 .* line 1"),
+        ("", "AFA-EVAL-002", "line 1"),
     ],
 )
-def test_empty_and_repeated_lines(tmp_path: Path, content: str, message: str) -> None:
-    with pytest.raises(AfaError, match=message):
+def test_empty_and_repeated_lines(tmp_path: Path, content: str, code: str, said: str) -> None:
+    with refusal(code, said):
         load_prompts(text_file(tmp_path, content))
 
 
@@ -105,27 +104,27 @@ def test_coco_with_its_pictures(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("annotation", "message"),
+    ("annotation", "code", "said"),
     [
-        ({"id": 1}, "must be COCO captions"),
-        ({"id": 1, "image_id": 99, "caption": "A fox."}, "there is no picture 99"),
-        ({"id": 1, "image_id": 3, "caption": " "}, "picture 3 of .* is empty"),
+        ({"id": 1}, "AFA-EVAL-006", "image_id"),
+        ({"id": 1, "image_id": 99, "caption": "A fox."}, "AFA-EVAL-008", "picture 99"),
+        ({"id": 1, "image_id": 3, "caption": " "}, "AFA-EVAL-002", "picture 3"),
     ],
 )
-def test_coco_that_is_not(tmp_path: Path, annotation: dict[str, Any], message: str) -> None:
-    with pytest.raises(AfaError, match=message):
+def test_coco_that_is_not(tmp_path: Path, annotation: dict[str, Any], code: str, said: str) -> None:
+    with refusal(code, said):
         load_prompts(coco(tmp_path, [annotation]))
 
 
 @pytest.mark.parametrize(
-    ("files", "ids", "message"),
+    ("files", "ids", "code", "said"),
     [
-        (["a.jpg", "b.jpg"], [1, 1], "two pictures with the id 1, 'a.jpg' and 'b.jpg'"),
-        (["x/a.jpg", "y/a.jpg"], [1, 2], "'x/a.jpg' and 'y/a.jpg', which would be one file"),
+        (["a.jpg", "b.jpg"], [1, 1], "AFA-EVAL-007", "id 1, 'a.jpg' and 'b.jpg'"),
+        (["x/a.jpg", "y/a.jpg"], [1, 2], "AFA-EVAL-009", "'x/a.jpg' and 'y/a.jpg'"),
     ],
 )
 def test_coco_whose_pictures_are_mistaken_for_each_other(
-    tmp_path: Path, files: list[str], ids: list[int], message: str
+    tmp_path: Path, files: list[str], ids: list[int], code: str, said: str
 ) -> None:
     content = {
         "images": [{"id": n, "file_name": name} for n, name in zip(ids, files, strict=True)],
@@ -134,7 +133,7 @@ def test_coco_whose_pictures_are_mistaken_for_each_other(
     (tmp_path / "captions.json").write_text(json.dumps(content))
     (tmp_path / "a.jpg").touch()
     recipe = CocoPrompts(captions=tmp_path / "captions.json", pictures=tmp_path)
-    with pytest.raises(AfaError, match=message):
+    with refusal(code, said):
         load_prompts(PromptsRecipe(coco=recipe))
 
 
@@ -222,18 +221,20 @@ def test_paths_are_relative_to_the_recipe(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "code", "said"),
     [
-        ("Prompts,Category\na fox, in snow,Animals\n", "2 cells, .* line 2 has 3"),
-        ('Prompts,Category\n"a fox,Animals\na bee,Animals\n', "2 cells, .* line 3 has 1"),
-        ("Prompts,Category\na fox\n", "2 cells, .* line 2 has 1"),
-        ("Prompts,Prompts,Category\na,b,c\n", "must have one column Prompts; it has 2"),
+        ("Prompts,Category\na fox, in snow,Animals\n", "AFA-EVAL-015", "2 cells .* line 2 has 3"),
+        ('Prompts,Category\n"a fox,A\na bee,A\n', "AFA-EVAL-015", "2 cells .* line 3 has 1"),
+        ("Prompts,Category\na fox\n", "AFA-EVAL-015", "2 cells .* line 2 has 1"),
+        ("Prompts,Prompts,Category\na,b,c\n", "AFA-EVAL-014", "column Prompts; got 2"),
     ],
 )
-def test_rows_whose_cells_could_be_others(tmp_path: Path, content: str, said: str) -> None:
+def test_rows_whose_cells_could_be_others(
+    tmp_path: Path, content: str, code: str, said: str
+) -> None:
     path = tmp_path / "drawbench.csv"
     path.write_text(content)
-    with pytest.raises(AfaError, match=said):
+    with refusal(code, said):
         load_prompts(PromptsRecipe(drawbench=path))
 
 

@@ -187,8 +187,8 @@ def test_a_score_that_is_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ("changes", "message"),
     [
         ({"experts": ["zoo:animals"]}, "at least 2"),
-        ({"metric": {"name": "fid", "weights": "zoo:clip"}}, "searched against"),
-        ({"prompts": {"text": "p.txt"}, "metric": "scenes"}, "prompts of the zoo"),
+        ({"metric": {"name": "fid", "weights": "zoo:clip"}}, "got fid"),
+        ({"prompts": {"text": "p.txt"}, "metric": "scenes"}, "prompts.zoo"),
         ({"num_trial": 3}, "did you mean 'num_trials'?"),
     ],
 )

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from afa.evaluation.scoring import _pictures_in
+from afa.evaluation.scoring import pictures_in
 from afa.training.data import FolderImages, open_data
 from afa.training.recipe import DataRecipe
 from tests.cli.test_cli import AGGREGATOR, run
@@ -226,7 +226,7 @@ def test_drawn_pictures_are_no_references(
         (pictures / "old").mkdir()
         (pictures / "old" / "evaluation.json").write_text("{}")
     line = refused(capsys, "evaluate", recipe, "--output", output, "--no-check")
-    assert "real ones" in line
+    assert f"'{pictures / ('old' if other else 'out')}'" in line
     assert not (pictures / "out").exists()
     assert_check_says(capsys, recipe, line, "--output", output)
 
@@ -252,7 +252,7 @@ def test_linked_folders_are_read_alike(pictures: Path, tmp_path: Path) -> None:
     (tmp_path / "linked" / "more").symlink_to(pictures)
     (tmp_path / "linked" / "gone.png").symlink_to(tmp_path / "nowhere.png")
     (tmp_path / "linked" / "gone.txt").write_text("a fox")
-    assert len(_pictures_in(tmp_path / "linked")) == 13
+    assert len(pictures_in(tmp_path / "linked")) == 13
     assert open_data(DataRecipe(folder=tmp_path / "linked" / "more")).fingerprint
     beside = FolderImages(tmp_path / "linked")
     assert any(path.name == "gone.png" for path, _ in beside.rows)
@@ -347,7 +347,7 @@ def test_an_evaluation_of_something_else(
         (output / name).parent.mkdir(parents=True, exist_ok=True)
         (output / name).write_text(json.dumps(content))
     line = refused(capsys, "evaluate", recipe, "--output", output, "--no-check")
-    assert f"it differs in {change}" in line
+    assert f"differ in {change}" in line
     before = sorted(output.rglob("*"))
     assert_check_says(capsys, recipe, line, "--output", output)
     assert sorted(output.rglob("*")) == before
@@ -392,4 +392,4 @@ def test_the_output_of_a_merge(
 
 def test_an_ensemble_has_no_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = refused(capsys, "check", "zoo:ensemble", "--output", tmp_path)
-    assert line.startswith("--output is for recipes of afa train")
+    assert line.startswith("--output only applies to recipes")

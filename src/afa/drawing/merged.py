@@ -1,4 +1,4 @@
-"""A static merge of experts that are in memory, as a pipeline."""
+"""Build the pipeline of a static merge of experts in memory."""
 
 from __future__ import annotations
 
@@ -18,15 +18,18 @@ if TYPE_CHECKING:
 def merged_pipeline(
     experts: DiffusionPipeline, method: MergeMethod, base: Expert | None = None
 ) -> DiffusionPipeline:
-    """A static merge of an ensemble's experts, their denoisers and their text encoders.
+    """Merge the denoisers and text encoders of an ensemble's experts.
 
     Args:
-        experts: a pipeline of `load_pipeline`, not changed; the other parts are its own.
-        method: how one tensor is merged.
-        base: what the experts were fine-tuned from, for methods that need it.
+        experts: a pipeline of `load_pipeline`; it is not changed and provides all other components.
+        method: merges one tensor of all experts.
+        base: the common base model, for methods that need it.
+
+    Returns:
+        A pipeline of the same class with the merged models.
 
     Raises:
-        AfaError: settings that do not fit, or a base of another architecture.
+        AfaError: if the settings do not fit the experts, or the base has another architecture.
     """
     parts: dict[str, Any] = {
         kind_of_pipeline(experts).denoiser: merge_models(
@@ -43,11 +46,11 @@ def merged_pipeline(
                 base=None if base is None else base.text_encoders[name],
                 part=name,
             )
-    return _with(experts, parts)
+    return with_parts(experts, parts)
 
 
-def _with(pipeline: DiffusionPipeline, parts: dict[str, Any]) -> DiffusionPipeline:
-    """A stock pipeline of the same components but these."""
+def with_parts(pipeline: DiffusionPipeline, parts: dict[str, Any]) -> DiffusionPipeline:
+    """Copy a pipeline with some components replaced; it shares all others."""
     changed = build_pipeline(
         type(pipeline).__name__, {**pipeline.components, **parts}, pipeline.config
     )

@@ -1,4 +1,4 @@
-"""Honest comparison: same prompts, same noise, paired intervals, and what a picture costs."""
+"""Compare methods on the same prompts and noise, with paired intervals and costs."""
 
 from afa.evaluation.recipe import EvaluateRecipe, load_evaluate_recipe
 from afa.evaluation.run import EvaluateProgress, evaluate

@@ -1,4 +1,4 @@
-"""What a picture costs: seconds, memory, and how often an expert's denoiser ran."""
+"""The cost of pictures: seconds, memory and expert calls."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 @dataclass
 class Cost:
-    """Of one batch of pictures.
+    """The cost of one batch of pictures.
 
-    `expert_calls` counts one expert's denoiser on one latent: with guidance, N experts and T steps
-    a picture has 2 N T. It is counted where the layer in the middle runs, so not where that one's
-    feature is taken over from another step. `peak_memory` is in bytes, of the accelerator where
-    there is one, else of the whole process; None where the system does not tell. `measured_on` is
-    the machine and the software, on which seconds depend, and pictures by their last bits.
+    `expert_calls` counts evaluations of one expert's denoiser on one latent: 2 N T per picture for
+    N experts and T steps with guidance. It counts runs of the middle layer, so steps that reuse
+    that layer's cached feature do not count. `peak_memory` is in bytes, of the accelerator or else
+    of the whole process; None if the system does not report it. `measured_on` names the machine
+    and the software, on which seconds and the last bits of pictures depend.
     """
 
     seconds: float = 0.0
@@ -41,7 +41,7 @@ class Cost:
 
 @contextmanager
 def measure(pipeline: DiffusionPipeline) -> Iterator[Cost]:
-    """Measure what happens inside the block; the figures are there when it ends."""
+    """Measure the cost of the block; the values are set when it ends."""
     cost = Cost()
 
     def count(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -49,7 +49,7 @@ def measure(pipeline: DiffusionPipeline) -> Iterator[Cost]:
 
     denoiser = denoiser_of(pipeline)
     experts = denoiser.experts if isinstance(denoiser, EnsembleDenoiser) else [denoiser]
-    # a layer runs once a call, in the library's forward and in the coroutine alike
+    # a layer runs once per call, both in diffusers' forward and in the coroutine
     layers = kind_of_pipeline(pipeline).family.layers
     distinct = {id(expert): layers(expert) for expert in experts}.values()
     hooks = [
@@ -72,7 +72,7 @@ def measure(pipeline: DiffusionPipeline) -> Iterator[Cost]:
 
 
 def _machine(device: torch.device) -> str:
-    """What computes, and by which software."""
+    """The device and the software versions."""
     threads = torch.get_num_threads()
     place = f"{processor()}, {threads} threads"
     if device.type == "cuda":
@@ -86,7 +86,7 @@ def _reset_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
         return
     try:
-        _CLEAR.write_text("5")  # proc(5): the peak becomes what is in use now
+        _CLEAR.write_text("5")  # proc(5): resets the peak to the current use
     except OSError:  # not on Linux, or not allowed
         return
 

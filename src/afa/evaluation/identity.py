@@ -1,8 +1,8 @@
-"""What pictures and scores depend on besides prompts and sampling, as JSON.
+"""Identities: all inputs of pictures and scores except prompts and sampling, as JSON.
 
-Two states of a model, or of a metric's weights, have equal identities only if they draw, or score,
-alike: weights are told by their hashes, and so are configurations, schedulers and tokenizers, since
-equal weights draw other pictures with another of them.
+Two models have equal identities only if they draw equal pictures, and two metrics only if they give
+equal scores. Identities contain the hashes of weights, configurations, schedulers and tokenizers,
+because each of them changes the pictures.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ if TYPE_CHECKING:
     from afa.evaluation.search_recipe import SearchRecipe
     from afa.metrics import MetricRecipe
 
-#: files of a pipeline's folder besides weights: configurations and vocabularies
+#: suffixes of configurations and vocabularies in a pipeline's folder
 _DESCRIPTIONS = frozenset({".json", ".txt", ".model"})
 _TOP = ("model_index.json", "model_config.json", "config.json")
 
 
 class Identities:
-    """The identities of a comparison's or a search's models; each file is hashed once.
+    """The identities of the models of a comparison or a search; hashes each file once.
 
     Args:
-        recipe: with the experts, and what single files leave out.
+        recipe: names the experts, and the components that single files lack.
     """
 
     def __init__(self, recipe: EvaluateRecipe | SearchRecipe) -> None:
@@ -54,16 +54,15 @@ class Identities:
         )
 
     def method(self, method: MethodRecipe, replica: int) -> dict[str, Any]:
-        """All that a method's pictures depend on besides prompts and sampling."""
-        identity = self._way(method, replica)
-        left_out = method.acceleration.describe()
-        if left_out:
-            identity["acceleration"] = left_out
+        """All inputs of a method's pictures except prompts and sampling."""
+        identity = self._models(method, replica)
+        if acceleration := method.acceleration.describe():
+            identity["acceleration"] = acceleration
         if method.plan is not None:
             identity["plan"] = load_plan(method.plan).model_dump()
         return identity
 
-    def _way(self, method: MethodRecipe, replica: int) -> dict[str, Any]:
+    def _models(self, method: MethodRecipe, replica: int) -> dict[str, Any]:
         recipe: Any = self._recipe
         if method.model is not None:
             return {"model": self.source(method.model[replica]), **self.companions()}
@@ -77,26 +76,27 @@ class Identities:
         return {"merge": merge, "base": base and self.source(base), **self.experts()}
 
     def experts(self) -> dict[str, Any]:
-        """Of all experts together, as merges, fusions and searches take them."""
+        """The identity of all experts, for merges, fusions and searches."""
         recipe = self._recipe
         vae = None
         if recipe.vae is not None:
             path = locate_vae(recipe.vae)
-            vae = [hash_vae(path), *([hash_descriptions(path)] if path.is_dir() else [])]
+            vae = [hash_vae(path), *_descriptions(path)]
         experts = [self.source(source) for source in recipe.experts]
         return {"experts": experts, "vae": vae, **self.companions()}
 
     def companions(self) -> dict[str, Any]:
-        """What single files leave out; empty where nothing is named."""
+        """The identity of components that single files lack; empty if the recipe names none."""
         recipe, identity = self._recipe, dict[str, Any]()
         if recipe.config is not None:
             identity["config"] = hash_descriptions(described_by(recipe.config))
         if recipe.parts:
-            identity["parts"] = [self._hashes(part) for part in recipe.parts]
+            paths = [locate(part, what="Part") for part in recipe.parts]
+            identity["parts"] = [[hash_pipeline(path), *_descriptions(path)] for path in paths]
         return identity
 
     def source(self, named: AnySource) -> list[str]:
-        """Of one model: its weights, its LoRA, and the configuration that describes it."""
+        """The identity of one model: its weights, configuration and LoRA."""
         source = ExpertSource.of(named)
         if source not in self._known:
             manifest = read_manifest(source, self._companions)
@@ -109,13 +109,14 @@ class Identities:
             self._known[source] = found
         return self._known[source]
 
-    def _hashes(self, part: str) -> list[str]:
-        path = locate(part, what="Part")
-        return [hash_pipeline(path), *([hash_descriptions(path)] if path.is_dir() else [])]
+
+def _descriptions(path: Path) -> list[str]:
+    """The hash of the configurations, if `path` is a folder."""
+    return [hash_descriptions(path)] if path.is_dir() else []
 
 
 def hash_descriptions(folder: Path) -> str:
-    """SHA-256 of all files of a pipeline's or a part's folder that are no weights."""
+    """SHA-256 of all files except weights in the folder of a pipeline or a component."""
     files = [folder / name for name in _TOP]
     files += [file for file in folder.glob("*/*") if file.suffix in _DESCRIPTIONS]
     chosen = sorted(f for f in files if f.is_file() and not f.name.endswith(".index.json"))
@@ -123,11 +124,10 @@ def hash_descriptions(folder: Path) -> str:
 
 
 def _ensemble(folder: Path) -> dict[str, Any]:
-    """Of an ensemble's folder, which names its experts by the hashes of their weights."""
+    """The identity of an ensemble's folder, which records the hashes of its experts' weights."""
     if is_published(folder):
         return {"published": hash_published(folder), "described": hash_descriptions(folder)}
     saved = read_config(folder)
-
     experts, config, parts = sources_in(saved, folder)
     paths = [locate(expert.source, expert.revision) for expert in experts]
     companions = Companions(
@@ -140,7 +140,7 @@ def _ensemble(folder: Path) -> dict[str, Any]:
     if saved["vae"] is not None:
         vae = source_of(saved["vae"], folder)
         others.insert(0, locate_vae(vae.source, vae.revision))
-    described += [hash_descriptions(place) for place in others if place.is_dir()]
+    described += [digest for path in others for digest in _descriptions(path)]
     return {
         "ensemble": saved,
         "aggregators": hash_file(folder / AGGREGATORS),
@@ -149,27 +149,26 @@ def _ensemble(folder: Path) -> dict[str, Any]:
 
 
 def of_metric(metric: MetricRecipe | str) -> dict[str, Any]:
-    """All that a metric's scores and features of given pictures depend on besides its settings.
+    """All inputs of a metric's scores and features except the pictures and its settings.
 
-    Of local weights the hashes of all files, of a hub id the commit, of the zoo's judges the
-    shipped files.
+    Contains the hashes of local weights, the commit of a hub id, or the hash of the zoo's judges.
     """
     found: dict[str, Any] = {"releases": releases("afa", "torch", "transformers", "pillow")}
     if isinstance(metric, str):
         return found | {metric: _hash_judges()}
     for name in (metric.weights, metric.processor, metric.clip):
-        place = Path(name or "").expanduser()
+        path = Path(name or "").expanduser()
         if name is None:
             found |= {"inception": releases("torch-fidelity")} if metric.weights is None else {}
         elif name.startswith("zoo:"):
             found[name] = _hash_judges()
-        elif place.is_file():
-            found[str(place)] = hash_file(place)
-        elif place.is_dir():
-            files = sorted(file for file in place.rglob("*") if file.is_file())
+        elif path.is_file():
+            found[str(path)] = hash_file(path)
+        elif path.is_dir():
+            files = sorted(file for file in path.rglob("*") if file.is_file())
             found |= {str(file): hash_file(file) for file in files}
         elif name.count("/") == 1:
-            with suppress(*HUB_ERRORS):  # whoever opens the metric says so
+            with suppress(*HUB_ERRORS):  # opening the metric reports these
                 found[name] = fetch(name, ()).name  # the commit
         else:
             found[name] = releases("torch-fidelity")
@@ -179,6 +178,6 @@ def of_metric(metric: MetricRecipe | str) -> dict[str, Any]:
 def _hash_judges() -> str:
     from afa.zoo import assets
 
-    shipped = assets()
-    files = [f for part in ("judges", "shared/tokenizer") for f in (shipped / part).rglob("*")]
-    return hash_files(shipped, sorted(file for file in files if file.is_file()))
+    folder = assets()
+    files = [f for part in ("judges", "shared/tokenizer") for f in (folder / part).rglob("*")]
+    return hash_files(folder, sorted(file for file in files if file.is_file()))

@@ -1,4 +1,4 @@
-"""From a row's recipe to a stock pipeline that draws its pictures."""
+"""Build the diffusers pipeline of a method from its recipe."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from afa.denoisers.kinds import denoiser_of, kind_of_pipeline
 from afa.denoisers.timesteps import in_scheduler_timesteps
-from afa.drawing.merged import _with, merged_pipeline
+from afa.drawing.merged import merged_pipeline, with_parts
 from afa.ensemble.accelerate import accelerate
 from afa.ensemble.denoiser import EnsembleDenoiser
 from afa.evaluation.identity import Identities
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 
 class MethodBuilder:
-    """Builds the pipelines of a comparison; what methods have in common is loaded once.
+    """Builds the pipelines of a comparison, and loads shared experts once.
 
     Args:
         recipe: the comparison.
-        device: where pipelines go; None takes the recipe's.
+        device: device of the pipelines; None uses the recipe's.
     """
 
     def __init__(self, recipe: EvaluateRecipe, device: torch.device | None = None) -> None:
@@ -50,10 +50,10 @@ class MethodBuilder:
         """The pipeline of one method.
 
         Raises:
-            AfaError: a checkpoint that cannot be had, or experts that do not fit each other.
+            AfaError: if a checkpoint cannot be loaded, or the experts do not fit each other.
         """
         if not method.needs_experts:
-            self._experts = None  # what a picture costs is to be its own model's alone
+            self._experts = None  # so that the cost of a picture is that of its own model
         if method.model is not None:
             pipeline = self._model(method.model[replica])
         elif method.ensemble is not None:
@@ -63,7 +63,7 @@ class MethodBuilder:
         elif method.merge is not None:
             pipeline = self._merge(method)
         else:
-            assert method.fusion is not None, "a method is drawn in exactly one way"
+            assert method.fusion is not None, "a method has exactly one of them"
             pipeline = self._fusion(method.fusion)
         check_text_to_image(pipeline)
         pipeline = accelerate(pipeline, method.acceleration, plan=method.plan)
@@ -71,7 +71,7 @@ class MethodBuilder:
         return pipeline
 
     def _all_experts(self) -> DiffusionPipeline:
-        """All experts in one pipeline, whose parts merges and fusions use."""
+        """The pipeline of all experts, which merges and fusions share."""
         if self._experts is None:
             self._experts = load_pipeline(
                 self._recipe.experts,
@@ -84,13 +84,13 @@ class MethodBuilder:
         return self._experts
 
     def _companions(self) -> Companions:
-        """What single files may leave out."""
+        """Supplies the components that single files lack."""
         recipe = self._recipe
         fallback = first_folder(recipe.experts)
         return Companions(self._dtype, config=recipe.config, fallback=fallback, parts=recipe.parts)
 
     def _model(self, source: ExpertSource) -> DiffusionPipeline:
-        """A checkpoint with its own autoencoder."""
+        """The pipeline of a checkpoint with its own autoencoder."""
         pipeline, _ = load_single(source, companions=self._companions(), torch_dtype=self._dtype)
         return pipeline.to(self._device)
 
@@ -110,4 +110,4 @@ class MethodBuilder:
             schedule = in_scheduler_timesteps(schedule, ensemble.family)
         rules = fusion.rules(ensemble.sites)
         denoiser = EnsembleDenoiser(list(ensemble.experts), rules, schedule, widths=ensemble.widths)
-        return _with(experts, {kind_of_pipeline(experts).denoiser: denoiser})
+        return with_parts(experts, {kind_of_pipeline(experts).denoiser: denoiser})

@@ -1,4 +1,4 @@
-"""What an evaluation or a search would load, and its work."""
+"""Plans of what an evaluation or a search loads and computes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 def plan_of_evaluation(recipe: EvaluateRecipe) -> Plan:
-    """Of `afa evaluate`: every model and ensemble by itself, and what merges and fusions take."""
+    """The plan of `afa evaluate`: models, ensembles, and the experts of merges and fusions."""
     sampling = recipe.sampling
     dtype = getattr(torch, sampling.dtype)
     companions = companions_of(recipe, dtype)
-    alone = replace(companions, own_vae=True)  # a single model draws with its own autoencoder
+    alone = replace(companions, own_vae=True)  # a single model uses its own autoencoder
     groups = []
     if any(method.needs_experts for method in recipe.methods):
         groups.append(Group("merges and fusions", recipe.experts, companions))
@@ -35,7 +35,7 @@ def plan_of_evaluation(recipe: EvaluateRecipe) -> Plan:
 
 
 def plan_of_search(recipe: SearchRecipe) -> Plan:
-    """Of `afa search`."""
+    """The plan of `afa search`."""
     sampling = recipe.sampling
     companions = companions_of(recipe, getattr(torch, sampling.dtype))
     group = Group("search", recipe.experts, companions)
@@ -43,7 +43,7 @@ def plan_of_search(recipe: SearchRecipe) -> Plan:
 
 
 def _drawing(sampling: SamplingRecipe) -> Work:
-    """Of pictures in batches; with guidance each of them is two samples."""
+    """The work of drawing batches; with guidance each picture takes two samples."""
     height, width = sampling.height, sampling.width
     return Work(
         pick_device(sampling.device),

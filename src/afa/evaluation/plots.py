@@ -1,4 +1,4 @@
-"""Drawings of a report: bars with intervals, quality against time, pictures, failures, weights."""
+"""The figures of a report: scores, quality against time, pictures, failures, fusion weights."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
     from afa.evaluation.results import Results
 
-# Okabe and Ito's palette, told apart with every common kind of colour vision
+# the palette of Okabe and Ito, which is safe for colour blindness
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
-_MARKERS = "osD^vPX*"  # one more: where a colour comes again it has another
+_MARKERS = "osD^vPX*"  # one more than colours, so that pairs do not repeat
 _NUM_PICTURES = 8
 
 
 def draw_all(report: dict[str, Any], results: Results, output: Path) -> None:
-    """Draw everything that the report's text shows, beside it."""
+    """Draw all figures of the report into its folder."""
     prompts = next(iter(results.groups.values()))[:_NUM_PICTURES]
     draw_sheet(results, _by_score(report), prompts, output / "pictures.png")
     if report["primary"] is not None:
@@ -41,7 +41,7 @@ def draw_all(report: dict[str, Any], results: Results, output: Path) -> None:
 
 
 def _by_score(report: dict[str, Any]) -> list[str]:
-    """The methods, the best last, as they stand in the tables."""
+    """The methods in the order of the tables, the best last."""
     rows, primary = report["rows"], report["primary"]
     if primary is None:
         return [row["method"] for row in rows]
@@ -51,13 +51,13 @@ def _by_score(report: dict[str, Any]) -> list[str]:
 
 
 def draw_sheet(results: Results, methods: Sequence[str], places: Sequence[int], path: Path) -> None:
-    """Draw prompts (columns) by methods (rows), above them the real pictures where there are some.
+    """Draw a sheet of prompts (columns) by methods (rows), with real pictures on top if available.
 
     Args:
-        results: whose pictures are shown, of every method's first replica and seed.
-        methods: from top to bottom.
-        places: of the prompts, from left to right.
-        path: PNG or SVG, by its suffix.
+        results: the results; shows the first replica and seed of each method.
+        methods: methods from top to bottom.
+        places: indices of the prompts from left to right.
+        path: PNG or SVG file.
     """
     from afa.evaluation.work import open_pictures
 
@@ -72,7 +72,7 @@ def draw_sheet(results: Results, methods: Sequence[str], places: Sequence[int], 
 
 
 def draw_scores(report: dict[str, Any], path: Path) -> None:
-    """Draw the primary score of every method with its interval, one panel for each group."""
+    """Draw the primary score of each method with its interval, one panel per group."""
     from matplotlib.figure import Figure
 
     primary, names = report["primary"], _by_score(report)
@@ -98,7 +98,7 @@ def draw_scores(report: dict[str, Any], path: Path) -> None:
 
 
 def draw_curve(report: dict[str, Any], path: Path) -> None:
-    """Draw the primary score against seconds per picture, one line for each method."""
+    """Draw the primary score against seconds per picture, one line per method."""
     from matplotlib.figure import Figure
 
     primary = report["primary"]
@@ -144,7 +144,7 @@ def draw_curve(report: dict[str, Any], path: Path) -> None:
 
 
 def draw_shares(weights: dict[str, Any], path: Path) -> None:
-    """Draw the mean weight of each expert by site and step, groups by rows, experts by columns."""
+    """Draw each expert's mean weight by site and step; rows are groups, columns are experts."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -156,7 +156,7 @@ def draw_shares(weights: dict[str, Any], path: Path) -> None:
     image = None
     for row, (line, (group, recorded)) in enumerate(zip(panels, groups.items(), strict=True)):
         for n, (panel, expert) in enumerate(zip(line, experts, strict=True)):
-            # a site without weights is drawn as if nobody were heard there
+            # a site without weights stays blank
             table = [
                 [step.get(site, [float("nan")] * len(experts))[n] for step in recorded["shares"]]
                 for site in sites

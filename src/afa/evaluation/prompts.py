@@ -1,4 +1,4 @@
-"""What is drawn: prompts from text files, COCO captions, DrawBench, picture folders or the zoo."""
+"""Prompts from text files, COCO captions, DrawBench, picture folders or the zoo."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from afa.zoo.scenes import Kind
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-#: bytes; COCO's captions of 2017 have 92 MB
+#: bytes; the COCO captions of 2017 have 92 MB
 _MAX_PROMPTS = 500_000_000
 
 
 class ZooPrompts(Section):
-    """Captions of emoji scenes, so many of each kind, which are the groups.
+    """Captions of emoji scenes; `kinds` gives the number of each kind, and kinds are the groups.
 
-    Mixed pairs are those that no training set holds, or with `held_out: false` only the others, on
-    which something may be tuned.
+    Mixed pairs are not in any training set, or with `held_out: false` only in training sets, so
+    that settings can be tuned on them.
     """
 
     kinds: dict[Kind, PositiveInt] = Field(min_length=1)
@@ -37,18 +37,19 @@ class ZooPrompts(Section):
 
 
 class CocoPrompts(Section):
-    """A COCO caption file, and the folder of its pictures where metrics need references."""
+    """A COCO caption file, and the folder of its pictures for metrics that need references."""
 
     captions: Path
     pictures: Path | None = None
 
 
 class PromptsRecipe(Section):
-    """Exactly one source of prompts; `limit` keeps the first so many of every group.
+    """Exactly one source of prompts; `limit` is the maximum number of prompts per group.
 
-    `text`: a UTF-8 file with one prompt on each line. `coco`: COCO's caption JSON, of every picture
-    the caption with the lowest id. `drawbench`: a CSV with the columns Prompts and Category, whose
-    categories are the groups. `folder`: pictures with captions, as for training, and references.
+    `text`: a UTF-8 file with one prompt per line. `coco`: a COCO caption JSON; uses the caption
+    with the lowest id of each picture. `drawbench`: a CSV with the columns Prompts and Category;
+    categories are the groups. `folder`: captioned pictures, as for training; the pictures are the
+    references.
     """
 
     text: Path | None = None
@@ -68,7 +69,7 @@ class PromptsRecipe(Section):
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt, the group that it is reported in, and the real picture that it describes."""
+    """A prompt, its group in the report, and the real picture that it describes."""
 
     text: str
     group: str = "all"
@@ -76,16 +77,16 @@ class Prompt:
 
 
 def load_prompts(recipe: PromptsRecipe, scratch: Path | None = None) -> list[Prompt]:
-    """All prompts of a recipe, in a fixed order.
+    """Load all prompts of a recipe in a fixed order.
 
     Args:
-        recipe: whose paths are absolute or relative to the working directory.
-        scratch: a folder for the zoo's true pictures, rendered where they are missing or differ;
-            None leaves the zoo's prompts without references.
+        recipe: source of the prompts, with paths absolute or relative to the working directory.
+        scratch: folder in which the zoo's reference pictures are rendered; None loads the zoo's
+            prompts without references.
 
     Raises:
-        AfaError: a file that cannot be read or is not what it should be, an empty or repeated
-            prompt, or none at all.
+        AfaError: if a file cannot be read or has another format, a prompt is empty or repeated, or
+            there is no prompt.
     """
     if recipe.text is not None:
         prompts = _from_text(recipe.text)
@@ -114,19 +115,19 @@ def _read_text(path: Path) -> str:
         return read_text(path, _MAX_PROMPTS)
     except (OSError, ValueError) as error:
         raise AfaError(
-            "AFA-EVAL-001", f"The prompts '{path}' must be UTF-8 text: {error}."
+            "AFA-EVAL-001", f"The prompts '{path}' cannot be read as UTF-8 text: {error}."
         ) from error
 
 
 def _checked(
     path: Path, places: Iterable[tuple[str, Prompt]], *, may_repeat: bool = False
 ) -> list[Prompt]:
-    """The prompts, after a look for empty and repeated ones.
+    """Check prompts for empty and repeated ones.
 
     Args:
-        path: of the file, for messages.
-        places: where in the file a prompt stands, such as "line 3", and the prompt.
-        may_repeat: whether one prompt may stand in several places.
+        path: path of the file, for messages.
+        places: each prompt with its position in the file, such as "line 3".
+        may_repeat: whether prompts may repeat.
     """
     seen: dict[str, str] = {}
     prompts = []
@@ -134,32 +135,32 @@ def _checked(
         if not prompt.text.strip():
             raise AfaError(
                 "AFA-EVAL-002",
-                f"Every prompt must have words, but {place} of '{path}' is empty. Take it out.",
+                f"The prompt in {place} of '{path}' is empty. Remove it.",
             )
         if not is_unicode(prompt.text):
             raise AfaError(
                 "AFA-EVAL-003",
-                f"Every prompt must be text, but {place} of '{path}' has half of a character: "
-                f"{prompt.text[:80]!a}. Correct it.",
+                f"The prompt in {place} of '{path}' contains an unpaired surrogate: "
+                f"{prompt.text[:80]!a}. Replace it by a valid character.",
             )
         if prompt.text in seen and not may_repeat:
             raise AfaError(
                 "AFA-EVAL-004",
-                f"Every prompt must be there once, but {place} of '{path}' repeats "
-                f"{seen[prompt.text]}: {prompt.text[:80]!r}. Take one out; for several pictures "
-                "of a prompt give several seeds.",
+                f"The prompt in {place} of '{path}' repeats {seen[prompt.text]}: "
+                f"{prompt.text[:80]!r}. Remove one; use several seeds for several pictures of a "
+                "prompt.",
             )
         seen[prompt.text] = place
         prompts.append(prompt)
     if not prompts:
         raise AfaError(
-            "AFA-EVAL-005", f"The prompts '{path}' must hold at least one; there is none."
+            "AFA-EVAL-005", f"'{path}' contains no prompts. It must contain at least one."
         )
     return prompts
 
 
 def source_warnings(recipe: PromptsRecipe) -> list[str]:
-    """What of a recipe's sources is not used though it may be meant, one line each.
+    """Warnings of data in a recipe's sources that is not used, one line each.
 
     Raises:
         AfaError: see `load_prompts`.
@@ -174,7 +175,7 @@ def source_warnings(recipe: PromptsRecipe) -> list[str]:
         if repeated:
             return [
                 f"{counted(repeated, 'row')} of '{recipe.drawbench}' repeat a prompt of an earlier "
-                "row and are not drawn again: each prompt is in the group of its first row."
+                "row and are skipped; each prompt belongs to the group of its first row."
             ]
     return []
 
@@ -197,9 +198,8 @@ def _from_coco(recipe: CocoPrompts) -> list[Prompt]:
     except (KeyError, TypeError, ValueError) as error:
         raise AfaError(
             "AFA-EVAL-006",
-            f"'{recipe.captions}' must be COCO captions with 'images' (id, file_name) and "
-            f"'annotations' (id, image_id, caption); reading it says {type(error).__name__}: "
-            f"{error}.",
+            f"'{recipe.captions}' is not a COCO caption file ({type(error).__name__}: {error}). It "
+            "must have 'images' (id, file_name) and 'annotations' (id, image_id, caption).",
         ) from error
     names: dict[int, str] = {}
     for image, name in pictures:
@@ -207,56 +207,56 @@ def _from_coco(recipe: CocoPrompts) -> list[Prompt]:
             raise AfaError(
                 "AFA-EVAL-007",
                 f"'{recipe.captions}' has two pictures with the id {image}, '{names[image][:80]}' "
-                f"and '{name[:80]}'; every id must be of one picture. Correct the file.",
+                f"and '{name[:80]}'. Ids must be unique. Correct the file.",
             )
     first: dict[int, str] = {}
     for _, image, caption in captions:
         if image not in names:
             raise AfaError(
                 "AFA-EVAL-008",
-                f"Every caption of '{recipe.captions}' must be of one of its pictures; there is no "
-                f"picture {image}.",
+                f"'{recipe.captions}' has a caption of the picture {image}, which is not in "
+                "'images'. Add the picture or remove the caption.",
             )
         first.setdefault(image, caption)
     prompts = []
-    of_base: dict[str, str] = {}
+    by_base: dict[str, str] = {}
     for image, caption in sorted(first.items()):
         reference = None
         if recipe.pictures is not None:
-            base = Path(names[image]).name  # never outside of that folder
-            if of_base.setdefault(base, names[image]) != names[image]:
+            base = Path(names[image]).name  # prevents paths outside the folder
+            if by_base.setdefault(base, names[image]) != names[image]:
                 raise AfaError(
                     "AFA-EVAL-009",
-                    f"'{recipe.captions}' has the pictures '{of_base[base][:80]}' and "
-                    f"'{names[image][:80]}', which would be one file of '{recipe.pictures}'; every "
-                    "picture must have a file name of its own. Rename one in both places.",
+                    f"'{recipe.captions}' has the pictures '{by_base[base][:80]}' and "
+                    f"'{names[image][:80]}', which have the same name in '{recipe.pictures}'. File "
+                    "names must be unique. Rename one in both places.",
                 )
             reference = recipe.pictures / base
             _require_file(reference, recipe.captions)
         prompts.append((f"picture {image}", Prompt(caption, reference=reference)))
-    # two pictures may well have the same caption
+    # two pictures may have the same caption
     return _checked(recipe.captions, prompts, may_repeat=True)
 
 
 def _id(value: Any) -> int:
-    """A whole number, which some programs write as text; nothing is rounded.
+    """Convert an id, which some programs write as text, to an integer without rounding.
 
     Raises:
-        ValueError: it is none.
+        ValueError: if it is not an integer.
     """
     if isinstance(value, bool) or not isinstance(value, int | str):
-        raise ValueError(f"an id must be a whole number, came {value!r}")
+        raise ValueError(f"an id must be an integer; got {value!r}")
     return int(value)
 
 
 def _text(value: Any) -> str:
-    """A text, where `str` would make one of anything.
+    """Return a string unchanged; `str` would convert any type.
 
     Raises:
-        ValueError: it is none.
+        ValueError: if it is not a string.
     """
     if not isinstance(value, str):
-        raise ValueError(f"a file name and a caption must be text, came {str(value)[:80]!r}")
+        raise ValueError(f"a file name and a caption must be text; got {str(value)[:80]!r}")
     return value
 
 
@@ -264,48 +264,46 @@ def _require_file(reference: Path, named_by: Path) -> None:
     if (what := irregular(reference)) is not None:
         raise AfaError(
             "AFA-EVAL-010",
-            f"'{named_by}' names the picture '{reference}', which is {what} and must be a regular "
-            "file. Name the folder that holds it, or leave the pictures out.",
+            f"The picture '{reference}' of '{named_by}' must be a regular file; it is {what}. Set "
+            "prompts.coco.pictures to another folder, or remove it.",
         )
     if not reference.is_file():
         raise AfaError(
             "AFA-EVAL-011",
-            f"'{named_by}' names the picture '{reference}', which is missing. Name the folder "
-            "that holds it, or leave the pictures out.",
+            f"The picture '{reference}' of '{named_by}' does not exist. Set prompts.coco.pictures "
+            "to the folder that contains it, or remove it.",
         )
 
 
 def _drawbench_rows(path: Path) -> list[tuple[int, str, str]]:
-    """Line, prompt and category of every row."""
+    """The line number, prompt and category of each row."""
     reader = csv.DictReader(io.StringIO(_read_text(path), newline=""))
     try:
         fields = reader.fieldnames or []
         rows = [(reader.line_num, row) for row in reader]
     except csv.Error as error:
-        raise AfaError(
-            "AFA-EVAL-012", f"'{path}' must be CSV, but reading it says: {error}."
-        ) from error
+        raise AfaError("AFA-EVAL-012", f"'{path}' is not a valid CSV file: {error}.") from error
     if "Prompts" not in fields:
         raise AfaError(
             "AFA-EVAL-013",
-            f"'{path}' must be DrawBench's CSV with the columns Prompts and Category; its columns "
-            f"are {', '.join(fields) or 'none'}.",
+            f"'{path}' must be DrawBench's CSV with the columns Prompts and Category; got the "
+            f"columns {', '.join(fields) or 'none'}.",
         )
     for name in ("Prompts", "Category"):
         if fields.count(name) > 1:
             raise AfaError(
                 "AFA-EVAL-014",
-                f"'{path}' must have one column {name}; it has {fields.count(name)}.",
+                f"'{path}' must have one column {name}; got {fields.count(name)}.",
             )
     for line, row in rows:
         if None in row or None in row.values():
-            came = sum(value is not None for key, value in row.items() if key is not None)
-            came += len(row.get(None) or ())
+            count = sum(value is not None for key, value in row.items() if key is not None)
+            count += len(row.get(None) or ())
             raise AfaError(
                 "AFA-EVAL-015",
-                f"Every row of '{path}' must have {counted(len(fields), 'cell')}, as its header; "
-                f"the one that ends in line {line} has {came}. Put a text with commas in quotes, "
-                "and close every quote.",
+                f"Each row of '{path}' must have {counted(len(fields), 'cell')} like the header; "
+                f"the row that ends in line {line} has {count}. Quote texts that contain commas, "
+                "and close all quotes.",
             )
     return [
         (line, (row["Prompts"] or "").strip(), (row.get("Category") or "").strip())
@@ -316,7 +314,7 @@ def _drawbench_rows(path: Path) -> list[tuple[int, str, str]]:
 def _from_drawbench(path: Path) -> list[Prompt]:
     first: dict[str, tuple[str, Prompt]] = {}
     for line, text, group in _drawbench_rows(path):
-        # the same prompt may stand in two categories; it is drawn once, for the first one
+        # a prompt in two categories is drawn once, for the first one
         first.setdefault(text, (f"line {line}", Prompt(text, group or "all")))
     return _checked(path, first.values())
 
@@ -346,8 +344,8 @@ def _from_zoo(recipe: ZooPrompts, scratch: Path | None) -> list[Prompt]:
     if len({prompt.text for prompt in prompts}) < len(prompts):
         raise AfaError(
             "AFA-EVAL-016",
-            "The zoo's kinds must not overlap; 'any' holds all of the others' prompts. Name "
-            "either 'any' or the others.",
+            f"The kinds of prompts.zoo must not overlap; got {', '.join(recipe.kinds)}. Remove "
+            "'any', which contains all others, or the others.",
         )
     if scratch is None:
         return prompts
@@ -364,7 +362,7 @@ def _from_zoo(recipe: ZooPrompts, scratch: Path | None) -> list[Prompt]:
 
 
 def resolve_prompts(recipe: PromptsRecipe, folder: Path) -> PromptsRecipe:
-    """The paths of a recipe in `folder`, made absolute."""
+    """Make the paths of a recipe in `folder` absolute."""
     coco = recipe.coco and recipe.coco.model_copy(
         update={
             "captions": resolve_file(recipe.coco.captions, folder),
@@ -372,17 +370,17 @@ def resolve_prompts(recipe: PromptsRecipe, folder: Path) -> PromptsRecipe:
         }
     )
     files = ("text", "drawbench", "folder")
-    places = {key: resolve_file(getattr(recipe, key), folder) for key in files}
-    return recipe.model_copy(update={**places, "coco": coco})
+    paths = {key: resolve_file(getattr(recipe, key), folder) for key in files}
+    return recipe.model_copy(update={**paths, "coco": coco})
 
 
 def resolve_file(file: Path | None, folder: Path) -> Path | None:
-    """A path of a recipe in `folder`, made absolute."""
+    """Make a path of a recipe in `folder` absolute; returns None for None."""
     return None if file is None else resolve_path(file, folder)
 
 
 def groups_of(prompts: Sequence[Prompt]) -> dict[str, list[int]]:
-    """The places of each group's prompts, in the order in which groups first appear."""
+    """The indices of each group's prompts, with groups in order of first appearance."""
     groups: dict[str, list[int]] = {}
     for place, prompt in enumerate(prompts):
         groups.setdefault(prompt.group, []).append(place)

@@ -1,4 +1,4 @@
-"""What `afa evaluate` reads: which methods draw which prompts, and what is measured."""
+"""The recipe of `afa evaluate`: methods, prompts and metrics."""
 
 from __future__ import annotations
 
@@ -17,31 +17,30 @@ from afa.merging import MergeRecipe
 from afa.metrics import MetricRecipe
 from afa.recipe import MAX_SEED, Section, read_recipe, resolve_sources
 
-#: judged by the zoo's object classifier; needs prompts of the zoo
+#: the metric of the zoo's object classifier; needs prompts of the zoo
 SCENES = "scenes"
-#: what it says of a picture; see `afa.zoo.judges.Verdict`
+#: its scores; see `afa.zoo.judges.Verdict`
 SCENE_SCORES = ("both", "objects", "left", "right")
-#: metrics of whole sets, which say nothing of a single picture
+#: metrics of sets, which have no score for a single picture
 _OF_SETS = ("fid", "kid", "is", "cmmd")
 
-
-#: more than the noise schedules of the supported models have
+#: 1000 is the number of timesteps that the supported models were trained with
 NumSteps = Annotated[int, Field(ge=1, le=1000)]
 
 
 def slug(name: str) -> str:
-    """A name as a folder: small letters and digits, with dashes between."""
+    """Turn a name into a folder name of lower-case letters, digits and dashes."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "method"
 
 
 class MethodRecipe(Section):
-    """One row of the comparison: a name, and exactly one way to draw.
+    """One method: a name and exactly one of `model`, `ensemble`, `merge` and `fusion`.
 
-    `model`: a checkpoint by itself, or a LoRA on one. `ensemble`: a folder of `afa train`, or
-    several that differ in the seed of their training and are reported as one method. `merge`: as in
-    a recipe of `afa merge`, without experts and base. `fusion`: a rule of `afa.aggregators.fusion`.
-    `acceleration`: what is left out while drawing, a preset or settings of `afa.Acceleration`.
-    `plan`: of `afa prune`, for the ensembles of this row.
+    `model`: a single checkpoint, or a LoRA on one. `ensemble`: a folder of `afa train`, or several
+    that differ in the training seed and are reported as one method. `merge`: as in a recipe of
+    `afa merge`, without experts and base. `fusion`: a rule of `afa.aggregators.fusion`.
+    `acceleration`: a preset or settings of `afa.Acceleration`. `plan`: a plan of `afa prune` for
+    the ensembles.
     """
 
     name: str = Field(min_length=1, max_length=80)
@@ -59,27 +58,27 @@ class MethodRecipe(Section):
 
     @model_validator(mode="after")
     def _exactly_one(self) -> MethodRecipe:
-        ways = (self.model, self.ensemble, self.merge, self.fusion)
-        if sum(way is not None for way in ways) != 1:
+        given = (self.model, self.ensemble, self.merge, self.fusion)
+        if sum(value is not None for value in given) != 1:
             raise ValueError("must have exactly one of model, ensemble, merge and fusion")
         return self
 
     @property
     def needs_experts(self) -> bool:
-        """Whether this row is drawn with the comparison's experts, all in memory."""
+        """Whether the method uses the comparison's experts, all in memory."""
         return self.merge is not None or self.fusion is not None
 
     @property
     def num_replicas(self) -> int:
-        """How many models or ensembles stand behind this row."""
+        """Number of models or ensembles of this method."""
         return len(self.model or self.ensemble or [None])
 
 
 class SamplingRecipe(Section):
-    """How pictures are drawn, for every method alike.
+    """Sampling settings of all methods.
 
-    The noise of a picture depends on its prompt's place and its seed alone. `num_threads` fixes
-    the processor's threads per process, on which the last bits of a picture may depend.
+    A picture's initial noise depends only on the index of its prompt and on the seed.
+    `num_threads` fixes the CPU threads per process, which can change the last bits of a picture.
     """
 
     num_steps: NumSteps = 50
@@ -97,15 +96,15 @@ class SamplingRecipe(Section):
     @classmethod
     def _seeds(cls, seeds: list[int]) -> list[int]:
         if len(set(seeds)) < len(seeds) or not all(0 <= seed <= MAX_SEED for seed in seeds):
-            raise ValueError(f"must be different numbers from 0 to {MAX_SEED}")
+            raise ValueError(f"must be distinct numbers from 0 to {MAX_SEED}; got {seeds}")
         return seeds
 
 
 class CurveRecipe(Section):
-    """Quality against time: some methods again at other numbers of steps.
+    """Quality against time: some methods at several numbers of steps.
 
-    `methods` None: the subject, and the best expert and the best merge of the main comparison;
-    `also` names more. Drawn are the prompts of the first group, with `limit` the first so many.
+    `methods` defaults to the subject, the best expert and the best merge of the main comparison;
+    `also` adds methods. The curve uses the prompts of the first group, at most `limit` of them.
     """
 
     num_steps: list[NumSteps] = Field(default=[5, 10, 20, 50], min_length=1)
@@ -120,13 +119,13 @@ class CurveRecipe(Section):
 
 
 class EvaluateRecipe(Section):
-    """A whole comparison.
+    """A comparison of methods.
 
-    `experts` and `base` are what merges and fusions combine, as in a recipe of `afa train`, with
-    its `vae`, `config` and `parts`; `experts` alone count as single experts. `subject` is the
-    method that is compared with all others, the first one by default; `primary` the score that
-    picks the best expert and the best merge, the first one by default.
-    `references` is a folder of real pictures for FID, KID and CMMD; by default the prompts' own.
+    Merges and fusions combine `experts` and `base`, with `vae`, `config` and `parts` as in a recipe
+    of `afa train`. A method whose `model` is among `experts` counts as a single expert. `subject`
+    is the method that is compared with all others (default: the first). `primary` is the score
+    that selects the best expert and the best merge (default: the first). `references` is a folder
+    of real pictures for FID, KID and CMMD (default: the prompts' own).
     """
 
     experts: list[ExpertSource] = Field(default=[], max_length=64)
@@ -147,50 +146,46 @@ class EvaluateRecipe(Section):
     @model_validator(mode="after")
     def _consistent(self) -> EvaluateRecipe:
         names = [method.name for method in self.methods]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise ValueError(f"must name every method differently, '{twice}' stands twice")
+        if (duplicate := _duplicate(names)) is not None:
+            raise ValueError(f"must have a distinct name for each method; got '{duplicate}' twice")
         folders: dict[str, str] = {}
         for name in names:
             other = folders.setdefault(slug(name), name)
             if other != name:
                 raise ValueError(
-                    f"must name its methods so that letters and digits tell them apart, came "
-                    f"'{other}' and '{name}'"
+                    f"must have method names that differ in letters or digits; got '{other}' and "
+                    f"'{name}'"
                 )
-        asked = [self.subject]
+        named = [self.subject]
         if self.curve is not None:
-            asked += [*(self.curve.methods or []), *self.curve.also]
-        unknown = next((name for name in asked if name is not None and name not in names), None)
+            named += [*(self.curve.methods or []), *self.curve.also]
+        unknown = next((name for name in named if name is not None and name not in names), None)
         if unknown is not None:
-            raise ValueError(f"must name one of its methods, came '{unknown}'")
-        needs_experts = [
-            m.name for m in self.methods if m.merge is not None or m.fusion is not None
-        ]
-        if needs_experts and not self.experts:
-            raise ValueError(f"must have experts for the method '{needs_experts[0]}'")
+            raise ValueError(f"must name one of its methods; got '{unknown}'")
+        needing = next((method.name for method in self.methods if method.needs_experts), None)
+        if needing is not None and not self.experts:
+            raise ValueError(f"must have experts for the method '{needing}'")
         for method in self.methods:
             if method.merge is not None:
                 self.merge_recipe(method)
             self._check_numbers(method)
         if SCENES in self.metrics and self.prompts.zoo is None:
-            raise ValueError("must have prompts of the zoo for the metric 'scenes'")
+            raise ValueError("must have prompts.zoo for the metric 'scenes'")
         scores = list(SCENE_SCORES) if SCENES in self.metrics else []
         chosen = [metric.name for metric in self.metrics if not isinstance(metric, str)]
         scores += [name for name in chosen if name not in _OF_SETS]
         if self.primary is not None and self.primary not in scores:
             raise ValueError(
-                f"must have as primary one of its scores {', '.join(scores)}, came '{self.primary}'"
+                f"must have one of {', '.join(scores)} as primary; got '{self.primary}'"
             )
         if self.curve is not None and not scores:
-            raise ValueError("must have a metric of single pictures for its curve")
-        twice = next((name for name in chosen if chosen.count(name) > 1), None)
-        if twice is not None:
-            raise ValueError(f"must name every metric once, '{twice}' stands twice")
+            raise ValueError("must have a metric of single pictures for the curve")
+        if (duplicate := _duplicate(chosen)) is not None:
+            raise ValueError(f"must have each metric once; got '{duplicate}' twice")
         return self
 
     def _check_numbers(self, method: MethodRecipe) -> None:
-        """Refuse a fusion that names experts which are not there."""
+        """Raise ValueError if a fusion does not fit the number of experts or the guidance."""
         if method.fusion is not None:
             try:
                 method.fusion.check(len(self.experts), self.sampling.guidance)
@@ -201,14 +196,14 @@ class EvaluateRecipe(Section):
         """The static merge of a method, with this recipe's experts.
 
         Raises:
-            ValueError: it is no complete recipe of a merge.
+            ValueError: if it is not a valid recipe of a merge.
         """
         settings = dict(method.merge or {})
         refused = sorted({"experts", "base", "dtype", "vae"} & settings.keys())
         if refused:
             raise ValueError(
-                f"must leave {', '.join(refused)} out of the merge '{method.name}'; the "
-                "comparison's own are used"
+                f"must not have {', '.join(refused)} in the merge '{method.name}', which uses the "
+                "comparison's own"
             )
         needs_base = settings.get("method") in ("add_difference", "ties", "dare")
         names = [str(expert) for expert in self.experts]  # they are merged in memory
@@ -220,8 +215,12 @@ class EvaluateRecipe(Section):
         return self.subject or self.methods[0].name
 
 
+def _duplicate(names: list[str]) -> str | None:
+    return next((name for name in names if names.count(name) > 1), None)
+
+
 def resolve_metric(metric: MetricRecipe, folder: Path) -> MetricRecipe:
-    """The paths of a metric in a recipe in `folder`, made absolute."""
+    """Make the paths of a metric absolute; they are relative to the recipe's `folder`."""
     return resolve_sources(metric, folder, "weights", "processor", "clip")
 
 
@@ -232,7 +231,6 @@ def load_evaluate_recipe(path: str | Path) -> EvaluateRecipe:
         AfaError: see `afa.recipe.read_recipe`.
     """
     recipe, folder = read_recipe(path, EvaluateRecipe), Path(path).parent
-
     return resolve_sources(recipe, folder, "experts", "base", "vae", "config", "parts").model_copy(
         update={
             "references": resolve_file(recipe.references, folder),

@@ -1,4 +1,4 @@
-"""The report of a comparison: `report.json`, `report.md` and drawings."""
+"""The report of a comparison: `report.json`, `report.md` and figures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NUM_FAILURES = 8
 
 
 def write_report(results: Results, output: Path) -> None:
-    """Write `report.json`, `report.md` and the drawings into `output`."""
+    """Write `report.json`, `report.md` and the figures to `output`."""
     report = report_of(results)
     write_json(output / "report.json", report)
     draw_all(report, results, output)
@@ -27,10 +27,9 @@ def write_report(results: Results, output: Path) -> None:
 
 
 def report_of(results: Results) -> dict[str, Any]:
-    """The whole report as JSON.
+    """The report as JSON.
 
-    What is measured anew in every run, seconds and memory, stands under `measured` alone; all else
-    is a function of the recipe.
+    Only the values under `measured` (seconds and memory) vary between runs of the same recipe.
     """
     recipe = results.recipe
     report: dict[str, Any] = {
@@ -87,7 +86,7 @@ def _measured(cost: MeanCost) -> dict[str, Any]:
 
 
 def _paired(results: Results) -> list[dict[str, Any]]:
-    """Every method against the best expert and its shell, and the subject against every method."""
+    """Compare all methods with the best expert and its shell, and the subject with all methods."""
     rows = []
     for group in results.groups:
         for role, reference in results.references(group).items():
@@ -131,7 +130,7 @@ def _curve(results: Results) -> list[dict[str, Any]]:
 
 
 def _failures(results: Results) -> list[dict[str, Any]]:
-    """The prompts on which the subject scores least, and what every method scores there."""
+    """The prompts with the subject's lowest scores, and all methods' scores for them."""
     if results.primary is None:
         return []
     group = next(iter(results.groups))
@@ -153,19 +152,19 @@ def report_text(report: dict[str, Any]) -> str:
     """The report as Markdown."""
     sampling = report["sampling"]
     lines = [
-        f"# {report['subject']} and {len(report['rows']) - 1} other ways to draw the same prompts",
+        f"# {report['subject']} compared with {len(report['rows']) - 1} other methods",
         "",
         f"{sampling['num_steps']} steps, guidance {sampling['guidance']:g}, seeds "
-        f"{', '.join(map(str, sampling['seeds']))}; the same noise for every method. Brackets are "
-        "95 % intervals: Wilson's for shares of right pictures, else a bootstrap over prompts and "
-        "over separately trained replicas.",
+        f"{', '.join(map(str, sampling['seeds']))}; all methods start from the same noise. "
+        "Brackets are 95 % intervals: Wilson's for rates of correct pictures, otherwise a "
+        "bootstrap over prompts and separately trained replicas.",
     ]
     machines = report["measured"]["on"]
     if len(machines) > 1:
         lines += [
             "",
-            "**Drawn on several machines or with several releases**, so seconds and memory of "
-            f"different rows cannot be compared: {' | '.join(machines)}.",
+            "**Drawn on several machines or with several software versions**, so seconds and "
+            f"memory of different rows are not comparable: {' | '.join(machines)}.",
         ]
     for group, count in report["groups"].items():
         lines += ["", f"## {group}: {count} prompts", "", *score_table(report, group)]
@@ -177,13 +176,13 @@ def report_text(report: dict[str, Any]) -> str:
         lines += [f"- {row['prompt']}" for row in report["failures"]]
         lines += ["", "![](failures.png)"]
     if report["weights"]:
-        lines += ["", "## Whom it listens to, by site and step", "", "![](weights.png)"]
+        lines += ["", "## Fusion weights by site and step", "", "![](weights.png)"]
     lines += ["", "## Pictures", "", "![](pictures.png)", ""]
     return "\n".join(lines)
 
 
 def score_table(report: dict[str, Any], group: str) -> list[str]:
-    """All methods' scores in a group, the worst first, with what a picture costs."""
+    """Scores of all methods in a group, the lowest first, and the cost of a picture."""
     primary, names = report["primary"], [*report["scores"], *report["set_scores"]]
     head = ["method", *names, "expert calls", "seconds per image", "peak memory"]
     rows = report["rows"]
@@ -198,14 +197,14 @@ def score_table(report: dict[str, Any], group: str) -> list[str]:
         cells += [
             f"{row['expert_calls_per_image']:.0f}",
             f"{row['measured']['seconds_per_image']:.3g}",
-            "not known" if memory is None else f"{memory} MiB",
+            "unknown" if memory is None else f"{memory} MiB",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
 def paired_table(report: dict[str, Any], group: str) -> list[str]:
-    """The subject against every other method, by the primary score."""
+    """Paired comparison of the subject with every other method by the primary score."""
     chosen = [
         row
         for row in report["paired"]
@@ -231,7 +230,7 @@ def paired_table(report: dict[str, Any], group: str) -> list[str]:
 
 
 def curve_table(report: dict[str, Any]) -> list[str]:
-    """Methods at other numbers of steps."""
+    """The table of methods at several numbers of steps."""
     primary = report["primary"]
     lines = ["| method | steps | " + f"{primary} | expert calls | seconds per image |"]
     lines.append("|---|---|---|---|---|")

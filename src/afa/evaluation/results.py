@@ -1,4 +1,4 @@
-"""All scores of a comparison as arrays, and what is compared with what."""
+"""The scores of a comparison as arrays, and the pairs of methods to compare."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MeanCost:
-    """What one picture of a method costs; `peak_memory` in bytes.
+    """The cost of one picture of a method; `peak_memory` in bytes.
 
-    `seconds` is the median over the batches, of which one may meet a busy machine.
+    `seconds` is the median over the batches, which is robust to a busy machine.
     """
 
     seconds: float
@@ -42,8 +42,8 @@ class Results:
     """Reads a finished comparison from its folder.
 
     Args:
-        recipe: what was compared.
-        prompts: all of them.
+        recipe: the comparison.
+        prompts: all prompts.
         scoring: the metrics.
         store: the comparison's folder.
     """
@@ -67,7 +67,7 @@ class Results:
         return [unit for unit in units if unit.method == method]
 
     def _read(self, units: Sequence[Unit]) -> dict[str, Scores]:
-        """Every score [replicas, prompts] of one method's batches, mean over the seeds."""
+        """The scores [replicas, prompts] of one method's batches, averaged over the seeds."""
         values: dict[str, dict[int, dict[int, list[float]]]] = {}
         for unit in units:
             for score, numbers in self.scoring.scores_of(unit).items():
@@ -86,7 +86,7 @@ class Results:
 
     @functools.cached_property
     def _outcomes(self) -> set[str]:
-        """The scores that are 0 or 1 for every single picture."""
+        """The scores that are 0 or 1 for every picture."""
         numbers: dict[str, set[float]] = {}
         for unit in self._units:
             for score, values in self.scoring.scores_of(unit).items():
@@ -95,17 +95,17 @@ class Results:
 
     @property
     def score_names(self) -> list[str]:
-        """The scores that every single picture has."""
+        """The scores of single pictures."""
         return list(self._scores[self.methods[0]])
 
     @property
     def primary(self) -> str | None:
-        """The score that picks the best; None where no metric judges single pictures."""
+        """The score that selects the best methods; None without a metric of single pictures."""
         names = self.score_names
         return self.recipe.primary or (names[0] if names else None)
 
     def scores(self, method: str, score: str, group: str) -> Scores:
-        """[replicas, prompts of the group], mean over the seeds."""
+        """Scores [replicas, prompts of the group], averaged over the seeds."""
         return self._scores[method][score][:, self.groups[group]]
 
     def mean(self, method: str, score: str, group: str) -> Interval:
@@ -116,14 +116,14 @@ class Results:
         return mean_interval(values, self.recipe.num_resamples, is_outcome=score in self._outcomes)
 
     def paired(self, method: str, reference: str, score: str, group: str) -> Paired:
-        """How much better `method` is than `reference` on the same prompts."""
+        """The paired difference `method` minus `reference` on the same prompts."""
         ours, theirs = (self.scores(name, score, group) for name in (method, reference))
         return paired_difference(ours, theirs, self.recipe.num_resamples)
 
     def set_scores(self, method: str, group: str) -> dict[str, list[float]]:
-        """Every metric of whole sets, one number for each replica.
+        """The metrics of sets, with one number per replica.
 
-        A group with a single picture, drawn or real, is no set and has none.
+        Omits metrics of groups that have fewer than two drawn or real pictures.
         """
         wanted = set(self.groups[group])
         found: dict[str, list[float]] = {}
@@ -148,12 +148,12 @@ class Results:
         return found
 
     def _real(self, network: str, group: str) -> torch.Tensor:
-        """Features of the real pictures: the group's own, or the whole folder's."""
+        """Features of the real pictures of the group, or of the folder of references."""
         real = self.scoring.reference_features(network)
         return real if self.recipe.references is not None else real[self.groups[group]]
 
     def pictures(self, method: str, places: Sequence[int]) -> list[Path]:
-        """The files of a method's pictures of these prompts, of its first replica and seed."""
+        """The files of a method's pictures of these prompts, from its first replica and seed."""
         seed = self.recipe.sampling.seeds[0]
         files = {
             place: self.store.picture(unit, place)
@@ -163,7 +163,7 @@ class Results:
         }
         return [files[place] for place in places]
 
-    # -- who is compared with whom ------------------------------------------------------------
+    # -- pairs of methods ---------------------------------------------------------------------
 
     def kind(self, method: MethodRecipe) -> str:
         """`expert`, `model`, `ensemble`, `merge`, or the name of a fusion."""
@@ -177,7 +177,7 @@ class Results:
         return "expert" if is_expert else "model"
 
     def best(self, kind: str, group: str) -> MethodRecipe | None:
-        """The method of a kind with the largest primary score in a group; the first of equals."""
+        """The first method of a kind with the highest primary score in a group."""
         candidates = [m for m in self.recipe.methods if self.kind(m) == kind]
         if self.primary is None or not candidates:
             return None
@@ -185,13 +185,13 @@ class Results:
         return max(candidates, key=lambda m: self.scores(m.name, score, group).mean())
 
     def shell_of(self, expert: MethodRecipe) -> MethodRecipe | None:
-        """The control that has a single expert in the ensemble's shell."""
-        assert expert.model is not None, "an expert is drawn alone"
+        """The control that runs this expert alone as an ensemble (rule `shell`)."""
+        assert expert.model is not None, "an expert is a model"
         shell = ShellRecipe(expert=self.recipe.experts.index(expert.model[0]))
         return next((m for m in self.recipe.methods if m.fusion == shell), None)
 
     def references(self, group: str) -> dict[str, str]:
-        """What all methods are compared with in a group: role and method."""
+        """The methods that all others are compared with in a group, by role."""
         roles = {"subject": self.recipe.subject_name}
         expert = self.best("expert", group)
         if expert is not None:
@@ -204,7 +204,7 @@ class Results:
     # -- cost and curve -----------------------------------------------------------------------
 
     def cost(self, method: str) -> MeanCost:
-        """What one picture of the main comparison costs."""
+        """The cost of one picture of the main comparison."""
         return self._cost(self._of(self._units, method))
 
     def _cost(self, units: Sequence[Unit]) -> MeanCost:
@@ -217,19 +217,19 @@ class Results:
         )
 
     def machines(self) -> list[str]:
-        """Where all batches were drawn: machines with their software, each once."""
+        """The distinct machines, with their software, on which batches were drawn."""
         units = [*self._units, *self.curve_units()]
         return sorted({read_cost(self.store, unit).measured_on for unit in units} - {""})
 
     def curve_places(self) -> list[int]:
-        """The prompts of the curve: the first group's, cut off at the curve's limit."""
-        assert self.recipe.curve is not None, "there is a curve"
+        """The prompts of the curve: those of the first group, up to the limit."""
+        assert self.recipe.curve is not None, "the recipe has a curve"
         first = next(iter(self.groups.values()))
         return first[: self.recipe.curve.limit]
 
     def curve_methods(self) -> list[str]:
-        """The methods of the curve: the named ones, or the subject and the best of its rivals."""
-        assert self.recipe.curve is not None, "there is a curve"
+        """The methods of the curve: the named ones, or the subject, best expert and best merge."""
+        assert self.recipe.curve is not None, "the recipe has a curve"
         names = self.recipe.curve.methods
         if names is None:
             group = next(iter(self.groups))
@@ -238,7 +238,7 @@ class Results:
         return list(dict.fromkeys([*names, *self.recipe.curve.also]))
 
     def curve_units(self) -> list[Unit]:
-        """The batches that the curve has besides the main comparison's."""
+        """The batches of the curve that are not part of the main comparison."""
         if self.recipe.curve is None:
             return []
         names = self.curve_methods()
@@ -253,9 +253,9 @@ class Results:
         return units_of(self.recipe, self.curve_places(), num_steps, methods, part="curve")
 
     def curve_point(self, method: str, num_steps: int) -> tuple[dict[str, Interval], MeanCost]:
-        """A method at another number of steps: its scores, and what a picture costs.
+        """The scores of a method at a number of steps, and the cost of a picture.
 
-        At the main comparison's steps they are those of the same prompts there.
+        At the number of steps of the main comparison, its pictures are used.
         """
         if num_steps == self.recipe.sampling.num_steps:
             places = self.curve_places()
@@ -267,11 +267,11 @@ class Results:
         return {name: self._interval(name, scores) for name, scores in values.items()}, cost
 
     def worst(self, count: int, group: str) -> list[int]:
-        """The prompts on which the subject scores least, the first of equals first.
+        """The prompts with the subject's lowest scores, in stable order.
 
-        Of outcomes only those that it does not always get right.
+        For scores of 0 or 1, prompts that it always gets right are omitted.
         """
-        assert self.primary is not None, "there is a score of single pictures"
+        assert self.primary is not None, "a metric scores single pictures"
         means = self.scores(self.recipe.subject_name, self.primary, group).mean(0)
         order = [int(n) for n in np.argsort(means, kind="stable")[:count]]
         if self.primary in self._outcomes:

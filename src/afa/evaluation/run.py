@@ -1,8 +1,7 @@
-"""`evaluate`: every method draws the same prompts from the same noise, and all is measured.
+"""`evaluate`: every method draws the same prompts from the same noise and is scored.
 
-The work is cut into batches that leave their pictures, scores and features on disk as soon as they
-exist. A run that was stopped, however it was stopped, does only what is missing; a run of several
-processes does the same batches and so comes to the same report.
+Each batch saves its pictures, scores and features as soon as they exist, so a resumed run only
+computes what is missing. Several processes compute the same batches, so the report is the same.
 """
 
 from __future__ import annotations
@@ -39,9 +38,9 @@ _MARK = {"format": "afa-evaluation", "version": 1}
 
 @dataclass(frozen=True)
 class EvaluateProgress:
-    """How far an evaluation is: so many parts of one stage.
+    """Progress of one stage of an evaluation.
 
-    `note` says what it is at; `notes` are what a user should know, one line each.
+    `note` names the current method or network; `notes` are warnings for the user, one line each.
     """
 
     stage: str
@@ -52,19 +51,22 @@ class EvaluateProgress:
 
 
 def evaluate(recipe: EvaluateRecipe, output: Path) -> Iterator[EvaluateProgress]:
-    """Draw, measure and compare; write the report.
+    """Draw and score the pictures of all methods, and write the report.
 
-    `output` gets pictures, scores and features as they come, and at the end `report.json`,
-    `report.md` and drawings. The same call on a folder of an earlier run goes on where that one
-    stopped; methods, metrics, seeds and numbers of steps may be added meanwhile.
+    Writes pictures, scores and features to `output` as they are finished, and `report.json`,
+    `report.md` and figures at the end. A call with the folder of an earlier run resumes it;
+    methods, metrics, seeds and numbers of steps may be added in between.
 
     Args:
-        recipe: what is compared.
-        output: a new folder, or one of an earlier run.
+        recipe: the comparison.
+        output: a new folder, or that of an earlier run.
+
+    Yields:
+        The progress.
 
     Raises:
-        AfaError: a checkpoint, prompt file, picture or metric's weights that cannot be had, or a
-            folder that holds something else. What was finished is kept.
+        AfaError: if a checkpoint, prompt file, picture or metric's weights cannot be loaded, or
+            the folder contains something else. Finished batches are kept.
     """
     processes = Processes()
     sampling = recipe.sampling
@@ -73,7 +75,7 @@ def evaluate(recipe: EvaluateRecipe, output: Path) -> Iterator[EvaluateProgress]
         require_evaluation(output, recipe.references)
     with owned(output) if processes.is_main else nullcontext(), fixed_threads(sampling.num_threads):
         store = Store(output)
-        # the zoo's true pictures are drawn by one process, and then found by the others
+        # the main process renders the zoo's reference pictures; the others find them
         scratch = output / "references" if recipe.prompts.zoo is not None else None
         if processes.is_main:
             write_json(output / MARK_FILE, _MARK)
@@ -86,12 +88,12 @@ def evaluate(recipe: EvaluateRecipe, output: Path) -> Iterator[EvaluateProgress]
             store.claim(list(_claims(recipe, prompts, store, builder.identity)))
         processes.wait()
         if processes.is_main:
-            said = (
+            notes = (
                 *source_warnings(recipe.prompts),
                 *scoring.warnings(),
                 *_cut_prompts(recipe, prompts),
             )
-            yield EvaluateProgress("prompts", len(prompts), len(prompts), notes=said)
+            yield EvaluateProgress("prompts", len(prompts), len(prompts), notes=notes)
 
         batches = list(processes.share(scoring.reference_batches()))
         for done, (network, number) in enumerate(batches):
@@ -119,7 +121,7 @@ def evaluate(recipe: EvaluateRecipe, output: Path) -> Iterator[EvaluateProgress]
 
 
 class _Work:
-    """Draws and scores batches, with one pipeline in memory at a time."""
+    """Draws and scores batches with one pipeline in memory at a time."""
 
     def __init__(
         self,
@@ -137,8 +139,8 @@ class _Work:
         self._pipeline: StableDiffusionPipeline | None = None
 
     def run(self, stage: str, units: Sequence[Unit]) -> Iterator[EvaluateProgress]:
-        """Do this process's part of the batches that are not done yet."""
-        # what needs one model first: the others keep all experts in memory, once they are loaded
+        """Draw and score this process's share of the unfinished batches."""
+        # single models first, because the other methods keep all experts in memory
         ordered = sorted(units, key=lambda unit: self._methods[unit.method].needs_experts)
         mine = list(self._processes.share(ordered))
         for done, unit in enumerate(mine):
@@ -160,32 +162,32 @@ class _Work:
 
 
 def require_evaluation(output: Path, references: Path | None = None) -> None:
-    """Refuse a folder that is not new and not of an earlier evaluation.
+    """Require that an output folder is new or contains an earlier evaluation.
 
     Args:
         output: the folder.
-        references: of real pictures, in which it must not be.
+        references: folder of real pictures, which must not contain `output`.
 
     Raises:
-        AfaError: names it.
+        AfaError: if the folder cannot be used.
     """
     if references is not None and output.resolve().is_relative_to(references.resolve()):
         raise AfaError(
             "AFA-EVAL-017",
-            f"The output '{output}' is in the folder of references '{references}'; the pictures "
-            "that are drawn there would be taken for real ones. Name a folder elsewhere.",
+            f"The output '{output}' is inside the references '{references}', so its pictures would "
+            "count as real ones. Pass an output folder elsewhere.",
         )
     mark = output / MARK_FILE
     if not is_unused(output) and not (mark.is_file() and read_json(mark) == _MARK):
         raise AfaError(
             "AFA-EVAL-018",
-            f"The output folder must be new or hold an earlier evaluation; '{output}' is neither. "
-            "Name another one.",
+            f"The output folder '{output}' is neither new nor an earlier evaluation. Pass another "
+            "folder.",
         )
 
 
 def _cut_prompts(recipe: EvaluateRecipe, prompts: Sequence[Prompt]) -> list[str]:
-    """What the text encoders of all methods do not read."""
+    """Warnings of prompts that are longer than a method's text encoders can read."""
     from afa.evaluation.planned import plan_of_evaluation
     from afa.loading.prompt_warnings import warnings_of_plan
 
@@ -198,10 +200,10 @@ def _cut_prompts(recipe: EvaluateRecipe, prompts: Sequence[Prompt]) -> list[str]
 def require_same_evaluation(
     recipe: EvaluateRecipe, prompts: Sequence[Prompt], output: Path
 ) -> None:
-    """Refuse a folder whose pictures were drawn from other prompts or other models.
+    """Require that the pictures in a folder were drawn with these prompts and models.
 
     Raises:
-        AfaError: names what differs.
+        AfaError: if they were not; names what differs.
     """
     if is_unused(output):
         return
@@ -216,7 +218,7 @@ def _claims(
     store: Store,
     identity_of: Callable[[MethodRecipe, int], dict[str, Any]],
 ) -> Iterator[Claim]:
-    """What everything in an evaluation's folder is made from."""
+    """The inputs from which the files of an evaluation are made."""
     sampling = recipe.sampling.model_dump(
         mode="json", exclude={"num_steps", "seeds", "device", "num_threads"}
     )
@@ -225,5 +227,5 @@ def _claims(
     for method in recipe.methods:
         for replica in range(method.num_replicas):
             identity = {**identity_of(method, replica), "sampling": sampling}
-            place = store.method(method.name, replica) / "method.json"
-            yield Claim.of(place, identity, f"the method '{method.name}'")
+            path = store.method(method.name, replica) / "method.json"
+            yield Claim.of(path, identity, f"the method '{method.name}'")

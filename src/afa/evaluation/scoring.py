@@ -1,4 +1,4 @@
-"""From drawn pictures to scores and features on disk."""
+"""Compute scores and features of drawn pictures, and store them."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ _REFERENCE_BATCH = 32
 
 
 class PictureScorer(Protocol):
-    """Scores of pictures with their own prompts, one list for each name."""
+    """Scores pictures with their prompts; returns a list of numbers per score."""
 
     name: str
 
     def __call__(
         self, pictures: Sequence[Image.Image], prompts: Sequence[str]
     ) -> dict[str, list[float]]:
-        """The scores, in the order of the pictures."""
+        """Compute the scores, in the order of the pictures."""
 
 
 class _Scenes:
-    """The zoo's classifier: is the right object on the right side?"""
+    """The zoo's classifier: whether each object is on its side."""
 
     name = SCENES
 
@@ -69,11 +69,11 @@ class _Scenes:
 
 
 class _Single:
-    """A metric of `afa.metrics` that has one number for each picture."""
+    """A metric of `afa.metrics` with one number per picture."""
 
     def __init__(self, scorer: ImageScorer) -> None:
         self.name = scorer.name
-        #: of its text encoder, where it has one
+        #: limits of its text encoder, if it has one
         self.text_limits: list[TextLimit] = getattr(scorer, "text_limits", [])
         self._scorer = scorer
 
@@ -84,10 +84,10 @@ class _Single:
 
 
 def open_scorer(metric: MetricRecipe | Literal["scenes"], device: torch.device) -> PictureScorer:
-    """A scorer of single pictures by itself.
+    """Open a scorer of single pictures.
 
     Raises:
-        AfaError: its weights cannot be had, or it does not judge single pictures.
+        AfaError: if its weights cannot be loaded, or it does not score single pictures.
     """
     if isinstance(metric, str):
         return _Scenes()
@@ -95,23 +95,23 @@ def open_scorer(metric: MetricRecipe | Literal["scenes"], device: torch.device) 
     if isinstance(opened, SetMetric | ReferenceScorer):
         raise AfaError(
             "AFA-EVAL-019",
-            f"A single picture must be scored by itself; '{metric.name}' compares it with others.",
+            f"The metric must score single pictures; got '{metric.name}', which compares pictures "
+            "with others. Choose another metric.",
         )
     return _Single(opened)
 
 
 class Scoring:
-    """The opened metrics of a comparison, and the scores and features that they leave on disk.
+    """The opened metrics of a comparison, and the scores and features that they store.
 
     Args:
-        recipe: which metrics, with which weights.
-        prompts: all of them.
+        recipe: the comparison, with its metrics.
+        prompts: all prompts.
         store: the comparison's folder.
-        device: where networks compute.
+        device: device of the metrics' networks.
 
     Raises:
-        AfaError: weights that cannot be had, or a metric that compares with real pictures where
-            there are none.
+        AfaError: if weights cannot be loaded, or a metric needs real pictures and has none.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class Scoring:
         self.reference_scorers: list[ReferenceScorer] = []
         self.set_metrics: list[SetMetric] = []
         self.extractors: dict[str, FeatureExtractor] = {}
-        #: the folders that tell the settings and weights of metrics, and the weights of networks
+        #: folder names that identify the settings and weights of metrics, and networks
         self._keys: dict[str, str] = {SCENES: f"{SCENES}-{digest(of_metric(SCENES))}"}
         self._real: dict[str, Tensor] = {}
         chosen = [metric for metric in recipe.metrics if isinstance(metric, MetricRecipe)]
@@ -152,34 +152,34 @@ class Scoring:
             self._check_subsets(asked, recipe)
 
     def _find_references(self, recipe: EvaluateRecipe) -> list[Path]:
-        """The real pictures: a folder's, or the prompts' own in their order."""
+        """The real pictures of the folder, or of the prompts in their order."""
         own = [prompt.reference for prompt in self._prompts if prompt.reference is not None]
         if self.reference_scorers and len(own) < len(self._prompts):
             raise AfaError(
                 "AFA-EVAL-020",
-                f"The metric '{self.reference_scorers[0].name}' compares every picture with the "
-                "real one of its prompt, but these prompts have none. Take them from a folder, "
-                "from COCO with its pictures, or from the zoo.",
+                f"The metric '{self.reference_scorers[0].name}' needs a real picture for each "
+                f"prompt; only {len(own)} of {len(self._prompts)} prompts have one. Use "
+                "prompts.folder, prompts.coco with pictures, or prompts.zoo.",
             )
         if self.reference_scorers and recipe.references is not None:
             raise AfaError(
                 "AFA-EVAL-021",
-                f"The metric '{self.reference_scorers[0].name}' compares every picture with the "
-                "real one of its prompt; a folder of references cannot be named beside it. Leave "
-                "references out.",
+                f"The metric '{self.reference_scorers[0].name}' compares each picture with the "
+                f"real one of its prompt, not with the references '{recipe.references}'. Remove "
+                "references.",
             )
         needs_real = [metric.name for metric in self.set_metrics if metric.needs_real]
-        found = own if recipe.references is None else _pictures_in(recipe.references)
+        found = own if recipe.references is None else pictures_in(recipe.references)
         if needs_real and len(found) < 2:
             raise AfaError(
                 "AFA-EVAL-022",
-                f"The metric '{needs_real[0]}' needs real pictures, came {len(found)}. Name a "
-                "folder of them as references, or take prompts that have pictures.",
+                f"The metric '{needs_real[0]}' needs at least 2 real pictures; got {len(found)}. "
+                "Set references to a folder of them, or use prompts with pictures.",
             )
         return found if needs_real or self.reference_scorers else []
 
     def _check_subsets(self, metric: MetricRecipe, recipe: EvaluateRecipe) -> None:
-        """Refuse subsets that are larger than a group of pictures, before any is drawn."""
+        """Raise AfaError if a subset_size is larger than a group of pictures."""
         if metric.subset_size is None:
             return
         num_seeds = len(recipe.sampling.seeds)
@@ -189,12 +189,12 @@ class Scoring:
             if metric.subset_size > smaller:
                 raise AfaError(
                     "AFA-EVAL-023",
-                    f"The subset_size of '{metric.name}' must be at most {smaller}, as many "
-                    f"pictures as there are of '{group}', came {metric.subset_size}.",
+                    f"The subset_size of '{metric.name}' must be at most {smaller}, the number of "
+                    f"pictures of '{group}'; got {metric.subset_size}. Lower it.",
                 )
 
     def warnings(self) -> list[str]:
-        """What a user should know before any work, one line each."""
+        """Warnings before any work, one line each: cut prompts, and files that are not used."""
         texts = [prompt.text for prompt in self._prompts]
         lines = [
             cut.line("prompt", "prompts")
@@ -206,8 +206,8 @@ class Scoring:
             others = [path for path in files_in(self._folder) if not is_picture_file(path)]
             if others:
                 lines.append(
-                    f"{counted(len(others), 'file')} of '{self._folder}' without the name of a "
-                    f"picture, such as '{others[0].name}', cannot be used as references."
+                    f"{counted(len(others), 'file')} of '{self._folder}' without the suffix of a "
+                    f"picture, such as '{others[0].name}', are not used as references."
                 )
         return lines
 
@@ -220,66 +220,66 @@ class Scoring:
         return self._store.features(self._keys[network], unit)
 
     def reference_batches(self) -> list[tuple[str, int]]:
-        """The batches of reference pictures: network and number."""
+        """The batches of reference pictures: (network, number of the batch)."""
         count = -(-len(self.references) // _REFERENCE_BATCH)
         return [(network, number) for network in self.extractors for number in range(count)]
 
     def extract_references(self, network: str, number: int) -> None:
-        """Put the features of one batch of reference pictures on disk.
+        """Compute and store the features of one batch of reference pictures.
 
-        Those that are there already are kept if they are of the same content in the same order.
+        Stored features are reused if they are of the same pictures in the same order.
 
         Raises:
-            AfaError: a picture that cannot be read.
+            AfaError: if a picture cannot be read.
         """
-        place = self._store.reference_features(self._keys[network], number)
+        path = self._store.reference_features(self._keys[network], number)
         start = number * _REFERENCE_BATCH
         paths = self.references[start : start + _REFERENCE_BATCH]
-        made_from = json.dumps([_content_of(path) for path in paths])
-        if place.exists():
-            with safe_open(place, framework="pt") as file:
+        made_from = json.dumps([_hash_of(picture) for picture in paths])
+        if path.exists():
+            with safe_open(path, framework="pt") as file:
                 if (file.metadata() or {}).get("pictures") == made_from:
                     return
         pictures = list(open_pictures(paths))
         features = self.extractors[network].features(pictures)
         converted = json.dumps([sorted(conversions_of(picture)) for picture in pictures])
-        _write_features(place, features, {"pictures": made_from, "converted": converted})
+        _write_features(path, features, {"pictures": made_from, "converted": converted})
 
     def converted_references(self) -> str | None:
-        """What was converted while the references were read; None for nothing, or no references."""
+        """Describe the conversions while reading the references; None if there were none."""
         tally = Tally()
         for network, number in self.reference_batches():
-            place = self._store.reference_features(self._keys[network], number)
-            with safe_open(place, framework="pt") as file:
+            path = self._store.reference_features(self._keys[network], number)
+            with safe_open(path, framework="pt") as file:
                 found = json.loads((file.metadata() or {}).get("converted", "[]"))
             for row, done in enumerate(found):
                 tally.add((number, row), map(Conversion, done))
         return tally.line("References")
 
-    def is_scored(self, unit: Unit) -> bool:
-        """Whether all of a drawn batch's scores and features are there."""
+    def _is_scored(self, unit: Unit) -> bool:
+        """Whether all scores and features of a drawn batch are stored."""
         scored = all(self._scores_file(s.name, unit).exists() for s in self.scorers)
         return scored and all(self._features_file(n, unit).exists() for n in self.extractors)
 
     def score(self, unit: Unit) -> None:
-        """Put the scores and features of one drawn batch on disk, those that are not there."""
-        if self.is_scored(unit):
+        """Compute and store the missing scores and features of one drawn batch."""
+        if self._is_scored(unit):
             return
         pictures = read_pictures(self._store, unit)
         prompts = [self._prompts[place].text for place in unit.places]
         for scorer in self.scorers:
-            place = self._scores_file(scorer.name, unit)
-            if not place.exists():
-                write_json(place, scorer(pictures, prompts))
+            path = self._scores_file(scorer.name, unit)
+            if not path.exists():
+                write_json(path, scorer(pictures, prompts))
         for name, extractor in self.extractors.items():
-            place = self._features_file(name, unit)
-            if not place.exists():
-                _write_features(place, extractor.features(pictures))
+            path = self._features_file(name, unit)
+            if not path.exists():
+                _write_features(path, extractor.features(pictures))
 
-    # -- what is on disk ----------------------------------------------------------------------
+    # -- stored values ------------------------------------------------------------------------
 
     def scores_of(self, unit: Unit) -> dict[str, list[float]]:
-        """All scores of a batch by name, those against references included."""
+        """The scores of a batch by name, including those against references."""
         scores: dict[str, list[float]] = {}
         for scorer in self.scorers:
             scores |= read_json(self._scores_file(scorer.name, unit))
@@ -305,44 +305,41 @@ class Scoring:
         return self._real[network]
 
 
-def _content_of(picture: Path) -> str:
-    """SHA-256 of a picture's file.
+def _hash_of(picture: Path) -> str:
+    """The SHA-256 of a picture's file.
 
     Raises:
-        AfaError: it cannot be read.
+        AfaError: if it cannot be read.
     """
     try:
         return hash_file(picture)
     except OSError as error:
         raise AfaError(
             "AFA-EVAL-024",
-            f"The reference picture '{picture}' must be readable, but reading it says: {error}. "
-            "Restore it or take it out.",
+            f"The reference picture '{picture}' cannot be read: {error}. Restore or remove it.",
         ) from error
 
 
-def _pictures_in(folder: Path) -> list[Path]:
-    """All pictures of a folder, by name.
+def pictures_in(folder: Path) -> list[Path]:
+    """The pictures of a folder, sorted by name.
 
     Raises:
-        AfaError: no folder, or one that holds the output of a comparison, whose drawn pictures
-            would be taken for real ones.
+        AfaError: if it is not a folder, or contains the output of a comparison, whose generated
+            pictures would count as real ones.
     """
     if not folder.is_dir():
-        raise AfaError(
-            "AFA-EVAL-025", f"The references must be a folder of pictures; '{folder}' is none."
-        )
+        raise AfaError("AFA-EVAL-025", f"references must be a folder of pictures; got '{folder}'.")
     found = sorted(files_in(folder))
     drawn = next((path.parent for path in found if path.name == MARK_FILE), None)
     if drawn is not None:
         raise AfaError(
             "AFA-EVAL-026",
-            f"The references '{folder}' hold the output of a comparison, '{drawn}', whose drawn "
-            "pictures are no real ones. Name a folder of real pictures alone.",
+            f"The references '{folder}' contain the generated pictures of a comparison, '{drawn}'. "
+            "Set references to a folder of real pictures only.",
         )
     return [path for path in found if is_picture_file(path)]
 
 
-def _write_features(place: Path, features: Tensor, metadata: dict[str, str] | None = None) -> None:
-    place.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(place, save({"features": features.contiguous()}, metadata=metadata))
+def _write_features(path: Path, features: Tensor, metadata: dict[str, str] | None = None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, save({"features": features.contiguous()}, metadata=metadata))

@@ -1,4 +1,4 @@
-"""autoMBW: block weights of a static merge, searched against any scorer."""
+"""Search the block weights of a static merge for the best score of a metric (autoMBW)."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ if TYPE_CHECKING:
     from afa.evaluation.prompts import Prompt
     from afa.evaluation.scoring import PictureScorer
 
-#: the text encoders' weights are searched like those of a block, as the web UIs' base alpha is
+#: key of the text encoders' weights, which are searched like a block (base alpha of web UIs)
 _TEXT = "text_encoder"
 _IDENTITY = "search.json"
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One finished trial: its score, and the best so far."""
+    """A finished trial: its score, and the best score so far."""
 
     number: int
     num_trials: int
@@ -56,19 +56,22 @@ class Trial:
 
 
 def search_block_weights(recipe: SearchRecipe, output: Path) -> Generator[Trial, None, None]:
-    """Search with a tree-structured Parzen estimator (Bergstra et al., 2011; optuna).
+    """Search block weights with a tree-structured Parzen estimator (Bergstra et al., 2011; optuna).
 
-    `output` gets `study.log`, optuna's journal, and after every trial the best weights so far as
-    `merge.yaml`, a recipe for `afa merge`. The same call goes on where an earlier one was stopped
-    and comes to the same result. The first trial is the uniform merge, which the best never falls
-    below on these prompts.
+    Writes optuna's journal to `study.log` in `output`, and after each trial the best weights so
+    far to `merge.yaml`, a recipe of `afa merge`. Calling it again resumes an earlier search, with
+    the same result as without the interruption. The first trial is the uniform merge, so the best
+    score is at least that of the uniform merge.
 
     Args:
-        recipe: experts, prompts, scorer, number of trials.
-        output: a new folder, or one of an earlier run of this recipe.
+        recipe: experts, prompts, metric, number of trials.
+        output: a new folder, or that of an earlier run of this recipe.
+
+    Yields:
+        Each finished trial.
 
     Raises:
-        AfaError: the folder holds something else, or anything in the recipe cannot be had.
+        AfaError: if the folder contains something else, or the recipe cannot be loaded.
     """
     prompts = load_prompts(recipe.prompts)
     identity = _identity(recipe, prompts)
@@ -93,7 +96,7 @@ def _trials(recipe: SearchRecipe, prompts: Sequence[Prompt], output: Path) -> It
     study = _open_study(output / "study.log")
     keys = [_TEXT, *(site.name for site in denoiser_of(pipeline).sites)]
     first = len(_complete(study))
-    if first > 0:  # a stop may have come between a trial and its recipe
+    if first > 0:  # the process may have stopped before it wrote the last trial's recipe
         _write_merge(recipe, study, output)
     for number in range(first, recipe.num_trials):
         started = time.perf_counter()
@@ -109,21 +112,21 @@ def _trials(recipe: SearchRecipe, prompts: Sequence[Prompt], output: Path) -> It
 
 
 def require_same_search(recipe: SearchRecipe, output: Path) -> None:
-    """Refuse a folder that is not new and not of an earlier search of this recipe.
+    """Require that a folder is new or contains an earlier search of this recipe.
 
     Raises:
-        AfaError: names what differs.
+        AfaError: if it does not; names what differs.
     """
     _check_folder(_identity(recipe, load_prompts(recipe.prompts)), output)
 
 
 def _identity(recipe: SearchRecipe, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """All that a trial's score depends on; files by their hashes, prompts by their words."""
-    asked = recipe.model_dump(mode="json", exclude={"num_trials": True, "sampling": {"device"}})
+    """The inputs that a trial's score depends on; files are identified by their hashes."""
+    settings = recipe.model_dump(mode="json", exclude={"num_trials": True, "sampling": {"device"}})
     judge = of_metric(recipe.metric)
-    del judge["releases"]  # after an upgrade the trials before it still count
+    del judge["releases"]  # so that a search can be resumed after an upgrade
     identity = {
-        **asked,
+        **settings,
         "config": None,
         "parts": [],
         **Identities(recipe).experts(),
@@ -134,29 +137,26 @@ def _identity(recipe: SearchRecipe, prompts: Sequence[Prompt]) -> dict[str, Any]
 
 
 def _check_folder(identity: dict[str, Any], output: Path) -> None:
-    place = output / _IDENTITY
-    written = read_json(place) if place.is_file() else None
+    path = output / _IDENTITY
+    written = read_json(path) if path.is_file() else None
     if not is_unused(output) and written != identity:
-        found = f"'{output}' is neither"
+        found = "is neither new nor an earlier search"
         if written is not None:
-            changed = ", ".join(differing(written, identity))
-            found = f"that in '{output}' was made with another state of: {changed}"
+            found = f"contains a search that differs in {', '.join(differing(written, identity))}"
         raise AfaError(
-            "AFA-EVAL-027",
-            "The output folder must be new or hold an earlier search of this recipe with the same "
-            f"checkpoints; {found}. Name another one.",
+            "AFA-EVAL-027", f"The output folder '{output}' {found}. Pass another folder."
         )
 
 
 def _open_study(file: Path) -> optuna.Study:
-    """The study kept in a file; trials that a stop cut off do not count."""
+    """Open the study in a file, and mark interrupted trials as failed."""
     import optuna
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    file = file.resolve()  # the library's own lock is a link to this path
-    _mend(file)
+    file = file.resolve()  # optuna's lock is a symbolic link to this path
+    _repair(file)
     study = optuna.create_study(
         study_name="block-weights",
         storage=JournalStorage(JournalFileBackend(str(file))),
@@ -168,17 +168,17 @@ def _open_study(file: Path) -> optuna.Study:
     return study
 
 
-def _mend(file: Path) -> None:
-    """Take away what a killed process left: the journal's lock, and half of its last line.
+def _repair(file: Path) -> None:
+    """Remove what a killed process left: the journal's lock, and an incomplete last line.
 
-    The folder is this process's alone, so the lock is nobody's.
+    This process owns the folder, so no other process can hold the lock.
     """
     for lock in file.parent.glob(f"{file.name}.lock*"):
         lock.unlink()
     content = file.read_bytes() if file.exists() else b""
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        write_atomic(file, whole)
+    complete = content[: content.rfind(b"\n") + 1]
+    if complete != content:
+        write_atomic(file, complete)
 
 
 def _complete(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
@@ -190,10 +190,10 @@ def _complete(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
 def _ask(
     study: optuna.Study, recipe: SearchRecipe, number: int, keys: Sequence[str]
 ) -> optuna.Trial:
-    """The next trial; its draws depend on the seed, its number and the trials before it alone."""
+    """The next trial; its values depend only on the seed, its number and earlier trials."""
     import optuna
 
-    # a stop between asking and telling leaves one that is waiting, too
+    # an interrupted first trial may have left one waiting
     waiting = study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.WAITING])
     if number == 0 and not waiting:
         names = _names(keys, len(recipe.experts))
@@ -206,14 +206,14 @@ def _ask(
 
 
 def _names(keys: Sequence[str], count: int) -> list[str]:
-    """One number per key for two experts, the second one's weight; else one per expert."""
+    """Parameter names: for two experts one per key (weight of the second), else one per expert."""
     if count == 2:
         return list(keys)
     return [f"{key}/{n}" for key in keys for n in range(count)]
 
 
 def _suggest(trial: optuna.Trial, keys: Sequence[str], count: int) -> dict[str, list[float]]:
-    """One weight per expert for every key, summing to 1."""
+    """One weight per expert for each key, with a sum of 1."""
     numbers = {name: trial.suggest_float(name, 0.0, 1.0) for name in _names(keys, count)}
     if count == 2:
         return {key: [1 - numbers[key], numbers[key]] for key in keys}
@@ -231,10 +231,10 @@ def _score(
     sampling: SamplingRecipe,
     scorer: PictureScorer,
 ) -> float:
-    """The mean score of all prompts and seeds.
+    """The mean score over all prompts and seeds.
 
     Raises:
-        AfaError: it is not finite.
+        AfaError: if it is not finite.
     """
     scores: list[float] = []
     texts = [prompt.text for prompt in prompts]
@@ -248,7 +248,7 @@ def _score(
     if not math.isfinite(mean):
         raise AfaError(
             "AFA-EVAL-028",
-            f"The mean score must be finite, came {mean}. Is the metric's input black?",
+            f"The mean score must be finite; got {mean}. Check whether the pictures are black.",
         )
     return mean
 

@@ -1,4 +1,4 @@
-"""What `afa search` reads."""
+"""The recipe of `afa search`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from afa.recipe import MAX_SEED, Section, read_recipe, resolve_sources
 
 
 class SearchRecipe(Section):
-    """A search of block weights.
+    """A search of block weights that maximizes the mean `metric` over all prompts and seeds.
 
-    The mean of `metric` over all prompts and seeds is made as large as possible in `num_trials`
-    trials: `scenes` is the share of scenes with the right object on either side.
+    `scenes` is the fraction of scenes with the right object on each side.
     """
 
     experts: list[str] = Field(min_length=2)
@@ -35,10 +34,10 @@ class SearchRecipe(Section):
         singles = ("clip_t", "aes", "pickscore", "hpsv2", "imagereward")
         if isinstance(self.metric, MetricRecipe) and self.metric.name not in singles:
             raise ValueError(
-                f"must be searched against scenes, {', '.join(singles)}; came {self.metric.name}"
+                f"must have scenes, {', '.join(singles)} as metric; got {self.metric.name}"
             )
         if self.metric == SCENES and self.prompts.zoo is None:
-            raise ValueError("must have prompts of the zoo for the metric 'scenes'")
+            raise ValueError("must have prompts.zoo for the metric 'scenes'")
         return self
 
 

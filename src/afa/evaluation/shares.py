@@ -1,4 +1,4 @@
-"""How much of each expert an ensemble takes, by site and step."""
+"""Mean fusion weights of an ensemble by expert, site and step."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 def record_shares(
     recipe: EvaluateRecipe, prompts: Sequence[Prompt], builder: MethodBuilder, store: Store
 ) -> None:
-    """Draw the first batch of every group once more and keep the subject's mean weights.
+    """Draw the first batch of every group again, and store the subject's mean fusion weights.
 
-    Of the subject's first replica; nothing where it is no ensemble. With guidance, the weights are
-    those of the prompted half.
+    Uses the subject's first replica; does nothing if it is not an ensemble. With guidance, the
+    weights are those of the conditional half of the batch.
     """
     method = next(m for m in recipe.methods if m.name == recipe.subject_name)
-    place = shares_file(store, recipe)
-    if method.ensemble is None or place.exists():
+    path = shares_file(store, recipe)
+    if method.ensemble is None or path.exists():
         return
     pipeline = builder.build(method)
     sampling = recipe.sampling
@@ -55,17 +55,17 @@ def record_shares(
                 for step in record.steps
             ],
         }
-    write_json(place, content)
+    write_json(path, content)
 
 
 def shares_file(store: Store, recipe: EvaluateRecipe) -> Path:
-    """Where the subject's mean weights lie, for these steps, batches and this seed."""
+    """The file of the subject's mean weights for these steps, seed and batch size."""
     sampling = recipe.sampling
     drawn = [sampling.num_steps, sampling.seeds[0], sampling.batch_size]
     return store.method(recipe.subject_name, 0) / f"weights-{digest(drawn)}.json"
 
 
 def read_shares(store: Store, recipe: EvaluateRecipe) -> dict[str, Any] | None:
-    """What `record_shares` has kept; None where the subject is no ensemble."""
-    place = shares_file(store, recipe)
-    return read_json(place) if place.exists() else None
+    """Read what `record_shares` stored; returns None if the subject is not an ensemble."""
+    path = shares_file(store, recipe)
+    return read_json(path) if path.exists() else None

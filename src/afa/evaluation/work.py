@@ -1,4 +1,4 @@
-"""The units of work of a comparison, and where on disk each leaves what it has done."""
+"""The units of work of a comparison, and the files that they write."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ if TYPE_CHECKING:
     from afa.evaluation.prompts import Prompt
     from afa.evaluation.recipe import EvaluateRecipe, SamplingRecipe
 
-#: what tells the folder of a comparison
+#: file that marks the folder of a comparison
 MARK_FILE = "evaluation.json"
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One batch of one method's pictures: `places` are those of its prompts.
+    """One batch of pictures of one method; `places` are the indices of its prompts.
 
-    Batches are cut the same way however many processes there are and wherever a run was stopped,
-    so that every picture is drawn beside the same others, bit for bit. `part` keeps the pictures of
-    the curve apart from those of the main comparison.
+    The batches do not depend on the number of processes or on interruptions, so each picture is
+    always drawn in the same batch and equals bit for bit. `part` separates the pictures of the
+    curve from those of the main comparison.
     """
 
     method: str
@@ -54,32 +54,32 @@ class Unit:
 
     @property
     def name(self) -> str:
-        """The batch's number, and which prompts it holds."""
+        """The number of the batch, and a digest of its prompt indices."""
         return f"batch-{self.batch:04d}-{digest(self.places)}"
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What some files are made from.
+    """Records the inputs from which files were made.
 
     Attributes:
-        place: the file beside them that says it.
-        identity: as JSON.
-        what: they are, for errors.
+        path: the file that stores the record.
+        identity: the inputs, as JSON.
+        what: name of the files, for errors.
     """
 
-    place: Path
+    path: Path
     identity: dict[str, Any]
     what: str
 
     @classmethod
-    def of(cls, place: Path, identity: dict[str, Any], what: str) -> Claim:
-        """A claim whose identity is as JSON would read it back."""
-        return cls(place, json.loads(json.dumps(identity)), what)
+    def of(cls, path: Path, identity: dict[str, Any], what: str) -> Claim:
+        """Make a claim whose identity equals what JSON reads back."""
+        return cls(path, json.loads(json.dumps(identity)), what)
 
 
 def digest(content: Any) -> str:
-    """Eight digits that tell one JSON content from another."""
+    """Eight hex digits of the SHA-256 of JSON content."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]
 
 
@@ -90,7 +90,7 @@ def units_of(
     methods: Sequence[str] | None = None,
     part: Literal["main", "curve"] = "main",
 ) -> list[Unit]:
-    """All units of some methods (None: all) at so many steps, in the order of the methods."""
+    """All units of `methods` (None: all methods) at `num_steps`, in the order of the methods."""
     size = recipe.sampling.batch_size
     batches = [tuple(places[start : start + size]) for start in range(0, len(places), size)]
     return [
@@ -106,17 +106,17 @@ def units_of(
 class Store:
     """The folder of a comparison.
 
-    Everything of a method lies below `methods/METHOD/replica-R`: pictures in
-    `seed-S/steps-T/000012.png`, beside them what each batch cost, its `scores/METRIC` and its
-    `features/NETWORK`. A file is there whole or not at all, and a batch counts as drawn when its
-    cost is there, which is written last.
+    `methods/METHOD/replica-R` contains the files of a method: pictures in
+    `seed-S/steps-T/000012.png`, next to them the cost of each batch, its `scores/METRIC` and its
+    `features/NETWORK`. Files are written atomically. The cost is written last, so a batch is drawn
+    if its cost exists.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def method(self, name: str, replica: int) -> Path:
-        """The folder of all that was made of one method's replica."""
+        """The folder of one replica of a method."""
         return self.folder / "methods" / slug(name) / f"replica-{replica}"
 
     def unit(self, unit: Unit) -> Path:
@@ -125,52 +125,52 @@ class Store:
         return self.method(unit.method, unit.replica) / f"seed-{unit.seed}" / steps
 
     def picture(self, unit: Unit, place: int) -> Path:
-        """Where the picture of the prompt at `place` lies."""
+        """The file of the picture of the prompt with index `place`."""
         return self.unit(unit) / f"{place:06d}.png"
 
     def cost(self, unit: Unit) -> Path:
-        """Where the cost of a batch lies, once it is drawn."""
+        """The file of a batch's cost; it exists once the batch is drawn."""
         return self.unit(unit) / f"{unit.name}.json"
 
     def scores(self, metric: str, unit: Unit) -> Path:
-        """Where the scores of a batch lie; `metric` tells its settings, too."""
+        """The file of a batch's scores; `metric` also identifies its settings."""
         return self.unit(unit) / "scores" / metric / f"{unit.name}.json"
 
     def features(self, network: str, unit: Unit) -> Path:
-        """Where the features of a batch lie; `network` tells its weights, too."""
+        """The file of a batch's features; `network` also identifies its weights."""
         return self.unit(unit) / "features" / network / f"{unit.name}.safetensors"
 
     def reference_features(self, network: str, number: int) -> Path:
-        """Where the features of the reference pictures of one batch lie."""
+        """The file of the features of one batch of reference pictures."""
         return self.folder / "references" / "features" / network / f"{number:04d}.safetensors"
 
     def require(self, claim: Claim) -> None:
-        """Refuse what was made from something else than is asked for; nothing is written.
+        """Require that existing files were made from the inputs of a claim; writes nothing.
 
         Raises:
-            AfaError: the claim's place says so, or it is missing beside pictures.
+            AfaError: if the inputs differ, or pictures exist without a record of their inputs.
         """
-        place, what = claim.place, claim.what
-        if not place.exists():
-            if any(place.parent.glob("seed-*")) or any(place.parent.glob("methods/*")):
+        path, what = claim.path, claim.what
+        if not path.exists():
+            if any(path.parent.glob("seed-*")) or any(path.parent.glob("methods/*")):
                 raise AfaError(
                     "AFA-EVAL-029",
-                    f"What is kept of {what} must say what it was made from; '{place}' is missing. "
-                    f"Restore it, or delete '{place.parent}' to make all of it again.",
+                    f"'{path}', the record of how the files of {what} were made, is missing. "
+                    f"Restore it, or delete '{path.parent}' to draw them again.",
                 )
             return
-        found = read_json(place)
+        found = read_json(path)
         if found != claim.identity:
             keys = sorted({key.split(".")[0] for key in differing(found, claim.identity)})
             raise AfaError(
                 "AFA-EVAL-030",
-                f"What is kept of {what} must be of the same recipe and the same checkpoints; in "
-                f"'{place.parent}' it differs in {', '.join(keys)}. Delete that folder to make it "
-                "again, or name another output folder.",
+                f"The files of {what} in '{path.parent}' were made with another recipe or other "
+                f"checkpoints; they differ in {', '.join(keys)}. Delete that folder to draw them "
+                "again, or pass another output folder.",
             )
 
     def claim(self, claims: Sequence[Claim]) -> None:
-        """Note what files are made from; where one of the claims is refused, none is noted.
+        """Record the inputs of files; if one claim is refused, none is recorded.
 
         Raises:
             AfaError: see `require`.
@@ -178,12 +178,12 @@ class Store:
         for claim in claims:
             self.require(claim)
         for claim in claims:
-            if not claim.place.exists():
-                write_json(claim.place, claim.identity)
+            if not claim.path.exists():
+                write_json(claim.path, claim.identity)
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON, whole or not at all; makes the folder."""
+    """Write JSON atomically; creates the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps(content, indent=2) + "\n")
 
@@ -197,9 +197,9 @@ def draw(
     sampling: SamplingRecipe,
     output_type: Literal["pil", "latent"] = "pil",
 ) -> list[Image.Image]:
-    """One batch of pictures; the noise of each depends on the seed and its prompt's place alone."""
+    """Draw a batch; the noise of a picture depends only on the seed and the index of its prompt."""
     what = f"A batch of {len(texts)} pictures"
-    otherwise = "Or take sampling.dtype: bfloat16, or smaller pictures."
+    otherwise = "Or set sampling.dtype: bfloat16, or draw smaller pictures."
     remedy = smaller_batch(len(texts), "sampling.batch_size", None, otherwise)
     checked = decoded(pipeline) if output_type == "pil" else nullcontext()
     with torch.no_grad(), saying_what_fits(what, remedy), checked:
@@ -223,7 +223,7 @@ def draw_unit(
     sampling: SamplingRecipe,
     store: Store,
 ) -> None:
-    """Draw the pictures of one batch and note what they cost."""
+    """Draw the pictures of one batch, and store them and their cost."""
     texts = [prompts[place].text for place in unit.places]
     with measure(pipeline) as cost:
         pictures = draw(pipeline, texts, unit.places, unit.seed, unit.num_steps, sampling)
@@ -238,24 +238,24 @@ def draw_unit(
 
 
 def read_cost(store: Store, unit: Unit) -> Cost:
-    """What a drawn batch cost."""
+    """Read the cost of a drawn batch."""
     return Cost(**read_json(store.cost(unit)))
 
 
 def read_pictures(store: Store, unit: Unit) -> list[Image.Image]:
-    """The pictures of a drawn batch.
+    """Read the pictures of a drawn batch.
 
     Raises:
-        AfaError: one is missing or damaged.
+        AfaError: if one is missing or damaged.
     """
     return list(open_pictures(store.picture(unit, place) for place in unit.places))
 
 
 def open_pictures(paths: Iterator[Path] | Sequence[Path]) -> Iterator[Image.Image]:
-    """Pictures from files as RGB; transparent ones on white, see `afa.reading.read_picture`.
+    """Read pictures as RGB, transparent ones on white; see `afa.reading.read_picture`.
 
     Raises:
-        AfaError: one is missing or damaged; names it.
+        AfaError: if one is missing or damaged.
     """
     from afa.reading import read_picture
 
