@@ -1,11 +1,11 @@
-"""The metrics of the paper's evaluation: pictures -> features -> one number.
+"""Metrics of the paper's evaluation: pictures -> features -> one number.
 
     recipes = [MetricRecipe(name=name, weights="zoo:clip") for name in ("clip_t", "fid")]
     clip_t, fid = open_metrics(recipes)
     clip_t.score(pictures, prompts)
     fid.compute(fid.extractor.features(pictures), fid.extractor.features(real_pictures))
 
-Importing it loads no network and none of the libraries that only some metrics need.
+Importing this package loads no network and no library that only some metrics need.
 """
 
 from afa.metrics.distances import (

@@ -1,4 +1,4 @@
-"""AES: the LAION aesthetic predictor, linear layers on CLIP's image embedding."""
+"""AES: the LAION aesthetic predictor, linear layers on CLIP image embeddings."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ AESTHETIC_FILES = (
 
 
 class AestheticScorer:
-    """How much people like a picture, about 1 to 10 (Schuhmann, 2022); the prompt plays no part.
+    """Predicts aesthetic ratings of about 1 to 10, independent of the prompt (Schuhmann, 2022).
 
-    Linear layers without activations on the unit-length embedding of CLIP ViT-L/14.
+    Linear layers without activations on the normalized embedding of CLIP ViT-L/14.
     https://github.com/christophschuhmann/improved-aesthetic-predictor
     """
 
@@ -43,10 +43,10 @@ class AestheticScorer:
 
     @torch.no_grad()
     def score(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
-        """The score of every picture; of the prompts only the number is looked at.
+        """Score each picture; the prompts have no effect.
 
         Raises:
-            AfaError: no pictures, or another number of prompts.
+            AfaError: if there are no pictures, or the number of prompts differs.
         """
         require_partners(pictures, prompts)
         embeddings = F.normalize(self.encoder.features(pictures))
@@ -54,45 +54,45 @@ class AestheticScorer:
 
 
 def load_aesthetic(source: Source, encoder: ClipEncoder) -> AestheticScorer:
-    """The predictor from its published file, `.pth` or safetensors.
+    """Load the predictor from its published file, `.pth` or safetensors.
 
     Raises:
-        AfaError: nothing is there, a pickle that is not allowed, an incomplete file, or one made
-            for embeddings of another width.
+        AfaError: if the file is missing, incomplete or a pickle that is not allowed, or requires
+            embeddings of another width.
     """
     file = source.file(AESTHETIC_FILES)
     with source.reading():
         head = linear_head(source.tensors(file), "layers.")
-    width, seen = encoder.model.config.projection_dim, head[0].in_features
-    if width != seen:
+    width, required = encoder.model.config.projection_dim, head[0].in_features
+    if width != required:
         raise AfaError(
             "AFA-METRIC-001",
-            f"The metric 'aes' needs a CLIP with embeddings of {seen} numbers, '{encoder.name}' "
-            f"has {width}. Name the one that the predictor was trained on as clip.",
+            f"The metric 'aes' requires a CLIP with embeddings of width {required}; "
+            f"'{encoder.name}' has {width}. Set clip to the one it was trained on.",
         )
     return AestheticScorer(encoder, head)
 
 
 def linear_head(tensors: Mapping[str, Tensor], prefix: str) -> nn.Sequential:
-    """Linear layers, one after the other, from `{prefix}{n}.weight` and `.bias`.
+    """Build a sequence of linear layers from `{prefix}{n}.weight` and `.bias`.
 
-    The numbers have gaps, where dropout stood in training. ImageReward ends in such layers too.
+    The numbers `n` have gaps where training had dropout. ImageReward has such a head too.
 
     Raises:
-        Lacking: a weight or a bias is missing.
-        Unreadable: layers without a number, or weights that are no matrices.
+        Lacking: if a weight or bias is missing.
+        Unreadable: if a layer has no number, or a weight is not a matrix.
     """
     numbers = {key.removeprefix(prefix).split(".")[0] for key in tensors if key.startswith(prefix)}
     if not numbers:
         raise Lacking(f"{prefix}0.weight")
-    odd = next((number for number in sorted(numbers) if not number.isdecimal()), None)
-    if odd is not None:
-        raise Unreadable(f"'{prefix}{odd[:80]}' is a layer without a number")
+    wrong = next((number for number in sorted(numbers) if not number.isdecimal()), None)
+    if wrong is not None:
+        raise Unreadable(f"'{prefix}{wrong[:80]}' is a layer without a number")
     head = torch.nn.Sequential()
     for number in sorted(numbers, key=int):
-        width, seen = shape_of(tensors, f"{prefix}{number}.weight", 2)
+        out_features, in_features = shape_of(tensors, f"{prefix}{number}.weight", 2)
         shape_of(tensors, f"{prefix}{number}.bias", 1)
-        layer = torch.nn.utils.skip_init(torch.nn.Linear, seen, width)
+        layer = torch.nn.utils.skip_init(torch.nn.Linear, in_features, out_features)
         layer.load_state_dict(
             {part: tensors[f"{prefix}{number}.{part}"] for part in ("weight", "bias")}
         )

@@ -1,4 +1,4 @@
-"""CLIP: pictures and texts in one space; CLIP-T, and PickScore, which is a CLIP trained further."""
+"""CLIP embeddings of pictures and texts, CLIP-T, and PickScore, which is a fine-tuned CLIP."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ZOO_CLIP = "zoo:clip"
 
 
 class ClipEncoder:
-    """A CLIP model: pictures and texts to embeddings of one space (Radford et al., 2021).
+    """A CLIP model, which embeds pictures and texts in one space (Radford et al., 2021).
 
     https://arxiv.org/abs/2103.00020
     """
@@ -49,26 +49,26 @@ class ClipEncoder:
         self.preprocessing = preprocessing
 
     def features(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """Embeddings of pictures [n, d], float32 on the CPU, not normalised.
+        """Embed pictures: [n, d], float32 on the CPU, not normalized.
 
         Raises:
-            AfaError: there are no pictures.
+            AfaError: if there are no pictures.
         """
         return one_by_one(pictures, self._embed_picture)
 
     def text_limit(self, metric: str) -> TextLimit:
-        """How many tokens of a prompt a metric reads with it."""
+        """The token limit of prompts for a metric that uses this model."""
         return TextLimit((f"the metric '{metric}'",), self.tokenizer, self._num_tokens)
 
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings of texts [n, d], as of pictures; a text is cut to what the model reads.
+        """Embed texts: [n, d], float32 on the CPU, not normalized; truncates long texts.
 
         Raises:
-            AfaError: there are no texts.
+            AfaError: if there are no texts.
         """
-        different = list(dict.fromkeys(texts))
-        place = {text: index for index, text in enumerate(different)}
-        return one_by_one(different, self._embed_text)[[place[text] for text in texts]]
+        distinct = list(dict.fromkeys(texts))
+        index = {text: n for n, text in enumerate(distinct)}
+        return one_by_one(distinct, self._embed_text)[[index[text] for text in texts]]
 
     @property
     def _num_tokens(self) -> int:
@@ -79,7 +79,7 @@ class ClipEncoder:
         return self.model.visual_projection(self.model.vision_model(pixels).pooler_output)[0]
 
     def _embed_text(self, text: str) -> Tensor:
-        # no padding: attention is causal, so nothing after the end token is looked at
+        # no padding is needed: attention is causal, so tokens after the end have no effect
         ids = self.tokenizer(
             text,
             truncation=True,
@@ -90,11 +90,11 @@ class ClipEncoder:
 
 
 class ClipScorer:
-    """The cosine of a picture's embedding with its own prompt's, times a constant.
+    """The cosine similarity of a picture's embedding with its prompt's, times `scale`.
 
-    CLIP-T (Hessel et al., 2021, without their clamp and factor): the constant is 1.
-    PickScore (Kirstain et al., 2023): a CLIP trained on preferences, times its own temperature.
-    HPSv2 (Wu et al., 2023): another such CLIP, times 1.
+    CLIP-T (Hessel et al., 2021, without their clamp and factor): scale 1.
+    PickScore (Kirstain et al., 2023): a CLIP trained on preferences, scaled by its temperature.
+    HPSv2 (Wu et al., 2023): a CLIP trained on preferences, scale 1.
     https://arxiv.org/abs/2104.08718, https://arxiv.org/abs/2305.01569,
     https://arxiv.org/abs/2306.09341
     """
@@ -108,14 +108,14 @@ class ClipScorer:
 
     @property
     def text_limits(self) -> list[TextLimit]:
-        """How many tokens of a prompt are read."""
+        """The token limit of prompts."""
         return [self.encoder.text_limit(self.name)]
 
     def score(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
-        """The score of every picture with the prompt at its place.
+        """Score each picture with its prompt.
 
         Raises:
-            AfaError: no pictures, or another number of prompts.
+            AfaError: if there are no pictures, or the number of prompts differs.
         """
         require_partners(pictures, prompts)
         cosines = cosine_scores(self.encoder.features(pictures), self.encoder.texts(prompts))
@@ -123,20 +123,20 @@ class ClipScorer:
 
 
 def pick_score(encoder: ClipEncoder) -> ClipScorer:
-    """PickScore: the cosine times ``exp(logit_scale)`` of the model, 98.2 for the published one."""
+    """PickScore: the cosine times ``exp(logit_scale)``, which is 98.2 in the published model."""
     return ClipScorer("pickscore", encoder, encoder.model.logit_scale.exp().item())
 
 
 def load_clip(source: Source, processor: Source | None, device: torch.device | str) -> ClipEncoder:
-    """A CLIP of transformers: `zoo:clip`, a local folder or a hub id.
+    """Load a CLIP of transformers: `zoo:clip`, a local folder or a hub id.
 
     Args:
-        source: of the model, as safetensors.
-        processor: of tokenizer and `preprocessor_config.json`; None: beside the model.
-        device: where it computes.
+        source: the model, as safetensors.
+        processor: tokenizer and `preprocessor_config.json`; None uses the model's folder.
+        device: device of the model.
 
     Raises:
-        AfaError: nothing is there, another kind of model, or an incomplete one.
+        AfaError: if the model is missing, incomplete or not a CLIP.
     """
     from transformers import CLIPModel
 
@@ -162,12 +162,12 @@ def load_clip(source: Source, processor: Source | None, device: torch.device | s
         preprocessing = Preprocessing.read(
             parts.part(parts_folder, ["preprocessor_config.json"], PROCESSOR_ADVICE)
         )
-        seen = model.config.vision_config.image_size
-        if preprocessing.shape not in (None, (seen, seen)):
+        size = model.config.vision_config.image_size
+        if preprocessing.shape not in (None, (size, size)):
             raise AfaError(
                 "AFA-METRIC-003",
-                f"{parts.what} must make pictures of {seen}x{seen} pixels for the model; "
-                f"'{parts.name}' makes {preprocessing.shape}. Name the model's own.",
+                f"{parts.what} must resize pictures to the model's {size}x{size} pixels; "
+                f"'{parts.name}' makes {preprocessing.shape}. Use the processor of the model.",
             )
     tokenizer = load_clip_tokenizer(parts, parts_folder, model)
     return ClipEncoder(
@@ -176,10 +176,10 @@ def load_clip(source: Source, processor: Source | None, device: torch.device | s
 
 
 def load_clip_tokenizer(source: Source, folder: Path, model: CLIPModel) -> PreTrainedTokenizerBase:
-    """The tokenizer of a CLIP model.
+    """Load the tokenizer of a CLIP model.
 
     Raises:
-        AfaError: there is none, or one of another vocabulary.
+        AfaError: if there is none, or its vocabulary does not fit the model.
     """
     from transformers import CLIPTokenizer
 

@@ -1,8 +1,9 @@
-"""Further feature networks: Inception, any vision transformer, the zoo's classifier."""
+"""Feature extractors: Inception, vision transformers and the zoo's classifier."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from afa.metrics.weights import MODEL_FILES, PROCESSOR_ADVICE, Source, describe
 from afa.reading import as_rgb
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from PIL import Image
     from torch import Tensor
@@ -26,98 +27,77 @@ InceptionLayer = Literal["2048", "logits_unbiased"]
 _INCEPTION_FILES = ("weights-inception-2015-12-05-6726825d.pth",)
 
 
-class InceptionFeatures:
-    """Inception v3 as FID, KID and IS were defined with it, by torch-fidelity (Obukhov, 2020).
+@dataclass(frozen=True)
+class NetworkFeatures:
+    """A feature extractor; `embed` computes the features [d] of one picture."""
 
-    `2048` is the pooled layer, for FID and KID; `logits_unbiased` the classes', for IS.
-    https://github.com/toshas/torch-fidelity
-    """
-
-    def __init__(self, name: str, network: Any, device: torch.device | str) -> None:
-        self.name = name
-        self.network = network.to(device)
-        self.device = device
+    name: str
+    embed: Callable[[Image.Image], Tensor]
 
     def features(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """Features [n, 2048] or logits [n, 1008], float32 on the CPU.
+        """Compute features [n, d], float32 on the CPU.
 
         Raises:
-            AfaError: there are no pictures.
+            AfaError: if there are no pictures.
         """
-        return one_by_one(pictures, self._embed)
-
-    def _embed(self, picture: Image.Image) -> Tensor:
-        levels = torch.from_numpy(np.array(as_rgb(picture))).permute(2, 0, 1)[None]
-        return self.network(levels.to(self.device))[0][0]  # the network resizes by itself
+        return one_by_one(pictures, self.embed)
 
 
 def load_inception(
     source: Source,
     layer: InceptionLayer,
     device: torch.device | str,
-) -> InceptionFeatures:
-    """The network with weights that torch-fidelity downloads, or from a local file of them.
+) -> NetworkFeatures:
+    """Load Inception v3 of torch-fidelity (Obukhov, 2020), with which FID, KID and IS are defined.
+
+    `2048` is the pooled layer [2048], for FID and KID; `logits_unbiased` are the class logits
+    [1008], for IS. torch-fidelity downloads the weights, unless `source` is a local file of them.
+    https://github.com/toshas/torch-fidelity
 
     Raises:
-        AfaError: torch-fidelity, torchvision that it needs, or the weights are not there.
+        AfaError: if torch-fidelity, torchvision or the weights are missing.
     """
     weights = None
     if source.name != INCEPTION:
         file = source.file(_INCEPTION_FILES)
-        source.tensors(file)  # torch's restricted unpickler finds nothing but tensors in it
+        source.tensors(file)  # raises if it contains anything except tensors
         weights = str(file)
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError as error:
         raise AfaError(
             "AFA-METRIC-010",
-            f"{source.what} are the Inception network's, which needs torch-fidelity and "
-            f"torchvision; importing them says {error}. Run: pip install 'afa[inception]' - or "
-            "name another network as weights, such as openai/clip-vit-large-patch14.",
+            f"{source.what} are those of the Inception network, which requires torch-fidelity and "
+            f"torchvision ({error}). Run: pip install 'afa[inception]' - or set weights to another "
+            "network, such as openai/clip-vit-large-patch14.",
         ) from error
     with source.loading():
         network = FeatureExtractorInceptionV3(
             "inception-v3-compat", [layer], feature_extractor_weights_path=weights
         )
-    return InceptionFeatures(f"{source.name}({layer})", network, device)
+    network.to(device)
 
+    def embed(picture: Image.Image) -> Tensor:
+        levels = torch.from_numpy(np.array(as_rgb(picture))).permute(2, 0, 1)[None]
+        return network(levels.to(device))[0][0]  # the network resizes the picture
 
-class VisionFeatures:
-    """The class token of a vision transformer such as DINOv2 (Oquab et al., 2024).
-
-    https://arxiv.org/abs/2304.07193
-    """
-
-    def __init__(self, name: str, model: Any, preprocessing: Preprocessing) -> None:
-        self.name = name
-        self.model = model
-        self.preprocessing = preprocessing
-
-    def features(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """Features [n, d], float32 on the CPU.
-
-        Raises:
-            AfaError: there are no pictures.
-        """
-        return one_by_one(pictures, self._embed)
-
-    def _embed(self, picture: Image.Image) -> Tensor:
-        pixels = self.preprocessing.pixels(picture)[None].to(self.model.device)
-        return self.model(pixels).last_hidden_state[0, 0]
+    return NetworkFeatures(f"{source.name}({layer})", embed)
 
 
 def load_vision(
     source: Source, processor: Source | None, device: torch.device | str
-) -> VisionFeatures:
-    """A vision transformer of transformers from a folder or a hub id.
+) -> NetworkFeatures:
+    """Load a vision transformer such as DINOv2 (Oquab et al., 2024); features are the class token.
+
+    https://arxiv.org/abs/2304.07193
 
     Args:
-        source: of the model, as safetensors.
-        processor: of `preprocessor_config.json`; None: beside the model.
-        device: where it computes.
+        source: a model of transformers as safetensors, a folder or a hub id.
+        processor: folder of `preprocessor_config.json`; None uses the model's.
+        device: device of the model.
 
     Raises:
-        AfaError: nothing is there, no `preprocessor_config.json`, or an incomplete model.
+        AfaError: if the model or `preprocessor_config.json` is missing, or the model is incomplete.
     """
     from transformers import AutoModel
 
@@ -127,36 +107,32 @@ def load_vision(
     if processor is not None:
         parts, parts_folder = processor, processor.locate(names)
     preprocessing = Preprocessing.read(parts.part(parts_folder, names, PROCESSOR_ADVICE))
-    model = source.model(AutoModel, folder)
-    return VisionFeatures(f"vision({describe(source, processor)})", model.to(device), preprocessing)
+    model = source.model(AutoModel, folder).to(device)
+
+    def embed(picture: Image.Image) -> Tensor:
+        return model(preprocessing.pixels(picture)[None].to(device)).last_hidden_state[0, 0]
+
+    return NetworkFeatures(f"vision({describe(source, processor)})", embed)
 
 
-class ClassifierLogits:
-    """The zoo's object classifier on both halves of a scene, left and right: [n, 2 * 49]."""
+def classifier_logits(classifier: ObjectClassifier, device: torch.device | str) -> NetworkFeatures:
+    """The logits [2 * 49] of the zoo's object classifier for both halves of a 64x64 scene.
 
-    name = ZOO_CLASSIFIER
+    Computing features raises AfaError if a picture has another size.
+    """
+    from afa.zoo.scenes import IMAGE_SIZE
 
-    def __init__(self, classifier: ObjectClassifier, device: torch.device | str) -> None:
-        self.classifier = classifier.to(device)
-        self.device = device
+    classifier.to(device)
+    preprocessing = Preprocessing(crop=None, mean=(0.5,) * 3, std=(0.5,) * 3)
 
-    def features(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """Logits [n, 2 * 49], float32 on the CPU.
-
-        Raises:
-            AfaError: no pictures, or some of another size than 64x64.
-        """
-        return one_by_one(pictures, self._classify)
-
-    def _classify(self, picture: Image.Image) -> Tensor:
-        from afa.zoo.scenes import IMAGE_SIZE
-
+    def classify(picture: Image.Image) -> Tensor:
         if picture.size != (IMAGE_SIZE, IMAGE_SIZE):
             raise AfaError(
                 "AFA-METRIC-011",
-                f"'{ZOO_CLASSIFIER}' needs pictures of {IMAGE_SIZE}x{IMAGE_SIZE} pixels, came "
+                f"'{ZOO_CLASSIFIER}' requires pictures of {IMAGE_SIZE}x{IMAGE_SIZE} pixels; got "
                 f"{picture.size}. Use it on scenes of the zoo only.",
             )
-        pixels = Preprocessing(crop=None, mean=(0.5,) * 3, std=(0.5,) * 3).pixels(picture)
-        halves = torch.stack(pixels.split(IMAGE_SIZE // 2, dim=-1))
-        return self.classifier(halves.to(self.device)).flatten()
+        halves = torch.stack(preprocessing.pixels(picture).split(IMAGE_SIZE // 2, dim=-1))
+        return classifier(halves.to(device)).flatten()
+
+    return NetworkFeatures(ZOO_CLASSIFIER, classify)

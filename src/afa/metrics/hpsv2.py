@@ -1,4 +1,4 @@
-"""HPSv2: a CLIP ViT-H/14 trained on human preferences, published in the names of open_clip."""
+"""HPSv2: a CLIP ViT-H/14 trained on human preferences, published in the format of open_clip."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from transformers import CLIPConfig
 
 HPSV2_FILES = ("HPS_v2.1_compressed.safetensors", "HPS_v2.1_compressed.pt")
-# what shapes do not tell of ViT-H/14: 1280 / 16 heads of the picture's, 1024 / 16 of the text's
+# head sizes of ViT-H/14, which shapes do not determine: 1280 / 16 heads (vision), 1024 / 16 (text)
 _VISION_HEAD_SIZE = 80
 _TEXT_HEAD_SIZE = 64
-# open_clip's names -> transformers'; the first part that fits is replaced
+# names in open_clip -> names in transformers
 _PLAIN = {
     "logit_scale": "logit_scale",
     "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
@@ -55,18 +55,18 @@ _LAYER = {
 
 
 def load_hpsv2(source: Source, processor: Source, device: torch.device | str) -> ClipScorer:
-    """HPSv2 (Wu et al., 2023): the cosine of picture and prompt, as the authors' `score` has it.
+    """Load HPSv2 (Wu et al., 2023): the cosine of picture and prompt, as in `hpsv2.score`.
 
-    Their package resizes pictures as tensors, here Pillow does: scores differ in the fourth digit.
+    The authors resize tensors, afa resizes with Pillow, so scores differ in the fourth digit.
     https://arxiv.org/abs/2306.09341, https://github.com/tgxs002/HPSv2
 
     Args:
-        source: of the weights: a file, a folder or a hub id.
-        processor: of CLIP's tokenizer.
-        device: where it computes.
+        source: the weights: a file, a folder or a hub id.
+        processor: the tokenizer of CLIP.
+        device: device of the model.
 
     Raises:
-        AfaError: nothing is there, a pickle that is not allowed, or an incomplete file.
+        AfaError: if a file is missing, incomplete or a pickle that is not allowed.
     """
     from transformers import CLIPModel
 
@@ -83,11 +83,11 @@ def load_hpsv2(source: Source, processor: Source, device: torch.device | str) ->
 
 
 def open_clip_config(tensors: Mapping[str, Tensor]) -> CLIPConfig:
-    """The configuration of an open_clip ViT-H/14, sizes read from its state dictionary.
+    """Derive the configuration of an open_clip ViT-H/14 from the shapes in its state dictionary.
 
     Raises:
-        Lacking: a tensor that tells a size is missing.
-        Unreadable: one has another number of dimensions.
+        Lacking: if a tensor that determines a size is missing.
+        Unreadable: if it has another number of dimensions.
     """
     from transformers import CLIPConfig
 
@@ -111,7 +111,7 @@ def open_clip_config(tensors: Mapping[str, Tensor]) -> CLIPConfig:
             "projection_dim": embedding_width,
             "hidden_act": "gelu",
             "bos_token_id": vocab_size - 2,
-            "eos_token_id": vocab_size - 1,  # the text's embedding is read off at this token
+            "eos_token_id": vocab_size - 1,  # CLIPModel pools the text at this token
             "pad_token_id": vocab_size - 1,
         },
         vision_config={
@@ -128,12 +128,12 @@ def open_clip_config(tensors: Mapping[str, Tensor]) -> CLIPConfig:
 
 
 def rename_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """An open_clip state dictionary in the names of transformers' `CLIPModel`.
+    """Rename an open_clip state dictionary for `CLIPModel` of transformers.
 
-    Query, key and value are one matrix there and three here; the two projections are transposed.
+    Splits the joint matrix of query, key and value, and transposes the two projections.
 
     Raises:
-        Unreadable: a matrix that cannot be taken apart.
+        Unreadable: if a joint matrix cannot be split.
     """
     for old in _TRANSPOSED:
         if old in tensors:
@@ -151,7 +151,7 @@ def rename_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif name.startswith("attn.in_proj_"):
             kind = name.removeprefix("attn.in_proj_")
             if tensor.ndim == 0 or len(tensor) % 3:
-                raise Unreadable(f"'{key}' has the shape {tuple(tensor.shape)}; it must hold three")
+                raise Unreadable(f"'{key}' of shape {tuple(tensor.shape)} cannot be split in three")
             for part, chunk in zip("qkv", tensor.chunk(3), strict=True):
                 renamed[f"{layer}.self_attn.{part}_proj.{kind}"] = chunk
     return {key: tensor.contiguous() for key, tensor in renamed.items()}

@@ -1,4 +1,4 @@
-"""ImageReward: BLIP reads the prompt while looking at the picture; linear layers give a reward."""
+"""ImageReward: a BLIP model of picture and prompt with a linear reward head."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of rewards on the authors
 _MAX_TOKENS = 35
 _VISION = "blip.visual_encoder."
 _TEXT = "blip.text_encoder."
-_HEAD_SIZE = 64  # of every BLIP vision transformer; shapes do not tell
-# the names of BLIP's own code -> transformers'
+_HEAD_SIZE = 64  # of every BLIP vision transformer; shapes do not determine it
+# names in BLIP's code -> names in transformers
 _VISION_PARTS = {
     "cls_token": "embeddings.class_embedding",
     "pos_embed": "embeddings.position_embedding",
@@ -61,9 +61,9 @@ _LAYER_PARTS = {
 
 
 class ImageRewardScorer:
-    """How well a picture shows its prompt and pleases (ImageReward, Xu et al., 2023).
+    """Predicts human preference for a picture with its prompt (ImageReward, Xu et al., 2023).
 
-    Standardised: 0 is the mean of the authors' pictures, 1 their standard deviation.
+    Scores are standardized by the mean and standard deviation on the authors' pictures.
     https://arxiv.org/abs/2304.05977, https://github.com/THUDM/ImageReward
     """
 
@@ -85,14 +85,14 @@ class ImageRewardScorer:
 
     @property
     def text_limits(self) -> list[TextLimit]:
-        """How many tokens of a prompt are read."""
+        """The token limit of prompts."""
         return [TextLimit((f"the metric '{self.name}'",), self.tokenizer, _MAX_TOKENS)]
 
     def score(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
-        """The reward of every picture with the prompt at its place, cut to 35 tokens.
+        """Compute the reward of each picture with its prompt, truncated to 35 tokens.
 
         Raises:
-            AfaError: no pictures, or another number of prompts.
+            AfaError: if there are no pictures, or the number of prompts differs.
         """
         require_partners(pictures, prompts)
         return one_by_one(list(zip(pictures, prompts, strict=True)), self._reward).tolist()
@@ -100,29 +100,29 @@ class ImageRewardScorer:
     def _reward(self, pair: tuple[Image.Image, str]) -> Tensor:
         picture, prompt = pair
         device = self.vision.device
-        seen = self.vision(self.preprocessing.pixels(picture)[None].to(device)).last_hidden_state
-        # no padding: a masked token adds exactly nothing
+        image = self.vision(self.preprocessing.pixels(picture)[None].to(device)).last_hidden_state
+        # no padding is needed: a masked token has no effect
         ids = self.tokenizer(prompt, truncation=True, max_length=_MAX_TOKENS, return_tensors="pt")
-        read = self.text(
+        text = self.text(
             ids["input_ids"].to(device),
             attention_mask=ids["attention_mask"].to(device),
-            encoder_hidden_states=seen,
+            encoder_hidden_states=image,
         ).last_hidden_state
-        return (self.head(read[0, 0])[0] - MEAN) / STD
+        return (self.head(text[0, 0])[0] - MEAN) / STD
 
 
 def load_imagereward(
     source: Source, processor: Source, device: torch.device | str
 ) -> ImageRewardScorer:
-    """ImageReward from its published file and the `med_config.json` beside it.
+    """Load ImageReward from its published file and the `med_config.json` next to it.
 
     Args:
-        source: of the weights: a file, a folder or a hub id.
-        processor: of BERT's tokenizer.
-        device: where it computes.
+        source: the weights: a file, a folder or a hub id.
+        processor: the tokenizer of BERT.
+        device: device of the model.
 
     Raises:
-        AfaError: nothing is there, a pickle that is not allowed, or an incomplete file.
+        AfaError: if a file is missing, incomplete or a pickle that is not allowed.
     """
     from transformers import BertTokenizer, BlipTextModel, BlipVisionModel
 
@@ -152,12 +152,12 @@ def load_imagereward(
 def blip_configs(
     tensors: Mapping[str, Tensor], settings: Mapping[str, Any]
 ) -> tuple[BlipVisionConfig, BlipTextConfig]:
-    """BLIP's two configurations: vision from the tensors' shapes, text from `med_config.json`.
+    """Derive the configurations of BLIP: vision from tensor shapes, text from `med_config.json`.
 
     Raises:
-        Lacking: a tensor that tells a size is missing.
-        Unreadable: one has another number of dimensions.
-        AfaError: a setting is.
+        Lacking: if a tensor that determines a size is missing.
+        Unreadable: if it has another number of dimensions.
+        AfaError: if a setting is missing.
     """
     from transformers import BlipTextConfig, BlipVisionConfig
 
@@ -165,8 +165,8 @@ def blip_configs(
     if missing:
         raise AfaError(
             "AFA-METRIC-012",
-            f"'{MED_CONFIG}' must describe a BERT; it lacks {', '.join(missing)}. Download that of "
-            "zai-org/ImageReward.",
+            f"'{MED_CONFIG}' lacks {', '.join(missing)}; it must be a configuration of BERT. "
+            "Download that of zai-org/ImageReward.",
         )
     width, _, patch_size, _ = shape_of(tensors, f"{_VISION}patch_embed.proj.weight", 4)
     num_patches = shape_of(tensors, f"{_VISION}pos_embed", 3)[1] - 1
@@ -180,7 +180,7 @@ def blip_configs(
         num_attention_heads=max(width // _HEAD_SIZE, 1),
         image_size=round(num_patches**0.5) * patch_size,
         patch_size=patch_size,
-        layer_norm_eps=1e-6,  # in BLIP's code; transformers' default is another
+        layer_norm_eps=1e-6,  # as in BLIP's code; the default of transformers differs
     )
     text = BlipTextConfig(
         **{name: settings[name] for name in _TEXT_SETTINGS},
@@ -193,7 +193,7 @@ def blip_configs(
 
 
 def rename_blip_vision(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The vision transformer of a BLIP state dictionary in transformers' names."""
+    """Rename the vision transformer of a BLIP state dictionary for transformers."""
     renamed = {}
     for key, tensor in tensors.items():
         if not key.startswith(_VISION):

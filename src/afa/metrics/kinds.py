@@ -1,4 +1,4 @@
-"""The three kinds of metric, and what a harness asks of each."""
+"""The three kinds of metrics and their interfaces."""
 
 from __future__ import annotations
 
@@ -15,86 +15,86 @@ if TYPE_CHECKING:
 
 
 class ImageScorer(Protocol):
-    """One number per picture, of the picture with its own prompt; pairs are never crossed."""
+    """Scores each picture with its own prompt."""
 
     @property
     def name(self) -> str:
-        """Of the metric, as in a recipe: `clip_t`, `aes`, ..."""
+        """Name of the metric in a recipe: `clip_t`, `aes`, ..."""
 
     @property
     def higher_is_better(self) -> bool:
-        """Whether a larger score is a better picture."""
+        """Whether a larger score is better."""
 
     def score(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
-        """The score of every picture with the prompt at its place."""
+        """Score each picture with its prompt; both have the same order."""
 
 
 class FeatureExtractor(Protocol):
-    """A network that turns pictures into features, one picture at a time.
+    """A network that computes features of pictures, one picture at a time.
 
-    Two extractors of one `name` give the same features, so stored ones can be used again.
+    Two extractors with the same `name` compute the same features, so stored ones can be reused.
     """
 
     @property
     def name(self) -> str:
-        """Of the network and its weights, as in a recipe."""
+        """Identifies the network and its weights."""
 
     def features(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """Features [pictures, width], float32 on the CPU."""
+        """Compute features [pictures, width], float32 on the CPU."""
 
 
 @dataclass(frozen=True)
 class ReferenceScorer:
-    """One number per picture, of the picture with its own reference picture: CLIP-I."""
+    """Scores each picture with its own reference picture: CLIP-I."""
 
     name: str
     extractor: FeatureExtractor
     higher_is_better: bool = True
 
     def score(self, generated: Tensor, real: Tensor) -> list[float]:
-        """The cosine of every picture's features with those of its reference.
+        """Compute the cosine similarity of each picture's features with those of its reference.
 
         Args:
-            generated: features [n, d], from `extractor`.
+            generated: features [n, d] of `extractor`.
             real: features [n, d] of the references, in the same order.
 
         Raises:
-            AfaError: another number of references, or another network's features.
+            AfaError: if the shapes differ.
         """
         return cosine_scores(generated, real)
 
 
 @dataclass(frozen=True)
 class SetMetric:
-    """One number for a whole set of pictures, from their features: FID, KID, IS, CMMD.
+    """Scores a set of pictures by their features: FID, KID, IS, CMMD.
 
-    `measure` takes the features of generated and of real pictures, [n, d] and [m, d]; only those
-    of generated ones where not `needs_real`.
+    `measure` takes features of generated [n, d] and of real pictures [m, d]; if `needs_real` is
+    False, only those of generated pictures.
     """
 
     name: str
     extractor: FeatureExtractor
     measure: Callable[..., float]
     _: KW_ONLY
-    higher_is_better: bool
-    needs_real: bool
+    higher_is_better: bool = False
+    needs_real: bool = True
 
     def compute(self, generated: Tensor, real: Tensor | None = None) -> float:
-        """The metric of features from `extractor`.
+        """Compute the metric from features of `extractor`.
 
         Args:
             generated: features [n, d] of generated pictures.
-            real: features [m, d] of real ones, where `needs_real`.
+            real: features [m, d] of real pictures; None if not `needs_real`.
 
         Raises:
-            AfaError: real features are missing, or are given where none are compared.
+            AfaError: if `real` is missing, or is not needed.
         """
         if self.needs_real == (real is None):
             raise AfaError(
                 "AFA-METRIC-013",
-                f"The metric '{self.name}' needs features of generated "
-                f"{'and of real' if self.needs_real else 'pictures and of no real'} ones, came "
-                f"{'none' if real is None else 'some'} of real ones. See its needs_real.",
+                f"The metric '{self.name}' {'requires' if self.needs_real else 'does not use'} "
+                f"features of real pictures; got {'none' if real is None else 'some'}. See its "
+                "needs_real.",
             )
         return self.measure(generated) if real is None else self.measure(generated, real)
 

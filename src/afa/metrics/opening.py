@@ -1,4 +1,4 @@
-"""From a recipe to a metric that is ready to measure."""
+"""Load metrics from their recipes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from afa.metrics.distances import cmmd, frechet_distance, inception_score, kerne
 from afa.metrics.features import (
     INCEPTION,
     ZOO_CLASSIFIER,
-    ClassifierLogits,
     InceptionLayer,
+    classifier_logits,
     load_inception,
     load_vision,
 )
@@ -38,32 +38,33 @@ def open_metric(recipe: MetricRecipe, device: torch.device | str = "cpu") -> Met
 def open_metrics(
     recipes: Sequence[MetricRecipe], device: torch.device | str = "cpu"
 ) -> list[Metric]:
-    """Load metrics; those of one network share it, and may share its stored features.
+    """Load metrics; metrics with the same network share it and its stored features.
 
     Args:
-        recipes: what to load, from where.
-        device: where the networks compute.
+        recipes: the metrics and their weights.
+        device: device of the networks.
 
-    Returns: one for each recipe: an `ImageScorer` for clip_t, aes, pickscore, hpsv2 and
-        imagereward, a `ReferenceScorer` for clip_i, a `SetMetric` for fid, kid, is and cmmd.
+    Returns:
+        One metric per recipe: an `ImageScorer` for clip_t, aes, pickscore, hpsv2 and imagereward, a
+        `ReferenceScorer` for clip_i, a `SetMetric` for fid, kid, is and cmmd.
 
     Raises:
-        AfaError: weights that are not there, damaged, incomplete, of another kind, or a pickle
-            where the user has not allowed any.
+        AfaError: if weights are missing, damaged, incomplete or of another kind, or are a pickle
+            and the user has not allowed pickles.
     """
     opener = _Opener(device)
     return [opener.open(recipe) for recipe in recipes]
 
 
 class _Opener:
-    """Opens metrics on one device and keeps the networks that several may share."""
+    """Opens metrics on one device, and shares networks between them."""
 
     def __init__(self, device: torch.device | str) -> None:
         self._device = device
         self._networks: dict[tuple[str | None, ...], FeatureExtractor] = {}
 
     def open(self, recipe: MetricRecipe) -> Metric:
-        """The metric of one recipe."""
+        """Open the metric of a recipe."""
         name = recipe.name
         source = _source(recipe, "weights", recipe.weights or INCEPTION, PUBLIC_WEIGHTS[name])
         processor = None
@@ -84,18 +85,14 @@ class _Opener:
         if name == "clip_i":
             return ReferenceScorer(name, self._clip(source, processor))
         if name == "cmmd":
-            return SetMetric(
-                name, self._clip(source, processor), cmmd, higher_is_better=False, needs_real=True
-            )
+            return SetMetric(name, self._clip(source, processor), cmmd)
         if name == "is":
             return self._inception_score(source)
         network = self._set_features(source, processor)
         if name == "fid":
-            return SetMetric(
-                name, network, frechet_distance, higher_is_better=False, needs_real=True
-            )
+            return SetMetric(name, network, frechet_distance)
         measure = functools.partial(kernel_distance, subset_size=recipe.subset_size)
-        return SetMetric(name, network, measure, higher_is_better=False, needs_real=True)
+        return SetMetric(name, network, measure)
 
     def _clip(self, source: Source, processor: Source | None) -> ClipEncoder:
         key = ("clip", source.name, _name(processor))
@@ -132,11 +129,11 @@ class _Opener:
         from afa.zoo.judges import load_classifier
         from afa.zoo.models import NUM_CLASSES
 
-        def of_halves(logits: Tensor) -> float:
+        def score_of_halves(logits: Tensor) -> float:
             return inception_score(logits.reshape(-1, NUM_CLASSES))  # each half is a picture
 
-        classifier = ClassifierLogits(load_classifier(), self._device)
-        return SetMetric("is", classifier, of_halves, higher_is_better=True, needs_real=False)
+        classifier = classifier_logits(load_classifier(), self._device)
+        return SetMetric("is", classifier, score_of_halves, higher_is_better=True, needs_real=False)
 
 
 def _source(recipe: MetricRecipe, key: str, name: str, public: str) -> Source:

@@ -1,4 +1,4 @@
-"""Pictures as a network wants them: resized, cropped, normalised, one at a time."""
+"""Preprocess pictures for a network: resize, crop, normalize."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """From a picture to pixels [3, H, W], as `preprocessor_config.json` describes it.
+    """Converts a picture to pixels [3, H, W] as `preprocessor_config.json` describes.
 
-    Done with Pillow, whose bicubic filter is the one that CLIP was trained with; the processors of
-    transformers want torchvision in some of its releases. Sizes are (height, width).
+    Uses Pillow, whose bicubic filter CLIP was trained with; some versions of transformers require
+    torchvision for their processors. Sizes are (height, width).
     """
 
     crop: tuple[int, int] | None  # None: no crop
@@ -41,7 +41,7 @@ class Preprocessing:
 
     @classmethod
     def square(cls, size: int) -> Preprocessing:
-        """CLIP's own, for a network that sees `size` by `size` pixels."""
+        """The preprocessing of CLIP, for a network with an input of `size` by `size` pixels."""
         return cls(crop=(size, size), shortest_edge=size)
 
     @classmethod
@@ -49,7 +49,7 @@ class Preprocessing:
         """Read a `preprocessor_config.json`.
 
         Raises:
-            AfaError: no such file, or one that describes something else.
+            AfaError: if the file is missing or does not describe an image processor.
         """
         settings = read_json(file)
         try:
@@ -70,26 +70,26 @@ class Preprocessing:
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise AfaError(
                 "AFA-METRIC-014",
-                f"'{file}' must describe an image processor, but reading it says "
-                f"{type(error).__name__}: {error}. Download it again.",
+                f"'{file}' does not describe an image processor ({type(error).__name__}: {error}). "
+                "Download it again.",
             ) from error
 
     @property
     def shape(self) -> tuple[int, int] | None:
-        """(height, width) of what every picture becomes; None where it depends on the picture."""
+        """(height, width) of the pixels; None if it depends on the picture."""
         return self.crop or self.size
 
     def pixels(self, picture: Image.Image) -> Tensor:
-        """Pixels [3, H, W], float32, of a picture in any mode; see `afa.reading.as_rgb`.
+        """Convert a picture of any mode to pixels [3, H, W], float32; see `afa.reading.as_rgb`.
 
         Raises:
-            BrokenPicture: its values cannot be understood.
+            BrokenPicture: if its values cannot be converted.
         """
         picture = as_rgb(picture)
         scaled = picture.size
         if self.shortest_edge is not None:
             scale = self.shortest_edge / min(picture.size)
-            # the shorter side exactly, the longer one rounded down, as in transformers
+            # as in transformers: the shorter side is exact, the longer one is rounded down
             width, height = (
                 self.shortest_edge if side == min(picture.size) else int(side * scale)
                 for side in picture.size
@@ -109,7 +109,7 @@ class Preprocessing:
 
 
 def _pair(size: Any) -> tuple[int, int] | None:
-    """(height, width) of a size that is a number, a mapping or nothing."""
+    """(height, width) of a size, which is a number, a mapping or None."""
     if size is None or isinstance(size, int):
         return None if size is None else (size, size)
     return int(size["height"]), int(size["width"])
@@ -117,30 +117,30 @@ def _pair(size: Any) -> tuple[int, int] | None:
 
 @torch.no_grad()
 def one_by_one(items: Sequence[Any], embed: Callable[[Any], Tensor]) -> Tensor:
-    """`embed` of every item, each by itself: [items, width], float32 on the CPU.
+    """Embed items one at a time; returns [items, width], float32 on the CPU.
 
-    By itself, since a matrix product's last digits change with the size of the batch: this way a
-    picture's numbers do not depend on its neighbours.
+    The last digits of a matrix product change with the batch size. One at a time, the features of a
+    picture do not depend on the others.
 
     Raises:
-        AfaError: there are none.
+        AfaError: if there are no items.
     """
     if len(items) == 0:
         raise AfaError(
-            "AFA-METRIC-015", "Features need at least one picture, came none. Draw some first."
+            "AFA-METRIC-015", "Features require at least one picture; got none. Draw some first."
         )
     return torch.stack([embed(item).float().cpu() for item in items])
 
 
 def require_partners(pictures: Sequence[Any], prompts: Sequence[str]) -> None:
-    """Refuse a score where pictures and prompts do not pair up.
+    """Require one prompt per picture.
 
     Raises:
-        AfaError: another number of prompts than of pictures.
+        AfaError: if the numbers of pictures and prompts differ.
     """
     if len(pictures) != len(prompts):
         raise AfaError(
             "AFA-METRIC-016",
-            f"Every picture needs its own prompt, came {len(pictures)} pictures and "
-            f"{len(prompts)} prompts. Give one prompt for each.",
+            f"Scores require one prompt per picture; got {len(pictures)} pictures and "
+            f"{len(prompts)} prompts.",
         )

@@ -1,4 +1,4 @@
-"""How a recipe names a metric and its weights."""
+"""The recipe of a metric and its weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MetricName = Literal[
 ]
 _CLIP_L = "openai/clip-vit-large-patch14"
 _CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-#: what the literature uses for each
+#: the weights that the literature uses
 PUBLIC_WEIGHTS: dict[str, str] = {
     "clip_t": _CLIP_L,
     "clip_i": _CLIP_L,
@@ -32,19 +32,19 @@ PUBLIC_PROCESSORS: dict[str, str] = {
     "hpsv2": _CLIP_H,
     "imagereward": "google-bert/bert-base-uncased",
 }
-_ZOO_CAN = ("clip_t", "clip_i", "fid", "kid", "is", "cmmd")
-PUBLIC_CLIP = _CLIP_L  # what the aesthetic predictor was trained on
+_IN_ZOO = ("clip_t", "clip_i", "fid", "kid", "is", "cmmd")
+PUBLIC_CLIP = _CLIP_L  # the CLIP that the aesthetic predictor was trained on
 
 
 class MetricRecipe(Section):
     """One metric of an evaluation.
 
-    `weights` are a local path or a hub id; for `fid`, `kid` and `is` the default is the Inception
-    network of torch-fidelity. The zoo's own judges are `zoo:clip` (clip_t, clip_i, fid, kid, cmmd)
-    and `zoo:classifier` (is). `processor` is where tokenizer and `preprocessor_config.json` lie if
-    not beside the weights. `clip` is the CLIP below the aesthetic predictor. `subset_size` makes
-    KID the mean over random subsets. Weights that are published as `.pt` or `.pth` alone are read
-    where the user allows pickles, see `afa.trusting`; a recipe cannot allow them.
+    `weights`: a local path or a hub id; for `fid`, `kid` and `is` the default is the Inception
+    network of torch-fidelity. The zoo provides `zoo:clip` (clip_t, clip_i, fid, kid, cmmd) and
+    `zoo:classifier` (is). `processor`: the tokenizer and `preprocessor_config.json`, if they are
+    not in the folder of the weights. `clip`: the CLIP of the aesthetic predictor. `subset_size`:
+    computes KID as the mean over random subsets. `.pt` and `.pth` files are only read if the user
+    allows pickles, see `afa.trusting`; a recipe cannot allow them.
     """
 
     name: MetricName
@@ -55,17 +55,16 @@ class MetricRecipe(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _allows_nothing_itself(cls, content: Any) -> Any:
+    def _refuse_permissions(cls, content: Any) -> Any:
         if isinstance(content, dict) and "allow_pickle" in content:
             raise ValueError(
-                f"it has allow_pickle: {str(content['allow_pickle']).lower()}; whether pickles are "
-                "read is for the user to say, not for a recipe. Remove that key and pass "
-                "--allow-pickle (Python: afa.trusting(allow_pickle=True))"
+                f"a recipe must not have allow_pickle; got {str(content['allow_pickle']).lower()}. "
+                "Remove that key and pass --allow-pickle (Python: afa.trusting(allow_pickle=True))"
             )
         return content
 
     @model_validator(mode="after")
-    def _has_what_it_needs(self) -> MetricRecipe:
+    def _consistent(self) -> MetricRecipe:
         needed = {
             "weights": None if PUBLIC_WEIGHTS[self.name] == "inception" else PUBLIC_WEIGHTS,
             "processor": PUBLIC_PROCESSORS if self.name in ("hpsv2", "imagereward") else None,
@@ -74,24 +73,21 @@ class MetricRecipe(Section):
         for key, public in needed.items():
             if public is not None and getattr(self, key) is None:
                 raise ValueError(
-                    f"the metric {self.name} needs {key}, a local path or a hub id such as "
+                    f"the metric {self.name} requires {key}, a local path or a hub id such as "
                     f"{public[self.name]}"
                 )
-        of_the_zoo = "zoo:classifier" if self.name == "is" else "zoo:clip"
-        is_offered = self.name in _ZOO_CAN and self.weights == of_the_zoo
-        if (self.weights or "").startswith("zoo:") and not is_offered:
-            offer = f"it has {of_the_zoo}" if self.name in _ZOO_CAN else "it has none for it"
-            raise ValueError(
-                f"the metric {self.name} has no weights {self.weights} in the zoo, {offer}"
-            )
-        is_inception = self.weights in (None, "inception")
-        brings_processor = self.name == "aes" or is_inception or is_offered
-        idle = {
-            "processor": self.processor is not None and brings_processor,
+        zoo_weights = "zoo:classifier" if self.name == "is" else "zoo:clip"
+        in_zoo = self.name in _IN_ZOO and self.weights == zoo_weights
+        if (self.weights or "").startswith("zoo:") and not in_zoo:
+            offer = f"use {zoo_weights}" if self.name in _IN_ZOO else "the zoo has none for it"
+            raise ValueError(f"the metric {self.name} has no weights {self.weights}; {offer}")
+        has_processor = self.name == "aes" or self.weights in (None, "inception") or in_zoo
+        unused = {
+            "processor": self.processor is not None and has_processor,
             "clip": self.clip is not None and self.name != "aes",
             "subset_size": self.subset_size is not None and self.name != "kid",
         }
-        for key, is_idle in idle.items():
-            if is_idle:
-                raise ValueError(f"the metric {self.name} has no use for {key}; leave it out")
+        for key, is_unused in unused.items():
+            if is_unused:
+                raise ValueError(f"the metric {self.name} does not use {key}. Remove it")
         return self

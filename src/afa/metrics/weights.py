@@ -1,4 +1,4 @@
-"""Public weights: found locally or on the hub, read without running code, complete or refused."""
+"""Find public weights locally or on the hub, and read them completely and without running code."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-# of a hub repository; * in these patterns matches a slash as well
+# patterns of files in a hub repository; * also matches a slash
 MODEL_FILES = (
     "config.json",
     "model.safetensors",
@@ -41,54 +41,54 @@ PROCESSOR_FILES = (
     "merges.txt",
 )
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
-PROCESSOR_ADVICE = " Or name another folder as processor."
+PROCESSOR_ADVICE = " Or set processor to another folder."
 
 
 def is_pickle(file: str | Path) -> bool:
-    """Whether a file's name says that reading it can run code."""
+    """Whether the suffix of a file is that of a pickle, which can run code when it is read."""
     return Path(file).suffix.lower() in PICKLES
 
 
 def describe(source: Source, processor: Source | None) -> str:
-    """What a network's features depend on, for its name."""
+    """Name the weights and the processor, on which a network's features depend."""
     return source.name if processor is None else f"{source.name}, {processor.name}"
 
 
 class Lacking(KeyError):
-    """Names a tensor that a state dictionary lacks."""
+    """A tensor is missing in a state dictionary; the argument is its name."""
 
 
 def shape_of(tensors: Mapping[str, Tensor], name: str, num_dimensions: int) -> tuple[int, ...]:
-    """The shape of a tensor in a state dictionary, from which a model's sizes are read.
+    """The shape of a tensor in a state dictionary, which determines sizes of a model.
 
     Raises:
-        Lacking: there is no such tensor.
-        Unreadable: it has another number of dimensions, or one of length zero.
+        Lacking: if the tensor is missing.
+        Unreadable: if it has another number of dimensions, or one of size zero.
     """
     if name not in tensors:
         raise Lacking(name)
     shape = tuple(tensors[name].shape)
     if len(shape) != num_dimensions or 0 in shape:
         raise Unreadable(
-            f"'{name}' has the shape {shape}; it must have {num_dimensions} dimensions, none of "
-            "them empty"
+            f"'{name}' has the shape {shape}; it must have {num_dimensions} dimensions of size 1 "
+            "or more"
         )
     return shape
 
 
 @dataclass(frozen=True)
 class Source:
-    """Weights as a recipe names them, what they are for, and where the public ones are."""
+    """Weights named by a recipe, their purpose, and the name of the public ones."""
 
-    what: str  # starts a message: "The weights of 'clip_t'"
+    what: str  # subject of error messages, such as "The weights of 'clip_t'"
     name: str  # a local path or a hub id
     public: str
 
     def locate(self, files: Sequence[str]) -> Path:
-        """The local folder or file; of a hub id, `files` are downloaded into the hub's cache.
+        """Find the local folder or file; downloads `files` of a hub id to the hub's cache.
 
         Raises:
-            AfaError: nothing is there, or the hub cannot be reached.
+            AfaError: if it does not exist, or the hub cannot be reached.
         """
         path = Path(self.name).expanduser()
         if path.exists():
@@ -105,42 +105,42 @@ class Source:
         except HUB_ERRORS as error:
             raise AfaError(
                 "AFA-METRIC-018",
-                f"{self.what} must be a local path or a hub id; '{self.name}' is no path, and "
-                f"could not be fetched from the hub ({why_not_fetched(error)}). Check name and "
-                f"network. Public ones: {self.public}.",
+                f"{self.what} must be a local path or a hub id; '{self.name}' is not a path and "
+                f"cannot be downloaded from the hub ({why_not_fetched(error)}). Check the name and "
+                f"the network. Public ones: {self.public}.",
             ) from error
 
     def file(self, names: Sequence[str], *, beside: Sequence[str] = ()) -> Path:
-        """The one file of these weights: itself, or the first of `names` in the folder.
+        """Find the file of these weights: the path itself, or the first of `names` in the folder.
 
         Args:
-            names: of the file in a folder or hub repository, the preferred one first.
-            beside: what else of the repository is needed.
+            names: file names in a folder or hub repository, in order of preference.
+            beside: other files of the repository to download.
 
         Raises:
-            AfaError: it is not there, or it is a pickle and the user has not allowed any.
+            AfaError: if it does not exist, or it is a pickle and the user has not allowed pickles.
         """
         allow_pickle = policy().allow_pickle
         wanted = [name for name in names if allow_pickle or not is_pickle(name)]
         path = self.locate([*wanted, *beside])
         if path.is_dir():
             is_refused = wanted != list(names)
-            advice = " They are a pickle, which --allow-pickle reads." if is_refused else ""
+            advice = " To read a pickle, pass --allow-pickle." if is_refused else ""
             path = self.part(path, wanted or names, advice)
         if is_pickle(path) and not allow_pickle:
             raise AfaError(
                 "AFA-METRIC-019",
                 f"{self.what} must be safetensors; '{self.name}' is a pickle, which can run code "
-                "when it is opened. Get a .safetensors file, or read its tensors alone: "
-                "--allow-pickle.",
+                "when it is opened. Get a .safetensors file, or pass --allow-pickle to read only "
+                "its tensors.",
             )
         return path
 
     def part(self, folder: Path, names: Sequence[str], advice: str = "") -> Path:
-        """The first of `names` that is in a folder of these weights.
+        """Find the first of `names` in a folder of these weights.
 
         Raises:
-            AfaError: none is; ends in `advice`.
+            AfaError: if there is none; the message ends with `advice`.
         """
         found = next((folder / name for name in names if (folder / name).is_file()), None)
         if found is None:
@@ -152,10 +152,10 @@ class Source:
         return found
 
     def tensors(self, file: Path) -> dict[str, Tensor]:
-        """The state dictionary in a file, on the CPU; a pickle's code is not run.
+        """Read the state dictionary of a file to the CPU, without running code of a pickle.
 
         Raises:
-            AfaError: the file is damaged or holds something else.
+            AfaError: if the file is damaged or contains something else.
         """
         if not is_pickle(file):
             check_safetensors(file)
@@ -165,7 +165,7 @@ class Source:
             if isinstance(content, dict):
                 content = content.get("state_dict", content)
             if not isinstance(content, dict):
-                raise Unreadable(f"it holds a {type(content).__name__} in place of tensors by name")
+                raise Unreadable(f"it contains a {type(content).__name__}, not a state dictionary")
             return {
                 key: t
                 for key, t in content.items()
@@ -173,15 +173,15 @@ class Source:
             }
 
     def loading(self) -> AbstractContextManager[None]:
-        """Turn whatever a library says of damaged or incomplete weights into one line."""
+        """Convert errors of libraries about damaged or incomplete weights to AfaError."""
         return loading(
-            f"{self.what} must be complete in '{self.name}'",
+            f"{self.what} in '{self.name}' must be complete",
             f"Download them again. Public ones: {self.public}.",
         )
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """As `loading`, where `Lacking` names a tensor that a state dictionary lacks."""
+        """Like `loading`; also converts `Lacking`."""
         with self.loading():
             try:
                 yield
@@ -196,15 +196,15 @@ class Source:
         )
 
     def model(self, model_class: Any, folder: Path | None = None, **options: Any) -> Any:
-        """A float32 model of transformers, frozen; refused where it would be filled with noise.
+        """Load a frozen float32 model of transformers without randomly initialized weights.
 
         Args:
-            model_class: that has `from_pretrained`.
-            folder: with its safetensors; None where `options` has `config` and `state_dict`.
-            options: for `from_pretrained`.
+            model_class: class with `from_pretrained`.
+            folder: folder of its safetensors; None if `options` has `config` and `state_dict`.
+            options: options of `from_pretrained`.
 
         Raises:
-            AfaError: no safetensors, or damaged or incomplete ones.
+            AfaError: if safetensors are missing, damaged or incomplete.
         """
         if folder is not None:
             check_part(folder)
@@ -230,10 +230,10 @@ class Source:
         return model.eval().requires_grad_(False)
 
     def tokenizer(self, tokenizer_class: Any, folder: Path, *, num_embeddings: int) -> Any:
-        """A tokenizer of transformers from its folder.
+        """Load a tokenizer of transformers from its folder.
 
         Raises:
-            AfaError: there is none, or it has more tokens than the model embeds.
+            AfaError: if there is none, or it has more tokens than the model.
         """
         self.part(folder, _TOKENIZER_FILES, PROCESSOR_ADVICE)
         check_part(folder)
@@ -242,7 +242,7 @@ class Source:
         if len(tokenizer) > num_embeddings:
             raise AfaError(
                 "AFA-METRIC-023",
-                f"{self.what} must be a tokenizer of the model's {num_embeddings} tokens; that in "
-                f"'{self.name}' has {len(tokenizer)}. Public ones: {self.public}.",
+                f"{self.what} must have a tokenizer of the model's {num_embeddings} tokens; that "
+                f"in '{self.name}' has {len(tokenizer)}. Public ones: {self.public}.",
             )
         return tokenizer
