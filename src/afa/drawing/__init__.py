@@ -1,1 +1,1 @@
-"""From recipes to pictures and figures, and pictures that can be made again."""
+"""Draw pictures from recipes, reproduce them, and draw figures."""

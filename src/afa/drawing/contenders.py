@@ -1,11 +1,11 @@
-"""What an ensemble's parts can draw: it itself, each expert alone, and their uniform merge."""
+"""Contenders: pipelines of an ensemble, of each of its experts, and of their uniform merge."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from afa.denoisers.kinds import build_pipeline, denoiser_of, kind_of_pipeline
-from afa.drawing.merged import merged_pipeline
+from afa.denoisers.kinds import denoiser_of, kind_of_pipeline
+from afa.drawing.merged import merged_pipeline, with_parts
 from afa.ensemble.accelerate import accelerate
 from afa.ensemble.protocol import expert_names
 from afa.ensemble.text import EnsembleTextEncoder
@@ -23,13 +23,13 @@ ENSEMBLE, MERGE = "AFA", "uniform merge"
 
 
 class Contenders:
-    """Stock pipelines of an ensemble's parts, made when they are first asked for.
+    """Pipelines of an ensemble, its experts and their merge, built on first use.
 
-    All share one autoencoder and scheduler, the ensemble's; an expert alone has its own text
-    encoders. The merge takes the memory of one more model.
+    All share the ensemble's autoencoder and scheduler. A single expert uses its own text encoders.
+    The merge needs memory for one more model.
 
     Args:
-        pipeline: with the ensemble.
+        pipeline: the pipeline of the ensemble.
     """
 
     def __init__(self, pipeline: DiffusionPipeline) -> None:
@@ -38,9 +38,9 @@ class Contenders:
 
     @property
     def names(self) -> list[str]:
-        """What can be drawn with, the ensemble last.
+        """The names of the contenders, the ensemble last.
 
-        An ensemble whose experts are not in one place, ready to run, draws alone.
+        If the experts are offloaded or on several devices, the ensemble is the only contender.
         """
         denoiser = denoiser_of(self._made[ENSEMBLE])
         is_ready = denoiser.execution.device is None and not (denoiser.devices or denoiser.exchange)
@@ -51,39 +51,42 @@ class Contenders:
     def pipeline(
         self, name: str, speed: Acceleration | Mapping[str, Any] | str = "exact"
     ) -> DiffusionPipeline:
-        """One of them, at a speed as `afa.accelerate` takes it.
+        """The pipeline of a contender.
+
+        Args:
+            name: one of `names`.
+            speed: see `afa.accelerate`.
 
         Raises:
-            AfaError: no such contender or speed.
+            AfaError: if there is no such contender or speed.
         """
         if name not in self.names:
             raise AfaError(
-                "AFA-DRAW-001", f"Pictures are drawn by {', '.join(self.names)}; came '{name}'."
+                "AFA-DRAW-001", f"drawn_by must be one of {', '.join(self.names)}; got '{name}'."
             )
         if name not in self._made:
-            self._made[name] = self._merge() if name == MERGE else self._expert(name)
+            self._made[name] = (
+                merged_pipeline(self._made[ENSEMBLE], WeightedSum(None))
+                if name == MERGE
+                else self._expert(name)
+            )
         made = self._made[name]
         return accelerate(made, speed, plan=getattr(denoiser_of(made), "plan", None))
 
     def _title(self, expert: int) -> str:
-        """An expert's name, or with its number where that is not its own alone."""
+        """The name of an expert, with its number if the name is not unique."""
         name = self._experts[expert]
         if self._experts.count(name) > 1 or name in (ENSEMBLE, MERGE):
             return f"{name} ({expert})"
         return name
 
-    def _merge(self) -> DiffusionPipeline:
-        return merged_pipeline(self._made[ENSEMBLE], WeightedSum(None))
-
     def _expert(self, name: str) -> DiffusionPipeline:
-        whole = self._made[ENSEMBLE]
+        ensemble = self._made[ENSEMBLE]
         n = [self._title(number) for number in range(len(self._experts))].index(name)
         parts = {
             part: encoder.encoders[encoder.encoder_of[n]]
-            for part, encoder in whole.components.items()
+            for part, encoder in ensemble.components.items()
             if isinstance(encoder, EnsembleTextEncoder)
         }
-        parts[kind_of_pipeline(whole).denoiser] = denoiser_of(whole).experts[n]
-        alone = build_pipeline(type(whole).__name__, {**whole.components, **parts}, whole.config)
-        alone.set_progress_bar_config(disable=True)
-        return alone
+        parts[kind_of_pipeline(ensemble).denoiser] = denoiser_of(ensemble).experts[n]
+        return with_parts(ensemble, parts)

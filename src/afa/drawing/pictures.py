@@ -1,4 +1,4 @@
-"""Pictures that carry what they were made from, and can be made again from that alone."""
+"""Draw pictures from recipes, record the recipe in the PNG, and reproduce pictures from it."""
 
 from __future__ import annotations
 
@@ -41,33 +41,32 @@ if TYPE_CHECKING:
     from afa.ensemble.denoiser import EnsembleDenoiser
     from afa.ensemble.steering import Bias
 
-_KEY = "afa"  # of the text in a PNG
+_KEY = "afa"  # of the text chunk in a PNG
 _MAX_TEXT = 1_000_000
 _MAX_PROMPT = 20_000
 
 
 class PictureRecipe(Section):
-    """All that a picture depends on, but for the machine.
+    """All inputs of a picture except the machine.
 
     Attributes:
         ensemble: a folder, or `zoo:ensemble`.
-        identity: of the ensemble, see `identity_of`.
-        drawn_by: the ensemble itself, one of its experts or their merge; see
-            `afa.drawing.contenders`.
-        prompt: what it shows.
-        negative_prompt: what it stays away from.
-        seed: of the first noise.
-        steps: of denoising.
+        identity: hash of the ensemble, see `identity_of`.
+        drawn_by: the ensemble, one of its experts or their merge; see `afa.drawing.contenders`.
+        prompt: the prompt.
+        negative_prompt: the negative prompt.
+        seed: seed of the initial noise.
+        steps: number of denoising steps.
         guidance: scale of classifier-free guidance.
-        height: in pixels, like the width.
-        bias: by expert and stage, see `afa.steer`.
-        acceleration: what is left out, settings of `afa.Acceleration`.
-        plan: of pruning, as a whole.
-        dtype: of the experts.
-        quantize: of the experts' weights, see `afa.loading.quantization`.
-        compiled: whether blocks were compiled, which changes how numbers are rounded.
-        on_nonfinite: what is done where an expert gives non-finite values; see
-            `afa.ensemble.guard`.
+        height: height in pixels.
+        width: width in pixels.
+        bias: bias by expert and stage, see `afa.steer`.
+        acceleration: settings of `afa.Acceleration`.
+        plan: the complete pruning plan.
+        dtype: dtype of the experts.
+        quantize: quantization of the experts' weights, see `afa.loading.quantization`.
+        compiled: whether blocks were compiled, which changes rounding.
+        on_nonfinite: reaction to non-finite values of an expert; see `afa.ensemble.guard`.
     """
 
     ensemble: str = Field(max_length=4096)
@@ -90,7 +89,7 @@ class PictureRecipe(Section):
 
 
 class MadeWith(Section):
-    """Where a picture was made; elsewhere the same recipe may be rounded to other pixels."""
+    """The software and machine of a picture; on others, rounding can change its pixels."""
 
     afa: str
     torch: str
@@ -101,12 +100,12 @@ class MadeWith(Section):
 
 
 class PictureText(Section):
-    """What is written into a PNG: how it was made, and a hash of what came out.
+    """The text in a PNG: how the picture was made, and the hash of its pixels.
 
     Attributes:
-        recipe: of the picture.
-        made_with: where.
-        pixels: SHA-256 of the picture, 8 bits of red, green and blue, row by row.
+        recipe: the recipe of the picture.
+        made_with: the software and the machine.
+        pixels: SHA-256 of the 8-bit RGB pixels, row by row.
     """
 
     format: Literal["afa-picture"] = "afa-picture"
@@ -117,16 +116,16 @@ class PictureText(Section):
 
 
 def picture_recipe(**fields: Any) -> PictureRecipe:
-    """A recipe of checked values.
+    """Validate the fields of a recipe.
 
     Raises:
-        AfaError: names the first that cannot be.
+        AfaError: if a field is invalid; names the first one.
     """
     try:
         return PictureRecipe.model_validate(fields)
     except ValidationError as error:
         raise AfaError(
-            "AFA-DRAW-002", f"A picture cannot be asked for so: {_first_problem(error)}."
+            "AFA-DRAW-002", f"A setting of the picture is invalid: {_first_problem(error)}."
         ) from None
 
 
@@ -139,13 +138,10 @@ def _first_problem(error: ValidationError) -> str:
 
 
 def identity_of(ensemble: EnsembleDenoiser) -> str:
-    """SHA-256 of all that decides an ensemble's pictures: experts, autoencoder, aggregators.
-
-    Experts and autoencoder are told by their own hashes.
-    """
+    """SHA-256 of an ensemble: its aggregators, and the hashes of its experts and autoencoder."""
     digest = hashlib.sha256()
-    known = ensemble.provenance
-    for reference in (*known.experts, *known.parts, known.vae):
+    sources = ensemble.provenance
+    for reference in (*sources.experts, *sources.parts, sources.vae):
         if reference is not None:
             digest.update(f"{reference.identity}\n".encode())
     for name, tensor in sorted(aggregator_tensors(ensemble).items()):
@@ -165,20 +161,21 @@ def prepare(
     on_nonfinite: str = "stop",
     **loading: Any,
 ) -> DiffusionPipeline:
-    """An ensemble that is ready to draw from a prompt.
+    """Load an ensemble and apply the settings for drawing from a prompt.
 
     Args:
         ensemble: a folder, or `zoo:ensemble`.
-        acceleration: see `afa.accelerate`, like the plan.
-        plan: of pruning.
+        acceleration: see `afa.accelerate`.
+        plan: a pruning plan, see `afa.accelerate`.
         bias: see `afa.steer`.
-        compiled: whether blocks are compiled, when the first picture is drawn.
-        cuda_graphs: whether steps are CUDA graphs, which changes no picture.
-        on_nonfinite: `mask` skips an expert where it gives non-finite values.
+        compiled: compile blocks when the first picture is drawn.
+        cuda_graphs: run steps as CUDA graphs, which does not change pictures.
+        on_nonfinite: `mask` skips an expert where it returns non-finite values; `stop` raises.
         loading: further arguments of `afa.load_ensemble`.
 
     Raises:
-        AfaError: it cannot be had, does not draw from a prompt alone, or a setting does not fit.
+        AfaError: if the ensemble cannot be loaded, needs more than a prompt, or a setting does not
+            fit.
     """
     pipeline = load_ensemble(ensemble, **loading)
     check_text_to_image(pipeline)
@@ -186,7 +183,7 @@ def prepare(
     if on_nonfinite not in get_args(OnNonFinite):
         known = ", ".join(get_args(OnNonFinite))
         raise AfaError(
-            "AFA-DRAW-003", f"on_nonfinite must be one of {known}, came '{on_nonfinite}'."
+            "AFA-DRAW-003", f"on_nonfinite must be one of {known}; got '{on_nonfinite}'."
         )
     denoiser_of(pipeline).on_nonfinite = on_nonfinite
     pipeline.set_progress_bar_config(disable=True)
@@ -195,20 +192,20 @@ def prepare(
 
 
 def prepare_again(recipe: PictureRecipe, **loading: Any) -> DiffusionPipeline:
-    """The ensemble of a recipe, or what of its parts drew the picture, ready to draw it again.
+    """Load the pipeline that drew a picture: the ensemble, an expert or the merge.
 
     Args:
-        recipe: of a picture.
+        recipe: the recipe of the picture.
         loading: further arguments of `afa.load_ensemble`.
 
     Raises:
-        AfaError: see `prepare`; or it is another one than the picture was made with.
+        AfaError: see `prepare`; or if the ensemble has changed since.
     """
     if not recipe.ensemble.startswith("zoo:") and not Path(recipe.ensemble).is_dir():
         raise AfaError(
             "AFA-DRAW-004",
-            f"The ensemble of the picture must be there; there is no folder '{recipe.ensemble}'. "
-            "Say where it is: afa generate ENSEMBLE --from-image PICTURE.",
+            f"The ensemble of the picture, '{recipe.ensemble}', does not exist. Pass its new "
+            "folder: afa generate ENSEMBLE --from-image PICTURE.",
         )
     if recipe.quantize is not None:
         loading["quantize"] = recipe.quantize
@@ -225,8 +222,9 @@ def prepare_again(recipe: PictureRecipe, **loading: Any) -> DiffusionPipeline:
     if identity_of(denoiser_of(pipeline)) != recipe.identity:
         raise AfaError(
             "AFA-DRAW-005",
-            f"The ensemble must be the one that the picture was made with; '{recipe.ensemble}' is "
-            "another one now. Name it: afa generate ENSEMBLE --from-image PICTURE.",
+            f"The ensemble '{recipe.ensemble}' is not the one that drew the picture: its experts, "
+            "autoencoder or aggregators differ. Pass that one: afa generate ENSEMBLE --from-image "
+            "PICTURE.",
         )
     if recipe.drawn_by == ENSEMBLE:
         return pipeline
@@ -234,16 +232,16 @@ def prepare_again(recipe: PictureRecipe, **loading: Any) -> DiffusionPipeline:
 
 
 def draw(pipeline: DiffusionPipeline, recipe: PictureRecipe) -> Image.Image:
-    """The picture of a recipe.
+    """Draw the picture of a recipe.
 
     Args:
-        pipeline: the ensemble, at the recipe's speed and with its bias; or any other stock
-            pipeline, to compare with.
-        recipe: prompt, noise and sampling.
+        pipeline: the ensemble with the acceleration and bias of the recipe, or any diffusers
+            pipeline to compare with.
+        recipe: prompt, seed and sampling settings.
 
     Raises:
-        AfaError: memory runs out, the prediction is not finite, see `afa.ensemble.guard`, or
-            somebody wrote into the files of weights meanwhile.
+        AfaError: if memory runs out, the prediction is not finite (see `afa.ensemble.guard`), or
+            the files of weights were changed in the meantime.
     """
     what = f"A picture of {recipe.width} x {recipe.height} pixels"
     with saying_what_fits(what, _smaller), decoded(pipeline):
@@ -264,16 +262,16 @@ def draw(pipeline: DiffusionPipeline, recipe: PictureRecipe) -> Image.Image:
 def _smaller() -> str:
     free = size_text(free_memory(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
     return (
-        f"Use --memory-budget '{free}', which is what is free, --dtype bfloat16, or a smaller "
-        "--height and --width."
+        f"Pass --memory-budget '{free}' (the free memory), --dtype bfloat16, or a smaller --height "
+        "and --width."
     )
 
 
 @contextmanager
 def on_every_call(pipeline: DiffusionPipeline, observe: Callable[[int], object]) -> Iterator[None]:
-    """Within, `observe` is told the number of each call of the denoiser, from 0, before it is made.
+    """Call `observe` with the number of each call of the denoiser, from 0, before the call.
 
-    What it raises comes out of the pipeline, which is fit for another picture then.
+    Exceptions of `observe` propagate out of the pipeline, which can be used again afterwards.
     """
     count = 0
 
@@ -290,7 +288,7 @@ def on_every_call(pipeline: DiffusionPipeline, observe: Callable[[int], object])
 
 
 def made_here(device: torch.device) -> MadeWith:
-    """This machine, drawing on a device of it."""
+    """Describe the software and this machine with the given device."""
     return MadeWith(
         afa=__version__,
         torch=torch.__version__,
@@ -305,55 +303,53 @@ def made_here(device: torch.device) -> MadeWith:
 
 
 def hash_pixels(picture: Image.Image) -> str:
-    """SHA-256 of a picture's pixels, 8 bits of red, green and blue, row by row."""
+    """SHA-256 of a picture's 8-bit RGB pixels, row by row."""
     return hashlib.sha256(picture.convert("RGB").tobytes()).hexdigest()
 
 
 def save_picture(
     picture: Image.Image, path: Path, recipe: PictureRecipe, device: torch.device
 ) -> None:
-    """Write a PNG with its recipe inside, whole or not at all.
+    """Write a PNG that contains its recipe; the write is atomic.
 
     Args:
-        picture: of the recipe.
-        path: `.png`.
-        recipe: how it was made.
-        device: on what.
+        picture: the picture.
+        path: a `.png` file.
+        recipe: the recipe of the picture.
+        device: device that drew it.
     """
     text = PictureText(recipe=recipe, made_with=made_here(device), pixels=hash_pixels(picture))
     info = PngImagePlugin.PngInfo()
-    said = {**text.model_dump(), "recipe": recipe.model_dump(mode="json", exclude_defaults=True)}
-    info.add_text(_KEY, json.dumps(said, ensure_ascii=False))
+    shown = {**text.model_dump(), "recipe": recipe.model_dump(mode="json", exclude_defaults=True)}
+    info.add_text(_KEY, json.dumps(shown, ensure_ascii=False))
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG", pnginfo=info)
     write_atomic(path, buffer.getvalue())
 
 
 def read_picture(path: Path) -> PictureText:
-    """What a PNG of `save_picture` says of itself; its pixels are not read.
+    """Read the recipe in a PNG of `save_picture`, without its pixels.
 
     Raises:
-        AfaError: no such file, no PNG, or none that says so.
+        AfaError: if the file is missing, not a PNG, or has no valid recipe.
     """
     try:
         with Image.open(path, formats=["PNG"]) as picture:
             text = picture.info.get(_KEY)
     except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
         raise AfaError(
-            "AFA-DRAW-006", f"'{path}' must be a PNG that afa has made; reading says: {error}."
+            "AFA-DRAW-006", f"'{path}' cannot be read as a PNG of afa: {error}."
         ) from None
     if not isinstance(text, str):
         raise AfaError(
             "AFA-DRAW-007",
-            f"'{path}' must be a PNG that afa has made; it does not say how it was made. Some "
-            "programs and pages drop that: take the file as it was written.",
+            f"'{path}' contains no recipe of afa. Use the original file: some programs and sites "
+            "remove PNG metadata.",
         )
     try:
         if len(text) > _MAX_TEXT:
-            raise ValueError(f"it is longer than {_MAX_TEXT} characters")
+            raise ValueError(f"it has more than {_MAX_TEXT} characters")
         return PictureText.model_validate(json.loads(text))
     except (ValidationError, ValueError, RecursionError) as error:
-        said = _first_problem(error) if isinstance(error, ValidationError) else str(error)
-        raise AfaError(
-            "AFA-DRAW-008", f"What '{path}' says of how it was made is not understood: {said}."
-        ) from None
+        problem = _first_problem(error) if isinstance(error, ValidationError) else str(error)
+        raise AfaError("AFA-DRAW-008", f"The recipe in '{path}' is invalid: {problem}.") from None

@@ -1,7 +1,7 @@
-"""Figures for people and for papers: who did what, and pictures side by side, as PNG or SVG.
+"""Draw figures of fusion weights and comparisons of pictures as PNG or SVG.
 
-Colours are Okabe and Ito's, told apart with every common kind of colour vision; where it matters
-names are written beside them. Letters in an SVG are outlines, so that it looks the same everywhere.
+The colours are the palette of Okabe and Ito, which is safe for colour blindness. Text in an SVG is
+stored as outlines, so it looks the same everywhere.
 """
 
 from __future__ import annotations
@@ -31,31 +31,32 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".svg")
 _COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D55E00", "#F0E442")
-_LEAST_AREA = 0.03  # of the picture, for a name to be written on a place
+_LEAST_AREA = 0.03  # fraction of the picture from which a region gets a label
 
 
 def expert_colours(num_experts: int) -> Tensor:
-    """One colour per expert, RGB [N, 3] in 0..1, repeated after seven."""
+    """One colour per expert, RGB [N, 3] in 0..1; colours repeat after seven."""
     from matplotlib.colors import to_rgb
 
     return torch.tensor([to_rgb(_COLOURS[n % len(_COLOURS)]) for n in range(num_experts)])
 
 
 def mix_colours(weights: Tensor) -> Tensor:
-    """Every pixel in the experts' colours, mixed by their weights [N, H, W]: RGB [H, W, 3]."""
+    """Mix the experts' colours by their weights [N, H, W] at each pixel: RGB [H, W, 3]."""
     mixed = torch.einsum("nhw,nc->hwc", weights.float(), expert_colours(len(weights)))
     return mixed.clamp(0, 1)
 
 
 def tint(picture: Image.Image, weights: Tensor, strength: float = 0.7) -> Image.Image:
-    """A picture in grey, coloured by who holds which place.
+    """Tint a greyscale picture with the experts' colours, mixed by their weights.
 
     Args:
-        picture: of any size.
-        weights: [N, H, W], enlarged to the picture.
-        strength: of the colour; 0 is the picture in grey, 1 the colours alone.
+        picture: a picture of any size.
+        weights: fusion weights [N, H, W], which are resized to the picture.
+        strength: opacity of the colours; 0 is the greyscale picture, 1 only the colours.
 
-    Returns: RGB, as large as the picture.
+    Returns:
+        An RGB picture of the same size.
     """
     from PIL import Image
 
@@ -72,14 +73,14 @@ def heat_map(
     """Draw the mean weight of each expert by site (from input to output) and step.
 
     Args:
-        shares: [steps, sites, N]; of a record, `WeightRecord.mean_share()`.
-        path: PNG or SVG, by its suffix.
-        experts: their names.
-        sites: likewise.
-        title: above all panels.
+        shares: mean weights [steps, sites, N], such as `WeightRecord.mean_share()`.
+        path: a PNG or SVG file.
+        experts: names of the experts.
+        sites: names of the sites.
+        title: title of the figure.
 
     Raises:
-        AfaError: another suffix, or names that do not fit.
+        AfaError: if the suffix is not supported, or the numbers of names and shares differ.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -87,8 +88,8 @@ def heat_map(
     if shares.shape[1:] != (len(sites), len(experts)):
         raise AfaError(
             "AFA-DRAW-009",
-            f"The shares must be of {len(sites)} sites and {len(experts)} experts, came "
-            f"{list(shares.shape)}.",
+            f"The shares must have the shape [steps, {len(sites)}, {len(experts)}] (sites, "
+            f"experts); got {list(shares.shape)}.",
         )
     figure = Figure(
         figsize=(1.9 + 2.4 * len(experts), 1.2 + 0.2 * len(sites)), layout="constrained"
@@ -118,17 +119,17 @@ def heat_map(
 def overlay(
     picture: Image.Image, weights: Tensor, path: Path, *, experts: Sequence[str], title: str = ""
 ) -> None:
-    """Draw a picture, who holds which place of it, and each expert's weights alone.
+    """Draw a picture, an overlay of all experts' weights, and a map of each expert's weights.
 
     Args:
-        picture: that the weights are of.
-        weights: [N, H, W], of a step and site or the mean of some.
-        path: PNG or SVG, by its suffix.
-        experts: their names.
-        title: above all panels.
+        picture: the picture.
+        weights: its fusion weights [N, H, W] at a step and site, or a mean.
+        path: a PNG or SVG file.
+        experts: names of the experts.
+        title: title of the figure.
 
     Raises:
-        AfaError: another suffix.
+        AfaError: if the suffix is not supported.
     """
     from matplotlib.figure import Figure
 
@@ -137,7 +138,7 @@ def overlay(
     axes[0].imshow(picture)
     axes[0].set_title("picture", fontsize=9)
     axes[1].imshow(tint(picture, weights))
-    axes[1].set_title("who did what", fontsize=9)
+    axes[1].set_title("fusion weights", fontsize=9)
     _outline(axes[1], weights, picture.size, experts)
     for n, expert in enumerate(experts):
         panel = axes[n + 2]
@@ -154,26 +155,26 @@ def overlay(
 
 
 def _outline(axis: Axes, weights: Tensor, size: tuple[int, int], experts: Sequence[str]) -> None:
-    """Lines where another expert begins to lead, and the name of each where it leads the most."""
+    """Draw the borders of regions in which an expert has the largest weight, and its name."""
     height, width = weights.shape[-2:]
     scale = (size[0] / width, size[1] / height)
     leader = weights.float().argmax(0)
     rows = (torch.arange(height) + 0.5) * scale[1] - 0.5
     columns = (torch.arange(width) + 0.5) * scale[0] - 0.5
     for n, expert in enumerate(experts):
-        led = (leader == n).float()
-        area = float(led.mean())
+        region = (leader == n).float()
+        area = float(region.mean())
         if area < _LEAST_AREA:
             continue
         if area < 1:
-            grid = (columns.numpy(), rows.numpy(), led.numpy())
+            grid = (columns.numpy(), rows.numpy(), region.numpy())
             axis.contour(*grid, levels=[0.5], colors="white", linewidths=1)
-        # far inside of what it leads, and clear of the borders
-        inside = F.avg_pool2d(led[None, None], 2 * (height // 8) + 1, 1, height // 8)[0, 0]
-        place = int((inside * led).argmax())
+        # put the label well inside the region, and away from the edges of the picture
+        inside = F.avg_pool2d(region[None, None], 2 * (height // 8) + 1, 1, height // 8)[0, 0]
+        pixel = int((inside * region).argmax())
         axis.text(
-            float(columns[place % width].clamp(0.15 * size[0], 0.85 * size[0])),
-            float(rows[place // width].clamp(0.08 * size[1], 0.92 * size[1])),
+            float(columns[pixel % width].clamp(0.15 * size[0], 0.85 * size[0])),
+            float(rows[pixel // width].clamp(0.08 * size[1], 0.92 * size[1])),
             plain(textwrap.shorten(expert, 16, placeholder="...")),
             ha="center",
             va="center",
@@ -191,32 +192,34 @@ def filmstrip(
     titles: Sequence[str] | None = None,
     num_steps: int = 5,
 ) -> None:
-    """Draw who held which place at which step, mean over all sites, one row per picture.
+    """Draw maps of the fusion weights at several steps, one row per picture.
 
-    Every pixel has the experts' colours mixed by their weights; the last column is the mean over
-    the steps, with each expert's share of the whole picture beneath.
+    Pixels show the experts' colours, mixed by their weights, averaged over all sites. The last
+    column is the mean over the steps, with each expert's share of the picture below.
 
     Args:
-        record: of the run that made `pictures`, all in one batch.
-        pictures: in the order of their prompts.
-        path: PNG or SVG, by its suffix.
-        experts: their names, for the legend.
-        titles: one per picture.
-        num_steps: how many steps to show, evenly spaced.
+        record: the record of the run that drew `pictures` in one batch.
+        pictures: the pictures, in the order of their prompts.
+        path: a PNG or SVG file.
+        experts: names of the experts, for the legend.
+        titles: one title per picture.
+        num_steps: number of evenly spaced steps to show.
 
     Raises:
-        AfaError: another suffix, a record without weights, or one of another run.
+        AfaError: if the suffix is not supported, or the record does not fit the pictures.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     if not record.steps or len(next(iter(record.steps[0].weights.values()))) < len(pictures):
         raise AfaError(
-            "AFA-DRAW-010", "The record must hold the weights of the run that made these pictures."
+            "AFA-DRAW-010",
+            f"The record must contain the weights of the run that drew these {len(pictures)} "
+            "pictures. Draw them within one afa.record_weights block.",
         )
-    places = torch.linspace(0, len(record.steps) - 1, min(num_steps, len(record.steps)))
-    shown = [int(place) for place in places.round()]
-    # with guidance the prompts are the second half of the batch
+    spaced = torch.linspace(0, len(record.steps) - 1, min(num_steps, len(record.steps)))
+    shown = [int(step) for step in spaced.round()]
+    # with guidance, the conditional samples are the second half of the batch
     maps = torch.stack([record.mean_map(s, 64)[-len(pictures) :] for s in range(len(record.steps))])
     rows, columns = len(pictures), len(shown) + 2
     figure = Figure(figsize=(1.5 * columns, 1.9 * rows + 0.5), layout="constrained")
@@ -250,24 +253,25 @@ def comparison(
     bold: Sequence[str] = (),
     dpi: int = 130,
 ) -> None:
-    """Draw pictures side by side: ways to draw (rows) by prompts (columns).
+    """Draw pictures side by side: methods (rows) by prompts (columns).
 
     Args:
-        rows: the pictures of each way, in the order of the prompts.
+        rows: the pictures of each method, in the order of the prompts.
         columns: the prompts.
-        path: PNG or SVG, by its suffix.
-        bold: the rows whose names stand out.
-        dpi: dots of a PNG per inch; a picture is 1.35 wide.
+        path: a PNG or SVG file.
+        bold: methods whose names are bold.
+        dpi: dots per inch of a PNG; a picture is 1.35 inches wide.
 
     Raises:
-        AfaError: another suffix, no prompt, or a row of another length.
+        AfaError: if the suffix is not supported, there is no prompt, or a row has another length.
     """
     from matplotlib.figure import Figure
 
     if not columns or any(len(pictures) != len(columns) for pictures in rows.values()):
         raise AfaError(
             "AFA-DRAW-011",
-            f"A comparison must have {len(columns) or 'some'} pictures in every row.",
+            f"A comparison requires one picture per prompt in each row; got {len(columns)} prompts "
+            f"and rows of {', '.join(str(len(pictures)) for pictures in rows.values())}.",
         )
     left, top = 1.7, 0.9
     width, height = 1.35 * len(columns) + left, 1.35 * len(rows) + top
@@ -296,23 +300,23 @@ def comparison(
 
 
 def plain(text: str) -> str:
-    """A text that is drawn as it is, not set as mathematics."""
+    """Escape a text so that matplotlib does not typeset it as mathematics."""
     return text.replace("$", r"\$")
 
 
 def save_figure(figure: Figure, path: Path, dpi: int = 130) -> None:
-    """Write a figure whole or not at all, as PNG or SVG by its suffix.
+    """Write a figure atomically as PNG or SVG.
 
     Raises:
-        AfaError: another suffix.
+        AfaError: if the suffix is not supported.
     """
     if path.suffix.lower() not in SUFFIXES:
         raise AfaError(
-            "AFA-DRAW-012", f"A figure must be {' or '.join(SUFFIXES)}, came '{path.name}'."
+            "AFA-DRAW-012", f"A figure must be {' or '.join(SUFFIXES)}; got '{path.name}'."
         )
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        # letters that the font lacks are drawn as boxes, which is all that can be done
+        # the font draws boxes for missing glyphs, and there is no better fallback
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         figure.savefig(buffer, dpi=dpi, format=path.suffix.lower().removeprefix("."))
     write_atomic(path, buffer.getvalue())
