@@ -125,7 +125,7 @@ def screenshots(folder: Path) -> None:
             page.click("#draw")
             done(page, "5 pictures,")
             shoot("compare")
-            page.get_by_role("tab", name="Who did what").click()
+            page.get_by_role("tab", name="Fusion weights").click()
             page.wait_for_timeout(1500)
             step = page.locator("#step input[type=number]")
             step.fill("8")

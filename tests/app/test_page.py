@@ -155,7 +155,7 @@ def test_a_picture_of_another_precision_comes_out_again(
 def test_who_did_what_follows_step_site_and_clicks(tab: Any) -> None:
     only(tab, "AFA")
     draw(tab, "1 picture,")
-    turn_to(tab, "Who did what")
+    turn_to(tab, "Fusion weights")
     whole = changed(tab, "legend", "animals", "")
     number(tab, "step", 1)
     first = changed(tab, "legend", "animals", whole)
@@ -181,7 +181,7 @@ def test_steering_changes_the_picture_and_its_settings_come_back(tab: Any) -> No
     sync_api.expect(tab.locator("#cancel")).to_be_enabled()
     status(tab, "2 pictures,")
     assert picture(tab, "steered-0").tobytes() != picture(tab, "steered-1").tobytes()
-    tab.get_by_role("button", name="Back to 0").click()
+    tab.get_by_role("button", name="Reset to 0").click()
     sync_api.expect(tab.locator("#bias-1 input[type=number]")).to_have_value("0")
     turn_to(tab, "History")
     tab.locator("#gallery .thumbnail-lg").nth(3).click()
@@ -198,7 +198,7 @@ def test_cancel_really_stops(tab: Any) -> None:
     tab.click("#draw")
     status(tab, "of 150")
     tab.click("#cancel")
-    status(tab, "Stopped; 0 of the pictures")
+    status(tab, "Stopped after 0 of 1 pictures")
     only(tab, "animals")
     draw(tab, "1 picture,", steps=1)
 
@@ -238,7 +238,7 @@ def test_a_failure_is_shown_and_the_page_goes_on(tab: Any) -> None:
 
 def test_mistakes_are_told(tab: Any) -> None:
     only(tab)
-    draw(tab, "Somebody must draw")
+    draw(tab, "AFA-APP-001")
     only(tab, "AFA")
     draw(tab, "at most 20000 characters", prompt="a" * 20_001)
 
@@ -247,7 +247,7 @@ def test_a_prompt_is_never_a_part_of_the_page(tab: Any) -> None:
     evil = "<img src=x onerror=\"document.title='gone'\"><script>document.title='gone'</script>"
     only(tab, "AFA")
     draw(tab, "1 picture,", prompt=evil, steps=2)
-    for name in ("Who did what", "History"):
+    for name in ("Fusion weights", "History"):
         turn_to(tab, name)
         time.sleep(1)
     tab.locator("#gallery .thumbnail-lg").first.click()
@@ -259,6 +259,6 @@ def test_a_prompt_is_never_a_part_of_the_page(tab: Any) -> None:
 def test_it_fits_a_telephone(browser: Any, address: str) -> None:
     with opened(browser, address, width=390) as page:
         draw(page, "5 pictures,", steps=2)
-        for name in ("Compare", "Who did what", "Steer", "History"):
+        for name in ("Compare", "Fusion weights", "Steer", "History"):
             turn_to(page, name)
             assert page.evaluate("document.documentElement.scrollWidth") <= 390

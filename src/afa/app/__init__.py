@@ -1,5 +1,5 @@
-"""The page of `afa app`: pictures side by side, who did what, steering, and what was drawn before.
+"""The page of `afa app`: comparison of pictures, fusion weights, steering and history.
 
-`drawing` draws in a thread that can be stopped, `views` makes what is seen of a picture, `layout`
-is what there is on the page and `page` what it does, `server` serves it.
+`drawing` draws in a thread that can be stopped, `views` renders pictures and texts, `layout`
+defines the controls, `page` handles events and `server` serves the page.
 """

@@ -1,4 +1,4 @@
-"""Drawing in a thread of its own, that tells how far it is and can be stopped at any site."""
+"""Draw in a separate thread that reports progress and can be stopped at any site."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 
 class Stopped(Exception):
-    """Somebody has asked for the work to end."""
+    """The work was cancelled."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a picture is: so many of its steps are done."""
+    """The number of finished steps of a picture."""
 
     recipe: PictureRecipe
     step: int
@@ -38,7 +38,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A picture that is finished, what it took, and, of the ensemble, the fusion weights."""
+    """A finished picture, its duration, and the fusion weights if the ensemble drew it."""
 
     recipe: PictureRecipe
     picture: Image.Image
@@ -47,10 +47,10 @@ class Drawn:
 
 
 class Studio:
-    """Draws pictures with an ensemble and its parts, one at a time.
+    """Draws pictures with an ensemble, its experts and their merge, one at a time.
 
     Args:
-        pipeline: with the ensemble.
+        pipeline: the pipeline of the ensemble.
     """
 
     def __init__(self, pipeline: DiffusionPipeline) -> None:
@@ -63,17 +63,17 @@ class Studio:
     ) -> Iterator[Progress | Drawn]:
         """Draw pictures one after another.
 
-        The work is done in a thread; where the iterator is closed before its end, that ends at the
-        next site.
+        A thread does the work. Closing the iterator early stops it at the next site.
 
         Args:
-            recipes: of the pictures.
-            stop: set by whoever wants the work to end.
+            recipes: the recipes of the pictures.
+            stop: event that cancels the work.
 
-        Yields: progress at every step, and every picture as soon as it is finished.
+        Yields:
+            The progress at each step, and each finished picture.
 
         Raises:
-            Stopped: `stop` was set.
+            Stopped: if `stop` was set.
         """
         events: queue.Queue[Progress | Drawn | BaseException | None] = queue.Queue()
 
@@ -99,7 +99,7 @@ class Studio:
     def _drawn(
         self, recipe: PictureRecipe, stop: threading.Event, events: queue.Queue[Any]
     ) -> Drawn:
-        _require_going_on(stop)
+        _raise_if_stopped(stop)
         pipeline = self.contenders.pipeline(recipe.drawn_by, recipe.acceleration)
         denoiser = denoiser_of(self.pipeline)
         is_ensemble = recipe.drawn_by == ENSEMBLE
@@ -107,13 +107,13 @@ class Studio:
             steer(self.pipeline, recipe.bias)
 
         def at_step(step: int) -> None:
-            _require_going_on(stop)
+            _raise_if_stopped(stop)
             events.put(Progress(recipe, min(step, recipe.steps)))
 
         started = time.perf_counter()
         with (
             record_weights(denoiser) as record,
-            observed(denoiser, lambda *_: _require_going_on(stop), immediately=True),
+            observed(denoiser, lambda *_: _raise_if_stopped(stop), immediately=True),
             on_every_call(pipeline, at_step),
         ):
             picture = draw(pipeline, recipe)
@@ -121,6 +121,6 @@ class Studio:
         return Drawn(recipe, picture, seconds, record.last() if is_ensemble else None)
 
 
-def _require_going_on(stop: threading.Event) -> None:
+def _raise_if_stopped(stop: threading.Event) -> None:
     if stop.is_set():
         raise Stopped

@@ -1,4 +1,4 @@
-"""What is on the page: controls beside four tabs; what they do is in `page`."""
+"""The controls and the four tabs of the page; `page` handles their events."""
 
 from __future__ import annotations
 
@@ -34,15 +34,16 @@ CSS = """
 
 
 @dataclass(frozen=True)
-class Usual:
-    """What the controls say at first.
+class Defaults:
+    """Initial values of the controls.
 
     Attributes:
-        prompt: an example.
-        steps: of denoising.
+        prompt: an example prompt.
+        steps: number of denoising steps.
         guidance: scale of classifier-free guidance.
-        height: in pixels, like the width.
-        multiple: what both must be multiples of.
+        height: height in pixels.
+        width: width in pixels.
+        multiple: step of height and width in pixels.
     """
 
     prompt: str
@@ -55,7 +56,7 @@ class Usual:
 
 @dataclass(frozen=True)
 class Slot:
-    """A place for a picture, and what stands beneath it."""
+    """A picture and its caption."""
 
     name: str
     image: gr.Image
@@ -63,11 +64,13 @@ class Slot:
 
 
 class Controls:
-    """What is drawn, by whom, and how."""
+    """Prompt, contenders and sampling settings."""
 
-    def __init__(self, usual: Usual, names: Sequence[str]) -> None:
-        self.prompt = gr.Textbox(usual.prompt, label="Prompt", lines=2, elem_id="prompt")
-        self.who = gr.CheckboxGroup(list(names), value=list(names), label="Drawn by", elem_id="who")
+    def __init__(self, defaults: Defaults, names: Sequence[str]) -> None:
+        self.prompt = gr.Textbox(defaults.prompt, label="Prompt", lines=2, elem_id="prompt")
+        self.contenders = gr.CheckboxGroup(
+            list(names), value=list(names), label="Drawn by", elem_id="who"
+        )
         with gr.Row():
             self.go = gr.Button("Draw", variant="primary", elem_id="draw", min_width=100)
             self.cancel = gr.Button(
@@ -76,26 +79,26 @@ class Controls:
         self.status = gr.HTML(elem_id="status", elem_classes=["afa-status", "afa-small"])
         with gr.Row():
             self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
-            self.dice = gr.Button("Another seed", size="sm")
-        self.steps = gr.Slider(1, MAX_STEPS, usual.steps, step=1, label="Steps", elem_id="steps")
-        self.guidance = gr.Slider(0, 20, usual.guidance, step=0.1, label="Guidance")
+            self.dice = gr.Button("Random seed", size="sm")
+        self.steps = gr.Slider(1, MAX_STEPS, defaults.steps, step=1, label="Steps", elem_id="steps")
+        self.guidance = gr.Slider(0, 20, defaults.guidance, step=0.1, label="Guidance")
         with gr.Accordion("More", open=False):
-            self.negative = gr.Textbox("", label="What to stay away from")
+            self.negative = gr.Textbox("", label="Negative prompt")
             self.speed = gr.Radio(list(PRESETS), value="exact", label="Speed")
-            size: dict[str, Any] = {"step": usual.multiple, "minimum": usual.multiple}
+            size: dict[str, Any] = {"step": defaults.multiple, "minimum": defaults.multiple}
             size["maximum"] = MAX_PIXELS
-            self.height = gr.Slider(value=usual.height, label="Height", **size)
-            self.width = gr.Slider(value=usual.width, label="Width", **size)
+            self.height = gr.Slider(value=defaults.height, label="Height", **size)
+            self.width = gr.Slider(value=defaults.width, label="Width", **size)
 
     @property
     def sampling(self) -> list[Any]:
-        """What a recipe is made of, in this order: see `Page._read`."""
+        """The controls of a recipe, in the order that `Page._read` expects."""
         first = [self.prompt, self.negative, self.seed, self.steps, self.guidance]
         return [*first, self.speed, self.height, self.width]
 
 
-class WhoDidWhat:
-    """A picture's fusion weights, by step and site."""
+class FusionWeights:
+    """The fusion weights of a picture by step and site."""
 
     def __init__(self, experts: Sequence[str]) -> None:
         self.title = gr.HTML(
@@ -104,7 +107,7 @@ class WhoDidWhat:
         with gr.Row():
             with gr.Column(min_width=280):
                 self.map = gr.Image(
-                    label="Click a place for its numbers",
+                    label="Click on the picture for the weights there",
                     type="pil",
                     interactive=False,
                     elem_id="map",
@@ -114,7 +117,7 @@ class WhoDidWhat:
                 self.legend = gr.HTML(elem_id="legend", elem_classes="afa-small")
                 self.numbers = gr.HTML(elem_id="numbers", elem_classes="afa-small")
             with gr.Column(min_width=280):
-                label = "Step (0: the mean of all)"
+                label = "Step (0: mean of all steps)"
                 self.step = gr.Slider(0, 1, 0, step=1, label=label, elem_id="step")
                 self.site = gr.Dropdown([views.ALL_SITES], label="Site", elem_id="site")
                 colours = dict(zip(experts, views.hex_colours(len(experts)), strict=False))
@@ -127,22 +130,22 @@ class WhoDidWhat:
                     title="Mean share of the picture, by step",
                     height=240,
                 )
-        self.alone = slots(experts, "weights")
+        self.maps = slots(experts, "weights")
 
     @property
     def seen(self) -> list[Any]:
-        """What depends on step and site."""
-        alone = [part for slot in self.alone for part in (slot.image, slot.caption)]
-        return [self.map, self.legend, self.numbers, *alone]
+        """The components that depend on step and site."""
+        maps = [part for slot in self.maps for part in (slot.image, slot.caption)]
+        return [self.map, self.legend, self.numbers, *maps]
 
 
 class Steering:
-    """How much is leant on which expert."""
+    """Biases of the experts."""
 
     def __init__(self, experts: Sequence[str]) -> None:
         gr.Markdown(
-            "Lean on an expert, or away from it, and draw: the ensemble decides where, you how "
-            "much. +1 makes its odds 2.7 times what they are; 0 changes nothing."
+            "Bias the fusion towards an expert (positive) or away from it (negative), and draw. +1 "
+            "multiplies the odds of the expert by 2.7 at every pixel; 0 has no effect."
         )
 
         def slider(label: str, name: str) -> gr.Slider:
@@ -151,24 +154,24 @@ class Steering:
         with gr.Row():
             everywhere = [slider(name, f"bias {n}") for n, name in enumerate(experts)]
         by_stage = []
-        with gr.Accordion("By stage of the network, beside that", open=False):
+        with gr.Accordion("By stage of the network (added to the values above)", open=False):
             for n, name in enumerate(experts):
                 with gr.Row():
                     by_stage += [slider(f"{name}: {part}", f"bias {n} {part}") for part in STAGES]
-        #: for the whole network, by expert; then by expert and stage
+        #: one per expert for the whole network, then one per expert and stage
         self.biases = [*everywhere, *by_stage]
         with gr.Row():
             self.go = gr.Button("Draw with and without", variant="primary", elem_id="steer")
-            self.level = gr.Button("Back to 0")
+            self.reset = gr.Button("Reset to 0")
         self.without, self.steered = slots(["without", "with"], "steered")
 
 
 class History:
-    """What was drawn before."""
+    """The pictures of the session."""
 
     def __init__(self) -> None:
         self.gallery = gr.Gallery(
-            label="What was drawn in this session",
+            label="Pictures of this session",
             show_label=False,
             columns=6,
             height="auto",
@@ -180,23 +183,23 @@ class History:
         with gr.Row():
             self.download = gr.DownloadButton("Download", elem_id="download", interactive=False)
             self.use = gr.Button("Use these settings", interactive=False, elem_id="use")
-            self.look = gr.Button("Who did what", interactive=False, elem_id="look")
-        self.details = gr.Code(label="All it was made from", language="json", interactive=False)
+            self.look = gr.Button("Fusion weights", interactive=False, elem_id="look")
+        self.details = gr.Code(label="Recipe of the picture", language="json", interactive=False)
 
 
 class Layout:
-    """The whole page, for an ensemble's experts and all that can draw; inside of a `Blocks`."""
+    """The page; must be created inside a `Blocks`. `names` are the contenders."""
 
-    def __init__(self, usual: Usual, experts: Sequence[str], names: Sequence[str]) -> None:
-        gr.Markdown("# afa: several experts, one picture")
+    def __init__(self, defaults: Defaults, experts: Sequence[str], names: Sequence[str]) -> None:
+        gr.Markdown("# afa: one generator from several experts")
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
-                self.controls = Controls(usual, names)
+                self.controls = Controls(defaults, names)
             with gr.Column(scale=3, min_width=320), gr.Tabs() as self.tabs:
                 with gr.Tab("Compare"):
                     self.compare = {slot.name: slot for slot in slots(names, "picture")}
-                with gr.Tab("Who did what", id="who"):
-                    self.who = WhoDidWhat(experts)
+                with gr.Tab("Fusion weights", id="who"):
+                    self.weights = FusionWeights(experts)
                 with gr.Tab("Steer"):
                     self.steering = Steering(experts)
                 with gr.Tab("History"):
@@ -204,7 +207,7 @@ class Layout:
 
 
 def slots(names: Sequence[str], kind: str) -> list[Slot]:
-    """Places for pictures side by side, as many in a row as there is room for."""
+    """Create empty pictures side by side in a row that wraps."""
     made = []
     with gr.Row(elem_classes="afa-pictures"):
         for n, name in enumerate(names):

@@ -1,11 +1,11 @@
-"""The page: what happens when something is clicked; `layout` is what there is to be clicked."""
+"""The page and its event handlers; `layout` defines the controls."""
 
 from __future__ import annotations
 
 import logging
 import secrets
 import threading
-from collections.abc import Iterator  # gradio reads the handlers' annotations
+from collections.abc import Iterator  # gradio evaluates the annotations of handlers
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ import gradio as gr
 
 from afa.app import views
 from afa.app.drawing import Drawn, Stopped
-from afa.app.layout import MAX_PIXELS, MAX_STEPS, Layout, Slot, Usual
+from afa.app.layout import MAX_PIXELS, MAX_STEPS, Defaults, Layout, Slot
 from afa.app.views import Entry
 from afa.denoisers.kinds import denoiser_of
 from afa.drawing.contenders import ENSEMBLE
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from afa.drawing.pictures import PictureRecipe
     from afa.ensemble.recording import WeightRecord
 
-#: so many pictures of a session keep their fusion weights, which are large
+#: maximum number of pictures per session that keep their fusion weights, which are large
 _MAX_RECORDS = 8
 _ZOO = ("a fox on the left and a pizza on the right, blue background", 20, 3.0)
 _OTHER = ("a fox in the snow", 30, 7.5)
@@ -44,13 +44,13 @@ _log = logging.getLogger(__name__)
 
 
 class Page:
-    """The page of one ensemble; `blocks` is what is served.
+    """The page of one ensemble; `blocks` is the gradio app.
 
     Args:
-        studio: that draws.
-        ensemble: its folder, or `zoo:ensemble`.
-        folder: for the pictures of all sessions, which is gone when the page is.
-        keep: where every picture is written to besides; None keeps none.
+        studio: draws the pictures.
+        ensemble: folder of the ensemble, or `zoo:ensemble`.
+        folder: temporary folder for the pictures of all sessions.
+        keep: additional folder for all pictures; None keeps none.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Page:
         denoiser = denoiser_of(studio.pipeline)
         self._identity = identity_of(denoiser)
         self._experts = expert_names(denoiser)
-        #: what a bias calls them: by number where a name is not one's own
+        #: names of the experts in a bias; a number if the name is not unique
         self._keys = [
             name if self._experts.count(name) == 1 else str(n)
             for n, name in enumerate(self._experts)
@@ -75,20 +75,20 @@ class Page:
         pipeline, experts = self._studio.pipeline, self._experts
         prompt, steps, guidance = _ZOO if self._ensemble.startswith("zoo:") else _OTHER
         size = native_resolution(pipeline)
-        usual = Usual(prompt, steps, guidance, *size, size_multiple(pipeline))
+        defaults = Defaults(prompt, steps, guidance, *size, size_multiple(pipeline))
         with gr.Blocks(title="afa", analytics_enabled=False) as blocks:
             self._history, self._shown, self._picked = gr.State([]), gr.State(None), gr.State(None)
-            self._on = Layout(usual, experts, self._studio.contenders.names)
+            self._on = Layout(defaults, experts, self._studio.contenders.names)
             self._connect()
             blocks.unload(self._leave)
         return blocks
 
     def _connect(self) -> None:
-        controls, who, steering = self._on.controls, self._on.who, self._on.steering
+        controls, weights, steering = self._on.controls, self._on.weights, self._on.steering
         history, sampling = self._on.history, self._on.controls.sampling
         states = [self._history, self._shown]
         changed = [controls.status, controls.go, steering.go, controls.cancel, history.gallery]
-        # one at a time, whoever asks; the others see their place in the queue
+        # one drawing at a time over all sessions; the others see their position in the queue
         drawing: dict[str, Any] = {
             "concurrency_limit": 1,
             "concurrency_id": "draw",
@@ -97,7 +97,7 @@ class Page:
         gr.on(
             [controls.go.click, controls.prompt.submit],
             self._draw_all,
-            [self._history, controls.who, *sampling, *steering.biases],
+            [self._history, controls.contenders, *sampling, *steering.biases],
             [*changed, *states, *_parts(self._on.compare.values())],
             **drawing,
         )
@@ -111,14 +111,16 @@ class Page:
         controls.cancel.click(self._stop, None, controls.status, **quick)
         controls.dice.click(lambda: secrets.randbelow(MAX_SEED), None, controls.seed, **quick)
         zeros = [0] * len(steering.biases)
-        steering.level.click(lambda: zeros, None, steering.biases, **quick)
-        place = [self._history, self._shown, who.step, who.site]
-        turned = [who.title, who.step, who.site, who.shares, *who.seen]
-        self._shown.change(self._turn_to, states, turned, **quick)
-        who.step.change(self._see, place, who.seen, **quick, trigger_mode="always_last")
-        who.site.change(self._see, place, who.seen, **quick)
-        who.site.change(self._see_shares, place, who.shares, **quick)
-        who.map.select(self._point, place, who.numbers, **quick)
+        steering.reset.click(lambda: zeros, None, steering.biases, **quick)
+        selected = [self._history, self._shown, weights.step, weights.site]
+        opened = [weights.title, weights.step, weights.site, weights.shares, *weights.seen]
+        self._shown.change(self._show_weights, states, opened, **quick)
+        weights.step.change(
+            self._update_maps, selected, weights.seen, **quick, trigger_mode="always_last"
+        )
+        weights.site.change(self._update_maps, selected, weights.seen, **quick)
+        weights.site.change(self._update_shares, selected, weights.shares, **quick)
+        weights.map.select(self._numbers_at, selected, weights.numbers, **quick)
         picked = [self._picked, history.details, history.download, history.use, history.look]
         history.gallery.select(self._pick, self._history, picked, **quick)
         used = [*sampling, *steering.biases]
@@ -133,28 +135,28 @@ class Page:
     # -- drawing ------------------------------------------------------------------------------
 
     def _draw_all(
-        self, request: gr.Request, history: list[Entry], who: list[str], *values: Any
+        self, request: gr.Request, history: list[Entry], chosen: list[str], *values: Any
     ) -> Iterator[dict[Any, Any]]:
-        """Draw with everybody who is ticked, the ensemble with its bias."""
+        """Draw with all selected contenders; the bias applies to the ensemble."""
         fields, bias = self._read(values)
-        places = self._on.compare
-        yield {part: value for slot in places.values() for part, value in _cleared(slot).items()}
+        slots = self._on.compare
+        yield {part: value for slot in slots.values() for part, value in _cleared(slot).items()}
 
         def wanted() -> list[tuple[Slot, PictureRecipe]]:
-            names = [name for name in places if name in who]
+            names = [name for name in slots if name in chosen]
             if not names:
-                raise AfaError(
-                    "AFA-APP-001", "Somebody must draw: tick at least one under 'Drawn by'."
-                )
-            own = {ENSEMBLE: bias}
-            return [(places[n], self._recipe(fields, n, own.get(n, {}))) for n in names]
+                raise AfaError("AFA-APP-001", "Nothing to draw. Select at least one 'Drawn by'.")
+            return [
+                (slots[name], self._recipe(fields, name, bias if name == ENSEMBLE else {}))
+                for name in names
+            ]
 
         yield from self._draw(request, history, wanted)
 
     def _draw_both(
         self, request: gr.Request, history: list[Entry], *values: Any
     ) -> Iterator[dict[Any, Any]]:
-        """Draw with the ensemble, without its bias and with it."""
+        """Draw with the ensemble, without and with the bias."""
         fields, bias = self._read(values)
         pairs: list[tuple[Slot, Any]] = [
             (self._on.steering.without, {}),
@@ -163,7 +165,7 @@ class Page:
         yield {part: value for slot, _ in pairs for part, value in _cleared(slot).items()}
 
         def wanted() -> list[tuple[Slot, PictureRecipe]]:
-            return [(slot, self._recipe(fields, ENSEMBLE, own)) for slot, own in pairs]
+            return [(slot, self._recipe(fields, ENSEMBLE, used)) for slot, used in pairs]
 
         yield from self._draw(request, history, wanted)
 
@@ -173,22 +175,22 @@ class Page:
         history: list[Entry],
         wanted: Callable[[], list[tuple[Slot, PictureRecipe]]],
     ) -> Iterator[dict[Any, Any]]:
-        """Draw pictures, show each as soon as it is finished, and say what goes wrong."""
+        """Draw pictures, show each one when it is finished, and show errors."""
         session, stop, done = str(request.session_hash), threading.Event(), 0
         self._stops[session] = stop
         history, status = list(history), self._on.controls.status
         yield {status: views.note("Starting"), **self._buttons(is_busy=True)}
         try:
-            asked = wanted()
-            warnings = self._warnings(asked[0][1])
+            planned = wanted()
+            warnings = self._warnings(planned[0][1])
             if warnings:
                 yield {status: views.warned("Starting", warnings)}
-            for event in self._studio.draw([recipe for _, recipe in asked], stop):
-                slot, recipe = asked[done]
+            for event in self._studio.draw([recipe for _, recipe in planned], stop):
+                slot, recipe = planned[done]
                 if not isinstance(event, Drawn):
                     yield {
                         status: views.progress(
-                            slot.name, done, len(asked), event.step, recipe.steps
+                            slot.name, done, len(planned), event.step, recipe.steps
                         )
                     }
                     continue
@@ -206,27 +208,27 @@ class Page:
                 yield update
             seconds = sum(entry.seconds for entry in history[len(history) - done :])
             drawn = f"{done} {'picture' if done == 1 else 'pictures'}, {seconds:.1f} s"
-            said = views.warned(drawn, warnings)
+            result = views.warned(drawn, warnings)
         except Stopped:
-            said = views.note(f"Stopped; {done} of the pictures were finished.")
+            result = views.note(f"Stopped after {done} of {len(planned)} pictures.")
         except AfaError as error:
-            said = views.complaint(f"{error} ({error.code})")
+            result = views.complaint(f"{error} ({error.code})")
         except Exception as error:
             _log.exception("drawing failed")
             what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            said = views.complaint(f"Drawing failed. {what} The whole message is in the terminal.")
+            result = views.complaint(f"Drawing failed: {what} See the terminal for details.")
         finally:
             self._stops.pop(session, None)
-        yield {status: said, **self._buttons(is_busy=False)}
+        yield {status: result, **self._buttons(is_busy=False)}
 
     def _warnings(self, recipe: PictureRecipe) -> list[str]:
-        """What the text encoders do not read; equal for all who draw the same prompt."""
+        """Warnings of prompts that the text encoders truncate; equal for all contenders."""
         return warnings_for(
             self._studio.pipeline, [recipe.prompt], recipe.negative_prompt, recipe.guidance
         )
 
     def _read(self, values: Sequence[Any]) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
-        """What the controls say: fields of a recipe, and the bias."""
+        """Convert the values of the controls to fields of a recipe and a bias."""
         names = ("prompt", "negative_prompt", "seed", "steps", "guidance")
         *sampling, speed, height, width = values[: -len(self._on.steering.biases)]
         fields = dict(zip(names, sampling, strict=True))
@@ -246,13 +248,19 @@ class Page:
     def _recipe(self, fields: dict[str, Any], name: str, bias: Any) -> PictureRecipe:
         fields = dict(fields)
         acceleration = acceleration_of(fields.pop("speed")).describe()
-        for key, most in {"steps": MAX_STEPS, "height": MAX_PIXELS, "width": MAX_PIXELS}.items():
-            if not isinstance(fields[key], (int, float)) or fields[key] > most:
-                raise AfaError("AFA-APP-002", f"{key} must be a number, {most} at the most.")
+        for key, maximum in {"steps": MAX_STEPS, "height": MAX_PIXELS, "width": MAX_PIXELS}.items():
+            if not isinstance(fields[key], (int, float)) or fields[key] > maximum:
+                raise AfaError(
+                    "AFA-APP-002",
+                    f"{key} must be a number of at most {maximum}; got {str(fields[key])[:80]}.",
+                )
         multiple = size_multiple(self._studio.pipeline)
         for key in ("height", "width"):
             if fields[key] % multiple:
-                raise AfaError("AFA-APP-003", f"{key} must be a multiple of {multiple} pixels.")
+                raise AfaError(
+                    "AFA-APP-003",
+                    f"{key} must be a multiple of {multiple} pixels; got {fields[key]}.",
+                )
         return picture_recipe(
             **fields,
             ensemble=self._ensemble,
@@ -264,16 +272,16 @@ class Page:
         )
 
     def _keep_entry(self, drawn: Drawn, session: str, number: int) -> Entry:
-        """Write a picture where the page can show it, and where the user keeps them."""
+        """Write a picture to the temporary folder and to the folder to keep."""
         recipe = drawn.recipe
         name = f"{number:03d}-{slug(recipe.prompt)}-{slug(recipe.drawn_by)}.png"
-        place = self._folder / slug(session) / name
-        place.parent.mkdir(exist_ok=True)
-        save_picture(drawn.picture, place, recipe, self._device)
+        path = self._folder / slug(session) / name
+        path.parent.mkdir(exist_ok=True)
+        save_picture(drawn.picture, path, recipe, self._device)
         if self._keep is not None:
             stem = f"{slug(session)[:8]}-{name}"
             save_picture(drawn.picture, self._keep / stem, recipe, self._device)
-        return Entry(recipe, place, drawn.seconds, drawn.record)
+        return Entry(recipe, path, drawn.seconds, drawn.record)
 
     def _buttons(self, *, is_busy: bool) -> dict[Any, Any]:
         return {
@@ -290,45 +298,47 @@ class Page:
         return views.note("Stopping")
 
     def _leave(self, request: gr.Request) -> None:
-        """A browser has gone: nobody waits for what it has asked for."""
+        """Cancel the drawing of a session whose browser has left."""
         with suppress(KeyError):
             self._stops[str(request.session_hash)].set()
 
-    # -- who did what -------------------------------------------------------------------------
+    # -- fusion weights -----------------------------------------------------------------------
 
-    def _turn_to(self, history: list[Entry], shown: int | None) -> list[Any]:
+    def _show_weights(self, history: list[Entry], shown: int | None) -> list[Any]:
         record = _record(history, shown)
         if record is None or shown is None:
-            text = "<p>Of this picture there are no weights any more; draw it again.</p>"
-            return [text, *[gr.skip()] * (3 + len(self._on.who.seen))]
+            text = "<p>The weights of this picture were discarded. Draw it again.</p>"
+            return [text, *[gr.skip()] * (3 + len(self._on.weights.seen))]
         sites = [views.ALL_SITES, *record.places]
         caption = views.caption(history[shown].recipe.prompt)
         return [
             caption,
             gr.update(maximum=len(record.steps), value=0),
             gr.update(choices=sites, value=views.ALL_SITES),
-            self._see_shares(history, shown, 0, views.ALL_SITES),
-            *self._see(history, shown, 0, views.ALL_SITES),
+            self._update_shares(history, shown, 0, views.ALL_SITES),
+            *self._update_maps(history, shown, 0, views.ALL_SITES),
         ]
 
-    def _see(self, history: list[Entry], shown: int | None, step: int, site: str) -> list[Any]:
+    def _update_maps(
+        self, history: list[Entry], shown: int | None, step: int, site: str
+    ) -> list[Any]:
         record = _record(history, shown)
         if record is None or shown is None or site not in (views.ALL_SITES, *record.places):
-            return [gr.skip()] * len(self._on.who.seen)
+            return [gr.skip()] * len(self._on.weights.seen)
         weights = views.weights_at(record, step, site)
         overlay = views.overlay(read_picture(history[shown].file), weights)
-        alone: list[Any] = []
+        maps: list[Any] = []
         for expert, own in zip(self._experts, weights, strict=True):
-            alone += [views.alone(own), views.caption(f"{expert} {own.float().mean():.0%}")]
-        return [overlay, views.legend(self._experts, weights), "", *alone]
+            maps += [views.weight_map(own), views.caption(f"{expert} {own.float().mean():.0%}")]
+        return [overlay, views.legend(self._experts, weights), "", *maps]
 
-    def _see_shares(self, history: list[Entry], shown: int | None, _: int, site: str) -> Any:
+    def _update_shares(self, history: list[Entry], shown: int | None, _: int, site: str) -> Any:
         record = _record(history, shown)
         if record is None or site not in (views.ALL_SITES, *record.places):
             return gr.skip()
         return views.shares_over_steps(self._experts, record, site)
 
-    def _point(
+    def _numbers_at(
         self, history: list[Entry], shown: int | None, step: int, site: str, event: gr.SelectData
     ) -> str:
         record = _record(history, shown)
@@ -381,7 +391,7 @@ def _record(history: Sequence[Entry], shown: int | None) -> WeightRecord | None:
 
 
 def _without_old_records(history: Sequence[Entry]) -> list[Entry]:
-    """The same with the fusion weights of the last pictures alone."""
+    """Copy the history without the fusion weights of old pictures."""
     with_record = [n for n, entry in enumerate(history) if entry.record is not None]
     old = set(with_record[:-_MAX_RECORDS])
     return [

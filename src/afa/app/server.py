@@ -1,4 +1,4 @@
-"""Serving the page: on this machine alone unless asked otherwise, and then with a password."""
+"""Serve the page: to this machine only, or with a password to others."""
 
 from __future__ import annotations
 
@@ -17,43 +17,47 @@ if TYPE_CHECKING:
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 USER = "afa"
-_LEAST_LETTERS = 8
+_MIN_LENGTH = 8
 
 
 def check_reach(host: str, password: str | None) -> None:
-    """Refuse to be seen by others without a password.
+    """Require a password of sufficient length if other machines can reach the page.
 
     Raises:
-        AfaError: the address is not this machine's alone, and there is none or a short one.
+        AfaError: if the address is not local and there is no password, or the password is short.
     """
     if host not in LOOPBACK and password is None:
         raise AfaError(
             "AFA-APP-004",
-            f"A page that others can reach must have a password; --host {host} is not this machine "
-            "alone. Put one into a file: --password-file FILE.",
+            f"--host {host} lets other machines reach the page, which requires a password. Pass "
+            "--password-file FILE.",
         )
-    if password is not None and len(password) < _LEAST_LETTERS:
-        raise AfaError("AFA-APP-005", f"The password must have at least {_LEAST_LETTERS} letters.")
+    if password is not None and len(password) < _MIN_LENGTH:
+        raise AfaError(
+            "AFA-APP-005",
+            f"The password must have at least {_MIN_LENGTH} characters; got {len(password)}. Put a "
+            "longer one in the first line of the password file.",
+        )
 
 
 class RefuseUploads:
-    """Middleware: nothing is taken from a browser but the values of the controls."""
+    """Middleware that refuses uploads; a browser can only send values of controls."""
 
     def __init__(self, app: Any) -> None:
         self._app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Answer what would upload a file with 403, and hand on all else."""
+        """Answer uploads with 403, and pass on all other requests."""
         path = scope.get("path", "")
         if scope["type"] == "http" and path.rstrip("/").endswith(("/upload", "/upload_progress")):
             await send({"type": "http.response.start", "status": 403, "headers": []})
-            await send({"type": "http.response.body", "body": b"Nothing can be uploaded here."})
+            await send({"type": "http.response.body", "body": b"Uploads are disabled."})
             return
         await self._app(scope, receive, send)
 
 
 def _settings_of_gradio(folder: str) -> dict[str, str]:
-    """What gradio looks at; the folder is gone when the page is closed."""
+    """Environment variables of gradio; `folder` is deleted when the page is closed."""
     return {
         "GRADIO_TEMP_DIR": str(Path(folder) / "gradio"),
         "GRADIO_ANALYTICS_ENABLED": "False",
@@ -73,20 +77,21 @@ def served(
     """Serve the page of an ensemble while the block runs.
 
     Args:
-        pipeline: with the ensemble.
+        pipeline: the pipeline of the ensemble.
         ensemble: its folder, or `zoo:ensemble`.
-        host: the address to listen at.
-        port: likewise; None takes the first free one from 7860 on.
-        password: of the user `afa`; None asks for none.
-        keep: a folder that every picture is written to.
+        host: address to listen on.
+        port: port to listen on; None uses the first free one from 7860.
+        password: password of the user `afa`; None requires no login.
+        keep: folder for all pictures; None keeps none.
 
-    Yields: the page's address.
+    Yields:
+        The address of the page.
 
     Raises:
-        AfaError: see `check_reach`; a port that is taken; or no gradio.
+        AfaError: see `check_reach`; or if the port is not free, or gradio is missing.
     """
     check_reach(host, password)
-    # before gradio is asked for anything: its own copies go with the rest
+    # set before importing gradio, so that its copies are deleted with the folder
     with (
         tempfile.TemporaryDirectory(prefix="afa-app-") as folder,
         changed_environment(_settings_of_gradio(folder)),
@@ -97,7 +102,7 @@ def served(
             from starlette.middleware.trustedhost import TrustedHostMiddleware
         except ImportError as error:
             raise AfaError(
-                "AFA-APP-006", "The page needs gradio: pip install 'afa[app]'."
+                "AFA-APP-006", "The page requires gradio. Run: pip install 'afa[app]'."
             ) from error
 
         from afa.app.drawing import Studio
@@ -108,7 +113,7 @@ def served(
         pictures.mkdir()
         page = Page(Studio(pipeline), ensemble, pictures, keep)
         middleware = [Middleware(RefuseUploads)]
-        if host in LOOPBACK:  # a page elsewhere must not reach this one by a name of its own
+        if host in LOOPBACK:  # against DNS rebinding by other sites
             middleware.append(Middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"]))
         page.blocks.queue(max_size=32)
         try:
@@ -131,7 +136,7 @@ def served(
             )
         except OSError as error:
             raise AfaError(
-                "AFA-APP-007", f"The page cannot be served at {host}: {error} Name another --port."
+                "AFA-APP-007", f"The page cannot be served at {host}: {error} Pass another --port."
             ) from None
         try:
             yield address

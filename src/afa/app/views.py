@@ -1,6 +1,6 @@
-"""What the page shows: of a picture who did what, in colours and in numbers; and short texts.
+"""Render fusion weights as pictures and text, and short texts of the page.
 
-Whatever a user has written is escaped before it becomes a part of the page.
+All text of users is escaped before it becomes part of the page.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
     from afa.ensemble.recording import WeightRecord
 
 ALL_SITES = "all sites"
-_SHOWN = 512  # pixels of a side, for a map that can be pointed at
+_SHOWN = 512  # minimum side of the clickable map in pixels
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A picture that was drawn in this session.
+    """A picture of the session.
 
     Attributes:
-        recipe: all that is needed to draw it again.
-        file: the PNG, with the recipe inside.
-        seconds: that it took.
-        record: its fusion weights, where it is the ensemble's and not too old.
+        recipe: its recipe.
+        file: its PNG, which contains the recipe.
+        seconds: drawing time.
+        record: its fusion weights; None for other contenders and for old pictures.
     """
 
     recipe: PictureRecipe
@@ -44,25 +44,25 @@ class Entry:
 
 
 def weights_at(record: WeightRecord, step: int, site: str) -> Tensor:
-    """The weights [N, 64, 64] of a step, counted from 1, or of all where it is 0; likewise a site.
+    """The fusion weights [N, 64, 64] at a step and site.
 
     Args:
-        record: of one picture.
-        step: its number.
-        site: its name, or `ALL_SITES`.
+        record: the record of one picture.
+        step: number of the step from 1; 0 averages over all steps.
+        site: name of the site; `ALL_SITES` averages over all sites.
     """
     number = None if step == 0 else min(step, len(record.steps)) - 1
     return record.mean_map(number, 64, None if site == ALL_SITES else site)[-1]
 
 
 def overlay(picture: Image.Image, weights: Tensor) -> Image.Image:
-    """The picture in grey, coloured by who holds which place; enlarged, to be pointed at."""
+    """Tint an enlarged greyscale picture with the experts' colours."""
     factor = max(1, _SHOWN // max(picture.size))
     return tint(picture.resize((picture.width * factor, picture.height * factor)), weights)
 
 
-def alone(weights: Tensor) -> Image.Image:
-    """One expert's weights [H, W], from dark blue (0) over grey to yellow (1)."""
+def weight_map(weights: Tensor) -> Image.Image:
+    """Draw the weights [H, W] of one expert, from dark blue (0) over grey to yellow (1)."""
     import numpy as np
     from matplotlib import colormaps
     from PIL import Image
@@ -73,7 +73,7 @@ def alone(weights: Tensor) -> Image.Image:
 
 
 def legend(experts: Sequence[str], weights: Tensor) -> str:
-    """Every expert's colour, name and share of the whole picture."""
+    """The colour, name and mean weight of each expert, as HTML."""
     shares = weights.float().mean((1, 2)).tolist()
     return (
         "<ul class='afa-legend'>"
@@ -88,35 +88,35 @@ def legend(experts: Sequence[str], weights: Tensor) -> str:
 
 
 def hex_colours(count: int) -> list[str]:
-    """The experts' colours as a page writes them."""
+    """The experts' colours as hex codes."""
     rows = (expert_colours(count) * 255).round().int().tolist()
     return [f"#{red:02x}{green:02x}{blue:02x}" for red, green, blue in rows]
 
 
 def numbers_at(
-    experts: Sequence[str], weights: Tensor, place: tuple[int, int], size: tuple[int, int]
+    experts: Sequence[str], weights: Tensor, pixel: tuple[int, int], size: tuple[int, int]
 ) -> str:
-    """Every expert's weight at a place.
+    """The weight of each expert at a pixel, as HTML.
 
     Args:
-        experts: their names.
-        weights: [N, H, W].
-        place: column and row of the picture that is shown.
-        size: width and height of that.
+        experts: names of the experts.
+        weights: fusion weights [N, H, W].
+        pixel: column and row in the displayed picture.
+        size: width and height of the displayed picture.
     """
     height, width = weights.shape[-2:]
-    column = min(width - 1, max(0, place[0] * width // max(1, size[0])))
-    row = min(height - 1, max(0, place[1] * height // max(1, size[1])))
+    column = min(width - 1, max(0, pixel[0] * width // max(1, size[0])))
+    row = min(height - 1, max(0, pixel[1] * height // max(1, size[1])))
     values = weights[:, row, column].tolist()
     listed = ", ".join(
         f"{html.escape(expert)} {value:.0%}" for expert, value in zip(experts, values, strict=True)
     )
     across, down = (column + 0.5) / width, (row + 0.5) / height
-    return f"<p role='status'>{across:.0%} from the left, {down:.0%} from above: {listed}</p>"
+    return f"<p role='status'>{across:.0%} from the left, {down:.0%} from the top: {listed}</p>"
 
 
 def shares_over_steps(experts: Sequence[str], record: WeightRecord, site: str) -> pd.DataFrame:
-    """Every expert's mean share of the picture by step: columns step, expert, share."""
+    """The mean weight of each expert by step: columns step, expert, share."""
     import pandas as pd
 
     names = record.places if site == ALL_SITES else [site]
@@ -135,7 +135,7 @@ def shares_over_steps(experts: Sequence[str], record: WeightRecord, site: str) -
 
 
 def progress(name: str, number: int, count: int, step: int, num_steps: int) -> str:
-    """A bar over all pictures, and in words which is drawn."""
+    """A progress bar of all pictures, and the current picture and step."""
     done = number * num_steps + step
     return (
         f"<div role='status'><progress max='{count * num_steps}' value='{done}'></progress> "
@@ -144,7 +144,7 @@ def progress(name: str, number: int, count: int, step: int, num_steps: int) -> s
 
 
 def caption(name: str, entry: Entry | None = None) -> str:
-    """What stands beneath a picture: by whom it is, and how long it took."""
+    """The caption of a picture: contender and drawing time."""
     if entry is None:
         return f"<p>{html.escape(name)}</p>"
     steered = ", steered" if entry.recipe.bias else ""
@@ -152,22 +152,22 @@ def caption(name: str, entry: Entry | None = None) -> str:
 
 
 def short(entry: Entry) -> str:
-    """A picture's name in the history, as plain text."""
+    """The label of a picture in the history, as plain text."""
     steered = ", steered" if entry.recipe.bias else ""
     return f"{entry.recipe.drawn_by}{steered}, seed {entry.recipe.seed}"
 
 
 def note(text: str) -> str:
-    """Something that went well."""
+    """A status message."""
     return f"<div role='status'>{html.escape(text)}</div>"
 
 
 def warned(text: str, warnings: Sequence[str]) -> str:
-    """Something that went well, with what the user should know of it, a line each."""
+    """A status message with warnings, one per line."""
     lines = "".join(f"<p>warning: {html.escape(line)}</p>" for line in warnings)
     return note(text) + (f"<div role='alert'>{lines}</div>" if lines else "")
 
 
 def complaint(text: str) -> str:
-    """Something that did not."""
+    """An error message."""
     return f"<div role='alert' class='afa-error'>{html.escape(text)}</div>"
