@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -215,7 +215,7 @@ class EvaluateRecipe(Section):
         return self.subject or self.methods[0].name
 
 
-def _duplicate(names: list[str]) -> str | None:
+def _duplicate(names: Sequence[str]) -> str | None:
     return next((name for name in names if names.count(name) > 1), None)
 
 
