@@ -11,7 +11,7 @@ from PIL import Image
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTokenizer
 
-from afa.studies.zoo_build.evaluate import Score
+from afa.studies.zoo_build.evaluate import scores_of
 from afa.zoo import assets
 from afa.zoo.judges import Verdict, judge, load_classifier
 from afa.zoo.models import ObjectClassifier
@@ -87,7 +87,6 @@ def test_clip_tells_captions_apart_by_objects_and_sides() -> None:
 
 def test_a_score_sums_verdicts_up() -> None:
     right, swapped = Verdict(True, True, True, True), Verdict(False, False, False, True)
-    score = Score.of([right, swapped, swapped, Verdict(True, False, False, False)], 2.0)
-    assert (score.both.mean, score.objects.mean) == (0.25, 0.75)
-    assert (score.left.mean, score.right.mean, score.seconds_per_image) == (0.5, 0.25, 0.5)
-    assert score.both.low < 0.25 < score.both.high
+    scores = scores_of([right, swapped, swapped, Verdict(True, False, False, False)])
+    assert (scores["both"].mean, scores["objects"].mean) == (0.25, 0.75)
+    assert scores["both"].low < 0.25 < scores["both"].high

@@ -11,9 +11,9 @@ from safetensors import safe_open
 
 import afa
 from afa.cli import main
-from afa.studies.zoo_build.evaluate import draw_pictures, evaluate
+from afa.studies.zoo_build.evaluate import draw_pictures, scores_of
 from afa.zoo import EXPERTS, MODELS, assets, expert_folder, export_zoo
-from afa.zoo.judges import load_classifier, report_card
+from afa.zoo.judges import judge, load_classifier, report_card
 from afa.zoo.scenes import evaluation_prompts
 from tests.refusal import refusal
 
@@ -79,16 +79,17 @@ def test_the_report_can_be_repeated(expert: str) -> None:
     card = report_card()
     settings = card["settings"]
     pipeline = StableDiffusionPipeline.from_pretrained(expert_folder(expert), safety_checker=None)
-    score, _ = evaluate(
+    prompts = evaluation_prompts(settings["num_prompts"], kind=expert)  # type: ignore[arg-type]
+    pictures = draw_pictures(
         pipeline,
-        evaluation_prompts(settings["num_prompts"], kind=expert),  # type: ignore[arg-type]
-        load_classifier(),
+        prompts,
         seed=settings["seed"],
         num_steps=settings["num_steps"],
         guidance_scale=settings["guidance_scale"],
     )
     # rounding differs between processors, which moves single pictures over the judge's border
-    assert abs(score.both.mean - card["models"][expert][expert]["both"]["mean"]) <= 0.05
+    both = scores_of(judge(load_classifier(), pictures, prompts))["both"]
+    assert abs(both.mean - card["models"][expert][expert]["both"]["mean"]) <= 0.05
 
 
 def test_the_noise_of_a_picture_does_not_depend_on_the_batch() -> None:

@@ -1,1 +1,1 @@
-"""What is run with all of the other packages: the demo, the zoo, the comparison of the pages."""
+"""Programs that use all other packages: the demo, the zoo build, the study of the results page."""

@@ -1,12 +1,11 @@
-"""`afa demo`: an ensemble is trained on the emoji scenes in minutes, and compared.
+"""`afa demo`: train an ensemble on emoji scenes in minutes, and compare it with baselines.
 
-Three experts know one domain of objects each. The prompts ask for two domains in one picture, in
-pairs that no training set held. The experts, their base, simple ways to combine them and the
-ensemble draw the same prompts from the same noise, and one judge counts the right objects on the
-right sides.
+Each of three experts knows one domain of objects. The prompts combine objects of two domains, in
+pairs that are in no training set. The experts, their base, simple baselines and the ensemble draw
+the same prompts from the same noise. A classifier counts correct objects on the correct sides.
 
-No other row is trained on the ensemble's scenes, and the ensemble's schedule was chosen on these
-prompts: docs/results.md has more rows, and the limits of both comparisons.
+No baseline is trained on the ensemble's scenes, and the ensemble's learning rate schedule was
+chosen on these prompts. docs/results.md has more baselines, and the limits of both comparisons.
 """
 
 from __future__ import annotations
@@ -44,14 +43,14 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
-#: the trained ensemble at the speeds that are shown; all other rows are its rivals
+#: rows of the trained ensemble, with their speeds; all other rows are baselines
 OURS = {"AFA": "exact", "AFA, fast": "fast"}
 _SCORES = ("both", "objects", "left", "right")
 
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """How long the demo trains and how much it draws; the default takes minutes on two cores."""
+    """Settings of the demo; the default takes minutes on two cores."""
 
     num_train_steps: int = 600
     batch_size: int = 16
@@ -64,7 +63,7 @@ class DemoSettings:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far the demo is: so much of one stage, and what to say about it."""
+    """Progress of one stage of the demo, with a note."""
 
     stage: str
     done: int
@@ -74,15 +73,16 @@ class Progress:
 
 @dataclass(frozen=True)
 class Row:
-    """One way of combining the experts, judged.
+    """The scores of one method.
 
     Attributes:
-        method: its name.
-        both: share of pictures with the right object on the right side, twice.
-        objects: share of pictures with both objects, in any order.
-        left: share of pictures with the right object on that side; likewise `right`.
-        seconds_per_image: wall time of drawing.
-        pictures: the files, in the order of the prompts.
+        method: name of the method.
+        both: fraction of pictures with the correct objects on both sides.
+        objects: fraction of pictures with both objects, in any order.
+        left: fraction of pictures with the correct object on the left.
+        right: fraction of pictures with the correct object on the right.
+        seconds_per_image: wall time per picture.
+        pictures: files of the pictures, in the order of the prompts.
     """
 
     method: str
@@ -94,20 +94,23 @@ class Row:
     pictures: Sequence[Path] = ()
 
     def as_json(self) -> dict[str, Any]:
-        """The row as it stands in `report.json`."""
+        """The row in `report.json`."""
         return {key: value for key, value in asdict(self).items() if key != "pictures"}
 
 
 def run_demo(output: Path, settings: DemoSettings | None = None) -> Generator[Progress, None, None]:
-    """Train an ensemble of the zoo's experts, compare it with its rivals, write the report.
+    """Train an ensemble of the zoo's experts, compare it with baselines, and write the report.
 
-    `output` gets `report.json`, `report.md`, `pictures.png`, `weights.png`, the `ensemble`, the
-    `comparison` of `afa evaluate` and its recipe, all at once at the end; a run that fails or is
-    stopped leaves nothing behind.
+    Writes `report.json`, `report.md`, `pictures.png`, `weights.png`, the `ensemble`, the
+    `comparison` of `afa evaluate` and its recipe to `output` at the end. A run that fails or is
+    interrupted leaves no files.
 
     Args:
         output: a new or empty folder.
-        settings: how much of everything.
+        settings: settings of the demo; None uses the defaults.
+
+    Yields:
+        The progress.
     """
     settings = settings or DemoSettings()
     output = output.resolve()
@@ -124,7 +127,7 @@ def run_demo(output: Path, settings: DemoSettings | None = None) -> Generator[Pr
 
         compared, ensemble = partial / "comparison", str(partial / "ensemble")
         yield from _compare(comparison_recipe(settings, ensemble), compared)
-        # the control is of the best expert, which is known now
+        # the control row needs the best expert, which is known only now
         best = max(read_rows(compared)[: len(EXPERTS)], key=lambda row: row.both.mean).method
         yield from _compare(comparison_recipe(settings, ensemble, best), compared)
 
@@ -141,7 +144,7 @@ def run_demo(output: Path, settings: DemoSettings | None = None) -> Generator[Pr
         }
         (partial / "report.json").write_text(json.dumps(report, indent=2) + "\n")
         (partial / "report.md").write_text(report_text(rows, settings, train_seconds))
-        # the first prompts, whatever came of them
+        # always the first prompts, to avoid selecting good pictures
         prompts = evaluation_prompts(settings.num_prompts)
         draw_comparison(rows, prompts[:8], partial / "pictures.png")
         _draw_maps(pipeline, prompts[:4], settings, partial / "weights.png")
@@ -158,10 +161,10 @@ def _train(pipeline: DiffusionPipeline, settings: DemoSettings) -> Iterator[Prog
         batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
         num_warmup_steps=min(50, settings.num_train_steps),
-        learning_rate_schedule="cosine",  # or a run this short ends wherever its last steps led
+        learning_rate_schedule="cosine",  # a short run with a constant rate ends at a noisy point
         seed=settings.seed,
     )
-    # any pair that is not held out; what a user would have is pictures of everything, too
+    # all pairs that are not held out
     data = SceneImages(100_000, seed=settings.seed + 3)
     loss = None
     for step in train_aggregators(pipeline, data, recipe):
@@ -175,14 +178,14 @@ def _train(pipeline: DiffusionPipeline, settings: DemoSettings) -> Iterator[Prog
 def comparison_recipe(
     settings: DemoSettings, ensemble: str, best: str | None = None
 ) -> dict[str, Any]:
-    """What `afa evaluate` compares: the experts, their base, ways to combine them, the ensemble.
+    """The recipe of `afa evaluate`: the experts, their base, simple baselines and the ensemble.
 
     Args:
-        settings: how much is drawn.
-        ensemble: the trained one, a folder.
-        best: the expert that is drawn alone in the ensemble's shell, as a control.
+        settings: settings of the demo.
+        ensemble: folder of the trained ensemble.
+        best: adds this expert alone as an ensemble (rule `shell`), as a control.
     """
-    ways: dict[str, dict[str, Any]] = {
+    methods: dict[str, dict[str, Any]] = {
         **{name: {"model": f"zoo:{name}"} for name in (*EXPERTS, "base")},
         "weight merge": {"merge": {"method": "weighted"}},
         "noise mean": {"fusion": {"rule": "noise_mean"}},
@@ -191,11 +194,11 @@ def comparison_recipe(
     }
     if best is not None:
         fusion = {"rule": "shell", "expert": EXPERTS.index(best)}
-        ways[f"{best} in the ensemble's shell"] = {"fusion": fusion}
+        methods[f"{best} in the ensemble's shell"] = {"fusion": fusion}
     return {
         "experts": [f"zoo:{name}" for name in EXPERTS],
         "prompts": {"zoo": {"kinds": {"mixed": settings.num_prompts}}},
-        "methods": [{"name": name, **way} for name, way in ways.items()],
+        "methods": [{"name": name, **method} for name, method in methods.items()],
         "sampling": {
             "num_steps": settings.num_steps,
             "guidance": settings.guidance_scale,
@@ -221,10 +224,8 @@ def read_rows(folder: Path) -> list[Row]:
         scores = row["groups"][group]["scores"]
         shares = {name: wilson(scores[name]["mean"], count) for name in _SCORES}
         seconds = row["measured"]["seconds_per_image"]
-        places = (folder / "methods" / slug(row["method"])).rglob("*.png")
-        rows.append(
-            Row(row["method"], **shares, seconds_per_image=seconds, pictures=sorted(places))
-        )
+        files = (folder / "methods" / slug(row["method"])).rglob("*.png")
+        rows.append(Row(row["method"], **shares, seconds_per_image=seconds, pictures=sorted(files)))
     return rows
 
 
@@ -232,20 +233,20 @@ def read_rows(folder: Path) -> list[Row]:
 
 
 def rivals_reached(rows: Sequence[Row], method: str = "AFA") -> list[str]:
-    """The rivals whose `both` interval is not wholly below the method's own."""
+    """The baselines whose `both` interval is not completely below that of `method`."""
     low = next(row.both.low for row in rows if row.method == method)
     return [row.method for row in rows if row.method not in OURS and row.both.high >= low]
 
 
 def verdict(rows: Sequence[Row]) -> str:
-    """Is AFA above the other rows, beyond chance, and what that does not show."""
+    """State whether AFA is clearly above all baselines, and what this does not show."""
     reached = rivals_reached(rows)
     if not reached:
         return (
-            "AFA is above every other row of this table, with 95 % intervals that do not overlap. "
-            "This does not show that it is the best use of the experts or of the training: no "
-            "other row was trained on AFA's scenes, and AFA's schedule was chosen on these "
-            "prompts. See the limits in docs/results.md."
+            "AFA is above every other row of this table, and the 95 % intervals do not overlap. "
+            "This does not show that AFA is the best use of the experts or of the training: no "
+            "other row was trained on AFA's scenes, and AFA's learning rate schedule was chosen "
+            "on these prompts. See the limits in docs/results.md."
         )
     return f"AFA is not clearly above: {', '.join(reached)}."
 
@@ -257,12 +258,12 @@ def report_text(rows: Sequence[Row], settings: DemoSettings, train_seconds: floa
         "",
         f"{settings.num_prompts} prompts with objects of two domains, in pairs that no model was "
         f"trained on; {settings.num_steps} DDIM steps, guidance {settings.guidance_scale:g}, seed "
-        f"{settings.seed}, the same noise for every method. The aggregators were trained for "
+        f"{settings.seed}; all methods start from the same noise. The aggregators were trained for "
         f"{settings.num_train_steps} steps of {settings.batch_size} pictures "
-        f"({train_seconds:.0f} s); the experts were not changed.",
+        f"({train_seconds:.0f} s); the experts stayed frozen.",
         "",
-        "`both`: the right object on the right side, twice. `objects`: both are there, in any "
-        "order. Brackets are 95 % intervals (Wilson).",
+        "`both`: the correct objects on both sides. `objects`: both objects, in any order. "
+        "Brackets are 95 % intervals (Wilson).",
         "",
         "| method | both | objects | left | right | seconds per image |",
         "|---|---|---|---|---|---|",
@@ -279,11 +280,11 @@ def draw_comparison(rows: Sequence[Row], prompts: Sequence[str], path: Path) -> 
     """Draw methods (rows) by prompts (columns), each method labelled with its `both`.
 
     Args:
-        rows: judged methods, in the order to draw.
-        prompts: the captions above the columns; pictures are the first of every row.
-        path: PNG or SVG, by its suffix.
+        rows: methods from top to bottom.
+        prompts: the first prompts, which become the captions of the columns.
+        path: a PNG or SVG file.
     """
-    labels = {row.method: f"{row.method}: {row.both.mean:.0%} right" for row in rows}
+    labels = {row.method: f"{row.method}: {row.both.mean:.0%} correct" for row in rows}
     comparison(
         {labels[row.method]: list(open_pictures(row.pictures[: len(prompts)])) for row in rows},
         [_title(prompt) for prompt in prompts],

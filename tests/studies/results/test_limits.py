@@ -36,26 +36,27 @@ def with_cmmd(means: dict[str, list[float]], **others: float) -> dict[str, Any]:
 def test_a_score_that_contradicts_comes_first() -> None:
     results = with_cmmd({SUBJECT: [0.08, 0.1], TIME: [0.03, 0.05], "expert: food": [0.2]})
     first = conclusions(results)[0]
-    assert f"{SUBJECT} has 0.09 (seeds 0.08 to 0.1) and is **not the lowest**" in first
-    assert first.endswith(f"lower are: {TIME} 0.04 (seeds 0.03 to 0.05).")
+    assert f"{SUBJECT} has a CMMD of 0.09 (seeds 0.08 to 0.1)" in first
+    assert first.endswith(f"**Lower are:** {TIME} 0.04 (seeds 0.03 to 0.05).")
 
 
 def test_a_score_that_agrees_is_said_to() -> None:
     first = conclusions(with_cmmd({SUBJECT: [0.05], TIME: [0.06]}))[0]
-    assert first.endswith(f"{SUBJECT} has 0.05; no row less.")
+    assert f"{SUBJECT} has a CMMD of 0.05" in first
+    assert first.endswith("no row is lower.")
 
 
 def test_a_domain_where_the_expert_is_better_comes_before_the_others() -> None:
     _, results = figures({"expert: things": 0.99}, tuned=0.5)
     domains = [line for line in conclusions(results) if line.startswith("On prompts of ")]
-    assert "things alone" in domains[0]
+    assert "things only" in domains[0]
     assert "**below**" in domains[0]
     assert len(domains) == 3
 
 
 def test_what_counts_against_a_speed_is_said() -> None:
     results = with_cmmd({SUBJECT: [0.05], "AFA, fast": [0.07]}, **{"AFA, fast": 0.87})
-    assert "It is worse by CMMD (0.07, exact 0.05)." in " ".join(conclusions(results))
+    assert "It has a worse CMMD (0.07, exact 0.05)." in " ".join(conclusions(results))
 
 
 def test_an_ablation_of_another_size_is_no_ablation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +64,7 @@ def test_an_ablation_of_another_size_is_no_ablation(monkeypatch: pytest.MonkeyPa
     _, results = figures({}, tuned=0.5)
     name = "ablation: conv_out only"
     (line,) = [line for line in conclusions(results) if line.startswith(name)]
-    assert "too small to say anything about fusing predictions alone" in line
+    assert "too small for conclusions on fusing predictions only" in line
     full = {**VARIANTS[name], "hidden_ratio": None, "min_scale": 1}
     monkeypatch.setitem(VARIANTS, name, full)
     (line,) = [line for line in conclusions(results) if line.startswith(name)]
@@ -94,12 +95,12 @@ def test_settings_at_the_edge_are_named() -> None:
         },
     }
     (text,) = edges(results)
-    assert text.endswith("it: TIES merge: weights 1, the largest of 3.")
+    assert text.endswith(": TIES merge: weights 1, the largest of 3.")
     merge["weights"] = [0.5] * 3
     assert edges(results) == []
     results["chosen"]["tuned base"] = {"learning_rate": 1e-2}
     (text,) = edges(results)
-    assert text.endswith("it: tuned base: learning rate 0.01, the largest of 3.")
+    assert text.endswith(": tuned base: learning rate 0.01, the largest of 3.")
 
 
 def test_the_committed_run_is_limited_where_it_is(committed: dict[str, Any]) -> None:
@@ -114,10 +115,10 @@ def test_the_committed_run_is_limited_where_it_is(committed: dict[str, Any]) -> 
 
 def test_limits_stand_before_any_result(committed: dict[str, Any]) -> None:
     text = page(committed)
-    places = [text.index(part) for part in ("## Limits", "## In plain words", "is above all of")]
+    places = [text.index(part) for part in ("## Limits", "## Summary", "above all of")]
     assert places == sorted(places)
     assert "cannot be reproduced from it" in text
-    assert "can come out either way" in text
+    assert "Its result is open" in text
 
 
 def test_means_over_domains(committed: dict[str, Any]) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 from afa.aggregators.fusion import FusionRecipe
-from afa.errors import AfaError
 from afa.evaluation.recipe import EvaluateRecipe
 from afa.evaluation.search_recipe import SearchRecipe
 from afa.studies.results import jobs, plan
@@ -39,6 +38,7 @@ from afa.studies.results.plan import (
 from afa.studies.results.run import choose, run_study
 from afa.studies.zoo_build.transformer import TransformerRecipe, build_transformer_zoo
 from tests import warm
+from tests.refusal import refusal
 from tests.studies.results.work import fail, write_name
 from tests.training.runs import recipe as small_recipe
 
@@ -226,42 +226,42 @@ def figures(means: dict[str, float], tuned: float) -> tuple[dict[str, Any], dict
 
 @pytest.mark.parametrize(
     ("mean", "low", "expected"),
-    [(0.1, 0.01, "above"), (-0.1, -0.19, "below"), (0.0, -0.1, "not told apart")],
+    [(0.1, 0.01, "above"), (-0.1, -0.19, "below"), (0.0, -0.1, "not significant")],
 )
 def test_a_verdict_needs_an_interval_without_zero(mean: float, low: float, expected: str) -> None:
     interval = {"mean": mean, "low": low, "high": 2 * mean - low, "p_value": 0.01}
     assert verdict(interval) == expected
-    assert verdict({**interval, "p_value": 0.125}) == "not told apart"
+    assert verdict({**interval, "p_value": 0.125}) == "not significant"
 
 
 def test_where_it_wins_the_words_say_so() -> None:
     text = " ".join(conclusions(figures({"TIES merge": 0.3, "base": 0.6}, tuned=0.7)[1]))
-    assert "AFA (0.90 of the pictures right) is above all of TIES merge, base" in text
+    assert "AFA (0.90) is significantly above all of TIES merge, base" in text
     assert "the closest of them is base with 0.60" in text
-    assert "The tuned base (steps) gets 0.70: AFA is above it" in text
-    assert "ablation: no spatial (0.50, one seed) is worse than AFA" in text
-    assert "AFA, things twice (0.90, one seed) is not told apart from AFA" in text
-    assert "give or take a tenth, base gets 0.20 with 2 steps" in text
-    assert "scores what it scores alone" in text
+    assert "The tuned base (steps) gets 0.70: AFA is significantly above it" in text
+    assert "ablation: no spatial (0.50, one seed) is significantly worse than AFA" in text
+    assert "AFA, things twice (0.90, one seed) is not significantly different from AFA" in text
+    assert "in the same time (plus 10 %), base gets 0.20 with 2 steps" in text
+    assert "has the same scores as alone" in text
 
 
 def test_where_it_does_not_win_the_words_say_so() -> None:
     means = {"TIES merge": 0.88, "base": 0.97, "expert: food": 0.99, "shell: animals": 0.1}
     text = " ".join(conclusions(figures(means, tuned=0.98)[1]))
-    assert "cannot be told apart from TIES merge" in text
-    assert "is below base, expert: food" in text
-    assert "**AFA is below it**" in text
-    assert "On prompts of food alone AFA (0.90) is **below** the expert of food (0.99" in text
-    assert "by at most 0.79 of `both`" in text
+    assert "is not significantly different from TIES merge" in text
+    assert "is significantly below base, expert: food" in text
+    assert "**AFA is significantly below it**" in text
+    assert "food only, AFA (0.90) is significantly **below** the expert of food (0.99" in text
+    assert "by at most 0.79 in `both`" in text
 
 
-def test_one_seed_within_the_seeds_of_the_whole_is_not_told_apart() -> None:
+def test_one_seed_within_the_range_of_the_subjects_seeds_is_not_significant() -> None:
     _, results = figures({"ablation: no prompt": 0.7}, tuned=0.5)
     subject = next(row for row in results["rows"] if row["method"] == "AFA")
     subject["both"]["by_replica"] = [0.65, 0.9, 1.0]
     text = " ".join(conclusions(results))
-    assert "ablation: no prompt (0.70, one seed) is not told apart" in text
-    assert "ablation: no spatial (0.50, one seed) is worse" in text
+    assert "ablation: no prompt (0.70, one seed) is not significantly different" in text
+    assert "ablation: no spatial (0.50, one seed) is significantly worse" in text
 
 
 def test_whoever_takes_longer_is_not_compared_at_equal_time() -> None:
@@ -269,7 +269,7 @@ def test_whoever_takes_longer_is_not_compared_at_equal_time() -> None:
     for row in report["curve"]:
         if row["method"] == "base":
             row["measured"]["seconds_per_image"] = 9.0
-    assert "none of the others draws one" in " ".join(conclusions(results))
+    assert "no other method finishes a picture" in " ".join(conclusions(results))
 
 
 def test_a_few_hundredths_of_the_time_hide_no_rival() -> None:
@@ -288,11 +288,12 @@ def test_the_fast_one_is_compared_at_its_own_time() -> None:
     fast = next(row for row in results["rows"] if row["method"] == "AFA, fast")
     fast["seconds_per_image"] = 0.7
     text = " ".join(conclusions(results))
-    assert "AFA, fast gets 0.87, not told apart from AFA at the exact speed (which is +0.03" in text
+    assert "AFA, fast gets 0.87, not significantly different from AFA at the exact speed" in text
+    assert "(difference +0.03" in text
     assert "in 1.4 times the time of one expert" in text
-    assert "At 1 steps AFA takes 0.30 s for a picture and gets 0.10 right" in text
-    assert "At 5 steps AFA, fast takes 0.55 s for a picture and gets 0.50 right; in as" in text
-    assert "is above all of" in text
+    assert "At 1 steps, AFA takes 0.30 s per picture and gets 0.10 right" in text
+    assert "At 5 steps, AFA, fast takes 0.55 s per picture and gets 0.50 right; in the" in text
+    assert "above all of" in text
     assert "AFA, fast gets 0.50 with" not in text
 
 
@@ -312,7 +313,7 @@ def test_jobs_run_in_processes_of_their_own(tmp_path: Path) -> None:
     listed = [Job(f"job{n}", write_name, (tmp_path,)) for n in range(3)]
     assert all(isinstance(event, JobProgress) for event in run_jobs(listed, 2))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["job0", "job1", "job2"]
-    with pytest.raises(AfaError, match="bad: It must not be so"):
+    with refusal("AFA-STUDY-002", "bad: It must not be so"):
         list(run_jobs([Job("bad", fail, (tmp_path,))], 1))
 
 
@@ -365,7 +366,7 @@ def test_the_whole_study_in_small(tmp_path: Path) -> None:
     before = (docs / "results.json").read_text()
     list(run_study(work, docs, TINY, num_processes=1))
     assert (docs / "results.json").read_text() == before
-    with pytest.raises(AfaError, match="is of other settings"):
+    with refusal("AFA-STUDY-004", str(work)):
         list(run_study(work, docs, StudySettings(), num_processes=2))
 
 
@@ -383,7 +384,7 @@ def test_the_study_of_transformers_in_small(
     recipe = TransformerRecipe(
         num_scenes=64, base_steps=2, expert_steps=2, batch_size=2, num_graded=2
     )
-    with pytest.raises(AfaError, match=r"lacks base, animals, .* Make one: afa zoo build"):
+    with refusal("AFA-STUDY-003", "base, animals, .* afa zoo build"):
         transformers(tmp_path / "zoo")
     list(build_transformer_zoo(tmp_path / "zoo", recipe))
     zoo, docs = transformers(tmp_path / "zoo"), tmp_path / "docs"
@@ -407,7 +408,7 @@ def test_the_study_of_transformers_in_small(
     # again, it takes its own place
     list(run_study(tmp_path / "work", docs, settings, num_processes=1, zoo=zoo))
     assert (docs / "results.md").read_text() == page
-    with pytest.raises(AfaError, match="or of other models"):
+    with refusal("AFA-STUDY-004", str(tmp_path / "work")):
         list(run_study(tmp_path / "work", docs, settings, num_processes=1))
 
 
@@ -417,5 +418,5 @@ def test_a_finished_job_of_another_recipe_is_not_taken(experts: list[Path], tmp_
     jobs.train_aggregators_job("one", asked, tmp_path / "one")
     jobs.train_aggregators_job("one", asked, tmp_path / "one")
     changed = small_recipe(experts[:1], num_steps=1, weight_decay=0.5)
-    with pytest.raises(AfaError, match=r"has another training.weight_decay"):
+    with refusal("AFA-TRAIN-046", "training.weight_decay"):
         jobs.train_aggregators_job("one", changed, tmp_path / "one")

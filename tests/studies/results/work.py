@@ -23,5 +23,5 @@ def count_forever(name: str, folder: Path) -> None:
     for step in itertools.count():
         (folder / "steps").write_text(str(step))
         (folder / "pid").write_text(str(os.getpid()))
-        jobs._say(name, step, 1_000_000)
+        jobs.report_progress(name, step, 1_000_000)
         time.sleep(0.05)

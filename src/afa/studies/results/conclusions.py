@@ -1,4 +1,4 @@
-"""Plain words for the study's figures; every sentence is decided by the figures themselves."""
+"""The summary of the study; the results determine every sentence."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 _LEVEL = 0.05
-_SAME = 1e-3  # of a mean score: rounding moves a picture by a level or two
-_SAME_TIME = 1.1  # noise of timing must not decide who is compared
+_SAME = 1e-3  # tolerance of a mean score, for rounding differences in pixels
+_SAME_TIME = 1.1  # tolerance for noise of timing
 _TUNED = (STEPS, TIME)
 _SETS = {"cmmd": "CMMD", "fid": "FID", "kid": "KID"}  # lower is better
 _CONV_OUT = "ablation: conv_out only"
 _SMALL = (
-    " Its aggregator is too small to say anything about fusing predictions alone: at the paper's "
-    "size it was not told apart, see the limits above."
+    " Its aggregator is too small for conclusions on fusing predictions only: with the paper's "
+    "size it was not significantly different, see the limits above."
 )
 
 
 def conclusions(results: dict[str, Any]) -> list[str]:
-    """What a reader may take away: first what speaks against the subject, then the rest."""
+    """The sentences of the summary, those against the subject first."""
     rows = {row["method"]: row for row in results["rows"]}
     variants = [*VARIANTS, *OTHER_EXPERTS]
     no_rivals = {SUBJECT, *variants, *_TUNED, *map(fast, SPED_UP)}
@@ -41,16 +41,16 @@ def conclusions(results: dict[str, Any]) -> list[str]:
 
 
 def verdict(difference: dict[str, float]) -> str:
-    """`above`, `below`, or `not told apart`.
+    """`above`, `below` or `not significant`.
 
-    Told apart are methods whose interval excludes zero and whose wins and losses an exact sign test
-    tells apart, too; of few prompts a bootstrap alone is too sure.
+    A difference is significant if its interval excludes zero and an exact sign test of wins and
+    losses agrees; with few prompts, bootstrap intervals alone are too narrow.
     """
     if difference["p_value"] >= _LEVEL:
-        return "not told apart"
+        return "not significant"
     if difference["low"] > 0:
         return "above"
-    return "below" if difference["high"] < 0 else "not told apart"
+    return "below" if difference["high"] < 0 else "not significant"
 
 
 def _names(names: Sequence[str]) -> str:
@@ -62,7 +62,7 @@ def _signed(difference: dict[str, float]) -> str:
 
 
 def _other_scores(rows: dict[str, Any]) -> list[str]:
-    """Which rows are lower than the subject by a distance of the whole set of pictures."""
+    """State which rows have a lower distance (FID, KID, CMMD) than the subject."""
     sentences = []
     for key, score in _SETS.items():
         if key not in rows[SUBJECT]:
@@ -73,22 +73,21 @@ def _other_scores(rows: dict[str, Any]) -> list[str]:
         lower.sort(key=lambda name: scores[name]["mean"])
         listed = "; ".join(f"{name} {_with_seeds(scores[name])}" for name in lower)
         sentences.append(
-            f"By {score} on mixed prompts (lower is better; no interval) {SUBJECT} has "
-            f"{_with_seeds(ours)}"
-            + (f" and is **not the lowest**; lower are: {listed}." if lower else "; no row less.")
+            f"{SUBJECT} has a {score} of {_with_seeds(ours)} on mixed prompts (lower is better; no "
+            "interval)" + (f". **Lower are:** {listed}." if lower else "; no row is lower.")
         )
     return sentences
 
 
 def _with_seeds(score: dict[str, Any]) -> str:
-    """A score with its range over the seeds of training, where there are several."""
+    """Format a score, with its range over the training seeds if there are several."""
     by_seed = score["by_replica"]
     text = f"{score['mean']:.3g}"
     return f"{text} (seeds {min(by_seed):.3g} to {max(by_seed):.3g})" if len(by_seed) > 1 else text
 
 
 def _against(rows: dict[str, Any], rivals: Sequence[str]) -> list[str]:
-    """Mixed prompts against everything that combines or is an expert, and the base."""
+    """Compare the subject with the baselines on mixed prompts."""
     by_verdict: dict[str, list[str]] = {}
     for name in rivals:
         by_verdict.setdefault(verdict(rows[name]["afa_minus_this"]), []).append(name)
@@ -99,38 +98,41 @@ def _against(rows: dict[str, Any], rivals: Sequence[str]) -> list[str]:
         closest = min(above, key=lambda name: rows[name]["afa_minus_this"]["mean"])
         everyone = len(above) == len(rivals)
         sentences.append(
-            f"By `both` on mixed prompts {SUBJECT} ({ours['mean']:.2f} of the pictures right) is "
-            f"above {'all of ' if everyone else ''}{_names(above)}; the closest of them is "
+            f"In `both` on mixed prompts, {SUBJECT} ({ours['mean']:.2f}) is significantly above "
+            f"{'all of ' if everyone else ''}{_names(above)}; the closest of them is "
             f"{closest} with {rows[closest]['both']['mean']:.2f}, a difference of "
             f"{_signed(rows[closest]['afa_minus_this'])}. None of these was trained on the scenes "
             "that the aggregators were trained on."
         )
-    for kind, text in (("not told apart", "cannot be told apart from"), ("below", "is below")):
+    for kind, text in (
+        ("not significant", "is not significantly different from"),
+        ("below", "is significantly below"),
+    ):
         if by_verdict.get(kind):
             sentences.append(
-                f"By `both` on mixed prompts {SUBJECT} {text} {_names(by_verdict[kind])}."
+                f"In `both` on mixed prompts, {SUBJECT} {text} {_names(by_verdict[kind])}."
             )
     return sentences
 
 
 def _tuned(rows: dict[str, Any], name: str) -> str:
-    """The control that needs no ensemble at all."""
+    """Compare the subject with the tuned base, which needs no ensemble."""
     difference, theirs = rows[name]["afa_minus_this"], rows[name]["both"]["mean"]
     outcome = {
-        "above": f"{SUBJECT} is above it",
-        "below": f"**{SUBJECT} is below it**: training the base on such data is the better choice",
-        "not told apart": f"**{SUBJECT} cannot be told apart from it**",
+        "above": f"{SUBJECT} is significantly above it",
+        "below": f"**{SUBJECT} is significantly below it**: tuning the base is the better choice",
+        "not significant": f"**{SUBJECT} is not significantly different**",
     }[verdict(difference)]
     cost = rows[SUBJECT]["seconds_per_image"] / rows[name]["seconds_per_image"]
     return (
-        f"The {name} gets {theirs:.2f}: {outcome} ({_signed(difference)}), at a budget that counts "
-        f"the training of the aggregators alone. A picture of {SUBJECT} takes {cost:.1f} times as "
-        "long."
+        f"The {name} gets {theirs:.2f}: {outcome} ({_signed(difference)}), at a budget that only "
+        f"includes the training of the aggregators. {SUBJECT} takes {cost:.1f} times as long per "
+        "picture."
     )
 
 
 def _own_domain(results: dict[str, Any]) -> list[str]:
-    """In an expert's own domain: is the ensemble as good as that expert? Where not, first."""
+    """Compare the subject with each expert in its own domain, losses first."""
     sentences = []
     for domain in EXPERTS:
         rows = {row["method"]: row for row in results["own_domain"][domain]}
@@ -138,12 +140,12 @@ def _own_domain(results: dict[str, Any]) -> list[str]:
         difference = expert["afa_minus_this"]
         outcome = verdict(difference)
         words = {
-            "above": "is above",
-            "below": "is **below**",
-            "not told apart": "cannot be told apart from",
+            "above": "is significantly above",
+            "below": "is significantly **below**",
+            "not significant": "is not significantly different from",
         }[outcome]
         sentence = (
-            f"On prompts of {domain} alone {SUBJECT} ({rows[SUBJECT]['both']['mean']:.2f}) {words} "
+            f"On prompts of {domain} only, {SUBJECT} ({rows[SUBJECT]['both']['mean']:.2f}) {words} "
             f"the expert of {domain} ({expert['both']['mean']:.2f}; {_signed(difference)})."
         )
         sentences.append((outcome != "below", sentence))
@@ -151,7 +153,7 @@ def _own_domain(results: dict[str, Any]) -> list[str]:
 
 
 def _shell(results: dict[str, Any]) -> str:
-    """What the shell by itself does, on an expert's own prompts."""
+    """State the effect of the ensemble's shell on an expert's own prompts."""
     gaps = []
     for domain in EXPERTS:
         rows = {row["method"]: row for row in results["own_domain"][domain]}
@@ -159,25 +161,25 @@ def _shell(results: dict[str, Any]) -> str:
         gaps += [abs(shell[score]["mean"] - alone[score]["mean"]) for score in ("both", "clip_t")]
     if max(gaps) < _SAME:
         return (
-            "An expert in the ensemble's shell scores what it scores alone: the shell explains "
-            "none of the differences. (All models of the zoo have one autoencoder and one "
-            "tokenizer; with checkpoints from the web the shell may well matter.)"
+            "An expert in the ensemble's shell has the same scores as alone, so the shell does not "
+            "explain any difference. (All models of the zoo share an autoencoder and a tokenizer; "
+            "with public checkpoints the shell may have an effect.)"
         )
     return (
-        f"An expert in the ensemble's shell differs from the same expert alone, on its own "
-        f"prompts, by at most {max(gaps):.2f} of `both` and of CLIP-T."
+        "On its own prompts, an expert in the ensemble's shell differs from the same expert alone "
+        f"by at most {max(gaps):.2f} in `both` and in CLIP-T."
     )
 
 
 def _fast(rows: dict[str, Any]) -> list[str]:
-    """What taking features over from earlier steps saves and costs."""
+    """State what reusing cached features saves and costs."""
     ours = rows.get(fast(SUBJECT))
     if ours is None:
         return []
     words = {
-        "above": "worse than",
-        "below": "**better** than",
-        "not told apart": "not told apart from",
+        "above": "significantly worse than",
+        "below": "significantly **better** than",
+        "not significant": "not significantly different from",
     }[verdict(ours["afa_minus_this"])]
     alone = [row["seconds_per_image"] for name, row in rows.items() if name.startswith("expert:")]
     cost = ours["seconds_per_image"] / (sum(alone) / len(alone))
@@ -188,13 +190,13 @@ def _fast(rows: dict[str, Any]) -> list[str]:
     ]
     return [
         f"{fast(SUBJECT)} gets {ours['both']['mean']:.2f}, {words} {SUBJECT} at the exact speed "
-        f"(which is {_signed(ours['afa_minus_this'])} above), in {cost:.1f} times the time of one "
-        "expert." + (f" It is worse by {', '.join(worse)}." if worse else "")
+        f"(difference {_signed(ours['afa_minus_this'])}), in {cost:.1f} times the time of one "
+        "expert." + (f" It has a worse {', '.join(worse)}." if worse else "")
     ]
 
 
 def _at_equal_time(results: dict[str, Any]) -> list[str]:
-    """The paper's claim of few steps, at equal cost; and the fast one at the usual steps."""
+    """Compare the subject at few steps, and its fast row, with others at equal time."""
     curve = results["curve"]
     fewest = min((row["num_steps"] for row in curve), default=0)
     points = {SUBJECT: fewest, fast(SUBJECT): results["sampling"]["num_steps"]}
@@ -206,7 +208,7 @@ def _at_equal_time(results: dict[str, Any]) -> list[str]:
 
 
 def _in_the_time_of(ours: dict[str, Any], curve: Sequence[dict[str, Any]]) -> str:
-    """What the rivals get in the time that one point of the curve takes."""
+    """Compare one point of the curve with all other methods at equal time."""
     taken = ours["measured"]["seconds_per_image"]
     budget = _SAME_TIME * taken
     parts = []
@@ -220,20 +222,19 @@ def _in_the_time_of(ours: dict[str, Any], curve: Sequence[dict[str, Any]]) -> st
             f"{name} gets {most['scores']['both']['mean']:.2f} with {most['num_steps']} steps "
             f"({most['measured']['seconds_per_image']:.2f} s)"
         )
-    rivals = "; ".join(parts) or "none of the others draws one"
+    others = "; ".join(parts) or "no other method finishes a picture"
     return (
-        f"At {ours['num_steps']} steps {ours['method']} takes {taken:.2f} s for a picture and gets "
-        f"{ours['scores']['both']['mean']:.2f} right; in as much time, "
-        f"give or take a tenth, {rivals}. (The first {ours['num_prompts']} mixed prompts; these "
-        "differences were not tested.)"
+        f"At {ours['num_steps']} steps, {ours['method']} takes {taken:.2f} s per picture and gets "
+        f"{ours['scores']['both']['mean']:.2f} right; in the same time (plus 10 %), {others}. (On "
+        f"the first {ours['num_prompts']} mixed prompts; without a significance test.)"
     )
 
 
 def _variants(results: dict[str, Any], names: Iterable[str]) -> list[str]:
-    """Other aggregators and other numbers of experts against the whole method.
+    """Compare the variants with the subject.
 
-    One of a single seed is only told apart where it is outside of what the whole method's seeds
-    got, since its own luck is not in the interval.
+    A variant has a single seed, whose variation is not in its interval. It only counts as different
+    if it is outside the range of the subject's seeds.
     """
     rows = {row["method"]: row for row in results["rows"]}
     own = own_domain_means(results)
@@ -243,11 +244,11 @@ def _variants(results: dict[str, Any], names: Iterable[str]) -> list[str]:
         difference, mean = rows[name]["afa_minus_this"], rows[name]["both"]["mean"]
         outcome = verdict(difference)
         if min(ours) <= mean <= max(ours):
-            outcome = "not told apart"
+            outcome = "not significant"
         words = {
-            "above": f"worse than {SUBJECT}",
-            "below": f"**better** than {SUBJECT}",
-            "not told apart": f"not told apart from {SUBJECT}",
+            "above": f"significantly worse than {SUBJECT}",
+            "below": f"significantly **better** than {SUBJECT}",
+            "not significant": f"not significantly different from {SUBJECT}",
         }[outcome]
         sentence = f"{name} ({mean:.2f}, one seed) is {words}; difference {_signed(difference)}."
         if outcome == "above":
@@ -261,7 +262,7 @@ def _variants(results: dict[str, Any], names: Iterable[str]) -> list[str]:
 
 
 def own_domain_means(results: dict[str, Any]) -> dict[str, float]:
-    """`both` of every method, averaged over the domains' own prompts."""
+    """`both` of each method, averaged over the own-domain prompts."""
     sums: dict[str, float] = {}
     for domain in EXPERTS:
         for row in results["own_domain"][domain]:

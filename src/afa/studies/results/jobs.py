@@ -1,4 +1,4 @@
-"""Trainings side by side: as many processes as cores, one thread each."""
+"""Run trainings in parallel: one process per core, with one thread each."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 _DONE, _LOG = "finished.json", "log.jsonl"
 _events: Any = None  # the queue of a worker to its parent
-_stop: Any = None  # set when a job has failed, so that the others end with their step
+_stop: Any = None  # set when a job has failed, so that the others stop after their step
 _parent = 0  # the process that started this worker
 
 
 @dataclass(frozen=True)
 class Job:
-    """A name, and a function of picklable arguments that runs in a process of its own."""
+    """A named function of picklable arguments that runs in a worker process."""
 
     name: str
     function: Callable[..., None]
@@ -37,7 +37,7 @@ class Job:
 
 @dataclass(frozen=True)
 class JobProgress:
-    """How far one job is."""
+    """Progress of one job."""
 
     name: str
     done: int
@@ -45,10 +45,11 @@ class JobProgress:
 
 
 def run_jobs(jobs: Sequence[Job], num_processes: int) -> Iterator[JobProgress]:
-    """Run jobs, the first ones first, and report their progress as it comes.
+    """Run jobs in the given order in several processes, and yield their progress.
 
     Raises:
-        AfaError: what a job raised; the others end with their step, and what they kept stays.
+        AfaError: the error of the first job that fails; the others stop after their step, and
+            their checkpoints are kept.
     """
     context = multiprocessing.get_context("spawn")
     events, stop = context.Queue(), context.Event()
@@ -66,8 +67,8 @@ def run_jobs(jobs: Sequence[Job], num_processes: int) -> Iterator[JobProgress]:
     except BrokenProcessPool as error:
         raise AfaError(
             "AFA-STUDY-001",
-            "A process that trained was ended from outside; is the memory full? The same command "
-            "goes on.",
+            "A training process was killed, possibly because memory ran out. Run the same command "
+            "again to resume.",
         ) from error
     finally:
         stop.set()
@@ -101,26 +102,27 @@ def _run(job: Job) -> None:
         raise AfaError("AFA-STUDY-002", f"{job.name}: {error}") from None
 
 
-def _say(name: str, done: int, total: int) -> None:
+def report_progress(name: str, done: int, total: int) -> None:
+    """Send a job's progress to the parent; stops the job if another one has failed."""
     if _events is not None:
         if os.getppid() != _parent:
-            os._exit(1)  # the parent was killed; going on would disturb the next run
+            os._exit(1)  # the parent was killed; do not interfere with the next run
         if _stop.is_set():
             raise KeyboardInterrupt
         _events.put(JobProgress(name, done, total))
 
 
-# -- what jobs there are ----------------------------------------------------------------------
+# -- the jobs ---------------------------------------------------------------------------------
 
 
 def finished(folder: Path) -> dict[str, Any] | None:
-    """What a finished training noted: `seconds_per_step`, the median."""
-    place = folder / _DONE
-    return read_json(place) if place.exists() else None
+    """The record of a finished training, such as its median `seconds_per_step`; else None."""
+    path = folder / _DONE
+    return read_json(path) if path.exists() else None
 
 
 def train_aggregators_job(name: str, recipe: Recipe, folder: Path) -> None:
-    """Train one ensemble; goes on where an earlier run was stopped."""
+    """Train one ensemble, or resume its training."""
     from afa.training import train
     from afa.training.run import require_same_recipe
 
@@ -133,7 +135,7 @@ def train_aggregators_job(name: str, recipe: Recipe, folder: Path) -> None:
 def tune_base_job(
     name: str, base: str, data_seed: int, settings: TrainingRecipe, folder: Path
 ) -> None:
-    """Tune the base on the scenes that the aggregators of the same seed see."""
+    """Fine-tune the base on the scenes that the aggregators with the same seed are trained on."""
     from afa.training import SceneImages
     from afa.training.tuned_base import require_same_run, tune_base
 
@@ -145,30 +147,30 @@ def tune_base_job(
 
 
 def search_job(name: str, recipe: dict[str, Any], folder: Path) -> None:
-    """Search block weights; goes on where an earlier run was stopped."""
+    """Search block weights, or resume the search."""
     from afa.evaluation.search import require_same_search, search_block_weights
     from afa.evaluation.search_recipe import SearchRecipe
 
     checked = SearchRecipe.model_validate(recipe)
     if finished(folder) is None:
         for trial in search_block_weights(checked, folder):
-            _say(name, trial.number, trial.num_trials)
+            report_progress(name, trial.number, trial.num_trials)
             _log(folder, {"trial": trial.number, "seconds": trial.seconds})
-        _note(folder, {"seconds": sum(_seconds(folder))})
+        _record(folder, {"seconds": sum(_seconds(folder))})
     else:
         require_same_search(checked, folder)
 
 
 def _finish(name: str, events: Iterator[Any], folder: Path) -> None:
-    """Run a training to its end and keep how long a step took."""
+    """Run a training, and record its median time per step."""
     from afa.training import TrainStep
 
     for step in events:
-        if not isinstance(step, TrainStep):  # scenes are encoded as they come
+        if not isinstance(step, TrainStep):  # progress of the cache
             continue
-        _say(name, step.step, step.num_steps)
+        report_progress(name, step.step, step.num_steps)
         _log(folder, {"step": step.step, "loss": step.loss, "seconds": step.seconds})
-    _note(folder, {"seconds_per_step": statistics.median(_seconds(folder))})
+    _record(folder, {"seconds_per_step": statistics.median(_seconds(folder))})
 
 
 def _log(folder: Path, line: dict[str, float]) -> None:
@@ -180,7 +182,7 @@ def _seconds(folder: Path) -> list[float]:
     return [json.loads(line)["seconds"] for line in (folder / _LOG).read_text().splitlines()]
 
 
-def _note(folder: Path, content: dict[str, Any]) -> None:
+def _record(folder: Path, content: dict[str, Any]) -> None:
     from afa.provenance import commit
 
     content = {**content, "commit": commit()}

@@ -1,4 +1,4 @@
-"""`docs/results.md` and `docs/results.json`: the study's figures, and plain words for them."""
+"""Write `docs/results.md` and `docs/results.json`: the results of the study."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _MIXED = "mixed"
 _SECTION, _HEADING = "results-dit.json", "## Diffusion transformers"
-_DRAWINGS = ("scores", "curve", "pictures", "failures", "weights")
+_FIGURES = ("scores", "curve", "pictures", "failures", "weights")
 _SHOWN = ("both", "objects", "clip_t", "clip_i")
 _SETS = ("fid", "cmmd")
 
@@ -40,14 +40,14 @@ def results_of(
     costs: dict[str, dict[str, float]],
     base_learning_rate: float,
 ) -> dict[str, Any]:
-    """All that the page says, as `results.json` has it.
+    """The content of `results.json`, from which the page is generated.
 
     Args:
-        work: the study's folder, with the finished comparison.
-        settings: how much of everything.
-        chosen: the settings of every tuned rival.
-        costs: what went into every trained row.
-        base_learning_rate: the better one of the tuned base's.
+        work: folder of the study, with the finished comparison.
+        settings: settings of the study.
+        chosen: selected settings, by baseline.
+        costs: training costs, by row.
+        base_learning_rate: selected learning rate of the tuned base.
     """
     report = read_json(work / "comparison" / "report.json")
     return {
@@ -69,14 +69,14 @@ def results_of(
 
 
 def write_pages(docs: Path, results: dict[str, Any], comparison: Path) -> None:
-    """Write `results.md`, `results.json` and `images/results-*.png` into `docs`.
+    """Write `results.md`, `results.json` and `images/results-*.png`.
 
     Args:
-        docs: is made; what `write_section` put there becomes a part of the page again.
+        docs: output folder; an existing section of `write_section` is included in the page.
         results: see `results_of`.
-        comparison: the folder with the drawings.
+        comparison: folder with the figures.
     """
-    _copy_drawings(docs, comparison, "results")
+    _copy_figures(docs, comparison, "results")
     write_atomic(docs / "results.json", json.dumps(results, indent=1) + "\n")
     text, other = page(results), docs / _SECTION
     if other.exists():
@@ -85,32 +85,32 @@ def write_pages(docs: Path, results: dict[str, Any], comparison: Path) -> None:
 
 
 def write_section(docs: Path, results: dict[str, Any], comparison: Path) -> None:
-    """Write what came of transformers: the end of `results.md`, and a file and drawings of its own.
+    """Write the section on transformers at the end of `results.md`, its JSON and its figures.
 
     Args:
-        docs: see `write_pages`, like the others.
+        docs: output folder.
         results: see `results_of`.
-        comparison: the folder with the drawings.
+        comparison: folder with the figures.
     """
-    _copy_drawings(docs, comparison, "results-dit")
+    _copy_figures(docs, comparison, "results-dit")
     write_atomic(docs / _SECTION, json.dumps(results, indent=1) + "\n")
-    place = docs / "results.md"
-    page_now = f"\n{place.read_text()}" if place.exists() else ""
-    before = page_now.partition(f"\n{_HEADING}\n")[0]
-    write_atomic(place, f"{before.strip()}\n\n{section(results)}".lstrip())
+    path = docs / "results.md"
+    current = f"\n{path.read_text()}" if path.exists() else ""
+    before = current.partition(f"\n{_HEADING}\n")[0]
+    write_atomic(path, f"{before.strip()}\n\n{section(results)}".lstrip())
 
 
-def _copy_drawings(docs: Path, comparison: Path, stem: str) -> None:
+def _copy_figures(docs: Path, comparison: Path, stem: str) -> None:
     images = docs / "images"
     images.mkdir(parents=True, exist_ok=True)
-    for name in _DRAWINGS:
-        drawing = comparison / f"{name}.png"
-        if drawing.exists():
-            shutil.copyfile(drawing, images / f"{stem}-{name}.png")
+    for name in _FIGURES:
+        figure = comparison / f"{name}.png"
+        if figure.exists():
+            shutil.copyfile(figure, images / f"{stem}-{name}.png")
 
 
 def row_of(report: dict[str, Any], row: dict[str, Any], group: str) -> dict[str, Any]:
-    """One method's row for a group of prompts, as `results.json` has it."""
+    """The row of a method for a group of prompts in `results.json`."""
     scores, sets = row["groups"][group]["scores"], row["groups"][group]["sets"]
     return {
         "method": row["method"],
@@ -124,10 +124,10 @@ def row_of(report: dict[str, Any], row: dict[str, Any], group: str) -> dict[str,
 
 
 def difference(report: dict[str, Any], method: str, group: str) -> dict[str, Any] | None:
-    """The subject's `both` minus a method's, paired by prompt; None for the subject itself."""
+    """The paired difference in `both`, subject minus method; None for the subject itself."""
     for row in report["paired"]:
-        place = (row["group"], row["role"], row["score"], row["against"])
-        if place == (group, "subject", "both", method):
+        key = (row["group"], row["role"], row["score"], row["against"])
+        if key == (group, "subject", "both", method):
             return {
                 **row["difference"],
                 **{k: row[k] for k in ("wins", "losses", "ties", "p_value")},
@@ -136,7 +136,7 @@ def difference(report: dict[str, Any], method: str, group: str) -> dict[str, Any
 
 
 def trained_at(work: Path) -> str:
-    """The commits at which the trainings were finished, where other ones than the page's."""
+    """The commits at which the trainings finished."""
     notes = [read_json(file) for file in sorted(work.glob("*/*/finished.json"))]
     return ", ".join(sorted({str(note["commit"]) for note in notes if "commit" in note}))
 
@@ -145,7 +145,7 @@ def trained_at(work: Path) -> str:
 
 
 def page(results: dict[str, Any]) -> str:
-    """`results.md`."""
+    """The text of `results.md`."""
     made, settings = results["made_from"], results["settings"]
     rows = {row["method"]: row for row in results["rows"]}
     return "\n".join(
@@ -155,17 +155,17 @@ def page(results: dict[str, Any]) -> str:
             "Written by `make results`; the figures are in [results.json](results.json). Commit "
             f"{made['commit']}{_trained(made)}; {made['machine']}; {made['software']}.",
             "",
-            "Each picture shows two emojis, each in its place. The base model was trained on all "
-            "48 objects for a short time; each expert is the base, fine-tuned on the objects of "
-            "one domain. *Mixed* prompts ask for objects of two domains, in pairs that no "
-            "training held. `both` is the share of pictures with the right object on either side, "
-            "as a classifier of real scenes sees it.",
+            "Each picture shows two emojis, one on each side. The base model was trained briefly "
+            "on all 48 objects; each expert is the base, fine-tuned on the objects of one domain. "
+            "*Mixed* prompts combine objects of two domains, in pairs that are in no training set. "
+            "`both` is the fraction of pictures with the correct objects on both sides, according "
+            "to a classifier of real scenes.",
             "",
             "## Limits of these figures",
             "",
             NEXT_STUDY,
             "",
-            "From the tables below, the source and earlier commits:",
+            "From the tables below, the source code and earlier commits:",
             "",
             *(f"- {sentence}" for sentence in limits(results)),
             "",
@@ -173,79 +173,80 @@ def page(results: dict[str, Any]) -> str:
             "",
             *(f"- {sentence}" for sentence in REVIEW),
             "",
-            "## In plain words",
+            "## Summary",
             "",
-            "Of this run, within the limits above; what speaks against AFA comes first.",
+            "Results of this run, within the limits above; evidence against AFA comes first.",
             "",
             *(f"- {sentence}" for sentence in conclusions(results)),
             "",
             f"## Mixed prompts: {results['groups'][_MIXED]}",
             "",
             f"{results['sampling']['num_steps']} DDIM steps, guidance "
-            f"{results['sampling']['guidance']:g}, the same noise for every method. {SUBJECT} and "
-            f"the tuned bases are means over {settings['num_seeds']} seeds of training; the "
-            "ablations and other numbers of experts are of the first seed, whose luck their "
-            "intervals do not hold. "
-            "Brackets are 95 % intervals: of a share Wilson's over the prompts, widened where "
-            "seeds of training differ; of a difference the paired bootstrap over prompts and "
-            f"seeds. *{SUBJECT} minus this* is of `both`; wins and losses count prompts. `fid` and "
-            "`cmmd` are against scenes of the same prompts and have no intervals. `calls` are runs "
-            "of one expert's denoiser for one picture, in whole or, where a row is *fast* "
-            "([speed.md](speed.md)), in part.",
+            f"{results['sampling']['guidance']:g}; all methods start from the same noise. "
+            f"{SUBJECT} and the tuned bases are means over {settings['num_seeds']} training seeds; "
+            "the ablations and other numbers of experts use only the first seed, so their "
+            "intervals do not include the variation between seeds. "
+            "Brackets are 95 % intervals: Wilson's over the prompts for fractions, widened if "
+            "training seeds differ; the paired bootstrap over prompts and seeds for differences. "
+            f"*{SUBJECT} minus this* is the difference in `both`; wins and losses count prompts. "
+            "`fid` and `cmmd` use scenes of the same prompts as references and have no intervals. "
+            "`calls` are evaluations of one expert's denoiser per picture; in *fast* rows "
+            "([speed.md](speed.md)) some of them are partial.",
             "",
             *_table(list(rows.values())),
             "",
-            "![Every method with its interval, by kind of prompt.](images/results-scores.png)",
+            "![All methods with their intervals, by kind of prompt.](images/results-scores.png)",
             "",
-            "![The first mixed prompts, drawn by every method.](images/results-pictures.png)",
+            "![The first mixed prompts, drawn by all methods.](images/results-pictures.png)",
             "",
             "## Own-domain prompts",
             "",
-            "Prompts of one domain, which its own expert was fine-tuned for.",
+            "Prompts of one domain, for which one expert was fine-tuned.",
             "",
             *_domain_table(results),
             "",
-            "## What was trained, and for how long",
+            "## Training costs",
             "",
             *_cost_table(rows, results["training"]),
             "",
-            "The tuned base is the base's U-Net and text encoder, trained on the very batches, "
-            "noise and schedule that the aggregators of the same seed saw; *(time)* goes on with "
-            "more of them. The experts' own training is in no row of this table.",
+            "The tuned base is the base's U-Net and text encoder, trained on the same batches, "
+            "noise and learning rate schedule as the aggregators with the same seed; *(time)* is "
+            "trained for more steps. No row of this table includes the training of the experts.",
             "",
             "## Quality against time",
             "",
             *curve_table(results),
             "",
-            "![Share of right pictures against seconds.](images/results-curve.png)",
+            "![Fraction of correct pictures against seconds.](images/results-curve.png)",
             "",
             "## Ablations, other sizes, other numbers of experts",
             "",
-            "*The paper's size*: `hidden_ratio: null, min_scale: 1`, the same many channels at "
-            "every site and weights at every pixel. *conv_out only* has the default size, which is "
-            "too small there: see [the limits](#limits-of-these-figures).",
+            "*The paper's size*: `hidden_ratio: null, min_scale: 1`, with the same number of "
+            "channels at all sites and weights at every pixel. *conv_out only* has the default "
+            "size, which is too small there: see [the limits](#limits-of-these-figures).",
             "",
             *_table([rows[SUBJECT], *(rows[name] for name in _variants())]),
             "",
-            "## Whom it listens to",
+            "## Fusion weights",
             "",
-            "Mean weight of each expert by site (from the input down to the output) and step, of "
-            "the first seed.",
+            "Mean weight of each expert by site (from input to output) and step, for the first "
+            "seed.",
             "",
             "![Mean weights by site and step.](images/results-weights.png)",
             "",
-            "## Where it fails",
+            f"## Failures of {SUBJECT}",
             "",
-            "The mixed prompts that it gets right least often.",
+            f"The mixed prompts with the lowest scores of {SUBJECT}.",
             "",
-            "![Failures, beside what others drew.](images/results-failures.png)",
+            "![Failures, next to the pictures of other methods.](images/results-failures.png)",
             "",
-            "## How the rivals were tuned",
+            "## Tuning of the baselines",
             "",
-            f"Each had its settings chosen on {settings['num_tuning']} mixed prompts whose pairs "
-            f"the test does not ask for, at {settings['tuning_steps']} steps; autoMBW had "
-            f"{settings['num_trials']} trials on the same prompts. The learning rate and schedule "
-            f"of {SUBJECT} were chosen in a few runs of the demo, **on the prompts of this test**.",
+            f"The settings of each baseline were selected on {settings['num_tuning']} mixed "
+            f"prompts with pairs that are not in the test, at {settings['tuning_steps']} steps; "
+            f"autoMBW had {settings['num_trials']} trials on the same prompts. The learning rate "
+            f"and schedule of {SUBJECT} were chosen in a few runs of the demo, **on the prompts of "
+            "this test**.",
             "",
             *(
                 f"- {name}: {_settings(chosen)}{_tried(name)}"
@@ -257,37 +258,37 @@ def page(results: dict[str, Any]) -> str:
 
 
 def section(results: dict[str, Any]) -> str:
-    """What the page says of transformers."""
+    """The section on transformers."""
     made, settings, sampling = results["made_from"], results["settings"], results["sampling"]
     rows = {row["method"]: row for row in results["rows"]}
     return "\n".join(
         [
             _HEADING,
             "",
-            "The same scenes, prompts, judges and autoencoder; base and experts are small "
-            "transformers of PixArt's kind (`afa zoo build --family dit`), and SABW fuses their "
-            "tokens on their grid of 8x8. Written by `make results-dit`; the figures are in "
+            "Scenes, prompts, judges and autoencoder are the same; base and experts are small "
+            "transformers of the PixArt family (`afa zoo build --family dit`), and SABW fuses "
+            "their tokens on a grid of 8x8. Written by `make results-dit`; the figures are in "
             f"[{_SECTION}]({_SECTION}). Commit {made['commit']}{_trained(made)}; "
             f"{made['machine']}; {made['software']}.",
             "",
-            "The test prompts and the kind of references are those of the page, and so are their "
-            "limits. Other figures:",
+            "Test prompts and references are of the same kind as above, with the same limits. "
+            "These limits differ:",
             "",
             *(f"- {sentence}" for sentence in limits_of_transformers(results)),
             "",
-            "In plain words, within these limits; what speaks against AFA comes first:",
+            "Summary, within these limits; evidence against AFA comes first:",
             "",
             *(f"- {sentence}" for sentence in conclusions(results)),
             "",
             f"{results['groups'][_MIXED]} mixed prompts, {sampling['num_steps']} DDIM steps, "
             f"guidance {sampling['guidance']:g}; {SUBJECT} and the tuned bases are means over "
-            f"{settings['num_seeds']} seeds. Each rival had its settings chosen on "
-            f"{settings['num_tuning']} other prompts, as above; merges by block are for U-Nets "
-            "alone.",
+            f"{settings['num_seeds']} seeds. The settings of each baseline were selected on "
+            f"{settings['num_tuning']} other prompts, as above; block-wise merges only apply to "
+            "U-Nets.",
             "",
             *_table(list(rows.values())),
             "",
-            "![The first mixed prompts, drawn by every method.](images/results-dit-pictures.png)",
+            "![The first mixed prompts, drawn by all methods.](images/results-dit-pictures.png)",
             "",
             *_domain_table(results),
             "",
@@ -308,7 +309,7 @@ def _trained(made: dict[str, str]) -> str:
 
 
 def _settings(chosen: dict[str, Any]) -> str:
-    """A rival's settings in a line, numbers rounded."""
+    """The settings of a baseline on one line, with rounded numbers."""
 
     def rounded(value: Any) -> Any:
         if isinstance(value, float):
@@ -323,9 +324,9 @@ def _settings(chosen: dict[str, Any]) -> str:
 
 
 def _tried(name: str) -> str:
-    """Out of how many settings a rival's were chosen."""
+    """State the number of candidates of a baseline."""
     listed = candidates().get(name)
-    return "" if listed is None else f", of {len(listed)} that were tried"
+    return "" if listed is None else f", of {len(listed)} candidates"
 
 
 def _variants() -> list[str]:
@@ -343,7 +344,7 @@ def _signed(score: dict[str, float] | None) -> str:
 
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:
-    """Rows of one group of prompts, the best first."""
+    """The table of one group of prompts, the best row first."""
     head = ["method", *_SHOWN, *_SETS, f"{SUBJECT} minus this", "wins/losses", "calls", "s/image"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in sorted(rows, key=lambda row: -row["both"]["mean"]):
@@ -362,14 +363,13 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _domain_table(results: dict[str, Any]) -> list[str]:
-    """`both` of every method by domain, and the mean of the three."""
+    """The table of `both` by method and domain, with the mean of the domains."""
     counts = [f"{domain} ({results['groups'][domain]})" for domain in EXPERTS]
     lines = [f"| method | {' | '.join(counts)} | mean |", "|---|---|---|---|---|"]
     by_domain = {
         domain: {row["method"]: row["both"] for row in rows}
         for domain, rows in results["own_domain"].items()
     }
-
     means = own_domain_means(results)
     for method in sorted(means, key=means.__getitem__, reverse=True):
         name = f"**{method}**" if method == SUBJECT else method

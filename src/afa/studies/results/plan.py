@@ -1,4 +1,4 @@
-"""What is trained, what rivals are tuned over, and what is compared."""
+"""The plan of the study: trainings, candidates of the baselines, and the comparison."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 SUBJECT = "AFA"
 #: rows of other aggregators: without one of the states or with fewer of them (AFA, section 4.4),
-#: and as large as the paper's
+#: and with the paper's size
 VARIANTS: dict[str, dict[str, Any]] = {
     "ablation: no spatial": {"spatial": False},
     "ablation: no timestep": {"timestep": False},
@@ -35,35 +35,35 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ablation: conv_out only": {"sites": "conv_out"},
     "AFA, the paper's size": {"hidden_ratio": None, "min_scale": 1},
 }
-#: rows of other numbers of experts
+#: rows with other numbers of experts
 OTHER_EXPERTS = {
     "AFA, animals and food": ("animals", "food"),
     "AFA, things twice": ("animals", "food", "things", "things"),
 }
-#: rows of the tuned base: as many steps, or as much time, as the training of the aggregators
+#: rows of the tuned base: with as many steps, or as much time, as the aggregators' training
 STEPS, TIME = "tuned base (steps)", "tuned base (time)"
-#: rows that are drawn a second time, with a preset of `afa.Acceleration`
+#: rows that are also drawn with a preset of `afa.Acceleration`
 SPED_UP = (SUBJECT, "add-difference merge", TIME)
 
 
 def fast(row: str) -> str:
-    """The name of a row that is drawn a second time."""
+    """The name of the accelerated variant of a row."""
     return f"{row}, fast"
 
 
 def training_name(row: str) -> str:
-    """The name, and the folder, of the training of a row of `VARIANTS`."""
+    """The name and the folder of the training of a row of `VARIANTS`."""
     return row.replace(":", "")
 
 
 @dataclass(frozen=True)
 class Zoo:
-    """Whose experts are compared.
+    """The experts of a study.
 
     Attributes:
-        experts: sources by domain.
-        base: what they were fine-tuned from.
-        is_main: whether it is the shipped one, of U-Nets, with variants and merges by block.
+        experts: sources of the experts, by domain.
+        base: source of their base.
+        is_main: whether it is the bundled zoo of U-Nets, with variants and block-wise merges.
     """
 
     experts: Mapping[str, str]
@@ -75,25 +75,25 @@ SHIPPED = Zoo({name: f"zoo:{name}" for name in EXPERTS}, "zoo:base")
 
 
 def transformers(folder: Path) -> Zoo:
-    """The zoo that `afa zoo build --family dit` made in a folder.
+    """The zoo in a folder of `afa zoo build --family dit`.
 
     Raises:
-        AfaError: it has not.
+        AfaError: if models are missing.
     """
-    places = {name: folder.resolve() / name for name in MODELS}
-    missing = [name for name, place in places.items() if not place.is_dir()]
+    folders = {name: folder.resolve() / name for name in MODELS}
+    missing = [name for name, path in folders.items() if not path.is_dir()]
     if missing:
         raise AfaError(
             "AFA-STUDY-003",
-            f"A zoo must have {', '.join(MODELS)}; '{folder}' lacks {', '.join(missing)}. Make "
-            f"one: afa zoo build {folder} --family dit.",
+            f"The zoo '{folder}' lacks {', '.join(missing)}. Build it: afa zoo build {folder} "
+            "--family dit.",
         )
-    return Zoo({name: str(places[name]) for name in EXPERTS}, str(places["base"]), is_main=False)
+    return Zoo({name: str(folders[name]) for name in EXPERTS}, str(folders["base"]), is_main=False)
 
 
 @dataclass(frozen=True)
 class StudySettings:
-    """How much of everything; of the shipped zoo it takes 65 to 110 minutes on two cores."""
+    """Settings of the study; with the bundled zoo it takes 65 to 110 minutes on two cores."""
 
     num_train_steps: int = 500
     batch_size: int = 16
@@ -102,7 +102,7 @@ class StudySettings:
     base_learning_rates: tuple[float, ...] = (3e-4, 1e-3)
     num_mixed: int = 96
     num_own: int = 32  # of each domain
-    num_tuning: int = 48  # prompts that rivals are tuned on
+    num_tuning: int = 48  # prompts for tuning the baselines
     tuning_steps: int = 12
     num_trials: int = 100
     num_steps: int = NUM_STEPS
@@ -112,7 +112,7 @@ class StudySettings:
 
 
 def training(settings: StudySettings, seed: int, **changes: Any) -> TrainingRecipe:
-    """One training's settings, for aggregators and for the base alike."""
+    """Settings of one training of aggregators or of the base."""
     values = {
         "num_steps": settings.num_train_steps,
         "batch_size": settings.batch_size,
@@ -127,16 +127,16 @@ def training(settings: StudySettings, seed: int, **changes: Any) -> TrainingReci
 
 
 def scenes(seed: int) -> ScenesRecipe:
-    """The data of one seed: any pair of objects that is not held out."""
+    """The data of one seed: all pairs of objects that are not held out."""
     return ScenesRecipe(num_samples=100_000, seed=seed + 3)
 
 
-#: of transformers, which have neither variants nor a search: 50 minutes on two cores
+#: settings for transformers, without variants and search: 50 minutes on two cores
 FEWER = StudySettings(num_seeds=2, num_own=24, num_tuning=32, curve_steps=(5, 20), num_curve=32)
 
 
 def aggregator_recipes(settings: StudySettings, zoo: Zoo = SHIPPED) -> dict[str, Recipe]:
-    """Every training of aggregators, by the name of its folder."""
+    """The recipes of all trainings of aggregators, by the name of their folder."""
     chosen = {field.name: getattr(AGGREGATOR, field.name) for field in fields(SABWSettings)}
 
     def recipe(experts: Sequence[str], seed: int, **switches: Any) -> Recipe:
@@ -158,13 +158,13 @@ def aggregator_recipes(settings: StudySettings, zoo: Zoo = SHIPPED) -> dict[str,
     return recipes
 
 
-# -- what rivals are tuned over ---------------------------------------------------------------
+# -- candidates of the baselines --------------------------------------------------------------
 
 
 def candidates(zoo: Zoo = SHIPPED) -> dict[str, list[dict[str, Any]]]:
-    """Settings of every rival that has some, as they stand in a method's recipe.
+    """Candidate settings of each tunable baseline, as in the recipe of a method.
 
-    The best on prompts that share no pair of objects with the test's is compared.
+    The study selects the best ones on prompts that share no pair of objects with the test.
     """
     uniform = [1 / 3] * 3
     leading = [[0.5 if n == m else 0.25 for n in range(3)] for m in range(3)]
@@ -190,7 +190,7 @@ def candidates(zoo: Zoo = SHIPPED) -> dict[str, list[dict[str, Any]]]:
 
 
 def fusion_rows() -> dict[str, list[dict[str, Any]]]:
-    """Every row of every fusion without training, with the settings that it has to choose from."""
+    """The rows of all fusions without training, with their candidate settings."""
     return {
         row: [{"fusion": settings.model_dump(exclude_none=True)} for settings in listed]
         for fusion in FUSIONS
@@ -203,10 +203,10 @@ def _merge(method: str, **settings: Any) -> dict[str, Any]:
 
 
 def block_presets() -> list[dict[str, list[float]]]:
-    """Block weights as people choose them by hand: another expert leads at another depth.
+    """Typical manual block weights, in which a different expert leads at each depth.
 
-    All orders of the experts over shallow, middle and deep blocks, hard and soft, and the uniform
-    merge of the text encoders.
+    All orders of the experts over shallow, middle and deep blocks, with hard and soft weights, and
+    uniform weights for the text encoders.
     """
     depths = (
         ("conv_in", "down.0.0", "down.0.downsample"),
@@ -224,7 +224,7 @@ def block_presets() -> list[dict[str, list[float]]]:
     return presets
 
 
-# -- what is compared -------------------------------------------------------------------------
+# -- the comparison ---------------------------------------------------------------------------
 
 _JUDGES = [
     "scenes",
@@ -237,7 +237,7 @@ _JUDGES = [
 
 
 def sampling(num_steps: int) -> dict[str, Any]:
-    """How pictures are drawn; one thread, so that any number of processes draws the same."""
+    """Sampling settings; one thread, so that pictures do not depend on the number of processes."""
     return {
         "num_steps": num_steps,
         "guidance": GUIDANCE_SCALE,
@@ -248,14 +248,14 @@ def sampling(num_steps: int) -> dict[str, Any]:
 
 
 def tuning_prompts(settings: StudySettings) -> dict[str, Any]:
-    """Mixed prompts of pairs that the test never asks for."""
+    """Mixed prompts of pairs that are not in the test."""
     return {"zoo": {"kinds": {"mixed": settings.num_tuning}, "held_out": False, "seed": 2_000_000}}
 
 
 def tuning_recipe(
     settings: StudySettings, bases: dict[str, Path], zoo: Zoo = SHIPPED
 ) -> dict[str, Any]:
-    """The comparison of all candidates, and of bases tuned with several learning rates."""
+    """The recipe that compares all candidates, and bases tuned with several learning rates."""
     methods = [
         {"name": f"{name} {n}", **candidate}
         for name, listed in candidates(zoo).items()
@@ -274,7 +274,7 @@ def tuning_recipe(
 
 
 def search_recipe(settings: StudySettings, zoo: Zoo = SHIPPED) -> dict[str, Any]:
-    """The search of autoMBW, on the prompts that the others are tuned on."""
+    """The recipe of autoMBW's search, on the prompts for tuning."""
     return {
         "experts": list(zoo.experts.values()),
         "prompts": tuning_prompts(settings),
@@ -291,18 +291,18 @@ def comparison_recipe(
     chosen: dict[str, dict[str, Any]],
     zoo: Zoo = SHIPPED,
 ) -> dict[str, Any]:
-    """The comparison itself, as a recipe of `afa evaluate`.
+    """The recipe of `afa evaluate` for the comparison.
 
     Args:
-        settings: how much of everything.
-        trained: ensembles by the name of their training.
-        tuned: tuned bases by row.
-        chosen: the settings of every tuned rival.
-        zoo: whose experts.
+        settings: settings of the study.
+        trained: folders of ensembles, by the name of their training.
+        tuned: folders of tuned bases, by row.
+        chosen: selected settings, by baseline.
+        zoo: the experts.
     """
     seeds = [str(trained[f"afa-{seed}"]) for seed in range(settings.num_seeds)]
     methods: list[dict[str, Any]] = [{"name": SUBJECT, "ensemble": seeds}]
-    methods += [{"name": name, **settings_} for name, settings_ in chosen.items()]
+    methods += [{"name": name, **selected} for name, selected in chosen.items()]
     methods += [
         {"name": row, **listed[0]} for row, listed in fusion_rows().items() if len(listed) == 1
     ]
@@ -314,12 +314,12 @@ def comparison_recipe(
     if zoo.is_main:
         methods += [{"name": row, "ensemble": str(trained[training_name(row)])} for row in VARIANTS]
         methods += [{"name": name, "ensemble": str(trained[name])} for name in OTHER_EXPERTS]
-    quick = [
+    accelerated = [
         {**method, "name": fast(method["name"]), "acceleration": "fast"}
         for method in methods
         if method["name"] in SPED_UP
     ]
-    methods += quick
+    methods += accelerated
     kinds = {"mixed": settings.num_mixed} | {name: settings.num_own for name in EXPERTS}
     return {
         "experts": list(zoo.experts.values()),
@@ -331,7 +331,7 @@ def comparison_recipe(
         "subject": SUBJECT,
         "curve": {
             "num_steps": list(settings.curve_steps),
-            "also": ["base", *tuned, *(method["name"] for method in quick)],
+            "also": ["base", *tuned, *(method["name"] for method in accelerated)],
             "limit": settings.num_curve,
         },
         "num_resamples": settings.num_resamples,

@@ -1,4 +1,4 @@
-"""All stages of the study, each of which goes on where it was stopped."""
+"""The resumable stages of the study."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _SETTINGS = "study.json"
 
 @dataclass(frozen=True)
 class StageStarted:
-    """A stage of which `afa evaluate` itself shows the progress."""
+    """The start of a stage whose progress `afa evaluate` shows."""
 
     name: str
 
@@ -63,31 +63,34 @@ def run_study(
     num_processes: int | None = None,
     zoo: Zoo = SHIPPED,
 ) -> Iterator[JobProgress | StageStarted]:
-    """Train, tune the rivals, compare, and write the pages.
+    """Train, tune the baselines, compare all methods, and write the pages.
 
     Args:
-        work: keeps everything; an earlier run's folder goes on.
-        docs: gets `results.md`, `results.json` and their drawings at the end.
-        settings: how much of everything.
-        num_processes: one thread each; None takes one for each core.
-        zoo: whose experts.
+        work: work folder; that of an earlier run is resumed.
+        docs: output folder of `results.md`, `results.json` and figures.
+        settings: settings of the study; None uses the defaults of the zoo.
+        num_processes: number of processes with one thread each; None uses one per core.
+        zoo: the experts.
+
+    Yields:
+        The progress.
 
     Raises:
-        AfaError: the folder is of other settings, or a stage failed. What was done is kept.
+        AfaError: if the folder belongs to other settings, or a stage fails. Finished work is kept.
     """
     settings = settings or (StudySettings() if zoo.is_main else FEWER)
     num_processes = num_processes or os.cpu_count() or 1
     work = work.resolve()
-    asked = {
+    inputs = {
         **json.loads(json.dumps(asdict(settings))),
         "models": [
             [hash_pipeline(path), hash_descriptions(path)]
             for path in map(locate, (zoo.base, *zoo.experts.values()))
         ],
     }
-    _require_same(work, asked)
+    _require_same(work, inputs)
     with owned(work):
-        write_atomic(work / _SETTINGS, json.dumps(asked, indent=2) + "\n")
+        write_atomic(work / _SETTINGS, json.dumps(inputs, indent=2) + "\n")
         yield from _stages(work, docs, settings, num_processes, zoo)
 
 
@@ -108,11 +111,11 @@ def _stages(
     ]
     if zoo.is_main:
         jobs.append(Job("autoMBW", search_job, (search_recipe(settings, zoo), work / "search")))
-    # the longest first, so that no process is left alone with one at the end
+    # the longest jobs first, so that all processes finish at about the same time
     jobs.sort(key=lambda job: job.name != "autoMBW" and "twice" not in job.name)
     yield from run_jobs(jobs, num_processes)
 
-    yield StageStarted("the rivals' settings")
+    yield StageStarted("tuning of the baselines")
     evaluate_in_processes(work / "tuning", tuning_recipe(settings, bases, zoo), num_processes)
     chosen, rate_name = choose(read_json(work / "tuning" / "report.json"), settings, zoo)
     if zoo.is_main:
@@ -133,7 +136,7 @@ def _stages(
     later.sort(key=lambda job: TIME not in job.name)
     yield from run_jobs(later, num_processes)
 
-    yield StageStarted("the comparison")
+    yield StageStarted("comparison")
     recipe = comparison_recipe(settings, trained, tuned, chosen, zoo)
     evaluate_in_processes(work / "comparison", recipe, num_processes)
     costs = training_costs(settings, trained, tuned)
@@ -161,49 +164,54 @@ def _tuning(
     return zoo.base, scenes(seed).seed, training(settings, seed, **changes), folder
 
 
-def _require_same(work: Path, asked: dict[str, Any]) -> None:
-    place = work / _SETTINGS
-    if place.exists() and read_json(place) != asked:
+def _require_same(work: Path, inputs: dict[str, Any]) -> None:
+    path = work / _SETTINGS
+    if path.exists() and read_json(path) != inputs:
         raise AfaError(
             "AFA-STUDY-004",
-            f"The work folder '{work}' is of other settings or of other models. Name another one.",
+            f"The work folder '{work}' belongs to a study with other settings or models. Pass "
+            "another folder.",
         )
-    if not place.exists() and not is_unused(work):
+    if not path.exists() and not is_unused(work):
         raise AfaError(
             "AFA-STUDY-005",
-            f"The work folder must be new or of an earlier study; '{work}' is neither.",
+            f"The work folder '{work}' is neither new nor an earlier study. Pass another folder.",
         )
 
 
 def evaluate_in_processes(output: Path, recipe: dict[str, Any], num_processes: int) -> None:
-    """Run `afa evaluate` in several processes, on a recipe that is kept beside its output."""
+    """Run `afa evaluate` in several processes on a recipe, which is stored next to `output`."""
     file = output.with_suffix(".yaml")
-    plain = json.loads(json.dumps(recipe))  # equal lists as such, not as YAML's references
+    plain = json.loads(json.dumps(recipe))  # avoids YAML aliases for shared lists
     text = yaml.safe_dump(plain, sort_keys=False, default_flow_style=None, width=100)
     write_atomic(file, text)
     command = [sys.executable, "-m"]
     if num_processes > 1:
         launcher = "torch.distributed.run"
         command += [launcher, "--standalone", f"--nproc_per_node={num_processes}", "-m"]
-    # small models that were made here: the look would take a minute and have nothing to say
+    # the check would take a minute, and the models were made by this study
     command += ["afa", "evaluate", str(file), "--output", str(output), "--no-check"]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
     if done.returncode:
         raise AfaError(
             "AFA-STUDY-006",
-            f"afa evaluate failed on '{file}', see above; the same command goes on.",
+            f"afa evaluate failed on '{file}'; see its error above. Run the same command again to "
+            "resume.",
         )
 
 
 def choose(
     report: dict[str, Any], settings: StudySettings, zoo: Zoo = SHIPPED
 ) -> tuple[dict[str, dict[str, Any]], str]:
-    """The best settings of every rival, and the name of the best tuned base; the first of equals.
+    """Select the best settings of each baseline and the best tuned base; ties select the first.
 
     Args:
-        report: of the comparison of all candidates.
-        settings: whose learning rates name the bases.
-        zoo: whose experts.
+        report: report of the comparison of all candidates.
+        settings: settings of the study, with the learning rates of the bases.
+        zoo: the experts.
+
+    Returns:
+        The settings by baseline, and the name of the tuned base.
     """
     means = {
         row["method"]: row["groups"]["mixed"]["scores"]["both"]["mean"] for row in report["rows"]
@@ -217,44 +225,44 @@ def choose(
 
 
 def _searched(folder: Path) -> dict[str, Any]:
-    """What the search found, as it stands in a method's recipe."""
+    """The merge that the search found, as in the recipe of a method."""
     found = yaml.safe_load((folder / "merge.yaml").read_text())
     return {key: found[key] for key in ("method", "block_weights")}
 
 
 def _steps_of_equal_time(work: Path, settings: StudySettings, ensemble: Path, base: Path) -> int:
-    """How many steps of the base take as long as the training of an ensemble; measured once."""
-    place = work / "tuned" / f"steps-{ensemble.name}.json"
-    if not place.exists():
+    """The number of steps of the base that take as long as training an ensemble; measured once."""
+    path = work / "tuned" / f"steps-{ensemble.name}.json"
+    if not path.exists():
         slow, fast = finished(ensemble), finished(base)
-        assert slow is not None, "the ensemble is trained"
-        assert fast is not None, "the base is tuned"
+        assert slow is not None, "the ensemble has been trained"
+        assert fast is not None, "the base has been tuned"
         ratio = slow["seconds_per_step"] / fast["seconds_per_step"]
         content = {"num_steps": round(settings.num_train_steps * ratio)}
-        write_atomic(place, json.dumps(content) + "\n")
-    return int(read_json(place)["num_steps"])
+        write_atomic(path, json.dumps(content) + "\n")
+    return int(read_json(path)["num_steps"])
 
 
 def training_costs(
     settings: StudySettings, trained: dict[str, Path], tuned: dict[str, list[Path]]
 ) -> dict[str, dict[str, float]]:
-    """Steps and seconds that went into every trained row, of one seed."""
+    """Training steps and seconds of each trained row, for one seed."""
     costs = {}
     for name, folder in trained.items():
         note = finished(folder)
-        assert note is not None, "it is trained"
+        assert note is not None, "the ensemble has been trained"
         seconds = settings.num_train_steps * note["seconds_per_step"]
         costs[name] = {"num_steps": settings.num_train_steps, "seconds": seconds}
     for row, folders in tuned.items():
         note, run = finished(folders[-1]), read_json(folders[-1] / "run.json")
-        assert note is not None, "it is tuned"
+        assert note is not None, "the base has been tuned"
         steps = run["training"]["num_steps"]
         costs[row] = {"num_steps": steps, "seconds": steps * note["seconds_per_step"]}
     return costs
 
 
 def search_cost(settings: StudySettings, search: Path) -> dict[str, float]:
-    """Trials and seconds that went into the search."""
+    """Trials and seconds of the search."""
     note = finished(search)
-    assert note is not None, "the search is done"
+    assert note is not None, "the search has finished"
     return {"num_trials": settings.num_trials, "seconds": note["seconds"]}

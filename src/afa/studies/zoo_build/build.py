@@ -1,7 +1,7 @@
-"""Make the whole zoo again from the font: sprites, autoencoder, base, experts, judges, ensemble.
+"""Build the bundled zoo from the font: sprites, autoencoder, base, experts, judges, ensemble.
 
-Each stage keeps a checkpoint in the work folder and is skipped or continued when the same command
-runs again. The result is the folder `assets` of float16 weights, which the package ships.
+Each stage stores a checkpoint in the work folder, and is skipped or resumed when the command runs
+again. The result is the folder `assets` of float16 weights, which the package includes.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ZooRecipe(ModelsRecipe):
-    """How long and on how much the zoo is trained."""
+    """Settings of the training of the zoo."""
 
     vae_steps: int = 4_000
     vae_batch_size: int = 16
@@ -73,7 +73,7 @@ class ZooRecipe(ModelsRecipe):
 
 
 def train_vae(shop: Workshop[ZooRecipe], vae: AutoencoderKL) -> Iterator[FitStep]:
-    """Absolute error plus a light pull of the latents towards a normal distribution."""
+    """Train the autoencoder with L1 and L2 error and a small KL term."""
 
     def loss_of(generator: torch.Generator) -> Tensor:
         indices = torch.randint(10_000_000, (shop.recipe.vae_batch_size,), generator=generator)
@@ -95,7 +95,7 @@ def train_vae(shop: Workshop[ZooRecipe], vae: AutoencoderKL) -> Iterator[FitStep
 
 
 def _crops(pictures: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """One square crop of each picture, anywhere: a quarter of the cost of the whole."""
+    """A random square crop of each picture, which costs a quarter of the full picture."""
     span = pictures.shape[-1] - size + 1
     corners = torch.randint(span, (len(pictures), 2), generator=generator).tolist()
     return torch.stack(
@@ -103,14 +103,11 @@ def _crops(pictures: Tensor, size: int, generator: torch.Generator) -> Tensor:
     )
 
 
-# -- base and experts -------------------------------------------------------------------------
-
-
 # -- judges -----------------------------------------------------------------------------------
 
 
 def spoil(halves: Tensor, generator: torch.Generator) -> Tensor:
-    """Turn halves of pictures [B, 3, 64, 32] into what shows no object: blends and scrambles."""
+    """Turn halves of pictures [B, 3, 64, 32] into negatives: blended, scrambled or empty ones."""
     batch = len(halves)
     share = torch.rand(batch, 1, 1, 1, generator=generator) * 0.3 + 0.35
     blended = share * halves + (1 - share) * halves.roll(1, 0)
@@ -124,7 +121,7 @@ def spoil(halves: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _soften(pictures: Tensor, generator: torch.Generator) -> Tensor:
-    """Noise and a slight blur, so that a judge reads objects and not the renderer's edges."""
+    """Add noise and slight blur, so that judges do not rely on sharp edges of the renderer."""
     blurred = F.avg_pool2d(F.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     share = torch.rand(len(pictures), 1, 1, 1, generator=generator)
     strength = 0.1 * torch.rand(len(pictures), 1, 1, 1, generator=generator)
@@ -133,7 +130,7 @@ def _soften(pictures: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def train_classifier(shop: Workshop[ZooRecipe], model: ObjectClassifier) -> Iterator[FitStep]:
-    """Cross-entropy on the halves of real scenes, and on spoilt halves as the class "none"."""
+    """Train with cross-entropy on halves of scenes, and on spoilt halves as the class "none"."""
 
     def loss_of(generator: torch.Generator) -> Tensor:
         indices = torch.randint(10_000_000, (32,), generator=generator)
@@ -158,7 +155,7 @@ def train_classifier(shop: Workshop[ZooRecipe], model: ObjectClassifier) -> Iter
 
 
 def train_clip(shop: Workshop[ZooRecipe], model: nn.Module) -> Iterator[FitStep]:
-    """Contrastive loss (Radford et al., 2021); captions with sides swapped are hard negatives."""
+    """Train with a contrastive loss (Radford et al., 2021) and swapped sides as hard negatives."""
 
     def loss_of(generator: torch.Generator) -> Tensor:
         indices = torch.randint(10_000_000, (64,), generator=generator)
@@ -187,15 +184,18 @@ def train_clip(shop: Workshop[ZooRecipe], model: nn.Module) -> Iterator[FitStep]
 def build_zoo(
     folder: Path, recipe: ZooRecipe | None = None, *, font: Path | None = None
 ) -> Iterator[FitStep]:
-    """Train everything, stage after stage; continue where an earlier run was stopped.
+    """Train all stages, and resume an earlier run.
 
     Args:
-        folder: holds checkpoints and, at the end, `assets`.
-        recipe: how long; the default makes the zoo that the package ships.
-        font: Noto Color Emoji, to cut the sprites from; None takes the shipped sprites.
+        folder: work folder of checkpoints and, at the end, `assets`.
+        recipe: settings; None uses those of the bundled zoo.
+        font: file of Noto Color Emoji to cut the sprites from; None uses the bundled sprites.
+
+    Yields:
+        The progress.
 
     Raises:
-        AfaError: the font is not that one, or the folder is of another recipe.
+        AfaError: if the font is another one, or the folder belongs to another recipe.
     """
     recipe = recipe or ZooRecipe()
     folder.mkdir(parents=True, exist_ok=True)
@@ -213,7 +213,7 @@ def build_zoo(
     yield from train_vae(shop, vae)
     vae.requires_grad_(False)
 
-    # before what they judge, so that an unfinished zoo can be looked at
+    # the judges come first, so that an unfinished zoo can be scored
     torch.manual_seed(recipe.seed)
     classifier, clip = ObjectClassifier(), build_clip(shop.tokenizer)
     yield from train_classifier(shop, classifier)
@@ -231,7 +231,7 @@ def build_zoo(
 
 
 def train_ensemble(shop: Workshop[ZooRecipe]) -> Iterator[FitStep]:
-    """Train aggregators for the three packed experts and put the ensemble beside them."""
+    """Train aggregators for the three packed experts, and add the ensemble to the assets."""
     exported = shop.folder / "exported"
     shutil.rmtree(exported, ignore_errors=True)
     export_zoo(exported, shop.folder / "assets")
@@ -247,13 +247,13 @@ def train_ensemble(shop: Workshop[ZooRecipe]) -> Iterator[FitStep]:
     checkpoints = Checkpoints(shop.folder / "ensemble-checkpoints", keep=1)
     for step in train_aggregators(pipeline, data, settings, checkpoints=checkpoints):
         yield FitStep("ensemble", step.step, step.num_steps, step.loss, step.seconds)
-    # under the names by which every installation finds them
-    known = pipeline.unet.provenance
+    # names that every installation can resolve
+    sources = pipeline.unet.provenance
     experts = tuple(
         replace(reference, source=f"zoo:{domain}")
-        for domain, reference in zip(DOMAINS, known.experts, strict=True)
+        for domain, reference in zip(DOMAINS, sources.experts, strict=True)
     )
-    vae = replace(known.vae, source=experts[0].source)
-    pipeline.unet.provenance = replace(known, experts=experts, vae=vae)
+    vae = replace(sources.vae, source=experts[0].source)
+    pipeline.unet.provenance = replace(sources, experts=experts, vae=vae)
     save_ensemble(pipeline, shop.folder / "ensemble", exist_ok=True)
     copy_as(shop.folder / "ensemble", shop.folder / "assets" / "ensemble", torch.float16)

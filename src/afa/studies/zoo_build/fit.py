@@ -1,4 +1,4 @@
-"""One small training loop for everything in the zoo: seeded by step, resumable, with an EMA."""
+"""The training loop of all models of the zoo: seeded by step, resumable, with an EMA."""
 
 from __future__ import annotations
 
@@ -45,46 +45,48 @@ def fit(
     checkpoint_every: int = 250,
     made_from: str = "",
 ) -> Iterator[FitStep]:
-    """Train `model` with AdamW on a cosine schedule; at the end it holds the averaged weights.
+    """Train `model` with AdamW on a cosine schedule; it ends with the averaged weights.
 
-    Every step draws from a generator seeded by its number, so a run that was stopped and started
-    again takes the same steps as one that was not.
+    Each step uses a generator seeded by its number, so a resumed run takes the same steps as an
+    uninterrupted one.
 
     Args:
-        name: shown in the progress, and written nowhere else.
-        model: all of its parameters that require gradients are trained.
-        loss_of: scalar loss of one batch, drawn with the generator that it is given.
-        num_steps: optimizer steps in all, those before a resume included.
-        checkpoint: file with weights, average and optimizer state; continued from if it exists.
-        learning_rate: the peak, after the warm-up.
+        name: name shown in the progress.
+        model: the model; all parameters that require gradients are trained.
+        loss_of: computes the scalar loss of a batch that it draws with the given generator.
+        num_steps: total number of optimizer steps, including those before a resume.
+        checkpoint: file with weights, average and optimizer state; resumed if it exists.
+        learning_rate: peak learning rate after the warm-up.
         num_warmup_steps: steps of linear warm-up.
         ema_decay: decay of the exponential moving average of the weights.
-        checkpoint_every: steps between two writes of `checkpoint`.
-        made_from: a hash of what the loss depends on besides the model, such as its data.
+        checkpoint_every: steps between two checkpoints.
+        made_from: a hash of all other inputs of the loss, such as the data.
+
+    Yields:
+        The progress of each step.
 
     Raises:
-        AfaError: the checkpoint is damaged, or was made from something else.
+        AfaError: if the checkpoint is damaged, or was made from other inputs.
     """
     parameters = {k: p for k, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, weight_decay=0.01)
     average = {k: p.detach().clone() for k, p in parameters.items()}
     first = 0
     if checkpoint.exists():
-        with loading(f"'{checkpoint}' must be what this command has written", "Remove it."):
+        with loading(f"'{checkpoint}' must be a checkpoint of this command", "Delete it."):
             state = torch.load(checkpoint, weights_only=True)
             if not isinstance(state, dict) or not {"step", "model", "average"} <= state.keys():
-                raise Unreadable("it holds no step, model and average")
+                raise Unreadable("it lacks step, model or average")
             first = state["step"]
             if first < num_steps and "optimizer" not in state:
-                raise Unreadable(f"it is of the finished step {first}; {num_steps} are asked for")
+                raise Unreadable(f"it finished at step {first}, before {num_steps}")
             model.load_state_dict(state["model"])
             average = state["average"]
             if state.get("made_from", "") != made_from:
                 raise AfaError(
                     "AFA-STUDY-007",
-                    f"'{checkpoint}' was trained from something else than what there is now: an "
-                    "earlier stage, the sprites or the data was made again. Delete it to train it "
-                    "again.",
+                    f"'{checkpoint}' was trained from other inputs: an earlier stage, the sprites "
+                    "or the data has changed since. Delete it to train it again.",
                 )
             if first < num_steps:
                 optimizer.load_state_dict(state["optimizer"])
@@ -96,7 +98,7 @@ def fit(
             "average": average,
             "made_from": made_from,
         }
-        if step < num_steps:  # a finished stage does not go on
+        if step < num_steps:  # a finished stage is never resumed
             state["optimizer"] = optimizer.state_dict()
         buffer = io.BytesIO()
         torch.save(state, buffer)

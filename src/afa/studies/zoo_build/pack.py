@@ -1,4 +1,4 @@
-"""The trained zoo as the package ships it: half precision, what is common to all models once."""
+"""Pack the trained zoo for the package: half precision, with shared components stored once."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def pack_zoo(
     classifier: ObjectClassifier,
     clip: CLIPModel,
 ) -> None:
-    """Write the shipped files: `shared`, one folder a model, `judges`.
+    """Write the bundled files: `shared`, one folder per model, and `judges`.
 
     Args:
-        assets: folder; what of it is written is replaced, the rest stays.
-        vae: with its scaling factor registered.
-        tokenizer: of all models.
+        assets: output folder; replaces the folders that it writes, and keeps all others.
+        vae: the autoencoder, with its scaling factor in the configuration.
+        tokenizer: tokenizer of all models.
         models: `base` and the experts.
         classifier: the judge of objects.
         clip: the judge of whole pictures.
@@ -84,7 +84,7 @@ def pack_zoo(
 
 
 def grade_zoo(assets: Path, *, num_prompts: int) -> Iterator[FitStep]:
-    """Judge every packed model, see `evaluate.grade`, and write `report.json`."""
+    """Score all packed models, see `evaluate.grade`, and write `report.json`."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = export_zoo(Path(scratch) / "zoo", assets)
         folders = {name: folder / name for name in MODELS}

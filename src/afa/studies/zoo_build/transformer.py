@@ -1,8 +1,8 @@
-"""A second zoo, of transformers: the same scenes and judges, for who wants to check SABW on them.
+"""A second zoo, of diffusion transformers, to evaluate SABW on them.
 
-A base of PixArt's kind and its three experts, made in stages that go on where they were stopped.
-Nothing of it ships. Autoencoder, sprites and judges are those of the shipped zoo, so that figures
-of the two can be set beside each other.
+Trains a base of the PixArt family and three experts in resumable stages. The package does not
+include the result. Scenes, autoencoder and judges are those of the bundled zoo, so that results of
+both zoos are comparable.
 """
 
 from __future__ import annotations
@@ -48,17 +48,18 @@ if TYPE_CHECKING:
     from afa.studies.zoo_build.fit import FitStep
 
 _WIDTH, _NUM_HEADS, _NUM_LAYERS = 160, 5, 6
-_POSITION_STD = 2.0  # a head then prefers a few distances to others by factors of e^2
+_POSITION_STD = 2.0  # makes a head prefer some distances by factors of e^2
 _LETTERS = "abcdefghijklmnopqrstuvwxyz,"
-#: what the models' pictures were judged to be
+#: file of the models' scores
 REPORT = "report.json"
 
 
 @dataclass(frozen=True)
 class TransformerRecipe(ModelsRecipe):
-    """How long the transformers are trained; the base as long as that of U-Nets.
+    """Settings of the training; the base has as many steps as that of the U-Nets.
 
-    With twice the steps it draws every mixed prompt right, and there is nothing to be gained.
+    With twice the steps, the base draws all mixed prompts correctly and leaves no room for
+    improvement.
     """
 
     expert_steps: int = 1_000
@@ -66,7 +67,7 @@ class TransformerRecipe(ModelsRecipe):
 
 
 class PixArt(TextToImage):
-    """Transformer and text encoder of a PixArt model, 2.9 M parameters."""
+    """The transformer and the text encoder of a PixArt model with 2.9 M parameters."""
 
     def __init__(self, tokenizer: T5Tokenizer) -> None:
         super().__init__()
@@ -87,7 +88,7 @@ class PixArt(TextToImage):
 
 
 def build_transformer() -> PixArtTransformer2DModel:
-    """The denoiser: 8x8 patches of 2x2 latents, six blocks, no learned variance."""
+    """Build the denoiser: 8x8 patches of 2x2 latents, six blocks, no learned variance."""
     return PixArtTransformer2DModel(
         num_attention_heads=_NUM_HEADS,
         attention_head_dim=_WIDTH // _NUM_HEADS,
@@ -102,11 +103,11 @@ def build_transformer() -> PixArtTransformer2DModel:
 
 
 def build_t5(tokenizer: T5Tokenizer) -> T5EncoderModel:
-    """The caption encoder: [B, L] token ids to [B, L, 96].
+    """Build the text encoder: token ids [B, L] to [B, L, 96].
 
-    T5 knows the order of words by its relative position biases alone. They start near zero, and a
-    rate of 1e-3 moves them by a thousandth a step: for thousands of steps "on the left" would
-    belong to either object. Started wide, every head looks at places of its own from the first.
+    T5 encodes word order only in its relative position biases. The default initialization is near
+    zero, and a learning rate of 1e-3 changes it by 0.001 per step, so for thousands of steps the
+    model could not assign "on the left" to an object. A wide initialization avoids this.
     """
     encoder = T5EncoderModel(
         T5Config(
@@ -126,7 +127,7 @@ def build_t5(tokenizer: T5Tokenizer) -> T5EncoderModel:
 
 
 def build_t5_tokenizer() -> T5Tokenizer:
-    """A unigram vocabulary with every word of a caption, and letters for any other text."""
+    """Build a unigram tokenizer with all words of captions, and letters for other text."""
     pieces = ["▁", *(f"▁{word}" for word in WORDS), *_LETTERS]
     scores = [-float(len(pieces) + 1)] + [-1.0] * len(WORDS) + [-10.0] * len(_LETTERS)
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -100.0)]
@@ -137,15 +138,18 @@ def build_t5_tokenizer() -> T5Tokenizer:
 def build_transformer_zoo(
     folder: Path, recipe: TransformerRecipe | None = None
 ) -> Iterator[FitStep]:
-    """Train everything, stage after stage; continue where an earlier run was stopped.
+    """Train all stages, and resume an earlier run.
 
     Args:
-        folder: gets checkpoints, and at the end `base`, `animals`, `food` and `things` as stock
-            pipelines, and `report.json`.
-        recipe: how long.
+        folder: output folder of checkpoints, and at the end of `base`, `animals`, `food` and
+            `things` as diffusers pipelines, and of `report.json`.
+        recipe: settings; None uses the defaults.
+
+    Yields:
+        The progress.
 
     Raises:
-        AfaError: the folder is of another recipe.
+        AfaError: if the folder belongs to another recipe.
     """
     recipe = recipe or TransformerRecipe()
     with owned(folder):
@@ -155,21 +159,21 @@ def build_transformer_zoo(
         vae = AutoencoderKL.from_pretrained(expert_folder("base") / "vae").requires_grad_(False)
         models = yield from train_models(shop, vae, lambda: PixArt(tokenizer))
         folders = {name: folder / name for name in models}
-        for name, made in folders.items():
-            if made.exists() and not _is_of(models[name], made):
-                shutil.rmtree(made)
-            if not made.exists():
-                with staged(made) as partial:
+        for name, path in folders.items():
+            if path.exists() and not _has_weights_of(models[name], path):
+                shutil.rmtree(path)
+            if not path.exists():
+                with staged(path) as partial:
                     _pipeline(models[name], tokenizer, vae).save_pretrained(partial)
         report = yield from grade(folders, load_classifier(), num_prompts=recipe.num_graded)
         write_atomic(folder / REPORT, json.dumps(report, indent=2) + "\n")
 
 
-def _is_of(model: Any, folder: Path) -> bool:
-    """Whether a pipeline's folder has this model's weights, and not those of an earlier one."""
-    kept = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+def _has_weights_of(model: Any, folder: Path) -> bool:
+    """Whether the pipeline in a folder has the weights of this model."""
+    saved = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
     own = model.transformer.state_dict()
-    return kept.keys() == own.keys() and all(torch.equal(kept[key], own[key]) for key in kept)
+    return saved.keys() == own.keys() and all(torch.equal(saved[key], own[key]) for key in saved)
 
 
 def _pipeline(model: Any, tokenizer: T5Tokenizer, vae: AutoencoderKL) -> PixArtAlphaPipeline:

@@ -1,4 +1,4 @@
-"""What every zoo is made with: scenes as tensors, and the training of a base and its experts."""
+"""Shared stages of all zoos: scenes as tensors, and the training of a base and its experts."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelsRecipe:
-    """How long and on how much a base and its experts are trained."""
+    """Settings of the training of a base and its experts."""
 
     seed: int = 0
-    num_scenes: int = 16_384  # encoded once for each kind of data
+    num_scenes: int = 16_384  # per kind of data, encoded once
     base_steps: int = 3_000
     expert_steps: int = 2_000
     batch_size: int = 32
@@ -54,9 +54,9 @@ Recipe = TypeVar("Recipe", bound=ModelsRecipe)
 
 @dataclass(frozen=True)
 class Workshop(Generic[Recipe]):
-    """What every stage needs: the folder it writes to, how much to do, what to draw with.
+    """The inputs of all stages: work folder, recipe, sprites and tokenizer.
 
-    Streams of scenes are told apart by `stream`: 0 trains models, 1 and 2 the judges.
+    `stream` selects a stream of scenes: 0 trains models, 1 and 2 train the judges.
     """
 
     folder: Path
@@ -69,13 +69,13 @@ class Workshop(Generic[Recipe]):
         return scene(index, kind=kind, seed=self.recipe.seed + stream)
 
     def pixels(self, indices: Tensor, kind: Kind, stream: int = 0) -> Tensor:
-        """The pictures of these scenes, [B, 3, 64, 64] in -1..1."""
+        """Render scenes: [B, 3, 64, 64] in -1..1."""
         scenes = [self.scene(int(i), kind, stream) for i in indices]
         pictures = np.stack([shown.render(self.sprites) for shown in scenes])
         return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
     def tokenize(self, captions: Sequence[str]) -> Tensor:
-        """Token ids [B, 24]."""
+        """Tokenize captions: ids [B, 24]."""
         return self.tokenizer(
             list(captions), padding="max_length", truncation=True, return_tensors="pt"
         )["input_ids"]
@@ -83,32 +83,32 @@ class Workshop(Generic[Recipe]):
 
 @torch.no_grad()
 def encode_scenes(shop: Workshop[Any], vae: AutoencoderKL, kind: Kind) -> tuple[Tensor, Tensor]:
-    """`num_scenes` scenes as latents [S, 8, 16, 16], unscaled, and token ids [S, 24].
+    """Encode `num_scenes` scenes to unscaled latents [S, 8, 16, 16] and token ids [S, 24].
 
-    Kept in the work folder, so that going on after a stop is quick, with what they were made from.
+    Stores them in the work folder with a hash of their inputs, so that a resumed run reuses them.
     """
-    kept = shop.folder / f"scenes-{kind}.safetensors"
+    file = shop.folder / f"scenes-{kind}.safetensors"
     digest = hashlib.sha256(f"{hash_weights(vae)} {hash_sprites(shop.sprites)}".encode())
-    if kept.exists():
-        with safe_open(kept, framework="pt") as file:
-            made_from = file.metadata().get("made_from")
+    if file.exists():
+        with safe_open(file, framework="pt") as opened:
+            made_from = opened.metadata().get("made_from")
         if made_from == digest.hexdigest():
-            tensors = load_file(kept)
+            tensors = load_file(file)
             return tensors["latents"], tensors["token_ids"]
     batches = torch.arange(shop.recipe.num_scenes).split(128)
     latents = [vae.encode(shop.pixels(batch, kind)).latent_dist.mean for batch in batches]
     captions = [shop.scene(i, kind).caption for i in range(shop.recipe.num_scenes)]
     tensors = {"latents": torch.cat(latents).contiguous(), "token_ids": shop.tokenize(captions)}
-    write_atomic(kept, save(tensors, metadata={"made_from": digest.hexdigest()}))
+    write_atomic(file, save(tensors, metadata={"made_from": digest.hexdigest()}))
     return tensors["latents"], tensors["token_ids"]
 
 
 class TextToImage(nn.Module, ABC):
-    """What is trained of a model: its denoiser and its text encoder together."""
+    """The trained parts of a model: its denoiser and its text encoder."""
 
     @abstractmethod
     def forward(self, noisy: Tensor, timestep: Tensor, token_ids: Tensor) -> Tensor:
-        """The velocity [B, 8, 16, 16] of noisy latents, for captions [B, 24]."""
+        """Predict the velocity [B, 8, 16, 16] of noisy latents for captions [B, 24]."""
 
 
 Model = TypeVar("Model", bound=TextToImage)
@@ -117,41 +117,31 @@ Model = TypeVar("Model", bound=TextToImage)
 def train_models(
     shop: Workshop[Any], vae: AutoencoderKL, build: Callable[[], Model]
 ) -> Generator[FitStep, None, dict[str, Model]]:
-    """Train a base on all pairs of objects, then an expert from it for every domain.
+    """Train a base on all pairs of objects, then fine-tune it to one expert per domain.
 
     Args:
-        shop: how long, and where the checkpoints lie.
-        vae: with its scaling factor registered.
-        build: makes the base with random weights.
+        shop: the recipe and the folder of the checkpoints.
+        vae: the autoencoder, with its scaling factor in the configuration.
+        build: builds the base with random weights.
 
-    Returns: `base` and the experts, by name.
+    Returns:
+        `base` and the experts, by name.
     """
     scale = vae.config.scaling_factor
     latents, token_ids = encode_scenes(shop, vae, "any")
     torch.manual_seed(shop.recipe.seed)
     models = {"base": build()}
     scenes_from = f"{hash_weights(vae)} {hash_sprites(shop.sprites)}"
+    recipe, base = shop.recipe, models["base"]
     yield from train_text_to_image(
-        shop,
-        "base",
-        models["base"],
-        latents * scale,
-        token_ids,
-        shop.recipe.base_steps,
-        scenes_from,
+        shop, "base", base, latents * scale, token_ids, recipe.base_steps, scenes_from
     )
-    base_from = f"{scenes_from} {hash_weights(models['base'])}"
+    base_from = f"{scenes_from} {hash_weights(base)}"
     for domain in DOMAINS:
-        models[domain] = copy.deepcopy(models["base"])
+        expert = models[domain] = copy.deepcopy(base)
         latents, token_ids = encode_scenes(shop, vae, domain)
         yield from train_text_to_image(
-            shop,
-            domain,
-            models[domain],
-            latents * scale,
-            token_ids,
-            shop.recipe.expert_steps,
-            base_from,
+            shop, domain, expert, latents * scale, token_ids, recipe.expert_steps, base_from
         )
     return models
 
@@ -165,14 +155,14 @@ def train_text_to_image(
     num_steps: int,
     made_from: str = "",
 ) -> Iterator[FitStep]:
-    """Train on velocity (Salimans & Ho, 2022), each caption dropped by itself.
+    """Train a model on velocity (Salimans & Ho, 2022), with independent caption dropout.
 
     Args:
-        shop: batch size, learning rate, caption dropout, and where the checkpoint lies.
-        name: of the checkpoint, and shown in the progress.
-        model: all of it is trained.
+        shop: the recipe and the folder of the checkpoint.
+        name: name of the checkpoint and of the progress.
+        model: the model; all parameters are trained.
         latents: scaled latents [S, 8, 16, 16].
-        token_ids: their captions [S, 24].
+        token_ids: token ids of their captions [S, 24].
         num_steps: see `fit`.
         made_from: see `fit`.
     """
@@ -202,20 +192,24 @@ def train_text_to_image(
 
 
 def require_same_recipe(path: Path, recipe: ModelsRecipe) -> None:
-    """Checkpoints are only good for the recipe that they were made by."""
-    asked = asdict(recipe)
+    """Require that the checkpoints in a work folder were made by this recipe; stores the recipe.
+
+    Raises:
+        AfaError: if they were made by another recipe, or their recipe is missing.
+    """
+    settings = asdict(recipe)
     is_foreign = any(path.parent.glob("*.ckpt")) and not path.exists()
-    if is_foreign or (path.exists() and read_json(path) != asked):
+    if is_foreign or (path.exists() and read_json(path) != settings):
         raise AfaError(
             "AFA-STUDY-008",
-            f"The work folder '{path.parent}' must be new or of the same recipe; '{path}' is "
-            f"{'missing' if is_foreign else 'another one'}. Name another folder.",
+            f"The work folder '{path.parent}' contains checkpoints of another recipe: '{path}' "
+            f"{'is missing' if is_foreign else 'differs'}. Pass another folder.",
         )
-    write_atomic(path, json.dumps(asked, indent=2) + "\n")
+    write_atomic(path, json.dumps(settings, indent=2) + "\n")
 
 
 class StableDiffusion(TextToImage):
-    """U-Net and text encoder of a Stable Diffusion model."""
+    """The U-Net and the text encoder of a Stable Diffusion model."""
 
     def __init__(self, tokenizer: CLIPTokenizer) -> None:
         super().__init__()
