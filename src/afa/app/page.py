@@ -26,7 +26,7 @@ from afa.errors import AfaError
 from afa.files import slug
 from afa.loading.pipeline import native_resolution, size_multiple
 from afa.loading.truncation import warnings_for
-from afa.reading import read_picture
+from afa.reading import counted, read_picture
 from afa.recipe import MAX_SEED
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ class Page:
                     update[self._shown] = len(history) - 1
                 yield update
             seconds = sum(entry.seconds for entry in history[len(history) - done :])
-            drawn = f"{done} {'picture' if done == 1 else 'pictures'}, {seconds:.1f} s"
+            drawn = f"{counted(done, 'picture')}, {seconds:.1f} s"
             result = views.warned(drawn, warnings)
         except Stopped:
             result = views.note(f"Stopped after {done} of {len(planned)} pictures.")

@@ -126,7 +126,7 @@ def generate(
     from afa.ensemble.steering import parse_bias
 
     acceleration = acceleration_of(speed)
-    asked_bias = parse_bias(bias or [])
+    parsed_bias = parse_bias(bias or [])
     if from_image is not None:
         _require_nothing_else(context)
     elif ensemble is None or not prompts:
@@ -142,6 +142,7 @@ def generate(
     from afa.drawing import pictures
     from afa.loading.planned import plan_of_ensemble
     from afa.loading.truncation import warnings_for
+    from afa.reading import counted
     from afa.training.engine import pick_device
 
     quieten_loading()
@@ -155,7 +156,7 @@ def generate(
     before: str | None = None
     if from_image is not None:
         pipeline, recipe, before = _reproduce(from_image, ensemble, weights, loading)
-        asked = [(f"00-{slug(recipe.prompt)}-seed{recipe.seed}", recipe)]
+        planned = [(f"00-{slug(recipe.prompt)}-seed{recipe.seed}", recipe)]
     else:
         assert ensemble is not None, "checked above"
         if quantize is not None:
@@ -177,7 +178,7 @@ def generate(
             ensemble,
             acceleration=acceleration,
             plan=plan,
-            bias=asked_bias,
+            bias=parsed_bias,
             compiled=compile_blocks,
             on_nonfinite=on_nonfinite,
             torch_dtype=getattr(torch, dtype),
@@ -194,7 +195,7 @@ def generate(
             guidance=guidance,
             height=size[0],
             width=size[1],
-            bias=asked_bias,
+            bias=parsed_bias,
             acceleration=acceleration.describe(),
             plan=denoiser_of(pipeline).plan,
             dtype=dtype,
@@ -202,7 +203,7 @@ def generate(
             compiled=compile_blocks,
             on_nonfinite=on_nonfinite,
         )
-        asked = _each(recipe, prompts or [], num_images)
+        planned = _each(recipe, prompts or [], num_images)
     if processes.is_main:
         say_warnings(
             warnings_for(
@@ -210,15 +211,19 @@ def generate(
             )
         )
     processes.wait()  # the main process checks that the folder is new before any one writes
-    hashed = _draw(pipeline, list(processes.share(asked)), output, weights, processes.is_main)
+    hashed = _draw(pipeline, list(processes.share(planned)), output, weights, processes.is_main)
     processes.wait()
     if not processes.is_main:
         return
     say_masked(denoiser_of(pipeline))
-    count = len(asked)
-    say(f"{count} {'picture' if count == 1 else 'pictures'} in {output}")
+    say(f"{counted(len(planned), 'picture')} in {output}")
     if before is not None:
-        _say_whether_the_same(before, hashed)
+        say(
+            "The picture is identical, bit for bit."
+            if before == hashed
+            else "The pixels differ. Another machine, number of threads or version of torch rounds "
+            "differently."
+        )
 
 
 def _require_one_of(option: str, given: str, known: Sequence[str]) -> None:
@@ -249,10 +254,10 @@ def _each(
     """The stem of each picture's file name, and its recipe."""
     from afa.drawing import pictures
 
-    asked = itertools.product(prompts, range(recipe.seed, recipe.seed + num_images))
+    planned = itertools.product(prompts, range(recipe.seed, recipe.seed + num_images))
     recipes = (
         pictures.picture_recipe(**{**dict(recipe), "prompt": prompt, "seed": seed})
-        for prompt, seed in asked
+        for prompt, seed in planned
     )
     return list(zip(_stems(prompts, recipe.seed, num_images), recipes, strict=True))
 
@@ -278,13 +283,13 @@ def _require_same_pictures(output: Path, stems: Sequence[str]) -> None:
             raise AfaError(
                 "AFA-CLI-010",
                 f"The output folder '{output}' contains '{file.name}', which this command did not "
-                "write. Pass a new folder as --output, or the command's own to resume.",
+                "write. Pass a new folder as --output, or repeat the earlier command to resume it.",
             )
 
 
 def _draw(
     pipeline: DiffusionPipeline,
-    asked: Sequence[tuple[str, PictureRecipe]],
+    planned: Sequence[tuple[str, PictureRecipe]],
     output: Path,
     weights: bool,
     visible: bool,
@@ -299,7 +304,7 @@ def _draw(
     output.mkdir(parents=True, exist_ok=True)
     hashed, denoiser = "", denoiser_of(pipeline)
     with Progress(visible=visible) as progress:
-        for number, (stem, recipe) in enumerate(asked):
+        for number, (stem, recipe) in enumerate(planned):
             done = _done(output / f"{stem}.png", recipe)
             if done is not None and (not weights or (output / f"{stem}-weights.png").exists()):
                 hashed = done
@@ -309,8 +314,8 @@ def _draw(
                 # some schedulers call the denoiser more often than there are steps
                 calls = len(getattr(pipeline.scheduler, "timesteps", ())) or steps
                 drawn = number * steps + min(step, calls) * steps // calls
-                note = f"picture {number + 1} of {len(asked)}"
-                progress.update("generate", drawn, len(asked) * steps, note, "steps")
+                note = f"picture {number + 1} of {len(planned)}"
+                progress.update("generate", drawn, len(planned) * steps, note, "steps")
 
             recording = record_weights(denoiser) if weights else nullcontext()
             with recording as record, pictures.on_every_call(pipeline, show):
@@ -354,16 +359,6 @@ def _require_nothing_else(context: typer.Context) -> None:
                 "AFA-CLI-012",
                 f"--from-image takes all settings from the picture. Remove {parameter.opts[0]}.",
             )
-
-
-def _say_whether_the_same(before: str, now: str) -> None:
-    if before == now:
-        say("The picture is identical, bit for bit.")
-    else:
-        say(
-            "The pixels differ. Another machine, number of threads or version of torch rounds "
-            "differently."
-        )
 
 
 def say_masked(denoiser: Any) -> None:

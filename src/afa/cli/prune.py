@@ -22,7 +22,7 @@ def prune(
     ] = 0.98,
     prompts: Annotated[
         Path | None,
-        typer.Option(help="Text file, one prompt per line; default for zoo:: the zoo's."),
+        typer.Option(help="Text file, one prompt per line; optional for zoo:ensemble."),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20,
     ranges: Annotated[int, typer.Option(min=1, help="Number of noise ranges.")] = 4,
