@@ -132,7 +132,6 @@ DIT = Family(
     split=_split,
     attention_kwargs="cross_attention_kwargs",
     prompt="class_labels",
-    conditional_last=False,
     repeated_blocks=("BasicTransformerBlock",),
     canonical_config=fill_out_channels,
     pipelines=(PipelineKind("DiT", ("DiTPipeline",)),),

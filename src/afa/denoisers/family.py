@@ -248,8 +248,6 @@ class Family:
         text_mask: the argument that says which tokens of a text count; None where all do.
         is_residual: whether every block adds to its input, on one grid.
         prompt: the argument that stays the same object in a denoising loop.
-        conditional_last: whether pipelines with classifier-free guidance put the half with the
-            prompt last.
         batches_guidance: whether pipelines with guidance compute both halves in one batch; those of
             Flux have none, or one after the other.
         timestep_divisor: what pipelines divide their scheduler's timesteps by before they call the
@@ -281,7 +279,6 @@ class Family:
     text_mask: str | None = None
     is_residual: bool = True
     prompt: str = "encoder_hidden_states"
-    conditional_last: bool = True
     batches_guidance: bool = True
     timestep_divisor: float = 1.0
     latent: str = "hidden_states"
