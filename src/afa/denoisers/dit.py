@@ -30,15 +30,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-def check_dit(transformer: DiTTransformer2DModel) -> None:
-    """Refuse blocks that `dit_blocks` does not know.
-
-    Raises:
-        AfaError: names the first one.
-    """
-    require_blocks(transformer, [("transformer_blocks", "BasicTransformerBlock")])
-
-
 def dit_blocks(
     transformer: DiTTransformer2DModel,
     hidden_states: Tensor,
@@ -95,12 +86,6 @@ def dit_blocks(
     return (yield Feature("out", execution.segment("out", output, hidden), temb))
 
 
-def dit_layers(transformer: DiTTransformer2DModel) -> list[nn.Module]:
-    """What `dit_blocks` runs through its `execution`: the blocks, and the first one's embedding."""
-    blocks: Any = transformer.transformer_blocks
-    return [blocks[0].norm1.emb, *blocks]
-
-
 def dit_example(transformer: DiTTransformer2DModel) -> dict[str, Any]:
     """The smallest complete input of this transformer's forward pass, on the meta device."""
     config = transformer.config
@@ -125,8 +110,9 @@ DIT = Family(
     model_class=DiTTransformer2DModel,
     output_class=Transformer2DModelOutput,
     blocks=dit_blocks,
-    layers=dit_layers,
-    check=check_dit,
+    # the first block's embedding is run by itself as well
+    layers=lambda model: [model.transformer_blocks[0].norm1.emb, *model.transformer_blocks],
+    check=lambda model: require_blocks(model, {"transformer_blocks": "BasicTransformerBlock"}),
     example=dit_example,
     widths=lambda _: Widths(()),
     split=_split,

@@ -47,21 +47,12 @@ if TYPE_CHECKING:
     from afa.denoisers.original_names import OriginalName
 
 _GUIDANCE = 3.5  # of models that were distilled with it; what their pipelines take by default
+_BLOCKS = {
+    "transformer_blocks": "FluxTransformerBlock",
+    "single_transformer_blocks": "FluxSingleTransformerBlock",
+}
 #: of the library's `FluxPipeline`; the model multiplies by it again
 _TIMESTEP_DIVISOR = 1000
-
-
-def check_flux(transformer: FluxTransformer2DModel) -> None:
-    """Refuse blocks that `flux_blocks` does not know.
-
-    Raises:
-        AfaError: names the first one.
-    """
-    kinds = {
-        "transformer_blocks": "FluxTransformerBlock",
-        "single_transformer_blocks": "FluxSingleTransformerBlock",
-    }
-    require_blocks(transformer, kinds.items())
 
 
 def flux_blocks(
@@ -186,11 +177,6 @@ def own_attention_kwargs(given: dict[str, Any] | None) -> dict[str, Any]:
             "coroutine. Call the ensemble, which applies it to every expert.",
         )
     return dict(given or {})
-
-
-def flux_layers(transformer: FluxTransformer2DModel) -> list[nn.Module]:
-    """The blocks, which `flux_blocks` runs through its `execution`, in order."""
-    return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
 
 
 def flux_example(transformer: FluxTransformer2DModel) -> dict[str, Any]:
@@ -377,14 +363,14 @@ FLUX = Family(
     model_class=FluxTransformer2DModel,
     output_class=Transformer2DModelOutput,
     blocks=flux_blocks,
-    layers=flux_layers,
-    check=check_flux,
+    layers=lambda model: [*model.transformer_blocks, *model.single_transformer_blocks],
+    check=lambda model: require_blocks(model, _BLOCKS),
     example=flux_example,
     widths=_widths,
     split=_split,
     batches_guidance=False,
     timestep_divisor=_TIMESTEP_DIVISOR,
-    repeated_blocks=("FluxTransformerBlock", "FluxSingleTransformerBlock"),
+    repeated_blocks=tuple(_BLOCKS.values()),
     original_blocks=("double_blocks", "single_blocks"),
     library_blocks=("single_transformer_blocks",),
     original_layers=flux_layer_names,

@@ -104,12 +104,8 @@ def build_pipeline(
     """
     pipeline_class = kind_of(class_name, "the pipeline").pipeline_class(class_name)
     taken = inspect.signature(pipeline_class.__init__).parameters
-    left_out = ("safety_checker", "feature_extractor", "image_encoder", *_encoder_names(taken))
-    arguments = {name: None for name in left_out if name in taken}
+    optional = ("safety_checker", "feature_extractor", "image_encoder", "text_encoder", "tokenizer")
+    arguments = {name: None for name in taken if name.startswith(optional)}
     off = {"requires_safety_checker": False, "add_watermarker": False}
     given = {key: value for key, value in {**options, **off}.items() if key in taken}
     return pipeline_class(**{**arguments, **given, **parts})
-
-
-def _encoder_names(taken: Mapping[str, Any]) -> list[str]:
-    return [name for name in taken if name.startswith(("text_encoder", "tokenizer"))]

@@ -32,15 +32,6 @@ if TYPE_CHECKING:
     from afa.denoisers.family import Conditions, Shapes
 
 
-def check_pixart(transformer: PixArtTransformer2DModel) -> None:
-    """Refuse blocks that `pixart_blocks` does not know.
-
-    Raises:
-        AfaError: names the first one.
-    """
-    require_blocks(transformer, [("transformer_blocks", "BasicTransformerBlock")])
-
-
 def pixart_blocks(
     transformer: PixArtTransformer2DModel,
     hidden_states: Tensor,
@@ -119,11 +110,6 @@ def _as_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     if mask is None or mask.ndim != 2:
         return mask
     return ((1 - mask.to(dtype)) * -10000.0).unsqueeze(1)
-
-
-def pixart_layers(transformer: PixArtTransformer2DModel) -> list[nn.Module]:
-    """The blocks, which `pixart_blocks` runs through its `execution`, in order."""
-    return list(transformer.transformer_blocks)
 
 
 def pixart_example(transformer: PixArtTransformer2DModel) -> dict[str, Any]:
@@ -211,8 +197,8 @@ PIXART = Family(
     model_class=PixArtTransformer2DModel,
     output_class=Transformer2DModelOutput,
     blocks=pixart_blocks,
-    layers=pixart_layers,
-    check=check_pixart,
+    layers=lambda model: list(model.transformer_blocks),
+    check=lambda model: require_blocks(model, {"transformer_blocks": "BasicTransformerBlock"}),
     example=pixart_example,
     widths=_widths,
     split=_split,

@@ -48,15 +48,6 @@ if TYPE_CHECKING:
     from afa.denoisers.original_names import OriginalName
 
 
-def check_sd3(transformer: SD3Transformer2DModel) -> None:
-    """Refuse blocks that `sd3_blocks` does not know.
-
-    Raises:
-        AfaError: names the first one.
-    """
-    require_blocks(transformer, [("transformer_blocks", "JointTransformerBlock")])
-
-
 def sd3_blocks(
     transformer: SD3Transformer2DModel,
     hidden_states: Tensor,
@@ -133,11 +124,6 @@ def sd3_blocks(
         return unpatchify(out, height, width, patch)
 
     return (yield Feature("out", execution.segment("out", output, hidden), temb))
-
-
-def sd3_layers(transformer: SD3Transformer2DModel) -> list[nn.Module]:
-    """The blocks, which `sd3_blocks` runs through its `execution`, in order."""
-    return list(transformer.transformer_blocks)
 
 
 def sd3_example(transformer: SD3Transformer2DModel) -> dict[str, Any]:
@@ -318,8 +304,8 @@ SD3 = Family(
     model_class=SD3Transformer2DModel,
     output_class=Transformer2DModelOutput,
     blocks=sd3_blocks,
-    layers=sd3_layers,
-    check=check_sd3,
+    layers=lambda model: list(model.transformer_blocks),
+    check=lambda model: require_blocks(model, {"transformer_blocks": "JointTransformerBlock"}),
     example=sd3_example,
     widths=_widths,
     split=_split,

@@ -15,7 +15,7 @@ import torch
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Mapping
 
     from torch import Tensor, nn
 
@@ -71,17 +71,17 @@ def grid_of(positions: Tensor) -> tuple[int, int]:
     return height, width
 
 
-def require_blocks(model: nn.Module, kinds: Iterable[tuple[str, str]]) -> None:
+def require_blocks(model: nn.Module, kinds: Mapping[str, str]) -> None:
     """Refuse a transformer with blocks that its coroutine does not know.
 
     Args:
         model: the expert.
-        kinds: names of a list of blocks, and of the class they must have.
+        kinds: the name of each list of blocks -> the class name that its blocks must have.
 
     Raises:
         AfaError: names the first one that is another.
     """
-    for name, kind in kinds:
+    for name, kind in kinds.items():
         for k, block in enumerate(getattr(model, name)):
             if type(block).__name__.removeprefix("FSDP") != kind:
                 raise AfaError(
