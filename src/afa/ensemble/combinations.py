@@ -62,8 +62,7 @@ _FIXED = "a CUDA graph runs the same kernels on the same memory at every step"
 _ALL_RUN = "every process must compute its own experts at every step"
 _SAME_LAYERS = "every process must run the same layers at every step"
 _ONE_PLACE = "every expert is kept in one place, which is chosen once"
-_LEAVE_GRAPHS = "Leave CUDA graphs out, or the other"
-_LOAD_ANEW = "Load the ensemble anew to move its experts elsewhere"
+_PLACEMENTS = (_SPREAD, _SHARDED, _DEVICES, _OFFLOADED, _STREAMED)
 
 EXCLUDED: tuple[Excluded, ...] = (
     Excluded(
@@ -75,25 +74,16 @@ EXCLUDED: tuple[Excluded, ...] = (
     ),
     Excluded(_PLAN, _SHARDED, _SAME_LAYERS, "Take off the plan, or load the experts whole"),
     Excluded(_SCHEDULE, _SHARDED, _SAME_LAYERS, "Set schedule = None, or load the experts whole"),
-    Excluded(_GRAPHS, _PLAN, _FIXED, _LEAVE_GRAPHS),
-    Excluded(_GRAPHS, _SCHEDULE, _FIXED, _LEAVE_GRAPHS),
-    Excluded(_GRAPHS, _SPREAD, _FIXED, _LEAVE_GRAPHS),
-    Excluded(_GRAPHS, _SHARDED, _FIXED, _LEAVE_GRAPHS),
-    Excluded(_GRAPHS, _DEVICES, _FIXED, _LEAVE_GRAPHS),
-    Excluded(_GRAPHS, _OFFLOADED, _FIXED, _LEAVE_GRAPHS),
-    Excluded(_GRAPHS, _STREAMED, _FIXED, _LEAVE_GRAPHS),
-    Excluded(_SPREAD, _SPREAD, _ONE_PLACE, _LOAD_ANEW),
-    Excluded(_SHARDED, _SHARDED, _ONE_PLACE, _LOAD_ANEW),
-    Excluded(_DEVICES, _DEVICES, _ONE_PLACE, _LOAD_ANEW),
-    Excluded(_SPREAD, _DEVICES, _ONE_PLACE, _LOAD_ANEW),
-    Excluded(_SPREAD, _OFFLOADED, _ONE_PLACE, _LOAD_ANEW),
-    Excluded(_SPREAD, _STREAMED, _ONE_PLACE, _LOAD_ANEW),
-    Excluded(_SHARDED, _SPREAD, _ONE_PLACE, _LOAD_ANEW),
-    Excluded(_SHARDED, _DEVICES, _ONE_PLACE, _LOAD_ANEW),
-    Excluded(_SHARDED, _OFFLOADED, _ONE_PLACE, _LOAD_ANEW),
-    Excluded(_SHARDED, _STREAMED, _ONE_PLACE, _LOAD_ANEW),
-    Excluded(_DEVICES, _OFFLOADED, _ONE_PLACE, _LOAD_ANEW),
-    Excluded(_DEVICES, _STREAMED, _ONE_PLACE, _LOAD_ANEW),
+    *(
+        Excluded(_GRAPHS, other, _FIXED, "Leave CUDA graphs out, or the other")
+        for other in (_PLAN, _SCHEDULE, *_PLACEMENTS)
+    ),
+    # experts that are offloaded or streamed can be moved again, so these two are no pair
+    *(
+        Excluded(one, other, _ONE_PLACE, "Load the ensemble anew to move its experts elsewhere")
+        for n, one in enumerate((_SPREAD, _SHARDED, _DEVICES))
+        for other in _PLACEMENTS[n:]
+    ),
 )
 
 
