@@ -6,14 +6,13 @@ import copy
 import sys
 from typing import Any
 
-import pytest
 import torch
 from torch import distributed
 
 import afa
-from afa.errors import AfaError
 from tests.ensemble.caching.test_loop import arguments_of, draw, ensemble_of
 from tests.ensemble.caching.test_plan import plan_of
+from tests.refusal import refusal
 
 FAMILIES = ("unet", "sdxl", "flux", "sd3", "pixart", "dit")
 
@@ -33,7 +32,7 @@ def check(name: str, ensemble: Any, arguments: dict[str, Any]) -> None:
     for a, b in zip(came, expected, strict=True):
         assert torch.equal(a, b), f"{name}: {(a - b).abs().max()}"
     for place in (spread.stream_experts, lambda: spread.place_experts(["cpu"] * 3)):
-        with pytest.raises(AfaError, match="cannot be combined with experts spread over processes"):
+        with refusal("AFA-ENSEMBLE-018", "with experts spread over processes"):
             place()
     assert record.mean_share().shape[-1] == len(ensemble.experts)
 
@@ -55,10 +54,10 @@ def main() -> None:
     check("parted", parted, arguments_of("unet", 3))
     pruned = ensemble_of("unet", 3)
     pruned.plan = plan_of(pruned, {"mid": [0]})
-    with pytest.raises(AfaError, match="cannot be combined with a pruning plan"):
+    with refusal("AFA-ENSEMBLE-018", "with a pruning plan"):
         pruned.spread_experts()
     if count > 1:
-        with pytest.raises(AfaError, match=f"as many processes as experts, came {count} for 1"):
+        with refusal("AFA-ENSEMBLE-037", f"{count} processes for 1 experts"):
             ensemble_of("unet", 1).spread_experts()
     if distributed.get_rank() == 0:
         sys.stdout.write(f"all alike over {count}\n")

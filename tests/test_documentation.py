@@ -126,7 +126,7 @@ def test_all_messages_are_found(messages: list[str]) -> None:
         for file in (ROOT / "src" / "afa").rglob("*.py")
     )
     assert raised * 0.9 < len(messages) <= raised * 1.1
-    assert "A speed must be one of <PRESETS>, came '<given>'." in messages
+    assert "A speed must be one of <PRESETS>; got '<given>'." in messages
 
 
 def test_troubleshooting_is_keyed_by_codes() -> None:

@@ -19,6 +19,7 @@ import afa
 from afa.denoisers.kinds import denoiser_of
 from afa.ensemble.caching.graphs import Graphs
 from tests.ensemble.caching.test_loop import FAMILIES, STEPS, arguments_of, at, draw, ensemble_of
+from tests.refusal import refusal
 from tests.training import runs
 
 pytestmark = pytest.mark.gpu
@@ -123,7 +124,7 @@ def test_a_step_that_waits_for_the_gpu_is_named() -> None:
         calls[0]["sample"].sum().item()
 
     ensemble.aggregators[0].register_forward_hook(wait)
-    with pytest.raises(afa.AfaError, match="must only launch work on the GPU"):
+    with refusal("AFA-ENSEMBLE-004"):
         looped(ensemble, calls)
     ensemble.graphs = None
     assert looped(ensemble, calls)[0].isfinite().all()

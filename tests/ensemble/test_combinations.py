@@ -14,7 +14,7 @@ import afa
 from afa.aggregators import Mean, Only
 from afa.aggregators.fusion.magic_fusion import MagicFusion
 from afa.ensemble.locks import Lock
-from afa.ensemble.placement.exchange import is_close, marks
+from afa.ensemble.placement.exchange import fingerprint, is_close
 from tests.ensemble.caching.test_graphs import Replays
 from tests.ensemble.caching.test_loop import arguments_of, at, draw, ensemble_of
 from tests.ensemble.caching.test_plan import plan_of
@@ -166,12 +166,12 @@ def test_a_plan_that_leaves_a_site_to_whoever_is_masked() -> None:
 
 def test_processes_see_what_differs() -> None:
     classes = torch.tensor([207, 1000])
-    assert not is_close(marks(classes), marks(classes + torch.tensor([1, 0])))
-    assert is_close(marks(classes), marks(classes.clone()))
+    assert not is_close(fingerprint(classes), fingerprint(classes + torch.tensor([1, 0])))
+    assert is_close(fingerprint(classes), fingerprint(classes.clone()))
     latent = torch.randn(2, 4, 8, 8)
-    assert is_close(marks(latent), marks(latent.bfloat16()))
-    assert not is_close(marks(latent), marks(torch.randn(2, 4, 8, 8)))
-    assert not is_close(marks(latent), marks(2 * latent))
+    assert is_close(fingerprint(latent), fingerprint(latent.bfloat16()))
+    assert not is_close(fingerprint(latent), fingerprint(torch.randn(2, 4, 8, 8)))
+    assert not is_close(fingerprint(latent), fingerprint(2 * latent))
 
 
 def test_a_record_is_of_its_own_thread_alone() -> None:
@@ -239,7 +239,7 @@ def test_a_copy_begins_loops_anew() -> None:
         twin.experts[0].conv_out.bias.data += 1
         came = twin(**at(arguments, 500)).sample
         twin.graphs = None
-        twin.begin_anew()
+        twin.reset_loops()
         assert torch.equal(came, twin(**at(arguments, 500)).sample)
 
 

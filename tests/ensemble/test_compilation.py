@@ -14,6 +14,7 @@ from afa.ensemble import accelerate
 from afa.ensemble.denoiser import EnsembleDenoiser
 from tests.ensemble.caching.test_loop import STEPS, arguments_of, at, ensemble_of
 from tests.ensemble.test_ensemble import call
+from tests.refusal import refusal
 from tests.tiny import tiny_pipeline, tiny_unet
 
 SMALL = SABWConfig(hidden_size=16, num_layers=1, num_heads=2, norm_num_groups=4)
@@ -93,10 +94,10 @@ def test_streamed_layers_are_compiled_too() -> None:
 
 def test_it_is_refused_without_a_compiler(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = afa.accelerate(tiny_pipeline(tmp_path / "one"))
-    with pytest.raises(afa.AfaError, match="must be 'regional' or None, came 'whole'"):
+    with refusal("AFA-ENSEMBLE-002", "'regional'", "'whole'"):
         afa.accelerate(pipeline, compile="whole")  # type: ignore[arg-type]
     monkeypatch.setattr(accelerate.shutil, "which", lambda _: None)
-    with pytest.raises(afa.AfaError, match=r"must be a C\+\+ compiler"):
+    with refusal("AFA-ENSEMBLE-003", r"g\+\+"):
         afa.accelerate(pipeline, compile="regional")
 
 

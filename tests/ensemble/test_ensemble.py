@@ -15,7 +15,6 @@ from afa.aggregators import SABW, Condition, SABWConfig, Separate
 from afa.aggregators.fusion import noise_mean, shell
 from afa.denoisers import Widths, discover_sites
 from afa.ensemble.denoiser import EnsembleDenoiser
-from afa.errors import AfaError
 from tests.refusal import refusal
 from tests.tiny import (
     POOLED_WIDTH,
@@ -308,19 +307,24 @@ def test_returns_what_a_denoiser_returns() -> None:
 
 
 @pytest.mark.parametrize(
-    ("build", "message"),
+    ("build", "code", "said"),
     [
-        (lambda: EnsembleDenoiser([]), "at least one expert"),
+        (lambda: EnsembleDenoiser([]), "AFA-ENSEMBLE-025", []),
         (
             lambda: EnsembleDenoiser([tiny_unet(), tiny_unet(block_out_channels=(8, 16, 32))]),
-            r"expert 1 has block_out_channels = \(8, 16, 32\), the first expert has \(8, 16, 16\)",
+            "AFA-MODEL-002",
+            ["expert 1", "block_out_channels", r"\(8, 16, 32\)", r"\(8, 16, 16\)"],
         ),
-        (lambda: EnsembleDenoiser([tiny_unet()], [Separate()]), "19 sites, 1 aggregators"),
-        (lambda: ensemble_of(3)(**call(2)), "16 wide .* or 3 x 16 .*, came 32"),
+        (
+            lambda: EnsembleDenoiser([tiny_unet()], [Separate()]),
+            "AFA-ENSEMBLE-026",
+            ["19 sites", "1 aggregators"],
+        ),
+        (lambda: ensemble_of(3)(**call(2)), "AFA-MODEL-003", ["16", "3 x 16", "32"]),
     ],
 )
-def test_errors(build: Any, message: str) -> None:
-    with pytest.raises(AfaError, match=message):
+def test_errors(build: Any, code: str, said: list[str]) -> None:
+    with refusal(code, *said):
         build()
 
 

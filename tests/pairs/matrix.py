@@ -233,7 +233,7 @@ def names_who_is_not_finite(family: str, name: str) -> bool:
     A feature that leaves this expert out where it is not finite is no exception: it gives finite
     values elsewhere, or is not masked.
     """
-    return "'1' gave nan" in what_stops(family, feature_of(name), World.spoil)
+    return "'1' computed NaN" in what_stops(family, feature_of(name), World.spoil)
 
 
 def what_stops(family: str, feature: Feature, spoil: Callable[[World], None]) -> str:

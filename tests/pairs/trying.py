@@ -33,4 +33,4 @@ def names_where(family: str, guard: Feature) -> bool:
             middle = "double.0" if family == "flux" else "mid"
             name = {"first": sites[0].name, "middle": middle, "last": sites[-1].name}[place]
             expected = f"its feature at site '{name}'"
-    return f"'1' gave nan or infinity: {expected}." in said
+    return f"'1' computed NaN or infinity: {expected}." in said

@@ -1,1 +1,1 @@
-"""N frozen experts as one denoiser: one step, its hooks, and where experts are kept."""
+"""N frozen experts as one denoiser: its steps, the hooks of a step, and placement of experts."""

@@ -1,4 +1,4 @@
-"""Any pipeline, faster: an ensemble or a single model."""
+"""`accelerate`: make a pipeline faster, with an ensemble or a single model."""
 
 from __future__ import annotations
 
@@ -32,29 +32,31 @@ def accelerate(
     compile: Literal["regional"] | None = None,
     cuda_graphs: bool = False,
 ) -> DiffusionPipeline:
-    """Make a pipeline faster: leave out a part of what it computes, compile it, launch it at once.
+    """Make a pipeline faster with a feature cache, a pruning plan, compilation or CUDA graphs.
 
         pipeline = afa.accelerate(afa.load_ensemble("zoo:ensemble"), "fast")
 
     Args:
-        pipeline: with an ensemble, whose settings are changed in place; or with a single model,
-            which then is an ensemble of one, and exactly what it was where nothing is left out.
-        acceleration: the name of a preset, `exact`, `balanced` or `fast`; or settings.
-        plan: which experts run where; a file of `afa prune`, or what is in it.
-        compile: `regional`, the blocks of experts and aggregators are compiled at the first step,
-            which takes from half a minute to some minutes; None leaves them as they are.
-        cuda_graphs: the second step of every denoising loop is recorded, and the later ones are
-            replayed: bit for bit the same, without the time that Python takes to launch a step. For
-            GPUs that wait for it, as they do where models, pictures and batches are small; takes
-            the memory of a step besides. Steps that something looks into, such as
-            `afa.record_weights`, or that are computed in part, run as they are.
+        pipeline: a pipeline with an ensemble, whose settings are changed in place; or with a single
+            model, which becomes an ensemble of one and computes the same unless a cache is used.
+        acceleration: settings of the feature cache, or the name of a preset: `exact`, `balanced` or
+            `fast`.
+        plan: a pruning plan, or the file that `afa prune` wrote: which experts run at which sites
+            and steps.
+        compile: `regional` compiles the blocks of experts and aggregators at the first step, which
+            takes from half a minute to some minutes; None does not compile.
+        cuda_graphs: record the second step of every denoising loop and replay it for later steps.
+            The result is the same bit for bit, without the time that Python needs to launch a step.
+            It helps where models, pictures or batches are small, and needs the memory of one more
+            step. Steps with an observer, such as `afa.record_weights`, and steps that the cache
+            computes in part are not recorded.
 
-    Returns: the pipeline; of a single model, another one of the same class and parts.
+    Returns: the pipeline; for a single model, a new pipeline of the same class and parts.
 
     Raises:
-        AfaError: no such preset or setting, a model that cannot be taken apart, a plan of another
-            ensemble, or of experts that are spread over processes, nothing to compile with, or no
-            CUDA device.
+        AfaError: if the preset or a setting is unknown, the model's family is not supported, the
+            plan was made for another ensemble, a feature excludes another, or the C++ compiler or
+            the CUDA device is missing.
     """
     if isinstance(plan, (str, Path)):
         plan = load_plan(Path(plan))
@@ -69,7 +71,8 @@ def accelerate(
         pipeline.set_progress_bar_config(**bar or {})
     if cuda_graphs and not torch.cuda.is_available():
         raise AfaError(
-            "AFA-ENSEMBLE-001", "CUDA graphs need a CUDA device; torch finds none. Leave them out."
+            "AFA-ENSEMBLE-001",
+            "CUDA graphs need a CUDA device, and torch finds none. Do not use CUDA graphs here.",
         )
     if compile is not None:
         _require_compiler(compile, denoiser.device.type)
@@ -88,12 +91,12 @@ def accelerate(
 
 
 def _require_compiler(mode: str, device: str) -> None:
-    """Raise AfaError where there is no such mode, or no C++ compiler and a processor to run on."""
+    """Check the mode and, for the CPU, that there is a C++ compiler."""
     if mode != "regional":
-        raise AfaError("AFA-ENSEMBLE-002", f"compile must be 'regional' or None, came {mode!r}.")
+        raise AfaError("AFA-ENSEMBLE-002", f"compile must be 'regional' or None; got {mode!r}.")
     if device == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
         raise AfaError(
             "AFA-ENSEMBLE-003",
-            "To compile for the processor there must be a C++ compiler; none was found as $CXX, "
-            "g++ or clang++. Install g++, or leave compiling out.",
+            "Compiling for the CPU needs a C++ compiler; none was found as $CXX, g++ or clang++. "
+            "Install g++, or do not compile.",
         )

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 class Steering(Hook):
-    """Adds a bias to the logits of the fusion weights.
+    """Add a bias to the experts' logits, of which fusion weights are the softmax (AFA, eq. 3).
 
     Args:
-        bias: what is added to the experts' logits [N], by site.
+        bias: by site, the bias [N] of the experts' logits.
     """
 
     is_recordable = True
@@ -27,7 +27,7 @@ class Steering(Hook):
         self._bias = bias
 
     def condition(self, site: str, condition: Condition) -> Condition:
-        """The condition with the bias of a site, on the device of its tensors."""
+        """Add the bias of a site to the condition, on the device of the condition's tensors."""
         if site not in self._bias:
             return condition
         device = condition.temb.device

@@ -1,4 +1,4 @@
-"""Pictures are drawn to see who is listened to where; a plan is what comes of it."""
+"""Measure average fusion weights on sample pictures, from which pruning plans are made."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ def calibrate(
     seed: int = 0,
     **call: Any,
 ) -> Generator[int, None, Shares]:
-    """Draw a picture of every prompt and add up the fusion weights.
+    """Draw a picture of every prompt and average the fusion weights.
 
     Args:
-        pipeline: with an ensemble.
-        prompts: like those that the plan is for.
-        num_steps: denoising steps.
-        num_ranges: parts of the noise levels that are told apart.
-        batch_size: pictures at a time.
-        seed: of the noise.
-        call: more of the pipeline's arguments, as `guidance_scale`.
+        pipeline: a pipeline with an ensemble.
+        prompts: prompts like those for which the plan will be used.
+        num_steps: the number of denoising steps.
+        num_ranges: the number of timestep ranges with averages of their own.
+        batch_size: pictures per call of the pipeline.
+        seed: the seed of the first picture's noise; the others follow.
+        call: further arguments of the pipeline's call, such as `guidance_scale`.
 
-    Yields: how many pictures are done.
+    Yields: the number of finished pictures.
 
-    Returns: the shares, from which plans are made.
+    Returns: the average fusion weights; `Shares.plan` makes a plan from them.
     """
     ensemble, kind = denoiser_of(pipeline), kind_of_pipeline(pipeline)
     count = pipeline.scheduler.config.num_train_timesteps
@@ -48,7 +48,7 @@ def calibrate(
     shares = Shares(ensemble, num_ranges, highest)
     for start in range(0, len(prompts), batch_size):
         chosen = list(prompts[start : start + batch_size])
-        with observed(ensemble, shares.note):  # in whichever thread asks for the next batch
+        with observed(ensemble, shares.note):  # entered per batch: the calling thread may change
             pipeline(
                 chosen,
                 num_inference_steps=num_steps,

@@ -1,8 +1,8 @@
 """Features of an ensemble that exclude each other.
 
-Whatever is not named here can be combined, and gives what the plain ensemble gives; tests/pairs
-tries every feature with every other. What is named here is refused by whichever of the two is
-switched on last.
+Features that are not listed here can be combined, and the result equals that of the plain ensemble:
+tests/pairs tries every pair. A pair that is listed here is refused by the feature that is switched
+on last.
 """
 
 from __future__ import annotations
@@ -50,7 +50,10 @@ _SCHEDULE: Feature = "a schedule"
 
 
 class Excluded(NamedTuple):
-    """Two features, why they cannot be combined, and what to do; or one that is not repeated."""
+    """Two features that exclude each other, why, and what to do.
+
+    A feature beside itself cannot be switched on a second time.
+    """
 
     one: Feature
     other: Feature
@@ -61,26 +64,26 @@ class Excluded(NamedTuple):
 _FIXED = "a CUDA graph runs the same kernels on the same memory at every step"
 _ALL_RUN = "every process must compute its own experts at every step"
 _SAME_LAYERS = "every process must run the same layers at every step"
-_ONE_PLACE = "every expert is kept in one place, which is chosen once"
+_ONE_PLACE = "the placement of the experts can be set only once"
 _PLACEMENTS = (_SPREAD, _SHARDED, _DEVICES, _OFFLOADED, _STREAMED)
 
 EXCLUDED: tuple[Excluded, ...] = (
     Excluded(
-        _PLAN, _SCHEDULE, "both say which experts run at a step", "Set one of them to None first"
+        _PLAN, _SCHEDULE, "both select the experts of a step", "Set one of them to None first"
     ),
-    Excluded(_PLAN, _SPREAD, _ALL_RUN, "Take off the plan, or load the experts in one process"),
+    Excluded(_PLAN, _SPREAD, _ALL_RUN, "Set plan = None, or load the experts in one process"),
     Excluded(
         _SCHEDULE, _SPREAD, _ALL_RUN, "Set schedule = None, or load the experts in one process"
     ),
-    Excluded(_PLAN, _SHARDED, _SAME_LAYERS, "Take off the plan, or load the experts whole"),
-    Excluded(_SCHEDULE, _SHARDED, _SAME_LAYERS, "Set schedule = None, or load the experts whole"),
+    Excluded(_PLAN, _SHARDED, _SAME_LAYERS, "Set plan = None, or do not shard the experts"),
+    Excluded(_SCHEDULE, _SHARDED, _SAME_LAYERS, "Set schedule = None, or do not shard the experts"),
     *(
-        Excluded(_GRAPHS, other, _FIXED, "Leave CUDA graphs out, or the other")
+        Excluded(_GRAPHS, other, _FIXED, "Switch one of the two off")
         for other in (_PLAN, _SCHEDULE, *_PLACEMENTS)
     ),
-    # experts that are offloaded or streamed can be moved again, so these two are no pair
+    # offloaded or streamed experts can be moved again, so these two do not exclude each other
     *(
-        Excluded(one, other, _ONE_PLACE, "Load the ensemble anew to move its experts elsewhere")
+        Excluded(one, other, _ONE_PLACE, "Load the ensemble again to change it")
         for n, one in enumerate((_SPREAD, _SHARDED, _DEVICES))
         for other in _PLACEMENTS[n:]
     ),
@@ -91,31 +94,31 @@ _SWITCHES = ("schedule", "plan", "graphs", "bias", "steering", "acceleration")
 
 
 class Switches:
-    """The part of `EnsembleDenoiser` that is switched on and off."""
+    """The settings of `EnsembleDenoiser` that switch features on and off."""
 
     aggregators: Any
     execution: Execution
     exchange: Exchange | None
     devices: Devices | None
     shards: Processes | None
-    begin_anew: Callable[[], None]
+    reset_loops: Callable[[], None]
     _schedule: Schedule | None = None
     _plan: PruningPlan | None = None
     _graphs: Graphs | None = None
     _bias: Mapping[str, Tensor] = {}
-    #: the hook that adds the bias
+    #: the hook that adds the bias to the logits
     steering: Steering | None = None
     _acceleration: Acceleration = EXACT
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # a module, such as a learned schedule, would be registered past the property
+        # nn.Module would register a module, such as a learned schedule, and bypass the property
         if name.removeprefix("_") in _SWITCHES:
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
 
     def features_in_use(self) -> set[Feature]:
-        """Which of the features that exclude others are switched on."""
+        """The features that are switched on, of those that exclude others."""
         is_on: dict[Feature, bool] = {
             _PLAN: self._plan is not None,
             _SCHEDULE: self._schedule is not None,
@@ -129,10 +132,10 @@ class Switches:
         return {feature for feature, on in is_on.items() if on}
 
     def require_compatible(self, wanted: Feature) -> None:
-        """Refuse to switch on a feature beside one that excludes it.
+        """Check that a feature can be combined with those that are switched on.
 
         Raises:
-            AfaError: names both, why, and what to do.
+            AfaError: if one of them excludes it.
         """
         for other in sorted(self.features_in_use()):
             for excluded in EXCLUDED:
@@ -146,10 +149,10 @@ class Switches:
 
     @property
     def schedule(self) -> Schedule | None:
-        """Which experts run at a timestep; None runs all.
+        """A function from a timestep to the numbers of the experts that run; None runs all experts.
 
-        Setting it raises AfaError where the fusion rules need all experts, or beside a plan, CUDA
-        graphs or experts that are spread over processes.
+        Setting it raises AfaError if a fusion rule needs the features of all experts, or if a
+        feature that excludes it is switched on, such as a plan or CUDA graphs.
         """
         return self._schedule
 
@@ -162,17 +165,17 @@ class Switches:
                 raise AfaError(
                     "AFA-ENSEMBLE-019",
                     f"A schedule cannot be combined with {', '.join(sorted(rigid))}, which needs "
-                    "the features of all experts at every step. Leave the schedule out, or use "
-                    "Mean, Only or SABW.",
+                    "the features of all experts at every step. Set schedule = None, or use Mean, "
+                    "Only or SABW.",
                 )
         self._schedule = schedule
 
     @property
     def plan(self) -> PruningPlan | None:
-        """Which experts run where; see `afa.accelerate`.
+        """The pruning plan: which experts run at which sites and steps; see `afa.accelerate`.
 
-        Setting it raises AfaError for a plan of another ensemble, and beside a schedule, CUDA
-        graphs or experts that are spread over processes.
+        Setting it raises AfaError if the plan was made for another ensemble, or if a feature that
+        excludes it is switched on, such as a schedule or CUDA graphs.
         """
         return self._plan
 
@@ -185,10 +188,10 @@ class Switches:
 
     @property
     def graphs(self) -> Graphs | None:
-        """What records steps as CUDA graphs; see `afa.accelerate`.
+        """Records steps as CUDA graphs and replays them; see `afa.accelerate`.
 
-        Setting it raises AfaError beside a plan, a schedule or experts that are not in the memory
-        of one device.
+        Setting it raises AfaError if a plan or a schedule is set, or if the experts are not in the
+        memory of one device.
         """
         return self._graphs
 
@@ -200,26 +203,26 @@ class Switches:
 
     @property
     def acceleration(self) -> Acceleration:
-        """What is left out of denoising loops; see `afa.accelerate`.
+        """How much of a denoising loop is reused from earlier steps; see `afa.accelerate`.
 
-        Setting it begins a loop anew: what was kept under other settings is of other sites.
+        Setting it clears the cache, whose features belong to the sites of the earlier settings.
         """
         return self._acceleration
 
     @acceleration.setter
     def acceleration(self, acceleration: Acceleration) -> None:
         self._acceleration = acceleration
-        self.begin_anew()
+        self.reset_loops()
 
     @property
     def bias(self) -> Mapping[str, Tensor]:
-        """What is added to the experts' logits [N], by site; see `afa.steer`."""
+        """By site, a bias [N] that is added to the experts' logits; see `afa.steer`."""
         return self._bias
 
     @bias.setter
     def bias(self, bias: Mapping[str, Tensor]) -> None:
         self._bias, self.steering = bias, Steering(bias) if bias else None
-        self.begin_anew()
+        self.reset_loops()
 
 
 def _takes_some(rule: Any) -> bool:

@@ -1,4 +1,4 @@
-"""What a denoiser offers besides its forward pass, done to every expert of an ensemble."""
+"""Methods of a diffusers denoiser besides `forward`, applied to every expert of an ensemble."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ if TYPE_CHECKING:
     from afa.ensemble.placement.exchange import Exchange
 
 _TEXT = "text_encoder"
-#: of products, in diffusers' names, which are not read beside those of PEFT
+#: LoRA tensors in diffusers' old naming; diffusers ignores them beside tensors in PEFT's naming
 _OTHER_NAMES = re.compile(r"\.(lora|lora_linear_layer|processor\.\w+_lora)\.(down|up)\.")
-#: of one kind of block, over all its shapes; beyond that, calls are not compiled
+#: limit on compiled graphs of one block class, over all shapes; torch runs further ones uncompiled
 _MAX_GRAPHS = 256
 
 
 def _for_every_expert(name: str, *, changes_layers: bool = False) -> Callable[..., None]:
-    """A method that calls the experts' own of the same name, in order.
+    """Make a method that calls the method of the same name on every expert, in order.
 
     Args:
-        name: of the method.
-        changes_layers: whether it needs the layers of the experts in memory.
+        name: the name of the method.
+        changes_layers: whether the experts' layers must be in memory.
     """
 
     def call(self: Delegation, *args: Any, **kwargs: Any) -> None:
         if changes_layers:
             self.require_layers(f"changed by {name}")
-        self.begin_anew()
+        self.reset_loops()
         for expert in self.computed_experts:
             getattr(expert, name)(*args, **kwargs)
 
     call.__name__ = name
-    call.__doc__ = f"`{name}` of the experts' own class, for every expert."
+    call.__doc__ = f"Call `{name}` of every expert."
     return call
 
 
@@ -56,9 +56,9 @@ _layers_of_every_expert = partial(_for_every_expert, changes_layers=True)
 
 
 class Delegation:
-    """The part of `EnsembleDenoiser` that stock pipelines and users call besides the forward pass.
+    """Methods of `EnsembleDenoiser`, besides `forward`, that stock pipelines and users call.
 
-    `docs/compatibility.md` lists what works, and what is refused.
+    `docs/compatibility.md` lists which features of diffusers work and which are refused.
     """
 
     experts: Any
@@ -67,27 +67,27 @@ class Delegation:
     exchange: Exchange | None
     modules: Callable[[], Iterator[nn.Module]]
     require_layers: Callable[[str], None]
-    begin_anew: Callable[[], None]
+    reset_loops: Callable[[], None]
 
     @property
     def distinct_experts(self) -> list[Any]:
-        """The experts, one that is named twice once."""
+        """The experts without duplicates."""
         return list(dict.fromkeys(self.experts))
 
     @property
     def computed_experts(self) -> list[Any]:
-        """The distinct experts that this process computes; without exchange all of them."""
+        """The distinct experts that this process computes; all unless spread over processes."""
         if self.exchange is None:
             return self.distinct_experts
         return [self.experts[n] for n in self.exchange.own]
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        """Whether only the features at the sites are kept for the backward pass."""
+        """Whether the backward pass recomputes everything but the features at the sites."""
         return self.execution.checkpoints
 
     def enable_gradient_checkpointing(self, *_: Any, **__: Any) -> None:
-        """Keep only the features at the sites for the backward pass; compute the rest again."""
+        """Store only the features at the sites for the backward pass, and recompute the rest."""
         self.execution = replace(self.execution, checkpoints=True)
 
     def disable_gradient_checkpointing(self) -> None:
@@ -95,15 +95,15 @@ class Delegation:
         self.execution = replace(self.execution, checkpoints=False)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Refused: it would write every frozen expert again.
+        """Refuse to save a second copy of every frozen expert.
 
         Raises:
-            AfaError: always; names `afa.save_ensemble`.
+            AfaError: always. Use `afa.save_ensemble` instead.
         """
         raise AfaError(
             "AFA-ENSEMBLE-020",
-            "An ensemble must be saved without its experts' weights: use "
-            "afa.save_ensemble(pipeline, folder), which keeps them by reference.",
+            "save_pretrained would save a second copy of every expert. Use "
+            "afa.save_ensemble(pipeline, folder), which saves references to them.",
         )
 
     # -- FreeU, attention, compilation ----------------------------------------------------------
@@ -117,18 +117,19 @@ class Delegation:
     enable_layerwise_casting = _layers_of_every_expert("enable_layerwise_casting")
 
     def compile_repeated_blocks(self, *args: Any, **options: Any) -> None:
-        """Compile the blocks of experts and aggregators, each kind and shape of block once.
+        """Compile the repeated blocks of experts and aggregators, once for each class and shape.
 
-        All experts' blocks have the graphs of the first one's. What comes out differs by rounding.
+        All experts share the compiled graphs. The output differs by rounding.
 
         Args:
-            args: of `torch.compile`, as are the options.
-            options: by default `dynamic=False`, one graph for each size of picture.
+            args: positional arguments of `torch.compile`.
+            options: keyword arguments of `torch.compile`. The default is `dynamic=False`: one graph
+                for each picture size.
         """
         options = {"dynamic": False, **options}
         if "recompile_limit" in inspect.signature(torch.compile).parameters:
             options.setdefault("recompile_limit", _MAX_GRAPHS)
-        else:  # before torch 2.13 it is one for all that is compiled
+        else:  # before torch 2.13 the limit is global
             limits = torch._dynamo.config
             limits.recompile_limit = max(limits.recompile_limit, _MAX_GRAPHS)
         for module in self.modules():
@@ -137,9 +138,9 @@ class Delegation:
 
     @property
     def attn_processors(self) -> dict[str, Any]:
-        """All attention processors, by their name in the expert and `.expertN`.
+        """All attention processors; keys are the names in expert N with the suffix `.expertN`.
 
-        Pipelines tell an IP-Adapter's scales for a block by how the name starts.
+        Pipelines look up the IP-Adapter scale of a block by the start of the name.
         """
         return {
             f"{name}.expert{n}": processor
@@ -148,7 +149,7 @@ class Delegation:
         }
 
     def set_attn_processor(self, processor: Any) -> None:
-        """Set one attention processor everywhere, or each by its name in `attn_processors`."""
+        """Set one attention processor for all layers, or a dictionary as `attn_processors`."""
         for n, expert in enumerate(self.experts):
             if not isinstance(processor, dict):
                 expert.set_attn_processor(processor)
@@ -159,30 +160,30 @@ class Delegation:
 
     @contextmanager
     def cache_context(self, name: str) -> Iterator[None]:
-        """Tell the experts which half of guidance is computed, as transformers' pipelines do."""
+        """Enter the `cache_context` of every expert; pipelines name a half of guidance there."""
         with ExitStack() as stack:
             for expert in self.experts:
                 stack.enter_context(expert.cache_context(name))
             yield
 
     def enable_cache(self, config: Any) -> NoReturn:
-        """Refused: the library's caches wait in a forward pass that no expert runs here.
+        """Refuse diffusers' caches, which hook a model's `forward`; an ensemble never calls it.
 
         Raises:
-            AfaError: always.
+            AfaError: always. Use `afa.accelerate` instead.
         """
         raise AfaError(
             "AFA-ENSEMBLE-021",
-            f"Caches of diffusers must hook a model's own forward pass; the experts of an ensemble "
-            f"run block by block, so {type(config).__name__} would do nothing. Use "
-            "afa.accelerate(pipeline, 'fast'), which has a cache of its own.",
+            f"{type(config).__name__} would have no effect: caches of diffusers hook a model's "
+            "forward, and an ensemble runs its experts block by block. Use "
+            "afa.accelerate(pipeline, 'fast') instead.",
         )
 
     # -- LoRAs ----------------------------------------------------------------------------------
 
     @contextmanager
     def lora_scale(self, arguments: dict[str, Any]) -> Iterator[float | None]:
-        """Apply the LoRAs' `scale` to all experts, and take it out of the arguments."""
+        """Apply the LoRA `scale` of the attention arguments to all experts, and remove it there."""
         name = self.family.attention_kwargs
         given = arguments.get(name)
         if not given or "scale" not in given:
@@ -203,15 +204,15 @@ class Delegation:
     unload_lora = _layers_of_every_expert("unload_lora")
 
     def fuse_lora(self, *args: Any, **kwargs: Any) -> None:
-        """`fuse_lora` of the experts' own class, for every expert.
+        """Fuse the loaded LoRAs into the weights of every expert.
 
-        LoRA experts share the parameters of their base; what is fused into comes to be each one's.
+        LoRA experts share the parameters of their base; parameters that change are copied first.
 
         Raises:
-            AfaError: the experts' layers are in a file, where nothing can be fused into them.
+            AfaError: if the experts are streamed from a file.
         """
         self.require_layers("changed by fuse_lora")
-        self.begin_anew()
+        self.reset_loops()
         seen: set[int] = set()
         for expert in self.computed_experts:
             layers = [m for m in expert.modules() if isinstance(m, BaseTunerLayer)]
@@ -227,39 +228,38 @@ class Delegation:
 
     @property
     def peft_config(self) -> dict[str, Any]:
-        """The LoRAs that `load_lora_adapter` gave to all experts, by name."""
+        """The LoRAs that `load_lora_adapter` added to all experts, by adapter name."""
         return self.computed_experts[0].peft_config
 
     def load_lora_adapter(self, state_dict: Mapping[str, Any], **options: Any) -> None:
-        """Add a LoRA to the denoiser of every expert; the way of `pipeline.load_lora_weights`.
+        """Add a LoRA to every expert; `pipeline.load_lora_weights` calls this.
 
-        To add it to one, call this of `experts[N]`, or name `{base: ..., lora: ...}` as an expert.
+        To add it to one expert, call this method of `experts[N]`, or list `{base: ..., lora: ...}`
+        as an expert.
 
         Args:
-            state_dict: of the LoRA, in the library's names.
-            options: see the experts' own class.
+            state_dict: the tensors of the LoRA, with diffusers' names.
+            options: see `load_lora_adapter` of the experts' class.
 
         Raises:
-            AfaError: the LoRA changes text encoders, too, which then come to differ by expert; or
-                the experts' layers are in a file; or it has a tensor that the library would leave
-                out.
+            AfaError: if the LoRA has tensors for text encoders or tensors that diffusers would
+                ignore, or if the experts are streamed from a file.
         """
         self.require_layers("changed by load_lora_adapter")
         of_text = [key for key in state_dict if key.startswith(_TEXT)]
         if of_text:
             raise AfaError(
                 "AFA-ENSEMBLE-022",
-                f"A LoRA that is added to an ensemble must be the denoiser's alone; this one has "
-                f"{len(of_text)} tensors for text encoders. Name it as an expert, {{base: ..., "
-                "lora: ...}, which merges both.",
+                f"The LoRA has {len(of_text)} tensors for text encoders, but one that is loaded "
+                "into an ensemble must have only the denoiser's. List it as an expert instead, "
+                "{base: ..., lora: ...}, which applies both.",
             )
-        self._account_for(state_dict, **options)
-        # the pipeline is for moving a single offloaded model out of the way and back
-        self.begin_anew()
+        self._require_all_read(state_dict, **options)
+        self.reset_loops()
         for expert in self.computed_experts:
             expert.load_lora_adapter(dict(state_dict), **options)
 
-    def _account_for(
+    def _require_all_read(
         self,
         state_dict: Mapping[str, Any],
         *,
@@ -267,23 +267,21 @@ class Delegation:
         adapter_name: str | None = None,
         **_: Any,
     ) -> None:
-        """Refuse what the experts' own class leaves out with no more than a line in the log.
+        """Refuse a LoRA with tensors that diffusers would ignore with only a log line.
 
         Raises:
-            AfaError: names the first such tensor.
+            AfaError: if there are such tensors; it names the first.
         """
         kind = next(iter(self.family.pipelines), None)
         if kind is None or any(".lokr_" in name for name in state_dict):
-            return  # a family without pipelines; a product of which PEFT reads all tensors
+            return  # a family without pipelines, or a LoKr, of which PEFT reads all tensors
         start = f"{prefix}." if prefix else ""
         header = {name: {"dtype": "F32", "shape": t.shape} for name, t in state_dict.items()}
         lora = LoraFile(Path(adapter_name or "default"), header, {}, None, {})
         base = Base.of("the ensemble", kind, {kind.denoiser: self.experts[0]})
         changes = plan_changes(lora, base, 1.0, is_merged=False)
         lost = [name for name in state_dict if not name.startswith(start)]
-        if ".lora_A." in next(
-            iter(state_dict), ""
-        ):  # by the first one it decides how all are named
+        if ".lora_A." in next(iter(state_dict), ""):  # diffusers infers the naming from the first
             lost += [name for name in state_dict if _OTHER_NAMES.search(name)]
         lost += [
             name
@@ -294,25 +292,25 @@ class Delegation:
         if lost:
             raise AfaError(
                 "AFA-ENSEMBLE-023",
-                f"diffusers would leave out {len(lost)} of the LoRA's {len(state_dict)} tensors "
-                f"(first: '{lost[0]}'). A LoRA that is added to an ensemble must have low-rank "
-                "products for the denoiser alone. Name it as an expert, {base: ..., lora: ...}, "
-                "which applies all of them.",
+                f"diffusers would ignore {len(lost)} of the LoRA's {len(state_dict)} tensors "
+                f"(first: '{lost[0]}'). A LoRA that is loaded into an ensemble must have only "
+                "low-rank products for the denoiser. List it as an expert instead, {base: ..., "
+                "lora: ...}, which applies all tensors.",
             )
 
     @property
     def _transformer_norm_layers(self) -> None:
-        """Where the pipeline of Flux keeps the norms that a LoRA has replaced: never any."""
+        """The norms that a Flux LoRA replaced, as Flux's pipeline stores them: always None."""
         return
 
     @_transformer_norm_layers.setter
     def _transformer_norm_layers(self, norms: Any) -> NoReturn:
         raise AfaError(
             "AFA-ENSEMBLE-024",
-            "diffusers has left out the norms of this LoRA and added the rest. A LoRA that is "
-            "added to an ensemble must have low-rank products alone. Take it out with "
-            "pipeline.unload_lora_weights(), and name it as an expert, {base: ..., lora: ...}, "
-            "which replaces the norms as well.",
+            "diffusers ignored the norms of this LoRA and added the rest. A LoRA that is loaded "
+            "into an ensemble must have only low-rank products. Remove it with "
+            "pipeline.unload_lora_weights(), and list it as an expert, {base: ..., lora: ...}, "
+            "which also replaces the norms.",
         )
 
     # -- IP-Adapter -----------------------------------------------------------------------------
@@ -320,12 +318,12 @@ class Delegation:
     _load_ip_adapter_weights = _layers_of_every_expert("_load_ip_adapter_weights")
 
     def _load_ip_adapter_loras(self, state_dicts: Any) -> dict[str, Any]:
-        """The LoRAs of an IP-Adapter for faces, which the pipeline then loads into all experts."""
+        """Convert the LoRAs of an IP-Adapter FaceID; the pipeline loads them into all experts."""
         return self.experts[0]._load_ip_adapter_loras(state_dicts)
 
     @property
     def encoder_hid_proj(self) -> Any:
-        """The first expert's, of which pipelines count the IP-Adapters; all have the same."""
+        """The first expert's projection, where pipelines count the IP-Adapters; all are equal."""
         return getattr(self.experts[0], "encoder_hid_proj", None)
 
     @encoder_hid_proj.setter
@@ -337,7 +335,7 @@ class Delegation:
 
     @property
     def down_blocks(self) -> nn.ModuleList:
-        """The first expert's, whose layers pipelines count for IP-Adapter scales by block."""
+        """The first expert's blocks, whose layers pipelines count for IP-Adapter scales."""
         return self.experts[0].down_blocks
 
     @property
@@ -347,5 +345,5 @@ class Delegation:
 
     @property
     def add_embedding(self) -> nn.Module:
-        """The first expert's, whose width pipelines of Stable Diffusion XL check."""
+        """The first expert's embedding, whose width pipelines of Stable Diffusion XL check."""
         return self.experts[0].add_embedding

@@ -1,4 +1,4 @@
-"""`EnsembleDenoiser`: N frozen experts and their fusion rules, a drop-in for one denoiser."""
+"""`EnsembleDenoiser`: N frozen experts and their fusion rules as one drop-in denoiser."""
 
 from __future__ import annotations
 
@@ -53,24 +53,25 @@ if TYPE_CHECKING:
 
 
 class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin):
-    """Several experts run side by side, fused after every block (AFA, section 3).
+    """Run N frozen experts in lockstep and fuse their features at every site (AFA, section 3).
 
-    Takes the place of `unet` or `transformer` in stock diffusers pipelines: same call, same output
-    type, same configuration. The experts are frozen and stay in evaluation mode; only aggregators
-    train. Their parameters stay in float32 whatever the experts are cast to; while drawing they are
-    computed in the experts' type.
+    It replaces `unet` or `transformer` in stock diffusers pipelines: same call, same output type,
+    same configuration. The experts are frozen and stay in evaluation mode; only the aggregators are
+    trained. Parameters of aggregators stay in float32 whatever the experts are cast to. Without
+    gradients, aggregators compute in the experts' data type.
 
     Args:
         experts: N denoisers of one architecture, of a family in `afa.denoisers`.
         aggregators: a `SABWConfig` builds an untrained SABW at every site; a sequence holds one
-            fusion rule per site, in site order; None takes the uniform mean.
-        schedule: which experts run at a timestep; fusion rules see these alone. None runs all.
-        widths: of the text encoders, where one expert has several whose embeddings are
-            concatenated; None takes what the experts' configuration says.
+            fusion rule per site, in site order; None uses the uniform mean.
+        schedule: a function from a timestep to the numbers of the experts that run, the only ones
+            that fusion rules see; None runs all experts.
+        widths: embedding widths of one expert's text encoders, if it has several; None reads the
+            total width from the experts' configuration.
 
     Raises:
-        AfaError: no experts, experts that do not share one architecture, blocks that cannot be
-            taken apart, or another number of aggregators than sites.
+        AfaError: if there are no experts, the experts differ in architecture, a block has no
+            coroutine, or the number of aggregators is not the number of sites.
     """
 
     config_name = "config.json"
@@ -86,7 +87,7 @@ class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin)
         super().__init__()
         if not experts:
             raise AfaError(
-                "AFA-ENSEMBLE-025", "An ensemble must have at least one expert, came none."
+                "AFA-ENSEMBLE-025", "An ensemble must have at least one expert; got none."
             )
         self.family: Family = family_of(experts[0])
         for n, expert in enumerate(experts[1:], start=1):
@@ -100,22 +101,22 @@ class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin)
         self._signature = inspect.signature(self.family.model_class.forward)
         self._rules = {site.name: n for n, site in enumerate(self.sites)}
         self._lock = Lock()
-        #: the denoising loops that are under way
+        #: the denoising loops in progress
         self.loops = Loops()
         self.execution: Execution = PLAIN
         self.schedule = schedule
-        #: what is done where an expert gives non-finite values; see `afa.ensemble.guard`
+        #: what to do about non-finite values: raise an error, or mask the expert at that site
         self.on_nonfinite: OnNonFinite = "stop"
-        #: how often each expert was left out at each site for that
+        #: by (expert, site), how often the expert was masked there
         self.masked: Counter[tuple[str, str]] = Counter()
-        #: the aggregators in the experts' type
+        #: the aggregators' parameters in the experts' data type
         self.lowered = Lowered()
         self._attentions: list[Attention] = []
-        #: called with the fusion weights of every call, whichever thread makes it
+        #: called with the fusion weights of all calls, from any thread
         self.on_weights: WeightsObserver | None = None
-        #: those of one thread each; see `afa.ensemble.recording.observed`
+        #: observers of one thread each; see `afa.ensemble.recording.observed`
         self.observers = Observers()
-        #: where the experts, the autoencoder and what else was read come from
+        #: the sources of the experts, the autoencoder and the other parts
         self.provenance = Provenance()
         self.register_to_config(**experts[0].config)
         self.eval()
@@ -133,8 +134,8 @@ class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin)
         if len(aggregators) != len(self.sites):
             raise AfaError(
                 "AFA-ENSEMBLE-026",
-                f"An ensemble must have one aggregator per site: {len(self.sites)} sites, "
-                f"{len(aggregators)} aggregators. List them in the order of `.sites`.",
+                f"An ensemble must have one aggregator per site; got {len(self.sites)} sites and "
+                f"{len(aggregators)} aggregators. List one for each entry of `.sites`, in order.",
             )
         return aggregators
 
@@ -143,26 +144,28 @@ class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin)
     def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
         """Predict with all experts, fused at every site (AFA, section 3.2).
 
-        Takes what the experts' own class takes. Embeddings of the text are the experts',
-        concatenated on the last axis as stock pipelines do with `EnsembleTextEncoder`, or one for
-        all; see `afa.denoisers.Widths`. All else goes to every expert. Calls from several threads
-        wait for each other.
+        It takes the arguments of the experts' own class: for a U-Net a noisy latent [B, C, H, W],
+        timesteps and a text embedding. The text embedding is [B, L, N * D], the experts' embeddings
+        concatenated as `EnsembleTextEncoder` does, or [B, L, D], one for all experts; see
+        `afa.denoisers.Widths`. Every expert gets all other arguments. Calls from several threads
+        are serialised.
 
-        Returns: the library's output object, or with `return_dict=False` a tuple of the prediction.
+        Returns: diffusers' output object, or `(prediction,)` with `return_dict=False`. The
+            prediction has the shape of an expert's own.
 
         Raises:
-            AfaError: no latent at all; non-finite values where no gradients are recorded, see
-                `afa.ensemble.guard`; a text embedding of another width; several timesteps at once
-                where a schedule picks the experts by timestep; or, where experts are spread over
-                processes, another thread or other arguments than in the other processes.
+            AfaError: if the latent is empty; if a value is not finite and gradients are off (see
+                `afa.ensemble.guard`); if the text embedding has another width; if a schedule is
+                set and the batch has several timesteps; or, with experts spread over processes, if
+                the thread or the arguments differ from the other calls of this step.
         """
         arguments = self._bind(args, kwargs)
         sample = next(iter(arguments.values()))
         if sample.numel() == 0:
             raise AfaError(
                 "AFA-ENSEMBLE-027",
-                "A denoiser must have at least one latent with an area, came the shape "
-                f"{tuple(sample.shape)}. Ask for a picture.",
+                f"The latent is empty: got the shape {tuple(sample.shape)}. Batch size, height and "
+                "width must be positive.",
             )
         with self._lock, self.lora_scale(arguments) as scale:
             self._tell_observers("begin")
@@ -206,7 +209,7 @@ class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin)
             return self._finite(prediction, arguments, run, loop)
 
     def _hooks(self, steps: Tensor) -> list[Hook | None]:
-        """The hooks of all steps; those of one alone are the cache and the guard."""
+        """The hooks of every step. The cache and the guard are added for single steps."""
         return [self.devices, self.exchange, self.steering, self._recorder(steps)]
 
     def _recorder(self, steps: Tensor) -> Recorder | None:
@@ -217,7 +220,7 @@ class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin)
     def _cached(
         self, loop: Loop, arguments: dict[str, Any], compute: Callable[..., Tensor]
     ) -> Tensor:
-        """A prediction that reuses what earlier steps of a loop have left, or is one of theirs."""
+        """Predict with the cache: reuse features of earlier steps, or the prediction of one."""
         sample = next(iter(arguments.values()))
         cache = Shortcut(
             self.acceleration, self.sites, self.family.is_residual, loop, sample, self._agree
@@ -238,74 +241,74 @@ class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin)
         run: Callable[..., Tensor],
         loop: Loop | None = None,
     ) -> Tensor:
-        """A prediction as it is; where it is not finite, the step once more under guard.
+        """Return a finite prediction unchanged; otherwise run the step again with the guard.
 
         Raises:
-            AfaError: names the expert and the site where it came from, unless it is masked; names
-                neither where experts are sharded over processes.
+            AfaError: if the prediction is not finite. It names the expert and the site, unless
+                they are masked; with sharded experts it names neither.
         """
         if not self._agree(not is_finite(prediction)):
             return prediction
-        if self.shards is not None:  # whoever stops in the middle of a step leaves others waiting
+        if self.shards is not None:  # a process that stops within a step leaves the others waiting
             raise AfaError(
                 "AFA-ENSEMBLE-028",
-                "A prediction must be finite; that of this process or of another has NaN or "
-                "infinity. Where experts are sharded over processes, which expert gave it is not "
-                "looked for, and none is skipped. Draw with the experts whole in one process.",
+                "The prediction of this process or of another one is not finite (NaN or infinity). "
+                "With sharded experts the expert cannot be found or masked. Load the experts "
+                "unsharded in one process to find it.",
             )
-        if loop is not None:  # what it has kept of its steps may be the same
+        if loop is not None:  # its cached features may be non-finite as well
             loop.is_guarded = True
         self._tell_observers("begin")
         return self._guarded(arguments, run)
 
     @property
     def _agree(self) -> Callable[[bool], bool]:
-        """What makes one decision of those of all processes that must run the same layers."""
+        """Combine one decision with those of all processes that must run the same layers."""
         together = self.exchange or self.shards
         return together.any_of if together else bool
 
     def _guarded(self, arguments: dict[str, Any], run: Callable[..., Tensor]) -> Tensor:
-        """A step in which every feature is looked at, and nothing is left out to save time."""
+        """Run a step that checks every feature and reuses nothing."""
         guard = Guard(expert_names(self), self.dtype, masks=self.on_nonfinite == "mask")
         prediction = run(arguments, guard)
         self.masked += guard.masked
         return prediction
 
     def _is_recordable(self, arguments: dict[str, Any], steps: Tensor) -> bool:
-        """Whether steps are CUDA graphs: all hooks allow it, and no data-dependent control flow."""
+        """Whether this step can be a CUDA graph: all hooks allow it, and the latent is on a GPU."""
         if self.graphs is None or arguments.get("skip_layers"):
             return False
         hooks = in_order(*self._hooks(steps))
         latent = next(iter(arguments.values()))
-        return all(hook.is_recordable for hook in hooks) and self.graphs.take(latent)
+        return all(hook.is_recordable for hook in hooks) and self.graphs.can_record(latent)
 
-    # -- what a step asks of its ensemble -----------------------------------------------------
+    # -- used by a step -----------------------------------------------------------------------
 
     def rule_at(self, site: str) -> nn.Module:
         """The fusion rule of a site."""
         return self.aggregators[self._rules[site]]
 
     def _tell_observers(self, what: Literal["begin", "end"]) -> None:
-        """Let observers know that a call begins, once more perhaps, or has come to its end."""
-        with ExitStack() as stack:  # one that raises keeps nothing from the others
+        """Tell all observers that a call begins, possibly for the second time, or has ended."""
+        with ExitStack() as stack:  # if one raises, the others are still called
             for observation in reversed(self.observers):
                 stack.callback(getattr(observation, what))
 
-    def begin_anew(self) -> None:
-        """Discard what is kept of denoising loops; for whatever changes what a step computes."""
+    def reset_loops(self) -> None:
+        """Discard everything cached of denoising loops, after a change of what a step computes."""
         self.loops = Loops()
 
     def _bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """All arguments by name, as the experts' own class names them; the latent is the first."""
+        """All arguments by the names in the experts' own `forward`; the latent is the first."""
         arguments = self._signature.bind(self, *args, **kwargs).arguments
         del arguments["self"]
         return arguments
 
-    # -- what a denoiser offers besides -------------------------------------------------------
+    # -- devices, data types and modes --------------------------------------------------------
 
     @property
     def device(self) -> torch.device:
-        """Where inputs are expected."""
+        """The device of inputs and predictions."""
         if self.devices is not None:
             return self.devices.main
         own = self.exchange.own[0] if self.exchange else 0
@@ -320,12 +323,12 @@ class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin)
         """Move or cast the experts; move the aggregators, which keep their data type.
 
         Raises:
-            AfaError: the experts' layers are in a file; or they are offloaded or spread over
-                processes and the device is another than they run on.
+            AfaError: if the experts are streamed from a file, or if they are offloaded or spread
+                over processes and the device is not the one on which they run.
         """
         self.require_layers("moved or cast")
         device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
-        self.begin_anew()
+        self.reset_loops()
         if self.execution.device is not None or self.exchange is not None:
             self._require_same_device(device)
             self.experts.to(dtype=dtype, memory_format=memory_format)
@@ -349,7 +352,7 @@ class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin)
         return self.to("cpu")
 
     def cuda(self, device: Any = None) -> Self:
-        """Move experts and aggregators to a CUDA device; None takes the current one."""
+        """Move experts and aggregators to a CUDA device; None uses the current one."""
         return self.to(
             torch.device("cuda", device) if isinstance(device, int) else device or "cuda"
         )
@@ -363,7 +366,7 @@ class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin)
         return self.to(torch.bfloat16)
 
     def train(self, mode: bool = True) -> Self:
-        """Set the aggregators' mode; the experts stay in evaluation mode."""
+        """Set the mode of the aggregators; the experts stay in evaluation mode."""
         super().train(mode)
         self.experts.eval()
         return self

@@ -1,8 +1,8 @@
-"""Numbers that are none: which expert gave them, at which site, and going on without it there.
+"""Non-finite values (NaN or infinity): find the expert and the site, and optionally skip it there.
 
-A feature of one expert that overflows in half precision would be in all of them from its site on,
-and in the end a black picture. Looking for it costs a step nothing until the prediction itself is
-not finite; then the step is run once more, with a look at every feature.
+If one expert overflows in half precision, fusion spreads the non-finite values to all experts, and
+the picture is black. Only the prediction of a step is checked. If it is not finite, the step runs
+again and every feature is checked.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ OnNonFinite = Literal["stop", "mask"]
 
 @contextmanager
 def decoded(pipeline: Any) -> Iterator[None]:
-    """Refuse pictures of non-finite values (NaN or infinity), which would come out black.
+    """Refuse pictures with non-finite values (NaN or infinity), which would be black.
 
-    Around the call of a pipeline that gives pictures.
+    Enter it around a pipeline call that decodes pictures.
 
     Raises:
-        AfaError: the autoencoder gave such numbers, for the denoiser's are looked at elsewhere.
+        AfaError: if the autoencoder's output is not finite; `Guard` checks the denoiser's.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "invalid value encountered in cast", RuntimeWarning)
@@ -45,47 +45,47 @@ def decoded(pipeline: Any) -> Iterator[None]:
             dtype = str(pipeline.vae.dtype).removeprefix("torch.")
             raise AfaError(
                 "AFA-ENSEMBLE-029",
-                f"A picture must be finite numbers, but the autoencoder gave nan or infinity in "
-                f"{dtype}. Use bfloat16 or float32, or an autoencoder that was made for {dtype}: "
+                f"The autoencoder computed NaN or infinity in {dtype}, which makes a black "
+                f"picture. Use bfloat16 or float32, or an autoencoder made for {dtype}: "
                 "vae=FOLDER.",
             ) from None
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether all numbers are."""
+    """Whether all values are finite."""
     return bool(torch.isfinite(tensor).all())
 
 
 class Guard(Hook):
-    """Looks at all that one step computes.
+    """Check every text and feature of one step for non-finite values.
 
     Args:
-        names: of the experts.
-        dtype: of the experts.
-        masks: whether an expert is skipped at the sites where it gives non-finite values;
-            else the step is stopped there.
+        names: the experts' names.
+        dtype: the experts' data type.
+        masks: whether an expert is skipped at the sites where it computes non-finite values;
+            otherwise the step raises an error there.
     """
 
     def __init__(self, names: Sequence[str], dtype: torch.dtype, *, masks: bool) -> None:
         self._names, self._dtype, self._masks = names, dtype, masks
-        #: how often each expert was left out at each site
+        #: by (expert, site), how often the expert was masked there
         self.masked: Counter[tuple[str, str]] = Counter()
         self._everywhere: Collection[int] = ()
         self._masks_here = False
 
     def begin(self, inputs: Inputs) -> Collection[int]:
-        """The experts whose text is not finite.
+        """Find the experts whose text embedding is not finite.
 
         Raises:
-            AfaError: the latent is not finite, nobody's text is, or one is not and nothing is
-                masked.
+            AfaError: if the latent is not finite, if no expert's text is finite, or if one is not
+                and masking is off.
         """
         self._running: Running = inputs.running
         if not is_finite(inputs.sample):
             raise AfaError(
                 "AFA-ENSEMBLE-030",
-                "The latent that is to be denoised must be finite, but it has nan or infinity "
-                "before any expert ran. Are sizes, scheduler and guidance as they should be?",
+                "The noisy latent has NaN or infinity before any expert ran. Check the size, the "
+                "scheduler and the guidance scale.",
             )
         given = inputs.arguments.items()
         wrong = [n for n, own in given if not all(map(is_finite, _floats(own)))]
@@ -96,14 +96,14 @@ class Guard(Hook):
         return wrong
 
     def look(self, site: str, features: Features) -> Collection[int]:
-        """The experts whose features are not finite.
+        """Find the experts whose features at a site are not finite.
 
         Args:
-            site: its name.
-            features: those that a plan leaves out have no content.
+            site: the name of the site.
+            features: the experts' features; `hidden` is None if a plan skips the expert there.
 
         Raises:
-            AfaError: one is not finite and nothing is masked, or nobody is left to fuse.
+            AfaError: if one is not finite and masking is off, or if no expert is left to fuse.
         """
         wrong = []
         for n, feature in features.items():
@@ -119,32 +119,32 @@ class Guard(Hook):
         return wrong
 
     def fused(self, site: str, fused: Fused) -> None:
-        """Refuse what is not finite although all features were.
+        """Check that a fused feature is finite if the experts' features are.
 
         Raises:
-            AfaError: names the site.
+            AfaError: if it is not; it names the site.
         """
         made = [fused.feature] if isinstance(fused.feature, Tensor) else fused.feature
         if not self._masks_here and not all(map(is_finite, made)):
             raise AfaError(
                 "AFA-ENSEMBLE-031",
-                f"The experts' features at site '{site}' are finite, but what the aggregator makes "
-                "of them is not. Are its weights damaged, or a bias out of all measure? Load the "
-                "ensemble again, or train it again.",
+                f"The aggregator at site '{site}' computed NaN or infinity from finite features. "
+                "Its weights may be damaged, or a bias is too large. Lower the bias, or load or "
+                "train the ensemble again.",
             )
 
     def end(self, prediction: Tensor) -> None:
-        """Refuse a prediction that is not finite although whoever is not was masked.
+        """Check that the prediction is finite after masking.
 
         Raises:
-            AfaError: says so.
+            AfaError: if it is not.
         """
         if not is_finite(prediction):
             raise AfaError(
                 "AFA-ENSEMBLE-032",
-                "The prediction is not finite although experts were left out where they are not. "
-                "The aggregators' weights may be damaged. Load the ensemble again, or train it "
-                "again.",
+                "The prediction has NaN or infinity although the experts with non-finite values "
+                "were masked. The aggregators' weights may be damaged. Load the ensemble again, or "
+                "train it again.",
             )
 
     def _note(self, number: int, what: str, place: str) -> None:
@@ -152,29 +152,32 @@ class Guard(Hook):
         if not self._masks:
             raise AfaError(
                 "AFA-ENSEMBLE-033",
-                f"All that experts compute must be finite; '{self._names[number]}' gave nan or "
-                f"infinity: {what}. {self._remedy()}",
+                f"Expert '{self._names[number]}' computed NaN or infinity: {what}. "
+                f"{self._remedy()}",
             )
 
     def _require_others(self, wrong: Sequence[int], experts: Sequence[int], place: str) -> None:
         if set(experts) <= set(wrong):
             raise AfaError(
                 "AFA-ENSEMBLE-034",
-                f"All that experts compute must be finite; none of them gave such numbers at "
-                f"'{place}'. {self._remedy()}",
+                f"All experts that run at '{place}' computed NaN or infinity; none can be fused. "
+                f"{self._remedy()}",
             )
 
     def _remedy(self) -> str:
         if self._dtype == torch.float16:
             return (
-                "In float16 nothing above 65504 can be held: use bfloat16 or float32. Or go on "
-                "without it there: mask."
+                "float16 overflows above 65504: use --dtype bfloat16 or float32, or pass "
+                "--on-nonfinite mask to skip an expert where it overflows."
             )
-        return "Look at its weights with afa check, leave it out, or go on without it there: mask."
+        return (
+            "Check the weights with afa check, remove the expert, or pass --on-nonfinite mask to "
+            "skip an expert at such a site."
+        )
 
 
 def _floats(arguments: Mapping[str, Any]) -> list[Tensor]:
-    """All floating-point tensors of an expert's arguments, nested ones too."""
+    """All floating-point tensors of an expert's arguments, including those in dictionaries."""
     values = list(arguments.values())
     values += [inner for value in values if isinstance(value, dict) for inner in value.values()]
     return [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]

@@ -1,6 +1,7 @@
-"""What a hook of a step is: one feature of an ensemble that takes part in a step of its experts.
+"""`Hook`, the base of everything that takes part in a step of an ensemble.
 
-`afa.ensemble.step` says when each method is called, `afa.ensemble.hooks` in which order hooks are.
+`afa.ensemble.step` documents when each method is called, and `afa.ensemble.hooks` lists all hooks
+in their order.
 """
 
 from __future__ import annotations
@@ -17,20 +18,20 @@ if TYPE_CHECKING:
     from afa.denoisers import Feature
     from afa.ensemble.running import Running
 
-#: of each expert by its number in the ensemble, never by its position among those that run
+#: by the expert's number in the ensemble, never by its position among the running experts
 Arguments = dict[int, dict[str, Any]]
 Features = dict[int, "Feature"]
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a step begins with.
+    """The inputs of a step.
 
     Attributes:
-        sample: the latent [B, ...].
-        timesteps: [B].
-        arguments: of every expert that runs.
-        running: which experts run, and where.
+        sample: the noisy latent [B, ...].
+        timesteps: the timesteps [B].
+        arguments: the arguments of every running expert, by its number.
+        running: which experts run, and at which sites.
     """
 
     sample: Tensor
@@ -40,68 +41,70 @@ class Inputs:
 
 
 class Hook:
-    """A part of a step. By default it does nothing; a subclass overrides what it needs.
+    """A part of a step. By default it does nothing; subclasses override the methods they need.
 
-    Experts are named by their number in the ensemble everywhere. A hook that lives longer than a
-    step must forget the last one in `begin`; calls of one ensemble never overlap.
+    All methods name an expert by its number in the ensemble. A hook that is used for several steps
+    must reset its state in `begin`. Calls of one ensemble never overlap.
     """
 
     #: sites whose features are not computed in this step; `fuse` must supply them
     skipped: Collection[str] = frozenset()
-    #: whether a step with it can be a CUDA graph: it launches work on the GPU and keeps no results
+    #: whether a step with this hook can be a CUDA graph: it only launches GPU work, stores nothing
     is_recordable = False
 
     def begin(self, inputs: Inputs) -> Collection[int]:
-        """See what a step begins with.
+        """Receive the inputs of a step.
 
-        Returns: the experts whose texts are excluded from what the fusion rules see.
+        Returns: the experts whose texts are excluded from the mean text of the fusion rules.
         """
         del inputs
         return ()
 
     def arguments(self, arguments: Arguments) -> Arguments:
-        """What the experts are called with; those that are missing are not run here."""
+        """Change the experts' arguments; experts without arguments do not run in this process."""
         return arguments
 
     def features(self, site: str, features: Features) -> Features:
-        """The features of all experts that run, from those that are computed here.
+        """Supply the features of all running experts, from those that this process computed.
 
         Args:
-            site: its name.
-            features: `hidden` is None where the site is skipped.
+            site: the name of the site.
+            features: the features by expert; `hidden` is None if the site is skipped.
         """
         del site
         return features
 
     def look(self, site: str, features: Features) -> Collection[int]:
-        """See the features of all experts that run.
+        """Receive the features of all running experts.
 
-        Returns: the experts that are excluded at this site.
+        Returns: the experts that are not fused at this site.
         """
         del site, features
         return ()
 
     def condition(self, site: str, condition: Condition) -> Condition:
-        """What the fusion rule of a site sees besides the features."""
+        """Change the condition, the input of a site's fusion rule besides the features."""
         del site
         return condition
 
     def fuse(self, site: str, hidden: Mapping[int, Tensor]) -> Fused | None:
-        """Fuse instead of the site's rule; None leaves it to the next hook, or to the rule.
+        """Fuse in place of the site's rule.
 
         Args:
-            site: its name.
-            hidden: the features [B, C, H, W] of the experts that are fused.
+            site: the name of the site.
+            hidden: the features [B, C, H, W] of the experts to fuse.
+
+        Returns: the fused feature; None leaves it to the next hook, or to the site's rule.
         """
         del site, hidden
         return None
 
     def fused(self, site: str, fused: Fused) -> None:
-        """See what was fused."""
+        """Receive the fused feature and the fusion weights of a site."""
 
     def send(self, sent: dict[int, Tensor]) -> dict[int, Tensor]:
-        """The feature [B, C, H, W] that each expert continues with."""
+        """Change the feature [B, C, H, W] with which each expert continues."""
         return sent
 
     def end(self, prediction: Tensor) -> None:
-        """See the prediction of the step, [B, ...]."""
+        """Receive the prediction [B, ...] of the step."""

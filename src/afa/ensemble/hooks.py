@@ -1,4 +1,4 @@
-"""The hooks of a step, in their order. A new one is a file of its own and an entry here."""
+"""The hooks of a step, in their order. A new hook is a file of its own and an entry here."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from afa.ensemble.placement.devices import Devices
 from afa.ensemble.placement.exchange import Exchange
 
 #: From the experts to the fused feature. Features are first gathered from other devices and
-#: processes, because all else needs those of all experts. The guard comes next, so that nobody
-#: fuses, keeps or shows values that are not finite. The bias belongs to the fusion itself. The
-#: cache then keeps what was fused, and the recorder is last, because it shows what all others made.
+#: processes, because the other hooks need those of all experts. The guard is next, so that no hook
+#: fuses, caches or shows non-finite values. The bias is part of the fusion. The cache then keeps
+#: the fused feature. The recorder is last, because it shows the final weights.
 HOOKS: tuple[type[Hook], ...] = (Devices, Exchange, Guard, Steering, Shortcut, Recorder)
 
 

@@ -1,13 +1,12 @@
-"""A lock that belongs to one object."""
+"""A reentrant lock that can be copied with its owner."""
 
 from __future__ import annotations
 
 import threading
-from typing import Any
 
 
 class Lock:
-    """A reentrant lock, for `with`; a copy of its owner gets one of its own."""
+    """A reentrant lock for `with`. A copy is a new, unlocked lock."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -17,9 +16,6 @@ class Lock:
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()
-
-    def __deepcopy__(self, _: dict[int, Any]) -> Lock:
-        return Lock()
 
     def __reduce__(self) -> tuple[type[Lock], tuple[()]]:
         return Lock, ()

@@ -1,4 +1,4 @@
-"""Whoever looks at the fusion weights of calls while they are made."""
+"""Observers of the fusion weights while an ensemble is called."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from afa.ensemble.hook import Hook
 if TYPE_CHECKING:
     from afa.aggregators import Fused
 
-#: called with the timestep [B], the site's name and the fusion weights [B, N, H, W]
+#: a function of the timesteps [B], the site's name and the fusion weights [B, N, H, W]
 WeightsObserver = Callable[[Tensor, str, Tensor], None]
 
 
 @dataclass(eq=False)
 class Observation:
-    """An observer of one thread, and what it has not been shown yet of the call that runs.
+    """An observer of one thread, and the weights that it has not received yet.
 
-    A call that is computed a second time, since its prediction was not finite, is shown once.
+    The observer gets the weights at the end of a call. So a step that is repeated because its
+    prediction was not finite is shown once.
     """
 
     observer: WeightsObserver
@@ -33,7 +34,7 @@ class Observation:
     num_foreign: int = 0
 
     def see(self, timesteps: Tensor, site: str, weights: Tensor) -> None:
-        """Take the weights of a site; of calls of other threads, nothing."""
+        """Note the weights of a site; calls of other threads are only counted."""
         if self.thread != threading.get_ident():
             self.num_foreign += 1
             return
@@ -44,12 +45,12 @@ class Observation:
             self.pending.append((timesteps, site, weights))
 
     def begin(self) -> None:
-        """Discard what was seen of a call that did not come to its end."""
+        """Discard the weights of an earlier call that did not finish."""
         if self.thread == threading.get_ident():
             self.pending = []
 
     def end(self) -> None:
-        """Show the observer what was seen of this call."""
+        """Call the observer with the weights of this call."""
         if self.thread == threading.get_ident():
             seen, self.pending = self.pending, []
             for timesteps, site, weights in seen:
@@ -57,19 +58,19 @@ class Observation:
 
 
 class Observers(list[Observation]):
-    """Those of one ensemble. A copy of it has none: nobody would ever take them off again."""
+    """The observers of one ensemble. A copy has none, because nothing would remove them."""
 
     def __reduce__(self) -> tuple[type[Observers], tuple[()]]:
         return Observers, ()
 
 
 class Recorder(Hook):
-    """Shows the fusion weights of a step to whoever observes them.
+    """Pass the fusion weights of a step to the observers.
 
     Args:
-        timesteps: of the call, [B].
-        on_weights: called whichever thread makes the call.
-        observers: those of one thread each.
+        timesteps: the timesteps of the call, [B].
+        on_weights: an observer of the calls of all threads.
+        observers: observers of one thread each.
     """
 
     def __init__(
@@ -78,12 +79,12 @@ class Recorder(Hook):
         self._timesteps, self._on_weights, self._observers = timesteps, on_weights, observers
 
     def fused(self, site: str, fused: Fused) -> None:
-        """Show the weights of a site; some rules have none."""
+        """Pass the weights of a site to the observers; some rules have no weights."""
         if fused.weights is not None:
             self.show(site, fused.weights)
 
     def show(self, site: str, weights: Tensor) -> None:
-        """Show fusion weights [B, N, H, W] that need not have been computed in this step."""
+        """Pass fusion weights [B, N, H, W] to the observers, also those of an earlier step."""
         if self._on_weights is not None:
             self._on_weights(self._timesteps, site, weights)
         for observation in tuple(self._observers):

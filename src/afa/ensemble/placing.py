@@ -1,4 +1,4 @@
-"""Where the experts of an ensemble are kept, and where they are computed."""
+"""Placement: where the experts' weights are stored, and where the experts are computed."""
 
 from __future__ import annotations
 
@@ -26,32 +26,32 @@ if TYPE_CHECKING:
 
 
 class Placement:
-    """The part of `EnsembleDenoiser` that moves its experts."""
+    """The methods of `EnsembleDenoiser` that place its experts on devices, disk and processes."""
 
     experts: Any
     aggregators: nn.ModuleList
     family: Family
     execution: Execution
     require_compatible: Callable[[Feature], None]
-    #: with other processes, of features; None where this one computes all experts
+    #: the exchange of features with other processes; None if this process computes all experts
     exchange: Exchange | None = None
-    #: of the experts, where they are not all on one
+    #: the devices of the experts; None if all experts are on one device
     devices: Devices | None = None
-    #: the processes over which the experts' layers are sharded; None where this one has them whole
+    #: the processes over which the experts' layers are sharded; None if they are not sharded
     shards: Processes | None = None
 
     def place_experts(self, devices: Sequence[torch.device | str]) -> None:
-        """Put each expert on a device of its own; features meet on the first one's.
+        """Place each expert on its own device; features are fused on the first expert's device.
 
-        Several devices compute at the same time; the aggregators are on the first. What one draws
-        is what a single device draws, up to how the devices round.
+        The devices compute at the same time. The aggregators are on the first expert's device.
+        Pictures equal those of a single device, up to rounding differences between devices.
 
         Args:
-            devices: of every expert, in order; one may be named several times.
+            devices: one per expert, in order; several experts may be on the same device.
 
         Raises:
-            AfaError: another number of devices than experts, experts that are spread over processes
-                or placed already, or LoRAs of one base, whose memory they share.
+            AfaError: if the number of devices is not the number of experts, the experts were placed
+                before, or experts on different devices share weights, as LoRAs of one base do.
         """
         placed = Devices(devices, len(self.experts), self.family.prompt)
         self.require_compatible("experts on several devices")
@@ -60,7 +60,8 @@ class Placement:
             if any(shared.setdefault(id(p), device) != device for p in expert.parameters()):
                 raise AfaError(
                     "AFA-ENSEMBLE-044",
-                    "Experts that share weights, such as LoRAs of one base, must be on one device.",
+                    "Experts that share weights, such as LoRAs of one base, were placed on "
+                    "different devices. Place them on the same device.",
                 )
         self.stop_offloading()
         for expert, device in zip(self.experts, placed.of_expert, strict=True):
@@ -69,43 +70,45 @@ class Placement:
         self.devices = placed
 
     def _require_same_device(self, device: torch.device | None) -> None:
-        """Raise AfaError where experts that are offloaded or spread are asked to be elsewhere."""
-        there, how, remedy = self.execution.device, "offloaded", "Call stop_offloading() first"
+        """Refuse to move offloaded or spread experts to a device on which they do not run."""
+        current, how, remedy = self.execution.device, "offloaded", "Call stop_offloading() first"
         if self.exchange is not None:
-            there = next(self.experts[self.exchange.own[0]].parameters()).device
-            how, remedy = "spread over processes", "Load them anew there"
-        if device is None or there is None:
+            current = next(self.experts[self.exchange.own[0]].parameters()).device
+            how, remedy = "spread over processes", "Load the ensemble again on that device"
+        if device is None or current is None:
             return
-        if (device.type, device.index or 0) != (there.type, there.index or 0):
+        if (device.type, device.index or 0) != (current.type, current.index or 0):
             raise AfaError(
                 "AFA-ENSEMBLE-045",
-                f"Experts that are {how} and run on {there} cannot be moved to {device}. {remedy}.",
+                f"The experts are {how} and run on {current}, so they cannot be moved to {device}. "
+                f"{remedy}.",
             )
 
     def require_layers(self, done: str) -> None:
-        """Refuse to do what needs the experts' layers in memory.
+        """Refuse an operation that needs the experts' layers in memory.
 
         Raises:
-            AfaError: they are in a file.
+            AfaError: if the layers are streamed from a file.
         """
         if isinstance(self.execution.source, LayerStream):
             raise AfaError(
                 "AFA-ENSEMBLE-046",
-                f"Experts must be in memory to be {done}; their layers are in a file, and run on "
-                f"{self.execution.device}. Call stop_offloading() first.",
+                f"The experts are streamed from a file and run on {self.execution.device}; they "
+                f"must be in memory to be {done}. Call stop_offloading() first.",
             )
 
     def offload_experts(self, device: torch.device | str) -> None:
-        """Keep the experts' blocks on the CPU and bring one layer at a time to a device.
+        """Keep the experts' layers on the CPU, and copy one layer at a time to a device to run it.
 
-        Everything else goes there as a whole. For training, `enable_gradient_checkpointing` besides
-        or the layers that a backward pass needs stay there until it.
+        All other parameters move to the device. For training, also call
+        `enable_gradient_checkpointing`; otherwise the copied layers stay on the device until the
+        backward pass.
 
         Args:
-            device: where everything is computed.
+            device: the device on which everything is computed.
 
         Raises:
-            AfaError: the experts are spread over processes, or placed on several devices.
+            AfaError: if the experts are spread or sharded over processes, or on several devices.
         """
         self.require_compatible("offloaded experts")
         self.stop_offloading()
@@ -118,22 +121,23 @@ class Placement:
     def stream_experts(
         self, device: torch.device | str = "cpu", *, ahead: int = 2, folder: Path | None = None
     ) -> None:
-        """Keep the experts' layers in a file, and read one after another to run.
+        """Keep the experts' layers in a temporary file, and read each layer when it runs.
 
-        For experts that do not fit in memory together; for drawing, not for training.
+        Use it to draw with experts that do not fit into memory together. Training is not possible.
 
         Args:
-            device: where everything is computed.
-            ahead: how many layers are read while one runs.
-            folder: on whose disk the file is; None takes the system's for temporary files.
+            device: the device on which everything is computed.
+            ahead: how many layers are read ahead while one runs.
+            folder: the folder of the file; None uses the system's folder for temporary files.
 
         Raises:
-            AfaError: there is no room on the disk, or the experts are spread over processes.
+            AfaError: if the disk is too small, or the experts are spread or sharded over processes
+                or on several devices.
         """
         self.use_stream(LayerStream(device, ahead=ahead, folder=folder), device)
 
     def use_stream(self, stream: LayerStream, device: torch.device | str) -> None:
-        """Take the experts' layers from a stream, and add those that it does not have yet.
+        """Read the experts' layers from a stream; first add the layers that it lacks.
 
         Raises:
             AfaError: see `stream_experts`.
@@ -151,8 +155,8 @@ class Placement:
     def stop_offloading(self) -> None:
         """Undo `offload_experts` or `stream_experts`.
 
-        The experts are then on the CPU, the aggregators where they were. Experts that are where
-        they were loaded stay there.
+        It moves the experts to the CPU; the aggregators stay on their device. Without offloading or
+        streaming it does nothing.
         """
         if self.execution.device is None:
             return
@@ -163,25 +167,26 @@ class Placement:
         self.experts.to("cpu")
 
     def spread_experts(self, group: ProcessGroup | None = None) -> None:
-        """Let every process compute experts of its own, and exchange their features at the sites.
+        """Distribute the experts over processes, which exchange their features at every site.
 
-        Expert n is left to process n modulo their number; the others' layers are given up in each.
-        All processes draw the same pictures, in the time of the slowest expert and of sending every
-        feature once. For drawing, not for training.
+        Process n modulo the number of processes computes expert n; the other processes free its
+        layers. All processes draw the same pictures. A step takes as long as the slowest process
+        and the exchange of all features. Training is not possible.
 
         Args:
-            group: of processes; None takes all of `torch.distributed`.
+            group: the process group; None uses all processes of `torch.distributed`.
 
         Raises:
-            AfaError: there are no processes, more of them than experts, an expert is named twice,
-                or a plan or a schedule leaves some out.
+            AfaError: if there are no processes or more processes than experts, if two experts are
+                the same object, or if a feature excludes it, such as a plan or a schedule.
         """
         exchange = Exchange(len(self.experts), group)
         self.require_compatible("experts spread over processes")
         if len(set(self.experts)) < len(self.experts):
             raise AfaError(
                 "AFA-ENSEMBLE-047",
-                "Experts that are spread over processes must be named once each.",
+                "Experts that are spread over processes must be distinct; the ensemble has a "
+                "duplicate expert. List every expert once.",
             )
         self.stop_offloading()
         for n, expert in enumerate(self.experts):
@@ -190,20 +195,20 @@ class Placement:
         self.exchange = exchange
 
     def shard_experts(self, mesh: DeviceMesh, **settings: Any) -> None:
-        """Leave a part of every layer in each process; whoever runs a layer gathers it for that.
+        """Shard every layer of the experts over processes; a layer is gathered while it runs.
 
-        Fully sharded data parallelism (Zhao et al., 2023, arXiv 2304.11277) for what is frozen. The
-        aggregators stay whole. From then on the processes have to call the ensemble equally often,
-        from one thread each. They may draw different pictures: whether a step is computed in full
-        is decided by all of them together.
+        This is fully sharded data parallelism (FSDP; Zhao et al., 2023, arXiv 2304.11277) of the
+        frozen experts. The aggregators are not sharded. All processes must call the ensemble
+        equally often, each from one thread. They may draw different pictures; all of them decide
+        together whether the cache skips a step.
 
         Args:
-            mesh: one-dimensional, over the processes.
-            settings: more of `torch.distributed.fsdp.fully_shard`.
+            mesh: a one-dimensional device mesh of the processes.
+            settings: further arguments of `torch.distributed.fsdp.fully_shard`.
 
         Raises:
-            AfaError: a plan or a schedule picks the experts, steps are CUDA graphs, or the experts
-                are offloaded, streamed, placed on several devices, or divided already.
+            AfaError: if a plan, a schedule or CUDA graphs are set, or if the experts are offloaded,
+                streamed, on several devices, or already spread or sharded over processes.
         """
         from torch.distributed.fsdp import fully_shard
 

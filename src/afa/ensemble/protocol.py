@@ -1,4 +1,4 @@
-"""What the modules of this package ask of an ensemble, so that none of them needs the whole."""
+"""The interface of an ensemble that this package needs, without importing `EnsembleDenoiser`."""
 
 from __future__ import annotations
 
@@ -31,5 +31,5 @@ class Ensemble(Protocol):
 
 
 def expert_names(ensemble: Ensemble) -> list[str]:
-    """What the experts are called: as their checkpoints, or by number where there are none."""
+    """The names of the experts' checkpoints, or their numbers if they have no checkpoints."""
     return ensemble.provenance.names or [str(n) for n in range(len(ensemble.experts))]

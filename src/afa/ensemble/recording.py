@@ -1,4 +1,4 @@
-"""Recorded fusion weights: who holds which place at which step; `afa.drawing.plots` draws them."""
+"""Record the fusion weights of every step and site; `afa.drawing.plots` plots them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class RecordedStep:
-    """The fusion weights of one call of the denoiser: site -> [B, N, H, W], on the CPU."""
+    """The fusion weights of one denoiser call, by site: [B, N, H, W] on the CPU."""
 
     timestep: float
     weights: dict[str, Tensor] = field(default_factory=dict)
@@ -32,27 +32,25 @@ class RecordedStep:
 
 @dataclass
 class WeightRecord:
-    """The fusion weights of a whole run, one entry per call of the denoiser.
+    """The fusion weights of a run, one entry per denoiser call.
 
-    With classifier-free guidance the batch holds the unconditional half first, then the prompts.
+    With classifier-free guidance the first half of the batch is unconditional.
     """
 
     steps: list[RecordedStep] = field(default_factory=list)
 
     @property
     def places(self) -> list[str]:
-        """The sites whose weights have a place in the picture; a text's have none."""
+        """The sites with weights per pixel: all but those of a text stream."""
         return [site for site in self.steps[0].weights if not site.endswith(TEXT)]
 
     def mean_map(self, step: int | None, size: int, site: str | None = None) -> Tensor:
-        """Weights averaged over the picture's sites, [B, N, size, size].
-
-        Every site counts the same, and every step; maps are enlarged to `size` pixels first.
+        """Average the weight maps over sites and steps, each enlarged to [B, N, size, size] first.
 
         Args:
-            step: by number; None averages over all.
-            size: of a side.
-            site: one alone.
+            step: the number of one step; None averages over all steps.
+            size: height and width of the maps, in pixels.
+            site: the name of one site; None averages over all sites but those of a text.
         """
         steps = self.steps if step is None else [self.steps[step]]
         sites = self.places if site is None else [site]
@@ -66,7 +64,7 @@ class WeightRecord:
         return sum(maps, start=torch.zeros(())) / (len(steps) * len(sites))
 
     def last(self, count: int = 1) -> WeightRecord:
-        """Of the last entries of every batch alone, the prompted ones, in half precision."""
+        """Keep only the last `count` (conditional) batch entries of every step, in float16."""
         return WeightRecord(
             [
                 RecordedStep(step.timestep, {s: w[-count:].half() for s, w in step.weights.items()})
@@ -75,7 +73,7 @@ class WeightRecord:
         )
 
     def mean_share(self) -> Tensor:
-        """Mean weight by step, site and expert, [steps, sites, N]."""
+        """Average fusion weight by step, site and expert, [steps, sites, N]."""
         return torch.stack(
             [
                 torch.stack([w.float().mean((0, 2, 3)) for w in step.weights.values()])
@@ -86,12 +84,15 @@ class WeightRecord:
 
 @contextmanager
 def record_weights(ensemble: Ensemble) -> Iterator[WeightRecord]:
-    """Collect the fusion weights of every step and site while the block runs.
+    """Record the fusion weights of every step and site while the `with` block runs.
 
         with afa.record_weights(pipeline.unet) as record:
             pipeline("a fox")
 
-    Nothing is kept outside of the block, nor of pictures that other threads draw meanwhile.
+    It records only pictures that are drawn inside the block by the same thread.
+
+    Raises:
+        AfaError: at the end of the block, if only other threads have drawn.
     """
     record = WeightRecord()
     first_site = ensemble.sites[0].name
@@ -109,19 +110,18 @@ def record_weights(ensemble: Ensemble) -> Iterator[WeightRecord]:
 def observed(
     ensemble: Ensemble, observer: WeightsObserver, *, immediately: bool = False
 ) -> Iterator[None]:
-    """Call an observer with the fusion weights of every site while the block runs.
+    """Call an observer with the fusion weights of every site while the `with` block runs.
 
-    Observers of other blocks are called as well. It sees the calls of its own thread: pictures that
-    other threads draw with the same ensemble are not its own.
+    It is called only for pictures that are drawn in this thread. Several observers can be active.
 
     Args:
-        ensemble: whose weights are seen.
+        ensemble: the ensemble to observe.
         observer: see `WeightsObserver`.
-        immediately: call it at every site, even of a step that is computed once more since its
-            prediction is not finite; otherwise at the end of every call.
+        immediately: call it at every site, also of a step that is repeated because its prediction
+            is not finite; otherwise once at the end of every denoiser call.
 
     Raises:
-        AfaError: at the end, if other threads alone have drawn.
+        AfaError: at the end of the block, if only other threads have drawn.
     """
     observation = Observation(observer, immediately)
     ensemble.observers.append(observation)
@@ -132,7 +132,6 @@ def observed(
     if observation.num_foreign and not observation.num_own:
         raise AfaError(
             "AFA-ENSEMBLE-048",
-            "Fusion weights are seen of pictures that are drawn in the thread that asks for them; "
-            "here another thread has drawn, and nothing was seen. Enter afa.record_weights in the "
-            "thread that calls the pipeline.",
+            "No fusion weights were recorded, because only other threads called the ensemble. "
+            "Enter afa.record_weights in the thread that calls the pipeline.",
         )

@@ -1,4 +1,4 @@
-"""Who the experts of an ensemble are: where they are from, and the hashes of their weights."""
+"""References to the experts of an ensemble: their sources and the hashes of their weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoraReference:
-    """The LoRA of an expert, as an ensemble folder keeps it: where, its file's hash, its scale."""
+    """A reference to an expert's LoRA in an ensemble folder: source, SHA-256 and scale."""
 
     source: str
     sha256: str
@@ -20,10 +20,15 @@ class LoraReference:
 
 @dataclass(frozen=True)
 class ExpertReference:
-    """An expert, or an autoencoder, as an ensemble folder keeps it: where, and its weights' hash.
+    """A reference to an expert or an autoencoder in an ensemble folder.
 
-    `revision` is the commit that a hub id stood for. With a `lora`, all else is its base's.
-    `config` and `prediction_type` are what a recipe says of it, see `afa.loading.asked`.
+    Attributes:
+        source: the path, hub id or shipped name.
+        sha256: the hash of its weights.
+        revision: the commit to which a hub id was resolved.
+        lora: its LoRA; the other attributes are then those of the base.
+        config: the configuration that the recipe names for a single file.
+        prediction_type: the prediction type that the recipe names.
     """
 
     source: str
@@ -35,7 +40,7 @@ class ExpertReference:
 
     @property
     def identity(self) -> str:
-        """All that decides its pictures: its weights' hash, its LoRA's, and what a recipe says."""
+        """Everything that determines its pictures: weights, LoRA, scale and prediction type."""
         weights = self.sha256
         if self.lora is not None:
             weights += f" + {self.lora.scale!r} x {self.lora.sha256}"
@@ -43,24 +48,24 @@ class ExpertReference:
 
     @property
     def name(self) -> str:
-        """What people call it: the last part of its source, or its LoRA's."""
+        """Its short name: the last part of its source, or of its LoRA's source."""
         source = self.source if self.lora is None else self.lora.source
         return source.rstrip("/").rpartition("/")[2].removeprefix("zoo:")
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where an ensemble comes from, as an ensemble folder keeps it.
+    """The sources of an ensemble, as an ensemble folder stores them.
 
-    It is an attribute of the denoiser, not of the pipeline: other stock pipelines that take the
-    same components, and copies, have it, too.
+    It is an attribute of the denoiser, not of the pipeline, so that copies and other stock
+    pipelines with the same components have it, too.
 
     Attributes:
-        experts: empty where they were made in memory.
-        vae: of the autoencoder.
-        config: the folder, or the shipped configuration, that describes single files.
-        parts: what supplied single files with the parts that they leave out.
-        folder: of the published code that the experts are in, which have none of their own.
+        experts: one reference per expert; empty if the experts were made in memory.
+        vae: the autoencoder.
+        config: the folder or shipped configuration that describes single files.
+        parts: the sources of parts that single files lack.
+        folder: the folder of the method's published code that contains the experts; otherwise None.
     """
 
     experts: tuple[ExpertReference, ...] = ()
@@ -71,5 +76,5 @@ class Provenance:
 
     @property
     def names(self) -> list[str]:
-        """What people call the experts."""
+        """The experts' short names."""
         return [reference.name for reference in self.experts]

@@ -1,4 +1,4 @@
-"""Which experts run in a step, and at which sites: what a schedule or a pruning plan says."""
+"""Select the experts that run in a step, and their sites, by a schedule or a pruning plan."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 
 class Running(NamedTuple):
-    """The experts that run in a step, by number; `by_site` where a plan leaves some out."""
+    """The numbers of the experts that run in a step.
+
+    `by_site` has the sites at which a plan fuses only some of them.
+    """
 
     experts: Sequence[int]
     by_site: Mapping[str, Sequence[int]] = {}
@@ -25,7 +28,7 @@ class Running(NamedTuple):
         return self.by_site.get(site, self.experts)
 
     def left_out(self, expert: int) -> frozenset[str]:
-        """The sites where an expert that runs is left out."""
+        """The sites at which a running expert is skipped."""
         return frozenset(site for site, experts in self.by_site.items() if expert not in experts)
 
 
@@ -35,17 +38,18 @@ def running_at(
     schedule: Schedule | None,
     plan: Callable[[float], Mapping[str, Sequence[int]]] | None,
 ) -> Running:
-    """The experts that run at some timesteps; of a schedule and a plan there is one at most.
+    """Select the experts that run at some timesteps, by a schedule, by a plan, or all of them.
 
     Args:
         steps: timesteps [B].
-        num_experts: of the ensemble.
-        schedule: the experts that run at a timestep.
-        plan: the experts that run at a timestep by site; see `PruningPlan.at`.
+        num_experts: N.
+        schedule: a function from a timestep to the experts that run; None if a plan is given.
+        plan: a function from a timestep to the experts by site (`PruningPlan.at`). A batch with
+            several timesteps is not pruned.
 
     Raises:
-        AfaError: several timesteps where a schedule picks the experts; or it picks none, one twice,
-            or one that there is not.
+        AfaError: if a schedule is given and there are several timesteps, or if it selects no
+            expert, a duplicate, or an unknown number.
     """
     every = range(num_experts)
     if schedule is None and plan is None:
@@ -53,19 +57,18 @@ def running_at(
     distinct = steps.unique().tolist()
     if plan is not None:
         return Running(every, plan(distinct[0]) if len(distinct) == 1 else {})
-    assert schedule is not None, "there is one of both"
+    assert schedule is not None, "either a schedule or a plan is given"
     if len(distinct) > 1:
         raise AfaError(
             "AFA-ENSEMBLE-049",
-            "Where a schedule picks the experts, all of a batch must have one timestep, came "
-            f"{', '.join(f'{step:g}' for step in distinct)}. Call it once for each.",
+            "With a schedule, a batch must have one timestep; got "
+            f"{', '.join(f'{step:g}' for step in distinct)}. Call the ensemble once for each.",
         )
     picked = list(schedule(distinct[0]))
     if not picked or len(set(picked)) < len(picked) or not set(picked) <= set(every):
         raise AfaError(
             "AFA-ENSEMBLE-050",
-            f"The schedule picked the experts {picked} at timestep {distinct[0]:g}; it must "
-            f"pick at least one, each once, by numbers from 0 to {num_experts - 1}. Correct "
-            "the schedule.",
+            f"The schedule selected the experts {picked} at timestep {distinct[0]:g}. It must "
+            f"return at least one number from 0 to {num_experts - 1}, without duplicates.",
         )
     return Running(sorted(picked))

@@ -1,4 +1,4 @@
-"""Steering: leaning on one expert, by a bias of the logits that the fusion weights are made of."""
+"""Steering: a bias towards experts, added to the logits of their fusion weights."""
 
 from __future__ import annotations
 
@@ -19,33 +19,32 @@ if TYPE_CHECKING:
     from afa.denoisers import Site
     from afa.ensemble.denoiser import EnsembleDenoiser
 
-#: parts of a denoiser: on the way to its coarsest features, there, and on the way back
+#: the parts of a denoiser: encoder, bottleneck and decoder
 STAGES = ("down", "mid", "up")
 
-#: by an expert's name or number: for all of the denoiser, or by stage
+#: by an expert's name or number: one bias for the whole denoiser, or one by stage
 Bias = Mapping[str, float | Mapping[str, float]]
 
 
 def steer(pipeline: DiffusionPipeline | EnsembleDenoiser, bias: Bias | None) -> None:
-    """Lean on experts, or away from them, in all pictures from now on.
+    """Set a bias towards or against experts, for all pictures from now on.
 
         afa.steer(pipeline, {"animals": 1.0, "food": {"up": -0.5}})
 
-    The fusion weights are a softmax over the experts of what the aggregators say, their logits
-    (AFA, eq. 3); the bias is added to these. One of `+1.0` makes an expert's odds against every
-    other e = 2.7 times what they were, at every place; the aggregators go on deciding where. A bias
-    of 0 is no bias, bit for bit.
+    Fusion weights are the softmax over the experts of the aggregators' logits (AFA, eq. 3). The
+    bias is added to these logits. A bias of +1 multiplies an expert's odds against every other by
+    e = 2.7 at every pixel; the aggregators still decide where each expert is used. A bias of 0
+    changes nothing, bit for bit.
 
     Args:
-        pipeline: with an ensemble, or the ensemble itself.
-        bias: by the expert's name, or its number from 0; one value for the whole denoiser, or one
-            for some of its stages, `down`, `mid` and `up`. In a transformer, which has no such
-            stages, they are the first, the middle and the last third of its blocks. None steers no
-            more; nothing of an earlier call is kept.
+        pipeline: a pipeline with an ensemble, or the ensemble itself.
+        bias: by the expert's name or its number from 0: one value for the whole denoiser, or values
+            by stage, `down`, `mid` and `up`. In a transformer the stages are the first, middle and
+            last third of the blocks. It replaces the bias of an earlier call; None removes it.
 
     Raises:
-        AfaError: no ensemble, no such expert or stage, a value that is not finite, or aggregators
-            whose weights are not made of logits.
+        AfaError: if the pipeline has no ensemble, an expert or stage is unknown, a value is not
+            finite, or the weights of an aggregator are not a softmax of logits.
     """
     from afa.ensemble.denoiser import EnsembleDenoiser
 
@@ -54,13 +53,15 @@ def steer(pipeline: DiffusionPipeline | EnsembleDenoiser, bias: Bias | None) -> 
         denoiser = denoiser_of(pipeline)
         if not isinstance(denoiser, EnsembleDenoiser):
             raise AfaError(
-                "AFA-ENSEMBLE-051", "Only an ensemble can be steered; this is a single model."
+                "AFA-ENSEMBLE-051",
+                "This pipeline has a single model, and only an ensemble can be steered. Load one "
+                "with afa.load_ensemble.",
             )
     denoiser.bias = site_biases(denoiser, bias or {})
 
 
 def site_biases(denoiser: EnsembleDenoiser, bias: Bias) -> dict[str, torch.Tensor]:
-    """What is added to the logits of all experts, [N] by site; only sites where it is not 0.
+    """The bias [N] of the experts' logits, by site; sites without a bias are left out.
 
     Raises:
         AfaError: see `steer`.
@@ -74,13 +75,13 @@ def site_biases(denoiser: EnsembleDenoiser, bias: Bias) -> dict[str, torch.Tenso
             if stage not in STAGES:
                 raise AfaError(
                     "AFA-ENSEMBLE-052",
-                    f"A bias must be for one of the stages {', '.join(STAGES)}; that of '{key}' "
-                    f"names '{stage}'.",
+                    f"The bias of '{key}' names the unknown stage '{stage}'. Use one of "
+                    f"{', '.join(STAGES)}.",
                 )
             if not math.isfinite(value):
                 raise AfaError(
                     "AFA-ENSEMBLE-053",
-                    f"A bias must be a finite number; that of '{key}' is {value}.",
+                    f"The bias of '{key}' must be a finite number; got {value}.",
                 )
             by_stage[stage][expert] += value
     biases = {
@@ -92,22 +93,22 @@ def site_biases(denoiser: EnsembleDenoiser, bias: Bias) -> dict[str, torch.Tenso
     if biases and rigid:
         raise AfaError(
             "AFA-ENSEMBLE-054",
-            "Only aggregators that make weights of logits can be steered; these are "
-            f"{', '.join(sorted(rigid))}. Train some: afa train.",
+            f"Aggregators of the type {', '.join(sorted(rigid))} have no logits, so a bias cannot "
+            "be added. Train SABW aggregators with afa train.",
         )
     return biases
 
 
 def _can_steer(rule: Any) -> bool:
-    """Whether a rule's weights are made of logits, or it fuses nothing."""
+    """Whether a rule's weights are a softmax of logits, or the rule fuses nothing."""
     return isinstance(rule, Separate) or getattr(rule, "can_steer", False)
 
 
 def stages_of(sites: Sequence[Site]) -> list[str]:
-    """The stage of every site.
+    """The stage (`down`, `mid` or `up`) of every site.
 
     Args:
-        sites: of a denoiser, in their order.
+        sites: all sites of a denoiser, in their order.
     """
     blocks = [site.block for site in sites]
     if any(block.startswith("up.") for block in blocks):  # a U-Net
@@ -118,7 +119,7 @@ def stages_of(sites: Sequence[Site]) -> list[str]:
 
 
 def _expert(key: str, names: Sequence[str]) -> int:
-    """The number of an expert by its name or number."""
+    """Find an expert by its name or number, and return its number."""
     stems = [name.removesuffix(".safetensors") for name in names]
     for known in (names, stems):
         if known.count(key) == 1:
@@ -126,18 +127,19 @@ def _expert(key: str, names: Sequence[str]) -> int:
     if key.isdecimal() and int(key) < len(names):
         return int(key)
     listed = ", ".join(f"{n} {name}" for n, name in enumerate(names))
-    what = "several" if key in (*names, *stems) else "none"
+    found = "several experts" if key in (*names, *stems) else "no expert"
     raise AfaError(
         "AFA-ENSEMBLE-055",
-        f"A bias must name one expert, by name or number, of {listed}; '{key}' names {what}.",
+        f"A bias must name one expert, but '{key}' names {found}. Use a number or a unique name "
+        f"of: {listed}.",
     )
 
 
 def parse_bias(words: Sequence[str]) -> dict[str, dict[str, float]]:
-    """A bias as the command line has it: `EXPERT=VALUE` or `EXPERT@STAGE=VALUE`, added up.
+    """Parse the values of `--bias`: each is `EXPERT=VALUE` or `EXPERT@STAGE=VALUE`; they add up.
 
     Raises:
-        AfaError: a word that is neither.
+        AfaError: if a word has neither form.
     """
     bias: dict[str, dict[str, float]] = {}
     for word in words:
@@ -152,8 +154,8 @@ def parse_bias(words: Sequence[str]) -> dict[str, dict[str, float]]:
         if not equals or not expert or not math.isfinite(value):
             raise AfaError(
                 "AFA-ENSEMBLE-056",
-                "--bias must be EXPERT=NUMBER or EXPERT@STAGE=NUMBER with a stage of "
-                f"{', '.join(STAGES)}, such as animals=+1.0; came '{word}'.",
+                "--bias must be EXPERT=NUMBER or EXPERT@STAGE=NUMBER; got "
+                f"'{word}'. Write for example animals=+1.0; stages are {', '.join(STAGES)}.",
             )
         parts = bias.setdefault(expert, dict.fromkeys(STAGES, 0.0))
         for each in [stage] if stage else STAGES:

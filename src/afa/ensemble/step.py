@@ -1,17 +1,18 @@
-"""One step of an ensemble: all experts side by side, fused at every site (AFA, section 3.2).
+"""One step of an ensemble: all experts in lockstep, fused at every site (AFA, section 3.2).
 
-Whatever else an ensemble does in a step, such as caching or placement on devices, is a hook; see
-`afa.ensemble.hook`. A step calls the hooks' methods in this order:
+Everything else that an ensemble does in a step, such as caching or placement on devices, is a hook;
+see `afa.ensemble.hook`. A step calls the methods of its hooks in this order:
 
 - before the experts run: `begin`, `arguments`;
 - at every site: `features`, `look`, `condition`, `fuse`, `fused`, `send`;
-- at last: `end`.
+- after the last site: `end`.
 
-Hooks are listed from the experts to the fused feature (`afa.ensemble.hooks`). A method is called of
-the first hook first; `arguments` and `send`, which lead to the experts, of the last one first.
+The order of the hooks, from the experts to the fused feature, is in `afa.ensemble.hooks`. A method
+is called on the first hook first. `arguments` and `send` lead back to the experts, so they are
+called on the last hook first.
 
-Which experts run, and where, is an argument and no hook: the coroutines are made of it, and a
-denoising loop must know it before the step begins.
+Which experts run, and at which sites, is an argument of the step and not a hook: the coroutines are
+made from it, and a denoising loop must know it before the step begins.
 """
 
 from __future__ import annotations
@@ -39,15 +40,15 @@ if TYPE_CHECKING:
 def run_step(
     ensemble: Ensemble, arguments: dict[str, Any], running: Running, hooks: Sequence[Hook] = ()
 ) -> Tensor:
-    """The fused prediction of one step.
+    """Run one step of an ensemble and return the fused prediction (AFA, section 3.2).
 
     Args:
-        ensemble: whose experts run.
-        arguments: of its call by name, the latent [B, ...] first.
-        running: the experts that run, and where.
-        hooks: in their order.
+        ensemble: the experts, their sites and fusion rules.
+        arguments: the arguments of the denoiser's call, by name; the latent [B, ...] is the first.
+        running: which experts run, and at which sites.
+        hooks: the hooks of this step, in the order of `afa.ensemble.hooks`.
 
-    Returns: [B, ...], on the device of the latent.
+    Returns: the prediction [B, ...], on the device of the latent.
 
     Raises:
         AfaError: see `EnsembleDenoiser.forward`.
@@ -56,7 +57,7 @@ def run_step(
 
 
 class _Step:
-    """See `run_step`. Experts are meant by their number in the ensemble."""
+    """The state of one step; see `run_step`. Experts are named by their number in the ensemble."""
 
     def __init__(
         self,
@@ -72,7 +73,7 @@ class _Step:
         self._skipped = frozenset().union(*(hook.skipped for hook in hooks))
         self._text: Tensor | None = None
         self._condition: Condition | None = None
-        #: the experts that are computed here
+        #: the experts that this process computes
         self._own: tuple[int, ...] = ()
 
     def run(self) -> Tensor:
@@ -90,7 +91,7 @@ class _Step:
         return prediction
 
     def _given(self) -> Arguments:
-        """The arguments of each expert that is computed here."""
+        """The arguments of each expert that this process computes."""
         ensemble, experts = self._ensemble, self._running.experts
         per_expert = ensemble.family.split(
             ensemble.experts[0], self._arguments, ensemble.widths, len(ensemble.experts)
@@ -99,19 +100,19 @@ class _Step:
         inputs = Inputs(self._sample, self._timesteps, given, self._running)
         excluded = {n for hook in self._hooks for n in hook.begin(inputs)}
         if ensemble.widths.text:
-            heard = [n for n in experts if n not in excluded]
-            self._text = mean_text(ensemble, self._arguments, per_expert, heard)
+            averaged = [n for n in experts if n not in excluded]
+            self._text = mean_text(ensemble, self._arguments, per_expert, averaged)
         for hook in reversed(self._hooks):
             given = hook.arguments(given)
         return given
 
     def _execution(self, expert: int) -> Execution:
-        """How an expert's layers are run, without those that lead to sites that are skipped."""
+        """The execution of an expert's layers, which skips the segments of skipped sites."""
         skipped = self._skipped | self._running.left_out(expert)
         return replace(self._ensemble.execution, skipped=skipped)
 
     def _at_site(self, yielded: Sequence[Feature]) -> list[Tensor]:
-        """What each expert that is computed here continues with, of what each has yielded."""
+        """Fuse the yielded features; return the feature with which each coroutine continues."""
         site = yielded[0].site
         features: Features = dict(zip(self._own, yielded, strict=True))
         for hook in self._hooks:
@@ -129,7 +130,7 @@ class _Step:
         return [sent[n] for n in self._own]
 
     def _conditioned(self, features: Features, excluded: set[int]) -> Condition:
-        """What the fusion rules of all sites may look at besides the features."""
+        """The inputs that the fusion rules of all sites share, besides the features."""
         return Condition(
             timestep=self._timesteps,
             temb=mean_of([feature.temb for n, feature in features.items() if n not in excluded]),
@@ -157,7 +158,7 @@ class _Step:
         return call.fuse_some(hidden, condition)
 
     def _by_expert(self, fused: Fused) -> dict[int, Tensor]:
-        """The feature that each expert that runs continues with: the one for all, or its own."""
+        """The feature with which each running expert continues: the fused one, or its own."""
         experts = self._running.experts
         if isinstance(fused.feature, Tensor):
             return dict.fromkeys(experts, fused.feature)
@@ -165,6 +166,6 @@ class _Step:
 
 
 def timesteps_of(arguments: dict[str, Any]) -> Tensor:
-    """One for each of the batch, [B], of the arguments of a call."""
+    """The timesteps [B] of a denoiser's call."""
     sample = next(iter(arguments.values()))
     return torch.as_tensor(arguments["timestep"], device=sample.device).expand(len(sample))

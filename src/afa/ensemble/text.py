@@ -1,4 +1,4 @@
-"""The experts' text encoders as one drop-in `text_encoder`."""
+"""The experts' text encoders as one drop-in `text_encoder`, and hashes of weights."""
 
 from __future__ import annotations
 
@@ -20,29 +20,30 @@ if TYPE_CHECKING:
 
 
 class EnsembleTextEncoder(PreTrainedModel):
-    """N text encoders of one tokenizer; their embeddings travel concatenated on the last axis.
+    """Run N text encoders of one tokenizer and concatenate their embeddings to [B, L, N * D].
 
-    Encoders with identical weights are run once. Where all are identical, the output is a single
-    embedding [B, L, D], which `EnsembleDenoiser` takes for all experts.
+    Encoders with identical weights run once. If all are identical, the output is one embedding
+    [B, L, D], which `EnsembleDenoiser` uses for all experts.
 
     Args:
-        encoders: one per expert, of one class and width.
-        join: concatenate N embeddings even where all are identical, since another text encoder of
-            the same pipeline differs.
+        encoders: one per expert, all of the same class, width and depth.
+        join: concatenate N embeddings even if all encoders are identical, because another text
+            encoder of the same pipeline differs between experts.
 
     Raises:
-        AfaError: none, or encoders of different classes, widths or layer counts.
+        AfaError: if there are no encoders, or they differ in class, width or depth.
     """
 
     config_class = PreTrainedConfig
     main_input_name = "input_ids"
-    # whatever the encoders do: the composite has no attention of its own
+    # the composite has no attention of its own; the encoders select their implementation
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
 
     def __init__(self, encoders: Sequence[PreTrainedModel], *, join: bool = False) -> None:
         if not encoders:
             raise AfaError(
-                "AFA-ENSEMBLE-057", "A text encoder must have at least one expert's, came none."
+                "AFA-ENSEMBLE-057",
+                "An ensemble's text encoder must have at least one encoder; got none.",
             )
         super().__init__(copy.deepcopy(encoders[0].config))
         shapes = [
@@ -51,7 +52,7 @@ class EnsembleTextEncoder(PreTrainedModel):
         if len(set(shapes)) > 1:
             raise AfaError(
                 "AFA-ENSEMBLE-058",
-                "The experts' text encoders must have one class, width and depth; came "
+                "The experts' text encoders must have the same class, width and depth; got "
                 f"{', '.join(f'{name} {width} x {depth}' for name, width, depth in shapes)}. "
                 "Ensemble checkpoints of one family.",
             )
@@ -63,7 +64,7 @@ class EnsembleTextEncoder(PreTrainedModel):
         self.encoders.requires_grad_(False)
         self.is_joined = join or len(distinct) > 1
         if _last_norm(encoders[0]) is not None:
-            # where stock pipelines look for the last norm when they skip layers (`clip_skip`)
+            # with `clip_skip`, stock pipelines apply this norm to an earlier layer's output
             self.text_model = SimpleNamespace(final_layer_norm=self._final_layer_norm)
         self.eval()
 
@@ -77,9 +78,8 @@ class EnsembleTextEncoder(PreTrainedModel):
     ) -> Any:
         """Encode token ids [B, L] with every distinct encoder.
 
-        Returns: the encoders' own output object, in which every tensor, such as
-            `last_hidden_state` and each of `hidden_states`, is [..., N * D], or [..., D] where all
-            experts share one encoder.
+        Returns: the encoders' output object. Every tensor in it, such as `last_hidden_state` and
+            each of `hidden_states`, is [..., N * D], or [..., D] if all experts share one encoder.
         """
         outputs = [
             encoder(
@@ -96,14 +96,14 @@ class EnsembleTextEncoder(PreTrainedModel):
         )
         return joined.to_tuple() if return_dict is False else joined
 
-    # -- textual inversion: the same words for every expert -----------------------------------
+    # -- textual inversion: the same tokens for every expert ----------------------------------
 
     def get_input_embeddings(self) -> Any:
-        """The embeddings of all encoders as one, whose rows are written to every encoder."""
+        """The token embeddings of all encoders as one; rows are written to every encoder."""
         return _EveryEmbedding([encoder.get_input_embeddings() for encoder in self.encoders])
 
     def set_input_embeddings(self, value: Any) -> None:
-        """Refused: the experts' embeddings differ.
+        """Refuse one embedding for all encoders, because the experts' embeddings differ.
 
         Raises:
             AfaError: always.
@@ -111,14 +111,14 @@ class EnsembleTextEncoder(PreTrainedModel):
         _EveryEmbedding.refuse()
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        """Make room for new words in every encoder."""
+        """Add rows for new tokens to the embeddings of every encoder."""
         for encoder in self.encoders:
             encoder.resize_token_embeddings(*args, **kwargs)
         self.config.vocab_size = self.encoders[0].config.vocab_size
         return self.get_input_embeddings()
 
     def _join(self, values: Sequence[Any]) -> Any:
-        """Concatenate tensors, or tuples of them, on the last axis, one part per expert."""
+        """Concatenate the experts' tensors, or tuples of tensors, on the last axis."""
         if not self.is_joined:
             return values[0]
         if isinstance(values[0], tuple):
@@ -126,7 +126,7 @@ class EnsembleTextEncoder(PreTrainedModel):
         return torch.cat([values[n] for n in self.encoder_of], dim=-1)
 
     def _final_layer_norm(self, hidden: Tensor) -> Tensor:
-        """Every encoder's own last norm on its own part of [B, L, N * D] or [B, L, D]."""
+        """Apply each encoder's last norm to its part of [B, L, N * D], or to [B, L, D]."""
         if not self.is_joined:
             return _last_norm(self.encoders[0])(hidden)
         parts = hidden.chunk(len(self.encoder_of), dim=-1)
@@ -138,7 +138,7 @@ class EnsembleTextEncoder(PreTrainedModel):
 
 
 class _EveryEmbedding:
-    """As much of an embedding as textual inversion asks for, written to several at once."""
+    """The interface of an embedding that textual inversion uses; it writes to several at once."""
 
     def __init__(self, embeddings: Sequence[nn.Embedding]) -> None:
         self._embeddings = embeddings
@@ -157,14 +157,14 @@ class _EveryEmbedding:
         return self._embeddings[0].weight.shape
 
     def to(self, **_: Any) -> _EveryEmbedding:
-        return self  # each is where its encoder is
+        return self  # every embedding stays on its encoder's device
 
     @staticmethod
     def refuse() -> NoReturn:
         raise AfaError(
             "AFA-ENSEMBLE-059",
-            "The embeddings of an ensemble must stay each expert's own; words that were added are "
-            "not taken back. Load the ensemble again.",
+            "Every expert's text encoder has its own embeddings, so they cannot be read or set as "
+            "one, and tokens of a textual inversion cannot be removed. Load the ensemble again.",
         )
 
     def __getitem__(self, rows: Any) -> NoReturn:
@@ -176,19 +176,19 @@ class _EveryEmbedding:
 
 
 def _last_norm(encoder: Any) -> Any:
-    """CLIP's; None of others."""
-    # transformers 5 has the norm on the model itself, the variant with projection one deeper
+    """The last norm of a CLIP text encoder; None for other encoders."""
+    # in transformers 5 it is on the model itself, or one level deeper with a projection
     inner = getattr(encoder, "text_model", encoder)
     return inner._modules.get("final_layer_norm")
 
 
 def first_equal(module: Any, known: Iterable[Any]) -> Any:
-    """The first of the known modules that has the same weights; the module itself if none has."""
+    """The first known module with the same weights, or the module itself if there is none."""
     return next((other for other in known if _are_equal(module, other)), module)
 
 
 def share_equal(modules: Sequence[Any]) -> list[Any]:
-    """The modules in their order, with the first in the place of all that have its weights."""
+    """Replace every module by the first one with the same weights; the order stays."""
     shared: list[Any] = []
     for module in modules:
         shared.append(first_equal(module, shared))
@@ -196,7 +196,7 @@ def share_equal(modules: Sequence[Any]) -> list[Any]:
 
 
 def _are_equal(first: nn.Module, second: nn.Module) -> bool:
-    """Whether all weights have equal names, types and values; most that differ do at the first."""
+    """Whether the state dicts are equal in names, data types and values."""
     if first is second:
         return True
     ours, theirs = first.state_dict(), second.state_dict()
@@ -207,7 +207,7 @@ def _are_equal(first: nn.Module, second: nn.Module) -> bool:
 
 
 def hash_weights(module: nn.Module) -> str:
-    """SHA-256 over the names, types, shapes and bytes of a module's weights."""
+    """SHA-256 of the names, data types, shapes and bytes of a module's weights."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -217,18 +217,18 @@ def hash_weights(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-#: of a configuration: where and by what it was written
+#: entries of a configuration that depend on the software that wrote it
 _WRITTEN_BY = ("transformers_version", "torch_dtype", "dtype", "architectures")
 
 
 def configuration_of(model: Any) -> dict[str, Any]:
-    """A part's configuration as JSON, without where it lies and which release wrote it.
+    """A component's configuration as JSON, without its path and the release that wrote it.
 
-    Two models with equal weights may differ by it alone, for instance in an activation.
+    Two models with equal weights can differ in it, for instance in the activation.
     """
     config = model.config
-    told = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-    kept = {k: v for k, v in told.items() if not k.startswith("_") and k not in _WRITTEN_BY}
+    entries = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    kept = {k: v for k, v in entries.items() if not k.startswith("_") and k not in _WRITTEN_BY}
     kept["class"] = type(model).__name__
     return json.loads(json.dumps(kept, sort_keys=True, default=str))
 
@@ -236,22 +236,25 @@ def configuration_of(model: Any) -> dict[str, Any]:
 def attach_controlnet(
     controlnet: Any, num_experts: int, expert: int = 0, widths: Widths | None = None
 ) -> None:
-    """Let a ControlNet read one expert's part of the concatenated text embedding.
+    """Pass one expert's part of the concatenated text embedding to a ControlNet.
 
-    A ControlNet was trained with the text encoders of one model; an ensemble's pipeline hands it
-    those of all, [B, L, N * D]. After this call it sees [B, L, D]. The class stays stock.
+    A ControlNet is trained with the text encoders of one model, but an ensemble's pipeline passes
+    it the embeddings of all experts, [B, L, N * D]. After this call it receives [B, L, D]. Its
+    class does not change.
 
     Args:
-        controlnet: any ControlNet whose config has `cross_attention_dim`.
+        controlnet: a ControlNet whose config has `cross_attention_dim`; changed in place.
         num_experts: N.
-        expert: whose embedding it sees, from 0.
-        widths: those of the ensemble, `pipeline.unet.widths`, for Stable Diffusion XL.
+        expert: the number of the expert, from 0, whose embedding it receives.
+        widths: the ensemble's widths, `pipeline.unet.widths`; needed for Stable Diffusion XL.
 
     Raises:
-        AfaError: there is no such expert; in a call, an embedding of another width.
+        AfaError: if there is no such expert; in a later call, if the embedding has another width.
     """
     if not 0 <= expert < num_experts:
-        raise AfaError("AFA-ENSEMBLE-060", f"expert must be 0 to {num_experts - 1}, came {expert}.")
+        raise AfaError(
+            "AFA-ENSEMBLE-060", f"expert must be from 0 to {num_experts - 1}; got {expert}."
+        )
     widths = widths or Widths((controlnet.config.cross_attention_dim,))
 
     def own(joined: Tensor, parts: tuple[int, ...]) -> Tensor:

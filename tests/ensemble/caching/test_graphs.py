@@ -17,6 +17,7 @@ from torch import Tensor
 import afa
 from afa.ensemble.caching.graphs import Graphs
 from tests.ensemble.caching.test_loop import FAMILIES, STEPS, arguments_of, at, draw, ensemble_of
+from tests.refusal import refusal
 from tests.tiny import tiny_pipeline
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class Replays(Graphs):
         super().__init__()
         self.num_recorded = self.num_replayed = 0
 
-    def take(self, latent: Tensor) -> bool:
+    def can_record(self, latent: Tensor) -> bool:
         return True
 
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
@@ -216,7 +217,7 @@ def test_they_are_refused_where_they_could_not_be(
 ) -> None:
     pipeline = afa.accelerate(tiny_pipeline(tmp_path), {"interval": 2})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(afa.AfaError, match="need a CUDA device; torch finds none"):
+    with refusal("AFA-ENSEMBLE-001", "CUDA"):
         afa.accelerate(pipeline, cuda_graphs=True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     afa.accelerate(pipeline, cuda_graphs=True)
@@ -224,5 +225,5 @@ def test_they_are_refused_where_they_could_not_be(
     afa.accelerate(pipeline)
     assert pipeline.unet.graphs is None
     pipeline.unet.stream_experts()
-    with pytest.raises(afa.AfaError, match="CUDA graphs cannot be combined with streamed experts"):
+    with refusal("AFA-ENSEMBLE-018", "CUDA graphs", "streamed experts"):
         afa.accelerate(pipeline, cuda_graphs=True)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 import afa
 from afa.aggregators import Condition, Fused, FusionRule, Separate
@@ -34,12 +35,17 @@ def ensemble_of(family: str, num_experts: int = 2) -> Any:
     return test_transformer_ensemble.ensemble_of(family, num_experts)
 
 
-def arguments_of(family: str, num_experts: int = 2, batch: int = 2) -> dict[str, Any]:
+def arguments_of(
+    family: str, num_experts: int = 2, batch: int = 2, dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
+    """The arguments of one call, floating-point tensors in the given type."""
     if family == "unet":
-        return inputs(batch, text_width=TEXT_WIDTH * num_experts)
-    if family == "sdxl":
-        return xl_inputs(num_experts, batch=batch)
-    return transformer_inputs(family, batch, num_experts=num_experts)
+        arguments = inputs(batch, text_width=TEXT_WIDTH * num_experts)
+    elif family == "sdxl":
+        arguments = xl_inputs(num_experts, batch=batch)
+    else:
+        arguments = transformer_inputs(family, batch, num_experts=num_experts)
+    return tree_map(lambda t: t.to(dtype) if t.is_floating_point() else t, arguments)
 
 
 def at(arguments: dict[str, Any], step: int, seed: int | None = None) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from afa.errors import AfaError
 from tests.ensemble.test_ensemble import ensemble_of
+from tests.refusal import refusal
 from tests.warm import run_ranks
 
 pytestmark = pytest.mark.processes
@@ -22,7 +22,7 @@ def test_spread_experts_compute_the_same(count: int) -> None:
 
 
 def test_there_must_be_processes() -> None:
-    with pytest.raises(AfaError, match="and there are none"):
+    with refusal("AFA-ENSEMBLE-036", "torchrun"):
         ensemble_of().spread_experts()
 
 

@@ -18,17 +18,11 @@ from tests.ensemble.caching.test_loop import FAMILIES, arguments_of, draw, ensem
 from tests.refusal import refusal
 
 
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    if isinstance(value, dict):
-        return {key: _cast(item, dtype) for key, item in value.items()}
-    return value.to(dtype) if value.is_floating_point() else value
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_streamed_experts_compute_the_same(family: str, dtype: torch.dtype) -> None:
     ensemble = ensemble_of(family).to(dtype)
-    arguments = _cast(arguments_of(family), dtype)
+    arguments = arguments_of(family, dtype=dtype)
     expected = draw(ensemble, arguments)
     before = {name: tensor.clone() for name, tensor in ensemble.state_dict().items()}
     ensemble.stream_experts()

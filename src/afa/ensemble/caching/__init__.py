@@ -1,1 +1,1 @@
-"""What denoising loops can do without: one cache for all experts, and half of the guidance."""
+"""Faster denoising loops: the feature cache, pruning plans and CUDA graphs."""

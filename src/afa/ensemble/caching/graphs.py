@@ -1,8 +1,8 @@
-"""Steps of a denoising loop as CUDA graphs: what a step launches is recorded once, and replayed.
+"""Steps of a denoising loop as CUDA graphs: one step is recorded, and later steps replay it.
 
-A step of an ensemble is thousands of short kernels; where they are shorter than the time that
-Python takes to launch them, the device waits. A graph launches them all at once. What comes out is
-what the step itself gives, bit for bit: the same kernels run.
+A step of an ensemble launches thousands of short kernels. If they take less time than Python needs
+to launch them, the GPU waits. A graph launches all kernels at once. The result is the same bit for
+bit, because the same kernels run.
 """
 
 from __future__ import annotations
@@ -23,47 +23,48 @@ if TYPE_CHECKING:
     from afa.ensemble.caching.loop import Loop
     from afa.ensemble.caching.shortcut import Shortcut
 
-    #: runs a function once without computing anything, and gives what computes it again
+    #: records what a function launches, without computing it; returns a function that replays it
     Record = Callable[[Callable[[], None]], Callable[[], None]]
 
 
 class Graphs:
-    """Of one ensemble: records its steps, in memory that all of its graphs share.
+    """Records the steps of one ensemble; all of its graphs share one memory pool.
 
-    A copy shares nothing and has recorded nothing.
+    A copy is empty.
     """
 
     def __init__(self) -> None:
-        #: the newest one, without which the memory would be given up between two loops
+        #: the newest graph; it keeps the memory pool alive between two loops
         self._newest: Any = None
-        #: the libraries keep a workspace for every stream that they have seen
+        #: reused, because CUDA's libraries keep a workspace for every stream
         self._stream: Any = None
 
     def __reduce__(self) -> tuple[type[Graphs], tuple[()]]:
         return type(self), ()
 
-    def take(self, latent: Tensor) -> bool:
-        """Whether steps of this latent can be recorded."""
+    def can_record(self, latent: Tensor) -> bool:
+        """Whether steps with this latent can be recorded."""
         return latent.is_cuda
 
     def steps_of(
         self, loop: Loop, compute: Callable[..., Tensor], key: Hashable = None
     ) -> Callable[..., Tensor]:
-        """What computes the steps of a loop: whole ones by its graph, others as they are.
+        """Make a function that computes the steps of a loop, with its graph where possible.
 
         Args:
-            loop: whose graph it is.
-            compute: takes the arguments of a step, and its cache where features are kept or taken.
-            key: of whatever else decides what is computed.
+            loop: the loop; it holds the graph.
+            compute: computes a step without a graph, from its arguments and optionally its cache.
+                Steps that keep or reuse features always use it.
+            key: everything else that determines the computation.
         """
 
         def run(arguments: dict[str, Any], shortcut: Shortcut | None = None) -> Tensor:
-            if shortcut is not None and shortcut.takes_features:
+            if shortcut is not None and shortcut.handles_features:
                 return compute(arguments, shortcut)
             latent = next(iter(arguments.values()))
             now = torch.as_tensor(arguments["timestep"], device=latent.device)
             loop.graph = loop.graph or StepGraph(self.record)
-            with torch.cuda.device_of(latent):  # which need not be the current one
+            with torch.cuda.device_of(latent):  # it may differ from the current device
                 return loop.graph(compute, {**arguments, "timestep": now}, key)
 
         return run
@@ -71,8 +72,10 @@ class Graphs:
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
         """Record what a function launches on the current CUDA device.
 
+        Returns: a function that replays it.
+
         Raises:
-            AfaError: the function waits for the device, or copies from the processor's memory.
+            AfaError: if the function waits for the GPU, or copies from CPU memory.
         """
         pool = None if self._newest is None else self._newest.pool()
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
@@ -90,16 +93,16 @@ class Graphs:
                 finally:
                     graph.capture_end()
         except RuntimeError as error:
-            # or the generator would take itself to be recorded for ever
+            # otherwise the generator would stay in recording state
             generator.graphsafe_set_state(before)
-            # ending a recording fails too, in whose course the cause was raised
+            # `capture_end` fails as well; its context is the error that stopped the recording
             cause = error if error.__context__ is None else error.__context__
             if "captur" not in str(cause):
                 raise
             raise AfaError(
                 "AFA-ENSEMBLE-004",
-                "A step must only launch work on the GPU to be recorded as a CUDA graph; this one "
-                f"does more: {str(cause).splitlines()[0]} Leave CUDA graphs out.",
+                f"A step could not be recorded as a CUDA graph: {str(cause).splitlines()[0]} A "
+                "recorded step must only launch work on the GPU. Switch CUDA graphs off.",
             ) from error
         current.wait_stream(stream)
         self._newest = graph
@@ -108,9 +111,9 @@ class Graphs:
 
 @dataclass(frozen=True)
 class _Leaf:
-    """What is remembered of one argument of a call."""
+    """One argument of an earlier call, to compare later ones with."""
 
-    object: Any  # weak, of a tensor
+    object: Any  # a weak reference, if it is a tensor
     version: int | None
     form: Any
 
@@ -122,24 +125,24 @@ class _Leaf:
         return cls(weakref.ref(value), version, (value.shape, value.dtype, value.device))
 
     def is_same(self, value: Any) -> bool:
-        """Whether this is the very same value, not changed since."""
+        """Whether this is the same object and has not changed since."""
         if not isinstance(value, Tensor):
             return bool(value == self.form)
         unchanged = self.version is not None and not value.is_inference()
         return unchanged and self.object() is value and self.version == value._version
 
     def is_alike(self, value: Any) -> bool:
-        """Whether this is a tensor of the same shape and type in the same place."""
+        """Whether this is a tensor of the same shape, data type and device."""
         return isinstance(value, Tensor) and self.form == (value.shape, value.dtype, value.device)
 
 
 class StepGraph:
-    """The steps of one denoising loop: the first runs, the second is recorded, the rest replayed.
+    """The steps of one denoising loop: run the first, record the second, replay the rest.
 
-    Arguments that are the same object in the first two calls, as a prompt's embedding is, belong to
-    the graph; the others are copied to where it reads them. A call whose arguments do not fit is a
-    first one again. What is not an argument, such as weights, adapters or a bias, is as it was when
-    the second step was recorded, until the loop ends.
+    Arguments that are the same object in the first two calls, such as a prompt embedding, are
+    constants of the graph. The others are copied to the buffers that the graph reads. A call whose
+    arguments do not fit starts over as a first call. Everything else, such as weights, adapters or
+    a bias, stays as it was when the second step was recorded, until the loop ends.
 
     Args:
         record: see `Graphs.record`.
@@ -150,7 +153,7 @@ class StepGraph:
         self._spec: Any = None
         self._leaves: list[_Leaf] = []
         self._replay: Callable[[], None] | None = None
-        #: where the graph reads the arguments that change, by their place among all
+        #: the buffers from which the graph reads arguments that change, by argument index
         self._buffers: dict[int, Tensor] = {}
         self._output = torch.empty(0)
 
@@ -160,15 +163,15 @@ class StepGraph:
         arguments: dict[str, Any],
         key: Hashable = None,
     ) -> Tensor:
-        """What `compute` gives of these arguments.
+        """Compute a step, by the graph if it was recorded and its arguments fit.
 
         Args:
-            compute: must do the same at every call, but for the arguments.
-            arguments: by name; the timestep is a tensor.
-            key: of whatever else decides what is computed.
+            compute: computes a step; it must depend on nothing but its arguments and the key.
+            arguments: the arguments by name; the timestep is a tensor.
+            key: everything else that determines the computation.
 
         Raises:
-            AfaError: the step cannot be recorded.
+            AfaError: if the step cannot be recorded.
         """
         leaves, spec = tree_flatten((arguments, key))
         if self._replay is None or not self._fits(leaves, spec):
@@ -185,7 +188,7 @@ class StepGraph:
 
     @property
     def is_recorded(self) -> bool:
-        """Whether the next step is replayed, if its arguments fit."""
+        """Whether the next step is replayed if its arguments fit."""
         return self._replay is not None
 
     def _can_record(self, leaves: list[Any], spec: Any) -> bool:

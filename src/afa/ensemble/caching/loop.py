@@ -1,4 +1,4 @@
-"""Denoising loops as a denoiser sees them: a call at a time, and what each takes over."""
+"""Detect denoising loops from single denoiser calls, and keep what their steps reuse."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ if TYPE_CHECKING:
 
     from afa.ensemble.running import Running
 
-#: one for all experts, or one for each
+#: one feature for all experts, or one per expert
 Features = list[Tensor]
 
 
 @dataclass
 class Kept:
-    """What a step that was computed as a whole has left.
+    """The results of a full step: its latent, features and fusion weights by site, and prediction.
 
-    Its latent, and by site what came out; of sites whose features nobody will ask for there is only
-    the shape.
+    Features of sites that will not be reused are placeholders with the right shape.
     """
 
     latent: Tensor
@@ -37,33 +36,33 @@ class Kept:
 
 @dataclass
 class Loop:
-    """One denoising loop, so far.
+    """The state of one denoising loop.
 
     Attributes:
-        timestep: its last one.
-        latent: a copy of the one that it was last called with.
-        num_calls: up to and with the one that runs.
-        since_whole: calls since everything was computed.
-        kept: of the last call that computed everything.
-        graph: of its steps, where they are CUDA graphs.
-        is_guarded: whether every feature of its steps is looked at from now on.
-        running: the experts that ran at its last call.
+        timestep: the timestep of the last call.
+        latent: a copy of the last call's latent.
+        num_calls: the number of calls, including the current one.
+        since_full: the number of calls since the last full step.
+        kept: the results of the last full step.
+        graph: the CUDA graph of its steps, a `StepGraph`, if they are recorded.
+        is_guarded: whether the guard checks every feature from now on.
+        running: the experts that ran at the last call.
     """
 
     timestep: float
     latent: Tensor
     num_calls: int = 1
-    since_whole: int = 0
+    since_full: int = 0
     kept: Kept | None = None
-    graph: Any = None  # a `StepGraph`, which `graphs` makes and keeps here
+    graph: Any = None
     is_guarded: bool = False
     running: Running | None = None
 
     def runs(self, running: Running) -> None:
-        """Note which experts run in this call; discard the features that others have made.
+        """Note which experts run in this call; discard kept results if other experts made them.
 
-        A feature that some experts have made says nothing about those that run now, and neither do
-        fusion weights, which are zero for experts that did not run.
+        Features and fusion weights of other experts cannot be reused: the weights are zero for
+        experts that did not run.
         """
         if self.running is not None and self.running != running:
             self.kept = None
@@ -71,13 +70,13 @@ class Loop:
 
 
 class Loops:
-    """Tells from the calls of a denoiser which loop each belongs to; threads have loops apart.
+    """Assign the calls of a denoiser to denoising loops, separately for each thread.
 
-    A copy knows none: graphs of a loop are of the denoiser whose steps were recorded.
+    A copy is empty, because CUDA graphs belong to the denoiser whose steps were recorded.
     """
 
     def __init__(self) -> None:
-        # by prompt, and then by thread
+        # by prompt tensor, then by thread
         self._loops: Any = WeakIdKeyDictionary()
 
     def __reduce__(self) -> tuple[type[Loops], tuple[()]]:
@@ -93,19 +92,18 @@ class Loops:
         latent: Tensor,
         agree: Callable[[bool], bool] = bool,
     ) -> Loop:
-        """The loop that this call continues, or a new one.
+        """Return the loop that this call continues, or a new one.
 
-        A call continues a loop if it has the prompt of an earlier call, as the same object; one
-        timestep for all that is below that call's; and a latent that can have come from that
-        call's: of the same shape and type, and changed by less than its own size. Otherwise another
-        picture has begun, whose caller happened to hold the same prompt: the earlier loop was left
-        before its end. Where a loop begins, what was computed of the prompt is discarded.
+        A call continues a loop if it has the same prompt tensor (the same object) as the last call,
+        one timestep for the batch that is lower than the last one, and a latent of the same shape
+        and type that has changed by less than its own size. Otherwise a new loop begins, and
+        everything computed from the prompt is discarded.
 
         Args:
-            prompt: embedding of the text, or whatever else stays the same object in a loop.
+            prompt: the text embedding, or another tensor that stays the same object in a loop.
             steps: timesteps [B].
-            latent: what the denoiser is given, [B, ...].
-            agree: makes one decision of those of several processes; see `Exchange.any_of`.
+            latent: the latent that the denoiser receives, [B, ...].
+            agree: combines the decisions of several processes; see `Exchange.any_of`.
         """
         distinct = steps.unique().tolist()
         step = distinct[0] if len(distinct) == 1 else -math.inf
@@ -129,15 +127,14 @@ class Loops:
 
 
 def is_alike(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors have one shape, type and device."""
+    """Whether two tensors have the same shape, data type and device."""
     return (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
 
 
 def has_moved(now: Tensor, then: Tensor, share: float) -> bool:
-    """Whether a latent has changed by more than this share of what it was (relative L1 distance).
+    """Whether a latent has changed by more than this fraction of its size (relative L1 distance).
 
-    Only places that have changed at all count: some models are given a mask or a picture besides,
-    which stay the same.
+    Only values that changed count, because some models also receive a constant mask or picture.
     """
     now, then = now.float(), then.float()
     size = then[now != then].abs().sum()

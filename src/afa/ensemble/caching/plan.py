@@ -1,4 +1,4 @@
-"""Pruning: which experts run at which site and step, by how much anyone listens to them there."""
+"""Pruning plans: skip experts at sites and steps where their average fusion weight is low."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 
 class StepRange(Section):
-    """Part of a denoising loop: timesteps above `above`; None, whatever is left.
+    """A part of the denoising loop: the timesteps above `above`; None means all remaining ones.
 
-    `experts` are those that run at a site, by number; sites where all do are left out.
+    `experts` has the numbers of the experts that run, by site; at other sites all experts run.
     """
 
     above: float | None
@@ -33,16 +33,15 @@ class StepRange(Section):
 
 
 class PruningPlan(Section):
-    """Which experts run where and when.
+    """Which experts run at which sites and steps.
 
     Attributes:
-        num_experts: of the ensemble.
-        sites: of the ensemble, those where experts are fused.
-        keep: the least share of the fusion weights that the experts left have, at every site and
-            range of steps, over the prompts that the plan was made on.
-        ranges: from pure noise on; a timestep is in the first that takes it.
-        aggregators: SHA-256 of the weights of the aggregators whose decisions it follows; None in
-            plans of earlier releases, which did not tell.
+        num_experts: the number of experts in the ensemble.
+        sites: the ensemble's sites at which experts are fused.
+        keep: the minimum share of the fusion weights that the remaining experts have at every site
+            and range, averaged over the calibration prompts.
+        ranges: timestep ranges from pure noise on; the first range that fits a timestep applies.
+        aggregators: SHA-256 of the aggregators' weights; None in plans of earlier releases.
     """
 
     format: Literal["afa-pruning-plan"] = "afa-pruning-plan"
@@ -54,7 +53,7 @@ class PruningPlan(Section):
     aggregators: str | None = None
 
     def at(self, timestep: float) -> Mapping[str, Sequence[int]]:
-        """The experts that run at a timestep, by site; at other sites all do."""
+        """The numbers of the experts that run at a timestep, by site; elsewhere all experts run."""
         for part in self.ranges:
             if part.above is None or timestep > part.above:
                 return part.experts
@@ -62,7 +61,7 @@ class PruningPlan(Section):
 
     @property
     def share_left(self) -> float:
-        """The share of all runs of an expert to a site that is left."""
+        """The fraction of all (range, site, expert) triples that still run."""
         whole = len(self.ranges) * len(self.sites) * self.num_experts
         left_out = sum(
             self.num_experts - len(experts)
@@ -72,37 +71,39 @@ class PruningPlan(Section):
         return 1 - left_out / whole
 
     def check(self, ensemble: Ensemble) -> None:
-        """See that the plan is of such an ensemble.
+        """Check that the plan fits an ensemble.
 
         Raises:
-            AfaError: it has other experts, sites or aggregators, fusion rules that need all
-                experts, or it leaves different experts to the two streams of a block.
+            AfaError: if the number of experts, the sites or the aggregators differ, the plan names
+                unknown experts or sites, leaves no expert at a site, or leaves different experts at
+                the two streams of a block.
         """
         listed = fused_sites(ensemble)
         if (self.num_experts, self.sites) != (len(ensemble.experts), listed):
             raise AfaError(
                 "AFA-ENSEMBLE-005",
-                f"A pruning plan must be of this ensemble, with {len(ensemble.experts)} experts "
-                f"and {len(listed)} sites where they are fused; it is of one with "
-                f"{self.num_experts} and {len(self.sites)}. Make one: afa prune ENSEMBLE.",
+                f"The pruning plan is for {self.num_experts} experts and {len(self.sites)} fused "
+                f"sites, but this ensemble has {len(ensemble.experts)} experts and {len(listed)} "
+                "fused sites. Make a plan for it: afa prune ENSEMBLE.",
             )
         made_with = self.aggregators
         if made_with is not None and made_with != hash_weights(ensemble.aggregators):
             raise AfaError(
                 "AFA-ENSEMBLE-006",
-                "This pruning plan was made with other aggregators, which decide otherwise who is "
-                "needed where. Make one of this ensemble: afa prune ENSEMBLE.",
+                "The pruning plan was made with other aggregators, whose fusion weights differ. "
+                "Make a plan for this ensemble: afa prune ENSEMBLE.",
             )
         unknown = {
             n for part in self.ranges for experts in part.experts.values() for n in experts
         } - set(range(self.num_experts))
-        nobody = any(not experts for part in self.ranges for experts in part.experts.values())
+        is_empty = any(not experts for part in self.ranges for experts in part.experts.values())
         elsewhere = {site for part in self.ranges for site in part.experts} - set(listed)
-        if unknown or nobody or elsewhere:
+        if unknown or is_empty or elsewhere:
             raise AfaError(
                 "AFA-ENSEMBLE-007",
-                "A pruning plan must leave at least one expert at every site, by its number below "
-                f"{self.num_experts}, and name no other sites. Make it anew: afa prune ENSEMBLE.",
+                "The pruning plan leaves a site without experts, or names an unknown site or an "
+                f"expert that is not from 0 to {self.num_experts - 1}. Make it again: afa prune "
+                "ENSEMBLE.",
             )
         for part in self.ranges:
             for site in ensemble.sites:
@@ -110,24 +111,24 @@ class PruningPlan(Section):
                 if site.name in listed and site.block in listed and own != of_block:
                     raise AfaError(
                         "AFA-ENSEMBLE-008",
-                        f"A pruning plan must leave the same experts at '{site.name}' and "
-                        f"'{site.block}', which one block computes together; it leaves {own} and "
-                        f"{of_block}. Make it anew: afa prune ENSEMBLE.",
+                        f"The pruning plan has the experts {own} at '{site.name}' but {of_block} "
+                        f"at '{site.block}'; one block computes both, so they must be equal. Make "
+                        "it again: afa prune ENSEMBLE.",
                     )
 
 
 def fused_sites(ensemble: Ensemble) -> list[str]:
-    """The names of the sites where experts are fused, so that some may be left out."""
+    """The names of the sites at which experts are fused and can be pruned."""
     pairs = zip(ensemble.sites, ensemble.aggregators, strict=True)
     return [site.name for site, rule in pairs if getattr(rule, "can_prune", False)]
 
 
 class Shares:
-    """Mean fusion weights by range of timesteps, site and expert, of pictures that are drawn.
+    """Average fusion weights by timestep range, site and expert, measured on pictures.
 
     Args:
-        ensemble: whose weights are seen.
-        num_ranges: of timesteps, of one length.
+        ensemble: the ensemble that draws the pictures.
+        num_ranges: the number of timestep ranges, all of equal length.
         highest: the timestep of pure noise.
     """
 
@@ -137,7 +138,7 @@ class Shares:
         self._counts: dict[tuple[int, str], int] = {}
 
     def note(self, steps: Tensor, site: str, weights: Tensor) -> None:
-        """An observer for `EnsembleDenoiser.on_weights`."""
+        """Add the weights of one site; an observer for `observed` or `on_weights`."""
         key = (self._range_of(float(steps.flatten()[0])), site)
         shares = weights.detach().float().mean((0, 2, 3)).cpu()
         self._sums[key] = self._sums.get(key, torch.zeros_like(shares)) + shares
@@ -148,23 +149,26 @@ class Shares:
         return next((k for k, above in enumerate(lower) if timestep > above), self._num_ranges - 1)
 
     def mean(self, part: int, site: str) -> Tensor:
-        """Mean weights [N] in one range at one site."""
+        """Average fusion weights [N] of one site in one timestep range."""
         return self._sums[part, site] / self._counts[part, site]
 
     def plan(self, keep: float) -> PruningPlan:
-        """The fewest experts at every site and range that have at least this share of the weights.
+        """Make a plan of the fewest experts per site and range with at least this weight share.
 
-        Sites of a text go with the picture's of the same block, whose layers give both.
+        The image and text sites of one block get the same experts, because its layers compute both.
+
+        Args:
+            keep: the minimum share of the fusion weights, above 0 and at most 1.
 
         Raises:
-            AfaError: no picture was drawn, or `keep` is not above 0 and at most 1.
+            AfaError: if no picture was drawn, or `keep` is out of range.
         """
         if not 0 < keep <= 1:
-            raise AfaError("AFA-ENSEMBLE-009", f"keep must be above 0 and at most 1, came {keep}.")
+            raise AfaError("AFA-ENSEMBLE-009", f"keep must be above 0 and at most 1; got {keep}.")
         if not self._sums:
             raise AfaError(
                 "AFA-ENSEMBLE-010",
-                "A pruning plan is made from pictures; none was drawn. Give prompts.",
+                "A pruning plan is made from pictures, but none was drawn. Pass prompts.",
             )
         listed = fused_sites(self._ensemble)
         blocks = {site.name: site.block for site in self._ensemble.sites}
@@ -194,23 +198,23 @@ class Shares:
 
 
 def _fewest(shares: Tensor, keep: float) -> list[int]:
-    """The fewest experts whose shares [N] add up to `keep` of the whole."""
+    """The fewest experts whose shares [N] add up to `keep` of their sum."""
     order = shares.argsort(descending=True)
     reached = shares[order].cumsum(0) / shares.sum()
-    # a hair less: shares of float32 add up to a hair less than one
+    # the tolerance is for rounding: shares in float32 may add up to less than one
     return order[: int((reached < keep - 1e-6).sum()) + 1].tolist()
 
 
 def save_plan(plan: PruningPlan, path: Path) -> None:
-    """Write a plan as JSON."""
+    """Write a plan to a JSON file."""
     write_atomic(path, json.dumps(plan.model_dump(), indent=1) + "\n")
 
 
 def load_plan(path: Path) -> PruningPlan:
-    """Read a plan that `save_plan` has written.
+    """Read a plan that `save_plan` wrote.
 
     Raises:
-        AfaError: it cannot be read, or is something else.
+        AfaError: if the file cannot be read or is not a plan.
     """
     try:
         return PruningPlan.model_validate(read_json(path))
@@ -219,5 +223,6 @@ def load_plan(path: Path) -> PruningPlan:
         place = ".".join(map(str, first["loc"]))
         raise AfaError(
             "AFA-ENSEMBLE-011",
-            f"'{path}' must be a plan of `afa prune`, but at '{place}': {first['msg']}.",
+            f"'{path}' is not a plan of `afa prune`: at '{place}', {first['msg']}. Make one: afa "
+            "prune ENSEMBLE.",
         ) from None

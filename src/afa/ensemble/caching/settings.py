@@ -1,4 +1,4 @@
-"""How much of a denoising loop is computed, and how much is taken over from earlier steps."""
+"""Settings of the feature cache: how much of a denoising loop reuses earlier steps."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Acceleration:
-    """What is left out of a denoising loop. The defaults leave out nothing.
+    """Settings of the feature cache. With the defaults every step is a full step.
 
-    Whatever is taken over is the *fused* feature, which all experts share: one cache serves them
-    all. The same settings speed up a single model, which is an ensemble of one.
+    A full step computes all sites. The steps between reuse the *fused* features of the last full
+    step, which all experts share, so one cache serves all experts. A single model is accelerated
+    as an ensemble of one.
 
     Attributes:
-        interval: every so many steps all is computed; between them, features of the sites in the
-            middle are taken over (Ma et al., "DeepCache", 2024, arXiv 2312.00858).
-        fresh: how many sites at either end are computed at every step; 0 takes over the prediction
-            itself. In transformers what is taken over is what the blocks between have added.
-        drift: all is computed as soon as the latent that the denoiser is given has changed by more
-            than this share since it last was (relative L1 distance, over what changes at all);
-            `interval` is then the most steps between. Unlike an interval, it means the same however
-            many steps there are.
-        keep_weights: whether, where features are taken over, the fresh sites are fused with the
-            weights that they had when all was computed, so that aggregators do not run.
-        first: so many steps at the beginning are computed as a whole in any case.
+        interval: a full step at least every `interval` steps; between them, the features of the
+            inner sites are reused (Ma et al., "DeepCache", 2024, arXiv 2312.00858). 1 to 1000.
+        fresh: the number of sites at either end that every step computes; 0 reuses the prediction
+            itself. Transformers reuse what the inner blocks added to the residual stream.
+        drift: make a full step when the denoiser's latent has changed by more than this fraction
+            since the last one (relative L1 distance over the values that changed). Its effect does
+            not depend on the number of steps. `interval` remains the upper limit.
+        keep_weights: in steps that reuse features, fuse the fresh sites with the fusion weights of
+            the last full step, so that aggregators do not run.
+        first: the number of full steps at the beginning of a loop.
 
-    Raises AfaError: settings out of range, or that ask for nothing together.
+    Raises AfaError: if a setting is out of range, or `drift` is set with `interval` 1.
     """
 
     interval: int = 1
@@ -47,38 +47,38 @@ class Acceleration:
             if not low <= value <= high:
                 raise AfaError(
                     "AFA-ENSEMBLE-012",
-                    f"acceleration.{name} must be from {low} to {high}, came {value}. "
-                    f"Leave it out for {getattr(Acceleration, name)}.",
+                    f"acceleration.{name} must be from {low} to {high}; got {value}. "
+                    f"The default is {getattr(Acceleration, name)}.",
                 )
         if self.drift is None:
             return
         if not self.drift > 0:
             raise AfaError(
                 "AFA-ENSEMBLE-013",
-                f"acceleration.drift must be above 0, came {self.drift}. Leave it out to go by the "
-                "interval alone.",
+                f"acceleration.drift must be above 0; got {self.drift}. Remove it to use only the "
+                "interval.",
             )
         if self.interval == 1:
             raise AfaError(
                 "AFA-ENSEMBLE-014",
-                "acceleration.drift needs an interval above 1, the most steps between those "
-                "where all is computed, came interval = 1.",
+                "acceleration.drift needs acceleration.interval above 1; got interval = 1. Set "
+                "interval to the upper limit of steps between full steps, for example 50.",
             )
 
     @property
     def is_exact(self) -> bool:
-        """Whether nothing is left out."""
+        """Whether every step is a full step."""
         return self.interval == 1
 
     def describe(self) -> dict[str, Any]:
-        """What differs from the exact settings, as JSON."""
+        """The settings that differ from the defaults, as JSON."""
         own = {field.name: getattr(self, field.name) for field in fields(self)}
         return {key: value for key, value in own.items() if value != getattr(Acceleration, key)}
 
 
-#: nothing is left out
+#: every step is a full step
 EXACT = Acceleration()
-#: by what `afa generate --speed` calls them; docs/benchmarks.md has what each costs
+#: the values of `afa generate --speed`; docs/benchmarks.md reports their effect on quality
 PRESETS = {
     "exact": EXACT,
     "balanced": Acceleration(interval=50, drift=0.15, keep_weights=True),
@@ -86,41 +86,42 @@ PRESETS = {
 }
 
 
-#: settings of earlier versions: the value that changed nothing, why it was removed, what to use
+#: settings of earlier versions: the value without effect, why it was removed, what to do instead
 _REMOVED: dict[str, tuple[object, str, str]] = {
-    "threshold": (None, "no gain over drift was found", "Use drift"),
-    "order": (0, "no gain from extrapolation was found", "Leave it out"),
-    "guidance_until": (1, "it costs quality and saves little time", "Leave it out and use drift"),
+    "threshold": (None, "it was no better than drift", "Use drift"),
+    "order": (0, "extrapolation did not help", "Remove it"),
+    "guidance_until": (1, "it costs quality and saves little time", "Remove it and use drift"),
 }
 
 
 def acceleration_of(given: str | Mapping[str, Any] | Acceleration) -> Acceleration:
-    """Settings from the name of a preset, or from some of them by name.
+    """Read cache settings from the name of a preset or from a mapping.
 
-    A setting of an earlier version that was removed is ignored where its value changes nothing.
+    A setting that was removed in an earlier version is ignored if its value had no effect.
 
     Raises:
-        AfaError: no such preset or setting, one that was removed, or one out of range.
+        AfaError: if the preset or a setting is unknown, removed or out of range.
     """
     if isinstance(given, Acceleration):
         return given
     if isinstance(given, str):
         if given not in PRESETS:
             raise AfaError(
-                "AFA-ENSEMBLE-015", f"A speed must be one of {', '.join(PRESETS)}, came '{given}'."
+                "AFA-ENSEMBLE-015", f"A speed must be one of {', '.join(PRESETS)}; got '{given}'."
             )
         return PRESETS[given]
     for name, (neutral, reason, remedy) in _REMOVED.items():
         if given.get(name, neutral) != neutral:
             raise AfaError(
                 "AFA-ENSEMBLE-016",
-                f"acceleration.{name} was removed, since {reason}; came {given[name]}. {remedy}.",
+                f"acceleration.{name} was removed because {reason}; got {given[name]}. {remedy}.",
             )
     given = {key: value for key, value in given.items() if key not in _REMOVED}
     known = [field.name for field in fields(Acceleration)]
     unknown = [key for key in given if key not in known]
     if unknown:
         raise AfaError(
-            "AFA-ENSEMBLE-017", f"acceleration has {', '.join(known)}; there is no '{unknown[0]}'."
+            "AFA-ENSEMBLE-017",
+            f"acceleration has no setting '{unknown[0]}'. Use {', '.join(known)}.",
         )
     return Acceleration(**given)

@@ -1,4 +1,4 @@
-"""The cache of features: the hook of a step that reuses what earlier steps have fused."""
+"""The feature cache: a hook that reuses fused features of earlier steps."""
 
 from __future__ import annotations
 
@@ -19,15 +19,18 @@ if TYPE_CHECKING:
 
 
 class Shortcut(Hook):
-    """What one call takes over from the whole ones before it.
+    """Decide whether a call is a full step, and reuse the last full step's features if it is not.
+
+    The method is DeepCache (Ma et al., 2024, arXiv 2312.00858), applied to the fused features.
 
     Args:
-        settings: how much.
-        sites: of the experts.
-        is_residual: whether blocks add to their input, so that what they added is taken over.
-        loop: to which the call belongs; it is changed.
-        latent: what the denoiser is given, both halves of guidance.
-        agree: makes one decision of those of several processes; see `Exchange.any_of`.
+        settings: the settings of the cache.
+        sites: the experts' sites, in order.
+        is_residual: whether every block adds to its input; then the sum of the inner blocks'
+            outputs is reused instead of the feature.
+        loop: the loop of this call; it is changed.
+        latent: the latent that the denoiser receives, [B, ...], with both halves of guidance.
+        agree: combines the decisions of several processes; see `Exchange.any_of`.
     """
 
     def __init__(
@@ -44,18 +47,18 @@ class Shortcut(Hook):
         self._middle, self._entries, self._exits = _parts(settings, sites)
         self._streams = {site.name: site.stream for site in sites}
         self._new = Kept(latent)
-        is_whole = not self._middle or self._is_due(latent)
-        #: sites whose features nobody computes in this call
-        self.skipped = frozenset() if is_whole else frozenset(self._middle)
-        loop.since_whole = 0 if is_whole else loop.since_whole + 1
+        is_full = not self._middle or self._is_due(latent)
+        #: sites whose features are not computed in this call
+        self.skipped = frozenset() if is_full else frozenset(self._middle)
+        loop.since_full = 0 if is_full else loop.since_full + 1
 
     def _is_due(self, latent: Tensor) -> bool:
-        """Whether all has to be computed."""
+        """Whether this call must be a full step."""
         settings, loop = self._settings, self._loop
         if (
             loop.kept is None
             or loop.num_calls <= settings.first
-            or loop.since_whole + 1 >= settings.interval
+            or loop.since_full + 1 >= settings.interval
         ):
             return True
         if settings.drift is None:
@@ -63,46 +66,46 @@ class Shortcut(Hook):
         return self._agree(has_moved(latent, loop.kept.latent, settings.drift))
 
     @property
-    def takes_features(self) -> bool:
-        """Whether anything is taken over in this call, or features are kept for others."""
+    def handles_features(self) -> bool:
+        """Whether this call reuses features, or keeps features for later calls."""
         return bool(self.skipped or (self._middle and self._settings.fresh))
 
     @property
     def prediction(self) -> Tensor | None:
-        """The prediction, where even that is taken over."""
+        """The reused prediction; None if this call computes its own."""
         return None if not self.skipped or self._settings.fresh else self._kept.prediction
 
     @property
     def _kept(self) -> Kept:
-        assert self._loop.kept is not None, "nothing is skipped before"
+        assert self._loop.kept is not None, "the first step is a full one"
         return self._loop.kept
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """Fusion weights [B, N, H, W] by site, of the last whole call."""
+        """Fusion weights [B, N, H, W] of the last full step, by site."""
         return self._kept.weights
 
     def fuse(self, site: str, hidden: Mapping[int, Tensor]) -> Fused | None:
-        """What was fused at a skipped site; at others, with kept weights, what these make."""
+        """Supply the kept feature at a skipped site; elsewhere fuse with kept weights, if set."""
         if site in self.skipped:
-            return self._taken(site)
+            return self._reused(site)
         if not self.skipped or not self._settings.keep_weights or site not in self.weights:
             return None
         weights = self.weights[site]
         return Fused(weighted_sum(list(hidden.values()), weights[:, list(hidden)]), weights)
 
-    def _taken(self, site: str) -> Fused:
-        """What came out at a skipped site; without content where nobody uses it."""
+    def _reused(self, site: str) -> Fused:
+        """The kept feature of a skipped site; only the last one of a stream has content."""
         stream, kept = self._streams[site], self._kept
-        taken = kept.features[site]
+        reused = kept.features[site]
         entry = self._entries.get(stream) if self._is_residual else None
         if site == self._exits[stream] and entry is not None:
             before, now = kept.features[entry], self._new.features[entry]
-            taken = [a + (c - b) for a, b, c in zip(now, before, taken, strict=True)]
-        return Fused(taken[0] if len(taken) == 1 else taken, kept.weights.get(site))
+            reused = [a + (c - b) for a, b, c in zip(now, before, reused, strict=True)]
+        return Fused(reused[0] if len(reused) == 1 else reused, kept.weights.get(site))
 
     def fused(self, site: str, fused: Fused) -> None:
-        """Note what came out at a site that was computed."""
+        """Note the feature and the weights of a site that was computed."""
         if not self._middle or site in self.skipped:
             return
         features, stream, new = _features(fused), self._streams[site], self._new
@@ -114,19 +117,19 @@ class Shortcut(Hook):
             new.features[site] = [_without_content(feature) for feature in features]
 
     def keep(self, prediction: Tensor) -> None:
-        """Keep what a whole call has left; not in `end`, since graphs replay calls without it."""
+        """Keep the results of a full step. This is not in `end`, which replayed graphs skip."""
         if self._middle and not self.skipped:
             self._new.prediction = prediction
-            self._new.latent = self._new.latent.clone()  # who calls may change it in place
+            self._new.latent = self._new.latent.clone()  # the caller may change it in place
             self._loop.kept = self._new
 
 
 def _parts(
     settings: Acceleration, sites: Sequence[Site]
 ) -> tuple[list[str], dict[str, str], dict[str, str]]:
-    """Sites that may be taken over, and by stream the last ones before and the last ones of them.
+    """The sites that may be skipped; by stream, the last site before them and the last of them.
 
-    There are none where everything is computed at every step.
+    All are empty if every step is a full step.
     """
     names, fresh = [site.name for site in sites if site.stream == "image"], settings.fresh
     inner = set(names[fresh : len(names) - fresh])
@@ -146,5 +149,5 @@ def _features(fused: Fused) -> Features:
 
 
 def _without_content(feature: Tensor) -> Tensor:
-    """A tensor of the same shape that takes no memory."""
+    """A placeholder of the same shape that takes no memory."""
     return feature.new_zeros(()).expand(feature.shape)

@@ -1,1 +1,1 @@
-"""Where experts are: devices, processes, files; and how features come together."""
+"""Placement of experts on devices, in files and over processes, and the exchange of features."""

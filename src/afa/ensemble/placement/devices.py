@@ -1,4 +1,4 @@
-"""Experts on several devices: each is computed where it is, features meet on the first device."""
+"""Experts on several devices: each runs on its own, and features are fused on the first one."""
 
 from __future__ import annotations
 
@@ -19,45 +19,45 @@ if TYPE_CHECKING:
 
 
 class Devices(Hook):
-    """Where each expert is, and how its inputs and features come and go.
+    """Copy inputs to each expert's device, and features to the first expert's device.
 
-    Calls to accelerators return before they are done, so that devices compute at the same time
-    although one process asks them in turn.
+    Accelerators run asynchronously, so the devices compute at the same time although one process
+    launches the work of all.
 
     Args:
-        names: one device per expert; fusion happens on the first.
+        names: one device per expert; features are fused on the first.
         num_experts: N.
-        prompt: the argument that is the prompt's embedding, sent once for all steps.
+        prompt: the name of the prompt embedding's argument, which is copied once for all steps.
 
     Raises:
-        AfaError: another number of devices than experts.
+        AfaError: if the number of devices is not the number of experts.
     """
 
     def __init__(self, names: Sequence[torch.device | str], num_experts: int, prompt: str) -> None:
         if len(names) != num_experts:
             raise AfaError(
                 "AFA-ENSEMBLE-035",
-                f"Experts must be placed on one device each, came {len(names)} devices for "
-                f"{num_experts} experts. Name a device once for every expert on it.",
+                f"Got {len(names)} devices for {num_experts} experts. List one device per expert; "
+                "repeat a device that holds several experts.",
             )
         self.of_expert = tuple(torch.device(name) for name in names)
         self._prompt = prompt
-        #: whether the embeddings of the timestep were gathered in this step
+        #: whether the timestep embeddings of this step were copied
         self._has_temb = False
 
     @property
     def main(self) -> torch.device:
-        """Where features are fused."""
+        """The device where features are fused."""
         return self.of_expert[0]
 
     def begin(self, inputs: Inputs) -> Collection[int]:
-        """Forget the last step."""
+        """Reset the state of the last step."""
         del inputs
         self._has_temb = False
         return ()
 
     def arguments(self, arguments: Arguments) -> Arguments:
-        """The inputs of every expert, where it is; nested tensors are moved, too."""
+        """Copy the inputs of every expert to its device, including nested tensors."""
         return {
             n: {
                 key: (_kept_at if key == self._prompt else _at)(value, self.of_expert[n])
@@ -67,7 +67,7 @@ class Devices(Hook):
         }
 
     def features(self, site: str, features: Features) -> Features:
-        """The features of experts at a site, on the first device."""
+        """Copy the experts' features at a site to the first device."""
         del site
         first, with_temb = next(iter(features.values())), not self._has_temb
         self._has_temb = True
@@ -83,19 +83,19 @@ class Devices(Hook):
         }
 
     def send(self, sent: dict[int, Tensor]) -> dict[int, Tensor]:
-        """What each expert continues with, where it is."""
+        """Copy the feature with which each expert continues to its device."""
         return {n: own.to(self.of_expert[n], non_blocking=True) for n, own in sent.items()}
 
 
 def _at(value: Any, device: torch.device) -> Any:
-    """A tensor, or any nest of them, on a device."""
+    """Copy a tensor, or a nested structure of tensors, to a device."""
     return tree_map(
         lambda leaf: leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf, value
     )
 
 
 def _kept_at(prompt: Any, device: torch.device) -> Any:
-    """The same object at every step."""
+    """Copy a prompt embedding to a device; later steps get the same object."""
     if not isinstance(prompt, Tensor) or prompt.device == device:
         return prompt
     return once_per_prompt(prompt, device, lambda: prompt.to(device))

@@ -1,9 +1,9 @@
-"""Experts spread over processes: each computes its own, and features are exchanged at the sites.
+"""Experts spread over processes: each process computes some, and all exchange features.
 
-Every process fuses the features of all experts and continues with the result, so all of them must
-compute the same picture and take the same decisions. Both are checked at every step: processes that
-were called with different pictures would mix these without a word, and processes that disagree on
-whether a step is computed would wait for each other forever.
+Every process fuses the features of all experts and continues with the result, so all processes must
+draw the same picture and make the same decisions. Every step checks both. Otherwise processes with
+different pictures would mix them silently, and processes that disagree on whether a step is
+computed would wait for each other forever.
 """
 
 from __future__ import annotations
@@ -29,66 +29,67 @@ if TYPE_CHECKING:
 
     from afa.ensemble.hook import Arguments, Features, Inputs
 
-#: how many tensors of a call the processes compare, and by how many numbers each
+#: the number of tensors of a call that are compared, and of numbers in a tensor's fingerprint
 _MOST, _PROJECTIONS = 32, 8
-_MARKS = _PROJECTIONS + 2
+_FINGERPRINT = _PROJECTIONS + 2
 
 
 class Exchange(Processes, Hook):
-    """Who computes which expert, and how the others come to its features.
+    """Assign the experts to processes, and gather the features of all experts in each process.
 
-    Expert n is computed by process n modulo the number of processes. All of them fuse; for that
-    they have to be called equally often, from one thread each, with the same arguments.
+    Process n modulo the number of processes computes expert n. Every process fuses. All of them
+    must make the same calls, with the same arguments, from one thread each.
 
     Args:
         num_experts: N.
-        group: of processes; None takes all.
+        group: the process group; None uses all processes.
 
     Raises:
-        AfaError: there is no group of processes, or it has more processes than experts.
+        AfaError: if there is no process group, or it has more processes than experts.
     """
 
     def __init__(self, num_experts: int, group: ProcessGroup | None = None) -> None:
         if not distributed.is_initialized():
             raise AfaError(
                 "AFA-ENSEMBLE-036",
-                "Experts are spread over processes of torch.distributed, and there are none. Start "
-                "several, torchrun --nproc_per_node N ..., and call init_process_group first.",
+                "There is no process group of torch.distributed over which to spread the experts. "
+                "Start several processes, torchrun --nproc_per_node N ..., and call "
+                "init_process_group first.",
             )
         super().__init__(group, "spread")
         if self._count > num_experts:
             raise AfaError(
                 "AFA-ENSEMBLE-037",
-                f"There must be at most as many processes as experts, came {self._count} for "
-                f"{num_experts}. Let groups of processes draw different pictures instead.",
+                f"Got {self._count} processes for {num_experts} experts; there must be at most one "
+                "per expert. Let groups of processes draw different pictures instead.",
             )
         self._num_experts = num_experts
-        #: the experts that this process computes, by number
+        #: the numbers of the experts that this process computes
         self.own: list[int] = list(range(self._rank, num_experts, self._count))
-        #: whether the embeddings of the timestep were gathered in this step
+        #: whether the timestep embeddings of this step were gathered
         self._has_temb = False
 
     def check_call(
         self, timesteps: Tensor, arguments: Mapping[str, Any], prompt: Tensor | None
     ) -> None:
-        """See that all processes are about to compute the same step of the same picture.
+        """Check that all processes are about to compute the same step of the same picture.
 
         Args:
             timesteps: [B].
-            arguments: of this call by name; all tensors among them are compared, however deep.
-            prompt: the one of them that stays the same object in a loop; None where there is none.
+            arguments: the arguments of this call by name; tensors in nested structures are
+                compared, too.
+            prompt: the argument that stays the same object in a denoising loop; None if there is
+                none.
 
         Raises:
-            AfaError: gradients are recorded, which would be of this process's experts alone; this
-                is another thread than the first that called; or the processes were called with
-                different arguments.
+            AfaError: if gradients are on, which would flow only to this process's experts; if an
+                earlier call came from another thread; or if the arguments differ between processes.
         """
         if torch.is_grad_enabled():
             raise AfaError(
                 "AFA-ENSEMBLE-038",
-                "Experts that are spread over processes are for drawing, but gradients are "
-                "recorded. Call the ensemble under torch.no_grad(), or train in one process for "
-                "each sample.",
+                "Experts that are spread over processes can only draw, but gradients are on. Call "
+                "the ensemble under torch.no_grad(), or train with all experts in every process.",
             )
         self.require_one_thread()
         if self._count == 1:
@@ -97,37 +98,37 @@ class Exchange(Processes, Hook):
         parts = [timesteps.double().mean().reshape(1)]
         for tensor in tensors[:_MOST]:
             if tensor is prompt:
-                parts.append(once_per_prompt(tensor, marks, partial(marks, tensor)))
+                parts.append(once_per_prompt(tensor, fingerprint, partial(fingerprint, tensor)))
             else:
-                parts.append(marks(tensor))
+                parts.append(fingerprint(tensor))
         parts = [part.to(timesteps.device) for part in parts]
         count = sum(map(len, parts))
-        seen = torch.nn.functional.pad(torch.cat(parts), (0, 1 + _MOST * _MARKS - count))
+        seen = torch.nn.functional.pad(torch.cat(parts), (0, 1 + _MOST * _FINGERPRINT - count))
         received = [torch.empty_like(seen) for _ in range(self._count)]
         distributed.all_gather(received, seen, group=self._group)
         if any(not is_close(received[0], other) for other in received[1:]):
             raise AfaError(
                 "AFA-ENSEMBLE-039",
-                "The processes over which the experts are spread were called with different "
-                "arguments, such as timesteps, latents or prompts; they must draw the same "
-                "picture. Give all of them the same prompts, size and seed.",
+                "The processes over which the experts are spread got different timesteps, latents "
+                "or prompts, but they must draw the same picture. Pass the same prompts, size and "
+                "seed in every process.",
             )
 
     def begin(self, inputs: Inputs) -> Collection[int]:
-        """Forget the last step."""
+        """Reset the state of the last step."""
         del inputs
         self._has_temb = False
         return ()
 
     def arguments(self, arguments: Arguments) -> Arguments:
-        """The arguments of the experts that this process computes."""
+        """Select the arguments of the experts that this process computes."""
         return {n: arguments[n] for n in self.own}
 
     def features(self, site: str, features: Features) -> Features:
-        """The features of all experts at a site, from those of this process's own.
+        """Gather the features of all experts at a site.
 
-        Embeddings of the timestep are gathered at the first site; at others every expert comes with
-        this process's first.
+        Timestep embeddings are gathered only at the first site, the only one that needs them; at
+        the others, all features have the embedding of this process's first expert.
         """
         own = [features[n] for n in self.own]
         if own[0].hidden is None:  # the site is skipped in all processes
@@ -143,12 +144,12 @@ class Exchange(Processes, Hook):
         }
 
     def _gather(self, own: Sequence[Tensor]) -> list[Tensor]:
-        """Tensors of one shape, one for each expert, from this process's."""
-        # in the order of their memory, so that what comes is laid out as what went
+        """Gather one tensor per expert, all of one shape, from all processes."""
+        # channels-last tensors are sent with channels last, so that they keep their memory format
         is_last = own[0].ndim == 4 and own[0].stride(1) == 1 and not own[0].is_contiguous()
         laid = [tensor.movedim(1, -1) if is_last else tensor for tensor in own]
         most = -(-self._num_experts // self._count)
-        laid += [laid[0]] * (most - len(laid))  # all send as many
+        laid += [laid[0]] * (most - len(laid))  # padding: all processes send equally many
         sent = torch.stack(laid).contiguous()
         received = [torch.empty_like(sent) for _ in range(self._count)]
         distributed.all_gather(received, sent, group=self._group)
@@ -163,12 +164,13 @@ class Exchange(Processes, Hook):
         return every
 
 
-def marks(tensor: Tensor) -> Tensor:
-    """A few numbers of the size of 1 that tell tensors apart, but hardly see how a device rounds.
+def fingerprint(tensor: Tensor) -> Tensor:
+    """Compute a fingerprint [10] that differs between tensors but tolerates rounding.
 
-    Number of elements and norm, as logarithms, and projections on fixed directions, [10]. Those of
-    the latents of two pictures differ like random numbers, those of one picture on two kinds of
-    devices by its rounding. Of whole numbers, such as classes, any difference counts.
+    It holds the logarithms of the number of elements and of the norm, and 8 projections on fixed
+    directions. Fingerprints of two pictures' latents differ like random numbers; those of one
+    picture on two kinds of devices differ by rounding. For integers, such as class labels, any
+    difference counts.
     """
     flat = tensor.detach().flatten().double()
     angles = torch.arange(len(flat), device=flat.device, dtype=torch.float64)
@@ -182,5 +184,5 @@ def marks(tensor: Tensor) -> Tensor:
 
 
 def is_close(one: Tensor, other: Tensor) -> bool:
-    """Whether two processes have seen the same; values that are not finite are found elsewhere."""
+    """Whether two fingerprints are equal up to rounding; NaN equals NaN, which `Guard` reports."""
     return bool(torch.isclose(one, other, rtol=1e-3, atol=0.02, equal_nan=True).all())

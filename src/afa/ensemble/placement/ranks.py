@@ -1,4 +1,4 @@
-"""Processes of torch.distributed that call one ensemble in step, and decide together."""
+"""Processes of torch.distributed that run the steps of one ensemble together."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 class Processes:
-    """Processes that must run the same layers at every step, since each waits for the others.
+    """Processes that must run the same layers at every step, because each waits for the others.
 
     Args:
-        group: of processes; None takes all.
-        how: how the experts are divided among the processes, for messages.
+        group: the process group; None uses all processes.
+        how: how the experts are distributed (`spread` or `sharded`), for messages.
     """
 
     def __init__(self, group: ProcessGroup | None, how: str) -> None:
@@ -28,23 +28,23 @@ class Processes:
         self._thread: int | None = None
 
     def require_one_thread(self) -> None:
-        """Refuse calls from a second thread, whose order could differ between the processes.
+        """Refuse calls from a second thread, whose order could differ between processes.
 
         Raises:
-            AfaError: another thread has called before.
+            AfaError: if the first call came from another thread.
         """
         if self._thread is None:
             self._thread = threading.get_ident()
         if self._thread != threading.get_ident():
             raise AfaError(
                 "AFA-ENSEMBLE-040",
-                f"An ensemble whose experts are {self._how} over processes was called from a "
-                "second thread; the order of its calls must be the same in every process. Draw "
-                "from one thread, or load the experts in one process.",
+                f"An ensemble with experts {self._how} over processes was called from a second "
+                "thread, but every process must make the same calls in the same order. Draw from "
+                "one thread, or load the experts in one process.",
             )
 
     def any_of(self, decision: bool) -> bool:
-        """Whether any process decides so; what all of them then do."""
+        """Whether the decision is true in any process; all processes get the same answer."""
         if self._count == 1:
             return decision
         flag = torch.tensor([int(decision)], device=self._device())
@@ -52,7 +52,7 @@ class Processes:
         return bool(flag)
 
     def _device(self) -> torch.device:
-        """Where tensors have to be that the group's backend sends."""
+        """The device of tensors that the group's backend can send."""
         backend = distributed.get_backend(self._group)
         is_nccl = backend == distributed.Backend.NCCL
         return torch.device("cuda", torch.cuda.current_device()) if is_nccl else torch.device("cpu")

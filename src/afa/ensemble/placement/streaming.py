@@ -1,7 +1,7 @@
-"""Experts whose layers are kept in a file, and read one after another to run.
+"""Stream the experts' layers from a file: each layer is read when it runs.
 
-Memory then holds the few layers that run or are about to, however many experts there are. While one
-layer computes, the next ones are read.
+Memory holds only the layer that runs and the next few, however many experts there are. While one
+layer computes, a thread reads the next ones.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-_ALIGNMENT = 64  # bytes; what vector instructions like
+_ALIGNMENT = 64  # bytes, for vector instructions
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor lies among its layer's bytes."""
+    """The position of a tensor within its layer's bytes."""
 
     name: str
     dtype: torch.dtype
@@ -41,7 +41,7 @@ class _Place:
 
 @dataclass(frozen=True)
 class _Layer:
-    """Where a layer lies in the file."""
+    """The position of a layer in the file."""
 
     offset: int
     size: int
@@ -49,16 +49,16 @@ class _Layer:
 
 
 class LayerStream:
-    """A file of layers, read in the order in which they are asked for.
+    """A temporary file of layers, with read-ahead.
 
-    That order is learned from the last time: after a layer, the one that followed it is read ahead,
-    by a thread, and the one after that. The file has no name, so that nothing is left of it however
-    the process ends.
+    The order of the layers is learned from the previous pass: a thread reads the layers that
+    followed the current one last time. The file has no name, so the system removes it however the
+    process ends.
 
     Args:
-        device: where layers run.
+        device: the device on which layers run.
         ahead: how many layers are read ahead.
-        folder: on whose disk the file is; None takes the system's folder for temporary files.
+        folder: the folder of the file; None uses the system's folder for temporary files.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class LayerStream:
     ) -> None:
         self._device, self._ahead = torch.device(device), ahead
         self._folder = tempfile.gettempdir() if folder is None else str(folder)
-        #: it has no name
+        #: the temporary file, which has no name
         self.file: Any = tempfile.TemporaryFile(dir=self._folder, prefix="afa-")  # noqa: SIM115
         self._size = 0
         self._layers: dict[nn.Module, _Layer] = {}
@@ -74,7 +74,7 @@ class LayerStream:
         self._last: nn.Module | None = None
         #: the layers that are read ahead
         self.reading: OrderedDict[nn.Module, Future[dict[str, Tensor]]] = OrderedDict()
-        # a layer that lies in another one is in the file twice
+        # by tensor left in a layer: its offset and size; a nested layer is in the file twice
         self._bytes: dict[Tensor, tuple[int, int]] = {}
         #: the thread that reads ahead
         self.reader = ThreadPoolExecutor(1, thread_name_prefix="afa-layers")
@@ -83,15 +83,15 @@ class LayerStream:
     def __reduce__(self) -> NoReturn:
         raise AfaError(
             "AFA-ENSEMBLE-041",
-            "Experts whose layers are in a file cannot be copied or pickled; the copy would have "
-            "no layers. Call stop_offloading() first.",
+            "Streamed experts cannot be copied or pickled, because their layers are in a file. "
+            "Call stop_offloading() first.",
         )
 
     def add(self, layers: Iterable[nn.Module]) -> None:
-        """Move layers to the file; what is left of their parameters is a shape.
+        """Move layers to the file, and replace their parameters by tensors on the meta device.
 
         Raises:
-            AfaError: the disk has no room for them.
+            AfaError: if the disk is too small.
         """
         for layer in layers:
             if layer in self._layers:
@@ -106,9 +106,8 @@ class LayerStream:
             if free < end:
                 raise AfaError(
                     "AFA-ENSEMBLE-042",
-                    f"To stream experts, '{self._folder}' must have room for their layers; "
-                    f"{end / 1e9:.2f} GB more are needed, {free / 1e9:.2f} GB are free. Name a "
-                    "folder on another disk.",
+                    f"'{self._folder}' has {free / 1e9:.2f} GB free, but {end / 1e9:.2f} GB more "
+                    "are needed to stream the experts' layers. Name a folder on another disk.",
                 )
             entry = _Layer(self._size, end, tuple(places))
             for place in places:
@@ -125,13 +124,13 @@ class LayerStream:
                 self._bytes[left[place.name]] = where
 
     def _content(self, tensor: Tensor) -> Tensor:
-        """The bytes of a tensor that is in memory, or in the file already."""
+        """The bytes of a tensor, from memory or from the file."""
         if tensor in self._bytes:
             return self._bytes_at(*self._bytes[tensor])
         return tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
 
     def __call__(self, layer: nn.Module) -> dict[str, Tensor]:
-        """The tensors of a layer by name, on the device; of a layer that stayed, its own."""
+        """Return the tensors of a layer by name, on the device, from the file or from memory."""
         if layer not in self._layers:
             named = itertools.chain(layer.named_parameters(), layer.named_buffers())
             return {name: tensor.to(self._device) for name, tensor in named}
@@ -152,13 +151,13 @@ class LayerStream:
             wanted.append(following)
             following = self._after.get(following)
         for stale in [key for key in self.reading if key not in wanted]:
-            del self.reading[stale]  # another way was gone
+            del self.reading[stale]  # the order of the layers has changed
         for key in wanted:
             if key not in self.reading and key is not layer:
                 self.reading[key] = self.reader.submit(self.read, key)
 
     def read(self, layer: nn.Module) -> dict[str, Tensor]:
-        """The tensors of a layer by name, read from the file into memory."""
+        """Read the tensors of a layer, by name, from the file into memory."""
         entry = self._layers[layer]
         content = self._bytes_at(entry.offset, entry.size)
         return {
@@ -174,13 +173,14 @@ class LayerStream:
             if count == 0:
                 raise AfaError(
                     "AFA-ENSEMBLE-043",
-                    "The file of streamed layers has ended early; is the disk full?",
+                    "The temporary file of streamed layers is shorter than what was written. The "
+                    "disk may be full: name a folder on another disk.",
                 )
             done += count
         return content
 
     def close(self) -> None:
-        """Bring all layers back to memory, on the CPU, and give up the file."""
+        """Read all layers back into memory, on the CPU, and delete the file."""
         self.reading.clear()
         for layer in self._layers:
             _replace(layer, {name: t.clone() for name, t in self.read(layer).items()})
@@ -191,14 +191,14 @@ class LayerStream:
 
 
 def _release(reader: ThreadPoolExecutor, file: Any) -> None:
-    # the last to let go may be the reader itself, which cannot wait for its own end; and nothing
-    # is being read then, since what reads holds the stream
+    # this may run in the reader thread, which cannot wait for itself; nothing is being read then,
+    # because a running read keeps a reference to the stream
     reader.shutdown(wait=False)
     file.close()
 
 
 def _replace(layer: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Give a layer other tensors in the places of its parameters and buffers."""
+    """Replace a layer's parameters and buffers by other tensors."""
     for name, tensor in tensors.items():
         path, _, own = name.rpartition(".")
         module = layer.get_submodule(path)
