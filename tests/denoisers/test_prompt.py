@@ -9,8 +9,8 @@ import pytest
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from afa.denoisers import prompt
 from afa.denoisers.prompt import (
     PromptAttention,
     cross_attentions,
@@ -24,15 +24,22 @@ STEPS = (900, 600, 300)
 
 
 class Counter:
-    """Counts how often modules run."""
+    """Counts how often modules run, and how many of their outputs are still in memory."""
 
     def __init__(self, modules: list[nn.Module]) -> None:
         self.calls = 0
+        self._outputs: list[StorageWeakRef] = []
         for module in modules:
             module.register_forward_hook(self._count)
 
-    def _count(self, *_: Any) -> None:
+    def _count(self, _: Any, __: Any, output: Tensor) -> None:
         self.calls += 1
+        self._outputs.append(StorageWeakRef(output.untyped_storage()))
+
+    @property
+    def alive(self) -> int:
+        gc.collect()
+        return sum(not output.expired() for output in self._outputs)
 
 
 def cross_attention(**settings: Any) -> Attention:
@@ -143,37 +150,37 @@ def test_nothing_is_kept_where_gradients_are_recorded() -> None:
     for step in STEPS:
         ensemble(**{**arguments, "timestep": step}).sample.mean().backward()
     assert counter.calls == len(STEPS) * len(_experts_keys(ensemble))
-    assert arguments["encoder_hidden_states"] not in prompt._kept  # by identity
+    assert counter.alive == 0
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_what_is_kept_goes_with_the_prompt(mode: Any) -> None:
     ensemble = ensemble_of()
-    before = len(prompt._kept)
+    counter = Counter(_experts_keys(ensemble))
     with mode():
         arguments = call()
         for step in STEPS:
             ensemble(**{**arguments, "timestep": step})
-        assert (len(prompt._kept) > before) == (mode is torch.no_grad)
+        kept = len(_experts_keys(ensemble)) if mode is torch.no_grad else 0
+        assert counter.alive == kept
         del arguments
-        gc.collect()
-    assert len(prompt._kept) == before
+    assert counter.alive == 0
 
 
 @torch.no_grad()
 def test_a_single_token_is_no_leak() -> None:
     """Its part of the joined embedding is a view, which must not keep the whole alive."""
-    ensemble, before = ensemble_of(), len(prompt._kept)
-    arguments = call()
+    ensemble, arguments = ensemble_of(), call()
     arguments = {
         "sample": arguments["sample"][:1],
         "timestep": torch.tensor(5),
         "encoder_hidden_states": arguments["encoder_hidden_states"][:1, :1].clone(),
     }
+    text = StorageWeakRef(arguments["encoder_hidden_states"].untyped_storage())
     ensemble(**arguments)
     del arguments
     gc.collect()
-    assert len(prompt._kept) == before
+    assert text.expired()
 
 
 def test_the_value_is_computed_again_where_it_must() -> None:

@@ -1,7 +1,7 @@
-"""Denoiser families as coroutines, and where their sites are.
+"""Denoiser families: each architecture as a coroutine, and its sites.
 
-A new architecture is one more file with a `Family`: a coroutine of 30 to 80 lines that reads like
-the family's own forward pass, and a record of all that is to be known of it.
+To add an architecture, add a file with a `Family`: a coroutine of 30 to 80 lines that reads like
+the model's own forward pass, and a record of everything else that afa must know.
 """
 
 from afa.denoisers.architecture import check_same_architecture

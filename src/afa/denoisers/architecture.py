@@ -1,7 +1,7 @@
-"""Whether denoisers are of one architecture.
+"""Compare the architectures of denoisers by their configurations.
 
-One architecture can be written in several ways: a number for all levels or a list, a default or
-nothing, `swish` or `silu`. Configurations are compared in one form, see `canonical`.
+One architecture can be written in several ways: one number for all levels or a list, a default or
+no entry, `swish` or `silu`. Configurations are compared in a canonical form; see `canonical`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from afa.errors import AfaError
 if TYPE_CHECKING:
     from diffusers import ModelMixin
 
-# what may differ between experts of one architecture
+# entries that may differ between experts of one architecture
 _FREE_CONFIG = frozenset({"sample_size", "upcast_attention", "dropout"})
 _ACTIVATIONS = ("act_fn", "time_embedding_act_fn", "timestep_post_act", "activation_fn")
 
@@ -25,32 +25,32 @@ _ACTIVATIONS = ("act_fn", "time_embedding_act_fn", "timestep_post_act", "activat
 def difference(
     first: Mapping[str, Any], other: Mapping[str, Any], model_class: Any = None
 ) -> tuple[str, object, object] | None:
-    """The first entry of two denoisers' configurations that makes their architectures differ.
+    """Find the first entry of two configurations that makes the architectures differ.
 
     Args:
         first: the first configuration.
-        other: the other one.
-        model_class: the library's class of both, which gives the defaults; None compares the
+        other: the other configuration.
+        model_class: the diffusers class of both, which defines the defaults; None compares the
             entries as they are written.
 
-    Returns: its name and both values, as they are written, or None.
+    Returns: the entry's name and both values as they are written; None if there is none.
     """
     ours, theirs = canonical(first, model_class), canonical(other, model_class)
     for key in [*ours, *(key for key in theirs if key not in ours)]:
         same = ours.get(key) == theirs.get(key)
         if not (same or key.startswith("_") or key in _FREE_CONFIG):
             written = _tuples(first.get(key)), _tuples(other.get(key))
-            if written[0] == written[1]:  # it differs by what another entry means for it
+            if written[0] == written[1]:  # the difference comes from another entry
                 written = ours.get(key), theirs.get(key)
             return key, *written
     return None
 
 
 def check_same_architecture(first: ModelMixin, other: ModelMixin, name: str) -> None:
-    """Refuse an expert whose family or configuration differs from the first one's.
+    """Check that an expert has the first expert's family and architecture.
 
     Raises:
-        AfaError: names the first entry that differs, with both values.
+        AfaError: if not; it names the first entry that differs, with both values.
     """
     families = family_of(first), family_of(other)
     if families[0] is not families[1]:
@@ -61,18 +61,18 @@ def check_same_architecture(first: ModelMixin, other: ModelMixin, name: str) -> 
         )
     found = difference(first.config, other.config, type(first))
     if found is not None:
-        key, expected, came = found
+        key, expected, got = found
         raise AfaError(
             "AFA-MODEL-002",
-            f"Experts must share one architecture: {name} has {key} = {came}, the first expert "
+            f"Experts must share one architecture: {name} has {key} = {got}, the first expert "
             f"has {expected}. Ensemble checkpoints of one family.",
         )
 
 
 def with_defaults(model_class: Any, config: Mapping[str, Any]) -> dict[str, Any]:
-    """A model's configuration, with the library's defaults for what it leaves out.
+    """Fill in the class's defaults in a model's configuration.
 
-    Entries that the class does not take are left out, as `unknown_entries` lists them.
+    Entries that the class does not know are removed; see `unknown_entries`.
     """
     taken = inspect.signature(model_class.__init__).parameters.values()
     defaults = {p.name: p.default for p in taken if p.default is not inspect.Parameter.empty}
@@ -82,9 +82,9 @@ def with_defaults(model_class: Any, config: Mapping[str, Any]) -> dict[str, Any]
 
 
 def unknown_entries(model_class: Any, config: Mapping[str, Any]) -> list[str]:
-    """Entries that the installed class does not know and that ask for something.
+    """List the entries that the installed class does not know and that are neither None nor False.
 
-    Newer versions write entries that older ones lack; empty ones ask for nothing.
+    Newer versions of diffusers write new entries; None and False mean that they are unused.
     """
     taken = inspect.signature(model_class.__init__).parameters
     return [
@@ -95,15 +95,14 @@ def unknown_entries(model_class: Any, config: Mapping[str, Any]) -> list[str]:
 
 
 def canonical(config: Mapping[str, Any], model_class: Any = None) -> dict[str, Any]:
-    """A denoiser's configuration in the one form in which configurations are compared.
+    """Bring a denoiser's configuration into the canonical form in which architectures are compared.
 
     Args:
-        config: as a file has it, or of a model.
-        model_class: the library's class, which gives the defaults; None leaves them out.
+        config: the configuration of a file or a model.
+        model_class: the diffusers class, which defines the defaults; None adds no defaults.
 
-    Returns: the same, with tuples for lists, defaults filled in, entries that the class does not
-        know left out, and entries that it does not use for this model set to None. The library's
-        own meaning of each entry is in `diffusers.models`.
+    Returns: a copy with tuples for lists, with defaults, without entries that the class does not
+        know, and with None for entries that this model does not use.
     """
     found = dict(config) if model_class is None else with_defaults(model_class, config)
     found = {key: _tuples(value) for key, value in found.items()}
@@ -114,7 +113,7 @@ def canonical(config: Mapping[str, Any], model_class: Any = None) -> dict[str, A
         (f.canonical_config for f in families_of_class(model_class) if f.canonical_config), None
     )
     if rewrite is not None:
-        with suppress(LookupError, TypeError, ValueError):  # building it says what is wrong
+        with suppress(LookupError, TypeError, ValueError):  # building the model reports it
             rewrite(found)
     return found
 

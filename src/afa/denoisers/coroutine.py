@@ -1,4 +1,4 @@
-"""A denoiser as a coroutine: it yields its feature at every site and takes back what goes on."""
+"""Denoisers as coroutines: yield the feature of every site, continue with the one sent back."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor
 
 
 class Feature(NamedTuple):
-    """What a denoiser has computed at a site.
+    """The feature that a denoiser computed at a site.
 
-    `hidden` is [B, C, H, W], or None where the site was to be skipped; `temb` [B, T] is the
-    embedded timestep that conditions its layers.
+    `hidden` is [B, C, H, W], or None if the site is skipped. `temb` [B, T] is the timestep
+    embedding that conditions the layers.
     """
 
     site: str
@@ -23,12 +23,12 @@ class Feature(NamedTuple):
     temb: Tensor
 
 
-#: yields features, is sent the feature to go on with, returns the prediction
+#: yields features, receives the feature to continue with, returns the prediction
 Blocks = Generator[Feature, Tensor, Tensor]
 
 
 def run_alone(blocks: Blocks) -> Tensor:
-    """Send every feature straight back: the denoiser's own forward pass."""
+    """Run one denoiser and send every feature back unchanged; equals its own forward pass."""
     return run_lockstep([blocks], lambda features: features[0].hidden)
 
 
@@ -36,15 +36,15 @@ def run_lockstep(
     experts: Sequence[Blocks],
     fuse: Callable[[Sequence[Feature]], Tensor | Sequence[Tensor]],
 ) -> Tensor:
-    """Run several denoisers side by side and fuse their features at every site.
+    """Run several denoisers in lockstep and fuse their features at every site (AFA, section 3.2).
 
     Args:
-        experts: coroutines of one architecture, freshly made.
-        fuse: called at each site with one feature per expert; answers with one tensor for all of
-            them to go on with, or with a sequence of one per expert.
+        experts: newly created coroutines of one architecture.
+        fuse: called at every site with one feature per expert. It returns one tensor [B, C, H, W]
+            with which all experts continue, or a sequence with one tensor per expert.
 
-    Returns: the first expert's prediction, which is the fused one if `fuse` answered with one
-        tensor at the last site.
+    Returns: the first expert's prediction. It is the fused prediction if `fuse` returned one tensor
+        at the last site.
     """
     features = [next(expert) for expert in experts]
     while True:

@@ -1,7 +1,7 @@
 """Diffusers' `DiTTransformer2DModel` as a coroutine.
 
-`dit_blocks` reads like the library's own forward pass and calls its public submodules. Sent
-straight back, its features give the library's own output bit for bit.
+`dit_blocks` reads like diffusers' own forward pass and calls its public submodules. If features
+are sent back unchanged, the result equals diffusers' output bit for bit.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ def dit_blocks(
 ) -> Blocks:
     """Run one DiT site by site.
 
-    Sites, in order: `embed`; `block.K` after each block; `out`, the prediction, with the learned
-    variance where there is one. There is no text; what aggregators see of the class is in the
-    embedding of the timestep, to which this model adds it.
+    Sites, in order: `embed`; `block.K` after each block; `out`, the prediction, including the
+    learned variance if there is one. There is no text. Aggregators see the class only through the
+    timestep embedding, to which the model adds the class embedding.
 
     Args:
         transformer: the expert.
-        hidden_states: noisy latent [B, C, S, S]; the library takes squares alone.
+        hidden_states: noisy latent [B, C, S, S]; diffusers supports only squares.
         timestep: [B].
         class_labels: [B].
-        cross_attention_kwargs: handed to the attention processors.
-        execution: how the blocks are run.
+        cross_attention_kwargs: arguments of the attention processors.
+        execution: runs the blocks.
 
-    Yields: features [B, C, S / P, S / P].
+    Yields: features [B, C', S / P, S / P], where P is the patch size.
 
-    Returns: the prediction [B, C', S, S].
+    Returns: the prediction [B, C'', S, S], with twice the channels if it includes the variance.
     """
     patch = transformer.config.patch_size
     height, width = (side // patch for side in hidden_states.shape[-2:])
@@ -87,7 +87,7 @@ def dit_blocks(
 
 
 def dit_example(transformer: DiTTransformer2DModel) -> dict[str, Any]:
-    """The smallest complete input of this transformer's forward pass, on the meta device."""
+    """The smallest complete arguments of this transformer's forward pass, on the meta device."""
     config = transformer.config
     side = config.patch_size * 2
     return {
@@ -100,7 +100,7 @@ def dit_example(transformer: DiTTransformer2DModel) -> dict[str, Any]:
 def _split(
     model: Any, arguments: Mapping[str, Any], widths: Widths, count: int
 ) -> list[dict[str, Any]]:
-    """The same for all: a class has no embedding outside of the experts."""
+    """Give all experts the same arguments; each embeds the class itself."""
     del model, widths
     return [dict(arguments)] * count
 

@@ -1,4 +1,4 @@
-"""How the layers of an expert are run: kept or computed again, where they are or brought over."""
+"""How an expert's layers run: with or without checkpointing, offloading and skipped sites."""
 
 from __future__ import annotations
 
@@ -18,17 +18,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Execution:
-    """What a coroutine calls its expert's layers through.
+    """Runs an expert's layers for its coroutine.
 
     Attributes:
-        checkpoints: whether, for a backward pass, only what goes in and out of a segment is kept,
-            and the rest computed again (Chen et al., 2016, arXiv 1604.06174). A segment is what
-            lies between two sites.
-        device: where layers are run, if they are brought there one at a time; None runs them where
-            they are. What was brought is let go of after the segment, in the forward pass and in
-            the backward pass.
-        source: gives the tensors of a layer on that device, by name; None copies the layer's own.
-        skipped: sites whose features nobody asks of this expert: what leads there is not run.
+        checkpoints: whether gradient checkpointing is on (Chen et al., 2016, arXiv 1604.06174): for
+            the backward pass, only the inputs of a segment are stored, and the segment is computed
+            again. A segment is the computation between two sites.
+        device: the device to which layers are copied one at a time to run; None runs each layer
+            where it is. The copies are freed after the segment, also in the backward pass.
+        source: returns the tensors of a layer by name, on that device; None copies the layer's own.
+        skipped: sites whose features are not needed from this expert; their segments do not run.
     """
 
     checkpoints: bool = False
@@ -37,16 +36,16 @@ class Execution:
     skipped: Collection[str] = frozenset()
 
     def segment(self, site: str, function: Callable[..., Any], *inputs: Any) -> Any:
-        """Run a function of tensors that leads to a site; None where that site is skipped."""
+        """Run a function of tensors that computes a site's feature; None if the site is skipped."""
         if site in self.skipped:
             return None
         if self.checkpoints and torch.is_grad_enabled():
-            # experts are frozen and in evaluation mode: there is no random state to bring back
+            # experts are frozen and in evaluation mode, so there is no random state to restore
             return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
         return function(*inputs)
 
     def run(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Call a layer."""
+        """Call a layer, on the execution device if one is set."""
         if self.device is None:
             return layer(*args, **kwargs)
         if self.source is not None:
@@ -59,12 +58,12 @@ class Execution:
 def move_all_but(
     expert: nn.Module, layers: Iterable[nn.Module], device: torch.device | str
 ) -> None:
-    """Bring what is not of these layers to a device."""
+    """Move all parameters and buffers of an expert, except those of these layers, to a device."""
     kept = {id(parameter) for layer in layers for parameter in layer.parameters()}
     for tensor in itertools.chain(expert.parameters(), expert.buffers()):
         if id(tensor) not in kept:
             tensor.data = tensor.data.to(device)
 
 
-#: every layer where it is, all kept
+#: every layer where it is, without checkpointing or skipping
 PLAIN = Execution()

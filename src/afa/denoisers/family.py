@@ -1,8 +1,8 @@
-"""The record of one family of denoisers, and how experts' texts travel in one call.
+"""The record of a family of denoisers, and the split of concatenated text embeddings by expert.
 
-A *family* is an architecture: one class of denoiser and its coroutine. A *pipeline kind* is what
-checkpoints with a denoiser of that family are published as: stock pipelines with certain text
-encoders. Stable Diffusion and Stable Diffusion XL are two kinds of one family, the U-Net.
+A *family* is an architecture: one class of denoiser and its coroutine. A *pipeline kind* is a group
+of stock pipelines in which checkpoints of a family are published, with certain text encoders.
+Stable Diffusion and Stable Diffusion XL are two kinds of one family, the U-Net.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ if TYPE_CHECKING:
     from afa.denoisers.coroutine import Blocks
     from afa.denoisers.original_names import OriginalName
 
-    #: of tensors, by name
+    #: shapes of tensors, by name
     Shapes = Mapping[str, tuple[int, ...]]
-    #: tensors by name, each with an entry per sample
+    #: tensors by name, whose first dimension is the batch
     Conditions = Mapping[str, Tensor]
 
-#: what stock pipelines call their denoiser
+#: the name of the denoiser among a stock pipeline's components
 Component = Literal["unet", "transformer"]
 COMPONENTS: tuple[Component, ...] = get_args(Component)
-#: of an autoencoder's tensors in single files
+#: prefixes of an autoencoder's tensors in single files
 VAE_PREFIXES = ("first_stage_model.", "vae.")
 
 
 @dataclass(frozen=True)
 class Widths:
-    """Widths of what one expert's text encoders give, one number for each encoder.
+    """Embedding widths of one expert's text encoders, one number per encoder.
 
-    A pipeline runs each of its text encoders once, for all experts, and concatenates: [encoder 1 of
-    all experts | encoder 2 of all experts | ...].
+    A pipeline runs each text encoder once for all experts and concatenates the embeddings on the
+    last axis: [encoder 1 of all experts | encoder 2 of all experts | ...].
 
     Attributes:
-        text: of the embedding of every token.
-        pooled: of the embedding of the text as a whole; empty where there is none.
-        num_clip_tokens: of Stable Diffusion 3, whose text is tokens of its first two encoders and
-            then tokens of its third.
+        text: widths of the token embeddings.
+        pooled: widths of the pooled text embeddings; empty if there are none.
+        num_clip_tokens: for Stable Diffusion 3, the number of tokens of its two CLIP encoders,
+            which come before the tokens of its T5 encoder.
     """
 
     text: tuple[int, ...]
@@ -56,18 +56,18 @@ class Widths:
 
 
 class Ambiguous(AfaError):
-    """Several models look alike, and guessing would draw noise."""
+    """A single file fits several models, and a wrong guess would draw noise."""
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """How denoisers of one kind of pipeline are told what to draw.
+    """How one kind of pipeline encodes prompts and passes them to its denoiser.
 
     Attributes:
-        encode: a pipeline's conditions for captions, as the pipeline itself would make them. The
-            empty caption stands for no prompt.
-        predict: from a pipeline (for its configuration), its denoiser as it is called, noisy
-            latents [B, C, H, W], timesteps [B] and conditions: a prediction [B, C, H, W].
+        encode: a function of a pipeline and captions that returns the conditions, as the pipeline
+            itself makes them. An empty caption means no prompt.
+        predict: a function of a pipeline (for its configuration), a denoiser, noisy latents
+            [B, C, H, W], timesteps [B] and conditions that returns a prediction [B, C, H, W].
     """
 
     encode: Callable[[Any, list[str]], dict[str, Tensor]]
@@ -76,14 +76,14 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class FileDenoiser:
-    """The denoiser that a single file holds.
+    """The denoiser in a single file.
 
     Attributes:
-        shapes: of its tensors, by name without the prefix that all of them have.
+        shapes: the shapes of its tensors, by name without their common prefix.
         is_diffusers: whether the names are those of diffusers, not of the original code.
         source: the file, for errors.
-        predicts: its prediction type, where the file or the user says it.
-        has_zero_snr: whether the file says that it was trained to zero terminal SNR.
+        predicts: its prediction type, if the file or the user states it.
+        has_zero_snr: whether the file states that it was trained with zero terminal SNR.
     """
 
     shapes: Shapes
@@ -93,29 +93,29 @@ class FileDenoiser:
     has_zero_snr: bool = False
 
     def size(self, name: str, dimension: int) -> int:
-        """One dimension of a tensor; 0 where there is none."""
+        """The size of one dimension of a tensor; 0 if there is no such tensor or dimension."""
         shape = self.shapes.get(name, ())
         return shape[dimension] if len(shape) > dimension else 0
 
 
 @dataclass(frozen=True)
 class SingleFiles:
-    """How single files of one kind of pipeline look.
+    """The layout of single files of one kind of pipeline.
 
     Attributes:
-        configuration: tells the configuration of a file's model: the name of a shipped one, or a
-            pipeline folder. Raises `AfaError` for an unusual model, `Ambiguous` where no tensor
-            tells two models apart.
-        parts: prefixes of the tensors of every part besides the denoiser.
-        original: tensors, or with a point at the end roots of tensors, by which a denoiser in the
-            layout of the original code is told; empty where files are in no such layout.
+        configuration: a function of the file's denoiser that returns the name of a bundled
+            configuration, or a pipeline folder. It raises `AfaError` for an unknown model, and
+            `Ambiguous` if the tensors fit several models.
+        parts: by component, the prefixes of its tensors; without the denoiser.
+        original: names of tensors, or prefixes that end with a dot, that identify a denoiser in the
+            layout of the original code; empty if there is no such layout.
         diffusers: the same for the layout of diffusers.
-        common_names: what people call text encoders that files leave out.
-        optional: text encoders that many files leave out, which then draw without them.
-        blocks: for messages: a regular expression of the start of the names of the tensors of one
-            block, and what people call these blocks.
-        convert: from tensors in the layout of the original code, the denoiser's configuration and
-            the pipeline's folder to the state dict; None takes diffusers' own conversion.
+        common_names: the usual names of text encoders that files lack, for messages.
+        optional: text encoders that many files lack and without which the pipeline also draws.
+        blocks: for messages, a regular expression of the start of a block's tensor names -> the
+            usual name of these blocks.
+        convert: a function of tensors in the original layout, the denoiser's configuration and the
+            pipeline's folder that returns the state dict; None uses diffusers' conversion.
     """
 
     configuration: Callable[[FileDenoiser], str | Path]
@@ -130,29 +130,28 @@ class SingleFiles:
 
 @dataclass(frozen=True, eq=False)
 class PipelineKind:
-    """One kind of stock pipeline, as checkpoints of a family are published.
+    """A kind of stock pipeline in which checkpoints of a family are published.
 
     Attributes:
-        name: as users call it.
-        pipelines: classes that draw from a prompt alone: of diffusers by name, or of any package.
-        others: those that take a picture besides.
-        text: the text encoders whose embeddings of tokens are concatenated, in order.
-        pooled: those whose embeddings of the text as a whole are.
-        conditioning: how a prompt is encoded and passed, for training; None cannot be trained.
-        single_files: how single files look; None reads pipeline folders only.
-        latent_channels: of the picture that a denoiser's configuration says it takes.
-        patch: side of the patches of a latent that it works in, likewise.
-        call: what a pipeline has to be told so that a picture has the size that is asked for.
-        gives_latent: whether text-to-image denoisers give exactly the latent's channels; others may
-            give a variance besides, or pack the latent.
-        sample_size: side of the latents of pictures that a denoiser was made for, where its
-            configuration does not say it.
-        padded_text: the entry of a denoiser's configuration to whose width the pipeline pads the
-            tokens of its CLIP encoders before those of T5; None where it concatenates widths.
-        shares_length: whether the length of `tokenizer` limits the texts of other tokenizers too.
-        prepare: what the pipelines do to a prompt before they tokenize it.
-        takes_negative: whether pipelines read a negative prompt by default.
-        family: that lists it among its `pipelines`.
+        name: the name that users know.
+        pipelines: text-to-image pipelines: names of diffusers classes, or classes of any package.
+        others: names of diffusers pipelines that also take an initial picture.
+        text: text encoders whose token embeddings are concatenated, in order.
+        pooled: text encoders whose pooled embeddings are concatenated, in order.
+        conditioning: how prompts are encoded and passed to the denoiser; None rules out training.
+        single_files: the layout of single files; None means that there are only pipeline folders.
+        latent_channels: a function of the denoiser's configuration: the channels of the latent.
+        patch: a function of the denoiser's configuration: the side of its patches of a latent.
+        call: arguments of the pipeline's call that keep the requested size and the prompt.
+        gives_latent: whether text-to-image denoisers output exactly the latent's channels; others
+            may also output a variance, or pack the latent.
+        sample_size: the side of the native latents if the configuration has no `sample_size`.
+        padded_text: the configuration entry of the width to which the pipeline pads the tokens of
+            the CLIP encoders, before the T5 tokens; None if it concatenates widths instead.
+        shares_length: whether the maximum length of `tokenizer` also limits the other tokenizers.
+        prepare: how the pipelines change a prompt before they tokenize it.
+        takes_negative: whether the pipelines use a negative prompt by default.
+        family: the family that lists this kind in `pipelines`.
     """
 
     name: str
@@ -175,33 +174,38 @@ class PipelineKind:
 
     @property
     def denoiser(self) -> Component:
-        """The name of the denoiser among a pipeline's parts."""
+        """The component name of the denoiser, `unet` or `transformer`."""
         return self.family.component
 
     @property
     def file_parts(self) -> tuple[str, ...]:
-        """The parts with weights that single files may hold, the denoiser first."""
+        """The components with weights that single files may contain, the denoiser first."""
         files = self.single_files
         return () if files is None else (self.denoiser, *files.parts)
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The names of its pipelines' classes, those that draw from a prompt alone first."""
+        """The names of its pipeline classes, text-to-image pipelines first."""
         own = (each if isinstance(each, str) else each.__name__ for each in self.pipelines)
         return (*own, *self.others)
 
     def pipeline_class(self, class_name: str) -> Any:
-        """The class of one of its pipelines."""
+        """The class of one of its pipelines, by name."""
         import diffusers
 
         given = {each.__name__: each for each in self.pipelines if isinstance(each, type)}
         return given.get(class_name) or getattr(diffusers, class_name)
 
     def class_for(self, class_name: str, denoiser: Any, encoders: Collection[str]) -> str:
-        """The class of an ensemble of experts that name this one: from a prompt, if that can be.
+        """Choose an ensemble's pipeline class: text-to-image if the experts support it.
 
-        It cannot where the denoiser takes another picture beside the latent, as those for
-        inpainting, or where a text encoder is left out, as in the refiner of Stable Diffusion XL.
+        They do not if the denoiser also takes a picture, as for inpainting, or if a text encoder is
+        missing, as in the refiner of Stable Diffusion XL; then the experts' own class is kept.
+
+        Args:
+            class_name: the experts' own pipeline class.
+            denoiser: an expert.
+            encoders: the names of the text encoders that the experts have.
         """
         config = denoiser.config
         is_whole = self.latent_channels(config) == (config.get("out_channels") or 0)
@@ -211,12 +215,12 @@ class PipelineKind:
         return self.class_names[0]
 
     def native_size(self, config: Mapping[str, Any]) -> tuple[int, int]:
-        """Height and width of the latents that a denoiser of this configuration was made for."""
+        """Height and width of the latents for which a denoiser of this configuration was made."""
         size = config.get("sample_size") or self.sample_size
         return (size, size) if isinstance(size, int) else (size[0], size[1])
 
     def widths(self, encoders: Mapping[str, PreTrainedModel], num_clip_tokens: int) -> Widths:
-        """What the text encoders of one expert give; those that are left out are not counted."""
+        """The embedding widths of one expert's text encoders; missing encoders do not count."""
         return Widths(
             tuple(encoders[name].config.hidden_size for name in self.text if name in encoders),
             tuple(_pooled_width(encoders[name]) for name in self.pooled if name in encoders),
@@ -231,39 +235,41 @@ def _pooled_width(encoder: Any) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """How one family of denoisers is taken apart, and what is published with it.
+    """Everything that afa knows of one architecture: its coroutine, inputs, names and pipelines.
 
     Attributes:
-        name: as saved ensembles have it.
-        model_class: the library's.
-        output_class: of its predictions.
-        blocks: the coroutine; takes the model and the arguments of its forward pass by name, and an
-            `execution` through which it runs the modules of `layers`, and all others as they are.
-        layers: the large modules, in order.
-        check: refuses a model that `blocks` does not know.
-        example: the smallest complete arguments, on the meta device.
-        widths: of the texts that a model takes.
-        split: the arguments of each of N experts, from a model, those of the ensemble, and widths.
-        attention_kwargs: the argument that may have a LoRA's `scale`.
-        text_mask: the argument that says which tokens of a text count; None where all do.
-        is_residual: whether every block adds to its input, on one grid.
+        name: the name in saved ensembles.
+        model_class: the denoiser's class.
+        output_class: the class of its output, with the attribute `sample`.
+        blocks: the coroutine. It takes the model, the arguments of its forward pass by name, and an
+            `execution` through which it runs the modules of `layers`.
+        layers: a function of a model that lists its large modules, in order.
+        check: raises AfaError for a model that `blocks` does not support.
+        example: a function of a model that returns its smallest complete arguments, on the meta
+            device.
+        widths: a function of a model that returns the embedding widths of its texts.
+        split: a function of a model, an ensemble's arguments, the widths and N that returns the
+            arguments of each expert.
+        attention_kwargs: the argument that may contain a LoRA's `scale`.
+        text_mask: the argument with the mask of the text's tokens; None if all tokens count.
+        is_residual: whether every block adds to its input, at one resolution.
         prompt: the argument that stays the same object in a denoising loop.
-        batches_guidance: whether pipelines with guidance compute both halves in one batch; those of
-            Flux have none, or one after the other.
-        timestep_divisor: what pipelines divide their scheduler's timesteps by before they call the
+        batches_guidance: whether pipelines compute both halves of guidance in one batch; those of
+            Flux have no guidance, or compute the halves one after the other.
+        timestep_divisor: pipelines divide the scheduler's timesteps by this before they call the
             denoiser; see `afa.denoisers.timesteps`.
-        latent: the argument that is the noisy latent.
-        component: what stock pipelines call the denoiser.
-        repeated_blocks: classes of blocks that a model has many of, each of which compiles as one.
-        original_blocks: roots of tensor names that this family alone has in the original code.
-        library_blocks: the same for the library's names.
-        original_layers: from the library's names of layers to pairs of the original code's name and
-            the layers that it joins, for LoRAs; None knows the library's names alone.
-        canonical_config: brings a configuration, with defaults filled in, into the one form in
-            which architectures are compared; changes it in place.
-        variant: the words of people for the model whose denoiser has these tensors, named as in
-            either layout without a prefix; None of tensors that are no such denoiser's.
-        pipelines: the kinds of pipelines that have such a denoiser.
+        latent: the argument with the noisy latent.
+        component: the name of the denoiser in stock pipelines, `unet` or `transformer`.
+        repeated_blocks: classes of repeated blocks, which are compiled one by one.
+        original_blocks: starts of tensor names that only this family has in the original code.
+        library_blocks: the same for the names in diffusers.
+        original_layers: a function of the layer names in diffusers that yields pairs of a name in
+            the original code and the layers that it joins, for LoRAs; None if there are no others.
+        canonical_config: brings a configuration with defaults into the form in which architectures
+            are compared, in place.
+        variant: a function of tensor shapes (names in either layout, without a prefix) that returns
+            the usual name of the model; None if the tensors are not from this family.
+        pipelines: the kinds of pipelines with such a denoiser.
     """
 
     name: str
@@ -293,41 +299,42 @@ class Family:
 
     def __post_init__(self) -> None:
         for kind in self.pipelines:
-            if not hasattr(kind, "family"):  # a copy of a family keeps the kinds of the first
+            if not hasattr(kind, "family"):  # a copied family leaves the kinds with the original
                 object.__setattr__(kind, "family", self)
 
 
 def split_joined(what: str, joined: Tensor, widths: Sequence[int], count: int) -> list[Tensor]:
-    """One tensor [..., D] for each of N experts.
+    """Split a concatenated embedding into one tensor [..., D] for each of N experts.
 
     Args:
-        what: for the error.
-        joined: [..., D], the same for all, or [..., N * D], part by part that of all experts.
-        widths: of the parts; their sum is D.
+        what: the name of the embedding, for the error.
+        joined: [..., D], one embedding for all experts, or [..., N * D], for each part in turn the
+            embeddings of all experts.
+        widths: the widths of the parts; their sum is D.
         count: N.
 
     Raises:
-        AfaError: another width.
+        AfaError: if the last axis is neither D nor N * D.
     """
-    width, came = sum(widths), joined.shape[-1]
-    if came == width:
+    width, got = sum(widths), joined.shape[-1]
+    if got == width:
         return [joined] * count
-    if came != width * count:
+    if got != width * count:
         raise AfaError(
             "AFA-MODEL-003",
             f"The {what} must be {width} wide (one for all experts) or {count} x {width} (one per "
-            f"expert, concatenated), came {came}. Use the pipeline's own text encoder.",
+            f"expert, concatenated); got {got}. Use the pipeline's own text encoder.",
         )
     parts = joined.split([w * count for w in widths], dim=-1)
     per_expert = zip(*(part.chunk(count, dim=-1) for part in parts), strict=True)
     if len(parts) == 1:
-        # contiguous, or matrix products round differently from the expert's alone
+        # contiguous, because matrix products of strided inputs may round differently
         return [own.contiguous() for (own,) in per_expert]
     return [torch.cat(own, dim=-1) for own in per_expert]
 
 
 def split_text(arguments: Mapping[str, Any], widths: Widths, count: int) -> list[dict[str, Any]]:
-    """The arguments of N experts whose call has `encoder_hidden_states`."""
+    """Split `encoder_hidden_states` of an ensemble's arguments; returns those of N experts."""
     texts = split_joined("text embedding", arguments["encoder_hidden_states"], widths.text, count)
     return [{**arguments, "encoder_hidden_states": text} for text in texts]
 
@@ -335,7 +342,7 @@ def split_text(arguments: Mapping[str, Any], widths: Widths, count: int) -> list
 def split_pooled(
     per_expert: list[dict[str, Any]], pooled: Tensor, widths: Widths
 ) -> list[dict[str, Any]]:
-    """The same arguments with each expert's own `pooled_projections`."""
+    """Add each expert's own part of the pooled text embedding as `pooled_projections`."""
     parts = split_joined("pooled text embedding", pooled, widths.pooled, len(per_expert))
     return [
         {**own, "pooled_projections": part} for own, part in zip(per_expert, parts, strict=True)

@@ -1,7 +1,7 @@
 """Diffusers' `FluxTransformer2DModel` as a coroutine.
 
-`flux_blocks` reads like the library's own forward pass and calls its public submodules. Sent
-straight back, its features give the library's own output bit for bit.
+`flux_blocks` reads like diffusers' own forward pass and calls its public submodules. If features
+are sent back unchanged, the result equals diffusers' output bit for bit.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ if TYPE_CHECKING:
     from afa.denoisers.family import Conditions, Shapes
     from afa.denoisers.original_names import OriginalName
 
-_GUIDANCE = 3.5  # of models that were distilled with it; what their pipelines take by default
+_GUIDANCE = 3.5  # the default of the pipelines of guidance-distilled models
 _BLOCKS = {
     "transformer_blocks": "FluxTransformerBlock",
     "single_transformer_blocks": "FluxSingleTransformerBlock",
 }
-#: of the library's `FluxPipeline`; the model multiplies by it again
+#: `FluxPipeline` divides timesteps by this, and the model multiplies by it again
 _TIMESTEP_DIVISOR = 1000
 
 
@@ -71,42 +71,42 @@ def flux_blocks(
     *,
     execution: Execution = PLAIN,
 ) -> Blocks:
-    """Run one transformer of Flux site by site.
+    """Run one Flux transformer site by site.
 
-    Sites, in order: `embed`; `double.K` and `double.K.text` for the streams of image and text after
-    each double-stream block; `single.K` and `single.K.text` after each single-stream block, where
-    the last one's text is used no more and is no site; `out`, the packed prediction. The paper
-    (AFA, appendix on transformers) leaves open what becomes of the text; here its stream is fused
-    like the image's, at sites of its own, since it differs between experts after the first block.
+    Sites, in order: `embed`; `double.K` and `double.K.text` for the image and text streams after
+    each double-stream block; `single.K` and `single.K.text` after each single-stream block, but
+    without the text of the last one, which is not used; `out`, the packed prediction. The paper
+    (AFA, appendix on transformers) does not say how the text stream is fused. Here it is fused like
+    the image stream, at its own sites, because it differs between experts after the first block.
     ControlNet residuals are added after a site.
 
     Args:
         transformer: the expert.
-        hidden_states: packed noisy latent [B, H * W, C]; the grid is that of `img_ids`.
-        encoder_hidden_states: embedding of the text [B, L, D].
-        pooled_projections: embedding of the text as a whole [B, D'].
+        hidden_states: packed noisy latent [B, H * W, C]; `img_ids` defines its grid.
+        encoder_hidden_states: text embedding [B, L, D].
+        pooled_projections: pooled text embedding [B, D'].
         timestep: [B], from 0 to 1.
-        img_ids: [H * W, 3].
-        txt_ids: [L, 3].
-        guidance: the guidance scale [B], of models that were distilled with it.
-        joint_attention_kwargs: handed to the attention processors; IP-Adapter images.
-        controlnet_block_samples: ControlNet's, for the double-stream blocks.
-        controlnet_single_block_samples: likewise for the single-stream blocks.
-        controlnet_blocks_repeat: whether those are taken in turns.
-        execution: how the blocks are run.
+        img_ids: position ids of the image tokens [H * W, 3].
+        txt_ids: position ids of the text tokens [L, 3].
+        guidance: the guidance scale [B], for guidance-distilled models.
+        joint_attention_kwargs: arguments of the attention processors; IP-Adapter images.
+        controlnet_block_samples: a ControlNet's residuals for the double-stream blocks.
+        controlnet_single_block_samples: the same for the single-stream blocks.
+        controlnet_blocks_repeat: whether the blocks use the double-stream residuals in turn.
+        execution: runs the blocks.
 
-    Yields: features [B, C, H, W] of the image, [B, C, L, 1] of the text.
+    Yields: features [B, C, H, W] of the image and [B, C, L, 1] of the text.
 
     Returns: the packed prediction [B, H * W, C].
 
     Raises:
-        AfaError: `joint_attention_kwargs` has a LoRA `scale`, which only a model as a whole can
-            apply, or the tokens are not those of one image.
+        AfaError: if `joint_attention_kwargs` has a LoRA `scale`, which only the ensemble can apply,
+            or the image tokens do not fill one rectangle.
     """
     attention_kwargs = own_attention_kwargs(joint_attention_kwargs)
     positions = img_ids
     img_ids, txt_ids = (ids[0] if ids.ndim == 3 else ids for ids in (img_ids, txt_ids))
-    # asked once: to read positions, the processor has to wait for a GPU
+    # cached, because reading the positions makes the CPU wait for the GPU
     height, width = once_per_prompt(positions, grid_of, lambda: grid_of(img_ids))
 
     hidden = transformer.x_embedder(hidden_states)
@@ -160,27 +160,27 @@ def flux_blocks(
 
 
 def _interval(blocks: Any, residuals: Sequence[Tensor]) -> int:
-    """How many blocks one residual of a ControlNet is for: the quotient, rounded up."""
+    """The number of consecutive blocks that share one ControlNet residual, rounded up."""
     return -(-len(blocks) // len(residuals))
 
 
 def own_attention_kwargs(given: dict[str, Any] | None) -> dict[str, Any]:
-    """A copy that may be changed.
+    """Copy attention arguments, so that they can be changed.
 
     Raises:
-        AfaError: it has a LoRA `scale`.
+        AfaError: if they contain a LoRA `scale`.
     """
     if given and "scale" in given:
         raise AfaError(
             "AFA-MODEL-004",
-            "A LoRA scale must be applied to the whole model, came as an attention argument of a "
-            "coroutine. Call the ensemble, which applies it to every expert.",
+            "joint_attention_kwargs of a coroutine must not contain a LoRA scale. Call the "
+            "ensemble, which applies the scale to every expert.",
         )
     return dict(given or {})
 
 
 def flux_example(transformer: FluxTransformer2DModel) -> dict[str, Any]:
-    """The smallest complete input of this transformer's forward pass, on the meta device."""
+    """The smallest complete arguments of this transformer's forward pass, on the meta device."""
     config = transformer.config
     example = {
         "hidden_states": torch.empty(1, 4, config.in_channels, device="meta"),
@@ -249,7 +249,7 @@ def _predict(
 
 
 def _configuration(file: FileDenoiser) -> str:
-    """A Flux without guidance is taken for schnell; a dev that lost it looks the same."""
+    """Choose dev or schnell by the guidance layers; a dev model without them looks like schnell."""
     guidance, first = "guidance_in.in_layer", "img_in.weight"
     if file.is_diffusers:
         guidance, first = "time_text_embed.guidance_embedder.linear_1", "x_embedder.weight"
@@ -257,11 +257,11 @@ def _configuration(file: FileDenoiser) -> str:
     width = file.size(first, 1)
     is_other = any("distilled_" in key for key in file.shapes)
     if width != 64 or is_other:
-        what = "guidance layers of its own" if is_other else f"{width} channels in"
+        what = "distilled guidance layers" if is_other else f"{width} input channels instead of 64"
         raise AfaError(
             "AFA-MODEL-005",
-            f"'{file.source}' must be described: it has {what}, where {name} has 64 channels and "
-            "none. Name a diffusers folder of its kind, config=FOLDER.",
+            f"'{file.source}' has {what}, which no bundled configuration of Flux describes. Name a "
+            "diffusers folder of the same architecture: config=FOLDER.",
         )
     return name
 
@@ -304,7 +304,7 @@ _FLUX_DOUBLE = {
     "img_attn.norm.key_norm": "attn.norm_k",
     "txt_attn.norm.query_norm": "attn.norm_added_q",
     "txt_attn.norm.key_norm": "attn.norm_added_k",
-    # XLabs, after `.processor` is taken out
+    # XLabs, without `.processor`
     "proj_lora1": "attn.to_out.0",
     "proj_lora2": "attn.to_add_out",
     "qkv_lora1": "attn.to_q attn.to_k attn.to_v",
@@ -323,7 +323,7 @@ _FLUX_SINGLE = {
 
 
 def flux_layer_names(layers: list[str]) -> Iterator[OriginalName]:
-    """The layers under the names of the original code and of XLabs."""
+    """Yield the layers with their names in the original code and in XLabs' code."""
     known = set(layers)
     yield from outside(_FLUX, known)
     yield from joined_blocks("double_blocks", "transformer_blocks", _FLUX_DOUBLE, known)

@@ -1,7 +1,6 @@
-"""Stock pipelines by their kind: which there are, which one a pipeline is of, and building one.
+"""Kinds of stock diffusers pipelines: list them, find the kind of a pipeline, build a pipeline.
 
-Pipelines stay the library's own; what an ensemble adds is a denoiser and text encoders that stand
-for those of all experts.
+Pipelines keep their diffusers class. An ensemble only replaces the denoiser and the text encoders.
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ def kinds() -> list[PipelineKind]:
 
 
 def kind_of(class_name: str, source: object) -> PipelineKind:
-    """The kind that a pipeline's class is of.
+    """Find the kind of a pipeline class.
 
     Args:
-        class_name: as `model_index.json` has it.
-        source: for the error.
+        class_name: the class name in `model_index.json`.
+        source: the name of the pipeline, for the error.
 
     Raises:
-        AfaError: none.
+        AfaError: if no kind has this class.
     """
     known = kinds()
     for kind in known:
@@ -45,13 +44,13 @@ def kind_of(class_name: str, source: object) -> PipelineKind:
     names = ", ".join(kind.name for kind in known)
     raise AfaError(
         "AFA-MODEL-006",
-        f"An expert must be a pipeline of {names}; '{source}' is a {class_name}. Other families "
-        "are not supported yet.",
+        f"'{source}' is a {class_name}, which is not supported. An expert must be a pipeline of "
+        f"{names}.",
     )
 
 
 def kind_of_pipeline(pipeline: DiffusionPipeline) -> PipelineKind:
-    """The kind of a pipeline that is there already."""
+    """The kind of a loaded pipeline."""
     return kind_of(type(pipeline).__name__, "the pipeline")
 
 
@@ -62,45 +61,45 @@ def denoiser_of(pipeline: DiffusionPipeline) -> Any:
 
 
 def component_in(names: Container[str]) -> Component:
-    """What the denoiser is called among the parts of a pipeline that have these names."""
+    """The component name of the denoiser, `unet` or `transformer`, among component names."""
     return next((name for name in COMPONENTS if name in names), COMPONENTS[-1])
 
 
 def conditioning_of(pipeline: Any) -> Conditioning:
-    """How the denoiser of a pipeline is told what to draw.
+    """How prompts are encoded and passed to the denoiser of a pipeline, for training.
 
     Raises:
-        AfaError: its kind has none, and cannot be trained.
+        AfaError: if the pipeline's kind has no prompts, and so cannot be trained.
     """
     kind = kind_of_pipeline(pipeline)
     if kind.conditioning is None:
         raise AfaError(
             "AFA-MODEL-007",
-            f"Training needs a model that draws from a prompt; a {kind.name} pipeline does not. "
-            "Train aggregators for experts of another family.",
+            f"A {kind.name} pipeline does not draw from prompts, which training needs. Train "
+            "aggregators for experts of another family.",
         )
     return kind.conditioning
 
 
 def options_of(pipeline: Any) -> dict[str, Any]:
-    """What a pipeline is told besides its parts, as `force_zeros_for_empty_prompt`; its class."""
-    told = {
+    """A pipeline's class and its options besides components: `force_zeros_for_empty_prompt`, ..."""
+    options = {
         key: value
         for key, value in pipeline.config.items()
         if not key.startswith("_") and not isinstance(value, list | tuple)
     }
-    return {"class": type(pipeline).__name__, **told}
+    return {"class": type(pipeline).__name__, **options}
 
 
 def build_pipeline(
     class_name: str, parts: Mapping[str, Any], options: Mapping[str, Any]
 ) -> DiffusionPipeline:
-    """A stock pipeline of these parts, without what it may have besides, as a safety checker.
+    """Build a stock pipeline from components, without optional ones such as a safety checker.
 
     Args:
-        class_name: the library's.
-        parts: by the names of the class's arguments.
-        options: more arguments; those that the class does not take are left out.
+        class_name: the name of the pipeline class in diffusers.
+        parts: components by their names in the class's constructor.
+        options: further arguments; those that the class does not have are ignored.
     """
     pipeline_class = kind_of(class_name, "the pipeline").pipeline_class(class_name)
     taken = inspect.signature(pipeline_class.__init__).parameters

@@ -1,8 +1,8 @@
-"""Layers of transformers under the names that the original codes have for them.
+"""Names of transformers' layers in the models' original code.
 
-One of their layers may join what are several layers in the library (`qkv`), and has scale and
-shift of the last modulation the other way round, as the library's converters of single files say
-(`diffusers.loaders.single_file_utils`).
+One layer of the original code may join several layers of diffusers (`qkv`). In the last modulation,
+scale and shift are in the opposite order; see the converters for single files in
+`diffusers.loaders.single_file_utils`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    #: a name in the original code, and the layers of the library that it joins
+    #: a layer's name in the original code, and the rows of the diffusers layers that it joins
     OriginalName = tuple[str, tuple["Rows", ...]]
 
 _LAST = "final_layer.adaLN_modulation.1"
@@ -21,11 +21,11 @@ _LAST = "final_layer.adaLN_modulation.1"
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a named layer that are one layer of the library, in order.
+    """The part of an original layer that is one layer of diffusers.
 
     Attributes:
-        layer: the library's name.
-        is_swapped: whether the two halves of the rows are the other way round.
+        layer: the name in diffusers.
+        is_swapped: whether the two halves of the rows are in the opposite order.
     """
 
     layer: str
@@ -33,11 +33,11 @@ class Rows:
 
 
 def outside(table: dict[str, str], known: set[str]) -> Iterator[OriginalName]:
-    """The layers outside of the blocks that a model has.
+    """Yield the layers outside the blocks that a model has.
 
     Args:
-        table: the original code's name -> the library's.
-        known: the library's names of the model's layers.
+        table: name in the original code -> name in diffusers.
+        known: the names of the model's layers in diffusers.
     """
     for name, layer in table.items():
         if layer in known:
@@ -49,13 +49,13 @@ def outside(table: dict[str, str], known: set[str]) -> Iterator[OriginalName]:
 def joined_blocks(
     theirs: str, ours: str, table: dict[str, str], known: set[str]
 ) -> Iterator[OriginalName]:
-    """The layers of a model's blocks.
+    """Yield the layers of a model's blocks.
 
     Args:
-        theirs: root of the names of all blocks in the original code.
-        ours: the same in the library.
-        table: name in a block in the original code -> the library's names, with spaces between.
-        known: the library's names of the model's layers.
+        theirs: the start of the blocks' names in the original code.
+        ours: the start of the blocks' names in diffusers.
+        table: name within a block in the original code -> names in diffusers, separated by spaces.
+        known: the names of the model's layers in diffusers.
     """
     for n in range(depth(ours, known)):
         for name, layers in table.items():
@@ -65,10 +65,10 @@ def joined_blocks(
 
 
 def depth(blocks: str, known: set[str]) -> int:
-    """How many blocks a model has.
+    """The number of blocks of a model.
 
     Args:
-        blocks: root of their names.
+        blocks: the start of the blocks' names.
         known: the names of the model's layers.
     """
     return len({name.split(".")[1] for name in known if name.startswith(f"{blocks}.")})

@@ -1,7 +1,7 @@
 """Diffusers' `PixArtTransformer2DModel` as a coroutine: PixArt-alpha and PixArt-sigma.
 
-`pixart_blocks` reads like the library's own forward pass and calls its public submodules. Sent
-straight back, its features give the library's own output bit for bit.
+`pixart_blocks` reads like diffusers' own forward pass and calls its public submodules. If features
+are sent back unchanged, the result equals diffusers' output bit for bit.
 """
 
 from __future__ import annotations
@@ -44,25 +44,25 @@ def pixart_blocks(
     *,
     execution: Execution = PLAIN,
 ) -> Blocks:
-    """Run one transformer of PixArt site by site.
+    """Run one PixArt transformer site by site.
 
-    Sites, in order: `embed`; `block.K` after each block; `out`, the prediction, with the learned
-    variance where there is one. The text is attended to and has no stream.
+    Sites, in order: `embed`; `block.K` after each block; `out`, the prediction, including the
+    learned variance if there is one. The text has no stream; blocks read it by cross attention.
 
     Args:
         transformer: the expert.
         hidden_states: noisy latent [B, C, H, W].
-        encoder_hidden_states: embedding of the text [B, L, D].
+        encoder_hidden_states: text embedding [B, L, D].
         timestep: [B].
-        added_cond_kwargs: `resolution` [B, 2] and `aspect_ratio` [B, 1], of models for 1024 pixels.
-        cross_attention_kwargs: handed to the attention processors.
-        attention_mask: [B, K] of the image, 1 keeps.
-        encoder_attention_mask: [B, L] of the text, 1 keeps; or a bias of scores [B, 1, L].
-        execution: how the blocks are run.
+        added_cond_kwargs: `resolution` [B, 2] and `aspect_ratio` [B, 1], for models of 1024 pixels.
+        cross_attention_kwargs: arguments of the attention processors.
+        attention_mask: mask of the image tokens [B, K], 1 keeps.
+        encoder_attention_mask: mask of the text [B, L], 1 keeps; or a bias of scores [B, 1, L].
+        execution: runs the blocks.
 
-    Yields: features [B, C, H / P, W / P].
+    Yields: features [B, C', H / P, W / P], where P is the patch size.
 
-    Returns: the prediction [B, C', H, W].
+    Returns: the prediction [B, C'', H, W], with twice the channels if it includes the variance.
     """
     patch, dtype = transformer.config.patch_size, hidden_states.dtype
     batch, _, *size = hidden_states.shape
@@ -106,14 +106,14 @@ def pixart_blocks(
 
 
 def _as_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Turn a mask of keys [B, K] into a bias of attention scores [B, 1, K]."""
+    """Convert a mask of keys [B, K] to a bias of attention scores [B, 1, K]."""
     if mask is None or mask.ndim != 2:
         return mask
     return ((1 - mask.to(dtype)) * -10000.0).unsqueeze(1)
 
 
 def pixart_example(transformer: PixArtTransformer2DModel) -> dict[str, Any]:
-    """The smallest complete input of this transformer's forward pass, on the meta device."""
+    """The smallest complete arguments of this transformer's forward pass, on the meta device."""
     config = transformer.config
     side = config.patch_size * 2
     (text_width,) = _widths(transformer).text
@@ -188,9 +188,9 @@ _KIND = PipelineKind(
     pipelines=("PixArtAlphaPipeline", "PixArtSigmaPipeline"),
     text=("text_encoder",),
     conditioning=Conditioning(_encode, _predict),
-    # prompts are trained and drawn as they are, whatever is installed beside
+    # the same prompts in training and drawing, whichever optional packages are installed
     call={"use_resolution_binning": False, "clean_caption": False},
-    prepare=lambda prompt: prompt.lower().strip(),  # as for one that is not to be cleaned
+    prepare=lambda prompt: prompt.lower().strip(),  # as the pipelines do without cleaning
 )
 PIXART = Family(
     name="pixart",

@@ -1,7 +1,7 @@
-"""What depends on the prompt alone is computed once for all steps: split texts, keys, values.
+"""Compute what depends only on the prompt once for all steps: split embeddings, keys and values.
 
-A pipeline hands the same tensor of text embeddings to the denoiser at every step. What was computed
-of it is kept with it, and goes when it goes. Nothing is kept where gradients are recorded.
+A pipeline passes the same tensor of text embeddings to the denoiser at every step. Values computed
+from it are cached for as long as the tensor lives. Nothing is cached while gradients are on.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# for each living tensor: its version, and what was computed of it
+# by text tensor: its version, and the values computed from it
 _kept: Any = WeakIdKeyDictionary()
 
 
 def once_per_prompt(text: Tensor, key: Hashable, compute: Callable[[], T]) -> T:
-    """What `compute` makes of a text, computed again only if the text has changed.
+    """Return the value of `compute`, cached until the text tensor changes or is freed.
 
     Args:
-        text: any tensor that stays the same object as long as the prompt does.
-        key: of what is computed.
-        compute: must not give the text itself or a view of it, which would then live for ever.
+        text: a tensor that stays the same object while the prompt does.
+        key: identifies the value.
+        compute: computes the value. It must not return the text or a view of it, which would then
+            never be freed.
     """
     if torch.is_grad_enabled() or text.is_inference() or torch.compiler.is_compiling():
         return compute()
@@ -47,12 +48,12 @@ def once_per_prompt(text: Tensor, key: Hashable, compute: Callable[[], T]) -> T:
 
 
 def forget(text: Tensor) -> None:
-    """Compute anew whatever is asked of this text next."""
+    """Discard everything that was cached for this text."""
     _kept.pop(text, None)
 
 
 def versions(*modules: nn.Module) -> list[int]:
-    """How often the parameters of modules have been changed in place; for a key."""
+    """The version counters of the modules' parameters, for use in a cache key."""
     return [
         0 if parameter.is_inference() else parameter._version
         for module in modules
@@ -61,10 +62,10 @@ def versions(*modules: nn.Module) -> list[int]:
 
 
 class PromptAttention(AttnProcessor2_0):
-    """The library's attention, with keys and values of the prompt computed once.
+    """Diffusers' `AttnProcessor2_0` with cached keys and values of the prompt.
 
-    Bit for bit what `AttnProcessor2_0` gives. For cross attention whose projections are plain
-    linear layers; of all else the library's own takes care.
+    The result is equal bit for bit. Cross attention with plain linear projections is cached;
+    everything else runs diffusers' own code.
     """
 
     def __call__(
@@ -77,7 +78,7 @@ class PromptAttention(AttnProcessor2_0):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        """Attend from hidden states [B, T, C] to a text [B, L, D]; see the library's."""
+        """Attend from hidden states [B, T, C] to a text [B, L, D]; see `AttnProcessor2_0`."""
         if encoder_hidden_states is None or args or kwargs or not _is_plain(attn):
             return super().__call__(
                 attn,
@@ -99,9 +100,9 @@ class PromptAttention(AttnProcessor2_0):
         return attn.to_out[1](out) / attn.rescale_output_factor
 
 
-@torch.compiler.disable  # a graph would compute them at every step
+@torch.compiler.disable  # a compiled graph would compute them at every step
 def _keys_and_values(attn: Attention, text: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the prompt, [B, heads, L, C / heads] each."""
+    """The keys and values of the prompt, each [B, heads, L, C / heads]."""
     return once_per_prompt(
         text,
         (attn, *versions(attn.to_k, attn.to_v)),
@@ -114,7 +115,7 @@ def _by_head(attn: Attention, projected: Tensor) -> Tensor:
 
 
 def _is_plain(attn: Attention) -> bool:
-    """Whether this is nothing but projections and a product."""
+    """Whether the attention has only linear projections and the attention product."""
     extras = (attn.spatial_norm, attn.group_norm, attn.norm_cross, attn.norm_q, attn.norm_k)
     return (
         not any(extras)
@@ -125,7 +126,7 @@ def _is_plain(attn: Attention) -> bool:
 
 
 def cross_attentions(model: nn.Module) -> list[Attention]:
-    """The attention layers of a model that look at the prompt, in order."""
+    """The cross-attention layers of a model, in order."""
     return [
         block.attn2
         for block in model.modules()
@@ -135,9 +136,9 @@ def cross_attentions(model: nn.Module) -> list[Attention]:
 
 @contextmanager
 def prompts_attended_once(attentions: Iterable[Attention]) -> Iterator[None]:
-    """Within, layers with the library's default attention compute keys and values once a prompt.
+    """Cache the keys and values of prompts in these attention layers while the `with` block runs.
 
-    Layers with other processors, such as an IP-Adapter's, keep them.
+    Layers with a processor other than diffusers' default, such as an IP-Adapter's, do not change.
     """
     swapped = [(a, a.processor) for a in attentions if type(a.processor) is AttnProcessor2_0]
     try:
@@ -156,44 +157,45 @@ def mean_text(
     owner: object,
     arguments: Mapping[str, Any],
     per_expert: Sequence[dict[str, Any]],
-    heard: Sequence[int],
+    experts: Sequence[int],
 ) -> Tensor:
-    """The mean of some experts' texts [B, L, D].
+    """Average the text embeddings [B, L, D] of some experts (AFA, section 3.2).
 
-    Every expert's own, in its arguments, comes to be the same object at every step.
+    It also replaces every expert's text in `per_expert` by a cached tensor, so that it is the same
+    object at every step.
 
     Args:
-        owner: the ensemble, for which it is kept.
-        arguments: of its call.
-        per_expert: those of every expert's call.
-        heard: the experts whose texts count, by number.
+        owner: the ensemble, used in the cache key.
+        arguments: the arguments of the ensemble's call.
+        per_expert: the arguments of each expert's call; changed in place.
+        experts: the numbers of the experts to average.
     """
     key = "encoder_hidden_states"
     joined, texts = arguments[key], [own[key] for own in per_expert]
     if any(_share_memory(text, joined) for text in texts):
-        return mean_of([texts[n] for n in heard])  # one for all, as it came
+        return mean_of([texts[n] for n in experts])  # one text for all experts
     texts = once_per_prompt(joined, owner, lambda: texts)
     for own, text in zip(per_expert, texts, strict=True):
         own[key] = text
-    chosen = [texts[n] for n in heard]
+    chosen = [texts[n] for n in experts]
     if len(chosen) == 1:
         return chosen[0]
-    return once_per_prompt(joined, (owner, *heard), lambda: mean_of(chosen))
+    return once_per_prompt(joined, (owner, *experts), lambda: mean_of(chosen))
 
 
 def mean_of(tensors: Sequence[Tensor]) -> Tensor:
-    """Mean of N tensors; of one tensor named N times, that tensor."""
+    """The mean of N tensors; if all are the same object, that object."""
     if all(tensor is tensors[0] for tensor in tensors):
         return tensors[0]
     return average(tensors)
 
 
 def average(tensors: Sequence[Tensor]) -> Tensor:
-    """Mean of N tensors, in their type; in float16 also where their sum overflows."""
+    """The mean of N tensors in their data type; in float16 the sum may overflow, the mean not."""
     mean = sum(tensors[1:], start=tensors[0]) / len(tensors)
     if mean.dtype != torch.float16:
         return mean
-    # without a branch on values: a GPU would have to be waited for
+    # no branch on values, which would make the CPU wait for the GPU
     rest = (tensor.float() for tensor in tensors[1:])
     exact = sum(rest, start=tensors[0].float()) / len(tensors)
     return torch.where(mean.isfinite(), mean, exact.to(mean.dtype))

@@ -1,7 +1,7 @@
 """Diffusers' `SD3Transformer2DModel` as a coroutine: Stable Diffusion 3 and 3.5.
 
-`sd3_blocks` reads like the library's own forward pass and calls its public submodules. Sent
-straight back, its features give the library's own output bit for bit.
+`sd3_blocks` reads like diffusers' own forward pass and calls its public submodules. If features
+are sent back unchanged, the result equals diffusers' output bit for bit.
 """
 
 from __future__ import annotations
@@ -60,30 +60,30 @@ def sd3_blocks(
     *,
     execution: Execution = PLAIN,
 ) -> Blocks:
-    """Run one transformer of Stable Diffusion 3 site by site.
+    """Run one Stable Diffusion 3 transformer site by site.
 
-    Sites, in order: `embed`; `block.K` and `block.K.text` for the streams of image and text after
-    each block, where the last one's text is used no more and is no site; `out`, the prediction. See
-    `flux_blocks` for the text. ControlNet residuals are added after a site.
+    Sites, in order: `embed`; `block.K` and `block.K.text` for the image and text streams after each
+    block, but without the text of the last one, which is not used; `out`, the prediction. See
+    `flux_blocks` for the text stream. ControlNet residuals are added after a site.
 
     Args:
         transformer: the expert.
         hidden_states: noisy latent [B, C, H, W].
-        encoder_hidden_states: embedding of the text [B, L, D].
-        pooled_projections: embedding of the text as a whole [B, D'].
+        encoder_hidden_states: text embedding [B, L, D].
+        pooled_projections: pooled text embedding [B, D'].
         timestep: [B].
-        block_controlnet_hidden_states: ControlNet's.
-        joint_attention_kwargs: handed to the attention processors; IP-Adapter images.
-        skip_layers: numbers of blocks that are not run and are no sites (skip-layer guidance).
-        execution: how the blocks are run.
+        block_controlnet_hidden_states: a ControlNet's residuals.
+        joint_attention_kwargs: arguments of the attention processors; IP-Adapter images.
+        skip_layers: numbers of blocks that do not run and have no sites (skip-layer guidance).
+        execution: runs the blocks.
 
-    Yields: features [B, C, H / P, W / P] of the image, [B, C, L, 1] of the text.
+    Yields: features [B, C', H / P, W / P] of the image and [B, C', L, 1] of the text, where P is
+        the patch size.
 
     Returns: the prediction [B, C, H, W].
 
     Raises:
-        AfaError: `joint_attention_kwargs` has a LoRA `scale`, which only a model as a whole can
-            apply.
+        AfaError: if `joint_attention_kwargs` has a LoRA `scale`, which only the ensemble can apply.
     """
     attention_kwargs = own_attention_kwargs(joint_attention_kwargs)
     patch = transformer.config.patch_size
@@ -127,7 +127,7 @@ def sd3_blocks(
 
 
 def sd3_example(transformer: SD3Transformer2DModel) -> dict[str, Any]:
-    """The smallest complete input of this transformer's forward pass, on the meta device."""
+    """The smallest complete arguments of this transformer's forward pass, on the meta device."""
     config = transformer.config
     side = config.patch_size * 2
     return {
@@ -149,7 +149,7 @@ def _split(
     widths: Widths,
     count: int,
 ) -> list[dict[str, Any]]:
-    """Tokens of the CLIP encoders, [encoder 1 of all | encoder 2 of all | zeros], then of T5."""
+    """Split the joined text: CLIP tokens [encoder 1 of all | encoder 2 of all | 0], then T5's."""
     text, (width,) = arguments["encoder_hidden_states"], _widths(transformer).text
     if text.shape[-1] == width or not widths.num_clip_tokens:
         texts = split_joined("text embedding", text, (width,), count)
@@ -210,15 +210,15 @@ def _configuration(file: FileDenoiser) -> str:
     if (depth, positions) not in known:
         raise AfaError(
             "AFA-MODEL-008",
-            f"'{file.source}' must be described: a Stable Diffusion 3 of {depth} blocks and "
-            f"{positions} positions is none of the published ones. Name a diffusers folder, "
-            "config=FOLDER.",
+            f"'{file.source}' is a Stable Diffusion 3 with {depth} blocks and {positions} "
+            "positions, which no bundled configuration describes. Name a diffusers folder of the "
+            "same architecture: config=FOLDER.",
         )
     return known[depth, positions]
 
 
 def _depth(names: Iterable[str]) -> int:
-    """The number of blocks, by the names of either layout."""
+    """The number of blocks, from tensor names in either layout."""
     roots = ("joint_blocks.", "transformer_blocks.")
     return len({name.split(".")[1] for name in names if name.startswith(roots)})
 
@@ -261,12 +261,12 @@ _SD3_JOINT = {
 
 
 def sd3_layer_names(layers: list[str]) -> Iterator[OriginalName]:
-    """The layers under the names of the original code."""
+    """Yield the layers with their names in the original code."""
     known = set(layers)
     yield from outside(_SD3, known)
     last = f"transformer_blocks.{depth('transformer_blocks', known) - 1}.norm1_context.linear"
     for name, rows in joined_blocks("joint_blocks", "transformer_blocks", _SD3_JOINT, known):
-        # of the last block the context is not used further: its modulation is a final one
+        # the context of the last block is not used further, so its modulation is a last one
         yield name, ((Rows(last, is_swapped=True),) if rows == (Rows(last),) else rows)
 
 

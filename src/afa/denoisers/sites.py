@@ -1,4 +1,4 @@
-"""The families there are, and the sites of an architecture."""
+"""The registered families, and the discovery of an architecture's sites."""
 
 from __future__ import annotations
 
@@ -27,21 +27,20 @@ if TYPE_CHECKING:
 
 FAMILIES = [UNET, FLUX, SD3, PIXART, DIT]
 
-#: the sites of each architecture that this process has met
+#: cached sites by family and configuration
 _FOUND: dict[tuple[Family, str], tuple[Site, ...]] = {}
 
 
 @dataclass(frozen=True)
 class Site:
-    """A place where the experts' features are fused.
+    """A place in a denoiser where the experts' features are fused.
 
     Attributes:
-        name: `conv_in`, `down.1.0`, `mid`, ...; the vocabulary of weights, plots and plans.
-        channels: of the feature there.
-        scale: how many times smaller than the latent, as the model takes it, the feature is, per
-            side; 1 for a text's.
-        temb_channels: width of the embedded timestep.
-        stream: of what the feature is: the picture, or the text beside it in some transformers.
+        name: `conv_in`, `down.1.0`, `mid`, ...; used in recorded weights, plots and plans.
+        channels: the number of channels C of the feature [B, C, H, W].
+        scale: the side of the model's latent divided by the side of the feature; 1 for a text.
+        temb_channels: the width of the timestep embedding.
+        stream: whether the feature belongs to the image, or to the text stream of a transformer.
     """
 
     name: str
@@ -52,34 +51,35 @@ class Site:
 
     @property
     def block(self) -> str:
-        """The name of the picture's site after the same block."""
+        """The name of the image site after the same block."""
         return self.name.removesuffix(TEXT)
 
 
 def register_family(family: Family) -> None:
-    """Let ensembles take denoisers of another family apart, from anywhere.
+    """Register a family of denoisers, so that ensembles support it.
 
-    A subclass of a known family's class may be a family of its own; the most specific class wins.
+    A subclass of a registered family's class can be a family of its own. The most specific class is
+    used.
 
     Raises:
-        AfaError: there is a family of that name, or of that class, already.
+        AfaError: if the family's name or class is registered already.
     """
     for known in FAMILIES:
         if family.name == known.name or family.model_class is known.model_class:
             raise AfaError(
                 "AFA-MODEL-009",
-                f"A family must have a name and a class of its own; '{family.name}' of "
-                f"{family.model_class.__name__} meets '{known.name}' of "
-                f"{known.model_class.__name__}. Choose another name, or use that one.",
+                f"The family '{family.name}' ({family.model_class.__name__}) has the name or the "
+                f"class of the registered family '{known.name}' ({known.model_class.__name__}). "
+                "Choose another name, or use that family.",
             )
     FAMILIES.append(family)
 
 
 def family_of(expert: nn.Module) -> Family:
-    """The family of a denoiser: that of its own class, or else of the nearest class it inherits.
+    """Find the family of a denoiser: that of its class, or of the nearest base class.
 
     Raises:
-        AfaError: no family takes this class apart, or not these blocks.
+        AfaError: if no family supports the class, or the family does not support its blocks.
     """
     for family in families_of_class(type(expert)):
         family.check(expert)
@@ -87,28 +87,28 @@ def family_of(expert: nn.Module) -> Family:
     known = ", ".join(family.model_class.__name__ for family in FAMILIES)
     raise AfaError(
         "AFA-MODEL-010",
-        f"An expert must be one of {known}; came a {type(expert).__name__}. "
-        "Other architectures need a coroutine: see afa.denoisers.register_family.",
+        f"An expert must be one of {known}; got a {type(expert).__name__}. "
+        "To add an architecture, see afa.denoisers.register_family.",
     )
 
 
 def families_of_class(model_class: Any) -> list[Family]:
-    """The families of a class of denoisers and of its ancestors, the most specific first."""
+    """The families of a denoiser class and of its base classes, the most specific first."""
     by_class = {family.model_class: family for family in FAMILIES}
     ancestors = getattr(model_class, "__mro__", ())
     return [by_class[ancestor] for ancestor in ancestors if ancestor in by_class]
 
 
 def discover_sites(expert: Any) -> tuple[Site, ...]:
-    """Find a denoiser's sites by running its architecture once without data.
+    """Find a denoiser's sites by running its architecture once on the meta device.
 
-    The run is on the meta device: it allocates no memory and computes nothing. Its time goes into
-    Python, so of each architecture there is one run in a process.
+    The run allocates no memory and computes nothing. Each architecture runs once per process,
+    because the Python code of the run takes time.
 
     Args:
-        expert: a denoiser; of it the class and the configuration count, no weights.
+        expert: a denoiser; only its class and its configuration are used.
 
-    Returns: the sites in the order in which the coroutine comes to them.
+    Returns: the sites, in the order in which the coroutine yields them.
 
     Raises:
         AfaError: see `family_of`.

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x, 2.x and XL: the pipelines, prompts and single files of U-Nets."""
+"""Pipelines, prompts and single files of U-Nets: Stable Diffusion 1.x, 2.x and XL."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _encode_xl(pipeline: Any, captions: list[str]) -> dict[str, Tensor]:
         num_images_per_prompt=1,
         do_classifier_free_guidance=False,
     )
-    if pipeline.config.force_zeros_for_empty_prompt:  # so does the pipeline without a prompt
+    if pipeline.config.force_zeros_for_empty_prompt:  # the pipeline does this without a prompt
         empty = torch.tensor([not caption for caption in captions], device=text.device)
         text = text.masked_fill(empty[:, None, None], 0)
         pooled = pooled.masked_fill(empty[:, None], 0)
@@ -69,7 +69,7 @@ def _predict_xl(
 
 
 def _configuration(file: FileDenoiser) -> str:
-    """Told by the channels of the latent, the width of the text and of the pooled text."""
+    """Choose the configuration by the channels of the latent and the widths of both embeddings."""
     first, added = "input_blocks.0.0.weight", "label_emb.0.0.weight"
     attention = "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
     if file.is_diffusers:
@@ -88,9 +88,9 @@ def _configuration(file: FileDenoiser) -> str:
         if file.predicts is None:
             raise Ambiguous(
                 "AFA-MODEL-011",
-                f"'{file.source}' must be described: it may be of stable-diffusion-2, which "
-                "predicts velocity, or of stable-diffusion-2-base, which predicts noise, and no "
-                "tensor tells. Name the right one: config=stable-diffusion-2.",
+                f"'{file.source}' fits both stable-diffusion-2, which predicts velocity, and "
+                "stable-diffusion-2-base, which predicts noise; the tensors do not tell. Name the "
+                "right one: config=stable-diffusion-2 or config=stable-diffusion-2-base.",
             )
         is_velocity = file.predicts == "v_prediction"
         return "stable-diffusion-2" if is_velocity else "stable-diffusion-2-base"
@@ -98,11 +98,11 @@ def _configuration(file: FileDenoiser) -> str:
     if name is None:
         raise AfaError(
             "AFA-MODEL-012",
-            f"'{file.source}' must be described: a U-Net with {channels} channels, text of width "
-            f"{width} and {pooled} pooled is none of the published ones. Name a diffusers folder "
-            "of its kind, config=FOLDER.",
+            f"'{file.source}' is a U-Net with {channels} channels, text width {width} and pooled "
+            f"width {pooled}, which no bundled configuration describes. Name a diffusers folder of "
+            "the same architecture: config=FOLDER.",
         )
-    # velocity to zero terminal SNR; `afa.loading.prediction` changes the scheduler for others
+    # only with zero terminal SNR; otherwise `afa.loading.prediction` changes the scheduler
     if name == "stable-diffusion-xl" and file.predicts == "v_prediction" and file.has_zero_snr:
         return "stable-diffusion-xl-v"
     return name
@@ -111,7 +111,7 @@ def _configuration(file: FileDenoiser) -> str:
 def _convert(
     tensors: Mapping[str, Tensor], settings: dict[str, Any], folder: Path
 ) -> dict[str, Tensor]:
-    """By diffusers' conversion, which reads the prefix and one number of layers."""
+    """Use diffusers' conversion, which expects the prefix and one number of layers."""
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
     layers = settings["layers_per_block"]
@@ -119,8 +119,8 @@ def _convert(
         if len(set(layers)) != 1:
             raise AfaError(
                 "AFA-MODEL-013",
-                f"A single file must have as many layers in every block; '{folder}' describes "
-                f"layers_per_block = {layers}. Use the model as a diffusers folder.",
+                f"'{folder}' has layers_per_block = {layers}, but a single file must have the same "
+                "number of layers in every block. Use the model as a diffusers folder.",
             )
         settings["layers_per_block"] = layers[0]
     prefixed = {f"model.diffusion_model.{name}": tensor for name, tensor in tensors.items()}
@@ -128,7 +128,7 @@ def _convert(
     return result
 
 
-#: of this one, which may predict noise or velocity, no tensor tells which
+#: its tensors do not tell whether it predicts noise or velocity
 STABLE_DIFFUSION_2 = "Stable Diffusion 2.x"
 _CONTEXT = re.compile(r".*\.attn2\.to_k\.weight")
 _VARIANTS = {
@@ -140,7 +140,7 @@ _VARIANTS = {
 
 
 def unet_variant(shapes: Shapes) -> str | None:
-    """The words of people for a U-Net, by the widths of the texts that it reads."""
+    """The usual name of a U-Net, by the width of the text embedding that it reads."""
     if not any(name in shapes for name in ("input_blocks.0.0.weight", "conv_in.weight")):
         return None
     widths = [shape[1] for name, shape in shapes.items() if _CONTEXT.fullmatch(name)]
@@ -150,7 +150,7 @@ def unet_variant(shapes: Shapes) -> str | None:
     return _VARIANTS.get((is_pooled, width), f"{kind.name} with text of width {width}")
 
 
-# the last blocks tell a U-Net from a ControlNet, which has the first ones alone
+# a ControlNet has only the first of these; the up blocks identify a U-Net
 _ORIGINAL = ("input_blocks.0.0.weight",)
 _DIFFUSERS = (
     "conv_in.weight",

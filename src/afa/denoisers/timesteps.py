@@ -1,8 +1,7 @@
-"""From a scheduler's timesteps to those that a family's denoisers take, and back.
+"""Convert between the timesteps of a scheduler and those of a family's denoisers.
 
-Users, recipes and schedulers count timesteps from 0 to `num_train_timesteps` (1000). Most
-denoisers take them as they are; pipelines of Flux divide them by 1000 first.
-`Family.timestep_divisor` is the one place that says so.
+Users, recipes and schedulers count timesteps from 0 to `num_train_timesteps` (1000). Most denoisers
+take the same values; pipelines of Flux divide them by 1000 first (`Family.timestep_divisor`).
 """
 
 from __future__ import annotations
@@ -14,23 +13,23 @@ if TYPE_CHECKING:
 
     from afa.denoisers.family import Family
 
-#: digits after the point that are left when a division in float32 is undone: 700.0, not 699.99999
+#: decimals kept when a division in float32 is undone: 700.0, not 699.99999
 _DIGITS = 3
 
 
 def highest_timestep(family: Family, num_train_timesteps: int) -> float:
-    """The timestep of pure noise as denoisers of a family take it."""
+    """The timestep of pure noise, in the units of a family's denoisers."""
     return num_train_timesteps / family.timestep_divisor
 
 
 def in_scheduler_timesteps(
     schedule: Callable[[float], Sequence[int]], family: Family
 ) -> Callable[[float], Sequence[int]]:
-    """A schedule for a family's denoisers, from one that is asked about a scheduler's timesteps.
+    """Convert a schedule in the scheduler's timesteps to one in a family's timesteps.
 
     Args:
-        schedule: answers to a timestep from 0 to `num_train_timesteps`.
-        family: of the denoisers, which call the result with the timesteps that they take.
+        schedule: a function of a timestep from 0 to `num_train_timesteps`.
+        family: the family whose denoisers call the result, with timesteps in their own units.
     """
     divisor = family.timestep_divisor
     if divisor == 1:

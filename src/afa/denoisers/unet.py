@@ -1,8 +1,8 @@
-"""Diffusers' `UNet2DConditionModel` as a coroutine: all of Stable Diffusion 1.x, 2.x and XL.
+"""Diffusers' `UNet2DConditionModel` as a coroutine: Stable Diffusion 1.x, 2.x and XL.
 
-`unet_blocks` reads like the library's own forward pass and calls its public submodules; none of its
-code is forked. It yields the feature of every site (AFA, section 3.2) and goes on with whatever
-is sent back. Sent straight back, the result equals the library's own forward bit for bit.
+`unet_blocks` reads like diffusers' own forward pass and calls its public submodules; no code is
+copied. It yields the feature of every site (AFA, section 3.2) and continues with the feature that
+is sent back. If features are sent back unchanged, the result equals diffusers' forward bit for bit.
 """
 
 from __future__ import annotations
@@ -33,18 +33,17 @@ _MID = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", "UNetMidBlock2DSimpleCrossA
 
 
 def check_unet(unet: UNet2DConditionModel) -> None:
-    """Refuse a U-Net with blocks or conditions that `unet_blocks` does not know.
+    """Check that a U-Net has only blocks and conditions that `unet_blocks` supports.
 
     Raises:
-        AfaError: names the first such block or condition and what is supported.
+        AfaError: if not; it names the first unsupported block or condition.
     """
     added = unet.config.addition_embed_type
     if added not in (None, "text", "text_time"):
         raise AfaError(
             "AFA-MODEL-016",
-            f"A U-Net must be conditioned on prompt, timestep and, as Stable Diffusion XL, on "
-            f"sizes, this one has addition_embed_type = '{added}'. Use experts of the Stable "
-            "Diffusion 1.x, 2.x or XL family.",
+            f"U-Nets with addition_embed_type = '{added}' are not supported; only None, 'text' and "
+            "'text_time' are. Use experts of Stable Diffusion 1.x, 2.x or XL.",
         )
     kinds: list[tuple[str, Any, tuple[str, ...]]]
     kinds = [(f"down_blocks.{i}", b, _LAYERED_DOWN) for i, b in enumerate(unet.down_blocks)]
@@ -54,8 +53,8 @@ def check_unet(unet: UNet2DConditionModel) -> None:
         if type(block).__name__ not in known:
             raise AfaError(
                 "AFA-MODEL-017",
-                f"A U-Net's blocks must be among {', '.join(known)} to be taken apart; {name} is "
-                f"a {type(block).__name__}. Use experts of the Stable Diffusion family.",
+                f"{name} is a {type(block).__name__}, which is not supported in U-Nets; only "
+                f"{', '.join(known)} are. Use experts of Stable Diffusion 1.x, 2.x or XL.",
             )
 
 
@@ -80,50 +79,51 @@ def unet_blocks(
 
     Sites, in order: `conv_in`; in every down block `down.B.L` for each layer (resnet, attention)
     and `down.B.downsample`; `mid`; `up.B.L` for each layer, the last one with its upsampler;
-    `conv_out`. The last up layer is no site: its feature goes through the expert's own output
-    layers. Skip connections carry what was sent back. ControlNet and T2I-Adapter residuals are
-    added after a site, so aggregators see features as they were trained on.
+    `conv_out`. The last up layer is not a site: the expert's own output layers follow directly.
+    Skip connections carry the features that were sent back. Residuals of ControlNets and
+    T2I-Adapters are added after a site, so aggregators see features like those in training.
 
     Args:
         unet: the expert.
         sample: noisy latent [B, C, H, W].
         timestep: one for all, or [B].
         encoder_hidden_states: text embedding [B, L, D].
-        class_labels: as in the library's forward, like all that follow.
+        class_labels: [B], for U-Nets with classes. This and what follows is as in diffusers.
         timestep_cond: embedding of the guidance scale [B, D'].
         attention_mask: [B, L], 1 keeps a key and 0 discards it.
-        cross_attention_kwargs: handed to the attention processors; `gligen` is honoured.
+        cross_attention_kwargs: arguments of the attention processors; `gligen` is supported.
         added_cond_kwargs: IP-Adapter images; for Stable Diffusion XL `text_embeds` [B, D''] and
             `time_ids` [B, 6], or [B, 5] for its refiner.
-        down_block_additional_residuals: ControlNet's, one per skip connection.
-        mid_block_additional_residual: ControlNet's, for the mid block.
-        down_intrablock_additional_residuals: T2I-Adapter's, one per down block.
+        down_block_additional_residuals: a ControlNet's, one per skip connection.
+        mid_block_additional_residual: a ControlNet's, for the mid block.
+        down_intrablock_additional_residuals: a T2I-Adapter's, one per down block.
         encoder_attention_mask: [B, L], true keeps a token of the text and false discards it.
-        execution: how the layers of the blocks are run.
+        execution: runs the layers of the blocks.
 
-    Yields: the feature at each site; expects the one to go on with.
-    Returns: the prediction [B, C, H, W], which is what was sent back at `conv_out`.
+    Yields: the feature [B, C', H', W'] of each site; the fused one must be sent back.
+
+    Returns: the prediction [B, C, H, W], which is the feature that was sent back at `conv_out`.
 
     Raises:
-        AfaError: half of ControlNet's residuals is missing, or `cross_attention_kwargs` has a LoRA
-            `scale`, which only a model as a whole can apply.
+        AfaError: if only one of ControlNet's two residuals is given, or `cross_attention_kwargs`
+            has a LoRA `scale`, which only the ensemble can apply.
     """
     if (down_block_additional_residuals is None) != (mid_block_additional_residual is None):
         raise AfaError(
             "AFA-MODEL-018",
-            "ControlNet residuals must come as down_block_additional_residuals and "
-            "mid_block_additional_residual together; one is missing. Pass a T2I-Adapter's as "
+            "Only one of down_block_additional_residuals and mid_block_additional_residual is "
+            "given; ControlNet residuals need both. Pass a T2I-Adapter's residuals as "
             "down_intrablock_additional_residuals.",
         )
     if cross_attention_kwargs and "scale" in cross_attention_kwargs:
         raise AfaError(
             "AFA-MODEL-019",
-            "A LoRA scale must be applied to the whole model, came as cross_attention_kwargs "
-            "of a coroutine. Call the ensemble, which applies it to every expert.",
+            "cross_attention_kwargs of a coroutine must not contain a LoRA scale. Call the "
+            "ensemble, which applies the scale to every expert.",
         )
     adapter_residuals = list(down_intrablock_additional_residuals or ())
 
-    # the library asks every layer for its size only where halving and doubling do not cancel
+    # as in diffusers: upsamplers need the output size if halving and doubling do not cancel out
     factor = 2**unet.num_upsamplers
     forward_upsample_size = any(size % factor != 0 for size in sample.shape[-2:])
 
@@ -193,7 +193,7 @@ def unet_blocks(
             hidden = yield Feature(site, execution.segment(site, run, downsampler, hidden), temb)
             skips.append(hidden)
         if not attends and adapter_residuals:
-            # the library adds this one in place, which changes the skip as well
+            # diffusers adds this residual in place, which also changes the skip connection
             hidden = skips[-1] = hidden + adapter_residuals.pop(0)
 
     if down_block_additional_residuals is not None:
@@ -227,21 +227,21 @@ def unet_blocks(
 
 
 def _as_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Turn a mask of keys [B, K] into a bias of attention scores [B, 1, K]."""
+    """Convert a mask of keys [B, K] to a bias of attention scores [B, 1, K]."""
     return None if mask is None else ((1 - mask.to(dtype)) * -10000.0).unsqueeze(1)
 
 
 def _join_skip(block: Any, hidden: Tensor, skip: Tensor) -> Tensor:
-    """Concatenate a skip connection, with FreeU (Si et al., 2023) where it is switched on."""
+    """Concatenate a skip connection, with FreeU (Si et al., 2023) if it is switched on."""
     scales = {key: getattr(block, key, None) for key in ("s1", "s2", "b1", "b2")}
     if all(scales.values()):
-        # the library scales in place, and the fused feature is every expert's
+        # FreeU scales in place, but all experts share the fused feature
         hidden, skip = apply_freeu(block.resolution_idx, hidden.clone(), skip, **scales)
     return torch.cat([hidden, skip], dim=1)
 
 
 def unet_layers(unet: UNet2DConditionModel) -> list[nn.Module]:
-    """The large modules of a U-Net, which `unet_blocks` runs through its `execution`, in order."""
+    """The large modules of a U-Net, in order; `unet_blocks` runs them through its `execution`."""
     kinds = ("resnets", "attentions", "downsamplers", "upsamplers")
 
     def layers(blocks: Sequence[nn.Module]) -> list[nn.Module]:
@@ -253,7 +253,7 @@ def unet_layers(unet: UNet2DConditionModel) -> list[nn.Module]:
 
 
 def unet_example(unet: UNet2DConditionModel) -> dict[str, Any]:
-    """The smallest complete input of this U-Net's forward pass, on the meta device."""
+    """The smallest complete arguments of this U-Net's forward pass, on the meta device."""
     config = unet.config
     size = config.sample_size or 64
     height, width = (size, size) if isinstance(size, int) else size
@@ -283,7 +283,7 @@ def _widths(unet: UNet2DConditionModel) -> Widths:
 
 
 def _pooled_width(unet: UNet2DConditionModel, num_ids: int) -> int:
-    """What of Stable Diffusion XL's added embedding is the text's; the rest is the sizes'."""
+    """The pooled text's width in Stable Diffusion XL's added embedding; the rest is for sizes."""
     config = unet.config
     return config.projection_class_embeddings_input_dim - num_ids * config.addition_time_embed_dim
 
@@ -325,7 +325,7 @@ UNET = Family(
     is_residual=False,
     latent="sample",
     component="unet",
-    # a whole layer is a loop, which does not compile as one
+    # whole blocks contain loops over layers, so their parts are compiled
     repeated_blocks=("ResnetBlock2D", "BasicTransformerBlock"),
     original_blocks=("input_blocks", "output_blocks"),
     library_blocks=("down_blocks", "up_blocks"),

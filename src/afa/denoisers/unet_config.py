@@ -1,4 +1,4 @@
-"""The one form in which configurations of U-Nets are compared; see `afa.denoisers.architecture`."""
+"""The canonical form of U-Net configurations; see `afa.denoisers.architecture`."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ if TYPE_CHECKING:
 
 
 def canonical_unet_config(config: dict[str, Any]) -> None:
-    """Write lists for numbers that stand for all levels, and None where no block reads one.
+    """Expand numbers to one value per level, and set values that no block uses to None.
 
     Args:
-        config: with the library's defaults and tuples for lists; changed in place.
+        config: a configuration with diffusers' defaults and with tuples for lists; changed in
+            place.
     """
     for key in ("down_block_types", "up_block_types"):
         config[key] = tuple(name.removeprefix("UNetRes") for name in config[key])
     down, up = config["down_block_types"], config["up_block_types"]
     levels = len(down)
     last = [False] * (levels - 1) + [config["mid_block_type"] is not None]
-    # the levels whose blocks attend at all, and those whose blocks read the text
+    # the levels with any attention, and those with cross attention to the text
     attends, reads = (
         [mark in a or mark in b or c for a, b, c in zip(down, reversed(up), last, strict=True)]
         for mark in ("Attn", "CrossAttn")
@@ -54,7 +55,7 @@ def canonical_unet_config(config: dict[str, Any]) -> None:
 
 
 def _transformer_layers(config: dict[str, Any], layers: Sequence[int]) -> None:
-    """The transformer layers of every attention, down, in the middle and up."""
+    """Expand the numbers of transformer layers: down blocks, mid block and up blocks."""
     down, up = config["down_block_types"], config["up_block_types"]
     asked = _per_level(config["transformer_layers_per_block"], len(down))
     backwards = config["reverse_transformer_layers_per_block"]

@@ -1,7 +1,7 @@
-"""Names of a U-Net's parameters in diffusers and in the original code, and the sites they work for.
+"""Map a U-Net's parameters to sites, and layer names in diffusers to those in the original code.
 
-A site stands for the layer that makes its feature: Stable Diffusion 1.x and 2.x have 25, which are
-the blocks IN00..IN11, M00, OUT00..OUT11 of the web UIs' block-weighted merges, in that order.
+A site stands for the layers that compute its feature. Stable Diffusion 1.x and 2.x have 25 sites:
+the blocks IN00..IN11, M00, OUT00..OUT11 of block-weighted merges in web UIs, in that order.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from afa.denoisers.original_names import OriginalName
 
-# what turns timestep, labels and picture into the first feature
+# layers of the embeddings and of the first feature
 _FIRST = (
     "conv_in",
     "time_embedding",
@@ -41,17 +41,17 @@ _ORIGINAL_UPSAMPLER = re.compile(r"output_blocks\.(\d+)\.\d+\.conv\.")
 
 
 def parameter_sites(names: Iterable[str]) -> dict[str, str]:
-    """The site of each parameter of one U-Net; see `afa.denoisers.unet` for the sites.
+    """Map each parameter of a U-Net to the site whose feature it computes; see `unet_blocks`.
 
-    An up block's upsampler works for its last layer. The very last up layer is no site: it works
-    for `conv_out`, like the output layers.
+    An up block's upsampler belongs to the block's last layer. The last up layer is not a site: it
+    belongs to `conv_out`, like the output layers.
 
     Args:
-        names: of all parameters of one U-Net, without a prefix, in the names of diffusers
-            (`down_blocks.0.resnets.0.conv1.weight`) or of the original code
+        names: the names of all parameters, without a prefix, in diffusers
+            (`down_blocks.0.resnets.0.conv1.weight`) or in the original code
             (`input_blocks.1.0.in_layers.2.weight`).
 
-    Returns: name -> site; parameters that work for no site are left out.
+    Returns: name -> site, without parameters that belong to no site.
     """
     names = list(names)
     by_layer = {**_library_sites(names), **_original_sites(names)}
@@ -70,19 +70,19 @@ def parameter_sites(names: Iterable[str]) -> dict[str, str]:
 
 
 def ordered_sites(sites: Iterable[str]) -> list[str]:
-    """Site names without repetition, in the order in which a U-Net comes to them."""
+    """Site names without duplicates, in the order in which a U-Net computes them."""
     ends = {"conv_in": 0, "down": 1, "mid": 2, "up": 3, "conv_out": 4}
 
     def order(site: str) -> tuple[int, ...]:
         kind, *numbers = site.split(".")
-        # a block's downsampler comes after its layers
+        # a block's downsampler follows its layers
         return (ends[kind], *(int(n) if n.isdigit() else len(site) + 10**6 for n in numbers))
 
     return sorted(set(sites), key=order)
 
 
 def _library_sites(names: list[str]) -> dict[str, str]:
-    """`down_blocks.0.resnets.0.` and the like -> site."""
+    """Map prefixes of names in diffusers, such as `down_blocks.0.resnets.0.`, to sites."""
     sites: dict[str, str] = {}
     up_layers: dict[int, int] = {}
     for match in filter(None, map(_LAYER.match, names)):
@@ -100,7 +100,7 @@ def _library_sites(names: list[str]) -> dict[str, str]:
 
 
 def _original_sites(names: list[str]) -> dict[str, str]:
-    """`input_blocks.7.` and the like -> site; blocks are told apart by where the size changes."""
+    """Map prefixes such as `input_blocks.7.` to sites; blocks end where the size changes."""
     numbers: dict[str, set[int]] = {"input": set(), "output": set()}
     for match in filter(None, map(_ORIGINAL.match, names)):
         numbers[match[1]].add(int(match[2]))
@@ -148,12 +148,12 @@ _RESNET = {
 
 
 def original_layers(layers: list[str]) -> Iterator[OriginalName]:
-    """The layers under the names of the original code.
+    """Yield the layers with their names in the original code.
 
-    Blocks are numbered through: one for each resnet, and on the way down for each scale.
+    The original code numbers its blocks consecutively: one per resnet, and one per downsampler.
 
     Args:
-        layers: the library's names of a U-Net's layers.
+        layers: the names of a U-Net's layers in diffusers.
     """
     members: defaultdict[str, set[str]] = defaultdict(set)
     for layer in layers:
