@@ -108,7 +108,7 @@ def test_a_billion_laughs_do_not_fill_the_memory(tmp_path: Path) -> None:
         ("{hidden_size: 0}", r"'aggregator.hidden_size': input should be greater .* came 0"),
         ("{hidden_ratio: 0}", r"'aggregator.hidden_ratio': input should be greater than 0, came 0"),
         ("{sites: some}", r"'aggregator.sites': input should be 'all' or 'conv_out', came 'some'"),
-        ("{hidden_size: 30}", r"hidden_size must be a multiple of num_heads, came 30 and 8"),
+        ("{hidden_size: 30}", r"hidden_size must be a multiple of num_heads; got 30 and 8"),
     ],
 )
 def test_settings_of_the_aggregator(settings: str, said: str, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ from torch.nn.functional import avg_pool2d
 
 from afa.aggregators import SABW, Condition, Mean, weighted_sum
 from afa.aggregators.fusion import MagicFusion
-from afa.aggregators.sabw import _halved
+from afa.aggregators.sabw import pooled
 from afa.denoisers.prompt import average, mean_of
 from tests.aggregators.test_sabw import CONFIG
 
@@ -36,13 +35,13 @@ def of_every_size(dtype: torch.dtype, *shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_what_was_finite_is_the_same_bit_for_bit(dtype: torch.dtype) -> None:
     feature = of_every_size(dtype, 2, 8, 32, 32)
-    assert torch.equal(_halved(feature), plain_halved(feature))
+    assert torch.equal(pooled(feature, 2), plain_halved(feature))
     four = [of_every_size(dtype, 4, 64, 64) for _ in range(4)]
     assert torch.equal(average(four), sum(four[1:], start=four[0]) / 4)
     if dtype == torch.float16:  # finite beside what is not
         mixed = feature.clone()
         mixed[..., :4, :4] = 60000
-        before, after = plain_halved(mixed), _halved(mixed)
+        before, after = plain_halved(mixed), pooled(mixed, 2)
         assert before.isinf().any()
         assert after.isfinite().all()
         assert torch.equal(after[before.isfinite()], before[before.isfinite()])
@@ -51,18 +50,16 @@ def test_what_was_finite_is_the_same_bit_for_bit(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("value", [20000.0, -40000.0, LARGEST, -LARGEST])
 def test_pooling_does_not_overflow(value: float) -> None:
     feature = torch.full((1, 2, 12, 12), value, dtype=torch.float16)
-    assert (_halved(feature) == value).all()
     for pool in (2, 3, 4, 6, 8):
-        sabw = SABW(replace(CONFIG, pool=pool, in_channels=2))
-        assert (sabw._pooled(feature) == value).all(), pool
+        assert (pooled(feature, pool) == value).all(), pool
     signs = torch.tensor([[1.0, 1.0], [-1.0, -1.0]], dtype=torch.float16) * abs(value)
-    assert _halved(signs[None, None]).item() == 0
+    assert pooled(signs[None, None], 2).item() == 0
 
 
 def test_pooling_is_the_mean_of_large_numbers() -> None:
     feature = torch.empty(2, 4, 16, 16).uniform_(-LARGEST, LARGEST).half()
     torch.testing.assert_close(
-        _halved(feature).float(), avg_pool2d(feature.float(), 2), rtol=1e-3, atol=32
+        pooled(feature, 2).float(), avg_pool2d(feature.float(), 2), rtol=1e-3, atol=32
     )
 
 
@@ -70,9 +67,9 @@ def test_pooling_is_the_mean_of_large_numbers() -> None:
 def test_what_is_not_finite_stays_so(value: float) -> None:
     feature = torch.zeros(1, 1, 4, 4, dtype=torch.float16)
     feature[..., 0, 0] = value
-    pooled = _halved(feature)
-    assert not pooled[0, 0, 0, 0].isfinite()
-    assert not pooled[0, 0, 1:].any()
+    halved = pooled(feature, 2)
+    assert not halved[0, 0, 0, 0].isfinite()
+    assert not halved[0, 0, 1:].any()
     mean = average([feature, torch.zeros_like(feature)])
     assert not mean[0, 0, 0, 0].isfinite()
 

@@ -12,7 +12,6 @@ import afa
 from afa.aggregators import SABW, Condition, Fused, FusionRule
 from afa.ensemble.denoiser import EnsembleDenoiser
 from tests.ensemble.caching.test_loop import arguments_of, at, ensemble_of
-from tests.ensemble.placement.test_streaming import _cast
 from tests.tiny import tiny_unet
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -30,7 +29,7 @@ def seen_types(ensemble: Any) -> list[torch.dtype]:
 @pytest.mark.parametrize("family", ["unet", "sd3", "flux"])
 def test_they_draw_in_the_experts_type(family: str, dtype: torch.dtype) -> None:
     ensemble = ensemble_of(family).to(dtype)
-    arguments = _cast(arguments_of(family), dtype)
+    arguments = arguments_of(family, dtype=dtype)
     types = seen_types(ensemble)
     with torch.no_grad(), afa.record_weights(ensemble) as record:
         came = ensemble(**at(arguments, 500)).sample
@@ -45,7 +44,7 @@ def test_weights_are_the_same_to_their_precision(dtype: torch.dtype) -> None:
     ensemble = ensemble_of("unet").to(dtype)
     for rule in ensemble.aggregators:
         nn.init.normal_(rule.conv_out.weight, std=0.3)
-    arguments = at(_cast(arguments_of("unet"), dtype), 500)
+    arguments = at(arguments_of("unet", dtype=dtype), 500)
 
     def weights() -> dict[str, torch.Tensor]:
         with torch.no_grad(), afa.record_weights(ensemble) as record:
@@ -63,7 +62,7 @@ def test_weights_are_the_same_to_their_precision(dtype: torch.dtype) -> None:
 def test_training_is_in_float32() -> None:
     ensemble = ensemble_of("unet").to(torch.bfloat16)
     types = seen_types(ensemble)
-    ensemble(**_cast(arguments_of("unet"), torch.bfloat16)).sample.float().mean().backward()
+    ensemble(**arguments_of("unet", dtype=torch.bfloat16)).sample.float().mean().backward()
     assert set(types) == {torch.float32}
     assert all(p.grad is None or p.grad.dtype == torch.float32 for p in ensemble.parameters())
 
@@ -71,7 +70,7 @@ def test_training_is_in_float32() -> None:
 @pytest.mark.parametrize("change", ["in place", "through data", "another", "moved"])
 def test_parameters_that_change_are_copied_again(change: str) -> None:
     ensemble = ensemble_of("unet").to(torch.bfloat16)
-    arguments = at(_cast(arguments_of("unet"), torch.bfloat16), 500)
+    arguments = at(arguments_of("unet", dtype=torch.bfloat16), 500)
     weight = ensemble.aggregators[2].conv_out.weight
     with torch.no_grad():
         before = ensemble(**arguments).sample
@@ -101,14 +100,14 @@ def test_rules_that_do_not_ask_for_it_are_left_alone() -> None:
     count = len(EnsembleDenoiser(experts).sites)
     ensemble = EnsembleDenoiser(experts, [Own() for _ in range(count)])
     with torch.no_grad():
-        ensemble(**at(_cast(arguments_of("unet"), torch.bfloat16), 500))
+        ensemble(**at(arguments_of("unet", dtype=torch.bfloat16), 500))
 
 
 def test_the_copy_goes_with_the_aggregator() -> None:
     ensemble = ensemble_of("unet").to(torch.bfloat16)
     assert isinstance(ensemble.aggregators[0], SABW)
     with torch.no_grad():
-        ensemble(**at(_cast(arguments_of("unet"), torch.bfloat16), 500))
+        ensemble(**at(arguments_of("unet", dtype=torch.bfloat16), 500))
     assert len(ensemble.lowered) == len(ensemble.sites)
     ensemble.aggregators = nn.ModuleList()
     assert len(ensemble.lowered) == 0

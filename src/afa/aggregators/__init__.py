@@ -1,4 +1,4 @@
-"""How the features of N experts become one: the fusion rules."""
+"""Fusion rules: fuse the features of N experts into one."""
 
 from afa.aggregators.rule import Condition, Fused, FusionRule, weighted_sum
 from afa.aggregators.sabw import SABW, SABWConfig, SABWSettings

@@ -1,4 +1,4 @@
-"""One SABW for every site of an ensemble, or fewer where the config has them shared or left out."""
+"""Build the aggregators of an ensemble: one SABW per site, unless shared or switched off."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ if TYPE_CHECKING:
 
     from afa.denoisers import Site
 
-#: hidden size or layers from which on it is worth a look whether they can be had at all
+#: above this hidden size or number of layers, the memory need is checked first
 _LARGE = 512
 
 
 def build_sabw(
     config: SABWConfig, sites: Sequence[Site], num_experts: int, text_channels: int | None
 ) -> list[nn.Module]:
-    """A fusion rule for every site.
+    """Build an untrained SABW for every fused site, and `Separate` for the others.
 
     Args:
-        config: the same for all sites.
-        sites: of the experts.
+        config: the settings, the same for all sites.
+        sites: the experts' sites, in order.
         num_experts: N.
-        text_channels: width of the embedding of a token; None where experts take no text.
+        text_channels: the width of a token's embedding; None if the experts take no text.
 
     Raises:
-        AfaError: they would not fit into the machine's memory.
+        AfaError: if the aggregators are larger than the machine's memory.
     """
     filled = replace(config, num_experts=num_experts, text_channels=text_channels)
     if max(config.hidden_size, config.num_layers) > _LARGE:
@@ -53,33 +53,33 @@ def build_sabw(
 
 
 def _require_memory(config: SABWConfig, sites: Sequence[Site]) -> None:
-    """Refuse aggregators that are larger than the machine, before any memory is taken.
+    """Refuse aggregators that are larger than the machine's memory, before allocating them.
 
-    A transformer block has at least eight times the square of its width in parameters.
+    A transformer block of width W has at least 8 W^2 parameters of 4 bytes.
 
     Raises:
-        AfaError: says how much they would take.
+        AfaError: if they are larger.
     """
     widths = [found.channels for found in site_configs(config, sites) if found is not None]
-    takes = sum(4 * 8 * config.num_layers * width**2 for width in widths)
-    there = psutil.virtual_memory().total
-    if takes > there:
+    needed = sum(4 * 8 * config.num_layers * width**2 for width in widths)
+    total = psutil.virtual_memory().total
+    if needed > total:
         raise AfaError(
             "AFA-FUSION-001",
-            f"Aggregators must fit into memory; of hidden_size {config.hidden_size} and num_layers "
-            f"{config.num_layers} they take more than {takes / 1e9:.0f} GB, {there / 1e9:.0f} GB "
-            "are there. Are these settings an ensemble's?",
+            f"Aggregators with hidden_size {config.hidden_size} and num_layers {config.num_layers} "
+            f"need more than {needed / 1e9:.0f} GB of memory, but the machine has "
+            f"{total / 1e9:.0f} GB. Lower these settings.",
         )
 
 
 def site_configs(config: SABWConfig, sites: Sequence[Site]) -> list[SABWConfig | None]:
-    """The config of every site of the experts; None where nothing is fused.
+    """The config of every site, with the site's properties filled in; None if it is not fused.
 
-    Where the features are the text's own stream, or there is no text, no prompt is attended to.
+    At text sites, and if the experts take no text, aggregators do not attend to the prompt.
 
     Args:
-        config: with the number of experts and the width of the embedding of a token.
-        sites: of the experts.
+        config: the settings, with `num_experts` and `text_channels` filled in.
+        sites: the experts' sites, in order.
     """
     fused = fused_sites(config, sites)
     return [_site_config(config, site, sites) if site in fused else None for site in sites]
@@ -94,18 +94,18 @@ def _site_config(config: SABWConfig, site: Site, sites: Sequence[Site]) -> SABWC
         in_channels=site.channels,
         temb_channels=site.temb_channels,
         text_channels=config.text_channels if sees_prompt else None,
-        # the prediction has few channels, but the layers before it are as wide as the first
+        # the prediction has few channels, but the layers before it are as wide as at the first site
         width=sites[0].channels if site == sites[-1] else site.channels,
-        # a text has no grid to make coarser
+        # a text has no grid to pool
         pool=max(1, config.min_scale // site.scale) if is_image else 1,
     )
 
 
 def fused_sites(config: SABWConfig, sites: Sequence[Site]) -> list[Site]:
-    """The sites where experts are fused; at the others each goes on with its own feature.
+    """The sites at which experts are fused; at the others each continues with its own feature.
 
-    The first and the last always are, and of those between every `stride`-th, counted so that the
-    last of `stride` has it; a text's site goes with the picture's.
+    They are the first, the last and every `stride`-th site between. A text site is fused if the
+    image site of its block is. With `sites="conv_out"` only the last site is fused.
     """
     if config.sites == "conv_out":
         return [sites[-1]]

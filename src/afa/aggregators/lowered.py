@@ -1,4 +1,4 @@
-"""Aggregators in half precision while drawing; their parameters stay in float32."""
+"""Run aggregators in half precision without gradients; their parameters stay in float32."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ HALVES = (torch.bfloat16, torch.float16)
 
 
 class Lowered:
-    """Runs fusion rules in the type of the features that they are given.
+    """Runs fusion rules in the data type of their features, on copies of their parameters.
 
-    Experts in bfloat16 beside aggregators in float32 would leave most of a step's time on a GPU to
-    the aggregators. Whoever trains, averages or saves their parameters has the originals. These are
-    copied at every step: nothing tells that a parameter was written through its `.data`, as by the
-    moving averages of diffusers, and all of them are copied by a few operations. A copy of this
-    object has lowered nothing yet.
+    With experts in bfloat16, aggregators in float32 would take most of a step's time on a GPU.
+    Training, averaging and saving use the original parameters in float32. The copies are updated at
+    every step, by a few operations for all of them, because a write through `.data`, as by
+    diffusers' `EMAModel`, cannot be detected. A copy of this object is empty.
     """
 
     def __init__(self) -> None:
@@ -33,14 +32,14 @@ class Lowered:
         return Lowered, ()
 
     def __len__(self) -> int:
-        """How many rules there are copies of."""
+        """The number of rules whose parameters are copied."""
         return len(self._kept)
 
     def refresh(self) -> None:
-        """Copy all parameters again, to where they were copied before."""
+        """Update all copied parameters in place."""
         for rule, (dtype, tensors) in list(self._kept.items()):
             parameters = dict(rule.named_parameters())
-            if _places(parameters) != _places(tensors):
+            if _layouts(parameters) != _layouts(tensors):
                 del self._kept[rule]
                 continue
             given = [p.detach() for p in parameters.values()]
@@ -49,34 +48,33 @@ class Lowered:
             self._kept[rule] = (dtype, tensors)
 
     def of(self, rule: nn.Module, dtype: torch.dtype) -> Any:
-        """What is called in the place of a rule; the rule itself where there is nothing to lower.
-
-        Nothing is lowered where gradients are recorded.
+        """Return a version of a rule that computes in a half-precision data type.
 
         Args:
-            rule: of which `can_lower` says whether it takes its type from its parameters.
-            dtype: of the features.
+            rule: a fusion rule; only rules with `can_lower` are lowered.
+            dtype: the features' data type.
 
-        Returns: has the rule's `__call__` and `fuse_some`.
+        Returns: an object with the rule's `__call__` and `fuse_some`. It is the rule itself if
+            gradients are on, or `dtype` or the rule does not call for lowering.
         """
         if torch.is_grad_enabled() or dtype not in HALVES or not getattr(rule, "can_lower", False):
             return rule
         known, tensors = self._kept.get(rule, (None, {}))
         if known != dtype:
-            with torch.inference_mode(False):  # or they could not be written again outside of it
+            with torch.inference_mode(False):  # inference tensors could not be updated later
                 tensors = {name: p.detach().to(dtype) for name, p in rule.named_parameters()}
             self._kept[rule] = (dtype, tensors)
         return _LoweredRule(rule, tensors)
 
 
-def _places(tensors: dict[str, Any]) -> dict[str, Any]:
+def _layouts(tensors: dict[str, Any]) -> dict[str, Any]:
     """The names, shapes and devices of tensors."""
     return {name: (tensor.shape, tensor.device) for name, tensor in tensors.items()}
 
 
 @dataclass(frozen=True)
 class _LoweredRule:
-    """A rule with other parameters than its own."""
+    """A rule that runs with copies of its parameters."""
 
     rule: nn.Module
     tensors: dict[str, Tensor]
@@ -93,7 +91,7 @@ class _LoweredRule:
 
 
 class _Called(nn.Module):
-    """Calls a method of a rule as a module's own forward pass, which can be given parameters."""
+    """Wraps a method of a rule as a module's forward, which `functional_call` requires."""
 
     def __init__(self, rule: nn.Module, method: str | None) -> None:
         super().__init__()

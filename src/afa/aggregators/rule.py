@@ -1,4 +1,4 @@
-"""What a fusion rule is: a module that makes one feature of N."""
+"""`FusionRule`, the base of modules that fuse N features into one."""
 
 from __future__ import annotations
 
@@ -14,18 +14,22 @@ from afa.errors import AfaError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-#: answers to a timestep with the experts that run there, by number; the others are skipped
+#: a function from a timestep to the numbers of the experts that run; the others are skipped
 Schedule = Callable[[float], Sequence[int]]
 
 
 class Condition(NamedTuple):
-    """What a fusion rule may look at besides the features.
+    """The inputs of a fusion rule besides the features.
 
-    `timestep` [B]; `temb` [B, T], mean of the experts' timestep embeddings; `text` [B, L, D], mean
-    of their text embeddings (AFA, section 3.2), None where they take none; `sample`, the noisy
-    latent as the experts take it, [B, C, H, W] or packed [B, T, C]; `text_mask` [B, L], true or 1
-    where a token counts, None where all do; `bias` [N], what is added to the logits of the experts
-    at this site, None where nothing is; `num_experts` N, None where nobody said it.
+    Attributes:
+        timestep: [B].
+        temb: the mean of the experts' timestep embeddings, [B, T].
+        text: the mean of the experts' text embeddings (AFA, section 3.2), [B, L, D]; None without
+            text.
+        sample: the noisy latent as the experts receive it, [B, C, H, W] or packed [B, T, C].
+        text_mask: [B, L], true or 1 for tokens that count; None if all tokens count.
+        bias: [N], added to the experts' logits at this site; None for no bias.
+        num_experts: N; None if unknown.
     """
 
     timestep: Tensor
@@ -38,10 +42,13 @@ class Condition(NamedTuple):
 
 
 class Fused(NamedTuple):
-    """A rule's answer.
+    """The output of a fusion rule.
 
-    `feature` [B, C, H, W] is what every expert goes on with; a sequence of N such tensors gives
-    each expert its own. `weights` [B, N, H, W] sum to 1 over the experts; None where none exist.
+    Attributes:
+        feature: the fused feature [B, C, H, W], with which all experts continue; or a sequence of N
+            such tensors, one for each expert.
+        weights: the fusion weights [B, N, H, W], which sum to 1 over the experts; None for rules
+            without weights.
     """
 
     feature: Tensor | Sequence[Tensor]
@@ -49,57 +56,63 @@ class Fused(NamedTuple):
 
 
 class FusionRule(nn.Module, ABC):
-    """Base of all fusion rules, one instance per site.
+    """Base class of all fusion rules, with one instance per site.
 
-    A new way of combining experts is one subclass with one method.
+    To add a rule, write a subclass with the method `forward`.
     """
 
-    #: whether `fuse_some` can do without some of the features
+    #: whether a pruning plan may skip experts; then `fuse_some` must be implemented
     can_prune = False
-    #: whether weights are made of logits, to which a bias is added
+    #: whether weights are a softmax of logits to which the rule adds `condition.bias`
     can_steer = False
-    #: whether it computes in the type of its parameters, whatever that of the features is
+    #: whether it computes in the data type of its parameters, whatever the features' type
     can_lower = False
 
     @property
     def takes_some(self) -> bool:
-        """Whether it can do without the features of some experts: it has its own `fuse_some`."""
+        """Whether it can fuse only some of the experts, that is, it overrides `fuse_some`."""
         return type(self).fuse_some is not FusionRule.fuse_some
 
     @abstractmethod
     def forward(self, features: Sequence[Tensor], condition: Condition) -> Fused:
-        """Make one feature, or one per expert, of N features [B, C, H, W]."""
-
-    def fuse_some(self, features: Mapping[int, Tensor], condition: Condition) -> Fused:
-        """Make one feature of those of some experts.
+        """Fuse N features [B, C, H, W] into one, or into one per expert.
 
         Args:
-            features: [B, C, H, W] by the expert's number, of at least one.
-            condition: of all experts.
+            features: the features of the experts that run, in order.
+            condition: the timestep, text and latent.
+        """
 
-        Returns: weights are [B, N, H, W] of all experts, 0 of those that are missing.
+    def fuse_some(self, features: Mapping[int, Tensor], condition: Condition) -> Fused:
+        """Fuse the features of some experts.
+
+        Args:
+            features: the features [B, C, H, W] by expert number, at least one.
+            condition: the timestep, text and latent.
+
+        Returns: the fused feature and the weights [B, N, H, W] of all experts, which are 0 for
+            experts without a feature.
 
         Raises:
-            AfaError: this rule needs all of them.
+            AfaError: if this rule needs the features of all experts.
         """
         raise AfaError(
             "AFA-FUSION-008",
             f"{type(self).__name__} needs the features of all experts, but a schedule, a plan or "
-            f"masking leaves only {sorted(features)}. Leave these out, or use Mean, Only or SABW.",
+            f"masking leaves only {sorted(features)}. Switch these off, or use Mean, Only or SABW.",
         )
 
 
 def shares_of(
     features: Mapping[int, Tensor], condition: Condition, shares: Mapping[int, float]
 ) -> Tensor | None:
-    """Fusion weights that are the same everywhere, 0 for experts that have none.
+    """Make fusion weights that are constant over pixels, and 0 for experts without a share.
 
     Args:
-        features: [B, C, H, W] by the expert's number.
-        condition: says how many experts there are.
-        shares: the weights, by the expert's number.
+        features: the features [B, C, H, W] by expert number, for the shape.
+        condition: has the number of experts.
+        shares: the weights by expert number.
 
-    Returns: [B, N, H, W]; None where the number of experts is not known.
+    Returns: [B, N, H, W]; None if the number of experts is unknown.
     """
     if condition.num_experts is None:
         return None
@@ -111,13 +124,13 @@ def shares_of(
 
 
 def weighted_sum(features: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """Sum of features times their weights (AFA, eq. 4), accumulated without stacking.
+    """Sum the features times their weights (AFA, eq. 4), without stacking them.
 
     Args:
         features: N tensors [B, C, H, W].
-        weights: [B, N, H, W], cast to the features' dtype.
+        weights: [B, N, H, W]; cast to the features' data type.
 
-    Returns: [B, C, H, W] in the features' own dtype and memory format.
+    Returns: [B, C, H, W], in the features' data type and memory format.
     """
     weights = weights.to(features[0].dtype)
     fused = features[0] * weights[:, :1]

@@ -1,4 +1,4 @@
-"""SABW, the spatial-aware block-wise aggregator: the trained part of AFA."""
+"""SABW, the spatial-aware block-wise aggregator (AFA, section 3.2): the trained part of AFA."""
 
 from __future__ import annotations
 
@@ -25,40 +25,41 @@ if TYPE_CHECKING:
 _SITE_FIELDS = ("num_experts", "in_channels", "temb_channels", "text_channels")
 
 
-#: a number of things of which there is at least one
+#: a positive integer
 Count = Annotated[int, Field(ge=1)]
 
 
 @dataclass(frozen=True)
 class SABWSettings:
-    """What a user chooses of an aggregator, one choice for all sites.
+    """The settings of aggregators that a user chooses, the same for all sites.
 
-    Recipes and `config.json` of ensemble folders have these keys. Defaults are the paper's (AFA,
-    section 4.1) but for `hidden_ratio` and `min_scale`, which are None and 1 there: the paper's
-    aggregator costs the same at every width of the experts, more than they do where they are
-    narrow; this one follows them, and on the emoji scenes its pictures were not told apart from
-    those of the paper's (docs/benchmarks.md). With `sites="conv_out"` they were worse, so set both
-    back there. The switches take away one of the states that the weights depend on (AFA, section
-    4.4, ablations).
+    Recipes and `config.json` of ensemble folders have these keys. The defaults are the paper's
+    (AFA, section 4.1), except `hidden_ratio` and `min_scale`, for which the paper's values are None
+    and 1. The paper's aggregator has the same cost at every site, which exceeds that of experts
+    where they are narrow. This one scales with the experts, and on the emoji scenes its pictures
+    did not differ measurably (docs/benchmarks.md). With `sites="conv_out"` they were worse: set
+    both to the paper's values there. `spatial`, `timestep` and `prompt` are the ablations of AFA,
+    section 4.4.
 
     Attributes:
-        hidden_size: channels inside, the same at all sites where `hidden_ratio` is None.
-        num_layers: transformer blocks; 2 is what the published code runs although it says 1.
-        num_heads: of attention at the full `hidden_size`; a smaller site has fewer, as wide.
-        norm_num_groups: likewise.
-        spatial: off, one weight per expert and site, the same at all pixels.
-        timestep: off, the weights do not see the denoising step.
-        prompt: off, the weights do not see the prompt.
-        sharing: `width`, sites of as many channels whose weights are on one grid share one
-            aggregator.
-        sites: `conv_out`, only the predictions are fused.
-        stride: a site after every so many blocks; the first and the last site always are.
-        hidden_ratio: channels inside by those of the experts at a site, `hidden_size` at the most.
-            At the last site the experts' width is that of the first.
-        min_scale: weights are found on a grid this many times smaller than the latent, per side,
-            and interpolated; sites whose features are as small see them as they are.
+        hidden_size: hidden channels; the maximum if `hidden_ratio` is set.
+        num_layers: transformer blocks. The published code runs 2, although it is configured with 1.
+        num_heads: attention heads at the full `hidden_size`; smaller sites have fewer heads of the
+            same width.
+        norm_num_groups: groups of the group norms at the full `hidden_size`; likewise.
+        spatial: off gives one weight per expert and site, the same at all pixels.
+        timestep: off hides the timestep from the aggregator.
+        prompt: off hides the prompt from the aggregator.
+        sharing: `width` shares one aggregator between sites with equal channels and weight grids.
+        sites: `conv_out` fuses only the predictions.
+        stride: fuse at every `stride`-th site; the first and the last are always fused.
+        hidden_ratio: hidden channels divided by the experts' channels at the site, limited by
+            `hidden_size`; at the last site the channels of the first site count. None uses
+            `hidden_size` at all sites.
+        min_scale: compute weights on a grid this many times smaller than the latent, per side, and
+            interpolate them; features that are already this small are not pooled.
 
-    Raises AfaError: sizes that do not fit each other.
+    Raises AfaError: if a setting is out of range, or sizes do not fit each other.
     """
 
     hidden_size: Count = 128
@@ -79,46 +80,46 @@ class SABWSettings:
             if written == "Count" and getattr(self, name) < 1:
                 raise AfaError(
                     "AFA-FUSION-009",
-                    f"aggregator.{name} must be at least 1, came {getattr(self, name)}.",
+                    f"aggregator.{name} must be at least 1; got {getattr(self, name)}.",
                 )
         if self.hidden_ratio is not None and not self.hidden_ratio > 0:
             raise AfaError(
                 "AFA-FUSION-010",
-                f"aggregator.hidden_ratio must be above 0, came {self.hidden_ratio}.",
+                f"aggregator.hidden_ratio must be above 0; got {self.hidden_ratio}.",
             )
         if self.hidden_size % self.num_heads:
             raise AfaError(
                 "AFA-FUSION-011",
-                f"aggregator.hidden_size must be a multiple of num_heads, came {self.hidden_size} "
+                f"aggregator.hidden_size must be a multiple of num_heads; got {self.hidden_size} "
                 f"and {self.num_heads}. Change one of them.",
             )
         if self.hidden_size % self.norm_num_groups or self.hidden_size == self.norm_num_groups:
-            # with one channel a group, group norm cancels what the timestep adds to that channel
+            # with one channel per group, group norm removes what the timestep adds to the channel
             quarter = max(1, self.hidden_size // 4)
             fitting = max(g for g in range(1, quarter + 1) if self.hidden_size % g == 0)
             raise AfaError(
                 "AFA-FUSION-012",
-                "aggregator.hidden_size must be a multiple of norm_num_groups, at least twice it, "
-                f"came {self.hidden_size} and {self.norm_num_groups}. Choose norm_num_groups = "
+                "aggregator.hidden_size must be a multiple of norm_num_groups, and at least twice "
+                f"it; got {self.hidden_size} and {self.norm_num_groups}. Choose norm_num_groups = "
                 f"{fitting} or a larger hidden_size.",
             )
 
 
 @dataclass(frozen=True)
 class SABWConfig(SABWSettings):
-    """Shape of an aggregator: the user's settings, and the properties of its site.
+    """The settings of an aggregator and the properties of its site.
 
-    `EnsembleDenoiser` fills in the properties of the site; leave them out.
+    Do not set the properties: `EnsembleDenoiser` fills them in.
 
     Attributes:
-        num_experts: that are fused.
-        in_channels: of their features at the site.
-        temb_channels: width of the embedded timestep.
-        text_channels: width of the embedding of a token.
-        width: channels that `hidden_ratio` goes by.
-        pool: how many times smaller the grid of the weights is than the features, per side.
+        num_experts: N.
+        in_channels: the channels of the experts' features at the site.
+        temb_channels: the width of the timestep embedding.
+        text_channels: the width of a token's embedding.
+        width: the experts' channels, by which `hidden_ratio` is multiplied.
+        pool: the side of the features divided by the side of the weight grid.
 
-    Raises AfaError: sizes that do not fit each other.
+    Raises AfaError: if a setting is out of range, or sizes do not fit each other.
     """
 
     num_experts: int | None = None
@@ -130,7 +131,7 @@ class SABWConfig(SABWSettings):
 
     @property
     def channels(self) -> int:
-        """Hidden channels at this site: a whole number of heads and of groups."""
+        """Hidden channels at this site, a multiple of the head width and of two groups."""
         if self.hidden_ratio is None or self.width is None:
             return self.hidden_size
         unit = math.lcm(self.hidden_size // self.num_heads, 2 * self._group_size)
@@ -139,12 +140,12 @@ class SABWConfig(SABWSettings):
 
     @property
     def heads(self) -> int:
-        """Attention heads at this site, each as wide as at any other."""
+        """Attention heads at this site; their width is the same at all sites."""
         return self.channels // (self.hidden_size // self.num_heads)
 
     @property
     def groups(self) -> int:
-        """Groups of the norms at this site, each as large as at any other."""
+        """Groups of the group norms at this site; their size is the same at all sites."""
         return self.channels // self._group_size
 
     @property
@@ -153,7 +154,7 @@ class SABWConfig(SABWSettings):
 
 
 class _Mix(nn.Conv2d):
-    """A 1x1 convolution of N features side by side, added up without concatenating them."""
+    """A 1x1 convolution of N concatenated features, computed without concatenating them."""
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:  # type: ignore[override]
         """Mix N features [B, C, H, W] to [B, C', H, W]."""
@@ -167,31 +168,38 @@ class _Mix(nn.Conv2d):
 
 
 def _halved(feature: Tensor) -> Tensor:
-    """The mean of two by two pixels; on a processor five times as fast as `avg_pool2d`."""
+    """Average 2x2 pixels; on a CPU five times as fast as `avg_pool2d`."""
     rows = feature[..., ::2, :] + feature[..., 1::2, :]
     mean = (rows[..., ::2] + rows[..., 1::2]).mul_(0.25)
     if mean.dtype != torch.float16:
         return mean
-    # the sum of four may overflow where their mean does not; quarters of tiny numbers lose bits, so
-    # they are taken only there, without a branch on values for which a GPU would be waited for
+    # the sum of four may overflow where their mean does not. Quarters of tiny numbers lose bits, so
+    # they are used only there. A branch on values would make the CPU wait for the GPU.
     quarter = feature * 0.25
     rows = quarter[..., ::2, :] + quarter[..., 1::2, :]
     return torch.where(mean.isfinite(), mean, rows[..., ::2] + rows[..., 1::2])
 
 
-class SABW(FusionRule):
-    """Per-pixel softmax weights over the experts, from features, timestep and prompt.
+def pooled(feature: Tensor, pool: int) -> Tensor:
+    """Average a feature [B, C, H, W] over windows of `pool` x `pool` pixels, also in float16."""
+    while pool % 2 == 0 and feature.shape[-1] % 2 == 0 and feature.shape[-2] % 2 == 0:
+        feature, pool = _halved(feature), pool // 2
+    return feature if pool == 1 else F.avg_pool2d(feature, pool, ceil_mode=True)
 
-    AFA, section 3.2: a 1x1 convolution of the concatenated features, a ResNet block conditioned on
-    the timestep, a 2-D transformer that attends to the prompt, and a 1x1 convolution to one logit
-    per expert. That last one starts at zero, so the untrained ensemble is the uniform mean.
-    Parameter names are those of the published code.
+
+class SABW(FusionRule):
+    """Fuse the experts' features with per-pixel softmax weights (AFA, section 3.2, eqs. 3 and 4).
+
+    The weights come from a 1x1 convolution of the concatenated features, a ResNet block conditioned
+    on the timestep, a 2-D transformer that attends to the prompt, and a 1x1 convolution to one
+    logit per expert. The last convolution starts at zero, so an untrained ensemble is the uniform
+    mean. Parameter names are those of the published code.
 
     Args:
-        config: with all of a site's properties filled in.
+        config: the settings, with all properties of the site filled in.
 
     Raises:
-        AfaError: a property of the site is missing.
+        AfaError: if a property of the site is missing.
     """
 
     can_prune = True
@@ -209,8 +217,8 @@ class SABW(FusionRule):
         if missing:
             raise AfaError(
                 "AFA-FUSION-013",
-                f"SABW must know its site; the config lacks {', '.join(missing)}. Give them, or "
-                "pass the config to EnsembleDenoiser, which fills them in.",
+                f"The config lacks properties of the site: {', '.join(missing)}. Set them, or pass "
+                "the config to EnsembleDenoiser, which fills them in.",
             )
         self.config = config
         num_experts, in_channels, temb_channels, text_channels = sizes
@@ -238,17 +246,17 @@ class SABW(FusionRule):
         condition: Condition,
         missing: Sequence[int] = (),
     ) -> Tensor:
-        """Weights of the experts at every pixel (AFA, eq. 3).
+        """Compute the experts' fusion weights at every pixel (AFA, eq. 3).
 
         Args:
-            features: N features [B, C, H, W] of the experts.
-            condition: the mean timestep and text embedding.
-            missing: experts that get no weight, by number.
+            features: the N experts' features, each [B, C, H, W].
+            condition: the mean timestep embedding [B, T] and the mean text embedding [B, L, D].
+            missing: the numbers of experts that get weight 0.
 
-        Returns: [B, N, H, W] in float32, summing to 1 over N.
+        Returns: [B, N, H, W] in float32, which sums to 1 over N.
         """
         dtype, size = self.conv_in.weight.dtype, features[0].shape[-2:]
-        hidden = self.conv_in([self._pooled(feature).to(dtype) for feature in features])
+        hidden = self.conv_in([pooled(feature, self.config.pool).to(dtype) for feature in features])
         temb = condition.temb.to(dtype) if self.config.timestep else None
         hidden = self.res_block(hidden, temb)
         hidden = self.transformer(hidden, **self._prompt(condition), return_dict=False)[0]
@@ -263,15 +271,8 @@ class SABW(FusionRule):
             logits[:, missing] = -math.inf
         return logits.softmax(dim=1).expand(-1, -1, *size)
 
-    def _pooled(self, feature: Tensor) -> Tensor:
-        """A feature [B, C, H, W] on the grid where weights are found."""
-        pool = self.config.pool
-        while pool % 2 == 0 and feature.shape[-1] % 2 == 0 and feature.shape[-2] % 2 == 0:
-            feature, pool = _halved(feature), pool // 2
-        return feature if pool == 1 else F.avg_pool2d(feature, pool, ceil_mode=True)
-
     def _prompt(self, condition: Condition) -> dict[str, Tensor | None]:
-        """What the transformer attends to."""
+        """The transformer's arguments for cross attention to the prompt."""
         if not self.config.prompt or condition.text is None:
             return {}
         given, dtype = condition.text, self.conv_in.weight.dtype
@@ -281,35 +282,39 @@ class SABW(FusionRule):
         return {"encoder_hidden_states": text, "encoder_attention_mask": condition.text_mask}
 
     def forward(self, features: Sequence[Tensor], condition: Condition) -> Fused:
-        """Fuse the experts' features at one site with per-pixel weights (AFA, section 3.2).
+        """Fuse the experts' features at one site with per-pixel weights (AFA, eqs. 3 and 4).
 
         Args:
-            features: N features [B, C, H, W] of the experts.
-            condition: the mean timestep and text embedding.
+            features: the N experts' features, each [B, C, H, W].
+            condition: the mean timestep embedding [B, T] and the mean text embedding [B, L, D].
 
-        Returns: the fused feature, in the features' dtype, and the weights, in float32.
+        Returns: the fused feature [B, C, H, W], in the features' data type, and the weights
+            [B, N, H, W], in float32.
 
         Raises:
-            AfaError: another number of features than the config's `num_experts`.
+            AfaError: if the number of features is not the config's `num_experts`.
         """
         if len(features) != self.config.num_experts:
             raise AfaError(
                 "AFA-FUSION-014",
-                f"This aggregator fuses {self.config.num_experts} experts, came {len(features)} "
-                "features. Use the experts it was trained with.",
+                f"This aggregator fuses {self.config.num_experts} experts; got {len(features)} "
+                "features. Use the experts with which it was trained.",
             )
         weights = self.fusion_weights(features, condition)
         return Fused(weighted_sum(features, weights), weights)
 
     def fuse_some(self, features: Mapping[int, Tensor], condition: Condition) -> Fused:
-        """Fuse the features of some experts with per-pixel weights that sum to 1 over these.
+        """Fuse the features of some experts with per-pixel weights that sum to 1 over them.
 
-        To the aggregator, an expert that is missing has the mean feature of those that are not; a
-        single one is not asked about.
+        The aggregator sees the mean of the given features in place of a missing one. With a single
+        feature it does not run; that expert's weight is 1.
 
         Args:
-            features: [B, C, H, W] by the expert's number.
-            condition: the mean timestep and text embedding of all experts.
+            features: the features [B, C, H, W] by expert number, at least one.
+            condition: the mean timestep embedding [B, T] and the mean text embedding [B, L, D].
+
+        Returns: the fused feature [B, C, H, W] and the weights [B, N, H, W] of all experts, which
+            are 0 for missing ones.
         """
         count, given = self.config.num_experts or 0, list(features.values())
         first = given[0]

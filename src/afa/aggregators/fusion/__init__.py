@@ -1,4 +1,4 @@
-"""Fusion without training: every module of this folder adds its own to every comparison."""
+"""Fusion without training; every module in this folder adds a method to all comparisons."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from afa.aggregators.fusion.shell import ShellRecipe, shell
 for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
     importlib.import_module(_module.name)
 
-#: every kind of fusion there is, in the order of their modules
+#: the recipe classes of all methods, in the order of their modules
 FUSIONS = tuple(FusionRecipe.__subclasses__())
 
 if TYPE_CHECKING:
     AnyFusion = FusionRecipe
 else:
-    #: a fusion in a recipe, told by its `rule`
+    #: a method in a recipe, identified by its `rule`
     AnyFusion = Annotated[Union[FUSIONS], Field(discriminator="rule")]  # noqa: UP007
 
 __all__ = [

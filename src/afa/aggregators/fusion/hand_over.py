@@ -1,4 +1,4 @@
-"""Timestep hand-over: one expert at a time, from noise to picture."""
+"""Timestep hand-over: each expert denoises a range of timesteps alone."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class HandOver:
-    """Which expert denoises at a timestep, as in eDiff-I (Balaji et al., 2022, arXiv 2211.01324).
+    """A schedule with one expert per timestep, as in eDiff-I (Balaji et al., arXiv 2211.01324).
 
-    Takes the place of `EnsembleDenoiser`'s schedule, so that the other experts do not run at all.
-    An ensemble asks its schedule about timesteps as its denoisers take them, which Flux counts from
-    0 to 1: `afa.denoisers.timesteps.in_scheduler_timesteps` converts a schedule of the scheduler's.
+    Set it as `EnsembleDenoiser.schedule`; the other experts do not run. An ensemble calls its
+    schedule with its denoisers' timesteps, which are 0 to 1 for Flux; convert a schedule in the
+    scheduler's timesteps with `afa.denoisers.timesteps.in_scheduler_timesteps`.
 
     Args:
-        order: the experts by number, the first one starts with pure noise.
-        boundaries: timesteps at which the next expert takes over, falling; one less than experts.
+        order: the numbers of the experts; the first one starts with pure noise.
+        boundaries: falling timesteps below which the next expert runs, one fewer than experts.
 
     Raises:
-        AfaError: boundaries that do not fall, or another number of them.
+        AfaError: if the boundaries do not fall, or their number is wrong.
     """
 
     order: Sequence[int]
@@ -45,22 +45,22 @@ class HandOver:
             raise AfaError(
                 "AFA-FUSION-002",
                 f"A hand-over between {len(self.order)} experts must have "
-                f"{len(self.order) - 1} falling boundaries, came {list(self.boundaries)}.",
+                f"{len(self.order) - 1} falling boundaries; got {list(self.boundaries)}.",
             )
 
     @classmethod
     def evenly(cls, order: Sequence[int], num_train_timesteps: int = 1000) -> HandOver:
-        """Equal shares of the timesteps for every expert."""
+        """Give every expert an equal range of timesteps."""
         count = len(order)
         return cls(order, [num_train_timesteps * (1 - n / count) for n in range(1, count)])
 
     def __call__(self, timestep: float) -> Sequence[int]:
-        """The one expert of this timestep; at a boundary it is still the earlier one."""
+        """The number of this timestep's expert, in a list; at a boundary, of the earlier expert."""
         return [self.order[sum(timestep < boundary for boundary in self.boundaries)]]
 
 
 class HandOverRecipe(FusionRecipe):
-    """`rule: hand_over`; see `HandOver`. By default equal shares in the order of the experts.
+    """`rule: hand_over`; see `HandOver`. By default every expert has an equal range, in order.
 
     `boundaries` are timesteps of the scheduler, from 1000 down to 0, for every family.
     """
@@ -70,7 +70,7 @@ class HandOverRecipe(FusionRecipe):
     boundaries: list[float] | None = None
 
     def rules(self, sites: Sequence[Site]) -> list[FusionRule]:
-        """Means, of the one expert that runs."""
+        """A mean at every site, over the one expert that runs."""
         return feature_mean(sites)
 
     def schedule(self, num_experts: int, num_train_timesteps: int) -> HandOver:
@@ -82,19 +82,19 @@ class HandOverRecipe(FusionRecipe):
         if outside:
             raise AfaError(
                 "AFA-FUSION-003",
-                f"A hand-over has the boundaries {self.boundaries}; they must be timesteps of the "
-                f"scheduler, from 1 to {num_train_timesteps}, for every family. Where they are "
-                f"shares of the noise, multiply them by {num_train_timesteps}.",
+                f"The boundaries of a hand-over must be timesteps of the scheduler, from 1 to "
+                f"{num_train_timesteps}, for every family; got {self.boundaries}. Multiply "
+                f"fractions by {num_train_timesteps}.",
             )
         return HandOver(order, self.boundaries)
 
     def check(self, num_experts: int, guidance: float) -> None:
-        """Refuse experts that are not there, and boundaries that do not fit them."""
+        """Refuse unknown experts, and boundaries that do not fit the experts."""
         check_expert_numbers(self.order or [], num_experts)
         self.schedule(num_experts, max([1000, *map(math.ceil, self.boundaries or ())]))
 
     @classmethod
     def rows(cls, experts: Sequence[str]) -> dict[str, list[Self]]:
-        """One row, in any order."""
+        """One row; the order of the experts is chosen among all."""
         orders = itertools.permutations(range(len(experts)))
         return {"timestep hand-over": [cls(order=list(order)) for order in orders]}

@@ -1,4 +1,4 @@
-"""MagicFusion: at every pixel the expert whose guidance response is the most salient."""
+"""MagicFusion: at every pixel, use the expert with the most salient guidance response."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ class MagicFusion(FusionRule):
     """Saliency-aware noise fusion (Zhao et al., ICCV 2023, arXiv 2303.13126), for N experts.
 
     The saliency of expert n is its guidance response |eps_n(c) - eps_n(null)|, smoothed, averaged
-    over the channels and normalised by a softmax over the map. At every pixel the prediction of
-    the expert with the largest saliency is taken, with and without prompt, so that guidance comes
-    out as if it had been applied before. For two experts this is the paper's rule; its published
-    code measures both responses from the first expert's null prediction instead.
+    over the channels and normalised by a softmax over the pixels. Every pixel uses the prediction
+    of the expert with the largest saliency, for both halves of guidance, so that guidance gives the
+    same result as if it had been applied before fusion. For two experts this is the paper's rule;
+    the published code measures both responses from the first expert's null prediction instead.
 
-    A prediction of velocity responds in proportion to one of noise, by a factor that depends on
-    the timestep alone; it sharpens or flattens the softmax as the temperatures do.
+    With v-prediction the response differs from that of noise prediction by a factor that depends
+    only on the timestep; it changes the sharpness of the softmax like a temperature.
 
     Args:
-        temperatures: one per expert, or one for all; times the saliency before the softmax (the
-            paper's k, larger is sharper).
-        fuse_below: timesteps from here on (noisier ones) are the first expert's alone; none are by
-            default. Flow models begin at 1000 itself.
+        temperatures: one per expert, or one for all; factors of the saliency before the softmax
+            (the paper's k; larger is sharper).
+        fuse_below: from this timestep on (more noise), only the first expert is used. By default
+            all timesteps are fused. Flow models start at timestep 1000.
 
     Raises:
-        AfaError: a temperature that is not positive.
+        AfaError: if a temperature is not positive.
     """
 
     def __init__(
@@ -50,31 +50,31 @@ class MagicFusion(FusionRule):
         listed = [temperatures] if isinstance(temperatures, (int, float)) else list(temperatures)
         if not listed or min(listed) <= 0:
             raise AfaError(
-                "AFA-FUSION-004", f"MagicFusion's temperatures must be positive, came {listed}."
+                "AFA-FUSION-004", f"MagicFusion's temperatures must be positive; got {listed}."
             )
         self.temperatures = listed
         self.fuse_below = fuse_below
 
     def saliency(self, prediction: Tensor, temperature: float) -> Tensor:
-        """Normalised saliency [B, 1, H, W] of one expert's predictions [2 B, C, H, W]."""
+        """The normalised saliency [B, 1, H, W] of an expert's predictions [2 B, C, H, W]."""
         null, prompted = prediction.float().chunk(2)
         response = (prompted - null).abs()
-        # a window of 4, as published: its result is one pixel smaller and stretched again
+        # a window of 4, as published: the result is one pixel smaller, and resized
         smooth = F.avg_pool2d(response, 4, stride=1, padding=1)
         smooth = F.interpolate(smooth, size=response.shape[-2:], mode="bilinear")
         smooth = smooth.mean(1, keepdim=True)
         return (temperature * smooth.flatten(1)).softmax(1).view_as(smooth)
 
     def forward(self, features: Sequence[Tensor], condition: Condition) -> Fused:
-        """Pick one of N predictions [2 B, C, H, W] at every pixel.
+        """Select one of N predictions [2 B, C, H, W] at every pixel.
 
         Args:
-            features: the experts' predictions, those without prompt first.
-            condition: its noisy latents tell whether both halves are there.
+            features: the experts' predictions; the unconditional half of the batch is first.
+            condition: the noisy latents show whether both halves are there.
 
         Raises:
-            AfaError: the batch does not hold every latent twice, that is guidance is off, or there
-                are as many temperatures as no number of experts fits.
+            AfaError: if the batch does not contain every latent twice (guidance is off), if the
+                number of temperatures is neither 1 nor N, or if the predictions are too small.
         """
         self._require_guidance(condition.sample)
         count = len(features)
@@ -82,12 +82,14 @@ class MagicFusion(FusionRule):
         if len(temperatures) != count:
             raise AfaError(
                 "AFA-FUSION-005",
-                f"MagicFusion needs one temperature, or one for each of the {count} experts; came "
+                f"MagicFusion needs one temperature, or one for each of the {count} experts; got "
                 f"{len(temperatures)}.",
             )
         if features[0].shape[-1] < 2 or features[0].shape[-2] < 2:
             raise AfaError(
-                "AFA-FUSION-006", "MagicFusion needs predictions of at least 2x2 pixels to smooth."
+                "AFA-FUSION-006",
+                "MagicFusion needs predictions of at least 2x2 pixels; got "
+                f"{tuple(features[0].shape[-2:])}. Draw larger pictures.",
             )
         maps = [self.saliency(f, k) for f, k in zip(features, temperatures, strict=True)]
         chosen = torch.cat(maps, dim=1).argmax(1)  # [B, H, W]
@@ -104,8 +106,8 @@ class MagicFusion(FusionRule):
         if len(sample) % 2 or not torch.equal(sample[:half], sample[half:]):
             raise AfaError(
                 "AFA-FUSION-007",
-                "MagicFusion needs classifier-free guidance, the latents without and with prompt "
-                "in one batch. Set a guidance scale above 1.",
+                "MagicFusion needs classifier-free guidance with both halves in one batch. Set a "
+                "guidance scale above 1.",
             )
 
 
@@ -114,7 +116,7 @@ def magic_fusion(
     temperatures: float | Sequence[float] = 1.0,
     fuse_below: float = math.inf,
 ) -> list[FusionRule]:
-    """The rules of an ensemble: every expert goes its own way up to its prediction."""
+    """The rules of an ensemble that fuses only the predictions, with `MagicFusion`."""
     return [*(Separate() for _ in sites[:-1]), MagicFusion(temperatures, fuse_below)]
 
 
@@ -126,20 +128,20 @@ class MagicFusionRecipe(FusionRecipe):
     fuse_below: PositiveFloat | None = None
 
     def rules(self, sites: Sequence[Site]) -> list[FusionRule]:
-        """The rule at the last site alone."""
+        """`MagicFusion` at the last site only."""
         return magic_fusion(sites, **self.model_dump(exclude={"rule"}, exclude_none=True))
 
     def check(self, num_experts: int, guidance: float) -> None:
-        """Refuse to go without guidance, and another number of temperatures."""
+        """Refuse a comparison without guidance, and a wrong number of temperatures."""
         if guidance <= 1:
             raise ValueError("must have a guidance above 1")
         if len(self.temperatures or [1.0]) not in (1, num_experts):
             raise ValueError(
-                f"must have one temperature, or one for each of {num_experts} experts, came "
+                f"must have one temperature, or one for each of {num_experts} experts; got "
                 f"{self.temperatures}"
             )
 
     @classmethod
     def rows(cls, experts: Sequence[str]) -> dict[str, list[Self]]:
-        """One row; the larger the temperature, the sharper the saliency."""
+        """One row; the temperature is chosen, and a larger one makes the saliency sharper."""
         return {"MagicFusion": [cls(temperatures=[t]) for t in (1.0, 10.0, 100.0, 1000.0)]}

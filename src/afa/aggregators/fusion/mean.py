@@ -1,4 +1,4 @@
-"""Uniform averages: of the experts' features at every site, or of their predictions alone."""
+"""Uniform averages of the experts' features at every site, or of their predictions only."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def feature_mean(sites: Sequence[Site]) -> list[FusionRule]:
 
 
 def noise_mean(sites: Sequence[Site]) -> list[FusionRule]:
-    """Uniform averaging of the experts' predictions; before that each goes its own way."""
+    """Uniform averaging of the experts' predictions only; earlier features are not fused."""
     return [*(Separate() for _ in sites[:-1]), Mean()]
 
 
@@ -44,7 +44,7 @@ class NoiseMeanRecipe(FusionRecipe):
     rule: Literal["noise_mean"] = "noise_mean"
 
     def rules(self, sites: Sequence[Site]) -> list[FusionRule]:
-        """A mean at the last site alone."""
+        """A mean at the last site only."""
         return noise_mean(sites)
 
     @classmethod

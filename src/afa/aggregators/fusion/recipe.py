@@ -1,4 +1,4 @@
-"""What a fusion without training is: its name and settings in a recipe, and its rules."""
+"""`FusionRecipe`, the base of fusion without training: a method's settings and its rules."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 class FusionRecipe(Section, ABC):
-    """One way to fuse experts without training.
+    """A method that fuses experts without training.
 
-    A module of this folder with a subclass is all it takes to have it in every comparison: its
-    field `rule: Literal[...]` is its name in recipes, with itself as default, the other fields are
-    its settings.
+    To add a method to all comparisons, add a module with a subclass to this folder. The field
+    `rule: Literal[...]`, with itself as default, is its name in recipes; the other fields are its
+    settings.
     """
 
     rule: str
@@ -30,47 +30,46 @@ class FusionRecipe(Section, ABC):
         """The fusion rules of an ensemble, one per site, in site order."""
 
     def schedule(self, num_experts: int, num_train_timesteps: int) -> Schedule | None:
-        """Which experts run at a timestep; None is all of them at every one.
+        """The schedule of the experts; None runs all experts at every timestep.
 
         Args:
-            num_experts: how many there are.
-            num_train_timesteps: of the scheduler, in whose timesteps the answer is asked about,
-                whatever the denoisers of a family take.
+            num_experts: N.
+            num_train_timesteps: the scheduler's number of timesteps. The schedule is a function of
+                the scheduler's timesteps, for every family.
         """
         return None
 
     def check(self, num_experts: int, guidance: float) -> None:
-        """Refuse settings that do not fit a comparison.
+        """Check that the settings fit a comparison.
 
         Args:
-            num_experts: how many it has.
-            guidance: the scale that it draws with; up to 1 there is no unconditional half.
+            num_experts: the number of experts in the comparison.
+            guidance: its guidance scale; up to 1 there is no unconditional half.
 
         Raises:
-            ValueError: says what must hold, as the end of "the recipe ...".
+            ValueError: if they do not; its text continues a sentence with the recipe as subject.
         """
 
     @classmethod
     def rows(cls, experts: Sequence[str]) -> dict[str, list[Self]]:
-        """The rows it has in `make results`, and for each the settings to choose from.
+        """Its rows in `make results`, each with the settings to choose from; by default none.
 
-        They are chosen on other prompts than those of the comparison; a single one is taken as it
-        is. None by default.
+        The best settings on separate tuning prompts are chosen; a single one is used unchanged.
 
         Args:
-            experts: their names, in the order of the ensemble.
+            experts: the experts' names, in the order of the ensemble.
         """
         return {}
 
 
 def check_expert_numbers(numbers: Sequence[int], num_experts: int) -> None:
-    """Refuse numbers of experts that are not there.
+    """Check that numbers of experts are in range.
 
     Raises:
-        ValueError: says how many there are, and what came.
+        ValueError: if one is not.
     """
     if any(not 0 <= number < num_experts for number in numbers):
         raise ValueError(
-            f"must number its {num_experts} experts from 0 to {num_experts - 1}, came "
+            f"must number its {num_experts} experts from 0 to {num_experts - 1}; got "
             f"{list(numbers)}"
         )

@@ -1,4 +1,4 @@
-"""The control: one expert in the ensemble's shell."""
+"""The shell control: one expert alone, run by an ensemble."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def shell(sites: Sequence[Site], expert: int) -> list[FusionRule]:
-    """One expert in the ensemble's shell: same text path and autoencoder, nothing fused."""
+    """One expert alone, run by the ensemble: same text path and autoencoder, nothing is fused."""
     return [Only(expert) for _ in sites]
 
 
@@ -27,11 +27,11 @@ class ShellRecipe(FusionRecipe):
     expert: int = Field(ge=0)
 
     def rules(self, sites: Sequence[Site]) -> list[FusionRule]:
-        """That expert's feature at every site."""
+        """The expert's feature at every site."""
         return shell(sites, self.expert)
 
     def check(self, num_experts: int, guidance: float) -> None:
-        """Refuse an expert that is not there."""
+        """Refuse an unknown expert."""
         check_expert_numbers([self.expert], num_experts)
 
     @classmethod
