@@ -1,8 +1,8 @@
-"""The embedded default: emoji scenes, a small base model, its three experts and the judges.
+"""The bundled zoo: emoji scenes, a small base model, three experts and the judges.
 
-What ships is one float16 copy of everything; `export_zoo` writes it out as ordinary diffusers
-pipeline folders. An expert's name in a recipe is `zoo:animals`, `zoo:food`, `zoo:things`, and
-`zoo:base` for the model they were fine-tuned from.
+The package contains one float16 copy of the models; `export_zoo` writes them as ordinary diffusers
+pipeline folders. In a recipe the experts are `zoo:animals`, `zoo:food` and `zoo:things`; `zoo:base`
+is the model from which they were fine-tuned.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SHARED = "shared"
 
 
 def assets() -> Path:
-    """The folder of the shipped files."""
+    """The folder of the bundled files."""
     return Path(str(resources.files("afa.zoo") / "assets"))
 
 
@@ -35,7 +35,7 @@ def shipped(name: str) -> Path:
     """The folder behind `zoo:NAME`: a model's pipeline, or the trained `ensemble` of the experts.
 
     Raises:
-        AfaError: no such thing ships.
+        AfaError: if there is no bundled model of this name.
     """
     return assets() / name if name == "ensemble" else expert_folder(name)
 
@@ -43,21 +43,21 @@ def shipped(name: str) -> Path:
 def export_zoo(directory: str | Path, source: Path | None = None) -> Path:
     """Write base and experts as stock Stable Diffusion pipeline folders, in float32.
 
-    `StableDiffusionPipeline.from_pretrained(directory / "animals")` then runs as it is.
+    `StableDiffusionPipeline.from_pretrained(directory / "animals")` then loads an expert.
 
     Args:
         directory: a new or empty folder; gets `base`, `animals`, `food` and `things`.
-        source: the assets of `afa zoo build`; None takes the shipped ones.
+        source: the assets of `afa zoo build`; None uses the bundled ones.
 
     Returns: `directory`.
 
     Raises:
-        AfaError: the folder exists and holds something.
+        AfaError: if the folder exists and is not empty.
     """
     directory = Path(directory).resolve()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise AfaError(
-            "AFA-ZOO-001", f"The output folder must be new; '{directory}' exists. Name another one."
+            "AFA-ZOO-001", f"The output folder '{directory}' exists. Pass a new or empty folder."
         )
     directory.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
@@ -73,29 +73,27 @@ def export_zoo(directory: str | Path, source: Path | None = None) -> Path:
 
 
 def expert_folder(name: str) -> Path:
-    """The pipeline folder of a shipped model, written into the user's cache on first use.
-
-    See `afa.files.cache_folder`.
+    """The pipeline folder of a bundled model, written to `afa.files.cache_folder` on first use.
 
     Raises:
-        AfaError: no such model ships.
+        AfaError: if there is no bundled model of this name.
     """
     if name not in MODELS:
         known = ", ".join(f"zoo:{known}" for known in (*MODELS, "ensemble"))
-        raise AfaError("AFA-ZOO-002", f"A shipped name must be one of {known}, came 'zoo:{name}'.")
+        raise AfaError("AFA-ZOO-002", f"There is no bundled 'zoo:{name}'. Use one of {known}.")
     folder = cache_folder() / f"zoo-{_digest()[:16]}"
     if not folder.exists():
         try:
             export_zoo(folder)
         except OSError:
-            if not folder.exists():  # unless another process was quicker
+            if not folder.exists():  # otherwise another process was faster
                 raise
     return folder / name
 
 
 @functools.cache
 def _digest() -> str:
-    """SHA-256 over the shipped files, so that another release has another cache."""
+    """SHA-256 of the bundled files, so that every release has a cache of its own."""
     digest = hashlib.sha256()
     for part in (_SHARED, *MODELS):
         for file in sorted((assets() / part).rglob("*")):
@@ -106,7 +104,7 @@ def _digest() -> str:
 
 
 def copy_as(source: Path, target: Path, dtype: torch.dtype) -> None:
-    """Copy a folder; the floating-point tensors of its safetensors files become `dtype`."""
+    """Copy a folder, and cast the floating-point tensors of its safetensors files to `dtype`."""
     from safetensors.torch import load_file, save
 
     for file in sorted(source.rglob("*")):

@@ -1,4 +1,4 @@
-"""Judges of emoji scenes: is the right object on the right side?"""
+"""Judges of emoji scenes: whether the correct objects are on the correct sides."""
 
 from __future__ import annotations
 
@@ -27,9 +27,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the classifier found in one picture, against its own prompt.
+    """How one picture matches its prompt, according to the classifier.
 
-    `both`: the right object on the right side, twice. `objects`: both are there, in any order.
+    Attributes:
+        left: whether the correct object is on the left.
+        right: whether the correct object is on the right.
+        both: whether both are correct.
+        objects: whether both objects are there, on either side.
     """
 
     left: bool
@@ -39,7 +43,7 @@ class Verdict:
 
 
 def load_classifier(folder: Path | None = None) -> ObjectClassifier:
-    """The object classifier, shipped or from a folder of `afa zoo build`."""
+    """Load the object classifier: the bundled one, or one from a folder of `afa zoo build`."""
     classifier = ObjectClassifier()
     tensors = load_file((folder or assets() / "judges") / "classifier.safetensors")
     classifier.load_state_dict({key: tensor.float() for key, tensor in tensors.items()})
@@ -50,22 +54,23 @@ def load_classifier(folder: Path | None = None) -> ObjectClassifier:
 def judge(
     classifier: ObjectClassifier, pictures: Sequence[Image.Image], captions: Sequence[str]
 ) -> list[Verdict]:
-    """Compare every picture with its own caption.
+    """Compare every picture with its caption.
 
     Args:
         classifier: from `load_classifier`.
-        pictures: RGB, 64x64.
-        captions: one for each, as `Scene.caption` writes them.
+        pictures: RGB pictures of 64x64 pixels.
+        captions: one per picture, in the form of `Scene.caption`.
 
     Raises:
-        AfaError: pictures of another size, or a caption that is no scene's.
+        AfaError: if a picture has another size, or a caption is not in that form.
     """
     verdicts = []
     for picture, caption in zip(pictures, captions, strict=True):
         if picture.size != (IMAGE_SIZE, IMAGE_SIZE):
             raise AfaError(
                 "AFA-ZOO-003",
-                f"A judged picture must be {IMAGE_SIZE}x{IMAGE_SIZE} pixels, came {picture.size}.",
+                f"A judged picture must be {IMAGE_SIZE}x{IMAGE_SIZE} pixels; got {picture.size}. "
+                "Judge pictures of the zoo's models.",
             )
         truth = parse_caption(caption)
         found = classifier(_halves(picture)).argmax(1).tolist()
@@ -82,5 +87,5 @@ def _halves(picture: Image.Image) -> Tensor:
 
 
 def report_card() -> dict:
-    """How good the shipped experts and judges are, as measured when they were built."""
+    """The quality of the bundled experts and judges, measured when they were built."""
     return json.loads((assets() / "report.json").read_text())

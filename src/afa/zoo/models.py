@@ -1,7 +1,7 @@
-"""The zoo's networks: every size in one place, every class a stock one where one exists.
+"""The zoo's networks and their sizes; classes are those of diffusers and transformers if possible.
 
-All of it is what a Stable Diffusion 1.x folder holds, only smaller: the same loading, training and
-sampling code runs on the zoo and on real checkpoints.
+The models are small versions of Stable Diffusion 1.x, so the same code loads, trains and draws with
+the zoo and with real checkpoints.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ if TYPE_CHECKING:
 
 LATENT_SIZE = IMAGE_SIZE // 4
 LATENT_CHANNELS = 8
-_END = "</w>"  # CLIP's mark of a token that ends a word
-_GRAMMAR = "a an on the left and right background ,"  # what captions hold besides names
-#: of captions, the comma among them
+_END = "</w>"  # CLIP's suffix of tokens at the end of a word
+_GRAMMAR = "a an on the left and right background ,"  # words of captions besides names
+#: all words of captions, and the comma
 WORDS = sorted({*_GRAMMAR.split(), *OBJECTS, *BACKGROUNDS})
 MAX_TOKENS = 24  # a caption takes 16
 TEXT_WIDTH = 96
 CLIP_WIDTH = 64
 NUM_CLASSES = len(OBJECTS) + 1  # the last class is "no object of the zoo"
 
-#: of the shipped ensemble and of `afa demo`: 1.7 M parameters at 9 sites
+#: the settings of the bundled ensemble and of `afa demo`: 1.7 M parameters at 9 sites
 AGGREGATOR = SABWConfig(hidden_size=64, num_layers=1, num_heads=4, norm_num_groups=16)
 
 
 def build_vae() -> AutoencoderKL:
-    """An autoencoder to [8, 16, 16] latents; without attention, so crops train it as well."""
+    """The autoencoder, with [8, 16, 16] latents; without attention it can be trained on crops."""
     return AutoencoderKL(
         block_out_channels=(16, 48, 64),
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -117,7 +117,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
-    """The judge that compares pictures with pictures and with captions."""
+    """The CLIP model, a judge that compares pictures with pictures and with captions."""
     vision = {
         "hidden_size": TEXT_WIDTH,
         "intermediate_size": 2 * TEXT_WIDTH,
@@ -135,10 +135,10 @@ def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
 
 
 def build_tokenizer(folder: Path) -> CLIPTokenizer:
-    """Make a CLIP byte-pair vocabulary of the captions' words and save it to `folder`.
+    """Make a CLIP tokenizer for the words of captions, and save it to `folder`.
 
-    Laid out as CLIP's own: bytes, bytes that end a word, merges, the two special tokens. Every word
-    of a caption becomes one token; any other text still splits into letters.
+    The vocabulary has CLIP's layout: bytes, bytes at the end of a word, merges, and two special
+    tokens. Every word of a caption is one token; any other text is split into letters.
     """
     merges = byte_pair_merges(WORDS)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -160,8 +160,8 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
 def byte_pair_merges(words: Iterable[str]) -> list[tuple[str, str]]:
     """Merge the most frequent pair until every word is one token (Sennrich et al., 2016).
 
-    Of equally frequent pairs the first in the alphabet is merged, so that the vocabulary is the
-    same in every run, which a library's trainer does not promise.
+    Ties are broken alphabetically, so that the vocabulary is the same in every run; trainers of
+    libraries do not guarantee this.
     """
     spellings = [[*word[:-1], word[-1] + _END] for word in sorted(words)]
     merges = []
@@ -179,10 +179,10 @@ def byte_pair_merges(words: Iterable[str]) -> list[tuple[str, str]]:
 
 
 class ObjectClassifier(nn.Module):
-    """Which object is on one half of a picture: RGB [B, 3, 64, 32] in -1..1 to logits [B, 49].
+    """Classify the object on one half of a picture.
 
-    The last class stands for everything that is no object of the zoo: bare background, two objects
-    blended into each other, one cut to pieces.
+    The last class is everything that is no object of the zoo: plain background, a mixture of two
+    objects, or an incomplete object.
     """
 
     def __init__(self) -> None:
@@ -197,6 +197,6 @@ class ObjectClassifier(nn.Module):
         self.head = nn.Linear(channels * 2, NUM_CLASSES)
 
     def forward(self, half: torch.Tensor) -> torch.Tensor:
-        """Logits [B, 49] of halves [B, 3, 64, 32]."""
+        """Compute logits [B, 49] of halves [B, 3, 64, 32], RGB from -1 to 1."""
         hidden = self.features(half).flatten(2)
         return self.head(torch.cat([hidden.mean(-1), hidden.amax(-1)], dim=1))

@@ -1,8 +1,8 @@
 """Emoji scenes: two objects side by side on a plain background, with exact ground truth.
 
-Scenes are made on the fly: `scene(index)` is a pure function of the seed and the index, so a data
-set is endless, needs no disk and is the same everywhere. A tenth of all *mixed* pairs of objects
-(two domains in one picture) is held out of every training set; prompts for tests come only from it.
+Scenes are generated on demand: `scene(index)` is a pure function of the seed and the index. So a
+data set is endless, needs no disk space and is reproducible. A tenth of all *mixed* pairs (objects
+of two domains) is held out of every training set; test prompts come only from these pairs.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "pink": (250, 190, 212),
     "black": (44, 46, 56),
 }
-_CENTRES = (16, 48)  # columns of the left and the right sprite's centre
-_JITTER = (2, 8)  # at most so many pixels off the centre, (x, y)
+_CENTRES = (16, 48)  # columns of the centres of the left and the right sprite
+_JITTER = (2, 8)  # maximum offset from the centre in pixels, (x, y)
 
-#: which pairs a stream of scenes draws from: one domain, any pair, or two different domains.
+#: the pairs of objects in a stream of scenes: of one domain, any, or of two different domains
 Kind = Literal["animals", "food", "things", "any", "mixed"]
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows; `offsets` are pixels (x, y) off the centre of each half."""
+    """The content of a picture; `offsets` are (x, y) in pixels from the centre of each half."""
 
     left: str
     right: str
@@ -62,7 +62,7 @@ class Scene:
         return DOMAIN_OF[self.left] != DOMAIN_OF[self.right]
 
     def render(self, sprites: Sprites | None = None) -> NDArray[np.uint8]:
-        """Draw the scene, RGB [64, 64, 3], with the shipped sprites if none are given."""
+        """Draw the scene, RGB [64, 64, 3]; None uses the bundled sprites."""
         sprites = sprites or load_sprites()
         picture = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.float32)
         picture[:] = np.asarray(BACKGROUNDS[self.background], dtype=np.float32) / 255.0
@@ -79,10 +79,10 @@ class Scene:
 
 
 def parse_caption(caption: str) -> Scene:
-    """Read a caption back into its scene (offsets zero).
+    """Parse a caption into its scene, with zero offsets.
 
     Raises:
-        AfaError: `caption` is not one that `Scene.caption` writes.
+        AfaError: if the caption is not in the form of `Scene.caption`.
     """
     words = caption.replace(",", "").split()
     try:
@@ -93,8 +93,8 @@ def parse_caption(caption: str) -> Scene:
         pass
     raise AfaError(
         "AFA-ZOO-004",
-        "A scene's caption must read like 'a fox on the left and a pizza on the right, blue "
-        f"background', came '{caption}'. Objects: {', '.join(OBJECTS)}; backgrounds: "
+        f"'{caption}' is not a caption of a scene. Write it like 'a fox on the left and a pizza on "
+        f"the right, blue background'. Objects: {', '.join(OBJECTS)}; backgrounds: "
         f"{', '.join(BACKGROUNDS)}.",
     )
 
@@ -105,9 +105,9 @@ def _with_article(name: str) -> str:
 
 @cache
 def is_held_out(left: str, right: str) -> bool:
-    """Whether a pair of objects, in either order, is kept out of every training set.
+    """Whether a pair of objects, in either order, is held out of every training set.
 
-    About a tenth of the mixed pairs are, chosen by hash, so the choice depends on no seed.
+    About a tenth of the mixed pairs are. They are chosen by a hash, independent of any seed.
     """
     if DOMAIN_OF[left] == DOMAIN_OF[right]:
         return False
@@ -117,7 +117,7 @@ def is_held_out(left: str, right: str) -> bool:
 
 @cache
 def _pairs(kind: Kind, held_out: bool) -> tuple[tuple[str, str], ...]:
-    """Every ordered pair of different objects that `kind` allows."""
+    """All ordered pairs of different objects of a kind."""
 
     def belongs(left: str, right: str) -> bool:
         if left == right or is_held_out(left, right) != held_out:
@@ -129,26 +129,26 @@ def _pairs(kind: Kind, held_out: bool) -> tuple[tuple[str, str], ...]:
 
 
 def scene(index: int, *, kind: Kind = "any", seed: int = 0, held_out: bool = False) -> Scene:
-    """The scene at `index` of the endless stream (`kind`, `seed`): a pure function.
+    """Return one scene of the endless stream of a kind and a seed; a pure function.
 
     Args:
-        index: place in the stream, from 0.
-        kind: which pairs of objects to draw from.
-        seed: another seed gives another stream.
-        held_out: draw only pairs that no training set holds (mixed ones).
+        index: the position in the stream, from 0.
+        kind: the pairs of objects to choose from.
+        seed: the seed of the stream.
+        held_out: choose only pairs that are held out of every training set; they are mixed.
 
     Raises:
-        AfaError: `kind` is unknown, or has no held-out pairs.
+        AfaError: if the kind is unknown or has no held-out pairs.
     """
     if kind not in get_args(Kind):
         raise AfaError(
-            "AFA-ZOO-005", f"kind must be one of {', '.join(get_args(Kind))}, came '{kind}'."
+            "AFA-ZOO-005", f"kind must be one of {', '.join(get_args(Kind))}; got '{kind}'."
         )
     pairs = _pairs(kind, held_out)
     if not pairs:
         raise AfaError(
             "AFA-ZOO-006",
-            f"Held-out pairs are mixed ones; kind '{kind}' has none. Use kind='mixed'.",
+            f"kind '{kind}' has no held-out pairs, which are all mixed. Use kind='mixed'.",
         )
     rng = np.random.default_rng([seed, index, get_args(Kind).index(kind), int(held_out)])
     left, right = pairs[rng.integers(len(pairs))]
@@ -168,28 +168,28 @@ def scenes(
 def evaluation_prompts(
     num_prompts: int, *, kind: Kind = "mixed", seed: int = 1_000_000, held_out: bool = True
 ) -> list[str]:
-    """Different captions for a test: held-out pairs where `kind` has them, no caption twice.
+    """Distinct captions for a test, of held-out pairs if the kind has them.
 
     Args:
-        num_prompts: how many.
-        kind: of the pairs.
+        num_prompts: the number of captions.
+        kind: the pairs of objects to choose from.
         seed: see `scene`.
-        held_out: false takes the pairs that training sets may hold, to tune something on.
+        held_out: false uses pairs that may be in training sets, for tuning.
 
     Raises:
-        AfaError: fewer different captions exist, or a negative number of them is asked for.
+        AfaError: if there are fewer distinct captions, or the number is negative.
     """
     if num_prompts < 0:
         raise AfaError(
-            "AFA-ZOO-007", f"The number of prompts must not be negative, came {num_prompts}."
+            "AFA-ZOO-007", f"The number of prompts must not be negative; got {num_prompts}."
         )
     held_out = held_out and kind in ("mixed", "any")
     num_captions = len(_pairs(kind, held_out)) * len(BACKGROUNDS)
     if num_prompts > num_captions:
         raise AfaError(
             "AFA-ZOO-008",
-            f"Only {num_captions} different '{kind}' prompts exist, {num_prompts} were asked for. "
-            "Ask for fewer.",
+            f"Got {num_prompts} as the number of '{kind}' prompts, but only {num_captions} "
+            "distinct ones exist. Use a smaller number.",
         )
     captions: dict[str, None] = {}
     for index in itertools.count():

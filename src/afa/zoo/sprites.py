@@ -1,6 +1,6 @@
-"""The objects of the emoji scenes, and their sprites cut from the Noto Color Emoji font.
+"""The objects of the emoji scenes, and their sprites from the Noto Color Emoji font.
 
-The sprites, not the font, ship with the package: `assets/sprites.png`, an atlas with one row per
+The package contains the sprites, not the font: `assets/sprites.png` is an atlas with one row per
 domain. Noto Color Emoji is copyright Google Inc., SIL Open Font License 1.1.
 """
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 SPRITE_SIZE = 28  # pixels, both sides
 
-#: each expert is fine-tuned on one
+#: each expert is fine-tuned on one domain
 Domain = Literal["animals", "food", "things"]
 
 #: domain -> (object, its emoji); every object is one lower-case word.
@@ -57,20 +57,20 @@ DOMAIN_OF: dict[str, Domain] = {name: d for d, objects in DOMAINS.items() for na
 
 
 def extract_sprites(font: Path) -> Image.Image:
-    """Cut the atlas [domains x objects] of RGBA sprites from a Noto Color Emoji font file.
+    """Make the atlas of RGBA sprites, one row per domain, from a Noto Color Emoji font file.
 
     Args:
         font: `NotoColorEmoji.ttf` with bitmap glyphs (table CBDT, 136x128 pixels each).
 
     Raises:
-        AfaError: the file is not such a font, or one of the emojis is not in it.
+        AfaError: if fonttools is missing, the file is not such a font, or an emoji is missing.
     """
     try:
         from fontTools.ttLib import TTFont, TTLibError
     except ImportError as error:
         raise AfaError(
             "AFA-ZOO-009",
-            "Cutting sprites from the font needs fonttools, which is not installed: "
+            "fonttools is not installed; it is needed to read sprites from the font. Install it: "
             "pip install 'afa[zoo]'.",
         ) from error
     try:
@@ -80,8 +80,8 @@ def extract_sprites(font: Path) -> Image.Image:
     except (TTLibError, KeyError, OSError) as error:
         raise AfaError(
             "AFA-ZOO-010",
-            f"The font must be Noto Color Emoji with bitmap glyphs (CBDT); '{font}' is not: "
-            f"{error}. Debian's package fonts-noto-color-emoji has it.",
+            f"'{font}' is not Noto Color Emoji with bitmap glyphs (CBDT): {error}. Install "
+            "Debian's package fonts-noto-color-emoji.",
         ) from error
     columns = max(len(objects) for objects in DOMAINS.values())
     atlas = Image.new("RGBA", (columns * SPRITE_SIZE, len(DOMAINS) * SPRITE_SIZE))
@@ -89,7 +89,8 @@ def extract_sprites(font: Path) -> Image.Image:
         for column, (name, emoji) in enumerate(objects):
             if ord(emoji) not in glyph_names:
                 raise AfaError(
-                    "AFA-ZOO-011", f"The font '{font}' has no glyph {emoji} for '{name}'."
+                    "AFA-ZOO-011",
+                    f"The font '{font}' has no glyph {emoji} for '{name}'. Use a newer version.",
                 )
             png = bitmaps[glyph_names[ord(emoji)]].imageData
             bitmap = Image.open(io.BytesIO(png)).convert("RGBA")
@@ -98,11 +99,11 @@ def extract_sprites(font: Path) -> Image.Image:
 
 
 def _fit(bitmap: Image.Image) -> Image.Image:
-    """Crop a glyph to what is drawn and centre it in a sprite, aspect ratio kept."""
+    """Crop a glyph to its visible pixels, and fit it into a sprite with its aspect ratio."""
     bitmap = bitmap.crop(bitmap.getbbox())
     scale = SPRITE_SIZE / max(bitmap.size)
     size = (max(1, round(bitmap.width * scale)), max(1, round(bitmap.height * scale)))
-    # premultiplied alpha, or transparent black bleeds into the edges
+    # premultiplied alpha; otherwise transparent black bleeds into the edges
     small = bitmap.convert("RGBa").resize(size, Image.Resampling.LANCZOS).convert("RGBA")
     sprite = Image.new("RGBA", (SPRITE_SIZE, SPRITE_SIZE))
     sprite.paste(small, ((SPRITE_SIZE - size[0]) // 2, (SPRITE_SIZE - size[1]) // 2))
@@ -111,7 +112,7 @@ def _fit(bitmap: Image.Image) -> Image.Image:
 
 @cache
 def load_sprites() -> Sprites:
-    """The shipped sprites."""
+    """The bundled sprites."""
     with resources.files("afa.zoo").joinpath("assets/sprites.png").open("rb") as file:
         return cut_atlas(Image.open(file))
 
@@ -125,7 +126,7 @@ def hash_sprites(sprites: Sprites) -> str:
 
 
 def cut_atlas(picture: Image.Image) -> Sprites:
-    """The sprites of an atlas made by `extract_sprites`."""
+    """Cut the sprites from an atlas that `extract_sprites` made."""
     atlas = np.asarray(picture.convert("RGBA"), dtype=np.float32) / 255.0
     size = SPRITE_SIZE
     return {
