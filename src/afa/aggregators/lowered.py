@@ -80,23 +80,22 @@ class _LoweredRule:
     tensors: dict[str, Tensor]
 
     def __call__(self, *inputs: Any) -> Any:
-        return self._run(None, *inputs)
+        return self._run("__call__", *inputs)
 
     def fuse_some(self, *inputs: Any) -> Any:
         return self._run("fuse_some", *inputs)
 
-    def _run(self, method: str | None, *inputs: Any) -> Any:
+    def _run(self, method: str, *inputs: Any) -> Any:
         named = {f"rule.{name}": tensor for name, tensor in self.tensors.items()}
-        return functional_call(_Called(self.rule, method), named, inputs)
+        return functional_call(_Called(self.rule), named, (method, *inputs))
 
 
 class _Called(nn.Module):
-    """Wraps a method of a rule as a module's forward, which `functional_call` requires."""
+    """Calls a method of a rule within a module's forward, which `functional_call` requires."""
 
-    def __init__(self, rule: nn.Module, method: str | None) -> None:
+    def __init__(self, rule: nn.Module) -> None:
         super().__init__()
-        self.rule, self._method = rule, method
+        self.rule = rule
 
-    def forward(self, *inputs: Any) -> Any:
-        call: Any = self.rule if self._method is None else getattr(self.rule, self._method)
-        return call(*inputs)
+    def forward(self, method: str, *inputs: Any) -> Any:
+        return getattr(self.rule, method)(*inputs)

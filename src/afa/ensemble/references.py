@@ -23,7 +23,7 @@ class ExpertReference:
     """A reference to an expert or an autoencoder in an ensemble folder.
 
     Attributes:
-        source: the path, hub id or shipped name.
+        source: the path, hub id or bundled name (`zoo:...`).
         sha256: the hash of its weights.
         revision: the commit to which a hub id was resolved.
         lora: its LoRA; the other attributes are then those of the base.
@@ -63,7 +63,7 @@ class Provenance:
     Attributes:
         experts: one reference per expert; empty if the experts were made in memory.
         vae: the autoencoder.
-        config: the folder or shipped configuration that describes single files.
+        config: the folder or bundled configuration that describes single files.
         parts: the sources of parts that single files lack.
         folder: the folder of the method's published code that contains the experts; otherwise None.
     """

@@ -29,11 +29,8 @@ if TYPE_CHECKING:
 class Verdict:
     """How one picture matches its prompt, according to the classifier.
 
-    Attributes:
-        left: whether the correct object is on the left.
-        right: whether the correct object is on the right.
-        both: whether both are correct.
-        objects: whether both objects are there, on either side.
+    `left`, `right` and `both`: the correct object is on that side, or on both. `objects`: both
+    objects are there, on either side.
     """
 
     left: bool

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 
 from afa.errors import AfaError
-from afa.zoo.sprites import DOMAIN_OF, DOMAINS, OBJECTS, SPRITE_SIZE, Sprites, load_sprites
+from afa.zoo.sprites import DOMAIN_OF, OBJECTS, SPRITE_SIZE, Sprites, load_sprites
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -197,17 +197,3 @@ def evaluation_prompts(
             break
         captions.setdefault(scene(index, kind=kind, seed=seed, held_out=held_out).caption)
     return list(captions)
-
-
-__all__ = [
-    "BACKGROUNDS",
-    "DOMAINS",
-    "IMAGE_SIZE",
-    "Kind",
-    "Scene",
-    "evaluation_prompts",
-    "is_held_out",
-    "parse_caption",
-    "scene",
-    "scenes",
-]
