@@ -1,7 +1,7 @@
-"""Read picture files of any kind as 8-bit sRGB; the only place that decodes foreign pictures.
+"""Read picture files of any format as 8-bit sRGB.
 
-Training data, reference pictures and metrics all read through `read_picture`, so that a file means
-the same pixels everywhere.
+Training data, reference pictures and metrics all use `read_picture`, so that a file has the same
+pixels everywhere.
 """
 
 from afa.reading.broken import BrokenPicture, BrokenSample

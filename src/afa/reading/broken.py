@@ -1,4 +1,4 @@
-"""Errors of single samples, which a data set may hold a few of."""
+"""Errors of single samples, of which a data set may contain a few."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from afa.errors import AfaError
 
 
 class BrokenSample(AfaError):
-    """A sample that cannot be used; `data.max_broken` says how many a training accepts."""
+    """A sample that cannot be used; `data.max_broken` is the number that a training accepts."""
 
 
 class BrokenPicture(BrokenSample):

@@ -1,10 +1,10 @@
-"""Scale a picture and cut a rectangle out, without paying for what is cut off."""
+"""Scale and crop a picture without computing what is cropped."""
 
 from __future__ import annotations
 
 from PIL import Image
 
-#: a scaled picture with more pixels than so many times its crop is not made as a whole
+#: above this ratio of scaled to cropped pixels, only the crop is computed
 _MAX_WASTE = 4
 
 
@@ -14,17 +14,17 @@ def scale_and_crop(
     crop: tuple[int, int, int, int],
     resample: Image.Resampling,
 ) -> Image.Image:
-    """The rectangle `crop` of a picture that was scaled to `scaled`.
+    """Scale a picture to `scaled` and return its rectangle `crop`.
 
-    Up to four times the crop's pixels, the whole picture is scaled and then cropped. Beyond that
-    only the crop is computed (`resize(box=...)`): a 20000 x 1 picture would otherwise become
-    10 240 000 x 512 pixels. Both ways have the same samples and filter, but Pillow keeps `box` in
-    single precision, so a few pixels differ by one level; the usual aspect ratios are therefore
-    computed in the first way, whose results are those of earlier releases bit for bit.
+    Up to four times the crop's pixels, the complete picture is scaled and then cropped. Above, only
+    the crop is computed (`resize(box=...)`): a 20000 x 1 picture would otherwise become
+    10 240 000 x 512 pixels. Both ways use the same samples and filter, but Pillow stores `box` in
+    single precision, so a few pixels differ by one level. The first way is kept for usual aspect
+    ratios because its results are bit-identical to earlier releases.
 
     Args:
         picture: RGB.
-        scaled: width and height that the whole would have.
+        scaled: width and height of the complete scaled picture.
         crop: left, top, right and bottom in the scaled picture.
         resample: filter.
     """

@@ -1,4 +1,4 @@
-"""Which files are pictures, and the names of formats that Pillow does not read."""
+"""Detect picture files, and formats that Pillow does not read."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from PIL import Image
 if TYPE_CHECKING:
     from pathlib import Path
 
-#: Pillow reads EPS by starting Ghostscript, a program, on a file that may come from a stranger
+#: Pillow reads EPS by running Ghostscript on a possibly untrusted file
 _REFUSED_FORMATS = {"EPS"}
-#: registered by Pillow although it only writes them, or holds no raster picture in them
+#: suffixes registered by Pillow that it can only write, or that are not raster pictures
 _NO_PICTURES = {".pdf", ".ps", ".eps", ".mpg", ".mpeg", ".h5", ".hdf", ".grib", ".bufr", ".iim"}
-#: pictures that people keep beside the others, which must be named rather than overlooked
+#: picture formats that cannot be read; such files are reported instead of ignored
 _UNREADABLE = {
     *(".heic", ".heif", ".hif", ".jxl", ".exr", ".hdr", ".svg"),
     *(".dng", ".nef", ".cr2", ".cr3", ".arw", ".orf", ".raf", ".rw2"),
@@ -39,9 +39,9 @@ _SIGNATURES: tuple[tuple[bytes, str, str], ...] = (
     (b"\xc5\xd0\xd3\xc6", "PostScript", f"{_TO_PNG}."),
     (b"%PDF", "a PDF document", f"{_TO_PNG}."),
     (b"<svg", "an SVG drawing", f"{_TO_PNG}."),
-    (b"<?xml", "an XML text, perhaps an SVG drawing", f"{_TO_PNG}."),
-    (b"<!DOCTYPE", "a web page, perhaps an error message of a download", "Download it again."),
-    (b"<html", "a web page, perhaps an error message of a download", "Download it again."),
+    (b"<?xml", "an XML file, perhaps an SVG drawing", f"{_TO_PNG}."),
+    (b"<!DOCTYPE", "a web page, perhaps an error page of a download", "Download it again."),
+    (b"<html", "a web page, perhaps an error page of a download", "Download it again."),
     (b"\x1aE\xdf\xa3", *_VIDEO),
     (b"version https://git-lfs", "a Git LFS pointer", "Fetch the picture: git lfs pull."),
 )
@@ -53,21 +53,21 @@ _BRANDS: dict[bytes, tuple[str, str]] = {
     **dict.fromkeys((b"avif", b"avis"), _AVIF),
     b"crx ": ("a camera's raw file (CR3)", _DEVELOP),
 }
-#: bytes that `foreign_format` looks at
+#: number of bytes for `foreign_format`
 NUM_HEAD = 64
 
 
 def readable_formats() -> list[str]:
-    """The formats that are decoded, by Pillow's names; plugins that are registered count."""
+    """Return the supported formats by Pillow's names, including registered plugins."""
     Image.init()
     return [name for name in Image.ID if name not in _REFUSED_FORMATS]
 
 
 def is_picture_file(path: Path) -> bool:
-    """Whether a file's name says that it is a picture, in capital letters or small ones.
+    """Whether a file is a picture by its suffix, in upper or lower case.
 
-    True also for formats that cannot be read, such as HEIC: reading them says so. False for hidden
-    files, among them the `._1.jpg` that macOS leaves in archives.
+    Also True for formats that cannot be read, such as HEIC: reading them raises an error. False for
+    hidden files, such as `._1.jpg`, which macOS writes into archives.
     """
     return path.suffix.lower() in _suffixes() and not path.name.startswith(".")
 
@@ -79,7 +79,7 @@ def _suffixes() -> frozenset[str]:
 
 
 def foreign_format(head: bytes) -> tuple[str, str] | None:
-    """What a file is that Pillow does not read, and what to do with it; None where that is unknown.
+    """Return the format of a file that Pillow does not read, and a remedy; None if unknown.
 
     Args:
         head: the file's first `NUM_HEAD` bytes.
@@ -96,10 +96,10 @@ def foreign_format(head: bytes) -> tuple[str, str] | None:
 
 
 def raw_photograph(picture: Image.Image, head: bytes) -> bool:
-    """Whether an opened TIFF is a thumbnail: camera raw files begin like a TIFF with their preview.
+    """Whether an opened TIFF is the preview in a camera's raw file.
 
     NewSubfileType (tag 254) has bit 0 set for a reduced picture (TIFF 6.0); DNG has tag 50706; CR2
-    has its mark in bytes 8 and 9.
+    has a signature in bytes 8 and 9.
     """
     tags = getattr(picture, "tag_v2", None)
     if tags is None:

@@ -1,4 +1,4 @@
-"""One picture, from a file or its bytes, as 8-bit sRGB without transparency."""
+"""Read one picture from a file or bytes as 8-bit sRGB without transparency."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from afa.reading.tally import Conversion
 
 Colour = tuple[int, int, int]
 WHITE: Colour = (255, 255, 255)
-#: in the `info` of a picture that was read
+#: key in `Image.info` of a picture from `read_picture`
 _CONVERSIONS = "afa conversions"
 
-#: what Pillow's readers raise of files that are damaged; other errors are not the file's
+#: errors of Pillow's readers for damaged files
 _DECODING_ERRORS = (
     UnidentifiedImageError,
     OSError,
     ValueError,
-    SyntaxError,  # what Pillow calls a broken PNG
+    SyntaxError,  # raised by Pillow for a broken PNG
     EOFError,
     LookupError,
-    NotImplementedError,  # a pixel format of DDS, for one, that Pillow knows and does not decode
+    NotImplementedError,  # for example a pixel format of DDS that Pillow does not decode
     OverflowError,
     struct.error,
     zlib.error,
 )
-#: `warnings.catch_warnings` is not safe in threads by itself
+#: `warnings.catch_warnings` is not thread-safe
 _warnings_lock = threading.Lock()
-#: formats whose further pictures are previews, or layers of which the first picture is the whole
+#: formats whose further frames are previews, or layers of the first picture
 _MANY_IN_ONE = ("MPO", "PSD")
 _SRGB_GAMMA, _GAMMA_TOLERANCE = 1 / 2.2, 0.02
 _INTEROP, _INTEROP_INDEX, _ADOBE_RGB = ExifTags.IFD.Interop, 1, "R03"  # Exif 2.3, DCF option file
@@ -49,16 +49,16 @@ _INTEROP, _INTEROP_INDEX, _ADOBE_RGB = ExifTags.IFD.Interop, 1, "R03"  # Exif 2.
 def read_picture(
     source: Path | bytes,
     name: str | None = None,
-    remedy: str = "Replace it or take it out.",
+    remedy: str = "Replace or remove it.",
     *,
     background: Colour = WHITE,
 ) -> Image.Image:
     """Read a picture: upright, RGB, 8 bits, sRGB, without transparency.
 
-    Deep greys are scaled (see `afa.reading.depth`), an embedded colour profile is converted to
-    sRGB, transparent pixels are composited on `background`, EXIF orientation is applied, and of an
-    animation or a TIFF of several pages the first is taken. `conversions_of` the result says which
-    of these were done.
+    Deep grey values are scaled (see `afa.reading.depth`), an embedded colour profile is converted
+    to sRGB, transparent pixels are composited on `background`, and EXIF orientation is applied. Of
+    an animation or a TIFF with several pages, the first is read. `conversions_of` returns which of
+    these were done.
 
     Args:
         source: a file, or its bytes.
@@ -67,22 +67,22 @@ def read_picture(
         background: red, green and blue, 0 to 255.
 
     Raises:
-        BrokenPicture: it is missing, no regular file, damaged, too large, of an unknown format, or
-            its values cannot be understood.
+        BrokenPicture: if it is missing, not a regular file, damaged, too large, of an unknown
+            format, or its range of values is unknown.
     """
     name = name or (str(source) if isinstance(source, Path) else "a picture")
     head, done = b"", set[Conversion]()
     if isinstance(source, Path) and (what := irregular(source)) is not None:
         raise BrokenPicture(
-            "AFA-PICTURE-001", f"'{name}' is {what} and must be a regular file. {remedy}"
+            "AFA-PICTURE-001", f"'{name}' is {what}; it must be a regular file. {remedy}"
         )
     try:
         head = _head(source)
-        with _warnings_lock, warnings.catch_warnings(record=True) as said:
+        with _warnings_lock, warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             upright, tags, file_format = _decoded(source, head, done)
-        # an unusually large picture is none of the damages
-        if any(not issubclass(each.category, Image.DecompressionBombWarning) for each in said):
+        # the warning about an unusually large picture does not mean damage
+        if any(not issubclass(each.category, Image.DecompressionBombWarning) for each in caught):
             done.add(Conversion.METADATA)
     except Image.DecompressionBombError as error:
         raise _too_large(name, str(error)) from error
@@ -103,15 +103,15 @@ def read_picture(
 
 
 def conversions_of(picture: Image.Image) -> frozenset[Conversion]:
-    """What `read_picture` did to a picture; none for others."""
+    """Return the conversions that `read_picture` did; empty for other pictures."""
     return picture.info.get(_CONVERSIONS, frozenset())
 
 
 def as_rgb(picture: Image.Image, background: Colour = WHITE) -> Image.Image:
-    """A picture in memory as `read_picture` gives it; orientation is the caller's.
+    """Convert a picture in memory like `read_picture`, without applying EXIF orientation.
 
     Raises:
-        BrokenPicture: its values cannot be understood; see `afa.reading.depth`.
+        BrokenPicture: if its range of values is unknown; see `afa.reading.depth`.
     """
     if picture.mode == "RGB" and not {"icc_profile", "transparency"} & picture.info.keys():
         return picture
@@ -120,15 +120,15 @@ def as_rgb(picture: Image.Image, background: Colour = WHITE) -> Image.Image:
     except ValueError as error:
         raise BrokenPicture(
             "AFA-PICTURE-003",
-            f"A picture of mode {picture.mode} must have values that can be shown, but {error}.",
+            f"A picture of mode {picture.mode} cannot be converted: {error}.",
         ) from error
 
 
 def parse_colour(text: str) -> Colour:
-    """Red, green and blue of a colour's name or `#rrggbb`.
+    """Parse a colour's name or `#rrggbb` to red, green and blue.
 
     Raises:
-        ValueError: it is none, or it is transparent itself.
+        ValueError: if it is not a colour, or has an alpha value.
     """
     parts = ImageColor.getrgb(text)
     if len(parts) != len(WHITE):
@@ -146,13 +146,13 @@ def _head(source: Path | bytes) -> bytes:
 def _decoded(
     source: Path | bytes, head: bytes, done: set[Conversion]
 ) -> tuple[Image.Image, Any, str | None]:
-    """The first frame, upright; a TIFF's tags; the format."""
+    """Return the first frame, upright; a TIFF's tags; the format."""
     opened = source if isinstance(source, Path) else io.BytesIO(source)
     with Image.open(opened, formats=readable_formats()) as picture:
         if raw_photograph(picture, head):
             raise ValueError(
-                "it is a camera's raw file, of which only a preview could be read; develop it to "
-                "TIFF, PNG or JPEG"
+                "it is a camera's raw file, and only its preview can be read; develop it to TIFF, "
+                "PNG or JPEG"
             )
         if getattr(picture, "is_animated", False) and picture.format not in _MANY_IN_ONE:
             done.add(Conversion.FRAMES)
@@ -163,7 +163,7 @@ def _decoded(
 
 
 def _states_other_colours(picture: Image.Image) -> bool:
-    """Whether a picture without a profile says in another way that it is not sRGB."""
+    """Whether a picture without a profile has other metadata of a space that is not sRGB."""
     if picture.info.get("icc_profile") or "srgb" in picture.info:
         return False
     gamma = picture.info.get("gamma")
@@ -182,7 +182,7 @@ def _in_srgb(
     tags: Any = None,
     file_format: str | None = None,
 ) -> Image.Image:
-    """The picture as RGB; adds to `done` what that took."""
+    """Convert a picture to RGB in sRGB; add the conversions to `done`."""
     profile = picture.info.get("icc_profile")
     if is_deep(picture.mode):
         picture = as_grey(picture, tags, file_format)
@@ -205,7 +205,7 @@ def _in_srgb(
 
 
 def _converted(picture: Image.Image, profile: bytes | None, done: set[Conversion]) -> Image.Image:
-    """A picture of mode RGB, L, CMYK or LAB in sRGB."""
+    """Convert a picture of mode RGB, L, CMYK or LAB to sRGB."""
     if picture.mode == "LAB":
         done.add(Conversion.PROFILE)
         return lab_as_rgb(picture)
@@ -227,16 +227,16 @@ def _broken(name: str, error: Exception, remedy: str) -> BrokenPicture:
     text = " ".join(str(error).split()) or type(error).__name__
     return BrokenPicture(
         "AFA-PICTURE-004",
-        f"'{name}' must be a complete picture, but reading it says: {text}. {remedy}",
+        f"'{name}' cannot be read as a complete picture: {text}. {remedy}",
     )
 
 
-def _too_large(name: str, said: str) -> BrokenPicture:
+def _too_large(name: str, message: str) -> BrokenPicture:
     limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
-    found = re.search(r"\((\d+) pixels\)", said)
-    count = f"{int(found[1]):,} pixels" if found else "more pixels"
+    found = re.search(r"\((\d+) pixels\)", message)
+    count = f"{int(found[1]):,}" if found else "too many"
     return BrokenPicture(
         "AFA-PICTURE-005",
-        f"'{name}' has {count}, and at most {limit:,} are read, so that a small file cannot fill "
+        f"'{name}' has {count} pixels; the maximum is {limit:,}, so that a small file cannot fill "
         "the memory. Scale it down.",
     )

@@ -1,4 +1,4 @@
-"""Embedded colour profiles to sRGB, by LittleCMS as Pillow has it."""
+"""Convert embedded colour profiles to sRGB with Pillow's LittleCMS."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ from typing import Any
 
 from PIL import Image, ImageChops, ImageCms
 
-#: levels by which a profile may differ from sRGB and still be taken for it: profiles of several
-#: makers do so by one, and pictures that have them must keep their values
+#: maximum difference in levels for a profile to count as sRGB: sRGB profiles of some vendors differ
+#: by one, and their pictures must keep their values
 _SAME = 2
-#: what a profile must be of to be applied to a mode
+#: the colour space of profiles for each mode
 _SPACES = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}
 
 
 class UnusableProfile(Exception):
-    """A profile that is damaged, or of another colour model than the picture."""
+    """A profile that is damaged, or for another colour model than the picture's."""
 
 
 def apply_profile(picture: Image.Image, profile: bytes) -> tuple[Image.Image, bool]:
-    """A picture in sRGB, and whether its values changed.
+    """Convert a picture to sRGB; also return whether its values changed.
 
-    The rendering intent is perceptual, the default of browsers. A grey picture with a profile of
-    RGB, as cameras and converters write it, is taken as RGB.
+    The rendering intent is perceptual, the default of browsers. A grey picture with an RGB profile,
+    which cameras and converters write, is treated as RGB.
 
     Args:
         picture: of mode RGB, L or CMYK.
-        profile: ICC, as it is embedded.
+        profile: the embedded ICC profile.
 
     Raises:
-        UnusableProfile: it cannot be applied.
+        UnusableProfile: if it cannot be applied.
     """
     space = _space(profile)
     mode = "RGB" if space == "RGB" and picture.mode == "L" else picture.mode
     if _SPACES[mode] != space:
-        raise UnusableProfile(f"a profile of {space or 'no known colours'} in {picture.mode}")
+        raise UnusableProfile(f"a profile for {space or 'unknown colours'} in {picture.mode}")
     transform = _transform(profile, mode)
     if transform is None:
         return picture.convert("RGB"), False
@@ -46,14 +46,14 @@ def apply_profile(picture: Image.Image, profile: bytes) -> tuple[Image.Image, bo
 
 
 def lab_as_rgb(picture: Image.Image) -> Image.Image:
-    """A picture of mode LAB (D50, as in TIFF) in sRGB; Pillow's `convert` does not do it."""
+    """Convert a LAB picture (D50, as in TIFF) to sRGB; Pillow's `convert` cannot."""
     lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
     return _applied(ImageCms.buildTransform(lab, srgb, "LAB", "RGB"), picture)
 
 
 def _applied(transform: Any, picture: Image.Image) -> Image.Image:
     done = ImageCms.applyTransform(picture, transform)
-    assert done is not None, "None only in place"
+    assert done is not None, "None only with inPlace"
     return done
 
 
@@ -71,7 +71,7 @@ def _opened(profile: bytes) -> ImageCms.ImageCmsProfile:
 
 @lru_cache(maxsize=32)
 def _transform(profile: bytes, mode: str) -> Any:
-    """To sRGB; None where that changes nothing."""
+    """Return the transform of a profile to sRGB; None if it changes nothing."""
     try:
         srgb = ImageCms.createProfile("sRGB")
         transform = ImageCms.buildTransform(_opened(profile), srgb, mode, "RGB")
@@ -87,7 +87,7 @@ def _transform(profile: bytes, mode: str) -> Any:
 
 @lru_cache(maxsize=1)
 def _sample() -> Image.Image:
-    """Colours from everywhere in RGB, with many greys."""
+    """Create a picture with colours from all of RGB, and all greys."""
     levels = range(0, 256, 15)
     colours = [(red, green, blue) for red in levels for green in levels for blue in levels]
     colours += [(grey, grey, grey) for grey in range(256)]

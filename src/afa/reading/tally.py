@@ -1,4 +1,4 @@
-"""What was converted while pictures were read: counted, and said once."""
+"""Count the conversions of pictures that were read, to report them once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class Conversion(StrEnum):
-    """Something that was done to a picture, or could not be done, on its way to 8-bit sRGB."""
+    """A conversion of a picture to 8-bit sRGB, or a problem with it."""
 
     DEPTH = "depth"
     ALPHA = "alpha"
@@ -25,27 +25,27 @@ class Conversion(StrEnum):
 
     @property
     def said(self) -> str:
-        """What there is to say of some pictures, after their number."""
-        return _SAID[self]
+        """A description that follows the number of pictures."""
+        return _DESCRIPTIONS[self]
 
 
-_SAID = {
+_DESCRIPTIONS = {
     Conversion.DEPTH: "with more than 8 bits scaled to 8 bits",
     Conversion.ALPHA: "transparent, composited on the background colour",
     Conversion.PROFILE: "converted from the embedded colour profile to sRGB",
-    Conversion.BAD_PROFILE: "with a colour profile that is damaged or of another colour model, "
-    "read as sRGB without it",
-    Conversion.STATED_COLOURS: "that state other colours without a profile (gamma in a PNG, Adobe "
-    "RGB in EXIF), read as sRGB",
-    Conversion.CMYK: "of CMYK without a profile, converted by formula, so colours are approximate",
+    Conversion.BAD_PROFILE: "with a colour profile that is damaged or for another colour model, "
+    "ignored and read as sRGB",
+    Conversion.STATED_COLOURS: "with metadata of another colour space without a profile (gamma in "
+    "a PNG, Adobe RGB in EXIF), read as sRGB",
+    Conversion.CMYK: "in CMYK without a profile, converted by formula with approximate colours",
     Conversion.FRAMES: "with several frames or pages, of which the first is read",
-    Conversion.METADATA: "with damaged metadata, whose orientation may be missed",
-    Conversion.ENLARGED: "smaller than the resolution and enlarged to it",
+    Conversion.METADATA: "with damaged metadata, possibly with a wrong orientation",
+    Conversion.ENLARGED: "smaller than the resolution, enlarged to it",
 }
 
 
 class Tally:
-    """Counts converted pictures, each once however often it is read."""
+    """Counts converted pictures, each once even if it is read several times."""
 
     def __init__(self) -> None:
         self._seen: set[Hashable] = set()
@@ -53,13 +53,13 @@ class Tally:
         self.counts: Counter[Conversion] = Counter()
 
     def add(self, picture: Hashable, conversions: Iterable[Conversion]) -> list[Conversion]:
-        """Note what was done to a picture.
+        """Count the conversions of a picture.
 
         Args:
             picture: its number or name.
-            conversions: what was done.
+            conversions: of this picture.
 
-        Returns: those that no picture had before.
+        Returns: the conversions that no earlier picture had.
         """
         found = frozenset(conversions)
         if not found or picture in self._seen:
@@ -70,7 +70,7 @@ class Tally:
         return sorted(new)
 
     def line(self, what: str = "Pictures") -> str | None:
-        """All of it on one line; None where nothing was converted."""
+        """Describe all conversions on one line; None without any."""
         if not self.counts:
             return None
         counts = self.counts
@@ -79,5 +79,5 @@ class Tally:
 
 
 def counted(count: int, noun: str) -> str:
-    """A number of things in words: "1 file", "2 files"."""
+    """Format a number with a noun: "1 file", "2 files"."""
     return f"{count} {noun}{'' if count == 1 else 's'}"

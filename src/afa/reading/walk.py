@@ -1,4 +1,4 @@
-"""The files of a folder of pictures, found in one way wherever pictures are read."""
+"""List the files in a folder of pictures."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-#: what file managers leave beside pictures
+#: files that file managers create
 _OF_SYSTEMS = ("thumbs.db", "desktop.ini")
 
 
 def files_in(folder: Path) -> Iterator[Path]:
-    """All files of a folder and its subfolders in order, linked ones included, hidden ones not."""
+    """Yield all files in a folder and its subfolders, sorted, with links but no hidden files."""
     seen: set[str] = set()
     for parent, folders, names in os.walk(folder, followlinks=True):
-        place = os.path.realpath(parent)
-        if place in seen:  # a link to a folder above would have no end
+        resolved = os.path.realpath(parent)
+        if resolved in seen:  # a link to a parent folder would never end
             folders.clear()
             continue
-        seen.add(place)
+        seen.add(resolved)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             if not name.startswith(".") and name.lower() not in _OF_SYSTEMS:
