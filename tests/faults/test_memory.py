@@ -13,11 +13,11 @@ import pytest
 import torch
 import yaml
 
-from afa.errors import AfaError
 from afa.machine.exhausted import is_exhausted, saying_what_fits, smaller_batch
 from afa.preflight.run import look
 from afa.training.planned import plan_of_training
 from afa.training.recipe import load_recipe
+from tests.refusal import refusal
 from tests.warm import ENVIRONMENT
 
 pytestmark = pytest.mark.processes
@@ -84,8 +84,9 @@ def test_a_step_that_does_not_fit(tmp_path: Path) -> None:
     done = limited(["-m", "afa", *arguments], 6000 * _MB)
     lines = done.stderr.splitlines()
     assert (done.returncode, len(lines)) == (2, 1), done.stderr
-    assert "A batch of 400 samples must fit into memory, which ran out" in lines[0]
-    assert "training.batch_size: 200 with gradient_accumulation_steps: 2" in lines[0]
+    assert "AFA-MEMORY-004" in lines[0]
+    assert "A batch of 400 samples" in lines[0]
+    assert "training.batch_size: 200 and gradient_accumulation_steps: 2" in lines[0]
 
 
 def test_the_estimate_is_of_the_batch(tmp_path: Path) -> None:
@@ -97,9 +98,9 @@ def test_the_estimate_is_of_the_batch(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("size", "accumulation", "said"),
     [
-        (8, 1, "Take b: 4 with gradient_accumulation_steps: 2, which learns the same. Else."),
-        (7, 3, "Take b: 3 with gradient_accumulation_steps: 7, which learns the same. Else."),
-        (8, None, "Take b: 4. Else."),
+        (8, 1, "Set b: 4 and gradient_accumulation_steps: 2, which is equivalent. Else."),
+        (7, 3, "Set b: 3 and gradient_accumulation_steps: 7, which is equivalent. Else."),
+        (8, None, "Set b: 4. Else."),
         (1, 1, "Else."),
     ],
 )
@@ -122,7 +123,7 @@ def test_the_remedy(size: int, accumulation: int | None, said: str) -> None:
 def test_what_the_libraries_say_of_it(error: Exception) -> None:
     assert is_exhausted(error)
     with (
-        pytest.raises(AfaError, match=r"^It must fit into memory, which ran out.* Rest\.\n"),
+        refusal("AFA-MEMORY-004", "^It does not fit", r"Rest\.$"),
         saying_what_fits("It", lambda: "Rest."),
     ):
         raise error

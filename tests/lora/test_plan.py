@@ -81,7 +81,7 @@ def refused(pipeline: Any, file: Path, scale: float = 1.0) -> str:
         ({f"{QUERY}.set_weight": ones(1)}, f"{QUERY}.set_weight", "is unknown"),
         ({f"{NAME}.lora_A.bias": ones(2)}, f"{NAME}.lora_A.bias", "is unknown"),
         ({f"{QUERY}.diff": ones(WIDTH, WIDTH)}, f"{QUERY}.diff", "in two ways"),
-        ({f"{QUERY}.diff_b": ones(WIDTH)}, f"{QUERY}.diff_b", "which has none"),
+        ({f"{QUERY}.diff_b": ones(WIDTH)}, f"{QUERY}.diff_b", "which has no bias"),
         ({f"{FAR}.diff": ones(2)}, f"{FAR}.diff", "1 of its 4 tensors are for layers"),
         ({"foo.weight": ones(2)}, "foo.weight", "layers that the base lacks"),
         (
@@ -107,7 +107,7 @@ def refused(pipeline: Any, file: Path, scale: float = 1.0) -> str:
                 "lora_unet_conv_in.lora_up.weight": ones(8, 2, 1, 1),
             },
             "lora_unet_conv_in.lora_down.weight",
-            "Control LoRAs do so for a second picture",
+            "Control LoRAs",
         ),
         (
             {f"{QUERY}.lora_down.weight": torch.ones(2, WIDTH, dtype=torch.int8)},
@@ -119,7 +119,7 @@ def refused(pipeline: Any, file: Path, scale: float = 1.0) -> str:
         (
             {f"{NAME}.lora_A.a.weight": ones(2, WIDTH), f"{NAME}.lora_B.b.weight": ones(WIDTH, 2)},
             f"{NAME}.lora_B.b.weight",
-            "holds several adapters",
+            "has several adapters",
         ),
         (
             {f"{NAME}.lora_A.weight": ones(2, WIDTH), f"{NAME}.lora_B.weight": ones(WIDTH, 2)},
@@ -198,9 +198,9 @@ def raw_peft(pipeline: Any, folder: Path, **changes: Any) -> Path:
         ({"peft_type": "LOHA"}, "describes a LOHA adapter"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights = pissa, which changes the base's"),
         ({"layer_replication": [[0, 1]]}, "has layer_replication = "),
-        ({"r": 3}, "has rank 2; PEFT's configuration says 3"),
+        ({"r": 3}, "has rank 2, but PEFT's configuration says 3"),
         ({"lora_alpha": "much"}, "'lora_alpha' = much"),
-        ({"alpha_pattern": {"(a+)+$": 1}}, "for layers by their names"),
+        ({"alpha_pattern": {"(a+)+$": 1}}, "'(a+)+$' = 1"),
         ({"alpha_pattern": 3}, "'alpha_pattern' = 3"),
         ({"use_dora": True}, "lacks the lora_magnitude_vector of"),
     ],
@@ -219,7 +219,7 @@ def test_peft_without_its_configuration(pipeline: Any, tmp_path: Path) -> None:
     )
     assert hash_lora(file) != alone, "the scale is part of what the LoRA is"
     (tmp_path / "adapter_config.json").unlink()
-    assert "That file must lie beside it; there is none" in refused(pipeline, file)
+    assert "there is no adapter_config.json beside it" in refused(pipeline, file)
 
 
 def test_two_scales(pipeline: Any, tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_two_scales(pipeline: Any, tmp_path: Path) -> None:
     assert "has two scales for" in refused(pipeline, file)
     file = tmp_path / "m.safetensors"
     save_file(RIGHT, file, {"lora_adapter_metadata": "no JSON"})
-    assert "is no JSON object" in refused(pipeline, file)
+    assert "must be a JSON object" in refused(pipeline, file)
 
 
 # -- where it is said -------------------------------------------------------------------------

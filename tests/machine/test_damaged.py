@@ -55,7 +55,8 @@ def test_a_bug_of_ours_is_a_traceback_and_a_librarys_word_a_line(kind: type[Exce
     assert not isinstance(bug.value, AfaError)
     with pytest.raises(AfaError) as said, loading("'x' must be whole", "Get it."):
         raising_at(LIBRARY, kind("theirs"))()
-    assert str(said.value).startswith(f"'x' must be whole, but loading says {kind.__name__}: ")
+    assert said.value.code == "AFA-MACHINE-002"
+    assert f"{kind.__name__}: " in str(said.value)
     assert "theirs" in str(said.value)
 
 
@@ -71,8 +72,8 @@ def test_what_is_called_back_by_a_library_is_ours() -> None:
     "error", [OSError("gone"), EOFError("short"), Unreadable("it has no step")], ids=repr
 )
 def test_some_errors_are_about_files_whoever_raises_them(error: Exception) -> None:
-    said = r"^'x' must be whole, but loading says .* - Get it\.\n"
-    with refusal("AFA-MACHINE-002", said), loading("'x' must be whole", "Get it."):
+    said = "^'x' must be whole", r"Get it\.$"
+    with refusal("AFA-MACHINE-002", *said), loading("'x' must be whole", "Get it."):
         raising_at(OWN, error)()
     assert not is_own_bug(error)
 
@@ -109,10 +110,11 @@ def test_memory_that_ran_out_is_no_damage(error: Exception, where: str) -> None:
     with pytest.raises(AfaError) as said, loading("'org/model' must be complete", "Download."):
         fail()
     text = str(said.value)
-    assert text.startswith("'org/model' must fit into memory, which ran out")
+    assert said.value.code == "AFA-MACHINE-001"
+    assert text.startswith("'org/model' ")
     assert "--memory-budget" in text
     assert "Download" not in text
-    assert ("when 2.00 GiB more were asked for" in text) == ("2.00 GiB" in str(error))
+    assert ("2.00 GiB" in text) == ("2.00 GiB" in str(error))
 
 
 # -- the places where models are read -----------------------------------------------------------
@@ -152,7 +154,8 @@ def test_memory_runs_out_while_a_folder_is_read(
     )
     with pytest.raises(AfaError) as raised:
         afa.load_pipeline(experts[:1])
-    assert "must fit into memory, which ran out when 2.00 GiB more" in str(raised.value)
+    assert raised.value.code == "AFA-MACHINE-001"
+    assert "2.00 GiB" in str(raised.value)
     assert "Download" not in str(raised.value)
 
 
@@ -180,11 +183,12 @@ def test_inspect_does_not_blame_the_configuration_for_our_bugs(
     with pytest.raises(AttributeError, match="a bug"):
         describe(unet_folder(tmp_path))
     monkeypatch.setattr(inspection, name, raising_at(LIBRARY, AttributeError("theirs")))
-    assert "describes no UNet2D" in describe(tmp_path)["refused"]
+    assert "does not describe a UNet2D" in describe(tmp_path)["refused"]
 
 
 def test_inspect_blames_a_configuration_that_the_library_cannot_run(tmp_path: Path) -> None:
-    assert "describes no UNet2D" in describe(unet_folder(tmp_path, norm_num_groups=3))["refused"]
+    said = describe(unet_folder(tmp_path, norm_num_groups=3))["refused"]
+    assert "does not describe a UNet2D" in said
     model = tiny_unet().to("meta")
     assert inspection._runs_by_itself(UNET, model)
     assert not inspection._runs_by_itself(replace(UNET, example=lambda _: {"sample": 1}), model)

@@ -1,4 +1,4 @@
-"""LoRAs as arithmetic: which tensors change which layers of a model, and by how much.
+"""LoRA arithmetic: which tensors change which layers of a model, and by how much.
 
-Everything here is told from names, shapes and configurations; `afa.loading.lora` reads the files.
+This package uses names, shapes and configurations; `afa.loading.lora` reads the files.
 """

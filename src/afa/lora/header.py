@@ -1,4 +1,4 @@
-"""What a LoRA's file says before its tensors are read."""
+"""The header of a LoRA file."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoraFile:
-    """What a LoRA's file says before its tensors are read.
+    """Header and configurations of a LoRA file, without its tensors.
 
     Attributes:
         path: of the safetensors file.
         header: `dtype` and `shape` of every tensor, by name.
         metadata: of the header.
         adapter: PEFT's configuration for all tensors, from the `adapter_config.json` beside the
-            file; None where the file is not in PEFT's own layout.
-        adapters: PEFT's configuration by part, as diffusers keeps it in the metadata.
+            file; None if the file is not in PEFT's own layout.
+        adapters: PEFT's configuration by part, from diffusers' metadata.
     """
 
     path: Path
@@ -31,11 +31,11 @@ class LoraFile:
 
     @property
     def meant_for(self) -> str:
-        """What the trainer says of the base, as the end of a sentence; empty if it says nothing."""
+        """A sentence about the base in the metadata, for messages; empty without an entry."""
         keys = ("modelspec.architecture", "ss_base_model_version")
-        said = next((self.metadata[key] for key in keys if self.metadata.get(key)), "")
-        return f" Its metadata says that it is for {said[:60]}." if said else ""
+        base = next((self.metadata[key] for key in keys if self.metadata.get(key)), "")
+        return f" Its metadata says that it is for {base[:60]}." if base else ""
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor."""
+        """Return the shape of a tensor."""
         return tuple(self.header[name]["shape"])

@@ -1,6 +1,6 @@
-"""The layers of a model under all names that LoRAs have for them.
+"""All names that LoRAs use for the layers of a model.
 
-Besides the library's own names there are those of the original codes, see
+These are the library's names and those of the original layouts, see
 `afa.denoisers.original_names`.
 """
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from afa.denoisers import Family
     from afa.denoisers.original_names import OriginalName
 
-#: flattened name -> the layers that it joins
+#: flattened name -> the layers that it combines
 Names = dict[str, tuple[Rows, ...]]
 
 
 def names_of(layers: Iterable[str], family: Family | None) -> Names:
-    """All names of a part's layers.
+    """Return all names of a part's layers.
 
     Args:
         layers: the library's names.
@@ -39,7 +39,7 @@ def names_of(layers: Iterable[str], family: Family | None) -> Names:
 def _library(layers: list[str]) -> Iterator[OriginalName]:
     for layer in layers:
         yield layer, (Rows(layer),)
-        if layer.endswith(".to_out.0"):  # as attention processors were saved
+        if layer.endswith(".to_out.0"):  # in files of attention processors
             yield layer.removesuffix(".0"), (Rows(layer),)
 
 
@@ -49,7 +49,7 @@ _OLD_ATTENTION = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_pro
 
 
 def _text_encoder(layers: list[str]) -> Iterator[OriginalName]:
-    """CLIP's layers begin with `text_model.` or not, by the version of transformers."""
+    """Yield CLIP's layers with and without `text_model.`, by the version of transformers."""
     for layer in layers:
         bare = layer.removeprefix("text_model.")
         place, _, last = bare.rpartition(".")

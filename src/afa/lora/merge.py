@@ -1,11 +1,11 @@
-"""The arithmetic of LoRAs: from the tensors of one layer to its new weights, in float32.
+"""Merge the tensors of one LoRA layer into its weights, in float32.
 
     W + scale * factor * up @ down        LoRA, https://arxiv.org/abs/2106.09685
     m * (W + D) / |W + D|                 DoRA, https://arxiv.org/abs/2402.09353, norm by row
 
 Convolutions are products of their flattened kernels. With a core between the factors (LyCORIS,
-https://arxiv.org/abs/2309.14859, CP decomposition) a convolution is 1 x 1, k x k and 1 x 1 ones in
-a row. Both are what `peft` and `diffusers` compute.
+https://arxiv.org/abs/2309.14859, CP decomposition) a convolution is a sequence of 1 x 1, k x k and
+1 x 1 convolutions. `peft` and `diffusers` compute the same.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ def merged(
     factor: float,
     scale: float,
 ) -> Iterator[tuple[str, Tensor]]:
-    """The new parameters of the layers that one entry of a file changes.
+    """Yield the new parameters of the layers that one entry of a file changes.
 
     Args:
         tensors: of the entry in float32, by role.
-        rows: the layers, whose rows are joined in the tensors.
-        parameters: of the whole part, by name.
+        rows: the layers, whose rows are concatenated in the tensors.
+        parameters: of the complete part, by name.
         factor: alpha / rank.
-        scale: of all that is added.
+        scale: of the change.
 
     Returns: names and new values in float32.
     """
@@ -63,7 +63,7 @@ def merged(
 
 
 def _by_rows(tensors: Mapping[Role, Tensor], factor: float) -> dict[Role, Tensor]:
-    """All that is added or replaced, one entry for each row of the weight."""
+    """Return all added or replaced values, whose first dimension is the weight's rows."""
     found: dict[Role, Tensor] = {
         role: tensors[role] for role in ("weight", "bias", "diff", "diff_b") if role in tensors
     }
@@ -80,7 +80,7 @@ def _by_rows(tensors: Mapping[Role, Tensor], factor: float) -> dict[Role, Tensor
 
 
 def _split(tensor: Tensor, sizes: list[int], rows: tuple[Rows, ...]) -> list[Tensor]:
-    """The rows of each layer."""
+    """Split a tensor into the rows of each layer."""
     parts = tensor.split(sizes)
     return [
         torch.cat(part.chunk(2)[::-1]) if each.is_swapped else part

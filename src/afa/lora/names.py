@@ -1,6 +1,6 @@
-"""Names of a LoRA's tensors: which layer of which part of a model, and what the tensor is to it.
+"""Parse the names of a LoRA's tensors: part, layer and role.
 
-Trainers and converters name the same tensor differently; these are read:
+Trainers and converters use different names for the same tensor. Supported are:
 
 - diffusers: `unet.down_blocks.0.[...].to_q.lora_A.weight`, and the older
   `[...].attn1.processor.to_q_lora.down.weight`, with or without `unet.`;
@@ -19,7 +19,7 @@ from typing import Literal
 
 #: `down` and `up` are the factors of a low-rank product, `mid` the core between them (CP
 #: decomposition); `up_bias` is PEFT's `lora_bias`, `magnitude` that of DoRA; `diff` and `diff_b`
-#: are added to weight and bias as they are; `weight` and `bias` replace them
+#: are added to weight and bias; `weight` and `bias` replace them
 Role = Literal[
     "down", "up", "mid", "up_bias", "alpha", "magnitude", "diff", "diff_b", "weight", "bias"
 ]
@@ -39,20 +39,18 @@ _MAGNITUDE = re.compile(rf"\.lora_magnitude_vector{_ADAPTER}(?:\.weight)?$")
 _ALPHA = re.compile(r"(?:[._]lora|\.lora_linear_layer)?\.alpha$")
 _DIFFERENCE = re.compile(r"\.(?P<kind>diff|diff_b|w_norm|b_norm)$")
 _PLAIN = re.compile(r"(?:\.base_layer|\.modules_to_save)?\.(?P<kind>weight|scale|bias)$")
-#: what changes nothing, and why
-HARMLESS = {
-    re.compile(r"\.position_ids$"): "the numbers 0, 1, 2, ..., which the text encoder has itself",
-}
+#: the numbers 0, 1, 2, ..., which the text encoder computes itself
+_HARMLESS = ".position_ids"
 
 
 @dataclass(frozen=True)
 class Name:
-    """A tensor's name, taken apart.
+    """The components of a tensor's name.
 
     Attributes:
-        layer: what comes before the role: the prefix and the layer, as the file names it.
-        role: what the tensor is to that layer.
-        adapter: PEFT's name of the adapter, where the file has it.
+        layer: prefix and layer, as named in the file.
+        role: of the tensor in that layer.
+        adapter: PEFT's name of the adapter, if the file has one.
     """
 
     layer: str
@@ -61,12 +59,12 @@ class Name:
 
 
 def parse(name: str) -> Name | None:
-    """A tensor's layer and role; None if nothing is known of it."""
+    """Parse a tensor's name; None if it is unknown."""
     if found := _PEFT.search(name):
         layer, side = name[: found.start()], _SIDES[found["side"]]
         if found["kind"] == "weight":
             return Name(layer, side, found["adapter"])
-        # PEFT gives only the second factor a bias
+        # in PEFT, only the second factor can have a bias
         return Name(layer, "up_bias", found["adapter"]) if side == "up" else None
     if found := _KOHYA.search(name) or _OLD.search(name):
         return Name(name[: found.start()], _SIDES[found["side"]])
@@ -82,16 +80,16 @@ def parse(name: str) -> Name | None:
 
 
 def is_harmless(name: str) -> bool:
-    """Whether a tensor changes nothing; see `HARMLESS`."""
-    return any(pattern.search(name) for pattern in HARMLESS)
+    """Whether a tensor has no effect."""
+    return name.endswith(_HARMLESS)
 
 
 # -- parts ------------------------------------------------------------------------------------
 
-#: stands for `unet` or `transformer`
+#: placeholder for `unet` or `transformer`
 DENOISER = "denoiser"
 RAW_PEFT = "base_model.model."
-# how a name starts, and the parts that it may be of; the first that has the layer is meant
+# prefixes of names and their possible parts, of which the first that has the layer is used
 _PREFIXES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("model.diffusion_model.", (DENOISER,)),
     ("diffusion_model.", (DENOISER,)),
@@ -117,9 +115,9 @@ _PREFIXES: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 def split_prefix(layer: str) -> tuple[tuple[str, ...] | None, str]:
-    """The parts that a layer's name may mean, and the rest of the name.
+    """Return the possible parts of a layer by its prefix, and the rest of its name.
 
-    Returns: None for the parts if the name has no prefix that tells.
+    Returns: None for the parts if the prefix is unknown.
     """
     bare = layer.removeprefix(RAW_PEFT)
     for prefix, parts in _PREFIXES:
@@ -129,5 +127,5 @@ def split_prefix(layer: str) -> tuple[tuple[str, ...] | None, str]:
 
 
 def flat(layer: str) -> str:
-    """A layer's name as kohya's scripts write it, by which all spellings are compared."""
+    """Flatten a layer's name like kohya's scripts, to compare names of different layouts."""
     return layer.replace(".processor", "").replace(".", "_")

@@ -1,7 +1,7 @@
-"""What each tensor of a LoRA's file does to its base, told from names and shapes alone.
+"""Plan what each tensor of a LoRA changes in its base, from names and shapes alone.
 
-Every tensor is applied, known to be harmless, or refused by name. Neither the base's weights nor
-the LoRA's are read, so that `afa check` gives the same answer as loading.
+Every tensor is applied, known to have no effect, or refused by name. Weights are not read, so that
+`afa check` gives the same result as loading.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ if TYPE_CHECKING:
     Shape = tuple[int, ...]
 
 _CHANGING: frozenset[Role] = frozenset({"down", "up", "mid", "diff", "diff_b"})
-#: what safetensors calls numbers that mean something without a scale beside them
+#: safetensors' names of floating-point types, which need no separate scale
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 _FACTORS: tuple[Role, ...] = ("down", "up", "mid", "up_bias", "magnitude")
-# what is never in one file for one layer: nobody has said what both together would mean
+# roles that cannot be combined for one layer: no definition exists
 _EXCLUSIVE: tuple[tuple[Role, Role], ...] = (
     *(("magnitude", "mid"), ("magnitude", "up_bias"), ("mid", "up_bias")),
     *(("down", "diff"), ("down", "weight"), ("diff", "weight")),
     *(("up_bias", "diff_b"), ("up_bias", "bias"), ("diff_b", "bias")),
 )
-_REMEDY = "Merge the LoRA into a checkpoint with the tool it is from, and name that as the expert."
+_REMEDY = "Merge the LoRA into a checkpoint with the tool that made it, and use that as the expert."
 
 
 @dataclass(frozen=True)
 class Base:
-    """What a LoRA is added to.
+    """The base of a LoRA.
 
     Attributes:
-        source: where it comes from, for messages.
+        source: for messages.
         kind: of its pipeline.
         parts: the shapes of the parameters of the denoiser and the text encoders, by part.
     """
@@ -58,12 +58,12 @@ class Base:
 
     @classmethod
     def of(cls, source: str, kind: PipelineKind, parts: Mapping[str, nn.Module]) -> Base:
-        """The base of these models, which may be on the meta device."""
+        """Describe these models, which may be on the meta device."""
         shapes = {
             part: {
                 name.replace(".base_layer.", "."): tuple(p.shape)
                 for name, p in model.named_parameters()
-                if ".lora_" not in name  # of a LoRA that was added before
+                if ".lora_" not in name  # of a LoRA that was attached earlier
             }
             for part, model in parts.items()
         }
@@ -72,11 +72,11 @@ class Base:
 
 @dataclass(frozen=True)
 class Change:
-    """What a file holds for one layer as it names it, which may be several of the library's.
+    """The tensors of a file for one of its layers, which may be several of the library's.
 
     Attributes:
-        layer: as the file names it.
-        part: that it is of.
+        layer: as named in the file.
+        part: the part that has the layer.
         rows: the library's layers.
         tensors: the names of its tensors, by role.
     """
@@ -90,25 +90,25 @@ class Change:
 def plan_changes(
     lora: LoraFile, base: Base, scale: float, *, is_merged: bool = True
 ) -> list[Change]:
-    """Account for every tensor of a LoRA.
+    """Assign every tensor of a LoRA to layers of its base.
 
     Args:
         lora: its file.
-        base: what it is to be added to.
-        scale: that it is to be added with.
-        is_merged: whether it is merged into the base's parameters, not computed beside them.
+        base: its base.
+        scale: of the LoRA.
+        is_merged: whether it is merged into the base's parameters, not computed separately.
 
     Raises:
-        AfaError: names the first tensor that cannot be applied, and why.
+        AfaError: if a tensor cannot be applied; names the first and the reason.
     """
     layers = _by_layer(lora)
     if not any(_CHANGING & tensors.keys() for tensors in layers.values()):
         raise AfaError(
             "AFA-LORA-001",
-            f"'{lora.path}' is no LoRA: none of its {len(lora.header)} tensors is part of a "
+            f"'{lora.path}' is not a LoRA: none of its {len(lora.header)} tensors is part of a "
             f"low-rank product (first: '{min(lora.header, default='none')}'). It must be a LoRA "
-            f"for the {base.kind.name} model '{base.source}'. Name a whole model as an expert by "
-            "itself.",
+            f"for the {base.kind.name} model '{base.source}'. List a complete model as an expert "
+            "without lora.",
         )
     changes = _resolve(lora, base, layers)
     taken: dict[tuple[str, str], str] = {}
@@ -120,8 +120,8 @@ def plan_changes(
                 raise AfaError(
                     "AFA-LORA-002",
                     f"The LoRA '{lora.path}' changes the layer '{rows.layer}' twice, as "
-                    f"'{other}' and as '{change.layer}'. A layer must have one change. Take one "
-                    "of them out of the file.",
+                    f"'{other}' and as '{change.layer}'. A layer must have one change. Remove one "
+                    "of them from the file.",
                 )
         if is_merged:
             _check_biases(lora, base, change)
@@ -130,16 +130,16 @@ def plan_changes(
             name = change.tensors["weight" if "weight" in change.tensors else "bias"]
             raise AfaError(
                 "AFA-LORA-003",
-                f"'{name}' of the LoRA '{lora.path}' replaces a weight, which cannot be done by "
-                f"{scale:g}. The scale must be 1. Set scale: 1.",
+                f"'{name}' of the LoRA '{lora.path}' replaces a weight, which is impossible with "
+                f"scale {scale:g}. Set scale: 1.",
             )
     return changes
 
 
 def _by_layer(lora: LoraFile) -> dict[str, dict[Role, str]]:
-    """The names of tensors by layer and role, without those that change nothing."""
+    """Group the names of tensors by layer and role, without those that have no effect."""
     layers: defaultdict[str, dict[Role, str]] = defaultdict(dict)
-    adapters: dict[str | None, str] = {}  # PEFT's names of them, and the first tensor of each
+    adapters: dict[str | None, str] = {}  # PEFT's adapter names, and the first tensor of each
     for name, entry in lora.header.items():
         if is_harmless(name):
             continue
@@ -153,8 +153,8 @@ def _by_layer(lora: LoraFile) -> dict[str, dict[Role, str]]:
         if entry["dtype"] not in _FLOATS and found.role != "alpha":
             raise AfaError(
                 "AFA-LORA-005",
-                f"'{name}' of the LoRA '{lora.path}' is quantised ({entry['dtype']}). The numbers "
-                "of a LoRA must be floating-point. Take the float16 or float32 version.",
+                f"'{name}' of the LoRA '{lora.path}' is quantised ({entry['dtype']}); a LoRA must "
+                "have floating-point values. Use the float16 or float32 version.",
             )
         other = layers[found.layer].setdefault(found.role, name)
         adapters.setdefault(found.adapter, name)
@@ -162,13 +162,13 @@ def _by_layer(lora: LoraFile) -> dict[str, dict[Role, str]]:
             other = next(each for each in (other, *adapters.values()) if each != name)
             raise AfaError(
                 "AFA-LORA-006",
-                f"The LoRA '{lora.path}' holds several adapters (first: '{other}' and '{name}'). A "
-                "file must hold one. Save them to files of their own, and name each as an expert.",
+                f"The LoRA '{lora.path}' has several adapters (first: '{other}' and '{name}'); a "
+                "file must have one. Save each to a separate file, and use each as an expert.",
             )
     return layers
 
 
-# -- which layers -----------------------------------------------------------------------------
+# -- layers -----------------------------------------------------------------------------------
 
 
 def _resolve(lora: LoraFile, base: Base, layers: Mapping[str, dict[Role, str]]) -> list[Change]:
@@ -182,7 +182,7 @@ def _resolve(lora: LoraFile, base: Base, layers: Mapping[str, dict[Role, str]]) 
     changes, unknown = [], []
     for layer, tensors in layers.items():
         if tensors.keys() == {"alpha"}:
-            continue  # it scales nothing: what it belonged to is not in the file
+            continue  # has no effect without factors
         found = _find(lora, base, layer, tables)
         if found is None:
             unknown.append(layer)
@@ -196,7 +196,7 @@ def _resolve(lora: LoraFile, base: Base, layers: Mapping[str, dict[Role, str]]) 
 def _find(
     lora: LoraFile, base: Base, layer: str, tables: Mapping[str, Names]
 ) -> tuple[str, tuple[Rows, ...]] | None:
-    """The part and the layers that a name means."""
+    """Find the part and the layers of a name."""
     parts, rest = split_prefix(layer)
     name = flat(rest)
     if parts is not None:
@@ -211,8 +211,8 @@ def _find(
     if len(held) > 1:
         raise AfaError(
             "AFA-LORA-007",
-            f"'{layer}' of the LoRA '{lora.path}' may be a layer of {' or '.join(held)}. Its name "
-            f"must begin with the part. Save it with '{held[0]}.' before each name.",
+            f"'{layer}' of the LoRA '{lora.path}' may be a layer of {' or '.join(held)}; its name "
+            f"must begin with the part. Save it with the prefix '{held[0]}.' in each name.",
         )
     return (held[0], tables[held[0]][name]) if held else None
 
@@ -220,7 +220,7 @@ def _find(
 def _unknown(
     lora: LoraFile, base: Base, layers: Mapping[str, dict[Role, str]], unknown: list[str]
 ) -> AfaError:
-    """Names the first of the layers that the base lacks, and what the file is rather for."""
+    """Make an error about layers that the base lacks, with a guess of the right base."""
     lost = [name for layer in unknown for name in layers[layer].values()]
     count = sum(map(len, layers.values()))
     lacking = "layers that the base lacks"
@@ -243,43 +243,43 @@ def _unknown(
     return AfaError(
         "AFA-LORA-008",
         f"The LoRA '{lora.path}' does not fit the {base.kind.name} model '{base.source}': "
-        f"{len(lost)} of its {count} tensors are for {lacking} (first: '{lost[0]}').{hint} A LoRA "
-        "must change layers of its base alone. Name the base that it was trained on.",
+        f"{len(lost)} of its {count} tensors are for {lacking} (first: '{lost[0]}').{hint} Set "
+        "base to the model that it was trained on.",
     )
 
 
-# -- what belongs together --------------------------------------------------------------------
+# -- roles and shapes -------------------------------------------------------------------------
 
 
 def _check_roles(lora: LoraFile, change: Change) -> None:
-    """Refuse halves of a product, and what cannot be combined."""
+    """Check that products are complete, and that roles can be combined."""
     roles = change.tensors.keys()
     has = {role for role in _FACTORS if role in roles}
     if has and not {"down", "up"} <= roles:
         lacking = " and ".join(sorted({"down", "up"} - roles))
         raise AfaError(
             "AFA-LORA-009",
-            f"The LoRA '{lora.path}' lacks the factor '{lacking}' of '{change.layer}'. Each "
+            f"The LoRA '{lora.path}' lacks the factor '{lacking}' of '{change.layer}'; each "
             "product must have both. Download it again.",
         )
     config = config_for(lora, change.layer)
     if has and config is not None and config.get("use_dora") and "magnitude" not in roles:
         raise AfaError(
             "AFA-LORA-010",
-            f"The LoRA '{lora.path}' lacks the lora_magnitude_vector of '{change.layer}'. With "
-            "use_dora in PEFT's configuration each layer must have one. Save it again.",
+            f"The LoRA '{lora.path}' lacks the lora_magnitude_vector of '{change.layer}', which "
+            "use_dora in PEFT's configuration requires. Save it again.",
         )
     for one, other in _EXCLUSIVE:
         if {one, other} <= roles:
             raise AfaError(
                 "AFA-LORA-011",
                 f"'{change.tensors[one]}' and '{change.tensors[other]}' of the LoRA '{lora.path}' "
-                f"change the same layer in two ways. They must not be combined. {_REMEDY}",
+                f"change the same layer in two ways, which cannot be combined. {_REMEDY}",
             )
 
 
 def _check_biases(lora: LoraFile, base: Base, change: Change) -> None:
-    """Refuse a bias for a layer without one, as PEFT does when it merges."""
+    """Check that layers with a changed bias have one, as PEFT does in a merge."""
     for role in ("up_bias", "diff_b", "bias"):
         lacking = [
             rows.layer
@@ -290,8 +290,8 @@ def _check_biases(lora: LoraFile, base: Base, change: Change) -> None:
             raise AfaError(
                 "AFA-LORA-012",
                 f"'{change.tensors[role]}' of the LoRA '{lora.path}' is a bias for the layer "
-                f"'{lacking[0]}' of '{base.source}', which has none. A LoRA must change "
-                "parameters that its base has. Train it without biases (lora_bias=False).",
+                f"'{lacking[0]}' of '{base.source}', which has no bias. Train the LoRA without "
+                "biases (lora_bias=False).",
             )
 
 
@@ -328,19 +328,19 @@ def _wrong_shape(lora: LoraFile, base: Base, change: Change, role: Role, needs: 
     shape = lora.shape(name)
     hint = lora.meant_for
     if role == "down" and len(shape) == len(needs) > 1 and shape[1] > needs[1]:
-        hint += " It widens the layer's input."
+        hint += " It needs more input channels than the layer has."
         if layer in ("x_embedder", "conv_in"):
-            hint += " Control LoRAs do so for a second picture, which experts do not take."
+            hint += " Control LoRAs, which need a second picture, are not supported as experts."
     return AfaError(
         "AFA-LORA-013",
         f"The LoRA '{lora.path}' does not fit the {base.kind.name} model '{base.source}': '{name}' "
-        f"has shape {shape}.{hint} For the layer '{layer}' it must have {needs}. Name the base "
-        "that it was trained on.",
+        f"has shape {shape}.{hint} For the layer '{layer}' it must have {needs}. Set base to the "
+        "model that it was trained on.",
     )
 
 
 def _trimmed(shape: Shape) -> Shape:
-    """Without ones at the end, in which linear layers and 1 x 1 convolutions differ."""
+    """Remove trailing ones, in which linear layers and 1 x 1 convolutions differ."""
     while len(shape) > 1 and shape[-1] == 1:
         shape = shape[:-1]
     return shape

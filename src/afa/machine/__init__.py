@@ -1,1 +1,1 @@
-"""This machine: processes, memory, environment variables, damaged files."""
+"""The machine: processes, memory, environment variables, library errors about damaged files."""

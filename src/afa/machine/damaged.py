@@ -1,7 +1,7 @@
-"""Errors of libraries that read files: is it the file, the machine's memory, or a bug in afa?
+"""Classify errors while reading files: a damaged file, out of memory, or a bug in afa.
 
-Only what a library raises about a file is reported as a damaged file. An error that a line of afa
-itself raised is a bug; its traceback is shown. Memory that ran out is reported as that.
+Errors that a library raises are reported as a damaged file, out-of-memory errors as such. An error
+raised by a line of afa itself is a bug, and its traceback is shown.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ _ASKED = re.compile(r"GLOBAL ([\w.]+)")
 
 
 class Unreadable(Exception):
-    """What a reader of afa itself raises about a file's content, as the middle of a sentence."""
+    """An error about a file's content raised by afa's own readers; the text is a clause."""
 
 
-# about the file whoever raises them: compiled readers have no frame of their own in a traceback
+# always about the file: compiled readers have no frame in a traceback
 _OF_FILES = (OSError, EOFError, SafetensorError, pickle.UnpicklingError, Unreadable)
 
 
 @contextmanager
-def loading(must: str, remedy: str, *also: type[Exception]) -> Iterator[None]:
-    """Turn whatever a library says of damaged weights into one line.
+def loading(requirement: str, remedy: str, *also: type[Exception]) -> Iterator[None]:
+    """Convert library errors about damaged weights into `AfaError`.
 
     Args:
-        must: names the weights and says what they must be: "'a.safetensors' must be complete".
-        remedy: what to do then, a sentence.
+        requirement: a clause with the file: "'a.safetensors' must be a complete model".
+        remedy: a sentence.
         also: further exceptions that a library raises about damaged files.
 
     Raises:
-        AfaError: "`must`, but loading says ... - `remedy`"; or memory ran out. One that was raised
-            inside stays as it is, and so does a bug of afa, see `is_own_bug`.
+        AfaError: if a library cannot read the file, or memory runs out. Other `AfaError`s and bugs
+            of afa (see `is_own_bug`) pass unchanged.
     """
     try:
         yield
@@ -55,29 +55,29 @@ def loading(must: str, remedy: str, *also: type[Exception]) -> Iterator[None]:
 
         shortage = ran_out(error)
         if shortage is not None:
-            subject = must.partition(" must ")[0]
+            subject = requirement.partition(" must ")[0]
             raise AfaError(
                 "AFA-MACHINE-001",
-                f"{subject} must fit into memory, which ran out{when_asked(shortage)}. Close other "
-                "programs, load models in bfloat16, or keep experts elsewhere: --memory-budget "
-                "(Python: memory_budget).",
+                f"{subject} does not fit into memory: out of memory{when_asked(shortage)}. Close "
+                "other programs, load models in bfloat16, or pass --memory-budget (Python: "
+                "memory_budget).",
             ) from error
         if is_own_bug(error, *also):
             raise
         raise AfaError(
-            "AFA-MACHINE-002", f"{must}, but loading says {said_by(error)} - {remedy}"
+            "AFA-MACHINE-002", f"{requirement}; loading failed with {said_by(error)}. {remedy}"
         ) from error
 
 
 def metadata_json(opened: Any, key: str) -> Any:
-    """The JSON under a key of a safetensors file's metadata.
+    """Parse the JSON in a safetensors file's metadata.
 
     Args:
         opened: by `safetensors.safe_open`.
         key: of the metadata.
 
     Raises:
-        Unreadable: there is no such key, or it holds no JSON.
+        Unreadable: if the key is missing, or its value is not JSON.
     """
     metadata = opened.metadata() or {}
     if key not in metadata:
@@ -89,12 +89,12 @@ def metadata_json(opened: Any, key: str) -> Any:
 
 
 def is_own_bug(error: BaseException, *also: type[Exception]) -> bool:
-    """Whether an exception was raised by a line of afa itself, and is no word about a file.
+    """Whether an exception was raised by a line of afa itself, and is not about a file.
 
-    What a compiled function raises counts as the line's that called it.
+    An exception of a compiled function is attributed to the line that called it.
 
     Args:
-        error: that was caught.
+        error: the caught exception.
         also: further types that are always about a file.
     """
     if isinstance(error, (AfaError, *_OF_FILES, *also)):
@@ -104,10 +104,10 @@ def is_own_bug(error: BaseException, *also: type[Exception]) -> bool:
 
 
 def said_by(error: Exception) -> str:
-    """What a library says of a file, on a line; not torch's advice to run a pickle's code."""
+    """Return a library's error on one line, without torch's advice to run a pickle's code."""
     if isinstance(error, pickle.UnpicklingError):
         asked = _ASKED.search(str(error))
-        return f"it asks for {asked[1]}" if asked else "it is no such file or asks for more"
+        return f"it requests {asked[1]}" if asked else "it is another file or requests more"
     if isinstance(error, Unreadable):
         return str(error)
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]

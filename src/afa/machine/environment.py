@@ -1,4 +1,4 @@
-"""Environment variables that libraries look at, changed for a while."""
+"""Temporary changes of environment variables."""
 
 from __future__ import annotations
 

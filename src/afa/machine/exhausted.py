@@ -1,4 +1,4 @@
-"""Memory that runs out in the middle of work: one line that says what would fit."""
+"""Convert out-of-memory errors into one line that says what would fit."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 _ASKED = re.compile(r"ried to allocate (\d[\d.]* \w+)")
-#: oneDNN, which computes convolutions on the CPU, has no other words for it, nor only this meaning
+#: oneDNN's error for convolutions on the CPU, which is mostly but not only out of memory
 _UNSURE = re.compile(r"could not (create|execute) a (primitive|memory object)")
-_SAYS = (
+_PHRASES = (
     "annot allocate memory",
     "can't allocate memory",
     "not enough memory",
@@ -29,14 +29,14 @@ _SAYS = (
 
 @contextmanager
 def saying_what_fits(what: str, remedy: Callable[[], str]) -> Iterator[None]:
-    """Turn whatever torch says of memory that is not there into one line.
+    """Convert torch's out-of-memory errors into `AfaError`.
 
     Args:
-        what: was being done, with its size: "A step with batch_size 8".
-        remedy: says what to do; asked only then.
+        what: the work and its size, such as "A step with batch_size 8".
+        remedy: returns a sentence; called only in case of an error.
 
     Raises:
-        AfaError: memory ran out.
+        AfaError: if memory runs out.
     """
     try:
         yield
@@ -45,23 +45,24 @@ def saying_what_fits(what: str, remedy: Callable[[], str]) -> Iterator[None]:
             raise
         detail = when_asked(error)
         raise AfaError(
-            "AFA-MEMORY-004", f"{what} must fit into memory, which ran out{detail}. {remedy()}"
+            "AFA-MEMORY-004",
+            f"{what} does not fit into memory: out of memory{detail}. {remedy()}",
         ) from error
 
 
 def when_asked(error: BaseException) -> str:
-    """For a message after "ran out": how much was asked for, where the library says it."""
+    """Return the requested size, if the library reports it, to follow "out of memory"."""
     unsure = _UNSURE.search(str(error))
     if unsure:
-        return f", if '{unsure[0]}' means what it most often does"
+        return f" (the usual reason for '{unsure[0]}')"
     asked = _ASKED.search(str(error))
-    return f" when {asked[1]} more were asked for" if asked else ""
+    return f" when allocating {asked[1]} more" if asked else ""
 
 
 def ran_out(error: BaseException) -> BaseException | None:
-    """The exception in a chain that says that there is no more memory; None where none does.
+    """Return the out-of-memory error in a chain of exceptions; None without one.
 
-    Libraries that read files catch everything and raise something of their own.
+    Libraries that read files catch everything and raise their own exceptions.
     """
     seen: set[int] = set()
     current: BaseException | None = error
@@ -74,35 +75,35 @@ def ran_out(error: BaseException) -> BaseException | None:
 
 
 def is_of_device(error: BaseException) -> bool:
-    """Whether an exception is of this process's own device or memory.
+    """Whether an exception comes from this process's own device or memory.
 
-    Devices compute on their own, so that it may surface where processes wait for each other.
+    Devices are asynchronous, so it may be raised while processes wait for each other.
     """
     return is_exhausted(error) or isinstance(error, torch.AcceleratorError)
 
 
 def is_exhausted(error: BaseException) -> bool:
-    """Whether an exception says that there is no more memory."""
+    """Whether an exception is an out-of-memory error."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:  # of mmap
         return True
-    said = str(error)
-    is_said = any(words in said for words in _SAYS) or _UNSURE.search(said) is not None
-    return isinstance(error, RuntimeError | SafetensorError) and is_said
+    text = str(error)
+    is_memory = any(words in text for words in _PHRASES) or _UNSURE.search(text) is not None
+    return isinstance(error, RuntimeError | SafetensorError) and is_memory
 
 
 def smaller_batch(
     size: int, key: str, accumulation: int | None, otherwise: str
 ) -> Callable[[], str]:
-    """The remedy of a batch that was too large.
+    """Return a function that recommends a smaller batch.
 
     Args:
         size: of the batch.
-        key: what a recipe calls it.
-        accumulation: batches of one step, which may become more instead; None where a batch is a
-            step's own affair.
-        otherwise: what helps besides, a sentence.
+        key: its name in the recipe.
+        accumulation: gradient accumulation steps, which can be increased instead; None if they do
+            not apply.
+        otherwise: a further remedy, a sentence.
     """
     half = size // 2
 
@@ -110,10 +111,10 @@ def smaller_batch(
         if not half:
             return otherwise
         if accumulation is None:
-            return f"Take {key}: {half}. {otherwise}"
+            return f"Set {key}: {half}. {otherwise}"
         times = -(-size * accumulation // half)
         return (
-            f"Take {key}: {half} with gradient_accumulation_steps: {times}, which learns the same. "
+            f"Set {key}: {half} and gradient_accumulation_steps: {times}, which is equivalent. "
             f"{otherwise}"
         )
 

@@ -1,4 +1,4 @@
-"""How much memory there is to be had."""
+"""Free memory of this machine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes of a device's memory that a process may come to use, what it has already included."""
+    """Return the bytes of a device's memory that this process can use, including its own."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device)
@@ -19,7 +19,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def _limits() -> list[int]:
-    """What is set for this process by whoever started it."""
+    """Return the memory limits of this process: its resource limit and its cgroup's."""
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
     here = psutil.Process().memory_info()
     limits = [soft - here.vms + here.rss] if soft != resource.RLIM_INFINITY else []

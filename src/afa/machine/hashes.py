@@ -1,10 +1,10 @@
-"""SHA-256 of files: each is read once, also over several starts of the program.
+"""SHA-256 of files, cached in the process and, for large files, on disk.
 
-The hash of a large file is kept in the user's cache, under the file's absolute path and its mark
-(`afa.files.Mark`: device, inode, size, times). Writing into a file changes its mark; the time of
-that change (ctime) cannot be set by a user. A hash is kept only where the mark was the same before
-and after the file was read, and old enough that no write could have gone unseen. `--rehash`, or
-`afa.trusting(rehash=True)`, ignores what is kept.
+The hash of a large file is stored in the user's cache, with the file's absolute path and its mark
+(`afa.files.Mark`: device, inode, size, times). Writing to a file changes its mark; users cannot set
+the time of that change (ctime). A hash is stored only if the mark did not change while the file was
+read and is old enough that no write could be missed. `--rehash`, or `afa.trusting(rehash=True)`,
+ignores stored hashes.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
 
     from afa.files import Mark
 
-#: bytes from which a hash is kept over several starts; smaller files take milliseconds
+#: bytes from which a hash is stored on disk; smaller files take milliseconds
 MIN_KEPT = 8_000_000
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_MAX_ENTRY = 20_000  # bytes; a path has 4096 at the most
+_MAX_ENTRY = 20_000  # bytes; a path has at most 4096
 
-#: of this process, by `rehash`
+#: hashes of this process, by `rehash`
 _known = {False: FileCache(), True: FileCache()}
 
 
 def hash_file(file: Path) -> str:
-    """SHA-256 of a file, as published beside checkpoints.
+    """SHA-256 of a file, as published with checkpoints.
 
     Raises:
-        OSError: it cannot be read, or is no regular file, which might have no end.
+        OSError: if it cannot be read, or is not a regular file and may be endless.
     """
     if (what := irregular(file)) is not None:
         raise OSError(f"'{file}' is {what} and must be a regular file")
@@ -47,7 +47,7 @@ def hash_file(file: Path) -> str:
 
 
 def _hash(file: Path) -> str:
-    """The hash that is kept of a file, or else that of its bytes, which is kept then."""
+    """Return the stored hash of a file, or compute and store it."""
     mark = mark_of(file)
     if mark is None or mark.size < MIN_KEPT:
         return _digest(file)
@@ -59,7 +59,7 @@ def _hash(file: Path) -> str:
     sha256 = _digest(file)
     if is_settled and mark_of(file) == mark:
         content = {"file": os.path.abspath(file), "mark": list(mark), "sha256": sha256}
-        with suppress(OSError):  # no room, or a cache that cannot be written: hashed again then
+        with suppress(OSError):  # without a writable cache, it is computed again next time
             entry.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             write_atomic(entry, json.dumps(content))
     return sha256
@@ -76,7 +76,7 @@ def _entry(file: Path) -> Path:
 
 
 def _read(entry: Path, file: Path, mark: Mark) -> str | None:
-    """What is kept of a file in this state; None where that is nothing, damaged or another's."""
+    """Return the stored hash of a file; None if missing, outdated, damaged or not the user's."""
     try:
         if not _is_own(entry):
             return None
@@ -89,7 +89,7 @@ def _read(entry: Path, file: Path, mark: Mark) -> str | None:
 
 
 def _is_own(entry: Path) -> bool:
-    """Whether this user alone can have written it; where a system has no users, anybody is."""
+    """Whether only this user can have written it; True on systems without users."""
     found = entry.stat()
     user = getattr(os, "geteuid", lambda: found.st_uid)()
     return found.st_uid == user and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)

@@ -1,4 +1,4 @@
-"""Classes of the libraries, by the names that files give."""
+"""Find library classes by names in files."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from afa.errors import AfaError
 
 
 def library_class(library: Any, name: str, base: type) -> Any:
-    """A class that a folder names, if it is of the expected kind.
+    """Return the library's class with this name, a subclass of `base`.
 
     Raises:
-        AfaError: the library has none of this name and kind.
+        AfaError: if there is none.
     """
     found = getattr(library, name, None)
     if not (isinstance(found, type) and issubclass(found, base)):
         raise AfaError(
             "AFA-MACHINE-003",
-            f"A part of a pipeline must be a {base.__name__} that {library.__name__} has; its "
-            f"model_index.json names '{name}'. Is the installed version older than the model?",
+            f"model_index.json names '{name}', which is not a {base.__name__} of the installed "
+            f"{library.__name__}. If the model is newer, update {library.__name__}.",
         )
     return found

@@ -1,8 +1,8 @@
-"""One process or several: who does which part, and where they wait for each other.
+"""Share work among one or several processes.
 
-Several are started by `accelerate launch --num_processes N -m afa evaluate ...` on GPUs; without
-one by `torchrun --nproc_per_node N -m afa evaluate ...`, since accelerate's launcher starts a
-single process for a CPU, whatever it is asked for.
+On GPUs, start several with `accelerate launch --num_processes N -m afa evaluate ...`. On a CPU, use
+`torchrun --nproc_per_node N -m afa evaluate ...`, because accelerate's launcher always starts a
+single process for a CPU.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Work = TypeVar("Work")
 
 
 class Processes:
-    """The processes of one run, started by `accelerate launch`; a single one where it was not."""
+    """The processes of one run: several if started by a launcher, or a single one."""
 
     def __init__(self) -> None:
         self._state = None
@@ -28,7 +28,7 @@ class Processes:
             import torch
             from accelerate import PartialState
 
-            # whoever is done first waits for the slowest, however long that takes
+            # the fastest process may wait long for the slowest
             self._state = PartialState(
                 cpu=not torch.accelerator.is_available(), timeout=timedelta(days=30)
             )
@@ -36,23 +36,23 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes reports and talks to the user."""
+        """Whether this is the process that writes reports and messages."""
         return self.rank == 0
 
     @property
     def device(self) -> str | None:
-        """The device that was given to this process; None where it is alone and may choose."""
+        """The device assigned to this process; None for a single process, which may choose."""
         return None if self._state is None else str(self._state.device)
 
     def share(self, work: Iterable[Work]) -> Iterator[Work]:
-        """This process's part of a list that is the same in all of them."""
+        """Return this process's items of a list that is the same in all processes."""
         return (item for n, item in enumerate(work) if n % self.count == self.rank)
 
     def wait(self) -> None:
-        """Go on when all processes are here.
+        """Wait until all processes call this.
 
         Raises:
-            AfaError: one of them has ended; it has said why.
+            AfaError: if another process has ended.
         """
         if self._state is not None:
             from afa.machine.exhausted import is_of_device
@@ -63,13 +63,13 @@ class Processes:
                 if is_of_device(error):
                     raise
                 raise AfaError(
-                    "AFA-MACHINE-004", "All processes must go on, but another one stopped."
+                    "AFA-MACHINE-004", "Another process has ended; see its error message."
                 ) from error
 
 
 @contextmanager
 def fixed_threads(num_threads: int | None) -> Iterator[None]:
-    """Compute with so many threads inside the block; None leaves them as they are."""
+    """Set the number of CPU threads inside the block; None does not change it."""
     import torch
 
     before = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""The libraries' own bars, advice and warnings, kept out of what afa says."""
+"""Suppress progress bars, advice and warnings of libraries."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import warnings
 
 
 def quieten() -> None:
-    """Keep the libraries' own bars and advice out of the commands' output."""
+    """Suppress the libraries' progress bars and advice in the commands' output."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # or it tells of every retry
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # otherwise it logs every retry
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
@@ -20,7 +20,7 @@ def quieten() -> None:
 
 
 def quieten_loading() -> None:
-    """Keep diffusers' own loading bars off; imports it, so only for commands that need it."""
+    """Disable diffusers' progress bars; imports diffusers, so only for commands that need it."""
     from diffusers.utils import logging as diffusers_logging
 
     diffusers_logging.disable_progress_bar()
