@@ -1,4 +1,4 @@
-"""afa: several fine-tuned text-to-image diffusion models as one generator.
+"""afa: combine several fine-tuned text-to-image diffusion models into one generator.
 
 Adaptive Feature Aggregation, Wang et al., ICLR 2025, https://arxiv.org/abs/2405.17082.
 """

@@ -1,9 +1,9 @@
-"""The one exception that users see."""
+"""`AfaError`, the exception for users."""
 
-#: characters at which a text is broken into lines; names in untrusted files may have some
+#: line breaks, which names in untrusted files may contain
 _BREAKS = dict.fromkeys(map(ord, "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"), " ")
 
-#: what libraries raise of a configuration that describes no model
+#: exceptions of libraries for a configuration that does not describe a model
 NO_MODEL = (
     *(ArithmeticError, AssertionError, AttributeError),
     *(LookupError, RuntimeError, TypeError, ValueError),
@@ -14,8 +14,8 @@ class AfaError(ValueError):
     """An error that the user can fix, on one line; the command line prints it and exits with 2.
 
     Args:
-        code: stable name of the error, such as "AFA-LOAD-017": a code is never used for another
-            error, and stays when the wording changes. docs/messages.md lists all codes.
+        code: stable name of the error, such as "AFA-LOAD-017". It does not change with the wording
+            and is never used for another error. docs/messages.md lists all codes.
         message: what is wrong, what is required, and what fixes it.
     """
 

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Atomic file writes, locks, and cached reads of small files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
 LOCK = ".lock"
-#: bytes and levels of a JSON file; the largest that is read is a results page of a study
+#: limits of a JSON file in bytes and levels; the largest are the results of a study
 MAX_JSON, MAX_DEPTH = 32_000_000, 64
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 _IRREGULAR = {
@@ -34,15 +34,15 @@ _IRREGULAR = {
     stat.S_IFBLK: "a device",
     stat.S_IFDIR: "a folder",
 }
-#: nanoseconds after which another write is sure to change a file's times; FAT has 2 s
+#: nanoseconds after which any write changes a file's times; FAT has a resolution of 2 s
 SETTLED = 2_000_000_000
-#: bytes that a `FileCache` holds
+#: maximum bytes in a `FileCache`
 _MAX_CACHED = 64_000_000
-_PARTIAL = re.compile(r"\..+\.[a-z0-9_]{8}")  # as `write_atomic` names what it has not finished
+_PARTIAL = re.compile(r"\..+\.[a-z0-9_]{8}")  # names of unfinished files and folders
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
-    """Write a file so that it is there whole or not at all, also after a power cut."""
+    """Write a file atomically: it is either complete or absent, even after a power failure."""
     data = content.encode() if isinstance(content, str) else content
     handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -59,7 +59,7 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Have a folder's names on the disk; where a system has no such thing it does by itself."""
+    """Flush a folder's entries to disk, on systems that support it."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -69,19 +69,19 @@ def _sync(folder: Path) -> None:
 
 
 def cache_folder() -> Path:
-    """Where shipped models and configurations are written out: `$XDG_CACHE_HOME/afa`.
+    """Return the user's cache folder, `$XDG_CACHE_HOME/afa` or `~/.cache/afa`.
 
-    By default `~/.cache/afa`; safe to delete at any time.
+    It can be deleted at any time.
     """
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "afa"
 
 
 @contextmanager
 def staged(output: Path) -> Iterator[Path]:
-    """A free path beside `output` for a new file or folder, which becomes `output` at the end.
+    """Provide a temporary path for a new file or folder, which is renamed to `output` at the end.
 
-    Whatever goes wrong, nothing is left of it, nor of parent folders that were made for it. What a
-    killed process has left beside `output` is removed by the next one that makes it.
+    If an exception is raised, it is removed together with new parent folders. Remains of a killed
+    process are removed by the next one that writes `output`.
     """
     output = output.absolute()
     made = [parent for parent in output.parents if not parent.exists()]
@@ -97,7 +97,7 @@ def staged(output: Path) -> Iterator[Path]:
     except BaseException:
         lock.release()
         shutil.rmtree(workplace, ignore_errors=True)
-        with suppress(OSError):  # someone else may use them by now
+        with suppress(OSError):  # others may use them now
             for parent in made:
                 parent.rmdir()
         raise
@@ -107,7 +107,7 @@ def staged(output: Path) -> Iterator[Path]:
 
 
 def _remove_abandoned(output: Path) -> None:
-    """Remove the workplaces of processes that are no more, which have let go of their locks."""
+    """Remove temporary folders of processes that have ended, which released their locks."""
     for workplace in output.parent.glob(f"{glob.escape(f'.{output.name}.')}*"):
         lock_file = workplace / LOCK
         if not (_PARTIAL.fullmatch(workplace.name) and lock_file.is_file()):
@@ -120,14 +120,14 @@ def _remove_abandoned(output: Path) -> None:
 
 
 def require_place_for_folder(folder: Path, what: str) -> None:
-    """Refuse a place where no folder can be, without making one.
+    """Check that a folder can be written, without creating it.
 
     Args:
-        folder: that is to be written.
-        what: it is for, with an article, for the error.
+        folder: to be written.
+        what: its purpose, with an article, for the error.
 
     Raises:
-        AfaError: names what is in the way.
+        AfaError: if it cannot; names the file or folder that prevents it.
     """
     above = folder.absolute()
     while not above.exists():
@@ -135,13 +135,13 @@ def require_place_for_folder(folder: Path, what: str) -> None:
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise AfaError(
             "AFA-FILE-001",
-            f"{what} '{folder}' must be a folder that can be written; '{above}' is none. Name "
-            "another one, or change its permissions.",
+            f"{what} '{folder}' cannot be written, since '{above}' is not a writable folder. Pass "
+            "another folder, or change the permissions.",
         )
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a text can be written; halves of characters, which JSON may hold, cannot."""
+    """Whether a text can be encoded; lone surrogates, which JSON may contain, cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -151,12 +151,12 @@ def is_unicode(text: str) -> bool:
 
 @contextmanager
 def owned(folder: Path) -> Iterator[None]:
-    """Keep a folder for this process while the block runs; the folder is made if it is missing.
+    """Create and lock a folder for this process inside the block.
 
-    Files that a killed process had not finished are removed from it.
+    Unfinished files of a killed process are removed from it.
 
     Raises:
-        AfaError: another process has it.
+        AfaError: if another process has locked it, or its file system has no locks.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
@@ -165,17 +165,17 @@ def owned(folder: Path) -> Iterator[None]:
     except Timeout:
         raise AfaError(
             "AFA-FILE-002",
-            f"Only one process at a time may work in '{folder}', and another one does. Wait for "
-            "it, or end it.",
+            f"Another process works in '{folder}', which only one may do at a time. Wait for it, "
+            "or end it.",
         ) from None
     except (NotImplementedError, OSError) as error:
-        # the first is how older releases of filelock say that there is no flock at all
+        # older releases of filelock raise NotImplementedError without flock
         if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
             raise
         raise AfaError(
             "AFA-FILE-003",
-            f"A work folder must be on a file system with locks; that of '{folder}' has none "
-            "(some network file systems). Name a folder on another one.",
+            f"The file system of '{folder}' has no locks (some network file systems), which a work "
+            "folder needs. Pass a folder on another file system.",
         ) from None
     try:
         for partial in folder.rglob(".*.*"):
@@ -187,16 +187,16 @@ def owned(folder: Path) -> Iterator[None]:
 
 
 def is_unused(folder: Path) -> bool:
-    """Whether a folder is missing, or holds nothing but what an unfinished start left in it."""
+    """Whether a folder is missing, or contains only hidden files of an unfinished start."""
     return not folder.exists() or (
         folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir())
     )
 
 
 def parts_of(index: Mapping[str, Any]) -> dict[str, str]:
-    """The parts that a `model_index.json` names, and their classes; empty places are left out.
+    """Return the components in a `model_index.json` and their classes, without empty ones.
 
-    A name is no path: `../x` would be read from outside the folder.
+    Names that are paths are ignored: `../x` would be outside the folder.
     """
     return {
         name: entry[1]
@@ -209,22 +209,22 @@ def parts_of(index: Mapping[str, Any]) -> dict[str, str]:
 
 
 def irregular(path: Path) -> str | None:
-    """What a path is that is no regular file, links followed, such as "a named pipe".
+    """Describe a path that is not a regular file, such as "a named pipe", with links followed.
 
-    Reading a pipe, a socket or a device may never end. None for a regular file, and where nothing
-    is: reading it says so.
+    Reading a pipe, a socket or a device may never end. None for a regular file, and for a missing
+    one, which raises an error when it is read.
     """
     try:
         mode = path.stat().st_mode
-    except (OSError, ValueError):  # no name of a file has a zero byte
+    except (OSError, ValueError):  # ValueError: a zero byte in the name
         return None
     if stat.S_ISREG(mode):
         return None
-    return _IRREGULAR.get(stat.S_IFMT(mode), "no regular file")
+    return _IRREGULAR.get(stat.S_IFMT(mode), "not a regular file")
 
 
 class Mark(NamedTuple):
-    """What tells that a file is the same and was not written into: `os.stat`, links followed."""
+    """Identity and state of a file, to detect writes: from `os.stat`, with links followed."""
 
     device: int
     inode: int
@@ -234,46 +234,46 @@ class Mark(NamedTuple):
 
     @property
     def is_settled(self) -> bool:
-        """Whether any write from now on changes the mark; it may not in a file just written."""
+        """Whether any later write changes the mark; it may not soon after the last write."""
         return time.time_ns() - max(self.mtime_ns, self.ctime_ns) > SETTLED
 
 
 def mark_of(file: Path) -> Mark | None:
-    """The mark of a file as it is now; None where there is none."""
+    """Return the current mark of a file; None if it does not exist."""
     try:
         found = file.stat()
-    except (OSError, ValueError):  # no name of a file has a zero byte
+    except (OSError, ValueError):  # ValueError: a zero byte in the name
         return None
     return Mark(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
 class FileCache:
-    """What was read from files, in this process, each until its file changes.
+    """Cache of file contents in this process, each valid until its file changes.
 
-    Contents are plain values as of JSON. Every caller gets its own copy.
+    Contents are JSON-like values. Every caller gets its own copy.
     """
 
     def __init__(self) -> None:
-        # no lock, which a fork could inherit locked: each access is atomic, and the size may be
-        # wrong by what threads keep at once
+        # no lock, which a fork could inherit locked: each access is atomic, and concurrent threads
+        # can only make the size inexact
         self._kept: dict[str, tuple[Mark, bytes]] = {}
         self._size = 0
 
     def get(self, file: Path, read: Callable[[], Any]) -> Any:
-        """The content of a file: what was kept, or what `read` returns."""
-        place, mark = os.path.abspath(file), mark_of(file)
-        known = self._kept.get(place)
+        """Return the cached content of a file, or the result of `read`."""
+        path, mark = os.path.abspath(file), mark_of(file)
+        known = self._kept.get(path)
         if known is not None and known[0] == mark:
             return marshal.loads(known[1])
         is_settled = mark is not None and mark.is_settled  # before it is read
         content = read()
         if mark is not None and is_settled and mark_of(file) == mark:
-            self._keep(place, mark, marshal.dumps(content))
+            self._keep(path, mark, marshal.dumps(content))
         return content
 
-    def _keep(self, place: str, mark: Mark, content: bytes) -> None:
-        before = self._kept.pop(place, None)
-        self._kept[place] = mark, content
+    def _keep(self, path: str, mark: Mark, content: bytes) -> None:
+        before = self._kept.pop(path, None)
+        self._kept[path] = mark, content
         self._size += len(content) - (len(before[1]) if before is not None else 0)
         while self._size > _MAX_CACHED and self._kept:
             for oldest in list(self._kept)[:100]:
@@ -285,57 +285,55 @@ _json = FileCache()
 
 
 def require_readable(path: Path, limit: int) -> None:
-    """Refuse what is no regular file, which reading might never end, or is too large.
+    """Check that a path is a regular file of at most `limit` bytes.
 
     Raises:
-        OSError: there is none.
-        ValueError: says what it is.
+        OSError: if it does not exist.
+        ValueError: if it is too large or not a regular file, which may be endless.
     """
     size = path.stat().st_size
     if (what := irregular(path)) is not None:
         raise ValueError(f"it is {what} and must be a regular file")
     if size > limit:
-        raise ValueError(f"it has {size} bytes, {limit} are the most")
+        raise ValueError(f"it has {size} bytes, the maximum is {limit}")
 
 
 def read_text(path: Path, limit: int) -> str:
-    """The UTF-8 text of a regular file that is not larger than it should be; no byte order mark.
+    """Read a UTF-8 text file of at most `limit` bytes, without byte order mark.
 
     Args:
-        path: of no pipe or device, which reading might never end.
+        path: of a regular file.
         limit: bytes.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is none, too large, or no UTF-8.
+        OSError: if it cannot be read.
+        ValueError: if it is too large, not a regular file, or not UTF-8.
     """
     require_readable(path, limit)
     text = path.read_text(encoding="utf-8-sig")
     if "\0" in text:
-        raise ValueError("it has zero bytes, as UTF-16 has; save it as UTF-8")
+        raise ValueError("it contains zero bytes and may be UTF-16; save it as UTF-8")
     return text
 
 
 def read_json(path: Path, limit: int = MAX_JSON) -> dict[str, Any]:
-    """Read a JSON object from a file, once for each state of it.
+    """Read a JSON object from a file; it is cached until the file changes.
 
     Args:
         path: of a regular file.
-        limit: bytes that it may have.
+        limit: maximum bytes.
 
     Raises:
-        AfaError: the file cannot be read, is too large or too deep, or holds something else.
+        AfaError: if the file cannot be read, is too large or too deep, or not a JSON object.
     """
     try:
         require_readable(path, limit)
         content = _json.get(path, lambda: _parse(read_text(path, limit)))
     except (OSError, ValueError, RecursionError) as error:
-        raise AfaError(
-            "AFA-FILE-004", f"'{path}' must be JSON, but reading it says: {error}."
-        ) from error
+        raise AfaError("AFA-FILE-004", f"'{path}' cannot be read as JSON: {error}.") from error
     if not isinstance(content, dict):
         raise AfaError(
-            "AFA-FILE-005", f"'{path}' must hold a JSON object, came {str(content)[:80]}."
+            "AFA-FILE-005", f"'{path}' must contain a JSON object; got {str(content)[:80]}."
         )
     return content
 
@@ -343,23 +341,19 @@ def read_json(path: Path, limit: int = MAX_JSON) -> dict[str, Any]:
 def _parse(text: str) -> Any:
     content = json.loads(text)
     if depth_of(content) > MAX_DEPTH:
-        raise ValueError(f"it is deeper than {MAX_DEPTH} levels")
+        raise ValueError(f"it has more than {MAX_DEPTH} levels")
     return content
 
 
 def depth_of(content: Any) -> int:
-    """How deep lists and objects lie in one another; a number or a text has depth 0."""
+    """Return the nesting depth of lists and objects; 0 for a number or a string."""
     depth, level = 0, [content]
-    while level := [
-        inner
-        for outer in level
-        if isinstance(outer, dict | list)
-        for inner in (outer.values() if isinstance(outer, dict) else outer)
-    ] or ([None] if any(isinstance(outer, dict | list) for outer in level) else []):
+    while outer := [each for each in level if isinstance(each, dict | list)]:
+        level = [x for each in outer for x in (each.values() if isinstance(each, dict) else each)]
         depth += 1
     return depth
 
 
 def slug(text: str) -> str:
-    """A text as part of a file's name: lower case, letters and digits, 48 at the most."""
+    """Convert a text to a part of a file name: lower-case letters and digits, at most 48."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:48].strip("-") or "prompt"

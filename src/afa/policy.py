@@ -1,8 +1,8 @@
-"""What a run may do that is refused by default; the user says so, never a file.
+"""Permissions for actions that are refused by default; only the user can give them, never a file.
 
-Permission has two levels. `grant_to_process` is for the command line: all threads and forked
-processes have it. `trusting` is for Python: it holds in the current context alone (a thread or an
-asyncio task), so that what one thread allows is never allowed to another.
+There are two scopes. `grant_to_process` is for the command line and applies to all threads and
+forked processes. `trusting` is for Python and applies only to the current context (a thread or an
+asyncio task), so that no thread gets the permissions of another.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from afa.errors import AfaError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-#: folders that recipes may name besides their own, as PATH has several
+#: folders that recipes may access besides their own, separated as in PATH
 FOLDERS_VARIABLE = "AFA_FOLDERS"
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What is allowed.
+    """A set of permissions and settings.
 
     Attributes:
-        allow_pickle: whether pickled checkpoints are read, as tensors alone.
-        offline: whether the hub is left alone, and only its cache is looked into.
-        folders: that recipes may name paths in, besides their own folder and the current one.
-        rehash: whether files are hashed although their hashes are in the user's cache.
+        allow_pickle: whether pickled checkpoints may be read, only tensors.
+        offline: whether only the hub's cache is used, without network access.
+        folders: that recipes may access, besides their own folder and the current one.
+        rehash: whether files are hashed even if their hashes are cached.
     """
 
     allow_pickle: bool = False
@@ -41,7 +41,7 @@ class Policy:
     rehash: bool = False
 
     def __or__(self, other: Policy) -> Policy:
-        """What either of two allows."""
+        """Return everything that one of two policies allows."""
         return Policy(
             self.allow_pickle or other.allow_pickle,
             self.offline or other.offline,
@@ -52,22 +52,22 @@ class Policy:
 
 _own: ContextVar[Policy] = ContextVar("afa_policy")
 #: of the process; entries are removed by identity, so overlapping grants may end in any order.
-#: Replaced as a whole: readers need no lock, which a fork could inherit locked
+#: The tuple is replaced, so that readers need no lock, which a fork could inherit locked
 _granted: tuple[Policy, ...] = ()
 _lock = threading.Lock()
 
 
 def policy() -> Policy:
-    """What is allowed here and now.
+    """Return the current policy.
 
-    The union of what the process was granted, what the current context allows, and the folders of
+    It is the union of the process's permissions, those of the current context, and the folders in
     the environment variable `AFA_FOLDERS`.
     """
     allowed = Policy()
     for grant in (*_granted, _own.get(Policy())):
         allowed |= grant
-    named = os.environ.get(FOLDERS_VARIABLE, "").split(os.pathsep)
-    return allowed | Policy(folders=tuple(Path(name) for name in named if name))
+    folders = os.environ.get(FOLDERS_VARIABLE, "").split(os.pathsep)
+    return allowed | Policy(folders=tuple(Path(name) for name in folders if name))
 
 
 @contextmanager
@@ -78,22 +78,21 @@ def trusting(
     folders: Sequence[str | Path] = (),
     rehash: bool = False,
 ) -> Iterator[None]:
-    """Allow more while the block runs, in the current thread or asyncio task alone.
+    """Add permissions inside the block, only in the current thread or asyncio task.
 
-    Nested blocks add up. A thread that is started inside the block does not inherit the permission:
-    a new thread starts with what the process was granted on the command line. Enter the block in
-    that thread, or run the thread's function by `contextvars.copy_context().run`.
-    `asyncio.to_thread` does that by itself; forked processes keep the permission of the thread
-    that forked them.
+    Nested blocks are combined. A thread that is started inside the block does not inherit the
+    permissions; it has only those from the command line. Enter the block in that thread, or run the
+    thread's function with `contextvars.copy_context().run`, as `asyncio.to_thread` does. Forked
+    processes inherit the permissions of the thread that forked them.
 
     Args:
-        allow_pickle: read pickled checkpoints, as tensors alone.
-        offline: ask no hub.
-        folders: that recipes may name paths in.
-        rehash: hash files although their hashes are in the user's cache.
+        allow_pickle: read pickled checkpoints, only tensors.
+        offline: use only the hub's cache, without network access.
+        folders: that recipes may access.
+        rehash: hash files even if their hashes are cached.
 
     Raises:
-        AfaError: `folders` is one path, not a sequence of paths.
+        AfaError: if `folders` is one path instead of a sequence of paths.
     """
     token = _own.set(_own.get(Policy()) | _policy_of(allow_pickle, offline, folders, rehash))
     try:
@@ -110,9 +109,9 @@ def grant_to_process(
     folders: Sequence[str | Path] = (),
     rehash: bool = False,
 ) -> Iterator[None]:
-    """Allow more while the block runs, in all threads of the process; see `trusting`.
+    """Add permissions inside the block, in all threads of the process; see `trusting`.
 
-    For programs whose user gives the permission to the program as a whole, as the command line.
+    For programs whose user gives permissions to the whole program, such as the command line.
 
     Raises:
         AfaError: see `trusting`.
@@ -129,37 +128,37 @@ def grant_to_process(
 
 
 def require_within(path: str | Path, folder: Path, said_by: str) -> None:
-    """Refuse a path that a recipe has no business with.
+    """Check that a recipe may access a path.
 
-    A recipe may come from the web; one that names `../../.ssh` is stopped before it is looked at.
+    A recipe may come from the web, so a path such as `../../.ssh` is refused before it is read.
 
     Args:
         path: absolute.
         folder: of the recipe.
-        said_by: where it stands, for the error.
+        said_by: the source of the path, for the error.
 
     Raises:
-        AfaError: it is in none of the folders that the user has named.
+        AfaError: if it is in none of the allowed folders.
     """
-    place = Path(os.path.abspath(path))  # links stay: what a user has linked is the user's
+    absolute = Path(os.path.abspath(path))  # does not resolve links, which the user created
     roots = [folder, Path.cwd(), *policy().folders]
-    if not any(place.is_relative_to(Path(os.path.abspath(root))) for root in roots):
+    if not any(absolute.is_relative_to(Path(os.path.abspath(root))) for root in roots):
         raise AfaError(
             "AFA-POLICY-001",
-            f"{said_by} may name paths in its own folder and in the current one; '{place}' is in "
-            f"neither. If you trust it, say so: --allow-folder '{place.parent}', or in the "
-            f"environment variable {FOLDERS_VARIABLE}.",
+            f"{said_by} names '{absolute}'; it may only access its own folder and the current one. "
+            f"If you trust it, pass --allow-folder '{absolute.parent}', or set the environment "
+            f"variable {FOLDERS_VARIABLE}.",
         )
 
 
 def _policy_of(
     allow_pickle: bool, offline: bool, folders: Sequence[str | Path], rehash: bool
 ) -> Policy:
-    if isinstance(folders, str | os.PathLike):  # letter by letter "/x" would allow "/"
+    if isinstance(folders, str | os.PathLike):  # its letters would be folders, such as "/"
         raise AfaError(
             "AFA-POLICY-002",
-            f"folders is the single path '{folders}'; it must be a sequence of paths. Write "
+            f"folders is the single path '{folders}'; it must be a sequence of paths. Pass "
             f"folders=['{folders}'].",
         )
-    places = tuple(Path(folder) for folder in folders)
-    return Policy(bool(allow_pickle), bool(offline), places, bool(rehash))
+    paths = tuple(Path(folder) for folder in folders)
+    return Policy(bool(allow_pickle), bool(offline), paths, bool(rehash))

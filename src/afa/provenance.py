@@ -1,4 +1,4 @@
-"""Where figures come from: commit, machine, software."""
+"""The provenance of results: commit, machine, software."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 
 def made_from() -> dict[str, str]:
-    """Commit and machine that the figures come from."""
+    """Return the commit, machine and software of results."""
     return {
         "commit": commit(),
         "machine": f"{processor()}, {os.cpu_count()} cores, one thread for each process",
@@ -25,9 +25,9 @@ def made_from() -> dict[str, str]:
 
 
 def releases(*packages: str) -> dict[str, str]:
-    """Major and minor version of installed packages, by name; those that are missing are left out.
+    """Return major and minor versions of installed packages by name, without missing ones.
 
-    What is kept depends on them; a patch of a release changes the last bits at most.
+    Cached results depend on these; a patch release changes at most the last bits.
     """
     found = {}
     for package in packages:
@@ -37,13 +37,13 @@ def releases(*packages: str) -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit of the code that runs, and whether it has been changed since."""
+    """Return the commit of the running code, and whether there are uncommitted changes."""
     root = Path(__file__).parent
     try:
         name = _git(root, "rev-parse", "HEAD")
         top = Path(_git(root, "rev-parse", "--show-toplevel"))
         if _git(top, "status", "--porcelain", "--", "src", "pyproject.toml", "constraints.txt"):
-            name += " and changes that are not committed"
+            name += " and uncommitted changes"
     except (OSError, subprocess.CalledProcessError):
         name = f"afa {version('afa')}, not a git checkout"
     return name
@@ -55,7 +55,7 @@ def _git(folder: Path, *arguments: str) -> str:
 
 
 def processor() -> str:
-    """The processor's name."""
+    """Return the processor's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(x.split(":", 1)[1].strip() for x in lines if x.startswith("model name"))

@@ -1,8 +1,9 @@
-"""Recipes: YAML files that are checked before any work."""
+"""Recipes: YAML files that are validated before any work."""
 
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import is_dataclass, replace
@@ -19,14 +20,14 @@ from afa.files import read_text
 from afa.policy import require_within
 
 Model = TypeVar("Model", bound=BaseModel)
-#: of a recipe: bytes, levels, entries with all aliases followed, and mistakes that are listed
-_MAX_BYTES, _MAX_DEPTH, _MAX_NODES, _MAX_SAID = 1_000_000, 32, 100_000, 10
+#: limits of a recipe: bytes, levels, entries with aliases expanded, and listed errors
+_MAX_BYTES, _MAX_DEPTH, _MAX_NODES, _MAX_LISTED = 1_000_000, 32, 100_000, 10
 _MAX_SHOWN = 120  # characters of a value in an error
 MAX_SEED = 2**32 - 1
 
 
 class Section(BaseModel):
-    """A mapping in a recipe: unknown keys are errors, and nothing changes once it is read."""
+    """A mapping in a recipe: immutable, and unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     #: the keys that name files, folders or hub ids
@@ -34,10 +35,10 @@ class Section(BaseModel):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, without the ways in which a short text becomes an endless one.
+    """YAML's safe loader with checks for duplicate keys and for aliases that expand without limit.
 
-    By itself it lets a later key silently replace an earlier one, and aliases of aliases stand for
-    more than any memory holds once they are looked at.
+    The original silently replaces an earlier key by a later one, and nested aliases can expand to
+    more than any memory.
     """
 
     def get_single_node(self) -> yaml.Node | None:
@@ -48,19 +49,19 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
-        if twice is not None:
+        duplicate = next((key for key in keys if keys.count(key) > 1), None)
+        if duplicate is not None:
             raise yaml.constructor.ConstructorError(
-                None, None, f"the key '{twice}' stands twice", node.start_mark
+                None, None, f"duplicate key '{duplicate}'", node.start_mark
             )
         return super().construct_mapping(node, deep=deep)
 
 
 def _require_bounded(root: yaml.Node) -> None:
-    """Refuse a document that is too deep, refers to itself, or is too large with aliases followed.
+    """Check the depth and size of a document with aliases expanded.
 
     Raises:
-        yaml.YAMLError: says which.
+        yaml.YAMLError: if it is too deep or too large, or contains itself.
     """
     sizes: dict[int, int] = {}
     inside: list[int] = []
@@ -71,20 +72,17 @@ def _require_bounded(root: yaml.Node) -> None:
         key = id(node)
         if key in sizes:
             return sizes[key]
-        if key in inside or len(inside) >= _MAX_DEPTH:
-            why = "it refers to itself" if key in inside else f"it is deeper than {_MAX_DEPTH}"
-            raise yaml.YAMLError(f"{why} levels" if "deeper" in why else why)
+        if key in inside:
+            raise yaml.YAMLError("it contains itself")
+        if len(inside) >= _MAX_DEPTH:
+            raise yaml.YAMLError(f"it has more than {_MAX_DEPTH} levels")
         inside.append(key)
-        pairs = node.value
-        children = (
-            [part for pair in pairs for part in pair]
-            if isinstance(node, yaml.MappingNode)
-            else pairs
-        )
+        is_mapping = isinstance(node, yaml.MappingNode)
+        children = itertools.chain(*node.value) if is_mapping else node.value
         size = 1 + sum(size_of(child) for child in children)
         inside.pop()
         if size > _MAX_NODES:
-            raise yaml.YAMLError(f"it has more than {_MAX_NODES} entries with all its aliases")
+            raise yaml.YAMLError(f"it has more than {_MAX_NODES} entries with aliases expanded")
         sizes[key] = size
         return size
 
@@ -92,11 +90,10 @@ def _require_bounded(root: yaml.Node) -> None:
 
 
 def read_recipe(path: str | Path, model: type[Model]) -> Model:
-    """Read a YAML file and check it against `model`; paths in it stay as they are written.
+    """Read a YAML file and validate it with `model`, without resolving paths.
 
     Raises:
-        AfaError: one line that names the file and every place that is wrong, with the nearest right
-            name where a key is unknown.
+        AfaError: if it is invalid; names every wrong entry, and similar names of unknown keys.
     """
     path = Path(path)
     content = read_yaml(path)
@@ -109,19 +106,19 @@ def read_recipe(path: str | Path, model: type[Model]) -> Model:
         return model.model_validate(content)
     except ValidationError as error:
         details = error.errors()
-        problems = "; ".join(_explain(detail, model) for detail in details[:_MAX_SAID])
-        more = len(details) - _MAX_SAID
+        problems = "; ".join(_explain(detail, model) for detail in details[:_MAX_LISTED])
+        more = len(details) - _MAX_LISTED
         raise AfaError(
             "AFA-RECIPE-002",
-            f"The recipe '{path}' is wrong: {problems}{f'; and {more} more' if more > 0 else ''}",
+            f"The recipe '{path}' is invalid: {problems}{f'; and {more} more' if more > 0 else ''}",
         ) from None
 
 
 def read_yaml(path: Path) -> Any:
-    """What a YAML file holds, bounded in size and depth.
+    """Read a YAML file with limits of size and depth.
 
     Raises:
-        AfaError: it cannot be read, or is no such YAML.
+        AfaError: if it cannot be read, or is not YAML within these limits.
     """
     try:
         text = read_text(path, _MAX_BYTES)
@@ -129,7 +126,7 @@ def read_yaml(path: Path) -> Any:
         raise AfaError("AFA-RECIPE-003", f"The recipe '{path}' cannot be read: {error}.") from None
     except ValueError as error:
         raise AfaError(
-            "AFA-RECIPE-004", f"A recipe must be a small YAML file; '{path}': {error}."
+            "AFA-RECIPE-004", f"'{path}' is not a recipe: {error}. It must be a small YAML file."
         ) from None
     except OSError as error:
         raise AfaError("AFA-RECIPE-005", f"The recipe '{path}' cannot be read: {error}.") from error
@@ -137,15 +134,20 @@ def read_yaml(path: Path) -> Any:
         return yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date, a number
         raise AfaError(
-            "AFA-RECIPE-006", f"The recipe '{path}' must be YAML: {' '.join(str(error).split())}."
+            "AFA-RECIPE-006",
+            f"The recipe '{path}' is not valid YAML: {' '.join(str(error).split())}.",
         ) from None
 
 
 def resolve_source(source: str, folder: Path) -> str:
-    """A local path of a recipe in `folder` made absolute; hub ids and `zoo:` names stay.
+    """Make a local path in a recipe absolute; hub ids and `zoo:` names are not changed.
+
+    Args:
+        source: a path, a hub id or a `zoo:` name.
+        folder: of the recipe.
 
     Raises:
-        AfaError: a path where the recipe has no business; see `afa.policy`.
+        AfaError: if the recipe may not access the path; see `afa.policy`.
     """
     local = folder / Path(source).expanduser()
     is_local = source.startswith((".", "/", "~")) or local.exists()
@@ -153,22 +155,22 @@ def resolve_source(source: str, folder: Path) -> str:
 
 
 def resolve_path(path: str | Path, folder: Path) -> Path:
-    """A path of a recipe in `folder` made absolute.
+    """Make a path of a recipe in `folder` absolute.
 
     Raises:
         AfaError: see `resolve_source`.
     """
-    # links stay: what a hub's cache links to has no suffix
-    place = Path(os.path.abspath(folder / Path(path).expanduser()))
-    require_within(place, folder, "A recipe")
-    return place
+    # does not resolve links: their targets in a hub's cache have no suffix
+    absolute = Path(os.path.abspath(folder / Path(path).expanduser()))
+    require_within(absolute, folder, "A recipe")
+    return absolute
 
 
 def resolve_sources(section: Any, folder: Path, *keys: str) -> Any:
-    """A section of a recipe in `folder`, with the sources under these keys resolved.
+    """Resolve the sources under these keys in a section of a recipe in `folder`.
 
-    Each is a source, see `resolve_source`, a section or dataclass with `SOURCES`, a list of these,
-    or None.
+    Each value is a source (see `resolve_source`), a section or dataclass with `SOURCES`, a list of
+    these, or None.
     """
 
     def resolved(value: Any) -> Any:
@@ -186,7 +188,7 @@ def resolve_sources(section: Any, folder: Path, *keys: str) -> Any:
 
 def _explain(detail: ErrorDetails, model: type[BaseModel]) -> str:
     loc = detail["loc"]
-    # a key that is unknown or missing is itself in no section
+    # an unknown or missing key is not in any section
     is_unknown = detail["type"] in ("extra_forbidden", "unexpected_keyword_argument")
     is_key = is_unknown or detail["type"] == "missing"
     place, known = _place(loc[:-1] if is_key else loc, model)
@@ -194,7 +196,7 @@ def _explain(detail: ErrorDetails, model: type[BaseModel]) -> str:
         place = f"{place}.{loc[-1]}".removeprefix(".")
     if is_unknown:
         close = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean '{close[0]}'?" if close else f"known are {', '.join(known)}"
+        hint = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(known)}"
         return f"unknown key '{place}', {hint}"
     if detail["type"] == "missing":
         return f"the key '{place}' is missing"
@@ -202,30 +204,30 @@ def _explain(detail: ErrorDetails, model: type[BaseModel]) -> str:
         key = detail["ctx"]["discriminator"].strip("'")
         if detail["type"] == "union_tag_not_found":
             return f"the key '{place}.{key}' is missing"
-        tags, came = detail["ctx"]["expected_tags"], detail["ctx"]["tag"]
-        return f"'{place}.{key}': must be one of {tags}, came '{came}'"
+        tags, tag = detail["ctx"]["expected_tags"], detail["ctx"]["tag"]
+        return f"'{place}.{key}': must be one of {tags}, got '{tag}'"
     message = detail["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
-    if not place:  # the recipe as a whole
+    if not place:  # the whole recipe
         return message
     if isinstance(detail["input"], dict):
         return f"'{place}' {message}"
-    return f"'{place}': {message}, came {_shown(detail['input'])}"
+    return f"'{place}': {message}, got {_shown(detail['input'])}"
 
 
 def _shown(value: Any) -> str:
-    """A value as Python writes it, short enough for one line."""
+    """Return the repr of a value, shortened to one line."""
     text = repr(value)
     return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN - 3]}..."
 
 
 def _place(loc: tuple[int | str, ...], model: type) -> tuple[str, list[str]]:
-    """A place in a recipe as its writer names it, and the keys of the section there."""
+    """Return the dotted key of a location in a recipe, and the keys of the section there."""
     sections, parts = [model], []
     for part in loc:
         if isinstance(part, str):
             keys = next((keys for s in sections if part in (keys := _keys(s))), None)
-            if keys is None:  # which kind of a section it was taken for, not a key
+            if keys is None:  # pydantic's name of a union member, not a key
                 sections = [s for s in sections if part in _tags(s)]
                 continue
             sections = list(_sections_in(keys[part].annotation))
@@ -234,7 +236,7 @@ def _place(loc: tuple[int | str, ...], model: type) -> tuple[str, list[str]]:
 
 
 def _keys(section: Any) -> dict[str, FieldInfo]:
-    """The keys of a section, which is a model or a dataclass."""
+    """Return the keys of a section, which is a model or a dataclass."""
     if is_dataclass(section):
         return {
             key: FieldInfo.from_annotation(hint) for key, hint in get_type_hints(section).items()
@@ -243,13 +245,13 @@ def _keys(section: Any) -> dict[str, FieldInfo]:
 
 
 def _tags(section: type) -> list[Any]:
-    """What a union may know a section by: one of its defaults, or its name."""
+    """Return the possible tags of a section in a union: its name, or one of its defaults."""
     return [section.__name__, *(field.default for field in _keys(section).values())]
 
 
 def _sections_in(annotation: Any) -> Iterator[type]:
-    """The sections that an annotation such as `list[Section] | None` allows."""
-    if hasattr(annotation, "SECTIONS"):  # what it is written as is not what it becomes
+    """Yield the sections in an annotation such as `list[Section] | None`."""
+    if hasattr(annotation, "SECTIONS"):  # its forms in recipes differ from the class
         yield from annotation.SECTIONS
     elif isinstance(annotation, type) and (
         issubclass(annotation, BaseModel) or is_dataclass(annotation)
@@ -260,7 +262,7 @@ def _sections_in(annotation: Any) -> Iterator[type]:
 
 
 def differing(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The keys, with dots, in which two recipes differ."""
+    """Return the dotted keys in which two recipes differ."""
     found = []
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)

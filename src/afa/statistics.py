@@ -1,4 +1,4 @@
-"""Means, paired differences and their intervals, from scores of the same prompts."""
+"""Means and paired differences of scores of the same prompts, with confidence intervals."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ class Interval:
 
 @dataclass(frozen=True)
 class Paired:
-    """How much better one method is than another, prompt by prompt.
+    """The paired comparison of two methods, prompt by prompt.
 
     `difference` is the mean of the paired differences; `wins`, `losses` and `ties` count prompts;
-    `p_value` is that of the exact two-sided sign test on them (McNemar's, of outcomes), which does
-    not mistake a few wins for certainty as a bootstrap of few does.
+    `p_value` is that of the exact two-sided sign test (for binary outcomes, McNemar's test). Unlike
+    a bootstrap, it is not overconfident with few prompts.
     """
 
     difference: Interval
@@ -57,32 +57,32 @@ class Paired:
 
 
 def sign_test(wins: int, losses: int) -> float:
-    """The exact two-sided p value of so many wins, were a win and a loss as likely."""
+    """Return the exact two-sided p-value for equally probable wins and losses."""
     count = wins + losses
     tail = sum(math.comb(count, k) for k in range(min(wins, losses) + 1))
     return min(1.0, 2 * tail / 2**count)
 
 
 def wilson(share: float, num_trials: int) -> Interval:
-    """A proportion with its 95 % interval (Wilson, 1927).
+    """Return a proportion with its 95 % interval (Wilson, 1927).
 
     Args:
         share: from 0 to 1; need not be a whole number of trials.
-        num_trials: how many independent trials there were.
+        num_trials: number of independent trials.
 
     Raises:
-        AfaError: no trials, or a share outside of 0 to 1.
+        AfaError: if there are no trials, or the share is outside 0 to 1.
     """
     if not 0 <= share <= 1 or num_trials < 1:
         raise AfaError(
             "AFA-STAT-001",
-            f"A proportion must be from 0 to 1, of at least one trial; came {share} of "
+            f"A proportion must be from 0 to 1, of at least one trial; got {share} of "
             f"{num_trials}.",
         )
     scale = 1 + _Z * _Z / num_trials
     centre = share + _Z * _Z / (2 * num_trials)
     spread = _Z * (share * (1 - share) / num_trials + _Z * _Z / (4 * num_trials**2)) ** 0.5
-    # the ends are exact, where rounding would put the share itself outside of its interval
+    # exact ends: rounding could exclude the share from its own interval
     low = 0.0 if share == 0 else (centre - spread) / scale
     high = 1.0 if share == 1 else (centre + spread) / scale
     return Interval(share, low, high)
@@ -91,11 +91,10 @@ def wilson(share: float, num_trials: int) -> Interval:
 def mean_interval(
     scores: Scores, num_resamples: int = 10_000, *, is_outcome: bool = False
 ) -> Interval:
-    """The mean of a method's scores, with a 95 % interval over prompts and replicas.
+    """Return the mean of a method's scores with a 95 % interval over prompts and replicas.
 
-    A percentile bootstrap (Efron, 1979) that draws prompts and replicas. Of outcomes, right or
-    wrong, it is widened to Wilson's interval over the prompts, since a bootstrap of none or all
-    right has no width.
+    Percentile bootstrap (Efron, 1979) of prompts and replicas. For binary outcomes, it is widened
+    to Wilson's interval over the prompts, since the bootstrap of equal outcomes has no width.
 
     Args:
         scores: [replicas, prompts], each the mean over the seeds.
@@ -111,29 +110,29 @@ def mean_interval(
 
 
 def paired_difference(ours: Scores, theirs: Scores, num_resamples: int = 10_000) -> Paired:
-    """The mean difference of two methods on the same prompts, with a 95 % interval.
+    """Return the mean difference of two methods on the same prompts, with a 95 % interval.
 
-    Percentile bootstrap: both methods get the same draw of prompts, and each its own draw of its
-    replicas, so that the luck of a training counts as much as that of the prompts.
+    Percentile bootstrap: both methods use the same resampled prompts, and each its own resampled
+    replicas, so that the interval includes the variance of trainings.
 
     Args:
         ours: [replicas, prompts].
-        theirs: [replicas, prompts]; of as many prompts.
+        theirs: [replicas, prompts], with the same number of prompts.
         num_resamples: of the bootstrap.
 
     Raises:
-        AfaError: the methods have different numbers of prompts.
+        AfaError: if the numbers of prompts differ.
     """
     if ours.shape[1] != theirs.shape[1]:
         raise AfaError(
             "AFA-STAT-002",
-            f"Paired scores must be of the same prompts, came {ours.shape[1]} and "
-            f"{theirs.shape[1]}.",
+            f"Paired scores must be of the same prompts; got {ours.shape[1]} and "
+            f"{theirs.shape[1]} prompts.",
         )
     first = _resampled_means(ours, num_resamples, stream=1)
     second = _resampled_means(theirs, num_resamples, stream=2)
     by_prompt = ours.mean(0) - theirs.mean(0)
-    # scores of several seeds or replicas are sums of thirds and the like
+    # means over seeds or replicas have rounding errors
     is_tie = np.isclose(by_prompt, 0.0, rtol=0, atol=1e-9)
     wins, losses = int((~is_tie & (by_prompt > 0)).sum()), int((~is_tie & (by_prompt < 0)).sum())
     return Paired(
@@ -146,10 +145,9 @@ def paired_difference(ours: Scores, theirs: Scores, num_resamples: int = 10_000)
 
 
 def _resampled_means(scores: Scores, num_resamples: int, stream: int = 0) -> NDArray[np.float64]:
-    """Means over drawn prompts and drawn replicas, [resamples].
+    """Return means over resampled prompts and replicas, [resamples].
 
-    The draws of prompts are the same for any scores of as many prompts; those of replicas go by
-    `stream`.
+    The resampled prompts depend only on the number of prompts, the replicas also on `stream`.
     """
     num_replicas, num_prompts = scores.shape
     drawn = [draws @ scores.T for draws in _prompt_draws(num_prompts, num_resamples)]
@@ -164,7 +162,7 @@ def _resampled_means(scores: Scores, num_resamples: int, stream: int = 0) -> NDA
 
 
 def _prompt_draws(num_prompts: int, num_resamples: int) -> Iterator[NDArray[np.int64]]:
-    """How often every prompt is drawn, [resamples, prompts], some resamples at a time."""
+    """Yield how often every prompt is drawn, [resamples, prompts], in chunks of resamples."""
     rng = np.random.default_rng([_SEED, num_prompts])
     for start in range(0, num_resamples, _CHUNK):
         size = min(_CHUNK, num_resamples - start)

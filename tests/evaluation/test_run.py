@@ -357,7 +357,7 @@ def test_experts_that_do_not_fit(
     methods = [{"name": "merge", "merge": {"method": "weighted"}}]
     recipe = write(experts=["zoo:animals", str(experts[0])], methods=methods, curve=None)
     line = fails(recipe, tmp_path / "output", capsys)
-    assert "[AFA-LOAD-" in line
+    assert "AFA-LOAD-003" in line
 
 
 def test_a_checkpoint_that_has_changed_is_not_mixed_with_old_pictures(

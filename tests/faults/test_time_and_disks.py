@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from afa.errors import AfaError
 from afa.files import owned, staged, write_atomic
+from tests.refusal import refusal
 from tests.training.runs import recipe, steps_of
 
 pytestmark = pytest.mark.processes
@@ -82,9 +82,8 @@ def test_no_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", refused)
-    with pytest.raises(AfaError, match="must be on a file system with locks"):  # noqa: SIM117
-        with owned(tmp_path / "work"):
-            pytest.fail("it went on")
+    with refusal("AFA-FILE-003", "work'"), owned(tmp_path / "work"):
+        pytest.fail("it went on")
 
 
 @pytest.mark.fault(
@@ -101,7 +100,7 @@ def test_no_flock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(fcntl, "flock", missing)
     with owned(tmp_path):  # noqa: SIM117
-        with pytest.raises(AfaError, match="Only one process at a time"), owned(tmp_path):
+        with refusal("AFA-FILE-002", str(tmp_path)), owned(tmp_path):
             pytest.fail("it went on")
     child = os.fork()
     if child == 0:
@@ -120,7 +119,7 @@ def test_no_flock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_two_at_once(tmp_path: Path) -> None:
     with owned(tmp_path):
-        with pytest.raises(AfaError, match="Only one process at a time"), owned(tmp_path):
+        with refusal("AFA-FILE-002", str(tmp_path)), owned(tmp_path):
             pytest.fail("it went on")
         write_atomic(tmp_path / "file", "mine")
     with owned(tmp_path):

@@ -381,7 +381,7 @@ def test_the_output_of_a_merge(
     recipe = written(tmp_path, method="weighted", experts=[str(each) for each in experts[:2]])
     for output, said in (
         (experts[0], "must be new"),
-        (tmp_path / "recipe.yaml" / "merged", "must be a folder that can be written"),
+        (tmp_path / "recipe.yaml" / "merged", "cannot be written"),
         (tmp_path / "merged.safetensors", "Name a folder"),
     ):
         line = refused(capsys, "merge", recipe, "--output", output)

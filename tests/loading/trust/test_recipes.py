@@ -28,23 +28,24 @@ def written(folder: Path, text: str) -> Path:
     [
         ("a: !!python/object/apply:os.system ['touch x']", "could not determine a constructor"),
         ("a: !!python/name:os.system", "could not determine a constructor"),
-        ("&a [*a]", "refers to itself"),
-        ("a: &x {b: *x}", "refers to itself"),
-        ("[" * 40 + "]" * 40, "deeper than 32 levels"),
-        ("[" * 100_000, "must be YAML"),
-        ("a: 2001-99-99", "must be YAML"),
-        ("a: " + "9" * 5000, "must be YAML"),
-        ("a: 1\na: 2", "'a' stands twice"),
-        ("? [1, 2]\n: 3", "must be YAML"),
-        ("\ud800", "must be YAML"),
-        ("a: \x07", "must be YAML"),
-        ("%TAG ! x\n---\na: !b c", "must be YAML"),
+        ("&a [*a]", "contains itself"),
+        ("a: &x {b: *x}", "contains itself"),
+        ("[" * 40 + "]" * 40, "more than 32 levels"),
+        ("[" * 100_000, "r.yaml"),
+        ("a: 2001-99-99", "r.yaml"),
+        ("a: " + "9" * 5000, "r.yaml"),
+        ("a: 1\na: 2", "duplicate key 'a'"),
+        ("? [1, 2]\n: 3", "r.yaml"),
+        ("\ud800", "r.yaml"),
+        ("a: \x07", "r.yaml"),
+        ("%TAG ! x\n---\na: !b c", "r.yaml"),
     ],
 )
 def test_texts_that_are_no_recipe(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_bytes(text.encode(errors="surrogatepass"))
-    with pytest.raises(AfaError, match=f"{message}|must be a small YAML|cannot be read") as error:
+    with pytest.raises(AfaError, match=message) as error:
         read_yaml(tmp_path / "r.yaml")
+    assert error.value.code == ("AFA-RECIPE-003" if text == "\ud800" else "AFA-RECIPE-006")
     assert "\n" not in str(error.value)
     assert not list(tmp_path.glob("x"))
 
@@ -148,7 +149,7 @@ def test_prompts_of_a_comparison_are_held_to_the_same(
         "prompts: {text: /etc/passwd}\nmethods: [{name: a, model: ./a}]\n"
         "metrics: [{name: clip_t, weights: a/b}]\n"
     )
-    with pytest.raises(AfaError, match="'/etc/passwd' is in neither"):
+    with refusal("AFA-POLICY-001", "'/etc/passwd'"):
         load_evaluate_recipe(written(tmp_path, text))
 
 
