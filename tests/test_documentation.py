@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from afa.loading.single_file import load as single_file
-from afa.loading.single_file.identify import kind_name
+from afa.loading.single_file.layout import kind_name
 from tests.documentation import (
     DOCS,
     ROOT,

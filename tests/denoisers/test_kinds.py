@@ -115,7 +115,7 @@ def test_the_command_line(
     command = ["generate", str(tmp_path / "saved"), "a fox", "--output", str(pictures)]
     code = run(*command, "--steps", "2", "--weights")
     said = " ".join(capsys.readouterr().err.split())
-    refused = {"dit": "must not need class labels", "refiner": "takes a picture besides"}
+    refused = {"dit": "AFA-LOAD-045", "refiner": "AFA-LOAD-043"}
     if kind in refused:
         assert (code, refused[kind] in said) == (2, True), said
         return

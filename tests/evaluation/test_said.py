@@ -69,7 +69,7 @@ def test_all_of_it_is_said_once_for_all_methods(
         ]
         assert "the metric 'clip_t'" in notes[0]
         assert "such as 'notes.txt'" in notes[1]
-        assert "tokens that tokenizer reads" in notes[2]
+        assert "(tokenizer)" in notes[2]
         assert "1 with more than 8 bits" in notes[-1]
         assert "1 transparent" in notes[-1]
 

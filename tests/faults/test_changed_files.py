@@ -18,6 +18,7 @@ from afa.errors import AfaError
 from afa.loading.trust.unchanged import require_unchanged
 from tests.faults.commands import training
 from tests.faults.test_workers import wait_for
+from tests.refusal import refusal
 from tests.training.runs import SMALL, recipe, steps_of
 
 pytestmark = pytest.mark.processes
@@ -118,7 +119,7 @@ def test_a_file_that_is_replaced(copies: list[Path], tmp_path: Path) -> None:
         load_file(tmp_path / name / "aggregators.safetensors") for name in ("whole", "run")
     )
     assert all(torch.equal(whole[key], again[key]) for key in whole)
-    with pytest.raises(AfaError, match="must have SHA-256"):
+    with refusal("AFA-LOAD-082", "SHA-256"):
         afa.load_ensemble(tmp_path / "run")
 
 

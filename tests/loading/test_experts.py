@@ -390,24 +390,24 @@ def _lacking_a_weight(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("damage", "code", "value"),
     [
-        (_without("tokenizer"), "must be a complete diffusion model"),
-        (_without("scheduler"), "must be a complete diffusion model"),
-        (_without("vae"), "has none"),
-        (_without("unet"), "has none"),
-        (lambda f: (f / "model_index.json").write_text("{"), "must be JSON"),
-        (lambda f: (f / "unet" / "config.json").write_text("{"), "must be JSON"),
-        (_lacking_a_weight, "lack 1 parameters .first: conv_in.bias."),
+        (_without("tokenizer"), "AFA-MACHINE-002", "copy'"),
+        (_without("scheduler"), "AFA-MACHINE-002", "copy'"),
+        (_without("vae"), "AFA-LOAD-101", "copy'"),
+        (_without("unet"), "AFA-LOAD-101", "unet'"),
+        (lambda f: (f / "model_index.json").write_text("{"), "AFA-FILE-004", "model_index.json"),
+        (lambda f: (f / "unet" / "config.json").write_text("{"), "AFA-FILE-004", "config.json"),
+        (_lacking_a_weight, "AFA-LOAD-017", "1 parameters .first: conv_in.bias."),
     ],
 )
 def test_damaged_folders_are_one_line(
-    damage: Any, message: str, experts: list[Path], tmp_path: Path
+    damage: Any, code: str, value: str, experts: list[Path], tmp_path: Path
 ) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(experts[0], copy)
     damage(copy)
-    with pytest.raises(AfaError, match=message):
+    with refusal(code, value):
         afa.load_pipeline([copy])
 
 

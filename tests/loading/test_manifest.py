@@ -160,7 +160,7 @@ def test_what_is_too_large_for_one_caller_is_refused_though_another_has_read_it(
     place = tmp_path / "a.json"
     place.write_text(json.dumps({"a": "b" * 100}))
     read_json(place)
-    with pytest.raises(afa.AfaError, match="100 are the most"):
+    with pytest.raises(afa.AfaError, match="maximum is 100"):
         read_json(place, 100)
 
 

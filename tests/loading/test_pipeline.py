@@ -279,32 +279,34 @@ def change(folder: Path, key: str, value: object = None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("damage", "code", "value"),
     [
-        (lambda f: (f / "config.json").unlink(), "must hold a config.json"),
-        (lambda f: (f / "config.json").write_text("{"), "must be JSON"),
-        (lambda f: (f / "config.json").write_text('{"format": "x"}'), "must be of format"),
-        (lambda f: change(f, "vae"), "must be as afa.save_ensemble writes it, but at 'vae'"),
-        (lambda f: change(f, "experts", []), "but at 'experts'"),
-        (lambda f: change(f, "aggregator", {"type": "magic"}), "but at 'aggregator.type'"),
+        (lambda f: (f / "config.json").unlink(), "AFA-LOAD-061", "config.json"),
+        (lambda f: (f / "config.json").write_text("{"), "AFA-FILE-004", "config.json"),
+        (lambda f: (f / "config.json").write_text('{"format": "x"}'), "AFA-LOAD-062", "'x'"),
+        (lambda f: change(f, "vae"), "AFA-LOAD-063", "'vae'"),
+        (lambda f: change(f, "experts", []), "AFA-LOAD-063", "'experts'"),
+        (lambda f: change(f, "aggregator", {"type": "?"}), "AFA-LOAD-063", "'aggregator.type'"),
         (
             lambda f: (f / "aggregators.safetensors").write_bytes(
                 (f / "aggregators.safetensors").read_bytes()[:-4]
             ),
-            "must be a complete safetensors file",
+            "AFA-LOAD-092",
+            "aggregators.safetensors",
         ),
         (
             lambda f: save_file({"a": torch.zeros(1)}, f / "aggregators.safetensors"),
-            "Aggregator weights must fit",
+            "AFA-LOAD-018",
+            "1 unknown .first: a.",
         ),
     ],
 )
 def test_damaged_ensembles(
-    pipeline: StableDiffusionPipeline, tmp_path: Path, damage: object, message: str
+    pipeline: StableDiffusionPipeline, tmp_path: Path, damage: object, code: str, value: str
 ) -> None:
     folder = afa.save_ensemble(pipeline, tmp_path / "ensemble")
     damage(folder)  # type: ignore[operator]
-    with pytest.raises(AfaError, match=message):
+    with refusal(code, value):
         afa.load_ensemble(folder)
 
 

@@ -12,7 +12,6 @@ import yaml
 from safetensors.torch import save_file
 
 import afa
-from afa.errors import AfaError
 from afa.loading.compare import compare
 from afa.loading.expert_source import ExpertSource
 from afa.loading.facts import read_facts
@@ -77,7 +76,7 @@ def test_without_evidence_the_configuration_is_assumed_and_said(
     facts = read_facts("a", describe_expert(file, companions), path=file)
     notes = [each.text for each in compare([facts]) if each.check == "prediction"]
     assert len(notes) == 1
-    assert "'a' is assumed to predict epsilon" in notes[0]
+    assert "'a' does not say what it predicts; epsilon is assumed" in notes[0]
 
 
 @pytest.mark.parametrize(
@@ -133,22 +132,19 @@ def test_a_configuration_of_generative_models_beside_a_file(
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "code", "value"),
     [
-        ("model: [", "'.*a.yaml' beside a model must be YAML"),
-        ("model: {params: {parameterization: z}}", "parameterization = z, which is no objective"),
-        (
-            "model: {params: {denoiser_config: 3}}",
-            "scaling_config = nothing, which is no objective",
-        ),
+        ("model: [", "AFA-LOAD-046", "a.yaml'"),
+        ("model: {params: {parameterization: z}}", "AFA-LOAD-047", "parameterization = z"),
+        ("model: {params: {denoiser_config: 3}}", "AFA-LOAD-047", "scaling_config = nothing"),
     ],
 )
 def test_a_yaml_beside_that_says_something_unknown(
-    content: str, message: str, tmp_path: Path
+    content: str, code: str, value: str, tmp_path: Path
 ) -> None:
     file = written(tmp_path / "a.safetensors", {})
     file.with_suffix(".yaml").write_text(content)
-    with pytest.raises(AfaError, match=message):
+    with refusal(code, value):
         evidence_of(file, {})
 
 

@@ -16,7 +16,6 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 import afa
 from afa.cli import main
-from afa.errors import AfaError
 from afa.loading.inspection import describe
 from afa.loading.planned import plan_of_ensemble
 from afa.loading.published import hash_published
@@ -198,42 +197,47 @@ def _seven_heads(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("damage", "code", "value"),
     [
-        (lambda f: _without(f, "additional_unet_0"), "must be safetensors; .* has none"),
-        (lambda f: _without(f, "aggregator_3"), "must be JSON"),
-        (lambda f: _wrong(f, "model_config.json", num_models=-1), "at 'num_models'"),
-        (lambda f: _wrong(f, "model_config.json", num_aggregators=8), "each of its 9 sites"),
-        (lambda f: _wrong(f, "aggregator_2/config.json", hidden_size=32), "must be of one size"),
-        (lambda f: _wrong(f, "aggregator_2/config.json", extra=1), "at 'extra'"),
-        (lambda f: _wrong(f, "aggregator_2/config.json", num_experts=3), "for its 2 experts"),
-        (
-            _seven_heads,
-            "cannot be built: aggregator.hidden_size",
-        ),
+        (lambda f: _without(f, "additional_unet_0"), "AFA-LOAD-101", "additional_unet_0"),
+        (lambda f: _without(f, "aggregator_3"), "AFA-FILE-004", "aggregator_3"),
+        (lambda f: _wrong(f, "model_config.json", num_models=-1), "AFA-LOAD-057", "'num_models'"),
+        (lambda f: _wrong(f, "model_config.json", num_aggregators=8), "AFA-LOAD-052", "9 sites"),
+        (lambda f: _wrong(f, "aggregator_2/config.json", hidden_size=32), "AFA-LOAD-055", "32"),
+        (lambda f: _wrong(f, "aggregator_2/config.json", extra=1), "AFA-LOAD-057", "'extra'"),
+        (lambda f: _wrong(f, "aggregator_2/config.json", num_experts=3), "AFA-LOAD-054", "its 2"),
+        (_seven_heads, "AFA-LOAD-056", "aggregator.hidden_size"),
         (
             lambda f: _wrong(f, "additional_unet_0/config.json", block_out_channels=[3, 5]),
-            "must be a complete diffusion model",
+            "AFA-MACHINE-002",
+            "complete diffusion model",
         ),
         (
             lambda f: _cut(f, "additional_unet_0/diffusion_pytorch_model.safetensors"),
-            "complete safetensors file",
+            "AFA-LOAD-092",
+            "diffusion_pytorch_model.safetensors",
         ),
         (
             lambda f: (f / "additional_text_encoder_0/config.json").unlink(),
-            "must be a complete diffusion model",
+            "AFA-MACHINE-002",
+            "complete diffusion model",
         ),
-        (lambda f: _cut(f, "aggregator_2/aggregator.safetensors"), "complete safetensors file"),
+        (
+            lambda f: _cut(f, "aggregator_2/aggregator.safetensors"),
+            "AFA-LOAD-092",
+            "aggregator_2/aggregator.safetensors",
+        ),
         (
             lambda f: shutil.copy(
                 f / "aggregator_0/aggregator.safetensors", f / "aggregator_8/aggregator.safetensors"
             ),
-            "must fit the site conv_out",
+            "AFA-MACHINE-002",
+            "site conv_out",
         ),
     ],
 )
-def test_damaged_folders_are_one_line(folder: Path, damage: Any, message: str) -> None:
+def test_damaged_folders_are_one_line(folder: Path, damage: Any, code: str, value: str) -> None:
     damage(folder)
-    with pytest.raises(AfaError, match=message) as raised:
+    with refusal(code, value) as raised:
         afa.load_ensemble(folder)
     assert "\n" not in str(raised.value)

@@ -164,7 +164,7 @@ def test_zero_terminal_snr_wants_trailing_timesteps(experts: list[Path], tmp_pat
     report = looked(tmp_path, copies)
     assert not report.errors
     warnings = [finding.text for finding in report.findings if finding.level == "warning"]
-    assert any("should be spaced 'trailing'" in text for text in warnings)
+    assert any("should be 'trailing'" in text for text in warnings)
 
 
 def test_a_configuration_that_describes_no_model(experts: list[Path], tmp_path: Path) -> None:
@@ -313,9 +313,9 @@ def parts_of_a_file(expert: Path, folder: Path) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("supplied", "said"),
     [
-        ((), "lacks text_encoder"),
-        (("vae",), "lacks text_encoder"),
-        (("encoder",), "must have an autoencoder"),
+        ((), "lacks the text encoders text_encoder"),
+        (("vae",), "lacks the text encoders text_encoder"),
+        (("encoder",), "must have one. Set vae"),
         (("nowhere",), "does not exist"),
         (("encoder", "vae"), None),
     ],

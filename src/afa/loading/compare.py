@@ -1,4 +1,4 @@
-"""Do experts fit each other? Every one beside the first, by facts alone."""
+"""Compatibility of experts: compares each with the first, by their facts alone."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 def compare(experts: Sequence[Facts], *, allow_duplicates: bool = False) -> Iterator[Finding]:
-    """All that keeps experts from being ensembled, the most basic first.
+    """Find all differences that prevent or impair an ensemble, the most basic first.
 
     Args:
-        experts: of all of them.
-        allow_duplicates: whether one may be named twice.
+        experts: the facts of all experts.
+        allow_duplicates: whether the same expert may be listed twice.
     """
     if not allow_duplicates:
         yield from _duplicates(experts)
@@ -31,10 +31,10 @@ def compare(experts: Sequence[Facts], *, allow_duplicates: bool = False) -> Iter
             if found is not None:
                 yield found
                 if check is _family:
-                    break  # nothing else of it can be compared
+                    break  # models of different families have nothing else to compare
     yield from _distilled(experts)
     for expert in experts:
-        yield from _alone(expert)
+        yield from _single(expert)
 
 
 def _duplicates(experts: Sequence[Facts]) -> Iterator[Finding]:
@@ -47,10 +47,10 @@ def _duplicates(experts: Sequence[Facts]) -> Iterator[Finding]:
                 "AFA-LOAD-001",
                 "error",
                 "duplicates",
-                f"Experts must differ: '{expert.short}' has the same weights as "
-                f"'{first[expert.identity]}'.",
-                "It would only cost time;",
-                "leave it out, or set allow_duplicates.",
+                f"'{expert.short}' has the same weights as '{first[expert.identity]}'; experts "
+                "must differ.",
+                "A duplicate only costs time.",
+                "Remove it, or set allow_duplicates.",
             )
         first.setdefault(expert.identity, expert.short)
 
@@ -62,9 +62,9 @@ def _family(first: Facts, other: Facts) -> Finding | None:
         "AFA-LOAD-002",
         "error",
         "family",
-        f"Experts must be of one family: '{other.name}' is a {other.kind.name} model, "
-        f"'{first.name}' is of {first.kind.name}.",
-        "Their features have nothing in common.",
+        f"'{other.name}' is a {other.kind.name} model, '{first.name}' is a {first.kind.name} "
+        "model; all experts must be of one family.",
+        "Features of different families cannot be fused.",
     )
 
 
@@ -78,9 +78,9 @@ def _latents(first: Facts, other: Facts) -> Finding | None:
                 "AFA-LOAD-003",
                 "error",
                 "latents",
-                f"Experts must share one space of latents: the autoencoder of '{other.name}' has "
-                f"{key} = {theirs}, that of '{first.name}' has {ours}.",
-                "The same numbers would mean different pictures.",
+                f"The autoencoder of '{other.name}' has {key} = {theirs}, that of '{first.name}' "
+                f"has {ours}; all experts must share one latent space.",
+                "The same latent would decode to different pictures.",
             )
     return None
 
@@ -95,10 +95,10 @@ def _architecture(first: Facts, other: Facts) -> Finding | None:
         "AFA-LOAD-004",
         "error",
         "architecture",
-        f"Experts must share one architecture: '{other.name}' has {key} = {theirs}, the first "
-        f"expert has {ours}.",
+        f"'{other.name}' has {key} = {theirs}, the first expert has {ours}; all experts must have "
+        "the same architecture.",
         "",
-        "Ensemble checkpoints of one family.",
+        "Use checkpoints of one family.",
     )
 
 
@@ -109,11 +109,11 @@ def _encoders(first: Facts, other: Facts) -> Finding | None:
             "AFA-LOAD-005",
             "error",
             "text encoders",
-            f"Experts must have the same text encoders: '{other.name}' has "
-            f"{', '.join(other.encoders) or 'none'}, '{first.name}' has "
-            f"{', '.join(first.encoders) or 'none'}.",
+            f"'{other.name}' has the text encoders {', '.join(other.encoders) or 'none'}, "
+            f"'{first.name}' has {', '.join(first.encoders) or 'none'}; all experts must have the "
+            "same ones.",
             "",
-            "Add what is missing.",
+            "Add the missing text encoders.",
         )
     for name, width in first.encoders.items():
         theirs = other.encoders.get(name)
@@ -122,10 +122,10 @@ def _encoders(first: Facts, other: Facts) -> Finding | None:
                 "AFA-LOAD-006",
                 "error",
                 "text encoders",
-                f"Experts must have text encoders of one width: {name} of '{other.name}' is "
-                f"{theirs} wide, that of '{first.name}' {width}.",
-                "The denoiser could not read it.",
-                "Take the text encoder that the expert was trained with.",
+                f"{name} of '{other.name}' has hidden size {theirs}, that of '{first.name}' has "
+                f"{width}; they must be equal.",
+                "The denoiser cannot read embeddings of another size.",
+                "Use the text encoder that the expert was trained with.",
             )
     return None
 
@@ -142,14 +142,14 @@ def _tokenizers(first: Facts, other: Facts) -> Finding | None:
         "AFA-LOAD-007",
         "error",
         "tokenizer",
-        f"Experts must share one tokenizer: that of '{other.name}' has another vocabulary than "
-        f"that of '{first.name}'.",
-        "The same words would mean different tokens.",
+        f"The tokenizer of '{other.name}' has another vocabulary than that of '{first.name}'; all "
+        "experts must share one tokenizer.",
+        "The same words would become different tokens.",
     )
 
 
 def _lengths(first: Facts, other: Facts) -> Finding | None:
-    """The first expert's tokenizers read the prompts of all; the others' are not used."""
+    """Compare tokenizer settings: the first expert's tokenizers are used for all experts."""
     for name, ours in first.settings.items():
         theirs, most = other.settings.get(name, ours), other.positions.get(name)
         length = ours["model_max_length"]
@@ -158,26 +158,25 @@ def _lengths(first: Facts, other: Facts) -> Finding | None:
                 "AFA-LOAD-008",
                 "error",
                 "tokenizer",
-                f"The first expert's tokenizer reads the prompts of all: {name} of '{first.name}' "
-                f"has model_max_length = {length}, and the text encoder of '{other.name}' takes "
-                f"{most} tokens.",
-                "Pictures could not be drawn.",
+                f"{name} of '{first.name}' has model_max_length = {length}, but the text encoder "
+                f"of '{other.name}' takes at most {most} tokens.",
+                "The first expert's tokenizer is used for all experts, so drawing would fail.",
                 f"Correct model_max_length in {name}/tokenizer_config.json of '{first.name}', or "
-                "put the other expert first.",
+                "list the other expert first.",
             )
         different = [key for key in ours if ours[key] != theirs[key]]
         if different:
-            told = " and ".join(
-                f"{key} = {theirs[key]!r} (the first: {ours[key]!r})" for key in different
+            differences = " and ".join(
+                f"{key} = {theirs[key]!r} (first expert: {ours[key]!r})" for key in different
             )
             return Finding(
                 "AFA-LOAD-009",
                 "warning",
                 "tokenizer",
-                f"Experts should read prompts alike: {name} of '{other.name}' has {told}. The "
-                "first expert's tokenizer cuts and fills up the prompts of all.",
+                f"{name} of '{other.name}' has {differences}. The first expert's tokenizer "
+                "truncates and pads the prompts of all experts.",
                 f"'{other.short}' gets other tokens than it does alone.",
-                "Put the expert first whose tokenizer is right, or make them alike in "
+                "List the expert with the right tokenizer first, or set equal values in "
                 f"{name}/tokenizer_config.json.",
             )
     return None
@@ -191,15 +190,15 @@ def _schedule(first: Facts, other: Facts) -> Finding | None:
                 "AFA-LOAD-010",
                 "error",
                 "schedule",
-                f"Experts must share one noise schedule and objective: '{other.name}' has {key} = "
-                f"{theirs}, the first expert has {ours}.",
-                "Their predictions cannot be mixed.",
+                f"'{other.name}' has {key} = {theirs}, the first expert has {ours}; all experts "
+                "must have the same noise schedule and prediction type.",
+                "Their predictions cannot be averaged.",
             )
     return None
 
 
 def _distilled(experts: Sequence[Facts]) -> Iterator[Finding]:
-    """Models for few steps beside models for many."""
+    """Find experts distilled for few steps beside experts that are not."""
     few = [expert for expert in experts if expert.distilled is not None]
     if not few or len(few) == len(experts):
         return
@@ -211,25 +210,27 @@ def _distilled(experts: Sequence[Facts]) -> Iterator[Finding]:
         "warning",
         "distilled",
         f"'{first.short}' seems to be distilled for few steps ({first.distilled.method}, by "
-        f"{first.distilled.where}), {others} not. Experts should take the same number of steps and "
-        "the same guidance.",
-        "With many steps and guidance the distilled one burns out, with few the others blur.",
-        "Leave it out, or combine it with experts that were distilled in the same way.",
+        f"{first.distilled.where}), but {others} not. Experts should need the same number of steps "
+        "and the same guidance.",
+        "With many steps and guidance the distilled expert oversaturates; with few steps the "
+        "others blur.",
+        "Remove it, or combine it with experts that were distilled in the same way.",
     )
 
 
-def _alone(expert: Facts) -> Iterator[Finding]:
-    """What is odd about one expert by itself."""
+def _single(expert: Facts) -> Iterator[Finding]:
+    """Find problems of one expert that do not depend on the others."""
     yield from _prediction(expert)
     if expert.unknown:
         yield Finding(
             "AFA-LOAD-012",
             "warning",
             "configuration",
-            f"The installed diffusers does not know {', '.join(expert.unknown)} in the denoiser's "
-            f"configuration of '{expert.name}', and ignores it.",
+            f"The installed diffusers ignores {', '.join(expert.unknown)} in the denoiser "
+            f"configuration of '{expert.name}'.",
             "The model may need it.",
-            "Compare its pictures with those of the program it was made for, or update diffusers.",
+            "Update diffusers, or compare the pictures with those of the program that the model "
+            "was made for.",
         )
     zero_snr = expert.schedule.get("rescale_betas_zero_snr")
     predicts = expert.schedule.get("prediction_type")
@@ -238,9 +239,9 @@ def _alone(expert: Facts) -> Iterator[Finding]:
             "AFA-LOAD-013",
             "error",
             "schedule",
-            f"With zero terminal SNR an expert must predict velocity; '{expert.name}' predicts "
-            "epsilon.",
-            "At the first step the picture is noise alone, of which epsilon says nothing.",
+            f"'{expert.name}' has zero terminal SNR and predicts epsilon; with zero terminal SNR "
+            "it must predict velocity.",
+            "At the first step the latent is pure noise, and epsilon carries no information.",
             "Correct prediction_type in its scheduler_config.json.",
         )
     if zero_snr and expert.spacing not in (None, "trailing"):
@@ -248,15 +249,15 @@ def _alone(expert: Facts) -> Iterator[Finding]:
             "AFA-LOAD-014",
             "warning",
             "schedule",
-            f"With zero terminal SNR, timesteps should be spaced 'trailing'; '{expert.name}' has "
-            f"'{expert.spacing}'.",
-            "The first step, at full noise, is left out, and pictures come out grey.",
+            f"'{expert.name}' has zero terminal SNR and timestep_spacing '{expert.spacing}'; it "
+            "should be 'trailing'.",
+            "The first step, at full noise, is skipped, and pictures become grey.",
             "Set timestep_spacing in the first expert's scheduler_config.json.",
         )
 
 
 def _prediction(expert: Facts) -> Iterator[Finding]:
-    """What a single file predicts, where that is an assumption or against what the file says."""
+    """Report a prediction type that is assumed, or that contradicts the file."""
     found = expert.prediction
     if found is None:
         return
@@ -265,21 +266,21 @@ def _prediction(expert: Facts) -> Iterator[Finding]:
             "AFA-LOAD-015",
             "warning",
             "prediction",
-            f"'{expert.name}' is used as a model that predicts {found.type}, as the recipe says; "
+            f"The recipe sets prediction_type {found.type} for '{expert.name}', but "
             f"{found.overruled}.",
             "If the recipe is wrong, pictures are noise.",
-            "Leave prediction_type out to believe the file.",
+            "Remove prediction_type to use what the file says.",
         )
     if found.is_assumed and found.type != "flow_prediction":
         yield Finding(
             "AFA-LOAD-016",
             "note",
             "prediction",
-            f"'{expert.name}' is assumed to predict {found.type}, as {found.where} does; nothing "
-            "in the file says so.",
+            f"'{expert.name}' does not say what it predicts; {found.type} is assumed, from "
+            f"{found.where}.",
             "If it predicts velocity, pictures are noise.",
-            "Then name it as {model: FILE, prediction_type: v_prediction}; with zero terminal SNR, "
-            "as XL models have it, as {model: FILE, config: stable-diffusion-xl-v}.",
+            "In that case set {model: FILE, prediction_type: v_prediction}, or for XL models with "
+            "zero terminal SNR {model: FILE, config: stable-diffusion-xl-v}.",
         )
 
 
@@ -295,24 +296,24 @@ _CHECKS: tuple[Callable[[Facts, Facts], Finding | None], ...] = (
 
 
 def check_experts(experts: Sequence[Expert], *, allow_duplicates: bool = False) -> None:
-    """Refuse experts that are loaded and do not fit each other.
+    """Check that loaded experts can be ensembled.
 
     Args:
         experts: all of them.
-        allow_duplicates: whether one may be named twice.
+        allow_duplicates: whether the same expert may be listed twice.
 
     Raises:
-        AfaError: names the first difference, which expert has it, and what it would do.
+        AfaError: if they differ; the first difference, the expert that has it and its effect.
     """
     facts = [facts_of(expert) for expert in experts]
     require_none_wrong(compare(facts, allow_duplicates=allow_duplicates))
 
 
 def check_facts(experts: Sequence[Facts]) -> None:
-    """The same before anything is loaded; equal weights are not seen.
+    """Check the same before anything is loaded; duplicate weights are not detected.
 
     Args:
-        experts: each once.
+        experts: the facts of each expert once.
 
     Raises:
         AfaError: see `check_experts`.

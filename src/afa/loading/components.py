@@ -1,4 +1,4 @@
-"""The parts of a pipeline, each from its own folder or file."""
+"""Load the components of a pipeline, each from its own folder or file."""
 
 from __future__ import annotations
 
@@ -9,30 +9,31 @@ import transformers
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 
 from afa.errors import AfaError
-from afa.loading.weights import weights_in
+from afa.loading.weights import keep_no_words, weights_in
 from afa.machine.damaged import loading
 from afa.machine.library import library_class
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from contextlib import AbstractContextManager
     from pathlib import Path
 
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def loading_model(
     source: str | Path, remedy: str = "Download or save it again."
 ) -> AbstractContextManager[None]:
-    """One line for what a library says of a damaged model; see `afa.machine.damaged.loading`."""
-    must = f"'{source}' must be a complete diffusion model"
-    return loading(must, remedy, SingleFileComponentError)
+    """Turn library errors about a damaged model into `AfaError`; see `afa.machine.damaged`."""
+    requirement = f"'{source}' must be a complete diffusion model"
+    return loading(requirement, remedy, SingleFileComponentError)
 
 
 def load_weights(model_class: Any, folder: Path, **options: Any) -> Any:
-    """A component from its folder; refused where the library would fill gaps with random weights.
+    """Load a component from its folder, without random weights for missing parameters.
 
     Raises:
-        AfaError: parameters that the file lacks.
+        AfaError: if the files lack parameters.
     """
     variant, _ = weights_in(folder)
     model, info = model_class.from_pretrained(
@@ -43,24 +44,39 @@ def load_weights(model_class: Any, folder: Path, **options: Any) -> Any:
 
 
 def require_complete(missing: Any, source: object) -> None:
-    """Refuse weights that leave parameters out.
+    """Check that no parameters are missing.
 
     Raises:
-        AfaError: says how many, and the first.
+        AfaError: if some are; their number and the first name.
     """
     if missing:
         raise AfaError(
             "AFA-LOAD-017",
-            f"Weights must be complete; those in '{source}' lack {len(missing)} parameters "
-            f"(first: {min(missing)}). Download or save them again.",
+            f"The weights in '{source}' lack {len(missing)} parameters (first: {min(missing)}); "
+            "they must be complete. Download or save them again.",
         )
 
 
 def load_text_encoder(folder: Path, class_name: str, dtype: torch.dtype) -> PreTrainedModel:
-    """A text encoder of a pipeline's folder.
+    """Load a text encoder from its folder in a pipeline.
 
     Raises:
         AfaError: see `library_class` and `load_weights`.
     """
     encoder_class = library_class(transformers, class_name, transformers.PreTrainedModel)
     return load_weights(encoder_class, folder, dtype=dtype)
+
+
+def load_tokenizer(folder: Path, class_name: str) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from its folder in a pipeline.
+
+    Raises:
+        AfaError: see `library_class`.
+    """
+    tokenizer_class = library_class(transformers, class_name, transformers.PreTrainedTokenizerBase)
+    return keep_no_words(tokenizer_class.from_pretrained(folder))
+
+
+def encoder_width(config: Mapping[str, Any]) -> int | None:
+    """The size of a text encoder's embeddings, from its configuration (CLIP or T5)."""
+    return config.get("hidden_size", config.get("d_model"))

@@ -1,7 +1,7 @@
 """Models that were distilled for few steps: LCM, Turbo, Lightning, Hyper, DMD.
 
-They take 1 to 8 steps with little or no guidance, where others take 20 to 50. No tensor tells;
-names, metadata, the scheduler and the embedding of the guidance scale (LCM) do.
+They need 1 to 8 steps and little or no guidance, other models 20 to 50 steps. Tensors do not show
+it; names, metadata, the scheduler and the embedding of the guidance scale (LCM) do.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _METHODS = {
     "schnell": "schnell",
 }
 _SCHEDULERS = {"LCMScheduler": "LCM", "TCDScheduler": "TCD"}
-#: `juggernautXL_v9Lightning` is four words, `hyperrealism` is one
+#: splits `juggernautXL_v9Lightning` into four words, and `hyperrealism` into one
 _WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 
 
 @dataclass(frozen=True)
 class Distilled:
-    """How a model was distilled, and what says so."""
+    """The distillation method of a model, and where that information comes from."""
 
     method: str
     where: str
@@ -38,11 +38,11 @@ class Distilled:
 def distilled_of(
     source: str, folder: Path, *, is_file: bool, path: Path | None = None
 ) -> Distilled | None:
-    """What says that a model was distilled for few steps; None where nothing does.
+    """Detect that a model was distilled for few steps; None without evidence.
 
     Args:
-        source: as it was named; its last part counts.
-        folder: the pipeline's folder that describes it.
+        source: the model's name or path, whose last part is read.
+        folder: the pipeline folder that describes it.
         is_file: whether it is a single file, whose scheduler is not its own.
         path: of the file, for its metadata.
     """
@@ -69,6 +69,6 @@ def distilled_of(
 
 
 def method_in(name: str) -> str | None:
-    """The way of distillation that a name has among its words."""
+    """The distillation method among the words of a name; None without one."""
     words = [word.lower() for word in _WORDS.findall(name)]
     return next((_METHODS[word] for word in words if word in _METHODS), None)

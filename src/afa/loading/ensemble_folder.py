@@ -1,6 +1,6 @@
-"""What is saved of an ensemble: aggregators, configuration and who the experts are.
+"""Save and load ensemble folders: aggregators, configuration and references to the experts.
 
-No weights of experts are ever written. An ensemble folder holds `config.json`,
+The weights of experts are never written. An ensemble folder holds `config.json`,
 `aggregators.safetensors` (keys `SITE.PARAMETER`) and a model card `README.md`.
 """
 
@@ -40,13 +40,11 @@ if TYPE_CHECKING:
     from afa.loading.expert_source import AnySource
 
 AGGREGATORS = "aggregators.safetensors"
-
-
 _SIZES = ("hidden_size", "num_layers", "num_heads", "norm_num_groups")
 
 
 def aggregator_tensors(ensemble: EnsembleDenoiser) -> dict[str, Tensor]:
-    """The aggregators' weights under `SITE.PARAMETER`; shared ones once, at their first site."""
+    """Return the aggregators' weights by `SITE.PARAMETER`; shared ones once, at the first site."""
     return {
         f"{site.name}.{key}": tensor.detach().cpu().contiguous()
         for site, rule in _distinct_rules(ensemble)
@@ -55,31 +53,28 @@ def aggregator_tensors(ensemble: EnsembleDenoiser) -> dict[str, Tensor]:
 
 
 def _distinct_rules(ensemble: EnsembleDenoiser) -> list[tuple[Site, nn.Module]]:
-    """Every fusion rule with the first site that has it."""
+    """Return every fusion rule once, with its first site."""
     pairs = zip(ensemble.sites, ensemble.aggregators, strict=True)
     first = {id(rule): (site, rule) for site, rule in reversed(list(pairs))}
     return list(reversed(first.values()))
 
 
 def load_aggregator_tensors(ensemble: EnsembleDenoiser, tensors: dict[str, Tensor]) -> None:
-    """Put weights written by `aggregator_tensors` into an ensemble of the same shape.
+    """Load weights that `aggregator_tensors` returned into an ensemble of the same shape.
 
     Raises:
-        AfaError: names that are missing or unknown, or shapes that differ.
+        AfaError: if names are missing or unknown, or shapes differ.
     """
     own = aggregator_tensors(ensemble)
     missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     misfit = [k for k in own.keys() & tensors.keys() if own[k].shape != tensors[k].shape]
     if missing or unknown or misfit:
-        detail = [
-            f"{len(names)} {what} (first: {min(names)})"
-            for names, what in ((missing, "missing"), (unknown, "unknown"), (misfit, "misshapen"))
-            if names
-        ]
+        problems = (missing, "missing"), (unknown, "unknown"), (misfit, "of another shape")
+        detail = [f"{len(names)} {what} (first: {min(names)})" for names, what in problems if names]
         raise AfaError(
             "AFA-LOAD-018",
-            f"Aggregator weights must fit the ensemble's sites, but there are {', '.join(detail)}. "
-            "Use the weights with the experts and the aggregator settings they were trained for.",
+            f"The aggregator weights do not fit the ensemble's sites: {', '.join(detail)}. Use "
+            "them with the experts and the aggregator settings that they were trained with.",
         )
     for site, rule in _distinct_rules(ensemble):
         rule.load_state_dict({key: tensors[f"{site.name}.{key}"] for key in rule.state_dict()})
@@ -88,18 +83,18 @@ def load_aggregator_tensors(ensemble: EnsembleDenoiser, tensors: dict[str, Tenso
 def save_ensemble(
     pipeline: DiffusionPipeline, folder: str | Path, *, exist_ok: bool = False
 ) -> Path:
-    """Write an ensemble folder: aggregators, configuration and experts by reference.
+    """Write an ensemble folder: aggregators, configuration and references to the experts.
 
     Args:
         pipeline: from `load_pipeline` or `load_ensemble`.
-        folder: is made.
+        folder: to create.
         exist_ok: whether the folder may exist and hold other files.
 
     Returns: `folder`.
 
     Raises:
-        AfaError: the folder exists, the experts were made in memory and have no source, or a
-            fusion rule that cannot be saved.
+        AfaError: if the folder exists, the experts were created in memory and have no source, or
+            a fusion rule cannot be saved.
     """
     folder = Path(folder)
     ensemble: EnsembleDenoiser = denoiser_of(pipeline)
@@ -107,18 +102,19 @@ def save_ensemble(
     if not known.experts:
         raise AfaError(
             "AFA-LOAD-019",
-            "A saved ensemble names its experts by their source, but these were made in memory. "
-            "Save them as pipeline folders and load them with afa.load_pipeline.",
+            "These experts were created in memory; a saved ensemble refers to its experts by "
+            "folder, file or hub id. Save them as pipeline folders, and load these with "
+            "afa.load_pipeline.",
         )
     if known.folder is not None:
         raise AfaError(
             "AFA-LOAD-020",
-            f"A saved ensemble names experts that have folders of their own; these are in "
-            f"'{known.folder}', which loads as it is. Copy that folder.",
+            f"These experts are stored inside the ensemble folder '{known.folder}'; a saved "
+            "ensemble refers to experts with folders of their own. Copy that folder instead.",
         )
     if folder.exists() and not exist_ok:
         raise AfaError(
-            "AFA-LOAD-021", f"The output folder must be new; '{folder}' exists. Name another one."
+            "AFA-LOAD-021", f"The output folder '{folder}' exists; it must be new. Name another."
         )
     config = {
         "format": FORMAT,
@@ -143,10 +139,10 @@ def save_ensemble(
 
 
 def describe_rules(ensemble: EnsembleDenoiser) -> dict[str, Any]:
-    """The fusion rules as they stand in `config.json`.
+    """Describe the fusion rules as in `config.json`.
 
     Raises:
-        AfaError: rules that are neither SABW of one shape nor the mean.
+        AfaError: if they are neither SABW of one configuration nor the mean.
     """
     rules = dict(zip(ensemble.sites, ensemble.aggregators, strict=True))
     if all(isinstance(rule, Mean) for rule in rules.values()):
@@ -166,19 +162,20 @@ def describe_rules(ensemble: EnsembleDenoiser) -> dict[str, Any]:
     kinds = ", ".join(sorted({type(rule).__name__ for rule in rules.values()}))
     raise AfaError(
         "AFA-LOAD-022",
-        f"Only ensembles with SABW of one shape or Mean at every site can be saved, came {kinds}.",
+        "An ensemble can only be saved with SABW of one configuration, or Mean, at every site; got "
+        f"{kinds}.",
     )
 
 
 def _is_of(rule: nn.Module, config: SABWConfig | None) -> bool:
-    """Whether a rule is the one that `build_sabw` makes where this is expected."""
+    """Whether a rule is what `build_sabw` creates for this configuration."""
     if config is None:
         return isinstance(rule, Separate)
     return isinstance(rule, SABW) and rule.config == config
 
 
 def ensemble_folder(folder: str | Path) -> Path:
-    """Where an ensemble is: a local folder, or `zoo:ensemble`; no hub is asked for one."""
+    """Return the local folder of an ensemble, or of `zoo:ensemble`; hub ids are not supported."""
     return locate(folder) if str(folder).startswith("zoo:") else Path(folder)
 
 
@@ -197,47 +194,52 @@ def load_ensemble(
 
     Args:
         folder: written by `save_ensemble` or by the method's published code, or `zoo:ensemble` for
-            the shipped one.
+            the bundled one.
         torch_dtype: of experts and autoencoder.
-        device: where everything goes.
-        experts: where the experts are now, if they were moved; their hashes must still match.
-        vae: likewise the autoencoder, if it is none of the experts'.
-        config: likewise the configuration of single files.
-        parts: likewise what lends single files the parts that they leave out.
+        device: for all components.
+        experts: the experts' new locations, if they were moved; their hashes must still match.
+        vae: likewise of an autoencoder that is not one of the experts'.
+        config: likewise of the configuration of single files.
+        parts: likewise of the models that supply parts missing in single files.
         memory: `place`, `memory_budget`, `pixels`, `on_plan` and `quantize` of `load_pipeline`.
 
     Raises:
-        AfaError: a damaged folder, an expert that is gone, or one whose hash is another.
+        AfaError: if the folder is damaged, or an expert is missing or has another hash.
     """
     folder = ensemble_folder(folder)
     if is_published(folder):
         if not all(moved is None for moved in (experts, vae, config, parts)):
-            raise AfaError("AFA-LOAD-023", f"'{folder}' holds its experts itself; name no others.")
+            raise AfaError(
+                "AFA-LOAD-023",
+                f"'{folder}' contains its experts. Remove experts, vae, config and parts.",
+            )
         if memory:
             raise AfaError(
                 "AFA-LOAD-024",
-                f"'{folder}' is of the published code and loads as a whole; it takes no "
-                f"{', '.join(memory)}. Move it with pipeline.unet.stream_experts() once loaded.",
+                f"'{folder}' was written by the published code, which does not support "
+                f"{', '.join(memory)}. Load it without, then call pipeline.unet.stream_experts().",
             )
         return load_published(folder, torch_dtype=torch_dtype, device=device)
     saved = read_config(folder)
     sources, saved_config, saved_parts = sources_in(saved, folder)
     if parts is not None and len(parts) != len(saved_parts):
         raise AfaError(
-            "AFA-LOAD-025", f"This ensemble has {len(saved_parts)} parts, {len(parts)} were named."
+            "AFA-LOAD-025",
+            f"Got {len(parts)} parts; the ensemble '{folder}' has {len(saved_parts)}. Name each.",
         )
     if experts is not None and len(experts) != len(sources):
         raise AfaError(
-            "AFA-LOAD-026", f"This ensemble has {len(sources)} experts, {len(experts)} were named."
+            "AFA-LOAD-026",
+            f"Got {len(experts)} experts; the ensemble '{folder}' has {len(sources)}. Name each.",
         )
     before = [*sources, *saved_parts]
-    named = [*(experts or sources), *(parts or saved_parts)]
-    after = [old.moved_to(new) for old, new in zip(before, named, strict=True)]
+    given = [*(experts or sources), *(parts or saved_parts)]
+    after = [old.moved_to(new) for old, new in zip(before, given, strict=True)]
     weights = folder / AGGREGATORS
     check_safetensors(weights)
     saved_vae = saved["vae"] and source_of(saved["vae"], folder)
     if saved_vae is not None and vae is None and saved_vae.source != sources[0].source:
-        # an expert's own autoencoder moves with that expert
+        # the autoencoder of an expert moves with that expert
         moved = {old.source: new.source for old, new in zip(before, after, strict=True)}
         vae = moved.get(saved_vae.source, saved_vae.source)
     pipeline = load_pipeline(
@@ -246,7 +248,7 @@ def load_ensemble(
         vae=vae if vae is None or saved_vae is None else saved_vae.moved_to(vae),
         config=saved_config if config is None else config,
         parts=after[len(sources) :],
-        allow_duplicates=True,  # whoever trained it has allowed them
+        allow_duplicates=True,  # were allowed in training
         torch_dtype=torch_dtype,
         device=device,
         **memory,

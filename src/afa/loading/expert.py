@@ -1,4 +1,4 @@
-"""One expert and its parts, from a folder or a single file."""
+"""Load the parts of one expert from a folder or a single file."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import transformers
 
 from afa.ensemble.references import ExpertReference
 from afa.files import parts_of
-from afa.loading.components import load_text_encoder, load_weights, loading_model
+from afa.loading.components import (
+    load_text_encoder,
+    load_tokenizer,
+    load_weights,
+    loading_model,
+)
 from afa.loading.expert_source import AnySource
 from afa.loading.loaded import Expert, latents_of
 from afa.loading.manifest import ExpertManifest, read_manifest
 from afa.loading.prediction import Prediction, scheduler_of
 from afa.loading.single_file.load import Companions, load_single_file
 from afa.loading.sources import require_hash
-from afa.loading.weights import keep_no_words
-from afa.machine.library import library_class
 
 
 def load_expert(
@@ -28,27 +30,27 @@ def load_expert(
     with_vae: bool = True,
     torch_dtype: torch.dtype = torch.float32,
 ) -> Expert:
-    """Load one expert's parts; of a folder all but the autoencoder.
+    """Load one expert's parts; from a folder all but the autoencoder.
 
     Args:
-        source: without its LoRA.
-        companions: what a single file may leave out; None uses what ships.
-        with_vae: whether a single file's autoencoder is read, too.
+        source: the expert; its LoRA is ignored.
+        companions: parts missing in a single file; None uses the bundled configurations.
+        with_vae: whether the autoencoder of a single file is loaded, too.
         torch_dtype: of the weights in memory.
 
     Raises:
-        AfaError: nothing is there, a pickle, another hash, a damaged or incomplete model, or a
-            family that is not supported.
+        AfaError: if the source does not exist, is a pickle, damaged or incomplete, has another
+            hash, or its family is not supported.
     """
     companions = companions or Companions(torch_dtype)
     return load_described(read_manifest(source, companions), with_vae=with_vae)
 
 
 def load_described(manifest: ExpertManifest, *, with_vae: bool = True) -> Expert:
-    """Load the parts of an expert that was found; see `load_expert`.
+    """Load the parts of an expert from its manifest; see `load_expert`.
 
     Raises:
-        AfaError: another hash, a damaged or an incomplete model.
+        AfaError: if the model has another hash, is damaged or incomplete.
     """
     require_hash("Expert", manifest.reference, manifest.source.sha256)
     if manifest.path.is_file():
@@ -77,7 +79,7 @@ def _load_file(manifest: ExpertManifest, with_vae: bool) -> Expert:
 
 
 def _as_described(reference: ExpertReference, prediction: Prediction | None) -> ExpertReference:
-    """A reference with what an ensemble folder has to remember of what the model predicts."""
+    """Add the prediction type to a reference, if an ensemble folder has to store it."""
     kept = None if prediction is None else prediction.kept
     return replace(reference, prediction_type=kept)
 
@@ -88,7 +90,7 @@ def _named(parts: dict[str, Any], start: str) -> dict[str, Any]:
 
 
 def _options(index: dict[str, Any]) -> dict[str, Any]:
-    """What a `model_index.json` says besides naming parts."""
+    """Return the entries of a `model_index.json` that are not components."""
     return {
         name: entry
         for name, entry in index.items()
@@ -97,12 +99,12 @@ def _options(index: dict[str, Any]) -> dict[str, Any]:
 
 
 def _load_folder(manifest: ExpertManifest) -> Expert:
-    """All but the autoencoder of a pipeline's folder."""
+    """Load all parts of a pipeline folder except the autoencoder."""
     path, kind, index = manifest.path, manifest.kind, manifest.index
     torch_dtype, prediction = manifest.companions.torch_dtype, manifest.described.prediction
     classes = parts_of(index)
     encoders = [name for name in classes if name.startswith("text_encoder")]
-    # one without its encoder is of no use, and others may lack it
+    # a tokenizer without its text encoder is not used
     tokenizers = [name.replace("text_encoder", "tokenizer") for name in encoders]
     return Expert(
         _as_described(manifest.reference, prediction),
@@ -115,11 +117,7 @@ def _load_folder(manifest: ExpertManifest) -> Expert:
             name: load_text_encoder(path / name, classes[name], torch_dtype) for name in encoders
         },
         tokenizers={
-            name: keep_no_words(
-                library_class(
-                    transformers, classes[name], transformers.PreTrainedTokenizerBase
-                ).from_pretrained(path / name)
-            )
+            name: load_tokenizer(path / name, classes[name])
             for name in tokenizers
             if name in classes
         },

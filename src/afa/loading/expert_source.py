@@ -1,4 +1,4 @@
-"""How somebody names an expert, or a part: a source, a description, a LoRA on it."""
+"""`ExpertSource`: names an expert or a part by source, description and LoRA."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ _MAX_SCALE = 10
 
 
 class _Described(Section):
-    """An expert that is a whole model, as a recipe describes it."""
+    """A complete model as expert, in a recipe."""
 
     config: str | None = None
     prediction_type: PredictionType | None = None
     model: str
 
     @model_validator(mode="after")
-    def _says_something(self) -> _Described:
+    def _has_description(self) -> _Described:
         if self.config is None and self.prediction_type is None:
-            raise ValueError("must have config or prediction_type; else name the model alone")
+            raise ValueError("must have config or prediction_type; or write the source alone")
         return self
 
 
 class _Lora(Section):
-    """An expert that is a LoRA on a base, as a recipe describes it; a description is the base's."""
+    """A LoRA on a base as expert, in a recipe; `config` and `prediction_type` are the base's."""
 
     config: str | None = None
     prediction_type: PredictionType | None = None
@@ -56,26 +56,27 @@ def _kind(given: Any) -> str:
 
 @dataclass(frozen=True)
 class ExpertSource:
-    """One expert, or an autoencoder or another part, as somebody names it.
+    """The name of an expert, an autoencoder or another part, as given by the user.
 
-    Recipes name it by its source alone, as `{model: SOURCE, config: ..., prediction_type: ...}`, or
-    as `{base: SOURCE, lora: FILE, scale: ..., sha256: ...}`, where `sha256` is the LoRA's. Python
-    takes the same, see `of`.
+    A recipe contains the source alone, `{model: SOURCE, config: ..., prediction_type: ...}`, or
+    `{base: SOURCE, lora: FILE, scale: ..., sha256: ...}`, where `sha256` is the LoRA's. Python
+    accepts the same, see `of`.
 
     Attributes:
-        source: a diffusers folder, a `.safetensors` file, a hub id or `zoo:animals`; of a LoRA, its
-            base.
+        source: a diffusers folder, a `.safetensors` file, a hub id or `zoo:animals`; for a LoRA,
+            its base.
         revision: of a hub id.
-        sha256: that the weights must have, as `afa inspect` shows it; None takes any.
+        sha256: required hash of the weights, as shown by `afa inspect`; None accepts any.
         lora: a local `.safetensors` file for the denoiser, the text encoders or both; see
             `afa.lora.names` for the layouts.
-        scale: of what the LoRA adds, from -10 to 10.
-        lora_sha256: that the LoRA must have, see `afa.loading.lora.hash_lora`; None takes any.
-        config: of a single file: a diffusers folder that describes it, or a shipped configuration.
+        scale: factor of the LoRA's change, from -10 to 10.
+        lora_sha256: required hash of the LoRA, see `afa.loading.lora.hash_lora`; None accepts any.
+        config: for a single file: a diffusers folder that describes it, or the name of a bundled
+            configuration.
         prediction_type: what the model predicts; overrides the file and every configuration.
 
     Raises:
-        AfaError: a scale or a prediction type that there is not.
+        AfaError: if the scale is out of range or the prediction type is unknown.
     """
 
     source: str
@@ -87,28 +88,28 @@ class ExpertSource:
     config: str | None = None
     prediction_type: PredictionType | None = None
 
-    #: the keys that name files, folders or hub ids; and how recipes write it
+    #: the keys that name files, folders or hub ids; and the forms in recipes
     SOURCES: ClassVar = ("source", "lora", "config")
     SECTIONS: ClassVar = (_Described, _Lora)
 
     def __post_init__(self) -> None:
         for key in self.SOURCES:
             value = getattr(self, key)
-            object.__setattr__(self, key, value if value is None else str(value))  # of a path
+            object.__setattr__(self, key, value if value is None else str(value))  # may be a Path
         if not abs(self.scale) <= _MAX_SCALE:
             raise AfaError(
-                "AFA-LOAD-027", f"The scale of a LoRA must be from -10 to 10, came {self.scale}."
+                "AFA-LOAD-027", f"The scale of a LoRA must be from -10 to 10; got {self.scale}."
             )
         if self.prediction_type not in (None, *get_args(PredictionType)):
             raise AfaError(
                 "AFA-LOAD-028",
-                f"prediction_type must be one of {', '.join(get_args(PredictionType))}, came "
+                f"prediction_type must be one of {', '.join(get_args(PredictionType))}; got "
                 f"'{self.prediction_type}'.",
             )
 
     @classmethod
     def of(cls, given: AnySource) -> ExpertSource:
-        """What is named by a text, a path, a mapping as in recipes, or this."""
+        """Convert a string, a path or a mapping as in recipes."""
         if isinstance(given, Mapping):
             found: ExpertSource = TypeAdapter(cls).validate_python(given)
             return found
@@ -116,11 +117,11 @@ class ExpertSource:
 
     @property
     def base(self) -> ExpertSource:
-        """The whole model by itself: without its LoRA, and whatever its hash."""
+        """The model without its LoRA and its hash."""
         return replace(self, sha256=None, lora=None, scale=1.0, lora_sha256=None)
 
     def moved_to(self, place: AnySource) -> ExpertSource:
-        """The same expert where it is now; what is known of it stays."""
+        """The same expert at a new location; required hashes are kept."""
         given = ExpertSource.of(place)
         if given == ExpertSource(given.source) and self.lora is None:
             return replace(self, source=given.source)
@@ -130,7 +131,7 @@ class ExpertSource:
     def __get_pydantic_core_schema__(
         cls, source: Any, handler: GetCoreSchemaHandler
     ) -> core_schema.CoreSchema:
-        """In recipes; a mistake is told at its own place."""
+        """Validate the forms in recipes, with errors at the key that is wrong."""
         written: Any = Annotated[
             Annotated[str, Tag("source")]
             | Annotated[_Described, Tag("_Described")]
@@ -145,7 +146,7 @@ class ExpertSource:
         )
 
 
-#: how Python names an expert
+#: the forms in which Python accepts an expert
 AnySource = str | Path | Mapping[str, Any] | ExpertSource
 
 
@@ -159,7 +160,7 @@ def _from_recipe(given: Any) -> ExpertSource:
 
 
 def _as_in_recipes(expert: ExpertSource) -> str | dict[str, Any]:
-    """What a recipe that is written out says of an expert."""
+    """Convert an expert to its form in a recipe."""
     described = {"config": expert.config, "prediction_type": expert.prediction_type}
     if expert.lora is not None:
         lora = {"base": expert.source, "lora": expert.lora, "scale": expert.scale}
@@ -168,12 +169,12 @@ def _as_in_recipes(expert: ExpertSource) -> str | dict[str, Any]:
 
 
 def absolute_config(config: str | Path) -> str:
-    """A configuration as it is found from anywhere: a local folder, or a shipped one's name."""
+    """Return the absolute path of a local configuration folder, or a bundled one's name."""
     place = Path(config).expanduser()
     return os.path.abspath(place) if place.exists() else str(config)
 
 
 def first_folder(experts: Iterable[AnySource]) -> Path | None:
-    """The first local folder among experts, which describes files of its kind."""
+    """Return the first local folder among experts, which can describe single files."""
     paths = (Path(ExpertSource.of(expert).source).expanduser() for expert in experts)
     return next((path for path in paths if path.is_dir()), None)

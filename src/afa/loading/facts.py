@@ -1,4 +1,4 @@
-"""What matters of an expert beside others: read from its files, or off what is loaded."""
+"""Facts about an expert that are compared with other experts: from files, or from loaded parts."""
 
 from __future__ import annotations
 
@@ -8,17 +8,14 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-import transformers
-
 from afa.denoisers.architecture import unknown_entries, with_defaults
 from afa.denoisers.kinds import kind_of
 from afa.files import parts_of, read_json
-from afa.loading.components import loading_model
+from afa.loading.components import encoder_width, load_tokenizer, loading_model
 from afa.loading.distilled import distilled_of
 from afa.loading.loaded import latents_of
 from afa.loading.prediction import predicted_by, scheduler_of
 from afa.machine.hashes import hash_file
-from afa.machine.library import library_class
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -30,35 +27,35 @@ if TYPE_CHECKING:
     from afa.loading.prediction import Prediction
     from afa.loading.single_file.load import Described
 
-#: what of a scheduler experts must share
+#: the scheduler settings that experts must share
 SCHEDULE = (
     *("prediction_type", "num_train_timesteps", "beta_schedule", "beta_start", "beta_end"),
     *("trained_betas", "rescale_betas_zero_snr", "noise_levels"),
 )
-# of EDM schedulers, which have no betas
+# settings of EDM schedulers, which have no betas
 _NOISE_LEVELS = ("sigma_min", "sigma_max", "sigma_data")
 
 
 @dataclass(frozen=True)
 class Facts:
-    """Of one expert.
+    """Facts about one expert.
 
     Attributes:
-        name: as messages call it: its source.
-        short: the same without its folder.
+        name: its source, for messages.
+        short: the same without the folder.
         kind: of its pipeline.
-        denoiser: its denoiser's configuration, defaults filled in.
-        latents: what its autoencoder's configuration says of them; empty where there is none.
-        encoders: the width of each of its text encoders, by name.
-        unsure: those that a single file may have lent to it, which only loading tells.
-        vocabularies: a digest of each of its tokenizers' vocabularies, by name.
-        settings: of each tokenizer that cuts and pads texts by itself, by name; see `_settings`.
-        positions: the most tokens that each text encoder takes, by the name of its tokenizer.
+        denoiser: configuration of its denoiser, with defaults.
+        latents: latent settings of its autoencoder's configuration; empty without one.
+        encoders: the embedding size of each text encoder, by name.
+        unsure: text encoders that a single file may lack, which is known only after loading.
+        vocabularies: a digest of each tokenizer's vocabulary, by name.
+        settings: of each tokenizer that truncates and pads prompts, by name; see `_settings`.
+        positions: the maximum number of tokens of each text encoder, by the name of its tokenizer.
         schedule: of its scheduler, see `SCHEDULE`.
-        spacing: of its scheduler's timesteps, where it says.
-        identity: what decides its weights; None where no hash was taken.
-        prediction: what it predicts and who says so; None where its own folder does.
-        distilled: how it was distilled for few steps, and what says so; None where nothing does.
+        spacing: timestep spacing of its scheduler, if set.
+        identity: identifies its weights; None if they were not hashed.
+        prediction: what it predicts and the source of that; None if its own folder says so.
+        distilled: how it was distilled for few steps, and the evidence; None without evidence.
         unknown: entries of its denoiser's configuration that the installed library ignores.
     """
 
@@ -81,7 +78,7 @@ class Facts:
 
 
 def facts_of(expert: Expert) -> Facts:
-    """Of an expert that is loaded."""
+    """Return the facts about a loaded expert."""
     config = expert.scheduler.config
     return Facts(
         name=expert.reference.source,
@@ -89,12 +86,15 @@ def facts_of(expert: Expert) -> Facts:
         kind=expert.kind,
         denoiser=expert.denoiser.config,
         latents=expert.latents,
-        encoders={n: _width(part.config.to_dict()) for n, part in expert.text_encoders.items()},
+        encoders={
+            name: encoder_width(part.config.to_dict())
+            for name, part in expert.text_encoders.items()
+        },
         vocabularies={n: _digest(part.get_vocab()) for n, part in expert.tokenizers.items()},
         settings={
             name: _settings(tokenizer)
             for name, tokenizer in expert.tokenizers.items()
-            if _cuts(expert.kind, name, type(tokenizer).__name__)
+            if _truncates(expert.kind, name, type(tokenizer).__name__)
         },
         positions=_positions(
             {name: part.config.to_dict() for name, part in expert.text_encoders.items()}
@@ -106,11 +106,11 @@ def facts_of(expert: Expert) -> Facts:
 
 
 def _schedule(scheduler: Any) -> dict[str, Any]:
-    """What of a scheduler experts must share, in one form for all of its classes."""
+    """Return the scheduler settings that experts must share, in one form for all classes."""
     config, name = scheduler.config, type(scheduler).__name__
     found = {key: config.get(key) for key in SCHEDULE}
     predicts = predicted_by(name, config)
-    # the flow is a straight line, whatever betas a scheduler names besides
+    # flow matching does not use betas, even if the configuration has some
     kept = ("num_train_timesteps",) if predicts == "flow_prediction" else SCHEDULE
     found = {key: found[key] if key in kept else None for key in SCHEDULE}
     if name.startswith("EDM"):
@@ -152,13 +152,13 @@ def read_facts(source: str, described: Described, *, path: Path | None = None) -
             kind=kind,
             denoiser=with_defaults(model_class, config),
             latents=latents_of(folder / "vae" / "config.json"),
-            encoders={name: _width(settings) for name, settings in described_encoders.items()},
+            encoders={name: encoder_width(conf) for name, conf in described_encoders.items()},
             unsure=frozenset(encoders) & files.optional if is_file and files else frozenset(),
             vocabularies={name: vocabulary for name, (vocabulary, _) in read.items()},
             settings={
                 name: settings
                 for name, (_, settings) in read.items()
-                if _cuts(kind, name, classes[name])
+                if _truncates(kind, name, classes[name])
             },
             positions=_positions(described_encoders),
             schedule=_schedule(scheduler),
@@ -169,12 +169,8 @@ def read_facts(source: str, described: Described, *, path: Path | None = None) -
         )
 
 
-def _width(settings: Mapping[str, Any]) -> int | None:
-    return settings.get("hidden_size", settings.get("d_model"))
-
-
 def _positions(encoders: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
-    """The most tokens of text encoders, of those that have a limit, by their tokenizers' names."""
+    """Return the token limits of text encoders that have one, by their tokenizers' names."""
     found = {
         name.replace("text_encoder", "tokenizer"): settings.get("max_position_embeddings")
         for name, settings in encoders.items()
@@ -182,10 +178,10 @@ def _positions(encoders: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
     return {name: most for name, most in found.items() if most is not None}
 
 
-def _cuts(kind: PipelineKind, name: str, class_name: str) -> bool:
-    """Whether a pipeline cuts and pads texts by this tokenizer's own settings.
+def _truncates(kind: PipelineKind, name: str, class_name: str) -> bool:
+    """Whether a pipeline truncates and pads prompts by this tokenizer's own settings.
 
-    T5's texts have the pipeline's `max_sequence_length`.
+    For T5, pipelines use their own `max_sequence_length`.
     """
     if class_name.startswith("T5"):
         return False
@@ -193,7 +189,7 @@ def _cuts(kind: PipelineKind, name: str, class_name: str) -> bool:
 
 
 def _settings(tokenizer: Any) -> dict[str, Any]:
-    """What decides a prompt's tokens besides the vocabulary: its length, and what fills it up."""
+    """Return the settings that affect a prompt's tokens besides the vocabulary."""
     return {
         "model_max_length": tokenizer.model_max_length,
         "pad_token": tokenizer.pad_token,
@@ -206,9 +202,9 @@ def _digest(vocabulary: Mapping[str, int]) -> str:
 
 @dataclass(frozen=True)
 class _Tokenizer:
-    """A tokenizer's folder, known by its files, so that equal ones are opened once."""
+    """A tokenizer's folder, identified by its files, so that equal ones are loaded once."""
 
-    folder: Path
+    folder: Path = field(compare=False)
     content: str
 
     @classmethod
@@ -216,16 +212,9 @@ class _Tokenizer:
         files = sorted(file for file in folder.iterdir() if file.is_file())
         return cls(folder, "\n".join(f"{file.name} {hash_file(file)}" for file in files))
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Tokenizer) and self.content == other.content
-
-    def __hash__(self) -> int:
-        return hash(self.content)
-
 
 @lru_cache(maxsize=16)
-def _read_tokenizer(class_name: str, place: _Tokenizer) -> tuple[str, dict[str, Any]]:
-    """A digest of a tokenizer's vocabulary, and its settings."""
-    tokenizer_class = library_class(transformers, class_name, transformers.PreTrainedTokenizerBase)
-    tokenizer = tokenizer_class.from_pretrained(place.folder)
+def _read_tokenizer(class_name: str, files: _Tokenizer) -> tuple[str, dict[str, Any]]:
+    """Return a digest of a tokenizer's vocabulary, and its settings."""
+    tokenizer = load_tokenizer(files.folder, class_name)
     return _digest(tokenizer.get_vocab()), _settings(tokenizer)

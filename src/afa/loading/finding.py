@@ -1,4 +1,4 @@
-"""What a look at experts has found."""
+"""Findings: the results of checking experts before any work."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _ORDER: tuple[Level, ...] = ("error", "warning", "note")
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that a user should know before any work.
+    """One result of a check that the user should know before any work.
 
     Attributes:
-        code: stable name of what was found, see `afa.errors.AfaError`.
-        level: `error` where the work cannot be done, `warning` where it can and may disappoint.
-        check: what was looked at, such as `architecture`.
-        says: what must hold and what came.
-        means: what that would do to a picture.
-        remedy: what to do about it.
+        code: stable name of the finding, see `afa.errors.AfaError`.
+        level: `error` if the work cannot be done, `warning` if the result may be bad.
+        check: what was checked, such as `architecture`.
+        says: what is wrong and what is required.
+        means: the effect on pictures.
+        remedy: how to fix it.
     """
 
     code: str
@@ -36,12 +36,12 @@ class Finding:
 
     @property
     def text(self) -> str:
-        """All of it, on one line."""
+        """The complete finding on one line."""
         return " ".join(part for part in (self.says, self.means, self.remedy) if part)
 
 
 def in_order(findings: Iterable[Finding]) -> list[Finding]:
-    """Errors first."""
+    """Sort findings, errors first."""
     return sorted(findings, key=lambda finding: _ORDER.index(finding.level))
 
 
@@ -49,7 +49,7 @@ def require_none_wrong(findings: Iterable[Finding]) -> None:
     """Raise the first error among findings.
 
     Raises:
-        AfaError: its text.
+        AfaError: if there is one, with its code and text.
     """
     for finding in findings:
         if finding.level == "error":

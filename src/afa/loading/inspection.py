@@ -1,4 +1,4 @@
-"""What a file or folder is, read without loading weights."""
+"""Describe a model file or folder without loading its weights (`afa inspect`)."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from afa.loading.weights import Shapes
 
-#: files that are no model by themselves: the start of a name -> what it is
+#: files without a denoiser: the start of a tensor name -> what the file is
 _OTHERS = (
     ("conv_in.res_block.", "aggregators of an ensemble"),
     ("text_model.", "text encoder (CLIP)"),
@@ -51,13 +51,13 @@ _OTHERS = (
 
 
 def describe(path: str | Path) -> dict[str, Any]:
-    """Facts about an ensemble, a pipeline's or a denoiser's folder, or a safetensors file.
+    """Describe an ensemble folder, a pipeline or denoiser folder, or a safetensors file.
 
-    Returns: JSON-able facts; `kind` is always there, `sites`, `experts`, `sha256`, `parameters`
-        and others where they make sense. Sites are named with channels and scale.
+    Returns: JSON-serialisable facts: always `kind`; `sites`, `experts`, `sha256`, `parameters` and
+        others if they apply. Sites are listed with channels and scale.
 
     Raises:
-        AfaError: nothing is there, a pickle, a damaged file, or a folder of no known kind.
+        AfaError: if the path does not exist, is a pickle, damaged, or of an unknown kind.
     """
     found = locate(path)
     if found.is_file():
@@ -77,8 +77,8 @@ def describe(path: str | Path) -> dict[str, Any]:
             return {"kind": kind, **_describe_denoiser(family, config)}
     raise AfaError(
         "AFA-LOAD-029",
-        f"'{path}' must be an ensemble folder, a diffusers pipeline or denoiser folder, or a "
-        "safetensors file; it is none of them.",
+        f"'{path}' is of an unknown kind; it must be an ensemble folder, a diffusers pipeline or "
+        "denoiser folder, or a safetensors file.",
     )
 
 
@@ -100,7 +100,7 @@ def _describe_ensemble(folder: Path) -> dict[str, Any]:
 
 
 def _describe_expert(saved: dict[str, Any]) -> dict[str, Any]:
-    """Flat, whether or not it is a LoRA on its source."""
+    """Describe a saved expert without nested values, with or without a LoRA."""
     lora = saved["lora"]
     facts = {key: value for key, value in saved.items() if key != "lora"}
     if lora is not None:
@@ -143,7 +143,7 @@ def _describe_denoiser(family: Family, config: dict[str, Any]) -> dict[str, Any]
             if is_own_bug(error) and (model is None or _runs_by_itself(family, model)):
                 raise
             name = family.model_class.__name__
-            return {"refused": f"The configuration describes no {name}: {error}"}
+            return {"refused": f"The configuration does not describe a {name}: {error}"}
         parameters = sum(p.numel() for rule in rules for p in rule.parameters())
     return {
         **facts,
@@ -154,10 +154,9 @@ def _describe_denoiser(family: Family, config: dict[str, Any]) -> dict[str, Any]
 
 
 def _runs_by_itself(family: Family, model: Any) -> bool:
-    """Whether the library's own forward pass takes this model's smallest input.
+    """Whether the library's own forward pass accepts this model's smallest input.
 
-    Where it does, an error of the coroutine, which stands for that pass, is none of the
-    configuration's.
+    If it does, an error in afa's coroutine for that pass is a bug, not a wrong configuration.
     """
     try:
         model(**family.example(model))
@@ -177,10 +176,11 @@ def _family_named(class_name: object) -> Family | None:
 
 def _describe_file(path: Path, named: Path) -> dict[str, Any]:
     if path.suffix.lower() not in SAFETENSORS:
-        check_safetensors(path)  # says what else it is, where that is known
+        check_safetensors(path)  # raises a more specific error for known formats
         raise AfaError(
             "AFA-LOAD-030",
-            f"A single file must be named .safetensors or .sft, came '{path}'. Rename it.",
+            f"'{path}' is a safetensors file with another suffix; it must be .safetensors or .sft. "
+            "Rename it.",
         )
     parameters, dtypes = _describe_elements([path])
     shapes = tensor_shapes(path)
@@ -198,7 +198,7 @@ def _describe_file(path: Path, named: Path) -> dict[str, Any]:
 
 
 def _layout(shapes: Shapes) -> str:
-    """In words: whose model, and whose names for its tensors."""
+    """Name the kind of model and the layout of its tensor names."""
     found = denoiser_in(shapes)
     if found is None:
         names = (what for key, what in _OTHERS if any(k.startswith(key) for k in shapes))
@@ -209,14 +209,14 @@ def _layout(shapes: Shapes) -> str:
 
 
 def _describe_model(path: Path, named: Path, shapes: Shapes) -> dict[str, Any]:
-    """Which published model's configuration a file needs, what it predicts, leaves out and has."""
+    """Describe a single file: its configuration, prediction type, missing and unused parts."""
     try:
         companions = Companions(torch.float32).of(ExpertSource(str(named)))
         refuse_quantised(path)
         found = companions.describe(path, shapes)
         unused = account(shapes, found.config, path)
     except AfaError as error:
-        return {"configuration": f"not told: {error}"}
+        return {"configuration": f"unknown: {error}"}
     facts: dict[str, Any] = {"configuration": found.config.name}
     if found.prediction is not None:
         facts["predicts"] = found.prediction.text
@@ -231,6 +231,6 @@ def _describe_model(path: Path, named: Path, shapes: Shapes) -> dict[str, Any]:
 
 
 def _describe_elements(files: Iterable[Path]) -> tuple[int, str]:
-    """Number of elements, and data types, of all tensors in some safetensors files."""
+    """Count the elements of all tensors in safetensors files, in total and by data type."""
     counts = count_elements(files)
     return counts.total(), ", ".join(f"{dtype} {n:,}" for dtype, n in counts.most_common())

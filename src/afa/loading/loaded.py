@@ -1,4 +1,4 @@
-"""An expert whose parts are in memory."""
+"""A loaded expert."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from diffusers import SchedulerMixin
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-#: of an autoencoder: what has to be alike where predictions of latents are mixed
+#: the autoencoder settings that must be equal for experts to share one latent space
 LATENTS = ("latent_channels", "scaling_factor", "shift_factor")
 
 
@@ -26,18 +26,18 @@ class Expert:
     """The parts of one model that an ensemble needs.
 
     Attributes:
-        reference: where it comes from.
+        reference: source and hash of its weights.
         kind: of its pipeline.
         class_name: of its pipeline.
         denoiser: its U-Net or transformer.
         text_encoders: by their names in the pipeline.
-        tokenizers: likewise.
+        tokenizers: by their names in the pipeline.
         scheduler: for sampling.
-        config: the pipeline folder that describes its parts; its own, where it is a folder.
-        vae: of a single file that has one; a folder's is loaded by
+        config: the pipeline folder that describes its parts.
+        vae: autoencoder of a single file that has one; that of a folder is loaded by
             `afa.loading.single_file.autoencoder`.
-        latents: what its autoencoder's configuration says of the latents; empty where it has none.
-        options: what its pipeline is told besides.
+        latents: latent settings in its autoencoder's configuration; empty without one.
+        options: other arguments of its pipeline.
     """
 
     reference: ExpertReference
@@ -54,7 +54,7 @@ class Expert:
 
 
 def latents_of(config: Path) -> dict[str, Any]:
-    """What an autoencoder's configuration says of the latents, with the library's defaults."""
+    """Read the latent settings of an autoencoder's configuration, with the library's defaults."""
     if not config.is_file():
         return {}
     found, defaults = read_json(config), inspect.signature(AutoencoderKL).parameters

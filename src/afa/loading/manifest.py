@@ -1,4 +1,4 @@
-"""What headers, configurations and hashes say of one expert, before its weights are read."""
+"""`ExpertManifest`: headers, configurations and hashes of one expert, without its weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from afa.denoisers.kinds import kind_of
 from afa.files import read_json
 from afa.loading.expert_source import AnySource, ExpertSource
 from afa.loading.facts import read_facts
-from afa.loading.single_file.identify import described_kind, missing_parts
+from afa.loading.single_file.identify import missing_parts
+from afa.loading.single_file.layout import described_kind
 from afa.loading.single_file.load import describe_expert
 from afa.loading.single_file.supplied import (
     require_autoencoder,
@@ -31,12 +32,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class ExpertManifest:
-    """One expert that was found and told. All else is read when it is asked for, once.
+    """One located and identified expert. Its other properties are read lazily, once.
 
     Attributes:
-        source: as it was named.
-        companions: what a single file leaves out, for this expert.
-        path: of its folder, or of its file.
+        source: the expert as given by the user.
+        companions: parts missing in a single file, for this expert.
+        path: its folder or file.
         described: the pipeline folder that describes it, and what it predicts.
     """
 
@@ -47,57 +48,57 @@ class ExpertManifest:
 
     @property
     def config(self) -> Path:
-        """The pipeline folder that describes it: its own, or what its tensors tell."""
+        """The pipeline folder that describes it: its own, or found from its tensors."""
         return self.described.config
 
     @cached_property
     def index(self) -> dict[str, Any]:
-        """`model_index.json` of that folder."""
+        """The content of `model_index.json` in that folder."""
         return read_json(self.config / "model_index.json")
 
     @property
     def kind(self) -> PipelineKind:
-        """Of its pipeline."""
+        """The kind of its pipeline."""
         return kind_of(str(self.index.get("_class_name")), self.source.source)
 
     @cached_property
     def files(self) -> list[Path]:
-        """Those that make the expert; see `afa.loading.weights.weight_files`."""
+        """Its weight files; see `afa.loading.weights.weight_files`."""
         return weight_files(self.path)
 
     @property
     def num_bytes(self) -> int:
-        """Of these files."""
+        """The size of these files."""
         return sum(file.stat().st_size for file in self.files)
 
     @property
     def num_elements(self) -> Counter[str]:
-        """How many numbers these files have of each type; see `count_elements`."""
+        """The number of elements of each data type in these files; see `count_elements`."""
         return count_elements(self.files)
 
     @cached_property
     def sha256(self) -> str:
-        """Of these files, see `afa.loading.weights.hash_files`."""
+        """The hash of these files, see `afa.loading.weights.hash_files`."""
         return hash_files(self.path, self.files)
 
     @property
     def reference(self) -> ExpertReference:
-        """By which the same weights are found again; without its LoRA."""
+        """A reference to find the same weights again, without the LoRA."""
         return refer(self.source, self.path, self.sha256)
 
     @cached_property
     def facts(self) -> Facts:
-        """What matters of it beside others; see `afa.loading.facts`."""
+        """The facts that are compared with other experts; see `afa.loading.facts`."""
         return read_facts(self.source.source, self.described, path=self.path)
 
     def require_whole(self, *, with_autoencoder: bool) -> None:
-        """Refuse an expert that leaves out what nobody supplies; only headers are read.
+        """Check, from headers alone, that every missing part is supplied by another file.
 
         Args:
-            with_autoencoder: whether its autoencoder is to be used.
+            with_autoencoder: whether its autoencoder is needed.
 
         Raises:
-            AfaError: there is no denoiser, a text encoder that is needed, or an autoencoder.
+            AfaError: if the denoiser, a required text encoder or the autoencoder is missing.
         """
         if self.path.is_dir():
             return
@@ -114,18 +115,18 @@ class ExpertManifest:
 
 
 def read_manifest(source: AnySource, companions: Companions) -> ExpertManifest:
-    """Find an expert and tell what it is.
+    """Locate and identify an expert.
 
     Args:
         source: the expert.
-        companions: what single files leave out, of all experts.
+        companions: parts missing in single files, for all experts.
 
     Raises:
-        AfaError: nothing is there, or it cannot be told; see `describe_expert`.
+        AfaError: if it does not exist or cannot be identified; see `describe_expert`.
     """
     source = ExpertSource.of(source)
     path, own = locate(source.source, source.revision), companions.of(source)
     if (path / "model_index.json").is_file():
-        # before its weights are looked for, which other families name otherwise
+        # check the family first: others name their weight files differently
         kind_of(str(read_json(path / "model_index.json").get("_class_name")), source.source)
     return ExpertManifest(source, own, path, describe_expert(path, own))

@@ -13,7 +13,7 @@ def _card_line(expert: dict[str, Any]) -> str:
 
 
 def model_card(config: dict[str, Any]) -> str:
-    """A model card in the hub's format, with what one needs to use the ensemble.
+    """Write a model card in the hub's format, with instructions to use the ensemble.
 
     Args:
         config: the ensemble's `config.json`; its experts, aggregator and sites are read.
@@ -27,14 +27,14 @@ tags: [text-to-image, diffusion, ensemble]
 
 # An ensemble of {len(config["experts"])} diffusion models
 
-Adaptive Feature Aggregation (Wang et al., ICLR 2025, arXiv 2405.17082): the experts below run side
-by side, frozen, and after each block a small network decides per pixel how much of each goes on.
+Adaptive Feature Aggregation (Wang et al., ICLR 2025, arXiv 2405.17082): the frozen experts below
+run side by side, and after each block a small network fuses their features with weights per pixel.
 
 ## Experts
 
 {experts}
 
-Their weights are not part of this folder.
+This folder does not contain their weights.
 
 ## Aggregators
 

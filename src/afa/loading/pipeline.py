@@ -1,4 +1,4 @@
-"""Experts from folders, hub ids or single files, to a stock diffusers pipeline."""
+"""Load experts from folders, hub ids or single files into a stock diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -55,45 +55,46 @@ def load_pipeline(
     on_plan: Callable[[MemoryPlan], object] | None = None,
     quantize: Weights | None = None,
 ) -> DiffusionPipeline:
-    """Put several diffusion models of one kind into one stock pipeline.
+    """Combine several diffusion models of one kind into one stock pipeline.
 
-    Its class is that which the first expert names; other stock pipelines take the same parts:
-    `StableDiffusionImg2ImgPipeline(**pipeline.components)`. `afa.denoisers.kinds` lists them.
+    Its class is that of the first expert's pipeline. Other stock pipelines accept the same
+    components: `StableDiffusionImg2ImgPipeline(**pipeline.components)`. `afa.denoisers.kinds` lists
+    them.
 
     Args:
         experts: diffusers folders, single `.safetensors` files, hub ids, or `zoo:animals`; or an
-            `afa.ExpertSource`, which also names a revision, the SHA-256 that the weights must have,
-            a LoRA, or what the model predicts. A mapping is one as recipes have it, such as
+            `afa.ExpertSource`, which can add a revision, the required SHA-256 of the weights, a
+            LoRA, or what the model predicts; or a mapping as in recipes, such as
             `{"base": "./base", "lora": "./ink.safetensors", "scale": 0.8}` or
             `{"model": "./a.safetensors", "prediction_type": "v_prediction"}`.
         aggregators: a `SABWConfig` for untrained ones, one fusion rule per site, or None for the
             uniform mean.
-        vae: where the autoencoder comes from; None takes the first expert's, or one of `parts`.
+        vae: source of the autoencoder; None uses the first expert's, or one of `parts`.
         config: for single files, a local diffusers folder that describes them, whose weights are
-            not read, or the name of a shipped one, such as `stable-diffusion-2`; None tells it
-            from each file's tensors. See `afa.loading.single_file.identify.configs`.
-        parts: folders, files or hub ids that supply single files with the text encoders, and the
-            autoencoder, that they leave out.
-        allow_duplicates: whether an expert may be named twice.
+            not read, or the name of a bundled configuration, such as `stable-diffusion-2`; None
+            finds it from each file's tensors. See `afa.loading.single_file.identify.configs`.
+        parts: folders, files or hub ids that supply the text encoders and the autoencoder that
+            single files lack.
+        allow_duplicates: whether the same expert may be listed twice.
         torch_dtype: of experts and autoencoder; aggregators are float32.
-        device: where everything is computed.
-        place: where the experts' layers are until then: on that device, `memory`; in the
-            processor's memory, `offload`; or in a file, `stream`, which never has more than one
-            expert in memory.
-        memory_budget: bytes of the device's memory, or a size such as `8GB`, in which the fastest
-            of these places must fit with all that drawing takes; None takes `place`.
-        pixels: height times width of the pictures that the budget is for; None for what the
-            experts were made for.
-        on_plan: is told what was chosen, before anything is loaded.
-        quantize: the experts' linear layers have weights of 8 bits, `int8` or `float8`; see
+        device: that computes.
+        place: where the experts' layers are stored until they run: `memory`, on the device;
+            `offload`, in the CPU's memory; or `stream`, in a file, with at most one complete expert
+            in memory.
+        memory_budget: bytes of the device's memory, or a size such as `8GB`; the fastest place that
+            fits, with everything that drawing needs, is used instead of `place`.
+        pixels: height times width of the pictures for the budget; None for the experts' native
+            resolution.
+        on_plan: called with the chosen plan before anything is loaded.
+        quantize: store weights of the experts' linear layers in 8 bits, `int8` or `float8`; see
             `afa.loading.quantization`.
 
     Raises:
-        AfaError: an expert that cannot be found or read, experts that do not fit each other or the
-            budget, or no torchao to quantise with.
+        AfaError: if an expert cannot be found or read, the experts are not compatible or do not
+            fit the budget, or torchao is missing for `quantize`.
     """
     if not experts:
-        raise AfaError("AFA-LOAD-041", "An ensemble must have at least one expert, came none.")
+        raise AfaError("AFA-LOAD-041", "experts is empty; an ensemble needs at least one expert.")
     companions = Companions(
         torch_dtype,
         config=config,
@@ -118,13 +119,13 @@ def load_pipeline(
             on_plan(plan)
     if place not in get_args(Place):
         raise AfaError(
-            "AFA-LOAD-042", f"place must be one of {', '.join(get_args(Place))}, came '{place}'."
+            "AFA-LOAD-042", f"place must be one of {', '.join(get_args(Place))}; got '{place}'."
         )
     if quantize is not None:
         require_quantizer(quantize, place)
     stream = LayerStream(device, ahead=AHEAD) if place == "stream" else None
 
-    def settle(expert: Expert) -> None:
+    def prepare(expert: Expert) -> None:
         if quantize is not None:
             quantize_linear(expert.denoiser, quantize)
         if stream is not None:
@@ -132,7 +133,7 @@ def load_pipeline(
 
     vae = None if vae is None else ExpertSource.of(vae)
     marks = _check_before(manifests, vae)
-    loaded = _load_all(manifests, settle, with_vae=vae is None)
+    loaded = _load_all(manifests, prepare, with_vae=vae is None)
     check_experts(loaded, allow_duplicates=allow_duplicates)
     autoencoder, vae_reference = _autoencoder(loaded[0], manifests[0], vae)
     pipeline = assemble(loaded, aggregators, autoencoder)
@@ -152,7 +153,7 @@ def load_pipeline(
         denoiser.provenance,
         vae=vae_reference,
         parts=tuple(companions.references),
-        config=config and absolute_config(config),  # what is told from the files is told again
+        config=config and absolute_config(config),  # None: found again from the files
     )
     return pipeline
 
@@ -160,16 +161,16 @@ def load_pipeline(
 def _check_before(
     experts: Sequence[ExpertManifest], vae: ExpertSource | None = None
 ) -> dict[Path, Mark]:
-    """Refuse experts that do not fit each other before the first of them is loaded.
+    """Check that experts are complete and compatible, before the first is loaded.
 
-    Returns: what all files of weights are like, before any is read.
+    Returns: the marks of all weight files, before any is read; see `afa.files.Mark`.
 
     Raises:
         AfaError: see `check_facts` and `ExpertManifest.require_whole`.
     """
     files: list[Path] = []
     for expert in experts:
-        files += expert.files  # a folder is looked at as a whole before anything is used
+        files += expert.files  # also checks the complete folder
         if expert.source.lora is not None:
             files.append(Path(expert.source.lora).expanduser())
     bases = {expert.source.base: expert for expert in experts}
@@ -186,10 +187,10 @@ def _check_before(
 def _autoencoder(
     expert: Expert, manifest: ExpertManifest, vae: ExpertSource | None
 ) -> tuple[nn.Module, ExpertReference]:
-    """The autoencoder that is named; else the expert's own; else, for a file, that of a part.
+    """Load the given autoencoder, or the expert's own, or for a single file that of a part.
 
     Raises:
-        AfaError: there is none, or another than is demanded.
+        AfaError: if there is none, or its hash differs.
     """
     dtype = manifest.companions.torch_dtype
     if vae is not None:
@@ -202,17 +203,17 @@ def _autoencoder(
         return load_vae(manifest.source.base, torch_dtype=dtype)
     supplied = manifest.companions.vae(expert.config)
     require_autoencoder(expert.reference.source, is_there=supplied is not None)
-    assert supplied is not None, "or it was refused"
+    assert supplied is not None, "checked above"
     return supplied
 
 
 def _load_all(
-    experts: Sequence[ExpertManifest], settle: Callable[[Expert], None], *, with_vae: bool
+    experts: Sequence[ExpertManifest], prepare: Callable[[Expert], None], *, with_vae: bool
 ) -> list[Expert]:
-    """All experts, the first with a file's autoencoder; those of one base share its memory.
+    """Load all experts; those of one base share its memory, and equal text encoders are shared.
 
-    Each is settled as soon as it is there, before the next is read. Text encoders that are equal
-    are the same object.
+    `prepare` is called with each expert before the next is loaded. Of single files, only the first
+    expert's autoencoder is loaded.
     """
     keys = [expert.source.base for expert in experts]
     bases: dict[ExpertSource, Expert] = {}
@@ -230,7 +231,7 @@ def _load_all(
         else:
             expert = base
             del bases[key]
-        settle(expert)
+        prepare(expert)
         own = expert.text_encoders.items()
         shared = {name: first_equal(encoder, encoders) for name, encoder in own}
         encoders += shared.values()
@@ -243,7 +244,7 @@ def assemble(
     aggregators: SABWConfig | Sequence[nn.Module] | None,
     vae: nn.Module,
 ) -> DiffusionPipeline:
-    """A stock pipeline around an ensemble of loaded experts; the first one's scheduler is used."""
+    """Build a stock pipeline from loaded experts, with the first one's scheduler."""
     first = experts[0]
     encoders = {
         name: share_equal([expert.text_encoders[name] for expert in experts])
@@ -255,7 +256,7 @@ def assemble(
     denoiser = EnsembleDenoiser([expert.denoiser for expert in experts], aggregators, widths=widths)
     denoiser.provenance = Provenance(tuple(expert.reference for expert in experts))
     if joined and (entry := first.kind.padded_text) is not None:
-        # the pipeline makes zeros of this width where there is no T5, and pads CLIP's text to it
+        # without T5, the pipeline fills zeros of this width, and pads CLIP's embeddings to it
         width = len(experts) * first.denoiser.config[entry]
         denoiser.register_to_config(**{entry: width})
     parts = {
@@ -279,14 +280,14 @@ def load_single(
     companions: Companions | None = None,
     torch_dtype: torch.dtype = torch.float32,
 ) -> tuple[DiffusionPipeline, ExpertReference]:
-    """One checkpoint by itself, with its own autoencoder, as anyone would load it.
+    """Load one checkpoint alone, with its own autoencoder.
 
     Args:
         source: see `load_expert`; or a LoRA on such a model.
-        companions: what a single file may leave out; see `load_expert`.
+        companions: parts missing in a single file; see `load_expert`.
         torch_dtype: of all weights.
 
-    Returns: a stock pipeline, and what was loaded.
+    Returns: a stock pipeline, and the reference of the model.
 
     Raises:
         AfaError: see `load_expert`.
@@ -309,46 +310,46 @@ def load_single(
 
 
 def check_text_to_image(pipeline: DiffusionPipeline) -> None:
-    """Refuse experts that draw from more than a prompt: for inpainting, depth, upscaling.
+    """Check that experts draw from a prompt alone: not for inpainting, depth or upscaling.
 
     Raises:
-        AfaError: the denoiser takes other channels than the autoencoder makes, or class labels.
+        AfaError: if the denoiser's channels differ from the latent's, or it needs class labels.
     """
     config, latent_channels = denoiser_of(pipeline).config, pipeline.vae.config.latent_channels
     kind = kind_of_pipeline(pipeline)
     if type(pipeline).__name__ in kind.others:
         raise AfaError(
             "AFA-LOAD-043",
-            f"Text-to-image experts must draw from a prompt alone; a {type(pipeline).__name__} "
-            "takes a picture besides. Call it from Python.",
+            f"A {type(pipeline).__name__} needs a picture besides the prompt; text-to-image "
+            "experts must draw from a prompt alone. Call the pipeline from Python.",
         )
-    taken, given = kind.latent_channels(config), config.get("out_channels") or config.in_channels
-    # transformers may give a variance besides, or pack the latent
-    gives_other = kind.gives_latent and given != latent_channels
-    if taken != latent_channels or gives_other:
+    inputs, outputs = kind.latent_channels(config), config.get("out_channels") or config.in_channels
+    # transformers may also return a variance, or pack the latent
+    is_other_output = kind.gives_latent and outputs != latent_channels
+    if inputs != latent_channels or is_other_output:
         raise AfaError(
             "AFA-LOAD-044",
-            f"Text-to-image experts must take and give the autoencoder's {latent_channels} "
-            f"channels; these take {taken} and give {given}. They are for another task, such as "
-            "inpainting; put the ensemble into that task's pipeline.",
+            f"These experts have {inputs} input and {outputs} output channels; text-to-image "
+            f"experts must have the autoencoder's {latent_channels}. They are for another task, "
+            "such as inpainting; use the ensemble in the pipeline for that task, from Python.",
         )
     if not kind.text or config.get("class_embed_type") or config.get("num_class_embeds"):
         raise AfaError(
             "AFA-LOAD-045",
-            "Text-to-image experts must not need class labels; these do. Put the ensemble into "
-            "the pipeline of their own task.",
+            "These experts need class labels; text-to-image experts must draw from a prompt alone. "
+            "Use the ensemble in the pipeline for their task, from Python.",
         )
 
 
 def native_resolution(pipeline: DiffusionPipeline) -> tuple[int, int]:
-    """Height and width in pixels of the pictures that the experts were made for."""
-    # packed latents have no size of their own; the pipeline knows
+    """Return the experts' native height and width in pixels."""
+    # packed latents have no sample_size; the pipeline has one
     size = denoiser_of(pipeline).config.get("sample_size") or pipeline.default_sample_size
     height, width = (size, size) if isinstance(size, int) else size
     return height * pipeline.vae_scale_factor, width * pipeline.vae_scale_factor
 
 
 def size_multiple(pipeline: DiffusionPipeline) -> int:
-    """What the height and width of a picture must be multiples of, in pixels."""
+    """Return the number of pixels of which height and width must be multiples."""
     kind = kind_of_pipeline(pipeline)
     return pipeline.vae_scale_factor * kind.patch(denoiser_of(pipeline).config)

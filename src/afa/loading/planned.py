@@ -1,12 +1,16 @@
-"""What a command would load, group by group, and what it would do with it."""
+"""Plans: the models that a command would load, in groups, and the work with them."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from afa.aggregators import SABWConfig
 from afa.loading.ensemble_folder import ensemble_folder
 from afa.loading.expert_source import first_folder
+from afa.loading.memory.needs import Training
 from afa.loading.published import is_published, published_aggregators, published_experts
 from afa.loading.saved import read_config, saved_aggregators, sources_in
 from afa.loading.single_file.load import Companions
@@ -18,28 +22,22 @@ if TYPE_CHECKING:
 
     from afa.loading.expert_source import AnySource
 
-from dataclasses import dataclass
-
-import torch
-
-from afa.loading.memory.needs import Training
-
-_NUM_STEPS = 50  # of a picture, where nobody says
+_NUM_STEPS = 50  # default number of steps for a picture
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be done, whoever does it.
+    """The work to be done with each group of experts.
 
     Attributes:
-        device: where.
-        batch: of a step, as `batch_name` counts it.
-        batch_name: what a recipe calls it; None where it is one picture and cannot be smaller.
-        samples_each: how many samples one of the batch is; a picture with guidance is two.
-        num_steps: of the whole training, or of a picture.
-        pixels: height times width of a picture; None for what the experts were made for.
-        training: of aggregators; None where pictures are drawn.
-        is_offloaded: whether the experts' layers come to the device one at a time.
+        device: that computes.
+        batch: size of a step's batch, in units of `batch_name`.
+        batch_name: its key in the recipe; None for one picture, which cannot be smaller.
+        samples_each: samples per unit of the batch; two for a picture with guidance.
+        num_steps: of the complete training, or of a picture.
+        pixels: height times width of a picture; None for the experts' native resolution.
+        training: of aggregators; None if pictures are drawn.
+        is_offloaded: whether the experts' layers are moved to the device one at a time.
     """
 
     device: torch.device
@@ -54,18 +52,18 @@ class Work:
 
 @dataclass(frozen=True)
 class Group:
-    """Experts that are to work together.
+    """Experts that are loaded together.
 
     Attributes:
-        label: what they are for.
-        experts: as recipes name them.
-        companions: what single files leave out.
-        aggregators: of all sites; None for the mean, or where there is nothing to fuse.
-        allow_duplicates: whether one may be named twice.
-        is_loose: whether it may be of a kind that nothing is known of, as what is merged may.
-        num_experts: where one folder holds several; None where each is named.
-        encoder_sets: likewise, how many different text encoders they have.
-        is_drawn: whether they draw, with the first one's autoencoder; not what merges begin with.
+        label: their purpose, for messages.
+        experts: as in recipes.
+        companions: parts missing in single files.
+        aggregators: of all sites; None for the mean, or if there is nothing to fuse.
+        allow_duplicates: whether the same expert may be listed twice.
+        is_loose: whether they may be of an unknown kind, as models to merge may be.
+        num_experts: for one folder that contains several; None if each is listed.
+        encoder_sets: likewise, the number of different sets of text encoders.
+        is_drawn: whether they draw, with the first one's autoencoder; not the inputs of merges.
     """
 
     label: str
@@ -84,8 +82,8 @@ class Plan:
     """Everything that a recipe would load.
 
     Attributes:
-        groups: of experts, each loaded by itself.
-        work: of every group; None where no step is taken.
+        groups: of experts, each loaded separately.
+        work: of every group; None if no step is computed.
     """
 
     groups: Sequence[Group]
@@ -101,13 +99,13 @@ def plan_of_ensemble(
     num_steps: int = _NUM_STEPS,
     pixels: int | None = None,
 ) -> Plan:
-    """Of `afa generate`; as it is without options, one picture with guidance."""
+    """Plan `afa generate`; by default one picture with guidance."""
     work = Work(device, 1, samples_each=samples_each, num_steps=num_steps, pixels=pixels)
     return Plan([group_of_ensemble("ensemble", folder, dtype)], work)
 
 
 def companions_of(recipe: Any, dtype: torch.dtype) -> Companions:
-    """What single files of a recipe's experts leave out, and where it is."""
+    """Return the sources of parts that single files among a recipe's experts lack."""
     return Companions(
         dtype,
         config=recipe.config,
@@ -118,7 +116,7 @@ def companions_of(recipe: Any, dtype: torch.dtype) -> Companions:
 
 
 def group_of_ensemble(label: str, folder: str | Path, dtype: torch.dtype) -> Group:
-    """The experts that an ensemble's folder names; of the published code's the folder itself."""
+    """Group the experts of an ensemble folder; for the published code, the folder itself."""
     place = ensemble_folder(folder)
     if is_published(place):
         inside = published_experts(place)
@@ -144,5 +142,5 @@ def group_of_ensemble(label: str, folder: str | Path, dtype: torch.dtype) -> Gro
             own_vae=saved["vae"] is None or saved["vae"]["source"] == saved["experts"][0]["source"],
         ),
         saved_aggregators(saved),
-        allow_duplicates=True,  # whoever trained it has allowed them
+        allow_duplicates=True,  # were allowed in training
     )

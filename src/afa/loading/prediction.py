@@ -1,12 +1,13 @@
-"""What a model predicts: noise, velocity or the flow, and who says so.
+"""The prediction type of a model (noise, velocity or flow) and the evidence for it.
 
-Wrong predictions draw noise, and no tensor's shape tells them apart. In order of precedence:
+A wrong prediction type draws noise, and the shapes of tensors do not show it. In order of
+precedence:
 
 1. `prediction_type:` of the expert in the recipe;
-2. the file: marker tensors (`v_pred`, `ztsnr`) and metadata (the keys of
+2. the file: marker tensors (`v_pred`, `ztsnr`), metadata (the keys of
    https://github.com/Stability-AI/ModelSpec), and a `.yaml` beside it with the original code's
    configuration; these must agree;
-3. the configuration: `config:`, which must agree with 2, or the shipped one, an assumption.
+3. the configuration: `config:`, which must agree with 2, or the bundled one, which is assumed.
 
 CosXL and Playground 2.5 predict on continuous noise levels (EDM, Karras et al., 2022, arXiv
 2206.00364). They need a diffusers folder with an EDM scheduler.
@@ -37,13 +38,13 @@ if TYPE_CHECKING:
     from afa.loading.weights import Shapes
 
 _FLOW = "flow_prediction"
-#: how files and configurations of others spell it
+#: spellings in files and configurations of other programs
 _SPELLED: dict[str, PredictionType] = {
     **dict.fromkeys(("epsilon", "eps", "noise"), "epsilon"),
     **dict.fromkeys(("v", "v_prediction", "v-prediction", "v_pred", "velocity"), "v_prediction"),
     **dict.fromkeys(("sample", "x0"), "sample"),
 }
-#: `modelspec.architecture` of Stable Diffusion 2, whose two kinds have equal tensors
+#: `modelspec.architecture` of Stable Diffusion 2, whose two variants have equal tensors
 _ARCHITECTURES: dict[str, PredictionType] = {
     "stable-diffusion-v2-512": "epsilon",
     "stable-diffusion-v2-768-v": "v_prediction",
@@ -54,14 +55,14 @@ _SCALINGS: dict[str, PredictionType] = {"EpsScaling": "epsilon", "VScaling": "v_
 
 @dataclass(frozen=True)
 class Evidence:
-    """What one place says.
+    """The statement of one source about a model's prediction type.
 
     Attributes:
-        where: as messages name it.
-        type: what the model predicts; None where the place does not say.
-        zero_snr: whether it was trained to zero terminal SNR; None where the place does not say.
+        where: the source, for messages.
+        type: what the model predicts; None if not stated.
+        zero_snr: whether it was trained with zero terminal SNR; None if not stated.
         is_edm: whether it was trained on continuous noise levels.
-        is_beside: whether it stands beside the file, and may be gone the next time.
+        is_beside: whether the source is a separate file, which may be missing the next time.
     """
 
     where: str
@@ -73,18 +74,18 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model predicts, and why that is believed.
+    """What a model predicts, and the source of that information.
 
     Attributes:
         type: `epsilon`, `v_prediction`, `flow_prediction` or `sample`.
         zero_snr: whether its noise schedule ends in pure noise (Lin et al., 2023, arXiv
             2305.08891).
-        where: who says it.
-        is_assumed: whether nothing in the file says it.
-        overruled: evidence that says otherwise, which the recipe overrules.
+        where: the source of this information.
+        is_assumed: whether there is no evidence in the file.
+        overruled: contradicting evidence, which the recipe overrides.
         scheduler: the entries of the scheduler's configuration that have to change.
-        kept: what an ensemble folder has to remember, since neither the file nor a shipped
-            configuration says it again.
+        kept: the type that an ensemble folder has to store, because neither the file nor a bundled
+            configuration states it.
     """
 
     type: str
@@ -102,20 +103,19 @@ class Prediction:
         return f"{self.type}{snr} ({'assumed: ' if self.is_assumed else ''}{self.where})"
 
 
-# -- what a file says -------------------------------------------------------------------------
+# -- evidence in a file -----------------------------------------------------------------------
 
 
 def evidence_of(path: Path, shapes: Shapes, *, beside: Path | None = None) -> list[Evidence]:
-    """All that a file and a `.yaml` beside it say of what it predicts.
+    """Collect the evidence in a file, and in a `.yaml` beside it, of what it predicts.
 
     Args:
-        path: of the file; one that does not exist says nothing besides its tensors.
+        path: of the file; if it does not exist, only `shapes` are used.
         shapes: of all tensors of the file.
-        beside: beside which the `.yaml` is; None looks beside the file. A pickle is read from a
-            copy elsewhere.
+        beside: the file whose `.yaml` is read, if not `path`: pickles are read from a copy.
 
     Raises:
-        AfaError: a `.yaml` beside it that cannot be read, or that names an unknown objective.
+        AfaError: if a `.yaml` beside it cannot be read, or names an unknown objective.
     """
     found = [*marks_in(shapes)]
     if path.is_file():
@@ -125,7 +125,7 @@ def evidence_of(path: Path, shapes: Shapes, *, beside: Path | None = None) -> li
 
 
 def marks_in(shapes: Shapes) -> list[Evidence]:
-    """What marker tensors say, as ComfyUI and trainers write them."""
+    """Return the evidence of marker tensors, as ComfyUI and trainers write them."""
     found = []
     if "v_pred" in shapes:
         found.append(Evidence("the tensor 'v_pred'", "v_prediction", "ztsnr" in shapes))
@@ -143,9 +143,9 @@ def _metadata(path: Path) -> list[Evidence]:
     metadata, found = file_metadata(path), []
     # ComfyUI writes predict_key, the specification has prediction_type
     for key in ("modelspec.prediction_type", "modelspec.predict_key"):
-        said = metadata.get(key, "").strip().lower()
-        if said in _SPELLED:
-            found.append(Evidence(f"'{key}' in its metadata", _SPELLED[said]))
+        value = metadata.get(key, "").strip().lower()
+        if value in _SPELLED:
+            found.append(Evidence(f"'{key}' in its metadata", _SPELLED[value]))
     architecture = metadata.get("modelspec.architecture", "").strip().lower()
     if architecture in _ARCHITECTURES:
         where = f"'modelspec.architecture' ({architecture}) in its metadata"
@@ -154,7 +154,7 @@ def _metadata(path: Path) -> list[Evidence]:
 
 
 def _yaml_beside(path: Path) -> list[Evidence]:
-    """A configuration of the original code, as web UIs look for it beside a checkpoint."""
+    """Read the original code's configuration, which web UIs expect beside a checkpoint."""
     beside = next((p for s in (".yaml", ".yml") if (p := path.with_suffix(s)).is_file()), None)
     if beside is None:
         return []
@@ -163,24 +163,24 @@ def _yaml_beside(path: Path) -> list[Evidence]:
     except AfaError as error:
         raise AfaError(
             "AFA-LOAD-046",
-            f"'{beside}' beside a model must be YAML that describes it, but reading it says: "
-            f"{error} Correct or move that file.",
+            f"'{beside}' cannot be read as the YAML that describes the model beside it: {error} "
+            "Correct or move that file.",
         ) from error
     model = content.get("model") if isinstance(content, dict) else None
     settings = model.get("params") if isinstance(model, dict) else None
     if not isinstance(settings, dict):
-        return []  # a recipe, or something else of that name
+        return []  # a recipe, or an unrelated file
     where = f"'{beside.name}' beside it"
     if "denoiser_config" in settings:
         return [replace(_scaling(settings["denoiser_config"], beside, where), is_beside=True)]
-    said = settings.get("parameterization", "eps")  # as the original code does without it
-    if str(said).lower() not in _SPELLED:
-        raise _unknown_objective(beside, "parameterization", said)
-    return [Evidence(where, _SPELLED[str(said).lower()], is_beside=True)]
+    objective = settings.get("parameterization", "eps")  # the original code's default
+    if str(objective).lower() not in _SPELLED:
+        raise _unknown_objective(beside, "parameterization", objective)
+    return [Evidence(where, _SPELLED[str(objective).lower()], is_beside=True)]
 
 
 def _scaling(denoiser: Any, beside: Path, where: str) -> Evidence:
-    """Of a configuration of Stability's generative-models."""
+    """Read a configuration of Stability's generative-models."""
     try:
         target = str(denoiser["params"]["scaling_config"]["target"])
     except (LookupError, TypeError):
@@ -193,15 +193,15 @@ def _scaling(denoiser: Any, beside: Path, where: str) -> Evidence:
     return Evidence(where, _SCALINGS[name])
 
 
-def _unknown_objective(beside: Path, key: str, said: object) -> AfaError:
+def _unknown_objective(beside: Path, key: str, value: object) -> AfaError:
     return AfaError(
         "AFA-LOAD-047",
-        f"'{beside}' has {key} = {said}, which is no objective that afa knows. It must be that of "
-        "a model that predicts noise (eps) or velocity (v). Correct or move that file.",
+        f"'{beside}' has {key} = {value}, an unknown objective. The model must predict noise (eps) "
+        "or velocity (v). Correct or move that file.",
     )
 
 
-# -- what follows -----------------------------------------------------------------------------
+# -- decision ---------------------------------------------------------------------------------
 
 
 def decide(
@@ -212,17 +212,17 @@ def decide(
     asked: PredictionType | None = None,
     is_named: bool = False,
 ) -> Prediction:
-    """What a model predicts, from everything that says something.
+    """Decide what a model predicts, from all evidence.
 
     Args:
-        source: the model, for the errors.
+        source: the model, for errors.
         config: the pipeline folder that describes it.
-        evidence: what its file says; empty for a folder.
-        asked: what the recipe says, which overrules all else.
-        is_named: whether a person chose this configuration, so that it must agree with the file.
+        evidence: of its file; empty for a folder.
+        asked: the recipe's setting, which overrides everything else.
+        is_named: whether the user chose this configuration, which then must agree with the file.
 
     Raises:
-        AfaError: places that contradict each other, or an objective that cannot be had.
+        AfaError: if the evidence is contradictory, or the objective is not supported.
     """
     settings = read_json(config / "scheduler" / "scheduler_config.json")
     class_name = parts_of(read_json(config / "model_index.json")).get("scheduler", "")
@@ -232,16 +232,15 @@ def decide(
         if asked not in (None, own):
             raise AfaError(
                 "AFA-LOAD-048",
-                f"'{source}' has prediction_type = {asked} in the recipe, but it is described as a "
-                f"model that predicts {own}. Flow matching models predict flow_prediction, others "
-                "do not. Leave prediction_type out.",
+                f"The recipe sets prediction_type {asked} for '{source}', but its configuration "
+                f"says {own}. Flow matching models must have flow_prediction, and others must not. "
+                "Remove prediction_type.",
             )
-        return Prediction(
-            own, False, f"the configuration '{config.name}'"
-        )  # metadata knows no flow
-    said = {each.type: each for each in reversed(evidence) if each.type is not None}
-    if asked is None and len(said) > 1:
-        *_, second, first = said.values()
+        # metadata has no value for flow matching
+        return Prediction(own, False, f"the configuration '{config.name}'")
+    by_type = {each.type: each for each in reversed(evidence) if each.type is not None}
+    if asked is None and len(by_type) > 1:
+        *_, second, first = by_type.values()
         raise _contradiction(source, first, second.where, second.type)
     found = next((each for each in evidence if each.type is not None), None)
     if asked is None and is_named and found is not None and found.type != own:
@@ -252,16 +251,15 @@ def decide(
     if kind == "epsilon" and zero and asked is None:
         raise AfaError(
             "AFA-LOAD-049",
-            f"'{source}' is marked with zero terminal SNR (the tensor 'ztsnr') and said to predict "
-            "epsilon. With zero terminal SNR a model must predict velocity. Say what is true: "
-            "{model: FILE, prediction_type: v_prediction} in the recipe.",
+            f"'{source}' has zero terminal SNR (the tensor 'ztsnr') and predicts epsilon. With "
+            "zero terminal SNR a model must predict velocity. Set the right type in the recipe: "
+            "{model: FILE, prediction_type: v_prediction}.",
         )
-    zero = kind != "epsilon" and (zero or (own_zero and kind == own))
-    zero = zero or (kind == own and own_zero)  # a folder's own words stay as they are
+    zero = (zero and kind != "epsilon") or (own_zero and kind == own)
     where, overruled = f"the configuration '{config.name}'", None
     if asked is not None:
         where = "prediction_type in the recipe"
-        other = next((each for each in said.values() if each.type != asked), None)
+        other = next((each for each in by_type.values() if each.type != asked), None)
         overruled = None if other is None else f"{other.where} says {other.type}"
     elif found is not None:
         where = found.where
@@ -286,12 +284,12 @@ def _changes(
     if zero != own_zero:
         changes["rescale_betas_zero_snr"] = zero
     if zero and not own_zero and settings.get("timestep_spacing") != "trailing":
-        changes["timestep_spacing"] = "trailing"  # or the step of pure noise would be left out
+        changes["timestep_spacing"] = "trailing"  # others skip the step of pure noise
     return changes or None
 
 
 def predicted_by(class_name: str, settings: Mapping[str, Any]) -> str:
-    """What a scheduler's configuration says that models predict."""
+    """Return the prediction type in a scheduler's configuration."""
     if class_name.startswith("FlowMatch"):
         return _FLOW
     return str(settings.get("prediction_type") or "epsilon")
@@ -304,31 +302,30 @@ def _require_edm(
     if marked is not None and not class_name.startswith("EDM"):
         raise AfaError(
             "AFA-LOAD-050",
-            f"'{source}' predicts on continuous noise levels ({marked.where}), the configuration "
-            f"'{config.name}' samples with {class_name or 'no scheduler'}. Such a model must be "
-            "sampled with an EDM scheduler, and cannot be trained on or mixed with others. Leave "
-            "it out, or describe it by a diffusers folder that has one: config=FOLDER.",
+            f"'{source}' is an EDM model with continuous noise levels ({marked.where}), but the "
+            f"configuration '{config.name}' has {class_name or 'no scheduler'}. It needs an EDM "
+            "scheduler, and cannot be trained on or combined with other models. Remove it, or set "
+            "config to a diffusers folder with an EDM scheduler.",
         )
 
 
 def _contradiction(source: object, first: Evidence, where: str, kind: str | None) -> AfaError:
     return AfaError(
         "AFA-LOAD-051",
-        f"'{source}' contradicts itself: {first.where} says that it predicts {first.type}, {where} "
-        f"says {kind}. One of them must be wrong, and a wrong one draws noise. Say what is true: "
-        "{model: FILE, prediction_type: v_prediction} or {..., prediction_type: epsilon} in the "
-        "recipe.",
+        f"The prediction type of '{source}' is contradictory: {first.where} says {first.type}, "
+        f"{where} says {kind}. A wrong type draws noise. Set the right one in the recipe: "
+        "{model: FILE, prediction_type: v_prediction} or {..., prediction_type: epsilon}.",
     )
 
 
 def scheduler_of(config: Path, prediction: Prediction | None = None) -> SchedulerMixin:
-    """The scheduler that a pipeline folder names, for what a model predicts.
+    """Load the scheduler of a pipeline folder, adapted to what a model predicts.
 
-    One that cannot rescale its noise schedule to zero terminal SNR is replaced by
+    A scheduler that cannot rescale its noise schedule to zero terminal SNR is replaced by
     `EulerDiscreteScheduler` with the same settings.
 
     Raises:
-        AfaError: the folder names a scheduler that the library does not have.
+        AfaError: if the library does not have the scheduler.
     """
     class_name = parts_of(read_json(config / "model_index.json")).get("scheduler", "none")
     scheduler_class = library_class(diffusers, class_name, diffusers.SchedulerMixin)

@@ -1,4 +1,4 @@
-"""What a recipe's text encoders do not read of its prompts, told before anything is loaded."""
+"""Warn about truncated prompts of a recipe before anything is loaded."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
 def warnings_of_plan(
     plan: Plan, prompts: Sequence[str], negative_prompt: str = "", guidance: float | None = None
 ) -> list[str]:
-    """What a user should know of prompts that a plan's models draw, each line once.
+    """Return the warnings about prompts for a plan's models, each line once.
 
-    Of every group the first expert's tokenizers count: with them the ensemble's pipeline reads.
+    The first expert's tokenizers of every group are used, as in the ensemble's pipeline.
 
     Args:
         plan: of an evaluation, a search or an ensemble.
         prompts: all of them.
-        negative_prompt: of all of them.
+        negative_prompt: for all of them.
         guidance: see `afa.loading.truncation.prompt_warnings`.
 
     Raises:
-        AfaError: an expert that cannot be had.
+        AfaError: if an expert cannot be found or read.
     """
     folders = {read_manifest(group.experts[0], group.companions).config for group in plan.groups}
     lines: dict[str, None] = {}

@@ -1,8 +1,8 @@
-"""Ensembles as the published code of the method saved them (Tenvence/afa, commit e42173c).
+"""Load ensembles saved by the published code of the method (Tenvence/afa, commit e42173c).
 
-A Stable Diffusion pipeline's folder is the first expert; beside its parts lie `additional_unet_0`,
-`additional_text_encoder_0`, ... of the others, one `aggregator_J` for every site, and
-`model_config.json`.
+The folder is a Stable Diffusion pipeline, which is the first expert. It also contains
+`additional_unet_0`, `additional_text_encoder_0`, ... of the other experts, one `aggregator_J` for
+every site, and `model_config.json`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 _CONFIG = "model_config.json"
-_NUM_GROUPS = 32  # of the published aggregator's norms, which its configuration does not say
+_NUM_GROUPS = 32  # of the published aggregators' norms; not in their configuration
 
 
 class _Published(BaseModel):
@@ -70,15 +70,15 @@ def load_published(
     torch_dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> DiffusionPipeline:
-    """Load such a folder into a stock pipeline; its experts are in it.
+    """Load an ensemble of the published code, with its experts, into a stock pipeline.
 
     Args:
         folder: see `is_published`.
         torch_dtype: of experts and autoencoder.
-        device: where everything goes.
+        device: for all components.
 
     Raises:
-        AfaError: a damaged folder, or aggregators that do not fit its experts.
+        AfaError: if the folder is damaged, or its aggregators do not fit its experts.
     """
     marks = marks_of(sorted(folder.rglob("*.safetensors")))
     experts = _load_experts(folder, torch_dtype)
@@ -87,26 +87,25 @@ def load_published(
     pipeline = assemble(experts, published_aggregators(folder), vae)
     watch(pipeline, marks)
     ensemble = denoiser_of(pipeline)
-    place = str(folder.absolute())
-    ensemble.provenance = replace(ensemble.provenance, vae=reference, folder=place)
+    ensemble.provenance = replace(ensemble.provenance, vae=reference, folder=str(folder.absolute()))
     count = _read(folder / _CONFIG, _Ensemble).num_aggregators
     if count != len(ensemble.sites):
         raise AfaError(
             "AFA-LOAD-052",
-            f"An ensemble must have an aggregator for each of its {len(ensemble.sites)} sites; "
-            f"'{folder}' has {count}.",
+            f"'{folder}' has {count} aggregators; it must have one for each of the "
+            f"{len(ensemble.sites)} sites. Copy the folder again.",
         )
     for n, (rule, site) in enumerate(zip(ensemble.aggregators, ensemble.sites, strict=True)):
         file = _aggregator(folder, n) / "aggregator.safetensors"
         check_safetensors(file)
-        must = f"The weights in '{file}' must fit the site {site.name} of these experts"
-        with loading(must, "Copy the folder again."):
+        requirement = f"The weights in '{file}' must fit the site {site.name} of these experts"
+        with loading(requirement, "Copy the folder again."):
             rule.load_state_dict(load_file(file))
     return pipeline.to(device)
 
 
 def describe_published(folder: Path) -> dict[str, Any]:
-    """What there is to say of such a folder without loading it."""
+    """Describe an ensemble of the published code without loading its weights."""
     settings = _read(folder / _CONFIG, _Ensemble)
     config = published_aggregators(folder)
     return {
@@ -120,10 +119,10 @@ def describe_published(folder: Path) -> dict[str, Any]:
 
 
 def hash_published(folder: Path) -> str:
-    """SHA-256 of all that decides its pictures; see `afa.loading.weights.hash_files`.
+    """SHA-256 of all files that affect pictures; see `afa.loading.weights.hash_files`.
 
-    The weights and configurations of experts, autoencoder and aggregators, the tokenizer and the
-    scheduler.
+    These are the weights and configurations of experts, autoencoder and aggregators, the tokenizer
+    and the scheduler.
     """
     settings = _read(folder / _CONFIG, _Ensemble)
     places = [place for parts in published_experts(folder) for place in parts]
@@ -140,10 +139,10 @@ def hash_published(folder: Path) -> str:
 
 
 def published_experts(folder: Path) -> list[tuple[Path, Path]]:
-    """The folders of U-Net and text encoder of every expert, the pipeline's own first.
+    """Return the folders of U-Net and text encoder of every expert, the pipeline's own first.
 
     Raises:
-        AfaError: a configuration that is missing or damaged.
+        AfaError: if a configuration is missing or damaged.
     """
     count = _read(folder / _CONFIG, _Ensemble).num_models
     additional = [
@@ -154,10 +153,10 @@ def published_experts(folder: Path) -> list[tuple[Path, Path]]:
 
 
 def published_aggregators(folder: Path) -> SABWConfig:
-    """The settings that all of its aggregators share.
+    """Return the settings that all aggregators share.
 
     Raises:
-        AfaError: see `_shared_config`; or a configuration that is missing or damaged.
+        AfaError: if a configuration is missing or damaged; see also `_shared_config`.
     """
     settings = _read(folder / _CONFIG, _Ensemble)
     configs = [
@@ -168,15 +167,15 @@ def published_aggregators(folder: Path) -> SABWConfig:
 
 
 def _load_experts(folder: Path, torch_dtype: torch.dtype) -> list[Expert]:
-    """The pipeline's own expert, and the additional ones, which have its tokenizer."""
+    """Load the pipeline's own expert and the additional ones, which use its tokenizer."""
     first = load_expert(folder, torch_dtype=torch_dtype)
     if "text_encoder" not in first.text_encoders or not isinstance(
         first.denoiser, UNet2DConditionModel
     ):
         raise AfaError(
             "AFA-LOAD-053",
-            f"'{folder}' is a {first.class_name} without a text encoder of its own; an ensemble of "
-            "the published code must be a Stable Diffusion pipeline. Is it whole?",
+            f"'{folder}' is a {first.class_name} without a U-Net or a text encoder; an ensemble of "
+            "the published code must be a Stable Diffusion pipeline. Copy the complete folder.",
         )
     class_name = type(first.text_encoders["text_encoder"]).__name__
     additional = []
@@ -203,23 +202,24 @@ def _load_experts(folder: Path, torch_dtype: torch.dtype) -> list[Expert]:
 
 
 def _shared_config(configs: Sequence[_Aggregator], count: int, folder: Path) -> SABWConfig:
-    """The settings that all of the aggregators have, which differ in their channels alone.
+    """Return the settings of all aggregators, which may differ only in their channels.
 
     Raises:
-        AfaError: they differ in more, are for another number of experts, or are no settings.
+        AfaError: if they differ otherwise, are for another number of experts, or are invalid.
     """
     numbers = {c.num_experts for c in configs}
     if numbers != {count}:
         raise AfaError(
             "AFA-LOAD-054",
-            f"All aggregators in '{folder}' must be for its {count} experts, came "
-            f"{', '.join(map(str, sorted(numbers)))}.",
+            f"The aggregators in '{folder}' are for {', '.join(map(str, sorted(numbers)))} "
+            f"experts; they must be for its {count} experts. Copy the folder again.",
         )
     sizes = {(c.hidden_size, c.num_layers, c.num_attn_heads) for c in configs}
     if len(sizes) > 1:
         raise AfaError(
             "AFA-LOAD-055",
-            f"All aggregators in '{folder}' must be of one size, came {sorted(sizes)}.",
+            f"The aggregators in '{folder}' have the sizes {sorted(sizes)}; these must be equal. "
+            "Copy the folder again.",
         )
     hidden_size, num_layers, num_heads = sizes.pop()
     try:
@@ -245,16 +245,16 @@ def _read(path: Path, model: Any) -> Any:
     """Read and check one of its configurations.
 
     Raises:
-        AfaError: it is missing, or other keys or values than the published code writes.
+        AfaError: if it is missing, or has other keys or values than the published code writes.
     """
     content = read_json(path)
     try:
         return model.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
+        key = ".".join(map(str, first["loc"]))
         raise AfaError(
             "AFA-LOAD-057",
-            f"'{path}' must be as the published code writes it, but at '{place}': {first['msg']}. "
-            f"It holds {json.dumps(content)[:200]}.",
+            f"'{path}' is not as the published code writes it: '{key}': {first['msg']}. Got "
+            f"{json.dumps(content)[:200]}. Copy the folder again.",
         ) from None

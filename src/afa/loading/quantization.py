@@ -1,8 +1,7 @@
-"""Experts whose linear layers have weights of 8 bits, by torchao, as diffusers has it done.
+"""Quantise the experts' linear layers to 8-bit weights with torchao, as diffusers does.
 
-Convolutions, norms and embeddings stay, and so do the aggregators. A layer multiplies with what its
-weights round to: pictures change a little, memory nearly halves where a model is bfloat16 and made
-of linear layers.
+Convolutions, norms, embeddings and the aggregators are not quantised. Pictures change a little,
+because weights are rounded. For a bfloat16 model of linear layers, memory is almost halved.
 """
 
 from __future__ import annotations
@@ -15,41 +14,41 @@ from afa.errors import AfaError
 if TYPE_CHECKING:
     from torch import nn
 
-#: how weights are kept: integers, or floating-point numbers, of 8 bits with a scale for every row
+#: storage of weights: 8-bit integers or floating-point numbers, with one scale per row
 Weights = Literal["int8", "float8"]
 
 
 def require_quantizer(weights: str, place: str) -> None:
-    """See whether experts can be quantised.
+    """Check that experts can be quantised.
 
     Raises:
-        AfaError: no such kind of weights, no torchao, or layers that are kept in a file.
+        AfaError: if the kind of weights is unknown, torchao is missing, or `place` is `stream`.
     """
     if weights not in get_args(Weights):
         kinds = ", ".join(get_args(Weights))
         raise AfaError(
-            "AFA-LOAD-058", f"quantize must be one of {kinds} or left out, came '{weights}'."
+            "AFA-LOAD-058", f"quantize must be one of {kinds} or omitted; got '{weights}'."
         )
     if find_spec("torchao") is None:
         raise AfaError(
             "AFA-LOAD-059",
-            "To quantise experts there must be torchao, and there is none. Install it: "
+            "torchao is not installed; quantize requires it. Install it with "
             "pip install 'afa[quantize]'.",
         )
     if place == "stream":
         raise AfaError(
             "AFA-LOAD-060",
-            "Quantised experts must be in memory; layers in a file are kept as they are. Leave one "
-            "of the two out.",
+            "quantize and place = stream cannot be combined; quantised experts must be in memory. "
+            "Remove one of the two.",
         )
 
 
 def quantize_linear(model: nn.Module, weights: Weights) -> None:
-    """Give the linear layers of a model quantised weights, in place.
+    """Quantise the weights of a model's linear layers in place.
 
     Args:
-        model: in any floating-point type, which stays that of what it computes.
-        weights: kind of the weights.
+        model: in any floating-point type, in which it continues to compute.
+        weights: the kind of storage.
     """
     from torchao import quantization
 

@@ -1,4 +1,4 @@
-"""`config.json` of an ensemble folder: what it may hold, and what it names."""
+"""Read `config.json` of an ensemble folder, and the sources in it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class _Reference(_Saved):
     prediction_type: PredictionType | None = None
 
 
-#: what a file means that leaves a setting out: the only way there was when it was written
+#: values of settings that a file omits: those of the release that wrote it
 ABSENT: dict[str, Any] = {
     **{field.name: field.default for field in fields(SABWSettings)},
     "hidden_ratio": None,
@@ -50,13 +50,13 @@ ABSENT: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class _Rules(SABWSettings):
-    """The fusion rules: SABW of these settings, or the mean."""
+    """The fusion rules: SABW with these settings, or the mean."""
 
     type: Literal["sabw", "mean"]
 
 
 class _SavedEnsemble(_Saved):
-    """What `config.json` of an ensemble folder holds."""
+    """The content of `config.json` in an ensemble folder."""
 
     format: Literal["afa-ensemble"]
     version: Literal[1]
@@ -86,30 +86,32 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Read and check `config.json` of an ensemble folder.
 
     Raises:
-        AfaError: there is none, or it is of another format or version.
+        AfaError: if it is missing, or of another format or version.
     """
     path = folder / "config.json"
     if not path.is_file():
         raise AfaError(
             "AFA-LOAD-061",
-            f"An ensemble folder must hold a config.json; '{folder}' has none. "
-            "Make one with `afa train` or afa.save_ensemble.",
+            f"'{folder}' has no config.json; an ensemble folder must have one. Create the folder "
+            "with `afa train` or afa.save_ensemble.",
         )
     config = read_json(path)
-    came = (config.get("format"), config.get("version"))
-    if came != (FORMAT, 1):
+    version = (config.get("format"), config.get("version"))
+    if version != (FORMAT, 1):
         raise AfaError(
             "AFA-LOAD-062",
-            f"'{path}' must be of format '{FORMAT}', version 1, came {came}. Is it an ensemble?",
+            f"'{path}' has format and version {version}; they must be {(FORMAT, 1)}. Pass an "
+            "ensemble folder.",
         )
     try:
         saved = _SavedEnsemble.model_validate(config)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
+        key = ".".join(map(str, first["loc"]))
         raise AfaError(
             "AFA-LOAD-063",
-            f"'{path}' must be as afa.save_ensemble writes it, but at '{place}': {first['msg']}.",
+            f"'{path}' is not as afa.save_ensemble writes it: '{key}': {first['msg']}. Save the "
+            "ensemble again.",
         ) from None
     written = _written(config["aggregator"])
     return {**saved.model_dump(), "aggregator": {k: getattr(saved.aggregator, k) for k in written}}
@@ -120,9 +122,9 @@ def _written(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def saved_aggregators(saved: dict[str, Any]) -> SABWConfig | None:
-    """The aggregators that a configuration of `read_config` describes; None for the mean.
+    """Return the aggregator settings of a configuration from `read_config`; None for the mean.
 
-    Settings that an older release did not write have the values that it had.
+    Settings that an older release did not write get the values that it used.
     """
     settings = dict(saved["aggregator"])
     is_sabw = settings.pop("type") == "sabw"
@@ -132,7 +134,7 @@ def saved_aggregators(saved: dict[str, Any]) -> SABWConfig | None:
 def sources_in(
     saved: dict[str, Any], folder: Path
 ) -> tuple[list[ExpertSource], str | None, list[ExpertSource]]:
-    """What a configuration of `read_config` names: experts, their configuration, and parts."""
+    """Return experts, their configuration and parts of a configuration from `read_config`."""
     config = saved["config"] and absolute_source(saved["config"], folder)
     experts, parts = (
         [source_of(reference, folder) for reference in saved[key]] for key in ("experts", "parts")
@@ -141,9 +143,9 @@ def sources_in(
 
 
 def source_of(reference: dict[str, Any], folder: Path) -> ExpertSource:
-    """A saved reference as `load_pipeline` takes it."""
+    """Convert a saved reference for `load_pipeline`."""
     lora, config = reference["lora"], reference["config"]
-    named = {} if lora is None else {"scale": lora["scale"], "lora_sha256": lora["sha256"]}
+    of_lora = {} if lora is None else {"scale": lora["scale"], "lora_sha256": lora["sha256"]}
     return ExpertSource(
         absolute_source(reference["source"], folder),
         reference["revision"],
@@ -151,5 +153,5 @@ def source_of(reference: dict[str, Any], folder: Path) -> ExpertSource:
         lora and absolute_source(lora["source"], folder),
         config=config and absolute_source(config, folder),
         prediction_type=reference["prediction_type"],
-        **named,
+        **of_lora,
     )

@@ -1,4 +1,4 @@
-"""Where experts are: folders, files, hub ids and shipped models, and how they are found again."""
+"""Locate experts: folders, files, hub ids and bundled models; make references to them."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-#: errors of the disk, which are no news of the hub
+#: errors of the local disk, not of the hub
 _OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
 _ZOO_PREFIX = "zoo:"
-#: what the hub's library raises where something cannot be had
+#: what the hub's library raises if something cannot be downloaded
 HUB_ERRORS = (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError)
-# what of a hub repository is needed; never a pickle. In these patterns * matches a slash as well.
+# the required files of a hub repository, without pickles. In these patterns * also matches a slash.
 _WEIGHTS = ("config.json", "*.safetensors", "*.safetensors.index.json")
 PIPELINE_FILES = (
     "model_index.json",
@@ -51,17 +51,17 @@ def locate(
     files: Sequence[str] = PIPELINE_FILES,
     what: str = "Expert",
 ) -> Path:
-    """The local folder or file of a source; a hub id is downloaded into the hub's cache.
+    """Return the local folder or file of a source; download a hub id into the hub's cache.
 
     Args:
         source: a diffusers folder, a single `.safetensors` file, a hub id such as `org/name`, or
-            `zoo:animals` for one of the shipped models.
+            `zoo:animals` for one of the bundled models.
         revision: of a hub id.
-        files: patterns of what is downloaded.
-        what: the source is, for errors, such as `Autoencoder`.
+        files: patterns of the files to download.
+        what: kind of the source for errors, such as `Autoencoder`.
 
     Raises:
-        AfaError: nothing is there, or a pickled checkpoint is and none is allowed.
+        AfaError: if the source does not exist, or is a pickle and pickles are not allowed.
     """
     text = str(source)
     if text.startswith(_ZOO_PREFIX):
@@ -72,7 +72,7 @@ def locate(
     if path.suffix.lower() in PICKLES:
         return as_safetensors(path)
     if path.suffix.lower() == ".gguf" and path.is_file():
-        check_header(path)  # says what such a file is
+        check_header(path)  # raises an error about GGUF
     if path.is_dir():
         return folder_as_safetensors(path)
     if path.exists():
@@ -80,26 +80,26 @@ def locate(
     is_hub_id = text.count("/") == 1 and not text.startswith((".", "/", "~"))
     if not is_hub_id or path.suffix.lower() in SAFETENSORS:
         raise AfaError(
-            "AFA-LOAD-079", f"{what} '{text}' does not exist. Name a folder, a file or a hub id."
+            "AFA-LOAD-079", f"{what} '{text}' does not exist. Pass a folder, a file or a hub id."
         )
     try:
         return fetch(text, files, revision)
     except HUB_ERRORS as error:
         raise AfaError(
             "AFA-LOAD-080",
-            f"{what} '{text}' is no local path, and as a hub id it could not be fetched "
+            f"{what} '{text}' is not a local path, and could not be downloaded as a hub id "
             f"({why_not_fetched(error)}). Check the name, the network and HF_TOKEN.",
         ) from error
 
 
 def fetch(name: str, files: Sequence[str], revision: str | None = None) -> Path:
-    """The folder of a hub repository in the hub's cache, with what of it is needed.
+    """Download the required files of a hub repository; return its folder in the hub's cache.
 
-    Offline the cache is looked into and nothing is asked.
+    With `offline`, only the cache is used.
 
     Raises:
-        one of `HUB_ERRORS`: it cannot be had.
-        AfaError: this machine cannot keep it.
+        one of `HUB_ERRORS`: if it cannot be downloaded.
+        AfaError: if it cannot be written to the cache.
     """
     try:
         return Path(
@@ -116,65 +116,65 @@ def fetch(name: str, files: Sequence[str], revision: str | None = None) -> Path:
         raise AfaError(
             "AFA-LOAD-081",
             f"'{name}' cannot be written to the hub's cache '{hub_constants.HF_HUB_CACHE}': "
-            f"{error}. The cache must have room and be writable. Make room, or set HF_HOME to "
-            "another folder.",
+            f"{error}. The cache must be writable and have enough space. Free disk space, or set "
+            "HF_HOME to another folder.",
         ) from error
 
 
 def why_not_fetched(error: Exception) -> str:
-    """What stands in the way, for an error's text."""
+    """Return the reason why a download failed, for an error's text."""
     if policy().offline or hub_constants.HF_HUB_OFFLINE:
-        return "offline, and the hub's cache has no copy"
+        return "offline, and not in the hub's cache"
     return type(error).__name__
 
 
 def refer(source: ExpertSource, path: Path, sha256: str) -> ExpertReference:
-    """A reference by which the same weights are found again, wherever the program is run.
+    """Make a reference that finds the same weights again from any working directory.
 
-    Local paths become absolute, links in them stay; a hub id keeps the commit it was fetched at.
+    Local paths become absolute, with links unresolved; a hub id gets the downloaded commit.
     """
     local, revision = Path(source.source).expanduser(), source.revision
     is_local = local.exists()
     if not is_local and path.parent.name == "snapshots":
         revision = path.name
-    place = os.path.abspath(local) if is_local else source.source
+    name = os.path.abspath(local) if is_local else source.source
     config = source.config and absolute_config(source.config)
-    return ExpertReference(place, sha256, revision, config=config)
+    return ExpertReference(name, sha256, revision, config=config)
 
 
 def locate_vae(source: str | Path, revision: str | None = None) -> Path:
-    """The local folder or file of an autoencoder; see `locate`."""
+    """Return the local folder or file of an autoencoder; see `locate`."""
     return locate(source, revision, files=VAE_FILES, what="Autoencoder")
 
 
 def require_hash(what: str, reference: ExpertReference, sha256: str | None) -> None:
-    """Refuse weights that are not the ones an ensemble was trained with.
+    """Check that weights are those that an ensemble was trained with.
 
     Raises:
-        AfaError: another hash; names both.
+        AfaError: if the hash differs; names both.
     """
     if sha256 not in (None, reference.sha256):
         raise AfaError(
             "AFA-LOAD-082",
-            f"{what} '{reference.source}' must have SHA-256 {sha256}, with which the ensemble was "
-            f"trained, has {reference.sha256}. Restore that file, or train again.",
+            f"{what} '{reference.source}' has SHA-256 {reference.sha256}; the ensemble was trained "
+            f"with {sha256}. Restore that file, or train again.",
         )
 
 
 def relative_source(source: str, folder: Path) -> str:
-    """A source under the ensemble's parent folder, relative, so that both can move together.
+    """Make a source relative if it is in the ensemble's parent folder, so that both can be moved.
 
-    Relative paths begin with a dot; nothing else does.
+    Only relative paths begin with a dot.
     """
     base, path = folder.resolve(), Path(source)
-    place = path.parent.resolve() / path.name  # a link at the end stays one
-    if path.is_absolute() and place.is_relative_to(base.parent):
-        return os.path.join(".", os.path.relpath(place, base))
+    absolute = path.parent.resolve() / path.name  # the last component may be a link
+    if path.is_absolute() and absolute.is_relative_to(base.parent):
+        return os.path.join(".", os.path.relpath(absolute, base))
     return source
 
 
 def absolute_source(source: str, folder: Path) -> str:
-    """A source that an ensemble folder names, as it is found from anywhere."""
+    """Make a source in an ensemble folder absolute."""
     if not source.startswith("."):
         return source
     return os.path.normpath(folder.resolve() / source)

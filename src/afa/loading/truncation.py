@@ -1,8 +1,7 @@
-"""What of a text the text encoders do not read, since every one has a greatest number of tokens.
+"""Truncated prompts: the part of a text beyond the token limits of the text encoders.
 
-CLIP reads 77 tokens, T5 as many as the pipeline asks for (256 in Stable Diffusion 3, 512 in Flux,
-120 or 300 in PixArt). Tokens beyond are cut off by the pipelines; nothing here changes that, it is
-only counted and said.
+CLIP reads 77 tokens, T5 as many as the pipeline sets (256 in Stable Diffusion 3, 512 in Flux, 120
+or 300 in PixArt). The pipelines truncate longer texts; this module only counts and reports it.
 """
 
 from __future__ import annotations
@@ -12,12 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import transformers
-
 from afa.denoisers.kinds import kind_of, kind_of_pipeline
 from afa.files import parts_of, read_json
-from afa.loading.weights import keep_no_words
-from afa.machine.library import library_class
+from afa.loading.components import load_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -25,21 +21,21 @@ if TYPE_CHECKING:
 
     from afa.denoisers import PipelineKind
 
-#: a tokenizer without a limit of its own says so by a number of this size
+#: tokenizers without a limit have a model_max_length of at least this
 _NO_LIMIT = 1_000_000
 _CHUNK = 1000  # texts that are tokenized at once
-_SHOWN = 60  # characters of what is not read
+_SHOWN = 60  # displayed characters of the truncated part
 
 
 @dataclass(frozen=True)
 class TextLimit:
-    """How many tokens a text encoder reads.
+    """The token limit of one or several equal text encoders.
 
     Attributes:
-        names: of the tokenizers among a pipeline's parts.
+        names: of the tokenizers in the pipeline.
         tokenizer: of the library.
-        num_tokens: that are read, marks of beginning and end included.
-        prepare: what the pipeline does to a text before.
+        num_tokens: the limit, including begin and end tokens.
+        prepare: the pipeline's preprocessing of texts.
     """
 
     names: tuple[str, ...]
@@ -48,15 +44,15 @@ class TextLimit:
     prepare: Callable[[str], str] = str
 
     def count(self, texts: Iterable[str]) -> list[int]:
-        """The number of tokens of each text, were nothing cut."""
+        """Count the tokens of each text, without truncation."""
         prepared = [self.prepare(text) for text in texts]
         chunks = (prepared[n : n + _CHUNK] for n in range(0, len(prepared), _CHUNK))
         return [len(ids) for chunk in chunks for ids in self._tokens(chunk)["input_ids"]]
 
     def unread(self, text: str) -> str:
-        """The end of a text, which is not read; empty where all is."""
+        """Return the truncated end of a text; empty if it is read completely."""
         text = self.prepare(text)
-        kept = self.num_tokens - 1  # the last one is the mark of the end
+        kept = self.num_tokens - 1  # the last one is the end token
         if self.count([text])[0] <= self.num_tokens:
             return ""
         if self.tokenizer.is_fast:
@@ -70,7 +66,7 @@ class TextLimit:
 
 
 def limits_of(pipeline: Any) -> list[TextLimit]:
-    """Those of a pipeline's text encoders; of an ensemble's, whose experts share a tokenizer."""
+    """Return the token limits of a pipeline, or of an ensemble's pipeline."""
     parts = pipeline.components
     encoders = {
         name: parts.get(name.replace("tokenizer", "text_encoder"))
@@ -83,10 +79,10 @@ def limits_of(pipeline: Any) -> list[TextLimit]:
 
 
 def limits_of_folder(folder: Path) -> tuple[list[TextLimit], PipelineKind]:
-    """Those of a pipeline's folder, whose weights are not read, and its kind.
+    """Return the token limits of a pipeline folder, without reading weights, and its kind.
 
     Raises:
-        AfaError: it is incomplete or of no known kind.
+        AfaError: if it is incomplete or of an unknown kind.
     """
     index = read_json(folder / "model_index.json")
     class_name, classes = str(index.get("_class_name")), parts_of(index)
@@ -96,10 +92,7 @@ def limits_of_folder(folder: Path) -> tuple[list[TextLimit], PipelineKind]:
         name = encoder.replace("text_encoder", "tokenizer")
         if name not in classes or not (folder / name).is_dir():
             continue
-        found: Any = library_class(
-            transformers, classes[name], transformers.PreTrainedTokenizerBase
-        )
-        tokenizers[name] = keep_no_words(found.from_pretrained(folder / name))
+        tokenizers[name] = load_tokenizer(folder / name, classes[name])
         if classes[encoder].startswith("T5"):
             are_t5.add(name)
     return _limits(kind.pipeline_class(class_name), tokenizers, are_t5), kind
@@ -119,7 +112,7 @@ def _limits(
             limit = tokenizers["tokenizer"].model_max_length  # their `tokenizer_max_length`
         if limit >= _NO_LIMIT:
             continue
-        # equal ones, such as both of Stable Diffusion XL, are spoken of as one
+        # equal ones, such as both of Stable Diffusion XL, are reported together
         same = (str(sorted(tokenizer.get_vocab().items())), limit)
         names = (*(found[same].names if same in found else ()), name)
         found[same] = TextLimit(names, tokenizer, limit, kind.prepare)
@@ -128,14 +121,14 @@ def _limits(
 
 @dataclass(frozen=True)
 class Cuts:
-    """How many of some texts are longer than one text encoder reads.
+    """The number of texts that a text encoder truncates.
 
     Attributes:
         limit: of the encoder.
-        num_texts: how many were looked at.
-        num_cut: how many are longer.
-        most: the tokens of the longest.
-        example: the first that is longer.
+        num_texts: number of checked texts.
+        num_cut: number of texts beyond the limit.
+        most: number of tokens of the longest.
+        example: the first text beyond the limit.
     """
 
     limit: TextLimit
@@ -145,32 +138,29 @@ class Cuts:
     example: str
 
     def line(self, what: str, plural: str) -> str:
-        """One line for the user.
+        """Describe the truncation in one line for the user.
 
         Args:
-            what: one text, as `prompt`.
-            plural: several, as `prompts`.
+            what: one text, such as `prompt`.
+            plural: several, such as `prompts`.
         """
-        reads = "reads" if len(self.limit.names) == 1 else "read"
-        readers = f"{' and '.join(self.limit.names)} {reads}"
+        limit = f"the limit of {self.limit.num_tokens} ({' and '.join(self.limit.names)})"
         unread = self.limit.unread(self.example)
         shown = f"{unread[:_SHOWN]}..." if len(unread) > _SHOWN else unread
-        remedy = "Shorten it, or put what matters first."
         if self.num_texts == 1:
             return (
-                f"The {what} has {self.most} tokens, and {readers} {self.limit.num_tokens}: "
-                f"what follows from '{shown}' on is cut off. {remedy}"
+                f"The {what} has {self.most} tokens and is truncated to {limit}, from '{shown}' "
+                "on. Shorten it, or put important words first."
             )
         return (
-            f"{self.num_cut} of {self.num_texts} {plural} are longer than the "
-            f"{self.limit.num_tokens} tokens that {readers}; the longest has {self.most}. What "
-            f"is beyond is cut off, in the first of them from '{shown}' on. "
-            f"{remedy.replace('it', 'them', 1)}"
+            f"{self.num_cut} of {self.num_texts} {plural} have up to {self.most} tokens and are "
+            f"truncated to {limit}, the first of them from '{shown}' on. Shorten them, or put "
+            "important words first."
         )
 
 
 def cuts_of(limits: Sequence[TextLimit], texts: Iterable[str]) -> list[Cuts]:
-    """What is cut of some texts, one entry for each encoder that does not read all of them."""
+    """Return the truncations of texts, one entry for each encoder that truncates some."""
     different = list(texts)
     found = []
     for limit in limits:
@@ -190,25 +180,24 @@ def prompt_warnings(
     guidance: float | None = None,
     kind: PipelineKind | None = None,
 ) -> list[str]:
-    """What a user should know of prompts before pictures are drawn, one line each.
+    """Return warnings about prompts before pictures are drawn, one line each.
 
     Args:
         limits: see `limits_of`.
         prompts: all of them.
-        negative_prompt: of all of them.
-        guidance: scale of classifier-free guidance, without which there is no negative prompt.
-        kind: of the pipeline, which may read no negative prompt; None is one that reads it.
+        negative_prompt: for all of them.
+        guidance: scale of classifier-free guidance; without it the negative prompt has no effect.
+        kind: of the pipeline, which may not support negative prompts; None: it does.
     """
     lines = [cut.line("prompt", "prompts") for cut in cuts_of(limits, prompts)]
     if not negative_prompt:
         return lines
     if kind is not None and not kind.takes_negative:
-        said = f"The negative prompt is not used: the pipelines of {kind.name} take none beside"
-        return [*lines, f"{said} `guidance`."]
+        return [*lines, f"The negative prompt is ignored: {kind.name} pipelines do not use one."]
     if guidance is not None and guidance <= 1:
         return [
             *lines,
-            f"The negative prompt is not used, since guidance is {guidance:g}; it must be above 1.",
+            f"The negative prompt is ignored because guidance is {guidance:g}; it must be above 1.",
         ]
     cut = cuts_of(limits, [negative_prompt])
     return lines + [each.line("negative prompt", "negative prompts") for each in cut]
@@ -217,7 +206,7 @@ def prompt_warnings(
 def warnings_for(
     pipeline: Any, prompts: Sequence[str], negative_prompt: str = "", guidance: float | None = None
 ) -> list[str]:
-    """The same of a pipeline that is loaded."""
+    """Return the warnings about prompts for a loaded pipeline."""
     return prompt_warnings(
         limits_of(pipeline),
         prompts,

@@ -1,4 +1,4 @@
-"""Files of weights: which ones make a model, are they whole, and their hashes."""
+"""Weight files: which ones belong to a model, their headers and their hashes."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-#: the shape of every tensor of a file, by name
+#: the shapes of all tensors of a file, by name
 Shapes = Mapping[str, tuple[int, ...]]
 
 T = TypeVar("T")
 
 _headers = FileCache()
 
-# how programs call what belongs to a quantised weight
+# endings of tensor names that belong to quantised weights
 _SCALES = (
     *(".scale_weight", ".scale_input", ".weight_scale", ".input_scale", ".weight_scale_inv"),
     *(".weight_scale_2", "scaled_fp8", ".comfy_quant", "._scale", "._data", ".SCB", ".absmax"),
     *(".quant_map", ".qweight", ".qzeros"),
 )
-#: endings of safetensors files, in small letters; the second is what ComfyUI's users call them
+#: suffixes of safetensors files, in lower case; the second is common among ComfyUI's users
 SAFETENSORS = frozenset({".safetensors", ".sft"})
 
 
 def weights_in(folder: Path) -> tuple[str | None, list[Path]]:
-    """The safetensors files of one component, and their variant (`fp16`) where only that is there.
+    """Return the variant and the safetensors files of one component.
 
-    Several precisions of the same weights may lie side by side; the plain ones are taken.
+    If there are several variants of the same weights, such as `fp16`, the main one (None) is used.
 
     Raises:
-        AfaError: there are none, or what lies beside them is refused; see `check_part`.
+        AfaError: if there are none, or other files in the folder are refused; see `check_part`.
     """
     check_part(folder)
     variants: dict[str | None, list[Path]] = {}
@@ -55,19 +55,19 @@ def weights_in(folder: Path) -> tuple[str | None, list[Path]]:
     if not variants:
         raise AfaError(
             "AFA-LOAD-101",
-            f"An expert's weights must be safetensors; '{folder}' has none. Save it again with "
-            "safe_serialization=True.",
+            f"'{folder}' has no safetensors files; an expert's weights must be safetensors. Save "
+            "the model again with safe_serialization=True.",
         )
     variant = None if None in variants else sorted(map(str, variants))[0]
     return variant, variants[variant]
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The safetensors files that make an expert: the file itself, or denoiser and text encoders.
+    """Return the safetensors files of an expert: the file itself, or denoiser and text encoders.
 
     Raises:
-        AfaError: not a diffusers folder, or one that is refused, see `check_folder`; no
-            safetensors in it, or one that is damaged.
+        AfaError: if it is not a diffusers folder or is refused (see `check_folder`), or if
+            safetensors files are missing or damaged.
     """
     if path.is_file():
         files = [path]
@@ -80,8 +80,8 @@ def weight_files(path: Path) -> list[Path]:
     else:
         raise AfaError(
             "AFA-LOAD-102",
-            f"An expert's folder must be a diffusers pipeline with a model_index.json; "
-            f"'{path}' has none. Save it with pipeline.save_pretrained(folder).",
+            f"'{path}' has no model_index.json; an expert's folder must be a diffusers pipeline. "
+            "Save it with pipeline.save_pretrained(folder).",
         )
     for file in files:
         check_safetensors(file)
@@ -89,10 +89,10 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def check_safetensors(file: Path) -> Header:
-    """Read a safetensors file's header, once for each state of it, and compare it with its length.
+    """Read and check a safetensors file's header; it is cached until the file changes.
 
     Raises:
-        AfaError: the file is no safetensors file, or it is cut short.
+        AfaError: if the file is truncated or not a safetensors file.
     """
     return Header(*_headers.get(file, lambda: tuple(_read_header(file))))
 
@@ -101,18 +101,17 @@ def _read_header(file: Path) -> Header:
     header = check_header(file)
     try:
         with safe_open(file, framework="pt") as opened:
-            opened.keys()  # the library that will read it agrees
+            opened.keys()  # the library must accept the file, too
     except (SafetensorError, OSError) as error:
         raise AfaError(
             "AFA-LOAD-103",
-            f"'{file}' must be a complete safetensors file, but reading its header says: {error}. "
-            "Download or copy it again.",
+            f"'{file}' is not a complete safetensors file: {error}. Download or copy it again.",
         ) from error
     return header
 
 
 def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of a file's tensors, by name, from its header alone.
+    """Return the shapes of a file's tensors by name, from its header alone.
 
     Raises:
         AfaError: see `check_safetensors`.
@@ -120,17 +119,8 @@ def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     return {name: tuple(entry["shape"]) for name, entry in check_safetensors(file).tensors.items()}
 
 
-def tensor_dtypes(file: Path) -> dict[str, str]:
-    """The kinds of a file's numbers as safetensors names them (`F16`, `I8`), by tensor.
-
-    Raises:
-        AfaError: see `check_safetensors`.
-    """
-    return {name: entry["dtype"] for name, entry in check_safetensors(file).tensors.items()}
-
-
 def count_elements(files: Iterable[Path]) -> Counter[str]:
-    """How many numbers files have of each type, as safetensors names it, from their headers.
+    """Count elements by data type (such as `F16`), from the files' headers.
 
     Raises:
         AfaError: see `check_safetensors`.
@@ -143,7 +133,7 @@ def count_elements(files: Iterable[Path]) -> Counter[str]:
 
 
 def file_metadata(file: Path) -> dict[str, str]:
-    """The texts that a safetensors file's header holds beside its tensors.
+    """Return the metadata in a safetensors file's header.
 
     Raises:
         AfaError: see `check_safetensors`.
@@ -152,30 +142,30 @@ def file_metadata(file: Path) -> dict[str, str]:
 
 
 def refuse_quantised(file: Path) -> None:
-    """Refuse weights whose numbers mean nothing without a scale; see `is_quantised`.
+    """Check that no weights are quantised; see `is_quantised`.
 
     Raises:
-        AfaError: names the first.
+        AfaError: if some are; names the first.
     """
-    for name, kind in tensor_dtypes(file).items():
-        if is_quantised(name, is_float=kind.startswith(("F", "BF"))):
+    for name, entry in check_safetensors(file).tensors.items():
+        if is_quantised(name, is_float=entry["dtype"].startswith(("F", "BF"))):
             raise AfaError(
                 "AFA-LOAD-104",
-                f"Weights must be plain numbers; '{name}' in '{file}' is quantised ({kind}). Take "
-                "the float16 or float32 version.",
+                f"'{name}' in '{file}' is quantised ({entry['dtype']}); weights must be unscaled "
+                "floating-point numbers. Use the float16 or float32 version.",
             )
 
 
 def is_quantised(name: str, *, is_float: bool) -> bool:
-    """Whether a tensor is a scale of others, or one of integers that a scale belongs to."""
+    """Whether a tensor is a scale of quantised weights, or consists of integer weights."""
     is_scale = name.endswith(_SCALES)
     return is_scale or (name.endswith(".weight") and not is_float)
 
 
 def hash_files(path: Path, files: Iterable[Path]) -> str:
-    """SHA-256 of a single file as it is; of a folder that of the lines `<sha256>  <relative path>`.
+    """SHA-256 of a single file; for a folder, of the lines `<sha256>  <relative path>`.
 
-    The lines are sorted by path; they are what `sha256sum` prints.
+    The lines are sorted by path and have the format of `sha256sum`.
     """
     if path.is_file():
         return hash_file(path)
@@ -190,9 +180,9 @@ def hash_expert(path: Path) -> str:
 
 
 def hash_pipeline(path: Path) -> str:
-    """SHA-256 of all that decides a model's pictures: of a file, or of a folder's parts.
+    """SHA-256 of all files that affect a model's pictures: a single file, or parts of a folder.
 
-    Unlike `hash_expert` it sees the autoencoder, the tokenizer and the scheduler, too.
+    Unlike `hash_expert`, it includes the autoencoder, the tokenizer and the scheduler.
     """
     weights = weight_files(path)
     folders = [path / "vae", path / "scheduler", *sorted(path.glob("tokenizer*"))]
@@ -200,7 +190,7 @@ def hash_pipeline(path: Path) -> str:
 
 
 def hash_vae(path: Path) -> str:
-    """SHA-256 of an autoencoder, in any of the places that `load_vae` reads."""
+    """SHA-256 of an autoencoder, in any layout that `load_vae` reads."""
     folder = path / "vae" if (path / "vae").is_dir() else path
     return hash_files(path, [] if path.is_file() else weights_in(folder)[1])
 
@@ -210,10 +200,10 @@ def _files_in(folder: Path) -> list[Path]:
 
 
 def keep_no_words(tokenizer: T) -> T:
-    """A tokenizer of transformers without the cache of words that it has beneath.
+    """Disable the word cache of a transformers tokenizer.
 
-    tokenizers 0.23 loses that cache when the tokenizer goes: kilobytes for each that was used,
-    over a megabyte after ten thousand words. It saves some microseconds a caption.
+    tokenizers 0.23 leaks that cache when a tokenizer is deleted: some kilobytes each, more than a
+    megabyte after ten thousand words. The cache saves only microseconds per caption.
     """
     model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
     resize = getattr(model, "_resize_cache", None)

@@ -443,7 +443,7 @@ def test_shipped_tokenizers_are_the_published_ones() -> None:
 
 
 def test_unknown_files_say_what_is_known(tmp_path: Path) -> None:
-    with refusal("AFA-LOAD-069", "'nothing'"):
+    with refusal("AFA-LOAD-069", "'none'"):
         config_of({}, "file")
     with refusal("AFA-LOAD-069"):
         config_of({"blocks.0.weight": (1, 1)}, "file")

@@ -1,4 +1,4 @@
-"""LoRAs as experts: every tensor of a file is applied, known to be harmless, or refused by name."""
+"""LoRAs as experts: every tensor of a file is applied, known to have no effect, or refused."""
 
 from afa.loading.lora.expert import check_lora, lora_expert, shared_copy
 from afa.loading.lora.file import hash_lora

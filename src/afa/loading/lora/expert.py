@@ -1,7 +1,7 @@
-"""A LoRA on a base as an expert that shares the base's memory.
+"""Merge a LoRA into a copy of its base that shares the base's memory.
 
-N LoRAs of one base cost about one model: each expert is a copy of the base's modules around the
-very same parameters, and owns only those of the layers that its LoRA changes (W + scale * dW).
+N LoRAs of one base need the memory of about one model: each expert is a copy of the base's modules
+with the same parameters, and has its own only in layers that its LoRA changes (W + scale * dW).
 """
 
 from __future__ import annotations
@@ -35,32 +35,32 @@ if TYPE_CHECKING:
 
 
 def lora_expert(base: Expert, asked: ExpertSource) -> Expert:
-    """Merge a LoRA into a copy of its base that shares all parameters which the LoRA leaves alone.
+    """Merge a LoRA into a copy of its base that shares all unchanged parameters.
 
     Args:
         base: loaded; it is not changed.
-        asked: which LoRA, and its scale.
+        asked: the LoRA and its scale.
 
     Raises:
-        AfaError: the file is missing, a pickle or damaged, no LoRA, or has a tensor that cannot
-            be applied to this base; see `plan_changes`.
+        AfaError: if the file is missing, a pickle, damaged or not a LoRA, or has a tensor that
+            cannot be applied to this base; see `plan_changes`.
     """
-    assert asked.lora is not None, "it names one"
+    assert asked.lora is not None, "checked by the caller"
     source = Path(asked.lora).expanduser()
     lora = open_lora(source)
     reference = LoraReference(str(source.absolute()), hash_lora(source), asked.scale)
     if asked.lora_sha256 not in (None, reference.sha256):
         raise AfaError(
             "AFA-LOAD-031",
-            f"The LoRA '{lora.path}' must have SHA-256 {asked.lora_sha256}, with which the "
-            f"ensemble was trained, has {reference.sha256}. Restore that file, or train again.",
+            f"The LoRA '{lora.path}' has SHA-256 {reference.sha256}; the ensemble was trained with "
+            f"{asked.lora_sha256}. Restore that file, or train again.",
         )
     models = {base.kind.denoiser: base.denoiser, **base.text_encoders}
     changes = plan_changes(lora, Base.of(asked.source, base.kind, models), asked.scale)
     by_part: defaultdict[str, list[Change]] = defaultdict(list)
     for change in changes:
         by_part[change.part].append(change)
-    # an encoder without any change is the base's own, which then runs once for all
+    # an unchanged text encoder stays the base's object, so that it runs only once
     copies = {part: shared_copy(models[part]) for part in {base.kind.denoiser, *by_part}}
     for part, each in by_part.items():
         _merge(copies[part], lora, each, asked.scale)
@@ -73,17 +73,17 @@ def lora_expert(base: Expert, asked: ExpertSource) -> Expert:
 
 
 def check_lora(asked: ExpertSource, config: Path, *, with_values: bool = True) -> None:
-    """Refuse what `lora_expert` refuses, with the same words, without the base's weights.
+    """Raise the errors of `lora_expert`, without the base's weights.
 
     Args:
-        asked: which LoRA on which base.
+        asked: the LoRA and its base.
         config: the pipeline folder that describes the base.
-        with_values: whether the LoRA's numbers are read as well, not its header alone.
+        with_values: whether to check the LoRA's values for NaN or infinity, too.
 
     Raises:
         AfaError: see `lora_expert`.
     """
-    assert asked.lora is not None, "it names one"
+    assert asked.lora is not None, "checked by the caller"
     lora = open_lora(Path(asked.lora))
     index = read_json(config / "model_index.json")
     kind = kind_of(str(index.get("_class_name")), asked.source)
@@ -104,19 +104,19 @@ def check_lora(asked: ExpertSource, config: Path, *, with_values: bool = True) -
 
 
 def shared_copy(module: Any) -> Any:
-    """Modules of its own around the very same parameters and buffers."""
+    """Copy a module, but share its parameters and buffers."""
     kept = (*module.parameters(), *module.buffers())
     return copy.deepcopy(module, {id(tensor): tensor for tensor in kept})
 
 
 @torch.no_grad()
 def _merge(model: nn.Module, lora: LoraFile, changes: list[Change], scale: float) -> None:
-    """Give every layer that is changed parameters of its own, with the LoRA in them."""
+    """Replace the parameters of every changed layer by merged ones."""
     parameters = dict(model.named_parameters())
-    places: defaultdict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
-    for module in model.modules():  # a parameter may be at several, as T5's embedding is
+    owners: defaultdict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
+    for module in model.modules():  # several modules may share a parameter, such as T5's embedding
         for name, parameter in module.named_parameters(recurse=False):
-            places[id(parameter)].append((module, name))
+            owners[id(parameter)].append((module, name))
     read = read_tensors(lora, (change.tensors for change in changes))
     for change, tensors in zip(changes, read, strict=True):
         rank = len(tensors["down"]) if "down" in tensors else 1
@@ -132,7 +132,7 @@ def _merge(model: nn.Module, lora: LoraFile, changes: list[Change], scale: float
                     f"{str(old.dtype).removeprefix('torch.')}. Merged weights must be finite. "
                     "Lower the scale, or use bfloat16 or float32.",
                 )
-            # not in place: the base's own weight is every other expert's
+            # not in place: other experts share the base's parameter
             parameter = nn.Parameter(new, requires_grad=False)
-            for module, own in places[id(old)]:
+            for module, own in owners[id(old)]:
                 setattr(module, own, parameter)

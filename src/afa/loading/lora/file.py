@@ -1,4 +1,4 @@
-"""A LoRA's file: its tensors, what it and the configuration beside it say, and its hash."""
+"""Read a LoRA file: its tensors, its metadata, PEFT's configuration, and its hash."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 K = TypeVar("K")
 
-#: in the names of tensors: methods that add something else than a low-rank product
+#: parts of tensor names by which methods other than LoRA are detected
 _OTHER_METHODS = {
     "dora_scale": "DoRA in the layout of LyCORIS",
     "hada_": "LoHa",
@@ -39,28 +39,28 @@ _OTHER_METHODS = {
     "bundle_emb.": "a textual inversion",
 }
 _CONFIG = "adapter_config.json"
-#: bytes of it; published ones have 2 kB
+#: maximum size in bytes; published ones have 2 kB
 _MAX_CONFIG = 1_000_000
-_METADATA = "lora_adapter_metadata"  # where diffusers keeps PEFT's configuration
+_METADATA = "lora_adapter_metadata"  # diffusers' key for PEFT's configuration
 
 
 def open_lora(path: Path) -> LoraFile:
-    """Read a LoRA's header, and PEFT's configuration where there is one.
+    """Read a LoRA's header, and PEFT's configuration if there is one.
 
     Args:
-        path: a file, or a pickle that may be opened.
+        path: a safetensors file, or a pickle if pickles are allowed.
 
     Raises:
-        AfaError: the file is missing, a pickle, damaged, or of another method than LoRA; or it is
-            in PEFT's own layout without its configuration.
+        AfaError: if the file is missing, a forbidden pickle, damaged, of another method than LoRA,
+            or in PEFT's own layout without its configuration.
     """
     path = path.expanduser()
     if path.suffix.lower() in PICKLES:
-        path = as_safetensors(path, "A LoRA")
+        path = as_safetensors(path)
     if not path.is_file():
         raise AfaError(
             "AFA-LOAD-033",
-            f"A LoRA must be a local file; '{path}' does not exist. Download it first.",
+            f"The LoRA '{path}' does not exist; it must be a local file. Download it first.",
         )
     header = check_safetensors(path)
     for mark, method in _OTHER_METHODS.items():
@@ -68,9 +68,9 @@ def open_lora(path: Path) -> LoraFile:
         if found is not None:
             raise AfaError(
                 "AFA-LOAD-034",
-                f"'{path}' has '{found}', a tensor of {method}. A LoRA must add low-rank products "
-                "to weights. Merge it into a checkpoint with the tool it is from, and name that as "
-                "the expert.",
+                f"'{path}' has '{found}', a tensor of {method}, which is not supported. A LoRA "
+                "must add low-rank products to weights. Merge it into a checkpoint with the tool "
+                "that made it, and use that as the expert.",
             )
     adapter = None
     if any(name.startswith(RAW_PEFT) for name in header.tensors):
@@ -80,9 +80,9 @@ def open_lora(path: Path) -> LoraFile:
 
 
 def hash_lora(path: Path) -> str:
-    """SHA-256 of a LoRA's file; with the `adapter_config.json` that scales it, of both.
+    """SHA-256 of a LoRA's file, or of the file and its `adapter_config.json` (PEFT).
 
-    Two files are hashed as a folder's are, see `afa.loading.weights.hash_files`.
+    Two files are hashed like those of a folder, see `afa.loading.weights.hash_files`.
 
     Raises:
         AfaError: see `open_lora`.
@@ -95,14 +95,14 @@ def hash_lora(path: Path) -> str:
 
 
 def read_tensors(lora: LoraFile, entries: Iterable[Mapping[K, str]]) -> Iterator[dict[K, Tensor]]:
-    """The tensors of each entry in float32, one entry at a time.
+    """Yield the tensors of each entry in float32, one entry at a time.
 
     Args:
         lora: the file.
         entries: names of tensors, by any key.
 
     Raises:
-        AfaError: a tensor has NaN or infinity.
+        AfaError: if a tensor has non-finite values (NaN or infinity).
     """
     with safe_open(lora.path, framework="pt") as file:
         for entry in entries:
@@ -112,24 +112,24 @@ def read_tensors(lora: LoraFile, entries: Iterable[Mapping[K, str]]) -> Iterator
                     raise AfaError(
                         "AFA-LOAD-035",
                         f"'{entry[key]}' of the LoRA '{lora.path}' has non-finite values (NaN or "
-                        "infinity). All numbers of a LoRA must be finite. Download it again, or "
-                        "take an earlier checkpoint of its training.",
+                        "infinity); all values must be finite. Download it again, or use an "
+                        "earlier checkpoint of its training.",
                     )
             yield tensors
 
 
 # -- PEFT's configuration ---------------------------------------------------------------------
 
-#: of `peft.LoraConfig`: what makes more of the tensors than a low-rank product
+#: settings of `peft.LoraConfig` that change the computation to more than a low-rank product
 _UNSUPPORTED = (
     *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication"),
     *("megatron_config", "monteclora_config", "target_parameters", "trainable_token_indices"),
     *("use_bdlora", "use_qalora", "velora_config"),
 )
-#: how factors were initialised, where that left the base's own weights as they were
+#: initialisations that do not change the base's weights
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
-#: patterns of layers' names; PEFT takes any expression, and some take forever to be matched
+#: accepted patterns of layer names; PEFT accepts any regular expression, also endlessly slow ones
 _PATTERN = re.compile(r"\^?[\w.-]{1,300}\$?")
 
 
@@ -138,9 +138,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not place.is_file():
         raise AfaError(
             "AFA-LOAD-036",
-            f"'{path}' is a LoRA in PEFT's own layout, whose scale (lora_alpha) stands in the "
-            f"{_CONFIG} that PEFT saves with it. That file must lie beside it; there is none. "
-            "Download or copy it, too.",
+            f"'{path}' is a LoRA in PEFT's own layout, but there is no {_CONFIG} beside it, which "
+            "has its scale (lora_alpha). Download or copy that file to the same folder.",
         )
     config = read_json(place, _MAX_CONFIG)
     _check_config(config, place)
@@ -148,7 +147,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _by_part(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """PEFT's configurations in the header: `{"unet.r": 4, "unet.lora_alpha": 8, ...}`."""
+    """Read PEFT's configurations in the header: `{"unet.r": 4, "unet.lora_alpha": 8, ...}`."""
     if not metadata.get(_METADATA):
         return {}
     try:
@@ -158,8 +157,8 @@ def _by_part(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any
     if not isinstance(content, dict):
         raise AfaError(
             "AFA-LOAD-037",
-            f"The metadata {_METADATA} of the LoRA '{path}' is no JSON object. It must be what "
-            "diffusers writes. Save the LoRA again, or without metadata.",
+            f"The metadata {_METADATA} of the LoRA '{path}' must be a JSON object, as diffusers "
+            "writes it. Save the LoRA again, or without metadata.",
         )
     found: dict[str, dict[str, Any]] = {}
     for key, value in content.items():
@@ -171,13 +170,13 @@ def _by_part(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any
 
 
 def _check_config(config: Mapping[str, Any], place: Path) -> None:
-    """Refuse what is more than low-rank products, or is damaged."""
+    """Check that a PEFT configuration describes low-rank products, with finite scales."""
     method = config.get("peft_type") or "LORA"
     if method != "LORA":
         raise AfaError(
             "AFA-LOAD-038",
-            f"'{place}' describes a {method} adapter. It must be a LORA one. Merge the adapter "
-            "into its base with PEFT, and name the result as the expert.",
+            f"'{place}' describes a {method} adapter; only LORA is supported. Merge the adapter "
+            "into its base with PEFT, and use the result as the expert.",
         )
     start = config.get("init_lora_weights")
     wrong = [f"{key} = {config[key]}" for key in _UNSUPPORTED if config.get(key)]
@@ -186,9 +185,9 @@ def _check_config(config: Mapping[str, Any], place: Path) -> None:
     if wrong:
         raise AfaError(
             "AFA-LOAD-039",
-            f"'{place}' has {str(wrong[0])[:120]}. A LoRA must add low-rank products to the "
-            "weights of its base. Merge the adapter into its base with PEFT, and name the result "
-            "as the expert.",
+            f"'{place}' has {str(wrong[0])[:120]}, which is not supported; a LoRA must add "
+            "low-rank products to the weights of its base. Merge the adapter into its base with "
+            "PEFT, and use the result as the expert.",
         )
     numbers = {"r": config.get("r", 1), "lora_alpha": config.get("lora_alpha", 1)}
     for key in ("rank_pattern", "alpha_pattern"):
@@ -199,6 +198,6 @@ def _check_config(config: Mapping[str, Any], place: Path) -> None:
         if not is_number or not _PATTERN.fullmatch(key):
             raise AfaError(
                 "AFA-LOAD-040",
-                f"'{place}' has '{key[:80]}' = {str(value)[:60]}. Ranks and alphas must be finite "
-                "numbers, for layers by their names. Download it again.",
+                f"'{place}' has '{key[:80]}' = {str(value)[:60]}; ranks and alphas must be finite "
+                "numbers, and their keys names of layers. Download it again.",
             )

@@ -1,1 +1,1 @@
-"""How much memory an ensemble will take, and where to keep its experts so that it fits."""
+"""Estimate an ensemble's memory, and choose where to store its experts so that it fits."""

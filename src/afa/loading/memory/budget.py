@@ -1,4 +1,4 @@
-"""A budget of memory, and the fastest way to stay within it."""
+"""Choose the fastest storage of experts that fits a memory budget."""
 
 from __future__ import annotations
 
@@ -14,47 +14,47 @@ from afa.errors import AfaError
 if TYPE_CHECKING:
     from afa.loading.memory.needs import Needs
 
-#: where the experts' layers are until they run
+#: where the experts' layers are stored until they run
 Place = Literal["memory", "offload", "stream"]
 
-#: how many layers are read ahead while one runs
+#: number of layers that are prefetched while one runs
 AHEAD = 2
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{prefix}B": 1000**n for n, prefix in enumerate("KMGT", start=1)}
 _UNITS |= {f"{prefix}IB": 1024**n for n, prefix in enumerate("KMGT", start=1)}
-_CUDA = 600_000_000  # what CUDA and its libraries take of a device, roughly
-_SAID = {
+_CUDA = 600_000_000  # device memory used by CUDA and its libraries, roughly
+_LABELS = {
     "memory": "all experts in memory",
-    "offload": "experts in the processor's memory, brought a layer at a time",
-    "stream": "experts in a file, read a layer at a time",
+    "offload": "experts in the CPU's memory, moved to the device layer by layer",
+    "stream": "experts in a file, read layer by layer",
 }
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `8GB`, `7.5 GiB`, `900MB`.
+    """Convert a size such as `8GB`, `7.5 GiB` or `900MB` to bytes.
 
     Raises:
-        AfaError: it is no such size.
+        AfaError: if it is not such a size.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     unit = match and _UNITS.get(match[2].upper())
     if match is None or unit is None or float(match[1]) == 0:
         raise AfaError(
             "AFA-MEMORY-001",
-            f"A memory budget must be a size such as 8GB or 7.5GiB, came '{text}'.",
+            f"A memory budget must be a size such as 8GB or 7.5GiB; got '{text}'.",
         )
     return int(float(match[1]) * unit)
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What was chosen, and why.
+    """The chosen storage of experts, and the estimates.
 
     Attributes:
-        place: where the experts' layers are.
-        budget: bytes, of the device's memory.
-        takes: bytes there by place, for every place that was considered, the fastest first.
-        program: bytes of these that are no model's.
+        place: where the experts' layers are stored.
+        budget: bytes of the device's memory.
+        takes: bytes needed on the device for every considered place, the fastest first.
+        program: bytes of these that are needed without any model.
     """
 
     place: Place
@@ -63,31 +63,31 @@ class MemoryPlan:
     program: int
 
     def lines(self) -> list[str]:
-        """For a user to read, before any work."""
+        """Describe the plan for the user, before any work."""
         lines = [
-            f"memory budget {size_text(self.budget)}, of which {size_text(self.program)} is the "
-            "program"
+            f"memory budget {size_text(self.budget)}, of which the program needs "
+            f"{size_text(self.program)}"
         ]
         for place, needed in self.takes.items():
             verdict = "fits" if needed <= self.budget else "does not fit"
             chosen = ", chosen" if place == self.place else ""
-            lines.append(f"  {size_text(needed):>9}  {_SAID[place]}: {verdict}{chosen}")
+            lines.append(f"  {size_text(needed):>9}  {_LABELS[place]}: {verdict}{chosen}")
         return lines
 
 
 def choose(
     needs: Needs, budget: int, device: str | torch.device, *, can_stream: bool = True
 ) -> MemoryPlan:
-    """The fastest way that fits.
+    """Choose the fastest place that fits.
 
     Args:
         needs: of the ensemble.
-        budget: bytes of the device's memory that may be used, this process's own included.
-        device: where everything is computed.
-        can_stream: whether layers may be kept in a file.
+        budget: usable bytes of the device's memory, including this process's own.
+        device: that computes.
+        can_stream: whether layers may be stored in a file.
 
     Raises:
-        AfaError: nothing fits.
+        AfaError: if nothing fits.
     """
     on_cpu = torch.device(device).type == "cpu"
     program = program_bytes(on_cpu)
@@ -101,17 +101,17 @@ def choose(
             return MemoryPlan(place, budget, takes, program)
     raise AfaError(
         "AFA-MEMORY-002",
-        f"The memory budget must be at least {size_text(min(takes.values()))} for these experts "
-        f"({_SAID[min(takes, key=lambda place: takes[place])]}), is {size_text(budget)}. Raise it, "
-        "draw smaller pictures, or load the experts as bfloat16.",
+        f"The memory budget is {size_text(budget)}; these experts need at least "
+        f"{size_text(min(takes.values()))} ({_LABELS[min(takes, key=lambda place: takes[place])]})."
+        " Raise it, draw smaller pictures, or load the experts as bfloat16.",
     )
 
 
 def program_bytes(on_cpu: bool) -> int:
-    """Bytes that are taken whatever is loaded."""
+    """Return the bytes that the program needs without any model."""
     return psutil.Process().memory_info().rss if on_cpu else _CUDA
 
 
 def size_text(size: int) -> str:
-    """Bytes as people read them."""
+    """Format bytes for the user."""
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

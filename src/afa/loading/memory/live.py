@@ -1,4 +1,4 @@
-"""The most memory that a computation holds at once, found without computing it."""
+"""Measure the peak memory of a computation on the meta device, without computing it."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ if TYPE_CHECKING:
 
 
 def peak_of(function: Callable[[], object]) -> int:
-    """Bytes of all tensors that a function makes and that live at once, at the most.
+    """Return the peak bytes of all tensors that a function creates.
 
     Args:
-        function: is run without gradients; of tensors on the meta device nothing is computed.
+        function: is run without gradients, usually with tensors on the meta device.
     """
     return measure(function)[0]
 
 
 def measure(function: Callable[[], object]) -> tuple[int, int]:
-    """As `peak_of`, and the floating-point operations of the computation."""
+    """Return the result of `peak_of`, and the floating-point operations of the computation."""
     with torch.no_grad(), _Live() as live, _Attention() as attention:
         function()
     return live.peak, live.flops + attention.flops
 
 
 def kept_by(function: Callable[[], object]) -> int:
-    """Bytes of all that a computation keeps for its gradients, parameters left out.
+    """Return the bytes of all tensors saved for the backward pass, without parameters.
 
     Args:
-        function: is run with gradients; of tensors on the meta device nothing is computed.
+        function: is run with gradients, usually with tensors on the meta device.
     """
     kept: dict[StorageWeakRef, int] = {}
     held: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:
         if not isinstance(tensor, nn.Parameter):
-            held.append(tensor)  # or another would get its place
+            held.append(tensor)  # so that no other tensor gets its storage
             kept[_storage(tensor)] = tensor.untyped_storage().nbytes()
         return tensor
 
@@ -58,7 +58,7 @@ def kept_by(function: Callable[[], object]) -> int:
 
 
 class _Live(TorchDispatchMode):
-    """Counts operations; and storages from the one that makes them to that where they are gone."""
+    """Counts floating-point operations, and the bytes of storages while they are alive."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ def _storage(tensor: Tensor) -> StorageWeakRef:
 
 
 class _Attention(TorchFunctionMode):
-    """Attention as the fused kernels do it, which never hold all scores at once."""
+    """Attention with the memory of fused kernels, which never store all scores at once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class _Attention(TorchFunctionMode):
         if func is functional.scaled_dot_product_attention:
             named = {**dict(zip(("query", "key", "value"), args, strict=False)), **(kwargs or {})}
             query, value = named["query"], named["value"]
-            # two products, of every query with every key, and of what comes of it with the values
+            # two products: queries with keys, and scores with values
             self.flops += 2 * query.numel() * value.shape[-2] * 2
             return query.new_empty(*query.shape[:-1], value.shape[-1])
         return func(*args, **(kwargs or {}))

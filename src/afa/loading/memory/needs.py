@@ -1,4 +1,4 @@
-"""What an ensemble will take, told from configurations: no weights are read."""
+"""Estimate an ensemble's memory and operations from configurations, without weights."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Training:
-    """How aggregators are trained.
+    """Settings of a training that affect memory.
 
     Attributes:
-        is_checkpointed: whether what lies between two sites is computed again.
+        is_checkpointed: whether activations between two sites are recomputed.
         has_average: whether a moving average of the aggregators is kept.
     """
 
@@ -49,23 +49,23 @@ class Training:
 
     @property
     def copies(self) -> int:
-        """Of every parameter besides itself: its gradient, AdamW's two moments, its average."""
+        """Copies of every parameter: its gradient, AdamW's two moments, its moving average."""
         return 3 + self.has_average
 
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes.
+    """Estimated bytes of an ensemble.
 
     Attributes:
         num_experts: N.
-        layers: of all experts together, what can be elsewhere until it runs.
-        largest: one such layer.
-        rest: of all experts together, what stays.
+        layers: of all experts together, layers that can be offloaded until they run.
+        largest: the largest such layer.
+        rest: of all experts together, everything else.
         encoders: text encoders.
         others: autoencoder and aggregators.
-        work: what a step, or decoding a picture, holds at once besides.
-        flops: floating-point operations of a step; of a training's step, forward and backward.
+        work: peak of the activations of a step, or of decoding a picture.
+        flops: floating-point operations of a step; in training, forward and backward.
     """
 
     num_experts: int
@@ -79,18 +79,19 @@ class Needs:
 
     @property
     def in_memory(self) -> int:
-        """All experts at hand."""
+        """Everything, with all experts in memory."""
         return self.layers + self.resting
 
     @property
     def resting(self) -> int:
-        """All that is not a layer."""
+        """Everything except the layers."""
         return self.rest + self.encoders + self.others + self.work
 
     def streamed(self, ahead: int) -> int:
-        """One layer that runs, those that are read ahead, and the one before, not given up yet.
+        """The peak if layers are streamed from a file.
 
-        While experts are loaded, one after another, one of them is there as a whole.
+        In a step: the running layer, the prefetched ones and the previous one. During loading: one
+        complete expert.
         """
         expert = (self.layers + self.rest) // self.num_experts
         loading = expert + self.rest + self.encoders
@@ -109,27 +110,27 @@ def needs_of(
     weight_bits: int | None = None,
     training: Training | None = None,
 ) -> Needs:
-    """What N experts that one pipeline folder describes will take to draw, or to train.
+    """Estimate the needs of N experts of one architecture for drawing or training.
 
     Args:
-        config: a pipeline folder; of it the configurations are read, no weights.
+        config: a pipeline folder, of which only the configurations are read.
         num_experts: N.
         aggregators: of all sites; None for the mean.
-        encoder_sets: how many models' text encoders are loaded.
+        encoder_sets: number of different sets of text encoders.
         dtype: of experts, text encoders and autoencoder.
-        pixels: height times width of a picture; None for what the experts were made for.
+        pixels: height times width of a picture; None for the experts' native resolution.
         batch: of a step; guidance doubles it.
-        weight_bits: of linear layers' weights in the experts, where they are quantised.
-        training: where aggregators are trained, and nothing is drawn.
+        weight_bits: bits of the experts' linear weights; None if they are not quantised.
+        training: settings of the aggregators' training; None for drawing.
 
     Raises:
-        AfaError: a model of no known kind, or no configuration of an autoencoder.
+        AfaError: if the model is of an unknown kind, or its autoencoder's configuration is missing.
     """
     if not (config / "vae" / "config.json").is_file():
         raise AfaError(
             "AFA-MEMORY-003",
-            f"To plan memory, '{config}' must describe an autoencoder; it has no vae/config.json. "
-            "Copy it from the model that lends the autoencoder, or leave the budget out.",
+            f"'{config}' has no vae/config.json, which a memory plan requires. Copy it from the "
+            "model that supplies the autoencoder, or remove the memory budget.",
         )
     index = read_json(config / "model_index.json")
     class_name = str(index.get("_class_name"))
@@ -159,19 +160,19 @@ def needs_of(
 
 @dataclass(frozen=True)
 class _Measured:
-    """What takes long to find out and does not depend on the size of what is drawn.
+    """Measurements that take long and do not depend on the size of pictures.
 
     Attributes:
         layers: bytes of one expert's layers.
-        largest: one of them.
-        rest: of the expert.
-        others: autoencoder, aggregators, and what training keeps of these.
-        step: bytes at once in a step of batch 1 on the smallest input.
-        cells: of that input's latent.
+        largest: bytes of its largest layer.
+        rest: bytes of the rest of the expert.
+        others: bytes of autoencoder and aggregators, with gradients and optimizer in training.
+        step: peak bytes of a step of batch 1 on the smallest input.
+        cells: latent pixels of that input.
         flops: of that step.
-        decoding: bytes at once when a latent of `_SIDE` is decoded.
-        native: pixels of the pictures that the experts were made for.
-        shrink: of the autoencoder, per side.
+        decoding: peak bytes of decoding a latent of side `_SIDE`.
+        native: pixels of the experts' native resolution.
+        shrink: downsampling factor of the autoencoder, per side.
     """
 
     layers: int
@@ -187,35 +188,34 @@ class _Measured:
 
 
 def _text(config: Path) -> str:
-    """A configuration as one text, equal for equal content."""
+    """Return a configuration as a string that is equal for equal content."""
     return json.dumps(read_json(config), sort_keys=True)
 
 
 @lru_cache(maxsize=32)
 def _measured(class_name: str, *described: Any) -> _Measured:
-    """As `_measure`; what was measured once is kept in the user's cache folder.
+    """Call `_measure`, with a cache in the user's cache folder.
 
-    A family that is registered from outside is measured in every process, since nothing here says
-    whether its code has changed.
+    Families registered by other packages are not cached on disk, since their code may change.
     """
     kind = kind_of(class_name, "the model")
     if kind.family.model_class.__module__.partition(".")[0] != "diffusers":
         return _measure(kind, *described)
     key = hashlib.sha256(f"{class_name} {described} {_code()}".encode()).hexdigest()
-    place = cache_folder() / "estimates" / f"{key[:32]}.json"
+    cached = cache_folder() / "estimates" / f"{key[:32]}.json"
     try:
-        return _Measured(**read_json(place))
+        return _Measured(**read_json(cached))
     except (AfaError, OSError, TypeError):  # missing or damaged
         found = _measure(kind, *described)
         with suppress(OSError):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(place, json.dumps(asdict(found)) + "\n")
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(cached, json.dumps(asdict(found)) + "\n")
         return found
 
 
 @cache
 def _code() -> str:
-    """SHA-256 of all code that an estimate comes from, and the releases of the libraries."""
+    """SHA-256 of the code that computes estimates, and of the libraries' versions."""
     digest = hashlib.sha256(f"{torch.__version__} {diffusers.__version__}".encode())
     package = Path(__file__).parents[2]
     for part in ("aggregators", "denoisers", "loading/memory"):
@@ -240,7 +240,7 @@ def _measure(
         twin: Any = family.model_class.from_config(json.loads(denoiser))
         vae = AutoencoderKL.from_config(json.loads(autoencoder))
         for model in (twin, vae):
-            nn.Module.to(model, dtype)  # the library's own says that it keeps nothing in float32
+            nn.Module.to(model, dtype)  # diffusers' own `to` warns about modules in float32
         sites = discover_sites(twin)
         rules: list[Any] = []
         if aggregators is not None:
@@ -249,12 +249,14 @@ def _measure(
     size = _quantised(weight_bits)
     held = sum(size(layer) for layer in _outermost(family.layers(twin)))
     own = list(dict.fromkeys(rules))
-    # beside experts in half precision a copy of them runs, see afa.aggregators.lowered
+    # with experts in half precision, a lowered copy of the rules runs, see afa.aggregators.lowered
     halves = HALVES if training is None else ()
     lowered = {rule: copy.deepcopy(rule).to(dtype) for rule in own if dtype in halves}
     running = [lowered.get(rule, rule) for rule in rules]
     step, cells, flops = _step(family, twin, running, num_experts, training)
     shrink = 2 ** (len(vae.config.block_out_channels) - 1)
+    latent = (1, vae.config.latent_channels, _SIDE, _SIDE)
+    height, width = kind.native_size(twin.config)
     return _Measured(
         layers=held,
         largest=max(size(layer) for layer in family.layers(twin)),
@@ -265,17 +267,17 @@ def _measure(
         step=step,
         cells=cells,
         flops=flops,
-        decoding=peak_of(lambda: _decode(vae, dtype)),
-        native=_native(kind, twin.config, shrink),
+        decoding=peak_of(lambda: vae.decode(torch.empty(latent, device="meta", dtype=dtype))),
+        native=height * width * shrink**2,
         shrink=shrink,
     )
 
 
-_SIDE = 16  # of the latent with which decoding is tried
+_SIDE = 16  # of the latent whose decoding is measured
 
 
 def _outermost(layers: Sequence[nn.Module]) -> list[nn.Module]:
-    """Those that lie in no other one."""
+    """Return the modules that are not part of another one."""
     inner = {part for layer in layers for part in layer.modules() if part is not layer}
     return [layer for layer in layers if layer not in inner]
 
@@ -286,7 +288,7 @@ def _bytes(module: nn.Module) -> int:
 
 
 def _quantised(bits: int | None) -> Any:
-    """A function that gives a module's bytes, the weights of its linear layers in so many bits."""
+    """Return a function that computes a module's bytes, with linear weights of so many bits."""
 
     def size(module: nn.Module) -> int:
         saved = 0
@@ -303,10 +305,10 @@ def _quantised(bits: int | None) -> Any:
 def _step(
     family: Family, twin: Any, rules: Sequence[Any], count: int, training: Training | None
 ) -> tuple[int, int, int]:
-    """Bytes at once in a step of batch 1 on the smallest input, that input's latent cells, flops.
+    """Return the peak bytes, latent pixels and flops of a step of batch 1 on the smallest input.
 
-    A backward pass through what is frozen takes as many operations as the forward pass, and
-    through what is trained as many again.
+    A backward pass through frozen layers needs as many operations as the forward pass; recomputed
+    activations need as many again.
     """
     inputs = {key: _cast(value, twin.dtype) for key, value in family.example(twin).items()}
     latent = inputs[family.latent]
@@ -343,19 +345,8 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if is_float else value
 
 
-def _decode(vae: Any, dtype: torch.dtype) -> None:
-    channels = vae.config.latent_channels
-    vae.decode(torch.empty(1, channels, _SIDE, _SIDE, device="meta", dtype=dtype))
-
-
-def _native(kind: PipelineKind, config: Any, shrink: int) -> int:
-    """Pixels of the pictures that the experts were made for."""
-    height, width = kind.native_size(config)
-    return height * width * shrink**2
-
-
 def _encoder_bytes(config: Path, index: dict[str, Any], dtype: torch.dtype) -> list[int]:
-    """Of every text encoder of one model."""
+    """Return the bytes of every text encoder of one model."""
     sizes = []
     for name, class_name in parts_of(index).items():
         if not name.startswith("text_encoder"):

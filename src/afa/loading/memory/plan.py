@@ -1,4 +1,4 @@
-"""From the names of experts to a plan of where to keep them, before any of them is loaded."""
+"""Plan where experts are stored, before any of them is loaded."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from afa.aggregators import SABWConfig
     from afa.loading.manifest import ExpertManifest
 
-#: of a weight that `afa.loading.quantization` has packed
+#: of a weight that `afa.loading.quantization` quantised
 _QUANTISED_BITS = 8
 
 
@@ -32,21 +32,21 @@ def plan_experts(
     pixels: int | None = None,
     is_quantised: bool = False,
 ) -> MemoryPlan:
-    """The fastest way to keep experts that stays within a budget of the device's memory.
+    """Choose the fastest storage of experts that fits a budget of the device's memory.
 
-    An expert that is a LoRA counts as a whole one, which is more than it takes in memory.
+    A LoRA is counted as a complete expert, which is more than it needs.
 
     Args:
         experts: all of them.
         aggregators: of all sites; None for the mean.
         dtype: of weights.
-        budget: bytes, or a size such as `8GB`; what this process takes already is a part of it.
-        device: where everything is computed.
-        pixels: height times width of a picture; None for what the experts were made for.
-        is_quantised: whether linear layers are to have weights of 8 bits.
+        budget: bytes, or a size such as `8GB`; includes what this process already uses.
+        device: that computes.
+        pixels: height times width of a picture; None for the experts' native resolution.
+        is_quantised: whether linear layers get 8-bit weights.
 
     Raises:
-        AfaError: nothing fits, the budget is no size, or an expert that cannot be found or told.
+        AfaError: if nothing fits, the budget is not a size, or an expert cannot be identified.
     """
     limit = parse_size(budget) if isinstance(budget, str) else budget
     needs = needs_of(
@@ -62,9 +62,9 @@ def plan_experts(
 
 
 def encoder_sets(paths: Sequence[Path]) -> int:
-    """How many different text encoders experts have; files, which hold everything, each their own.
+    """Count the different sets of text encoders of experts.
 
-    Equal ones are kept once.
+    Equal sets are loaded once; every single file counts as one.
     """
     kinds = set()
     for path in dict.fromkeys(paths):

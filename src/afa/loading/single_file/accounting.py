@@ -1,8 +1,8 @@
-"""Is every tensor of a single file used? From its header alone, before anything is loaded.
+"""Check from a single file's header that every tensor is used, before anything is loaded.
 
-The conversion to the library's names runs once on tensors without data that remember which tensors
-of the file they were made from. What comes out must be the parameters of the model; what went into
-none of them must be known to be harmless.
+The conversion to the library's names runs once on tensors without data that record the tensors of
+the file from which they are made. The result must be the parameters of the model. Tensors that are
+in none of them must be known to have no effect.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from afa.denoisers.kinds import kind_of
 from afa.errors import NO_MODEL, AfaError
 from afa.files import parts_of, read_json
 from afa.loading.single_file.conversion import PROJECTION, converted, expected_shapes
 from afa.loading.single_file.layout import (
     denoiser_in,
+    described_kind,
     harmless,
     layout_of,
     names_by_part,
@@ -35,17 +35,17 @@ if TYPE_CHECKING:
 
 #: layers of SD 2's text encoder that its pipeline does not use
 _UNUSED_LAYER = "cond_stage_model.model.transformer.resblocks.23."
-_LEFT_OUT = "part that is not asked for"
+_LEFT_OUT = "part that is not requested"
 
 
 class Traced(torch.Tensor):
-    """A tensor without data that remembers the names of those that it was made from."""
+    """A tensor without data that records the names of the tensors from which it was made."""
 
     sources: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, name: str, shape: tuple[int, ...]) -> Traced:
-        """A tensor of a file."""
+        """Create a tensor of a file."""
         tensor = torch.empty(shape, device="meta").as_subclass(cls)
         tensor.sources = frozenset([name])
         return tensor
@@ -54,7 +54,7 @@ class Traced(torch.Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run an operation; its results come from all that it was given."""
+        """Run an operation; the sources of its results are those of all its inputs."""
         del types
         result = super().__torch_function__(func, (cls,), args, kwargs or {})
         given = [*args, *(kwargs or {}).values()]
@@ -79,20 +79,19 @@ def account(
     Args:
         shapes: of all tensors of the file.
         config: the pipeline folder that describes it.
-        source: the file, for the errors.
-        parts: that are to be read from it, and are looked at; None looks at the whole file.
-        own_vae: whether its autoencoder is to be used.
+        source: the file, for errors.
+        parts: the parts to check; None checks the complete file.
+        own_vae: whether its autoencoder is used.
 
-    Returns: how many tensors are not used, by the reason why they need not be.
+    Returns: the number of unused tensors, by the reason why they have no effect.
 
     Raises:
-        AfaError: tensors that nothing uses and that are not known to be harmless, parameters that
-            the file lacks, or other shapes. Names the first of each.
+        AfaError: if there are unused tensors not known to have no effect, missing parameters, or
+            other shapes; names the first of each.
     """
-    index = read_json(config / "model_index.json")
-    kind = kind_of(str(index.get("_class_name")), config)
+    kind = described_kind(config)
     layout_of(kind, source)
-    named, denoiser = parts_of(index), denoiser_in(shapes)
+    named, denoiser = parts_of(read_json(config / "model_index.json")), denoiser_in(shapes)
     unused: Counter[str] = Counter()
     for part, names in names_by_part(shapes, kind).items():
         if parts is not None and part not in parts:
@@ -122,10 +121,10 @@ def account_part(
         names: name without the part's prefix -> name in the file.
         shapes: of all tensors of the file.
         config: the pipeline folder that describes it.
-        source: the file, for the errors.
-        is_diffusers: whether a denoiser's names are those of diffusers already.
+        source: the file, for errors.
+        is_diffusers: whether a denoiser already has diffusers' names.
 
-    Returns: the names in the file of tensors that are not used and need not be.
+    Returns: the names in the file of unused tensors, which have no effect.
 
     Raises:
         AfaError: see `account`.
@@ -138,73 +137,68 @@ def account_part(
     except NO_MODEL as error:
         if is_own_bug(error):
             raise
-        lacks = (
-            f"'{error.args[0]}' is missing" if isinstance(error, KeyError) else "blocks are missing"
-        )
-        raise _misfit(source, config, part, lacks) from error
-    kind = kind_of(str(read_json(config / "model_index.json").get("_class_name")), config)
-    return _fit(kind, part, state, names.values(), config, source)
+        missing = f"'{error.args[0]}'" if isinstance(error, KeyError) else "blocks"
+        raise _misfit(source, config, part, f"missing {missing}") from error
+    return _fit(part, state, names.values(), config, source)
 
 
 def _fit(
-    kind: PipelineKind,
     part: str,
     state: Mapping[str, Any],
     names: Iterable[str],
     config: Path,
     source: object,
 ) -> list[str]:
-    """Compare what a part was converted to with what its configuration says.
+    """Compare a part's converted tensors with its configuration.
 
-    Returns: the file's tensors that went into no parameter.
+    Returns: the file's tensors that are in no parameter.
     """
-    expected = expected_shapes(part, config)
+    kind, expected = described_kind(config), expected_shapes(part, config)
     if part.startswith("text_encoder"):
-        # transformers has dropped `text_model.` from some classes, and adds it by itself
+        # transformers removed `text_model.` from some classes, and adds it when loading
         expected = {name.removeprefix("text_model."): shape for name, shape in expected.items()}
         state = {name.removeprefix("text_model."): tensor for name, tensor in state.items()}
     used = {name for key, t in state.items() if key in expected for name in _sources(t)}
     missing = [name for name in expected if name not in state and not _is_implied(name, expected)]
-    free = [name for name in names if name not in used]
-    strange = [name for name in free if not _is_harmless(name, part.startswith("text_encoder"))]
+    unused = [name for name in names if name not in used]
+    unknown = [name for name in unused if not _is_harmless(name, part.startswith("text_encoder"))]
     wrong = [
         f"'{min(_sources(state[name]), default=name)}' gives {name} the shape "
-        f"{tuple(state[name].shape)} where {shape} is needed"
+        f"{tuple(state[name].shape)}, expected {shape}"
         for name, shape in expected.items()
         if name in state and tuple(state[name].shape) != shape
     ]
-    if missing or strange or wrong:
-        said = _block_counts(kind, state, expected, config) if part == kind.denoiser else []
-        if not (said or strange or wrong):
+    if missing or unknown or wrong:
+        problems = _block_counts(kind, state, expected, config) if part == kind.denoiser else []
+        if not (problems or unknown or wrong):
             raise AfaError(
                 "AFA-LOAD-064",
-                f"'{source}' must be complete; of its {part}, '{config.name}' has {len(missing)} "
-                f"parameters that are missing in the file (first: '{min(missing)}'). Download or "
-                "save it again; a different model must be described by a diffusers folder of its "
-                "own: config=FOLDER.",
+                f"The {part} in '{source}' lacks {len(missing)} parameters of the configuration "
+                f"'{config.name}' (first: '{min(missing)}'). Download or save the file again, or "
+                "for another model set config to a diffusers folder of the same model.",
             )
-        if strange:
-            said.append(f"tensors that fit no layer: {len(strange)} (first: '{min(strange)}')")
+        if unknown:
+            problems.append(f"{len(unknown)} tensors that fit no layer (first: '{min(unknown)}')")
         if missing:
-            said.append(f"missing parameters: {len(missing)} (first: '{min(missing)}')")
-        raise _misfit(source, config, part, "; ".join([*said, *wrong[:1]]))
-    return free
+            problems.append(f"{len(missing)} missing parameters (first: '{min(missing)}')")
+        raise _misfit(source, config, part, "; ".join([*problems, *wrong[:1]]))
+    return unused
 
 
-def _misfit(source: object, config: Path, part: str, said: str) -> AfaError:
-    """The error of a part that is not as the configuration says."""
+def _misfit(source: object, config: Path, part: str, problems: str) -> AfaError:
+    """Make the error of a part that does not fit its configuration."""
     remedy = (
         "It may be a pruned or a different model (such as SSD-1B, Segmind-Vega, Koala or Flux with "
-        "8 double blocks). Describe it by a diffusers folder of the same model: config=FOLDER."
+        "8 double blocks). Set config to a diffusers folder of the same model."
     )
     if part == "vae":
-        remedy = "Name another autoencoder: vae=FOLDER or FILE."
+        remedy = "Set vae to another autoencoder (folder or file)."
     elif part.startswith("text_encoder"):
-        remedy = "Describe the file by a diffusers folder of the same model: config=FOLDER."
+        remedy = "Set config to a diffusers folder of the same model."
     return AfaError(
         "AFA-LOAD-065",
-        f"'{source}' does not fit the configuration '{config.name}': of its {part}, {said}. Every "
-        f"tensor of a file must be used. {remedy}",
+        f"The {part} in '{source}' does not fit the configuration '{config.name}': {problems}. "
+        f"Every tensor of a file must be used. {remedy}",
     )
 
 
@@ -213,7 +207,7 @@ def _sources(tensor: Any) -> frozenset[str]:
 
 
 def _is_implied(name: str, expected: Shapes) -> bool:
-    """Whether files may leave a parameter out, since others give it."""
+    """Whether a missing parameter is defined by others or by default."""
     shape = expected[name]
     is_square = len(shape) == 2 and shape[0] == shape[1]
     return name == "encoder.embed_tokens.weight" or (name == PROJECTION and is_square)
@@ -224,11 +218,11 @@ def _is_harmless(name: str, is_encoder: bool) -> bool:
 
 
 def _unused_encoder(name: str) -> str | None:
-    """Why a text encoder's tensor is not used; None where it should be."""
+    """Return why a text encoder's tensor has no effect; None if it should be used."""
     if name.startswith(_UNUSED_LAYER):
         return "last layer of the text encoder, which Stable Diffusion 2 skips"
     if name.endswith(("text_projection", PROJECTION)):
-        return "projection that this text encoder has no use for"
+        return "projection that this text encoder does not use"
     if name.endswith("encoder.embed_tokens.weight"):
         return "second copy of T5's embedding"
     return None
@@ -249,9 +243,9 @@ def _count_unused(
         if why is None:
             raise AfaError(
                 "AFA-LOAD-066",
-                f"Every tensor of a file must be used; '{name}' in '{source}' belongs to no part "
-                f"of a model that is read from single files ({readable_kinds()}). Use the model "
-                "without this addition, or save it as a diffusers folder.",
+                f"'{name}' in '{source}' belongs to no part of the supported models "
+                f"({readable_kinds()}); every tensor of a file must be used. Use the model without "
+                "this addition, or save it as a diffusers folder.",
             )
         unused[why] += 1
 
@@ -259,14 +253,14 @@ def _count_unused(
 def _block_counts(
     kind: PipelineKind, state: Iterable[str], expected: Shapes, config: Path
 ) -> list[str]:
-    """Where two denoisers have other numbers of blocks, as a part of a sentence."""
-    said = []
+    """Describe differences in the numbers of blocks, as parts of a sentence."""
+    differences = []
     for block, words in layout_of(kind, config).blocks.items():
         pattern = re.compile(rf"({block})\.")
-        came, wanted = (
+        found, required = (
             len({match[1] for name in names if (match := pattern.match(name))})
             for names in (state, expected)
         )
-        if came != wanted:
-            said.append(f"it has {came} {words}, '{config.name}' has {wanted}")
-    return said
+        if found != required:
+            differences.append(f"it has {found} {words}, '{config.name}' has {required}")
+    return differences

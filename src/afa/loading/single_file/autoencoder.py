@@ -1,4 +1,4 @@
-"""An autoencoder, from wherever it is."""
+"""Load an autoencoder from a folder, a file or a hub id."""
 
 from __future__ import annotations
 
@@ -34,16 +34,14 @@ def load_vae(
         torch_dtype: of the weights in memory.
 
     Raises:
-        AfaError: as `afa.loading.expert.load_expert`.
+        AfaError: see `afa.loading.expert.load_expert`.
     """
     source = ExpertSource.of(source)
     path = locate_vae(source.source, source.revision)
     if path.is_file():
         check_safetensors(path)
         reference = refer(source, path, hash_file(path))
-        with loading_model(
-            source.source, "Name a local diffusers folder of its family: config=FOLDER."
-        ):
+        with loading_model(source.source, "Set config to a diffusers folder of its family."):
             return read_vae(path, config, torch_dtype), reference
     folder = path / "vae" if (path / "vae").is_dir() else path
     files = weights_in(folder)[1]

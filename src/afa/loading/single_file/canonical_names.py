@@ -1,8 +1,8 @@
 """Canonical names for the tensors of single files, so that one model has one set of names.
 
-The same model is published under several names: with and without `model.diffusion_model.`, with and
-without the `text_model.` that older versions of transformers leave out, with the autoencoder under
-`first_stage_model.` or `vae.`, or as a bare denoiser in diffusers' layout.
+The same model is published with several names: with and without `model.diffusion_model.`, with and
+without the `text_model.` that older versions of transformers omit, with the autoencoder under
+`first_stage_model.` or `vae.`, or as a denoiser without prefix in diffusers' layout.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from afa.denoisers import FAMILIES
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-#: how a denoiser's tensors start in the layout of the original codes
+#: prefix of a denoiser's tensors in the original layout
 DENOISER = "model.diffusion_model."
 _SHORT_DENOISER = "diffusion_model."
 _VAE, _SHORT_VAE = "first_stage_model.", "vae."
-# first parts of names by which a transformer of diffusers without a prefix is known
+# first parts of names that identify a diffusers transformer without a prefix
 _TRANSFORMER = frozenset({"transformer_blocks", "single_transformer_blocks"})
-# starts of names that belong to no denoiser, whatever else the file holds
+# prefixes that never belong to a denoiser without a prefix
 _OTHERS = (
     *("model.", "unet.", "transformer.", "text_encoder", "cond_stage_model.", "conditioner."),
     *("text_model.", "clip_l.", "clip_g.", "t5xxl."),
     *(_VAE, _SHORT_VAE, _SHORT_DENOISER, "model_ema.", "denoiser.", "edm_", "model_sampling."),
 )
-#: buffers of the noise schedule that training code saves beside the weights
+#: buffers of the noise schedule that training code saves with the weights
 SCHEDULE = re.compile(
     r"(betas|(sqrt_|log_)?(one_minus_|recipm1_|recip_)?alphas_cumprod(_prev)?"
     r"|posterior_\w+|lvlb_weights|logvar|scale_factor"
     r"|((denoiser|model_sampling)\.)?(log_)?sigmas)"
 )
-#: tensors that mark what a model predicts, and have no other use
+#: tensors that only mark what a model predicts; `afa.loading.prediction` reads them
 MARKERS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
 # text encoders in transformers' layout; T5 is not among them
 _OLD_CLIP = re.compile(
@@ -43,14 +43,14 @@ _OLD_CLIP = re.compile(
 
 
 def canonical_names(names: Iterable[str]) -> dict[str, str]:
-    """The canonical name of every tensor of one file.
+    """Map the names of one file's tensors to canonical names.
 
-    In the layout of the original codes these are the names of the published checkpoints
-    (`model.diffusion_model.`, `cond_stage_model.transformer.text_model.`, `first_stage_model.`);
-    bare denoisers of diffusers get the prefix that a pipeline's folder implies (`unet.`,
-    `transformer.`). Names that are canonical, or of no known layout, stay as they are.
+    In the original layout these are the names of the published checkpoints
+    (`model.diffusion_model.`, `cond_stage_model.transformer.text_model.`, `first_stage_model.`).
+    Diffusers' denoisers without a prefix get that of a pipeline folder (`unet.`, `transformer.`).
+    Canonical names and names of unknown layouts are not changed.
 
-    Returns: name -> canonical name, in the given order. Two names may have the same one.
+    Returns: name -> canonical name, in the given order; not necessarily unique.
     """
     names = list(names)
     roots = {name.split(".", 1)[0] for name in names}
@@ -59,8 +59,8 @@ def canonical_names(names: Iterable[str]) -> dict[str, str]:
     elif roots & _TRANSFORMER:
         prefix = "transformer."
     else:
-        told = (f for f in FAMILIES if roots.intersection(f.library_blocks))
-        prefix = next((f"{family.component}." for family in told), "")
+        fitting = (f for f in FAMILIES if roots.intersection(f.library_blocks))
+        prefix = next((f"{family.component}." for family in fitting), "")
     return {name: _canonical(name, prefix) for name in names}
 
 
@@ -75,9 +75,9 @@ def _canonical(name: str, prefix: str) -> str:
 
 
 def unet_names(names: Iterable[str]) -> dict[str, str]:
-    """The names that diffusers has for a U-Net's tensors in the original layout.
+    """Map a U-Net's tensor names in the original layout to diffusers' names.
 
-    diffusers' own conversion is run over names instead of tensors; for U-Nets it renames only.
+    Runs diffusers' own conversion on names instead of tensors, since it only renames U-Nets.
 
     Args:
         names: canonical names of one file.

@@ -1,6 +1,6 @@
-"""From the tensors of one part of a single file to those of the library's model.
+"""Convert the tensors of one part of a single file to the state dict of the library's model.
 
-The renaming itself is diffusers' own (`diffusers.loaders.single_file_utils`).
+Uses diffusers' own conversions (`diffusers.loaders.single_file_utils`).
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
 
 from afa.denoisers.architecture import with_defaults
-from afa.denoisers.kinds import kind_of
 from afa.errors import NO_MODEL, AfaError
 from afa.files import parts_of, read_json
+from afa.loading.single_file.layout import described_kind
 from afa.machine.damaged import is_own_bug
 from afa.machine.library import library_class
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PROJECTION = "text_projection.weight"
-#: Stable Diffusion 2 leaves out the last layer of its text encoder under this prefix
+#: with this prefix, diffusers drops the last layer of Stable Diffusion 2's text encoder
 _OPEN_CLIP_2 = "cond_stage_model.model."
 _OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -38,16 +38,16 @@ _OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_att
 def converted(
     part: str, tensors: Mapping[str, Tensor], config: Path, *, is_diffusers: bool = False
 ) -> dict[str, Tensor]:
-    """The state dict of one part of a pipeline.
+    """Return the state dict of one part of a pipeline.
 
     Args:
         part: `unet`, `transformer`, `vae`, `text_encoder`, ...
         tensors: of that part, by their names in the file without the part's prefix.
         config: the pipeline folder that describes it.
-        is_diffusers: whether a denoiser's names are those of diffusers already.
+        is_diffusers: whether a denoiser already has diffusers' names.
 
     Raises:
-        LookupError, ValueError and others of `afa.errors.NO_MODEL`: tensors that the conversion
+        LookupError, ValueError and others of `afa.errors.NO_MODEL`: if tensors that the conversion
             needs are missing.
     """
     if part.startswith("text_encoder"):
@@ -59,7 +59,7 @@ def converted(
     if part == "vae":
         return _vae_state(tensors, settings)
     settings = with_defaults(model_class, settings)
-    files = kind_of(_pipeline_class(config), config).single_files
+    files = described_kind(config).single_files
     if files is not None and files.convert is not None:
         return files.convert(tensors, settings, config)
     convert: Any = SINGLE_FILE_LOADABLE_CLASSES[model_class.__name__]["checkpoint_mapping_fn"]
@@ -68,26 +68,22 @@ def converted(
 
 
 def model_class_of(part: str, config: Path) -> Any:
-    """The class of one part of a pipeline: of its kind's denoiser, or of a library.
+    """Return the class of one part of a pipeline, from its family or a library.
 
     Args:
         part: by its name in the pipeline.
         config: the pipeline folder that describes it.
 
     Raises:
-        AfaError: no library has it.
+        AfaError: if no library has it.
     """
     name = _class_name(part, config)
     if part.startswith("text_encoder"):
         return library_class(transformers, name, transformers.PreTrainedModel)
-    own = kind_of(_pipeline_class(config), config).family.model_class
+    own = described_kind(config).family.model_class
     if name == own.__name__:
         return own
     return library_class(diffusers, name, diffusers.ModelMixin)
-
-
-def _pipeline_class(config: Path) -> str:
-    return str(read_json(config / "model_index.json").get("_class_name"))
 
 
 def _class_name(part: str, config: Path) -> str:
@@ -95,7 +91,7 @@ def _class_name(part: str, config: Path) -> str:
 
 
 def _vae_state(tensors: Mapping[str, Tensor], settings: dict[str, Any]) -> dict[str, Tensor]:
-    """Of the original layout, or of diffusers' with the older names of its attention."""
+    """Convert from the original layout, or from diffusers' with older names of attention."""
     if any(".down_blocks." in name or ".up_blocks." in name for name in tensors):
         return {_new_attention(name): tensor for name, tensor in tensors.items()}
     convert: Any = SINGLE_FILE_LOADABLE_CLASSES["AutoencoderKL"]["checkpoint_mapping_fn"]
@@ -114,7 +110,7 @@ def _new_attention(name: str) -> str:
 def _encoder_state(
     tensors: Mapping[str, Tensor], class_name: str, folder: Path
 ) -> dict[str, Tensor]:
-    """Of OpenCLIP, of T5, or of CLIP with or without `text_model.`."""
+    """Convert from OpenCLIP, T5, or CLIP with or without `text_model.`."""
     if any("resblocks." in name for name in tensors):
         is_second = any(name.startswith("model.") for name in tensors)
         prefix = _OPEN_CLIP_2 if is_second else "model."
@@ -131,10 +127,10 @@ def _encoder_state(
 
 
 def expected_shapes(part: str, config: Path) -> dict[str, tuple[int, ...]]:
-    """The parameters that a folder's configuration gives a part; nothing is allocated.
+    """Return the shapes of a part's parameters from its configuration, without allocation.
 
     Raises:
-        AfaError: the configuration describes no model.
+        AfaError: if the configuration does not describe a model.
     """
     settings = read_json(config / part / "config.json")
     try:
@@ -142,11 +138,11 @@ def expected_shapes(part: str, config: Path) -> dict[str, tuple[int, ...]]:
     except NO_MODEL as error:
         if isinstance(error, AfaError) or is_own_bug(error):
             raise
-        said = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:200]
         raise AfaError(
             "AFA-LOAD-067",
-            f"'{config / part / 'config.json'}' must describe a model, but building it says: "
-            f"{said}. Download it again.",
+            f"'{config / part / 'config.json'}' does not describe a valid model: {reason}. "
+            "Download it again.",
         ) from error
 
 

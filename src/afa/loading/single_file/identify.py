@@ -1,7 +1,7 @@
-"""Single files of the original codes: which model is it, and what does the file leave out?
+"""Identify the model in a single file, and the parts that the file lacks.
 
-The package ships the configuration and the tokenizers of every family's published models, in
-`afa/configs`, so that no hub is asked for them.
+The package contains the configurations and tokenizers of every family's published models in
+`afa/configs`, so that they need not be downloaded.
 """
 
 from __future__ import annotations
@@ -14,55 +14,42 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from afa.denoisers.family import Ambiguous, FileDenoiser
-from afa.denoisers.kinds import kind_of
+from afa.denoisers.family import FileDenoiser
 from afa.errors import AfaError
 from afa.files import cache_folder, parts_of, read_json, staged, write_atomic
 from afa.loading.prediction import marks_in
 from afa.loading.single_file.accounting import account
 from afa.loading.single_file.layout import (
     denoiser_in,
-    kind_name,
+    described_kind,
     layout_of,
     names_by_part,
     readable_kinds,
 )
-from afa.loading.weights import Shapes
 
 if TYPE_CHECKING:
-    from afa.denoisers import PipelineKind
-
-__all__ = [
-    "Ambiguous",
-    "Shapes",
-    "config_folder",
-    "config_of",
-    "configs",
-    "kind_name",
-    "missing_parts",
-    "refuse_lora",
-]
+    from afa.loading.weights import Shapes
 
 _LORA = (".lora_up.", ".lora_down.", ".lora_A.", ".lora_B.", ".lora.up.", ".lora.down.")
 
 
 def configs() -> list[str]:
-    """The names of the configurations that ship."""
+    """Return the names of the bundled configurations."""
     return sorted(file.stem for file in _assets().glob("*.json"))
 
 
 def config_folder(name: str) -> Path:
-    """A pipeline folder without weights: configurations, scheduler and tokenizers of a model.
+    """Return a pipeline folder without weights: a model's configurations and tokenizers.
 
-    Written into the user's cache on first use, see `afa.files.cache_folder`.
+    It is written into the user's cache on first use, see `afa.files.cache_folder`.
 
     Raises:
-        AfaError: none of this name ships.
+        AfaError: if there is no bundled configuration of this name.
     """
     if name not in configs():
         raise AfaError(
             "AFA-LOAD-068",
-            f"A shipped configuration is one of {', '.join(configs())}, came '{name}'.",
+            f"A bundled configuration must be one of {', '.join(configs())}; got '{name}'.",
         )
     folder = cache_folder() / f"configs-{_digest()[:16]}" / name
     if not folder.exists():
@@ -97,7 +84,7 @@ def _assets() -> Path:
 
 @functools.cache
 def _digest() -> str:
-    """SHA-256 over what ships, so that another release has another cache."""
+    """SHA-256 of the bundled configurations, so that another release has another cache."""
     digest = hashlib.sha256()
     for file in sorted(_assets().rglob("*")):
         if file.is_file():
@@ -106,37 +93,36 @@ def _digest() -> str:
     return digest.hexdigest()
 
 
-# -- which model a file holds -----------------------------------------------------------------
+# -- identify the model -----------------------------------------------------------------------
 
 
 def config_of(
     shapes: Shapes, source: object, prediction_type: str | None = None, *, own_vae: bool = True
 ) -> str | Path:
-    """The configuration that a single file needs, told by its tensors; see `SingleFiles`.
+    """Find the configuration of a single file from its tensors; see `SingleFiles`.
 
     Args:
         shapes: of all tensors of the file.
-        source: for the errors.
-        prediction_type: what it predicts, where its marker tensors do not say it.
-        own_vae: whether its autoencoder is to be used, and must fit.
+        source: the file, for errors.
+        prediction_type: what it predicts, if its marker tensors do not say so.
+        own_vae: whether its autoencoder is used and must fit.
 
-    Returns: the name of a shipped one, or a pipeline's folder.
+    Returns: the name of a bundled configuration, or a pipeline folder.
 
     Raises:
-        AfaError: the file is of no family that is known, or of an unusual member of one; or it has
-            tensors that the configuration has no use for, or lacks some, see
-            `afa.loading.single_file.accounting`.
-        Ambiguous: it is one of several models that no tensor tells apart.
+        AfaError: if the family is unknown, the model is not one of the published ones, or tensors
+            are unused or missing, see `afa.loading.single_file.accounting`.
+        Ambiguous: if it is one of several models with equal tensors.
     """
     found = denoiser_in(shapes)
     if found is None:
         raise AfaError(
             "AFA-LOAD-069",
-            f"A single file must hold a model in the layout of {readable_kinds()}; '{source}' "
-            f"starts with '{min(shapes, default='nothing')}'. If it is one of a known family, "
-            "describe it: config=FOLDER, a diffusers folder of its family.",
+            f"The layout of '{source}' is unknown (first tensor: '{min(shapes, default='none')}'); "
+            f"a single file must hold a model of {readable_kinds()}. If it is one, set config to a "
+            "diffusers folder of its family.",
         )
-    bare = {
+    tensors = {
         name.removeprefix(found.prefix): shape
         for name, shape in shapes.items()
         if name.startswith(found.prefix)
@@ -146,43 +132,40 @@ def config_of(
     if edm is not None:
         raise AfaError(
             "AFA-LOAD-070",
-            f"'{source}' must be described: it predicts on continuous noise levels ({edm.where}), "
-            "which no shipped configuration does, and cannot be mixed with other models. Leave it "
-            "out, or name a diffusers folder of it with an EDM scheduler, config=FOLDER.",
+            f"'{source}' is an EDM model with continuous noise levels ({edm.where}), for which "
+            "there is no bundled configuration. It cannot be combined with other models. Remove "
+            "it, or set config to a diffusers folder of it with an EDM scheduler.",
         )
-    told = layout_of(found.kind, source).configuration(
+    config = layout_of(found.kind, source).configuration(
         FileDenoiser(
-            bare,
+            tensors,
             found.is_diffusers,
             source,
             predicts=prediction_type or next((mark.type for mark in marks if mark.type), None),
             has_zero_snr=any(mark.zero_snr for mark in marks),
         )
     )
-    folder = told if isinstance(told, Path) else config_folder(told)
+    folder = config if isinstance(config, Path) else config_folder(config)
     account(shapes, folder, source, own_vae=own_vae)
-    return told
+    return config
 
 
 def refuse_lora(shapes: Shapes, source: object) -> None:
-    """Refuse a file that changes a model and is none.
+    """Check that a file is a model and not a LoRA.
 
     Raises:
-        AfaError: says how to name it.
+        AfaError: if it is a LoRA.
     """
     if any(mark in name for name in shapes for mark in _LORA):
         raise AfaError(
             "AFA-LOAD-071",
-            f"An expert must be a whole model; '{source}' is a LoRA. Name the model that it is for "
-            "as well: {base: MODEL, lora: FILE}.",
+            f"'{source}' is a LoRA; an expert must be a complete model. Add the base model: "
+            "{base: MODEL, lora: FILE}.",
         )
 
 
-# -- what a file leaves out -------------------------------------------------------------------
-
-
 def missing_parts(shapes: Shapes, config: Path) -> list[str]:
-    """The parts with weights that a pipeline has and a file lacks.
+    """Return the parts with weights that a pipeline has and a file lacks.
 
     Args:
         shapes: of all tensors of the file.
@@ -191,9 +174,3 @@ def missing_parts(shapes: Shapes, config: Path) -> list[str]:
     kind = described_kind(config)
     named, found = parts_of(read_json(config / "model_index.json")), names_by_part(shapes, kind)
     return [part for part in kind.file_parts if part in named and part not in found]
-
-
-def described_kind(folder: Path) -> PipelineKind:
-    """Of the pipeline that a folder describes."""
-    index = read_json(folder / "model_index.json")
-    return kind_of(str(index.get("_class_name")), folder)

@@ -1,8 +1,8 @@
 """The layouts of single model files: which tensor belongs to which part of a pipeline.
 
-A denoiser comes in the layout of the original code, behind `model.diffusion_model.`, behind
-`diffusion_model.` or bare, or in the layout of diffusers. Text encoders and autoencoders come
-behind prefixes that their kind of pipeline says; see `afa.denoisers.SingleFiles`.
+A denoiser is in the original layout, with the prefix `model.diffusion_model.`, `diffusion_model.`
+or none, or in diffusers' layout. The prefixes of text encoders and autoencoders depend on the kind
+of pipeline; see `afa.denoisers.SingleFiles`.
 """
 
 from __future__ import annotations
@@ -12,22 +12,23 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from afa.denoisers.family import COMPONENTS
-from afa.denoisers.kinds import kinds
+from afa.denoisers.kinds import kind_of, kinds
 from afa.errors import AfaError
-from afa.loading.weights import Shapes
+from afa.files import read_json
+from afa.loading.single_file.canonical_names import MARKERS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from afa.denoisers import PipelineKind, SingleFiles
+    from afa.loading.weights import Shapes
 
 _ORIGINAL_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 _DIFFUSERS_PREFIXES = ("", *(f"{component}." for component in COMPONENTS))
-#: scalars that say what a model predicts; `afa.loading.prediction` reads them
-MARKERS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
-#: tensors that change no picture, with the reason that `afa inspect` shows
+#: tensors without effect on pictures, with the reason for `afa inspect`
 HARMLESS = (
-    (re.compile(r"model_ema\..+"), "moving average, beside the weights in use"),
+    (re.compile(r"model_ema\..+"), "moving average of the weights"),
     (
         re.compile(
             r"(betas|alphas_cumprod(_prev)?|(sqrt|log|posterior)_[a-z0-9_]+|logvar|lvlb_weights"
@@ -35,7 +36,7 @@ HARMLESS = (
         ),
         "noise schedule, which the scheduler computes",
     ),
-    (re.compile(r"(.+\.)?(position_ids|logit_scale|attn_mask)"), "buffer that no encoder reads"),
+    (re.compile(r"(.+\.)?(position_ids|logit_scale|attn_mask)"), "unused buffer"),
     (re.compile(r"(first_stage_model|vae)\.(loss|model_ema)\..+"), "training of the autoencoder"),
     (
         re.compile(r"(safety_checker|.+\.visual|vision_model|visual_projection)\..+"),
@@ -47,18 +48,18 @@ HARMLESS = (
     ),
     (re.compile(r"(.+\.)?spiece_model"), "tokenizer"),
     (re.compile(r"epoch|global_step|iteration"), "counter of the training"),
-    (re.compile("|".join(map(re.escape, MARKERS))), "mark of what the model predicts"),
+    (re.compile("|".join(map(re.escape, MARKERS))), "marker of the prediction type"),
 )
 
 
 @dataclass(frozen=True)
 class Denoiser:
-    """How a file holds its denoiser.
+    """The layout of the denoiser in a file.
 
     Attributes:
         kind: the kind of pipeline.
-        prefix: before the names of its tensors.
-        is_diffusers: whether the names are those of diffusers, not of the original code.
+        prefix: of the names of its tensors.
+        is_diffusers: whether the names are diffusers', not those of the original layout.
     """
 
     kind: PipelineKind
@@ -66,53 +67,62 @@ class Denoiser:
     is_diffusers: bool = False
 
 
+def described_kind(folder: Path) -> PipelineKind:
+    """Return the kind of the pipeline in a folder.
+
+    Raises:
+        AfaError: if it is unknown.
+    """
+    return kind_of(str(read_json(folder / "model_index.json").get("_class_name")), folder)
+
+
 def layouts() -> dict[PipelineKind, SingleFiles]:
-    """How single files look, by their kind of pipeline."""
+    """Return the layouts of single files by the kind of pipeline."""
     return {kind: kind.single_files for kind in kinds() if kind.single_files is not None}
 
 
 def readable_kinds() -> str:
-    """The names of the kinds of pipelines that are read from single files, for messages."""
+    """List the kinds of pipelines that can be loaded from single files, for messages."""
     return ", ".join(kind.name for kind in layouts())
 
 
 def layout_of(kind: PipelineKind, source: object) -> SingleFiles:
-    """How single files of a kind look.
+    """Return the layout of single files of a kind.
 
     Raises:
-        AfaError: they are not read.
+        AfaError: if they are not supported.
     """
     if kind.single_files is None:
         raise AfaError(
             "AFA-LOAD-072",
-            f"Single files are read of {readable_kinds()}; '{source}' is described as a "
-            f"{kind.name} model. Save it as a diffusers folder.",
+            f"'{source}' is described as a {kind.name} model; single files must be of "
+            f"{readable_kinds()}. Save it as a diffusers folder.",
         )
     return kind.single_files
 
 
 def denoiser_in(shapes: Shapes) -> Denoiser | None:
-    """The denoiser of a file, whatever its size; None where the file holds none."""
+    """Find the denoiser of a file, of any size; None if there is none."""
     original = {kind: files.original for kind, files in layouts().items()}
-    for start in _ORIGINAL_PREFIXES:
-        kind = _told(shapes, start, original)
+    for prefix in _ORIGINAL_PREFIXES:
+        kind = _matching_kind(shapes, prefix, original)
         if kind is not None:
-            return Denoiser(kind, start)
+            return Denoiser(kind, prefix)
     diffusers = {kind: files.diffusers for kind, files in layouts().items()}
-    for start in _DIFFUSERS_PREFIXES:
-        kind = _told(shapes, start, diffusers)
+    for prefix in _DIFFUSERS_PREFIXES:
+        kind = _matching_kind(shapes, prefix, diffusers)
         if kind is not None:
-            return Denoiser(kind, start, is_diffusers=True)
+            return Denoiser(kind, prefix, is_diffusers=True)
     return None
 
 
-def _told(
-    shapes: Shapes, start: str, marks: Mapping[PipelineKind, tuple[str, ...]]
+def _matching_kind(
+    shapes: Shapes, prefix: str, marks: Mapping[PipelineKind, tuple[str, ...]]
 ) -> PipelineKind | None:
-    """The kind that has the most marks, of those of which a file has all of them."""
+    """Return the kind with the most marks, among those whose marks are all in the file."""
 
     def has(mark: str) -> bool:
-        name = f"{start}{mark}"
+        name = f"{prefix}{mark}"
         return any(n.startswith(name) for n in shapes) if mark.endswith(".") else name in shapes
 
     fitting = [kind for kind, names in marks.items() if names and all(map(has, names))]
@@ -120,25 +130,25 @@ def _told(
 
 
 def kind_name(shapes: Shapes) -> str | None:
-    """The kind of pipeline whose denoiser a file holds, whatever its size; None without one."""
+    """Return the name of the kind of pipeline of a file's denoiser; None without a denoiser."""
     found = denoiser_in(shapes)
     return None if found is None else found.kind.name
 
 
 def harmless(name: str) -> str | None:
-    """Why a tensor of a file is of no consequence; None where it may be of some."""
+    """Return why a tensor of a file has no effect; None if it may have one."""
     return next((why for pattern, why in HARMLESS if pattern.fullmatch(name)), None)
 
 
 def names_by_part(shapes: Shapes, kind: PipelineKind) -> dict[str, dict[str, str]]:
-    """Every tensor under the part that it belongs to.
+    """Group tensors by the part to which they belong.
 
     Args:
         shapes: of all tensors of a file.
-        kind: of the pipeline that the file is read as, which has single files.
+        kind: of the pipeline as which the file is read; must support single files.
 
-    Returns: part -> name without the part's prefix -> name in the file. Tensors of no part stand
-        under an empty name, with their whole names. Parts that the file lacks are left out.
+    Returns: part -> name without the part's prefix -> name in the file. Tensors of no part are
+        under the empty name, with full names. Missing parts are omitted.
     """
     found: dict[str, dict[str, str]] = {}
     denoiser = denoiser_in(shapes)
@@ -159,7 +169,7 @@ def names_by_part(shapes: Shapes, kind: PipelineKind) -> dict[str, dict[str, str
 
 
 def _is_of(name: str, denoiser: Denoiser, others: tuple[str, ...]) -> bool:
-    """Whether a tensor is the denoiser's; of a bare one is all that is nothing else."""
+    """Whether a tensor belongs to the denoiser; without a prefix, whether to nothing else."""
     if denoiser.prefix:
         return name.startswith(denoiser.prefix)
     return harmless(name) is None and not name.startswith(others)

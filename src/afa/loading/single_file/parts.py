@@ -1,4 +1,4 @@
-"""The parts of a single file, read into the library's models."""
+"""Read the parts of a single file into the library's models."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import transformers
 from diffusers import AutoencoderKL
 from safetensors import safe_open
 
-from afa.denoisers.kinds import kind_of
 from afa.errors import AfaError
 from afa.files import parts_of, read_json
 from afa.loading.components import require_complete
@@ -20,7 +19,7 @@ from afa.loading.single_file.conversion import (
     expected_shapes,
     model_class_of,
 )
-from afa.loading.single_file.layout import denoiser_in, harmless, names_by_part
+from afa.loading.single_file.layout import denoiser_in, described_kind, harmless, names_by_part
 from afa.loading.weights import check_safetensors, tensor_shapes
 from afa.machine.library import library_class
 
@@ -39,7 +38,7 @@ _VAE_INSIDE = ("decoder.conv_in.weight", "encoder.conv_in.weight")
 def read_parts(
     path: Path, parts: Iterable[str], config: Path, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Read some parts of a single file; their tensors alone are loaded.
+    """Read some parts of a single file; only their tensors are loaded.
 
     Args:
         path: of the file.
@@ -50,21 +49,18 @@ def read_parts(
     Returns: the models by name, for inference.
 
     Raises:
-        AfaError: parameters that the file lacks.
+        AfaError: if the file lacks parameters.
     """
-    shapes = tensor_shapes(path)
-    index = read_json(config / "model_index.json")
-    kind = kind_of(str(index.get("_class_name")), config)
-    found = names_by_part(shapes, kind)
-    denoiser = denoiser_in(shapes)
+    shapes, kind = tensor_shapes(path), described_kind(config)
+    classes = parts_of(read_json(config / "model_index.json"))
+    found, denoiser = names_by_part(shapes, kind), denoiser_in(shapes)
     read = {}
     for part in parts:
         is_diffusers = part == kind.denoiser and denoiser is not None and denoiser.is_diffusers
         tensors = read_tensors(path, found[part])
         state = converted(part, tensors, config, is_diffusers=is_diffusers)
         if part.startswith("text_encoder"):
-            class_name = parts_of(index)[part]
-            read[part] = encoder_from(state, class_name, config / part, path, dtype)
+            read[part] = encoder_from(state, classes[part], config / part, path, dtype)
         else:
             model_class = model_class_of(part, config)
             read[part] = _model_from(state, model_class, part, config, path, dtype)
@@ -72,7 +68,7 @@ def read_parts(
 
 
 def read_tensors(path: Path, names: dict[str, str]) -> dict[str, Tensor]:
-    """Tensors of a file, given under which names they are in it."""
+    """Read tensors of a file; `names` maps the returned names to those in the file."""
     with safe_open(path, framework="pt") as opened:
         return {rest: opened.get_tensor(name) for rest, name in names.items()}
 
@@ -85,10 +81,10 @@ def _model_from(
     path: Path,
     dtype: torch.dtype,
 ) -> Any:
-    """A denoiser or an autoencoder from its state dict."""
+    """Build a denoiser or an autoencoder from its state dict."""
     expected = expected_shapes(part, config)
     require_complete([name for name in expected if name not in state], path)
-    # exactly the model's own names, which the library then takes as they are
+    # with exactly the model's own names, the library does no conversion
     own = {name: state[name] for name in expected}
     if hasattr(model_class, "from_single_file"):
         model = model_class.from_single_file(
@@ -104,38 +100,38 @@ def _model_from(
 def encoder_from(
     state: dict[str, Tensor], class_name: str, config: Path, path: Path, dtype: torch.dtype
 ) -> Any:
-    """A text encoder from its state dict.
+    """Build a text encoder from its state dict.
 
     Args:
         state: in the layout of transformers.
-        class_name: as `model_index.json` has it.
+        class_name: from `model_index.json`.
         config: the folder of the text encoder's `config.json`.
-        path: for the errors.
+        path: the file, for errors.
         dtype: of the weights in memory.
 
     Raises:
-        AfaError: parameters that are missing.
+        AfaError: if parameters are missing.
     """
     encoder_class = library_class(transformers, class_name, transformers.PreTrainedModel)
     settings = encoder_class.config_class.from_pretrained(config)
     is_projecting = class_name.endswith("WithProjection")
     if is_projecting and settings.projection_dim == settings.hidden_size:
-        # the CLIP-L that everyone has with Stable Diffusion 3 leaves it out, as whole files do
+        # the usual CLIP-L file and complete files of Stable Diffusion 3 omit it
         state.setdefault(PROJECTION, torch.eye(settings.hidden_size))
     encoder, info = encoder_class.from_pretrained(
         None, config=settings, state_dict=state, dtype=dtype, output_loading_info=True
     )
     require_complete(info["missing_keys"], path)
-    return encoder.eval()  # the library leaves T5's dropout on
+    return encoder.eval()  # the library leaves T5's dropout enabled
 
 
-# -- autoencoders of files of their own -------------------------------------------------------
+# -- autoencoders -----------------------------------------------------------------------------
 
 
 def vae_names(shapes: Shapes) -> dict[str, str]:
-    """The tensors of an autoencoder in a file of its own or in a whole checkpoint.
+    """Find the tensors of an autoencoder in a separate file or in a complete checkpoint.
 
-    Returns: name without a prefix -> name in the file; empty where there is none.
+    Returns: name without a prefix -> name in the file; empty if there is none.
     """
     for start in _VAE_PREFIXES:
         if any(f"{start}{name}" in shapes for name in _VAE_INSIDE):
@@ -144,16 +140,16 @@ def vae_names(shapes: Shapes) -> dict[str, str]:
 
 
 def read_vae(path: Path, config: Path | None, dtype: torch.dtype) -> AutoencoderKL:
-    """Read an autoencoder from a file, in the layout of the original code or of diffusers.
+    """Read an autoencoder from a file, in the original layout or in diffusers'.
 
     Args:
-        path: of its own file, or of a checkpoint that has one.
-        config: a pipeline folder whose `vae/config.json` describes it; None takes what the library
-            has in its cache for such a file.
+        path: a separate file, or a checkpoint that contains an autoencoder.
+        config: a pipeline folder whose `vae/config.json` describes it; None uses the configuration
+            in the library's cache.
         dtype: of the weights in memory.
 
     Raises:
-        AfaError: no autoencoder, or one that does not fit the configuration.
+        AfaError: if there is no autoencoder, or it does not fit the configuration.
     """
     check_safetensors(path)
     shapes = tensor_shapes(path)
@@ -161,8 +157,8 @@ def read_vae(path: Path, config: Path | None, dtype: torch.dtype) -> Autoencoder
     if not names:
         raise AfaError(
             "AFA-LOAD-075",
-            f"'{path}' must be a file with an autoencoder; it has no '{_VAE_INSIDE[0]}'. Name the "
-            "autoencoder's file, a whole checkpoint or a diffusers folder.",
+            f"'{path}' contains no autoencoder (no '{_VAE_INSIDE[0]}'). Set vae to an "
+            "autoencoder's file, a complete checkpoint or a diffusers folder.",
         )
     if config is None:
         given = {f"first_stage_model.{rest}": t for rest, t in read_tensors(path, names).items()}

@@ -1,4 +1,4 @@
-"""Parts that other files and folders supply to a single file that leaves them out."""
+"""Parts that other files and folders supply to a single file that lacks them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from afa.errors import AfaError
 from afa.files import parts_of, read_json
-from afa.loading.components import load_text_encoder, loading_model
+from afa.loading.components import encoder_width, load_text_encoder, loading_model
 from afa.loading.single_file.accounting import account, account_part
 from afa.loading.single_file.conversion import converted
-from afa.loading.single_file.identify import described_kind, kind_name, missing_parts
-from afa.loading.single_file.layout import harmless, layout_of
+from afa.loading.single_file.identify import missing_parts
+from afa.loading.single_file.layout import described_kind, harmless, kind_name, layout_of
 from afa.loading.single_file.parts import encoder_from, read_parts, read_tensors, vae_names
 from afa.loading.weights import refuse_quantised, tensor_shapes
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     import torch
 
     from afa.denoisers import PipelineKind
-    from afa.loading.single_file.identify import Shapes
+    from afa.loading.weights import Shapes
 
 
 def fitting_encoders(path: Path, config: Path) -> list[str]:
-    """The names of the text encoders that a part has, and that fit what a folder describes.
+    """Return the names of the text encoders in a part that fit a configuration.
 
-    Headers and configurations alone are read.
+    Only headers and configurations are read.
 
     Args:
         path: of the part, a folder or a file.
@@ -35,14 +35,14 @@ def fitting_encoders(path: Path, config: Path) -> list[str]:
     """
     named = parts_of(read_json(config / "model_index.json"))
     wanted = [name for name in named if name.startswith("text_encoder")]
-    widths = {name: _width(read_json(config / name / "config.json")) for name in wanted}
+    widths = {name: encoder_width(read_json(config / name / "config.json")) for name in wanted}
     if path.is_dir():
         theirs = parts_of(read_json(path / "model_index.json"))
         return [
             name
             for name in wanted
             if theirs.get(name) == named[name]
-            and _width(read_json(path / name / "config.json")) == widths[name]
+            and encoder_width(read_json(path / name / "config.json")) == widths[name]
         ]
     refuse_quantised(path)
     shapes = tensor_shapes(path)
@@ -52,7 +52,7 @@ def fitting_encoders(path: Path, config: Path) -> list[str]:
 
 
 def load_fitting_encoders(path: Path, config: Path, dtype: torch.dtype) -> dict[str, Any]:
-    """These text encoders, by name."""
+    """Load the text encoders of `fitting_encoders`, by name."""
     names = fitting_encoders(path, config)
     if path.is_dir():
         theirs = parts_of(read_json(path / "model_index.json"))
@@ -68,20 +68,15 @@ def load_fitting_encoders(path: Path, config: Path, dtype: torch.dtype) -> dict[
         return read_parts(path, names, config, dtype) if names else {}
 
 
-def _width(settings: dict[str, Any]) -> Any:
-    """Of a text encoder, by its configuration."""
-    return settings.get("hidden_size", settings.get("d_model"))
-
-
 def _bare_width(shapes: Shapes, class_name: str) -> int | None:
-    """The width of the text encoder that a file of its own holds, in transformers' layout."""
+    """Return the embedding size of a text encoder in a separate file, in transformers' layout."""
     is_t5 = class_name.startswith("T5")
     key = "shared.weight" if is_t5 else "text_model.embeddings.token_embedding.weight"
     return shapes[key][1] if len(shapes.get(key, ())) == 2 else None
 
 
 def _bare_encoder(path: Path, part: str, config: Path, dtype: torch.dtype) -> Any:
-    """A text encoder from a file of its own, every tensor of which is accounted for."""
+    """Load a text encoder from a separate file, whose tensors must all be used."""
     shapes, class_name = tensor_shapes(path), parts_of(read_json(config / "model_index.json"))[part]
     names = {name: name for name in shapes if harmless(name) is None}
     account_part(part, names, shapes, config, path)
@@ -90,7 +85,7 @@ def _bare_encoder(path: Path, part: str, config: Path, dtype: torch.dtype) -> An
 
 
 def has_autoencoder(path: Path, config: Path) -> bool:
-    """Whether a part has an autoencoder of the kind that a folder describes."""
+    """Whether a part has an autoencoder of the kind of a configuration folder."""
     kind = described_kind(config).name
     if path.is_dir():
         return (path / "vae").is_dir() and described_kind(path).name == kind
@@ -99,7 +94,7 @@ def has_autoencoder(path: Path, config: Path) -> bool:
 
 
 def require_denoiser(path: Path, missing: Sequence[str], kind: PipelineKind) -> None:
-    """Refuse a file without a denoiser.
+    """Check that a file has a denoiser.
 
     Args:
         path: of the file.
@@ -107,18 +102,18 @@ def require_denoiser(path: Path, missing: Sequence[str], kind: PipelineKind) -> 
         kind: of its pipeline.
 
     Raises:
-        AfaError: the denoiser is among them.
+        AfaError: if the denoiser is among them.
     """
     if kind.denoiser in missing:
         raise AfaError(
             "AFA-LOAD-076",
-            f"A single file must hold a denoiser; '{path}' has none in the layout of {kind.name}. "
-            "Is it a text encoder or an autoencoder? Name it under parts or vae.",
+            f"'{path}' has no denoiser in the layout of {kind.name}; a single file must have one. "
+            "List text encoders under parts, and set an autoencoder as vae.",
         )
 
 
 def require_encoders(path: Path, kind: PipelineKind, absent: Sequence[str]) -> None:
-    """Refuse a file without its text encoders, but for optional ones.
+    """Check that only optional text encoders are missing.
 
     Args:
         path: of the file.
@@ -126,36 +121,33 @@ def require_encoders(path: Path, kind: PipelineKind, absent: Sequence[str]) -> N
         absent: the text encoders that neither it nor a part has.
 
     Raises:
-        AfaError: names those that are needed.
+        AfaError: if a required one is missing.
     """
     files = layout_of(kind, path)
     wanted = [name for name in absent if name not in files.optional]
     if wanted:
-        common = [files.common_names.get(name) for name in wanted]
-        named = [
-            name if known is None else f"{name} ({known})"
-            for name, known in zip(wanted, common, strict=True)
-        ]
+        common = files.common_names
+        named = [f"{name} ({common[name]})" if name in common else name for name in wanted]
         raise AfaError(
             "AFA-LOAD-077",
-            f"An expert must have its text encoders; '{path}' lacks {', '.join(named)}. Name "
-            "files or a diffusers folder that have them: parts=[...].",
+            f"'{path}' lacks the text encoders {', '.join(named)}. Add files or a diffusers folder "
+            "with them under parts.",
         )
 
 
 def require_autoencoder(source: str | Path, *, is_there: bool) -> None:
-    """Refuse a file whose pictures nothing decodes.
+    """Check that there is an autoencoder.
 
     Args:
-        source: of the file, as it was named.
+        source: of the file, as given by the user.
         is_there: whether it, or a part, has an autoencoder.
 
     Raises:
-        AfaError: there is none.
+        AfaError: if there is none.
     """
     if not is_there:
         raise AfaError(
             "AFA-LOAD-078",
-            f"An ensemble must have an autoencoder; '{source}' leaves it out. Name one: "
-            "vae=FOLDER or FILE.",
+            f"'{source}' has no autoencoder; an ensemble must have one. Set vae to a folder or a "
+            "file.",
         )

@@ -1,6 +1,6 @@
-"""Untrusted files: what of them is read, and how.
+"""Read untrusted files safely.
 
-Weights come from the web, and so do recipes. Nothing here runs code that a file brings, reads a
-path that a file names outside the place it is in, or takes memory because a header says so. What is
-promised is in SECURITY.md.
+Weights and recipes may come from the web. This package never runs code from a file, reads a path
+outside the file's folder, or allocates memory only because a header says so. SECURITY.md lists the
+guarantees.
 """

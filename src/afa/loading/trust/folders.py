@@ -1,7 +1,7 @@
-"""What the configurations of a model's folder may say, checked before a library reads them.
+"""Check the configurations of a model's folder before a library reads them.
 
-The libraries read more of a folder than its weights: an index that names further files, an adapter
-with a base somewhere else, attention kernels to be fetched and run, the sizes of what is built.
+Libraries read more than weights from a folder: an index of further files, an adapter with a base
+elsewhere, attention kernels to download and run, and the sizes of the model.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-#: bytes; configurations that are published have 2 kB, the tokenizer of T5 2.4 MB
+#: bytes; published configurations have 2 kB, the tokenizer of T5 2.4 MB
 _MAX_CONFIG, _MAX_TOKENIZER = 1_000_000, 64_000_000
-#: entries that have a library run code from the folder or from the hub
+#: entries with which a library runs code from the folder or the hub
 _CODE = ("auto_map", "custom_pipeline", "custom_pipelines", "trust_remote_code")
-#: entries that choose how attention is computed, and what the libraries have of their own
+#: entries that select the attention implementation, and the libraries' own implementations
 _ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 _OWN = re.compile(r"(paged\|)?(eager|sdpa|flex_attention|flash_attention_\d)")
-#: how often a part may be built and how wide anything may be; the most published are 57 and 152064
+#: limits of layers and widths; the largest published values are 57 and 152064
 _MAX_LAYERS, _MAX_WIDTH = 200, 10_000_000
 _COUNTS = re.compile(r"(^|_)(layers?|blocks|depth|types|channels)(_per_block)?$")
-#: what a table is made of when a transformer is built, as large as its square
+#: sides of the table of position embeddings, which has the size of their square
 _SIDES, _MAX_SIDE = ("sample_size", "pos_embed_max_size"), 1024
-#: entries of a list: noise schedules have a number for each of their steps
+#: entries of a list; noise schedules have one number per step
 _MAX_LIST = 10_000
 _ADAPTER = "adapter_config.json"
 _TOKENIZER = re.compile(r"tokenizer(_\d+)?")
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a pipeline's folder that is more than data about a model.
+    """Check that a pipeline folder contains only data.
 
     Args:
-        folder: with a `model_index.json`; of it and of the parts that it names all JSON is read.
+        folder: with a `model_index.json`; all JSON files in it and in its parts are read.
 
     Raises:
-        AfaError: names the file and the entry, and what it would do.
+        AfaError: if not; names the file, the entry and its effect.
     """
     index = folder / "model_index.json"
     content = read_json(index, _MAX_CONFIG)
@@ -52,14 +52,14 @@ def check_folder(folder: Path) -> None:
 
 
 def check_part(folder: Path) -> None:
-    """Refuse the folder of one component; see `check_folder`. A folder that is missing passes."""
+    """Check the folder of one component, if it exists; see `check_folder`."""
     if not folder.is_dir():
         return
     if (folder / _ADAPTER).exists():
         raise AfaError(
             "AFA-LOAD-083",
-            f"A model's part must be whole; '{folder / _ADAPTER}' makes it an adapter, whose base "
-            "may be anywhere. Merge the adapter into its base and save it, or name it as a LoRA.",
+            f"'{folder / _ADAPTER}' makes this part an adapter, whose base may be anywhere; it "
+            "must be a complete model. Merge the adapter into its base, or use it as a LoRA.",
         )
     is_tokenizer = _TOKENIZER.fullmatch(folder.name) is not None
     for file in sorted(folder.glob("*.json")):
@@ -72,30 +72,30 @@ def check_part(folder: Path) -> None:
         if is_tokenizer and file.is_file() and file.stat().st_size > _MAX_TOKENIZER:
             raise AfaError(
                 "AFA-LOAD-084",
-                f"A tokenizer's file must be smaller than {_MAX_TOKENIZER} bytes; '{file}' has "
-                f"{file.stat().st_size}. Download it again.",
+                f"The tokenizer file '{file}' has {file.stat().st_size} bytes; the maximum is "
+                f"{_MAX_TOKENIZER}. Download it again.",
             )
 
 
 def _read(file: Path, limit: int) -> dict[str, Any]:
-    """A JSON object; an index of shards has a line for every tensor."""
+    """Read a JSON object; an index of shards may be larger, with a line for every tensor."""
     return read_json(file, 64 * limit if file.name.endswith(".index.json") else limit)
 
 
 def _check_index(content: dict[str, Any], file: Path) -> None:
-    """Shards lie beside their index, and are safetensors."""
+    """Check that shards are safetensors files beside their index."""
     shards = content.get("weight_map")
     if not isinstance(shards, dict):
         raise AfaError(
             "AFA-LOAD-085",
-            f"'{file}' must have a weight_map of tensors to files. Download it again.",
+            f"'{file}' has no weight_map of tensors to files. Download it again.",
         )
     for shard in set(map(str, shards.values())):
         if "/" in shard or "\\" in shard or not shard.endswith(".safetensors"):
             raise AfaError(
                 "AFA-LOAD-086",
-                f"'{file}' must name safetensors files beside it, came '{shard[:80]}'. Download it "
-                "again from a source you trust.",
+                f"'{file}' names '{shard[:80]}'; shards must be safetensors files beside it. "
+                "Download it again from a source you trust.",
             )
 
 
@@ -104,14 +104,14 @@ def _check_entries(content: dict[str, Any], file: Path) -> None:
         if key in _CODE and value not in (None, False, {}, []):
             raise AfaError(
                 "AFA-LOAD-087",
-                f"A model must be data alone; '{file}' has {key}, with which code of others is "
-                "run. Take that entry out if the class that it replaces is a library's own.",
+                f"'{file}' has {key}, which runs code from the model; a model must contain only "
+                "data. Remove that entry, if a library's own class can replace it.",
             )
         if key in _ATTENTION and not _is_own(value):
             raise AfaError(
                 "AFA-LOAD-088",
-                f"A model must compute attention by a library's own means; '{file}' has {key} = "
-                f"'{str(value)[:80]}', which is fetched and run. Take that entry out.",
+                f"'{file}' has {key} = '{str(value)[:80]}', which is downloaded and run; a model "
+                "must use a library's own attention. Remove that entry.",
             )
         _check_size(key, value, file)
 
@@ -122,34 +122,33 @@ def _is_own(value: Any) -> bool:
 
 
 def _check_size(key: str, value: Any, file: Path) -> None:
-    """Refuse numbers that would have a model built without end, or tables without measure."""
+    """Check that numbers and lists do not create a model of unreasonable size."""
     is_count = _COUNTS.search(key) is not None
     numbers, length = _flat(value)
     if length > (_MAX_LAYERS if is_count else _MAX_LIST):
         raise AfaError(
             "AFA-LOAD-089",
-            f"'{file}' must describe a model that can be built; its {key} has {length} entries. "
-            "Download it again from a source you trust.",
+            f"The list {key} in '{file}' has {length} entries, too many for a model. Download it "
+            "again from a source you trust.",
         )
     limit = _MAX_WIDTH
     if is_count and not key.endswith("channels"):
         limit = _MAX_LAYERS
     elif key in _SIDES and file.parent.name == "transformer":
         limit = _MAX_SIDE
-    # infinity is no size; tokenizers without a limit say that texts may have 1e30 tokens
+    # infinity is not a size; tokenizers without a limit have a maximum length of 1e30
     is_free = "max_len" in key
     for number in numbers:
         if not (is_free or abs(number) == math.inf or abs(number) <= limit):
             raise AfaError(
                 "AFA-LOAD-090",
-                f"'{file}' must describe a model that can be built; its {key} is "
-                f"{str(number)[:20]}, {limit} is the most. Download it again from a source you "
-                "trust.",
+                f"{key} in '{file}' is {str(number)[:20]}, too large for a model; the maximum is "
+                f"{limit}. Download it again from a source you trust.",
             )
 
 
 def _flat(value: Any) -> tuple[list[float], int]:
-    """All numbers of a value, and how many entries its lists have."""
+    """Return all numbers in a value, and the total length of its lists."""
     level, numbers, length = [value], [], 0
     while level:
         item = level.pop()
@@ -162,7 +161,7 @@ def _flat(value: Any) -> tuple[list[float], int]:
 
 
 def _entries(content: Any) -> Iterator[tuple[str, Any]]:
-    """All entries of an object and of the objects in it."""
+    """Yield all entries of an object and of nested objects."""
     waiting = [content]
     while waiting:
         found = waiting.pop()

@@ -1,6 +1,6 @@
-"""Pickled checkpoints, for whoever allows them: tensors are taken out, no code in them is run.
+"""Convert pickled checkpoints, if allowed, to safetensors without running code in them.
 
-What comes of it is a safetensors file in the user's cache, and everything else reads that.
+The safetensors file is stored in the user's cache, and all other modules read that.
 """
 
 from __future__ import annotations
@@ -29,29 +29,28 @@ PICKLES = frozenset({".ckpt", ".pt", ".pth", ".bin", ".pkl"})
 
 _MAX_NESTING = 4
 _WEIGHTS = "diffusion_pytorch_model"
-#: of components, as the libraries name them: `STEM.bin`, `STEM.VARIANT.bin`, and shards of either
+#: the libraries' names of component files: `STEM.bin`, `STEM.VARIANT.bin`, and shards of either
 _BIN = re.compile(
     r"(?P<stem>diffusion_pytorch_model|pytorch_model)(\.(?P<variant>\w+))?"
     r"(-(?P<shard>\d+)-of-(?P<count>\d+)(\.(?P<old_variant>\w+))?)?\.bin"
 )
-#: part of a copy's name; another number makes all copies again
+#: part of a copy's name; increase it to create all copies again
 _VERSION = 2
 
 
 def folder_as_safetensors(folder: Path) -> Path:
-    """A pipeline's folder, where a part has its weights in pickles alone a copy of it without any.
+    """Return a pipeline folder; if parts have only pickled weights, a copy with safetensors.
 
-    The copy is in the user's cache, named after the SHA-256 of all that it was made of. Of several
-    variants of a part's weights, it has the main one; see `_main_weights`.
+    The copy is in the user's cache, named by the SHA-256 of its sources. Of several variants of a
+    part's weights, it contains the main one; see `_main_weights`.
 
     Raises:
-        AfaError: see `as_safetensors`; a part whose files are not named as the libraries do, or
-            that lacks a shard.
+        AfaError: if file names are unknown or a shard is missing; see also `as_safetensors`.
     """
     parts = [part for part in sorted(folder.iterdir()) if part.is_dir() and _is_pickled(part)]
     if not policy().allow_pickle or not parts:
         return folder
-    if (folder / "model_index.json").is_file():  # a folder may hold more, as a training's states
+    if (folder / "model_index.json").is_file():  # other subfolders may be training states
         named = parts_of(read_json(folder / "model_index.json"))
         parts = [part for part in parts if part.name in named]
     files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
@@ -63,9 +62,9 @@ def folder_as_safetensors(folder: Path) -> Path:
         with staged(copy) as partial:
             for file in files:
                 if file.suffix.lower() not in PICKLES and not file.name.endswith(".bin.index.json"):
-                    place = partial / file.relative_to(folder)
-                    place.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(file, place)
+                    target = partial / file.relative_to(folder)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(file, target)
             for part in parts:
                 tensors = _tensors_of(_main_weights(part))
                 stem = "model" if _is_of_transformers(part) else _WEIGHTS
@@ -79,20 +78,19 @@ def _is_pickled(part: Path) -> bool:
 
 
 def _is_of_transformers(part: Path) -> bool:
-    """Whether a component is read by transformers, by its name in a pipeline."""
+    """Whether transformers loads a component, by its name in a pipeline."""
     return part.name.startswith(("text_encoder", "image_encoder", "safety_checker"))
 
 
 def _main_weights(part: Path) -> list[Path]:
-    """The pickles that the libraries would read: one file, or all shards of one set of weights.
+    """Return the pickles that the libraries would load: one file, or all shards of one set.
 
-    The main weights (`diffusion_pytorch_model.bin`) come before variants (`.fp16.bin`,
-    `.non_ema.bin`); where there are variants alone, the first by name is taken, as among
-    safetensors (`afa.loading.weights.weights_in`). Other pickles, such as `training_args.bin`,
-    are not weights.
+    The main weights (`diffusion_pytorch_model.bin`) have priority over variants (`.fp16.bin`,
+    `.non_ema.bin`). If there are only variants, the first by name is used, as for safetensors
+    (`afa.loading.weights.weights_in`). Other pickles, such as `training_args.bin`, are not weights.
 
     Raises:
-        AfaError: no file has a name that the libraries know, or a shard is missing.
+        AfaError: if no file has a known name, or a shard is missing.
     """
     named = {file: _BIN.fullmatch(file.name) for file in sorted(part.glob("*.bin"))}
     expected = "pytorch_model" if _is_of_transformers(part) else _WEIGHTS
@@ -105,8 +103,8 @@ def _main_weights(part: Path) -> list[Path]:
         raise AfaError(
             "AFA-LOAD-093",
             f"The pickled weights in '{part}' are named {', '.join(file.name for file in named)}; "
-            f"they must be {_WEIGHTS}.bin or pytorch_model.bin, or shards of these. Rename the "
-            "file that has the weights.",
+            f"the name must be {_WEIGHTS}.bin or pytorch_model.bin, or a shard of these. Rename "
+            "the file with the weights.",
         )
     found = variants[min(variants)]
     whole = [file for file, name in found if name["shard"] is None]
@@ -117,17 +115,17 @@ def _main_weights(part: Path) -> list[Path]:
     if counts != {len(found)} or sorted(numbers) != list(range(1, len(found) + 1)):
         raise AfaError(
             "AFA-LOAD-094",
-            f"The pickled weights in '{part}' are {', '.join(file.name for file, _ in found)}; all "
-            "shards of one set must be there, each once. Download the folder again.",
+            f"The pickled weights in '{part}' are {', '.join(file.name for file, _ in found)}; the "
+            "set must have every shard once. Download the folder again.",
         )
     return [file for file, _ in found]
 
 
 def _tensors_of(shards: Sequence[Path]) -> dict[str, Any]:
-    """The tensors of all shards by name.
+    """Read the tensors of all shards by name.
 
     Raises:
-        AfaError: see `_read`; or two shards have a tensor of one name.
+        AfaError: if two shards have a tensor of the same name; see also `_read`.
     """
     tensors: dict[str, Any] = {}
     for file in shards:
@@ -135,37 +133,33 @@ def _tensors_of(shards: Sequence[Path]) -> dict[str, Any]:
             if name in tensors:
                 raise AfaError(
                     "AFA-LOAD-095",
-                    f"The shard '{file}' holds '{name[:80]}', and so does an earlier one; every "
+                    f"The shard '{file}' has the tensor '{name[:80]}' of an earlier shard; every "
                     "tensor must be in one shard. Download the folder again.",
                 )
             tensors[name] = tensor
     return tensors
 
 
-def as_safetensors(path: Path, what: str = "Experts") -> Path:
-    """The tensors of a pickled checkpoint as a safetensors file in the user's cache.
+def as_safetensors(path: Path) -> Path:
+    """Convert a pickled checkpoint to a safetensors file in the user's cache.
 
-    They are read by torch's restricted unpickler, `torch.load(weights_only=True)`, which makes
-    tensors and plain containers and nothing else. The copy is named after the pickle's SHA-256, so
-    a pickle is read once.
+    Uses torch's restricted unpickler, `torch.load(weights_only=True)`, which creates only tensors
+    and plain containers. The copy is named by the pickle's SHA-256, so each pickle is read once.
 
     Args:
         path: of the pickle.
-        what: it is, for the error.
 
     Raises:
-        AfaError: pickles are not allowed, or it holds anything but tensors.
+        AfaError: if pickles are not allowed, or it contains anything other than tensors.
     """
     if not policy().allow_pickle:
         raise AfaError(
             "AFA-LOAD-096",
-            f"{what} must be safetensors; '{path}' is a pickle, which can run code when it is "
-            "opened. Get the .safetensors file, or read its tensors alone: --allow-pickle.",
+            f"'{path}' is a pickle, which can run code when it is opened; weights must be "
+            "safetensors. Use the .safetensors file, or pass --allow-pickle to read only tensors.",
         )
     if not path.is_file():
-        raise AfaError(
-            "AFA-LOAD-097", f"{what} must be there, but '{path}' does not exist. Check the path."
-        )
+        raise AfaError("AFA-LOAD-097", f"'{path}' does not exist. Check the path.")
     digest = hash_file(path)
     copy = cache_folder() / "from-pickles" / f"{digest}.safetensors"
     if not copy.exists():
@@ -176,22 +170,22 @@ def as_safetensors(path: Path, what: str = "Experts") -> Path:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    with loading(f"'{path}' must be a whole pickled checkpoint", "Download it again."):
+    with loading(f"'{path}' must be a complete pickled checkpoint", "Download it again."):
         try:
-            with warnings.catch_warnings():  # of pickles that torch did not write: harmless
+            with warnings.catch_warnings():  # about pickles that torch did not write
                 warnings.simplefilter("ignore")
                 content = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             raise AfaError(
                 "AFA-LOAD-098",
-                f"A pickled checkpoint must hold tensors alone; of '{path}' torch says that "
-                f"{said_by(error)}. Get the .safetensors file.",
+                f"'{path}' is not a pickle of tensors alone: {said_by(error)}. A pickled "
+                "checkpoint must contain only tensors. Use the .safetensors file.",
             ) from None
     for _ in range(_MAX_NESTING):
         if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
             content = content["state_dict"]
     found = content.items() if isinstance(content, dict) else ()
-    # copies: the format refuses tensors that share memory
+    # copies, since safetensors does not support tensors that share memory
     tensors = {
         key: value.detach().clone().contiguous()
         for key, value in found
@@ -199,6 +193,6 @@ def _read(path: Path) -> dict[str, Any]:
     }
     if not tensors:
         raise AfaError(
-            "AFA-LOAD-099", f"'{path}' must hold tensors by name; it has none. Is it a checkpoint?"
+            "AFA-LOAD-099", f"'{path}' contains no tensors by name; it must be a checkpoint."
         )
     return tensors

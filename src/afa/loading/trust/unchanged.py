@@ -1,8 +1,8 @@
-"""Files of weights that are in use must stay as they are.
+"""Detect writes to weight files that are in use.
 
-Weights are mapped into memory: who writes into an expert's file while it is in use changes the
-model that runs. A file that is replaced as a whole, as downloads and most programs do, leaves the
-one in use alone, and is told by its hash when it is loaded next.
+Weights are memory-mapped: writing into an expert's file while it is in use changes the running
+model. Replacing a file, as downloads and most programs do, does not affect the mapped one; its hash
+is checked when it is loaded again.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ _marks: Any = WeakKeyDictionary()
 
 
 def marks_of(files: Iterable[Path]) -> dict[Path, Mark]:
-    """What files are like now; those that are not there are left out."""
+    """Return the current marks of the files that exist; see `afa.files.Mark`."""
     found = {file: mark_of(file) for file in files}
     return {file: mark for file, mark in found.items() if mark is not None}
 
 
 def watch(pipeline: Any, marks: dict[Path, Mark]) -> None:
-    """Keep what the files of a pipeline were like before they were read."""
+    """Store the marks that a pipeline's files had before they were read."""
     _marks[denoiser_of(pipeline)] = marks
 
 
 def require_unchanged(pipeline: Any) -> None:
-    """Refuse to keep what a pipeline has made of files that somebody wrote into.
+    """Check that a pipeline's files were not written since they were read.
 
     Raises:
-        AfaError: names the first such file.
+        AfaError: if one was; its results must not be saved.
     """
     for file, before in _marks.get(denoiser_of(pipeline), {}).items():
         now = mark_of(file)
-        # its times may change without a write, as of a file that gets a second name
+        # ctime alone may change without a write, such as by a new hard link
         if now is not None and now[:2] == before[:2] and now[2:4] != before[2:4]:
             raise AfaError(
                 "AFA-LOAD-100",
-                f"Files of weights must stay as they are while they are in use; '{file}' was "
-                "written into. What came after that is not kept. Restore the file, and run the "
-                "same command again.",
+                f"'{file}' was written to while it was in use; weight files must not change. "
+                "Results since then are not saved. Restore the file, and run the same command "
+                "again.",
             )
