@@ -101,10 +101,6 @@ class Companions:
             is_own=expert.config is not None,
         )
 
-    def config_for(self, path: Path, shapes: Shapes) -> Path:
-        """Return the folder that describes a file; see `describe`."""
-        return self.describe(path, shapes).config
-
     def describe(self, path: Path, shapes: Shapes) -> Described:
         """Identify a file from its header, its metadata and a `.yaml` beside it.
 
