@@ -80,9 +80,9 @@ def test_moved_experts_keep_what_is_known_of_them() -> None:
 
 def test_hashes_that_are_demanded(experts: list[Path]) -> None:
     wrong = ExpertSource(str(experts[0]), sha256="0" * 64)
-    with refusal("AFA-LOAD-082", "SHA-256 0{64}"):
+    with refusal("AFA-LOAD-082", "SHA-256", "0{64}"):
         afa.load_pipeline([wrong])
-    with refusal("AFA-LOAD-082", "SHA-256 0{64}"):
+    with refusal("AFA-LOAD-082", "SHA-256", "0{64}"):
         afa.load_pipeline([experts[0]], vae=wrong)
     known = afa.load_pipeline([experts[0]]).unet.provenance
     right = ExpertSource(str(experts[0]), sha256=known.experts[0].sha256)

@@ -199,7 +199,7 @@ def test_flow_models_predict_the_flow_whatever_metadata_says() -> None:
     # trainers write epsilon into every file of this family
     found = decide("x", config, [Evidence("its metadata", "epsilon")])
     assert (found.type, found.scheduler) == ("flow_prediction", None)
-    with refusal("AFA-LOAD-048", "="):
+    with refusal("AFA-LOAD-048", "epsilon", "flow_prediction"):
         decide("x", config, asked="epsilon")
 
 

@@ -197,7 +197,7 @@ def test_text_encoders_that_a_file_leaves_out_are_lent(tmp_path: Path) -> None:
     whole = exported(pipeline, tmp_path / "whole.safetensors")
     bare = exported(pipeline, tmp_path / "bare.safetensors", "conditioner.", "first_stage_model.")
     folder = tmp_path / "xl-0"
-    with refusal("AFA-LOAD-077", "text_encoder_2", r"parts=\[\.\.\.\]"):
+    with refusal("AFA-LOAD-077", "text_encoder_2", "parts"):
         afa.load_pipeline([bare], config=folder)
     for part in (folder, whole):
         loaded = afa.load_pipeline([bare], config=folder, parts=[part])
@@ -208,7 +208,7 @@ def test_text_encoders_that_a_file_leaves_out_are_lent(tmp_path: Path) -> None:
     save_file(_bare(pipeline.text_encoder), tmp_path / "clip_l.safetensors")
     save_file(_bare(pipeline.text_encoder_2), tmp_path / "clip_g.safetensors")
     files = [tmp_path / "clip_l.safetensors", tmp_path / "clip_g.safetensors"]
-    with refusal("AFA-LOAD-078", "vae="):
+    with refusal("AFA-LOAD-078", "vae"):
         afa.load_pipeline([bare], config=folder, parts=files)
     loaded = afa.load_pipeline([bare], config=folder, parts=files, vae=folder)
     for name in ("text_encoder", "text_encoder_2"):
