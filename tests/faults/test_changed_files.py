@@ -65,7 +65,7 @@ def test_a_picture_of_changed_weights_is_not_kept(file: str, copies: list[Path])
     pipeline.set_progress_bar_config(disable=True)
     draw(pipeline, asked())
     write_into(copies[0] / file)
-    with pytest.raises(AfaError, match=f"'{copies[0] / file}' was written into"):
+    with pytest.raises(AfaError, match=f"'{copies[0] / file}' was written to"):
         draw(pipeline, asked())
 
 
@@ -85,7 +85,7 @@ def test_nothing_is_saved_of_what_was_learnt_from_it(copies: list[Path], tmp_pat
     for _ in range(3):
         next(run)
     write_into(file)
-    with pytest.raises(AfaError, match="was written into"):
+    with pytest.raises(AfaError, match="was written to"):
         list(run)
     names = [place.name for place in (tmp_path / "run" / "checkpoints").iterdir()]
     assert names == ["step-00000002.safetensors"]
@@ -142,7 +142,7 @@ def test_a_file_that_is_cut_short(copies: list[Path], tmp_path: Path) -> None:
     command.require_whole()
     code, said = command.run()
     assert (code, len(said.splitlines())) == (2, 1), said
-    assert f"'{copies[1] / WEIGHTS}' must be a complete safetensors file" in said
+    assert f"'{copies[1] / WEIGHTS}' is not a complete safetensors file" in said
 
 
 def test_a_touch_is_a_change_and_reading_is_none(copies: list[Path]) -> None:
@@ -150,5 +150,5 @@ def test_a_touch_is_a_change_and_reading_is_none(copies: list[Path]) -> None:
     (copies[0] / WEIGHTS).read_bytes()
     require_unchanged(pipeline)
     os.utime(copies[0] / WEIGHTS)
-    with pytest.raises(AfaError, match="was written into"):
+    with pytest.raises(AfaError, match="was written to"):
         require_unchanged(pipeline)
