@@ -1,4 +1,4 @@
-"""docs/benchmarks.json, and docs/benchmarks.md from it."""
+"""Record measurements in docs/benchmarks.json, and write docs/benchmarks.md from them."""
 
 from __future__ import annotations
 
@@ -17,20 +17,27 @@ FILE = DOCS / "benchmarks.json"
 _NOT = "Not measured."
 _INTRO = """# Benchmarks
 
-Written by `make bench`; the figures are in [benchmarks.json](benchmarks.json). Everything that is
-compared took turns within one run; ratios are medians over the rounds of the ratio within a round,
-with the middle half of the rounds in brackets. Seconds are the named machine's. Ratios differ
-between machines, too: compare [a step](#a-step) with [the same on a GPU](#on-a-gpu).
+This page has the measured time, memory and quality of afa. To measure on your machine:
+
+```bash
+make bench          # everything except the quality studies and the GPU; an hour
+make bench-check    # measure a few ratios again and compare them with this page; minutes
+```
+
+`make bench` writes this page; the figures are in [benchmarks.json](benchmarks.json). The methods
+that are compared alternate within one run. A ratio is computed within each round; the tables show
+the median over the rounds, with the quartiles in brackets. Each section names its machine. Ratios
+differ between machines, too: compare [a step on a CPU](#a-step) with [a step on a GPU](#on-a-gpu).
 """
 
 
 def committed() -> dict[str, Any]:
-    """What was measured before, by part."""
+    """The committed measurements, by part."""
     return json.loads(FILE.read_text()) if FILE.exists() else {}
 
 
 def record(part: str, results: Any) -> None:
-    """Put what was measured just now in the place of what was before, and write the page anew."""
+    """Replace the measurements of one part, and write the page."""
     origin = {
         "commit": commit(),
         "date": datetime.date.today().isoformat(),
@@ -43,79 +50,103 @@ def record(part: str, results: Any) -> None:
 
 
 def write_page() -> None:
-    """Write the page of what was measured."""
+    """Write the page from the committed measurements."""
     write_atomic(DOCS / "benchmarks.md", as_page(committed()))
 
 
 def as_page(kept: dict[str, Any]) -> str:
-    """The whole page."""
+    """The complete page as Markdown."""
     sections = [
         _INTRO,
         _section("A step", _STEP, kept.get("step"), _step),
         _section("A picture", _PICTURE, kept.get("picture"), _picture),
         _section("Speed against quality", _STUDY, kept.get("study"), _speeds),
-        _section("The shape of the aggregators", _SHAPES, kept.get("aggregators"), _study),
+        _section("Size of the aggregators", _SHAPES, kept.get("aggregators"), _study),
         _section("Streamed experts", _STREAMING, kept.get("streaming"), _streaming),
         _section("Experts spread over processes", _SCALING, kept.get("scaling"), _scaling),
         _section("Training", _TRAINING, kept.get("training"), _training),
-        _section("Starting", _STARTUP, kept.get("startup"), _startup),
-        _section("Hashes of the experts", _HASHING, kept.get("hashing"), _hashing),
-        _section("Installing", _SIZE, kept.get("size"), _size),
-        _section("The page", _APP, kept.get("app"), _app),
+        _section("Start-up time", _STARTUP, kept.get("startup"), _startup),
+        _section("Hashing of the experts", _HASHING, kept.get("hashing"), _hashing),
+        _section("Installed size", _SIZE, kept.get("size"), _size),
+        _section("Browser app", _APP, kept.get("app"), _app),
         _section("On a GPU", _GPU, kept.get("gpu"), _gpu),
     ]
     return "\n".join(sections)
 
 
-_STEP = """One call of the denoiser on a batch of 2, against its experts one after another, each by
-the library's own forward pass. *Mean* fuses with the uniform mean: what the shell itself costs. The
-*floor* is the ratio of operation counts (convolutions, matrix products, attention) with the keys
-and values of the prompt at hand, as they are from the second step on; the experts alone compute
-theirs. It is a ratio of counts, not of times: a step lies below it where the operations of the
-aggregators are the quicker ones, above it where what is not counted, such as exponentials, weighs
-more. *Share* is the aggregators' part of the step's time. Random weights; one thing at a time is
-changed from three experts, 32x32 latents, float32. *Compiled*: experts and ensemble both,
-`compile_repeated_blocks()`."""
-_PICTURE = """The zoo's models, 20 DDIM steps, guidance 3, in batches of 16 with one thread: text
-encoder and autoencoder included. Ratios are to one model at the exact speed."""
-_STUDY = """`python -m benchmarks.acceleration_study WORK`: the zoo, 96 mixed prompts, three seeds
-of training. Prompts are of held-out pairs, by another seed than the test of
-[results.md](results.md), but they are not apart from it: 9 of the 96 are the same, and 35 of their
-53 pairs of objects. The presets were chosen on these prompts. *Minus exact AFA* has a paired 95 %
-interval. No model tuned on the aggregators' data is among the rows. For the time, each took turns
-with the exact base in drawing a batch of 8 on one thread. The settings *threshold*, *line* and
-*guidance until* no longer exist; their rows are why."""
-_SHAPES = """`python -m benchmarks.aggregator_study WORK`: the same prompts and seeds."""
-_STREAMING = """Pictures of 256 pixels by models of Stable Diffusion 1.5's size with random weights,
-four steps with guidance, a process each; peaks are without the imports'. `stream_experts` keeps
-the experts' layers in a file and reads the next while one runs; the system's cache of that file is
-nobody's memory, and on this machine the file fits into it."""
-_SCALING = """Every process computes experts of its own and all exchange features at every site
-(`spread_experts`): one thread each, gloo, batches of 2 at 32x32 latents, the default aggregators.
-The model adds up what was measured by itself in these processes: the forward passes of the experts
-of one, the aggregators, which all run, and sending the features. *Sent* is what a process sends for
-one expert in a step; a link of 25 GB/s would take 1 ms for 25 MB."""
-_TRAINING = """Batches of 16 on the zoo; see docs/training.md for what the switches are for."""
-_STARTUP = """Each start is a process of its own, with the files in the system's cache."""
-_HASHING = """Three sparse files of 2 GB each are described as by `afa inspect`; each start is a
-process of its own, with an empty cache before the first. *Read*: bytes by system calls."""
-_SIZE = """The files of each distribution on disk, compiled modules included; an extra is what it
-adds to the core, and to the extras that it includes. [Licences](licences.md) names them all."""
-_APP = """`afa app` with the shipped ensemble, in a process of its own, with Chromium beside it on
-the same cores; 20 steps. The imports of torch and the libraries are most of the first row."""
-_GPU = """`python -m benchmarks.gpu OUT.json`: the widths of Stable Diffusion 1.5, XL and Flux in
-bfloat16, random weights; batches of 2 (Flux: 1), the latents of the pictures' size. *plain*: as
-they are. *graphs*: a step of the ensemble (`afa.accelerate(pipeline, cuda_graphs=True)`), and the
-forward pass of every expert, are CUDA graphs, so that nothing waits for Python. Ratios are to the
-experts' forward passes in the same way, one after another. Pictures: 20 steps, guidance 7.5 (Flux:
-3.5), the autoencoder included, text encoders not; *peak* is the pipeline's own weights and what a
-call adds. A merge costs what one model does."""
+_STEP = """How much slower is one ensemble step than its experts alone? `python -m benchmarks.step`
+calls the denoiser on a batch of 2, and compares it with the experts' diffusers forward passes, run
+one after another. All weights are random. Every row changes one setting of the base case: three
+experts, 32x32 latents, float32.
+
+- *Mean*: the ensemble with the uniform mean. This is the cost of the ensemble code itself.
+- *Floor*: the ratio of operation counts (convolutions, matrix products, attention). The keys and
+  values of the prompt count for the experts alone only, because the ensemble reuses them from the
+  second step on. It is a ratio of counts, not of times. The measured ratio can be lower if the
+  aggregators' operations are faster than average, and higher if operations that are not counted,
+  such as exponentials, take long.
+- *Share*: the aggregators' share of the step's time.
+- *Compiled*: experts and ensemble both use `compile_repeated_blocks()`."""
+_PICTURE = """How long does one picture take? `python -m benchmarks.picture` uses the zoo's
+models with 20 DDIM steps, guidance 3, batches of 16 and one thread. The times include text
+encoder and autoencoder. Ratios are relative to one model at the exact speed."""
+_STUDY = """How fast can sampling be before quality suffers? `python -m
+benchmarks.acceleration_study WORK` uses the zoo, 96 mixed prompts and three training seeds.
+
+The prompts use held-out pairs and another seed than the test of [results.md](results.md), but
+they overlap with it: 9 of the 96 prompts and 35 of their 53 object pairs are the same. The
+presets were chosen on these prompts. No row is a model tuned on the aggregators' data. *Minus
+exact AFA* is a paired difference with a 95 % interval. The time is that of a batch of 8 on one
+thread, relative to the exact base model, which ran alternately. The settings *threshold*, *line*
+and *guidance until* were removed because of the results in their rows."""
+_SHAPES = """How small can the aggregators be? `python -m benchmarks.aggregator_study WORK` uses
+the same prompts and seeds as the speed study."""
+_STREAMING = """How much memory does `stream_experts` save? `python -m benchmarks.streaming`
+draws pictures of 256 pixels with models of Stable Diffusion 1.5's size and random weights, four
+steps with guidance. Each row runs in its own process, and peaks exclude the memory of the
+imports. Streaming keeps the experts' layers in a file and reads the next layers while one runs.
+The operating system's cache of that file is not counted. On this machine the whole file fits
+into that cache."""
+_SCALING = """How much faster is one picture with several processes (`spread_experts`)? Every
+process computes its own experts, and all processes exchange features at every site. `python -m
+benchmarks.scaling` uses one thread per process, gloo, batches of 2, 32x32 latents and the
+default aggregators. The predicted speedup comes from the sum of three parts, each measured
+separately in these processes: the forward passes of one process's experts, the aggregators
+(which every process runs), and sending the features. *Sent* is the data that a process sends for
+one expert in a step; a link of 25 GB/s would transfer 25 MB in 1 ms."""
+_TRAINING = """How long does a training step take? `python -m benchmarks.training` uses the zoo
+with a batch size of 16. [Train on your
+data](training.md#time-and-memory-of-each-training-setting) explains the settings."""
+_STARTUP = """How long does a start take? In `python -m benchmarks.startup`, each start is a
+separate process, with the files in the operating system's cache."""
+_HASHING = """Are the experts hashed again at every start? `python -m benchmarks.hashing`
+describes three sparse files of 2 GB each, as `afa inspect` does. Each start is a separate
+process; the cache of hashes is empty before the first one. *Read* counts the bytes read by
+system calls."""
+_SIZE = """How much disk space does an installation need? The table counts the files of each
+distribution, including compiled modules. The row of an extra counts only what it adds to the
+core and to the extras that it includes. [Licences](licences.md) lists all distributions."""
+_APP = """How fast does the browser app respond? `python -m benchmarks.app` runs `afa app` with
+the bundled ensemble and 20 steps in its own process, and Chromium on the same cores. Most of the
+first row's time is the import of torch and the other libraries."""
+_GPU = """How much slower is an ensemble on a GPU? `python -m benchmarks.gpu OUT.json` uses the
+architectures of Stable Diffusion 1.5, XL and Flux in bfloat16 with random weights, latents of the
+pictures' size, and batches of 2 (Flux: 1).
+
+- *plain*: without CUDA graphs.
+- *graphs*: a step of the ensemble (`afa.accelerate(pipeline, cuda_graphs=True)`) and the forward
+  pass of every expert run as CUDA graphs, so no kernel launch waits for Python.
+
+The first table has steps: ratios are relative to the experts' forward passes in the same mode,
+one after another. The second table has pictures: 20 steps, guidance 7.5 (Flux: 3.5), including
+the autoencoder and without text encoders. *Peak* is the memory of the pipeline's weights and of
+one call. A merge costs as much as one model."""
 
 
 def quality_cells(report: dict[str, Any], subject: str) -> dict[str, list[str]]:
-    """By method of a report: its right mixed pictures, and the difference to a subject's.
+    """By method of a report, the share of correct mixed pictures and the difference to the subject.
 
-    The difference is empty where it is the subject itself.
+    The difference is empty for the subject itself.
     """
     beyond = {
         entry["against"]: entry["difference"]
@@ -142,7 +173,7 @@ def _section(title: str, text: str, part: dict[str, Any] | None, body: Any) -> s
 
 
 def as_table(head: list[str], rows: list[list[str]]) -> str:
-    """Rows of text as Markdown."""
+    """Format rows of text as a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
@@ -153,7 +184,7 @@ def _spread(spread: dict[str, float]) -> str:
 
 def _step(results: list[dict[str, Any]]) -> str:
     shapes = list(results[0]["floors"])
-    head = ["widths", "experts", "latents", "type", "experts' seconds", "mean"]
+    head = ["widths", "experts", "latents", "data type", "experts' seconds", "mean"]
     for shape in shapes:
         head += [shape, "floor", "share"]
     rows = []
@@ -184,7 +215,8 @@ def _picture(results: list[dict[str, Any]]) -> str:
         ]
         for row in results
     ]
-    return as_table(["drawn by", "speed", "seconds a picture", "by one model's", "peak, GB"], rows)
+    head = ["model", "speed", "seconds per picture", "relative to one model", "peak memory, GB"]
+    return as_table(head, rows)
 
 
 def _study(results: dict[str, Any]) -> str:
@@ -196,21 +228,21 @@ def _speeds(results: dict[str, Any]) -> str:
 
 {_not_told_apart(results)}
 
-With other numbers of steps, on a third of the prompts: right pictures, and the time by that of the
-exact ensemble. The presets go by how far the latent has moved; an interval that does for 20 steps
-is too long for few.
+The next table has other numbers of steps, on a third of the prompts: the share of correct pictures,
+and the time relative to the exact ensemble. The presets decide by how far the latent has moved. An
+interval that works for 20 steps is too long for fewer steps.
 
 {results["curve"]}
 
-![Right pictures against time: how far each setting goes.](images/benchmarks-speed.png)
+![Share of correct pictures against time, for every setting.](images/benchmarks-speed.png)
 
 The same prompts and noise at several speeds:
 
-![Pictures at several speeds, by row.](images/benchmarks-pictures.png)"""
+![Pictures at several speeds, one speed per row.](images/benchmarks-pictures.png)"""
 
 
 def _not_told_apart(results: dict[str, Any]) -> str:
-    """The quickest row that is not told apart from the exact ensemble, of it and of the rivals."""
+    """Name the fastest rows of the ensemble and of the rivals without a significant difference."""
     seconds = {name: spread["median"] for name, spread in results["ratios"].items()}
     below = {
         pair["against"]: pair["difference"]
@@ -224,18 +256,18 @@ def _not_told_apart(results: dict[str, Any]) -> str:
     closest = min(others, key=lambda name: below[name]["mean"])
     gap = below[closest]
     of_rivals = (
-        f"of the others it is *{rivals[0]}*, {seconds[rivals[0]]:.2f} times."
+        f"The fastest such row of another method is *{rivals[0]}*, {seconds[rivals[0]]:.2f} times."
         if rivals
-        else "none of the others comes as near at any of these speeds. The closest of them is "
-        f"*{closest}*: {gap['mean']:.2f} [{gap['low']:.2f}, {gap['high']:.2f}] below in "
-        f"{seconds[closest]:.2f} of the time."
+        else "Every row of another method is significantly lower. The closest one is "
+        f"*{closest}*: lower by {gap['mean']:.2f} [{gap['low']:.2f}, {gap['high']:.2f}], in "
+        f"{seconds[closest]:.2f} times one model's time."
     )
     least = -below[ours[0]]["high"]
     return (
-        "**Not told apart**: the quickest row that is not told apart from exact AFA is "
-        f"*{ours[0]}*, {seconds[ours[0]]:.2f} times one model's time; {of_rivals} That is not "
-        f"equality: *{ours[0]}* was picked from {len(below)} rows after the fact, and its interval "
-        f"reaches to {least:+.3f}."
+        "**No significant difference from exact AFA**: the fastest such row is "
+        f"*{ours[0]}*, {seconds[ours[0]]:.2f} times one model's time. {of_rivals} This does not "
+        f"show equality: *{ours[0]}* was selected from {len(below)} rows after the measurement, "
+        f"and its interval extends to {least:+.3f}."
     )
 
 
@@ -250,7 +282,7 @@ def _app(results: list[dict[str, Any]]) -> str:
 def _gpu(results: list[dict[str, Any]]) -> str:
     rows = [row for entry in results for row in entry["results"] if "ratios" in row]
     shapes = list(rows[0]["floors"])
-    head = ["widths", "pixels", "experts", "way", "experts' ms", "mean"]
+    head = ["model", "pixels", "experts", "mode", "experts' ms", "mean"]
     for shape in shapes:
         head += [shape, "floor"]
     steps = []
@@ -273,12 +305,13 @@ def _gpu(results: list[dict[str, Any]]) -> str:
         if entry["job"]["part"] == "pictures"
         for row in entry["results"]
     ]
-    drawn = ["widths", "pixels", "drawn by", "seconds a picture", "by one model's", "peak, GB"]
+    drawn = ["model", "pixels", "mode", "seconds per picture"]
+    drawn += ["relative to one model", "peak memory, GB"]
     return f"{as_table(head, steps)}\n\n{as_table(drawn, pictures)}"
 
 
 def record_gpu(file: Path) -> None:
-    """Put what `benchmarks.gpu` measured on the page; every entry says where and when."""
+    """Put the measurements of `benchmarks.gpu` on the page; each entry has its own origin."""
     entries = json.loads(file.read_text())
     origin = {
         key: "; ".join(dict.fromkeys(entry[key] for entry in entries))
@@ -300,8 +333,8 @@ def _training(results: list[dict[str, Any]]) -> str:
         ]
         for row in results
     ]
-    head = ["mode", "seconds a step", "by the plain loop's", "peak, GB", "above what is loaded, GB"]
-    return as_table(head, rows)
+    head = ["mode", "seconds per step", "relative to the plain loop", "peak memory, GB"]
+    return as_table([*head, "peak minus loaded models, GB"], rows)
 
 
 def _streaming(results: list[dict[str, Any]]) -> str:
@@ -315,8 +348,8 @@ def _streaming(results: list[dict[str, Any]]) -> str:
         ]
         for row in results
     ]
-    head = ["", "peak, GB", "by one model's", "seconds a picture", "by that of experts in memory"]
-    return as_table(head, rows)
+    head = ["", "peak memory, GB", "relative to one model", "seconds per picture"]
+    return as_table([*head, "relative to experts in memory"], rows)
 
 
 def _scaling(results: list[dict[str, Any]]) -> str:
@@ -334,14 +367,15 @@ def _scaling(results: list[dict[str, Any]]) -> str:
         ]
         for row in results
     ]
-    head = ["widths", "experts", "processes", "seconds by one", "by all", "faster", "by the model"]
-    head += ["of it experts", "aggregators", "exchange", "sent, MB"]
+    head = ["widths", "experts", "processes", "seconds, one process", "seconds, all processes"]
+    head += ["speedup", "predicted speedup", "experts, s", "aggregators, s", "exchange, s"]
+    head += ["sent, MB"]
     return as_table(head, rows)
 
 
 def _startup(results: list[dict[str, Any]]) -> str:
     rows = [[row["start"], f"{row['seconds']:.2f}", _spread(row["ratio"])] for row in results]
-    return as_table(["until", "seconds", "by the libraries' alone"], rows)
+    return as_table(["until", "seconds", "relative to the libraries alone"], rows)
 
 
 def _hashing(results: list[dict[str, Any]]) -> str:

@@ -112,8 +112,8 @@ def table(report: dict[str, Any]) -> str:
             f"| {found['target']} | {found['seconds']} | {found['executions']:,} | "
             f"{found['edges']:,} | {found['corpus']} | {findings} |"
         )
-    rows += ["", "Lines of the readers that the corpus reaches, refusals and all:", ""]
-    rows += ["| file | lines |", "|---|---|"]
+    rows += ["", "Lines of each reader that the corpus reaches, including error branches:", ""]
+    rows += ["| file | lines reached |", "|---|---|"]
     rows += [f"| `src/afa/{name}` | {share:.0%} |" for name, share in report["lines"].items()]
     return "\n".join(rows)
 

@@ -16,10 +16,10 @@ def inputs(target: str) -> list[Path]:
 
 
 @pytest.mark.fault(
-    "files that a fuzzer made",
+    "inputs from the fuzzer",
     "all readers",
-    how="the kept corpus and every finding of earlier runs",
-    holds="each is accepted, or refused in one line",
+    how="the corpus and every finding of earlier runs",
+    holds="each input is accepted, or refused in one line",
 )
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_corpus(target: str, monkeypatch: pytest.MonkeyPatch) -> None:

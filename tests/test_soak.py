@@ -227,8 +227,9 @@ def short_path() -> Iterator[Path]:
 @pytest.mark.fault(
     "a long run",
     "generate, train, evaluate, merge, errors",
-    how="five minutes of all of them, over and over, in one process (`make soak`: an hour)",
-    holds="descriptors, threads, tensors and files do not grow, memory not beyond what it varies",
+    how="all of them for five minutes, repeatedly, in one process (`make soak`: an hour)",
+    holds="descriptors, threads, tensors and files do not grow; memory grows no more than it "
+    "varies",
 )
 def test_five_minutes_of_everything_leave_nothing(short_path: Path) -> None:
     tmp_path = short_path

@@ -1,4 +1,4 @@
-"""What a soak came to, as a part of the page on reliability."""
+"""The result of a soak test, as a part of the page on reliability."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _CURVES = {
-    "anonymous": "resident memory that is no file's, without what safetensors loses",
-    "allocated": "memory that the C library has given out",
-    "blocks": "blocks of Python's memory, without what safetensors loses",
+    "anonymous": "anonymous resident memory, without the safetensors leak",
+    "allocated": "memory allocated by the C library",
+    "blocks": "Python memory blocks, without the safetensors leak",
     "objects": "Python objects",
-    "maps": "maps of memory",
+    "maps": "memory maps",
     "fds": "file descriptors",
     "threads": "threads",
     "children": "child processes",
     "tensors": "tensors",
-    "tensor_bytes": "their bytes",
+    "tensor_bytes": "size of the tensors",
     "cached": "entries in afa's caches",
-    "deleted": "maps of removed files",
-    "disk": "the work folder",
-    "unseen": "errors that nobody could catch",
+    "deleted": "memory maps of deleted files",
+    "disk": "size of the work folder",
+    "unseen": "uncaught exceptions in finalizers and threads",
 }
 
 
 def publish(folder: Path, docs: Path) -> None:
-    """Put the plot, the figures and the table of a soak among the pages.
+    """Copy the plot and the figures of a soak test to the pages, and write its table.
 
     Args:
-        folder: of the soak.
-        docs: with `reliability.md`.
+        folder: The output folder of the soak test.
+        docs: The folder with `reliability.md`.
     """
     shutil.copyfile(folder / PLOT, docs / "images" / PLOT)
     shutil.copyfile(folder / SUMMARY, docs / SUMMARY)
@@ -47,8 +47,8 @@ def publish(folder: Path, docs: Path) -> None:
 def as_page(summary: dict[str, Any]) -> str:
     """A soak's summary in Markdown."""
     rows = [
-        "| after every round | highest of the first third | of the last | may grow by | grew by at "
-        "most | |",
+        "| measured after every round | maximum in the first third | maximum in the last third | "
+        "allowed growth | growth, upper bound | verdict |",
         "|---|---|---|---|---|---|",
     ]
     for found in summary["findings"]:
@@ -58,9 +58,10 @@ def as_page(summary: dict[str, Any]) -> str:
         rows.append(f"| {_CURVES[curve]} | {figures} | {found['outcome']} |")
     return "\n".join(
         [
-            f"{summary['rounds']} rounds in {summary['minutes']:.0f} minutes, of which the first "
-            f"{summary['warm_up']} are warm-up, on {summary['date']} at `{summary['commit'][:7]}` "
-            f"({summary['machine']}). A slope counts by the upper end of its 95 % interval.",
+            f"Last run: {summary['date']}, commit `{summary['commit'][:7]}` "
+            f"({summary['machine']}): {summary['rounds']} rounds in {summary['minutes']:.0f} "
+            f"minutes. The first {summary['warm_up']} rounds are warm-up. The upper bound is the "
+            "upper end of a slope's 95 % interval.",
             "",
             "![Memory, objects and descriptors of one process over an hour](images/soak.png)",
             "",

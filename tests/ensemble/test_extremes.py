@@ -32,8 +32,8 @@ def pipeline(experts: list[Path]) -> Any:
 @pytest.mark.fault(
     "odd sizes",
     "a step",
-    how="latents of 1 x 1 to 8 x 33, of no multiple of 8",
-    holds="bit for bit what the expert by itself gives",
+    how="latents of 1 x 1 to 8 x 33, sizes that are not multiples of 8",
+    holds="bit for bit the result of the expert's own forward pass",
 )
 @pytest.mark.parametrize("size", [(8, 8), (9, 7), (13, 8), (5, 24), (1, 1), (3, 2), (8, 33)])
 def test_latents_of_any_size_are_what_one_expert_gives(
@@ -58,8 +58,8 @@ def test_aggregators_take_them(size: tuple[int, int], pipeline: Any) -> None:
 @pytest.mark.fault(
     "odd sizes",
     "a step",
-    how="batches of 0, 1 and 5",
-    holds="one and five are computed, none is refused in one line",
+    how="batch sizes 0, 1 and 5",
+    holds="batches of 1 and 5 are computed; an empty batch is refused in one line",
 )
 @pytest.mark.parametrize("batch", [0, 1, 5])
 def test_batches(batch: int, pipeline: Any) -> None:
@@ -75,7 +75,7 @@ def test_batches(batch: int, pipeline: Any) -> None:
 @pytest.mark.fault(
     "odd sizes",
     "a step",
-    how="latents without an area",
+    how="latents with a height or width of 0",
     holds="refused in one line",
 )
 @pytest.mark.parametrize("size", [(0, 8), (8, 0), (0, 0)])
@@ -91,8 +91,8 @@ def test_no_area(size: tuple[int, int], pipeline: Any) -> None:
 @pytest.mark.fault(
     "huge logits",
     "an aggregator",
-    how="logits of 1e4 to beyond float32",
-    holds="weights sum to 1, or the step is refused; never quietly nan",
+    how="logits from 1e4 to values that overflow float32",
+    holds="the weights sum to 1, or the step is refused; NaN is never passed on silently",
 )
 @pytest.mark.parametrize("size", [1e4, 1e30, 3e38])
 def test_huge_logits_choose_one_expert(size: float, pipeline: Any) -> None:
@@ -161,10 +161,10 @@ def ensemble(experts: list[Path], tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.mark.fault(
-    "odd prompts",
+    "unusual prompts",
     "generate",
-    how="none, 10,000 characters, every script, controls, markup",
-    holds="a picture, which makes itself again",
+    how="an empty prompt, 10,000 characters, many scripts, control characters, markup",
+    holds="a picture is drawn, and --from-image reproduces it",
 )
 @pytest.mark.parametrize("name", PROMPTS)
 def test_prompts_of_any_kind(name: str, ensemble: Path, tmp_path: Path) -> None:
@@ -184,9 +184,9 @@ def test_prompts_of_any_kind(name: str, ensemble: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.fault(
-    "odd prompts",
+    "unusual prompts",
     "generate",
-    how="bytes that are no text, 20,001 characters",
+    how="bytes that are not valid text; 20,001 characters",
     holds="refused in one line",
 )
 @pytest.mark.parametrize("prompt", ["a \udcff fox", "x" * 20_001])

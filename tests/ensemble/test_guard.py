@@ -52,8 +52,8 @@ PLACES: dict[str, Any] = {
 @pytest.mark.fault(
     "non-finite values",
     "generate",
-    how="nan or infinity in an expert, at five sites",
-    holds="the run stops; expert and site are named",
+    how="NaN or infinity in an expert, at five sites",
+    holds="the run stops; the error names the expert and the site",
 )
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("site", PLACES)
@@ -67,8 +67,9 @@ def test_the_expert_and_the_site_are_named(site: str, value: float, pipeline: An
 @pytest.mark.fault(
     "non-finite values",
     "generate --on-nonfinite mask",
-    how="nan in an expert, at five sites, exact and fast",
-    holds="a finite picture; that expert has no weight at that site, and some at all others",
+    how="NaN in an expert, at five sites, exact and fast",
+    holds="the picture is finite; the expert's weight is zero at that site and positive at all "
+    "others",
 )
 @pytest.mark.parametrize("speed", ["exact", "fast"])
 @pytest.mark.parametrize("site", PLACES)
@@ -167,8 +168,8 @@ def test_a_latent_that_is_not_finite(pipeline: Any) -> None:
 @pytest.mark.fault(
     "overflow",
     "generate in float16",
-    how="weights of an expert so large that its feature passes 65504",
-    holds="expert and site are named, bfloat16 is proposed",
+    how="expert weights so large that a feature exceeds 65504",
+    holds="the error names the expert and the site, and proposes bfloat16",
 )
 def test_float16_overflows_in_an_expert(experts: list[Path]) -> None:
     pipeline = afa.load_pipeline(experts, SMALL, torch_dtype=torch.float16)
@@ -183,7 +184,7 @@ def test_float16_overflows_in_an_expert(experts: list[Path]) -> None:
     "overflow",
     "the autoencoder",
     how="infinity while the picture is decoded",
-    holds="refused in one line; no black picture is kept",
+    holds="refused in one line; no black picture is saved",
 )
 def test_an_autoencoder_that_overflows(pipeline: Any) -> None:
     spoil(pipeline.vae.decoder.conv_out)
@@ -204,8 +205,8 @@ def test_an_autoencoder_that_overflows(pipeline: Any) -> None:
 @pytest.mark.fault(
     "non-finite values",
     "train",
-    how="nan in an expert",
-    holds="the run stops before anything is learnt; expert and site are named",
+    how="NaN in an expert",
+    holds="the run stops before the weights are updated; the error names the expert and the site",
 )
 def test_training_names_them_too(experts: list[Path], tmp_path: Path) -> None:
     copy = Path(shutil.copytree(experts[1], tmp_path / "wrong"))

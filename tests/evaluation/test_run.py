@@ -168,8 +168,8 @@ def reached(output: Path, pattern: str, count: int) -> bool:
 @pytest.mark.fault(
     "kill -9",
     "evaluate",
-    how="SIGKILL three times: getting ready, drawing, and between drawing and scoring",
-    holds="the same command goes on, and comes to the report of an undisturbed run",
+    how="SIGKILL three times: during preparation, while drawing, and between drawing and scoring",
+    holds="the same command resumes, and produces the report of an undisturbed run",
 )
 @pytest.mark.slow
 def test_killed_three_times_it_comes_to_the_same_report(

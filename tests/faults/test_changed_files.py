@@ -56,8 +56,8 @@ def test_writing_into_a_file_changes_the_model_that_runs(copies: list[Path]) -> 
 @pytest.mark.fault(
     "an expert's file changes",
     "generate",
-    how="somebody writes into it while the ensemble is loaded",
-    holds="the picture is refused, and the file is named",
+    how="another process writes to the file while the ensemble is loaded",
+    holds="no picture is saved; the error names the file",
 )
 @pytest.mark.parametrize("file", [WEIGHTS, "vae/diffusion_pytorch_model.safetensors"])
 def test_a_picture_of_changed_weights_is_not_kept(file: str, copies: list[Path]) -> None:
@@ -72,9 +72,9 @@ def test_a_picture_of_changed_weights_is_not_kept(file: str, copies: list[Path])
 @pytest.mark.fault(
     "an expert's file changes",
     "train",
-    how="somebody writes into it between two checkpoints",
-    holds="nothing that was learnt from it is saved; with the file restored the same command ends "
-    "with the weights of an undisturbed run",
+    how="another process writes to the file between two checkpoints",
+    holds="no update computed from the changed file is saved; after the file is restored, the "
+    "same command ends with the weights of an undisturbed run",
 )
 def test_nothing_is_saved_of_what_was_learnt_from_it(copies: list[Path], tmp_path: Path) -> None:
     settings = {"num_steps": 6, "checkpoint_every": 2}
@@ -102,9 +102,9 @@ def test_nothing_is_saved_of_what_was_learnt_from_it(copies: list[Path], tmp_pat
 @pytest.mark.fault(
     "an expert's file is replaced",
     "train",
-    how="another file takes its name, as a download does",
-    holds="the run goes on with the weights it has, to the same result; the ensemble is refused "
-    "with the new file, by its hash",
+    how="another file is renamed to its name, as a download does",
+    holds="the run continues with the loaded weights, to the same result; the ensemble then "
+    "refuses the new file by its hash",
 )
 def test_a_file_that_is_replaced(copies: list[Path], tmp_path: Path) -> None:
     settings = {"num_steps": 4, "checkpoint_every": 2}
@@ -125,10 +125,10 @@ def test_a_file_that_is_replaced(copies: list[Path], tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.fault(
-    "an expert's file is cut short",
+    "an expert's file is truncated",
     "train",
-    how="it is truncated while it is in use, which the system answers with SIGBUS",
-    holds="checkpoints are whole; the rerun names the file in one line",
+    how="it is truncated while it is in use, which causes SIGBUS",
+    holds="the checkpoints are complete; the rerun names the file in one line",
 )
 def test_a_file_that_is_cut_short(copies: list[Path], tmp_path: Path) -> None:
     command = training(tmp_path, copies, num_steps=400, checkpoint_every=2)

@@ -51,8 +51,8 @@ def limited(arguments: list[str], size: int) -> subprocess.CompletedProcess[str]
 @pytest.mark.fault(
     "out of memory",
     "train, before it begins",
-    how="a batch that takes more than the process may have",
-    holds="said before any work, with the batch size that fits, which does fit",
+    how="a batch that needs more memory than the process may use",
+    holds="refused before any work, with a batch size that fits; that batch size does fit",
 )
 def test_what_does_not_fit_is_said_before(tmp_path: Path) -> None:
     place = recipe_of(tmp_path, 400)
@@ -75,8 +75,9 @@ def test_what_does_not_fit_is_said_before(tmp_path: Path) -> None:
 @pytest.mark.fault(
     "out of memory",
     "train, in a step",
-    how="the process may have less memory than a step takes; --no-check",
-    holds="one line with a batch size and the accumulation that learns the same; exit code 2",
+    how="the process may use less memory than a step needs; --no-check",
+    holds="one line with a smaller batch size and the accumulation that keeps the samples per "
+    "step; exit code 2",
 )
 def test_a_step_that_does_not_fit(tmp_path: Path) -> None:
     place = recipe_of(tmp_path, 400)

@@ -38,7 +38,8 @@ def kill_when(process: Any, ready: Any, number: int) -> tuple[int, str]:
     "kill -9",
     "generate",
     how="SIGKILL after the first, the second and the third picture",
-    holds="pictures that are there stay and are not drawn again; the rerun has the same bits",
+    holds="finished pictures are kept and not drawn again; the rerun's pictures are identical bit "
+    "for bit",
 )
 def test_pictures_that_were_drawn_stay(experts: list[Path], tmp_path: Path) -> None:
     earlier = training(tmp_path, experts[:2], num_steps=1)
@@ -73,7 +74,8 @@ def test_pictures_that_were_drawn_stay(experts: list[Path], tmp_path: Path) -> N
     "kill -9",
     "merge",
     how="SIGKILL at three random moments while tensors are written",
-    holds="nothing has the output's name; the rerun is the same, and removes what was left",
+    holds="no file has the output's name; the rerun removes temporary files and produces the same "
+    "result",
 )
 def test_a_merge_that_is_killed(experts: list[Path], tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
@@ -109,8 +111,8 @@ def test_a_merge_that_is_killed(experts: list[Path], tmp_path: Path) -> None:
 @pytest.mark.fault(
     "SIGTERM",
     "train, generate, merge, evaluate",
-    how="sent once the command has begun to write",
-    holds="exit code 143; no half files are left; the rerun ends with the result of an "
+    how="sent after the command has begun to write",
+    holds="exit code 143; no partial files are left; the rerun ends with the result of an "
     "undisturbed run",
 )
 @pytest.mark.parametrize("name", ["train", "generate", "merge", "evaluate"])

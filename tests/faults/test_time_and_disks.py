@@ -32,8 +32,8 @@ def same(one: Path, other: Path) -> bool:
 @pytest.mark.fault(
     "a clock that jumps",
     "train",
-    how="the time of day jumps by years, back and forth, at every look at it",
-    holds="the same weights, bit for bit, and times of steps that are none below zero",
+    how="the system time jumps by years, back and forth, at every query",
+    holds="the same weights, bit for bit; no negative step times",
 )
 def test_the_time_of_day_does_not_matter(
     experts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -75,7 +75,7 @@ def test_a_slow_disk(experts: list[Path], tmp_path: Path, monkeypatch: pytest.Mo
     "a file system without locks",
     "any work folder",
     how="flock fails with ENOLCK",
-    holds="one line that says so, before any work",
+    holds="one line that names the problem, before any work",
 )
 def test_no_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: object) -> None:
@@ -89,9 +89,9 @@ def test_no_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.fault(
     "a file system without locks",
     "any work folder",
-    how="flock is not there at all (ENOSYS)",
-    holds="a file with the process's number is the lock: a second process is refused, and what a "
-    "dead one left is no obstacle",
+    how="flock is not implemented (ENOSYS)",
+    holds="a file with the process id is the lock: a second process is refused, and the lock file "
+    "of a dead process is ignored",
 )
 @pytest.mark.filterwarnings("ignore:flock not supported")
 def test_no_flock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,8 +114,8 @@ def test_no_flock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.fault(
     "two processes in one folder",
     "train, evaluate, search",
-    how="a second one while the first one works",
-    holds="the second is refused in one line; the first does not notice",
+    how="a second process starts while the first one runs",
+    holds="the second process is refused in one line; the first one is not affected",
 )
 def test_two_at_once(tmp_path: Path) -> None:
     with owned(tmp_path):

@@ -39,9 +39,9 @@ def pictures(folder: Path, count: int = 40) -> Path:
 @pytest.mark.fault(
     "a worker that dies",
     "train, processes that read pictures",
-    how="SIGKILL to one of two of them after the first steps",
-    holds="exit code 2 and one line; steps that were done are saved; the rerun ends with the "
-    "weights of an undisturbed run",
+    how="SIGKILL to one of two workers after the first steps",
+    holds="exit code 2 and one line; finished steps are saved; the rerun ends with the weights of "
+    "an undisturbed run",
 )
 def test_a_reader_that_is_killed(experts: list[Path], tmp_path: Path) -> None:
     results = []
@@ -72,8 +72,8 @@ def test_a_reader_that_is_killed(experts: list[Path], tmp_path: Path) -> None:
 @pytest.mark.fault(
     "a path that is too long",
     "train, processes that read pictures",
-    how="TMPDIR is so long that no socket can be made in it, of which torch says nothing and hangs",
-    holds="one line before the first step; one byte less, and it trains",
+    how="TMPDIR is so long that no socket can be created in it; torch then hangs without an error",
+    holds="one line before the first step; with a path one byte shorter, training runs",
 )
 @pytest.mark.parametrize("is_too_long", [True, False])
 def test_a_long_folder_for_temporary_files(
@@ -104,8 +104,8 @@ def wait_for(ready: Any, process: Any) -> None:
 @pytest.mark.fault(
     "a worker that dies",
     "train, one of two processes by torchrun",
-    how="SIGKILL to the second one after the first checkpoint",
-    holds="the other one ends, too, within a minute; the rerun ends with a whole ensemble",
+    how="SIGKILL to the second process after the first checkpoint",
+    holds="the other process ends within a minute; the rerun ends with a complete ensemble",
 )
 def test_a_rank_that_is_killed(experts: list[Path], tmp_path: Path) -> None:
     command = training(tmp_path, experts[:2], num_steps=40, checkpoint_every=2)

@@ -37,9 +37,9 @@ def made(name: str, root: Path, experts: list[Path]) -> Command:
 @pytest.mark.fault(
     "full disk",
     "train, generate, merge, evaluate, prune",
-    how="each write of the command in turn, and all after it, fail with ENOSPC",
-    holds="exit code 2 and one line; all that has its final name is whole; the rerun ends with "
-    "the bytes of an undisturbed run",
+    how="each write of the command in turn, and all writes after it, fail with ENOSPC",
+    holds="exit code 2 and one line; every file with its final name is complete; the rerun ends "
+    "with the bytes of an undisturbed run",
 )
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=_NIGHTLY.get(name, ())) for name in MAKERS]
@@ -78,8 +78,8 @@ def test_every_write_fails_once(name: str, experts: list[Path], tmp_path: Path) 
 @pytest.mark.fault(
     "full disk",
     "writing one file",
-    how="the kernel lets a file grow to 100 kB and no further, so the write stops in the middle",
-    holds="the file that was there before is there as it was; no other file is",
+    how="the kernel limits a file to 100 kB, so the write stops in the middle",
+    holds="the previous file is unchanged; no other file is left",
 )
 def test_a_write_that_stops_in_the_middle(tmp_path: Path) -> None:
     place = tmp_path / "file"
@@ -112,8 +112,8 @@ def small_disk(tmp_path: Path) -> Any:
 @pytest.mark.fault(
     "full disk",
     "train",
-    how="a file system of 3 MB, filled but for 100 kB, then emptied again",
-    holds="exit code 2 and one line; the same command goes on to the result of an undisturbed run",
+    how="a file system of 3 MB, filled up to the last 100 kB, then emptied again",
+    holds="exit code 2 and one line; the same command resumes to the result of an undisturbed run",
 )
 def test_a_disk_that_is_full_indeed(experts: list[Path], tmp_path: Path, small_disk: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
@@ -137,8 +137,8 @@ def test_a_disk_that_is_full_indeed(experts: list[Path], tmp_path: Path, small_d
 @pytest.mark.fault(
     "read-only output",
     "train, generate, merge, evaluate, prune",
-    how="the folder of the output may not be written",
-    holds="exit code 2 and one line; nothing is there",
+    how="the output folder is not writable",
+    holds="exit code 2 and one line; nothing is written",
 )
 @pytest.mark.parametrize("name", MAKERS)
 def test_an_output_that_may_not_be_written(name: str, experts: list[Path], tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def test_sharding_that_cannot_be(
     "kill -9",
     "train",
     how="SIGKILL at a random moment, five times",
-    holds="the same command goes on, and ends with the bits of an undisturbed run",
+    holds="the same command resumes, and ends with the bits of an undisturbed run",
 )
 @pytest.mark.slow
 def test_killed_five_times_it_ends_with_the_same_bits(experts: list[Path], tmp_path: Path) -> None:

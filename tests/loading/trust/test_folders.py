@@ -41,7 +41,7 @@ def test_tiny_ones_are_taken(kind: str, tmp_path: Path) -> None:
 @pytest.mark.fault(
     "a hostile configuration",
     "any model",
-    how="code, kernels of a hub, sizes without end, in every file",
+    how="code, kernels from a hub, unlimited sizes, in every file",
     holds="refused in one line before anything is built",
 )
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def test_what_the_library_writes_is_taken(tmp_path: Path) -> None:
 @pytest.mark.fault(
     "a hostile header",
     "safetensors",
-    how="24 headers with wrong lengths, types, shapes, places",
+    how="24 headers with wrong lengths, types, shapes or offsets",
     holds="refused in one line",
 )
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_headers_that_lie(header: Any, message: str, tmp_path: Path) -> None:
     "a hostile header",
     "safetensors",
     how="headers that claim up to 2^64 bytes",
-    holds="refused; less than 0.1 MB is taken",
+    holds="refused; less than 0.1 MB is allocated",
 )
 @pytest.mark.parametrize("length", [9, 1000, 2**32, 2**62, 2**64 - 1])
 def test_no_memory_is_taken_for_what_is_only_claimed(length: int, tmp_path: Path) -> None:

@@ -73,7 +73,8 @@ def command(name: str, folder: Path, experts: list[Path]) -> list[str]:
     "no network",
     "train, merge, evaluate, inspect",
     how="hub ids, with and without --offline",
-    holds="with it no name is looked up; one line either way, and no waiting for ever",
+    holds="with --offline, no host name is looked up; one line in both cases, and no endless "
+    "waiting",
 )
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["train", "train data", "merge", "evaluate", "inspect"])

@@ -133,8 +133,8 @@ def recipes(experts: list[Path], wrong: Path) -> dict[str, dict[str, Any]]:
 @pytest.mark.fault(
     "a hostile pickle",
     "train, evaluate, merge, search, check",
-    how="a pickle that creates a file when loaded, in every place, also with --allow-pickle",
-    holds="exit code 2 and one line; the file is not there",
+    how="a pickle that creates a file when it is loaded, in every place, also with --allow-pickle",
+    holds="exit code 2 and one line; the file is not created",
 )
 @pytest.mark.parametrize("allowed", [False, True])
 def test_every_command_that_takes_a_recipe(
@@ -168,8 +168,8 @@ def test_every_command_that_takes_a_recipe(
 @pytest.mark.fault(
     "a hostile pickle",
     "generate, weights, prune, app, inspect, check",
-    how="the same as the path itself, in an ensemble and in a folder of a model",
-    holds="exit code 2; the file is not there",
+    how="the same pickle as the path itself, in an ensemble, and in a model folder",
+    holds="exit code 2; the file is not created",
 )
 @pytest.mark.parametrize("options", [[], ["--allow-pickle"]])
 def test_every_command_that_takes_a_model(

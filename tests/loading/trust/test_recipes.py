@@ -53,7 +53,7 @@ def test_texts_that_are_no_recipe(text: str, message: str, tmp_path: Path) -> No
 @pytest.mark.fault(
     "a hostile recipe",
     "train",
-    how="aliases that stand for 10^12 entries",
+    how="aliases that expand to 10^12 entries",
     holds="refused in one line",
 )
 def test_aliases_of_aliases(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_a_thousand_mistakes_are_one_line(tmp_path: Path) -> None:
 @pytest.mark.fault(
     "a hostile recipe",
     "train",
-    how="paths to other folders in every place that takes one",
+    how="paths to other folders, in every place that accepts a path",
     holds="refused until the user allows the folder",
 )
 @pytest.mark.parametrize(
