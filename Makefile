@@ -1,9 +1,9 @@
-# Everything runs in .venv, which each target sets up when it is missing or out of date.
+# Everything runs in .venv. Each target creates it if it is missing or out of date.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-# a process a core, of one thread each: torch's threads would wait for each other; files in their
-# own order, since those of few tests, which the plugin would put last, are the longest
+# One process per core with one thread each, because torch's threads would wait for each other. Files
+# keep their order: the plugin would run files with few tests last, and these take longest.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 EVERY_DAY := not gpu and not nightly
 SERVICE ?= pypi
@@ -20,13 +20,13 @@ OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-install: $(STAMP) ## set up .venv from the pinned versions, every file checked by its hash
+install: $(STAMP) ## create .venv with the pinned versions, every file checked by its hash
 
 $(STAMP): pyproject.toml constraints.txt requirements.lock
 	PYTHON=$(PYTHON) tools/install.sh .venv requirements.lock
 	touch $@
 
-# all extras, to read their licences and sizes; torchvision and torchao need not run there
+# All extras, to read their licences and sizes. torchvision and torchao are not run there.
 .venv-all/.installed: pyproject.toml constraints.txt requirements.lock requirements-extras.lock
 	PYTHON=$(PYTHON) tools/install.sh .venv-all requirements.lock requirements-extras.lock
 	touch $@
@@ -39,79 +39,79 @@ $(STAMP): pyproject.toml constraints.txt requirements.lock
 demo: install ## train an ensemble on the emoji scenes and compare it (OUT=folder)
 	$(BIN)/afa demo --output $(OUT)
 
-results: install ## train and compare everything, write docs/results.md (over an hour; goes on)
+results: install ## train and compare everything, write docs/results.md (over an hour; resumes)
 	$(BIN)/afa zoo results $(WORK) --docs docs
 
-results-dit: install ## the same on transformers, a section of it (WORK=folder; 90 minutes, goes on)
+results-dit: install ## the same for transformers, a section of that page (WORK=folder; 90 minutes; resumes)
 	$(BIN)/afa zoo build $(WORK)-dit-zoo --family dit
 	$(BIN)/afa zoo results $(WORK)-dit --zoo $(WORK)-dit-zoo --docs docs
 
 bench: install .venv-all/.installed ## measure speed and memory, write docs/benchmarks.md (an hour)
 	$(BIN)/python -m benchmarks.run
 
-bench-check: install ## are steps as fast, by the experts' own, as is committed? (minutes)
+bench-check: install ## compare step times, relative to the experts', with the committed ones (minutes)
 	$(BIN)/python -m benchmarks.run --check
 
-soak: install ## draw and train over and over: does anything grow? (MINUTES=60, SOAK=folder)
+soak: install ## draw and train repeatedly; check that no resource grows (MINUTES=60, SOAK=folder)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak --minutes $(MINUTES) --output $(SOAK)
 
-docs: install ## the pages as a site, in build/site; warnings are errors
+docs: install ## build the documentation site in build/site; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-pairs: install ## try every feature with every other, write the table of docs/compatibility.md
+pairs: install ## test every pair of features, write the table in docs/compatibility.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.pairs
 
-golden: install ## are results on tiny models as they were, to the bit? (WRITE=--write records them)
+golden: install ## compare results on tiny models with the golden record, bit for bit (WRITE=--write records)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.golden $(WRITE)
 
-fuzz: install ## feed the readers of files, write docs/fuzz.json (SECONDS=1800 for all; Linux)
+fuzz: install ## fuzz the file readers, write docs/fuzz.json (SECONDS=1800 for all; Linux)
 	sed -n '/^\(atheris\|coverage\)==/,/[^\\]$$/p' requirements-extras.lock > .venv/fuzz.lock
 	$(BIN)/python -m pip install --quiet --require-hashes --no-deps -r .venv/fuzz.lock
 	$(BIN)/python -m fuzz.run --seconds $(SECONDS) --docs docs
 
-reliability: install ## provoke every fault, write docs/reliability.json and its page (half an hour)
+reliability: install ## inject every fault, write docs/reliability.json and its page (half an hour)
 	$(PYTEST) -m fault --reliability=docs/reliability.json
 
-test: install ## the quick tests
+test: install ## run the quick tests
 	$(PYTEST) -m "$(EVERY_DAY) and not slow and not processes"
 
-unit: install ## all tests of one process
+unit: install ## run all single-process tests
 	$(PYTEST) -m "$(EVERY_DAY) and not processes"
 
-processes: install ## tests that start processes or provoke faults
+processes: install ## run the tests that start processes or inject faults
 	$(PYTEST) -m "$(EVERY_DAY) and processes"
 
-nightly: install ## the site, and tests of minutes: soak, studies, zoo builds (half an hour)
+nightly: install ## run the long tests: site, soak, studies, zoo builds (half an hour)
 	$(BIN)/python -m tools.nightly
 
-format: install ## rewrite the code in the house format
+format: install ## format the code and fix lint errors
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-lint: install ## formatter and linter, without changing anything
+lint: install ## check format, lint rules and import layers; changes nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports --no-cache
 
-types: install ## type checker
+types: install ## run the type checker
 	$(BIN)/mypy
 
-check: lint types unit processes ## everything that CI runs
+check: lint types unit processes ## run everything that CI runs
 
-lock: .venv-tools/.installed ## write the pins anew: pyproject.toml's, at the versions that they have
+lock: .venv-tools/.installed ## write the lock files again, with the current pins
 	PYTHONPATH=src .venv-tools/bin/python -m tools.lock $(if $(WHEELS),--wheels $(WHEELS))
 
-constraints: .venv-tools/.installed ## pin the newest versions that work together (but for torch)
+constraints: .venv-tools/.installed ## upgrade all pins to the newest compatible versions, except torch
 	PYTHONPATH=src .venv-tools/bin/python -m tools.lock --newest $(if $(WHEELS),--wheels $(WHEELS))
 
-audit: .venv-tools/.installed ## are there advisories on what is pinned? Asks the package index
+audit: .venv-tools/.installed ## look up security advisories for all pins (SERVICE=pypi or osv; needs a network)
 	PYTHONPATH=src .venv-tools/bin/python -m tools.audit --service $(SERVICE)
 
-licences: install .venv-all/.installed ## read them from what is installed: docs/licences.md
+licences: install .venv-all/.installed ## write docs/licences.md from the installed distributions
 	$(BIN)/python -m tools.licences .venv-all
 
-wheel: install ## build the wheel, the same bytes for the same commit
+wheel: install ## build the wheel; the same commit gives the same bytes
 	$(BIN)/python -m tools.wheel
 
-clean: ## remove what can be made again
+clean: ## remove everything that can be built again
 	rm -rf .venv .venv-all .venv-tools build dist .mypy_cache .pytest_cache .ruff_cache

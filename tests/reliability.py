@@ -1,8 +1,8 @@
-"""The table of docs/reliability.md, made from the tests that provoke faults as they run.
+"""The table of injected faults in docs/reliability.md, written from test results.
 
-A test says what it is about: `@pytest.mark.fault("kill -9", "a training", how="...", holds="...")`.
-With `--reliability=FILE` what came of each is written there as JSON, where those that did not run
-keep their last result, and the page beside it gets its table anew. See `make reliability`.
+A test describes its fault: `@pytest.mark.fault("kill -9", "train", how="...", holds="...")`. With
+`--reliability=FILE` the results are written to FILE as JSON, and the table of the page beside it is
+updated. Tests that did not run keep their last result. See `make reliability`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _PROPERTY = "fault"
 
 
 class Reliability:
-    """Collects what came of the marked tests, from all processes of a run."""
+    """Collects the results of the marked tests, from all processes of a run."""
 
     def __init__(self, place: Path) -> None:
         self._place = place
@@ -67,7 +67,7 @@ def _git(*arguments: str) -> str:
 
 
 def note_fault(item: pytest.Item) -> None:
-    """Have a marked test's report carry what it is about."""
+    """Attach the description of a marked test's fault to its report."""
     mark = item.get_closest_marker("fault")
     if mark is not None:
         fault, what = mark.args
@@ -76,9 +76,9 @@ def note_fault(item: pytest.Item) -> None:
 
 
 def table(found: Sequence[Mapping[str, Any]]) -> str:
-    """What was found, in Markdown."""
+    """Format the results as a Markdown table."""
     rows = [
-        "| Fault | in | how it is provoked | what must hold | test | last result |",
+        "| fault | commands | how it is injected | required behaviour | test | last result |",
         "|---|---|---|---|---|---|",
     ]
     for entry in found:
@@ -97,7 +97,7 @@ def _result(entry: Mapping[str, Any]) -> str:
 
 
 def faults_in(tests: Path) -> set[str]:
-    """All marked tests of a folder, as `FILE::NAME`, read and not run."""
+    """List all marked tests of a folder as `FILE::NAME`, without running them."""
     found = set()
     for file in sorted(tests.rglob("test_*.py")):
         for node in ast.parse(file.read_text()).body:

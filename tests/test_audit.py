@@ -75,7 +75,7 @@ def test_the_command_ends_by_what_it_found(
     answers: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert answers(lambda lock: _all(lock, [])) == 0
-    assert capsys.readouterr().out.startswith("0 advisories on ")
+    assert capsys.readouterr().out.startswith("0 advisories for ")
     assert answers(lambda lock: _all(lock, [{"id": "X", "fix_versions": []}])) == 1
     assert "\ntorch 2" in capsys.readouterr().out
 
@@ -87,4 +87,4 @@ def test_a_service_that_cannot_be_reached_is_an_error(
     said = capsys.readouterr()
     assert not said.out
     assert said.err.count("\n") == 1
-    assert "pip-audit says of requirements.lock: ConnectionError: no route So it is" in said.err
+    assert "requirements.lock: ConnectionError: no route." in said.err

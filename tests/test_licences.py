@@ -76,7 +76,7 @@ def test_the_page_has_every_distribution_that_is_locked() -> None:
     assert {name: version for name, version, _ in ROWS if name in pins} == {
         name: pin.version for name, pin in pins.items()
     }, "docs/licences.md is not of these pins: make licences"
-    assert {name for name, version, _ in ROWS} - {"distribution", "what", "---"} == set(pins)
+    assert {name for name, version, _ in ROWS} - {"distribution", "path", "---"} == set(pins)
     for name, _, licence in ROWS:
         if name in pins:
             check(name, licence)

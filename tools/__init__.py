@@ -1,4 +1,4 @@
-"""What maintainers run by `make`: pins, licences, advisories, the wheel."""
+"""Commands for maintainers, run by `make`: pins, licences, advisories, the wheel."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Run a command and exit: its own code, or one line and 2 for what the user can put right."""
+    """Run a command and exit with its code, or with one line and 2 after an `AfaError`."""
     try:
         sys.exit(main())
     except AfaError as error:

@@ -1,4 +1,4 @@
-"""What ships with the package besides its code: whose it is, and under what terms."""
+"""The files that ship with the package besides its code, with their authors and licences."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ class Asset(NamedTuple):
 _AUTHORS = "the afa authors"
 _APACHE = "Apache-2.0"
 
-#: paths are those in the repository; a pattern stands for the files that fit it
+#: paths in the repository; a pattern stands for all files that match it
 ASSETS = (
     Asset(
         "src/afa/zoo/assets/sprites.png",
-        "pictures of glyphs of the font Noto Color Emoji",
-        "Google LLC, 2013; drawn small by the afa authors",
+        "small pictures of glyphs from the font Noto Color Emoji",
+        "Google LLC, 2013; rendered by the afa authors",
         "OFL-1.1",
-        "named in `NOTICE`; the font is no part",
+        "named in `NOTICE`; the font itself is not included",
     ),
     *(
         Asset(f"src/afa/zoo/assets/{folder}", what, _AUTHORS, _APACHE, "`LICENSE`")
         for folder, what in (
-            ("base", "a model, trained on scenes drawn with the sprites"),
-            ("animals", "an expert, trained on scenes drawn with the sprites"),
-            ("food", "an expert, likewise"),
-            ("things", "an expert, likewise"),
-            ("ensemble", "aggregators, trained likewise, and the description of the ensemble"),
-            ("judges", "a classifier and a CLIP model, trained likewise"),
-            ("shared", "the models' autoencoder, trained likewise, tokenizer and scheduler"),
-            ("report.json", "how the training went"),
+            ("base", "a model, trained on scenes made of the sprites"),
+            ("animals", "an expert, trained on scenes made of the sprites"),
+            ("food", "an expert, trained on the same kind of scenes"),
+            ("things", "an expert, trained on the same kind of scenes"),
+            ("ensemble", "aggregators, trained on such scenes, and the ensemble's configuration"),
+            ("judges", "a classifier and a CLIP model, trained on such scenes"),
+            ("shared", "the models' autoencoder (trained on such scenes), tokenizer and scheduler"),
+            ("report.json", "the report of the training"),
         )
     ),
     Asset(
@@ -52,12 +52,12 @@ ASSETS = (
         "the vocabulary of T5's tokenizer",
         "Google LLC, 2019",
         _APACHE,
-        "named in `NOTICE`; `LICENSE` is the text",
+        "named in `NOTICE`; the text is in `LICENSE`",
     ),
     Asset(
         "src/afa/configs/*.json",
-        "widths and settings of published models, by which their files are read; no weights",
-        "facts of the models' authors, put together by the afa authors",
+        "configurations of published models, used to read their files; no weights",
+        "facts from the models' authors, compiled by the afa authors",
         _APACHE,
         "`LICENSE`",
     ),

@@ -1,10 +1,10 @@
-"""Ask for advisories on everything that is pinned.
+"""Look up security advisories for every pinned distribution.
 
-    python -m tools.audit                  # the package index's
-    python -m tools.audit --service osv    # those of osv.dev
+    python -m tools.audit                  # advisories of the package index
+    python -m tools.audit --service osv    # advisories of osv.dev
 
-Ends with 0 if every pin was asked for and none has an advisory, with 1 if one has, and with 2 if
-the service did not answer for all.
+The exit code is 0 if every pin was checked and none has an advisory, 1 if one has, and 2 if the
+service did not answer for every pin.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _REMEDY = (
-    "So it is not known whether there are advisories. Run it where the service answers, or ask the "
-    "other one: make audit SERVICE=pypi or SERVICE=osv"
+    "The pins are therefore not fully checked. Run the command where the service can be reached, "
+    "or use the other service: make audit SERVICE=pypi or SERVICE=osv"
 )
 
 
 def advisories(report: dict[str, Any], pins: Pins, file: str) -> list[str]:
-    """The advisories of a report of pip-audit, a line each.
+    """List the advisories in a report of pip-audit, one line each.
 
     Raises:
-        AfaError: the service did not answer for every pin.
+        AfaError: if the service did not answer for every pin.
     """
     wanted = {name for name, pin in pins.items() if not pin.marker or Marker(pin.marker).evaluate()}
     asked = {canonicalize_name(each["name"]): each for each in report["dependencies"]}
     answered = {name for name in asked if "skip_reason" not in asked[name]}
     if missing := sorted(wanted - answered):
-        why = asked.get(missing[0], {}).get("skip_reason", "it was not asked for")
+        why = asked.get(missing[0], {}).get("skip_reason", "it is not in the report")
         raise AfaError(
             "AFA-TOOL-001",
-            f"The advisory service must answer for every pin of {file}, and answered for "
-            f"{len(wanted & answered)} of {len(wanted)}; of {missing[0]}: {why}. {_REMEDY}",
+            f"The advisory service answered for {len(wanted & answered)} of {len(wanted)} pins of "
+            f"{file}; {missing[0]}: {why}. {_REMEDY}",
         )
     return [
         f"{name} {asked[name]['version']}: {found['id']}, fixed in "
@@ -56,10 +56,10 @@ def advisories(report: dict[str, Any], pins: Pins, file: str) -> list[str]:
 
 
 def ask(lock: Path, service: str) -> dict[str, Any]:
-    """What pip-audit reports on a lock.
+    """Run pip-audit on a lock file and return its report.
 
     Raises:
-        AfaError: it ends without a report, since the service cannot be reached for example.
+        AfaError: if it ends without a report, for example because the service cannot be reached.
     """
     command = [sys.executable, "-m", "pip_audit", "--requirement", str(lock), "--disable-pip"]
     command += ["--require-hashes", "--vulnerability-service", service, "--format", "json"]
@@ -71,13 +71,12 @@ def ask(lock: Path, service: str) -> dict[str, Any]:
         said = (done.stderr.strip() or "nothing").splitlines()[-1]
         raise AfaError(
             "AFA-TOOL-002",
-            f"The advisory service must answer, and pip-audit says of {lock.name}: {said} "
-            f"{_REMEDY}",
+            f"pip-audit wrote no report for {lock.name}: {said.rstrip('.')}. {_REMEDY}",
         ) from None
 
 
 def main() -> int:
-    """Ask for all locks."""
+    """Check all lock files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--service", choices=("pypi", "osv"), default="pypi")
     service = parser.parse_args().service
@@ -88,7 +87,7 @@ def main() -> int:
         found += advisories(ask(lock, service), pins, str(lock.relative_to(ROOT)))
     for line in found:
         say(line)
-    say(f"{len(found)} advisories on {number} pins.")
+    say(f"{len(found)} advisories for {number} pins.")
     return int(bool(found))
 
 

@@ -1,4 +1,4 @@
-"""What lies in a virtual environment: its distributions, and which asks for which."""
+"""The distributions of a virtual environment, and their dependencies."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from packaging.utils import NormalizedName, canonicalize_name
 from afa.errors import AfaError
 
 PROJECT = canonicalize_name("afa")
-#: of which the package and all extras are installed: `make licences` makes it
+#: the environment with the package and all extras; `make licences` creates it
 EVERYTHING = Path(__file__).parent.parent / ".venv-all"
 
 
@@ -19,7 +19,7 @@ class Installed:
     """The distributions of a virtual environment, by name.
 
     Raises:
-        AfaError: the project is not installed there.
+        AfaError: if the project is not installed there.
     """
 
     def __init__(self, venv: Path) -> None:
@@ -28,15 +28,15 @@ class Installed:
         if PROJECT not in found:
             raise AfaError(
                 "AFA-TOOL-003",
-                f"'{venv}' must be a virtual environment with afa and all of its extras, and has "
-                "no afa. Make it: make .venv-all/.installed",
+                f"afa is not installed in '{venv}'. A virtual environment with afa and all of its "
+                "extras is required. Create it: make .venv-all/.installed",
             )
         self.distributions: dict[NormalizedName, Distribution] = found
 
     def parts(self) -> dict[str, tuple[set[NormalizedName], list[str]]]:
-        """What the project needs by itself, under `""`, and what each extra adds to that.
+        """Return the project's own dependencies, under `""`, and those that each extra adds.
 
-        An extra that includes others is without what those add; the others are named beside it.
+        If an extra includes other extras, their dependencies are left out and their names listed.
         """
         core = self.needed()
         extras = sorted(self.distributions[PROJECT].metadata.get_all("Provides-Extra") or [])
@@ -48,10 +48,10 @@ class Installed:
         return parts
 
     def needed(self, *extras: str) -> set[NormalizedName]:
-        """All that the project needs with some of its extras, without itself.
+        """Return all dependencies of the project with some of its extras, without the project.
 
         Raises:
-            AfaError: something of it is not installed.
+            AfaError: if one of them is not installed.
         """
         seen: set[tuple[NormalizedName, str]] = set()
         waiting = [(PROJECT, extra) for extra in ("", *extras)]
@@ -69,8 +69,8 @@ class Installed:
         if name not in self.distributions:
             raise AfaError(
                 "AFA-TOOL-004",
-                f"All that afa and its extras need must be installed, and {name} is not. Install "
-                "it: make .venv-all/.installed",
+                f"{name} is not installed. All dependencies of afa and its extras are required. "
+                "Install them: make .venv-all/.installed",
             )
         asked = [Requirement(text) for text in self.distributions[name].requires or []]
         return [each for each in asked if not each.marker or each.marker.evaluate({"extra": extra})]

@@ -1,9 +1,9 @@
-"""Write docs/licences.md: under what terms everything is that afa installs or ships.
+"""Write docs/licences.md: the licence of everything that afa installs or ships.
 
     python -m tools.licences .venv-all     # an environment with all extras
 
-Licences are read from the metadata of what is installed. One that is not known, or not among the
-allowed, is an error.
+Licences are read from the metadata of the installed distributions. A licence that is unknown or
+not allowed is an error.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from tools.pins import EXTRAS_LOCK, LOCK, Pin, Pins, read_pins
 
 PAGE = ROOT / "docs" / "licences.md"
 
-#: permissive ones, and of copyleft those that end at the file: afa may be used and passed on with
-#: these beside it under its own terms
+#: permissive licences and file-level copyleft: neither affects the licence of afa itself
 ALLOWED = frozenset(
     {
         *("0BSD", "Apache-2.0", "Apache-2.0 WITH LLVM-exception", "BSD", "BSD-2-Clause"),
@@ -45,8 +44,8 @@ _CLASSIFIERS = {
 _FIELDS = {"3-Clause BSD License": "BSD-3-Clause"} | dict.fromkeys(
     ("Apache 2.0", "Apache 2.0 License", "Apache License 2.0"), "Apache-2.0"
 )
-#: where the metadata says nothing, or the distribution cannot be installed with the others: read in
-#: its licence file
+#: licences read from the licence file, for distributions that have no metadata of it or cannot be
+#: installed together with the others
 READ = {
     "atheris": "Apache-2.0",
     "audioop-lts": "PSF-2.0",
@@ -56,35 +55,42 @@ _PREFIX = "License :: OSI Approved :: "
 
 _INTRO = """# Licences
 
-afa itself is under the Apache License, version 2.0. This page is written by `make licences` from
-the metadata of what is installed, which fails for a licence that is unknown or not among these:
+This page lists the licence of afa, of the files that ship with it, and of every dependency. afa is
+under the Apache License, version 2.0. To write this page anew:
+
+```bash
+make licences
+```
+
+The command reads the metadata of the installed distributions. It fails if a licence is unknown or
+not one of these:
 
 {allowed}
 
-All of them permit use, change and redistribution; MPL-2.0 asks that changes to its own files stay
-under it. *BSD* stands where a distribution does not say how many clauses.
+All of them permit use, modification and redistribution. MPL-2.0 requires that modified MPL files
+stay under MPL-2.0. *BSD* means that a distribution does not state the number of clauses.
 
-The binary files of a wheel can hold libraries of others, whose licences the wheel brings along;
-they are not listed here. A CUDA build of torch installs NVIDIA's libraries, whose terms are
-NVIDIA's own and no open licence; afa does not ask for them.
+This page does not list the third-party libraries inside the binary files of a wheel. Each wheel
+contains their licences. A CUDA build of torch installs NVIDIA's libraries under NVIDIA's own
+licence, which is not an open-source licence. afa does not require them.
 
-## What ships with afa
+## Files that ship with afa
 
-All of it is in the wheel. `NOTICE` and `LICENSE` are in it, too.
+The wheel contains all of these files, and also `NOTICE` and `LICENSE`.
 
 {assets}
 """
-_CORE = "What `pip install afa` installs besides, dependencies of dependencies included."
-_EXTRA = "What `afa[{extra}]` adds{besides}."
-_NOTHING = "Nothing that the core does not need as well."
-_ELSEWHERE = "On other systems or newer Pythons than this page was written on."
+_CORE = "`pip install afa` installs these distributions, including indirect dependencies."
+_EXTRA = "`afa[{extra}]` adds these distributions{besides}."
+_NOTHING = "This extra adds no distribution to the core."
+_ELSEWHERE = "Only other systems or newer versions of Python need these distributions."
 
 
 def licence_of(distribution: Distribution) -> str:
-    """A distribution's licence as an SPDX expression.
+    """Return a distribution's licence as an SPDX expression.
 
     Raises:
-        AfaError: it says nothing that is understood.
+        AfaError: if the metadata names no known licence.
     """
     metadata, name = distribution.metadata, canonicalize_name(distribution.name)
     (expression, *_) = metadata.get_all("License-Expression") or [""]
@@ -105,39 +111,39 @@ def licence_of(distribution: Distribution) -> str:
     if licence is None:
         raise AfaError(
             "AFA-TOOL-005",
-            f"The licence of every distribution must be known, and {name} {distribution.version} "
-            "names none. Read its licence file, and add it to READ in tools/licences.py.",
+            f"The metadata of {name} {distribution.version} names no licence. Read its licence "
+            "file, and add the licence to READ in tools/licences.py.",
         )
     return licence
 
 
 def check(name: str, licence: str) -> str:
-    """The licence, if all that it names are allowed.
+    """Return the licence if every licence that it names is allowed.
 
     Raises:
-        AfaError: one is not.
+        AfaError: if one is not allowed.
     """
     named = {each.strip() for each in re.split(r"\bAND\b|\bOR\b|[()]", licence)} - {""}
     if unknown := sorted(named - ALLOWED):
         raise AfaError(
             "AFA-TOOL-006",
-            f"Licences must be among the allowed of tools/licences.py, came '{', '.join(unknown)}' "
-            f"of {name}. Do without {name}, or allow it there if its terms suit afa.",
+            f"The licence '{', '.join(unknown)}' of {name} is not allowed. Remove {name}, or add "
+            "the licence to ALLOWED in tools/licences.py if its terms are compatible with afa.",
         )
     return licence
 
 
 def as_page(installed: Installed, pins: Pins) -> str:
-    """The whole page."""
+    """The complete page as Markdown."""
     assets = [[f"`{row.path}`", row.what, row.who, row.licence, row.text] for row in ASSETS]
-    head = ["what", "is", "by", "licence", "its text"]
+    head = ["path", "content", "author", "licence", "licence text"]
     sections = [
         _INTRO.format(
             allowed=fill(", ".join(sorted(ALLOWED)) + ".", 100), assets=_table(head, assets)
         ),
     ]
     for extra, (names, included) in installed.parts().items():
-        besides = f" to what {' and '.join(included)} add" if included else ""
+        besides = f", beyond those of {' and '.join(included)}" if included else ""
         text = _EXTRA.format(extra=extra, besides=besides) if extra else _CORE
         found = [installed.distributions[name] for name in sorted(names)]
         rows = [_row(each.name, public(each.version), licence_of(each)) for each in found]
@@ -155,8 +161,8 @@ def _read(pin: Pin) -> str:
     if pin.name not in READ:
         raise AfaError(
             "AFA-TOOL-007",
-            f"The licence of every distribution must be known, and {pin.name} cannot be installed "
-            "here. Read its licence file, and add it to READ in tools/licences.py.",
+            f"The licence of {pin.name} is unknown, because it cannot be installed here. Read its "
+            "licence file, and add the licence to READ in tools/licences.py.",
         )
     return READ[pin.name]
 
@@ -166,7 +172,7 @@ def _row(name: str, version: str, licence: str) -> list[str]:
 
 
 def public(version: str) -> str:
-    """A version without the build that it is of: 2.13.0+cpu is 2.13.0."""
+    """Return a version without its build: 2.13.0 for 2.13.0+cpu."""
     return version.partition("+")[0]
 
 

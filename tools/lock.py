@@ -1,10 +1,10 @@
-"""Write constraints.txt and the locks from what pyproject.toml asks for.
+"""Write constraints.txt and the lock files from the requirements in pyproject.toml.
 
-    python -m tools.lock                  # keep the pins, add what is missing, drop the rest
-    python -m tools.lock --newest         # raise them all, but for torch
-    python -m tools.lock --wheels FOLDER  # accept the files in FOLDER as well: builds of torch
+    python -m tools.lock                  # keep the pins, add missing ones, drop unused ones
+    python -m tools.lock --newest         # upgrade all pins except torch
+    python -m tools.lock --wheels FOLDER  # also accept the files in FOLDER: builds of torch
 
-uv resolves for all platforms and Pythons at once and tells the files of every release.
+uv resolves for all platforms and versions of Python at once, and lists the files of every release.
 """
 
 from __future__ import annotations
@@ -27,40 +27,40 @@ from afa.files import write_atomic
 from tools import ROOT, run, say
 from tools.pins import CONSTRAINTS, EXTRAS_LOCK, LOCK, TOOLS_LOCK, Pin, Pins, read_pins
 
-#: the lowest that the pins allow: some of them leave out the first releases of 3.11
+#: the lowest version that the pins allow: some of them exclude the first releases of 3.11
 PYTHON = "3.11.5"
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 SYSTEMS = {"linux": "Linux", "darwin": "Darwin", "win32": "Windows"}
-#: what a CUDA build of torch pins itself, down to the version; no other build wants them
+#: pinned to exact versions by CUDA builds of torch; no other build needs them
 OF_CUDA = ("cuda-", "nvidia-", "triton")
-#: raised by hand: its files are chosen by machine
+#: upgraded by hand, because its files depend on the machine
 BY_HAND = canonicalize_name("torch")
 
 _CONSTRAINTS_HEAD = """\
-# The versions that the tests run with, on every platform. `make lock` keeps them, `make
-# constraints` raises them. The locks are the same versions with the hashes of their files.
-# torch stands without a local version, so the CPU and the CUDA builds both fit.
+# The versions that the tests run with, on every platform. `make lock` keeps them; `make
+# constraints` upgrades them. The lock files have the same versions with the hashes of their files.
+# torch has no local version, so that both the CPU and the CUDA builds match.
 """
 _LOCK_HEAD = """\
-# What `make install` installs: pins of constraints.txt, with the SHA-256 of every file of their
-# releases, which are the wheels for Python 3.11 and newer on Linux, macOS and Windows, and the
-# sdist. `make lock` writes it; tools/install.sh reads it.
+# `make install` installs these pins of constraints.txt. Each pin has the SHA-256 of its accepted
+# files: the wheels for Python 3.11 and newer on Linux, macOS and Windows, and the sdist. `make
+# lock` writes this file; tools/install.sh reads it.
 #
-# torch: its builds on the package index are accepted, and those that are named above its pin. Any
-# other must be installed unchecked beforehand; `make install` says how, and goes on from there.
-# What a CUDA build of it asks for besides (cuda-*, nvidia-*, triton) is not here and installed
-# without hashes, at the versions that torch itself pins.
+# torch: the builds on the package index and those named above its pin are accepted. Install any
+# other build unchecked beforehand; `make install` prints the command and then continues.
+# The other requirements of a CUDA build (cuda-*, nvidia-*, triton) are not in this file. They are
+# installed without hashes, at the versions that torch pins.
 """
 _EXTRAS_HEAD = """\
-# What the extras add that `dev` leaves out, in addition to requirements.lock and in the same form.
+# The distributions that extras other than `dev` add to requirements.lock, in the same format.
 """
 _TOOLS_HEAD = """\
-# What `make lock` and `make audit` run, in a .venv-tools of their own; `make lock` writes it.
+# The tools that `make lock` and `make audit` run in .venv-tools; `make lock` writes this file.
 """
 
 
 def is_accepted(file: str) -> bool:
-    """Whether a file of a release may be installed: an sdist, or a wheel for a machine of ours."""
+    """Whether a file of a release may be installed: an sdist, or a wheel for a supported system."""
     if not file.endswith(".whl"):
         return True
     try:
@@ -79,7 +79,7 @@ def is_accepted(file: str) -> bool:
 
 
 def is_wanted(name: str, marker: str) -> bool:
-    """Whether some Python on some system of ours wants a distribution."""
+    """Whether a supported version of Python on a supported system needs a distribution."""
     if name.startswith(OF_CUDA):
         return False
     environments = (
@@ -98,10 +98,10 @@ def is_wanted(name: str, marker: str) -> bool:
 
 
 def pins_of(resolved: dict[str, Any]) -> Pins:
-    """The pins of a resolution as in PEP 751, by name.
+    """Return the pins of a resolution (PEP 751), by name.
 
     Raises:
-        AfaError: it has two versions of a distribution, or no file of one.
+        AfaError: if a distribution has two versions, or no file that can be installed.
     """
     pins: Pins = {}
     for entry in resolved["packages"]:
@@ -117,20 +117,20 @@ def pins_of(resolved: dict[str, Any]) -> Pins:
         if name in pins or not hashes:
             raise AfaError(
                 "AFA-TOOL-008",
-                f"Every distribution must have one version with files to install, came "
-                f"{name}=={entry['version']}, {len(hashes)} files"
-                + (f", beside {pins[name].version}" if name in pins else "")
-                + ". Bound it in pyproject.toml.",
+                f"{name}=={entry['version']} has {len(hashes)} installable files"
+                + (f", and {pins[name].version} was resolved as well" if name in pins else "")
+                + ". Every distribution must have one version with at least one file. Restrict "
+                "its version in pyproject.toml.",
             )
         pins[name] = Pin(name, entry["version"], marker, hashes)
     return dict(sorted(pins.items()))
 
 
 def resolve(kept: Pins, *arguments: str) -> Pins:
-    """What uv finds for the project, held to the pins that are kept.
+    """Resolve the project's requirements with uv, with the kept pins as constraints.
 
     Raises:
-        AfaError: there is no such set of versions, or the package index cannot be reached.
+        AfaError: if no set of versions fits, or the package index cannot be reached.
     """
     with tempfile.TemporaryDirectory() as folder:
         constraints, found = Path(folder, "constraints.txt"), Path(folder, "pylock.toml")
@@ -143,14 +143,14 @@ def resolve(kept: Pins, *arguments: str) -> Pins:
             said = " ".join(done.stderr.split())[:600]
             raise AfaError(
                 "AFA-TOOL-009",
-                f"The pins must fit pyproject.toml and be on the package index, but uv says: "
-                f"{said} Take the pin that is in the way out of constraints.txt.",
+                f"uv cannot resolve pyproject.toml with the pins: {said} Remove the conflicting "
+                "pin from constraints.txt.",
             )
         return pins_of(tomllib.loads(found.read_text()))
 
 
 def accept_also(pins: Pins, before: Pins, folder: Path | None) -> None:
-    """Accept files that are not on the index: those of before, and those in a folder."""
+    """Accept files that are not on the index: those accepted before, and those in a folder."""
     for name, pin in pins.items():
         if name in before and before[name].version == pin.version:
             pin.beside = before[name].beside
@@ -165,15 +165,15 @@ def accept_also(pins: Pins, before: Pins, folder: Path | None) -> None:
 
 
 def main() -> None:
-    """Write the four files."""
+    """Write constraints.txt and the three lock files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--newest", action="store_true", help="raise all pins but torch's")
-    parser.add_argument("--wheels", type=Path, help="a folder of files to be accepted as well")
+    parser.add_argument("--newest", action="store_true", help="upgrade all pins except torch")
+    parser.add_argument("--wheels", type=Path, help="folder with further accepted files")
     arguments = parser.parse_args()
     if arguments.wheels and not arguments.wheels.is_dir():
         raise AfaError(
             "AFA-TOOL-010",
-            f"--wheels must be a folder, came '{arguments.wheels}'. Name one, or none.",
+            f"--wheels must be a folder; got '{arguments.wheels}'. Pass a folder, or omit it.",
         )
     kept, tools = read_pins(CONSTRAINTS), read_pins(TOOLS_LOCK)
     before = read_pins(LOCK) | read_pins(EXTRAS_LOCK)

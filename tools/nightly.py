@@ -1,8 +1,8 @@
-"""Run the tests of minutes, which `make check` leaves out, and write down what came of them.
+"""Run the long tests, which `make check` skips, and record their result.
 
     make nightly
 
-The figures go to docs/nightly.json and, as one line, to docs/reliability.md.
+The result is written to docs/nightly.json and, as one line, to docs/reliability.md.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from tools.parts import write_part
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "docs" / "nightly.json"
 PAGE = ROOT / "docs" / "reliability.md"
-#: as the Makefile has it for the other tests
+#: the options that the Makefile uses for the other tests
 _PYTEST = ("-m", "pytest", "-q", "-n", "auto", "--maxprocesses", "4", "--dist", "load")
 
 
 def main() -> int:
-    """Run them; returns the exit status of pytest."""
+    """Run the tests and return the exit status of pytest."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, *_PYTEST, "-m", "nightly and not gpu", f"--junitxml={report}"]
@@ -42,7 +42,7 @@ def main() -> int:
 
 
 def read(report: Path) -> dict[str, Any]:
-    """What pytest's report in JUnit's format says, with the date and the commit."""
+    """Read the counts from pytest's JUnit report, and add the date and the commit."""
     suite = ElementTree.parse(report).getroot().find("testsuite")
     assert suite is not None, "pytest writes one"
     counts = {key: int(suite.attrib[key]) for key in ("tests", "failures", "errors", "skipped")}
@@ -58,12 +58,12 @@ def read(report: Path) -> dict[str, Any]:
 
 
 def recorded() -> dict[str, Any] | None:
-    """What came of the last run; None before the first one."""
+    """Return the record of the last run, or None before the first run."""
     return json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else None
 
 
 def line(record: Mapping[str, Any] | None) -> str:
-    """The record in a sentence."""
+    """Format the record as one sentence."""
     if record is None:
         return "`make nightly` has not been run yet."
     return (

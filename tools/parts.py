@@ -1,4 +1,4 @@
-"""Parts of a page that a command writes, between two marks that nobody sees."""
+"""Parts of a page that a command writes, between two HTML comments."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def write_part(page: Path, name: str, text: str) -> None:
-    """Put a text between a page's marks `<!-- NAME: begin -->` and `<!-- NAME: end -->`."""
+    """Write a text between a page's marks `<!-- NAME: begin -->` and `<!-- NAME: end -->`."""
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     before, rest = page.read_text(encoding="utf-8").split(begin)
     _, after = rest.split(end)

@@ -1,4 +1,4 @@
-"""What is pinned: constraints.txt, and the locks, which are the same versions with hashes."""
+"""The pins: constraints.txt, and the lock files, which have the same versions with hashes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 CONSTRAINTS = ROOT / "constraints.txt"
-#: what `make install` installs: the package's dependencies and those of its extra `dev`
+#: installed by `make install`: the package's dependencies and those of its extra `dev`
 LOCK = ROOT / "requirements.lock"
-#: what the extras add that `dev` leaves out
+#: the distributions that extras other than `dev` add
 EXTRAS_LOCK = ROOT / "requirements-extras.lock"
 TOOLS_LOCK = ROOT / "tools" / "requirements.lock"
 
@@ -28,12 +28,12 @@ _BESIDE = re.compile(r"# not on the index: (\S+) sha256:([0-9a-f]{64})")
 
 @dataclass
 class Pin:
-    """A version of a distribution, where it is wanted, and the hashes of its files.
+    """A version of a distribution, the environments that need it, and the hashes of its files.
 
     Attributes:
-        name: As in PEP 503: lower case, words joined by dashes.
-        version: The one version.
-        marker: The environments that want it; empty for all.
+        name: Normalized as in PEP 503: lower case, words joined by dashes.
+        version: The pinned version.
+        marker: The environments that need it; empty for all.
         hashes: SHA-256 of every file of the release that may be installed.
         beside: Files that are not on the package index, and their SHA-256.
     """
@@ -57,14 +57,14 @@ Pins = dict[NormalizedName, Pin]
 
 
 def read_pins(path: Path) -> Pins:
-    """The pins of a requirements file, by name.
+    """Read the pins of a requirements file, by name.
 
     Raises:
-        AfaError: the file is missing, or a line of it is no pin.
+        AfaError: if the file is missing, or a line is neither a pin nor a hash.
     """
     if not path.exists():
         raise AfaError(
-            "AFA-TOOL-011", f"'{path.name}' must be there, and is not. Write it: make lock"
+            "AFA-TOOL-011", f"The file '{path.name}' does not exist. Write it: make lock"
         )
     pins: Pins = {}
     beside: dict[str, str] = {}
@@ -83,7 +83,7 @@ def read_pins(path: Path) -> Pins:
         else:
             raise AfaError(
                 "AFA-TOOL-012",
-                f"Every line of '{path.name}' must be a pin or a hash, came line {number}: "
-                f"'{line[:80]}'. Write it anew: make lock",
+                f"Line {number} of '{path.name}' is '{line[:80]}'. Every line must be a pin or a "
+                "hash. Write the file again: make lock",
             )
     return pins

@@ -1,8 +1,9 @@
-"""Build the wheel, the same bytes for the same commit, and say what it is.
+"""Build the wheel reproducibly, and print its size and SHA-256.
 
     python -m tools.wheel            # into dist
 
-Nothing is fetched: what builds it is installed from requirements.lock.
+The same commit gives the same bytes. Nothing is downloaded: the build tools are installed from
+requirements.lock.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from tools import ROOT, run, say
 
 
 def build(tree: Path, output: Path, epoch: int) -> Path:
-    """The wheel of a tree, whose files are dated `epoch`, in seconds.
+    """Build the wheel of a tree, with `epoch` (in seconds) as the date of its files.
 
     Raises:
-        AfaError: hatchling does not build it.
+        AfaError: if hatchling cannot build it.
     """
     output.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "SOURCE_DATE_EPOCH": str(epoch)}
@@ -34,25 +35,26 @@ def build(tree: Path, output: Path, epoch: int) -> Path:
             said = (done.stderr.strip() or "nothing").splitlines()[-1]
             raise AfaError(
                 "AFA-TOOL-013",
-                f"hatchling must build '{tree}', and says: {said} Install it: make install",
+                f"hatchling cannot build '{tree}': {said} If hatchling is missing, install it: "
+                "make install",
             )
         (wheel,) = Path(folder).glob("*.whl")
         return wheel.replace(output / wheel.name)
 
 
 def committed_at(tree: Path) -> int:
-    """When the last commit was made, in seconds.
+    """Return the time of the last commit, in seconds.
 
     Raises:
-        AfaError: the tree is no git checkout.
+        AfaError: if the tree is not a git checkout.
     """
     command = ["git", "-C", str(tree), "log", "-1", "--format=%ct"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise AfaError(
             "AFA-TOOL-014",
-            f"The wheel is dated by the last commit, so '{tree}' must be a git checkout, and git "
-            f"says: {done.stderr.strip()} Clone the repository.",
+            f"'{tree}' is not a git checkout: {done.stderr.strip()} The last commit dates the "
+            "files of the wheel. Clone the repository.",
         )
     return int(done.stdout)
 
