@@ -1,4 +1,4 @@
-"""Every error of afa by its code, read from the source while the site is built."""
+"""List every error of afa by its code, read from the source when the site is built."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 SOURCE = Path(__file__).parents[2] / "src" / "afa"
 PLACE = "<!-- every message -->"
-#: what is raised with a message for users: `AfaError`, and what is derived from it
+#: exceptions with messages for users: `AfaError` and its subclasses
 ERRORS = ("AfaError", "Ambiguous", "BrokenPicture", "MissingCaption", "NotFinite")
-#: from which argument on a `Finding` says something; its code is the first
+#: the first argument of a `Finding` that is text; its code is the first argument
 FINDING = 3
-#: what is done in a package, or in a part of one; the longest path counts
+#: headings by package or part of one; the longest matching path is used
 TITLES = {
-    "app": "The page",
+    "app": "Browser app",
     "cli": "Command line",
     "drawing": "Pictures",
     "ensemble/caching": "Speed",
@@ -39,7 +39,7 @@ TITLES = {
 
 
 def messages() -> dict[str, dict[str, str]]:
-    """By what is done, messages by code; what is filled in is in angle brackets."""
+    """Messages by code under each heading; values are in angle brackets."""
     found: dict[str, dict[str, str]] = {}
     for file in sorted(SOURCE.rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
@@ -48,7 +48,7 @@ def messages() -> dict[str, dict[str, str]]:
             name = getattr(node.func, "id", getattr(node.func, "attr", ""))
             if name in ERRORS:
                 parts = node.args[1:]
-            elif name == "Finding":  # of the checks before any work
+            elif name == "Finding":  # of the preflight checks
                 parts = node.args[FINDING:]
             elif name == "say_error" and len(node.args) == 2:
                 parts = node.args[:1]
@@ -62,14 +62,14 @@ def messages() -> dict[str, dict[str, str]]:
 
 
 def _title(file: Path) -> str:
-    """What is done where a file is."""
+    """Return the heading for a source file."""
     parts = file.relative_to(SOURCE).with_suffix("").parts
     paths = ("/".join(parts[:n]) for n in range(len(parts), 0, -1))
     return next((TITLES[path] for path in paths if path in TITLES), "Experts and ensembles")
 
 
 def _text(node: ast.expr) -> str:
-    """A message as it is written; empty where it comes from somewhere else."""
+    """Return a message as written in the source; empty if it is not a literal."""
     if isinstance(node, ast.Constant):
         return str(node.value)
     if isinstance(node, ast.JoinedStr):
@@ -83,7 +83,7 @@ def _text(node: ast.expr) -> str:
 
 
 def _name(part: Any) -> str:
-    """What is filled in, as the code calls it."""
+    """Return the name of a formatted value in the source."""
     value = part.value
     while isinstance(value, ast.Call) and value.args:
         value = value.args[-1]
@@ -95,7 +95,7 @@ def _name(part: Any) -> str:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put the messages where a page asks for them."""
+    """Insert the messages into the page that has the marker."""
     if PLACE not in markdown:
         return markdown
     lines = []

@@ -1,4 +1,4 @@
-"""SECURITY.md as a page of the site: it lies in the repository's root, where hosts look for it."""
+"""Add SECURITY.md to the site; code hosts expect it in the root of the repository."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ PAGE = "security.md"
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add the page."""
+    """Add the page to the site."""
     files.append(File.generated(config, PAGE, abs_src_path=str(SOURCE)))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Make links to it, and its own links, links between pages."""
+    """Rewrite links to this page and on this page as links between pages of the site."""
     if page.file.src_uri == PAGE:
         return markdown.replace("](docs/", "](")
     return markdown.replace("](../SECURITY.md", f"]({PAGE}")
