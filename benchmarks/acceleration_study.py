@@ -1,12 +1,12 @@
-"""How fast before pictures suffer: settings of `afa.accelerate` on emoji scenes.
+"""Measure speed against quality: settings of `afa.accelerate` on emoji scenes.
 
-    python -m benchmarks.acceleration_study runs/acceleration-study    # half an hour; goes on
+    python -m benchmarks.acceleration_study runs/acceleration-study    # half an hour; resumes
 
-Three ensembles that differ in the seed of their training draw mixed prompts of held-out pairs with
-every setting; so do, with the presets, the base model and a merge. The prompts have another seed
-than those of the comparison but are not apart from them: 9 of 96 are the same, and 35 of 53 pairs.
-So a choice made here has seen a part of the comparison. Seconds are compared with those of one
-model from which nothing is left out; quality with the same model's, paired over prompts and seeds.
+Three ensembles with different training seeds draw mixed prompts of held-out pairs with every
+setting. The base model and a merge draw them with the presets. The prompts have another seed than
+those of the comparison but overlap with them: 9 of 96 prompts and 35 of 53 pairs are the same. So a
+choice made here has seen a part of the comparison. Times are relative to one exact model; quality
+differences are relative to exact AFA, paired over prompts and seeds.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "interval 3, fresh 2, weights kept": {"interval": 3, "fresh": 2, "keep_weights": True},
     "interval 3, prediction": {"interval": 3, "fresh": 0},
 }
-#: what is drawn with other numbers of steps, too
+#: settings that are also drawn with other numbers of steps
 CURVE = ("interval 3, weights kept", "interval 4, first 2, weights kept")
 NUM_STEPS = (8, 12, 20, 50)
 RIVALS: dict[str, dict[str, Any]] = {
@@ -58,11 +58,13 @@ RIVALS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    """Train, draw, judge, print a table."""
+    """Train, draw and judge, then print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("work", type=Path)
     parser.add_argument("--num-prompts", type=int, default=96)
-    parser.add_argument("--record", action="store_true", help="put it in docs/benchmarks.md")
+    parser.add_argument(
+        "--record", action="store_true", help="write the result to docs/benchmarks.md"
+    )
     arguments = parser.parse_args()
     work = arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
@@ -107,7 +109,7 @@ def main() -> None:
 
 
 def methods(ensembles: list[str]) -> list[dict[str, Any]]:
-    """Every row of the comparison."""
+    """List the methods of the comparison."""
     fast = {name: preset.describe() for name, preset in PRESETS.items() if not preset.is_exact}
     rows: list[dict[str, Any]] = [{"name": SUBJECT, "ensemble": ensembles}]
     for name, settings in {**fast, **SETTINGS}.items():
@@ -120,7 +122,7 @@ def methods(ensembles: list[str]) -> list[dict[str, Any]]:
 
 
 def time_all(compared: dict[str, Any], num_rounds: int = 5, batch: int = 8) -> dict[str, Spread]:
-    """Seconds of a batch of pictures by one model's, with which each takes turns; one thread."""
+    """Measure the time of a batch, relative to one model that runs alternately; one thread."""
     import torch
 
     from afa.evaluation.methods import MethodBuilder
@@ -145,14 +147,14 @@ def time_all(compared: dict[str, Any], num_rounds: int = 5, batch: int = 8) -> d
 
 
 def table(report: dict[str, Any], ratios: dict[str, Spread]) -> str:
-    """A row for every setting: how many pictures are right, and how long one takes."""
+    """Format a row per setting: the share of correct pictures and the time."""
     cells = page.quality_cells(report, SUBJECT)
-    head = ["drawn with", "right pictures", "minus exact AFA", "time, by one model's"]
+    head = ["setting", "correct pictures", "minus exact AFA", "time relative to one model"]
     return page.as_table(head, [[name, *own, str(ratios[name])] for name, own in cells.items()])
 
 
 def curve_table(report: dict[str, Any]) -> str:
-    """Right pictures, and the time by that of the exact ensemble, for every number of steps."""
+    """Format correct pictures and time relative to exact AFA, by number of steps."""
     points = {(row["method"], row["num_steps"]): row for row in report["curve"]}
     names = dict.fromkeys(name for name, _ in points)
     rows = []
@@ -163,7 +165,7 @@ def curve_table(report: dict[str, Any]) -> str:
             share = row["measured"]["seconds_per_image"] / exact["measured"]["seconds_per_image"]
             cells.append(f"{row['scores']['both']['mean']:.3f}, {share:.2f}")
         rows.append(cells)
-    return page.as_table(["drawn with", *(f"{n} steps" for n in NUM_STEPS)], rows)
+    return page.as_table(["setting", *(f"{n} steps" for n in NUM_STEPS)], rows)
 
 
 _SHOWN = (
@@ -180,7 +182,7 @@ _MARKERS = {"exact": "o", "balanced": "s", "fast": "^"}
 
 
 def draw_curve(report: dict[str, Any], ratios: dict[str, Spread], path: Path) -> None:
-    """Right pictures against time; lines go over the presets, of one model and a merge, too."""
+    """Plot correct pictures against time; lines join the presets of each method."""
     from matplotlib.figure import Figure
 
     rows = {row["method"]: row["groups"]["mixed"]["scores"]["both"] for row in report["rows"]}
@@ -216,7 +218,7 @@ def draw_curve(report: dict[str, Any], ratios: dict[str, Spread], path: Path) ->
 
 
 def draw_pictures(comparison: Path, path: Path, num_prompts: int = 8) -> None:
-    """The same prompts and noise at several speeds, a row each."""
+    """Draw the same prompts and noise at several speeds, one speed per row."""
     from matplotlib.figure import Figure
     from PIL import Image
 

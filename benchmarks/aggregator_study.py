@@ -1,12 +1,12 @@
-"""How small aggregators may be before pictures suffer: on emoji scenes.
+"""Measure the size of the aggregators against quality, on emoji scenes.
 
-    python -m benchmarks.aggregator_study runs/aggregator-study    # 40 minutes; goes on
+    python -m benchmarks.aggregator_study runs/aggregator-study    # 40 minutes; resumes
 
-Every shape is trained with several seeds, like the comparison's ensemble, and judged by the share
-of mixed prompts whose picture has the right object on either side, and by the seconds of a picture.
-The pairs of objects are held out from training. The prompts have another seed than those of the
-comparison but are not apart from them: 9 of 96 are the same, and 35 of 53 pairs. So a choice made
-here has seen a part of the comparison. Differences to the first shape are paired, over prompts and
+Every shape is trained with several seeds, like the comparison's ensemble. The scores are the share
+of mixed prompts whose picture has the right object on each side, and the seconds per picture. The
+pairs of objects are held out from training. The prompts have another seed than those of the
+comparison but overlap with them: 9 of 96 prompts and 35 of 53 pairs are the same. So a choice made
+here has seen a part of the comparison. Differences to the first shape are paired over prompts and
 seeds.
 """
 
@@ -28,7 +28,7 @@ from afa.training.recipe import Recipe
 from benchmarks import page
 
 FULL = "the paper's, hidden_ratio None, min_scale 1"
-#: what each changes of the comparison's aggregators
+#: changes to the comparison's aggregators, by shape
 SHAPES: dict[str, dict[str, Any]] = {
     FULL: {"hidden_ratio": None, "min_scale": 1},
     "hidden_ratio 1, min_scale 2": {"hidden_ratio": 1.0, "min_scale": 2},
@@ -38,13 +38,15 @@ PROMPTS_SEED = 3_000_000
 
 
 def main() -> None:
-    """Train all, judge all, print a table."""
+    """Train and judge all shapes, then print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("work", type=Path)
     parser.add_argument("--num-prompts", type=int, default=96)
     parser.add_argument("--num-seeds", type=int, default=3)
     parser.add_argument("--num-train-steps", type=int, default=500)
-    parser.add_argument("--record", action="store_true", help="put it in docs/benchmarks.md")
+    parser.add_argument(
+        "--record", action="store_true", help="write the result to docs/benchmarks.md"
+    )
     arguments = parser.parse_args()
     work = arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
@@ -85,17 +87,17 @@ def main() -> None:
 
 
 def recipe(settings: StudySettings, shape: str, seed: int) -> Recipe:
-    """The comparison's training with another shape of aggregators."""
+    """Return the comparison's training recipe with another shape of aggregators."""
     whole = aggregator_recipes(settings)[f"afa-{seed}"]
     changed = replace(whole.aggregator, **SHAPES[shape])
     return whole.model_copy(update={"aggregator": changed})
 
 
 def table(report: dict[str, Any]) -> str:
-    """A row for every shape."""
+    """Format a row per shape."""
     cells = page.quality_cells(report, FULL)
     seconds = {row["method"]: row["measured"]["seconds_per_image"] for row in report["rows"]}
-    head = ["aggregators", "right pictures", "minus the first", "seconds a picture"]
+    head = ["aggregators", "correct pictures", "minus the first", "seconds per picture"]
     return page.as_table(
         head, [[name, *own, f"{seconds[name]:.2f}"] for name, own in cells.items()]
     )

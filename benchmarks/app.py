@@ -1,10 +1,10 @@
-"""How long until the page is there, and until its pictures are; and what its views look like.
+"""Measure the response times of the browser app, or take its screenshots.
 
     python -m benchmarks.app
     python -m benchmarks.app --screenshots docs/images
 
-`afa app` in a process of its own, a Chromium of this machine beside it, both on the same cores. The
-first draw of a process takes longer than those after it; both are measured.
+`afa app` and Chromium run as separate processes on the same cores. The first picture of a process
+takes longer than later ones; both are measured.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 WIDTHS = (1280, 390)
-#: no look at any other machine
+#: options that prevent network requests
 OFFLINE = (
     *("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-quic", "--disable-sync"),
     *("--disable-background-networking", "--disable-component-update"),
@@ -41,7 +41,7 @@ AGAIN = "the first picture after another click"
 
 @contextlib.contextmanager
 def page_of(times: dict[str, float] | None = None) -> Iterator[str]:
-    """A page that is served by `afa app`; its address."""
+    """Run `afa app` and yield the address of its page."""
     times = {} if times is None else times
     began = time.perf_counter()
     process = subprocess.Popen(
@@ -55,7 +55,7 @@ def page_of(times: dict[str, float] | None = None) -> Iterator[str]:
         assert process.stdout is not None
         found = next(filter(None, (re.search(r"at (http://\S+)", line) for line in process.stdout)))
         times[ADDRESS] = time.perf_counter() - began
-        # nobody else reads what it says, and a full pipe would stop it
+        # drain the output: a full pipe would block the process
         threading.Thread(target=deque, args=(process.stdout, 0), daemon=True).start()
         yield found[1]
     finally:
@@ -65,7 +65,7 @@ def page_of(times: dict[str, float] | None = None) -> Iterator[str]:
 
 @contextlib.contextmanager
 def browser() -> Iterator[Any]:
-    """A Chromium without a window."""
+    """Run a headless Chromium."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -75,7 +75,7 @@ def browser() -> Iterator[Any]:
 
 
 def opened(started: Any, address: str, width: int = 1280) -> Any:
-    """A page that can be used."""
+    """Open the page and wait until it can be used."""
     context = started.new_context(viewport={"width": width, "height": 900})
     context.set_default_timeout(120_000)
     page = context.new_page()
@@ -85,7 +85,7 @@ def opened(started: Any, address: str, width: int = 1280) -> Any:
 
 
 def measure() -> dict[str, float]:
-    """Seconds of one start."""
+    """Measure the times of one start, in seconds."""
     times: dict[str, float] = {}
     with browser() as started, page_of(times) as address:
         began = time.perf_counter()
@@ -107,13 +107,13 @@ def measure() -> dict[str, float]:
 
 
 def done(page: Any, words: str) -> None:
-    """Wait until the page says so."""
+    """Wait until the page reports that it is done."""
     script = "words => document.querySelector('#status').innerText.includes(words)"
     page.wait_for_function(script, arg=words)
 
 
 def screenshots(folder: Path) -> None:
-    """Every view, at the width of a desk and of a telephone."""
+    """Take a screenshot of every view, at desktop and phone width."""
     with browser() as started, page_of() as address:
         for width in WIDTHS:
             page = opened(started, address, width)
@@ -149,7 +149,7 @@ def screenshots(folder: Path) -> None:
 
 
 def main() -> None:
-    """Measure and print, or take the pictures."""
+    """Measure and print, or take the screenshots."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--screenshots", type=Path)

@@ -1,12 +1,12 @@
-"""Steps, pictures and streamed experts on a GPU, at the widths of the large models in bfloat16.
+"""Measure steps, pictures and streamed experts on a GPU, for the large architectures in bfloat16.
 
-    python -m benchmarks.gpu OUT.json              # everything; what is there already is kept
+    python -m benchmarks.gpu OUT.json              # everything; keeps existing results
     python -m benchmarks.gpu OUT.json --parts steps --sizes "Stable Diffusion 1.5"
 
-Weights are random. What is compared takes turns in one process; the device is waited for before and
-after. `plain`: as they are. `graphs`: a step of the ensemble, and of every expert by itself, is a
-CUDA graph. `compiled`: the blocks of both are compiled. `python -m benchmarks.run --gpu OUT.json`
-puts the figures on the page.
+Weights are random. The compared functions alternate in one process, and the device is synchronized
+before and after each. `plain`: no CUDA graphs. `graphs`: a step of the ensemble, and of every
+expert alone, is a CUDA graph. `compiled`: the blocks of both are compiled. `python -m
+benchmarks.run --gpu OUT.json` writes the figures to the page.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ FLUX_CONFIG: dict[str, Any] = {
     "axes_dims_rope": (16, 56, 56),
 }
 FLUX_VAE: dict[str, Any] = {**SD15_VAE, "latent_channels": 16, "use_quant_conv": False}
-#: side of a picture in pixels, and how many latents a call of the denoiser takes
+#: side of a picture in pixels, and the batch size of a call
 PIXELS = {"Stable Diffusion 1.5": 512, "Stable Diffusion XL": 1024, FLUX: 1024}
 BATCH = {"Stable Diffusion 1.5": 2, "Stable Diffusion XL": 2, FLUX: 1}
 MODES = ("plain", "graphs", "compiled", "compiled, graphs")
@@ -54,7 +54,7 @@ PARTS = ("steps", "pictures", "streaming")
 
 
 def build(size: str) -> Any:
-    """A denoiser with random weights, on the device in bfloat16."""
+    """Build a denoiser with random weights, on the device in bfloat16."""
     import torch
     from diffusers import FluxTransformer2DModel
 
@@ -70,7 +70,7 @@ def build(size: str) -> Any:
 
 
 def example(size: str, count: int, batch: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Arguments of an ensemble's call, and of each expert's own."""
+    """Return the arguments of an ensemble's call and of an expert's own call."""
     import torch
 
     from benchmarks import models
@@ -99,7 +99,7 @@ def example(size: str, count: int, batch: int) -> tuple[dict[str, Any], list[dic
 
 
 class UnetConfig:
-    """Entries of a configuration as attributes; None where there is none."""
+    """The entries of a configuration as attributes; missing ones are None."""
 
     def __init__(self, entries: dict[str, Any]) -> None:
         self._entries = {"in_channels": 4, **entries}
@@ -109,7 +109,7 @@ class UnetConfig:
 
 
 def measure_steps(size: str, count: int, mode: str, num_rounds: int) -> dict[str, Any]:
-    """A call of the denoiser, against the experts' own forward passes."""
+    """Measure a call of the ensemble, relative to the experts' own forward passes."""
     import torch
 
     from afa import EnsembleDenoiser, SABWConfig
@@ -202,7 +202,7 @@ def _waited_for(function: Callable[[], Any]) -> Callable[[], None]:
 
 
 def pipeline_of(size: str, denoiser: Any) -> tuple[Any, dict[str, Any]]:
-    """A stock pipeline around a denoiser, and what it is called with: embeddings, one for all."""
+    """Return a stock pipeline with a denoiser, and its call arguments, with shared embeddings."""
     import diffusers
     import torch
 
@@ -253,7 +253,7 @@ def pipeline_of(size: str, denoiser: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def measure_pictures(size: str, num_rounds: int, num_steps: int) -> list[dict[str, Any]]:
-    """One model and an ensemble of three, each plain and by CUDA graphs."""
+    """Measure pictures by one model and by three experts, with and without CUDA graphs."""
     import afa
 
     experts = [build(size) for _ in range(3)]
@@ -267,7 +267,7 @@ def measure_pictures(size: str, num_rounds: int, num_steps: int) -> list[dict[st
         name: peak_of(function, (ensemble if name.startswith(ENSEMBLE) else single))
         for name, function in functions.items()
     }
-    seconds = take_turns(functions, num_rounds, num_warmups=0)  # the peaks were
+    seconds = take_turns(functions, num_rounds, num_warmups=0)  # measuring the peaks warmed up
     first = next(iter(functions))
     return [
         {
@@ -307,7 +307,7 @@ def _drawing(
 
 
 def peak_of(function: Callable[[], None], pipeline: Any) -> int:
-    """Bytes on the device at the peak of a call: the pipeline's own weights, and what it adds."""
+    """Return the peak memory of a call in bytes: the pipeline's weights and activations."""
     import torch
 
     torch.cuda.synchronize()
@@ -322,7 +322,7 @@ def peak_of(function: Callable[[], None], pipeline: Any) -> int:
 
 
 def measure_streaming(size: str, num_steps: int) -> list[dict[str, Any]]:
-    """Three experts on the device, in the processor's memory, and in a file."""
+    """Measure three experts on the device, in CPU memory, and in a file."""
     import afa
 
     ways: dict[str, Callable[[Any], None]] = {
@@ -337,7 +337,7 @@ def measure_streaming(size: str, num_steps: int) -> list[dict[str, Any]]:
         pipeline, call = pipeline_of(size, denoiser)
         place(denoiser)
         draw = _drawing(pipeline, call, num_steps, graphs=False)
-        draw()  # the first one learns the order of the layers
+        draw()  # the first run records the order of the layers
         began = time.perf_counter()
         memory = peak_of(draw, pipeline)
         seconds = time.perf_counter() - began
@@ -358,7 +358,7 @@ def measure_streaming(size: str, num_steps: int) -> list[dict[str, Any]]:
 
 
 def listed(parts: list[str], sizes: list[str], modes: list[str]) -> list[dict[str, Any]]:
-    """What is measured."""
+    """List the jobs."""
     jobs: list[dict[str, Any]] = []
     for size in sizes:
         if "steps" in parts:
@@ -374,7 +374,7 @@ def listed(parts: list[str], sizes: list[str], modes: list[str]) -> list[dict[st
 
 
 def measure(job: dict[str, Any], num_rounds: int) -> list[dict[str, Any]]:
-    """One job, in this process."""
+    """Measure one job in this process."""
     import torch
 
     torch.manual_seed(0)
@@ -386,7 +386,7 @@ def measure(job: dict[str, Any], num_rounds: int) -> list[dict[str, Any]]:
 
 
 def origin(at: str | None) -> dict[str, Any]:
-    """When and on what; the commit where there is no repository to ask."""
+    """Return date, commit, machine and software; `at` is the commit outside of a repository."""
     import torch
 
     from afa.provenance import commit, made_from
@@ -400,14 +400,14 @@ def origin(at: str | None) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure what is asked for and not there yet."""
+    """Measure the requested jobs that have no result yet."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path)
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
     parser.add_argument("--sizes", nargs="*", choices=list(PIXELS), default=list(PIXELS))
     parser.add_argument("--modes", nargs="*", choices=MODES, default=list(MODES))
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--commit", help="what this is a copy of")
+    parser.add_argument("--commit", help="commit of this copy, outside of a repository")
     arguments = parser.parse_args()
     known = json.loads(arguments.output.read_text()) if arguments.output.exists() else []
     made = origin(arguments.commit)
@@ -417,7 +417,7 @@ def main() -> None:
         began = time.perf_counter()
         try:
             results = measure(job, arguments.rounds)
-        except RuntimeError as error:  # such as out of memory; what is there stays
+        except RuntimeError as error:  # such as out of memory; keep the other results
             sys.stderr.write(f"{job} failed: {str(error)[:500]}\n")
             continue
         finally:
@@ -430,7 +430,7 @@ def main() -> None:
 
 
 def release() -> None:
-    """Give back what the last job had."""
+    """Free the memory of the last job."""
     import torch
 
     gc.collect()
@@ -439,7 +439,7 @@ def release() -> None:
 
 
 def line(row: dict[str, Any]) -> str:
-    """One result as text."""
+    """Format one result as text."""
     if "ratios" in row:
         ratios = "; ".join(f"{name} {value['median']:.3f}" for name, value in row["ratios"].items())
         return f"experts {row['seconds'][EXPERTS]:.4f} s, {ratios}, floor {row['floors'][DEFAULT]}"

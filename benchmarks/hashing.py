@@ -1,9 +1,9 @@
-"""What the second start reads of the experts' files: are their hashes taken again?
+"""Measure whether a second start hashes the experts' files again.
 
     python -m benchmarks.hashing
 
-Three sparse files of 2 GB each are described as by `afa inspect`, by a process for every start.
-Bytes are what the process has read by system calls meanwhile (`rchar` of /proc/self/io).
+Every start is a process that describes three sparse files of 2 GB each, as `afa inspect` does. The
+bytes are those that the process reads by system calls (`rchar` of /proc/self/io).
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ print(json.dumps({"seconds": seconds, "bytes_read": num_read() - before, "hashes
 
 
 def measure(size: int) -> list[dict[str, Any]]:
-    """A row for each start."""
+    """Measure a row for each start."""
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, f"expert{number}.safetensors") for number in range(NUM_FILES)]
         for file in files:
             _write(file, size)
-        time.sleep(1.1 * SETTLED / 1e9)  # hashes of files just written are not kept
+        time.sleep(1.1 * SETTLED / 1e9)  # hashes of recently written files are not stored
         environment = os.environ | {"XDG_CACHE_HOME": folder}
         rows = []
         for start in ("first", "second", "third, with `--rehash`"):
@@ -61,7 +61,7 @@ def measure(size: int) -> list[dict[str, Any]]:
 
 
 def _write(file: Path, size: int) -> None:
-    """A safetensors file of about so many bytes, all of them zero, that take no room."""
+    """Write a sparse safetensors file of about this size, all zeros."""
     tensor = {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}
     header = json.dumps({"weight": tensor}).encode()
     with file.open("wb") as stream:
@@ -72,7 +72,7 @@ def _write(file: Path, size: int) -> None:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--bytes", type=int, default=2_000_000_000, help="of each file")
+    parser.add_argument("--bytes", type=int, default=2_000_000_000, help="size of each file")
     print(json.dumps(measure(parser.parse_args().bytes), indent=1))  # noqa: T201
 
 

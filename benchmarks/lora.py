@@ -1,9 +1,9 @@
-"""Memory of LoRA experts on one base, at the widths of Stable Diffusion 1.5, against one model's.
+"""Measure the memory of LoRA experts on one base, relative to one model (Stable Diffusion 1.5).
 
     python -m benchmarks.lora
 
-Random weights in float16, LoRAs of rank 16 on every attention of the U-Net; every mode loads in a
-process of its own. What the imports alone take is measured too, and taken off.
+Random weights in float16, LoRAs of rank 16 on every attention layer of the U-Net. Each mode loads
+in its own process. The memory of the imports is measured and subtracted.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> None:
             seen[mode] = json.loads(done.stdout.splitlines()[-1])
     empty, one = seen.pop("imports"), seen["one model"]
     lines = [
-        "| loaded | resident, GB | of one model | peak, GB | of one model |",
+        "| loaded | resident, GB | relative to one model | peak, GB | relative to one model |",
         "|---|---|---|---|---|",
     ]
     for mode, figures in seen.items():
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def load(mode: str, folder: Path) -> None:
-    """Load what a mode says, and keep it."""
+    """Load the models of a mode and keep them."""
     import torch
 
     import afa
@@ -75,13 +75,13 @@ def load(mode: str, folder: Path) -> None:
     elif modes[mode]:
         pipeline = afa.load_pipeline(modes[mode], torch_dtype=torch.float16)
         kept.append(pipeline)
-        # weights are mapped from their files, and only what has been read is in memory
+        # weights are memory-mapped: only the pages that were read are resident
         for part in (pipeline.unet, pipeline.text_encoder, pipeline.vae):
             for parameter in part.parameters():
                 parameter.flatten()[::512].sum()
 
 
-kept: list[object] = []  # what is loaded, so that it is not let go of before it is measured
+kept: list[object] = []  # keeps the models alive until memory is measured
 
 
 def write(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Memory of this process."""
+"""Memory of the current process."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from pathlib import Path
 
 
 def resident() -> int:
-    """Bytes of memory that this process has now."""
+    """Return the resident memory of this process in bytes."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
 
 
 def peak() -> int:
-    """Bytes of memory that this process had at the most.
+    """Return the peak resident memory of this process in bytes.
 
-    Not `ru_maxrss`, which a process takes over from the one that started it.
+    `ru_maxrss` is not used, because a process inherits it from its parent.
     """
     lines = Path("/proc/self/status").read_text().splitlines()
     (high,) = (line.split()[1] for line in lines if line.startswith("VmHWM"))

@@ -1,4 +1,4 @@
-"""Denoisers and pipelines with random weights, in the sizes that benchmarks ask for."""
+"""Denoisers and pipelines with random weights, in the sizes of the benchmarks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _ATTENDS = ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBl
 
 
 def _stable_diffusion(*widths: int) -> dict[str, Any]:
-    """A U-Net as Stable Diffusion 1.5's, of other widths: attention everywhere but at the end."""
+    """Return the configuration of Stable Diffusion 1.5's U-Net with other widths."""
     (attends, plain), (plain_up, attends_up) = _ATTENDS
     count = len(widths) - 1
     return {
@@ -35,7 +35,7 @@ SD15_VAE: dict[str, Any] = {
     "latent_channels": 4,
     "sample_size": 256,
 }
-#: configurations of U-Nets by what tables call them
+#: configurations of U-Nets by their names in tables
 UNETS: dict[str, dict[str, Any]] = {
     "(64, 128, 256)": _stable_diffusion(64, 128, 256),
     "(160, 320, 640, 640)": _stable_diffusion(160, 320, 640, 640),
@@ -55,12 +55,12 @@ UNETS: dict[str, dict[str, Any]] = {
     },
 }
 ZOO = "zoo, (32, 96)"
-#: of the text, in tokens
+#: length of the text in tokens
 NUM_TOKENS = {ZOO: 24}
 
 
 def build_unet(size: str, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
-    """A U-Net with random weights, made in its data type."""
+    """Build a U-Net with random weights in its data type."""
     from diffusers import UNet2DConditionModel
 
     from afa.zoo.models import build_unet as build_zoo_unet
@@ -77,7 +77,7 @@ def build_unet(size: str, dtype: torch.dtype = torch.float32) -> UNet2DCondition
 def example(
     unet: Any, size: str, num_experts: int, latent: int, batch: int, dtype: torch.dtype
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Arguments of an ensemble's call, and of each expert's own."""
+    """Return the arguments of an ensemble's call and of an expert's own call."""
     tokens, width = NUM_TOKENS.get(size, 77), unet.config.cross_attention_dim
     text = torch.randn(batch, tokens, num_experts * width, dtype=dtype)
     shared: dict[str, Any] = {

@@ -1,10 +1,10 @@
-"""Seconds and memory of a picture, by the way it is drawn: the zoo's models.
+"""Measure time and memory of a picture by one model, a merge and an ensemble of the zoo.
 
     python -m benchmarks.picture
 
-One model, a merge, the shipped ensemble, each at every speed, at the same number of steps. Times
-take turns in one process; the memory of each is measured in a process of its own, at its peak and
-above what the imports take. How good the pictures are is in the study of accelerations.
+Each is measured at every speed with the same number of steps. Times alternate in one process. Peak
+memory is measured in one process each, without the memory of the imports. The quality is measured
+by `benchmarks.acceleration_study`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PROMPT = "a fox on the left and a pizza on the right, blue background"
 
 
 def build(way: str, speed: str) -> Any:
-    """A pipeline that draws."""
+    """Build a pipeline."""
     import afa
     from afa.evaluation.methods import MethodBuilder
     from afa.evaluation.recipe import EvaluateRecipe
@@ -50,12 +50,12 @@ def build(way: str, speed: str) -> Any:
 
 
 def draw(pipeline: Any, num_pictures: int) -> None:
-    """A batch of pictures, of 20 steps."""
+    """Draw a batch of pictures with 20 steps."""
     pipeline([PROMPT] * num_pictures, num_inference_steps=20, guidance_scale=3)
 
 
 def measure(num_rounds: int, num_threads: int, batch: int) -> list[dict[str, Any]]:
-    """All ways at all speeds."""
+    """Measure all methods at all speeds."""
     import torch
 
     torch.set_num_threads(num_threads)
@@ -88,7 +88,7 @@ def measure(num_rounds: int, num_threads: int, batch: int) -> list[dict[str, Any
 
 
 def memory(way: str, speed: str, num_threads: int, batch: int) -> dict[str, int]:
-    """Peak memory in bytes above the imports, of this process."""
+    """Return the peak memory of this process in bytes, without the imports."""
     import diffusers
     import torch
 

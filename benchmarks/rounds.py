@@ -1,4 +1,4 @@
-"""Times as ratios: what is compared takes turns within one process, round after round."""
+"""Ratios of times: the compared functions alternate within one process, in rounds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Spread:
-    """Of several values: the median, and the middle half of them."""
+    """The median and the quartiles of several values."""
 
     median: float
     low: float
@@ -23,12 +23,12 @@ class Spread:
         return f"{self.median:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
     def as_json(self) -> dict[str, float]:
-        """Rounded to what such timings mean."""
+        """Return the values, rounded to the precision of timings."""
         return {key: float(f"{value:.4g}") for key, value in asdict(self).items()}
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Median and quartiles; of one value, that value."""
+    """Compute the median and the quartiles; for one value, that value."""
     if len(values) == 1:
         return Spread(values[0], values[0], values[0])
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -38,7 +38,7 @@ def spread(values: Sequence[float]) -> Spread:
 def take_turns(
     functions: Mapping[str, Callable[[], object]], num_rounds: int, num_warmups: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of every function in every round; functions run in their order, over and over."""
+    """Measure the seconds of every function in every round; the functions alternate."""
     for _ in range(num_warmups):
         for function in functions.values():
             function()
@@ -52,5 +52,5 @@ def take_turns(
 
 
 def ratio(seconds: Mapping[str, Sequence[float]], name: str, to: str) -> Spread:
-    """The ratio of two functions within each round."""
+    """Compute the ratio of two functions' times within each round."""
     return spread([a / b for a, b in zip(seconds[name], seconds[to], strict=True)])

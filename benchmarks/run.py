@@ -1,11 +1,12 @@
-"""All benchmarks, their page, and a check against what is committed.
+"""Run all benchmarks and write their page, or check ratios against the committed ones.
 
     python -m benchmarks.run                       # everything: an hour; docs/benchmarks.{json,md}
-    python -m benchmarks.run --only step picture   # some of it; the rest of the page stays
-    python -m benchmarks.run --check               # a few ratios again, against the committed ones
+    python -m benchmarks.run --only step picture   # some parts; the rest of the page stays
+    python -m benchmarks.run --check               # measure a few ratios again and compare them
+    python -m benchmarks.run --page                # write the page from the committed figures
 
-Every part says at which commit it was measured. The studies of quality have commands of their own;
-what `benchmarks.gpu` measured on another machine is put on the page with `--gpu OUT.json`.
+Every part names the commit at which it was measured. The quality studies have their own commands.
+`--gpu OUT.json` adds the results of `benchmarks.gpu` from another machine.
 """
 
 from __future__ import annotations
@@ -31,18 +32,18 @@ PARTS = {
     "training": ["benchmarks.training", "--json"],
     "app": ["benchmarks.app"],
 }
-#: what `--check` measures again; few cells, so that it is done in minutes
+#: sizes that `--check` measures again; few, so that it takes minutes
 CHECKED_SIZES = ("zoo, (32, 96)", "(64, 128, 256)")
 TOLERANCE = 0.15
 
 
 def main() -> None:
-    """Measure what is asked for."""
+    """Run the requested parts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS))
     parser.add_argument("--check", action="store_true")
-    parser.add_argument("--page", action="store_true", help="write the page anew, measure nothing")
-    parser.add_argument("--gpu", type=Path, help="put what benchmarks.gpu wrote on the page")
+    parser.add_argument("--page", action="store_true", help="write the page without measuring")
+    parser.add_argument("--gpu", type=Path, help="add the results of benchmarks.gpu to the page")
     arguments = parser.parse_args()
     if arguments.gpu is not None:
         page.record_gpu(arguments.gpu)
@@ -55,14 +56,14 @@ def main() -> None:
 
 
 def run(module: str, *options: str) -> Any:
-    """What a benchmark prints, as JSON."""
+    """Run a benchmark and parse the JSON that it prints."""
     command = [sys.executable, "-m", module, *options]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     return json.loads(done.stdout[done.stdout.index("[") :])
 
 
 def check(kept: dict[str, Any]) -> int:
-    """Measure some ratios again; 1 if one has grown by more than the tolerance."""
+    """Measure some ratios again; return 1 if one has grown by more than the tolerance."""
     committed = {
         (cell["size"], shape): spread["median"]
         for cell in kept["step"]["results"]

@@ -1,12 +1,11 @@
-"""One picture by several processes, an expert or more in each: measured, and as a model has it.
+"""Measure one picture by several processes, with one or more experts each, against a prediction.
 
     python -m benchmarks.scaling
 
-A step of N experts in P processes should take the forward passes of ceil(N / P) experts, the
-aggregators, which every process runs, and the exchange of the features. All three are measured by
-themselves in the same processes; how far their sum is from the whole is what the model misses.
-Every process has one thread, and they talk through gloo; on accelerators it is NCCL, and the table
-of bytes says what has to go over the link.
+The predicted time of a step of N experts in P processes is the sum of the forward passes of ceil(N
+/ P) experts, the aggregators (which every process runs), and the exchange of the features. Each is
+measured separately in the same processes. Every process has one thread and communicates through
+gloo. Accelerators use NCCL; the column of bytes is the data that has to be transferred.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ COUNTS = (2, 4)
 
 
 def main() -> None:
-    """Measure every size and number of experts by as many processes as there are cores."""
+    """Measure every size and number of experts with one process per core."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
@@ -75,7 +74,7 @@ def _run(num_processes: int, cell: dict[str, Any]) -> dict[str, float]:
 
 
 def _measure(size: str, num_experts: int, num_rounds: int) -> None:
-    """In one of the processes; the first says what came out."""
+    """Measure in one of the processes; the first one prints the result."""
     import torch
     from torch import distributed
 

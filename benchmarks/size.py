@@ -1,8 +1,8 @@
-"""How much there is to install: the wheel, the core, what each extra adds.
+"""Measure the installed size: the wheel, the core, and what each extra adds.
 
     python -m benchmarks.size
 
-Read off the files of `.venv-all`, in which everything is installed; `make licences` makes it.
+The sizes are those of the files in `.venv-all`, which `make licences` creates.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ TORCH = canonicalize_name("torch")
 
 
 def bytes_of(given: Iterable[Distribution]) -> int:
-    """What the files of distributions take on disk; a file that several have counts once."""
+    """Return the disk size of distributions; a shared file counts once."""
     files = {Path(str(file.locate())).resolve() for each in given for file in each.files or []}
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def measure(installed: Installed) -> list[dict[str, Any]]:
-    """A row for each part."""
+    """Measure a row for each part."""
     with tempfile.TemporaryDirectory() as folder:
         wheel = build(ROOT, Path(folder), committed_at(ROOT))
         target = Path(folder, "installed")

@@ -1,9 +1,9 @@
-"""How long until something happens: import, command line, loading, the first picture.
+"""Measure start-up times: import, command line, loading, the first picture.
 
     python -m benchmarks.startup
 
-Every start is a process of its own; they take turns. What the libraries alone take is the first
-row, and the ratios are to it.
+Every start is a separate process; the starts alternate. The first row is the import of the
+libraries alone, and the ratios are relative to it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ STARTS: dict[str, list[str]] = {
 
 
 def measure(num_rounds: int) -> list[dict[str, Any]]:
-    """All starts."""
+    """Measure all starts."""
 
     def run(arguments: list[str]) -> None:
         subprocess.run([sys.executable, *arguments], check=True, capture_output=True)

@@ -1,13 +1,12 @@
-"""One step of an ensemble against its experts' own forward passes.
+"""Measure one step of an ensemble, relative to its experts' own forward passes.
 
     python -m benchmarks.step                                  # all cells, an hour
     python -m benchmarks.step --sizes "(64, 128, 256)" --rounds 9
 
-What is compared takes turns in one process: the experts, one after another, each by the library's
-own forward pass; the ensemble with the uniform mean; the ensemble with SABW, in the paper's shape
-and in the default one. The floor is the ratio of the operations that they count, with nothing for
-whatever is not a product. Weights are random; the same prompt at falling timesteps, as in a
-denoising loop.
+These alternate in one process: the diffusers forward passes of the experts, one after another; the
+ensemble with the uniform mean; the ensemble with SABW, in the paper's shape and in the default one.
+The floor is the ratio of their operation counts, in which only products count. Weights are random.
+The prompt stays the same and the timesteps fall, as in a denoising loop.
 """
 
 from __future__ import annotations
@@ -20,17 +19,17 @@ from dataclasses import replace
 from typing import Any
 
 EXPERTS, MEAN, PAPER, DEFAULT = "experts", "mean", "the paper's SABW", "the default SABW"
-#: shapes of aggregators: one size everywhere, and one that follows the experts' widths
+#: shapes of aggregators: the same size everywhere, and one that follows the experts' widths
 SHAPES: dict[str, dict[str, Any]] = {PAPER: {"hidden_ratio": None, "min_scale": 1}, DEFAULT: {}}
 COUNTS, LATENTS = (1, 2, 3, 4, 6), (16, 32, 64)
-#: what takes seconds a step; measured in fewer ways
+#: sizes with steps of seconds; measured with fewer settings
 LARGE = ("Stable Diffusion 1.5", "Stable Diffusion XL")
 
 
 def cells(sizes: list[str]) -> list[dict[str, Any]]:
-    """What is measured: at every width, one thing at a time away from three experts at 32x32.
+    """List the cells: at every width, one setting changed from three experts at 32x32.
 
-    Of the large ones, fewer things.
+    The large sizes have fewer cells.
     """
     listed = []
     for size in sizes:
@@ -58,7 +57,7 @@ def measure(cell: dict[str, Any], num_rounds: int, num_threads: int, batch: int)
 
     torch.set_num_threads(num_threads)
     size, count, dtype = cell["size"], cell["num_experts"], getattr(torch, cell["dtype"])
-    # random weights: three of the largest are the same one, which takes as long
+    # random weights: the largest experts share one model, which takes the same time
     distinct = 1 if size == "Stable Diffusion XL" or count > 3 else count
     unets = [build_unet(size, dtype) for _ in range(distinct)]
     experts = [unets[n % distinct] for n in range(count)]
@@ -79,14 +78,14 @@ def measure(cell: dict[str, Any], num_rounds: int, num_threads: int, batch: int)
     with torch.no_grad():
         functions = {EXPERTS: run_experts, **{k: runner(e) for k, e in ensembles.items()}}
         for function in functions.values():
-            function()  # keys and values of the prompt are there
+            function()  # computes the keys and values of the prompt
         floors = {
             name: count_operations(functions[name]) / count_operations(run_experts)
             for name in SHAPES
         }
         if cell["compiled"]:
             for ensemble in ensembles.values():
-                ensemble.compile_repeated_blocks()  # the experts are the same in all of them
+                ensemble.compile_repeated_blocks()  # all ensembles share the experts
         seconds = take_turns(functions, num_rounds, num_warmups=2 if cell["compiled"] else 1)
         shares = {name: aggregator_share(ensembles[name], functions[name]) for name in SHAPES}
     return {
@@ -106,7 +105,7 @@ def measure(cell: dict[str, Any], num_rounds: int, num_threads: int, batch: int)
 
 
 def count_operations(function: Any) -> int:
-    """Floating-point operations in convolutions, matrix products and attention."""
+    """Count the floating-point operations of convolutions, matrix products and attention."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
@@ -115,7 +114,7 @@ def count_operations(function: Any) -> int:
 
 
 def aggregator_share(ensemble: Any, function: Any) -> float:
-    """The part of a step's time that passes in aggregators."""
+    """Return the aggregators' share of a step's time."""
     import time
 
     spent: list[float] = []
@@ -138,7 +137,7 @@ def aggregator_share(ensemble: Any, function: Any) -> float:
 
 
 def measure_all(listed: list[dict[str, Any]], options: list[str]) -> list[dict[str, Any]]:
-    """Every cell in a process of its own, whose memory is its own."""
+    """Measure every cell in its own process."""
     results = []
     for cell in listed:
         command = [sys.executable, "-m", "benchmarks.step", *options, "--one", json.dumps(cell)]
@@ -149,7 +148,7 @@ def measure_all(listed: list[dict[str, Any]], options: list[str]) -> list[dict[s
 
 
 def line(result: dict[str, Any]) -> str:
-    """One cell as text."""
+    """Format one cell as text."""
     ratios = "  ".join(
         f"{name} {value['median']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
         + (f" floor {result['floors'][name]:.3f}" if name in result["floors"] else "")
@@ -163,7 +162,7 @@ def line(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measure the cells that are asked for."""
+    """Measure the requested cells."""
     from benchmarks.models import UNETS, ZOO
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -1,11 +1,11 @@
-"""Three experts that do not fit: memory and time of streamed layers, Stable Diffusion 1.5's size.
+"""Measure memory and time of streamed experts, at the size of Stable Diffusion 1.5.
 
     python -m benchmarks.streaming
 
-Random weights in float32, 32x32 latents, guidance, a few steps. Every way runs in a process of its
-own, and what the imports take is taken off its peak. The streamed experts are made one after
-another, as `load_pipeline` would load them; their file is on this machine's disk, and may be in
-the system's cache, which counts as nobody's memory.
+Random weights in float32, 32x32 latents, guidance, a few steps. Each row runs in its own process,
+and its peak excludes the memory of the imports. The streamed experts are created one after another,
+as `load_pipeline` loads them. Their file is on this machine's disk and may be in the operating
+system's cache, which is not counted.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from benchmarks.models import SD15_VAE, build_unet
 
 ONE, ALL, STREAMED = "one model", "three experts in memory", "three experts streamed"
 SIZE = "Stable Diffusion 1.5"
-FOLDER = "/var/tmp"  # a disk; /tmp may be memory
+FOLDER = "/var/tmp"  # on a disk; /tmp may be in memory
 
 
 def main() -> None:
-    """Measure all ways, a process each."""
+    """Measure all rows, one process each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
@@ -74,7 +74,7 @@ def measure(way: str, num_threads: int, num_steps: int = 4) -> dict[str, float]:
     pipeline = build(way)
     pipeline.set_progress_bar_config(disable=True)
     seconds = []
-    for _ in range(2):  # the first one allocates, and learns the order of the layers
+    for _ in range(2):  # the first run allocates, and records the order of the layers
         began = time.perf_counter()
         pipeline("a fox", num_inference_steps=num_steps, height=256, width=256)
         seconds.append(time.perf_counter() - began)
@@ -82,7 +82,7 @@ def measure(way: str, num_threads: int, num_steps: int = 4) -> dict[str, float]:
 
 
 def build(way: str) -> Any:
-    """A stock pipeline; `imports` is the memory that there was before its models."""
+    """Build a stock pipeline; `imports` is the memory before its models."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
     from transformers import CLIPTextConfig, CLIPTextModel
 

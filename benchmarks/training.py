@@ -1,13 +1,12 @@
-"""What each switch of the training costs and saves: seconds of a step, memory at its peak.
+"""Measure step time and peak memory of each training setting.
 
     python -m benchmarks.training                    # the zoo's models
     python -m benchmarks.training --size sd15        # widths of Stable Diffusion 1.5, 32x32 latents
-    python -m benchmarks.training --offloading       # what stays on a device, by counting
+    python -m benchmarks.training --offloading       # memory on the device, calculated
 
-Every mode runs in a process of its own, so that peaks are its own; the modes take turns for several
-rounds, and what is compared are ratios within a round. The first mode is a loop as a textbook has
-it, around the same ensemble, with nothing of afa.training in it. Weights are random where none
-ship.
+Each mode runs in its own process, so that peaks are separate. The modes alternate for several
+rounds, and ratios are computed within a round. The first mode is a standard training loop around
+the same ensemble, without afa.training. Weights are random, except those of the zoo.
 """
 
 from __future__ import annotations
@@ -80,7 +79,7 @@ def main() -> None:
 
 
 def figures(rounds: list[dict[str, dict[str, float]]]) -> list[dict[str, Any]]:
-    """Medians of every mode, and its ratio to the first one's time."""
+    """Compute the medians of every mode, and its time relative to the first mode."""
     first = next(iter(rounds[0]))
     key = "seconds_per_step"
     seconds = {mode: [seen[mode][key] for seen in rounds] for mode in rounds[0]}
@@ -99,15 +98,15 @@ def figures(rounds: list[dict[str, dict[str, float]]]) -> list[dict[str, Any]]:
 
 
 def table(size: str, rounds: list[dict[str, dict[str, float]]]) -> str:
-    """The modes with medians over the rounds, times also as ratios to the first mode's."""
+    """Format the medians over the rounds, and the times relative to the first mode."""
     modes = list(rounds[0])
     settings = SIZES[size]
     lines = [
         f"{size}: batches of {settings['batch_size']} of {settings['num_samples']} pictures of "
         f"{settings['resolution']} px, {len(rounds)} rounds.",
         "",
-        "| mode | seconds a step | time, ratio | seconds an epoch of 1,000 | encoding, s "
-        "| peak memory, GB | above what is loaded, GB |",
+        "| mode | seconds per step | relative | seconds per epoch of 1,000 | encoding, s "
+        "| peak memory, GB | peak minus loaded models, GB |",
         "|---|---|---|---|---|---|---|",
     ]
 
@@ -178,7 +177,7 @@ def measure(size: str, changes: dict[str, Any]) -> dict[str, float]:
             loaded = resident()
             seconds = [step.seconds for step in trainer.steps(examples)]
     return {
-        "seconds_per_step": statistics.median(seconds[1:]),  # the first one allocates
+        "seconds_per_step": statistics.median(seconds[1:]),  # the first step allocates
         "seconds_encoding": encoding,
         "peak": peak(),
         "above_loaded": peak() - loaded,
@@ -186,7 +185,7 @@ def measure(size: str, changes: dict[str, Any]) -> dict[str, float]:
 
 
 def plain_loop(pipeline: Any, data: Any, settings: Any, resolution: int) -> Iterator[float]:
-    """Train as a textbook would, encoding every batch; gives the seconds of each step."""
+    """Train with a standard loop that encodes every batch; return the seconds of each step."""
     import numpy as np
     import torch
     from diffusers import DDPMScheduler
@@ -221,14 +220,14 @@ def plain_loop(pipeline: Any, data: Any, settings: Any, resolution: int) -> Iter
 
 
 def scenes(num_samples: int) -> Any:
-    """Pictures and captions."""
+    """Return pictures and captions."""
     from afa.training import SceneImages
 
     return SceneImages(num_samples)
 
 
 def zoo_pipeline(dtype: Any) -> Any:
-    """The shipped experts with untrained aggregators of their size."""
+    """Load the bundled experts with untrained aggregators."""
     import afa
     from afa.zoo.models import AGGREGATOR
 
@@ -237,7 +236,7 @@ def zoo_pipeline(dtype: Any) -> Any:
 
 
 def random_pipeline(dtype: Any) -> Any:
-    """Three experts of Stable Diffusion 1.5's size and the paper's aggregators, all random."""
+    """Build three random experts of Stable Diffusion 1.5's size with the paper's aggregators."""
     import torch
     from diffusers import (
         AutoencoderKL,
@@ -274,10 +273,10 @@ def random_pipeline(dtype: Any) -> Any:
 
 
 def offloading_table() -> str:
-    """Bytes of three experts in bfloat16 that lie on a device, and those that pass through it."""
+    """Format the memory of three bfloat16 experts on a device, and the bytes transferred to it."""
     whole, largest, streamed = offloaded_bytes(SD15_UNET)
     return (
-        "| U-Nets in bfloat16 | on the device | with `offload_experts` | brought there a pass |\n"
+        "| U-Nets in bfloat16 | on the device | with `offload_experts` | transferred per pass |\n"
         "|---|---|---|---|\n"
         f"| 3 x Stable Diffusion 1.5 | {3 * whole / 1e9:.2f} GB "
         f"| {(3 * (whole - streamed) + largest) / 1e9:.2f} GB | {3 * streamed / 1e9:.2f} GB |"
@@ -285,7 +284,7 @@ def offloading_table() -> str:
 
 
 def offloaded_bytes(config: dict[str, Any]) -> tuple[int, int, int]:
-    """Bytes of one U-Net in bfloat16, of what lies between two sites at the most, of what moves."""
+    """Return the bytes of a bfloat16 U-Net, of its largest segment, and of its movable layers."""
     import torch
     from diffusers import UNet2DConditionModel
 

@@ -1,10 +1,10 @@
-"""What of a training's settings improves the pictures, as opposed to the loss: on emoji scenes.
+"""Measure which training settings improve the pictures, on emoji scenes.
 
-    python -m benchmarks.training_study runs/training-study    # an hour; goes on where it stopped
+    python -m benchmarks.training_study runs/training-study    # an hour; resumes
 
-Learning rate by length, and then single switches. Every training is judged by the validation loss,
-by how its weights are spread over the experts, and by the share of mixed prompts whose picture has
-the right object on either side; prompts and noise are the same for all.
+The study varies learning rate and length, and then single settings. Every training is judged by the
+validation loss, by the distribution of the weights over the experts, and by the share of mixed
+prompts whose picture has the right object on each side. Prompts and noise are the same for all.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from afa.training.recipe import Recipe, ValidationRecipe
 
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)
 LENGTHS = (100, 300, 1000)
-#: each changes one thing of the training in the middle
+#: single settings that change the run of 300 steps at learning rate 0.001
 SWITCHES: dict[str, dict[str, Any]] = {
     "min_snr_gamma: 5": {"min_snr_gamma": 5.0},
     "ema_decay: 0.98": {"ema_decay": 0.98},
@@ -36,7 +36,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    """Train all, judge all, print a table."""
+    """Train and judge all runs, then print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("work", type=Path)
     parser.add_argument("--num-prompts", type=int, default=96)
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def recipe(learning_rate: float, num_steps: int, **changes: Any) -> Recipe:
-    """A training of the comparison's, with some settings changed and with validation."""
+    """Return the comparison's training recipe with changed settings and with validation."""
     settings = StudySettings(num_train_steps=num_steps, learning_rate=learning_rate, num_seeds=1)
     whole = aggregator_recipes(settings)["afa-0"]
     return whole.model_copy(
@@ -85,11 +85,11 @@ def recipe(learning_rate: float, num_steps: int, **changes: Any) -> Recipe:
 
 
 def table(folders: dict[str, Path], report: dict[str, Any]) -> str:
-    """A row for each training: its loss on the way and at the end, its weights, its pictures."""
+    """Format a row per training: validation losses, weights and pictures."""
     rows = {row["method"]: row["groups"]["mixed"]["scores"]["both"] for row in report["rows"]}
     lines = [
-        "| training | validation loss at a fifth | at the end | entropy of a pixel's weights "
-        "| smallest share of an expert, mean over sites | right pictures |",
+        "| training | validation loss after a fifth | at the end | entropy of a pixel's weights "
+        "| smallest average weight of an expert, mean over sites | correct pictures |",
         "|---|---|---|---|---|---|",
     ]
     for name, folder in folders.items():
@@ -105,13 +105,13 @@ def table(folders: dict[str, Path], report: dict[str, Any]) -> str:
 
 
 def validations(folder: Path) -> list[dict[str, Any]]:
-    """All of a run's, in order."""
+    """Read the validation records of a run, in order."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "validation_loss" in line]
 
 
 def spread(validation: dict[str, Any]) -> tuple[float, float]:
-    """Mean entropy over the sites, and the mean over the sites of the smallest share."""
+    """Return the mean entropy and the mean smallest weight of an expert over the sites."""
     entropies: list[float] = []
     shares: dict[str, list[float]] = {}
     for key, value in validation.items():
