@@ -1,1 +1,1 @@
-"""Readers of files from strangers, fed with bytes that a coverage-guided fuzzer makes up."""
+"""Coverage-guided fuzzing of the readers of untrusted files."""

@@ -1,11 +1,11 @@
-"""Fuzz the readers with atheris, within a budget, from the kept corpus on.
+"""Fuzz the readers with atheris for a limited time, starting from the corpus.
 
     python -m fuzz.run --seconds 300              # all targets share the time
-    python -m fuzz.run --seconds 60 recipes       # some
-    python -m fuzz.run --minimise                 # keep of the corpus what is needed
+    python -m fuzz.run --seconds 60 recipes       # some targets
+    python -m fuzz.run --minimise                 # remove redundant inputs from the corpus
 
-Inputs that reach new code are kept in fuzz/corpus; what crashes a reader goes to fuzz/findings and
-fails the run. With --docs FOLDER executions, coverage and findings are written there.
+Inputs that reach new code are stored in fuzz/corpus. An input that crashes a reader is stored in
+fuzz/findings and fails the run. --docs FOLDER writes executions, coverage and findings there.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from typing import Any
 
 HERE = Path(__file__).parent
 CORPUS, FINDINGS = HERE / "corpus", HERE / "findings"
-#: bytes of an input, seconds that a reader may take for one, and MB of memory
+#: limits of one input: bytes, seconds, and MB of memory
 _MAX_LENGTH, _TIMEOUT, _MEMORY = 4096, 20, 4096
 _DONE = re.compile(r"#(\d+)\s+DONE\s+cov: (\d+) ft: (\d+) corp: (\d+)")
-#: what reads files from strangers, of which the report says how much the corpus reaches
+#: readers of untrusted files; the report has their coverage by the corpus
 READERS = (
     *("loading/trust/headers.py", "loading/trust/folders.py", "policy.py", "recipe.py"),
     *("loading/weights.py", "files.py", "merging/streams.py", "training/data/folder.py"),
@@ -34,7 +34,7 @@ READERS = (
 
 
 def fuzz_one(target: str, arguments: list[str]) -> None:
-    """In a process of its own: libFuzzer ends it."""
+    """Fuzz one target in a separate process, which libFuzzer ends."""
     import atheris
 
     with atheris.instrument_imports(include=["afa", "yaml"]):
@@ -48,7 +48,7 @@ def fuzz_one(target: str, arguments: list[str]) -> None:
 
 
 def run(target: str, seconds: int) -> dict[str, Any]:
-    """Fuzz a target for some time."""
+    """Fuzz a target for some seconds, and return its statistics."""
     corpus, found = CORPUS / target, FINDINGS / target
     found.mkdir(parents=True, exist_ok=True)
     before = {file.name for file in found.iterdir()}
@@ -62,7 +62,7 @@ def run(target: str, seconds: int) -> dict[str, Any]:
     executions, edges, features, kept = map(int, end.groups()) if end else (0, 0, 0, 0)
     new = sorted(file.name for file in found.iterdir() if file.name not in before)
     if not end and not new:
-        raise SystemExit(f"the fuzzer did not come to its end:\n{done[-3000:]}")
+        raise SystemExit(f"The fuzzer ended early:\n{done[-3000:]}")
     return {
         "target": target,
         "seconds": seconds,
@@ -75,7 +75,7 @@ def run(target: str, seconds: int) -> dict[str, Any]:
 
 
 def lines_reached() -> dict[str, float]:
-    """The share of lines of every reader that all of the corpus reaches."""
+    """Measure the fraction of lines of every reader that the corpus reaches."""
     import coverage
 
     import afa
@@ -99,7 +99,7 @@ def lines_reached() -> dict[str, float]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """A report in Markdown."""
+    """Format a report as Markdown."""
     rows = [
         f"Last run: {report['date']}.",
         "",
@@ -119,10 +119,11 @@ def table(report: dict[str, Any]) -> str:
 
 
 def minimise(target: str) -> None:
-    """Keep of a target's corpus the small inputs that reach all that it reaches, and the seeds.
+    """Reduce a target's corpus to small inputs with the same coverage, and the seeds.
 
-    libFuzzer's own merge starts its program anew, which is Python here; this is the part of it that
-    only tells what each input reaches. See FuzzerMerge.h of LLVM for the file between them.
+    libFuzzer's merge restarts its program, which is Python here. This uses only its inner step,
+    which reports the coverage of each input. See FuzzerMerge.h of LLVM for the format of the
+    control file.
     """
     inputs = sorted((CORPUS / target).iterdir(), key=lambda file: file.stat().st_size)
     with tempfile.TemporaryDirectory() as folder:
@@ -135,7 +136,7 @@ def minimise(target: str) -> None:
             if words[0] == "FT"
         }
     if reached.keys() != set(range(len(inputs))):
-        raise SystemExit(f"not all inputs were read again, so all are kept:\n{said[-3000:]}")
+        raise SystemExit(f"Some inputs were not read, so all are kept:\n{said[-3000:]}")
     known: set[str] = set()
     for number, file in enumerate(inputs):
         if reached[number] <= known and not file.name.startswith(("seed", "crash")):
@@ -157,12 +158,14 @@ def _libfuzzer(target: str, *options: str) -> str:
 
 
 def main() -> None:
-    """See the module."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("targets", nargs="*")
     parser.add_argument("--seconds", type=int, default=300, help="for all targets together")
     parser.add_argument("--minimise", action="store_true")
-    parser.add_argument("--docs", type=Path, help="gets fuzz.json, and a part of reliability.md")
+    parser.add_argument(
+        "--docs", type=Path, help="folder for fuzz.json and a part of reliability.md"
+    )
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.one:
@@ -188,7 +191,7 @@ def main() -> None:
             "targets": results,
             "lines": lines_reached(),
         }
-        from tools.parts import write_part  # not before readers are instrumented
+        from tools.parts import write_part  # after the readers are instrumented
 
         (asked.docs / "fuzz.json").write_text(json.dumps(report, indent=1) + "\n")
         write_part(asked.docs / "reliability.md", "fuzz", table(report))

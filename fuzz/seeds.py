@@ -1,4 +1,4 @@
-"""The first inputs of every target, for a corpus that is begun anew: whole files, made small.
+"""Write the first inputs of every target, for a new corpus: small valid files.
 
 python -m fuzz.seeds
 """
@@ -19,7 +19,7 @@ from fuzz.run import CORPUS
 
 
 def seeds() -> dict[str, list[bytes]]:
-    """By target."""
+    """Return the seeds by target."""
     model = config_folder("stable-diffusion-1.5")
     unet, index = ((model / name).read_bytes() for name in ("unet/config.json", "model_index.json"))
     tensors = {
@@ -79,7 +79,7 @@ def seeds() -> dict[str, list[bytes]]:
 
 
 def main() -> None:
-    """Write them into the corpus."""
+    """Write the seeds into the corpus."""
     for target, inputs in seeds().items():
         folder = Path(CORPUS / target)
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,8 @@
-"""What is fuzzed: each target reads bytes as one kind of file.
+"""The fuzz targets: each one reads bytes as one kind of file.
 
-A target may accept its input or refuse it with an `AfaError`; anything else is a finding. What is
-accepted is used as far as it is cheap, so that a reader that lets too much through is found, too.
+A target may accept its input or refuse it with an `AfaError`. Anything else is a finding. An
+accepted input is used as far as that is cheap, so that a reader that accepts too much is also
+found.
 """
 
 from __future__ import annotations
@@ -34,28 +35,28 @@ from afa.merging.streams import read_header
 from afa.training.data.folder import FolderImages
 from afa.training.recipe import load_recipe
 
-#: characters of an error; names in files may be long, but a message is one line on a terminal
+#: maximum length of an error in characters; names in files may be long
 _MAX_MESSAGE = 20_000
 _MAX_READ = 1_000_000
 
 
 class Finding(Exception):
-    """An input that a reader did not deal with."""
+    """An input that a reader did not handle."""
 
 
 @cache
 def place() -> Path:
-    """A folder for what is fed to readers, in memory where there is such a thing."""
+    """Return a folder for the inputs, in memory if possible."""
     memory = Path("/dev/shm")
     return Path(tempfile.mkdtemp(prefix="afa-fuzz-", dir=memory if memory.is_dir() else None))
 
 
 def feed(target: str, data: bytes) -> bool:
-    """Give some bytes to a target; whether they were accepted.
+    """Give bytes to a target, and return whether it accepted them.
 
     Raises:
-        Finding: an error that says nothing, or too much.
-        Exception: whatever else came out, which is a finding as well.
+        Finding: if the error message is empty or too long.
+        Exception: any other exception, which is a finding as well.
     """
     try:
         TARGETS[target](data)
@@ -68,29 +69,29 @@ def feed(target: str, data: bytes) -> bool:
 
 
 def safetensors_file(data: bytes) -> None:
-    """A file of weights: headers by our reader and by the library's, then every small tensor."""
+    """Read a file of weights: header by afa and by safetensors, then every small tensor."""
     file = place() / "model.safetensors"
     file.write_bytes(data)
     header = check_safetensors(file)
     with safe_open(file, framework="pt") as opened:
         if set(opened.keys()) != set(header.tensors):
-            raise Finding("the library sees other tensors")
+            raise Finding("safetensors reads other tensors")
     for tensor in read_header(file).values():
         if tensor.num_bytes > _MAX_READ:
             raise Finding("a tensor larger than the file")
         tensor.read()
-    with suppress(AfaError):  # most are of no model that is known
+    with suppress(AfaError):  # most inputs are not a known model
         config_of(tensor_shapes(file), file)
 
 
 @cache
 def _model() -> Path:
-    """A pipeline's folder without weights."""
+    """Return a pipeline folder without weights."""
     return Path(shutil.copytree(config_folder("stable-diffusion-1.5"), place() / "folder"))
 
 
 def model_config(data: bytes) -> None:
-    """`config.json` of a denoiser: what may be said, and whether it can be built."""
+    """Read the `config.json` of a denoiser, check it, and describe the model."""
     folder = _model()
     (folder / "unet" / "config.json").write_bytes(data)
     check_folder(folder)
@@ -98,7 +99,7 @@ def model_config(data: bytes) -> None:
 
 
 def model_index(data: bytes) -> None:
-    """`model_index.json`, and a part that it may name."""
+    """Read `model_index.json` and a component that it may name."""
     folder = _model()
     (folder / "model_index.json").write_bytes(data)
     (folder / "unet" / "config.json").write_text("{}")
@@ -106,7 +107,7 @@ def model_index(data: bytes) -> None:
 
 
 def shards(data: bytes) -> None:
-    """The index of a model in several files."""
+    """Read the index of a sharded model."""
     folder = place() / "shards"
     (folder / "unet").mkdir(parents=True, exist_ok=True)
     (folder / "model_index.json").write_text(json.dumps({"unet": ["diffusers", "Any"]}))
@@ -115,11 +116,11 @@ def shards(data: bytes) -> None:
     check_folder(folder)
     for shard in read_json(index)["weight_map"].values():
         if (folder / "unet" / str(shard)).resolve().parent != (folder / "unet").resolve():
-            raise Finding("a shard outside of its folder")
+            raise Finding("a shard outside its folder")
 
 
 def ensemble_config(data: bytes) -> None:
-    """`config.json` of an ensemble's folder."""
+    """Read the `config.json` of an ensemble folder."""
     folder = place() / "ensemble"
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_bytes(data)
@@ -127,7 +128,7 @@ def ensemble_config(data: bytes) -> None:
 
 
 def recipes(data: bytes) -> None:
-    """A recipe, as every command reads it; paths in it lead nowhere else."""
+    """Read a recipe as every command does; its paths must stay in allowed folders."""
     file = place() / "recipe.yaml"
     file.write_bytes(data)
     errors = []
@@ -149,7 +150,7 @@ def _png() -> bytes:
 
 
 def picture(data: bytes) -> None:
-    """A PNG, whole or only the text that says how it was made."""
+    """Read a PNG, or only the text chunk with its recipe."""
     file = place() / "picture.png"
     if data[:1] == b"\x89":
         file.write_bytes(data)
@@ -163,7 +164,7 @@ def picture(data: bytes) -> None:
 
 
 def captions(data: bytes) -> None:
-    """`metadata.jsonl` of a folder of pictures."""
+    """Read the `metadata.jsonl` of a picture folder."""
     folder = place() / "pictures"
     folder.mkdir(exist_ok=True)
     (folder / "a.png").write_bytes(_png())
@@ -171,12 +172,12 @@ def captions(data: bytes) -> None:
     images = FolderImages(folder)
     for index in range(min(len(images), 3)):
         if images.rows[index][0].resolve().parent != folder.resolve():
-            raise Finding("a picture outside of its folder")
+            raise Finding("a picture outside its folder")
         _ = images[index]
 
 
 def bias(data: bytes) -> None:
-    """Words of the command line."""
+    """Parse a bias from the command line."""
     parse_bias(data.decode(errors="surrogateescape").split("\n"))
 
 

@@ -1,5 +1,5 @@
-"""One process that draws and trains over and over, and whether what it holds stays flat.
+"""Draw and train repeatedly in one process, and check that its resources do not grow.
 
-`work` is what it does, `sampling` what is looked at after each round, `loop` does the one and the
-other until the time is over, `verdict` says which curves have grown, and `drawing` draws them.
+`work` is one round, `sampling` measures the process after it, `loop` repeats both until the time is
+over, `verdict` finds the curves that have grown, and `drawing` plots them.
 """

@@ -1,8 +1,8 @@
-"""One process that draws and trains over and over: do memory and descriptors stay flat?
+"""Draw and train repeatedly in one process: do memory and descriptors grow?
 
-python -m benchmarks.soak --minutes 60 --output FOLDER  # ends with 1 if something has grown
-python -m benchmarks.soak --judge FOLDER                # of a soak that was stopped
-python -m benchmarks.soak --page FOLDER --docs docs     # its plot and figures into the docs
+python -m benchmarks.soak --minutes 60 --output FOLDER  # exit code 1 if something has grown
+python -m benchmarks.soak --judge FOLDER                # judge a soak test that was stopped
+python -m benchmarks.soak --page FOLDER --docs docs     # copy its plot and figures to the docs
 """
 
 from __future__ import annotations
@@ -24,15 +24,17 @@ if TYPE_CHECKING:
 
 
 def main() -> int:
-    """Do what is asked for; 1 if something has grown."""
+    """Run the command; return 1 if something has grown."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--rounds", type=int, help="at the most")
+    parser.add_argument("--rounds", type=int, help="maximum number of rounds")
     parser.add_argument("--output", type=Path, default=Path("runs/soak"))
-    parser.add_argument("--only", nargs="*", help="these parts of a round, to find what grows")
-    parser.add_argument("--judge", type=Path, help="the lines of a folder, again")
-    parser.add_argument("--page", type=Path, help="copy the plot and the figures of a folder")
-    parser.add_argument("--docs", type=Path, default=Path("docs"), help="to where")
+    parser.add_argument("--only", nargs="*", help="only these parts of a round, to find what grows")
+    parser.add_argument("--judge", type=Path, help="judge the records in this folder again")
+    parser.add_argument("--page", type=Path, help="copy the plot and the figures from this folder")
+    parser.add_argument(
+        "--docs", type=Path, default=Path("docs"), help="the folder to copy them to"
+    )
     parser.add_argument("--work", help=argparse.SUPPRESS)  # MODULE:FUNCTION, for tests
     arguments = parser.parse_args()
     if arguments.page is not None:
@@ -40,7 +42,7 @@ def main() -> int:
         return 0
     if arguments.judge is not None:
         return int(not conclude(arguments.judge).is_flat)
-    faulthandler.enable()  # or a crash would leave nothing to go by
+    faulthandler.enable()  # prints a traceback if the process crashes
     output = arguments.output.absolute()
     if arguments.work is not None:
         module, _, name = arguments.work.partition(":")
@@ -51,12 +53,12 @@ def main() -> int:
 
 
 def real_work(output: Path, only: list[str] | None) -> Work:
-    """Rounds of everything, with all that is written in the folder that is looked at."""
+    """Return the rounds of real work, with all files written to the measured folder."""
     work = output / WORK
-    shutil.rmtree(work, ignore_errors=True)  # what a killed soak has left
+    shutil.rmtree(work, ignore_errors=True)  # files of a killed run
     scratch = work / "scratch"
     scratch.mkdir(parents=True)
-    # before the libraries read them
+    # set before the libraries read them
     os.environ |= {
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_CACHE": str(work / "datasets"),

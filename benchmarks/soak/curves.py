@@ -1,4 +1,4 @@
-"""What is judged and drawn of a soak's lines."""
+"""The curves of a soak test that are judged and plotted."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from benchmarks.soak.verdict import COUNTS, NEVER
 
 
 def curves_of(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
-    """What is judged: the lines' values without what the library of weights loses, see `reads`.
+    """Compute the judged curves: the recorded values without the safetensors leak, see `reads`.
 
-    Of anonymous memory it is the highest of three rounds: heaps that were given back come again.
-    What is used, which is not judged, is without what the C library keeps free; some of that is
-    not resident at times, and is taken off all the same, so that a value may be too low.
+    Anonymous memory is the maximum of three rounds, because released heaps are allocated again. The
+    used memory, which is not judged, excludes the free memory that the C library keeps. Some of
+    that may not be resident but is subtracted anyway, so a value can be too low.
     """
     curves = {name: [row[name] for row in rows] for name in (*COUNTS, *NEVER)}
     curves |= {name: [row[name] for row in rows] for name in ("allocated", "objects", "maps")}
@@ -26,5 +26,5 @@ def curves_of(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
 
 
 def _highest_of_three(values: list[float]) -> list[float]:
-    """Of each round and the two before."""
+    """Return the maximum of each round and the two before it."""
     return [max(values[max(0, n - 2) : n + 1]) for n in range(len(values))]

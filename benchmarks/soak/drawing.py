@@ -1,4 +1,4 @@
-"""A soak's curves against time."""
+"""Plot the curves of a soak test against time."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ if TYPE_CHECKING:
 
     from benchmarks.soak.verdict import Verdict
 
-# Okabe and Ito's palette, told apart with every common kind of colour vision
+# Okabe and Ito's palette, suitable for common colour vision deficiencies
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 _MARKERS = "osD^vPX"
 _MEMORY = {
     "rss": "resident",
-    "anonymous": "of it no file's",
-    "used": "in use, without what safetensors loses",
-    "allocated": "given out by the C library",
-    "lost": "lost by safetensors",
+    "anonymous": "anonymous",
+    "used": "in use, without the safetensors leak",
+    "allocated": "allocated by the C library",
+    "lost": "leaked by safetensors",
 }
 _COUNTS = {
     "fds": "file descriptors",
     "threads": "threads",
     "children": "child processes",
     "tensors": "tensors",
-    "deleted": "maps of removed files",
+    "deleted": "maps of deleted files",
 }
 _OBJECTS = {
     "objects": "Python objects",
-    "blocks": "blocks of memory, without lost ones",
+    "blocks": "Python memory blocks, without leaked ones",
     "cached": "entries in caches",
 }
 
 
 def draw(rows: Sequence[dict[str, Any]], verdict: Verdict, path: Path) -> None:
-    """Draw memory, objects and counts after every round; the warm-up is grey.
+    """Plot memory, objects and counts after every round; the warm-up is grey.
 
     Args:
-        rows: the lines of a soak.
-        verdict: on them.
-        path: PNG or SVG, by its suffix.
+        rows: The records of a soak test.
+        verdict: The verdict on them.
+        path: A PNG or SVG file, by its suffix.
     """
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""The parts of a round that draw: ensembles in all their ways, and what is compared and merged."""
+"""The parts of a round that draw: ensembles with all features, comparisons and merges."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from benchmarks.soak.fixtures import Round
 
 ENSEMBLE = "zoo:ensemble"
-#: one after another, so that three rounds have seen them all
+#: one per round, so that three rounds cover them all
 SIZES = ((64, 64), (64, 96), (96, 64))
 STEPS = (4, 6, 5)
 PRESETS = ("exact", "fast", "balanced")
@@ -45,7 +45,7 @@ BIASES: tuple[dict[str, Any], ...] = ({}, {"animals": {"mid": 1.0}}, {"food": {"
 
 
 def asked_for(pipeline: DiffusionPipeline, number: int, **changes: Any) -> PictureRecipe:
-    """A picture that is another one in every round."""
+    """Return a picture recipe that differs in every round."""
     height, width = SIZES[number % 3]
     fields = {
         "ensemble": ENSEMBLE,
@@ -61,7 +61,7 @@ def asked_for(pipeline: DiffusionPipeline, number: int, **changes: Any) -> Pictu
 
 
 def pictures(this: Round) -> None:
-    """Draw, steered and at another speed every time; save, and draw again from what is saved."""
+    """Draw with a bias and another speed each time, save, and reproduce the saved picture."""
     folder, n = this.new("pictures"), this.number
     preset, bias = PRESETS[n % 3], BIASES[n % 3]
     pipeline = prepare(ENSEMBLE, acceleration=preset, bias=bias)
@@ -78,7 +78,7 @@ def pictures(this: Round) -> None:
 
 
 def figures(record: Any, picture: Any, denoiser: Any, place: Path) -> None:
-    """Every drawing of a picture's weights."""
+    """Draw every figure of a picture's fusion weights."""
     names, sites = expert_names(denoiser), [site.name for site in denoiser.sites]
     filmstrip(record, [picture], place / "film.png", experts=names)
     heat_map(record.mean_share(), place / "heat.svg", experts=names, sites=sites)
@@ -86,7 +86,7 @@ def figures(record: Any, picture: Any, denoiser: Any, place: Path) -> None:
 
 
 def streamed(this: Round) -> None:
-    """Draw with experts that are read from a file, and with some that were brought back."""
+    """Draw with streamed experts, and after loading them back into memory."""
     pipeline = prepare(ENSEMBLE, place="stream")
     draw(pipeline, asked_for(pipeline, this.number))
     lowered = prepare(ENSEMBLE, torch_dtype=torch.bfloat16)
@@ -94,7 +94,7 @@ def streamed(this: Round) -> None:
 
 
 def studio(this: Round) -> None:
-    """Draw as the page does, in a thread; one is stopped midway, and one is left."""
+    """Draw as the browser app does, in a thread; cancel one picture and abandon another."""
     drawing = Studio(prepare(ENSEMBLE))
     recipe = asked_for(drawing.pipeline, this.number, steps=4)
     by_all = [recipe.model_copy(update={"drawn_by": name}) for name in ("animals", MERGE)]
@@ -115,7 +115,7 @@ def studio(this: Round) -> None:
 
 
 def loras(this: Round) -> None:
-    """Two LoRAs on one base, under the mean of both."""
+    """Draw with two LoRA experts on one base, fused by the mean."""
     named = [{"base": "zoo:base", "lora": str(file)} for file in this.fixtures.loras]
     pipeline = afa.load_pipeline(named)
     pipeline.set_progress_bar_config(disable=True)
@@ -123,7 +123,7 @@ def loras(this: Round) -> None:
 
 
 def families(this: Round) -> None:
-    """Tiny ensembles of other kinds."""
+    """Draw with tiny ensembles of other families."""
     small = afa.SABWConfig(hidden_size=8, num_layers=1, num_heads=2, norm_num_groups=2)
     for folders in this.fixtures.experts.values():
         pipeline = afa.load_pipeline(folders, small)
@@ -133,7 +133,7 @@ def families(this: Round) -> None:
 
 
 def merged(this: Round) -> None:
-    """Merge two experts on disk by one method or another, and draw with what came of it."""
+    """Merge two experts on disk, by another method each round, and draw with the result."""
     written: dict[str, Any] = {"method": "weighted", "experts": ["zoo:animals", "zoo:food"]}
     if this.number % 2:
         written |= {"method": "ties", "base": "zoo:base"}
@@ -146,7 +146,7 @@ def merged(this: Round) -> None:
 
 
 def compared(this: Round) -> None:
-    """A small evaluation to its report, and once more, when all is there."""
+    """Run a small evaluation to its report, and again with all results present."""
     recipe = EvaluateRecipe.model_validate(
         {
             "prompts": {"zoo": {"kinds": {"mixed": 2}, "seed": this.number}},

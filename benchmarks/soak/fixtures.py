@@ -1,4 +1,4 @@
-"""What all rounds of a soak start from, made once: LoRAs, pictures, tiny experts, broken files."""
+"""Inputs for all rounds, created once: LoRAs, pictures, tiny experts, broken files."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ NUM_PICTURES = 12
 
 @dataclass(frozen=True)
 class Fixtures:
-    """Files that are only read.
+    """Input files, which are only read.
 
     Attributes:
-        loras: on `zoo:base`.
-        pictures: a folder with captions; one picture in it is broken.
-        experts: tiny ones, by their kind.
-        cut: a file of weights that ends too early.
+        loras: LoRAs of `zoo:base`.
+        pictures: A folder with captions; one of its pictures is broken.
+        experts: Tiny experts, by pipeline kind.
+        cut: A truncated file of weights.
     """
 
     loras: list[Path]
@@ -41,21 +41,21 @@ class Fixtures:
 
 @dataclass(frozen=True)
 class Round:
-    """One round: its number, from 0, its own folder, and what all start from."""
+    """One round: its number (from 0), its own folder, and the inputs."""
 
     number: int
     folder: Path
     fixtures: Fixtures
 
     def new(self, name: str) -> Path:
-        """A new folder."""
+        """Create a new folder."""
         folder = self.folder / name
         folder.mkdir()
         return folder
 
 
 def make_fixtures(folder: Path) -> Fixtures:
-    """Write them all."""
+    """Write all input files."""
     folder.mkdir(parents=True)
     weights = expert_folder("base") / "unet" / "diffusion_pytorch_model.safetensors"
     cut = folder / "cut.safetensors"

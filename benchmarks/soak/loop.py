@@ -1,4 +1,4 @@
-"""Rounds of work until the time is over, and a look at the process after each."""
+"""Repeat rounds of work until the time is over, and measure the process after each."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from benchmarks.soak.verdict import MIN_ROUNDS, MIN_WARM_UP, Verdict, judge
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    #: does a round in a folder, which is removed then; gives the seconds of its parts
+    #: runs a round in a folder, which is removed afterwards; returns the seconds of its parts
     Work = Callable[[int, Path], Mapping[str, float]]
 
 LINES, SUMMARY, PLOT = "rounds.jsonl", "soak.json", "soak.png"
@@ -28,15 +28,16 @@ _ENOUGH = MIN_WARM_UP + MIN_ROUNDS
 
 
 def soak(work: Work, output: Path, minutes: float, max_rounds: int | None = None) -> Verdict:
-    """Do rounds for a time and judge what they leave.
+    """Run rounds for some time and judge the measurements.
 
-    The output folder gets a line of JSON after each round, and at the end a plot and a summary.
+    A line of JSON is written to the output folder after each round, and a plot and a summary at the
+    end.
 
     Args:
-        work: a round.
-        output: a folder; what an earlier soak has left there is replaced.
-        minutes: after which no other round begins, once there are as many as a verdict needs.
-        max_rounds: after which none does either.
+        work: Runs one round.
+        output: A folder; the files of an earlier soak test are replaced.
+        minutes: No round begins later, if there are enough rounds for a verdict.
+        max_rounds: The maximum number of rounds.
     """
     folder, lines = output / WORK, output / LINES
     folder.mkdir(parents=True, exist_ok=True)
@@ -55,7 +56,7 @@ def soak(work: Work, output: Path, minutes: float, max_rounds: int | None = None
             **look(folder).as_json(),
             "parts": {name: round(seconds, 2) for name, seconds in parts.items()},
         }
-        with lines.open("a") as file:  # a line at a time: whoever is killed leaves all before
+        with lines.open("a") as file:  # line by line: a killed run keeps all earlier lines
             file.write(json.dumps(line) + "\n")
         _say(line)
     return conclude(output, _after_trim())
@@ -70,16 +71,16 @@ def _round(work: Work, number: int, folder: Path) -> Mapping[str, float]:
 
 
 def conclude(output: Path, after_trim: Mapping[str, int] | None = None) -> Verdict:
-    """Judge the lines of a folder; writes the summary and the plot beside them.
+    """Judge the records in a folder, and write the summary and the plot there.
 
     Args:
-        output: of `soak`, whether it came to its end or not.
-        after_trim: anonymous memory before and after the C library gave back what nobody uses.
+        output: The output folder of a finished or stopped `soak`.
+        after_trim: Anonymous memory before and after the C library released unused memory.
     """
     rows = [json.loads(line) for line in (output / LINES).read_text().splitlines()]
     verdict = judge_rows(rows)
     summary = {**summarise(rows, verdict), "trimmed": after_trim}
-    if after_trim is None and (output / SUMMARY).exists():  # only the process itself can tell
+    if after_trim is None and (output / SUMMARY).exists():  # only the process itself can measure it
         before = json.loads((output / SUMMARY).read_text())
         summary |= {key: before[key] for key in ("trimmed", "commit")}
     (output / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
@@ -92,12 +93,12 @@ def conclude(output: Path, after_trim: Mapping[str, int] | None = None) -> Verdi
 
 
 def judge_rows(rows: list[dict[str, Any]]) -> Verdict:
-    """The verdict on lines as they stand in the file."""
+    """Judge records as they are in the file."""
     return judge(curves_of(rows), [row["seconds"] / 3600 for row in rows])
 
 
 def summarise(rows: list[dict[str, Any]], verdict: Verdict) -> dict[str, Any]:
-    """What there is to say of a soak, as JSON."""
+    """Summarise a soak test as JSON."""
     from afa.provenance import commit, made_from, processor
 
     last = {key: value for key, value in rows[-1].items() if isinstance(value, int)}
@@ -121,7 +122,7 @@ def summarise(rows: list[dict[str, Any]], verdict: Verdict) -> dict[str, Any]:
 
 
 def _after_trim() -> dict[str, int] | None:
-    """What there is before and after the C library gives back what it keeps: a diagnosis."""
+    """Measure anonymous memory before and after the C library releases unused memory."""
     before = anonymous()
     return {"before": before, "after": anonymous()} if trim() else None
 

@@ -1,4 +1,4 @@
-"""The part of a round in which everything goes wrong: what is refused must leave nothing."""
+"""The part of a round that provokes errors: an error must leave nothing behind."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class _Interrupted(Exception):
 
 
 def mistakes(this: Round) -> None:
-    """Make them all; each must be refused."""
+    """Provoke every error; each must be raised."""
     for mistake in _MISTAKES:
         try:
             mistake(this)

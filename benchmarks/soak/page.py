@@ -45,7 +45,7 @@ def publish(folder: Path, docs: Path) -> None:
 
 
 def as_page(summary: dict[str, Any]) -> str:
-    """A soak's summary in Markdown."""
+    """Format the summary of a soak test as Markdown."""
     rows = [
         "| measured after every round | maximum in the first third | maximum in the last third | "
         "allowed growth | growth, upper bound | verdict |",

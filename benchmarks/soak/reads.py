@@ -1,10 +1,10 @@
-"""How much memory the library of weights has lost: numbers that it makes and never gives back.
+"""Estimate the memory that safetensors leaks: numbers that it creates and never frees.
 
 Whenever safetensors reads a tensor for torch, it slices the file's storage, and the two ends of the
-slice, Python numbers of 32 bytes, are never freed (0.4.5 to 0.8.0; its bindings make the slice).
-No program that reads weights can do anything about it, and this one reads thousands a minute. So
-reads are counted, and what one loses is measured beforehand: in a release that loses nothing,
-nothing is taken off.
+slice, Python numbers of 32 bytes, are never freed (0.4.5 to 0.8.0; its bindings make the slice). A
+program cannot avoid this leak, and a soak test reads thousands of tensors a minute. So the reads
+are counted, and the leak of one read is measured beforehand. For a release without the leak,
+nothing is subtracted.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-#: bytes of a block that holds such a number
+#: size in bytes of a block that holds such a number
 BLOCK = 32
 _TENSORS, _TIMES = 100, 50
 
-_reads = itertools.count()  # counts in one step, whichever thread reads
+_reads = itertools.count()  # atomic, so that all threads can count
 _own_looks = itertools.count()
 _lost_by_one = 0.0
 
 
 def lost_blocks() -> int:
-    """Blocks of Python's memory that were lost until now, as far as reads are counted."""
+    """Return the number of Python memory blocks that the counted reads have leaked."""
     done = next(_reads) - next(_own_looks)
     return round(_lost_by_one * done)
 
 
 def count_reads() -> None:
-    """Count every read from here on; before anything else is imported that reads weights."""
+    """Start counting reads; call this before other modules that read weights are imported."""
     global _lost_by_one
 
     import safetensors
@@ -54,7 +54,7 @@ def count_reads() -> None:
 
 
 def _measure(opened: Callable[..., Any]) -> float:
-    """How many blocks one read loses, to a hundredth."""
+    """Measure how many blocks one read leaks, to a hundredth."""
     import torch
     from safetensors.torch import save_file
 
@@ -77,7 +77,7 @@ def _measure(opened: Callable[..., Any]) -> float:
 
 
 class _Opened:
-    """An open file of weights that counts what is read."""
+    """An open file of weights that counts its reads."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
@@ -107,7 +107,7 @@ class _Opened:
 
 
 class _Slice:
-    """A part of a file of weights that counts what is read of it."""
+    """A part of a file of weights that counts its reads."""
 
     def __init__(self, part: Any) -> None:
         self._part = part

@@ -1,4 +1,4 @@
-"""What this process holds now: memory, descriptors, threads, objects."""
+"""Measure the resources of this process: memory, descriptors, threads, objects."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ from benchmarks.soak.reads import lost_blocks
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_SETTLING = 0.2  # seconds in which threads that were told to end do so
+_SETTLING = 0.2  # seconds for stopped threads to end
 
 
 @dataclass(frozen=True)
 class Held:
-    """What a process holds between two rounds, when nothing of a round should be left.
+    """The resources of a process between two rounds, when nothing of a round should be left.
 
     Attributes:
-        rss: bytes of memory that are resident.
-        uss: those of them that no other process shares.
-        anonymous: those of them that are no file's. Pages of libraries and of mapped weights come
-            and go as the system has room, and are shared with whoever else reads these files.
-        allocated: bytes that the C library has given out and not got back; 0 where it does not say.
-        kept: bytes that the C library could give back, but keeps to give them out again.
-        blocks: of memory, that Python's own allocator has given out.
-        lost: those of them that the library of weights has lost, see `reads`.
-        objects: that Python's garbage collector knows.
-        tensors: of torch, alive.
-        tensor_bytes: of their storages, each counted once.
-        cached: entries in the caches of afa's modules.
-        fds: open file descriptors.
-        threads: of the process, those of libraries too.
-        children: processes that it has started, and theirs.
-        maps: of memory.
-        deleted: maps of files that have been removed, whose disk space is not free yet.
-        disk: bytes of the work folder.
-        unseen: errors until now that had nobody to be raised to, such as those of finalizers.
+        rss: Resident memory in bytes.
+        uss: Resident memory that no other process shares.
+        anonymous: Resident memory that is not backed by a file. Pages of libraries and of mapped
+            weights come and go with the system's free memory, and are shared with other readers.
+        allocated: Bytes allocated by the C library and not freed; 0 if it does not report them.
+        kept: Free bytes that the C library keeps for later allocations.
+        blocks: Memory blocks allocated by Python's own allocator.
+        lost: The blocks among them that safetensors has leaked, see `reads`.
+        objects: Objects that Python's garbage collector tracks.
+        tensors: Live torch tensors.
+        tensor_bytes: Bytes of their storages, each counted once.
+        cached: Entries in the caches of afa's modules.
+        fds: Open file descriptors.
+        threads: Threads of the process, including those of libraries.
+        children: Child processes, including indirect ones.
+        maps: Memory maps.
+        deleted: Memory maps of deleted files, whose disk space is not free yet.
+        disk: Bytes of the work folder.
+        unseen: Exceptions so far that could not be raised, such as those of finalizers.
     """
 
     rss: int
@@ -68,15 +68,15 @@ class Held:
     unseen: int
 
     def as_json(self) -> dict[str, int]:
-        """By name."""
+        """Return the values by name."""
         return asdict(self)
 
 
 def look(folder: Path) -> Held:
-    """What this process holds, once all is collected that can be.
+    """Measure this process after garbage collection.
 
     Args:
-        folder: where it works.
+        folder: The work folder.
     """
     gc.collect()
     time.sleep(_SETTLING)
@@ -108,11 +108,11 @@ def look(folder: Path) -> Held:
     )
 
 
-_unseen: list[str] = []  # what was said
+_unseen: list[str] = []  # their messages
 
 
 def watch_errors() -> None:
-    """Count from here on the errors that Python only prints: in finalizers, and in threads."""
+    """Start counting the exceptions that Python only prints: in finalizers and in threads."""
     print_it, print_of_thread = sys.unraisablehook, threading.excepthook
 
     def note(error: Any) -> None:
@@ -127,12 +127,12 @@ def watch_errors() -> None:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of all files in a folder."""
+    """Return the total size of the files in a folder, in bytes."""
     return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def anonymous() -> int:
-    """Bytes of memory that are resident and no file's."""
+    """Return the resident memory that is not backed by a file, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     (kilobytes,) = (line.split()[1] for line in lines if line.startswith("RssAnon"))
     return int(kilobytes) * 1024
@@ -143,7 +143,7 @@ def _maps() -> list[str]:
 
 
 def _tensors(objects: list[Any]) -> Iterator[Any]:
-    """The tensors among objects, told by their types: some pretend to be of another class."""
+    """Return the tensors among objects, by type, because some objects fake their class."""
     torch = sys.modules.get("torch")
     if torch is not None:
         yield from (each for each in objects if issubclass(type(each), torch.Tensor))
@@ -159,7 +159,7 @@ def _storage_bytes(tensors: list[Any]) -> int:
 
 
 def _caches() -> dict[str, int]:
-    """Entries of every cache that a module of afa has, by name."""
+    """Return the number of entries of every cache in afa's modules, by name."""
     found = {}
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] == "afa" and module is not None:
@@ -190,25 +190,25 @@ class _MallocInfo(ctypes.Structure):
 def _malloc_info() -> _MallocInfo:
     try:
         mallinfo = ctypes.CDLL(None).mallinfo2
-    except AttributeError:  # not glibc, or one before 2.33
+    except AttributeError:  # not glibc, or older than 2.33
         return _MallocInfo()
     mallinfo.restype = _MallocInfo
     return mallinfo()
 
 
 def allocated() -> int:
-    """Bytes that the C library has given out, in its heaps and as maps; 0 if it does not say."""
+    """Return the bytes allocated by the C library, in heaps and maps; 0 if unknown."""
     info = _malloc_info()
     return int(info.uordblks + info.hblkhd)
 
 
 def kept() -> int:
-    """Bytes in the C library's heaps that are free; 0 if it does not say."""
+    """Return the free bytes in the C library's heaps; 0 if unknown."""
     return int(_malloc_info().fordblks)
 
 
 def trim() -> bool:
-    """Let the C library give back what it keeps; whether it can."""
+    """Make the C library release free memory; return whether it can."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except AttributeError:

@@ -1,4 +1,4 @@
-"""The parts of a round that train: to the end, stopped and gone on with, and left midway."""
+"""The parts of a round that train: to the end, stopped and resumed, and abandoned."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NUM_STEPS = 4
 
 
 def recipe(data: dict[str, Any], **training: Any) -> Recipe:
-    """A training of the zoo's experts that takes seconds, watched in every way."""
+    """Return a training recipe for the zoo that takes seconds, with all monitoring."""
     settings = {
         "num_steps": NUM_STEPS,
         "batch_size": 2,
@@ -43,7 +43,7 @@ def recipe(data: dict[str, Any], **training: Any) -> Recipe:
 
 
 def to_the_end(this: Round) -> None:
-    """Train from a cache, and draw with the ensemble that came of it."""
+    """Train from a cache, and draw with the trained ensemble."""
     output = this.folder / "trained"
     asked = recipe(
         {
@@ -63,7 +63,7 @@ def to_the_end(this: Round) -> None:
 
 
 def stopped(this: Round) -> None:
-    """Train on pictures that a process of its own reads, stop after two steps, and go on."""
+    """Train with a data worker process, stop after two steps, and resume."""
     output = this.folder / "stopped"
     asked = recipe(
         {"folder": str(this.fixtures.pictures), "cache": False, "num_workers": 1, "max_broken": 0.5}
@@ -82,7 +82,7 @@ def stopped(this: Round) -> None:
 
 
 def left(this: Round) -> None:
-    """Look at the first step of a training and leave it."""
+    """Abandon a training after its first step."""
     asked = recipe({"scenes": {"num_samples": 8}, "cache": False})
     events: Any = train(asked, this.folder / "left")
     next(events)

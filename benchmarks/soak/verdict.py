@@ -1,4 +1,4 @@
-"""Whether a process has grown: a robust slope, or the highest of its counts, curve by curve."""
+"""Decide for each curve whether it has grown, by a robust slope or by its maximum."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ if TYPE_CHECKING:
 
     from numpy.typing import ArrayLike
 
-_Z = 1.959963984540054  # of a two-sided 95 % interval
-#: rounds that are left out at the least, and that must be left then
+_Z = 1.959963984540054  # for a two-sided 95 % interval
+#: the minimum numbers of warm-up rounds and of further rounds
 MIN_WARM_UP, MIN_ROUNDS = 3, 6
-#: what must not grow at all: whatever a round opens, it closes
+#: curves that must not grow at all: a round closes whatever it opens
 COUNTS = ("fds", "threads", "children", "tensors", "tensor_bytes", "cached", "deleted", "disk")
-#: what must not happen at all
+#: counts that must stay zero
 NEVER = ("unseen",)
-#: What may grow by this share over the whole time, which is a little more than it varies by itself.
-#: A fifth of the anonymous memory is what the C library keeps, and that goes up and down by a fifth
-#: of itself. What it has given out, and what Python has, does not: a leak is seen there first.
+#: Allowed growth over the whole time, as a fraction: slightly more than the normal variation. A
+#: fifth of the anonymous memory is free memory that the C library keeps, and that varies by a fifth
+#: of itself. The memory that is allocated there and in Python does not vary so, and shows a leak
+#: first.
 SHARES = {
     "anonymous": 0.05,
     "allocated": 0.005,
@@ -29,7 +30,7 @@ SHARES = {
     "objects": 0.002,
     "maps": 0.05,
 }
-#: whose figures are bytes
+#: curves in bytes
 BYTES = ("anonymous", "allocated", "tensor_bytes", "disk")
 Outcome = Literal["flat", "grew", "unclear"]
 
@@ -45,17 +46,17 @@ class Slope:
 
 @dataclass(frozen=True)
 class Finding:
-    """What is to be said of one curve.
+    """The verdict on one curve.
 
     Attributes:
-        curve: its name.
-        outcome: `unclear` is what varies too much, or was seen too shortly, to be called flat.
-        before: the highest of the first third after the warm-up.
-        after: the highest of the last third.
-        limit: how much may be added over the whole time.
-        added: how much was, by the slope; for counts by `before` and `after`.
-        at_most: the upper end of its 95 % interval.
-        per_hour: `added`, but in an hour.
+        curve: The name of the curve.
+        outcome: `unclear` if it varies too much, or was measured too briefly, to be called flat.
+        before: The maximum in the first third after the warm-up.
+        after: The maximum in the last third.
+        limit: The allowed growth over the whole time.
+        added: The measured growth, from the slope; for counts, from `before` and `after`.
+        at_most: The upper end of its 95 % interval.
+        per_hour: The growth per hour.
     """
 
     curve: str
@@ -68,7 +69,7 @@ class Finding:
     per_hour: float
 
     def as_json(self) -> dict[str, Any]:
-        """Rounded to what such figures mean."""
+        """Return the values, rounded to a meaningful precision."""
         return {
             key: float(f"{value:.6g}") if isinstance(value, float) else value
             for key, value in asdict(self).items()
@@ -77,13 +78,13 @@ class Finding:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is to be said of all curves.
+    """The verdict on all curves.
 
     Attributes:
-        warm_up: rounds that were left out.
-        rounds: that were not.
-        hours: over which they were.
-        findings: one for each curve; none where there were too few rounds.
+        warm_up: The number of warm-up rounds, which are not judged.
+        rounds: The number of judged rounds.
+        hours: The duration of the judged rounds.
+        findings: One for each curve; empty if there were too few rounds.
     """
 
     warm_up: int
@@ -97,7 +98,7 @@ class Verdict:
         return bool(self.findings) and all(each.outcome == "flat" for each in self.findings)
 
     def lines(self) -> list[str]:
-        """What a person reads."""
+        """Format the verdict as lines of text."""
         if not self.findings:
             return [
                 f"Too few rounds: after {MIN_WARM_UP} of warm-up there must be {MIN_ROUNDS}, there "
@@ -118,15 +119,15 @@ class Verdict:
 
 
 def judge(curves: Mapping[str, Sequence[float]], hours: Sequence[float]) -> Verdict:
-    """Tell curves that are flat from those that have grown.
+    """Find the curves that have grown.
 
-    The first quarter of the rounds is warm-up, and three at the least: libraries load what they
-    need, and the C library's heaps find their size.
+    The first quarter of the rounds, and at least three, is warm-up: libraries load their modules,
+    and the C library's heaps reach their size.
 
     Args:
-        curves: the values of each after every round; only those of `SHARES`, `COUNTS` and
-            `NEVER` count.
-        hours: when they were taken.
+        curves: The values of each curve after every round; only those in `SHARES`, `COUNTS` and
+            `NEVER` are judged.
+        hours: The times of the measurements.
     """
     warm_up = max(MIN_WARM_UP, len(hours) // 4)
     times = np.asarray(hours[warm_up:], dtype=np.float64)
@@ -145,7 +146,7 @@ def judge(curves: Mapping[str, Sequence[float]], hours: Sequence[float]) -> Verd
 
 
 def _count(name: str, times: np.ndarray, before: float, after: float) -> Finding:
-    """Of what must not grow: the highest at the end is no more than the highest before."""
+    """Judge a curve that must not grow: its maximum at the end must not exceed that before."""
     added = after - before
     return Finding(
         name,
@@ -165,9 +166,9 @@ def _highest(values: np.ndarray) -> tuple[float, float]:
 
 
 def _level(name: str, times: np.ndarray, values: np.ndarray, share: float) -> Finding:
-    """Of what varies: neither its slope, even at the worst, nor its end is above the limit.
+    """Judge a curve that varies: neither its slope's upper bound nor its end exceeds the limit.
 
-    The slope is over all rounds; one that begins to grow late has a flat one, but a higher end.
+    The slope covers all rounds. A curve that begins to grow late has a flat slope but a higher end.
     """
     slope = theil_sen(times, values)
     hours = float(times[-1] - times[0])
@@ -192,26 +193,26 @@ def _level(name: str, times: np.ndarray, values: np.ndarray, share: float) -> Fi
 
 
 def _thirds(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The first and the last third."""
+    """Return the first and the last third."""
     size = len(values) // 3
     return values[:size], values[-size:]
 
 
 def theil_sen(times: ArrayLike, values: ArrayLike) -> Slope:
-    """The median of the slopes between all pairs of points, with its 95 % interval (Sen, 1968).
+    """Compute the median slope between all pairs of points, with its 95 % interval (Sen, 1968).
 
-    A few rounds that are far off do not move it. The interval takes what is left beside the slope
-    to be independent; of a curve that wanders it is too narrow.
+    A few outliers do not change it. The interval assumes independent residuals, so it is too narrow
+    for a curve that drifts.
 
     Args:
-        times: all different.
-        values: one for each.
+        times: All different.
+        values: One for each time.
     """
     x, y = np.asarray(times, dtype=np.float64), np.asarray(values, dtype=np.float64)
     first, second = np.triu_indices(len(x), 1)
     slopes = np.sort((y[second] - y[first]) / (x[second] - x[first]))
     count, ties = len(y), np.unique(y, return_counts=True)[1]
-    # Kendall's variance of the number of pairs that rise, less those that fall
+    # Kendall's variance of the number of rising pairs minus falling pairs
     variance = (
         count * (count - 1) * (2 * count + 5) - (ties * (ties - 1) * (2 * ties + 5)).sum()
     ) / 18

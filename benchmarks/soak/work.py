@@ -1,4 +1,4 @@
-"""A round of a soak: everything that a person might do in a day, with the shipped models."""
+"""A round of the soak test: typical work of a user, with the bundled models."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ PARTS: dict[str, Callable[[Round], None]] = {
 
 
 class Rounds:
-    """Does a round of all parts, or of some.
+    """Runs rounds of all or some parts.
 
     Args:
-        fixtures: a new folder, for what all rounds start from.
-        only: names of parts; None takes all.
+        fixtures: A new folder for the inputs of all rounds.
+        only: Names of parts; None selects all.
     """
 
     def __init__(self, fixtures: Path, only: Sequence[str] | None = None) -> None:
@@ -45,7 +45,7 @@ class Rounds:
         self._fixtures = make_fixtures(fixtures)
 
     def __call__(self, number: int, folder: Path) -> dict[str, float]:
-        """Do the parts one after another; gives the seconds of each."""
+        """Run the parts one after another; return the seconds of each."""
         seconds = {}
         for name, part in self._parts.items():
             began = time.perf_counter()
