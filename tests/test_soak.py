@@ -211,7 +211,9 @@ def test_the_page_gets_plot_and_figures(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "docs" / "images" / "soak.png").read_bytes() == b"plot"
     assert json.loads((tmp_path / "docs" / "soak.json").read_text()) == summary
-    assert "| the work folder | 1.0 MB | 1.0 MB | 0.0 MB | 0.0 MB | flat |" in page.read_text()
+    assert (
+        "| size of the work folder | 1.0 MB | 1.0 MB | 0.0 MB | 0.0 MB | flat |" in page.read_text()
+    )
     assert page.read_text().startswith("before\n<!-- soak: begin -->\n9 rounds in 60 minutes")
     assert page.read_text().endswith("<!-- soak: end -->\nafter\n")
 
