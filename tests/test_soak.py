@@ -211,11 +211,11 @@ def test_the_page_gets_plot_and_figures(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "docs" / "images" / "soak.png").read_bytes() == b"plot"
     assert json.loads((tmp_path / "docs" / "soak.json").read_text()) == summary
-    assert (
-        "| size of the work folder | 1.0 MB | 1.0 MB | 0.0 MB | 0.0 MB | flat |" in page.read_text()
-    )
-    assert page.read_text().startswith("before\n<!-- soak: begin -->\n9 rounds in 60 minutes")
-    assert page.read_text().endswith("<!-- soak: end -->\nafter\n")
+    text = page.read_text()
+    assert "| size of the work folder | 1.0 MB | 1.0 MB | 0.0 MB | 0.0 MB | flat |" in text
+    assert text.startswith("before\n<!-- soak: begin -->\nLast run: ")
+    assert "9 rounds in 60 minutes" in text
+    assert text.endswith("<!-- soak: end -->\nafter\n")
 
 
 @pytest.fixture
