@@ -1,6 +1,6 @@
-"""The code blocks of the pages, and a folder in which they can be run: tiny models by their names.
+"""Run the code blocks of the pages, in a folder with tiny models that have the pages' names.
 
-What takes long at full size is cut short: steps, samples, pixels. Nothing else of a block changes.
+Large numbers are shortened: steps, samples, pixels. Nothing else of a block changes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PROMPTS = ["a fox in the snow", "a pizza", "an owl and a rocket", "a red car"]
-#: of what a recipe says, what is cut short, and to what
+#: settings of recipes that are shortened, and their values
 SHORT: dict[str, Any] = {
     "num_steps": 2,
     "num_samples": 2,
@@ -50,7 +50,7 @@ SHORT: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: its language, the file that it is, and where it stands."""
+    """A fenced block: its language, file name, text and line number."""
 
     language: str
     title: str | None
@@ -59,7 +59,7 @@ class Block:
 
 
 def blocks_of(page: Path) -> list[Block]:
-    """All fenced blocks of a page, in order."""
+    """Return all fenced blocks of a page, in order."""
     found, lines = [], page.read_text().splitlines()
     number = 0
     while number < len(lines):
@@ -76,7 +76,7 @@ def blocks_of(page: Path) -> list[Block]:
 
 
 def commands_of(text: str) -> Iterator[list[str]]:
-    """The commands of a block, as words."""
+    """Split a block into commands, as lists of words."""
     for line in text.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         if words:
@@ -94,7 +94,7 @@ class Runner:
         self.names: dict[str, Any] = {"__name__": "page"}
 
     def run(self, block: Block) -> None:
-        """Run a block, or fail."""
+        """Run a block; raise if it fails."""
         if block.language == "yaml":
             self._yaml(block)
         elif block.language == "python":
@@ -119,7 +119,7 @@ class Runner:
             raise AssertionError("a recipe needs a title, the name of its file")
 
     def command(self, words: list[str]) -> None:
-        """Run a command of afa; of others, see that they can be meant."""
+        """Run a command of afa; check only the arguments of make and pip."""
         program, *rest = words
         if program == "make":
             makefile = (ROOT / "Makefile").read_text()
@@ -130,11 +130,11 @@ class Runner:
             project = (ROOT / "pyproject.toml").read_text()
             assert all(re.search(rf"^{extra} = \[", project, re.MULTILINE) for extra in extras)
             return
-        if program in ("accelerate", "torchrun"):  # several processes have tests of their own
+        if program in ("accelerate", "torchrun"):  # other tests start several processes
             words = rest[rest.index("-m") + 1 :]
             program, *rest = words
         assert program in ("afa", ".venv/bin/afa"), words
-        if rest[0] == "app":  # it serves until it is ended; tests/app has a browser
+        if rest[0] == "app":  # it runs until it is stopped; tests/app tests it with a browser
             rest = [rest[0], "--help"]
         with_help = "--help" in rest
         if rest[0] == "generate" and not with_help and "--from-image" not in rest:
@@ -143,7 +143,7 @@ class Runner:
         with pytest.raises(SystemExit) as stop:
             main(rest)
         if "--quantize" in words and importlib.util.find_spec("torchao") is None:
-            assert stop.value.code == 2, "it is an extra, and says so"
+            assert stop.value.code == 2, "torchao is an extra that is not installed"
             return
         assert not stop.value.code, f"{shlex.join(words)} ended with {stop.value.code}"
 
@@ -160,7 +160,7 @@ def _few_steps(words: list[str]) -> list[str]:
 
 
 def shortened(value: Any) -> Any:
-    """A recipe whose long numbers are short."""
+    """Return a recipe with shortened numbers."""
     if isinstance(value, list):
         return [shortened(item) for item in value]
     if not isinstance(value, dict):
@@ -176,7 +176,7 @@ def shortened(value: Any) -> Any:
 
 
 def make_world(root: Path) -> dict[str, Path]:
-    """Everything that the pages name; and by kind the folder that describes its single files."""
+    """Create every file that the pages name; return the configuration folder of each kind."""
     pipelines = [tiny_pipeline(root / "tokenizer", seed) for seed in range(6)]
     pipelines[0].save_pretrained(root / "epicrealism")
     for name, pipeline in zip(("majicmix", "a", "b", "c", "base"), pipelines[1:], strict=True):
@@ -192,8 +192,8 @@ def make_world(root: Path) -> dict[str, Path]:
         lora_of(pipelines[0], root / f"{name}.safetensors", number)
     for kind, names in (
         ("xl", ("sdxl-photo", "sdxl-anime")),
-        # the library reads single files of Flux at the published width alone; folders by their
-        # names go the same way from there on
+        # diffusers reads single files of Flux only at the published width, so folders with the
+        # names of the files stand for them
         ("flux", ("flux-photo.safetensors", "flux-anime.safetensors")),
     ):
         for folder, name in zip(saved_experts(kind, root / kind, 2), names, strict=True):
@@ -225,7 +225,7 @@ def make_world(root: Path) -> dict[str, Path]:
 
 
 def make_ensemble(root: Path, config: Path) -> None:
-    """`runs/first`, for pages that do not train it themselves."""
+    """Create `runs/first`, for pages that do not train it."""
     small = afa.SABWConfig(hidden_size=16, num_layers=1, num_heads=2, norm_num_groups=4)
     experts = [root / "epicrealism", root / "majicmix.safetensors"]
     pipeline = afa.load_pipeline(experts, small, config=config)
