@@ -33,6 +33,14 @@ SD2: dict[str, Any] = {
     "attention_head_dim": (2, 4, 4),
     "upcast_attention": True,
 }
+#: of two levels, for tests of what is around the denoiser: half the time of `SD1`
+SMALL_UNET: dict[str, Any] = {
+    **SD1,
+    "block_out_channels": (8, 16),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "layers_per_block": 1,
+}
 POOLED_WIDTH = 12
 #: Stable Diffusion XL: pooled text and sizes beside the timestep, deep attention; and its refiner
 SDXL: dict[str, Any] = {
@@ -110,9 +118,15 @@ def xl_inputs(num_experts: int = 1, num_ids: int = 6, **settings: int) -> dict[s
 
 
 def tiny_pipeline(folder: Path, seed: int = 0, **config: Any) -> StableDiffusionPipeline:
-    """A whole Stable Diffusion pipeline; its tokenizer is written to `folder`."""
+    """A whole Stable Diffusion pipeline; its tokenizer is written to `folder`.
+
+    Args:
+        folder: for the tokenizer.
+        seed: of the weights.
+        config: what differs from `SMALL_UNET` in the U-Net's configuration.
+    """
     tokenizer = build_tokenizer(folder)
-    unet = tiny_unet(seed, **config)
+    unet = tiny_unet(seed, **{**SMALL_UNET, **config})
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -42,10 +43,16 @@ def write_recipe(folder: Path, experts: list[Path], **changes: Any) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def trained(experts: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    assert run("train", write_recipe(folder, experts), "--output", folder / "ensemble") == 0
+    return folder / "ensemble"
+
+
 @pytest.fixture
-def ensemble(experts: list[Path], tmp_path: Path) -> Path:
-    assert run("train", write_recipe(tmp_path, experts), "--output", tmp_path / "ensemble") == 0
-    return tmp_path / "ensemble"
+def ensemble(trained: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(trained, tmp_path / "ensemble")
 
 
 def test_train_writes_an_ensemble_and_goes_on(

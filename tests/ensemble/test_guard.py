@@ -44,7 +44,7 @@ PLACES: dict[str, Any] = {
     "conv_in": lambda unet: unet.conv_in,
     "down.0.0": lambda unet: unet.down_blocks[0].resnets[0].conv1,
     "mid": lambda unet: unet.mid_block.resnets[1].conv2,
-    "up.1.1": lambda unet: unet.up_blocks[1].attentions[1].proj_out,
+    "up.1.0": lambda unet: unet.up_blocks[1].attentions[0].proj_out,
     "conv_out": lambda unet: unet.conv_out,
 }
 

@@ -25,7 +25,7 @@ from tests.evaluation.conftest import SMALL as COMPARISON
 from tests.golden import digests
 from tests.golden.digests import Digest
 from tests.single_file import original_layout
-from tests.tiny import tiny_pipeline
+from tests.tiny import SD1, tiny_pipeline
 from tests.tiny_pipelines import saved_experts
 
 SIZES: dict[str, Any] = {"hidden_size": 8, "num_layers": 1, "num_heads": 2, "norm_num_groups": 4}
@@ -68,7 +68,7 @@ def stable_diffusion(root: Path) -> list[Path]:
     folders = []
     for seed in range(3):
         folders.append(root / f"expert{seed}")
-        tiny_pipeline(root / "tokenizer", seed=seed).save_pretrained(folders[-1])
+        tiny_pipeline(root / "tokenizer", seed=seed, **SD1).save_pretrained(folders[-1])
     return folders
 
 

@@ -20,7 +20,7 @@ from afa.ensemble.caching.loop import Kept, Loop, Loops
 from afa.ensemble.caching.shortcut import Shortcut
 from afa.ensemble.running import Running
 from tests.ensemble import test_ensemble, test_transformer_ensemble
-from tests.tiny import SDXL, TEXT_WIDTH, inputs, tiny_unet, xl_inputs
+from tests.tiny import SDXL, SMALL_UNET, TEXT_WIDTH, inputs, tiny_unet, xl_inputs
 from tests.tiny_transformers import KINDS, transformer_inputs
 
 STEPS = (900, 700, 500, 300, 100)
@@ -29,9 +29,9 @@ FAMILIES = ("unet", "sdxl", *KINDS)
 
 def ensemble_of(family: str, num_experts: int = 2) -> Any:
     if family == "unet":
-        return test_ensemble.ensemble_of(num_experts)
+        return test_ensemble.ensemble_of(num_experts, **SMALL_UNET)
     if family == "sdxl":
-        return test_ensemble.ensemble_of(num_experts, **SDXL)
+        return test_ensemble.ensemble_of(num_experts, **{**SDXL, "layers_per_block": 1})
     return test_transformer_ensemble.ensemble_of(family, num_experts)
 
 

@@ -204,7 +204,7 @@ def test_a_plan_is_saved_and_of_one_ensemble(tmp_path: Path) -> None:
     save_plan(plan, tmp_path / "plan.json")
     assert load_plan(tmp_path / "plan.json") == plan
     plan.check(ensemble)
-    with refusal("AFA-ENSEMBLE-005", "3", "19"):
+    with refusal("AFA-ENSEMBLE-005", "3", str(len(ensemble.sites))):
         plan.check(ensemble_of("unet", num_experts=3))
     wrong: list[dict[str, list[int]]] = [{"mid": []}, {"mid": [2]}, {"middle": [0]}]
     for experts in wrong:
