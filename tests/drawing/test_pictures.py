@@ -74,13 +74,13 @@ def test_a_picture_comes_out_again(
 
 def test_every_setting_is_another_picture(pipeline: Any, recipe: PictureRecipe) -> None:
     changes: list[dict[str, Any]] = [
-        *({}, {"seed": 4}, {"steps": 11}, {"guidance": 2.0}, {"width": 72}),
+        *({}, {"seed": 4}, {"steps": 5}, {"guidance": 2.0}, {"width": 72}),
         *({"prompt": "a bee"}, {"negative_prompt": "a fox"}),
         *({"bias": {"food": {"down": 2.0}}}, {"acceleration": {"interval": 3}}),
     ]
     drawn = set()
     for change in changes:
-        other = picture_recipe(**{**dict(recipe), **change})
+        other = picture_recipe(**{**dict(recipe), "steps": 4, **change})
         drawn.add(hash_pixels(draw(prepare_again(other), other)))
     assert len(drawn) == len(changes)
 
