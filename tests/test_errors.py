@@ -6,6 +6,7 @@ import ast
 import pickle
 import re
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ KNOWN = Path(__file__).with_name("error_codes.txt")
 RAISED = ("AfaError", "Ambiguous", "BrokenPicture", "MissingCaption", "NotFinite", "Finding")
 
 
+@cache
 def codes() -> Counter[str]:
     """Every code in the source, with how often it is there."""
     found: Counter[str] = Counter()

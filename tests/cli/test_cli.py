@@ -262,7 +262,7 @@ def pickled(experts: list[Path], folder: Path) -> Path:
 
 def wider(experts: list[Path], folder: Path) -> Path:
     path = folder / "wider"
-    tiny_pipeline(folder / "tokenizer", block_out_channels=(8, 16, 32)).save_pretrained(path)
+    tiny_pipeline(folder / "tokenizer", block_out_channels=(8, 32)).save_pretrained(path)
     return path
 
 
@@ -276,7 +276,7 @@ def missing(experts: list[Path], folder: Path) -> Path:
         (missing, "AFA-LOAD-079", "nowhere'"),
         (pickled, "AFA-LOAD-096", "model.ckpt'"),
         (truncated, "AFA-LOAD-092", "truncated"),
-        (wider, "AFA-LOAD-004", "(8, 16, 32)"),
+        (wider, "AFA-LOAD-004", "(8, 32)"),
     ],
 )
 def test_wrong_experts(

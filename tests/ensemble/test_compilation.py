@@ -44,7 +44,9 @@ def draw(ensemble: EnsembleDenoiser, arguments: dict[str, Any]) -> list[Tensor]:
         return [ensemble(**at(arguments, step), return_dict=False)[0] for step in STEPS]
 
 
-@pytest.mark.parametrize("family", ["unet", "sd3", "flux", "dit"])
+@pytest.mark.parametrize(
+    "family", [pytest.param("unet", marks=pytest.mark.nightly), "sd3", "flux", "dit"]
+)
 def test_the_same_comes_out(family: str) -> None:
     ensemble, arguments = ensemble_of(family), arguments_of(family)
     expected, graphs = draw(ensemble, arguments), Graphs()
@@ -68,6 +70,7 @@ def test_all_experts_share_graphs() -> None:
     assert graphs_of(1) == graphs_of(2) > 0
 
 
+@pytest.mark.nightly
 def test_the_prompt_is_attended_once_all_the_same() -> None:
     ensemble, arguments = ensemble_of("unet"), arguments_of("unet")
     calls: list[nn.Module] = []

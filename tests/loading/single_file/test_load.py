@@ -120,7 +120,7 @@ def test_files_and_folders_make_the_same_ensemble(kind: str, tmp_path: Path) -> 
     torch.testing.assert_close(*pictures, atol=1e-5, rtol=0)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_flux_file_is_read_bit_for_bit(tmp_path: Path) -> None:
     # the library reads this layout at the published width alone: one block of each kind, 1 GB
     with torch.device("meta"):
