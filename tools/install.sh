@@ -12,7 +12,8 @@ shift
 locks=("${@/#/--requirement=}")
 test -x "$venv/bin/python" || "${PYTHON:-python3}" -m venv "$venv"
 pip() { "$venv/bin/python" -m pip --quiet --disable-pip-version-check "$@"; }
-checked() { pip install --require-hashes --no-deps ${WHEELS_ALONE---only-binary=:all:} "$@"; }
+# without bytecode, half the time: Python writes it for the modules that are imported
+checked() { pip install --no-compile --require-hashes --no-deps ${WHEELS_ALONE---only-binary=:all:} "$@"; }
 
 # torch has many builds, and pip's settings select one. With a lock file pip ignores builds in a
 # folder, so the build is downloaded without the lock file and checked afterwards.
