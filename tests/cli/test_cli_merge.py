@@ -168,7 +168,7 @@ def test_an_inpainting_folder_is_merged_checked_and_drawn(
     assert run("check", recipe, "--no-weights") == 0
     assert run("merge", recipe, "--output", tmp_path / "merged") == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert re.search("to 9 input channels.* 4.*: unet.conv_in", said)
+    assert re.search("from 4 to 9 input channels: unet.conv_in", said)
     found = UNet2DConditionModel.from_pretrained(tmp_path / "merged" / "unet").conv_in.weight
     torch.testing.assert_close(found[:, 4:], more / 2)
 

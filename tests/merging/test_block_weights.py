@@ -9,7 +9,6 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from afa.denoisers.unet_names import parameter_sites
-from afa.errors import AfaError
 from afa.merging import PRESETS, BlockWeights
 from afa.merging.in_memory import merge_models
 from afa.merging.parts import block_keys
@@ -104,33 +103,33 @@ def test_single_files_have_the_same_keys(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("weights", "num_experts", "message"),
+    ("weights", "num_experts", "code", "value"),
     [
-        ("GRAD_V", 2, "25 sites .* this one has 19: conv_in, down.0.0"),
-        ("FLAT_25", 3, "for two experts, came 3"),
-        ({"mid": [0.5, 0.5]}, 3, "3 experts must have as many weights"),
-        ({"middle": [0.5, 0.5]}, 2, "names 'middle', .* did you mean 'mid'"),
-        ({"up.9.9": [0.5, 0.5]}, 2, "did you mean"),
+        ("GRAD_V", 2, "AFA-MERGE-004", "25 .* 19: conv_in, down.0.0"),
+        ("FLAT_25", 3, "AFA-MERGE-003", "got 3"),
+        ({"mid": [0.5, 0.5]}, 3, "AFA-MERGE-017", r"3 .* \[0.5, 0.5\]"),
+        ({"middle": [0.5, 0.5]}, 2, "AFA-MERGE-005", "'middle', .* 'mid'"),
+        ({"up.9.9": [0.5, 0.5]}, 2, "AFA-MERGE-005", "'up.9.9', .* 'up[.]"),
     ],
 )
-def test_weights_that_do_not_fit(weights: object, num_experts: int, message: str) -> None:
+def test_weights_that_do_not_fit(weights: object, num_experts: int, code: str, value: str) -> None:
     names = [f"unet.{name}" for name in tiny_unet().state_dict()]
-    with pytest.raises(AfaError, match=message):
+    with refusal(code, value):
         BlockWeights(weights).fit(names, num_experts)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
-    ("weights", "message"),
+    ("weights", "code", "value"),
     [
-        ("GRAD_W", "no preset .* did you mean 'GRAD_"),
-        ("0, 1", "26 finite numbers: base alpha .* came 2"),
-        ([0.5] * 25, "came 25. Where base alpha is not written, put it first"),
-        ({}, "at least one site"),
-        ({"mid": [0.5, 0.6]}, "summing to 1"),
+        ("GRAD_W", "AFA-MERGE-030", "'GRAD_W'.* 'GRAD_[AV]'"),
+        ("0, 1", "AFA-MERGE-031", "26 .* got 2.* base alpha"),
+        ([0.5] * 25, "AFA-MERGE-031", "26 .* got 25.* base alpha"),
+        ({}, "AFA-MERGE-001", "'default'"),
+        ({"mid": [0.5, 0.6]}, "AFA-MERGE-016", r"\[0.5, 0.6\] .* 1.1"),
     ],
 )
-def test_weights_that_cannot_be(weights: object, message: str) -> None:
-    with pytest.raises(AfaError, match=message):
+def test_weights_that_cannot_be(weights: object, code: str, value: str) -> None:
+    with refusal(code, value):
         BlockWeights(weights)  # type: ignore[arg-type]
 
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from afa.errors import AfaError
 from afa.merging import AddDifference, WeightedSum
 from afa.merging.in_memory import merge_models, weighted_merge
 from tests.refusal import refusal
@@ -54,17 +53,19 @@ def test_integers_are_the_first_models() -> None:
 
 
 @pytest.mark.parametrize(
-    ("models", "weights", "message"),
+    ("models", "weights", "code", "value"),
     [
-        ([], None, "at least one model"),
-        ([linear(A)], [0.5, 0.5], "as many weights"),
-        ([linear(A), linear(B)], [0.5, 0.6], "summing to 1"),
-        ([linear(A), nn.Linear(2, 3, bias=False)], None, "'weight' is missing or of another"),
-        ([linear(A), nn.ReLU()], None, "'weight' is missing"),
+        ([], None, "AFA-MERGE-011", ""),
+        ([linear(A)], [0.5, 0.5], "AFA-MERGE-017", r"\[0.5, 0.5\]"),
+        ([linear(A), linear(B)], [0.5, 0.6], "AFA-MERGE-016", r"\[0.5, 0.6\]"),
+        ([linear(A), nn.Linear(2, 3, bias=False)], None, "AFA-MERGE-013", "'weight'"),
+        ([linear(A), nn.ReLU()], None, "AFA-MERGE-013", "'weight'"),
     ],
 )
-def test_what_does_not_fit(models: list[nn.Module], weights: list[float], message: str) -> None:
-    with pytest.raises(AfaError, match=message):
+def test_what_does_not_fit(
+    models: list[nn.Module], weights: list[float], code: str, value: str
+) -> None:
+    with refusal(code, value):
         weighted_merge(models, weights)
 
 

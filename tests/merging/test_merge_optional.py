@@ -48,14 +48,16 @@ def test_what_the_first_has_alone_is_its_own(models: list[Tensors], tmp_path: Pa
     ours, said, file = merged(tmp_path, {"a": models[0] | OPTIONAL, "b": models[1]})
     for name, tensor in OPTIONAL.items():
         assert torch.equal(ours[name], tensor), name
-    assert "Not merged, taken from '/a.safetensors': cond_stage_model." in said
+    assert "Not merged, copied from '/a.safetensors': cond_stage_model." in said
     assert sorted(record(file)["kept_tensors"]) == sorted(OPTIONAL)
 
 
 def test_what_only_others_have_is_left_out(models: list[Tensors], tmp_path: Path) -> None:
     ours, said, file = merged(tmp_path, {"a": models[0], "b": models[1] | OPTIONAL})
     assert ours.keys() == models[0].keys()
-    assert "Left out of '/b.safetensors', since '/a.safetensors' lacks it: alphas_cumprod" in said
+    assert (
+        "Dropped from '/b.safetensors', because '/a.safetensors' lacks it: alphas_cumprod" in said
+    )
     assert record(file)["left_out_tensors"] == {str(tmp_path / "b.safetensors"): sorted(OPTIONAL)}
 
 
@@ -81,7 +83,7 @@ def test_what_all_have_is_merged(models: list[Tensors], tmp_path: Path) -> None:
     ours, said, _ = merged(tmp_path, {"a": first, "b": second})
     assert ours["cond_stage_model.logit_scale"].item() == 3
     assert said.splitlines() == [
-        f"Autoencoder taken from '/a.safetensors' (vae: first): "
+        f"Autoencoder copied from '/a.safetensors' (vae: first): "
         f"{sum(n.startswith('first_stage_model.') for n in first)} tensors"
     ]
 
@@ -91,7 +93,7 @@ def test_averaged_weights_of_one_expert_are_warned_of(
 ) -> None:
     name = "model_ema.diffusion_model" + "input_blocks.0.0.weight".replace(".", "")
     _, said, _ = merged(tmp_path, {"a": models[0] | {name: torch.ones(8, 4, 3, 3)}, "b": models[1]})
-    assert "draws that expert, not the merge" in said
+    assert "uses that expert, not the merge" in said
 
 
 def test_every_tensor_is_merged_or_named(models: list[Tensors], tmp_path: Path) -> None:
@@ -144,7 +146,7 @@ def test_damaged_positions_are_repaired(
     ours, said, file = merged(tmp_path, {"a": models[0] | {POSITIONS: damaged}, "b": models[1]})
     assert ours[POSITIONS].dtype == torch.int64
     assert torch.equal(ours[POSITIONS], RIGHT.reshape(damaged.shape))
-    assert f"rounded or averaged positions: {POSITIONS} now counts" in said
+    assert f"rounded or averaged positions of '/a.safetensors': {POSITIONS} is now" in said
     assert record(file)["repaired_tensors"] == [POSITIONS]
 
 
@@ -178,8 +180,8 @@ def test_mixed_types_are_computed_in_float32(models: list[Tensors], tmp_path: Pa
     expected = sum(0.25 * each[name].float() for each in files.values())
     assert isinstance(expected, torch.Tensor)
     assert torch.equal(ours[name], expected.half())
-    assert "Mixed types (bfloat16, float16, float64, float8_e4m3fn): computed in float32" in said
-    assert "written in the type of '/a.safetensors': float16 (" in said
+    assert "Mixed dtypes (bfloat16, float16, float64, float8_e4m3fn): computed in float32" in said
+    assert "written in the dtypes of '/a.safetensors': float16 (" in said
 
 
 def test_float8_that_cannot_hold_the_result_is_refused(

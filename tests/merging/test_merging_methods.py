@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from afa.errors import AfaError
 from afa.merging import (
     AddDifference,
     BlockWeights,
@@ -21,6 +20,7 @@ from afa.merging import (
     merge_tensor,
 )
 from afa.merging.dare import tensor_seed
+from tests.refusal import refusal
 
 A = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
 B = torch.tensor([[5.0, -2.0], [1.0, 0.0]])
@@ -203,20 +203,24 @@ def test_integers_and_positions_are_the_first_experts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("make", "code", "value"),
     [
-        (lambda: WeightedSum([0.5, 0.6]), "summing to 1; came"),
-        (lambda: WeightedSum([math.nan, 1.0]), "must be finite"),
-        (lambda: WeightedSum([0.5, 0.5]).fit([NAME], 3), "3 experts must have as many weights"),
-        (lambda: Slerp([1.5, -0.5]), "must not be negative"),
-        (lambda: Ties(density=0), "above 0 and at most 1"),
-        (lambda: Dare(density=1.5), "above 0 and at most 1"),
-        (lambda: Ties(majority_sign="loudest"), "'total' or 'frequency'"),  # type: ignore[arg-type]
-        (lambda: AddDifference().merge(NAME, [A], None), "were fine-tuned from"),
-        (lambda: AddDifference([math.inf]), "must be finite"),
+        (lambda: WeightedSum([0.5, 0.6]), "AFA-MERGE-016", r"\[0.5, 0.6\]"),
+        (lambda: WeightedSum([math.nan, 1.0]), "AFA-MERGE-015", "nan"),
+        (lambda: WeightedSum([0.5, 0.5]).fit([NAME], 3), "AFA-MERGE-017", r"3 .* \[0.5, 0.5\]"),
+        (lambda: Slerp([1.5, -0.5]), "AFA-MERGE-037", r"\[1.5, -0.5\]"),
+        (lambda: Ties(density=0), "AFA-MERGE-018", "got 0"),
+        (lambda: Dare(density=1.5), "AFA-MERGE-018", "got 1.5"),
+        (
+            lambda: Ties(majority_sign="loudest"),  # type: ignore[arg-type]
+            "AFA-MERGE-040",
+            "'total' or 'frequency'.* 'loudest'",
+        ),
+        (lambda: AddDifference().merge(NAME, [A], None), "AFA-MERGE-019", "AddDifference"),
+        (lambda: AddDifference([math.inf]), "AFA-MERGE-015", "inf"),
     ],
 )
-def test_settings_that_cannot_be(make: object, message: str) -> None:
+def test_settings_that_cannot_be(make: object, code: str, value: str) -> None:
     assert callable(make)
-    with pytest.raises(AfaError, match=message):
+    with refusal(code, value):
         make()

@@ -1,4 +1,4 @@
-"""Static merges: one set of weights from several checkpoints, tensor by tensor."""
+"""Merge several checkpoints into one set of weights, tensor by tensor."""
 
 from afa.merging.add_difference import AddDifference
 from afa.merging.block_weights import BlockWeights

@@ -1,4 +1,4 @@
-"""Task arithmetic: what every expert learned, added to the base."""
+"""Task arithmetic: add the weighted differences between experts and base to the base."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 class AddDifference(MergeMethod):
     """base + sum_n w_n (t_n - base): task arithmetic (Ilharco et al. 2023, arXiv 2212.04089).
 
-    Equal weights are the paper's scaling coefficient. The web UIs' "add difference", A + w (B - C),
-    is experts [A, B], base C and weights [1, w].
+    An equal weight of all experts is the paper's scaling coefficient. The web UIs' "add
+    difference", A + w (B - C), has experts [A, B], base C and weights [1, w].
 
     Attributes:
-        weights: one per expert, of any sum; None is 1/N each, which is the mean of the experts.
+        weights: one per expert, with any sum; None uses 1/N each, the mean of the experts.
     """
 
     weights: Sequence[float] | None = None
@@ -30,7 +30,7 @@ class AddDifference(MergeMethod):
         check_weights(self.weights, sum_to_one=False)
 
     def merge(self, name: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
-        """The base, plus the weighted differences of one tensor."""
+        """Add the weighted differences of one tensor to the base."""
         base = require_base(base, self)
         total = base.clone()
         for tensor, weight in zip(tensors, uniform(self.weights, len(tensors)), strict=True):

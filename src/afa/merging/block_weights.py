@@ -1,4 +1,4 @@
-"""Merge block weighted: other weights at every site of the U-Net."""
+"""Merge block weighted (MBW): separate weights for each site of the U-Net."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from afa.denoisers.unet_names import ordered_sites
 from afa.errors import AfaError
 from afa.merging.method import MergeMethod, check_number, check_weights, uniform
 from afa.merging.parts import OTHER_PARTS, block_keys
-from afa.merging.presets import NUM_BLOCKS, check_preset, read_preset
+from afa.merging.presets import NUM_BLOCKS, read_preset
 from afa.merging.weighted import weighted_sum
 
 if TYPE_CHECKING:
@@ -22,15 +22,15 @@ DEFAULT = "default"
 
 @dataclass(frozen=True)
 class BlockWeights(MergeMethod):
-    """The weighted mean, with weights of its own at every site (MBW, "merge block weighted").
+    """Weighted mean with separate weights for each site ("merge block weighted", MBW).
 
     Attributes:
         weights: site (`conv_in`, `down.0.1`, `mid`, ...), `text_encoder`, `text_encoder_2`, `vae`
-            or `default` -> one weight per expert, summing to 1. Without `default` all that is not
-            named is merged uniformly. Or, for two experts and a U-Net with 25 sites, the second
-            one's weights as the web UIs write them: 26 numbers, or a preset's name; see
-            `afa.merging.presets`.
-        keys: tensor -> key of its weights; filled in by `fit`.
+            or `default` -> one weight per expert, summing to 1. Tensors without an entry use
+            `default`, or uniform weights if there is none. For two experts and a U-Net with 25
+            sites: 26 weights of the second expert in the web UIs' order, or the name of a preset;
+            see `afa.merging.presets`.
+        keys: tensor -> key of its weights; set by `fit`.
     """
 
     weights: Mapping[str, Sequence[float]] | Sequence[float] | str
@@ -40,17 +40,16 @@ class BlockWeights(MergeMethod):
         if isinstance(self.weights, Mapping):
             if not self.weights:
                 raise AfaError(
-                    "AFA-MERGE-001", "block_weights must name at least one site, or 'default'."
+                    "AFA-MERGE-001",
+                    "block_weights is empty. It must have at least one site, or 'default'.",
                 )
             for weights in self.weights.values():
                 check_weights(weights, sum_to_one=True)
-        elif isinstance(self.weights, str):
-            read_preset(self.weights)
         else:
-            check_preset(tuple(self.weights))
+            read_preset(self.weights)
 
     def fit(self, names: Iterable[str], num_experts: int) -> BlockWeights:
-        """These weights, laid out over the sites that the tensors work for."""
+        """Assign the weights to the sites of these tensors."""
         keys = block_keys(names)
         sites = ordered_sites(set(keys.values()) - set(OTHER_PARTS))
         if isinstance(self.weights, Mapping):
@@ -59,39 +58,39 @@ class BlockWeights(MergeMethod):
             for vector in weights.values():
                 check_number(vector, num_experts)
         else:
-            weights = self._spread(sites, num_experts)
+            weights = _preset_by_site(read_preset(self.weights), sites, num_experts)
         return replace(self, weights=weights, keys=keys)
 
     def merge(self, name: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
-        """The weighted mean of one tensor, with the weights of its site."""
+        """Compute the weighted mean of one tensor with the weights of its site."""
         if self.keys is None or not isinstance(self.weights, Mapping):
             raise AfaError(
                 "AFA-MERGE-002",
-                "Block weights must know the checkpoint's tensors first. Call fit().",
+                "Block weights are not assigned to the checkpoint's tensors. Call fit() first.",
             )
         weights = self.weights.get(self.keys.get(name, DEFAULT), self.weights.get(DEFAULT))
         return weighted_sum(tensors, uniform(weights, len(tensors)))
 
-    def _spread(self, sites: list[str], num_experts: int) -> dict[str, list[float]]:
-        """The 26 numbers of a preset as weights of two experts at every site."""
-        given = self.weights
-        assert not isinstance(given, Mapping)
-        numbers = read_preset(given) if isinstance(given, str) else check_preset(tuple(given))
-        if num_experts != 2:
-            raise AfaError(
-                "AFA-MERGE-003",
-                f"A preset of block weights is for two experts, came {num_experts}. Give one "
-                "weight per expert: block_weights: {default: [...], mid: [...]}.",
-            )
-        if sites and len(sites) != NUM_BLOCKS:  # a text encoder alone has none
-            raise AfaError(
-                "AFA-MERGE-004",
-                f"A preset of block weights is for a U-Net with {NUM_BLOCKS} sites (Stable "
-                f"Diffusion 1.x and 2.x); this one has {len(sites)}: {', '.join(sites)}. Name "
-                "them: block_weights: {default: [...], mid: [...]}.",
-            )
-        pairs = [[1 - number, number] for number in numbers]
-        return {DEFAULT: pairs[0], **dict(zip(sites, pairs[1:], strict=False))}
+
+def _preset_by_site(
+    numbers: Sequence[float], sites: list[str], num_experts: int
+) -> dict[str, list[float]]:
+    """Convert the 26 weights of a preset to the weights of two experts at every site."""
+    if num_experts != 2:
+        raise AfaError(
+            "AFA-MERGE-003",
+            f"A preset of block weights needs two experts; got {num_experts}. Set one weight per "
+            "expert: block_weights: {default: [...], mid: [...]}.",
+        )
+    if sites and len(sites) != NUM_BLOCKS:  # a text encoder alone has no sites
+        raise AfaError(
+            "AFA-MERGE-004",
+            f"A preset of block weights needs a U-Net with {NUM_BLOCKS} sites (Stable Diffusion "
+            f"1.x and 2.x); this one has {len(sites)}: {', '.join(sites)}. Set the weights by "
+            "site: block_weights: {default: [...], mid: [...]}.",
+        )
+    pairs = [[1 - number, number] for number in numbers]
+    return {DEFAULT: pairs[0], **dict(zip(sites, pairs[1:], strict=False))}
 
 
 def _check_keys(weights: Mapping[str, Sequence[float]], sites: list[str]) -> None:
@@ -99,8 +98,8 @@ def _check_keys(weights: Mapping[str, Sequence[float]], sites: list[str]) -> Non
     for key in weights:
         if sites and key not in known:
             close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            hint = f"did you mean '{close[0]}'?" if close else f"known are {', '.join(known)}."
+            hint = f"Did you mean '{close[0]}'?" if close else f"They have {', '.join(known)}."
             raise AfaError(
                 "AFA-MERGE-005",
-                f"block_weights names '{key}', which these experts do not have; {hint}",
+                f"block_weights names '{key}', which these experts do not have. {hint}",
             )

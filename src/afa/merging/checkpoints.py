@@ -1,4 +1,4 @@
-"""Checkpoints to merge: what tensors they have and where, without reading any."""
+"""Read which tensors checkpoints contain, from the headers of their files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from afa.merging.streams import StoredTensor, read_header
 from afa.merging.whole_models import refuse_other_data, refuse_parts
 
 _PARTS = (*COMPONENTS, *TEXT_ENCODERS, "vae")
-# what of a hub repository is needed; never a pickle
+# files that a merge downloads from a hub repository; pickles are never among them
 _FILES = (
     "model_index.json",
     *(f"{part}/*.json" for part in (*_PARTS, "scheduler", "feature_extractor")),
@@ -38,12 +38,12 @@ class Checkpoint:
     """A diffusers folder or a single file.
 
     Attributes:
-        source: as it was named.
-        path: where it is.
-        tensors: canonical name -> tensor; a folder's names start with their part,
+        source: as the recipe names it.
+        path: its folder or file.
+        tensors: canonical name -> tensor; a folder's names start with their component,
             `unet.conv_in.weight`.
         keys: canonical name -> the tensor's name in its own file.
-        metadata: of a single file.
+        metadata: metadata of a single file.
     """
 
     source: str
@@ -53,7 +53,7 @@ class Checkpoint:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     def files(self, *, vae: bool) -> list[Path]:
-        """The files that the tensors lie in, those of a folder's autoencoder only if asked for."""
+        """The files with the tensors; `vae` includes those of a folder's autoencoder."""
         names = [name for name in self.tensors if vae or not name.startswith("vae.")]
         return sorted({self.tensors[name].file for name in names})
 
@@ -62,16 +62,16 @@ def read_checkpoint(source: str) -> Checkpoint:
     """Find a checkpoint and read the headers of its files.
 
     Raises:
-        AfaError: nothing is there, a pickle, something damaged, a family that is not supported, a
-            file that is no whole model (a LoRA, an autoencoder, ...), or quantised weights.
+        AfaError: if the checkpoint does not exist, is a pickle, is damaged, has quantised weights,
+            is of an unsupported family, or is not a complete model (a LoRA, an autoencoder, ...).
     """
     path = locate(source, files=_FILES)
     if path.is_file():
         return _read_file(source, path)
     if (path / "model_index.json").is_file():
-        kind_of(str(_index(path).get("_class_name")), source)
-    weight_files(path)  # refuses what is no pipeline
-    index = _index(path)
+        kind_of(str(read_json(path / "model_index.json").get("_class_name")), source)
+    weight_files(path)  # raises if this is not a pipeline
+    index = read_json(path / "model_index.json")
     tensors: dict[str, StoredTensor] = {}
     keys: dict[str, str] = {}
     for part in _PARTS:
@@ -83,8 +83,8 @@ def read_checkpoint(source: str) -> Checkpoint:
                 if name in tensors:
                     raise AfaError(
                         "AFA-MERGE-006",
-                        f"A folder must hold every tensor once; '{key}' is in "
-                        f"'{tensors[name].file}' and in '{file}'. Remove one of them.",
+                        f"Duplicate tensor: '{key}' is in '{tensors[name].file}' and in "
+                        f"'{file}'. Remove one of the files.",
                     )
                 tensors[name], keys[name] = tensor, key
     refuse_quantised(tensors, {}, source)
@@ -102,32 +102,32 @@ def _read_file(source: str, path: Path) -> Checkpoint:
         if name in keys:
             raise AfaError(
                 "AFA-MERGE-007",
-                f"'{source}' holds one tensor under two names, '{keys[name]}' and '{key}', as "
-                "merges of two layouts leave it. A merge needs every tensor once. Take another "
-                "copy, or remove one layout's tensors from the file.",
+                f"'{source}' contains one tensor under two names, '{keys[name]}' and '{key}', "
+                "which happens if a tool merged files of two layouts. Use another copy, or remove "
+                "one layout's tensors from the file.",
             )
         keys[name] = key
     return Checkpoint(source, path, {n: stored[key] for n, key in keys.items()}, keys, metadata)
 
 
 def in_one_layout(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
-    """Single files by the same names, where some have diffusers' names for the U-Net.
+    """Rename the U-Nets of single files to diffusers' names if some files use these.
 
     Raises:
-        AfaError: a transformer in two layouts, which differ in more than names.
+        AfaError: if transformers have two layouts, which differ in more than names.
     """
     has_original = [_has(c, DENOISER) for c in checkpoints]
     for part in ("transformer.", "unet."):
         if not any(has_original) or not any(_has(c, part) for c in checkpoints):
             continue
         if part == "transformer.":
-            theirs = next(c for c in checkpoints if _has(c, part))
-            ours = next(c for c in checkpoints if _has(c, DENOISER))
+            diffusers = next(c for c in checkpoints if _has(c, part))
+            original = next(c for c in checkpoints if _has(c, DENOISER))
             raise AfaError(
                 "AFA-MERGE-008",
-                f"'{theirs.source}' is in diffusers' layout, '{ours.source}' in that of the "
-                "original code, which joins queries, keys and values. A merge of transformers "
-                "needs one layout. Name both in the same one.",
+                f"'{diffusers.source}' has diffusers' layout, '{original.source}' the original "
+                "one, which joins queries, keys and values. Transformers must have one layout. "
+                "Convert one of them.",
             )
         return [
             _renamed(c) if is_original else c
@@ -136,12 +136,12 @@ def in_one_layout(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     return list(checkpoints)
 
 
-def _has(checkpoint: Checkpoint, start: str) -> bool:
-    return any(name.startswith(start) for name in checkpoint.tensors)
+def _has(checkpoint: Checkpoint, prefix: str) -> bool:
+    return any(name.startswith(prefix) for name in checkpoint.tensors)
 
 
 def _renamed(checkpoint: Checkpoint) -> Checkpoint:
-    """The same file with diffusers' names for its U-Net."""
+    """The checkpoint with diffusers' names for its U-Net."""
     new = unet_names(checkpoint.tensors)
     return replace(
         checkpoint,
@@ -151,21 +151,17 @@ def _renamed(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def canonical_name(part: str, key: str) -> str:
-    """The name of a folder's tensor by which experts are compared.
+    """The name of a folder's tensor, equal in all experts.
 
-    transformers 5 saves text encoders without the `text_model.` that older versions wrote.
+    Removes the prefix `text_model.` of text encoders, which transformers 5 no longer writes.
     """
     return f"{part}.{key.removeprefix('text_model.') if part in TEXT_ENCODERS else key}"
 
 
 def has_part(index: Mapping[str, Any], part: str) -> bool:
-    """Whether a `model_index.json` names a component, and not only its empty place.
+    """Whether a `model_index.json` has this component, with a class.
 
-    A name is no path: `../x` would be copied from and to outside the folders.
+    Rejects names such as `../x`, which would read and write outside the folders.
     """
     entry = index.get(part)
     return isinstance(entry, list) and entry[:1] not in ([], [None]) and part.isidentifier()
-
-
-def _index(path: Path) -> dict[str, Any]:
-    return read_json(path / "model_index.json")

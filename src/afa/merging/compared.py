@@ -1,4 +1,4 @@
-"""Every tensor of a merge: made from which tensors of which checkpoints, or refused."""
+"""Plan each tensor of a merge: which tensors of which checkpoints it is computed from."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from afa.merging.recipe import MergeRecipe
 from afa.merging.streams import StoredTensor, TensorSpec
 
 _DENOISERS = (*COMPONENTS, None)
-_MAX_BUFFER = 100_000  # numbers; a noise schedule has a thousand
+_MAX_BUFFER = 100_000  # entries; a noise schedule has a thousand
 
 
 @dataclass(frozen=True)
@@ -26,15 +26,15 @@ class PlannedTensor(TensorSpec):
     """One tensor of the result; `dtype` and `shape` are the result's.
 
     Attributes:
-        name: by which experts are compared; a file's own name where all of them have the same.
-        key: in the output file.
-        sources: the experts' tensors; a single one is taken as it is. Those of the input layer may
-            have fewer channels than the result, and are padded with zeros.
-        base: the base's tensor, where the method needs it.
-        is_merged: false where the tensor is the first expert's.
-        is_autoencoder: whether it is of an autoencoder that the recipe takes from the first expert.
-        is_repaired: whether it holds a text encoder's positions, which were damaged.
-        is_buffer: whether it is no weight, and may hold infinity.
+        name: for methods and records; the tensor's name in the files if it is the same in all.
+        key: its name in the output file.
+        sources: the experts' tensors, or the one that is copied. Those of the input layer may have
+            fewer channels than the result, and are padded with zeros.
+        base: the base's tensor, if the method needs it.
+        is_merged: False if the tensor is copied from the first expert.
+        is_autoencoder: whether it belongs to an autoencoder that is copied from the first expert.
+        is_repaired: whether it contains a text encoder's positions, which were damaged.
+        is_buffer: whether it is a buffer, which may contain infinity.
     """
 
     name: str
@@ -47,37 +47,40 @@ class PlannedTensor(TensorSpec):
     is_buffer: bool = False
 
     @property
+    def inputs(self) -> list[StoredTensor]:
+        """The experts' tensors and the base's."""
+        return [*self.sources, *([] if self.base is None else [self.base])]
+
+    @property
     def is_padded(self) -> bool:
         """Whether a checkpoint's tensor is padded with zeros."""
-        inputs = self.sources if self.base is None else [*self.sources, self.base]
-        return any(source.shape != self.shape for source in inputs)
+        return any(each.shape != self.shape for each in self.inputs)
 
     @property
     def num_bytes_read(self) -> int:
-        """What has to be read for it."""
-        inputs = self.sources if self.base is None else [*self.sources, self.base]
-        return sum(source.num_bytes for source in inputs)
+        """Number of bytes to read for it."""
+        return sum(each.num_bytes for each in self.inputs)
 
 
 def plan_tensors(
-    compared: Sequence[Checkpoint], recipe: MergeRecipe, *, has_base: bool
+    compared: Sequence[Checkpoint], recipe: MergeRecipe
 ) -> tuple[list[PlannedTensor], dict[str, list[str]]]:
-    """Lay out the tensors of a merge, which are those of the first expert.
+    """Plan the tensors of a merge, which are those of the first expert.
 
-    A tensor that all checkpoints have is merged. A whole part besides the denoiser, or an optional
-    tensor (see `afa.merging.optional`), that some of them lack is the first expert's, or
-    is left out where it lacks it itself. Anything else that is missing is refused.
+    Tensors that all checkpoints have are merged. If a checkpoint lacks a component other than the
+    denoiser, or an optional tensor (see `afa.merging.optional`), the first expert's is copied; what
+    the first expert lacks is dropped. Any other missing tensor is an error.
 
     Args:
-        compared: the experts, and the base at the end if there is one.
-        recipe: of the merge.
-        has_base: whether the last is the base.
+        compared: the experts, followed by the base if the recipe has one.
+        recipe: the merge.
 
-    Returns: the tensors; and for every other expert what it has and the first one lacks.
+    Returns: the tensors; and for every other expert the tensors that the first one lacks.
 
     Raises:
-        AfaError: checkpoints of several architectures.
+        AfaError: if the checkpoints have different architectures.
     """
+    has_base = recipe.base is not None
     first, experts = compared[0], compared[:-1] if has_base else compared
     parts = [{part_of(name) for name in checkpoint.tensors} for checkpoint in compared]
     left_out: dict[str, list[str]] = {}
@@ -129,9 +132,9 @@ def plan_tensors(
 
 
 def _label(name: str, having: Sequence[Checkpoint]) -> str:
-    """A tensor's name for methods and records: the one that everyone has, or the canonical one.
+    """A tensor's name for methods and records: its name in the files if equal, or the canonical.
 
-    The random masks of DARE are drawn by it; so they stay what they were for files of one layout.
+    DARE seeds its masks with it, so that masks of files with one layout do not change.
     """
     if having[0].path.is_dir():
         return name
@@ -140,7 +143,7 @@ def _label(name: str, having: Sequence[Checkpoint]) -> str:
 
 
 def _may_lack(name: str, parts: set[str | None]) -> bool:
-    """Whether a checkpoint that has these parts may lack a tensor."""
+    """Whether a checkpoint with these components may lack a tensor."""
     part = part_of(name)
     return is_optional(name) or (part not in _DENOISERS and part not in parts)
 
@@ -149,12 +152,12 @@ def _refuse_missing(name: str, having: Checkpoint, lacking: Checkpoint) -> None:
     part = part_of(name)
     same = [n for n in having.tensors if part_of(n) == part]
     others = sum(n not in lacking.tensors for n in same) - 1
-    also = f" (as are {others} more of {len(same)} like it)" if others else ""
+    also = f" (and {others} more of the {len(same)} in this component)" if others else ""
     raise AfaError(
         "AFA-MERGE-009",
-        f"Merged checkpoints must share one architecture: '{name}' has shape "
-        f"{having.tensors[name].shape} in '{having.source}' and is missing in "
-        f"'{lacking.source}'{also}. Merge checkpoints of one family.",
+        f"The architectures differ: '{name}' has shape {having.tensors[name].shape} in "
+        f"'{having.source}' and is missing in '{lacking.source}'{also}. Merge checkpoints of one "
+        "architecture.",
     )
 
 
@@ -166,9 +169,8 @@ def _check_shapes(name: str, checkpoints: Sequence[Checkpoint]) -> None:
         if ours != theirs and not (is_input_layer(name) and _can_be_padded(theirs, ours)):
             raise AfaError(
                 "AFA-MERGE-010",
-                f"Merged checkpoints must share one architecture: '{name}' has shape {ours} in "
-                f"'{first.source}' and {theirs} in '{other.source}'. Merge checkpoints of one "
-                "family.",
+                f"The architectures differ: '{name}' has shape {ours} in '{first.source}' and "
+                f"{theirs} in '{other.source}'. Merge checkpoints of one architecture.",
             )
 
 
@@ -182,5 +184,4 @@ def _can_be_padded(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
 
 
 def _is_finite(tensor: StoredTensor) -> bool:
-    num_numbers = torch.Size(tensor.shape).numel()
-    return num_numbers > _MAX_BUFFER or is_finite(tensor.read())
+    return torch.Size(tensor.shape).numel() > _MAX_BUFFER or is_finite(tensor.read())

@@ -1,4 +1,4 @@
-"""DARE: drop entries of every expert's differences at random, and rescale the rest."""
+"""DARE: drop random entries of each expert's difference from the base, and rescale the rest."""
 
 from __future__ import annotations
 
@@ -9,13 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from afa.merging.method import (
-    MergeMethod,
-    check_density,
-    check_weights,
-    require_base,
-    uniform,
-)
+from afa.merging.method import MergeMethod, check_density, check_weights, require_base, uniform
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,14 +19,14 @@ if TYPE_CHECKING:
 class Dare(MergeMethod):
     """base + sum_n w_n m_n (t_n - base) / density, m_n ~ Bernoulli(density).
 
-    Drop And REscale (Yu et al. 2024, arXiv 2311.03099, section 3), whose drop rate p is
-    1 - density, before task arithmetic. What is dropped depends on the seed and the tensor's name
-    alone, not on other tensors or the global random state. Masks are drawn on the CPU.
+    Drop And REscale (Yu et al. 2024, arXiv 2311.03099, section 3) with drop rate p = 1 - density,
+    followed by task arithmetic. The masks depend only on the seed and the tensor's name, not on
+    other tensors or the global random state. They are sampled on the CPU.
 
     Attributes:
-        weights: one per expert, of any sum; None is 1/N each.
-        density: the share of entries that a difference keeps; 1 is `AddDifference`.
-        seed: of the masks.
+        weights: one per expert, with any sum; None uses 1/N each.
+        density: fraction of entries to keep; 1 equals `AddDifference`.
+        seed: seed of the masks.
     """
 
     weights: Sequence[float] | None = None
@@ -46,10 +40,10 @@ class Dare(MergeMethod):
         check_density(self.density)
 
     def merge(self, name: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
-        """Drop, rescale, weigh and add to the base."""
+        """Drop, rescale, weight and add to the base."""
         base = require_base(base, self)
         total = base.clone()
-        # peft's random pruning draws from the global generator, which this leaves alone
+        # peft's random pruning would use the global generator
         generator = torch.Generator().manual_seed(tensor_seed(self.seed, name))
         for tensor, weight in zip(tensors, uniform(self.weights, len(tensors)), strict=True):
             difference = tensor - base
@@ -62,6 +56,6 @@ class Dare(MergeMethod):
 
 
 def tensor_seed(seed: int, name: str) -> int:
-    """A seed of its own for every tensor."""
+    """Derive a seed for each tensor from the seed and its name."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return int.from_bytes(digest[:8], "little")

@@ -1,4 +1,4 @@
-"""What of a pipeline folder is not merged: configurations, tokenizer, scheduler and the like."""
+"""Copy what a merge leaves unchanged in a folder: configurations, tokenizer, scheduler, ..."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _DTYPES = ("dtype", "torch_dtype")
 
 
 def weights_file(part: str) -> str:
-    """Where a pipeline folder has the weights of one part."""
+    """The file with the weights of one component of a pipeline folder."""
     stem = "model" if part in TEXT_ENCODERS else "diffusion_pytorch_model"
     return f"{part}/{stem}.safetensors"
 
 
 def files_to_copy(folder: Path, merged_parts: set[str]) -> list[Path]:
-    """The files that a merge takes from the first expert, relative to its folder.
+    """List the files that a merge copies from the first expert, relative to its folder.
 
-    Of merged parts all but the weights; of other components (a safety checker) all but pickles;
-    a component whose only weights are pickles is left out.
+    These are all files except pickles and the weights of merged components. Components whose only
+    weights are pickles (some safety checkers) are dropped.
     """
     files: list[Path] = []
     index = read_json(folder / "model_index.json")
@@ -39,7 +39,7 @@ def files_to_copy(folder: Path, merged_parts: set[str]) -> list[Path]:
         if part in merged_parts:
             found = [file for file in found if not file.name.endswith(_WEIGHTS)]
         elif not any(file.suffix == ".safetensors" for file in found):
-            # a tokenizer has no weights at all
+            # a tokenizer has no weights
             found = [] if any(file.suffix in PICKLES for file in found) else found
         found = [file for file in found if file.suffix not in PICKLES]
         files += [file.relative_to(folder) for file in found]
@@ -49,15 +49,15 @@ def files_to_copy(folder: Path, merged_parts: set[str]) -> list[Path]:
 def copy_files(
     folder: Path, files: list[Path], target: Path, merged_parts: Iterable[str], dtype: str | None
 ) -> None:
-    """Copy, and write a `model_index.json` that names what is there.
+    """Copy files, and write a `model_index.json` that lists the copied and merged components.
 
     Args:
-        folder: of the first expert.
+        folder: the first expert's folder.
         files: see `files_to_copy`.
         target: the new folder, with the merged weights.
-        merged_parts: whose weights were merged, or written in another type.
-        dtype: of those weights, where the recipe sets it; transformers loads in the type that a
-            part's configuration names, and would round them to the first expert's.
+        merged_parts: components whose weights were merged, or written in another dtype.
+        dtype: dtype of those weights if the recipe sets it. It replaces the dtype in the
+            configurations, because transformers loads weights in that dtype.
     """
     for file in files:
         copy = target / file

@@ -1,4 +1,4 @@
-"""Static merges of models in memory."""
+"""Merge models in memory."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ def merge_models(
     base: nn.Module | None = None,
     part: Literal["unet", "text_encoder", "text_encoder_2", "vae"] = "unet",
 ) -> Model:
-    """A new model merged from several; the same numbers as `afa merge` writes.
+    """Merge models into a new one, with the same result as `afa merge`.
 
-    Arithmetic runs in float32; entries that are not floating point are the first model's.
+    Computes in float32. Tensors that are not floating point are copied from the first model.
 
     Args:
-        models: of one architecture; not changed.
-        method: how one tensor is merged.
-        base: the model they were fine-tuned from, for methods that need it.
-        part: what of a pipeline they are: block weights and random masks go by it.
+        models: models of one architecture; they are not modified.
+        method: the merge method.
+        base: the model that they were fine-tuned from, for methods that need it.
+        part: the component that the models are, for block weights and random masks.
 
     Raises:
-        AfaError: no models, settings that do not fit, a base too few or too many, different
-            architectures, or a result that is not finite.
+        AfaError: if there are no models, the settings do not fit them, a base is missing or not
+            allowed, the architectures differ, or the result has non-finite values.
     """
     if not models:
-        raise AfaError("AFA-MERGE-011", "A merge must have at least one model, came none.")
+        raise AfaError("AFA-MERGE-011", "Got no models. A merge needs at least one.")
     if base is not None and not method.needs_base:
         raise AfaError(
-            "AFA-MERGE-012", f"A merge by {type(method).__name__} must have no base. Leave it out."
+            "AFA-MERGE-012", f"{type(method).__name__} does not use a base. Omit `base`."
         )
     merged = copy.deepcopy(models[0])
     states = [model.state_dict() for model in models]
@@ -58,8 +58,8 @@ def merge_models(
         if len(parts) < len(compared) or any(other.shape != tensor.shape for other in parts):
             raise AfaError(
                 "AFA-MERGE-013",
-                f"Merged models must share one architecture, but '{name}' is missing or of "
-                "another shape in one of them.",
+                f"The architectures differ: '{name}' is missing or has another shape in one of "
+                "the models. Merge models of one architecture.",
             )
         experts = parts[: len(models)]
         base_tensor = None if base_state is None else base_state[name]
@@ -68,20 +68,21 @@ def merge_models(
         if not is_kept(name, tensor.dtype) and not is_finite(tensor):
             raise AfaError(
                 "AFA-MERGE-014",
-                f"A merged tensor must be finite, but '{name}' is not in {tensor.dtype}. Take "
-                "models without nan and infinity, smaller weights, or float32.",
+                f"The merged tensor '{name}' has non-finite values (NaN or infinity) in "
+                f"{tensor.dtype}. Use finite models, smaller merge weights, or float32.",
             )
     return merged
 
 
 def weighted_merge(models: Sequence[Model], weights: Sequence[float] | None = None) -> Model:
-    """A new model whose every weight is the weighted mean of the models' (Weighted Merging).
+    """Merge models into a new one by the weighted mean of their parameters.
 
     Args:
-        models: of one architecture; not changed.
-        weights: one per model, summing to 1; None is uniform.
+        models: models of one architecture; they are not modified.
+        weights: one per model, summing to 1; None uses 1/N each.
 
     Raises:
-        AfaError: no models, weights that do not fit or sum to 1, or different architectures.
+        AfaError: if there are no models, the number of weights is wrong, they do not sum to 1, or
+            the architectures differ.
     """
     return merge_models(models, WeightedSum(weights))

@@ -1,4 +1,4 @@
-"""The metadata of a merged file: what describes the model, and nothing that was true of one expert.
+"""The metadata of a merged file: entries that describe the merge, not a single expert.
 
 Keys: the model metadata standard of Stability AI, https://github.com/Stability-AI/ModelSpec.
 """
@@ -13,20 +13,20 @@ from afa.merging.objectives import METADATA
 if TYPE_CHECKING:
     from afa.merging.plan import MergePlan
 
-# they say how a file of this kind is to be read; titles, authors, dates and hashes do not
+# entries that describe the format, as opposed to titles, authors, dates and hashes
 _DESCRIBING = (
     *("modelspec.sai_model_spec", "modelspec.architecture", "modelspec.implementation"),
     *("modelspec.resolution", "modelspec.encoder_layer", "modelspec.timestep_range"),
     *METADATA,
 )
-_SPELLED = {"v_prediction": "v"}  # as the standard has it
+_SPELLED = {"v_prediction": "v"}  # the standard's value
 
 
 def carried_metadata(plan: MergePlan) -> dict[str, str]:
-    """What a merged file says of its model.
+    """Return the metadata of a merged file.
 
-    The first expert's descriptions that no other expert contradicts, what the models predict where
-    any of them says it, and the experts' names under `modelspec.merged_from`.
+    Contains the first expert's entries that no other expert contradicts, the prediction type if it
+    is known, and the experts' names as `modelspec.merged_from`.
     """
     first, *others = [expert.metadata for expert in plan.experts]
     carried = {

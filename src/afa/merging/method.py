@@ -1,4 +1,4 @@
-"""What a static merge is: a rule for one tensor of several checkpoints."""
+"""The interface of merge methods, and checks of their settings."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-# buffers of text encoders: positions and masks, of which a mean means nothing
+# positions and masks of text encoders, which must not be averaged
 _BUFFERS = ("position_ids", "attn_mask")
 
 
 class MergeMethod(ABC):
-    """One way to make one tensor out of the same tensor of several experts.
+    """Base class of merge methods, which merge one tensor of several experts at a time.
 
-    Subclasses are frozen dataclasses: their settings are checked at construction, and a tensor's
-    result depends on nothing but the settings, its name and its values.
+    Subclasses are frozen dataclasses that check their settings at construction. The result for a
+    tensor depends only on the settings, its name and its values.
     """
 
     needs_base: ClassVar[bool] = False
@@ -33,18 +33,19 @@ class MergeMethod(ABC):
         """Merge one tensor.
 
         Args:
-            name: of the tensor in its checkpoint, such as `unet.conv_in.weight`.
-            tensors: of the experts, in float32 and of one shape; not changed.
-            base: of the model the experts were fine-tuned from; None where not `needs_base`.
+            name: name of the tensor in its checkpoint, such as `unet.conv_in.weight`.
+            tensors: the experts' tensors, in float32 and of one shape; they are not modified.
+            base: the tensor of the model that the experts were fine-tuned from; None unless
+                `needs_base`.
 
-        Returns: the merged tensor in float32, of the same shape.
+        Returns: the merged tensor in float32, with the same shape.
         """
 
     def fit(self, names: Iterable[str], num_experts: int) -> MergeMethod:
-        """This method, for checkpoints of these tensors.
+        """Adapt the method to checkpoints with these tensors.
 
         Raises:
-            AfaError: the settings are for another number of experts, or other tensors.
+            AfaError: if the settings do not fit the number of experts or the tensors.
         """
         weights = getattr(self, "weights", None)
         if weights is not None:
@@ -53,14 +54,14 @@ class MergeMethod(ABC):
 
 
 def is_kept(name: str, dtype: torch.dtype) -> bool:
-    """Whether a tensor is the first expert's: integers, and buffers that some store as floats."""
+    """Whether a tensor is copied from the first expert: integers, and buffers stored as floats."""
     return not dtype.is_floating_point or name.endswith(_BUFFERS)
 
 
 def merge_tensor(
     method: MergeMethod, name: str, tensors: Sequence[Tensor], base: Tensor | None
 ) -> Tensor:
-    """One tensor of the merge: in float32, or the first expert's as it is, see `is_kept`."""
+    """Merge one tensor in float32, or return the first expert's if `is_kept`."""
     if is_kept(name, tensors[0].dtype):
         return tensors[0]
     floats = [tensor.float() for tensor in tensors]
@@ -68,72 +69,72 @@ def merge_tensor(
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether all numbers are finite, without a mask as large as the tensor."""
+    """Whether all values are finite, computed without a mask of the tensor's size."""
     return tensor.numel() == 0 or all(torch.isfinite(end) for end in torch.aminmax(tensor.float()))
 
 
 def check_weights(weights: Sequence[float] | None, *, sum_to_one: bool) -> None:
-    """Refuse weights that are not finite, or a mean's that do not sum to 1.
+    """Check that weights are finite, and that those of a mean sum to 1.
 
     Raises:
-        AfaError: says what came.
+        AfaError: if not.
     """
     if weights is None:
         return
     if not all(math.isfinite(weight) for weight in weights):
         raise AfaError(
-            "AFA-MERGE-015", f"The weights of a merge must be finite; came {list(weights)}."
+            "AFA-MERGE-015", f"The weights of a merge must be finite; got {list(weights)}."
         )
     if sum_to_one and abs(sum(weights) - 1) > 1e-6:
         raise AfaError(
             "AFA-MERGE-016",
-            f"The weights of this merge must be one per expert, summing to 1; came "
-            f"{list(weights)}, which sum to {sum(weights):.6g}.",
+            f"The weights of this merge must sum to 1; got {list(weights)} with sum "
+            f"{sum(weights):.6g}.",
         )
 
 
 def check_number(weights: Sequence[float], num_experts: int) -> None:
-    """Refuse weights of another number than the experts.
+    """Check that there is one weight per expert.
 
     Raises:
-        AfaError: says how many came.
+        AfaError: if not.
     """
     if len(weights) != num_experts:
         raise AfaError(
             "AFA-MERGE-017",
-            f"A merge of {num_experts} experts must have as many weights; came {list(weights)}.",
+            f"A merge of {num_experts} experts needs {num_experts} weights; got {list(weights)}.",
         )
 
 
 def check_density(density: float) -> None:
-    """Refuse a share of kept entries that is no share.
+    """Check that a density is above 0 and at most 1.
 
     Raises:
-        AfaError: says what came.
+        AfaError: if not.
     """
     if not 0 < density <= 1:
         raise AfaError(
             "AFA-MERGE-018",
-            f"The density must be above 0 and at most 1, the share of entries to keep; came "
+            f"density (the fraction of entries to keep) must be above 0 and at most 1; got "
             f"{density}.",
         )
 
 
 def uniform(weights: Sequence[float] | None, num_experts: int) -> list[float]:
-    """The weights, or the same for every expert, summing to 1."""
+    """Return the weights, or 1/N each for None."""
     return [1 / num_experts] * num_experts if weights is None else list(weights)
 
 
 def require_base(base: Tensor | None, method: MergeMethod) -> Tensor:
-    """The base's tensor.
+    """Return the base's tensor.
 
     Raises:
-        AfaError: there is none.
+        AfaError: if it is None.
     """
     if base is None:
         raise AfaError(
             "AFA-MERGE-019",
-            f"{type(method).__name__} must have the model that the experts were fine-tuned from; "
-            "none came. Name it as base.",
+            f"{type(method).__name__} needs the model that the experts were fine-tuned from; got "
+            "None. Pass it as `base`.",
         )
     return base

@@ -1,4 +1,4 @@
-"""Which kind of model a checkpoint holds, in the words of people, told by its tensors."""
+"""Detect the kind of a checkpoint's model from its tensors."""
 
 from __future__ import annotations
 
@@ -15,60 +15,58 @@ if TYPE_CHECKING:
     from afa.merging.checkpoints import Checkpoint
     from afa.merging.streams import TensorSpec
 
-#: the layer that reads the latent, under its canonical names; channels are its second dimension
+#: canonical names of the layer that reads the latent; dimension 1 is its input channels
 INPUT_LAYERS = (f"{DENOISER}input_blocks.0.0.weight", "unet.conv_in.weight")
-# its copy in the average that training code keeps
+# its copy in the exponential moving average (EMA) of the weights
 _AVERAGED_INPUT = "model_ema.diffusion_modelinput_blocks00weight"
 _OUTPUT_LAYERS = (f"{DENOISER}out.2.weight", "unet.conv_out.weight")
 _INPAINTING = {9: "inpainting", 8: "instruct-pix2pix", 5: "depth"}
 
 
 def model_kind(tensors: Mapping[str, TensorSpec]) -> str | None:
-    """The kind of model, such as `Stable Diffusion 1.x`; None where nothing is known of it.
+    """Detect the kind of model, such as `Stable Diffusion 1.x`; None if it is unknown.
 
     Args:
-        tensors: by canonical name.
+        tensors: canonical name -> tensor.
     """
-    for start in (DENOISER, *(f"{component}." for component in COMPONENTS)):
-        shapes = {n.removeprefix(start): t.shape for n, t in tensors.items() if n.startswith(start)}
+    for prefix in (DENOISER, *(f"{component}." for component in COMPONENTS)):
+        shapes = {
+            n.removeprefix(prefix): t.shape for n, t in tensors.items() if n.startswith(prefix)
+        }
         for family in FAMILIES:
-            if (said := family.variant(shapes)) is not None:
-                return said
+            if (variant := family.variant(shapes)) is not None:
+                return variant
     is_transformer = any(name.startswith((DENOISER, "transformer.")) for name in tensors)
     return "a transformer" if is_transformer else None
 
 
 def refuse_mixed_kinds(checkpoints: Sequence[Checkpoint]) -> None:
-    """Refuse checkpoints of several kinds of models.
+    """Check that all checkpoints are of one kind of model.
 
     Raises:
-        AfaError: names the first two kinds.
+        AfaError: if not.
     """
     first, *others = [(c.source, model_kind(c.tensors)) for c in checkpoints]
     for source, kind in others:
         if kind != first[1]:
             raise AfaError(
                 "AFA-MERGE-020",
-                f"'{first[0]}' is {first[1] or 'of no known kind'}, '{source}' is "
-                f"{kind or 'of no known kind'}. A merge needs models of one kind. Name checkpoints "
-                "of one kind.",
+                f"'{first[0]}' is {first[1] or 'of an unknown kind'}, '{source}' is "
+                f"{kind or 'of an unknown kind'}. Merge models of one kind.",
             )
 
 
 def is_input_layer(name: str) -> bool:
-    """Whether it is the layer that reads the latent, or its average."""
+    """Whether it is the layer that reads the latent, or its moving average."""
     return name in (*INPUT_LAYERS, _AVERAGED_INPUT)
 
 
-def check_channels(checkpoints: Sequence[Checkpoint]) -> dict[str, int]:
-    """See how many input channels each U-Net reads; those of inpainting models read more.
-
-    Returns: source -> channels, of the checkpoints whose input layer is to be padded with zeros to
-        as many channels as the first one has.
+def check_channels(checkpoints: Sequence[Checkpoint]) -> None:
+    """Check that the input channels of all U-Nets can be merged; inpainting models have more.
 
     Raises:
-        AfaError: the first has fewer channels than another, or the others have channels besides
-            the latent's that are not the first one's.
+        AfaError: if the first checkpoint has fewer channels than another, or another one has other
+            channels besides the latent's.
     """
     counts = {}
     for each in checkpoints:
@@ -78,28 +76,26 @@ def check_channels(checkpoints: Sequence[Checkpoint]) -> dict[str, int]:
     first = checkpoints[0]
     expected = counts.get(first.source)
     if expected is None:
-        return {}
+        return
     output = next((first.tensors[n] for n in _OUTPUT_LAYERS if n in first.tensors), None)
     latent = output.shape[0] if output is not None else expected
-    padded = {source: count for source, count in counts.items() if count != expected}
-    for source, count in padded.items():
-        if count == latent < expected:
+    for source, count in counts.items():
+        if count == expected or count == latent < expected:
             continue
         if expected == latent < count:
             raise AfaError(
                 "AFA-MERGE-021",
-                f"'{source}' reads {_channels(count)}, '{first.source}' reads {expected}. A merge "
-                "has the input channels of the first expert, and can only add zeros to the others. "
-                f"Name '{source}' first.",
+                f"'{source}' has {_channels(count)}, '{first.source}' has {expected}. A merge has "
+                "the input channels of the first expert, and can only pad the others with zeros. "
+                f"List '{source}' first.",
             )
         raise AfaError(
             "AFA-MERGE-022",
-            f"'{source}' reads {_channels(count)}, '{first.source}' reads {_channels(expected)}. A "
-            f"merge needs the same extra channels, or none ({latent}). Name models of one use.",
+            f"'{source}' has {_channels(count)}, '{first.source}' has {_channels(expected)}. All "
+            f"models must have {expected} or {latent} input channels. Merge models of one kind.",
         )
-    return padded
 
 
 def _channels(count: int) -> str:
     use = _INPAINTING.get(count)
-    return f"{count} channels" + (f" ({use})" if use else "")
+    return f"{count} input channels" + (f" ({use})" if use else "")

@@ -1,4 +1,4 @@
-"""What the U-Nets of checkpoints predict, and on which noise schedule: a mean needs one of each."""
+"""Check that checkpoints have one prediction type and one noise schedule."""
 
 from __future__ import annotations
 
@@ -18,97 +18,93 @@ if TYPE_CHECKING:
 
     from afa.merging.checkpoints import Checkpoint
 
-#: what `modelspec` calls it, and ComfyUI
+#: the prediction type in `modelspec` metadata, and in ComfyUI's
 METADATA = ("modelspec.prediction_type", "modelspec.predict_key")
 _SCHEDULE = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
 _PRODUCTS = "alphas_cumprod"
 
 
 def prediction_type(checkpoint: Checkpoint) -> str | None:
-    """What the model predicts: `epsilon`, `v_prediction`, `flow_prediction`, ...
+    """Determine the prediction type: `epsilon`, `v_prediction`, `flow_prediction`, ...
 
-    A folder's scheduler says it; of a file what `afa.loading.prediction.evidence_of` finds.
+    Reads a folder's scheduler, or a file's evidence (`afa.loading.prediction.evidence_of`).
 
-    Returns: None for a file that does not say.
+    Returns: None if it is not specified.
 
     Raises:
-        AfaError: a file of which two places say different things, or a `.yaml` beside it that
-            cannot be read.
+        AfaError: if a file contradicts itself, or the `.yaml` beside it cannot be read.
     """
     if checkpoint.path.is_dir():
         config = _scheduler(checkpoint.path)
         return predicted_by(str(config.get("_class_name")), config) if config else None
     shapes = {name: tuple(tensor.shape) for name, tensor in checkpoint.tensors.items()}
-    said: dict[str, str] = {}
+    found: dict[str, str] = {}
     for each in evidence_of(checkpoint.path, shapes):
         if each.is_edm:
-            said.setdefault("EDM, on continuous noise levels", each.where)
+            found.setdefault("EDM, on continuous noise levels", each.where)
         elif each.type is not None:
-            said.setdefault(each.type, each.where)
-    if len(said) > 1:
-        (first, here), (second, there) = list(said.items())[:2]
+            found.setdefault(each.type, each.where)
+    if len(found) > 1:
+        (first, here), (second, there) = list(found.items())[:2]
         raise AfaError(
             "AFA-MERGE-023",
-            f"'{checkpoint.source}' contradicts itself: {here} says that it predicts {first}, "
-            f"{there} says {second}. One of them must be wrong, and a wrong one draws noise. "
-            "Correct it, or leave the file out.",
+            f"'{checkpoint.source}' contradicts itself: according to {here} it predicts {first}, "
+            f"according to {there} {second}. A wrong prediction type produces noise. Correct the "
+            "wrong one, or remove the checkpoint from experts.",
         )
-    return next(iter(said), None)
+    return next(iter(found), None)
 
 
 def check_objectives(checkpoints: Sequence[Checkpoint]) -> str | None:
-    """Refuse checkpoints that predict different things, or were trained on different noise.
+    """Check that all checkpoints have one prediction type and one noise schedule.
 
-    A U-Net in a file that does not say is taken to predict noise, as all programs take it; one of
-    Stable Diffusion 2.x, which may predict either, is taken to predict what the others do.
+    A U-Net file without a prediction type counts as `epsilon`, as in other programs. Stable
+    Diffusion 2.x has models of both types, so there it counts as the type of the others.
 
-    Returns: what they predict, where any of them says so.
+    Returns: the prediction type, or None if no checkpoint specifies it.
 
     Raises:
-        AfaError: names the two that differ.
+        AfaError: if two checkpoints differ.
     """
-    said = {c.source: prediction_type(c) for c in checkpoints}
+    types = {c.source: prediction_type(c) for c in checkpoints}
     tensors = checkpoints[0].tensors
     is_unet = any(name in tensors for name in INPUT_LAYERS)
-    is_open = not is_unet or model_kind(tensors) == STABLE_DIFFUSION_2
-    unsaid = None if is_open else "epsilon"
-    kinds = [(source, kind or unsaid) for source, kind in said.items() if kind or unsaid]
-    for first, (source, kind) in ((kinds[0], other) for other in kinds[1:]):
-        if kind != first[1]:
+    is_epsilon = is_unet and model_kind(tensors) != STABLE_DIFFUSION_2
+    default = "epsilon" if is_epsilon else None
+    known = [(source, kind or default) for source, kind in types.items() if kind or default]
+    for source, kind in known[1:]:
+        if kind != known[0][1]:
             raise AfaError(
                 "AFA-MERGE-024",
-                f"Merged checkpoints must share one objective: '{first[0]}' has prediction_type = "
-                f"{first[1]}, '{source}' has {kind}. Their mean would predict neither. Leave one "
-                "out; a single file says what it predicts by modelspec.prediction_type in its "
-                "metadata or a .yaml beside it, and is taken for epsilon where it does not.",
+                f"The prediction types differ: '{known[0][0]}' has prediction_type = "
+                f"{known[0][1]}, '{source}' has {kind}. Merge checkpoints of one type. A single "
+                "file specifies its type as modelspec.prediction_type in its metadata or in a "
+                ".yaml beside it; without these it counts as epsilon.",
             )
     _check_schedules(checkpoints)
-    return next(filter(None, said.values()), None)
+    return next(filter(None, types.values()), None)
 
 
 def _check_schedules(checkpoints: Sequence[Checkpoint]) -> None:
     first, *others = [(c.source, _schedule(c)) for c in checkpoints]
     for source, schedule in others:
         for key in first[1].keys() & schedule.keys():
-            ours, theirs = first[1][key], schedule[key]
-            if not isinstance(ours, torch.Tensor):
-                is_equal = ours == theirs
+            a, b = first[1][key], schedule[key]
+            if not isinstance(a, torch.Tensor):
+                is_equal = a == b
             else:
-                is_equal = ours.shape == theirs.shape and torch.allclose(
-                    ours, theirs, rtol=1e-2, atol=1e-4
-                )
-                ours, theirs = (f"{float(end):.4g} at its end" for end in (ours[-1], theirs[-1]))
+                is_equal = a.shape == b.shape and torch.allclose(a, b, rtol=1e-2, atol=1e-4)
+                a, b = (f"{float(last):.4g} at the last timestep" for last in (a[-1], b[-1]))
             if not is_equal:
                 raise AfaError(
                     "AFA-MERGE-025",
-                    "Merged checkpoints must share one noise schedule: "
-                    f"'{first[0]}' has {key} = {ours}, '{source}' has {theirs}. Their mean would "
-                    "fit neither. Leave one out.",
+                    f"The noise schedules differ: '{first[0]}' has {key} = {a}, '{source}' has "
+                    f"{b}. Merge checkpoints of one noise schedule.",
                 )
 
 
 def _schedule(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What a checkpoint says of its noise: a scheduler's settings, or the buffer in a file."""
+    """The noise schedule: the settings of a folder's scheduler, or the buffer in a file."""
     if checkpoint.path.is_dir():
         config = _scheduler(checkpoint.path)
         found = {key: config[key] for key in _SCHEDULE if key in config}

@@ -1,4 +1,4 @@
-"""Tensors that some files of a model have and others do not, and tensors that are no weights."""
+"""Optional tensors, and tensors that are buffers and not weights."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 _OPTIONAL = re.compile(
     r"model_ema\..*|(.*\.)?position_ids|(.*\.)?attn_mask"
     r"|(.*\.)?(logit_scale|logit_bias|text_projection|text_projection\.weight)"
-    r"|(.*\.)?encoder\.embed_tokens\.weight"  # T5 has it as shared.weight as well
-    # Stable Diffusion 2.x reads the layer before the last
+    r"|(.*\.)?encoder\.embed_tokens\.weight"  # T5's copy of shared.weight
+    # Stable Diffusion 2.x uses the output of the second last layer
     r"|cond_stage_model\.model\.transformer\.resblocks\.23\..*"
     r"|(.*\.)?(num_batches_tracked|global_step|spiece_model|tekken_model)"
     r"|first_stage_model\.(loss|model_ema)\..*"
@@ -26,36 +26,36 @@ _MAX_POSITIONS = 100_000
 
 
 def is_optional(name: str) -> bool:
-    """Whether a model may have this tensor or not, and draws in either case.
+    """Whether a model also works without this tensor.
 
     Args:
-        name: canonical.
+        name: canonical name.
     """
     return bool(_OPTIONAL.fullmatch(name) or SCHEDULE.fullmatch(name) or name in MARKERS)
 
 
 def is_schedule(name: str) -> bool:
-    """Whether it is a buffer of the noise schedule; some hold infinity by their definition."""
+    """Whether it is a buffer of the noise schedule; some contain infinity by definition."""
     return SCHEDULE.fullmatch(name) is not None or name in MARKERS
 
 
 def damaged_positions(name: str, stored: StoredTensor, dtype: torch.dtype) -> bool:
-    """Whether a text encoder's positions are not 0, 1, 2, ... as each of them must be.
+    """Whether this is a text encoder's `position_ids` with values other than 0, 1, 2, ...
 
-    Half precision rounds them and merges average them; a program that reads them then takes other
-    positions for some tokens (`position_ids` of CLIP, transformers).
+    Half precision rounds them and merges average them, and some programs then use wrong positions
+    (`position_ids` of CLIP, transformers).
 
     Args:
-        name: canonical.
+        name: canonical name.
         stored: the tensor.
-        dtype: that it would be written in.
+        dtype: dtype of the output.
     """
     if not _POSITIONS.fullmatch(name) or max(stored.shape, default=0) > _MAX_POSITIONS:
         return False
-    values = stored.read().to(dtype).reshape(-1).double()
-    return not torch.equal(values, torch.arange(values.numel(), dtype=torch.float64))
+    values = stored.read().to(dtype).double()
+    return not torch.equal(values, right_positions(stored.shape).double())
 
 
 def right_positions(shape: tuple[int, ...]) -> torch.Tensor:
-    """Positions as transformers makes them: int64, counted from 0."""
+    """Positions 0, 1, 2, ... in int64, as transformers creates them."""
     return torch.arange(torch.Size(shape).numel()).reshape(shape)

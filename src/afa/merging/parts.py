@@ -1,4 +1,4 @@
-"""Which part of a model a checkpoint's tensor belongs to."""
+"""Map a checkpoint's tensors to components and U-Net sites."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-#: parts that are no U-Net, as keys of per-block weights
+#: components except the U-Net, as keys of block weights
 OTHER_PARTS = ("transformer", *TEXT_ENCODERS, "vae")
-# the start of a name -> part; a folder's names start with the part itself
+# prefix of a name -> component; a folder's names start with the component itself
 _PREFIXES = {
     "unet.": "unet",
     **{f"{part}.": part for part in OTHER_PARTS},
     DENOISER: "unet",
     "cond_stage_model.": "text_encoder",
-    "conditioner.embedders.0.model.": "text_encoder_2",  # the refiner of XL has that one alone
+    "conditioner.embedders.0.model.": "text_encoder_2",  # the XL refiner has only this one
     "conditioner.embedders.0.": "text_encoder",
     "conditioner.embedders.1.": "text_encoder_2",
     "text_encoders.clip_l.": "text_encoder",
@@ -31,34 +31,34 @@ _PREFIXES = {
 
 
 def part_of(name: str) -> str | None:
-    """`unet`, `transformer`, `text_encoder`, ... or `vae`; None where the name fits none."""
-    return next((part for start, part in _PREFIXES.items() if name.startswith(start)), None)
+    """The component: `unet`, `transformer`, `text_encoder`, ..., `vae`; None if unknown."""
+    return next((part for prefix, part in _PREFIXES.items() if name.startswith(prefix)), None)
 
 
 def block_keys(names: Iterable[str]) -> dict[str, str]:
-    """For every tensor of a checkpoint its site in the U-Net, or its part if that is no U-Net.
+    """Map the tensors of a checkpoint to their U-Net site, or to their component.
 
     Args:
-        names: of all tensors of a checkpoint: a single file's in any of its layouts, or a folder's
-            behind their part (`unet.conv_in.weight`). Weights that are averaged over training
-            (`model_ema.`) have the site of the weights that they average.
+        names: all tensors of a checkpoint: a single file's in any layout, or a folder's with their
+            component as prefix (`unet.conv_in.weight`). Averaged weights (`model_ema.`) have the
+            site of the weights that they average.
 
-    Returns: name -> `conv_in`, `down.0.0`, ..., `transformer`, `text_encoder`, `vae`; names that
-        fit nothing are left out.
+    Returns: name -> `conv_in`, `down.0.0`, ..., `transformer`, `text_encoder`, `vae`. Unknown names
+        are omitted.
     """
     canonical = canonical_names(names)
     own = _parts_of_family(canonical.values())
     keys, unet = {}, {}
     for name, full in canonical.items():
-        start = next((start for start in _PREFIXES if full.startswith(start)), "")
-        part = own.get(start) or _PREFIXES.get(start)
+        prefix = next((prefix for prefix in _PREFIXES if full.startswith(prefix)), "")
+        part = own.get(prefix) or _PREFIXES.get(prefix)
         if part == "unet":
-            unet[full.removeprefix(start)] = name
+            unet[full.removeprefix(prefix)] = name
         elif part is not None:
             keys[name] = part
     sites = {unet[parameter]: site for parameter, site in parameter_sites(unet).items()}
     averaged = {
-        # as training code names what it averages: all dots left out behind `model_ema.`
+        # training code removes all dots from the names of averaged weights
         "model_ema." + canonical[name].removeprefix("model.").replace(".", ""): key
         for name, key in (keys | sites).items()
         if canonical[name].startswith(DENOISER)
@@ -68,12 +68,12 @@ def block_keys(names: Iterable[str]) -> dict[str, str]:
 
 
 def _parts_of_family(names: Iterable[str]) -> dict[str, str]:
-    """Start of a name -> part, where the family of a file in an original layout has its own."""
+    """Prefix -> component, for families whose original layout has its own prefixes."""
     names = list(names)
     for family in FAMILIES:
         if any(f"{root}." in name for root in family.original_blocks for name in names):
             files = [kind.single_files for kind in family.pipelines if kind.single_files]
-            parts = [(part, starts) for each in files for part, starts in each.parts.items()]
-            own = {start: part for part, starts in parts for start in starts}
+            parts = [item for each in files for item in each.parts.items()]
+            own = {prefix: part for part, prefixes in parts for prefix in prefixes}
             return {DENOISER: family.component, **own}
     return {}

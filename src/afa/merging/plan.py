@@ -1,4 +1,4 @@
-"""Everything about a merge that can be known before it starts, and every refusal."""
+"""Plan a merge and check it, before any tensor is read."""
 
 from __future__ import annotations
 
@@ -18,29 +18,28 @@ from afa.merging.objectives import check_objectives
 from afa.merging.parts import block_keys, part_of
 from afa.merging.recipe import MergeRecipe
 
-# the whole output, where it is one file
+# key of `MergePlan.files` if the output is a single file
 SINGLE_FILE = ""
 
 
 @dataclass(frozen=True)
 class MergePlan:
-    """A merge that nothing is known to stand in the way of.
+    """A checked merge.
 
     Attributes:
-        recipe: what was asked for.
-        method: fitted to these checkpoints.
+        recipe: the recipe.
+        method: the merge method, adapted to these checkpoints.
         output: a new folder, or a new `.safetensors` file.
         experts: in the recipe's order.
-        base: what they were fine-tuned from, where the method needs it.
+        base: the model that they were fine-tuned from, if the method needs it.
         files: output file, relative to a folder's root -> its tensors.
-        copies: files that come from the first expert's folder, relative to it.
-        unknown: tensors that fit no known part or site; they are merged like the others.
-        kept: tensors that are the first expert's as they are, without an autoencoder that the
-            recipe takes from it: those that another checkpoint lacks, and those that are no
-            weights, such as positions.
-        left_out: source -> tensors of other experts that the first one lacks, and so the result.
-        predicts: what the models predict, where one of them says it.
-        num_bytes: of everything that will be written.
+        copies: files to copy from the first expert's folder, relative to it.
+        unknown: tensors of no known component or site; they are merged like the others.
+        kept: tensors copied from the first expert, except a copied autoencoder: those that another
+            checkpoint lacks, and buffers such as positions.
+        left_out: source -> tensors of other experts that the first one, and so the result, lacks.
+        predicts: the prediction type, if a checkpoint specifies it.
+        num_bytes: size of the output.
     """
 
     recipe: MergeRecipe
@@ -57,28 +56,33 @@ class MergePlan:
     num_bytes: int
 
     @property
+    def checkpoints(self) -> list[Checkpoint]:
+        """The experts, followed by the base if there is one."""
+        return [*self.experts, *([] if self.base is None else [self.base])]
+
+    @property
     def tensors(self) -> list[PlannedTensor]:
-        """Of all files."""
+        """The tensors of all files."""
         return [tensor for tensors in self.files.values() for tensor in tensors]
 
 
 def plan_merge(recipe: MergeRecipe, output: str | Path) -> MergePlan:
-    """Check a merge as far as that goes without reading a tensor.
+    """Plan a merge and check it, without reading a tensor.
 
     Args:
-        recipe: what to merge; paths in it are relative to where the program runs.
-        output: ends in `.safetensors` for single files, and is a new folder for folders.
+        recipe: the merge; its paths are relative to the working directory.
+        output: a new `.safetensors` file for files as experts, a new folder for folders.
 
     Raises:
-        AfaError: an output that exists or cannot be written; checkpoints that cannot be read, that
-            are no whole models, or of several layouts, kinds, objectives or architectures; settings
-            that do not fit; too little space.
+        AfaError: if the output exists or cannot be written; a checkpoint cannot be read or is not
+            a complete model; layouts, kinds, prediction types, noise schedules or architectures
+            differ; the settings do not fit the checkpoints; or there is too little disk space.
     """
     output = Path(output).expanduser()
     is_empty_folder = output.is_dir() and not any(output.iterdir())
     if output.exists() and (output.suffix == ".safetensors" or not is_empty_folder):
         raise AfaError(
-            "AFA-MERGE-026", f"The output must be new; '{output}' exists. Name another one."
+            "AFA-MERGE-026", f"The output '{output}' exists. Pass a new path as --output."
         )
     require_place_for_folder(output.absolute().parent, "The folder of the output")
     experts = [read_checkpoint(source) for source in recipe.experts]
@@ -89,7 +93,7 @@ def plan_merge(recipe: MergeRecipe, output: str | Path) -> MergePlan:
     predicts = check_objectives(compared)
     compared = in_one_layout(compared)
     check_channels(compared)
-    tensors, left_out = plan_tensors(compared, recipe, has_base=base is not None)
+    tensors, left_out = plan_tensors(compared, recipe)
     names = [tensor.name for tensor in tensors]
     files: dict[str, list[PlannedTensor]] = {}
     for tensor in tensors:
@@ -125,25 +129,24 @@ def _check_layouts(checkpoints: Sequence[Checkpoint], output: Path) -> None:
             file, folder = (first, other) if first.path.is_file() else (other, first)
             raise AfaError(
                 "AFA-MERGE-027",
-                f"Merged checkpoints must have one layout: '{file.source}' is a single file, "
-                f"'{folder.source}' a folder. Load the file with diffusers' from_single_file and "
-                "save it with save_pretrained.",
+                f"'{file.source}' is a single file, '{folder.source}' a folder. Merged checkpoints "
+                "must have one layout. Load the file with diffusers' from_single_file and save it "
+                "with save_pretrained.",
             )
     if first.path.is_file() != (output.suffix == ".safetensors"):
-        made = "a .safetensors file" if first.path.is_file() else "a folder"
+        kind = "a .safetensors file" if first.path.is_file() else "a folder"
         raise AfaError(
             "AFA-MERGE-028",
-            f"A merge has its experts' layout, which makes {made}; the output is '{output}'. Name "
-            f"{made}.",
+            f"The output '{output}' must be {kind}, like the experts. Pass {kind} as --output.",
         )
 
 
 def _check_space(output: Path, num_bytes: int) -> None:
-    place = next(parent for parent in output.absolute().parents if parent.is_dir())
-    free = shutil.disk_usage(place).free
+    folder = next(parent for parent in output.absolute().parents if parent.is_dir())
+    free = shutil.disk_usage(folder).free
     if num_bytes > free:
         raise AfaError(
             "AFA-MERGE-029",
-            f"The merge takes {num_bytes / 1e9:.2f} GB; '{place}' has {free / 1e9:.2f} GB free. "
-            "Make room, or name another place.",
+            f"The merge needs {num_bytes / 1e9:.2f} GB of disk space; '{folder}' has "
+            f"{free / 1e9:.2f} GB free. Free some, or pass another --output.",
         )

@@ -1,4 +1,4 @@
-"""What a merge would load."""
+"""Plan of what a merge loads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def plan_of_merge(recipe: MergeRecipe) -> Plan:
-    """Of `afa merge`, which has one tensor of each in memory."""
+    """The plan of `afa merge`, which holds one tensor of each checkpoint in memory."""
     experts = [*recipe.experts, *([] if recipe.base is None else [recipe.base])]
     companions = Companions(torch.float32, fallback=first_folder(experts))
     return Plan([Group("merge", experts, companions, allow_duplicates=True, is_loose=True)])

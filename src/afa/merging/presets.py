@@ -1,9 +1,9 @@
 """The web UIs' presets of block weights.
 
 Values: bbc-mc/sdweb-merge-block-weighted-gui, csv/preset.tsv, and
-hako-mikan/sd-webui-supermerger, scripts/mbwpresets.txt. 26 weights of the second model: the base
-alpha, for all that is no U-Net, then IN00..IN11, M00, OUT00..OUT11. Those written there as numbers
-of 15 digits are curves over the block's place x in 0..1, and are computed here.
+hako-mikan/sd-webui-supermerger, scripts/mbwpresets.txt. Each has 26 weights of the second model:
+base alpha for all parts except the U-Net, then IN00..IN11, M00, OUT00..OUT11. Presets that those
+files list with 15 digits are functions of the block's relative position x in 0..1, computed here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 NUM_BLOCKS = 25
 Weights = tuple[float, ...]
@@ -26,7 +26,7 @@ def _curve(function: Callable[[float], float]) -> Weights:
 
 
 def _steps(*runs: tuple[float, int]) -> Weights:
-    """Runs of one weight, from IN00 on: (weight, how many blocks)."""
+    """Runs of equal weights, starting at IN00: (weight, number of blocks)."""
     return tuple(weight for weight, length in runs for _ in range(length))
 
 
@@ -39,12 +39,12 @@ def _smoothstep(x: float) -> float:
 
 
 def _fold(x: float) -> float:
-    """Back and forth between 0 and 1, as a ball between two walls."""
+    """The triangle wave between 0 and 1 with period 2."""
     return 1 - abs(x % 2 - 1)
 
 
 def _folded(times: int, *, inside: bool) -> Weights:
-    """A smoothstep that goes back and forth, in its argument or in its value."""
+    """A smoothstep with a triangle wave applied to its argument, or to its value."""
     if inside:
         return _curve(lambda x: _smoothstep(_fold(times * x)))
     return _curve(lambda x: _fold(times * _smoothstep(x)))
@@ -59,7 +59,7 @@ def _cubic_hermite(x: float) -> float:
 
 
 def _true_cubic_hermite(x: float) -> float:
-    # as published, it starts at 0 and not at the polynomial's 1/24
+    # the published values start at 0, although the polynomial is 1/24 there
     return ((77 / 12 * x - 9.625) * x + 25 / 6) * x + (1 / 24 if x > 0 else 0)
 
 
@@ -105,37 +105,28 @@ PRESETS: dict[str, Weights] = {
 }
 
 
-def read_preset(text: str) -> Weights:
-    """26 weights from a preset's name, or from numbers with commas between them.
+def read_preset(given: str | Sequence[float]) -> Weights:
+    """Read 26 weights from a preset's name, a comma-separated text, or numbers.
 
     Raises:
-        AfaError: no such preset, or something else than 26 numbers.
+        AfaError: if the preset is unknown, or there are not 26 finite numbers.
     """
-    name = text.strip().upper()
+    name = given.strip().upper() if isinstance(given, str) else ""
     if name in PRESETS:
         return PRESETS[name]
     try:
-        numbers = tuple(float(number) for number in text.split(","))
+        numbers = tuple(map(float, given.split(",") if isinstance(given, str) else given))
     except ValueError:
         close = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.5)
-        hint = f"did you mean '{close[0]}'?" if close else f"known are {', '.join(PRESETS)}."
+        hint = f"Did you mean '{close[0]}'?" if close else f"Known presets: {', '.join(PRESETS)}."
         raise AfaError(
-            "AFA-MERGE-030", f"There is no preset of block weights '{text[:60]}', {hint}"
+            "AFA-MERGE-030", f"Unknown preset of block weights '{given[:60]}'. {hint}"
         ) from None
-    return check_preset(numbers)
-
-
-def check_preset(numbers: Weights) -> Weights:
-    """26 finite numbers.
-
-    Raises:
-        AfaError: says how many came.
-    """
     if len(numbers) != NUM_BLOCKS + 1 or not all(map(math.isfinite, numbers)):
         raise AfaError(
             "AFA-MERGE-031",
-            f"A preset of block weights must be {NUM_BLOCKS + 1} finite numbers: base alpha (text "
-            f"encoder and all else that is no U-Net), IN00..IN11, M00, OUT00..OUT11; came "
-            f"{len(numbers)}. Where base alpha is not written, put it first.",
+            f"Block weights must be {NUM_BLOCKS + 1} finite numbers; got {len(numbers)}. The order "
+            "is base alpha (all parts except the U-Net), IN00..IN11, M00, OUT00..OUT11. If only "
+            "base alpha is missing, put it first.",
         )
     return numbers

@@ -1,4 +1,4 @@
-"""Weights whose numbers mean nothing without a scale, under any naming; they cannot be averaged."""
+"""Detect quantised weights, which cannot be averaged without their scales."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from afa.merging.streams import StoredTensor
 
-# ComfyUI, bitsandbytes, optimum-quanto, torchao, GPTQ and AWQ, Nunchaku, and what they share: a
-# word behind a weight's own name (`to_q.weight.absmax`, `to_q.weight_scale`, `to_q.weight._data`)
+# names of ComfyUI, bitsandbytes, optimum-quanto, torchao, GPTQ and AWQ, Nunchaku, and their common
+# suffixes of a weight's name (`to_q.weight.absmax`, `to_q.weight_scale`, `to_q.weight._data`)
 _SCALE = re.compile(
     r".*weight[._:]_?(q|scale|zero|absmax|nested|data|shift|int|format|lut|codebook).*"
     r"|(.*\.)?(scaled_fp8|scale_weight|scale_input|input_scale|weight_format|comfy_quant|SCB)"
@@ -23,7 +23,7 @@ _SCALE = re.compile(
     r"|.*[._](absmax|quant_map|quant_state\.\S+|zero_?point)"
 )
 _SCALE_WORDS = re.compile(r"scale|absmax|zero|quant")
-#: integers that belong to whole models: positions, counters, a tokenizer as bytes
+#: integer tensors of models that are not quantised: positions, counters, a tokenizer as bytes
 _INTEGERS = re.compile(
     r"(.*\.)?(position_ids|num_batches_tracked|num_updates|global_step|relative_position_index"
     r"|spiece_model|tekken_model|attn_mask)"
@@ -33,17 +33,17 @@ _INTEGERS = re.compile(
 def refuse_quantised(
     tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str], source: object
 ) -> None:
-    """Refuse a checkpoint with quantised weights, or with integers that nothing is known of.
+    """Check that a checkpoint has no quantised weights and no unknown integer tensors.
 
-    Weights of 8 bits without any scale (plain float8) pass: their values are what they say.
+    Plain float8 weights without a scale are accepted.
 
     Args:
-        tensors: of one file or folder, by name.
-        metadata: that a file carries.
-        source: for the errors.
+        tensors: name -> tensor of one file or folder.
+        metadata: metadata of a file.
+        source: name of the checkpoint in errors.
 
     Raises:
-        AfaError: names the first such tensor.
+        AfaError: if it has, with the name of the first such tensor.
     """
     siblings = _scales_by_layer(tensors)
     for name, tensor in tensors.items():
@@ -54,28 +54,26 @@ def refuse_quantised(
         if is_quantised(name, is_float=is_float) or _SCALE.fullmatch(name) or is_scaled:
             raise AfaError(
                 "AFA-MERGE-032",
-                f"Merged weights must be plain numbers; '{name}' in '{tensor.file}' is quantised "
-                f"({tensor.dtype}). Take the float16 or float32 version.",
+                f"'{name}' in '{tensor.file}' is quantised ({tensor.dtype}). Use the float16 or "
+                "float32 version of the checkpoint.",
             )
         is_known = _INTEGERS.fullmatch(name) or name in MARKERS or 0 in tensor.shape
         if not is_float and not is_known:
             raise AfaError(
                 "AFA-MERGE-033",
-                f"Merged weights must be floating-point numbers; '{name}' in '{tensor.file}' is "
-                f"{tensor.dtype}, of which nothing is known and no mean can be taken. Take a "
-                "float16 or float32 version without it.",
+                f"'{name}' in '{tensor.file}' is an unknown tensor of type {tensor.dtype}, which "
+                "cannot be averaged. Use a float16 or float32 version without it.",
             )
-    if any("quantization" in key for key in metadata):
-        key = next(key for key in metadata if "quantization" in key)
+    if key := next((key for key in metadata if "quantization" in key), None):
         raise AfaError(
             "AFA-MERGE-034",
-            f"Merged weights must be plain numbers; the metadata of '{source}' describe quantised "
-            f"weights ('{key}'). Take the float16 or float32 version.",
+            f"'{source}' has quantised weights according to its metadata ('{key}'). Use the "
+            "float16 or float32 version of the checkpoint.",
         )
 
 
 def _scales_by_layer(names: Iterable[str]) -> dict[str, set[str]]:
-    """Layer -> its tensors that are called a scale or the like."""
+    """Layer -> its tensors whose names mark scales or other quantisation data."""
     scales: dict[str, set[str]] = {}
     for name in names:
         layer, _, last = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""What `afa merge` reads."""
+"""The recipe of `afa merge`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _METHODS: dict[str, type[MergeMethod]] = {
     "dare": Dare,
     "block_weights": BlockWeights,
 }
-# option -> the methods it is for
+# option -> methods that use it
 _OPTIONS = {
     "weights": ("weighted", "add_difference", "slerp", "ties", "dare"),
     "block_weights": ("block_weights",),
@@ -36,21 +36,21 @@ _OPTIONS = {
 
 
 class MergeRecipe(Section):
-    """A whole merge; options that are left out have their method's default.
+    """The recipe of a merge. Omitted options use the method's defaults.
 
     Attributes:
-        method: see `afa.merging`.
+        method: the merge method; see `afa.merging`.
         experts: diffusers folders, hub ids and `zoo:` names, or single `.safetensors` files.
-        base: what they were fine-tuned from; for add_difference, ties and dare.
-        weights: one per expert. `weighted`, `slerp`: they sum to 1, uniform by default.
-            `add_difference`, `dare`: any, 1/N each by default. `ties`: any, 1 each by default,
-            since its mean is over the experts that agree.
+        base: the model that they were fine-tuned from; for add_difference, ties and dare.
+        weights: one per expert. `weighted`, `slerp`: must sum to 1, default 1/N each.
+            `add_difference`, `dare`: any, default 1/N each. `ties`: any, default 1 each, because
+            its mean is over the experts that agree.
         block_weights: weights per site, or a preset of the web UIs; see `BlockWeights`.
-        density: share of a difference that is kept; `ties`: 0.2 by default, `dare`: required.
+        density: fraction of each difference to keep; `ties`: default 0.2, `dare`: required.
         majority_sign: `ties`: elect by the larger sum (total) or by more experts (frequency).
-        seed: of `dare`; 0 by default.
-        dtype: of the result; the first expert's by default, tensor by tensor.
-        vae: the first expert's autoencoder as it is, or a merge of all.
+        seed: seed of `dare`; default 0.
+        dtype: dtype of the result; default: the first expert's, tensor by tensor.
+        vae: `first` copies the first expert's autoencoder, `merge` merges all.
     """
 
     method: Literal["weighted", "add_difference", "slerp", "ties", "dare", "block_weights"]
@@ -67,12 +67,13 @@ class MergeRecipe(Section):
     @field_validator("block_weights", mode="before")
     @classmethod
     def _one_of_three(cls, given: Any) -> Any:
-        """Numbers, names or neither: said once, not once for every kind that it could have been."""
+        """Check the type here; pydantic would report one error for each type of the union."""
         vectors = given.values() if isinstance(given, Mapping) else [given]
         if given is None or isinstance(given, str) or all(map(_is_numbers, vectors)):
             return given
         raise ValueError(
-            "must be a preset's name, 26 numbers, or a mapping of sites to one weight per expert"
+            "must be the name of a preset, 26 numbers, or a mapping of sites to one weight per "
+            "expert"
         )
 
     @model_validator(mode="after")
@@ -80,43 +81,43 @@ class MergeRecipe(Section):
         for option, methods in _OPTIONS.items():
             if getattr(self, option) is not None and self.method not in methods:
                 raise ValueError(
-                    f"must leave {option} out with method {self.method}; it is for "
-                    f"{', '.join(methods)}"
+                    f"must not have {option} with method {self.method}; only "
+                    f"{', '.join(methods)} {'use' if len(methods) > 1 else 'uses'} it"
                 )
         if self.method == "block_weights" and self.block_weights is None:
             raise ValueError("must have block_weights with method block_weights")
         if self.method == "dare" and self.density is None:
-            raise ValueError("must have a density with method dare: 1 - the paper's drop rate")
+            raise ValueError("must have density (1 - drop rate) with method dare")
         needs_base = _METHODS[self.method].needs_base
         if needs_base != (self.base is not None):
-            what = "must have a base" if needs_base else "must leave base out"
-            raise ValueError(f"{what} with method {self.method}")
+            verb = "must have" if needs_base else "must not have"
+            raise ValueError(f"{verb} a base with method {self.method}")
         self.build()
         if self.weights is not None and len(self.weights) != len(self.experts):
             raise ValueError(
-                f"must have as many weights as experts, came {len(self.weights)} for "
-                f"{len(self.experts)}"
+                f"must have one weight per expert; got {len(self.weights)} for {len(self.experts)}"
             )
         return self
 
     def build(self) -> MergeMethod:
-        """The method with these settings.
+        """Build the merge method.
 
         Raises:
-            AfaError: settings that its constructor refuses.
+            AfaError: if its settings are invalid.
         """
         settings = {name: getattr(self, name) for name in _OPTIONS}
-        blocks = settings.pop("block_weights")
-        settings["weights"] = self.weights if blocks is None else blocks
+        block_weights = settings.pop("block_weights")
+        if block_weights is not None:
+            settings["weights"] = block_weights
         given = {name: value for name, value in settings.items() if value is not None}
         return _METHODS[self.method](**given)
 
 
 def load_merge_recipe(path: str | Path) -> MergeRecipe:
-    """Read and check a recipe; paths in it are relative to its own folder.
+    """Read and check a recipe; its paths are relative to its own folder.
 
     Raises:
-        AfaError: see `afa.recipe.read_recipe`.
+        AfaError: if it is invalid; see `afa.recipe.read_recipe`.
     """
     return resolve_sources(read_recipe(path, MergeRecipe), Path(path).parent, "experts", "base")
 

@@ -1,4 +1,4 @@
-"""A merge from its recipe to its last byte on disk."""
+"""Run a merge and write its output."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ if TYPE_CHECKING:
     from afa.merging.checkpoints import Checkpoint
     from afa.merging.recipe import MergeRecipe
 
-#: what a merged folder says of itself; in a single file the metadata `afa_merge` does
+#: the record of a merged folder; a single file has it as metadata `afa_merge`
 RECORD = "merge.json"
 
 
 @dataclass(frozen=True)
 class MergeProgress:
-    """How far a merge has come.
+    """Progress of a merge.
 
     Attributes:
-        stage: `hash` while the inputs' SHA-256 are taken, then `merge`.
-        num_bytes: read so far in this stage.
-        total_bytes: to read in this stage.
-        num_tensors: written so far.
-        total_tensors: to write.
+        stage: `hash` while the inputs are hashed, then `merge`.
+        num_bytes: bytes read in this stage.
+        total_bytes: bytes to read in this stage.
+        num_tensors: tensors written.
+        total_tensors: tensors to write.
     """
 
     stage: Literal["hash", "merge"]
@@ -54,24 +54,24 @@ class MergeProgress:
 
 
 def merge_checkpoints(recipe: MergeRecipe, output: str | Path) -> Iterator[MergeProgress]:
-    """Merge checkpoints into a new one, holding one tensor of each in memory.
+    """Merge checkpoints into a new one, with one tensor of each in memory.
 
-    Nothing is left behind unless all of it is there: the output gets its name at the end.
+    The output is renamed into place at the end, so that an interrupted merge leaves no files.
 
     Args:
-        recipe: what to merge, and how.
+        recipe: the merge.
         output: see `plan_merge`.
 
-    Yields: progress, after every input's hash and every tensor.
+    Yields: progress, after every hashed input and every tensor.
 
     Raises:
-        AfaError: see `plan_merge`; and numbers that are not finite, in an input or in the result.
+        AfaError: as `plan_merge`, and if an input or the result has non-finite values.
     """
     yield from run_merge(plan_merge(recipe, output))
 
 
 def run_merge(plan: MergePlan) -> Iterator[MergeProgress]:
-    """Carry out a plan; see `merge_checkpoints`."""
+    """Run a planned merge; see `merge_checkpoints`."""
     tensors = plan.tensors
     inputs = _inputs(plan)
     sizes = [sum(file.stat().st_size for file in files) for _, files in inputs]
@@ -107,10 +107,10 @@ def run_merge(plan: MergePlan) -> Iterator[MergeProgress]:
 
 
 def _value(plan: MergePlan, tensor: PlannedTensor) -> Tensor:
-    """One tensor of the result.
+    """Compute one tensor of the result.
 
     Raises:
-        AfaError: it, or what it is made of, is not finite.
+        AfaError: if it, or one of its inputs, has non-finite values.
     """
     if tensor.is_repaired:
         return right_positions(tensor.shape)
@@ -130,22 +130,21 @@ def _value(plan: MergePlan, tensor: PlannedTensor) -> Tensor:
     if not is_finite(result) or _is_clipped(merged, tensor.dtype):
         raise AfaError(
             "AFA-MERGE-035",
-            f"A merged tensor must be finite, but '{tensor.name}' reaches "
-            f"{merged.float().abs().max().item():.4g}, which is too much for {tensor.dtype}. Set "
-            "dtype: float32, or take smaller weights.",
+            f"The merged tensor '{tensor.name}' reaches {merged.float().abs().max().item():.4g}, "
+            f"which overflows {tensor.dtype}. Set dtype: float32, or use smaller merge weights.",
         )
     return result
 
 
 def _is_clipped(value: Tensor, dtype: torch.dtype) -> bool:
-    """Whether numbers are too large for a type of 8 bits, for which torch takes its largest."""
+    """Whether values overflow an 8-bit dtype, which torch clips to its largest value."""
     if dtype.itemsize > 1 or value.numel() == 0:
         return False
     return bool(value.float().abs().max() > torch.finfo(dtype).max)
 
 
 def _read_finite(source: StoredTensor, tensor: PlannedTensor) -> Tensor:
-    """A source in float32, with zeros for the input channels that it lacks."""
+    """Read a source in float32, with zeros for missing input channels."""
     value = source.read().float()
     _check_input(value, tensor.name, source)
     if value.shape == tensor.shape:
@@ -159,23 +158,22 @@ def _check_input(value: Tensor, name: str, source: StoredTensor) -> None:
     if not is_finite(value):
         raise AfaError(
             "AFA-MERGE-036",
-            f"A merged checkpoint must hold finite numbers; '{name}' in '{source.file}' has nan or "
-            "infinity. Download it again, or leave it out.",
+            f"'{name}' in '{source.file}' has non-finite values (NaN or infinity). Download the "
+            "file again, or remove it from experts.",
         )
 
 
 def _inputs(plan: MergePlan) -> list[tuple[Checkpoint, list[Path]]]:
-    """Everything that is hashed: the experts, the base, a folder's autoencoder that is copied."""
+    """The files to hash: of the experts, the base, and a folder's copied autoencoder."""
     vae = plan.recipe.vae == "merge"
-    checkpoints = plan.experts if plan.base is None else [*plan.experts, plan.base]
-    inputs = [(checkpoint, checkpoint.files(vae=vae)) for checkpoint in checkpoints]
+    inputs = [(checkpoint, checkpoint.files(vae=vae)) for checkpoint in plan.checkpoints]
     first = plan.experts[0]
     copied = sorted(set(first.files(vae=True)) - set(first.files(vae=vae)))
     return [*inputs, (first, copied)] if copied else inputs
 
 
 def _record(plan: MergePlan, hashes: list[str]) -> dict[str, Any]:
-    """What a merge says of itself."""
+    """The record of a merge."""
     found = (
         refer(ExpertSource(checkpoint.source), checkpoint.path, sha256)
         for (checkpoint, _), sha256 in zip(_inputs(plan), hashes, strict=True)

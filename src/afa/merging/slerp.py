@@ -1,4 +1,4 @@
-"""Spherical interpolation: the mean direction of the experts' tensors, not their mean."""
+"""Spherical interpolation: average the directions of the experts' tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from afa.merging.weighted import weighted_sum
 if TYPE_CHECKING:
     from torch import Tensor
 
-_PARALLEL = 1e-6  # 1 - cosine below which the arc is its chord in float32
+_PARALLEL = 1e-6  # 1 - cosine below which arc and chord are equal in float32
 _MAX_STEPS = 200
 _CHUNK = 2**20
 
@@ -25,16 +25,15 @@ _CHUNK = 2**20
 class Slerp(MergeMethod):
     """The weighted spherical mean of the experts (Buss and Fillmore 2001), tensor by tensor.
 
-    Each tensor is one vector. Coefficients c come from the directions alone: those for which
+    Each tensor is one vector. The coefficients c depend only on the directions:
     sum_n c_n t_n / |t_n| is the point of the unit sphere with the least weighted sum of squared
-    angles to the directions; the result is sum_n c_n t_n. For two experts with weights (1 - t, t)
-    and the angle W between them that is the textbook's
-    sin((1 - t) W) / sin W t_1 + sin(t W) / sin W t_2 (Shoemake 1985), and it does not depend on the
-    experts' order. Where directions say nothing the result is the weighted mean: (nearly) parallel
-    tensors, opposite ones, zeros.
+    angles to the directions. The result is sum_n c_n t_n. For two experts with weights (1 - t, t)
+    and the angle W between them it is
+    sin((1 - t) W) / sin W t_1 + sin(t W) / sin W t_2 (Shoemake 1985). It does not depend on the
+    experts' order. For (nearly) parallel, opposite or zero tensors it is the weighted mean.
 
     Attributes:
-        weights: one per expert, none negative, summing to 1; None is uniform.
+        weights: one per expert, not negative, summing to 1; None uses 1/N each.
     """
 
     weights: Sequence[float] | None = None
@@ -44,12 +43,12 @@ class Slerp(MergeMethod):
         if self.weights is not None and min(self.weights) < 0:
             raise AfaError(
                 "AFA-MERGE-037",
-                f"The weights of slerp must not be negative; came {list(self.weights)}. Method "
-                "'weighted' extrapolates.",
+                f"The weights of slerp must not be negative; got {list(self.weights)}. Use method "
+                "'weighted' to extrapolate.",
             )
 
     def merge(self, name: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
-        """The weighted spherical mean of one tensor."""
+        """Compute the weighted spherical mean of one tensor."""
         weights = uniform(self.weights, len(tensors))
         products = np.array(
             [
@@ -62,13 +61,14 @@ class Slerp(MergeMethod):
 
 
 def spherical_coefficients(products: np.ndarray, weights: Sequence[float]) -> list[float]:
-    """Coefficients of the weighted spherical mean of N vectors; the weights where there is none.
+    """Compute the coefficients of the weighted spherical mean of N vectors.
 
-    The mean lies in the vectors' span, so that their inner products are all it takes.
+    The mean lies in the vectors' span, so their inner products suffice. Returns the weights if the
+    mean is undefined.
 
     Args:
         products: inner products of the vectors [N, N].
-        weights: [N], none negative, summing to 1.
+        weights: [N], not negative, summing to 1.
     """
     norms = np.sqrt(np.diag(products))
     if not (norms > 0).all():
@@ -78,7 +78,7 @@ def spherical_coefficients(products: np.ndarray, weights: Sequence[float]) -> li
         return list(weights)
     w = np.array(weights)
     length = np.sqrt(max(w @ cosines @ w, 0.0))
-    if length < 1e-3:  # directions that cancel have no mean
+    if length < 1e-3:  # the directions cancel
         return list(weights)
     mean = w / length
     for _ in range(_MAX_STEPS):
@@ -86,8 +86,8 @@ def spherical_coefficients(products: np.ndarray, weights: Sequence[float]) -> li
         if to_each.min() < _PARALLEL - 1:
             break
         angles = np.arccos(to_each)
-        stretch = 1 / np.sinc(angles / np.pi)  # angle / sine, which is 1 for no angle
-        # the weighted mean of the vectors seen from the plane that touches the sphere at `mean`
+        stretch = 1 / np.sinc(angles / np.pi)  # angle / sin(angle), 1 at angle 0
+        # the weighted mean of the vectors in the tangent space at `mean`
         step = w * stretch - (w * stretch * to_each).sum() * mean
         size = np.sqrt(max(step @ cosines @ step, 0.0))
         if size < 1e-12:
@@ -98,6 +98,6 @@ def spherical_coefficients(products: np.ndarray, weights: Sequence[float]) -> li
 
 
 def _dot(a: Tensor, b: Tensor) -> float:
-    """Inner product in float64, without a whole tensor in float64."""
+    """Inner product in float64, in chunks to save memory."""
     pairs = zip(a.reshape(-1).split(_CHUNK), b.reshape(-1).split(_CHUNK), strict=True)
     return sum(torch.dot(x.double(), y.double()).item() for x, y in pairs)

@@ -1,7 +1,7 @@
-"""Safetensors files one tensor at a time: what is in memory is one tensor, never a model.
+"""Read and write safetensors files tensor by tensor, with one tensor in memory.
 
-The library's own writer wants all tensors at once, and its reader maps whole files into memory,
-where every page that was touched counts; so both ends are plain reads and writes here.
+The library's writer needs all tensors at once, and its reader maps whole files into memory, where
+every page read counts. So this module reads and writes the format itself.
 Format: https://huggingface.co/docs/safetensors, "Format".
 """
 
@@ -43,29 +43,29 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What a tensor is, without its values."""
+    """Dtype and shape of a tensor."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
 
     @property
     def num_bytes(self) -> int:
-        """Its size in a file."""
+        """Size in a file."""
         return self.dtype.itemsize * prod(self.shape)
 
 
 @dataclass(frozen=True)
 class StoredTensor(TensorSpec):
-    """A tensor in a safetensors file, read when asked for."""
+    """A tensor in a safetensors file; `read` reads its values."""
 
     file: Path
     offset: int
 
     def read(self) -> Tensor:
-        """Its values, in memory of their own.
+        """Read the values into new memory.
 
         Raises:
-            AfaError: the file has become shorter since its header was read.
+            AfaError: if the file has become shorter since its header was read.
         """
         content = torch.empty(self.num_bytes, dtype=torch.uint8)
         with self.file.open("rb", buffering=0) as stream:
@@ -75,26 +75,28 @@ class StoredTensor(TensorSpec):
                 count = stream.readinto(view)
                 if not count:
                     raise AfaError(
-                        "AFA-MERGE-038", f"'{self.file}' ended while it was read. Did it change?"
+                        "AFA-MERGE-038",
+                        f"'{self.file}' became shorter while it was read. Do not change it during "
+                        "a merge.",
                     )
                 view = view[count:]
         return content.view(self.dtype).reshape(self.shape)
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
-    """All tensors of a safetensors file by name, none of them read.
+    """Read the header of a safetensors file: name -> tensor.
 
     Raises:
-        AfaError: the file is damaged, or has a tensor of a type that torch does not have.
+        AfaError: if the file is damaged, or has a tensor of an unsupported dtype.
     """
-    header = check_safetensors(file)  # lengths and offsets are right from here on
+    header = check_safetensors(file)  # also checks lengths and offsets
     tensors = {}
     for name, entry in header.tensors.items():
         if entry["dtype"] not in _DTYPES:
             raise AfaError(
                 "AFA-MERGE-039",
-                f"Merged tensors must be of a type among {', '.join(_DTYPES)}; '{name}' in "
-                f"'{file}' is {entry['dtype']}. Take a checkpoint of another precision.",
+                f"'{name}' in '{file}' has dtype {entry['dtype']}; supported are "
+                f"{', '.join(_DTYPES)}. Use a checkpoint of another precision.",
             )
         shape, offset = tuple(entry["shape"]), header.start + entry["data_offsets"][0]
         tensors[name] = StoredTensor(_DTYPES[entry["dtype"]], shape, file, offset)
@@ -102,12 +104,12 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 
 
 def writing_order(specs: Mapping[str, TensorSpec]) -> list[str]:
-    """The order of tensors in a file: widest type first, so that each lies on its own multiple."""
+    """The order of tensors in a file: widest dtype first, so that all are aligned."""
     return sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name))
 
 
 def header_of(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> bytes:
-    """The start of a safetensors file whose tensors follow in `writing_order`."""
+    """The header of a safetensors file whose tensors follow in `writing_order`."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     start = 0
     for name in writing_order(specs):
@@ -130,24 +132,24 @@ def write_tensors(
     tensors: Iterator[Tensor],
     metadata: Mapping[str, str],
 ) -> Iterator[str]:
-    """Write a safetensors file tensor by tensor; it is complete and on disk at the end.
+    """Write a safetensors file tensor by tensor, and sync it to disk at the end.
 
     Args:
-        path: a new file, under a temporary name.
-        specs: of all tensors.
+        path: a new file, with a temporary name.
+        specs: dtypes and shapes of all tensors.
         tensors: their values, in `writing_order`.
-        metadata: strings to keep beside them.
+        metadata: metadata of the file.
 
-    Yields: the name of each tensor when it is written.
+    Yields: the name of each written tensor.
     """
     with path.open("xb") as stream:
         stream.write(header_of(specs, metadata))
         for name in writing_order(specs):
-            tensor = next(tensors)  # zip would hold on to the one before
+            tensor = next(tensors)  # zip would keep the previous one in memory
             assert (tensor.dtype, tuple(tensor.shape)) == (specs[name].dtype, specs[name].shape)
             if tensor.numel():
                 stream.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-            del tensor  # before the next one is made
+            del tensor  # frees it before the next one is computed
             yield name
         stream.flush()
         os.fsync(stream.fileno())

@@ -1,4 +1,4 @@
-"""TIES: trim every expert's differences, elect a sign, average those who agree."""
+"""TIES: trim each expert's difference from the base, elect signs, average the agreeing ones."""
 
 from __future__ import annotations
 
@@ -10,12 +10,7 @@ import torch
 from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge
 
 from afa.errors import AfaError
-from afa.merging.method import (
-    MergeMethod,
-    check_density,
-    check_weights,
-    require_base,
-)
+from afa.merging.method import MergeMethod, check_density, check_weights, require_base
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,18 +22,18 @@ _CHUNK = 2**22
 class Ties(MergeMethod):
     """TIES-Merging (Yadav et al. 2023, arXiv 2306.01708, section 3).
 
-    Every difference t_n - base keeps its largest entries; a sign is elected per entry; the entries
-    of that sign are averaged and added to the base. Differences are trimmed tensor by tensor, as
-    in peft, and not over the whole model, since no more than one tensor of each is held in memory.
+    Each difference t_n - base keeps its largest entries; a sign is elected per entry; the entries
+    of that sign are averaged and added to the base. Differences are trimmed per tensor, as in
+    peft, and not over the whole model, so that one tensor of each expert is in memory.
 
     Attributes:
         weights: one per expert, scaling its trimmed difference after the election; the sum is
-            divided by the number of experts that agree. None is 1 each, the plain mean; equal
-            weights are the paper's lambda.
-        density: the share of entries that a difference keeps; the paper's k = 20 %. Entries as
-            large as the smallest one kept are kept too.
-        majority_sign: "total" elects the sign of the larger sum, as the paper; "frequency" that
-            of more experts.
+            divided by the number of experts that agree. None uses 1 each, the plain mean. With
+            equal weights, the weight is the paper's lambda.
+        density: fraction of entries to keep; default: the paper's k = 20 %. Entries that tie with
+            the smallest one kept are kept too.
+        majority_sign: "total" elects the sign of the larger sum, as in the paper; "frequency" the
+            sign of more experts.
     """
 
     weights: Sequence[float] | None = None
@@ -52,18 +47,18 @@ class Ties(MergeMethod):
         if self.majority_sign not in ("total", "frequency"):
             raise AfaError(
                 "AFA-MERGE-040",
-                f"majority_sign must be 'total' or 'frequency'; came '{self.majority_sign}'.",
+                f"majority_sign must be 'total' or 'frequency'; got '{self.majority_sign}'.",
             )
 
     def merge(self, name: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
-        """Trim, elect, average and add to the base."""
+        """Trim, elect signs, average and add to the base."""
         base = require_base(base, self)
         trimmed = [trim(tensor - base, self.density).reshape(-1) for tensor in tensors]
         weights = torch.ones(len(tensors), 1, device=base.device)
         if self.weights is not None:
             weights = torch.tensor(self.weights, device=base.device).unsqueeze(1)
         merged = base.reshape(-1).clone()
-        # entry by entry from here, so that chunks need no more than a little memory
+        # the rest is elementwise and runs in chunks to save memory
         for start in range(0, merged.numel(), _CHUNK):
             chunk = torch.stack([task[start : start + _CHUNK] for task in trimmed])
             agrees = calculate_majority_sign_mask(chunk, method=self.majority_sign)
@@ -72,9 +67,9 @@ class Ties(MergeMethod):
 
 
 def trim(difference: Tensor, density: float) -> Tensor:
-    """Zero all but the largest entries, in place.
+    """Set all but the largest entries to zero, in place.
 
-    Sorting takes one copy of the tensor here; `torch.topk`, which peft uses, takes four.
+    This needs one copy of the tensor; `torch.topk`, which peft uses, needs four.
     """
     num_kept = int(density * difference.numel())
     if num_kept == difference.numel():

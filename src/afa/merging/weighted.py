@@ -19,7 +19,7 @@ class WeightedSum(MergeMethod):
     """sum_n w_n t_n: weighted merging, or a model soup (Wortsman et al. 2022, arXiv 2203.05482).
 
     Attributes:
-        weights: one per expert, summing to 1; None is uniform. Negative ones extrapolate.
+        weights: one per expert, summing to 1; None uses 1/N each. Negative weights extrapolate.
     """
 
     weights: Sequence[float] | None = None
@@ -28,15 +28,15 @@ class WeightedSum(MergeMethod):
         check_weights(self.weights, sum_to_one=True)
 
     def merge(self, name: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
-        """The weighted mean of one tensor."""
+        """Compute the weighted mean of one tensor."""
         return weighted_sum(tensors, uniform(self.weights, len(tensors)))
 
 
 def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """sum_n w_n t_n, with memory for two tensors more.
+    """Compute sum_n w_n t_n, with memory for two more tensors.
 
-    A tensor of weight 0 is left out, so that the other's zeros keep their sign: an expert of weight
-    1 comes out bit for bit.
+    Skips tensors of weight 0, so that zeros keep their sign and an expert of weight 1 is returned
+    bit for bit.
     """
     counted = [pair for pair in zip(tensors, weights, strict=True) if pair[1] != 0]
     if not counted:

@@ -1,4 +1,4 @@
-"""Files that look like checkpoints and are no whole models: what they are, and what to do."""
+"""Detect files that are not complete models: LoRAs, ControlNets, autoencoders, ..."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
     Shapes = Mapping[str, tuple[int, ...]]
 
-_WHOLE = "Name whole checkpoints under experts."
+_WHOLE = "List complete checkpoints as experts."
 _BAKE = (
     "Merge it into its base first: load the base with diffusers, then "
     "pipeline.load_lora_weights(FILE), pipeline.fuse_lora(), pipeline.unload_lora_weights(), "
-    "pipeline.save_pretrained(FOLDER), and name FOLDER."
+    "pipeline.save_pretrained(FOLDER), and list FOLDER as expert."
 )
 _LORA = re.compile(
     r".*\.(lora_(up|down|A|B|mid|magnitude_vector)|lora\.(up|down)|processor\.\w+_lora)\b.*"
@@ -33,7 +33,7 @@ _MOTION = re.compile(r"(.*\.)?motion_modules\..*")
 _VAE = re.compile(r"(first_stage_model\.|vae\.)?(encoder|decoder)\.(conv_in|mid|mid_block)\..*")
 _TEXT = re.compile(
     r"(.*\.)?(text_model\.|token_embedding\.weight|shared\.weight|transformer\.resblocks\."
-    r"|encoder\.block\.)"
+    r"|encoder\.block\.).*"
 )
 _VISION = re.compile(r"(.*\.)?(vision_model|visual|visual_projection)\..*")
 _OF_DENOISERS = (
@@ -44,46 +44,45 @@ _WEIGHTS = re.compile(r"(.*\.)?(weight|bias|scale|gamma)")
 
 
 def refuse_parts(shapes: Shapes, source: object) -> None:
-    """Refuse a single file that changes a model, or is a part of one.
+    """Check that a single file is not an adapter or a component of a model.
 
     Args:
-        shapes: of all tensors, by their names in the file.
-        source: for the errors.
+        shapes: name in the file -> shape, for all tensors.
+        source: name of the file in errors.
 
     Raises:
-        AfaError: says what the file is, by which tensor, and what to do.
+        AfaError: if it is.
     """
     has_denoiser = any(name.startswith(_OF_DENOISERS) for name in shapes)
-    for what, remedy, matches, is_mark in _KINDS:
-        if has_denoiser and not is_mark:
+    for kind, remedy, matches, is_certain in _KINDS:
+        if has_denoiser and not is_certain:
             continue
         name = next((name for name in shapes if matches(name, shapes)), None)
         if name is not None:
             raise AfaError(
                 "AFA-MERGE-041",
-                f"'{source}' is {what} (it has '{name}'). A merge needs whole models. {remedy}",
+                f"'{source}' is {kind} (it has '{name}'), not a complete model. {remedy}",
             )
 
 
 def refuse_other_data(shapes: Shapes, source: object) -> None:
-    """Refuse a file without any layer's weight, such as encoded pictures.
+    """Check that a file has weights of layers, and not other data such as encoded pictures.
 
-    A model of an unknown kind passes: models are merged by their tensors.
+    Accepts models of an unknown kind, because tensors are matched by name.
 
     Raises:
-        AfaError: names one of its tensors.
+        AfaError: if not.
     """
     if not any(_WEIGHTS.fullmatch(name) for name in shapes):
         raise AfaError(
             "AFA-MERGE-042",
-            f"'{source}' is no model: none of its {len(shapes)} tensors (such as "
-            f"'{min(shapes, default='none')}') is a layer's weight. A merge needs whole models. "
-            f"{_WHOLE}",
+            f"'{source}' is not a model: none of its {len(shapes)} tensors (such as "
+            f"'{min(shapes, default='none')}') is the weight of a layer. {_WHOLE}",
         )
 
 
 def _is_embedding(name: str, shapes: Shapes) -> bool:
-    """One or more vectors for each text encoder, and nothing else."""
+    """Whether the file only has one or more vectors per text encoder."""
     return len(shapes) <= 4 and all(
         "." not in key and len(s) in (1, 2) for key, s in shapes.items()
     )
@@ -93,38 +92,34 @@ def _is(pattern: re.Pattern[str]) -> Callable[[str, Shapes], bool]:
     return lambda name, _: pattern.fullmatch(name) is not None
 
 
-def _starts(pattern: re.Pattern[str]) -> Callable[[str, Shapes], bool]:
-    return lambda name, _: pattern.match(name) is not None
-
-
-# what it is, what to do, how to tell, whether one such tensor beside a denoiser tells it as well
+# kind, remedy, test of a tensor, whether one such tensor suffices in a file with a denoiser
 _KINDS: tuple[tuple[str, str, Callable[[str, Shapes], bool], bool], ...] = (
     (
         "a ControlNet",
-        f"{_WHOLE} A ControlNet works beside the merge as it is.",
+        f"{_WHOLE} A ControlNet also works with the merged model.",
         _is(_CONTROL),
         True,
     ),
     ("a LoRA", _BAKE, _is(_LORA), True),
     (
-        "an adapter for pictures as prompts (IP-Adapter, T2I-Adapter)",
-        f"{_WHOLE} An adapter works beside the merge as it is.",
+        "an adapter for image prompts (IP-Adapter, T2I-Adapter)",
+        f"{_WHOLE} An adapter also works with the merged model.",
         _is(_ADAPTER),
         True,
     ),
     ("a motion module (AnimateDiff)", _WHOLE, _is(_MOTION), True),
     (
         "a textual inversion embedding",
-        f"{_WHOLE} An embedding works beside the merge as it is.",
+        f"{_WHOLE} An embedding also works with the merged model.",
         _is_embedding,
         False,
     ),
     (
         "an autoencoder (VAE) without a denoiser",
-        f"{_WHOLE} Their autoencoders are merged with vae: merge.",
+        f"{_WHOLE} Set vae: merge to merge their autoencoders.",
         _is(_VAE),
         False,
     ),
     ("an image encoder (CLIP vision)", _WHOLE, _is(_VISION), False),
-    ("a text encoder without a denoiser", _WHOLE, _starts(_TEXT), False),
+    ("a text encoder without a denoiser", _WHOLE, _is(_TEXT), False),
 )
