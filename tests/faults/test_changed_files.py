@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 import afa
 from afa.drawing.pictures import draw, picture_recipe
-from afa.errors import AfaError
 from afa.loading.trust.unchanged import require_unchanged
 from tests.faults.commands import training
 from tests.faults.test_workers import wait_for
@@ -65,7 +64,7 @@ def test_a_picture_of_changed_weights_is_not_kept(file: str, copies: list[Path])
     pipeline.set_progress_bar_config(disable=True)
     draw(pipeline, asked())
     write_into(copies[0] / file)
-    with pytest.raises(AfaError, match=f"'{copies[0] / file}' was written to"):
+    with refusal("AFA-LOAD-100", f"'{copies[0] / file}'"):
         draw(pipeline, asked())
 
 
@@ -85,11 +84,11 @@ def test_nothing_is_saved_of_what_was_learnt_from_it(copies: list[Path], tmp_pat
     for _ in range(3):
         next(run)
     write_into(file)
-    with pytest.raises(AfaError, match="was written to"):
+    with refusal("AFA-LOAD-100", f"'{file}'"):
         list(run)
     names = [place.name for place in (tmp_path / "run" / "checkpoints").iterdir()]
     assert names == ["step-00000002.safetensors"]
-    with pytest.raises(AfaError, match="were trained with experts and autoencoder of SHA-256"):
+    with refusal("AFA-TRAIN-052", "SHA-256"):
         list(steps_of(recipe(copies, **settings), tmp_path / "run"))
     file.write_bytes(content)
     list(steps_of(recipe(copies, **settings), tmp_path / "run"))
@@ -150,5 +149,5 @@ def test_a_touch_is_a_change_and_reading_is_none(copies: list[Path]) -> None:
     (copies[0] / WEIGHTS).read_bytes()
     require_unchanged(pipeline)
     os.utime(copies[0] / WEIGHTS)
-    with pytest.raises(AfaError, match="was written to"):
+    with refusal("AFA-LOAD-100", f"'{copies[0] / WEIGHTS}'"):
         require_unchanged(pipeline)

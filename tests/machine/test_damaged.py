@@ -207,7 +207,7 @@ def test_check_does_not_blame_the_configuration_for_our_bugs(
                 look(Plan([group]), with_weights=False)
         else:
             (finding,) = look(Plan([group]), with_weights=False).errors
-            assert "cannot be built: a bug" in finding.text
+            assert (finding.code, "a bug" in finding.text) == ("AFA-CHECK-003", True)
 
 
 # -- files of afa itself ------------------------------------------------------------------------

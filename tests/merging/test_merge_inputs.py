@@ -1,4 +1,4 @@
-"""What is no checkpoint to merge is refused by what it is, and so is what has no mean."""
+"""Files that are not complete models, and models that cannot be averaged, are refused by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What cannot be merged is said in one line, and nothing is left of it."""
+"""Merges that are refused give one line and leave no files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`afa check` opens what a recipe names, and refuses what the command would, in the same words."""
+"""`afa check` opens what a recipe names, and reports the same errors as the command."""
 
 from __future__ import annotations
 
@@ -380,9 +380,9 @@ def test_the_output_of_a_merge(
 ) -> None:
     recipe = written(tmp_path, method="weighted", experts=[str(each) for each in experts[:2]])
     for output, said in (
-        (experts[0], "must be new"),
+        (experts[0], f"'{experts[0]}' exists"),
         (tmp_path / "recipe.yaml" / "merged", "cannot be written"),
-        (tmp_path / "merged.safetensors", "Name a folder"),
+        (tmp_path / "merged.safetensors", "Pass a folder"),
     ):
         line = refused(capsys, "merge", recipe, "--output", output)
         assert said in line

@@ -1,1 +1,1 @@
-"""The look before any work: do experts fit each other and this machine, and is all there?"""
+"""Check experts, data and this machine before any work."""

@@ -1,7 +1,6 @@
-"""What a recipe names besides models: pictures, captions, prompts, references, metrics, a folder.
+"""Check what a recipe names besides models: data, prompts, references, metrics, output folder.
 
-Everything is opened by the functions that the commands themselves open it with, so that whatever
-these refuse is refused here, in the same words.
+Opens everything with the functions that the commands use, so that it reports the same errors.
 """
 
 from __future__ import annotations
@@ -38,11 +37,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class Inputs:
-    """What a look at them has found.
+    """The result of checking inputs.
 
     Attributes:
-        summary: of the data, on one line; None where no data set is named.
-        findings: in the order in which they were met.
+        summary: one line about the data; None without a data set.
+        findings: in the order of the checks.
     """
 
     summary: str | None = None
@@ -50,7 +49,7 @@ class Inputs:
 
     @contextmanager
     def refusals(self, check: str) -> Iterator[None]:
-        """Note what is refused within, and go on with the next input."""
+        """Record an `AfaError` raised inside the block as a finding."""
         try:
             yield
         except AfaError as error:
@@ -58,19 +57,19 @@ class Inputs:
                 self.findings.append(Finding(error.code, "error", check, str(error)))
 
     def say(self, check: str, lines: Any, level: Level = "warning") -> None:
-        """Note lines that do not keep the work from being done."""
+        """Record warnings or notes."""
         self.findings += [Finding("AFA-CHECK-001", level, check, line) for line in lines]
 
 
 def inputs_of_training(
     recipe: Recipe, output: Path | None, progress: Callable[[str, int, int], object]
 ) -> Inputs:
-    """Open what `afa train` reads: all pictures and captions, and the prompts of previews.
+    """Check what `afa train` reads: all pictures and captions, and the prompts of previews.
 
     Args:
-        recipe: of the training.
-        output: the folder that it is to write; None where nobody has said it.
-        progress: told how many samples are read, and of how many.
+        recipe: the training recipe.
+        output: the output folder; None if unknown.
+        progress: called with the number of samples read and their total.
     """
     from afa.reading import Tally
     from afa.training.cache import default_cache_folder
@@ -85,7 +84,7 @@ def inputs_of_training(
     from afa.training.run import CHECKPOINTS, require_same_recipe
     from afa.training.split import split_by_picture
 
-    found, asked = Inputs(), recipe.data
+    found, data_recipe = Inputs(), recipe.data
     if output is not None:
         with found.refusals("output"):
             require_same_recipe(recipe, output)
@@ -93,11 +92,12 @@ def inputs_of_training(
     with found.refusals("trackers"):
         require_trackers(recipe.training.trackers)
     with found.refusals("cache"):
-        require_place_for_folder(asked.cache_folder or default_cache_folder(), "The cache")
+        cache = data_recipe.cache_folder or default_cache_folder()
+        require_place_for_folder(cache, "The cache")
     _open_autoencoder(found, recipe.vae)
     plan = plan_of_training(recipe)
     limits: list[Any] = []
-    side = asked.resolution
+    side = data_recipe.resolution
     with found.refusals("resolution"):
         folder = _first_config(plan)
         limits, kind = limits_of_folder(folder)
@@ -108,40 +108,40 @@ def inputs_of_training(
             cut = prompt_warnings(limits, previews.prompts, guidance=previews.guidance, kind=kind)
             found.say("previews", cut)
     with found.refusals("data"):
-        data = open_data(asked)
+        data = open_data(data_recipe)
         if isinstance(data, StreamedImages):
             found.say("data", folder_warnings(data))
-            found.say("data", ["A stream is read as it is trained on, not before."], "note")
+            found.say("data", ["Streamed data is only read during training, not checked."], "note")
             return found
         tally = Tally()
-        if not is_settled(data):  # nothing of the zoo's scenes can be broken or missing
+        if not is_settled(data):  # the zoo's scenes are generated, so none can be broken
             surveyed = survey(data, limits, side, lambda done, of: progress("pictures", done, of))
             found.summary, tally = surveyed.summary, surveyed.tally
             found.say("data", surveyed.warnings)
-            Broken(len(data), asked.max_broken).note(dict(enumerate(surveyed.broken)))
+            Broken(len(data), data_recipe.max_broken).note(dict(enumerate(surveyed.broken)))
             found.say("data", surveyed.broken[:3])
         listing = None
         if recipe.validation is not None or not is_settled(data):
-            rows = [row for some in rows_of(data, range(len(data))) for row in some]
+            rows = [row for chunk in rows_of(data, range(len(data))) for row in chunk]
             listing = Listing.of(rows)
         if recipe.validation is not None and listing is not None:
             note = split_by_picture(listing, recipe.validation.num_samples).note
             found.say("validation", [note], "note")
         if output is not None:
             checkpoint = Checkpoints(output / CHECKPOINTS).read()
-            began = None if checkpoint is None else checkpoint.notes.get("made_from") or {}
-            is_told = listing is None or is_settled(data)
-            content = digest_of(data) if is_told or listing is None else listing.digest
+            made_from = None if checkpoint is None else checkpoint.notes.get("made_from") or {}
+            is_unlisted = listing is None or is_settled(data)
+            content = digest_of(data) if is_unlisted or listing is None else listing.digest
             before, validates = Listing.read(output), recipe.validation is not None
             notes = require_data_of_run(
-                output, began, content, before, listing, data, tally, validates=validates
+                output, made_from, content, before, listing, data, tally, validates=validates
             )
             found.say("data", notes, "note")
     return found
 
 
 def _open_autoencoder(found: Inputs, vae: str | Path | None) -> None:
-    """See that the autoencoder is there that a recipe names."""
+    """Check that the recipe's autoencoder exists."""
     if vae is not None:
         with found.refusals("autoencoder"):
             locate_vae(vae)
@@ -150,12 +150,12 @@ def _open_autoencoder(found: Inputs, vae: str | Path | None) -> None:
 def inputs_of_evaluation(
     recipe: EvaluateRecipe, output: Path | None, progress: Callable[[str, int, int], object]
 ) -> Inputs:
-    """Open what `afa evaluate` reads: prompts, metrics' weights, references, pruning plans.
+    """Check what `afa evaluate` reads: prompts, metrics' weights, references, pruning plans.
 
     Args:
-        recipe: of the comparison.
+        recipe: the evaluation recipe.
         output: see `inputs_of_training`.
-        progress: told how many references are read, and of how many.
+        progress: called with the number of references read and their total.
     """
     from afa.ensemble.caching.plan import load_plan
     from afa.evaluation.prompts import load_prompts, source_warnings
@@ -163,13 +163,13 @@ def inputs_of_evaluation(
     from afa.evaluation.scoring import Scoring
     from afa.evaluation.work import Store, open_pictures
 
-    found, is_continued = Inputs(), False
+    found, is_resumed = Inputs(), False
     _open_autoencoder(found, recipe.vae)
     if output is not None:
         with found.refusals("output"):
             require_evaluation(output, recipe.references)
             require_place_for_folder(output, "The output")
-            is_continued = not is_unused(output)
+            is_resumed = not is_unused(output)
     for method in recipe.methods:
         if method.plan is not None:
             with found.refusals("plan"):
@@ -179,10 +179,10 @@ def inputs_of_evaluation(
         with found.refusals("prompts"):
             prompts = load_prompts(recipe.prompts, Path(scratch) / "references")
             found.say("prompts", source_warnings(recipe.prompts))
-            _say_cut(found, plan_of_evaluation(recipe), prompts, recipe.sampling)
+            _say_truncated(found, plan_of_evaluation(recipe), prompts, recipe.sampling)
         if not prompts:
             return found
-        if output is not None and is_continued:
+        if output is not None and is_resumed:
             with found.refusals("output"):
                 require_same_evaluation(recipe, prompts, output)
         with found.refusals("metrics"):
@@ -197,7 +197,7 @@ def inputs_of_evaluation(
 def inputs_of_search(
     recipe: SearchRecipe, output: Path | None, progress: Callable[[str, int, int], object]
 ) -> Inputs:
-    """Open what `afa search` reads: prompts and the metric's weights."""
+    """Check what `afa search` reads: prompts and the metric's weights."""
     from afa.evaluation.prompts import load_prompts, source_warnings
     from afa.evaluation.scoring import open_scorer
     from afa.evaluation.search import require_same_search
@@ -208,7 +208,7 @@ def inputs_of_search(
     with found.refusals("prompts"):
         prompts = load_prompts(recipe.prompts)
         found.say("prompts", source_warnings(recipe.prompts))
-        _say_cut(found, plan_of_search(recipe), prompts, recipe.sampling)
+        _say_truncated(found, plan_of_search(recipe), prompts, recipe.sampling)
     with found.refusals("metric"):
         open_scorer(recipe.metric, torch.device("cpu"))
     if output is not None and not any(each.level == "error" for each in found.findings):
@@ -218,27 +218,27 @@ def inputs_of_search(
     return found
 
 
-def _say_cut(found: Inputs, plan: Plan, prompts: list[Prompt], sampling: Any) -> None:
+def _say_truncated(found: Inputs, plan: Plan, prompts: list[Prompt], sampling: Any) -> None:
     texts = [prompt.text for prompt in prompts]
     lines = warnings_of_plan(plan, texts, sampling.negative_prompt, sampling.guidance)
     found.say("prompts", lines)
 
 
 def _first_config(plan: Plan) -> Path:
-    """The folder that describes the first expert.
+    """The folder with the first expert's configurations.
 
     Raises:
-        AfaError: it cannot be had.
+        AfaError: if it cannot be read.
     """
     group = plan.groups[0]
     return read_manifest(group.experts[0], group.companions).config
 
 
 def _sizes(folder: Path) -> tuple[int, int]:
-    """Side of the pictures that a model was made for, and what sides must be multiples of."""
+    """The native picture size of a model, and the number that sizes must be multiples of."""
     kind = kind_of(str(read_json(folder / "model_index.json").get("_class_name")), folder)
     config = FrozenDict(read_json(folder / kind.denoiser / "config.json"))
     autoencoder = folder / "vae" / "config.json"
     blocks = read_json(autoencoder)["block_out_channels"] if autoencoder.is_file() else [0] * 4
-    shrink = 2 ** (len(blocks) - 1)
-    return min(kind.native_size(config)) * shrink, shrink * kind.patch(config)
+    scale = 2 ** (len(blocks) - 1)
+    return min(kind.native_size(config)) * scale, scale * kind.patch(config)

@@ -1,4 +1,4 @@
-"""Will it fit into this machine, and how long will it take at the least?"""
+"""Estimate the memory and the minimum time of work, and check that it fits."""
 
 from __future__ import annotations
 
@@ -22,21 +22,20 @@ if TYPE_CHECKING:
     from afa.aggregators import SABWConfig
     from afa.loading.memory.needs import Needs
 
-#: times what is free, from which on work is refused; estimates were within a quarter
+#: factor above the free memory that makes it an error; estimates were accurate to a quarter
 _SURE = 1.25
-_SIDE, _MEASURE = 1024, 0.2  # of the matrices that are multiplied, and for how many seconds
+_SIDE, _MEASURE = 1024, 0.2  # side of the measured matrix product, and seconds to measure
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Told before any work.
+    """Estimated memory and time of work.
 
     Attributes:
-        takes: bytes of the device's memory, the program's own included.
-        free: bytes that are to be had there, what this process has already included.
-        seconds: of all steps, at the least: their operations at the speed of a large product of
-            matrices, which nothing reaches as a whole.
-        num_steps: how many those are.
+        takes: bytes of device memory, including the program's own.
+        free: free bytes of device memory, including what this process already uses.
+        seconds: lower bound for all steps: their operations at the speed of a large matrix product.
+        num_steps: number of steps.
     """
 
     takes: int
@@ -47,15 +46,15 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Job:
-    """Work, and the experts that are to do it.
+    """Work and the experts that do it.
 
     Attributes:
-        config: the pipeline's folder that describes them.
-        num_experts: N.
-        encoder_sets: how many models' text encoders there are.
-        aggregators: of all sites; None for the mean.
-        dtype: of the experts.
-        work: what they do.
+        config: pipeline folder with the experts' configurations.
+        num_experts: number of experts.
+        encoder_sets: number of models whose text encoders are loaded.
+        aggregators: the aggregators' configuration; None for the mean.
+        dtype: dtype of the experts.
+        work: the work.
     """
 
     config: Path
@@ -66,13 +65,13 @@ class Job:
     work: Work
 
     def estimate(self) -> Estimate:
-        """What it takes of this machine."""
+        """Estimate memory and time on this machine."""
         work, needs = self.work, self._needs(self.work.batch)
         seconds = work.num_steps * needs.flops / _speed(work.device, self.dtype)
         return Estimate(self._takes(needs), free_memory(work.device), seconds, work.num_steps)
 
     def bytes(self, batch: int) -> int:
-        """What a batch takes of the device's memory, the program's own included."""
+        """Device memory for a batch of this size, including the program's own."""
         return self._takes(self._needs(batch))
 
     def _takes(self, needs: Needs) -> int:
@@ -95,9 +94,9 @@ class Job:
 
 
 def fits(job: Job, found: Estimate) -> Iterator[Finding]:
-    """Findings where it does not fit, with what would.
+    """Yield a finding if the work does not fit into memory: a warning if it is close, or an error.
 
-    An estimate is one: what is a little too much is a warning.
+    With several processes, which may share the experts, it is always a warning.
     """
     if found.takes <= found.free:
         return
@@ -106,10 +105,10 @@ def fits(job: Job, found: Estimate) -> Iterator[Finding]:
         "AFA-CHECK-002",
         "error" if is_sure else "warning",
         "memory",
-        f"The work must fit into memory: it takes about {size_text(found.takes)}, and "
-        f"{size_text(found.free)} of {job.work.device} are free.",
-        "It would be ended halfway.",
-        f"Take {', or '.join(_remedies(job, found))}.",
+        f"The work needs about {size_text(found.takes)} of memory; {job.work.device} has "
+        f"{size_text(found.free)} free.",
+        "It would run out of memory.",
+        f"Use {', or '.join(_remedies(job, found))}.",
     )
 
 
@@ -128,21 +127,21 @@ def _remedies(job: Job, found: Estimate) -> Iterator[str]:
     if job.dtype == torch.float32:
         yield "experts in bfloat16"
     if not work.batch_name:
-        yield "--memory-budget, which keeps experts elsewhere"
+        yield "--memory-budget, which offloads experts"
     yield "a machine with more memory"
 
 
 def largest_batch(job: Job, found: Estimate) -> int:
-    """How large a batch would fit; 0 where not even one does."""
+    """The largest batch size that fits; 0 if a batch of one does not."""
     one, two = job.bytes(1), job.bytes(2)
-    room = found.free - one
-    if room < 0:
+    free = found.free - one
+    if free < 0:
         return 0
-    return min(1 + room // max(two - one, 1), job.work.batch)
+    return min(1 + free // max(two - one, 1), job.work.batch)
 
 
 def _speed(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second in a large product of matrices, measured."""
+    """Measure the operations per second of a large matrix product."""
     matrix = torch.ones(_SIDE, _SIDE, device=device, dtype=dtype)
 
     def product() -> None:

@@ -1,4 +1,4 @@
-"""A look at everything that a recipe names, before any of its work."""
+"""Check the models of a plan before any work."""
 
 from __future__ import annotations
 
@@ -22,15 +22,10 @@ from afa.loading.manifest import ExpertManifest, read_manifest
 from afa.loading.memory.plan import encoder_sets
 from afa.loading.planned import Work
 from afa.loading.published import is_published, published_experts
-from afa.loading.weights import (
-    hash_vae,
-    tensor_shapes,
-    weight_files,
-    weights_in,
-)
+from afa.loading.weights import hash_vae, tensor_shapes, weight_files, weights_in
 from afa.machine.damaged import is_own_bug
 from afa.preflight.machine import Estimate, Job, fits
-from afa.preflight.weights import Weights, look_into
+from afa.preflight.weights import Weights, check_values
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -39,17 +34,17 @@ if TYPE_CHECKING:
     from afa.loading.planned import Group, Plan
     from afa.loading.single_file.load import Companions
 
-#: what the plan of a merge compares by itself, since it may pad channels and do without a part
+#: checks that `plan_merge` does itself, because merges may pad channels and lack components
 _PLANNED = ("architecture", "text encoders")
 
 
 @dataclass(frozen=True)
-class Look:
-    """One expert that was looked at.
+class CheckedExpert:
+    """A checked expert.
 
     Attributes:
-        manifest: of it, or of its LoRA's base.
-        facts: of it, with its LoRA.
+        manifest: manifest of the expert, or of its LoRA's base.
+        facts: facts about the expert, including its LoRA.
     """
 
     manifest: ExpertManifest
@@ -57,41 +52,41 @@ class Look:
 
     @property
     def dtypes(self) -> str:
-        """Of its numbers, the most frequent first."""
+        """Its most frequent dtypes, in order."""
         return ", ".join(dtype for dtype, _ in self.manifest.num_elements.most_common(2))
 
 
 @dataclass
 class Report:
-    """What came of it.
+    """The result of a check.
 
     Attributes:
-        experts: that were looked at, each once.
+        experts: the checked experts, each once.
         findings: errors first.
-        estimates: of memory and time, by the group's label.
-        data: what the data set holds, on one line; None where none was looked at.
+        estimates: label of a group -> its memory and time.
+        data: one line about the data set; None if none was checked.
     """
 
-    experts: list[Look] = field(default_factory=list)
+    experts: list[CheckedExpert] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     estimates: dict[str, Estimate] = field(default_factory=dict)
     data: str | None = None
 
     @property
     def errors(self) -> list[Finding]:
-        """What keeps the work from being done."""
+        """The findings that prevent the work."""
         return [finding for finding in self.findings if finding.level == "error"]
 
     def require(self) -> None:
-        """Go on only where there is no error.
+        """Raise the first error, with the number of other errors.
 
         Raises:
-            AfaError: the first, and how many more there are.
+            AfaError: if there is an error.
         """
         if self.errors:
             more = len(self.errors) - 1
-            also = f" ({more} more: `afa check` lists all)" if more else ""
-            raise AfaError(self.errors[0].code, self.errors[0].text + also)
+            note = f" ({more} more: `afa check` lists all)" if more else ""
+            raise AfaError(self.errors[0].code, self.errors[0].text + note)
 
 
 def look(
@@ -100,46 +95,48 @@ def look(
     with_weights: bool = True,
     progress: Callable[[str, int, int], object] = lambda *_: None,
 ) -> Report:
-    """Look at everything that a plan would load.
+    """Check everything that a plan loads.
 
     Args:
-        plan: what is to be loaded.
-        with_weights: whether weights are read, too; headers and configurations always are.
-        progress: told what is done, and bytes of how many.
+        plan: the plan.
+        with_weights: whether to read weights; headers and configurations are always read.
+        progress: called with the stage, the bytes read and their total.
 
-    Returns: the report; an expert that cannot be read at all is an error in it.
+    Returns: the report; experts that cannot be read are errors in it.
     """
     report, known = Report(), {}
     for group in plan.groups:
-        looks: list[Look] = []
+        checked: list[CheckedExpert] = []
         parts = list(_parts(group))
         report.findings += [finding for finding in parts if finding not in report.findings]
-        for asked in group.experts:
-            key = _key(asked, group.companions)
+        for source in group.experts:
+            key = _key(source, group.companions)
             try:
                 if key not in known:
-                    known[key] = _look_at(asked, group.companions, with_weights=with_weights)
+                    known[key] = _check_expert(source, group.companions, with_weights=with_weights)
                     report.experts.append(known[key])
-                    report.findings += _whole(known[key])
-                looks.append(known[key])
-                if not group.is_loose and not parts:  # a merge needs the denoisers alone
-                    is_first = asked is group.experts[0] and group.companions.own_vae
-                    manifest = read_manifest(asked, group.companions)
+                    report.findings += _check_denoiser(known[key])
+                checked.append(known[key])
+                if not group.is_loose and not parts:  # a merge only needs the denoisers
+                    is_first = source is group.experts[0] and group.companions.own_vae
+                    manifest = read_manifest(source, group.companions)
                     manifest.require_whole(with_autoencoder=is_first and group.is_drawn)
             except AfaError as error:
                 level: Level = "note" if group.is_loose else "error"
                 report.findings.append(Finding(error.code, level, "files", str(error)))
-        if len(looks) == len(group.experts):
-            found = compare([each.facts for each in looks], allow_duplicates=group.allow_duplicates)
+        if len(checked) == len(group.experts):
+            found = compare(
+                [each.facts for each in checked], allow_duplicates=group.allow_duplicates
+            )
             report.findings += [
                 finding
                 for finding in found
                 if finding not in report.findings
                 and not (group.is_loose and finding.check in _PLANNED)
             ]
-            report.findings += _autoencoders(looks)
+            report.findings += _autoencoders(checked)
             if plan.work and not any(each.check == "architecture" for each in report.errors):
-                _estimate(report, plan.work, group, looks)
+                _estimate(report, plan.work, group, checked)
     if with_weights and report.experts:
         dtype = plan.groups[0].companions.torch_dtype
         report.findings += _read_weights(report.experts, dtype, progress)
@@ -148,7 +145,7 @@ def look(
 
 
 def _parts(group: Group) -> Iterator[Finding]:
-    """Are the parts there that the group names for single files?"""
+    """Check that the components exist that the group names for single files."""
     try:
         group.companions.require_parts()
     except AfaError as error:
@@ -156,89 +153,89 @@ def _parts(group: Group) -> Iterator[Finding]:
 
 
 def _key(named: AnySource, companions: Companions) -> tuple[object, ...]:
-    """What a look depends on: a single file's also on what describes it."""
+    """The key of a checked expert; for a single file it includes the configurations used."""
     source = replace(ExpertSource.of(named), sha256=None)
     if Path(source.source).expanduser().is_file():
         return (source, str(companions.config), str(companions.fallback))
     return (source,)
 
 
-def _look_at(named: AnySource, companions: Companions, *, with_weights: bool) -> Look:
+def _check_expert(named: AnySource, companions: Companions, *, with_weights: bool) -> CheckedExpert:
     manifest = read_manifest(named, companions)
-    asked, facts, _ = manifest.source, manifest.facts, manifest.files  # damaged ones are refused
+    source, facts, _ = manifest.source, manifest.facts, manifest.files  # raises on damaged files
     identity = manifest.sha256 if with_weights else None
-    if asked.lora is not None:
-        place = Path(asked.lora).expanduser()
-        check_lora(asked, manifest.config, with_values=with_weights)
+    if source.lora is not None:
+        path = Path(source.lora).expanduser()
+        check_lora(source, manifest.config, with_values=with_weights)
         if identity is not None:
-            identity = f"{identity} + {asked.scale!r} x {hash_lora(place)}"
-        file = open_lora(place).path
-        distilled = distilled_of(asked.lora, manifest.config, is_file=True, path=file)
+            identity = f"{identity} + {source.scale!r} x {hash_lora(path)}"
+        file = open_lora(path).path
+        distilled = distilled_of(source.lora, manifest.config, is_file=True, path=file)
         facts = replace(
-            facts, name=asked.lora, short=place.name, distilled=distilled or facts.distilled
+            facts, name=source.lora, short=path.name, distilled=distilled or facts.distilled
         )
-    return Look(manifest, replace(facts, identity=identity))
+    return CheckedExpert(manifest, replace(facts, identity=identity))
 
 
-def _whole(look: Look) -> Iterator[Finding]:
-    """Does a folder's denoiser have all tensors, in the shapes that its configuration says?"""
-    facts, kind = look.facts, look.facts.kind
+def _check_denoiser(expert: CheckedExpert) -> Iterator[Finding]:
+    """Check a denoiser's configuration, and that a folder's weights have its tensors and shapes."""
+    facts, kind = expert.facts, expert.facts.kind
     try:
         with torch.device("meta"):
-            twin: Any = kind.family.model_class.from_config(dict(facts.denoiser))
-        family_of(twin)
+            model: Any = kind.family.model_class.from_config(dict(facts.denoiser))
+        family_of(model)
     except AfaError as error:
         yield Finding(error.code, "error", "architecture", str(error))
         return
     except NO_MODEL as error:
         if is_own_bug(error):
             raise
-        said = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:200]
         yield Finding(
             "AFA-CHECK-003",
             "error",
             "architecture",
-            f"The denoiser of '{facts.name}' cannot be built: {said}.",
+            f"The denoiser of '{facts.name}' cannot be built from its configuration: {reason}.",
         )
         return
-    text = sum(kind.family.widths(twin).text)
-    given = sum(facts.encoders.get(name) or 0 for name in kind.text)
-    if text and given and text != given and kind.padded_text is None:
+    width = sum(kind.family.widths(model).text)
+    encoded = sum(facts.encoders.get(name) or 0 for name in kind.text)
+    if width and encoded and width != encoded and kind.padded_text is None:
         yield Finding(
             "AFA-CHECK-004",
             "error",
             "text encoders",
-            f"The text encoders of '{facts.name}' must give {text} numbers a token, as its "
-            f"denoiser takes them; they give {given}.",
+            f"The text encoders of '{facts.name}' have {encoded} features per token; its denoiser "
+            f"needs {width}.",
             "The denoiser could not read the prompt.",
-            "Take the text encoder that it was trained with.",
+            "Use the text encoders that it was trained with.",
         )
-    if look.manifest.path.is_file():
+    if expert.manifest.path.is_file():
         return
     shapes = {
         name: shape
-        for file in weights_in(look.manifest.path / kind.denoiser)[1]
+        for file in weights_in(expert.manifest.path / kind.denoiser)[1]
         for name, shape in tensor_shapes(file).items()
     }
-    for name, tensor in twin.state_dict().items():
+    for name, tensor in model.state_dict().items():
         if shapes.get(name) != tuple(tensor.shape):
-            came = "it is missing" if name not in shapes else f"it is {shapes[name]}"
+            found = "is missing" if name not in shapes else f"has shape {shapes[name]}"
             yield Finding(
                 "AFA-CHECK-005",
                 "error",
                 "weights",
-                f"The denoiser of '{facts.name}' must have '{name}' of shape "
-                f"{tuple(tensor.shape)}; {came}.",
+                f"'{name}' {found} in the denoiser of '{facts.name}'; its configuration requires "
+                f"shape {tuple(tensor.shape)}.",
                 "",
-                "Download it again, with the configuration that belongs to it.",
+                "Download the expert again, with its own configuration.",
             )
             return
 
 
-def _autoencoders(looks: Sequence[Look]) -> Iterator[Finding]:
-    """Experts may have autoencoders of their own, of which one decodes for all."""
+def _autoencoders(checked: Sequence[CheckedExpert]) -> Iterator[Finding]:
+    """Note that experts have different autoencoders, of which one decodes all pictures."""
     names, hashes = [], []
-    for each in looks:
+    for each in checked:
         if (each.manifest.path / "vae").is_dir() and "vae" in parts_of(
             read_json(each.manifest.path / "model_index.json")
         ):
@@ -249,26 +246,26 @@ def _autoencoders(looks: Sequence[Look]) -> Iterator[Finding]:
             "AFA-CHECK-006",
             "note",
             "autoencoder",
-            f"The experts have autoencoders of their own ({', '.join(names)}); that of "
-            f"'{names[0]}' decodes for all.",
-            "Fine detail and colours are a little of that expert's.",
-            "Name another one under vae if you prefer it.",
+            f"The experts have different autoencoders ({', '.join(names)}); that of "
+            f"'{names[0]}' decodes all pictures.",
+            "It slightly affects fine detail and colours.",
+            "To use another one, set vae.",
         )
 
 
-def _estimate(report: Report, work: Work, group: Group, looks: Sequence[Look]) -> None:
-    alone = replace(work, samples_each=1)
+def _estimate(report: Report, work: Work, group: Group, checked: Sequence[CheckedExpert]) -> None:
+    unbatched = replace(work, samples_each=1)
     job = Job(
-        looks[0].manifest.config,
-        group.num_experts or len(looks),
-        group.encoder_sets or encoder_sets([each.manifest.path for each in looks]),
+        checked[0].manifest.config,
+        group.num_experts or len(checked),
+        group.encoder_sets or encoder_sets([each.manifest.path for each in checked]),
         group.aggregators,
         group.companions.torch_dtype,
-        work if looks[0].facts.kind.family.batches_guidance else alone,
+        work if checked[0].facts.kind.family.batches_guidance else unbatched,
     )
     try:
         found = job.estimate()
-    except AfaError as error:  # what describes the experts leaves the autoencoder out
+    except AfaError as error:  # the configuration may lack the autoencoder
         report.findings.append(Finding(error.code, "note", "memory", str(error)))
         return
     report.estimates[group.label] = found
@@ -276,9 +273,11 @@ def _estimate(report: Report, work: Work, group: Group, looks: Sequence[Look]) -
 
 
 def _read_weights(
-    looks: Sequence[Look], dtype: torch.dtype, progress: Callable[[str, int, int], object]
+    checked: Sequence[CheckedExpert],
+    dtype: torch.dtype,
+    progress: Callable[[str, int, int], object],
 ) -> Iterator[Finding]:
-    by_path = {each.manifest.path: each for each in looks}
+    by_path = {each.manifest.path: each for each in checked}
     weights = []
     for path, each in by_path.items():
         name = each.facts.short
@@ -302,4 +301,4 @@ def _read_weights(
         done += count
         progress("weights", done, total)
 
-    yield from look_into(weights, dtype, note)
+    yield from check_values(weights, dtype, note)

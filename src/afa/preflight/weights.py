@@ -1,6 +1,6 @@
-"""A look into the experts' weights: non-finite values, and experts that are nearly the same.
+"""Check the experts' weights for non-finite values and for near-duplicates.
 
-One tensor of each expert is in memory at a time.
+Holds one tensor of each expert in memory at a time.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ if TYPE_CHECKING:
 
     from afa.merging.streams import StoredTensor
 
-#: above it two experts are the same for any purpose; fine-tunes of one base reach 0.999
+#: cosine similarity of duplicates; fine-tunes of one base reach 0.999
 SAME = 0.9999
-#: of single files' tensors: how those of a denoiser start
+#: prefix of a denoiser's tensors in single files
 _PREFIX = "model.diffusion_model."
-#: a closed interval of what half precision holds
+#: largest value in half precision
 _HALF = torch.finfo(torch.float16).max
 
 
 @dataclass(frozen=True)
 class Weights:
-    """An expert's files.
+    """An expert's weight files.
 
     Attributes:
-        name: of the expert, as messages call it.
+        name: the expert's name in messages.
         denoiser: the files with its denoiser.
-        others: with its text encoders and its autoencoder.
+        others: the files with its text encoders and its autoencoder.
     """
 
     name: str
@@ -47,19 +47,19 @@ class Weights:
 
     @property
     def num_bytes(self) -> int:
-        """Of all files."""
+        """Size of all files."""
         return sum(file.stat().st_size for file in {*self.denoiser, *self.others})
 
 
-def look_into(
+def check_values(
     experts: Sequence[Weights], dtype: torch.dtype, progress: Callable[[int], object]
 ) -> Iterator[Finding]:
-    """Read all weights once.
+    """Read all weights once and yield findings about their values.
 
     Args:
-        experts: all of them, each once.
-        dtype: that they will be used in.
-        progress: told the number of bytes after each tensor.
+        experts: all experts, each once.
+        dtype: dtype that they will be used in.
+        progress: called with the number of bytes after each tensor.
     """
     headers = [_headers(expert.denoiser) for expert in experts]
     seen: set[Path] = set()
@@ -68,7 +68,7 @@ def look_into(
             if file not in seen and file not in expert.denoiser:
                 seen.add(file)
                 for name, tensor in read_header(file).items():
-                    yield from _numbers(expert.name, name, tensor, tensor.read(), dtype)
+                    yield from _check_tensor(expert.name, name, tensor, tensor.read(), dtype)
                     progress(tensor.num_bytes)
     products: dict[tuple[int, int], float] = defaultdict(float)
     for name in dict.fromkeys(name for header in headers for name in header):
@@ -76,14 +76,14 @@ def look_into(
         for number, (expert, header) in enumerate(zip(experts, headers, strict=True)):
             if name in header:
                 value = header[name].read()
-                yield from _numbers(expert.name, name, header[name], value, dtype)
+                yield from _check_tensor(expert.name, name, header[name], value, dtype)
                 progress(header[name].num_bytes)
                 if value.is_floating_point() and _is_of_denoiser(name):
                     values[number] = value.float().flatten()
         for a, b in itertools.combinations_with_replacement(values, 2):
             if values[a].shape == values[b].shape:
                 products[a, b] += float(values[a] @ values[b])
-    yield from _alike(experts, products)
+    yield from _duplicates(experts, products)
 
 
 def _headers(files: Sequence[Path]) -> Mapping[str, StoredTensor]:
@@ -91,13 +91,13 @@ def _headers(files: Sequence[Path]) -> Mapping[str, StoredTensor]:
 
 
 def _is_of_denoiser(name: str) -> bool:
-    """In a single file the text encoders are often the very same, which says nothing."""
+    """Whether the tensor belongs to the denoiser; text encoders are often equal."""
     return name.startswith(_PREFIX) or not name.startswith(
         ("first_stage_model.", "cond_stage_model.", "conditioner.", "text_encoders.", "vae.")
     )
 
 
-def _numbers(
+def _check_tensor(
     expert: str, name: str, tensor: StoredTensor, value: torch.Tensor, dtype: torch.dtype
 ) -> Iterator[Finding]:
     if not value.is_floating_point() or value.numel() == 0 or name.endswith("attn_mask"):
@@ -107,10 +107,9 @@ def _numbers(
             "AFA-CHECK-007",
             "error",
             "weights",
-            f"Weights must be finite numbers; '{name}' of '{expert}' ({tensor.file.name}) has nan "
-            "or infinity.",
+            f"'{name}' of '{expert}' ({tensor.file.name}) has non-finite values (NaN or infinity).",
             "All pictures would be black.",
-            "Download it again, or leave this expert out.",
+            "Download the expert again, or remove it from the recipe.",
         )
     elif dtype == torch.float16 and value.dtype != torch.float16:
         largest = float(value.abs().max().float())
@@ -119,14 +118,14 @@ def _numbers(
                 "AFA-CHECK-008",
                 "error",
                 "weights",
-                f"In float16 no number may be above {_HALF:.0f}; '{name}' of '{expert}' has "
-                f"{largest:.4g}.",
-                "It would become infinity, and all pictures black.",
+                f"'{name}' of '{expert}' has a value of {largest:.4g}, above float16's maximum of "
+                f"{_HALF:.0f}.",
+                "It would overflow to infinity, and all pictures would be black.",
                 "Use bfloat16.",
             )
 
 
-def _alike(
+def _duplicates(
     experts: Sequence[Weights], products: Mapping[tuple[int, int], float]
 ) -> Iterator[Finding]:
     for a, b in itertools.combinations(range(len(experts)), 2):
@@ -137,8 +136,8 @@ def _alike(
                 "AFA-CHECK-009",
                 "warning",
                 "duplicates",
-                f"Experts should differ; the weights of '{experts[b].name}' and "
-                f"'{experts[a].name}' have a cosine similarity of {cosine:.6f}.",
-                "They draw the same: one of them takes its time and memory for nothing.",
-                "Leave one out.",
+                f"The weights of '{experts[b].name}' and '{experts[a].name}' have a cosine "
+                f"similarity of {cosine:.6f}.",
+                "They are duplicates: one of them wastes time and memory.",
+                "Remove one of them.",
             )
