@@ -31,7 +31,7 @@ def is_optional(name: str) -> bool:
     Args:
         name: canonical name.
     """
-    return bool(_OPTIONAL.fullmatch(name) or SCHEDULE.fullmatch(name) or name in MARKERS)
+    return _OPTIONAL.fullmatch(name) is not None or is_schedule(name)
 
 
 def is_schedule(name: str) -> bool:

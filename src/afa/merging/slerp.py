@@ -50,13 +50,10 @@ class Slerp(MergeMethod):
     def merge(self, name: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
         """Compute the weighted spherical mean of one tensor."""
         weights = uniform(self.weights, len(tensors))
-        products = np.array(
-            [
-                [_dot(a, b) for b in tensors[: i + 1]] + [0.0] * (len(tensors) - i - 1)
-                for i, a in enumerate(tensors)
-            ]
-        )
-        products = products + np.tril(products, -1).T
+        products = np.empty((len(tensors), len(tensors)))
+        for i, a in enumerate(tensors):
+            for j, b in enumerate(tensors[: i + 1]):
+                products[i, j] = products[j, i] = _dot(a, b)
         return weighted_sum(tensors, spherical_coefficients(products, weights))
 
 

@@ -99,7 +99,8 @@ def inputs_of_training(
     limits: list[Any] = []
     side = data_recipe.resolution
     with found.refusals("resolution"):
-        folder = _first_config(plan)
+        group = plan.groups[0]
+        folder = read_manifest(group.experts[0], group.companions).config
         limits, kind = limits_of_folder(folder)
         native, multiple = _sizes(folder)
         side = side or native
@@ -222,16 +223,6 @@ def _say_truncated(found: Inputs, plan: Plan, prompts: list[Prompt], sampling: A
     texts = [prompt.text for prompt in prompts]
     lines = warnings_of_plan(plan, texts, sampling.negative_prompt, sampling.guidance)
     found.say("prompts", lines)
-
-
-def _first_config(plan: Plan) -> Path:
-    """The folder with the first expert's configurations.
-
-    Raises:
-        AfaError: if it cannot be read.
-    """
-    group = plan.groups[0]
-    return read_manifest(group.experts[0], group.companions).config
 
 
 def _sizes(folder: Path) -> tuple[int, int]:
