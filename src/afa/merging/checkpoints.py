@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from afa.denoisers.family import COMPONENTS
 from afa.denoisers.kinds import kind_of
 from afa.errors import AfaError
-from afa.files import read_json
+from afa.files import parts_of, read_json
 from afa.loading.single_file.canonical_names import DENOISER, canonical_names, unet_names
 from afa.loading.sources import locate
 from afa.loading.weights import file_metadata, weight_files, weights_in
@@ -71,12 +70,10 @@ def read_checkpoint(source: str) -> Checkpoint:
     if (path / "model_index.json").is_file():
         kind_of(str(read_json(path / "model_index.json").get("_class_name")), source)
     weight_files(path)  # raises if this is not a pipeline
-    index = read_json(path / "model_index.json")
+    components = parts_of(read_json(path / "model_index.json"))
     tensors: dict[str, StoredTensor] = {}
     keys: dict[str, str] = {}
-    for part in _PARTS:
-        if not has_part(index, part):
-            continue
+    for part in [part for part in _PARTS if part in components]:
         for file in weights_in(path / part)[1]:
             for key, tensor in read_header(file).items():
                 name = canonical_name(part, key)
@@ -156,12 +153,3 @@ def canonical_name(part: str, key: str) -> str:
     Removes the prefix `text_model.` of text encoders, which transformers 5 no longer writes.
     """
     return f"{part}.{key.removeprefix('text_model.') if part in TEXT_ENCODERS else key}"
-
-
-def has_part(index: Mapping[str, Any], part: str) -> bool:
-    """Whether a `model_index.json` has this component, with a class.
-
-    Rejects names such as `../x`, which would read and write outside the folders.
-    """
-    entry = index.get(part)
-    return isinstance(entry, list) and entry[:1] not in ([], [None]) and part.isidentifier()

@@ -7,9 +7,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from afa.files import read_json, write_atomic
+from afa.files import parts_of, read_json, write_atomic
 from afa.loading.trust.pickles import PICKLES
-from afa.merging.checkpoints import has_part
 from afa.merging.parts import TEXT_ENCODERS
 
 if TYPE_CHECKING:
@@ -33,8 +32,7 @@ def files_to_copy(folder: Path, merged_parts: set[str]) -> list[Path]:
     weights are pickles (some safety checkers) are dropped.
     """
     files: list[Path] = []
-    index = read_json(folder / "model_index.json")
-    for part in filter(lambda part: has_part(index, part), index):
+    for part in parts_of(read_json(folder / "model_index.json")):
         found = [file for file in sorted((folder / part).rglob("*")) if file.is_file()]
         if part in merged_parts:
             found = [file for file in found if not file.name.endswith(_WEIGHTS)]
@@ -70,8 +68,8 @@ def copy_files(
         if named:
             write_atomic(config, json.dumps(content | named, indent=2) + "\n")
     index = read_json(folder / "model_index.json")
-    for part in index:
-        if has_part(index, part) and not (target / part).is_dir():
+    for part in parts_of(index):
+        if not (target / part).is_dir():
             index[part] = [None, None]
             if part == _CHECKER:
                 index["requires_safety_checker"] = False
