@@ -47,7 +47,7 @@ def limited(arguments: list[str], size: int) -> subprocess.CompletedProcess[str]
     )
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.fault(
     "out of memory",
     "train, before it begins",
