@@ -1,4 +1,4 @@
-"""Batches for the loss, made from pictures and captions as they are needed."""
+"""Training batches, encoded from pictures and captions on demand."""
 
 from __future__ import annotations
 
@@ -29,68 +29,68 @@ if TYPE_CHECKING:
     from afa.training.transform import Transform
 
 
-#: seconds in which a process that reads pictures must have a batch
-_PATIENCE = 1800
-#: bytes of a socket's path (sun_path of unix(7), with its end), and of what Python puts in a folder
+#: seconds in which a DataLoader worker must return a batch
+_TIMEOUT = 1800
+#: bytes of a socket's path (sun_path of unix(7)), and of the part that multiprocessing appends
 _MAX_SOCKET, _SOCKET = 107, len("/pymp-abcdefgh/listener-abcdefgh")
 
 
 class Examples(Protocol):
-    """Where a training gets its batches."""
+    """A source of training batches."""
 
     @property
     def broken(self) -> Broken:
-        """The broken pictures that were met so far."""
+        """The broken pictures found so far."""
 
     def batches(self, places: Iterable[Sequence[int]]) -> Iterator[Encoded]:
-        """One batch for each row of places; what it holds depends on the places alone."""
+        """Yield one batch per row of places; its content depends only on the places."""
 
     def notes(self, *, is_last: bool) -> list[str]:
-        """What a user should know of the batches since the last call, one line each."""
+        """Messages for the user about the batches since the last call, one line each."""
 
 
 class Broken:
-    """Counts broken pictures and stops where there are too many.
+    """Collects broken pictures and raises if there are too many.
 
     Args:
-        num_samples: of the whole data set; None where only its end will tell, and nothing stops.
-        share: of it that may be broken.
+        num_samples: size of the data set; None if it is unknown, which disables the limit.
+        share: maximum fraction of broken samples.
     """
 
     def __init__(self, num_samples: int | None, share: float) -> None:
         self._num_samples, self._share = num_samples, share
-        #: sample -> what reading it said, which names the file
+        #: sample -> error message, which names the file
         self.found: dict[int, str] = {}
 
     def note(self, found: dict[int, str]) -> list[str]:
-        """Take broken pictures down; returns what is to be said of those that are new.
+        """Record broken pictures; returns the messages of the new ones.
 
         Raises:
-            AfaError: they are more than the share.
+            AfaError: if too many are broken.
         """
-        new = {sample: said for sample, said in found.items() if sample not in self.found}
+        new = {sample: message for sample, message in found.items() if sample not in self.found}
         self.found |= new
         count = self._num_samples
         if new and count is not None and len(self.found) > self._share * count:
             raise AfaError(
                 "AFA-TRAIN-031",
-                f"At most {self._share:.1%} of the pictures may be broken, but {len(self.found)} "
-                f"of {count} are (last: {list(new.values())[-1]}) Repair the data, or raise "
+                f"{len(self.found)} of {count} pictures are broken; at most {self._share:.1%} may "
+                f"be. The last one: {list(new.values())[-1]} Repair the pictures, or raise "
                 "data.max_broken.",
             )
         return list(new.values())
 
 
 class Sample(NamedTuple):
-    """A transformed picture.
+    """A transformed picture with its caption.
 
     Attributes:
         pixels: [3, R, R] in -1..1.
         sizes: see `Transform.sizes`.
-        caption: its own.
-        number: its own in the data set.
-        conversions: what reading it took.
-        broken: the samples that it stands in for, with what reading them said.
+        caption: caption.
+        number: index in the data set.
+        conversions: conversions that were applied to the picture.
+        broken: the broken samples that this one replaces -> error message.
     """
 
     pixels: Tensor
@@ -103,7 +103,7 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Order:
-    """How places become samples and draws; `samples` are those of the data set that are used."""
+    """Maps places to samples and random draws; `samples` are the indices that are used."""
 
     samples: Sequence[int]
     seed: int
@@ -112,14 +112,14 @@ class Order:
     purpose: Purpose = Purpose.TRAINING
 
     def candidates(self, place: int) -> Iterator[int]:
-        """The sample at a place, then those that take its place where it is broken."""
+        """The sample at a place, then its replacements in case it is broken."""
         position = place
         if self.purpose is not Purpose.VALIDATION:
             position = sample_at(place, len(self.samples), self.seed)
         return successors(position, self.samples)
 
     def draw(self, place: int) -> Draw:
-        """What is drawn there."""
+        """The random numbers of a place."""
         return draw_at(place, self.shape, self.seed, self.purpose)
 
     def drops(self, draw: Draw) -> bool:
@@ -128,15 +128,15 @@ class Order:
 
 
 class _Places(Dataset):
-    """Samples by place, for a loader with or without processes of its own."""
+    """Samples by place, for a DataLoader with or without workers."""
 
     def __init__(self, data: CaptionedImages, transform: Transform, order: Order) -> None:
         self._data, self._transform, self._order = data, transform, order
 
     def __getitem__(self, place: int) -> Sample | AfaError:
-        """A sample; where it is broken, the next one that is not.
+        """The sample of a place; if it is broken, the next readable one.
 
-        An error is returned: a loader's process would wrap it into a traceback.
+        Returns errors instead of raising them, because a worker wraps raised errors in a traceback.
         """
         variant = self._transform.variant(self._order.draw(place).variant)
         broken: dict[int, str] = {}
@@ -152,36 +152,33 @@ class _Places(Dataset):
             except AfaError as error:
                 return error
         return AfaError(
-            "AFA-TRAIN-032", f"The data must hold pictures that can be read: {broken[index]}"
+            "AFA-TRAIN-032", f"All pictures are broken. The last error: {broken[index]}"
         )
 
 
 def _require_sockets() -> None:
-    """Refuse temporary folders in which processes cannot hand over what they have read.
+    """Check that DataLoader workers can create sockets in the temporary folder.
 
-    They do so by a socket there, whose path may not be longer than the system takes; where it is,
-    torch loses what was read, and whoever waits for it waits for ever.
+    If the socket's path is too long for the system, torch loses the batch and waits forever.
 
     Raises:
-        AfaError: the path is too long.
+        AfaError: if the path is too long.
     """
     place = tempfile.gettempdir()
     if len(os.fsencode(place)) + _SOCKET > _MAX_SOCKET:
         raise AfaError(
             "AFA-TRAIN-033",
-            f"For data.num_workers the path of the folder for temporary files must have at most "
-            f"{_MAX_SOCKET - _SOCKET} bytes, came '{place}'. Set TMPDIR to a shorter one.",
+            f"The path of the temporary folder '{place}' is too long for data.num_workers; at most "
+            f"{_MAX_SOCKET - _SOCKET} bytes are allowed. Set TMPDIR to a shorter path.",
         )
 
 
 @contextmanager
 def readers_alive() -> Iterator[None]:
-    """Say in one line what torch says where a process that reads pictures is no more.
-
-    It does so by a signal, in the middle of whatever runs: a step as well as a read.
+    """Convert torch's errors about DataLoader workers; a dead worker interrupts any code by signal.
 
     Raises:
-        AfaError: one of the processes was ended from outside, or says nothing any more.
+        AfaError: if a worker was killed or timed out.
     """
     try:
         yield
@@ -189,36 +186,35 @@ def readers_alive() -> Iterator[None]:
         if "DataLoader timed out" in str(error):
             raise AfaError(
                 "AFA-TRAIN-034",
-                f"The processes that read pictures must have a batch within {_PATIENCE} seconds, "
-                "but nothing came. Is the disk there? Set data.num_workers: 0 to see what a read "
-                "says; the same command goes on.",
+                f"The processes that read pictures returned no batch within {_TIMEOUT} seconds. "
+                "Check that the disk is available. Set data.num_workers: 0 to see the error of a "
+                "read. Run the same command to resume.",
             ) from error
         if "DataLoader worker" not in str(error):
             raise
         raise AfaError(
             "AFA-TRAIN-035",
-            "The processes that read pictures must live as long as the training, but one was "
-            "ended, most often for want of memory. Lower data.num_workers; the same command goes "
-            "on.",
+            "A process that reads pictures was killed, most often because memory ran out. Lower "
+            "data.num_workers, and run the same command to resume.",
         ) from error
 
 
 class LiveExamples:
-    """Reads, transforms and encodes pictures when their turn comes.
+    """Reads, transforms and encodes pictures on demand.
 
     Args:
-        pipeline: its autoencoder and text encoder encode.
+        pipeline: its autoencoder and text encoders encode the samples.
         data: pictures and captions.
         transform: crops and flips.
-        seed: of the order and of all that is drawn.
-        samples: which of the data set's samples are used; None is all.
-        caption_dropout: share of captions that are dropped.
-        max_broken: share of broken pictures that is borne.
-        num_workers: processes that read pictures ahead.
-        device: where batches go.
+        seed: seed of the order and of all random draws.
+        samples: indices of the samples to use; None uses all.
+        caption_dropout: fraction of captions that are dropped.
+        max_broken: maximum fraction of broken pictures.
+        num_workers: number of processes that read pictures ahead.
+        device: device of the batches; None uses the denoiser's.
         trains_text: whether text embeddings carry gradients.
-        purpose: what is drawn for.
-        tally: counts conversions; one may be shared by training and validation.
+        purpose: training or validation.
+        tally: counts conversions; training and validation may share one.
     """
 
     def __init__(
@@ -248,7 +244,7 @@ class LiveExamples:
         self._news: list[str] = []
 
     def notes(self, *, is_last: bool) -> list[str]:
-        """See `Examples.notes`: every kind of conversion once, and at the end how many."""
+        """The first picture of each kind of conversion, and the counts at the end."""
         notes, self._news = self._news, []
         line = self._tally.line() if is_last else None
         return [*notes, line] if line else notes
@@ -260,10 +256,10 @@ class LiveExamples:
             _require_sockets()
         loader = DataLoader(
             _Places(self._data, self._transform, self._order),
-            batch_sampler=cast("Any", rows),  # any sequences will do
+            batch_sampler=cast("Any", rows),  # torch accepts any sequences
             num_workers=self._num_workers,
             collate_fn=list,
-            timeout=_PATIENCE if self._num_workers else 0,
+            timeout=_TIMEOUT if self._num_workers else 0,
         )
         with readers_alive():
             for row, read in zip(rows, loader, strict=True):

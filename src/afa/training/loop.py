@@ -1,4 +1,4 @@
-"""The steps of a training, as a generator: whoever runs it owns the bar, the log and the stop."""
+"""The training loop, as a generator of steps."""
 
 from __future__ import annotations
 
@@ -37,22 +37,22 @@ if TYPE_CHECKING:
 
 
 class NotFinite(AfaError):
-    """A loss or a gradient that would spoil the aggregators."""
+    """The loss or a gradient is NaN or infinite."""
 
 
 @dataclass(frozen=True)
 class TrainStep:
-    """One optimizer step, seen from outside.
+    """The results of one optimizer step.
 
     Attributes:
-        step: how many are done, this one included.
-        num_steps: how many are asked for.
-        loss: the mean over the samples of all processes, without regularisers.
-        seconds: that it took.
-        learning_rate: of this step.
-        grad_norm: of all gradients, before they were clipped.
-        routing: how the weights are spread over the experts; None without aggregators.
-        notes: what a user should read, one line each.
+        step: number of steps done, including this one.
+        num_steps: total number of steps.
+        loss: mean over the samples of all processes, without regularisers.
+        seconds: duration.
+        learning_rate: learning rate of this step.
+        grad_norm: norm of all gradients before clipping.
+        routing: fusion weights by expert and site; None without aggregators.
+        notes: messages for the user, one line each.
     """
 
     step: int
@@ -79,28 +79,28 @@ def optimizer_steps(
     after_step: Callable[[], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Iterator[TrainStep]:
-    """The steps of any training with the experts' objective: of aggregators, or of one model.
+    """Train aggregators, or a single model, with the experts' denoising objective.
 
-    What a step sees depends on the seed and the step alone, so two trainings with the same settings
-    see the very same data, timesteps and noise.
+    The batch of a step depends only on the seed and the step, so trainings with equal settings use
+    the same data, timesteps and noise.
 
     Args:
-        pipeline: stock parts around the denoiser that is called.
-        examples: where batches come from.
+        pipeline: diffusers pipeline with the denoiser.
+        examples: source of batches.
         settings: steps, batch size, learning rate and so on.
-        optimizer: of the parameters that are trained.
+        optimizer: optimizer of the trained parameters.
         engine: the processes.
-        modules: what is in training mode meanwhile.
-        save: called with the number of steps done, every so often, before a bad picture's error and
-            before a stop.
-        first: the number of steps that were done before.
-        scaler: of the loss, for experts in float16.
-        after_step: called when the parameters have changed, before anything is saved.
-        should_stop: asked after each step.
+        modules: modules that are in training mode meanwhile.
+        save: called with the number of steps done, every `checkpoint_every` steps, at the end,
+            before a stop and before an error of the data is raised.
+        first: number of steps that were done before.
+        scaler: scales the loss, for experts in float16.
+        after_step: called after the parameters have changed and before they are saved.
+        should_stop: called after each step.
 
     Raises:
-        AfaError: a picture that cannot be had, or a loss or gradient that is no longer finite.
-        Stopped: it was asked to stop; all is saved.
+        AfaError: if a picture cannot be read, or the loss or a gradient is not finite.
+        Stopped: if `should_stop` returned True; the state is saved.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     process = forward_process(pipeline.scheduler)
@@ -114,16 +114,16 @@ def optimizer_steps(
         settings.batch_size,
         "training.batch_size",
         settings.gradient_accumulation_steps,
-        "Or take gradient_checkpointing: true, or expert_dtype: bfloat16.",
+        "Or set gradient_checkpointing: true, or expert_dtype: bfloat16.",
     )
 
     def gradients(step: int, last: bool, tap: WeightTap | None) -> tuple[Tensor, Routing | None]:
-        """Add one batch's gradients; returns its loss."""
+        """Accumulate the gradients of one batch; returns its loss and routing."""
         batch = next(batches)
         with engine.without_sync(model, when=not last):
             loss = _loss(pipeline, model, process, batch, settings)
             if not engine.is_sharding and not torch.isfinite(loss):
-                _name_who(step + 1, loss, pipeline, model, process, batch, settings)
+                _name_expert(step + 1, loss, pipeline, model, process, batch, settings)
             total = loss
             if tap is not None and (settings.entropy_weight or settings.balance_weight):
                 total = loss + tap.penalty(settings.entropy_weight, settings.balance_weight)
@@ -142,11 +142,11 @@ def optimizer_steps(
                 what = f"A batch of {settings.batch_size} samples"
                 with readers_alive(), saying_what_fits(what, too_large):
                     parts = [gradients(step, n == count - 1, tap) for n in range(count)]
-            except NotFinite:  # the steps before it may have led there
+            except NotFinite:  # not saved, since earlier steps may be the cause
                 raise
             except AfaError:
                 if done > first:
-                    save(done)  # bad data shall not cost the steps before it
+                    save(done)  # keep the steps before the error
                 raise
             new_broken = list(itertools.islice(examples.broken.found.values(), num_known, None))
             num_known += len(new_broken)
@@ -165,7 +165,7 @@ def optimizer_steps(
             if scaler is None:
                 optimizer.step()
             else:
-                scaler.step(optimizer)  # not where gradients are infinite; the scale is halved then
+                scaler.step(optimizer)  # skips infinite gradients; update() then halves the scale
                 scaler.update()
             optimizer.zero_grad(set_to_none=True)
             if after_step is not None:
@@ -184,7 +184,7 @@ def optimizer_steps(
                 grad_norm,
                 Routing.mean(routings) if routings else None,
                 (
-                    *(f"Skipped: {said}" for said in notes),
+                    *(f"Skipped: {note}" for note in notes),
                     *examples.notes(is_last=done == settings.num_steps or wants_stop),
                 ),
             )
@@ -209,45 +209,44 @@ def _loss(
     ).mean()
 
 
-def _name_who(step: int, loss: Tensor, *again: Any) -> None:
-    """The step once more without gradients: an ensemble looks at every feature then.
+def _name_expert(step: int, loss: Tensor, *arguments: Any) -> None:
+    """Repeat the forward pass without gradients, where an ensemble checks every feature.
 
     Raises:
-        NotFinite: names the expert and the site where the first such number was.
+        NotFinite: names the expert and the site of the first non-finite value.
     """
     try:
         with torch.no_grad():
-            _loss(*again)
+            _loss(*arguments)
     except AfaError as error:
-        found = f"The loss must be finite, at step {step} it is {loss.item()}."
-        raise NotFinite("AFA-TRAIN-036", f"{found} {error}") from error
+        message = f"The loss is {loss.item()} at step {step}; it must be finite. {error}"
+        raise NotFinite("AFA-TRAIN-036", message) from error
 
 
 def _agree(
     engine: Engine, loss: Tensor, num_broken: int, wants_stop: bool
 ) -> tuple[float, int, bool]:
-    """What all processes together have: mean loss, broken pictures, whether any is to stop."""
-    told = torch.stack([loss.double(), *loss.new_tensor([num_broken, wants_stop]).double()])
-    mean, broken, stop = (engine.total(told) if engine.num_processes > 1 else told).tolist()
-    return mean / engine.num_processes, round(broken), stop > 0
+    """Over all processes: the mean loss, the number of broken pictures, and whether any stops."""
+    own = torch.stack([loss.double(), *loss.new_tensor([num_broken, wants_stop]).double()])
+    total, broken, stop = (engine.total(own) if engine.num_processes > 1 else own).tolist()
+    return total / engine.num_processes, round(broken), stop > 0
 
 
 def _require_finite(step: int, loss: float, grad_norm: float, scaler: GradScaler | None) -> None:
-    """Refuse to go on from numbers that would spoil the aggregators.
+    """Check the loss and the gradients before they change the parameters.
 
     Raises:
-        NotFinite: says what came and what helps.
+        NotFinite: if one is NaN or infinite, except gradients that a smaller loss scale can fix.
     """
-    remedy = "Lower the learning rate, or keep the experts in float32."
+    remedy = "Lower training.learning_rate, or set training.expert_dtype to float32."
     if not math.isfinite(loss):
         raise NotFinite(
-            "AFA-TRAIN-037", f"The loss must be finite, at step {step} it is {loss}. {remedy}"
+            "AFA-TRAIN-037", f"The loss is {loss} at step {step}; it must be finite. {remedy}"
         )
-    if math.isfinite(grad_norm):
-        return
-    if scaler is None or scaler.get_scale() < 1:
+    if not math.isfinite(grad_norm) and (scaler is None or scaler.get_scale() < 1):
         raise NotFinite(
-            "AFA-TRAIN-038", f"The gradients must be finite, at step {step} they are not. {remedy}"
+            "AFA-TRAIN-038",
+            f"The norm of the gradients is {grad_norm} at step {step}; it must be finite. {remedy}",
         )
 
 
@@ -263,7 +262,7 @@ def _training(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def learning_rate_at(step: int, settings: TrainingRecipe) -> float:
-    """The learning rate of a step, counted from 0: linear warm-up, then constant or a cosine."""
+    """The learning rate of a step, counted from 0: linear warm-up, then constant or cosine."""
     warmup = min(1.0, (step + 1) / max(1, settings.num_warmup_steps))
     if settings.learning_rate_schedule == "constant":
         return settings.learning_rate * warmup
@@ -274,7 +273,7 @@ def learning_rate_at(step: int, settings: TrainingRecipe) -> float:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Let what is drawn inside, such as fresh aggregators, depend on the seed alone."""
+    """Seed torch's global generator inside the block, and restore it afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield

@@ -1,4 +1,4 @@
-"""The aggregators of a pipeline with their optimizer, their average and their checkpoints."""
+"""Training of a pipeline's aggregators: optimizer, moving average (EMA) and checkpoints."""
 
 from __future__ import annotations
 
@@ -47,22 +47,22 @@ def train_aggregators(
     checkpoints: Checkpoints | None = None,
     transform: Transform | None = None,
 ) -> Iterator[TrainStep]:
-    """Train the aggregators of a pipeline in place, everything else frozen.
+    """Train the aggregators of a pipeline in place; everything else is frozen.
 
-    What a step sees depends on the seed and the step alone. All is checked before the first step is
-    asked for.
+    The data and noise of a step depend only on the seed and the step. The inputs are checked before
+    the first step.
 
     Args:
-        pipeline: from `load_pipeline`, with an `EnsembleDenoiser` as its `unet`.
+        pipeline: from `load_pipeline`, with an `EnsembleDenoiser` as its denoiser.
         data: pictures and captions; a broken picture is an error.
         settings: steps, batch size, learning rate and so on.
-        checkpoints: to continue from and to write to; None keeps nothing.
-        transform: crops and flips; None is a random crop at the experts' resolution.
+        checkpoints: to resume from and to write to; None writes none.
+        transform: crops and flips; None uses random crops at the experts' resolution.
 
     Raises:
-        AfaError: there is nothing to train, the experts need more than a prompt, the checkpoint is
-            damaged, of other experts, data or settings, or further than asked for; later, a picture
-            that cannot be read, or a loss that is no longer finite.
+        AfaError: if there are no aggregators, the experts need inputs besides a prompt, or the
+            checkpoint is damaged, has other experts, data or settings, or more steps than
+            `num_steps`; while training, if a picture cannot be read or the loss is not finite.
     """
     trainer = Trainer(pipeline, settings, Engine(settings.device), checkpoints)
     if transform is None:
@@ -91,13 +91,13 @@ def train_aggregators(
 
 
 class Trainer:
-    """The aggregators of a pipeline with their optimizer, average and checkpoints.
+    """Trains the aggregators of a pipeline in place, with optimizer, EMA and checkpoints.
 
     Args:
-        pipeline: with an `EnsembleDenoiser` as its `unet`, whose aggregators are trained in place.
-        settings: of the training.
+        pipeline: pipeline with an `EnsembleDenoiser` as its denoiser.
+        settings: training settings.
         engine: the processes.
-        checkpoints: to continue from and to write to; None keeps nothing.
+        checkpoints: to resume from and to write to; None writes none.
 
     Raises:
         AfaError: see `train_aggregators`.
@@ -122,16 +122,18 @@ class Trainer:
         self._optimizer = torch.optim.AdamW(
             self._parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
-        self._scaler = GradScaler(engine.device.type) if _needs_scaler(settings) else None
+        self._scaler = None
+        if settings.expert_dtype == "float16":  # gradients that pass through experts can underflow
+            self._scaler = GradScaler(engine.device.type)
         self._ema = None
         if settings.ema_decay is not None:
             self._ema = EMAModel(self._parameters, decay=settings.ema_decay)
         self._checkpoints = checkpoints
-        #: hashes of what decides a step besides weights, by what they are of
+        #: hashes of all inputs of a step except weights, by name
         self._made_from = {} if checkpoints is None else configurations(pipeline)
-        #: the same, as the checkpoint has it that the run continues from
+        #: the same hashes in the checkpoint from which the run resumes
         self.began: dict[str, str] = {}
-        #: the number of steps that are done
+        #: number of steps that are done
         self.first = 0
         found = None if checkpoints is None else checkpoints.read()
         if found is not None:
@@ -139,25 +141,25 @@ class Trainer:
         if engine.is_sharding and settings.offload_experts:
             raise AfaError(
                 "AFA-TRAIN-049",
-                "training.offload_experts must be off where accelerate shards the experts (FSDP). "
-                "Leave it out, and set fsdp_offload_params there.",
+                "training.offload_experts does not work with experts that accelerate shards (FSDP). "
+                "Remove it, and set fsdp_offload_params in accelerate's configuration.",
             )
         if self.first > settings.num_steps:
             raise AfaError(
                 "AFA-TRAIN-050",
-                f"training.num_steps must be at least {self.first}, which this run has done "
-                f"already, came {settings.num_steps}. Raise it, or name another folder.",
+                f"training.num_steps is {settings.num_steps}, but this run has done {self.first} "
+                "steps already. Raise training.num_steps, or use another output folder.",
             )
         engine.shard(self.ensemble)
 
     def bind(self, made_from: Mapping[str, str]) -> None:
-        """Keep hashes of what else decides a step in the checkpoints.
+        """Store hashes of more inputs of a step in the checkpoints.
 
         Args:
-            made_from: by what they are of, as an error names it: data, transform, settings.
+            made_from: hashes by the name that errors use: data, transform, settings.
 
         Raises:
-            AfaError: the run began with other ones.
+            AfaError: if the run began with other hashes.
         """
         if self._checkpoints is not None:
             require_same(self.began, made_from, self._checkpoints.folder)
@@ -166,7 +168,7 @@ class Trainer:
     def steps(
         self, examples: Examples, should_stop: Callable[[], bool] | None = None
     ) -> Iterator[TrainStep]:
-        """The steps that are left; see `optimizer_steps`."""
+        """Run the remaining steps; see `optimizer_steps`."""
         settings, ensemble = self.settings, self.ensemble
         with ExitStack() as stack:
             if settings.gradient_checkpointing:
@@ -198,7 +200,7 @@ class Trainer:
                 ) from error
 
     def averaged(self) -> ExitStack:
-        """A context in which the aggregators are the average, where one is kept."""
+        """A context in which the aggregators hold their EMA weights, if `ema_decay` is set."""
         stack = ExitStack()
         if self._ema is not None:
             self._ema.store(self._parameters)
@@ -207,7 +209,7 @@ class Trainer:
         return stack
 
     def finish(self) -> None:
-        """Leave the average in the aggregators, where one is kept."""
+        """Copy the EMA weights into the aggregators, if `ema_decay` is set."""
         if self._ema is not None:
             self._ema.copy_to(self._parameters)
 
@@ -241,24 +243,25 @@ class Trainer:
         self._checkpoints.write(Checkpoint(step, tensors, notes))
 
     def _restore(self, found: Checkpoint) -> None:
-        """Go on from a checkpoint.
+        """Resume from a checkpoint.
 
         Raises:
-            AfaError: it is of other experts, or of other numbers of samples to a step.
+            AfaError: if it has other experts, or another number of samples per step.
         """
-        assert self._checkpoints is not None, "it was read there"
+        assert self._checkpoints is not None, "the checkpoint was read from it"
         if found.notes["experts"] != self._hashes():
             raise AfaError(
                 "AFA-TRAIN-052",
-                f"The checkpoints in '{self._checkpoints.folder}' were trained with experts and "
-                f"autoencoder of SHA-256 {', '.join(found.notes['experts'])}; now they have "
-                f"{', '.join(self._hashes())}. Restore them, or delete it to begin again.",
+                f"The experts or the autoencoder changed since the checkpoints in "
+                f"'{self._checkpoints.folder}' were written: SHA-256 {', '.join(self._hashes())}, "
+                f"before {', '.join(found.notes['experts'])}. Restore them, or delete the "
+                "checkpoints to start again.",
             )
         if found.notes["samples_per_step"] != self._total:
             raise AfaError(
                 "AFA-TRAIN-053",
-                f"batch_size times gradient_accumulation_steps times the number of processes must "
-                f"be {found.notes['samples_per_step']}, as before, came {self._total}.",
+                f"batch_size times gradient_accumulation_steps times the number of processes is "
+                f"{self._total}; to resume this run it must be {found.notes['samples_per_step']}.",
             )
         self.began = dict(found.notes.get("made_from") or {})
         require_same(self.began, self._made_from, self._checkpoints.folder)
@@ -281,8 +284,3 @@ class Trainer:
         known = self.ensemble.provenance
         references = (*known.experts, known.vae, *known.parts)
         return [reference.identity for reference in references if reference is not None]
-
-
-def _needs_scaler(settings: TrainingRecipe) -> bool:
-    """Gradients that pass through experts in float16 would underflow."""
-    return settings.expert_dtype == "float16"
