@@ -141,7 +141,7 @@ class Trainer:
         if engine.is_sharding and settings.offload_experts:
             raise AfaError(
                 "AFA-TRAIN-049",
-                "training.offload_experts does not work with experts that accelerate shards (FSDP). "
+                "training.offload_experts cannot be used if accelerate shards the experts (FSDP). "
                 "Remove it, and set fsdp_offload_params in accelerate's configuration.",
             )
         if self.first > settings.num_steps:

@@ -1,10 +1,9 @@
-"""Latents and text embeddings, computed once and kept on disk.
+"""Disk cache of latents and text embeddings.
 
-Two kinds of folders lie in the cache, each named after a hash of all that its content depends on:
-`latents-...` of data, transform and autoencoder; `text-...` of one text encoder and its tokenizer.
-Both hold safetensors shards, each there whole or not at all, so that a pass that was stopped goes
-on where it was. A changed expert, picture or transform has another hash and begins anew. Any of it
-may be deleted at any time.
+The cache has two kinds of folders, named after a hash of all inputs of their content: `latents-...`
+for data, transform and autoencoder; `text-...` for a text encoder and its tokenizer. Both contain
+safetensors shards, which are written atomically, so an interrupted pass resumes. A changed expert,
+picture or transform has another hash and is encoded again. The cache can be deleted at any time.
 """
 
 from afa.training.cache.examples import CachedExamples

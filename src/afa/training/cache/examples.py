@@ -1,4 +1,4 @@
-"""Batches for the loss, from the cache."""
+"""Training batches from the cache."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ if TYPE_CHECKING:
 
 
 class CachedExamples:
-    """Batches from a cache; the same as `LiveExamples` makes, up to rounding.
+    """Batches from the cache, equal to those of `LiveExamples` up to rounding.
 
-    Build both caches first: `latents.build()`, then `text.build()` of the captions that
-    `cached_captions` finds.
+    Build both caches first: `LatentCache.build()`, then `TextCache.build()` for
+    `LatentShards.captions`.
 
     Args:
         pipeline: only its configuration is used.
-        latents: with all its shards.
-        text: with all captions of the latents, and the empty one.
-        transform: of the latents.
-        seed: of the order and of all that is drawn.
-        samples: which of the cache's samples are used; None is all.
-        caption_dropout: share of captions that are dropped.
-        max_broken: share of broken pictures that is borne.
-        device: where batches go.
-        purpose: what is drawn for.
+        latents: all shards.
+        text: cache of all captions of the latents, and the empty one.
+        transform: transform of the latents.
+        seed: seed of the order and of all random draws.
+        samples: indices of the samples to use; None uses all.
+        caption_dropout: fraction of captions that are dropped.
+        max_broken: maximum fraction of broken pictures.
+        device: device of the batches.
+        purpose: training or validation.
 
     Raises:
-        AfaError: too many broken pictures.
+        AfaError: if too many pictures are broken.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class CachedExamples:
         self.broken.note(latents.broken)
 
     def notes(self, *, is_last: bool) -> list[str]:
-        """Nothing: what was converted is said when the cache is built."""
+        """No messages: building the cache reports conversions."""
         del is_last
         return []
 

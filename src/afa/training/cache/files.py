@@ -19,15 +19,15 @@ from afa.machine.damaged import Unreadable, loading, metadata_json
 if TYPE_CHECKING:
     from torch import Tensor
 
-VERSION = 3  # a change of what shards hold, or of how a picture is read, makes all of them anew
-SHARD = 256  # samples, or captions
-BATCH = 8  # that are encoded at once
+VERSION = 3  # increase it when the content of shards, or the reading of pictures, changes
+SHARD = 256  # samples or captions per shard
+BATCH = 8  # samples or captions encoded at once
 META = "afa"
 
 
 @dataclass(frozen=True)
 class CacheProgress:
-    """How far a pass over the data is; `total` is None where only its end will tell."""
+    """Progress of a pass over the data; `total` is None if the size of the data is unknown."""
 
     stage: str
     done: int
@@ -42,41 +42,38 @@ def default_cache_folder() -> Path:
 
 
 def write_shard(place: Path, tensors: dict[str, Tensor], header: Any) -> None:
-    """Write a shard, whole or not at all."""
+    """Write a shard atomically."""
     write_atomic(place, save(tensors, metadata={META: json.dumps(header)}))
 
 
 def shard_name(number: int) -> str:
-    """The file of a numbered shard."""
+    """The file name of a numbered shard."""
     return f"{number:06d}.safetensors"
 
 
 def digest(content: Any) -> str:
-    """A folder's or file's name for some JSON."""
+    """A hash of JSON content, used as the name of a folder or file."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
 
 
 def _reading(place: Path) -> Any:
-    return loading(f"The cache's '{place}' must be complete", "Delete it to make it again.")
+    return loading(f"The cache's '{place}' must be complete", "Delete it, and run again.")
 
 
 def read_header(place: Path) -> Any:
-    """What a shard says of itself."""
+    """The JSON header of a shard."""
     with _reading(place), safe_open(place, framework="pt") as file:
         return metadata_json(file, META)
 
 
 class Shards:
-    """Reads rows of shards, each of which stays open from its first row on.
-
-    Whoever reads has one of its own: open files are let go of with it. The newest 256 are kept.
-    """
+    """Reads rows of shards, and keeps the 256 most recent shards open."""
 
     def __init__(self) -> None:
         self._opened = lru_cache(maxsize=256)(_mapped)
 
     def row(self, place: Path, row: int) -> dict[str, Tensor]:
-        """One row of each of a shard's tensors, by name."""
+        """One row of each tensor of a shard, by name."""
         with _reading(place):
             tensors = self._opened(place)
             for name, tensor in tensors.items():
@@ -86,9 +83,6 @@ class Shards:
 
 
 def _mapped(place: Path) -> dict[str, Tensor]:
-    """A shard's tensors, whose content is read from the disk where it is looked at.
-
-    Each is asked for once: the library loses two numbers every time.
-    """
+    """Memory-map a shard's tensors, each once, since every `get_tensor` leaks two objects."""
     with safe_open(place, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -1,4 +1,4 @@
-"""The autoencoder's posteriors of a data set, on disk."""
+"""Disk cache of the autoencoder's posteriors of a data set."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ class LatentCache:
     """The autoencoder's posteriors of all variants of all samples of a data set.
 
     Args:
-        folder: of all caches.
-        pipeline: its autoencoder encodes.
+        folder: folder of all caches.
+        pipeline: its autoencoder encodes the pictures.
         data: pictures and captions.
         transform: crops and flips.
-        content: `afa.training.listing.digest_of` the data, where it is known already.
+        content: `afa.training.listing.digest_of` the data; None computes it.
     """
 
     def __init__(
@@ -73,18 +73,18 @@ class LatentCache:
             "dtype": str(pipeline.vae.dtype),
             "releases": releases("torch", "diffusers", "pillow"),
         }
-        if not isinstance(data, StreamedImages):  # which is read once, and not before
+        if not isinstance(data, StreamedImages):  # a stream is read only once, by build()
             self._key["content"] = content or digest_of(data)
         self.folder = folder / f"latents-{digest(self._key)}"
 
     def build(
         self, rank: int = 0, num_processes: int = 1, max_broken: float = 1.0
     ) -> Iterator[CacheProgress]:
-        """Encode what is not there yet; several processes take a shard each in turn.
+        """Encode the missing shards, which several processes share in turn.
 
         Raises:
-            AfaError: there is not enough room on the disk, or more than the share `max_broken` of
-                the pictures are broken; what was encoded stays.
+            AfaError: if the disk has too little space, or more than the fraction `max_broken` of
+                the pictures is broken; encoded shards are kept.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         if self._count is not None:
@@ -100,16 +100,16 @@ class LatentCache:
             if is_mine and not place.exists():
                 self._write(place, number * SHARD, chunk)
             done += len(chunk)
-            said = broken.note(_broken_in(read_header(place))) if is_mine else []
-            notes = tuple(f"Skipped: {line}" for line in said)
+            messages = broken.note(_broken_in(read_header(place))) if is_mine else []
+            notes = tuple(f"Skipped: {line}" for line in messages)
             yield CacheProgress("encode pictures", done, self._count, notes)
 
     def shards(self) -> list[Path]:
-        """All shards, once they are built."""
+        """The files of all shards that are built."""
         return sorted(self.folder.glob("[0-9]*.safetensors"))
 
     def _readers(self) -> Iterator[Reader]:
-        """All samples in order, none of them read yet."""
+        """Readers of all samples in order."""
         data = self._data
         if isinstance(data, StreamedImages):
             return iter(data)
@@ -124,13 +124,13 @@ class LatentCache:
         if needed > free:
             raise AfaError(
                 "AFA-TRAIN-001",
-                f"The latents of {count} pictures need {needed / 1e9:.1f} GB more, '{self.folder}' "
-                f"has {free / 1e9:.1f} GB free. Name another data.cache_folder, or do without: "
+                f"The disk of '{self.folder}' has {free / 1e9:.1f} GB free; the latents of {count} "
+                f"pictures need {needed / 1e9:.1f} GB more. Set another data.cache_folder, or pass "
                 "--no-cache.",
             )
 
     def _write(self, place: Path, first: int, readers: Sequence[Reader]) -> None:
-        """Encode the samples of one shard; broken ones are left out and named."""
+        """Encode the samples of one shard; broken ones are skipped and named in its header."""
         encoded: list[Posterior] = []
         pixels: list[Tensor] = []
         samples: list[int] = []
@@ -182,27 +182,27 @@ class LatentCache:
 
 
 def _broken_in(header: dict[str, Any]) -> dict[int, str]:
-    return {int(sample): said for sample, said in header["broken"].items()}
+    return {int(sample): message for sample, message in header["broken"].items()}
 
 
 class LatentShards:
-    """The finished shards of a `LatentCache`.
+    """The shards of a `LatentCache` that is built.
 
     Args:
-        cache: all its shards are built.
+        cache: the cache.
 
     Raises:
-        AfaError: there is not a single whole picture.
+        AfaError: if all pictures are broken, or there are none.
     """
 
     def __init__(self, cache: LatentCache) -> None:
         self.num_samples = 0
-        #: sample -> what reading it said
+        #: sample -> error message
         self.broken: dict[int, str] = {}
-        #: what was converted on the way to latents
+        #: conversions that were applied to the pictures
         self.tally = Tally()
         rows: list[tuple[bytes, bytes, bytes]] = []
-        # the shard, the first row there, and how many variants follow each other
+        # sample -> its shard, its first row there and its number of variants
         self._place_of: dict[int, tuple[Path, int, int]] = {}
         self._shards = Shards()
         self._captions: dict[int, str] = {}
@@ -224,21 +224,23 @@ class LatentShards:
                 self._place_of[sample] = place, row, count
                 self._captions[sample], self._sizes[sample] = caption, tuple(size)
                 row += count
-        #: of all samples of a stream; empty for other data, whose pictures are listed before
+        #: listing of a stream; empty for other data, which are listed before
         self.listing = Listing.of(rows)
         if not self._place_of:
             raise AfaError(
-                "AFA-TRAIN-002", "The data must hold at least one whole picture, came none."
+                "AFA-TRAIN-002",
+                f"All {self.num_samples} samples of the data are broken; at least one must have a "
+                "readable picture and a caption. Repair or replace them.",
             )
 
     @property
     def captions(self) -> list[str]:
-        """Each caption once, and the empty one, which stands for a dropped one."""
+        """Each distinct caption, and the empty one, which replaces dropped captions."""
         return list(dict.fromkeys(["", *self._captions.values()]))
 
     @property
     def all_captions(self) -> list[str]:
-        """The caption of every whole sample."""
+        """The caption of every sample that is not broken."""
         return list(self._captions.values())
 
     def caption(self, sample: int) -> str:
@@ -246,22 +248,22 @@ class LatentShards:
         return self._captions[sample]
 
     def size(self, sample: int) -> tuple[int, int]:
-        """Width and height of the picture before it was transformed."""
+        """Width and height of the picture before the transform."""
         return self._sizes[sample]
 
     def first_whole(self, samples: Iterable[int]) -> int:
         """The first of these samples that is not broken.
 
         Raises:
-            AfaError: all of them are.
+            AfaError: if all are broken.
         """
         for sample in samples:
             if sample in self._place_of:
                 return sample
         raise AfaError(
             "AFA-TRAIN-003",
-            "At least one picture that is trained on, and one that is held out, must be whole; all "
-            "of one kind are broken. Repair or replace them.",
+            "All training pictures, or all held-out pictures, are broken; at least one of each "
+            "must be readable. Repair or replace them.",
         )
 
     def posterior(self, samples: Sequence[int], variants: Sequence[int]) -> Posterior:

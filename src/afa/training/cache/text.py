@@ -1,4 +1,4 @@
-"""The text encoders' embeddings of captions, on disk."""
+"""Disk cache of the text encoders' embeddings of captions."""
 
 from __future__ import annotations
 
@@ -31,17 +31,16 @@ if TYPE_CHECKING:
 
 
 class TextCache:
-    """What captions are to the denoisers of an ensemble, encoded by its text encoders.
+    """The text embeddings of captions, encoded by an ensemble's text encoders.
 
-    A caption's embeddings lie in the shard that its row of captions names, so that data sets with
-    the same captions share them. Where experts have one text encoder each, as in Stable Diffusion,
-    a changed expert has its own part made again, no other's; of several encoders they are made
-    together.
+    Shards are named after a hash of their captions, so data sets with the same captions share them.
+    If each expert has one text encoder, as in Stable Diffusion, each expert's embeddings are cached
+    separately; with several encoders they are cached together.
 
     Args:
-        folder: of all caches.
-        pipeline: its tokenizers and text encoders.
-        captions: each once.
+        folder: folder of all caches.
+        pipeline: pipeline with the tokenizers and text encoders.
+        captions: distinct captions.
     """
 
     def __init__(self, folder: Path, pipeline: DiffusionPipeline, captions: Sequence[str]) -> None:
@@ -53,14 +52,14 @@ class TextCache:
             for name, part in sorted(parts.items())
             if name.startswith("tokenizer") and part is not None
         ]
-        told = {
+        settings = {
             "tokenizers": tokens,
             "options": options_of(pipeline),
             "width": getattr(denoiser_of(pipeline).config, "joint_attention_dim", None),
             "releases": releases("torch", "diffusers", "transformers"),
         }
         first = parts[names[0]]
-        #: by expert, whose part of the embedding is whose; None where they are kept as they are
+        #: index of each expert's text encoder; None if embeddings are not split by expert
         self._encoder_of: list[int] | None = None
         if len(names) == 1 and getattr(first, "is_joined", False):
             self._encoder_of = first.encoder_of
@@ -68,7 +67,7 @@ class TextCache:
         else:
             groups = [[parts[name] for name in names]]
         self._folders = [
-            folder / f"text-{digest([VERSION, [_hash_encoder(e) for e in group], told])}"
+            folder / f"text-{digest([VERSION, [_hash_encoder(e) for e in group], settings])}"
             for group in groups
         ]
         self._rows = [list(captions[n : n + SHARD]) for n in range(0, len(captions), SHARD)]
@@ -81,7 +80,7 @@ class TextCache:
         self._shards = Shards()
 
     def build(self, rank: int = 0, num_processes: int = 1) -> Iterator[CacheProgress]:
-        """Encode what is not there yet; several processes take a shard each in turn."""
+        """Encode the missing shards, which several processes share in turn."""
         total = sum(len(chunk) for chunk in self._rows)
         done = 0
         for folder in self._folders:
@@ -96,7 +95,7 @@ class TextCache:
             yield CacheProgress("encode captions", done, total)
 
     def conditions(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """What `encode_captions` gives for these."""
+        """The cached result of `encode_captions`."""
         parts = [
             [self._read(n, caption) for caption in captions] for n in range(len(self._folders))
         ]
@@ -118,7 +117,7 @@ class TextCache:
         return self._folders[encoder] / self._names[number]
 
     def _encode(self, captions: Sequence[str]) -> list[dict[str, Tensor]]:
-        """What is kept in each folder: tensors by name, with an entry per caption."""
+        """The tensors of each folder by name, with one row per caption."""
         batches = [captions[n : n + BATCH] for n in range(0, len(captions), BATCH)]
         with torch.no_grad():
             encoded = [encode_captions(self._pipeline, batch) for batch in batches]
@@ -134,24 +133,25 @@ class TextCache:
 
 
 def _hash_encoder(encoder: Any) -> list[Any]:
-    """All that decides what a text encoder, or an ensemble's, gives."""
+    """Hashes of everything that determines the output of a text encoder, or an ensemble's."""
     if not isinstance(encoder, EnsembleTextEncoder):
         return [hash_weights(encoder), configuration_of(encoder), str(encoder.dtype)]
-    told = [[hash_weights(e), configuration_of(e)] for e in encoder.encoders]
-    of = [told[n] for n in encoder.encoder_of] if encoder.is_joined else told
-    return [*of, str(encoder.dtype)]
+    hashes = [[hash_weights(e), configuration_of(e)] for e in encoder.encoders]
+    if encoder.is_joined:
+        hashes = [hashes[n] for n in encoder.encoder_of]
+    return [*hashes, str(encoder.dtype)]
 
 
 def hash_tokenizer(tokenizer: Any) -> str:
-    """SHA-256 of all that decides a text's tokens."""
+    """SHA-256 of everything that determines the tokens of a text."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        told: Any = tokenizer.get_vocab()
+        model: Any = tokenizer.get_vocab()
     else:
-        told = json.loads(backend.to_str())
-        # what the last call asked for, which the next one sets anew
-        told.pop("truncation", None), told.pop("padding", None)
+        model = json.loads(backend.to_str())
+        # every call sets these anew
+        model.pop("truncation", None), model.pop("padding", None)
     ids = [getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad", "unk")]
     sides = [tokenizer.padding_side, tokenizer.truncation_side]
-    content = [type(tokenizer).__name__, told, tokenizer.model_max_length, ids, sides]
+    content = [type(tokenizer).__name__, model, tokenizer.model_max_length, ids, sides]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
