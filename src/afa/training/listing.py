@@ -1,9 +1,9 @@
-"""What the samples of a data set are: a hash of each picture and of each caption.
+"""List a data set as hashes of its pictures and captions.
 
-A listing tells whether two runs have the same data, and which samples show the same picture. A
-picture is told by the SHA-256 of its file or bytes: a new name, another folder or a new time of
-change make no other picture, and the same file under two names is one picture. A picture that was
-encoded again is another one.
+A listing shows whether two runs have the same data, and which samples have the same picture. The
+hash of a picture is the SHA-256 of its file or bytes: it does not depend on name, folder or
+modification time, so the same file under two names is one picture. A picture that was encoded again
+is a different picture.
 """
 
 from __future__ import annotations
@@ -23,34 +23,35 @@ from safetensors.numpy import load, save
 from afa.files import write_atomic
 from afa.loading.weights import loading
 from afa.machine.hashes import hash_file
-from afa.training.data import Part, SceneImages
+from afa.training.data import SceneImages
+from afa.training.data.images import whole_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
-    from afa.training.data import CaptionedImages, Stored
+    from afa.training.data import CaptionedImages, Stored, StreamedImages
 
-#: the file of a run that keeps the listing of its data
+#: file name of the listing in a run's folder
 LISTING = "data.safetensors"
 _WIDTH = 16  # bytes of a hash
 _CHUNK = 1024  # samples between two reports of progress
 _NO_MARK = bytes(_WIDTH)
 
-#: of a sample: hashes of its picture and its caption, and the mark of its file
+#: hash of a sample's picture, hash of its caption, mark of its file
 Row = tuple[bytes, bytes, bytes]
 
 
 @dataclass(frozen=True)
 class Listing:
-    """Hashes of all samples in their order, each [samples, 16] bytes.
+    """Hashes of all samples in order, each [samples, 16] bytes.
 
     Attributes:
         pictures: of the pictures' content.
         captions: of the captions.
-        marks: of each file's path, size, times and inode, by which a file that nobody wrote into
-            is known again without reading it; zeros where a picture has no file of its own.
+        marks: of each file's path, size, times and inode, to recognise an unchanged file without
+            reading it; zeros for a picture without its own file.
     """
 
     pictures: NDArray[np.uint8]
@@ -59,7 +60,7 @@ class Listing:
 
     @classmethod
     def of(cls, rows: Sequence[Row]) -> Listing:
-        """The listing of samples, in their order."""
+        """Create a listing from the rows of its samples."""
         pictures, captions, marks = (
             np.frombuffer(b"".join(column), np.uint8).reshape(-1, _WIDTH)
             for column in (zip(*rows, strict=True) if rows else ([], [], []))
@@ -71,46 +72,44 @@ class Listing:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of all pictures and captions in their order."""
+        """SHA-256 of all pictures and captions in order."""
         content = np.concatenate([self.pictures, self.captions], axis=1)
         return hashlib.sha256(content.tobytes()).hexdigest()
 
     def known(self) -> dict[bytes, bytes]:
-        """The hash of a picture by the mark of its file."""
+        """Return the hashes of pictures by the marks of their files."""
         pairs = zip(self.marks, self.pictures, strict=True)
         return {m.tobytes(): p.tobytes() for m, p in pairs if m.tobytes() != _NO_MARK}
 
     def write(self, folder: Path) -> None:
-        """Keep the listing in a run's folder."""
+        """Write the listing to a run's folder."""
         tensors = {"pictures": self.pictures, "captions": self.captions, "marks": self.marks}
         write_atomic(folder / LISTING, save(tensors))
 
     @classmethod
     def read(cls, folder: Path) -> Listing | None:
-        """The listing that a run's folder keeps; None where it keeps none.
+        """Read the listing in a run's folder; None if it has none.
 
         Raises:
-            AfaError: the file is damaged.
+            AfaError: if the file is damaged.
         """
         place = folder / LISTING
         if not place.is_file():
             return None
-        with loading(f"'{place}' must be complete", "Delete it; every picture is then read again."):
+        with loading(f"'{place}' must be complete", "Delete it to read every picture again."):
             tensors = load(place.read_bytes())
             return cls(tensors["pictures"], tensors["captions"], tensors["marks"])
 
 
-def is_settled(data: object) -> bool:
-    """Whether settings decide every sample of a data set, as they do of the zoo's scenes."""
-    while isinstance(data, Part):
-        data = data.whole
-    return isinstance(data, SceneImages)
+def is_settled(data: CaptionedImages | StreamedImages) -> bool:
+    """Whether a data set's settings determine every sample, as for the zoo's scenes."""
+    return isinstance(whole_of(data), SceneImages)
 
 
 def digest_of(data: CaptionedImages) -> str:
-    """A hash of all pictures and captions of a data set in their order.
+    """Return a hash of all pictures and captions of a data set in order.
 
-    Every picture's file is read, unless settings decide all of them.
+    Reads all picture files, unless the data set's settings determine them.
     """
     if is_settled(data):
         return hashlib.sha256(data.fingerprint.encode()).hexdigest()
@@ -121,12 +120,12 @@ def digest_of(data: CaptionedImages) -> str:
 def rows_of(
     data: CaptionedImages, samples: Sequence[int], known: dict[bytes, bytes] | None = None
 ) -> Iterator[list[Row]]:
-    """The rows of some samples of a data set, a thousand at a time.
+    """Yield the rows of samples, 1024 at a time.
 
     Args:
         data: pictures and captions; no picture is decoded.
-        samples: which ones.
-        known: hashes of pictures by the marks of their files, which are not read again.
+        samples: indices.
+        known: hashes of pictures by the marks of their files, to skip reading these.
     """
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(samples), _CHUNK):
@@ -135,7 +134,7 @@ def rows_of(
 
 
 def row_of(stored: Stored, known: dict[bytes, bytes] | None = None) -> Row:
-    """The row of one sample; see `rows_of`."""
+    """Return the row of one sample; see `rows_of`."""
     caption = _short(stored.caption.encode(errors="surrogatepass"))
     if isinstance(stored.picture, bytes):
         return _short(stored.picture), caption, _NO_MARK
@@ -144,19 +143,19 @@ def row_of(stored: Stored, known: dict[bytes, bytes] | None = None) -> Row:
     if picture is None:
         try:
             picture = bytes.fromhex(hash_file(stored.picture))[:_WIDTH]
-        except OSError:  # told, and counted as broken, by whoever reads the picture
+        except OSError:  # reported and counted as broken when the picture is read
             picture = _short(b"unreadable: " + os.fsencode(stored.picture))
     return picture, caption, mark
 
 
 def _mark(file: Path) -> bytes:
-    """What writing into a file or replacing it changes, whatever its time of change says."""
+    """Hash the metadata of a file that changes when it is written to or replaced."""
     try:
         found = file.stat()
     except OSError:
         return _NO_MARK
-    told = [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
-    return _short(json.dumps([str(file), *told]).encode())
+    state = [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+    return _short(json.dumps([str(file), *state]).encode())
 
 
 def _short(content: bytes) -> bytes:
@@ -164,15 +163,15 @@ def _short(content: bytes) -> bytes:
 
 
 def difference(before: Listing | None, now: Listing | None, names: CaptionedImages | None) -> str:
-    """What differs between the data of a run and the data that it is to go on with, a clause.
+    """Describe the difference between the data that a run began with and the current data.
 
     Args:
-        before: what the run began with; None where it is not known in detail.
-        now: what there is.
-        names: the data set, which names samples; None where it cannot.
+        before: of the run; None if unknown.
+        now: of the current data.
+        names: the data set, for the names of samples; None for a stream.
     """
     if before is None or now is None:
-        return "they are other ones"
+        return "another data set"
 
     def rows(listing: Listing) -> list[tuple[bytes, bytes]]:
         pairs = zip(listing.pictures, listing.captions, strict=True)
@@ -191,12 +190,12 @@ def difference(before: Listing | None, now: Listing | None, names: CaptionedImag
     found = [
         f"{len(samples)} {what}{first(samples)}"
         for samples, what in (
-            (added, "samples with pictures that were not there"),
-            (edited, "samples with other captions"),
+            (added, "samples with new pictures"),
+            (edited, "samples with changed captions"),
         )
         if samples
     ]
-    found += [f"{gone} pictures that are gone"] if gone else []
+    found += [f"{gone} pictures missing"] if gone else []
     if not found and len(old) != len(new):
-        found = [f"{len(new)} samples in place of {len(old)}"]
-    return "there are " + ", ".join(found) if found else "the samples are in another order"
+        found = [f"{len(new)} samples instead of {len(old)}"]
+    return ", ".join(found) if found else "the samples are in another order"

@@ -1,4 +1,4 @@
-"""Where captioned pictures come from."""
+"""Data sets of captioned pictures."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ __all__ = [
 
 
 def open_data(recipe: DataRecipe) -> CaptionedImages | StreamedImages:
-    """The data set that a recipe's `data` section names.
+    """Open the data set of a recipe's `data` section.
 
     Raises:
         AfaError: see `FolderImages` and `open_dataset`.

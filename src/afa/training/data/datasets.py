@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face `datasets` library: hub, parquet, WebDataset, streams."""
+"""Data sets of Hugging Face's `datasets` library: hub, parquet, WebDataset, streams."""
 
 from __future__ import annotations
 
@@ -24,19 +24,17 @@ if TYPE_CHECKING:
 
 
 class DatasetImages:
-    """A data set whose rows are on disk.
-
-    Where a row has a list of captions, the first is used.
+    """A data set on disk; of a list of captions, the first is used.
 
     Args:
         rows: a `datasets.Dataset` whose pictures are not decoded.
-        recipe: its columns.
-        background: that transparent pictures are composited on.
+        recipe: names of the columns.
+        background: colour on which transparent pictures are composited.
     """
 
     def __init__(self, rows: Any, recipe: DatasetRecipe, background: Colour = WHITE) -> None:
         self._rows, self._recipe, self._background = rows, recipe, background
-        #: what a user should know of the data set, one line each
+        #: warnings for the user, one line each
         self.warnings = _warnings(rows.features, recipe)
 
     def __repr__(self) -> str:
@@ -46,41 +44,38 @@ class DatasetImages:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, str]:
-        row = self._rows[index]
-        return _sample(row, self._recipe, _name(row, self._recipe, index), self._background)
+        return _Row(self._rows[index], self._recipe, index, self._background)()
 
     def captions(self) -> Iterator[str | None]:
-        """All captions in order, without reading a picture; None for those that are missing."""
+        """All captions in order, without reading pictures; None for a missing one."""
         column = self._recipe.caption_column
         for index, row in enumerate(self._rows.select_columns([column.split(".")[0]])):
             yield _caption(row, self._recipe, f"row {index}")
 
     def stored(self, index: int) -> Stored:
-        """The picture's bytes, or the file that the row names, and its caption."""
+        """The bytes or the file of the picture, and its caption."""
         return _stored(self._rows[index], self._recipe)
 
     def name(self, index: int) -> str:
-        """The picture's file where the row tells it, else its row."""
+        """The index of the row, with the picture's file name if the row has it."""
         return _name(self._rows[index], self._recipe, index)
 
     @property
     def fingerprint(self) -> str:
-        """The library's own, which differs where rows, files or their order do."""
+        """The library's fingerprint, which depends on rows, files and their order."""
         columns = f"{self._recipe.image_column}, {self._recipe.caption_column}"
         return f"dataset {self._rows._fingerprint} {columns} on {self._background}"
 
 
 class DatasetStream(StreamedImages):
-    """A data set that is read from its beginning, never as a whole.
-
-    Where a row has a list of captions, the first is used.
+    """A stream; of a list of captions, the first is used.
 
     Args:
         rows: a `datasets.IterableDataset` whose pictures are not decoded.
-        recipe: where it is, and its columns.
-        limit: how many samples at the most.
-        files: by split, the files that the library found, as `DataFilesList` of `datasets`.
-        background: that transparent pictures are composited on.
+        recipe: path and names of the columns.
+        limit: maximum number of samples; None has no limit.
+        files: the files of each split, as `DataFilesList` of `datasets`.
+        background: colour on which transparent pictures are composited.
     """
 
     def __init__(
@@ -93,7 +88,7 @@ class DatasetStream(StreamedImages):
     ) -> None:
         self._rows, self._recipe, self._limit, self._files = rows, recipe, limit, files
         self._background = background
-        #: what a user should know of the data set, one line each
+        #: warnings for the user, one line each
         self.warnings = _warnings(rows.features, recipe)
 
     def __iter__(self) -> Iterator[_Row]:
@@ -103,17 +98,17 @@ class DatasetStream(StreamedImages):
 
     @property
     def fingerprint(self) -> str:
-        """The recipe and all files that the library found for it.
+        """The recipe, the limit, the background and a hash of the files' state.
 
-        Of a local file, its size and time of change; of one elsewhere, what the library asked for:
-        the commit of a hub's repository, or an ETag.
+        The state of a local file is its size and mtime; that of a remote one is the library's
+        metadata, the commit of a hub repository or an ETag.
         """
         digest = hashlib.sha256()
         for split, files in sorted(self._files.items(), key=lambda item: str(item[0])):
             known = getattr(files, "origin_metadata", None)
             digest.update(json.dumps([str(split), list(files), known]).encode())
             for address in files:
-                for part in address.split("::"):  # a file in an archive, as fsspec writes it
+                for part in address.split("::"):  # fsspec's syntax for a file in an archive
                     if os.path.isfile(part):
                         stat = os.stat(part)
                         digest.update(json.dumps([stat.st_size, stat.st_mtime_ns]).encode())
@@ -123,7 +118,7 @@ class DatasetStream(StreamedImages):
 
 @dataclass(frozen=True)
 class _Row:
-    """A row that is not decoded yet; see `afa.training.data.images.SampleReader`."""
+    """A row whose picture is not decoded; a `SampleReader`."""
 
     row: Any
     recipe: DatasetRecipe
@@ -131,8 +126,38 @@ class _Row:
     background: Colour
 
     def __call__(self) -> tuple[Image.Image, str]:
-        name = _name(self.row, self.recipe, self.index)
-        return _sample(self.row, self.recipe, name, self.background)
+        """Decode the picture.
+
+        Raises:
+            BrokenSample: if the picture cannot be decoded, or it or the caption is missing.
+            AfaError: if a column has another type than a picture or text.
+        """
+        row, recipe = self.row, self.recipe
+        name = _name(row, recipe, self.index)
+        picture, caption = _value(row, recipe.image_column), _caption(row, recipe, name)
+        sample = f"{name} of the data set '{recipe.path}'"
+        if caption is None:
+            raise MissingCaption(
+                "AFA-TRAIN-021",
+                f"{sample} has no caption in the column '{recipe.caption_column}'. Add it, or "
+                "remove the row.",
+            )
+        if isinstance(picture, dict):  # a picture that is not decoded
+            place = picture.get("path")
+            picture = picture.get("bytes") or (Path(place) if place else None)
+        if picture is None:
+            raise BrokenPicture(
+                "AFA-TRAIN-022",
+                f"{sample} has no picture in the column '{recipe.image_column}'. Add it, or "
+                "remove the row.",
+            )
+        if not isinstance(picture, bytes | Path):
+            raise AfaError(
+                "AFA-TRAIN-023",
+                f"{sample} must have a picture in the column '{recipe.image_column}'; got a "
+                f"{type(picture).__name__}.",
+            )
+        return read_picture(picture, name, background=self.background), caption
 
     def stored(self) -> Stored:
         return _stored(self.row, self.recipe)
@@ -141,15 +166,15 @@ class _Row:
 def open_dataset(
     recipe: DatasetRecipe, limit: int | None, background: Colour = WHITE
 ) -> DatasetImages | DatasetStream:
-    """A data set of the `datasets` library.
+    """Open a data set of the `datasets` library.
 
     Args:
-        recipe: where it is, and its columns.
-        limit: how many samples at the most.
-        background: that transparent pictures are composited on.
+        recipe: path and names of the columns.
+        limit: maximum number of samples; None has no limit.
+        background: colour on which transparent pictures are composited.
 
     Raises:
-        AfaError: it cannot be had, or lacks a column; says which it has.
+        AfaError: if it cannot be loaded, is empty or lacks a column.
     """
     from datasets import Image as ImageFeature
     from datasets import disable_progress_bars, load_dataset, load_dataset_builder
@@ -165,22 +190,22 @@ def open_dataset(
         else:
             rows = load_dataset(recipe.path, recipe.name, split=recipe.split, **named)
         features = rows.features or next(iter(rows.take(1)))
-    except Exception as error:  # the library's own, pyarrow's, fsspec's, the hub's
-        said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    except Exception as error:  # of datasets, pyarrow, fsspec or the hub
+        message = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise AfaError(
             "AFA-TRAIN-017",
-            f"The data set '{recipe.path}' must be one that `datasets` reads, but it says {said}",
+            f"The library `datasets` cannot load the data set '{recipe.path}': {message}",
         ) from error
     for key in ("image_column", "caption_column"):
         column = getattr(recipe, key).split(".")[0]
         if column not in features:
             raise AfaError(
                 "AFA-TRAIN-018",
-                f"The data set '{recipe.path}' has no column '{column}', it has "
-                f"{', '.join(features)}. Name one of them as {key}.",
+                f"The data set '{recipe.path}' has no column '{column}'; it has "
+                f"{', '.join(features)}. Set data.dataset.{key} to one of them.",
             )
     if isinstance(features[recipe.image_column.split(".")[0]], ImageFeature):
-        # bytes as they are: a broken picture is ours to skip and to name
+        # afa decodes the pictures, so that it can skip and name broken ones
         rows = rows.cast_column(recipe.image_column, ImageFeature(decode=False))
     if recipe.streaming:
         return DatasetStream(rows, recipe, limit, files, background)
@@ -188,13 +213,13 @@ def open_dataset(
         rows = rows.select(range(limit))
     if len(rows) == 0:
         raise AfaError(
-            "AFA-TRAIN-019", f"The data set '{recipe.path}' must hold pictures; it is empty."
+            "AFA-TRAIN-019", f"The data set '{recipe.path}' has no rows; it must have pictures."
         )
     return DatasetImages(rows, recipe, background)
 
 
 def _value(row: Any, column: str) -> Any:
-    """A column's value; dots go into nested ones."""
+    """The value of a column; dots separate the names of nested columns."""
     for key in column.split("."):
         row = row[key] if isinstance(row, dict) else None
     return row
@@ -208,7 +233,7 @@ def _name(row: Any, recipe: DatasetRecipe, index: int) -> str:
 
 
 def _stored(row: Any, recipe: DatasetRecipe) -> Stored:
-    """A row's picture as it is kept, and its caption; both empty where there is none."""
+    """The stored form of a row; a missing picture or caption is empty."""
     picture, caption = (_value(row, c) for c in (recipe.image_column, recipe.caption_column))
     if isinstance(caption, list):
         caption = caption[0] if caption else None
@@ -219,23 +244,23 @@ def _stored(row: Any, recipe: DatasetRecipe) -> Stored:
 
 
 def _warnings(features: Any, recipe: DatasetRecipe) -> list[str]:
-    """Whether captions come in lists; a stream may not know its features."""
+    """A warning if captions are lists; the features of a stream may be unknown."""
     from datasets import LargeList, List
 
     kind = (features or {}).get(recipe.caption_column)
     if not isinstance(kind, List | LargeList | list):
         return []
     return [
-        f"Of the captions of each picture in the column '{recipe.caption_column}' only the first "
-        "is used. For all of them, give each a row of its own."
+        f"The column '{recipe.caption_column}' has lists of captions; only the first caption of "
+        "each list is used. To use all of them, write one row per caption."
     ]
 
 
 def _caption(row: Any, recipe: DatasetRecipe, name: str) -> str | None:
-    """The caption of a row, the first where there are several; None where it has none.
+    """The caption of a row, or the first of several; None if it is missing.
 
     Raises:
-        AfaError: the column holds something else than text.
+        AfaError: if the column does not contain text.
     """
     caption = _value(row, recipe.caption_column)
     if isinstance(caption, list):
@@ -243,37 +268,7 @@ def _caption(row: Any, recipe: DatasetRecipe, name: str) -> str | None:
     if caption is not None and not isinstance(caption, str):
         raise AfaError(
             "AFA-TRAIN-020",
-            f"{name} of the data set '{recipe.path}' must have a text in the column "
-            f"'{recipe.caption_column}', came {caption!r}.",
+            f"{name} of the data set '{recipe.path}' must have text in the column "
+            f"'{recipe.caption_column}'; got {caption!r}.",
         )
     return caption
-
-
-def _sample(
-    row: Any, recipe: DatasetRecipe, name: str, background: Colour
-) -> tuple[Image.Image, str]:
-    picture, caption = _value(row, recipe.image_column), _caption(row, recipe, name)
-    of = f"{name} of the data set '{recipe.path}'"
-    remedy = "Fill it in or take the row out."
-    if caption is None:
-        raise MissingCaption(
-            "AFA-TRAIN-021",
-            f"{of} must have a caption in the column '{recipe.caption_column}'; it has none. "
-            f"{remedy}",
-        )
-    if isinstance(picture, dict):  # a picture that is not decoded
-        place = picture.get("path")
-        picture = picture.get("bytes") or (Path(place) if place else None)
-    if picture is None:
-        raise BrokenPicture(
-            "AFA-TRAIN-022",
-            f"{of} must have a picture in the column '{recipe.image_column}'; it has none. "
-            f"{remedy}",
-        )
-    if not isinstance(picture, bytes | Path):
-        raise AfaError(
-            "AFA-TRAIN-023",
-            f"{of} must have a picture in the column '{recipe.image_column}', came a "
-            f"{type(picture).__name__}.",
-        )
-    return read_picture(picture, name, background=background), caption

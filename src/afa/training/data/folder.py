@@ -23,28 +23,29 @@ if TYPE_CHECKING:
 class FolderImages:
     """A folder of pictures with their captions.
 
-    Either a `metadata.jsonl` lists them, the Hugging Face `imagefolder` convention: each line is an
-    object with `file_name`, relative to the folder, and `text`. Or, without such a file, every
-    picture of the folder and its subfolders has its caption in the first line of a `.txt` or
-    `.caption` file of the same name, the convention of kohya's trainers.
+    The folder follows one of two conventions. Hugging Face `imagefolder`: each line of a
+    `metadata.jsonl` is an object with `file_name`, relative to the folder, and `text`. Without such
+    a file, kohya's trainers: each picture in the folder or its subfolders has its caption in the
+    first line of a `.txt` or `.caption` file of the same name.
 
     Args:
-        folder: of the pictures.
-        background: that transparent pictures are composited on.
+        folder: folder of the pictures.
+        background: colour on which transparent pictures are composited.
 
     Raises:
-        AfaError: no folder, no captions, an empty or broken list, a listed picture that is missing;
-            on access a `BrokenSample`, for a picture that cannot be decoded or has no caption.
+        AfaError: if there is no folder or no caption, the list is empty or invalid, or a listed
+            picture is missing; on access a `BrokenSample`, if a picture cannot be decoded or has no
+            caption.
     """
 
     def __init__(self, folder: Path, background: Colour = WHITE) -> None:
         self._folder, self._background = folder, background
         found: Rows = (rows_listed if is_listed(folder) else rows_beside)(folder)
-        #: pictures and captions; None where a caption is missing
+        #: pictures and captions; None for a missing caption
         self.rows = found.rows
         #: files of the folder that are not used
         self.unused = found.unused
-        #: what a user should know of the folder, one line each
+        #: warnings for the user, one line each
         self.warnings = found.warnings
         self._remedy = found.remedy
 
@@ -58,12 +59,12 @@ class FolderImages:
         path, text = self.rows[index]
         if text is None:
             raise MissingCaption(
-                "AFA-TRAIN-024", f"'{path}' must have a caption; it has none. {self._remedy}"
+                "AFA-TRAIN-024", f"The picture '{path}' has no caption. {self._remedy}"
             )
         return read_picture(path, remedy=self._remedy, background=self._background), text
 
     def captions(self) -> Iterator[str | None]:
-        """All captions in order, without reading a picture; None for those that are missing."""
+        """All captions in order, without reading pictures; None for a missing one."""
         return (text for _, text in self.rows)
 
     def stored(self, index: int) -> Stored:
@@ -77,14 +78,14 @@ class FolderImages:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over names, sizes and times of change of all pictures, captions, background."""
+        """SHA-256 of the background, the captions and the pictures' names, sizes and mtimes."""
         digest = hashlib.sha256(json.dumps(self._background).encode())
         for path, text in self.rows:
             place = path.relative_to(self._folder).as_posix()
             try:
                 stat = path.stat()
                 mark = [str(stat.st_size), str(stat.st_mtime_ns)]
-            except OSError:  # a broken picture, such as a link to nowhere; reading it says so
+            except OSError:  # a broken link, for example; reading the picture reports it
                 mark = []
             digest.update(json.dumps([place, *mark, text]).encode())
         return f"folder {digest.hexdigest()}"

@@ -1,4 +1,4 @@
-"""Captioned pictures: what a data set is."""
+"""Interfaces of data sets of captioned pictures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class CaptionedImages(Protocol):
     """A data set of pictures and captions, by index.
 
-    Reading a broken picture, or one without a caption, raises `afa.reading.BrokenSample`.
+    Reading a broken picture or a picture without a caption raises `afa.reading.BrokenSample`.
     """
 
     def __len__(self) -> int: ...
@@ -24,22 +24,22 @@ class CaptionedImages(Protocol):
     def __getitem__(self, index: int) -> tuple[Image.Image, str]: ...
 
     def stored(self, index: int) -> Stored:
-        """The sample as it is kept, without decoding its picture."""
+        """The sample in its stored form; its picture is not decoded."""
 
     def name(self, index: int) -> str:
-        """What a person would look for: a file, or a row of a data set."""
+        """The name of a sample for messages: its file, or its row."""
 
     @property
     def fingerprint(self) -> str:
-        """Differs where the pictures or captions do."""
+        """A string that changes if the pictures or captions change."""
 
 
 class Stored(NamedTuple):
-    """A sample as a data set keeps it.
+    """The stored form of a sample.
 
     Attributes:
-        picture: its file, or the bytes that decide it.
-        caption: its text; empty where it has none.
+        picture: its file, or the bytes that determine it.
+        caption: its text; empty if it is missing.
     """
 
     picture: Path | bytes
@@ -57,23 +57,20 @@ class SampleReader(Protocol):
 
 
 class StreamedImages(ABC):
-    """A data set that can only be read from its beginning.
-
-    It gives readers, since not everyone who counts the samples wants to decode them.
-    """
+    """A data set that can only be read from its beginning."""
 
     @abstractmethod
     def __iter__(self) -> Iterator[SampleReader]:
-        """All samples in order, none of them read yet."""
+        """Readers of all samples in order, so that samples can be skipped without decoding."""
 
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """Differs where the pictures or captions do."""
+        """A string that changes if the pictures or captions change."""
 
 
 class Part:
-    """Some samples of a data set, as a data set."""
+    """A subset of a data set."""
 
     def __init__(self, data: CaptionedImages, indices: range) -> None:
         self._data, self._indices = data, indices
@@ -83,7 +80,7 @@ class Part:
 
     @property
     def whole(self) -> CaptionedImages:
-        """The data set that these samples are of."""
+        """The data set of which this is a part."""
         return self._data
 
     def __len__(self) -> int:
@@ -93,7 +90,7 @@ class Part:
         return self._data[self._indices[index]]
 
     def stored(self, index: int) -> Stored:
-        """The whole's."""
+        """See `CaptionedImages.stored`."""
         return self._data.stored(self._indices[index])
 
     def captions(self) -> Iterator[str | None] | None:
@@ -104,19 +101,26 @@ class Part:
         return itertools.islice(found, self._indices.start, self._indices.stop, self._indices.step)
 
     def name(self, index: int) -> str:
-        """The name that the whole has for it."""
+        """See `CaptionedImages.name`."""
         return self._data.name(self._indices[index])
 
     @property
     def fingerprint(self) -> str:
-        """The whole's, and which part."""
+        """The fingerprint of the whole, with the indices."""
         return f"{self._data.fingerprint}[{self._indices}]"
 
 
-def captions_in(data: CaptionedImages | StreamedImages) -> Iterator[str | None] | None:
-    """All captions of a data set in order, None where one is missing, without reading a picture.
+def whole_of(data: CaptionedImages | StreamedImages) -> CaptionedImages | StreamedImages:
+    """The data set without the limit of `data.limit`."""
+    while isinstance(data, Part):
+        data = data.whole
+    return data
 
-    Returns None for data sets that cannot do so: streams, and those that are made on the fly.
+
+def captions_in(data: CaptionedImages | StreamedImages) -> Iterator[str | None] | None:
+    """All captions in order, without reading pictures; None for a missing caption.
+
+    Returns None for data sets that have to read pictures for it: streams and generated scenes.
     """
     captions = getattr(data, "captions", None)
     return None if captions is None else captions()

@@ -1,4 +1,4 @@
-"""Emoji scenes made on the fly."""
+"""Generated emoji scenes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class SceneImages:
         return self._num_samples
 
     def stored(self, index: int) -> Stored:
-        """The caption, which names all that a scene shows; its objects' places vary a little."""
+        """The caption, which stands for the picture; it names all objects, not their places."""
         from afa.zoo.scenes import scene
 
         caption = scene(index, kind=self._kind, seed=self._seed).caption
@@ -46,7 +46,7 @@ class SceneImages:
 
     @property
     def fingerprint(self) -> str:
-        """The settings and the sprites, which decide every scene."""
+        """The settings and the hash of the sprites, which determine every scene."""
         from afa.zoo.sprites import hash_sprites, load_sprites
 
         return f"{self!r} {hash_sprites(self._sprites or load_sprites())}"

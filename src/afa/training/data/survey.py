@@ -1,14 +1,15 @@
-"""What there is to say of a data set before it is trained on; nothing of it stops a training."""
+"""Warnings about a data set before training; they do not stop a training."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from afa.loading.truncation import cuts_of
 from afa.reading import BrokenSample, Conversion, Tally, conversions_of, counted
 from afa.reading.broken import MissingCaption
-from afa.training.data.images import Part, captions_in
+from afa.training.data.images import captions_in, whole_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -19,17 +20,17 @@ if TYPE_CHECKING:
 
 @dataclass
 class DataSurvey:
-    """What a look at every sample of a data set has found.
+    """The result of reading every sample of a data set.
 
     Attributes:
-        num_pictures: all samples.
-        num_without_caption: with a missing or an empty caption.
-        num_smaller: with a side that is shorter than the resolution.
+        num_pictures: number of samples.
+        num_without_caption: samples with a missing or an empty caption.
+        num_smaller: pictures with a side shorter than the resolution.
         num_unused: files of the folder that are neither a sample nor its caption.
-        cuts: captions that are longer than text encoders read, an entry for each encoder.
-        broken: what reading said of samples that a training skips.
-        tally: what was converted.
-        warnings: what a user should know, one line each.
+        cuts: captions that a text encoder truncates, one entry per encoder.
+        broken: error messages of the samples that a training skips.
+        tally: conversions.
+        warnings: warnings for the user, one line each.
     """
 
     num_pictures: int = 0
@@ -43,7 +44,7 @@ class DataSurvey:
 
     @property
     def summary(self) -> str:
-        """All numbers on one line, those that are 0 left out.
+        """All counts on one line, without those that are 0.
 
         "24 pictures, 3 without caption, 5 captions longer than 77 tokens, 2 smaller than the
         resolution, 12 files not listed"
@@ -70,15 +71,15 @@ def survey(
     resolution: int | None = None,
     progress: Callable[[int, int], object] = lambda *_: None,
 ) -> DataSurvey:
-    """Read every sample of a data set once, as a training would.
+    """Read every sample of a data set once, as a training does.
 
     Args:
-        data: read from beginning to end; not for streams, which may have none.
-        limits: of the text encoders; see `afa.loading.truncation`.
-        resolution: side of the square that is trained on; None counts no small pictures.
-        progress: told the samples that are done, and of how many.
+        data: the data set, not a stream.
+        limits: token limits of the text encoders; see `afa.loading.truncation`.
+        resolution: side of the training pictures; None does not count small pictures.
+        progress: called with the number of samples done and the total.
     """
-    found = DataSurvey(len(data), num_unused=len(getattr(_whole(data), "unused", ())))
+    found = DataSurvey(len(data), num_unused=len(getattr(whole_of(data), "unused", ())))
     captions: list[str | None] = []
     for index in range(len(data)):
         try:
@@ -107,24 +108,17 @@ def survey(
 
 
 def folder_warnings(data: CaptionedImages | StreamedImages) -> list[str]:
-    """What opening a data set has found: files that are not used, captions that are not."""
-    return list(getattr(_whole(data), "warnings", ()))
-
-
-def _whole(data: CaptionedImages | StreamedImages) -> CaptionedImages | StreamedImages:
-    """The data set that was opened, of which `data.limit` may keep a part."""
-    while isinstance(data, Part):
-        data = data.whole
-    return data
+    """Warnings from opening a data set: unused files and captions."""
+    return list(getattr(whole_of(data), "warnings", ()))
 
 
 def caption_warnings(captions: Iterable[str | None], limits: Sequence[TextLimit]) -> list[str]:
-    """Whether all captions are empty, and which are cut at the encoders' lengths."""
+    """Warnings about captions that are all empty, or too long for the text encoders."""
     present = [caption for caption in captions if caption is not None]
     if present and not any(caption.strip() for caption in present):
         return [
-            f"All {len(present)} captions are empty, so nothing is learned of prompts. Write "
-            "captions, or name the column or file that holds them."
+            f"All {len(present)} captions are empty, so the training cannot learn from prompts. "
+            "Write captions, or set the column or file that has them."
         ]
     return [cut.line("caption", "captions") for cut in cuts_of(limits, present)]
 
@@ -132,8 +126,5 @@ def caption_warnings(captions: Iterable[str | None], limits: Sequence[TextLimit]
 def known_captions(
     data: CaptionedImages | StreamedImages, most: int | None = None
 ) -> list[str | None]:
-    """The first captions of a data set, without reading a picture; none where that cannot be."""
-    found = captions_in(data)
-    if found is None:
-        return []
-    return [caption for _, caption in zip(range(most or 2**62), found, strict=False)]
+    """The first captions of a data set; an empty list if that requires reading pictures."""
+    return list(islice(captions_in(data) or (), most))
