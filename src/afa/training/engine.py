@@ -1,10 +1,8 @@
-"""One process or several, by accelerate: who does what, and how results come together."""
+"""Run a training in one or several processes with accelerate."""
 
 from __future__ import annotations
 
-import os
 from contextlib import AbstractContextManager, nullcontext
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +10,6 @@ from accelerate import (
     Accelerator,
     DistributedDataParallelKwargs,
     FullyShardedDataParallelPlugin,
-    InitProcessGroupKwargs,
 )
 from accelerate.utils import DistributedType, gather_object, parse_flag_from_env
 from torch.distributed.device_mesh import init_device_mesh
@@ -20,19 +17,18 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 from afa.errors import AfaError
-from afa.machine.exhausted import is_of_device
+from afa.machine.processes import Processes
+from afa.training.order import Shares
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from afa.ensemble.denoiser import EnsembleDenoiser
-    from afa.training.order import Shares
     from afa.training.recipe import TrainingRecipe
 
-# a process that waits for others which still encode has to be patient
-_TIMEOUT = timedelta(hours=24)
-_SINGLE = (DistributedType.NO,)
-_REPLICATED = (
+_SUPPORTED = (
+    DistributedType.NO,
+    DistributedType.FSDP,
     DistributedType.MULTI_CPU,
     DistributedType.MULTI_GPU,
     DistributedType.MULTI_XPU,
@@ -41,66 +37,49 @@ _REPLICATED = (
 
 
 class Engine:
-    """The processes of a training, started by `accelerate launch` or `torchrun`, or just one.
+    """The processes of a training: one, or several started by `accelerate launch` or `torchrun`.
 
-    Aggregators are replicated and their gradients averaged (distributed data parallel). Where
-    accelerate is configured for FSDP, the experts' layers are sharded over the processes. Precision
-    is the training's own affair: experts are cast, aggregators stay in float32, and whatever mixed
-    precision accelerate is configured for is left off.
+    Aggregators are replicated and their gradients averaged (distributed data parallel). If
+    accelerate is configured for FSDP, the experts' layers are sharded over the processes. Mixed
+    precision of accelerate's configuration is ignored: experts are cast to `expert_dtype`, and
+    aggregators stay in float32.
 
     Args:
-        device: `auto`, or as torch names it; with several processes each has its own.
+        device: `auto`, or torch's name; ignored with several processes, which get one each.
 
     Raises:
-        AfaError: no such device, or accelerate is configured for something else.
+        AfaError: if there is no such device, or accelerate is configured for another kind of
+            parallelism.
     """
 
     def __init__(self, device: str = "auto") -> None:
-        is_alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-        chosen = pick_device(device) if is_alone else None
+        self._processes = Processes()
+        self.rank, self.num_processes = self._processes.rank, self._processes.count
+        self.is_main, self.wait = self._processes.is_main, self._processes.wait
+        chosen = pick_device(device) if self.num_processes == 1 else None
         on_cpu = chosen.type == "cpu" if chosen else not torch.accelerator.is_available()
         self._accelerator = Accelerator(
             cpu=on_cpu,
             mixed_precision="no",
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(broadcast_buffers=False),
-                InitProcessGroupKwargs(timeout=_TIMEOUT),
-            ],
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
         kind = self._accelerator.distributed_type
-        if kind not in (*_SINGLE, *_REPLICATED, DistributedType.FSDP):
+        if kind not in _SUPPORTED:
             raise AfaError(
                 "AFA-TRAIN-027",
-                f"accelerate must be configured for one process, for plain data parallelism (DDP) "
-                f"or for FSDP, came {kind.value}. Run `accelerate config` again.",
+                f"accelerate is configured for {kind.value}; it must be configured for one "
+                "process, data parallelism (DDP) or FSDP. Run `accelerate config` again.",
             )
         self._sharding = _sharding() if self.num_processes > 1 else None
         self.device: torch.device = chosen or self._accelerator.device
 
     @property
-    def num_processes(self) -> int:
-        """How many there are."""
-        return self._accelerator.num_processes
-
-    @property
-    def rank(self) -> int:
-        """Which one this is, from 0."""
-        return self._accelerator.process_index
-
-    @property
     def is_sharding(self) -> bool:
-        """Whether a forward pass takes all processes, since each holds a part of the experts."""
+        """Whether the experts are sharded, so that a forward pass requires all processes."""
         return self._sharding is not None
 
-    @property
-    def is_main(self) -> bool:
-        """Whether this is the one that writes and talks."""
-        return self.rank == 0
-
     def shares(self, settings: TrainingRecipe) -> Shares:
-        """How the places of a step are shared out."""
-        from afa.training.order import Shares
-
+        """Return how the samples of a step are divided between the processes."""
         return Shares(
             settings.batch_size,
             settings.gradient_accumulation_steps,
@@ -109,74 +88,59 @@ class Engine:
         )
 
     def prepare(self, model: nn.Module, frozen: list[str]) -> nn.Module:
-        """The model as it is to be called while training.
+        """Return the model to call during training.
 
         Args:
-            model: with parameters that are the same in all processes.
-            frozen: names of parameters and buffers that need not be kept in step.
+            model: with the same parameters in all processes.
+            frozen: names of parameters and buffers that need no synchronisation.
         """
         if self.num_processes == 1:
             return model
-        # read by DistributedDataParallel: the experts are the same files in all processes
+        # DistributedDataParallel reads this; all processes load the experts from the same files
         model._ddp_params_and_buffers_to_ignore = frozen  # type: ignore[assignment]
         if self.is_sharding:  # accelerate would shard the aggregators as well
             return DistributedDataParallel(model, broadcast_buffers=False)
         return self._accelerator.prepare_model(model, device_placement=False)
 
     def shard(self, ensemble: EnsembleDenoiser) -> None:
-        """Leave a part of every expert's layer in each process, where accelerate asks for it."""
+        """Shard the experts' layers over the processes, if accelerate is configured for FSDP."""
         if self._sharding is not None:
             mesh = init_device_mesh(self.device.type, (self.num_processes,))
             ensemble.shard_experts(mesh, **self._sharding)
 
     def without_sync(self, model: nn.Module, *, when: bool) -> AbstractContextManager[Any]:
-        """Gradients are only added up, not averaged over the processes yet."""
+        """Return a context that accumulates gradients without averaging them over processes."""
         if not when or not isinstance(model, DistributedDataParallel):
             return nullcontext()
         return model.no_sync()
 
     def mean(self, tensor: Tensor) -> Tensor:
-        """The mean over all processes."""
+        """Return the mean over all processes."""
         return self._accelerator.reduce(tensor, reduction="mean")
 
     def total(self, tensor: Tensor) -> Tensor:
-        """The sum over all processes."""
+        """Return the sum over all processes."""
         return self._accelerator.reduce(tensor, reduction="sum")
 
     def gather(self, objects: list[Any]) -> list[Any]:
-        """The lists of all processes, one after the other."""
+        """Concatenate the lists of all processes."""
         return objects if self.num_processes == 1 else gather_object(objects)
-
-    def wait(self) -> None:
-        """Go on when all processes are here.
-
-        Raises:
-            AfaError: one of them has ended; it has said why.
-        """
-        try:
-            self._accelerator.wait_for_everyone()
-        except RuntimeError as error:
-            if is_of_device(error):
-                raise
-            raise AfaError(
-                "AFA-TRAIN-028", "All processes must go on, but another one stopped."
-            ) from error
 
 
 def _sharding() -> dict[str, Any] | None:
-    """What accelerate's configuration says of FSDP, for `shard_experts`; None without any.
+    """Return accelerate's FSDP settings for `shard_experts`; None without FSDP.
 
     Raises:
-        AfaError: it is of FSDP's first version.
+        AfaError: if the version of FSDP is not 2.
     """
-    # not from the accelerator's state, which has none on processors
+    # from the environment, because the accelerator's state has no FSDP settings on CPUs
     if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return None
     plugin = FullyShardedDataParallelPlugin()
     if plugin.fsdp_version != 2:
         raise AfaError(
             "AFA-TRAIN-029",
-            f"accelerate's fsdp_version must be 2, came {plugin.fsdp_version}. Run `accelerate "
+            f"accelerate's fsdp_version must be 2; got {plugin.fsdp_version}. Run `accelerate "
             "config` again, or launch with --fsdp_version 2.",
         )
     chosen: dict[str, Any] = {"reshard_after_forward": plugin.reshard_after_forward}
@@ -186,10 +150,10 @@ def _sharding() -> dict[str, Any] | None:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is a GPU where there is one; any other name is taken as it is.
+    """Return the named device; `auto` is a GPU if there is one, else the CPU.
 
     Raises:
-        AfaError: this machine has no such device.
+        AfaError: if this machine has no such device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -198,6 +162,6 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise AfaError(
             "AFA-TRAIN-030",
-            f"The device must be auto, cpu, or one that this machine has, such as cuda or cuda:1; "
-            f"'{name}' cannot be used: {str(error).splitlines()[0]}",
+            f"The device '{name}' cannot be used: {str(error).splitlines()[0].rstrip('.')}. Use "
+            "auto, cpu, or a device of this machine, such as cuda or cuda:1.",
         ) from error
