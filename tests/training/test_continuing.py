@@ -89,12 +89,12 @@ def begun(experts: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path
     [
         (
             replace_unseen,
-            r"1 samples with pictures .* \(first: .*/2.png\), 1 pictures that are gone",
+            r"1 samples with new pictures \(first: .*/2.png\), 1 pictures missing",
         ),
-        (edit_caption, r"there are 1 samples with other captions \(first: .*/3.png\)"),
-        (add_line, r"1 samples with pictures that were not there \(first: .*/new.png\)"),
-        (remove_line, "1 pictures that are gone"),
-        (remove_one_of_two, "5 samples in place of 6"),
+        (edit_caption, r"1 samples with changed captions \(first: .*/3.png\)"),
+        (add_line, r"1 samples with new pictures \(first: .*/new.png\)"),
+        (remove_line, "1 pictures missing"),
+        (remove_one_of_two, "5 samples instead of 6"),
         (reorder, "the samples are in another order"),
     ],
 )
@@ -169,9 +169,9 @@ def test_a_run_of_an_earlier_release(experts: list[Path], tmp_path: Path) -> Non
                 list(steps_of(longer, run))
             assert str(e.value) in checked
         else:
-            assert any("kept no list of its pictures" in line for line in checked)
+            assert any("stored no hash of the data" in line for line in checked)
             notes = [note for event in train(longer, run) for note in event.notes]
-            assert any("kept no list of its pictures" in note for note in notes)
+            assert any("stored no hash of the data" in note for note in notes)
 
 
 @pytest.mark.parametrize("kind", ["folder", "stream"])
@@ -195,8 +195,7 @@ def test_pictures_that_an_earlier_release_read_otherwise(
         Image.new("RGBA", (20, 20), (255, 0, 0, 128)).save(tmp_path / "data" / "1.png")
     else:
         rows(tmp_path / "rows.parquet", ["red", "#00ff0080", "blue"], mode="RGBA")
-    said = "begun by an earlier release, which ignored transparency .* pictures 1 transparent"
-    with refusal("AFA-TRAIN-025", said) as caught:
+    with refusal("AFA-TRAIN-025", "earlier release.* 1 transparent") as caught:
         list(steps_of(longer, run))
     assert kind == "stream" or str(caught.value) in said_by_check(longer, run)
 
@@ -227,8 +226,7 @@ def test_another_configuration_of_equal_weights_is_refused(
     list(steps_of(recipe([own], data, num_steps=1), tmp_path / "run"))
     for part, change in CONFIGURATIONS.items():
         change(own)
-        message = f"made with another state of: .*the configuration of {part}[,.]"
-        with refusal("AFA-TRAIN-005", message):
+        with refusal("AFA-TRAIN-005", f"the configuration of {part}[,.]"):
             list(steps_of(recipe([own], data, num_steps=2), tmp_path / "run"))
         shutil.rmtree(own)
         shutil.copytree(experts[0], own)

@@ -72,9 +72,9 @@ def inputs_of_training(
         progress: called with the number of samples read and their total.
     """
     from afa.reading import Tally
+    from afa.training.began import Began
     from afa.training.cache import default_cache_folder
     from afa.training.checkpoints import Checkpoints
-    from afa.training.continuing import require_data_of_run
     from afa.training.data import StreamedImages, open_data
     from afa.training.data.survey import folder_warnings, survey
     from afa.training.examples import Broken
@@ -130,14 +130,11 @@ def inputs_of_training(
             found.say("validation", [note], "note")
         if output is not None:
             checkpoint = Checkpoints(output / CHECKPOINTS).read()
-            made_from = None if checkpoint is None else checkpoint.notes.get("made_from") or {}
+            began = None if checkpoint is None else checkpoint.notes.get("made_from") or {}
             is_unlisted = listing is None or is_settled(data)
             content = digest_of(data) if is_unlisted or listing is None else listing.digest
-            before, validates = Listing.read(output), recipe.validation is not None
-            notes = require_data_of_run(
-                output, made_from, content, before, listing, data, tally, validates=validates
-            )
-            found.say("data", notes, "note")
+            run = Began(output, began, validates=recipe.validation is not None)
+            found.say("data", run.require_data(content, listing, data, tally), "note")
     return found
 
 

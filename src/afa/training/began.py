@@ -1,77 +1,96 @@
-"""How a run began, and what its continuation is held against."""
+"""Compare the data of a resumed run with the data that it began with."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from afa.training.continuing import _DATA, digest, is_earlier_run, require_data_of_run
-from afa.training.listing import Listing
+from afa.errors import AfaError
+from afa.files import read_json
+from afa.training.continuing import RECIPE, digest
+from afa.training.earlier import is_earlier, require_same_pixels, require_whole_pictures
+from afa.training.listing import Listing, difference
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from afa.reading import Tally
     from afa.training.data import CaptionedImages
-    from afa.training.trainer import Trainer
     from afa.training.transform import Transform
+
+_DATA = "the data"
 
 
 class Began:
-    """What a run began with that continues now; of a new run, nothing.
+    """What a resumed run began with; empty for a new run.
 
     Args:
-        trainer: that has read the newest checkpoint.
         folder: of the run.
+        made_from: hashes in its newest checkpoint; None for a run without one.
         validates: whether pictures are held out.
+        bind: compares further hashes with `made_from` and stores them; see `Trainer.bind`.
 
     Raises:
-        AfaError: the listing of the data is damaged.
+        AfaError: if the listing of the data is damaged.
     """
 
-    def __init__(self, trainer: Trainer, folder: Path, *, validates: bool) -> None:
-        self._trainer, self._folder, self._validates = trainer, folder, validates
-        #: of the data, where the run continues and has kept one
-        self.listing = Listing.read(folder) if trainer.first else None
-        #: whether an earlier release read the pictures, so that all are read again and compared
-        self.is_earlier = bool(trainer.first) and is_earlier_run(folder)
+    def __init__(
+        self,
+        folder: Path,
+        made_from: Mapping[str, str] | None,
+        *,
+        validates: bool,
+        bind: Callable[[Mapping[str, str]], None] = lambda _: None,
+    ) -> None:
+        self._folder, self._made_from = folder, made_from
+        self._validates, self._bind = validates, bind
+        is_resumed, recipe = made_from is not None, folder / RECIPE
+        #: the listing that a resumed run has stored, if any
+        self.listing = Listing.read(folder) if is_resumed else None
+        #: whether an earlier release read the pictures, so that all must be read and compared
+        self.is_earlier = is_resumed and recipe.is_file() and is_earlier(read_json(recipe))
 
     def require_data(
         self, content: str, listing: Listing | None, names: CaptionedImages | None, tally: Tally
     ) -> list[str]:
-        """Refuse to continue with other data; returns what a user should read.
+        """Refuse to resume with different data.
 
         Args:
             content: a hash of all pictures and captions.
-            listing: of the data, for the error; None where settings decide all of it.
-            names: the data set, which names samples; None where it cannot.
-            tally: what was converted while all pictures were read, where `is_earlier`.
+            listing: of the data, for the error; None if its settings determine it.
+            names: the data set, for the names of samples; None for a stream.
+            tally: conversions of all pictures; used only if `is_earlier`.
+
+        Returns: notes for the user, one line each.
 
         Raises:
-            AfaError: see `require_data_of_run`.
+            AfaError: if the data differs, or an earlier release began the run and read the pictures
+                or held out samples in a different way.
         """
-        began = self._trainer.began if self._trainer.first else None
-        notes = require_data_of_run(
-            self._folder,
-            began,
-            content,
-            self.listing,
-            listing,
-            names,
-            tally,
-            validates=self._validates,
-        )
-        self._trainer.bind({_DATA: content})
+        notes = []
+        if self._made_from is not None:
+            if self.is_earlier:
+                require_same_pixels(self._folder, tally)
+            if _DATA not in self._made_from:
+                notes.append(require_whole_pictures(self._folder, validates=self._validates))
+            elif self._made_from[_DATA] != content:
+                raise AfaError(
+                    "AFA-TRAIN-006",
+                    f"The data differs from the data that the run in '{self._folder}' began with: "
+                    f"{difference(self.listing, listing, names)}. Restore the data, or pass "
+                    "another output folder.",
+                )
+        self._bind({_DATA: content})
         return notes
 
     def require_split(self, validation: Sequence[int], transform: Transform) -> None:
-        """Refuse to continue with other held-out samples, or pictures that look otherwise.
+        """Refuse to resume with other held-out samples or another transform.
 
         Raises:
             AfaError: see `Trainer.bind`.
         """
-        self._trainer.bind(
+        self._bind(
             {
                 "the held-out samples": digest(list(validation)),
                 "the transform": digest(asdict(transform)),

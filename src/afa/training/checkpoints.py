@@ -1,4 +1,4 @@
-"""What a training needs to go on where it was stopped: one safetensors file for each checkpoint."""
+"""Checkpoints of a training run, each in one safetensors file."""
 
 from __future__ import annotations
 
@@ -27,44 +27,43 @@ _META = "afa"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state after so many steps: named tensors, and notes that are JSON."""
+    """The state after `step` steps: named tensors, and notes as JSON."""
 
     step: int
     tensors: dict[str, Tensor]
     notes: dict[str, Any] = field(default_factory=dict)
 
     def part(self, name: str) -> dict[str, Tensor]:
-        """The tensors whose names begin with `name` and a dot, without it."""
+        """Return the tensors whose names start with `name` and a dot, without this prefix."""
         prefix = f"{name}."
         return {k.removeprefix(prefix): t for k, t in self.tensors.items() if k.startswith(prefix)}
 
 
 class Checkpoints:
-    """The checkpoints in a folder. Each is there whole or not at all; the newest few are kept.
+    """The checkpoints in a folder, written atomically; only the newest are kept.
 
     Args:
-        folder: is made when the first one is written.
-        keep: how many of the newest.
+        folder: created with the first checkpoint.
+        keep: number of checkpoints to keep.
     """
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
         self.folder, self._keep = folder, keep
 
     def places(self) -> list[Path]:
-        """All checkpoints, the newest last."""
+        """Return the files of all checkpoints, the newest last."""
         if not self.folder.is_dir():
             return []
         return sorted(place for place in self.folder.iterdir() if _NAME.fullmatch(place.name))
 
     def write(self, checkpoint: Checkpoint) -> None:
-        """Write one, then take the oldest away.
+        """Write a checkpoint, then delete the oldest ones.
 
         Raises:
-            AfaError: it cannot be written, for instance because the disk is full; says which one is
-                intact.
+            AfaError: if it cannot be written, for example because the disk is full.
         """
         tensors = {
-            # copies, since the format refuses tensors that share memory
+            # copies, because safetensors refuses tensors that share memory
             name: tensor.detach().cpu().clone().contiguous()
             for name, tensor in checkpoint.tensors.items()
         }
@@ -77,45 +76,45 @@ class Checkpoints:
             raise AfaError(
                 "AFA-TRAIN-004",
                 f"The checkpoint of step {checkpoint.step} cannot be written: {error}. "
-                f"{self.last_words()} Make room; the same command goes on.",
+                f"{self.intact()} Free disk space and run the same command again to resume.",
             ) from error
         for old in self.places()[: -self._keep]:
             with suppress(OSError):
                 old.unlink()
 
-    def last_words(self) -> str:
-        """Which checkpoint is the last good one, a sentence."""
+    def intact(self) -> str:
+        """Name the last intact checkpoint in a sentence."""
         places = self.places()
         if not places:
-            return "There is no earlier one."
-        return f"The last one, '{places[-1]}', is intact."
+            return "There is no earlier checkpoint."
+        return f"The last checkpoint, '{places[-1]}', is intact."
 
     def read(self) -> Checkpoint | None:
-        """The newest one; None where there is none.
+        """Read the newest checkpoint; None if there is none.
 
         Raises:
-            AfaError: it is damaged.
+            AfaError: if it is damaged.
         """
         places = self.places()
         if not places:
             return None
         place = places[-1]
-        remedy = "Delete it to begin again."
+        remedy = "Delete it to restart from the first step."
         if len(places) > 1:
-            remedy = f"Delete it to go on from '{places[-2].name}'."
+            remedy = f"Delete it to resume from '{places[-2].name}'."
         with (
             loading(f"The checkpoint '{place}' must be complete", remedy),
             safe_open(place, framework="pt") as file,
         ):
             notes = metadata_json(file, _META)
             if not isinstance(notes, dict) or not isinstance(notes.get("step"), int):
-                raise Unreadable("its notes do not say of which step it is")
+                raise Unreadable("its metadata has no step")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return Checkpoint(notes.pop("step"), tensors, notes)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The state of an optimizer whose state is tensors alone, such as AdamW's, as `N.NAME`."""
+    """Return the state of an optimizer whose state is only tensors, such as AdamW, by `N.NAME`."""
     return {
         f"{number}.{name}": tensor
         for number, state in optimizer.state_dict()["state"].items()
@@ -124,7 +123,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put what `optimizer_tensors` gave into an optimizer of the same parameters."""
+    """Load the tensors of `optimizer_tensors` into an optimizer of the same parameters."""
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         number, name = key.split(".")

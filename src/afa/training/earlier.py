@@ -1,8 +1,8 @@
-"""Runs that an earlier release began: what must hold before this one continues them.
+"""Conditions for resuming runs of earlier releases.
 
-Until `data.background` came, a picture was what Pillow's `convert("RGB")` makes of it: transparency
-was dropped, values of more than 8 bits were clipped at 255, and colour profiles were ignored. The
-last samples of the data were held out, and checkpoints kept no hash of the data.
+Releases without `data.background` read pictures with Pillow's `convert("RGB")`, which drops
+transparency, clips values of more than 8 bits at 255 and ignores colour profiles. They held out the
+last samples of the data, and their checkpoints have no hash of the data.
 """
 
 from __future__ import annotations
@@ -18,56 +18,56 @@ if TYPE_CHECKING:
 
     from afa.reading import Tally
 
-#: conversions that earlier releases did not do; all others give the pixels that they had
+#: conversions that earlier releases did not do; the others do not change pixels
 _NEW = (Conversion.DEPTH, Conversion.ALPHA, Conversion.PROFILE)
-_REMEDY = "Name another output folder, or finish it with that release."
+_REMEDY = "Pass another output folder, or finish the run with that release."
 
 
 def is_earlier(recipe: Mapping[str, Any]) -> bool:
-    """Whether a run's recipe, as JSON, was written before there was `data.background`."""
+    """Whether a release without `data.background` wrote this recipe, as JSON."""
     return "background" not in (recipe.get("data") or {})
 
 
 def require_same_pixels(folder: Path, tally: Tally) -> None:
-    """Refuse to continue a run with pictures that this release reads otherwise.
+    """Refuse to resume a run with pictures whose pixels differ in this release.
 
     Args:
         folder: of the run.
-        tally: what was converted while the run's pictures were read.
+        tally: conversions of the run's pictures.
 
     Raises:
-        AfaError: says of how many pictures, and what is done to them now.
+        AfaError: if any pictures were converted in a new way.
     """
     changed = [f"{tally.counts[each]} {each.said}" for each in _NEW if tally.counts[each]]
     if changed:
         raise AfaError(
             "AFA-TRAIN-025",
-            f"The run in '{folder}' was begun by an earlier release, which ignored transparency "
-            f"and colour profiles and clipped deep values; now there are pictures "
-            f"{'; '.join(changed)}. A run continues with the pixels that it began with. {_REMEDY}",
+            f"The run in '{folder}' began with an earlier release, which ignored transparency and "
+            f"colour profiles and clipped values above 8 bits. This release reads some pictures "
+            f"differently: {'; '.join(changed)}. {_REMEDY}",
         )
 
 
 def require_whole_pictures(folder: Path, *, validates: bool) -> str:
-    """Refuse to continue a run whose checkpoints do not tell which samples were held out.
+    """Refuse to resume a run with validation whose checkpoints have no hash of the data.
 
     Args:
         folder: of the run.
         validates: whether pictures are held out.
 
-    Returns: what a user should know of a run that continues.
+    Returns: a note for the user, if the run can be resumed.
 
     Raises:
-        AfaError: pictures are held out.
+        AfaError: if pictures are held out.
     """
     if validates:
         raise AfaError(
             "AFA-TRAIN-026",
-            f"The run in '{folder}' was begun by an earlier release, which held out the last lines "
-            "of the data and not whole pictures. To continue it would train on pictures that were "
-            f"held out. {_REMEDY}",
+            f"The run in '{folder}' began with an earlier release, which held out the last samples "
+            "and not all captions of a picture. Resuming it would train on held-out pictures. "
+            f"{_REMEDY}",
         )
     return (
-        "The run was begun by an earlier release, which kept no list of its pictures: whether the "
-        "data is still the same cannot be told."
+        "The run began with an earlier release, which stored no hash of the data, so changes of "
+        "the data cannot be detected."
     )

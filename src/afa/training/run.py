@@ -1,4 +1,4 @@
-"""A whole training: experts and data in, an ensemble folder out, and what is watched between."""
+"""A training run from a recipe to an ensemble folder."""
 
 from __future__ import annotations
 
@@ -51,22 +51,22 @@ def train(
     *,
     should_stop: Callable[[], bool] | None = None,
 ) -> Iterator[TrainStep | CacheProgress]:
-    """Train aggregators as a recipe says and write an ensemble folder (AFA, section 4.1).
+    """Train the aggregators of a recipe and write an ensemble folder (AFA, section 4.1).
 
-    The folder gets `recipe.json`, `environment.json`, checkpoints and `metrics.jsonl` as it goes,
-    and the ensemble at the end. The same call on a folder of an earlier run goes on where that one
-    stopped, however it stopped; `training.num_steps` may be raised meanwhile if the learning rate
-    is constant. Several processes share a step's samples; see `Engine`.
+    Writes `recipe.json`, `environment.json`, checkpoints and `metrics.jsonl` during the training,
+    and the ensemble at the end. The same call resumes an interrupted run; `training.num_steps` may
+    be raised meanwhile if the learning rate is constant. Several processes share the samples of a
+    step; see `Engine`.
 
     Args:
         recipe: experts, data, aggregator, training.
-        output: a new folder, or one of an earlier run of this recipe.
-        should_stop: asked after each step; if it says yes, the run saves and raises `Stopped`.
+        output: a new folder, or the folder of an earlier run of this recipe.
+        should_stop: called after each step; if it returns True, the run saves and raises `Stopped`.
 
     Raises:
-        AfaError: the folder holds something else, or anything in the recipe cannot be had. Then
-            nothing has been written. Or one of what `train_aggregators` raises while it runs.
-        Stopped: it was asked to stop.
+        AfaError: before anything is written, if the folder contains something else or a part of the
+            recipe cannot be loaded; later, as `train_aggregators`.
+        Stopped: if `should_stop` returned True.
     """
     settings = recipe.training
     engine = Engine(settings.device)
@@ -74,7 +74,7 @@ def train(
     require_trackers(settings.trackers)
     place = recipe.data.cache_folder or default_cache_folder()
     require_place_for_folder(place, "The cache")
-    engine.wait()  # before any of them writes into it
+    engine.wait()  # so that all processes have checked the folders before one writes
     data = open_data(recipe.data)
     with seeded(settings.seed):
         pipeline = load_pipeline(
@@ -85,19 +85,24 @@ def train(
             parts=recipe.parts,
             allow_duplicates=recipe.allow_duplicates,
             torch_dtype=getattr(torch, settings.expert_dtype),
-            # where they do not all fit on one, they come to it in parts
+            # offloaded or sharded experts move to the device in parts
             device="cpu" if settings.offload_experts or engine.is_sharding else engine.device,
         )
     checkpoints = Checkpoints(output / CHECKPOINTS, settings.keep_checkpoints)
     trainer = Trainer(pipeline, settings, engine, checkpoints)
-    began = Began(trainer, output, validates=recipe.validation is not None)
+    began = Began(
+        output,
+        trainer.began if trainer.first else None,
+        validates=recipe.validation is not None,
+        bind=trainer.bind,
+    )
     training, validation, listing = yield from _stoppable(
         prepare_examples(recipe, pipeline, data, engine, began), trainer, should_stop
     )
     with owned(output) if engine.is_main else nullcontext():
         if engine.is_main:
-            asked = recipe.model_dump(mode="json")
-            write_atomic(output / RECIPE, json.dumps(asked, indent=2) + "\n")
+            settings_json = recipe.model_dump(mode="json")
+            write_atomic(output / RECIPE, json.dumps(settings_json, indent=2) + "\n")
             if listing is not None:
                 listing.write(output)
         with Watch(recipe, output, trainer, validation) as watch:
@@ -115,7 +120,7 @@ def _stoppable(
     trainer: Trainer,
     should_stop: Callable[[], bool] | None,
 ) -> Generator[CacheProgress, None, Prepared]:
-    """Encode until it is asked to stop; finished shards are on disk."""
+    """Encode until `should_stop` returns True; finished shards are on disk."""
     while True:
         try:
             yield next(encoding)
@@ -126,23 +131,23 @@ def _stoppable(
 
 
 def require_same_recipe(recipe: Recipe, output: Path) -> None:
-    """Refuse a folder that is not new and not of an earlier run of this recipe.
+    """Check that a folder is new, or of an earlier run of this recipe.
 
     Raises:
-        AfaError: names what differs.
+        AfaError: if it is not; names the differing settings.
     """
     if is_unused(output):
         return
-    written, asked = output / RECIPE, essence(recipe.model_dump(mode="json"))
+    written, now = output / RECIPE, essence(recipe.model_dump(mode="json"))
     before = essence(read_json(written)) if written.is_file() else None
-    if before is not None and is_earlier(before):  # its pictures are compared instead
-        asked["data"].pop("background")
-    if before != asked:
-        found = f"'{output}' is neither"
+    if before is not None and is_earlier(before):  # the pictures are compared instead
+        now["data"].pop("background")
+    if before != now:
+        found = "is not empty and has no run"
         if before is not None:
-            found = f"that in '{output}' has another {', '.join(differing(before, asked))}"
+            found = f"has a run with another {', '.join(differing(before, now))}"
         raise AfaError(
             "AFA-TRAIN-046",
-            f"The output folder must be new or hold an earlier run of this recipe; {found}. Name "
-            "another one.",
+            f"The output folder '{output}' {found}. Pass a new folder, or one of an earlier run of "
+            "this recipe.",
         )

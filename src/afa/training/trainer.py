@@ -195,9 +195,7 @@ class Trainer:
             except NotFinite as error:
                 if self._checkpoints is None:
                     raise
-                raise AfaError(
-                    "AFA-TRAIN-051", f"{error} {self._checkpoints.last_words()}"
-                ) from error
+                raise AfaError("AFA-TRAIN-051", f"{error} {self._checkpoints.intact()}") from error
 
     def averaged(self) -> ExitStack:
         """A context in which the aggregators hold their EMA weights, if `ema_decay` is set."""
