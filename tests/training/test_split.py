@@ -69,7 +69,7 @@ def test_all_captions_of_a_held_out_picture_are_held_out(tmp_path: Path) -> None
     assert (len(found.training), len(found.validation), found.num_held_out) == (16, 6, 2)
     assert found.note == (
         "Held out for validation: 2 of 6 different pictures, with all 8 of their captions (24 in "
-        "all). The validation loss is of 6 of these."
+        "all). The validation loss uses 6 of these."
     )
 
 
@@ -221,4 +221,4 @@ def test_progress_of_the_listing_is_told(experts: list[Path], tmp_path: Path) ->
     data = {"folder": str(tmp_path / "data"), "cache": False}
     asked = Recipe.model_validate(as_written(experts[:1], data, num_steps=1))
     first = next(iter(train(asked, tmp_path / "run")))
-    assert first == CacheProgress("look at pictures", 8, 8)
+    assert first == CacheProgress("hash pictures", 8, 8)

@@ -1,4 +1,4 @@
-"""Training of the aggregators: data, cache, objective, steps, checkpoints, what is observed."""
+"""Training of the aggregators: data, cache, objective, steps, checkpoints, monitoring."""
 
 from afa.training.cache import CacheProgress
 from afa.training.checkpoints import Checkpoints

@@ -1,4 +1,4 @@
-"""Pictures to latents, captions to text embeddings: what the frozen parts of a pipeline do."""
+"""Encode pictures as latents and captions as text embeddings."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 
 class Posterior(NamedTuple):
-    """The autoencoder's Gaussian over latents, each [B, C, H, W] in the autoencoder's dtype."""
+    """Mean and log variance of the latents, each [B, C, H, W] in the autoencoder's dtype."""
 
     mean: Tensor
     logvar: Tensor
 
 
 class Encoded(NamedTuple):
-    """One batch as the loss takes it.
+    """One batch for the loss.
 
     Attributes:
         clean: sampled and scaled latents [B, C, H, W], float32.
-        conditions: what the denoiser is told besides, by name; see `conditions.Conditioning`.
+        conditions: the denoiser's other inputs by name; see `afa.denoisers.family.Conditioning`.
         noise: standard normal, of the latents' shape.
         time: uniform numbers [B] from 0 to 1.
     """
@@ -42,14 +42,14 @@ class Encoded(NamedTuple):
 
 @torch.no_grad()
 def encode_pictures(pipeline: DiffusionPipeline, pixels: Tensor) -> Posterior:
-    """The posterior over latents of pictures [B, 3, H', W'] in -1..1."""
+    """Return the posterior over latents of pictures [B, 3, H', W'] in -1..1."""
     vae = pipeline.vae
     posterior = vae.encode(pixels.to(device=vae.device, dtype=vae.dtype)).latent_dist
     return Posterior(posterior.mean, posterior.logvar)
 
 
 def encode_captions(pipeline: DiffusionPipeline, captions: Sequence[str]) -> dict[str, Tensor]:
-    """Embeddings of the text and more, as the pipeline itself would make them."""
+    """Return text embeddings and other conditioning tensors, as the pipeline computes them."""
     return conditioning_of(pipeline).encode(pipeline, list(captions))
 
 
@@ -60,10 +60,10 @@ def as_batch(
     vae: AutoencoderKL,
     device: torch.device,
 ) -> Encoded:
-    """Sample latents with what was drawn, and put everything on one device.
+    """Sample latents with the drawn noise, and move the batch to one device.
 
-    What is drawn was drawn on the CPU, so that a seed means the same everywhere. Of the autoencoder
-    only the configuration is used.
+    Random numbers are drawn on the CPU, so that a seed gives the same batch on every device. Only
+    the autoencoder's configuration is used.
     """
     mean = posterior.mean.to(device).float()
     std = (0.5 * posterior.logvar.to(device).float()).exp()
@@ -77,6 +77,6 @@ def as_batch(
 
 
 def latent_shape(pipeline: DiffusionPipeline, resolution: int) -> tuple[int, int, int]:
-    """Shape [C, H, W] of the latent of a square picture."""
+    """Return the shape [C, H, W] of the latent of a square picture."""
     side = resolution // pipeline.vae_scale_factor
     return pipeline.vae.config.latent_channels, side, side

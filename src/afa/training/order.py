@@ -1,7 +1,8 @@
-"""Which sample comes when, and all that is drawn for it.
+"""The order of samples in a training, and their random numbers.
 
-A training is a long row of places, so many to a step. What happens at a place depends on the seed
-and the place alone: not on the batch size, the number of processes or where a run was stopped.
+The samples of all steps are numbered; these numbers are called places. The sample and the random
+numbers of a place depend only on the seed and the place: not on the batch size, the number of
+processes, or the step at which a run was resumed.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shares:
-    """How the places of a step are shared out.
+    """The division of a step's places into batches and processes.
 
     Attributes:
-        batch_size: samples at a time, in each process.
-        num_accumulated: batches of each process that make one step.
-        num_processes: how many there are.
-        rank: which one this is, from 0.
+        batch_size: samples in one batch of one process.
+        num_accumulated: batches of each process in one step.
+        num_processes: number of processes.
+        rank: of this process, from 0.
     """
 
     batch_size: int
@@ -39,11 +40,11 @@ class Shares:
 
     @property
     def total(self) -> int:
-        """The samples of one optimizer step, of all processes together."""
+        """The number of samples in one optimizer step, of all processes."""
         return self.batch_size * self.num_accumulated * self.num_processes
 
     def batches(self, first_step: int, num_steps: int) -> Iterator[range]:
-        """The places of this process's batches, from one step up to another."""
+        """Yield the places of this process's batches, from one step up to another."""
         for step in range(first_step, num_steps):
             for n in range(self.num_accumulated):
                 start = step * self.total
@@ -52,13 +53,13 @@ class Shares:
 
 
 def sample_at(place: int, num_samples: int, seed: int) -> int:
-    """The sample at a place: epochs of all samples, each in its own random order."""
+    """Return the sample at a place: epochs of all samples, each in its own random order."""
     epoch, position = divmod(place, num_samples)
     return int(_epoch_order(num_samples, seed, epoch)[position])
 
 
 def successors(position: int, samples: Sequence[int]) -> Iterator[int]:
-    """The samples from a position on, and from the first after the last, each once."""
+    """Yield every sample once, from a position to the last, then from the first."""
     for n in itertools.chain(range(position, len(samples)), range(position)):
         yield samples[n]
 
@@ -69,7 +70,7 @@ def _epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
 
 
 class Purpose(IntEnum):
-    """What something is drawn for; none sees the numbers of another."""
+    """The purpose of random numbers; each has its own independent ones."""
 
     TRAINING = 1
     VALIDATION = 2
@@ -78,14 +79,14 @@ class Purpose(IntEnum):
 
 @dataclass(frozen=True)
 class Draw:
-    """All that is random about one place.
+    """The random numbers of one place.
 
     Attributes:
-        variant: which crop and flip, a number from 0 to 1.
-        caption: below the dropout the caption is dropped, a number from 0 to 1.
-        time: where on the way from picture to noise, a number from 0 to 1.
+        variant: selects crop and flip, from 0 to 1.
+        caption: from 0 to 1; the caption is dropped if it is below the dropout.
+        time: selects the timestep, from 0 to 1.
         posterior: noise [C, H, W] for sampling from the autoencoder's posterior.
-        noise: noise [C, H, W] that the denoiser shall predict.
+        noise: noise [C, H, W] to add to the latent.
     """
 
     variant: float
@@ -98,7 +99,7 @@ class Draw:
 def draw_at(
     place: int, shape: Sequence[int], seed: int, purpose: Purpose = Purpose.TRAINING
 ) -> Draw:
-    """What is drawn at a place, for latents of this shape [C, H, W]."""
+    """Return the random numbers of a place, for latents of this shape [C, H, W]."""
     generator = generator_of(seed, purpose, place)
     variant, caption, time = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
     posterior = torch.randn(tuple(shape), generator=generator)
@@ -106,6 +107,6 @@ def draw_at(
 
 
 def generator_of(seed: int, purpose: Purpose, *place: int) -> torch.Generator:
-    """A generator of its own for every purpose and place."""
+    """Return a generator for a purpose and a place, independent of all others."""
     state = np.random.SeedSequence([seed, purpose, *place]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]))

@@ -1,4 +1,4 @@
-"""What a training would load, and its work."""
+"""The models that a training loads, and its work, for checks before it starts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def plan_of_training(recipe: Recipe) -> Plan:
-    """Of `afa train`."""
+    """Return the plan of `afa train`."""
     settings, side = recipe.training, recipe.data.resolution
     dtype = getattr(torch, settings.expert_dtype)
     group = Group(

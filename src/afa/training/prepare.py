@@ -1,8 +1,9 @@
-"""The examples of a training, encoded beforehand where that pays."""
+"""Prepare the examples of a training: cached if each is used several times, or made when needed."""
 
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from afa.errors import AfaError
@@ -26,7 +27,7 @@ from afa.training.split import split_by_picture
 from afa.training.transform import Transform
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterator, Sequence
 
     from diffusers import DiffusionPipeline
 
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 
 class Prepared(NamedTuple):
-    """Examples for training, and for validation where there is any; what the data was."""
+    """Examples for training, examples for validation (None without it), and the data's listing."""
 
     training: Examples
     validation: Examples | None
@@ -54,18 +55,18 @@ def prepare_examples(
     engine: Engine,
     began: Began | None = None,
 ) -> Generator[CacheProgress, None, Prepared]:
-    """Examples for training and for validation, encoded beforehand where that pays.
+    """Prepare examples for training and validation, and encode them in advance if that saves time.
 
     Args:
         recipe: of the training.
-        pipeline: with the parts that encode.
+        pipeline: with the autoencoder and text encoders.
         data: pictures and captions.
         engine: the processes.
-        began: what the run began with; None where nothing is kept.
+        began: what the run began with; None without an output folder.
 
     Raises:
-        AfaError: other data than the run began with, too few pictures to hold some out, a
-            resolution that does not fit, or what the cache raises.
+        AfaError: if the data differs from what the run began with, there are too few pictures for
+            validation, the resolution does not fit, or the cache raises it.
     """
     settings, asked = recipe.training, recipe.data
     transform = Transform(
@@ -77,80 +78,66 @@ def prepare_examples(
     )
     require_resolution(transform.resolution, size_multiple(pipeline))
     common: Any = {"seed": settings.seed, "max_broken": asked.max_broken, "device": engine.device}
-    trains: Any = {"caption_dropout": settings.caption_dropout}
-    validates: Any = {"purpose": Purpose.VALIDATION}
     listing, content = None, None
+    make: Callable[..., Examples]
     if not isinstance(data, StreamedImages):
         if not is_settled(data) or recipe.validation is not None:
             listing = yield from _list_samples(data, engine, began)
-        # of scenes the listing does not tell where the objects are
+        # the listing of scenes has no positions of objects
         content = digest_of(data) if listing is None or is_settled(data) else listing.digest
         yield from _require_data(began, content, listing, data)
-    if not _is_cached(asked, data, settings.num_steps * engine.shares(settings).total):
-        assert not isinstance(data, StreamedImages), "a stream is always cached"
+    num_places = settings.num_steps * engine.shares(settings).total
+    if not isinstance(data, StreamedImages) and not _is_cached(asked, len(data), num_places):
         used, held_out = yield from _split(recipe, listing, len(data), transform, began)
         if engine.is_main:
-            num_places = settings.num_steps * engine.shares(settings).total
             captions = known_captions(data, num_places)
             yield from _say(recipe, pipeline, data, caption_warnings(captions, limits_of(pipeline)))
         live: Any = {**common, "num_workers": asked.num_workers, "tally": Tally()}
-        training = LiveExamples(pipeline, data, transform, samples=used, **trains, **live)
-        if not held_out:
-            return Prepared(training, None, listing)
-        held = LiveExamples(pipeline, data, transform, samples=held_out, **validates, **live)
-        return Prepared(training, held, listing)
-    folder = asked.cache_folder or default_cache_folder()
-    cache = LatentCache(folder, pipeline, data, transform, content)
-    yield from cache.build(engine.rank, engine.num_processes, asked.max_broken)
-    engine.wait()
-    latents = LatentShards(cache)
-    if isinstance(data, StreamedImages):
-        listing = latents.listing
-        yield from _require_data(began, listing.digest, listing, None, latents.tally)
-    text = TextCache(folder, pipeline, latents.captions)
-    yield from text.build(engine.rank, engine.num_processes)
-    engine.wait()
-    if engine.is_main:
-        yield from _say(recipe, pipeline, data, _of_latents(pipeline, latents))
-    used, held_out = yield from _split(recipe, listing, latents.num_samples, transform, began)
-    cached = CachedExamples(
-        pipeline,
-        latents,
-        text,
-        transform,
-        samples=used,
-        purpose=Purpose.TRAINING,
-        **trains,
-        **common,
+        make = partial(LiveExamples, pipeline, data, transform, **live)
+    else:
+        folder = asked.cache_folder or default_cache_folder()
+        cache = LatentCache(folder, pipeline, data, transform, content)
+        yield from cache.build(engine.rank, engine.num_processes, asked.max_broken)
+        engine.wait()
+        latents = LatentShards(cache)
+        if isinstance(data, StreamedImages):
+            listing = latents.listing
+            yield from _require_data(began, listing.digest, listing, None, latents.tally)
+        text = TextCache(folder, pipeline, latents.captions)
+        yield from text.build(engine.rank, engine.num_processes)
+        engine.wait()
+        if engine.is_main:
+            converted = latents.tally.line()
+            found = caption_warnings(latents.all_captions, limits_of(pipeline))
+            yield from _say(recipe, pipeline, data, [*found, *([converted] if converted else [])])
+        used, held_out = yield from _split(recipe, listing, latents.num_samples, transform, began)
+        make = partial(CachedExamples, pipeline, latents, text, transform, **common)
+    training = make(
+        samples=used, purpose=Purpose.TRAINING, caption_dropout=settings.caption_dropout
     )
-    if not held_out:
-        return Prepared(cached, None, listing)
-    kept = CachedExamples(
-        pipeline, latents, text, transform, samples=held_out, **validates, **common
-    )
-    return Prepared(cached, kept, listing)
+    validation = make(samples=held_out, purpose=Purpose.VALIDATION) if held_out else None
+    return Prepared(training, validation, listing)
 
 
 def require_resolution(side: int, multiple: int) -> None:
-    """Refuse a side of pictures, in pixels, in which the experts do not work.
+    """Refuse a resolution in pixels that is not a multiple of what the experts support.
 
     Raises:
-        AfaError: it is no multiple.
+        AfaError: if it is not.
     """
     if side % multiple:
         raise AfaError(
             "AFA-TRAIN-042",
-            f"data.resolution must be a multiple of {multiple}, in which the experts work, came "
-            f"{side}.",
+            f"data.resolution must be a multiple of {multiple} for these experts; got {side}.",
         )
 
 
 def _list_samples(
     data: CaptionedImages, engine: Engine, began: Began | None
 ) -> Generator[CacheProgress, None, Listing]:
-    """Hash all pictures and captions; each process takes a part.
+    """Hash all pictures and captions; each process hashes a part.
 
-    Files that the run knows from before are read only where somebody wrote into them.
+    Files in the run's earlier listing are read only if they have changed.
     """
     known = began.listing.known() if began is not None and began.listing is not None else None
     share = -(-len(data) // engine.num_processes)
@@ -158,7 +145,7 @@ def _list_samples(
     rows = []
     for some in rows_of(data, mine, known):
         rows += some
-        yield CacheProgress("look at pictures", len(rows), len(mine))
+        yield CacheProgress("hash pictures", len(rows), len(mine))
     return Listing.of(engine.gather(rows))
 
 
@@ -169,7 +156,7 @@ def _require_data(
     names: CaptionedImages | None,
     tally: Tally | None = None,
 ) -> Generator[CacheProgress, None, None]:
-    """Refuse to continue with other data; `tally` is of pictures that are read already."""
+    """Refuse to resume with different data; `tally` counts conversions of pictures already read."""
     if began is None:
         return
     if tally is None:
@@ -177,15 +164,15 @@ def _require_data(
         if began.is_earlier and names is not None and not is_settled(names):
             yield from _read_all(names, tally)
     if notes := began.require_data(content, listing, names, tally):
-        yield CacheProgress("look at pictures", 1, 1, tuple(notes))
+        yield CacheProgress("compare pictures", 1, 1, tuple(notes))
 
 
 def _read_all(data: CaptionedImages, tally: Tally) -> Iterator[CacheProgress]:
-    """Read all pictures to see what is converted; those that are broken are named later."""
+    """Read all pictures to count conversions; broken ones are reported later."""
     for index in range(len(data)):
         with suppress(BrokenSample):
             tally.add(index, conversions_of(data[index][0]))
-        yield CacheProgress("look at pictures", index + 1, len(data))
+        yield CacheProgress("read pictures", index + 1, len(data))
 
 
 def _split(
@@ -195,12 +182,12 @@ def _split(
     transform: Transform,
     began: Began | None,
 ) -> Generator[CacheProgress, None, Samples]:
-    """The samples to train on, and those that are held out."""
+    """Return the samples to train on and the held-out samples."""
     used: Sequence[int] = range(num_samples)
     held_out: Sequence[int] = ()
     note = None
     if recipe.validation is not None:
-        assert listing is not None, "pictures are told apart by it"
+        assert listing is not None, "the split is by the hashes in it"
         split = split_by_picture(listing, recipe.validation.num_samples)
         used, held_out, note = split.training, split.validation, split.note
     if began is not None:
@@ -216,27 +203,16 @@ def _say(
     data: CaptionedImages | StreamedImages,
     found: list[str],
 ) -> Iterator[CacheProgress]:
-    """What a user should know of data and prompts, before the first step."""
+    """Yield warnings about data and prompts before the first step."""
     lines = [*folder_warnings(data), *found]
     previews = recipe.previews
     if previews is not None:
         cut = warnings_for(pipeline, previews.prompts, guidance=previews.guidance)
         lines += [f"previews: {line}" for line in cut]
     if lines:
-        yield CacheProgress("look at the data", 1, 1, tuple(f"warning: {each}" for each in lines))
+        yield CacheProgress("check the data", 1, 1, tuple(f"warning: {each}" for each in lines))
 
 
-def _of_latents(pipeline: DiffusionPipeline, latents: LatentShards) -> list[str]:
-    """What encoding has shown of captions and pictures."""
-    converted = latents.tally.line()
-    return [
-        *caption_warnings(latents.all_captions, limits_of(pipeline)),
-        *([] if converted is None else [converted]),
-    ]
-
-
-def _is_cached(asked: DataRecipe, data: CaptionedImages | StreamedImages, num_places: int) -> bool:
-    """As asked; by default where the training goes over the data more than once."""
-    if isinstance(data, StreamedImages):
-        return True
-    return num_places > len(data) if asked.cache is None else asked.cache
+def _is_cached(asked: DataRecipe, num_samples: int, num_places: int) -> bool:
+    """Whether to cache: `data.cache`, by default if samples are used more than once."""
+    return num_places > num_samples if asked.cache is None else asked.cache

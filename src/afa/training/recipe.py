@@ -1,4 +1,4 @@
-"""What `afa train` reads: experts, data, aggregator, training, and what is watched meanwhile."""
+"""The recipe of `afa train`: experts, data, aggregator, training, validation and previews."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ADDRESS = re.compile(r"(https?|hf|s3|gs|az|abfs|zip|gzip|tar)://")
 
 
 class ScenesRecipe(Section):
-    """Emoji scenes made on the fly; see `afa.zoo.scenes`."""
+    """Generated emoji scenes; see `afa.zoo.scenes`."""
 
     num_samples: int = Field(default=10_000, ge=1)
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
@@ -26,11 +26,11 @@ class ScenesRecipe(Section):
 
 
 class DatasetRecipe(Section):
-    """Whatever `datasets.load_dataset` reads: a hub id, a folder, parquet, WebDataset shards, ...
+    """A data set that `datasets.load_dataset` can load.
 
     `path` is a hub id, a local folder, or the name of a format (`parquet`, `webdataset`, `arrow`,
-    `json`, `csv`) with `data_files`. Columns may be nested, with dots: `json.caption`. A streamed
-    data set is never downloaded as a whole: it is read once, into the cache.
+    `json`, `csv`) with `data_files`. Dots name nested columns: `json.caption`. With `streaming` the
+    data set is not downloaded first: its samples are read once and cached.
     """
 
     path: str
@@ -49,26 +49,25 @@ class DatasetRecipe(Section):
 
 
 class DataRecipe(Section):
-    """Exactly one source of captioned pictures, and what becomes of a picture.
+    """One source of captioned pictures (folder, dataset or scenes), and how pictures are prepared.
 
     Attributes:
-        folder: pictures with a `metadata.jsonl`, or with a `.txt` beside each.
+        folder: folder with pictures and a `metadata.jsonl`, or a `.txt` beside each picture.
         dataset: see `DatasetRecipe`.
         scenes: see `ScenesRecipe`.
-        limit: keeps the first so many samples.
-        background: colour that transparent pictures are composited on, as a name or `#rrggbb`.
-        resolution: side of the square crop in pixels; None is what the experts were made for. The
-            shorter side is scaled to it.
-        crop: a square anywhere, or the middle one.
-        flip: whether a picture may be mirrored; leave it off where captions name sides.
-        num_variants: how many crops and flips of a picture there are; those that differ are
-            encoded once.
-        cache: whether latents and text embeddings are computed once and kept on disk. None: where
-            the training goes over the data more than once.
-        cache_folder: where; by default the user's cache.
-        num_workers: processes that decode pictures where nothing is cached.
-        max_broken: the share of samples that may be broken, in their picture or by a missing
-            caption; they are skipped and named.
+        limit: use only the first `limit` samples.
+        background: colour on which transparent pictures are composited, a name or `#rrggbb`.
+        resolution: side of the square crop in pixels, to which the shorter side is scaled; None
+            uses the experts' native resolution.
+        crop: a random square, or the central one.
+        flip: whether pictures may be mirrored; leave it off if captions mention left or right.
+        num_variants: number of crops and flips per picture; equal ones are encoded once.
+        cache: whether latents and text embeddings are cached on disk; None caches them if the
+            training uses samples more than once.
+        cache_folder: folder of the cache; None uses the user's cache.
+        num_workers: number of processes that decode pictures, without a cache.
+        max_broken: maximum fraction of samples with a broken picture or without a caption; these
+            are skipped and named.
     """
 
     folder: Path | None = None
@@ -88,7 +87,7 @@ class DataRecipe(Section):
     @field_validator("background")
     @classmethod
     def _as_hex(cls, given: str) -> str:
-        """One spelling of each colour: it is compared when a run continues."""
+        """Normalise the colour, because it is compared when a run is resumed."""
         return "#{:02x}{:02x}{:02x}".format(*parse_colour(given))
 
     @model_validator(mode="after")
@@ -96,39 +95,39 @@ class DataRecipe(Section):
         if sum(source is not None for source in (self.folder, self.dataset, self.scenes)) != 1:
             raise ValueError("must have exactly one of folder, dataset and scenes")
         if self.dataset is not None and self.dataset.streaming and self.cache is False:
-            raise ValueError("must be cached where it is streamed; leave cache out, or streaming")
+            raise ValueError("cannot be streamed with cache: false; remove cache or streaming")
         return self
 
 
 class TrainingRecipe(Section):
-    """How the aggregators are trained; defaults are the paper's (AFA, section 4.1).
+    """Settings of the training; the defaults are those of the paper (AFA, section 4.1).
 
-    One is not: the published code does not clip gradients, which is `max_grad_norm: null` here.
+    The exception is `max_grad_norm`: the published code does not clip gradients (`null` here).
 
     Attributes:
         num_steps: optimizer steps.
-        batch_size: samples at a time, in each process.
-        gradient_accumulation_steps: batches of each process that make one step.
-        learning_rate: of AdamW.
-        weight_decay: of AdamW.
-        num_warmup_steps: steps over which the learning rate rises from zero.
-        learning_rate_schedule: `cosine` falls to zero at num_steps: a short run ends well, a longer
-            one is another run.
-        max_grad_norm: gradients are scaled down to this norm; None leaves them.
-        caption_dropout: the share of captions that are dropped, one by one, for guidance.
-        min_snr_gamma: weights timesteps by min(SNR, gamma) (Hang et al., 2023); 5 is theirs.
-        ema_decay: keep a moving average of the aggregators, which is what is saved at the end.
-        entropy_weight: of the regulariser against weights that are all with one expert.
-        balance_weight: of the regulariser against experts that are never used.
-        expert_dtype: of the frozen parts; aggregators, optimizer and loss are in float32.
-        gradient_checkpointing: keep nothing between sites but the features; compute it again.
-        offload_experts: keep the experts on the CPU and bring one layer at a time.
-        checkpoint_every: in steps.
-        keep_checkpoints: how many of the newest.
-        log_every: in steps, a line in metrics.jsonl and to the trackers.
-        trackers: of accelerate, by name.
-        device: `auto`, or as torch names it.
-        seed: of the aggregators' first weights, and of all that is drawn.
+        batch_size: samples per batch and process.
+        gradient_accumulation_steps: batches per process and optimizer step.
+        learning_rate: learning rate of AdamW.
+        weight_decay: weight decay of AdamW.
+        num_warmup_steps: steps in which the learning rate rises linearly from zero.
+        learning_rate_schedule: `constant`, or `cosine`, which falls to zero at `num_steps`; a run
+            with `cosine` cannot be extended.
+        max_grad_norm: maximum norm of the gradients, which are clipped to it; None does not clip.
+        caption_dropout: fraction of captions that are dropped, for classifier-free guidance.
+        min_snr_gamma: gamma of Min-SNR loss weights (Hang et al., 2023, who use 5); None uses none.
+        ema_decay: decay of a moving average (EMA) of the aggregators, which is saved at the end.
+        entropy_weight: weight of the regulariser that makes each pixel use several experts.
+        balance_weight: weight of the regulariser that makes each expert used.
+        expert_dtype: dtype of the frozen parts; aggregators, optimizer and loss are in float32.
+        gradient_checkpointing: store only the features at sites, and recompute the rest.
+        offload_experts: keep the experts on the CPU and move one layer at a time to the device.
+        checkpoint_every: interval of checkpoints in steps.
+        keep_checkpoints: number of checkpoints to keep.
+        log_every: interval in steps of lines in metrics.jsonl and the trackers.
+        trackers: names of accelerate's trackers.
+        device: `auto`, or torch's name.
+        seed: seed of the aggregators' initial weights and of all random draws.
     """
 
     num_steps: int = Field(ge=1)
@@ -156,10 +155,10 @@ class TrainingRecipe(Section):
 
 
 class ValidationRecipe(Section):
-    """The loss on samples that are never trained on, always with the same noise and timesteps.
+    """Validation: the loss on held-out samples, with fixed noise and timesteps.
 
-    Pictures are held out as a whole, with all their captions, until they have `num_samples`; which
-    ones depends on the pictures' content alone.
+    Pictures are held out with all their captions until they have `num_samples` samples. The choice
+    depends only on the pictures' content.
     """
 
     num_samples: int = Field(default=64, ge=1)
@@ -167,7 +166,7 @@ class ValidationRecipe(Section):
 
 
 class PreviewRecipe(Section):
-    """Pictures that are drawn while training, always of the same prompts from the same noise."""
+    """Preview pictures during the training, with fixed prompts and noise."""
 
     prompts: list[str] = Field(min_length=1, max_length=64)
     every: int = Field(default=500, ge=1)
@@ -177,14 +176,14 @@ class PreviewRecipe(Section):
 
 
 class Recipe(Section):
-    """A whole training run.
+    """A training run.
 
     `experts` are diffusers folders, single `.safetensors` files, hub ids or `zoo:animals`, or LoRAs
-    on one, `{base: ./base, lora: ./ink.safetensors, scale: 0.8}`; the autoencoder is the first
-    expert's unless `vae` names another source. For single files, `config` is a diffusers folder of
-    their family or the name of a shipped one (by default it is told from the file), and `parts` are
-    sources of the text encoders that they leave out. `previews` are pictures drawn meanwhile.
-    `allow_duplicates` lets one expert be named twice.
+    on one of these, `{base: ./base, lora: ./ink.safetensors, scale: 0.8}`. The autoencoder is that
+    of the first expert or of the source `vae`. For single files, `config` is a diffusers folder of
+    their family or the name of a bundled configuration (by default detected from the file), and
+    `parts` are sources of the text encoders that they lack. `allow_duplicates` allows duplicate
+    experts.
     """
 
     experts: list[ExpertSource] = Field(min_length=1)
@@ -200,7 +199,7 @@ class Recipe(Section):
 
 
 def load_recipe(path: str | Path) -> Recipe:
-    """Read and check a training recipe; paths in it are relative to its own folder.
+    """Read and validate a training recipe; its paths are relative to its folder.
 
     Raises:
         AfaError: see `afa.recipe.read_recipe`.
@@ -219,17 +218,17 @@ def load_recipe(path: str | Path) -> Recipe:
 
 
 def _resolve_dataset(dataset: DatasetRecipe, folder: Path) -> DatasetRecipe:
-    """Local files are relative to the recipe; addresses and hub ids stay."""
+    """Resolve local paths relative to the recipe; URLs and hub ids stay."""
 
     def resolved(file: str) -> str:
         if "://" not in file:
             return str(resolve_path(file, folder))
-        for part in file.split("::"):  # a file in an archive somewhere, as fsspec writes it
+        for part in file.split("::"):  # fsspec's syntax for a file in an archive
             if not _ADDRESS.match(part):
                 raise AfaError(
                     "AFA-TRAIN-043",
-                    f"A data file must be a local path or an address (https, hf, s3, gs, az, "
-                    f"abfs), came '{file}'. Name a local file by its path alone.",
+                    f"The data file '{file}' must be a local path, or a URL of https, hf, s3, gs, "
+                    "az or abfs. Write a local path without '://'.",
                 )
         return file
 

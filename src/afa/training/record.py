@@ -1,4 +1,4 @@
-"""What a run leaves beside its checkpoints: metrics.jsonl, trackers, and where it was made."""
+"""Records of a run: metrics.jsonl, trackers and environment.json."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import platform
 import statistics
 import time
-from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -31,16 +30,16 @@ _PACKAGES = ("afa", "torch", "diffusers", "transformers", "accelerate", "safeten
 
 
 class Recorder:
-    """Writes a training's figures down; only the main process has one.
+    """Writes the metrics of a training; only the main process has one.
 
     Args:
-        folder: of the run.
-        trackers: of accelerate, by name; `tensorboard` writes into `logs` of the folder.
-        settings: the recipe, for trackers that keep it.
-        first_step: the steps that are done; later lines of an earlier run are taken out.
+        folder: the run's folder.
+        trackers: names of accelerate's trackers; `tensorboard` writes into the subfolder `logs`.
+        settings: the recipe, for trackers that store it.
+        first_step: number of steps that are done; lines of later steps are removed.
 
     Raises:
-        AfaError: a tracker that accelerate does not know or cannot start.
+        AfaError: if accelerate does not know a tracker or cannot start it.
     """
 
     def __init__(
@@ -48,19 +47,19 @@ class Recorder:
     ) -> None:
         self._path = folder / METRICS
         self._keep_up_to(first_step)
-        #: what a user should read of how the run starts, one line each
+        #: messages for the user about the start, one line each
         self.notes = self._note_environment(folder / _ENVIRONMENT, first_step)
         self._trackers: list[Any] = []
         try:
             for name in trackers:
                 self._trackers.append(_start(name, folder, settings, first_step))
         except BaseException:
-            self.close()  # TensorBoard's writer has a thread, which would outlive this
+            self.close()  # ends the threads of trackers that have started
             raise
-        self._since = _Window()
+        self._since: list[TrainStep] = []
 
     def _keep_up_to(self, step: int) -> None:
-        """Take out what a run wrote after the checkpoint that goes on now."""
+        """Remove the lines of steps after the checkpoint."""
         if not self._path.exists():
             return
         kept = []
@@ -69,7 +68,7 @@ class Recorder:
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
             except (json.JSONDecodeError, KeyError, TypeError):
-                continue  # a line that a stop cut short
+                continue  # an incomplete line of an interrupted run
         write_atomic(self._path, "".join(f"{line}\n" for line in kept))
 
     @staticmethod
@@ -87,23 +86,27 @@ class Recorder:
         if not changed:
             return []
         return [
-            f"The run continues with other releases than it began with: {', '.join(changed)}. Its "
-            "steps may differ from those of an undisturbed run."
+            f"Package versions have changed since this run was last started: {', '.join(changed)}. "
+            "Its steps may differ from those of an uninterrupted run."
         ]
 
     def step(self, step: TrainStep) -> None:
-        """Take a step into account for the next line."""
-        self._since.add(step)
+        """Include a step in the next line of means."""
+        self._since.append(step)
 
-    def flush(self, step: int) -> dict[str, float]:
-        """Write a line of the means since the last one."""
-        figures = self._since.figures()
-        self._since = _Window()
+    def flush(self, step: int) -> None:
+        """Write a line of means over the steps since the last one."""
+        steps, self._since = self._since, []
+        figures = {
+            "loss": statistics.fmean(step.loss for step in steps),
+            "grad_norm": statistics.fmean(step.grad_norm for step in steps),
+            "learning_rate": steps[-1].learning_rate,
+            "seconds_per_step": statistics.median(step.seconds for step in steps),
+        }
         self.write(step, figures)
-        return figures
 
     def write(self, step: int, figures: dict[str, Any]) -> None:
-        """A line in metrics.jsonl, and its numbers to the trackers."""
+        """Write a line to metrics.jsonl, and its numbers to the trackers."""
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, **figures}) + "\n")
         numbers = {key: value for key, value in figures.items() if isinstance(value, int | float)}
@@ -112,7 +115,7 @@ class Recorder:
                 tracker.log(numbers, step=step)
 
     def pictures(self, step: int, pictures: Sequence[Image.Image]) -> None:
-        """Hand pictures to the trackers that show some."""
+        """Log pictures to the trackers that support it."""
         import numpy as np
 
         for tracker in self._trackers:
@@ -122,33 +125,13 @@ class Recorder:
                 tracker.log_images({"previews": arrays}, step, **layout)
 
     def close(self) -> None:
-        """Let the trackers write what they hold."""
+        """Close the trackers."""
         for tracker in self._trackers:
             tracker.finish()
 
 
-@dataclass
-class _Window:
-    """The steps since the last line."""
-
-    steps: list[TrainStep] = field(default_factory=list)
-
-    def add(self, step: TrainStep) -> None:
-        self.steps.append(step)
-
-    def figures(self) -> dict[str, float]:
-        if not self.steps:
-            return {}
-        return {
-            "loss": statistics.fmean(step.loss for step in self.steps),
-            "grad_norm": statistics.fmean(step.grad_norm for step in self.steps),
-            "learning_rate": self.steps[-1].learning_rate,
-            "seconds_per_step": statistics.median(step.seconds for step in self.steps),
-        }
-
-
 def routing_figures(routing: Routing, experts: Sequence[str]) -> dict[str, float]:
-    """Shares and entropies under the names that metrics.jsonl has."""
+    """Fusion weights and entropies, named as in metrics.jsonl."""
     figures = {
         f"weight/{site}/{name}": round(share, 6)
         for site, row in zip(routing.sites, routing.shares.tolist(), strict=True)
@@ -161,10 +144,10 @@ def routing_figures(routing: Routing, experts: Sequence[str]) -> dict[str, float
 
 
 def require_trackers(names: Sequence[str]) -> None:
-    """Refuse trackers that accelerate does not know, before any work.
+    """Check that accelerate knows the trackers.
 
     Raises:
-        AfaError: names those that there are.
+        AfaError: if it does not.
     """
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
@@ -172,7 +155,9 @@ def require_trackers(names: Sequence[str]) -> None:
     for name in names:
         if name not in known:
             raise AfaError(
-                "AFA-TRAIN-044", f"A tracker must be one of {', '.join(known)}, came '{name}'."
+                "AFA-TRAIN-044",
+                f"training.trackers has '{name}', which accelerate does not know. Use names of "
+                f"{', '.join(known)}.",
             )
 
 
@@ -182,7 +167,7 @@ def _start(name: str, folder: Path, settings: dict[str, Any], first_step: int) -
     require_trackers([name])
     kind = next(found for known, found in LOGGER_TYPE_TO_CLASS.items() if str(known) == name)
     try:
-        # TensorBoard drops what an earlier run wrote after the checkpoint
+        # TensorBoard then removes the steps after the checkpoint
         purge = {"purge_step": first_step + 1} if name == "tensorboard" and first_step else {}
         if kind.requires_logging_directory:
             tracker = kind("", folder / "logs", **purge)
@@ -192,7 +177,7 @@ def _start(name: str, folder: Path, settings: dict[str, Any], first_step: int) -
     except ImportError as error:
         raise AfaError(
             "AFA-TRAIN-045",
-            f"The tracker '{name}' must be installed: {error}. Run: pip install {name}",
+            f"The tracker '{name}' is not installed: {error}. Run: pip install {name}",
         ) from error
     if not kind.requires_logging_directory:
         tracker.store_init_configuration(settings)

@@ -1,4 +1,4 @@
-"""How an ensemble's weights are spread over its experts while it trains."""
+"""Statistics of the fusion weights during training."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _RARE = 0.05
 
 @dataclass(frozen=True)
 class Routing:
-    """Mean weights and entropy by site.
+    """Mean fusion weights and entropies by site.
 
     Attributes:
         sites: the sites where experts are fused.
-        shares: mean weight [sites, N] of each expert, over batch and pixels.
-        entropy: mean entropy [sites] of the weights of a pixel, as a share of the largest, log N.
+        shares: mean weight [sites, N] of each expert over batch and pixels.
+        entropy: mean entropy [sites] of the weights of a pixel, divided by its maximum log N.
     """
 
     sites: tuple[str, ...]
@@ -36,7 +36,7 @@ class Routing:
 
     @staticmethod
     def mean(seen: Sequence[Routing]) -> Routing:
-        """The mean of several batches'."""
+        """The mean over batches."""
         return Routing(
             seen[0].sites,
             torch.stack([routing.shares for routing in seen]).mean(0),
@@ -46,32 +46,32 @@ class Routing:
 
 @dataclass
 class WeightTap:
-    """The fusion weights [B, N, H, W] of the last call of an ensemble, with their gradients."""
+    """The fusion weights [B, N, H, W] of an ensemble's last call by site, with gradients."""
 
     weights: dict[str, Tensor] = field(default_factory=dict)
 
     def routing(self) -> Routing:
-        """Shares and entropies, without gradients."""
+        """The statistics of the weights, without gradients."""
         with torch.no_grad():
             return Routing(tuple(self.weights), *_spread(self.weights.values()))
 
     def take(self) -> Routing | None:
-        """As `routing`, and let the weights go; None where no site has any."""
+        """The statistics, then drop the weights; None if no site has weights."""
         routing = self.routing() if self.weights else None
         self.weights.clear()
         return routing
 
     def penalty(self, entropy_weight: float, balance_weight: float) -> Tensor:
-        """What the regularisers add to the loss.
+        """The regularisation terms of the loss.
 
-        `entropy_weight` times one minus the entropy of a pixel's weights, and `balance_weight`
-        times one minus the entropy of the mean weights, each as a share of log N and averaged over
-        the sites. The first asks every pixel to listen to several experts; the second asks only
-        that no expert is left out altogether, as the load-balancing losses of mixtures of experts
-        (Shazeer et al., 2017, arXiv 1701.06538, section 4).
+        `entropy_weight` times one minus the entropy of a pixel's weights, plus `balance_weight`
+        times one minus the entropy of the mean weights, each divided by log N and averaged over the
+        sites. The first term makes each pixel use several experts. The second only makes each
+        expert used somewhere, as the load-balancing losses of mixtures of experts (Shazeer et al.,
+        2017, arXiv 1701.06538, section 4).
         """
         shares, entropy = _spread(self.weights.values())
-        balance = _entropy(shares, 1) / _most(shares.shape[1])
+        balance = _entropy(shares, 1) / _max_entropy(shares.shape[1])
         return entropy_weight * (1 - entropy.mean()) + balance_weight * (1 - balance.mean())
 
 
@@ -80,11 +80,11 @@ def _spread(weights: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     listed = [w.float() for w in weights]
     shares = torch.stack([w.mean((0, 2, 3)) for w in listed])
     entropies = torch.stack([_entropy(w, 1).mean() for w in listed])
-    return shares, entropies / _most(shares.shape[1])
+    return shares, entropies / _max_entropy(shares.shape[1])
 
 
-def _most(num_experts: int) -> float:
-    """The largest entropy there can be; of one expert it is none, and any number serves."""
+def _max_entropy(num_experts: int) -> float:
+    """The maximum entropy; log 2 for one expert, whose entropy is always 0."""
     return math.log(max(2, num_experts))
 
 
@@ -94,7 +94,7 @@ def _entropy(weights: Tensor, dim: int) -> Tensor:
 
 @contextmanager
 def tapped(ensemble: EnsembleDenoiser) -> Iterator[WeightTap]:
-    """Keep the weights of every call of this thread."""
+    """Record the fusion weights of this thread's calls inside the block."""
     tap = WeightTap()
 
     def observe(_: Tensor, site: str, weights: Tensor) -> None:
@@ -105,20 +105,20 @@ def tapped(ensemble: EnsembleDenoiser) -> Iterator[WeightTap]:
 
 
 class CollapseWatch:
-    """Warns of experts that hardly get any weight at a site, for long.
+    """Warns of experts whose weight at a site stays low.
 
     Args:
-        experts: their names.
-        patience: how many reports in a row are long.
+        experts: names of the experts.
+        patience: number of consecutive reports with low weight before a warning.
     """
 
     def __init__(self, experts: Sequence[str], patience: int = 5) -> None:
         self._experts, self._patience = experts, patience
         self._in_a_row: dict[tuple[str, int], int] = {}
-        self._said: dict[int, int] = {}
+        self._warned: dict[int, int] = {}  # expert -> number of sites in its last warning
 
     def see(self, routing: Routing, step: int) -> list[str]:
-        """A warning for each expert that has come to be starved at more sites than was said."""
+        """A warning for each expert with low weight at more sites than in its last warning."""
         warnings = []
         for n, name in enumerate(self._experts):
             starved = []
@@ -127,12 +127,12 @@ class CollapseWatch:
                 self._in_a_row[site, n] = count
                 if count >= self._patience:
                     starved.append(site)
-            if len(starved) > self._said.get(n, 0):
+            if len(starved) > self._warned.get(n, 0):
                 warnings.append(
-                    f"The expert '{name}' has long had less than {_RARE:.0%} of the weight at "
-                    f"{len(starved)} of {len(routing.sites)} sites (step {step}): "
-                    f"{', '.join(starved)}. If it should matter more, set "
+                    f"The expert '{name}' has had less than {_RARE:.0%} of the weight at "
+                    f"{len(starved)} of {len(routing.sites)} sites in the last {self._patience} "
+                    f"reports (step {step}): {', '.join(starved)}. To use it more, set "
                     "training.balance_weight, or train on pictures that need it."
                 )
-            self._said[n] = max(self._said.get(n, 0), len(starved))
+                self._warned[n] = len(starved)
         return warnings

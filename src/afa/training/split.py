@@ -1,4 +1,4 @@
-"""Which pictures are held out for validation."""
+"""The split of a data set into training and validation samples."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Split:
-    """Samples to train on and samples to validate with; no picture has samples in both.
+    """Training and validation samples; no picture has samples in both.
 
     Attributes:
-        training: numbers of the samples that are trained on, ascending.
-        validation: numbers of the samples whose loss is measured, in the order of validation.
-        num_pictures: different pictures of the data.
-        num_held_out: how many of them are held out.
-        num_samples: of the data.
+        training: indices of the training samples, ascending.
+        validation: indices of the validation samples, in the order of validation.
+        num_pictures: number of distinct pictures in the data.
+        num_held_out: number of distinct pictures that are held out.
+        num_samples: number of samples in the data.
     """
 
     training: list[int]
@@ -31,30 +31,30 @@ class Split:
 
     @property
     def note(self) -> str:
-        """What was held out, a line."""
+        """A line for the user about the held-out pictures."""
         held = self.num_samples - len(self.training)
         line = (
             f"Held out for validation: {self.num_held_out} of {self.num_pictures} different "
             f"pictures, with all {held} of their captions ({self.num_samples} in all)."
         )
         if held > len(self.validation):
-            line += f" The validation loss is of {len(self.validation)} of these."
+            line += f" The validation loss uses {len(self.validation)} of these."
         return line
 
 
 def split_by_picture(listing: Listing, num_samples: int) -> Split:
-    """Hold out whole pictures, those with the smallest hashes, until they have enough samples.
+    """Hold out pictures with all their captions, those with the smallest hashes first.
 
-    Whether a picture is held out depends on its content, not on its name, its place in the list or
-    the seed. A picture that is added to the data, or taken out, moves at most as many pictures from
-    one side to the other as it takes the place of.
+    The split depends on the pictures' content, not on names, order or seed. Adding or removing a
+    picture changes the side of few others: only as many as are needed to keep the number of
+    validation samples.
 
     Args:
-        listing: of all samples.
-        num_samples: for validation.
+        listing: listing of all samples.
+        num_samples: minimum number of held-out samples, and number of validation samples.
 
     Raises:
-        AfaError: no picture would be left to train on.
+        AfaError: if no picture is left for training.
     """
     samples_of: dict[bytes, list[int]] = {}
     for sample, picture in enumerate(listing.pictures):
@@ -70,10 +70,10 @@ def split_by_picture(listing: Listing, num_samples: int) -> Split:
         remedy = f"Set validation.num_samples to at most {most}" if most else "Add other pictures"
         raise AfaError(
             "AFA-TRAIN-047",
-            f"validation.num_samples is {num_samples}, which holds out all {len(order)} different "
-            f"pictures of the data ({len(listing)} samples): a picture is held out with all its "
-            f"captions. At least one picture must be left to train on. {remedy}, or leave "
-            "validation out.",
+            f"validation.num_samples {num_samples} holds out all {len(order)} different pictures "
+            f"of the data ({len(listing)} samples), because a picture is held out with all its "
+            f"captions. At least one picture must remain for training. {remedy}, or remove "
+            "validation.",
         )
     is_held = set(held)
     return Split(

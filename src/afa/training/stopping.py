@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: finish the step, save, then stop."""
+"""Stop a training on Ctrl-C or SIGTERM after the step is finished and saved."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ if TYPE_CHECKING:
     from types import FrameType
 
 
-_SAME = 2.0  # seconds within which a signal is the echo of another
+_SAME = 2.0  # seconds within which a second signal is ignored
 
 
 class Stopped(Exception):
-    """A training was asked to stop, and has saved.
+    """A training stopped on request, after saving.
 
     Attributes:
-        step: how many steps are done and saved.
-        num_steps: how many were asked for.
+        step: number of steps that are done and saved.
+        num_steps: total number of steps.
     """
 
     def __init__(self, step: int, num_steps: int) -> None:
@@ -29,7 +29,7 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """Whether someone has asked to stop; `signal` is the number of the signal that did."""
+    """A request to stop; `signal` is the number of the received signal, or None."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -42,10 +42,10 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Turn SIGINT or SIGTERM into a request; another one, later, acts as it always does.
+    """Turn the first SIGINT or SIGTERM into a request; a later one has its usual effect.
 
-    A launcher passes on what its processes have got already, so one that follows at once is the
-    same. For the main thread of a program, around a training that asks after each step.
+    Signals within two seconds count as one, because launchers forward the signal that their
+    processes have received already. Use it in the main thread.
     """
     request = StopRequest()
     signals = (signal.SIGINT, signal.SIGTERM)

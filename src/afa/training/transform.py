@@ -1,4 +1,4 @@
-"""From a picture to the square of pixels that is encoded."""
+"""Crops and flips of training pictures."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 class Transform:
     """Scale the shorter side, crop a square, flip.
 
-    As in the published training, but scaled with Lanczos's filter. A variant of a sample is always
-    the same crop and flip, so that it may be encoded once.
+    As in the published training, but with Lanczos resampling. Each variant of a sample has a fixed
+    crop and flip, so that it can be encoded once.
 
     Attributes:
         resolution: side of the square in pixels.
-        crop: a square anywhere, or the middle one.
-        flip: whether half of the variants are mirrored.
-        num_variants: how many there are of each sample.
-        seed: of the crops and flips.
+        crop: a random square, or the central one.
+        flip: whether each variant is mirrored with probability 0.5.
+        num_variants: number of variants per sample.
+        seed: seed of the crops and flips.
     """
 
     resolution: int
@@ -38,17 +38,17 @@ class Transform:
     seed: int = 0
 
     def num_distinct(self, size: tuple[int, int]) -> int:
-        """How many different variants a picture of this size has at the most."""
+        """The maximum number of different variants of a picture of this size."""
         can_move = self.crop == "random" and self._scaled(size) != (self.resolution,) * 2
         return self.num_variants if can_move or self.flip else 1
 
     def conversions(self, picture: Image.Image) -> frozenset[Conversion]:
-        """What it takes to make a picture that was read a square; see `afa.reading`."""
+        """The conversions of a picture, including enlargement; see `afa.reading`."""
         is_small = min(picture.size) < self.resolution
         return conversions_of(picture) | ({Conversion.ENLARGED} if is_small else frozenset())
 
     def variant(self, drawn: float) -> int:
-        """The variant that a number from 0 to 1 stands for."""
+        """The index of the variant for a random number from 0 to 1."""
         return int(drawn * self.num_variants)
 
     def __call__(self, picture: Image.Image, sample: int, variant: int) -> Tensor:
@@ -64,14 +64,14 @@ class Transform:
         return torch.from_numpy(array).permute(2, 0, 1)
 
     def sizes(self, size: tuple[int, int], sample: int, variant: int) -> Tensor:
-        """What Stable Diffusion XL is told of a variant (Podell et al., 2023, section 2.2).
+        """Size conditioning of Stable Diffusion XL (Podell et al., 2023, section 2.2).
 
         Args:
-            size: width and height of the picture before.
-            sample: its number.
-            variant: of it.
+            size: width and height of the original picture.
+            sample: index of the sample.
+            variant: index of the variant.
 
-        Returns: [6]: height and width before, top and left of the crop in the scaled picture,
+        Returns: [6]: original height and width, top and left of the crop in the scaled picture,
             height and width of the square.
         """
         width, height = size
@@ -80,20 +80,16 @@ class Transform:
 
     def _place(self, scaled: tuple[int, int], sample: int, variant: int) -> tuple[int, int, bool]:
         """Left and top of the crop, and whether it is mirrored."""
-        across, down, mirrored = self._chances(sample, variant)
+        generator = generator_of(self.seed, Purpose.TRANSFORM, sample, variant)
+        across, down, mirror = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
+        if self.crop == "center":
+            across = down = 0.5
         width, height = scaled
         left = int(across * (width - self.resolution + 1))
-        return left, int(down * (height - self.resolution + 1)), mirrored
+        top = int(down * (height - self.resolution + 1))
+        return left, top, self.flip and mirror < 0.5
 
     def _scaled(self, size: tuple[int, int]) -> tuple[int, int]:
         scale = self.resolution / min(size)
         width, height = (max(self.resolution, round(length * scale)) for length in size)
         return width, height
-
-    def _chances(self, sample: int, variant: int) -> tuple[float, float, bool]:
-        """Where the crop is, from 0 to 1 on either axis, and whether it is mirrored."""
-        generator = generator_of(self.seed, Purpose.TRANSFORM, sample, variant)
-        across, down, mirror = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
-        if self.crop == "center":
-            across = down = 0.5
-        return across, down, self.flip and mirror < 0.5

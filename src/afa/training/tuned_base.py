@@ -1,4 +1,4 @@
-"""The control that asks whether an ensemble is needed: the base, tuned on the same data."""
+"""Fine-tune a single base model on an ensemble's training data, as a baseline."""
 
 from __future__ import annotations
 
@@ -49,26 +49,27 @@ def tune_base(
     *,
     config: str | Path | None = None,
 ) -> Iterator[TrainStep]:
-    """Fine-tune a model's denoiser and text encoders in the way that aggregators are trained.
+    """Fine-tune a model's denoiser and text encoders with the objective of `train_aggregators`.
 
-    Same objective, data, batches, noise and schedule as `train_aggregators` with the same settings;
-    only what learns is another. `output` becomes a stock pipeline folder; the same call goes on
-    where an earlier one was stopped.
+    With the same settings, data, batches, noise and schedule are the same as well; only the trained
+    parameters differ. `output` becomes a diffusers pipeline folder. The same call resumes an
+    interrupted run.
 
     Args:
         source: the base; see `afa.loading.sources.locate`.
-        data: pictures and captions; a run that continues must have the same.
+        data: pictures and captions, the same when a run is resumed.
         settings: see `train_aggregators`; `expert_dtype` must be float32.
         output: a new folder, or one of an earlier run with the same settings.
-        config: for a single file, a folder with its configuration.
+        config: folder with the configuration of a single file.
 
     Raises:
-        AfaError: the model cannot be had, settings that do not fit, a folder that holds another
-            run, or what `train_aggregators` raises.
+        AfaError: if the model cannot be loaded, `expert_dtype` is not float32, or the folder has
+            another run; and as `train_aggregators`.
     """
     if settings.expert_dtype != "float32":
         raise AfaError(
-            "AFA-TRAIN-054", "A tuned base must be trained in float32, came another expert_dtype."
+            "AFA-TRAIN-054",
+            f"expert_dtype must be float32 to tune a base; got {settings.expert_dtype}.",
         )
     engine = Engine(settings.device)
     companions = Companions(torch.float32, config=config)
@@ -77,7 +78,7 @@ def tune_base(
     check_text_to_image(pipeline)
     pipeline.vae.requires_grad_(False)
     run = {
-        **_asked(data, settings),
+        **_inputs(data, settings),
         "base": [reference.sha256, hash_weights(pipeline.vae), configurations(pipeline)],
     }
     if not is_unused(output):
@@ -123,15 +124,15 @@ def tune_base(
 
 
 def require_same_run(data: CaptionedImages, settings: TrainingRecipe, output: Path) -> None:
-    """Refuse a finished folder that was tuned on other data or with other settings.
+    """Check that a finished folder was tuned on the same data with the same settings.
 
     Raises:
-        AfaError: names what differs.
+        AfaError: if it was not; names what differs.
     """
-    _require_same(output, _asked(data, settings))
+    _require_same(output, _inputs(data, settings))
 
 
-def _asked(data: CaptionedImages, settings: TrainingRecipe) -> dict[str, Any]:
+def _inputs(data: CaptionedImages, settings: TrainingRecipe) -> dict[str, Any]:
     return {"data": digest_of(data), "training": settings.model_dump(mode="json")}
 
 
@@ -141,18 +142,16 @@ def _require_same(output: Path, run: dict[str, Any]) -> None:
     if written is not None:
         written = {key: value for key, value in written.items() if key in run}
     if written != run:
-        found = f"'{output}' is neither"
+        found = "is not empty and has no tuned base"
         if written is not None:
-            found = f"'{output}' has another {', '.join(differing(written, run))}"
+            found = f"has a tuned base with another {', '.join(differing(written, run))}"
         raise AfaError(
-            "AFA-TRAIN-055",
-            f"The output folder must be new or of the same base, data and settings; {found}. Name "
-            "another one.",
+            "AFA-TRAIN-055", f"The output folder '{output}' {found}. Pass another output folder."
         )
 
 
 def _resume(checkpoints: Checkpoints, modules: list[Any], optimizer: torch.optim.Optimizer) -> int:
-    """Go on from the newest checkpoint; returns the number of steps it has done."""
+    """Load the newest checkpoint; returns its number of steps, 0 without one."""
     found = checkpoints.read()
     if found is None:
         return 0
@@ -163,7 +162,7 @@ def _resume(checkpoints: Checkpoints, modules: list[Any], optimizer: torch.optim
 
 
 def _save_pipeline(pipeline: DiffusionPipeline, output: Path) -> None:
-    """Write the pipeline's parts into `output`; its index comes last and makes it one."""
+    """Write the pipeline into `output`; model_index.json last, so that it marks completion."""
     with tempfile.TemporaryDirectory(dir=output, prefix=".saving.") as scratch:
         pipeline.save_pretrained(scratch)
         parts = sorted(Path(scratch).iterdir(), key=lambda path: path.name == "model_index.json")

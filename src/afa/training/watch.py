@@ -1,4 +1,4 @@
-"""What is observed of a training: figures, validation, starving experts, pictures."""
+"""Monitoring of a training: metrics, validation, unused experts and preview pictures."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ PREVIEWS = "previews"
 
 
 class Watch:
-    """Looks at every step and does, every so often, what the recipe asks to observe.
+    """Logs metrics, validates and draws previews at the intervals of the recipe.
 
-    Only the main process writes; all take part in validation. A context: at its end trackers write
-    what they hold.
+    Only the main process writes; all processes validate. Used as a context, which closes the
+    trackers at its end.
 
     Args:
-        recipe: what to observe, and how often.
+        recipe: the recipe.
         output: the run's folder.
-        trainer: what is observed.
-        validation: samples that are never trained on; None where there are none.
+        trainer: the training.
+        validation: held-out samples; None without validation.
     """
 
     def __init__(
@@ -66,12 +66,12 @@ class Watch:
             self._recorder.close()
 
     def skipped(self, broken: Broken) -> None:
-        """Write down which pictures were found to be broken before the first step."""
+        """Log the pictures that were found to be broken before the first step."""
         if self._recorder is not None and broken.found:
             self._recorder.write(self._trainer.first, {"skipped": list(broken.found.values())})
 
     def see(self, step: TrainStep) -> TrainStep:
-        """Observe a step; returns it with what there is to say."""
+        """Process a step; returns it with additional notes."""
         notes = [*self._notes, *step.notes]
         self._notes = []
         if step.routing is not None:
@@ -94,12 +94,13 @@ class Watch:
         return step.step % every == 0 or step.step == step.num_steps
 
     def _log(self, step: int) -> list[str]:
-        """Write the figures since the last time; returns warnings."""
+        """Write the metrics since the last call; returns warnings."""
         if self._recorder is not None:
             self._recorder.flush(step)
         if not self._routings:
             return []
-        routing, self._routings = self._over_processes(Routing.mean(self._routings)), []
+        own, self._routings, engine = Routing.mean(self._routings), [], self._trainer.engine
+        routing = Routing(own.sites, engine.mean(own.shares), engine.mean(own.entropy))
         if self._recorder is None:
             return []
         warnings = self._collapse.see(routing, step)
@@ -107,20 +108,16 @@ class Watch:
         self._recorder.write(step, figures | ({"warnings": warnings} if warnings else {}))
         return warnings
 
-    def _over_processes(self, routing: Routing) -> Routing:
-        engine = self._trainer.engine
-        return Routing(routing.sites, engine.mean(routing.shares), engine.mean(routing.entropy))
-
     def _validate(self, step: int) -> float:
-        """The loss of the samples that are held out, with fixed timesteps and noise."""
+        """The loss of the held-out samples, with fixed timesteps and noise."""
         trainer, validation = self._trainer, self._validation
-        assert validation is not None, "asked for only where there is some"
+        assert validation is not None, "called only with validation samples"
         engine, settings = trainer.engine, trainer.settings
         assert self._recipe.validation is not None
         count, size = self._recipe.validation.num_samples, settings.batch_size
         places = [range(n, min(n + size, count)) for n in range(0, count, size)]
         mine = places[engine.rank :: engine.num_processes]
-        # with sharded experts a forward pass takes everybody: some repeat one that does not count
+        # sharded experts need all processes in a forward pass: some repeat a batch uncounted
         num_rounds = math.ceil(len(places) / engine.num_processes)
         counts = [True] * len(mine) + [False] * (num_rounds - len(mine))
         mine = [*mine, *places[: num_rounds - len(mine)]]
@@ -132,7 +129,7 @@ class Watch:
         ensemble.eval()
         with torch.no_grad(), trainer.averaged(), tapped(ensemble) as tap:
             for row, batch, is_mine in zip(mine, validation.batches(mine), counts, strict=True):
-                # one timestep for each, evenly spread over all of them
+                # one timestep per sample, evenly spaced over all samples
                 time = torch.tensor([(place + 0.5) / count for place in row], dtype=torch.float64)
                 loss = denoising_loss(
                     partial(predict, trainer.pipeline, ensemble, conditions=batch.conditions),
@@ -155,14 +152,14 @@ class Watch:
         return total
 
     def _preview(self, step: int, previews: PreviewRecipe) -> None:
-        """Draw the prompts, always from the same noise."""
+        """Draw the preview prompts from fixed noise."""
         engine = self._trainer.engine
         if self._recorder is None and not engine.is_sharding:
             return
         pipeline, ensemble = self._trainer.pipeline, self._trainer.ensemble
         ensemble.eval()
         pipeline.set_progress_bar_config(disable=True)
-        # beside offloaded or sharded experts these are on the CPU, where a pipeline would begin
+        # with offloaded or sharded experts these parts are on the CPU
         parts = [
             part
             for name, part in pipeline.components.items()
@@ -176,7 +173,7 @@ class Watch:
         ]
         what = f"Previews of {len(previews.prompts)} prompts at once"
         remedy = smaller_batch(
-            len(previews.prompts), "no more previews.prompts than", None, "Or leave previews out."
+            len(previews.prompts), "no more previews.prompts than", None, "Or remove previews."
         )
         with torch.no_grad(), self._trainer.averaged(), saying_what_fits(what, remedy):
             pictures = pipeline(
@@ -200,7 +197,7 @@ class Watch:
 
 
 def _distinct(names: list[str]) -> list[str]:
-    """Names without the ending of a file, with numbers where two are alike."""
+    """Names without file suffix, and with numbers for duplicates."""
     names = [name.removesuffix(".safetensors") for name in names]
     return [
         f"{name} {names[:n].count(name) + 1}" if names.count(name) > 1 else name
@@ -209,7 +206,7 @@ def _distinct(names: list[str]) -> list[str]:
 
 
 def _sheet(pictures: list[Image.Image]) -> Image.Image:
-    """All pictures on one, in rows that make it about square."""
+    """All pictures in one, in a grid that is about square."""
     columns = math.ceil(math.sqrt(len(pictures)))
     width, height = pictures[0].size
     rows = math.ceil(len(pictures) / columns)
