@@ -114,9 +114,9 @@ def test_the_same_picture_under_two_names_is_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("pictures", "captions", "count", "message"),
     [
-        (3, 4, 9, r"is 9, which holds out all 3 different pictures of the data \(12 samples\)"),
-        (3, 4, 9, "Set validation.num_samples to at most 8, or leave validation out"),
-        (1, 4, 1, "Add other pictures, or leave validation out"),
+        (3, 4, 9, r"\b9 holds out all 3 .*\(12 samples\)"),
+        (3, 4, 9, "validation.num_samples to at most 8, or remove"),
+        (1, 4, 1, "Add other pictures"),
         (3, 1, 50, "to at most 2"),
     ],
 )

@@ -39,7 +39,7 @@ class Recorder:
         first_step: number of steps that are done; lines of later steps are removed.
 
     Raises:
-        AfaError: if accelerate does not know a tracker or cannot start it.
+        AfaError: if the package of a tracker is not installed.
     """
 
     def __init__(
@@ -151,21 +151,19 @@ def require_trackers(names: Sequence[str]) -> None:
     """
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    known = sorted(map(str, LOGGER_TYPE_TO_CLASS))
     for name in names:
-        if name not in known:
+        if name not in LOGGER_TYPE_TO_CLASS:
             raise AfaError(
                 "AFA-TRAIN-044",
                 f"training.trackers has '{name}', which accelerate does not know. Use names of "
-                f"{', '.join(known)}.",
+                f"{', '.join(sorted(LOGGER_TYPE_TO_CLASS))}.",
             )
 
 
 def _start(name: str, folder: Path, settings: dict[str, Any], first_step: int) -> Any:
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    require_trackers([name])
-    kind = next(found for known, found in LOGGER_TYPE_TO_CLASS.items() if str(known) == name)
+    kind = LOGGER_TYPE_TO_CLASS[name]
     try:
         # TensorBoard then removes the steps after the checkpoint
         purge = {"purge_step": first_step + 1} if name == "tensorboard" and first_step else {}
