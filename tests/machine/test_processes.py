@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from afa.errors import AfaError
 from afa.machine.processes import Processes, fixed_threads
-from afa.training.engine import Engine
+from tests.refusal import refusal
 
 
 class Waits:
@@ -22,23 +21,21 @@ class Waits:
         raise self.error
 
 
-def waiting(kind: Any, error: Exception) -> Any:
-    made = object.__new__(kind)
-    made._state = made._accelerator = Waits(error)
+def waiting(error: Exception) -> Processes:
+    made: Any = Processes()
+    made._state = Waits(error)
     return made
 
 
-@pytest.mark.parametrize("kind", [Processes, Engine])
-def test_a_process_that_stopped_is_told_from_the_own_devices_failure(kind: Any) -> None:
-    with pytest.raises(AfaError) as stopped:
-        waiting(kind, RuntimeError("Connection closed by peer")).wait()
-    assert stopped.value.code == ("AFA-MACHINE-004" if kind is Processes else "AFA-TRAIN-028")
+def test_a_process_that_stopped_is_told_from_the_own_devices_failure() -> None:
+    with refusal("AFA-MACHINE-004"):
+        waiting(RuntimeError("Connection closed by peer")).wait()
     for error in (
         torch.OutOfMemoryError("CUDA out of memory."),
         torch.AcceleratorError("CUDA error: device-side assert triggered"),
     ):
         with pytest.raises(type(error)) as raised:
-            waiting(kind, error).wait()
+            waiting(error).wait()
         assert raised.value is error
 
 

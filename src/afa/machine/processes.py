@@ -18,13 +18,18 @@ from afa.errors import AfaError
 Work = TypeVar("Work")
 
 
+def num_launched() -> int:
+    """Return how many processes a launcher has started for this run; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 class Processes:
     """The processes of one run: several if started by a launcher, or a single one."""
 
     def __init__(self) -> None:
         self._state = None
         self.rank, self.count = 0, 1
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if num_launched() > 1:
             import torch
             from accelerate import PartialState
 

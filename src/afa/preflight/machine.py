@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,6 +13,7 @@ from afa.loading.memory.budget import program_bytes, size_text
 from afa.loading.memory.needs import needs_of
 from afa.loading.planned import Work
 from afa.machine.free import free_memory
+from afa.machine.processes import num_launched
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -100,7 +100,7 @@ def fits(job: Job, found: Estimate) -> Iterator[Finding]:
     """
     if found.takes <= found.free:
         return
-    is_sure = found.takes > _SURE * found.free and os.environ.get("WORLD_SIZE", "1") == "1"
+    is_sure = found.takes > _SURE * found.free and num_launched() == 1
     yield Finding(
         "AFA-CHECK-002",
         "error" if is_sure else "warning",
