@@ -75,11 +75,11 @@ def test_a_starved_expert_is_named_once_and_again_when_it_is_worse() -> None:
     said = [watch.see(bad, step) for step in (1, 2, 3, 4)]
     assert [len(lines) for lines in said] == [0, 0, 1, 0]
     assert "'owl'" in said[2][0]
-    assert "1 of 2 sites (step 3): a." in said[2][0]
+    assert "1 of 2 sites in the last 3 reports (step 3): a." in said[2][0]
     worse = routing_of([0.97, 0.03], [0.98, 0.02])
     said = [watch.see(worse, step) for step in (5, 6, 7)]
     assert [len(lines) for lines in said] == [0, 0, 1]
-    assert "2 of 2 sites (step 7): a, b." in said[2][0]
+    assert "2 of 2 sites in the last 3 reports (step 7): a, b." in said[2][0]
     assert not any(watch.see(good, step) for step in range(8, 20))
 
 
