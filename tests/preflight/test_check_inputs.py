@@ -148,7 +148,7 @@ def test_a_run_whose_data_has_changed(
     written(tmp_path, **{**content, "training": {**TRAINING, "num_steps": 2}})
     capsys.readouterr()
     line = refused(capsys, "train", recipe, "--output", output, "--no-check")
-    assert "other captions" in line
+    assert "1 sample with changed captions" in line
     assert_check_says(capsys, recipe, line, "--output", output)
 
 

@@ -89,11 +89,11 @@ def begun(experts: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path
     [
         (
             replace_unseen,
-            r"1 samples with new pictures \(first: .*/2.png\), 1 pictures missing",
+            r"1 sample with new pictures \(first: .*/2.png\), 1 picture missing",
         ),
-        (edit_caption, r"1 samples with changed captions \(first: .*/3.png\)"),
-        (add_line, r"1 samples with new pictures \(first: .*/new.png\)"),
-        (remove_line, "1 pictures missing"),
+        (edit_caption, r"1 sample with changed captions \(first: .*/3.png\)"),
+        (add_line, r"1 sample with new pictures \(first: .*/new.png\)"),
+        (remove_line, "1 picture missing"),
         (remove_one_of_two, "5 samples instead of 6"),
         (reorder, "the samples are in another order"),
     ],

@@ -23,6 +23,7 @@ from safetensors.numpy import load, save
 from afa.files import write_atomic
 from afa.loading.weights import loading
 from afa.machine.hashes import hash_file
+from afa.reading import counted
 from afa.training.data import SceneImages
 from afa.training.data.images import whole_of
 
@@ -188,14 +189,14 @@ def difference(before: Listing | None, now: Listing | None, names: CaptionedImag
         return f" (first: {name})"
 
     found = [
-        f"{len(samples)} {what}{first(samples)}"
+        f"{counted(len(samples), 'sample')} {what}{first(samples)}"
         for samples, what in (
-            (added, "samples with new pictures"),
-            (edited, "samples with changed captions"),
+            (added, "with new pictures"),
+            (edited, "with changed captions"),
         )
         if samples
     ]
-    found += [f"{gone} pictures missing"] if gone else []
+    found += [f"{counted(gone, 'picture')} missing"] if gone else []
     if not found and len(old) != len(new):
         found = [f"{len(new)} samples instead of {len(old)}"]
     return ", ".join(found) if found else "the samples are in another order"
