@@ -78,8 +78,9 @@ test: install ## run the quick tests
 unit: install ## run all single-process tests
 	$(PYTEST) -m "$(EVERY_DAY) and not processes"
 
+# they wait for each other and for timeouts, so that two cores have room for a third
 processes: install ## run the tests that start processes or inject faults
-	$(PYTEST) -m "$(EVERY_DAY) and processes"
+	$(PYTEST) -n 3 -m "$(EVERY_DAY) and processes"
 
 nightly: install ## run the long tests: site, soak, studies, zoo builds (half an hour)
 	$(BIN)/python -m tools.nightly
