@@ -40,7 +40,7 @@ def original_layout(pipeline: DiffusionPipeline) -> dict[str, Tensor]:
 
     vae = "first_stage_model."
     if name in ("Stable Diffusion", "Stable Diffusion XL"):
-        add("model.diffusion_model.", _unet(parts["unet"]))
+        add("model.diffusion_model.", original_unet(parts["unet"]))
     if name == "Stable Diffusion":
         add("cond_stage_model.transformer.", _clip(parts["text_encoder"]))
     elif name == "Stable Diffusion XL":
@@ -247,7 +247,7 @@ def _rename(key: str, names: dict[str, str]) -> str:
     return key
 
 
-def _unet(unet: UNet2DConditionModel) -> dict[str, Tensor]:
+def original_unet(unet: UNet2DConditionModel) -> dict[str, Tensor]:
     layers = unet.config.layers_per_block
     places = {
         "time_embedding.linear_1": "time_embed.0",

@@ -36,8 +36,6 @@ _IRREGULAR = {
 }
 #: nanoseconds after which any write changes a file's times; FAT has a resolution of 2 s
 SETTLED = 2_000_000_000
-#: maximum bytes in a `FileCache`
-_MAX_CACHED = 64_000_000
 _PARTIAL = re.compile(r"\..+\.[a-z0-9_]{8}")  # names of unfinished files and folders
 
 
@@ -251,13 +249,21 @@ class FileCache:
     """Cache of file contents in this process, each valid until its file changes.
 
     Contents are JSON-like values. Every caller gets its own copy.
+
+    Args:
+        max_bytes: of all contents; the oldest are dropped.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_bytes: int = 64_000_000) -> None:
         # no lock, which a fork could inherit locked: each access is atomic, and concurrent threads
         # can only make the size inexact
         self._kept: dict[str, tuple[Mark, bytes]] = {}
-        self._size = 0
+        self._size, self._max_bytes = 0, max_bytes
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all contents."""
+        return sum(len(content) for _, content in list(self._kept.values()))
 
     def get(self, file: Path, read: Callable[[], Any]) -> Any:
         """Return the cached content of a file, or the result of `read`."""
@@ -275,13 +281,13 @@ class FileCache:
         before = self._kept.pop(path, None)
         self._kept[path] = mark, content
         self._size += len(content) - (len(before[1]) if before is not None else 0)
-        while self._size > _MAX_CACHED and self._kept:
+        while self._size > self._max_bytes and self._kept:
             for oldest in list(self._kept)[:100]:
                 _, dropped = self._kept.pop(oldest, (mark, b""))
                 self._size -= len(dropped)
 
 
-_json = FileCache()
+json_cache = FileCache()
 
 
 def require_readable(path: Path, limit: int) -> None:
@@ -328,7 +334,7 @@ def read_json(path: Path, limit: int = MAX_JSON) -> dict[str, Any]:
     """
     try:
         require_readable(path, limit)
-        content = _json.get(path, lambda: _parse(read_text(path, limit)))
+        content = json_cache.get(path, lambda: _parse(read_text(path, limit)))
     except (OSError, ValueError, RecursionError) as error:
         raise AfaError("AFA-FILE-004", f"'{path}' cannot be read as JSON: {error}.") from error
     if not isinstance(content, dict):

@@ -295,7 +295,7 @@ def test_a_search_continues_with_the_same_judge_and_models(
     experts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(search, "merged_pipeline", lambda *_: None)
-    monkeypatch.setattr(search, "_score", lambda *_: 0.5)
+    monkeypatch.setattr(search, "mean_score", lambda *_: 0.5)
     write_clip(tmp_path / "clip")
     (tmp_path / "prompts.txt").write_text("a fox\n")
     own = shutil.copytree(experts[0], tmp_path / "own")

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 import afa
@@ -20,6 +21,7 @@ from afa.cli import main
 from afa.evaluation import evaluate, load_evaluate_recipe
 from afa.evaluation.methods import MethodBuilder
 from tests import warm
+from tests.evaluation.conftest import SMALL
 from tests.metrics.tiny import write_clip
 from tests.refusal import refusal
 
@@ -45,10 +47,6 @@ def unmeasured(content: Any) -> str:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """The small comparison, done once without a stop."""
-    import yaml
-
-    from tests.evaluation.conftest import SMALL
-
     folder = tmp_path_factory.mktemp("finished")
     (folder / "recipe.yaml").write_text(yaml.safe_dump(SMALL, sort_keys=False))
     report = run(folder / "recipe.yaml", folder / "output")
@@ -140,8 +138,6 @@ def test_done_work_is_not_done_again(
 def test_methods_metrics_and_seeds_can_be_added(
     finished: tuple[Path, dict[str, Any]], tmp_path: Path, write: Write
 ) -> None:
-    from tests.evaluation.conftest import SMALL
-
     output, report = finished
     copy = shutil.copytree(output, tmp_path / "copy")
     before = {
@@ -389,7 +385,7 @@ def test_a_metric_whose_weights_have_changed_is_measured_again(
     write_clip(tmp_path / "clip")
     names = ("clip_t", "clip_i", "cmmd")
     metrics = [{"name": name, "weights": "clip"} for name in names]
-    recipe = write(metrics=metrics, curve=None)
+    recipe = write(metrics=metrics, methods=SMALL["methods"][:3], curve=None)
     before = run(recipe, tmp_path / "output")
     weights = tmp_path / "clip" / "model.safetensors"
     tensors = load_file(weights)

@@ -45,7 +45,7 @@ def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
         return merged.weights["mid"][1] - 0.1 * merged.weights["conv_in"][1]
 
     monkeypatch.setattr(search, "merged_pipeline", weights_as_pipeline)
-    monkeypatch.setattr(search, "_score", score)
+    monkeypatch.setattr(search, "mean_score", score)
 
 
 def test_it_draws_scores_and_writes_a_recipe_for_merging(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_a_trial_that_was_cut_off_is_taken_again(
     parts = scores(list(itertools.islice(run, stopped_after)))
     run.close()
     with monkeypatch.context() as patch:
-        patch.setattr(search, "_score", cut_off)
+        patch.setattr(search, "mean_score", cut_off)
         again = search_block_weights(recipe(num_trials=6), tmp_path / "cut")
         with pytest.raises(KeyboardInterrupt):
             next(again)

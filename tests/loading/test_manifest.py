@@ -35,12 +35,12 @@ class Reads:
         self.counts = {what: Counter[Path]() for what in ("json", "header", "hash")}
         self._count(monkeypatch, files, "read_text", "json")
         self._count(monkeypatch, weights, "check_header", "header")
-        self._count(monkeypatch, hashes, "_digest", "hash")
+        self._count(monkeypatch, hashes, "compute_sha256", "hash")
         # as where this process had begun just now, long after all files were written
         monkeypatch.setattr(files, "SETTLED", -1)
-        monkeypatch.setattr(files, "_json", FileCache())
-        monkeypatch.setattr(weights, "_headers", FileCache())
-        monkeypatch.setattr(hashes, "_known", {False: FileCache(), True: FileCache()})
+        monkeypatch.setattr(files, "json_cache", FileCache())
+        monkeypatch.setattr(weights, "header_cache", FileCache())
+        monkeypatch.setattr(hashes, "hash_caches", {False: FileCache(), True: FileCache()})
 
     def _count(self, monkeypatch: pytest.MonkeyPatch, module: Any, name: str, what: str) -> None:
         function = getattr(module, name)
@@ -167,9 +167,10 @@ def test_what_is_too_large_for_one_caller_is_refused_though_another_has_read_it(
 def test_no_more_is_kept_than_fits(
     reads: Reads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "_MAX_CACHED", 1000)
+    cache = FileCache(max_bytes=1000)
+    monkeypatch.setattr(files, "json_cache", cache)
     for number in range(300):
         place = tmp_path / f"{number}.json"
         place.write_text(json.dumps({"a": number}))
         assert [read_json(place)["a"], read_json(place)["a"]] == [number] * 2
-    assert sum(len(kept) for _, kept in files._json._kept.values()) <= 1000
+    assert 0 < cache.num_bytes <= 1000

@@ -190,8 +190,8 @@ def test_inspect_blames_a_configuration_that_the_library_cannot_run(tmp_path: Pa
     said = describe(unet_folder(tmp_path, norm_num_groups=3))["refused"]
     assert "does not describe a UNet2D" in said
     model = tiny_unet().to("meta")
-    assert inspection._runs_by_itself(UNET, model)
-    assert not inspection._runs_by_itself(replace(UNET, example=lambda _: {"sample": 1}), model)
+    assert inspection.runs_by_itself(UNET, model)
+    assert not inspection.runs_by_itself(replace(UNET, example=lambda _: {"sample": 1}), model)
 
 
 @pytest.mark.parametrize("kind", [AttributeError, RuntimeError])

@@ -27,13 +27,13 @@ _ZEROS = hashlib.sha256(bytes(64)).hexdigest()
 def counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
     """The files whose bytes were read; files count as old at once, and small ones are kept."""
     read: list[Path] = []
-    digest = hashes._digest
+    digest = hashes.compute_sha256
 
     def counting(file: Path) -> str:
         read.append(file)
         return digest(file)
 
-    monkeypatch.setattr(hashes, "_digest", counting)
+    monkeypatch.setattr(hashes, "compute_sha256", counting)
     monkeypatch.setattr(files, "SETTLED", -1)
     monkeypatch.setattr(hashes, "MIN_KEPT", 1)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -44,7 +44,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
 def another_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forget what this process knows."""
     known = {False: files.FileCache(), True: files.FileCache()}
-    monkeypatch.setattr(hashes, "_known", known)
+    monkeypatch.setattr(hashes, "hash_caches", known)
 
 
 def entries(tmp_path: Path) -> list[Path]:
@@ -144,14 +144,14 @@ def test_a_hash_of_a_file_that_changes_meanwhile_is_not_kept(
 ) -> None:
     file = tmp_path / "model"
     file.write_bytes(bytes(64))
-    digest = hashes._digest
+    digest = hashes.compute_sha256
 
     def slowly(file: Path) -> str:
         found = digest(file)
         file.write_bytes(b"longer" * 64)
         return found
 
-    monkeypatch.setattr(hashes, "_digest", slowly)
+    monkeypatch.setattr(hashes, "compute_sha256", slowly)
     hash_file(file)
     assert entries(tmp_path) == []
 

@@ -14,7 +14,7 @@ from afa.merging import BlockWeights
 from afa.merging.parts import block_keys
 from tests.merging.merge_files import UNET, denoiser, merged, model, old_text_encoder
 from tests.refusal import refusal
-from tests.single_file import _unet
+from tests.single_file import original_unet
 from tests.tiny import tiny_unet
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def test_u_nets_in_diffusers_layout_merge_with_the_original_one(
 
 def test_names_of_diffusers_are_those_of_its_own_models(tmp_path: Path) -> None:
     for unet in (tiny_unet(), tiny_unet(layers_per_block=2)):
-        original = {f"{UNET}{name}": t for name, t in _unet(unet).items()}
+        original = {f"{UNET}{name}": t for name, t in original_unet(unet).items()}
         names = unet_names(original)
         assert set(names.values()) == {f"unet.{name}" for name in unet.state_dict()}
         for name, new in names.items():
@@ -158,7 +158,7 @@ def stable_diffusion() -> dict[str, list[str]]:
     """The names of Stable Diffusion 1.x, layout by layout, in one order."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(cross_attention_dim=768)
-        original = [f"{UNET}{name}" for name in _unet(unet)]
+        original = [f"{UNET}{name}" for name in original_unet(unet)]
     diffusers = [unet_names(original)[name].removeprefix("unet.") for name in original]
     text = "cond_stage_model.transformer.{}encoder.layers.0.layer_norm1.bias"
     bare = [name.removeprefix(UNET) for name in original]

@@ -103,7 +103,7 @@ def _trials(recipe: SearchRecipe, prompts: Sequence[Prompt], output: Path) -> It
         trial = _ask(study, recipe, number, keys)
         weights = _suggest(trial, keys, len(recipe.experts))
         merged = merged_pipeline(pipeline, BlockWeights(weights))
-        score = _score(merged, prompts, recipe.sampling, scorer)
+        score = mean_score(merged, prompts, recipe.sampling, scorer)
         trial.set_user_attr("weights", weights)
         study.tell(trial, score)
         _write_merge(recipe, study, output)
@@ -225,7 +225,7 @@ def _suggest(trial: optuna.Trial, keys: Sequence[str], count: int) -> dict[str, 
     return weights
 
 
-def _score(
+def mean_score(
     pipeline: StableDiffusionPipeline,
     prompts: Sequence[Prompt],
     sampling: SamplingRecipe,

@@ -140,7 +140,7 @@ def _describe_denoiser(family: Family, config: dict[str, Any]) -> dict[str, Any]
         except AfaError as error:
             return {**facts, "refused": str(error)}
         except NO_MODEL as error:
-            if is_own_bug(error) and (model is None or _runs_by_itself(family, model)):
+            if is_own_bug(error) and (model is None or runs_by_itself(family, model)):
                 raise
             name = family.model_class.__name__
             return {"refused": f"The configuration does not describe a {name}: {error}"}
@@ -153,7 +153,7 @@ def _describe_denoiser(family: Family, config: dict[str, Any]) -> dict[str, Any]
     }
 
 
-def _runs_by_itself(family: Family, model: Any) -> bool:
+def runs_by_itself(family: Family, model: Any) -> bool:
     """Whether the library's own forward pass accepts this model's smallest input.
 
     If it does, an error in afa's coroutine for that pass is a bug, not a wrong configuration.

@@ -27,7 +27,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 T = TypeVar("T")
 
-_headers = FileCache()
+header_cache = FileCache()
 
 # endings of tensor names that belong to quantised weights
 _SCALES = (
@@ -94,7 +94,7 @@ def check_safetensors(file: Path) -> Header:
     Raises:
         AfaError: if the file is truncated or not a safetensors file.
     """
-    return Header(*_headers.get(file, lambda: tuple(_read_header(file))))
+    return Header(*header_cache.get(file, lambda: tuple(_read_header(file))))
 
 
 def _read_header(file: Path) -> Header:

@@ -31,7 +31,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAX_ENTRY = 20_000  # bytes; a path has at most 4096
 
 #: hashes of this process, by `rehash`
-_known = {False: FileCache(), True: FileCache()}
+hash_caches = {False: FileCache(), True: FileCache()}
 
 
 def hash_file(file: Path) -> str:
@@ -42,7 +42,7 @@ def hash_file(file: Path) -> str:
     """
     if (what := irregular(file)) is not None:
         raise OSError(f"'{file}' is {what} and must be a regular file")
-    found: str = _known[policy().rehash].get(file, lambda: _hash(file))
+    found: str = hash_caches[policy().rehash].get(file, lambda: _hash(file))
     return found
 
 
@@ -50,13 +50,13 @@ def _hash(file: Path) -> str:
     """Return the stored hash of a file, or compute and store it."""
     mark = mark_of(file)
     if mark is None or mark.size < MIN_KEPT:
-        return _digest(file)
+        return compute_sha256(file)
     entry = _entry(file)
     kept = None if policy().rehash else _read(entry, file, mark)
     if kept is not None:
         return kept
     is_settled = mark.is_settled  # before it is read
-    sha256 = _digest(file)
+    sha256 = compute_sha256(file)
     if is_settled and mark_of(file) == mark:
         content = {"file": os.path.abspath(file), "mark": list(mark), "sha256": sha256}
         with suppress(OSError):  # without a writable cache, it is computed again next time
@@ -65,7 +65,8 @@ def _hash(file: Path) -> str:
     return sha256
 
 
-def _digest(file: Path) -> str:
+def compute_sha256(file: Path) -> str:
+    """Compute the SHA-256 of a file's bytes, without any cache."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

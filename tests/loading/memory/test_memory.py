@@ -217,16 +217,16 @@ def test_an_estimate_is_measured_once_and_damage_of_what_is_kept_is_harmless(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     measured = []
-    real = needs_module._measure
+    real = needs_module.measure_models
 
     def measure_noted(*given: Any) -> Any:
         measured.append(given)
         return real(*given)
 
-    monkeypatch.setattr(needs_module, "_measure", measure_noted)
+    monkeypatch.setattr(needs_module, "measure_models", measure_noted)
 
     def again() -> Needs:
-        needs_module._measured.cache_clear()  # as in another process
+        needs_module.measure_cached.cache_clear()  # as in another process
         return needs_of(folders[0], 2, SMALL, encoder_sets=2, dtype=torch.float32)
 
     first = again()
@@ -237,6 +237,6 @@ def test_an_estimate_is_measured_once_and_damage_of_what_is_kept_is_harmless(
         kept.write_text(damaged)
         assert again() == first
     assert len(measured) == 4
-    needs_module._measured.cache_clear()
+    needs_module.measure_cached.cache_clear()
     needs_of(folders[0], 3, SMALL, encoder_sets=2, dtype=torch.float32)  # another question
     assert len(measured) == 5

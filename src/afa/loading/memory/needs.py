@@ -135,7 +135,7 @@ def needs_of(
     index = read_json(config / "model_index.json")
     class_name = str(index.get("_class_name"))
     kind = kind_of(class_name, config)
-    found = _measured(
+    found = measure_cached(
         class_name,
         _text(config / kind.denoiser / "config.json"),
         _text(config / "vae" / "config.json"),
@@ -193,20 +193,20 @@ def _text(config: Path) -> str:
 
 
 @lru_cache(maxsize=32)
-def _measured(class_name: str, *described: Any) -> _Measured:
-    """Call `_measure`, with a cache in the user's cache folder.
+def measure_cached(class_name: str, *described: Any) -> _Measured:
+    """Call `measure_models`, with a cache in the user's cache folder.
 
     Families registered by other packages are not cached on disk, since their code may change.
     """
     kind = kind_of(class_name, "the model")
     if kind.family.model_class.__module__.partition(".")[0] != "diffusers":
-        return _measure(kind, *described)
+        return measure_models(kind, *described)
     key = hashlib.sha256(f"{class_name} {described} {_code()}".encode()).hexdigest()
     cached = cache_folder() / "estimates" / f"{key[:32]}.json"
     try:
         return _Measured(**read_json(cached))
     except (AfaError, OSError, TypeError):  # missing or damaged
-        found = _measure(kind, *described)
+        found = measure_models(kind, *described)
         with suppress(OSError):
             cached.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(cached, json.dumps(asdict(found)) + "\n")
@@ -224,7 +224,7 @@ def _code() -> str:
     return digest.hexdigest()
 
 
-def _measure(
+def measure_models(
     kind: PipelineKind,
     denoiser: str,
     autoencoder: str,
