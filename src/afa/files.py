@@ -260,11 +260,6 @@ class FileCache:
         self._kept: dict[str, tuple[Mark, bytes]] = {}
         self._size, self._max_bytes = 0, max_bytes
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all contents."""
-        return sum(len(content) for _, content in list(self._kept.values()))
-
     def get(self, file: Path, read: Callable[[], Any]) -> Any:
         """Return the cached content of a file, or the result of `read`."""
         path, mark = os.path.abspath(file), mark_of(file)

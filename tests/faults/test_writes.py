@@ -103,7 +103,7 @@ def small_disk(tmp_path: Path) -> Any:
     options = ["-t", "tmpfs", "-o", "size=3m", "tmpfs", str(place)]
     if subprocess.run(["mount", *options], capture_output=True).returncode:
         # CI may mount one; elsewhere the test above, where every write fails once, has to do
-        pytest.skip("a file system can be mounted by the administrator alone")
+        pytest.skip("mounting a file system requires root")
     yield place
     subprocess.run(["umount", "-l", str(place)], check=True)
 

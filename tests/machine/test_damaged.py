@@ -88,12 +88,12 @@ SHORTAGES = [
 
 
 def wrapped(error: BaseException) -> Callable[..., Any]:
-    """As diffusers reports whatever goes wrong with a file."""
+    """Raise an error as diffusers does: any failure to read a file becomes one OSError."""
 
     def fail(*_: Any, **__: Any) -> None:
         try:
             raise error
-        except Exception:  # whatever it is, as diffusers does
+        except Exception:  # diffusers catches every exception there, too
             raising_at(LIBRARY, OSError("Unable to load weights from checkpoint file"))()
 
     return fail
