@@ -9,19 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from afa.denoisers.kinds import kind_of
+from afa.errors import AfaError
 from afa.files import read_json
 from afa.loading.expert_source import AnySource, ExpertSource
 from afa.loading.facts import read_facts
-from afa.loading.single_file.identify import missing_parts
-from afa.loading.single_file.layout import described_kind
-from afa.loading.single_file.load import describe_expert
-from afa.loading.single_file.supplied import (
-    require_autoencoder,
-    require_denoiser,
-    require_encoders,
-)
+from afa.loading.single_file.load import describe_expert, require_supplied
 from afa.loading.sources import locate, refer
-from afa.loading.weights import count_elements, hash_files, tensor_shapes, weight_files
+from afa.loading.weights import count_elements, hash_files, weight_files
 
 if TYPE_CHECKING:
     from afa.denoisers.kinds import PipelineKind
@@ -102,16 +96,14 @@ class ExpertManifest:
         """
         if self.path.is_dir():
             return
-        config, companions = self.config, self.companions
-        kind, missing = described_kind(config), missing_parts(tensor_shapes(self.path), config)
-        require_denoiser(self.path, missing, kind)
-        absent = [name for name in missing if name.startswith("text_encoder")]
-        if absent:
-            supplied = companions.supplied_encoders(config)
-            require_encoders(self.path, kind, [name for name in absent if name not in supplied])
-        if with_autoencoder and "vae" in missing:
-            is_there = companions.supplies_autoencoder(config)
-            require_autoencoder(self.source.source, is_there=is_there)
+        missing = require_supplied(self.path, self.config, self.companions)
+        is_lacking = with_autoencoder and "vae" in missing
+        if is_lacking and not self.companions.supplies_autoencoder(self.config):
+            raise AfaError(
+                "AFA-LOAD-078",
+                f"'{self.source.source}' has no autoencoder; an ensemble must have one. Set vae to "
+                "a folder or a file.",
+            )
 
 
 def read_manifest(source: AnySource, companions: Companions) -> ExpertManifest:

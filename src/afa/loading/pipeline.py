@@ -27,7 +27,6 @@ from afa.loading.memory.plan import plan_experts
 from afa.loading.quantization import Weights, quantize_linear, require_quantizer
 from afa.loading.single_file.autoencoder import load_vae
 from afa.loading.single_file.load import Companions
-from afa.loading.single_file.supplied import require_autoencoder
 from afa.loading.sources import require_hash
 from afa.loading.trust.unchanged import marks_of, watch
 
@@ -190,7 +189,7 @@ def _autoencoder(
     """Load the given autoencoder, or the expert's own, or for a single file that of a part.
 
     Raises:
-        AfaError: if there is none, or its hash differs.
+        AfaError: if its hash differs.
     """
     dtype = manifest.companions.torch_dtype
     if vae is not None:
@@ -202,8 +201,7 @@ def _autoencoder(
     if manifest.path.is_dir():
         return load_vae(manifest.source.base, torch_dtype=dtype)
     supplied = manifest.companions.vae(expert.config)
-    require_autoencoder(expert.reference.source, is_there=supplied is not None)
-    assert supplied is not None, "checked above"
+    assert supplied is not None, "checked by require_whole"
     return supplied
 
 

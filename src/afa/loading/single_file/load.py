@@ -22,14 +22,12 @@ from afa.loading.single_file.identify import (
     missing_parts,
     refuse_lora,
 )
-from afa.loading.single_file.layout import described_kind, kind_name
+from afa.loading.single_file.layout import described_kind, kind_name, layout_of
 from afa.loading.single_file.parts import read_parts
 from afa.loading.single_file.supplied import (
     fitting_encoders,
     has_autoencoder,
     load_fitting_encoders,
-    require_denoiser,
-    require_encoders,
 )
 from afa.loading.sources import locate, refer, require_hash
 from afa.loading.trust.folders import check_folder
@@ -151,13 +149,9 @@ class Companions:
                 return self._supplied[path, config][name]
         return None
 
-    def supplied_encoders(self, config: Path) -> set[str]:
-        """Return the names of the text encoders in the parts, without loading them."""
-        return {name for place in self._places() for name in fitting_encoders(place, config)}
-
     def supplies_autoencoder(self, config: Path) -> bool:
         """Whether a part has an autoencoder of the kind; it is not loaded."""
-        return any(has_autoencoder(place, config) for place in self._places())
+        return any(has_autoencoder(place, config) for place in self.places())
 
     def vae(self, config: Path) -> tuple[AutoencoderKL, ExpertReference] | None:
         """Load an autoencoder from the first part that has one of the kind; else None."""
@@ -173,10 +167,10 @@ class Companions:
         Raises:
             AfaError: see `afa.loading.weights.weight_files`.
         """
-        for place in self._places():
+        for place in self.places():
             weight_files(place)
 
-    def _places(self) -> Iterator[Path]:
+    def places(self) -> Iterator[Path]:
         """Yield the local paths of the parts."""
         for part in map(ExpertSource.of, self.parts):
             yield locate(part.source, part.revision, what="Part")
@@ -184,7 +178,7 @@ class Companions:
     def _located(self) -> list[Path]:
         """Return the local paths of the parts; on first use, check their hashes."""
         if not self._paths:
-            for part, path in zip(map(ExpertSource.of, self.parts), self._places(), strict=True):
+            for part, path in zip(map(ExpertSource.of, self.parts), self.places(), strict=True):
                 digest = hash_file(path) if path.is_file() else hash_pipeline(path)
                 reference = refer(part, path, digest)
                 require_hash("Part", reference, part.sha256)
@@ -245,6 +239,44 @@ def describe_expert(path: Path, companions: Companions) -> Described:
     return companions.describe(path, shapes)
 
 
+def require_supplied(path: Path, config: Path, companions: Companions) -> list[str]:
+    """Check that a file has a denoiser, and that it or a part has all required text encoders.
+
+    Only headers and configurations are read.
+
+    Args:
+        path: of the file.
+        config: the pipeline folder that describes it.
+        companions: sources of missing parts.
+
+    Returns: all parts that the file lacks.
+
+    Raises:
+        AfaError: if the denoiser or a required text encoder is missing.
+    """
+    kind, missing = described_kind(config), missing_parts(tensor_shapes(path), config)
+    if kind.denoiser in missing:
+        raise AfaError(
+            "AFA-LOAD-076",
+            f"'{path}' has no denoiser in the layout of {kind.name}; a single file must have one. "
+            "List text encoders under parts, and set an autoencoder as vae.",
+        )
+    absent = {name for name in missing if name.startswith("text_encoder")}
+    if absent:
+        absent -= {n for place in companions.places() for n in fitting_encoders(place, config)}
+    files = layout_of(kind, path)
+    wanted = [name for name in missing if name in absent - files.optional]
+    if wanted:
+        common = files.common_names
+        named = [f"{name} ({common[name]})" if name in common else name for name in wanted]
+        raise AfaError(
+            "AFA-LOAD-077",
+            f"'{path}' lacks the text encoders {', '.join(named)}. Add files or a diffusers folder "
+            "with them under parts.",
+        )
+    return missing
+
+
 def load_single_file(
     path: Path, described: Described, companions: Companions, *, with_vae: bool = True
 ) -> dict[str, Any]:
@@ -261,13 +293,14 @@ def load_single_file(
     Raises:
         AfaError: if the file is damaged, or a required part is not supplied.
     """
-    config, shapes = described.config, tensor_shapes(path)
-    kind = described_kind(config)
-    missing = missing_parts(shapes, config)
-    require_denoiser(path, missing, kind)
-    parts: dict[str, Any] = _supplied_encoders(path, missing, config, companions)
+    config = described.config
+    missing = require_supplied(path, config, companions)
+    encoders = [name for name in missing if name.startswith("text_encoder")]
+    parts: dict[str, Any] = {name: companions.text_encoder(name, config) for name in encoders}
+    absent = [name for name, encoder in parts.items() if encoder is None]
+    parts |= {name.replace("text_encoder", "tokenizer"): None for name in absent}
     named = parts_of(read_json(config / "model_index.json"))
-    inside = [n for n in kind.file_parts if n in named and n not in missing]
+    inside = [n for n in described_kind(config).file_parts if n in named and n not in missing]
     if not with_vae and "vae" in inside:
         inside.remove("vae")
     with loading_model(path, f"Use a complete checkpoint of the family of '{config}'."):
@@ -277,18 +310,3 @@ def load_single_file(
                 parts[name] = load_tokenizer(config / name, class_name)
         parts["scheduler"] = scheduler_of(config, described.prediction)
     return parts
-
-
-def _supplied_encoders(
-    path: Path, missing: Sequence[str], config: Path, companions: Companions
-) -> dict[str, Any]:
-    """Load the text encoders that a file lacks; None for an optional one and its tokenizer.
-
-    Raises:
-        AfaError: if a required one is not supplied.
-    """
-    names = [name for name in missing if name.startswith("text_encoder")]
-    given = {name: companions.text_encoder(name, config) for name in names}
-    absent = [name for name, encoder in given.items() if encoder is None]
-    require_encoders(path, described_kind(config), absent)
-    return given | {name.replace("text_encoder", "tokenizer"): None for name in absent}

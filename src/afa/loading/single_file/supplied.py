@@ -5,22 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from afa.errors import AfaError
 from afa.files import parts_of, read_json
 from afa.loading.components import encoder_width, load_text_encoder, loading_model
 from afa.loading.single_file.accounting import account, account_part
 from afa.loading.single_file.conversion import converted
 from afa.loading.single_file.identify import missing_parts
-from afa.loading.single_file.layout import described_kind, harmless, kind_name, layout_of
+from afa.loading.single_file.layout import described_kind, harmless, kind_name
 from afa.loading.single_file.parts import encoder_from, read_parts, read_tensors, vae_names
 from afa.loading.weights import refuse_quantised, tensor_shapes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     import torch
 
-    from afa.denoisers import PipelineKind
     from afa.loading.weights import Shapes
 
 
@@ -91,63 +87,3 @@ def has_autoencoder(path: Path, config: Path) -> bool:
         return (path / "vae").is_dir() and described_kind(path).name == kind
     shapes = tensor_shapes(path)
     return kind_name(shapes) in (None, kind) and bool(vae_names(shapes))
-
-
-def require_denoiser(path: Path, missing: Sequence[str], kind: PipelineKind) -> None:
-    """Check that a file has a denoiser.
-
-    Args:
-        path: of the file.
-        missing: the parts that it lacks.
-        kind: of its pipeline.
-
-    Raises:
-        AfaError: if the denoiser is among them.
-    """
-    if kind.denoiser in missing:
-        raise AfaError(
-            "AFA-LOAD-076",
-            f"'{path}' has no denoiser in the layout of {kind.name}; a single file must have one. "
-            "List text encoders under parts, and set an autoencoder as vae.",
-        )
-
-
-def require_encoders(path: Path, kind: PipelineKind, absent: Sequence[str]) -> None:
-    """Check that only optional text encoders are missing.
-
-    Args:
-        path: of the file.
-        kind: of its pipeline.
-        absent: the text encoders that neither it nor a part has.
-
-    Raises:
-        AfaError: if a required one is missing.
-    """
-    files = layout_of(kind, path)
-    wanted = [name for name in absent if name not in files.optional]
-    if wanted:
-        common = files.common_names
-        named = [f"{name} ({common[name]})" if name in common else name for name in wanted]
-        raise AfaError(
-            "AFA-LOAD-077",
-            f"'{path}' lacks the text encoders {', '.join(named)}. Add files or a diffusers folder "
-            "with them under parts.",
-        )
-
-
-def require_autoencoder(source: str | Path, *, is_there: bool) -> None:
-    """Check that there is an autoencoder.
-
-    Args:
-        source: of the file, as given by the user.
-        is_there: whether it, or a part, has an autoencoder.
-
-    Raises:
-        AfaError: if there is none.
-    """
-    if not is_there:
-        raise AfaError(
-            "AFA-LOAD-078",
-            f"'{source}' has no autoencoder; an ensemble must have one. Set vae to a folder or a "
-            "file.",
-        )
