@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from afa.ensemble.references import ExpertReference
 from afa.files import parts_of
 from afa.loading.components import (
     load_text_encoder,
@@ -18,7 +17,7 @@ from afa.loading.components import (
 from afa.loading.expert_source import AnySource
 from afa.loading.loaded import Expert, latents_of
 from afa.loading.manifest import ExpertManifest, read_manifest
-from afa.loading.prediction import Prediction, scheduler_of
+from afa.loading.prediction import scheduler_of
 from afa.loading.single_file.load import Companions, load_single_file
 from afa.loading.sources import require_hash
 
@@ -54,75 +53,46 @@ def load_described(manifest: ExpertManifest, *, with_vae: bool = True) -> Expert
     """
     require_hash("Expert", manifest.reference, manifest.source.sha256)
     if manifest.path.is_file():
-        return _load_file(manifest, with_vae)
+        found = load_single_file(
+            manifest.path, manifest.described, manifest.companions, with_vae=with_vae
+        )
+        return _expert(manifest, found)
     with loading_model(manifest.source.source):
-        return _load_folder(manifest)
+        return _expert(manifest, _load_folder(manifest))
 
 
-def _load_file(manifest: ExpertManifest, with_vae: bool) -> Expert:
-    described, config = manifest.described, manifest.config
-    parts = load_single_file(manifest.path, described, manifest.companions, with_vae=with_vae)
-    kind = manifest.kind
-    return Expert(
-        _as_described(manifest.reference, described.prediction),
-        kind,
-        str(manifest.index["_class_name"]),
-        denoiser=parts[kind.denoiser],
-        text_encoders=_named(parts, "text_encoder"),
-        tokenizers=_named(parts, "tokenizer"),
-        scheduler=parts["scheduler"],
-        config=config,
-        vae=parts["vae"],
-        latents=latents_of(config / "vae" / "config.json"),
-        options=_options(manifest.index),
-    )
-
-
-def _as_described(reference: ExpertReference, prediction: Prediction | None) -> ExpertReference:
-    """Add the prediction type to a reference, if an ensemble folder has to store it."""
+def _expert(manifest: ExpertManifest, parts: dict[str, Any]) -> Expert:
+    """Make an expert of its loaded parts, in which optional ones may be None."""
+    prediction = manifest.described.prediction
+    # an ensemble folder has to store the prediction type that nothing else states
     kept = None if prediction is None else prediction.kept
-    return replace(reference, prediction_type=kept)
-
-
-def _named(parts: dict[str, Any], start: str) -> dict[str, Any]:
-    found = {name: part for name, part in parts.items() if name.startswith(start)}
-    return {name: part for name, part in found.items() if part is not None}
-
-
-def _options(index: dict[str, Any]) -> dict[str, Any]:
-    """Return the entries of a `model_index.json` that are not components."""
-    return {
-        name: entry
-        for name, entry in index.items()
-        if not name.startswith("_") and not isinstance(entry, list)
-    }
-
-
-def _load_folder(manifest: ExpertManifest) -> Expert:
-    """Load all parts of a pipeline folder except the autoencoder."""
-    path, kind, index = manifest.path, manifest.kind, manifest.index
-    torch_dtype, prediction = manifest.companions.torch_dtype, manifest.described.prediction
-    classes = parts_of(index)
-    encoders = [name for name in classes if name.startswith("text_encoder")]
-    # a tokenizer without its text encoder is not used
-    tokenizers = [name.replace("text_encoder", "tokenizer") for name in encoders]
+    named = {name: part for name, part in parts.items() if part is not None}
+    options = manifest.index.items()
     return Expert(
-        _as_described(manifest.reference, prediction),
-        kind,
-        str(index.get("_class_name")),
-        denoiser=load_weights(
-            kind.family.model_class, path / kind.denoiser, torch_dtype=torch_dtype
-        ),
-        text_encoders={
-            name: load_text_encoder(path / name, classes[name], torch_dtype) for name in encoders
-        },
-        tokenizers={
-            name: load_tokenizer(path / name, classes[name])
-            for name in tokenizers
-            if name in classes
-        },
-        scheduler=scheduler_of(path, prediction),
-        config=path,
-        latents=latents_of(path / "vae" / "config.json"),
-        options=_options(index),
+        replace(manifest.reference, prediction_type=kept),
+        manifest.kind,
+        str(manifest.index.get("_class_name")),
+        denoiser=parts[manifest.kind.denoiser],
+        text_encoders={n: part for n, part in named.items() if n.startswith("text_encoder")},
+        tokenizers={n: part for n, part in named.items() if n.startswith("tokenizer")},
+        scheduler=parts["scheduler"],
+        config=manifest.config,
+        vae=parts.get("vae"),
+        latents=latents_of(manifest.config / "vae" / "config.json"),
+        options={n: v for n, v in options if not n.startswith("_") and not isinstance(v, list)},
     )
+
+
+def _load_folder(manifest: ExpertManifest) -> dict[str, Any]:
+    """Load all parts of a pipeline folder except the autoencoder."""
+    path, kind, classes = manifest.path, manifest.kind, parts_of(manifest.index)
+    dtype = manifest.companions.torch_dtype
+    model_class = kind.family.model_class
+    parts = {kind.denoiser: load_weights(model_class, path / kind.denoiser, torch_dtype=dtype)}
+    for name in [name for name in classes if name.startswith("text_encoder")]:
+        parts[name] = load_text_encoder(path / name, classes[name], dtype)
+        # a tokenizer without its text encoder is not used
+        tokenizer = name.replace("text_encoder", "tokenizer")
+        if tokenizer in classes:
+            parts[tokenizer] = load_tokenizer(path / tokenizer, classes[tokenizer])
+    return {**parts, "scheduler": scheduler_of(path, manifest.described.prediction)}
