@@ -20,7 +20,6 @@ from afa.aggregators.build import site_configs
 from afa.denoisers.kinds import denoiser_of
 from afa.errors import AfaError
 from afa.files import staged, write_atomic
-from afa.loading.model_card import model_card
 from afa.loading.pipeline import load_pipeline
 from afa.loading.published import is_published, load_published
 from afa.loading.saved import ABSENT, FORMAT, read_config, saved_aggregators, source_of, sources_in
@@ -133,7 +132,7 @@ def save_ensemble(
             place / AGGREGATORS,
             save(aggregator_tensors(ensemble), metadata={"format": "pt"}),
         )
-        write_atomic(place / "README.md", model_card(config))
+        write_atomic(place / "README.md", _model_card(config))
         write_atomic(place / "config.json", json.dumps(config, indent=2) + "\n")
     return folder
 
@@ -267,3 +266,41 @@ def _written(reference: ExpertReference, folder: Path) -> dict[str, Any]:
     if reference.lora is not None:
         written["lora"]["source"] = relative_source(reference.lora.source, folder)
     return written
+
+
+def _model_card(config: dict[str, Any]) -> str:
+    """Write a model card in the hub's format from `config.json`."""
+    experts = ""
+    for expert in config["experts"]:
+        experts += f"- `{expert['source']}` (SHA-256 `{expert['sha256']}`)"
+        if (lora := expert.get("lora")) is not None:
+            experts += f" with {lora['scale']:g} of `{lora['source']}` (SHA-256 `{lora['sha256']}`)"
+        experts += "\n"
+    settings = ", ".join(f"{key} {value}" for key, value in config["aggregator"].items())
+    return f"""---
+library_name: afa
+tags: [text-to-image, diffusion, ensemble]
+---
+
+# An ensemble of {len(config["experts"])} diffusion models
+
+Adaptive Feature Aggregation (Wang et al., ICLR 2025, arXiv 2405.17082): the frozen experts below
+run side by side, and after each block a small network fuses their features with weights per pixel.
+
+## Experts
+
+{experts}
+This folder does not contain their weights.
+
+## Aggregators
+
+{settings}; {len(config["sites"])} sites.
+
+## Use
+
+    import afa
+    pipeline = afa.load_ensemble("this-folder")
+    picture = pipeline("a prompt").images[0]
+
+or `afa generate this-folder "a prompt" --output pictures`.
+"""
