@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig
 from torch.nn import functional
 
-from afa.lora.layers import Rows
+from afa.denoisers.original_names import Rows
 from afa.lora.merge import merged
 from tests.lora.models import assert_equal, by_diffusers, peft_lora, with_lora, write
 from tests.refusal import refusal

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from afa.lora.layers import Rows
+    from afa.denoisers.original_names import Rows
     from afa.lora.names import Role
 
 

@@ -1,4 +1,4 @@
-"""Parse the names of a LoRA's tensors: part, layer and role.
+"""Parse the names of a LoRA's tensors (part, layer and role), and list those of a model's layers.
 
 Trainers and converters use different names for the same tensor. Supported are:
 
@@ -15,7 +15,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+from afa.denoisers.original_names import Rows
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from afa.denoisers import Family
+    from afa.denoisers.original_names import OriginalName
 
 #: `down` and `up` are the factors of a low-rank product, `mid` the core between them (CP
 #: decomposition); `up_bias` is PEFT's `lora_bias`, `magnitude` that of DoRA; `diff` and `diff_b`
@@ -39,8 +47,9 @@ _MAGNITUDE = re.compile(rf"\.lora_magnitude_vector{_ADAPTER}(?:\.weight)?$")
 _ALPHA = re.compile(r"(?:[._]lora|\.lora_linear_layer)?\.alpha$")
 _DIFFERENCE = re.compile(r"\.(?P<kind>diff|diff_b|w_norm|b_norm)$")
 _PLAIN = re.compile(r"(?:\.base_layer|\.modules_to_save)?\.(?P<kind>weight|scale|bias)$")
-#: the numbers 0, 1, 2, ..., which the text encoder computes itself
-_HARMLESS = ".position_ids"
+#: the end of names of tensors without effect: the numbers 0, 1, 2, ..., which the text encoder
+#: computes itself
+HARMLESS = ".position_ids"
 
 
 @dataclass(frozen=True)
@@ -77,11 +86,6 @@ def parse(name: str) -> Name | None:
     if (found := _PLAIN.search(name)) and ".lora_" not in name:
         return Name(name[: found.start()], _WHOLE[found["kind"]])
     return None
-
-
-def is_harmless(name: str) -> bool:
-    """Whether a tensor has no effect."""
-    return name.endswith(_HARMLESS)
 
 
 # -- parts ------------------------------------------------------------------------------------
@@ -129,3 +133,45 @@ def split_prefix(layer: str) -> tuple[tuple[str, ...] | None, str]:
 def flat(layer: str) -> str:
     """Flatten a layer's name like kohya's scripts, to compare names of different layouts."""
     return layer.replace(".processor", "").replace(".", "_")
+
+
+# -- layers -----------------------------------------------------------------------------------
+
+_OLD_ATTENTION = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
+#: flattened name -> the layers that it combines
+Names = dict[str, tuple[Rows, ...]]
+
+
+def names_of(layers: Iterable[str], family: Family | None) -> Names:
+    """Return all names that LoRAs use for a part's layers.
+
+    These are the library's names and those of the original layouts, see
+    `afa.denoisers.original_names`.
+
+    Args:
+        layers: the library's names.
+        family: of the denoiser; None for a text encoder.
+    """
+    own = list(layers)
+    found: Names = {}
+    original = _text_encoder if family is None else family.original_layers
+    for name, rows in (*_library(own), *(original(own) if original else ())):
+        found.setdefault(flat(name), rows)
+    return found
+
+
+def _library(layers: list[str]) -> Iterator[OriginalName]:
+    for layer in layers:
+        yield layer, (Rows(layer),)
+        if layer.endswith(".to_out.0"):  # in files of attention processors
+            yield layer.removesuffix(".0"), (Rows(layer),)
+
+
+def _text_encoder(layers: list[str]) -> Iterator[OriginalName]:
+    """Yield CLIP's layers with and without `text_model.`, by the version of transformers."""
+    for layer in layers:
+        bare = layer.removeprefix("text_model.")
+        place, _, last = bare.rpartition(".")
+        for name in (bare, f"{place}.{_OLD_ATTENTION.get(last, last)}"):
+            yield name, (Rows(layer),)
+            yield f"text_model.{name}", (Rows(layer),)

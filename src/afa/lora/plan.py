@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING
 
 from afa.denoisers import FAMILIES
 from afa.errors import AfaError
-from afa.lora.layers import names_of
-from afa.lora.names import DENOISER, flat, is_harmless, parse, split_prefix
-from afa.lora.scaling import check_scaling, config_for
+from afa.lora.names import DENOISER, HARMLESS, flat, names_of, parse, split_prefix
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,9 +21,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from afa.denoisers import PipelineKind
+    from afa.denoisers.original_names import Rows
     from afa.lora.header import LoraFile
-    from afa.lora.layers import Names, Rows
-    from afa.lora.names import Role
+    from afa.lora.names import Names, Role
 
     Shape = tuple[int, ...]
 
@@ -141,7 +139,7 @@ def _by_layer(lora: LoraFile) -> dict[str, dict[Role, str]]:
     layers: defaultdict[str, dict[Role, str]] = defaultdict(dict)
     adapters: dict[str | None, str] = {}  # PEFT's adapter names, and the first tensor of each
     for name, entry in lora.header.items():
-        if is_harmless(name):
+        if name.endswith(HARMLESS):
             continue
         found = parse(name)
         if found is None:
@@ -262,7 +260,7 @@ def _check_roles(lora: LoraFile, change: Change) -> None:
             f"The LoRA '{lora.path}' lacks the factor '{lacking}' of '{change.layer}'; each "
             "product must have both. Download it again.",
         )
-    config = config_for(lora, change.layer)
+    config = lora.config_for(change.layer)
     if has and config is not None and config.get("use_dora") and "magnitude" not in roles:
         raise AfaError(
             "AFA-LORA-010",
@@ -312,7 +310,7 @@ def _check_shapes(lora: LoraFile, base: Base, change: Change) -> None:
         needs["mid"] = (inner, rank, *kernel)
         if rank == 0 or len(whole) < 2:
             raise _wrong_shape(lora, base, change, "down", whole)
-        check_scaling(lora, change.layer, rank, has_alpha="alpha" in held)
+        lora.check_scaling(change.layer, rank, has_alpha="alpha" in held)
     for role, shape in held.items():
         if role == "alpha":
             if prod(shape) != 1:

@@ -24,7 +24,6 @@ from afa.loading.components import loading_model
 from afa.loading.lora.file import hash_lora, open_lora, read_tensors
 from afa.lora.merge import merged
 from afa.lora.plan import Base, plan_changes
-from afa.lora.scaling import factor
 from afa.machine.library import library_class
 
 if TYPE_CHECKING:
@@ -121,7 +120,7 @@ def _merge(model: nn.Module, lora: LoraFile, changes: list[Change], scale: float
     for change, tensors in zip(changes, read, strict=True):
         rank = len(tensors["down"]) if "down" in tensors else 1
         alpha = tensors["alpha"].item() if "alpha" in tensors else None
-        by = factor(lora, change.layer, rank, alpha)
+        by = lora.factor(change.layer, rank, alpha)
         for name, value in merged(tensors, change.rows, parameters, by, scale):
             old = parameters[name]
             new = value.to(old)
