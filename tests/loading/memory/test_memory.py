@@ -15,7 +15,7 @@ from afa.denoisers.kinds import denoiser_of
 from afa.errors import AfaError
 from afa.loading.memory import needs as needs_module
 from afa.loading.memory.budget import choose, parse_size
-from afa.loading.memory.live import measure, peak_of
+from afa.loading.memory.live import measure
 from afa.loading.memory.needs import Needs, needs_of
 from afa.loading.pipeline import load_pipeline
 from tests.refusal import refusal
@@ -71,14 +71,14 @@ def test_the_peak_is_what_lives_at_once(device: str) -> None:
         passing = passing * 2  # 5, then 3
         return kept + passing[:256]  # a view takes nothing: 4
 
-    assert peak_of(chain) == 5 * 1024
-    assert peak_of(lambda: kilobyte.view(2, 128).add_(1)) == 0  # nothing is made
-    assert peak_of(lambda: nn.functional.relu(kilobyte)) == 1024
+    assert measure(chain)[0] == 5 * 1024
+    assert measure(lambda: kilobyte.view(2, 128).add_(1))[0] == 0  # nothing is made
+    assert measure(lambda: nn.functional.relu(kilobyte))[0] == 1024
 
 
 def test_attention_is_counted_without_its_scores() -> None:
     query = torch.empty(1, 1, 1000, 8, device="meta")
-    taken = peak_of(lambda: functional.scaled_dot_product_attention(query, query, query))
+    taken = measure(lambda: functional.scaled_dot_product_attention(query, query, query))[0]
     assert taken == query.numel() * 4
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from torch import nn
 
 from afa.denoisers.kinds import kind_of
@@ -22,9 +21,9 @@ from afa.errors import AfaError
 from afa.files import parts_of, read_json
 from afa.loading.components import loading_model
 from afa.loading.lora.file import hash_lora, open_lora, read_tensors
+from afa.loading.single_file.conversion import model_class_of, without_data
 from afa.lora.merge import merged
 from afa.lora.plan import Base, plan_changes
-from afa.machine.library import library_class
 
 if TYPE_CHECKING:
     from afa.loading.expert_source import ExpertSource
@@ -87,15 +86,12 @@ def check_lora(asked: ExpertSource, config: Path, *, with_values: bool = True) -
     index = read_json(config / "model_index.json")
     kind = kind_of(str(index.get("_class_name")), asked.source)
     models: dict[str, nn.Module] = {}
-    with loading_model(asked.source), torch.device("meta"):
-        models[kind.denoiser] = kind.family.model_class.from_config(
-            read_json(config / kind.denoiser / "config.json")
-        )
-        for name, class_name in parts_of(index).items():
-            if name.startswith("text_encoder"):
-                encoder: Any = library_class(transformers, class_name, transformers.PreTrainedModel)
-                place = config / name / "config.json"
-                models[name] = encoder(encoder.config_class.from_json_file(str(place)))
+    with loading_model(asked.source):
+        encoders = [part for part in parts_of(index) if part.startswith("text_encoder")]
+        classes = {part: model_class_of(part, config) for part in encoders}
+        for part, model_class in {kind.denoiser: kind.family.model_class, **classes}.items():
+            settings = read_json(config / part / "config.json")
+            models[part] = without_data(model_class, settings)
     changes = plan_changes(lora, Base.of(asked.source, kind, models), asked.scale)
     if with_values:
         for _ in read_tensors(lora, (change.tensors for change in changes)):

@@ -17,17 +17,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-def peak_of(function: Callable[[], object]) -> int:
-    """Return the peak bytes of all tensors that a function creates.
+def measure(function: Callable[[], object]) -> tuple[int, int]:
+    """Return the peak bytes of all tensors that a function creates, and its operations.
 
     Args:
         function: is run without gradients, usually with tensors on the meta device.
     """
-    return measure(function)[0]
-
-
-def measure(function: Callable[[], object]) -> tuple[int, int]:
-    """Return the result of `peak_of`, and the floating-point operations of the computation."""
     with torch.no_grad(), _Live() as live, _Attention() as attention:
         function()
     return live.peak, live.flops + attention.flops

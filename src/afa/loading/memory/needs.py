@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
-import transformers
 from diffusers import AutoencoderKL
 from torch import nn
 
@@ -26,8 +25,8 @@ from afa.denoisers import Execution, Feature, discover_sites, run_lockstep
 from afa.denoisers.kinds import kind_of
 from afa.errors import AfaError
 from afa.files import cache_folder, parts_of, read_json, write_atomic
-from afa.loading.memory.live import kept_by, measure, peak_of
-from afa.machine.library import library_class
+from afa.loading.memory.live import kept_by, measure
+from afa.loading.single_file.conversion import model_class_of, without_data
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -132,8 +131,7 @@ def needs_of(
             f"'{config}' has no vae/config.json, which a memory plan requires. Copy it from the "
             "model that supplies the autoencoder, or remove the memory budget.",
         )
-    index = read_json(config / "model_index.json")
-    class_name = str(index.get("_class_name"))
+    class_name = str(read_json(config / "model_index.json").get("_class_name"))
     kind = kind_of(class_name, config)
     found = measure_cached(
         class_name,
@@ -151,7 +149,7 @@ def needs_of(
         layers=num_experts * found.layers,
         largest=found.largest,
         rest=num_experts * found.rest,
-        encoders=encoder_sets * sum(_encoder_bytes(config, index, dtype)),
+        encoders=encoder_sets * _encoder_bytes(config, dtype),
         others=found.others,
         work=max(found.step * batch * picture // found.cells, found.decoding * picture // _SIDE**2),
         flops=found.flops * batch * picture // found.cells,
@@ -267,7 +265,7 @@ def measure_models(
         step=step,
         cells=cells,
         flops=flops,
-        decoding=peak_of(lambda: vae.decode(torch.empty(latent, device="meta", dtype=dtype))),
+        decoding=measure(lambda: vae.decode(torch.empty(latent, device="meta", dtype=dtype)))[0],
         native=height * width * shrink**2,
         shrink=shrink,
     )
@@ -345,14 +343,11 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if is_float else value
 
 
-def _encoder_bytes(config: Path, index: dict[str, Any], dtype: torch.dtype) -> list[int]:
-    """Return the bytes of every text encoder of one model."""
-    sizes = []
-    for name, class_name in parts_of(index).items():
-        if not name.startswith("text_encoder"):
-            continue
-        encoder_class = library_class(transformers, class_name, transformers.PreTrainedModel)
-        settings = encoder_class.config_class.from_json_file(str(config / name / "config.json"))
-        with torch.device("meta"):
-            sizes.append(_bytes(encoder_class(settings).to(dtype)))
-    return sizes
+def _encoder_bytes(config: Path, dtype: torch.dtype) -> int:
+    """Return the bytes of all text encoders of one model."""
+    size = 0
+    for part in parts_of(read_json(config / "model_index.json")):
+        if part.startswith("text_encoder"):
+            settings = read_json(config / part / "config.json")
+            size += _bytes(without_data(model_class_of(part, config), settings).to(dtype))
+    return size

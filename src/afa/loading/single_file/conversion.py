@@ -132,9 +132,9 @@ def expected_shapes(part: str, config: Path) -> dict[str, tuple[int, ...]]:
     Raises:
         AfaError: if the configuration does not describe a model.
     """
-    settings = read_json(config / part / "config.json")
+    settings = json.dumps(read_json(config / part / "config.json"), sort_keys=True)
     try:
-        return dict(_expected(model_class_of(part, config), json.dumps(settings, sort_keys=True)))
+        return dict(_expected(model_class_of(part, config), settings))
     except NO_MODEL as error:
         if isinstance(error, AfaError) or is_own_bug(error):
             raise
@@ -148,10 +148,13 @@ def expected_shapes(part: str, config: Path) -> dict[str, tuple[int, ...]]:
 
 @lru_cache(maxsize=32)
 def _expected(model_class: Any, settings: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    found = json.loads(settings)
+    model = without_data(model_class, json.loads(settings))
+    return tuple((name, tuple(tensor.shape)) for name, tensor in model.state_dict().items())
+
+
+def without_data(model_class: Any, settings: dict[str, Any]) -> Any:
+    """Build a model of either library from its configuration, on the meta device."""
     with torch.device("meta"):
         if issubclass(model_class, diffusers.ModelMixin):
-            model: Any = model_class.from_config(found)
-        else:
-            model = model_class(model_class.config_class.from_dict(found))
-    return tuple((name, tuple(tensor.shape)) for name, tensor in model.state_dict().items())
+            return model_class.from_config(settings)
+        return model_class(model_class.config_class.from_dict(settings))
