@@ -97,11 +97,19 @@ def account(
         if parts is not None and part not in parts:
             continue
         if part not in named or (part == "vae" and not own_vae):
-            _count_unused(unused, names.values(), source, left_out=bool(part))
+            for name in names.values():
+                why = harmless(name) or (part and _LEFT_OUT)
+                if not why:
+                    raise AfaError(
+                        "AFA-LOAD-066",
+                        f"'{name}' in '{source}' belongs to no part of the supported models "
+                        f"({readable_kinds()}); every tensor of a file must be used. Use the model "
+                        "without this addition, or save it as a diffusers folder.",
+                    )
+                unused[why] += 1
             continue
         is_diffusers = part == kind.denoiser and denoiser is not None and denoiser.is_diffusers
-        free = account_part(part, names, shapes, config, source, is_diffusers=is_diffusers)
-        _count_unused(unused, free, source, encoder=part.startswith("text_encoder"))
+        unused.update(account_part(part, names, shapes, config, source, is_diffusers=is_diffusers))
     return dict(unused)
 
 
@@ -124,7 +132,7 @@ def account_part(
         source: the file, for errors.
         is_diffusers: whether a denoiser already has diffusers' names.
 
-    Returns: the names in the file of unused tensors, which have no effect.
+    Returns: why each unused tensor has no effect.
 
     Raises:
         AfaError: see `account`.
@@ -151,7 +159,7 @@ def _fit(
 ) -> list[str]:
     """Compare a part's converted tensors with its configuration.
 
-    Returns: the file's tensors that are in no parameter.
+    Returns: why each tensor that is in no parameter has no effect.
     """
     kind, expected = described_kind(config), expected_shapes(part, config)
     if part.startswith("text_encoder"):
@@ -160,8 +168,8 @@ def _fit(
         state = {name.removeprefix("text_model."): tensor for name, tensor in state.items()}
     used = {name for key, t in state.items() if key in expected for name in _sources(t)}
     missing = [name for name in expected if name not in state and not _is_implied(name, expected)]
-    unused = [name for name in names if name not in used]
-    unknown = [name for name in unused if not _is_harmless(name, part.startswith("text_encoder"))]
+    unused = {name: _why_unused(name, part) for name in names if name not in used}
+    unknown = [name for name, why in unused.items() if why is None]
     wrong = [
         f"'{min(_sources(state[name]), default=name)}' gives {name} the shape "
         f"{tuple(state[name].shape)}, expected {shape}"
@@ -182,7 +190,7 @@ def _fit(
         if missing:
             problems.append(f"{len(missing)} missing parameters (first: '{min(missing)}')")
         raise _misfit(source, config, part, "; ".join([*problems, *wrong[:1]]))
-    return unused
+    return [why for why in unused.values() if why is not None]
 
 
 def _misfit(source: object, config: Path, part: str, problems: str) -> AfaError:
@@ -213,12 +221,11 @@ def _is_implied(name: str, expected: Shapes) -> bool:
     return name == "encoder.embed_tokens.weight" or (name == PROJECTION and is_square)
 
 
-def _is_harmless(name: str, is_encoder: bool) -> bool:
-    return harmless(name) is not None or (is_encoder and _unused_encoder(name) is not None)
-
-
-def _unused_encoder(name: str) -> str | None:
-    """Return why a text encoder's tensor has no effect; None if it should be used."""
+def _why_unused(name: str, part: str) -> str | None:
+    """Return why a tensor of a part has no effect; None if it should be used."""
+    why = harmless(name)
+    if why is not None or not part.startswith("text_encoder"):
+        return why
     if name.startswith(_UNUSED_LAYER):
         return "last layer of the text encoder, which Stable Diffusion 2 skips"
     if name.endswith(("text_projection", PROJECTION)):
@@ -226,28 +233,6 @@ def _unused_encoder(name: str) -> str | None:
     if name.endswith("encoder.embed_tokens.weight"):
         return "second copy of T5's embedding"
     return None
-
-
-def _count_unused(
-    unused: Counter[str],
-    names: Iterable[str],
-    source: object,
-    *,
-    encoder: bool = False,
-    left_out: bool = False,
-) -> None:
-    for name in names:
-        why = harmless(name) or (_unused_encoder(name) if encoder else None)
-        if why is None and left_out:
-            why = _LEFT_OUT
-        if why is None:
-            raise AfaError(
-                "AFA-LOAD-066",
-                f"'{name}' in '{source}' belongs to no part of the supported models "
-                f"({readable_kinds()}); every tensor of a file must be used. Use the model without "
-                "this addition, or save it as a diffusers folder.",
-            )
-        unused[why] += 1
 
 
 def _block_counts(
