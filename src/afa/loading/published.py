@@ -32,8 +32,6 @@ from afa.loading.weights import check_safetensors, hash_files, weights_in
 from afa.machine.damaged import loading
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from diffusers import DiffusionPipeline
 
 _CONFIG = "model_config.json"
@@ -153,17 +151,46 @@ def published_experts(folder: Path) -> list[tuple[Path, Path]]:
 
 
 def published_aggregators(folder: Path) -> SABWConfig:
-    """Return the settings that all aggregators share.
+    """Return the settings of all aggregators, which may differ only in their channels.
 
     Raises:
-        AfaError: if a configuration is missing or damaged; see also `_shared_config`.
+        AfaError: if they differ otherwise, are for another number of experts, or are invalid; or if
+            a configuration is missing or damaged.
     """
     settings = _read(folder / _CONFIG, _Ensemble)
+    count = settings.num_models
     configs = [
         _read(_aggregator(folder, n) / "config.json", _Aggregator)
         for n in range(settings.num_aggregators)
     ]
-    return _shared_config(configs, settings.num_models, folder)
+    numbers = {c.num_experts for c in configs}
+    if numbers != {count}:
+        raise AfaError(
+            "AFA-LOAD-054",
+            f"The aggregators in '{folder}' are for {', '.join(map(str, sorted(numbers)))} "
+            f"experts; they must be for its {count} experts. Copy the folder again.",
+        )
+    sizes = {(c.hidden_size, c.num_layers, c.num_attn_heads) for c in configs}
+    if len(sizes) > 1:
+        raise AfaError(
+            "AFA-LOAD-055",
+            f"The aggregators in '{folder}' have the sizes {sorted(sizes)}; these must be equal. "
+            "Copy the folder again.",
+        )
+    hidden_size, num_layers, num_heads = sizes.pop()
+    try:
+        return SABWConfig(
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            norm_num_groups=_NUM_GROUPS,
+            hidden_ratio=None,
+            min_scale=1,
+        )
+    except AfaError as error:
+        raise AfaError(
+            "AFA-LOAD-056", f"The aggregators in '{folder}' cannot be built: {error}"
+        ) from error
 
 
 def _load_experts(folder: Path, torch_dtype: torch.dtype) -> list[Expert]:
@@ -199,42 +226,6 @@ def _load_experts(folder: Path, torch_dtype: torch.dtype) -> list[Expert]:
             )
         additional.append(expert)
     return [first, *additional]
-
-
-def _shared_config(configs: Sequence[_Aggregator], count: int, folder: Path) -> SABWConfig:
-    """Return the settings of all aggregators, which may differ only in their channels.
-
-    Raises:
-        AfaError: if they differ otherwise, are for another number of experts, or are invalid.
-    """
-    numbers = {c.num_experts for c in configs}
-    if numbers != {count}:
-        raise AfaError(
-            "AFA-LOAD-054",
-            f"The aggregators in '{folder}' are for {', '.join(map(str, sorted(numbers)))} "
-            f"experts; they must be for its {count} experts. Copy the folder again.",
-        )
-    sizes = {(c.hidden_size, c.num_layers, c.num_attn_heads) for c in configs}
-    if len(sizes) > 1:
-        raise AfaError(
-            "AFA-LOAD-055",
-            f"The aggregators in '{folder}' have the sizes {sorted(sizes)}; these must be equal. "
-            "Copy the folder again.",
-        )
-    hidden_size, num_layers, num_heads = sizes.pop()
-    try:
-        return SABWConfig(
-            hidden_size=hidden_size,
-            num_layers=num_layers,
-            num_heads=num_heads,
-            norm_num_groups=_NUM_GROUPS,
-            hidden_ratio=None,
-            min_scale=1,
-        )
-    except AfaError as error:
-        raise AfaError(
-            "AFA-LOAD-056", f"The aggregators in '{folder}' cannot be built: {error}"
-        ) from error
 
 
 def _aggregator(folder: Path, number: int) -> Path:
