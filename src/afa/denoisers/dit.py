@@ -25,8 +25,6 @@ from afa.denoisers.tokens import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from torch import Tensor, nn
 
 
@@ -97,14 +95,6 @@ def dit_example(transformer: DiTTransformer2DModel) -> dict[str, Any]:
     }
 
 
-def _split(
-    model: Any, arguments: Mapping[str, Any], widths: Widths, count: int
-) -> list[dict[str, Any]]:
-    """Give all experts the same arguments; each embeds the class itself."""
-    del model, widths
-    return [dict(arguments)] * count
-
-
 DIT = Family(
     name="dit",
     model_class=DiTTransformer2DModel,
@@ -115,7 +105,8 @@ DIT = Family(
     check=lambda model: require_blocks(model, {"transformer_blocks": "BasicTransformerBlock"}),
     example=dit_example,
     widths=lambda _: Widths(()),
-    split=_split,
+    # each expert embeds the class itself
+    split=lambda _model, arguments, _widths, count: [dict(arguments)] * count,
     attention_kwargs="cross_attention_kwargs",
     prompt="class_labels",
     repeated_blocks=("BasicTransformerBlock",),

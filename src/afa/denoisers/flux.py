@@ -195,7 +195,8 @@ def flux_example(transformer: FluxTransformer2DModel) -> dict[str, Any]:
     return example
 
 
-def _widths(transformer: FluxTransformer2DModel) -> Widths:
+def joint_widths(transformer: Any) -> Widths:
+    """The widths of the two texts of a transformer with joint attention."""
     config = transformer.config
     return Widths((config.joint_attention_dim,), (config.pooled_projection_dim,))
 
@@ -366,7 +367,7 @@ FLUX = Family(
     layers=lambda model: [*model.transformer_blocks, *model.single_transformer_blocks],
     check=lambda model: require_blocks(model, _BLOCKS),
     example=flux_example,
-    widths=_widths,
+    widths=joint_widths,
     split=_split,
     batches_guidance=False,
     timestep_divisor=_TIMESTEP_DIVISOR,

@@ -25,8 +25,6 @@ from afa.denoisers.tokens import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from torch import Tensor, nn
 
     from afa.denoisers.family import Conditions, Shapes
@@ -135,13 +133,6 @@ def _widths(transformer: PixArtTransformer2DModel) -> Widths:
     return Widths((config.caption_channels or config.cross_attention_dim,))
 
 
-def _split(
-    model: Any, arguments: Mapping[str, Any], widths: Widths, count: int
-) -> list[dict[str, Any]]:
-    del model
-    return split_text(arguments, widths, count)
-
-
 def _canonical_config(config: dict[str, Any]) -> None:
     fill_out_channels(config)
     if config["use_additional_conditions"] is None:
@@ -201,7 +192,7 @@ PIXART = Family(
     check=lambda model: require_blocks(model, {"transformer_blocks": "BasicTransformerBlock"}),
     example=pixart_example,
     widths=_widths,
-    split=_split,
+    split=lambda _, *given: split_text(*given),
     attention_kwargs="cross_attention_kwargs",
     text_mask="encoder_attention_mask",
     repeated_blocks=("BasicTransformerBlock",),

@@ -26,7 +26,7 @@ from afa.denoisers.family import (
     split_joined,
     split_pooled,
 )
-from afa.denoisers.flux import own_attention_kwargs
+from afa.denoisers.flux import joint_widths, own_attention_kwargs
 from afa.denoisers.original_names import Rows, depth, joined_blocks, outside
 from afa.denoisers.tokens import (
     TEXT,
@@ -138,11 +138,6 @@ def sd3_example(transformer: SD3Transformer2DModel) -> dict[str, Any]:
     }
 
 
-def _widths(transformer: SD3Transformer2DModel) -> Widths:
-    config = transformer.config
-    return Widths((config.joint_attention_dim,), (config.pooled_projection_dim,))
-
-
 def _split(
     transformer: SD3Transformer2DModel,
     arguments: Mapping[str, Any],
@@ -150,7 +145,7 @@ def _split(
     count: int,
 ) -> list[dict[str, Any]]:
     """Split the joined text: CLIP tokens [encoder 1 of all | encoder 2 of all | 0], then T5's."""
-    text, (width,) = arguments["encoder_hidden_states"], _widths(transformer).text
+    text, (width,) = arguments["encoder_hidden_states"], joint_widths(transformer).text
     if text.shape[-1] == width or not widths.num_clip_tokens:
         texts = split_joined("text embedding", text, (width,), count)
     else:
@@ -307,7 +302,7 @@ SD3 = Family(
     layers=lambda model: list(model.transformer_blocks),
     check=lambda model: require_blocks(model, {"transformer_blocks": "JointTransformerBlock"}),
     example=sd3_example,
-    widths=_widths,
+    widths=joint_widths,
     split=_split,
     repeated_blocks=("JointTransformerBlock",),
     original_blocks=("joint_blocks",),
