@@ -307,15 +307,3 @@ def check_experts(experts: Sequence[Expert], *, allow_duplicates: bool = False) 
     """
     facts = [facts_of(expert) for expert in experts]
     require_none_wrong(compare(facts, allow_duplicates=allow_duplicates))
-
-
-def check_facts(experts: Sequence[Facts]) -> None:
-    """Check the same before anything is loaded; duplicate weights are not detected.
-
-    Args:
-        experts: the facts of each expert once.
-
-    Raises:
-        AfaError: see `check_experts`.
-    """
-    require_none_wrong(compare(experts))

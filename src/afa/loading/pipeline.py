@@ -16,9 +16,10 @@ from afa.ensemble.placement.streaming import LayerStream
 from afa.ensemble.references import Provenance
 from afa.ensemble.text import EnsembleTextEncoder, first_equal, share_equal
 from afa.errors import AfaError
-from afa.loading.compare import check_experts, check_facts
+from afa.loading.compare import check_experts, compare
 from afa.loading.expert import load_described
 from afa.loading.expert_source import AnySource, ExpertSource, absolute_config, first_folder
+from afa.loading.finding import require_none_wrong
 from afa.loading.loaded import Expert
 from afa.loading.lora import lora_expert, shared_copy
 from afa.loading.manifest import ExpertManifest, read_manifest
@@ -165,7 +166,7 @@ def _check_before(
     Returns: the marks of all weight files, before any is read; see `afa.files.Mark`.
 
     Raises:
-        AfaError: see `check_facts` and `ExpertManifest.require_whole`.
+        AfaError: see `check_experts` and `ExpertManifest.require_whole`.
     """
     files: list[Path] = []
     for expert in experts:
@@ -173,7 +174,7 @@ def _check_before(
         if expert.source.lora is not None:
             files.append(Path(expert.source.lora).expanduser())
     bases = {expert.source.base: expert for expert in experts}
-    check_facts([expert.facts for expert in bases.values()])
+    require_none_wrong(compare([expert.facts for expert in bases.values()]))
     for number, expert in enumerate(experts):
         expert.require_whole(with_autoencoder=number == 0 and vae is None)
     places = [experts[0].path / "vae"]
