@@ -121,7 +121,6 @@ def require_place_for_folder(folder: Path, what: str) -> None:
     """Check that a folder can be written, without creating it.
 
     Args:
-        folder: to be written.
         what: its purpose, with an article, for the error.
 
     Raises:
@@ -302,10 +301,6 @@ def require_readable(path: Path, limit: int) -> None:
 def read_text(path: Path, limit: int) -> str:
     """Read a UTF-8 text file of at most `limit` bytes, without byte order mark.
 
-    Args:
-        path: of a regular file.
-        limit: bytes.
-
     Raises:
         OSError: if it cannot be read.
         ValueError: if it is too large, not a regular file, or not UTF-8.
@@ -321,7 +316,6 @@ def read_json(path: Path, limit: int = MAX_JSON) -> dict[str, Any]:
     """Read a JSON object from a file; it is cached until the file changes.
 
     Args:
-        path: of a regular file.
         limit: maximum bytes.
 
     Raises:

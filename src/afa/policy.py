@@ -134,7 +134,6 @@ def require_within(path: str | Path, folder: Path, said_by: str) -> None:
 
     Args:
         path: absolute.
-        folder: of the recipe.
         said_by: the source of the path, for the error.
 
     Raises:

@@ -144,7 +144,6 @@ def resolve_source(source: str, folder: Path) -> str:
 
     Args:
         source: a path, a hub id or a `zoo:` name.
-        folder: of the recipe.
 
     Raises:
         AfaError: if the recipe may not access the path; see `afa.policy`.

@@ -28,8 +28,6 @@ def difference(
     """Find the first entry of two configurations that makes the architectures differ.
 
     Args:
-        first: the first configuration.
-        other: the other configuration.
         model_class: the diffusers class of both, which defines the defaults; None compares the
             entries as they are written.
 
@@ -98,7 +96,6 @@ def canonical(config: Mapping[str, Any], model_class: Any = None) -> dict[str, A
     """Bring a denoiser's configuration into the canonical form in which architectures are compared.
 
     Args:
-        config: the configuration of a file or a model.
         model_class: the diffusers class, which defines the defaults; None adds no defaults.
 
     Returns: a copy with tuples for lists, with defaults, without entries that the class does not

@@ -44,12 +44,10 @@ def dit_blocks(
     timestep embedding, to which the model adds the class embedding.
 
     Args:
-        transformer: the expert.
         hidden_states: noisy latent [B, C, S, S]; diffusers supports only squares.
         timestep: [B].
         class_labels: [B].
         cross_attention_kwargs: arguments of the attention processors.
-        execution: runs the blocks.
 
     Yields: features [B, C', S / P, S / P], where P is the patch size.
 

@@ -81,7 +81,6 @@ def flux_blocks(
     ControlNet residuals are added after a site.
 
     Args:
-        transformer: the expert.
         hidden_states: packed noisy latent [B, H * W, C]; `img_ids` defines its grid.
         encoder_hidden_states: text embedding [B, L, D].
         pooled_projections: pooled text embedding [B, D'].
@@ -93,7 +92,6 @@ def flux_blocks(
         controlnet_block_samples: a ControlNet's residuals for the double-stream blocks.
         controlnet_single_block_samples: the same for the single-stream blocks.
         controlnet_blocks_repeat: whether the blocks use the double-stream residuals in turn.
-        execution: runs the blocks.
 
     Yields: features [B, C, H, W] of the image and [B, C, L, 1] of the text.
 

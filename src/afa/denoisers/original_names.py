@@ -65,10 +65,5 @@ def joined_blocks(
 
 
 def depth(blocks: str, known: set[str]) -> int:
-    """The number of blocks of a model.
-
-    Args:
-        blocks: the start of the blocks' names.
-        known: the names of the model's layers.
-    """
+    """The number of blocks of a model, from the names of its layers."""
     return len({name.split(".")[1] for name in known if name.startswith(f"{blocks}.")})

@@ -48,7 +48,6 @@ def pixart_blocks(
     learned variance if there is one. The text has no stream; blocks read it by cross attention.
 
     Args:
-        transformer: the expert.
         hidden_states: noisy latent [B, C, H, W].
         encoder_hidden_states: text embedding [B, L, D].
         timestep: [B].
@@ -56,7 +55,6 @@ def pixart_blocks(
         cross_attention_kwargs: arguments of the attention processors.
         attention_mask: mask of the image tokens [B, K], 1 keeps.
         encoder_attention_mask: mask of the text [B, L], 1 keeps; or a bias of scores [B, 1, L].
-        execution: runs the blocks.
 
     Yields: features [B, C', H / P, W / P], where P is the patch size.
 

@@ -67,7 +67,6 @@ def sd3_blocks(
     `flux_blocks` for the text stream. ControlNet residuals are added after a site.
 
     Args:
-        transformer: the expert.
         hidden_states: noisy latent [B, C, H, W].
         encoder_hidden_states: text embedding [B, L, D].
         pooled_projections: pooled text embedding [B, D'].
@@ -75,7 +74,6 @@ def sd3_blocks(
         block_controlnet_hidden_states: a ControlNet's residuals.
         joint_attention_kwargs: arguments of the attention processors; IP-Adapter images.
         skip_layers: numbers of blocks that do not run and have no sites (skip-layer guidance).
-        execution: runs the blocks.
 
     Yields: features [B, C', H / P, W / P] of the image and [B, C', L, 1] of the text, where P is
         the patch size.

@@ -75,7 +75,6 @@ def require_blocks(model: nn.Module, kinds: Mapping[str, str]) -> None:
     """Check that a transformer has only blocks that its coroutine supports.
 
     Args:
-        model: the expert.
         kinds: the name of each list of blocks -> the class name that its blocks must have.
 
     Raises:

@@ -84,7 +84,6 @@ def unet_blocks(
     T2I-Adapters are added after a site, so aggregators see features like those in training.
 
     Args:
-        unet: the expert.
         sample: noisy latent [B, C, H, W].
         timestep: one for all, or [B].
         encoder_hidden_states: text embedding [B, L, D].
@@ -98,7 +97,6 @@ def unet_blocks(
         mid_block_additional_residual: a ControlNet's, for the mid block.
         down_intrablock_additional_residuals: a T2I-Adapter's, one per down block.
         encoder_attention_mask: [B, L], true keeps a token of the text and false discards it.
-        execution: runs the layers of the blocks.
 
     Yields: the feature [B, C', H', W'] of each site; the fused one must be sent back.
 

@@ -17,12 +17,7 @@ if TYPE_CHECKING:
 
 
 def compare(experts: Sequence[Facts], *, allow_duplicates: bool = False) -> Iterator[Finding]:
-    """Find all differences that prevent or impair an ensemble, the most basic first.
-
-    Args:
-        experts: the facts of all experts.
-        allow_duplicates: whether the same expert may be listed twice.
-    """
+    """Find all differences that prevent or impair an ensemble, the most basic first."""
     if not allow_duplicates:
         yield from _duplicates(experts)
     for other in experts[1:]:
@@ -297,10 +292,6 @@ _CHECKS: tuple[Callable[[Facts, Facts], Finding | None], ...] = (
 
 def check_experts(experts: Sequence[Expert], *, allow_duplicates: bool = False) -> None:
     """Check that loaded experts can be ensembled.
-
-    Args:
-        experts: all of them.
-        allow_duplicates: whether the same expert may be listed twice.
 
     Raises:
         AfaError: if they differ; the first difference, the expert that has it and its effect.

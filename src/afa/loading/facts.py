@@ -119,16 +119,15 @@ def _schedule(scheduler: Any) -> dict[str, Any]:
 
 
 def read_facts(source: str, described: Described, *, path: Path | None = None) -> Facts:
-    """Of an expert that is not: no weights are read.
+    """Return the facts about an expert from its files, without reading weights.
 
     Args:
-        source: as it was named.
-        described: the pipeline's folder that describes it (its own, where it is a folder), and what
-            it predicts.
-        path: where it is; a single file may leave parts out.
+        source: as named by the user.
+        described: the pipeline folder that describes it, and what it predicts.
+        path: of the expert; a single file may lack parts.
 
     Raises:
-        AfaError: a folder that is incomplete, damaged or of no known kind.
+        AfaError: if the folder is incomplete, damaged or of an unknown kind.
     """
     folder, is_file = described.config, path is not None and path.is_file()
     index = read_json(folder / "model_index.json")

@@ -88,9 +88,6 @@ class ExpertManifest:
     def require_whole(self, *, with_autoencoder: bool) -> None:
         """Check, from headers alone, that every missing part is supplied by another file.
 
-        Args:
-            with_autoencoder: whether its autoencoder is needed.
-
         Raises:
             AfaError: if the denoiser, a required text encoder or the autoencoder is missing.
         """
@@ -110,7 +107,6 @@ def read_manifest(source: AnySource, companions: Companions) -> ExpertManifest:
     """Locate and identify an expert.
 
     Args:
-        source: the expert.
         companions: parts missing in single files, for all experts.
 
     Raises:

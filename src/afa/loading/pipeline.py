@@ -284,7 +284,6 @@ def load_single(
     Args:
         source: see `load_expert`; or a LoRA on such a model.
         companions: parts missing in a single file; see `load_expert`.
-        torch_dtype: of all weights.
 
     Returns: a stock pipeline, and the reference of the model.
 

@@ -111,7 +111,6 @@ def evidence_of(path: Path, shapes: Shapes, *, beside: Path | None = None) -> li
 
     Args:
         path: of the file; if it does not exist, only `shapes` are used.
-        shapes: of all tensors of the file.
         beside: the file whose `.yaml` is read, if not `path`: pickles are read from a copy.
 
     Raises:
@@ -215,7 +214,6 @@ def decide(
     """Decide what a model predicts, from all evidence.
 
     Args:
-        source: the model, for errors.
         config: the pipeline folder that describes it.
         evidence: of its file; empty for a folder.
         asked: the recipe's setting, which overrides everything else.

@@ -22,8 +22,6 @@ def warnings_of_plan(
 
     Args:
         plan: of an evaluation, a search or an ensemble.
-        prompts: all of them.
-        negative_prompt: for all of them.
         guidance: see `afa.loading.truncation.prompt_warnings`.
 
     Raises:

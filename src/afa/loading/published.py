@@ -70,11 +70,6 @@ def load_published(
 ) -> DiffusionPipeline:
     """Load an ensemble of the published code, with its experts, into a stock pipeline.
 
-    Args:
-        folder: see `is_published`.
-        torch_dtype: of experts and autoencoder.
-        device: for all components.
-
     Raises:
         AfaError: if the folder is damaged, or its aggregators do not fit its experts.
     """

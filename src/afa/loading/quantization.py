@@ -48,7 +48,6 @@ def quantize_linear(model: nn.Module, weights: Weights) -> None:
 
     Args:
         model: in any floating-point type, in which it continues to compute.
-        weights: the kind of storage.
     """
     from torchao import quantization
 

@@ -183,9 +183,6 @@ def prompt_warnings(
     """Return warnings about prompts before pictures are drawn, one line each.
 
     Args:
-        limits: see `limits_of`.
-        prompts: all of them.
-        negative_prompt: for all of them.
         guidance: scale of classifier-free guidance; without it the negative prompt has no effect.
         kind: of the pipeline, which may not support negative prompts; None: it does.
     """

@@ -37,7 +37,6 @@ def merged(
         rows: the layers, whose rows are concatenated in the tensors.
         parameters: of the complete part, by name.
         factor: alpha / rank.
-        scale: of the change.
 
     Returns: names and new values in float32.
     """

@@ -91,9 +91,6 @@ def plan_changes(
     """Assign every tensor of a LoRA to layers of its base.
 
     Args:
-        lora: its file.
-        base: its base.
-        scale: of the LoRA.
         is_merged: whether it is merged into the base's parameters, not computed separately.
 
     Raises:

@@ -74,7 +74,6 @@ def metadata_json(opened: Any, key: str) -> Any:
 
     Args:
         opened: by `safetensors.safe_open`.
-        key: of the metadata.
 
     Raises:
         Unreadable: if the key is missing, or its value is not JSON.
@@ -94,7 +93,6 @@ def is_own_bug(error: BaseException, *also: type[Exception]) -> bool:
     An exception of a compiled function is attributed to the line that called it.
 
     Args:
-        error: the caught exception.
         also: further types that are always about a file.
     """
     if isinstance(error, (AfaError, *_OF_FILES, *also)):

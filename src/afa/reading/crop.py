@@ -26,7 +26,6 @@ def scale_and_crop(
         picture: RGB.
         scaled: width and height of the complete scaled picture.
         crop: left, top, right and bottom in the scaled picture.
-        resample: filter.
     """
     left, top, right, bottom = crop
     width, height = scaled

@@ -27,7 +27,6 @@ def apply_profile(picture: Image.Image, profile: bytes) -> tuple[Image.Image, bo
 
     Args:
         picture: of mode RGB, L or CMYK.
-        profile: the embedded ICC profile.
 
     Raises:
         UnusableProfile: if it cannot be applied.

@@ -57,7 +57,6 @@ class Tally:
 
         Args:
             picture: its number or name.
-            conversions: of this picture.
 
         Returns: the conversions that no earlier picture had.
         """

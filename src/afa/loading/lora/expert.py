@@ -37,7 +37,6 @@ def lora_expert(base: Expert, asked: ExpertSource) -> Expert:
 
     Args:
         base: loaded; it is not changed.
-        asked: the LoRA and its scale.
 
     Raises:
         AfaError: if the file is missing, a pickle, damaged or not a LoRA, or has a tensor that
@@ -74,7 +73,6 @@ def check_lora(asked: ExpertSource, config: Path, *, with_values: bool = True) -
     """Raise the errors of `lora_expert`, without the base's weights.
 
     Args:
-        asked: the LoRA and its base.
         config: the pipeline folder that describes the base.
         with_values: whether to check the LoRA's values for NaN or infinity, too.
 

@@ -98,7 +98,6 @@ def read_tensors(lora: LoraFile, entries: Iterable[Mapping[K, str]]) -> Iterator
     """Yield the tensors of each entry in float32, one entry at a time.
 
     Args:
-        lora: the file.
         entries: names of tensors, by any key.
 
     Raises:

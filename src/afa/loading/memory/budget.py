@@ -81,9 +81,7 @@ def choose(
     """Choose the fastest place that fits.
 
     Args:
-        needs: of the ensemble.
         budget: usable bytes of the device's memory, including this process's own.
-        device: that computes.
         can_stream: whether layers may be stored in a file.
 
     Raises:

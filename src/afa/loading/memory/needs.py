@@ -113,14 +113,12 @@ def needs_of(
 
     Args:
         config: a pipeline folder, of which only the configurations are read.
-        num_experts: N.
         aggregators: of all sites; None for the mean.
         encoder_sets: number of different sets of text encoders.
         dtype: of experts, text encoders and autoencoder.
         pixels: height times width of a picture; None for the experts' native resolution.
         batch: of a step; guidance doubles it.
         weight_bits: bits of the experts' linear weights; None if they are not quantised.
-        training: settings of the aggregators' training; None for drawing.
 
     Raises:
         AfaError: if the model is of an unknown kind, or its autoencoder's configuration is missing.

@@ -37,11 +37,8 @@ def plan_experts(
     A LoRA is counted as a complete expert, which is more than it needs.
 
     Args:
-        experts: all of them.
         aggregators: of all sites; None for the mean.
-        dtype: of weights.
         budget: bytes, or a size such as `8GB`; includes what this process already uses.
-        device: that computes.
         pixels: height times width of a picture; None for the experts' native resolution.
         is_quantised: whether linear layers get 8-bit weights.
 

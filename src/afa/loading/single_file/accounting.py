@@ -77,9 +77,7 @@ def account(
     """Account for every tensor of a single file.
 
     Args:
-        shapes: of all tensors of the file.
         config: the pipeline folder that describes it.
-        source: the file, for errors.
         parts: the parts to check; None checks the complete file.
         own_vae: whether its autoencoder is used.
 
@@ -125,11 +123,7 @@ def account_part(
     """Account for the tensors of one part.
 
     Args:
-        part: by its name in the pipeline.
         names: name without the part's prefix -> name in the file.
-        shapes: of all tensors of the file.
-        config: the pipeline folder that describes it.
-        source: the file, for errors.
         is_diffusers: whether a denoiser already has diffusers' names.
 
     Returns: why each unused tensor has no effect.

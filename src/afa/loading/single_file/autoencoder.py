@@ -31,7 +31,6 @@ def load_vae(
     Args:
         source: see `afa.loading.sources.locate`.
         config: for a single file: a pipeline folder whose `vae/config.json` describes it.
-        torch_dtype: of the weights in memory.
 
     Raises:
         AfaError: see `afa.loading.expert.load_expert`.

@@ -43,7 +43,6 @@ def converted(
     Args:
         part: `unet`, `transformer`, `vae`, `text_encoder`, ...
         tensors: of that part, by their names in the file without the part's prefix.
-        config: the pipeline folder that describes it.
         is_diffusers: whether a denoiser already has diffusers' names.
 
     Raises:
@@ -69,10 +68,6 @@ def converted(
 
 def model_class_of(part: str, config: Path) -> Any:
     """Return the class of one part of a pipeline, from its family or a library.
-
-    Args:
-        part: by its name in the pipeline.
-        config: the pipeline folder that describes it.
 
     Raises:
         AfaError: if no library has it.

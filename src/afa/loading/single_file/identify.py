@@ -102,8 +102,6 @@ def config_of(
     """Find the configuration of a single file from its tensors; see `SingleFiles`.
 
     Args:
-        shapes: of all tensors of the file.
-        source: the file, for errors.
         prediction_type: what it predicts, if its marker tensors do not say so.
         own_vae: whether its autoencoder is used and must fit.
 
@@ -165,12 +163,7 @@ def refuse_lora(shapes: Shapes, source: object) -> None:
 
 
 def missing_parts(shapes: Shapes, config: Path) -> list[str]:
-    """Return the parts with weights that a pipeline has and a file lacks.
-
-    Args:
-        shapes: of all tensors of the file.
-        config: the pipeline folder that describes it.
-    """
+    """Return the parts with weights that a pipeline has and a file lacks."""
     kind = described_kind(config)
     named, found = parts_of(read_json(config / "model_index.json")), names_by_part(shapes, kind)
     return [part for part in kind.file_parts if part in named and part not in found]

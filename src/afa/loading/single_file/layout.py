@@ -144,7 +144,6 @@ def names_by_part(shapes: Shapes, kind: PipelineKind) -> dict[str, dict[str, str
     """Group tensors by the part to which they belong.
 
     Args:
-        shapes: of all tensors of a file.
         kind: of the pipeline as which the file is read; must support single files.
 
     Returns: part -> name without the part's prefix -> name in the file. Tensors of no part are

@@ -216,7 +216,6 @@ def describe_expert(path: Path, companions: Companions) -> Described:
     """Find the pipeline folder that describes an expert, and what the expert predicts.
 
     Args:
-        path: of a folder or a file.
         companions: the configuration of files, and the recipe's settings of this expert.
 
     Raises:
@@ -243,11 +242,6 @@ def require_supplied(path: Path, config: Path, companions: Companions) -> list[s
     """Check that a file has a denoiser, and that it or a part has all required text encoders.
 
     Only headers and configurations are read.
-
-    Args:
-        path: of the file.
-        config: the pipeline folder that describes it.
-        companions: sources of missing parts.
 
     Returns: all parts that the file lacks.
 
@@ -281,12 +275,6 @@ def load_single_file(
     path: Path, described: Described, companions: Companions, *, with_vae: bool = True
 ) -> dict[str, Any]:
     """Load a single file's components and supplied ones; the autoencoder may still be missing.
-
-    Args:
-        path: of the file.
-        described: see `describe_expert`.
-        companions: sources of missing parts.
-        with_vae: whether the file's autoencoder is loaded.
 
     Returns: its components by name.
 

@@ -41,10 +41,7 @@ def read_parts(
     """Read some parts of a single file; only their tensors are loaded.
 
     Args:
-        path: of the file.
         parts: by their names in the pipeline; the file must have them.
-        config: the pipeline folder that describes the file.
-        dtype: of the weights in memory.
 
     Returns: the models by name, for inference.
 
@@ -106,8 +103,6 @@ def encoder_from(
         state: in the layout of transformers.
         class_name: from `model_index.json`.
         config: the folder of the text encoder's `config.json`.
-        path: the file, for errors.
-        dtype: of the weights in memory.
 
     Raises:
         AfaError: if parameters are missing.
@@ -146,7 +141,6 @@ def read_vae(path: Path, config: Path | None, dtype: torch.dtype) -> Autoencoder
         path: a separate file, or a checkpoint that contains an autoencoder.
         config: a pipeline folder whose `vae/config.json` describes it; None uses the configuration
             in the library's cache.
-        dtype: of the weights in memory.
 
     Raises:
         AfaError: if there is no autoencoder, or it does not fit the configuration.

@@ -146,9 +146,6 @@ def as_safetensors(path: Path) -> Path:
     Uses torch's restricted unpickler, `torch.load(weights_only=True)`, which creates only tensors
     and plain containers. The copy is named by the pickle's SHA-256, so each pickle is read once.
 
-    Args:
-        path: of the pickle.
-
     Raises:
         AfaError: if pickles are not allowed, or it contains anything other than tensors.
     """
