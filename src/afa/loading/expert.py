@@ -87,8 +87,8 @@ def _load_folder(manifest: ExpertManifest) -> dict[str, Any]:
     """Load all parts of a pipeline folder except the autoencoder."""
     path, kind, classes = manifest.path, manifest.kind, parts_of(manifest.index)
     dtype = manifest.companions.torch_dtype
-    model_class = kind.family.model_class
-    parts = {kind.denoiser: load_weights(model_class, path / kind.denoiser, torch_dtype=dtype)}
+    denoiser = load_weights(kind.family.model_class, path / kind.denoiser, torch_dtype=dtype)
+    parts: dict[str, Any] = {kind.denoiser: denoiser}
     for name in [name for name in classes if name.startswith("text_encoder")]:
         parts[name] = load_text_encoder(path / name, classes[name], dtype)
         # a tokenizer without its text encoder is not used

@@ -20,7 +20,7 @@ from afa.loading.saved import FORMAT, read_config
 from afa.loading.single_file.accounting import account
 from afa.loading.single_file.identify import missing_parts
 from afa.loading.single_file.layout import denoiser_in, names_by_part
-from afa.loading.single_file.load import Companions
+from afa.loading.single_file.load import Companions, describe_expert
 from afa.loading.sources import locate
 from afa.loading.trust.folders import check_part
 from afa.loading.weights import (
@@ -28,7 +28,6 @@ from afa.loading.weights import (
     check_safetensors,
     count_elements,
     hash_expert,
-    refuse_quantised,
     tensor_shapes,
     weight_files,
 )
@@ -212,8 +211,7 @@ def _describe_model(path: Path, named: Path, shapes: Shapes) -> dict[str, Any]:
     """Describe a single file: its configuration, prediction type, missing and unused parts."""
     try:
         companions = Companions(torch.float32).of(ExpertSource(str(named)))
-        refuse_quantised(path)
-        found = companions.describe(path, shapes)
+        found = describe_expert(path, companions)
         unused = account(shapes, found.config, path)
     except AfaError as error:
         return {"configuration": f"unknown: {error}"}

@@ -314,18 +314,18 @@ def test_a_file_says_what_it_is_before_a_folder_beside_it_does(tmp_path: Path) -
     made("xl", tmp_path)
     companions = Companions(torch.float32, fallback=folder)
     shapes = {key: tuple(t.shape) for key, t in original_layout(described("flux-dev")).items()}
-    assert companions.describe(tmp_path / "x", shapes).config == config_folder("flux-dev")
+    assert companions.config_for(tmp_path / "x", shapes, None) == config_folder("flux-dev")
     shapes = {
         key: tuple(t.shape) for key, t in original_layout(described("stable-diffusion-2")).items()
     }
     with refusal("AFA-MODEL-011"):
-        companions.describe(tmp_path / "x", shapes)
+        companions.config_for(tmp_path / "x", shapes, None)
     # what no published model is like is taken for one of the folder's, if it is of that kind
     odd = {key: tuple(t.shape) for key, t in original_layout(made("xl", tmp_path)).items()}
-    assert companions.describe(tmp_path / "x", odd).config == folder
+    assert companions.config_for(tmp_path / "x", odd, None) == folder
     odd = {key: tuple(t.shape) for key, t in original_layout(made("1.5", tmp_path)).items()}
     with refusal("AFA-MODEL-012"):
-        companions.describe(tmp_path / "x", odd)
+        companions.config_for(tmp_path / "x", odd, None)
 
 
 @pytest.mark.parametrize(

@@ -99,27 +99,7 @@ class Companions:
             is_own=expert.config is not None,
         )
 
-    def describe(self, path: Path, shapes: Shapes) -> Described:
-        """Identify a file from its header, its metadata and a `.yaml` beside it.
-
-        Raises:
-            AfaError: if the configuration folder is incomplete, or the file is of an unknown kind,
-                has unused tensors, or contains contradictory evidence.
-        """
-        is_elsewhere = self.named is not None and self.named.is_file()
-        evidence = evidence_of(path, shapes, beside=self.named if is_elsewhere else None)
-        stated = next((each.type for each in evidence if each.type is not None), None)
-        config = self._config(path, shapes, self.prediction_type or stated)
-        prediction = decide(
-            path,
-            config,
-            evidence,
-            asked=self.prediction_type,
-            is_named=self.config is not None,
-        )
-        return Described(config, prediction)
-
-    def _config(self, path: Path, shapes: Shapes, prediction_type: str | None) -> Path:
+    def config_for(self, path: Path, shapes: Shapes, prediction_type: str | None) -> Path:
         """Return the given configuration, or the one found from tensors, or the fallback."""
         if self.config is not None:
             config = described_by(self.config)
@@ -219,7 +199,8 @@ def describe_expert(path: Path, companions: Companions) -> Described:
         companions: the configuration of files, and the recipe's settings of this expert.
 
     Raises:
-        AfaError: if a file is a LoRA, quantised, or of an unknown kind, or if the recipe sets
+        AfaError: if a file is a LoRA, quantised or of an unknown kind, has unused tensors or
+            contradictory evidence; if the configuration folder is incomplete; or if the recipe sets
             `config` for a folder.
     """
     if path.is_dir():
@@ -235,7 +216,13 @@ def describe_expert(path: Path, companions: Companions) -> Described:
     refuse_quantised(path)
     shapes = tensor_shapes(path)
     refuse_lora(shapes, path)
-    return companions.describe(path, shapes)
+    # a pickle is read from a copy; its `.yaml` is beside the original
+    named = companions.named if companions.named and companions.named.is_file() else None
+    evidence = evidence_of(path, shapes, beside=named)
+    stated = next((each.type for each in evidence if each.type is not None), None)
+    asked, is_named = companions.prediction_type, companions.config is not None
+    config = companions.config_for(path, shapes, asked or stated)
+    return Described(config, decide(path, config, evidence, asked=asked, is_named=is_named))
 
 
 def require_supplied(path: Path, config: Path, companions: Companions) -> list[str]:
