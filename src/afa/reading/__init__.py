@@ -6,10 +6,9 @@ pixels everywhere.
 
 from afa.reading.broken import BrokenPicture, BrokenSample
 from afa.reading.crop import scale_and_crop
-from afa.reading.formats import is_picture_file
+from afa.reading.formats import files_in, is_picture_file
 from afa.reading.picture import WHITE, as_rgb, conversions_of, parse_colour, read_picture
 from afa.reading.tally import Conversion, Tally, counted
-from afa.reading.walk import files_in
 
 __all__ = [
     "WHITE",

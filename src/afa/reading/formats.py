@@ -1,15 +1,19 @@
-"""Detect picture files, and formats that Pillow does not read."""
+"""List and detect picture files, and detect formats that Pillow does not read."""
 
 from __future__ import annotations
 
+import os
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterator
 
+#: files that file managers create
+_OF_SYSTEMS = ("thumbs.db", "desktop.ini")
 #: Pillow reads EPS by running Ghostscript on a possibly untrusted file
 _REFUSED_FORMATS = {"EPS"}
 #: suffixes registered by Pillow that it can only write, or that are not raster pictures
@@ -61,6 +65,21 @@ def readable_formats() -> list[str]:
     """Return the supported formats by Pillow's names, including registered plugins."""
     Image.init()
     return [name for name in Image.ID if name not in _REFUSED_FORMATS]
+
+
+def files_in(folder: Path) -> Iterator[Path]:
+    """Yield all files in a folder and its subfolders, sorted, with links but no hidden files."""
+    seen: set[str] = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        resolved = os.path.realpath(parent)
+        if resolved in seen:  # a link to a parent folder would never end
+            folders.clear()
+            continue
+        seen.add(resolved)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            if not name.startswith(".") and name.lower() not in _OF_SYSTEMS:
+                yield Path(parent) / name
 
 
 def is_picture_file(path: Path) -> bool:

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from afa.denoisers import Family, PipelineKind
 
 
+_SIDE = 16  # of the latent whose decoding is measured
+
+
 @dataclass(frozen=True)
 class Training:
     """Settings of a training that affect memory.
@@ -242,8 +245,10 @@ def measure_models(
         if aggregators is not None:
             text = sum(family.widths(twin).text) or None
             rules = build_sabw(aggregators, sites, num_experts, text)
-    size = _quantised(weight_bits)
-    held = sum(size(layer) for layer in _outermost(family.layers(twin)))
+    layers = family.layers(twin)
+    # the modules that are not part of another one
+    inner = {part for layer in layers for part in layer.modules() if part is not layer}
+    held = sum(_bytes(layer, weight_bits) for layer in layers if layer not in inner)
     own = list(dict.fromkeys(rules))
     # with experts in half precision, a lowered copy of the rules runs, see afa.aggregators.lowered
     halves = HALVES if training is None else ()
@@ -255,8 +260,8 @@ def measure_models(
     height, width = kind.native_size(twin.config)
     return _Measured(
         layers=held,
-        largest=max(size(layer) for layer in family.layers(twin)),
-        rest=size(twin) - held,
+        largest=max(_bytes(layer, weight_bits) for layer in layers),
+        rest=_bytes(twin, weight_bits) - held,
         others=_bytes(vae)
         + sum(_bytes(rule) for rule in (*own, *lowered.values()))
         + (0 if training is None else training.copies * sum(_bytes(rule) for rule in own)),
@@ -269,32 +274,16 @@ def measure_models(
     )
 
 
-_SIDE = 16  # of the latent whose decoding is measured
-
-
-def _outermost(layers: Sequence[nn.Module]) -> list[nn.Module]:
-    """Return the modules that are not part of another one."""
-    inner = {part for layer in layers for part in layer.modules() if part is not layer}
-    return [layer for layer in layers if layer not in inner]
-
-
-def _bytes(module: nn.Module) -> int:
+def _bytes(module: nn.Module, weight_bits: int | None = None) -> int:
+    """Return a module's bytes; with `weight_bits`, its linear weights are quantised by row."""
     tensors = itertools.chain(module.parameters(), module.buffers())
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _quantised(bits: int | None) -> Any:
-    """Return a function that computes a module's bytes, with linear weights of so many bits."""
-
-    def size(module: nn.Module) -> int:
-        saved = 0
-        for part in module.modules() if bits else ():
-            if type(part) is nn.Linear and bits is not None:
+    size = sum(tensor.nbytes for tensor in tensors)
+    if weight_bits is not None:
+        for part in module.modules():
+            if type(part) is nn.Linear:
                 weight = part.weight
-                packed = weight.numel() * bits // 8 + len(weight) * weight.element_size()
-                saved += weight.numel() * weight.element_size() - packed
-        return _bytes(module) - saved
-
+                packed = weight.numel() * weight_bits // 8 + len(weight) * weight.element_size()
+                size += packed - weight.nbytes
     return size
 
 
