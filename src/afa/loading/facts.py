@@ -49,7 +49,7 @@ class Facts:
         encoders: the embedding size of each text encoder, by name.
         unsure: text encoders that a single file may lack, which is known only after loading.
         vocabularies: a digest of each tokenizer's vocabulary, by name.
-        settings: of each tokenizer that truncates and pads prompts, by name; see `_settings`.
+        settings: of each tokenizer that truncates and pads prompts, by name.
         positions: the maximum number of tokens of each text encoder, by the name of its tokenizer.
         schedule: of its scheduler, see `SCHEDULE`.
         spacing: timestep spacing of its scheduler, if set.
@@ -79,30 +79,44 @@ class Facts:
 
 def facts_of(expert: Expert) -> Facts:
     """Return the facts about a loaded expert."""
-    config = expert.scheduler.config
+    encoders = {name: part.config.to_dict() for name, part in expert.text_encoders.items()}
+    tokenizers = {
+        name: _of_tokenizer(type(part).__name__, part) for name, part in expert.tokenizers.items()
+    }
     return Facts(
         name=expert.reference.source,
         short=expert.reference.name,
         kind=expert.kind,
         denoiser=expert.denoiser.config,
         latents=expert.latents,
-        encoders={
-            name: encoder_width(part.config.to_dict())
-            for name, part in expert.text_encoders.items()
-        },
-        vocabularies={n: _digest(part.get_vocab()) for n, part in expert.tokenizers.items()},
-        settings={
-            name: _settings(tokenizer)
-            for name, tokenizer in expert.tokenizers.items()
-            if _truncates(expert.kind, name, type(tokenizer).__name__)
-        },
-        positions=_positions(
-            {name: part.config.to_dict() for name, part in expert.text_encoders.items()}
-        ),
-        schedule=_schedule(expert.scheduler),
-        spacing=config.get("timestep_spacing"),
         identity=expert.reference.identity,
+        **_of_parts(expert.kind, expert.scheduler, encoders, tokenizers),
     )
+
+
+def _of_parts(
+    kind: PipelineKind,
+    scheduler: Any,
+    encoders: Mapping[str, Mapping[str, Any]],
+    tokenizers: Mapping[str, tuple[str, str, dict[str, Any]]],
+) -> dict[str, Any]:
+    """Return the facts about a scheduler, configurations of text encoders, and tokenizers."""
+    positions = {
+        name.replace("text_encoder", "tokenizer"): config.get("max_position_embeddings")
+        for name, config in encoders.items()
+    }
+    return {
+        "encoders": {name: encoder_width(config) for name, config in encoders.items()},
+        "vocabularies": {name: vocabulary for name, (_, vocabulary, _) in tokenizers.items()},
+        "settings": {
+            name: settings
+            for name, (class_name, _, settings) in tokenizers.items()
+            if _truncates(kind, name, class_name)
+        },
+        "positions": {name: most for name, most in positions.items() if most is not None},
+        "schedule": _schedule(scheduler),
+        "spacing": scheduler.config.get("timestep_spacing"),
+    }
 
 
 def _schedule(scheduler: Any) -> dict[str, Any]:
@@ -136,8 +150,8 @@ def read_facts(source: str, described: Described, *, path: Path | None = None) -
     tokenizers = [name.replace("text_encoder", "tokenizer") for name in encoders]
     files = kind.single_files
     with loading_model(source):
-        scheduler = scheduler_of(folder, described.prediction)
         model_class = kind.family.model_class
+        scheduler = scheduler_of(folder, described.prediction)
         config = read_json(folder / kind.denoiser / "config.json")
         described_encoders = {n: read_json(folder / n / "config.json") for n in encoders}
         read = {
@@ -151,30 +165,12 @@ def read_facts(source: str, described: Described, *, path: Path | None = None) -
             kind=kind,
             denoiser=with_defaults(model_class, config),
             latents=latents_of(folder / "vae" / "config.json"),
-            encoders={name: encoder_width(conf) for name, conf in described_encoders.items()},
             unsure=frozenset(encoders) & files.optional if is_file and files else frozenset(),
-            vocabularies={name: vocabulary for name, (vocabulary, _) in read.items()},
-            settings={
-                name: settings
-                for name, (_, settings) in read.items()
-                if _truncates(kind, name, classes[name])
-            },
-            positions=_positions(described_encoders),
-            schedule=_schedule(scheduler),
-            spacing=scheduler.config.get("timestep_spacing"),
             prediction=described.prediction,
             distilled=distilled_of(source, folder, is_file=is_file, path=path),
             unknown=tuple(unknown_entries(model_class, config)),
+            **_of_parts(kind, scheduler, described_encoders, read),
         )
-
-
-def _positions(encoders: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
-    """Return the token limits of text encoders that have one, by their tokenizers' names."""
-    found = {
-        name.replace("text_encoder", "tokenizer"): settings.get("max_position_embeddings")
-        for name, settings in encoders.items()
-    }
-    return {name: most for name, most in found.items() if most is not None}
 
 
 def _truncates(kind: PipelineKind, name: str, class_name: str) -> bool:
@@ -187,16 +183,11 @@ def _truncates(kind: PipelineKind, name: str, class_name: str) -> bool:
     return name == "tokenizer" or not kind.shares_length
 
 
-def _settings(tokenizer: Any) -> dict[str, Any]:
-    """Return the settings that affect a prompt's tokens besides the vocabulary."""
-    return {
-        "model_max_length": tokenizer.model_max_length,
-        "pad_token": tokenizer.pad_token,
-    }
-
-
-def _digest(vocabulary: Mapping[str, int]) -> str:
-    return hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()
+def _of_tokenizer(class_name: str, tokenizer: Any) -> tuple[str, str, dict[str, Any]]:
+    """Return a tokenizer's class, a digest of its vocabulary, and what else affects its tokens."""
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
+    settings = {key: getattr(tokenizer, key) for key in ("model_max_length", "pad_token")}
+    return class_name, hashlib.sha256(vocabulary.encode()).hexdigest(), settings
 
 
 @dataclass(frozen=True)
@@ -213,7 +204,5 @@ class _Tokenizer:
 
 
 @lru_cache(maxsize=16)
-def _read_tokenizer(class_name: str, files: _Tokenizer) -> tuple[str, dict[str, Any]]:
-    """Return a digest of a tokenizer's vocabulary, and its settings."""
-    tokenizer = load_tokenizer(files.folder, class_name)
-    return _digest(tokenizer.get_vocab()), _settings(tokenizer)
+def _read_tokenizer(class_name: str, files: _Tokenizer) -> tuple[str, str, dict[str, Any]]:
+    return _of_tokenizer(class_name, load_tokenizer(files.folder, class_name))
