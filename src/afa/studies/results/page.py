@@ -148,112 +148,71 @@ def page(results: dict[str, Any]) -> str:
     """The text of `results.md`."""
     made, settings = results["made_from"], results["settings"]
     rows = {row["method"]: row for row in results["rows"]}
-    return "\n".join(
+    return _blocks(
+        "# Results on emoji scenes",
+        "Written by `make results`; the figures are in [results.json](results.json). Commit "
+        f"{made['commit']}{_trained(made)}; {made['machine']}; {made['software']}.",
+        "Each picture shows two emojis, one on each side. The base model was trained briefly "
+        "on all 48 objects; each expert is the base, fine-tuned on the objects of one domain. "
+        "*Mixed* prompts combine objects of two domains, in pairs that are in no training set. "
+        "`both` is the fraction of pictures with the correct objects on both sides, according "
+        "to a classifier of real scenes.",
+        "## Limits of these figures",
+        NEXT_STUDY,
+        "From the tables below, the source code and earlier commits:",
+        [f"- {sentence}" for sentence in limits(results)],
+        REVIEW_HEAD,
+        [f"- {sentence}" for sentence in REVIEW],
+        "## Summary",
+        "Results of this run, within the limits above; evidence against AFA comes first.",
+        [f"- {sentence}" for sentence in conclusions(results)],
+        f"## Mixed prompts: {results['groups'][_MIXED]}",
+        f"{results['sampling']['num_steps']} DDIM steps, guidance "
+        f"{results['sampling']['guidance']:g}; all methods start from the same noise. "
+        f"{SUBJECT} and the tuned bases are means over {settings['num_seeds']} training seeds; "
+        "the ablations and other numbers of experts use only the first seed, so their "
+        "intervals do not include the variation between seeds. "
+        "Brackets are 95 % intervals: Wilson's over the prompts for fractions, widened if "
+        "training seeds differ; the paired bootstrap over prompts and seeds for differences. "
+        f"*{SUBJECT} minus this* is the difference in `both`; wins and losses count prompts. "
+        "`fid` and `cmmd` use scenes of the same prompts as references and have no intervals. "
+        "`calls` are evaluations of one expert's denoiser per picture; in *fast* rows "
+        "([speed.md](speed.md)) some of them are partial.",
+        _table(list(rows.values())),
+        "![All methods with their intervals, by kind of prompt.](images/results-scores.png)",
+        "![The first mixed prompts, drawn by all methods.](images/results-pictures.png)",
+        "## Own-domain prompts",
+        "Prompts of one domain, for which one expert was fine-tuned.",
+        _domain_table(results),
+        "## Training costs",
+        _cost_table(rows, results["training"]),
+        "The tuned base is the base's U-Net and text encoder, trained on the same batches, "
+        "noise and learning rate schedule as the aggregators with the same seed; *(time)* is "
+        "trained for more steps. No row of this table includes the training of the experts.",
+        "## Quality against time",
+        curve_table(results),
+        "![Fraction of correct pictures against seconds.](images/results-curve.png)",
+        "## Ablations, other sizes, other numbers of experts",
+        "*The paper's size*: `hidden_ratio: null, min_scale: 1`, with the same number of "
+        "channels at all sites and weights at every pixel. *conv_out only* has the default "
+        "size, which is too small there: see [the limits](#limits-of-these-figures).",
+        _table([rows[SUBJECT], *(rows[name] for name in _variants())]),
+        "## Fusion weights",
+        "Mean weight of each expert by site (from input to output) and step, for the first seed.",
+        "![Mean weights by site and step.](images/results-weights.png)",
+        f"## Failures of {SUBJECT}",
+        f"The mixed prompts with the lowest scores of {SUBJECT}.",
+        "![Failures, next to the pictures of other methods.](images/results-failures.png)",
+        "## Tuning of the baselines",
+        f"The settings of each baseline were selected on {settings['num_tuning']} mixed "
+        f"prompts with pairs that are not in the test, at {settings['tuning_steps']} steps; "
+        f"autoMBW had {settings['num_trials']} trials on the same prompts. The learning rate "
+        f"and schedule of {SUBJECT} were chosen in a few runs of the demo, **on the prompts of "
+        "this test**.",
         [
-            "# Results on emoji scenes",
-            "",
-            "Written by `make results`; the figures are in [results.json](results.json). Commit "
-            f"{made['commit']}{_trained(made)}; {made['machine']}; {made['software']}.",
-            "",
-            "Each picture shows two emojis, one on each side. The base model was trained briefly "
-            "on all 48 objects; each expert is the base, fine-tuned on the objects of one domain. "
-            "*Mixed* prompts combine objects of two domains, in pairs that are in no training set. "
-            "`both` is the fraction of pictures with the correct objects on both sides, according "
-            "to a classifier of real scenes.",
-            "",
-            "## Limits of these figures",
-            "",
-            NEXT_STUDY,
-            "",
-            "From the tables below, the source code and earlier commits:",
-            "",
-            *(f"- {sentence}" for sentence in limits(results)),
-            "",
-            REVIEW_HEAD,
-            "",
-            *(f"- {sentence}" for sentence in REVIEW),
-            "",
-            "## Summary",
-            "",
-            "Results of this run, within the limits above; evidence against AFA comes first.",
-            "",
-            *(f"- {sentence}" for sentence in conclusions(results)),
-            "",
-            f"## Mixed prompts: {results['groups'][_MIXED]}",
-            "",
-            f"{results['sampling']['num_steps']} DDIM steps, guidance "
-            f"{results['sampling']['guidance']:g}; all methods start from the same noise. "
-            f"{SUBJECT} and the tuned bases are means over {settings['num_seeds']} training seeds; "
-            "the ablations and other numbers of experts use only the first seed, so their "
-            "intervals do not include the variation between seeds. "
-            "Brackets are 95 % intervals: Wilson's over the prompts for fractions, widened if "
-            "training seeds differ; the paired bootstrap over prompts and seeds for differences. "
-            f"*{SUBJECT} minus this* is the difference in `both`; wins and losses count prompts. "
-            "`fid` and `cmmd` use scenes of the same prompts as references and have no intervals. "
-            "`calls` are evaluations of one expert's denoiser per picture; in *fast* rows "
-            "([speed.md](speed.md)) some of them are partial.",
-            "",
-            *_table(list(rows.values())),
-            "",
-            "![All methods with their intervals, by kind of prompt.](images/results-scores.png)",
-            "",
-            "![The first mixed prompts, drawn by all methods.](images/results-pictures.png)",
-            "",
-            "## Own-domain prompts",
-            "",
-            "Prompts of one domain, for which one expert was fine-tuned.",
-            "",
-            *_domain_table(results),
-            "",
-            "## Training costs",
-            "",
-            *_cost_table(rows, results["training"]),
-            "",
-            "The tuned base is the base's U-Net and text encoder, trained on the same batches, "
-            "noise and learning rate schedule as the aggregators with the same seed; *(time)* is "
-            "trained for more steps. No row of this table includes the training of the experts.",
-            "",
-            "## Quality against time",
-            "",
-            *curve_table(results),
-            "",
-            "![Fraction of correct pictures against seconds.](images/results-curve.png)",
-            "",
-            "## Ablations, other sizes, other numbers of experts",
-            "",
-            "*The paper's size*: `hidden_ratio: null, min_scale: 1`, with the same number of "
-            "channels at all sites and weights at every pixel. *conv_out only* has the default "
-            "size, which is too small there: see [the limits](#limits-of-these-figures).",
-            "",
-            *_table([rows[SUBJECT], *(rows[name] for name in _variants())]),
-            "",
-            "## Fusion weights",
-            "",
-            "Mean weight of each expert by site (from input to output) and step, for the first "
-            "seed.",
-            "",
-            "![Mean weights by site and step.](images/results-weights.png)",
-            "",
-            f"## Failures of {SUBJECT}",
-            "",
-            f"The mixed prompts with the lowest scores of {SUBJECT}.",
-            "",
-            "![Failures, next to the pictures of other methods.](images/results-failures.png)",
-            "",
-            "## Tuning of the baselines",
-            "",
-            f"The settings of each baseline were selected on {settings['num_tuning']} mixed "
-            f"prompts with pairs that are not in the test, at {settings['tuning_steps']} steps; "
-            f"autoMBW had {settings['num_trials']} trials on the same prompts. The learning rate "
-            f"and schedule of {SUBJECT} were chosen in a few runs of the demo, **on the prompts of "
-            "this test**.",
-            "",
-            *(
-                f"- {name}: {_settings(chosen)}{_tried(name)}"
-                for name, chosen in results["chosen"].items()
-            ),
-            "",
-        ]
+            f"- {name}: {_settings(chosen)}{_tried(name)}"
+            for name, chosen in results["chosen"].items()
+        ],
     )
 
 
@@ -261,47 +220,37 @@ def section(results: dict[str, Any]) -> str:
     """The section on transformers."""
     made, settings, sampling = results["made_from"], results["settings"], results["sampling"]
     rows = {row["method"]: row for row in results["rows"]}
-    return "\n".join(
-        [
-            _HEADING,
-            "",
-            "Scenes, prompts, judges and autoencoder are the same; base and experts are small "
-            "transformers of the PixArt family (`afa zoo build --family dit`), and SABW fuses "
-            "their tokens on a grid of 8x8. Written by `make results-dit`; the figures are in "
-            f"[{_SECTION}]({_SECTION}). Commit {made['commit']}{_trained(made)}; "
-            f"{made['machine']}; {made['software']}.",
-            "",
-            "Test prompts and references are of the same kind as above, with the same limits. "
-            "These limits differ:",
-            "",
-            *(f"- {sentence}" for sentence in limits_of_transformers(results)),
-            "",
-            "Summary, within these limits; evidence against AFA comes first:",
-            "",
-            *(f"- {sentence}" for sentence in conclusions(results)),
-            "",
-            f"{results['groups'][_MIXED]} mixed prompts, {sampling['num_steps']} DDIM steps, "
-            f"guidance {sampling['guidance']:g}; {SUBJECT} and the tuned bases are means over "
-            f"{settings['num_seeds']} seeds. The settings of each baseline were selected on "
-            f"{settings['num_tuning']} other prompts, as above; block-wise merges only apply to "
-            "U-Nets.",
-            "",
-            *_table(list(rows.values())),
-            "",
-            "![The first mixed prompts, drawn by all methods.](images/results-dit-pictures.png)",
-            "",
-            *_domain_table(results),
-            "",
-            *_cost_table(rows, results["training"]),
-            "",
-            *curve_table(results),
-            "",
-            "![Mean weights by site and step.](images/results-dit-weights.png)",
-            "",
-            *(f"- {name}: {_settings(chosen)}" for name, chosen in results["chosen"].items()),
-            "",
-        ]
+    return _blocks(
+        _HEADING,
+        "Scenes, prompts, judges and autoencoder are the same; base and experts are small "
+        "transformers of the PixArt family (`afa zoo build --family dit`), and SABW fuses "
+        "their tokens on a grid of 8x8. Written by `make results-dit`; the figures are in "
+        f"[{_SECTION}]({_SECTION}). Commit {made['commit']}{_trained(made)}; "
+        f"{made['machine']}; {made['software']}.",
+        "Test prompts and references are of the same kind as above, with the same limits. "
+        "These limits differ:",
+        [f"- {sentence}" for sentence in limits_of_transformers(results)],
+        "Summary, within these limits; evidence against AFA comes first:",
+        [f"- {sentence}" for sentence in conclusions(results)],
+        f"{results['groups'][_MIXED]} mixed prompts, {sampling['num_steps']} DDIM steps, "
+        f"guidance {sampling['guidance']:g}; {SUBJECT} and the tuned bases are means over "
+        f"{settings['num_seeds']} seeds. The settings of each baseline were selected on "
+        f"{settings['num_tuning']} other prompts, as above; block-wise merges only apply to "
+        "U-Nets.",
+        _table(list(rows.values())),
+        "![The first mixed prompts, drawn by all methods.](images/results-dit-pictures.png)",
+        _domain_table(results),
+        _cost_table(rows, results["training"]),
+        curve_table(results),
+        "![Mean weights by site and step.](images/results-dit-weights.png)",
+        [f"- {name}: {_settings(chosen)}" for name, chosen in results["chosen"].items()],
     )
+
+
+def _blocks(*blocks: str | list[str]) -> str:
+    """Join blocks with blank lines; a list is the lines of a table or of a list."""
+    joined = ("\n".join(block) if isinstance(block, list) else block for block in blocks)
+    return "\n\n".join(joined) + "\n"
 
 
 def _trained(made: dict[str, str]) -> str:
