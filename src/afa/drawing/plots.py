@@ -68,12 +68,18 @@ def tint(picture: Image.Image, weights: Tensor, strength: float = 0.7) -> Image.
 
 
 def heat_map(
-    shares: Tensor, path: Path, *, experts: Sequence[str], sites: Sequence[str], title: str = ""
+    shares: Tensor | Mapping[str, Tensor],
+    path: Path,
+    *,
+    experts: Sequence[str],
+    sites: Sequence[str],
+    title: str = "",
 ) -> None:
     """Draw the mean weight of each expert by site (from input to output) and step.
 
     Args:
-        shares: mean weights [steps, sites, N], such as `WeightRecord.mean_share()`.
+        shares: mean weights [steps, sites, N], such as `WeightRecord.mean_share()`, or one row of
+            panels of them by name; NaN stays blank.
         path: a PNG or SVG file.
         experts: names of the experts.
         sites: names of the sites.
@@ -85,31 +91,32 @@ def heat_map(
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    if shares.shape[1:] != (len(sites), len(experts)):
-        raise AfaError(
-            "AFA-DRAW-009",
-            f"The shares must have the shape [steps, {len(sites)}, {len(experts)}] (sites, "
-            f"experts); got {list(shares.shape)}.",
-        )
-    figure = Figure(
-        figsize=(1.9 + 2.4 * len(experts), 1.2 + 0.2 * len(sites)), layout="constrained"
-    )
-    panels = figure.subplots(1, len(experts), sharey=True, squeeze=False)[0]
-    for n, (panel, expert) in enumerate(zip(panels, experts, strict=True)):
-        extent = (0.5, len(shares) + 0.5, len(sites) - 0.5, -0.5)
-        image = panel.imshow(
-            shares[:, :, n].T.float().numpy(),
-            vmin=0,
-            vmax=1,
-            cmap="cividis",
-            aspect="auto",
-            extent=extent,
-        )
-        panel.set_title(plain(expert), fontsize=9)
-        panel.set_xlabel("step", fontsize=8)
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-        panel.tick_params(labelsize=7)
-    panels[0].set_yticks(range(len(sites)), [plain(site) for site in sites], fontsize=7)
+    rows = {"": shares} if isinstance(shares, torch.Tensor) else shares
+    for table in rows.values():
+        if table.shape[1:] != (len(sites), len(experts)):
+            raise AfaError(
+                "AFA-DRAW-009",
+                f"The shares must have the shape [steps, {len(sites)}, {len(experts)}] (sites, "
+                f"experts); got {list(table.shape)}.",
+            )
+    height = 0.7 + len(rows) * (0.5 + 0.2 * len(sites))
+    figure = Figure(figsize=(1.9 + 2.4 * len(experts), height), layout="constrained")
+    panels = figure.subplots(len(rows), len(experts), sharey=True, squeeze=False)
+    for line, (name, table) in zip(panels, rows.items(), strict=True):
+        for n, (panel, expert) in enumerate(zip(line, experts, strict=True)):
+            image = panel.imshow(
+                table[:, :, n].T.float().numpy(),
+                vmin=0,
+                vmax=1,
+                cmap="cividis",
+                aspect="auto",
+                extent=(0.5, len(table) + 0.5, len(sites) - 0.5, -0.5),
+            )
+            panel.set_title(plain(f"{expert}, {name}" if name else expert), fontsize=9)
+            panel.set_xlabel("step", fontsize=8)
+            panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+            panel.tick_params(labelsize=7)
+    panels[0, 0].set_yticks(range(len(sites)), [plain(site) for site in sites])
     figure.colorbar(image, ax=panels, label="mean weight")
     if title:
         figure.suptitle(plain(textwrap.shorten(title, 120, placeholder=" ...")), fontsize=9)

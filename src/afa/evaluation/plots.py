@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from afa.drawing.plots import comparison, plain, save_figure
+import torch
+
+from afa.drawing.plots import comparison, heat_map, plain, save_figure
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -145,29 +147,12 @@ def draw_curve(report: dict[str, Any], path: Path) -> None:
 
 def draw_shares(weights: dict[str, Any], path: Path) -> None:
     """Draw each expert's mean weight by site and step; rows are groups, columns are experts."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    experts, sites, groups = weights["experts"], weights["sites"], weights["groups"]
-    width = 1.6 + 2.5 * len(experts)
-    height = 0.8 + len(groups) * (0.5 + 0.17 * len(sites))
-    figure = Figure(figsize=(width, height), layout="constrained")
-    panels = figure.subplots(len(groups), len(experts), squeeze=False)
-    image = None
-    for row, (line, (group, recorded)) in enumerate(zip(panels, groups.items(), strict=True)):
-        for n, (panel, expert) in enumerate(zip(line, experts, strict=True)):
-            # a site without weights stays blank
-            table = [
-                [step.get(site, [float("nan")] * len(experts))[n] for step in recorded["shares"]]
-                for site in sites
-            ]
-            image = panel.imshow(table, vmin=0, vmax=1, cmap="cividis", aspect="auto")
-            panel.set_title(plain(f"{expert}, on {group} prompts"), fontsize=9)
-            panel.set_yticks(range(len(sites)), sites if n == 0 else [""] * len(sites), fontsize=6)
-            panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-            panel.tick_params(axis="x", labelsize=6)
-            if row == len(groups) - 1:
-                panel.set_xlabel("step", fontsize=8)
-    if image is not None:
-        figure.colorbar(image, ax=panels, label="mean weight", shrink=0.6)
-    save_figure(figure, path)
+    experts, sites = weights["experts"], weights["sites"]
+    blank = [float("nan")] * len(experts)  # of a site without weights
+    rows = {
+        f"on {group} prompts": torch.tensor(
+            [[step.get(site, blank) for site in sites] for step in recorded["shares"]]
+        )
+        for group, recorded in weights["groups"].items()
+    }
+    heat_map(rows, path, experts=experts, sites=sites)
