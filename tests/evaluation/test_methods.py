@@ -13,6 +13,7 @@ from diffusers import StableDiffusionPipeline
 import afa
 from afa.ensemble.denoiser import EnsembleDenoiser
 from afa.evaluation.cost import measure
+from afa.evaluation.identity import Identities
 from afa.evaluation.methods import MethodBuilder
 from afa.evaluation.recipe import EvaluateRecipe
 from afa.evaluation.work import draw
@@ -127,8 +128,9 @@ def test_peak_memory_is_of_the_block_alone() -> None:
 
 
 def test_an_identity_tells_checkpoints_and_settings_apart() -> None:
-    build, recipe = builder()
-    seen = [str(build.identity(method, 0)) for method in recipe.methods]
+    _, recipe = builder()
+    identities = Identities(recipe)
+    seen = [str(identities.method(method, 0)) for method in recipe.methods]
     assert len(set(seen)) == len(seen)
     assert "zoo:animals" not in seen[1], "a checkpoint is told by its hash"
 
@@ -162,21 +164,21 @@ def test_loras_are_experts_of_a_comparison(experts: list[Path], tmp_path: Path) 
     expected = weighted_merge([expert.denoiser for expert in both])
     torch.testing.assert_close(merge.unet.state_dict(), expected.state_dict())
     # another scale, or another file, is another method
-    identity = build.identity(recipe.methods[0], 0)
+    identity = Identities(recipe).method(recipe.methods[0], 0)
     other = {**changes, "methods": [{"name": "first", "model": {**loras[0], "scale": 0.6}}]}
-    changed, recipe = builder(**other)
-    assert changed.identity(recipe.methods[0], 0) != identity
+    _, recipe = builder(**other)
+    assert Identities(recipe).method(recipe.methods[0], 0) != identity
 
 
 def test_what_files_need_belongs_to_a_methods_identity(experts: list[Path]) -> None:
-    plain, recipe = builder(methods=[{"name": "one", "model": str(experts[0])}])
-    identities = [plain.identity(recipe.methods[0], 0)]
+    _, recipe = builder(methods=[{"name": "one", "model": str(experts[0])}])
+    identities = [Identities(recipe).method(recipe.methods[0], 0)]
     for changes in (
         {"config": str(experts[0])},
         {"config": "stable-diffusion-2"},
         {"parts": [str(experts[0])]},
         {"parts": [str(experts[1])]},
     ):
-        build, recipe = builder(methods=[{"name": "one", "model": str(experts[0])}], **changes)
-        identities.append(build.identity(recipe.methods[0], 0))
+        _, recipe = builder(methods=[{"name": "one", "model": str(experts[0])}], **changes)
+        identities.append(Identities(recipe).method(recipe.methods[0], 0))
     assert len({str(identity) for identity in identities}) == 5

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,7 +11,6 @@ from afa.denoisers.timesteps import in_scheduler_timesteps
 from afa.drawing.merged import merged_pipeline, with_parts
 from afa.ensemble.accelerate import accelerate
 from afa.ensemble.denoiser import EnsembleDenoiser
-from afa.evaluation.identity import Identities
 from afa.loading.ensemble_folder import load_ensemble
 from afa.loading.expert import load_expert
 from afa.loading.expert_source import first_folder
@@ -39,12 +38,7 @@ class MethodBuilder:
         self._recipe = recipe
         self._device = device or pick_device(recipe.sampling.device)
         self._dtype = getattr(torch, recipe.sampling.dtype)
-        self._identities = Identities(recipe)
         self._experts: DiffusionPipeline | None = None
-
-    def identity(self, method: MethodRecipe, replica: int) -> dict[str, Any]:
-        """See `afa.evaluation.identity.Identities.method`."""
-        return self._identities.method(method, replica)
 
     def build(self, method: MethodRecipe, replica: int = 0) -> DiffusionPipeline:
         """The pipeline of one method.

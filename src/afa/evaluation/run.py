@@ -24,13 +24,11 @@ from afa.machine.processes import Processes, fixed_threads
 from afa.training.engine import pick_device
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from diffusers import StableDiffusionPipeline
-
     from afa.evaluation.prompts import Prompt
-    from afa.evaluation.recipe import EvaluateRecipe, MethodRecipe
+    from afa.evaluation.recipe import EvaluateRecipe
     from afa.evaluation.work import Unit
 
 _MARK = {"format": "afa-evaluation", "version": 1}
@@ -85,7 +83,7 @@ def evaluate(recipe: EvaluateRecipe, output: Path) -> Iterator[EvaluateProgress]
         scoring = Scoring(recipe, prompts, store, device)
         builder = MethodBuilder(recipe, device)
         if processes.is_main:
-            store.claim(list(_claims(recipe, prompts, store, builder.identity)))
+            store.claim(list(_claims(recipe, prompts, store)))
         processes.wait()
         if processes.is_main:
             notes = (
@@ -104,13 +102,11 @@ def evaluate(recipe: EvaluateRecipe, output: Path) -> Iterator[EvaluateProgress]
         if processes.is_main and (converted := scoring.converted_references()):
             count = len(batches)
             yield EvaluateProgress("references", count, count, notes=(converted,))
-        work = _Work(recipe, prompts, store, builder, scoring, processes)
-        main = units_of(recipe, range(len(prompts)), sampling.num_steps)
-        yield from work.run("pictures", main)
-        processes.wait()
-
         results = Results(recipe, prompts, scoring, store)
-        yield from work.run("steps", results.curve_units())
+        main = units_of(recipe, range(len(prompts)), sampling.num_steps)
+        yield from _work("pictures", main, results, builder, processes)
+        processes.wait()
+        yield from _work("steps", results.curve_units(), results, builder, processes)
         processes.wait()
         if processes.is_main:
             yield EvaluateProgress("report", 0, 1)
@@ -120,45 +116,31 @@ def evaluate(recipe: EvaluateRecipe, output: Path) -> Iterator[EvaluateProgress]
         processes.wait()
 
 
-class _Work:
-    """Draws and scores batches with one pipeline in memory at a time."""
-
-    def __init__(
-        self,
-        recipe: EvaluateRecipe,
-        prompts: Sequence[Prompt],
-        store: Store,
-        builder: MethodBuilder,
-        scoring: Scoring,
-        processes: Processes,
-    ) -> None:
-        self._recipe, self._prompts, self._store = recipe, prompts, store
-        self._builder, self._scoring, self._processes = builder, scoring, processes
-        self._methods = {method.name: method for method in recipe.methods}
-        self._loaded: tuple[str, int] | None = None
-        self._pipeline: StableDiffusionPipeline | None = None
-
-    def run(self, stage: str, units: Sequence[Unit]) -> Iterator[EvaluateProgress]:
-        """Draw and score this process's share of the unfinished batches."""
-        # single models first, because the other methods keep all experts in memory
-        ordered = sorted(units, key=lambda unit: self._methods[unit.method].needs_experts)
-        mine = list(self._processes.share(ordered))
-        for done, unit in enumerate(mine):
-            yield EvaluateProgress(stage, done, len(mine), unit.method)
-            if not self._store.cost(unit).exists():
-                pipeline = self._pipeline_of(unit)
-                draw_unit(pipeline, unit, self._prompts, self._recipe.sampling, self._store)
-            self._scoring.score(unit)
-        if mine:
-            yield EvaluateProgress(stage, len(mine), len(mine))
-
-    def _pipeline_of(self, unit: Unit) -> StableDiffusionPipeline:
-        key = (unit.method, unit.replica)
-        if self._loaded != key or self._pipeline is None:
-            self._pipeline = None  # before the next one is loaded
-            self._pipeline = self._builder.build(self._methods[unit.method], unit.replica)
-            self._loaded = key
-        return self._pipeline
+def _work(
+    stage: str,
+    units: Sequence[Unit],
+    results: Results,
+    builder: MethodBuilder,
+    processes: Processes,
+) -> Iterator[EvaluateProgress]:
+    """Draw and score this process's share of the unfinished batches, one pipeline at a time."""
+    methods = {method.name: method for method in results.recipe.methods}
+    # single models first, because the other methods keep all experts in memory
+    mine = list(processes.share(sorted(units, key=lambda u: methods[u.method].needs_experts)))
+    loaded: tuple[str, int] | None = None
+    pipeline: Any = None
+    for done, unit in enumerate(mine):
+        yield EvaluateProgress(stage, done, len(mine), unit.method)
+        if not results.store.cost(unit).exists():
+            if loaded != (unit.method, unit.replica):
+                loaded = pipeline = None  # before the next one is loaded
+                pipeline = builder.build(methods[unit.method], unit.replica)
+                loaded = unit.method, unit.replica
+            sampling = results.recipe.sampling
+            draw_unit(pipeline, unit, results.prompts, sampling, results.store)
+        results.scoring.score(unit)
+    if mine:
+        yield EvaluateProgress(stage, len(mine), len(mine))
 
 
 def require_evaluation(output: Path, references: Path | None = None) -> None:
@@ -208,24 +190,20 @@ def require_same_evaluation(
     if is_unused(output):
         return
     store = Store(output)
-    for claim in _claims(recipe, prompts, store, Identities(recipe).method):
+    for claim in _claims(recipe, prompts, store):
         store.require(claim)
 
 
-def _claims(
-    recipe: EvaluateRecipe,
-    prompts: Sequence[Prompt],
-    store: Store,
-    identity_of: Callable[[MethodRecipe, int], dict[str, Any]],
-) -> Iterator[Claim]:
+def _claims(recipe: EvaluateRecipe, prompts: Sequence[Prompt], store: Store) -> Iterator[Claim]:
     """The inputs from which the files of an evaluation are made."""
+    identities = Identities(recipe)
     sampling = recipe.sampling.model_dump(
         mode="json", exclude={"num_steps", "seeds", "device", "num_threads"}
     )
     listed = [[prompt.text, prompt.group] for prompt in prompts]
-    yield Claim.of(store.folder / "prompts.json", {"prompts": listed}, "the prompts")
+    yield Claim(store.folder / "prompts.json", {"prompts": listed}, "the prompts")
     for method in recipe.methods:
         for replica in range(method.num_replicas):
-            identity = {**identity_of(method, replica), "sampling": sampling}
+            identity = {**identities.method(method, replica), "sampling": sampling}
             path = store.method(method.name, replica) / "method.json"
-            yield Claim.of(path, identity, f"the method '{method.name}'")
+            yield Claim(path, identity, f"the method '{method.name}'")

@@ -72,11 +72,6 @@ class Claim:
     identity: dict[str, Any]
     what: str
 
-    @classmethod
-    def of(cls, path: Path, identity: dict[str, Any], what: str) -> Claim:
-        """Make a claim whose identity equals what JSON reads back."""
-        return cls(path, json.loads(json.dumps(identity)), what)
-
 
 def digest(content: Any) -> str:
     """Eight hex digits of the SHA-256 of JSON content."""
@@ -159,9 +154,9 @@ class Store:
                     f"Restore it, or delete '{path.parent}' to draw them again.",
                 )
             return
-        found = read_json(path)
-        if found != claim.identity:
-            keys = sorted({key.split(".")[0] for key in differing(found, claim.identity)})
+        found, identity = read_json(path), json.loads(json.dumps(claim.identity))
+        if found != identity:
+            keys = sorted({key.split(".")[0] for key in differing(found, identity)})
             raise AfaError(
                 "AFA-EVAL-030",
                 f"The files of {what} in '{path.parent}' were made with another recipe or other "
