@@ -100,13 +100,8 @@ def load_prompts(recipe: PromptsRecipe, scratch: Path | None = None) -> list[Pro
         assert recipe.zoo is not None, "a recipe has exactly one source"
         prompts = _from_zoo(recipe.zoo, scratch)
     if recipe.limit is not None:
-        counts: dict[str, int] = {}
-        kept = []
-        for prompt in prompts:
-            counts[prompt.group] = counts.get(prompt.group, 0) + 1
-            if counts[prompt.group] <= recipe.limit:
-                kept.append(prompt)
-        prompts = kept
+        kept = [n for places in groups_of(prompts).values() for n in places[: recipe.limit]]
+        prompts = [prompts[n] for n in sorted(kept)]
     return prompts
 
 

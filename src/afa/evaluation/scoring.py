@@ -14,7 +14,7 @@ from afa.errors import AfaError
 from afa.evaluation.identity import of_metric
 from afa.evaluation.prompts import groups_of
 from afa.evaluation.recipe import SCENE_SCORES, SCENES, slug
-from afa.evaluation.work import MARK_FILE, digest, open_pictures, read_pictures, write_json
+from afa.evaluation.work import MARK_FILE, digest, open_pictures, write_json
 from afa.files import read_json, write_atomic
 from afa.loading.truncation import cuts_of
 from afa.machine.hashes import hash_file
@@ -265,7 +265,7 @@ class Scoring:
         """Compute and store the missing scores and features of one drawn batch."""
         if self._is_scored(unit):
             return
-        pictures = read_pictures(self._store, unit)
+        pictures = list(open_pictures(self._store.picture(unit, n) for n in unit.places))
         prompts = [self._prompts[place].text for place in unit.places]
         for scorer in self.scorers:
             path = self._scores_file(scorer.name, unit)

@@ -20,10 +20,11 @@ from afa.evaluation.recipe import slug
 from afa.files import read_json, write_atomic
 from afa.loading.trust.unchanged import require_unchanged
 from afa.machine.exhausted import saying_what_fits, smaller_batch
+from afa.reading import read_picture
 from afa.recipe import differing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
     from diffusers import StableDiffusionPipeline
@@ -237,22 +238,10 @@ def read_cost(store: Store, unit: Unit) -> Cost:
     return Cost(**read_json(store.cost(unit)))
 
 
-def read_pictures(store: Store, unit: Unit) -> list[Image.Image]:
-    """Read the pictures of a drawn batch.
-
-    Raises:
-        AfaError: if one is missing or damaged.
-    """
-    return list(open_pictures(store.picture(unit, place) for place in unit.places))
-
-
-def open_pictures(paths: Iterator[Path] | Sequence[Path]) -> Iterator[Image.Image]:
+def open_pictures(paths: Iterable[Path]) -> Iterator[Image.Image]:
     """Read pictures as RGB, transparent ones on white; see `afa.reading.read_picture`.
 
     Raises:
         AfaError: if one is missing or damaged.
     """
-    from afa.reading import read_picture
-
-    for path in paths:
-        yield read_picture(path)
+    return map(read_picture, paths)

@@ -24,7 +24,7 @@ import yaml
 from afa.denoisers.kinds import denoiser_of
 from afa.drawing.plots import comparison, filmstrip
 from afa.ensemble.recording import record_weights
-from afa.evaluation import EvaluateRecipe, evaluate
+from afa.evaluation import EvaluateProgress, EvaluateRecipe, evaluate
 from afa.evaluation.recipe import slug
 from afa.evaluation.work import open_pictures
 from afa.files import read_json
@@ -62,16 +62,6 @@ class DemoSettings:
 
 
 @dataclass(frozen=True)
-class Progress:
-    """Progress of one stage of the demo, with a note."""
-
-    stage: str
-    done: int
-    total: int
-    note: str = ""
-
-
-@dataclass(frozen=True)
 class Row:
     """The scores of one method.
 
@@ -98,7 +88,9 @@ class Row:
         return {key: value for key, value in asdict(self).items() if key != "pictures"}
 
 
-def run_demo(output: Path, settings: DemoSettings | None = None) -> Generator[Progress, None, None]:
+def run_demo(
+    output: Path, settings: DemoSettings | None = None
+) -> Generator[EvaluateProgress, None, None]:
     """Train an ensemble of the zoo's experts, compare it with baselines, and write the report.
 
     Writes `report.json`, `report.md`, `pictures.png`, `weights.png`, the `ensemble`, the
@@ -126,12 +118,14 @@ def run_demo(output: Path, settings: DemoSettings | None = None) -> Generator[Pr
         save_ensemble(pipeline, partial / "ensemble")
 
         compared, ensemble = partial / "comparison", str(partial / "ensemble")
-        yield from _compare(comparison_recipe(settings, ensemble), compared)
+        recipe = comparison_recipe(settings, ensemble)
+        yield from evaluate(EvaluateRecipe.model_validate(recipe), compared)
         # the control row needs the best expert, which is known only now
         best = max(read_rows(compared)[: len(EXPERTS)], key=lambda row: row.both.mean).method
-        yield from _compare(comparison_recipe(settings, ensemble, best), compared)
+        recipe = comparison_recipe(settings, ensemble, best)
+        yield from evaluate(EvaluateRecipe.model_validate(recipe), compared)
 
-        yield Progress("report", 0, 1)
+        yield EvaluateProgress("report", 0, 1)
         recipe = comparison_recipe(settings, "ensemble", best)
         (partial / "comparison.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
         rows = sorted(read_rows(compared), key=lambda row: row.both.mean)
@@ -150,12 +144,12 @@ def run_demo(output: Path, settings: DemoSettings | None = None) -> Generator[Pr
         _draw_maps(pipeline, prompts[:4], settings, partial / "weights.png")
         partial.chmod(0o755)
         os.replace(partial, output)
-        yield Progress("report", 1, 1)
+        yield EvaluateProgress("report", 1, 1)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _train(pipeline: DiffusionPipeline, settings: DemoSettings) -> Iterator[Progress]:
+def _train(pipeline: DiffusionPipeline, settings: DemoSettings) -> Iterator[EvaluateProgress]:
     recipe = TrainingRecipe(
         num_steps=settings.num_train_steps,
         batch_size=settings.batch_size,
@@ -169,7 +163,7 @@ def _train(pipeline: DiffusionPipeline, settings: DemoSettings) -> Iterator[Prog
     loss = None
     for step in train_aggregators(pipeline, data, recipe):
         loss = step.loss if loss is None else loss + 0.05 * (step.loss - loss)
-        yield Progress("train", step.step, step.num_steps, f"loss {loss:.4f}")
+        yield EvaluateProgress("train", step.step, step.num_steps, f"loss {loss:.4f}")
 
 
 # -- the comparison ---------------------------------------------------------------------------
@@ -208,11 +202,6 @@ def comparison_recipe(
         "metrics": ["scenes"],
         "subject": next(iter(OURS)),
     }
-
-
-def _compare(recipe: dict[str, Any], folder: Path) -> Iterator[Progress]:
-    for event in evaluate(EvaluateRecipe.model_validate(recipe), folder):
-        yield Progress(event.stage, event.done, event.total, event.note)
 
 
 def read_rows(folder: Path) -> list[Row]:
