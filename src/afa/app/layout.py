@@ -35,16 +35,7 @@ CSS = """
 
 @dataclass(frozen=True)
 class Defaults:
-    """Initial values of the controls.
-
-    Attributes:
-        prompt: an example prompt.
-        steps: number of denoising steps.
-        guidance: scale of classifier-free guidance.
-        height: height in pixels.
-        width: width in pixels.
-        multiple: step of height and width in pixels.
-    """
+    """Initial values of the controls; `multiple` is the step of height and width in pixels."""
 
     prompt: str
     steps: int

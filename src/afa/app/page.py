@@ -30,7 +30,7 @@ from afa.reading import counted, read_picture
 from afa.recipe import MAX_SEED
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Iterable, Sequence
 
     from afa.app.drawing import Studio
     from afa.drawing.pictures import PictureRecipe
@@ -138,50 +138,48 @@ class Page:
         self, request: gr.Request, history: list[Entry], chosen: list[str], *values: Any
     ) -> Iterator[dict[Any, Any]]:
         """Draw with all selected contenders; the bias applies to the ensemble."""
-        fields, bias = self._read(values)
         slots = self._on.compare
-        yield {part: value for slot in slots.values() for part, value in _cleared(slot).items()}
-
-        def wanted() -> list[tuple[Slot, PictureRecipe]]:
-            names = [name for name in slots if name in chosen]
-            if not names:
-                raise AfaError("AFA-APP-001", "Nothing to draw. Select at least one 'Drawn by'.")
-            return [
-                (slots[name], self._recipe(fields, name, bias if name == ENSEMBLE else {}))
-                for name in names
-            ]
-
-        yield from self._draw(request, history, wanted)
+        wanted = [(slots[name], name, name == ENSEMBLE) for name in slots if name in chosen]
+        yield from self._draw(request, history, values, slots.values(), wanted)
 
     def _draw_both(
         self, request: gr.Request, history: list[Entry], *values: Any
     ) -> Iterator[dict[Any, Any]]:
         """Draw with the ensemble, without and with the bias."""
-        fields, bias = self._read(values)
-        pairs: list[tuple[Slot, Any]] = [
-            (self._on.steering.without, {}),
-            (self._on.steering.steered, bias),
-        ]
-        yield {part: value for slot, _ in pairs for part, value in _cleared(slot).items()}
-
-        def wanted() -> list[tuple[Slot, PictureRecipe]]:
-            return [(slot, self._recipe(fields, ENSEMBLE, used)) for slot, used in pairs]
-
-        yield from self._draw(request, history, wanted)
+        slots = [self._on.steering.without, self._on.steering.steered]
+        wanted = [(slot, ENSEMBLE, slot is slots[1]) for slot in slots]
+        yield from self._draw(request, history, values, slots, wanted)
 
     def _draw(
         self,
         request: gr.Request,
         history: list[Entry],
-        wanted: Callable[[], list[tuple[Slot, PictureRecipe]]],
+        values: Sequence[Any],
+        slots: Iterable[Slot],
+        wanted: Sequence[tuple[Slot, str, bool]],
     ) -> Iterator[dict[Any, Any]]:
-        """Draw pictures, show each one when it is finished, and show errors."""
+        """Draw pictures, show each one when it is finished, and show errors.
+
+        Args:
+            request: names the session.
+            history: the pictures of the session.
+            values: see `_read`.
+            slots: are cleared first.
+            wanted: where to show each picture, its contender, and whether it is biased.
+        """
+        fields, bias = self._read(values)
+        yield {part: value for slot in slots for part, value in _cleared(slot).items()}
         session, stop, done = str(request.session_hash), threading.Event(), 0
         self._stops[session] = stop
         history, status = list(history), self._on.controls.status
         yield {status: views.note("Starting"), **self._buttons(is_busy=True)}
         try:
-            planned = wanted()
+            if not wanted:
+                raise AfaError("AFA-APP-001", "Nothing to draw. Select at least one 'Drawn by'.")
+            planned = [
+                (slot, self._recipe(fields, name, bias if is_biased else {}))
+                for slot, name, is_biased in wanted
+            ]
             warnings = self._warnings(planned[0][1])
             if warnings:
                 yield {status: views.warned("Starting", warnings)}
