@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from afa.files import read_json
 from afa.metrics.aesthetic import load_aesthetic
-from afa.metrics.clip import ZOO_CLIP, ClipEncoder, ClipScorer, load_clip, pick_score
+from afa.metrics.clip import ZOO_CLIP, ClipScorer, load_clip, pick_score
 from afa.metrics.distances import cmmd, frechet_distance, inception_score, kernel_distance
 from afa.metrics.features import (
     INCEPTION,
     ZOO_CLASSIFIER,
-    InceptionLayer,
     classifier_logits,
     load_inception,
     load_vision,
@@ -24,7 +23,7 @@ from afa.metrics.recipe import PUBLIC_CLIP, PUBLIC_PROCESSORS, PUBLIC_WEIGHTS, M
 from afa.metrics.weights import MODEL_FILES, PROCESSOR_FILES, Source, is_pickle
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import torch
     from torch import Tensor
@@ -61,7 +60,7 @@ class _Opener:
 
     def __init__(self, device: torch.device | str) -> None:
         self._device = device
-        self._networks: dict[tuple[str | None, ...], FeatureExtractor] = {}
+        self._networks: dict[tuple[Any, ...], Any] = {}
 
     def open(self, recipe: MetricRecipe) -> Metric:
         """Open the metric of a recipe."""
@@ -73,19 +72,19 @@ class _Opener:
             processor = _source(recipe, "processor", recipe.processor, public)
         if name == "aes":
             clip = _source(recipe, "clip", cast("str", recipe.clip), PUBLIC_CLIP)
-            return load_aesthetic(source, self._clip(clip, None))
+            return load_aesthetic(source, self._shared(load_clip, clip, None))
         if name == "hpsv2":
             return load_hpsv2(source, cast("Source", processor), self._device)
         if name == "imagereward":
             return load_imagereward(source, cast("Source", processor), self._device)
         if name == "pickscore":
-            return pick_score(self._clip(source, processor))
+            return pick_score(self._shared(load_clip, source, processor))
         if name == "clip_t":
-            return ClipScorer(name, self._clip(source, processor))
+            return ClipScorer(name, self._shared(load_clip, source, processor))
         if name == "clip_i":
-            return ReferenceScorer(name, self._clip(source, processor))
+            return ReferenceScorer(name, self._shared(load_clip, source, processor))
         if name == "cmmd":
-            return SetMetric(name, self._clip(source, processor), cmmd)
+            return SetMetric(name, self._shared(load_clip, source, processor), cmmd)
         if name == "is":
             return self._inception_score(source)
         network = self._set_features(source, processor)
@@ -94,35 +93,27 @@ class _Opener:
         measure = functools.partial(kernel_distance, subset_size=recipe.subset_size)
         return SetMetric(name, network, measure)
 
-    def _clip(self, source: Source, processor: Source | None) -> ClipEncoder:
-        key = ("clip", source.name, _name(processor))
+    def _shared(self, load: Callable[..., Any], *given: Source | str | None) -> Any:
+        """Load a network, or return the one loaded before from sources of the same names."""
+        key = (load, *(each.name if isinstance(each, Source) else each for each in given))
         if key not in self._networks:
-            self._networks[key] = load_clip(source, processor, self._device)
-        return cast("ClipEncoder", self._networks[key])
+            self._networks[key] = load(*given, self._device)
+        return self._networks[key]
 
     def _set_features(self, source: Source, processor: Source | None) -> FeatureExtractor:
         """The network of FID and KID: Inception, a CLIP or another vision transformer."""
         if source.name == INCEPTION or is_pickle(source.name):
-            return self._inception(source, "2048")
+            return self._shared(load_inception, source, "2048")
         if source.name == ZOO_CLIP:
-            return self._clip(source, processor)
+            return self._shared(load_clip, source, processor)
         folder = source.locate([*MODEL_FILES, *PROCESSOR_FILES])
         if folder.is_dir() and read_json(folder / "config.json").get("model_type") == "clip":
-            return self._clip(source, processor)
-        key = ("vision", source.name, _name(processor))
-        if key not in self._networks:
-            self._networks[key] = load_vision(source, processor, self._device)
-        return self._networks[key]
-
-    def _inception(self, source: Source, layer: InceptionLayer) -> FeatureExtractor:
-        key = (layer, source.name)
-        if key not in self._networks:
-            self._networks[key] = load_inception(source, layer, self._device)
-        return self._networks[key]
+            return self._shared(load_clip, source, processor)
+        return self._shared(load_vision, source, processor)
 
     def _inception_score(self, source: Source) -> SetMetric:
         if source.name != ZOO_CLASSIFIER:
-            network = self._inception(source, "logits_unbiased")
+            network = self._shared(load_inception, source, "logits_unbiased")
             return SetMetric(
                 "is", network, inception_score, higher_is_better=True, needs_real=False
             )
@@ -138,7 +129,3 @@ class _Opener:
 
 def _source(recipe: MetricRecipe, key: str, name: str, public: str) -> Source:
     return Source(f"The {key} of '{recipe.name}'", name, public)
-
-
-def _name(source: Source | None) -> str | None:
-    return None if source is None else source.name
