@@ -219,8 +219,10 @@ def _duplicate(names: Sequence[str]) -> str | None:
     return next((name for name in names if names.count(name) > 1), None)
 
 
-def resolve_metric(metric: MetricRecipe, folder: Path) -> MetricRecipe:
+def resolve_metric(metric: Any, folder: Path) -> Any:
     """Make the paths of a metric absolute; they are relative to the recipe's `folder`."""
+    if metric == SCENES:
+        return metric
     return resolve_sources(metric, folder, "weights", "processor", "clip")
 
 
@@ -241,9 +243,6 @@ def load_evaluate_recipe(path: str | Path) -> EvaluateRecipe:
                 )
                 for method in recipe.methods
             ],
-            "metrics": [
-                metric if isinstance(metric, str) else resolve_metric(metric, folder)
-                for metric in recipe.metrics
-            ],
+            "metrics": [resolve_metric(metric, folder) for metric in recipe.metrics],
         }
     )

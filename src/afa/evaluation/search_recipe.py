@@ -51,8 +51,6 @@ def load_search_recipe(path: str | Path) -> SearchRecipe:
     return resolve_sources(recipe, folder, "experts", "vae", "config", "parts").model_copy(
         update={
             "prompts": resolve_prompts(recipe.prompts, folder),
-            "metric": recipe.metric
-            if isinstance(recipe.metric, str)
-            else resolve_metric(recipe.metric, folder),
+            "metric": resolve_metric(recipe.metric, folder),
         }
     )

@@ -53,11 +53,8 @@ def verdict(difference: dict[str, float]) -> str:
     return "below" if difference["high"] < 0 else "not significant"
 
 
-def _names(names: Sequence[str]) -> str:
-    return ", ".join(names)
-
-
-def _signed(difference: dict[str, float]) -> str:
+def signed(difference: dict[str, float]) -> str:
+    """Format a difference and its interval with signs."""
     return f"{difference['mean']:+.2f} [{difference['low']:+.2f}, {difference['high']:+.2f}]"
 
 
@@ -99,9 +96,9 @@ def _against(rows: dict[str, Any], rivals: Sequence[str]) -> list[str]:
         everyone = len(above) == len(rivals)
         sentences.append(
             f"In `both` on mixed prompts, {SUBJECT} ({ours['mean']:.2f}) is significantly above "
-            f"{'all of ' if everyone else ''}{_names(above)}; the closest of them is "
+            f"{'all of ' if everyone else ''}{', '.join(above)}; the closest of them is "
             f"{closest} with {rows[closest]['both']['mean']:.2f}, a difference of "
-            f"{_signed(rows[closest]['afa_minus_this'])}. None of these was trained on the scenes "
+            f"{signed(rows[closest]['afa_minus_this'])}. None of these was trained on the scenes "
             "that the aggregators were trained on."
         )
     for kind, text in (
@@ -110,7 +107,7 @@ def _against(rows: dict[str, Any], rivals: Sequence[str]) -> list[str]:
     ):
         if by_verdict.get(kind):
             sentences.append(
-                f"In `both` on mixed prompts, {SUBJECT} {text} {_names(by_verdict[kind])}."
+                f"In `both` on mixed prompts, {SUBJECT} {text} {', '.join(by_verdict[kind])}."
             )
     return sentences
 
@@ -125,7 +122,7 @@ def _tuned(rows: dict[str, Any], name: str) -> str:
     }[verdict(difference)]
     cost = rows[SUBJECT]["seconds_per_image"] / rows[name]["seconds_per_image"]
     return (
-        f"The {name} gets {theirs:.2f}: {outcome} ({_signed(difference)}), at a budget that only "
+        f"The {name} gets {theirs:.2f}: {outcome} ({signed(difference)}), at a budget that only "
         f"includes the training of the aggregators. {SUBJECT} takes {cost:.1f} times as long per "
         "picture."
     )
@@ -146,7 +143,7 @@ def _own_domain(results: dict[str, Any]) -> list[str]:
         }[outcome]
         sentence = (
             f"On prompts of {domain} only, {SUBJECT} ({rows[SUBJECT]['both']['mean']:.2f}) {words} "
-            f"the expert of {domain} ({expert['both']['mean']:.2f}; {_signed(difference)})."
+            f"the expert of {domain} ({expert['both']['mean']:.2f}; {signed(difference)})."
         )
         sentences.append((outcome != "below", sentence))
     return [sentence for _, sentence in sorted(sentences, key=lambda pair: pair[0])]
@@ -190,7 +187,7 @@ def _fast(rows: dict[str, Any]) -> list[str]:
     ]
     return [
         f"{fast(SUBJECT)} gets {ours['both']['mean']:.2f}, {words} {SUBJECT} at the exact speed "
-        f"(difference {_signed(ours['afa_minus_this'])}), in {cost:.1f} times the time of one "
+        f"(difference {signed(ours['afa_minus_this'])}), in {cost:.1f} times the time of one "
         "expert." + (f" It has a worse {', '.join(worse)}." if worse else "")
     ]
 
@@ -250,7 +247,7 @@ def _variants(results: dict[str, Any], names: Iterable[str]) -> list[str]:
             "below": f"significantly **better** than {SUBJECT}",
             "not significant": f"not significantly different from {SUBJECT}",
         }[outcome]
-        sentence = f"{name} ({mean:.2f}, one seed) is {words}; difference {_signed(difference)}."
+        sentence = f"{name} ({mean:.2f}, one seed) is {words}; difference {signed(difference)}."
         if outcome == "above":
             sentence += (
                 f" On own-domain prompts it gets {own[name]:.2f}, {SUBJECT} {own[SUBJECT]:.2f}."

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from afa.evaluation.report import curve_table
 from afa.files import read_json, write_atomic
 from afa.provenance import made_from
-from afa.studies.results.conclusions import conclusions, own_domain_means
+from afa.studies.results.conclusions import conclusions, own_domain_means, signed
 from afa.studies.results.limits import (
     NEXT_STUDY,
     REVIEW,
@@ -196,7 +196,7 @@ def page(results: dict[str, Any]) -> str:
         "*The paper's size*: `hidden_ratio: null, min_scale: 1`, with the same number of "
         "channels at all sites and weights at every pixel. *conv_out only* has the default "
         "size, which is too small there: see [the limits](#limits-of-these-figures).",
-        _table([rows[SUBJECT], *(rows[name] for name in _variants())]),
+        _table([rows[SUBJECT], *(rows[name] for name in (*VARIANTS, *OTHER_EXPERTS))]),
         "## Fusion weights",
         "Mean weight of each expert by site (from input to output) and step, for the first seed.",
         "![Mean weights by site and step.](images/results-weights.png)",
@@ -278,18 +278,8 @@ def _tried(name: str) -> str:
     return "" if listed is None else f", of {len(listed)} candidates"
 
 
-def _variants() -> list[str]:
-    return [*VARIANTS, *OTHER_EXPERTS]
-
-
 def _interval(score: dict[str, float]) -> str:
     return f"{score['mean']:.2f} [{score['low']:.2f}, {score['high']:.2f}]"
-
-
-def _signed(score: dict[str, float] | None) -> str:
-    if score is None:
-        return ""
-    return f"{score['mean']:+.2f} [{score['low']:+.2f}, {score['high']:+.2f}]"
 
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:
@@ -302,7 +292,7 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
         cells += [_interval(row[name]) for name in _SHOWN]
         cells += [f"{row[name]['mean']:.3g}" if name in row else "-" for name in _SETS]
         cells += [
-            _signed(minus),
+            "" if minus is None else signed(minus),
             "" if minus is None else f"{minus['wins']}/{minus['losses']}",
             f"{row['expert_calls_per_image']:.0f}",
             f"{row['seconds_per_image']:.2f}",
