@@ -16,36 +16,22 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _PANEL = "Untrusted files"
+_option = functools.partial(typer.Option, rich_help_panel=_PANEL)
 #: by argument name
 OPTIONS: dict[str, Any] = {
     "allow_pickle": Annotated[
         bool,
-        typer.Option(
+        _option(
             "--allow-pickle",
             help="Also read tensors from .ckpt, .pt and .bin; never run their code.",
-            rich_help_panel=_PANEL,
         ),
     ],
-    "offline": Annotated[
-        bool,
-        typer.Option(
-            "--offline", help="Use the hub's cache only, no network.", rich_help_panel=_PANEL
-        ),
-    ],
+    "offline": Annotated[bool, _option("--offline", help="Use the hub's cache only, no network.")],
     "allow_folder": Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="Allow paths in this folder in recipes; repeatable.",
-            rich_help_panel=_PANEL,
-        ),
+        list[Path] | None, _option(help="Allow paths in this folder in recipes; repeatable.")
     ],
     "rehash": Annotated[
-        bool,
-        typer.Option(
-            "--rehash",
-            help="Hash all files again, even if the hash is cached.",
-            rich_help_panel=_PANEL,
-        ),
+        bool, _option("--rehash", help="Hash all files again, even if the hash is cached.")
     ],
 }
 #: read by libraries, by some only once at import

@@ -221,9 +221,9 @@ def read_rows(folder: Path) -> list[Row]:
 # -- the report -------------------------------------------------------------------------------
 
 
-def rivals_reached(rows: Sequence[Row], method: str = "AFA") -> list[str]:
-    """The baselines whose `both` interval is not completely below that of `method`."""
-    low = next(row.both.low for row in rows if row.method == method)
+def rivals_reached(rows: Sequence[Row]) -> list[str]:
+    """The baselines whose `both` interval is not completely below that of AFA."""
+    low = next(row.both.low for row in rows if row.method == "AFA")
     return [row.method for row in rows if row.method not in OURS and row.both.high >= low]
 
 

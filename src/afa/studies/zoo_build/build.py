@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from afa.files import write_atomic
 from afa.loading.ensemble_folder import save_ensemble
 from afa.loading.pipeline import load_pipeline
-from afa.studies.zoo_build.fit import FitStep, fit
+from afa.studies.zoo_build.fit import FitStep
 from afa.studies.zoo_build.pack import grade_zoo, pack_zoo
 from afa.studies.zoo_build.workshop import (
     ModelsRecipe,
@@ -44,7 +44,6 @@ from afa.zoo.sprites import (
     OBJECTS,
     cut_atlas,
     extract_sprites,
-    hash_sprites,
     load_sprites,
 )
 
@@ -83,15 +82,7 @@ def train_vae(shop: Workshop[ZooRecipe], vae: AutoencoderKL) -> Iterator[FitStep
         divergence = posterior.kl().mean() / posterior.mean[0].numel()
         return F.l1_loss(decoded, target) + F.mse_loss(decoded, target) + 3e-4 * divergence
 
-    yield from fit(
-        "vae",
-        vae,
-        loss_of,
-        num_steps=shop.recipe.vae_steps,
-        checkpoint=shop.folder / "vae.ckpt",
-        made_from=hash_sprites(shop.sprites),
-        learning_rate=3e-3,
-    )
+    yield from shop.fit("vae", vae, loss_of, shop.recipe.vae_steps, learning_rate=3e-3)
 
 
 def _crops(pictures: Tensor, size: int, generator: torch.Generator) -> Tensor:
@@ -144,14 +135,7 @@ def train_classifier(shop: Workshop[ZooRecipe], model: ObjectClassifier) -> Iter
         inputs = _soften(torch.cat([halves, spoilt]), generator)
         return F.cross_entropy(model(inputs), torch.cat([labels, none]))
 
-    yield from fit(
-        "classifier",
-        model,
-        loss_of,
-        num_steps=shop.recipe.judge_steps,
-        checkpoint=shop.folder / "classifier.ckpt",
-        made_from=hash_sprites(shop.sprites),
-    )
+    yield from shop.fit("classifier", model, loss_of, shop.recipe.judge_steps)
 
 
 def train_clip(shop: Workshop[ZooRecipe], model: nn.Module) -> Iterator[FitStep]:
@@ -168,14 +152,7 @@ def train_clip(shop: Workshop[ZooRecipe], model: nn.Module) -> Iterator[FitStep]
         labels = torch.arange(64)
         return F.cross_entropy(logits, labels) + F.cross_entropy(logits[:, :64].T, labels)
 
-    yield from fit(
-        "clip",
-        model,
-        loss_of,
-        num_steps=shop.recipe.judge_steps,
-        checkpoint=shop.folder / "clip.ckpt",
-        made_from=hash_sprites(shop.sprites),
-    )
+    yield from shop.fit("clip", model, loss_of, shop.recipe.judge_steps)
 
 
 # -- all of it --------------------------------------------------------------------------------

@@ -71,7 +71,6 @@ def grade(
     classifier: ObjectClassifier,
     *,
     num_prompts: int,
-    seed: int = 0,
 ) -> Generator[FitStep, None, dict[str, Any]]:
     """Score models on each kind of prompt.
 
@@ -79,7 +78,6 @@ def grade(
         folders: folders of diffusers pipelines, by model.
         classifier: see `afa.zoo.judges.load_classifier`.
         num_prompts: number of prompts of each kind.
-        seed: see `draw_pictures`.
 
     Yields:
         Progress by model and kind of prompt; its "loss" is the fraction of wrong pictures.
@@ -97,7 +95,7 @@ def grade(
         for k, kind in enumerate(kinds):
             started = time.perf_counter()
             prompts = evaluation_prompts(num_prompts, kind=kind)
-            verdicts = judge(classifier, draw_pictures(pipeline, prompts, seed=seed), prompts)
+            verdicts = judge(classifier, draw_pictures(pipeline, prompts), prompts)
             scores = scores_of(verdicts)
             report[name][kind] = {score: asdict(found) for score, found in scores.items()}
             done, wrong = n * len(kinds) + k + 1, 1 - scores["both"].mean
@@ -107,6 +105,6 @@ def grade(
         "num_prompts": num_prompts,
         "num_steps": NUM_STEPS,
         "guidance_scale": GUIDANCE_SCALE,
-        "seed": seed,
+        "seed": 0,
     }
     return {"settings": settings, "models": report}

@@ -80,6 +80,26 @@ class Workshop(Generic[Recipe]):
             list(captions), padding="max_length", truncation=True, return_tensors="pt"
         )["input_ids"]
 
+    def fit(
+        self,
+        name: str,
+        model: nn.Module,
+        loss_of: Callable[[torch.Generator], Tensor],
+        num_steps: int,
+        learning_rate: float = 1e-3,
+        made_from: str | None = None,
+    ) -> Iterator[FitStep]:
+        """Train a model with a checkpoint in the folder, see `fit`; made from sprites if None."""
+        return fit(
+            name,
+            model,
+            loss_of,
+            num_steps=num_steps,
+            checkpoint=self.folder / f"{name}.ckpt",
+            learning_rate=learning_rate,
+            made_from=hash_sprites(self.sprites) if made_from is None else made_from,
+        )
+
 
 @torch.no_grad()
 def encode_scenes(shop: Workshop[Any], vae: AutoencoderKL, kind: Kind) -> tuple[Tensor, Tensor]:
@@ -180,15 +200,7 @@ def train_text_to_image(
         target = scheduler.get_velocity(clean, noise, timestep)
         return F.mse_loss(model(noisy, timestep, ids), target)
 
-    yield from fit(
-        name,
-        model,
-        loss_of,
-        num_steps=num_steps,
-        checkpoint=shop.folder / f"{name}.ckpt",
-        learning_rate=recipe.learning_rate,
-        made_from=made_from,
-    )
+    yield from shop.fit(name, model, loss_of, num_steps, recipe.learning_rate, made_from)
 
 
 def require_same_recipe(path: Path, recipe: ModelsRecipe) -> None:
