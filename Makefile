@@ -13,6 +13,10 @@ MINUTES ?= 60
 SOAK ?= runs/soak
 OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
+# Containers often set it. Then every process, of which the tests start hundreds, compiles the sources
+# of torch, diffusers and the rest again, because nothing is kept.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo docs results results-dit bench bench-check test unit processes nightly format lint types check lock constraints audit licences fuzz golden pairs soak reliability \
 	wheel clean

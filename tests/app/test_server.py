@@ -6,6 +6,7 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,11 @@ from afa.cli import main
 from tests.refusal import refusal
 from tests.warm import run
 
-pytestmark = pytest.mark.processes
-
-pytest.importorskip("gradio")
+pytestmark = [
+    pytest.mark.processes,
+    # found but not imported, which takes seconds, by processes that collect and do not run it
+    pytest.mark.skipif(find_spec("gradio") is None, reason="gradio is not installed"),
+]
 
 
 def ask(address: str, data: bytes | None = None, **headers: str) -> tuple[int, str]:
