@@ -19,7 +19,7 @@ from tests.app.serve import FAILS
 
 sync_api = pytest.importorskip("playwright.sync_api")
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.processes,
     # found but not imported, which takes seconds, by processes that collect and do not run it
     pytest.mark.skipif(find_spec("gradio") is None, reason="gradio is not installed"),
     pytest.mark.skipif(BROWSER is None, reason="there is no Chromium; apt install chromium"),
