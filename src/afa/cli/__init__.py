@@ -12,6 +12,7 @@ from afa.cli import (
     check,
     demo,
     evaluate,
+    export,
     generate,
     inspect,
     merge,
@@ -44,6 +45,7 @@ for _command in (
     inspect.inspect,
     check.check,
     merge.merge,
+    export.export,
     search.search,
     evaluate.evaluate,
 ):

@@ -116,6 +116,13 @@ class SingleFiles:
             usual name of these blocks.
         convert: a function of tensors in the original layout, the denoiser's configuration and the
             pipeline's folder that returns the state dict; None uses diffusers' conversion.
+        written: a function of the shapes of the denoiser in diffusers and of the pipeline's parts
+            that returns the prefixes that `afa export` writes, by part: those that other programs
+            expect.
+        renamed: for `afa export`, regular expression -> replacement in names of the denoiser's
+            tensors, where these differ in more than the name of their layer.
+        architectures: bundled configuration -> its name in the metadata standard of
+            https://github.com/Stability-AI/ModelSpec.
     """
 
     configuration: Callable[[FileDenoiser], str | Path]
@@ -126,6 +133,9 @@ class SingleFiles:
     optional: frozenset[str] = frozenset()
     blocks: Mapping[str, str] = field(default_factory=dict)
     convert: Callable[[Mapping[str, Tensor], dict[str, Any], Path], dict[str, Tensor]] | None = None
+    written: Callable[[Shapes, Collection[str]], Mapping[str, str]] = lambda *_: {}
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    architectures: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

@@ -350,6 +350,13 @@ _KIND = PipelineKind(
             r"transformer_blocks\.\d+": "double blocks",
             r"single_transformer_blocks\.\d+": "single blocks",
         },
+        written=lambda *_: {
+            "text_encoder": "text_encoders.clip_l.transformer.",
+            "text_encoder_2": "text_encoders.t5xxl.transformer.",
+            "vae": "vae.",
+        },
+        renamed={r"(query|key)_norm\.weight$": r"\1_norm.scale"},
+        architectures={"flux-dev": "flux-1-dev", "flux-schnell": "flux-1-schnell"},
     ),
     latent_channels=lambda config: config.in_channels // 4,
     patch=lambda _: 2,

@@ -288,6 +288,18 @@ _KIND = PipelineKind(
         },
         optional=frozenset({"text_encoder_3"}),
         blocks={r"transformer_blocks\.\d+": "blocks"},
+        written=lambda *_: {
+            "text_encoder": "text_encoders.clip_l.transformer.",
+            "text_encoder_2": "text_encoders.clip_g.transformer.",
+            "text_encoder_3": "text_encoders.t5xxl.transformer.",
+            "vae": "first_stage_model.",
+        },
+        renamed={r"^pos_embed\.pos_embed$": "pos_embed"},
+        architectures={
+            "stable-diffusion-3-medium": "stable-diffusion-v3-medium",
+            "stable-diffusion-3.5-medium": "stable-diffusion-v3.5-medium",
+            "stable-diffusion-3.5-large": "stable-diffusion-v3.5-large",
+        },
     ),
     padded_text="joint_attention_dim",
     shares_length=True,

@@ -18,7 +18,7 @@ from afa.denoisers.family import (
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
     from pathlib import Path
 
     from torch import Tensor
@@ -130,6 +130,7 @@ def _convert(
 
 #: its tensors do not tell whether it predicts noise or velocity
 STABLE_DIFFUSION_2 = "Stable Diffusion 2.x"
+_VAE = VAE_PREFIXES[0]
 _CONTEXT = re.compile(r".*\.attn2\.to_k\.weight")
 _VARIANTS = {
     (False, 768): "Stable Diffusion 1.x",
@@ -148,6 +149,23 @@ def unet_variant(shapes: Shapes) -> str | None:
     is_pooled, width = any(name in shapes for name in pooled), max(widths, default=0)
     kind = STABLE_DIFFUSION_XL if is_pooled else STABLE_DIFFUSION
     return _VARIANTS.get((is_pooled, width), f"{kind.name} with text of width {width}")
+
+
+def _written(shapes: Shapes, parts: Collection[str]) -> dict[str, str]:
+    """The prefixes of Stable Diffusion 1.x and 2.x, which differ in the code of the encoder."""
+    del parts
+    encoder = "model" if unet_variant(shapes) == STABLE_DIFFUSION_2 else "transformer"
+    return {"text_encoder": f"cond_stage_model.{encoder}.", "vae": _VAE}
+
+
+def _written_xl(shapes: Shapes, parts: Collection[str]) -> dict[str, str]:
+    """The prefixes of Stable Diffusion XL and of its refiner, which has the second encoder only."""
+    del shapes
+    first = (
+        {"text_encoder": "conditioner.embedders.0.transformer."} if "text_encoder" in parts else {}
+    )
+    second = f"conditioner.embedders.{len(first)}.model."
+    return {**first, "text_encoder_2": second, "vae": _VAE}
 
 
 # a ControlNet has only the first of these; the up blocks identify a U-Net
@@ -172,6 +190,14 @@ STABLE_DIFFUSION = PipelineKind(
         diffusers=_DIFFUSERS,
         blocks=_BLOCKS,
         convert=_convert,
+        written=_written,
+        architectures={
+            "stable-diffusion-1.5": "stable-diffusion-v1",
+            "stable-diffusion-1.5-inpainting": "stable-diffusion-v1-inpainting",
+            "stable-diffusion-2": "stable-diffusion-v2-768-v",
+            "stable-diffusion-2-base": "stable-diffusion-v2-512",
+            "stable-diffusion-2-inpainting": "stable-diffusion-v2-inpainting",
+        },
     ),
     gives_latent=True,
 )
@@ -193,6 +219,13 @@ STABLE_DIFFUSION_XL = PipelineKind(
         diffusers=(*_DIFFUSERS, "add_embedding.linear_1.weight"),
         blocks=_BLOCKS,
         convert=_convert,
+        written=_written_xl,
+        architectures={
+            "stable-diffusion-xl": "stable-diffusion-xl-v1-base",
+            "stable-diffusion-xl-v": "stable-diffusion-xl-v1-base",
+            "stable-diffusion-xl-inpainting": "stable-diffusion-xl-v1-inpainting",
+            "stable-diffusion-xl-refiner": "stable-diffusion-xl-v1-refiner",
+        },
     ),
     gives_latent=True,
 )

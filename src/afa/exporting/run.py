@@ -1,0 +1,139 @@
+"""Write a planned export, one tensor at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from afa.errors import AfaError
+from afa.exporting.plan import ExportPlan, plan_export
+from afa.files import read_json, staged
+from afa.loading.expert_source import ExpertSource
+from afa.loading.sources import refer
+from afa.loading.weights import hash_pipeline
+from afa.merging.method import is_finite
+from afa.merging.run import RECORD
+from afa.merging.streams import header_of, write_tensors, writing_order
+from afa.provenance import __version__
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from afa.exporting.plan import Dtype
+
+_HASH = "modelspec.hash_sha256"
+_SPELLED = {"v_prediction": "v"}  # the standard's value
+
+
+@dataclass(frozen=True)
+class ExportProgress:
+    """Progress of an export.
+
+    Attributes:
+        num_bytes: bytes read.
+        total_bytes: bytes to read.
+        num_tensors: tensors written.
+        total_tensors: tensors to write.
+    """
+
+    num_bytes: int
+    total_bytes: int
+    num_tensors: int
+    total_tensors: int
+
+
+def export_checkpoint(
+    source: str, output: str | Path, dtype: Dtype | None = None
+) -> Iterator[ExportProgress]:
+    """Write a pipeline folder as a single file in the layout of the original code.
+
+    The file is what ComfyUI, the web UIs, diffusers' `from_single_file` and afa load. It holds
+    denoiser, text encoders and autoencoder, and metadata by the standard of
+    https://github.com/Stability-AI/ModelSpec. It is renamed into place at the end.
+
+    Args:
+        source: see `plan_export`.
+        output: a new `.safetensors` file.
+        dtype: of the weights; None keeps the folder's.
+
+    Yields: progress, after every tensor.
+
+    Raises:
+        AfaError: as `plan_export`, and if a value is not finite in the file's dtype.
+    """
+    yield from run_export(plan_export(source, output, dtype))
+
+
+def run_export(plan: ExportPlan) -> Iterator[ExportProgress]:
+    """Run a planned export; see `export_checkpoint`."""
+    total = sum(tensor.num_bytes_read for tensor in plan.tensors.values())
+    metadata = _metadata(plan)
+    digest = hashlib.sha256()
+
+    def values() -> Iterator[Tensor]:
+        for name in writing_order(plan.tensors):
+            value = _finite(plan, name).contiguous()
+            if value.numel():
+                digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+            yield value
+
+    with staged(plan.output) as partial:
+        num_bytes = 0
+        # the hash of all values is known at the end, and as long as the one that is written first
+        metadata[_HASH] = f"0x{'0' * 64}"
+        written = write_tensors(partial, plan.tensors, values(), metadata)
+        for number, name in enumerate(written, start=1):
+            num_bytes += plan.tensors[name].num_bytes_read
+            yield ExportProgress(num_bytes, total, number, len(plan.tensors))
+        metadata[_HASH] = f"0x{digest.hexdigest()}"
+        with partial.open("r+b") as stream:
+            stream.write(header_of(plan.tensors, metadata))
+
+
+def _finite(plan: ExportPlan, name: str) -> Tensor:
+    """Compute one tensor of the file.
+
+    Raises:
+        AfaError: if it has values that are not finite.
+    """
+    value = plan.tensors[name].value()
+    if value.is_floating_point() and not is_finite(value):
+        raise AfaError(
+            "AFA-EXPORT-008",
+            f"'{name}' would have values that are not finite in {value.dtype}. Pass --dtype "
+            f"float32 or bfloat16; if that does not help, '{plan.source}' has them itself.",
+        )
+    return value
+
+
+def _metadata(plan: ExportPlan) -> dict[str, str]:
+    """Return the metadata of the file."""
+    reference = refer(ExpertSource(plan.source), plan.path, hash_pipeline(plan.path))
+    record = {
+        "afa_version": __version__,
+        "source": {key: value for key, value in asdict(reference).items() if value},
+        "dtype": plan.dtype or "as in the source",
+    }
+    metadata = {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": plan.output.stem,
+        "afa_export": json.dumps(record, indent=2),
+    }
+    if plan.architecture is not None:
+        metadata["modelspec.architecture"] = plan.architecture
+    if plan.predicts != "flow_prediction":  # for which the standard has no value
+        predicts = _SPELLED.get(plan.predicts, plan.predicts)
+        metadata["modelspec.prediction_type"] = predicts
+    merged = plan.path / RECORD
+    if merged.is_file():
+        metadata["afa_merge"] = json.dumps(read_json(merged), indent=2)
+    return metadata
