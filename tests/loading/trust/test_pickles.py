@@ -167,7 +167,7 @@ def test_every_command_that_takes_a_recipe(
 
 @pytest.mark.fault(
     "a hostile pickle",
-    "generate, weights, prune, app, inspect, check",
+    "generate, weights, prune, app, inspect, check, export",
     how="the same pickle as the path itself, in an ensemble, and in a model folder",
     holds="exit code 2; the file is not created",
 )
@@ -199,6 +199,10 @@ def test_every_command_that_takes_a_model(
         *(["app", place, "--port", "0"] for place in (wrong, ensemble)),
         *(["inspect", place] for place in (wrong, folder)),
         *(["check", place] for place in (wrong, ensemble)),
+        *(
+            ["export", p, "--output", tmp_path / "output.safetensors"]
+            for p in (wrong, ensemble, folder)
+        ),
         ["generate", ensemble, "a fox", "--plan", wrong, "--output", output],
         ["prune", ensemble, "--prompts", wrong, "--output", output],
         ["generate", "--from-image", wrong, "--output", output],
@@ -210,6 +214,7 @@ def test_every_command_that_takes_a_model(
         if arguments[0] != "check" or wrong in arguments:  # what it finds is its answer
             assert len(said.splitlines()) == 1, (arguments, said)
         assert not output.exists(), arguments
+        assert not output.with_suffix(".safetensors").exists(), arguments
 
 
 def test_no_command_is_left_out() -> None:
@@ -217,7 +222,7 @@ def test_no_command_is_left_out() -> None:
     named = {command.name for command in app.registered_commands}
     named |= {group.name for group in app.registered_groups}
     with_recipes = {"train", "evaluate", "merge", "search"}
-    with_models = {"generate", "weights", "prune", "app", "inspect", "check"}
+    with_models = {"generate", "weights", "prune", "app", "inspect", "check", "export"}
     assert named - {"demo", "zoo"} == with_recipes | with_models
 
 
