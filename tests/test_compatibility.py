@@ -40,6 +40,8 @@ from tests.tiny_pipelines import saved_experts
 if TYPE_CHECKING:
     from torch import Tensor
 
+pytestmark = pytest.mark.slow
+
 _DOCS = Path(__file__).parent.parent / "docs" / "compatibility.md"
 _SMALL = afa.SABWConfig(hidden_size=8, num_layers=1, num_heads=2, norm_num_groups=4)
 _EMBEDDING = 6  # width of an IP-Adapter's pictures

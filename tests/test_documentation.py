@@ -26,6 +26,8 @@ from tests.documentation import (
     shortened,
 )
 
+pytestmark = pytest.mark.slow
+
 ALL = [*sorted(DOCS.glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 PAGES = [page for page in ALL if blocks_of(page)]
 #: where an ensemble is trained that the others find

@@ -18,6 +18,8 @@ from tests.cli.test_cli import run
 from tests.refusal import refusal
 from tests.tiny_pipelines import PIPELINES, saved_experts
 
+pytestmark = pytest.mark.slow
+
 SMALL = afa.SABWConfig(hidden_size=8, num_layers=1, num_heads=2, norm_num_groups=4)
 
 

@@ -26,6 +26,8 @@ from afa.drawing.pictures import (
 )
 from tests.refusal import refusal
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 SAMPLING = {"seed": 3, "steps": 12, "guidance": 3.0, "height": 64, "width": 64}
 

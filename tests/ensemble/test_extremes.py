@@ -18,6 +18,8 @@ from tests.refusal import refusal
 from tests.tiny import inputs
 from tests.training.runs import SMALL
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def pipeline(experts: list[Path]) -> Any:

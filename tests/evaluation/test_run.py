@@ -25,6 +25,8 @@ from tests.evaluation.conftest import SMALL
 from tests.metrics.tiny import write_clip
 from tests.refusal import refusal
 
+pytestmark = pytest.mark.slow
+
 Write = Callable[..., Path]
 
 

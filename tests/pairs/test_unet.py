@@ -9,6 +9,8 @@ from tests.pairs.matrix import Outcome, names_who_is_not_finite
 from tests.pairs.table import key_of, recorded
 from tests.pairs.trying import PAIRS, names_where, tried
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("pair", PAIRS, ids="+".join)
 def test_it_equals_what_it_means_or_is_refused(pair: tuple[str, str]) -> None:

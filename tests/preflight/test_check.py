@@ -30,6 +30,8 @@ from tests.preflight.test_preflight import changed
 from tests.refusal import refusal
 from tests.single_file import original_layout
 
+pytestmark = pytest.mark.slow
+
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
 

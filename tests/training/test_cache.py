@@ -32,6 +32,8 @@ from tests.refusal import refusal
 from tests.tiny_pipelines import tiny_xl
 from tests.training.runs import SMALL, recipe, steps_of
 
+pytestmark = pytest.mark.slow
+
 TRANSFORM = Transform(16, flip=True, num_variants=3)
 
 

@@ -18,6 +18,8 @@ from afa.training.transform import Transform
 from tests.tiny_pipelines import PIPELINES, saved_experts
 from tests.training.runs import SMALL, as_written, steps_of
 
+pytestmark = pytest.mark.slow
+
 TRAINED = [kind for kind in PIPELINES if kind not in ("dit", "refiner")]
 
 

@@ -40,6 +40,8 @@ from tests.refusal import refusal
 from tests.tiny import tiny_pipeline
 from tests.training.runs import SMALL, fresh, recipe, steps_of
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_run_writes_an_ensemble_that_loads(experts: list[Path], tmp_path: Path) -> None:
     before = [hash_expert(e) for e in experts]

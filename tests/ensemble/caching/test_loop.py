@@ -23,6 +23,8 @@ from tests.ensemble import test_ensemble, test_transformer_ensemble
 from tests.tiny import SDXL, SMALL_UNET, TEXT_WIDTH, inputs, tiny_unet, xl_inputs
 from tests.tiny_transformers import KINDS, transformer_inputs
 
+pytestmark = pytest.mark.slow
+
 STEPS = (900, 700, 500, 300, 100)
 FAMILIES = ("unet", "sdxl", *KINDS)
 

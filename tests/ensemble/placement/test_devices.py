@@ -15,6 +15,8 @@ from tests.ensemble.caching.test_loop import STEPS, arguments_of, at, ensemble_o
 from tests.ensemble.caching.test_plan import plan_of
 from tests.refusal import refusal
 
+pytestmark = pytest.mark.slow
+
 
 def to(module: nn.Module, device: Any) -> nn.Module:
     """`module.to`, which does not know how to move parameters without content."""

@@ -39,6 +39,8 @@ from tests.tiny_pipelines import PIPELINES
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+pytestmark = pytest.mark.slow
+
 _KINDS = ("xl", "refiner", "sd3")
 
 
