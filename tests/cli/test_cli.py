@@ -16,6 +16,8 @@ from PIL import Image
 from afa.cli import main
 from tests.tiny import tiny_pipeline
 
+pytestmark = pytest.mark.slow
+
 AGGREGATOR = {"hidden_size": 8, "num_layers": 1, "num_heads": 2, "norm_num_groups": 4}
 COMMANDS = (
     *("train", "generate", "app", "weights", "inspect", "merge", "search", "evaluate", "demo"),

@@ -17,6 +17,8 @@ from afa.training.split import Split
 from tests.refusal import refusal
 from tests.training.runs import as_written, steps_of
 
+pytestmark = pytest.mark.slow
+
 NAMES = ["expert0", "expert1", "expert2"]
 
 
