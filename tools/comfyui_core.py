@@ -1,0 +1,107 @@
+"""The side of `tools.comfyui` that runs ComfyUI: load one file and compare its tensors.
+
+    python -m tools.comfyui_core build/comfyui file.safetensors
+
+Prints one line of JSON. torchvision, which ComfyUI imports for its picture nodes, is replaced by an
+empty module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.machinery
+import json
+import sys
+import types
+from typing import Any
+
+import torch
+import transformers.models.clip  # noqa: F401  (looks for torchvision before it is replaced)
+from safetensors import safe_open
+
+_DENOISER = "model.diffusion_model."
+
+
+class _Empty(types.ModuleType):
+    """A module that has whatever is asked of it."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.__path__: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Empty(f"{self.__name__}.{name}")
+
+    def __call__(self, *_: Any, **__: Any) -> None:
+        return None
+
+
+class _Finder:
+    """Finds empty modules for torchvision and torchaudio."""
+
+    @staticmethod
+    def find_spec(name: str, *_: Any) -> importlib.machinery.ModuleSpec | None:
+        if name.split(".")[0] not in ("torchvision", "torchaudio"):
+            return None
+        return importlib.machinery.ModuleSpec(name, _Finder(), is_package=True)  # type: ignore[arg-type]
+
+    @staticmethod
+    def create_module(spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+        return _Empty(spec.name)
+
+    @staticmethod
+    def exec_module(_: types.ModuleType) -> None:
+        return None
+
+
+def load(folder: str, file: str) -> tuple[Any, Any, Any]:
+    """Load a file as ComfyUI's node for checkpoints does: denoiser, text encoders, autoencoder."""
+    sys.path.insert(0, f"{folder}/core")
+    sys.path.append(f"{folder}/packages")
+    sys.meta_path.insert(0, _Finder)
+    sys.argv = [sys.argv[0], "--cpu"]
+    import comfy.options  # type: ignore[import-not-found]
+
+    comfy.options.enable_args_parsing()
+    import comfy.sd  # type: ignore[import-not-found]
+
+    loaded = comfy.sd.load_checkpoint_guess_config(file, output_vae=True, output_clip=True)
+    return loaded[:3]
+
+
+def compared(folder: str, file: str) -> dict[str, Any]:
+    """Compare the denoiser by name; encode a prompt, which needs the text encoders."""
+    model, clip, vae = load(folder, file)
+    own = model.model.state_dict()
+    different, equal = [], 0
+    with safe_open(file, framework="pt") as stored:
+        names = [name for name in stored.keys() if name.startswith(_DENOISER)]  # noqa: SIM118
+        for name in names:
+            tensor, came = stored.get_tensor(name), own.get(name.removeprefix("model."))
+            if came is not None and torch.equal(came.to(tensor.dtype), tensor):
+                equal += 1
+            else:
+                different.append(name)
+        others = {_key(stored.get_tensor(n)) for n in stored.keys() if n not in names}  # noqa: SIM118
+    autoencoder = vae.first_stage_model.state_dict()
+    different += [name for name, tensor in autoencoder.items() if _key(tensor) not in others]
+    embedding = clip.encode_from_tokens(clip.tokenize("a fox"))
+    return {
+        "kind": type(model.model).__name__,
+        "denoiser": equal,
+        "autoencoder": len(autoencoder),
+        "embedding": list(embedding.shape),
+        "different": different,
+    }
+
+
+def _key(tensor: torch.Tensor) -> bytes:
+    return tensor.half().contiguous().numpy().tobytes()
+
+
+if __name__ == "__main__":
+    with contextlib.redirect_stdout(sys.stderr):
+        found = compared(*sys.argv[1:3])
+    sys.stdout.write(json.dumps(found) + "\n")
