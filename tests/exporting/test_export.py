@@ -209,8 +209,15 @@ def test_settings_that_a_file_cannot_say_are_named(
     change(folder / "scheduler" / "scheduler_config.json", beta_end=0.02)
     change(folder / "text_encoder" / "config.json", hidden_act="gelu")
     change(folder / "unet" / "config.json", norm_num_groups=2)
+    change(folder / "tokenizer" / "tokenizer_config.json", model_max_length=10)
     notes = plan_export(str(folder), tmp_path / "out.safetensors").notes
-    for key in ("scaling_factor = 0.5", "beta_end = 0.02", "hidden_act = gelu", "norm_num_groups"):
+    for key in (
+        "scaling_factor = 0.5",
+        "beta_end = 0.02",
+        "hidden_act = gelu",
+        "norm_num_groups",
+        "model_max_length",
+    ):
         assert any(key in note for note in notes), (key, notes)
 
 
@@ -239,9 +246,15 @@ def test_what_is_not_one_model_is_refused(experts: list[Path], tmp_path: Path) -
 def test_what_a_file_cannot_say_is_refused(tmp_path: Path) -> None:
     made("1.5", tmp_path)
     place = tmp_path / "1.5" / "scheduler" / "scheduler_config.json"
-    change(place, prediction_type="sample")
-    with refusal("AFA-EXPORT-004", "sample"):
-        plan_export(str(tmp_path / "1.5"), tmp_path / "out.safetensors")
+    for settings, said in (
+        ({"prediction_type": "sample"}, "predicts sample"),
+        # only velocity can be marked as such
+        ({"prediction_type": "epsilon", "rescale_betas_zero_snr": True}, "zero terminal SNR"),
+        ({"_class_name": "EDMEulerScheduler"}, "continuous noise levels"),
+    ):
+        change(place, **settings)
+        with refusal("AFA-EXPORT-004", said):
+            plan_export(str(tmp_path / "1.5"), tmp_path / "out.safetensors")
 
 
 def test_values_beyond_half_precision_are_refused_and_nothing_is_left(tmp_path: Path) -> None:

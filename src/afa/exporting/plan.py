@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from afa.denoisers.family import Ambiguous
 from afa.errors import NO_MODEL, AfaError
 from afa.exporting.original import FileTensor, denoiser_tensors, tensors_of, vae_tensors
 from afa.exporting.unsaid import unsaid_of
 from afa.files import parts_of, read_json, require_place_for_folder
 from afa.loading.ensemble_folder import AGGREGATORS
 from afa.loading.prediction import predicted_by
+from afa.loading.single_file.canonical_names import DENOISER
 from afa.loading.single_file.conversion import converted
 from afa.loading.single_file.identify import config_of
 from afa.loading.single_file.layout import described_kind, layout_of
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from afa.loading.weights import Shapes
 
 Dtype = Literal["float32", "float16", "bfloat16"]
-#: the denoiser's prefix in the original code
-DENOISER = "model.diffusion_model."
 #: marker tensors of velocity prediction, and of a noise schedule that ends in pure noise
 _VELOCITY, _ZERO_SNR = "v_pred", "ztsnr"
 #: components of a pipeline that have no weights, or none that a single file has
@@ -176,9 +174,14 @@ def _require_sayable(source: str, kind: PipelineKind, settings: dict[str, Any]) 
         AfaError: if a single file cannot say it.
     """
     class_name = str(settings.get("_class_name"))
-    predicts = predicted_by(class_name, settings)
-    if predicts not in ("epsilon", "v_prediction", "flow_prediction") or "EDM" in class_name:
-        said = "continuous noise levels (EDM)" if "EDM" in class_name else predicts
+    predicts, said = predicted_by(class_name, settings), None
+    if class_name.startswith("EDM"):
+        said = f"{predicts} on continuous noise levels (EDM)"
+    elif predicts not in ("epsilon", "v_prediction", "flow_prediction"):
+        said = predicts
+    elif predicts == "epsilon" and settings.get("rescale_betas_zero_snr"):
+        said = "epsilon with zero terminal SNR"
+    if said is not None:
         raise AfaError(
             "AFA-EXPORT-004",
             f"'{source}' predicts {said}, which a single file of {kind.name} cannot say, so other "
@@ -271,12 +274,9 @@ def _markers(predicts: str, settings: dict[str, Any]) -> list[str]:
 def _configuration(shapes: Shapes, source: str, predicts: str) -> str | None:
     """The bundled configuration by which the file will be read; None if there is none."""
     try:
-        found = config_of(shapes, source, predicts)
-    except Ambiguous:
-        raise
+        return str(config_of(shapes, source, predicts))
     except AfaError:
         return None
-    return str(found)
 
 
 def _notes(
