@@ -269,6 +269,18 @@ def test_values_beyond_half_precision_are_refused_and_nothing_is_left(tmp_path: 
     assert output.is_file()
 
 
+def test_a_folder_that_changes_meanwhile_is_refused(tmp_path: Path) -> None:
+    made("1.5", tmp_path)
+    output = tmp_path / "out.safetensors"
+    steps = export_checkpoint(str(tmp_path / "1.5"), output)
+    next(steps)
+    file = tmp_path / "1.5" / "unet" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes())
+    with refusal("AFA-EXPORT-009", str(file)):
+        list(steps)
+    assert not output.exists()
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made("1.5", tmp_path)
     with pytest.raises(SystemExit) as ended:

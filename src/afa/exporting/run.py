@@ -11,25 +11,26 @@ import torch
 
 from afa.errors import AfaError
 from afa.exporting.plan import ExportPlan, plan_export
-from afa.files import read_json, staged
+from afa.files import mark_of, read_json, staged
 from afa.loading.expert_source import ExpertSource
 from afa.loading.sources import refer
 from afa.loading.weights import hash_pipeline
+from afa.merging.metadata import prediction_entry
 from afa.merging.method import is_finite
 from afa.merging.run import RECORD
 from afa.merging.streams import header_of, write_tensors, writing_order
 from afa.provenance import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from torch import Tensor
 
     from afa.exporting.plan import Dtype
+    from afa.files import Mark
 
 _HASH = "modelspec.hash_sha256"
-_SPELLED = {"v_prediction": "v"}  # the standard's value
 
 
 @dataclass(frozen=True)
@@ -86,15 +87,33 @@ def run_export(plan: ExportPlan) -> Iterator[ExportProgress]:
 
     with staged(plan.output) as partial:
         num_bytes = 0
+        files = {each.file for t in plan.tensors.values() for each in (t.stored or {}).values()}
+        marks = {file: mark_of(file) for file in files}
         # the hash of all values is known at the end, and as long as the one that is written first
         metadata[_HASH] = f"0x{'0' * 64}"
         written = write_tensors(partial, plan.tensors, values(), metadata)
         for number, name in enumerate(written, start=1):
             num_bytes += plan.tensors[name].num_bytes_read
             yield ExportProgress(num_bytes, total, number, len(plan.tensors))
+        _require_unchanged(marks)
         metadata[_HASH] = f"0x{digest.hexdigest()}"
         with partial.open("r+b") as stream:
             stream.write(header_of(plan.tensors, metadata))
+
+
+def _require_unchanged(marks: Mapping[Path, Mark | None]) -> None:
+    """Check that no file has changed since its mark was taken.
+
+    Raises:
+        AfaError: if one has.
+    """
+    changed = next((file for file, mark in marks.items() if mark_of(file) != mark), None)
+    if changed is not None:
+        raise AfaError(
+            "AFA-EXPORT-009",
+            f"'{changed}' changed while it was exported; nothing was written. Run the command "
+            "again when nothing else writes into that folder.",
+        )
 
 
 def _finite(plan: ExportPlan, name: str) -> Tensor:
@@ -130,9 +149,7 @@ def _metadata(plan: ExportPlan) -> dict[str, str]:
     }
     if plan.architecture is not None:
         metadata["modelspec.architecture"] = plan.architecture
-    if plan.predicts != "flow_prediction":  # for which the standard has no value
-        predicts = _SPELLED.get(plan.predicts, plan.predicts)
-        metadata["modelspec.prediction_type"] = predicts
+    metadata |= prediction_entry(plan.predicts)
     merged = plan.path / RECORD
     if merged.is_file():
         metadata["afa_merge"] = json.dumps(read_json(merged), indent=2)

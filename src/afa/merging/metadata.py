@@ -19,7 +19,13 @@ _DESCRIBING = (
     *("modelspec.resolution", "modelspec.encoder_layer", "modelspec.timestep_range"),
     *METADATA,
 )
-_SPELLED = {"v_prediction": "v"}  # the standard's value
+
+
+def prediction_entry(predicts: str | None) -> dict[str, str]:
+    """Return the metadata entry of a prediction type; empty for types without a standard value."""
+    if predicts not in ("epsilon", "v_prediction"):
+        return {}
+    return {METADATA[0]: "v" if predicts == "v_prediction" else predicts}
 
 
 def carried_metadata(plan: MergePlan) -> dict[str, str]:
@@ -34,8 +40,7 @@ def carried_metadata(plan: MergePlan) -> dict[str, str]:
         for key in _DESCRIBING
         if key in first and all(other.get(key, first[key]) == first[key] for other in others)
     }
-    if plan.predicts in ("epsilon", "v_prediction"):
-        carried[METADATA[0]] = _SPELLED.get(plan.predicts, plan.predicts)
+    carried |= prediction_entry(plan.predicts)
     if len(plan.experts) > 1:
         names = [Path(expert.source).name for expert in plan.experts]
         carried["modelspec.merged_from"] = ", ".join(names)
