@@ -210,6 +210,7 @@ def test_settings_that_a_file_cannot_say_are_named(
     change(folder / "text_encoder" / "config.json", hidden_act="gelu")
     change(folder / "unet" / "config.json", norm_num_groups=2)
     change(folder / "tokenizer" / "tokenizer_config.json", model_max_length=10)
+    change(folder / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
     notes = plan_export(str(folder), tmp_path / "out.safetensors").notes
     for key in (
         "scaling_factor = 0.5",
@@ -217,6 +218,7 @@ def test_settings_that_a_file_cannot_say_are_named(
         "hidden_act = gelu",
         "norm_num_groups",
         "model_max_length",
+        "have to be told",
     ):
         assert any(key in note for note in notes), (key, notes)
 

@@ -13,7 +13,7 @@ import torch
 from afa.errors import NO_MODEL, AfaError
 from afa.exporting.original import FileTensor, denoiser_tensors, tensors_of, vae_tensors
 from afa.exporting.unsaid import unsaid_of
-from afa.files import parts_of, read_json, require_place_for_folder
+from afa.files import Mark, mark_of, parts_of, read_json, require_place_for_folder
 from afa.loading.ensemble_folder import AGGREGATORS
 from afa.loading.prediction import predicted_by
 from afa.loading.single_file.canonical_names import DENOISER
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 Dtype = Literal["float32", "float16", "bfloat16"]
 #: marker tensors of velocity prediction, and of a noise schedule that ends in pure noise
 _VELOCITY, _ZERO_SNR = "v_pred", "ztsnr"
-#: components of a pipeline that have no weights, or none that a single file has
-_WITHOUT = ("scheduler", "feature_extractor", "safety_checker", "image_encoder")
+#: the architecture in which other programs look for the marker of velocity
+_MARKED = "stable-diffusion-xl"
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,7 @@ class ExportPlan:
         architecture: its name in the metadata standard; None if it has none.
         predicts: what the model predicts.
         notes: messages for the user, one line each: what the file cannot say.
+        marks: the folder's weight files as they were when their headers were read.
     """
 
     source: str
@@ -88,6 +89,7 @@ class ExportPlan:
     architecture: str | None
     predicts: str
     notes: Sequence[str]
+    marks: Mapping[Path, Mark | None]
 
     @property
     def num_bytes(self) -> int:
@@ -132,6 +134,7 @@ def plan_export(source: str, output: str | Path, dtype: Dtype | None = None) -> 
     checkpoint = read_checkpoint(source)
     kind = described_kind(path)
     files = layout_of(kind, source)
+    marks = {file: mark_of(file) for file in checkpoint.files(vae=True)}
     by_part: dict[str, dict[str, StoredTensor]] = {}
     for name, tensor in checkpoint.tensors.items():
         part = name.partition(".")[0]
@@ -161,7 +164,8 @@ def plan_export(source: str, output: str | Path, dtype: Dtype | None = None) -> 
         configuration=configuration,
         architecture=files.architectures.get(configuration or ""),
         predicts=predicts,
-        notes=_notes(source, path, by_part, files, configuration),
+        notes=_notes(source, path, by_part, files, configuration, predicts),
+        marks=marks,
     )
     _check_space(plan)
     return plan
@@ -285,18 +289,23 @@ def _notes(
     by_part: Mapping[str, object],
     files: SingleFiles,
     configuration: str | None,
+    predicts: str,
 ) -> list[str]:
     notes = []
     named = parts_of(read_json(path / "model_index.json"))
-    others = [
-        n for n in named if n not in by_part and n not in _WITHOUT and not n.startswith("tokenizer")
-    ]
-    left = [name for name in named if name in _WITHOUT[2:]] + others
-    if left:
-        notes.append(f"not in the file: {', '.join(left)}")
     lacking = [part for part in files.parts if part not in by_part and part in named]
     if lacking:
         notes.append(f"'{source}' has no weights of {', '.join(lacking)}, so the file lacks them")
+    # the scheduler and tokenizers are compared, and what prepares pictures has no weights
+    known = (*by_part, *lacking, "scheduler", "feature_extractor")
+    left = [n for n in named if n not in known and not n.startswith("tokenizer")]
+    if left:
+        notes.append(f"not in the file: {', '.join(left)}")
+    if predicts == "v_prediction" and not (configuration or "").startswith(_MARKED):
+        notes.append(
+            "it predicts velocity, which afa reads from the file; most programs look for that mark "
+            "in Stable Diffusion XL alone and have to be told (in ComfyUI: ModelSamplingDiscrete)"
+        )
     if configuration is None:
         notes.append(
             "no published model has this architecture: programs that know only those cannot load "

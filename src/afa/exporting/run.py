@@ -87,15 +87,13 @@ def run_export(plan: ExportPlan) -> Iterator[ExportProgress]:
 
     with staged(plan.output) as partial:
         num_bytes = 0
-        files = {each.file for t in plan.tensors.values() for each in (t.stored or {}).values()}
-        marks = {file: mark_of(file) for file in files}
         # the hash of all values is known at the end, and as long as the one that is written first
         metadata[_HASH] = f"0x{'0' * 64}"
         written = write_tensors(partial, plan.tensors, values(), metadata)
         for number, name in enumerate(written, start=1):
             num_bytes += plan.tensors[name].num_bytes_read
             yield ExportProgress(num_bytes, total, number, len(plan.tensors))
-        _require_unchanged(marks)
+        _require_unchanged(plan.marks)
         metadata[_HASH] = f"0x{digest.hexdigest()}"
         with partial.open("r+b") as stream:
             stream.write(header_of(plan.tensors, metadata))
