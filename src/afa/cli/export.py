@@ -46,8 +46,16 @@ def _show(plan: ExportPlan) -> None:
         say(f"note: {note}")
     with Progress() as progress:
         for step in run_export(plan):
+            if step.num_bytes == step.total_bytes and 0 < step.num_tensors < step.total_tensors:
+                continue  # markers without values follow; the last line is written once
             tensors = f"{step.num_tensors}/{step.total_tensors} tensors"
-            progress.update("export", step.num_bytes // _MB, step.total_bytes // _MB, tensors, "MB")
+            progress.update(
+                step.stage,
+                step.num_bytes // _MB,
+                step.total_bytes // _MB,
+                tensors if step.stage == "export" else "",
+                "MB",
+            )
     say(
         f"One file: {plan.output}. Put it into the checkpoints of ComfyUI or a web UI, or name it "
         "wherever afa takes a model"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -38,12 +38,14 @@ class ExportProgress:
     """Progress of an export.
 
     Attributes:
-        num_bytes: bytes read.
-        total_bytes: bytes to read.
+        stage: `hash` while the folder is hashed, then `export`.
+        num_bytes: bytes read in this stage.
+        total_bytes: bytes to read in this stage.
         num_tensors: tensors written.
         total_tensors: tensors to write.
     """
 
+    stage: Literal["hash", "export"]
     num_bytes: int
     total_bytes: int
     num_tensors: int
@@ -64,7 +66,7 @@ def export_checkpoint(
         output: a new `.safetensors` file.
         dtype: of the weights; None keeps the folder's.
 
-    Yields: progress, after every tensor.
+    Yields: progress, before and after hashing, and after every tensor.
 
     Raises:
         AfaError: as `plan_export`, and if a value is not finite in the file's dtype.
@@ -75,8 +77,10 @@ def export_checkpoint(
 def run_export(plan: ExportPlan) -> Iterator[ExportProgress]:
     """Run a planned export; see `export_checkpoint`."""
     total = sum(tensor.num_bytes_read for tensor in plan.tensors.values())
-    metadata = _metadata(plan)
-    digest = hashlib.sha256()
+    count = len(plan.tensors)
+    yield ExportProgress("hash", 0, total, 0, count)
+    metadata, digest = _metadata(plan), hashlib.sha256()
+    yield ExportProgress("hash", total, total, 0, count)
 
     def values() -> Iterator[Tensor]:
         for name in writing_order(plan.tensors):
@@ -92,7 +96,7 @@ def run_export(plan: ExportPlan) -> Iterator[ExportProgress]:
         written = write_tensors(partial, plan.tensors, values(), metadata)
         for number, name in enumerate(written, start=1):
             num_bytes += plan.tensors[name].num_bytes_read
-            yield ExportProgress(num_bytes, total, number, len(plan.tensors))
+            yield ExportProgress("export", num_bytes, total, number, count)
         _require_unchanged(plan.marks)
         metadata[_HASH] = f"0x{digest.hexdigest()}"
         with partial.open("r+b") as stream:
