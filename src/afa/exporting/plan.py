@@ -13,7 +13,7 @@ import torch
 from afa.errors import NO_MODEL, AfaError
 from afa.exporting.original import FileTensor, denoiser_tensors, tensors_of, vae_tensors
 from afa.exporting.unsaid import unsaid_of
-from afa.files import Mark, mark_of, parts_of, read_json, require_place_for_folder
+from afa.files import Mark, parts_of, read_json, require_place_for_folder
 from afa.loading.ensemble_folder import AGGREGATORS
 from afa.loading.prediction import predicted_by
 from afa.loading.single_file.canonical_names import DENOISER
@@ -21,6 +21,7 @@ from afa.loading.single_file.conversion import converted
 from afa.loading.single_file.identify import config_of
 from afa.loading.single_file.layout import described_kind, layout_of
 from afa.loading.sources import locate
+from afa.loading.trust.unchanged import marks_of
 from afa.machine.damaged import is_own_bug
 from afa.merging.checkpoints import read_checkpoint
 from afa.merging.streams import StoredTensor, TensorSpec
@@ -89,7 +90,7 @@ class ExportPlan:
     architecture: str | None
     predicts: str
     notes: Sequence[str]
-    marks: Mapping[Path, Mark | None]
+    marks: Mapping[Path, Mark]
 
     @property
     def num_bytes(self) -> int:
@@ -134,7 +135,7 @@ def plan_export(source: str, output: str | Path, dtype: Dtype | None = None) -> 
     checkpoint = read_checkpoint(source)
     kind = described_kind(path)
     files = layout_of(kind, source)
-    marks = {file: mark_of(file) for file in checkpoint.files(vae=True)}
+    marks = marks_of(checkpoint.files(vae=True))
     by_part: dict[str, dict[str, StoredTensor]] = {}
     for name, tensor in checkpoint.tensors.items():
         part = name.partition(".")[0]
