@@ -134,6 +134,7 @@ def measure(size: str, changes: dict[str, Any]) -> dict[str, float]:
     from afa.training import Recipe
     from afa.training.engine import Engine
     from afa.training.prepare import prepare_examples
+    from afa.training.trained import Aggregators
     from afa.training.trainer import Trainer
 
     settings = dict(SIZES[size])
@@ -163,7 +164,8 @@ def measure(size: str, changes: dict[str, Any]) -> dict[str, float]:
             seconds = list(plain_loop(pipeline, data, recipe.training, resolution))
         else:
             engine = Engine("cpu")
-            trainer = Trainer(pipeline, recipe.training, engine)
+            aggregators = Aggregators(pipeline, engine.device)
+            trainer = Trainer(pipeline, aggregators, recipe.training, engine)
             began = time.perf_counter()
             preparing = prepare_examples(recipe, pipeline, data, engine)
             while True:

@@ -68,10 +68,13 @@ class Conditioning:
             itself makes them. An empty caption means no prompt.
         predict: a function of a pipeline (for its configuration), a denoiser, noisy latents
             [B, C, H, W], timesteps [B] and conditions that returns a prediction [B, C, H, W].
+        unpack: for pipelines that pack latents into tokens, a function of a pipeline, packed
+            latents [B, L, D], and height and width in pixels that returns latents [B, C, H, W].
     """
 
     encode: Callable[[Any, list[str]], dict[str, Tensor]]
     predict: Callable[..., Tensor]
+    unpack: Callable[[Any, Tensor, int, int], Tensor] | None = None
 
 
 @dataclass(frozen=True)

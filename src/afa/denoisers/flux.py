@@ -227,7 +227,10 @@ def _predict(
     options: dict[str, Any] = {"device": noisy.device, "dtype": text.dtype}
     guidance = None
     if pipeline.transformer.config.guidance_embeds:
-        guidance = torch.full((batch,), _GUIDANCE, device=noisy.device)
+        # of a recorded prediction, or that of training on pictures
+        guidance = conditions.get("guidance")
+        if guidance is None:
+            guidance = torch.full((batch,), _GUIDANCE, device=noisy.device)
     packed = denoiser(
         hidden_states=FluxPipeline._pack_latents(
             noisy.to(text.dtype), batch, channels, height, width
@@ -241,7 +244,13 @@ def _predict(
         return_dict=False,
     )[0]
     factor = pipeline.vae_scale_factor
-    return FluxPipeline._unpack_latents(packed, height * factor, width * factor, factor)
+    return _unpack(pipeline, packed, height * factor, width * factor)
+
+
+def _unpack(pipeline: Any, packed: Tensor, height: int, width: int) -> Tensor:
+    from diffusers import FluxPipeline
+
+    return FluxPipeline._unpack_latents(packed, height, width, pipeline.vae_scale_factor)
 
 
 # -- single files and LoRAs -------------------------------------------------------------------
@@ -335,7 +344,7 @@ _KIND = PipelineKind(
     others=("FluxImg2ImgPipeline", "FluxInpaintPipeline"),
     text=("text_encoder_2",),
     pooled=("text_encoder",),
-    conditioning=Conditioning(_encode, _predict),
+    conditioning=Conditioning(_encode, _predict, _unpack),
     single_files=SingleFiles(
         configuration=_configuration,
         parts={

@@ -42,11 +42,19 @@ FREE: dict[str, tuple[str, ...] | None] = {
 }
 
 
-def essence(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the parts of a recipe, as JSON, that determine its steps."""
+def essence(
+    recipe: Mapping[str, Any], more: Mapping[str, tuple[str, ...] | None] | None = None
+) -> dict[str, Any]:
+    """Return the parts of a recipe, as JSON, that determine its steps.
+
+    Args:
+        recipe: the recipe.
+        more: further settings that may change, by section, as in `FREE`.
+    """
+    changing = FREE | dict(more or {})
     kept: dict[str, Any] = {}
     for key, section in recipe.items():
-        free = FREE.get(key, ())
+        free = changing.get(key, ())
         if free is None:
             continue
         kept[key] = section

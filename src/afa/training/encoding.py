@@ -40,6 +40,25 @@ class Encoded(NamedTuple):
     time: Tensor
 
 
+class Recorded(NamedTuple):
+    """One batch of a teacher's predictions, for the loss.
+
+    Attributes:
+        noisy: the teacher's noisy latents [B, C, H, W], float32.
+        timestep: the teacher's timesteps [B], in those of the scheduler.
+        target: its predictions [B, C, H, W], float32.
+        conditions: the denoiser's other inputs by name, as in `Encoded`.
+    """
+
+    noisy: Tensor
+    timestep: Tensor
+    target: Tensor
+    conditions: dict[str, Tensor]
+
+
+Batch = Encoded | Recorded
+
+
 @torch.no_grad()
 def encode_pictures(pipeline: DiffusionPipeline, pixels: Tensor) -> Posterior:
     """Return the posterior over latents of pictures [B, 3, H', W'] in -1..1."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from afa.reading import Conversion
     from afa.training.data import CaptionedImages
-    from afa.training.encoding import Encoded
+    from afa.training.encoding import Batch, Encoded
     from afa.training.transform import Transform
 
 
@@ -42,7 +42,7 @@ class Examples(Protocol):
     def broken(self) -> Broken:
         """The broken pictures found so far."""
 
-    def batches(self, places: Iterable[Sequence[int]]) -> Iterator[Encoded]:
+    def batches(self, places: Iterable[Sequence[int]]) -> Iterator[Batch]:
         """Yield one batch per row of places; its content depends only on the places."""
 
     def notes(self, *, is_last: bool) -> list[str]:

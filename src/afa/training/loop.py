@@ -17,8 +17,9 @@ from afa.denoisers.kinds import conditioning_of, denoiser_of
 from afa.ensemble.denoiser import EnsembleDenoiser
 from afa.errors import AfaError
 from afa.machine.exhausted import saying_what_fits, smaller_batch
+from afa.training.encoding import Recorded
 from afa.training.examples import readers_alive
-from afa.training.objective import denoising_loss, forward_process
+from afa.training.objective import denoising_loss, forward_process, prediction_loss
 from afa.training.routing import Routing, tapped
 from afa.training.stopping import Stopped
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from torch import Tensor, nn
 
-    from afa.training.encoding import Encoded
+    from afa.training.encoding import Batch
     from afa.training.engine import Engine
     from afa.training.examples import Examples
     from afa.training.objective import ForwardProcess
@@ -79,7 +80,7 @@ def optimizer_steps(
     after_step: Callable[[], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Iterator[TrainStep]:
-    """Train aggregators, or a single model, with the experts' denoising objective.
+    """Train aggregators or a single model, with the denoising objective or a teacher's predictions.
 
     The batch of a step depends only on the seed and the step, so trainings with equal settings use
     the same data, timesteps and noise.
@@ -196,11 +197,16 @@ def _loss(
     pipeline: DiffusionPipeline,
     model: Callable[..., tuple[Tensor]],
     process: ForwardProcess,
-    batch: Encoded,
+    batch: Batch,
     settings: TrainingRecipe,
 ) -> Tensor:
+    predict = partial(
+        conditioning_of(pipeline).predict, pipeline, model, conditions=batch.conditions
+    )
+    if isinstance(batch, Recorded):
+        return prediction_loss(predict, batch.noisy, batch.timestep, batch.target).mean()
     return denoising_loss(
-        partial(conditioning_of(pipeline).predict, pipeline, model, conditions=batch.conditions),
+        predict,
         process,
         batch.clean,
         noise=batch.noise,

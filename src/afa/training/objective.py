@@ -134,6 +134,22 @@ def forward_process(scheduler: SchedulerMixin) -> ForwardProcess:
     return Diffusion(scheduler)
 
 
+def prediction_loss(
+    predict: Callable[[Tensor, Tensor], Tensor], noisy: Tensor, timestep: Tensor, target: Tensor
+) -> Tensor:
+    """Compute the mean squared error of a prediction by sample, in float32.
+
+    Args:
+        predict: see `denoising_loss`.
+        noisy: noisy latents [B, C, H, W].
+        timestep: [B].
+        target: [B, C, H, W].
+
+    Returns: [B].
+    """
+    return (predict(noisy, timestep).float() - target.float()).square().flatten(1).mean(1)
+
+
 def denoising_loss(
     predict: Callable[[Tensor, Tensor], Tensor],
     process: ForwardProcess,
@@ -160,7 +176,7 @@ def denoising_loss(
     """
     timestep = process.timesteps(time)
     noisy, target = process.noisy_and_target(clean, noise, timestep)
-    loss = (predict(noisy, timestep).float() - target.float()).square().flatten(1).mean(1)
+    loss = prediction_loss(predict, noisy, timestep, target)
     if min_snr_gamma is not None:
         loss = loss * process.min_snr_weight(timestep, min_snr_gamma)
     return loss

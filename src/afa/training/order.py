@@ -64,7 +64,7 @@ def successors(position: int, samples: Sequence[int]) -> Iterator[int]:
         yield samples[n]
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)
 def _epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(num_samples)
 

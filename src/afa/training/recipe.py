@@ -205,7 +205,12 @@ def load_recipe(path: str | Path) -> Recipe:
         AfaError: see `afa.recipe.read_recipe`.
     """
     recipe, folder = read_recipe(path, Recipe), Path(path).parent
-    data = recipe.data
+    recipe = resolve_sources(recipe, folder, "experts", "vae", "config", "parts")
+    return recipe.model_copy(update={"data": resolve_data(recipe.data, folder)})
+
+
+def resolve_data(data: DataRecipe, folder: Path) -> DataRecipe:
+    """Make the paths of a data section of a recipe in `folder` absolute."""
     changes: dict[str, Any] = {}
     for key in ("folder", "cache_folder"):
         place = getattr(data, key)
@@ -213,8 +218,7 @@ def load_recipe(path: str | Path) -> Recipe:
             changes[key] = resolve_path(place, folder)
     if data.dataset is not None:
         changes["dataset"] = _resolve_dataset(data.dataset, folder)
-    recipe = resolve_sources(recipe, folder, "experts", "vae", "config", "parts")
-    return recipe.model_copy(update={"data": data.model_copy(update=changes)})
+    return data.model_copy(update=changes)
 
 
 def _resolve_dataset(dataset: DatasetRecipe, folder: Path) -> DatasetRecipe:

@@ -31,6 +31,7 @@ from afa.training.loop import TrainStep, seeded
 from afa.training.prepare import prepare_examples
 from afa.training.record import require_trackers
 from afa.training.stopping import Stopped
+from afa.training.trained import Aggregators
 from afa.training.trainer import Trainer
 from afa.training.watch import Watch
 
@@ -89,7 +90,7 @@ def train(
             device="cpu" if settings.offload_experts or engine.is_sharding else engine.device,
         )
     checkpoints = Checkpoints(output / CHECKPOINTS, settings.keep_checkpoints)
-    trainer = Trainer(pipeline, settings, engine, checkpoints)
+    trainer = Trainer(pipeline, Aggregators(pipeline, engine.device), settings, engine, checkpoints)
     began = Began(
         output,
         trainer.began if trainer.first else None,

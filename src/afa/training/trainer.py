@@ -1,4 +1,4 @@
-"""Training of a pipeline's aggregators: optimizer, moving average (EMA) and checkpoints."""
+"""Training of a part of a pipeline: optimizer, moving average (EMA) and checkpoints."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch.amp import GradScaler
 
-from afa.denoisers.kinds import denoiser_of
 from afa.errors import AfaError
-from afa.loading.ensemble_folder import aggregator_tensors, load_aggregator_tensors
 from afa.loading.pipeline import check_text_to_image, native_resolution
 from afa.loading.trust.unchanged import require_unchanged
 from afa.training.checkpoints import (
@@ -26,6 +24,7 @@ from afa.training.engine import Engine
 from afa.training.examples import LiveExamples
 from afa.training.listing import digest_of
 from afa.training.loop import NotFinite, TrainStep, optimizer_steps
+from afa.training.trained import Aggregators
 from afa.training.transform import Transform
 
 if TYPE_CHECKING:
@@ -33,10 +32,10 @@ if TYPE_CHECKING:
 
     from diffusers import DiffusionPipeline
 
-    from afa.ensemble.denoiser import EnsembleDenoiser
     from afa.training.data import CaptionedImages
     from afa.training.examples import Examples
     from afa.training.recipe import TrainingRecipe
+    from afa.training.trained import Trained
 
 
 def train_aggregators(
@@ -64,7 +63,9 @@ def train_aggregators(
             checkpoint is damaged, has other experts, data or settings, or more steps than
             `num_steps`; while training, if a picture cannot be read or the loss is not finite.
     """
-    trainer = Trainer(pipeline, settings, Engine(settings.device), checkpoints)
+    engine = Engine(settings.device)
+    aggregators = Aggregators(pipeline, engine.device)
+    trainer = Trainer(pipeline, aggregators, settings, engine, checkpoints)
     if transform is None:
         transform = Transform(min(native_resolution(pipeline)), seed=settings.seed)
     if checkpoints is not None:
@@ -91,10 +92,11 @@ def train_aggregators(
 
 
 class Trainer:
-    """Trains the aggregators of a pipeline in place, with optimizer, EMA and checkpoints.
+    """Trains a part of a pipeline in place, with optimizer, EMA and checkpoints.
 
     Args:
-        pipeline: pipeline with an `EnsembleDenoiser` as its denoiser.
+        pipeline: the complete pipeline.
+        trained: the part of it that is trained.
         settings: training settings.
         engine: the processes.
         checkpoints: to resume from and to write to; None writes none.
@@ -106,19 +108,15 @@ class Trainer:
     def __init__(
         self,
         pipeline: DiffusionPipeline,
+        trained: Trained,
         settings: TrainingRecipe,
         engine: Engine,
         checkpoints: Checkpoints | None = None,
     ) -> None:
         check_text_to_image(pipeline)
         self.pipeline, self.settings, self.engine = pipeline, settings, engine
-        self.ensemble: EnsembleDenoiser = denoiser_of(pipeline)
-        self.ensemble.aggregators.to(engine.device)
-        self._parameters = [p for p in self.ensemble.aggregators.parameters() if p.requires_grad]
-        if not self._parameters:
-            raise AfaError(
-                "AFA-TRAIN-048", "The ensemble has no aggregators to train. Pass a SABWConfig."
-            )
+        self.trained = trained
+        self._parameters = trained.parameters
         self._optimizer = torch.optim.AdamW(
             self._parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
@@ -138,19 +136,13 @@ class Trainer:
         found = None if checkpoints is None else checkpoints.read()
         if found is not None:
             self._restore(found)
-        if engine.is_sharding and settings.offload_experts:
-            raise AfaError(
-                "AFA-TRAIN-049",
-                "training.offload_experts cannot be used if accelerate shards the experts (FSDP). "
-                "Remove it, and set fsdp_offload_params in accelerate's configuration.",
-            )
         if self.first > settings.num_steps:
             raise AfaError(
                 "AFA-TRAIN-050",
                 f"training.num_steps is {settings.num_steps}, but this run has done {self.first} "
                 "steps already. Raise training.num_steps, or use another output folder.",
             )
-        engine.shard(self.ensemble)
+        trained.place(engine, settings)
 
     def bind(self, made_from: Mapping[str, str]) -> None:
         """Store hashes of more inputs of a step in the checkpoints.
@@ -169,21 +161,14 @@ class Trainer:
         self, examples: Examples, should_stop: Callable[[], bool] | None = None
     ) -> Iterator[TrainStep]:
         """Run the remaining steps; see `optimizer_steps`."""
-        settings, ensemble = self.settings, self.ensemble
-        with ExitStack() as stack:
-            if settings.gradient_checkpointing:
-                ensemble.enable_gradient_checkpointing()
-                stack.callback(ensemble.disable_gradient_checkpointing)
-            if settings.offload_experts:
-                ensemble.offload_experts(self.engine.device)
-                stack.callback(ensemble.stop_offloading)
+        with self.trained.working(self.engine, self.settings):
             steps = optimizer_steps(
                 self.pipeline,
                 examples,
-                settings,
+                self.settings,
                 self._optimizer,
                 engine=self.engine,
-                modules=[ensemble],
+                modules=self.trained.modules,
                 first=self.first,
                 save=self._save,
                 scaler=self._scaler,
@@ -198,7 +183,7 @@ class Trainer:
                 raise AfaError("AFA-TRAIN-051", f"{error} {self._checkpoints.intact()}") from error
 
     def averaged(self) -> ExitStack:
-        """A context in which the aggregators hold their EMA weights, if `ema_decay` is set."""
+        """A context in which the parameters hold their EMA weights, if `ema_decay` is set."""
         stack = ExitStack()
         if self._ema is not None:
             self._ema.store(self._parameters)
@@ -207,7 +192,7 @@ class Trainer:
         return stack
 
     def finish(self) -> None:
-        """Copy the EMA weights into the aggregators, if `ema_decay` is set."""
+        """Copy the EMA weights into the parameters, if `ema_decay` is set."""
         if self._ema is not None:
             self._ema.copy_to(self._parameters)
 
@@ -222,11 +207,11 @@ class Trainer:
             return
         require_unchanged(self.pipeline)
         parts = {
-            "aggregators": aggregator_tensors(self.ensemble),
+            self.trained.name: self.trained.tensors(),
             "optimizer": optimizer_tensors(self._optimizer),
         }
         notes: dict[str, Any] = {
-            "experts": self._hashes(),
+            "experts": self.trained.identities(),
             "samples_per_step": self._total,
             "made_from": self._made_from,
         }
@@ -247,11 +232,12 @@ class Trainer:
             AfaError: if it has other experts, or another number of samples per step.
         """
         assert self._checkpoints is not None, "the checkpoint was read from it"
-        if found.notes["experts"] != self._hashes():
+        identities = self.trained.identities()
+        if found.notes["experts"] != identities:
             raise AfaError(
                 "AFA-TRAIN-052",
                 f"The experts or the autoencoder changed since the checkpoints in "
-                f"'{self._checkpoints.folder}' were written: SHA-256 {', '.join(self._hashes())}, "
+                f"'{self._checkpoints.folder}' were written: SHA-256 {', '.join(identities)}, "
                 f"before {', '.join(found.notes['experts'])}. Restore them, or delete the "
                 "checkpoints to start again.",
             )
@@ -263,7 +249,7 @@ class Trainer:
             )
         self.began = dict(found.notes.get("made_from") or {})
         require_same(self.began, self._made_from, self._checkpoints.folder)
-        load_aggregator_tensors(self.ensemble, found.part("aggregators"))
+        self.trained.load(found.part(self.trained.name))
         load_optimizer_tensors(self._optimizer, found.part("optimizer"))
         if self._ema is not None:
             shadows = found.part("average")
@@ -277,8 +263,3 @@ class Trainer:
     @property
     def _total(self) -> int:
         return self.engine.shares(self.settings).total
-
-    def _hashes(self) -> list[str]:
-        known = self.ensemble.provenance
-        references = (*known.experts, known.vae, *known.parts)
-        return [reference.identity for reference in references if reference is not None]

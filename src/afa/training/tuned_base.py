@@ -120,7 +120,7 @@ def tune_base(
         first=first,
         save=save,
     )
-    _save_pipeline(pipeline, output)
+    save_pipeline(pipeline, output)
 
 
 def require_same_run(data: CaptionedImages, settings: TrainingRecipe, output: Path) -> None:
@@ -161,7 +161,7 @@ def _resume(checkpoints: Checkpoints, modules: list[Any], optimizer: torch.optim
     return found.step
 
 
-def _save_pipeline(pipeline: DiffusionPipeline, output: Path) -> None:
+def save_pipeline(pipeline: DiffusionPipeline, output: Path) -> None:
     """Write the pipeline into `output`; model_index.json last, so that it marks completion."""
     with tempfile.TemporaryDirectory(dir=output, prefix=".saving.") as scratch:
         pipeline.save_pretrained(scratch)

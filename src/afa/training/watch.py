@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import io
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 from PIL import Image
 
-from afa.denoisers.kinds import conditioning_of, kind_of_pipeline
+from afa.denoisers.kinds import conditioning_of, denoiser_of, kind_of_pipeline
+from afa.ensemble.denoiser import EnsembleDenoiser
 from afa.files import write_atomic
 from afa.machine.exhausted import saying_what_fits, smaller_batch
-from afa.training.objective import denoising_loss, forward_process
+from afa.training.encoding import Recorded
+from afa.training.objective import denoising_loss, forward_process, prediction_loss
 from afa.training.record import Recorder, routing_figures
 from afa.training.routing import CollapseWatch, Routing, tapped
 
@@ -23,10 +26,29 @@ if TYPE_CHECKING:
 
     from afa.training.examples import Broken, Examples
     from afa.training.loop import TrainStep
-    from afa.training.recipe import PreviewRecipe, Recipe
+    from afa.training.recipe import PreviewRecipe, TrainingRecipe, ValidationRecipe
     from afa.training.trainer import Trainer
 
 PREVIEWS = "previews"
+
+
+class Watched(Protocol):
+    """A recipe of a training."""
+
+    @property
+    def training(self) -> TrainingRecipe:
+        """Its settings."""
+
+    @property
+    def validation(self) -> ValidationRecipe | None:
+        """The validation; None for none."""
+
+    @property
+    def previews(self) -> PreviewRecipe | None:
+        """The preview pictures; None for none."""
+
+    def model_dump(self, *, mode: str) -> dict[str, Any]:
+        """Return all of it as JSON."""
 
 
 class Watch:
@@ -43,11 +65,15 @@ class Watch:
     """
 
     def __init__(
-        self, recipe: Recipe, output: Path, trainer: Trainer, validation: Examples | None
+        self, recipe: Watched, output: Path, trainer: Trainer, validation: Examples | None
     ) -> None:
         self._recipe, self._output, self._trainer = recipe, output, trainer
         self._validation = validation
-        self._names = _distinct(trainer.ensemble.provenance.names)
+        denoiser = denoiser_of(trainer.pipeline)
+        #: the ensemble whose routing is logged; None for another model
+        self._ensemble = denoiser if isinstance(denoiser, EnsembleDenoiser) else None
+        names = [] if self._ensemble is None else self._ensemble.provenance.names
+        self._names = _distinct(names)
         self._collapse = CollapseWatch(self._names)
         self._routings: list[Routing] = []
         self._recorder = None
@@ -93,6 +119,10 @@ class Watch:
     def _is_due(step: TrainStep, every: int) -> bool:
         return step.step % every == 0 or step.step == step.num_steps
 
+    def _set_training(self, mode: bool) -> None:
+        for module in self._trainer.trained.modules:
+            module.train(mode)
+
     def _log(self, step: int) -> list[str]:
         """Write the metrics since the last call; returns warnings."""
         if self._recorder is not None:
@@ -125,23 +155,25 @@ class Watch:
         predict = conditioning_of(trainer.pipeline).predict
         losses = torch.zeros(1, dtype=torch.float64, device=engine.device)
         routings: list[Routing] = []
-        ensemble = trainer.ensemble
-        ensemble.eval()
-        with torch.no_grad(), trainer.averaged(), tapped(ensemble) as tap:
+        denoiser, ensemble = denoiser_of(trainer.pipeline), self._ensemble
+        tapping = nullcontext() if ensemble is None else tapped(ensemble)
+        self._set_training(False)
+        with torch.no_grad(), trainer.averaged(), tapping as tap:
             for row, batch, is_mine in zip(mine, validation.batches(mine), counts, strict=True):
                 # one timestep per sample, evenly spaced over all samples
                 time = torch.tensor([(place + 0.5) / count for place in row], dtype=torch.float64)
-                loss = denoising_loss(
-                    partial(predict, trainer.pipeline, ensemble, conditions=batch.conditions),
-                    process,
-                    batch.clean,
-                    noise=batch.noise,
-                    time=time.to(engine.device),
-                )
+                of = partial(predict, trainer.pipeline, denoiser, conditions=batch.conditions)
+                if isinstance(batch, Recorded):
+                    loss = prediction_loss(of, batch.noisy, batch.timestep, batch.target)
+                else:
+                    loss = denoising_loss(
+                        of, process, batch.clean, noise=batch.noise, time=time.to(engine.device)
+                    )
                 if is_mine:
                     losses += loss.double().sum()
-                    routings.append(tap.routing())
-        ensemble.train()
+                    if tap is not None:
+                        routings.append(tap.routing())
+        self._set_training(True)
         total = float(engine.total(losses)) / count
         if self._recorder is not None:
             figures: dict[str, Any] = {"validation_loss": total}
@@ -156,8 +188,8 @@ class Watch:
         engine = self._trainer.engine
         if self._recorder is None and not engine.is_sharding:
             return
-        pipeline, ensemble = self._trainer.pipeline, self._trainer.ensemble
-        ensemble.eval()
+        pipeline = self._trainer.pipeline
+        self._set_training(False)
         pipeline.set_progress_bar_config(disable=True)
         # with offloaded or sharded experts these parts are on the CPU
         parts = [
@@ -185,7 +217,7 @@ class Watch:
             ).images
         for part, place in zip(parts, places, strict=True):
             part.to(place)
-        ensemble.train()
+        self._set_training(True)
         if self._recorder is None:
             return
         folder = self._output / PREVIEWS
