@@ -131,7 +131,7 @@ def time_all(compared: dict[str, Any], num_rounds: int = 5, batch: int = 8) -> d
 
     torch.set_num_threads(1)
     recipe = EvaluateRecipe.model_validate(compared)
-    builder, sampling = MethodBuilder(recipe), recipe.sampling
+    builder, sampling = MethodBuilder(recipe, recipe.sampling), recipe.sampling
     places = range(batch)
     prompts = [prompt.text for prompt in load_prompts(recipe.prompts)][: len(places)]
 

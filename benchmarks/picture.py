@@ -46,7 +46,7 @@ def build(way: str, speed: str) -> Any:
         }
     )
     assert afa.__version__
-    return MethodBuilder(recipe).build(recipe.methods[0])
+    return MethodBuilder(recipe, recipe.sampling).build(recipe.methods[0])
 
 
 def draw(pipeline: Any, num_pictures: int) -> None:

@@ -97,7 +97,7 @@ def test_a_hand_over_in_a_recipe_uses_every_expert_of_a_flow_model(
             "metrics": ["scenes"],
         }
     )
-    builder = MethodBuilder(recipe, torch.device("cpu"))
+    builder = MethodBuilder(recipe, recipe.sampling, torch.device("cpu"))
     for method, order in zip(recipe.methods, ([0, 1, 2], [2, 1, 0], [0, 1, 2]), strict=True):
         pipeline = builder.build(method)
         ensemble = denoiser_of(pipeline)

@@ -30,7 +30,7 @@ PROMPTS = ["a fox on the left and a pizza on the right, blue background"] * 2
 
 def builder(**changes: Any) -> tuple[MethodBuilder, EvaluateRecipe]:
     recipe = EvaluateRecipe.model_validate({**SMALL, **changes})
-    return MethodBuilder(recipe, torch.device("cpu")), recipe
+    return MethodBuilder(recipe, recipe.sampling, torch.device("cpu")), recipe
 
 
 def pictures(pipeline: StableDiffusionPipeline, recipe: EvaluateRecipe) -> np.ndarray:

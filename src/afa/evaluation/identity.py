@@ -27,7 +27,7 @@ from afa.machine.hashes import hash_file
 from afa.provenance import releases
 
 if TYPE_CHECKING:
-    from afa.evaluation.recipe import EvaluateRecipe, MethodRecipe
+    from afa.evaluation.recipe import MethodRecipe, ModelsRecipe
     from afa.evaluation.search_recipe import SearchRecipe
     from afa.metrics import MetricRecipe
 
@@ -43,7 +43,7 @@ class Identities:
         recipe: names the experts, and the components that single files lack.
     """
 
-    def __init__(self, recipe: EvaluateRecipe | SearchRecipe) -> None:
+    def __init__(self, recipe: ModelsRecipe | SearchRecipe) -> None:
         self._recipe = recipe
         self._known: dict[ExpertSource, list[str]] = {}
         self._companions = Companions(

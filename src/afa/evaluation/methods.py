@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from afa.aggregators.fusion import FusionRecipe
-    from afa.evaluation.recipe import EvaluateRecipe, MethodRecipe
+    from afa.evaluation.recipe import MethodRecipe, ModelsRecipe, SamplingRecipe
     from afa.loading.expert_source import ExpertSource
 
 
@@ -30,14 +30,20 @@ class MethodBuilder:
     """Builds the pipelines of a comparison, and loads shared experts once.
 
     Args:
-        recipe: the comparison.
-        device: device of the pipelines; None uses the recipe's.
+        recipe: the experts, and what they need.
+        sampling: the dtype and the device of the pipelines.
+        device: device of the pipelines; None uses that of `sampling`.
     """
 
-    def __init__(self, recipe: EvaluateRecipe, device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        recipe: ModelsRecipe,
+        sampling: SamplingRecipe,
+        device: torch.device | None = None,
+    ) -> None:
         self._recipe = recipe
-        self._device = device or pick_device(recipe.sampling.device)
-        self._dtype = getattr(torch, recipe.sampling.dtype)
+        self._device = device or pick_device(sampling.device)
+        self._dtype = getattr(torch, sampling.dtype)
         self._experts: DiffusionPipeline | None = None
 
     def build(self, method: MethodRecipe, replica: int = 0) -> DiffusionPipeline:

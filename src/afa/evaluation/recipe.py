@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
@@ -40,7 +40,8 @@ class MethodRecipe(Section):
     that differ in the training seed and are reported as one method. `merge`: as in a recipe of
     `afa merge`, without experts and base. `fusion`: a rule of `afa.aggregators.fusion`.
     `acceleration`: a preset or settings of `afa.Acceleration`. `plan`: a plan of `afa prune` for
-    the ensembles.
+    the ensembles. `guidance`: guidance scale of this method, for models whose prediction is guided
+    already, such as those of `afa distill` with `bake_in`; None uses that of `sampling`.
     """
 
     name: str = Field(min_length=1, max_length=80)
@@ -50,6 +51,7 @@ class MethodRecipe(Section):
     fusion: AnyFusion | None = None
     acceleration: Annotated[Acceleration, BeforeValidator(acceleration_of)] = EXACT
     plan: Path | None = None
+    guidance: float | None = Field(default=None, ge=0)
 
     @field_validator("model", "ensemble", mode="before")
     @classmethod
@@ -72,6 +74,9 @@ class MethodRecipe(Section):
     def num_replicas(self) -> int:
         """Number of models or ensembles of this method."""
         return len(self.model or self.ensemble or [None])
+
+
+Method = TypeVar("Method", bound=MethodRecipe)
 
 
 class SamplingRecipe(Section):
@@ -118,14 +123,10 @@ class CurveRecipe(Section):
         return list(dict.fromkeys(num_steps))
 
 
-class EvaluateRecipe(Section):
-    """A comparison of methods.
+class ModelsRecipe(Section):
+    """The models that merges and fusions combine: `experts` and `base`.
 
-    Merges and fusions combine `experts` and `base`, with `vae`, `config` and `parts` as in a recipe
-    of `afa train`. A method whose `model` is among `experts` counts as a single expert. `subject`
-    is the method that is compared with all others (default: the first). `primary` is the score
-    that selects the best expert and the best merge (default: the first). `references` is a folder
-    of real pictures for FID, KID and CMMD (default: the prompts' own).
+    `vae`, `config` and `parts` are as in a recipe of `afa train`.
     """
 
     experts: list[ExpertSource] = Field(default=[], max_length=64)
@@ -133,6 +134,50 @@ class EvaluateRecipe(Section):
     vae: str | None = None
     config: str | None = None
     parts: list[str] = Field(default=[])
+
+    def merge_recipe(self, method: MethodRecipe) -> MergeRecipe:
+        """The static merge of a method, with this recipe's experts.
+
+        Raises:
+            ValueError: if it is not a valid recipe of a merge.
+        """
+        settings = dict(method.merge or {})
+        refused = sorted({"experts", "base", "dtype", "vae"} & settings.keys())
+        if refused:
+            raise ValueError(
+                f"must not have {', '.join(refused)} in the merge '{method.name}', which uses the "
+                "comparison's own"
+            )
+        needs_base = settings.get("method") in ("add_difference", "ties", "dare")
+        names = [str(expert) for expert in self.experts]  # they are merged in memory
+        return MergeRecipe(experts=names, base=self.base if needs_base else None, **settings)
+
+    def check_method(self, method: MethodRecipe, guidance: float) -> None:
+        """Check that a method fits the experts and the guidance.
+
+        Raises:
+            ValueError: if it does not.
+        """
+        if method.needs_experts and not self.experts:
+            raise ValueError(f"must have experts for the method '{method.name}'")
+        if method.merge is not None:
+            self.merge_recipe(method)
+        if method.fusion is not None:
+            try:
+                method.fusion.check(len(self.experts), guidance)
+            except ValueError as error:
+                raise ValueError(f"the method '{method.name}' {error}") from None
+
+
+class EvaluateRecipe(ModelsRecipe):
+    """A comparison of methods.
+
+    A method whose `model` is among `experts` counts as a single expert. `subject` is the method
+    that is compared with all others (default: the first). `primary` is the score that selects the
+    best expert and the best merge (default: the first). `references` is a folder of real pictures
+    for FID, KID and CMMD (default: the prompts' own).
+    """
+
     prompts: PromptsRecipe
     methods: list[MethodRecipe] = Field(min_length=1)
     sampling: SamplingRecipe = SamplingRecipe()
@@ -162,13 +207,8 @@ class EvaluateRecipe(Section):
         unknown = next((name for name in named if name is not None and name not in names), None)
         if unknown is not None:
             raise ValueError(f"must name one of its methods; got '{unknown}'")
-        needing = next((method.name for method in self.methods if method.needs_experts), None)
-        if needing is not None and not self.experts:
-            raise ValueError(f"must have experts for the method '{needing}'")
         for method in self.methods:
-            if method.merge is not None:
-                self.merge_recipe(method)
-            self._check_numbers(method)
+            self.check_method(method, self.sampling_of(method).guidance)
         if SCENES in self.metrics and self.prompts.zoo is None:
             raise ValueError("must have prompts.zoo for the metric 'scenes'")
         scores = list(SCENE_SCORES) if SCENES in self.metrics else []
@@ -184,30 +224,11 @@ class EvaluateRecipe(Section):
             raise ValueError(f"must have each metric once; got '{duplicate}' twice")
         return self
 
-    def _check_numbers(self, method: MethodRecipe) -> None:
-        """Raise ValueError if a fusion does not fit the number of experts or the guidance."""
-        if method.fusion is not None:
-            try:
-                method.fusion.check(len(self.experts), self.sampling.guidance)
-            except ValueError as error:
-                raise ValueError(f"the method '{method.name}' {error}") from None
-
-    def merge_recipe(self, method: MethodRecipe) -> MergeRecipe:
-        """The static merge of a method, with this recipe's experts.
-
-        Raises:
-            ValueError: if it is not a valid recipe of a merge.
-        """
-        settings = dict(method.merge or {})
-        refused = sorted({"experts", "base", "dtype", "vae"} & settings.keys())
-        if refused:
-            raise ValueError(
-                f"must not have {', '.join(refused)} in the merge '{method.name}', which uses the "
-                "comparison's own"
-            )
-        needs_base = settings.get("method") in ("add_difference", "ties", "dare")
-        names = [str(expert) for expert in self.experts]  # they are merged in memory
-        return MergeRecipe(experts=names, base=self.base if needs_base else None, **settings)
+    def sampling_of(self, method: MethodRecipe) -> SamplingRecipe:
+        """The sampling settings of a method."""
+        if method.guidance is None:
+            return self.sampling
+        return self.sampling.model_copy(update={"guidance": method.guidance})
 
     @property
     def subject_name(self) -> str:
@@ -226,6 +247,12 @@ def resolve_metric(metric: Any, folder: Path) -> Any:
     return resolve_sources(metric, folder, "weights", "processor", "clip")
 
 
+def resolve_method(method: Method, folder: Path) -> Method:
+    """Make the paths of a method absolute; they are relative to the recipe's `folder`."""
+    resolved: Method = resolve_sources(method, folder, "model", "ensemble")
+    return resolved.model_copy(update={"plan": resolve_file(method.plan, folder)})
+
+
 def load_evaluate_recipe(path: str | Path) -> EvaluateRecipe:
     """Read and check a recipe; paths in it are relative to its own folder.
 
@@ -237,12 +264,7 @@ def load_evaluate_recipe(path: str | Path) -> EvaluateRecipe:
         update={
             "references": resolve_file(recipe.references, folder),
             "prompts": resolve_prompts(recipe.prompts, folder),
-            "methods": [
-                resolve_sources(method, folder, "model", "ensemble").model_copy(
-                    update={"plan": resolve_file(method.plan, folder)}
-                )
-                for method in recipe.methods
-            ],
+            "methods": [resolve_method(method, folder) for method in recipe.methods],
             "metrics": [resolve_metric(metric, folder) for metric in recipe.metrics],
         }
     )

@@ -81,7 +81,7 @@ def evaluate(recipe: EvaluateRecipe, output: Path) -> Iterator[EvaluateProgress]
         processes.wait()
         prompts = load_prompts(recipe.prompts, scratch)
         scoring = Scoring(recipe, prompts, store, device)
-        builder = MethodBuilder(recipe, device)
+        builder = MethodBuilder(recipe, sampling, device)
         if processes.is_main:
             store.claim(list(_claims(recipe, prompts, store)))
         processes.wait()
@@ -136,7 +136,7 @@ def _work(
                 loaded = pipeline = None  # before the next one is loaded
                 pipeline = builder.build(methods[unit.method], unit.replica)
                 loaded = unit.method, unit.replica
-            sampling = results.recipe.sampling
+            sampling = results.recipe.sampling_of(methods[unit.method])
             draw_unit(pipeline, unit, results.prompts, sampling, results.store)
         results.scoring.score(unit)
     if mine:
@@ -197,12 +197,11 @@ def require_same_evaluation(
 def _claims(recipe: EvaluateRecipe, prompts: Sequence[Prompt], store: Store) -> Iterator[Claim]:
     """The inputs from which the files of an evaluation are made."""
     identities = Identities(recipe)
-    sampling = recipe.sampling.model_dump(
-        mode="json", exclude={"num_steps", "seeds", "device", "num_threads"}
-    )
+    apart = {"num_steps", "seeds", "device", "num_threads"}
     listed = [[prompt.text, prompt.group] for prompt in prompts]
     yield Claim(store.folder / "prompts.json", {"prompts": listed}, "the prompts")
     for method in recipe.methods:
+        sampling = recipe.sampling_of(method).model_dump(mode="json", exclude=apart)
         for replica in range(method.num_replicas):
             identity = {**identities.method(method, replica), "sampling": sampling}
             path = store.method(method.name, replica) / "method.json"

@@ -33,7 +33,7 @@ def record_shares(
     if method.ensemble is None or path.exists():
         return
     pipeline = builder.build(method)
-    sampling = recipe.sampling
+    sampling = recipe.sampling_of(method)
     content: dict[str, Any] = {
         "experts": denoiser_of(pipeline).provenance.names,
         "sites": [site.name for site in denoiser_of(pipeline).sites],

@@ -127,7 +127,7 @@ def train_aggregators_job(name: str, recipe: Recipe, folder: Path) -> None:
     from afa.training.run import require_same_recipe
 
     if finished(folder) is None:
-        _finish(name, train(recipe, folder), folder)
+        finish(name, train(recipe, folder), folder)
     else:
         require_same_recipe(recipe, folder)
 
@@ -141,7 +141,7 @@ def tune_base_job(
 
     data = SceneImages(100_000, seed=data_seed)
     if finished(folder) is None:
-        _finish(name, tune_base(base, data, settings, folder), folder)
+        finish(name, tune_base(base, data, settings, folder), folder)
     else:
         require_same_run(data, settings, folder)
 
@@ -155,13 +155,13 @@ def search_job(name: str, recipe: dict[str, Any], folder: Path) -> None:
     if finished(folder) is None:
         for trial in search_block_weights(checked, folder):
             report_progress(name, trial.number, trial.num_trials)
-            _log(folder, {"trial": trial.number, "seconds": trial.seconds})
-        _record(folder, {"seconds": sum(_seconds(folder))})
+            log(folder, {"trial": trial.number, "seconds": trial.seconds})
+        record_finished(folder, {"seconds": sum(logged(folder))})
     else:
         require_same_search(checked, folder)
 
 
-def _finish(name: str, events: Iterator[Any], folder: Path) -> None:
+def finish(name: str, events: Iterator[Any], folder: Path) -> None:
     """Run a training, and record its median time per step."""
     from afa.training import TrainStep
 
@@ -169,20 +169,23 @@ def _finish(name: str, events: Iterator[Any], folder: Path) -> None:
         if not isinstance(step, TrainStep):  # progress of the cache
             continue
         report_progress(name, step.step, step.num_steps)
-        _log(folder, {"step": step.step, "loss": step.loss, "seconds": step.seconds})
-    _record(folder, {"seconds_per_step": statistics.median(_seconds(folder))})
+        log(folder, {"step": step.step, "loss": step.loss, "seconds": step.seconds})
+    record_finished(folder, {"seconds_per_step": statistics.median(logged(folder))})
 
 
-def _log(folder: Path, line: dict[str, float]) -> None:
+def log(folder: Path, line: dict[str, float]) -> None:
+    """Append a line, with its `seconds`, to the log of a job."""
     with (folder / _LOG).open("a") as file:
         file.write(json.dumps(line) + "\n")
 
 
-def _seconds(folder: Path) -> list[float]:
+def logged(folder: Path) -> list[float]:
+    """The seconds of all lines of the log of a job."""
     return [json.loads(line)["seconds"] for line in (folder / _LOG).read_text().splitlines()]
 
 
-def _record(folder: Path, content: dict[str, Any]) -> None:
+def record_finished(folder: Path, content: dict[str, Any]) -> None:
+    """Mark a job as finished, with its measured costs; see `finished`."""
     from afa.provenance import commit
 
     content = {**content, "commit": commit()}
