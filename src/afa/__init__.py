@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from afa.aggregators import SABW as SABW
     from afa.aggregators import FusionRule as FusionRule
     from afa.aggregators import SABWConfig as SABWConfig
+    from afa.distilling.run import distill as distill
     from afa.ensemble.accelerate import accelerate as accelerate
     from afa.ensemble.caching.settings import Acceleration as Acceleration
     from afa.ensemble.denoiser import EnsembleDenoiser as EnsembleDenoiser
@@ -41,6 +42,7 @@ _PUBLIC = {
     "SABWConfig": "afa.aggregators",
     "accelerate": "afa.ensemble.accelerate",
     "attach_controlnet": "afa.ensemble.text",
+    "distill": "afa.distilling.run",
     "load_ensemble": "afa.loading.ensemble_folder",
     "load_pipeline": "afa.loading.pipeline",
     "record_weights": "afa.ensemble.recording",

@@ -11,6 +11,7 @@ from afa.cli import app as page
 from afa.cli import (
     check,
     demo,
+    distill,
     evaluate,
     export,
     generate,
@@ -45,6 +46,7 @@ for _command in (
     inspect.inspect,
     check.check,
     merge.merge,
+    distill.distill,
     export.export,
     search.search,
     evaluate.evaluate,

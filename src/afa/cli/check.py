@@ -82,6 +82,10 @@ def read_any(place: Path) -> Any:
 
     content = read_yaml(place)
     keys = content.keys() if isinstance(content, dict) else ()
+    if "teacher" in keys:
+        from afa.distilling.recipe import load_distill_recipe
+
+        return load_distill_recipe(place)
     if "training" in keys:
         from afa.training.recipe import load_recipe
 
@@ -100,8 +104,9 @@ def read_any(place: Path) -> Any:
         return load_merge_recipe(place)
     raise AfaError(
         "AFA-CLI-005",
-        f"'{place}' has none of the keys that identify a recipe: training (afa train), methods "
-        "(evaluate), metric (search) or method (merge). Add the one of your command.",
+        f"'{place}' has none of the keys that identify a recipe: training (afa train), teacher "
+        "(distill), methods (evaluate), metric (search) or method (merge). Add the one of your "
+        "command.",
     )
 
 
@@ -116,6 +121,8 @@ def plan_for(place: Path, recipe: Any, output: Path | None = None) -> Plan:
     Raises:
         AfaError: if the models cannot be merged, or the merge cannot be written to `output`.
     """
+    from afa.distilling.planned import plan_of_distillation
+    from afa.distilling.recipe import DistillRecipe
     from afa.evaluation.planned import plan_of_evaluation, plan_of_search
     from afa.evaluation.recipe import EvaluateRecipe
     from afa.evaluation.search_recipe import SearchRecipe
@@ -127,6 +134,8 @@ def plan_for(place: Path, recipe: Any, output: Path | None = None) -> Plan:
 
     if isinstance(recipe, Recipe):
         return plan_of_training(recipe)
+    if isinstance(recipe, DistillRecipe):
+        return plan_of_distillation(recipe)
     if isinstance(recipe, EvaluateRecipe):
         return plan_of_evaluation(recipe)
     if isinstance(recipe, SearchRecipe):

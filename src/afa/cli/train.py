@@ -51,7 +51,7 @@ def train(
         require_sound(plan_of_training(checked))
     with stop_on_signals() as should_stop:
         try:
-            _show(train_ensemble(checked, output, should_stop=should_stop), is_main=is_main)
+            show_training(train_ensemble(checked, output, should_stop=should_stop), is_main=is_main)
         except Stopped as stopped:
             if is_main:
                 say(
@@ -74,7 +74,7 @@ def _without_cache(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache": False})})
 
 
-def _show(events: Iterable[TrainStep | CacheProgress], *, is_main: bool) -> None:
+def show_training(events: Iterable[TrainStep | CacheProgress], *, is_main: bool) -> None:
     """Run a training, and show a smoothed loss and its notes."""
     from afa.training import TrainStep
 

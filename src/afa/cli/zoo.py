@@ -115,6 +115,35 @@ def results(
     say(f"Page in {docs / 'results.md'}, figures in {docs / 'results.json'}")
 
 
+@app.command()
+def distillation(
+    workdir: Annotated[
+        Path, typer.Argument(help="Work folder; that of an earlier run is resumed.")
+    ],
+    docs: Annotated[Path, typer.Option(help="Folder with distillation.md and results.json.")],
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="With one thread each; default: one per core.")
+    ] = None,
+) -> None:
+    """Distil the bundled ensemble into students, compare them, and write the page's tables.
+
+    Takes hours on two cores. Run the same command again to resume.
+
+    [bold]Example[/bold]: afa zoo distillation runs/distillation --docs docs
+    """
+    from afa.studies.distillation.run import run_study
+    from afa.studies.results.jobs import JobProgress
+
+    quieten_loading()
+    with Progress() as progress:
+        for event in run_study(workdir, docs, num_processes=processes):
+            if isinstance(event, JobProgress):
+                progress.update(event.name, event.done, event.total)
+            else:
+                say(f"Next: {event.name}")
+    say(f"Tables in {docs / 'distillation.md'}, figures in {docs / 'distillation.json'}")
+
+
 def _show(steps: Iterable[FitStep]) -> None:
     """Run trainings with one bar per model, and show a smoothed loss."""
     with Progress() as progress:

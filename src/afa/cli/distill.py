@@ -1,0 +1,58 @@
+"""`afa distill`: turn an ensemble into one ordinary model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from afa.cli.check import RunCheck, require_sound
+from afa.cli.console import say
+from afa.cli.train import show_training
+from afa.machine.quiet import quieten_loading
+
+
+def distill(
+    recipe: Annotated[Path, typer.Argument(help="YAML file: teacher, student, training.")],
+    output: Annotated[Path, typer.Option(help="New folder, or that of a run to resume.")],
+    run_check: RunCheck = True,
+) -> None:
+    """Distil an ensemble into one ordinary model, or into a LoRA on one.
+
+    The teacher draws, and its predictions are recorded; then the student learns them without the
+    teacher in memory. Run the same command again to resume. Ctrl-C saves and stops. Several
+    processes: accelerate launch -m afa distill ...
+
+    [bold]Example[/bold]: afa distill recipe.yaml --output runs/student
+    """
+    from afa.distilling.recipe import load_distill_recipe
+
+    checked = load_distill_recipe(recipe)
+
+    from afa.distilling.planned import plan_of_distillation
+    from afa.distilling.run import distill as run
+    from afa.machine.processes import Processes
+    from afa.training import Stopped, stop_on_signals
+
+    quieten_loading()
+    is_main = Processes().is_main
+    if is_main and run_check:
+        require_sound(plan_of_distillation(checked))
+    with stop_on_signals() as should_stop:
+        try:
+            show_training(run(checked, output, should_stop=should_stop), is_main=is_main)
+        except Stopped as stopped:
+            if is_main:
+                say(
+                    f"Stopped after step {stopped.step} of {stopped.num_steps} and saved. Run the "
+                    "same command again to resume."
+                )
+            raise typer.Exit(128 + (should_stop.signal or 0)) from None
+    if is_main and checked.student.what == "full":
+        say(
+            f"Student in {output}. Try: afa generate {output} 'a prompt' --output pictures; one "
+            f"file for other programs: afa export {output} --output student.safetensors"
+        )
+    elif is_main:
+        say(f"LoRA files of the student in {output}: lora.safetensors; see README.md there")

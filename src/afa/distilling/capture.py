@@ -1,0 +1,80 @@
+"""Record what a denoiser is asked and answers while a pipeline draws."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from afa.denoisers.kinds import conditioning_of, denoiser_of, kind_of_pipeline
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+
+@dataclass
+class Seen:
+    """One call of a denoiser for a batch of B pictures.
+
+    Attributes:
+        noisy: noisy latents [B, C, H, W].
+        timestep: timesteps [B], in those of the scheduler.
+        conditional: predictions with prompt [B, C, H, W].
+        unconditional: predictions without prompt; None if the pipeline makes none.
+        guidance: guidance scale that the denoiser got as an input [B]; None if it takes none.
+    """
+
+    noisy: Tensor
+    timestep: Tensor
+    conditional: Tensor
+    unconditional: Tensor | None
+    guidance: Tensor | None
+
+
+@contextmanager
+def captured(pipeline: Any, batch_size: int, size: tuple[int, int]) -> Iterator[list[Seen]]:
+    """Record all calls of a pipeline's denoiser inside the block; the denoiser is not changed.
+
+    Args:
+        pipeline: that draws `batch_size` pictures at once.
+        batch_size: B.
+        size: height and width of the pictures in pixels.
+    """
+    family, seen = kind_of_pipeline(pipeline).family, list[Seen]()
+    unpack = conditioning_of(pipeline).unpack
+
+    def latents(tensor: Tensor) -> Tensor:
+        return tensor if unpack is None else unpack(pipeline, tensor, *size)
+
+    def record(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        given = dict(zip((family.latent, "timestep"), args, strict=False)) | kwargs
+        noisy = latents(given[family.latent].detach())
+        answer = output[0] if isinstance(output, tuple) else output.sample
+        # some models also predict a variance
+        answer = latents(answer.detach())[:, : noisy.shape[1]]
+        # the divisor is 1 where the pipeline passes the scheduler's own timesteps
+        timestep = torch.as_tensor(given["timestep"]).float() * family.timestep_divisor
+        without = None
+        if len(noisy) == 2 * batch_size:  # pipelines put the half without prompt first
+            without, answer = answer.chunk(2)
+            noisy = noisy[batch_size:]
+        guidance = given.get("guidance")
+        seen.append(
+            Seen(
+                noisy.float().cpu(),
+                timestep.cpu().flatten()[-1:].expand(batch_size).clone(),
+                answer.float().cpu(),
+                None if without is None else without.float().cpu(),
+                None if guidance is None else guidance.float().cpu(),
+            )
+        )
+
+    handle = denoiser_of(pipeline).register_forward_hook(record, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()

@@ -1,0 +1,104 @@
+"""Write a student's adapters as LoRA files, in the naming of diffusers and in that of kohya.
+
+Both are plain safetensors with alpha equal to the rank, so that a strength of 1 is the student.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from safetensors.torch import save
+
+from afa.denoisers.kinds import kind_of_pipeline
+from afa.files import write_atomic
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from afa.distilling.student import Student
+
+DIFFUSERS, KOHYA = "lora.safetensors", "lora-kohya.safetensors"
+#: kohya's prefixes by component, for one text encoder and for several
+_PREFIXES = {
+    "unet": ("lora_unet", "lora_unet"),
+    "text_encoder": ("lora_te", "lora_te1"),
+    "text_encoder_2": ("lora_te2", "lora_te2"),
+}
+
+
+def write_loras(student: Student, folder: Path, metadata: Mapping[str, str]) -> list[Path]:
+    """Write the LoRA files of a student.
+
+    Kohya's naming is only defined for U-Nets; the file in diffusers' naming also loads in ComfyUI.
+
+    Args:
+        student: with adapters.
+        folder: of the files.
+        metadata: of both files.
+
+    Returns: the files.
+    """
+    assert student.rank is not None, "it has adapters"
+    kind = kind_of_pipeline(student.pipeline)
+    adapters, rank = student.adapters(), student.rank
+    common = {"format": "pt", "modelspec.sai_model_spec": "1.0.1", **metadata}
+    settings = {f"{part}.{key}": rank for part in adapters for key in ("r", "lora_alpha")}
+    place = folder / DIFFUSERS
+    named = diffusers_tensors(adapters)
+    write_atomic(
+        place, save(named, metadata={**common, "lora_adapter_metadata": json.dumps(settings)})
+    )
+    if kind.denoiser not in _PREFIXES:
+        return [place]
+    other = folder / KOHYA
+    entries = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": str(float(rank)),
+        "ss_network_args": json.dumps({"conv_dim": str(rank), "conv_alpha": str(float(rank))}),
+    }
+    several = "text_encoder_2" in student.pipeline.components
+    tensors = kohya_tensors(adapters, rank, several=several)
+    write_atomic(other, save(tensors, metadata={**common, **entries}))
+    return [place, other]
+
+
+def diffusers_tensors(
+    adapters: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]],
+) -> dict[str, Tensor]:
+    """Name factors as diffusers does; the scale is in the metadata.
+
+    Args:
+        adapters: see `Student.adapters`.
+    """
+    return {
+        f"{part}.{layer}.lora_{side}.weight": tensor.contiguous()
+        for part, layers in adapters.items()
+        for layer, factors in layers.items()
+        for side, tensor in zip("AB", factors, strict=True)
+    }
+
+
+def kohya_tensors(
+    adapters: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]], rank: int, *, several: bool
+) -> dict[str, Tensor]:
+    """Name factors as kohya's scripts do, with an alpha for each layer.
+
+    Args:
+        adapters: see `Student.adapters`.
+        rank: of all of them, and their alpha.
+        several: whether the pipeline has several text encoders.
+    """
+    found: dict[str, Tensor] = {}
+    for part, layers in adapters.items():
+        prefix = _PREFIXES[part][several]
+        for layer, (down, up) in layers.items():
+            name = f"{prefix}_{layer.replace('.', '_')}"
+            found[f"{name}.lora_down.weight"] = down.contiguous()
+            found[f"{name}.lora_up.weight"] = up.contiguous()
+            found[f"{name}.alpha"] = down.new_tensor(float(rank))
+    return found

@@ -1,0 +1,229 @@
+"""A distillation from a recipe to the student's files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from afa.distilling.card import CARD, RECORD, record_of, write_card
+from afa.distilling.lora_files import write_loras
+from afa.distilling.predictions import LiveTexts, RecordedExamples, Source
+from afa.distilling.recipe import BakeIn
+from afa.distilling.recording import passes_of, read_rows, record_predictions
+from afa.distilling.student import Student, load_student, require_fit
+from afa.distilling.teacher import Teacher
+from afa.errors import AfaError
+from afa.files import is_unused, owned, read_json, write_atomic
+from afa.recipe import differing
+from afa.training.cache import CacheProgress, TextCache
+from afa.training.checkpoints import Checkpoints
+from afa.training.continuing import RECIPE, digest, essence
+from afa.training.engine import Engine
+from afa.training.loop import TrainStep
+from afa.training.order import Purpose
+from afa.training.record import METRICS, require_trackers
+from afa.training.run import CHECKPOINTS
+from afa.training.stopping import Stopped
+from afa.training.trainer import Trainer
+from afa.training.tuned_base import save_pipeline
+from afa.training.watch import Watch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+    from afa.distilling.predictions import Rows, Texts
+    from afa.distilling.recipe import DistillRecipe
+    from afa.distilling.recording import Pass
+
+RECORDED, _TEXTS = "recorded", "texts"
+#: settings that may change when a run is resumed
+_FREE: dict[str, tuple[str, ...] | None] = {
+    "recording": ("folder", "max_disk"),
+    "previews": None,
+    "validation": ("every",),
+}
+
+
+def distill(
+    recipe: DistillRecipe,
+    output: Path,
+    *,
+    should_stop: Callable[[], bool] | None = None,
+) -> Iterator[TrainStep | CacheProgress]:
+    """Distil a teacher into a student: record predictions, train, and write the student.
+
+    `output` becomes a stock pipeline folder, or has LoRA files, with a model card and the record
+    `distill.json`. The same call resumes an interrupted run at the last batch or checkpoint, and
+    its results are the same bytes. Several processes share the recording and the samples of a step.
+
+    Args:
+        recipe: the distillation.
+        output: a new folder, or that of an earlier run of this recipe.
+        should_stop: called after each batch and step; if it returns True, the run saves and raises
+            `Stopped`.
+
+    Yields: progress of the recording, then the steps.
+
+    Raises:
+        AfaError: before anything is written, if the folder contains something else, a part of the
+            recipe cannot be loaded, or the student does not fit the teacher; later, as
+            `record_predictions` and `afa.training.train`.
+        Stopped: if `should_stop` returned True.
+    """
+    settings = recipe.training
+    engine = Engine(settings.device)
+    require_same_distillation(recipe, output)
+    require_trackers(settings.trackers)
+    teacher = Teacher.of(recipe)
+    require_fit(teacher, recipe.student)
+    passes = passes_of(recipe)
+    engine.wait()  # so that all processes have checked the folder before one writes
+    folder = recipe.recording.folder or output / RECORDED
+    with owned(output) if engine.is_main else nullcontext():
+        if engine.is_main:
+            write_atomic(
+                output / RECIPE, json.dumps(recipe.model_dump(mode="json"), indent=2) + "\n"
+            )
+
+        def stop() -> None:
+            if should_stop is not None and should_stop():
+                raise Stopped(0, settings.num_steps)
+
+        yield from record_predictions(teacher, passes, folder, engine, stop)
+        rows = [read_rows(each, folder, recipe.recording.batch_size) for each in passes]
+        yield CacheProgress("load the student", 0, None)
+        pipeline, hashes = load_student(teacher, recipe.student)
+        student = Student(pipeline, recipe.student, hashes, settings.seed, engine.device)
+        texts: Texts = LiveTexts(pipeline)
+        if not recipe.student.text_encoder:
+            captions = sorted({caption for each in rows for caption in each.captions()})
+            cache = TextCache(output / _TEXTS, pipeline, captions)
+            yield from cache.build(engine.rank, engine.num_processes)
+            engine.wait()
+            texts = cache
+        checkpoints = Checkpoints(output / CHECKPOINTS, settings.keep_checkpoints)
+        trainer = Trainer(pipeline, student, settings, engine, checkpoints)
+        trainer.bind(_inputs(recipe, passes, teacher))
+        training, validation = _examples(recipe, rows, texts, student, engine)
+        with Watch(recipe, output, trainer, validation) as watch:
+            for step in trainer.steps(training, should_stop):
+                yield watch.see(step)
+        trainer.finish()
+        if engine.is_main:
+            _save(recipe, teacher, passes, student, output)
+        engine.wait()
+
+
+def require_same_distillation(recipe: DistillRecipe, output: Path) -> None:
+    """Check that a folder is new, or of an earlier run of this recipe.
+
+    Raises:
+        AfaError: if it is not; names the differing settings.
+    """
+    if is_unused(output):
+        return
+    written, now = output / RECIPE, essence(recipe.model_dump(mode="json"), _FREE)
+    before = essence(read_json(written), _FREE) if written.is_file() else None
+    if before != now:
+        found = "is not empty and has no distillation"
+        if before is not None:
+            found = f"has a distillation with another {', '.join(differing(before, now))}"
+        raise AfaError(
+            "AFA-DISTILL-015",
+            f"The output folder '{output}' {found}. Pass a new folder, or one of an earlier run of "
+            "this recipe; recording.folder lets runs share recorded predictions.",
+        )
+
+
+def _inputs(recipe: DistillRecipe, passes: Sequence[Pass], teacher: Teacher) -> dict[str, str]:
+    """Return hashes of all inputs of a step, by the name that errors use."""
+    numbers = {each.name: [each.num_items, each.inputs] for each in passes}
+    plain = essence(recipe.model_dump(mode="json"), _FREE)
+    return {
+        "the teacher": digest(teacher.identity()),
+        "the recorded predictions": digest(numbers),
+        "the settings": digest([plain[key] for key in ("training", "student", "guidance")]),
+    }
+
+
+def _examples(
+    recipe: DistillRecipe,
+    rows: Sequence[Rows],
+    texts: Texts,
+    student: Student,
+    engine: Engine,
+) -> tuple[RecordedExamples, RecordedExamples | None]:
+    """Return the examples for training and for validation.
+
+    Raises:
+        AfaError: if there are too few predictions to hold out.
+    """
+    bake_in = recipe.guidance.bake_in if isinstance(recipe.guidance, BakeIn) else None
+    common: dict[str, Any] = {
+        "bake_in": bake_in,
+        "seed": recipe.training.seed,
+        "device": engine.device,
+    }
+    held_out, first = np.empty(0, dtype=np.int64), rows[0]
+    num_items = (recipe.trajectories or recipe.pictures).number  # type: ignore[union-attr]
+    count = 0
+    if recipe.validation is not None:
+        wanted = recipe.validation.num_samples
+        while len(held_out) < wanted:
+            count += 1
+            if count >= num_items:
+                raise AfaError(
+                    "AFA-DISTILL-016",
+                    f"validation.num_samples is {wanted}, for which {num_items} recorded pictures "
+                    "are too few. Lower it, or record more.",
+                )
+            held_out = first.of_items(range(num_items - count, num_items))
+        held_out = held_out[np.linspace(0, len(held_out) - 1, wanted).round().astype(int)]
+    used = first.of_items(range(num_items - count))
+    others = [Source(each, np.arange(len(each))) for each in rows[1:]]
+    training = RecordedExamples(
+        student.pipeline,
+        [Source(first, used), *others],
+        texts,
+        share=(recipe.pictures and recipe.pictures.share) or 0.0,
+        caption_dropout=recipe.caption_dropout,
+        **common,
+    )
+    if recipe.validation is None:
+        return training, None
+    validation = RecordedExamples(
+        student.pipeline, [Source(first, held_out)], texts, purpose=Purpose.VALIDATION, **common
+    )
+    return training, validation
+
+
+def _save(
+    recipe: DistillRecipe,
+    teacher: Teacher,
+    passes: Sequence[Pass],
+    student: Student,
+    output: Path,
+) -> None:
+    """Write the student's files, its record and its model card."""
+    record = record_of(recipe, teacher, passes, student.identities(), _validated(output))
+    text = json.dumps(record, indent=2) + "\n"
+    files: list[Path] = []
+    if student.rank is not None:
+        metadata = {"modelspec.title": output.name, "afa_distill": text}
+        files = write_loras(student, output, metadata)
+    write_atomic(output / RECORD, text)
+    write_atomic(output / CARD, write_card(record, output, files))
+    if student.rank is None:
+        save_pipeline(student.pipeline, output)
+    shutil.rmtree(output / _TEXTS, ignore_errors=True)
+
+
+def _validated(output: Path) -> list[tuple[int, float]]:
+    lines = (output / METRICS).read_text().splitlines() if (output / METRICS).is_file() else []
+    entries = [json.loads(line) for line in lines]
+    return [(e["step"], e["validation_loss"]) for e in entries if "validation_loss" in e]

@@ -1,0 +1,239 @@
+"""The plan of the study: students, their recordings, and the comparison."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from afa.distilling.recipe import DistillRecipe
+from afa.loading.expert_source import ExpertSource
+from afa.studies.results.plan import sampling
+from afa.studies.zoo_build.evaluate import GUIDANCE_SCALE
+from afa.training.recipe import TrainingRecipe
+from afa.zoo import EXPERTS
+from afa.zoo.scenes import evaluation_prompts
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+TEACHER, BASE = "teacher", "base"
+FULL, GUIDED, LORA = "distilled", "distilled, guided", "distilled LoRA (rank 16)"
+SELF = "animals, distilled from itself"
+#: the base trained on pictures for the time of the teacher's training, the recording and the
+#: student's training together
+TUNED = "tuned base (total time)"
+_SOURCE = "zoo:ensemble"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the study; nothing was chosen on its test prompts.
+
+    The settings of the trainings are those of a first trial on other prompts.
+    """
+
+    num_seeds: int = 3
+    num_trajectories: int = 1000
+    num_steps: int = 2000
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    drawn_steps: tuple[int, ...] = (12, 20, 30)
+    curve_trajectories: tuple[int, ...] = (100, 300, 3000)
+    curve_steps: tuple[int, ...] = (250, 500, 1000, 4000)
+    ranks: tuple[int, ...] = (4, 64)
+    num_prompts: int = 3000  # to record
+    num_mixed: int = 144
+    num_own: int = 48  # of each domain
+    test_seed: int = 7_000_000
+    base_batch_size: int = 16
+    base_learning_rate: float = 3e-4  # the one that `make results` selected
+    num_resamples: int = 10_000
+
+
+@dataclass(frozen=True)
+class Student:
+    """A student of the study.
+
+    Attributes:
+        row: its row in the tables; students that differ in the seed share one.
+        seed: of recording and training.
+        changes: what differs from the settings: number, steps, rank, bake_in.
+    """
+
+    row: str
+    seed: int = 0
+    number: int | None = None
+    steps: int | None = None
+    rank: int | None = None
+    bakes_in: bool = False
+    teacher: str = _SOURCE
+
+    @property
+    def folder(self) -> str:
+        """The name of its folder."""
+        kept = "".join(c if c.isalnum() else "-" for c in f"{self.row} {self.seed}")
+        return "-".join(filter(None, kept.split("-")))
+
+
+def students(settings: Settings) -> list[Student]:
+    """All students, those of the main rows first."""
+    found = []
+    for seed in range(settings.num_seeds):
+        found += [
+            Student(FULL, seed),
+            Student(GUIDED, seed, bakes_in=True),
+            Student(LORA, seed, rank=16),
+        ]
+    found += [Student(f"distilled LoRA (rank {rank})", rank=rank) for rank in settings.ranks]
+    found += [Student(f"distilled, {n:,} steps", steps=n) for n in settings.curve_steps]
+    found += [Student(f"distilled, {n:,} pictures", number=n) for n in settings.curve_trajectories]
+    found.append(Student(SELF, number=300, steps=500, teacher="zoo:animals"))
+    return found
+
+
+def prompts(settings: Settings) -> list[str]:
+    """The prompts that teachers draw: pairs of the training sets, without any test prompt."""
+    tests = set(test_captions(settings))
+    share = {"mixed": settings.num_prompts // 2} | {
+        name: settings.num_prompts // 2 // len(EXPERTS) for name in EXPERTS
+    }
+    found: list[str] = []
+    for kind, count in share.items():
+        available = _distinct(kind, count + settings.num_own)
+        found += [caption for caption in available if caption not in tests][:count]
+    return found
+
+
+def _distinct(kind: Any, count: int) -> list[str]:
+    """Up to `count` distinct captions of a kind."""
+    from afa.errors import AfaError
+
+    while True:
+        try:
+            return evaluation_prompts(count, kind=kind, seed=5, held_out=False)
+        except AfaError:
+            count -= 1 + count // 20
+
+
+def test_captions(settings: Settings) -> list[str]:
+    """The captions of the test."""
+    return [
+        caption
+        for kind, count in _kinds(settings).items()
+        for caption in evaluation_prompts(count, kind=kind, seed=settings.test_seed)  # type: ignore[arg-type]
+    ]
+
+
+def _kinds(settings: Settings) -> dict[str, int]:
+    return {"mixed": settings.num_mixed} | {name: settings.num_own for name in EXPERTS}
+
+
+def recording_of(student: Student) -> str:
+    """The name of the folder of recorded predictions, which several students share."""
+    source = "ensemble" if student.teacher == _SOURCE else student.teacher.removeprefix("zoo:")
+    return f"{source}-{student.seed}"
+
+
+def distill_recipe(student: Student, settings: Settings, work: Path) -> DistillRecipe:
+    """The recipe of a student."""
+    is_self = student.teacher != _SOURCE
+    teacher = {"model": student.teacher} if is_self else {"ensemble": student.teacher}
+    chosen: dict[str, Any] = {"init": ExpertSource(student.teacher if is_self else "zoo:base")}
+    if student.rank is not None:
+        chosen |= {"what": "lora", "rank": student.rank}
+    return DistillRecipe.model_validate(
+        {
+            "teacher": teacher,
+            "student": chosen,
+            "trajectories": {
+                "prompts": {"text": work / "prompts.txt"},
+                "number": student.number or settings.num_trajectories,
+                "num_steps": list(settings.drawn_steps),
+                "guidance": GUIDANCE_SCALE,
+                "seed": student.seed,
+            },
+            "recording": {
+                "folder": work / "recorded" / recording_of(student),
+                "batch_size": 20,
+                "num_threads": 1,
+            },
+            "guidance": {"bake_in": GUIDANCE_SCALE} if student.bakes_in else "keep",
+            "training": {
+                "num_steps": student.steps or settings.num_steps,
+                "batch_size": settings.batch_size,
+                "learning_rate": settings.learning_rate,
+                "num_warmup_steps": 50,
+                "checkpoint_every": 250,
+                "keep_checkpoints": 1,
+                "trackers": [],
+                "device": "cpu",
+                "seed": student.seed,
+            },
+            "validation": {"num_samples": 256, "every": 250},
+        }
+    )
+
+
+def tuning(settings: Settings, seed: int, num_steps: int) -> TrainingRecipe:
+    """The settings of the base that is tuned on pictures."""
+    return TrainingRecipe(
+        num_steps=num_steps,
+        batch_size=settings.base_batch_size,
+        learning_rate=settings.base_learning_rate,
+        num_warmup_steps=50,
+        learning_rate_schedule="cosine",
+        checkpoint_every=250,
+        trackers=[],
+        seed=seed,
+    )
+
+
+def comparison(
+    settings: Settings,
+    folders: Mapping[str, Sequence[Path]],
+    tuned: Sequence[Path],
+    merges: Mapping[str, dict[str, Any]],
+    subject: str,
+) -> dict[str, Any]:
+    """The recipe of `afa evaluate` that compares students with everything that they could replace.
+
+    Args:
+        settings: of the study.
+        folders: of the students, by row.
+        tuned: folders of the tuned base, one per seed.
+        merges: settings of static merges, by row.
+        subject: the row that is compared with all others.
+    """
+    methods: list[dict[str, Any]] = [{"name": TEACHER, "ensemble": _SOURCE}]
+    for row, places in folders.items():
+        models: list[Any] = [str(place) for place in places]
+        if "LoRA" in row:
+            models = [
+                {"base": "zoo:base", "lora": str(place / "lora.safetensors")} for place in places
+            ]
+        method: dict[str, Any] = {"name": row, "model": models}
+        if row == GUIDED:
+            method["guidance"] = 1.0
+        methods.append(method)
+    methods.append({"name": BASE, "model": "zoo:base"})
+    methods += [{"name": f"expert: {name}", "model": f"zoo:{name}"} for name in EXPERTS]
+    methods += [{"name": row, **chosen} for row, chosen in merges.items()]
+    if tuned:
+        methods.append({"name": TUNED, "model": [str(place) for place in tuned]})
+    return {
+        "experts": [f"zoo:{name}" for name in EXPERTS],
+        "base": "zoo:base",
+        "prompts": {"zoo": {"kinds": _kinds(settings), "seed": settings.test_seed}},
+        "methods": methods,
+        "sampling": sampling(20),
+        "metrics": [
+            "scenes",
+            {"name": "clip_t", "weights": "zoo:clip"},
+            {"name": "clip_i", "weights": "zoo:clip"},
+            {"name": "fid", "weights": "zoo:clip"},
+            {"name": "cmmd", "weights": "zoo:clip"},
+        ],
+        "subject": subject,
+        "num_resamples": settings.num_resamples,
+    }
