@@ -15,7 +15,7 @@ from afa.ensemble.denoiser import EnsembleDenoiser
 from afa.evaluation.cost import measure
 from afa.evaluation.identity import Identities
 from afa.evaluation.methods import MethodBuilder
-from afa.evaluation.recipe import EvaluateRecipe
+from afa.evaluation.recipe import EvaluateRecipe, SamplingRecipe
 from afa.evaluation.work import draw
 from afa.loading.expert import load_expert
 from afa.loading.expert_source import ExpertSource
@@ -24,6 +24,7 @@ from afa.merging.in_memory import weighted_merge
 from tests.evaluation.conftest import SMALL
 from tests.loading.test_lora import lora_of
 from tests.refusal import refusal
+from tests.tiny_pipelines import PIPELINES
 
 PROMPTS = ["a fox on the left and a pizza on the right, blue background"] * 2
 
@@ -104,6 +105,36 @@ def test_every_fusion_draws_and_its_calls_are_counted(fusion: dict[str, Any], ca
     before = cost.expert_calls
     pictures(pipeline, recipe)
     assert cost.expert_calls == before, "nothing is counted outside of the block"
+
+
+@pytest.mark.parametrize("given", ["", "rain"])
+def test_no_negative_prompt_is_the_librarys(given: str, tmp_path: Path) -> None:
+    """Stable Diffusion XL has zeros instead of an empty text, in training as in drawing."""
+    pipeline: Any = PIPELINES["xl"](tmp_path)
+    pipeline.register_to_config(force_zeros_for_empty_prompt=True)
+    pipeline.set_progress_bar_config(disable=True)
+    sampling = SamplingRecipe(guidance=3.0, height=16, width=16, negative_prompt=given)
+    drawn = draw(pipeline, ["a fox"], [0], 0, 2, sampling, "latent")
+    noise = torch.Generator().manual_seed(0)
+    expected = pipeline(
+        "a fox",
+        negative_prompt=given or None,
+        num_inference_steps=2,
+        guidance_scale=3.0,
+        height=16,
+        width=16,
+        generator=noise,
+        output_type="latent",
+    ).images
+    assert torch.equal(torch.as_tensor(drawn), expected)
+
+
+def test_a_guidance_of_its_own() -> None:
+    recipe = EvaluateRecipe.model_validate(
+        {**SMALL, "methods": [{"name": "a", "model": "zoo:base", "guidance": 1}]}
+    )
+    assert recipe.sampling_of(recipe.methods[0]).guidance == 1
+    assert recipe.sampling.guidance != 1
 
 
 def test_the_shell_changes_nothing_in_the_zoo() -> None:

@@ -244,15 +244,17 @@ def draw(pipeline: DiffusionPipeline, recipe: PictureRecipe) -> Image.Image:
             the files of weights were changed in the meantime.
     """
     what = f"A picture of {recipe.width} x {recipe.height} pixels"
+    # an empty text is not the same as none for Stable Diffusion XL, which then uses zeros
+    negative = {"negative_prompt": recipe.negative_prompt} if recipe.negative_prompt else {}
     with saying_what_fits(what, _smaller), decoded(pipeline):
         picture = pipeline(
             recipe.prompt,
-            negative_prompt=recipe.negative_prompt,
             num_inference_steps=recipe.steps,
             guidance_scale=recipe.guidance,
             height=recipe.height,
             width=recipe.width,
             generator=torch.Generator().manual_seed(recipe.seed),
+            **negative,
             **kind_of_pipeline(pipeline).call,
         ).images[0]
     require_unchanged(pipeline)

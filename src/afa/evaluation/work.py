@@ -198,16 +198,19 @@ def draw(
     otherwise = "Or set sampling.dtype: bfloat16, or draw smaller pictures."
     remedy = smaller_batch(len(texts), "sampling.batch_size", None, otherwise)
     checked = decoded(pipeline) if output_type == "pil" else nullcontext()
+    # an empty text is not the same as none for Stable Diffusion XL, which then uses zeros
+    negative = {"negative_prompt": [sampling.negative_prompt] * len(texts)}
+    negative = negative if sampling.negative_prompt else {}
     with torch.no_grad(), saying_what_fits(what, remedy), checked:
         return pipeline(
             list(texts),
-            negative_prompt=[sampling.negative_prompt] * len(texts),
             num_inference_steps=num_steps,
             guidance_scale=sampling.guidance,
             height=sampling.height,
             width=sampling.width,
             generator=[torch.Generator().manual_seed(seed * 1_000_003 + place) for place in places],
             output_type=output_type,
+            **negative,
             **kind_of_pipeline(pipeline).call,
         ).images
 
