@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import afa
+from afa.drawing.merged import with_parts
 from afa.drawing.pictures import draw, picture_recipe
 from afa.loading.trust.unchanged import require_unchanged
 from tests.faults.commands import training
@@ -66,6 +67,16 @@ def test_a_picture_of_changed_weights_is_not_kept(file: str, copies: list[Path])
     write_into(copies[0] / file)
     with refusal("AFA-LOAD-100", f"'{copies[0] / file}'"):
         draw(pipeline, asked())
+
+
+def test_a_fusion_of_these_experts_is_watched_as_well(copies: list[Path]) -> None:
+    """Methods of a comparison replace the denoiser, and share the mapped weights."""
+    pipeline = afa.load_pipeline(copies)
+    shared = with_parts(pipeline, {"unet": afa.EnsembleDenoiser(list(pipeline.unet.experts))})
+    require_unchanged(shared)
+    write_into(copies[1] / WEIGHTS)
+    with refusal("AFA-LOAD-100", f"'{copies[1] / WEIGHTS}'"):
+        require_unchanged(shared)
 
 
 @pytest.mark.fault(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from afa.denoisers.kinds import build_pipeline, denoiser_of, kind_of_pipeline
 from afa.ensemble.text import EnsembleTextEncoder
+from afa.loading.trust.unchanged import watch_as
 from afa.merging.in_memory import merge_models
 
 if TYPE_CHECKING:
@@ -55,4 +56,5 @@ def with_parts(pipeline: DiffusionPipeline, parts: dict[str, Any]) -> DiffusionP
         type(pipeline).__name__, {**pipeline.components, **parts}, pipeline.config
     )
     changed.set_progress_bar_config(disable=True)
+    watch_as(changed, pipeline)  # it shares weights that are mapped from files
     return changed

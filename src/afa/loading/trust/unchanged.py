@@ -34,6 +34,12 @@ def watch(pipeline: Any, marks: dict[Path, Mark]) -> None:
     _marks[denoiser_of(pipeline)] = marks
 
 
+def watch_as(pipeline: Any, other: Any) -> None:
+    """Watch the files of another pipeline, with whose parts this one was built."""
+    marks = _marks.get(denoiser_of(other), {})
+    _marks[denoiser_of(pipeline)] = {**marks, **_marks.get(denoiser_of(pipeline), {})}
+
+
 def require_unchanged(pipeline: Any) -> None:
     """Check that a pipeline's files were not written since they were read.
 
