@@ -6,12 +6,11 @@ Both are plain safetensors with alpha equal to the rank, so that a strength of 1
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
-
-from safetensors.torch import save
+from typing import TYPE_CHECKING, Any
 
 from afa.denoisers.kinds import kind_of_pipeline
-from afa.files import write_atomic
+from afa.files import staged
+from afa.merging.streams import write_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -46,12 +45,13 @@ def write_loras(student: Student, folder: Path, metadata: Mapping[str, str]) -> 
     kind = kind_of_pipeline(student.pipeline)
     adapters, rank = student.adapters(), student.rank
     common = {"format": "pt", "modelspec.sai_model_spec": "1.0.1", **metadata}
-    settings = {f"{part}.{key}": rank for part in adapters for key in ("r", "lora_alpha")}
+    settings: dict[str, Any] = {}
+    for part, layers in adapters.items():
+        config = {"r": rank, "lora_alpha": rank, "target_modules": sorted(layers)}
+        settings |= {f"{part}.{key}": value for key, value in config.items()}
     place = folder / DIFFUSERS
-    named = diffusers_tensors(adapters)
-    write_atomic(
-        place, save(named, metadata={**common, "lora_adapter_metadata": json.dumps(settings)})
-    )
+    described = {**common, "lora_adapter_metadata": json.dumps(settings)}
+    _write(place, diffusers_tensors(adapters), described)
     if kind.denoiser not in _PREFIXES:
         return [place]
     other = folder / KOHYA
@@ -62,9 +62,14 @@ def write_loras(student: Student, folder: Path, metadata: Mapping[str, str]) -> 
         "ss_network_args": json.dumps({"conv_dim": str(rank), "conv_alpha": str(float(rank))}),
     }
     several = "text_encoder_2" in student.pipeline.components
-    tensors = kohya_tensors(adapters, rank, several=several)
-    write_atomic(other, save(tensors, metadata={**common, **entries}))
+    _write(other, kohya_tensors(adapters, rank, several=several), {**common, **entries})
     return [place, other]
+
+
+def _write(place: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    place.unlink(missing_ok=True)  # of an interrupted end of this run
+    with staged(place) as partial:
+        write_file(partial, tensors, metadata)
 
 
 def diffusers_tensors(

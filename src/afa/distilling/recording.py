@@ -72,8 +72,8 @@ class Pass(Protocol):
     def check(self, pipeline: DiffusionPipeline) -> list[str]:
         """Check that it fits the loaded teacher; returns warnings, one line each."""
 
-    def num_latents(self) -> float:
-        """Return the mean number of noisy latents for each picture."""
+    def num_latents(self, number: int) -> int:
+        """Return the number of noisy latents in a batch, apart from extra calls of a scheduler."""
 
     def shape(self, pipeline: DiffusionPipeline) -> tuple[int, int, int]:
         """Return the shape [C, H, W] of the latents."""
@@ -109,9 +109,9 @@ class Trajectories:
         asked = self._asked
         return warnings_for(pipeline, self._texts, asked.negative_prompt, asked.guidance)
 
-    def num_latents(self) -> float:
+    def num_latents(self, number: int) -> int:
         """See `Pass`."""
-        return sum(self._asked.num_steps) / len(self._asked.num_steps)
+        return self._sampling.batch_size * self._steps(number)
 
     def shape(self, pipeline: DiffusionPipeline) -> tuple[int, int, int]:
         """See `Pass`."""
@@ -125,7 +125,7 @@ class Trajectories:
         count = sampling.batch_size
         items = range(number * count, (number + 1) * count)
         texts = [self._texts[item % len(self._texts)] for item in items]
-        num_steps = asked.num_steps[number % len(asked.num_steps)]
+        num_steps = self._steps(number)
         size = self._size(pipeline)
         with captured(pipeline, count, size) as seen:
             draw(pipeline, texts, items, asked.seed, num_steps, sampling, "latent")
@@ -143,6 +143,9 @@ class Trajectories:
             sizes=torch.tensor([height, width, 0, 0, height, width]).repeat(count * len(seen), 1),
             guidance=torch.cat(guidance) if guidance else None,
         )
+
+    def _steps(self, number: int) -> int:
+        return self._asked.num_steps[number % len(self._asked.num_steps)]
 
     def _size(self, pipeline: DiffusionPipeline) -> tuple[int, int]:
         height, width = native_resolution(pipeline)
@@ -181,9 +184,10 @@ class Pictures:
         forward_process(pipeline.scheduler)
         return []
 
-    def num_latents(self) -> float:
+    def num_latents(self, number: int) -> int:
         """See `Pass`."""
-        return 1.0
+        del number
+        return self._batch
 
     def shape(self, pipeline: DiffusionPipeline) -> tuple[int, int, int]:
         """See `Pass`."""
@@ -316,7 +320,7 @@ def record_predictions(
         )
     notes = tuple(f"warning: {line}" for each in passes for line in each.check(pipeline))
     if engine.is_main:
-        _require_space(recipe, folder, passes, pipeline, [each for each, _ in missing])
+        _require_space(recipe, folder, pipeline, units, missing)
         yield CacheProgress("record predictions", done, len(units), notes)
     dtype = getattr(torch, recipe.recording.dtype)
     with fixed_threads(recipe.recording.num_threads):
@@ -371,17 +375,17 @@ def _claim(folder: Path, passes: Sequence[Pass], identity: dict[str, Any]) -> No
 def _require_space(
     recipe: DistillRecipe,
     folder: Path,
-    passes: Sequence[Pass],
     pipeline: DiffusionPipeline,
-    missing: Sequence[Pass],
+    units: Sequence[tuple[Pass, int]],
+    missing: Sequence[tuple[Pass, int]],
 ) -> None:
     """Check the size of all predictions before they are recorded.
 
     Raises:
         AfaError: if it is above the limit, or above the disk's free space.
     """
-    size, itemsize = recipe.recording.batch_size, getattr(torch, recipe.recording.dtype).itemsize
-    shapes = {each.name: each.shape(pipeline) for each in passes}
+    itemsize = getattr(torch, recipe.recording.dtype).itemsize
+    shapes = {each.name: each.shape(pipeline) for each, _ in units}
     if len(set(shapes.values())) > 1:
         raise AfaError(
             "AFA-DISTILL-005",
@@ -391,11 +395,10 @@ def _require_space(
         )
     per_latent = 3 * torch.Size(next(iter(shapes.values()))).numel() * itemsize
 
-    def num_bytes(units: Sequence[Pass]) -> int:
-        return int(sum(per_latent * size * each.num_latents() for each in units))
+    def num_bytes(batches: Sequence[tuple[Pass, int]]) -> int:
+        return per_latent * sum(each.num_latents(number) for each, number in batches)
 
-    all_units = [each for each in passes for _ in range(-(-each.num_items // size))]
-    needed, limit = num_bytes(all_units), recipe.recording.max_disk
+    needed, limit = num_bytes(units), recipe.recording.max_disk
     remedy = "record fewer trajectories or pictures, or set recording.dtype: bfloat16"
     if needed > limit:
         raise AfaError(

@@ -219,6 +219,11 @@ def _save(
     write_atomic(output / RECORD, text)
     write_atomic(output / CARD, write_card(record, output, files))
     if student.rank is None:
+        for name, part in student.pipeline.components.items():
+            if name.startswith("tokenizer") and getattr(part, "is_fast", False):
+                # the last call set these, so the file would depend on it
+                part.backend_tokenizer.no_padding()
+                part.backend_tokenizer.no_truncation()
         save_pipeline(student.pipeline, output)
     shutil.rmtree(output / _TEXTS, ignore_errors=True)
 

@@ -248,7 +248,7 @@ class Student:
 
 def _add_adapter(model: Any, rank: int, *, is_text: bool) -> None:
     """Add adapters to all linear layers and convolutions inside the blocks of a model."""
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
 
     targets = [
         name
@@ -258,7 +258,7 @@ def _add_adapter(model: Any, rank: int, *, is_text: bool) -> None:
     config = LoraConfig(
         r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights="gaussian"
     )
-    model.add_adapter(config, adapter_name=_ADAPTER)
+    inject_adapter_in_model(config, model, adapter_name=_ADAPTER)
 
 
 def _is_inside(name: str, *, is_text: bool) -> bool:

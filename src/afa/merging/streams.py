@@ -126,6 +126,22 @@ def header_of(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> b
     return len(text).to_bytes(8, "little") + text
 
 
+def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors in memory as a safetensors file, always with the same bytes.
+
+    The order of the metadata in the safetensors library's own files is random.
+
+    Args:
+        path: a new file, with a temporary name.
+        tensors: by name, on the CPU.
+        metadata: metadata of the file.
+    """
+    specs = {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+    values = (tensors[name] for name in writing_order(specs))
+    for _ in write_tensors(path, specs, values, metadata):
+        pass
+
+
 def write_tensors(
     path: Path,
     specs: Mapping[str, TensorSpec],

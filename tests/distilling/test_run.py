@@ -1,0 +1,320 @@
+"""A distillation from recipe to files: what is trained, what is written, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import afa
+from afa.cli import main
+from afa.denoisers.kinds import denoiser_of
+from afa.distilling.recipe import DistillRecipe, load_distill_recipe
+from afa.distilling.run import distill
+from afa.distilling.student import load_student
+from afa.distilling.teacher import Teacher
+from afa.loading.pipeline import load_single
+from afa.training.stopping import Stopped
+from tests.distilling.students import as_written, files_of, recipe, steps_of
+from tests.refusal import refusal
+from tests.tiny import tiny_pipeline
+from tests.tiny_pipelines import saved_experts
+
+LORA = {"what": "lora", "rank": 4}
+
+
+def as_yaml(asked: dict[str, Any], place: Path) -> Path:
+    place.write_text(json.dumps(asked))  # JSON is YAML
+    return place
+
+
+# -- training ---------------------------------------------------------------------------------
+
+
+def test_a_student_learns_its_teacher(experts: list[Path], tmp_path: Path) -> None:
+    asked = recipe(
+        experts,
+        tmp_path / "prompts.txt",
+        training={"num_steps": 60, "batch_size": 8, "learning_rate": 3e-3, "checkpoint_every": 60},
+        validation={"num_samples": 4, "every": 30},
+    )
+    steps = steps_of(asked, tmp_path / "out")
+    losses = [step.loss for step in steps]
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+    record = json.loads((tmp_path / "out" / "distill.json").read_text())
+    held_out = record["validation_loss"]
+    assert [each["step"] for each in held_out] == [30, 60]
+    assert held_out[1]["loss"] < held_out[0]["loss"]
+
+
+def test_a_full_student_is_a_stock_pipeline(experts: list[Path], tmp_path: Path) -> None:
+    asked = recipe(
+        experts,
+        tmp_path / "prompts.txt",
+        previews={"prompts": ["a fox"], "every": 4, "num_steps": 1},
+    )
+    steps_of(asked, out := tmp_path / "out")
+    stock: Any = DiffusionPipeline.from_pretrained(out)
+    ours, _ = load_single(str(out))
+    for name, tensor in stock.unet.state_dict().items():
+        assert torch.equal(tensor, denoiser_of(ours).state_dict()[name])
+    before: Any = DiffusionPipeline.from_pretrained(experts[0])
+    changed = [
+        name
+        for name, tensor in before.unet.state_dict().items()
+        if not torch.equal(tensor, stock.unet.state_dict()[name])
+    ]
+    assert len(changed) > 0.9 * len(before.unet.state_dict())
+    for name, tensor in before.text_encoder.state_dict().items():
+        assert torch.equal(tensor, stock.text_encoder.state_dict()[name])
+    assert (out / "previews" / "step-00000004.png").is_file()
+    assert "ensemble of 3 models" in (out / "README.md").read_text()
+
+
+def test_the_mean_of_the_experts(experts: list[Path], tmp_path: Path) -> None:
+    asked = recipe(experts, tmp_path / "prompts.txt", student={"init": "merge"})
+    pipeline, hashes = load_student(Teacher.of(asked), asked.student)
+    assert len(hashes) == 3 + 1
+    states = [DiffusionPipeline.from_pretrained(e).unet.state_dict() for e in experts]
+    for name, tensor in denoiser_of(pipeline).state_dict().items():
+        mean = torch.stack([state[name] for state in states]).mean(0)
+        torch.testing.assert_close(tensor, mean)
+    again: Any = DiffusionPipeline.from_pretrained(experts[0])
+    for name, tensor in states[0].items():  # the experts' files are mapped, and not written
+        assert torch.equal(tensor, again.unet.state_dict()[name])
+    assert steps_of(asked, tmp_path / "out")
+
+
+def test_an_expert_by_name(experts: list[Path], tmp_path: Path) -> None:
+    asked = recipe(experts, tmp_path / "prompts.txt", student={"init": {"expert": "expert1"}})
+    pipeline, _ = load_student(Teacher.of(asked), asked.student)
+    named: Any = DiffusionPipeline.from_pretrained(experts[1])
+    for name, tensor in named.unet.state_dict().items():
+        assert torch.equal(tensor, denoiser_of(pipeline).state_dict()[name])
+    other = recipe(experts, tmp_path / "prompts.txt", student={"init": {"expert": "fox"}})
+    with refusal("AFA-DISTILL-002", "'fox'", "expert0, expert1, expert2"):
+        list(distill(other, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_text_encoders(experts: list[Path], tmp_path: Path) -> None:
+    for what in ({}, LORA):
+        asked = recipe(
+            experts,
+            tmp_path / "prompts.txt",
+            student={"init": str(experts[0]), "text_encoder": True, **what},
+        )
+        out = tmp_path / f"out{len(what)}"
+        steps_of(asked, out)
+        if what:
+            names = load_file(out / "lora.safetensors")
+            assert any(name.startswith("text_encoder.") for name in names)
+            names = load_file(out / "lora-kohya.safetensors")
+            assert any(name.startswith("lora_te_") for name in names)
+            continue
+        before: Any = DiffusionPipeline.from_pretrained(experts[0])
+        after: Any = DiffusionPipeline.from_pretrained(out)
+        own, new = before.text_encoder.state_dict(), after.text_encoder.state_dict()
+        assert any(not torch.equal(tensor, new[name]) for name, tensor in own.items())
+
+
+def test_several_sources(experts: list[Path], tmp_path: Path) -> None:
+    pictures = {
+        "data": {"scenes": {"num_samples": 4}, "resolution": 16},
+        "number": 4,
+        "share": 0.5,
+    }
+    asked = recipe(experts, tmp_path / "prompts.txt", pictures=pictures)
+    assert len(steps_of(asked, tmp_path / "out")) == 4
+    assert "noised pictures" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_guidance_is_baked_in(experts: list[Path], tmp_path: Path) -> None:
+    asked = recipe(experts, tmp_path / "prompts.txt", guidance={"bake_in": 3.0})
+    steps_of(asked, tmp_path / "out")
+    assert "guidance (CFG) 1" in (tmp_path / "out" / "README.md").read_text()
+
+
+# -- LoRAs ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["1.5", "xl"])
+def test_lora_files_are_the_student(kind: str, experts: list[Path], tmp_path: Path) -> None:
+    """In diffusers and in afa, in both namings: the same change of weights."""
+    folders = experts if kind == "1.5" else saved_experts(kind, tmp_path / "kinds", count=2)
+    student = {"init": str(folders[0]), "text_encoder": True, **LORA}
+    asked = recipe(folders, tmp_path / "prompts.txt", student=student)
+    steps_of(asked, out := tmp_path / "out")
+    before: Any = DiffusionPipeline.from_pretrained(folders[0])
+    states = {}
+    for file in ("lora.safetensors", "lora-kohya.safetensors"):
+        stock: Any = DiffusionPipeline.from_pretrained(folders[0])
+        stock.load_lora_weights(str(out), weight_name=file)
+        stock.fuse_lora()
+        stock.unload_lora_weights()
+        ours, _ = load_single({"base": str(folders[0]), "lora": str(out / file)})
+        states[f"diffusers {file}"] = stock.unet.state_dict()
+        states[f"afa {file}"] = denoiser_of(ours).state_dict()
+        own = ours.text_encoder.state_dict()
+        for name, tensor in stock.text_encoder.state_dict().items():
+            torch.testing.assert_close(tensor, own[name], rtol=0, atol=1e-5)
+    adapters = load_file(out / "lora.safetensors")
+    changed = 0
+    for name, tensor in before.unet.state_dict().items():
+        layer = name.removesuffix(".weight")
+        factors = [adapters.get(f"unet.{layer}.lora_{side}.weight") for side in "BA"]
+        expected = tensor
+        if factors[0] is not None and factors[1] is not None:
+            up, down = (factor.flatten(1) for factor in factors if factor is not None)
+            expected = tensor + (up @ down).reshape(tensor.shape)
+            changed += 1
+        for what, state in states.items():
+            torch.testing.assert_close(state[name], expected, rtol=0, atol=1e-5, msg=what)
+    assert changed > 20
+    for file in ("lora.safetensors", "lora-kohya.safetensors"):
+        with safe_open(out / file, framework="pt") as opened:
+            metadata = opened.metadata()
+        assert json.loads(metadata["afa_distill"])["student"]["rank"] == 4
+        assert metadata["modelspec.title"] == "out"
+    assert not (out / "model_index.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux", "pixart"])
+def test_loras_of_transformers(kind: str, tmp_path: Path) -> None:
+    folders = saved_experts(kind, tmp_path / "kinds", count=2)
+    asked = recipe(folders, tmp_path / "prompts.txt", student={"init": str(folders[0]), **LORA})
+    steps_of(asked, out := tmp_path / "out")
+    assert not (out / "lora-kohya.safetensors").exists()
+    ours, _ = load_single({"base": str(folders[0]), "lora": str(out / "lora.safetensors")})
+    before, _ = load_single(str(folders[0]))
+    states = denoiser_of(before).state_dict(), denoiser_of(ours).state_dict()
+    assert sum(not torch.equal(states[0][name], states[1][name]) for name in states[0]) > 5
+
+
+# -- the same bytes ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("student", [{}, LORA], ids=["full", "lora"])
+def test_stopped_anywhere_it_ends_with_the_same_bytes(
+    student: dict[str, Any], experts: list[Path], tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {
+        "student": {"init": str(experts[0]), **student},
+        "training": {"ema_decay": 0.9},
+        "validation": {"num_samples": 2, "every": 2},
+    }
+    asked = recipe(experts, tmp_path / "prompts.txt", **changes)
+    calls = 0
+
+    def counted() -> bool:
+        nonlocal calls
+        calls += 1
+        return False
+
+    list(distill(asked, tmp_path / "out", should_stop=counted))
+    whole = files_of(tmp_path / "out")
+    assert calls == 3 + 4
+    for moment in range(1, calls):
+        out = tmp_path / f"at{moment}" / "out"
+        left = moment
+
+        def stop() -> bool:
+            nonlocal left
+            left -= 1
+            return left == 0
+
+        with pytest.raises(Stopped):
+            list(distill(asked, out, should_stop=stop))
+        list(distill(asked, out))
+        assert files_of(out) == whole, f"stopped at {moment}"
+
+
+def test_another_recipe_does_not_resume(experts: list[Path], tmp_path: Path) -> None:
+    asked = recipe(experts, tmp_path / "prompts.txt")
+    steps_of(asked, tmp_path / "out")
+    other = recipe(experts, tmp_path / "prompts.txt", training={"learning_rate": 1e-2})
+    with refusal("AFA-DISTILL-015", "training.learning_rate"):
+        list(distill(other, tmp_path / "out"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with refusal("AFA-DISTILL-015", "has no distillation"):
+        list(distill(asked, tmp_path / "mine"))
+
+
+# -- refusals before any work -----------------------------------------------------------------
+
+
+def test_a_student_of_another_architecture(experts: list[Path], tmp_path: Path) -> None:
+    xl = saved_experts("xl", tmp_path / "kinds", count=1)[0]
+    wide: Any = tiny_pipeline(tmp_path / "tokenizer", block_out_channels=(32, 96))
+    wide.save_pretrained(tmp_path / "wide")
+    for other in (xl, tmp_path / "wide"):
+        asked = recipe(experts, tmp_path / "prompts.txt", student={"init": str(other)})
+        with refusal("AFA-DISTILL-011", other.name, "student.init"):
+            list(distill(asked, tmp_path / "out"))
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"trajectories": None}, "trajectories, pictures or both"),
+        ({"student": {"init": "merge", "what": "lora"}}, "afa merge"),
+        ({"student": {"rank": 4}}, "rank"),
+        ({"guidance": {"bake_in": 3}, "trajectories": {"guidance": 1}}, "above 1"),
+        ({"training": {"entropy_weight": 0.1}}, "entropy_weight"),
+        ({"training": {"expert_dtype": "float32"}}, "expert_dtype"),
+        ({"teacher": {"fusion": {"rule": "feature_mean"}, "acceleration": "fast"}}, "acceler"),
+        ({"teacher": {"model": ["./a", "./b"]}, "experts": None}, "one model"),
+        ({"teacher": {"model": "./a"}}, "merge or fusion"),
+        ({"recording": {"max_disk": "much"}}, "20GB"),
+        (
+            {"pictures": {"data": {"scenes": {}}, "number": 4}},
+            "pictures.share",
+        ),
+    ],
+)
+def test_recipes_that_are_refused(
+    changes: dict[str, Any], said: str, experts: list[Path], tmp_path: Path
+) -> None:
+    asked = as_written(experts, tmp_path / "prompts.txt", **changes)
+    with refusal("AFA-RECIPE-002", said):
+        load_distill_recipe(as_yaml(asked, tmp_path / "recipe.yaml"))
+
+
+def test_default_learning_rates(experts: list[Path], tmp_path: Path) -> None:
+    asked = as_written(experts, tmp_path / "prompts.txt")
+    del asked["training"]["learning_rate"]
+    rates = []
+    for what in ("full", "lora"):
+        asked["student"]["what"] = what
+        rates.append(DistillRecipe.model_validate(asked).training.learning_rate)
+    assert rates == [1e-5, 1e-4]
+
+
+def test_the_command(
+    experts: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = as_written(experts, tmp_path / "prompts.txt")
+    asked["experts"] = [f"./{path.name}" for path in experts]
+    for expert in experts:
+        (tmp_path / expert.name).symlink_to(expert)
+    place = as_yaml(asked, tmp_path / "recipe.yaml")
+    with pytest.raises(SystemExit) as stop:
+        main(["check", str(place)])
+    assert stop.value.code == 0
+    with pytest.raises(SystemExit) as stop:
+        main(["distill", str(place), "--output", str(tmp_path / "out"), "--no-check"])
+    assert stop.value.code == 0
+    assert "afa export" in " ".join(capsys.readouterr().out.split())
+    file = tmp_path / "one.safetensors"
+    with pytest.raises(SystemExit) as stop:
+        main(["export", str(tmp_path / "out"), "--output", str(file)])
+    assert stop.value.code == 0
+    assert afa.distill is distill
