@@ -93,6 +93,40 @@ def training(folder: Path, experts: list[Path], **changes: Any) -> Command:
     return Command(arguments, output, ("aggregators.safetensors", "config.json"))
 
 
+def distilling(folder: Path, experts: list[Path], **changes: Any) -> Command:
+    """Of a fusion of experts into a complete model, with checkpoints."""
+    prompts = folder / "prompts.txt"
+    prompts.write_text("a fox\na house\n")
+    recipe: dict[str, Any] = {
+        "teacher": {"fusion": {"rule": "feature_mean"}},
+        "experts": [str(expert) for expert in experts],
+        "student": {"init": str(experts[0])},
+        "trajectories": {
+            "prompts": {"text": str(prompts)},
+            "number": 4,
+            "num_steps": 2,
+            "height": 16,
+            "width": 16,
+        },
+        "recording": {"batch_size": 2},
+        "training": {
+            "num_steps": 4,
+            "batch_size": 4,
+            "learning_rate": 1e-3,
+            "device": "cpu",
+            "checkpoint_every": 2,
+            "trackers": [],
+        },
+        **changes,
+    }
+    place = folder / "distill.yaml"
+    place.write_text(yaml.safe_dump(recipe))
+    output = folder / "student"
+    arguments = ["distill", str(place), "--output", str(output)]
+    settled = (".safetensors", "model_index.json", "README.md", "tokenizer.json", "distill.json")
+    return Command(arguments, output, settled)
+
+
 def generating(folder: Path, ensemble: Path, num_images: int = 2, steps: int = 2) -> Command:
     """Of some pictures with their weights."""
     output = folder / "pictures"

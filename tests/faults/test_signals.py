@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.faults.commands import Command, evaluating, generating, merging, training
+from tests.faults.commands import Command, distilling, evaluating, generating, merging, training
 from tests.faults.test_writes import made
 
 pytestmark = pytest.mark.processes
@@ -109,13 +109,62 @@ def test_a_merge_that_is_killed(experts: list[Path], tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.fault(
+    "kill -9",
+    "distill",
+    how="SIGKILL at five moments: after the first and the second recorded batch, and after the "
+    "first, the second and the third checkpoint",
+    holds="recorded batches are kept and not recorded again; the rerun ends with the same bytes as "
+    "an undisturbed run",
+)
+def test_a_distillation_that_is_killed(experts: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "whole").mkdir()
+    changes: dict[str, Any] = {
+        "training": {
+            "num_steps": 40,
+            "batch_size": 8,
+            "learning_rate": 1e-3,
+            "device": "cpu",
+            "checkpoint_every": 10,
+            "trackers": [],
+        },
+        "validation": {"num_samples": 2, "every": 10},
+    }
+    whole = distilling(tmp_path / "whole", experts[:2], **changes)
+    assert whole.run()[0] == 0
+    command = distilling(tmp_path, experts[:2], **changes)
+    recorded, checkpoints = "recorded/trajectories/*.safetensors", "checkpoints/*.safetensors"
+    times: dict[str, int] = {}
+    for pattern, name in (
+        (recorded, "000000"),
+        (recorded, "000001"),
+        (checkpoints, "step-00000010"),
+        (checkpoints, "step-00000020"),
+        (checkpoints, "step-00000030"),
+    ):
+
+        def enough(pattern: str = pattern, name: str = name) -> bool:
+            return name in {place.stem for place in command.output.glob(pattern)}
+
+        code, _ = kill_when(command.start(), enough, signal.SIGKILL)
+        assert code == -signal.SIGKILL
+        command.require_whole()
+        for place in command.output.glob(recorded):
+            changed = place.stat().st_mtime_ns
+            assert times.setdefault(place.name, changed) == changed
+    assert command.run()[0] == 0
+    assert command.result() == whole.result()
+    assert len(whole.result()) > 8
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
     "SIGTERM",
-    "train, generate, merge, evaluate",
+    "train, distill, generate, merge, evaluate",
     how="sent after the command has begun to write",
     holds="exit code 143; no partial files are left; the rerun ends with the result of an "
     "undisturbed run",
 )
-@pytest.mark.parametrize("name", ["train", "generate", "merge", "evaluate"])
+@pytest.mark.parametrize("name", ["train", "distill", "generate", "merge", "evaluate"])
 def test_asked_to_end(name: str, experts: list[Path], tmp_path: Path) -> None:
     commands: list[Command] = []
     for folder in ("whole", "ended"):
@@ -132,7 +181,7 @@ def test_asked_to_end(name: str, experts: list[Path], tmp_path: Path) -> None:
     assert code == 143, said
     assert "Traceback" not in said
     command.require_whole()
-    if name != "train":  # which keeps its checkpoints
+    if name not in ("train", "distill"):  # which keep their checkpoints
         assert not command.left_over()
     assert command.run()[0] == 0
     if name == "train":

@@ -14,13 +14,21 @@ import pytest
 
 from afa.files import write_atomic
 from tests import warm
-from tests.faults.commands import Command, evaluating, generating, merging, pruning, training
+from tests.faults.commands import (
+    Command,
+    distilling,
+    evaluating,
+    generating,
+    merging,
+    pruning,
+    training,
+)
 
 pytestmark = pytest.mark.processes
 
-MAKERS = ("train", "generate", "merge", "evaluate", "prune")
+MAKERS = ("train", "distill", "generate", "merge", "evaluate", "prune")
 #: commands of many writes: a minute and more each
-_NIGHTLY = dict.fromkeys(("train", "generate", "evaluate"), pytest.mark.nightly)
+_NIGHTLY = dict.fromkeys(("train", "distill", "generate", "evaluate"), pytest.mark.nightly)
 
 
 def made(name: str, root: Path, experts: list[Path]) -> Command:
@@ -29,14 +37,19 @@ def made(name: str, root: Path, experts: list[Path]) -> Command:
         assert earlier.run()[0] == 0
         ensemble = earlier.output.rename(root / "trained")
         return generating(root, ensemble) if name == "generate" else pruning(root, ensemble)
-    makers: Any = {"train": training, "merge": merging, "evaluate": evaluating}
+    makers: Any = {
+        "train": training,
+        "distill": distilling,
+        "merge": merging,
+        "evaluate": evaluating,
+    }
     return makers[name](root, experts[:2])
 
 
 @pytest.mark.slow
 @pytest.mark.fault(
     "full disk",
-    "train, generate, merge, evaluate, prune",
+    "train, distill, generate, merge, evaluate, prune",
     how="each write of the command in turn, and all writes after it, fail with ENOSPC",
     holds="exit code 2 and one line; every file with its final name is complete; the rerun ends "
     "with the bytes of an undisturbed run",
@@ -136,7 +149,7 @@ def test_a_disk_that_is_full_indeed(experts: list[Path], tmp_path: Path, small_d
 @pytest.mark.slow
 @pytest.mark.fault(
     "read-only output",
-    "train, generate, merge, evaluate, prune",
+    "train, distill, generate, merge, evaluate, prune",
     how="the output folder is not writable",
     holds="exit code 2 and one line; nothing is written",
 )

@@ -30,7 +30,7 @@ def check(
     recipe: Annotated[
         Path,
         typer.Argument(
-            help="Recipe of afa train, evaluate, search or merge; or an ensemble folder."
+            help="Recipe of afa train, distill, evaluate, search or merge; or an ensemble."
         ),
     ],
     weights: Annotated[
@@ -53,8 +53,8 @@ def check(
     if asked is None and output is not None:
         raise AfaError(
             "AFA-CLI-004",
-            f"--output only applies to recipes of afa train, evaluate, search and merge; got the "
-            f"ensemble '{recipe}'. Remove --output.",
+            "--output only applies to recipes of afa train, distill, evaluate, search and merge; "
+            f"got the ensemble '{recipe}'. Remove --output.",
         )
     report = look_at(plan_for(recipe, asked, output), with_weights=weights, visible=not as_json)
     inputs = look_at_inputs(asked, output, visible=not as_json)
@@ -154,12 +154,14 @@ def plan_for(place: Path, recipe: Any, output: Path | None = None) -> Plan:
 
 def look_at_inputs(recipe: Any, output: Path | None, *, visible: bool = True) -> Inputs:
     """Check everything that a recipe names except models, and show progress."""
+    from afa.distilling.recipe import DistillRecipe
     from afa.evaluation.recipe import EvaluateRecipe
     from afa.evaluation.search_recipe import SearchRecipe
     from afa.preflight import inputs
     from afa.training.recipe import Recipe
 
     checks: dict[type, Any] = {
+        DistillRecipe: inputs.inputs_of_distillation,
         Recipe: inputs.inputs_of_training,
         EvaluateRecipe: inputs.inputs_of_evaluation,
         SearchRecipe: inputs.inputs_of_search,

@@ -25,7 +25,7 @@ from afa.training.continuing import RECIPE, digest, essence
 from afa.training.engine import Engine
 from afa.training.loop import TrainStep
 from afa.training.order import Purpose
-from afa.training.record import METRICS, require_trackers
+from afa.training.record import entries_of, require_trackers
 from afa.training.run import CHECKPOINTS
 from afa.training.stopping import Stopped
 from afa.training.trainer import Trainer
@@ -229,6 +229,5 @@ def _save(
 
 
 def _validated(output: Path) -> list[tuple[int, float]]:
-    lines = (output / METRICS).read_text().splitlines() if (output / METRICS).is_file() else []
-    entries = [json.loads(line) for line in lines]
-    return [(e["step"], e["validation_loss"]) for e in entries if "validation_loss" in e]
+    entries = entries_of(output, "validation_loss")
+    return [(entry["step"], entry["validation_loss"]) for entry in entries]

@@ -15,6 +15,7 @@ import torch
 from diffusers.configuration_utils import FrozenDict
 
 from afa.denoisers.kinds import kind_of
+from afa.distilling.planned import plan_of_distillation
 from afa.errors import AfaError
 from afa.evaluation.planned import plan_of_evaluation, plan_of_search
 from afa.files import is_unused, read_json, require_place_for_folder
@@ -28,6 +29,7 @@ from afa.training.planned import plan_of_training
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from afa.distilling.recipe import DistillRecipe
     from afa.evaluation.prompts import Prompt
     from afa.evaluation.recipe import EvaluateRecipe
     from afa.evaluation.search_recipe import SearchRecipe
@@ -213,6 +215,37 @@ def inputs_of_search(
         with found.refusals("output"):
             require_same_search(recipe, output)
             require_place_for_folder(output, "The output")
+    return found
+
+
+def inputs_of_distillation(
+    recipe: DistillRecipe, output: Path | None, progress: Callable[[str, int, int], object]
+) -> Inputs:
+    """Check what `afa distill` reads: prompts, pictures, the student's fit, earlier recordings."""
+    from afa.distilling.recording import passes_of
+    from afa.distilling.run import require_same_distillation
+    from afa.distilling.student import require_fit
+    from afa.distilling.teacher import Teacher
+    from afa.evaluation.prompts import load_prompts, source_warnings
+    from afa.training.record import require_trackers
+
+    del progress
+    found = Inputs()
+    if output is not None:
+        with found.refusals("output"):
+            require_same_distillation(recipe, output)
+            require_place_for_folder(output, "The output")
+    with found.refusals("trackers"):
+        require_trackers(recipe.training.trackers)
+    with found.refusals("student"):
+        require_fit(Teacher.of(recipe), recipe.student)
+    if (drawn := recipe.trajectories) is not None:
+        with found.refusals("prompts"):
+            prompts = load_prompts(drawn.prompts)
+            found.say("prompts", source_warnings(drawn.prompts))
+            _say_truncated(found, plan_of_distillation(recipe), prompts, recipe.sampling)
+    with found.refusals("data"):
+        passes_of(recipe)
     return found
 
 

@@ -6,6 +6,7 @@ import json
 import platform
 import statistics
 import time
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -128,6 +129,17 @@ class Recorder:
         """Close the trackers."""
         for tracker in self._trackers:
             tracker.finish()
+
+
+def entries_of(folder: Path, key: str) -> list[dict[str, Any]]:
+    """Return the lines of a run's metrics that have a key, without an incomplete last line."""
+    path, found = folder / METRICS, []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        with suppress(json.JSONDecodeError):
+            entry = json.loads(line)
+            if isinstance(entry, dict) and key in entry:
+                found.append(entry)
+    return found
 
 
 def routing_figures(routing: Routing, experts: Sequence[str]) -> dict[str, float]:

@@ -18,7 +18,7 @@ from afa.files import write_atomic
 from afa.machine.exhausted import saying_what_fits, smaller_batch
 from afa.training.encoding import Recorded
 from afa.training.objective import denoising_loss, forward_process, prediction_loss
-from afa.training.record import Recorder, routing_figures
+from afa.training.record import Recorder, entries_of, routing_figures
 from afa.training.routing import CollapseWatch, Routing, tapped
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ class Watch:
             self._notes += self._recorder.notes
 
     def __enter__(self) -> Self:
+        self._catch_up()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -115,9 +116,27 @@ class Watch:
             self._preview(step.step, previews)
         return replace(step, notes=tuple(notes))
 
+    def _catch_up(self) -> None:
+        """Do what is due at the checkpoint of a run that was killed before it could do it."""
+        first, settings = self._trainer.first, self._trainer.settings
+        last = first == settings.num_steps
+        validation, previews = self._recipe.validation, self._recipe.previews
+        if not first:
+            return
+        if self._validation is not None and validation and (first % validation.every == 0 or last):
+            known = [entry["step"] for entry in entries_of(self._output, "validation_loss")]
+            if first not in known:
+                self._validate(first)
+        is_drawn = self._sheet(first).exists()
+        if previews is not None and (first % previews.every == 0 or last) and not is_drawn:
+            self._preview(first, previews)
+
     @staticmethod
     def _is_due(step: TrainStep, every: int) -> bool:
         return step.step % every == 0 or step.step == step.num_steps
+
+    def _sheet(self, step: int) -> Path:
+        return self._output / PREVIEWS / f"step-{step:08d}.png"
 
     def _set_training(self, mode: bool) -> None:
         for module in self._trainer.trained.modules:
@@ -220,11 +239,10 @@ class Watch:
         self._set_training(True)
         if self._recorder is None:
             return
-        folder = self._output / PREVIEWS
-        folder.mkdir(exist_ok=True)
+        self._sheet(step).parent.mkdir(exist_ok=True)
         buffer = io.BytesIO()
-        _sheet(pictures).save(buffer, format="PNG")
-        write_atomic(folder / f"step-{step:08d}.png", buffer.getvalue())
+        _grid(pictures).save(buffer, format="PNG")
+        write_atomic(self._sheet(step), buffer.getvalue())
         self._recorder.pictures(step, pictures)
 
 
@@ -237,7 +255,7 @@ def _distinct(names: list[str]) -> list[str]:
     ]
 
 
-def _sheet(pictures: list[Image.Image]) -> Image.Image:
+def _grid(pictures: list[Image.Image]) -> Image.Image:
     """All pictures in one, in a grid that is about square."""
     columns = math.ceil(math.sqrt(len(pictures)))
     width, height = pictures[0].size

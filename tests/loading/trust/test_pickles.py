@@ -102,11 +102,20 @@ def recipes(experts: list[Path], wrong: Path) -> dict[str, dict[str, Any]]:
         "metrics": ["scenes"],
     }
     merge: dict[str, Any] = {"method": "weighted", "experts": [names[0], str(wrong)]}
+    distill: dict[str, Any] = {
+        "teacher": {"model": names[0]},
+        "student": {"init": names[0]},
+        "trajectories": {"prompts": zoo, "number": 1},
+        "training": training,
+    }
     return {
         "train expert": {**train, "experts": [names[0], str(wrong)]},
         "train lora": {**train, "experts": [names[0], lora]},
         "train vae": {**train, "vae": str(wrong)},
         "evaluate model": compare,
+        "distill teacher": {**distill, "teacher": {"model": str(wrong)}},
+        "distill lora": {**distill, "teacher": {"model": lora}},
+        "distill student": {**distill, "student": {"init": str(wrong)}},
         "evaluate lora": {**compare, "methods": [{"name": "a", "model": [lora]}]},
         "evaluate expert": {
             **compare,
@@ -221,7 +230,7 @@ def test_no_command_is_left_out() -> None:
     """Those that read files of others are above; the rest write, from what is shipped."""
     named = {command.name for command in app.registered_commands}
     named |= {group.name for group in app.registered_groups}
-    with_recipes = {"train", "evaluate", "merge", "search"}
+    with_recipes = {"train", "distill", "evaluate", "merge", "search"}
     with_models = {"generate", "weights", "prune", "app", "inspect", "check", "export"}
     assert named - {"demo", "zoo"} == with_recipes | with_models
 

@@ -75,13 +75,13 @@ def run_study(
     path = work / _SETTINGS
     if path.exists() and read_json(path) != inputs:
         raise AfaError(
-            "AFA-STUDY-007",
+            "AFA-STUDY-009",
             f"The work folder '{work}' belongs to a study with other settings. Pass another "
             "folder.",
         )
     if not path.exists() and not is_unused(work):
         raise AfaError(
-            "AFA-STUDY-008",
+            "AFA-STUDY-010",
             f"The work folder '{work}' is neither new nor an earlier study. Pass another folder.",
         )
     with owned(work):
