@@ -276,8 +276,8 @@ def test_a_teacher_that_is_written_meanwhile(
     weights = next((mine[1] / "unet").glob("*.safetensors"))
     record = recording.Trajectories.record
 
-    def disturbed(self: Any, pipeline: Any, number: int) -> Any:
-        found = record(self, pipeline, number)
+    def disturbed(self: Any, pipeline: Any, number: int, tap: Any) -> Any:
+        found = record(self, pipeline, number, tap)
         if number == 1:
             content = weights.read_bytes()
             with weights.open("r+b") as file:
@@ -307,8 +307,8 @@ def test_values_that_are_not_finite(
 ) -> None:
     record = recording.Trajectories.record
 
-    def broken(self: Any, pipeline: Any, number: int) -> Any:
-        found = record(self, pipeline, number)
+    def broken(self: Any, pipeline: Any, number: int, tap: Any) -> Any:
+        found = record(self, pipeline, number, tap)
         found.conditional[0] = torch.nan
         return found
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import afa
 from afa.cli import main
 from afa.denoisers.kinds import denoiser_of
+from afa.distilling.features import distance, expose_features
 from afa.distilling.recipe import DistillRecipe, load_distill_recipe
 from afa.distilling.run import distill
 from afa.distilling.student import load_student
@@ -318,3 +319,63 @@ def test_the_command(
         main(["export", str(tmp_path / "out"), "--output", str(file)])
     assert stop.value.code == 0
     assert afa.distill is distill
+
+
+# -- features ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("teacher", ["fusion", "model"])
+def test_features_at_sites(teacher: str, experts: list[Path], tmp_path: Path) -> None:
+    """The same predictions are recorded, and with a weight near zero the same student comes out."""
+    changes: dict[str, Any] = {}
+    if teacher == "model":
+        changes = {"teacher": {"model": str(experts[1])}, "experts": None}
+    sites = ["mid", "up.0.0"]
+    plain = recipe(experts, tmp_path / "prompts.txt", **changes)
+    tiny = recipe(
+        experts, tmp_path / "prompts.txt", **changes, features={"sites": sites, "weight": 1e-20}
+    )
+    losses = [[step.loss for step in steps_of(plain, tmp_path / "plain")]]
+    losses.append([step.loss for step in steps_of(tiny, tmp_path / "tiny")])
+    assert losses[0] == losses[1]
+    shards = [
+        load_file(tmp_path / name / "recorded" / "trajectories" / "000001.safetensors")
+        for name in ("plain", "tiny")
+    ]
+    for name, tensor in shards[0].items():
+        assert torch.equal(tensor, shards[1][name]), name
+    extra = shards[1].keys() - shards[0].keys()
+    assert extra == {
+        f"{kind}.{site}" for kind in ("features", "features_without") for site in sites
+    }
+    # the student of a strong weight is another one, and nearer to these features
+    strong = recipe(
+        experts,
+        tmp_path / "prompts.txt",
+        **changes,
+        features={"sites": sites, "weight": 10.0},
+        training={"num_steps": 40, "checkpoint_every": 40},
+    )
+    weak = recipe(
+        experts,
+        tmp_path / "prompts.txt",
+        **changes,
+        features={"sites": sites, "weight": 1e-20},
+        training={"num_steps": 40, "checkpoint_every": 40},
+    )
+    distances = []
+    for name, asked in (("strong", strong), ("weak", weak)):
+        steps_of(asked, tmp_path / name)
+        student: Any = DiffusionPipeline.from_pretrained(tmp_path / name).unet
+        tap = expose_features(student, sites)
+        shard = shards[1]
+        student(shard["noisy"][:1], shard["timestep"][:1], torch.zeros(1, 24, 16))
+        targets = {site: shard[f"features.{site}"][:1] for site in sites}
+        distances.append(float(distance(tap.seen, targets)))
+    assert distances[0] < distances[1]
+
+
+def test_sites_that_do_not_exist(experts: list[Path], tmp_path: Path) -> None:
+    asked = recipe(experts, tmp_path / "prompts.txt", features={"sites": ["up.9.9"]})
+    with refusal("AFA-DISTILL-017", "up.9.9", "mid"):
+        steps_of(asked, tmp_path / "out")

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from afa.distilling.features import FeatureTap
+
 
 @dataclass
 class Seen:
@@ -26,6 +28,8 @@ class Seen:
         conditional: predictions with prompt [B, C, H, W].
         unconditional: predictions without prompt; None if the pipeline makes none.
         guidance: guidance scale that the denoiser got as an input [B]; None if it takes none.
+        features: features with prompt [B, C, H, W], by site.
+        features_without: features without prompt; empty if the pipeline makes no such predictions.
     """
 
     noisy: Tensor
@@ -33,16 +37,21 @@ class Seen:
     conditional: Tensor
     unconditional: Tensor | None
     guidance: Tensor | None
+    features: dict[str, Tensor]
+    features_without: dict[str, Tensor]
 
 
 @contextmanager
-def captured(pipeline: Any, batch_size: int, size: tuple[int, int]) -> Iterator[list[Seen]]:
+def captured(
+    pipeline: Any, batch_size: int, size: tuple[int, int], tap: FeatureTap | None = None
+) -> Iterator[list[Seen]]:
     """Record all calls of a pipeline's denoiser inside the block; the denoiser is not changed.
 
     Args:
         pipeline: that draws `batch_size` pictures at once.
         batch_size: B.
         size: height and width of the pictures in pixels.
+        tap: notes features of the denoiser; None for none.
     """
     family, seen = kind_of_pipeline(pipeline).family, list[Seen]()
     unpack = conditioning_of(pipeline).unpack
@@ -63,6 +72,7 @@ def captured(pipeline: Any, batch_size: int, size: tuple[int, int]) -> Iterator[
             without, answer = answer.chunk(2)
             noisy = noisy[batch_size:]
         guidance = given.get("guidance")
+        features = {} if tap is None else {name: f.cpu() for name, f in tap.seen.items()}
         seen.append(
             Seen(
                 noisy.float().cpu(),
@@ -70,6 +80,8 @@ def captured(pipeline: Any, batch_size: int, size: tuple[int, int]) -> Iterator[
                 answer.float().cpu(),
                 None if without is None else without.float().cpu(),
                 None if guidance is None else guidance.float().cpu(),
+                {name: feature[-batch_size:] for name, feature in features.items()},
+                {name: feature[:-batch_size] for name, feature in features.items()},
             )
         )
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -15,7 +16,7 @@ from afa.training.examples import Broken
 from afa.training.order import Purpose, draw_at, sample_at
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from diffusers import DiffusionPipeline
@@ -36,6 +37,8 @@ class Predictions:
         unconditional: predictions without prompt [n, C, H, W]; None if there are none.
         sizes: see `afa.training.transform.Transform.sizes` [n, 6].
         guidance: guidance scale that the teacher got as an input [n]; None if it takes none.
+        features: features [n, C, H, W] at sites, by `features.SITE` for predictions with prompt
+            and `features_without.SITE` for those without.
     """
 
     items: Tensor
@@ -47,10 +50,15 @@ class Predictions:
     unconditional: Tensor | None
     sizes: Tensor
     guidance: Tensor | None = None
+    features: Mapping[str, Tensor] = field(default_factory=dict)
 
     def write(self, place: Path, dtype: torch.dtype) -> None:
         """Write a shard atomically, with latents and predictions in `dtype`."""
-        optional = {"unconditional": self.unconditional, "guidance": self.guidance}
+        optional: dict[str, Tensor | None] = {
+            "unconditional": self.unconditional,
+            "guidance": self.guidance,
+            **self.features,
+        }
         tensors = {
             "items": self.items,
             "timestep": self.timestep.float(),
@@ -152,6 +160,7 @@ class RecordedExamples:
         share: fraction of samples from the second source.
         caption_dropout: fraction of predictions without prompt.
         bake_in: guidance scale of the target; None targets the predictions themselves.
+        feature_loss: a function of target features by site; None for no such loss.
         seed: seed of the order and of all random draws.
         device: of the batches.
         purpose: training, or validation, which takes the first source in order.
@@ -166,12 +175,14 @@ class RecordedExamples:
         share: float = 0.0,
         caption_dropout: float = 0.0,
         bake_in: float | None = None,
+        feature_loss: Callable[[dict[str, Tensor]], Tensor] | None = None,
         seed: int,
         device: torch.device,
         purpose: Purpose = Purpose.TRAINING,
     ) -> None:
         self._sources, self._texts, self._share = sources, texts, share
         self._dropout, self._bake_in = caption_dropout, bake_in
+        self._feature_loss = feature_loss
         self._seed, self._device, self._purpose = seed, device, purpose
         self._dtype = denoiser_of(pipeline).dtype
         self.broken = Broken(None, 0.0)
@@ -196,12 +207,18 @@ class RecordedExamples:
             position = sample_at(place, len(source.used), self._seed)
         tensors, caption = source.rows.row(int(source.used[position]))
         conditional, unconditional = tensors["conditional"], tensors.get("unconditional")
-        target = conditional.float()
+        target, of = conditional.float(), "features."
         if unconditional is not None and self._bake_in is not None:
             target = unconditional.float() + self._bake_in * (target - unconditional.float())
         elif unconditional is not None and draw.caption < self._dropout:
             target, caption = unconditional.float(), source.rows.without_prompt
-        return {**tensors, "target": target}, caption
+            of = "features_without."
+        chosen = {
+            f"target {name.removeprefix(of)}": tensor
+            for name, tensor in tensors.items()
+            if name.startswith(of)
+        }
+        return {**tensors, **chosen, "target": target}, caption
 
     def _batch(self, samples: Sequence[tuple[dict[str, Tensor], str]]) -> Recorded:
         def stacked(name: str) -> Tensor:
@@ -212,6 +229,15 @@ class RecordedExamples:
         conditions["sizes"] = stacked("sizes")
         if "guidance" in samples[0][0]:
             conditions["guidance"] = stacked("guidance").float()
+        regulariser = None
+        if self._feature_loss is not None:
+            sites = [name for name in samples[0][0] if name.startswith("target ")]
+            targets = {name.removeprefix("target "): stacked(name) for name in sites}
+            regulariser = partial(self._feature_loss, targets)
         return Recorded(
-            stacked("noisy").float(), stacked("timestep"), stacked("target"), conditions
+            stacked("noisy").float(),
+            stacked("timestep"),
+            stacked("target"),
+            conditions,
+            regulariser,
         )

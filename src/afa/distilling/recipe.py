@@ -188,6 +188,18 @@ class BakeIn(Section):
     bake_in: float = Field(gt=1)
 
 
+class FeaturesRecipe(Section):
+    """A second loss: the student's features at some sites against the teacher's fused ones.
+
+    Attributes:
+        sites: names of sites, as `afa inspect` lists them for an ensemble: `mid`, `up.0.0`.
+        weight: factor of the loss, which is the squared error relative to the target's mean square.
+    """
+
+    sites: list[str] = Field(min_length=1)
+    weight: float = Field(default=0.1, gt=0)
+
+
 class HeldOutRecipe(ValidationRecipe):
     """Validation: the loss on `num_samples` predictions of pictures that are not trained on."""
 
@@ -226,8 +238,8 @@ class DistillRecipe(ModelsRecipe):
 
     `experts`, `base`, `vae`, `config` and `parts` are those of a teacher that is a merge or a
     fusion. `guidance` is `keep`, for a student that is used with any guidance, or `{bake_in: 3}`,
-    which trains the teacher's guided prediction of that scale. Without `max_disk` etc. the
-    predictions are recorded with the defaults of `RecordingRecipe`.
+    which trains the teacher's guided prediction of that scale. `features` adds a loss, and its
+    recorded tensors are many times larger than the predictions.
     """
 
     teacher: TeacherRecipe
@@ -236,6 +248,7 @@ class DistillRecipe(ModelsRecipe):
     pictures: PicturesRecipe | None = None
     recording: RecordingRecipe = RecordingRecipe()
     guidance: Literal["keep"] | BakeIn = "keep"
+    features: FeaturesRecipe | None = None
     training: StudentTraining
     validation: HeldOutRecipe | None = None
     previews: PreviewRecipe | None = None
@@ -266,6 +279,8 @@ class DistillRecipe(ModelsRecipe):
                 "must have trajectories.guidance above 1 for bake_in, which needs predictions with "
                 f"and without prompt; got {drawn.guidance:g}"
             )
+        if self.features is not None and (pictures is not None or self.guidance != "keep"):
+            raise ValueError("must not have features with pictures or bake_in")
         if not self.teacher.needs_experts and (self.experts or self.base):
             raise ValueError("must have experts and base only if the teacher is a merge or fusion")
         self.check_method(self.teacher, self.sampling.guidance)
@@ -283,6 +298,11 @@ class DistillRecipe(ModelsRecipe):
             device=self.training.device,
             num_threads=recording.num_threads,
         )
+
+    @property
+    def sites(self) -> list[str]:
+        """The sites whose features are recorded."""
+        return [] if self.features is None else self.features.sites
 
     @property
     def caption_dropout(self) -> float:

@@ -18,7 +18,10 @@ import torch
 
 from afa.denoisers.kinds import conditioning_of, denoiser_of, kind_of_pipeline
 from afa.distilling.capture import captured
+from afa.distilling.features import FeatureTap, sizes_at
 from afa.distilling.predictions import Predictions, Rows
+from afa.drawing.merged import with_parts
+from afa.ensemble.denoiser import EnsembleDenoiser
 from afa.errors import AfaError
 from afa.evaluation.prompts import load_prompts
 from afa.evaluation.work import draw
@@ -47,6 +50,7 @@ if TYPE_CHECKING:
 
     from diffusers import DiffusionPipeline
 
+    from afa.distilling.capture import Seen
     from afa.distilling.recipe import DistillRecipe, PicturesRecipe, TrajectoriesRecipe
     from afa.distilling.teacher import Teacher
     from afa.training.data import CaptionedImages
@@ -78,8 +82,10 @@ class Pass(Protocol):
     def shape(self, pipeline: DiffusionPipeline) -> tuple[int, int, int]:
         """Return the shape [C, H, W] of the latents."""
 
-    def record(self, pipeline: DiffusionPipeline, number: int) -> Predictions:
-        """Compute the predictions of a batch."""
+    def record(
+        self, pipeline: DiffusionPipeline, number: int, tap: FeatureTap | None
+    ) -> Predictions:
+        """Compute the predictions of a batch, with the features that a tap notes."""
 
 
 class Trajectories:
@@ -94,7 +100,7 @@ class Trajectories:
         order = np.random.default_rng(asked.seed).permutation(len(texts))
         self._texts = [texts[n] for n in order]
         self.num_items = asked.number
-        self.inputs = {
+        self.inputs: dict[str, Any] = {
             "prompts": digest(self._texts),
             "sampling": self._sampling.model_dump(
                 include={"guidance", "seeds", "batch_size", "negative_prompt", "dtype"}
@@ -103,6 +109,8 @@ class Trajectories:
             "num_steps": asked.num_steps,
             "num_threads": self._sampling.num_threads,
         }
+        if recipe.sites:
+            self.inputs["features"] = recipe.sites
 
     def check(self, pipeline: DiffusionPipeline) -> list[str]:
         """See `Pass`; prompts that are too long are truncated, for teacher and student alike."""
@@ -119,7 +127,9 @@ class Trajectories:
         factor = pipeline.vae_scale_factor
         return pipeline.vae.config.latent_channels, height // factor, width // factor
 
-    def record(self, pipeline: DiffusionPipeline, number: int) -> Predictions:
+    def record(
+        self, pipeline: DiffusionPipeline, number: int, tap: FeatureTap | None
+    ) -> Predictions:
         """See `Pass`."""
         asked, sampling = self._asked, self._sampling
         count = sampling.batch_size
@@ -127,7 +137,7 @@ class Trajectories:
         texts = [self._texts[item % len(self._texts)] for item in items]
         num_steps = self._steps(number)
         size = self._size(pipeline)
-        with captured(pipeline, count, size) as seen:
+        with captured(pipeline, count, size, tap) as seen:
             draw(pipeline, texts, items, asked.seed, num_steps, sampling, "latent")
         height, width = size
         without = [each.unconditional for each in seen if each.unconditional is not None]
@@ -142,6 +152,7 @@ class Trajectories:
             unconditional=torch.cat(without) if without else None,
             sizes=torch.tensor([height, width, 0, 0, height, width]).repeat(count * len(seen), 1),
             guidance=torch.cat(guidance) if guidance else None,
+            features=_features(seen),
         )
 
     def _steps(self, number: int) -> int:
@@ -194,8 +205,11 @@ class Pictures:
         return latent_shape(pipeline, self._side(pipeline))
 
     @torch.no_grad()
-    def record(self, pipeline: DiffusionPipeline, number: int) -> Predictions:
+    def record(
+        self, pipeline: DiffusionPipeline, number: int, tap: FeatureTap | None
+    ) -> Predictions:
         """See `Pass`."""
+        assert tap is None, "the recipe refuses it"
         asked, shape = self._asked, self.shape(pipeline)
         data = asked.data
         transform = Transform(
@@ -263,6 +277,20 @@ class Pictures:
         raise AfaError("AFA-DISTILL-003", "All pictures are broken; at least one must be readable.")
 
 
+def _features(seen: Sequence[Seen]) -> dict[str, torch.Tensor]:
+    """Return the features of all calls, named as in `Predictions`."""
+    found = {
+        f"features.{site}": torch.cat([each.features[site] for each in seen])
+        for site in seen[0].features
+    }
+    if seen[0].unconditional is not None:
+        found |= {
+            f"features_without.{site}": torch.cat([each.features_without[site] for each in seen])
+            for site in seen[0].features
+        }
+    return found
+
+
 def passes_of(recipe: DistillRecipe) -> list[Pass]:
     """Return the sources of predictions of a recipe.
 
@@ -318,6 +346,10 @@ def record_predictions(
             "A file of the teacher was replaced while it was loaded; nothing was recorded. Run the "
             "command again when nothing else writes these files.",
         )
+    tap = None
+    if recipe.sites:
+        pipeline = _as_ensemble(pipeline)
+        tap = FeatureTap(denoiser_of(pipeline), recipe.sites)
     notes = tuple(f"warning: {line}" for each in passes for line in each.check(pipeline))
     if engine.is_main:
         _require_space(recipe, folder, pipeline, units, missing)
@@ -326,17 +358,25 @@ def record_predictions(
     with fixed_threads(recipe.recording.num_threads):
         for n, (each, number) in enumerate(missing):
             if n % engine.num_processes == engine.rank:
-                found = each.record(pipeline, number)
+                found = each.record(pipeline, number, tap)
                 _require_finite(each, number, found)
                 require_unchanged(pipeline)
                 _write(_place(folder, each, number), found, dtype)
                 should_stop()
             yield CacheProgress("record predictions", done + n + 1, len(units))
     engine.wait()
-    del pipeline
+    del pipeline, tap
     gc.collect()
     if engine.device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def _as_ensemble(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """Return a pipeline whose denoiser has sites: the given one, or a single model's shell."""
+    denoiser = denoiser_of(pipeline)
+    if isinstance(denoiser, EnsembleDenoiser):
+        return pipeline
+    return with_parts(pipeline, {kind_of_pipeline(pipeline).denoiser: EnsembleDenoiser([denoiser])})
 
 
 def read_rows(each: Pass, folder: Path, batch_size: int) -> Rows:
@@ -393,7 +433,11 @@ def _require_space(
             f"pictures {shapes['pictures']}; they must be equal. Set pictures.data.resolution, or "
             "height and width of trajectories.",
         )
-    per_latent = 3 * torch.Size(next(iter(shapes.values()))).numel() * itemsize
+    shape = next(iter(shapes.values()))
+    values = 3 * torch.Size(shape).numel()
+    if recipe.sites:
+        values += 2 * sizes_at(denoiser_of(pipeline), recipe.sites, *shape[1:])
+    per_latent = values * itemsize
 
     def num_bytes(batches: Sequence[tuple[Pass, int]]) -> int:
         return per_latent * sum(each.num_latents(number) for each, number in batches)

@@ -98,7 +98,9 @@ def distill(
         rows = [read_rows(each, folder, recipe.recording.batch_size) for each in passes]
         yield CacheProgress("load the student", 0, None)
         pipeline, hashes = load_student(teacher, recipe.student)
-        student = Student(pipeline, recipe.student, hashes, settings.seed, engine.device)
+        student = Student(
+            pipeline, recipe.student, hashes, settings.seed, engine.device, recipe.features
+        )
         texts: Texts = LiveTexts(pipeline)
         if not recipe.student.text_encoder:
             captions = sorted({caption for each in rows for caption in each.captions()})
@@ -166,6 +168,7 @@ def _examples(
     bake_in = recipe.guidance.bake_in if isinstance(recipe.guidance, BakeIn) else None
     common: dict[str, Any] = {
         "bake_in": bake_in,
+        "feature_loss": None if recipe.features is None else student.feature_loss,
         "seed": recipe.training.seed,
         "device": engine.device,
     }

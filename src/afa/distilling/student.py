@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from afa.denoisers.kinds import denoiser_of, kind_of_pipeline
+from afa.distilling.features import distance, expose_features
 from afa.distilling.recipe import InitialExpert
 from afa.drawing.merged import with_parts
 from afa.ensemble.text import hash_weights
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from torch import Tensor
 
-    from afa.distilling.recipe import StudentRecipe
+    from afa.distilling.recipe import FeaturesRecipe, StudentRecipe
     from afa.distilling.teacher import Teacher
     from afa.training.engine import Engine
     from afa.training.recipe import TrainingRecipe
@@ -139,6 +140,10 @@ class Student:
         hashes: of `load_student`.
         seed: seed of the adapters' initial weights.
         device: of the pipeline.
+        features: a loss of features; None for none.
+
+    Raises:
+        AfaError: if a site of `features` does not exist.
     """
 
     name: ClassVar[str] = "student"
@@ -150,6 +155,7 @@ class Student:
         hashes: list[str],
         seed: int,
         device: torch.device,
+        features: FeaturesRecipe | None = None,
     ) -> None:
         self.pipeline, self.rank = pipeline, asked.lora_rank
         self._hashes, self._trains_text = hashes, asked.text_encoder
@@ -162,6 +168,9 @@ class Student:
         self.models = {
             key: model for key, model in models.items() if key == denoiser or asked.text_encoder
         }
+        self._features, self._tap = features, None
+        if features is not None:
+            self._tap = expose_features(models[denoiser], features.sites)
         if self.rank is None:
             for model in self.models.values():
                 model.requires_grad_(True)
@@ -178,6 +187,12 @@ class Student:
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
                     yield f"{key}.{name}", parameter
+
+    def feature_loss(self, targets: dict[str, Tensor]) -> Tensor:
+        """The weighted distance of the last call's features from the teacher's."""
+        assert self._features is not None, "the recipe has features"
+        assert self._tap is not None, "the recipe has features"
+        return self._features.weight * distance(self._tap.seen, targets)
 
     def tensors(self) -> dict[str, Tensor]:
         """See `Trained`."""

@@ -9,7 +9,7 @@ import torch
 from afa.denoisers.kinds import conditioning_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from diffusers import AutoencoderKL, DiffusionPipeline
     from torch import Tensor
@@ -48,12 +48,15 @@ class Recorded(NamedTuple):
         timestep: the teacher's timesteps [B], in those of the scheduler.
         target: its predictions [B, C, H, W], float32.
         conditions: the denoiser's other inputs by name, as in `Encoded`.
+        regulariser: called after the prediction, returns what is added to the loss; None for
+            nothing.
     """
 
     noisy: Tensor
     timestep: Tensor
     target: Tensor
     conditions: dict[str, Tensor]
+    regulariser: Callable[[], Tensor] | None = None
 
 
 Batch = Encoded | Recorded

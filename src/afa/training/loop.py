@@ -128,6 +128,8 @@ def optimizer_steps(
             total = loss
             if tap is not None and (settings.entropy_weight or settings.balance_weight):
                 total = loss + tap.penalty(settings.entropy_weight, settings.balance_weight)
+            if isinstance(batch, Recorded) and batch.regulariser is not None:
+                total = total + batch.regulariser()
             total = total / settings.gradient_accumulation_steps
             (total if scaler is None else scaler.scale(total)).backward()
         return loss.detach(), None if tap is None else tap.take()
