@@ -42,6 +42,7 @@ SHORT: dict[str, Any] = {
     "every": 1,
     "resolution": 32,
     "num_trials": 2,
+    "number": 4,
     "batch_size": 2,
     "seeds": [0],
     "limit": 2,

@@ -51,8 +51,8 @@ def distill(
             raise typer.Exit(128 + (should_stop.signal or 0)) from None
     if is_main and checked.student.what == "full":
         say(
-            f"Student in {output}. Try: afa generate {output} 'a prompt' --output pictures; one "
-            f"file for other programs: afa export {output} --output student.safetensors"
+            f"Student in {output}, a diffusers folder; see README.md there. One file for other "
+            f"programs: afa export {output} --output student.safetensors"
         )
     elif is_main:
         say(f"LoRA files of the student in {output}: lora.safetensors; see README.md there")
