@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from afa.app.drawing import Drawn, Progress, Stopped, Studio
 from afa.denoisers.kinds import denoiser_of
-from afa.drawing.contenders import ENSEMBLE, MERGE, Contenders
+from afa.drawing.contenders import (
+    ENSEMBLE,
+    MERGE,
+    STUDENT,
+    Contenders,
+    load_student,
+)
 from afa.drawing.pictures import (
     PictureRecipe,
     draw,
@@ -19,6 +27,9 @@ from afa.drawing.pictures import (
     prepare,
     prepare_again,
 )
+from afa.loading.pipeline import load_single
+from afa.loading.sources import locate
+from afa.loading.student_record import RECORD
 from tests.refusal import refusal
 
 PROMPT = "a fox on the left and a pizza on the right, blue background"
@@ -53,6 +64,33 @@ def test_everybody_draws_and_tells_of_it(studio: Studio) -> None:
     for one in drawn:  # from what a picture says of itself
         again = draw(prepare_again(one.recipe), one.recipe)
         assert again.tobytes() == one.picture.tobytes()
+
+
+def test_a_student_is_a_contender(studio: Studio, tmp_path: Path) -> None:
+    shutil.copytree(locate("zoo:base"), tmp_path / "student")
+    (tmp_path / "student" / RECORD).write_text('{"guidance": {"bake_in": 3.0}}')
+    student = load_student(str(tmp_path / "student"), studio.pipeline)
+    assert student.guidance == 1.0
+    assert load_student("zoo:base", studio.pipeline).guidance is None
+    with_student = Studio(studio.pipeline, student)
+    assert with_student.contenders.names[-2:] == [STUDENT, ENSEMBLE]
+    of = (student.source, student.identity)
+    asked = recipe(studio, STUDENT, guidance=1.0, student=of)
+    *_, drawn = with_student.draw([asked], threading.Event())
+    assert isinstance(drawn, Drawn)
+    assert drawn.record is None
+    base, _ = load_single("zoo:base")
+    base.set_progress_bar_config(disable=True)
+    assert drawn.picture.tobytes() == draw(base, asked).tobytes()
+    assert draw(prepare_again(asked), asked).tobytes() == drawn.picture.tobytes()
+    changed = recipe(studio, STUDENT, student=(student.source, "another hash"))
+    with refusal("AFA-DRAW-014", "weights differ"):
+        prepare_again(changed)
+    gone = recipe(studio, STUDENT, student=("owner/model", student.identity))
+    with refusal("AFA-DRAW-015", "owner/model"):
+        prepare_again(gone)
+    with refusal("AFA-DRAW-001"):
+        prepare_again(recipe(studio, STUDENT))
 
 
 def test_a_bias_is_of_one_picture_alone(studio: Studio) -> None:

@@ -20,6 +20,8 @@ from afa.distilling.recipe import DistillRecipe, load_distill_recipe
 from afa.distilling.run import distill
 from afa.distilling.student import load_student
 from afa.distilling.teacher import Teacher
+from afa.evaluation.recipe import EvaluateRecipe
+from afa.evaluation.run import evaluate
 from afa.loading.pipeline import load_single
 from afa.training.stopping import Stopped
 from tests.distilling.students import as_written, files_of, recipe, steps_of
@@ -138,8 +140,19 @@ def test_several_sources(experts: list[Path], tmp_path: Path) -> None:
 
 def test_guidance_is_baked_in(experts: list[Path], tmp_path: Path) -> None:
     asked = recipe(experts, tmp_path / "prompts.txt", guidance={"bake_in": 3.0})
-    steps_of(asked, tmp_path / "out")
-    assert "guidance (CFG) 1" in (tmp_path / "out" / "README.md").read_text()
+    steps_of(asked, out := tmp_path / "out")
+    assert "guidance (CFG) 1" in (out / "README.md").read_text()
+    method = {"name": "a", "model": str(out)}
+    common = {
+        "prompts": {"zoo": {"kinds": {"mixed": 1}}},
+        "sampling": {"num_steps": 1, "device": "cpu", "height": 64, "width": 64},
+        "metrics": ["scenes"],
+    }
+    for own, expected in (({}, 1), ({"guidance": 1}, 0)):
+        compared = EvaluateRecipe.model_validate({**common, "methods": [{**method, **own}]})
+        events = evaluate(compared, tmp_path / f"compared{len(own)}")
+        notes = [note for event in events for note in event.notes if "guidance 3 already" in note]
+        assert len(notes) == expected
 
 
 # -- LoRAs ------------------------------------------------------------------------------------
@@ -318,6 +331,9 @@ def test_the_command(
     with pytest.raises(SystemExit) as stop:
         main(["export", str(tmp_path / "out"), "--output", str(file)])
     assert stop.value.code == 0
+    with safe_open(file, framework="pt") as opened:
+        record = json.loads(opened.metadata()["afa_distill"])
+    assert record["training"]["num_steps"] == 4
     assert afa.distill is distill
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from afa.denoisers.kinds import denoiser_of
-from afa.drawing.contenders import ENSEMBLE, Contenders
+from afa.drawing.contenders import ENSEMBLE, Contenders, Student
 from afa.drawing.pictures import draw, on_every_call
 from afa.ensemble.recording import WeightRecord, observed, record_weights
 from afa.ensemble.steering import steer
@@ -51,11 +51,12 @@ class Studio:
 
     Args:
         pipeline: the pipeline of the ensemble.
+        student: its student; None for none.
     """
 
-    def __init__(self, pipeline: DiffusionPipeline) -> None:
+    def __init__(self, pipeline: DiffusionPipeline, student: Student | None = None) -> None:
         self.pipeline = pipeline
-        self.contenders = Contenders(pipeline)
+        self.contenders = Contenders(pipeline, student)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="afa-drawing")
 
     def draw(

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from diffusers import DiffusionPipeline
 
+    from afa.drawing.contenders import Student
+
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 USER = "afa"
 _MIN_LENGTH = 8
@@ -73,6 +75,7 @@ def served(
     port: int | None = None,
     password: str | None = None,
     keep: Path | None = None,
+    student: Student | None = None,
 ) -> Iterator[str]:
     """Serve the page of an ensemble while the block runs.
 
@@ -83,6 +86,7 @@ def served(
         port: port to listen on; None uses the first free one from 7860.
         password: password of the user `afa`; None requires no login.
         keep: folder for all pictures; None keeps none.
+        student: a student of the ensemble, to compare; None for none.
 
     Yields:
         The address of the page.
@@ -111,7 +115,7 @@ def served(
 
         pictures = Path(folder) / "pictures"
         pictures.mkdir()
-        page = Page(Studio(pipeline), ensemble, pictures, keep)
+        page = Page(Studio(pipeline, student), ensemble, pictures, keep)
         middleware = [Middleware(RefuseUploads)]
         if host in LOOPBACK:  # against DNS rebinding by other sites
             middleware.append(Middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"]))

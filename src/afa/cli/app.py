@@ -27,6 +27,9 @@ def app(
     password_file: Annotated[
         Path | None, typer.Option(help="File whose first line is the password of the user 'afa'.")
     ] = None,
+    student: Annotated[
+        str | None, typer.Option(help="A model of afa distill to compare: folder or file.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for all pictures.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     dtype: Annotated[
@@ -63,6 +66,7 @@ def app(
 
     import torch
 
+    from afa.drawing.contenders import load_student
     from afa.drawing.pictures import prepare
     from afa.training.engine import pick_device
 
@@ -73,8 +77,9 @@ def app(
     pipeline = prepare(
         ensemble, torch_dtype=getattr(torch, dtype), device=pick_device(device), **budget
     )
+    shown = None if student is None else load_student(student, pipeline)
     with served(
-        pipeline, ensemble, host=host, port=port, password=password, keep=output
+        pipeline, ensemble, host=host, port=port, password=password, keep=output, student=shown
     ) as address:
         say(f"afa is at {address} (Ctrl-C stops it)")
         end = threading.Event()

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from afa.distilling.recording import Pass
     from afa.distilling.teacher import Teacher
 
-#: the record of a distillation in the student's folder
-RECORD = "distill.json"
 CARD = "README.md"
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from afa.distilling.card import CARD, RECORD, record_of, write_card
+from afa.distilling.card import CARD, record_of, write_card
 from afa.distilling.lora_files import write_loras
 from afa.distilling.predictions import LiveTexts, RecordedExamples, Source
 from afa.distilling.recipe import BakeIn
@@ -18,6 +18,7 @@ from afa.distilling.student import Student, load_student, require_fit
 from afa.distilling.teacher import Teacher
 from afa.errors import AfaError
 from afa.files import is_unused, owned, read_json, write_atomic
+from afa.loading.student_record import RECORD
 from afa.recipe import differing
 from afa.training.cache import CacheProgress, TextCache
 from afa.training.checkpoints import Checkpoints

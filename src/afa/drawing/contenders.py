@@ -1,7 +1,9 @@
-"""Contenders: pipelines of an ensemble, of each of its experts, and of their uniform merge."""
+"""Contenders: pipelines of an ensemble, its experts, their uniform merge, and its student."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from afa.denoisers.kinds import denoiser_of, kind_of_pipeline
@@ -10,6 +12,8 @@ from afa.ensemble.accelerate import accelerate
 from afa.ensemble.protocol import expert_names
 from afa.ensemble.text import EnsembleTextEncoder
 from afa.errors import AfaError
+from afa.loading.pipeline import load_single
+from afa.loading.student_record import baked_guidance
 from afa.merging.weighted import WeightedSum
 
 if TYPE_CHECKING:
@@ -19,7 +23,48 @@ if TYPE_CHECKING:
 
     from afa.ensemble.caching.settings import Acceleration
 
-ENSEMBLE, MERGE = "AFA", "uniform merge"
+ENSEMBLE, MERGE, STUDENT = "AFA", "uniform merge", "student"
+
+
+@dataclass(frozen=True)
+class Student:
+    """A model that was distilled from an ensemble; see `afa.distilling`.
+
+    Attributes:
+        source: its folder.
+        identity: the hash of its weights.
+        pipeline: its own pipeline.
+        guidance: the guidance scale with which it draws; None for any, 1 if guidance is part of its
+            prediction.
+    """
+
+    source: str
+    identity: str
+    pipeline: DiffusionPipeline
+    guidance: float | None
+
+
+def load_student(source: str, ensemble: DiffusionPipeline) -> Student:
+    """Load a student to be compared with an ensemble.
+
+    Args:
+        source: a pipeline folder, a single file, or a hub id.
+        ensemble: supplies dtype and device.
+
+    Raises:
+        AfaError: if it cannot be loaded, or is of another kind.
+    """
+    denoiser = denoiser_of(ensemble)
+    pipeline, reference = load_single(source, torch_dtype=denoiser.dtype)
+    if kind_of_pipeline(pipeline) is not kind_of_pipeline(ensemble):
+        raise AfaError(
+            "AFA-DRAW-013",
+            f"The student '{source}' is a {kind_of_pipeline(pipeline).name} model; the ensemble is "
+            f"of {kind_of_pipeline(ensemble).name}. Pass a student of this ensemble.",
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    guidance = None if baked_guidance(Path(source)) is None else 1.0
+    return Student(source, reference.identity, pipeline.to(denoiser.device), guidance)
 
 
 class Contenders:
@@ -30,23 +75,28 @@ class Contenders:
 
     Args:
         pipeline: the pipeline of the ensemble.
+        student: its student; None for none.
     """
 
-    def __init__(self, pipeline: DiffusionPipeline) -> None:
+    def __init__(self, pipeline: DiffusionPipeline, student: Student | None = None) -> None:
         self._made = {ENSEMBLE: pipeline}
+        self.student = student
+        if student is not None:
+            self._made[STUDENT] = student.pipeline
         self._experts = expert_names(denoiser_of(pipeline))
 
     @property
     def names(self) -> list[str]:
         """The names of the contenders, the ensemble last.
 
-        If the experts are offloaded or on several devices, the ensemble is the only contender.
+        If the experts are offloaded or on several devices, they and the merge are not among them.
         """
         denoiser = denoiser_of(self._made[ENSEMBLE])
         is_ready = denoiser.execution.device is None and not (denoiser.devices or denoiser.exchange)
+        own = [] if self.student is None else [STUDENT]
         if not is_ready:
-            return [ENSEMBLE]
-        return [*(self._title(n) for n in range(len(self._experts))), MERGE, ENSEMBLE]
+            return [*own, ENSEMBLE]
+        return [*(self._title(n) for n in range(len(self._experts))), MERGE, *own, ENSEMBLE]
 
     def pipeline(
         self, name: str, speed: Acceleration | Mapping[str, Any] | str = "exact"
@@ -76,7 +126,7 @@ class Contenders:
     def _title(self, expert: int) -> str:
         """The name of an expert, with its number if the name is not unique."""
         name = self._experts[expert]
-        if self._experts.count(name) > 1 or name in (ENSEMBLE, MERGE):
+        if self._experts.count(name) > 1 or name in (ENSEMBLE, MERGE, STUDENT):
             return f"{name} ({expert})"
         return name
 

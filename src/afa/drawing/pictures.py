@@ -16,7 +16,7 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from pydantic import Field, ValidationError
 
 from afa.denoisers.kinds import denoiser_of, kind_of_pipeline
-from afa.drawing.contenders import ENSEMBLE, Contenders
+from afa.drawing.contenders import ENSEMBLE, Contenders, load_student
 from afa.ensemble.accelerate import accelerate
 from afa.ensemble.caching.plan import PruningPlan
 from afa.ensemble.guard import OnNonFinite, decoded
@@ -52,7 +52,9 @@ class PictureRecipe(Section):
     Attributes:
         ensemble: a folder, or `zoo:ensemble`.
         identity: hash of the ensemble, see `identity_of`.
-        drawn_by: the ensemble, one of its experts or their merge; see `afa.drawing.contenders`.
+        drawn_by: the ensemble, one of its experts, their merge or its student; see
+            `afa.drawing.contenders`.
+        student: source and hash of the student, if it drew the picture.
         prompt: the prompt.
         negative_prompt: the negative prompt.
         seed: seed of the initial noise.
@@ -72,6 +74,7 @@ class PictureRecipe(Section):
     ensemble: str = Field(max_length=4096)
     identity: str
     drawn_by: str = ENSEMBLE
+    student: tuple[str, str] | None = None
     prompt: str = Field(max_length=_MAX_PROMPT)
     negative_prompt: str = Field(default="", max_length=_MAX_PROMPT)
     seed: int = Field(ge=0, le=MAX_SEED)
@@ -228,7 +231,22 @@ def prepare_again(recipe: PictureRecipe, **loading: Any) -> DiffusionPipeline:
         )
     if recipe.drawn_by == ENSEMBLE:
         return pipeline
-    return Contenders(pipeline).pipeline(recipe.drawn_by, recipe.acceleration)
+    student = None
+    if recipe.student is not None:
+        source = recipe.student[0]
+        if not source.startswith("zoo:") and not Path(source).exists():
+            raise AfaError(
+                "AFA-DRAW-015",
+                f"The student of the picture, '{source}', does not exist. Restore that path.",
+            )
+        student = load_student(source, pipeline)
+        if student.identity != recipe.student[1]:
+            raise AfaError(
+                "AFA-DRAW-014",
+                f"The student '{student.source}' is not the one that drew the picture: its weights "
+                "differ. Restore that one.",
+            )
+    return Contenders(pipeline, student).pipeline(recipe.drawn_by, recipe.acceleration)
 
 
 def draw(pipeline: DiffusionPipeline, recipe: PictureRecipe) -> Image.Image:

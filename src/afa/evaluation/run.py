@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from afa.errors import AfaError
@@ -20,12 +21,12 @@ from afa.evaluation.scoring import Scoring
 from afa.evaluation.shares import record_shares
 from afa.evaluation.work import MARK_FILE, Claim, Store, draw_unit, units_of, write_json
 from afa.files import is_unused, owned, read_json
+from afa.loading.student_record import baked_guidance
 from afa.machine.processes import Processes, fixed_threads
 from afa.training.engine import pick_device
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from pathlib import Path
 
     from afa.evaluation.prompts import Prompt
     from afa.evaluation.recipe import EvaluateRecipe
@@ -90,6 +91,7 @@ def evaluate(recipe: EvaluateRecipe, output: Path) -> Iterator[EvaluateProgress]
                 *source_warnings(recipe.prompts),
                 *scoring.warnings(),
                 *_cut_prompts(recipe, prompts),
+                *_guided_twice(recipe),
             )
             yield EvaluateProgress("prompts", len(prompts), len(prompts), notes=notes)
 
@@ -177,6 +179,20 @@ def _cut_prompts(recipe: EvaluateRecipe, prompts: Sequence[Prompt]) -> list[str]
     texts = [prompt.text for prompt in prompts]
     plan = plan_of_evaluation(recipe)
     return warnings_of_plan(plan, texts, sampling.negative_prompt, sampling.guidance)
+
+
+def _guided_twice(recipe: EvaluateRecipe) -> list[str]:
+    """Warnings of students with guidance in their prediction that are drawn with guidance."""
+    lines = []
+    for method in recipe.methods:
+        for model in method.model or ():
+            baked = baked_guidance(Path(model.source).expanduser())
+            if baked is not None and recipe.sampling_of(method).guidance > 1:
+                lines.append(
+                    f"The model of '{method.name}' predicts with guidance {baked:g} already, and "
+                    "is drawn with guidance again. Set guidance: 1 for this method."
+                )
+    return lines
 
 
 def require_same_evaluation(
