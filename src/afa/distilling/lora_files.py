@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
     from afa.distilling.student import Student
 
-DIFFUSERS, KOHYA = "lora.safetensors", "lora-kohya.safetensors"
+LORA, DIFFUSERS = "lora.safetensors", "lora-diffusers.safetensors"
+_CLIP = "text_model."
 #: kohya's prefixes by component, for one text encoder and for several
 _PREFIXES = {
     "unet": ("lora_unet", "lora_unet"),
@@ -32,7 +33,10 @@ _PREFIXES = {
 def write_loras(student: Student, folder: Path, metadata: Mapping[str, str]) -> list[Path]:
     """Write the LoRA files of a student.
 
-    Kohya's naming is only defined for U-Nets; the file in diffusers' naming also loads in ComfyUI.
+    For U-Nets, `lora.safetensors` has kohya's names, which all programs load. A second file has the
+    names of diffusers, of which ComfyUI ignores those of attention layers. For transformers, where
+    kohya's names are not defined for layers of diffusers, the first file has the names of
+    diffusers, which ComfyUI loads.
 
     Args:
         student: with adapters.
@@ -43,18 +47,21 @@ def write_loras(student: Student, folder: Path, metadata: Mapping[str, str]) -> 
     """
     assert student.rank is not None, "it has adapters"
     kind = kind_of_pipeline(student.pipeline)
-    adapters, rank = student.adapters(), student.rank
+    adapters, rank = _published(student), student.rank
     common = {"format": "pt", "modelspec.sai_model_spec": "1.0.1", **metadata}
     settings: dict[str, Any] = {}
     for part, layers in adapters.items():
-        config = {"r": rank, "lora_alpha": rank, "target_modules": sorted(layers)}
+        # PEFT matches the end of names, so these are found in any release of transformers
+        targets = sorted(layer.removeprefix(_CLIP) for layer in layers)
+        config = {"r": rank, "lora_alpha": rank, "target_modules": targets}
         settings |= {f"{part}.{key}": value for key, value in config.items()}
-    place = folder / DIFFUSERS
+    is_unet = kind.denoiser in _PREFIXES
+    place = folder / (DIFFUSERS if is_unet else LORA)
     described = {**common, "lora_adapter_metadata": json.dumps(settings)}
     _write(place, diffusers_tensors(adapters), described)
-    if kind.denoiser not in _PREFIXES:
+    if not is_unet:
         return [place]
-    other = folder / KOHYA
+    other = folder / LORA
     entries = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(rank),
@@ -63,7 +70,21 @@ def write_loras(student: Student, folder: Path, metadata: Mapping[str, str]) -> 
     }
     several = "text_encoder_2" in student.pipeline.components
     _write(other, kohya_tensors(adapters, rank, several=several), {**common, **entries})
-    return [place, other]
+    return [other, place]
+
+
+def _published(student: Student) -> dict[str, dict[str, tuple[Tensor, Tensor]]]:
+    """Return a student's adapters by the layer names of published files.
+
+    Those of CLIP start with `text_model.`, which recent releases of transformers leave out.
+    """
+    return {
+        part: {
+            f"{_CLIP}{layer.removeprefix(_CLIP)}" if student.is_clip(part) else layer: factors
+            for layer, factors in layers.items()
+        }
+        for part, layers in student.adapters().items()
+    }
 
 
 def _write(place: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -260,6 +260,10 @@ class Student:
                     found[key][layer] = (down.detach().cpu(), up.detach().cpu())
         return found
 
+    def is_clip(self, part: str) -> bool:
+        """Whether a component is a text encoder of CLIP."""
+        return str(getattr(self.models[part].config, "model_type", "")).startswith("clip")
+
 
 def _add_adapter(model: Any, rank: int, *, is_text: bool) -> None:
     """Add adapters to all linear layers and convolutions inside the blocks of a model."""
