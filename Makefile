@@ -18,7 +18,7 @@ OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo docs results results-dit bench bench-check test unit processes nightly format lint types check lock constraints audit licences fuzz golden pairs soak reliability \
+.PHONY: help install demo docs results results-dit distillation bench bench-check test unit processes nightly format lint types check lock constraints audit licences fuzz golden pairs soak reliability \
 	wheel clean
 
 help: ## show this list
@@ -49,6 +49,9 @@ results: install ## train and compare everything, write docs/results.md (over an
 results-dit: install ## the same for transformers, a section of that page (WORK=folder; 90 minutes; resumes)
 	$(BIN)/afa zoo build $(WORK)-dit-zoo --family dit
 	$(BIN)/afa zoo results $(WORK)-dit --zoo $(WORK)-dit-zoo --docs docs
+
+distillation: install ## distil the bundled ensemble, write docs/distillation.json (WORK=folder; hours; resumes)
+	$(BIN)/afa zoo distillation $(WORK)-distillation --docs docs
 
 bench: install .venv-all/.installed ## measure speed and memory, write docs/benchmarks.md (an hour)
 	$(BIN)/python -m benchmarks.run

@@ -65,6 +65,7 @@ def as_page(kept: dict[str, Any]) -> str:
         _section("Streamed experts", _STREAMING, kept.get("streaming"), _streaming),
         _section("Experts spread over processes", _SCALING, kept.get("scaling"), _scaling),
         _section("Training", _TRAINING, kept.get("training"), _training),
+        _section("Distillation", _DISTILLING, kept.get("distilling"), _distilling),
         _section("Start-up time", _STARTUP, kept.get("startup"), _startup),
         _section("Hashing of the experts", _HASHING, kept.get("hashing"), _hashing),
         _section("Installed size", _SIZE, kept.get("size"), _size),
@@ -117,6 +118,10 @@ one expert in a step; a link of 25 GB/s would transfer 25 MB in 1 ms."""
 _TRAINING = """How long does a training step take? `python -m benchmarks.training` uses the zoo
 with a batch size of 16. [Train on your
 data](training.md#time-and-memory-of-each-training-setting) explains the settings."""
+_DISTILLING = """What does recording add to drawing, and a student's step to a plain training step?
+`python -m benchmarks.distilling` alternates both in one process: a recorded and written batch of
+the bundled ensemble with a drawn one, and a step of [`afa distill`](distillation.md) with a step
+of a plain loop, which has the same model, optimizer, batch and loss, and all tensors in memory."""
 _STARTUP = """How long does a start take? In `python -m benchmarks.startup`, each start is a
 separate process, with the files in the operating system's cache."""
 _HASHING = """Are the experts hashed again at every start? `python -m benchmarks.hashing`
@@ -376,6 +381,18 @@ def _scaling(results: list[dict[str, Any]]) -> str:
 def _startup(results: list[dict[str, Any]]) -> str:
     rows = [[row["start"], f"{row['seconds']:.2f}", _spread(row["ratio"])] for row in results]
     return as_table(["until", "seconds", "relative to the libraries alone"], rows)
+
+
+def _distilling(results: list[dict[str, Any]]) -> str:
+    rows = [
+        [
+            row["what"],
+            *(f"{v:.3f}" for k, v in row.items() if k.startswith("seconds_")),
+            _spread(row["ratio"]),
+        ]
+        for row in results
+    ]
+    return as_table(["", "seconds", "seconds of the other", "ratio"], rows)
 
 
 def _hashing(results: list[dict[str, Any]]) -> str:

@@ -30,6 +30,7 @@ PARTS = {
     "streaming": ["benchmarks.streaming"],
     "scaling": ["benchmarks.scaling"],
     "training": ["benchmarks.training", "--json"],
+    "distilling": ["benchmarks.distilling"],
     "app": ["benchmarks.app"],
 }
 #: sizes that `--check` measures again; few, so that it takes minutes

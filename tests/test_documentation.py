@@ -33,7 +33,10 @@ PAGES = [page for page in ALL if blocks_of(page)]
 #: where an ensemble is trained that the others find
 TRAIN = ("checkpoints.md", "README.md")
 #: pages whose blocks take longest: `make nightly` runs them
-LONG = ("app.md", "checkpoints.md", "compare.md", "distillation.md", "training.md")
+LONG = (
+    *("app.md", "checkpoints.md", "compare.md", "distillation.md", "training.md"),
+    "README.md",
+)
 
 
 @pytest.fixture(scope="module")

@@ -180,6 +180,7 @@ def _wheel(folder: Path) -> Path:
     return path
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_file_whose_hash_is_not_locked_is_not_installed(tmp_path: Path) -> None:
     wheel = _wheel(tmp_path)

@@ -162,10 +162,10 @@ def test_few_rounds_are_no_verdict() -> None:
     [
         ("clean", set()),
         ("memory", {"anonymous", "allocated"}),
-        ("files", {"fds"}),
-        ("objects", {"objects", "blocks"}),
-        ("late", {"anonymous", "allocated"}),
-        ("unseen", {"unseen"}),
+        pytest.param("files", {"fds"}, marks=pytest.mark.nightly),
+        pytest.param("objects", {"objects", "blocks"}, marks=pytest.mark.nightly),
+        pytest.param("late", {"anonymous", "allocated"}, marks=pytest.mark.nightly),
+        pytest.param("unseen", {"unseen"}, marks=pytest.mark.nightly),
     ],
 )
 def test_a_round_that_keeps_something_is_caught(work: str, grown: set[str], tmp_path: Path) -> None:

@@ -135,6 +135,7 @@ def test_everybody_draws_and_the_picture_comes_out_again(tab: Any, tmp_path: Pat
         assert hash_pixels(Image.open(made)) == hash_pixels(shown[n])
 
 
+@pytest.mark.nightly
 def test_a_picture_of_another_precision_comes_out_again(
     browser: Any, serve: Callable[..., str], tmp_path: Path
 ) -> None:

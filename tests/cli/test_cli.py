@@ -152,6 +152,7 @@ def test_generate_makes_a_picture_again(
     assert run("generate", moved, "--from-image", picture, "--output", new) == 0
 
 
+@pytest.mark.nightly
 def test_weights_draws_figures(
     ensemble: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -379,6 +380,7 @@ def test_the_program_starts_without_loading_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
+@pytest.mark.nightly
 def test_nothing_but_the_error_reaches_the_terminal(experts: list[Path], tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, [experts[0], tmp_path / "nowhere"])
     command = [sys.executable, "-m", "afa", "train", str(recipe), "--output", str(tmp_path / "run")]

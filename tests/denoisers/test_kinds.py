@@ -109,6 +109,7 @@ def test_kinds_do_not_mix(kind: str, folders: list[Path], experts: list[Path]) -
         afa.load_pipeline([folders[0], experts[0]])
 
 
+@pytest.mark.nightly
 def test_the_command_line(
     kind: str, folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -158,7 +158,7 @@ def test_guidance_is_baked_in(experts: list[Path], tmp_path: Path) -> None:
 # -- LoRAs ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["1.5", "xl"])
+@pytest.mark.parametrize("kind", ["1.5", pytest.param("xl", marks=pytest.mark.nightly)])
 def test_lora_files_are_the_student(kind: str, experts: list[Path], tmp_path: Path) -> None:
     """In diffusers and in afa, in both namings: the same change of weights."""
     folders = experts if kind == "1.5" else saved_experts(kind, tmp_path / "kinds", count=2)
@@ -214,7 +214,9 @@ def test_loras_of_transformers(kind: str, tmp_path: Path) -> None:
 # -- the same bytes ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("student", [{}, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "student", [{}, pytest.param(LORA, marks=pytest.mark.nightly)], ids=["full", "lora"]
+)
 def test_stopped_anywhere_it_ends_with_the_same_bytes(
     student: dict[str, Any], experts: list[Path], tmp_path: Path
 ) -> None:
@@ -340,7 +342,7 @@ def test_the_command(
 # -- features ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("teacher", ["fusion", "model"])
+@pytest.mark.parametrize("teacher", ["fusion", pytest.param("model", marks=pytest.mark.nightly)])
 def test_features_at_sites(teacher: str, experts: list[Path], tmp_path: Path) -> None:
     """The same predictions are recorded, and with a weight near zero the same student comes out."""
     changes: dict[str, Any] = {}

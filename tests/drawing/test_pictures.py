@@ -74,6 +74,7 @@ def test_a_picture_comes_out_again(
     assert again.tobytes() == first.tobytes()
 
 
+@pytest.mark.nightly
 def test_every_setting_is_another_picture(pipeline: Any, recipe: PictureRecipe) -> None:
     changes: list[dict[str, Any]] = [
         *({}, {"seed": 4}, {"steps": 5}, {"guidance": 2.0}, {"width": 72}),

@@ -163,6 +163,7 @@ def reached(output: Path, pattern: str, count: int) -> bool:
     return len(list(output.glob(pattern))) >= count
 
 
+@pytest.mark.nightly
 @pytest.mark.fault(
     "kill -9",
     "evaluate",
@@ -195,6 +196,7 @@ def test_killed_three_times_it_comes_to_the_same_report(
     assert unmeasured(written) == unmeasured(report)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_two_processes_come_to_the_same_report(
     finished: tuple[Path, dict[str, Any]], tmp_path: Path, write: Write
@@ -222,6 +224,7 @@ def fails(recipe: Path, output: Path, capsys: pytest.CaptureFixture[str]) -> str
     return lines[0]
 
 
+@pytest.mark.nightly
 def test_a_damaged_reference_picture_keeps_what_is_done(
     finished: tuple[Path, dict[str, Any]],
     tmp_path: Path,
@@ -381,6 +384,7 @@ def test_a_checkpoint_that_has_changed_is_not_mixed_with_old_pictures(
     assert unmeasured(again) == unmeasured(fresh)
 
 
+@pytest.mark.nightly
 def test_a_metric_whose_weights_have_changed_is_measured_again(
     tmp_path: Path, write: Write
 ) -> None:
@@ -417,6 +421,7 @@ def test_autoencoder_and_scheduler_belong_to_a_checkpoint(
     assert "differ in model" in fails(recipe, tmp_path / "output", capsys)
 
 
+@pytest.mark.nightly
 def test_steps_and_seeds_can_be_changed_and_it_is_a_fresh_report(
     tmp_path: Path, write: Write
 ) -> None:

@@ -71,6 +71,7 @@ def test_what_does_not_fit_is_said_before(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.fault(
     "out of memory",

@@ -33,6 +33,7 @@ def kill_when(process: Any, ready: Any, number: int) -> tuple[int, str]:
     return process.returncode, said
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.fault(
     "kill -9",

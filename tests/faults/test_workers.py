@@ -35,6 +35,7 @@ def pictures(folder: Path, count: int = 40) -> Path:
     return folder
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.fault(
     "a worker that dies",

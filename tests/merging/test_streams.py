@@ -46,6 +46,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_memory_is_of_one_tensor_and_not_of_models(tmp_path: Path) -> None:
     num_tensors, side = 40, 1024  # 4 MB each in float32, 160 MB a model

@@ -42,6 +42,7 @@ def recipe(folders: list[Path], cache: Path | None, **training: Any) -> Recipe:
     return Recipe.model_validate(asked)
 
 
+@pytest.mark.nightly
 def test_trained_from_a_cache_or_without(kind: str, folders: list[Path], tmp_path: Path) -> None:
     losses = []
     for name, cache in (("live", None), ("cached", tmp_path / "cache")):

@@ -401,6 +401,7 @@ def test_min_snr_weighs_the_loss(experts: list[Path]) -> None:
     assert 0 < other[0] < plain[0]
 
 
+@pytest.mark.nightly
 def test_regularisers_pull_as_they_should(experts: list[Path]) -> None:
     """Without them these weights harden and leave experts out; the loss shown is the objective's
     alone."""

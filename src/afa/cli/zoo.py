@@ -92,6 +92,10 @@ def results(
         Path | None,
         typer.Option(help="A zoo of `afa zoo build --family dit`; default: the bundled one."),
     ] = None,
+    students: Annotated[
+        Path | None,
+        typer.Option(help="A finished work folder of `afa zoo distillation`, for rows of it."),
+    ] = None,
 ) -> None:
     """Train and compare all methods of combining the experts, and write the results page.
 
@@ -100,14 +104,16 @@ def results(
 
     [bold]Example[/bold]: afa zoo results runs/results --docs docs
     """
+    from afa.studies.distillation.plan import main_students
     from afa.studies.results.jobs import JobProgress
     from afa.studies.results.plan import SHIPPED, transformers
     from afa.studies.results.run import run_study
 
     quieten_loading()
     studied = SHIPPED if zoo is None else transformers(zoo)
+    folders = None if students is None else main_students(students)
     with Progress() as progress:
-        for event in run_study(workdir, docs, num_processes=processes, zoo=studied):
+        for event in run_study(workdir, docs, None, processes, studied, folders):
             if isinstance(event, JobProgress):
                 progress.update(event.name, event.done, event.total)
             else:

@@ -98,10 +98,10 @@ class Trajectories:
         texts = [prompt.text for prompt in load_prompts(asked.prompts)]
         # so that the first pictures are of all kinds of prompts
         order = np.random.default_rng(asked.seed).permutation(len(texts))
-        self._texts = [texts[n] for n in order]
+        self.prompts = [texts[n] for n in order]
         self.num_items = asked.number
         self.inputs: dict[str, Any] = {
-            "prompts": digest(self._texts),
+            "prompts": digest(self.prompts),
             "sampling": self._sampling.model_dump(
                 include={"guidance", "seeds", "batch_size", "negative_prompt", "dtype"}
             ),
@@ -115,7 +115,7 @@ class Trajectories:
     def check(self, pipeline: DiffusionPipeline) -> list[str]:
         """See `Pass`; prompts that are too long are truncated, for teacher and student alike."""
         asked = self._asked
-        return warnings_for(pipeline, self._texts, asked.negative_prompt, asked.guidance)
+        return warnings_for(pipeline, self.prompts, asked.negative_prompt, asked.guidance)
 
     def num_latents(self, number: int) -> int:
         """See `Pass`."""
@@ -134,7 +134,7 @@ class Trajectories:
         asked, sampling = self._asked, self._sampling
         count = sampling.batch_size
         items = range(number * count, (number + 1) * count)
-        texts = [self._texts[item % len(self._texts)] for item in items]
+        texts = [self.prompts[item % len(self.prompts)] for item in items]
         num_steps = self._steps(number)
         size = self._size(pipeline)
         with captured(pipeline, count, size, tap) as seen:

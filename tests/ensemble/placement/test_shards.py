@@ -7,6 +7,7 @@ import pytest
 from tests.warm import run_ranks
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_processes_decide_and_stop_together() -> None:
     ranks = run_ranks([], 2, module="tests.shards")

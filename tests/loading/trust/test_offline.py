@@ -92,7 +92,13 @@ def ends_with_one_line(arguments: list[str], watched: dict[str, str]) -> str:
     holds="no host name is looked up; exit code 2 and one line",
 )
 @pytest.mark.slow
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("inspect", "train data") else pytest.mark.nightly)
+        for name in COMMANDS
+    ],
+)
 def test_offline_no_host_is_looked_up(
     name: str, watched: dict[str, str], experts: list[Path], tmp_path: Path
 ) -> None:

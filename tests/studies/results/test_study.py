@@ -308,6 +308,7 @@ def test_the_subject_has_no_difference_from_itself() -> None:
 # -- work -------------------------------------------------------------------------------------
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_jobs_run_in_processes_of_their_own(tmp_path: Path) -> None:
     listed = [Job(f"job{n}", write_name, (tmp_path,)) for n in range(3)]

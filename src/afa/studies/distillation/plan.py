@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from afa.distilling.recipe import DistillRecipe
+from afa.errors import AfaError
 from afa.loading.expert_source import ExpertSource
-from afa.studies.results.plan import sampling
+from afa.loading.student_record import RECORD
+from afa.studies.results.plan import sampling, student_methods
 from afa.studies.zoo_build.evaluate import GUIDANCE_SCALE
 from afa.training.recipe import TrainingRecipe
 from afa.zoo import EXPERTS
@@ -48,6 +50,7 @@ class Settings:
     test_seed: int = 7_000_000
     base_batch_size: int = 16
     base_learning_rate: float = 3e-4  # the one that `make results` selected
+    num_validation: int = 256  # predictions of pictures that are not trained on
     num_resamples: int = 10_000
 
 
@@ -92,6 +95,27 @@ def students(settings: Settings) -> list[Student]:
     return found
 
 
+def main_students(work: Path) -> dict[str, list[Path]]:
+    """The folders of the main students of a finished study, by row.
+
+    Raises:
+        AfaError: if one is missing.
+    """
+    found: dict[str, list[Path]] = {}
+    for student in students(Settings()):
+        if student.row not in (FULL, GUIDED, LORA):
+            continue
+        folder = work / "students" / student.folder
+        if not (folder / RECORD).is_file():
+            raise AfaError(
+                "AFA-STUDY-012",
+                f"'{work}' lacks the student '{folder.name}'. Finish it: afa zoo distillation "
+                f"{work} --docs docs.",
+            )
+        found.setdefault(student.row, []).append(folder.resolve())
+    return found
+
+
 def prompts(settings: Settings) -> list[str]:
     """The prompts that teachers draw: pairs of the training sets, without any test prompt."""
     tests = set(test_captions(settings))
@@ -107,8 +131,6 @@ def prompts(settings: Settings) -> list[str]:
 
 def _distinct(kind: Any, count: int) -> list[str]:
     """Up to `count` distinct captions of a kind."""
-    from afa.errors import AfaError
-
     while True:
         try:
             return evaluation_prompts(count, kind=kind, seed=5, held_out=False)
@@ -170,7 +192,7 @@ def distill_recipe(student: Student, settings: Settings, work: Path) -> DistillR
                 "device": "cpu",
                 "seed": student.seed,
             },
-            "validation": {"num_samples": 256, "every": 250},
+            "validation": {"num_samples": settings.num_validation, "every": 250},
         }
     )
 
@@ -206,16 +228,7 @@ def comparison(
         subject: the row that is compared with all others.
     """
     methods: list[dict[str, Any]] = [{"name": TEACHER, "ensemble": _SOURCE}]
-    for row, places in folders.items():
-        models: list[Any] = [str(place) for place in places]
-        if "LoRA" in row:
-            models = [
-                {"base": "zoo:base", "lora": str(place / "lora.safetensors")} for place in places
-            ]
-        method: dict[str, Any] = {"name": row, "model": models}
-        if row == GUIDED:
-            method["guidance"] = 1.0
-        methods.append(method)
+    methods += student_methods(folders)
     methods.append({"name": BASE, "model": "zoo:base"})
     methods += [{"name": f"expert: {name}", "model": f"zoo:{name}"} for name in EXPERTS]
     methods += [{"name": row, **chosen} for row, chosen in merges.items()]

@@ -26,7 +26,8 @@ def conclusions(results: dict[str, Any]) -> list[str]:
     """The sentences of the summary, those against the subject first."""
     rows = {row["method"]: row for row in results["rows"]}
     variants = [*VARIANTS, *OTHER_EXPERTS]
-    no_rivals = {SUBJECT, *variants, *_TUNED, *map(fast, SPED_UP)}
+    students = [name for name in rows if name.startswith("distilled")]  # of the subject
+    no_rivals = {SUBJECT, *variants, *_TUNED, *students, *map(fast, SPED_UP)}
     rivals = [name for name in rows if name not in no_rivals]
     return [
         *_other_scores(rows),

@@ -10,6 +10,7 @@ from afa.aggregators import SABWSettings
 from afa.aggregators.fusion import FUSIONS
 from afa.errors import AfaError
 from afa.loading.expert_source import ExpertSource
+from afa.loading.student_record import baked_guidance
 from afa.studies.zoo_build.evaluate import GUIDANCE_SCALE, NUM_STEPS
 from afa.training.recipe import (
     DataRecipe,
@@ -284,12 +285,32 @@ def search_recipe(settings: StudySettings, zoo: Zoo = SHIPPED) -> dict[str, Any]
     }
 
 
+def student_methods(folders: Mapping[str, Sequence[Path]]) -> list[dict[str, Any]]:
+    """The rows of distilled models in a recipe of `afa evaluate`.
+
+    Args:
+        folders: of `afa distill`, by row: complete models, or LoRAs on the base. A student with
+            guidance in its prediction is drawn with guidance 1.
+    """
+    methods = []
+    for row, places in folders.items():
+        models: list[Any] = [str(place) for place in places]
+        if (places[0] / "lora.safetensors").exists():
+            models = [
+                {"base": "zoo:base", "lora": str(place / "lora.safetensors")} for place in places
+            ]
+        guidance = {} if baked_guidance(places[0]) is None else {"guidance": 1.0}
+        methods.append({"name": row, "model": models, **guidance})
+    return methods
+
+
 def comparison_recipe(
     settings: StudySettings,
     trained: dict[str, Path],
     tuned: dict[str, list[Path]],
     chosen: dict[str, dict[str, Any]],
     zoo: Zoo = SHIPPED,
+    students: Mapping[str, Sequence[Path]] | None = None,
 ) -> dict[str, Any]:
     """The recipe of `afa evaluate` for the comparison.
 
@@ -299,6 +320,7 @@ def comparison_recipe(
         tuned: folders of tuned bases, by row.
         chosen: selected settings, by baseline.
         zoo: the experts.
+        students: folders of distilled models, by row; see `student_methods`.
     """
     seeds = [str(trained[f"afa-{seed}"]) for seed in range(settings.num_seeds)]
     methods: list[dict[str, Any]] = [{"name": SUBJECT, "ensemble": seeds}]
@@ -311,6 +333,7 @@ def comparison_recipe(
     ]
     methods.append({"name": "base", "model": zoo.base})
     methods += [{"name": row, "model": [str(f) for f in folders]} for row, folders in tuned.items()]
+    methods += student_methods(students or {})
     if zoo.is_main:
         methods += [{"name": row, "ensemble": str(trained[training_name(row)])} for row in VARIANTS]
         methods += [{"name": name, "ensemble": str(trained[name])} for name in OTHER_EXPERTS]

@@ -43,7 +43,7 @@ from afa.studies.results.plan import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
 _SETTINGS = "study.json"
@@ -62,6 +62,7 @@ def run_study(
     settings: StudySettings | None = None,
     num_processes: int | None = None,
     zoo: Zoo = SHIPPED,
+    students: Mapping[str, Sequence[Path]] | None = None,
 ) -> Iterator[JobProgress | StageStarted]:
     """Train, tune the baselines, compare all methods, and write the pages.
 
@@ -71,6 +72,7 @@ def run_study(
         settings: settings of the study; None uses the defaults of the zoo.
         num_processes: number of processes with one thread each; None uses one per core.
         zoo: the experts.
+        students: folders of distilled models, by row; None for none.
 
     Yields:
         The progress.
@@ -91,11 +93,16 @@ def run_study(
     _require_same(work, inputs)
     with owned(work):
         write_atomic(work / _SETTINGS, json.dumps(inputs, indent=2) + "\n")
-        yield from _stages(work, docs, settings, num_processes, zoo)
+        yield from _stages(work, docs, settings, num_processes, zoo, students or {})
 
 
 def _stages(
-    work: Path, docs: Path, settings: StudySettings, num_processes: int, zoo: Zoo
+    work: Path,
+    docs: Path,
+    settings: StudySettings,
+    num_processes: int,
+    zoo: Zoo,
+    students: Mapping[str, Sequence[Path]],
 ) -> Iterator[JobProgress | StageStarted]:
     recipes = aggregator_recipes(settings, zoo)
     trained = {name: work / "trained" / _folder(name) for name in recipes}
@@ -137,7 +144,7 @@ def _stages(
     yield from run_jobs(later, num_processes)
 
     yield StageStarted("comparison")
-    recipe = comparison_recipe(settings, trained, tuned, chosen, zoo)
+    recipe = comparison_recipe(settings, trained, tuned, chosen, zoo, students)
     evaluate_in_processes(work / "comparison", recipe, num_processes)
     costs = training_costs(settings, trained, tuned)
     if zoo.is_main:
