@@ -15,13 +15,13 @@ from afa.studies.distillation.plan import (
     GUIDED,
     LORA,
     Settings,
+    captions_of_test,
     comparison,
     distill_recipe,
     main_students,
     prompts,
     recording_of,
     students,
-    tested_captions,
 )
 from afa.studies.distillation.run import run_study
 from afa.zoo.scenes import is_held_out, parse_caption
@@ -47,7 +47,7 @@ SMALL = Settings(
 
 def test_no_test_prompt_is_drawn_by_a_teacher() -> None:
     settings = Settings()
-    drawn, tests = prompts(settings), tested_captions(settings)
+    drawn, tests = prompts(settings), captions_of_test(settings)
     assert len(drawn) == len(set(drawn)) == 3000
     assert not set(drawn) & set(tests)
     pairs = [parse_caption(caption) for caption in drawn]

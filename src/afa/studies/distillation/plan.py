@@ -118,7 +118,7 @@ def main_students(work: Path) -> dict[str, list[Path]]:
 
 def prompts(settings: Settings) -> list[str]:
     """The prompts that teachers draw: pairs of the training sets, without any test prompt."""
-    tests = set(tested_captions(settings))
+    tests = set(captions_of_test(settings))
     share = {"mixed": settings.num_prompts // 2} | {
         name: settings.num_prompts // 2 // len(EXPERTS) for name in EXPERTS
     }
@@ -138,7 +138,7 @@ def _distinct(kind: Any, count: int) -> list[str]:
             count -= 1 + count // 20
 
 
-def tested_captions(settings: Settings) -> list[str]:
+def captions_of_test(settings: Settings) -> list[str]:
     """The captions of the test."""
     return [
         caption
