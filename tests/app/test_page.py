@@ -217,6 +217,7 @@ def test_who_leaves_is_not_waited_for(browser: Any, address: str) -> None:
         assert float(page.locator("#status").inner_text().split()[2]) < 30
 
 
+@pytest.mark.nightly
 def test_two_at_once_are_served_one_after_the_other(browser: Any, address: str) -> None:
     with opened(browser, address) as one, opened(browser, address) as two:
         for page, prompt in ((one, "a fox"), (two, "a bee")):

@@ -89,6 +89,7 @@ def test_generate_writes_pictures_with_their_settings(ensemble: Path, tmp_path: 
     assert (settings["seed"], settings["steps"], settings["guidance"]) == (6, 2, 3)
 
 
+@pytest.mark.nightly
 def test_generate_takes_a_speed_and_a_plan(
     ensemble: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -102,6 +102,7 @@ def wait_for(ready: Any, process: Any) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.fault(
     "a worker that dies",

@@ -9,7 +9,7 @@ from tests.pairs.matrix import Outcome, names_who_is_not_finite
 from tests.pairs.table import key_of, recorded
 from tests.pairs.trying import PAIRS, names_where, tried
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.nightly]  # the U-Net runs in CI
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids="+".join)

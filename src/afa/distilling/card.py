@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from afa.distilling.recipe import BakeIn
 from afa.loading.expert_source import ExpertSource
 from afa.provenance import __version__
+from afa.training.continuing import digest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,8 +44,11 @@ def record_of(
         "afa_version": __version__,
         "teacher": {
             "kind": _kind(recipe),
-            "experts": [_named(expert) for expert in teacher.experts],
-            "identity": teacher.identity(),
+            "experts": [
+                {**_named(manifest.source), "sha256": manifest.sha256}
+                for manifest in teacher.manifests()
+            ],
+            "identity": digest(teacher.identity()),
         },
         "student": {
             **recipe.student.model_dump(mode="json", exclude={"init"}),
@@ -53,6 +57,7 @@ def record_of(
         },
         "recorded": {each.name: {"number": each.num_items, **each.inputs} for each in passes},
         "guidance": _as_json(recipe.guidance),
+        "features": recipe.features and recipe.features.model_dump(),
         "training": recipe.training.model_dump(
             mode="json",
             exclude={"device", "trackers", "log_every", "checkpoint_every", "keep_checkpoints"},
@@ -81,7 +86,7 @@ def _named(source: ExpertSource) -> dict[str, Any]:
     return found
 
 
-def write_card(record: dict[str, Any], folder: Path, files: Sequence[Path]) -> str:
+def card_of(record: dict[str, Any], folder: Path, files: Sequence[Path]) -> str:
     """Return the text of a model card in the format of the Hugging Face hub.
 
     Args:

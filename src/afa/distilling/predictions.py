@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 
-from afa.denoisers.kinds import conditioning_of, denoiser_of
+from afa.denoisers.kinds import conditioning_of
 from afa.training.cache.files import Shards, read_header, shard_name, write_shard
 from afa.training.encoding import Recorded, encode_captions
 from afa.training.examples import Broken
@@ -184,7 +184,6 @@ class RecordedExamples:
         self._dropout, self._bake_in = caption_dropout, bake_in
         self._feature_loss = feature_loss
         self._seed, self._device, self._purpose = seed, device, purpose
-        self._dtype = denoiser_of(pipeline).dtype
         self.broken = Broken(None, 0.0)
         conditioning_of(pipeline)  # raises for pipelines without prompts
 

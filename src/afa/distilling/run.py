@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from afa.distilling.card import CARD, record_of, write_card
+from afa.distilling.card import CARD, card_of, record_of
 from afa.distilling.lora_files import write_loras
 from afa.distilling.predictions import LiveTexts, RecordedExamples, Source
 from afa.distilling.recipe import BakeIn
@@ -221,7 +221,7 @@ def _save(
         metadata = {"modelspec.title": output.name, "afa_distill": text}
         files = write_loras(student, output, metadata)
     write_atomic(output / RECORD, text)
-    write_atomic(output / CARD, write_card(record, output, files))
+    write_atomic(output / CARD, card_of(record, output, files))
     if student.rank is None:
         for name, part in student.pipeline.components.items():
             if name.startswith("tokenizer") and getattr(part, "is_fast", False):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -283,8 +282,3 @@ def _add_adapter(model: Any, rank: int, *, is_text: bool) -> None:
 def _is_inside(name: str, *, is_text: bool) -> bool:
     """Whether a layer is inside a repeated block, not at a model's input or output."""
     return ".layers." in f".{name}" if is_text else "blocks." in name or "mid_block." in name
-
-
-def bare(source: ExpertSource) -> ExpertSource:
-    """Return a source without required hashes, for a model card."""
-    return replace(source, sha256=None, lora_sha256=None)
