@@ -9,7 +9,7 @@ import typer
 
 from afa.cli.check import RunCheck, require_sound
 from afa.cli.console import say
-from afa.cli.train import show_training
+from afa.cli.train import run_until_stopped
 from afa.machine.quiet import quieten_loading
 
 
@@ -33,22 +33,12 @@ def distill(
     from afa.distilling.planned import plan_of_distillation
     from afa.distilling.run import distill as run
     from afa.machine.processes import Processes
-    from afa.training import Stopped, stop_on_signals
 
     quieten_loading()
     is_main = Processes().is_main
     if is_main and run_check:
         require_sound(plan_of_distillation(checked))
-    with stop_on_signals() as should_stop:
-        try:
-            show_training(run(checked, output, should_stop=should_stop), is_main=is_main)
-        except Stopped as stopped:
-            if is_main:
-                say(
-                    f"Stopped after step {stopped.step} of {stopped.num_steps} and saved. Run the "
-                    "same command again to resume."
-                )
-            raise typer.Exit(128 + (should_stop.signal or 0)) from None
+    run_until_stopped(lambda stop: run(checked, output, should_stop=stop), is_main)
     if is_main and checked.student.what == "full":
         say(
             f"Student in {output}, a diffusers folder; see README.md there. One file for other "

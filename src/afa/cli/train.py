@@ -13,7 +13,7 @@ from afa.cli.progress import Progress
 from afa.machine.quiet import quieten_loading
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from afa.training import CacheProgress, TrainStep
     from afa.training.recipe import Recipe
@@ -41,7 +41,6 @@ def train(
         checked = _without_cache(checked)
 
     from afa.machine.processes import Processes
-    from afa.training import Stopped, stop_on_signals
     from afa.training import train as train_ensemble
     from afa.training.planned import plan_of_training
 
@@ -49,16 +48,7 @@ def train(
     is_main = Processes().is_main
     if is_main and run_check:
         require_sound(plan_of_training(checked))
-    with stop_on_signals() as should_stop:
-        try:
-            show_training(train_ensemble(checked, output, should_stop=should_stop), is_main=is_main)
-        except Stopped as stopped:
-            if is_main:
-                say(
-                    f"Stopped after step {stopped.step} of {stopped.num_steps} and saved. Run the "
-                    "same command again to resume."
-                )
-            raise typer.Exit(128 + (should_stop.signal or 0)) from None
+    run_until_stopped(lambda stop: train_ensemble(checked, output, should_stop=stop), is_main)
     if is_main:
         say(f"Ensemble in {output}. Try: afa generate {output} 'a prompt' --output pictures")
 
@@ -74,7 +64,33 @@ def _without_cache(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache": False})})
 
 
-def show_training(events: Iterable[TrainStep | CacheProgress], *, is_main: bool) -> None:
+def run_until_stopped(
+    start: Callable[[Callable[[], bool]], Iterable[TrainStep | CacheProgress]], is_main: bool
+) -> None:
+    """Run a training, which the first Ctrl-C or SIGTERM saves and stops.
+
+    Args:
+        start: a function of `should_stop` that returns the training's events.
+        is_main: whether this process shows them.
+
+    Raises:
+        typer.Exit: with 128 + n after signal n.
+    """
+    from afa.training import Stopped, stop_on_signals
+
+    with stop_on_signals() as should_stop:
+        try:
+            _show(start(should_stop), is_main=is_main)
+        except Stopped as stopped:
+            if is_main:
+                say(
+                    f"Stopped after step {stopped.step} of {stopped.num_steps} and saved. Run the "
+                    "same command again to resume."
+                )
+            raise typer.Exit(128 + (should_stop.signal or 0)) from None
+
+
+def _show(events: Iterable[TrainStep | CacheProgress], *, is_main: bool) -> None:
     """Run a training, and show a smoothed loss and its notes."""
     from afa.training import TrainStep
 
