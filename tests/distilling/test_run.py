@@ -153,6 +153,8 @@ def test_guidance_is_baked_in(experts: list[Path], tmp_path: Path) -> None:
         events = evaluate(compared, tmp_path / f"compared{len(own)}")
         notes = [note for event in events for note in event.notes if "guidance 3 already" in note]
         assert len(notes) == expected
+        report = (tmp_path / f"compared{len(own)}" / "report.md").read_text()
+        assert ("another guidance: a: 1" in report) == bool(own)
 
 
 # -- LoRAs ------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ def report_of(results: Results) -> dict[str, Any]:
     Only the values under `measured` (seconds and memory) vary between runs of the same recipe.
     """
     recipe = results.recipe
+    own = {each.name: each.guidance for each in recipe.methods if each.guidance is not None}
     report: dict[str, Any] = {
         "format": "afa-report",
         "version": 1,
@@ -42,6 +43,7 @@ def report_of(results: Results) -> dict[str, Any]:
         "groups": {group: len(places) for group, places in results.groups.items()},
         "references": {group: results.references(group) for group in results.groups},
         "sampling": recipe.sampling.model_dump(mode="json", exclude={"device"}),
+        **({"guidance": own} if own else {}),
         "num_resamples": recipe.num_resamples,
         "rows": [_row(results, method.name) for method in recipe.methods],
         "paired": _paired(results),
@@ -159,6 +161,9 @@ def report_text(report: dict[str, Any]) -> str:
         "Brackets are 95 % intervals: Wilson's for rates of correct pictures, otherwise a "
         "bootstrap over prompts and separately trained replicas.",
     ]
+    if own := report.get("guidance"):
+        listed = "; ".join(f"{name}: {scale:g}" for name, scale in own.items())
+        lines[-1] += f" Methods with another guidance: {listed}."
     machines = report["measured"]["on"]
     if len(machines) > 1:
         lines += [
