@@ -86,7 +86,6 @@ def steps(recipe: DistillRecipe, folder: Path, num_rounds: int) -> dict[str, lis
     texts = TextCache(folder / "texts", pipeline, rows.captions())
     list(texts.build())
     examples = RecordedExamples(
-        pipeline,
         [Source(rows, np.arange(len(rows)))],
         texts,
         caption_dropout=recipe.caption_dropout,

@@ -142,7 +142,6 @@ def test_targets(experts: list[Path], tmp_path: Path) -> None:
 
     def batch(**settings: Any) -> Any:
         examples = RecordedExamples(
-            pipeline,
             [Source(rows, np.arange(len(rows)))],
             LiveTexts(pipeline),
             seed=1,

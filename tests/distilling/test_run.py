@@ -399,3 +399,79 @@ def test_sites_that_do_not_exist(experts: list[Path], tmp_path: Path) -> None:
     asked = recipe(experts, tmp_path / "prompts.txt", features={"sites": ["up.9.9"]})
     with refusal("AFA-DISTILL-017", "up.9.9", "mid"):
         steps_of(asked, tmp_path / "out")
+    rule = {"fusion": {"rule": "magic_fusion", "temperatures": [1.0, 1.0]}}
+    two = recipe(experts[:2], tmp_path / "prompts.txt", teacher=rule, features={"sites": ["mid"]})
+    with refusal("AFA-DISTILL-018", "mid"):
+        steps_of(two, tmp_path / "two")
+
+
+# -- together with other settings -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "student", [{}, LORA, {"text_encoder": True}], ids=["full", "lora", "text"]
+)
+@pytest.mark.parametrize("features", [None, {"sites": ["mid"], "weight": 0.1}])
+def test_gradient_checkpointing_changes_nothing(
+    student: dict[str, Any], features: Any, experts: list[Path], tmp_path: Path
+) -> None:
+    losses = []
+    for name, on in (("plain", False), ("checkpointed", True)):
+        asked = recipe(
+            experts,
+            tmp_path / "prompts.txt",
+            student={"init": str(experts[0]), **student},
+            features=features,
+            training={"gradient_checkpointing": on},
+        )
+        losses.append([step.loss for step in steps_of(asked, tmp_path / name)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_predictions_in_half_precision(experts: list[Path], tmp_path: Path) -> None:
+    losses = []
+    for dtype in ("float32", "bfloat16"):
+        asked = recipe(experts, tmp_path / "prompts.txt", recording={"dtype": dtype})
+        losses.append([step.loss for step in steps_of(asked, tmp_path / dtype)])
+    assert losses[1] == pytest.approx(losses[0], rel=0.1)
+    sizes = [
+        sum(f.stat().st_size for f in (tmp_path / d / "recorded").rglob("*.safetensors"))
+        for d in ("float32", "bfloat16")
+    ]
+    assert sizes[1] < 0.8 * sizes[0]
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux", "pixart"])
+def test_text_encoders_of_transformers(kind: str, tmp_path: Path) -> None:
+    """A full student trains them all; a LoRA only those of CLIP, or it is refused."""
+    folders = saved_experts(kind, tmp_path / "kinds", count=2)
+    student = {"init": str(folders[0]), "text_encoder": True}
+    steps_of(recipe(folders, tmp_path / "prompts.txt", student=student), tmp_path / "full")
+    lora = recipe(folders, tmp_path / "prompts.txt", student={**student, **LORA})
+    if kind == "pixart":
+        with refusal("AFA-DISTILL-020"):
+            steps_of(lora, tmp_path / "lora")
+        return
+    steps_of(lora, tmp_path / "lora")
+    names = {name.partition(".")[0] for name in load_file(tmp_path / "lora" / "lora.safetensors")}
+    clip = {"sd3": {"text_encoder", "text_encoder_2"}, "flux": {"text_encoder"}}[kind]
+    assert names == {"transformer", *clip}
+    ours, _ = load_single(
+        {"base": str(folders[0]), "lora": str(tmp_path / "lora" / "lora.safetensors")}
+    )
+    before, _ = load_single(str(folders[0]))
+    own, new = before.text_encoder.state_dict(), ours.text_encoder.state_dict()
+    assert any(not torch.equal(tensor, new[name]) for name, tensor in own.items())
+
+
+def test_a_lora_on_a_lora_is_refused(experts: list[Path], tmp_path: Path) -> None:
+    steps_of(
+        recipe(experts, tmp_path / "prompts.txt", student={"init": str(experts[0]), **LORA}),
+        tmp_path / "first",
+    )
+    source = {"base": str(experts[0]), "lora": str(tmp_path / "first" / "lora.safetensors")}
+    again = recipe(experts, tmp_path / "prompts.txt", student={"init": source, **LORA})
+    with refusal("AFA-DISTILL-019", "what: full"):
+        steps_of(again, tmp_path / "again")
+    full = recipe(experts, tmp_path / "prompts.txt", student={"init": source})
+    assert steps_of(full, tmp_path / "full")

@@ -68,6 +68,7 @@ def captured(
         # the divisor is 1 where the pipeline passes the scheduler's own timesteps
         timestep = torch.as_tensor(given["timestep"]).float() * family.timestep_divisor
         without = None
+        assert len(noisy) in (batch_size, 2 * batch_size), "one call predicts all pictures"
         if len(noisy) == 2 * batch_size:  # pipelines put the half without prompt first
             without, answer = answer.chunk(2)
             noisy = noisy[batch_size:]

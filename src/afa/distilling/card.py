@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from afa.distilling.recipe import BakeIn
 from afa.loading.expert_source import ExpertSource
 from afa.provenance import __version__
 from afa.training.continuing import digest
@@ -177,7 +176,7 @@ def _use(record: dict[str, Any], files: Sequence[Path]) -> list[str]:
         scale = record["guidance"]["bake_in"]
         lines += [
             "",
-            f"Guidance of {BakeIn(bake_in=scale).bake_in:g} is part of its prediction: **draw with "
+            f"Guidance of {scale:g} is part of its prediction: **draw with "
             "guidance (CFG) 1**, which takes one call a step. Negative prompts have no effect.",
         ]
     return lines

@@ -43,10 +43,9 @@ class FeatureTap:
             )
         #: features [B, C, H, W] by site, with gradients if the call had any
         self.seen: dict[str, Tensor] = {}
-        self._handles = [
+        self.ensemble = ensemble
+        for name in sites:
             ensemble.aggregators[known[name]].register_forward_hook(self._hook(name))
-            for name in sites
-        ]
 
     def _hook(self, site: str) -> Any:
         def note(_: Any, __: Any, output: Fused) -> None:
@@ -59,11 +58,6 @@ class FeatureTap:
             self.seen[site] = output.feature
 
         return note
-
-    def close(self) -> None:
-        """Remove the hooks."""
-        for handle in self._handles:
-            handle.remove()
 
 
 def sizes_at(ensemble: EnsembleDenoiser, sites: Sequence[str], height: int, width: int) -> int:

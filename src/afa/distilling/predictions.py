@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 
-from afa.denoisers.kinds import conditioning_of
 from afa.training.cache.files import Shards, read_header, shard_name, write_shard
 from afa.training.encoding import Recorded, encode_captions
 from afa.training.examples import Broken
@@ -60,7 +59,6 @@ class Predictions:
             **self.features,
         }
         tensors = {
-            "items": self.items,
             "timestep": self.timestep.float(),
             "sizes": self.sizes.float(),
             "noisy": self.noisy.to(dtype),
@@ -153,7 +151,6 @@ class RecordedExamples:
     """Batches of recorded predictions; see `afa.training.examples.Examples`.
 
     Args:
-        pipeline: of the student.
         sources: recorded predictions; the first is used for a place if its random number is not
             below the share of the second.
         texts: conditions of all prompts.
@@ -168,7 +165,6 @@ class RecordedExamples:
 
     def __init__(
         self,
-        pipeline: DiffusionPipeline,
         sources: Sequence[Source],
         texts: Texts,
         *,
@@ -185,7 +181,6 @@ class RecordedExamples:
         self._feature_loss = feature_loss
         self._seed, self._device, self._purpose = seed, device, purpose
         self.broken = Broken(None, 0.0)
-        conditioning_of(pipeline)  # raises for pipelines without prompts
 
     def notes(self, *, is_last: bool) -> list[str]:
         """No messages."""

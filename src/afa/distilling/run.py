@@ -191,7 +191,6 @@ def _examples(
     used = first.of_items(range(num_items - count))
     others = [Source(each, np.arange(len(each))) for each in rows[1:]]
     training = RecordedExamples(
-        student.pipeline,
         [Source(first, used), *others],
         texts,
         share=(recipe.pictures and recipe.pictures.share) or 0.0,
@@ -201,7 +200,7 @@ def _examples(
     if recipe.validation is None:
         return training, None
     validation = RecordedExamples(
-        student.pipeline, [Source(first, held_out)], texts, purpose=Purpose.VALIDATION, **common
+        [Source(first, held_out)], texts, purpose=Purpose.VALIDATION, **common
     )
     return training, validation
 

@@ -57,6 +57,12 @@ def require_fit(teacher: Teacher, asked: StudentRecipe) -> None:
     experts = teacher.manifests()
     facts = [expert.facts for expert in experts]
     source = initial_source(teacher, asked.init)
+    if source is not None and source.lora is not None and asked.lora_rank is not None:
+        raise AfaError(
+            "AFA-DISTILL-019",
+            f"student.init is the LoRA '{source.lora}' on a base, which the LoRA of the student "
+            "would not contain. Set student.init to a complete model, or what: full.",
+        )
     if source is not None:
         try:
             facts.append(read_manifest(source, teacher.companions()).facts)
@@ -142,7 +148,8 @@ class Student:
         features: a loss of features; None for none.
 
     Raises:
-        AfaError: if a site of `features` does not exist.
+        AfaError: if a site of `features` does not exist, or there is no text encoder whose LoRA
+            programs load.
     """
 
     name: ClassVar[str] = "student"
@@ -167,6 +174,15 @@ class Student:
         self.models = {
             key: model for key, model in models.items() if key == denoiser or asked.text_encoder
         }
+        if self.rank is not None and asked.text_encoder:
+            # programs load LoRAs of CLIP alone
+            self.models = {k: m for k, m in self.models.items() if k == denoiser or self.is_clip(k)}
+            if len(self.models) == 1:
+                raise AfaError(
+                    "AFA-DISTILL-020",
+                    "This model has no text encoder of CLIP, and programs load LoRAs of no other. "
+                    "Set student.text_encoder: false, or what: full.",
+                )
         self._features, self._tap = features, None
         if features is not None:
             self._tap = expose_features(models[denoiser], features.sites)
@@ -243,7 +259,7 @@ class Student:
         del engine
         stack = ExitStack()
         if settings.gradient_checkpointing:
-            denoiser = denoiser_of(self.pipeline)
+            denoiser = denoiser_of(self.pipeline) if self._tap is None else self._tap.ensemble
             denoiser.enable_gradient_checkpointing()
             stack.callback(denoiser.disable_gradient_checkpointing)
         return stack
