@@ -20,9 +20,10 @@ import numpy as np
 import torch
 
 from afa.denoisers.kinds import conditioning_of, denoiser_of
+from afa.distilling.passes import Trajectories, passes_of
 from afa.distilling.predictions import RecordedExamples, Source
 from afa.distilling.recipe import DistillRecipe
-from afa.distilling.recording import Trajectories, passes_of, read_rows, record_predictions
+from afa.distilling.recording import read_rows, record_predictions
 from afa.distilling.student import Student, load_student
 from afa.distilling.teacher import Teacher
 from afa.evaluation.work import draw

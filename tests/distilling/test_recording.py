@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 
 import afa.distilling.recording as recording
 from afa.denoisers.kinds import conditioning_of, denoiser_of
+from afa.distilling.passes import Trajectories, passes_of
 from afa.distilling.predictions import LiveTexts, RecordedExamples, Source
 from afa.distilling.recipe import DistillRecipe
-from afa.distilling.recording import passes_of, read_rows, record_predictions
+from afa.distilling.recording import read_rows, record_predictions
 from afa.distilling.teacher import Teacher
 from afa.training.encoding import encode_captions
 from afa.training.engine import Engine
@@ -206,10 +207,13 @@ def test_the_teacher_is_gone_afterwards(
 def test_another_teacher_is_refused(experts: list[Path], tmp_path: Path) -> None:
     recorded(recipe(experts, tmp_path / "prompts.txt"), tmp_path / "kept")
     other = recipe(experts[:2], tmp_path / "prompts.txt", student={"init": str(experts[0])})
-    with refusal("AFA-DISTILL-004", "teacher", str(tmp_path / "kept")):
+    with refusal("AFA-EVAL-030", "teacher", str(tmp_path / "kept")):
         recorded(other, tmp_path / "kept")
     changed = recipe(experts, tmp_path / "prompts.txt", trajectories={"guidance": 4.0})
-    with refusal("AFA-DISTILL-004", "sampling"):
+    with refusal("AFA-EVAL-030", "sampling"):
+        recorded(changed, tmp_path / "kept")
+    (tmp_path / "kept" / "trajectories" / "made_from.json").unlink()
+    with refusal("AFA-EVAL-029", "trajectories"):
         recorded(changed, tmp_path / "kept")
 
 
@@ -273,7 +277,7 @@ def test_a_teacher_that_is_written_meanwhile(
         shutil.copytree(expert, copy)
     asked = recipe(mine, tmp_path / "prompts.txt")
     weights = next((mine[1] / "unet").glob("*.safetensors"))
-    record = recording.Trajectories.record
+    record = Trajectories.record
 
     def disturbed(self: Any, pipeline: Any, number: int, tap: Any) -> Any:
         found = record(self, pipeline, number, tap)
@@ -283,7 +287,7 @@ def test_a_teacher_that_is_written_meanwhile(
                 file.write(content)
         return found
 
-    monkeypatch.setattr(recording.Trajectories, "record", disturbed)
+    monkeypatch.setattr(Trajectories, "record", disturbed)
     with refusal("AFA-LOAD-100", weights.name):
         recorded(asked, tmp_path / "kept")
     assert len(list((tmp_path / "kept").rglob("*.safetensors"))) == 1
@@ -304,14 +308,14 @@ def test_prompts_that_are_cut_are_named(experts: list[Path], tmp_path: Path) -> 
 def test_values_that_are_not_finite(
     experts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record = recording.Trajectories.record
+    record = Trajectories.record
 
     def broken(self: Any, pipeline: Any, number: int, tap: Any) -> Any:
         found = record(self, pipeline, number, tap)
         found.conditional[0] = torch.nan
         return found
 
-    monkeypatch.setattr(recording.Trajectories, "record", broken)
+    monkeypatch.setattr(Trajectories, "record", broken)
     with refusal("AFA-DISTILL-008", "batch 0 of trajectories"):
         recorded(recipe(experts, tmp_path / "prompts.txt"), tmp_path / "kept")
 

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from afa.distilling.passes import Pass
     from afa.distilling.recipe import DistillRecipe
-    from afa.distilling.recording import Pass
     from afa.distilling.teacher import Teacher
 
 CARD = "README.md"

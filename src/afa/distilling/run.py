@@ -11,9 +11,10 @@ import numpy as np
 
 from afa.distilling.card import CARD, card_of, record_of
 from afa.distilling.lora_files import write_loras
+from afa.distilling.passes import passes_of
 from afa.distilling.predictions import LiveTexts, RecordedExamples, Source
 from afa.distilling.recipe import BakeIn
-from afa.distilling.recording import passes_of, read_rows, record_predictions
+from afa.distilling.recording import read_rows, record_predictions
 from afa.distilling.student import Student, load_student, require_fit
 from afa.distilling.teacher import Teacher
 from afa.errors import AfaError
@@ -37,9 +38,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
+    from afa.distilling.passes import Pass
     from afa.distilling.predictions import Rows, Texts
     from afa.distilling.recipe import DistillRecipe
-    from afa.distilling.recording import Pass
 
 RECORDED, _TEXTS = "recorded", "texts"
 #: settings that may change when a run is resumed

@@ -67,11 +67,13 @@ class Claim:
         path: the file that stores the record.
         identity: the inputs, as JSON.
         what: name of the files, for errors.
+        files: patterns of the files beside it that were made from these inputs.
     """
 
     path: Path
     identity: dict[str, Any]
     what: str
+    files: tuple[str, ...] = ("seed-*", "methods/*")
 
 
 def digest(content: Any) -> str:
@@ -148,11 +150,11 @@ class Store:
         """
         path, what = claim.path, claim.what
         if not path.exists():
-            if any(path.parent.glob("seed-*")) or any(path.parent.glob("methods/*")):
+            if any(any(path.parent.glob(pattern)) for pattern in claim.files):
                 raise AfaError(
                     "AFA-EVAL-029",
                     f"'{path}', the record of how the files of {what} were made, is missing. "
-                    f"Restore it, or delete '{path.parent}' to draw them again.",
+                    f"Restore it, or delete '{path.parent}' to make them again.",
                 )
             return
         found, identity = read_json(path), json.loads(json.dumps(claim.identity))
@@ -161,7 +163,7 @@ class Store:
             raise AfaError(
                 "AFA-EVAL-030",
                 f"The files of {what} in '{path.parent}' were made with another recipe or other "
-                f"checkpoints; they differ in {', '.join(keys)}. Delete that folder to draw them "
+                f"checkpoints; they differ in {', '.join(keys)}. Delete that folder to make them "
                 "again, or pass another output folder.",
             )
 

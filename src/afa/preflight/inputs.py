@@ -222,7 +222,7 @@ def inputs_of_distillation(
     recipe: DistillRecipe, output: Path | None, progress: Callable[[str, int, int], object]
 ) -> Inputs:
     """Check what `afa distill` reads: prompts, pictures, the student's fit, earlier recordings."""
-    from afa.distilling.recording import passes_of
+    from afa.distilling.passes import passes_of
     from afa.distilling.run import require_same_distillation
     from afa.distilling.student import require_fit
     from afa.distilling.teacher import Teacher

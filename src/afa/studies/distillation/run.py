@@ -164,7 +164,8 @@ def costs_of(work: Path, settings: Settings) -> dict[str, float]:
 
 def record_job(name: str, recipe: DistillRecipe, folder: Path) -> None:
     """Record a teacher's predictions, and how long that takes."""
-    from afa.distilling.recording import passes_of, record_predictions
+    from afa.distilling.passes import passes_of
+    from afa.distilling.recording import record_predictions
     from afa.distilling.teacher import Teacher
     from afa.training.engine import Engine
 
