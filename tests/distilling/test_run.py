@@ -22,7 +22,9 @@ from afa.distilling.student import load_student
 from afa.distilling.teacher import Teacher
 from afa.evaluation.recipe import EvaluateRecipe
 from afa.evaluation.run import evaluate
+from afa.exporting import export_checkpoint
 from afa.loading.pipeline import load_single
+from afa.loading.student_record import baked_guidance
 from afa.training.stopping import Stopped
 from tests.distilling.students import as_written, files_of, recipe, steps_of
 from tests.refusal import refusal
@@ -142,6 +144,17 @@ def test_guidance_is_baked_in(experts: list[Path], tmp_path: Path) -> None:
     asked = recipe(experts, tmp_path / "prompts.txt", guidance={"bake_in": 3.0})
     steps_of(asked, out := tmp_path / "out")
     assert "guidance (CFG) 1" in (out / "README.md").read_text()
+    list(export_checkpoint(str(out), tmp_path / "one.safetensors"))
+    lora = recipe(
+        experts,
+        tmp_path / "prompts.txt",
+        guidance={"bake_in": 3.0},
+        student={"init": str(experts[0]), **LORA},
+    )
+    steps_of(lora, tmp_path / "lora")
+    files = [out, tmp_path / "one.safetensors", tmp_path / "lora" / "lora.safetensors"]
+    assert [baked_guidance(file) for file in files] == [3.0, 3.0, 3.0]
+    assert baked_guidance(experts[0]) is None
     method = {"name": "a", "model": str(out)}
     common = {
         "prompts": {"zoo": {"kinds": {"mixed": 1}}},

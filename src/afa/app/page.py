@@ -17,7 +17,7 @@ from afa.app.drawing import Drawn, Stopped
 from afa.app.layout import MAX_PIXELS, MAX_STEPS, Defaults, Layout, Slot
 from afa.app.views import Entry
 from afa.denoisers.kinds import denoiser_of
-from afa.drawing.contenders import ENSEMBLE, STUDENT
+from afa.drawing.contenders import ENSEMBLE
 from afa.drawing.pictures import identity_of, picture_recipe, save_picture
 from afa.ensemble.caching.settings import PRESETS, acceleration_of
 from afa.ensemble.protocol import expert_names
@@ -259,12 +259,8 @@ class Page:
                     "AFA-APP-003",
                     f"{key} must be a multiple of {multiple} pixels; got {fields[key]}.",
                 )
-        student = self._studio.contenders.student if name == STUDENT else None
-        if student is not None and student.guidance is not None:
-            fields["guidance"] = student.guidance  # it is part of the student's prediction
         return picture_recipe(
-            **fields,
-            student=None if student is None else (student.source, student.identity),
+            **{**fields, **self._studio.contenders.fields(name)},
             ensemble=self._ensemble,
             identity=self._identity,
             drawn_by=name,

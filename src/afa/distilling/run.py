@@ -19,7 +19,7 @@ from afa.distilling.student import Student, load_student, require_fit
 from afa.distilling.teacher import Teacher
 from afa.errors import AfaError
 from afa.files import is_unused, owned, read_json, write_atomic
-from afa.loading.student_record import RECORD
+from afa.loading.student_record import ENTRY, RECORD
 from afa.recipe import differing
 from afa.training.cache import CacheProgress, TextCache
 from afa.training.checkpoints import Checkpoints
@@ -218,7 +218,7 @@ def _save(
     text = json.dumps(record, indent=2) + "\n"
     files: list[Path] = []
     if student.rank is not None:
-        metadata = {"modelspec.title": output.name, "afa_distill": text}
+        metadata = {"modelspec.title": output.name, ENTRY: text}
         files = write_loras(student, output, metadata)
     write_atomic(output / RECORD, text)
     write_atomic(output / CARD, card_of(record, output, files))

@@ -98,6 +98,13 @@ class Contenders:
             return [*own, ENSEMBLE]
         return [*(self._title(n) for n in range(len(self._experts))), MERGE, *own, ENSEMBLE]
 
+    def fields(self, name: str) -> dict[str, Any]:
+        """The fields of a picture's recipe that a contender sets: a student's source, guidance."""
+        if name != STUDENT or self.student is None:
+            return {}
+        guidance = {} if self.student.guidance is None else {"guidance": self.student.guidance}
+        return {"student": (self.student.source, self.student.identity), **guidance}
+
     def pipeline(
         self, name: str, speed: Acceleration | Mapping[str, Any] | str = "exact"
     ) -> DiffusionPipeline:

@@ -186,7 +186,7 @@ def _guided_twice(recipe: EvaluateRecipe) -> list[str]:
     lines = []
     for method in recipe.methods:
         for model in method.model or ():
-            baked = baked_guidance(Path(model.source).expanduser())
+            baked = baked_guidance(Path(model.lora or model.source).expanduser())
             if baked is not None and recipe.sampling_of(method).guidance > 1:
                 lines.append(
                     f"The model of '{method.name}' predicts with guidance {baked:g} already, and "

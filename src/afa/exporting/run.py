@@ -14,7 +14,7 @@ from afa.exporting.plan import ExportPlan, plan_export
 from afa.files import mark_of, read_json, staged
 from afa.loading.expert_source import ExpertSource
 from afa.loading.sources import refer
-from afa.loading.student_record import student_record
+from afa.loading.student_record import ENTRY, student_record
 from afa.loading.weights import hash_pipeline
 from afa.merging.metadata import prediction_entry
 from afa.merging.method import is_finite
@@ -158,5 +158,5 @@ def _metadata(plan: ExportPlan) -> dict[str, str]:
     if merged.is_file():
         metadata["afa_merge"] = json.dumps(read_json(merged), indent=2)
     if distilled is not None:
-        metadata["afa_distill"] = json.dumps(distilled, indent=2)
+        metadata[ENTRY] = json.dumps(distilled, indent=2)
     return metadata

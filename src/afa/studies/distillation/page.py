@@ -89,7 +89,7 @@ def write_pages(docs: Path, results: dict[str, Any]) -> None:
         before, found, rest = text.partition(start)
         if not found or _END not in rest:
             raise AfaError(
-                "AFA-STUDY-011", f"'{path}' lacks the mark '{start}'. Restore the page from git."
+                "AFA-STUDY-009", f"'{path}' lacks the mark '{start}'. Restore the page from git."
             )
         text = f"{before}{start}\n\n{table}\n\n{_END}{rest.partition(_END)[2]}"
     write_atomic(path, text)

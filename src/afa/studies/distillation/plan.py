@@ -108,7 +108,7 @@ def main_students(work: Path) -> dict[str, list[Path]]:
         folder = work / "students" / student.folder
         if not (folder / RECORD).is_file():
             raise AfaError(
-                "AFA-STUDY-012",
+                "AFA-STUDY-010",
                 f"'{work}' lacks the student '{folder.name}'. Finish it: afa zoo distillation "
                 f"{work} --docs docs.",
             )

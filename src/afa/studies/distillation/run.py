@@ -8,8 +8,7 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from afa.errors import AfaError
-from afa.files import is_unused, owned, read_json, write_atomic
+from afa.files import owned, read_json, write_atomic
 from afa.studies.distillation.page import results_of, write_pages
 from afa.studies.distillation.plan import (
     FULL,
@@ -36,7 +35,12 @@ from afa.studies.results.jobs import (
     tune_base_job,
 )
 from afa.studies.results.plan import StudySettings, aggregator_recipes, scenes
-from afa.studies.results.run import StageStarted, evaluate_in_processes
+from afa.studies.results.run import (
+    SETTINGS,
+    StageStarted,
+    evaluate_in_processes,
+    require_same_study,
+)
 from afa.studies.zoo_build.build import ZooRecipe
 
 if TYPE_CHECKING:
@@ -46,7 +50,6 @@ if TYPE_CHECKING:
     from afa.distilling.recipe import DistillRecipe
     from afa.studies.results.jobs import JobProgress
 
-_SETTINGS = "study.json"
 #: steps whose time is measured
 _MEASURED = 20
 
@@ -72,20 +75,9 @@ def run_study(
     num_processes = num_processes or os.cpu_count() or 1
     work = work.resolve()
     inputs = json.loads(json.dumps(asdict(settings)))
-    path = work / _SETTINGS
-    if path.exists() and read_json(path) != inputs:
-        raise AfaError(
-            "AFA-STUDY-009",
-            f"The work folder '{work}' belongs to a study with other settings. Pass another "
-            "folder.",
-        )
-    if not path.exists() and not is_unused(work):
-        raise AfaError(
-            "AFA-STUDY-010",
-            f"The work folder '{work}' is neither new nor an earlier study. Pass another folder.",
-        )
+    require_same_study(work, inputs)
     with owned(work):
-        write_atomic(path, json.dumps(inputs, indent=2) + "\n")
+        write_atomic(work / SETTINGS, json.dumps(inputs, indent=2) + "\n")
         yield from _stages(work, docs, settings, num_processes)
 
 

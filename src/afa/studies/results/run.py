@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-_SETTINGS = "study.json"
+SETTINGS = "study.json"
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,9 @@ def run_study(
             for path in map(locate, (zoo.base, *zoo.experts.values()))
         ],
     }
-    _require_same(work, inputs)
+    require_same_study(work, inputs)
     with owned(work):
-        write_atomic(work / _SETTINGS, json.dumps(inputs, indent=2) + "\n")
+        write_atomic(work / SETTINGS, json.dumps(inputs, indent=2) + "\n")
         yield from _stages(work, docs, settings, num_processes, zoo, students or {})
 
 
@@ -171,8 +171,13 @@ def _tuning(
     return zoo.base, scenes(seed).seed, training(settings, seed, **changes), folder
 
 
-def _require_same(work: Path, inputs: dict[str, Any]) -> None:
-    path = work / _SETTINGS
+def require_same_study(work: Path, inputs: dict[str, Any]) -> None:
+    """Check that a work folder is new, or of an earlier study with the same inputs.
+
+    Raises:
+        AfaError: if it is not.
+    """
+    path = work / SETTINGS
     if path.exists() and read_json(path) != inputs:
         raise AfaError(
             "AFA-STUDY-004",
