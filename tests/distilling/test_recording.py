@@ -52,6 +52,24 @@ def captions_of(asked: DistillRecipe, folder: Path, number: int) -> list[str]:
     return [rows.row(n)[1] for n in range(len(rows))]
 
 
+@torch.no_grad()
+def predicted_for(pipeline: Any, tensors: dict[str, torch.Tensor], text: str) -> torch.Tensor:
+    """The prediction for one recorded latent, with the conditions of a text."""
+    conditions = encode_captions(pipeline, [text])
+    conditions["sizes"] = tensors["sizes"][None]
+    if "guidance" in tensors:
+        assert tensors["guidance"] == pytest.approx(3.0)
+        conditions["guidance"] = tensors["guidance"][None]
+    found: torch.Tensor = conditioning_of(pipeline).predict(
+        pipeline,
+        denoiser_of(pipeline),
+        tensors["noisy"][None],
+        tensors["timestep"][None],
+        conditions,
+    )
+    return found[0]
+
+
 def test_predictions_are_those_for_the_latents_beside_them(
     kind: str, folders: list[Path], tmp_path: Path
 ) -> None:
@@ -68,20 +86,8 @@ def test_predictions_are_those_for_the_latents_beside_them(
         for name, text in (("conditional", caption), ("unconditional", "")):
             if name not in tensors:
                 continue
-            conditions = encode_captions(pipeline, [text])
-            conditions["sizes"] = tensors["sizes"][None]
-            if "guidance" in tensors:
-                assert tensors["guidance"] == pytest.approx(3.0)
-                conditions["guidance"] = tensors["guidance"][None]
-            with torch.no_grad():
-                predicted = conditioning_of(pipeline).predict(
-                    pipeline,
-                    denoiser_of(pipeline),
-                    tensors["noisy"][None],
-                    tensors["timestep"][None],
-                    conditions,
-                )
-            torch.testing.assert_close(predicted[0], tensors[name], rtol=1e-4, atol=2e-5)
+            predicted = predicted_for(pipeline, tensors, text)
+            torch.testing.assert_close(predicted, tensors[name], rtol=1e-4, atol=2e-5)
 
 
 def test_trajectories_are_those_of_the_pipeline(experts: list[Path], tmp_path: Path) -> None:
@@ -120,17 +126,8 @@ def test_noised_pictures(kind: str, folders: list[Path], tmp_path: Path) -> None
     pipeline: Any = Teacher.of(asked).load(torch.device("cpu"))
     tensors, caption = rows.row(2)
     assert " on the left and " in caption
-    conditions = encode_captions(pipeline, [caption])
-    conditions["sizes"] = tensors["sizes"][None]
-    with torch.no_grad():
-        predicted = conditioning_of(pipeline).predict(
-            pipeline,
-            denoiser_of(pipeline),
-            tensors["noisy"][None],
-            tensors["timestep"][None],
-            conditions,
-        )
-    torch.testing.assert_close(predicted[0], tensors["conditional"], rtol=1e-4, atol=2e-5)
+    predicted = predicted_for(pipeline, tensors, caption)
+    torch.testing.assert_close(predicted, tensors["conditional"], rtol=1e-4, atol=2e-5)
 
 
 def test_targets(experts: list[Path], tmp_path: Path) -> None:

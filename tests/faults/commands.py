@@ -14,6 +14,7 @@ from PIL import Image
 from afa.loading.trust.headers import check_header
 from tests import warm
 from tests.cli.test_cli import AGGREGATOR
+from tests.distilling.students import as_written
 
 
 @dataclass(frozen=True)
@@ -95,30 +96,11 @@ def training(folder: Path, experts: list[Path], **changes: Any) -> Command:
 
 def distilling(folder: Path, experts: list[Path], **changes: Any) -> Command:
     """Of a fusion of experts into a complete model, with checkpoints."""
-    prompts = folder / "prompts.txt"
-    prompts.write_text("a fox\na house\n")
-    recipe: dict[str, Any] = {
-        "teacher": {"fusion": {"rule": "feature_mean"}},
-        "experts": [str(expert) for expert in experts],
-        "student": {"init": str(experts[0])},
-        "trajectories": {
-            "prompts": {"text": str(prompts)},
-            "number": 4,
-            "num_steps": 2,
-            "height": 16,
-            "width": 16,
-        },
-        "recording": {"batch_size": 2},
-        "training": {
-            "num_steps": 4,
-            "batch_size": 4,
-            "learning_rate": 1e-3,
-            "device": "cpu",
-            "checkpoint_every": 2,
-            "trackers": [],
-        },
-        **changes,
-    }
+    recipe = as_written(
+        experts,
+        folder / "prompts.txt",
+        **{"trajectories": {"number": 4, "num_steps": 2}, **changes},
+    )
     place = folder / "distill.yaml"
     place.write_text(yaml.safe_dump(recipe))
     output = folder / "student"

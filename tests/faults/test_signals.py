@@ -123,10 +123,7 @@ def test_a_distillation_that_is_killed(experts: list[Path], tmp_path: Path) -> N
         "training": {
             "num_steps": 40,
             "batch_size": 8,
-            "learning_rate": 1e-3,
-            "device": "cpu",
             "checkpoint_every": 10,
-            "trackers": [],
         },
         "validation": {"num_samples": 2, "every": 10},
     }
