@@ -50,8 +50,8 @@ results-dit: install ## the same for transformers, a section of that page (WORK=
 	$(BIN)/afa zoo build $(WORK)-dit-zoo --family dit
 	$(BIN)/afa zoo results $(WORK)-dit --zoo $(WORK)-dit-zoo --docs docs
 
-distillation: install ## distil the bundled ensemble, write docs/distillation.json (WORK=folder; hours; resumes)
-	$(BIN)/afa zoo distillation $(WORK)-distillation --docs docs
+distillation: install ## distil the bundled ensemble, write docs/distillation.json (WORK=folder; hours; PART=main; resumes)
+	$(BIN)/afa zoo distillation $(WORK)-distillation --docs docs $(if $(PART),--part $(PART))
 
 bench: install .venv-all/.installed ## measure speed and memory, write docs/benchmarks.md (an hour)
 	$(BIN)/python -m benchmarks.run

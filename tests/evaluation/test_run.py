@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -55,10 +56,30 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     return folder / "output", report
 
 
+def test_the_report_can_be_computed_from_the_scores_of_pictures(
+    finished: tuple[Path, dict[str, Any]],
+) -> None:
+    output, report = finished
+    with (output / "scores.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    seeds = len(SMALL["sampling"]["seeds"])
+    for row in report["rows"]:
+        for group, found in row["groups"].items():
+            mine = [x for x in lines if (x["method"], x["group"]) == (row["method"], group)]
+            assert len(mine) == report["groups"][group] * seeds * row["num_replicas"]
+            for score, figures in found["scores"].items():
+                mean = sum(float(line[score]) for line in mine) / len(mine)
+                assert mean == pytest.approx(figures["mean"], abs=1e-9)
+    assert {line["prompt"] for line in lines} == {
+        text for text, _ in json.loads((output / "prompts.json").read_text())["prompts"]
+    }
+
+
 def test_everything_is_on_disk(finished: tuple[Path, dict[str, Any]]) -> None:
     output, report = finished
     names = {path.name for path in output.iterdir()}
-    assert {"report.json", "report.md", "pictures.png", "scores.png", "curve.png"} <= names
+    reports = {"report.json", "report.md", "scores.csv"}
+    assert reports | {"pictures.png", "scores.png", "curve.png"} <= names
     drawn = output / "methods" / "expert-animals" / "replica-0" / "seed-1" / "steps-2"
     assert sorted(path.name for path in drawn.glob("*.png")) == [f"{n:06d}.png" for n in range(5)]
     assert [path.name for path in output.rglob(".*")] == [".lock"], "nothing unfinished is left"

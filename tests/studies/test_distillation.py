@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from afa.distilling.recipe import BakeIn
 from afa.evaluation.recipe import EvaluateRecipe
+from afa.studies.distillation.page import Figures, read_results, write_pages
+from afa.studies.distillation.parts import Part
 from afa.studies.distillation.plan import (
     FULL,
     GUIDED,
     LORA,
+    TUNED,
     Settings,
     captions_of_test,
     comparison,
     distill_recipe,
     main_students,
     prompts,
-    recording_of,
     students,
 )
 from afa.studies.distillation.run import run_study
+from afa.studies.zoo_build.transformer import TransformerRecipe
+from afa.zoo import EXPERTS
 from afa.zoo.scenes import is_held_out, parse_caption
 from tests.refusal import refusal
 
@@ -38,10 +43,15 @@ SMALL = Settings(
     curve_steps=(1,),
     ranks=(4,),
     num_prompts=60,
-    num_mixed=4,
-    num_own=4,
+    num_mixed=2,
+    num_own=2,
     num_validation=4,
     num_resamples=100,
+    transformers=TransformerRecipe(
+        num_scenes=32, base_steps=2, expert_steps=2, batch_size=4, num_graded=4
+    ),
+    num_aggregator_steps=2,
+    teacher_steps=2,
 )
 
 
@@ -58,7 +68,7 @@ def test_students_share_what_was_recorded(tmp_path: Path) -> None:
     """A folder of recorded predictions is for one teacher, seed and sampling."""
     (tmp_path / "prompts.txt").write_text("a fox\n")
     settings = Settings()
-    planned = students(settings)
+    planned = [student for part in Part for student in students(settings, part)]
     assert len({student.folder for student in planned}) == len(planned)
     assert sum(student.row == FULL for student in planned) == 3
     by_folder: dict[str, set[str]] = {}
@@ -68,25 +78,38 @@ def test_students_share_what_was_recorded(tmp_path: Path) -> None:
         inputs = recipe.trajectories.model_dump(mode="json", exclude={"number"})
         inputs |= recipe.recording.model_dump(mode="json")
         inputs |= recipe.teacher.model_dump(mode="json")
-        by_folder.setdefault(recording_of(student), set()).add(json.dumps(inputs))
-        assert isinstance(recipe.guidance, BakeIn) == (student.row == GUIDED)
+        by_folder.setdefault(student.recording, set()).add(json.dumps(inputs))
+        assert isinstance(recipe.guidance, BakeIn) == (GUIDED in student.row)
     assert all(len(kinds) == 1 for kinds in by_folder.values())
 
 
+@pytest.fixture
+def docs(tmp_path: Path) -> Path:
+    """A copy of the pages that the study reads and writes, without earlier figures."""
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    for name in ("distillation.md", "results.json", "results-dit.json"):
+        shutil.copyfile(ROOT / "docs" / name, folder / name)
+    return folder
+
+
 @pytest.mark.nightly
-def test_the_whole_study_in_small(tmp_path: Path) -> None:
-    docs = tmp_path / "docs"
-    docs.mkdir()
-    for name in ("distillation.md", "results.json"):
-        shutil.copyfile(ROOT / "docs" / name, docs / name)
+def test_the_whole_study_in_small(tmp_path: Path, docs: Path) -> None:
     work = tmp_path / "work"
     list(run_study(work, docs, SMALL, num_processes=1))
     results = json.loads((docs / "distillation.json").read_text())
     rows = {row["method"]: row for row in results["rows"]}
-    assert {FULL, GUIDED, LORA, "teacher", "base", "tuned base (total time)"} <= rows.keys()
+    assert {FULL, GUIDED, LORA, "teacher", "base", TUNED, f"transformers: {FULL}"} <= rows.keys()
     assert rows[GUIDED]["expert_calls_per_image"] * 2 == rows[FULL]["expert_calls_per_image"]
+    for row in results["rows"]:
+        ones = "".join(row["outcomes"]).count("1")
+        assert row["both"]["mean"] == pytest.approx(ones / len("".join(row["outcomes"])))
+    assert rows[TUNED]["distilled_minus_this"]["mean"] == pytest.approx(
+        rows[FULL]["both"]["mean"] - rows[TUNED]["both"]["mean"]
+    )
     page = (docs / "distillation.md").read_text()
     assert "| distilled, guided |" in page
+    assert "Not measured yet" not in page
     before = page
     list(run_study(work, docs, SMALL, num_processes=1))  # nothing is left to do
     assert (docs / "distillation.md").read_text() == before
@@ -96,13 +119,64 @@ def test_the_whole_study_in_small(tmp_path: Path) -> None:
         main_students(work)
 
 
+def rows_of(part: Part, outcomes: dict[str, str]) -> Figures:
+    """The figures of a part with made up outcomes of four prompts."""
+    rows = [
+        {
+            "part": part,
+            "method": name,
+            "num_seeds": 1,
+            "outcomes": [text],
+            "both": {"mean": text.count("1") / 4, "low": 0.0, "high": 1.0},
+            **{name: {"mean": 0.5} for name in ("clip_t", "fid", "cmmd")},
+            "seconds_per_image": 1.0,
+        }
+        for name, text in outcomes.items()
+    ]
+    settings = json.loads(json.dumps(asdict(SMALL)))
+    about = {"settings": settings, "students": []}
+    return {"about": about, "rows": rows, "own_domain": dict.fromkeys(EXPERTS, rows)}
+
+
+def test_parts_of_different_runs_are_compared_prompt_by_prompt(docs: Path) -> None:
+    first = {"teacher": "1111", FULL: "1110", "base": "0000"}
+    write_pages(docs, SMALL, Part.MAIN, rows_of(Part.MAIN, first))
+    costs = dict.fromkeys(
+        [f"{name}_seconds" for name in ("teacher", "recording", "student", "total")], 1.0
+    )
+    costs |= {"tuned_base_steps": 3, "base_seconds_per_step": 1.0}
+    found = rows_of(Part.BUDGET, {"teacher": "1111", TUNED: "0001", "base": "0000"})
+    found["about"]["costs"] = costs
+    write_pages(docs, SMALL, Part.BUDGET, found)
+    rows = {row["method"]: row for row in read_results(docs, SMALL)["rows"]}
+    against = rows[TUNED]["distilled_minus_this"]
+    assert (against["mean"], against["wins"], against["losses"]) == (0.5, 3, 1)
+    page = (docs / "distillation.md").read_text()
+    assert f"| {TUNED} | 1 | 0.25" in page
+    assert "Not measured yet: `afa zoo distillation WORK --docs docs --part variants`" in page
+
+    better = {"teacher": "1111", FULL: "1111", "base": "0000"}
+    write_pages(docs, SMALL, Part.MAIN, rows_of(Part.MAIN, better))  # the other part stays
+    rows = {row["method"]: row for row in read_results(docs, SMALL)["rows"]}
+    assert rows[TUNED]["distilled_minus_this"]["mean"] == 0.75
+    assert rows[FULL]["teacher_minus_this"]["mean"] == 0.0
+
+
+def test_figures_of_other_settings_are_not_mixed(tmp_path: Path, docs: Path) -> None:
+    first = {"teacher": "1111", FULL: "1110", "base": "0000"}
+    write_pages(docs, SMALL, Part.MAIN, rows_of(Part.MAIN, first))
+    with refusal("AFA-STUDY-011", "main"):
+        list(run_study(tmp_path / "work", docs, Settings(), num_processes=1))
+    assert not (tmp_path / "work" / "study.json").exists()
+
+
 def test_the_comparison_is_a_recipe(tmp_path: Path) -> None:
     folders = {FULL: [tmp_path / "full"], GUIDED: [tmp_path / "guided"], LORA: [tmp_path / "lora"]}
     for places in folders.values():
         places[0].mkdir()
     (tmp_path / "lora" / "lora.safetensors").write_bytes(b"")
     (tmp_path / "guided" / "distill.json").write_text('{"guidance": {"bake_in": 3.0}}')
-    recipe = EvaluateRecipe.model_validate(comparison(Settings(), folders, [], {}, FULL))
+    recipe = EvaluateRecipe.model_validate(comparison(Part.MAIN, Settings(), tmp_path, folders, {}))
     methods = {method.name: method for method in recipe.methods}
     assert methods[GUIDED].guidance == 1.0
     assert methods[FULL].guidance is None

@@ -43,4 +43,4 @@ def evaluate(
                 say_warnings(event.notes)
             progress.update(event.stage, event.done, event.total, event.note)
     if is_main:
-        say(f"Report, tables and figures in {output}: report.md, report.json")
+        say(f"Report, tables and figures in {output}: report.md, report.json, scores.csv")

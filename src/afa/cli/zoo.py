@@ -11,6 +11,7 @@ from afa.cli.console import require_new_folder, say
 from afa.cli.progress import Progress
 from afa.errors import AfaError
 from afa.machine.quiet import quieten_loading
+from afa.studies.distillation.parts import Part
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -130,19 +131,23 @@ def distillation(
     processes: Annotated[
         int | None, typer.Option(min=1, help="With one thread each; default: one per core.")
     ] = None,
+    part: Annotated[
+        list[Part] | None,
+        typer.Option(help="Repeatable; default: all parts."),
+    ] = None,
 ) -> None:
     """Distil the bundled ensemble into students, compare them, and write the page's tables.
 
-    Takes hours on two cores. Run the same command again to resume.
+    Each part takes one to two hours on two cores. Run the same command again to resume.
 
-    [bold]Example[/bold]: afa zoo distillation runs/distillation --docs docs
+    [bold]Example[/bold]: afa zoo distillation runs/distillation --docs docs --part main
     """
     from afa.studies.distillation.run import run_study
     from afa.studies.results.jobs import JobProgress
 
     quieten_loading()
     with Progress() as progress:
-        for event in run_study(workdir, docs, num_processes=processes):
+        for event in run_study(workdir, docs, None, processes, part or tuple(Part)):
             if isinstance(event, JobProgress):
                 progress.update(event.name, event.done, event.total)
             else:

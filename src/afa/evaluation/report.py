@@ -1,7 +1,9 @@
-"""The report of a comparison: `report.json`, `report.md` and figures."""
+"""The report of a comparison: `report.json`, `report.md`, `scores.csv` and figures."""
 
 from __future__ import annotations
 
+import csv
+import io
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +21,22 @@ _NUM_FAILURES = 8
 
 
 def write_report(results: Results, output: Path) -> None:
-    """Write `report.json`, `report.md` and the figures to `output`."""
+    """Write `report.json`, `report.md`, `scores.csv` and the figures to `output`."""
     report = report_of(results)
     write_json(output / "report.json", report)
+    write_atomic(output / "scores.csv", _scores_text(results))
     draw_all(report, results, output)
     write_atomic(output / "report.md", report_text(report))
+
+
+def _scores_text(results: Results) -> str:
+    """The scores of all pictures as CSV; `prompt_number` is the name of the picture's file."""
+    text = io.StringIO()
+    names = ["method", "replica", "seed", "prompt_number", "group", *results.score_names, "prompt"]
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(results.of_pictures())
+    return text.getvalue()
 
 
 def report_of(results: Results) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import statistics
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from afa.evaluation.work import Unit, read_cost, units_of
 from afa.statistics import Interval, Paired, mean_interval, paired_difference
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from afa.evaluation.prompts import Prompt
@@ -83,6 +83,22 @@ class Results:
             )
             for score, replicas in values.items()
         }
+
+    def of_pictures(self) -> Iterator[dict[str, Any]]:
+        """The scores of each picture of the main comparison, with its method and its prompt."""
+        for unit in self._units:
+            scores = self.scoring.scores_of(unit)
+            for row, place in enumerate(unit.places):
+                prompt = self.prompts[place]
+                yield {
+                    "method": unit.method,
+                    "replica": unit.replica,
+                    "seed": unit.seed,
+                    "prompt_number": place,
+                    "group": prompt.group,
+                    "prompt": prompt.text,
+                    **{name: values[row] for name, values in scores.items()},
+                }
 
     @functools.cached_property
     def _outcomes(self) -> set[str]:

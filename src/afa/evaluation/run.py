@@ -53,8 +53,8 @@ def evaluate(recipe: EvaluateRecipe, output: Path) -> Iterator[EvaluateProgress]
     """Draw and score the pictures of all methods, and write the report.
 
     Writes pictures, scores and features to `output` as they are finished, and `report.json`,
-    `report.md` and figures at the end. A call with the folder of an earlier run resumes it;
-    methods, metrics, seeds and numbers of steps may be added in between.
+    `report.md`, `scores.csv` and figures at the end. A call with the folder of an earlier run
+    resumes it; methods, metrics, seeds and numbers of steps may be added in between.
 
     Args:
         recipe: the comparison.

@@ -1,64 +1,127 @@
-"""Write `docs/distillation.json`, and the tables in `docs/distillation.md`."""
+"""Write `docs/distillation.json`, and the tables in `docs/distillation.md`.
+
+Parts of the study may be run weeks apart. Each replaces its own figures and keeps the others. The
+outcome of every picture is among them, so that rows of different parts are compared prompt by
+prompt.
+"""
 
 from __future__ import annotations
 
+import csv
 import json
-import re
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from afa.errors import AfaError
 from afa.files import read_json, write_atomic
 from afa.provenance import made_from
+from afa.statistics import paired_difference
+from afa.studies.distillation.parts import Part
 from afa.studies.distillation.plan import (
+    ANIMALS,
+    BASE,
     FULL,
     GUIDED,
+    SELF,
     TEACHER,
     TUNED,
     Settings,
-    Student,
+    of_transformers,
     students,
 )
-from afa.studies.results.page import difference, row_of
+from afa.studies.results.page import row_of
 from afa.zoo import EXPERTS
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
+    from afa.statistics import Scores
+    from afa.studies.distillation.plan import Student
+
+_FILE, _PAGE = "distillation.json", "distillation.md"
 _MIXED = "mixed"
 _END = "<!-- end -->"
 _SECTION = "<!-- {name}: written by `afa zoo distillation` -->"
+_MISSING = "Not measured yet: `afa zoo distillation WORK --docs docs --part {part}`."
+
+Figures = dict[str, Any]
 
 
-def results_of(work: Path, settings: Settings, costs: dict[str, float]) -> dict[str, Any]:
-    """The content of `distillation.json`.
+# -- figures ----------------------------------------------------------------------------------
+
+
+def read_results(docs: Path, settings: Settings) -> Figures:
+    """The figures of earlier parts; empty if there are none.
+
+    Raises:
+        AfaError: if they are of a study with other settings.
+    """
+    path = docs / _FILE
+    found: Figures = read_json(path) if path.exists() else {"parts": {}, "rows": []}
+    wanted = json.loads(json.dumps(asdict(settings)))
+    for part, about in found["parts"].items():
+        if about["settings"] != wanted:
+            raise AfaError(
+                "AFA-STUDY-011",
+                f"'{path}' has figures of the part '{part}', of a study with other settings. "
+                "Delete that file to replace all of them.",
+            )
+    return found
+
+
+def results_of(
+    part: Part, output: Path, settings: Settings, work: Path, costs: dict[str, float] | None
+) -> Figures:
+    """The figures of one part: what it was made from, its students, and all rows.
 
     Args:
-        work: folder of the finished study.
+        part: of the study.
+        output: folder of its finished comparison.
         settings: of the study.
-        costs: of `afa.studies.distillation.run.costs_of`.
+        work: folder of the study.
+        costs: of `afa.studies.distillation.run.costs_of`, if the part measures them.
     """
-    ours, teacher = (read_json(work / f"report-{name}.json") for name in (FULL, TEACHER))
+    report, outcomes = read_json(output / "report.json"), _read_outcomes(output / "scores.csv")
 
-    def row(each: dict[str, Any], group: str) -> dict[str, Any]:
-        found = row_of(ours, each, group)
-        found["distilled_minus_this"] = found.pop("afa_minus_this")
-        found["teacher_minus_this"] = difference(teacher, each["method"], group)
-        return found
+    def row(each: Figures, group: str) -> Figures:
+        found = row_of(report, each, group)
+        found.pop("afa_minus_this")
+        name = each["method"]
+        return {"part": part, **found, "outcomes": outcomes[name, group]}
 
-    return {
+    about = {
         "made_from": made_from(),
         "settings": asdict(settings),
-        "sampling": ours["sampling"],
-        "groups": ours["groups"],
-        "rows": [row(each, _MIXED) for each in ours["rows"]],
-        "own_domain": {name: [row(each, name) for each in ours["rows"]] for name in EXPERTS},
-        "costs": costs,
-        "students": [_student(student, settings, work) for student in students(settings)],
+        "sampling": report["sampling"],
+        "guidance": report.get("guidance", {}),
+        "groups": report["groups"],
+        "students": [_student(student, settings, work) for student in students(settings, part)],
+    }
+    return {
+        "about": about if costs is None else {**about, "costs": costs},
+        "rows": [row(each, _MIXED) for each in report["rows"]],
+        "own_domain": {name: [row(each, name) for each in report["rows"]] for name in EXPERTS},
     }
 
 
-def _student(student: Student, settings: Settings, work: Path) -> dict[str, Any]:
+def _read_outcomes(path: Path) -> dict[tuple[str, str], list[str]]:
+    """Whether each picture is right, by method and group: a text of 0 and 1 for each training."""
+    found: dict[tuple[str, str], dict[int, dict[int, str]]] = {}
+    with path.open(newline="") as file:
+        for line in csv.DictReader(file):
+            texts = found.setdefault((line["method"], line["group"]), {})
+            of_training = texts.setdefault(int(line["replica"]), {})
+            of_training[int(line["prompt_number"])] = str(int(float(line["both"])))
+    return {
+        key: ["".join(values[n] for n in sorted(values)) for _, values in sorted(trained.items())]
+        for key, trained in found.items()
+    }
+
+
+def _student(student: Student, settings: Settings, work: Path) -> Figures:
     """The budget of one student, its validation losses and the size of its files."""
     folder = work / "students" / student.folder
     record, done = read_json(folder / "distill.json"), read_json(folder / "finished.json")
@@ -75,82 +138,179 @@ def _student(student: Student, settings: Settings, work: Path) -> dict[str, Any]
     }
 
 
-def write_pages(docs: Path, results: dict[str, Any]) -> None:
-    """Write the figures, and replace the tables of the page.
+def with_part(results: Figures, part: Part, found: Figures) -> Figures:
+    """Replace the figures of a part, and compare all rows again.
+
+    Args:
+        results: figures of all parts; see `read_results`.
+        part: the part that is replaced.
+        found: its figures; see `results_of`.
+    """
+    order = list(Part)
+    parts = {**results["parts"], part: found["about"]}
+
+    def merged(old: Iterable[Figures], new: Iterable[Figures], group: str) -> list[Figures]:
+        rows = [*(row for row in old if row["part"] != part), *new]
+        rows.sort(key=lambda row: order.index(row["part"]))
+        resamples = found["about"]["settings"]["num_resamples"]
+        return [_compared(row, rows, resamples, group) for row in rows]
+
+    own = results.get("own_domain", {})
+    return {
+        "parts": {name: parts[name] for name in order if name in parts},
+        "rows": merged(results["rows"], found["rows"], _MIXED),
+        "own_domain": {
+            name: merged(own.get(name, []), found["own_domain"][name], name) for name in EXPERTS
+        },
+    }
+
+
+def _compared(row: Figures, rows: list[Figures], num_resamples: int, group: str) -> Figures:
+    """A row with its differences from its teacher, from the full student and from the expert."""
+    rename = of_transformers if row["part"] == Part.TRANSFORMERS else str
+    part = row["part"]
+    references = {"teacher_minus_this": (part, rename(TEACHER))}
+    references["distilled_minus_this"] = (
+        (part, rename(FULL)) if part == Part.TRANSFORMERS else (Part.MAIN, FULL)
+    )
+    if row["method"] == SELF:
+        references["expert_minus_this"] = (part, f"expert: {ANIMALS}")
+    differences = {}
+    for key, (of_part, name) in references.items():
+        other = next((r for r in rows if (r["part"], r["method"]) == (of_part, name)), None)
+        if other is not None and name != row["method"]:
+            paired = paired_difference(_scores(other), _scores(row), num_resamples)
+            found = asdict(paired)
+            differences[key] = {**found.pop("difference"), **found}
+    kept = {key: value for key, value in row.items() if not key.endswith("_minus_this")}
+    return {**kept, **differences}
+
+
+def _scores(row: Figures) -> Scores:
+    """The outcomes of a row, [trainings, prompts]."""
+    return np.array([[float(digit) for digit in text] for text in row["outcomes"]])
+
+
+# -- page -------------------------------------------------------------------------------------
+
+
+def write_pages(docs: Path, settings: Settings, part: Part, found: Figures) -> None:
+    """Write the figures of a part, and replace the tables of the page.
 
     Raises:
-        AfaError: if the page lacks a mark of a table.
+        AfaError: if the page lacks a mark of a table, or `docs` has figures of other settings.
     """
-    write_atomic(docs / "distillation.json", json.dumps(results, indent=1) + "\n")
-    path = docs / "distillation.md"
+    results = with_part(read_results(docs, settings), part, found)
+    path = docs / _PAGE
     text = path.read_text()
     for name, table in tables(results).items():
         start = _SECTION.format(name=name)
-        before, found, rest = text.partition(start)
-        if not found or _END not in rest:
+        before, mark, rest = text.partition(start)
+        if not mark or _END not in rest:
             raise AfaError(
                 "AFA-STUDY-009", f"'{path}' lacks the mark '{start}'. Restore the page from git."
             )
         text = f"{before}{start}\n\n{table}\n\n{_END}{rest.partition(_END)[2]}"
+    write_atomic(docs / _FILE, json.dumps(results, indent=1) + "\n")
     write_atomic(path, text)
 
 
-def tables(results: dict[str, Any]) -> dict[str, str]:
+def tables(results: Figures) -> dict[str, str]:
     """The tables of the page, by name."""
-    rows = {row["method"]: row for row in results["rows"]}
+    made = {
+        "comparison": (Part.MAIN, _comparison),
+        "curves": (Part.VARIANTS, _curves),
+        "self": (Part.VARIANTS, _self),
+        "transformers": (Part.TRANSFORMERS, _transformers),
+        "budgets": (Part.BUDGET, _budgets),
+    }
     return {
-        "comparison": _comparison(results, rows),
-        "curves": _curves(results, rows),
-        "budgets": _budgets(results),
+        name: table(results) if part in results["parts"] else _MISSING.format(part=part)
+        for name, (part, table) in made.items()
     }
 
 
-def _comparison(results: dict[str, Any], rows: dict[str, Any]) -> str:
+def _comparison(results: Figures) -> str:
+    rows = [row for row in results["rows"] if row["part"] == Part.MAIN]
+    rows += [row for row in results["rows"] if row["method"] == TUNED]
+    return _table(results, rows)
+
+
+def _transformers(results: Figures) -> str:
+    return _table(results, [row for row in results["rows"] if row["part"] == Part.TRANSFORMERS])
+
+
+def _table(results: Figures, rows: Iterable[Figures]) -> str:
+    """A table of rows with all metrics; seconds are in terms of the base of the same part."""
     lines = [
         "| row | seeds | both right | teacher minus this | animals | food | things | CLIP-T | FID "
-        "| CMMD | s / picture |",
+        "| CMMD | time |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, row in rows.items():
-        if re.search(r"steps|pictures|rank (4|64)", name):
-            continue
-        own = " | ".join(
-            f"{_of(results['own_domain'][domain], name)['both']['mean']:.2f}" for domain in EXPERTS
-        )
+    for row in rows:
+        part, name = row["part"], row["method"]
+        rename = of_transformers if part == Part.TRANSFORMERS else str
+        time = row["seconds_per_image"]
+        time /= _find(results["rows"], part, rename(BASE))["seconds_per_image"]
+        own = (_find(results["own_domain"][domain], part, name) for domain in EXPERTS)
         cells = [
-            name,
+            name.removeprefix(of_transformers("")),
             str(row["num_seeds"]),
             _interval(row["both"]),
-            _signed(row["teacher_minus_this"]),
-            own,
+            _signed(row.get("teacher_minus_this")),
+            *(f"{each['both']['mean']:.2f}" for each in own),
             f"{row['clip_t']['mean']:.3f}",
             f"{row['fid']['mean']:.2f}",
             f"{row['cmmd']['mean']:.3f}",
-            f"{row['seconds_per_image']:.2f}",
+            f"{time:.1f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _curves(results: dict[str, Any], rows: dict[str, Any]) -> str:
+def _curves(results: Figures) -> str:
     lines = [
-        "| row | pictures drawn | steps | files | both right | loss on held-out pictures |",
-        "|---|---|---|---|---|---|",
+        "| row | pictures drawn | steps | file | both right | teacher minus this "
+        "| loss on held-out pictures |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for student in results["students"]:
-        if student["seed"] or student["method"] == GUIDED or "itself" in student["method"]:
-            continue
-        size = max(student["bytes"].values()) / 1e6
+    planned = [
+        (part, student)
+        for part, about in results["parts"].items()
+        for student in about["students"]
+        if part in (Part.MAIN, Part.VARIANTS)
+        and not student["seed"]
+        and student["method"] not in (GUIDED, SELF)
+    ]
+    for part, student in planned:
+        name = student["method"]
+        row = _find(results["rows"], part, name)
+        cells = [
+            name,
+            f"{student['num_pictures']:,}",
+            f"{student['num_steps']:,}",
+            f"{max(student['bytes'].values()) / 1e6:.1f} MB",
+            _interval(row["both"]),
+            _signed(row["teacher_minus_this"]),
+            f"{student['validation_loss'][-1]['loss']:.4f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _self(results: Figures) -> str:
+    lines = ["| row | both right, animals | expert minus this |", "|---|---|---|"]
+    for name in (f"expert: {ANIMALS}", SELF):
+        row = _find(results["own_domain"][ANIMALS], Part.VARIANTS, name)
         lines.append(
-            f"| {student['method']} | {student['num_pictures']:,} | {student['num_steps']:,} | "
-            f"{size:.1f} MB | {_interval(rows[student['method']]['both'])} | "
-            f"{student['validation_loss'][-1]['loss']:.4f} |"
+            f"| {name} | {_interval(row['both'])} | {_signed(row.get('expert_minus_this'))} |"
         )
     return "\n".join(lines)
 
 
-def _budgets(results: dict[str, Any]) -> str:
-    costs = results["costs"]
+def _budgets(results: Figures) -> str:
+    costs = results["parts"][Part.BUDGET]["costs"]
+    tuned = costs["tuned_base_steps"] * costs["base_seconds_per_step"]
     return "\n".join(
         [
             "| part | seconds on one core |",
@@ -159,21 +319,20 @@ def _budgets(results: dict[str, Any]) -> str:
             f"| recording its predictions | {costs['recording_seconds']:,.0f} |",
             f"| training the student | {costs['student_seconds']:,.0f} |",
             f"| together | {costs['total_seconds']:,.0f} |",
-            f"| {TUNED}: {costs['tuned_base_steps']:,.0f} steps | "
-            f"{costs['tuned_base_steps'] * costs['base_seconds_per_step']:,.0f} |",
+            f"| {TUNED}: {costs['tuned_base_steps']:,.0f} steps | {tuned:,.0f} |",
         ]
     )
 
 
-def _of(rows: list[dict[str, Any]], name: str) -> dict[str, Any]:
-    return next(row for row in rows if row["method"] == name)
+def _find(rows: Iterable[Figures], part: Part, name: str) -> Figures:
+    return next(row for row in rows if (row["part"], row["method"]) == (part, name))
 
 
-def _interval(score: dict[str, Any]) -> str:
+def _interval(score: Figures) -> str:
     return f"{score['mean']:.2f} [{score['low']:.2f}, {score['high']:.2f}]"
 
 
-def _signed(found: dict[str, float] | None) -> str:
+def _signed(found: Figures | None) -> str:
     if found is None:
         return ""
     return f"{found['mean']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}]"

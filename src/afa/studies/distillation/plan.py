@@ -1,4 +1,4 @@
-"""The plan of the study: students, their recordings, and the comparison."""
+"""The plan of the study: its parts, students and their recordings, and the comparisons."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from afa.distilling.recipe import DistillRecipe
 from afa.errors import AfaError
 from afa.loading.expert_source import ExpertSource
 from afa.loading.student_record import RECORD
-from afa.studies.results.plan import sampling, student_methods
+from afa.studies.distillation.parts import Part
+from afa.studies.results.plan import SHIPPED, sampling, student_methods, transformers
+from afa.studies.zoo_build.build import ZooRecipe
 from afa.studies.zoo_build.evaluate import GUIDANCE_SCALE
+from afa.studies.zoo_build.transformer import TransformerRecipe
 from afa.training.recipe import TrainingRecipe
 from afa.zoo import EXPERTS
 from afa.zoo.scenes import evaluation_prompts
@@ -25,7 +28,11 @@ SELF = "animals, distilled from itself"
 #: the base trained on pictures for the time of the teacher's training, the recording and the
 #: student's training together
 TUNED = "tuned base (total time)"
-_SOURCE = "zoo:ensemble"
+#: names of teachers
+ENSEMBLE, ANIMALS, TRANSFORMERS = "ensemble", "animals", "transformers"
+_TRANSFORMERS = TransformerRecipe()
+NUM_MEASURED = 60  # pictures and steps whose time is measured
+RECORDED_AT_ONCE = 20  # pictures of a batch
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,9 @@ class Settings:
     base_learning_rate: float = 3e-4  # the one that `make results` selected
     num_validation: int = 256  # predictions of pictures that are not trained on
     num_resamples: int = 10_000
+    transformers: TransformerRecipe = _TRANSFORMERS
+    num_aggregator_steps: int = 500  # of the ensemble of transformers
+    teacher_steps: int = ZooRecipe.ensemble_steps  # of the bundled aggregators, for their cost
 
 
 @dataclass(frozen=True)
@@ -61,7 +71,11 @@ class Student:
     Attributes:
         row: its row in the tables; students that differ in the seed share one.
         seed: of recording and training.
-        changes: what differs from the settings: number, steps, rank, bake_in.
+        number: of pictures that the teacher draws; None for that of the settings.
+        steps: of training; None for those of the settings.
+        rank: of a LoRA; None for a complete model.
+        bakes_in: whether it learns the guided prediction.
+        teacher: see `teacher_of`.
     """
 
     row: str
@@ -70,7 +84,7 @@ class Student:
     steps: int | None = None
     rank: int | None = None
     bakes_in: bool = False
-    teacher: str = _SOURCE
+    teacher: str = ENSEMBLE
 
     @property
     def folder(self) -> str:
@@ -78,21 +92,66 @@ class Student:
         kept = "".join(c if c.isalnum() else "-" for c in f"{self.row} {self.seed}")
         return "-".join(filter(None, kept.split("-")))
 
+    @property
+    def recording(self) -> str:
+        """The name of the folder of recorded predictions, which several students share."""
+        return f"{self.teacher}-{self.seed}"
 
-def students(settings: Settings) -> list[Student]:
-    """All students, those of the main rows first."""
-    found = []
-    for seed in range(settings.num_seeds):
-        found += [
-            Student(FULL, seed),
-            Student(GUIDED, seed, bakes_in=True),
-            Student(LORA, seed, rank=16),
+
+#: the student whose training is timed
+MEASURED = Student("measured", number=NUM_MEASURED, steps=NUM_MEASURED)
+
+
+def students(settings: Settings, part: Part) -> list[Student]:
+    """The students of a part."""
+    if part == Part.MAIN:
+        return [
+            student
+            for seed in range(settings.num_seeds)
+            for student in (
+                Student(FULL, seed),
+                Student(GUIDED, seed, bakes_in=True),
+                Student(LORA, seed, rank=16),
+            )
         ]
-    found += [Student(f"distilled LoRA (rank {rank})", rank=rank) for rank in settings.ranks]
-    found += [Student(f"distilled, {n:,} steps", steps=n) for n in settings.curve_steps]
-    found += [Student(f"distilled, {n:,} pictures", number=n) for n in settings.curve_trajectories]
-    found.append(Student(SELF, number=300, steps=500, teacher="zoo:animals"))
-    return found
+    if part == Part.VARIANTS:
+        return [
+            *(Student(f"distilled LoRA (rank {rank})", rank=rank) for rank in settings.ranks),
+            *(Student(f"distilled, {n:,} steps", steps=n) for n in settings.curve_steps),
+            *(Student(f"distilled, {n:,} pictures", number=n) for n in settings.curve_trajectories),
+            Student(SELF, number=300, steps=500, teacher=ANIMALS),
+        ]
+    if part == Part.TRANSFORMERS:
+        return [
+            Student(of_transformers(FULL), teacher=TRANSFORMERS),
+            Student(of_transformers(GUIDED), teacher=TRANSFORMERS, bakes_in=True),
+        ]
+    return []
+
+
+def of_transformers(row: str) -> str:
+    """The name of a row of the part with transformers."""
+    return f"transformers: {row}"
+
+
+def zoo_of(work: Path) -> Path:
+    """The folder of the zoo of transformers."""
+    return work / "transformers" / "zoo"
+
+
+def teacher_of(name: str, work: Path) -> tuple[dict[str, str], str]:
+    """A teacher, as in a recipe of `afa distill`, and the model where its students start.
+
+    Args:
+        name: `ENSEMBLE`, `ANIMALS` or `TRANSFORMERS`.
+        work: folder of the study.
+    """
+    if name == ANIMALS:
+        return {"model": "zoo:animals"}, "zoo:animals"
+    if name == TRANSFORMERS:
+        trained = work / "transformers" / "ensemble"
+        return {"ensemble": str(trained)}, str(zoo_of(work) / "base")
+    return {"ensemble": "zoo:ensemble"}, "zoo:base"
 
 
 def main_students(work: Path) -> dict[str, list[Path]]:
@@ -102,9 +161,7 @@ def main_students(work: Path) -> dict[str, list[Path]]:
         AfaError: if one is missing.
     """
     found: dict[str, list[Path]] = {}
-    for student in students(Settings()):
-        if student.row not in (FULL, GUIDED, LORA):
-            continue
+    for student in students(Settings(), Part.MAIN):
         folder = work / "students" / student.folder
         if not (folder / RECORD).is_file():
             raise AfaError(
@@ -151,17 +208,10 @@ def _kinds(settings: Settings) -> dict[str, int]:
     return {"mixed": settings.num_mixed} | {name: settings.num_own for name in EXPERTS}
 
 
-def recording_of(student: Student) -> str:
-    """The name of the folder of recorded predictions, which several students share."""
-    source = "ensemble" if student.teacher == _SOURCE else student.teacher.removeprefix("zoo:")
-    return f"{source}-{student.seed}"
-
-
 def distill_recipe(student: Student, settings: Settings, work: Path) -> DistillRecipe:
     """The recipe of a student."""
-    is_self = student.teacher != _SOURCE
-    teacher = {"model": student.teacher} if is_self else {"ensemble": student.teacher}
-    chosen: dict[str, Any] = {"init": ExpertSource(student.teacher if is_self else "zoo:base")}
+    teacher, init = teacher_of(student.teacher, work)
+    chosen: dict[str, Any] = {"init": ExpertSource(init)}
     if student.rank is not None:
         chosen |= {"what": "lora", "rank": student.rank}
     return DistillRecipe.model_validate(
@@ -176,8 +226,8 @@ def distill_recipe(student: Student, settings: Settings, work: Path) -> DistillR
                 "seed": student.seed,
             },
             "recording": {
-                "folder": work / "recorded" / recording_of(student),
-                "batch_size": 20,
+                "folder": work / "recorded" / student.recording,
+                "batch_size": RECORDED_AT_ONCE,
                 "num_threads": 1,
             },
             "guidance": {"bake_in": GUIDANCE_SCALE} if student.bakes_in else "keep",
@@ -212,31 +262,34 @@ def tuning(settings: Settings, seed: int, num_steps: int) -> TrainingRecipe:
 
 
 def comparison(
+    part: Part,
     settings: Settings,
+    work: Path,
     folders: Mapping[str, Sequence[Path]],
-    tuned: Sequence[Path],
     merges: Mapping[str, dict[str, Any]],
-    subject: str,
 ) -> dict[str, Any]:
-    """The recipe of `afa evaluate` that compares students with everything that they could replace.
+    """The recipe of `afa evaluate` that compares the rows of a part with its teacher.
 
     Args:
+        part: of the study.
         settings: of the study.
-        folders: of the students, by row.
-        tuned: folders of the tuned base, one per seed.
+        work: folder of the study.
+        folders: of students and tuned bases, by row.
         merges: settings of static merges, by row.
-        subject: the row that is compared with all others.
     """
-    methods: list[dict[str, Any]] = [{"name": TEACHER, "ensemble": _SOURCE}]
+    is_other = part == Part.TRANSFORMERS
+    zoo = transformers(zoo_of(work)) if is_other else SHIPPED
+    rename = of_transformers if is_other else str
+    teacher, _ = teacher_of(TRANSFORMERS if is_other else ENSEMBLE, work)
+    methods: list[dict[str, Any]] = [{"name": rename(TEACHER), **teacher}]
     methods += student_methods(folders)
-    methods.append({"name": BASE, "model": "zoo:base"})
-    methods += [{"name": f"expert: {name}", "model": f"zoo:{name}"} for name in EXPERTS]
-    methods += [{"name": row, **chosen} for row, chosen in merges.items()]
-    if tuned:
-        methods.append({"name": TUNED, "model": [str(place) for place in tuned]})
+    methods.append({"name": rename(BASE), "model": zoo.base})
+    experts = {Part.VARIANTS: (ANIMALS,), Part.BUDGET: ()}.get(part, EXPERTS)
+    methods += [{"name": rename(f"expert: {name}"), "model": zoo.experts[name]} for name in experts]
+    methods += [{"name": rename(row), **chosen} for row, chosen in merges.items()]
     return {
-        "experts": [f"zoo:{name}" for name in EXPERTS],
-        "base": "zoo:base",
+        "experts": list(zoo.experts.values()),
+        "base": zoo.base,
         "prompts": {"zoo": {"kinds": _kinds(settings), "seed": settings.test_seed}},
         "methods": methods,
         "sampling": sampling(20),
@@ -247,6 +300,5 @@ def comparison(
             {"name": "fid", "weights": "zoo:clip"},
             {"name": "cmmd", "weights": "zoo:clip"},
         ],
-        "subject": subject,
         "num_resamples": settings.num_resamples,
     }

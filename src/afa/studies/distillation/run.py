@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import time
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from afa.files import owned, read_json, write_atomic
-from afa.studies.distillation.page import results_of, write_pages
+from afa.studies.distillation.page import read_results, results_of, write_pages
+from afa.studies.distillation.parts import Part
 from afa.studies.distillation.plan import (
-    FULL,
-    SELF,
-    TEACHER,
+    MEASURED,
+    NUM_MEASURED,
+    RECORDED_AT_ONCE,
+    TUNED,
     Settings,
     comparison,
     distill_recipe,
     prompts,
-    recording_of,
     students,
     tuning,
+    zoo_of,
 )
 from afa.studies.results.jobs import (
     Job,
@@ -34,96 +37,142 @@ from afa.studies.results.jobs import (
     train_aggregators_job,
     tune_base_job,
 )
-from afa.studies.results.plan import StudySettings, aggregator_recipes, scenes
+from afa.studies.results.plan import StudySettings, Zoo, aggregator_recipes, scenes
 from afa.studies.results.run import (
     SETTINGS,
     StageStarted,
     evaluate_in_processes,
     require_same_study,
 )
-from afa.studies.zoo_build.build import ZooRecipe
+from afa.zoo import EXPERTS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from afa.distilling.recipe import DistillRecipe
+    from afa.studies.distillation.plan import Student
     from afa.studies.results.jobs import JobProgress
-
-#: steps whose time is measured
-_MEASURED = 20
+    from afa.studies.zoo_build.transformer import TransformerRecipe
 
 
 def run_study(
-    work: Path, docs: Path, settings: Settings | None = None, num_processes: int | None = None
+    work: Path,
+    docs: Path,
+    settings: Settings | None = None,
+    num_processes: int | None = None,
+    parts: Sequence[Part] = tuple(Part),
 ) -> Iterator[JobProgress | StageStarted]:
-    """Record, train all students, compare them, and write the page.
+    """Record, train the students of some parts, compare them, and write the page.
 
     Args:
         work: work folder; that of an earlier run is resumed.
-        docs: output folder of `distillation.json` and the tables in `distillation.md`.
+        docs: folder of `distillation.json` and `distillation.md`, in which the figures and tables
+            of these parts are replaced.
         settings: of the study; None uses the defaults.
         num_processes: number of processes with one thread each; None uses one per core.
+        parts: the parts, in the order in which they run.
 
     Yields:
         The progress.
 
     Raises:
-        AfaError: if the folder belongs to other settings, or a stage fails. Finished work is kept.
+        AfaError: if a folder belongs to other settings, or a stage fails. Finished work is kept.
     """
     settings = settings or Settings()
     num_processes = num_processes or os.cpu_count() or 1
     work = work.resolve()
     inputs = json.loads(json.dumps(asdict(settings)))
     require_same_study(work, inputs)
+    read_results(docs, settings)
     with owned(work):
         write_atomic(work / SETTINGS, json.dumps(inputs, indent=2) + "\n")
-        yield from _stages(work, docs, settings, num_processes)
+        write_atomic(work / "prompts.txt", "\n".join(prompts(settings)) + "\n")
+        for part in parts:
+            yield from _run_part(part, work, docs, settings, num_processes)
 
 
-def _stages(
-    work: Path, docs: Path, settings: Settings, num_processes: int
+def _run_part(
+    part: Part, work: Path, docs: Path, settings: Settings, num_processes: int
 ) -> Iterator[JobProgress | StageStarted]:
-    write_atomic(work / "prompts.txt", "\n".join(prompts(settings)) + "\n")
-    planned = students(settings)
-    recipes = {student: distill_recipe(student, settings, work) for student in planned}
-    mains = {recording_of(s): s for s in planned if s.row in (FULL, SELF)}
-    measured = aggregator_recipes(StudySettings(num_train_steps=_MEASURED))["afa-0"]
-    jobs = [
-        Job(f"record {name}", record_job, (recipes[student], work / "costs" / name))
-        for name, student in mains.items()
-    ]
-    yield from run_jobs(jobs, num_processes)
-    places = {student: work / "students" / student.folder for student in planned}
+    planned = students(settings, part)
+    if part == Part.TRANSFORMERS:
+        for job in _teacher_jobs(work, settings):
+            yield from run_jobs([job], 1)
+    taught = [*planned, MEASURED] if part == Part.BUDGET else planned
+    recipes = {student: distill_recipe(student, settings, work) for student in taught}
+    yield from run_jobs(_recordings(recipes, work, settings), num_processes)
+    places = {student: work / "students" / student.folder for student in taught}
     jobs = [
         Job(student.folder, distill_job, (recipe, places[student]))
         for student, recipe in recipes.items()
     ]
-    jobs.append(Job("measure aggregators", train_aggregators_job, (measured, work / "measured")))
-    jobs.append(_tuned("measure base", work / "measured-base", settings, 0, _MEASURED))
+    if part == Part.BUDGET:
+        measured = StudySettings(num_train_steps=NUM_MEASURED)
+        arguments = (aggregator_recipes(measured)["afa-0"], work / "measured")
+        jobs.append(Job("measure aggregators", train_aggregators_job, arguments))
+        jobs.append(_tuned("measure base", work / "measured-base", settings, 0, NUM_MEASURED))
     yield from run_jobs(jobs, num_processes)
 
-    costs = costs_of(work, settings)
-    tuned = [work / "tuned" / f"seed-{seed}" for seed in range(settings.num_seeds)]
-    num_steps = round(costs["total_seconds"] / costs["base_seconds_per_step"])
-    jobs = [
-        _tuned(f"tuned base {seed}", folder, settings, seed, num_steps)
-        for seed, folder in enumerate(tuned)
-    ]
-    yield from run_jobs(jobs, num_processes)
-
-    yield StageStarted("comparison")
     folders: dict[str, list[Path]] = {}
-    for student, place in places.items():
-        folders.setdefault(student.row, []).append(place)
-    chosen = read_json(docs / "results.json")["chosen"]
-    merges = {row: each for row, each in chosen.items() if "merge" in each}
-    for subject in (FULL, TEACHER):
-        recipe = comparison(settings, folders, tuned, merges, subject)
-        evaluate_in_processes(work / "comparison", recipe, num_processes)
-        report = (work / "comparison" / "report.json").read_text()
-        write_atomic(work / f"report-{subject}.json", report)
-    write_pages(docs, results_of(work, settings, {**costs, "tuned_base_steps": num_steps}))
+    for student in planned:
+        folders.setdefault(student.row, []).append(places[student])
+    costs = None
+    if part == Part.BUDGET:
+        costs = costs_of(work, settings)
+        folders[TUNED] = [work / "tuned" / f"seed-{n}" for n in range(settings.num_seeds)]
+        jobs = [
+            _tuned(f"tuned base {seed}", folder, settings, seed, int(costs["tuned_base_steps"]))
+            for seed, folder in enumerate(folders[TUNED])
+        ]
+        yield from run_jobs(jobs, num_processes)
+
+    yield StageStarted(f"comparison of the part '{part}'")
+    recipe = comparison(part, settings, work, folders, _merges(part, docs))
+    output = work / f"comparison-{part}"
+    evaluate_in_processes(output, recipe, num_processes)
+    write_pages(docs, settings, part, results_of(part, output, settings, work, costs))
+
+
+def _merges(part: Part, docs: Path) -> dict[str, dict[str, Any]]:
+    """The static merges of a part, with the settings that `make results` chose."""
+    files = {Part.MAIN: "results.json", Part.TRANSFORMERS: "results-dit.json"}
+    if part not in files:
+        return {}
+    chosen = read_json(docs / files[part])["chosen"]
+    return {row: each for row, each in chosen.items() if "merge" in each}
+
+
+def _teacher_jobs(work: Path, settings: Settings) -> list[Job]:
+    """The jobs that train the transformers and their aggregators, in this order."""
+    folder = zoo_of(work)
+    study = StudySettings(num_train_steps=settings.num_aggregator_steps)
+    experts = {str(name): str(folder / name) for name in EXPERTS}
+    zoo = Zoo(experts, str(folder / "base"), is_main=False)
+    recipe = aggregator_recipes(study, zoo)["afa-0"]
+    return [
+        Job("transformers", build_zoo_job, (settings.transformers, folder)),
+        Job("aggregators", train_aggregators_job, (recipe, folder.parent / "ensemble")),
+    ]
+
+
+def _recordings(
+    recipes: Mapping[Student, DistillRecipe], work: Path, settings: Settings
+) -> list[Job]:
+    """The jobs that record what students share: the largest number of pictures that one needs."""
+    needed: dict[str, Student] = {}
+    for student in recipes:
+        other = needed.setdefault(student.recording, student)
+        if _number(student, settings) > _number(other, settings):
+            needed[student.recording] = student
+    return [
+        Job(f"record {name}", record_job, (recipes[student], work / "costs" / name))
+        for name, student in needed.items()
+    ]
+
+
+def _number(student: Student, settings: Settings) -> int:
+    return student.number or settings.num_trajectories
 
 
 def _tuned(name: str, folder: Path, settings: Settings, seed: int, num_steps: int) -> Job:
@@ -133,25 +182,43 @@ def _tuned(name: str, folder: Path, settings: Settings, seed: int, num_steps: in
 
 
 def costs_of(work: Path, settings: Settings) -> dict[str, float]:
-    """Measured costs, in seconds of one process with one thread."""
+    """Measured costs, in seconds of one process with one thread; measured once."""
+    path = work / "costs.json"
+    if path.exists():
+        return read_json(path)
     aggregators, base = finished(work / "measured"), finished(work / "measured-base")
-    recording = finished(work / "costs" / recording_of(students(settings)[0]))
-    trained = finished(work / "students" / students(settings)[0].folder)
+    student = finished(work / "students" / MEASURED.folder)
     assert aggregators is not None, "was measured"
     assert base is not None, "was measured"
-    assert recording is not None, "was recorded"
-    assert trained is not None, "was trained"
+    assert student is not None, "was trained"
+    recorded = logged(work / "costs" / MEASURED.recording)
+    num_batches = settings.num_trajectories / RECORDED_AT_ONCE
     parts = {
-        "teacher_seconds": ZooRecipe().ensemble_steps * aggregators["seconds_per_step"],
-        "recording_seconds": recording["seconds"],
-        "student_seconds": settings.num_steps * trained["seconds_per_step"],
+        "teacher_seconds": settings.teacher_steps * aggregators["seconds_per_step"],
+        "recording_seconds": num_batches * statistics.mean(recorded),
+        "student_seconds": settings.num_steps * student["seconds_per_step"],
     }
-    return {
+    total = sum(parts.values())
+    costs = {
         **parts,
-        "total_seconds": sum(parts.values()),
+        "total_seconds": total,
         "base_seconds_per_step": base["seconds_per_step"],
-        "student_seconds_per_step": trained["seconds_per_step"],
+        "student_seconds_per_step": student["seconds_per_step"],
+        "tuned_base_steps": round(total / base["seconds_per_step"]),
     }
+    write_atomic(path, json.dumps(costs, indent=2) + "\n")
+    return costs
+
+
+def build_zoo_job(name: str, recipe: TransformerRecipe, folder: Path) -> None:
+    """Train the zoo of transformers, or resume its training."""
+    from afa.studies.zoo_build.transformer import build_transformer_zoo
+
+    if finished(folder) is not None:
+        return
+    for step in build_transformer_zoo(folder, recipe):
+        report_progress(f"{name}: {step.name}", step.step, step.num_steps)
+    record_finished(folder, {})
 
 
 def record_job(name: str, recipe: DistillRecipe, folder: Path) -> None:
@@ -161,8 +228,6 @@ def record_job(name: str, recipe: DistillRecipe, folder: Path) -> None:
     from afa.distilling.teacher import Teacher
     from afa.training.engine import Engine
 
-    if finished(folder) is not None:
-        return
     place = recipe.recording.folder
     assert place is not None, "the study sets it"
     folder.mkdir(parents=True, exist_ok=True)
@@ -174,7 +239,6 @@ def record_job(name: str, recipe: DistillRecipe, folder: Path) -> None:
             log(folder, {"batch": event.done, "seconds": time.perf_counter() - started})
         started = time.perf_counter()
         report_progress(name, event.done, event.total)
-    record_finished(folder, {"seconds": sum(logged(folder))})
 
 
 def distill_job(name: str, recipe: DistillRecipe, folder: Path) -> None:
