@@ -29,7 +29,7 @@ _DONE = re.compile(r"#(\d+)\s+DONE\s+cov: (\d+) ft: (\d+) corp: (\d+)")
 #: readers of untrusted files; the report has their coverage by the corpus
 READERS = (
     *("loading/trust/headers.py", "loading/trust/folders.py", "policy.py", "recipe.py"),
-    *("loading/weights.py", "files.py", "merging/streams.py", "training/data/folder.py"),
+    *("loading/weights.py", "files.py", "loading/tensor_files.py", "training/data/folder.py"),
 )
 
 

@@ -28,10 +28,10 @@ from afa.files import read_json
 from afa.loading.inspection import describe
 from afa.loading.saved import read_config, sources_in
 from afa.loading.single_file.identify import config_folder, config_of
+from afa.loading.tensor_files import read_header
 from afa.loading.trust.folders import check_folder
 from afa.loading.weights import check_safetensors, tensor_shapes
 from afa.merging.recipe import load_merge_recipe
-from afa.merging.streams import read_header
 from afa.training.data.folder import FolderImages
 from afa.training.recipe import load_recipe
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from afa.denoisers.kinds import kind_of_pipeline
 from afa.files import staged
-from afa.merging.streams import write_file
+from afa.loading.tensor_files import write_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

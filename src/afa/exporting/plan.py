@@ -21,10 +21,10 @@ from afa.loading.single_file.conversion import converted
 from afa.loading.single_file.identify import config_of
 from afa.loading.single_file.layout import described_kind, layout_of
 from afa.loading.sources import locate
+from afa.loading.tensor_files import StoredTensor, TensorSpec
 from afa.loading.trust.unchanged import marks_of
 from afa.machine.damaged import is_own_bug
 from afa.merging.checkpoints import read_checkpoint
-from afa.merging.streams import StoredTensor, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor

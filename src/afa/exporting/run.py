@@ -15,11 +15,11 @@ from afa.files import mark_of, read_json, staged
 from afa.loading.expert_source import ExpertSource
 from afa.loading.sources import refer
 from afa.loading.student_record import ENTRY, student_record
+from afa.loading.tensor_files import header_of, write_tensors, writing_order
 from afa.loading.weights import hash_pipeline
 from afa.merging.metadata import prediction_entry
 from afa.merging.method import is_finite
 from afa.merging.run import RECORD
-from afa.merging.streams import header_of, write_tensors, writing_order
 from afa.provenance import __version__
 
 if TYPE_CHECKING:

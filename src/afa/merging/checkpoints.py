@@ -12,10 +12,10 @@ from afa.errors import AfaError
 from afa.files import parts_of, read_json
 from afa.loading.single_file.canonical_names import DENOISER, canonical_names, unet_names
 from afa.loading.sources import locate
+from afa.loading.tensor_files import StoredTensor, read_header
 from afa.loading.weights import file_metadata, weight_files, weights_in
 from afa.merging.parts import TEXT_ENCODERS
 from afa.merging.quantised import refuse_quantised
-from afa.merging.streams import StoredTensor, read_header
 from afa.merging.whole_models import refuse_other_data, refuse_parts
 
 _PARTS = (*COMPONENTS, *TEXT_ENCODERS, "vae")

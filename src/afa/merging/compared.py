@@ -9,13 +9,13 @@ import torch
 
 from afa.denoisers.family import COMPONENTS
 from afa.errors import AfaError
+from afa.loading.tensor_files import StoredTensor, TensorSpec
 from afa.merging.checkpoints import Checkpoint
 from afa.merging.method import is_finite, is_kept
 from afa.merging.model_kinds import is_input_layer
 from afa.merging.optional import damaged_positions, is_optional, is_schedule
 from afa.merging.parts import part_of
 from afa.merging.recipe import MergeRecipe
-from afa.merging.streams import StoredTensor, TensorSpec
 
 _DENOISERS = (*COMPONENTS, None)
 _MAX_BUFFER = 100_000  # entries; a noise schedule has a thousand

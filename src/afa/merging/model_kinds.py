@@ -12,8 +12,8 @@ from afa.loading.single_file.canonical_names import DENOISER
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from afa.loading.tensor_files import TensorSpec
     from afa.merging.checkpoints import Checkpoint
-    from afa.merging.streams import TensorSpec
 
 #: canonical names of the layer that reads the latent; dimension 1 is its input channels
 INPUT_LAYERS = (f"{DENOISER}input_blocks.0.0.weight", "unet.conv_in.weight")

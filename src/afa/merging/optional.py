@@ -10,7 +10,7 @@ import torch
 from afa.loading.single_file.canonical_names import MARKERS, SCHEDULE
 
 if TYPE_CHECKING:
-    from afa.merging.streams import StoredTensor
+    from afa.loading.tensor_files import StoredTensor
 
 _OPTIONAL = re.compile(
     r"model_ema\..*|(.*\.)?position_ids|(.*\.)?attn_mask"

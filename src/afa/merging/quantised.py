@@ -12,7 +12,7 @@ from afa.loading.weights import is_quantised
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from afa.merging.streams import StoredTensor
+    from afa.loading.tensor_files import StoredTensor
 
 # names of ComfyUI, bitsandbytes, optimum-quanto, torchao, GPTQ and AWQ, Nunchaku, and their common
 # suffixes of a weight's name (`to_q.weight.absmax`, `to_q.weight_scale`, `to_q.weight._data`)

@@ -14,6 +14,7 @@ from afa.errors import AfaError
 from afa.files import staged, write_atomic
 from afa.loading.expert_source import ExpertSource
 from afa.loading.sources import refer
+from afa.loading.tensor_files import StoredTensor, write_tensors, writing_order
 from afa.loading.weights import hash_files
 from afa.merging.compared import PlannedTensor
 from afa.merging.folders import copy_files
@@ -21,7 +22,6 @@ from afa.merging.metadata import carried_metadata
 from afa.merging.method import is_finite
 from afa.merging.optional import right_positions
 from afa.merging.plan import SINGLE_FILE, MergePlan, plan_merge
-from afa.merging.streams import StoredTensor, write_tensors, writing_order
 from afa.provenance import __version__
 
 if TYPE_CHECKING:

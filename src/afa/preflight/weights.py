@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from afa.loading.finding import Finding
+from afa.loading.tensor_files import read_header
 from afa.merging.method import is_finite
-from afa.merging.streams import read_header
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from afa.merging.streams import StoredTensor
+    from afa.loading.tensor_files import StoredTensor
 
 #: cosine similarity of duplicates; fine-tunes of one base reach 0.999
 SAME = 0.9999

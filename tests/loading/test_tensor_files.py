@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from afa.merging.streams import TensorSpec, header_of, read_header
+from afa.loading.tensor_files import TensorSpec, header_of, read_header
 
 
 def test_files_are_as_the_library_writes_them(tmp_path: Path) -> None:
