@@ -14,7 +14,7 @@ import tempfile
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from filelock import FileLock, Timeout
 
@@ -41,11 +41,17 @@ _PARTIAL = re.compile(r"\..+\.[a-z0-9_]{8}")  # names of unfinished files and fo
 
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Write a file atomically: it is either complete or absent, even after a power failure."""
-    data = content.encode() if isinstance(content, str) else content
+    with replaced(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[BinaryIO]:
+    """Provide a stream whose content becomes the file `path` at the end, as in `write_atomic`."""
     handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(partial, 0o644)

@@ -58,11 +58,11 @@ def test_the_newest_few_are_kept(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoints = Checkpoints(tmp_path)
     with monkeypatch.context() as full:
-        full.setattr("afa.training.checkpoints.write_atomic", no_room)
+        full.setattr("afa.training.checkpoints.write_file", no_room)
         with refusal("AFA-TRAIN-004"):
             checkpoints.write(Checkpoint(1, {"a": torch.zeros(1)}))
     checkpoints.write(Checkpoint(1, {"a": torch.ones(1)}))
-    monkeypatch.setattr("afa.training.checkpoints.write_atomic", no_room)
+    monkeypatch.setattr("afa.training.checkpoints.write_file", no_room)
     with refusal("AFA-TRAIN-004", "2", "step-00000001"):
         checkpoints.write(Checkpoint(2, {"a": torch.zeros(1)}))
     found = checkpoints.read()

@@ -9,7 +9,6 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from afa.denoisers.kinds import kind_of_pipeline
-from afa.files import staged
 from afa.loading.tensor_files import write_file
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ def write_loras(student: Student, folder: Path, metadata: Mapping[str, str]) -> 
     is_unet = kind.denoiser in _PREFIXES
     place = folder / (DIFFUSERS if is_unet else LORA)
     described = {**common, "lora_adapter_metadata": json.dumps(settings)}
-    _write(place, diffusers_tensors(adapters), described)
+    write_file(place, diffusers_tensors(adapters), described)
     if not is_unet:
         return [place]
     other = folder / LORA
@@ -69,7 +68,7 @@ def write_loras(student: Student, folder: Path, metadata: Mapping[str, str]) -> 
         "ss_network_args": json.dumps({"conv_dim": str(rank), "conv_alpha": str(float(rank))}),
     }
     several = "text_encoder_2" in student.pipeline.components
-    _write(other, kohya_tensors(adapters, rank, several=several), {**common, **entries})
+    write_file(other, kohya_tensors(adapters, rank, several=several), {**common, **entries})
     return [other, place]
 
 
@@ -85,12 +84,6 @@ def _published(student: Student) -> dict[str, dict[str, tuple[Tensor, Tensor]]]:
         }
         for part, layers in student.adapters().items()
     }
-
-
-def _write(place: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    place.unlink(missing_ok=True)  # of an interrupted end of this run
-    with staged(place) as partial:
-        write_file(partial, tensors, metadata)
 
 
 def diffusers_tensors(

@@ -11,11 +11,12 @@ import json
 import os
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 
 from afa.errors import AfaError
+from afa.files import replaced
 from afa.loading.weights import check_safetensors
 
 if TYPE_CHECKING:
@@ -127,19 +128,21 @@ def header_of(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> b
 
 
 def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors in memory as a safetensors file, always with the same bytes.
+    """Write a safetensors file atomically, always with the same bytes.
 
-    The order of the metadata in the safetensors library's own files is random.
+    The order of the metadata in the safetensors library's own files is random. The library also
+    needs a copy of all tensors in memory; here, tensors of accelerators are copied one by one.
 
     Args:
-        path: a new file, with a temporary name.
-        tensors: by name, on the CPU.
+        path: replaced if it exists.
+        tensors: by name, on any device; may share memory.
         metadata: metadata of the file.
     """
     specs = {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in tensors.items()}
-    values = (tensors[name] for name in writing_order(specs))
-    for _ in write_tensors(path, specs, values, metadata):
-        pass
+    values = (tensors[name].detach().cpu() for name in writing_order(specs))
+    with replaced(path) as stream:
+        for _ in _write(stream, specs, values, metadata):
+            pass
 
 
 def write_tensors(
@@ -159,13 +162,22 @@ def write_tensors(
     Yields: the name of each written tensor.
     """
     with path.open("xb") as stream:
-        stream.write(header_of(specs, metadata))
-        for name in writing_order(specs):
-            tensor = next(tensors)  # zip would keep the previous one in memory
-            assert (tensor.dtype, tuple(tensor.shape)) == (specs[name].dtype, specs[name].shape)
-            if tensor.numel():
-                stream.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-            del tensor  # frees it before the next one is computed
-            yield name
+        yield from _write(stream, specs, tensors, metadata)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def _write(
+    stream: BinaryIO,
+    specs: Mapping[str, TensorSpec],
+    tensors: Iterator[Tensor],
+    metadata: Mapping[str, str],
+) -> Iterator[str]:
+    stream.write(header_of(specs, metadata))
+    for name in writing_order(specs):
+        tensor = next(tensors)  # zip would keep the previous one in memory
+        assert (tensor.dtype, tuple(tensor.shape)) == (specs[name].dtype, specs[name].shape)
+        if tensor.numel():
+            stream.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        del tensor  # frees it before the next one is computed
+        yield name

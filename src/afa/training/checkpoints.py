@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
 
 from afa.errors import AfaError
-from afa.files import write_atomic
+from afa.loading.tensor_files import write_file
 from afa.machine.damaged import Unreadable, loading, metadata_json
 
 if TYPE_CHECKING:
@@ -62,16 +61,11 @@ class Checkpoints:
         Raises:
             AfaError: if it cannot be written, for example because the disk is full.
         """
-        tensors = {
-            # copies, because safetensors refuses tensors that share memory
-            name: tensor.detach().cpu().clone().contiguous()
-            for name, tensor in checkpoint.tensors.items()
-        }
         notes = json.dumps({"step": checkpoint.step, **checkpoint.notes})
         place = self.folder / f"step-{checkpoint.step:08d}.safetensors"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomic(place, save(tensors, metadata={_META: notes}))
+            write_file(place, checkpoint.tensors, {_META: notes})
         except OSError as error:
             raise AfaError(
                 "AFA-TRAIN-004",
