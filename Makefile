@@ -6,6 +6,8 @@ STAMP := .venv/.installed
 # keep their order: the plugin would run files with few tests last, and these take longest.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 EVERY_DAY := not gpu and not nightly
+# workers, one more than cores: tests of processes wait for each other and for timeouts
+ONE_MORE := $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 4 ? cores + 1 : 4)))
 SERVICE ?= pypi
 WORK ?= runs/results
 SECONDS ?= 1800
@@ -18,7 +20,7 @@ OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo docs results results-dit distillation bench bench-check test unit processes nightly format lint types check lock constraints audit licences fuzz golden pairs soak reliability \
+.PHONY: help install demo docs results results-dit distillation bench bench-check test unit processes daily nightly format lint types check lock constraints audit licences fuzz golden pairs soak reliability \
 	wheel clean
 
 help: ## show this list
@@ -85,9 +87,12 @@ test: install ## run the quick tests
 unit: install ## run all single-process tests
 	$(PYTEST) -m "$(EVERY_DAY) and not processes"
 
-# they wait for each other and for timeouts, so that two cores have room for a third
 processes: install ## run the tests that start processes or inject faults
-	$(PYTEST) -n 3 -m "$(EVERY_DAY) and processes"
+	$(PYTEST) -n $(ONE_MORE) -m "$(EVERY_DAY) and processes"
+
+# both together: while processes wait for each other, other tests use the cores
+daily: install ## run unit and processes
+	$(PYTEST) -n $(ONE_MORE) -m "$(EVERY_DAY)"
 
 nightly: install ## run the long tests: site, soak, studies, zoo builds (half an hour)
 	$(BIN)/python -m tools.nightly
@@ -104,7 +109,7 @@ lint: install ## check format, lint rules and import layers; changes nothing
 types: install ## run the type checker
 	$(BIN)/mypy
 
-check: lint types unit processes ## run everything that CI runs
+check: lint types daily ## run everything that CI runs
 
 lock: .venv-tools/.installed ## write the lock files again, with the current pins
 	PYTHONPATH=src .venv-tools/bin/python -m tools.lock $(if $(WHEELS),--wheels $(WHEELS))

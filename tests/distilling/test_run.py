@@ -32,6 +32,7 @@ from tests.tiny import tiny_pipeline
 from tests.tiny_pipelines import saved_experts
 
 LORA = {"what": "lora", "rank": 4}
+FEATURES = {"sites": ["mid"], "weight": 0.1}
 
 
 def as_yaml(asked: dict[str, Any], place: Path) -> Path:
@@ -422,9 +423,16 @@ def test_sites_that_do_not_exist(experts: list[Path], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "student", [{}, LORA, {"text_encoder": True}], ids=["full", "lora", "text"]
+    ("student", "features"),
+    [
+        ({}, None),
+        (LORA, FEATURES),
+        pytest.param(LORA, None, marks=pytest.mark.nightly),
+        pytest.param({}, FEATURES, marks=pytest.mark.nightly),
+        pytest.param({"text_encoder": True}, None, marks=pytest.mark.nightly),
+        pytest.param({"text_encoder": True}, FEATURES, marks=pytest.mark.nightly),
+    ],
 )
-@pytest.mark.parametrize("features", [None, {"sites": ["mid"], "weight": 0.1}])
 def test_gradient_checkpointing_changes_nothing(
     student: dict[str, Any], features: Any, experts: list[Path], tmp_path: Path
 ) -> None:
@@ -454,7 +462,7 @@ def test_predictions_in_half_precision(experts: list[Path], tmp_path: Path) -> N
     assert sizes[1] < 0.8 * sizes[0]
 
 
-@pytest.mark.parametrize("kind", ["sd3", "flux", "pixart"])
+@pytest.mark.parametrize("kind", ["sd3", pytest.param("flux", marks=pytest.mark.nightly), "pixart"])
 def test_text_encoders_of_transformers(kind: str, tmp_path: Path) -> None:
     """A full student trains them all; a LoRA only those of CLIP, or it is refused."""
     folders = saved_experts(kind, tmp_path / "kinds", count=2)
