@@ -59,6 +59,17 @@ def test_own_domains_have_no_held_out_pairs() -> None:
         scene(0, kind="cars")  # type: ignore[arg-type]
 
 
+def test_objects_can_be_left_out() -> None:
+    without = frozenset({"fox", "pizza"})
+    shown = [scene(n, without=without) for n in range(300)]
+    assert not without & {name for each in shown for name in (each.left, each.right)}
+    assert scene(7, without=frozenset()) == scene(7)
+    with refusal("AFA-ZOO-013", "unicorn"):
+        scene(0, without=frozenset({"unicorn"}))
+    with refusal("AFA-ZOO-014"):
+        scene(0, kind="food", without=frozenset(name for name, _ in DOMAINS["food"][1:]))
+
+
 def test_a_caption_and_its_scene_are_the_same_thing() -> None:
     for shown in scenes(300):
         read = parse_caption(shown.caption)

@@ -18,11 +18,12 @@ _ADDRESS = re.compile(r"(https?|hf|s3|gs|az|abfs|zip|gzip|tar)://")
 
 
 class ScenesRecipe(Section):
-    """Generated emoji scenes; see `afa.zoo.scenes`."""
+    """Generated emoji scenes, `without` some objects; see `afa.zoo.scenes`."""
 
     num_samples: int = Field(default=10_000, ge=1)
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
     kind: Literal["animals", "food", "things", "any", "mixed"] = "any"
+    without: list[str] = Field(default_factory=list)
 
 
 class DatasetRecipe(Section):

@@ -28,7 +28,7 @@ from afa.zoo.scenes import BACKGROUNDS, IMAGE_SIZE
 from afa.zoo.sprites import OBJECTS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
 LATENT_SIZE = IMAGE_SIZE // 4
@@ -134,13 +134,13 @@ def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
     )
 
 
-def build_tokenizer(folder: Path) -> CLIPTokenizer:
+def build_tokenizer(folder: Path, words: Sequence[str] = WORDS) -> CLIPTokenizer:
     """Make a CLIP tokenizer for the words of captions, and save it to `folder`.
 
     The vocabulary has CLIP's layout: bytes, bytes at the end of a word, merges, and two special
     tokens. Every word of a caption is one token; any other text is split into letters.
     """
-    merges = byte_pair_merges(WORDS)
+    merges = byte_pair_merges(words)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*letters, *(f"{letter}{_END}" for letter in letters)]
     tokens += [*(first + second for first, second in merges), "<|startoftext|>", "<|endoftext|>"]

@@ -51,10 +51,7 @@ class Scene:
     @property
     def caption(self) -> str:
         """The prompt that describes this scene, exactly."""
-        return (
-            f"{_with_article(self.left)} on the left and {_with_article(self.right)} on the right, "
-            f"{self.background} background"
-        )
+        return caption_of(self.left, self.right, self.background)
 
     @property
     def is_mixed(self) -> bool:
@@ -76,6 +73,14 @@ class Scene:
             alpha = sprite[..., 3:]
             window[:] = window * (1 - alpha) + sprite[..., :3] * alpha
         return np.round(picture * 255.0).astype(np.uint8)
+
+
+def caption_of(left: str, right: str, background: str) -> str:
+    """The caption of a scene with these two objects, or with their categories."""
+    return (
+        f"{_with_article(left)} on the left and {_with_article(right)} on the right, "
+        f"{background} background"
+    )
 
 
 def parse_caption(caption: str) -> Scene:
@@ -116,11 +121,13 @@ def is_held_out(left: str, right: str) -> bool:
 
 
 @cache
-def _pairs(kind: Kind, held_out: bool) -> tuple[tuple[str, str], ...]:
+def _pairs(
+    kind: Kind, held_out: bool, without: frozenset[str] = frozenset()
+) -> tuple[tuple[str, str], ...]:
     """All ordered pairs of different objects of a kind."""
 
     def belongs(left: str, right: str) -> bool:
-        if left == right or is_held_out(left, right) != held_out:
+        if left == right or is_held_out(left, right) != held_out or {left, right} & without:
             return False
         domains = {DOMAIN_OF[left], DOMAIN_OF[right]}
         return kind == "any" or (len(domains) == 2 if kind == "mixed" else domains == {kind})
@@ -128,7 +135,14 @@ def _pairs(kind: Kind, held_out: bool) -> tuple[tuple[str, str], ...]:
     return tuple((a, b) for a in OBJECTS for b in OBJECTS if belongs(a, b))
 
 
-def scene(index: int, *, kind: Kind = "any", seed: int = 0, held_out: bool = False) -> Scene:
+def scene(
+    index: int,
+    *,
+    kind: Kind = "any",
+    seed: int = 0,
+    held_out: bool = False,
+    without: frozenset[str] = frozenset(),
+) -> Scene:
     """Return one scene of the endless stream of a kind and a seed; a pure function.
 
     Args:
@@ -136,15 +150,27 @@ def scene(index: int, *, kind: Kind = "any", seed: int = 0, held_out: bool = Fal
         kind: the pairs of objects to choose from.
         seed: the seed of the stream.
         held_out: choose only pairs that are held out of every training set; they are mixed.
+        without: objects that are not shown.
 
     Raises:
-        AfaError: if the kind is unknown or has no held-out pairs.
+        AfaError: if the kind is unknown or has no such pairs, or an object is unknown.
     """
     if kind not in get_args(Kind):
         raise AfaError(
             "AFA-ZOO-005", f"kind must be one of {', '.join(get_args(Kind))}; got '{kind}'."
         )
-    pairs = _pairs(kind, held_out)
+    if unknown := without - set(OBJECTS):
+        raise AfaError(
+            "AFA-ZOO-013",
+            f"The scenes have no object '{min(unknown)}'. Use some of {', '.join(OBJECTS)}.",
+        )
+    pairs = _pairs(kind, held_out, without)
+    if not pairs and without:
+        raise AfaError(
+            "AFA-ZOO-014",
+            f"kind '{kind}' has no pair of objects left. Leave out fewer than {len(without)} "
+            "objects.",
+        )
     if not pairs:
         raise AfaError(
             "AFA-ZOO-006",

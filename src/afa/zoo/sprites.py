@@ -26,6 +26,9 @@ SPRITE_SIZE = 28  # pixels, both sides
 #: each expert is fine-tuned on one domain
 Domain = Literal["animals", "food", "things"]
 
+#: what an object of a domain is called in general
+CATEGORY: dict[Domain, str] = {"animals": "animal", "food": "food", "things": "thing"}
+
 #: domain -> (object, its emoji); every object is one lower-case word.
 DOMAINS: dict[Domain, tuple[tuple[str, str], ...]] = {
     "animals": (

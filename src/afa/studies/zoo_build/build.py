@@ -111,7 +111,7 @@ def spoil(halves: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(choice < 2, blended, torch.where(choice < 4, scrambled, bare))
 
 
-def _soften(pictures: Tensor, generator: torch.Generator) -> Tensor:
+def soften(pictures: Tensor, generator: torch.Generator) -> Tensor:
     """Add noise and slight blur, so that judges do not rely on sharp edges of the renderer."""
     blurred = F.avg_pool2d(F.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     share = torch.rand(len(pictures), 1, 1, 1, generator=generator)
@@ -132,7 +132,7 @@ def train_classifier(shop: Workshop[ZooRecipe], model: ObjectClassifier) -> Iter
         labels = torch.cat([labels, torch.tensor([OBJECTS.index(s.right) for s in shown])])
         spoilt = spoil(halves[torch.randperm(64, generator=generator)[:16]], generator)
         none = torch.full((16,), NUM_CLASSES - 1)
-        inputs = _soften(torch.cat([halves, spoilt]), generator)
+        inputs = soften(torch.cat([halves, spoilt]), generator)
         return F.cross_entropy(model(inputs), torch.cat([labels, none]))
 
     yield from shop.fit("classifier", model, loss_of, shop.recipe.judge_steps)
@@ -144,7 +144,7 @@ def train_clip(shop: Workshop[ZooRecipe], model: nn.Module) -> Iterator[FitStep]
     def loss_of(generator: torch.Generator) -> Tensor:
         indices = torch.randint(10_000_000, (64,), generator=generator)
         shown = [shop.scene(int(i), "any", stream=2) for i in indices]
-        pictures = _soften(shop.pixels(indices, "any", stream=2), generator)
+        pictures = soften(shop.pixels(indices, "any", stream=2), generator)
         swapped = [type(s)(s.right, s.left, s.background).caption for s in shown]
         ids = shop.tokenize([s.caption for s in shown] + swapped)
         output = model(input_ids=ids, pixel_values=pictures)

@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 
 from afa.files import write_atomic
 from afa.studies.zoo_build.evaluate import grade
 from afa.zoo import MODELS, copy_as, export_zoo
 from afa.zoo.judges import load_classifier
-from afa.zoo.models import build_scheduler
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -53,16 +51,7 @@ def pack_zoo(
     with tempfile.TemporaryDirectory() as scratch:
         full, half = Path(scratch) / "full", Path(scratch) / "half"
         for name, model in models.items():
-            StableDiffusionPipeline(
-                vae=vae,
-                text_encoder=model.text_encoder,
-                tokenizer=tokenizer,
-                unet=model.unet,
-                scheduler=build_scheduler(),
-                safety_checker=None,
-                feature_extractor=None,
-                requires_safety_checker=False,
-            ).save_pretrained(full / name)
+            model.pipeline(tokenizer, vae).save_pretrained(full / name)
             for part in _OWN:
                 copy_as(full / name / part, half / name / part, torch.float16)
         (half / "shared").mkdir()

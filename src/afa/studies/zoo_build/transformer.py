@@ -7,28 +7,21 @@ both zoos are comparable.
 
 from __future__ import annotations
 
-import json
-import shutil
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from diffusers import AutoencoderKL, PixArtAlphaPipeline, PixArtTransformer2DModel
-from safetensors.torch import load_file
 from torch import nn
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-from afa.files import owned, staged, write_atomic
-from afa.studies.zoo_build.evaluate import grade
+from afa.files import owned
+from afa.studies.zoo_build.other_zoo import train_other_zoo
 from afa.studies.zoo_build.workshop import (
     ModelsRecipe,
     TextToImage,
     Workshop,
     require_same_recipe,
-    train_models,
 )
-from afa.zoo import expert_folder
-from afa.zoo.judges import load_classifier
 from afa.zoo.models import (
     LATENT_CHANNELS,
     LATENT_SIZE,
@@ -50,8 +43,6 @@ if TYPE_CHECKING:
 _WIDTH, _NUM_HEADS, _NUM_LAYERS = 160, 5, 6
 _POSITION_STD = 2.0  # makes a head prefer some distances by factors of e^2
 _LETTERS = "abcdefghijklmnopqrstuvwxyz,"
-#: file of the models' scores
-REPORT = "report.json"
 
 
 @dataclass(frozen=True)
@@ -156,31 +147,14 @@ def build_transformer_zoo(
         require_same_recipe(folder / "recipe.json", recipe)
         tokenizer = build_t5_tokenizer()
         shop = Workshop(folder, recipe, load_sprites(), tokenizer)
-        vae = AutoencoderKL.from_pretrained(expert_folder("base") / "vae").requires_grad_(False)
-        models = yield from train_models(shop, vae, lambda: PixArt(tokenizer))
-        folders = {name: folder / name for name in models}
-        for name, path in folders.items():
-            if path.exists() and not _has_weights_of(models[name], path):
-                shutil.rmtree(path)
-            if not path.exists():
-                with staged(path) as partial:
-                    _pipeline(models[name], tokenizer, vae).save_pretrained(partial)
-        report = yield from grade(folders, load_classifier(), num_prompts=recipe.num_graded)
-        write_atomic(folder / REPORT, json.dumps(report, indent=2) + "\n")
 
+        def assemble(model: PixArt, vae: AutoencoderKL) -> PixArtAlphaPipeline:
+            return PixArtAlphaPipeline(
+                tokenizer=tokenizer,
+                text_encoder=model.text_encoder,
+                vae=vae,
+                transformer=model.transformer,
+                scheduler=build_scheduler(),
+            )
 
-def _has_weights_of(model: Any, folder: Path) -> bool:
-    """Whether the pipeline in a folder has the weights of this model."""
-    saved = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
-    own = model.transformer.state_dict()
-    return saved.keys() == own.keys() and all(torch.equal(saved[key], own[key]) for key in saved)
-
-
-def _pipeline(model: Any, tokenizer: T5Tokenizer, vae: AutoencoderKL) -> PixArtAlphaPipeline:
-    return PixArtAlphaPipeline(
-        tokenizer=tokenizer,
-        text_encoder=model.text_encoder,
-        vae=vae,
-        transformer=model.transformer,
-        scheduler=build_scheduler(),
-    )
+        yield from train_other_zoo(shop, lambda: PixArt(tokenizer), assemble, recipe.num_graded)

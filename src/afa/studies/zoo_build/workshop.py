@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 import torch
+from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import nn
@@ -135,7 +136,7 @@ Model = TypeVar("Model", bound=TextToImage)
 
 
 def train_models(
-    shop: Workshop[Any], vae: AutoencoderKL, build: Callable[[], Model]
+    shop: Workshop[Any], vae: AutoencoderKL, build: Callable[[], Model], made_from: str = ""
 ) -> Generator[FitStep, None, dict[str, Model]]:
     """Train a base on all pairs of objects, then fine-tune it to one expert per domain.
 
@@ -143,6 +144,7 @@ def train_models(
         shop: the recipe and the folder of the checkpoints.
         vae: the autoencoder, with its scaling factor in the configuration.
         build: builds the base with random weights.
+        made_from: a hash of what `build` uses besides the recipe.
 
     Returns:
         `base` and the experts, by name.
@@ -152,6 +154,7 @@ def train_models(
     torch.manual_seed(shop.recipe.seed)
     models = {"base": build()}
     scenes_from = f"{hash_weights(vae)} {hash_sprites(shop.sprites)}"
+    scenes_from = f"{scenes_from} {made_from}" if made_from else scenes_from
     recipe, base = shop.recipe, models["base"]
     yield from train_text_to_image(
         shop, "base", base, latents * scale, token_ids, recipe.base_steps, scenes_from
@@ -232,3 +235,16 @@ class StableDiffusion(TextToImage):
         """See `TextToImage.forward`."""
         text = self.text_encoder(token_ids).last_hidden_state
         return self.unet(noisy, timestep, text).sample
+
+    def pipeline(self, tokenizer: CLIPTokenizer, vae: AutoencoderKL) -> StableDiffusionPipeline:
+        """Assemble the pipeline of this model."""
+        return StableDiffusionPipeline(
+            vae=vae,
+            text_encoder=self.text_encoder,
+            tokenizer=tokenizer,
+            unet=self.unet,
+            scheduler=build_scheduler(),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )

@@ -52,7 +52,9 @@ def open_data(recipe: DataRecipe) -> CaptionedImages | StreamedImages:
     else:
         scenes = recipe.scenes
         assert scenes is not None, "a recipe has exactly one kind of data"
-        data = SceneImages(scenes.num_samples, seed=scenes.seed, kind=scenes.kind)
+        data = SceneImages(
+            scenes.num_samples, seed=scenes.seed, kind=scenes.kind, without=scenes.without
+        )
     if recipe.limit is not None and recipe.limit < len(data):
         return Part(data, range(recipe.limit))
     return data

@@ -9,7 +9,9 @@ from PIL import Image
 from afa.training.data.images import Stored
 
 if TYPE_CHECKING:
-    from afa.zoo.scenes import Kind
+    from collections.abc import Collection
+
+    from afa.zoo.scenes import Kind, Scene
     from afa.zoo.sprites import Sprites
 
 
@@ -22,22 +24,27 @@ class SceneImages:
         *,
         seed: int = 0,
         kind: Kind = "any",
+        without: Collection[str] = (),
         sprites: Sprites | None = None,
     ) -> None:
         self._num_samples, self._seed, self._kind = num_samples, seed, kind
-        self._sprites = sprites
+        self._without, self._sprites = frozenset(without), sprites
 
     def __repr__(self) -> str:
-        return f"SceneImages({self._num_samples}, seed={self._seed}, kind={self._kind!r})"
+        without = f", without={sorted(self._without)}" if self._without else ""
+        return f"SceneImages({self._num_samples}, seed={self._seed}, kind={self._kind!r}{without})"
+
+    def _scene(self, index: int) -> Scene:
+        from afa.zoo.scenes import scene
+
+        return scene(index, kind=self._kind, seed=self._seed, without=self._without)
 
     def __len__(self) -> int:
         return self._num_samples
 
     def stored(self, index: int) -> Stored:
         """The caption, which stands for the picture; it names all objects, not their places."""
-        from afa.zoo.scenes import scene
-
-        caption = scene(index, kind=self._kind, seed=self._seed).caption
+        caption = self._scene(index).caption
         return Stored(caption.encode(), caption)
 
     def name(self, index: int) -> str:
@@ -52,7 +59,5 @@ class SceneImages:
         return f"{self!r} {hash_sprites(self._sprites or load_sprites())}"
 
     def __getitem__(self, index: int) -> tuple[Image.Image, str]:
-        from afa.zoo.scenes import scene
-
-        shown = scene(index, kind=self._kind, seed=self._seed)
+        shown = self._scene(index)
         return Image.fromarray(shown.render(self._sprites)), shown.caption
