@@ -342,7 +342,6 @@ def test_a_damaged_reference_picture_keeps_what_is_done(
         ({"experts": [], "base": None}, "must have experts"),
         ({"sampling": {"seeds": [1, 1]}}, "[1, 1]"),
         ({"sampling": {"num_step": 3}}, "did you mean 'num_steps'?"),
-        ({"metrics": ["scenes"], "prompts": {"text": "none.txt"}}, "prompts.zoo"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -354,6 +353,25 @@ def test_mistakes_are_one_line(
 ) -> None:
     assert message in fails(write(**{"curve": None, **changes}), tmp_path / "output", capsys)
     assert not list((tmp_path / "output").glob("methods/*/*/seed-*"))
+
+
+def test_scenes_are_judged_for_prompts_of_a_file(
+    tmp_path: Path, write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    caption = "a fox on the left and a pizza on the right, blue background"
+    (tmp_path / "prompts.csv").write_text(f'Prompts,Category\n"{caption}",easy\n')
+    changes = {"metrics": ["scenes"], "prompts": {"drawbench": "prompts.csv"}, "curve": None}
+    report = run(write(**changes), tmp_path / "output")
+    assert report["groups"] == {"easy": 1}
+    assert set(report["rows"][0]["groups"]["easy"]["scores"]) == {
+        "both",
+        "objects",
+        "left",
+        "right",
+    }
+    (tmp_path / "prompts.csv").write_text("Prompts,Category\na fox,hard\n")
+    assert "AFA-ZOO-004" in fails(write(**changes), tmp_path / "other", capsys)
+    assert not list((tmp_path / "other").glob("methods/*/*/seed-*"))
 
 
 @pytest.mark.parametrize(

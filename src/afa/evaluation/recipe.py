@@ -209,8 +209,6 @@ class EvaluateRecipe(ModelsRecipe):
             raise ValueError(f"must name one of its methods; got '{unknown}'")
         for method in self.methods:
             self.check_method(method, self.sampling_of(method).guidance)
-        if SCENES in self.metrics and self.prompts.zoo is None:
-            raise ValueError("must have prompts.zoo for the metric 'scenes'")
         scores = list(SCENE_SCORES) if SCENES in self.metrics else []
         chosen = [metric.name for metric in self.metrics if not isinstance(metric, str)]
         scores += [name for name in chosen if name not in _OF_SETS]

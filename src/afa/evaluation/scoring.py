@@ -48,13 +48,20 @@ class PictureScorer(Protocol):
 
 
 class _Scenes:
-    """The zoo's classifier: whether each object is on its side."""
+    """The zoo's classifier: whether each object is on its side.
+
+    Raises:
+        AfaError: if a prompt is no caption of a scene.
+    """
 
     name = SCENES
 
-    def __init__(self) -> None:
+    def __init__(self, prompts: Sequence[str] = ()) -> None:
         from afa.zoo.judges import load_classifier
+        from afa.zoo.scenes import parse_caption
 
+        for prompt in prompts:
+            parse_caption(prompt)
         self._classifier = load_classifier()
 
     def __call__(
@@ -111,7 +118,8 @@ class Scoring:
         device: device of the metrics' networks.
 
     Raises:
-        AfaError: if weights cannot be loaded, or a metric needs real pictures and has none.
+        AfaError: if weights cannot be loaded, a metric needs real pictures and has none, or the
+            metric is `scenes` and a prompt is no caption of a scene.
     """
 
     def __init__(
@@ -131,7 +139,7 @@ class Scoring:
         self._real: dict[str, Tensor] = {}
         chosen = [metric for metric in recipe.metrics if isinstance(metric, MetricRecipe)]
         if SCENES in recipe.metrics:
-            self.scorers.append(_Scenes())
+            self.scorers.append(_Scenes([prompt.text for prompt in prompts]))
         for asked, metric in zip(chosen, open_metrics(chosen, device), strict=True):
             weights = of_metric(asked)
             asked_for = [asked.model_dump(mode="json"), weights]

@@ -1,0 +1,268 @@
+"""Judge aggregators on objects that none of their training pictures shows, on emoji scenes.
+
+    python -m benchmarks.unseen runs/unseen --zoo runs/categories    # resumes
+
+Experts and base know all objects. The aggregators are trained on scenes without a quarter of each
+domain's objects, and there are several choices of this quarter. Mixed prompts are grouped by how
+many of their objects were unseen, prompts of one domain by whether both were. Rows: the base, the
+experts, the uniform merge, the aggregators of each variant with one training per seed, and a mask
+that knows which expert owns which half, as the ceiling.
+
+Development only: half of all pairs of objects and the last quarter of the objects are left for the
+final study.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import io
+import itertools
+import json
+import os
+import random
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from afa.aggregators.rule import Condition, Fused, FusionRule, weighted_sum
+from afa.denoisers.kinds import denoiser_of, kind_of_pipeline
+from afa.drawing.merged import with_parts
+from afa.ensemble.denoiser import EnsembleDenoiser
+from afa.evaluation.recipe import slug
+from afa.files import write_atomic
+from afa.loading.pipeline import load_pipeline
+from afa.statistics import wilson
+from afa.studies.results.jobs import Job, run_jobs, train_aggregators_job
+from afa.studies.results.plan import SHIPPED, StudySettings, Zoo, aggregator_recipes, sampling
+from afa.studies.results.run import evaluate_in_processes
+from afa.studies.zoo_build.evaluate import draw_pictures
+from afa.zoo import EXPERTS
+from afa.zoo.judges import judge, load_classifier
+from afa.zoo.scenes import BACKGROUNDS, caption_of, is_held_out, parse_caption
+from afa.zoo.sprites import DOMAIN_OF, DOMAINS, OBJECTS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from torch import Tensor
+
+    from afa.training.recipe import Recipe
+
+#: the first is the default; changes to the sections `aggregator` and `training` of a recipe
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "AFA": {},
+    "AFA without prompt": {"aggregator": {"prompt": False}},
+}
+#: quarters of the objects that development may leave out; the last one is for the final study
+CHOICES = (0, 1, 2)
+SEEN, ONE, BOTH = "seen x seen", "seen x unseen", "unseen x unseen"
+OWN_SEEN, OWN_UNSEEN = "own domain, seen", "own domain, unseen"
+GROUPS = (SEEN, ONE, BOTH, OWN_SEEN, OWN_UNSEEN)
+ORACLE = "oracle mask"
+
+
+def unseen_of(choice: int) -> frozenset[str]:
+    """Return the unseen objects of a choice: every fourth one of each domain."""
+    return frozenset(
+        name
+        for objects in DOMAINS.values()
+        for name, _ in list(objects)[choice :: len(CHOICES) + 1]
+    )
+
+
+def is_development(left: str, right: str) -> bool:
+    """Whether a pair of objects, in either order, is in the development half of all pairs."""
+    key = f"development {'+'.join(sorted((left, right)))}"
+    return hashlib.sha256(key.encode()).digest()[0] % 2 == 0
+
+
+def group_of(left: str, right: str, unseen: frozenset[str]) -> str | None:
+    """Return the group of a pair of objects; None for pairs that are not judged."""
+    if left == right or not is_development(left, right):
+        return None
+    count = len({left, right} & unseen)
+    if DOMAIN_OF[left] == DOMAIN_OF[right]:
+        return {0: OWN_SEEN, 2: OWN_UNSEEN}.get(count)
+    if count == 0:  # the base and the aggregators have met all others
+        return SEEN if is_held_out(left, right) else None
+    return ONE if count == 1 else BOTH
+
+
+def prompts_of(choice: int, count: int) -> dict[str, list[str]]:
+    """Return up to `count` prompts of each group."""
+    unseen = unseen_of(choice)
+    found: dict[str, list[str]] = {group: [] for group in GROUPS}
+    for left, right in itertools.product(OBJECTS, repeat=2):
+        group = group_of(left, right, unseen)
+        if group is not None:
+            found[group] += [caption_of(left, right, background) for background in BACKGROUNDS]
+    order = random.Random(choice)
+    return {
+        group: order.sample(captions, min(count, len(captions)))
+        for group, captions in found.items()
+    }
+
+
+def recipe(settings: StudySettings, zoo: Zoo, variant: str, choice: int, seed: int) -> Recipe:
+    """Return the training recipe of a variant, on scenes without the unseen objects."""
+    whole = aggregator_recipes(settings, zoo)[f"afa-{seed}"]
+    scenes = whole.data.scenes
+    assert scenes is not None, "it is trained on scenes"
+    scenes = scenes.model_copy(update={"without": sorted(unseen_of(choice))})
+    changes = VARIANTS[variant]
+    return whole.model_copy(
+        update={
+            "data": whole.data.model_copy(update={"scenes": scenes}),
+            "aggregator": replace(whole.aggregator, **changes.get("aggregator", {})),
+            "training": whole.training.model_copy(update=changes.get("training", {})),
+        }
+    )
+
+
+def comparison(
+    work: Path, zoo: Zoo, choice: int, folders: Mapping[str, Sequence[Path]], count: int
+) -> dict[str, Any]:
+    """Return the recipe of `afa evaluate` for a choice; writes its prompts."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["Prompts", "Category"])
+    for group, captions in prompts_of(choice, count).items():
+        writer.writerows([caption, group] for caption in captions)
+    prompts = work / f"prompts-{choice}.csv"
+    write_atomic(prompts, text.getvalue())
+    methods: list[dict[str, Any]] = [
+        {"name": name, "ensemble": [str(folder) for folder in listed]}
+        for name, listed in folders.items()
+    ]
+    methods.append({"name": "base", "model": zoo.base})
+    methods += [{"name": f"expert: {name}", "model": zoo.experts[name]} for name in EXPERTS]
+    merge = {"method": "weighted", "weights": [1 / 3] * 3}
+    methods.append({"name": "uniform merge", "merge": merge})
+    return {
+        "experts": list(zoo.experts.values()),
+        "prompts": {"drawbench": str(prompts)},
+        "methods": methods,
+        "sampling": sampling(10),
+        "metrics": ["scenes"],
+        "num_resamples": 10_000,
+    }
+
+
+class HalfMask(FusionRule):
+    """Use the feature of one expert in the left half, and of another one in the right half.
+
+    Set `owners` to the two experts of each picture of a batch before it is drawn.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.owners: list[tuple[int, int]] = []
+
+    def forward(self, features: Sequence[Tensor], condition: Condition) -> Fused:
+        """Return the features of the owners of both halves."""
+        batch, _, height, width = features[0].shape
+        weights = features[0].new_zeros((batch, len(features), height, width))
+        for row in range(batch):  # with guidance, all pictures twice
+            left, right = self.owners[row % len(self.owners)]
+            weights[row, left, :, : width // 2] = 1
+            weights[row, right, :, width // 2 :] = 1
+        return Fused(weighted_sum(features, weights), weights)
+
+
+def judge_oracle(zoo: Zoo, prompts: Mapping[str, Sequence[str]], size: int = 16) -> dict[str, Any]:
+    """Score the mask that knows the layout and the domains."""
+    pipeline, mask = load_pipeline(list(zoo.experts.values())), HalfMask()
+    ensemble = denoiser_of(pipeline)
+    rules = [mask for _ in ensemble.sites]
+    denoiser = EnsembleDenoiser(list(ensemble.experts), rules, widths=ensemble.widths)
+    pipeline = with_parts(pipeline, {kind_of_pipeline(pipeline).denoiser: denoiser})
+    classifier, scores = load_classifier(), {}
+    for group, captions in prompts.items():
+        right = 0
+        for start in range(0, len(captions), size):
+            batch = captions[start : start + size]
+            shown = [parse_caption(caption) for caption in batch]
+            mask.owners = [
+                (EXPERTS.index(DOMAIN_OF[s.left]), EXPERTS.index(DOMAIN_OF[s.right])) for s in shown
+            ]
+            pictures = draw_pictures(pipeline, batch, seed=start, num_steps=10, batch_size=size)
+            right += sum(verdict.both for verdict in judge(classifier, pictures, batch))
+        found = wilson(right / len(captions), len(captions))
+        scores[group] = {"mean": found.mean, "low": found.low, "high": found.high}
+    return scores
+
+
+def rows_of(report: Mapping[str, Any], oracle: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Yield a row per method: its name, and the share of right pictures in each group."""
+
+    def cell(score: Mapping[str, float]) -> str:
+        return f"{score['mean']:.2f} [{score['low']:.2f}, {score['high']:.2f}]"
+
+    for row in report["rows"]:
+        groups = row["groups"]
+        yield [row["method"], *(cell(groups[group]["scores"]["both"]) for group in GROUPS)]
+    yield [ORACLE, *(cell(oracle[group]) for group in GROUPS)]
+
+
+def main() -> None:
+    """Train and judge all variants, then print a table per choice."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--zoo", type=Path, help="folder of base and experts; default: bundled")
+    parser.add_argument("--choices", type=int, nargs="+", default=list(CHOICES), choices=CHOICES)
+    parser.add_argument("--num-seeds", type=int, default=1)
+    parser.add_argument("--num-train-steps", type=int, default=700)
+    parser.add_argument("--num-prompts", type=int, default=128)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    arguments = parser.parse_args()
+    work = arguments.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    zoo = SHIPPED
+    if arguments.zoo is not None:
+        folders = {str(name): str(arguments.zoo.resolve() / name) for name in EXPERTS}
+        zoo = Zoo(folders, str(arguments.zoo.resolve() / "base"), is_main=False)
+    settings = StudySettings(
+        num_seeds=arguments.num_seeds, num_train_steps=arguments.num_train_steps
+    )
+    num_processes = os.cpu_count() or 1
+    trained = {
+        (variant, choice): [
+            work / "trained" / f"{slug(variant)}-{choice}-{seed}"
+            for seed in range(settings.num_seeds)
+        ]
+        for variant in arguments.variants
+        for choice in arguments.choices
+    }
+    jobs = [
+        Job(
+            folder.name,
+            train_aggregators_job,
+            (recipe(settings, zoo, variant, choice, seed), folder),
+        )
+        for (variant, choice), listed in trained.items()
+        for seed, folder in enumerate(listed)
+    ]
+    for event in run_jobs(jobs, num_processes):
+        if event.done % 50 == 0:
+            sys.stderr.write(f"{event.name}: step {event.done} of {event.total}\n")
+    for choice in arguments.choices:
+        listed = {variant: trained[variant, choice] for variant in arguments.variants}
+        output = work / f"comparison-{choice}"
+        compared = comparison(work, zoo, choice, listed, arguments.num_prompts)
+        evaluate_in_processes(output, compared, num_processes)
+        place = work / f"oracle-{choice}.json"
+        if not place.exists():
+            found = judge_oracle(zoo, prompts_of(choice, arguments.num_prompts))
+            write_atomic(place, json.dumps(found, indent=1) + "\n")
+        report = json.loads((output / "report.json").read_text())
+        print(f"\nunseen: {', '.join(sorted(unseen_of(choice)))}\n")  # noqa: T201
+        print("| row | " + " | ".join(GROUPS) + " |\n|---" + "|---" * len(GROUPS) + "|")  # noqa: T201
+        for row in rows_of(report, json.loads(place.read_text())):
+            print(f"| {' | '.join(row)} |")  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
