@@ -57,7 +57,8 @@ def on(device: str, arguments: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.usefixtures("devices")
 @pytest.mark.parametrize(
-    ("family", "interval"), [("unet", 3), ("sdxl", 1), ("sd3", 3), ("pixart", 1)]
+    ("family", "interval"),
+    [("unet", 3), pytest.param("sdxl", 1, marks=pytest.mark.nightly), ("sd3", 3), ("pixart", 1)],
 )
 def test_an_operation_never_sees_two_devices(family: str, interval: int) -> None:
     ensemble, arguments = ensemble_of(family, 3), arguments_of(family, 3)
