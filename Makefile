@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 # keep their order: the plugin would run files with few tests last, and these take longest.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 EVERY_DAY := not gpu and not nightly
-# workers, one more than cores: tests of processes wait for each other and for timeouts
+# workers, one more than cores, at most 4: tests of processes wait for each other and for timeouts
 ONE_MORE := $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 4 ? cores + 1 : 4)))
 SERVICE ?= pypi
 WORK ?= runs/results

@@ -4,7 +4,9 @@
 
 Experts and base know all objects. The aggregators are trained on scenes without a quarter of each
 domain's objects, and there are several choices of this quarter. Mixed prompts are grouped by how
-many of their objects were unseen, prompts of one domain by whether both were. Rows: the base, the
+many of their objects were unseen, prompts of one domain by whether both were. Pairs of seen objects
+are held out of the base's training, too; most other pairs are not, since there are too few, so the
+base has an advantage there. Rows: the base, the
 experts, the uniform merge, the aggregators of each variant with one training per seed, and a mask
 that knows which expert owns which half, as the ceiling.
 
@@ -253,7 +255,7 @@ def main() -> None:
         output = work / f"comparison-{choice}"
         compared = comparison(work, zoo, choice, listed, arguments.num_prompts)
         evaluate_in_processes(output, compared, num_processes)
-        place = work / f"oracle-{choice}.json"
+        place = output / "oracle.json"  # prompts of this folder never change
         if not place.exists():
             found = judge_oracle(zoo, prompts_of(choice, arguments.num_prompts))
             write_atomic(place, json.dumps(found, indent=1) + "\n")

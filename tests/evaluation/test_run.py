@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -21,6 +22,7 @@ import afa
 from afa.cli import main
 from afa.evaluation import evaluate, load_evaluate_recipe
 from afa.evaluation.methods import MethodBuilder
+from afa.statistics import paired_difference
 from tests import warm
 from tests.evaluation.conftest import SMALL
 from tests.metrics.tiny import write_clip
@@ -70,6 +72,21 @@ def test_the_report_can_be_computed_from_the_scores_of_pictures(
             for score, figures in found["scores"].items():
                 mean = sum(float(line[score]) for line in mine) / len(mine)
                 assert mean == pytest.approx(figures["mean"], abs=1e-9)
+    for row in report["paired"]:
+
+        def scores(method: str, row: dict[str, Any] = row) -> np.ndarray:
+            """[1, prompts], the mean over the seeds."""
+            found: dict[int, list[float]] = {}
+            for line in lines:
+                if (line["method"], line["group"]) == (method, row["group"]):
+                    found.setdefault(int(line["prompt_number"]), []).append(
+                        float(line[row["score"]])
+                    )
+            return np.array([[np.mean(found[n]) for n in sorted(found)]])
+
+        paired = paired_difference(scores(row["method"]), scores(row["against"]), 100)
+        assert (paired.wins, paired.losses) == (row["wins"], row["losses"])
+        assert paired.difference.mean == pytest.approx(row["difference"]["mean"], abs=1e-9)
     assert {line["prompt"] for line in lines} == {
         text for text, _ in json.loads((output / "prompts.json").read_text())["prompts"]
     }
@@ -370,7 +387,7 @@ def test_scenes_are_judged_for_prompts_of_a_file(
         "right",
     }
     (tmp_path / "prompts.csv").write_text("Prompts,Category\na fox,hard\n")
-    assert "AFA-ZOO-004" in fails(write(**changes), tmp_path / "other", capsys)
+    assert "AFA-EVAL-031" in fails(write(**changes), tmp_path / "other", capsys)
     assert not list((tmp_path / "other").glob("methods/*/*/seed-*"))
 
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from afa.distilling.recipe import BakeIn
 from afa.evaluation.recipe import EvaluateRecipe
-from afa.studies.distillation.page import Figures, read_results, write_pages
+from afa.studies.distillation.page import (
+    Figures,
+    inputs_of,
+    read_outcomes,
+    read_results,
+    write_pages,
+)
 from afa.studies.distillation.parts import Part
 from afa.studies.distillation.plan import (
     FULL,
@@ -107,6 +112,8 @@ def test_the_whole_study_in_small(tmp_path: Path, docs: Path) -> None:
     assert rows[TUNED]["distilled_minus_this"]["mean"] == pytest.approx(
         rows[FULL]["both"]["mean"] - rows[TUNED]["both"]["mean"]
     )
+    (student,) = (s for s in results["parts"]["main"]["students"] if s["method"] == FULL)
+    assert max(student["bytes"], key=student["bytes"].get).startswith("unet/")
     page = (docs / "distillation.md").read_text()
     assert "| distilled, guided |" in page
     assert "Not measured yet" not in page
@@ -133,8 +140,7 @@ def rows_of(part: Part, outcomes: dict[str, str]) -> Figures:
         }
         for name, text in outcomes.items()
     ]
-    settings = json.loads(json.dumps(asdict(SMALL)))
-    about = {"settings": settings, "students": []}
+    about = {"inputs": inputs_of(SMALL), "students": []}
     return {"about": about, "rows": rows, "own_domain": dict.fromkeys(EXPERTS, rows)}
 
 
@@ -142,9 +148,10 @@ def test_parts_of_different_runs_are_compared_prompt_by_prompt(docs: Path) -> No
     first = {"teacher": "1111", FULL: "1110", "base": "0000"}
     write_pages(docs, SMALL, Part.MAIN, rows_of(Part.MAIN, first))
     costs = dict.fromkeys(
-        [f"{name}_seconds" for name in ("teacher", "recording", "student", "total")], 1.0
+        [f"{name}_seconds" for name in ("teacher", "recording", "student", "total", "tuned_base")],
+        1.0,
     )
-    costs |= {"tuned_base_steps": 3, "base_seconds_per_step": 1.0}
+    costs |= {"tuned_base_steps": 3}
     found = rows_of(Part.BUDGET, {"teacher": "1111", TUNED: "0001", "base": "0000"})
     found["about"]["costs"] = costs
     write_pages(docs, SMALL, Part.BUDGET, found)
@@ -168,6 +175,34 @@ def test_figures_of_other_settings_are_not_mixed(tmp_path: Path, docs: Path) -> 
     with refusal("AFA-STUDY-011", "main"):
         list(run_study(tmp_path / "work", docs, Settings(), num_processes=1))
     assert not (tmp_path / "work" / "study.json").exists()
+    (docs / "distillation.json").write_text('{"rows": []}')
+    with refusal("AFA-STUDY-011"):
+        list(run_study(tmp_path / "work", docs, SMALL, num_processes=1))
+
+
+@pytest.mark.parametrize(
+    ("missing", "code"),
+    [("distillation.md", "AFA-STUDY-012"), ("results.json", "AFA-FILE-004")],
+)
+def test_what_it_needs_at_the_end_is_checked_at_the_start(
+    tmp_path: Path, docs: Path, missing: str, code: str
+) -> None:
+    (docs / missing).unlink()
+    with refusal(code, missing):
+        next(run_study(tmp_path / "work", docs, SMALL, num_processes=1))
+    assert not (tmp_path / "work").exists()
+
+
+def test_outcomes_are_in_the_order_of_the_prompts(tmp_path: Path) -> None:
+    text = "method,replica,seed,prompt_number,group,both,prompt\n"
+    lines = [
+        f"distilled,{replica},0,{number},mixed,{float(replica == number % 2)},x\n"
+        for replica in (1, 0)
+        for number in (10, 2, 9, 3)
+    ]
+    (tmp_path / "scores.csv").write_text(text + "".join(lines))
+    found = read_outcomes(tmp_path / "scores.csv")
+    assert found == {("distilled", "mixed"): ["1001", "0110"]}  # of prompts 2, 3, 9 and 10
 
 
 def test_the_comparison_is_a_recipe(tmp_path: Path) -> None:

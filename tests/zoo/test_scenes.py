@@ -9,6 +9,7 @@ from typing import get_args
 import numpy as np
 import pytest
 
+from afa.training.recipe import ScenesRecipe
 from afa.zoo.models import MAX_TOKENS, build_tokenizer
 from afa.zoo.scenes import (
     BACKGROUNDS,
@@ -68,6 +69,14 @@ def test_objects_can_be_left_out() -> None:
         scene(0, without=frozenset({"unicorn"}))
     with refusal("AFA-ZOO-014"):
         scene(0, kind="food", without=frozenset(name for name, _ in DOMAINS["food"][1:]))
+
+
+def test_recipes_without_it_are_written_as_before() -> None:
+    """So that a training that began before `without` existed can be resumed."""
+    assert ScenesRecipe().model_dump() == {"num_samples": 10_000, "seed": 0, "kind": "any"}
+    written = ScenesRecipe(without=["fox"]).model_dump(mode="json")
+    assert written["without"] == ["fox"]
+    assert ScenesRecipe.model_validate(written).without == ["fox"]
 
 
 def test_a_caption_and_its_scene_are_the_same_thing() -> None:

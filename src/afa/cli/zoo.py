@@ -38,25 +38,37 @@ def build(
     font: Annotated[
         Path | None, typer.Option(help="NotoColorEmoji.ttf; default: the bundled sprites.")
     ] = None,
+    world: Annotated[
+        Literal["bundled", "categories"],
+        typer.Option(help="categories: U-Nets whose text encoder knows that a fox is an animal."),
+    ] = "bundled",
 ) -> None:
     """Train a zoo: a base model and three experts of it. Takes hours.
 
     `unet` rebuilds the bundled zoo from its sprites: autoencoder, models, judges, ensemble. `dit`
-    trains a second zoo of the PixArt family, with the bundled autoencoder and judges.
+    and `--world categories` train another zoo with the bundled autoencoder and judges.
 
     [bold]Example[/bold]: afa zoo build work/dit --family dit
     """
     quieten_loading()
-    if family == "dit":
+    if family == "dit" and world == "categories":
+        raise AfaError(
+            "AFA-CLI-026",
+            "--world categories is a zoo of U-Nets; got --family dit. Remove one of them.",
+        )
+    if family == "dit" or world == "categories":
+        from afa.studies.zoo_build.categories import build_category_zoo
         from afa.studies.zoo_build.transformer import build_transformer_zoo
         from afa.zoo import MODELS
 
         if font is not None:
             raise AfaError(
                 "AFA-CLI-023",
-                "--font only applies to --family unet; got --family dit. Remove --font.",
+                "--font only applies to the bundled zoo; got --family dit or --world categories. "
+                "Remove --font.",
             )
-        _show(build_transformer_zoo(workdir))
+        build_it = build_transformer_zoo if family == "dit" else build_category_zoo
+        _show(build_it(workdir))
         say(f"The zoo is in {workdir}: {', '.join(MODELS)}")
         return
     from afa.studies.zoo_build.build import build_zoo
@@ -138,7 +150,7 @@ def distillation(
 ) -> None:
     """Distil the bundled ensemble into students, compare them, and write the page's tables.
 
-    Each part takes one to two hours on two cores. Run the same command again to resume.
+    Each part takes one to three hours on two cores. Run the same command again to resume.
 
     [bold]Example[/bold]: afa zoo distillation runs/distillation --docs docs --part main
     """

@@ -61,7 +61,14 @@ class _Scenes:
         from afa.zoo.scenes import parse_caption
 
         for prompt in prompts:
-            parse_caption(prompt)
+            try:
+                parse_caption(prompt)
+            except AfaError as error:
+                raise AfaError(
+                    "AFA-EVAL-031",
+                    f"The metric 'scenes' judges captions of scenes only. {error} Or "
+                    "remove 'scenes' from the metrics.",
+                ) from None
         self._classifier = load_classifier()
 
     def __call__(

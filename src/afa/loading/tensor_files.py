@@ -77,8 +77,8 @@ class StoredTensor(TensorSpec):
                 if not count:
                     raise AfaError(
                         "AFA-MERGE-038",
-                        f"'{self.file}' became shorter while it was read. Do not change it during "
-                        "a merge.",
+                        f"'{self.file}' became shorter while it was read. Do not change it "
+                        "meanwhile.",
                     )
                 view = view[count:]
         return content.view(self.dtype).reshape(self.shape)

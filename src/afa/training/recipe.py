@@ -6,7 +6,13 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from afa.aggregators import SABWSettings
 from afa.errors import AfaError
@@ -24,6 +30,12 @@ class ScenesRecipe(Section):
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
     kind: Literal["animals", "food", "things", "any", "mixed"] = "any"
     without: list[str] = Field(default_factory=list)
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out an empty `without`, so that earlier runs can be resumed."""
+        written: dict[str, Any] = handler(self)
+        return written if self.without else {k: v for k, v in written.items() if k != "without"}
 
 
 class DatasetRecipe(Section):

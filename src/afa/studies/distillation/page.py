@@ -8,6 +8,7 @@ prompt.
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ import numpy as np
 from afa.errors import AfaError
 from afa.files import read_json, write_atomic
 from afa.provenance import made_from
-from afa.statistics import paired_difference
+from afa.statistics import mean_interval, paired_difference
 from afa.studies.distillation.parts import Part
 from afa.studies.distillation.plan import (
     ANIMALS,
@@ -28,11 +29,12 @@ from afa.studies.distillation.plan import (
     TEACHER,
     TUNED,
     Settings,
+    captions_of_test,
     of_transformers,
     students,
 )
 from afa.studies.results.page import row_of
-from afa.zoo import EXPERTS
+from afa.zoo import EXPERTS, hash_bundled
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -53,23 +55,45 @@ Figures = dict[str, Any]
 # -- figures ----------------------------------------------------------------------------------
 
 
+def inputs_of(settings: Settings) -> dict[str, Any]:
+    """Everything that the figures depend on besides code: settings, models, prompts of the test."""
+    captions = "\n".join(captions_of_test(settings))
+    return {
+        "settings": json.loads(json.dumps(asdict(settings))),
+        "zoo": hash_bundled(),
+        "test_prompts": hashlib.sha256(captions.encode()).hexdigest(),
+    }
+
+
 def read_results(docs: Path, settings: Settings) -> Figures:
     """The figures of earlier parts; empty if there are none.
 
     Raises:
-        AfaError: if they are of a study with other settings.
+        AfaError: if they are of a study with other settings, models or prompts.
     """
     path = docs / _FILE
-    found: Figures = read_json(path) if path.exists() else {"parts": {}, "rows": []}
-    wanted = json.loads(json.dumps(asdict(settings)))
-    for part, about in found["parts"].items():
-        if about["settings"] != wanted:
+    if not path.exists():
+        return {"parts": {}, "rows": []}
+    found: Figures = read_json(path)
+    wanted = inputs_of(settings)
+    for part, about in found.get("parts", {"all": {}}).items():
+        if about.get("inputs") != wanted:
             raise AfaError(
                 "AFA-STUDY-011",
-                f"'{path}' has figures of the part '{part}', of a study with other settings. "
-                "Delete that file to replace all of them.",
+                f"'{path}' has figures of a study with other settings, models or prompts "
+                f"(part: {part}). Delete that file to replace all of them.",
             )
     return found
+
+
+def require_pages(docs: Path, settings: Settings) -> None:
+    """Check that figures and tables can be written at the end.
+
+    Raises:
+        AfaError: if the page is missing or lacks a mark of a table, or `docs` has figures of other
+            inputs.
+    """
+    _with_tables(docs / _PAGE, tables(read_results(docs, settings)))
 
 
 def results_of(
@@ -84,7 +108,7 @@ def results_of(
         work: folder of the study.
         costs: of `afa.studies.distillation.run.costs_of`, if the part measures them.
     """
-    report, outcomes = read_json(output / "report.json"), _read_outcomes(output / "scores.csv")
+    report, outcomes = read_json(output / "report.json"), read_outcomes(output / "scores.csv")
 
     def row(each: Figures, group: str) -> Figures:
         found = row_of(report, each, group)
@@ -94,7 +118,7 @@ def results_of(
 
     about = {
         "made_from": made_from(),
-        "settings": asdict(settings),
+        "inputs": inputs_of(settings),
         "sampling": report["sampling"],
         "guidance": report.get("guidance", {}),
         "groups": report["groups"],
@@ -107,14 +131,16 @@ def results_of(
     }
 
 
-def _read_outcomes(path: Path) -> dict[tuple[str, str], list[str]]:
+def read_outcomes(path: Path) -> dict[tuple[str, str], list[str]]:
     """Whether each picture is right, by method and group: a text of 0 and 1 for each training."""
     found: dict[tuple[str, str], dict[int, dict[int, str]]] = {}
     with path.open(newline="") as file:
         for line in csv.DictReader(file):
             texts = found.setdefault((line["method"], line["group"]), {})
             of_training = texts.setdefault(int(line["replica"]), {})
-            of_training[int(line["prompt_number"])] = str(int(float(line["both"])))
+            number = int(line["prompt_number"])
+            assert number not in of_training, "one seed, so one picture of each prompt"
+            of_training[number] = str(int(float(line["both"])))
     return {
         key: ["".join(values[n] for n in sorted(values)) for _, values in sorted(trained.items())]
         for key, trained in found.items()
@@ -134,7 +160,7 @@ def _student(student: Student, settings: Settings, work: Path) -> Figures:
         "num_steps": student.steps or settings.num_steps,
         "seconds_per_step": done["seconds_per_step"],
         "validation_loss": record["validation_loss"],
-        "bytes": {file.name: file.stat().st_size for file in files},
+        "bytes": {str(file.relative_to(folder)): file.stat().st_size for file in files},
     }
 
 
@@ -152,7 +178,7 @@ def with_part(results: Figures, part: Part, found: Figures) -> Figures:
     def merged(old: Iterable[Figures], new: Iterable[Figures], group: str) -> list[Figures]:
         rows = [*(row for row in old if row["part"] != part), *new]
         rows.sort(key=lambda row: order.index(row["part"]))
-        resamples = found["about"]["settings"]["num_resamples"]
+        resamples = found["about"]["inputs"]["settings"]["num_resamples"]
         return [_compared(row, rows, resamples, group) for row in rows]
 
     own = results.get("own_domain", {})
@@ -201,9 +227,20 @@ def write_pages(docs: Path, settings: Settings, part: Part, found: Figures) -> N
         AfaError: if the page lacks a mark of a table, or `docs` has figures of other settings.
     """
     results = with_part(read_results(docs, settings), part, found)
-    path = docs / _PAGE
+    text = _with_tables(docs / _PAGE, tables(results))
+    write_atomic(docs / _FILE, json.dumps(results, indent=1) + "\n")
+    write_atomic(docs / _PAGE, text)
+
+
+def _with_tables(path: Path, made: dict[str, str]) -> str:
+    """The text of the page with these tables."""
+    if not path.is_file():
+        raise AfaError(
+            "AFA-STUDY-012",
+            f"'{path}' is missing. Pass the folder docs of the repository as --docs.",
+        )
     text = path.read_text()
-    for name, table in tables(results).items():
+    for name, table in made.items():
         start = _SECTION.format(name=name)
         before, mark, rest = text.partition(start)
         if not mark or _END not in rest:
@@ -211,8 +248,7 @@ def write_pages(docs: Path, settings: Settings, part: Part, found: Figures) -> N
                 "AFA-STUDY-009", f"'{path}' lacks the mark '{start}'. Restore the page from git."
             )
         text = f"{before}{start}\n\n{table}\n\n{_END}{rest.partition(_END)[2]}"
-    write_atomic(docs / _FILE, json.dumps(results, indent=1) + "\n")
-    write_atomic(path, text)
+    return text
 
 
 def tables(results: Figures) -> dict[str, str]:
@@ -285,13 +321,17 @@ def _curves(results: Figures) -> str:
     for part, student in planned:
         name = student["method"]
         row = _find(results["rows"], part, name)
+        # the first training alone, as that of the other rows
+        scores = _scores(row)[:1]
+        teacher = _scores(_find(results["rows"], part, TEACHER))
+        difference = paired_difference(teacher, scores).difference
         cells = [
             name,
             f"{student['num_pictures']:,}",
             f"{student['num_steps']:,}",
             f"{max(student['bytes'].values()) / 1e6:.1f} MB",
-            _interval(row["both"]),
-            _signed(row["teacher_minus_this"]),
+            _interval(asdict(mean_interval(scores, is_outcome=True))),
+            _signed(asdict(difference)),
             f"{student['validation_loss'][-1]['loss']:.4f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -310,7 +350,6 @@ def _self(results: Figures) -> str:
 
 def _budgets(results: Figures) -> str:
     costs = results["parts"][Part.BUDGET]["costs"]
-    tuned = costs["tuned_base_steps"] * costs["base_seconds_per_step"]
     return "\n".join(
         [
             "| part | seconds on one core |",
@@ -319,7 +358,8 @@ def _budgets(results: Figures) -> str:
             f"| recording its predictions | {costs['recording_seconds']:,.0f} |",
             f"| training the student | {costs['student_seconds']:,.0f} |",
             f"| together | {costs['total_seconds']:,.0f} |",
-            f"| {TUNED}: {costs['tuned_base_steps']:,.0f} steps | {tuned:,.0f} |",
+            f"| {TUNED}: {costs['tuned_base_steps']:,.0f} steps "
+            f"| {costs['tuned_base_seconds']:,.0f} |",
         ]
     )
 

@@ -1,4 +1,4 @@
-"""The parts of the study; each can be run on its own, and takes up to two hours on two cores."""
+"""The parts of the study; each can be run on its own, and takes one to three hours on two cores."""
 
 from __future__ import annotations
 

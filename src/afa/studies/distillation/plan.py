@@ -31,6 +31,7 @@ TUNED = "tuned base (total time)"
 #: names of teachers
 ENSEMBLE, ANIMALS, TRANSFORMERS = "ensemble", "animals", "transformers"
 _TRANSFORMERS = TransformerRecipe()
+_MEASURED = "measured"
 NUM_MEASURED = 60  # pictures and steps whose time is measured
 RECORDED_AT_ONCE = 20  # pictures of a batch
 
@@ -95,11 +96,11 @@ class Student:
     @property
     def recording(self) -> str:
         """The name of the folder of recorded predictions, which several students share."""
-        return f"{self.teacher}-{self.seed}"
+        return f"{'measured' if self.row == _MEASURED else self.teacher}-{self.seed}"
 
 
 #: the student whose training is timed
-MEASURED = Student("measured", number=NUM_MEASURED, steps=NUM_MEASURED)
+MEASURED = Student(_MEASURED, number=NUM_MEASURED, steps=NUM_MEASURED)
 
 
 def students(settings: Settings, part: Part) -> list[Student]:
@@ -167,7 +168,7 @@ def main_students(work: Path) -> dict[str, list[Path]]:
             raise AfaError(
                 "AFA-STUDY-010",
                 f"'{work}' lacks the student '{folder.name}'. Finish it: afa zoo distillation "
-                f"{work} --docs docs.",
+                f"{work} --docs docs --part main.",
             )
         found.setdefault(student.row, []).append(folder.resolve())
     return found

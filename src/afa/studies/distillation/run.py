@@ -6,11 +6,10 @@ import json
 import os
 import statistics
 import time
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from afa.files import owned, read_json, write_atomic
-from afa.studies.distillation.page import read_results, results_of, write_pages
+from afa.studies.distillation.page import inputs_of, require_pages, results_of, write_pages
 from afa.studies.distillation.parts import Part
 from afa.studies.distillation.plan import (
     MEASURED,
@@ -82,9 +81,11 @@ def run_study(
     settings = settings or Settings()
     num_processes = num_processes or os.cpu_count() or 1
     work = work.resolve()
-    inputs = json.loads(json.dumps(asdict(settings)))
+    inputs = inputs_of(settings)
     require_same_study(work, inputs)
-    read_results(docs, settings)
+    require_pages(docs, settings)
+    for part in parts:
+        _merges(part, docs)
     with owned(work):
         write_atomic(work / SETTINGS, json.dumps(inputs, indent=2) + "\n")
         write_atomic(work / "prompts.txt", "\n".join(prompts(settings)) + "\n")
@@ -99,19 +100,16 @@ def _run_part(
     if part == Part.TRANSFORMERS:
         for job in _teacher_jobs(work, settings):
             yield from run_jobs([job], 1)
-    taught = [*planned, MEASURED] if part == Part.BUDGET else planned
-    recipes = {student: distill_recipe(student, settings, work) for student in taught}
-    yield from run_jobs(_recordings(recipes, work, settings), num_processes)
-    places = {student: work / "students" / student.folder for student in taught}
+    if part == Part.BUDGET:
+        # one after another, so that all are measured on an equally busy machine
+        yield from run_jobs(_measurements(work, settings), 1)
+    recipes = {student: distill_recipe(student, settings, work) for student in planned}
+    yield from run_jobs(_recordings(recipes, settings), num_processes)
+    places = {student: work / "students" / student.folder for student in planned}
     jobs = [
         Job(student.folder, distill_job, (recipe, places[student]))
         for student, recipe in recipes.items()
     ]
-    if part == Part.BUDGET:
-        measured = StudySettings(num_train_steps=NUM_MEASURED)
-        arguments = (aggregator_recipes(measured)["afa-0"], work / "measured")
-        jobs.append(Job("measure aggregators", train_aggregators_job, arguments))
-        jobs.append(_tuned("measure base", work / "measured-base", settings, 0, NUM_MEASURED))
     yield from run_jobs(jobs, num_processes)
 
     folders: dict[str, list[Path]] = {}
@@ -126,6 +124,10 @@ def _run_part(
             for seed, folder in enumerate(folders[TUNED])
         ]
         yield from run_jobs(jobs, num_processes)
+        costs["tuned_base_seconds"] = statistics.mean(
+            costs["tuned_base_steps"] * _finished(folder)["seconds_per_step"]
+            for folder in folders[TUNED]
+        )
 
     yield StageStarted(f"comparison of the part '{part}'")
     recipe = comparison(part, settings, work, folders, _merges(part, docs))
@@ -156,9 +158,20 @@ def _teacher_jobs(work: Path, settings: Settings) -> list[Job]:
     ]
 
 
-def _recordings(
-    recipes: Mapping[Student, DistillRecipe], work: Path, settings: Settings
-) -> list[Job]:
+def _measurements(work: Path, settings: Settings) -> list[Job]:
+    """The jobs that measure the time of recording and of each training."""
+    recipe = distill_recipe(MEASURED, settings, work)
+    aggregators = aggregator_recipes(StudySettings(num_train_steps=NUM_MEASURED))["afa-0"]
+    student = work / "students" / MEASURED.folder
+    return [
+        Job("measure recording", record_job, (recipe,)),
+        Job("measure student", distill_job, (recipe, student)),
+        Job("measure aggregators", train_aggregators_job, (aggregators, work / "measured")),
+        _tuned("measure base", work / "measured-base", settings, 0, NUM_MEASURED),
+    ]
+
+
+def _recordings(recipes: Mapping[Student, DistillRecipe], settings: Settings) -> list[Job]:
     """The jobs that record what students share: the largest number of pictures that one needs."""
     needed: dict[str, Student] = {}
     for student in recipes:
@@ -166,8 +179,7 @@ def _recordings(
         if _number(student, settings) > _number(other, settings):
             needed[student.recording] = student
     return [
-        Job(f"record {name}", record_job, (recipes[student], work / "costs" / name))
-        for name, student in needed.items()
+        Job(f"record {name}", record_job, (recipes[student],)) for name, student in needed.items()
     ]
 
 
@@ -186,16 +198,15 @@ def costs_of(work: Path, settings: Settings) -> dict[str, float]:
     path = work / "costs.json"
     if path.exists():
         return read_json(path)
-    aggregators, base = finished(work / "measured"), finished(work / "measured-base")
-    student = finished(work / "students" / MEASURED.folder)
-    assert aggregators is not None, "was measured"
-    assert base is not None, "was measured"
-    assert student is not None, "was trained"
-    recorded = logged(work / "costs" / MEASURED.recording)
-    num_batches = settings.num_trajectories / RECORDED_AT_ONCE
+    aggregators, base = _finished(work / "measured"), _finished(work / "measured-base")
+    student = _finished(work / "students" / MEASURED.folder)
+    recorded = logged(work / "recorded" / MEASURED.recording)
+    # batches of different numbers of steps take turns
+    kinds = len(settings.drawn_steps)
+    per_batch = statistics.mean(statistics.median(recorded[n::kinds]) for n in range(kinds))
     parts = {
         "teacher_seconds": settings.teacher_steps * aggregators["seconds_per_step"],
-        "recording_seconds": num_batches * statistics.mean(recorded),
+        "recording_seconds": settings.num_trajectories / RECORDED_AT_ONCE * per_batch,
         "student_seconds": settings.num_steps * student["seconds_per_step"],
     }
     total = sum(parts.values())
@@ -210,6 +221,12 @@ def costs_of(work: Path, settings: Settings) -> dict[str, float]:
     return costs
 
 
+def _finished(folder: Path) -> dict[str, Any]:
+    done = finished(folder)
+    assert done is not None, "its job has ended"
+    return done
+
+
 def build_zoo_job(name: str, recipe: TransformerRecipe, folder: Path) -> None:
     """Train the zoo of transformers, or resume its training."""
     from afa.studies.zoo_build.transformer import build_transformer_zoo
@@ -221,8 +238,8 @@ def build_zoo_job(name: str, recipe: TransformerRecipe, folder: Path) -> None:
     record_finished(folder, {})
 
 
-def record_job(name: str, recipe: DistillRecipe, folder: Path) -> None:
-    """Record a teacher's predictions, and how long that takes."""
+def record_job(name: str, recipe: DistillRecipe) -> None:
+    """Record a teacher's predictions, and how long each batch takes."""
     from afa.distilling.passes import passes_of
     from afa.distilling.recording import record_predictions
     from afa.distilling.teacher import Teacher
@@ -230,13 +247,13 @@ def record_job(name: str, recipe: DistillRecipe, folder: Path) -> None:
 
     place = recipe.recording.folder
     assert place is not None, "the study sets it"
-    folder.mkdir(parents=True, exist_ok=True)
+    place.mkdir(parents=True, exist_ok=True)
     started = None
     for event in record_predictions(Teacher.of(recipe), passes_of(recipe), place, Engine("cpu")):
         if event.stage != "record predictions" or event.total is None:
             continue
         if started is not None:
-            log(folder, {"batch": event.done, "seconds": time.perf_counter() - started})
+            log(place, {"batch": event.done, "seconds": time.perf_counter() - started})
         started = time.perf_counter()
         report_progress(name, event.done, event.total)
 
