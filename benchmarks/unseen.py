@@ -38,7 +38,14 @@ from afa.files import write_atomic
 from afa.loading.pipeline import load_pipeline
 from afa.statistics import wilson
 from afa.studies.results.jobs import Job, run_jobs, train_aggregators_job
-from afa.studies.results.plan import SHIPPED, StudySettings, Zoo, aggregator_recipes, sampling
+from afa.studies.results.plan import (
+    SHIPPED,
+    StudySettings,
+    Zoo,
+    aggregator_recipes,
+    sampling,
+    zoo_in,
+)
 from afa.studies.results.run import evaluate_in_processes
 from afa.studies.zoo_build.evaluate import draw_pictures
 from afa.zoo import EXPERTS
@@ -222,10 +229,7 @@ def main() -> None:
     arguments = parser.parse_args()
     work = arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    zoo = SHIPPED
-    if arguments.zoo is not None:
-        folders = {str(name): str(arguments.zoo.resolve() / name) for name in EXPERTS}
-        zoo = Zoo(folders, str(arguments.zoo.resolve() / "base"), is_main=False)
+    zoo = SHIPPED if arguments.zoo is None else zoo_in(arguments.zoo)
     settings = StudySettings(
         num_seeds=arguments.num_seeds, num_train_steps=arguments.num_train_steps
     )

@@ -81,7 +81,7 @@ def expert_folder(name: str) -> Path:
     if name not in MODELS:
         known = ", ".join(f"zoo:{known}" for known in (*MODELS, "ensemble"))
         raise AfaError("AFA-ZOO-002", f"There is no bundled 'zoo:{name}'. Use one of {known}.")
-    folder = cache_folder() / f"zoo-{hash_bundled()[:16]}"
+    folder = cache_folder() / f"zoo-{_digest()[:16]}"
     if not folder.exists():
         try:
             export_zoo(folder)
@@ -92,8 +92,8 @@ def expert_folder(name: str) -> Path:
 
 
 @functools.cache
-def hash_bundled() -> str:
-    """SHA-256 of the bundled models; each release has a cache of its own by it."""
+def _digest() -> str:
+    """SHA-256 of the bundled files, so that every release has a cache of its own."""
     digest = hashlib.sha256()
     for part in (_SHARED, *MODELS):
         for file in sorted((assets() / part).rglob("*")):

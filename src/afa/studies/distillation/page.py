@@ -17,6 +17,7 @@ import numpy as np
 
 from afa.errors import AfaError
 from afa.files import read_json, write_atomic
+from afa.loading.weights import hash_files
 from afa.provenance import made_from
 from afa.statistics import mean_interval, paired_difference
 from afa.studies.distillation.parts import Part
@@ -30,11 +31,11 @@ from afa.studies.distillation.plan import (
     TUNED,
     Settings,
     captions_of_test,
-    of_transformers,
+    named,
     students,
 )
 from afa.studies.results.page import row_of
-from afa.zoo import EXPERTS, hash_bundled
+from afa.zoo import EXPERTS, assets
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -60,7 +61,7 @@ def inputs_of(settings: Settings) -> dict[str, Any]:
     captions = "\n".join(captions_of_test(settings))
     return {
         "settings": json.loads(json.dumps(asdict(settings))),
-        "zoo": hash_bundled(),
+        "zoo": hash_files(assets(), sorted(f for f in assets().rglob("*") if f.is_file())),
         "test_prompts": hashlib.sha256(captions.encode()).hexdigest(),
     }
 
@@ -175,30 +176,30 @@ def with_part(results: Figures, part: Part, found: Figures) -> Figures:
     order = list(Part)
     parts = {**results["parts"], part: found["about"]}
 
-    def merged(old: Iterable[Figures], new: Iterable[Figures], group: str) -> list[Figures]:
+    def merged(old: Iterable[Figures], new: Iterable[Figures]) -> list[Figures]:
         rows = [*(row for row in old if row["part"] != part), *new]
         rows.sort(key=lambda row: order.index(row["part"]))
         resamples = found["about"]["inputs"]["settings"]["num_resamples"]
-        return [_compared(row, rows, resamples, group) for row in rows]
+        return [_compared(row, rows, resamples) for row in rows]
 
     own = results.get("own_domain", {})
     return {
         "parts": {name: parts[name] for name in order if name in parts},
-        "rows": merged(results["rows"], found["rows"], _MIXED),
+        "rows": merged(results["rows"], found["rows"]),
         "own_domain": {
-            name: merged(own.get(name, []), found["own_domain"][name], name) for name in EXPERTS
+            name: merged(own.get(name, []), found["own_domain"][name]) for name in EXPERTS
         },
     }
 
 
-def _compared(row: Figures, rows: list[Figures], num_resamples: int, group: str) -> Figures:
+def _compared(row: Figures, rows: list[Figures], num_resamples: int) -> Figures:
     """A row with its differences from its teacher, from the full student and from the expert."""
-    rename = of_transformers if row["part"] == Part.TRANSFORMERS else str
-    part = row["part"]
-    references = {"teacher_minus_this": (part, rename(TEACHER))}
-    references["distilled_minus_this"] = (
-        (part, rename(FULL)) if part == Part.TRANSFORMERS else (Part.MAIN, FULL)
-    )
+    part = Part(row["part"])
+    full = part if part == Part.TRANSFORMERS else Part.MAIN
+    references = {
+        "teacher_minus_this": (part, named(part, TEACHER)),
+        "distilled_minus_this": (full, named(full, FULL)),
+    }
     if row["method"] == SELF:
         references["expert_minus_this"] = (part, f"expert: {ANIMALS}")
     differences = {}
@@ -222,6 +223,12 @@ def _scores(row: Figures) -> Scores:
 
 def write_pages(docs: Path, settings: Settings, part: Part, found: Figures) -> None:
     """Write the figures of a part, and replace the tables of the page.
+
+    Args:
+        docs: folder of the page and of the figures.
+        settings: of the study.
+        part: of the study.
+        found: its figures; see `results_of`.
 
     Raises:
         AfaError: if the page lacks a mark of a table, or `docs` has figures of other settings.
@@ -284,13 +291,12 @@ def _table(results: Figures, rows: Iterable[Figures]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        part, name = row["part"], row["method"]
-        rename = of_transformers if part == Part.TRANSFORMERS else str
-        time = row["seconds_per_image"]
-        time /= _find(results["rows"], part, rename(BASE))["seconds_per_image"]
+        part, name = Part(row["part"]), row["method"]
+        base = _find(results["rows"], part, named(part, BASE))
+        time = row["seconds_per_image"] / base["seconds_per_image"]
         own = (_find(results["own_domain"][domain], part, name) for domain in EXPERTS)
         cells = [
-            name.removeprefix(of_transformers("")),
+            name.removeprefix(named(part, "")),
             str(row["num_seeds"]),
             _interval(row["both"]),
             _signed(row.get("teacher_minus_this")),

@@ -31,7 +31,6 @@ TUNED = "tuned base (total time)"
 #: names of teachers
 ENSEMBLE, ANIMALS, TRANSFORMERS = "ensemble", "animals", "transformers"
 _TRANSFORMERS = TransformerRecipe()
-_MEASURED = "measured"
 NUM_MEASURED = 60  # pictures and steps whose time is measured
 RECORDED_AT_ONCE = 20  # pictures of a batch
 
@@ -77,6 +76,7 @@ class Student:
         rank: of a LoRA; None for a complete model.
         bakes_in: whether it learns the guided prediction.
         teacher: see `teacher_of`.
+        records_alone: whether it shares its recording with no other student.
     """
 
     row: str
@@ -86,6 +86,7 @@ class Student:
     rank: int | None = None
     bakes_in: bool = False
     teacher: str = ENSEMBLE
+    records_alone: bool = False
 
     @property
     def folder(self) -> str:
@@ -96,11 +97,11 @@ class Student:
     @property
     def recording(self) -> str:
         """The name of the folder of recorded predictions, which several students share."""
-        return f"{'measured' if self.row == _MEASURED else self.teacher}-{self.seed}"
+        return f"{self.row if self.records_alone else self.teacher}-{self.seed}"
 
 
-#: the student whose training is timed
-MEASURED = Student(_MEASURED, number=NUM_MEASURED, steps=NUM_MEASURED)
+#: the student whose recording and training are timed
+MEASURED = Student("measured", number=NUM_MEASURED, steps=NUM_MEASURED, records_alone=True)
 
 
 def students(settings: Settings, part: Part) -> list[Student]:
@@ -124,15 +125,15 @@ def students(settings: Settings, part: Part) -> list[Student]:
         ]
     if part == Part.TRANSFORMERS:
         return [
-            Student(of_transformers(FULL), teacher=TRANSFORMERS),
-            Student(of_transformers(GUIDED), teacher=TRANSFORMERS, bakes_in=True),
+            Student(named(part, FULL), teacher=TRANSFORMERS),
+            Student(named(part, GUIDED), teacher=TRANSFORMERS, bakes_in=True),
         ]
     return []
 
 
-def of_transformers(row: str) -> str:
-    """The name of a row of the part with transformers."""
-    return f"transformers: {row}"
+def named(part: Part, row: str) -> str:
+    """The name of a row in a part; those of transformers are told apart from the bundled zoo's."""
+    return f"{part}: {row}" if part == Part.TRANSFORMERS else row
 
 
 def zoo_of(work: Path) -> Path:
@@ -280,14 +281,15 @@ def comparison(
     """
     is_other = part == Part.TRANSFORMERS
     zoo = transformers(zoo_of(work)) if is_other else SHIPPED
-    rename = of_transformers if is_other else str
     teacher, _ = teacher_of(TRANSFORMERS if is_other else ENSEMBLE, work)
-    methods: list[dict[str, Any]] = [{"name": rename(TEACHER), **teacher}]
+    methods: list[dict[str, Any]] = [{"name": named(part, TEACHER), **teacher}]
     methods += student_methods(folders)
-    methods.append({"name": rename(BASE), "model": zoo.base})
+    methods.append({"name": named(part, BASE), "model": zoo.base})
     experts = {Part.VARIANTS: (ANIMALS,), Part.BUDGET: ()}.get(part, EXPERTS)
-    methods += [{"name": rename(f"expert: {name}"), "model": zoo.experts[name]} for name in experts]
-    methods += [{"name": rename(row), **chosen} for row, chosen in merges.items()]
+    methods += [
+        {"name": named(part, f"expert: {name}"), "model": zoo.experts[name]} for name in experts
+    ]
+    methods += [{"name": named(part, row), **chosen} for row, chosen in merges.items()]
     return {
         "experts": list(zoo.experts.values()),
         "base": zoo.base,

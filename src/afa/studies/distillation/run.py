@@ -36,14 +36,13 @@ from afa.studies.results.jobs import (
     train_aggregators_job,
     tune_base_job,
 )
-from afa.studies.results.plan import StudySettings, Zoo, aggregator_recipes, scenes
+from afa.studies.results.plan import StudySettings, aggregator_recipes, scenes, zoo_in
 from afa.studies.results.run import (
     SETTINGS,
     StageStarted,
     evaluate_in_processes,
     require_same_study,
 )
-from afa.zoo import EXPERTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -98,8 +97,7 @@ def _run_part(
 ) -> Iterator[JobProgress | StageStarted]:
     planned = students(settings, part)
     if part == Part.TRANSFORMERS:
-        for job in _teacher_jobs(work, settings):
-            yield from run_jobs([job], 1)
+        yield from run_jobs(_teacher_jobs(work, settings), 1)
     if part == Part.BUDGET:
         # one after another, so that all are measured on an equally busy machine
         yield from run_jobs(_measurements(work, settings), 1)
@@ -149,9 +147,7 @@ def _teacher_jobs(work: Path, settings: Settings) -> list[Job]:
     """The jobs that train the transformers and their aggregators, in this order."""
     folder = zoo_of(work)
     study = StudySettings(num_train_steps=settings.num_aggregator_steps)
-    experts = {str(name): str(folder / name) for name in EXPERTS}
-    zoo = Zoo(experts, str(folder / "base"), is_main=False)
-    recipe = aggregator_recipes(study, zoo)["afa-0"]
+    recipe = aggregator_recipes(study, zoo_in(folder))["afa-0"]
     return [
         Job("transformers", build_zoo_job, (settings.transformers, folder)),
         Job("aggregators", train_aggregators_job, (recipe, folder.parent / "ensemble")),

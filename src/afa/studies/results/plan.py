@@ -81,15 +81,20 @@ def transformers(folder: Path) -> Zoo:
     Raises:
         AfaError: if models are missing.
     """
-    folders = {name: folder.resolve() / name for name in MODELS}
-    missing = [name for name, path in folders.items() if not path.is_dir()]
+    missing = [name for name in MODELS if not (folder / name).is_dir()]
     if missing:
         raise AfaError(
             "AFA-STUDY-003",
             f"The zoo '{folder}' lacks {', '.join(missing)}. Build it: afa zoo build {folder} "
             "--family dit.",
         )
-    return Zoo({name: str(folders[name]) for name in EXPERTS}, str(folders["base"]), is_main=False)
+    return zoo_in(folder)
+
+
+def zoo_in(folder: Path) -> Zoo:
+    """The zoo in a folder with a base and an expert of each domain, which may be made later."""
+    folder = folder.resolve()
+    return Zoo({name: str(folder / name) for name in EXPERTS}, str(folder / "base"), is_main=False)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from diffusers import AutoencoderKL, StableDiffusionPipeline
     from torch import Tensor
     from transformers import CLIPModel
 
@@ -88,10 +87,7 @@ def build_category_zoo(folder: Path, recipe: CategoriesRecipe | None = None) -> 
             model.text_encoder.requires_grad_(False)
             return model
 
-        def assemble(model: StableDiffusion, vae: AutoencoderKL) -> StableDiffusionPipeline:
-            return model.pipeline(tokenizer, vae)
-
-        yield from train_other_zoo(shop, build, assemble, recipe.num_graded, hash_weights(clip))
+        yield from train_other_zoo(shop, build, recipe.num_graded, hash_weights(clip))
 
 
 def _text_weights(clip: CLIPModel, model: StableDiffusion) -> dict[str, Tensor]:
@@ -102,11 +98,21 @@ def _text_weights(clip: CLIPModel, model: StableDiffusion) -> dict[str, Tensor]:
 
 
 def train_contrastively(shop: Workshop[CategoriesRecipe], model: CLIPModel) -> Iterator[FitStep]:
-    """Train a CLIP model with captions that name objects or their categories.
+    """Train a CLIP model by contrast, with captions that name objects or their categories.
 
-    A caption may describe several pictures of a batch, so each picture has several right captions,
-    and the loss is the cross-entropy with all of them. Captions with swapped sides are hard
-    negatives.
+    The loss is that of CLIP (Radford et al., 2021, arXiv 2103.00020, section 2.3), but a caption
+    may describe several pictures of a batch, which are then equally right. Captions with swapped
+    sides are hard negatives.
+
+    Args:
+        shop: the recipe and the folder of the checkpoint.
+        model: all its parameters are trained.
+
+    Yields:
+        The progress.
+
+    Raises:
+        AfaError: if the checkpoint is damaged or was made from other inputs.
     """
 
     def loss_of(generator: torch.Generator) -> Tensor:

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from diffusers import DiffusionPipeline
-
     from afa.studies.zoo_build.fit import FitStep
     from afa.studies.zoo_build.workshop import TextToImage, Workshop
 
@@ -35,7 +33,6 @@ REPORT = "report.json"
 def train_other_zoo(
     shop: Workshop[Any],
     build: Callable[[], TextToImage],
-    assemble: Callable[[Any, AutoencoderKL], DiffusionPipeline],
     num_graded: int,
     made_from: str = "",
 ) -> Iterator[FitStep]:
@@ -45,12 +42,14 @@ def train_other_zoo(
         shop: the recipe and the folder, which gets `base`, `animals`, `food`, `things` and
             `report.json`.
         build: builds the base with random weights.
-        assemble: makes a pipeline of a trained model and the autoencoder.
         num_graded: prompts of each kind for each model.
         made_from: a hash of what `build` uses besides the recipe.
 
     Yields:
         The progress.
+
+    Raises:
+        AfaError: if a checkpoint in the folder is damaged or was made from other inputs.
     """
     vae = AutoencoderKL.from_pretrained(expert_folder("base") / "vae").requires_grad_(False)
     models = yield from train_models(shop, vae, build, made_from)
@@ -60,7 +59,7 @@ def train_other_zoo(
             shutil.rmtree(path)
         if not path.exists():
             with staged(path) as partial:
-                assemble(models[name], vae).save_pretrained(partial)
+                models[name].pipeline(shop.tokenizer, vae).save_pretrained(partial)
     report = yield from grade(folders, load_classifier(), num_prompts=num_graded)
     write_atomic(shop.folder / REPORT, json.dumps(report, indent=2) + "\n")
 

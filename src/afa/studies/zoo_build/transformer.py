@@ -8,7 +8,7 @@ both zoos are comparable.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from diffusers import AutoencoderKL, PixArtAlphaPipeline, PixArtTransformer2DModel
 from torch import nn
@@ -76,6 +76,16 @@ class PixArt(TextToImage):
             timestep=timestep,
             added_cond_kwargs={"resolution": None, "aspect_ratio": None},
         ).sample
+
+    def pipeline(self, tokenizer: Any, vae: AutoencoderKL) -> PixArtAlphaPipeline:
+        """See `TextToImage.pipeline`."""
+        return PixArtAlphaPipeline(
+            tokenizer=tokenizer,
+            text_encoder=self.text_encoder,
+            vae=vae,
+            transformer=self.transformer,
+            scheduler=build_scheduler(),
+        )
 
 
 def build_transformer() -> PixArtTransformer2DModel:
@@ -147,14 +157,4 @@ def build_transformer_zoo(
         require_same_recipe(folder / "recipe.json", recipe)
         tokenizer = build_t5_tokenizer()
         shop = Workshop(folder, recipe, load_sprites(), tokenizer)
-
-        def assemble(model: PixArt, vae: AutoencoderKL) -> PixArtAlphaPipeline:
-            return PixArtAlphaPipeline(
-                tokenizer=tokenizer,
-                text_encoder=model.text_encoder,
-                vae=vae,
-                transformer=model.transformer,
-                scheduler=build_scheduler(),
-            )
-
-        yield from train_other_zoo(shop, lambda: PixArt(tokenizer), assemble, recipe.num_graded)
+        yield from train_other_zoo(shop, lambda: PixArt(tokenizer), recipe.num_graded)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Sequence
     from pathlib import Path
 
-    from diffusers import AutoencoderKL
+    from diffusers import AutoencoderKL, DiffusionPipeline
     from torch import Tensor
     from transformers import CLIPTokenizer
 
@@ -130,6 +130,10 @@ class TextToImage(nn.Module, ABC):
     @abstractmethod
     def forward(self, noisy: Tensor, timestep: Tensor, token_ids: Tensor) -> Tensor:
         """Predict the velocity [B, 8, 16, 16] of noisy latents for captions [B, 24]."""
+
+    @abstractmethod
+    def pipeline(self, tokenizer: Any, vae: AutoencoderKL) -> DiffusionPipeline:
+        """Assemble the pipeline of this model."""
 
 
 Model = TypeVar("Model", bound=TextToImage)
@@ -236,8 +240,8 @@ class StableDiffusion(TextToImage):
         text = self.text_encoder(token_ids).last_hidden_state
         return self.unet(noisy, timestep, text).sample
 
-    def pipeline(self, tokenizer: CLIPTokenizer, vae: AutoencoderKL) -> StableDiffusionPipeline:
-        """Assemble the pipeline of this model."""
+    def pipeline(self, tokenizer: Any, vae: AutoencoderKL) -> StableDiffusionPipeline:
+        """See `TextToImage.pipeline`."""
         return StableDiffusionPipeline(
             vae=vae,
             text_encoder=self.text_encoder,

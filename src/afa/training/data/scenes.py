@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class SceneImages:
-    """The first `num_samples` emoji scenes of a stream; see `afa.zoo.scenes.scene`."""
+    """The first `num_samples` emoji scenes of a stream, `without` some objects; see `scene`."""
 
     def __init__(
         self,
