@@ -25,9 +25,12 @@ import json
 import os
 import random
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional as F
 
 from afa.aggregators.rule import Condition, Fused, FusionRule, weighted_sum
 from afa.denoisers.kinds import denoiser_of, kind_of_pipeline
@@ -35,6 +38,7 @@ from afa.drawing.merged import with_parts
 from afa.ensemble.denoiser import EnsembleDenoiser
 from afa.evaluation.recipe import slug
 from afa.files import write_atomic
+from afa.loading.expert_source import ExpertSource
 from afa.loading.pipeline import load_pipeline
 from afa.statistics import wilson
 from afa.studies.results.jobs import Job, run_jobs, train_aggregators_job
@@ -48,6 +52,7 @@ from afa.studies.results.plan import (
 )
 from afa.studies.results.run import evaluate_in_processes
 from afa.studies.zoo_build.evaluate import draw_pictures
+from afa.training.encoding import encode_captions
 from afa.zoo import EXPERTS
 from afa.zoo.judges import judge, load_classifier
 from afa.zoo.scenes import BACKGROUNDS, caption_of, is_held_out, parse_caption
@@ -60,13 +65,37 @@ if TYPE_CHECKING:
 
     from afa.training.recipe import Recipe
 
-#: the first is the default; changes to the sections `aggregator` and `training` of a recipe
-VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
-    "AFA": {},
-    "AFA without prompt": {"aggregator": {"prompt": False}},
+
+@dataclass(frozen=True)
+class Variant:
+    """Changes to a training recipe.
+
+    Attributes:
+        aggregator: settings of the section `aggregator`.
+        training: settings of the section `training`.
+        with_base: whether the base is one more expert.
+    """
+
+    aggregator: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    with_base: bool = False
+
+
+#: by name; the first one is the paper's
+VARIANTS = {
+    "AFA": Variant(),
+    "AFA without prompt": Variant({"prompt": False}),
+    **{f"noise {level:g}": Variant(training={"prompt_noise": level}) for level in (0.5, 1, 2)},
+    "with base": Variant(with_base=True),
+    **{
+        f"noise {level:g}, with base": Variant(training={"prompt_noise": level}, with_base=True)
+        for level in (0.5, 1, 2)
+    },
 }
 #: quarters of the objects that development may leave out; the last one is for the final study
 CHOICES = (0, 1, 2)
+#: the tokens of both objects in a caption
+_PLACES = (2, 8)
 SEEN, ONE, BOTH = "seen x seen", "seen x unseen", "unseen x unseen"
 OWN_SEEN, OWN_UNSEEN = "own domain, seen", "own domain, unseen"
 GROUPS = (SEEN, ONE, BOTH, OWN_SEEN, OWN_UNSEEN)
@@ -122,11 +151,13 @@ def recipe(settings: StudySettings, zoo: Zoo, variant: str, choice: int, seed: i
     assert scenes is not None, "it is trained on scenes"
     scenes = scenes.model_copy(update={"without": sorted(unseen_of(choice))})
     changes = VARIANTS[variant]
+    base = [ExpertSource(zoo.base)] if changes.with_base else []
     return whole.model_copy(
         update={
+            "experts": [*whole.experts, *base],
             "data": whole.data.model_copy(update={"scenes": scenes}),
-            "aggregator": replace(whole.aggregator, **changes.get("aggregator", {})),
-            "training": whole.training.model_copy(update=changes.get("training", {})),
+            "aggregator": replace(whole.aggregator, **changes.aggregator),
+            "training": whole.training.model_copy(update=changes.training),
         }
     )
 
@@ -202,6 +233,53 @@ def judge_oracle(zoo: Zoo, prompts: Mapping[str, Sequence[str]], size: int = 16)
         found = wilson(right / len(captions), len(captions))
         scores[group] = {"mean": found.mean, "low": found.low, "high": found.high}
     return scores
+
+
+@torch.no_grad()
+def probe(zoo: Zoo, choice: int, num_contexts: int = 24) -> float:
+    """Return how often the domain of an unseen object can be told from its token's embedding.
+
+    A ridge regression from the embeddings, averaged over the experts, of the seen objects in
+    captions of scenes to their domains. Its penalty is the best one for seen objects, of which a
+    quarter at a time is left out.
+    """
+    pipelines = [load_pipeline([source]) for source in zoo.experts.values()]
+    order = random.Random(choice)
+    embeddings, names = [], []
+    for name in OBJECTS:
+        others = order.sample(sorted({*OBJECTS} - {name}), num_contexts)
+        captions = [
+            caption_of(*pair, order.choice(list(BACKGROUNDS)))
+            for n, other in enumerate(others)
+            for pair in [(name, other) if n % 2 == 0 else (other, name)]
+        ]
+        places = torch.tensor([_PLACES[n % 2] for n in range(num_contexts)])
+        texts = torch.stack([encode_captions(each, captions)["text"] for each in pipelines])
+        embeddings.append(texts.mean(0)[torch.arange(num_contexts), places])
+        names.append(name)
+    found = torch.stack(embeddings).double()
+    labels = torch.tensor([EXPERTS.index(DOMAIN_OF[name]) for name in names])
+    unseen = torch.tensor([name in unseen_of(choice) for name in names])
+
+    def right(train: Tensor, test: Tensor, penalty: float) -> float:
+        features = found[train].flatten(0, 1)
+        mean, scale = features.mean(0), features.std(0)
+        targets = F.one_hot(labels[train], len(EXPERTS)).double().repeat_interleave(num_contexts, 0)
+        features = (features - mean) / scale
+        gram = features.T @ features / len(features)
+        gram += penalty * torch.eye(len(gram), dtype=gram.dtype)
+        weights = torch.linalg.solve(gram, features.T @ (targets - targets.mean(0)) / len(features))
+        guessed = (((found[test] - mean) / scale) @ weights + targets.mean(0)).argmax(-1)
+        return float((guessed == labels[test][:, None]).double().mean())
+
+    fold = torch.arange(len(names)) % 4
+    folds = [(~unseen & (fold != n), ~unseen & (fold == n)) for n in range(4)]
+    folds = [(train, test) for train, test in folds if test.any()]
+    best = max(
+        (10.0**n for n in range(-4, 2)),
+        key=lambda penalty: sum(right(train, test, penalty) for train, test in folds),
+    )
+    return right(~unseen, unseen, best)
 
 
 def rows_of(report: Mapping[str, Any], oracle: Mapping[str, Any]) -> Iterator[list[str]]:

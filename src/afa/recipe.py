@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
@@ -32,6 +38,20 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     #: the keys that name files, folders or hub ids
     SOURCES: ClassVar[tuple[str, ...]] = ()
+    #: keys of later releases, which are not written while they have their default, so that runs
+    #: and folders of earlier releases are still equal to their recipes
+    LATER: ClassVar[tuple[str, ...]] = ()
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        written: dict[str, Any] = handler(self)
+        fields = type(self).model_fields
+        unused = {
+            key
+            for key in self.LATER
+            if getattr(self, key) == fields[key].get_default(call_default_factory=True)
+        }
+        return {key: value for key, value in written.items() if key not in unused}
 
 
 class _Loader(yaml.SafeLoader):

@@ -213,6 +213,7 @@ class StudentTraining(TrainingRecipe):
 
     #: settings of `afa train` that have no meaning here
     REFUSED: ClassVar[tuple[str, ...]] = (
+        "prompt_noise",
         "entropy_weight",
         "balance_weight",
         "min_snr_gamma",

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from afa.ensemble.caching.loop import Loop
     from afa.ensemble.guard import OnNonFinite
     from afa.ensemble.hook import Hook
+    from afa.ensemble.prompt_noise import PromptNoise
 
 
 class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin):
@@ -114,6 +115,8 @@ class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin)
         self._attentions: list[Attention] = []
         #: called with the fusion weights of all calls, from any thread
         self.on_weights: WeightsObserver | None = None
+        #: noise on the prompt that fusion rules see; see `afa.ensemble.prompt_noise`
+        self.prompt_noise: PromptNoise | None = None
         #: observers of one thread each; see `afa.ensemble.recording.observed`
         self.observers = Observers()
         #: the sources of the experts, the autoencoder and the other parts
@@ -210,7 +213,8 @@ class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin)
 
     def _hooks(self, steps: Tensor) -> list[Hook | None]:
         """The hooks of every step. The cache and the guard are added for single steps."""
-        return [self.devices, self.exchange, self.steering, self._recorder(steps)]
+        recorder = self._recorder(steps)
+        return [self.devices, self.exchange, self.prompt_noise, self.steering, recorder]
 
     def _recorder(self, steps: Tensor) -> Recorder | None:
         if self.on_weights is None and not self.observers:

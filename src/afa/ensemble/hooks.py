@@ -9,12 +9,22 @@ from afa.ensemble.hook import Hook
 from afa.ensemble.observation import Recorder
 from afa.ensemble.placement.devices import Devices
 from afa.ensemble.placement.exchange import Exchange
+from afa.ensemble.prompt_noise import PromptNoise
 
 #: From the experts to the fused feature. Features are first gathered from other devices and
 #: processes, because the other hooks need those of all experts. The guard is next, so that no hook
-#: fuses, caches or shows non-finite values. The bias is part of the fusion. The cache then keeps
-#: the fused feature. The recorder is last, because it shows the final weights.
-HOOKS: tuple[type[Hook], ...] = (Devices, Exchange, Guard, Steering, Shortcut, Recorder)
+#: fuses, caches or shows non-finite values. The noise on the prompt and the bias are part of the
+#: fusion. The cache then keeps the fused feature. The recorder is last, because it shows the final
+#: weights.
+HOOKS: tuple[type[Hook], ...] = (
+    Devices,
+    Exchange,
+    Guard,
+    PromptNoise,
+    Steering,
+    Shortcut,
+    Recorder,
+)
 
 
 def in_order(*hooks: Hook | None) -> tuple[Hook, ...]:

@@ -32,12 +32,14 @@ class Encoded(NamedTuple):
         conditions: the denoiser's other inputs by name; see `afa.denoisers.family.Conditioning`.
         noise: standard normal, of the latents' shape.
         time: uniform numbers [B] from 0 to 1.
+        seeds: of further random numbers, one per sample.
     """
 
     clean: Tensor
     conditions: dict[str, Tensor]
     noise: Tensor
     time: Tensor
+    seeds: tuple[int, ...] = ()
 
 
 class Recorded(NamedTuple):
@@ -95,6 +97,7 @@ def as_batch(
         conditions={name: tensor.to(device) for name, tensor in conditions.items()},
         noise=torch.stack([draw.noise for draw in draws]).to(device),
         time=torch.tensor([draw.time for draw in draws], dtype=torch.float64, device=device),
+        seeds=tuple(draw.seed for draw in draws),
     )
 
 

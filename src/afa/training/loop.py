@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,8 +17,9 @@ from afa.denoisers.kinds import conditioning_of, denoiser_of
 from afa.ensemble.denoiser import EnsembleDenoiser
 from afa.errors import AfaError
 from afa.machine.exhausted import saying_what_fits, smaller_batch
-from afa.training.encoding import Recorded
+from afa.training.encoding import Encoded, Recorded
 from afa.training.examples import readers_alive
+from afa.training.noise import noise_on_prompt
 from afa.training.objective import denoising_loss, forward_process, prediction_loss
 from afa.training.routing import Routing, tapped
 from afa.training.stopping import Stopped
@@ -122,7 +123,8 @@ def optimizer_steps(
         """Accumulate the gradients of one batch; returns its loss and routing."""
         batch = next(batches)
         with engine.without_sync(model, when=not last):
-            loss = _loss(pipeline, model, process, batch, settings)
+            with _noise(denoiser, batch, settings):
+                loss = _loss(pipeline, model, process, batch, settings)
             if not engine.is_sharding and not torch.isfinite(loss):
                 _name_expert(step + 1, loss, pipeline, model, process, batch, settings)
             total = loss
@@ -215,6 +217,16 @@ def _loss(
         time=batch.time,
         min_snr_gamma=settings.min_snr_gamma,
     ).mean()
+
+
+def _noise(
+    denoiser: nn.Module, batch: Batch, settings: TrainingRecipe
+) -> AbstractContextManager[None]:
+    """Return a context in which the aggregators see the prompt with noise."""
+    if not settings.prompt_noise or not isinstance(denoiser, EnsembleDenoiser):
+        return nullcontext()
+    assert isinstance(batch, Encoded), "aggregators are trained on pictures"
+    return noise_on_prompt(denoiser, settings.prompt_noise, batch.seeds)
 
 
 def _name_expert(step: int, loss: Tensor, *arguments: Any) -> None:

@@ -87,6 +87,7 @@ class Draw:
         time: selects the timestep, from 0 to 1.
         posterior: noise [C, H, W] for sampling from the autoencoder's posterior.
         noise: noise [C, H, W] to add to the latent.
+        seed: of further random numbers.
     """
 
     variant: float
@@ -94,6 +95,7 @@ class Draw:
     time: float
     posterior: Tensor
     noise: Tensor
+    seed: int
 
 
 def draw_at(
@@ -103,7 +105,9 @@ def draw_at(
     generator = generator_of(seed, purpose, place)
     variant, caption, time = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
     posterior = torch.randn(tuple(shape), generator=generator)
-    return Draw(variant, caption, time, posterior, torch.randn(tuple(shape), generator=generator))
+    noise = torch.randn(tuple(shape), generator=generator)
+    seed = int(torch.randint(2**62, (), generator=generator))
+    return Draw(variant, caption, time, posterior, noise, seed)
 
 
 def generator_of(seed: int, purpose: Purpose, *place: int) -> torch.Generator:

@@ -4,15 +4,9 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import (
-    Field,
-    SerializerFunctionWrapHandler,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_validator
 
 from afa.aggregators import SABWSettings
 from afa.errors import AfaError
@@ -26,16 +20,12 @@ _ADDRESS = re.compile(r"(https?|hf|s3|gs|az|abfs|zip|gzip|tar)://")
 class ScenesRecipe(Section):
     """Generated emoji scenes, `without` some objects; see `afa.zoo.scenes`."""
 
+    LATER: ClassVar[tuple[str, ...]] = ("without",)
+
     num_samples: int = Field(default=10_000, ge=1)
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
     kind: Literal["animals", "food", "things", "any", "mixed"] = "any"
     without: list[str] = Field(default_factory=list)
-
-    @model_serializer(mode="wrap")
-    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out an empty `without`, so that earlier runs can be resumed."""
-        written: dict[str, Any] = handler(self)
-        return written if self.without else {k: v for k, v in written.items() if k != "without"}
 
 
 class DatasetRecipe(Section):
@@ -128,6 +118,8 @@ class TrainingRecipe(Section):
             with `cosine` cannot be extended.
         max_grad_norm: maximum norm of the gradients, which are clipped to it; None does not clip.
         caption_dropout: fraction of captions that are dropped, for classifier-free guidance.
+        prompt_noise: standard deviation of noise on the text embeddings that aggregators see, by
+            that of the embeddings; for prompts with words that the training data lack.
         min_snr_gamma: gamma of Min-SNR loss weights (Hang et al., 2023, who use 5); None uses none.
         ema_decay: decay of a moving average (EMA) of the aggregators, which is saved at the end.
         entropy_weight: weight of the regulariser that makes each pixel use several experts.
@@ -143,6 +135,8 @@ class TrainingRecipe(Section):
         seed: seed of the aggregators' initial weights and of all random draws.
     """
 
+    LATER: ClassVar[tuple[str, ...]] = ("prompt_noise",)
+
     num_steps: int = Field(ge=1)
     batch_size: int = Field(default=8, ge=1)
     gradient_accumulation_steps: int = Field(default=1, ge=1)
@@ -152,6 +146,7 @@ class TrainingRecipe(Section):
     learning_rate_schedule: Literal["constant", "cosine"] = "constant"
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     caption_dropout: float = Field(default=0.1, ge=0, le=1)
+    prompt_noise: float = Field(default=0, ge=0)
     min_snr_gamma: float | None = Field(default=None, gt=0)
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     entropy_weight: float = Field(default=0, ge=0)
