@@ -12,6 +12,7 @@ import yaml
 from safetensors.torch import save_file
 
 import afa
+from afa.denoisers.forward_process import Diffusion, forward_process
 from afa.loading.compare import compare
 from afa.loading.expert_source import ExpertSource
 from afa.loading.facts import read_facts
@@ -20,7 +21,6 @@ from afa.loading.pipeline import load_single
 from afa.loading.prediction import Evidence, decide, evidence_of, scheduler_of
 from afa.loading.single_file.identify import config_folder, config_of
 from afa.loading.single_file.load import Companions, describe_expert
-from afa.training.objective import Diffusion, forward_process
 from tests.loading.single_file.test_load import described, made
 from tests.preflight.test_preflight import changed
 from tests.refusal import refusal

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import afa
+from afa.denoisers.forward_process import forward_process
 from afa.denoisers.kinds import conditioning_of
 from afa.ensemble.text import hash_weights
 from afa.errors import AfaError
@@ -27,7 +28,6 @@ from afa.training import (
     TrainingRecipe,
     TrainStep,
     denoising_loss,
-    forward_process,
     train,
     train_aggregators,
 )

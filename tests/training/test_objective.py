@@ -11,10 +11,10 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 import afa
+from afa.denoisers.forward_process import Diffusion, FlowMatching, forward_process
 from afa.denoisers.kinds import conditioning_of
-from afa.training import denoising_loss, forward_process
+from afa.training import denoising_loss
 from afa.training.encoding import encode_captions
-from afa.training.objective import Diffusion, FlowMatching
 from tests.refusal import refusal
 from tests.training.runs import SMALL
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
+from afa.denoisers.forward_process import forward_process
 from afa.denoisers.kinds import conditioning_of, denoiser_of, kind_of_pipeline
 from afa.distilling.capture import captured
 from afa.distilling.predictions import Predictions
@@ -22,7 +23,6 @@ from afa.training.data import open_data
 from afa.training.encoding import as_batch, encode_captions, encode_pictures, latent_shape
 from afa.training.examples import Broken, Order
 from afa.training.listing import digest_of
-from afa.training.objective import forward_process
 from afa.training.prepare import require_resolution
 from afa.training.transform import Transform
 

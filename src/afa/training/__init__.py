@@ -5,7 +5,7 @@ from afa.training.checkpoints import Checkpoints
 from afa.training.data import CaptionedImages, FolderImages, SceneImages, open_data
 from afa.training.engine import pick_device
 from afa.training.loop import TrainStep, seeded
-from afa.training.objective import denoising_loss, forward_process
+from afa.training.objective import denoising_loss
 from afa.training.recipe import Recipe, TrainingRecipe, load_recipe
 from afa.training.run import train
 from afa.training.stopping import Stopped, stop_on_signals
@@ -24,7 +24,6 @@ __all__ = [
     "TrainingRecipe",
     "Transform",
     "denoising_loss",
-    "forward_process",
     "load_recipe",
     "open_data",
     "pick_device",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.amp import GradScaler
 
+from afa.denoisers.forward_process import forward_process
 from afa.denoisers.kinds import conditioning_of, denoiser_of
 from afa.ensemble.denoiser import EnsembleDenoiser
 from afa.errors import AfaError
@@ -20,7 +21,7 @@ from afa.machine.exhausted import saying_what_fits, smaller_batch
 from afa.training.encoding import Encoded, Recorded
 from afa.training.examples import readers_alive
 from afa.training.noise import noise_on_prompt
-from afa.training.objective import denoising_loss, forward_process, prediction_loss
+from afa.training.objective import denoising_loss, prediction_loss
 from afa.training.routing import Routing, tapped
 from afa.training.stopping import Stopped
 
@@ -30,10 +31,10 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from torch import Tensor, nn
 
+    from afa.denoisers.forward_process import ForwardProcess
     from afa.training.encoding import Batch
     from afa.training.engine import Engine
     from afa.training.examples import Examples
-    from afa.training.objective import ForwardProcess
     from afa.training.recipe import TrainingRecipe
     from afa.training.routing import WeightTap
 

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import torch
 from PIL import Image
 
+from afa.denoisers.forward_process import forward_process
 from afa.denoisers.kinds import conditioning_of, denoiser_of, kind_of_pipeline
 from afa.ensemble.denoiser import EnsembleDenoiser
 from afa.files import write_atomic
 from afa.machine.exhausted import saying_what_fits, smaller_batch
 from afa.training.encoding import Recorded
-from afa.training.objective import denoising_loss, forward_process, prediction_loss
+from afa.training.objective import denoising_loss, prediction_loss
 from afa.training.record import Recorder, entries_of, routing_figures
 from afa.training.routing import CollapseWatch, Routing, tapped
 
