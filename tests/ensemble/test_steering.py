@@ -10,6 +10,7 @@ import torch
 
 import afa
 from afa.aggregators import Separate
+from afa.aggregators.fusion.magic_fusion import MagicFusion
 from afa.denoisers import discover_sites
 from afa.ensemble.steering import STAGES, parse_bias, stages_of
 from tests.ensemble.test_ensemble import ensemble_of
@@ -137,10 +138,12 @@ def test_a_bias_is_checked(
 
 
 def test_only_weights_of_logits_can_be_steered() -> None:
-    mean = afa.EnsembleDenoiser([tiny_unet(n) for n in range(2)])
+    experts = [tiny_unet(n) for n in range(2)]
+    sites = afa.EnsembleDenoiser(experts).sites
+    rigid = afa.EnsembleDenoiser(experts, [MagicFusion() for _ in sites])
     with refusal("AFA-ENSEMBLE-054"):
-        afa.steer(mean, {"0": 1.0})
-    afa.steer(mean, {"0": 0.0})
+        afa.steer(rigid, {"0": 1.0})
+    afa.steer(rigid, {"0": 0.0})
     last = afa.SABWConfig(**{**vars(SMALL), "sites": "conv_out"})
     noise = afa.EnsembleDenoiser([tiny_unet(n) for n in range(2)], last)
     assert isinstance(noise.aggregators[0], Separate)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from pydantic import ValidationError
 
 import afa
 from afa.ensemble.denoiser import EnsembleDenoiser
@@ -213,3 +214,36 @@ def test_what_files_need_belongs_to_a_methods_identity(experts: list[Path]) -> N
         _, recipe = builder(methods=[{"name": "one", "model": str(experts[0])}], **changes)
         identities.append(Identities(recipe).method(recipe.methods[0], 0))
     assert len({str(identity) for identity in identities}) == 5
+
+
+def test_drafts_of_an_untrained_ensemble() -> None:
+    drafts = {"judge": "zoo:base", "num_steps": 1, "num_levels": 2}
+    fusion = {"name": "drafts", "fusion": {"rule": "feature_mean"}, "drafts": drafts}
+    build, recipe = builder(methods=[fusion])
+    pipeline = build.build(recipe.methods[0])
+    with measure(pipeline) as cost:
+        routed = pictures(pipeline, recipe)
+    # two pictures, two steps, guidance, two experts; and a draft of one step by each
+    assert cost.expert_calls == 2 * (2 * 2 * 2 + 1 * 2 * 2)
+    assert (routed == pictures(pipeline, recipe)).all()
+    plain, without = builder(methods=[{**fusion, "drafts": None}])
+    assert (routed != pictures(plain.build(without.methods[0]), without)).any()
+
+
+def test_drafts_belong_to_a_methods_identity() -> None:
+    def of(**changes: Any) -> dict[str, Any]:
+        drafts = {"judge": "zoo:base", **changes}
+        fusion = {"name": "drafts", "fusion": {"rule": "feature_mean"}, "drafts": drafts}
+        _, recipe = builder(methods=[fusion])
+        return Identities(recipe).method(recipe.methods[0], 0)
+
+    assert of() == of()
+    changed = [of(judge="zoo:things"), of(num_steps=4), of(num_levels=4), of(sharpness=2.0)]
+    assert all(each != of() for each in changed)
+
+
+@pytest.mark.parametrize("kind", ["model", "merge"])
+def test_drafts_of_a_single_model_are_refused(kind: str) -> None:
+    given = {"model": "zoo:animals"} if kind == "model" else {"merge": {"method": "slerp"}}
+    with pytest.raises(ValidationError, match="drafts"):
+        builder(methods=[{"name": "one", **given, "drafts": {"judge": "zoo:base"}}])

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import afa
 from afa.ensemble.caching.plan import PruningPlan, StepRange, fused_sites
 from afa.ensemble.denoiser import EnsembleDenoiser
+from afa.ensemble.regions import Regions
 from afa.ensemble.steering import Bias, site_biases
 from tests.ensemble.caching.test_graphs import Replays
 from tests.pairs.reference import Call, Meaning
@@ -299,6 +300,18 @@ def _bias_means(meaning: Meaning, world: World) -> None:
     meaning.bias = site_biases(world.ensemble, BIAS)
 
 
+def _regions() -> Tensor:
+    return torch.randn((2, NUM_EXPERTS, 3, 5), generator=torch.Generator().manual_seed(11))
+
+
+def _regions_on(ensemble: EnsembleDenoiser, _: World) -> None:
+    ensemble.regions = Regions(_regions())
+
+
+def _regions_means(meaning: Meaning, _: World) -> None:
+    meaning.regions = _regions()
+
+
 # -- pictures ---------------------------------------------------------------------------------
 
 
@@ -349,6 +362,7 @@ FEATURES = (
     Feature("bfloat16 experts", switch_on=_half, calls=_half_calls, means=_half_means),
     Feature("EMA copied in", switch_on=_ema_on, means=_ema_means),
     Feature("steering bias", switch_on=_bias_on, means=_bias_means),
+    Feature("bias by region", switch_on=_regions_on, means=_regions_means),
     Feature("recorder", around=afa.record_weights),
     Feature("odd sizes", calls=_odd),
     Feature("another picture size", calls=_another_size),

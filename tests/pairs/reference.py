@@ -48,6 +48,7 @@ class Meaning:
     schedule: Callable[[float], Sequence[int]] | None = None
     plan: Callable[[float], Mapping[str, Sequence[int]]] | None = None
     bias: Mapping[str, Tensor] = field(default_factory=dict)
+    regions: Tensor | None = None
     masks: bool = False
     interval: int = 1
     drift: float | None = None
@@ -179,10 +180,20 @@ def _fused(
     if kept is not None:
         return Fused(weighted_sum(list(hidden.values()), kept[:, list(hidden)]), kept)
     rule = meaning.rules[site]
-    condition = condition._replace(bias=meaning.bias.get(site))
+    condition = condition._replace(bias=_bias(meaning, site))
     if len(hidden) == len(meaning.experts):
         return rule(list(hidden.values()), condition)
     return rule.fuse_some(dict(hidden), condition)
+
+
+def _bias(meaning: Meaning, site: str) -> Tensor | None:
+    """Both biases at a site; a text has the mean weights of the regions."""
+    own, regions = meaning.bias.get(site), meaning.regions
+    if regions is None:
+        return own
+    if site.endswith(TEXT):
+        regions = regions.softmax(1).mean((2, 3), keepdim=True).log()
+    return regions if own is None else regions + own[:, None, None]
 
 
 def _mean(tensors: Sequence[Tensor]) -> Tensor:

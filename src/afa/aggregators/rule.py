@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from afa.errors import AfaError
@@ -28,7 +29,8 @@ class Condition(NamedTuple):
             text.
         sample: the noisy latent as the experts receive it, [B, C, H, W] or packed [B, T, C].
         text_mask: [B, L], true or 1 for tokens that count; None if all tokens count.
-        bias: [N], added to the experts' logits at this site; None for no bias.
+        bias: added to the experts' logits at this site: [N], or [B, N, h, w] by region of the
+            picture; None for no bias. See `bias_at`.
         num_experts: N; None if unknown.
     """
 
@@ -100,6 +102,24 @@ class FusionRule(nn.Module, ABC):
             f"{type(self).__name__} needs the features of all experts, but a schedule, a plan or "
             f"masking leaves only {sorted(features)}. Switch these off, or use Mean, Only or SABW.",
         )
+
+
+def bias_at(bias: Tensor, logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return a bias of `Condition` so that it can be added to logits.
+
+    Args:
+        bias: [N], or [B, N, h, w], which is averaged or interpolated to the size.
+        logits: [B, N, ...], for the data type and the device.
+        size: height and width [H, W] of the feature.
+
+    Returns: [N, 1, 1] or [B, N, H, W].
+    """
+    bias = bias.to(logits)
+    if bias.ndim == 1:
+        return bias[:, None, None]
+    if any(own > asked for own, asked in zip(bias.shape[-2:], size, strict=True)):
+        return F.adaptive_avg_pool2d(bias, size)
+    return F.interpolate(bias, size, mode="bilinear", align_corners=False)
 
 
 def shares_of(

@@ -13,7 +13,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from pydantic import Field
 from torch import nn
 
-from afa.aggregators.rule import Condition, Fused, FusionRule, weighted_sum
+from afa.aggregators.rule import Condition, Fused, FusionRule, bias_at, weighted_sum
 from afa.denoisers.prompt import average, once_per_prompt
 from afa.errors import AfaError
 
@@ -255,7 +255,7 @@ class SABW(FusionRule):
 
         Returns: [B, N, H, W] in float32, which sums to 1 over N.
         """
-        dtype, size = self.conv_in.weight.dtype, features[0].shape[-2:]
+        dtype, size = self.conv_in.weight.dtype, (features[0].shape[-2], features[0].shape[-1])
         hidden = self.conv_in([pooled(feature, self.config.pool).to(dtype) for feature in features])
         temb = condition.temb.to(dtype) if self.config.timestep else None
         hidden = self.res_block(hidden, temb)
@@ -266,7 +266,7 @@ class SABW(FusionRule):
         elif self.config.pool > 1:
             logits = F.interpolate(logits, size, mode="bilinear")
         if condition.bias is not None:
-            logits = logits + condition.bias.to(logits)[:, None, None]
+            logits = logits + bias_at(condition.bias, logits, size)
         if missing:
             logits[:, missing] = -math.inf
         return logits.softmax(dim=1).expand(-1, -1, *size)

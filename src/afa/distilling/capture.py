@@ -59,7 +59,9 @@ def captured(
     def latents(tensor: Tensor) -> Tensor:
         return tensor if unpack is None else unpack(pipeline, tensor, *size)
 
-    def record(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def record(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if getattr(model, "is_drafting", False):
+            return
         given = dict(zip((family.latent, "timestep"), args, strict=False)) | kwargs
         noisy = latents(given[family.latent].detach())
         answer = output[0] if isinstance(output, tuple) else output.sample

@@ -282,6 +282,8 @@ class DistillRecipe(ModelsRecipe):
             )
         if self.features is not None and (pictures is not None or self.guidance != "keep"):
             raise ValueError("must not have features with pictures or bake_in")
+        if self.teacher.drafts is not None and pictures is not None:
+            raise ValueError("must not have pictures with drafts, which belong to drawn pictures")
         if not self.teacher.needs_experts and (self.experts or self.base):
             raise ValueError("must have experts and base only if the teacher is a merge or fusion")
         self.check_method(self.teacher, self.sampling.guidance)

@@ -7,9 +7,10 @@ on last.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
+from afa.aggregators import Separate
 from afa.aggregators.rule import Schedule
 from afa.ensemble.bias import Steering
 from afa.ensemble.caching.settings import EXACT
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from afa.ensemble.placement.exchange import Exchange
     from afa.ensemble.placement.ranks import Processes
     from afa.ensemble.protocol import Ensemble
+    from afa.ensemble.regions import Regions
 
 
 Feature = Literal[
@@ -37,6 +39,7 @@ Feature = Literal[
     "offloaded experts",
     "streamed experts",
     "CUDA graphs",
+    "a bias by region",
 ]
 
 _SPREAD: Feature = "experts spread over processes"
@@ -47,6 +50,7 @@ _STREAMED: Feature = "streamed experts"
 _GRAPHS: Feature = "CUDA graphs"
 _PLAN: Feature = "a pruning plan"
 _SCHEDULE: Feature = "a schedule"
+_REGIONS: Feature = "a bias by region"
 
 
 class Excluded(NamedTuple):
@@ -64,6 +68,7 @@ class Excluded(NamedTuple):
 _FIXED = "a CUDA graph runs the same kernels on the same memory at every step"
 _ALL_RUN = "every process must compute its own experts at every step"
 _SAME_LAYERS = "every process must run the same layers at every step"
+_OWN_REGIONS = "each process would have its own regions"
 _ONE_PLACE = "the placement of the experts can be set only once"
 _PLACEMENTS = (_SPREAD, _SHARDED, _DEVICES, _OFFLOADED, _STREAMED)
 
@@ -81,6 +86,11 @@ EXCLUDED: tuple[Excluded, ...] = (
         Excluded(_GRAPHS, other, _FIXED, "Switch one of the two off")
         for other in (_PLAN, _SCHEDULE, *_PLACEMENTS)
     ),
+    Excluded(_REGIONS, _GRAPHS, _FIXED, "Switch one of the two off"),
+    *(
+        Excluded(_REGIONS, other, _OWN_REGIONS, "Load the experts in one process")
+        for other in (_SPREAD, _SHARDED)
+    ),
     # offloaded or streamed experts can be moved again, so these two do not exclude each other
     *(
         Excluded(one, other, _ONE_PLACE, "Load the ensemble again to change it")
@@ -90,7 +100,7 @@ EXCLUDED: tuple[Excluded, ...] = (
 )
 
 
-_SWITCHES = ("schedule", "plan", "graphs", "bias", "steering", "acceleration")
+_SWITCHES = ("schedule", "plan", "graphs", "bias", "steering", "regions", "acceleration")
 
 
 class Switches:
@@ -108,6 +118,7 @@ class Switches:
     _bias: Mapping[str, Tensor] = {}
     #: the hook that adds the bias to the logits
     steering: Steering | None = None
+    _regions: Regions | None = None
     _acceleration: Acceleration = EXACT
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -128,6 +139,7 @@ class Switches:
             _OFFLOADED: self.execution.device is not None and self.execution.source is None,
             _STREAMED: self.execution.source is not None,
             _GRAPHS: self._graphs is not None,
+            _REGIONS: self._regions is not None,
         }
         return {feature for feature, on in is_on.items() if on}
 
@@ -223,6 +235,53 @@ class Switches:
     def bias(self, bias: Mapping[str, Tensor]) -> None:
         self._bias, self.steering = bias, Steering(bias) if bias else None
         self.reset_loops()
+
+    @property
+    def regions(self) -> Regions | None:
+        """The hook that adds a bias by region of the next pictures; see `afa.drafting`.
+
+        Setting it raises AfaError if the weights of an aggregator are not a softmax of logits, or
+        if a feature that excludes it is switched on, such as CUDA graphs.
+        """
+        return self._regions
+
+    @regions.setter
+    def regions(self, regions: Regions | None) -> None:
+        if regions is not None:
+            self.require_compatible("a bias by region")
+            require_logits(self.aggregators)
+        self._regions = regions
+        self.reset_loops()
+
+    def require_drafts(self) -> None:
+        """Check that experts can draft alone, and that a bias by region can then be added.
+
+        Raises:
+            AfaError: if not.
+        """
+        for wanted in (_SCHEDULE, _REGIONS):
+            self.require_compatible(wanted)
+        require_logits(self.aggregators)
+
+
+def require_logits(rules: Iterable[Any]) -> None:
+    """Check that fusion weights are softmaxes of logits, to which a bias can be added.
+
+    Raises:
+        AfaError: if those of a rule are not.
+    """
+    rigid = {type(rule).__name__ for rule in rules if not _has_logits(rule)}
+    if rigid:
+        raise AfaError(
+            "AFA-ENSEMBLE-054",
+            f"Aggregators of the type {', '.join(sorted(rigid))} have no logits, so a bias cannot "
+            "be added. Train SABW aggregators with afa train.",
+        )
+
+
+def _has_logits(rule: Any) -> bool:
+    """Whether a rule's weights are a softmax of logits, or the rule fuses nothing."""
+    return isinstance(rule, Separate) or getattr(rule, "can_steer", False)
 
 
 def _takes_some(rule: Any) -> bool:

@@ -117,6 +117,10 @@ class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin)
         self.on_weights: WeightsObserver | None = None
         #: noise on the prompt that fusion rules see; see `afa.ensemble.prompt_noise`
         self.prompt_noise: PromptNoise | None = None
+        #: what makes the bias by region of the next pictures; see `afa.drafting`
+        self.drafter: object | None = None
+        #: whether an expert draws a draft, which observers do not see
+        self.is_drafting = False
         #: observers of one thread each; see `afa.ensemble.recording.observed`
         self.observers = Observers()
         #: the sources of the experts, the autoencoder and the other parts
@@ -170,6 +174,12 @@ class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin)
                 f"The latent is empty: got the shape {tuple(sample.shape)}. Batch size, height and "
                 "width must be positive.",
             )
+        if self.drafter is not None:
+            raise AfaError(
+                "AFA-ENSEMBLE-062",
+                "This ensemble draws by drafts, which were not made for this picture. Draw inside "
+                "afa.drafting.routed, or call afa.drafting.use_drafts(pipeline, None).",
+            )
         with self._lock, self.lora_scale(arguments) as scale:
             self._tell_observers("begin")
             prediction = self._predict(arguments, scale)
@@ -214,10 +224,11 @@ class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin)
     def _hooks(self, steps: Tensor) -> list[Hook | None]:
         """The hooks of every step. The cache and the guard are added for single steps."""
         recorder = self._recorder(steps)
-        return [self.devices, self.exchange, self.prompt_noise, self.steering, recorder]
+        biases = (self.steering, self.regions)
+        return [self.devices, self.exchange, self.prompt_noise, *biases, recorder]
 
     def _recorder(self, steps: Tensor) -> Recorder | None:
-        if self.on_weights is None and not self.observers:
+        if self.is_drafting or (self.on_weights is None and not self.observers):
             return None
         return Recorder(steps, self.on_weights, self.observers)
 
@@ -294,6 +305,8 @@ class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin)
 
     def _tell_observers(self, what: Literal["begin", "end"]) -> None:
         """Tell all observers that a call begins, possibly for the second time, or has ended."""
+        if self.is_drafting:
+            return
         with ExitStack() as stack:  # if one raises, the others are still called
             for observation in reversed(self.observers):
                 stack.callback(getattr(observation, what))

@@ -10,18 +10,20 @@ from afa.ensemble.observation import Recorder
 from afa.ensemble.placement.devices import Devices
 from afa.ensemble.placement.exchange import Exchange
 from afa.ensemble.prompt_noise import PromptNoise
+from afa.ensemble.regions import Regions
 
 #: From the experts to the fused feature. Features are first gathered from other devices and
 #: processes, because the other hooks need those of all experts. The guard is next, so that no hook
-#: fuses, caches or shows non-finite values. The noise on the prompt and the bias are part of the
-#: fusion. The cache then keeps the fused feature. The recorder is last, because it shows the final
-#: weights.
+#: fuses, caches or shows non-finite values. The noise on the prompt and both biases are part of
+#: the fusion. The cache then keeps the fused feature. The recorder is last, because it shows the
+#: final weights.
 HOOKS: tuple[type[Hook], ...] = (
     Devices,
     Exchange,
     Guard,
     PromptNoise,
     Steering,
+    Regions,
     Shortcut,
     Recorder,
 )

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from afa.aggregators import Separate
 from afa.denoisers.kinds import denoiser_of
+from afa.ensemble.combinations import require_logits
 from afa.ensemble.protocol import expert_names
 from afa.errors import AfaError
 
@@ -89,19 +89,9 @@ def site_biases(denoiser: EnsembleDenoiser, bias: Bias) -> dict[str, torch.Tenso
         for site, stage in zip(denoiser.sites, stages_of(denoiser.sites), strict=True)
         if by_stage[stage].any()
     }
-    rigid = {type(rule).__name__ for rule in denoiser.aggregators if not _can_steer(rule)}
-    if biases and rigid:
-        raise AfaError(
-            "AFA-ENSEMBLE-054",
-            f"Aggregators of the type {', '.join(sorted(rigid))} have no logits, so a bias cannot "
-            "be added. Train SABW aggregators with afa train.",
-        )
+    if biases:
+        require_logits(denoiser.aggregators)
     return biases
-
-
-def _can_steer(rule: Any) -> bool:
-    """Whether a rule's weights are a softmax of logits, or the rule fuses nothing."""
-    return isinstance(rule, Separate) or getattr(rule, "can_steer", False)
 
 
 def stages_of(sites: Sequence[Site]) -> list[str]:

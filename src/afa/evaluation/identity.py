@@ -60,6 +60,10 @@ class Identities:
             identity["acceleration"] = acceleration
         if method.plan is not None:
             identity["plan"] = load_plan(method.plan).model_dump()
+        if method.drafts is not None:
+            drafts = method.drafts
+            identity["drafts"] = drafts.model_dump(exclude={"judge"})
+            identity["judge"] = [*self.source(drafts.judge), self.companions()]
         return identity
 
     def _models(self, method: MethodRecipe, replica: int) -> dict[str, Any]:

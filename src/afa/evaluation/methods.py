@@ -8,6 +8,7 @@ import torch
 
 from afa.denoisers.kinds import denoiser_of, kind_of_pipeline
 from afa.denoisers.timesteps import in_scheduler_timesteps
+from afa.drafting import use_drafts
 from afa.drawing.merged import merged_pipeline, with_parts
 from afa.ensemble.accelerate import accelerate
 from afa.ensemble.denoiser import EnsembleDenoiser
@@ -68,6 +69,8 @@ class MethodBuilder:
         check_text_to_image(pipeline)
         pipeline = accelerate(pipeline, method.acceleration, plan=method.plan)
         pipeline.set_progress_bar_config(disable=True)
+        if method.drafts is not None:
+            use_drafts(pipeline, method.drafts, self._companions())
         return pipeline
 
     def _all_experts(self) -> DiffusionPipeline:

@@ -31,6 +31,8 @@ def plan_of_evaluation(recipe: EvaluateRecipe) -> Plan:
         groups += [
             group_of_ensemble(method.name, folder, dtype) for folder in method.ensemble or ()
         ]
+        if method.drafts is not None:
+            groups.append(Group(f"judge of {method.name}", [method.drafts.judge], alone))
     return Plan(groups, _drawing(sampling))
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from afa.aggregators.fusion import AnyFusion
+from afa.drafting.settings import DraftsRecipe
 from afa.ensemble.caching.settings import EXACT, Acceleration, acceleration_of
 from afa.evaluation.prompts import PromptsRecipe, resolve_file, resolve_prompts
 from afa.loading.expert_source import ExpertSource
@@ -41,8 +42,11 @@ class MethodRecipe(Section):
     `afa merge`, without experts and base. `fusion`: a rule of `afa.aggregators.fusion`.
     `acceleration`: a preset or settings of `afa.Acceleration`. `plan`: a plan of `afa prune` for
     the ensembles. `guidance`: guidance scale of this method, for models whose prediction is guided
-    already, such as those of `afa distill` with `bake_in`; None uses that of `sampling`.
+    already, such as those of `afa distill` with `bake_in`; None uses that of `sampling`. `drafts`:
+    settings of drafts, for ensembles and fusions.
     """
+
+    LATER: ClassVar[tuple[str, ...]] = ("drafts",)
 
     name: str = Field(min_length=1, max_length=80)
     model: list[ExpertSource] | None = Field(default=None, min_length=1)
@@ -52,6 +56,7 @@ class MethodRecipe(Section):
     acceleration: Annotated[Acceleration, BeforeValidator(acceleration_of)] = EXACT
     plan: Path | None = None
     guidance: float | None = Field(default=None, ge=0)
+    drafts: DraftsRecipe | None = None
 
     @field_validator("model", "ensemble", mode="before")
     @classmethod
@@ -63,6 +68,8 @@ class MethodRecipe(Section):
         given = (self.model, self.ensemble, self.merge, self.fusion)
         if sum(value is not None for value in given) != 1:
             raise ValueError("must have exactly one of model, ensemble, merge and fusion")
+        if self.drafts is not None and self.ensemble is None and self.fusion is None:
+            raise ValueError("must have drafts only with an ensemble or a fusion")
         return self
 
     @property
@@ -248,7 +255,10 @@ def resolve_metric(metric: Any, folder: Path) -> Any:
 def resolve_method(method: Method, folder: Path) -> Method:
     """Make the paths of a method absolute; they are relative to the recipe's `folder`."""
     resolved: Method = resolve_sources(method, folder, "model", "ensemble")
-    return resolved.model_copy(update={"plan": resolve_file(method.plan, folder)})
+    changes: dict[str, Any] = {"plan": resolve_file(method.plan, folder)}
+    if method.drafts is not None:
+        changes["drafts"] = resolve_sources(method.drafts, folder, "judge")
+    return resolved.model_copy(update=changes)
 
 
 def load_evaluate_recipe(path: str | Path) -> EvaluateRecipe:

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from afa.denoisers.kinds import kind_of_pipeline
+from afa.drafting import routed
 from afa.ensemble.guard import decoded
 from afa.errors import AfaError
 from afa.evaluation.cost import Cost, measure
@@ -203,17 +204,22 @@ def draw(
     # an empty text is not the same as none for Stable Diffusion XL, which then uses zeros
     negative = {"negative_prompt": [sampling.negative_prompt] * len(texts)}
     negative = negative if sampling.negative_prompt else {}
-    with torch.no_grad(), saying_what_fits(what, remedy), checked:
+    generators = [torch.Generator().manual_seed(seed * 1_000_003 + place) for place in places]
+    call: dict[str, Any] = {
+        "guidance_scale": sampling.guidance,
+        "height": sampling.height,
+        "width": sampling.width,
+        **negative,
+        **kind_of_pipeline(pipeline).call,
+    }
+    drafted = routed(pipeline, texts, generators, **call)
+    with torch.no_grad(), saying_what_fits(what, remedy), drafted, checked:
         return pipeline(
             list(texts),
             num_inference_steps=num_steps,
-            guidance_scale=sampling.guidance,
-            height=sampling.height,
-            width=sampling.width,
-            generator=[torch.Generator().manual_seed(seed * 1_000_003 + place) for place in places],
+            generator=generators,
             output_type=output_type,
-            **negative,
-            **kind_of_pipeline(pipeline).call,
+            **call,
         ).images
 
 

@@ -1,0 +1,28 @@
+"""The settings of drafts."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from afa.loading.expert_source import ExpertSource
+from afa.recipe import Section
+
+
+class DraftsRecipe(Section):
+    """Let a judge decide on drafts of all experts which expert draws which region.
+
+    Attributes:
+        judge: the model that judges, as an expert in a recipe of `afa train`: best the base from
+            which the experts were fine-tuned, since it has met what any of them knows.
+        num_steps: steps of a draft.
+        num_levels: numbers of noise levels at which the judge looks at a draft.
+        region: standard deviation of the Gaussian over which its judgement is averaged, by the
+            shorter side of the picture.
+        sharpness: factor of the judgement; the larger, the more strictly it is followed.
+    """
+
+    judge: ExpertSource
+    num_steps: int = Field(default=5, ge=1, le=1000)
+    num_levels: int = Field(default=5, ge=2, le=100)
+    region: float = Field(default=0.15, ge=0, le=1)
+    sharpness: float = Field(default=3, gt=0)

@@ -1,0 +1,207 @@
+"""Drafts: what a judge recognises, what follows from it, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+import afa
+from afa.aggregators import SABWConfig
+from afa.aggregators.fusion.magic_fusion import MagicFusion
+from afa.aggregators.fusion.mean import feature_mean
+from afa.denoisers.kinds import denoiser_of, kind_of_pipeline
+from afa.drafting import Drafter, DraftsRecipe, recognition, routed, use_drafts
+from afa.drafting.drafter import blurred
+from afa.drawing.merged import with_parts
+from afa.ensemble.denoiser import EnsembleDenoiser
+from afa.ensemble.regions import Regions
+from afa.errors import AfaError
+from afa.loading.pipeline import load_single
+from afa.training import SceneImages
+from afa.training.encoding import encode_pictures
+from afa.training.transform import Transform
+from afa.zoo.scenes import parse_caption
+from tests.refusal import refusal
+from tests.tiny import tiny_pipeline
+
+PROMPTS = ["a fox on the left", "a pizza"]
+CALL: dict[str, Any] = {"guidance_scale": 3.0, "height": 16, "width": 16}
+
+
+def generators() -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(n) for n in range(len(PROMPTS))]
+
+
+def drawn(pipeline: DiffusionPipeline, num_steps: int = 3) -> torch.Tensor:
+    """The latents of both prompts."""
+    pipeline.set_progress_bar_config(disable=True)
+    with torch.no_grad():
+        return pipeline(
+            PROMPTS,
+            num_inference_steps=num_steps,
+            generator=generators(),
+            output_type="latent",
+            **CALL,
+        ).images
+
+
+def with_means(folders: list[Path]) -> DiffusionPipeline:
+    """An ensemble that was never trained."""
+    pipeline = afa.load_pipeline(folders, allow_duplicates=True)
+    ensemble = denoiser_of(pipeline)
+    rules = feature_mean(ensemble.sites)
+    denoiser = EnsembleDenoiser(list(ensemble.experts), rules, widths=ensemble.widths)
+    return with_parts(pipeline, {kind_of_pipeline(pipeline).denoiser: denoiser})
+
+
+def settings(judge: Path, **changes: Any) -> DraftsRecipe:
+    return DraftsRecipe(**{"judge": str(judge), "num_steps": 2, "num_levels": 2, **changes})
+
+
+def drafter_of(pipeline: DiffusionPipeline, drafts: DraftsRecipe) -> Drafter:
+    use_drafts(pipeline, drafts)
+    drafter, denoiser_of(pipeline).drafter = denoiser_of(pipeline).drafter, None
+    return drafter
+
+
+@pytest.mark.slow
+def test_the_base_recognises_a_scene_and_where_its_objects_are() -> None:
+    judge, _ = load_single("zoo:base")
+    scenes = SceneImages(32, seed=8, kind="mixed")
+    transform = Transform(64)
+    pictures = [scenes[n] for n in range(32)]
+    pixels = torch.stack([transform(p, n, 0) for n, (p, _) in enumerate(pictures)])
+    vae = judge.vae
+    latents = encode_pictures(judge, pixels).mean * vae.config.scaling_factor
+    captions = [caption for _, caption in pictures]
+    shown = [parse_caption(caption) for caption in captions]
+    swapped = [
+        caption.replace(s.left, "?").replace(s.right, s.left).replace("?", s.right)
+        for s, caption in zip(shown, captions, strict=True)
+    ]
+    right, wrong = (recognition(judge, latents, each).mean(1) for each in (captions, swapped))
+    assert right.shape == (32, 16, 16)
+    better = right - wrong
+    for half in (slice(0, 8), slice(8, 16)):
+        assert (better[:, :, half].mean((1, 2)) > 0).float().mean() > 0.9
+
+
+def test_noise_with_both_signs_cancels_what_is_linear_in_it(experts: list[Path]) -> None:
+    """A model that predicts the same whatever the prompt recognises nothing at all."""
+    judge, _ = load_single(experts[0])
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    same = recognition(judge, latents, ["", ""], num_levels=3)
+    assert same.shape == (2, 3, 8, 8)
+    assert not same.any()
+    found = recognition(judge, latents, PROMPTS, num_levels=3)
+    assert torch.equal(found, recognition(judge, latents, PROMPTS, num_levels=3))
+    assert found.any()
+
+
+def test_a_draft_is_what_the_expert_draws_alone(experts: list[Path]) -> None:
+    pipeline = with_means(experts)
+    drafter = drafter_of(pipeline, settings(experts[2]))
+    for n, folder in enumerate(experts):
+        alone, _ = load_single(folder)
+        draft = drafter._draft(pipeline, n, PROMPTS, generators(), CALL)
+        torch.testing.assert_close(draft, drawn(alone, num_steps=2), rtol=0, atol=1e-5)
+
+
+def test_experts_that_are_equal_are_not_told_apart(experts: list[Path]) -> None:
+    pipeline = with_means([experts[0]] * 2)
+    drafter = drafter_of(pipeline, settings(experts[1]))
+    assert not drafter.bias(pipeline, PROMPTS, generators(), **CALL).any()
+
+
+def test_pictures_are_routed_only_inside_the_block(experts: list[Path]) -> None:
+    pipeline = with_means(experts)
+    plain = drawn(pipeline)
+    use_drafts(pipeline, settings(experts[2]))
+    with refusal("AFA-ENSEMBLE-062", "routed"):
+        drawn(pipeline)
+    ensemble = denoiser_of(pipeline)
+    with afa.record_weights(ensemble) as record, routed(pipeline, PROMPTS, generators(), **CALL):
+        found = drawn(pipeline)
+    assert not torch.equal(found, plain)
+    assert len(record.steps) == 3, "drafts are not recorded"
+    assert ensemble.regions is None
+    use_drafts(pipeline, None)
+    assert torch.equal(drawn(pipeline), plain)
+
+
+def test_a_strict_judgement_is_the_expert_alone(experts: list[Path]) -> None:
+    pipeline = with_means(experts)
+    bias = torch.zeros(2, 3, 1, 1)
+    bias[0, 1], bias[1, 2] = 200, 200
+    denoiser_of(pipeline).regions = Regions(bias)
+    found = drawn(pipeline)
+    for picture, expert in enumerate((1, 2)):
+        alone = drawn(load_single(experts[expert])[0])
+        torch.testing.assert_close(found[picture], alone[picture], rtol=0, atol=1e-5)
+
+
+def test_an_untrained_aggregator_is_the_mean_with_a_bias_as_well(experts: list[Path]) -> None:
+    bias = torch.randn(2, 3, 3, 5, generator=torch.Generator().manual_seed(1))
+    small = SABWConfig(hidden_size=8, num_layers=1, num_heads=2, norm_num_groups=4)
+    found = []
+    for pipeline in (with_means(experts), afa.load_pipeline(experts, small)):
+        denoiser_of(pipeline).regions = Regions(bias)
+        found.append(drawn(pipeline))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-5)
+
+
+def test_another_batch_is_refused(experts: list[Path]) -> None:
+    pipeline = with_means(experts)
+    denoiser_of(pipeline).regions = Regions(torch.zeros(3, 3, 2, 2))
+    with refusal("AFA-ENSEMBLE-061", "3 pictures", "4"):
+        drawn(pipeline)
+
+
+def test_what_cannot_be_judged(experts: list[Path], tmp_path: Path) -> None:
+    alone, _ = load_single(experts[0])
+    with refusal("AFA-DRAFT-001"):
+        use_drafts(alone, settings(experts[1]))
+    other = tiny_pipeline(tmp_path / "tokenizer", seed=7)
+    other.vae.register_to_config(scaling_factor=0.5)
+    other.save_pretrained(tmp_path / "other")
+    with refusal("AFA-DRAFT-002", "0.5"):
+        use_drafts(with_means(experts), settings(tmp_path / "other"))
+    pipeline = with_means(experts)
+    ensemble = denoiser_of(pipeline)
+    ensemble.aggregators = torch.nn.ModuleList(MagicFusion() for _ in ensemble.sites)
+    with refusal("AFA-ENSEMBLE-054"):
+        use_drafts(pipeline, settings(experts[1]))
+
+
+def test_an_interrupted_draft_leaves_the_ensemble_as_it_was(
+    experts: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = with_means(experts)
+    plain = drawn(pipeline)
+    use_drafts(pipeline, settings(experts[1]))
+    ensemble = denoiser_of(pipeline)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise AfaError("AFA-TEST-001", "as if memory ran out")
+
+    monkeypatch.setattr("afa.drafting.drafter.recognition", fail)
+    with refusal("AFA-TEST-001"), routed(pipeline, PROMPTS, generators(), **CALL):
+        pass
+    assert (ensemble.schedule, ensemble.is_drafting, ensemble.regions) == (None, False, None)
+    with refusal("AFA-ENSEMBLE-062"):
+        drawn(pipeline)
+    use_drafts(pipeline, None)
+    assert torch.equal(drawn(pipeline), plain)
+
+
+def test_a_blur_keeps_the_mean_of_what_is_constant() -> None:
+    flat = torch.full((2, 3, 5, 7), 2.5)
+    torch.testing.assert_close(blurred(flat, 2.0), flat)
+    sharp = torch.zeros(9, 9)
+    sharp[4, 4] = 1
+    assert torch.equal(blurred(sharp, 0), sharp)
+    assert blurred(sharp, 1.0)[4, 4] == blurred(sharp, 1.0).max()
