@@ -7,8 +7,8 @@ domain's objects, and there are several choices of this quarter. Mixed prompts a
 many of their objects were unseen, prompts of one domain by whether both were. Pairs of seen objects
 are held out of the base's training, too; most other pairs are not, since there are too few, so the
 base has an advantage there. Rows: the base, the
-experts, the uniform merge, the aggregators of each variant with one training per seed, and a mask
-that knows which expert owns which half, as the ceiling.
+experts, the uniform merge, the aggregators of each variant with one training per seed, the same and
+untrained ones with drafts, and a mask that knows which expert owns which half, as the ceiling.
 
 Development only: half of all pairs of objects and the last quarter of the objects are left for the
 final study.
@@ -173,10 +173,13 @@ def comparison(
         writer.writerows([caption, group] for caption in captions)
     prompts = work / f"prompts-{choice}.csv"
     write_atomic(prompts, text.getvalue())
+    drafts = {"drafts": {"judge": zoo.base}}
     methods: list[dict[str, Any]] = [
-        {"name": name, "ensemble": [str(folder) for folder in listed]}
+        {"name": f"{name}{suffix}", "ensemble": [str(folder) for folder in listed], **changes}
         for name, listed in folders.items()
+        for suffix, changes in (("", {}), (" with drafts", drafts))
     ]
+    methods.append({"name": "drafts alone", "fusion": {"rule": "feature_mean"}, **drafts})
     methods.append({"name": "base", "model": zoo.base})
     methods += [{"name": f"expert: {name}", "model": zoo.experts[name]} for name in EXPERTS]
     merge = {"method": "weighted", "weights": [1 / 3] * 3}
