@@ -34,12 +34,11 @@ from torch.nn import functional as F
 
 from afa.aggregators.rule import Condition, Fused, FusionRule, weighted_sum
 from afa.denoisers.kinds import denoiser_of, kind_of_pipeline
-from afa.drawing.merged import with_parts
 from afa.ensemble.denoiser import EnsembleDenoiser
 from afa.evaluation.recipe import slug
 from afa.files import write_atomic
 from afa.loading.expert_source import ExpertSource
-from afa.loading.pipeline import load_pipeline
+from afa.loading.pipeline import load_pipeline, with_parts
 from afa.statistics import wilson
 from afa.studies.results.jobs import Job, run_jobs, train_aggregators_job
 from afa.studies.results.plan import (

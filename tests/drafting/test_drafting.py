@@ -16,11 +16,10 @@ from afa.aggregators.fusion.mean import feature_mean
 from afa.denoisers.kinds import denoiser_of, kind_of_pipeline
 from afa.drafting import Drafter, DraftsRecipe, recognition, routed, use_drafts
 from afa.drafting.drafter import blurred
-from afa.drawing.merged import with_parts
 from afa.ensemble.denoiser import EnsembleDenoiser
 from afa.ensemble.regions import Regions
 from afa.errors import AfaError
-from afa.loading.pipeline import load_single
+from afa.loading.pipeline import load_single, with_parts
 from afa.training import SceneImages
 from afa.training.encoding import encode_pictures
 from afa.training.transform import Transform

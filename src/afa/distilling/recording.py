@@ -17,10 +17,10 @@ import torch
 from afa.denoisers.kinds import denoiser_of, kind_of_pipeline
 from afa.distilling.features import FeatureTap, sizes_at
 from afa.distilling.predictions import Predictions, Rows
-from afa.drawing.merged import with_parts
 from afa.ensemble.denoiser import EnsembleDenoiser
 from afa.errors import AfaError
 from afa.evaluation.work import Claim, Store
+from afa.loading.pipeline import with_parts
 from afa.loading.trust.unchanged import require_unchanged
 from afa.machine.processes import fixed_threads
 from afa.training.cache import CacheProgress

@@ -11,14 +11,13 @@ from torch import nn
 from afa.denoisers.kinds import denoiser_of, kind_of_pipeline
 from afa.distilling.features import distance, expose_features
 from afa.distilling.recipe import InitialExpert
-from afa.drawing.merged import with_parts
 from afa.ensemble.text import hash_weights
 from afa.errors import AfaError
 from afa.loading.compare import compare
 from afa.loading.expert_source import ExpertSource
 from afa.loading.finding import require_none_wrong
 from afa.loading.manifest import read_manifest
-from afa.loading.pipeline import load_single
+from afa.loading.pipeline import load_single, with_parts
 from afa.loading.single_file.autoencoder import load_vae
 from afa.training.loop import seeded
 

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from afa.denoisers.kinds import denoiser_of, kind_of_pipeline
-from afa.drawing.merged import merged_pipeline, with_parts
+from afa.drawing.merged import merged_pipeline
 from afa.ensemble.accelerate import accelerate
 from afa.ensemble.protocol import expert_names
 from afa.ensemble.text import EnsembleTextEncoder
 from afa.errors import AfaError
-from afa.loading.pipeline import load_single
+from afa.loading.pipeline import load_single, with_parts
 from afa.loading.student_record import baked_guidance
 from afa.merging.weighted import WeightedSum
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from afa.denoisers.kinds import build_pipeline, denoiser_of, kind_of_pipeline
+from afa.denoisers.kinds import denoiser_of, kind_of_pipeline
 from afa.ensemble.text import EnsembleTextEncoder
-from afa.loading.trust.unchanged import watch_as
+from afa.loading.pipeline import with_parts
 from afa.merging.in_memory import merge_models
 
 if TYPE_CHECKING:
@@ -48,13 +48,3 @@ def merged_pipeline(
                 part=name,
             )
     return with_parts(experts, parts)
-
-
-def with_parts(pipeline: DiffusionPipeline, parts: dict[str, Any]) -> DiffusionPipeline:
-    """Copy a pipeline with some components replaced; it shares all others."""
-    changed = build_pipeline(
-        type(pipeline).__name__, {**pipeline.components, **parts}, pipeline.config
-    )
-    changed.set_progress_bar_config(disable=True)
-    watch_as(changed, pipeline)  # it shares weights that are mapped from files
-    return changed

@@ -9,13 +9,13 @@ import torch
 from afa.denoisers.kinds import denoiser_of, kind_of_pipeline
 from afa.denoisers.timesteps import in_scheduler_timesteps
 from afa.drafting import use_drafts
-from afa.drawing.merged import merged_pipeline, with_parts
+from afa.drawing.merged import merged_pipeline
 from afa.ensemble.accelerate import accelerate
 from afa.ensemble.denoiser import EnsembleDenoiser
 from afa.loading.ensemble_folder import load_ensemble
 from afa.loading.expert import load_expert
 from afa.loading.expert_source import first_folder
-from afa.loading.pipeline import check_text_to_image, load_pipeline, load_single
+from afa.loading.pipeline import check_text_to_image, load_pipeline, load_single, with_parts
 from afa.loading.single_file.load import Companions
 from afa.training.engine import pick_device
 

@@ -29,7 +29,7 @@ from afa.loading.quantization import Weights, quantize_linear, require_quantizer
 from afa.loading.single_file.autoencoder import load_vae
 from afa.loading.single_file.load import Companions
 from afa.loading.sources import require_hash
-from afa.loading.trust.unchanged import marks_of, watch
+from afa.loading.trust.unchanged import marks_of, watch, watch_as
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -351,3 +351,13 @@ def size_multiple(pipeline: DiffusionPipeline) -> int:
     """Return the number of pixels of which height and width must be multiples."""
     kind = kind_of_pipeline(pipeline)
     return pipeline.vae_scale_factor * kind.patch(denoiser_of(pipeline).config)
+
+
+def with_parts(pipeline: DiffusionPipeline, parts: dict[str, Any]) -> DiffusionPipeline:
+    """Copy a pipeline with some components replaced; it shares all others."""
+    changed = build_pipeline(
+        type(pipeline).__name__, {**pipeline.components, **parts}, pipeline.config
+    )
+    changed.set_progress_bar_config(disable=True)
+    watch_as(changed, pipeline)  # it shares weights that are mapped from files
+    return changed
