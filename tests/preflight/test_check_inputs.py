@@ -253,7 +253,9 @@ def test_linked_folders_are_read_alike(pictures: Path, tmp_path: Path) -> None:
     (tmp_path / "linked" / "gone.png").symlink_to(tmp_path / "nowhere.png")
     (tmp_path / "linked" / "gone.txt").write_text("a fox")
     assert len(pictures_in(tmp_path / "linked")) == 13
-    assert open_data(DataRecipe(folder=tmp_path / "linked" / "more")).fingerprint
+    data = open_data(DataRecipe(folder=tmp_path / "linked" / "more"))
+    assert data is not None
+    assert data.fingerprint
     beside = FolderImages(tmp_path / "linked")
     assert any(path.name == "gone.png" for path, _ in beside.rows)
     assert beside.fingerprint  # a link to nowhere is a broken sample, not an end

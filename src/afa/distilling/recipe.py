@@ -160,6 +160,8 @@ class PicturesRecipe(Section):
     def _not_streamed(self) -> PicturesRecipe:
         if self.data.dataset is not None and self.data.dataset.streaming:
             raise ValueError("must not be streamed; remove data.dataset.streaming")
+        if self.data.prompts is not None:
+            raise ValueError("must not have data.prompts; use trajectories")
         return self
 
 

@@ -79,6 +79,7 @@ def inputs_of_training(
     from afa.training.checkpoints import Checkpoints
     from afa.training.data import StreamedImages, open_data
     from afa.training.data.survey import folder_warnings, survey
+    from afa.training.drawn import read_prompts
     from afa.training.examples import Broken
     from afa.training.listing import Listing, digest_of, is_settled, rows_of
     from afa.training.prepare import require_resolution
@@ -99,6 +100,7 @@ def inputs_of_training(
     _open_autoencoder(found, recipe.vae)
     plan = plan_of_training(recipe)
     limits: list[Any] = []
+    kind = None
     side = data_recipe.resolution
     with found.refusals("resolution"):
         group = plan.groups[0]
@@ -110,8 +112,19 @@ def inputs_of_training(
         if (previews := recipe.previews) is not None:
             cut = prompt_warnings(limits, previews.prompts, guidance=previews.guidance, kind=kind)
             found.say("previews", cut)
+    if (prompted := data_recipe.prompts) is not None:
+        with found.refusals("prompts"):
+            prompts = read_prompts(prompted.file)
+            read_manifest(prompted.drafts.judge, plan.groups[0].companions)
+            negative, guidance = prompted.negative_prompt, prompted.guidance
+            cut = prompt_warnings(limits, prompts, negative, guidance=guidance, kind=kind)
+            found.say("prompts", cut)
+            counts = f"{prompted.number} pictures of {len(prompts)} prompts"
+            found.say("prompts", [f"{counts} are drawn when the training starts."], "note")
     with found.refusals("data"):
         data = open_data(data_recipe)
+        if data is None:
+            return found
         if isinstance(data, StreamedImages):
             found.say("data", folder_warnings(data))
             found.say("data", ["Streamed data is only read during training, not checked."], "note")
@@ -130,7 +143,7 @@ def inputs_of_training(
         if recipe.validation is not None and listing is not None:
             note = split_by_picture(listing, recipe.validation.num_samples).note
             found.say("validation", [note], "note")
-        if output is not None:
+        if output is not None and prompted is None:
             checkpoint = Checkpoints(output / CHECKPOINTS).read()
             began = None if checkpoint is None else checkpoint.notes.get("made_from") or {}
             is_unlisted = listing is None or is_settled(data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,4 +37,8 @@ def plan_of_training(recipe: Recipe) -> Plan:
         pixels=side and side**2,
         is_offloaded=settings.offload_experts,
     )
-    return Plan([group], work)
+    groups = [group]
+    if recipe.data.prompts is not None:
+        alone = replace(group.companions, own_vae=True)  # it judges with its own autoencoder
+        groups.append(Group("judge", [recipe.data.prompts.drafts.judge], alone, is_drawn=False))
+    return Plan(groups, work)

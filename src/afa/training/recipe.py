@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from afa.aggregators import SABWSettings
+from afa.drafting.settings import DraftsRecipe
 from afa.errors import AfaError
 from afa.loading.expert_source import ExpertSource
 from afa.reading import parse_colour
@@ -51,13 +52,42 @@ class DatasetRecipe(Section):
         return [given] if isinstance(given, str) else given
 
 
+class PromptedPictures(Section):
+    """Pictures that the experts draw themselves from prompts; see `afa.training.drawn`.
+
+    The prompts should name what the experts are known for, alone and together.
+
+    Attributes:
+        file: a UTF-8 text file with one prompt per line.
+        drafts: see `DraftsRecipe`; they decide which expert draws which region.
+        number: number of pictures; prompts are used in turn, in a random order.
+        num_steps: denoising steps of a picture.
+        guidance: guidance scale.
+        negative_prompt: the negative prompt.
+        seed: seed of the order and of the initial noise.
+        batch_size: pictures at once.
+    """
+
+    file: Path
+    drafts: DraftsRecipe
+    number: int = Field(ge=1, le=1_000_000)
+    num_steps: int = Field(default=20, ge=1, le=1000)
+    guidance: float = Field(default=7.5, ge=0)
+    negative_prompt: str = ""
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
+    batch_size: int = Field(default=8, ge=1)
+
+
 class DataRecipe(Section):
-    """One source of captioned pictures (folder, dataset or scenes), and how pictures are prepared.
+    """Sources of captioned pictures, and how pictures are prepared.
+
+    There is one source of real pictures (folder, dataset or scenes), or prompts, or both together.
 
     Attributes:
         folder: folder with pictures and a `metadata.jsonl`, or a `.txt` beside each picture.
         dataset: see `DatasetRecipe`.
         scenes: see `ScenesRecipe`.
+        prompts: see `PromptedPictures`.
         limit: use only the first `limit` samples.
         background: colour on which transparent pictures are composited, a name or `#rrggbb`.
         resolution: side of the square crop in pixels, to which the shorter side is scaled; None
@@ -73,9 +103,12 @@ class DataRecipe(Section):
             are skipped and named.
     """
 
+    LATER: ClassVar[tuple[str, ...]] = ("prompts",)
+
     folder: Path | None = None
     dataset: DatasetRecipe | None = None
     scenes: ScenesRecipe | None = None
+    prompts: PromptedPictures | None = None
     limit: int | None = Field(default=None, ge=1)
     background: str = "#ffffff"
     resolution: int | None = Field(default=None, ge=8)
@@ -95,8 +128,13 @@ class DataRecipe(Section):
 
     @model_validator(mode="after")
     def _exactly_one(self) -> DataRecipe:
-        if sum(source is not None for source in (self.folder, self.dataset, self.scenes)) != 1:
-            raise ValueError("must have exactly one of folder, dataset and scenes")
+        count = sum(source is not None for source in (self.folder, self.dataset, self.scenes))
+        if count > 1 or (count == 0 and self.prompts is None):
+            raise ValueError("must have exactly one of folder, dataset and scenes, or prompts")
+        if self.prompts is not None and self.dataset is not None and self.dataset.streaming:
+            raise ValueError("must not have prompts with a streamed data set")
+        if self.prompts is not None and count == 0 and self.limit is not None:
+            raise ValueError("must not have a limit with prompts alone; set prompts.number")
         if self.dataset is not None and self.dataset.streaming and self.cache is False:
             raise ValueError("cannot be streamed with cache: false; remove cache or streaming")
         return self
@@ -220,6 +258,10 @@ def load_recipe(path: str | Path) -> Recipe:
 def resolve_data(data: DataRecipe, folder: Path) -> DataRecipe:
     """Make the paths of a data section of a recipe in `folder` absolute."""
     changes: dict[str, Any] = {}
+    if data.prompts is not None:
+        drafts = resolve_sources(data.prompts.drafts, folder, "judge")
+        file = resolve_path(data.prompts.file, folder)
+        changes["prompts"] = data.prompts.model_copy(update={"drafts": drafts, "file": file})
     for key in ("folder", "cache_folder"):
         place = getattr(data, key)
         if place is not None:

@@ -24,7 +24,8 @@ from afa.training.began import Began
 from afa.training.cache import default_cache_folder
 from afa.training.checkpoints import Checkpoints
 from afa.training.continuing import RECIPE, essence
-from afa.training.data import open_data
+from afa.training.data import Joined, StreamedImages, open_data
+from afa.training.drawn import draw_pictures
 from afa.training.earlier import is_earlier
 from afa.training.engine import Engine
 from afa.training.loop import TrainStep, seeded
@@ -39,7 +40,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
     from pathlib import Path
 
+    from diffusers import DiffusionPipeline
+
     from afa.training.cache import CacheProgress
+    from afa.training.data import CaptionedImages
     from afa.training.prepare import Prepared
     from afa.training.recipe import Recipe
 
@@ -98,7 +102,7 @@ def train(
         bind=trainer.bind,
     )
     training, validation, listing = yield from _stoppable(
-        prepare_examples(recipe, pipeline, data, engine, began), trainer, should_stop
+        _prepared(recipe, pipeline, data, engine, began), trainer, should_stop
     )
     with owned(output) if engine.is_main else nullcontext():
         if engine.is_main:
@@ -114,6 +118,22 @@ def train(
         if engine.is_main:
             save_ensemble(pipeline, output, exist_ok=True)
         engine.wait()
+
+
+def _prepared(
+    recipe: Recipe,
+    pipeline: DiffusionPipeline,
+    data: CaptionedImages | StreamedImages | None,
+    engine: Engine,
+    began: Began,
+) -> Generator[CacheProgress, None, Prepared]:
+    """Draw the pictures of prompts, and prepare all examples."""
+    if recipe.data.prompts is not None:
+        drawn = yield from draw_pictures(recipe, pipeline, engine)
+        assert not isinstance(data, StreamedImages), "the recipe refuses it"
+        data = drawn if data is None else Joined(data, drawn)
+    assert data is not None, "a recipe has pictures or prompts"
+    return (yield from prepare_examples(recipe, pipeline, data, engine, began))
 
 
 def _stoppable(

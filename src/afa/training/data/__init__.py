@@ -9,6 +9,7 @@ from afa.training.data.datasets import DatasetImages, DatasetStream, open_datase
 from afa.training.data.folder import FolderImages
 from afa.training.data.images import (
     CaptionedImages,
+    Joined,
     Part,
     SampleReader,
     Stored,
@@ -26,6 +27,7 @@ __all__ = [
     "DatasetImages",
     "DatasetStream",
     "FolderImages",
+    "Joined",
     "Part",
     "SampleReader",
     "SceneImages",
@@ -37,8 +39,8 @@ __all__ = [
 ]
 
 
-def open_data(recipe: DataRecipe) -> CaptionedImages | StreamedImages:
-    """Open the data set of a recipe's `data` section.
+def open_data(recipe: DataRecipe) -> CaptionedImages | StreamedImages | None:
+    """Open the real pictures of a recipe's `data` section; None if it has only prompts.
 
     Raises:
         AfaError: see `FolderImages` and `open_dataset`.
@@ -49,9 +51,9 @@ def open_data(recipe: DataRecipe) -> CaptionedImages | StreamedImages:
     data: CaptionedImages
     if recipe.folder is not None:
         data = FolderImages(recipe.folder, background)
+    elif (scenes := recipe.scenes) is None:
+        return None
     else:
-        scenes = recipe.scenes
-        assert scenes is not None, "a recipe has exactly one kind of data"
         data = SceneImages(
             scenes.num_samples, seed=scenes.seed, kind=scenes.kind, without=scenes.without
         )

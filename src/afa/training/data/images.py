@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -108,6 +109,49 @@ class Part:
     def fingerprint(self) -> str:
         """The fingerprint of the whole, with the indices."""
         return f"{self._data.fingerprint}[{self._indices}]"
+
+
+class Joined:
+    """Several data sets, one after the other."""
+
+    def __init__(self, *parts: CaptionedImages) -> None:
+        self._parts = parts
+        self._ends = list(itertools.accumulate(len(part) for part in parts))
+
+    def __repr__(self) -> str:
+        return f"Joined({', '.join(map(repr, self._parts))})"
+
+    def _at(self, index: int) -> tuple[CaptionedImages, int]:
+        part = bisect.bisect_right(self._ends, index)
+        return self._parts[part], index - (self._ends[part - 1] if part else 0)
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, str]:
+        part, place = self._at(index)
+        return part[place]
+
+    def stored(self, index: int) -> Stored:
+        """See `CaptionedImages.stored`."""
+        part, place = self._at(index)
+        return part.stored(place)
+
+    def captions(self) -> Iterator[str | None] | None:
+        """See `captions_in`."""
+        found = [captions_in(part) for part in self._parts]
+        known = [each for each in found if each is not None]
+        return itertools.chain(*known) if len(known) == len(found) else None
+
+    def name(self, index: int) -> str:
+        """See `CaptionedImages.name`."""
+        part, place = self._at(index)
+        return part.name(place)
+
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprints of all parts."""
+        return " and ".join(part.fingerprint for part in self._parts)
 
 
 def whole_of(data: CaptionedImages | StreamedImages) -> CaptionedImages | StreamedImages:
