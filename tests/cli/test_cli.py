@@ -389,3 +389,25 @@ def test_nothing_but_the_error_reaches_the_terminal(experts: list[Path], tmp_pat
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("afa: error [AFA-")
     assert done.stderr.count("\n") == 1
+
+
+def test_generate_with_drafts_makes_a_picture_again(
+    ensemble: Path, experts: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    judge = tmp_path / "judge"
+    shutil.copytree(experts[2], judge)
+    drafted, plain, again = (tmp_path / name for name in ("drafted", "plain", "again"))
+    options = ["--steps", 2, "--weights"]
+    assert run("generate", ensemble, "a fox", "--output", plain, *options) == 0
+    asked = ("generate", ensemble, "a fox", "--output", drafted, *options, "--drafts", judge)
+    assert run(*asked) == 0
+    picture = drafted / "00-a-fox-seed0.png"
+    with Image.open(picture) as one, Image.open(plain / picture.name) as other:
+        assert one.tobytes() != other.tobytes()
+    assert run("generate", "--from-image", picture, "--output", again) == 0
+    assert "The picture is identical, bit for bit." in capsys.readouterr().out
+    shutil.rmtree(judge)
+    shutil.copytree(experts[1], judge)
+    line = fails(capsys, "generate", "--from-image", picture, "--output", tmp_path / "new")
+    assert "AFA-DRAW-016" in line
+    assert str(judge) in line

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from diffusers import DiffusionPipeline
 
+    from afa.drafting import DraftsRecipe
     from afa.drawing.pictures import PictureRecipe
     from afa.loading.memory.budget import MemoryPlan
 
@@ -81,6 +82,10 @@ def generate(
     bias: Annotated[
         list[str] | None,
         _picture("Bias towards an expert: animals=+1.0 or animals@up=+1.0; repeatable."),
+    ] = None,
+    drafts: Annotated[
+        str | None,
+        _picture("Model that judges drafts of all experts, best their base; see docs/drafts.md."),
     ] = None,
     device: Annotated[str, _speed("auto, cpu, cuda, cuda:1, ...")] = "auto",
     dtype: Annotated[str, _speed(f"dtype of the experts: {', '.join(DTYPES)}.")] = "float32",
@@ -179,6 +184,7 @@ def generate(
             acceleration=acceleration,
             plan=plan,
             bias=parsed_bias,
+            drafts=drafts_of(drafts),
             compiled=compile_blocks,
             on_nonfinite=on_nonfinite,
             torch_dtype=getattr(torch, dtype),
@@ -196,6 +202,8 @@ def generate(
             height=size[0],
             width=size[1],
             bias=parsed_bias,
+            drafts=drafts_of(drafts),
+            judge=pictures.judge_of(pipeline),
             acceleration=acceleration.describe(),
             plan=denoiser_of(pipeline).plan,
             dtype=dtype,
@@ -224,6 +232,14 @@ def generate(
             else "The pixels differ. Another machine, number of threads or version of torch rounds "
             "differently."
         )
+
+
+def drafts_of(judge: str | None) -> DraftsRecipe | None:
+    """The settings of drafts with a judge; None without one."""
+    from afa.drafting import DraftsRecipe
+    from afa.loading.expert_source import ExpertSource
+
+    return None if judge is None else DraftsRecipe(judge=ExpertSource(judge))
 
 
 def _require_one_of(option: str, given: str, known: Sequence[str]) -> None:

@@ -33,10 +33,11 @@ class Drafter:
     Args:
         judge: pipeline of the model that judges.
         settings: the settings.
+        identity: hash of the judge's weights.
     """
 
-    def __init__(self, judge: DiffusionPipeline, settings: DraftsRecipe) -> None:
-        self.judge, self.settings = judge, settings
+    def __init__(self, judge: DiffusionPipeline, settings: DraftsRecipe, identity: str) -> None:
+        self.judge, self.settings, self.identity = judge, settings, identity
 
     def bias(
         self,
@@ -137,7 +138,9 @@ def use_drafts(
             "ensemble, or remove drafts.",
         )
     ensemble.require_drafts()
-    judge, _ = load_single(settings.judge, companions=companions, torch_dtype=ensemble.dtype)
+    judge, reference = load_single(
+        settings.judge, companions=companions, torch_dtype=ensemble.dtype
+    )
     check_text_to_image(judge)
     own, other = (_latent(each) for each in (pipeline, judge))
     if own != other:
@@ -147,7 +150,7 @@ def use_drafts(
             "Judge with a model of the experts' family, best the one they were fine-tuned from.",
         )
     judge.set_progress_bar_config(disable=True)
-    ensemble.drafter = Drafter(judge.to(ensemble.device), settings)
+    ensemble.drafter = Drafter(judge.to(ensemble.device), settings, reference.identity)
 
 
 def _latent(pipeline: DiffusionPipeline) -> str:

@@ -16,6 +16,7 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from pydantic import Field, ValidationError
 
 from afa.denoisers.kinds import denoiser_of, kind_of_pipeline
+from afa.drafting import DraftsRecipe, routed, use_drafts
 from afa.drawing.contenders import ENSEMBLE, Contenders, load_student
 from afa.ensemble.accelerate import accelerate
 from afa.ensemble.caching.plan import PruningPlan
@@ -63,6 +64,8 @@ class PictureRecipe(Section):
         height: height in pixels.
         width: width in pixels.
         bias: bias by expert and stage, see `afa.steer`.
+        drafts: settings of drafts, see `afa.drafting`.
+        judge: hash of their judge's weights.
         acceleration: settings of `afa.Acceleration`.
         plan: the complete pruning plan.
         dtype: dtype of the experts.
@@ -83,6 +86,8 @@ class PictureRecipe(Section):
     height: int = Field(ge=8, le=16_384)
     width: int = Field(ge=8, le=16_384)
     bias: dict[str, dict[str, float]] = Field(default_factory=dict)
+    drafts: DraftsRecipe | None = None
+    judge: str | None = None
     acceleration: dict[str, Any] = Field(default_factory=dict)
     plan: PruningPlan | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -159,6 +164,7 @@ def prepare(
     acceleration: Acceleration | Mapping[str, Any] | str = "exact",
     plan: PruningPlan | Path | None = None,
     bias: Bias | None = None,
+    drafts: DraftsRecipe | None = None,
     compiled: bool = False,
     cuda_graphs: bool = False,
     on_nonfinite: str = "stop",
@@ -171,6 +177,7 @@ def prepare(
         acceleration: see `afa.accelerate`.
         plan: a pruning plan, see `afa.accelerate`.
         bias: see `afa.steer`.
+        drafts: see `afa.drafting`.
         compiled: compile blocks when the first picture is drawn.
         cuda_graphs: run steps as CUDA graphs, which does not change pictures.
         on_nonfinite: `mask` skips an expert where it returns non-finite values; `stop` raises.
@@ -191,7 +198,16 @@ def prepare(
     denoiser_of(pipeline).on_nonfinite = on_nonfinite
     pipeline.set_progress_bar_config(disable=True)
     mode: Any = "regional" if compiled else None
-    return accelerate(pipeline, acceleration, plan=plan, compile=mode, cuda_graphs=cuda_graphs)
+    accelerate(pipeline, acceleration, plan=plan, compile=mode, cuda_graphs=cuda_graphs)
+    if drafts is not None:
+        use_drafts(pipeline, drafts)
+    return pipeline
+
+
+def judge_of(pipeline: DiffusionPipeline) -> str | None:
+    """The hash of the judge of a pipeline's drafts; None without drafts."""
+    drafter = getattr(denoiser_of(pipeline), "drafter", None)
+    return None if drafter is None else drafter.identity
 
 
 def prepare_again(recipe: PictureRecipe, **loading: Any) -> DiffusionPipeline:
@@ -217,6 +233,7 @@ def prepare_again(recipe: PictureRecipe, **loading: Any) -> DiffusionPipeline:
         acceleration=recipe.acceleration,
         plan=recipe.plan,
         bias=recipe.bias,
+        drafts=recipe.drafts,
         compiled=recipe.compiled,
         on_nonfinite=recipe.on_nonfinite,
         torch_dtype=getattr(torch, recipe.dtype),
@@ -228,6 +245,12 @@ def prepare_again(recipe: PictureRecipe, **loading: Any) -> DiffusionPipeline:
             f"The ensemble '{recipe.ensemble}' is not the one that drew the picture: its experts, "
             "autoencoder or aggregators differ. Pass that one: afa generate ENSEMBLE --from-image "
             "PICTURE.",
+        )
+    if judge_of(pipeline) != recipe.judge:
+        raise AfaError(
+            "AFA-DRAW-016",
+            f"'{recipe.drafts and recipe.drafts.judge}' is not the judge of the picture's drafts: "
+            "its weights differ. Restore that one.",
         )
     if recipe.drawn_by == ENSEMBLE:
         return pipeline
@@ -264,16 +287,18 @@ def draw(pipeline: DiffusionPipeline, recipe: PictureRecipe) -> Image.Image:
     what = f"A picture of {recipe.width} x {recipe.height} pixels"
     # an empty text is not the same as none for Stable Diffusion XL, which then uses zeros
     negative = {"negative_prompt": recipe.negative_prompt} if recipe.negative_prompt else {}
-    with saying_what_fits(what, _smaller), decoded(pipeline):
+    call: dict[str, Any] = {
+        "guidance_scale": recipe.guidance,
+        "height": recipe.height,
+        "width": recipe.width,
+        **negative,
+        **kind_of_pipeline(pipeline).call,
+    }
+    generator = torch.Generator().manual_seed(recipe.seed)
+    drafted = routed(pipeline, [recipe.prompt], [generator], **call)
+    with saying_what_fits(what, _smaller), drafted, decoded(pipeline):
         picture = pipeline(
-            recipe.prompt,
-            num_inference_steps=recipe.steps,
-            guidance_scale=recipe.guidance,
-            height=recipe.height,
-            width=recipe.width,
-            generator=torch.Generator().manual_seed(recipe.seed),
-            **negative,
-            **kind_of_pipeline(pipeline).call,
+            recipe.prompt, num_inference_steps=recipe.steps, generator=generator, **call
         ).images[0]
     require_unchanged(pipeline)
     return picture
@@ -291,16 +316,19 @@ def _smaller() -> str:
 def on_every_call(pipeline: DiffusionPipeline, observe: Callable[[int], object]) -> Iterator[None]:
     """Call `observe` with the number of each call of the denoiser, from 0, before the call.
 
+    Calls for drafts do not count.
     Exceptions of `observe` propagate out of the pipeline, which can be used again afterwards.
     """
-    count = 0
+    count, denoiser = 0, denoiser_of(pipeline)
 
     def before(*_: Any) -> None:
         nonlocal count
+        if getattr(denoiser, "is_drafting", False):
+            return
         observe(count)
         count += 1
 
-    hook = denoiser_of(pipeline).register_forward_pre_hook(before)
+    hook = denoiser.register_forward_pre_hook(before)
     try:
         yield
     finally:
