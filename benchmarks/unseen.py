@@ -34,6 +34,7 @@ from torch.nn import functional as F
 
 from afa.aggregators.rule import Condition, Fused, FusionRule, weighted_sum
 from afa.denoisers.kinds import denoiser_of, kind_of_pipeline
+from afa.drafting import DraftsRecipe
 from afa.ensemble.denoiser import EnsembleDenoiser
 from afa.evaluation.recipe import slug
 from afa.files import write_atomic
@@ -50,8 +51,9 @@ from afa.studies.results.plan import (
     zoo_in,
 )
 from afa.studies.results.run import evaluate_in_processes
-from afa.studies.zoo_build.evaluate import draw_pictures
+from afa.studies.zoo_build.evaluate import GUIDANCE_SCALE, draw_pictures
 from afa.training.encoding import encode_captions
+from afa.training.recipe import PromptedPictures
 from afa.zoo import EXPERTS
 from afa.zoo.judges import judge, load_classifier
 from afa.zoo.scenes import BACKGROUNDS, caption_of, is_held_out, parse_caption
@@ -73,11 +75,17 @@ class Variant:
         aggregator: settings of the section `aggregator`.
         training: settings of the section `training`.
         with_base: whether the base is one more expert.
+        drawn: number of training pictures that the experts draw by drafts, from captions of all
+            objects.
+        is_real: whether scenes without the unseen objects are training pictures; as many as drawn
+            ones, if there are such.
     """
 
     aggregator: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     with_base: bool = False
+    drawn: int = 0
+    is_real: bool = True
 
 
 #: by name; the first one is the paper's
@@ -86,6 +94,8 @@ VARIANTS = {
     "AFA without prompt": Variant({"prompt": False}),
     **{f"noise {level:g}": Variant(training={"prompt_noise": level}) for level in (0.5, 1, 2)},
     "with base": Variant(with_base=True),
+    "prompts and scenes": Variant(drawn=1_000),
+    "prompts alone": Variant(drawn=1_000, is_real=False),
     **{
         f"noise {level:g}, with base": Variant(training={"prompt_noise": level}, with_base=True)
         for level in (0.5, 1, 2)
@@ -143,7 +153,25 @@ def prompts_of(choice: int, count: int) -> dict[str, list[str]]:
     }
 
 
-def recipe(settings: StudySettings, zoo: Zoo, variant: str, choice: int, seed: int) -> Recipe:
+def training_prompts(count: int) -> list[str]:
+    """Return captions of all objects: a half each of one domain, and of pairs of two.
+
+    None of their pairs is judged, nor held out of the base's training.
+    """
+    found: dict[bool, list[str]] = {True: [], False: []}
+    for left, right in itertools.product(OBJECTS, repeat=2):
+        if left != right and not is_development(left, right) and not is_held_out(left, right):
+            found[DOMAIN_OF[left] == DOMAIN_OF[right]].append(
+                caption_of(left, right, random.Random(left + right).choice(list(BACKGROUNDS)))
+            )
+    order = random.Random(0)
+    chosen = [order.sample(each, min(count // 2, len(each))) for each in found.values()]
+    return [caption for each in chosen for caption in each]
+
+
+def recipe(
+    settings: StudySettings, zoo: Zoo, variant: str, choice: int, seed: int, work: Path
+) -> Recipe:
     """Return the training recipe of a variant, on scenes without the unseen objects."""
     whole = aggregator_recipes(settings, zoo)[f"afa-{seed}"]
     scenes = whole.data.scenes
@@ -151,10 +179,25 @@ def recipe(settings: StudySettings, zoo: Zoo, variant: str, choice: int, seed: i
     scenes = scenes.model_copy(update={"without": sorted(unseen_of(choice))})
     changes = VARIANTS[variant]
     base = [ExpertSource(zoo.base)] if changes.with_base else []
+    prompts = None
+    if changes.drawn:
+        scenes = scenes.model_copy(update={"num_samples": changes.drawn})
+        file = work / "training-prompts.txt"
+        write_atomic(file, "\n".join(training_prompts(changes.drawn)) + "\n")
+        prompts = PromptedPictures(
+            file=file,
+            drafts=DraftsRecipe(judge=ExpertSource(zoo.base)),
+            number=changes.drawn,
+            num_steps=10,
+            guidance=GUIDANCE_SCALE,
+            batch_size=20,
+        )
     return whole.model_copy(
         update={
             "experts": [*whole.experts, *base],
-            "data": whole.data.model_copy(update={"scenes": scenes}),
+            "data": whole.data.model_copy(
+                update={"scenes": scenes if changes.is_real else None, "prompts": prompts}
+            ),
             "aggregator": replace(whole.aggregator, **changes.aggregator),
             "training": whole.training.model_copy(update=changes.training),
         }
@@ -326,7 +369,7 @@ def main() -> None:
         Job(
             folder.name,
             train_aggregators_job,
-            (recipe(settings, zoo, variant, choice, seed), folder),
+            (recipe(settings, zoo, variant, choice, seed, work), folder),
         )
         for (variant, choice), listed in trained.items()
         for seed, folder in enumerate(listed)
