@@ -15,6 +15,7 @@ from PIL import Image
 import afa
 from afa.evaluation.prompts import PromptsRecipe, load_prompts, source_warnings
 from afa.loading.truncation import limits_of
+from afa.loading.vocabulary import read_words
 from afa.reading import BrokenSample, Conversion
 from afa.reading.broken import MissingCaption
 from afa.training import CacheProgress, train
@@ -23,7 +24,7 @@ from afa.training.data.survey import caption_warnings, survey
 from afa.training.listing import row_of
 from afa.training.recipe import DataRecipe, DatasetRecipe
 from tests.refusal import refusal
-from tests.training.runs import recipe
+from tests.training.runs import recipe, steps_of
 
 LONG = "a fox on the left " * 8
 
@@ -171,6 +172,22 @@ def test_several_captions_of_a_picture_are_named(tmp_path: Path) -> None:
 
 
 # -- backgrounds --------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", [True, False])
+def test_a_run_keeps_the_words_of_its_captions(
+    cache: bool, experts: list[Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for n in range(3):
+        Image.new("RGB", (32, 32), (80 * n, 9, 9)).save(folder / f"{n}.png")
+    listed(folder, [{"file_name": f"{n}.png", "text": f"a fox{'es' * n}"} for n in range(3)])
+    data = {"folder": str(folder), "cache": cache, "cache_folder": str(tmp_path / "cache")}
+    asked = recipe(experts, data)
+    list(steps_of(asked, tmp_path / "run"))
+    assert read_words(tmp_path / "run") == {"fox", "foxes", "foxeses"}
 
 
 def test_the_background_is_used_and_part_of_what_data_is(tmp_path: Path) -> None:

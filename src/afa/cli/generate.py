@@ -145,8 +145,10 @@ def generate(
 
     from afa.denoisers.kinds import denoiser_of
     from afa.drawing import pictures
+    from afa.loading.ensemble_folder import ensemble_folder
     from afa.loading.planned import plan_of_ensemble
     from afa.loading.truncation import warnings_for
+    from afa.loading.vocabulary import word_warnings
     from afa.reading import counted
     from afa.training.engine import pick_device
 
@@ -213,11 +215,11 @@ def generate(
         )
         planned = _each(recipe, prompts or [], num_images)
     if processes.is_main:
-        say_warnings(
-            warnings_for(
-                pipeline, prompts or [recipe.prompt], recipe.negative_prompt, recipe.guidance
-            )
-        )
+        texts = prompts or [recipe.prompt]
+        warnings = warnings_for(pipeline, texts, recipe.negative_prompt, recipe.guidance)
+        if recipe.drafts is None:
+            warnings += word_warnings(ensemble_folder(recipe.ensemble), texts)
+        say_warnings(warnings)
     processes.wait()  # the main process checks that the folder is new before any one writes
     hashed = _draw(pipeline, list(processes.share(planned)), output, weights, processes.is_main)
     processes.wait()

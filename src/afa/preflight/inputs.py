@@ -19,11 +19,13 @@ from afa.distilling.planned import plan_of_distillation
 from afa.errors import AfaError
 from afa.evaluation.planned import plan_of_evaluation, plan_of_search
 from afa.files import is_unused, read_json, require_place_for_folder
+from afa.loading.ensemble_folder import ensemble_folder
 from afa.loading.finding import Finding, Level
 from afa.loading.manifest import read_manifest
 from afa.loading.prompt_warnings import warnings_of_plan
 from afa.loading.sources import locate_vae
 from afa.loading.truncation import limits_of_folder, prompt_warnings
+from afa.loading.vocabulary import word_warnings
 from afa.training.planned import plan_of_training
 
 if TYPE_CHECKING:
@@ -193,6 +195,10 @@ def inputs_of_evaluation(
             prompts = load_prompts(recipe.prompts, Path(scratch) / "references")
             found.say("prompts", source_warnings(recipe.prompts))
             _say_truncated(found, plan_of_evaluation(recipe), prompts, recipe.sampling)
+            texts = [prompt.text for prompt in prompts]
+            for method in recipe.methods:
+                for folder in [] if method.drafts is not None else method.ensemble or ():
+                    found.say("prompts", word_warnings(ensemble_folder(folder), texts))
         if not prompts:
             return found
         if output is not None and is_resumed:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from afa.errors import AfaError
 from afa.loading.pipeline import native_resolution, size_multiple
 from afa.loading.truncation import limits_of, warnings_for
+from afa.loading.vocabulary import coverage_warnings, files_of, words_of
 from afa.reading import BrokenSample, Tally, conversions_of
 from afa.training.cache import (
     CachedExamples,
@@ -41,11 +42,19 @@ if TYPE_CHECKING:
 
 
 class Prepared(NamedTuple):
-    """Examples for training, examples for validation (None without it), and the data's listing."""
+    """Examples and what is known of the data.
+
+    Attributes:
+        training: examples for training.
+        validation: examples for validation; None without it.
+        listing: of the data; None if its settings determine it.
+        words: of the captions; empty if they are not known in advance.
+    """
 
     training: Examples
     validation: Examples | None
     listing: Listing | None
+    words: list[str]
 
 
 def prepare_examples(
@@ -78,7 +87,7 @@ def prepare_examples(
     )
     require_resolution(transform.resolution, size_multiple(pipeline))
     common: Any = {"seed": settings.seed, "max_broken": asked.max_broken, "device": engine.device}
-    listing, content = None, None
+    listing, content, words = None, None, list[str]()
     make: Callable[..., Examples]
     if not isinstance(data, StreamedImages):
         if not is_settled(data) or recipe.validation is not None:
@@ -91,7 +100,8 @@ def prepare_examples(
         used, held_out = yield from _split(recipe, listing, len(data), transform, began)
         if engine.is_main:
             captions = known_captions(data, num_places)
-            yield from _say(recipe, pipeline, data, caption_warnings(captions, limits_of(pipeline)))
+            words = words_of(captions)
+            yield from _say(recipe, pipeline, data, captions)
         live: Any = {**common, "num_workers": asked.num_workers, "tally": Tally()}
         make = partial(LiveExamples, pipeline, data, transform, **live)
     else:
@@ -107,16 +117,15 @@ def prepare_examples(
         yield from text.build(engine.rank, engine.num_processes)
         engine.wait()
         if engine.is_main:
-            converted = latents.tally.line()
-            found = caption_warnings(latents.all_captions, limits_of(pipeline))
-            yield from _say(recipe, pipeline, data, [*found, *([converted] if converted else [])])
+            words = words_of(latents.all_captions)
+            yield from _say(recipe, pipeline, data, latents.all_captions, latents.tally.line())
         used, held_out = yield from _split(recipe, listing, latents.num_samples, transform, began)
         make = partial(CachedExamples, pipeline, latents, text, transform, **common)
     training = make(
         samples=used, purpose=Purpose.TRAINING, caption_dropout=settings.caption_dropout
     )
     validation = make(samples=held_out, purpose=Purpose.VALIDATION) if held_out else None
-    return Prepared(training, validation, listing)
+    return Prepared(training, validation, listing, words)
 
 
 def require_resolution(side: int, multiple: int) -> None:
@@ -201,10 +210,15 @@ def _say(
     recipe: Recipe,
     pipeline: DiffusionPipeline,
     data: CaptionedImages | StreamedImages,
-    found: list[str],
+    captions: Sequence[str | None],
+    converted: str | None = None,
 ) -> Iterator[CacheProgress]:
     """Yield warnings about data and prompts before the first step."""
-    lines = [*folder_warnings(data), *found]
+    lines = [*folder_warnings(data), *caption_warnings(captions, limits_of(pipeline))]
+    if converted is not None:
+        lines.append(converted)
+    if captions:
+        lines += coverage_warnings(files_of(recipe.experts), captions)
     previews = recipe.previews
     if previews is not None:
         cut = warnings_for(pipeline, previews.prompts, guidance=previews.guidance)

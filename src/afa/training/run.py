@@ -19,6 +19,7 @@ from afa.files import (
 )
 from afa.loading.ensemble_folder import save_ensemble
 from afa.loading.pipeline import load_pipeline
+from afa.loading.vocabulary import write_words
 from afa.recipe import differing
 from afa.training.began import Began
 from afa.training.cache import default_cache_folder
@@ -101,7 +102,7 @@ def train(
         validates=recipe.validation is not None,
         bind=trainer.bind,
     )
-    training, validation, listing = yield from _stoppable(
+    training, validation, listing, words = yield from _stoppable(
         _prepared(recipe, pipeline, data, engine, began), trainer, should_stop
     )
     with owned(output) if engine.is_main else nullcontext():
@@ -117,6 +118,8 @@ def train(
         trainer.finish()
         if engine.is_main:
             save_ensemble(pipeline, output, exist_ok=True)
+            if words:
+                write_words(words, output)
         engine.wait()
 
 
