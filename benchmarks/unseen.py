@@ -205,7 +205,13 @@ def recipe(
 
 
 def comparison(
-    work: Path, zoo: Zoo, choice: int, folders: Mapping[str, Sequence[Path]], count: int
+    work: Path,
+    zoo: Zoo,
+    choice: int,
+    folders: Mapping[str, Sequence[Path]],
+    count: int,
+    *,
+    has_references: bool = True,
 ) -> dict[str, Any]:
     """Return the recipe of `afa evaluate` for a choice; writes its prompts."""
     text = io.StringIO()
@@ -217,15 +223,16 @@ def comparison(
     write_atomic(prompts, text.getvalue())
     drafts = {"drafts": {"judge": zoo.base}}
     methods: list[dict[str, Any]] = [
-        {"name": f"{name}{suffix}", "ensemble": [str(folder) for folder in listed], **changes}
+        {"name": name, "ensemble": [str(folder) for folder in listed]}
         for name, listed in folders.items()
-        for suffix, changes in (("", {}), (" with drafts", drafts))
     ]
-    methods.append({"name": "drafts alone", "fusion": {"rule": "feature_mean"}, **drafts})
-    methods.append({"name": "base", "model": zoo.base})
-    methods += [{"name": f"expert: {name}", "model": zoo.experts[name]} for name in EXPERTS]
-    merge = {"method": "weighted", "weights": [1 / 3] * 3}
-    methods.append({"name": "uniform merge", "merge": merge})
+    if has_references:
+        methods += [{**each, "name": f"{each['name']} with drafts", **drafts} for each in methods]
+        methods.append({"name": "drafts alone", "fusion": {"rule": "feature_mean"}, **drafts})
+        methods.append({"name": "base", "model": zoo.base})
+        methods += [{"name": f"expert: {name}", "model": zoo.experts[name]} for name in EXPERTS]
+        merge = {"method": "weighted", "weights": [1 / 3] * 3}
+        methods.append({"name": "uniform merge", "merge": merge})
     return {
         "experts": list(zoo.experts.values()),
         "prompts": {"drawbench": str(prompts)},
@@ -327,7 +334,7 @@ def probe(zoo: Zoo, choice: int, num_contexts: int = 24) -> float:
     return right(~unseen, unseen, best)
 
 
-def rows_of(report: Mapping[str, Any], oracle: Mapping[str, Any]) -> Iterator[list[str]]:
+def rows_of(report: Mapping[str, Any], oracle: Mapping[str, Any] | None) -> Iterator[list[str]]:
     """Yield a row per method: its name, and the share of right pictures in each group."""
 
     def cell(score: Mapping[str, float]) -> str:
@@ -336,7 +343,8 @@ def rows_of(report: Mapping[str, Any], oracle: Mapping[str, Any]) -> Iterator[li
     for row in report["rows"]:
         groups = row["groups"]
         yield [row["method"], *(cell(groups[group]["scores"]["both"]) for group in GROUPS)]
-    yield [ORACLE, *(cell(oracle[group]) for group in GROUPS)]
+    if oracle is not None:
+        yield [ORACLE, *(cell(oracle[group]) for group in GROUPS)]
 
 
 def main() -> None:
@@ -348,6 +356,7 @@ def main() -> None:
     parser.add_argument("--num-seeds", type=int, default=1)
     parser.add_argument("--num-train-steps", type=int, default=700)
     parser.add_argument("--num-prompts", type=int, default=128)
+    parser.add_argument("--only", action="store_true", help="Only the variants, without drafts.")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     arguments = parser.parse_args()
     work = arguments.work.resolve()
@@ -380,16 +389,20 @@ def main() -> None:
     for choice in arguments.choices:
         listed = {variant: trained[variant, choice] for variant in arguments.variants}
         output = work / f"comparison-{choice}"
-        compared = comparison(work, zoo, choice, listed, arguments.num_prompts)
+        has_references = not arguments.only
+        compared = comparison(
+            work, zoo, choice, listed, arguments.num_prompts, has_references=has_references
+        )
         evaluate_in_processes(output, compared, num_processes)
         place = output / "oracle.json"  # prompts of this folder never change
-        if not place.exists():
+        if has_references and not place.exists():
             found = judge_oracle(zoo, prompts_of(choice, arguments.num_prompts))
             write_atomic(place, json.dumps(found, indent=1) + "\n")
         report = json.loads((output / "report.json").read_text())
         print(f"\nunseen: {', '.join(sorted(unseen_of(choice)))}\n")  # noqa: T201
         print("| row | " + " | ".join(GROUPS) + " |\n|---" + "|---" * len(GROUPS) + "|")  # noqa: T201
-        for row in rows_of(report, json.loads(place.read_text())):
+        oracle = json.loads(place.read_text()) if has_references else None
+        for row in rows_of(report, oracle):
             print(f"| {' | '.join(row)} |")  # noqa: T201
 
 
