@@ -222,12 +222,13 @@ def comparison(
     prompts = work / f"prompts-{choice}.csv"
     write_atomic(prompts, text.getvalue())
     drafts = {"drafts": {"judge": zoo.base}}
+    kept = {"drafts": {"judge": zoo.base, "aggregators": "keep"}}
     methods: list[dict[str, Any]] = [
         {"name": name, "ensemble": [str(folder) for folder in listed]}
         for name, listed in folders.items()
     ]
     if has_references:
-        methods += [{**each, "name": f"{each['name']} with drafts", **drafts} for each in methods]
+        methods += [{**each, "name": f"{each['name']} with drafts", **kept} for each in methods]
         methods.append({"name": "drafts alone", "fusion": {"rule": "feature_mean"}, **drafts})
         methods.append({"name": "base", "model": zoo.base})
         methods += [{"name": f"expert: {name}", "model": zoo.experts[name]} for name in EXPERTS]

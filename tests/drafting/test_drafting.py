@@ -153,6 +153,21 @@ def test_an_untrained_aggregator_is_the_mean_with_a_bias_as_well(experts: list[P
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("aggregators", ["ignore", "keep"])
+def test_trained_aggregators_are_ignored_or_kept(aggregators: str, experts: list[Path]) -> None:
+    small = SABWConfig(hidden_size=8, num_layers=1, num_heads=2, norm_num_groups=4)
+    trained, plain = afa.load_pipeline(experts, small), with_means(experts)
+    for rule in denoiser_of(trained).aggregators:
+        torch.nn.init.normal_(rule.conv_out.weight)
+    found = []
+    for pipeline in (trained, plain):
+        use_drafts(pipeline, settings(experts[2], aggregators=aggregators))
+        with routed(pipeline, PROMPTS, generators(), **CALL):
+            found.append(drawn(pipeline))
+    is_same = torch.allclose(found[0], found[1], rtol=0, atol=1e-5)
+    assert is_same == (aggregators == "ignore")
+
+
 def test_another_batch_is_refused(experts: list[Path]) -> None:
     pipeline = with_means(experts)
     denoiser_of(pipeline).regions = Regions(torch.zeros(3, 3, 2, 2))

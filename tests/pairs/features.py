@@ -21,6 +21,7 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 import afa
+from afa.aggregators import Mean
 from afa.ensemble.caching.plan import PruningPlan, StepRange, fused_sites
 from afa.ensemble.denoiser import EnsembleDenoiser
 from afa.ensemble.regions import Regions
@@ -312,6 +313,15 @@ def _regions_means(meaning: Meaning, _: World) -> None:
     meaning.regions = _regions()
 
 
+def _replaced_on(ensemble: EnsembleDenoiser, world: World) -> None:
+    ensemble.regions = Regions(_regions(), [site.name for site in world.sites])
+
+
+def _replaced_means(meaning: Meaning, world: World) -> None:
+    meaning.regions = _regions()
+    meaning.rules = {site.name: Mean() for site in world.sites}
+
+
 # -- pictures ---------------------------------------------------------------------------------
 
 
@@ -363,6 +373,7 @@ FEATURES = (
     Feature("EMA copied in", switch_on=_ema_on, means=_ema_means),
     Feature("steering bias", switch_on=_bias_on, means=_bias_means),
     Feature("bias by region", switch_on=_regions_on, means=_regions_means),
+    Feature("weights by region", switch_on=_replaced_on, means=_replaced_means),
     Feature("recorder", around=afa.record_weights),
     Feature("odd sizes", calls=_odd),
     Feature("another picture size", calls=_another_size),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from afa.aggregators import Separate
 from afa.denoisers.kinds import conditioning_of, denoiser_of
 from afa.drafting.recognition import recognition
 from afa.ensemble.denoiser import EnsembleDenoiser
@@ -183,7 +184,12 @@ def routed(
         return
     ensemble.drafter = None
     try:
-        ensemble.regions = Regions(drafter.bias(pipeline, prompts, generators, **call))
+        bias = drafter.bias(pipeline, prompts, generators, **call)
+        replaced: list[str] = []
+        if drafter.settings.aggregators == "ignore":
+            pairs = zip(ensemble.sites, ensemble.aggregators, strict=True)
+            replaced = [site.name for site, rule in pairs if not isinstance(rule, Separate)]
+        ensemble.regions = Regions(bias, replaced)
         yield
     finally:
         ensemble.regions, ensemble.drafter = None, drafter

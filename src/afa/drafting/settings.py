@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from afa.loading.expert_source import ExpertSource
@@ -18,6 +20,8 @@ class DraftsRecipe(Section):
         num_levels: numbers of noise levels at which the judge looks at a draft.
         region: standard deviation of the Gaussian over which its judgement is averaged, by the
             shorter side of the picture.
+        aggregators: whether the logits of trained aggregators are ignored, or kept and added to the
+            judgement. Aggregators are often sure and wrong about what they have not met.
         sharpness: factor of the judgement; the larger, the more strictly it is followed.
     """
 
@@ -26,3 +30,4 @@ class DraftsRecipe(Section):
     num_levels: int = Field(default=5, ge=2, le=100)
     region: float = Field(default=0.15, ge=0, le=1)
     sharpness: float = Field(default=3, gt=0)
+    aggregators: Literal["ignore", "keep"] = "ignore"

@@ -14,17 +14,17 @@ from afa.ensemble.regions import Regions
 
 #: From the experts to the fused feature. Features are first gathered from other devices and
 #: processes, because the other hooks need those of all experts. The guard is next, so that no hook
-#: fuses, caches or shows non-finite values. The noise on the prompt and both biases are part of
-#: the fusion. The cache then keeps the fused feature. The recorder is last, because it shows the
-#: final weights.
+#: fuses, caches or shows non-finite values. The noise on the prompt and the bias are part of the
+#: fusion. The cache then keeps the fused feature, and fuses where it skips layers. Regions fuse at
+#: the other sites. The recorder is last, because it shows the final weights.
 HOOKS: tuple[type[Hook], ...] = (
     Devices,
     Exchange,
     Guard,
     PromptNoise,
     Steering,
-    Regions,
     Shortcut,
+    Regions,
     Recorder,
 )
 
