@@ -306,7 +306,8 @@ def _regions() -> Tensor:
 
 
 def _regions_on(ensemble: EnsembleDenoiser, _: World) -> None:
-    ensemble.regions = Regions(_regions())
+    before = ensemble.regions  # both features set it
+    ensemble.regions = Regions(_regions(), () if before is None else before.replaced)
 
 
 def _regions_means(meaning: Meaning, _: World) -> None:

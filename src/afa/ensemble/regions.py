@@ -30,7 +30,7 @@ class Regions(Hook):
     """
 
     def __init__(self, bias: Tensor, replaced: Collection[str] = ()) -> None:
-        self._bias, self._replaced = bias, frozenset(replaced)
+        self._bias, self.replaced = bias, frozenset(replaced)
         self._condition: Condition | None = None
 
     def condition(self, site: str, condition: Condition) -> Condition:
@@ -57,7 +57,7 @@ class Regions(Hook):
 
     def fuse(self, site: str, hidden: Mapping[int, Tensor]) -> Fused | None:
         """Fuse without the site's rule, if it is replaced."""
-        if site not in self._replaced:
+        if site not in self.replaced:
             return None
         assert self._condition is not None, "a step calls condition first"
         return _MEAN.fuse_some(hidden, self._condition)
