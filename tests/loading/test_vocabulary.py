@@ -22,14 +22,15 @@ from afa.loading.vocabulary import (
     write_words,
 )
 
-CAPTIONS = ["A fox, in the Snow!", "two foxes", None, "ein Fuchs über 3 Zäunen", "狐狸在雪地里"]
+CAPTIONS = ["A fox, in the Snow!", "two foxes", None, "ein Fuchs über 3 Za\u0308unen", "एक लोमड़ी"]
 
 
 def test_words_are_of_any_script_and_the_frequent_ones_come_first() -> None:
     found = words_of([*CAPTIONS, "a fox"])
     assert found[0] == "fox"
-    assert {"snow", "über", "zäunen", "狐狸在雪地里"} <= set(found)
+    assert {"snow", "über", "zäunen", "लोमड़ी"} <= set(found)
     assert not {"a", "in", "3"} & set(found)
+    assert words_of(["狐狸在雪地里", "สุนัขจิ้งจอก"]) == [], "words have no spaces between them"
 
 
 @pytest.mark.parametrize(

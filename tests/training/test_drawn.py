@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
@@ -19,8 +20,10 @@ from afa.training import Recipe, TrainStep, train
 from afa.training.cache import CacheProgress
 from afa.training.data import FolderImages, Joined, SceneImages
 from afa.training.drawn import read_prompts
+from afa.training.listing import settled_parts
 from tests.refusal import refusal
 from tests.training.runs import as_written, recipe, steps_of
+from tests.warm import run_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -76,6 +79,55 @@ def test_another_run_uses_the_same_pictures(
     assert len(drawn_in(tmp_path)) == 2
 
 
+def test_other_models_draw_other_pictures(
+    experts: list[Path], data: dict[str, Any], tmp_path: Path
+) -> None:
+    vae = tmp_path / "vae"
+    shutil.copytree(experts[1] / "vae", vae)
+    judge = tmp_path / "judge"
+    shutil.copytree(experts[2], judge)
+    with_judge = json.loads(json.dumps(data))
+    with_judge["prompts"]["drafts"]["judge"] = str(judge)
+    written = as_written(experts, data)
+    list(steps_of(Recipe.model_validate(written), tmp_path / "0"))
+    list(steps_of(recipe(experts, with_judge), tmp_path / "1"))
+    assert len(drawn_in(tmp_path)) == 1, "the same judge at another place"
+    list(steps_of(Recipe.model_validate({**written, "vae": str(vae)}), tmp_path / "2"))
+    assert len(drawn_in(tmp_path)) == 2
+    config = judge / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text().replace('"beta_end": 0.012', '"beta_end": 0.013'))
+    list(steps_of(recipe(experts, with_judge), tmp_path / "3"))
+    assert len(drawn_in(tmp_path)) == 3
+
+
+def test_a_lost_picture_is_drawn_again(
+    experts: list[Path], data: dict[str, Any], tmp_path: Path
+) -> None:
+    list(steps_of(recipe(experts, data), tmp_path / "first"))
+    (folder,) = drawn_in(tmp_path)
+    lost = folder / "000003.png"
+    before = lost.read_bytes()
+    lost.unlink()
+    list(steps_of(recipe(experts, data, seed=1), tmp_path / "second"))
+    assert lost.read_bytes() == before
+
+
+@pytest.mark.processes
+def test_two_processes_share_the_pictures(
+    experts: list[Path], data: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(as_written(experts, data)))
+    ranks = run_ranks(["train", path, "--output", tmp_path / "run"], 2)
+    assert [code for code, *_ in ranks] == [0, 0], ranks
+    (folder,) = drawn_in(tmp_path)
+    together = {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert len(together) == 6
+    shutil.rmtree(folder)
+    list(steps_of(recipe(experts, data), tmp_path / "alone"))
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == together
+
+
 def test_an_interrupted_drawing_goes_on_with_the_same_pictures(
     experts: list[Path], data: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -113,6 +165,8 @@ def test_drawn_pictures_beside_real_ones(
     assert joined.name(20).endswith("000000.png")
     assert joined[21][1] == FolderImages(folder)[1][1]
     assert joined.stored(24) == FolderImages(folder).stored(4)
+    other = Joined(SceneImages(20, seed=1), FolderImages(folder))
+    assert settled_parts(joined) != settled_parts(other)
 
 
 @pytest.mark.parametrize(
@@ -142,6 +196,9 @@ def test_files_without_prompts(tmp_path: Path) -> None:
 def test_offloaded_experts_do_not_draw(
     experts: list[Path], data: dict[str, Any], tmp_path: Path
 ) -> None:
+    offloaded = recipe(experts, data, offload_experts=True)
     with refusal("AFA-TRAIN-058"):
-        list(train(recipe(experts, data, offload_experts=True), tmp_path / "run"))
+        list(train(offloaded, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+    list(steps_of(recipe(experts, data, num_steps=1), tmp_path / "other"))
+    assert len(list(steps_of(offloaded, tmp_path / "run"))) == 4, "the pictures are drawn"

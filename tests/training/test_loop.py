@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -38,6 +39,7 @@ from afa.training.order import Purpose, sample_at
 from afa.training.transform import Transform
 from tests.refusal import refusal
 from tests.tiny import tiny_pipeline
+from tests.tiny_pipelines import saved_experts
 from tests.training.runs import SMALL, fresh, recipe, steps_of
 
 pytestmark = pytest.mark.slow
@@ -422,3 +424,35 @@ def test_regularisers_pull_as_they_should(experts: list[Path]) -> None:
     assert max(ends["none"]) < 0.6
     assert ends["entropy_weight"][0] > 0.9
     assert ends["balance_weight"][1] > 0.9
+
+
+@pytest.mark.parametrize(
+    ("kind", "aggregator", "code"),
+    [
+        ("xl", {}, "AFA-TRAIN-059"),
+        ("xl", {"timestep": False}, None),
+        ("sd", {"prompt": False}, "AFA-TRAIN-060"),
+        ("sd", {}, None),
+    ],
+)
+def test_noise_on_the_prompt_is_refused_where_it_does_nothing(
+    kind: str, aggregator: dict[str, bool], code: str | None, experts: list[Path], tmp_path: Path
+) -> None:
+    folders = experts if kind == "sd" else saved_experts(kind, tmp_path, 2)
+    asked = recipe(folders, prompt_noise=0.5, num_steps=2)
+    changed: Any = aggregator
+    asked = asked.model_copy(update={"aggregator": replace(asked.aggregator, **changed)})
+    if code is not None:
+        with refusal(code):
+            list(steps_of(asked, tmp_path / "run"))
+        return
+    plain = asked.model_copy(
+        update={"training": asked.training.model_copy(update={"prompt_noise": 0.0})}
+    )
+    losses = [
+        [step.loss for step in steps_of(each, tmp_path / f"run-{n}")]
+        for n, each in enumerate((asked, asked, plain))
+    ]
+    assert losses[0] == losses[1]
+    assert losses[0][0] == losses[2][0], "untrained aggregators do not use the prompt"
+    assert losses[0][1] != losses[2][1]

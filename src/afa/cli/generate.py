@@ -178,6 +178,7 @@ def generate(
                     samples_each=2 if guidance > 1 else 1,
                     num_steps=steps * num_images * len(prompts or []),
                     pixels=pixels,
+                    judge=drafts,
                 ),
                 with_weights=False,
             )

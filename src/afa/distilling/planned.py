@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from afa.distilling.recipe import DistillRecipe
@@ -26,6 +28,9 @@ def plan_of_distillation(recipe: DistillRecipe) -> Plan:
         if recipe.base is not None:
             base = Group("base", [recipe.base], teacher.companions(dtype), is_drawn=False)
             groups.append(base)
+    if named.drafts is not None:
+        alone = replace(teacher.companions(dtype), own_vae=True)
+        groups.append(Group("judge", [named.drafts.judge], alone))
     source = initial_source(teacher, recipe.student.init)
     if source is not None and source not in teacher.experts:
         groups.append(Group("student", [source], teacher.companions(), is_drawn=False))

@@ -284,8 +284,11 @@ class DistillRecipe(ModelsRecipe):
             )
         if self.features is not None and (pictures is not None or self.guidance != "keep"):
             raise ValueError("must not have features with pictures or bake_in")
-        if self.teacher.drafts is not None and pictures is not None:
+        drafts = self.teacher.drafts
+        if drafts is not None and pictures is not None:
             raise ValueError("must not have pictures with drafts, which belong to drawn pictures")
+        if drafts is not None and self.features is not None and drafts.aggregators == "ignore":
+            raise ValueError("must not have features with drafts that ignore the aggregators")
         if not self.teacher.needs_experts and (self.experts or self.base):
             raise ValueError("must have experts and base only if the teacher is a merge or fusion")
         self.check_method(self.teacher, self.sampling.guidance)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from afa.aggregators import Separate
+from afa.denoisers.forward_process import forward_process
 from afa.denoisers.kinds import conditioning_of, denoiser_of
-from afa.drafting.recognition import recognition
+from afa.drafting.recognition import recognise
 from afa.ensemble.denoiser import EnsembleDenoiser
+from afa.ensemble.locks import Lock
 from afa.ensemble.regions import Regions
 from afa.errors import AfaError
+from afa.loading.identity import identity_of
 from afa.loading.pipeline import check_text_to_image, load_single, native_resolution
+from afa.loading.single_file.load import Companions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -22,23 +29,31 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from afa.drafting.settings import DraftsRecipe
-    from afa.loading.single_file.load import Companions
 
 
 class Drafter:
     """Decides for the next pictures of an ensemble which expert draws which region.
 
     Each expert drafts the picture alone, in a few steps and from the same noise. The judge says for
-    each region in which draft it recognises the prompt best; see `recognition`.
+    each region in which draft it recognises the prompt best; see `recognise`.
 
     Args:
         judge: pipeline of the model that judges.
         settings: the settings.
-        identity: hash of the judge's weights.
+        identity: hash of everything that determines what the judge says.
     """
 
     def __init__(self, judge: DiffusionPipeline, settings: DraftsRecipe, identity: str) -> None:
         self.judge, self.settings, self.identity = judge, settings, identity
+        #: held while a batch is drafted and drawn
+        self.lock = Lock()
+        #: the thread that draws a batch
+        self.thread: int | None = None
+
+    @property
+    def is_drawing(self) -> bool:
+        """Whether this thread draws a batch inside of `routed`."""
+        return self.thread == threading.get_ident()
 
     def bias(
         self,
@@ -49,31 +64,36 @@ class Drafter:
     ) -> Tensor:
         """Draw the drafts of a batch of B pictures, and judge them.
 
+        The bias is the judgement, averaged over the noise levels and divided by its standard error.
+        It is multiplied by 1 - 1 / m, for the mean square m over experts and pixels, or by 0 if
+        this is negative (James & Stein, 1961): without any difference m is about 1.
+
         Args:
             pipeline: with an ensemble of N experts.
             prompts: B prompts.
             generators: of the initial noise of each picture; they are not changed.
             call: further arguments of the pipeline's call.
 
-        Returns: the bias [B, N, h, w] of the experts' logits. It is the mean judgement over the
-            noise levels, divided by its standard error: where the judge sees no difference between
-            the drafts, it is small for all experts.
+        Returns: the bias [B, N, h, w] of the experts' logits.
 
         Raises:
-            AfaError: if a feature of the ensemble excludes drafts.
+            AfaError: if a draft is not finite.
         """
-        ensemble = denoiser_of(pipeline)
+        ensemble, count = denoiser_of(pipeline), self.settings.num_levels
+        seeds = [generator.initial_seed() for generator in generators]
         judged = []
         for n in range(len(ensemble.experts)):
             latents = self._draft(pipeline, n, prompts, generators, call)
-            judged.append(recognition(self.judge, latents, prompts, self.settings.num_levels))
+            judged.append(recognise(self.judge, latents, prompts, seeds, count))
         found = torch.stack(judged, 1)  # [B, N, levels, h, w]
         found = blurred(found, self.settings.region * min(found.shape[-2:]))
         found = found - found.mean(1, keepdim=True)
-        count = self.settings.num_levels
         error = (found.var(2).mean((1, 2, 3)) / count).sqrt()
         error = error.clamp(min=torch.finfo(torch.float32).tiny)
-        return self.settings.sharpness * found.mean(2) / error[:, None, None, None]
+        scaled = found.mean(2) / error[:, None, None, None]
+        square = scaled.square().mean((1, 2, 3), keepdim=True)
+        shrunk = (1 - 1 / square.clamp(min=1)) * scaled
+        return self.settings.sharpness * shrunk
 
     def _draft(
         self,
@@ -87,12 +107,8 @@ class Drafter:
         ensemble = denoiser_of(pipeline)
         own = [generator.clone_state() for generator in generators]
         changes = {"num_inference_steps": self.settings.num_steps, "output_type": "latent"}
-        schedule, ensemble.schedule = ensemble.schedule, lambda _: [expert]
-        ensemble.is_drafting = True
-        try:
+        with ensemble.drafting(expert):
             latents = pipeline(list(prompts), generator=own, **{**call, **changes}).images
-        finally:
-            ensemble.schedule, ensemble.is_drafting = schedule, False
         unpack = conditioning_of(pipeline).unpack
         if unpack is None:
             return latents
@@ -121,26 +137,44 @@ def use_drafts(
 
     Args:
         pipeline: with the ensemble.
-        settings: the settings; None ends it.
+        settings: the settings; None stops using drafts.
         companions: parts that a single file lacks; see `afa.loading.expert.load_expert`.
 
     Raises:
-        AfaError: if the pipeline has no ensemble, its experts exclude drafts, or the judge cannot
-            be loaded or has another latent.
+        AfaError: if the pipeline has no ensemble or needs more than a prompt, a feature of the
+            ensemble excludes drafts, or the judge cannot be loaded, has another latent, or has no
+            discrete noise levels.
     """
     ensemble = denoiser_of(pipeline)
-    if settings is None:
-        ensemble.drafter = None
-        return
     if not isinstance(ensemble, EnsembleDenoiser):
+        if settings is None:
+            return
         raise AfaError(
             "AFA-DRAFT-001",
             "Drafts decide between the experts of an ensemble, but this is a single model. Load an "
             "ensemble, or remove drafts.",
         )
+    ensemble.drafter = None
+    if settings is None:
+        return
     ensemble.require_drafts()
-    judge, reference = load_single(
-        settings.judge, companions=companions, torch_dtype=ensemble.dtype
+    conditioning_of(pipeline)
+    if ensemble.on_nonfinite == "mask":
+        raise AfaError(
+            "AFA-DRAFT-003",
+            "Drafts cannot be combined with on_nonfinite: mask. An expert that drafts alone cannot "
+            "be skipped. Use on_nonfinite: stop, or remove drafts.",
+        )
+    judge = _load_judge(settings, pipeline, companions or Companions(ensemble.dtype))
+    identity = judge_identity(settings, companions or Companions(ensemble.dtype))
+    ensemble.drafter = Drafter(judge.to(ensemble.device), settings, identity)
+
+
+def _load_judge(
+    settings: DraftsRecipe, pipeline: DiffusionPipeline, companions: Companions
+) -> DiffusionPipeline:
+    judge, _ = load_single(
+        settings.judge, companions=companions, torch_dtype=denoiser_of(pipeline).dtype
     )
     check_text_to_image(judge)
     own, other = (_latent(each) for each in (pipeline, judge))
@@ -150,8 +184,24 @@ def use_drafts(
             f"The judge '{settings.judge}' sees latents with {other}, the experts with {own}. "
             "Judge with a model of the experts' family, best the one they were fine-tuned from.",
         )
+    try:
+        conditioning_of(judge)
+        forward_process(judge.scheduler)
+    except AfaError as error:
+        raise AfaError(
+            "AFA-DRAFT-004", f"'{settings.judge}' cannot judge drafts. {error}"
+        ) from error
     judge.set_progress_bar_config(disable=True)
-    ensemble.drafter = Drafter(judge.to(ensemble.device), settings, reference.identity)
+    return judge
+
+
+def judge_identity(settings: DraftsRecipe, companions: Companions) -> str:
+    """Return the hash of everything that determines what a judge says.
+
+    Raises:
+        AfaError: if it cannot be read.
+    """
+    return hashlib.sha256(json.dumps(identity_of(settings.judge, companions)).encode()).hexdigest()
 
 
 def _latent(pipeline: DiffusionPipeline) -> str:
@@ -171,25 +221,43 @@ def routed(
 ) -> Iterator[None]:
     """Draw the pictures of a batch by drafts, if the pipeline's ensemble uses them.
 
+    Threads draw one after the other.
+
     Args:
         pipeline: any pipeline; see `use_drafts`.
         prompts: prompts of the pictures that are drawn inside the block, in one batch.
         generators: see `Drafter.bias`.
         call: further arguments of that call, which drafts share: guidance, sizes, ...
+
+    Raises:
+        AfaError: if this thread is already inside such a block, or several pictures are to be drawn
+            for a prompt.
     """
     ensemble = denoiser_of(pipeline)
     drafter: Drafter | None = getattr(ensemble, "drafter", None)
     if drafter is None:
         yield
         return
-    ensemble.drafter = None
-    try:
-        bias = drafter.bias(pipeline, prompts, generators, **call)
-        replaced: list[str] = []
-        if drafter.settings.aggregators == "ignore":
-            pairs = zip(ensemble.sites, ensemble.aggregators, strict=True)
-            replaced = [site.name for site, rule in pairs if not isinstance(rule, Separate)]
-        ensemble.regions = Regions(bias, replaced)
-        yield
-    finally:
-        ensemble.regions, ensemble.drafter = None, drafter
+    if drafter.is_drawing:
+        raise AfaError(
+            "AFA-DRAFT-005",
+            "This ensemble already draws a batch by drafts. End that block of afa.drafting.routed "
+            "first.",
+        )
+    if call.get("num_images_per_prompt") not in (None, 1):
+        raise AfaError(
+            "AFA-DRAFT-006",
+            "Drafts need num_images_per_prompt = 1. Repeat the prompt in the list of prompts.",
+        )
+    with drafter.lock:
+        drafter.thread = threading.get_ident()
+        try:
+            bias = drafter.bias(pipeline, prompts, generators, **call)
+            replaced: list[str] = []
+            if drafter.settings.aggregators == "ignore":
+                pairs = zip(ensemble.sites, ensemble.aggregators, strict=True)
+                replaced = [site.name for site, rule in pairs if not isinstance(rule, Separate)]
+            ensemble.regions = Regions(bias, replaced)
+            yield
+        finally:
+            ensemble.regions, drafter.thread = None, None

@@ -24,26 +24,25 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def recognition(
+def recognise(
     judge: DiffusionPipeline,
     latents: Tensor,
     prompts: Sequence[str],
+    seeds: Sequence[int],
     num_levels: int = 5,
-    seed: int = 0,
 ) -> Tensor:
     """Compare the errors of a model's predictions without and with prompt, in every pixel.
 
     Every level has the same noise with both signs. The difference of the errors has a term that is
-    linear in the noise, has the mean 0, and would hide the rest; so most of it cancels. Pictures at
-    the same place of the batch get the same noise in every call, so that those of several models
-    can be compared.
+    linear in the noise, has the mean 0, and would hide the rest; so most of it cancels. A picture's
+    noise depends on its seed alone, so that drafts of several experts can be compared.
 
     Args:
         judge: pipeline of the model.
         latents: [B, C, H, W], as the denoiser sees them.
         prompts: B prompts.
+        seeds: B seeds of the noise.
         num_levels: number of noise levels, evenly distributed over those of the model's training.
-        seed: of the noise.
 
     Returns: [B, levels, H, W] in float32 on the CPU, in squared units of the prediction; positive
         where the prompt fits.
@@ -59,12 +58,13 @@ def recognition(
     side = torch.tensor([height * factor, width * factor, 0, 0, height * factor, width * factor])
     conditions: dict[str, Any] = {**given, "sizes": side.repeat(2 * batch, 1).to(model.device)}
     latents = latents.to(model.device).float()
-    generator = torch.Generator().manual_seed(seed)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     found = []
     for level in range(num_levels):
         time = torch.full((batch,), (level + 0.5) / num_levels, dtype=torch.float64)
         timestep = process.timesteps(time).to(model.device)
-        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in generators])
+        noise = noise.to(latents)
         both = []
         for signed in (noise, -noise):
             noisy, target = process.noisy_and_target(latents, signed, timestep)

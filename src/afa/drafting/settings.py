@@ -15,13 +15,13 @@ class DraftsRecipe(Section):
 
     Attributes:
         judge: the model that judges, as an expert in a recipe of `afa train`: best the base from
-            which the experts were fine-tuned, since it has met what any of them knows.
+            which the experts were fine-tuned, since it knows something of what any of them knows.
         num_steps: steps of a draft.
-        num_levels: numbers of noise levels at which the judge looks at a draft.
+        num_levels: number of noise levels at which the judge looks at a draft.
         region: standard deviation of the Gaussian over which its judgement is averaged, by the
             shorter side of the picture.
         aggregators: whether the logits of trained aggregators are ignored, or kept and added to the
-            judgement. Aggregators are often sure and wrong about what they have not met.
+            judgement. Aggregators are often sure and wrong about what their training data lacks.
         sharpness: factor of the judgement; the larger, the more strictly it is followed.
     """
 
@@ -29,5 +29,5 @@ class DraftsRecipe(Section):
     num_steps: int = Field(default=5, ge=1, le=1000)
     num_levels: int = Field(default=5, ge=2, le=100)
     region: float = Field(default=0.15, ge=0, le=1)
-    sharpness: float = Field(default=3, gt=0)
+    sharpness: float = Field(default=3, gt=0, allow_inf_nan=False)
     aggregators: Literal["ignore", "keep"] = "ignore"

@@ -65,7 +65,7 @@ class PictureRecipe(Section):
         width: width in pixels.
         bias: bias by expert and stage, see `afa.steer`.
         drafts: settings of drafts, see `afa.drafting`.
-        judge: hash of their judge's weights.
+        judge: hash of their judge.
         acceleration: settings of `afa.Acceleration`.
         plan: the complete pruning plan.
         dtype: dtype of the experts.
@@ -226,6 +226,14 @@ def prepare_again(recipe: PictureRecipe, **loading: Any) -> DiffusionPipeline:
             f"The ensemble of the picture, '{recipe.ensemble}', does not exist. Pass its new "
             "folder: afa generate ENSEMBLE --from-image PICTURE.",
         )
+    drafts = recipe.drafts
+    if drafts is not None:
+        place = drafts.judge.source
+        if not place.startswith("zoo:") and not Path(place).exists():
+            raise AfaError(
+                "AFA-DRAW-017",
+                f"The judge of the picture's drafts, '{place}', does not exist. Restore that path.",
+            )
     if recipe.quantize is not None:
         loading["quantize"] = recipe.quantize
     pipeline = prepare(
@@ -249,8 +257,8 @@ def prepare_again(recipe: PictureRecipe, **loading: Any) -> DiffusionPipeline:
     if judge_of(pipeline) != recipe.judge:
         raise AfaError(
             "AFA-DRAW-016",
-            f"'{recipe.drafts and recipe.drafts.judge}' is not the judge of the picture's drafts: "
-            "its weights differ. Restore that one.",
+            f"'{drafts and drafts.judge}' is not the judge of the picture's drafts: its weights or "
+            "its configuration differ. Restore that one.",
         )
     if recipe.drawn_by == ENSEMBLE:
         return pipeline

@@ -7,7 +7,8 @@ on last.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from afa.aggregators import Separate
@@ -40,6 +41,7 @@ Feature = Literal[
     "streamed experts",
     "CUDA graphs",
     "a bias by region",
+    "drafts",
 ]
 
 _SPREAD: Feature = "experts spread over processes"
@@ -51,6 +53,7 @@ _GRAPHS: Feature = "CUDA graphs"
 _PLAN: Feature = "a pruning plan"
 _SCHEDULE: Feature = "a schedule"
 _REGIONS: Feature = "a bias by region"
+_DRAFTS: Feature = "drafts"
 
 
 class Excluded(NamedTuple):
@@ -68,6 +71,7 @@ class Excluded(NamedTuple):
 _FIXED = "a CUDA graph runs the same kernels on the same memory at every step"
 _ALL_RUN = "every process must compute its own experts at every step"
 _SAME_LAYERS = "every process must run the same layers at every step"
+_ALONE = "each expert drafts alone, at all sites and steps"
 _OWN_REGIONS = "each process would have its own regions"
 _ONE_PLACE = "the placement of the experts can be set only once"
 _PLACEMENTS = (_SPREAD, _SHARDED, _DEVICES, _OFFLOADED, _STREAMED)
@@ -86,9 +90,14 @@ EXCLUDED: tuple[Excluded, ...] = (
         Excluded(_GRAPHS, other, _FIXED, "Switch one of the two off")
         for other in (_PLAN, _SCHEDULE, *_PLACEMENTS)
     ),
-    Excluded(_REGIONS, _GRAPHS, _FIXED, "Switch one of the two off"),
+    *(Excluded(one, _GRAPHS, _FIXED, "Switch one of the two off") for one in (_REGIONS, _DRAFTS)),
     *(
-        Excluded(_REGIONS, other, _OWN_REGIONS, "Load the experts in one process")
+        Excluded(_DRAFTS, other, _ALONE, "Switch one of the two off")
+        for other in (_PLAN, _SCHEDULE)
+    ),
+    *(
+        Excluded(one, other, _OWN_REGIONS, "Load the experts in one process")
+        for one in (_REGIONS, _DRAFTS)
         for other in (_SPREAD, _SHARDED)
     ),
     # offloaded or streamed experts can be moved again, so these two do not exclude each other
@@ -100,7 +109,7 @@ EXCLUDED: tuple[Excluded, ...] = (
 )
 
 
-_SWITCHES = ("schedule", "plan", "graphs", "bias", "steering", "regions", "acceleration")
+_SWITCHES = ("schedule", "plan", "graphs", "bias", "steering", "regions", "drafter", "acceleration")
 
 
 class Switches:
@@ -119,6 +128,9 @@ class Switches:
     #: the hook that adds the bias to the logits
     steering: Steering | None = None
     _regions: Regions | None = None
+    _drafter: Any = None
+    #: whether an expert draws a draft, which observers do not see
+    is_drafting = False
     _acceleration: Acceleration = EXACT
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -140,6 +152,7 @@ class Switches:
             _STREAMED: self.execution.source is not None,
             _GRAPHS: self._graphs is not None,
             _REGIONS: self._regions is not None,
+            _DRAFTS: self._drafter is not None,
         }
         return {feature for feature, on in is_on.items() if on}
 
@@ -253,15 +266,38 @@ class Switches:
         self._regions = regions
         self.reset_loops()
 
+    @property
+    def drafter(self) -> Any:
+        """What makes the bias by region of the next pictures; see `afa.drafting`.
+
+        Setting it raises AfaError, see `require_drafts`.
+        """
+        return self._drafter
+
+    @drafter.setter
+    def drafter(self, drafter: Any) -> None:
+        if drafter is not None:
+            self.require_drafts()
+        self._drafter = drafter
+        self.reset_loops()
+
     def require_drafts(self) -> None:
         """Check that experts can draft alone, and that a bias by region can then be added.
 
         Raises:
             AfaError: if not.
         """
-        for wanted in (_SCHEDULE, _REGIONS):
-            self.require_compatible(wanted)
+        self.require_compatible("drafts")
         require_logits(self.aggregators)
+
+    @contextmanager
+    def drafting(self, expert: int) -> Iterator[None]:
+        """Run one expert alone inside the block; observers do not see it."""
+        self._schedule, self.is_drafting = lambda _: [expert], True
+        try:
+            yield
+        finally:
+            self._schedule, self.is_drafting = None, False
 
 
 def require_logits(rules: Iterable[Any]) -> None:

@@ -117,10 +117,6 @@ class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin)
         self.on_weights: WeightsObserver | None = None
         #: noise on the prompt that fusion rules see; see `afa.ensemble.prompt_noise`
         self.prompt_noise: PromptNoise | None = None
-        #: what makes the bias by region of the next pictures; see `afa.drafting`
-        self.drafter: object | None = None
-        #: whether an expert draws a draft, which observers do not see
-        self.is_drafting = False
         #: observers of one thread each; see `afa.ensemble.recording.observed`
         self.observers = Observers()
         #: the sources of the experts, the autoencoder and the other parts
@@ -174,7 +170,7 @@ class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin)
                 f"The latent is empty: got the shape {tuple(sample.shape)}. Batch size, height and "
                 "width must be positive.",
             )
-        if self.drafter is not None:
+        if self.drafter is not None and not self.drafter.is_drawing:
             raise AfaError(
                 "AFA-ENSEMBLE-062",
                 "This ensemble draws by drafts, which were not made for this picture. Draw inside "

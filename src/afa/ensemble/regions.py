@@ -40,15 +40,17 @@ class Regions(Hook):
             AfaError: if the batch is not that of the bias.
         """
         pictures, calls = len(self._bias), len(condition.timestep)
-        if calls % pictures:
+        if calls not in (pictures, 2 * pictures, 3 * pictures):  # PAG has three
             raise AfaError(
                 "AFA-ENSEMBLE-061",
                 f"The ensemble has a bias by region for {pictures} pictures, but draws a batch of "
                 f"{calls}. Draw the pictures for which the bias was made, or set regions = None.",
             )
-        bias = self._bias.to(condition.temb.device)
+        if self._bias.device != condition.temb.device:
+            self._bias = self._bias.to(condition.temb.device)
+        bias = self._bias
         if site.endswith(TEXT):
-            bias = bias.softmax(1).mean((2, 3), keepdim=True).log()
+            bias = bias.softmax(1).mean((2, 3), keepdim=True).clamp(min=1e-6).log()
         bias = bias.repeat(calls // pictures, 1, 1, 1)
         if condition.bias is not None:
             bias = bias + condition.bias.to(bias)[:, None, None]

@@ -16,7 +16,7 @@ import torch
 from afa.ensemble.caching.plan import load_plan
 from afa.loading.ensemble_folder import AGGREGATORS, ensemble_folder
 from afa.loading.expert_source import AnySource, ExpertSource, first_folder
-from afa.loading.lora import hash_lora
+from afa.loading.identity import hash_descriptions, identity_of
 from afa.loading.manifest import read_manifest
 from afa.loading.published import hash_published, is_published
 from afa.loading.saved import read_config, source_of, sources_in
@@ -30,10 +30,6 @@ if TYPE_CHECKING:
     from afa.evaluation.recipe import MethodRecipe, ModelsRecipe
     from afa.evaluation.search_recipe import SearchRecipe
     from afa.metrics import MetricRecipe
-
-#: suffixes of configurations and vocabularies in a pipeline's folder
-_DESCRIPTIONS = frozenset({".json", ".txt", ".model"})
-_TOP = ("model_index.json", "model_config.json", "config.json")
 
 
 class Identities:
@@ -103,28 +99,13 @@ class Identities:
         """The identity of one model: its weights, configuration and LoRA."""
         source = ExpertSource.of(named)
         if source not in self._known:
-            manifest = read_manifest(source, self._companions)
-            prediction = manifest.described.prediction
-            found = [hash_pipeline(manifest.path), hash_descriptions(manifest.config)]
-            if prediction is not None and prediction.scheduler is not None:
-                found.append(f"scheduler with {dict(prediction.scheduler)}")
-            if source.lora is not None:
-                found.append(f"{source.scale!r} x {hash_lora(Path(source.lora))}")
-            self._known[source] = found
+            self._known[source] = identity_of(source, self._companions)
         return self._known[source]
 
 
 def _descriptions(path: Path) -> list[str]:
     """The hash of the configurations, if `path` is a folder."""
     return [hash_descriptions(path)] if path.is_dir() else []
-
-
-def hash_descriptions(folder: Path) -> str:
-    """SHA-256 of all files except weights in the folder of a pipeline or a component."""
-    files = [folder / name for name in _TOP]
-    files += [file for file in folder.glob("*/*") if file.suffix in _DESCRIPTIONS]
-    chosen = sorted(f for f in files if f.is_file() and not f.name.endswith(".index.json"))
-    return hash_files(folder, chosen)
 
 
 def _ensemble(folder: Path) -> dict[str, Any]:

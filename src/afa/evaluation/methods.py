@@ -6,16 +6,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from afa.denoisers.kinds import denoiser_of, kind_of_pipeline
+from afa.denoisers.kinds import denoiser_of
 from afa.denoisers.timesteps import in_scheduler_timesteps
 from afa.drafting import use_drafts
 from afa.drawing.merged import merged_pipeline
 from afa.ensemble.accelerate import accelerate
-from afa.ensemble.denoiser import EnsembleDenoiser
 from afa.loading.ensemble_folder import load_ensemble
 from afa.loading.expert import load_expert
 from afa.loading.expert_source import first_folder
-from afa.loading.pipeline import check_text_to_image, load_pipeline, load_single, with_parts
+from afa.loading.pipeline import check_text_to_image, load_pipeline, load_single, with_rules
 from afa.loading.single_file.load import Companions
 from afa.training.engine import pick_device
 
@@ -111,6 +110,4 @@ class MethodBuilder:
         schedule = fusion.schedule(count, experts.scheduler.config.num_train_timesteps)
         if schedule is not None:
             schedule = in_scheduler_timesteps(schedule, ensemble.family)
-        rules = fusion.rules(ensemble.sites)
-        denoiser = EnsembleDenoiser(list(ensemble.experts), rules, schedule, widths=ensemble.widths)
-        return with_parts(experts, {kind_of_pipeline(experts).denoiser: denoiser})
+        return with_rules(experts, fusion.rules(ensemble.sites), schedule)

@@ -70,6 +70,10 @@ class MethodRecipe(Section):
             raise ValueError("must have exactly one of model, ensemble, merge and fusion")
         if self.drafts is not None and self.ensemble is None and self.fusion is None:
             raise ValueError("must have drafts only with an ensemble or a fusion")
+        if self.drafts is not None and self.fusion is not None and not self.fusion.takes_drafts:
+            raise ValueError(f"must not have drafts with the rule {self.fusion.rule}")
+        if self.drafts is not None and self.plan is not None:
+            raise ValueError("must not have drafts with a plan: each expert drafts at all sites")
         return self
 
     @property

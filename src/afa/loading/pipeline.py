@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from torch import nn
 
+    from afa.aggregators.rule import Schedule
     from afa.ensemble.references import ExpertReference
     from afa.loading.trust.unchanged import Mark
 
@@ -351,6 +352,23 @@ def size_multiple(pipeline: DiffusionPipeline) -> int:
     """Return the number of pixels of which height and width must be multiples."""
     kind = kind_of_pipeline(pipeline)
     return pipeline.vae_scale_factor * kind.patch(denoiser_of(pipeline).config)
+
+
+def with_rules(
+    pipeline: DiffusionPipeline, rules: Sequence[nn.Module], schedule: Schedule | None = None
+) -> DiffusionPipeline:
+    """Return a pipeline with the same experts and other fusion rules.
+
+    Args:
+        pipeline: with an ensemble, which is not changed.
+        rules: one per site, in site order.
+        schedule: see `EnsembleDenoiser`.
+    """
+    ensemble: EnsembleDenoiser = denoiser_of(pipeline)
+    denoiser = EnsembleDenoiser(list(ensemble.experts), rules, schedule, widths=ensemble.widths)
+    denoiser.register_to_config(**ensemble.config)  # `assemble` may have changed it
+    denoiser.provenance = ensemble.provenance
+    return with_parts(pipeline, {kind_of_pipeline(pipeline).denoiser: denoiser})
 
 
 def with_parts(pipeline: DiffusionPipeline, parts: dict[str, Any]) -> DiffusionPipeline:

@@ -98,10 +98,14 @@ def plan_of_ensemble(
     samples_each: int = 2,
     num_steps: int = _NUM_STEPS,
     pixels: int | None = None,
+    judge: AnySource | None = None,
 ) -> Plan:
-    """Plan `afa generate`; by default one picture with guidance."""
+    """Plan `afa generate`; by default one picture with guidance and without a judge of drafts."""
     work = Work(device, 1, samples_each=samples_each, num_steps=num_steps, pixels=pixels)
-    return Plan([group_of_ensemble("ensemble", folder, dtype)], work)
+    groups = [group_of_ensemble("ensemble", folder, dtype)]
+    if judge is not None:
+        groups.append(Group("judge", [judge], Companions(dtype)))
+    return Plan(groups, work)
 
 
 def companions_of(recipe: Any, dtype: torch.dtype) -> Companions:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import unicodedata
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,12 +26,24 @@ if TYPE_CHECKING:
 WORDS = "words.json"
 _MAX_WORDS, _MAX_BYTES = 100_000, 5_000_000
 _SHOWN = 8
-_WORD = re.compile(r"[^\W\d_]{3,}")  # letters of any script; shorter words mean little
+_ASCII_WORD = re.compile(r"[a-z]+")
+_SHORT = 3  # letters; shorter words mean little
+#: scripts that do not separate words by spaces
+_WITHOUT_SPACES = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
 
 
 def words_in(text: str) -> list[str]:
-    """The words of a text in lower case, without those of fewer than three letters."""
-    return _WORD.findall(text.lower())
+    """The words of a text in lower case, without short ones and scripts without spaces."""
+    text = unicodedata.normalize("NFC", text).lower()
+    if text.isascii():
+        return [word for word in _ASCII_WORD.findall(text) if len(word) >= _SHORT]
+    # letters and the marks that belong to them
+    spaced = "".join(c if unicodedata.category(c)[0] in "LM" else " " for c in text)
+    return [word for word in spaced.split() if len(word) >= _SHORT and not _is_unspaced(word)]
+
+
+def _is_unspaced(word: str) -> bool:
+    return any(unicodedata.name(c, "").startswith(_WITHOUT_SPACES) for c in word)
 
 
 def words_of(captions: Iterable[str | None]) -> list[str]:
@@ -58,7 +71,8 @@ def read_words(folder: Path) -> frozenset[str] | None:
 def unknown_words(known: Collection[str], prompts: Iterable[str]) -> list[str]:
     """The words of prompts that are not known, in order; a plural is known with its singular."""
     found = dict.fromkeys(itertools.chain.from_iterable(words_in(prompt) for prompt in prompts))
-    return [word for word in found if not _forms(word) & set(known)]
+    known = frozenset(known)
+    return [word for word in found if not _forms(word) & known]
 
 
 def _forms(word: str) -> set[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import io
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,17 +18,16 @@ import torch
 from afa.aggregators import Mean
 from afa.denoisers.kinds import denoiser_of, kind_of_pipeline
 from afa.drafting import routed, use_drafts
-from afa.ensemble.denoiser import EnsembleDenoiser
+from afa.drafting.drafter import judge_identity
 from afa.ensemble.guard import decoded
 from afa.errors import AfaError
 from afa.files import read_text, write_atomic
-from afa.loading.manifest import read_manifest
-from afa.loading.pipeline import native_resolution, with_parts
-from afa.loading.single_file.load import Companions
+from afa.loading.pipeline import native_resolution, with_rules
+from afa.loading.planned import companions_of
 from afa.loading.truncation import warnings_for
 from afa.loading.trust.unchanged import require_unchanged
-from afa.loading.weights import hash_pipeline
 from afa.machine.exhausted import saying_what_fits, smaller_batch
+from afa.provenance import releases
 from afa.training.cache import CacheProgress, default_cache_folder
 from afa.training.continuing import configurations, digest
 from afa.training.data import FolderImages
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from PIL import Image
 
+    from afa.loading.single_file.load import Companions
     from afa.training.engine import Engine
     from afa.training.recipe import PromptedPictures, Recipe
 
@@ -87,35 +88,56 @@ def draw_pictures(
     """
     asked = recipe.data.prompts
     assert asked is not None, "it is called for recipes with prompts"
-    if recipe.training.offload_experts or engine.is_sharding:
-        raise AfaError(
-            "AFA-TRAIN-058",
-            "data.prompts cannot be used with offloaded or sharded experts. Train one step without "
-            "training.offload_experts and without FSDP, which draws the pictures; then go on from "
-            "their folder, which that run names.",
-        )
     prompts = _in_order(asked)
-    yield CacheProgress("hash the judge", 0, None)
-    companions = Companions(
-        denoiser_of(pipeline).dtype, config=recipe.config, parts=recipe.parts, own_vae=True
-    )
+    ensemble = denoiser_of(pipeline)
+    companions = replace(companions_of(recipe, ensemble.dtype), own_vae=True)
     side = recipe.data.resolution
     size = native_resolution(pipeline) if side is None else (side, side)
+    yield CacheProgress("hash the judge", 0, None)
+    known = ensemble.provenance
     made_from = {
-        "experts": [each.identity for each in denoiser_of(pipeline).provenance.experts],
+        "models": [
+            None if each is None else each.identity
+            for each in (*known.experts, known.vae, *known.parts)
+        ],
         "configurations": configurations(pipeline),
-        "judge": hash_pipeline(read_manifest(asked.drafts.judge, companions).path),
-        "drafts": asked.drafts.model_dump(mode="json"),
+        "judge": judge_identity(asked.drafts, companions),
+        "drafts": asked.drafts.model_dump(mode="json", exclude={"judge"}),
         "prompts": digest(prompts),
-        "settings": asked.model_dump(mode="json", exclude={"file", "drafts", "number"}),
-        "number": asked.number,
+        "settings": asked.model_dump(mode="json", exclude={"file", "drafts"}),
         "size": size,
-        "dtype": str(denoiser_of(pipeline).dtype),
+        "dtype": str(ensemble.dtype),
+        "releases": releases("afa", "torch", "diffusers", "transformers"),
     }
     place = recipe.data.cache_folder or default_cache_folder()
     folder = place / f"drawn-{digest(made_from)[:32]}"
-    if not (folder / _LIST).is_file():
-        yield from _draw(asked, prompts, pipeline, companions, folder, size, engine)
+    folder.mkdir(parents=True, exist_ok=True)
+    size_each = asked.batch_size
+    batches = [
+        range(start, min(start + size_each, asked.number))
+        for start in range(0, asked.number, size_each)
+    ]
+    # by the number of the batch, because other processes write meanwhile
+    own = batches[engine.rank :: engine.num_processes]
+    missing = [batch for batch in own if not all(_place(folder, n).exists() for n in batch)]
+    if missing:
+        if recipe.training.offload_experts or engine.is_sharding:
+            raise AfaError(
+                "AFA-TRAIN-058",
+                "The pictures of data.prompts cannot be drawn with offloaded or sharded experts. "
+                "Draw them by training one step without training.offload_experts and without FSDP. "
+                "Then run this command again.",
+            )
+        yield from _draw(asked, prompts, pipeline, companions, folder, size, missing, engine)
+    engine.wait()
+    if engine.is_main and not (folder / _LIST).is_file():
+        rows = [
+            {"file_name": _place(folder, n).name, "text": prompt}
+            for n, prompt in enumerate(prompts)
+        ]
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_atomic(folder / _LIST, lines)
+    engine.wait()
     return FolderImages(folder)
 
 
@@ -133,39 +155,24 @@ def _draw(
     companions: Companions,
     folder: Path,
     size: tuple[int, int],
+    missing: Sequence[range],
     engine: Engine,
 ) -> Generator[CacheProgress, None, None]:
-    batches = [
-        range(start, min(start + asked.batch_size, asked.number))
-        for start in range(0, asked.number, asked.batch_size)
-    ]
-    folder.mkdir(parents=True, exist_ok=True)
-    missing = [b for b in batches if not all(_place(folder, n).exists() for n in b)]
-    untrained = _untrained(pipeline)
+    """Draw batches of pictures, with the judge in memory only meanwhile."""
+    ensemble = denoiser_of(pipeline)
+    untrained = with_rules(pipeline, [Mean() for _ in ensemble.sites])
     use_drafts(untrained, asked.drafts, companions)
     warnings = warnings_for(pipeline, prompts, asked.negative_prompt, asked.guidance)
     notes = (f"Training pictures are drawn in {folder}.", *(f"warning: {w}" for w in warnings))
-    done = len(batches) - len(missing)
-    yield CacheProgress("draw pictures", done, len(batches), notes if engine.is_main else ())
-    for n, batch in enumerate(missing):
-        if n % engine.num_processes == engine.rank:
-            pictures = _pictures(asked, untrained, [prompts[i] for i in batch], batch, size)
-            for number, picture in zip(batch, pictures, strict=True):
-                buffer = io.BytesIO()
-                picture.save(buffer, format="PNG")
-                write_atomic(_place(folder, number), buffer.getvalue())
-        yield CacheProgress("draw pictures", done + n + 1, len(batches))
-    engine.wait()
-    if engine.is_main:
-        rows = [
-            {"file_name": _place(folder, n).name, "text": prompt}
-            for n, prompt in enumerate(prompts)
-        ]
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_atomic(folder / _LIST, lines)
-    engine.wait()
+    yield CacheProgress("draw pictures", 0, len(missing), notes if engine.is_main else ())
+    for done, batch in enumerate(missing, start=1):
+        pictures = _pictures(asked, untrained, [prompts[n] for n in batch], batch, size)
+        for number, picture in zip(batch, pictures, strict=True):
+            buffer = io.BytesIO()
+            picture.save(buffer, format="PNG")
+            write_atomic(_place(folder, number), buffer.getvalue())
+        yield CacheProgress("draw pictures", done, len(missing))
     use_drafts(untrained, None)
-    del untrained
     gc.collect()
     if engine.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -173,15 +180,6 @@ def _draw(
 
 def _place(folder: Path, number: int) -> Path:
     return folder / f"{number:06d}.png"
-
-
-def _untrained(pipeline: DiffusionPipeline) -> DiffusionPipeline:
-    """The same experts with the uniform mean at every site."""
-    ensemble = denoiser_of(pipeline)
-    rules = [Mean() for _ in ensemble.sites]
-    denoiser = EnsembleDenoiser(list(ensemble.experts), rules, widths=ensemble.widths)
-    denoiser.provenance = ensemble.provenance
-    return with_parts(pipeline, {kind_of_pipeline(pipeline).denoiser: denoiser})
 
 
 def _pictures(

@@ -24,7 +24,7 @@ from afa.files import write_atomic
 from afa.loading.weights import loading
 from afa.machine.hashes import hash_file
 from afa.reading import counted
-from afa.training.data import SceneImages
+from afa.training.data import Joined, SceneImages
 from afa.training.data.images import whole_of
 
 if TYPE_CHECKING:
@@ -105,6 +105,12 @@ class Listing:
 def is_settled(data: CaptionedImages | StreamedImages) -> bool:
     """Whether a data set's settings determine every sample, as for the zoo's scenes."""
     return isinstance(whole_of(data), SceneImages)
+
+
+def settled_parts(data: CaptionedImages) -> str:
+    """The fingerprints of the parts that only their settings determine, not their listing."""
+    parts = data.parts if isinstance(data, Joined) else ()
+    return " ".join(part.fingerprint for part in parts if is_settled(part))
 
 
 def digest_of(data: CaptionedImages) -> str:

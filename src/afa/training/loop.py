@@ -126,8 +126,8 @@ def optimizer_steps(
         with engine.without_sync(model, when=not last):
             with _noise(denoiser, batch, settings):
                 loss = _loss(pipeline, model, process, batch, settings)
-            if not engine.is_sharding and not torch.isfinite(loss):
-                _name_expert(step + 1, loss, pipeline, model, process, batch, settings)
+                if not engine.is_sharding and not torch.isfinite(loss):
+                    _name_expert(step + 1, loss, pipeline, model, process, batch, settings)
             total = loss
             if tap is not None and (settings.entropy_weight or settings.balance_weight):
                 total = loss + tap.penalty(settings.entropy_weight, settings.balance_weight)

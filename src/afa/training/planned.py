@@ -40,5 +40,5 @@ def plan_of_training(recipe: Recipe) -> Plan:
     groups = [group]
     if recipe.data.prompts is not None:
         alone = replace(group.companions, own_vae=True)  # it judges with its own autoencoder
-        groups.append(Group("judge", [recipe.data.prompts.drafts.judge], alone, is_drawn=False))
+        groups.append(Group("judge", [recipe.data.prompts.drafts.judge], alone))
     return Plan(groups, work)

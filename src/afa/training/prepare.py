@@ -19,10 +19,11 @@ from afa.training.cache import (
     TextCache,
     default_cache_folder,
 )
+from afa.training.continuing import digest
 from afa.training.data import StreamedImages
 from afa.training.data.survey import caption_warnings, folder_warnings, known_captions
 from afa.training.examples import LiveExamples
-from afa.training.listing import Listing, digest_of, is_settled, rows_of
+from afa.training.listing import Listing, digest_of, is_settled, rows_of, settled_parts
 from afa.training.order import Purpose
 from afa.training.split import split_by_picture
 from afa.training.transform import Transform
@@ -93,15 +94,18 @@ def prepare_examples(
         if not is_settled(data) or recipe.validation is not None:
             listing = yield from _list_samples(data, engine, began)
         # the listing of scenes has no positions of objects
-        content = digest_of(data) if listing is None or is_settled(data) else listing.digest
+        if listing is None or is_settled(data):
+            content = digest_of(data)
+        else:
+            settled = settled_parts(data)
+            content = digest([listing.digest, settled]) if settled else listing.digest
         yield from _require_data(began, content, listing, data)
     num_places = settings.num_steps * engine.shares(settings).total
     if not isinstance(data, StreamedImages) and not _is_cached(asked, len(data), num_places):
         used, held_out = yield from _split(recipe, listing, len(data), transform, began)
         if engine.is_main:
-            captions = known_captions(data, num_places)
-            words = words_of(captions)
-            yield from _say(recipe, pipeline, data, captions)
+            words = words_of(known_captions(data))
+            yield from _say(recipe, pipeline, data, known_captions(data, num_places))
         live: Any = {**common, "num_workers": asked.num_workers, "tally": Tally()}
         make = partial(LiveExamples, pipeline, data, transform, **live)
     else:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 from afa.denoisers.kinds import denoiser_of
 from afa.errors import AfaError
 from afa.loading.ensemble_folder import aggregator_tensors, load_aggregator_tensors
+from afa.training.noise import require_noise
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -92,7 +93,7 @@ class Aggregators:
         """Shard the experts, if accelerate is configured for FSDP.
 
         Raises:
-            AfaError: if they are to be offloaded as well.
+            AfaError: if they are to be offloaded as well, or noise on the prompt is impossible.
         """
         if engine.is_sharding and settings.offload_experts:
             raise AfaError(
@@ -100,6 +101,7 @@ class Aggregators:
                 "training.offload_experts cannot be used if accelerate shards the experts (FSDP). "
                 "Remove it, and set fsdp_offload_params in accelerate's configuration.",
             )
+        require_noise(self.ensemble, settings.prompt_noise)
         engine.shard(self.ensemble)
 
     def working(self, engine: Engine, settings: TrainingRecipe) -> ExitStack:

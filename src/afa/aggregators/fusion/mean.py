@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from afa.aggregators import FusionRule, Mean, Separate
 from afa.aggregators.fusion.recipe import FusionRecipe
@@ -26,6 +26,8 @@ def noise_mean(sites: Sequence[Site]) -> list[FusionRule]:
 class FeatureMeanRecipe(FusionRecipe):
     """`rule: feature_mean`, without settings; see `feature_mean`."""
 
+    takes_drafts: ClassVar[bool] = True
+
     rule: Literal["feature_mean"] = "feature_mean"
 
     def rules(self, sites: Sequence[Site]) -> list[FusionRule]:
@@ -40,6 +42,8 @@ class FeatureMeanRecipe(FusionRecipe):
 
 class NoiseMeanRecipe(FusionRecipe):
     """`rule: noise_mean`, without settings; see `noise_mean`."""
+
+    takes_drafts: ClassVar[bool] = True
 
     rule: Literal["noise_mean"] = "noise_mean"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from afa.recipe import Section
 
@@ -22,6 +22,9 @@ class FusionRecipe(Section, ABC):
     `rule: Literal[...]`, with itself as default, is its name in recipes; the other fields are its
     settings.
     """
+
+    #: whether its weights are a softmax of logits, to which drafts can add a bias
+    takes_drafts: ClassVar[bool] = False
 
     rule: str
 

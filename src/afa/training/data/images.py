@@ -137,6 +137,21 @@ class Joined:
         part, place = self._at(index)
         return part.stored(place)
 
+    @property
+    def parts(self) -> tuple[CaptionedImages, ...]:
+        """The data sets."""
+        return self._parts
+
+    @property
+    def warnings(self) -> list[str]:
+        """The warnings of all parts."""
+        return [line for part in self._parts for line in getattr(whole_of(part), "warnings", ())]
+
+    @property
+    def unused(self) -> list[Path]:
+        """Files in the folders of the parts that are not used."""
+        return [file for part in self._parts for file in getattr(whole_of(part), "unused", ())]
+
     def captions(self) -> Iterator[str | None] | None:
         """See `captions_in`."""
         found = [captions_in(part) for part in self._parts]
