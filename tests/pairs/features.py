@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -314,6 +315,11 @@ def _regions_means(meaning: Meaning, _: World) -> None:
     meaning.regions = _regions()
 
 
+def _drafts_on(ensemble: EnsembleDenoiser, _: World) -> None:
+    """What drafts change is the bias by region, which is a feature of its own."""
+    ensemble.drafter = SimpleNamespace(is_drawing=True)
+
+
 def _replaced_on(ensemble: EnsembleDenoiser, world: World) -> None:
     ensemble.regions = Regions(_regions(), [site.name for site in world.sites])
 
@@ -374,6 +380,7 @@ FEATURES = (
     Feature("EMA copied in", switch_on=_ema_on, means=_ema_means),
     Feature("steering bias", switch_on=_bias_on, means=_bias_means),
     Feature("bias by region", switch_on=_regions_on, means=_regions_means),
+    Feature("drafts", switch_on=_drafts_on),
     Feature("weights by region", switch_on=_replaced_on, means=_replaced_means),
     Feature("recorder", around=afa.record_weights),
     Feature("odd sizes", calls=_odd),
