@@ -335,17 +335,24 @@ def probe(zoo: Zoo, choice: int, num_contexts: int = 24) -> float:
     return right(~unseen, unseen, best)
 
 
+def _folder(variant: str, choice: int, seed: int) -> str:
+    """The name of a training's folder; trainings without scenes are the same for all choices."""
+    parts = [slug(variant), *([str(choice)] if VARIANTS[variant].is_real else []), str(seed)]
+    return "-".join(parts)
+
+
 def rows_of(report: Mapping[str, Any], oracle: Mapping[str, Any] | None) -> Iterator[list[str]]:
-    """Yield a row per method: its name, and the share of right pictures in each group."""
+    """Yield a row per method: its name, the share of right pictures in each group, and calls."""
 
     def cell(score: Mapping[str, float]) -> str:
         return f"{score['mean']:.2f} [{score['low']:.2f}, {score['high']:.2f}]"
 
     for row in report["rows"]:
         groups = row["groups"]
-        yield [row["method"], *(cell(groups[group]["scores"]["both"]) for group in GROUPS)]
+        shares = [cell(groups[group]["scores"]["both"]) for group in GROUPS]
+        yield [row["method"], *shares, f"{row['expert_calls_per_image']:.0f}"]
     if oracle is not None:
-        yield [ORACLE, *(cell(oracle[group]) for group in GROUPS)]
+        yield [ORACLE, *(cell(oracle[group]) for group in GROUPS), ""]
 
 
 def main() -> None:
@@ -369,22 +376,21 @@ def main() -> None:
     num_processes = os.cpu_count() or 1
     trained = {
         (variant, choice): [
-            work / "trained" / f"{slug(variant)}-{choice}-{seed}"
-            for seed in range(settings.num_seeds)
+            work / "trained" / _folder(variant, choice, seed) for seed in range(settings.num_seeds)
         ]
         for variant in arguments.variants
         for choice in arguments.choices
     }
-    jobs = [
-        Job(
+    jobs = {
+        folder: Job(
             folder.name,
             train_aggregators_job,
             (recipe(settings, zoo, variant, choice, seed, work), folder),
         )
         for (variant, choice), listed in trained.items()
         for seed, folder in enumerate(listed)
-    ]
-    for event in run_jobs(jobs, num_processes):
+    }
+    for event in run_jobs(list(jobs.values()), num_processes):
         if event.done % 50 == 0:
             sys.stderr.write(f"{event.name}: step {event.done} of {event.total}\n")
     for choice in arguments.choices:
@@ -401,7 +407,8 @@ def main() -> None:
             write_atomic(place, json.dumps(found, indent=1) + "\n")
         report = json.loads((output / "report.json").read_text())
         print(f"\nunseen: {', '.join(sorted(unseen_of(choice)))}\n")  # noqa: T201
-        print("| row | " + " | ".join(GROUPS) + " |\n|---" + "|---" * len(GROUPS) + "|")  # noqa: T201
+        titles = ["row", *GROUPS, "calls"]
+        print(f"| {' | '.join(titles)} |\n{'|---' * len(titles)}|")  # noqa: T201
         oracle = json.loads(place.read_text()) if has_references else None
         for row in rows_of(report, oracle):
             print(f"| {' | '.join(row)} |")  # noqa: T201

@@ -223,8 +223,9 @@ def test_drafts_of_an_untrained_ensemble() -> None:
     pipeline = build.build(recipe.methods[0])
     with measure(pipeline) as cost:
         routed = pictures(pipeline, recipe)
-    # two pictures, two steps, guidance, two experts; and a draft of one step by each
-    assert cost.expert_calls == 2 * (2 * 2 * 2 + 1 * 2 * 2)
+    # two pictures, each two steps of two experts with guidance, a draft of one step by each, and
+    # the judge, who looks at both drafts at two levels with both signs, with and without prompt
+    assert cost.expert_calls == 2 * (2 * 2 * 2 + 1 * 2 * 2 + 2 * 2 * 2 * 2)
     assert (routed == pictures(pipeline, recipe)).all()
     plain, without = builder(methods=[{**fusion, "drafts": None}])
     assert (routed != pictures(plain.build(without.methods[0]), without)).any()

@@ -27,8 +27,8 @@ class Cost:
     """The cost of one batch of pictures.
 
     `expert_calls` counts evaluations of one expert's denoiser on one latent: 2 N T per picture for
-    N experts and T steps with guidance. It counts runs of the middle layer, so steps that reuse
-    that layer's cached feature do not count. `peak_memory` is in bytes, of the accelerator or else
+    N experts and T steps with guidance. Drafts and the calls of their judge are included. It counts
+    runs of the middle layer, so steps that reuse that layer's cached feature do not count. `peak_memory` is in bytes, of the accelerator or else
     of the whole process; None if the system does not report it. `measured_on` names the machine
     and the software, on which seconds and the last bits of pictures depend.
     """
@@ -48,7 +48,9 @@ def measure(pipeline: DiffusionPipeline) -> Iterator[Cost]:
         cost.expert_calls += len(args[0] if args else kwargs["hidden_states"])
 
     denoiser = denoiser_of(pipeline)
-    experts = denoiser.experts if isinstance(denoiser, EnsembleDenoiser) else [denoiser]
+    experts = list(denoiser.experts) if isinstance(denoiser, EnsembleDenoiser) else [denoiser]
+    if (drafter := getattr(denoiser, "drafter", None)) is not None:
+        experts.append(denoiser_of(drafter.judge))
     # a layer runs once per call, both in diffusers' forward and in the coroutine
     layers = kind_of_pipeline(pipeline).family.layers
     distinct = {id(expert): layers(expert) for expert in experts}.values()
