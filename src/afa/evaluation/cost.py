@@ -28,9 +28,10 @@ class Cost:
 
     `expert_calls` counts evaluations of one expert's denoiser on one latent: 2 N T per picture for
     N experts and T steps with guidance. Drafts and the calls of their judge are included. It counts
-    runs of the middle layer, so steps that reuse that layer's cached feature do not count. `peak_memory` is in bytes, of the accelerator or else
-    of the whole process; None if the system does not report it. `measured_on` names the machine
-    and the software, on which seconds and the last bits of pictures depend.
+    runs of the middle layer, so steps that reuse that layer's cached feature do not count.
+    `peak_memory` is in bytes, of the accelerator or else of the whole process; None if the system
+    does not report it. `measured_on` names the machine and the software, on which seconds and the
+    last bits of pictures depend.
     """
 
     seconds: float = 0.0
