@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from pydantic import ValidationError
 from safetensors.torch import load_file
 
 import afa.distilling.recording as recording
@@ -21,6 +22,7 @@ from afa.distilling.predictions import LiveTexts, RecordedExamples, Source
 from afa.distilling.recipe import DistillRecipe
 from afa.distilling.recording import read_rows, record_predictions
 from afa.distilling.teacher import Teacher
+from afa.drafting import routed, use_drafts
 from afa.training.encoding import encode_captions
 from afa.training.engine import Engine
 from tests.distilling.students import recipe
@@ -88,6 +90,45 @@ def test_predictions_are_those_for_the_latents_beside_them(
                 continue
             predicted = predicted_for(pipeline, tensors, text)
             torch.testing.assert_close(predicted, tensors[name], rtol=1e-4, atol=2e-5)
+
+
+def test_a_teacher_that_draws_by_drafts(experts: list[Path], tmp_path: Path) -> None:
+    """Its drafts are not recorded, and what is recorded was fused by their regions."""
+    drafts = {"judge": str(experts[2]), "num_steps": 1, "num_levels": 2}
+    teacher = {"fusion": {"rule": "feature_mean"}, "drafts": drafts}
+    kept: dict[str, Any] = {"trajectories": {"num_steps": [2]}, "teacher": teacher}
+    asked = recipe(experts, tmp_path / "prompts.txt", **kept)
+    recorded(asked, tmp_path / "kept")
+    rows = read_rows(passes_of(asked)[0], tmp_path / "kept", 2)
+    assert len(rows) == 5 * 2
+    pipeline: Any = Teacher.of(asked).load(torch.device("cpu"))
+    tensors, caption = rows.row(0)
+    with refusal("AFA-ENSEMBLE-062"):
+        predicted_for(pipeline, tensors, caption)
+    generator = [torch.Generator().manual_seed(0)]
+    call = {"guidance_scale": 3.0, "height": 16, "width": 16}
+    with routed(pipeline, [caption], generator, **call):
+        predicted = predicted_for(pipeline, tensors, caption)
+    torch.testing.assert_close(predicted, tensors["conditional"], rtol=1e-4, atol=2e-4)
+    use_drafts(pipeline, None)
+    plain = predicted_for(pipeline, tensors, caption)
+    assert not torch.allclose(plain, tensors["conditional"], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pictures": {"data": {"scenes": {"num_samples": 4}}, "number": 4, "share": 0.5}},
+        {"features": {"sites": ["mid"]}},
+    ],
+    ids=str,
+)
+def test_what_a_teacher_with_drafts_does_not_give(
+    changes: dict[str, Any], experts: list[Path], tmp_path: Path
+) -> None:
+    teacher = {"fusion": {"rule": "feature_mean"}, "drafts": {"judge": str(experts[2])}}
+    with pytest.raises(ValidationError, match="drafts"):
+        recipe(experts, tmp_path / "prompts.txt", teacher=teacher, **changes)
 
 
 def test_trajectories_are_those_of_the_pipeline(experts: list[Path], tmp_path: Path) -> None:
