@@ -165,8 +165,9 @@ def use_drafts(
             "Drafts cannot be combined with on_nonfinite: mask. An expert that drafts alone cannot "
             "be skipped. Use on_nonfinite: stop, or remove drafts.",
         )
-    judge = _load_judge(settings, pipeline, companions or Companions(ensemble.dtype))
-    identity = judge_identity(settings, companions or Companions(ensemble.dtype))
+    companions = companions or Companions(ensemble.dtype)
+    identity = judge_identity(settings, companions)
+    judge = _load_judge(settings, pipeline, companions)
     ensemble.drafter = Drafter(judge.to(ensemble.device), settings, identity)
 
 

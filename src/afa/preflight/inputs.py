@@ -117,12 +117,13 @@ def inputs_of_training(
     if (prompted := data_recipe.prompts) is not None:
         with found.refusals("prompts"):
             prompts = read_prompts(prompted.file)
-            read_manifest(prompted.drafts.judge, plan.groups[0].companions)
             negative, guidance = prompted.negative_prompt, prompted.guidance
             cut = prompt_warnings(limits, prompts, negative, guidance=guidance, kind=kind)
             found.say("prompts", cut)
             counts = f"{prompted.number} pictures of {len(prompts)} prompts"
             found.say("prompts", [f"{counts} are drawn when the training starts."], "note")
+            if recipe.training.offload_experts:
+                found.say("prompts", ["Offloaded experts cannot draw them; see AFA-TRAIN-058."])
     with found.refusals("data"):
         data = open_data(data_recipe)
         if data is None:

@@ -112,10 +112,9 @@ def draw_pictures(
     place = recipe.data.cache_folder or default_cache_folder()
     folder = place / f"drawn-{digest(made_from)[:32]}"
     folder.mkdir(parents=True, exist_ok=True)
-    size_each = asked.batch_size
     batches = [
-        range(start, min(start + size_each, asked.number))
-        for start in range(0, asked.number, size_each)
+        range(start, min(start + asked.batch_size, asked.number))
+        for start in range(0, asked.number, asked.batch_size)
     ]
     # by the number of the batch, because other processes write meanwhile
     own = batches[engine.rank :: engine.num_processes]
