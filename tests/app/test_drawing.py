@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import afa
 from afa.app.drawing import Drawn, Progress, Stopped, Studio
 from afa.denoisers.kinds import denoiser_of
+from afa.drafting import OwnDrafts, own_drafts
+from afa.drafting.own import keep_drafts
 from afa.drawing.contenders import (
     ENSEMBLE,
     MERGE,
@@ -27,10 +31,14 @@ from afa.drawing.pictures import (
     prepare,
     prepare_again,
 )
+from afa.loading.expert_source import ExpertSource
 from afa.loading.pipeline import load_single
+from afa.loading.single_file.load import Companions
 from afa.loading.sources import locate
 from afa.loading.student_record import RECORD
+from afa.loading.vocabulary import write_words
 from tests.refusal import refusal
+from tests.training.runs import SMALL
 
 PROMPT = "a fox on the left and a pizza on the right, blue background"
 
@@ -98,6 +106,52 @@ def test_a_bias_is_of_one_picture_alone(studio: Studio) -> None:
     events = studio.draw([plain, steered, plain], threading.Event())
     first, second, third = (e.picture.tobytes() for e in events if isinstance(e, Drawn))
     assert first == third != second
+
+
+@pytest.fixture
+def drafting(experts: list[Path], tmp_path: Path) -> Studio:
+    """An ensemble of two experts that draws prompts without foxes by drafts."""
+    pipeline = afa.load_pipeline(experts[:2], SMALL)
+    drafts = OwnDrafts(judge=ExpertSource(str(experts[2])), num_steps=2)
+    keep_drafts(pipeline, drafts, Companions(torch.float32))
+    folder = afa.save_ensemble(pipeline, tmp_path / "own")
+    write_words(["fox"], folder)
+    return Studio(prepare(str(folder), drafts=own_drafts(folder)))
+
+
+def test_prompts_with_unknown_words_are_drawn_by_drafts(drafting: Studio, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"ensemble": str(tmp_path / "own"), "height": 32, "width": 32}
+    asked["identity"] = identity_of(denoiser_of(drafting.pipeline))
+    fox, zebra, alone = (
+        drafting.drafted(recipe(drafting, name, **asked, prompt=prompt, steps=3))
+        for prompt, name in (("a fox", ENSEMBLE), ("a zebra", ENSEMBLE), ("a zebra", "expert0"))
+    )
+    assert [each.drafts is None for each in (fox, zebra, alone)] == [True, False, True]
+    events = list(drafting.draw([fox, zebra, alone], threading.Event()))
+    for each in (fox, zebra, alone):
+        steps = [e.step for e in events if isinstance(e, Progress) and e.recipe == each]
+        assert steps == [0, 1, 2], "drafts are no steps"
+    for one in (event for event in events if isinstance(event, Drawn)):
+        again = draw(prepare_again(one.recipe), one.recipe)
+        assert again.tobytes() == one.picture.tobytes()
+
+
+def test_it_ends_while_it_drafts(drafting: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = threading.Event()
+    asked = recipe(drafting, prompt="a zebra", steps=3, height=32, width=32)
+    ensemble = denoiser_of(drafting.pipeline)
+    calls = []
+
+    def count(*_: Any) -> None:
+        calls.append(ensemble.is_drafting)
+        stop.set()
+
+    ensemble.register_forward_pre_hook(count)
+    with pytest.raises(Stopped):
+        list(drafting.draw([asked], stop))
+    assert calls[0]
+    assert len(calls) <= 2
+    assert ensemble.drafter.thread is None
 
 
 def test_it_ends_when_it_is_stopped(studio: Studio) -> None:

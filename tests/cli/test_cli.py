@@ -10,10 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 
+import afa
 from afa.cli import main
+from afa.drafting import OwnDrafts
+from afa.drafting.own import keep_drafts
+from afa.drawing.pictures import read_picture
+from afa.loading.expert_source import ExpertSource
+from afa.loading.single_file.load import Companions
+from afa.loading.vocabulary import write_words
 from tests.tiny import tiny_pipeline
 
 pytestmark = pytest.mark.slow
@@ -411,3 +419,41 @@ def test_generate_with_drafts_makes_a_picture_again(
     line = fails(capsys, "generate", "--from-image", picture, "--output", tmp_path / "new")
     assert "AFA-DRAW-016" in line
     assert str(judge) in line
+
+
+def test_generate_uses_the_drafts_of_an_ensemble_for_unknown_words(
+    ensemble: Path, experts: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = shutil.copytree(ensemble, tmp_path / "own")
+    pipeline = afa.load_ensemble(ensemble)
+    judge = OwnDrafts(judge=ExpertSource(str(experts[2])))
+    keep_drafts(pipeline, judge, Companions(torch.float32))
+    afa.save_ensemble(pipeline, own, exist_ok=True)
+    write_words(["fox"], own)
+    prompts = ["a fox", "a zebra"]
+    drafted, without, plain, again = (tmp_path / n for n in ("drafted", "no", "plain", "again"))
+    assert run("generate", own, *prompts, "--output", drafted, "--steps", 2) == 0
+    said = capsys.readouterr().out
+    assert "No training caption has 'zebra'" in said
+    assert "warning" not in said
+    off = ("--steps", 2, "--no-drafts")
+    assert run("generate", own, *prompts, "--output", without, *off) == 0
+    assert "warning: No training caption" in capsys.readouterr().out
+    assert run("generate", ensemble, *prompts, "--output", plain, "--steps", 2) == 0
+
+    def pixels(folder: Path, name: str) -> bytes:
+        with Image.open(folder / name) as picture:
+            return picture.tobytes()
+
+    fox, zebra = "00-a-fox-seed0.png", "01-a-zebra-seed0.png"
+    assert pixels(drafted, fox) == pixels(without, fox) == pixels(plain, fox)
+    assert pixels(drafted, zebra) != pixels(without, zebra)
+    assert pixels(without, zebra) == pixels(plain, zebra)
+    assert read_picture(drafted / fox).recipe.drafts is None
+    assert read_picture(drafted / zebra).recipe.drafts is not None
+    capsys.readouterr()
+    assert run("generate", "--from-image", drafted / zebra, "--output", again) == 0
+    assert "The picture is identical, bit for bit." in capsys.readouterr().out
+    both = ("--drafts", experts[2], "--no-drafts")
+    line = fails(capsys, "generate", own, "a fox", "--output", tmp_path / "new", *both)
+    assert "AFA-CLI-027" in line

@@ -21,6 +21,7 @@ from afa.evaluation.work import draw
 from afa.loading.expert import load_expert
 from afa.loading.expert_source import ExpertSource
 from afa.loading.lora import lora_expert
+from afa.loading.vocabulary import write_words
 from afa.merging.in_memory import weighted_merge
 from tests.evaluation.conftest import SMALL
 from tests.loading.test_lora import lora_of
@@ -127,7 +128,7 @@ def test_no_negative_prompt_is_the_librarys(given: str, tmp_path: Path) -> None:
         generator=noise,
         output_type="latent",
     ).images
-    assert torch.equal(torch.as_tensor(drawn), expected)
+    assert torch.equal(torch.stack(drawn), expected)
 
 
 def test_a_guidance_of_its_own() -> None:
@@ -248,3 +249,22 @@ def test_drafts_of_a_single_model_are_refused(kind: str) -> None:
     given = {"model": "zoo:animals"} if kind == "model" else {"merge": {"method": "slerp"}}
     with pytest.raises(ValidationError, match="drafts"):
         builder(methods=[{"name": "one", **given, "drafts": {"judge": "zoo:base"}}])
+
+
+def test_drafts_of_prompts_with_unknown_words_depend_on_the_words(
+    experts: list[Path], tmp_path: Path
+) -> None:
+    folder = afa.save_ensemble(afa.load_pipeline(experts[:2]), tmp_path / "ensemble")
+    drafts = {"judge": str(experts[2]), "num_steps": 1}
+
+    def of(**changes: Any) -> dict[str, Any]:
+        method = {"name": "one", "ensemble": str(folder), "drafts": {**drafts, **changes}}
+        _, recipe = builder(methods=[method])
+        return Identities(recipe).method(recipe.methods[0], 0)
+
+    unknown = {"prompts": "unknown_words"}
+    found = [of(), of(**unknown)]
+    write_words(["fox"], folder)
+    found += [of(), of(**unknown)]
+    assert found[0] == found[2]
+    assert len({str(each) for each in found}) == 3

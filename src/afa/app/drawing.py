@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from afa.denoisers.kinds import denoiser_of
 from afa.drawing.contenders import ENSEMBLE, Contenders, Student
-from afa.drawing.pictures import draw, on_every_call
+from afa.drawing.pictures import drafts_of, draw, on_every_call
 from afa.ensemble.recording import WeightRecord, observed, record_weights
 from afa.ensemble.steering import steer
 
@@ -58,6 +58,13 @@ class Studio:
         self.pipeline = pipeline
         self.contenders = Contenders(pipeline, student)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="afa-drawing")
+
+    def drafted(self, recipe: PictureRecipe) -> PictureRecipe:
+        """A recipe with the drafts that the ensemble uses for its prompt; others have none."""
+        is_ensemble = recipe.drawn_by == ENSEMBLE
+        return recipe.model_copy(
+            update=drafts_of(self.pipeline, recipe.prompt) if is_ensemble else {}
+        )
 
     def draw(
         self, recipes: Sequence[PictureRecipe], stop: threading.Event
@@ -115,7 +122,7 @@ class Studio:
         with (
             record_weights(denoiser) as record,
             observed(denoiser, lambda *_: _raise_if_stopped(stop), immediately=True),
-            on_every_call(pipeline, at_step),
+            on_every_call(pipeline, at_step, lambda: _raise_if_stopped(stop)),
         ):
             picture = draw(pipeline, recipe)
         seconds = time.perf_counter() - started

@@ -24,8 +24,10 @@ from afa.ensemble.protocol import expert_names
 from afa.ensemble.steering import STAGES
 from afa.errors import AfaError
 from afa.files import slug
+from afa.loading.ensemble_folder import ensemble_folder
 from afa.loading.pipeline import native_resolution, size_multiple
 from afa.loading.truncation import warnings_for
+from afa.loading.vocabulary import word_warnings
 from afa.reading import counted, read_picture
 from afa.recipe import MAX_SEED
 
@@ -180,7 +182,7 @@ class Page:
                 (slot, self._recipe(fields, name, bias if is_biased else {}))
                 for slot, name, is_biased in wanted
             ]
-            warnings = self._warnings(planned[0][1])
+            warnings = self._warnings(planned[-1][1])  # the ensemble is the last one
             if warnings:
                 yield {status: views.warned("Starting", warnings)}
             for event in self._studio.draw([recipe for _, recipe in planned], stop):
@@ -220,10 +222,13 @@ class Page:
         yield {status: result, **self._buttons(is_busy=False)}
 
     def _warnings(self, recipe: PictureRecipe) -> list[str]:
-        """Warnings of prompts that the text encoders truncate; equal for all contenders."""
-        return warnings_for(
+        """Warnings of prompts that the text encoders truncate, or with unknown words."""
+        warnings = warnings_for(
             self._studio.pipeline, [recipe.prompt], recipe.negative_prompt, recipe.guidance
         )
+        fused = recipe.drawn_by == ENSEMBLE and recipe.drafts is None
+        prompts = [recipe.prompt] if fused else []
+        return warnings + word_warnings(ensemble_folder(self._ensemble), prompts)
 
     def _read(self, values: Sequence[Any]) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
         """Convert the values of the controls to fields of a recipe and a bias."""
@@ -259,7 +264,7 @@ class Page:
                     "AFA-APP-003",
                     f"{key} must be a multiple of {multiple} pixels; got {fields[key]}.",
                 )
-        return picture_recipe(
+        recipe = picture_recipe(
             **{**fields, **self._studio.contenders.fields(name)},
             ensemble=self._ensemble,
             identity=self._identity,
@@ -268,6 +273,7 @@ class Page:
             acceleration=acceleration,
             dtype=self._dtype,
         )
+        return self._studio.drafted(recipe)
 
     def _keep_entry(self, drawn: Drawn, session: str, number: int) -> Entry:
         """Write a picture to the temporary folder and to the folder to keep."""

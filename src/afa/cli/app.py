@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from afa.cli.console import say
+from afa.cli.drafts import Drafts, NoDrafts, drafts_for
 from afa.errors import AfaError
 from afa.machine.quiet import quieten_loading
 
@@ -30,6 +31,8 @@ def app(
     student: Annotated[
         str | None, typer.Option(help="A model of afa distill to compare: folder or file.")
     ] = None,
+    drafts: Drafts = None,
+    no_drafts: NoDrafts = False,
     output: Annotated[Path | None, typer.Option(help="Folder for all pictures.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     dtype: Annotated[
@@ -75,7 +78,11 @@ def app(
     if memory_budget is not None:
         budget = {"memory_budget": memory_budget, "on_plan": say_plan}
     pipeline = prepare(
-        ensemble, torch_dtype=getattr(torch, dtype), device=pick_device(device), **budget
+        ensemble,
+        drafts=drafts_for(ensemble, drafts, without=no_drafts),
+        torch_dtype=getattr(torch, dtype),
+        device=pick_device(device),
+        **budget,
     )
     shown = None if student is None else load_student(student, pipeline)
     with served(

@@ -11,6 +11,7 @@ import typer
 
 from afa.cli.check import RunCheck, require_sound
 from afa.cli.console import require_new_folder, say, say_warnings
+from afa.cli.drafts import Drafts, NoDrafts, drafts_for, say_own
 from afa.cli.progress import Progress
 from afa.cli.trust import OPTIONS as TRUST_OPTIONS
 from afa.errors import AfaError
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
     from diffusers import DiffusionPipeline
 
-    from afa.drafting import DraftsRecipe
     from afa.drawing.pictures import PictureRecipe
     from afa.loading.memory.budget import MemoryPlan
 
@@ -83,10 +83,8 @@ def generate(
         list[str] | None,
         _picture("Bias towards an expert: animals=+1.0 or animals@up=+1.0; repeatable."),
     ] = None,
-    drafts: Annotated[
-        str | None,
-        _picture("Model that judges drafts of all experts, best their base; see docs/drafts.md."),
-    ] = None,
+    drafts: Drafts = None,
+    no_drafts: NoDrafts = False,
     device: Annotated[str, _speed("auto, cpu, cuda, cuda:1, ...")] = "auto",
     dtype: Annotated[str, _speed(f"dtype of the experts: {', '.join(DTYPES)}.")] = "float32",
     speed: Annotated[
@@ -166,8 +164,12 @@ def generate(
         planned = [(f"00-{slug(recipe.prompt)}-seed{recipe.seed}", recipe)]
     else:
         assert ensemble is not None, "checked above"
+        assert prompts, "checked above"
         if quantize is not None:
             loading["quantize"] = quantize
+        chosen = drafts_for(ensemble, drafts, prompts, without=no_drafts)
+        if processes.is_main and chosen is not None and drafts is None:
+            say_own(chosen, ensemble, prompts)
         # the estimate of memory does not know budgets and quantization
         if run_check and processes.is_main and not (quantize or memory_budget):
             require_sound(
@@ -178,7 +180,7 @@ def generate(
                     samples_each=2 if guidance > 1 else 1,
                     num_steps=steps * num_images * len(prompts or []),
                     pixels=pixels,
-                    judge=drafts,
+                    judge=None if chosen is None else chosen.judge,
                 ),
                 with_weights=False,
             )
@@ -187,7 +189,7 @@ def generate(
             acceleration=acceleration,
             plan=plan,
             bias=parsed_bias,
-            drafts=drafts_of(drafts),
+            drafts=chosen,
             compiled=compile_blocks,
             on_nonfinite=on_nonfinite,
             torch_dtype=getattr(torch, dtype),
@@ -205,8 +207,6 @@ def generate(
             height=size[0],
             width=size[1],
             bias=parsed_bias,
-            drafts=drafts_of(drafts),
-            judge=pictures.judge_of(pipeline),
             acceleration=acceleration.describe(),
             plan=denoiser_of(pipeline).plan,
             dtype=dtype,
@@ -214,12 +214,12 @@ def generate(
             compiled=compile_blocks,
             on_nonfinite=on_nonfinite,
         )
-        planned = _each(recipe, prompts or [], num_images)
+        planned = _each(pipeline, recipe, prompts, num_images)
     if processes.is_main:
-        texts = prompts or [recipe.prompt]
+        texts = list(dict.fromkeys(each.prompt for _, each in planned))
         warnings = warnings_for(pipeline, texts, recipe.negative_prompt, recipe.guidance)
-        if recipe.drafts is None:
-            warnings += word_warnings(ensemble_folder(recipe.ensemble), texts)
+        fused = [each.prompt for _, each in planned if each.drafts is None]
+        warnings += word_warnings(ensemble_folder(recipe.ensemble), fused)
         say_warnings(warnings)
     processes.wait()  # the main process checks that the folder is new before any one writes
     hashed = _draw(pipeline, list(processes.share(planned)), output, weights, processes.is_main)
@@ -235,14 +235,6 @@ def generate(
             else "The pixels differ. Another machine, number of threads or version of torch rounds "
             "differently."
         )
-
-
-def drafts_of(judge: str | None) -> DraftsRecipe | None:
-    """The settings of drafts with a judge; None without one."""
-    from afa.drafting import DraftsRecipe
-    from afa.loading.expert_source import ExpertSource
-
-    return None if judge is None else DraftsRecipe(judge=ExpertSource(judge))
 
 
 def _require_one_of(option: str, given: str, known: Sequence[str]) -> None:
@@ -268,14 +260,16 @@ def _reproduce(
 
 
 def _each(
-    recipe: PictureRecipe, prompts: Sequence[str], num_images: int
+    pipeline: DiffusionPipeline, recipe: PictureRecipe, prompts: Sequence[str], num_images: int
 ) -> list[tuple[str, PictureRecipe]]:
     """The stem of each picture's file name, and its recipe."""
     from afa.drawing import pictures
 
     planned = itertools.product(prompts, range(recipe.seed, recipe.seed + num_images))
     recipes = (
-        pictures.picture_recipe(**{**dict(recipe), "prompt": prompt, "seed": seed})
+        pictures.picture_recipe(**{**dict(recipe), "prompt": prompt, "seed": seed}).model_copy(
+            update=pictures.drafts_of(pipeline, prompt)
+        )
         for prompt, seed in planned
     )
     return list(zip(_stems(prompts, recipe.seed, num_images), recipes, strict=True))

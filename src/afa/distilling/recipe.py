@@ -285,6 +285,8 @@ class DistillRecipe(ModelsRecipe):
         if self.features is not None and (pictures is not None or self.guidance != "keep"):
             raise ValueError("must not have features with pictures or bake_in")
         drafts = self.teacher.drafts
+        if drafts is not None and drafts.prompts != "all":
+            raise ValueError("must have a teacher with drafts of all prompts")
         if drafts is not None and pictures is not None:
             raise ValueError("must not have pictures with drafts, which belong to drawn pictures")
         if drafts is not None and self.features is not None and drafts.aggregators == "ignore":

@@ -1,7 +1,17 @@
 """Decide which expert draws which region of a picture, from drafts and without any training."""
 
-from afa.drafting.drafter import Drafter, routed, use_drafts
+from afa.drafting.drafter import Drafter, batches, routed, use_drafts
+from afa.drafting.own import own_drafts
 from afa.drafting.recognition import recognise
-from afa.drafting.settings import DraftsRecipe
+from afa.drafting.settings import DraftsRecipe, OwnDrafts
 
-__all__ = ["Drafter", "DraftsRecipe", "recognise", "routed", "use_drafts"]
+__all__ = [
+    "Drafter",
+    "DraftsRecipe",
+    "OwnDrafts",
+    "batches",
+    "own_drafts",
+    "recognise",
+    "routed",
+    "use_drafts",
+]

@@ -21,14 +21,16 @@ from afa.errors import AfaError
 from afa.loading.identity import identity_of
 from afa.loading.pipeline import check_text_to_image, load_single, native_resolution
 from afa.loading.single_file.load import Companions
+from afa.loading.vocabulary import unknown_words
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
     from diffusers import DiffusionPipeline
     from torch import Tensor
 
     from afa.drafting.settings import DraftsRecipe
+    from afa.ensemble.references import ExpertReference
 
 
 class Drafter:
@@ -41,10 +43,18 @@ class Drafter:
         judge: pipeline of the model that judges.
         settings: the settings.
         identity: hash of everything that determines what the judge says.
+        words: all words of the ensemble's training captions; None drafts all prompts.
     """
 
-    def __init__(self, judge: DiffusionPipeline, settings: DraftsRecipe, identity: str) -> None:
+    def __init__(
+        self,
+        judge: DiffusionPipeline,
+        settings: DraftsRecipe,
+        identity: str,
+        words: Collection[str] | None = None,
+    ) -> None:
         self.judge, self.settings, self.identity = judge, settings, identity
+        self._words = None if words is None else frozenset(words)
         #: held while a batch is drafted and drawn
         self.lock = Lock()
         #: the thread that draws a batch
@@ -54,6 +64,10 @@ class Drafter:
     def is_drawing(self) -> bool:
         """Whether this thread draws a batch inside of `routed`."""
         return self.thread == threading.get_ident()
+
+    def drafts(self, prompt: str) -> bool:
+        """Whether a prompt is drawn by drafts."""
+        return self._words is None or bool(unknown_words(self._words, [prompt]))
 
     def bias(
         self,
@@ -165,16 +179,36 @@ def use_drafts(
             "Drafts cannot be combined with on_nonfinite: mask. An expert that drafts alone cannot "
             "be skipped. Use on_nonfinite: stop, or remove drafts.",
         )
+    words = None
+    if settings.prompts == "unknown_words":
+        words = ensemble.provenance.words
+        if words is None:
+            raise AfaError(
+                "AFA-DRAFT-007",
+                "drafts.prompts is unknown_words, but this ensemble has no list of the words of "
+                "its training captions. Restore words.json in its folder, or set drafts.prompts: "
+                "all.",
+            )
     companions = companions or Companions(ensemble.dtype)
     identity = judge_identity(settings, companions)
-    judge = _load_judge(settings, pipeline, companions)
-    ensemble.drafter = Drafter(judge.to(ensemble.device), settings, identity)
+    judge, _ = load_judge(settings, pipeline, companions)
+    ensemble.drafter = Drafter(judge.to(ensemble.device), settings, identity, words)
 
 
-def _load_judge(
+def load_judge(
     settings: DraftsRecipe, pipeline: DiffusionPipeline, companions: Companions
-) -> DiffusionPipeline:
-    judge, _ = load_single(
+) -> tuple[DiffusionPipeline, ExpertReference]:
+    """Load the judge of an ensemble's drafts on the CPU, and refer to it.
+
+    Args:
+        settings: of the drafts.
+        pipeline: with the ensemble.
+        companions: parts that a single file lacks.
+
+    Raises:
+        AfaError: see `use_drafts`.
+    """
+    judge, reference = load_single(
         settings.judge, companions=companions, torch_dtype=denoiser_of(pipeline).dtype
     )
     check_text_to_image(judge)
@@ -193,7 +227,7 @@ def _load_judge(
             "AFA-DRAFT-004", f"'{settings.judge}' cannot judge drafts. {error}"
         ) from error
     judge.set_progress_bar_config(disable=True)
-    return judge
+    return judge, reference
 
 
 def judge_identity(settings: DraftsRecipe, companions: Companions) -> str:
@@ -220,7 +254,7 @@ def routed(
     generators: Sequence[torch.Generator],
     **call: Any,
 ) -> Iterator[None]:
-    """Draw the pictures of a batch by drafts, if the pipeline's ensemble uses them.
+    """Draw the pictures of a batch by drafts, if the pipeline's ensemble uses them for the prompts.
 
     Threads draw one after the other.
 
@@ -231,8 +265,8 @@ def routed(
         call: further arguments of that call, which drafts share: guidance, sizes, ...
 
     Raises:
-        AfaError: if this thread is already inside such a block, or several pictures are to be drawn
-            for a prompt.
+        AfaError: if this thread is already inside such a block, several pictures are to be drawn
+            for a prompt, or only some of the prompts are drawn by drafts; see `batches`.
     """
     ensemble = denoiser_of(pipeline)
     drafter: Drafter | None = getattr(ensemble, "drafter", None)
@@ -250,15 +284,32 @@ def routed(
             "AFA-DRAFT-006",
             "Drafts need num_images_per_prompt = 1. Repeat the prompt in the list of prompts.",
         )
+    are_drafted = {drafter.drafts(prompt) for prompt in prompts}
+    if len(are_drafted) > 1:
+        raise AfaError(
+            "AFA-DRAFT-008",
+            "Only some of these prompts are drawn by drafts: those with words that no training "
+            "caption has. Draw the batches of afa.drafting.batches one after the other.",
+        )
     with drafter.lock:
         drafter.thread = threading.get_ident()
         try:
-            bias = drafter.bias(pipeline, prompts, generators, **call)
-            replaced: list[str] = []
-            if drafter.settings.aggregators == "ignore":
-                pairs = zip(ensemble.sites, ensemble.aggregators, strict=True)
-                replaced = [site.name for site, rule in pairs if not isinstance(rule, Separate)]
-            ensemble.regions = Regions(bias, replaced)
+            if True in are_drafted:
+                bias = drafter.bias(pipeline, prompts, generators, **call)
+                replaced: list[str] = []
+                if drafter.settings.aggregators == "ignore":
+                    pairs = zip(ensemble.sites, ensemble.aggregators, strict=True)
+                    replaced = [site.name for site, rule in pairs if not isinstance(rule, Separate)]
+                ensemble.regions = Regions(bias, replaced)
             yield
         finally:
             ensemble.regions, drafter.thread = None, None
+
+
+def batches(pipeline: DiffusionPipeline, prompts: Sequence[str]) -> list[list[int]]:
+    """The indices of prompts that are drawn in one batch: by drafts, and without; none is empty."""
+    drafter: Drafter | None = getattr(denoiser_of(pipeline), "drafter", None)
+    kinds: dict[bool, list[int]] = {}
+    for n, prompt in enumerate(prompts):
+        kinds.setdefault(drafter is not None and drafter.drafts(prompt), []).append(n)
+    return list(kinds.values())

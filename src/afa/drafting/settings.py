@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -23,7 +23,11 @@ class DraftsRecipe(Section):
         aggregators: whether the logits of trained aggregators are ignored, or kept and added to the
             judgement. Aggregators are often sure and wrong about what their training data lacks.
         sharpness: factor of the judgement; the larger, the more strictly it is followed.
+        prompts: which prompts are drawn by drafts: all, or those with words that no training
+            caption of the ensemble has.
     """
+
+    LATER: ClassVar[tuple[str, ...]] = ("prompts",)
 
     judge: ExpertSource
     num_steps: int = Field(default=5, ge=1, le=1000)
@@ -31,3 +35,10 @@ class DraftsRecipe(Section):
     region: float = Field(default=0.15, ge=0, le=1)
     sharpness: float = Field(default=3, gt=0, allow_inf_nan=False)
     aggregators: Literal["ignore", "keep"] = "ignore"
+    prompts: Literal["all", "unknown_words"] = "all"
+
+
+class OwnDrafts(DraftsRecipe):
+    """Drafts that an ensemble uses by itself, as its folder stores them."""
+
+    prompts: Literal["all", "unknown_words"] = "unknown_words"

@@ -25,8 +25,11 @@ from afa.ensemble.steering import steer
 from afa.errors import AfaError
 from afa.files import write_atomic
 from afa.loading.ensemble_folder import aggregator_tensors, load_ensemble
+from afa.loading.manifest import read_manifest
 from afa.loading.memory.budget import size_text
+from afa.loading.memory.plan import bytes_alone
 from afa.loading.pipeline import check_text_to_image
+from afa.loading.planned import companions_of_ensemble
 from afa.loading.trust.unchanged import require_unchanged
 from afa.machine.exhausted import saying_what_fits
 from afa.machine.free import free_memory
@@ -187,6 +190,10 @@ def prepare(
         AfaError: if the ensemble cannot be loaded, needs more than a prompt, or a setting does not
             fit.
     """
+    dtype = loading.get("torch_dtype", torch.float32)
+    companions = None if drafts is None else companions_of_ensemble(ensemble, dtype)
+    if drafts is not None and companions is not None and "memory_budget" in loading:
+        loading["reserved"] = bytes_alone(read_manifest(drafts.judge, companions), dtype)
     pipeline = load_ensemble(ensemble, **loading)
     check_text_to_image(pipeline)
     steer(pipeline, bias)
@@ -200,8 +207,17 @@ def prepare(
     mode: Any = "regional" if compiled else None
     accelerate(pipeline, acceleration, plan=plan, compile=mode, cuda_graphs=cuda_graphs)
     if drafts is not None:
-        use_drafts(pipeline, drafts)
+        use_drafts(pipeline, drafts, companions)
     return pipeline
+
+
+def drafts_of(pipeline: DiffusionPipeline, prompt: str) -> dict[str, Any]:
+    """The fields of a picture's recipe for the drafts of a prompt; empty if it has none."""
+    drafter = getattr(denoiser_of(pipeline), "drafter", None)
+    if drafter is None or not drafter.drafts(prompt):
+        return {}
+    settings = DraftsRecipe(**{**dict(drafter.settings), "prompts": "all"})
+    return {"drafts": settings, "judge": drafter.identity}
 
 
 def judge_of(pipeline: DiffusionPipeline) -> str | None:
@@ -321,10 +337,14 @@ def _smaller() -> str:
 
 
 @contextmanager
-def on_every_call(pipeline: DiffusionPipeline, observe: Callable[[int], object]) -> Iterator[None]:
+def on_every_call(
+    pipeline: DiffusionPipeline,
+    observe: Callable[[int], object],
+    drafting: Callable[[], object] | None = None,
+) -> Iterator[None]:
     """Call `observe` with the number of each call of the denoiser, from 0, before the call.
 
-    Calls for drafts do not count.
+    Calls for drafts do not count; `drafting` is called before them instead.
     Exceptions of `observe` propagate out of the pipeline, which can be used again afterwards.
     """
     count, denoiser = 0, denoiser_of(pipeline)
@@ -332,6 +352,8 @@ def on_every_call(pipeline: DiffusionPipeline, observe: Callable[[int], object])
     def before(*_: Any) -> None:
         nonlocal count
         if getattr(denoiser, "is_drafting", False):
+            if drafting is not None:
+                drafting()
             return
         observe(count)
         count += 1

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from afa.denoisers.kinds import PredictionType
 
 
@@ -66,6 +68,9 @@ class Provenance:
         config: the folder or bundled configuration that describes single files.
         parts: the sources of parts that single files lack.
         folder: the folder of the method's published code that contains the experts; otherwise None.
+        words: the words of the training captions; None if they are not known.
+        judge: the judge of the drafts that the ensemble uses by itself; see `afa.drafting`.
+        drafts: the other settings of these drafts.
     """
 
     experts: tuple[ExpertReference, ...] = ()
@@ -73,6 +78,9 @@ class Provenance:
     config: str | None = None
     parts: tuple[ExpertReference, ...] = ()
     folder: str | None = None
+    words: tuple[str, ...] | None = None
+    judge: ExpertReference | None = None
+    drafts: Mapping[str, Any] | None = None
 
     @property
     def names(self) -> list[str]:

@@ -22,6 +22,7 @@ from afa.loading.published import hash_published, is_published
 from afa.loading.saved import read_config, source_of, sources_in
 from afa.loading.single_file.load import Companions, described_by
 from afa.loading.sources import HUB_ERRORS, fetch, locate, locate_vae
+from afa.loading.vocabulary import read_words
 from afa.loading.weights import hash_files, hash_pipeline, hash_vae
 from afa.machine.hashes import hash_file
 from afa.provenance import releases
@@ -60,6 +61,8 @@ class Identities:
             drafts = method.drafts
             identity["drafts"] = drafts.model_dump(exclude={"judge"})
             identity["judge"] = [*self.source(drafts.judge), self.companions()]
+            if drafts.prompts == "unknown_words" and method.ensemble is not None:
+                identity["words"] = read_words(ensemble_folder(method.ensemble[replica]))
         return identity
 
     def _models(self, method: MethodRecipe, replica: int) -> dict[str, Any]:
@@ -127,7 +130,8 @@ def _ensemble(folder: Path) -> dict[str, Any]:
         others.insert(0, locate_vae(vae.source, vae.revision))
     described += [digest for path in others for digest in _descriptions(path)]
     return {
-        "ensemble": saved,
+        # a method names its own drafts
+        "ensemble": {k: v for k, v in saved.items() if k not in ("judge", "drafts")},
         "aggregators": hash_file(folder / AGGREGATORS),
         "described": described,
     }

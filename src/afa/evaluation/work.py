@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from afa.denoisers.kinds import kind_of_pipeline
-from afa.drafting import routed
+from afa.drafting import batches, routed
 from afa.ensemble.guard import decoded
 from afa.errors import AfaError
 from afa.evaluation.cost import Cost, measure
@@ -195,8 +195,31 @@ def draw(
     num_steps: int,
     sampling: SamplingRecipe,
     output_type: Literal["pil", "latent"] = "pil",
-) -> list[Image.Image]:
-    """Draw a batch; the noise of a picture depends only on the seed and the index of its prompt."""
+) -> list[Any]:
+    """Draw a batch; the noise of a picture depends only on the seed and the index of its prompt.
+
+    Prompts that are drawn by drafts, and others, are batches of their own.
+
+    Returns: a picture, or its latents [C, H, W], for each prompt.
+    """
+    found: list[Any] = [None] * len(texts)
+    for batch in batches(pipeline, texts):
+        chosen = [texts[n] for n in batch], [places[n] for n in batch]
+        drawn = _draw_batch(pipeline, *chosen, seed, num_steps, sampling, output_type)
+        for n, picture in zip(batch, drawn, strict=True):
+            found[n] = picture
+    return found
+
+
+def _draw_batch(
+    pipeline: StableDiffusionPipeline,
+    texts: Sequence[str],
+    places: Sequence[int],
+    seed: int,
+    num_steps: int,
+    sampling: SamplingRecipe,
+    output_type: str,
+) -> Any:
     what = f"A batch of {len(texts)} pictures"
     otherwise = "Or set sampling.dtype: bfloat16, or draw smaller pictures."
     remedy = smaller_batch(len(texts), "sampling.batch_size", None, otherwise)

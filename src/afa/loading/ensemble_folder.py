@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +22,17 @@ from afa.errors import AfaError
 from afa.files import staged, write_atomic
 from afa.loading.pipeline import load_pipeline
 from afa.loading.published import is_published, load_published
-from afa.loading.saved import ABSENT, FORMAT, read_config, saved_aggregators, source_of, sources_in
+from afa.loading.saved import (
+    ABSENT,
+    FORMAT,
+    read_config,
+    referred,
+    saved_aggregators,
+    source_of,
+    sources_in,
+)
 from afa.loading.sources import locate, relative_source, require_hash
+from afa.loading.vocabulary import read_words, write_words
 from afa.loading.weights import check_safetensors
 
 if TYPE_CHECKING:
@@ -123,6 +132,7 @@ def save_ensemble(
         "vae": known.vae and _written(known.vae, folder),
         "config": known.config and relative_source(known.config, folder),
         **({"parts": [_written(part, folder) for part in known.parts]} if known.parts else {}),
+        **({"judge": _written(known.judge, folder), "drafts": known.drafts} if known.judge else {}),
         "aggregator": describe_rules(ensemble),
         "sites": [site.name for site in ensemble.sites],
     }
@@ -133,6 +143,8 @@ def save_ensemble(
             save(aggregator_tensors(ensemble), metadata={"format": "pt"}),
         )
         write_atomic(place / "README.md", _model_card(config))
+        if known.words:
+            write_words(known.words, place)
         write_atomic(place / "config.json", json.dumps(config, indent=2) + "\n")
     return folder
 
@@ -200,7 +212,8 @@ def load_ensemble(
         vae: likewise of an autoencoder that is not one of the experts'.
         config: likewise of the configuration of single files.
         parts: likewise of the models that supply parts missing in single files.
-        memory: `place`, `memory_budget`, `pixels`, `on_plan` and `quantize` of `load_pipeline`.
+        memory: `place`, `memory_budget`, `pixels`, `reserved`, `on_plan` and `quantize` of
+            `load_pipeline`.
 
     Raises:
         AfaError: if the folder is damaged, or an expert is missing or has another hash.
@@ -254,7 +267,14 @@ def load_ensemble(
     )
     if saved_vae is not None:
         require_hash("Autoencoder", denoiser_of(pipeline).provenance.vae, saved_vae.sha256)
-    load_aggregator_tensors(denoiser_of(pipeline), load_file(weights))
+    ensemble: EnsembleDenoiser = denoiser_of(pipeline)
+    load_aggregator_tensors(ensemble, load_file(weights))
+    ensemble.provenance = replace(
+        ensemble.provenance,
+        words=read_words(folder),
+        judge=saved["judge"] and referred(saved["judge"], folder),
+        drafts=saved["drafts"],
+    )
     return pipeline
 
 

@@ -53,6 +53,7 @@ def load_pipeline(
     place: Place = "memory",
     memory_budget: str | int | None = None,
     pixels: int | None = None,
+    reserved: int = 0,
     on_plan: Callable[[MemoryPlan], object] | None = None,
     quantize: Weights | None = None,
 ) -> DiffusionPipeline:
@@ -86,6 +87,7 @@ def load_pipeline(
             fits, with everything that drawing needs, is used instead of `place`.
         pixels: height times width of the pictures for the budget; None for the experts' native
             resolution.
+        reserved: bytes of the budget for another model.
         on_plan: called with the chosen plan before anything is loaded.
         quantize: store weights of the experts' linear layers in 8 bits, `int8` or `float8`; see
             `afa.loading.quantization`.
@@ -114,6 +116,7 @@ def load_pipeline(
             device=device,
             pixels=pixels,
             is_quantised=quantize is not None,
+            reserved=reserved,
         )
         place = plan.place
         if on_plan is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -104,7 +104,7 @@ def plan_of_ensemble(
     work = Work(device, 1, samples_each=samples_each, num_steps=num_steps, pixels=pixels)
     groups = [group_of_ensemble("ensemble", folder, dtype)]
     if judge is not None:
-        groups.append(Group("judge", [judge], Companions(dtype)))
+        groups.append(Group("judge", [judge], companions_of_ensemble(folder, dtype)))
     return Plan(groups, work)
 
 
@@ -117,6 +117,12 @@ def companions_of(recipe: Any, dtype: torch.dtype) -> Companions:
         parts=recipe.parts or (),
         own_vae=recipe.vae is None,
     )
+
+
+def companions_of_ensemble(folder: str | Path, dtype: torch.dtype) -> Companions:
+    """The sources of parts that a single file beside an ensemble's experts lacks."""
+    group = group_of_ensemble("ensemble", folder, dtype)
+    return replace(group.companions, own_vae=True)  # a single model has its own autoencoder
 
 
 def group_of_ensemble(label: str, folder: str | Path, dtype: torch.dtype) -> Group:

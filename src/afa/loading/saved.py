@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from afa.aggregators import SABWConfig, SABWSettings
 from afa.denoisers import FAMILIES
 from afa.denoisers.kinds import PredictionType
+from afa.ensemble.references import ExpertReference, LoraReference
 from afa.errors import AfaError
 from afa.files import read_json
 from afa.loading.expert_source import ExpertSource
@@ -65,6 +66,8 @@ class _SavedEnsemble(_Saved):
     vae: _Reference | None
     config: str | None
     parts: list[_Reference] = Field(default=[])
+    judge: _Reference | None = None
+    drafts: dict[str, Any] | None = None
     aggregator: _Rules
     sites: list[str]
 
@@ -140,6 +143,18 @@ def sources_in(
         [source_of(reference, folder) for reference in saved[key]] for key in ("experts", "parts")
     )
     return experts, config, parts
+
+
+def referred(reference: dict[str, Any], folder: Path) -> ExpertReference:
+    """Convert a saved reference to the one that was saved."""
+    source, lora = source_of(reference, folder), reference["lora"]
+    named = None
+    if lora is not None:
+        named = LoraReference(str(source.lora), lora["sha256"], lora["scale"])
+    kept = ("sha256", "revision", "prediction_type")
+    return ExpertReference(
+        source.source, lora=named, config=source.config, **{key: reference[key] for key in kept}
+    )
 
 
 def source_of(reference: dict[str, Any], folder: Path) -> ExpertSource:

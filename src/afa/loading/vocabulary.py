@@ -57,7 +57,7 @@ def write_words(words: Collection[str], folder: Path) -> None:
     write_atomic(folder / WORDS, json.dumps(list(words), ensure_ascii=False) + "\n")
 
 
-def read_words(folder: Path) -> frozenset[str] | None:
+def read_words(folder: Path) -> tuple[str, ...] | None:
     """The words in an ensemble's folder; None if it has no readable list of them."""
     try:
         found = json.loads(read_text(folder / WORDS, _MAX_BYTES))
@@ -65,7 +65,7 @@ def read_words(folder: Path) -> frozenset[str] | None:
         return None
     if not isinstance(found, list) or not all(isinstance(word, str) for word in found):
         return None
-    return frozenset(found)
+    return tuple(found)
 
 
 def unknown_words(known: Collection[str], prompts: Iterable[str]) -> list[str]:
@@ -87,7 +87,7 @@ def word_warnings(folder: Path, prompts: Iterable[str]) -> list[str]:
     if not unknown:
         return []
     return [
-        f"No training caption of '{folder}' has {_listed(unknown)}; which experts to use for that "
+        f"No training caption of '{folder}' has {listed(unknown)}; which experts to use for that "
         "is a guess. Use drafts, so that the experts' base decides, or train with such prompts "
         "(data.prompts)."
     ]
@@ -135,14 +135,15 @@ def coverage_warnings(files: Mapping[str, Path], captions: Iterable[str | None])
         words = set(words_of(captions)) if words is None else words
         if all(unknown_words(words, [phrase]) for phrase in known):
             warnings.append(
-                f"By its metadata, '{name}' is known for {_listed(known)}, but the training "
+                f"By its metadata, '{name}' is known for {listed(known)}, but the training "
                 "captions do not have these words. The aggregators cannot learn when to use it. "
                 "Add such pictures, or such prompts (data.prompts)."
             )
     return warnings
 
 
-def _listed(words: Collection[str]) -> str:
+def listed(words: Collection[str]) -> str:
+    """The first words in quotes, and how many there are besides."""
     shown = ", ".join(f"'{word}'" for word in itertools.islice(words, _SHOWN))
     more = len(words) - _SHOWN
     return f"{shown} and {more} more words" if more > 0 else shown

@@ -16,6 +16,7 @@ from diffusers.configuration_utils import FrozenDict
 
 from afa.denoisers.kinds import kind_of
 from afa.distilling.planned import plan_of_distillation
+from afa.drafting import own_drafts
 from afa.errors import AfaError
 from afa.evaluation.planned import plan_of_evaluation, plan_of_search
 from afa.files import is_unused, read_json, require_place_for_folder
@@ -29,7 +30,7 @@ from afa.loading.vocabulary import word_warnings
 from afa.training.planned import plan_of_training
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from afa.distilling.recipe import DistillRecipe
     from afa.evaluation.prompts import Prompt
@@ -200,6 +201,7 @@ def inputs_of_evaluation(
             for method in recipe.methods:
                 for folder in [] if method.drafts is not None else method.ensemble or ():
                     found.say("prompts", word_warnings(ensemble_folder(folder), texts))
+                    found.say("methods", _undrafted(method.name, folder, texts))
         if not prompts:
             return found
         if output is not None and is_resumed:
@@ -212,6 +214,18 @@ def inputs_of_evaluation(
             for done, _ in enumerate(open_pictures(scoring.references), start=1):
                 progress("references", done, len(scoring.references))
     return found
+
+
+def _undrafted(method: str, folder: str, prompts: Sequence[str]) -> list[str]:
+    """A warning if an ensemble draws such prompts by drafts, but the method does not."""
+    drafts = own_drafts(folder, prompts)
+    if drafts is None:
+        return []
+    return [
+        f"afa generate draws such prompts with '{folder}' by drafts; the method '{method}' does "
+        f"not. To compare these pictures, set its drafts: {{judge: {drafts.judge.source}, prompts: "
+        f"{drafts.prompts}}}."
+    ]
 
 
 def inputs_of_search(

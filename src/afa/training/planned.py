@@ -37,8 +37,8 @@ def plan_of_training(recipe: Recipe) -> Plan:
         pixels=side and side**2,
         is_offloaded=settings.offload_experts,
     )
-    groups = [group]
-    if recipe.data.prompts is not None:
-        alone = replace(group.companions, own_vae=True)  # it judges with its own autoencoder
-        groups.append(Group("judge", [recipe.data.prompts.drafts.judge], alone))
-    return Plan(groups, work)
+    alone = replace(group.companions, own_vae=True)  # a judge has its own autoencoder
+    prompts = recipe.data.prompts
+    drafts = [recipe.drafts, None if prompts is None else prompts.drafts]
+    judges = dict.fromkeys(each.judge for each in drafts if each is not None)
+    return Plan([group, *(Group("judge", [judge], alone) for judge in judges)], work)

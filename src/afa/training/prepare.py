@@ -103,8 +103,8 @@ def prepare_examples(
     num_places = settings.num_steps * engine.shares(settings).total
     if not isinstance(data, StreamedImages) and not _is_cached(asked, len(data), num_places):
         used, held_out = yield from _split(recipe, listing, len(data), transform, began)
+        words = words_of(known_captions(data))
         if engine.is_main:
-            words = words_of(known_captions(data))
             yield from _say(recipe, pipeline, data, known_captions(data, num_places))
         live: Any = {**common, "num_workers": asked.num_workers, "tally": Tally()}
         make = partial(LiveExamples, pipeline, data, transform, **live)
@@ -120,8 +120,8 @@ def prepare_examples(
         text = TextCache(folder, pipeline, latents.captions)
         yield from text.build(engine.rank, engine.num_processes)
         engine.wait()
+        words = words_of(latents.all_captions)
         if engine.is_main:
-            words = words_of(latents.all_captions)
             yield from _say(recipe, pipeline, data, latents.all_captions, latents.tally.line())
         used, held_out = yield from _split(recipe, listing, latents.num_samples, transform, began)
         make = partial(CachedExamples, pipeline, latents, text, transform, **common)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from afa.aggregators import SABWSettings
-from afa.drafting.settings import DraftsRecipe
+from afa.drafting.settings import DraftsRecipe, OwnDrafts
 from afa.errors import AfaError
 from afa.loading.expert_source import ExpertSource
 from afa.reading import parse_colour
@@ -76,6 +76,13 @@ class PromptedPictures(Section):
     negative_prompt: str = ""
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
     batch_size: int = Field(default=8, ge=1)
+
+    @field_validator("drafts")
+    @classmethod
+    def _of_all_prompts(cls, drafts: DraftsRecipe) -> DraftsRecipe:
+        if drafts.prompts != "all":
+            raise ValueError("must have prompts: all, since no caption is known yet")
+        return drafts
 
 
 class DataRecipe(Section):
@@ -229,14 +236,18 @@ class Recipe(Section):
     of the first expert or of the source `vae`. For single files, `config` is a diffusers folder of
     their family or the name of a bundled configuration (by default detected from the file), and
     `parts` are sources of the text encoders that they lack. `allow_duplicates` allows duplicate
-    experts.
+    experts. `drafts` are those that the ensemble uses by itself, for prompts with words that no
+    training caption has.
     """
+
+    LATER: ClassVar[tuple[str, ...]] = ("drafts",)
 
     experts: list[ExpertSource] = Field(min_length=1)
     vae: str | None = None
     config: str | None = None
     parts: list[str] = Field(default=[])
     allow_duplicates: bool = False
+    drafts: OwnDrafts | None = None
     data: DataRecipe
     aggregator: SABWSettings = SABWSettings()
     training: TrainingRecipe
@@ -252,7 +263,10 @@ def load_recipe(path: str | Path) -> Recipe:
     """
     recipe, folder = read_recipe(path, Recipe), Path(path).parent
     recipe = resolve_sources(recipe, folder, "experts", "vae", "config", "parts")
-    return recipe.model_copy(update={"data": resolve_data(recipe.data, folder)})
+    changes: dict[str, Any] = {"data": resolve_data(recipe.data, folder)}
+    if recipe.drafts is not None:
+        changes["drafts"] = resolve_sources(recipe.drafts, folder, "judge")
+    return recipe.model_copy(update=changes)
 
 
 def resolve_data(data: DataRecipe, folder: Path) -> DataRecipe:

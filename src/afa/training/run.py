@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from afa.aggregators import SABWConfig
+from afa.denoisers.kinds import denoiser_of
+from afa.drafting.own import keep_drafts
 from afa.errors import AfaError
 from afa.files import (
     is_unused,
@@ -19,7 +22,7 @@ from afa.files import (
 )
 from afa.loading.ensemble_folder import save_ensemble
 from afa.loading.pipeline import load_pipeline
-from afa.loading.vocabulary import write_words
+from afa.loading.planned import companions_of
 from afa.recipe import differing
 from afa.training.began import Began
 from afa.training.cache import default_cache_folder
@@ -38,11 +41,12 @@ from afa.training.trainer import Trainer
 from afa.training.watch import Watch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator
+    from collections.abc import Callable, Generator, Iterator, Sequence
     from pathlib import Path
 
     from diffusers import DiffusionPipeline
 
+    from afa.drafting.settings import OwnDrafts
     from afa.training.cache import CacheProgress
     from afa.training.data import CaptionedImages
     from afa.training.prepare import Prepared
@@ -94,6 +98,9 @@ def train(
             # offloaded or sharded experts move to the device in parts
             device="cpu" if settings.offload_experts or engine.is_sharding else engine.device,
         )
+    if recipe.drafts is not None:
+        companions = replace(companions_of(recipe, denoiser_of(pipeline).dtype), own_vae=True)
+        keep_drafts(pipeline, recipe.drafts, companions)
     checkpoints = Checkpoints(output / CHECKPOINTS, settings.keep_checkpoints)
     trainer = Trainer(pipeline, Aggregators(pipeline, engine.device), settings, engine, checkpoints)
     began = Began(
@@ -105,6 +112,10 @@ def train(
     training, validation, listing, words = yield from _stoppable(
         _prepared(recipe, pipeline, data, engine, began), trainer, should_stop
     )
+    if words:
+        ensemble = denoiser_of(pipeline)
+        ensemble.provenance = replace(ensemble.provenance, words=tuple(words))
+    _require_words(recipe.drafts, words)
     with owned(output) if engine.is_main else nullcontext():
         if engine.is_main:
             settings_json = recipe.model_dump(mode="json")
@@ -118,9 +129,22 @@ def train(
         trainer.finish()
         if engine.is_main:
             save_ensemble(pipeline, output, exist_ok=True)
-            if words:
-                write_words(words, output)
         engine.wait()
+
+
+def _require_words(drafts: OwnDrafts | None, words: Sequence[str]) -> None:
+    """Check that drafts for prompts with unknown words can tell which words are unknown.
+
+    Raises:
+        AfaError: if no words of the captions are known.
+    """
+    if drafts is not None and drafts.prompts == "unknown_words" and not words:
+        raise AfaError(
+            "AFA-TRAIN-061",
+            "drafts.prompts is unknown_words, but the words of the training captions are not "
+            "known: they are generated scenes without data.cache: true, or have no spaces between "
+            "words. Set drafts.prompts: all, or remove drafts.",
+        )
 
 
 def _prepared(

@@ -55,18 +55,21 @@ class MemoryPlan:
         budget: bytes of the device's memory.
         takes: bytes needed on the device for every considered place, the fastest first.
         program: bytes of these that are needed without any model.
+        reserved: bytes of these for another model, which is always in memory.
     """
 
     place: Place
     budget: int
     takes: dict[Place, int]
     program: int
+    reserved: int = 0
 
     def lines(self) -> list[str]:
         """Describe the plan for the user, before any work."""
         lines = [
             f"memory budget {size_text(self.budget)}, of which the program needs "
             f"{size_text(self.program)}"
+            + (f", and the judge of drafts {size_text(self.reserved)}" if self.reserved else "")
         ]
         for place, needed in self.takes.items():
             verdict = "fits" if needed <= self.budget else "does not fit"
@@ -76,27 +79,34 @@ class MemoryPlan:
 
 
 def choose(
-    needs: Needs, budget: int, device: str | torch.device, *, can_stream: bool = True
+    needs: Needs,
+    budget: int,
+    device: str | torch.device,
+    *,
+    can_stream: bool = True,
+    reserved: int = 0,
 ) -> MemoryPlan:
     """Choose the fastest place that fits.
 
     Args:
         budget: usable bytes of the device's memory, including this process's own.
         can_stream: whether layers may be stored in a file.
+        reserved: bytes for another model on the device.
 
     Raises:
         AfaError: if nothing fits.
     """
     on_cpu = torch.device(device).type == "cpu"
     program = program_bytes(on_cpu)
-    takes: dict[Place, int] = {"memory": program + needs.in_memory}
+    always = program + reserved
+    takes: dict[Place, int] = {"memory": always + needs.in_memory}
     if not on_cpu:
-        takes["offload"] = program + needs.resting + 2 * needs.largest
+        takes["offload"] = always + needs.resting + 2 * needs.largest
     if can_stream:
-        takes["stream"] = program + needs.streamed(AHEAD)
+        takes["stream"] = always + needs.streamed(AHEAD)
     for place, needed in takes.items():
         if needed <= budget:
-            return MemoryPlan(place, budget, takes, program)
+            return MemoryPlan(place, budget, takes, program, reserved)
     raise AfaError(
         "AFA-MEMORY-002",
         f"The memory budget is {size_text(budget)}; these experts need at least "

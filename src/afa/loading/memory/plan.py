@@ -31,6 +31,7 @@ def plan_experts(
     device: str | torch.device,
     pixels: int | None = None,
     is_quantised: bool = False,
+    reserved: int = 0,
 ) -> MemoryPlan:
     """Choose the fastest storage of experts that fits a budget of the device's memory.
 
@@ -41,6 +42,7 @@ def plan_experts(
         budget: bytes, or a size such as `8GB`; includes what this process already uses.
         pixels: height times width of a picture; None for the experts' native resolution.
         is_quantised: whether linear layers get 8-bit weights.
+        reserved: bytes for another model on the device.
 
     Raises:
         AfaError: if nothing fits, the budget is not a size, or an expert cannot be identified.
@@ -55,7 +57,13 @@ def plan_experts(
         pixels=pixels,
         weight_bits=_QUANTISED_BITS if is_quantised else None,
     )
-    return choose(needs, limit, device, can_stream=not is_quantised)
+    return choose(needs, limit, device, can_stream=not is_quantised, reserved=reserved)
+
+
+def bytes_alone(expert: ExpertManifest, dtype: torch.dtype) -> int:
+    """Estimate the bytes of one complete model's weights."""
+    needs = needs_of(expert.config, 1, None, encoder_sets=1, dtype=dtype)
+    return needs.in_memory - needs.work
 
 
 def encoder_sets(paths: Sequence[Path]) -> int:

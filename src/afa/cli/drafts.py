@@ -1,0 +1,72 @@
+"""The options about drafts, which `afa generate` and `afa app` share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from afa.cli.console import say
+from afa.errors import AfaError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from afa.drafting import DraftsRecipe
+
+_PANEL = "Pictures"
+
+Drafts = Annotated[
+    str | None,
+    typer.Option(
+        help="Model that judges drafts of all experts, best their base, for all prompts; default: "
+        "the ensemble's own drafts. See docs/drafts.md.",
+        rich_help_panel=_PANEL,
+    ),
+]
+NoDrafts = Annotated[
+    bool,
+    typer.Option(
+        "--no-drafts",
+        help="Do not use the ensemble's own drafts for prompts with unknown words.",
+        rich_help_panel=_PANEL,
+    ),
+]
+
+
+def drafts_for(
+    ensemble: str, judge: str | None, prompts: Sequence[str] | None = None, *, without: bool = False
+) -> DraftsRecipe | None:
+    """The drafts of an ensemble's pictures: with a judge, or its own.
+
+    Args:
+        ensemble: its folder, or `zoo:ensemble`.
+        judge: of all prompts; None for the ensemble's own drafts.
+        prompts: all prompts; None if they are not known yet.
+        without: use no drafts.
+
+    Raises:
+        AfaError: if there are a judge and `without`, or the ensemble's folder is damaged.
+    """
+    from afa.drafting import DraftsRecipe, own_drafts
+    from afa.loading.expert_source import ExpertSource
+
+    if without and judge is not None:
+        raise AfaError("AFA-CLI-027", "--drafts and --no-drafts exclude each other. Remove one.")
+    if without:
+        return None
+    if judge is not None:
+        return DraftsRecipe(judge=ExpertSource(judge))
+    return own_drafts(ensemble, prompts)
+
+
+def say_own(drafts: DraftsRecipe, ensemble: str, prompts: Sequence[str]) -> None:
+    """Print for which words an ensemble's own drafts are used, before the judge is loaded."""
+    from afa.loading.ensemble_folder import ensemble_folder
+    from afa.loading.vocabulary import listed, read_words, unknown_words
+
+    why = "The ensemble draws all prompts by drafts"
+    if drafts.prompts == "unknown_words":
+        unknown = unknown_words(read_words(ensemble_folder(ensemble)) or (), prompts)
+        why = f"No training caption has {listed(unknown)}; such prompts are drawn by drafts"
+    say(f"{why}, judged by {drafts.judge.source}. To use the aggregators alone, pass --no-drafts.")

@@ -1,0 +1,228 @@
+"""Drafts that an ensemble uses by itself, for prompts with words that no training caption has."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from PIL import Image
+from pydantic import ValidationError
+
+import afa
+from afa.denoisers.kinds import denoiser_of
+from afa.drafting import OwnDrafts, batches, own_drafts, routed, use_drafts
+from afa.drafting.own import keep_drafts
+from afa.drawing.pictures import drafts_of, prepare
+from afa.evaluation.recipe import EvaluateRecipe, MethodRecipe, SamplingRecipe
+from afa.evaluation.work import draw
+from afa.loading.expert_source import ExpertSource
+from afa.loading.memory.budget import MemoryPlan
+from afa.loading.single_file.load import Companions
+from afa.loading.vocabulary import WORDS
+from afa.preflight.inputs import inputs_of_evaluation
+from afa.training import Recipe
+from tests.refusal import refusal
+from tests.training.runs import SMALL, as_written, steps_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from diffusers import DiffusionPipeline
+
+KNOWN, UNKNOWN = "a fox", "a zebra beside a fox"
+
+
+@pytest.fixture
+def saved(experts: list[Path], tmp_path: Path) -> Callable[..., Path]:
+    """Save a small ensemble with drafts of its own, judged by a copy of the third expert."""
+
+    def save(words: tuple[str, ...] | None = ("fox", "beside"), **changes: Any) -> Path:
+        judge = tmp_path / "judge"
+        if not judge.exists():
+            shutil.copytree(experts[2], judge)
+        pipeline = afa.load_pipeline(experts[:2], SMALL)
+        chosen = {"num_steps": 1, "num_levels": 5, **changes}
+        drafts = OwnDrafts(judge=ExpertSource(str(judge)), **chosen)
+        keep_drafts(pipeline, drafts, Companions(torch.float32))
+        ensemble = denoiser_of(pipeline)
+        ensemble.provenance = replace(ensemble.provenance, words=words)
+        return afa.save_ensemble(pipeline, tmp_path / "ensemble")
+
+    return save
+
+
+def pictures(pipeline: DiffusionPipeline, prompts: list[str]) -> list[Any]:
+    sampling = SamplingRecipe(num_steps=2, guidance=3.0, height=16, width=16)
+    return [p.tobytes() for p in draw(pipeline, prompts, range(len(prompts)), 0, 2, sampling)]
+
+
+def test_a_folder_keeps_its_drafts(saved: Callable[..., Path], tmp_path: Path) -> None:
+    folder = saved(sharpness=2.0)
+    drafts = own_drafts(folder)
+    assert drafts is not None
+    assert (drafts.num_steps, drafts.sharpness, drafts.prompts) == (1, 2.0, "unknown_words")
+    assert drafts.judge.source == str(tmp_path / "judge")
+    assert drafts.judge.sha256 is not None
+    again = afa.save_ensemble(afa.load_ensemble(folder), tmp_path / "again")
+    assert own_drafts(again) == drafts
+    assert (again / WORDS).read_text() == (folder / WORDS).read_text()
+    assert json.loads((again / "config.json").read_text())["judge"]["source"] == "./../judge"
+
+
+def test_only_prompts_with_unknown_words_are_drafted(saved: Callable[..., Path]) -> None:
+    folder = saved()
+    assert own_drafts(folder, [KNOWN]) is None
+    assert own_drafts(folder, [KNOWN, UNKNOWN]) is not None
+    plain, own = prepare(str(folder)), prepare(str(folder), drafts=own_drafts(folder))
+    assert drafts_of(own, KNOWN) == {}
+    assert drafts_of(own, UNKNOWN)["drafts"].prompts == "all"
+    fused = pictures(plain, [KNOWN, UNKNOWN])
+    found = pictures(own, [KNOWN, UNKNOWN])
+    assert found[0] == fused[0]
+    assert found[1] != fused[1]
+    everything = own_drafts(folder)
+    assert everything is not None
+    use_drafts(own, everything.model_copy(update={"prompts": "all"}))
+    first, second = pictures(own, [KNOWN, UNKNOWN])
+    assert first != fused[0]
+    assert drafts_of(own, KNOWN) != {}
+    assert second == found[1]
+
+
+def test_a_batch_is_drafted_or_not(saved: Callable[..., Path]) -> None:
+    pipeline = prepare(str(saved()))
+    prompts = [KNOWN, UNKNOWN, "a fox beside", "a quagga"]
+    assert batches(pipeline, prompts) == [[0, 1, 2, 3]]
+    use_drafts(pipeline, own_drafts(saved_folder(pipeline)))
+    assert batches(pipeline, prompts) == [[0, 2], [1, 3]]
+    generators = [torch.Generator().manual_seed(n) for n in range(2)]
+    with refusal("AFA-DRAFT-008", "batches"), routed(pipeline, prompts[:2], generators):
+        pass
+    with routed(pipeline, [KNOWN], generators[:1]):
+        assert denoiser_of(pipeline).regions is None
+
+
+def saved_folder(pipeline: DiffusionPipeline) -> Path:
+    judge = denoiser_of(pipeline).provenance.judge
+    assert judge is not None
+    return Path(judge.source).parent / "ensemble"
+
+
+def test_what_the_folder_must_have(saved: Callable[..., Path], experts: list[Path]) -> None:
+    folder = saved()
+    (folder / WORDS).unlink()
+    with refusal("AFA-DRAFT-007", "words.json"):
+        prepare(str(folder), drafts=own_drafts(folder, [KNOWN]))
+    config = json.loads((folder / "config.json").read_text())
+    config["drafts"]["num_steps"] = 0
+    (folder / "config.json").write_text(json.dumps(config))
+    with refusal("AFA-DRAFT-009", "num_steps", "config.json"):
+        own_drafts(folder)
+
+
+def test_another_judge_than_that_of_the_training_is_refused(
+    saved: Callable[..., Path], experts: list[Path], tmp_path: Path
+) -> None:
+    folder = saved()
+    shutil.rmtree(tmp_path / "judge")
+    with refusal("AFA-LOAD-079", "judge"):
+        prepare(str(folder), drafts=own_drafts(folder, [UNKNOWN]))
+    shutil.copytree(experts[0], tmp_path / "judge")
+    with refusal("AFA-LOAD-082", "judge"):
+        prepare(str(folder), drafts=own_drafts(folder, [UNKNOWN]))
+    assert own_drafts(folder, [KNOWN]) is None, "it is not needed"
+
+
+def test_a_budget_leaves_room_for_the_judge(saved: Callable[..., Path]) -> None:
+    folder = saved()
+    plans: list[MemoryPlan] = []
+    for drafts in (None, own_drafts(folder)):
+        budget: dict[str, Any] = {"memory_budget": "100GB", "on_plan": plans.append}
+        prepare(str(folder), drafts=drafts, **budget)
+    without, with_judge = plans
+    assert without.reserved == 0
+    judge = denoiser_of(prepare(str(folder), drafts=own_drafts(folder))).drafter.judge
+    parts = (judge.unet, judge.vae, judge.text_encoder)
+    size = sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
+    assert with_judge.reserved == pytest.approx(size, rel=0.01)
+    assert "the judge of drafts" in with_judge.lines()[0]
+    assert "judge" not in without.lines()[0]
+
+
+@pytest.mark.slow
+def test_a_training_keeps_its_drafts(experts: list[Path], tmp_path: Path) -> None:
+    scenes = {"scenes": {"num_samples": 4}, "cache": True, "cache_folder": str(tmp_path / "cache")}
+    written = as_written(experts[:2], scenes, num_steps=1)
+    asked = Recipe.model_validate({**written, "drafts": {"judge": str(experts[2])}})
+    assert "drafts" in asked.model_dump()
+    assert "drafts" not in Recipe.model_validate(written).model_dump(), "of earlier releases"
+    list(steps_of(asked, tmp_path / "run"))
+    drafts = own_drafts(tmp_path / "run", ["a quagga"])
+    assert drafts is not None
+    assert drafts.judge.source == str(experts[2])
+    assert own_drafts(tmp_path / "run", ["background"]) is None
+    (tmp_path / "other").mkdir()
+    wrong = Recipe.model_validate({**written, "drafts": {"judge": str(tmp_path / "other")}})
+    with refusal("AFA-LOAD-102"):
+        list(steps_of(wrong, tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
+def test_captions_without_words_are_refused(experts: list[Path], tmp_path: Path) -> None:
+    for n in range(2):
+        Image.new("RGB", (32, 32), (80 * n, 9, 9)).save(tmp_path / f"{n}.png")
+        (tmp_path / f"{n}.txt").write_text("狐")
+    data = {"folder": str(tmp_path), "cache_folder": str(tmp_path / "cache")}
+    written = as_written(experts[:2], data, num_steps=1)
+    asked = Recipe.model_validate({**written, "drafts": {"judge": str(experts[2])}})
+    with refusal("AFA-TRAIN-061", "drafts.prompts"):
+        list(steps_of(asked, tmp_path / "run"))
+
+
+def test_before_a_training_no_words_are_known() -> None:
+    drafts = {"judge": "zoo:base", "prompts": "unknown_words"}
+    data = {"prompts": {"file": "prompts.txt", "number": 1, "drafts": drafts}}
+    with pytest.raises(ValidationError, match="prompts: all"):
+        Recipe.model_validate(as_written([Path("a"), Path("b")], data))
+
+
+def test_a_fusion_has_no_captions() -> None:
+    drafts = {"judge": "zoo:base", "prompts": "unknown_words"}
+    with pytest.raises(ValidationError, match="no training captions"):
+        MethodRecipe.model_validate(
+            {"name": "drafts", "fusion": {"rule": "feature_mean"}, "drafts": drafts}
+        )
+
+
+def test_a_comparison_says_that_it_does_not_use_them(
+    saved: Callable[..., Path], experts: list[Path], tmp_path: Path
+) -> None:
+    folder = saved()
+    (tmp_path / "prompts.txt").write_text(f"{KNOWN}\n{UNKNOWN}\n")
+
+    def said(**changes: Any) -> list[str]:
+        method = {"name": "mine", "ensemble": str(folder), **changes}
+        recipe = EvaluateRecipe.model_validate(
+            {
+                "experts": [str(expert) for expert in experts[:2]],
+                "prompts": {"text": str(tmp_path / "prompts.txt")},
+                "methods": [method],
+                "sampling": {"height": 16, "width": 16},
+                "metrics": [{"name": "clip_t", "weights": "zoo:clip"}],
+            }
+        )
+        found = inputs_of_evaluation(recipe, None, lambda *_: None)
+        return [each.text for each in found.findings if "drafts" in each.text]
+
+    guess, differs = said()
+    assert "'zebra'" in guess
+    assert "'mine'" in differs
+    assert str(tmp_path / "judge") in differs
+    drafts = {"judge": str(tmp_path / "judge"), "prompts": "unknown_words"}
+    assert said(drafts=drafts) == []
