@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from afa.cli.console import printable
-from afa.drawing.pictures import read_picture
+from afa.drawing.recorded import read_picture
 from afa.ensemble.steering import parse_bias
 from afa.errors import AfaError
 from afa.evaluation.recipe import load_evaluate_recipe

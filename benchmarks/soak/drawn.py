@@ -11,18 +11,15 @@ import afa
 from afa.app.drawing import Drawn, Progress, Stopped, Studio
 from afa.denoisers.kinds import denoiser_of
 from afa.drawing.contenders import MERGE
-from afa.drawing.pictures import (
+from afa.drawing.pictures import draw, identity_of, prepare, prepare_again
+from afa.drawing.plots import filmstrip, heat_map, overlay
+from afa.drawing.recorded import (
     PictureRecipe,
-    draw,
     hash_pixels,
-    identity_of,
     picture_recipe,
-    prepare,
-    prepare_again,
     read_picture,
     save_picture,
 )
-from afa.drawing.plots import filmstrip, heat_map, overlay
 from afa.ensemble.protocol import expert_names
 from afa.evaluation import evaluate
 from afa.evaluation.recipe import EvaluateRecipe

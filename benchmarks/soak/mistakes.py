@@ -6,8 +6,9 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 import afa
-from afa.drawing.pictures import draw, on_every_call, prepare, read_picture
+from afa.drawing.pictures import draw, on_every_call, prepare
 from afa.drawing.plots import save_figure
+from afa.drawing.recorded import read_picture
 from afa.errors import AfaError
 from afa.evaluation import evaluate
 from afa.evaluation.recipe import EvaluateRecipe

@@ -23,14 +23,8 @@ from afa.drawing.contenders import (
     Contenders,
     load_student,
 )
-from afa.drawing.pictures import (
-    PictureRecipe,
-    draw,
-    identity_of,
-    picture_recipe,
-    prepare,
-    prepare_again,
-)
+from afa.drawing.pictures import draw, identity_of, prepare, prepare_again
+from afa.drawing.recorded import PictureRecipe, picture_recipe
 from afa.loading.expert_source import ExpertSource
 from afa.loading.pipeline import load_single
 from afa.loading.single_file.load import Companions

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from afa.cli import main
-from afa.drawing.pictures import hash_pixels, read_picture
+from afa.drawing.recorded import hash_pixels, read_picture
 from benchmarks.app import BROWSER, OFFLINE
 from tests.app.serve import FAILS
 

@@ -18,7 +18,7 @@ import afa
 from afa.cli import main
 from afa.drafting import OwnDrafts
 from afa.drafting.own import keep_drafts
-from afa.drawing.pictures import read_picture
+from afa.drawing.recorded import read_picture
 from afa.loading.expert_source import ExpertSource
 from afa.loading.single_file.load import Companions
 from afa.loading.vocabulary import write_words

@@ -12,15 +12,11 @@ from PIL import Image, PngImagePlugin
 
 import afa
 from afa.denoisers.kinds import denoiser_of
-from afa.drawing.pictures import (
+from afa.drawing.pictures import draw, identity_of, on_every_call, prepare, prepare_again
+from afa.drawing.recorded import (
     PictureRecipe,
-    draw,
     hash_pixels,
-    identity_of,
-    on_every_call,
     picture_recipe,
-    prepare,
-    prepare_again,
     read_picture,
     save_picture,
 )

@@ -12,7 +12,7 @@ import torch
 import afa
 from afa.aggregators import Condition
 from afa.aggregators.build import build_sabw
-from afa.drawing.pictures import picture_recipe
+from afa.drawing.recorded import picture_recipe
 from tests.cli.test_cli import run, write_recipe
 from tests.refusal import refusal
 from tests.tiny import inputs
@@ -179,10 +179,10 @@ def test_prompts_of_any_kind(name: str, ensemble: Path, tmp_path: Path) -> None:
     assert run("generate", *again) == 0
     (other,) = (tmp_path / "b").glob("*.png")
     assert (
-        afa.drawing.pictures.read_picture(other).pixels
-        == afa.drawing.pictures.read_picture(picture).pixels
+        afa.drawing.recorded.read_picture(other).pixels
+        == afa.drawing.recorded.read_picture(picture).pixels
     )
-    assert afa.drawing.pictures.read_picture(other).recipe.prompt == prompt
+    assert afa.drawing.recorded.read_picture(other).recipe.prompt == prompt
 
 
 @pytest.mark.fault(

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import afa
-from afa.drawing.pictures import draw, picture_recipe
+from afa.drawing.pictures import draw
+from afa.drawing.recorded import picture_recipe
 from tests.ensemble.caching.test_plan import plan_of
 from tests.refusal import refusal
 from tests.tiny import inputs

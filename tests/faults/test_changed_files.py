@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 import afa
-from afa.drawing.pictures import draw, picture_recipe
+from afa.drawing.pictures import draw
+from afa.drawing.recorded import picture_recipe
 from afa.loading.pipeline import with_parts
 from afa.loading.trust.unchanged import require_unchanged
 from tests.faults.commands import training

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from PIL import Image
 
-    from afa.drawing.pictures import PictureRecipe
+    from afa.drawing.recorded import PictureRecipe
 
 
 class Stopped(Exception):

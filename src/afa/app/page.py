@@ -18,7 +18,8 @@ from afa.app.layout import MAX_PIXELS, MAX_STEPS, Defaults, Layout, Slot
 from afa.app.views import Entry
 from afa.denoisers.kinds import denoiser_of
 from afa.drawing.contenders import ENSEMBLE
-from afa.drawing.pictures import identity_of, picture_recipe, save_picture
+from afa.drawing.pictures import identity_of
+from afa.drawing.recorded import picture_recipe, save_picture
 from afa.ensemble.caching.settings import PRESETS, acceleration_of
 from afa.ensemble.protocol import expert_names
 from afa.ensemble.steering import STAGES
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from afa.app.drawing import Studio
-    from afa.drawing.pictures import PictureRecipe
+    from afa.drawing.recorded import PictureRecipe
     from afa.ensemble.recording import WeightRecord
 
 #: maximum number of pictures per session that keep their fusion weights, which are large

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-    from afa.drawing.pictures import PictureRecipe
+    from afa.drawing.recorded import PictureRecipe
     from afa.ensemble.recording import WeightRecord
 
 ALL_SITES = "all sites"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +11,7 @@ import typer
 from afa.cli.check import RunCheck, require_sound
 from afa.cli.console import require_new_folder, say, say_warnings
 from afa.cli.drafts import Drafts, NoDrafts, drafts_for, say_own
-from afa.cli.progress import Progress
+from afa.cli.folder import draw_into, require_same_pictures, stems_of
 from afa.cli.trust import OPTIONS as TRUST_OPTIONS
 from afa.errors import AfaError
 from afa.files import slug
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
     from diffusers import DiffusionPipeline
 
-    from afa.drawing.pictures import PictureRecipe
+    from afa.drawing.recorded import PictureRecipe
     from afa.loading.memory.budget import MemoryPlan
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -121,7 +120,7 @@ def generate(
     if processes.is_main and from_image is not None:
         require_new_folder(output)
     elif processes.is_main:
-        _require_same_pictures(output, _stems(prompts or [], seed, num_images))
+        require_same_pictures(output, stems_of(prompts or [], seed, num_images))
     _require_one_of("--dtype", dtype, DTYPES)
     _require_one_of("--on-nonfinite", on_nonfinite, ON_NONFINITE)
 
@@ -142,7 +141,7 @@ def generate(
     import torch
 
     from afa.denoisers.kinds import denoiser_of
-    from afa.drawing import pictures
+    from afa.drawing import pictures, recorded
     from afa.loading.ensemble_folder import ensemble_folder
     from afa.loading.planned import plan_of_ensemble
     from afa.loading.truncation import warnings_for
@@ -196,7 +195,7 @@ def generate(
             **loading,
         )
         size = _picture_size(pipeline, height, width)
-        recipe = pictures.picture_recipe(
+        recipe = recorded.picture_recipe(
             ensemble=ensemble,
             identity=pictures.identity_of(denoiser_of(pipeline)),
             prompt="",
@@ -222,7 +221,7 @@ def generate(
         warnings += word_warnings(ensemble_folder(recipe.ensemble), fused)
         say_warnings(warnings)
     processes.wait()  # the main process checks that the folder is new before any one writes
-    hashed = _draw(pipeline, list(processes.share(planned)), output, weights, processes.is_main)
+    hashed = draw_into(pipeline, list(processes.share(planned)), output, weights, processes.is_main)
     processes.wait()
     if not processes.is_main:
         return
@@ -246,10 +245,10 @@ def _reproduce(
     picture: Path, ensemble: str | None, weights: bool, loading: dict[str, Any]
 ) -> tuple[DiffusionPipeline, PictureRecipe, str]:
     """The pipeline that draws a picture again, its recipe, and the hash of its pixels."""
-    from afa.drawing import pictures
+    from afa.drawing import pictures, recorded
     from afa.drawing.contenders import ENSEMBLE
 
-    made = pictures.read_picture(picture)
+    made = recorded.read_picture(picture)
     recipe = made.recipe.model_copy(update={"ensemble": ensemble or made.recipe.ensemble})
     if weights and recipe.drawn_by != ENSEMBLE:
         raise AfaError(
@@ -263,103 +262,16 @@ def _each(
     pipeline: DiffusionPipeline, recipe: PictureRecipe, prompts: Sequence[str], num_images: int
 ) -> list[tuple[str, PictureRecipe]]:
     """The stem of each picture's file name, and its recipe."""
-    from afa.drawing import pictures
+    from afa.drawing import pictures, recorded
 
     planned = itertools.product(prompts, range(recipe.seed, recipe.seed + num_images))
     recipes = (
-        pictures.picture_recipe(**{**dict(recipe), "prompt": prompt, "seed": seed}).model_copy(
+        recorded.picture_recipe(**{**dict(recipe), "prompt": prompt, "seed": seed}).model_copy(
             update=pictures.drafts_of(pipeline, prompt)
         )
         for prompt, seed in planned
     )
-    return list(zip(_stems(prompts, recipe.seed, num_images), recipes, strict=True))
-
-
-def _stems(prompts: Sequence[str], first: int, num_images: int) -> list[str]:
-    """The stems of the pictures' file names."""
-    numbered = itertools.product(enumerate(prompts), range(first, first + num_images))
-    return [f"{number:02d}-{slug(prompt)}-seed{seed}" for (number, prompt), seed in numbered]
-
-
-def _require_same_pictures(output: Path, stems: Sequence[str]) -> None:
-    """Require that an output folder is new, or contains only pictures of this command.
-
-    Raises:
-        AfaError: if it contains another file.
-    """
-    if not output.is_dir():
-        require_new_folder(output)
-        return
-    names = {f"{stem}{end}.png" for stem in stems for end in ("", "-weights")}
-    for file in output.iterdir():
-        if file.name not in names and not file.name.startswith("."):
-            raise AfaError(
-                "AFA-CLI-010",
-                f"The output folder '{output}' contains '{file.name}', which this command did not "
-                "write. Pass a new folder as --output, or repeat the earlier command to resume it.",
-            )
-
-
-def _draw(
-    pipeline: DiffusionPipeline,
-    planned: Sequence[tuple[str, PictureRecipe]],
-    output: Path,
-    weights: bool,
-    visible: bool,
-) -> str:
-    """Draw and write pictures; return the hash of the last one's pixels."""
-    from afa.denoisers.kinds import denoiser_of
-    from afa.drawing import pictures
-    from afa.drawing.plots import filmstrip
-    from afa.ensemble.protocol import expert_names
-    from afa.ensemble.recording import record_weights
-
-    output.mkdir(parents=True, exist_ok=True)
-    hashed, denoiser = "", denoiser_of(pipeline)
-    with Progress(visible=visible) as progress:
-        for number, (stem, recipe) in enumerate(planned):
-            done = _done(output / f"{stem}.png", recipe)
-            if done is not None and (not weights or (output / f"{stem}-weights.png").exists()):
-                hashed = done
-                continue
-
-            def show(step: int, number: int = number, steps: int = recipe.steps) -> None:
-                # some schedulers call the denoiser more often than there are steps
-                calls = len(getattr(pipeline.scheduler, "timesteps", ())) or steps
-                drawn = number * steps + min(step, calls) * steps // calls
-                note = f"picture {number + 1} of {len(planned)}"
-                progress.update("generate", drawn, len(planned) * steps, note, "steps")
-
-            recording = record_weights(denoiser) if weights else nullcontext()
-            with recording as record, pictures.on_every_call(pipeline, show):
-                picture = pictures.draw(pipeline, recipe)
-            pictures.save_picture(picture, output / f"{stem}.png", recipe, denoiser.device)
-            hashed = pictures.hash_pixels(picture)
-            if record is not None:
-                names = expert_names(denoiser)
-                filmstrip(record, [picture], output / f"{stem}-weights.png", experts=names)
-            show(len(pipeline.scheduler.timesteps))
-    return hashed
-
-
-def _done(path: Path, recipe: PictureRecipe) -> str | None:
-    """The hash of a picture that an earlier run has drawn; None if it does not exist.
-
-    Raises:
-        AfaError: if it was made with other settings.
-    """
-    from afa.drawing import pictures
-
-    if not path.exists():
-        return None
-    found = pictures.read_picture(path)
-    if found.recipe != recipe:
-        raise AfaError(
-            "AFA-CLI-011",
-            f"'{path}' was made with other settings. Pass a new folder as --output, or repeat the "
-            "earlier command to resume.",
-        )
-    return found.pixels
+    return list(zip(stems_of(prompts, recipe.seed, num_images), recipes, strict=True))
 
 
 def _require_nothing_else(context: typer.Context) -> None:

@@ -123,7 +123,8 @@ def _redraw(path: Path, figures: _Figures, device: object) -> None:
     """Draw a picture again, and record and draw its fusion weights."""
     from afa.denoisers.kinds import denoiser_of
     from afa.drawing.contenders import ENSEMBLE
-    from afa.drawing.pictures import draw, prepare_again, read_picture
+    from afa.drawing.pictures import draw, prepare_again
+    from afa.drawing.recorded import read_picture
     from afa.ensemble.protocol import expert_names
     from afa.ensemble.recording import record_weights
     from afa.loading.truncation import warnings_for
@@ -153,8 +154,9 @@ def _compared(
     """Draw prompts with every contender, and their fusion weights; yield (done, total)."""
     from afa.denoisers.kinds import denoiser_of
     from afa.drawing.contenders import ENSEMBLE, Contenders
-    from afa.drawing.pictures import draw, identity_of, picture_recipe, prepare
+    from afa.drawing.pictures import draw, identity_of, prepare
     from afa.drawing.plots import comparison
+    from afa.drawing.recorded import picture_recipe
     from afa.ensemble.protocol import expert_names
     from afa.ensemble.recording import record_weights
     from afa.loading.pipeline import native_resolution

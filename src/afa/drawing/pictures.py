@@ -1,19 +1,14 @@
-"""Draw pictures from recipes, record the recipe in the PNG, and reproduce pictures from it."""
+"""Draw pictures from recipes, and draw recorded pictures again."""
 
 from __future__ import annotations
 
 import hashlib
-import io
-import json
-import platform
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-import diffusers
 import torch
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
-from pydantic import Field, ValidationError
+from PIL import Image
 
 from afa.denoisers.kinds import denoiser_of, kind_of_pipeline
 from afa.drafting import DraftsRecipe, routed, use_drafts
@@ -23,7 +18,6 @@ from afa.ensemble.caching.plan import PruningPlan
 from afa.ensemble.guard import OnNonFinite, decoded
 from afa.ensemble.steering import steer
 from afa.errors import AfaError
-from afa.files import write_atomic
 from afa.loading.ensemble_folder import aggregator_tensors, load_ensemble
 from afa.loading.manifest import read_manifest
 from afa.loading.memory.budget import size_text
@@ -33,119 +27,16 @@ from afa.loading.planned import companions_of_ensemble
 from afa.loading.trust.unchanged import require_unchanged
 from afa.machine.exhausted import saying_what_fits
 from afa.machine.free import free_memory
-from afa.provenance import __version__
-from afa.recipe import MAX_SEED, Section
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from diffusers import DiffusionPipeline
 
+    from afa.drawing.recorded import PictureRecipe
     from afa.ensemble.caching.settings import Acceleration
     from afa.ensemble.denoiser import EnsembleDenoiser
     from afa.ensemble.steering import Bias
-
-_KEY = "afa"  # of the text chunk in a PNG
-_MAX_TEXT = 1_000_000
-_MAX_PROMPT = 20_000
-
-
-class PictureRecipe(Section):
-    """All inputs of a picture except the machine.
-
-    Attributes:
-        ensemble: a folder, or `zoo:ensemble`.
-        identity: hash of the ensemble, see `identity_of`.
-        drawn_by: the ensemble, one of its experts, their merge or its student; see
-            `afa.drawing.contenders`.
-        student: source and hash of the student, if it drew the picture.
-        prompt: the prompt.
-        negative_prompt: the negative prompt.
-        seed: seed of the initial noise.
-        steps: number of denoising steps.
-        guidance: scale of classifier-free guidance.
-        height: height in pixels.
-        width: width in pixels.
-        bias: bias by expert and stage, see `afa.steer`.
-        drafts: settings of drafts, see `afa.drafting`.
-        judge: hash of their judge.
-        acceleration: settings of `afa.Acceleration`.
-        plan: the complete pruning plan.
-        dtype: dtype of the experts.
-        quantize: quantization of the experts' weights, see `afa.loading.quantization`.
-        compiled: whether blocks were compiled, which changes rounding.
-        on_nonfinite: reaction to non-finite values of an expert; see `afa.ensemble.guard`.
-    """
-
-    ensemble: str = Field(max_length=4096)
-    identity: str
-    drawn_by: str = ENSEMBLE
-    student: tuple[str, str] | None = None
-    prompt: str = Field(max_length=_MAX_PROMPT)
-    negative_prompt: str = Field(default="", max_length=_MAX_PROMPT)
-    seed: int = Field(ge=0, le=MAX_SEED)
-    steps: int = Field(ge=1, le=10_000)
-    guidance: float = Field(ge=0, allow_inf_nan=False)
-    height: int = Field(ge=8, le=16_384)
-    width: int = Field(ge=8, le=16_384)
-    bias: dict[str, dict[str, float]] = Field(default_factory=dict)
-    drafts: DraftsRecipe | None = None
-    judge: str | None = None
-    acceleration: dict[str, Any] = Field(default_factory=dict)
-    plan: PruningPlan | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    quantize: Literal["int8", "float8"] | None = None
-    compiled: bool = False
-    on_nonfinite: OnNonFinite = "stop"
-
-
-class MadeWith(Section):
-    """The software and machine of a picture; on others, rounding can change its pixels."""
-
-    afa: str
-    torch: str
-    diffusers: str
-    device: str
-    processor: str
-    threads: int
-
-
-class PictureText(Section):
-    """The text in a PNG: how the picture was made, and the hash of its pixels.
-
-    Attributes:
-        recipe: the recipe of the picture.
-        made_with: the software and the machine.
-        pixels: SHA-256 of the 8-bit RGB pixels, row by row.
-    """
-
-    format: Literal["afa-picture"] = "afa-picture"
-    version: Literal[1] = 1
-    recipe: PictureRecipe
-    made_with: MadeWith
-    pixels: str
-
-
-def picture_recipe(**fields: Any) -> PictureRecipe:
-    """Validate the fields of a recipe.
-
-    Raises:
-        AfaError: if a field is invalid; names the first one.
-    """
-    try:
-        return PictureRecipe.model_validate(fields)
-    except ValidationError as error:
-        raise AfaError(
-            "AFA-DRAW-002", f"A setting of the picture is invalid: {_first_problem(error)}."
-        ) from None
-
-
-def _first_problem(error: ValidationError) -> str:
-    problem = error.errors()[0]
-    return f"'{'.'.join(map(str, problem['loc']))}': {problem['msg']}"
-
-
-# -- drawing ----------------------------------------------------------------------------------
 
 
 def identity_of(ensemble: EnsembleDenoiser) -> str:
@@ -363,71 +254,3 @@ def on_every_call(
         yield
     finally:
         hook.remove()
-
-
-def made_here(device: torch.device) -> MadeWith:
-    """Describe the software and this machine with the given device."""
-    return MadeWith(
-        afa=__version__,
-        torch=torch.__version__,
-        diffusers=diffusers.__version__,
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        processor=platform.processor() or platform.machine(),
-        threads=torch.get_num_threads(),
-    )
-
-
-# -- files ------------------------------------------------------------------------------------
-
-
-def hash_pixels(picture: Image.Image) -> str:
-    """SHA-256 of a picture's 8-bit RGB pixels, row by row."""
-    return hashlib.sha256(picture.convert("RGB").tobytes()).hexdigest()
-
-
-def save_picture(
-    picture: Image.Image, path: Path, recipe: PictureRecipe, device: torch.device
-) -> None:
-    """Write a PNG that contains its recipe; the write is atomic.
-
-    Args:
-        picture: the picture.
-        path: a `.png` file.
-        recipe: the recipe of the picture.
-        device: device that drew it.
-    """
-    text = PictureText(recipe=recipe, made_with=made_here(device), pixels=hash_pixels(picture))
-    info = PngImagePlugin.PngInfo()
-    shown = {**text.model_dump(), "recipe": recipe.model_dump(mode="json", exclude_defaults=True)}
-    info.add_text(_KEY, json.dumps(shown, ensure_ascii=False))
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", pnginfo=info)
-    write_atomic(path, buffer.getvalue())
-
-
-def read_picture(path: Path) -> PictureText:
-    """Read the recipe in a PNG of `save_picture`, without its pixels.
-
-    Raises:
-        AfaError: if the file is missing, not a PNG, or has no valid recipe.
-    """
-    try:
-        with Image.open(path, formats=["PNG"]) as picture:
-            text = picture.info.get(_KEY)
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
-        raise AfaError(
-            "AFA-DRAW-006", f"'{path}' cannot be read as a PNG of afa: {error}."
-        ) from None
-    if not isinstance(text, str):
-        raise AfaError(
-            "AFA-DRAW-007",
-            f"'{path}' contains no recipe of afa. Use the original file: some programs and sites "
-            "remove PNG metadata.",
-        )
-    try:
-        if len(text) > _MAX_TEXT:
-            raise ValueError(f"it has more than {_MAX_TEXT} characters")
-        return PictureText.model_validate(json.loads(text))
-    except (ValidationError, ValueError, RecursionError) as error:
-        problem = _first_problem(error) if isinstance(error, ValidationError) else str(error)
-        raise AfaError("AFA-DRAW-008", f"The recipe in '{path}' is invalid: {problem}.") from None
