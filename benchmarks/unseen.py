@@ -228,7 +228,14 @@ def comparison(
         for name, listed in folders.items()
     ]
     if has_references:
+        # what afa generate draws with an ensemble that names its judge
+        own = {"drafts": {"judge": zoo.base, "prompts": "unknown_words"}}
+        known = [each for each in methods if VARIANTS[each["name"]].is_real]
+        default = [
+            {**each, "name": f"{each['name']}, drafts for unknown words", **own} for each in known
+        ]
         methods += [{**each, "name": f"{each['name']} with drafts", **kept} for each in methods]
+        methods += default
         methods.append({"name": "drafts alone", "fusion": {"rule": "feature_mean"}, **drafts})
         methods.append({"name": "base", "model": zoo.base})
         methods += [{"name": f"expert: {name}", "model": zoo.experts[name]} for name in EXPERTS]

@@ -9,7 +9,9 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from afa.training.recipe import ScenesRecipe
+from afa.training import SceneImages
+from afa.training.data import open_data
+from afa.training.recipe import DataRecipe, ScenesRecipe
 from afa.zoo.models import MAX_TOKENS, build_tokenizer
 from afa.zoo.scenes import (
     BACKGROUNDS,
@@ -17,6 +19,7 @@ from afa.zoo.scenes import (
     Scene,
     evaluation_prompts,
     is_held_out,
+    pair_set,
     parse_caption,
     scene,
     scenes,
@@ -74,6 +77,12 @@ def test_objects_can_be_left_out() -> None:
 def test_recipes_without_it_are_written_as_before() -> None:
     """So that a training that began before `without` existed can be resumed."""
     assert ScenesRecipe().model_dump() == {"num_samples": 10_000, "seed": 0, "kind": "any"}
+    assert repr(SceneImages(5)) == "SceneImages(5, seed=0, kind='any')"
+    assert "fifth" in repr(SceneImages(5, hold_out="fifth"))
+    data = open_data(DataRecipe(scenes=ScenesRecipe(num_samples=500, hold_out="fifth")))
+    assert isinstance(data, SceneImages)
+    shown = [parse_caption(data.stored(n).caption) for n in range(500)]
+    assert {pair_set(s.left, s.right) for s in shown} == {"training"}
     written = ScenesRecipe(without=["fox"]).model_dump(mode="json")
     assert written["without"] == ["fox"]
     assert ScenesRecipe.model_validate(written).without == ["fox"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -39,42 +40,53 @@ def build(
         Path | None, typer.Option(help="NotoColorEmoji.ttf; default: the bundled sprites.")
     ] = None,
     world: Annotated[
-        Literal["bundled", "categories"],
-        typer.Option(help="categories: U-Nets whose text encoder knows that a fox is an animal."),
-    ] = "bundled",
+        str | None,
+        typer.Option(help="A world of the study: its name, such as main, or a YAML file."),
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Of a world, with one thread each; default: all.")
+    ] = None,
 ) -> None:
-    """Train a zoo: a base model and three experts of it. Takes hours.
+    """Train a zoo: a base model and experts of it. Takes hours.
 
     `unet` rebuilds the bundled zoo from its sprites: autoencoder, models, judges, ensemble. `dit`
-    and `--world categories` train another zoo with the bundled autoencoder and judges.
+    and `--world` train other models with the bundled autoencoder and judges.
 
     [bold]Example[/bold]: afa zoo build work/dit --family dit
     """
     quieten_loading()
-    if family == "dit" and world == "categories":
+    if family == "dit" and world is not None:
+        raise AfaError("AFA-CLI-026", "--world has U-Nets; got --family dit. Remove one of them.")
+    if font is not None and (family == "dit" or world is not None):
         raise AfaError(
-            "AFA-CLI-026",
-            "--world categories is a zoo of U-Nets; got --family dit. Remove one of them.",
+            "AFA-CLI-023",
+            "--font only applies to the bundled zoo; got --family dit or --world. Remove --font.",
         )
-    if family == "dit" or world == "categories":
-        from afa.studies.zoo_build.categories import build_category_zoo
+    if world is not None:
+        _build_world(workdir, world, processes)
+        return
+    if family == "dit":
         from afa.studies.zoo_build.transformer import build_transformer_zoo
         from afa.zoo import MODELS
 
-        if font is not None:
-            raise AfaError(
-                "AFA-CLI-023",
-                "--font only applies to the bundled zoo; got --family dit or --world categories. "
-                "Remove --font.",
-            )
-        build_it = build_transformer_zoo if family == "dit" else build_category_zoo
-        _show(build_it(workdir))
+        _show(build_transformer_zoo(workdir))
         say(f"The zoo is in {workdir}: {', '.join(MODELS)}")
         return
     from afa.studies.zoo_build.build import build_zoo
 
     _show(build_zoo(workdir, font=font))
     say(f"The zoo is in {workdir / 'assets'}")
+
+
+def _build_world(workdir: Path, named: str, processes: int | None) -> None:
+    from afa.studies.worlds.build import build_world
+    from afa.studies.worlds.recipe import read_world
+
+    recipe = read_world(named, workdir)
+    with Progress() as progress:
+        for event in build_world(workdir, recipe, processes or os.cpu_count() or 1):
+            progress.update(event.name, event.done, event.total)
+    say(f"The world is in {workdir}, with the scores of its models in report.json")
 
 
 @app.command()

@@ -19,14 +19,18 @@ _ADDRESS = re.compile(r"(https?|hf|s3|gs|az|abfs|zip|gzip|tar)://")
 
 
 class ScenesRecipe(Section):
-    """Generated emoji scenes, `without` some objects; see `afa.zoo.scenes`."""
+    """Generated emoji scenes, `without` some objects; see `afa.zoo.scenes`.
 
-    LATER: ClassVar[tuple[str, ...]] = ("without",)
+    `hold_out` is the share of the pairs of objects of two domains that are not shown.
+    """
+
+    LATER: ClassVar[tuple[str, ...]] = ("without", "hold_out")
 
     num_samples: int = Field(default=10_000, ge=1)
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
     kind: Literal["animals", "food", "things", "any", "mixed"] = "any"
     without: list[str] = Field(default_factory=list)
+    hold_out: Literal["tenth", "fifth"] = "tenth"
 
 
 class DatasetRecipe(Section):

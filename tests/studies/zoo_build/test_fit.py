@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -16,13 +15,6 @@ from torch import nn
 import afa
 from afa.cli import main
 from afa.studies.zoo_build.build import ZooRecipe, build_zoo, spoil, train_vae
-from afa.studies.zoo_build.categories import (
-    CategoriesRecipe,
-    build_category_zoo,
-    cross_entropy,
-    describes,
-    named,
-)
 from afa.studies.zoo_build.evaluate import draw_pictures
 from afa.studies.zoo_build.fit import FitStep, fit
 from afa.studies.zoo_build.transformer import (
@@ -34,7 +26,7 @@ from afa.studies.zoo_build.transformer import (
 )
 from afa.studies.zoo_build.workshop import Workshop
 from afa.zoo.models import build_vae
-from afa.zoo.scenes import Scene, evaluation_prompts
+from afa.zoo.scenes import evaluation_prompts
 from afa.zoo.sprites import load_sprites
 from tests.refusal import refusal
 
@@ -177,39 +169,6 @@ def test_the_whole_zoo_in_few_steps(tmp_path: Path) -> None:
     )
     assert base.keys() == fox.keys()
     assert not torch.equal(base["conv_in.weight"], fox["conv_in.weight"])
-
-
-@pytest.mark.nightly
-def test_a_zoo_with_categories_in_few_steps(tmp_path: Path) -> None:
-    recipe = CategoriesRecipe(
-        num_scenes=8, text_steps=2, base_steps=2, expert_steps=2, batch_size=2, num_graded=2
-    )
-    stages = [s.name for s in build_category_zoo(tmp_path, recipe)]
-    order = ["text", "base", "animals", "food", "things", "grades"]
-    assert list(dict.fromkeys(stages)) == order
-    encoders, denoisers = (
-        [load_file(tmp_path / name / file) for name in ("base", "food")]
-        for file in ("text_encoder/model.safetensors", "unet/diffusion_pytorch_model.safetensors")
-    )
-    assert all(torch.equal(encoders[0][key], encoders[1][key]) for key in encoders[0])
-    assert not torch.equal(denoisers[0]["conv_in.weight"], denoisers[1]["conv_in.weight"])
-    assert {s.name for s in build_category_zoo(tmp_path, recipe)} == {"grades"}
-    with refusal("AFA-STUDY-008", "recipe.json"):
-        next(build_category_zoo(tmp_path, replace(recipe, category_share=0.1)))
-
-
-def test_a_caption_by_categories_has_several_right_pictures(tmp_path: Path) -> None:
-    """The loss is least for a model that gives all of them the same probability."""
-    fits = torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 0.0]])
-    even = torch.tensor([[9.0, 9.0, -99.0], [-99.0, 9.0, -99.0]])
-    uneven = torch.tensor([[9.0, 5.0, -99.0], [-99.0, 9.0, -99.0]])
-    assert cross_entropy(even, fits) < cross_entropy(uneven, fits)
-    assert cross_entropy(even, fits).item() == pytest.approx(math.log(2) / 2)
-    shown = Scene("fox", "pizza", "blue")
-    assert named(shown, [True, False]) == ("animal", "pizza", "blue")
-    assert describes(("animal", "pizza", "blue"), shown)
-    assert not describes(("food", "pizza", "blue"), shown)
-    assert not describes(("pizza", "animal", "blue"), shown)
 
 
 def test_every_word_of_a_caption_is_one_token() -> None:

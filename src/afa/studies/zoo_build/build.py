@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -176,7 +176,7 @@ def build_zoo(
     """
     recipe = recipe or ZooRecipe()
     folder.mkdir(parents=True, exist_ok=True)
-    require_same_recipe(folder / "recipe.json", recipe)
+    require_same_recipe(folder / "recipe.json", asdict(recipe))
     atlas = folder / "sprites.png"
     if font is not None:
         buffer = io.BytesIO()

@@ -7,7 +7,7 @@ both zoos are comparable.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from diffusers import AutoencoderKL, PixArtAlphaPipeline, PixArtTransformer2DModel
@@ -154,7 +154,7 @@ def build_transformer_zoo(
     """
     recipe = recipe or TransformerRecipe()
     with owned(folder):
-        require_same_recipe(folder / "recipe.json", recipe)
+        require_same_recipe(folder / "recipe.json", asdict(recipe))
         tokenizer = build_t5_tokenizer()
         shop = Workshop(folder, recipe, load_sprites(), tokenizer)
         yield from train_other_zoo(shop, lambda: PixArt(tokenizer), recipe.num_graded)

@@ -6,8 +6,8 @@ import copy
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -26,14 +26,14 @@ from afa.zoo.scenes import scene
 from afa.zoo.sprites import DOMAINS, hash_sprites
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from diffusers import AutoencoderKL, DiffusionPipeline
     from torch import Tensor
     from transformers import CLIPTokenizer
 
-    from afa.zoo.scenes import Kind, Scene
+    from afa.zoo.scenes import Scene
     from afa.zoo.sprites import Sprites
 
 
@@ -50,7 +50,31 @@ class ModelsRecipe:
     caption_dropout: float = 0.1
 
 
-Recipe = TypeVar("Recipe", bound=ModelsRecipe)
+class Settings(Protocol):
+    """What all stages need of a recipe."""
+
+    @property
+    def seed(self) -> int:
+        """The seed of the scenes."""
+
+    @property
+    def num_scenes(self) -> int:
+        """The number of scenes of each kind of data."""
+
+    @property
+    def batch_size(self) -> int:
+        """The number of scenes in a step."""
+
+    @property
+    def learning_rate(self) -> float:
+        """The peak learning rate."""
+
+    @property
+    def caption_dropout(self) -> float:
+        """The fraction of captions that are dropped."""
+
+
+Recipe = TypeVar("Recipe", bound=Settings)
 
 
 @dataclass(frozen=True)
@@ -65,11 +89,11 @@ class Workshop(Generic[Recipe]):
     sprites: Sprites
     tokenizer: Any
 
-    def scene(self, index: int, kind: Kind, stream: int = 0) -> Scene:
+    def scene(self, index: int, kind: Any, stream: int = 0) -> Scene:
         """The scene at `index` of a stream."""
         return scene(index, kind=kind, seed=self.recipe.seed + stream)
 
-    def pixels(self, indices: Tensor, kind: Kind, stream: int = 0) -> Tensor:
+    def pixels(self, indices: Tensor, kind: str, stream: int = 0) -> Tensor:
         """Render scenes: [B, 3, 64, 64] in -1..1."""
         scenes = [self.scene(int(i), kind, stream) for i in indices]
         pictures = np.stack([shown.render(self.sprites) for shown in scenes])
@@ -103,7 +127,7 @@ class Workshop(Generic[Recipe]):
 
 
 @torch.no_grad()
-def encode_scenes(shop: Workshop[Any], vae: AutoencoderKL, kind: Kind) -> tuple[Tensor, Tensor]:
+def encode_scenes(shop: Workshop[Any], vae: AutoencoderKL, kind: str) -> tuple[Tensor, Tensor]:
     """Encode `num_scenes` scenes to unscaled latents [S, 8, 16, 16] and token ids [S, 24].
 
     Stores them in the work folder with a hash of their inputs, so that a resumed run reuses them.
@@ -181,6 +205,7 @@ def train_text_to_image(
     token_ids: Tensor,
     num_steps: int,
     made_from: str = "",
+    learning_rate: float | None = None,
 ) -> Iterator[FitStep]:
     """Train a model on velocity (Salimans & Ho, 2022), with independent caption dropout.
 
@@ -192,6 +217,7 @@ def train_text_to_image(
         token_ids: token ids of their captions [S, 24].
         num_steps: see `fit`.
         made_from: see `fit`.
+        learning_rate: see `fit`; None uses the recipe's.
     """
     recipe, empty_ids = shop.recipe, shop.tokenize([""])[0]
     scheduler = build_scheduler()
@@ -207,16 +233,16 @@ def train_text_to_image(
         target = scheduler.get_velocity(clean, noise, timestep)
         return F.mse_loss(model(noisy, timestep, ids), target)
 
-    yield from shop.fit(name, model, loss_of, num_steps, recipe.learning_rate, made_from)
+    rate = recipe.learning_rate if learning_rate is None else learning_rate
+    yield from shop.fit(name, model, loss_of, num_steps, rate, made_from)
 
 
-def require_same_recipe(path: Path, recipe: ModelsRecipe) -> None:
+def require_same_recipe(path: Path, settings: Mapping[str, Any]) -> None:
     """Require that the checkpoints in a work folder were made by this recipe; stores the recipe.
 
     Raises:
         AfaError: if they were made by another recipe, or their recipe is missing.
     """
-    settings = asdict(recipe)
     is_foreign = any(path.parent.glob("*.ckpt")) and not path.exists()
     if is_foreign or (path.exists() and read_json(path) != settings):
         raise AfaError(

@@ -55,7 +55,11 @@ def open_data(recipe: DataRecipe) -> CaptionedImages | StreamedImages | None:
         return None
     else:
         data = SceneImages(
-            scenes.num_samples, seed=scenes.seed, kind=scenes.kind, without=scenes.without
+            scenes.num_samples,
+            seed=scenes.seed,
+            kind=scenes.kind,
+            without=scenes.without,
+            hold_out=scenes.hold_out,
         )
     if recipe.limit is not None and recipe.limit < len(data):
         return Part(data, range(recipe.limit))

@@ -11,7 +11,7 @@ from afa.training.data.images import Stored
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from afa.zoo.scenes import Kind, Scene
+    from afa.zoo.scenes import HoldOut, Kind, Scene
     from afa.zoo.sprites import Sprites
 
 
@@ -25,19 +25,29 @@ class SceneImages:
         seed: int = 0,
         kind: Kind = "any",
         without: Collection[str] = (),
+        hold_out: HoldOut = "tenth",
         sprites: Sprites | None = None,
     ) -> None:
         self._num_samples, self._seed, self._kind = num_samples, seed, kind
-        self._without, self._sprites = frozenset(without), sprites
+        self._without, self._hold_out = frozenset(without), hold_out
+        self._sprites = sprites
 
     def __repr__(self) -> str:
-        without = f", without={sorted(self._without)}" if self._without else ""
-        return f"SceneImages({self._num_samples}, seed={self._seed}, kind={self._kind!r}{without})"
+        others = f", without={sorted(self._without)}" if self._without else ""
+        if self._hold_out != "tenth":
+            others += f", hold_out={self._hold_out!r}"
+        return f"SceneImages({self._num_samples}, seed={self._seed}, kind={self._kind!r}{others})"
 
     def _scene(self, index: int) -> Scene:
         from afa.zoo.scenes import scene
 
-        return scene(index, kind=self._kind, seed=self._seed, without=self._without)
+        return scene(
+            index,
+            kind=self._kind,
+            seed=self._seed,
+            without=self._without,
+            hold_out=self._hold_out,
+        )
 
     def __len__(self) -> int:
         return self._num_samples

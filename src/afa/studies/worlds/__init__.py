@@ -1,0 +1,1 @@
+"""Worlds: bases and experts whose knowledge is set by a short description."""

@@ -1,0 +1,76 @@
+"""The prompts of a world, in disjoint sets: for tuning, for development, and for the test."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import random
+from typing import TYPE_CHECKING, Literal
+
+from afa.zoo.scenes import BACKGROUNDS, caption_of, pair_set
+from afa.zoo.sprites import OBJECTS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from afa.studies.worlds.recipe import WorldRecipe
+
+#: what prompts are used for; only the last stage of the study reads those of the test
+PromptSet = Literal["tuning", "development", "test"]
+_SETS: tuple[PromptSet, ...] = ("tuning", "development", "test")
+#: groups of prompts besides an expert's own: pairs of objects of different experts, and those among
+#: them with no, one or two private objects
+MIXED = "mixed"
+KNOWN, ONE_PRIVATE, PRIVATE = "known x known", "known x private", "private x private"
+
+
+def groups_of(recipe: WorldRecipe) -> tuple[str, ...]:
+    """The groups of a world's prompts: those of different experts, then each expert's own."""
+    mixed = (KNOWN, ONE_PRIVATE, PRIVATE) if recipe.private else (MIXED,)
+    return (*mixed, *recipe.experts)
+
+
+def prompts_of(recipe: WorldRecipe, used_for: PromptSet, count: int) -> dict[str, list[str]]:
+    """Up to `count` distinct prompts of each group, in a random order.
+
+    Pairs of different experts are held out of all training sets. An expert's own pairs are not, but
+    no caption is in two sets.
+
+    Args:
+        recipe: the world.
+        used_for: the set.
+        count: number of prompts of each group; there may be fewer.
+    """
+    found: dict[str, list[str]] = {group: [] for group in groups_of(recipe)}
+    for group, pair in _pairs(recipe, used_for):
+        captions = [caption_of(*pair, background) for background in BACKGROUNDS]
+        if group in recipe.experts:
+            captions = [each for each in captions if _set_of(each) == used_for]
+        found[group] += captions
+    order = random.Random(f"{recipe.seed} {used_for}")
+    return {
+        group: order.sample(captions, min(count, len(captions)))
+        for group, captions in found.items()
+    }
+
+
+def _pairs(recipe: WorldRecipe, used_for: PromptSet) -> Iterator[tuple[str, tuple[str, str]]]:
+    """All ordered pairs of a set, with their groups."""
+    private = recipe.private_objects
+    for pair in itertools.permutations(OBJECTS, 2):
+        if recipe.is_mixed(*pair):
+            count = len(private & set(pair))
+            # private objects are in no training pair of two experts, whatever the set
+            if count or pair_set(*pair) == used_for:
+                if count and _set_of("+".join(sorted(pair))) != used_for:
+                    continue
+                yield ((KNOWN, ONE_PRIVATE, PRIVATE)[count] if private else MIXED), pair
+            continue
+        for name, known in recipe.experts.items():
+            if set(pair) <= set(known):
+                yield name, pair
+
+
+def _set_of(text: str) -> PromptSet:
+    """One of three equally large sets, by a hash."""
+    return _SETS[hashlib.sha256(text.encode()).digest()[0] % len(_SETS)]
