@@ -56,6 +56,8 @@ class TeacherRecipe(MethodRecipe):
     def _alone(self) -> TeacherRecipe:
         if self.num_replicas != 1:
             raise ValueError(f"must be one model or ensemble; got {self.num_replicas}")
+        if self.pictures is not None:
+            raise ValueError("must be a model that predicts; pictures are drawn already")
         if self.guidance is not None:
             raise ValueError("must not have a guidance; set trajectories.guidance")
         if self.acceleration != EXACT:

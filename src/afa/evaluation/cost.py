@@ -31,22 +31,24 @@ class Cost:
     runs of the middle layer, so steps that reuse that layer's cached feature do not count.
     `peak_memory` is in bytes, of the accelerator or else of the whole process; None if the system
     does not report it. `measured_on` names the machine and the software, on which seconds and the
-    last bits of pictures depend.
+    last bits of pictures depend. Seconds and calls are None if nobody measured them; see
+    `afa.evaluation.given`.
     """
 
-    seconds: float = 0.0
+    seconds: float | None = 0.0
     peak_memory: int | None = None
-    expert_calls: int = 0
+    expert_calls: float | None = 0
     measured_on: str = ""
 
 
 @contextmanager
 def measure(pipeline: DiffusionPipeline) -> Iterator[Cost]:
     """Measure the cost of the block; the values are set when it ends."""
-    cost = Cost()
+    cost, calls = Cost(), 0
 
     def count(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cost.expert_calls += len(args[0] if args else kwargs["hidden_states"])
+        nonlocal calls
+        calls += len(args[0] if args else kwargs["hidden_states"])
 
     denoiser = denoiser_of(pipeline)
     experts = list(denoiser.experts) if isinstance(denoiser, EnsembleDenoiser) else [denoiser]
@@ -66,7 +68,7 @@ def measure(pipeline: DiffusionPipeline) -> Iterator[Cost]:
         yield cost
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        cost.seconds = time.perf_counter() - started
+        cost.seconds, cost.expert_calls = time.perf_counter() - started, calls
         cost.peak_memory = _peak(device)
         cost.measured_on = _machine(device)
     finally:

@@ -16,7 +16,7 @@ from afa.evaluation.prompts import PromptsRecipe, resolve_file, resolve_prompts
 from afa.loading.expert_source import ExpertSource
 from afa.merging import MergeRecipe
 from afa.metrics import MetricRecipe
-from afa.recipe import MAX_SEED, Section, read_recipe, resolve_sources
+from afa.recipe import MAX_SEED, Section, read_recipe, resolve_path, resolve_sources
 
 #: the metric of the zoo's object classifier; needs prompts of the zoo
 SCENES = "scenes"
@@ -35,39 +35,46 @@ def slug(name: str) -> str:
 
 
 class MethodRecipe(Section):
-    """One method: a name and exactly one of `model`, `ensemble`, `merge` and `fusion`.
+    """One method: a name and exactly one of `model`, `ensemble`, `merge`, `fusion` and `pictures`.
 
     `model`: a single checkpoint, or a LoRA on one. `ensemble`: a folder of `afa train`, or several
     that differ in the training seed and are reported as one method. `merge`: as in a recipe of
     `afa merge`, without experts and base. `fusion`: a rule of `afa.aggregators.fusion`.
-    `acceleration`: a preset or settings of `afa.Acceleration`. `plan`: a plan of `afa prune` for
-    the ensembles. `guidance`: guidance scale of this method, for models whose prediction is guided
-    already, such as those of `afa distill` with `bake_in`; None uses that of `sampling`. `drafts`:
-    settings of drafts, for ensembles and fusions.
+    `pictures`: a folder of pictures that another program drew of the same prompts, or several; see
+    `afa.evaluation.given`. `acceleration`: a preset or settings of `afa.Acceleration`. `plan`: a
+    plan of `afa prune` for the ensembles. `guidance`: guidance scale of this method, for models
+    whose prediction is guided already, such as those of `afa distill` with `bake_in`; None uses
+    that of `sampling`. `drafts`: settings of drafts, for ensembles and fusions.
     """
 
-    LATER: ClassVar[tuple[str, ...]] = ("drafts",)
+    LATER: ClassVar[tuple[str, ...]] = ("drafts", "pictures")
 
     name: str = Field(min_length=1, max_length=80)
     model: list[ExpertSource] | None = Field(default=None, min_length=1)
     ensemble: list[str] | None = Field(default=None, min_length=1)
     merge: dict[str, Any] | None = None
     fusion: AnyFusion | None = None
+    pictures: list[Path] | None = Field(default=None, min_length=1)
     acceleration: Annotated[Acceleration, BeforeValidator(acceleration_of)] = EXACT
     plan: Path | None = None
     guidance: float | None = Field(default=None, ge=0)
     drafts: DraftsRecipe | None = None
 
-    @field_validator("model", "ensemble", mode="before")
+    @field_validator("model", "ensemble", "pictures", mode="before")
     @classmethod
     def _one_or_several(cls, given: Any) -> Any:
-        return [given] if isinstance(given, (str, Mapping, ExpertSource)) else given
+        return [given] if isinstance(given, (str, Path, Mapping, ExpertSource)) else given
 
     @model_validator(mode="after")
     def _exactly_one(self) -> MethodRecipe:
-        given = (self.model, self.ensemble, self.merge, self.fusion)
+        given = (self.model, self.ensemble, self.merge, self.fusion, self.pictures)
         if sum(value is not None for value in given) != 1:
-            raise ValueError("must have exactly one of model, ensemble, merge and fusion")
+            raise ValueError("must have exactly one of model, ensemble, merge, fusion and pictures")
+        if self.pictures is not None:
+            others = {"acceleration": EXACT, "plan": None, "guidance": None}
+            named = [key for key, unused in others.items() if getattr(self, key) != unused]
+            if named:
+                raise ValueError(f"must not have {named[0]} with pictures, which are drawn already")
         if self.drafts is not None and self.ensemble is None and self.fusion is None:
             raise ValueError("must have drafts only with an ensemble or a fusion")
         if self.drafts is not None and self.fusion is not None and not self.fusion.takes_drafts:
@@ -86,7 +93,7 @@ class MethodRecipe(Section):
     @property
     def num_replicas(self) -> int:
         """Number of models or ensembles of this method."""
-        return len(self.model or self.ensemble or [None])
+        return len(self.model or self.ensemble or self.pictures or [None])
 
 
 Method = TypeVar("Method", bound=MethodRecipe)
@@ -216,7 +223,8 @@ class EvaluateRecipe(ModelsRecipe):
                 )
         named = [self.subject]
         if self.curve is not None:
-            named += [*(self.curve.methods or []), *self.curve.also]
+            chosen = self.curve.methods
+            named += [*([self.subject_name] if chosen is None else chosen), *self.curve.also]
         unknown = next((name for name in named if name is not None and name not in names), None)
         if unknown is not None:
             raise ValueError(f"must name one of its methods; got '{unknown}'")
@@ -228,6 +236,12 @@ class EvaluateRecipe(ModelsRecipe):
         if self.primary is not None and self.primary not in scores:
             raise ValueError(
                 f"must have one of {', '.join(scores)} as primary; got '{self.primary}'"
+            )
+        given = [method.name for method in self.methods if method.pictures is not None]
+        drawn = next((name for name in given if name in named), None)
+        if self.curve is not None and drawn is not None:
+            raise ValueError(
+                f"must not have a curve of '{drawn}', whose pictures have one number of steps"
             )
         if self.curve is not None and not scores:
             raise ValueError("must have a metric of single pictures for the curve")
@@ -262,6 +276,8 @@ def resolve_method(method: Method, folder: Path) -> Method:
     """Make the paths of a method absolute; they are relative to the recipe's `folder`."""
     resolved: Method = resolve_sources(method, folder, "model", "ensemble")
     changes: dict[str, Any] = {"plan": resolve_file(method.plan, folder)}
+    if method.pictures is not None:
+        changes["pictures"] = [resolve_path(place, folder) for place in method.pictures]
     if method.drafts is not None:
         changes["drafts"] = resolve_sources(method.drafts, folder, "judge")
     return resolved.model_copy(update=changes)

@@ -213,12 +213,16 @@ def score_table(report: dict[str, Any], group: str) -> list[str]:
         cells += [f"{sets[k]['mean']:.3g}" if k in sets else "-" for k in report["set_scores"]]
         memory = row["measured"]["peak_memory_mib"]
         cells += [
-            f"{row['expert_calls_per_image']:.0f}",
-            f"{row['measured']['seconds_per_image']:.3g}",
-            "unknown" if memory is None else f"{memory} MiB",
+            _known(row["expert_calls_per_image"], ".0f"),
+            _known(row["measured"]["seconds_per_image"], ".3g"),
+            _known(memory, "d", " MiB"),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def _known(value: float | None, form: str, unit: str = "") -> str:
+    return "unknown" if value is None else f"{value:{form}}{unit}"
 
 
 def paired_table(report: dict[str, Any], group: str) -> list[str]:
@@ -254,7 +258,8 @@ def curve_table(report: dict[str, Any]) -> list[str]:
     lines.append("|---|---|---|---|---|")
     lines += [
         f"| {row['method']} | {row['num_steps']} | {_interval(row['scores'][primary])} "
-        f"| {row['expert_calls_per_image']:.0f} | {row['measured']['seconds_per_image']:.3g} |"
+        f"| {_known(row['expert_calls_per_image'], '.0f')} "
+        f"| {_known(row['measured']['seconds_per_image'], '.3g')} |"
         for row in report["curve"]
         if primary is not None
     ]

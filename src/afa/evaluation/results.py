@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MeanCost:
-    """The cost of one picture of a method; `peak_memory` in bytes.
+    """The cost of one picture of a method; `peak_memory` in bytes; None is unknown.
 
     `seconds` is the median over the batches, which is robust to a busy machine.
     """
 
-    seconds: float
+    seconds: float | None
     peak_memory: int | None
-    expert_calls: float
+    expert_calls: float | None
 
 
 class Results:
@@ -182,7 +182,9 @@ class Results:
     # -- pairs of methods ---------------------------------------------------------------------
 
     def kind(self, method: MethodRecipe) -> str:
-        """`expert`, `model`, `ensemble`, `merge`, or the name of a fusion."""
+        """`expert`, `model`, `ensemble`, `merge`, `pictures`, or the name of a fusion."""
+        if method.pictures is not None:
+            return "pictures"
         if method.fusion is not None:
             return method.fusion.rule
         if method.merge is not None:
@@ -226,10 +228,12 @@ class Results:
     def _cost(self, units: Sequence[Unit]) -> MeanCost:
         costs = [(read_cost(self.store, unit), len(unit.places)) for unit in units]
         peaks = [cost.peak_memory for cost, _ in costs if cost.peak_memory is not None]
+        seconds = [cost.seconds / count for cost, count in costs if cost.seconds is not None]
+        calls = [cost.expert_calls for cost, _ in costs if cost.expert_calls is not None]
         return MeanCost(
-            statistics.median(cost.seconds / count for cost, count in costs),
+            statistics.median(seconds) if len(seconds) == len(costs) else None,
             max(peaks, default=None),
-            sum(cost.expert_calls for cost, _ in costs) / sum(count for _, count in costs),
+            sum(calls) / sum(n for _, n in costs) if len(calls) == len(costs) else None,
         )
 
     def machines(self) -> list[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from afa.errors import AfaError
+from afa.evaluation.given import identity_of_pictures, take_unit
 from afa.evaluation.identity import Identities
 from afa.evaluation.methods import MethodBuilder
 from afa.evaluation.prompts import load_prompts, source_warnings
@@ -133,12 +134,16 @@ def _work(
     pipeline: Any = None
     for done, unit in enumerate(mine):
         yield EvaluateProgress(stage, done, len(mine), unit.method)
-        if not results.store.cost(unit).exists():
+        method, seeds = methods[unit.method], results.recipe.sampling.seeds
+        is_drawn = results.store.cost(unit).exists()
+        if not is_drawn and method.pictures is not None:
+            take_unit(method.pictures[unit.replica], unit, seeds, results.store)
+        elif not is_drawn:
             if loaded != (unit.method, unit.replica):
                 loaded = pipeline = None  # before the next one is loaded
-                pipeline = builder.build(methods[unit.method], unit.replica)
+                pipeline = builder.build(method, unit.replica)
                 loaded = unit.method, unit.replica
-            sampling = results.recipe.sampling_of(methods[unit.method])
+            sampling = results.recipe.sampling_of(method)
             draw_unit(pipeline, unit, results.prompts, sampling, results.store)
         results.scoring.score(unit)
     if mine:
@@ -219,6 +224,10 @@ def _claims(recipe: EvaluateRecipe, prompts: Sequence[Prompt], store: Store) -> 
     for method in recipe.methods:
         sampling = recipe.sampling_of(method).model_dump(mode="json", exclude=apart)
         for replica in range(method.num_replicas):
-            identity = {**identities.method(method, replica), "sampling": sampling}
+            if method.pictures is not None:
+                given = method.pictures[replica]
+                identity = identity_of_pictures(given, range(len(prompts)), recipe.sampling.seeds)
+            else:
+                identity = {**identities.method(method, replica), "sampling": sampling}
             path = store.method(method.name, replica) / "method.json"
             yield Claim(path, identity, f"the method '{method.name}'")

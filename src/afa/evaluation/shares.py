@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from afa.denoisers.kinds import denoiser_of
+from afa.drafting import batches
 from afa.ensemble.recording import record_weights
 from afa.evaluation.prompts import groups_of
 from afa.evaluation.work import digest, draw, write_json
@@ -40,7 +41,8 @@ def record_shares(
         "groups": {},
     }
     for group, places in groups_of(prompts).items():
-        chosen = places[: sampling.batch_size]
+        first = places[: sampling.batch_size]
+        chosen = [first[n] for n in batches(pipeline, [prompts[n].text for n in first])[0]]
         with record_weights(denoiser_of(pipeline)) as record:
             texts = [prompts[n].text for n in chosen]
             seed, num_steps = sampling.seeds[0], sampling.num_steps

@@ -175,6 +175,7 @@ def inputs_of_evaluation(
         progress: called with the number of references read and their total.
     """
     from afa.ensemble.caching.plan import load_plan
+    from afa.evaluation.given import given_costs, picture_files
     from afa.evaluation.prompts import load_prompts, source_warnings
     from afa.evaluation.run import require_evaluation, require_same_evaluation
     from afa.evaluation.scoring import Scoring
@@ -198,6 +199,10 @@ def inputs_of_evaluation(
             found.say("prompts", source_warnings(recipe.prompts))
             _say_truncated(found, plan_of_evaluation(recipe), prompts, recipe.sampling)
             texts = [prompt.text for prompt in prompts]
+            for given in (place for method in recipe.methods for place in method.pictures or ()):
+                with found.refusals("methods"):
+                    given_costs(given)
+                    picture_files(given, range(len(prompts)), recipe.sampling.seeds)
             for method in recipe.methods:
                 for folder in [] if method.drafts is not None else method.ensemble or ():
                     found.say("prompts", word_warnings(ensemble_folder(folder), texts))
