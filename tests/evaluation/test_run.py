@@ -296,7 +296,10 @@ def test_a_damaged_reference_picture_keeps_what_is_done(
         ),
         ({"metrics": ["beauty"]}, "AFA-RECIPE-002"),
         ({"methods": [{"name": "a", "model": "none.safetensors"}]}, "none.safetensors"),
-        ({"methods": [{"name": "a"}]}, "exactly one of model, ensemble, merge, fusion and pictures"),
+        (
+            {"methods": [{"name": "a"}]},
+            "exactly one of model, ensemble, merge, fusion and pictures",
+        ),
         ({"methods": [{"name": "a", "merge": {"method": "ties"}}], "base": None}, "base"),
         (
             {"methods": [{"name": "a", "model": "zoo:base"}, {"name": "A", "model": "zoo:base"}]},

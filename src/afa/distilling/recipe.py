@@ -60,6 +60,8 @@ class TeacherRecipe(MethodRecipe):
             raise ValueError("must be a model that predicts; pictures are drawn already")
         if self.guidance is not None:
             raise ValueError("must not have a guidance; set trajectories.guidance")
+        if self.sparse is not None and self.sparse.by == "step":
+            raise ValueError("must not have sparse by step, which depends on other steps")
         if self.acceleration != EXACT:
             raise ValueError("must not have an acceleration: its predictions would be approximate")
         return self

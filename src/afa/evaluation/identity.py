@@ -57,6 +57,8 @@ class Identities:
             identity["acceleration"] = acceleration
         if method.plan is not None:
             identity["plan"] = load_plan(method.plan).model_dump()
+        if method.sparse is not None:
+            identity["sparse"] = method.sparse.model_dump()
         if method.drafts is not None:
             drafts = method.drafts
             identity["drafts"] = drafts.model_dump(exclude={"judge"})

@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from afa.aggregators.sparse import Leading
 from afa.denoisers.kinds import denoiser_of
 from afa.denoisers.timesteps import in_scheduler_timesteps
 from afa.drafting import use_drafts
 from afa.drawing.merged import merged_pipeline
 from afa.ensemble.accelerate import accelerate
+from afa.ensemble.sparse import run_leading
 from afa.loading.ensemble_folder import load_ensemble
 from afa.loading.expert import load_expert
 from afa.loading.expert_source import first_folder
@@ -22,7 +24,12 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from afa.aggregators.fusion import FusionRecipe
-    from afa.evaluation.recipe import MethodRecipe, ModelsRecipe, SamplingRecipe
+    from afa.evaluation.recipe import (
+        MethodRecipe,
+        ModelsRecipe,
+        SamplingRecipe,
+        SparseRecipe,
+    )
     from afa.loading.expert_source import ExpertSource
 
 
@@ -66,6 +73,8 @@ class MethodBuilder:
             assert method.fusion is not None, "a method has exactly one of them"
             pipeline = self._fusion(method.fusion)
         check_text_to_image(pipeline)
+        if method.sparse is not None:
+            pipeline = _sparse(pipeline, method.sparse)
         pipeline = accelerate(pipeline, method.acceleration, plan=method.plan)
         pipeline.set_progress_bar_config(disable=True)
         if method.drafts is not None:
@@ -111,3 +120,13 @@ class MethodBuilder:
         if schedule is not None:
             schedule = in_scheduler_timesteps(schedule, ensemble.family)
         return with_rules(experts, fusion.rules(ensemble.sites), schedule)
+
+
+def _sparse(pipeline: DiffusionPipeline, sparse: SparseRecipe) -> DiffusionPipeline:
+    """The pipeline of an ensemble that fuses only its leading experts."""
+    ensemble = denoiser_of(pipeline)
+    if sparse.by == "step":
+        run_leading(ensemble, sparse.experts, sparse.every)
+        return pipeline
+    rules = [Leading(rule, sparse.experts) for rule in ensemble.aggregators]
+    return with_rules(pipeline, rules)

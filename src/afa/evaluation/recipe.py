@@ -34,6 +34,20 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "method"
 
 
+class SparseRecipe(Section):
+    """Sparse fusion of an ensemble.
+
+    Attributes:
+        experts: number of experts that are fused, those with the largest weights.
+        by: at each pixel, where all experts still run; or by step, where only these experts run.
+        every: by step, all experts run at every `every`-th step, to choose among them.
+    """
+
+    experts: int = Field(ge=1)
+    by: Literal["pixel", "step"] = "pixel"
+    every: int = Field(default=5, ge=2)
+
+
 class MethodRecipe(Section):
     """One method: a name and exactly one of `model`, `ensemble`, `merge`, `fusion` and `pictures`.
 
@@ -44,10 +58,11 @@ class MethodRecipe(Section):
     `afa.evaluation.given`. `acceleration`: a preset or settings of `afa.Acceleration`. `plan`: a
     plan of `afa prune` for the ensembles. `guidance`: guidance scale of this method, for models
     whose prediction is guided already, such as those of `afa distill` with `bake_in`; None uses
-    that of `sampling`. `drafts`: settings of drafts, for ensembles and fusions.
+    that of `sampling`. `drafts`: settings of drafts, for ensembles and fusions. `sparse`: fuse only
+    the leading experts of ensembles.
     """
 
-    LATER: ClassVar[tuple[str, ...]] = ("drafts", "pictures")
+    LATER: ClassVar[tuple[str, ...]] = ("drafts", "pictures", "sparse")
 
     name: str = Field(min_length=1, max_length=80)
     model: list[ExpertSource] | None = Field(default=None, min_length=1)
@@ -59,6 +74,7 @@ class MethodRecipe(Section):
     plan: Path | None = None
     guidance: float | None = Field(default=None, ge=0)
     drafts: DraftsRecipe | None = None
+    sparse: SparseRecipe | None = None
 
     @field_validator("model", "ensemble", "pictures", mode="before")
     @classmethod
@@ -75,6 +91,10 @@ class MethodRecipe(Section):
             named = [key for key, unused in others.items() if getattr(self, key) != unused]
             if named:
                 raise ValueError(f"must not have {named[0]} with pictures, which are drawn already")
+        if self.sparse is not None and self.ensemble is None:
+            raise ValueError("must be an ensemble to have sparse, which needs its weights")
+        if self.sparse is not None and (self.drafts is not None or self.plan is not None):
+            raise ValueError("must not have sparse with drafts or a plan")
         if self.drafts is not None and self.ensemble is None and self.fusion is None:
             raise ValueError("must have drafts only with an ensemble or a fusion")
         if self.drafts is not None and self.fusion is not None and not self.fusion.takes_drafts:
