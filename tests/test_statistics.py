@@ -6,8 +6,16 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from afa.statistics import Interval, mean_interval, paired_difference, sign_test, wilson
+from afa.statistics import (
+    Interval,
+    equivalence,
+    mean_interval,
+    paired_difference,
+    sign_test,
+    wilson,
+)
 from tests.refusal import refusal
 
 
@@ -137,3 +145,47 @@ def test_other_prompts_are_refused() -> None:
 
 def test_how_an_interval_reads() -> None:
     assert str(Interval(0.5, 0.4, 0.6)) == "0.50 [0.40, 0.60]"
+
+
+def test_prompts_of_one_cluster_count_once() -> None:
+    """Twelve copies of each score say no more than one."""
+    rng = np.random.default_rng(3)
+    scores = rng.normal(size=(1, 60))
+    copies, clusters = np.repeat(scores, 12, axis=1), np.repeat(np.arange(60), 12)
+    one, clustered = mean_interval(scores), mean_interval(copies, clusters=clusters)
+    assert (clustered.low, clustered.high) == pytest.approx((one.low, one.high), abs=1e-12)
+    assert mean_interval(copies).high - mean_interval(copies).low < (one.high - one.low) / 3
+    theirs = rng.normal(size=(1, 60))
+    paired = paired_difference(copies, np.repeat(theirs, 12, axis=1), clusters=clusters)
+    assert paired.difference.low == pytest.approx(
+        paired_difference(scores, theirs).difference.low, abs=1e-12
+    )
+    alone = np.arange(60)
+    assert mean_interval(scores, clusters=alone) == one
+    with refusal("AFA-STAT-003", "12", "60"):
+        mean_interval(scores, clusters=np.zeros(12, dtype=np.int64))
+
+
+def test_clustered_intervals_cover_the_truth() -> None:
+    """Of pairs with an effect of their own, as those of two objects in several pictures."""
+    rng = np.random.default_rng(4)
+    clusters, truth, covered = np.repeat(np.arange(65), 6), 0.8, 0
+    for _ in range(200):
+        share = np.clip(rng.beta(4, 1, size=65), 0, 1)
+        scores = (rng.random(390) < share[clusters]).astype(float)[None]
+        interval = mean_interval(scores, 1_000, clusters=clusters)
+        covered += interval.low <= truth <= interval.high
+    assert 0.9 <= covered / 200 <= 0.99
+
+
+def outcomes(count: int, share: float, seed: int) -> NDArray[np.float64]:
+    drawn: NDArray[np.float64] = np.zeros((1, count))
+    drawn[:, : round(share * count)] = 1
+    return np.random.default_rng(seed).permuted(drawn, axis=1)
+
+
+def test_equivalence_needs_a_margin_and_enough_prompts() -> None:
+    assert equivalence(outcomes(2000, 0.9, 0), outcomes(2000, 0.9, 1), 0.05)
+    assert not equivalence(outcomes(20, 0.9, 0), outcomes(20, 0.9, 1), 0.05)
+    assert not equivalence(outcomes(2000, 0.9, 0), outcomes(2000, 0.8, 1), 0.05)
+    assert equivalence(outcomes(20, 0.9, 0), outcomes(20, 0.9, 0), 0.05), "with itself"

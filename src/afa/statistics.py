@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     #: scores of one method, [replicas, prompts]
     Scores = NDArray[np.float64]
+    #: the cluster of each prompt, from 0, [prompts]
+    Clusters = NDArray[np.int64]
 
 _Z = 1.959963984540054  # of a two-sided 95 % interval
 _CHUNK = 500  # resamples at a time: 120 MB for 30,000 prompts
@@ -84,7 +86,11 @@ def wilson(share: float, num_trials: int) -> Interval:
 
 
 def mean_interval(
-    scores: Scores, num_resamples: int = 10_000, *, is_outcome: bool = False
+    scores: Scores,
+    num_resamples: int = 10_000,
+    *,
+    is_outcome: bool = False,
+    clusters: Clusters | None = None,
 ) -> Interval:
     """Return the mean of a method's scores with a 95 % interval over prompts and replicas.
 
@@ -95,16 +101,24 @@ def mean_interval(
         scores: [replicas, prompts], each the mean over the seeds.
         num_resamples: of the bootstrap.
         is_outcome: whether every single score was 0 or 1.
+        clusters: of the prompts, which are drawn together, since their scores are not independent;
+            None draws single prompts.
     """
     mean = float(scores.mean())
-    drawn = _percentiles(mean, _resampled_means(scores, num_resamples))
+    drawn = _percentiles(mean, _resampled_means(scores, num_resamples, clusters=clusters))
     if not is_outcome:
         return drawn
     bounds = wilson(mean, scores.shape[1])
     return Interval(mean, min(bounds.low, drawn.low), max(bounds.high, drawn.high))
 
 
-def paired_difference(ours: Scores, theirs: Scores, num_resamples: int = 10_000) -> Paired:
+def paired_difference(
+    ours: Scores,
+    theirs: Scores,
+    num_resamples: int = 10_000,
+    *,
+    clusters: Clusters | None = None,
+) -> Paired:
     """Return the mean difference of two methods on the same prompts, with a 95 % interval.
 
     Percentile bootstrap: both methods use the same resampled prompts, and each its own resampled
@@ -114,24 +128,18 @@ def paired_difference(ours: Scores, theirs: Scores, num_resamples: int = 10_000)
         ours: [replicas, prompts].
         theirs: [replicas, prompts], with the same number of prompts.
         num_resamples: of the bootstrap.
+        clusters: see `mean_interval`.
 
     Raises:
         AfaError: if the numbers of prompts differ.
     """
-    if ours.shape[1] != theirs.shape[1]:
-        raise AfaError(
-            "AFA-STAT-002",
-            f"Paired scores must be of the same prompts; got {ours.shape[1]} and "
-            f"{theirs.shape[1]} prompts.",
-        )
-    first = _resampled_means(ours, num_resamples, stream=1)
-    second = _resampled_means(theirs, num_resamples, stream=2)
+    resampled = _resampled_differences(ours, theirs, num_resamples, clusters)
     by_prompt = ours.mean(0) - theirs.mean(0)
     # means over seeds or replicas have rounding errors
     is_tie = np.isclose(by_prompt, 0.0, rtol=0, atol=1e-9)
     wins, losses = int((~is_tie & (by_prompt > 0)).sum()), int((~is_tie & (by_prompt < 0)).sum())
     return Paired(
-        _percentiles(float(by_prompt.mean()), first - second),
+        _percentiles(float(by_prompt.mean()), resampled),
         wins,
         losses,
         ties=int(is_tie.sum()),
@@ -139,14 +147,62 @@ def paired_difference(ours: Scores, theirs: Scores, num_resamples: int = 10_000)
     )
 
 
-def _resampled_means(scores: Scores, num_resamples: int, stream: int = 0) -> NDArray[np.float64]:
+def equivalence(
+    ours: Scores,
+    theirs: Scores,
+    margin: float,
+    num_resamples: int = 10_000,
+    *,
+    clusters: Clusters | None = None,
+) -> bool:
+    """Whether two methods are equivalent: the 90 % interval of the difference is in the margin.
+
+    These are two one-sided tests at 5 % (Schuirmann, 1987), by the bootstrap of
+    `paired_difference`.
+
+    Args:
+        ours: [replicas, prompts].
+        theirs: [replicas, prompts], with the same number of prompts.
+        margin: the largest difference of means that does not matter.
+        num_resamples: of the bootstrap.
+        clusters: see `mean_interval`.
+
+    Raises:
+        AfaError: if the numbers of prompts differ.
+    """
+    resampled = _resampled_differences(ours, theirs, num_resamples, clusters)
+    low, high = np.quantile(resampled, (0.05, 0.95))
+    return bool(-margin < low and high < margin)
+
+
+def _resampled_differences(
+    ours: Scores, theirs: Scores, num_resamples: int, clusters: Clusters | None
+) -> NDArray[np.float64]:
+    if ours.shape[1] != theirs.shape[1]:
+        raise AfaError(
+            "AFA-STAT-002",
+            f"Paired scores must be of the same prompts; got {ours.shape[1]} and "
+            f"{theirs.shape[1]} prompts.",
+        )
+    first = _resampled_means(ours, num_resamples, stream=1, clusters=clusters)
+    second = _resampled_means(theirs, num_resamples, stream=2, clusters=clusters)
+    return first - second
+
+
+def _resampled_means(
+    scores: Scores, num_resamples: int, stream: int = 0, clusters: Clusters | None = None
+) -> NDArray[np.float64]:
     """Return means over resampled prompts and replicas, [resamples].
 
-    The resampled prompts depend only on the number of prompts, the replicas also on `stream`.
+    The resampled prompts depend only on the prompts and their clusters, the replicas also on
+    `stream`.
     """
     num_replicas, num_prompts = scores.shape
-    drawn = [draws @ scores.T for draws in _prompt_draws(num_prompts, num_resamples)]
-    by_replica = np.concatenate(drawn) / num_prompts  # [resamples, replicas]
+    drawn = [
+        draws @ scores.T / draws.sum(1, keepdims=True)
+        for draws in _prompt_draws(num_prompts, num_resamples, clusters)
+    ]
+    by_replica = np.concatenate(drawn)  # [resamples, replicas]
     if num_replicas == 1:
         return by_replica[:, 0]
     rng = np.random.default_rng([_SEED, num_replicas, stream])
@@ -156,12 +212,22 @@ def _resampled_means(scores: Scores, num_resamples: int, stream: int = 0) -> NDA
     return (by_replica * counts).sum(1) / num_replicas
 
 
-def _prompt_draws(num_prompts: int, num_resamples: int) -> Iterator[NDArray[np.int64]]:
+def _prompt_draws(
+    num_prompts: int, num_resamples: int, clusters: Clusters | None = None
+) -> Iterator[NDArray[np.int64]]:
     """Yield how often every prompt is drawn, [resamples, prompts], in chunks of resamples."""
-    rng = np.random.default_rng([_SEED, num_prompts])
+    if clusters is not None and len(clusters) != num_prompts:
+        raise AfaError(
+            "AFA-STAT-003",
+            f"There must be one cluster for each prompt; got {len(clusters)} clusters and "
+            f"{num_prompts} prompts.",
+        )
+    count = num_prompts if clusters is None else int(clusters.max()) + 1
+    rng = np.random.default_rng([_SEED, count])
     for start in range(0, num_resamples, _CHUNK):
         size = min(_CHUNK, num_resamples - start)
-        yield rng.multinomial(num_prompts, np.full(num_prompts, 1 / num_prompts), size=size)
+        draws = rng.multinomial(count, np.full(count, 1 / count), size=size)
+        yield draws if clusters is None else draws[:, clusters]
 
 
 def _percentiles(mean: float, resampled: NDArray[np.float64]) -> Interval:
