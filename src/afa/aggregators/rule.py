@@ -104,6 +104,12 @@ class FusionRule(nn.Module, ABC):
         )
 
 
+def has_both_halves(sample: Tensor) -> bool:
+    """Whether a batch has every latent twice, as in guidance: first without, then with prompt."""
+    half = len(sample) // 2
+    return len(sample) % 2 == 0 and torch.equal(sample[:half], sample[half:])
+
+
 def bias_at(bias: Tensor, logits: Tensor, size: tuple[int, int]) -> Tensor:
     """Return a bias of `Condition` so that it can be added to logits.
 

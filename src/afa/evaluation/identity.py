@@ -74,7 +74,10 @@ class Identities:
         if method.ensemble is not None:
             return _ensemble(ensemble_folder(method.ensemble[replica]))
         if method.fusion is not None:
-            return {"fusion": method.fusion.model_dump(exclude_none=True), **self.experts()}
+            fusion = {"fusion": method.fusion.model_dump(exclude_none=True), **self.experts()}
+            if method.fusion.with_base:
+                fusion["base"] = self.source(recipe.base)
+            return fusion
         merge = recipe.merge_recipe(method).model_dump(mode="json", exclude_none=True)
         merge.pop("experts")
         base = merge.pop("base", None)

@@ -15,7 +15,7 @@ from afa.ensemble.accelerate import accelerate
 from afa.ensemble.sparse import run_leading
 from afa.loading.ensemble_folder import load_ensemble
 from afa.loading.expert import load_expert
-from afa.loading.expert_source import first_folder
+from afa.loading.expert_source import ExpertSource, first_folder
 from afa.loading.pipeline import check_text_to_image, load_pipeline, load_single, with_rules
 from afa.loading.single_file.load import Companions
 from afa.training.engine import pick_device
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
         SamplingRecipe,
         SparseRecipe,
     )
-    from afa.loading.expert_source import ExpertSource
 
 
 class MethodBuilder:
@@ -52,6 +51,7 @@ class MethodBuilder:
         self._device = device or pick_device(sampling.device)
         self._dtype = getattr(torch, sampling.dtype)
         self._experts: DiffusionPipeline | None = None
+        self._has_base = False  # whether the base is one of them
 
     def build(self, method: MethodRecipe, replica: int = 0) -> DiffusionPipeline:
         """The pipeline of one method.
@@ -81,11 +81,15 @@ class MethodBuilder:
             use_drafts(pipeline, method.drafts, self._companions())
         return pipeline
 
-    def _all_experts(self) -> DiffusionPipeline:
-        """The pipeline of all experts, which merges and fusions share."""
+    def _all_experts(self, *, with_base: bool = False) -> DiffusionPipeline:
+        """The pipeline of all experts, and of the base, which merges and fusions share."""
+        if self._has_base != with_base:
+            self._experts = None
         if self._experts is None:
+            base = [ExpertSource(self._recipe.base)] if with_base and self._recipe.base else []
+            self._has_base = with_base
             self._experts = load_pipeline(
-                self._recipe.experts,
+                [*self._recipe.experts, *base],
                 vae=self._recipe.vae,
                 config=self._recipe.config,
                 parts=self._recipe.parts,
@@ -113,7 +117,7 @@ class MethodBuilder:
         return merged_pipeline(self._all_experts(), recipe.build(), base)
 
     def _fusion(self, fusion: FusionRecipe) -> DiffusionPipeline:
-        experts = self._all_experts()
+        experts = self._all_experts(with_base=fusion.with_base)
         ensemble = denoiser_of(experts)
         count = len(ensemble.experts)
         schedule = fusion.schedule(count, experts.scheduler.config.num_train_timesteps)

@@ -23,7 +23,10 @@ def plan_of_evaluation(recipe: EvaluateRecipe) -> Plan:
     alone = replace(companions, own_vae=True)  # a single model uses its own autoencoder
     groups = []
     if any(method.needs_experts for method in recipe.methods):
-        groups.append(Group("merges and fusions", recipe.experts, companions))
+        fusions = [method.fusion for method in recipe.methods if method.fusion is not None]
+        with_base = recipe.base is not None and any(fusion.with_base for fusion in fusions)
+        models = [*recipe.experts, *([recipe.base] if with_base else [])]
+        groups.append(Group("merges and fusions", models, companions))
         if recipe.base is not None:
             groups.append(Group("base", [recipe.base], companions, is_drawn=False))
     for method in recipe.methods:

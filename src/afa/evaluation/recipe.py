@@ -202,6 +202,8 @@ class ModelsRecipe(Section):
             raise ValueError(f"must have experts for the method '{method.name}'")
         if method.merge is not None:
             self.merge_recipe(method)
+        if method.fusion is not None and method.fusion.with_base and self.base is None:
+            raise ValueError(f"must have a base for the method '{method.name}'")
         if method.fusion is not None:
             try:
                 method.fusion.check(len(self.experts), guidance)

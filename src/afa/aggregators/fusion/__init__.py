@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Union
 from pydantic import Field
 
 from afa.aggregators.fusion.hand_over import HandOver
+from afa.aggregators.fusion.loratorio import LoRAtorio
 from afa.aggregators.fusion.magic_fusion import MagicFusion, magic_fusion
 from afa.aggregators.fusion.mean import feature_mean, noise_mean
 from afa.aggregators.fusion.recipe import FusionRecipe
@@ -31,6 +32,7 @@ __all__ = [
     "AnyFusion",
     "FusionRecipe",
     "HandOver",
+    "LoRAtorio",
     "MagicFusion",
     "ShellRecipe",
     "feature_mean",

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from afa.aggregators import Condition, Fused, FusionRule, Separate
 from afa.aggregators.fusion.recipe import FusionRecipe
+from afa.aggregators.rule import has_both_halves
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
@@ -76,7 +77,12 @@ class MagicFusion(FusionRule):
             AfaError: if the batch does not contain every latent twice (guidance is off), if the
                 number of temperatures is neither 1 nor N, or if the predictions are too small.
         """
-        self._require_guidance(condition.sample)
+        if not has_both_halves(condition.sample):
+            raise AfaError(
+                "AFA-FUSION-007",
+                "MagicFusion needs classifier-free guidance with both halves in one batch. Set a "
+                "guidance scale above 1.",
+            )
         count = len(features)
         temperatures = self.temperatures * (count if len(self.temperatures) == 1 else 1)
         if len(temperatures) != count:
@@ -99,16 +105,6 @@ class MagicFusion(FusionRule):
         stacked = torch.stack(list(features))  # [N, 2 B, C, H, W]
         index = chosen[None, :, None].expand(1, *features[0].shape)
         return Fused(stacked.gather(0, index)[0], weights)
-
-    @staticmethod
-    def _require_guidance(sample: Tensor) -> None:
-        half = len(sample) // 2
-        if len(sample) % 2 or not torch.equal(sample[:half], sample[half:]):
-            raise AfaError(
-                "AFA-FUSION-007",
-                "MagicFusion needs classifier-free guidance with both halves in one batch. Set a "
-                "guidance scale above 1.",
-            )
 
 
 def magic_fusion(

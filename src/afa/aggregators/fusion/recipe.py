@@ -25,6 +25,8 @@ class FusionRecipe(Section, ABC):
 
     #: whether its weights are a softmax of logits, to which drafts can add a bias
     takes_drafts: ClassVar[bool] = False
+    #: whether the base of the comparison is one more expert, the last one
+    with_base: ClassVar[bool] = False
 
     rule: str
 
