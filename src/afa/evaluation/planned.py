@@ -13,6 +13,7 @@ from afa.training.engine import pick_device
 if TYPE_CHECKING:
     from afa.evaluation.recipe import EvaluateRecipe, SamplingRecipe
     from afa.evaluation.search_recipe import SearchRecipe
+    from afa.loading.expert_source import AnySource
 
 
 def plan_of_evaluation(recipe: EvaluateRecipe) -> Plan:
@@ -24,8 +25,9 @@ def plan_of_evaluation(recipe: EvaluateRecipe) -> Plan:
     groups = []
     if any(method.needs_experts for method in recipe.methods):
         fusions = [method.fusion for method in recipe.methods if method.fusion is not None]
-        with_base = recipe.base is not None and any(fusion.with_base for fusion in fusions)
-        models = [*recipe.experts, *([recipe.base] if with_base else [])]
+        models: list[AnySource] = list(recipe.experts)
+        if recipe.base is not None and any(fusion.with_base for fusion in fusions):
+            models.append(recipe.base)
         groups.append(Group("merges and fusions", models, companions))
         if recipe.base is not None:
             groups.append(Group("base", [recipe.base], companions, is_drawn=False))
