@@ -10,8 +10,8 @@ base has an advantage there. Rows: the base, the
 experts, the uniform merge, the aggregators of each variant with one training per seed, the same and
 untrained ones with drafts, and a mask that knows which expert owns which half, as the ceiling.
 
-Development only: half of all pairs of objects and the last quarter of the objects are left for the
-final study.
+Development only: half of all pairs of objects, the study's test pairs and the last quarter of the
+objects are not judged.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ from afa.training.encoding import encode_captions
 from afa.training.recipe import PromptedPictures
 from afa.zoo import EXPERTS
 from afa.zoo.judges import judge, load_classifier
-from afa.zoo.scenes import BACKGROUNDS, caption_of, is_held_out, parse_caption
+from afa.zoo.scenes import BACKGROUNDS, caption_of, is_held_out, pair_set, parse_caption
 from afa.zoo.sprites import DOMAIN_OF, DOMAINS, OBJECTS
 
 if TYPE_CHECKING:
@@ -121,7 +121,12 @@ def unseen_of(choice: int) -> frozenset[str]:
 
 
 def is_development(left: str, right: str) -> bool:
-    """Whether a pair of objects, in either order, is in the development half of all pairs."""
+    """Whether a pair of objects, in either order, is in the development half of all pairs.
+
+    None of the study's test pairs is.
+    """
+    if pair_set(left, right) == "test":
+        return False
     key = f"development {'+'.join(sorted((left, right)))}"
     return hashlib.sha256(key.encode()).digest()[0] % 2 == 0
 
@@ -160,7 +165,8 @@ def training_prompts(count: int) -> list[str]:
     """
     found: dict[bool, list[str]] = {True: [], False: []}
     for left, right in itertools.product(OBJECTS, repeat=2):
-        if left != right and not is_development(left, right) and not is_held_out(left, right):
+        is_judged = is_development(left, right) or is_held_out(left, right, "fifth")
+        if left != right and not is_judged:
             found[DOMAIN_OF[left] == DOMAIN_OF[right]].append(
                 caption_of(left, right, random.Random(left + right).choice(list(BACKGROUNDS)))
             )
@@ -176,7 +182,8 @@ def recipe(
     whole = aggregator_recipes(settings, zoo)[f"afa-{seed}"]
     scenes = whole.data.scenes
     assert scenes is not None, "it is trained on scenes"
-    scenes = scenes.model_copy(update={"without": sorted(unseen_of(choice))})
+    changed = {"without": sorted(unseen_of(choice)), "hold_out": "fifth"}
+    scenes = scenes.model_copy(update=changed)
     changes = VARIANTS[variant]
     base = [ExpertSource(zoo.base)] if changes.with_base else []
     prompts = None
