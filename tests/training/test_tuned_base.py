@@ -130,3 +130,33 @@ def test_other_pictures_or_another_configuration_are_another_run(
     config.write_text(config.read_text().replace("epsilon", "v_prediction"))
     with refusal("AFA-TRAIN-055"):
         tuned()
+
+
+def test_a_lora_alone_is_trained_and_merged(experts: list[Path], tmp_path: Path) -> None:
+    """Its changes have the rank, only layers inside the blocks change, and a stop is no matter."""
+    whole = list(tune_base(str(experts[0]), DATA, settings(), tmp_path / "a", lora_rank=2))
+    assert len(whole) == 6
+    linear = 0
+    for part in ("unet", "text_encoder"):
+        before, after = weights(experts[0], part), weights(tmp_path / "a", part)
+        assert before.keys() == after.keys()
+        for key, old in before.items():
+            change = after[key] - old
+            if not change.any():
+                continue
+            assert "block" in key or ".layers." in key
+            assert torch.linalg.matrix_rank(change.flatten(1), rtol=1e-4) <= 2, key
+            linear += 1
+    assert linear > 10
+
+    steps = tune_base(str(experts[0]), DATA, settings(), tmp_path / "b", lora_rank=2)
+    for step in steps:
+        if step.step == 3:
+            steps.close()  # type: ignore[attr-defined]
+            break
+    list(tune_base(str(experts[0]), DATA, settings(), tmp_path / "b", lora_rank=2))
+    for part in ("unet", "text_encoder"):
+        one, other = weights(tmp_path / "a", part), weights(tmp_path / "b", part)
+        assert all(torch.equal(one[key], other[key]) for key in one)
+    with refusal("AFA-TRAIN-055", "lora_rank"):
+        next(tune_base(str(experts[0]), DATA, settings(), tmp_path / "a"))

@@ -19,6 +19,7 @@ from afa.loading.finding import require_none_wrong
 from afa.loading.manifest import read_manifest
 from afa.loading.pipeline import load_single, with_parts
 from afa.loading.single_file.autoencoder import load_vae
+from afa.lora.adapters import add_adapters
 from afa.training.loop import seeded
 
 if TYPE_CHECKING:
@@ -191,7 +192,7 @@ class Student:
         else:
             with seeded(seed):
                 for key, model in self.models.items():
-                    _add_adapter(model, self.rank, is_text=key != denoiser)
+                    add_adapters(model, self.rank, _ADAPTER, is_text=key != denoiser)
         pipeline.to(device)
         self.modules: list[nn.Module] = list(self.models.values())
         self.parameters = [p for _, p in self._named()]
@@ -277,23 +278,3 @@ class Student:
     def is_clip(self, part: str) -> bool:
         """Whether a component is a text encoder of CLIP."""
         return str(getattr(self.models[part].config, "model_type", "")).startswith("clip")
-
-
-def _add_adapter(model: Any, rank: int, *, is_text: bool) -> None:
-    """Add adapters to all linear layers and convolutions inside the blocks of a model."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    targets = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d) and _is_inside(name, is_text=is_text)
-    ]
-    config = LoraConfig(
-        r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights="gaussian"
-    )
-    inject_adapter_in_model(config, model, adapter_name=_ADAPTER)
-
-
-def _is_inside(name: str, *, is_text: bool) -> bool:
-    """Whether a layer is inside a repeated block, not at a model's input or output."""
-    return ".layers." in f".{name}" if is_text else "blocks." in name or "mid_block." in name

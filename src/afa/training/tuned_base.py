@@ -16,6 +16,7 @@ from afa.errors import AfaError
 from afa.files import is_unused, read_json, write_atomic
 from afa.loading.pipeline import check_text_to_image, load_single, native_resolution
 from afa.loading.single_file.load import Companions
+from afa.lora.adapters import add_adapters, merge_adapters
 from afa.recipe import differing
 from afa.training.checkpoints import (
     Checkpoint,
@@ -27,7 +28,7 @@ from afa.training.continuing import configurations
 from afa.training.engine import Engine
 from afa.training.examples import LiveExamples
 from afa.training.listing import digest_of
-from afa.training.loop import optimizer_steps
+from afa.training.loop import optimizer_steps, seeded
 from afa.training.run import CHECKPOINTS
 from afa.training.transform import Transform
 
@@ -48,6 +49,7 @@ def tune_base(
     output: Path,
     *,
     config: str | Path | None = None,
+    lora_rank: int | None = None,
 ) -> Iterator[TrainStep]:
     """Fine-tune a model's denoiser and text encoders with the objective of `train_aggregators`.
 
@@ -61,6 +63,8 @@ def tune_base(
         settings: see `train_aggregators`; `expert_dtype` must be float32.
         output: a new folder, or one of an earlier run with the same settings.
         config: folder with the configuration of a single file.
+        lora_rank: rank of a LoRA, which alone is trained and then merged into the weights; None
+            trains all weights.
 
     Raises:
         AfaError: if the model cannot be loaded, `expert_dtype` is not float32, or the folder has
@@ -78,7 +82,7 @@ def tune_base(
     check_text_to_image(pipeline)
     pipeline.vae.requires_grad_(False)
     run = {
-        **_inputs(data, settings),
+        **_inputs(data, settings, lora_rank),
         "base": [reference.sha256, hash_weights(pipeline.vae), configurations(pipeline)],
     }
     if not is_unused(output):
@@ -86,7 +90,12 @@ def tune_base(
     parts = pipeline.components.items()
     encoders = [part for name, part in parts if name.startswith("text_encoder") and part]
     modules: list[Any] = [denoiser_of(pipeline), *encoders]
-    parameters = [p for module in modules for p in module.parameters()]
+    if lora_rank is not None:
+        with seeded(settings.seed):
+            for module in modules:
+                module.requires_grad_(False)
+                add_adapters(module, lora_rank, "lora", is_text=module in encoders)
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
     )
@@ -120,27 +129,36 @@ def tune_base(
         first=first,
         save=save,
     )
+    if lora_rank is not None:
+        for module in modules:
+            merge_adapters(module)
     save_pipeline(pipeline, output)
 
 
-def require_same_run(data: CaptionedImages, settings: TrainingRecipe, output: Path) -> None:
+def require_same_run(
+    data: CaptionedImages, settings: TrainingRecipe, output: Path, *, lora_rank: int | None = None
+) -> None:
     """Check that a finished folder was tuned on the same data with the same settings.
 
     Raises:
         AfaError: if it was not; names what differs.
     """
-    _require_same(output, _inputs(data, settings))
+    _require_same(output, _inputs(data, settings, lora_rank))
 
 
-def _inputs(data: CaptionedImages, settings: TrainingRecipe) -> dict[str, Any]:
-    return {"data": digest_of(data), "training": settings.model_dump(mode="json")}
+def _inputs(
+    data: CaptionedImages, settings: TrainingRecipe, lora_rank: int | None
+) -> dict[str, Any]:
+    inputs = {"data": digest_of(data), "training": settings.model_dump(mode="json")}
+    return inputs if lora_rank is None else {**inputs, "lora_rank": lora_rank}
 
 
 def _require_same(output: Path, run: dict[str, Any]) -> None:
     place = output / "run.json"
     written = read_json(place) if place.is_file() else None
     if written is not None:
-        written = {key: value for key, value in written.items() if key in run}
+        compared = {*run, "lora_rank"}  # absent for a run without
+        written = {key: value for key, value in written.items() if key in compared}
     if written != run:
         found = "is not empty and has no tuned base"
         if written is not None:

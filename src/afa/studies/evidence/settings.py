@@ -1,0 +1,72 @@
+"""The settings of the study of evidence, and its experiments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Experiment(StrEnum):
+    """A question of the study; each has one world, or a series of them."""
+
+    MAIN = "main"
+    PRIVATE = "private"
+    DATA = "data"
+    DIVERGENCE = "divergence"
+    EXPERTS = "experts"
+
+
+#: the worlds of each experiment, in the order of its horizontal axis
+WORLDS_OF: dict[Experiment, tuple[str, ...]] = {
+    Experiment.MAIN: ("main",),
+    Experiment.PRIVATE: ("private",),
+    Experiment.DATA: ("main",),
+    Experiment.DIVERGENCE: ("after-50", "after-200", "after-700", "main"),
+    Experiment.EXPERTS: ("split-2", "split-4", "split-8"),
+}
+
+
+@dataclass(frozen=True)
+class EvidenceSettings:
+    """Settings of the study; all were chosen on development or tuning prompts.
+
+    Attributes:
+        num_seeds: trainings of each row of which a sentence speaks.
+        aggregator_steps: of the aggregators.
+        batch_size: pictures in a step of everything that is trained.
+        aggregator_rate: learning rate of the aggregators.
+        tuned_steps: lengths of the tuned models; the last one has three seeds.
+        tuned_rates: learning rates of tuned models, of which the best one on tuning prompts is
+            taken.
+        lora_rank: rank of the LoRA on the base.
+        lora_rate: its learning rate.
+        num_pictures: different scenes in the data of everything that is trained.
+        curve_pictures: the same for the data curve.
+        num_mixed: test prompts of pairs of two experts, in each group.
+        num_own: test prompts of each expert.
+        num_tuning: prompts for tuning, in each group.
+        num_steps: denoising steps.
+        test_seed: seed of the noise of the test.
+        num_references: real scenes to compare sets of pictures with.
+        margin: difference of shares of right pictures that does not matter.
+        num_resamples: of the bootstrap.
+    """
+
+    num_seeds: int = 3
+    aggregator_steps: int = 1_000
+    batch_size: int = 16
+    aggregator_rate: float = 1e-3
+    tuned_steps: tuple[int, ...] = (1_000, 3_000)
+    tuned_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
+    lora_rank: int = 16
+    lora_rate: float = 3e-3
+    num_pictures: int = 100_000
+    curve_pictures: tuple[int, ...] = (100, 300, 1_000, 10_000)
+    num_mixed: int = 384
+    num_own: int = 128
+    num_tuning: int = 48
+    num_steps: int = 10
+    test_seed: int = 11
+    num_references: int = 2_000
+    margin: float = 0.05
+    num_resamples: int = 10_000
