@@ -13,6 +13,7 @@ from afa.cli.progress import Progress
 from afa.errors import AfaError
 from afa.machine.quiet import quieten_loading
 from afa.studies.distillation.parts import Part
+from afa.studies.evidence.parts import Experiment, Stage
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -187,3 +188,40 @@ def _show(steps: Iterable[FitStep]) -> None:
             loss = step.loss if step.name != model else loss + 0.05 * (step.loss - loss)
             model = step.name
             progress.update(step.name, step.step, step.num_steps, f"loss {loss:.4f}", "steps")
+
+
+@app.command()
+def evidence(
+    workdir: Annotated[
+        Path, typer.Argument(help="Work folder; that of an earlier run is resumed.")
+    ],
+    stage: Annotated[
+        list[Stage] | None, typer.Option(help="Repeatable; default: all stages, in their order.")
+    ] = None,
+    experiment: Annotated[
+        list[Experiment] | None, typer.Option(help="Repeatable; default: all experiments.")
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="With one thread each; default: one per core.")
+    ] = None,
+) -> None:
+    """Ask when adaptive aggregation pays: worlds, rivals, trainings. Takes many hours.
+
+    Each stage of each experiment can be stopped, and continued on another day by the same command.
+
+    [bold]Example[/bold]: afa zoo evidence runs/evidence --stage worlds --experiment main
+    """
+    from afa.studies.evidence.run import Study, run_stage
+    from afa.studies.evidence.settings import EvidenceSettings
+    from afa.studies.results.jobs import JobProgress
+
+    quieten_loading()
+    study = Study(workdir.resolve(), EvidenceSettings(), processes or os.cpu_count() or 1)
+    with Progress() as progress:
+        for chosen in stage or list(Stage):
+            for asked in experiment or list(Experiment):
+                for event in run_stage(study, chosen, asked):
+                    if isinstance(event, JobProgress):
+                        progress.update(event.name, event.done, event.total)
+                    else:
+                        say(f"Next: {event.name}")

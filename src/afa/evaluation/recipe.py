@@ -14,7 +14,7 @@ from afa.drafting.settings import DraftsRecipe
 from afa.ensemble.caching.settings import EXACT, Acceleration, acceleration_of
 from afa.evaluation.prompts import PromptsRecipe, resolve_file, resolve_prompts
 from afa.loading.expert_source import ExpertSource
-from afa.merging import MergeRecipe
+from afa.merging.recipe import WITH_BASE, MergeRecipe
 from afa.metrics import MetricRecipe
 from afa.recipe import MAX_SEED, Section, read_recipe, resolve_path, resolve_sources
 
@@ -188,7 +188,7 @@ class ModelsRecipe(Section):
                 f"must not have {', '.join(refused)} in the merge '{method.name}', which uses the "
                 "comparison's own"
             )
-        needs_base = settings.get("method") in ("add_difference", "ties", "dare")
+        needs_base = settings.get("method") in WITH_BASE
         names = [str(expert) for expert in self.experts]  # they are merged in memory
         return MergeRecipe(experts=names, base=self.base if needs_base else None, **settings)
 

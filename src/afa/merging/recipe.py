@@ -25,6 +25,8 @@ _METHODS: dict[str, type[MergeMethod]] = {
     "dare": Dare,
     "block_weights": BlockWeights,
 }
+#: methods that need the base of the experts
+WITH_BASE = tuple(name for name, method in _METHODS.items() if method.needs_base)
 # option -> methods that use it
 _OPTIONS = {
     "weights": ("weighted", "add_difference", "slerp", "ties", "dare"),

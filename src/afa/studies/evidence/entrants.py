@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from afa.aggregators import SABWSettings
 from afa.evaluation.recipe import slug
 from afa.loading.expert_source import ExpertSource
+from afa.merging.recipe import WITH_BASE
 from afa.studies.evidence.jobs import lora_job, merged_job, tuned_job
 from afa.studies.results.jobs import Job, train_aggregators_job
 from afa.studies.worlds.recipe import BASE, WORLDS
@@ -177,7 +178,9 @@ class Tuned(Entrant):
             return Job(name, lora_job, (place.base, data, training, self.rank, folder))
         if self.merge is None:
             return Job(name, tuned_job, (place.base, data, training, folder))
-        merge = {"experts": list(place.experts.values()), "base": place.base, **self.merge}
+        needs_base = self.merge["method"] in WITH_BASE
+        merge = {"experts": list(place.experts.values()), **self.merge}
+        merge |= {"base": place.base} if needs_base else {}
         return Job(name, merged_job, (merge, data, training, folder))
 
     def samples(self, settings: EvidenceSettings) -> int:

@@ -1,20 +1,10 @@
-"""The settings of the study of evidence, and its experiments."""
+"""The settings of the study of evidence, and the worlds of its experiments."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
 
-
-class Experiment(StrEnum):
-    """A question of the study; each has one world, or a series of them."""
-
-    MAIN = "main"
-    PRIVATE = "private"
-    DATA = "data"
-    DIVERGENCE = "divergence"
-    EXPERTS = "experts"
-
+from afa.studies.evidence.parts import Experiment
 
 #: the worlds of each experiment, in the order of its horizontal axis
 WORLDS_OF: dict[Experiment, tuple[str, ...]] = {

@@ -1,0 +1,102 @@
+"""The rows of each experiment: what is trained in which world, and what needs no training."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from afa.studies.evidence.entrants import Aggregated, Entrant, Tuned
+from afa.studies.evidence.parts import Experiment
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from afa.studies.evidence.settings import EvidenceSettings
+
+AFA, PREDICTIONS = "AFA", "predictions only"
+TUNED, MERGED, LORA = "tuned base", "merge, then tuned", "LoRA on the base"
+#: aggregators of adequate size at the last site only
+PREDICTIONS_ONLY = {"sites": "conv_out", "hidden_ratio": None, "min_scale": 1}
+#: aggregators without one of the states (AFA, section 4.4)
+ABLATIONS = {
+    "AFA without place": {"spatial": False},
+    "AFA without timestep": {"timestep": False},
+    "AFA without prompt": {"prompt": False},
+}
+
+
+def counted(row: str, steps: int, number: int | None = None) -> str:
+    """The name of a row with its length, and its pictures if they are few."""
+    pictures = "" if number is None else f", {number:,} pictures"
+    return f"{row} ({steps:,} steps{pictures})"
+
+
+def trained(
+    experiment: Experiment,
+    settings: EvidenceSettings,
+    rates: Mapping[str, float],
+    merge: Mapping[str, Any] | None,
+) -> list[Entrant]:
+    """The trainings of an experiment in each of its worlds.
+
+    Args:
+        experiment: the experiment.
+        settings: of the study.
+        rates: learning rates of tuned models, by row, as chosen on tuning prompts.
+        merge: settings of the best merge on tuning prompts; None if it is not chosen yet, which
+            leaves out what starts from it.
+    """
+    if experiment == Experiment.DATA:
+        return list(_data(settings, rates, merge))
+    seeds = range(settings.num_seeds if experiment in _WHOLE else 1)
+    found: list[Entrant] = []
+    for seed in seeds:
+        found.append(Aggregated(AFA, seed))
+        found.append(Aggregated(PREDICTIONS, seed, changes=PREDICTIONS_ONLY))
+        found += _tuned(experiment, settings, rates, merge, seed)
+    if experiment == Experiment.MAIN:
+        found += [Aggregated(row, 0, changes=changes) for row, changes in ABLATIONS.items()]
+        found += [
+            Tuned(
+                LORA,
+                seed,
+                None,
+                settings.tuned_steps[-1],
+                settings.lora_rate,
+                rank=settings.lora_rank,
+            )
+            for seed in seeds
+        ]
+    return found
+
+
+#: experiments with several seeds of each row
+_WHOLE = (Experiment.MAIN, Experiment.PRIVATE)
+
+
+def _tuned(
+    experiment: Experiment,
+    settings: EvidenceSettings,
+    rates: Mapping[str, float],
+    merge: Mapping[str, Any] | None,
+    seed: int,
+) -> Iterator[Tuned]:
+    """The tuned base and the tuned merge, at all lengths in the first experiments."""
+    lengths = settings.tuned_steps if experiment in _WHOLE else settings.tuned_steps[:1]
+    for steps in lengths:
+        yield Tuned(counted(TUNED, steps), seed, None, steps, rates[TUNED])
+        if merge is not None:
+            yield Tuned(counted(MERGED, steps), seed, None, steps, rates[MERGED], merge)
+
+
+def _data(
+    settings: EvidenceSettings, rates: Mapping[str, float], merge: Mapping[str, Any] | None
+) -> Iterator[Entrant]:
+    """The rows of the curve over the number of pictures, all with the same number of steps."""
+    steps = settings.aggregator_steps
+    for number in settings.curve_pictures:
+        yield Aggregated(counted(AFA, steps, number), 0, number)
+        yield Aggregated(counted(PREDICTIONS, steps, number), 0, number, PREDICTIONS_ONLY)
+        yield Tuned(counted(TUNED, steps, number), 0, number, steps, rates[TUNED])
+        if merge is not None:
+            row = counted(MERGED, steps, number)
+            yield Tuned(row, 0, number, steps, rates[MERGED], merge)

@@ -1,0 +1,225 @@
+"""The stages of the study, each of which can be stopped and resumed on another day."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from afa.errors import AfaError
+from afa.evaluation.recipe import slug
+from afa.files import owned, read_json, write_atomic
+from afa.studies.evidence.candidates import Grid, fusions, merges
+from afa.studies.evidence.entrants import Place, Tuned
+from afa.studies.evidence.parts import Stage
+from afa.studies.evidence.rows import MERGED, TUNED, trained
+from afa.studies.evidence.settings import WORLDS_OF, EvidenceSettings
+from afa.studies.results.jobs import JobProgress, run_jobs
+from afa.studies.results.plan import sampling
+from afa.studies.results.run import StageStarted, evaluate_in_processes
+from afa.studies.worlds.build import build_world
+from afa.studies.worlds.prompts import groups_of, prompts_of
+from afa.studies.worlds.recipe import read_world
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from afa.studies.evidence.entrants import Entrant
+    from afa.studies.evidence.parts import Experiment
+
+CHOSEN = "chosen.json"
+#: the world in which learning rates are chosen, for all worlds
+_FIRST = "main"
+
+
+@dataclass(frozen=True)
+class Study:
+    """A work folder and its settings.
+
+    Attributes:
+        work: the folder.
+        settings: of the study.
+        num_processes: number of processes with one thread each.
+    """
+
+    work: Path
+    settings: EvidenceSettings
+    num_processes: int
+
+    def place(self, world: str) -> Place:
+        """The place of a world."""
+        return Place(world, self.work / "worlds" / world, self.work / "trained" / world)
+
+    def chosen(self, world: str) -> dict[str, Any]:
+        """The settings of rivals in a world, as the stage of candidates chose them.
+
+        Raises:
+            AfaError: if they are not chosen yet.
+        """
+        path = self.place(world).work / CHOSEN
+        if not path.exists():
+            raise AfaError(
+                "AFA-STUDY-016",
+                f"The settings of the rivals in the world '{world}' are not chosen yet. Run the "
+                "stage candidates first.",
+            )
+        found: dict[str, Any] = read_json(path)
+        return found
+
+
+def run_stage(
+    study: Study, stage: Stage, experiment: Experiment
+) -> Iterator[JobProgress | StageStarted]:
+    """Run one stage of an experiment, or resume it.
+
+    Args:
+        study: the work folder and the settings. What exists there and was made with other settings
+            is refused, one by one.
+        stage: the stage; those before it must be finished.
+        experiment: the experiment.
+
+    Yields:
+        The progress.
+
+    Raises:
+        AfaError: if a part was made with other settings, or the stage fails. Finished work is kept.
+    """
+    study.work.mkdir(parents=True, exist_ok=True)
+    with owned(study.work):
+        for world in WORLDS_OF[experiment]:
+            yield StageStarted(f"{stage} of the world '{world}'")
+            if stage == Stage.WORLDS:
+                yield from _build(study, world)
+            elif stage == Stage.CANDIDATES:
+                yield from _choose(study, world)
+            else:
+                yield from _train(study, experiment, world)
+
+
+def _build(study: Study, world: str) -> Iterator[JobProgress]:
+    folder = study.place(world).models
+    recipe = read_world(world, folder)
+    if recipe.start is not None and not (recipe.start / "base").exists():
+        yield from _build(study, recipe.start.name)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    yield from build_world(folder, recipe, study.num_processes)
+
+
+# -- settings of the rivals -------------------------------------------------------------------
+
+
+def _choose(study: Study, world: str) -> Iterator[JobProgress | StageStarted]:
+    """Choose the settings of all rivals on the tuning prompts of a world."""
+    place, settings = study.place(world), study.settings
+    grids = {**merges(len(place.experts)), **fusions(list(place.experts))}
+    rates = _rate_candidates(settings) if world == _FIRST else []
+    yield from _jobs(study, rates, place)
+    methods = [
+        {"name": f"{row} {n}", **method}
+        for row, grid in grids.items()
+        for n, method in enumerate(grid.methods)
+        if len(grid.methods) > 1
+    ]
+    methods += [{"name": each.row, **each.method(place)} for each in rates]
+    output = place.work / "tuning"
+    # pairs of two experts, which none of the candidates was trained on
+    group = groups_of(place.recipe)[0]
+    prompts = {group: prompts_of(place.recipe, "tuning", settings.num_tuning)[group]}
+    recipe = {
+        "experts": list(place.experts.values()),
+        "base": place.base,
+        "prompts": {"drawbench": str(write_prompts(place.work / "tuning.csv", prompts))},
+        "methods": methods,
+        "sampling": sampling(settings.num_steps),
+        "metrics": ["scenes"],
+        "num_resamples": 100,
+    }
+    evaluate_in_processes(output, recipe, study.num_processes)
+    report = read_json(output / "report.json")
+    chosen = choose(report, grids, group)
+    if rates:
+        chosen["rates"] = _best_rate(report, rates, group)
+    write_atomic(place.work / CHOSEN, json.dumps(chosen, indent=2) + "\n")
+
+
+def _rate_candidates(settings: EvidenceSettings) -> list[Tuned]:
+    """The tuned bases with all learning rates."""
+    return [
+        Tuned(f"{TUNED} at {rate:g}", 0, None, settings.tuned_steps[0], rate)
+        for rate in settings.tuned_rates
+    ]
+
+
+def choose(report: Mapping[str, Any], grids: Mapping[str, Grid], group: str) -> dict[str, Any]:
+    """The best candidate of each rival, the first one of equal ones.
+
+    Args:
+        report: of the comparison of all candidates.
+        grids: of the rivals.
+        group: of the prompts by which they are chosen.
+
+    Returns: by row, `method`, `score`, its `values` on the grid, and the `edges` on which it lies.
+    """
+    scores = _scores(report, group)
+    rivals = {}
+    for row, grid in grids.items():
+        listed = [scores.get(f"{row} {n}", 0.0) for n in range(len(grid.methods))]
+        best = listed.index(max(listed))
+        rivals[row] = {
+            "method": grid.methods[best],
+            "score": listed[best] if len(listed) > 1 else None,
+            "values": grid.at(best),
+            "edges": grid.edges(best),
+        }
+    return {"rivals": rivals}
+
+
+def _scores(report: Mapping[str, Any], group: str) -> dict[str, float]:
+    return {row["method"]: row["groups"][group]["scores"]["both"]["mean"] for row in report["rows"]}
+
+
+def _best_rate(report: Mapping[str, Any], rates: Sequence[Tuned], group: str) -> dict[str, Any]:
+    scores = _scores(report, group)
+    best = max(rates, key=lambda each: scores[each.row])
+    ends = (rates[0].rate, rates[-1].rate)
+    # the merge starts as near to the solution as the base does
+    return {TUNED: best.rate, MERGED: best.rate, "is_edge": best.rate in ends}
+
+
+def write_prompts(path: Path, prompts: Mapping[str, Sequence[str]]) -> Path:
+    """Write prompts with their groups, as `afa evaluate` reads them."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["Prompts", "Category"])
+    for group, captions in prompts.items():
+        writer.writerows([caption, group] for caption in captions)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, text.getvalue())
+    return path
+
+
+# -- trainings --------------------------------------------------------------------------------
+
+
+def _train(study: Study, experiment: Experiment, world: str) -> Iterator[JobProgress]:
+    place = study.place(world)
+    rates = study.chosen(_FIRST)["rates"]
+    merge = best_merge(study.chosen(world))
+    yield from _jobs(study, trained(experiment, study.settings, rates, merge), place)
+
+
+def best_merge(chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the best merge of a world."""
+    rivals = [each for each in chosen["rivals"].values() if "merge" in each["method"]]
+    best = max(rivals, key=lambda each: each["score"])
+    found: dict[str, Any] = best["method"]["merge"]
+    return found
+
+
+def _jobs(study: Study, entrants: Sequence[Entrant], place: Place) -> Iterator[JobProgress]:
+    """Run the jobs of entrants; those that are equal in several experiments are run once."""
+    jobs = {slug(f"{each.row} {each.seed}"): each.job(place, study.settings) for each in entrants}
+    yield from run_jobs(list(jobs.values()), study.num_processes)

@@ -1,0 +1,153 @@
+"""The study of evidence: its rows, its grids, and its stages in few steps."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from afa.aggregators.fusion import FUSIONS
+from afa.merging.recipe import WITH_BASE, MergeRecipe
+from afa.studies.evidence import run
+from afa.studies.evidence.candidates import Grid, fusions, merges
+from afa.studies.evidence.entrants import Aggregated, Place, Tuned
+from afa.studies.evidence.parts import Experiment, Stage
+from afa.studies.evidence.rows import AFA, LORA, MERGED, PREDICTIONS, TUNED, counted, trained
+from afa.studies.evidence.run import Study, best_merge, choose, run_stage
+from afa.studies.evidence.settings import WORLDS_OF, EvidenceSettings
+from afa.studies.worlds.recipe import WORLDS, WorldRecipe
+from tests.refusal import refusal
+
+SETTINGS = EvidenceSettings()
+RATES = {TUNED: 3e-4, MERGED: 3e-4}
+MERGE = {"method": "weighted", "weights": [0.5, 0.25, 0.25]}
+
+
+@pytest.mark.parametrize("experiment", list(Experiment))
+def test_the_rows_of_an_experiment(experiment: Experiment, tmp_path: Path) -> None:
+    entrants = trained(experiment, SETTINGS, RATES, MERGE)
+    assert len({(each.row, each.seed) for each in entrants}) == len(entrants)
+    for world in WORLDS_OF[experiment]:
+        place = Place(world, tmp_path / world, tmp_path / "work")
+        folders = {each.folder(place) for each in entrants}
+        assert len(folders) == len(entrants), "each has a folder of its own"
+        for each in entrants:
+            data = each.data(place, SETTINGS)
+            assert data.hold_out == "fifth"
+            assert set(data.without) == WORLDS[world].private_objects
+            assert each.job(place, SETTINGS).arguments[-1] == each.folder(place)
+    later = trained(experiment, SETTINGS, RATES, None)
+    missing = {each.row for each in entrants} - {each.row for each in later}
+    assert missing
+    assert all(row.startswith(MERGED) for row in missing)
+
+
+def test_rows_of_which_sentences_speak_have_three_seeds() -> None:
+    for experiment in (Experiment.MAIN, Experiment.PRIVATE):
+        counts = Counter(each.row for each in trained(experiment, SETTINGS, RATES, MERGE))
+        for row in (AFA, PREDICTIONS, counted(TUNED, 3000), counted(MERGED, 3000)):
+            assert counts[row] == 3, row
+    assert Counter(e.row for e in trained(Experiment.MAIN, SETTINGS, RATES, MERGE))[LORA] == 3
+
+
+def test_all_samples_are_counted() -> None:
+    assert Aggregated(AFA).samples(SETTINGS) == 16_000
+    assert Tuned(TUNED, steps=3_000).samples(SETTINGS) == 48_000
+
+
+def test_equal_pictures_for_all_that_are_trained(tmp_path: Path) -> None:
+    place = Place("main", tmp_path, tmp_path)
+    for seed in (0, 1):
+        entrants = [Aggregated(AFA, seed), Tuned(TUNED, seed), Tuned(LORA, seed, rank=4)]
+        data = [each.data(place, SETTINGS) for each in entrants]
+        assert data[0] == data[1] == data[2]
+    assert Aggregated(AFA, 0).data(place, SETTINGS) != Aggregated(AFA, 1).data(place, SETTINGS)
+
+
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_every_candidate_is_a_merge_of_all_experts(count: int) -> None:
+    experts = [f"e{n}" for n in range(count)]
+    for grid in merges(count).values():
+        assert len(grid.methods) == len({json.dumps(each) for each in map(grid.at, _all(grid))})
+        for each in grid.methods:
+            base = "b" if each["merge"]["method"] in WITH_BASE else None
+            MergeRecipe(experts=experts, base=base, **each["merge"]).build()
+    rows = fusions(experts)
+    rules = {each["fusion"]["rule"] for grid in rows.values() for each in grid.methods}
+    assert rules == {fusion.model_fields["rule"].default for fusion in FUSIONS}
+
+
+def _all(grid: Grid) -> range:
+    return range(len(grid.methods))
+
+
+def test_optima_on_an_edge_are_named() -> None:
+    grid = Grid({"a": (1, 2, 3), "b": ("x", "y", "z"), "c": (0.5, 1.0)}, [{}] * 18)
+    assert grid.at(0) == {"a": 1, "b": "x", "c": 0.5}
+    assert grid.edges(0) == ["a"], "two values and names have no edges"
+    middle = next(n for n in range(18) if grid.at(n)["a"] == 2)
+    assert grid.edges(middle) == []
+
+
+def test_the_best_candidate_is_the_first_of_equal_ones() -> None:
+    def row(name: str, both: float) -> dict[str, Any]:
+        return {"method": name, "groups": {"mixed": {"scores": {"both": {"mean": both}}}}}
+
+    weights = Grid({"weight": (1, 2, 3)}, [{"merge": {"weight": w}} for w in (1, 2, 3)])
+    others = Grid({"weight": (1, 2)}, [{"merge": {"weight": w}} for w in (8, 9)])
+    alone = Grid({"candidate": ("0",)}, [{"fusion": {"rule": "feature_mean"}}])
+    scores = {"w 0": 0.5, "w 1": 0.7, "w 2": 0.7, "o 0": 0.6, "o 1": 0.8}
+    report = {"rows": [row(name, both) for name, both in scores.items()]}
+    chosen = choose(report, {"w": weights, "o": others, "mean": alone}, "mixed")
+    assert chosen["rivals"]["w"] == {
+        "method": {"merge": {"weight": 2}},
+        "score": 0.7,
+        "values": {"weight": 2},
+        "edges": [],
+    }
+    assert chosen["rivals"]["mean"]["score"] is None
+    assert best_merge(chosen) == {"weight": 9}
+
+
+@pytest.mark.nightly
+def test_the_stages_in_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = WorldRecipe(
+        num_scenes=8, text_steps=1, base_steps=1, expert_steps=1, batch_size=2, num_graded=1
+    )
+    monkeypatch.setitem(WORLDS, "main", small)
+    monkeypatch.setattr(run, "merges", lambda n: {"weighted merge": merges(n)["weighted merge"]})
+    monkeypatch.setattr(run, "fusions", lambda names: {"LoRAtorio": _few(fusions(names))})
+    settings = EvidenceSettings(
+        num_seeds=1,
+        aggregator_steps=1,
+        batch_size=1,
+        tuned_steps=(1, 2),
+        tuned_rates=(1e-4, 1e-3),
+        num_tuning=2,
+        num_steps=1,
+    )
+    study = Study(tmp_path, settings, 1)
+    list(run_stage(study, Stage.WORLDS, Experiment.MAIN))
+    with refusal("AFA-STUDY-016", "main"):
+        list(run_stage(study, Stage.TRAININGS, Experiment.MAIN))
+    for stage in (Stage.CANDIDATES, Stage.TRAININGS):
+        list(run_stage(study, stage, Experiment.MAIN))
+    place = study.place("main")
+    rates = study.chosen("main")["rates"]
+    merge = best_merge(study.chosen("main"))
+    for each in trained(Experiment.MAIN, settings, rates, merge):
+        assert (each.folder(place) / "finished.json").is_file(), each.row
+    assert not list(place.work.rglob("*-start")), "the merge is not kept"
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    for stage in Stage:
+        list(run_stage(study, stage, Experiment.MAIN))
+    after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    assert before == after
+
+
+def _few(rows: dict[str, Grid]) -> Grid:
+    grid = rows["LoRAtorio"]
+    return Grid({"candidate": ("0", "1")}, grid.methods[:2])
