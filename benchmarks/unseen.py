@@ -32,15 +32,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional as F
 
-from afa.aggregators.rule import Condition, Fused, FusionRule, weighted_sum
-from afa.denoisers.kinds import denoiser_of, kind_of_pipeline
+from afa.denoisers.kinds import denoiser_of
 from afa.drafting import DraftsRecipe
-from afa.ensemble.denoiser import EnsembleDenoiser
 from afa.evaluation.recipe import slug
 from afa.files import write_atomic
 from afa.loading.expert_source import ExpertSource
-from afa.loading.pipeline import load_pipeline, with_parts
+from afa.loading.pipeline import load_pipeline, with_rules
 from afa.statistics import wilson
+from afa.studies.evidence.rivals.oracle_mask import HalfMask
 from afa.studies.results.jobs import Job, run_jobs, train_aggregators_job
 from afa.studies.results.plan import (
     SHIPPED,
@@ -258,34 +257,10 @@ def comparison(
     }
 
 
-class HalfMask(FusionRule):
-    """Use the feature of one expert in the left half, and of another one in the right half.
-
-    Set `owners` to the two experts of each picture of a batch before it is drawn.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.owners: list[tuple[int, int]] = []
-
-    def forward(self, features: Sequence[Tensor], condition: Condition) -> Fused:
-        """Return the features of the owners of both halves."""
-        batch, _, height, width = features[0].shape
-        weights = features[0].new_zeros((batch, len(features), height, width))
-        for row in range(batch):  # with guidance, all pictures twice
-            left, right = self.owners[row % len(self.owners)]
-            weights[row, left, :, : width // 2] = 1
-            weights[row, right, :, width // 2 :] = 1
-        return Fused(weighted_sum(features, weights), weights)
-
-
 def judge_oracle(zoo: Zoo, prompts: Mapping[str, Sequence[str]], size: int = 16) -> dict[str, Any]:
     """Score the mask that knows the layout and the domains."""
     pipeline, mask = load_pipeline(list(zoo.experts.values())), HalfMask()
-    ensemble = denoiser_of(pipeline)
-    rules = [mask for _ in ensemble.sites]
-    denoiser = EnsembleDenoiser(list(ensemble.experts), rules, widths=ensemble.widths)
-    pipeline = with_parts(pipeline, {kind_of_pipeline(pipeline).denoiser: denoiser})
+    pipeline = with_rules(pipeline, [mask for _ in denoiser_of(pipeline).sites])
     classifier, scores = load_classifier(), {}
     for group, captions in prompts.items():
         right = 0

@@ -1,0 +1,1 @@
+"""Rivals and bounds that draw in their own way; each file adds one."""
