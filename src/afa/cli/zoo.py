@@ -201,6 +201,9 @@ def evidence(
     experiment: Annotated[
         list[Experiment] | None, typer.Option(help="Repeatable; default: all experiments.")
     ] = None,
+    docs: Annotated[
+        Path, typer.Option(help="Folder of the documentation, for the outcomes of the test.")
+    ] = Path("docs"),
     processes: Annotated[
         int | None, typer.Option(min=1, help="With one thread each; default: one per core.")
     ] = None,
@@ -211,8 +214,9 @@ def evidence(
 
     [bold]Example[/bold]: afa zoo evidence runs/evidence --stage worlds --experiment main
     """
-    from afa.studies.evidence.run import Study, run_stage
+    from afa.studies.evidence.run import Study
     from afa.studies.evidence.settings import EvidenceSettings
+    from afa.studies.evidence.stages import run_stage
     from afa.studies.results.jobs import JobProgress
 
     quieten_loading()
@@ -220,7 +224,7 @@ def evidence(
     with Progress() as progress:
         for chosen in stage or list(Stage):
             for asked in experiment or list(Experiment):
-                for event in run_stage(study, chosen, asked):
+                for event in run_stage(study, chosen, asked, docs):
                     if isinstance(event, JobProgress):
                         progress.update(event.name, event.done, event.total)
                     else:

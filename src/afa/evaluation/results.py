@@ -11,18 +11,20 @@ import numpy as np
 import torch
 
 from afa.aggregators.fusion import ShellRecipe
-from afa.evaluation.prompts import groups_of
-from afa.evaluation.work import Unit, read_cost, units_of
+from afa.evaluation.prompts import groups_of, load_prompts
+from afa.evaluation.scoring import Scoring
+from afa.evaluation.work import Store, Unit, read_cost, units_of
 from afa.statistics import Interval, Paired, mean_interval, paired_difference
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
+    from torch import Tensor
+
     from afa.evaluation.prompts import Prompt
     from afa.evaluation.recipe import EvaluateRecipe, MethodRecipe
-    from afa.evaluation.scoring import Scoring
-    from afa.evaluation.work import Store
+    from afa.metrics import SetMetric
     from afa.statistics import Scores
 
 
@@ -136,30 +138,42 @@ class Results:
         ours, theirs = (self.scores(name, score, group) for name in (method, reference))
         return paired_difference(ours, theirs, self.recipe.num_resamples)
 
+    def scores_at(self, method: str, score: str, places: Sequence[int]) -> Scores:
+        """Scores [replicas, prompts] of some prompts, averaged over the seeds."""
+        return self._scores[method][score][:, list(places)]
+
+    def features_of(
+        self, method: str, metric: SetMetric, group: str
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """The features of drawn and of real pictures of a group, for each replica of a method.
+
+        Real ones are None if the metric needs none.
+        """
+        network, wanted = metric.extractor.name, set(self.groups[group])
+        real = self._real(network, group) if metric.needs_real else None
+        units = self._of(self._units, method)
+        for replica in sorted({unit.replica for unit in units}):
+            rows = [
+                row
+                for unit in units
+                if unit.replica == replica
+                for place, row in zip(
+                    unit.places, self.scoring.features_of(network, unit), strict=True
+                )
+                if place in wanted
+            ]
+            yield torch.stack(rows), real
+
     def set_scores(self, method: str, group: str) -> dict[str, list[float]]:
         """The metrics of sets, with one number per replica.
 
         Omits metrics of groups that have fewer than two drawn or real pictures.
         """
-        wanted = set(self.groups[group])
         found: dict[str, list[float]] = {}
-        units = self._of(self._units, method)
         for metric in self.scoring.set_metrics:
-            network = metric.extractor.name
-            real = self._real(network, group) if metric.needs_real else None
-            for replica in sorted({unit.replica for unit in units}):
-                rows = [
-                    row
-                    for unit in units
-                    if unit.replica == replica
-                    for place, row in zip(
-                        unit.places, self.scoring.features_of(network, unit), strict=True
-                    )
-                    if place in wanted
-                ]
-                if len(rows) < 2 or (real is not None and len(real) < 2):
+            for generated, real in self.features_of(method, metric, group):
+                if len(generated) < 2 or (real is not None and len(real) < 2):
                     continue
-                generated = torch.stack(rows)
                 found.setdefault(metric.name, []).append(metric.compute(generated, real))
         return found
 
@@ -297,3 +311,15 @@ class Results:
         if self.primary in self._outcomes:
             order = [n for n in order if means[n] < 1]
         return [self.groups[group][n] for n in order]
+
+
+def read_results(recipe: EvaluateRecipe, output: Path) -> Results:
+    """Read a finished comparison again, without drawing anything.
+
+    Args:
+        recipe: of the comparison.
+        output: its folder.
+    """
+    scratch = output / "references" if recipe.prompts.zoo is not None else None
+    prompts, store = load_prompts(recipe.prompts, scratch), Store(output)
+    return Results(recipe, prompts, Scoring(recipe, prompts, store, torch.device("cpu")), store)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from collections import Counter
 from pathlib import Path
@@ -16,8 +17,9 @@ from afa.studies.evidence.candidates import Grid, fusions, merges
 from afa.studies.evidence.entrants import Aggregated, Place, Tuned
 from afa.studies.evidence.parts import Experiment, Stage
 from afa.studies.evidence.rows import AFA, LORA, MERGED, PREDICTIONS, TUNED, counted, trained
-from afa.studies.evidence.run import Study, best_merge, choose, run_stage
+from afa.studies.evidence.run import Study, best_merge, choose
 from afa.studies.evidence.settings import WORLDS_OF, EvidenceSettings
+from afa.studies.evidence.stages import run_stage
 from afa.studies.worlds.recipe import WORLDS, WorldRecipe
 from tests.refusal import refusal
 
@@ -128,24 +130,66 @@ def test_the_stages_in_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         tuned_rates=(1e-4, 1e-3),
         num_tuning=2,
         num_steps=1,
+        num_mixed=2,
+        num_own=1,
+        num_references=8,
     )
-    study = Study(tmp_path, settings, 1)
-    list(run_stage(study, Stage.WORLDS, Experiment.MAIN))
+    study, docs = Study(tmp_path / "work", settings, 1), tmp_path / "docs"
+
+    def stages(*wanted: Stage) -> None:
+        for stage in wanted:
+            list(run_stage(study, stage, Experiment.MAIN, docs))
+
+    stages(Stage.WORLDS)
     with refusal("AFA-STUDY-016", "main"):
-        list(run_stage(study, Stage.TRAININGS, Experiment.MAIN))
-    for stage in (Stage.CANDIDATES, Stage.TRAININGS):
-        list(run_stage(study, stage, Experiment.MAIN))
+        stages(Stage.TRAININGS)
+    stages(Stage.CANDIDATES, Stage.TRAININGS)
     place = study.place("main")
     rates = study.chosen("main")["rates"]
     merge = best_merge(study.chosen("main"))
-    for each in trained(Experiment.MAIN, settings, rates, merge):
+    entrants = trained(Experiment.MAIN, settings, rates, merge)
+    for each in entrants:
         assert (each.folder(place) / "finished.json").is_file(), each.row
     assert not list(place.work.rglob("*-start")), "the merge is not kept"
+    stages(Stage.TEST)
+    found = json.loads((docs / "evidence" / "main-main.json").read_text())
+    count = len(found["prompts"])
+    assert count == 2 + 3
+    expected = {each.row for each in entrants} | {"base", "oracle mask", "router per prompt"}
+    expected |= {"SuperDiff OR", "SuperDiff AND", "top-1", "top-2, by step", "drafts", "LoRAtorio"}
+    assert expected <= found["rows"].keys()
+    for row, each in found["rows"].items():
+        assert all(len(bits) == count for bits in each["outcomes"]["both"]), row
+        assert each["sets"]["fid"][0]["low"] <= each["sets"]["fid"][0]["high"]
+        assert each["budget"]["base"] == 2
+        assert (each["budget"]["experts"] > 0) == (row != "base" and not _is_single(row)), row
+    assert found["rows"][AFA]["budget"]["own"] == found["rows"]["top-1"]["budget"]["own"] == 1
+    assert found["real"].keys() == {"fid", "kid", "cmmd"}
+
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
-    for stage in Stage:
-        list(run_stage(study, stage, Experiment.MAIN))
+    stages(*Stage)
     after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     assert before == after
+    assert json.loads((docs / "evidence" / "main-main.json").read_text()) == found
+
+
+def _is_single(row: str) -> bool:
+    """Whether a row uses no expert."""
+    return row.startswith((TUNED, LORA))
+
+
+def test_only_the_last_stage_reads_the_test_prompts() -> None:
+    root = Path(__file__).parents[3]
+    readers = []
+    for folder in ("src", "benchmarks", "tools"):
+        for path in (root / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                words = [each.value for each in ast.walk(node) if isinstance(each, ast.Constant)]
+                if isinstance(node, ast.Call) and "test" in words:
+                    name = getattr(node.func, "id", getattr(node.func, "attr", ""))
+                    if name in ("prompts_of", "_set_of", "pair_set"):
+                        readers.append(path.relative_to(root).as_posix())
+    assert readers == ["src/afa/studies/evidence/final.py"]
 
 
 def _few(rows: dict[str, Grid]) -> Grid:

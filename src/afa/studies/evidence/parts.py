@@ -21,3 +21,4 @@ class Stage(StrEnum):
     WORLDS = "worlds"
     CANDIDATES = "candidates"
     TRAININGS = "trainings"
+    TEST = "test"

@@ -1,4 +1,4 @@
-"""The stages of the study, each of which can be stopped and resumed on another day."""
+"""The stages before the test: worlds, settings of the rivals, trainings."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from afa.errors import AfaError
 from afa.evaluation.recipe import slug
-from afa.files import owned, read_json, write_atomic
+from afa.files import read_json, write_atomic
 from afa.studies.evidence.candidates import Grid, fusions, merges
 from afa.studies.evidence.entrants import Place, Tuned
-from afa.studies.evidence.parts import Stage
 from afa.studies.evidence.rows import MERGED, TUNED, trained
-from afa.studies.evidence.settings import WORLDS_OF, EvidenceSettings
 from afa.studies.results.jobs import JobProgress, run_jobs
 from afa.studies.results.plan import sampling
 from afa.studies.results.run import StageStarted, evaluate_in_processes
@@ -29,6 +27,7 @@ if TYPE_CHECKING:
 
     from afa.studies.evidence.entrants import Entrant
     from afa.studies.evidence.parts import Experiment
+    from afa.studies.evidence.settings import EvidenceSettings
 
 CHOSEN = "chosen.json"
 #: the world in which learning rates are chosen, for all worlds
@@ -70,40 +69,12 @@ class Study:
         return found
 
 
-def run_stage(
-    study: Study, stage: Stage, experiment: Experiment
-) -> Iterator[JobProgress | StageStarted]:
-    """Run one stage of an experiment, or resume it.
-
-    Args:
-        study: the work folder and the settings. What exists there and was made with other settings
-            is refused, one by one.
-        stage: the stage; those before it must be finished.
-        experiment: the experiment.
-
-    Yields:
-        The progress.
-
-    Raises:
-        AfaError: if a part was made with other settings, or the stage fails. Finished work is kept.
-    """
-    study.work.mkdir(parents=True, exist_ok=True)
-    with owned(study.work):
-        for world in WORLDS_OF[experiment]:
-            yield StageStarted(f"{stage} of the world '{world}'")
-            if stage == Stage.WORLDS:
-                yield from _build(study, world)
-            elif stage == Stage.CANDIDATES:
-                yield from _choose(study, world)
-            else:
-                yield from _train(study, experiment, world)
-
-
-def _build(study: Study, world: str) -> Iterator[JobProgress]:
+def build(study: Study, world: str) -> Iterator[JobProgress]:
+    """Build a world, and first the one from which it starts."""
     folder = study.place(world).models
     recipe = read_world(world, folder)
     if recipe.start is not None and not (recipe.start / "base").exists():
-        yield from _build(study, recipe.start.name)
+        yield from build(study, recipe.start.name)
     folder.parent.mkdir(parents=True, exist_ok=True)
     yield from build_world(folder, recipe, study.num_processes)
 
@@ -111,7 +82,7 @@ def _build(study: Study, world: str) -> Iterator[JobProgress]:
 # -- settings of the rivals -------------------------------------------------------------------
 
 
-def _choose(study: Study, world: str) -> Iterator[JobProgress | StageStarted]:
+def choose_rivals(study: Study, world: str) -> Iterator[JobProgress | StageStarted]:
     """Choose the settings of all rivals on the tuning prompts of a world."""
     place, settings = study.place(world), study.settings
     grids = {**merges(len(place.experts)), **fusions(list(place.experts))}
@@ -204,7 +175,8 @@ def write_prompts(path: Path, prompts: Mapping[str, Sequence[str]]) -> Path:
 # -- trainings --------------------------------------------------------------------------------
 
 
-def _train(study: Study, experiment: Experiment, world: str) -> Iterator[JobProgress]:
+def train(study: Study, experiment: Experiment, world: str) -> Iterator[JobProgress]:
+    """Train everything that enters the test of an experiment in a world."""
     place = study.place(world)
     rates = study.chosen(_FIRST)["rates"]
     merge = best_merge(study.chosen(world))

@@ -1,0 +1,172 @@
+"""The last stage: all rows draw the test prompts, which nothing else reads."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from afa.studies.evidence.drawn import drawn_job, scenes_job
+from afa.studies.evidence.outcomes import write_outcomes
+from afa.studies.evidence.parts import Experiment
+from afa.studies.evidence.rivals.oracle_mask import OracleMask
+from afa.studies.evidence.rivals.prompt_router import PromptRouter
+from afa.studies.evidence.rivals.superdiff import SuperDiff
+from afa.studies.evidence.rows import AFA, trained
+from afa.studies.evidence.run import best_merge, write_prompts
+from afa.studies.results.jobs import Job, run_jobs
+from afa.studies.results.plan import sampling
+from afa.studies.results.run import StageStarted, evaluate_in_processes
+from afa.studies.worlds.prompts import groups_of, prompts_of
+from afa.studies.worlds.recipe import POOLED
+from afa.training.data.scenes import SceneImages
+from afa.zoo.scenes import parse_caption
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from afa.studies.evidence.entrants import Entrant, Place
+    from afa.studies.evidence.rivals.rival import Rival
+    from afa.studies.evidence.run import Study
+    from afa.studies.results.jobs import JobProgress
+
+#: experiments whose test has all rivals; the others have those of which their figures speak
+_WHOLE = (Experiment.MAIN, Experiment.PRIVATE)
+
+
+def run_test(
+    study: Study, experiment: Experiment, world: str, docs: Path
+) -> Iterator[JobProgress | StageStarted]:
+    """Draw the test prompts of a world with all rows of an experiment, and write the outcomes.
+
+    Args:
+        study: whose other stages are finished.
+        experiment: the experiment.
+        world: one of its worlds.
+        docs: gets the outcomes of every picture.
+
+    Yields:
+        The progress.
+
+    Raises:
+        AfaError: if an earlier stage is not finished, or a picture cannot be drawn.
+    """
+    place, settings = study.place(world), study.settings
+    chosen = study.chosen(world)
+    rates, merge = study.chosen("main")["rates"], best_merge(chosen)
+    entrants = trained(experiment, settings, rates, merge)
+    prompts = test_prompts(place, settings.num_mixed, settings.num_own)
+    captions = [caption for listed in prompts.values() for caption in listed]
+    work = place.work / f"test-{experiment}"
+    rivals = drawn_rivals(study, place) if experiment in _WHOLE else _bounds(study, place)
+    jobs = [
+        Job(
+            f"{world}: {row}",
+            drawn_job,
+            (rival, captions, settings.test_seed, work / "drawn" / folder),
+        )
+        for row, (folder, rival) in rivals.items()
+    ]
+    mixed = sorted({pair for group in _mixed(place) for pair in _pairs(prompts[group])})
+    references = work / "references"
+    jobs.append(Job("real scenes", scenes_job, (mixed, settings.num_references, references)))
+    yield from run_jobs(jobs, study.num_processes)
+
+    yield StageStarted(f"test of the world '{world}'")
+    methods = methods_of(place, entrants, chosen, whole=experiment in _WHOLE)
+    methods += [
+        {"name": row, "pictures": str(work / "drawn" / folder)}
+        for row, (folder, _) in rivals.items()
+    ]
+    recipe = {
+        "experts": list(place.experts.values()),
+        "base": place.base,
+        "prompts": {"drawbench": str(write_prompts(work / "prompts.csv", prompts))},
+        "references": str(references),
+        "methods": methods,
+        "sampling": {**sampling(settings.num_steps), "seeds": [settings.test_seed]},
+        "metrics": [
+            "scenes",
+            *({"name": n, "weights": "zoo:clip"} for n in ("clip_t", "fid", "kid", "cmmd")),
+        ],
+        "num_resamples": 100,
+    }
+    evaluate_in_processes(work / "comparison", recipe, study.num_processes)
+    write_outcomes(docs, study, experiment, place, recipe, work / "comparison", entrants, chosen)
+
+
+def test_prompts(place: Place, num_mixed: int, num_own: int) -> dict[str, list[str]]:
+    """The test prompts of a world, by group."""
+    listed = prompts_of(place.recipe, "test", max(num_mixed, num_own))
+    return {
+        group: captions[: num_own if group in place.recipe.experts else num_mixed]
+        for group, captions in listed.items()
+    }
+
+
+def _mixed(place: Place) -> list[str]:
+    return [group for group in groups_of(place.recipe) if group not in place.recipe.experts]
+
+
+def _pairs(captions: Sequence[str]) -> list[tuple[str, str]]:
+    scenes = [parse_caption(caption) for caption in captions]
+    return [(scene.left, scene.right) for scene in scenes]
+
+
+def _bounds(study: Study, place: Place) -> dict[str, tuple[str, Rival]]:
+    return {OracleMask.row: ("oracle", OracleMask(place, study.settings.num_steps))}
+
+
+def drawn_rivals(study: Study, place: Place) -> dict[str, tuple[str, Rival]]:
+    """The rivals that draw in their own way, by row: their folders and settings."""
+    steps = study.settings.num_steps
+    data = SceneImages(
+        study.settings.num_pictures,
+        seed=100,
+        without=place.recipe.private_objects,
+        hold_out="fifth",
+    )
+    return {
+        **_bounds(study, place),
+        PromptRouter.row: ("router", PromptRouter(place, steps, data)),
+        "SuperDiff OR": ("superdiff-or", SuperDiff(place, 50, "or", 1e-2)),
+        "SuperDiff AND": ("superdiff-and", SuperDiff(place, 50, "and")),
+    }
+
+
+def methods_of(
+    place: Place,
+    entrants: Sequence[Entrant],
+    chosen: Mapping[str, Any],
+    *,
+    whole: bool,
+) -> list[dict[str, Any]]:
+    """All rows except those that draw in their own way, as methods of `afa evaluate`."""
+    rows: dict[str, dict[str, list[str]]] = {}
+    for each in entrants:
+        for kind, source in each.method(place).items():
+            rows.setdefault(each.row, {}).setdefault(kind, []).append(source)
+    methods: list[dict[str, Any]] = [{"name": row, **method} for row, method in rows.items()]
+    methods.append({"name": "base", "model": place.base})
+    drafts = {"judge": place.base}
+    if whole:
+        methods += [
+            {"name": f"expert: {name}", "model": source} for name, source in place.experts.items()
+        ]
+        if (place.models / POOLED).exists():
+            methods.append({"name": "pooled base", "model": str(place.models / POOLED)})
+        ensemble = rows[AFA]["ensemble"]
+        for count in (1, 2):
+            sparse: dict[str, Any] = {"experts": count}
+            methods.append({"name": f"top-{count}", "ensemble": ensemble, "sparse": sparse})
+            by_step = {**sparse, "by": "step", "every": 5}
+            name = f"top-{count}, by step"
+            methods.append({"name": name, "ensemble": ensemble[:1], "sparse": by_step})
+        methods.append({"name": "drafts", "fusion": {"rule": "feature_mean"}, "drafts": drafts})
+    kinds = ("merge", "fusion") if whole else ("merge",)
+    methods += [
+        {"name": row, **rival["method"]}
+        for row, rival in chosen["rivals"].items()
+        if any(kind in rival["method"] for kind in kinds)
+        and rival["method"].get("fusion", {}).get("rule") != "shell"
+    ]
+    return methods

@@ -1,0 +1,159 @@
+"""The outcomes of a test: compact, of every picture, so that every interval can be redone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from afa.evaluation.recipe import SCENE_SCORES, EvaluateRecipe
+from afa.evaluation.results import read_results
+from afa.files import write_atomic
+from afa.provenance import commit
+from afa.studies.worlds.prompts import groups_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+    from afa.evaluation.results import Results
+    from afa.metrics import SetMetric
+    from afa.studies.evidence.entrants import Entrant, Place
+    from afa.studies.evidence.parts import Experiment
+    from afa.studies.evidence.run import Study
+    from afa.studies.evidence.settings import EvidenceSettings
+
+_RESAMPLES = 200
+_DIGITS = 4
+
+
+def write_outcomes(
+    docs: Path,
+    study: Study,
+    experiment: Experiment,
+    place: Place,
+    recipe: Mapping[str, Any],
+    output: Path,
+    entrants: Sequence[Entrant],
+    chosen: Mapping[str, Any],
+) -> None:
+    """Write the outcomes of a test to `docs/evidence/EXPERIMENT-WORLD.json`.
+
+    Args:
+        docs: the folder of the documentation.
+        study: of the test.
+        experiment: of the test.
+        place: of the world.
+        recipe: of the comparison.
+        output: folder of the comparison.
+        entrants: the trainings among its rows.
+        chosen: the settings of the rivals.
+    """
+    results = read_results(EvaluateRecipe.model_validate(recipe), output)
+    mixed = [group for group in groups_of(place.recipe) if group not in place.recipe.experts]
+    samples = {each.row: each.samples(study.settings) for each in entrants}
+    content = {
+        "experiment": str(experiment),
+        "world": place.world,
+        "description": place.recipe.model_dump(mode="json", exclude={"start"}),
+        "commit": commit(),
+        "machine": results.machines(),
+        "prompts": [[prompt.text, prompt.group] for prompt in results.prompts],
+        "real": real_distances(results, mixed[0]),
+        "rivals": chosen["rivals"],
+        "rows": {
+            name: _row(results, name, mixed[0])
+            | {"budget": budget(name, results, place, study.settings, samples)}
+            for name in results.methods
+        },
+    }
+    folder = docs / "evidence"
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(content, indent=None, separators=(",", ":"), ensure_ascii=False)
+    write_atomic(folder / f"{experiment}-{place.world}.json", text + "\n")
+
+
+def _row(results: Results, name: str, group: str) -> dict[str, Any]:
+    """The scores of every picture of a row, its distances from real scenes, and its cost."""
+    every = list(range(len(results.prompts)))
+    cost = results.cost(name)
+    return {
+        "outcomes": {
+            score: [_bits(values) for values in results.scores_at(name, score, every)]
+            for score in SCENE_SCORES
+        },
+        "clip_t": np.round(results.scores_at(name, "clip_t", every), _DIGITS).tolist(),
+        "sets": set_distances(results, name, group),
+        "expert_calls": cost.expert_calls,
+        "seconds": cost.seconds,
+        "peak_memory": cost.peak_memory,
+    }
+
+
+def _bits(values: Sequence[float]) -> str:
+    return "".join(str(round(value)) for value in values)
+
+
+def budget(
+    name: str,
+    results: Results,
+    place: Place,
+    settings: EvidenceSettings,
+    samples: Mapping[str, int],
+) -> dict[str, int]:
+    """The pictures that everything in a row was trained on: base, experts, and the row's own."""
+    world = place.recipe
+    batch = world.batch_size
+    method = next(each for each in results.recipe.methods if each.name == name)
+    starts_at_base = name == "base" or (method.model is not None and "merge" not in name)
+    used = len(world.experts)
+    if starts_at_base:
+        used = int(name.startswith("expert:"))
+    found = {"base": world.base_steps * batch, "experts": used * world.expert_steps * batch}
+    trained = next((row for row in samples if name == row), None)
+    if trained is None and name.startswith("top-"):
+        trained = "AFA"
+    own = samples.get(trained or "", 0)
+    if name == "pooled base":
+        own = world.pooled_steps * batch
+    return {**found, "own": own}
+
+
+def set_distances(results: Results, name: str, group: str) -> dict[str, Any]:
+    """FID, KID and CMMD of a row from independent real scenes, with intervals over pictures."""
+    return {
+        metric.name: [
+            {"value": metric.compute(drawn, real), **_interval(metric, drawn, real)}
+            for drawn, real in results.features_of(name, metric, group)
+        ]
+        for metric in results.scoring.set_metrics
+    }
+
+
+def _interval(metric: SetMetric, drawn: Tensor, real: Tensor | None) -> dict[str, float]:
+    """The 95 % interval of a distance by the bootstrap of pictures, centred on the value.
+
+    Resamples have repeated pictures and so larger distances; only their spread is used.
+    """
+    generator = torch.Generator().manual_seed(0)
+    value = metric.compute(drawn, real)
+    found = []
+    for _ in range(_RESAMPLES):
+        chosen = torch.randint(len(drawn), (len(drawn),), generator=generator)
+        found.append(metric.compute(drawn[chosen], real))
+    low, high = np.quantile(found, (0.025, 0.975)) - np.mean(found)
+    return {"low": float(value + low), "high": float(value + high)}
+
+
+def real_distances(results: Results, group: str) -> dict[str, float]:
+    """The same distances of as many real scenes as there are prompts, from the other real ones."""
+    count = len(results.groups[group])
+    found = {}
+    for metric in results.scoring.set_metrics:
+        real = results.scoring.reference_features(metric.extractor.name)
+        found[metric.name] = metric.compute(real[:count], real[count:])
+    return found

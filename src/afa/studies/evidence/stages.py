@@ -1,0 +1,52 @@
+"""The stages of the study, each of which can be stopped and resumed on another day."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from afa.files import owned
+from afa.studies.evidence.final import run_test
+from afa.studies.evidence.parts import Stage
+from afa.studies.evidence.run import build, choose_rivals, train
+from afa.studies.evidence.settings import WORLDS_OF
+from afa.studies.results.run import StageStarted
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from afa.studies.evidence.parts import Experiment
+    from afa.studies.evidence.run import Study
+    from afa.studies.results.jobs import JobProgress
+
+
+def run_stage(
+    study: Study, stage: Stage, experiment: Experiment, docs: Path
+) -> Iterator[JobProgress | StageStarted]:
+    """Run one stage of an experiment, or resume it.
+
+    Args:
+        study: the work folder and the settings. What exists there and was made with other settings
+            is refused, one by one.
+        stage: the stage; those before it must be finished.
+        experiment: the experiment.
+        docs: the folder of the documentation, which gets the outcomes of the test.
+
+    Yields:
+        The progress.
+
+    Raises:
+        AfaError: if a part was made with other settings, or the stage fails. Finished work is kept.
+    """
+    study.work.mkdir(parents=True, exist_ok=True)
+    with owned(study.work):
+        for world in WORLDS_OF[experiment]:
+            yield StageStarted(f"{stage} of the world '{world}'")
+            if stage == Stage.WORLDS:
+                yield from build(study, world)
+            elif stage == Stage.CANDIDATES:
+                yield from choose_rivals(study, world)
+            elif stage == Stage.TRAININGS:
+                yield from train(study, experiment, world)
+            else:
+                yield from run_test(study, experiment, world, docs)
