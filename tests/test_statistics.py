@@ -188,4 +188,34 @@ def test_equivalence_needs_a_margin_and_enough_prompts() -> None:
     assert equivalence(outcomes(2000, 0.9, 0), outcomes(2000, 0.9, 1), 0.05)
     assert not equivalence(outcomes(20, 0.9, 0), outcomes(20, 0.9, 1), 0.05)
     assert not equivalence(outcomes(2000, 0.9, 0), outcomes(2000, 0.8, 1), 0.05)
-    assert equivalence(outcomes(20, 0.9, 0), outcomes(20, 0.9, 0), 0.05), "with itself"
+    assert not equivalence(np.ones((1, 10)), np.ones((1, 10)), 0.05), "ten prompts say nothing"
+    assert equivalence(np.ones((1, 400)), np.ones((1, 400)), 0.05)
+    # trainings that vary more than the margin
+    varied = np.concatenate([outcomes(2000, share, 0) for share in (0.7, 0.9, 0.95)])
+    assert not equivalence(varied, outcomes(2000, varied.mean(), 1), 0.05)
+
+
+def test_few_prompts_are_rarely_called_equivalent_at_the_margin() -> None:
+    rng = np.random.default_rng(6)
+    wrong = 0
+    for _ in range(300):
+        ours, theirs = ((rng.random((1, 20)) < share).astype(np.float64) for share in (0.98, 0.93))
+        wrong += equivalence(ours, theirs, 0.05, 500)
+    assert wrong / 300 < 0.05
+
+
+def test_clusters_of_equal_outcomes_are_as_many_trials() -> None:
+    clusters = np.repeat(np.arange(10), 39)
+    interval = mean_interval(np.ones((1, 390)), is_outcome=True, clusters=clusters)
+    assert interval.low == wilson(1.0, 10).low
+    gaps = mean_interval(np.ones((1, 4)), is_outcome=True, clusters=np.array([3, 3, 7, 7]))
+    assert gaps.low == wilson(1.0, 2).low
+    two = np.repeat([0, 1], 25)
+    paired = paired_difference(np.ones((1, 50)), np.zeros((1, 50)), clusters=two)
+    assert (paired.wins, paired.p_value) == (50, 0.5)
+    # prompts that vary on their own are as many trials as they are
+    own = np.random.default_rng(0).permuted(outcomes(390, 0.8, 0), axis=1)
+    alone, clustered = (
+        mean_interval(own, is_outcome=True, clusters=each) for each in (np.arange(390), clusters)
+    )
+    assert clustered.high - clustered.low < 2 * (alone.high - alone.low)

@@ -95,7 +95,9 @@ def mean_interval(
     """Return the mean of a method's scores with a 95 % interval over prompts and replicas.
 
     Percentile bootstrap (Efron, 1979) of prompts and replicas. For binary outcomes, it is widened
-    to Wilson's interval over the prompts, since the bootstrap of equal outcomes has no width.
+    to Wilson's interval over the prompts, since the bootstrap of equal outcomes has no width. With
+    clusters, Wilson's number of trials is the one with which a proportion would vary as much as the
+    resampled means; it is at least the number of clusters, and this if the outcomes are equal.
 
     Args:
         scores: [replicas, prompts], each the mean over the seeds.
@@ -105,10 +107,18 @@ def mean_interval(
             None draws single prompts.
     """
     mean = float(scores.mean())
-    drawn = _percentiles(mean, _resampled_means(scores, num_resamples, clusters=clusters))
+    resampled = _resampled_means(scores, num_resamples, clusters=clusters)
+    drawn = _percentiles(mean, resampled)
     if not is_outcome:
         return drawn
-    bounds = wilson(mean, scores.shape[1])
+    trials = scores.shape[1]
+    if clusters is not None:
+        spread = float(
+            _resampled_means(scores.mean(0, keepdims=True), num_resamples, 0, clusters).var()
+        )
+        alike = mean * (1 - mean) / spread if spread > 0 else 0.0
+        trials = int(min(max(alike, len(np.unique(clusters))), trials))
+    bounds = wilson(mean, trials)
     return Interval(mean, min(bounds.low, drawn.low), max(bounds.high, drawn.high))
 
 
@@ -122,7 +132,8 @@ def paired_difference(
     """Return the mean difference of two methods on the same prompts, with a 95 % interval.
 
     Percentile bootstrap: both methods use the same resampled prompts, and each its own resampled
-    replicas, so that the interval includes the variance of trainings.
+    replicas, so that the interval includes the variance of trainings. With clusters, the sign test
+    is that of their mean differences.
 
     Args:
         ours: [replicas, prompts].
@@ -138,12 +149,16 @@ def paired_difference(
     # means over seeds or replicas have rounding errors
     is_tie = np.isclose(by_prompt, 0.0, rtol=0, atol=1e-9)
     wins, losses = int((~is_tie & (by_prompt > 0)).sum()), int((~is_tie & (by_prompt < 0)).sum())
+    signs = wins, losses
+    if clusters is not None:
+        found = [by_prompt[clusters == each].mean() for each in np.unique(clusters)]
+        signs = sum(each > 1e-9 for each in found), sum(each < -1e-9 for each in found)
     return Paired(
         _percentiles(float(by_prompt.mean()), resampled),
         wins,
         losses,
         ties=int(is_tie.sum()),
-        p_value=sign_test(wins, losses),
+        p_value=sign_test(*signs),
     )
 
 
@@ -157,12 +172,14 @@ def equivalence(
 ) -> bool:
     """Whether two methods are equivalent: the 90 % interval of the difference is in the margin.
 
-    These are two one-sided tests at 5 % (Schuirmann, 1987), by the bootstrap of
-    `paired_difference`.
+    These are two one-sided tests at 5 % (Schuirmann, 1987), by a bootstrap that is careful with few
+    data. Two clusters are added in which one and the other method is right in everything (Agresti &
+    Min, 2005), because without discordant prompts the bootstrap has no width. Replicas are spread
+    by the factor that corrects the variance of few of them.
 
     Args:
-        ours: [replicas, prompts].
-        theirs: [replicas, prompts], with the same number of prompts.
+        ours: scores from 0 to 1, [replicas, prompts].
+        theirs: the same, [replicas, prompts], with the same number of prompts.
         margin: the largest difference of means that does not matter.
         num_resamples: of the bootstrap.
         clusters: see `mean_interval`.
@@ -170,9 +187,28 @@ def equivalence(
     Raises:
         AfaError: if the numbers of prompts differ.
     """
-    resampled = _resampled_differences(ours, theirs, num_resamples, clusters)
+    num_prompts = ours.shape[1]
+    clusters = np.arange(num_prompts) if clusters is None else np.asarray(clusters)
+    count = len(np.unique(clusters))
+    size = max(1, round(num_prompts / count))
+    first, second = _with_doubt(ours, 1, size), _with_doubt(theirs, 0, size)
+    added = np.repeat([clusters.max() + 1, clusters.max() + 2], size)
+    resampled = _resampled_differences(
+        first, second, num_resamples, np.concatenate([clusters, added])
+    )
     low, high = np.quantile(resampled, (0.05, 0.95))
     return bool(-margin < low and high < margin)
+
+
+def _with_doubt(scores: Scores, first: float, size: int) -> Scores:
+    """Scores with their replicas spread, and two more clusters: `first`, then the opposite."""
+    count = len(scores)
+    if count > 1:
+        means = scores.mean(1, keepdims=True)
+        spread = (count / (count - 1)) ** 0.5
+        scores = scores + (spread - 1) * (means - means.mean())
+    added = np.repeat([[first, 1 - first]], size, axis=1).repeat(count, axis=0)
+    return np.concatenate([scores, added], axis=1)
 
 
 def _resampled_differences(
@@ -222,6 +258,8 @@ def _prompt_draws(
             f"There must be one cluster for each prompt; got {len(clusters)} clusters and "
             f"{num_prompts} prompts.",
         )
+    if clusters is not None:
+        clusters = np.unique(clusters, return_inverse=True)[1]
     count = num_prompts if clusters is None else int(clusters.max()) + 1
     rng = np.random.default_rng([_SEED, count])
     for start in range(0, num_resamples, _CHUNK):

@@ -426,8 +426,8 @@ def test_generate_uses_the_drafts_of_an_ensemble_for_unknown_words(
 ) -> None:
     own = shutil.copytree(ensemble, tmp_path / "own")
     pipeline = afa.load_ensemble(ensemble)
-    judge = OwnDrafts(judge=ExpertSource(str(experts[2])))
-    keep_drafts(pipeline, judge, Companions(torch.float32))
+    judge = shutil.copytree(experts[2], tmp_path / "judge")
+    keep_drafts(pipeline, OwnDrafts(judge=ExpertSource(str(judge))), Companions(torch.float32))
     afa.save_ensemble(pipeline, own, exist_ok=True)
     write_words(["fox"], own)
     prompts = ["a fox", "a zebra"]
@@ -454,6 +454,27 @@ def test_generate_uses_the_drafts_of_an_ensemble_for_unknown_words(
     capsys.readouterr()
     assert run("generate", "--from-image", drafted / zebra, "--output", again) == 0
     assert "The picture is identical, bit for bit." in capsys.readouterr().out
+    assert run("generate", own, *prompts, "--output", drafted, "--steps", 2) == 0
+    assert "2 pictures in" in capsys.readouterr().out, "nothing is drawn again"
+    # a judge that was moved, together with an ensemble that names its new place
+    moved = shutil.move(judge, tmp_path / "moved")
+    line = fails(capsys, "generate", "--from-image", drafted / zebra, "--output", tmp_path / "x")
+    assert "AFA-DRAW-017" in line
+    config = json.loads((own / "config.json").read_text())
+    config["judge"]["source"] = str(moved)
+    (own / "config.json").write_text(json.dumps(config))
+    assert run("generate", "--from-image", drafted / zebra, "--output", tmp_path / "x") == 0
+    assert "The picture is identical, bit for bit." in capsys.readouterr().out
+    # what excludes drafts is drawn without them, with a warning
+    masked = tmp_path / "masked"
+    mask = ("--output", masked, "--steps", 2, "--on-nonfinite", "mask")
+    assert run("generate", own, *prompts, *mask) == 0
+    assert "drafts cannot be combined with --on-nonfinite mask" in capsys.readouterr().out
+    assert pixels(masked, zebra) == pixels(plain, zebra)
+    figures = tmp_path / "figures"
+    asked = ("--prompt", "a zebra", "--output", figures, "--steps", 2)
+    assert run("weights", own, *asked) == 0
+    assert "No training caption has 'zebra'" in capsys.readouterr().out
     both = ("--drafts", experts[2], "--no-drafts")
     line = fails(capsys, "generate", own, "a fox", "--output", tmp_path / "new", *both)
     assert "AFA-CLI-027" in line

@@ -15,12 +15,13 @@ from pydantic import ValidationError
 
 import afa
 from afa.denoisers.kinds import denoiser_of
-from afa.drafting import OwnDrafts, batches, own_drafts, routed, use_drafts
+from afa.drafting import DraftsRecipe, OwnDrafts, batches, own_drafts, routed, use_drafts
 from afa.drafting.own import keep_drafts
 from afa.drawing.pictures import drafts_of, prepare
 from afa.evaluation.recipe import EvaluateRecipe, MethodRecipe, SamplingRecipe
 from afa.evaluation.work import draw
 from afa.loading.expert_source import ExpertSource
+from afa.loading.inspection import describe
 from afa.loading.memory.budget import MemoryPlan
 from afa.loading.single_file.load import Companions
 from afa.loading.vocabulary import WORDS
@@ -116,8 +117,8 @@ def saved_folder(pipeline: DiffusionPipeline) -> Path:
 def test_what_the_folder_must_have(saved: Callable[..., Path], experts: list[Path]) -> None:
     folder = saved()
     (folder / WORDS).unlink()
-    with refusal("AFA-DRAFT-007", "words.json"):
-        prepare(str(folder), drafts=own_drafts(folder, [KNOWN]))
+    with refusal("AFA-DRAFT-010", "words.json", "--no-drafts"):
+        own_drafts(folder, [KNOWN])
     config = json.loads((folder / "config.json").read_text())
     config["drafts"]["num_steps"] = 0
     (folder / "config.json").write_text(json.dumps(config))
@@ -130,10 +131,10 @@ def test_another_judge_than_that_of_the_training_is_refused(
 ) -> None:
     folder = saved()
     shutil.rmtree(tmp_path / "judge")
-    with refusal("AFA-LOAD-079", "judge"):
+    with refusal("AFA-DRAFT-011", "judge", "--no-drafts"):
         prepare(str(folder), drafts=own_drafts(folder, [UNKNOWN]))
     shutil.copytree(experts[0], tmp_path / "judge")
-    with refusal("AFA-LOAD-082", "judge"):
+    with refusal("AFA-DRAFT-011", "SHA-256", "--drafts MODEL"):
         prepare(str(folder), drafts=own_drafts(folder, [UNKNOWN]))
     assert own_drafts(folder, [KNOWN]) is None, "it is not needed"
 
@@ -166,6 +167,17 @@ def test_a_training_keeps_its_drafts(experts: list[Path], tmp_path: Path) -> Non
     assert drafts is not None
     assert drafts.judge.source == str(experts[2])
     assert own_drafts(tmp_path / "run", ["background"]) is None
+    # another judge needs no other training
+    changed = {"judge": str(experts[1]), "sharpness": 1.0}
+    again = Recipe.model_validate({**written, "drafts": changed})
+    assert not list(steps_of(again, tmp_path / "run"))
+    drafts = own_drafts(tmp_path / "run")
+    assert drafts is not None
+    assert (drafts.judge.source, drafts.sharpness) == (str(experts[1]), 1.0)
+    assert str(experts[1]) in (tmp_path / "run" / "README.md").read_text()
+    described = describe(tmp_path / "run")["judge of its drafts"]
+    assert described["source"] == str(experts[1])
+
     (tmp_path / "other").mkdir()
     wrong = Recipe.model_validate({**written, "drafts": {"judge": str(tmp_path / "other")}})
     with refusal("AFA-LOAD-102"):
@@ -224,5 +236,13 @@ def test_a_comparison_says_that_it_does_not_use_them(
     assert "'zebra'" in guess
     assert "'mine'" in differs
     assert str(tmp_path / "judge") in differs
-    drafts = {"judge": str(tmp_path / "judge"), "prompts": "unknown_words"}
+    # the advice is complete: with it, the pictures are those of afa generate
+    drafts = json.loads(differs[differs.index("{") : differs.rindex("}") + 1])
     assert said(drafts=drafts) == []
+    own = own_drafts(folder)
+    assert own is not None
+    given = DraftsRecipe.model_validate(drafts)
+    assert given.model_dump(exclude={"judge"}) == {
+        **own.model_dump(exclude={"judge"}),
+        "prompts": "unknown_words",
+    }

@@ -111,7 +111,7 @@ def recipe_of(experts: list[Path], folder: Path, *sparse: Any) -> EvaluateRecipe
 
 
 def test_sparse_methods_of_a_comparison(experts: list[Path], folder: Path) -> None:
-    asked = [None, {"experts": 1}, {"experts": 3}, {"experts": 1, "by": "step", "every": 3}]
+    asked = [None, {"experts": 1}, {"experts": 2}, {"experts": 1, "by": "step", "every": 3}]
     recipe = recipe_of(experts, folder, *asked)
     builder = MethodBuilder(recipe, recipe.sampling, torch.device("cpu"))
     drawn, calls = [], []
@@ -123,8 +123,7 @@ def test_sparse_methods_of_a_comparison(experts: list[Path], folder: Path) -> No
         calls.append(cost.expert_calls)
         again = draw(pipeline, ["a fox"], [0], 0, 6, recipe.sampling)
         assert again[0].tobytes() == drawn[-1]
-    assert drawn[2] == drawn[0]
-    assert len(set(drawn)) == 3
+    assert len(set(drawn)) == 4
     whole = 6 * 3 * 2
     assert calls == [whole, whole, whole, 2 * (2 * 3 + 4 * 1)]
     identities = [Identities(recipe).method(method, 0) for method in recipe.methods]
@@ -146,6 +145,29 @@ def test_what_sparse_methods_cannot_have(experts: list[Path], folder: Path) -> N
     rigid = denoiser_of(with_rules(afa.load_ensemble(folder), [_Rigid()] * len(ensemble.sites)))
     with refusal("AFA-ENSEMBLE-019", "_Rigid"):
         run_leading(rigid, 1, 5)
+
+
+@pytest.mark.parametrize("by", ["pixel", "step"])
+def test_nothing_to_leave_out_is_refused(by: str, experts: list[Path], folder: Path) -> None:
+    mean = afa.save_ensemble(afa.load_pipeline(experts), folder.with_name("mean"))
+    for place, count in ((folder, 3), (mean, 1)):
+        recipe = recipe_of(experts, place, {"experts": count, "by": by})
+        builder = MethodBuilder(recipe, recipe.sampling, torch.device("cpu"))
+        with refusal("AFA-EVAL-034", str(count)):
+            builder.build(recipe.methods[0])
+
+
+def test_half_precision_is_that_of_the_rule(experts: list[Path], folder: Path) -> None:
+    """With all experts, top-k is the ensemble, bit for bit, in bfloat16 as well."""
+    whole = afa.load_ensemble(folder, torch_dtype=torch.bfloat16)
+    rules = [Leading(rule, 3) for rule in denoiser_of(whole).aggregators]
+    every = with_rules(whole, rules)
+    sample = torch.randn(2, 4, 8, 8, dtype=torch.bfloat16)
+    text = torch.randn(2, 5, denoiser_of(whole).config.cross_attention_dim * 3).bfloat16()
+    with torch.no_grad():
+        one, other = (denoiser_of(each)(sample, 500, text).sample for each in (whole, every))
+    assert one.dtype == torch.bfloat16
+    assert torch.equal(one, other)
 
 
 class _Rigid(torch.nn.Module):

@@ -35,7 +35,7 @@ class Leading(FusionRule):
                 "AFA-FUSION-017", f"At least one expert must keep a weight; got {count}."
             )
         self.rule, self.count = rule, count
-        self.can_steer = rule.can_steer
+        self.can_steer, self.can_lower = rule.can_steer, rule.can_lower
 
     @property
     def takes_some(self) -> bool:

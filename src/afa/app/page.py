@@ -183,7 +183,9 @@ class Page:
                 (slot, self._recipe(fields, name, bias if is_biased else {}))
                 for slot, name, is_biased in wanted
             ]
-            warnings = self._warnings(planned[-1][1])  # the ensemble is the last one
+            recipes = [recipe for _, recipe in planned]
+            fused = [recipe for recipe in recipes if recipe.drawn_by == ENSEMBLE]
+            warnings = self._warnings((fused or recipes)[0])
             if warnings:
                 yield {status: views.warned("Starting", warnings)}
             for event in self._studio.draw([recipe for _, recipe in planned], stop):

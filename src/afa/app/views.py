@@ -147,14 +147,17 @@ def caption(name: str, entry: Entry | None = None) -> str:
     """The caption of a picture: contender and drawing time."""
     if entry is None:
         return f"<p>{html.escape(name)}</p>"
-    steered = ", steered" if entry.recipe.bias else ""
-    return f"<p><b>{html.escape(name)}</b>{steered}, {entry.seconds:.1f} s</p>"
+    return f"<p><b>{html.escape(name)}</b>{_how(entry)}, {entry.seconds:.1f} s</p>"
 
 
 def short(entry: Entry) -> str:
     """The label of a picture in the history, as plain text."""
+    return f"{entry.recipe.drawn_by}{_how(entry)}, seed {entry.recipe.seed}"
+
+
+def _how(entry: Entry) -> str:
     steered = ", steered" if entry.recipe.bias else ""
-    return f"{entry.recipe.drawn_by}{steered}, seed {entry.recipe.seed}"
+    return f"{steered}, by drafts" if entry.recipe.drafts is not None else steered
 
 
 def note(text: str) -> str:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from afa.cli.console import say
+from afa.cli.console import say, say_warnings
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
@@ -60,8 +60,17 @@ def drafts_for(
     return own_drafts(ensemble, prompts)
 
 
-def say_own(drafts: DraftsRecipe, ensemble: str, prompts: Sequence[str]) -> None:
-    """Print for which words an ensemble's own drafts are used, before the judge is loaded."""
+def say_own(
+    drafts: DraftsRecipe, ensemble: str, prompts: Sequence[str], excluded_by: str | None = None
+) -> None:
+    """Print for which words an ensemble's own drafts are used, before the judge is loaded.
+
+    Args:
+        drafts: the ensemble's own.
+        ensemble: its folder.
+        prompts: all prompts.
+        excluded_by: the option with which drafts cannot be used; None if there is none.
+    """
     from afa.loading.ensemble_folder import ensemble_folder
     from afa.loading.vocabulary import listed, read_words, unknown_words
 
@@ -69,4 +78,12 @@ def say_own(drafts: DraftsRecipe, ensemble: str, prompts: Sequence[str]) -> None
     if drafts.prompts == "unknown_words":
         unknown = unknown_words(read_words(ensemble_folder(ensemble)) or (), prompts)
         why = f"No training caption has {listed(unknown)}; such prompts are drawn by drafts"
+    if excluded_by is not None:
+        say_warnings(
+            [
+                f"The ensemble's own drafts are not used, because drafts cannot be combined with "
+                f"{excluded_by}."
+            ]
+        )
+        return
     say(f"{why}, judged by {drafts.judge.source}. To use the aggregators alone, pass --no-drafts.")

@@ -167,8 +167,16 @@ def generate(
         if quantize is not None:
             loading["quantize"] = quantize
         chosen = drafts_for(ensemble, drafts, prompts, without=no_drafts)
-        if processes.is_main and chosen is not None and drafts is None:
-            say_own(chosen, ensemble, prompts)
+        if chosen is not None and drafts is None:
+            options = {
+                "--plan": plan is not None,
+                "--cuda-graphs": cuda_graphs,
+                "--on-nonfinite mask": on_nonfinite == "mask",
+            }
+            excluded = next((option for option, given in options.items() if given), None)
+            if processes.is_main:
+                say_own(chosen, ensemble, prompts, excluded)
+            chosen = chosen if excluded is None else None
         # the estimate of memory does not know budgets and quantization
         if run_check and processes.is_main and not (quantize or memory_budget):
             require_sound(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from afa.cli.console import require_new_folder, say, say_warnings
+from afa.cli.drafts import NoDrafts, drafts_for, say_own
 from afa.cli.progress import Progress
 from afa.errors import AfaError
 from afa.files import slug
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from PIL import Image
 
+    from afa.drafting import DraftsRecipe
     from afa.ensemble.recording import WeightRecord
 
 FORMATS = ("png", "svg")
@@ -40,6 +42,7 @@ def weights(
     formats: Annotated[
         list[str] | None, typer.Option("--format", help="png or svg; repeatable; default: png.")
     ] = None,
+    no_drafts: NoDrafts = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
 ) -> None:
     """Draw the experts' fusion weights: by site and step, over the picture, and over the steps.
@@ -82,7 +85,10 @@ def weights(
             progress.update("weights", len(pictures), len(pictures), unit="pictures")
         else:
             options = {"steps": steps, "guidance": guidance, "seed": seed}
-            drawn = _compared(sources[0], prompt or [], options, figures, chosen)
+            drafts = drafts_for(sources[0], None, prompt, without=no_drafts)
+            if drafts is not None:
+                say_own(drafts, sources[0], prompt or [])
+            drawn = _compared(sources[0], prompt or [], drafts, options, figures, chosen)
             for done, total in drawn:
                 progress.update("weights", done, total, unit="pictures")
     say(f"{figures.count} figures in {output}")
@@ -147,6 +153,7 @@ def _redraw(path: Path, figures: _Figures, device: object) -> None:
 def _compared(
     ensemble: str,
     prompts: Sequence[str],
+    drafts: DraftsRecipe | None,
     options: dict[str, float],
     figures: _Figures,
     device: object,
@@ -154,18 +161,21 @@ def _compared(
     """Draw prompts with every contender, and their fusion weights; yield (done, total)."""
     from afa.denoisers.kinds import denoiser_of
     from afa.drawing.contenders import ENSEMBLE, Contenders
-    from afa.drawing.pictures import draw, identity_of, prepare
+    from afa.drawing.pictures import drafts_of, draw, identity_of, prepare
     from afa.drawing.plots import comparison
     from afa.drawing.recorded import picture_recipe
     from afa.ensemble.protocol import expert_names
     from afa.ensemble.recording import record_weights
+    from afa.loading.ensemble_folder import ensemble_folder
     from afa.loading.pipeline import native_resolution
     from afa.loading.truncation import warnings_for
+    from afa.loading.vocabulary import word_warnings
 
-    pipeline = prepare(ensemble, device=device)
+    pipeline = prepare(ensemble, drafts=drafts, device=device)
     denoiser = denoiser_of(pipeline)
     height, width = native_resolution(pipeline)
-    say_warnings(warnings_for(pipeline, prompts))
+    fused = [prompt for prompt in prompts if not drafts_of(pipeline, prompt)]
+    say_warnings(warnings_for(pipeline, prompts) + word_warnings(ensemble_folder(ensemble), fused))
     contenders, experts = Contenders(pipeline), expert_names(denoiser)
     fields = {**options, "ensemble": ensemble, "identity": identity_of(denoiser)}
     rows: dict[str, list[Image.Image]] = {name: [] for name in contenders.names}

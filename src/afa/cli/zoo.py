@@ -63,6 +63,10 @@ def build(
             "AFA-CLI-023",
             "--font only applies to the bundled zoo; got --family dit or --world. Remove --font.",
         )
+    if processes is not None and world is None:
+        raise AfaError(
+            "AFA-CLI-028", "--processes only applies to a world. Remove it, or pass --world."
+        )
     if world is not None:
         _build_world(workdir, world, processes)
         return

@@ -288,6 +288,12 @@ class DistillRecipe(ModelsRecipe):
             )
         if self.features is not None and (pictures is not None or self.guidance != "keep"):
             raise ValueError("must not have features with pictures or bake_in")
+        fusion = self.teacher.fusion
+        if fusion is not None and fusion.needs_halves and pictures is not None:
+            raise ValueError(
+                f"must not have pictures with a teacher of the rule {fusion.rule}, which needs "
+                "both halves of guidance"
+            )
         drafts = self.teacher.drafts
         if drafts is not None and drafts.prompts != "all":
             raise ValueError("must have a teacher with drafts of all prompts")

@@ -14,6 +14,7 @@ from afa.aggregators import Separate
 from afa.denoisers.forward_process import forward_process
 from afa.denoisers.kinds import conditioning_of, denoiser_of
 from afa.drafting.recognition import recognise
+from afa.drafting.settings import OwnDrafts
 from afa.ensemble.denoiser import EnsembleDenoiser
 from afa.ensemble.locks import Lock
 from afa.ensemble.regions import Regions
@@ -190,8 +191,17 @@ def use_drafts(
                 "all.",
             )
     companions = companions or Companions(ensemble.dtype)
-    identity = judge_identity(settings, companions)
-    judge, _ = load_judge(settings, pipeline, companions)
+    try:
+        identity = judge_identity(settings, companions)
+        judge, _ = load_judge(settings, pipeline, companions)
+    except AfaError as error:
+        if not isinstance(settings, OwnDrafts):
+            raise
+        raise AfaError(
+            "AFA-DRAFT-011",
+            f"The judge of the ensemble's own drafts cannot be used. {error} Or pass --drafts "
+            "MODEL, or --no-drafts.",
+        ) from error
     ensemble.drafter = Drafter(judge.to(ensemble.device), settings, identity, words)
 
 

@@ -14,7 +14,7 @@ from afa.errors import AfaError
 from afa.loading.ensemble_folder import ensemble_folder
 from afa.loading.published import is_published
 from afa.loading.saved import read_config, source_of
-from afa.loading.vocabulary import read_words, unknown_words
+from afa.loading.vocabulary import WORDS, read_words, unknown_words
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -34,7 +34,7 @@ def own_drafts(ensemble: str | Path, prompts: Iterable[str] | None = None) -> Ow
         prompts: if given, also None if it uses drafts for none of these prompts.
 
     Raises:
-        AfaError: if the folder is damaged.
+        AfaError: if the folder is damaged, or lacks the words of the training captions.
     """
     folder = ensemble_folder(ensemble)
     if is_published(folder):
@@ -50,9 +50,17 @@ def own_drafts(ensemble: str | Path, prompts: Iterable[str] | None = None) -> Ow
             f"The drafts in '{folder / 'config.json'}' are not as afa train writes them: {error} "
             "Restore that file.",
         ) from None
+    if drafts.prompts == "all":
+        return drafts
     words = read_words(folder)
-    are_known = prompts is not None and words is not None and not unknown_words(words, prompts)
-    return None if drafts.prompts == "unknown_words" and are_known else drafts
+    if words is None:
+        raise AfaError(
+            "AFA-DRAFT-010",
+            f"'{folder / WORDS}', the words of the training captions, is missing or damaged; it "
+            "says which prompts are drawn by drafts. Restore it. Or pass --no-drafts, or --drafts "
+            "MODEL for all prompts.",
+        )
+    return None if prompts is not None and not unknown_words(words, prompts) else drafts
 
 
 def keep_drafts(pipeline: DiffusionPipeline, settings: OwnDrafts, companions: Companions) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 
 from afa.denoisers.kinds import denoiser_of, kind_of_pipeline
-from afa.drafting import DraftsRecipe, routed, use_drafts
+from afa.drafting import DraftsRecipe, own_drafts, routed, use_drafts
 from afa.drawing.contenders import ENSEMBLE, Contenders, load_student
 from afa.ensemble.accelerate import accelerate
 from afa.ensemble.caching.plan import PruningPlan
@@ -24,6 +25,7 @@ from afa.loading.memory.budget import size_text
 from afa.loading.memory.plan import bytes_alone
 from afa.loading.pipeline import check_text_to_image
 from afa.loading.planned import companions_of_ensemble
+from afa.loading.sources import is_there
 from afa.loading.trust.unchanged import require_unchanged
 from afa.machine.exhausted import saying_what_fits
 from afa.machine.free import free_memory
@@ -107,7 +109,9 @@ def drafts_of(pipeline: DiffusionPipeline, prompt: str) -> dict[str, Any]:
     drafter = getattr(denoiser_of(pipeline), "drafter", None)
     if drafter is None or not drafter.drafts(prompt):
         return {}
-    settings = DraftsRecipe(**{**dict(drafter.settings), "prompts": "all"})
+    # what a PNG can record; the hash of the judge is beside it
+    judge = replace(drafter.settings.judge, sha256=None, lora_sha256=None, revision=None)
+    settings = DraftsRecipe(**{**dict(drafter.settings), "prompts": "all", "judge": judge})
     return {"drafts": settings, "judge": drafter.identity}
 
 
@@ -133,14 +137,7 @@ def prepare_again(recipe: PictureRecipe, **loading: Any) -> DiffusionPipeline:
             f"The ensemble of the picture, '{recipe.ensemble}', does not exist. Pass its new "
             "folder: afa generate ENSEMBLE --from-image PICTURE.",
         )
-    drafts = recipe.drafts
-    if drafts is not None:
-        place = drafts.judge.source
-        if not place.startswith("zoo:") and not Path(place).exists():
-            raise AfaError(
-                "AFA-DRAW-017",
-                f"The judge of the picture's drafts, '{place}', does not exist. Restore that path.",
-            )
+    drafts = _with_judge(recipe)
     if recipe.quantize is not None:
         loading["quantize"] = recipe.quantize
     pipeline = prepare(
@@ -148,7 +145,7 @@ def prepare_again(recipe: PictureRecipe, **loading: Any) -> DiffusionPipeline:
         acceleration=recipe.acceleration,
         plan=recipe.plan,
         bias=recipe.bias,
-        drafts=recipe.drafts,
+        drafts=drafts,
         compiled=recipe.compiled,
         on_nonfinite=recipe.on_nonfinite,
         torch_dtype=getattr(torch, recipe.dtype),
@@ -185,6 +182,25 @@ def prepare_again(recipe: PictureRecipe, **loading: Any) -> DiffusionPipeline:
                 "differ. Restore that one.",
             )
     return Contenders(pipeline, student).pipeline(recipe.drawn_by, recipe.acceleration)
+
+
+def _with_judge(recipe: PictureRecipe) -> DraftsRecipe | None:
+    """The drafts of a picture; a judge that was moved is the one that the ensemble now names.
+
+    Raises:
+        AfaError: if the judge does not exist.
+    """
+    drafts = recipe.drafts
+    if drafts is None or is_there(drafts.judge.source):
+        return drafts
+    own = own_drafts(recipe.ensemble)
+    if own is not None and is_there(own.judge.source):
+        return drafts.model_copy(update={"judge": own.judge})
+    raise AfaError(
+        "AFA-DRAW-017",
+        f"The judge of the picture's drafts, '{drafts.judge.source}', does not exist. Restore that "
+        "path.",
+    )
 
 
 def draw(pipeline: DiffusionPipeline, recipe: PictureRecipe) -> Image.Image:

@@ -45,8 +45,8 @@ def picture_files(
 ) -> dict[tuple[int, int], Path]:
     """The files of given pictures, by seed and index of the prompt.
 
-    `000012.png` is the picture of prompt 12, counted from 0 in the order of the comparison. With
-    several seeds, those of each one are in a folder `seed-S`.
+    `000012.png` is the picture of prompt 12, counted from 0 in the order of the comparison. Those
+    of seed S are in a folder `seed-S`, which is not necessary if there is only one seed.
 
     Args:
         folder: of the pictures.
@@ -58,7 +58,9 @@ def picture_files(
     """
     found = {}
     for seed in seeds:
-        place = folder if len(seeds) == 1 else folder / f"seed-{seed}"
+        place = folder / f"seed-{seed}"
+        if len(seeds) == 1 and not place.is_dir():
+            place = folder
         for number in places:
             file = place / f"{number:06d}.png"
             if not file.is_file():
@@ -92,14 +94,18 @@ def given_costs(folder: Path) -> GivenCosts:
         ) from None
 
 
-def identity_of_pictures(
+def identities_of_pictures(
     folder: Path, places: Sequence[int], seeds: Sequence[int]
-) -> dict[str, Any]:
-    """The hashes of given pictures and their costs."""
+) -> dict[int, dict[str, Any]]:
+    """The hashes of given pictures and their costs, by seed."""
     files = picture_files(folder, places, seeds)
+    costs = given_costs(folder).model_dump()
     return {
-        "pictures": {f"{seed}/{n}": hash_file(file) for (seed, n), file in files.items()},
-        "costs": given_costs(folder).model_dump(),
+        seed: {
+            "pictures": [hash_file(file) for (own, _), file in files.items() if own == seed],
+            "costs": costs,
+        }
+        for seed in seeds
     }
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from afa.aggregators import SABW
 from afa.aggregators.sparse import Leading
 from afa.denoisers.kinds import denoiser_of
 from afa.denoisers.timesteps import in_scheduler_timesteps
@@ -13,10 +14,12 @@ from afa.drafting import use_drafts
 from afa.drawing.merged import merged_pipeline
 from afa.ensemble.accelerate import accelerate
 from afa.ensemble.sparse import run_leading
+from afa.errors import AfaError
 from afa.loading.ensemble_folder import load_ensemble
 from afa.loading.expert import load_expert
 from afa.loading.expert_source import ExpertSource, first_folder
 from afa.loading.pipeline import check_text_to_image, load_pipeline, load_single, with_rules
+from afa.loading.planned import companions_of_ensemble
 from afa.loading.single_file.load import Companions
 from afa.training.engine import pick_device
 
@@ -78,7 +81,10 @@ class MethodBuilder:
         pipeline = accelerate(pipeline, method.acceleration, plan=method.plan)
         pipeline.set_progress_bar_config(disable=True)
         if method.drafts is not None:
-            use_drafts(pipeline, method.drafts, self._companions())
+            companions = self._companions()
+            if method.ensemble is not None:  # as afa generate
+                companions = companions_of_ensemble(method.ensemble[replica], self._dtype)
+            use_drafts(pipeline, method.drafts, companions)
         return pipeline
 
     def _all_experts(self, *, with_base: bool = False) -> DiffusionPipeline:
@@ -129,6 +135,13 @@ class MethodBuilder:
 def _sparse(pipeline: DiffusionPipeline, sparse: SparseRecipe) -> DiffusionPipeline:
     """The pipeline of an ensemble that fuses only its leading experts."""
     ensemble = denoiser_of(pipeline)
+    count = len(ensemble.experts)
+    if sparse.experts >= count or not any(isinstance(r, SABW) for r in ensemble.aggregators):
+        raise AfaError(
+            "AFA-EVAL-034",
+            f"sparse must leave out some of the experts of a trained ensemble; got {sparse.experts}"
+            f" of {count} experts. Set fewer, or remove sparse.",
+        )
     if sparse.by == "step":
         run_leading(ensemble, sparse.experts, sparse.every)
         return pipeline

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from afa.errors import AfaError
-from afa.evaluation.given import identity_of_pictures, take_unit
+from afa.evaluation.given import identities_of_pictures, take_unit
 from afa.evaluation.identity import Identities
 from afa.evaluation.methods import MethodBuilder
 from afa.evaluation.prompts import load_prompts, source_warnings
@@ -224,10 +224,13 @@ def _claims(recipe: EvaluateRecipe, prompts: Sequence[Prompt], store: Store) -> 
     for method in recipe.methods:
         sampling = recipe.sampling_of(method).model_dump(mode="json", exclude=apart)
         for replica in range(method.num_replicas):
+            folder, what = store.method(method.name, replica), f"the method '{method.name}'"
             if method.pictures is not None:
-                given = method.pictures[replica]
-                identity = identity_of_pictures(given, range(len(prompts)), recipe.sampling.seeds)
-            else:
-                identity = {**identities.method(method, replica), "sampling": sampling}
-            path = store.method(method.name, replica) / "method.json"
-            yield Claim(path, identity, f"the method '{method.name}'")
+                place, seeds = method.pictures[replica], recipe.sampling.seeds
+                found = identities_of_pictures(place, range(len(prompts)), seeds)
+                for seed, identity in found.items():
+                    path = folder / f"given-seed-{seed}.json"
+                    yield Claim(path, identity, what, (f"seed-{seed}/*",))
+                continue
+            identity = {**identities.method(method, replica), "sampling": sampling}
+            yield Claim(folder / "method.json", identity, what)

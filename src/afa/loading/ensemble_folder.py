@@ -297,6 +297,12 @@ def _model_card(config: dict[str, Any]) -> str:
             experts += f" with {lora['scale']:g} of `{lora['source']}` (SHA-256 `{lora['sha256']}`)"
         experts += "\n"
     settings = ", ".join(f"{key} {value}" for key, value in config["aggregator"].items())
+    drafts = ""
+    if (judge := config.get("judge")) is not None:
+        drafts = (
+            "\n## Drafts\n\nPrompts with words that no training caption has are drawn by drafts, "
+            f"which `{judge['source']}` (SHA-256 `{judge['sha256']}`) judges.\n"
+        )
     return f"""---
 library_name: afa
 tags: [text-to-image, diffusion, ensemble]
@@ -315,7 +321,7 @@ This folder does not contain their weights.
 ## Aggregators
 
 {settings}; {len(config["sites"])} sites.
-
+{drafts}
 ## Use
 
     import afa

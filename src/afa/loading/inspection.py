@@ -66,10 +66,10 @@ def describe(path: str | Path) -> dict[str, Any]:
     if (found / "model_index.json").is_file():
         return _describe_pipeline(found)
     if (found / "config.json").is_file():
-        check_part(found)
         config = read_json(found / "config.json")
-        if config.get("format") == FORMAT:
+        if config.get("format") == FORMAT:  # read_config checks it; its other files are no part
             return _describe_ensemble(found)
+        check_part(found)
         family = _family_named(config.get("_class_name"))
         if family is not None:
             kind = "U-Net folder" if family.component == "unet" else "transformer folder"
@@ -91,6 +91,7 @@ def _describe_ensemble(folder: Path) -> dict[str, Any]:
         "experts": [_describe_expert(expert) for expert in config["experts"]],
         "vae": config["vae"] and config["vae"]["source"],
         "parts": [part["source"] for part in config["parts"]],
+        **({"judge of its drafts": _describe_expert(judge)} if (judge := config["judge"]) else {}),
         "aggregator": ", ".join(f"{k} {v}" for k, v in config["aggregator"].items()),
         "aggregator_parameters": parameters,
         "dtypes": dtypes,

@@ -77,8 +77,7 @@ def locate(
         return folder_as_safetensors(path)
     if path.exists():
         return path
-    is_hub_id = text.count("/") == 1 and not text.startswith((".", "/", "~"))
-    if not is_hub_id or path.suffix.lower() in SAFETENSORS:
+    if not _is_hub_id(text) or path.suffix.lower() in SAFETENSORS:
         raise AfaError(
             "AFA-LOAD-079", f"{what} '{text}' does not exist. Pass a folder, a file or a hub id."
         )
@@ -90,6 +89,15 @@ def locate(
             f"{what} '{text}' is not a local path, and could not be downloaded as a hub id "
             f"({why_not_fetched(error)}). Check the name, the network and HF_TOKEN.",
         ) from error
+
+
+def _is_hub_id(text: str) -> bool:
+    return text.count("/") == 1 and not text.startswith((".", "/", "~"))
+
+
+def is_there(source: str) -> bool:
+    """Whether a source is bundled, an existing local path, or may be a hub id."""
+    return source.startswith(_ZOO_PREFIX) or Path(source).exists() or _is_hub_id(source)
 
 
 def fetch(name: str, files: Sequence[str], revision: str | None = None) -> Path:

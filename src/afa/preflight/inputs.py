@@ -5,6 +5,7 @@ Opens everything with the functions that the commands use, so that it reports th
 
 from __future__ import annotations
 
+import json
 import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -87,7 +88,7 @@ def inputs_of_training(
     from afa.training.listing import Listing, digest_of, is_settled, rows_of
     from afa.training.prepare import require_resolution
     from afa.training.record import require_trackers
-    from afa.training.run import CHECKPOINTS, require_same_recipe
+    from afa.training.run import CHECKPOINTS, require_same_recipe, require_words
     from afa.training.split import split_by_picture
 
     found, data_recipe = Inputs(), recipe.data
@@ -129,6 +130,7 @@ def inputs_of_training(
         data = open_data(data_recipe)
         if data is None:
             return found
+        require_words(recipe, data)
         if isinstance(data, StreamedImages):
             found.say("data", folder_warnings(data))
             found.say("data", ["Streamed data is only read during training, not checked."], "note")
@@ -226,10 +228,10 @@ def _undrafted(method: str, folder: str, prompts: Sequence[str]) -> list[str]:
     drafts = own_drafts(folder, prompts)
     if drafts is None:
         return []
+    written = drafts.model_dump(mode="json", exclude_defaults=True) | {"prompts": drafts.prompts}
     return [
         f"afa generate draws such prompts with '{folder}' by drafts; the method '{method}' does "
-        f"not. To compare these pictures, set its drafts: {{judge: {drafts.judge.source}, prompts: "
-        f"{drafts.prompts}}}."
+        f"not. To compare these pictures, set its drafts: {json.dumps(written)}."
     ]
 
 

@@ -39,6 +39,7 @@ FREE: dict[str, tuple[str, ...] | None] = {
     "data": ("cache", "cache_folder", "num_workers", "max_broken"),
     "validation": ("every",),
     "previews": None,  # all of the section
+    "drafts": None,  # of the trained ensemble; no step uses them
 }
 
 

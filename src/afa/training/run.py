@@ -23,12 +23,14 @@ from afa.files import (
 from afa.loading.ensemble_folder import save_ensemble
 from afa.loading.pipeline import load_pipeline
 from afa.loading.planned import companions_of
+from afa.loading.vocabulary import words_of
 from afa.recipe import differing
 from afa.training.began import Began
 from afa.training.cache import default_cache_folder
 from afa.training.checkpoints import Checkpoints
 from afa.training.continuing import RECIPE, essence
 from afa.training.data import Joined, StreamedImages, open_data
+from afa.training.data.survey import known_captions
 from afa.training.drawn import draw_pictures
 from afa.training.earlier import is_earlier
 from afa.training.engine import Engine
@@ -86,6 +88,7 @@ def train(
     require_place_for_folder(place, "The cache")
     engine.wait()  # so that all processes have checked the folders before one writes
     data = open_data(recipe.data)
+    require_words(recipe, data)
     with seeded(settings.seed):
         pipeline = load_pipeline(
             recipe.experts,
@@ -130,6 +133,19 @@ def train(
         if engine.is_main:
             save_ensemble(pipeline, output, exist_ok=True)
         engine.wait()
+
+
+def require_words(recipe: Recipe, data: CaptionedImages | StreamedImages | None) -> None:
+    """Check before any work that a data set whose captions are known has words.
+
+    Raises:
+        AfaError: see AFA-TRAIN-061.
+    """
+    if data is None or recipe.data.prompts is not None:
+        return
+    captions = known_captions(data)
+    if captions:
+        _require_words(recipe.drafts, words_of(captions))
 
 
 def _require_words(drafts: OwnDrafts | None, words: Sequence[str]) -> None:

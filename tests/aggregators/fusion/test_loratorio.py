@@ -13,6 +13,7 @@ from torch.nn.functional import cosine_similarity
 from afa.aggregators import Condition
 from afa.aggregators.fusion import LoRAtorio
 from afa.denoisers.kinds import denoiser_of
+from afa.distilling.recipe import DistillRecipe
 from afa.evaluation.identity import Identities
 from afa.evaluation.methods import MethodBuilder
 from afa.evaluation.recipe import EvaluateRecipe
@@ -86,3 +87,19 @@ def test_it_needs_the_base_of_the_comparison(experts: list[Path]) -> None:
     found = Identities(recipe).method(recipe.methods[0], 0)
     other = Identities(recipe_of(experts, str(experts[0]))).method(recipe.methods[0], 0)
     assert found != other
+
+
+def test_a_teacher_needs_both_halves_in_one_batch(experts: list[Path]) -> None:
+    """Pictures are recorded with and without prompt in calls of their own."""
+    given: dict[str, Any] = {
+        "teacher": {"fusion": {"rule": "loratorio"}},
+        "experts": [str(expert) for expert in experts[:2]],
+        "base": str(experts[2]),
+        "student": {"init": "merge"},
+        "training": {"num_steps": 1},
+        "pictures": {"data": {"scenes": {"num_samples": 2}}, "number": 2},
+    }
+    with pytest.raises(ValidationError, match="both halves of guidance"):
+        DistillRecipe.model_validate(given)
+    given["teacher"] = {"fusion": {"rule": "loratorio", "null": "experts"}}
+    DistillRecipe.model_validate(given)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -17,14 +18,14 @@ from afa.studies.evidence.candidates import Grid, fusions, merges
 from afa.studies.evidence.entrants import Aggregated, Place, Tuned
 from afa.studies.evidence.parts import Experiment, Stage
 from afa.studies.evidence.rows import AFA, LORA, MERGED, PREDICTIONS, TUNED, counted, trained
-from afa.studies.evidence.run import Study, best_merge, choose
+from afa.studies.evidence.run import Study, best_merge, choose, chosen_rates
 from afa.studies.evidence.settings import WORLDS_OF, EvidenceSettings
 from afa.studies.evidence.stages import run_stage
 from afa.studies.worlds.recipe import WORLDS, WorldRecipe
 from tests.refusal import refusal
 
 SETTINGS = EvidenceSettings()
-RATES = {TUNED: 3e-4, MERGED: 3e-4}
+RATES = {TUNED: 3e-4, MERGED: 3e-4, LORA: 3e-3}
 MERGE = {"method": "weighted", "weights": [0.5, 0.25, 0.25]}
 
 
@@ -73,7 +74,8 @@ def test_equal_pictures_for_all_that_are_trained(tmp_path: Path) -> None:
 def test_every_candidate_is_a_merge_of_all_experts(count: int) -> None:
     experts = [f"e{n}" for n in range(count)]
     for grid in merges(count).values():
-        assert len(grid.methods) == len({json.dumps(each) for each in map(grid.at, _all(grid))})
+        assert len(grid.methods) == len({json.dumps(each) for each in grid.points})
+        assert len(grid.methods) == len({json.dumps(each) for each in grid.methods})
         for each in grid.methods:
             base = "b" if each["merge"]["method"] in WITH_BASE else None
             MergeRecipe(experts=experts, base=base, **each["merge"]).build()
@@ -82,25 +84,32 @@ def test_every_candidate_is_a_merge_of_all_experts(count: int) -> None:
     assert rules == {fusion.model_fields["rule"].default for fusion in FUSIONS}
 
 
-def _all(grid: Grid) -> range:
-    return range(len(grid.methods))
-
-
 def test_optima_on_an_edge_are_named() -> None:
-    grid = Grid({"a": (1, 2, 3), "b": ("x", "y", "z"), "c": (0.5, 1.0)}, [{}] * 18)
-    assert grid.at(0) == {"a": 1, "b": "x", "c": 0.5}
+    points = [
+        {"a": a, "b": b, "c": c}
+        for a, b, c in itertools.product((1, 2, 3), ("x", "y", "z"), (0.5, 1.0))
+    ]
+    grid = Grid(points, [{}] * 18)
     assert grid.edges(0) == ["a"], "two values and names have no edges"
-    middle = next(n for n in range(18) if grid.at(n)["a"] == 2)
+    middle = next(n for n in range(18) if points[n]["a"] == 2)
     assert grid.edges(middle) == []
+    assert Grid(points, [{}] * 18, {"a": [1]}).edges(0) == [], "nothing lies beyond it"
+    uniform = merges(3)["weighted merge"]
+    assert uniform.edges(0) == []
+    assert uniform.edges(len(uniform.points) - 1) == ["lead"]
+    rule = fusions(["a", "b", "c"])["LoRAtorio"]
+    assert "temperature" in rule.edges(0)
 
 
 def test_the_best_candidate_is_the_first_of_equal_ones() -> None:
     def row(name: str, both: float) -> dict[str, Any]:
         return {"method": name, "groups": {"mixed": {"scores": {"both": {"mean": both}}}}}
 
-    weights = Grid({"weight": (1, 2, 3)}, [{"merge": {"weight": w}} for w in (1, 2, 3)])
-    others = Grid({"weight": (1, 2)}, [{"merge": {"weight": w}} for w in (8, 9)])
-    alone = Grid({"candidate": ("0",)}, [{"fusion": {"rule": "feature_mean"}}])
+    def weighted(*values: int) -> Grid:
+        return Grid([{"weight": w} for w in values], [{"merge": {"weight": w}} for w in values])
+
+    weights, others = weighted(1, 2, 3), weighted(8, 9)
+    alone = Grid([{}], [{"fusion": {"rule": "feature_mean"}}])
     scores = {"w 0": 0.5, "w 1": 0.7, "w 2": 0.7, "o 0": 0.6, "o 1": 0.8}
     report = {"rows": [row(name, both) for name, both in scores.items()]}
     chosen = choose(report, {"w": weights, "o": others, "mean": alone}, "mixed")
@@ -128,6 +137,7 @@ def test_the_stages_in_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         batch_size=1,
         tuned_steps=(1, 2),
         tuned_rates=(1e-4, 1e-3),
+        lora_rates=(1e-3,),
         num_tuning=2,
         num_steps=1,
         num_mixed=2,
@@ -145,7 +155,7 @@ def test_the_stages_in_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         stages(Stage.TRAININGS)
     stages(Stage.CANDIDATES, Stage.TRAININGS)
     place = study.place("main")
-    rates = study.chosen("main")["rates"]
+    rates = chosen_rates(study)
     merge = best_merge(study.chosen("main"))
     entrants = trained(Experiment.MAIN, settings, rates, merge)
     for each in entrants:
@@ -194,4 +204,4 @@ def test_only_the_last_stage_reads_the_test_prompts() -> None:
 
 def _few(rows: dict[str, Grid]) -> Grid:
     grid = rows["LoRAtorio"]
-    return Grid({"candidate": ("0", "1")}, grid.methods[:2])
+    return Grid(grid.points[:2], grid.methods[:2])

@@ -87,6 +87,9 @@ def test_no_prompt_and_no_mixed_pair_is_in_two_sets(world: str) -> None:
             if group not in recipe.experts:
                 swapped = {(b, a) for a, b in pairs(one[group])}
                 assert not (pairs(one[group]) | swapped) & pairs(other[group])
+    for expert in recipe.experts:
+        own = pairs([caption for each in sets.values() for caption in each[expert]])
+        assert {pair_set(*pair) for pair in own} == {"training"}
     assert prompts_of(recipe, "test", 5) == prompts_of(recipe, "test", 5)
     assert all(len(each) == 5 for each in prompts_of(recipe, "test", 5).values())
 

@@ -92,6 +92,11 @@ class LoRAtorioRecipe(FusionRecipe):
     patch: int = Field(default=2, ge=1, le=64)
     null: Literal["base", "experts"] = "base"
 
+    @property
+    def needs_halves(self) -> bool:
+        """Whether the base predicts without prompt."""
+        return self.null == "base"
+
     def rules(self, sites: Sequence[Site]) -> list[FusionRule]:
         """`LoRAtorio` at the last site only."""
         rule = LoRAtorio(self.temperature, self.patch, self.null)

@@ -123,6 +123,11 @@ class MagicFusionRecipe(FusionRecipe):
     temperatures: list[PositiveFloat] | None = Field(default=None, min_length=1)
     fuse_below: PositiveFloat | None = None
 
+    @property
+    def needs_halves(self) -> bool:
+        """Always: it compares them."""
+        return True
+
     def rules(self, sites: Sequence[Site]) -> list[FusionRule]:
         """`MagicFusion` at the last site only."""
         return magic_fusion(sites, **self.model_dump(exclude={"rule"}, exclude_none=True))

@@ -30,6 +30,11 @@ class FusionRecipe(Section, ABC):
 
     rule: str
 
+    @property
+    def needs_halves(self) -> bool:
+        """Whether it needs both halves of guidance in one batch."""
+        return False
+
     @abstractmethod
     def rules(self, sites: Sequence[Site]) -> list[FusionRule]:
         """The fusion rules of an ensemble, one per site, in site order."""

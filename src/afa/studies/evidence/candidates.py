@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from afa.aggregators.fusion import FUSIONS
@@ -17,28 +17,26 @@ class Grid:
     """The candidates of one rival.
 
     Attributes:
-        axes: the values of each setting, in order.
-        methods: the candidates, one for each combination in the order of `itertools.product`.
+        points: the values of the settings of each candidate.
+        methods: the candidates, as methods of `afa evaluate`.
+        ends: values that are no edges, because nothing lies beyond them, by setting.
     """
 
-    axes: Mapping[str, Sequence[Any]]
+    points: Sequence[Mapping[str, Any]]
     methods: Sequence[dict[str, Any]]
-
-    def at(self, number: int) -> dict[str, Any]:
-        """The values of the settings of a candidate."""
-        combination = list(itertools.product(*self.axes.values()))[number]
-        return dict(zip(self.axes, combination, strict=True))
+    ends: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     def edges(self, number: int) -> list[str]:
-        """The settings of a candidate that are the first or last of a numeric axis."""
-        values = self.at(number)
-        return [
-            name
-            for name, axis in self.axes.items()
-            if len(axis) > 2
-            and all(isinstance(value, int | float) for value in axis)
-            and values[name] in (axis[0], axis[-1])
-        ]
+        """The settings of a candidate whose value is the first or last one of three or more."""
+        found = []
+        for name, value in self.points[number].items():
+            values = {point[name] for point in self.points if name in point}
+            is_number = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+            if not is_number or len(values) < 3 or value in self.ends.get(name, ()):
+                continue
+            if value in (min(values), max(values)):
+                found.append(name)
+        return found
 
 
 def merges(num_experts: int) -> dict[str, Grid]:
@@ -48,31 +46,35 @@ def merges(num_experts: int) -> dict[str, Grid]:
         rest = (1 - lead) / (num_experts - 1)
         return [lead if n == leader else rest for n in range(num_experts)]
 
-    leads = tuple(dict.fromkeys((1 / num_experts, 0.5, 0.65, 0.8)))
-    leaders = range(num_experts)
-    weighted = [leading(lead, leader) for lead, leader in itertools.product(leads, leaders)]
-    leaning = {"lead": leads, "leader": [f"expert {n}" for n in leaders]}
+    uniform = 1 / num_experts
+    leads = [lead for lead in (0.5, 0.65, 0.8, 0.95) if lead > uniform + 0.01]
+    places = [(uniform, 0), *itertools.product(leads, range(num_experts))]
+    points = [{"lead": lead, "leader": f"expert {n}"} for lead, n in places]
+    weighted = [leading(*place) for place in places]
     scales = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 1.0)
-    densities = (0.1, 0.2, 0.35, 0.5, 0.8, 1.0)
-    factors = (0.05, 0.125, 0.25, 0.5, 1.0, 1.5)
-    kept = {"density": densities, "weight": factors}
+    kept = [
+        {"density": density, "weight": weight}
+        for density in (0.1, 0.2, 0.35, 0.5, 0.8, 1.0)
+        for weight in (0.05, 0.125, 0.25, 0.5, 1.0, 1.5)
+    ]
+    ends = {"lead": [uniform], "density": [1.0]}
+
+    def of(method: str) -> Grid:
+        methods = [
+            _merge(method, density=each["density"], weights=[each["weight"]] * num_experts)
+            for each in kept
+        ]
+        return Grid(kept, methods, ends)
+
     return {
-        "weighted merge": Grid(leaning, [_merge("weighted", weights=w) for w in weighted]),
-        "SLERP merge": Grid(leaning, [_merge("slerp", weights=w) for w in weighted]),
+        "weighted merge": Grid(points, [_merge("weighted", weights=w) for w in weighted], ends),
+        "SLERP merge": Grid(points, [_merge("slerp", weights=w) for w in weighted], ends),
         "add-difference merge": Grid(
-            {"weight": scales},
-            [_merge("add_difference", weights=[w] * num_experts) for w in scales],
+            [{"weight": scale} for scale in scales],
+            [_merge("add_difference", weights=[scale] * num_experts) for scale in scales],
         ),
-        **{
-            row: Grid(
-                kept,
-                [
-                    _merge(method, density=d, weights=[w] * num_experts)
-                    for d, w in itertools.product(densities, factors)
-                ],
-            )
-            for row, method in (("TIES merge", "ties"), ("DARE merge", "dare"))
-        },
+        "TIES merge": of("ties"),
+        "DARE merge": of("dare"),
     }
 
 
@@ -85,6 +87,16 @@ def fusions(experts: Sequence[str]) -> dict[str, Grid]:
     found = {}
     for fusion in FUSIONS:
         for row, listed in fusion.rows(experts).items():
-            methods = [{"fusion": each.model_dump(exclude_none=True)} for each in listed]
-            found[row] = Grid({"candidate": [str(n) for n in range(len(methods))]}, methods)
+            written = [each.model_dump(exclude_none=True) for each in listed]
+            methods = [{"fusion": each} for each in written]
+            found[row] = Grid([_numbers(each) for each in written], methods)
     return found
+
+
+def _numbers(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a rule, those with one number as that number."""
+    return {
+        name: value[0] if isinstance(value, list) and len(value) == 1 else value
+        for name, value in settings.items()
+        if name != "rule" and not (isinstance(value, list) and len(value) > 1)
+    }

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from afa.aggregators import SABWSettings
 from afa.evaluation.recipe import slug
+from afa.evaluation.work import digest
 from afa.loading.expert_source import ExpertSource
 from afa.merging.recipe import WITH_BASE
 from afa.studies.evidence.jobs import lora_job, merged_job, tuned_job
@@ -168,6 +169,13 @@ class Tuned(Entrant):
     rate: float = 3e-4
     merge: Mapping[str, Any] | None = None
     rank: int | None = None
+
+    def folder(self, place: Place) -> Path:
+        """See `Entrant.folder`; another merge has another folder."""
+        folder = super().folder(place)
+        if self.merge is None:
+            return folder
+        return folder.with_name(f"{folder.name}-{digest(dict(self.merge))}")
 
     def job(self, place: Place, settings: EvidenceSettings) -> Job:
         """See `Entrant.job`."""

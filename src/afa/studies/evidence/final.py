@@ -11,7 +11,7 @@ from afa.studies.evidence.rivals.oracle_mask import OracleMask
 from afa.studies.evidence.rivals.prompt_router import PromptRouter
 from afa.studies.evidence.rivals.superdiff import SuperDiff
 from afa.studies.evidence.rows import AFA, trained
-from afa.studies.evidence.run import best_merge, write_prompts
+from afa.studies.evidence.run import best_merge, chosen_rates, write_prompts
 from afa.studies.results.jobs import Job, run_jobs
 from afa.studies.results.plan import sampling
 from afa.studies.results.run import StageStarted, evaluate_in_processes
@@ -52,8 +52,7 @@ def run_test(
     """
     place, settings = study.place(world), study.settings
     chosen = study.chosen(world)
-    rates, merge = study.chosen("main")["rates"], best_merge(chosen)
-    entrants = trained(experiment, settings, rates, merge)
+    entrants = trained(experiment, settings, chosen_rates(study), best_merge(chosen))
     prompts = test_prompts(place, settings.num_mixed, settings.num_own)
     captions = [caption for listed in prompts.values() for caption in listed]
     work = place.work / f"test-{experiment}"

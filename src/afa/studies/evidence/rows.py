@@ -61,7 +61,7 @@ def trained(
                 seed,
                 None,
                 settings.tuned_steps[-1],
-                settings.lora_rate,
+                rates[LORA],
                 rank=settings.lora_rank,
             )
             for seed in seeds

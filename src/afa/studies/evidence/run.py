@@ -14,7 +14,7 @@ from afa.evaluation.recipe import slug
 from afa.files import read_json, write_atomic
 from afa.studies.evidence.candidates import Grid, fusions, merges
 from afa.studies.evidence.entrants import Place, Tuned
-from afa.studies.evidence.rows import MERGED, TUNED, trained
+from afa.studies.evidence.rows import LORA, MERGED, TUNED, trained
 from afa.studies.results.jobs import JobProgress, run_jobs
 from afa.studies.results.plan import sampling
 from afa.studies.results.run import StageStarted, evaluate_in_processes
@@ -23,7 +23,7 @@ from afa.studies.worlds.prompts import groups_of, prompts_of
 from afa.studies.worlds.recipe import read_world
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Generator, Iterator, Mapping, Sequence
 
     from afa.studies.evidence.entrants import Entrant
     from afa.studies.evidence.parts import Experiment
@@ -83,45 +83,81 @@ def build(study: Study, world: str) -> Iterator[JobProgress]:
 
 
 def choose_rivals(study: Study, world: str) -> Iterator[JobProgress | StageStarted]:
-    """Choose the settings of all rivals on the tuning prompts of a world."""
+    """Choose the settings of all rivals on the tuning prompts of a world.
+
+    In the first world, the learning rates of all tuned models are chosen, too, at their shortest
+    length; then that of the tuned merge, which starts from the best one.
+    """
     place, settings = study.place(world), study.settings
     grids = {**merges(len(place.experts)), **fusions(list(place.experts))}
-    rates = _rate_candidates(settings) if world == _FIRST else []
-    yield from _jobs(study, rates, place)
+    is_first = world == _FIRST
+    rates = rate_candidates(settings) if is_first else {}
     methods = [
         {"name": f"{row} {n}", **method}
         for row, grid in grids.items()
         for n, method in enumerate(grid.methods)
         if len(grid.methods) > 1
     ]
-    methods += [{"name": each.row, **each.method(place)} for each in rates]
-    output = place.work / "tuning"
+    report = yield from _tuning(study, place, "tuning", methods, rates)
     # pairs of two experts, which none of the candidates was trained on
     group = groups_of(place.recipe)[0]
-    prompts = {group: prompts_of(place.recipe, "tuning", settings.num_tuning)[group]}
-    recipe = {
-        "experts": list(place.experts.values()),
-        "base": place.base,
-        "prompts": {"drawbench": str(write_prompts(place.work / "tuning.csv", prompts))},
-        "methods": methods,
-        "sampling": sampling(settings.num_steps),
-        "metrics": ["scenes"],
-        "num_resamples": 100,
-    }
-    evaluate_in_processes(output, recipe, study.num_processes)
-    report = read_json(output / "report.json")
     chosen = choose(report, grids, group)
-    if rates:
-        chosen["rates"] = _best_rate(report, rates, group)
+    if is_first:
+        chosen["rates"] = {row: _best_rate(report, each, group) for row, each in rates.items()}
+        merged = rate_candidates(settings, best_merge(chosen))
+        report = yield from _tuning(study, place, "tuning-merged", [], merged)
+        chosen["rates"] |= {row: _best_rate(report, each, group) for row, each in merged.items()}
     write_atomic(place.work / CHOSEN, json.dumps(chosen, indent=2) + "\n")
 
 
-def _rate_candidates(settings: EvidenceSettings) -> list[Tuned]:
-    """The tuned bases with all learning rates."""
-    return [
-        Tuned(f"{TUNED} at {rate:g}", 0, None, settings.tuned_steps[0], rate)
-        for rate in settings.tuned_rates
-    ]
+def rate_candidates(
+    settings: EvidenceSettings, merge: Mapping[str, Any] | None = None
+) -> dict[str, list[Tuned]]:
+    """The tuned models with all learning rates, by row.
+
+    Args:
+        settings: of the study.
+        merge: settings of the merge, for tuned merges alone; None for the other tuned models.
+    """
+    steps = settings.tuned_steps[0]
+
+    def at(row: str, rates: Sequence[float], **changes: Any) -> list[Tuned]:
+        return [Tuned(f"{row} at {rate:g}", 0, None, steps, rate, **changes) for rate in rates]
+
+    if merge is not None:
+        return {MERGED: at(MERGED, settings.tuned_rates, merge=merge)}
+    return {
+        TUNED: at(TUNED, settings.tuned_rates),
+        LORA: at(LORA, settings.lora_rates, rank=settings.lora_rank),
+    }
+
+
+def _tuning(
+    study: Study,
+    place: Place,
+    name: str,
+    methods: Sequence[dict[str, Any]],
+    rates: Mapping[str, Sequence[Tuned]],
+) -> Generator[JobProgress | StageStarted, None, dict[str, Any]]:
+    """Train candidates, compare all on the tuning prompts, and return the report."""
+    trained = [each for listed in rates.values() for each in listed]
+    yield from _jobs(study, trained, place)
+    group = groups_of(place.recipe)[0]
+    prompts = prompts_of(place.recipe, "tuning", study.settings.num_tuning)
+    file = write_prompts(place.work / f"{name}.csv", {group: prompts[group]})
+    recipe = {
+        "experts": list(place.experts.values()),
+        "base": place.base,
+        "prompts": {"drawbench": str(file)},
+        "methods": [*methods, *({"name": each.row, **each.method(place)} for each in trained)],
+        "sampling": sampling(study.settings.num_steps),
+        "metrics": ["scenes"],
+        "num_resamples": 100,
+    }
+    yield StageStarted(f"comparison of the candidates in '{place.world}'")
+    evaluate_in_processes(place.work / name, recipe, study.num_processes)
+    report: dict[str, Any] = read_json(place.work / name / "report.json")
+    return report
 
 
 def choose(report: Mapping[str, Any], grids: Mapping[str, Grid], group: str) -> dict[str, Any]:
@@ -137,12 +173,13 @@ def choose(report: Mapping[str, Any], grids: Mapping[str, Grid], group: str) -> 
     scores = _scores(report, group)
     rivals = {}
     for row, grid in grids.items():
-        listed = [scores.get(f"{row} {n}", 0.0) for n in range(len(grid.methods))]
+        count = len(grid.methods)
+        listed = [scores[f"{row} {n}"] for n in range(count)] if count > 1 else [0.0]
         best = listed.index(max(listed))
         rivals[row] = {
             "method": grid.methods[best],
             "score": listed[best] if len(listed) > 1 else None,
-            "values": grid.at(best),
+            "values": dict(grid.points[best]),
             "edges": grid.edges(best),
         }
     return {"rivals": rivals}
@@ -153,11 +190,14 @@ def _scores(report: Mapping[str, Any], group: str) -> dict[str, float]:
 
 
 def _best_rate(report: Mapping[str, Any], rates: Sequence[Tuned], group: str) -> dict[str, Any]:
+    """The best learning rate, the scores of all, and whether it is the first or the last one."""
     scores = _scores(report, group)
     best = max(rates, key=lambda each: scores[each.row])
-    ends = (rates[0].rate, rates[-1].rate)
-    # the merge starts as near to the solution as the base does
-    return {TUNED: best.rate, MERGED: best.rate, "is_edge": best.rate in ends}
+    return {
+        "rate": best.rate,
+        "scores": {f"{each.rate:g}": scores[each.row] for each in rates},
+        "is_edge": best.rate in (rates[0].rate, rates[-1].rate),
+    }
 
 
 def write_prompts(path: Path, prompts: Mapping[str, Sequence[str]]) -> Path:
@@ -178,9 +218,14 @@ def write_prompts(path: Path, prompts: Mapping[str, Sequence[str]]) -> Path:
 def train(study: Study, experiment: Experiment, world: str) -> Iterator[JobProgress]:
     """Train everything that enters the test of an experiment in a world."""
     place = study.place(world)
-    rates = study.chosen(_FIRST)["rates"]
+    rates = chosen_rates(study)
     merge = best_merge(study.chosen(world))
     yield from _jobs(study, trained(experiment, study.settings, rates, merge), place)
+
+
+def chosen_rates(study: Study) -> dict[str, float]:
+    """The learning rates of tuned models, by row."""
+    return {row: each["rate"] for row, each in study.chosen(_FIRST)["rates"].items()}
 
 
 def best_merge(chosen: Mapping[str, Any]) -> dict[str, Any]:

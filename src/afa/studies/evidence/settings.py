@@ -26,10 +26,10 @@ class EvidenceSettings:
         batch_size: pictures in a step of everything that is trained.
         aggregator_rate: learning rate of the aggregators.
         tuned_steps: lengths of the tuned models; the last one has three seeds.
-        tuned_rates: learning rates of tuned models, of which the best one on tuning prompts is
-            taken.
+        tuned_rates: learning rates of the tuned base and the tuned merge, of which the best one on
+            tuning prompts is taken.
         lora_rank: rank of the LoRA on the base.
-        lora_rate: its learning rate.
+        lora_rates: the same for it.
         num_pictures: different scenes in the data of everything that is trained.
         curve_pictures: the same for the data curve.
         num_mixed: test prompts of pairs of two experts, in each group.
@@ -49,7 +49,7 @@ class EvidenceSettings:
     tuned_steps: tuple[int, ...] = (1_000, 3_000)
     tuned_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
     lora_rank: int = 16
-    lora_rate: float = 3e-3
+    lora_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     num_pictures: int = 100_000
     curve_pictures: tuple[int, ...] = (100, 300, 1_000, 10_000)
     num_mixed: int = 384

@@ -78,7 +78,8 @@ def build_world(folder: Path, recipe: WorldRecipe, num_processes: int) -> Iterat
     _require_start(recipe)
     folder = folder.resolve()
     with owned(folder):
-        require_same_recipe(folder / RECIPE, recipe.model_dump(mode="json"))
+        # the base of another world is compared with this one's settings instead
+        require_same_recipe(folder / RECIPE, recipe.model_dump(mode="json", exclude={"start"}))
         yield from run_jobs([Job(BASE, base_job, (recipe, folder))], 1)
         # the longest first
         names = [*([POOLED] if recipe.pooled_steps else []), *recipe.experts]
@@ -98,7 +99,7 @@ def _require_start(recipe: WorldRecipe) -> None:
         raise AfaError(
             "AFA-STUDY-013",
             f"This world starts from the base of '{recipe.start}', which has none. Build that "
-            f"world first: afa zoo build {recipe.start} --world {recipe.start.name}.",
+            f"world first, with afa zoo build {recipe.start} --world NAME.",
         )
     other = read_json(recipe.start / RECIPE)
     own = recipe.model_dump(mode="json")

@@ -33,8 +33,8 @@ def groups_of(recipe: WorldRecipe) -> tuple[str, ...]:
 def prompts_of(recipe: WorldRecipe, used_for: PromptSet, count: int) -> dict[str, list[str]]:
     """Up to `count` distinct prompts of each group, in a random order.
 
-    Pairs of different experts are held out of all training sets. An expert's own pairs are not, but
-    no caption is in two sets.
+    Pairs of different experts are held out of all training sets. An expert's own pairs are in its
+    data, but no caption is in two sets.
 
     Args:
         recipe: the world.
@@ -66,9 +66,9 @@ def _pairs(recipe: WorldRecipe, used_for: PromptSet) -> Iterator[tuple[str, tupl
                     continue
                 yield ((KNOWN, ONE_PRIVATE, PRIVATE)[count] if private else MIXED), pair
             continue
-        for name, known in recipe.experts.items():
-            if set(pair) <= set(known):
-                yield name, pair
+        # an expert's own pairs, of which its data show all that no set of mixed pairs holds out
+        if recipe.owner(pair[0]) == recipe.owner(pair[1]) and pair_set(*pair) == "training":
+            yield recipe.owner(pair[0]), pair
 
 
 def _set_of(text: str) -> PromptSet:

@@ -27,7 +27,8 @@ class WorldRecipe(Section):
 
     Attributes:
         num_experts: with 3, each expert's data are the objects of one domain; otherwise the 48
-            objects are dealt out in turn, and its data are all pairs of its objects.
+            objects are dealt out in turn. Its data are all pairs of its objects that are not held
+            out.
         private: objects of each domain that only their expert's data show.
         start: folder of another world with the same base, which is not trained again.
         base_steps: steps of the base.
