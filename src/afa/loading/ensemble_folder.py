@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from afa.loading.expert_source import AnySource
 
 AGGREGATORS = "aggregators.safetensors"
+_UNKNOWN = "Prompts with words that no training caption has"
 _SIZES = ("hidden_size", "num_layers", "num_heads", "norm_num_groups")
 
 
@@ -299,10 +300,8 @@ def _model_card(config: dict[str, Any]) -> str:
     settings = ", ".join(f"{key} {value}" for key, value in config["aggregator"].items())
     drafts = ""
     if (judge := config.get("judge")) is not None:
-        drafts = (
-            "\n## Drafts\n\nPrompts with words that no training caption has are drawn by drafts, "
-            f"which `{judge['source']}` (SHA-256 `{judge['sha256']}`) judges.\n"
-        )
+        kind = "All prompts" if config["drafts"].get("prompts") == "all" else _UNKNOWN
+        drafts = f"\n## Drafts\n\n{kind} are drawn by drafts, which `{judge['source']}` (SHA-256 `{judge['sha256']}`) judges.\n"
     return f"""---
 library_name: afa
 tags: [text-to-image, diffusion, ensemble]

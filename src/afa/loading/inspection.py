@@ -85,13 +85,14 @@ def _describe_ensemble(folder: Path) -> dict[str, Any]:
     config = read_config(folder)
     weights = folder / "aggregators.safetensors"
     parameters, dtypes = _describe_elements([weights])
+    judge = config["judge"]  # of its drafts
     return {
         "kind": "ensemble",
         "family": config["family"],
         "experts": [_describe_expert(expert) for expert in config["experts"]],
         "vae": config["vae"] and config["vae"]["source"],
         "parts": [part["source"] for part in config["parts"]],
-        **({"judge of its drafts": _describe_expert(judge)} if (judge := config["judge"]) else {}),
+        **({"judge": judge["source"], "judge_sha256": judge["sha256"]} if judge else {}),
         "aggregator": ", ".join(f"{k} {v}" for k, v in config["aggregator"].items()),
         "aggregator_parameters": parameters,
         "dtypes": dtypes,
