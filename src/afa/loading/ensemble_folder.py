@@ -301,7 +301,8 @@ def _model_card(config: dict[str, Any]) -> str:
     drafts = ""
     if (judge := config.get("judge")) is not None:
         kind = "All prompts" if config["drafts"].get("prompts") == "all" else _UNKNOWN
-        drafts = f"\n## Drafts\n\n{kind} are drawn by drafts, which `{judge['source']}` (SHA-256 `{judge['sha256']}`) judges.\n"
+        named = f"`{judge['source']}` (SHA-256 `{judge['sha256']}`)"
+        drafts = f"\n## Drafts\n\n{kind} are drawn by drafts, which {named} judges.\n"
     return f"""---
 library_name: afa
 tags: [text-to-image, diffusion, ensemble]
