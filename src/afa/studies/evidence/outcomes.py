@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 from afa.evaluation.recipe import SCENE_SCORES, EvaluateRecipe
 from afa.evaluation.results import read_results
@@ -59,6 +60,7 @@ def write_outcomes(
     content = {
         "experiment": str(experiment),
         "world": place.world,
+        "divergence": divergence(place),
         "description": place.recipe.model_dump(mode="json", exclude={"start"}),
         "commit": commit(),
         "machine": results.machines(),
@@ -75,6 +77,19 @@ def write_outcomes(
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(content, indent=None, separators=(",", ":"), ensure_ascii=False)
     write_atomic(folder / f"{experiment}-{place.world}.json", text + "\n")
+
+
+def divergence(place: Place) -> dict[str, float]:
+    """The norm of each expert's difference from the base, relative to the norm of the base."""
+    file = "unet/diffusion_pytorch_model.safetensors"
+    base = load_file(Path(place.base) / file)
+    norm = sum(float(tensor.square().sum()) for tensor in base.values())
+    found = {}
+    for name, source in place.experts.items():
+        expert = load_file(Path(source) / file)
+        moved = sum(float((expert[key] - base[key]).square().sum()) for key in base)
+        found[name] = round((moved / norm) ** 0.5, _DIGITS)
+    return found
 
 
 def _row(results: Results, name: str, group: str) -> dict[str, Any]:

@@ -1,0 +1,127 @@
+"""What the page of the evidence says follows from the outcomes of single pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from afa.studies.evidence.analysis import Outcomes
+from afa.studies.evidence.page import write_page
+from afa.studies.evidence.rows import AFA
+from afa.studies.evidence.settings import WORLDS_OF, EvidenceSettings
+from afa.studies.worlds.prompts import prompts_of
+from afa.studies.worlds.recipe import WORLDS
+
+
+def content(**shares: float) -> dict[str, Any]:
+    """Outcomes of rows that are right in these shares of the prompts."""
+    prompts = [
+        [caption, group]
+        for group, captions in prompts_of(WORLDS["main"], "development", 120).items()
+        for caption in captions
+    ]
+    rng = np.random.default_rng(0)
+    luck = rng.random(len(prompts))  # rows are right for the same prompts
+    rows = {
+        name: {
+            "outcomes": {"both": ["".join("1" if each < share else "0" for each in luck)]},
+            "clip_t": [[share] * len(prompts)],
+            "expert_calls": 10 * (n + 1),
+            "budget": {"base": 1, "experts": n, "own": 5},
+            "sets": {
+                metric: [{"value": 1 - share, "low": 0.9 - share, "high": 1.1 - share}]
+                for metric in ("fid", "kid", "cmmd")
+            },
+        }
+        for n, (name, share) in enumerate(shares.items())
+    }
+    return {
+        "prompts": prompts,
+        "rows": rows,
+        "real": {"fid": 0.1, "kid": 0.0, "cmmd": 0.01},
+        "rivals": {
+            "SLERP merge": {"method": {"merge": {}}, "score": 0.2},
+            "TIES merge": {"method": {"merge": {}}, "score": 0.3},
+            "MagicFusion": {"method": {"fusion": {}}, "score": 0.9},
+        },
+        "divergence": {"animals": 0.3, "food": 0.5},
+    }
+
+
+@pytest.fixture
+def outcomes() -> Outcomes:
+    return Outcomes(content(low=0.5, high=0.9, same=0.9, near=0.88), 0.05, 2_000)
+
+
+def test_groups_and_their_prompts(outcomes: Outcomes) -> None:
+    assert outcomes.mixed == ["mixed"]
+    assert outcomes.own == ["animals", "food", "things"]
+    places = outcomes.places(["mixed"])
+    assert len(places) == 120
+    clusters = outcomes.clusters(places)
+    assert 20 < len(np.unique(clusters)) < 60, "both orders of a pair are one cluster"
+    private = Outcomes({"prompts": [["x", "known x known"], ["y", "food"]], "rows": {}}, 0, 1)
+    assert private.mixed == ["known x known"]
+
+
+def test_verdicts(outcomes: Outcomes) -> None:
+    mixed = outcomes.mixed
+    assert outcomes.compared("high", "low", mixed).verdict == "above"
+    assert outcomes.compared("low", "high", mixed).verdict == "below"
+    # equivalence needs many pairs of objects
+    assert outcomes.compared("high", "same", outcomes.own).verdict == "equivalent"
+    assert outcomes.compared("high", "same", mixed).verdict == "not told apart"
+    few = Outcomes(content(one=0.9, other=0.9), 0.001, 1_000)
+    assert few.compared("one", "other", mixed).verdict == "not told apart", "by so small a margin"
+    clustered = outcomes.mean("high", mixed)
+    assert clustered.low < clustered.mean < clustered.high
+    assert outcomes.mean("high", mixed, "clip_t").mean == pytest.approx(0.9)
+
+
+def test_the_front_of_quality_against_cost(outcomes: Outcomes) -> None:
+    assert outcomes.total("high") == 7
+    assert outcomes.front("expert_calls", outcomes.mixed) == ["low", "high"]
+    dear = content(dear=0.9, cheap=0.9)
+    dear["rows"]["cheap"]["expert_calls"] = 1
+    dear["rows"]["unknown"] = {**dear["rows"]["cheap"], "expert_calls": None}
+    assert Outcomes(dear, 0.05, 10).front("expert_calls", ["mixed"]) == ["cheap"]
+
+
+def test_the_page_says_what_speaks_against_the_method_first(tmp_path: Path) -> None:
+    rows = {"oracle mask": 1.0, AFA: 0.9, "tuned base (3,000 steps)": 0.9, "TIES merge": 0.4}
+    rows |= {"AFA (500 steps, 100 pictures)": 0.6, "AFA (500 steps, 1,000 pictures)": 0.8}
+    rows |= {"AFA without prompt": 0.95, "base": 0.5, "expert: food": 0.9, "expert: things": 1.0}
+    found = content(**rows)
+    (tmp_path / "evidence").mkdir()
+    for experiment, worlds in WORLDS_OF.items():
+        for world in worlds:
+            path = tmp_path / "evidence" / f"{experiment}-{world}.json"
+            path.write_text(json.dumps(found))
+    marks = ["main-main", "main-main-own", "claims", "sets", "sentences", "unknown"]
+    page = "".join(f"<!-- begin {mark} -->\nold\n<!-- end {mark} -->\n" for mark in marks)
+    (tmp_path / "evidence.md").write_text(f"# Title\n{page}the end\n")
+    write_page(tmp_path, EvidenceSettings(num_resamples=500))
+    text = (tmp_path / "evidence.md").read_text()
+    assert text.startswith("# Title")
+    assert text.endswith("the end\n")
+    assert text.count("\nold\n") == 1, "only what is known is replaced"
+    sentences = text.split("begin sentences")[1].split("end sentences")[0].splitlines()
+    assert "significantly above AFA" in sentences[2]
+    assert "oracle mask" in sentences[2]
+    assert "not told apart from AFA" in sentences[3]
+    assert "tuned base" in sentences[3]
+    claims = text.split("begin claims")[1]
+    assert "| adaptive fusion beats the best static merge | TIES merge |" in claims
+    assert "the opposite holds" in next(
+        line for line in claims.splitlines() if "AFA without prompt" in line
+    )
+    assert "| fusing blocks beats fusing predictions only | predictions only |  | not" in claims
+    again = text
+    write_page(tmp_path, EvidenceSettings(num_resamples=500))
+    assert (tmp_path / "evidence.md").read_text() == again
+    pictures = {path.name for path in (tmp_path / "images").iterdir()}
+    assert pictures == {f"evidence-{n}.png" for n in ("divergence", "experts", "data")}
