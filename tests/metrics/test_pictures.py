@@ -90,3 +90,25 @@ def test_files_that_describe_something_else(tmp_path: Path, change: dict[str, An
 def test_features_of_no_pictures() -> None:
     with refusal("AFA-METRIC-015"):
         one_by_one([], lambda item: item)
+
+
+@pytest.mark.parametrize("size", [(640, 720), (720, 640), (333, 500), (512, 768), (999, 1000)])
+def test_sizes_are_those_of_torchvision_and_transformers(size: tuple[int, int]) -> None:
+    """`int(224 * long / short)`: with the factor first, some sizes are one pixel short."""
+    picture = Image.new("RGB", size)
+    kept = Preprocessing(crop=None, shortest_edge=224)
+    height, width = kept.pixels(picture).shape[1:]
+    short, long = sorted(size)
+    expected = (224, int(224 * long / short))
+    assert sorted((width, height)) == sorted(expected)
+
+
+def test_margins_of_crops_are_rounded_as_by_their_libraries() -> None:
+    """Of 5 pixels to spare, torchvision leaves out 2 before the crop, of 7 it leaves out 4."""
+    for spare, (rounded, floored) in {5: (2, 2), 7: (4, 3), 6: (3, 3)}.items():
+        row = torch.arange(8 + spare, dtype=torch.uint8) * 10
+        picture = Image.fromarray(row.repeat(8, 1).numpy(), "L").convert("RGB")
+        common = {"shortest_edge": 8, "scale": 1.0, "mean": (0.0,) * 3, "std": (1.0,) * 3}
+        for rounds, left in ((True, rounded), (False, floored)):
+            found = Preprocessing(crop=(8, 8), rounds=rounds, **common).pixels(picture)  # type: ignore[arg-type]
+            assert found[0, 0, 0] == 10 * left, (spare, rounds)

@@ -38,11 +38,12 @@ class Preprocessing:
     scale: float = 1 / 255
     mean: tuple[float, ...] = CLIP_MEAN
     std: tuple[float, ...] = CLIP_STD
+    rounds: bool = False  # the margin of the crop, as in torchvision; transformers rounds it down
 
     @classmethod
     def square(cls, size: int) -> Preprocessing:
-        """The preprocessing of CLIP, for a network with an input of `size` by `size` pixels."""
-        return cls(crop=(size, size), shortest_edge=size)
+        """The preprocessing of CLIP by torchvision, for an input of `size` by `size` pixels."""
+        return cls(crop=(size, size), shortest_edge=size, rounds=True)
 
     @classmethod
     def read(cls, file: Path) -> Preprocessing:
@@ -88,19 +89,18 @@ class Preprocessing:
         picture = as_rgb(picture)
         scaled = picture.size
         if self.shortest_edge is not None:
-            scale = self.shortest_edge / min(picture.size)
-            # as in transformers: the shorter side is exact, the longer one is rounded down
-            width, height = (
-                self.shortest_edge if side == min(picture.size) else int(side * scale)
-                for side in picture.size
-            )
+            # as in transformers and torchvision: the longer side is rounded down, from the exact
+            # quotient (640 x 720 to 224 x 252; the factor 0.35 would give 251)
+            short = min(picture.size)
+            width, height = (self.shortest_edge * side // short for side in picture.size)
             scaled = width, height
         elif self.size is not None:
             scaled = self.size[1], self.size[0]
         if self.crop is None:
             picture = picture.resize(scaled, self.resample)
         else:
-            left, top = (scaled[0] - self.crop[1]) // 2, (scaled[1] - self.crop[0]) // 2
+            margins = scaled[0] - self.crop[1], scaled[1] - self.crop[0]
+            left, top = (round(each / 2) if self.rounds else each // 2 for each in margins)
             middle = left, top, left + self.crop[1], top + self.crop[0]
             picture = scale_and_crop(picture, scaled, middle, self.resample)
         levels = torch.from_numpy(np.array(picture, dtype=np.float32)).permute(2, 0, 1)
