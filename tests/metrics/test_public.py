@@ -86,6 +86,17 @@ def stock_pixels(folder: Path) -> Tensor:
     return processor(pictures(), return_tensors="pt")["pixel_values"]
 
 
+def torchvision_pixels(folder: Path) -> Tensor:
+    """The same with the margins of the crop rounded, as by the authors' torchvision."""
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    side, found = processor.crop_size["height"], []
+    for picture in pictures():
+        whole = processor(picture, do_center_crop=False, return_tensors="pt")["pixel_values"][0]
+        top, left = (round((size - side) / 2) for size in whole.shape[1:])
+        found.append(whole[:, top : top + side, left : left + side])
+    return torch.stack(found)
+
+
 def test_clip_t_is_the_cosine_of_transformers(clip: tuple[Path, CLIPModel]) -> None:
     folder, model = clip
     image, text = stock_embeddings(folder, model, stock_pixels(folder))
@@ -139,7 +150,7 @@ def test_hpsv2_is_the_cosine_of_the_same_clip(tmp_path: Path, suffix: str) -> No
     else:
         save_file(tensors, file)
     image, text = stock_embeddings(
-        tmp_path / "processor", model, stock_pixels(tmp_path / "processor")
+        tmp_path / "processor", model, torchvision_pixels(tmp_path / "processor")
     )
     for weights in (file, tmp_path):
         recipe = MetricRecipe(
@@ -239,7 +250,7 @@ def test_imagereward_is_blip_and_a_head(tmp_path: Path) -> None:
     prompts = ["a fox on the left", "an odd pizza", "z " * 60]
     write_processor(tmp_path / "processor", size=32)
     with torch.no_grad():
-        seen = vision(stock_pixels(tmp_path / "processor")).last_hidden_state
+        seen = vision(torchvision_pixels(tmp_path / "processor")).last_hidden_state
         tokens = tokenizer(
             prompts, padding="max_length", truncation=True, max_length=35, return_tensors="pt"
         )
