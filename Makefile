@@ -20,7 +20,7 @@ OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo docs results results-dit distillation bench bench-check test unit processes daily nightly format lint types check lock constraints audit licences fuzz golden pairs soak reliability \
+.PHONY: help install demo docs results results-dit distillation evidence bench bench-check test unit processes daily nightly format lint types check lock constraints audit licences fuzz golden pairs soak reliability \
 	wheel clean
 
 help: ## show this list
@@ -51,6 +51,9 @@ results: install ## train and compare everything, write docs/results.md (over an
 results-dit: install ## the same for transformers, a section of that page (WORK=folder; 90 minutes; resumes)
 	$(BIN)/afa zoo build $(WORK)-dit-zoo --family dit
 	$(BIN)/afa zoo results $(WORK)-dit --zoo $(WORK)-dit-zoo --docs docs
+
+evidence: install ## ask when the ensemble pays (STAGE=worlds, candidates, trainings or test; EXPERIMENT=main; many hours; resumes)
+	$(BIN)/afa zoo evidence $(WORK)-evidence --docs docs $(if $(STAGE),--stage $(STAGE)) $(if $(EXPERIMENT),--experiment $(EXPERIMENT))
 
 distillation: install ## distil the bundled ensemble, write docs/distillation.json (WORK=folder; hours; PART=main; resumes)
 	$(BIN)/afa zoo distillation $(WORK)-distillation --docs docs $(if $(PART),--part $(PART))

@@ -19,6 +19,7 @@ from afa.drafting import DraftsRecipe, OwnDrafts, batches, own_drafts, routed, u
 from afa.drafting.own import keep_drafts
 from afa.drawing.pictures import drafts_of, prepare
 from afa.evaluation.recipe import EvaluateRecipe, MethodRecipe, SamplingRecipe
+from afa.evaluation.run import evaluate
 from afa.evaluation.work import draw
 from afa.loading.expert_source import ExpertSource
 from afa.loading.inspection import describe
@@ -245,3 +246,27 @@ def test_a_comparison_says_that_it_does_not_use_them(
         **own.model_dump(exclude={"judge"}),
         "prompts": "unknown_words",
     }
+
+
+@pytest.mark.slow
+def test_a_report_has_the_weights_of_both_kinds_of_prompts(
+    saved: Callable[..., Path], experts: list[Path], tmp_path: Path
+) -> None:
+    folder = saved()
+    (tmp_path / "prompts.txt").write_text(f"{KNOWN}\n{UNKNOWN}\na fox beside\n")
+    drafts = own_drafts(folder)
+    assert drafts is not None
+    recipe = EvaluateRecipe.model_validate(
+        {
+            "experts": [str(expert) for expert in experts[:2]],
+            "prompts": {"text": str(tmp_path / "prompts.txt")},
+            "methods": [{"name": "mine", "ensemble": str(folder), "drafts": drafts.model_dump()}],
+            "sampling": {"num_steps": 2, "height": 16, "width": 16, "device": "cpu"},
+            "metrics": [{"name": "clip_t", "weights": "zoo:clip"}],
+            "num_resamples": 100,
+        }
+    )
+    list(evaluate(recipe, tmp_path / "out"))
+    weights = json.loads((tmp_path / "out" / "report.json").read_text())["weights"]["groups"]
+    assert weights.keys() == {"all", "all drafted"}
+    assert all(len(each["shares"]) == 2 for each in weights.values())

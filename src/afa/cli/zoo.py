@@ -233,3 +233,18 @@ def evidence(
                         progress.update(event.name, event.done, event.total)
                     else:
                         say(f"Next: {event.name}")
+
+
+@app.command()
+def evidence_page(
+    docs: Annotated[Path, typer.Option(help="Folder with evidence.md and evidence/.")],
+) -> None:
+    """Write the tables and figures of evidence.md again, from the committed outcomes alone.
+
+    [bold]Example[/bold]: afa zoo evidence-page --docs docs
+    """
+    from afa.studies.evidence.page import write_page
+    from afa.studies.evidence.settings import EvidenceSettings
+
+    write_page(docs, EvidenceSettings())
+    say(f"Page in {docs / 'evidence.md'}")

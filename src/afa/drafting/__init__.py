@@ -1,6 +1,6 @@
 """Decide which expert draws which region of a picture, from drafts and without any training."""
 
-from afa.drafting.drafter import Drafter, batches, routed, use_drafts
+from afa.drafting.drafter import Drafter, batches, is_drafted, routed, use_drafts
 from afa.drafting.own import own_drafts
 from afa.drafting.recognition import recognise
 from afa.drafting.settings import DraftsRecipe, OwnDrafts
@@ -10,6 +10,7 @@ __all__ = [
     "DraftsRecipe",
     "OwnDrafts",
     "batches",
+    "is_drafted",
     "own_drafts",
     "recognise",
     "routed",

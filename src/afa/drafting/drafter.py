@@ -316,10 +316,15 @@ def routed(
             ensemble.regions, drafter.thread = None, None
 
 
+def is_drafted(pipeline: DiffusionPipeline, prompt: str) -> bool:
+    """Whether a prompt is drawn by drafts."""
+    drafter: Drafter | None = getattr(denoiser_of(pipeline), "drafter", None)
+    return drafter is not None and drafter.drafts(prompt)
+
+
 def batches(pipeline: DiffusionPipeline, prompts: Sequence[str]) -> list[list[int]]:
     """The indices of prompts that are drawn in one batch: by drafts, and without; none is empty."""
-    drafter: Drafter | None = getattr(denoiser_of(pipeline), "drafter", None)
     kinds: dict[bool, list[int]] = {}
     for n, prompt in enumerate(prompts):
-        kinds.setdefault(drafter is not None and drafter.drafts(prompt), []).append(n)
+        kinds.setdefault(is_drafted(pipeline, prompt), []).append(n)
     return list(kinds.values())

@@ -41,4 +41,6 @@ class DraftsRecipe(Section):
 class OwnDrafts(DraftsRecipe):
     """Drafts that an ensemble uses by itself, as its folder stores them."""
 
+    LATER: ClassVar[tuple[str, ...]] = ()  # its default is another one than that of `DraftsRecipe`
+
     prompts: Literal["all", "unknown_words"] = "unknown_words"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from afa.denoisers.kinds import denoiser_of
-from afa.drafting import batches
+from afa.drafting import batches, is_drafted
 from afa.ensemble.recording import record_weights
 from afa.evaluation.prompts import groups_of
 from afa.evaluation.work import digest, draw, write_json
@@ -15,6 +15,7 @@ from afa.files import read_json
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from afa.ensemble.recording import WeightRecord
     from afa.evaluation.methods import MethodBuilder
     from afa.evaluation.prompts import Prompt
     from afa.evaluation.recipe import EvaluateRecipe
@@ -42,22 +43,30 @@ def record_shares(
     }
     for group, places in groups_of(prompts).items():
         first = places[: sampling.batch_size]
-        chosen = [first[n] for n in batches(pipeline, [prompts[n].text for n in first])[0]]
-        with record_weights(denoiser_of(pipeline)) as record:
+        kinds = batches(pipeline, [prompts[n].text for n in first])
+        for kind in kinds:
+            chosen = [first[n] for n in kind]
             texts = [prompts[n].text for n in chosen]
-            seed, num_steps = sampling.seeds[0], sampling.num_steps
-            draw(pipeline, texts, chosen, seed, num_steps, sampling, output_type="latent")
-        content["groups"][group] = {
-            "timesteps": [step.timestep for step in record.steps],
-            "shares": [
-                {
-                    site: weights[-len(chosen) :].float().mean((0, 2, 3)).tolist()
-                    for site, weights in step.weights.items()
-                }
-                for step in record.steps
-            ],
-        }
+            drafted = " drafted" if is_drafted(pipeline, texts[0]) and len(kinds) > 1 else ""
+            with record_weights(denoiser_of(pipeline)) as record:
+                seed, num_steps = sampling.seeds[0], sampling.num_steps
+                draw(pipeline, texts, chosen, seed, num_steps, sampling, output_type="latent")
+            content["groups"][f"{group}{drafted}"] = _shares(record, len(chosen))
     write_json(path, content)
+
+
+def _shares(record: WeightRecord, count: int) -> dict[str, Any]:
+    """The mean weights of the last `count` pictures of a batch, by step and site."""
+    return {
+        "timesteps": [step.timestep for step in record.steps],
+        "shares": [
+            {
+                site: weights[-count:].float().mean((0, 2, 3)).tolist()
+                for site, weights in step.weights.items()
+            }
+            for step in record.steps
+        ],
+    }
 
 
 def shares_file(store: Store, recipe: EvaluateRecipe) -> Path:

@@ -15,6 +15,7 @@ from afa.studies.evidence.rows import AFA
 from afa.studies.evidence.settings import WORLDS_OF, EvidenceSettings
 from afa.studies.worlds.prompts import prompts_of
 from afa.studies.worlds.recipe import WORLDS
+from tests.refusal import refusal
 
 
 def content(**shares: float) -> dict[str, Any]:
@@ -96,6 +97,8 @@ def test_the_page_says_what_speaks_against_the_method_first(tmp_path: Path) -> N
     rows |= {"AFA (500 steps, 100 pictures)": 0.6, "AFA (500 steps, 1,000 pictures)": 0.8}
     rows |= {"AFA without prompt": 0.95, "base": 0.5, "expert: food": 0.9, "expert: things": 1.0}
     found = content(**rows)
+    with refusal("AFA-STUDY-017", "evidence.md"):
+        write_page(tmp_path, EvidenceSettings())
     (tmp_path / "evidence").mkdir()
     for experiment, worlds in WORLDS_OF.items():
         for world in worlds:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from afa.drawing.plots import save_figure
+from afa.errors import AfaError
 from afa.files import read_text, write_atomic
 from afa.studies.evidence.analysis import Outcomes
 from afa.studies.evidence.parts import Experiment
@@ -55,6 +56,10 @@ def write_page(docs: Path, settings: EvidenceSettings) -> None:
     Raises:
         AfaError: if the page is missing.
     """
+    if not (docs / PAGE).is_file():
+        raise AfaError(
+            "AFA-STUDY-017", f"'{docs / PAGE}' is missing; its tables are replaced. Restore it."
+        )
     found = read_all(docs, settings)
     text = read_text(docs / PAGE, 1_000_000)
     for name, lines in _sections(found):
