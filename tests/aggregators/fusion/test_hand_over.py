@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from afa.aggregators.fusion import HandOver
+from afa.aggregators.fusion.hand_over import HandOverRecipe
 from afa.ensemble.denoiser import EnsembleDenoiser
 from tests.refusal import refusal
 from tests.tiny import inputs, tiny_unet
@@ -68,3 +69,12 @@ def test_a_batch_of_several_timesteps_is_refused() -> None:
     arguments = {**inputs(), "timestep": torch.tensor([1, 2])}
     with refusal("AFA-ENSEMBLE-049", "1, 2"):
         ensemble(**arguments)
+
+
+def test_many_experts_have_few_candidates() -> None:
+    (few,) = HandOverRecipe.rows(["a", "b", "c"]).values()
+    assert len(few) == 6
+    (many,) = HandOverRecipe.rows([str(n) for n in range(8)]).values()
+    orders = [each.order for each in many]
+    assert len(orders) == 8
+    assert orders[3] == [3, 4, 5, 6, 7, 0, 1, 2]

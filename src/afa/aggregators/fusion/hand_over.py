@@ -14,10 +14,13 @@ from afa.aggregators.fusion.recipe import FusionRecipe, check_expert_numbers
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from afa.aggregators import FusionRule
     from afa.denoisers import Site
+
+
+_MAX_PERMUTED = 4  # experts of which all orders are candidates
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,9 @@ class HandOverRecipe(FusionRecipe):
 
     @classmethod
     def rows(cls, experts: Sequence[str]) -> dict[str, list[Self]]:
-        """One row; the order of the experts is chosen among all."""
-        orders = itertools.permutations(range(len(experts)))
+        """One row; the order of the experts is chosen among all, of many among their rotations."""
+        count = len(experts)
+        orders: Iterable[Sequence[int]] = itertools.permutations(range(count))
+        if count > _MAX_PERMUTED:
+            orders = [[(n + first) % count for n in range(count)] for first in range(count)]
         return {"timestep hand-over": [cls(order=list(order)) for order in orders]}
