@@ -60,13 +60,17 @@ def build_vae() -> AutoencoderKL:
     )
 
 
-def build_unet() -> UNet2DConditionModel:
-    """The denoiser, 2.0 M parameters: convolutions at 16x16, attention at 8x8."""
+def build_unet(channels: tuple[int, int] = (32, 96)) -> UNet2DConditionModel:
+    """The denoiser: convolutions at 16x16, attention at 8x8.
+
+    Args:
+        channels: of both resolutions, multiples of 8; 2.0 M parameters by default.
+    """
     return UNet2DConditionModel(
         sample_size=LATENT_SIZE,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
-        block_out_channels=(32, 96),
+        block_out_channels=channels,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         layers_per_block=1,

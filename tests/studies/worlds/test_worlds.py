@@ -21,7 +21,7 @@ from afa.studies.worlds.prompts import (
     groups_of,
     prompts_of,
 )
-from afa.studies.worlds.recipe import BASE, POOLED, WORLDS, WorldRecipe, read_world
+from afa.studies.worlds.recipe import BASE, POOLED, WIDE, WORLDS, WorldRecipe, read_world
 from afa.studies.worlds.text import cross_entropy, describes, named
 from afa.zoo.scenes import Scene, pair_set, parse_caption
 from afa.zoo.sprites import DOMAINS, OBJECTS, load_sprites
@@ -112,9 +112,9 @@ def test_the_groups_of_prompts() -> None:
 
 @pytest.mark.nightly
 def test_a_world_in_few_steps(tmp_path: Path) -> None:
-    recipe = WorldRecipe(**SMALL, pooled_steps=2, num_graded=2)
+    recipe = WorldRecipe(**SMALL, pooled_steps=2, is_wide=True, num_graded=2)
     names = [event.name.split(":")[0] for event in build_world(tmp_path / "one", recipe, 1)]
-    models = [POOLED, *recipe.experts]
+    models = [*recipe.experts, POOLED, WIDE]
     assert list(dict.fromkeys(names)) == [
         *(BASE, *models),
         *(f"scores of {name}" for name in (BASE, *models)),
@@ -126,7 +126,9 @@ def test_a_world_in_few_steps(tmp_path: Path) -> None:
     )
     for name in models:
         assert all(torch.equal(each, encoders[BASE][k]) for k, each in encoders[name].items())
-    weights = [each["conv_in.weight"] for each in denoisers.values()]
+    count = {name: sum(t.numel() for t in each.values()) for name, each in denoisers.items()}
+    assert 2.8 < count[WIDE] / count[BASE] < 3.2
+    weights = [each["conv_in.weight"] for name, each in denoisers.items() if name != WIDE]
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(weights, 2))
     assert not list(build_world(tmp_path / "one", recipe, 1)), "all is done"
     with refusal("AFA-STUDY-008", "recipe.json"):

@@ -10,13 +10,13 @@ from afa.studies.evidence.parts import Experiment
 from afa.studies.evidence.rivals.oracle_mask import OracleMask
 from afa.studies.evidence.rivals.prompt_router import PromptRouter
 from afa.studies.evidence.rivals.superdiff import SuperDiff
-from afa.studies.evidence.rows import AFA, trained
+from afa.studies.evidence.rows import AFA, POOLED_ROW, WIDE_ROW, trained
 from afa.studies.evidence.run import best_merge, chosen_rates, write_prompts
 from afa.studies.results.jobs import Job, run_jobs
 from afa.studies.results.plan import sampling
 from afa.studies.results.run import StageStarted, evaluate_in_processes
 from afa.studies.worlds.prompts import groups_of, prompts_of
-from afa.studies.worlds.recipe import POOLED
+from afa.studies.worlds.recipe import POOLED, WIDE
 from afa.training.data.scenes import SceneImages
 from afa.zoo.scenes import parse_caption
 
@@ -151,8 +151,12 @@ def methods_of(
         methods += [
             {"name": f"expert: {name}", "model": source} for name, source in place.experts.items()
         ]
-        if (place.models / POOLED).exists():
-            methods.append({"name": "pooled base", "model": str(place.models / POOLED)})
+        others = {POOLED_ROW: POOLED, WIDE_ROW: WIDE}
+        methods += [
+            {"name": row, "model": str(place.models / folder)}
+            for row, folder in others.items()
+            if (place.models / folder).exists()
+        ]
         ensemble = rows[AFA]["ensemble"]
         for count in (1, 2):
             sparse: dict[str, Any] = {"experts": count}

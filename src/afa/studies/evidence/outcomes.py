@@ -14,6 +14,7 @@ from afa.evaluation.recipe import SCENE_SCORES, EvaluateRecipe
 from afa.evaluation.results import read_results
 from afa.files import write_atomic
 from afa.provenance import commit
+from afa.studies.evidence.rows import POOLED_ROW, WIDE_ROW
 from afa.studies.worlds.prompts import groups_of
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def budget(
     if trained is None and name.startswith("top-"):
         trained = "AFA"
     own = samples.get(trained or "", 0)
-    if name == "pooled base":
+    if name in (POOLED_ROW, WIDE_ROW):
         own = world.pooled_steps * batch
     return {**found, "own": own}
 

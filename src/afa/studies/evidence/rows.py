@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 AFA, PREDICTIONS = "AFA", "predictions only"
 TUNED, MERGED, LORA = "tuned base", "merge, then tuned", "LoRA on the base"
+#: models that saw the data of base and experts
+POOLED_ROW, WIDE_ROW = "pooled base", "wide model"
 #: aggregators of adequate size at the last site only
 PREDICTIONS_ONLY = {"sites": "conv_out", "hidden_ratio": None, "min_scale": 1}
 #: aggregators without one of the states (AFA, section 4.4)

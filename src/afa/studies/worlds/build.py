@@ -16,7 +16,7 @@ from afa.errors import AfaError
 from afa.files import owned, read_json, staged, write_atomic
 from afa.studies.results.jobs import Job, report_progress, run_jobs
 from afa.studies.worlds.prompts import groups_of, prompts_of
-from afa.studies.worlds.recipe import BASE, POOLED, WorldRecipe
+from afa.studies.worlds.recipe import BASE, POOLED, WIDE, WIDE_CHANNELS, WorldRecipe
 from afa.studies.worlds.text import train_contrastively, use_text_encoder
 from afa.studies.zoo_build.evaluate import draw_pictures, scores_of
 from afa.studies.zoo_build.workshop import (
@@ -28,7 +28,7 @@ from afa.studies.zoo_build.workshop import (
 )
 from afa.zoo import expert_folder
 from afa.zoo.judges import judge, load_classifier
-from afa.zoo.models import WORDS, build_clip, build_tokenizer
+from afa.zoo.models import WORDS, build_clip, build_tokenizer, build_unet
 from afa.zoo.scenes import Scene, scene
 from afa.zoo.sprites import CATEGORY, hash_sprites, load_sprites
 
@@ -81,8 +81,8 @@ def build_world(folder: Path, recipe: WorldRecipe, num_processes: int) -> Iterat
         # the base of another world is compared with this one's settings instead
         require_same_recipe(folder / RECIPE, recipe.model_dump(mode="json", exclude={"start"}))
         yield from run_jobs([Job(BASE, base_job, (recipe, folder))], 1)
-        # the longest first
-        names = [*([POOLED] if recipe.pooled_steps else []), *recipe.experts]
+        others = [*([POOLED] if recipe.pooled_steps else []), *([WIDE] if recipe.is_wide else [])]
+        names = [*recipe.experts, *others]  # experts first, which other stages wait for
         yield from run_jobs([Job(n, model_job, (recipe, folder, n)) for n in names], num_processes)
         names = [BASE, *names]
         graded = [Job(f"scores of {n}", grade_job, (recipe, folder, n)) for n in names]
@@ -138,6 +138,13 @@ def model_job(name: str, recipe: WorldRecipe, folder: Path, model: str) -> None:
         return
     started = StableDiffusionPipeline.from_pretrained(folder / BASE, safety_checker=None)
     shop = WorldShop(folder, recipe, load_sprites(), started.tokenizer)
+    if model == WIDE:
+        torch.manual_seed(recipe.seed)
+        trained = StableDiffusion(started.tokenizer, build_unet(WIDE_CHANNELS))
+        trained.text_encoder.load_state_dict(started.text_encoder.state_dict())
+        trained.text_encoder.requires_grad_(False)
+        _train(name, shop, _autoencoder(), trained, WIDE, hash_weights(started.text_encoder))
+        return
     trained = StableDiffusion(started.tokenizer)
     trained.unet.load_state_dict(started.unet.state_dict())
     trained.text_encoder.load_state_dict(started.text_encoder.state_dict())
@@ -153,17 +160,28 @@ def _train(
     what: str,
     made_from: str,
 ) -> None:
-    """Train a model on its data, and write its pipeline."""
+    """Train a model on its data, and write its pipeline.
+
+    The wide model is trained like the base, then like the pooled model.
+    """
     recipe = shop.recipe
-    sets = list(recipe.experts) if what == POOLED else [what]
-    latents, token_ids = _data(shop, vae, sets)
-    steps = {BASE: recipe.base_steps, POOLED: recipe.pooled_steps}.get(what, recipe.expert_steps)
-    rate = recipe.learning_rate if what in (BASE, POOLED) else recipe.expert_learning_rate
+    everything = list(recipe.experts)
+    plans = {
+        BASE: [(BASE, [BASE], recipe.base_steps)],
+        POOLED: [(POOLED, everything, recipe.pooled_steps)],
+        WIDE: [
+            (f"{WIDE}-{BASE}", [BASE], recipe.base_steps),
+            (WIDE, everything, recipe.pooled_steps),
+        ],
+    }
+    plan = plans.get(what, [(what, [what], recipe.expert_steps)])
+    rate = recipe.learning_rate if what in plans else recipe.expert_learning_rate
     made_from = f"{hash_weights(vae)} {hash_sprites(shop.sprites)} {made_from}"
-    events = train_text_to_image(
-        shop, what, model, latents * vae.config.scaling_factor, token_ids, steps, made_from, rate
-    )
-    _report(name, events)
+    for stage, sets, steps in plan:
+        latents, token_ids = _data(shop, vae, sets)
+        scaled = latents * vae.config.scaling_factor
+        events = train_text_to_image(shop, stage, model, scaled, token_ids, steps, made_from, rate)
+        _report(name, events)
     with staged(shop.folder / what) as partial:
         model.pipeline(shop.tokenizer, vae).save_pretrained(partial)
 

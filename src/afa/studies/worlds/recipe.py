@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from afa.zoo.scenes import Kind
 
 #: names of models in a world's folder, besides its experts
-BASE, POOLED = "base", "pooled"
+BASE, POOLED, WIDE = "base", "pooled", "wide"
+#: channels of the wide model, which has three times the base's parameters
+WIDE_CHANNELS = (56, 168)
 
 
 class WorldRecipe(Section):
@@ -35,6 +37,8 @@ class WorldRecipe(Section):
         expert_steps: steps of each expert.
         pooled_steps: steps of one more model, `pooled`, which continues the base on the data of all
             experts together; 0 trains none.
+        is_wide: whether one more model, `wide`, with three times the parameters is trained from
+            random weights, as long and on the same data as the base and the pooled model together.
         batch_size: scenes in a step.
         learning_rate: of the base and of the pooled model.
         expert_learning_rate: of the experts.
@@ -52,6 +56,7 @@ class WorldRecipe(Section):
     base_steps: int = Field(default=3_000, ge=1)
     expert_steps: int = Field(default=2_000, ge=1)
     pooled_steps: int = Field(default=0, ge=0)
+    is_wide: bool = False
     batch_size: int = Field(default=32, ge=1)
     learning_rate: float = Field(default=1e-3, gt=0)
     expert_learning_rate: float = Field(default=1e-3, gt=0)
@@ -66,6 +71,8 @@ class WorldRecipe(Section):
     def _fits(self) -> WorldRecipe:
         if self.private and self.num_experts != len(DOMAINS):
             raise ValueError("must have 3 experts if objects are private to one of them")
+        if self.is_wide and not self.pooled_steps:
+            raise ValueError("must have pooled_steps for a wide model, which is trained as long")
         return self
 
     @property
@@ -105,7 +112,7 @@ class WorldRecipe(Section):
 
 #: worlds by name
 WORLDS: dict[str, WorldRecipe] = {
-    "main": WorldRecipe(pooled_steps=6_000),
+    "main": WorldRecipe(pooled_steps=6_000, is_wide=True),
     "private": WorldRecipe(private=4),
     **{
         f"after-{steps}": WorldRecipe(start=Path("main"), expert_steps=steps)

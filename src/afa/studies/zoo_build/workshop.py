@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from diffusers import AutoencoderKL, DiffusionPipeline
+    from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
     from torch import Tensor
     from transformers import CLIPTokenizer
 
@@ -254,11 +254,16 @@ def require_same_recipe(path: Path, settings: Mapping[str, Any]) -> None:
 
 
 class StableDiffusion(TextToImage):
-    """The U-Net and the text encoder of a Stable Diffusion model."""
+    """The U-Net and the text encoder of a Stable Diffusion model.
 
-    def __init__(self, tokenizer: CLIPTokenizer) -> None:
+    Args:
+        tokenizer: for the vocabulary.
+        unet: with random weights; None builds that of the bundled models.
+    """
+
+    def __init__(self, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel | None = None) -> None:
         super().__init__()
-        self.unet = build_unet()
+        self.unet = build_unet() if unet is None else unet
         self.text_encoder = build_text_encoder(tokenizer)
 
     def forward(self, noisy: Tensor, timestep: Tensor, token_ids: Tensor) -> Tensor:
