@@ -7,9 +7,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from afa.aggregators.fusion import FUSIONS
+from afa.aggregators.fusion.magic_fusion import MagicFusionRecipe
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from afa.aggregators.fusion import FusionRecipe
+
+_TEMPERATURES = (0.1, 1.0, 10.0, 1e2, 1e3, 1e4, 1e5)
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,12 @@ def fusions(experts: Sequence[str]) -> dict[str, Grid]:
     """The fusions without training, by row; their grids are those of `FusionRecipe.rows`."""
     found = {}
     for fusion in FUSIONS:
-        for row, listed in fusion.rows(experts).items():
+        rows: Mapping[str, Sequence[FusionRecipe]] = fusion.rows(experts)
+        if fusion is MagicFusionRecipe:  # its optimum lay on the edge of its own grid
+            rows = {
+                row: [MagicFusionRecipe(temperatures=[t]) for t in _TEMPERATURES] for row in rows
+            }
+        for row, listed in rows.items():
             written = [each.model_dump(exclude_none=True) for each in listed]
             methods = [{"fusion": each} for each in written]
             found[row] = Grid([_numbers(each) for each in written], methods)
