@@ -15,13 +15,25 @@ from afa.aggregators.fusion import FUSIONS
 from afa.merging.recipe import WITH_BASE, MergeRecipe
 from afa.studies.evidence import run
 from afa.studies.evidence.candidates import Grid, fusions, merges
-from afa.studies.evidence.entrants import Aggregated, Place, Tuned
+from afa.studies.evidence.entrants import Aggregated, Distilled, Place, Tuned
 from afa.studies.evidence.parts import Experiment, Stage
-from afa.studies.evidence.rows import AFA, LORA, MERGED, PREDICTIONS, TUNED, counted, trained
+from afa.studies.evidence.rows import (
+    AFA,
+    DISTILLED,
+    GUIDED,
+    LORA,
+    MERGED,
+    PREDICTIONS,
+    TUNED,
+    counted,
+    trained,
+)
 from afa.studies.evidence.run import Study, best_merge, choose, chosen_rates
 from afa.studies.evidence.settings import WORLDS_OF, EvidenceSettings
 from afa.studies.evidence.stages import run_stage
+from afa.studies.worlds.prompts import training_prompts
 from afa.studies.worlds.recipe import WORLDS, WorldRecipe
+from afa.zoo.scenes import pair_set, parse_caption
 from tests.refusal import refusal
 
 SETTINGS = EvidenceSettings()
@@ -38,6 +50,9 @@ def test_the_rows_of_an_experiment(experiment: Experiment, tmp_path: Path) -> No
         folders = {each.folder(place) for each in entrants}
         assert len(folders) == len(entrants), "each has a folder of its own"
         for each in entrants:
+            if isinstance(each, Distilled):
+                assert each.folder(place).name == each.job(place, SETTINGS).name.split(": ")[1]
+                continue
             data = each.data(place, SETTINGS)
             assert data.hold_out == "fifth"
             assert set(data.without) == WORLDS[world].private_objects
@@ -46,6 +61,24 @@ def test_the_rows_of_an_experiment(experiment: Experiment, tmp_path: Path) -> No
     missing = {each.row for each in entrants} - {each.row for each in later}
     assert missing
     assert all(row.startswith(MERGED) for row in missing)
+
+
+def test_students_learn_from_the_ensemble_of_their_seed(tmp_path: Path) -> None:
+    place = Place("main", tmp_path, tmp_path / "work")
+    entrants = trained(Experiment.MAIN, SETTINGS, RATES, MERGE)
+    students = [each for each in entrants if isinstance(each, Distilled)]
+    assert Counter(each.row for each in students) == {DISTILLED: 3, GUIDED: 3}
+    ensembles = {each.seed: each.method(place)["ensemble"] for each in entrants if each.row == AFA}
+    for each in students:
+        recipe = each.job(place, SETTINGS).arguments[0]
+        assert recipe.teacher.ensemble == [ensembles[each.seed]]
+        assert ("guidance" in each.method(place)) == (each.row == GUIDED)
+        assert each.samples(SETTINGS) == 64_000 + 16_000
+    prompts = training_prompts(WORLDS["private"], 10_000)
+    shown = [parse_caption(caption) for caption in prompts]
+    assert {pair_set(each.left, each.right) for each in shown} == {"training"}
+    names = {name for each in shown for name in (each.left, each.right)}
+    assert names.isdisjoint(WORLDS["private"].private_objects)
 
 
 def test_rows_of_which_sentences_speak_have_three_seeds() -> None:
@@ -143,6 +176,8 @@ def test_the_stages_in_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         num_mixed=2,
         num_own=1,
         num_references=8,
+        distilled_pictures=1,
+        distilled_steps=1,
     )
     study, docs = Study(tmp_path / "work", settings, 1), tmp_path / "docs"
 
@@ -185,7 +220,7 @@ def test_the_stages_in_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def _is_single(row: str) -> bool:
     """Whether a row uses no expert."""
-    return row.startswith((TUNED, LORA))
+    return row.startswith((TUNED, LORA)) or row in ("pooled base", "wide model")
 
 
 def test_only_the_last_stage_reads_the_test_prompts() -> None:

@@ -7,13 +7,16 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from afa.aggregators import SABWSettings
+from afa.distilling.recipe import DistillRecipe
 from afa.evaluation.recipe import slug
 from afa.evaluation.work import digest
 from afa.loading.expert_source import ExpertSource
 from afa.merging.recipe import WITH_BASE
+from afa.studies.distillation.run import distill_job
 from afa.studies.evidence.jobs import lora_job, merged_job, tuned_job
 from afa.studies.results.jobs import Job, train_aggregators_job
 from afa.studies.worlds.recipe import BASE, WORLDS
+from afa.studies.zoo_build.evaluate import GUIDANCE_SCALE
 from afa.training.recipe import DataRecipe, Recipe, ScenesRecipe, TrainingRecipe
 from afa.zoo.models import AGGREGATOR
 
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
     from afa.studies.evidence.settings import EvidenceSettings
     from afa.studies.worlds.recipe import WorldRecipe
 
+#: file of the prompts that teachers draw
+TRAINING_PROMPTS = "training-prompts.txt"
 #: the first seed of the scenes; those of worlds are smaller
 _DATA_SEED = 100
 
@@ -194,3 +199,62 @@ class Tuned(Entrant):
     def samples(self, settings: EvidenceSettings) -> int:
         """See `Entrant.samples`."""
         return self.steps * settings.batch_size
+
+
+@dataclass(frozen=True)
+class Distilled(Entrant):
+    """A student of the base's architecture that learns the predictions of an ensemble.
+
+    Attributes:
+        teacher: the row of the ensemble, which is trained before; the one with the same seed.
+        bakes_in: whether the student learns the guided prediction.
+    """
+
+    teacher: str = ""
+    bakes_in: bool = False
+
+    def job(self, place: Place, settings: EvidenceSettings) -> Job:
+        """See `Entrant.job`."""
+        folder = self.folder(place)
+        ensemble = Aggregated(self.teacher, self.seed).folder(place)
+        recipe = DistillRecipe.model_validate(
+            {
+                "teacher": {"ensemble": str(ensemble)},
+                "student": {"init": place.base},
+                "trajectories": {
+                    "prompts": {"text": str(place.work / TRAINING_PROMPTS)},
+                    "number": settings.distilled_pictures,
+                    "num_steps": [12, 20, 30],
+                    "guidance": GUIDANCE_SCALE,
+                    "seed": self.seed,
+                },
+                "recording": {
+                    "folder": str(place.work / "recorded" / f"{slug(self.teacher)}-{self.seed}"),
+                    "batch_size": 20,
+                    "num_threads": 1,
+                },
+                "guidance": {"bake_in": GUIDANCE_SCALE} if self.bakes_in else "keep",
+                "training": {
+                    "num_steps": settings.distilled_steps,
+                    "batch_size": 2 * settings.batch_size,
+                    "learning_rate": settings.distilled_rate,
+                    "num_warmup_steps": min(50, settings.distilled_steps),
+                    "checkpoint_every": 250,
+                    "keep_checkpoints": 1,
+                    "trackers": [],
+                    "device": "cpu",
+                    "seed": self.seed,
+                },
+            }
+        )
+        return Job(f"{place.world}: {folder.name}", distill_job, (recipe, folder))
+
+    def samples(self, settings: EvidenceSettings) -> int:
+        """See `Entrant.samples`; those of its teacher are included."""
+        own = 2 * settings.batch_size * settings.distilled_steps
+        return own + Aggregated(self.teacher).samples(settings)
+
+    def method(self, place: Place) -> dict[str, Any]:
+        """See `Entrant.method`."""
+        guidance = {"guidance": 1.0} if self.bakes_in else {}
+        return {**super().method(place), **guidance}

@@ -140,10 +140,14 @@ def methods_of(
     whole: bool,
 ) -> list[dict[str, Any]]:
     """All rows except those that draw in their own way, as methods of `afa evaluate`."""
-    rows: dict[str, dict[str, list[str]]] = {}
+    rows: dict[str, dict[str, Any]] = {}
     for each in entrants:
-        for kind, source in each.method(place).items():
-            rows.setdefault(each.row, {}).setdefault(kind, []).append(source)
+        method = each.method(place)
+        for kind, value in method.items():
+            if kind == "guidance":
+                rows[each.row][kind] = value
+            else:
+                rows.setdefault(each.row, {}).setdefault(kind, []).append(value)
     methods: list[dict[str, Any]] = [{"name": row, **method} for row, method in rows.items()]
     methods.append({"name": "base", "model": place.base})
     drafts = {"judge": place.base}

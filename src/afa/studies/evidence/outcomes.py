@@ -14,7 +14,7 @@ from afa.evaluation.recipe import SCENE_SCORES, EvaluateRecipe
 from afa.evaluation.results import read_results
 from afa.files import write_atomic
 from afa.provenance import commit
-from afa.studies.evidence.rows import POOLED_ROW, WIDE_ROW
+from afa.studies.evidence.rows import DISTILLED, MERGED, POOLED_ROW, WIDE_ROW
 from afa.studies.worlds.prompts import groups_of
 
 if TYPE_CHECKING:
@@ -125,7 +125,9 @@ def budget(
     world = place.recipe
     batch = world.batch_size
     method = next(each for each in results.recipe.methods if each.name == name)
-    starts_at_base = name == "base" or (method.model is not None and "merge" not in name)
+    # tuned merges and students were made from experts
+    of_experts = name.startswith((MERGED, DISTILLED))
+    starts_at_base = name == "base" or (method.model is not None and not of_experts)
     used = len(world.experts)
     if starts_at_base:
         used = int(name.startswith("expert:"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from afa.studies.evidence.entrants import Aggregated, Entrant, Tuned
+from afa.studies.evidence.entrants import Aggregated, Distilled, Entrant, Tuned
 from afa.studies.evidence.parts import Experiment
 
 if TYPE_CHECKING:
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from afa.studies.evidence.settings import EvidenceSettings
 
 AFA, PREDICTIONS = "AFA", "predictions only"
+DISTILLED, GUIDED = "distilled", "distilled, guided"
 TUNED, MERGED, LORA = "tuned base", "merge, then tuned", "LoRA on the base"
 #: models that saw the data of base and experts
 POOLED_ROW, WIDE_ROW = "pooled base", "wide model"
@@ -53,9 +54,12 @@ def trained(
     found: list[Entrant] = []
     for seed in seeds:
         found.append(Aggregated(AFA, seed))
+        if experiment in _WHOLE:
+            found.append(Distilled(DISTILLED, seed, teacher=AFA))
         found.append(Aggregated(PREDICTIONS, seed, changes=PREDICTIONS_ONLY))
         found += _tuned(experiment, settings, rates, merge, seed)
     if experiment == Experiment.MAIN:
+        found += [Distilled(GUIDED, seed, teacher=AFA, bakes_in=True) for seed in seeds]
         found += [Aggregated(row, 0, changes=changes) for row, changes in ABLATIONS.items()]
         found += [
             Tuned(

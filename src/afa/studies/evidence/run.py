@@ -13,13 +13,13 @@ from afa.errors import AfaError
 from afa.evaluation.recipe import slug
 from afa.files import read_json, write_atomic
 from afa.studies.evidence.candidates import Grid, fusions, merges
-from afa.studies.evidence.entrants import Place, Tuned
+from afa.studies.evidence.entrants import TRAINING_PROMPTS, Distilled, Place, Tuned
 from afa.studies.evidence.rows import LORA, MERGED, TUNED, trained
 from afa.studies.results.jobs import JobProgress, run_jobs
 from afa.studies.results.plan import sampling
 from afa.studies.results.run import StageStarted, evaluate_in_processes
 from afa.studies.worlds.build import build_world
-from afa.studies.worlds.prompts import groups_of, prompts_of
+from afa.studies.worlds.prompts import groups_of, prompts_of, training_prompts
 from afa.studies.worlds.recipe import read_world
 
 if TYPE_CHECKING:
@@ -220,7 +220,15 @@ def train(study: Study, experiment: Experiment, world: str) -> Iterator[JobProgr
     place = study.place(world)
     rates = chosen_rates(study)
     merge = best_merge(study.chosen(world))
-    yield from _jobs(study, trained(experiment, study.settings, rates, merge), place)
+    entrants = trained(experiment, study.settings, rates, merge)
+    students = [each for each in entrants if isinstance(each, Distilled)]
+    yield from _jobs(study, [each for each in entrants if each not in students], place)
+    if students:
+        prompts = training_prompts(place.recipe, study.settings.distilled_pictures)
+        write_atomic(place.work / TRAINING_PROMPTS, "\n".join(prompts) + "\n")
+        # the complete students first, which record what guided ones share
+        for bakes_in in (False, True):
+            yield from _jobs(study, [each for each in students if each.bakes_in == bakes_in], place)
 
 
 def chosen_rates(study: Study) -> dict[str, float]:

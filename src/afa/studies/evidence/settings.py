@@ -30,6 +30,9 @@ class EvidenceSettings:
             tuning prompts is taken.
         lora_rank: rank of the LoRA on the base.
         lora_rates: the same for it.
+        distilled_pictures: pictures that a teacher draws.
+        distilled_steps: of a student, with twice the batch.
+        distilled_rate: its learning rate, as chosen in the study of distillation.
         num_pictures: different scenes in the data of everything that is trained.
         curve_pictures: the same for the data curve.
         num_mixed: test prompts of pairs of two experts, in each group.
@@ -50,6 +53,9 @@ class EvidenceSettings:
     tuned_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
     lora_rank: int = 16
     lora_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    distilled_pictures: int = 1_000
+    distilled_steps: int = 2_000
+    distilled_rate: float = 1e-3
     num_pictures: int = 100_000
     curve_pictures: tuple[int, ...] = (100, 300, 1_000, 10_000)
     num_mixed: int = 384

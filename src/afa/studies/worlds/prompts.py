@@ -7,7 +7,7 @@ import itertools
 import random
 from typing import TYPE_CHECKING, Literal
 
-from afa.zoo.scenes import BACKGROUNDS, caption_of, pair_set
+from afa.zoo.scenes import BACKGROUNDS, caption_of, is_held_out, pair_set
 from afa.zoo.sprites import OBJECTS
 
 if TYPE_CHECKING:
@@ -74,3 +74,20 @@ def _pairs(recipe: WorldRecipe, used_for: PromptSet) -> Iterator[tuple[str, tupl
 def _set_of(text: str) -> PromptSet:
     """One of three equally large sets, by a hash."""
     return _SETS[hashlib.sha256(text.encode()).digest()[0] % len(_SETS)]
+
+
+def training_prompts(recipe: WorldRecipe, count: int) -> list[str]:
+    """Up to `count` captions of what a world's base knows, without any pair that is held out.
+
+    Args:
+        recipe: the world.
+        count: number of captions; there may be fewer.
+    """
+    private = recipe.private_objects
+    captions = [
+        caption_of(left, right, background)
+        for left, right in itertools.permutations(OBJECTS, 2)
+        if private.isdisjoint((left, right)) and not is_held_out(left, right, "fifth")
+        for background in BACKGROUNDS
+    ]
+    return random.Random(f"{recipe.seed} training").sample(captions, min(count, len(captions)))
