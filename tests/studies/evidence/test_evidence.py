@@ -17,6 +17,7 @@ from afa.studies.evidence import run
 from afa.studies.evidence.candidates import Grid, fusions, merges
 from afa.studies.evidence.entrants import Aggregated, Distilled, Place, Tuned
 from afa.studies.evidence.parts import Experiment, Stage
+from afa.studies.evidence.rivals.superdiff import candidates
 from afa.studies.evidence.rows import (
     AFA,
     DISTILLED,
@@ -164,6 +165,7 @@ def test_the_stages_in_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(WORLDS, "main", small)
     monkeypatch.setattr(run, "merges", lambda n: {"weighted merge": merges(n)["weighted merge"]})
     monkeypatch.setattr(run, "fusions", lambda names: {"LoRAtorio": _few(fusions(names))})
+    monkeypatch.setattr(run, "candidates", lambda p: {k: v[:1] for k, v in candidates(p).items()})
     settings = EvidenceSettings(
         num_seeds=1,
         aggregator_steps=1,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from afa.evaluation.recipe import slug
 from afa.studies.evidence.drawn import drawn_job, scenes_job
 from afa.studies.evidence.outcomes import write_outcomes
 from afa.studies.evidence.parts import Experiment
@@ -56,7 +57,8 @@ def run_test(
     prompts = test_prompts(place, settings.num_mixed, settings.num_own)
     captions = [caption for listed in prompts.values() for caption in listed]
     work = place.work / f"test-{experiment}"
-    rivals = drawn_rivals(study, place) if experiment in _WHOLE else _bounds(study, place)
+    bounds = _bounds(study, place)
+    rivals = drawn_rivals(study, place, chosen) if experiment in _WHOLE else bounds
     jobs = [
         Job(
             f"{world}: {row}",
@@ -115,7 +117,9 @@ def _bounds(study: Study, place: Place) -> dict[str, tuple[str, Rival]]:
     return {OracleMask.row: ("oracle", OracleMask(place, study.settings.num_steps))}
 
 
-def drawn_rivals(study: Study, place: Place) -> dict[str, tuple[str, Rival]]:
+def drawn_rivals(
+    study: Study, place: Place, chosen: Mapping[str, Any]
+) -> dict[str, tuple[str, Rival]]:
     """The rivals that draw in their own way, by row: their folders and settings."""
     steps = study.settings.num_steps
     data = SceneImages(
@@ -127,8 +131,10 @@ def drawn_rivals(study: Study, place: Place) -> dict[str, tuple[str, Rival]]:
     return {
         **_bounds(study, place),
         PromptRouter.row: ("router", PromptRouter(place, steps, data)),
-        "SuperDiff OR": ("superdiff-or", SuperDiff(place, 50, "or", 1e-2)),
-        "SuperDiff AND": ("superdiff-and", SuperDiff(place, 50, "and")),
+        **{
+            row: (slug(row), SuperDiff(place, **each["values"]))
+            for row, each in chosen["drawn"].items()
+        },
     }
 
 

@@ -13,9 +13,11 @@ from afa.errors import AfaError
 from afa.evaluation.recipe import slug
 from afa.files import read_json, write_atomic
 from afa.studies.evidence.candidates import Grid, fusions, merges
+from afa.studies.evidence.drawn import drawn_job
 from afa.studies.evidence.entrants import TRAINING_PROMPTS, Distilled, Place, Tuned
+from afa.studies.evidence.rivals.superdiff import candidates
 from afa.studies.evidence.rows import LORA, MERGED, TUNED, trained
-from afa.studies.results.jobs import JobProgress, run_jobs
+from afa.studies.results.jobs import Job, JobProgress, run_jobs
 from afa.studies.results.plan import sampling
 from afa.studies.results.run import StageStarted, evaluate_in_processes
 from afa.studies.worlds.build import build_world
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
     from afa.studies.evidence.entrants import Entrant
     from afa.studies.evidence.parts import Experiment
+    from afa.studies.evidence.rivals.superdiff import SuperDiff
     from afa.studies.evidence.settings import EvidenceSettings
 
 CHOSEN = "chosen.json"
@@ -98,10 +101,12 @@ def choose_rivals(study: Study, world: str) -> Iterator[JobProgress | StageStart
         for n, method in enumerate(grid.methods)
         if len(grid.methods) > 1
     ]
-    report = yield from _tuning(study, place, "tuning", methods, rates)
+    drawn = candidates(place)
+    report = yield from _tuning(study, place, "tuning", methods, rates, drawn)
     # pairs of two experts, which none of the candidates was trained on
     group = groups_of(place.recipe)[0]
     chosen = choose(report, grids, group)
+    chosen["drawn"] = {row: _best_drawn(report, row, each, group) for row, each in drawn.items()}
     if is_first:
         chosen["rates"] = {row: _best_rate(report, each, group) for row, each in rates.items()}
         merged = rate_candidates(settings, best_merge(chosen))
@@ -138,13 +143,26 @@ def _tuning(
     name: str,
     methods: Sequence[dict[str, Any]],
     rates: Mapping[str, Sequence[Tuned]],
+    drawn: Mapping[str, Sequence[SuperDiff]] | None = None,
 ) -> Generator[JobProgress | StageStarted, None, dict[str, Any]]:
-    """Train candidates, compare all on the tuning prompts, and return the report."""
+    """Train and draw candidates, compare all on the tuning prompts, and return the report."""
     trained = [each for listed in rates.values() for each in listed]
     yield from _jobs(study, trained, place)
     group = groups_of(place.recipe)[0]
-    prompts = prompts_of(place.recipe, "tuning", study.settings.num_tuning)
-    file = write_prompts(place.work / f"{name}.csv", {group: prompts[group]})
+    captions = prompts_of(place.recipe, "tuning", study.settings.num_tuning)[group]
+    file = write_prompts(place.work / f"{name}.csv", {group: captions})
+    rivals = {
+        f"{row} {n}": rival
+        for row, listed in (drawn or {}).items()
+        for n, rival in enumerate(listed)
+    }
+    folders = {row: place.work / f"{name}-drawn" / slug(row) for row in rivals}
+    jobs = [
+        Job(f"{place.world}: {row}", drawn_job, (rival, captions, 0, folders[row]))
+        for row, rival in rivals.items()
+    ]
+    yield from run_jobs(jobs, study.num_processes)
+    methods = [*methods, *({"name": row, "pictures": str(f)} for row, f in folders.items())]
     recipe = {
         "experts": list(place.experts.values()),
         "base": place.base,
@@ -187,6 +205,21 @@ def choose(report: Mapping[str, Any], grids: Mapping[str, Grid], group: str) -> 
 
 def _scores(report: Mapping[str, Any], group: str) -> dict[str, float]:
     return {row["method"]: row["groups"][group]["scores"]["both"]["mean"] for row in report["rows"]}
+
+
+def _best_drawn(
+    report: Mapping[str, Any], row: str, listed: Sequence[SuperDiff], group: str
+) -> dict[str, Any]:
+    """The settings of the best candidate that draws in its own way, and the edges it lies on."""
+    scores = _scores(report, group)
+    found = [scores[f"{row} {n}"] for n in range(len(listed))]
+    best = found.index(max(found))
+    points = [
+        {"num_steps": each.num_steps, "logic": each.logic, "temperature": each.temperature}
+        for each in listed
+    ]
+    edges = Grid(points, [{}] * len(points)).edges(best)
+    return {"values": points[best], "score": found[best], "edges": edges}
 
 
 def _best_rate(report: Mapping[str, Any], rates: Sequence[Tuned], group: str) -> dict[str, Any]:

@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
+    from afa.studies.evidence.entrants import Place
+
+
+#: numbers of steps; its sampler is stochastic and needs more than others
+STEPS = (10, 50)
+
 
 @dataclass(frozen=True)
 class SuperDiff(Rival):
@@ -41,6 +47,19 @@ class SuperDiff(Rival):
     def open(self) -> Drawer:
         """See `Rival.open`."""
         return _Superposed(self)
+
+
+def candidates(place: Place) -> dict[str, list[SuperDiff]]:
+    """The candidates of both logics, by row, among which tuning prompts choose."""
+    temperatures = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+    return {
+        "SuperDiff OR": [
+            SuperDiff(place, steps, "or", temperature)
+            for steps in STEPS
+            for temperature in temperatures
+        ],
+        "SuperDiff AND": [SuperDiff(place, steps, "and") for steps in STEPS],
+    }
 
 
 class _Superposed(Drawer):
