@@ -14,7 +14,7 @@ from afa.files import slug
 from afa.recipe import MAX_SEED
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 MAX_STEPS, MAX_PIXELS, MAX_BIAS = 150, 2048, 4.0
 CSS = """
@@ -52,6 +52,10 @@ class Slot:
     name: str
     image: gr.Image
     caption: gr.HTML
+
+    def cleared(self) -> dict[Any, Any]:
+        """The values of its components without a picture."""
+        return {self.image: None, self.caption: views.caption(self.name)}
 
 
 class Controls:
@@ -215,3 +219,8 @@ def slots(names: Sequence[str], kind: str) -> list[Slot]:
                 caption = gr.HTML(views.caption(name), elem_classes="afa-small")
                 made.append(Slot(name, image, caption))
     return made
+
+
+def parts(slots: Iterable[Slot]) -> list[Any]:
+    """The components of pictures, in their order."""
+    return [part for slot in slots for part in (slot.image, slot.caption)]

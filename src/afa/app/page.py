@@ -14,7 +14,7 @@ import gradio as gr
 
 from afa.app import views
 from afa.app.drawing import Drawn, Stopped
-from afa.app.layout import MAX_PIXELS, MAX_STEPS, Defaults, Layout, Slot
+from afa.app.layout import MAX_PIXELS, MAX_STEPS, Defaults, Layout, Slot, parts
 from afa.app.views import Entry
 from afa.denoisers.kinds import denoiser_of
 from afa.drawing.contenders import ENSEMBLE
@@ -101,13 +101,13 @@ class Page:
             [controls.go.click, controls.prompt.submit],
             self._draw_all,
             [self._history, controls.contenders, *sampling, *steering.biases],
-            [*changed, *states, *_parts(self._on.compare.values())],
+            [*changed, *states, *parts(self._on.compare.values())],
             **drawing,
         )
         steering.go.click(
             self._draw_both,
             [self._history, *sampling, *steering.biases],
-            [*changed, *states, *_parts([steering.without, steering.steered])],
+            [*changed, *states, *parts([steering.without, steering.steered])],
             **drawing,
         )
         quick: dict[str, Any] = {"queue": False, "show_progress": "hidden"}
@@ -171,7 +171,7 @@ class Page:
             wanted: where to show each picture, its contender, and whether it is biased.
         """
         fields, bias = self._read(values)
-        yield {part: value for slot in slots for part, value in _cleared(slot).items()}
+        yield {part: value for slot in slots for part, value in slot.cleared().items()}
         session, stop, done = str(request.session_hash), threading.Event(), 0
         self._stops[session] = stop
         history, status = list(history), self._on.controls.status
@@ -383,14 +383,6 @@ class Page:
             *[0] * len(self._keys),
             *by_stage,
         ]
-
-
-def _parts(slots: Iterable[Slot]) -> list[Any]:
-    return [part for slot in slots for part in (slot.image, slot.caption)]
-
-
-def _cleared(slot: Slot) -> dict[Any, Any]:
-    return {slot.image: None, slot.caption: views.caption(slot.name)}
 
 
 def _record(history: Sequence[Entry], shown: int | None) -> WeightRecord | None:

@@ -65,10 +65,11 @@ def weights(
         raise AfaError(
             "AFA-CLI-019", f"afa weights requires .png files or one ensemble; got {sources}."
         )
-    if pictures and prompt:
-        raise AfaError(
-            "AFA-CLI-020", "--prompt only applies to an ensemble; got pictures. Remove it."
-        )
+    for option, is_given in (("--prompt", bool(prompt)), ("--no-drafts", no_drafts)):
+        if pictures and is_given:
+            raise AfaError(
+                "AFA-CLI-020", f"{option} only applies to an ensemble; got pictures. Remove it."
+            )
     if not pictures and not prompt:
         raise AfaError("AFA-CLI-021", f"No prompt to draw with '{sources[0]}'. Pass --prompt TEXT.")
 

@@ -20,7 +20,7 @@ from afa.errors import AfaError
 from afa.zoo.sprites import DOMAIN_OF, OBJECTS, SPRITE_SIZE, Sprites, load_sprites
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -206,7 +206,12 @@ def scene(
             f"kind '{kind}' has no held-out pairs, which are all mixed. Use kind='mixed'.",
         )
     rng = np.random.default_rng([seed, index, get_args(Kind).index(kind), int(held_out)])
-    left, right = pairs[rng.integers(len(pairs))]
+    return placed(pairs, rng)
+
+
+def placed(pairs: Sequence[tuple[str, str]], rng: np.random.Generator) -> Scene:
+    """Return a scene of one of some pairs, with a background and offsets, all at random."""
+    left, right = pairs[int(rng.integers(len(pairs)))]
     background = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
     x, y = _JITTER
     offsets = [(int(rng.integers(-x, x + 1)), int(rng.integers(-y, y + 1))) for _ in range(2)]

@@ -42,6 +42,7 @@ def content(**shares: float) -> dict[str, Any]:
     }
     return {
         "prompts": prompts,
+        "mixed": ["mixed"],
         "rows": rows,
         "real": {"fid": 0.1, "kid": 0.0, "cmmd": 0.01},
         "rivals": {
@@ -65,7 +66,8 @@ def test_groups_and_their_prompts(outcomes: Outcomes) -> None:
     assert len(places) == 120
     clusters = outcomes.clusters(places)
     assert 20 < len(np.unique(clusters)) < 60, "both orders of a pair are one cluster"
-    private = Outcomes({"prompts": [["x", "known x known"], ["y", "food"]], "rows": {}}, 0, 1)
+    prompts = [["x", "known x known"], ["y", "food"]]
+    private = Outcomes({"prompts": prompts, "mixed": ["known x known"], "rows": {}}, 0, 1)
     assert private.mixed == ["known x known"]
 
 

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from afa.aggregators import FusionRule
     from afa.denoisers import Site
 
-
 _MAX_PERMUTED = 4  # experts of which all orders are candidates
 
 

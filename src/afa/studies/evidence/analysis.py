@@ -65,12 +65,13 @@ class Outcomes:
     @property
     def own(self) -> list[str]:
         """The groups of one expert's prompts each."""
-        return [group for group in self.groups if " " not in group and group != "mixed"]
+        return [group for group in self.groups if group not in self.mixed]
 
     @property
     def mixed(self) -> list[str]:
         """The groups of pairs of two experts."""
-        return [group for group in self.groups if group not in self.own]
+        found: list[str] = self.content["mixed"]
+        return found
 
     def places(self, groups: Sequence[str]) -> list[int]:
         """The indices of the prompts of some groups."""

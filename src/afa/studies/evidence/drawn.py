@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from afa.evaluation.work import Claim, Store, digest
 from afa.files import read_json, write_atomic
 from afa.studies.results.jobs import report_progress
-from afa.zoo.scenes import BACKGROUNDS, Scene
+from afa.zoo.scenes import placed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,14 +21,20 @@ if TYPE_CHECKING:
     from afa.evaluation.cost import Cost
     from afa.studies.evidence.rivals.rival import Rival
 
+#: beside the pictures: settings, prompts and seed from which they were made
+MADE_FROM = "made_from.json"
 _BATCH = 16
-_JITTER = (2, 8)  # pixels, as in the scenes of training
 
 
 def drawn_job(name: str, rival: Rival, captions: Sequence[str], seed: int, folder: Path) -> None:
-    """Draw a rival's pictures of prompts as `afa evaluate` takes them, or resume."""
+    """Draw a rival's pictures of prompts as `afa evaluate` takes them, or resume.
+
+    Raises:
+        AfaError: if the folder has pictures of other settings, prompts, seeds or models.
+    """
     from afa.evaluation.given import COSTS
 
+    _claim(folder, {**rival.identity(), "captions": digest(list(captions)), "seed": seed}, name)
     if (folder / COSTS).exists():
         return
     batches = folder / "batches"
@@ -69,19 +76,25 @@ def _mean(notes: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def scenes_job(name: str, pairs: Sequence[tuple[str, str]], count: int, folder: Path) -> None:
-    """Render real scenes of pairs of objects, independent of all prompts."""
+    """Render real scenes of pairs of objects, independent of all prompts.
+
+    Raises:
+        AfaError: if the folder has scenes of other pairs.
+    """
+    record = folder.with_name(f"{folder.name}.json")
+    identity = {"pairs": digest(list(pairs)), "count": count}
+    Store(folder).claim([Claim(record, identity, name, (f"{folder.name}/*",))])
     if folder.exists() and len(list(folder.iterdir())) == count:
         return
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng([7, count])
-    x, y = _JITTER
     for number in range(count):
-        left, right = pairs[int(rng.integers(len(pairs)))]
-        background = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
-        offsets = [(int(rng.integers(-x, x + 1)), int(rng.integers(-y, y + 1))) for _ in range(2)]
-        scene = Scene(left, right, background, (offsets[0], offsets[1]))
-        _write(Image.fromarray(scene.render()), folder / f"{number:06d}.png")
+        _write(Image.fromarray(placed(pairs, rng).render()), folder / f"{number:06d}.png")
     report_progress(name, count, count)
+
+
+def _claim(folder: Path, identity: dict[str, Any], what: str) -> None:
+    Store(folder).claim([Claim(folder / MADE_FROM, identity, what, ("*.png",))])
 
 
 def _write(picture: Image.Image, path: Path) -> None:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from afa.evaluation.recipe import slug
 from afa.studies.evidence.drawn import drawn_job, scenes_job
+from afa.studies.evidence.entrants import scenes_of
+from afa.studies.evidence.jobs import open_scenes
 from afa.studies.evidence.outcomes import write_outcomes
 from afa.studies.evidence.parts import Experiment
 from afa.studies.evidence.rivals.oracle_mask import OracleMask
@@ -18,7 +20,6 @@ from afa.studies.results.plan import sampling
 from afa.studies.results.run import StageStarted, evaluate_in_processes
 from afa.studies.worlds.prompts import groups_of, prompts_of
 from afa.studies.worlds.recipe import POOLED, WIDE
-from afa.training.data.scenes import SceneImages
 from afa.zoo.scenes import parse_caption
 
 if TYPE_CHECKING:
@@ -122,12 +123,7 @@ def drawn_rivals(
 ) -> dict[str, tuple[str, Rival]]:
     """The rivals that draw in their own way, by row: their folders and settings."""
     steps = study.settings.num_steps
-    data = SceneImages(
-        study.settings.num_pictures,
-        seed=100,
-        without=place.recipe.private_objects,
-        hold_out="fifth",
-    )
+    data = open_scenes(scenes_of(place, 0, study.settings.num_pictures))
     return {
         **_bounds(study, place),
         PromptRouter.row: ("router", PromptRouter(place, steps, data)),

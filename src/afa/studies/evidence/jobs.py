@@ -60,14 +60,15 @@ def _tune(
 ) -> None:
     from afa.training.tuned_base import require_same_run, tune_base
 
-    scenes = _scenes(data)
+    scenes = open_scenes(data)
     if finished(folder) is None:
         finish(name, tune_base(source, scenes, settings, folder, **changes), folder)
     else:
         require_same_run(scenes, settings, folder, **changes)
 
 
-def _scenes(data: ScenesRecipe) -> CaptionedImages:
+def open_scenes(data: ScenesRecipe) -> CaptionedImages:
+    """Open the scenes of a recipe, which are the data of all trainings in a world."""
     from afa.training.data import open_data
     from afa.training.data.scenes import SceneImages
     from afa.training.recipe import DataRecipe

@@ -66,6 +66,7 @@ def write_outcomes(
         "commit": commit(),
         "machine": results.machines(),
         "prompts": [[prompt.text, prompt.group] for prompt in results.prompts],
+        "mixed": mixed,
         "real": real_distances(results, mixed[0]),
         "rivals": chosen["rivals"],
         "rows": {
@@ -132,7 +133,7 @@ def budget(
     if starts_at_base:
         used = int(name.startswith("expert:"))
     found = {"base": world.base_steps * batch, "experts": used * world.expert_steps * batch}
-    trained = next((row for row in samples if name == row), None)
+    trained = name if name in samples else None
     if trained is None and name.startswith("top-"):
         trained = "AFA"
     own = samples.get(trained or "", 0)

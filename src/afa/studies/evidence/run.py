@@ -278,6 +278,6 @@ def best_merge(chosen: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _jobs(study: Study, entrants: Sequence[Entrant], place: Place) -> Iterator[JobProgress]:
-    """Run the jobs of entrants; those that are equal in several experiments are run once."""
-    jobs = {slug(f"{each.row} {each.seed}"): each.job(place, study.settings) for each in entrants}
-    yield from run_jobs(list(jobs.values()), study.num_processes)
+    """Run the jobs of entrants; those that an earlier experiment finished return at once."""
+    jobs = [each.job(place, study.settings) for each in entrants]
+    yield from run_jobs(jobs, study.num_processes)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from afa.evaluation.cost import Cost
 from afa.evaluation.recipe import SamplingRecipe
+from afa.loading.weights import hash_files
 from afa.studies.zoo_build.evaluate import GUIDANCE_SCALE
 
 if TYPE_CHECKING:
@@ -34,6 +36,15 @@ class Rival(ABC):
     num_steps: int
 
     row: ClassVar[str]
+
+    def identity(self) -> dict[str, Any]:
+        """The settings, and digests of the models, as JSON: what its pictures depend on."""
+        settings = {f.name: repr(getattr(self, f.name)) for f in fields(self) if f.name != "place"}
+        models = {
+            name: hash_files(Path(source), Path(source).rglob("*.safetensors"))
+            for name, source in {"base": self.place.base, **self.place.experts}.items()
+        }
+        return {"row": self.row, "world": self.place.world, **settings, "models": models}
 
     @abstractmethod
     def open(self) -> Drawer:
