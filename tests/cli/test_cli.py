@@ -186,6 +186,7 @@ def test_weights_draws_figures(
         ((ensemble, picture), "AFA-CLI-019", str(picture)),
         ((ensemble, ensemble), "AFA-CLI-019", str(ensemble)),
         ((picture, "--prompt", "a fox"), "AFA-CLI-020", "--prompt"),
+        ((picture, "--no-drafts"), "AFA-CLI-020", "--no-drafts"),
         ((picture, "--format", "jpg"), "AFA-CLI-018", "'jpg'"),
         ((others / "comparison.png",), "AFA-DRAW-007", "comparison.png"),
     ]:
