@@ -7,8 +7,9 @@ domain's objects, and there are several choices of this quarter. Mixed prompts a
 many of their objects were unseen, prompts of one domain by whether both were. Pairs of seen objects
 are held out of the base's training, too; most other pairs are not, since there are too few, so the
 base has an advantage there. Rows: the base, the
-experts, the uniform merge, the aggregators of each variant with one training per seed, the same and
-untrained ones with drafts, and a mask that knows which expert owns which half, as the ceiling.
+experts, the uniform merge, the aggregators of each variant with one training per seed, the same
+with drafts of prompts with unseen objects, drafts without aggregators, and a mask that knows which
+expert owns which half, as the ceiling.
 
 Development only: half of all pairs of objects, the study's test pairs and the last quarter of the
 objects are not judged.
@@ -218,6 +219,7 @@ def comparison(
     count: int,
     *,
     has_references: bool = True,
+    has_kept: bool = False,
 ) -> dict[str, Any]:
     """Return the recipe of `afa evaluate` for a choice; writes its prompts."""
     text = io.StringIO()
@@ -240,7 +242,8 @@ def comparison(
         default = [
             {**each, "name": f"{each['name']}, drafts for unknown words", **own} for each in known
         ]
-        methods += [{**each, "name": f"{each['name']} with drafts", **kept} for each in methods]
+        if has_kept:
+            methods += [{**each, "name": f"{each['name']} with drafts", **kept} for each in methods]
         methods += default
         methods.append({"name": "drafts alone", "fusion": {"rule": "feature_mean"}, **drafts})
         methods.append({"name": "base", "model": zoo.base})
@@ -354,6 +357,10 @@ def main() -> None:
     parser.add_argument("--num-train-steps", type=int, default=700)
     parser.add_argument("--num-prompts", type=int, default=128)
     parser.add_argument("--only", action="store_true", help="Only the variants, without drafts.")
+    parser.add_argument(
+        "--kept", action="store_true", help="Also drafts that keep the aggregators' own weights."
+    )
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     arguments = parser.parse_args()
     work = arguments.work.resolve()
@@ -362,7 +369,7 @@ def main() -> None:
     settings = StudySettings(
         num_seeds=arguments.num_seeds, num_train_steps=arguments.num_train_steps
     )
-    num_processes = os.cpu_count() or 1
+    num_processes = arguments.processes
     trained = {
         (variant, choice): [
             work / "trained" / _folder(variant, choice, seed) for seed in range(settings.num_seeds)
@@ -387,7 +394,13 @@ def main() -> None:
         output = work / f"comparison-{choice}"
         has_references = not arguments.only
         compared = comparison(
-            work, zoo, choice, listed, arguments.num_prompts, has_references=has_references
+            work,
+            zoo,
+            choice,
+            listed,
+            arguments.num_prompts,
+            has_references=has_references,
+            has_kept=arguments.kept,
         )
         evaluate_in_processes(output, compared, num_processes)
         place = output / "oracle.json"  # prompts of this folder never change
