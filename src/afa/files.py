@@ -23,6 +23,9 @@ from afa.errors import AfaError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
 LOCK = ".lock"
 #: limits of a JSON file in bytes and levels; the largest are the results of a study
 MAX_JSON, MAX_DEPTH = 32_000_000, 64
@@ -43,6 +46,12 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     """Write a file atomically: it is either complete or absent, even after a power failure."""
     with replaced(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def write_png(path: Path, picture: Image.Image, info: PngInfo | None = None) -> None:
+    """Write a picture as PNG, with texts if given; atomically."""
+    with replaced(path) as file:
+        picture.save(file, format="PNG", pnginfo=info)
 
 
 @contextmanager

@@ -17,8 +17,10 @@ from afa.ensemble.sparse import LeadingExperts, run_leading
 from afa.evaluation.cost import measure
 from afa.evaluation.identity import Identities
 from afa.evaluation.methods import MethodBuilder
+from afa.evaluation.prompts import Prompt
 from afa.evaluation.recipe import EvaluateRecipe, MethodRecipe
-from afa.evaluation.work import draw
+from afa.evaluation.shares import read_shares, record_shares
+from afa.evaluation.work import Store, draw
 from afa.loading.pipeline import with_rules
 from tests.refusal import refusal
 from tests.training.runs import SMALL
@@ -128,6 +130,26 @@ def test_sparse_methods_of_a_comparison(experts: list[Path], folder: Path) -> No
     assert calls == [whole, whole, whole, 2 * (2 * 3 + 4 * 1)]
     identities = [Identities(recipe).method(method, 0) for method in recipe.methods]
     assert len({str(each) for each in identities}) == 4
+
+
+def test_the_experts_that_run_are_chosen_for_each_picture(
+    experts: list[Path], folder: Path, tmp_path: Path
+) -> None:
+    recipe = recipe_of(experts, folder, {"experts": 1, "by": "step", "every": 3})
+    builder = MethodBuilder(recipe, recipe.sampling, torch.device("cpu"))
+    pipeline = builder.build(recipe.methods[0])
+    texts = ["a fox", "a car", "bread"]
+    together = draw(pipeline, texts, range(3), 0, 6, recipe.sampling)
+    for n, text in enumerate(texts):
+        alone = draw(pipeline, [text], [n], 0, 6, recipe.sampling)
+        assert together[n].tobytes() == alone[0].tobytes()
+
+    store = Store(tmp_path)
+    prompts = [Prompt(text, "mixed", None) for text in texts]
+    record_shares(recipe, prompts, builder, store)
+    shares = read_shares(store, recipe)
+    assert shares is not None
+    assert len(shares["groups"]["mixed"]["shares"]) == 6, "the steps of one picture"
 
 
 def test_what_sparse_methods_cannot_have(experts: list[Path], folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import platform
 from pathlib import Path
@@ -19,7 +18,7 @@ from afa.drawing.contenders import ENSEMBLE
 from afa.ensemble.caching.plan import PruningPlan
 from afa.ensemble.guard import OnNonFinite
 from afa.errors import AfaError
-from afa.files import write_atomic
+from afa.files import write_png
 from afa.provenance import __version__
 from afa.recipe import MAX_SEED, Section
 
@@ -155,9 +154,7 @@ def save_picture(
     info = PngImagePlugin.PngInfo()
     shown = {**text.model_dump(), "recipe": recipe.model_dump(mode="json", exclude_defaults=True)}
     info.add_text(_KEY, json.dumps(shown, ensure_ascii=False))
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", pnginfo=info)
-    write_atomic(path, buffer.getvalue())
+    write_png(path, picture, info)
 
 
 def read_picture(path: Path) -> PictureText:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ from pydantic import Field, ValidationError
 from afa.errors import AfaError
 from afa.evaluation.cost import Cost
 from afa.evaluation.work import write_json
-from afa.files import read_json, write_atomic
+from afa.files import read_json, write_png
 from afa.machine.hashes import hash_file
 from afa.reading import read_picture
 from afa.recipe import Section
@@ -113,10 +112,9 @@ def take_unit(folder: Path, unit: Unit, seeds: Sequence[int], store: Store) -> N
     """Copy a batch of given pictures into a comparison, as RGB without transparency."""
     costs = given_costs(folder)
     for (_, place), file in _of(unit, picture_files(folder, unit.places, seeds)):
-        target, buffer = store.picture(unit, place), io.BytesIO()
+        target = store.picture(unit, place)
         target.parent.mkdir(parents=True, exist_ok=True)
-        read_picture(file).save(buffer, format="PNG")
-        write_atomic(target, buffer.getvalue())
+        write_png(target, read_picture(file))
     count, memory = len(unit.places), costs.peak_memory_mib
     cost = Cost(
         None if costs.seconds is None else costs.seconds * count,

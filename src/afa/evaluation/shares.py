@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from afa.denoisers.kinds import denoiser_of
-from afa.drafting import batches, is_drafted
+from afa.drafting import is_drafted
 from afa.ensemble.recording import record_weights
 from afa.evaluation.prompts import groups_of
-from afa.evaluation.work import digest, draw, write_json
+from afa.evaluation.work import digest, draw, drawn_together, write_json
 from afa.files import read_json
 
 if TYPE_CHECKING:
@@ -43,11 +43,13 @@ def record_shares(
     }
     for group, places in groups_of(prompts).items():
         first = places[: sampling.batch_size]
-        kinds = batches(pipeline, [prompts[n].text for n in first])
-        for kind in kinds:
-            chosen = [first[n] for n in kind]
+        kinds: dict[bool, list[int]] = {}  # the first batch of each
+        for batch in drawn_together(pipeline, [prompts[n].text for n in first]):
+            kinds.setdefault(is_drafted(pipeline, prompts[first[batch[0]]].text), batch)
+        for kind, batch in kinds.items():
+            chosen = [first[n] for n in batch]
             texts = [prompts[n].text for n in chosen]
-            drafted = " drafted" if is_drafted(pipeline, texts[0]) and len(kinds) > 1 else ""
+            drafted = " drafted" if kind and len(kinds) > 1 else ""
             with record_weights(denoiser_of(pipeline)) as record:
                 seed, num_steps = sampling.seeds[0], sampling.num_steps
                 draw(pipeline, texts, chosen, seed, num_steps, sampling, output_type="latent")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -12,13 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from PIL import Image
 
-from afa.denoisers.kinds import kind_of_pipeline
+from afa.denoisers.kinds import denoiser_of, kind_of_pipeline
 from afa.drafting import batches, routed
 from afa.ensemble.guard import decoded
+from afa.ensemble.sparse import LeadingExperts
 from afa.errors import AfaError
 from afa.evaluation.cost import Cost, measure
 from afa.evaluation.recipe import slug
-from afa.files import read_json, write_atomic
+from afa.files import read_json, write_atomic, write_png
 from afa.loading.trust.unchanged import require_unchanged
 from afa.machine.exhausted import saying_what_fits, smaller_batch
 from afa.reading import read_picture
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
 
     from afa.evaluation.prompts import Prompt
     from afa.evaluation.recipe import EvaluateRecipe, SamplingRecipe
@@ -188,7 +188,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def draw(
-    pipeline: StableDiffusionPipeline,
+    pipeline: DiffusionPipeline,
     texts: Sequence[str],
     places: Sequence[int],
     seed: int,
@@ -196,58 +196,54 @@ def draw(
     sampling: SamplingRecipe,
     output_type: Literal["pil", "latent"] = "pil",
 ) -> list[Any]:
-    """Draw a batch; the noise of a picture depends only on the seed and the index of its prompt.
+    """Draw pictures; the noise of each depends only on the seed and the index of its prompt.
 
-    Prompts that are drawn by drafts, and others, are batches of their own.
+    Those that cannot be drawn together are batches of their own; see `drawn_together`.
 
     Returns: a picture, or its latents [C, H, W], for each prompt.
     """
-    found: list[Any] = [None] * len(texts)
-    for batch in batches(pipeline, texts):
-        chosen = [texts[n] for n in batch], [places[n] for n in batch]
-        drawn = _draw_batch(pipeline, *chosen, seed, num_steps, sampling, output_type)
-        for n, picture in zip(batch, drawn, strict=True):
-            found[n] = picture
-    return found
-
-
-def _draw_batch(
-    pipeline: StableDiffusionPipeline,
-    texts: Sequence[str],
-    places: Sequence[int],
-    seed: int,
-    num_steps: int,
-    sampling: SamplingRecipe,
-    output_type: str,
-) -> Any:
-    what = f"A batch of {len(texts)} pictures"
-    otherwise = "Or set sampling.dtype: bfloat16, or draw smaller pictures."
-    remedy = smaller_batch(len(texts), "sampling.batch_size", None, otherwise)
-    checked = decoded(pipeline) if output_type == "pil" else nullcontext()
-    # an empty text is not the same as none for Stable Diffusion XL, which then uses zeros
-    negative = {"negative_prompt": [sampling.negative_prompt] * len(texts)}
-    negative = negative if sampling.negative_prompt else {}
     generators = [torch.Generator().manual_seed(seed * 1_000_003 + place) for place in places]
     call: dict[str, Any] = {
         "guidance_scale": sampling.guidance,
         "height": sampling.height,
         "width": sampling.width,
-        **negative,
         **kind_of_pipeline(pipeline).call,
     }
-    drafted = routed(pipeline, texts, generators, **call)
-    with torch.no_grad(), saying_what_fits(what, remedy), drafted, checked:
-        return pipeline(
-            list(texts),
-            num_inference_steps=num_steps,
-            generator=generators,
-            output_type=output_type,
-            **call,
-        ).images
+    found: list[Any] = [None] * len(texts)
+    for batch in drawn_together(pipeline, texts):
+        prompts, noise = [texts[n] for n in batch], [generators[n] for n in batch]
+        what = f"A batch of {len(batch)} pictures"
+        otherwise = "Or set sampling.dtype: bfloat16, or draw smaller pictures."
+        remedy = smaller_batch(len(batch), "sampling.batch_size", None, otherwise)
+        checked = decoded(pipeline) if output_type == "pil" else nullcontext()
+        if sampling.negative_prompt:  # an empty text is not the same as none for SDXL: zeros
+            call["negative_prompt"] = [sampling.negative_prompt] * len(batch)
+        drafted = routed(pipeline, prompts, noise, **call)
+        with torch.no_grad(), saying_what_fits(what, remedy), drafted, checked:
+            drawn = pipeline(
+                prompts,
+                num_inference_steps=num_steps,
+                generator=noise,
+                output_type=output_type,
+                **call,
+            ).images
+        for n, picture in zip(batch, drawn, strict=True):
+            found[n] = picture
+    return found
+
+
+def drawn_together(pipeline: DiffusionPipeline, texts: Sequence[str]) -> list[list[int]]:
+    """The indices of prompts that are drawn in one batch.
+
+    Prompts drawn by drafts, and others, are apart. Each is alone if only its leading experts run.
+    """
+    if isinstance(getattr(denoiser_of(pipeline), "schedule", None), LeadingExperts):
+        return [[n] for n in range(len(texts))]
+    return batches(pipeline, texts)
 
 
 def draw_unit(
-    pipeline: StableDiffusionPipeline,
+    pipeline: DiffusionPipeline,
     unit: Unit,
     prompts: Sequence[Prompt],
     sampling: SamplingRecipe,
@@ -261,9 +257,7 @@ def draw_unit(
     folder = store.cost(unit).parent
     folder.mkdir(parents=True, exist_ok=True)
     for place, picture in zip(unit.places, pictures, strict=True):
-        buffer = io.BytesIO()
-        picture.save(buffer, format="PNG")
-        write_atomic(store.picture(unit, place), buffer.getvalue())
+        write_png(store.picture(unit, place), picture)
     write_json(store.cost(unit), asdict(cost))
 
 

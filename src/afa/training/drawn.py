@@ -7,7 +7,6 @@ folder that is named by a hash of everything that determines them, with a `metad
 from __future__ import annotations
 
 import gc
-import io
 import json
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ from afa.drafting import routed, use_drafts
 from afa.drafting.drafter import judge_identity
 from afa.ensemble.guard import decoded
 from afa.errors import AfaError
-from afa.files import read_text, write_atomic
+from afa.files import read_text, write_atomic, write_png
 from afa.loading.pipeline import native_resolution, with_rules
 from afa.loading.planned import companions_of
 from afa.loading.truncation import warnings_for
@@ -167,9 +166,7 @@ def _draw(
     for done, batch in enumerate(missing, start=1):
         pictures = _pictures(asked, untrained, [prompts[n] for n in batch], batch, size)
         for number, picture in zip(batch, pictures, strict=True):
-            buffer = io.BytesIO()
-            picture.save(buffer, format="PNG")
-            write_atomic(_place(folder, number), buffer.getvalue())
+            write_png(_place(folder, number), picture)
         yield CacheProgress("draw pictures", done, len(missing))
     use_drafts(untrained, None)
     gc.collect()

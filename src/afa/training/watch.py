@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from contextlib import nullcontext
 from dataclasses import replace
@@ -15,7 +14,7 @@ from PIL import Image
 from afa.denoisers.forward_process import forward_process
 from afa.denoisers.kinds import conditioning_of, denoiser_of, kind_of_pipeline
 from afa.ensemble.denoiser import EnsembleDenoiser
-from afa.files import write_atomic
+from afa.files import write_png
 from afa.machine.exhausted import saying_what_fits, smaller_batch
 from afa.training.encoding import Recorded
 from afa.training.objective import denoising_loss, prediction_loss
@@ -241,9 +240,7 @@ class Watch:
         if self._recorder is None:
             return
         self._sheet(step).parent.mkdir(exist_ok=True)
-        buffer = io.BytesIO()
-        _grid(pictures).save(buffer, format="PNG")
-        write_atomic(self._sheet(step), buffer.getvalue())
+        write_png(self._sheet(step), _grid(pictures))
         self._recorder.pictures(step, pictures)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from afa.evaluation.work import Claim, Store, digest
-from afa.files import read_json, write_atomic
+from afa.files import read_json, write_atomic, write_png
 from afa.studies.results.jobs import report_progress
 from afa.zoo.scenes import placed
 
@@ -46,7 +45,7 @@ def drawn_job(name: str, rival: Rival, captions: Sequence[str], seed: int, folde
         if not note.exists():
             pictures, cost = drawer.draw([captions[n] for n in numbers], numbers, seed)
             for number, picture in zip(numbers, pictures, strict=True):
-                _write(picture, folder / f"{number:06d}.png")
+                write_png(folder / f"{number:06d}.png", picture)
             write_atomic(note, json.dumps(_of_batch(cost, len(numbers))) + "\n")
         report_progress(name, numbers[-1] + 1, len(captions))
     notes = [read_json(path) for path in sorted(batches.iterdir())]
@@ -89,15 +88,10 @@ def scenes_job(name: str, pairs: Sequence[tuple[str, str]], count: int, folder: 
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng([7, count])
     for number in range(count):
-        _write(Image.fromarray(placed(pairs, rng).render()), folder / f"{number:06d}.png")
+        picture = Image.fromarray(placed(pairs, rng).render())
+        write_png(folder / f"{number:06d}.png", picture)
     report_progress(name, count, count)
 
 
 def _claim(folder: Path, identity: dict[str, Any], what: str) -> None:
     Store(folder).claim([Claim(folder / MADE_FROM, identity, what, ("*.png",))])
-
-
-def _write(picture: Image.Image, path: Path) -> None:
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    write_atomic(path, buffer.getvalue())

@@ -6,7 +6,6 @@ again. The result is the folder `assets` of float16 weights, which the package i
 
 from __future__ import annotations
 
-import io
 import shutil
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
@@ -16,7 +15,7 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from afa.files import write_atomic
+from afa.files import write_png
 from afa.loading.ensemble_folder import save_ensemble
 from afa.loading.pipeline import load_pipeline
 from afa.studies.zoo_build.fit import FitStep
@@ -179,9 +178,7 @@ def build_zoo(
     require_same_recipe(folder / "recipe.json", asdict(recipe))
     atlas = folder / "sprites.png"
     if font is not None:
-        buffer = io.BytesIO()
-        extract_sprites(font).save(buffer, format="PNG")
-        write_atomic(atlas, buffer.getvalue())
+        write_png(atlas, extract_sprites(font))
     sprites = cut_atlas(Image.open(atlas)) if atlas.exists() else load_sprites()
     shop = Workshop(folder, recipe, sprites, build_tokenizer(folder / "tokenizer"))
 
