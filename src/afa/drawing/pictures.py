@@ -84,9 +84,11 @@ def prepare(
             fit.
     """
     dtype = loading.get("torch_dtype", torch.float32)
-    companions = None if drafts is None else companions_of_ensemble(ensemble, dtype)
-    if drafts is not None and companions is not None and "memory_budget" in loading:
-        loading["reserved"] = bytes_alone(read_manifest(drafts.judge, companions), dtype)
+    companions = None
+    if drafts is not None:
+        companions = companions_of_ensemble(ensemble, dtype)
+        if "memory_budget" in loading:
+            loading["reserved"] = bytes_alone(read_manifest(drafts.judge, companions), dtype)
     pipeline = load_ensemble(ensemble, **loading)
     check_text_to_image(pipeline)
     steer(pipeline, bias)

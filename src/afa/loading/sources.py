@@ -97,7 +97,8 @@ def _is_hub_id(text: str) -> bool:
 
 def is_there(source: str) -> bool:
     """Whether a source is bundled, an existing local path, or may be a hub id."""
-    return source.startswith(_ZOO_PREFIX) or Path(source).exists() or _is_hub_id(source)
+    is_local = Path(source).expanduser().exists()
+    return is_local or source.startswith(_ZOO_PREFIX) or _is_hub_id(source)
 
 
 def fetch(name: str, files: Sequence[str], revision: str | None = None) -> Path:

@@ -96,7 +96,7 @@ def is_exhausted(error: BaseException) -> bool:
 def smaller_batch(
     size: int, key: str, accumulation: int | None, otherwise: str
 ) -> Callable[[], str]:
-    """Return a function that recommends a smaller batch.
+    """Return a function that names a smaller batch and what else can be done.
 
     Args:
         size: of the batch.

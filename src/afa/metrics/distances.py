@@ -116,7 +116,7 @@ def _cubic_discrepancy(generated: Tensor, real: Tensor) -> float:
 def inception_score(logits: Tensor) -> float:
     """Compute the Inception Score of class logits [n, c] (Salimans et al., 2016).
 
-    ``exp(mean KL(p(y|x) || p(y)))`` over all pictures at once, as Barratt & Sharma recommend. The
+    ``exp(mean KL(p(y|x) || p(y)))`` over all pictures at once, as Barratt & Sharma advise. The
     mean over ten splits, which some report, is lower for small splits. Ranges from 1 to c.
     https://arxiv.org/abs/1606.03498, https://arxiv.org/abs/1801.01973
 

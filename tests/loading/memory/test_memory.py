@@ -179,8 +179,10 @@ def test_a_budget_decides_and_says_so_first(folders: list[Path], monkeypatch: An
     monkeypatch.setattr(
         "afa.loading.pipeline.load_described", lambda *_, **__: pytest.fail("was loaded")
     )
-    with refusal("AFA-MEMORY-002"):
+    with refusal("AFA-MEMORY-002", r"\)\. Raise it, draw smaller pictures, or load"):
         load_pipeline(folders, memory_budget="1KB")
+    with refusal("AFA-MEMORY-002", r"200\.0 MB|0\.20 GB of it for the judge.*--no-drafts"):
+        load_pipeline(folders, memory_budget="1KB", reserved=200_000_000)
 
 
 def test_equal_text_encoders_are_one(folders: list[Path], tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def choose(
     Args:
         budget: usable bytes of the device's memory, including this process's own.
         can_stream: whether layers may be stored in a file.
-        reserved: bytes for another model on the device.
+        reserved: bytes for the judge of drafts, on the same device.
 
     Raises:
         AfaError: if nothing fits.
@@ -107,11 +107,13 @@ def choose(
     for place, needed in takes.items():
         if needed <= budget:
             return MemoryPlan(place, budget, takes, program, reserved)
+    judge = f"; {size_text(reserved)} of it for the judge of drafts" if reserved else ""
+    alone = "use no drafts (--no-drafts), " if reserved else ""
     raise AfaError(
         "AFA-MEMORY-002",
         f"The memory budget is {size_text(budget)}; these experts need at least "
-        f"{size_text(min(takes.values()))} ({_LABELS[min(takes, key=lambda place: takes[place])]})."
-        " Raise it, draw smaller pictures, or load the experts as bfloat16.",
+        f"{size_text(min(takes.values()))} ({_LABELS[min(takes, key=lambda place: takes[place])]}"
+        f"{judge}). Raise it, draw smaller pictures, {alone}or load the experts as bfloat16.",
     )
 
 
