@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from afa.studies.evidence.run import Study
     from afa.studies.results.jobs import JobProgress
 
-#: experiments whose test has all rivals; the others have those of which their figures speak
-_WHOLE = (Experiment.MAIN, Experiment.PRIVATE)
+#: experiments with rows of single experts and of drafts; only the first one has all rivals
+_WITH_EXPERTS = (Experiment.MAIN, Experiment.PRIVATE)
 
 
 def run_test(
@@ -59,7 +59,7 @@ def run_test(
     captions = [caption for listed in prompts.values() for caption in listed]
     work = place.work / f"test-{experiment}"
     bounds = _bounds(study, place)
-    rivals = drawn_rivals(study, place, chosen) if experiment in _WHOLE else bounds
+    rivals = drawn_rivals(study, place, chosen) if experiment == Experiment.MAIN else bounds
     jobs = [
         Job(
             f"{world}: {row}",
@@ -74,7 +74,7 @@ def run_test(
     yield from run_jobs(jobs, study.num_processes)
 
     yield StageStarted(f"test of the world '{world}'")
-    methods = methods_of(place, entrants, chosen, whole=experiment in _WHOLE)
+    methods = methods_of(experiment, place, entrants, chosen)
     methods += [
         {"name": row, "pictures": str(work / "drawn" / folder)}
         for row, (folder, _) in rivals.items()
@@ -135,11 +135,10 @@ def drawn_rivals(
 
 
 def methods_of(
+    experiment: Experiment,
     place: Place,
     entrants: Sequence[Entrant],
     chosen: Mapping[str, Any],
-    *,
-    whole: bool,
 ) -> list[dict[str, Any]]:
     """All rows except those that draw in their own way, as methods of `afa evaluate`."""
     rows: dict[str, dict[str, Any]] = {}
@@ -152,26 +151,22 @@ def methods_of(
                 rows.setdefault(each.row, {}).setdefault(kind, []).append(value)
     methods: list[dict[str, Any]] = [{"name": row, **method} for row, method in rows.items()]
     methods.append({"name": "base", "model": place.base})
-    drafts = {"judge": place.base}
-    if whole:
+    if experiment in _WITH_EXPERTS:
         methods += [
             {"name": f"expert: {name}", "model": source} for name, source in place.experts.items()
         ]
+        drafts = {"judge": place.base}
+        methods.append({"name": "drafts", "fusion": {"rule": "feature_mean"}, "drafts": drafts})
+    kinds = ["merge"]
+    if experiment == Experiment.MAIN:
         others = {POOLED_ROW: POOLED, WIDE_ROW: WIDE}
         methods += [
             {"name": row, "model": str(place.models / folder)}
             for row, folder in others.items()
             if (place.models / folder).exists()
         ]
-        ensemble = rows[AFA]["ensemble"]
-        for count in (1, 2):
-            sparse: dict[str, Any] = {"experts": count}
-            methods.append({"name": f"top-{count}", "ensemble": ensemble, "sparse": sparse})
-            by_step = {**sparse, "by": "step", "every": 5}
-            name = f"top-{count}, by step"
-            methods.append({"name": name, "ensemble": ensemble[:1], "sparse": by_step})
-        methods.append({"name": "drafts", "fusion": {"rule": "feature_mean"}, "drafts": drafts})
-    kinds = ("merge", "fusion") if whole else ("merge",)
+        methods += _sparse(rows[AFA]["ensemble"])
+        kinds.append("fusion")
     methods += [
         {"name": row, **rival["method"]}
         for row, rival in chosen["rivals"].items()
@@ -179,3 +174,11 @@ def methods_of(
         and rival["method"].get("fusion", {}).get("rule") != "shell"
     ]
     return methods
+
+
+def _sparse(ensemble: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Sparse routing: by pixel, and by step, where the other experts do not run."""
+    for count in (1, 2):
+        yield {"name": f"top-{count}", "ensemble": ensemble, "sparse": {"experts": count}}
+        by_step = {"experts": count, "by": "step", "every": 5}
+        yield {"name": f"top-{count}, by step", "ensemble": ensemble[:1], "sparse": by_step}

@@ -86,22 +86,25 @@ def build(study: Study, world: str) -> Iterator[JobProgress]:
 
 
 def choose_rivals(study: Study, world: str) -> Iterator[JobProgress | StageStarted]:
-    """Choose the settings of all rivals on the tuning prompts of a world.
+    """Choose the settings of the rivals on the tuning prompts of a world.
 
-    In the first world, the learning rates of all tuned models are chosen, too, at their shortest
-    length; then that of the tuned merge, which starts from the best one.
+    Only merges, if it is not the first world. In that one, the learning rates of all tuned models
+    are chosen, too, at their shortest length; then that of the tuned merge, which starts from the
+    best one.
     """
     place, settings = study.place(world), study.settings
-    grids = {**merges(len(place.experts)), **fusions(list(place.experts))}
-    is_first = world == _FIRST
-    rates = rate_candidates(settings) if is_first else {}
+    grids, is_first = merges(len(place.experts)), world == _FIRST
+    rates: dict[str, list[Tuned]] = {}
+    drawn: dict[str, list[SuperDiff]] = {}
+    if is_first:
+        grids |= fusions(list(place.experts))
+        rates, drawn = rate_candidates(settings), candidates(place)
     methods = [
         {"name": f"{row} {n}", **method}
         for row, grid in grids.items()
         for n, method in enumerate(grid.methods)
         if len(grid.methods) > 1
     ]
-    drawn = candidates(place)
     report = yield from _tuning(study, place, "tuning", methods, rates, drawn)
     # pairs of two experts, which none of the candidates was trained on
     group = groups_of(place.recipe)[0]
