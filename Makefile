@@ -20,7 +20,7 @@ OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo docs results results-dit distillation evidence bench bench-check test unit processes daily nightly format lint types check lock constraints audit licences fuzz golden pairs soak reliability \
+.PHONY: help install demo docs results results-dit distillation evidence evidence-page bench bench-check test unit processes daily nightly format lint types check lock constraints audit licences fuzz golden pairs soak reliability \
 	wheel clean
 
 help: ## show this list
@@ -54,6 +54,9 @@ results-dit: install ## the same for transformers, a section of that page (WORK=
 
 evidence: install ## ask when the ensemble pays (STAGE=worlds, candidates, trainings or test; EXPERIMENT=main; many hours; resumes)
 	$(BIN)/afa zoo evidence $(WORK)-evidence --docs docs $(if $(STAGE),--stage $(STAGE)) $(if $(EXPERIMENT),--experiment $(EXPERIMENT))
+
+evidence-page: install ## write tables and figures of docs/evidence.md from the committed outcomes alone
+	$(BIN)/afa zoo evidence-page --docs docs
 
 distillation: install ## distil the bundled ensemble, write docs/distillation.json (WORK=folder; hours; PART=main; resumes)
 	$(BIN)/afa zoo distillation $(WORK)-distillation --docs docs $(if $(PART),--part $(PART))

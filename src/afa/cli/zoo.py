@@ -236,6 +236,30 @@ def evidence(
 
 
 @app.command()
+def prompts(
+    world: Annotated[str, typer.Argument(help="A world of the study: its name or a YAML file.")],
+    output: Annotated[Path, typer.Option(help="CSV file that afa evaluate reads as drawbench.")],
+    used_for: Annotated[
+        Literal["tuning", "development"], typer.Option("--set", help="What they are used for.")
+    ] = "tuning",
+    number: Annotated[int, typer.Option(min=1, help="Of each group.")] = 48,
+) -> None:
+    """Write prompts of a world on which settings may be chosen; none of them is in its test.
+
+    [bold]Example[/bold]: afa zoo prompts main --output tuning.csv
+    """
+    from afa.studies.evidence.comparison import write_prompts
+    from afa.studies.worlds.prompts import prompts_of
+    from afa.studies.worlds.recipe import read_world
+
+    if output.exists():
+        raise AfaError("AFA-CLI-029", f"The file '{output}' exists. Pass a new one as --output.")
+    listed = prompts_of(read_world(world, Path(world)), used_for, number)
+    write_prompts(output, listed)
+    say(f"{sum(map(len, listed.values()))} prompts in {output}")
+
+
+@app.command()
 def evidence_page(
     docs: Annotated[Path, typer.Option(help="Folder with evidence.md and evidence/.")],
 ) -> None:

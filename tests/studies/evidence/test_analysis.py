@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -106,14 +107,16 @@ def test_the_page_says_what_speaks_against_the_method_first(tmp_path: Path) -> N
         for world in worlds:
             path = tmp_path / "evidence" / f"{experiment}-{world}.json"
             path.write_text(json.dumps(found))
-    marks = ["main-main", "main-main-own", "claims", "sets", "sentences", "unknown"]
-    page = "".join(f"<!-- begin {mark} -->\nold\n<!-- end {mark} -->\n" for mark in marks)
-    (tmp_path / "evidence.md").write_text(f"# Title\n{page}the end\n")
+    (tmp_path / "evidence.md").write_text("# Title\n")
+    with refusal("AFA-STUDY-021", "main-main"):
+        write_page(tmp_path, EvidenceSettings(num_resamples=500))
+    page = Path(__file__).parents[3] / "docs" / "evidence.md"
+    (tmp_path / "evidence.md").write_text(page.read_text())
     write_page(tmp_path, EvidenceSettings(num_resamples=500))
     text = (tmp_path / "evidence.md").read_text()
-    assert text.startswith("# Title")
-    assert text.endswith("the end\n")
-    assert text.count("\nold\n") == 1, "only what is known is replaced"
+    kept = re.compile(r"(?s)<!-- begin .*?<!-- end ")
+    assert kept.sub("", text) == kept.sub("", page.read_text()), "only tables are replaced"
+    assert "Not measured yet" not in text
     sentences = text.split("begin sentences")[1].split("end sentences")[0].splitlines()
     assert "significantly above AFA" in sentences[2]
     assert "oracle mask" in sentences[2]
@@ -129,4 +132,8 @@ def test_the_page_says_what_speaks_against_the_method_first(tmp_path: Path) -> N
     write_page(tmp_path, EvidenceSettings(num_resamples=500))
     assert (tmp_path / "evidence.md").read_text() == again
     pictures = {path.name for path in (tmp_path / "images").iterdir()}
-    assert pictures == {f"evidence-{n}.png" for n in ("divergence", "experts", "data")}
+    assert pictures == {f"evidence-{n}.png" for n in ("answer", "experts", "fronts")}
+    table = text.split("begin data ")[1].split("end data")[0]
+    assert "| 100 | 1,000 |" in table
+    assert "| AFA | 0.5" in table or "| AFA | 0.6" in table
+    assert len(text.split("begin divergence ")[1].split("end divergence")[0].splitlines()) > 6

@@ -175,6 +175,7 @@ def test_the_stages_in_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         lora_rates=(1e-3,),
         num_tuning=2,
         num_steps=1,
+        other_steps=(2,),
         num_mixed=2,
         num_own=1,
         num_references=8,
@@ -203,6 +204,7 @@ def test_the_stages_in_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     count = len(found["prompts"])
     assert count == 2 + 3
     expected = {each.row for each in entrants} | {"base", "oracle mask", "router per prompt"}
+    expected.add("AFA, 2 denoising steps")
     expected |= {"SuperDiff OR", "SuperDiff AND", "top-1", "top-2, by step", "drafts", "LoRAtorio"}
     assert expected <= found["rows"].keys()
     for row, each in found["rows"].items():

@@ -11,6 +11,7 @@ import numpy as np
 
 from afa.files import read_json
 from afa.statistics import Interval, Paired, equivalence, mean_interval, paired_difference
+from afa.studies.evidence.rows import ORACLE
 from afa.zoo.scenes import parse_caption
 
 if TYPE_CHECKING:
@@ -73,6 +74,16 @@ class Outcomes:
         found: list[str] = self.content["mixed"]
         return found
 
+    @property
+    def best_merge(self) -> str:
+        """The merge that was best on tuning prompts."""
+        merges = {
+            row: each["score"]
+            for row, each in self.content["rivals"].items()
+            if "merge" in each["method"]
+        }
+        return max(merges, key=lambda row: merges[row])
+
     def places(self, groups: Sequence[str]) -> list[int]:
         """The indices of the prompts of some groups."""
         wanted = set(groups)
@@ -123,13 +134,15 @@ class Outcomes:
             verdict = "equivalent"
         return Compared(paired, verdict)
 
-    def total(self, row: str) -> int:
-        """All pictures that a row was trained on."""
+    def total(self, row: str) -> int | None:
+        """All pictures that a row was trained on; None is unknown."""
         budget: dict[str, int] = self.rows[row]["budget"]
-        return sum(budget.values())
+        return sum(budget.values()) if budget else None
 
     def front(self, cost: Literal["total", "expert_calls"], groups: Sequence[str]) -> list[str]:
         """The rows that no other one beats at the same or a smaller cost, cheapest first.
+
+        The oracle mask is none of them, since nobody can choose it.
 
         Args:
             cost: pictures in all trainings, or expert calls for a picture.
@@ -138,6 +151,7 @@ class Outcomes:
         costs = {
             row: self.total(row) if cost == "total" else self.rows[row]["expert_calls"]
             for row in self.rows
+            if row != ORACLE
         }
         known = {row: value for row, value in costs.items() if value is not None}
         means = {row: float(self.scores(row, groups).mean()) for row in known}

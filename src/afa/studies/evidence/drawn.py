@@ -11,7 +11,7 @@ from PIL import Image
 from afa.evaluation.work import Claim, Store, digest
 from afa.files import read_json, write_atomic, write_png
 from afa.studies.results.jobs import report_progress
-from afa.zoo.scenes import placed
+from afa.zoo.scenes import parse_caption, placed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -74,15 +74,27 @@ def _mean(notes: Sequence[dict[str, Any]]) -> dict[str, float]:
     }
 
 
+def pairs_of(captions: Sequence[str]) -> list[tuple[str, str]]:
+    """The pairs of objects in captions, left and right, each once."""
+    scenes = [parse_caption(caption) for caption in captions]
+    return sorted({(scene.left, scene.right) for scene in scenes})
+
+
 def scenes_job(name: str, pairs: Sequence[tuple[str, str]], count: int, folder: Path) -> None:
-    """Render real scenes of pairs of objects, independent of all prompts.
+    """Run `render_scenes` as a job."""
+    render_scenes(pairs, count, folder)
+    report_progress(name, count, count)
+
+
+def render_scenes(pairs: Sequence[tuple[str, str]], count: int, folder: Path) -> None:
+    """Render real scenes of pairs of objects, independent of all prompts; keeps finished ones.
 
     Raises:
         AfaError: if the folder has scenes of other pairs.
     """
     record = folder.with_name(f"{folder.name}.json")
     identity = {"pairs": digest(list(pairs)), "count": count}
-    Store(folder).claim([Claim(record, identity, name, (f"{folder.name}/*",))])
+    Store(folder).claim([Claim(record, identity, "real scenes", (f"{folder.name}/*",))])
     if folder.exists() and len(list(folder.iterdir())) == count:
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -90,7 +102,6 @@ def scenes_job(name: str, pairs: Sequence[tuple[str, str]], count: int, folder: 
     for number in range(count):
         picture = Image.fromarray(placed(pairs, rng).render())
         write_png(folder / f"{number:06d}.png", picture)
-    report_progress(name, count, count)
 
 
 def _claim(folder: Path, identity: dict[str, Any], what: str) -> None:

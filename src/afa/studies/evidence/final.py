@@ -5,22 +5,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from afa.evaluation.recipe import slug
-from afa.studies.evidence.drawn import drawn_job, scenes_job
-from afa.studies.evidence.entrants import scenes_of
+from afa.studies.evidence.comparison import REFERENCES, test_comparison
+from afa.studies.evidence.drawn import drawn_job, pairs_of, scenes_job
+from afa.studies.evidence.entrants import Aggregated, scenes_of
 from afa.studies.evidence.jobs import open_scenes
 from afa.studies.evidence.outcomes import write_outcomes
 from afa.studies.evidence.parts import Experiment
 from afa.studies.evidence.rivals.oracle_mask import OracleMask
+from afa.studies.evidence.rivals.other_steps import OtherSteps
 from afa.studies.evidence.rivals.prompt_router import PromptRouter
 from afa.studies.evidence.rivals.superdiff import SuperDiff
-from afa.studies.evidence.rows import AFA, POOLED_ROW, WIDE_ROW, trained
-from afa.studies.evidence.run import best_merge, chosen_rates, write_prompts
+from afa.studies.evidence.rows import AFA, POOLED_ROW, WIDE_ROW, at_steps, trained
+from afa.studies.evidence.run import best_merge, chosen_rates
 from afa.studies.results.jobs import Job, run_jobs
-from afa.studies.results.plan import sampling
 from afa.studies.results.run import StageStarted, evaluate_in_processes
 from afa.studies.worlds.prompts import groups_of, prompts_of
 from afa.studies.worlds.recipe import POOLED, WIDE
-from afa.zoo.scenes import parse_caption
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -68,9 +68,9 @@ def run_test(
         )
         for row, (folder, rival) in rivals.items()
     ]
-    mixed = sorted({pair for group in _mixed(place) for pair in _pairs(prompts[group])})
-    references = work / "references"
-    jobs.append(Job("real scenes", scenes_job, (mixed, settings.num_references, references)))
+    mixed = pairs_of([caption for group in _mixed(place) for caption in prompts[group]])
+    references = (mixed, settings.num_references, work / REFERENCES)
+    jobs.append(Job("real scenes", scenes_job, references))
     yield from run_jobs(jobs, study.num_processes)
 
     yield StageStarted(f"test of the world '{world}'")
@@ -82,15 +82,8 @@ def run_test(
     recipe = {
         "experts": list(place.experts.values()),
         "base": place.base,
-        "prompts": {"drawbench": str(write_prompts(work / "prompts.csv", prompts))},
-        "references": str(references),
         "methods": methods,
-        "sampling": {**sampling(settings.num_steps), "seeds": [settings.test_seed]},
-        "metrics": [
-            "scenes",
-            *({"name": n, "weights": "zoo:clip"} for n in ("clip_t", "fid", "kid", "cmmd")),
-        ],
-        "num_resamples": 100,
+        **test_comparison(work, prompts, settings),
     }
     evaluate_in_processes(work / "comparison", recipe, study.num_processes)
     write_outcomes(docs, study, experiment, place, recipe, work / "comparison", entrants, chosen)
@@ -109,11 +102,6 @@ def _mixed(place: Place) -> list[str]:
     return [group for group in groups_of(place.recipe) if group not in place.recipe.experts]
 
 
-def _pairs(captions: Sequence[str]) -> list[tuple[str, str]]:
-    scenes = [parse_caption(caption) for caption in captions]
-    return [(scene.left, scene.right) for scene in scenes]
-
-
 def _bounds(study: Study, place: Place) -> dict[str, tuple[str, Rival]]:
     return {OracleMask.row: ("oracle", OracleMask(place, study.settings.num_steps))}
 
@@ -124,9 +112,14 @@ def drawn_rivals(
     """The rivals that draw in their own way, by row: their folders and settings."""
     steps = study.settings.num_steps
     data = open_scenes(scenes_of(place, 0, study.settings.num_pictures))
+    ensemble = Aggregated(AFA, 0).folder(place)
     return {
         **_bounds(study, place),
         PromptRouter.row: ("router", PromptRouter(place, steps, data)),
+        **{
+            at_steps(n): (slug(at_steps(n)), OtherSteps(place, n, ensemble))
+            for n in study.settings.other_steps
+        },
         **{
             row: (slug(row), SuperDiff(place, **each["values"]))
             for row, each in chosen["drawn"].items()

@@ -14,7 +14,7 @@ from afa.evaluation.recipe import SCENE_SCORES, EvaluateRecipe
 from afa.evaluation.results import read_results
 from afa.files import write_atomic
 from afa.provenance import commit
-from afa.studies.evidence.rows import DISTILLED, MERGED, POOLED_ROW, WIDE_ROW
+from afa.studies.evidence.rows import AFA, DISTILLED, MERGED, POOLED_ROW, WIDE_ROW
 from afa.studies.worlds.prompts import groups_of
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def write_outcomes(
         "real": real_distances(results, mixed[0]),
         "rivals": chosen["rivals"],
         "rows": {
-            name: _row(results, name, mixed[0])
+            name: row_of_test(results, name, mixed[0])
             | {"budget": budget(name, results, place, study.settings, samples)}
             for name in results.methods
         },
@@ -94,7 +94,7 @@ def divergence(place: Place) -> dict[str, float]:
     return found
 
 
-def _row(results: Results, name: str, group: str) -> dict[str, Any]:
+def row_of_test(results: Results, name: str, group: str) -> dict[str, Any]:
     """The scores of every picture of a row, its distances from real scenes, and its cost."""
     every = list(range(len(results.prompts)))
     cost = results.cost(name)
@@ -134,8 +134,8 @@ def budget(
         used = int(name.startswith("expert:"))
     found = {"base": world.base_steps * batch, "experts": used * world.expert_steps * batch}
     trained = name if name in samples else None
-    if trained is None and name.startswith("top-"):
-        trained = "AFA"
+    if trained is None and name.startswith(("top-", f"{AFA}, ")):
+        trained = AFA
     own = samples.get(trained or "", 0)
     if name in (POOLED_ROW, WIDE_ROW):
         own = world.pooled_steps * batch

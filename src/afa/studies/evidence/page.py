@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from afa.drawing.plots import save_figure
 from afa.errors import AfaError
 from afa.files import read_text, write_atomic
 from afa.studies.evidence.analysis import Outcomes
+from afa.studies.evidence.figures import (
+    SERIES,
+    draw_answer,
+    draw_experts,
+    draw_fronts,
+    lines_of_data,
+    lines_of_worlds,
+)
 from afa.studies.evidence.parts import Experiment
-from afa.studies.evidence.rows import AFA, MERGED, PREDICTIONS, TUNED
+from afa.studies.evidence.rows import AFA, PREDICTIONS, at_steps
 from afa.studies.evidence.settings import WORLDS_OF
 
 if TYPE_CHECKING:
@@ -18,6 +25,7 @@ if TYPE_CHECKING:
 
     from afa.statistics import Interval
     from afa.studies.evidence.analysis import Compared
+    from afa.studies.evidence.figures import Lines
     from afa.studies.evidence.settings import EvidenceSettings
 
 PAGE, FOLDER = "evidence.md", "evidence"
@@ -31,6 +39,8 @@ CLAIMS = (
     ("weights need the timestep", "AFA without timestep"),
     ("weights need the prompt", "AFA without prompt"),
 )
+#: few steps suffice if more of them do not help
+FEW_STEPS = ("few denoising steps suffice", at_steps(20))
 
 
 def read_all(docs: Path, settings: EvidenceSettings) -> dict[tuple[Experiment, str], Outcomes]:
@@ -54,7 +64,7 @@ def write_page(docs: Path, settings: EvidenceSettings) -> None:
         settings: of the study.
 
     Raises:
-        AfaError: if the page is missing.
+        AfaError: if the page or one of its marks is missing.
     """
     if not (docs / PAGE).is_file():
         raise AfaError(
@@ -62,22 +72,32 @@ def write_page(docs: Path, settings: EvidenceSettings) -> None:
         )
     found = read_all(docs, settings)
     text = read_text(docs / PAGE, 1_000_000)
-    for name, lines in _sections(found):
+    figures = dict(_figures(found, docs / "images"))
+    for name, lines in {**dict(_sections(found)), **figures}.items():
         begin, end = _BEGIN.format(name=name), _END.format(name=name)
         if begin not in text or end not in text:
-            continue
+            raise AfaError(
+                "AFA-STUDY-021", f"'{docs / PAGE}' lacks the marks of '{name}'. Restore them."
+            )
         before, after = text.split(begin)[0], text.split(end)[1]
         text = "\n".join([before + begin, "", *lines, "", end + after])
     write_atomic(docs / PAGE, text)
-    for experiment, axis in (
-        (Experiment.DIVERGENCE, "divergence"),
-        (Experiment.EXPERTS, "experts"),
-    ):
-        series = [found[experiment, w] for w in WORLDS_OF[experiment] if (experiment, w) in found]
-        if len(series) > 1:
-            draw_series(series, axis, docs / "images" / f"evidence-{experiment}.png")
-    if (main := found.get((Experiment.DATA, "main"))) is not None:
-        draw_data(main, docs / "images" / "evidence-data.png")
+
+
+def _figures(
+    found: Mapping[tuple[Experiment, str], Outcomes], images: Path
+) -> Iterator[tuple[str, list[str]]]:
+    """Draw what can be drawn; the figures by the names of their marks."""
+    if draw_answer(found, images / "evidence-answer.png"):
+        text = "Right mixed prompts over divergence, private objects and amount of data."
+        yield "answer", [f"![{text}](images/evidence-answer.png)"]
+    if (main := found.get((Experiment.MAIN, "main"))) is not None:
+        draw_fronts(main, images / "evidence-fronts.png")
+        text = "Right mixed prompts of all rows over training and over expert calls."
+        yield "fronts", [f"![{text}](images/evidence-fronts.png)"]
+    if draw_experts(found, images / "evidence-experts.png"):
+        text = "Right mixed prompts over the number of experts."
+        yield "experts-figure", [f"![{text}](images/evidence-experts.png)"]
 
 
 def _sections(
@@ -85,12 +105,19 @@ def _sections(
 ) -> Iterator[tuple[str, list[str]]]:
     """The tables of all tests, and of the claims, by the names of their marks."""
     for (experiment, world), outcomes in found.items():
-        yield f"{experiment}-{world}", rows_table(outcomes)
-        yield f"{experiment}-{world}-own", own_table(outcomes)
+        if experiment in (Experiment.MAIN, Experiment.PRIVATE):
+            yield f"{experiment}-{world}", rows_table(outcomes)
+            yield f"{experiment}-{world}-own", own_table(outcomes)
     if (main := found.get((Experiment.MAIN, "main"))) is not None:
         yield "claims", claims_table(main)
         yield "sets", sets_table(main)
         yield "sentences", [f"- {sentence}" for sentence in sentences(main)]
+    for experiment, head in SERIES.items():
+        series = [found[experiment, w] for w in WORLDS_OF[experiment] if (experiment, w) in found]
+        if series:
+            yield str(experiment), lines_table(lines_of_worlds(series, experiment), head)
+    if (data := found.get((Experiment.DATA, "main"))) is not None:
+        yield "data", lines_table(lines_of_data(data), "row; different pictures in the data")
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -113,14 +140,14 @@ def _cells(outcomes: Outcomes, row: str, subject: str) -> list[str]:
     if row != subject and subject in outcomes.rows:
         compared = outcomes.compared(row, subject, groups)
         difference, says = signed(compared.paired.difference), compared.verdict
-    calls = about["expert_calls"]
+    calls, total = about["expert_calls"], outcomes.total(row)
     return [
         row,
         *cells,
         difference,
         says,
         "" if calls is None else f"{calls:.0f}",
-        f"{outcomes.total(row):,}",
+        "unknown" if total is None else f"{total:,}",
         str(len(about["outcomes"]["both"])),
     ]
 
@@ -158,30 +185,38 @@ def sets_table(outcomes: Outcomes) -> list[str]:
     return _table(["row", *(name.upper() for name in _SETS)], [real, *rows])
 
 
-def best_merge_of(outcomes: Outcomes) -> str:
-    """The merge that was best on tuning prompts."""
-    merges = {
-        row: each["score"]
-        for row, each in outcomes.content["rivals"].items()
-        if "merge" in each["method"]
-    }
-    return max(merges, key=lambda row: merges[row])
+def lines_table(lines: Lines, head: str) -> list[str]:
+    """The lines of a figure as a table; see `afa.studies.evidence.figures`."""
+    places = sorted({place for points in lines.values() for place, _ in points})
+    rows = []
+    for name, points in lines.items():
+        at = dict(points)
+        rows.append([name, *(str(at[place]) if place in at else "" for place in places)])
+    titles = [f"{place:,.3g}" if place < 1 else f"{place:,.0f}" for place in places]
+    return _table([head, *titles], rows)
 
 
 def claims_table(outcomes: Outcomes) -> list[str]:
     """The paper's claims: the row that each is about, and what this study says of it."""
 
     def row(claim: str, rival: str) -> list[str]:
-        name = best_merge_of(outcomes) if rival == "best merge" else rival
+        name = outcomes.best_merge if rival == "best merge" else rival
         if name not in outcomes.rows:
             return [claim, name, "", "not measured"]
         compared = outcomes.compared(AFA, name, outcomes.mixed)
         return [claim, name, signed(compared.paired.difference), _holds(compared)]
 
-    return _table(
-        ["claim of the paper", "row", "AFA minus this", "here"],
-        (row(claim, rival) for claim, rival in CLAIMS),
-    )
+    rows = [row(claim, rival) for claim, rival in CLAIMS]
+    claim, more = FEW_STEPS
+    if more in outcomes.rows:
+        compared = outcomes.compared(AFA, more, outcomes.mixed)
+        says = {"below": "does not hold", "not told apart": "cannot be told"}
+        rows.append(
+            [claim, more, signed(compared.paired.difference), says.get(compared.verdict, "holds")]
+        )
+    else:
+        rows.append([claim, more, "", "not measured"])
+    return _table(["claim of the paper", "row", "AFA minus this", "here"], rows)
 
 
 def _holds(compared: Compared) -> str:
@@ -237,83 +272,3 @@ def _distance(outcomes: Outcomes, row: str, name: str) -> float:
     listed = outcomes.rows[row]["sets"][name]
     total: float = sum(each["value"] for each in listed)
     return total / len(listed)
-
-
-# -- figures ----------------------------------------------------------------------------------
-
-
-def draw_series(series: Sequence[Outcomes], axis: str, path: Path) -> None:
-    """Draw quality over the worlds of an experiment: their divergence, or their experts."""
-
-    def place(outcomes: Outcomes) -> float:
-        if axis == "experts":
-            return len(outcomes.own)
-        values = outcomes.content["divergence"].values()
-        return float(sum(values) / len(values))
-
-    merge = {id(each): best_merge_of(each) for each in series}
-    lines: dict[str, list[tuple[float, Interval]]] = {}
-    for outcomes in series:
-        for row in outcomes.rows:
-            kind = _kind(row, merge[id(outcomes)])
-            if kind is not None:
-                found = outcomes.mean(row, outcomes.mixed)
-                lines.setdefault(kind, []).append((place(outcomes), found))
-    labels = {
-        "divergence": "norm of the experts' difference from the base, by the base's",
-        "experts": "number of experts",
-    }
-    _draw(lines, labels[axis], path, is_log=axis == "divergence")
-
-
-def _kind(row: str, merge: str) -> str | None:
-    """The line of a row in figures; None for rows that figures leave out."""
-    if row in (AFA, PREDICTIONS, "base", "oracle mask"):
-        return row
-    if row == merge:
-        return "best merge"
-    for kind in (TUNED, MERGED):
-        if row.startswith(kind):
-            return kind
-    return None
-
-
-def draw_data(outcomes: Outcomes, path: Path) -> None:
-    """Draw quality over the number of different pictures in the training data."""
-    lines: dict[str, list[tuple[float, Interval]]] = {}
-    for row in outcomes.rows:
-        kind = next(
-            (k for k in (AFA, PREDICTIONS, TUNED, MERGED) if row.startswith(f"{k} (")), None
-        )
-        if kind is not None and "pictures" in row:
-            number = int(row.split(", ")[-1].split(" pictures")[0].replace(",", ""))
-            lines.setdefault(kind, []).append((number, outcomes.mean(row, outcomes.mixed)))
-    _draw(lines, "different pictures in the training data", path, is_log=True)
-
-
-def _draw(
-    lines: Mapping[str, Sequence[tuple[float, Interval]]], label: str, path: Path, *, is_log: bool
-) -> None:
-    from matplotlib.figure import Figure
-
-    if not lines:
-        return
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axis: Any = figure.subplots()
-    for name, points in lines.items():
-        ordered = sorted(points, key=lambda point: point[0])
-        means = [each.mean for _, each in ordered]
-        errors = [
-            [each.mean - each.low for _, each in ordered],
-            [each.high - each.mean for _, each in ordered],
-        ]
-        axis.errorbar([x for x, _ in ordered], means, errors, marker="o", capsize=2, label=name)
-    if is_log:
-        axis.set_xscale("log")
-    axis.set_xlabel(label)
-    axis.set_ylabel("both objects right")
-    axis.set_ylim(-0.02, 1.02)
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_figure(figure, path)

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 AFA, PREDICTIONS = "AFA", "predictions only"
 DISTILLED, GUIDED = "distilled", "distilled, guided"
 TUNED, MERGED, LORA = "tuned base", "merge, then tuned", "LoRA on the base"
+#: the ceiling that knows the layout of each scene
+ORACLE = "oracle mask"
 #: models that saw the data of base and experts
 POOLED_ROW, WIDE_ROW = "pooled base", "wide model"
 #: aggregators of adequate size at the last site only
@@ -25,6 +27,11 @@ ABLATIONS = {
     "AFA without timestep": {"timestep": False},
     "AFA without prompt": {"prompt": False},
 }
+
+
+def at_steps(num_steps: int) -> str:
+    """The name of the ensemble's row with another number of denoising steps."""
+    return f"{AFA}, {num_steps} denoising steps"
 
 
 def counted(row: str, steps: int, number: int | None = None) -> str:

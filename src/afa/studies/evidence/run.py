@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +11,7 @@ from afa.errors import AfaError
 from afa.evaluation.recipe import slug
 from afa.files import read_json, write_atomic
 from afa.studies.evidence.candidates import Grid, fusions, merges
+from afa.studies.evidence.comparison import write_prompts
 from afa.studies.evidence.drawn import drawn_job
 from afa.studies.evidence.entrants import TRAINING_PROMPTS, Distilled, Place, Tuned
 from afa.studies.evidence.rivals.superdiff import candidates
@@ -234,18 +233,6 @@ def _best_rate(report: Mapping[str, Any], rates: Sequence[Tuned], group: str) ->
         "scores": {f"{each.rate:g}": scores[each.row] for each in rates},
         "is_edge": best.rate in (rates[0].rate, rates[-1].rate),
     }
-
-
-def write_prompts(path: Path, prompts: Mapping[str, Sequence[str]]) -> Path:
-    """Write prompts with their groups, as `afa evaluate` reads them."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["Prompts", "Category"])
-    for group, captions in prompts.items():
-        writer.writerows([caption, group] for caption in captions)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, text.getvalue())
-    return path
 
 
 # -- trainings --------------------------------------------------------------------------------

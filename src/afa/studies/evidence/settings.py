@@ -39,6 +39,7 @@ class EvidenceSettings:
         num_own: test prompts of each expert.
         num_tuning: prompts for tuning, in each group.
         num_steps: denoising steps.
+        other_steps: denoising steps of further rows of the ensemble, which ask how many it needs.
         test_seed: seed of the noise of the test.
         num_references: real scenes to compare sets of pictures with.
         margin: difference of shares of right pictures that does not matter.
@@ -62,6 +63,7 @@ class EvidenceSettings:
     num_own: int = 128
     num_tuning: int = 48
     num_steps: int = 10
+    other_steps: tuple[int, ...] = (5, 20)
     test_seed: int = 11
     num_references: int = 2_000
     margin: float = 0.05

@@ -11,6 +11,7 @@ from afa.evaluation.cost import Cost, measure
 from afa.evaluation.work import draw
 from afa.loading.pipeline import load_pipeline, with_rules
 from afa.studies.evidence.rivals.rival import SAMPLING, Drawer, Rival
+from afa.studies.evidence.rows import ORACLE
 from afa.zoo.scenes import parse_caption
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class HalfMask(FusionRule):
 class OracleMask(Rival):
     """A ceiling that no method can use: it knows the layout, and who owns which object."""
 
-    row: ClassVar[str] = "oracle mask"
+    row: ClassVar[str] = ORACLE
 
     def open(self) -> Drawer:
         """See `Rival.open`."""
