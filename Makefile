@@ -52,7 +52,7 @@ results-dit: install ## the same for transformers, a section of that page (WORK=
 	$(BIN)/afa zoo build $(WORK)-dit-zoo --family dit
 	$(BIN)/afa zoo results $(WORK)-dit --zoo $(WORK)-dit-zoo --docs docs
 
-evidence: install ## ask when the ensemble pays (STAGE=worlds, candidates, trainings or test; EXPERIMENT=main; many hours; resumes)
+evidence: install ## ask when the ensemble pays (STAGE=worlds, development, candidates, trainings or test; EXPERIMENT=main; many hours; resumes)
 	$(BIN)/afa zoo evidence $(WORK)-evidence --docs docs $(if $(STAGE),--stage $(STAGE)) $(if $(EXPERIMENT),--experiment $(EXPERIMENT))
 
 evidence-page: install ## write tables and figures of docs/evidence.md from the committed outcomes alone

@@ -15,6 +15,8 @@ from afa.aggregators.fusion import FUSIONS
 from afa.merging.recipe import WITH_BASE, MergeRecipe
 from afa.studies.evidence import run
 from afa.studies.evidence.candidates import Grid, fusions, merges
+from afa.studies.evidence.development import choose as choose_developed
+from afa.studies.evidence.development import developed
 from afa.studies.evidence.entrants import Aggregated, Distilled, Place, Tuned
 from afa.studies.evidence.parts import Experiment, Stage
 from afa.studies.evidence.rivals.superdiff import candidates
@@ -157,6 +159,21 @@ def test_the_best_candidate_is_the_first_of_equal_ones() -> None:
     assert best_merge(chosen) == {"weight": 9}
 
 
+def test_the_settings_of_afa_are_the_best_on_all_groups_of_development_prompts() -> None:
+    def row(name: str, *shares: float) -> dict[str, Any]:
+        groups = zip(("mixed", "animals"), shares, strict=True)
+        return {
+            "method": name,
+            "groups": {group: {"scores": {"both": {"mean": share}}} for group, share in groups},
+        }
+
+    listed = [Aggregated(name, steps=n, rate=0.1) for n, name in enumerate("abc")]
+    rows = [row("a", 0.9, 0.1), row("b", 0.6, 0.7), row("c", 0.7, 0.6)]
+    found = choose_developed({"rows": rows}, listed)
+    assert found["best"] == {"row": "b", "steps": 1, "rate": 0.1}
+    assert found["shares"]["c"] == {"mixed": 0.7, "animals": 0.6}
+
+
 @pytest.mark.nightly
 def test_the_stages_in_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = WorldRecipe(
@@ -168,7 +185,8 @@ def test_the_stages_in_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(run, "candidates", lambda p: {k: v[:1] for k, v in candidates(p).items()})
     settings = EvidenceSettings(
         num_seeds=1,
-        aggregator_steps=1,
+        developed=((1, 1e-3), (2, 1e-3)),
+        num_development=1,
         batch_size=1,
         tuned_steps=(1, 2),
         tuned_rates=(1e-4, 1e-3),
@@ -189,6 +207,13 @@ def test_the_stages_in_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             list(run_stage(study, stage, Experiment.MAIN, docs))
 
     stages(Stage.WORLDS)
+    with refusal("AFA-STUDY-022", "development"):
+        stages(Stage.TRAININGS)
+    stages(Stage.DEVELOPMENT)
+    chosen = json.loads((study.place("main").work / "developed.json").read_text())
+    assert chosen["shares"].keys() == {"AFA (1 steps) at 0.001", "AFA (2 steps) at 0.001"}
+    settings = developed(study.place("main"), settings)
+    assert settings.aggregator_steps == chosen["best"]["steps"]
     with refusal("AFA-STUDY-016", "main"):
         stages(Stage.TRAININGS)
     stages(Stage.CANDIDATES, Stage.TRAININGS)
@@ -212,7 +237,8 @@ def test_the_stages_in_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert each["sets"]["fid"][0]["low"] <= each["sets"]["fid"][0]["high"]
         assert each["budget"]["base"] == 2
         assert (each["budget"]["experts"] > 0) == (row != "base" and not _is_single(row)), row
-    assert found["rows"][AFA]["budget"]["own"] == found["rows"]["top-1"]["budget"]["own"] == 1
+    own = [found["rows"][row]["budget"]["own"] for row in (AFA, "top-1", "AFA, 2 denoising steps")]
+    assert own == [settings.aggregator_steps] * 3
     assert found["real"].keys() == {"fid", "kid", "cmmd"}
 
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}

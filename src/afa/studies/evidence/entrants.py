@@ -130,19 +130,22 @@ class Aggregated(Entrant):
     Attributes:
         changes: settings of the aggregators that differ from the zoo's.
         steps: optimizer steps; None for those of the settings.
+        rate: learning rate; None for that of the settings.
     """
 
     changes: Mapping[str, Any] = field(default_factory=dict)
     steps: int | None = None
+    rate: float | None = None
 
     def job(self, place: Place, settings: EvidenceSettings) -> Job:
         """See `Entrant.job`."""
+        rate = settings.aggregator_rate if self.rate is None else self.rate
         chosen = {each.name: getattr(AGGREGATOR, each.name) for each in fields(SABWSettings)}
         recipe = Recipe(
             experts=[ExpertSource(source) for source in place.experts.values()],
             data=DataRecipe(scenes=self.data(place, settings)),
             aggregator=replace(SABWSettings(**chosen), **self.changes),
-            training=self.training(settings, self._steps(settings), settings.aggregator_rate),
+            training=self.training(settings, self._steps(settings), rate),
         )
         folder = self.folder(place)
         return Job(f"{place.world}: {folder.name}", train_aggregators_job, (recipe, folder))

@@ -19,6 +19,7 @@ class Stage(StrEnum):
     """A part of the work of an experiment, in this order."""
 
     WORLDS = "worlds"
+    DEVELOPMENT = "development"
     CANDIDATES = "candidates"
     TRAININGS = "trainings"
     TEST = "test"

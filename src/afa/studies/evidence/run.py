@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from afa.studies.evidence.settings import EvidenceSettings
 
 CHOSEN = "chosen.json"
-#: the world in which learning rates are chosen, for all worlds
-_FIRST = "main"
+#: the world in which AFA's settings and the learning rates are chosen, for all worlds
+FIRST = "main"
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def choose_rivals(study: Study, world: str) -> Iterator[JobProgress | StageStart
     best one.
     """
     place, settings = study.place(world), study.settings
-    grids, is_first = merges(len(place.experts)), world == _FIRST
+    grids, is_first = merges(len(place.experts)), world == FIRST
     rates: dict[str, list[Tuned]] = {}
     drawn: dict[str, list[SuperDiff]] = {}
     if is_first:
@@ -256,7 +256,7 @@ def train(study: Study, experiment: Experiment, world: str) -> Iterator[JobProgr
 
 def chosen_rates(study: Study) -> dict[str, float]:
     """The learning rates of tuned models, by row."""
-    return {row: each["rate"] for row, each in study.chosen(_FIRST)["rates"].items()}
+    return {row: each["rate"] for row, each in study.chosen(FIRST)["rates"].items()}
 
 
 def best_merge(chosen: Mapping[str, Any]) -> dict[str, Any]:

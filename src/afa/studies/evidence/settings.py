@@ -20,8 +20,11 @@ WORLDS_OF: dict[Experiment, tuple[str, ...]] = {
 class EvidenceSettings:
     """Settings of the study; all were chosen on development or tuning prompts.
 
+    `aggregator_steps` and `aggregator_rate` are replaced by what development prompts choose.
+
     Attributes:
         num_seeds: trainings of each row of which a sentence speaks.
+        developed: steps and learning rates of the aggregators, of which development prompts choose.
         aggregator_steps: of the aggregators.
         batch_size: pictures in a step of everything that is trained.
         aggregator_rate: learning rate of the aggregators.
@@ -37,6 +40,7 @@ class EvidenceSettings:
         curve_pictures: the same for the data curve.
         num_mixed: test prompts of pairs of two experts, in each group.
         num_own: test prompts of each expert.
+        num_development: prompts for development, in each group.
         num_tuning: prompts for tuning, in each group.
         num_steps: denoising steps.
         other_steps: denoising steps of further rows of the ensemble, which ask how many it needs.
@@ -47,6 +51,12 @@ class EvidenceSettings:
     """
 
     num_seeds: int = 3
+    developed: tuple[tuple[int, float], ...] = (
+        (1_000, 1e-3),
+        (1_000, 3e-3),
+        (3_000, 1e-3),
+        (3_000, 3e-4),
+    )
     aggregator_steps: int = 1_000
     batch_size: int = 16
     aggregator_rate: float = 1e-3
@@ -61,6 +71,7 @@ class EvidenceSettings:
     curve_pictures: tuple[int, ...] = (100, 300, 1_000, 10_000)
     num_mixed: int = 384
     num_own: int = 128
+    num_development: int = 96
     num_tuning: int = 48
     num_steps: int = 10
     other_steps: tuple[int, ...] = (5, 20)

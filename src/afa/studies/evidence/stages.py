@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from afa.files import owned
+from afa.studies.evidence.development import develop, developed
 from afa.studies.evidence.final import run_test
 from afa.studies.evidence.parts import Stage
-from afa.studies.evidence.run import build, choose_rivals, train
+from afa.studies.evidence.run import FIRST, build, choose_rivals, train
 from afa.studies.evidence.settings import WORLDS_OF
 from afa.studies.results.run import StageStarted
 
@@ -39,11 +41,17 @@ def run_stage(
         AfaError: if a part was made with other settings, or the stage fails. Finished work is kept.
     """
     study.work.mkdir(parents=True, exist_ok=True)
+    first = study.place(FIRST)
     with owned(study.work):
+        if stage in (Stage.TRAININGS, Stage.TEST):
+            study = replace(study, settings=developed(first, study.settings))
         for world in WORLDS_OF[experiment]:
             yield StageStarted(f"{stage} of the world '{world}'")
             if stage == Stage.WORLDS:
                 yield from build(study, world)
+            elif stage == Stage.DEVELOPMENT:
+                if world == FIRST:  # for all worlds
+                    yield from develop(first, study.settings, study.num_processes)
             elif stage == Stage.CANDIDATES:
                 yield from choose_rivals(study, world)
             elif stage == Stage.TRAININGS:
