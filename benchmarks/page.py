@@ -66,6 +66,7 @@ def as_page(kept: dict[str, Any]) -> str:
         _section("Experts spread over processes", _SCALING, kept.get("scaling"), _scaling),
         _section("Training", _TRAINING, kept.get("training"), _training),
         _section("Distillation", _DISTILLING, kept.get("distilling"), _distilling),
+        _section("Drafts", _DRAFTING, kept.get("drafting"), _drafting),
         _section("Start-up time", _STARTUP, kept.get("startup"), _startup),
         _section("Hashing of the experts", _HASHING, kept.get("hashing"), _hashing),
         _section("Installed size", _SIZE, kept.get("size"), _size),
@@ -122,6 +123,11 @@ _DISTILLING = """What does recording add to drawing, and a student's step to a p
 `python -m benchmarks.distilling` alternates both in one process: a recorded and written batch of
 the bundled ensemble with a drawn one, and a step of [`afa distill`](distillation.md) with a step
 of a plain loop, which has the same model, optimizer, batch and loss, and all tensors in memory."""
+_DRAFTING = """What do [drafts](drafts.md) add to a picture? `python -m benchmarks.drafting` draws
+four pictures by the aggregators of the bundled ensemble, the same by drafts, and with one expert
+alone, in turn. Each expert drafts in 5 steps, and the judge looks at 5 noise levels. Drafts do not
+change training, and a drafted picture runs no aggregators. *Calls* are evaluations of one denoiser
+for a picture."""
 _STARTUP = """How long does a start take? In `python -m benchmarks.startup`, each start is a
 separate process, with the files in the operating system's cache."""
 _HASHING = """Are the experts hashed again at every start? `python -m benchmarks.hashing`
@@ -393,6 +399,21 @@ def _distilling(results: list[dict[str, Any]]) -> str:
         for row in results
     ]
     return as_table(["", "seconds", "seconds of the other", "ratio"], rows)
+
+
+def _drafting(results: list[dict[str, Any]]) -> str:
+    rows = [
+        [
+            row["what"],
+            *(f"{row['calls'][name]:.0f}" for name in ("drafts", "aggregators", "expert")),
+            _spread(row["ratio"]),
+            _spread(row["to_expert"]),
+        ]
+        for row in results
+    ]
+    return as_table(
+        ["", "calls", "of the other", "of one expert", "ratio", "aggregators / one expert"], rows
+    )
 
 
 def _hashing(results: list[dict[str, Any]]) -> str:

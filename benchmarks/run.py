@@ -31,6 +31,7 @@ PARTS = {
     "scaling": ["benchmarks.scaling"],
     "training": ["benchmarks.training", "--json"],
     "distilling": ["benchmarks.distilling"],
+    "drafting": ["benchmarks.drafting"],
     "app": ["benchmarks.app"],
 }
 #: sizes that `--check` measures again; few, so that it takes minutes
