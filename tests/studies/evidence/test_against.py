@@ -90,7 +90,7 @@ def test_given_pictures_are_compared_with_all_published_rows(
     text = (output / TABLES).read_text()
     lines = [line for line in text.splitlines() if line.startswith("| ")]
     assert any(line.startswith("| mine | 1.00") and "| 1,234 |" in line for line in lines)
-    assert any(line.startswith(f"| {REBUILT} |") and "| unknown |" in line for line in lines)
+    assert any(line.startswith(f"| {REBUILT} |") and "| 96,000 |" in line for line in lines)
     assert any(line.startswith("| AFA | 0.00") and "-1.00 [" in line for line in lines)
     assert "The base that was built here is right in" in text
 

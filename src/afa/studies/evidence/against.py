@@ -129,6 +129,8 @@ def write_against(
         }
         for name in results.methods
     }
+    if REBUILT in own and "base" in published["rows"]:
+        own[REBUILT]["budget"] = published["rows"]["base"]["budget"]
     content = {**published, "rows": {**published["rows"], **own}}
     outcomes = Outcomes(content, settings.margin, settings.num_resamples)
     lines = ["# New rows in a published test", ""]
