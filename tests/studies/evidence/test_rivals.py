@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from afa import load_ensemble, save_ensemble
+from afa.evaluation.work import draw
 from afa.studies.evidence.entrants import Place
 from afa.studies.evidence.rivals.oracle_mask import OracleMask
+from afa.studies.evidence.rivals.other_steps import OtherSteps
 from afa.studies.evidence.rivals.prompt_router import PromptRouter, _Routed
+from afa.studies.evidence.rivals.real_scenes import RealScenes
+from afa.studies.evidence.rivals.rival import SAMPLING
 from afa.studies.evidence.rivals.superdiff import SuperDiff, _Superposed, alike
 from afa.training import SceneImages
 from afa.zoo import export_zoo
@@ -32,6 +39,34 @@ def test_who_knows_the_layout_draws_it(place: Place) -> None:
     right = [verdict.both for verdict in judge(load_classifier(), pictures, captions)]
     assert sum(right) >= 7
     assert cost.expert_calls == 8 * 10 * 3 * 2
+
+
+def test_the_judge_recognises_real_scenes_through_the_autoencoder(place: Place) -> None:
+    captions = evaluation_prompts(16)
+    drawer = RealScenes(place, 10).open()
+    pictures, cost = drawer.draw(captions, range(16), 0)
+    assert all(verdict.both for verdict in judge(load_classifier(), pictures, captions))
+    assert cost.expert_calls == 0
+    again, _ = drawer.draw(captions[3:5], [3, 4], 1)
+    difference = np.abs(np.asarray(again[0], dtype=int) - np.asarray(pictures[3], dtype=int))
+    assert difference.max() <= 1, "a caption has one scene"
+    assert np.asarray(pictures[0]).tobytes() != np.asarray(pictures[1]).tobytes()
+
+
+@pytest.mark.slow
+def test_other_numbers_of_steps_are_of_the_same_ensemble(place: Place) -> None:
+    folder = place.work / "ensemble"
+    save_ensemble(load_ensemble("zoo:ensemble"), folder)
+    rival, captions = OtherSteps(place, 2, folder), evaluation_prompts(2)
+    pictures, cost = rival.open().draw(captions, range(2), 5)
+    assert cost.expert_calls == 2 * 2 * 3 * 2
+    expected = draw(load_ensemble("zoo:ensemble"), captions, range(2), 5, 2, SAMPLING)
+    assert [each.tobytes() for each in pictures] == [each.tobytes() for each in expected]
+    before = rival.identity()
+    assert OtherSteps(place, 3, folder).identity() != before
+    weights = load_file(folder / "aggregators.safetensors")
+    save_file({k: v + 1 for k, v in weights.items()}, folder / "aggregators.safetensors")
+    assert rival.identity() != before
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import numpy as np
 
 from afa.files import read_json
 from afa.statistics import Interval, Paired, equivalence, mean_interval, paired_difference
-from afa.studies.evidence.rows import ORACLE
+from afa.studies.evidence.rows import ORACLE, REAL
 from afa.zoo.scenes import parse_caption
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ class Outcomes:
     def front(self, cost: Literal["total", "expert_calls"], groups: Sequence[str]) -> list[str]:
         """The rows that no other one beats at the same or a smaller cost, cheapest first.
 
-        The oracle mask is none of them, since nobody can choose it.
+        Ceilings are none of them, since nobody can choose them.
 
         Args:
             cost: pictures in all trainings, or expert calls for a picture.
@@ -151,7 +151,7 @@ class Outcomes:
         costs = {
             row: self.total(row) if cost == "total" else self.rows[row]["expert_calls"]
             for row in self.rows
-            if row != ORACLE
+            if row not in (ORACLE, REAL)
         }
         known = {row: value for row, value in costs.items() if value is not None}
         means = {row: float(self.scores(row, groups).mean()) for row in known}

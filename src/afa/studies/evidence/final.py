@@ -14,6 +14,7 @@ from afa.studies.evidence.parts import Experiment
 from afa.studies.evidence.rivals.oracle_mask import OracleMask
 from afa.studies.evidence.rivals.other_steps import OtherSteps
 from afa.studies.evidence.rivals.prompt_router import PromptRouter
+from afa.studies.evidence.rivals.real_scenes import RealScenes
 from afa.studies.evidence.rivals.superdiff import SuperDiff
 from afa.studies.evidence.rows import AFA, POOLED_ROW, WIDE_ROW, at_steps, trained
 from afa.studies.evidence.run import best_merge, chosen_rates
@@ -103,7 +104,11 @@ def _mixed(place: Place) -> list[str]:
 
 
 def _bounds(study: Study, place: Place) -> dict[str, tuple[str, Rival]]:
-    return {OracleMask.row: ("oracle", OracleMask(place, study.settings.num_steps))}
+    steps = study.settings.num_steps
+    return {
+        RealScenes.row: ("real", RealScenes(place, steps)),
+        OracleMask.row: ("oracle", OracleMask(place, steps)),
+    }
 
 
 def drawn_rivals(

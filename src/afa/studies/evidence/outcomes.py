@@ -14,7 +14,7 @@ from afa.evaluation.recipe import SCENE_SCORES, EvaluateRecipe
 from afa.evaluation.results import read_results
 from afa.files import write_atomic
 from afa.provenance import commit
-from afa.studies.evidence.rows import AFA, DISTILLED, MERGED, POOLED_ROW, WIDE_ROW
+from afa.studies.evidence.rows import AFA, DISTILLED, MERGED, POOLED_ROW, REAL, WIDE_ROW
 from afa.studies.worlds.prompts import groups_of
 
 if TYPE_CHECKING:
@@ -123,6 +123,8 @@ def budget(
     samples: Mapping[str, int],
 ) -> dict[str, int]:
     """The pictures that everything in a row was trained on: base, experts, and the row's own."""
+    if name == REAL:
+        return {"base": 0, "experts": 0, "own": 0}
     world = place.recipe
     batch = world.batch_size
     method = next(each for each in results.recipe.methods if each.name == name)

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 AFA, PREDICTIONS = "AFA", "predictions only"
 DISTILLED, GUIDED = "distilled", "distilled, guided"
 TUNED, MERGED, LORA = "tuned base", "merge, then tuned", "LoRA on the base"
-#: the ceiling that knows the layout of each scene
-ORACLE = "oracle mask"
+#: ceilings, which nobody can choose: a mask that knows each layout, and the judge on real scenes
+ORACLE, REAL = "oracle mask", "real scenes through the autoencoder"
 #: models that saw the data of base and experts
 POOLED_ROW, WIDE_ROW = "pooled base", "wide model"
 #: aggregators of adequate size at the last site only
