@@ -168,13 +168,8 @@ def comparison(
         # what afa generate draws with an ensemble that names its judge
         own = {"drafts": {"judge": zoo.base, "prompts": "unknown_words"}}
         known = [each for each in methods if VARIANTS[each["name"]].is_real]
-        default = [  # with drafts, all trainings draw the same
-            {
-                "name": f"{each['name']}, drafts for unknown words",
-                "ensemble": each["ensemble"][:1],
-                **own,
-            }
-            for each in known
+        default = [
+            {**each, "name": f"{each['name']}, drafts for unknown words", **own} for each in known
         ]
         if has_kept:
             methods += [{**each, "name": f"{each['name']} with drafts", **kept} for each in methods]
