@@ -122,6 +122,15 @@ def read_recipe(path: str | Path, model: type[Model]) -> Model:
             "AFA-RECIPE-001",
             f"The recipe '{path}' must be a mapping with the keys {', '.join(model.model_fields)}.",
         )
+    return validated(content, model, path)
+
+
+def validated(content: Mapping[str, Any], model: type[Model], path: Path) -> Model:
+    """Validate the content of a recipe.
+
+    Raises:
+        AfaError: see `read_recipe`.
+    """
     try:
         return model.model_validate(content)
     except ValidationError as error:

@@ -11,7 +11,7 @@ import numpy as np
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -58,6 +58,16 @@ def sign_test(wins: int, losses: int) -> float:
     count = wins + losses
     tail = sum(math.comb(count, k) for k in range(min(wins, losses) + 1))
     return min(1.0, 2 * tail / 2**count)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjust the p-values of several tests (Holm, 1979): the chance of any false one is kept."""
+    order = sorted(range(len(p_values)), key=lambda n: p_values[n])
+    adjusted, largest = [1.0] * len(p_values), 0.0
+    for rank, n in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[n]))
+        adjusted[n] = largest
+    return adjusted
 
 
 def wilson(share: float, num_trials: int) -> Interval:

@@ -13,6 +13,7 @@ import afa
 from afa.aggregators import Condition, Mean, Only, Separate
 from afa.aggregators.sparse import Leading
 from afa.denoisers.kinds import denoiser_of
+from afa.ensemble.recording import record_weights
 from afa.ensemble.sparse import LeadingExperts, run_leading
 from afa.evaluation.cost import measure
 from afa.evaluation.identity import Identities
@@ -149,7 +150,14 @@ def test_the_experts_that_run_are_chosen_for_each_picture(
     record_shares(recipe, prompts, builder, store)
     shares = read_shares(store, recipe)
     assert shares is not None
-    assert len(shares["groups"]["mixed"]["shares"]) == 6, "the steps of one picture"
+    found = shares["groups"]["mixed"]["shares"]
+    assert len(found) == 6, "steps"
+    alone = []
+    for n, text in enumerate(texts):
+        with record_weights(denoiser_of(pipeline)) as record:
+            draw(pipeline, [text], [n], 0, 6, recipe.sampling, output_type="latent")
+        alone.append(record.steps[1].weights["conv_out"][-1].mean((1, 2)))
+    assert found[1]["conv_out"] == pytest.approx(torch.stack(alone).mean(0).tolist(), abs=1e-6)
 
 
 def test_what_sparse_methods_cannot_have(experts: list[Path], folder: Path) -> None:

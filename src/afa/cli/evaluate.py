@@ -44,19 +44,23 @@ def evaluate(
 
 def _evaluate_against(recipe: Path, output: Path, against: Path, *, run_check: bool) -> None:
     """Compare in a published test; see `afa.studies.evidence.against`."""
+    from afa.machine.processes import Processes
     from afa.studies.evidence.against import (
         COMPARISON,
         TABLES,
         against_recipe,
         read_published,
         write_against,
+        write_inputs,
     )
-    from afa.studies.evidence.settings import EvidenceSettings
 
-    published, settings = read_published(against), EvidenceSettings()
-    checked, asked = against_recipe(recipe, published, output, settings)
+    published, processes = read_published(against), Processes()
+    checked, asked = against_recipe(recipe, published, output)
+    if processes.is_main:
+        write_inputs(published, output)
+    processes.wait()
     if _evaluate(checked, output / COMPARISON, run_check=run_check):
-        write_against(checked, asked, published, output, settings)
+        write_against(checked, asked, published, output)
         say(f"The new rows beside those of '{against}': {output / TABLES}")
 
 

@@ -59,6 +59,8 @@ class Identities:
             identity["plan"] = load_plan(method.plan).model_dump()
         if method.sparse is not None:
             identity["sparse"] = method.sparse.model_dump()
+            if method.sparse.by == "step":
+                identity["sparse"]["chosen_for"] = "picture"  # once: for a batch
         if method.drafts is not None:
             drafts = method.drafts
             identity["drafts"] = drafts.model_dump(exclude={"judge"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from afa.denoisers.kinds import denoiser_of
@@ -43,17 +44,18 @@ def record_shares(
     }
     for group, places in groups_of(prompts).items():
         first = places[: sampling.batch_size]
-        kinds: dict[bool, list[int]] = {}  # the first batch of each
+        kinds: dict[bool, list[dict[str, Any]]] = {}
         for batch in drawn_together(pipeline, [prompts[n].text for n in first]):
-            kinds.setdefault(is_drafted(pipeline, prompts[first[batch[0]]].text), batch)
-        for kind, batch in kinds.items():
             chosen = [first[n] for n in batch]
             texts = [prompts[n].text for n in chosen]
-            drafted = " drafted" if kind and len(kinds) > 1 else ""
             with record_weights(denoiser_of(pipeline)) as record:
                 seed, num_steps = sampling.seeds[0], sampling.num_steps
                 draw(pipeline, texts, chosen, seed, num_steps, sampling, output_type="latent")
-            content["groups"][f"{group}{drafted}"] = _shares(record, len(chosen))
+            is_by_drafts = is_drafted(pipeline, texts[0])
+            kinds.setdefault(is_by_drafts, []).append(_shares(record, len(chosen)))
+        for is_by_drafts, batches in kinds.items():
+            drafted = " drafted" if is_by_drafts and len(kinds) > 1 else ""
+            content["groups"][f"{group}{drafted}"] = _mean(batches)
     write_json(path, content)
 
 
@@ -71,10 +73,28 @@ def _shares(record: WeightRecord, count: int) -> dict[str, Any]:
     }
 
 
+def _mean(batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The mean of batches of equal size."""
+    steps = zip(*(batch["shares"] for batch in batches), strict=True)
+    return {
+        "timesteps": batches[0]["timesteps"],
+        "shares": [
+            {
+                site: [fmean(values) for values in zip(*(s[site] for s in each), strict=True)]
+                for site in each[0]
+            }
+            for each in steps
+        ],
+    }
+
+
 def shares_file(store: Store, recipe: EvaluateRecipe) -> Path:
     """The file of the subject's mean weights for these steps, seed and batch size."""
     sampling = recipe.sampling
-    drawn = [sampling.num_steps, sampling.seeds[0], sampling.batch_size]
+    drawn: list[Any] = [sampling.num_steps, sampling.seeds[0], sampling.batch_size]
+    sparse = next(m for m in recipe.methods if m.name == recipe.subject_name).sparse
+    if sparse is not None:
+        drawn.append([*sparse.model_dump().values(), "picture"])
     return store.method(recipe.subject_name, 0) / f"weights-{digest(drawn)}.json"
 
 

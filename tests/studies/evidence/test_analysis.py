@@ -46,10 +46,15 @@ def content(**shares: float) -> dict[str, Any]:
         "mixed": ["mixed"],
         "rows": rows,
         "real": {"fid": 0.1, "kid": 0.0, "cmmd": 0.01},
-        "rivals": {
-            "SLERP merge": {"method": {"merge": {}}, "score": 0.2},
-            "TIES merge": {"method": {"merge": {}}, "score": 0.3},
-            "MagicFusion": {"method": {"fusion": {}}, "score": 0.9},
+        "aggregator_steps": 3_000,
+        "chosen": {
+            "rivals": {
+                "SLERP merge": {"method": {"merge": {}}, "score": 0.2, "edges": []},
+                "TIES merge": {"method": {"merge": {}}, "score": 0.3, "edges": ["density"]},
+                "MagicFusion": {"method": {"fusion": {}}, "score": 0.9, "edges": []},
+            },
+            "rates": {"tuned base": {"rate": 1e-3, "is_edge": True}},
+            "developed": {"rows": {AFA: {"rate": 1e-3, "is_edge": False, "steps": 3_000}}},
         },
         "divergence": {"animals": 0.3, "food": 0.5},
     }
@@ -74,16 +79,46 @@ def test_groups_and_their_prompts(outcomes: Outcomes) -> None:
 
 def test_verdicts(outcomes: Outcomes) -> None:
     mixed = outcomes.mixed
-    assert outcomes.compared("high", "low", mixed).verdict == "above"
-    assert outcomes.compared("low", "high", mixed).verdict == "below"
+
+    def verdict(row: str, other: str, groups: list[str]) -> str:
+        return outcomes.compared([row], other, groups)[row].verdict
+
+    assert verdict("high", "low", mixed) == "above"
+    assert verdict("low", "high", mixed) == "below"
     # equivalence needs many pairs of objects
-    assert outcomes.compared("high", "same", outcomes.own).verdict == "equivalent"
-    assert outcomes.compared("high", "same", mixed).verdict == "not told apart"
+    assert verdict("high", "same", outcomes.own) == "equivalent"
+    assert verdict("high", "same", mixed) == "not told apart"
     few = Outcomes(content(one=0.9, other=0.9), 0.001, 1_000)
-    assert few.compared("one", "other", mixed).verdict == "not told apart", "by so small a margin"
+    found = few.compared(["one"], "other", mixed)["one"]
+    assert found.verdict == "not told apart", "by so small a margin"
     clustered = outcomes.mean("high", mixed)
     assert clustered.low < clustered.mean < clustered.high
     assert outcomes.mean("high", mixed, "clip_t").mean == pytest.approx(0.9)
+
+
+def test_the_verdicts_of_a_table_hold_together() -> None:
+    """With more rows, each sign test needs a smaller p-value."""
+    rows = {"subject": 0.8, "near": 0.85}
+    near = Outcomes(content(**rows), 0.01, 2_000).compared(["near"], "subject", ["mixed"])["near"]
+    assert near.paired.p_value < 0.05
+    assert near.verdict == "above"
+    rows |= {f"same {n}": 0.8 for n in range(40)}
+    many = Outcomes(content(**rows), 0.01, 2_000).compared([*rows][1:], "subject", ["mixed"])
+    assert many["near"].paired == near.paired
+    assert many["near"].verdict == "not told apart"
+
+
+def test_rows_of_some_trainings_are_compared_with_the_same_trainings() -> None:
+    found = content(subject=0.8, first=0.8)
+    bits = {share: content(x=share)["rows"]["x"]["outcomes"]["both"][0] for share in (0.8, 0.4)}
+    found["rows"]["subject"] |= {"outcomes": {"both": [bits[0.8], bits[0.4]]}, "seeds": [0, 1]}
+    found["rows"]["first"] |= {"outcomes": {"both": [bits[0.4]]}, "seeds": [1]}
+    outcomes = Outcomes(found, 0.05, 500)
+    paired = outcomes.compared(["first"], "subject", ["mixed"])["first"].paired
+    assert (paired.difference.mean, paired.wins, paired.losses) == (0, 0, 0)
+    found["rows"]["first"]["seeds"] = None  # it has no training
+    paired = outcomes.compared(["first"], "subject", ["mixed"])["first"].paired
+    assert paired.difference.mean == pytest.approx(-0.2, abs=0.1)
 
 
 def test_the_front_of_quality_against_cost(outcomes: Outcomes) -> None:
@@ -135,5 +170,7 @@ def test_the_page_says_what_speaks_against_the_method_first(tmp_path: Path) -> N
     assert pictures == {f"evidence-{n}.png" for n in ("answer", "experts", "fronts")}
     table = text.split("begin data ")[1].split("end data")[0]
     assert "| 100 | 1,000 |" in table
+    edges = text.split("begin edges")[1].split("end edges")[0]
+    assert "TIES merge: density; tuned base: learning rate 0.001." in edges
     assert "| AFA | 0.5" in table or "| AFA | 0.6" in table
     assert len(text.split("begin divergence ")[1].split("end divergence")[0].splitlines()) > 6

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from afa.evaluation.cost import Cost
-from afa.studies.evidence.drawn import drawn_job, scenes_job
+from afa.studies.evidence.drawn import drawn_job, render_scenes, scenes_job
 from afa.studies.evidence.entrants import Place
 from afa.studies.evidence.rivals.rival import Drawer, Rival
 from tests.refusal import refusal
@@ -71,3 +71,13 @@ def test_real_scenes_are_of_these_pairs(tmp_path: Path) -> None:
     assert len(list(folder.iterdir())) == 2
     with refusal("AFA-EVAL-030", "pairs"):
         scenes_job("scenes", [("dog", "pizza")], 2, folder)
+
+
+def test_scenes_that_a_killed_process_did_not_render_are_rendered(tmp_path: Path) -> None:
+    pairs, folder = [("fox", "pizza"), ("bee", "guitar")], tmp_path / "real"
+    render_scenes(pairs, 6, folder)
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (folder / "000004.png").unlink()
+    (folder / ".000004.png.abcdefgh").write_bytes(b"unfinished")
+    render_scenes(pairs, 6, folder)
+    assert {path.name: path.read_bytes() for path in folder.glob("*.png")} == whole

@@ -6,6 +6,7 @@ import ast
 import itertools
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,7 @@ from afa.aggregators.fusion import FUSIONS
 from afa.merging.recipe import WITH_BASE, MergeRecipe
 from afa.studies.evidence import run
 from afa.studies.evidence.candidates import Grid, fusions, merges
-from afa.studies.evidence.development import choose as choose_developed
-from afa.studies.evidence.development import developed
+from afa.studies.evidence.development import best_of, developed, samples_of_development
 from afa.studies.evidence.entrants import Aggregated, Distilled, Place, Tuned
 from afa.studies.evidence.parts import Experiment, Stage
 from afa.studies.evidence.rivals.superdiff import candidates
@@ -159,19 +159,33 @@ def test_the_best_candidate_is_the_first_of_equal_ones() -> None:
     assert best_merge(chosen) == {"weight": 9}
 
 
-def test_the_settings_of_afa_are_the_best_on_all_groups_of_development_prompts() -> None:
-    def row(name: str, *shares: float) -> dict[str, Any]:
-        groups = zip(("mixed", "animals"), shares, strict=True)
-        return {
-            "method": name,
-            "groups": {group: {"scores": {"both": {"mean": share}}} for group, share in groups},
-        }
-
+def test_the_settings_of_aggregators_are_the_best_on_all_groups_of_prompts() -> None:
     listed = [Aggregated(name, steps=n, rate=0.1) for n, name in enumerate("abc")]
-    rows = [row("a", 0.9, 0.1), row("b", 0.6, 0.7), row("c", 0.7, 0.6)]
-    found = choose_developed({"rows": rows}, listed)
-    assert found["best"] == {"row": "b", "steps": 1, "rate": 0.1}
-    assert found["shares"]["c"] == {"mixed": 0.7, "animals": 0.6}
+    found = best_of(
+        listed,
+        {
+            "a": {"mixed": 0.9, "animals": 0.1},
+            "b": {"mixed": 0.6, "animals": 0.7},
+            "c": {"mixed": 0.7, "animals": 0.6},
+        },
+    )
+    assert found.row == "b"
+    assert samples_of_development(EvidenceSettings()) == (3 * 1_000 + 3_000) * 16
+
+
+def test_tuned_models_of_series_are_trained_as_long_as_afa() -> None:
+    settings = EvidenceSettings(aggregator_steps=3_000)
+    rates, merge = {TUNED: 1e-3, MERGED: 1e-3, LORA: 1e-3}, {"method": "slerp"}
+    for experiment in (Experiment.DIVERGENCE, Experiment.EXPERTS):
+        listed = trained(experiment, settings, rates, merge)
+        tuned = [each for each in listed if isinstance(each, Tuned)]
+        assert [each.steps for each in tuned] == [3_000, 3_000]
+    lengths = [
+        each.steps
+        for each in trained(Experiment.PRIVATE, settings, rates, merge)
+        if isinstance(each, Tuned) and each.seed == 0
+    ]
+    assert lengths == [1_000, 1_000, 3_000, 3_000]
 
 
 @pytest.mark.nightly
@@ -185,7 +199,8 @@ def test_the_stages_in_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(run, "candidates", lambda p: {k: v[:1] for k, v in candidates(p).items()})
     settings = EvidenceSettings(
         num_seeds=1,
-        developed=((1, 1e-3), (2, 1e-3)),
+        aggregator_lengths=(1, 2),
+        aggregator_rates=(1e-4, 1e-3),
         num_development=1,
         batch_size=1,
         tuned_steps=(1, 2),
@@ -211,9 +226,16 @@ def test_the_stages_in_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         stages(Stage.TRAININGS)
     stages(Stage.DEVELOPMENT)
     chosen = json.loads((study.place("main").work / "developed.json").read_text())
-    assert chosen["shares"].keys() == {"AFA (1 steps) at 0.001", "AFA (2 steps) at 0.001"}
+    tried = {(1, 1e-4), (1, 1e-3), (2, chosen["rows"][AFA]["rate"])}
+    assert {f"{counted(AFA, steps)} at {rate:g}" for steps, rate in tried} == {
+        row for row in chosen["shares"] if row.startswith(AFA)
+    }
+    other = replace(settings, aggregator_rates=(1e-3,))
+    with refusal("AFA-STUDY-023", "developed.json"):
+        developed(study.place("main"), other)
     settings = developed(study.place("main"), settings)
-    assert settings.aggregator_steps == chosen["best"]["steps"]
+    assert settings.aggregator_steps == chosen["rows"][AFA]["steps"]
+    assert settings.predictions_rate == chosen["rows"][PREDICTIONS]["rate"]
     with refusal("AFA-STUDY-016", "main"):
         stages(Stage.TRAININGS)
     stages(Stage.CANDIDATES, Stage.TRAININGS)
@@ -265,6 +287,15 @@ def test_only_the_last_stage_reads_the_test_prompts() -> None:
                     if name in ("prompts_of", "_set_of", "pair_set"):
                         readers.append(path.relative_to(root).as_posix())
     assert readers == ["src/afa/studies/evidence/final.py"]
+    # and the outcomes of tests, which have them, are read by the page and by entrants alone
+    known = ("read_published", "Outcomes")
+    readers = [
+        path.name
+        for path in sorted((root / "src").rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and any(each.name in known for each in node.names)
+    ]
+    assert readers == ["evaluate.py", "against.py", "figures.py", "page.py"]
 
 
 def _few(rows: dict[str, Grid]) -> Grid:

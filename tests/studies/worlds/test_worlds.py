@@ -21,7 +21,7 @@ from afa.studies.worlds.prompts import (
     groups_of,
     prompts_of,
 )
-from afa.studies.worlds.recipe import BASE, POOLED, WIDE, WORLDS, WorldRecipe, read_world
+from afa.studies.worlds.recipe import BASE, POOLED, TEXT, WIDE, WORLDS, WorldRecipe, read_world
 from afa.studies.worlds.text import cross_entropy, describes, named
 from afa.zoo.scenes import Scene, pair_set, parse_caption
 from afa.zoo.sprites import DOMAINS, OBJECTS, load_sprites
@@ -170,3 +170,16 @@ def test_a_caption_by_categories_has_several_right_pictures() -> None:
     assert describes(("animal", "pizza", "blue"), shown)
     assert not describes(("food", "pizza", "blue"), shown)
     assert not describes(("pizza", "animal", "blue"), shown)
+
+
+def test_the_text_encoder_knows_private_objects_from_their_domain_alone() -> None:
+    """All other pairs with them are prompts of tests."""
+    recipe = WORLDS["private"]
+    shop = WorldShop(Path(), recipe, {}, None)
+    shown = [shop.scene(index, TEXT, stream=3) for index in range(400)]
+    known = [recipe.private_objects & {each.left, each.right} for each in shown]
+    assert set().union(*known) == recipe.private_objects
+    for each, private in zip(shown, known, strict=True):
+        assert not private or recipe.owner(each.left) == recipe.owner(each.right)
+    main = WorldShop(Path(), WORLDS["main"], {}, None)
+    assert [main.scene(n, TEXT) for n in range(9)] == [main.scene(n, BASE) for n in range(9)]

@@ -6,29 +6,36 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from afa.errors import AfaError
 from afa.evaluation.recipe import EvaluateRecipe, MethodRecipe, ModelsRecipe, resolve_method
 from afa.evaluation.results import read_results
-from afa.files import read_json, write_atomic
+from afa.evaluation.work import Claim, Store, digest
+from afa.files import is_unused, owned, read_json, write_atomic
+from afa.loading.ensemble_folder import ensemble_folder
 from afa.loading.expert_source import ExpertSource
-from afa.recipe import read_recipe, resolve_sources
+from afa.recipe import read_recipe, resolve_sources, validated
 from afa.studies.evidence.analysis import Outcomes
-from afa.studies.evidence.comparison import REFERENCES, test_comparison
+from afa.studies.evidence.comparison import PROMPTS, REFERENCES, test_comparison, write_prompts
 from afa.studies.evidence.drawn import pairs_of, render_scenes
 from afa.studies.evidence.outcomes import row_of_test
-from afa.studies.evidence.page import own_table, rows_table, sets_table
+from afa.studies.evidence.page import own_table, rows_table, sets_table, signed
+from afa.studies.results.plan import sampling
+from afa.studies.worlds.build import RECIPE
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from afa.studies.evidence.settings import EvidenceSettings
+    from collections.abc import Iterator, Mapping
 
 #: parts of the output folder: inputs of the test, the comparison, and both results
 INPUTS, COMPARISON, TABLES, ROWS = "inputs", "comparison", "against.md", "against.json"
 #: the base as this machine built it, beside the published row `base`
 REBUILT = "base, rebuilt"
+#: what outcomes must have
+_KEYS = {"prompts", "mixed", "rows", "sampling", "num_references", "margin", "description"}
+#: how scenes leave out the pairs of all tests
+_HOLD_OUT = "fifth"
+_RESAMPLES = 10_000
 
 
 class AgainstRecipe(ModelsRecipe):
@@ -41,7 +48,7 @@ class AgainstRecipe(ModelsRecipe):
     """
 
     methods: list[MethodRecipe] = Field(min_length=1)
-    trained_on: dict[str, int] = Field(default={})
+    trained_on: dict[str, PositiveInt] = Field(default={})
 
 
 def read_published(path: Path) -> dict[str, Any]:
@@ -51,7 +58,7 @@ def read_published(path: Path) -> dict[str, Any]:
         AfaError: if the file has none.
     """
     found = read_json(path) if path.is_file() else None
-    if found is None or not {"prompts", "mixed", "rows"} <= found.keys():
+    if found is None or not found.keys() >= _KEYS:
         raise AfaError(
             "AFA-STUDY-018",
             f"'{path}' has no outcomes of a test. Pass a file of docs/evidence, such as "
@@ -61,18 +68,18 @@ def read_published(path: Path) -> dict[str, Any]:
 
 
 def against_recipe(
-    path: Path, published: Mapping[str, Any], output: Path, settings: EvidenceSettings
+    path: Path, published: Mapping[str, Any], output: Path
 ) -> tuple[EvaluateRecipe, AgainstRecipe]:
-    """Read a recipe of `AgainstRecipe`, and complete it to a comparison; writes its inputs.
+    """Read a recipe of `AgainstRecipe`, and complete it to a comparison.
 
     Args:
         path: of the recipe; paths in it are relative to its own folder.
         published: see `read_published`.
-        output: gets prompts and real scenes in `inputs`.
-        settings: of the study.
+        output: the folder whose `inputs` are written by `write_inputs`.
 
     Raises:
-        AfaError: if the recipe is invalid, or a method has the name of a published row.
+        AfaError: if the recipe is invalid, a method has the name of a published row, or a model was
+            trained on pairs of the test or is of another world, as far as that is recorded.
     """
     asked = read_recipe(path, AgainstRecipe)
     folder = path.parent
@@ -90,27 +97,93 @@ def against_recipe(
         raise AfaError(
             "AFA-STUDY-020", f"trained_on names '{unknown}', which is no method. Correct its name."
         )
+    _require_untested(asked)
+    _require_world(asked, published)
     methods = list(asked.methods)
     if asked.base is not None:
         methods.append(MethodRecipe(name=REBUILT, model=[ExpertSource(asked.base)]))
+    models = {name: getattr(asked, name) for name in ModelsRecipe.model_fields}
+    steps = published["sampling"]["num_steps"]
+    drawn = {**sampling(steps), **published["sampling"]}
+    content = {**models, "methods": methods, **test_comparison(output / INPUTS, drawn)}
+    return validated(content, EvaluateRecipe, path), asked
+
+
+def _require_untested(asked: AgainstRecipe) -> None:
+    """Refuse models that are known to be trained on pairs of the test."""
+    for source in _sources(asked):
+        seen = source.startswith("zoo:")
+        if not seen and (ensemble_folder(source) / "recipe.json").is_file():
+            recipe = read_json(ensemble_folder(source) / "recipe.json")
+            scenes = (recipe.get("data") or {}).get("scenes") or {}
+            seen = bool(scenes) and scenes.get("hold_out") != _HOLD_OUT
+        if seen:
+            raise AfaError(
+                "AFA-STUDY-024",
+                f"'{source}' was trained on pairs of objects of the test. Use models of a world "
+                f"(afa zoo build DIR --world main), and train with hold_out: {_HOLD_OUT} in the "
+                "scenes of the data.",
+            )
+
+
+def _sources(asked: AgainstRecipe) -> Iterator[str]:
+    yield from (source.source for source in asked.experts)
+    yield from [] if asked.base is None else [asked.base]
+    for method in asked.methods:
+        yield from (source.source for source in method.model or [])
+        yield from method.ensemble or []
+        yield from [] if method.drafts is None else [method.drafts.judge.source]
+
+
+def _require_world(asked: AgainstRecipe, published: Mapping[str, Any]) -> None:
+    """Refuse a base of another world; `write_against` says if it cannot be told."""
+    found = world_of(asked)
+    if found is not None and found != published["description"]:
+        raise AfaError(
+            "AFA-STUDY-025",
+            f"The base '{asked.base}' is of another world than the test, which is of the world "
+            f"'{published['world']}'. Build it with afa zoo build DIR --world "
+            f"{published['world']}.",
+        )
+
+
+def world_of(asked: AgainstRecipe) -> dict[str, Any] | None:
+    """The description of the world of the base; None if it is not in a folder of a world."""
+    path = None if asked.base is None else Path(asked.base).expanduser().parent / RECIPE
+    return None if path is None or not path.is_file() else read_json(path)
+
+
+def write_inputs(published: Mapping[str, Any], output: Path) -> None:
+    """Write prompts and real scenes of a test, or resume.
+
+    Args:
+        published: see `read_published`.
+        output: a new folder, or that of an earlier run against the same test.
+
+    Raises:
+        AfaError: if the folder has something else.
+    """
     prompts: dict[str, list[str]] = {}
     for caption, group in published["prompts"]:
         prompts.setdefault(group, []).append(caption)
     inputs = output / INPUTS
-    inputs.mkdir(parents=True, exist_ok=True)
-    mixed = [caption for group in published["mixed"] for caption in prompts[group]]
-    render_scenes(pairs_of(mixed), settings.num_references, inputs / REFERENCES)
-    models = {name: getattr(asked, name) for name in ModelsRecipe.model_fields}
-    content = {**models, "methods": methods, **test_comparison(inputs, prompts, settings)}
-    return EvaluateRecipe.model_validate(content), asked
+    if not inputs.exists() and not is_unused(output):
+        raise AfaError(
+            "AFA-STUDY-026",
+            f"The folder '{output}' has other files. Pass a new folder as --output.",
+        )
+    identity = {key: published[key] for key in ("sampling", "num_references", "margin")}
+    identity["prompts"] = digest(published["prompts"])
+    with owned(output):
+        claim = Claim(inputs / "test.json", identity, "the test", (PROMPTS,))
+        Store(output).claim([claim])
+        write_prompts(inputs / PROMPTS, prompts)
+        pairs = pairs_of(prompts[published["mixed"][0]])
+        render_scenes(pairs, published["num_references"], inputs / REFERENCES)
 
 
 def write_against(
-    recipe: EvaluateRecipe,
-    asked: AgainstRecipe,
-    published: Mapping[str, Any],
-    output: Path,
-    settings: EvidenceSettings,
+    recipe: EvaluateRecipe, asked: AgainstRecipe, published: Mapping[str, Any], output: Path
 ) -> None:
     """Write the new rows beside the published ones: `against.md`, and `against.json` alone.
 
@@ -119,7 +192,6 @@ def write_against(
         asked: the recipe as it was read.
         published: see `read_published`.
         output: folder of the comparison.
-        settings: of the study.
     """
     results = read_results(recipe, output / COMPARISON)
     own = {
@@ -129,11 +201,11 @@ def write_against(
         }
         for name in results.methods
     }
-    if REBUILT in own and "base" in published["rows"]:
-        own[REBUILT]["budget"] = published["rows"]["base"]["budget"]
     content = {**published, "rows": {**published["rows"], **own}}
-    outcomes = Outcomes(content, settings.margin, settings.num_resamples)
+    outcomes = Outcomes(content, published["margin"], _RESAMPLES)
     lines = ["# New rows in a published test", ""]
+    if world_of(asked) is None:
+        lines += ["Whether the models are of the test's world is not recorded beside them.", ""]
     if REBUILT in own and "base" in published["rows"]:
         lines += [_rebuilt(outcomes), ""]
     for name in (name for name in own if name != REBUILT):
@@ -148,9 +220,11 @@ def _rebuilt(outcomes: Outcomes) -> str:
     """How far a base that was built again is from the published one."""
     ours, theirs = (outcomes.scores(name, outcomes.groups)[0] for name in (REBUILT, "base"))
     share = float((ours == theirs).mean())
+    found = outcomes.compared([REBUILT], "base", outcomes.groups)[REBUILT]
+    warning = " **But this base is another model, so the rows cannot be compared.**"
     return (
-        f"The base that was built here is right in {ours.mean():.3f} of all prompts, the published "
-        f"one in {theirs.mean():.3f}; they agree on {share:.1%} of the prompts. Models that are "
-        "built on another machine differ in their last digits, so an agreement below 100 % is "
-        "usual; a clearly different share of right pictures is not."
+        f"The base that was built here minus the published one: {signed(found.paired.difference)}, "
+        f"{found.verdict}; they agree on {share:.1%} of the prompts. Models that are built on "
+        "another machine differ in their last digits, so an agreement below 100 % is usual."
+        + (warning if found.verdict in ("above", "below") else "")
     )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from afa.files import read_json
-from afa.statistics import Interval, Paired, equivalence, mean_interval, paired_difference
+from afa.statistics import Interval, Paired, equivalence, holm, mean_interval, paired_difference
 from afa.studies.evidence.rows import ORACLE, REAL
 from afa.zoo.scenes import parse_caption
 
@@ -32,7 +32,7 @@ class Compared:
 
     Attributes:
         paired: the difference and its sign test, with pairs of objects as clusters.
-        verdict: what it says. `above` and `below` need the interval and the sign test;
+        verdict: what it says. `above` and `below` need the interval and the adjusted sign test;
             `equivalent` needs an equivalence test.
     """
 
@@ -79,7 +79,7 @@ class Outcomes:
         """The merge that was best on tuning prompts."""
         merges = {
             row: each["score"]
-            for row, each in self.content["rivals"].items()
+            for row, each in self.content["chosen"]["rivals"].items()
             if "merge" in each["method"]
         }
         return max(merges, key=lambda row: merges[row])
@@ -118,21 +118,44 @@ class Outcomes:
         )
 
     def compared(
-        self, row: str, other: str, groups: Sequence[str], score: str = "both"
-    ) -> Compared:
-        """A row against another one."""
+        self, rows: Sequence[str], other: str, groups: Sequence[str]
+    ) -> dict[str, Compared]:
+        """Several rows against another one: the verdicts hold for all of them together.
+
+        The p-values of the sign tests are adjusted by Holm's method for the number of rows. Two
+        rows with other seeds of training are compared by the seeds that they share.
+        """
         clusters = self.clusters(self.places(groups))
-        ours, theirs = self.scores(row, groups, score), self.scores(other, groups, score)
-        paired = paired_difference(ours, theirs, self._num_resamples, clusters=clusters)
-        is_told = paired.p_value < _LEVEL
-        verdict: Verdict = "not told apart"
-        if is_told and paired.difference.low > 0:
-            verdict = "above"
-        elif is_told and paired.difference.high < 0:
-            verdict = "below"
-        elif equivalence(ours, theirs, self._margin, self._num_resamples, clusters=clusters):
-            verdict = "equivalent"
-        return Compared(paired, verdict)
+        pairs, found = {}, {}
+        for row in rows:
+            ours, theirs = self.scores(row, groups), self.scores(other, groups)
+            pairs[row] = self._of_shared_seeds(row, other, ours, theirs)
+            found[row] = paired_difference(*pairs[row], self._num_resamples, clusters=clusters)
+        adjusted = holm([paired.p_value for paired in found.values()])
+        return {
+            row: Compared(paired, self._verdict(paired, p_value, *pairs[row], clusters))
+            for (row, paired), p_value in zip(found.items(), adjusted, strict=True)
+        }
+
+    def _verdict(
+        self, paired: Paired, p_value: float, ours: Scores, theirs: Scores, clusters: Clusters
+    ) -> Verdict:
+        if p_value < _LEVEL and paired.difference.low > 0:
+            return "above"
+        if p_value < _LEVEL and paired.difference.high < 0:
+            return "below"
+        if equivalence(ours, theirs, self._margin, self._num_resamples, clusters=clusters):
+            return "equivalent"
+        return "not told apart"
+
+    def _of_shared_seeds(
+        self, row: str, other: str, ours: Scores, theirs: Scores
+    ) -> tuple[Scores, Scores]:
+        one, two = (self.rows[each].get("seeds") for each in (row, other))
+        if one is None or two is None or one == two:
+            return ours, theirs
+        shared = [seed for seed in one if seed in two]
+        return ours[[one.index(s) for s in shared]], theirs[[two.index(s) for s in shared]]
 
     def total(self, row: str) -> int | None:
         """All pictures that a row was trained on; None is unknown."""

@@ -7,32 +7,26 @@ import io
 from typing import TYPE_CHECKING, Any
 
 from afa.files import write_atomic
-from afa.studies.results.plan import sampling
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from afa.studies.evidence.settings import EvidenceSettings
-
 PROMPTS, REFERENCES = "prompts.csv", "references"
 
 
-def test_comparison(
-    folder: Path, prompts: Mapping[str, Sequence[str]], settings: EvidenceSettings
-) -> dict[str, Any]:
-    """Everything but models and methods of a recipe of `afa evaluate`; writes the prompts.
+def test_comparison(folder: Path, drawn: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything but models and methods of a recipe of `afa evaluate`.
 
     Args:
-        folder: gets the prompts; has the real scenes.
-        prompts: by group.
-        settings: of the study.
+        folder: has the prompts and the real scenes.
+        drawn: sampling settings.
     """
     of_sets = [{"name": name, "weights": "zoo:clip"} for name in ("clip_t", "fid", "kid", "cmmd")]
     return {
-        "prompts": {"drawbench": str(write_prompts(folder / PROMPTS, prompts))},
+        "prompts": {"drawbench": str(folder / PROMPTS)},
         "references": str(folder / REFERENCES),
-        "sampling": {**sampling(settings.num_steps), "seeds": [settings.test_seed]},
+        "sampling": dict(drawn),
         "metrics": ["scenes", *of_sets],
         "num_resamples": 100,
     }

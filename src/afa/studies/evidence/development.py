@@ -1,4 +1,4 @@
-"""The length and the learning rate of AFA itself, chosen on development prompts."""
+"""The learning rates and lengths of aggregators, chosen on development prompts."""
 
 from __future__ import annotations
 
@@ -10,31 +10,38 @@ from afa.errors import AfaError
 from afa.files import read_json, write_atomic
 from afa.studies.evidence.comparison import write_prompts
 from afa.studies.evidence.entrants import Aggregated
-from afa.studies.evidence.rows import AFA, counted
+from afa.studies.evidence.rows import AFA, PREDICTIONS, PREDICTIONS_ONLY, counted
 from afa.studies.results.jobs import run_jobs
 from afa.studies.results.plan import sampling
 from afa.studies.results.run import StageStarted, evaluate_in_processes
 from afa.studies.worlds.prompts import prompts_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Generator, Iterator, Mapping, Sequence
 
     from afa.studies.evidence.entrants import Place
     from afa.studies.evidence.settings import EvidenceSettings
     from afa.studies.results.jobs import JobProgress
 
 DEVELOPED = "developed.json"
+#: the rows whose aggregators are developed, with their settings; ablations take those of AFA
+_ROWS: dict[str, dict[str, Any]] = {AFA: {}, PREDICTIONS: PREDICTIONS_ONLY}
+
+Shares = dict[str, dict[str, float]]
 
 
-def developed(place: Place, settings: EvidenceSettings) -> EvidenceSettings:
-    """The settings of the study with those of AFA that development prompts chose.
+def read_developed(place: Place, settings: EvidenceSettings) -> dict[str, Any]:
+    """Read what was chosen for all worlds.
 
     Args:
-        place: of the world where they are chosen, for all worlds.
+        place: of the world where it was chosen.
         settings: of the study.
 
+    Returns: by row, its `steps`, `rate` and `is_edge` (whether the rate is the first or last one);
+        `shares` of all candidates; and the `inputs`.
+
     Raises:
-        AfaError: if they are not chosen yet.
+        AfaError: if nothing is chosen yet, or it was chosen with other settings.
     """
     path = place.work / DEVELOPED
     if not path.exists():
@@ -43,27 +50,77 @@ def developed(place: Place, settings: EvidenceSettings) -> EvidenceSettings:
             "The settings of AFA are not chosen yet. Run the stage development of the experiment "
             "main first.",
         )
-    best = read_json(path)["best"]
-    return replace(settings, aggregator_steps=best["steps"], aggregator_rate=best["rate"])
+    found: dict[str, Any] = read_json(path)
+    if found["inputs"] != _inputs(settings):
+        raise AfaError(
+            "AFA-STUDY-023",
+            f"'{path}' was chosen with other settings of the study. Run the stage development "
+            "again, in a new work folder.",
+        )
+    return found
 
 
-def candidates(settings: EvidenceSettings) -> list[Aggregated]:
-    """One training at each length and learning rate."""
-    return [
-        Aggregated(f"{counted(AFA, steps)} at {rate:g}", steps=steps, rate=rate)
-        for steps, rate in settings.developed
-    ]
+def developed(place: Place, settings: EvidenceSettings) -> EvidenceSettings:
+    """The settings of the study with what development prompts chose; see `read_developed`."""
+    found = read_developed(place, settings)["rows"]
+    return replace(
+        settings,
+        aggregator_steps=found[AFA]["steps"],
+        aggregator_rate=found[AFA]["rate"],
+        predictions_steps=found[PREDICTIONS]["steps"],
+        predictions_rate=found[PREDICTIONS]["rate"],
+    )
+
+
+def _inputs(settings: EvidenceSettings) -> dict[str, Any]:
+    keys = ("aggregator_lengths", "aggregator_rates", "batch_size", "num_pictures")
+    inputs = {key: getattr(settings, key) for key in (*keys, "num_development", "num_steps")}
+    found: dict[str, Any] = json.loads(json.dumps(inputs))
+    return found
 
 
 def develop(
     place: Place, settings: EvidenceSettings, num_processes: int
 ) -> Iterator[JobProgress | StageStarted]:
-    """Train all candidates, draw development prompts, and choose the best one.
+    """Choose the learning rate of the shortest length, then the length at that rate.
 
-    The best one has the largest share of right pictures, averaged over all groups of prompts. All
-    shares are kept.
+    The best candidate has the largest share of right pictures, averaged over all groups of prompts;
+    of equal ones, it is the first one.
     """
-    listed = candidates(settings)
+    lengths, rates = settings.aggregator_lengths, settings.aggregator_rates
+    tried = {row: [_candidate(row, lengths[0], rate) for rate in rates] for row in _ROWS}
+    shares = yield from _shares(place, settings, num_processes, tried)
+    chosen: dict[str, dict[str, Any]] = {}
+    for row, listed in tried.items():
+        rate = best_of(listed, shares).rate
+        chosen[row] = {"rate": rate, "is_edge": rate in (rates[0], rates[-1])}
+        listed += [_candidate(row, steps, rate) for steps in lengths[1:]]
+    shares = yield from _shares(place, settings, num_processes, tried)
+    for row, listed in tried.items():
+        of_rate = [each for each in listed if each.rate == chosen[row]["rate"]]
+        chosen[row]["steps"] = best_of(of_rate, shares).steps
+    content = {"rows": chosen, "shares": shares, "inputs": _inputs(settings)}
+    write_atomic(place.work / DEVELOPED, json.dumps(content, indent=2) + "\n")
+
+
+def _candidate(row: str, steps: int, rate: float | None) -> Aggregated:
+    name = f"{counted(row, steps)} at {rate:g}"
+    return Aggregated(name, changes=_ROWS[row], steps=steps, rate=rate)
+
+
+def best_of(listed: Sequence[Aggregated], shares: Mapping[str, Mapping[str, float]]) -> Aggregated:
+    """The candidate with the largest share of right pictures over all groups."""
+    return max(listed, key=lambda each: sum(shares[each.row].values()))
+
+
+def _shares(
+    place: Place,
+    settings: EvidenceSettings,
+    num_processes: int,
+    tried: Mapping[str, Sequence[Aggregated]],
+) -> Generator[JobProgress | StageStarted, None, Shares]:
+    """Train and draw candidates, or resume: the shares of right pictures by candidate and group."""
+    listed = [each for several in tried.values() for each in several]
     yield from run_jobs([each.job(place, settings) for each in listed], num_processes)
     prompts = prompts_of(place.recipe, "development", settings.num_development)
     recipe = {
@@ -75,17 +132,16 @@ def develop(
     }
     yield StageStarted(f"development prompts of the world '{place.world}'")
     evaluate_in_processes(place.work / "development", recipe, num_processes)
-    chosen = choose(read_json(place.work / "development" / "report.json"), listed)
-    write_atomic(place.work / DEVELOPED, json.dumps(chosen, indent=2) + "\n")
-
-
-def choose(report: Mapping[str, Any], listed: list[Aggregated]) -> dict[str, Any]:
-    """The best candidate, the first one of equal ones, and the shares of all by group."""
-    shares = {
+    report = read_json(place.work / "development" / "report.json")
+    return {
         row["method"]: {
             group: found["scores"]["both"]["mean"] for group, found in row["groups"].items()
         }
         for row in report["rows"]
     }
-    best = max(listed, key=lambda each: sum(shares[each.row].values()))
-    return {"best": {"row": best.row, "steps": best.steps, "rate": best.rate}, "shares": shares}
+
+
+def samples_of_development(settings: EvidenceSettings) -> int:
+    """The pictures that the candidates of one row were trained on."""
+    shortest, *longer = settings.aggregator_lengths
+    return (shortest * len(settings.aggregator_rates) + sum(longer)) * settings.batch_size

@@ -87,7 +87,7 @@ def scenes_job(name: str, pairs: Sequence[tuple[str, str]], count: int, folder: 
 
 
 def render_scenes(pairs: Sequence[tuple[str, str]], count: int, folder: Path) -> None:
-    """Render real scenes of pairs of objects, independent of all prompts; keeps finished ones.
+    """Render real scenes of pairs of objects; finished ones are not rendered again.
 
     Raises:
         AfaError: if the folder has scenes of other pairs.
@@ -95,13 +95,12 @@ def render_scenes(pairs: Sequence[tuple[str, str]], count: int, folder: Path) ->
     record = folder.with_name(f"{folder.name}.json")
     identity = {"pairs": digest(list(pairs)), "count": count}
     Store(folder).claim([Claim(record, identity, "real scenes", (f"{folder.name}/*",))])
-    if folder.exists() and len(list(folder.iterdir())) == count:
-        return
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng([7, count])
     for number in range(count):
-        picture = Image.fromarray(placed(pairs, rng).render())
-        write_png(folder / f"{number:06d}.png", picture)
+        scene, path = placed(pairs, rng), folder / f"{number:06d}.png"
+        if not path.exists():
+            write_png(path, Image.fromarray(scene.render()))
 
 
 def _claim(folder: Path, identity: dict[str, Any], what: str) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from afa.drawing.plots import save_figure
 from afa.statistics import Interval
 from afa.studies.evidence.parts import Experiment
-from afa.studies.evidence.rows import AFA, DISTILLED, MERGED, ORACLE, PREDICTIONS, TUNED
+from afa.studies.evidence.rows import AFA, DISTILLED, MERGED, ORACLE, PREDICTIONS, TUNED, counted
 from afa.studies.evidence.settings import WORLDS_OF
 
 if TYPE_CHECKING:
@@ -28,10 +28,7 @@ _LINES = (AFA, PREDICTIONS, "best merge", TUNED, MERGED, DISTILLED, "drafts", "b
 
 
 def lines_of_worlds(series: Sequence[Outcomes], experiment: Experiment) -> Lines:
-    """The lines over the worlds of an experiment: their divergence, or their experts.
-
-    A tuned model has the line of its shortest training, as it has in all worlds.
-    """
+    """The lines over the worlds of an experiment: their divergence, or their experts."""
     lines: Lines = {}
     for outcomes in series:
         place = float(len(outcomes.own))
@@ -58,21 +55,19 @@ def lines_of_data(outcomes: Outcomes) -> Lines:
 def lines_of_groups(outcomes: Outcomes) -> Lines:
     """The lines over the groups of mixed prompts, from 0."""
     lines: Lines = {}
-    for kind, row in _rows_of(outcomes, is_longest=True).items():
+    for kind, row in _rows_of(outcomes).items():
         groups = enumerate(outcomes.mixed)
         lines[kind] = [(float(n), outcomes.mean(row, [group])) for n, group in groups]
     return lines
 
 
-def _rows_of(outcomes: Outcomes, *, is_longest: bool = False) -> dict[str, str]:
-    """The row of each line; of tuned models, the shortest or the longest training."""
-    found: dict[str, str] = {}
-    for row in outcomes.rows:
-        kind = "best merge" if row == outcomes.best_merge else row
-        kind = next((k for k in (TUNED, MERGED) if row.startswith(f"{k} (")), kind)
-        if kind in _LINES and (kind not in found or is_longest):
-            found[kind] = row
-    return {kind: found[kind] for kind in _LINES if kind in found}
+def _rows_of(outcomes: Outcomes) -> dict[str, str]:
+    """The row of each line; tuned models are those that were trained as long as AFA."""
+    steps = outcomes.content["aggregator_steps"]
+    named = {kind: kind for kind in _LINES}
+    named |= {kind: counted(kind, steps) for kind in (TUNED, MERGED)}
+    named["best merge"] = outcomes.best_merge
+    return {kind: row for kind, row in named.items() if row in outcomes.rows}
 
 
 # -- drawing ----------------------------------------------------------------------------------
@@ -156,7 +151,10 @@ def _draw(panels: Sequence[tuple[Lines, str, bool, Sequence[str]]], path: Path) 
 
 
 def draw_fronts(outcomes: Outcomes, path: Path) -> None:
-    """Draw all rows over what they cost, and the front of the best ones at each cost."""
+    """Draw all rows over what they cost, and the front of the best ones at each cost.
+
+    The front has the largest shares, with their intervals; neighbours may not be told apart.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.6), layout="constrained")
@@ -178,13 +176,15 @@ def draw_fronts(outcomes: Outcomes, path: Path) -> None:
         places = [value for value, _ in points.values()]
         axis.scatter(places, [each.mean for _, each in points.values()], s=14, color="0.6")
         front = outcomes.front(cost, outcomes.mixed)
-        axis.step(
-            [points[row][0] for row in front],
-            [points[row][1].mean for row in front],
-            where="post",
-            marker="o",
-            color="C3",
-        )
+        at = [points[row][0] for row in front]
+        found = [points[row][1] for row in front]
+        means = [each.mean for each in found]
+        ends = [
+            [each.mean - each.low for each in found],
+            [each.high - each.mean for each in found],
+        ]
+        axis.step(at, means, where="post", color="C3")
+        axis.errorbar(at, means, ends, marker="o", capsize=2, linestyle="none", color="C3")
         for row in dict.fromkeys([*front, AFA]):
             if row in points:
                 value, each = points[row]

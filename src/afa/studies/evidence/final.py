@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from afa.evaluation.recipe import slug
-from afa.studies.evidence.comparison import REFERENCES, test_comparison
+from afa.studies.evidence.comparison import PROMPTS, REFERENCES, test_comparison, write_prompts
+from afa.studies.evidence.development import read_developed
 from afa.studies.evidence.drawn import drawn_job, pairs_of, scenes_job
 from afa.studies.evidence.entrants import Aggregated, scenes_of
 from afa.studies.evidence.jobs import open_scenes
@@ -16,9 +17,10 @@ from afa.studies.evidence.rivals.other_steps import OtherSteps
 from afa.studies.evidence.rivals.prompt_router import PromptRouter
 from afa.studies.evidence.rivals.real_scenes import RealScenes
 from afa.studies.evidence.rivals.superdiff import SuperDiff
-from afa.studies.evidence.rows import AFA, POOLED_ROW, WIDE_ROW, at_steps, trained
-from afa.studies.evidence.run import best_merge, chosen_rates
+from afa.studies.evidence.rows import AFA, ALL_TRAININGS, POOLED_ROW, WIDE_ROW, at_steps, trained
+from afa.studies.evidence.run import FIRST, best_merge, chosen_rates
 from afa.studies.results.jobs import Job, run_jobs
+from afa.studies.results.plan import sampling
 from afa.studies.results.run import StageStarted, evaluate_in_processes
 from afa.studies.worlds.prompts import groups_of, prompts_of
 from afa.studies.worlds.recipe import POOLED, WIDE
@@ -32,8 +34,8 @@ if TYPE_CHECKING:
     from afa.studies.evidence.run import Study
     from afa.studies.results.jobs import JobProgress
 
-#: experiments with rows of single experts and of drafts; only the first one has all rivals
-_WITH_EXPERTS = (Experiment.MAIN, Experiment.PRIVATE)
+#: experiments with all rivals; the others have those of which their figures speak
+_WHOLE = (Experiment.MAIN, Experiment.PRIVATE)
 
 
 def run_test(
@@ -54,13 +56,15 @@ def run_test(
         AfaError: if an earlier stage is not finished, or a picture cannot be drawn.
     """
     place, settings = study.place(world), study.settings
-    chosen = study.chosen(world)
+    chosen = _chosen(study, world)
     entrants = trained(experiment, settings, chosen_rates(study), best_merge(chosen))
     prompts = test_prompts(place, settings.num_mixed, settings.num_own)
     captions = [caption for listed in prompts.values() for caption in listed]
     work = place.work / f"test-{experiment}"
     bounds = _bounds(study, place)
-    rivals = drawn_rivals(study, place, chosen) if experiment == Experiment.MAIN else bounds
+    rivals = drawn_rivals(study, place, chosen) if experiment in _WHOLE else bounds
+    if experiment == Experiment.MAIN:
+        rivals |= _other_steps(study, place)
     jobs = [
         Job(
             f"{world}: {row}",
@@ -69,7 +73,8 @@ def run_test(
         )
         for row, (folder, rival) in rivals.items()
     ]
-    mixed = pairs_of([caption for group in _mixed(place) for caption in prompts[group]])
+    # of the first group, whose pictures they are compared with
+    mixed = pairs_of(prompts[groups_of(place.recipe)[0]])
     references = (mixed, settings.num_references, work / REFERENCES)
     jobs.append(Job("real scenes", scenes_job, references))
     yield from run_jobs(jobs, study.num_processes)
@@ -80,14 +85,23 @@ def run_test(
         {"name": row, "pictures": str(work / "drawn" / folder)}
         for row, (folder, _) in rivals.items()
     ]
+    write_prompts(work / PROMPTS, prompts)
     recipe = {
         "experts": list(place.experts.values()),
         "base": place.base,
         "methods": methods,
-        **test_comparison(work, prompts, settings),
+        **test_comparison(work, {**sampling(settings.num_steps), "seeds": [settings.test_seed]}),
     }
     evaluate_in_processes(work / "comparison", recipe, study.num_processes)
-    write_outcomes(docs, study, experiment, place, recipe, work / "comparison", entrants, chosen)
+    first = study.place(FIRST)
+    every = {**chosen, "developed": read_developed(first, settings)}
+    write_outcomes(docs, study, experiment, place, recipe, work / "comparison", entrants, every)
+
+
+def _chosen(study: Study, world: str) -> dict[str, Any]:
+    """All settings that tuning prompts chose: of a world's merges, and of the rest in the first."""
+    first, own = study.chosen(FIRST), study.chosen(world)
+    return {**first, "rivals": {**first["rivals"], **own["rivals"]}}
 
 
 def test_prompts(place: Place, num_mixed: int, num_own: int) -> dict[str, list[str]]:
@@ -97,10 +111,6 @@ def test_prompts(place: Place, num_mixed: int, num_own: int) -> dict[str, list[s
         group: captions[: num_own if group in place.recipe.experts else num_mixed]
         for group, captions in listed.items()
     }
-
-
-def _mixed(place: Place) -> list[str]:
-    return [group for group in groups_of(place.recipe) if group not in place.recipe.experts]
 
 
 def _bounds(study: Study, place: Place) -> dict[str, tuple[str, Rival]]:
@@ -117,18 +127,21 @@ def drawn_rivals(
     """The rivals that draw in their own way, by row: their folders and settings."""
     steps = study.settings.num_steps
     data = open_scenes(scenes_of(place, 0, study.settings.num_pictures))
-    ensemble = Aggregated(AFA, 0).folder(place)
     return {
         **_bounds(study, place),
         PromptRouter.row: ("router", PromptRouter(place, steps, data)),
         **{
-            at_steps(n): (slug(at_steps(n)), OtherSteps(place, n, ensemble))
-            for n in study.settings.other_steps
-        },
-        **{
             row: (slug(row), SuperDiff(place, **each["values"]))
             for row, each in chosen["drawn"].items()
         },
+    }
+
+
+def _other_steps(study: Study, place: Place) -> dict[str, tuple[str, Rival]]:
+    ensemble = Aggregated(AFA, 0).folder(place)
+    return {
+        at_steps(n): (slug(at_steps(n)), OtherSteps(place, n, ensemble))
+        for n in study.settings.other_steps
     }
 
 
@@ -149,22 +162,17 @@ def methods_of(
                 rows.setdefault(each.row, {}).setdefault(kind, []).append(value)
     methods: list[dict[str, Any]] = [{"name": row, **method} for row, method in rows.items()]
     methods.append({"name": "base", "model": place.base})
-    if experiment in _WITH_EXPERTS:
-        methods += [
-            {"name": f"expert: {name}", "model": source} for name, source in place.experts.items()
-        ]
+    kinds = ["merge"]
+    if experiment in _WHOLE:
+        others = {POOLED_ROW: place.models / POOLED, WIDE_ROW: place.models / WIDE}
+        models = {f"expert: {name}": source for name, source in place.experts.items()}
+        models |= {row: str(folder) for row, folder in others.items() if folder.exists()}
+        methods += [{"name": row, "model": source} for row, source in models.items()]
         drafts = {"judge": place.base}
         methods.append({"name": "drafts", "fusion": {"rule": "feature_mean"}, "drafts": drafts})
-    kinds = ["merge"]
-    if experiment == Experiment.MAIN:
-        others = {POOLED_ROW: POOLED, WIDE_ROW: WIDE}
-        methods += [
-            {"name": row, "model": str(place.models / folder)}
-            for row, folder in others.items()
-            if (place.models / folder).exists()
-        ]
-        methods += _sparse(rows[AFA]["ensemble"])
         kinds.append("fusion")
+    if experiment == Experiment.MAIN:
+        methods += _sparse(rows[AFA]["ensemble"])
     methods += [
         {"name": row, **rival["method"]}
         for row, rival in chosen["rivals"].items()
@@ -177,6 +185,7 @@ def methods_of(
 def _sparse(ensemble: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Sparse routing: by pixel, and by step, where the other experts do not run."""
     for count in (1, 2):
-        yield {"name": f"top-{count}", "ensemble": ensemble, "sparse": {"experts": count}}
+        name = ALL_TRAININGS[count - 1]
+        yield {"name": name, "ensemble": ensemble, "sparse": {"experts": count}}
         by_step = {"experts": count, "by": "step", "every": 5}
-        yield {"name": f"top-{count}, by step", "ensemble": ensemble[:1], "sparse": by_step}
+        yield {"name": f"{name}, by step", "ensemble": ensemble[:1], "sparse": by_step}

@@ -14,7 +14,21 @@ from afa.evaluation.recipe import SCENE_SCORES, EvaluateRecipe
 from afa.evaluation.results import read_results
 from afa.files import write_atomic
 from afa.provenance import commit
-from afa.studies.evidence.rows import AFA, DISTILLED, MERGED, POOLED_ROW, REAL, WIDE_ROW
+from afa.studies.evidence.development import samples_of_development
+from afa.studies.evidence.rows import (
+    AFA,
+    ALL_TRAININGS,
+    DISTILLED,
+    LORA,
+    MERGED,
+    POOLED_ROW,
+    PREDICTIONS,
+    REAL,
+    TOP,
+    TUNED,
+    WIDE_ROW,
+    of_ensemble,
+)
 from afa.studies.worlds.prompts import groups_of
 
 if TYPE_CHECKING:
@@ -45,6 +59,9 @@ def write_outcomes(
 ) -> None:
     """Write the outcomes of a test to `docs/evidence/EXPERIMENT-WORLD.json`.
 
+    They hold everything that decides what is compared: prompts, sampling, and all settings that
+    were chosen, with the ends of grids on which they lie.
+
     Args:
         docs: the folder of the documentation.
         study: of the test.
@@ -53,7 +70,7 @@ def write_outcomes(
         recipe: of the comparison.
         output: folder of the comparison.
         entrants: the trainings among its rows.
-        chosen: the settings of the rivals.
+        chosen: all settings that were chosen: of rivals, tuned models and aggregators.
     """
     results = read_results(EvaluateRecipe.model_validate(recipe), output)
     mixed = [group for group in groups_of(place.recipe) if group not in place.recipe.experts]
@@ -67,11 +84,18 @@ def write_outcomes(
         "machine": results.machines(),
         "prompts": [[prompt.text, prompt.group] for prompt in results.prompts],
         "mixed": mixed,
+        "sampling": {
+            key: recipe["sampling"][key] for key in ("num_steps", "guidance", "seeds", "batch_size")
+        },
+        "num_references": study.settings.num_references,
+        "margin": study.settings.margin,
+        "aggregator_steps": study.settings.aggregator_steps,
         "real": real_distances(results, mixed[0]),
-        "rivals": chosen["rivals"],
+        "chosen": dict(chosen),
         "rows": {
             name: row_of_test(results, name, mixed[0])
             | {"budget": budget(name, results, place, study.settings, samples)}
+            | {"seeds": seeds_of(name, entrants)}
             for name in results.methods
         },
     }
@@ -122,9 +146,13 @@ def budget(
     settings: EvidenceSettings,
     samples: Mapping[str, int],
 ) -> dict[str, int]:
-    """The pictures that everything in a row was trained on: base, experts, and the row's own."""
+    """The pictures that everything behind a row was trained on.
+
+    Those of its base, its experts and its own training, and `tuning`: those of all trainings that
+    chose its settings.
+    """
     if name == REAL:
-        return {"base": 0, "experts": 0, "own": 0}
+        return {"base": 0, "experts": 0, "own": 0, "tuning": 0}
     world = place.recipe
     batch = world.batch_size
     method = next(each for each in results.recipe.methods if each.name == name)
@@ -135,13 +163,30 @@ def budget(
     if starts_at_base:
         used = int(name.startswith("expert:"))
     found = {"base": world.base_steps * batch, "experts": used * world.expert_steps * batch}
-    trained = name if name in samples else None
-    if trained is None and name.startswith(("top-", f"{AFA}, ")):
-        trained = AFA
-    own = samples.get(trained or "", 0)
+    trained = name if name in samples else AFA if of_ensemble(name) else ""
+    own = samples.get(trained, 0)
     if name in (POOLED_ROW, WIDE_ROW):
         own = world.pooled_steps * batch
-    return {**found, "own": own}
+    return {**found, "own": own, "tuning": _tuning(name, settings)}
+
+
+def _tuning(name: str, settings: EvidenceSettings) -> int:
+    """The pictures of the trainings that chose the settings of a row."""
+    if name.startswith((AFA, PREDICTIONS, TOP, DISTILLED)):
+        return samples_of_development(settings)
+    shortest = settings.tuned_steps[0] * settings.batch_size
+    if name.startswith((TUNED, MERGED)):
+        return shortest * len(settings.tuned_rates)
+    return shortest * len(settings.lora_rates) if name.startswith(LORA) else 0
+
+
+def seeds_of(name: str, entrants: Sequence[Entrant]) -> list[int] | None:
+    """The seeds of a row's trainings, in the order of its outcomes; None if it has none."""
+    found = [each.seed for each in entrants if each.row == name]
+    if found or not of_ensemble(name):
+        return found or None
+    seeds = [each.seed for each in entrants if each.row == AFA]
+    return seeds if name in ALL_TRAININGS else seeds[:1]
 
 
 def set_distances(results: Results, name: str, group: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from afa.studies.evidence.figures import (
     lines_of_worlds,
 )
 from afa.studies.evidence.parts import Experiment
-from afa.studies.evidence.rows import AFA, PREDICTIONS, at_steps
+from afa.studies.evidence.rows import AFA, PREDICTIONS
 from afa.studies.evidence.settings import WORLDS_OF
 
 if TYPE_CHECKING:
@@ -24,23 +24,21 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from afa.statistics import Interval
-    from afa.studies.evidence.analysis import Compared
     from afa.studies.evidence.figures import Lines
     from afa.studies.evidence.settings import EvidenceSettings
 
 PAGE, FOLDER = "evidence.md", "evidence"
 _BEGIN, _END = "<!-- begin {name} -->", "<!-- end {name} -->"
 _SETS = ("fid", "kid", "cmmd")
-#: the paper's claims that a row can speak of: the claim, AFA's rival, and what would support it
-CLAIMS = (
-    ("adaptive fusion beats the best static merge", "best merge"),
-    ("fusing blocks beats fusing predictions only", PREDICTIONS),
-    ("weights need the place", "AFA without place"),
-    ("weights need the timestep", "AFA without timestep"),
-    ("weights need the prompt", "AFA without prompt"),
-)
-#: few steps suffice if more of them do not help
-FEW_STEPS = ("few denoising steps suffice", at_steps(20))
+#: the paper's claims that a row can speak of, with the row; the first one with the best merge
+CLAIMS = {
+    "adaptive fusion beats the best static merge": "",
+    "fusing blocks beats fusing predictions only": PREDICTIONS,
+    "weights need the place": "AFA without place",
+    "weights need the timestep": "AFA without timestep",
+    "weights need the prompt": "AFA without prompt",
+}
+FEW_STEPS = "few denoising steps suffice"
 
 
 def read_all(docs: Path, settings: EvidenceSettings) -> dict[tuple[Experiment, str], Outcomes]:
@@ -110,6 +108,7 @@ def _sections(
             yield f"{experiment}-{world}-own", own_table(outcomes)
     if (main := found.get((Experiment.MAIN, "main"))) is not None:
         yield "claims", claims_table(main)
+        yield "edges", edges_list(main)
         yield "sets", sets_table(main)
         yield "sentences", [f"- {sentence}" for sentence in sentences(main)]
     for experiment, head in SERIES.items():
@@ -126,30 +125,29 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def rows_table(outcomes: Outcomes, subject: str = AFA) -> list[str]:
-    """All rows, the best first: mixed prompts by group, the difference from AFA, and budgets."""
+    """All rows, the best first: by group of mixed prompts, the difference from AFA, and budgets.
+
+    The verdicts of each group hold for all of its rows together.
+    """
     groups = outcomes.mixed
     order = sorted(outcomes.rows, key=lambda row: -float(outcomes.scores(row, groups).mean()))
-    head = ["row", *groups, f"minus {subject}", "says", "calls", "trained on", "seeds"]
-    return _table(head, (_cells(outcomes, row, subject) for row in order))
+    others = [row for row in order if row != subject]
+    compared = {group: outcomes.compared(others, subject, [group]) for group in groups}
+    of_groups = [title for group in groups for title in (group, f"minus {subject}", "says")]
+    head = ["row", *of_groups, "calls", "trained on", "seeds"]
 
+    def cells(row: str) -> Iterator[str]:
+        yield row
+        for group in groups:
+            yield str(outcomes.mean(row, [group]))
+            each = compared[group].get(row)
+            yield from ("", "") if each is None else (signed(each.paired.difference), each.verdict)
+        calls, total = outcomes.rows[row]["expert_calls"], outcomes.total(row)
+        yield "" if calls is None else f"{calls:.0f}"
+        yield "unknown" if total is None else f"{total:,}"
+        yield str(len(outcomes.rows[row]["outcomes"]["both"]))
 
-def _cells(outcomes: Outcomes, row: str, subject: str) -> list[str]:
-    groups, about = outcomes.mixed, outcomes.rows[row]
-    cells = [str(outcomes.mean(row, [group])) for group in groups]
-    difference, says = "", ""
-    if row != subject and subject in outcomes.rows:
-        compared = outcomes.compared(row, subject, groups)
-        difference, says = signed(compared.paired.difference), compared.verdict
-    calls, total = about["expert_calls"], outcomes.total(row)
-    return [
-        row,
-        *cells,
-        difference,
-        says,
-        "" if calls is None else f"{calls:.0f}",
-        "unknown" if total is None else f"{total:,}",
-        str(len(about["outcomes"]["both"])),
-    ]
+    return _table(head, (list(cells(row)) for row in order))
 
 
 def signed(interval: Interval) -> str:
@@ -197,41 +195,56 @@ def lines_table(lines: Lines, head: str) -> list[str]:
 
 
 def claims_table(outcomes: Outcomes) -> list[str]:
-    """The paper's claims: the row that each is about, and what this study says of it."""
+    """The paper's claims: the row that each is about, and what this study says of it.
 
-    def row(claim: str, rival: str) -> list[str]:
-        name = outcomes.best_merge if rival == "best merge" else rival
-        if name not in outcomes.rows:
-            return [claim, name, "", "not measured"]
-        compared = outcomes.compared(AFA, name, outcomes.mixed)
-        return [claim, name, signed(compared.paired.difference), _holds(compared)]
-
-    rows = [row(claim, rival) for claim, rival in CLAIMS]
-    claim, more = FEW_STEPS
-    if more in outcomes.rows:
-        compared = outcomes.compared(AFA, more, outcomes.mixed)
-        says = {"below": "does not hold", "not told apart": "cannot be told"}
-        rows.append(
-            [claim, more, signed(compared.paired.difference), says.get(compared.verdict, "holds")]
-        )
-    else:
-        rows.append([claim, more, "", "not measured"])
-    return _table(["claim of the paper", "row", "AFA minus this", "here"], rows)
-
-
-def _holds(compared: Compared) -> str:
-    return {
-        "above": "holds",
-        "below": "the opposite holds",
+    Few steps suffice if more of them are not better.
+    """
+    claims = {claim: name or outcomes.best_merge for claim, name in CLAIMS.items()}
+    more = [row for row in outcomes.rows if row.startswith(f"{AFA}, ")]
+    if more:
+        claims[FEW_STEPS] = max(more, key=lambda row: outcomes.rows[row]["expert_calls"] or 0)
+    known = [name for name in claims.values() if name in outcomes.rows]
+    compared = outcomes.compared(known, AFA, outcomes.mixed)
+    says = {
+        "below": "holds",
+        "above": "the opposite holds",
         "equivalent": "does not hold: equivalent",
         "not told apart": "cannot be told",
-    }[compared.verdict]
+    }
+    of_steps = {"below": "holds", "above": "does not hold", "equivalent": "holds"}
+
+    def cells(claim: str, name: str) -> list[str]:
+        if name not in compared:
+            return [claim, name, "", "not measured"]
+        verdict = compared[name].verdict
+        here = of_steps.get(verdict, says[verdict]) if claim == FEW_STEPS else says[verdict]
+        return [claim, name, signed(compared[name].paired.difference), here]
+
+    return _table(
+        ["claim of the paper", "row", f"row minus {AFA}", "here"],
+        (cells(claim, name) for claim, name in claims.items()),
+    )
+
+
+def edges_list(outcomes: Outcomes) -> list[str]:
+    """The settings whose best value is at an end of its grid: a better one may be beyond."""
+    chosen = outcomes.content["chosen"]
+    found = [
+        f"{row}: {', '.join(each['edges'])}"
+        for kind in ("rivals", "drawn")
+        for row, each in chosen.get(kind, {}).items()
+        if each["edges"]
+    ]
+    rates = {**chosen.get("rates", {}), **chosen.get("developed", {}).get("rows", {})}
+    found += [f"{row}: learning rate {e['rate']:g}" for row, e in rates.items() if e["is_edge"]]
+    return [f"Settings at an end of their grid: {'; '.join(found) if found else 'none'}."]
 
 
 def sentences(outcomes: Outcomes) -> list[str]:
     """What the test says of AFA against every row, what speaks against it first."""
     groups = outcomes.mixed
-    compared = {row: outcomes.compared(row, AFA, groups) for row in outcomes.rows if row != AFA}
+    others = [row for row in outcomes.rows if row != AFA]
+    compared = outcomes.compared(others, AFA, groups)
     ours = outcomes.mean(AFA, groups)
     said = []
     for verdict, text in (
@@ -245,16 +258,15 @@ def sentences(outcomes: Outcomes) -> list[str]:
         if rows:
             listed = "; ".join(f"{row} {outcomes.mean(row, groups)}" for row in rows)
             said.append(f"On pairs of two experts, AFA draws {ours}. **{text}:** {listed}.")
-    own = outcomes.own
-    worst = min(own, key=lambda group: float(outcomes.scores(AFA, [group]).mean()))
-    expert = f"expert: {worst}"
-    if expert in outcomes.rows:
-        difference = outcomes.compared(AFA, expert, [worst])
-        said.append(
-            f"On its own prompts, AFA's worst domain is {worst}: {outcomes.mean(AFA, [worst])}, "
-            f"its expert {outcomes.mean(expert, [worst])}; AFA is {difference.verdict} "
-            f"({signed(difference.paired.difference)})."
-        )
+    for group in outcomes.own:
+        expert = f"expert: {group}"
+        if expert in outcomes.rows:
+            each = outcomes.compared([expert], AFA, [group])[expert]
+            said.append(
+                f"On prompts of {group} alone, AFA draws {outcomes.mean(AFA, [group])}; their "
+                f"expert draws {outcomes.mean(expert, [group])}: {each.verdict} "
+                f"({signed(each.paired.difference)})."
+            )
     for name in _SETS:
         nearer = [
             row

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from afa.studies.evidence.entrants import Aggregated, Distilled, Entrant, Tuned
@@ -19,6 +20,9 @@ TUNED, MERGED, LORA = "tuned base", "merge, then tuned", "LoRA on the base"
 ORACLE, REAL = "oracle mask", "real scenes through the autoencoder"
 #: models that saw the data of base and experts
 POOLED_ROW, WIDE_ROW = "pooled base", "wide model"
+#: the first words of rows of sparse routing, and those of them that use all trainings of AFA
+TOP = "top-"
+ALL_TRAININGS = tuple(f"{TOP}{count}" for count in (1, 2))
 #: aggregators of adequate size at the last site only
 PREDICTIONS_ONLY = {"sites": "conv_out", "hidden_ratio": None, "min_scale": 1}
 #: aggregators without one of the states (AFA, section 4.4)
@@ -32,6 +36,11 @@ ABLATIONS = {
 def at_steps(num_steps: int) -> str:
     """The name of the ensemble's row with another number of denoising steps."""
     return f"{AFA}, {num_steps} denoising steps"
+
+
+def of_ensemble(name: str) -> bool:
+    """Whether a row draws with the ensembles of AFA in another way, without a training."""
+    return name.startswith((TOP, f"{AFA}, "))
 
 
 def counted(row: str, steps: int, number: int | None = None) -> str:
@@ -63,7 +72,7 @@ def trained(
         found.append(Aggregated(AFA, seed))
         if experiment in _WHOLE:
             found.append(Distilled(DISTILLED, seed, teacher=AFA))
-        found.append(Aggregated(PREDICTIONS, seed, changes=PREDICTIONS_ONLY))
+        found.append(_predictions(settings, PREDICTIONS, seed))
         found += _tuned(experiment, settings, rates, merge, seed)
     if experiment == Experiment.MAIN:
         found += [Distilled(GUIDED, seed, teacher=AFA, bakes_in=True) for seed in seeds]
@@ -86,6 +95,12 @@ def trained(
 _WHOLE = (Experiment.MAIN, Experiment.PRIVATE)
 
 
+def _predictions(settings: EvidenceSettings, row: str, seed: int = 0) -> Aggregated:
+    """Aggregators at the last site only, with their own length and learning rate."""
+    steps, rate = settings.predictions_steps, settings.predictions_rate
+    return Aggregated(row, seed, changes=PREDICTIONS_ONLY, steps=steps, rate=rate)
+
+
 def _tuned(
     experiment: Experiment,
     settings: EvidenceSettings,
@@ -93,9 +108,11 @@ def _tuned(
     merge: Mapping[str, Any] | None,
     seed: int,
 ) -> Iterator[Tuned]:
-    """The tuned base and the tuned merge, at all lengths in the first experiments."""
-    lengths = settings.tuned_steps if experiment in _WHOLE else settings.tuned_steps[:1]
-    for steps in lengths:
+    """The tuned base and merge: as long as AFA, and in some experiments at all lengths."""
+    lengths = {settings.aggregator_steps}
+    if experiment in _WHOLE:
+        lengths |= {*settings.tuned_steps}
+    for steps in sorted(lengths):
         yield Tuned(counted(TUNED, steps), seed, None, steps, rates[TUNED])
         if merge is not None:
             yield Tuned(counted(MERGED, steps), seed, None, steps, rates[MERGED], merge)
@@ -108,7 +125,8 @@ def _data(
     steps = settings.aggregator_steps
     for number in settings.curve_pictures:
         yield Aggregated(counted(AFA, steps, number), 0, number)
-        yield Aggregated(counted(PREDICTIONS, steps, number), 0, number, PREDICTIONS_ONLY)
+        row = counted(PREDICTIONS, steps, number)
+        yield replace(_predictions(settings, row), number=number, steps=steps)
         yield Tuned(counted(TUNED, steps, number), 0, number, steps, rates[TUNED])
         if merge is not None:
             row = counted(MERGED, steps, number)

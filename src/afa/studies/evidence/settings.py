@@ -20,14 +20,18 @@ WORLDS_OF: dict[Experiment, tuple[str, ...]] = {
 class EvidenceSettings:
     """Settings of the study; all were chosen on development or tuning prompts.
 
-    `aggregator_steps` and `aggregator_rate` are replaced by what development prompts choose.
+    Steps and rates of aggregators are replaced by what development prompts choose; see
+    `afa.studies.evidence.development`.
 
     Attributes:
         num_seeds: trainings of each row of which a sentence speaks.
-        developed: steps and learning rates of the aggregators, of which development prompts choose.
+        aggregator_lengths: lengths of the training of aggregators; development prompts choose one.
+        aggregator_rates: their learning rates, chosen in the same way at the shortest length.
         aggregator_steps: of the aggregators.
         batch_size: pictures in a step of everything that is trained.
         aggregator_rate: learning rate of the aggregators.
+        predictions_steps: of the aggregators that fuse predictions only.
+        predictions_rate: their learning rate.
         tuned_steps: lengths of the tuned models; the last one has three seeds.
         tuned_rates: learning rates of the tuned base and the tuned merge, of which the best one on
             tuning prompts is taken.
@@ -51,15 +55,13 @@ class EvidenceSettings:
     """
 
     num_seeds: int = 3
-    developed: tuple[tuple[int, float], ...] = (
-        (1_000, 1e-3),
-        (1_000, 3e-3),
-        (3_000, 1e-3),
-        (3_000, 3e-4),
-    )
+    aggregator_lengths: tuple[int, ...] = (1_000, 3_000)
+    aggregator_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
     aggregator_steps: int = 1_000
     batch_size: int = 16
     aggregator_rate: float = 1e-3
+    predictions_steps: int = 1_000
+    predictions_rate: float = 1e-3
     tuned_steps: tuple[int, ...] = (1_000, 3_000)
     tuned_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
     lora_rank: int = 16

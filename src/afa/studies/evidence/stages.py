@@ -43,15 +43,15 @@ def run_stage(
     study.work.mkdir(parents=True, exist_ok=True)
     first = study.place(FIRST)
     with owned(study.work):
+        if stage == Stage.DEVELOPMENT:  # in one world, for all experiments
+            yield from develop(first, study.settings, study.num_processes)
+            return
         if stage in (Stage.TRAININGS, Stage.TEST):
             study = replace(study, settings=developed(first, study.settings))
         for world in WORLDS_OF[experiment]:
             yield StageStarted(f"{stage} of the world '{world}'")
             if stage == Stage.WORLDS:
                 yield from build(study, world)
-            elif stage == Stage.DEVELOPMENT:
-                if world == FIRST:  # for all worlds
-                    yield from develop(first, study.settings, study.num_processes)
             elif stage == Stage.CANDIDATES:
                 yield from choose_rivals(study, world)
             elif stage == Stage.TRAININGS:

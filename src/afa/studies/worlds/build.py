@@ -16,7 +16,7 @@ from afa.errors import AfaError
 from afa.files import owned, read_json, staged, write_atomic
 from afa.studies.results.jobs import Job, report_progress, run_jobs
 from afa.studies.worlds.prompts import groups_of, prompts_of
-from afa.studies.worlds.recipe import BASE, POOLED, WIDE, WIDE_CHANNELS, WorldRecipe
+from afa.studies.worlds.recipe import BASE, POOLED, TEXT, WIDE, WIDE_CHANNELS, WorldRecipe
 from afa.studies.worlds.text import train_contrastively, use_text_encoder
 from afa.studies.zoo_build.evaluate import draw_pictures, scores_of
 from afa.studies.zoo_build.workshop import (
@@ -54,7 +54,8 @@ class WorldShop(Workshop[WorldRecipe]):
 
     def scene(self, index: int, kind: str, stream: int = 0) -> Scene:
         """The scene at `index` of a stream of a model's data."""
-        chosen, without = self.recipe.shown(kind)
+        model = self.recipe.shown_to_text(index) if kind == TEXT else kind
+        chosen, without = self.recipe.shown(model)
         seed = self.recipe.seed + stream
         return scene(index, kind=chosen, seed=seed, without=without, hold_out="fifth")
 

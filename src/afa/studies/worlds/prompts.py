@@ -11,13 +11,15 @@ from afa.zoo.scenes import BACKGROUNDS, caption_of, is_held_out, pair_set
 from afa.zoo.sprites import OBJECTS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from afa.studies.worlds.recipe import WorldRecipe
 
 #: what prompts are used for; only the last stage of the study reads those of the test
 PromptSet = Literal["tuning", "development", "test"]
 _SETS: tuple[PromptSet, ...] = ("tuning", "development", "test")
+#: there are few pairs of private objects, and no setting is chosen on them
+_PRIVATE_SETS: tuple[PromptSet, ...] = ("tuning", "development", "test", "test", "test", "test")
 #: groups of prompts besides an expert's own: pairs of objects of different experts, and those among
 #: them with no, one or two private objects
 MIXED = "mixed"
@@ -61,9 +63,8 @@ def _pairs(recipe: WorldRecipe, used_for: PromptSet) -> Iterator[tuple[str, tupl
         if recipe.is_mixed(*pair):
             count = len(private & set(pair))
             # private objects are in no training pair of two experts, whatever the set
-            if count or pair_set(*pair) == used_for:
-                if count and _set_of("+".join(sorted(pair))) != used_for:
-                    continue
+            found = _set_of("+".join(sorted(pair)), _PRIVATE_SETS) if count else pair_set(*pair)
+            if found == used_for:
                 yield ((KNOWN, ONE_PRIVATE, PRIVATE)[count] if private else MIXED), pair
             continue
         # an expert's own pairs, of which its data show all that no set of mixed pairs holds out
@@ -71,9 +72,9 @@ def _pairs(recipe: WorldRecipe, used_for: PromptSet) -> Iterator[tuple[str, tupl
             yield recipe.owner(pair[0]), pair
 
 
-def _set_of(text: str) -> PromptSet:
-    """One of three equally large sets, by a hash."""
-    return _SETS[hashlib.sha256(text.encode()).digest()[0] % len(_SETS)]
+def _set_of(text: str, sets: Sequence[PromptSet] = _SETS) -> PromptSet:
+    """One of several sets, by a hash."""
+    return sets[hashlib.sha256(text.encode()).digest()[0] % len(sets)]
 
 
 def training_prompts(recipe: WorldRecipe, count: int) -> list[str]:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 #: names of models in a world's folder, besides its experts
 BASE, POOLED, WIDE = "base", "pooled", "wide"
+#: the text encoder that they share
+TEXT = "text"
 #: channels of the wide model, which has three times the base's parameters
 WIDE_CHANNELS = (56, 168)
 
@@ -31,7 +33,8 @@ class WorldRecipe(Section):
         num_experts: with 3, each expert's data are the objects of one domain; otherwise the 48
             objects are dealt out in turn. Its data are all pairs of its objects that are not held
             out.
-        private: objects of each domain that only their expert's data show.
+        private: objects of each domain that only their expert's data show, besides the text
+            encoder's.
         start: folder of another world with the same base, which is not trained again.
         base_steps: steps of the base.
         expert_steps: steps of each expert.
@@ -98,6 +101,16 @@ class WorldRecipe(Section):
             return model, frozenset()
         return "any", frozenset(OBJECTS) - set(self.experts[model])
 
+    def shown_to_text(self, index: int) -> str:
+        """The model whose kind of scene is at an index of the text encoder's data.
+
+        It knows all words, as CLIP does. Objects that are private to an expert are shown beside
+        others of their domain alone, since all other pairs with them are prompts of tests.
+        """
+        if not self.private or index % 2 == 0:
+            return BASE
+        return list(self.experts)[index // 2 % len(self.experts)]
+
     def owner(self, shown: str) -> str:
         """The expert whose data show an object."""
         return next(name for name, known in self.experts.items() if shown in known)
@@ -113,7 +126,7 @@ class WorldRecipe(Section):
 #: worlds by name
 WORLDS: dict[str, WorldRecipe] = {
     "main": WorldRecipe(pooled_steps=6_000, is_wide=True),
-    "private": WorldRecipe(private=4),
+    "private": WorldRecipe(private=4, pooled_steps=6_000),
     **{
         f"after-{steps}": WorldRecipe(start=Path("main"), expert_steps=steps)
         for steps in (50, 200, 700)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional as F
 
-from afa.studies.worlds.recipe import BASE
+from afa.studies.worlds.recipe import TEXT
 from afa.studies.zoo_build.build import soften
 from afa.zoo.scenes import caption_of
 from afa.zoo.sprites import CATEGORY, DOMAIN_OF
@@ -54,8 +54,8 @@ def train_contrastively(shop: Workshop[WorldRecipe], model: CLIPModel) -> Iterat
 
     def loss_of(generator: torch.Generator) -> Tensor:
         indices = torch.randint(10_000_000, (_BATCH_SIZE,), generator=generator)
-        shown = [shop.scene(int(i), BASE, stream=_STREAM) for i in indices]
-        pictures = soften(shop.pixels(indices, BASE, stream=_STREAM), generator)
+        shown = [shop.scene(int(i), TEXT, stream=_STREAM) for i in indices]
+        pictures = soften(shop.pixels(indices, TEXT, stream=_STREAM), generator)
         general = torch.rand(_BATCH_SIZE, 2, generator=generator) < shop.recipe.category_share
         words = [named(scene, row) for scene, row in zip(shown, general.tolist(), strict=True)]
         words += [(right, left, background) for left, right, background in words]
