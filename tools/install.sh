@@ -10,7 +10,13 @@ set -euo pipefail
 venv=$1
 shift
 locks=("${@/#/--requirement=}")
-test -x "$venv/bin/python" || "${PYTHON:-python3}" -m venv "$venv"
+python=${PYTHON:-python3}
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11, 5))'; then
+    echo "The pinned versions need Python 3.11.5 or newer; '$python' is $("$python" --version 2>&1)." \
+        "Name another interpreter, for example: make install PYTHON=python3.12" >&2
+    exit 2
+fi
+test -x "$venv/bin/python" || "$python" -m venv "$venv"
 pip() { "$venv/bin/python" -m pip --quiet --disable-pip-version-check "$@"; }
 # without bytecode, half the time: Python writes it for the modules that are imported
 checked() { pip install --no-compile --require-hashes --no-deps ${WHEELS_ALONE---only-binary=:all:} "$@"; }

@@ -25,7 +25,7 @@ from afa.loading.expert_source import ExpertSource
 from afa.loading.inspection import describe
 from afa.loading.memory.budget import MemoryPlan
 from afa.loading.single_file.load import Companions
-from afa.loading.vocabulary import WORDS
+from afa.loading.vocabulary import WORDS, read_words
 from afa.preflight.inputs import inputs_of_evaluation
 from afa.training import Recipe
 from tests.refusal import refusal
@@ -195,6 +195,19 @@ def test_captions_without_words_are_refused(experts: list[Path], tmp_path: Path)
     asked = Recipe.model_validate({**written, "drafts": {"judge": str(experts[2])}})
     with refusal("AFA-TRAIN-061", "drafts.prompts"):
         list(steps_of(asked, tmp_path / "run"))
+
+
+@pytest.mark.slow
+def test_the_words_of_generated_scenes_are_known(experts: list[Path], tmp_path: Path) -> None:
+    """They are not rendered for it: a training reads only some of many scenes."""
+    data = {"scenes": {"num_samples": 3_000, "without": ["fox"]}}
+    written = as_written(experts[:2], data, num_steps=1)
+    asked = Recipe.model_validate({**written, "drafts": {"judge": str(experts[2])}})
+    list(steps_of(asked, tmp_path / "run"))
+    words = read_words(tmp_path / "run")
+    assert words is not None
+    assert "pizza" in words
+    assert "fox" not in words
 
 
 def test_before_a_training_no_words_are_known() -> None:

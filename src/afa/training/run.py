@@ -158,8 +158,7 @@ def _require_words(drafts: OwnDrafts | None, words: Sequence[str]) -> None:
         raise AfaError(
             "AFA-TRAIN-061",
             "drafts.prompts is unknown_words, but the words of the training captions are not "
-            "known: they are generated scenes without data.cache: true, or have no spaces between "
-            "words. Set drafts.prompts: all, or remove drafts.",
+            "known: they have no spaces between words. Set drafts.prompts: all, or remove drafts.",
         )
 
 

@@ -179,7 +179,7 @@ def whole_of(data: CaptionedImages | StreamedImages) -> CaptionedImages | Stream
 def captions_in(data: CaptionedImages | StreamedImages) -> Iterator[str | None] | None:
     """All captions in order, without reading pictures; None for a missing caption.
 
-    Returns None for data sets that have to read pictures for it: streams and generated scenes.
+    Returns None for data sets that have to read pictures for it, such as streams.
     """
     captions = getattr(data, "captions", None)
     return None if captions is None else captions()

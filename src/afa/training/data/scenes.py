@@ -9,7 +9,7 @@ from PIL import Image
 from afa.training.data.images import Stored
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterator
 
     from afa.zoo.scenes import HoldOut, Kind, Scene
     from afa.zoo.sprites import Sprites
@@ -56,6 +56,10 @@ class SceneImages:
         """The caption, which stands for the picture; it names all objects, not their places."""
         caption = self._scene(index).caption
         return Stored(caption.encode(), caption)
+
+    def captions(self) -> Iterator[str]:
+        """See `afa.training.data.images.captions_in`."""
+        return (self._scene(index).caption for index in range(self._num_samples))
 
     def name(self, index: int) -> str:
         """The scene's number."""
