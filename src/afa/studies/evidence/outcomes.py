@@ -15,6 +15,7 @@ from afa.evaluation.results import read_results
 from afa.files import write_atomic
 from afa.provenance import commit
 from afa.studies.evidence.development import samples_of_development
+from afa.studies.evidence.rivals.prompt_router import PromptRouter
 from afa.studies.evidence.rows import (
     AFA,
     ALL_TRAININGS,
@@ -165,6 +166,8 @@ def budget(
     found = {"base": world.base_steps * batch, "experts": used * world.expert_steps * batch}
     trained = name if name in samples else AFA if of_ensemble(name) else ""
     own = samples.get(trained, 0)
+    if name == PromptRouter.row:
+        own = PromptRouter.num_pictures  # whose errors label them
     if name in (POOLED_ROW, WIDE_ROW):
         own = world.pooled_steps * batch
     return {**found, "own": own, "tuning": _tuning(name, settings)}
