@@ -27,6 +27,7 @@ from afa.studies.evidence.rows import (
     LORA,
     MERGED,
     PREDICTIONS,
+    REAL,
     TUNED,
     counted,
     trained,
@@ -34,6 +35,7 @@ from afa.studies.evidence.rows import (
 from afa.studies.evidence.run import Study, best_merge, choose, chosen_rates
 from afa.studies.evidence.settings import WORLDS_OF, EvidenceSettings
 from afa.studies.evidence.stages import run_stage
+from afa.studies.results.run import folders_in
 from afa.studies.worlds.prompts import training_prompts
 from afa.studies.worlds.recipe import WORLDS, WorldRecipe
 from afa.zoo.scenes import pair_set, parse_caption
@@ -257,10 +259,16 @@ def test_the_stages_in_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for row, each in found["rows"].items():
         assert all(len(bits) == count for bits in each["outcomes"]["both"]), row
         assert each["sets"]["fid"][0]["low"] <= each["sets"]["fid"][0]["high"]
-        assert each["budget"]["base"] == 2
-        assert (each["budget"]["experts"] > 0) == (row != "base" and not _is_single(row)), row
+        assert each["budget"]["base"] == (0 if row == REAL else 2), row
+        assert (each["budget"]["experts"] > 0) == (not _is_single(row)), row
+        is_tuned = row.startswith((AFA, PREDICTIONS, "top-", DISTILLED, TUNED, MERGED, LORA))
+        assert (each["budget"]["tuning"] > 0) == is_tuned, row
     own = [found["rows"][row]["budget"]["own"] for row in (AFA, "top-1", "AFA, 2 denoising steps")]
     assert own == [settings.aggregator_steps] * 3
+    assert found["rows"]["router per prompt"]["budget"]["own"] == 1_024
+    assert [found["rows"][row]["seeds"] for row in (AFA, "top-1", "base")] == [[0], [0], None]
+    assert found["sampling"]["seeds"] == [settings.test_seed]
+    assert found["chosen"].keys() == {"rivals", "drawn", "rates", "developed"}
     assert found["real"].keys() == {"fid", "kid", "cmmd"}
 
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
@@ -272,7 +280,7 @@ def test_the_stages_in_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def _is_single(row: str) -> bool:
     """Whether a row uses no expert."""
-    return row.startswith((TUNED, LORA)) or row in ("pooled base", "wide model")
+    return row.startswith((TUNED, LORA)) or row in ("base", "pooled base", "wide model", REAL)
 
 
 def test_only_the_last_stage_reads_the_test_prompts() -> None:
@@ -301,3 +309,8 @@ def test_only_the_last_stage_reads_the_test_prompts() -> None:
 def _few(rows: dict[str, Grid]) -> Grid:
     grid = rows["LoRAtorio"]
     return Grid(grid.points[:2], grid.methods[:2])
+
+
+def test_a_comparison_of_a_study_may_read_the_folders_that_it_names() -> None:
+    recipe = {"base": "/a/base", "methods": [{"model": [{"source": "/b/x"}], "name": "m"}], "n": 1}
+    assert folders_in({**recipe, "experts": ["zoo:food", "relative/one"]}) == {"/a", "/b"}

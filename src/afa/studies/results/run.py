@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -16,6 +17,7 @@ from afa.files import is_unused, owned, read_json, write_atomic
 from afa.loading.identity import hash_descriptions
 from afa.loading.sources import locate
 from afa.loading.weights import hash_pipeline
+from afa.policy import FOLDERS_VARIABLE
 from afa.studies.results.jobs import (
     Job,
     JobProgress,
@@ -44,7 +46,6 @@ from afa.studies.results.plan import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
-    from pathlib import Path
 
 SETTINGS = "study.json"
 
@@ -192,7 +193,10 @@ def require_same_study(work: Path, inputs: dict[str, Any]) -> None:
 
 
 def evaluate_in_processes(output: Path, recipe: dict[str, Any], num_processes: int) -> None:
-    """Run `afa evaluate` in several processes on a recipe, which is stored next to `output`."""
+    """Run `afa evaluate` in several processes on a recipe, which is stored next to `output`.
+
+    The study wrote the recipe, so the folders that it names are trusted.
+    """
     file = output.with_suffix(".yaml")
     plain = json.loads(json.dumps(recipe))  # avoids YAML aliases for shared lists
     text = yaml.safe_dump(plain, sort_keys=False, default_flow_style=None, width=100)
@@ -203,13 +207,25 @@ def evaluate_in_processes(output: Path, recipe: dict[str, Any], num_processes: i
         command += [launcher, "--standalone", f"--nproc_per_node={num_processes}", "-m"]
     # the check would take a minute, and the models were made by this study
     command += ["afa", "evaluate", str(file), "--output", str(output), "--no-check"]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+    trusted = [os.environ.get(FOLDERS_VARIABLE, ""), *sorted(folders_in(plain))]
+    variables = {FOLDERS_VARIABLE: os.pathsep.join(trusted), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env={**os.environ, **variables}, check=False)
     if done.returncode:
         raise AfaError(
             "AFA-STUDY-006",
             f"afa evaluate failed on '{file}'; see its error above. Run the same command again to "
             "resume.",
         )
+
+
+def folders_in(content: Any) -> set[str]:
+    """The folders of all absolute paths in the content of a recipe."""
+    if isinstance(content, dict):
+        return folders_in(list(content.values()))
+    if isinstance(content, list):
+        return set().union(*map(folders_in, content))
+    is_path = isinstance(content, str) and Path(content).is_absolute()
+    return {str(Path(content).parent)} if is_path else set()
 
 
 def choose(
