@@ -61,7 +61,11 @@ def sign_test(wins: int, losses: int) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjust the p-values of several tests (Holm, 1979): the chance of any false one is kept."""
+    """Adjust the p-values of several tests by Holm's method, in the given order.
+
+    The probability that any true null hypothesis is rejected stays below the level (Holm, 1979,
+    A simple sequentially rejective multiple test procedure).
+    """
     order = sorted(range(len(p_values)), key=lambda n: p_values[n])
     adjusted, largest = [1.0] * len(p_values), 0.0
     for rank, n in enumerate(order):

@@ -158,9 +158,13 @@ def test_models_that_know_the_test_or_are_of_another_world(
     with refusal("AFA-STUDY-024", "zoo:base"):
         read(base="zoo:base", methods=[{"name": "mine", "model": str(world / "food")}])
     method = {"name": "mine", "ensemble": str(tmp_path / "ensemble")}
-    for hold_out, is_refused in (("tenth", True), ("fifth", False)):
+    for hold_out, expert, is_refused in (
+        ("tenth", "a", True),
+        ("fifth", "zoo:food", True),
+        ("fifth", "a", False),
+    ):
         (tmp_path / "ensemble").mkdir(exist_ok=True)
-        recipe = {"data": {"scenes": {"hold_out": hold_out}}}
+        recipe = {"data": {"scenes": {"hold_out": hold_out}}, "experts": [{"source": expert}]}
         (tmp_path / "ensemble" / "recipe.json").write_text(json.dumps(recipe))
         if is_refused:
             with refusal("AFA-STUDY-024", "hold_out: fifth"):

@@ -21,6 +21,7 @@ from afa.studies.evidence.comparison import PROMPTS, REFERENCES, test_comparison
 from afa.studies.evidence.drawn import pairs_of, render_scenes
 from afa.studies.evidence.outcomes import row_of_test
 from afa.studies.evidence.page import own_table, rows_table, sets_table, signed
+from afa.studies.evidence.settings import EvidenceSettings
 from afa.studies.results.plan import sampling
 from afa.studies.worlds.build import RECIPE
 
@@ -35,7 +36,6 @@ REBUILT = "base, rebuilt"
 _KEYS = {"prompts", "mixed", "rows", "sampling", "num_references", "margin", "description"}
 #: how scenes leave out the pairs of all tests
 _HOLD_OUT = "fifth"
-_RESAMPLES = 10_000
 
 
 class AgainstRecipe(ModelsRecipe):
@@ -117,6 +117,7 @@ def _require_untested(asked: AgainstRecipe) -> None:
             recipe = read_json(ensemble_folder(source) / "recipe.json")
             scenes = (recipe.get("data") or {}).get("scenes") or {}
             seen = bool(scenes) and scenes.get("hold_out") != _HOLD_OUT
+            seen |= any("zoo:" in json.dumps(expert) for expert in recipe.get("experts") or [])
         if seen:
             raise AfaError(
                 "AFA-STUDY-024",
@@ -202,7 +203,7 @@ def write_against(
         for name in results.methods
     }
     content = {**published, "rows": {**published["rows"], **own}}
-    outcomes = Outcomes(content, published["margin"], _RESAMPLES)
+    outcomes = Outcomes(content, published["margin"], EvidenceSettings.num_resamples)
     lines = ["# New rows in a published test", ""]
     if world_of(asked) is None:
         lines += ["Whether the models are of the test's world is not recorded beside them.", ""]
