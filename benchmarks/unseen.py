@@ -7,11 +7,11 @@ domain's objects, and there are several choices of this quarter. Mixed prompts a
 many of their objects were unseen, prompts of one domain by whether both were. Pairs of seen objects
 are held out of the base's training, too; most other pairs are not, since there are too few, so the
 base has an advantage there. Rows: the base, the
-experts, the uniform merge, the aggregators of each variant with one training per seed, the same
-with drafts of prompts with unseen objects, drafts without aggregators, and a mask that knows which
-expert owns which half, as the ceiling.
+experts, the uniform merge, the aggregators of each variant with one training per seed, drafts
+without aggregators, and a mask that knows which expert owns which half, as the ceiling.
 
-`benchmarks.unseen_prompts` has the prompts, for development only.
+`benchmarks.unseen_prompts` has the prompts, for development only. The outcomes of every picture go
+to `docs/unseen`, from which `benchmarks.unseen_outcomes` writes the tables.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ from afa.evaluation.recipe import slug
 from afa.files import write_atomic
 from afa.loading.expert_source import ExpertSource
 from afa.loading.pipeline import load_pipeline, with_rules
-from afa.statistics import wilson
 from afa.studies.evidence.rivals.oracle_mask import HalfMask
 from afa.studies.results.jobs import Job, run_jobs, train_aggregators_job
 from afa.studies.results.plan import (
@@ -55,10 +54,11 @@ from afa.zoo import EXPERTS
 from afa.zoo.judges import judge, load_classifier
 from afa.zoo.scenes import BACKGROUNDS, caption_of, parse_caption
 from afa.zoo.sprites import DOMAIN_OF, OBJECTS
-from benchmarks.unseen_prompts import CHOICES, GROUPS, prompts_of, training_prompts, unseen_of
+from benchmarks.unseen_outcomes import BASE, DOCS, DRAFTS, EXPERT, FOLDER, Outcomes, write_outcomes
+from benchmarks.unseen_prompts import CHOICES, prompts_of, training_prompts, unseen_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -101,7 +101,6 @@ VARIANTS = {
 }
 #: the tokens of both objects in a caption
 _PLACES = (2, 8)
-ORACLE = "oracle mask"
 
 
 def recipe(
@@ -164,19 +163,12 @@ def comparison(
         {"name": name, "ensemble": [str(folder) for folder in listed]}
         for name, listed in folders.items()
     ]
+    if has_kept:
+        methods += [{**each, "name": f"{each['name']} with drafts", **kept} for each in methods]
     if has_references:
-        # what afa generate draws with an ensemble that names its judge
-        own = {"drafts": {"judge": zoo.base, "prompts": "unknown_words"}}
-        known = [each for each in methods if VARIANTS[each["name"]].is_real]
-        default = [
-            {**each, "name": f"{each['name']}, drafts for unknown words", **own} for each in known
-        ]
-        if has_kept:
-            methods += [{**each, "name": f"{each['name']} with drafts", **kept} for each in methods]
-        methods += default
-        methods.append({"name": "drafts alone", "fusion": {"rule": "feature_mean"}, **drafts})
-        methods.append({"name": "base", "model": zoo.base})
-        methods += [{"name": f"expert: {name}", "model": zoo.experts[name]} for name in EXPERTS]
+        methods.append({"name": DRAFTS, "fusion": {"rule": "feature_mean"}, **drafts})
+        methods.append({"name": BASE, "model": zoo.base})
+        methods += [{"name": f"{EXPERT}{name}", "model": zoo.experts[name]} for name in EXPERTS]
         merge = {"method": "weighted", "weights": [1 / 3] * 3}
         methods.append({"name": "uniform merge", "merge": merge})
     return {
@@ -189,13 +181,12 @@ def comparison(
     }
 
 
-def judge_oracle(zoo: Zoo, prompts: Mapping[str, Sequence[str]], size: int = 16) -> dict[str, Any]:
-    """Score the mask that knows the layout and the domains."""
+def judge_oracle(zoo: Zoo, prompts: Mapping[str, Sequence[str]], size: int = 16) -> list[bool]:
+    """Whether the mask that knows the layout and the domains draws each prompt right."""
     pipeline, mask = load_pipeline(list(zoo.experts.values())), HalfMask()
     pipeline = with_rules(pipeline, [mask for _ in denoiser_of(pipeline).sites])
-    classifier, scores = load_classifier(), {}
-    for group, captions in prompts.items():
-        right = 0
+    classifier, found = load_classifier(), []
+    for captions in prompts.values():
         for start in range(0, len(captions), size):
             batch = captions[start : start + size]
             shown = [parse_caption(caption) for caption in batch]
@@ -203,10 +194,8 @@ def judge_oracle(zoo: Zoo, prompts: Mapping[str, Sequence[str]], size: int = 16)
                 (EXPERTS.index(DOMAIN_OF[s.left]), EXPERTS.index(DOMAIN_OF[s.right])) for s in shown
             ]
             pictures = draw_pictures(pipeline, batch, seed=start, num_steps=10, batch_size=size)
-            right += sum(verdict.both for verdict in judge(classifier, pictures, batch))
-        found = wilson(right / len(captions), len(captions))
-        scores[group] = {"mean": found.mean, "low": found.low, "high": found.high}
-    return scores
+            found += [verdict.both for verdict in judge(classifier, pictures, batch)]
+    return found
 
 
 @torch.no_grad()
@@ -262,25 +251,13 @@ def _folder(variant: str, choice: int, seed: int) -> str:
     return "-".join(parts)
 
 
-def rows_of(report: Mapping[str, Any], oracle: Mapping[str, Any] | None) -> Iterator[list[str]]:
-    """Yield a row per method: its name, the share of right pictures in each group, and calls."""
-
-    def cell(score: Mapping[str, float]) -> str:
-        return f"{score['mean']:.2f} [{score['low']:.2f}, {score['high']:.2f}]"
-
-    for row in report["rows"]:
-        groups = row["groups"]
-        shares = [cell(groups[group]["scores"]["both"]) for group in GROUPS]
-        yield [row["method"], *shares, f"{row['expert_calls_per_image']:.0f}"]
-    if oracle is not None:
-        yield [ORACLE, *(cell(oracle[group]) for group in GROUPS), ""]
-
-
 def main() -> None:
     """Train and judge all variants, then print a table per choice."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("work", type=Path)
     parser.add_argument("--zoo", type=Path, help="folder of base and experts; default: bundled")
+    parser.add_argument("--name", default="bundled", help="of the zoo; starts the outcomes' files")
+    parser.add_argument("--outcomes", type=Path, default=DOCS / FOLDER)
     parser.add_argument("--choices", type=int, nargs="+", default=list(CHOICES), choices=CHOICES)
     parser.add_argument("--num-seeds", type=int, default=1)
     parser.add_argument("--num-train-steps", type=int, default=700)
@@ -321,28 +298,33 @@ def main() -> None:
     for choice in arguments.choices:
         listed = {variant: trained[variant, choice] for variant in arguments.variants}
         output = work / f"comparison-{choice}"
-        has_references = not arguments.only
         compared = comparison(
             work,
             zoo,
             choice,
             listed,
             arguments.num_prompts,
-            has_references=has_references,
+            has_references=not arguments.only,
             has_kept=arguments.kept,
         )
         evaluate_in_processes(output, compared, num_processes)
+        if arguments.only:
+            continue
         place = output / "oracle.json"  # prompts of this folder never change
-        if has_references and not place.exists():
+        if not place.exists():
             found = judge_oracle(zoo, prompts_of(choice, arguments.num_prompts))
-            write_atomic(place, json.dumps(found, indent=1) + "\n")
-        report = json.loads((output / "report.json").read_text())
-        print(f"\nunseen: {', '.join(sorted(unseen_of(choice)))}\n")  # noqa: T201
-        titles = ["row", *GROUPS, "calls"]
-        print(f"| {' | '.join(titles)} |\n{'|---' * len(titles)}|")  # noqa: T201
-        oracle = json.loads(place.read_text()) if has_references else None
-        for row in rows_of(report, oracle):
-            print(f"| {' | '.join(row)} |")  # noqa: T201
+            write_atomic(place, json.dumps(found) + "\n")
+        about = {
+            "zoo": arguments.name,
+            "choice": choice,
+            "unseen": sorted(unseen_of(choice)),
+            "num_train_steps": arguments.num_train_steps,
+            "trainings": arguments.variants,
+            "trained_on_scenes": [each for each in arguments.variants if VARIANTS[each].is_real],
+        }
+        path = arguments.outcomes / f"{arguments.name}-{choice}.json"
+        write_outcomes(path, compared, output, json.loads(place.read_text()), about)
+        print("\n".join(Outcomes([json.loads(path.read_text())]).table()))  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -1,0 +1,219 @@
+"""The outcomes of every picture of `benchmarks.unseen`, and the tables of docs/drafts.md.
+
+python -m benchmarks.unseen_outcomes    # docs/unseen/ZOO-CHOICE.json to docs/drafts.md
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from afa.evaluation.recipe import EvaluateRecipe
+from afa.evaluation.results import read_results
+from afa.files import read_json, write_atomic
+from afa.provenance import commit
+from afa.statistics import mean_interval, paired_difference
+from afa.zoo.scenes import parse_caption
+from afa.zoo.sprites import DOMAIN_OF
+from benchmarks.unseen_prompts import GROUPS, OWN_SEEN, OWN_UNSEEN, SEEN
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from afa.statistics import Interval, Scores
+
+DOCS = Path(__file__).parent.parent / "docs"
+FOLDER, PAGE = "unseen", "drafts.md"
+BASE, DRAFTS, ORACLE, EXPERT = "base", "drafts alone", "oracle mask", "expert: "
+#: the row of each prompt's own expert, on prompts of one domain
+OWN_EXPERT = "the domain's expert"
+#: after the name of aggregators: what `afa generate` draws with them and a judge
+DEFAULT = ", drafts for unknown words"
+
+
+def write_outcomes(
+    path: Path,
+    recipe: Mapping[str, Any],
+    output: Path,
+    oracle: Sequence[bool],
+    about: Mapping[str, Any],
+) -> None:
+    """Write what every row drew, right or wrong.
+
+    Args:
+        path: of the file.
+        recipe: of the comparison.
+        output: its folder.
+        oracle: the outcomes of the mask that knows the layout, in the order of the prompts.
+        about: further content: the zoo, the choice, and the lengths of trainings.
+    """
+    results = read_results(EvaluateRecipe.model_validate(recipe), output)
+    every = list(range(len(results.prompts)))
+    rows = {
+        name: {
+            "both": [_bits(bits) for bits in results.scores_at(name, "both", every)],
+            "calls": results.cost(name).expert_calls,
+        }
+        for name in results.methods
+    }
+    content = {
+        **about,
+        "commit": commit(),
+        "machine": results.machines(),
+        "prompts": [[prompt.text, prompt.group] for prompt in results.prompts],
+        "rows": {**rows, ORACLE: {"both": [_bits(oracle)], "calls": None}},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False)
+    write_atomic(path, text.replace('"rows":', '\n"rows":') + "\n")
+
+
+def _bits(values: Sequence[float]) -> str:
+    return "".join(str(round(value)) for value in values)
+
+
+class Outcomes:
+    """The outcomes of several choices of unseen objects in one zoo, as one set of prompts.
+
+    Args:
+        contents: of the files of `write_outcomes`, one for each choice.
+    """
+
+    def __init__(self, contents: Sequence[Mapping[str, Any]]) -> None:
+        self.contents = contents
+        listed = [prompt for content in contents for prompt in content["prompts"]]
+        self._captions = [caption for caption, _ in listed]
+        self._groups = [group for _, group in listed]
+        shared = [{*content["rows"]} for content in contents]
+        self._drawn = [name for name in contents[0]["rows"] if all(name in s for s in shared)]
+
+        self._on_scenes = {*contents[0]["trained_on_scenes"]}
+
+    @property
+    def names(self) -> Iterator[str]:
+        """The rows, in the order of the table: single experts are one row."""
+        for name in self._drawn:
+            if not name.startswith(EXPERT):
+                yield name
+            if self.has_default(name):
+                yield name + DEFAULT
+        if any(name.startswith(EXPERT) for name in self._drawn):
+            yield OWN_EXPERT
+
+    def has_default(self, name: str) -> bool:
+        """Whether a row has trained aggregators that do not know the words of unseen objects."""
+        return name in self._on_scenes and DRAFTS in self._drawn
+
+    def scores(self, name: str, group: str) -> Scores | None:
+        """The outcomes [trainings, prompts] of a row; None if it has none in this group.
+
+        Ensembles with a judge draw prompts with unknown words as drafts alone do, and all others as
+        without a judge; see `afa.drafting`. The words of unseen objects are the unknown ones.
+        """
+        places = [n for n, each in enumerate(self._groups) if each == group]
+        if name.endswith(DEFAULT):
+            is_known = group in (SEEN, OWN_SEEN)
+            return self.scores(name.removesuffix(DEFAULT) if is_known else DRAFTS, group)
+        if name == OWN_EXPERT:
+            if group not in (OWN_SEEN, OWN_UNSEEN):
+                return None
+            owners = [EXPERT + DOMAIN_OF[parse_caption(self._captions[n]).left] for n in places]
+            by_owner = {owner: self._all(owner) for owner in {*owners}}
+            return np.stack([by_owner[o][:, n] for o, n in zip(owners, places, strict=True)], 1)
+        return self._all(name)[:, places]
+
+    def _all(self, name: str) -> Scores:
+        listed = [content["rows"][name]["both"] for content in self.contents]
+        count = min(len(each) for each in listed)
+        joined = ["".join(each[n] for each in listed) for n in range(count)]
+        return np.array([[float(bit) for bit in bits] for bits in joined])
+
+    def mean(self, name: str, group: str) -> Interval | None:
+        """The share of right pictures, with an interval over pairs of objects and trainings."""
+        scores = self.scores(name, group)
+        if scores is None:
+            return None
+        return mean_interval(scores, is_outcome=True, clusters=self._clusters(group))
+
+    def difference(self, name: str, other: str, group: str) -> Interval | None:
+        """The difference of two rows with its interval; None if one has no outcomes."""
+        ours, theirs = self.scores(name, group), self.scores(other, group)
+        if ours is None or theirs is None:
+            return None
+        return paired_difference(ours, theirs, clusters=self._clusters(group)).difference
+
+    def _clusters(self, group: str) -> Any:
+        listed = zip(self._captions, self._groups, strict=True)
+        scenes = [parse_caption(caption) for caption, each in listed if each == group]
+        pairs = ["+".join(sorted((scene.left, scene.right))) for scene in scenes]
+        return np.unique(pairs, return_inverse=True)[1].astype(np.int64)
+
+    def calls(self, name: str) -> str:
+        """The evaluations of one expert's denoiser for a picture."""
+
+        def of(drawn: str) -> str:
+            found = self.contents[0]["rows"][drawn]["calls"]
+            return "" if found is None else f"{found:.0f}"
+
+        if name == OWN_EXPERT:
+            return next(of(each) for each in self._drawn if each.startswith(EXPERT))
+        if name.endswith(DEFAULT):
+            return f"{of(name.removesuffix(DEFAULT))} or {of(DRAFTS)}"
+        return of(name)
+
+    def table(self) -> Iterator[str]:
+        """The shares of right pictures of all rows."""
+        yield f"| row | {' | '.join(GROUPS)} | calls | trainings |"
+        yield "|---" * (len(GROUPS) + 3) + "|"
+        for name in self.names:
+            cells = [str(self.mean(name, group) or "") for group in GROUPS]
+            drawn = name.removesuffix(DEFAULT)
+            counts = [
+                len(content["rows"].get(drawn, {}).get("both", ())) for content in self.contents
+            ]
+            # trainings without scenes do not depend on the choice
+            of_choices = sum(counts) if drawn in self._on_scenes else max(counts)
+            shown = str(of_choices) if drawn in self.contents[0]["trainings"] else ""
+            yield f"| {' | '.join([name, *cells, self.calls(name), shown])} |"
+
+    def checks(self) -> Iterator[str]:
+        """The rows that combine experts against the base and against each domain's expert."""
+        of_base = [f"{group}: minus base" for group in GROUPS[1:3]]
+        of_expert = [f"{group}: minus expert" for group in GROUPS[3:]]
+        yield f"| {' | '.join(['row', *of_base, *of_expert])} |"
+        yield "|---" * 5 + "|"
+        for name in self.names:
+            drawn = name.removesuffix(DEFAULT)
+            if drawn != DRAFTS and drawn not in self.contents[0]["trainings"]:
+                continue
+            found = [self.difference(name, BASE, group) for group in GROUPS[1:3]]
+            found += [self.difference(name, OWN_EXPERT, group) for group in GROUPS[3:]]
+            cells = [f"{d.mean:+.2f} [{d.low:+.2f}, {d.high:+.2f}]" if d else "" for d in found]
+            yield f"| {' | '.join([name, *cells])} |"
+
+
+def read_zoos(folder: Path) -> dict[str, Outcomes]:
+    """The outcomes in a folder, by zoo."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(folder.glob("*.json")):
+        content = read_json(path)
+        found.setdefault(content["zoo"], []).append(content)
+    return {zoo: Outcomes(contents) for zoo, contents in found.items()}
+
+
+def write_page(docs: Path) -> None:
+    """Replace the tables between the marks of docs/drafts.md."""
+    text = (docs / PAGE).read_text(encoding="utf-8")
+    for zoo, outcomes in read_zoos(docs / FOLDER).items():
+        begin, end = f"<!-- begin {zoo} -->", f"<!-- end {zoo} -->"
+        before, after = text.split(begin)[0], text.split(end)[1]
+        lines = [begin, "", *outcomes.table(), "", *outcomes.checks(), "", end]
+        text = before + "\n".join(lines) + after
+    write_atomic(docs / PAGE, text)
+
+
+if __name__ == "__main__":
+    write_page(DOCS)
