@@ -47,6 +47,10 @@ def build(
     processes: Annotated[
         int | None, typer.Option(min=1, help="Of a world, with one thread each; default: all.")
     ] = None,
+    packed: Annotated[
+        Path | None,
+        typer.Option(help="Models of a world by afa zoo pack, which are not trained again."),
+    ] = None,
 ) -> None:
     """Train a zoo: a base model and experts of it. Takes hours.
 
@@ -63,12 +67,13 @@ def build(
             "AFA-CLI-023",
             "--font only applies to the bundled zoo; got --family dit or --world. Remove --font.",
         )
-    if processes is not None and world is None:
+    if world is None and (processes is not None or packed is not None):
         raise AfaError(
-            "AFA-CLI-028", "--processes only applies to a world. Remove it, or pass --world."
+            "AFA-CLI-028",
+            "--processes and --packed only apply to a world. Remove them, or pass --world.",
         )
     if world is not None:
-        _build_world(workdir, world, processes)
+        _build_world(workdir, world, processes, packed)
         return
     if family == "dit":
         from afa.studies.zoo_build.transformer import build_transformer_zoo
@@ -83,15 +88,30 @@ def build(
     say(f"The zoo is in {workdir / 'assets'}")
 
 
-def _build_world(workdir: Path, named: str, processes: int | None) -> None:
+def _build_world(workdir: Path, named: str, processes: int | None, packed: Path | None) -> None:
     from afa.studies.worlds.build import build_world
     from afa.studies.worlds.recipe import read_world
 
     recipe = read_world(named, workdir)
     with Progress() as progress:
-        for event in build_world(workdir, recipe, processes or os.cpu_count() or 1):
+        for event in build_world(workdir, recipe, processes or os.cpu_count() or 1, packed):
             progress.update(event.name, event.done, event.total)
     say(f"The world is in {workdir}, with the scores of its models in report.json")
+
+
+@app.command()
+def pack(
+    world: Annotated[Path, typer.Argument(help="Folder of afa zoo build --world.")],
+    target: Annotated[Path, typer.Argument(help="New folder.")],
+) -> None:
+    """Write base and experts of a world in half precision, for `afa zoo build --packed`.
+
+    [bold]Example[/bold]: afa zoo pack runs/main packed
+    """
+    require_new_folder(target)
+    from afa.studies.worlds.pack import pack_world
+
+    say(f"{', '.join(pack_world(world, target))} in {target}")
 
 
 @app.command()

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from afa.studies.worlds.build import WorldShop, build_world
+from afa.studies.worlds.pack import pack_world
 from afa.studies.worlds.prompts import (
     KNOWN,
     MIXED,
@@ -133,6 +134,26 @@ def test_a_world_in_few_steps(tmp_path: Path) -> None:
     assert not list(build_world(tmp_path / "one", recipe, 1)), "all is done"
     with refusal("AFA-STUDY-008", "recipe.json"):
         next(build_world(tmp_path / "one", WorldRecipe(**SMALL), 1))
+
+    assert pack_world(tmp_path / "one", tmp_path / "pack") == [BASE, *recipe.experts]
+    size = sum(file.stat().st_size for file in (tmp_path / "pack").rglob("*.safetensors"))
+    full = [denoisers[name] for name in (BASE, *recipe.experts)]
+    assert size < 2.1 * sum(t.numel() for each in full for t in each.values()) + 1_000_000
+    names = [e.name for e in build_world(tmp_path / "again", recipe, 1, tmp_path / "pack")]
+    assert not {name.split(":")[0] for name in names} & {BASE, *recipe.experts, "scores of base"}
+    for name in (BASE, *recipe.experts):
+        for file in (tmp_path / "one" / name).rglob("*.safetensors"):
+            copy = tmp_path / "again" / file.relative_to(tmp_path / "one")
+            assert copy.read_bytes() == file.read_bytes(), file
+    for name in (POOLED, WIDE):
+        again = load_file(tmp_path / "again" / name / files[1])
+        assert all(torch.equal(each, denoisers[name][key]) for key, each in again.items())
+    reports = [(tmp_path / name / "report.json").read_bytes() for name in ("one", "again")]
+    assert reports[0] == reports[1]
+    with refusal("AFA-STUDY-028", "pack"):
+        next(build_world(tmp_path / "new", WorldRecipe(**SMALL), 1, tmp_path / "pack"))
+    with refusal("AFA-STUDY-027", "no base"):
+        pack_world(tmp_path / "nothing", tmp_path / "packed")
 
     other = WorldRecipe(**SMALL, start=tmp_path / "one", num_experts=2, num_graded=1)
     list(build_world(tmp_path / "two", other, 2))

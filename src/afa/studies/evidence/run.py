@@ -44,11 +44,18 @@ class Study:
         work: the folder.
         settings: of the study.
         num_processes: number of processes with one thread each.
+        docs: folder of the documentation, which keeps the outcomes of all stages.
     """
 
     work: Path
     settings: EvidenceSettings
     num_processes: int
+    docs: Path
+
+    @property
+    def outcomes(self) -> Path:
+        """The folder of everything that the documentation keeps."""
+        return self.docs / "evidence"
 
     def place(self, world: str) -> Place:
         """The place of a world."""
@@ -78,7 +85,9 @@ def build(study: Study, world: str) -> Iterator[JobProgress]:
     if recipe.start is not None and not (recipe.start / "base").exists():
         yield from build(study, recipe.start.name)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    yield from build_world(folder, recipe, study.num_processes)
+    packed = study.outcomes / "worlds" / world
+    found = packed if packed.is_dir() else None
+    yield from build_world(folder, recipe, study.num_processes, found)
 
 
 # -- settings of the rivals -------------------------------------------------------------------

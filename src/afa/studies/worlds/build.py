@@ -15,6 +15,7 @@ from afa.ensemble.text import hash_weights
 from afa.errors import AfaError
 from afa.files import owned, read_json, staged, write_atomic
 from afa.studies.results.jobs import Job, report_progress, run_jobs
+from afa.studies.worlds.pack import RECIPE, SCORES, round_to_half, unpack_world
 from afa.studies.worlds.prompts import groups_of, prompts_of
 from afa.studies.worlds.recipe import BASE, POOLED, TEXT, WIDE, WIDE_CHANNELS, WorldRecipe
 from afa.studies.worlds.text import train_contrastively, use_text_encoder
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from afa.studies.results.jobs import JobProgress
     from afa.studies.zoo_build.fit import FitStep
 
-RECIPE, REPORT, SCORES = "recipe.json", "report.json", "scores"
+REPORT = "report.json"
 #: what determines a base, which a world that starts from another one shares with it
 _OF_BASE = (
     *("private", "base_steps", "batch_size", "learning_rate", "caption_dropout", "text_steps"),
@@ -60,7 +61,9 @@ class WorldShop(Workshop[WorldRecipe]):
         return scene(index, kind=chosen, seed=seed, without=without, hold_out="fifth")
 
 
-def build_world(folder: Path, recipe: WorldRecipe, num_processes: int) -> Iterator[JobProgress]:
+def build_world(
+    folder: Path, recipe: WorldRecipe, num_processes: int, packed: Path | None = None
+) -> Iterator[JobProgress]:
     """Train all models of a world, or resume.
 
     Args:
@@ -68,19 +71,22 @@ def build_world(folder: Path, recipe: WorldRecipe, num_processes: int) -> Iterat
             their scores on development prompts.
         recipe: the world.
         num_processes: number of processes with one thread each.
+        packed: folder of `afa.studies.worlds.pack.pack_world`, whose models are not trained again.
 
     Yields:
         The progress.
 
     Raises:
-        AfaError: if the folder belongs to another recipe, or the world from which this one starts
-            is missing or has another base.
+        AfaError: if the folder belongs to another recipe, the world from which this one starts is
+            missing or has another base, or the pack is of another world.
     """
     _require_start(recipe)
     folder = folder.resolve()
     with owned(folder):
         # the base of another world is compared with this one's settings instead
         require_same_recipe(folder / RECIPE, recipe.model_dump(mode="json", exclude={"start"}))
+        if packed is not None:
+            unpack_world(packed, folder, recipe)
         yield from run_jobs([Job(BASE, base_job, (recipe, folder))], 1)
         others = [*([POOLED] if recipe.pooled_steps else []), *([WIDE] if recipe.is_wide else [])]
         names = [*recipe.experts, *others]  # experts first, which other stages wait for
@@ -183,8 +189,10 @@ def _train(
         scaled = latents * vae.config.scaling_factor
         events = train_text_to_image(shop, stage, model, scaled, token_ids, steps, made_from, rate)
         _report(name, events)
+    pipeline = model.pipeline(shop.tokenizer, vae)
+    round_to_half(pipeline)
     with staged(shop.folder / what) as partial:
-        model.pipeline(shop.tokenizer, vae).save_pretrained(partial)
+        pipeline.save_pretrained(partial)
 
 
 def _data(shop: WorldShop, vae: AutoencoderKL, names: Iterable[str]) -> tuple[Tensor, Tensor]:
