@@ -47,10 +47,6 @@ def build(
     processes: Annotated[
         int | None, typer.Option(min=1, help="Of a world, with one thread each; default: all.")
     ] = None,
-    packed: Annotated[
-        Path | None,
-        typer.Option(help="Models of a world by afa zoo pack, which are not trained again."),
-    ] = None,
 ) -> None:
     """Train a zoo: a base model and experts of it. Takes hours.
 
@@ -67,13 +63,12 @@ def build(
             "AFA-CLI-023",
             "--font only applies to the bundled zoo; got --family dit or --world. Remove --font.",
         )
-    if world is None and (processes is not None or packed is not None):
+    if processes is not None and world is None:
         raise AfaError(
-            "AFA-CLI-028",
-            "--processes and --packed only apply to a world. Remove them, or pass --world.",
+            "AFA-CLI-028", "--processes only applies to a world. Remove it, or pass --world."
         )
     if world is not None:
-        _build_world(workdir, world, processes, packed)
+        _build_world(workdir, world, processes)
         return
     if family == "dit":
         from afa.studies.zoo_build.transformer import build_transformer_zoo
@@ -88,13 +83,13 @@ def build(
     say(f"The zoo is in {workdir / 'assets'}")
 
 
-def _build_world(workdir: Path, named: str, processes: int | None, packed: Path | None) -> None:
+def _build_world(workdir: Path, named: str, processes: int | None) -> None:
     from afa.studies.worlds.build import build_world
     from afa.studies.worlds.recipe import read_world
 
     recipe = read_world(named, workdir)
     with Progress() as progress:
-        for event in build_world(workdir, recipe, processes or os.cpu_count() or 1, packed):
+        for event in build_world(workdir, recipe, processes or os.cpu_count() or 1):
             progress.update(event.name, event.done, event.total)
     say(f"The world is in {workdir}, with the scores of its models in report.json")
 
@@ -104,7 +99,7 @@ def pack(
     world: Annotated[Path, typer.Argument(help="Folder of afa zoo build --world.")],
     target: Annotated[Path, typer.Argument(help="New folder.")],
 ) -> None:
-    """Write base and experts of a world in half precision, for `afa zoo build --packed`.
+    """Write base and experts of a world in half precision, for `afa zoo unpack`.
 
     [bold]Example[/bold]: afa zoo pack runs/main packed
     """
@@ -112,6 +107,23 @@ def pack(
     from afa.studies.worlds.pack import pack_world
 
     say(f"{', '.join(pack_world(world, target))} in {target}")
+
+
+@app.command()
+def unpack(
+    packed: Annotated[Path, typer.Argument(help="Folder of afa zoo pack.")],
+    world: Annotated[Path, typer.Argument(help="New folder.")],
+) -> None:
+    """Write the models of a packed world as Stable Diffusion pipeline folders.
+
+    `afa zoo build --world` then only trains what is missing.
+
+    [bold]Example[/bold]: afa zoo unpack docs/evidence/worlds/main runs/main
+    """
+    require_new_folder(world)
+    from afa.studies.worlds.pack import unpack_world
+
+    say(f"{', '.join(unpack_world(packed, world))} in {world}")
 
 
 @app.command()
@@ -226,8 +238,12 @@ def evidence(
         list[Experiment] | None, typer.Option(help="Repeatable; default: all experiments.")
     ] = None,
     docs: Annotated[
-        Path, typer.Option(help="Folder of the documentation, for the outcomes of the test.")
+        Path, typer.Option(help="Folder of the documentation, which keeps what stages find.")
     ] = Path("docs"),
+    row: Annotated[
+        list[str] | None,
+        typer.Option(help="Train and test only this row; repeatable. Rows with outcomes are kept."),
+    ] = None,
     processes: Annotated[
         int | None, typer.Option(min=1, help="With one thread each; default: one per core.")
     ] = None,
@@ -244,11 +260,14 @@ def evidence(
     from afa.studies.results.jobs import JobProgress
 
     quieten_loading()
-    study = Study(workdir.resolve(), EvidenceSettings(), processes or os.cpu_count() or 1)
+    count = processes or os.cpu_count() or 1
+    study = Study(
+        workdir.resolve(), EvidenceSettings(), count, docs.resolve(), rows=tuple(row or ())
+    )
     with Progress() as progress:
         for chosen in stage or list(Stage):
             for asked in experiment or list(Experiment):
-                for event in run_stage(study, chosen, asked, docs):
+                for event in run_stage(study, chosen, asked):
                     if isinstance(event, JobProgress):
                         progress.update(event.name, event.done, event.total)
                     else:

@@ -45,6 +45,7 @@ def content(**shares: float) -> dict[str, Any]:
         "prompts": prompts,
         "mixed": ["mixed"],
         "rows": rows,
+        "planned": list(rows),
         "real": {"fid": 0.1, "kid": 0.0, "cmmd": 0.01},
         "aggregator_steps": 3_000,
         "chosen": {
@@ -174,3 +175,22 @@ def test_the_page_says_what_speaks_against_the_method_first(tmp_path: Path) -> N
     assert "TIES merge: density; tuned base: learning rate 0.001." in edges
     assert "| AFA | 0.5" in table or "| AFA | 0.6" in table
     assert len(text.split("begin divergence ")[1].split("end divergence")[0].splitlines()) > 6
+
+
+def test_tests_with_a_part_of_their_rows(tmp_path: Path) -> None:
+    found = content(**{"base": 0.5, AFA: 0.9})
+    found["planned"].append("tuned base")
+    (tmp_path / "evidence").mkdir()
+    page = tmp_path / "evidence.md"
+    shown = (Path(__file__).parents[3] / "docs" / "evidence.md").read_text()
+    path = tmp_path / "evidence" / "main-main.json"
+
+    def table() -> str:
+        page.write_text(shown)
+        path.write_text(json.dumps(found))
+        write_page(tmp_path, EvidenceSettings(num_resamples=100))
+        return page.read_text().split("begin main-main ")[1].split("end main-main")[0]
+
+    assert "Not measured yet: tuned base." in table()
+    del found["rows"][AFA]
+    assert table() == shown.split("begin main-main ")[1].split("end main-main")[0]

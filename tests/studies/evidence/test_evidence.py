@@ -32,7 +32,7 @@ from afa.studies.evidence.rows import (
     counted,
     trained,
 )
-from afa.studies.evidence.run import Study, best_merge, choose, chosen_rates
+from afa.studies.evidence.run import Study, best_merge, choose, chosen_rates, pending
 from afa.studies.evidence.settings import WORLDS_OF, EvidenceSettings
 from afa.studies.evidence.stages import run_stage
 from afa.studies.results.run import folders_in
@@ -217,25 +217,26 @@ def test_the_stages_in_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         distilled_pictures=1,
         distilled_steps=1,
     )
-    study, docs = Study(tmp_path / "work", settings, 1), tmp_path / "docs"
+    docs = tmp_path / "docs"
+    study = Study(tmp_path / "work", settings, 1, docs)
 
     def stages(*wanted: Stage) -> None:
         for stage in wanted:
-            list(run_stage(study, stage, Experiment.MAIN, docs))
+            list(run_stage(study, stage, Experiment.MAIN))
 
     stages(Stage.WORLDS)
     with refusal("AFA-STUDY-022", "development"):
         stages(Stage.TRAININGS)
     stages(Stage.DEVELOPMENT)
-    chosen = json.loads((study.place("main").work / "developed.json").read_text())
+    chosen = json.loads((study.chosen_in / "developed.json").read_text())
     tried = {(1, 1e-4), (1, 1e-3), (2, chosen["rows"][AFA]["rate"])}
     assert {f"{counted(AFA, steps)} at {rate:g}" for steps, rate in tried} == {
         row for row in chosen["shares"] if row.startswith(AFA)
     }
     other = replace(settings, aggregator_rates=(1e-3,))
     with refusal("AFA-STUDY-023", "developed.json"):
-        developed(study.place("main"), other)
-    settings = developed(study.place("main"), settings)
+        developed(study.chosen_in, other)
+    settings = developed(study.chosen_in, settings)
     assert settings.aggregator_steps == chosen["rows"][AFA]["steps"]
     assert settings.predictions_rate == chosen["rows"][PREDICTIONS]["rate"]
     with refusal("AFA-STUDY-016", "main"):
@@ -248,8 +249,21 @@ def test_the_stages_in_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for each in entrants:
         assert (each.folder(place) / "finished.json").is_file(), each.row
     assert not list(place.work.rglob("*-start")), "the merge is not kept"
+    with refusal("AFA-STUDY-029", "main.json"):
+        replace(study, settings=replace(settings, lora_rank=3)).chosen("main")
+    with refusal("AFA-STUDY-031", "another", "oracle mask"):
+        list(run_stage(replace(study, rows=("another",)), Stage.TEST, Experiment.MAIN))
+    few = replace(study, rows=("base", counted(TUNED, 2)))
+    list(run_stage(few, Stage.TEST, Experiment.MAIN))
+    outcomes = docs / "evidence" / "main-main.json"
+    first = json.loads(outcomes.read_text())
+    assert first["rows"].keys() == {*few.rows}
+    assert not pending(replace(few, settings=settings), Experiment.MAIN, "main")
     stages(Stage.TEST)
-    found = json.loads((docs / "evidence" / "main-main.json").read_text())
+    found = json.loads(outcomes.read_text())
+    for row, each in first["rows"].items():
+        assert found["rows"][row] == each
+    assert len(outcomes.read_text().splitlines()) > len(found["rows"])
     count = len(found["prompts"])
     assert count == 2 + 3
     expected = {each.row for each in entrants} | {"base", "oracle mask", "router per prompt"}
@@ -275,7 +289,15 @@ def test_the_stages_in_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     stages(*Stage)
     after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     assert before == after
-    assert json.loads((docs / "evidence" / "main-main.json").read_text()) == found
+    assert json.loads(outcomes.read_text()) == found
+    whole = replace(study, settings=settings)
+    assert not pending(whole, Experiment.MAIN, "main"), "all rows have outcomes"
+    del found["rows"]["top-1"]
+    outcomes.write_text(json.dumps(found))
+    assert {each.row for each in pending(whole, Experiment.MAIN, "main")} == {AFA}
+    outcomes.write_text(json.dumps({**found, "num_references": 9}))
+    with refusal("AFA-STUDY-030", "num_references"):
+        stages(Stage.TEST)
 
 
 def _is_single(row: str) -> bool:

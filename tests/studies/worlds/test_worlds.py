@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
+from afa.cli import main
 from afa.studies.worlds.build import WorldShop, build_world
 from afa.studies.worlds.pack import pack_world
 from afa.studies.worlds.prompts import (
@@ -150,8 +152,17 @@ def test_a_world_in_few_steps(tmp_path: Path) -> None:
         assert all(torch.equal(each, denoisers[name][key]) for key, each in again.items())
     reports = [(tmp_path / name / "report.json").read_bytes() for name in ("one", "again")]
     assert reports[0] == reports[1]
-    with refusal("AFA-STUDY-028", "pack"):
+    with refusal("AFA-STUDY-008", "differs"):
         next(build_world(tmp_path / "new", WorldRecipe(**SMALL), 1, tmp_path / "pack"))
+    with refusal("AFA-STUDY-028", "nothing"):
+        next(build_world(tmp_path / "new", WorldRecipe(**SMALL), 1, tmp_path / "nothing"))
+    with pytest.raises(SystemExit) as left:
+        main(["zoo", "unpack", str(tmp_path / "pack"), str(tmp_path / "u")])
+    assert not left.value.code
+    again = load_file(tmp_path / "u" / "food" / files[1])
+    assert all(torch.equal(each, denoisers["food"][key]) for key, each in again.items())
+    record = json.loads((tmp_path / "u" / "recipe.json").read_text())
+    assert WorldRecipe.model_validate(record) == recipe
     with refusal("AFA-STUDY-027", "no base"):
         pack_world(tmp_path / "nothing", tmp_path / "packed")
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from afa.errors import AfaError
 from afa.files import read_json, write_atomic
+from afa.provenance import commit, processor
 from afa.studies.evidence.comparison import write_prompts
 from afa.studies.evidence.entrants import Aggregated
 from afa.studies.evidence.rows import AFA, PREDICTIONS, PREDICTIONS_ONLY, counted
@@ -18,6 +19,7 @@ from afa.studies.worlds.prompts import prompts_of
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from afa.studies.evidence.entrants import Place
     from afa.studies.evidence.settings import EvidenceSettings
@@ -30,11 +32,11 @@ _ROWS: dict[str, dict[str, Any]] = {AFA: {}, PREDICTIONS: PREDICTIONS_ONLY}
 Shares = dict[str, dict[str, float]]
 
 
-def read_developed(place: Place, settings: EvidenceSettings) -> dict[str, Any]:
+def read_developed(folder: Path, settings: EvidenceSettings) -> dict[str, Any]:
     """Read what was chosen for all worlds.
 
     Args:
-        place: of the world where it was chosen.
+        folder: of the settings that were chosen.
         settings: of the study.
 
     Returns: by row, its `steps`, `rate` and `is_edge` (whether the rate is the first or last one);
@@ -43,7 +45,7 @@ def read_developed(place: Place, settings: EvidenceSettings) -> dict[str, Any]:
     Raises:
         AfaError: if nothing is chosen yet, or it was chosen with other settings.
     """
-    path = place.work / DEVELOPED
+    path = folder / DEVELOPED
     if not path.exists():
         raise AfaError(
             "AFA-STUDY-022",
@@ -54,15 +56,15 @@ def read_developed(place: Place, settings: EvidenceSettings) -> dict[str, Any]:
     if found["inputs"] != _inputs(settings):
         raise AfaError(
             "AFA-STUDY-023",
-            f"'{path}' was chosen with other settings of the study. Run the stage development "
-            "again, in a new work folder.",
+            f"'{path}' was chosen with other settings of the study. Remove it, and run the stage "
+            "development again.",
         )
     return found
 
 
-def developed(place: Place, settings: EvidenceSettings) -> EvidenceSettings:
+def developed(folder: Path, settings: EvidenceSettings) -> EvidenceSettings:
     """The settings of the study with what development prompts chose; see `read_developed`."""
-    found = read_developed(place, settings)["rows"]
+    found = read_developed(folder, settings)["rows"]
     return replace(
         settings,
         aggregator_steps=found[AFA]["steps"],
@@ -80,13 +82,28 @@ def _inputs(settings: EvidenceSettings) -> dict[str, Any]:
 
 
 def develop(
-    place: Place, settings: EvidenceSettings, num_processes: int
+    place: Place, settings: EvidenceSettings, num_processes: int, folder: Path
 ) -> Iterator[JobProgress | StageStarted]:
     """Choose the learning rate of the shortest length, then the length at that rate.
 
     The best candidate has the largest share of right pictures, averaged over all groups of prompts;
     of equal ones, it is the first one.
+
+    Args:
+        place: of the world.
+        settings: of the study.
+        num_processes: number of processes with one thread each.
+        folder: of the settings that were chosen; what it has already is not chosen again.
+
+    Yields:
+        The progress.
+
+    Raises:
+        AfaError: if it was chosen with other settings, or a candidate fails.
     """
+    if (folder / DEVELOPED).exists():
+        read_developed(folder, settings)
+        return
     lengths, rates = settings.aggregator_lengths, settings.aggregator_rates
     tried = {row: [_candidate(row, lengths[0], rate) for rate in rates] for row in _ROWS}
     shares = yield from _shares(place, settings, num_processes, tried)
@@ -99,8 +116,15 @@ def develop(
     for row, listed in tried.items():
         of_rate = [each for each in listed if each.rate == chosen[row]["rate"]]
         chosen[row]["steps"] = best_of(of_rate, shares).steps
-    content = {"rows": chosen, "shares": shares, "inputs": _inputs(settings)}
-    write_atomic(place.work / DEVELOPED, json.dumps(content, indent=2) + "\n")
+    content = {
+        "rows": chosen,
+        "shares": shares,
+        "inputs": _inputs(settings),
+        "commit": commit(),
+        "machine": processor(),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / DEVELOPED, json.dumps(content, indent=1) + "\n")
 
 
 def _candidate(row: str, steps: int, rate: float | None) -> Aggregated:

@@ -10,14 +10,22 @@ from afa.studies.evidence.development import read_developed
 from afa.studies.evidence.drawn import drawn_job, pairs_of, scenes_job
 from afa.studies.evidence.entrants import Aggregated, scenes_of
 from afa.studies.evidence.jobs import open_scenes
-from afa.studies.evidence.outcomes import write_outcomes
+from afa.studies.evidence.outcomes import describe, wanted_rows, write_outcomes
 from afa.studies.evidence.parts import Experiment
 from afa.studies.evidence.rivals.oracle_mask import OracleMask
 from afa.studies.evidence.rivals.other_steps import OtherSteps
 from afa.studies.evidence.rivals.prompt_router import PromptRouter
 from afa.studies.evidence.rivals.real_scenes import RealScenes
 from afa.studies.evidence.rivals.superdiff import SuperDiff
-from afa.studies.evidence.rows import AFA, ALL_TRAININGS, POOLED_ROW, WIDE_ROW, at_steps, trained
+from afa.studies.evidence.rows import (
+    AFA,
+    ALL_TRAININGS,
+    POOLED_ROW,
+    WIDE_ROW,
+    at_steps,
+    by_step,
+    trained,
+)
 from afa.studies.evidence.run import FIRST, best_merge, chosen_rates
 from afa.studies.results.jobs import Job, run_jobs
 from afa.studies.results.plan import sampling
@@ -27,7 +35,6 @@ from afa.studies.worlds.recipe import POOLED, WIDE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
-    from pathlib import Path
 
     from afa.studies.evidence.entrants import Entrant, Place
     from afa.studies.evidence.rivals.rival import Rival
@@ -39,32 +46,44 @@ _WHOLE = (Experiment.MAIN, Experiment.PRIVATE)
 
 
 def run_test(
-    study: Study, experiment: Experiment, world: str, docs: Path
+    study: Study, experiment: Experiment, world: str
 ) -> Iterator[JobProgress | StageStarted]:
-    """Draw the test prompts of a world with all rows of an experiment, and write the outcomes.
+    """Draw the test prompts of a world with the rows of an experiment, and write the outcomes.
+
+    Rows that have outcomes already are kept.
 
     Args:
         study: whose other stages are finished.
         experiment: the experiment.
         world: one of its worlds.
-        docs: gets the outcomes of every picture.
 
     Yields:
         The progress.
 
     Raises:
-        AfaError: if an earlier stage is not finished, or a picture cannot be drawn.
+        AfaError: if an earlier stage is not finished, a picture cannot be drawn, the outcomes are
+            of another test, or one of `study.rows` is unknown.
     """
     place, settings = study.place(world), study.settings
     chosen = _chosen(study, world)
     entrants = trained(experiment, settings, chosen_rates(study), best_merge(chosen))
     prompts = test_prompts(place, settings.num_mixed, settings.num_own)
     captions = [caption for listed in prompts.values() for caption in listed]
+    sampled = {**sampling(settings.num_steps), "seeds": [settings.test_seed]}
+    every = {**chosen, "developed": read_developed(study.chosen_in, settings)}
+    test = describe(study, experiment, place, prompts, sampled, every)
+
     work = place.work / f"test-{experiment}"
-    bounds = _bounds(study, place)
-    rivals = drawn_rivals(study, place, chosen) if experiment in _WHOLE else bounds
-    if experiment == Experiment.MAIN:
-        rivals |= _other_steps(study, place)
+    rivals = _rivals(study, experiment, place, chosen)
+    methods = methods_of(experiment, place, entrants, chosen)
+    methods += [
+        {"name": row, "pictures": str(work / "drawn" / folder)}
+        for row, (folder, _) in rivals.items()
+    ]
+    names = [method["name"] for method in methods]
+    wanted = wanted_rows(study, test, names)
+    if not wanted:
+        return
     jobs = [
         Job(
             f"{world}: {row}",
@@ -72,6 +91,7 @@ def run_test(
             (rival, captions, settings.test_seed, work / "drawn" / folder),
         )
         for row, (folder, rival) in rivals.items()
+        if row in wanted
     ]
     # of the first group, whose pictures they are compared with
     mixed = pairs_of(prompts[groups_of(place.recipe)[0]])
@@ -80,28 +100,31 @@ def run_test(
     yield from run_jobs(jobs, study.num_processes)
 
     yield StageStarted(f"test of the world '{world}'")
-    methods = methods_of(experiment, place, entrants, chosen)
-    methods += [
-        {"name": row, "pictures": str(work / "drawn" / folder)}
-        for row, (folder, _) in rivals.items()
-    ]
     write_prompts(work / PROMPTS, prompts)
     recipe = {
         "experts": list(place.experts.values()),
         "base": place.base,
-        "methods": methods,
-        **test_comparison(work, {**sampling(settings.num_steps), "seeds": [settings.test_seed]}),
+        "methods": [method for method in methods if method["name"] in wanted],
+        **test_comparison(work, sampled),
     }
     evaluate_in_processes(work / "comparison", recipe, study.num_processes)
-    first = study.place(FIRST)
-    every = {**chosen, "developed": read_developed(first, settings)}
-    write_outcomes(docs, study, experiment, place, recipe, work / "comparison", entrants, every)
+    write_outcomes(study, place, test, recipe, work / "comparison", entrants, names)
+
+
+def _rivals(
+    study: Study, experiment: Experiment, place: Place, chosen: Mapping[str, Any]
+) -> dict[str, tuple[str, Rival]]:
+    if experiment not in _WHOLE:
+        return _bounds(study, place)
+    rivals = drawn_rivals(study, place, chosen)
+    return rivals | (_other_steps(study, place) if experiment == Experiment.MAIN else {})
 
 
 def _chosen(study: Study, world: str) -> dict[str, Any]:
     """All settings that tuning prompts chose: of a world's merges, and of the rest in the first."""
     first, own = study.chosen(FIRST), study.chosen(world)
-    return {**first, "rivals": {**first["rivals"], **own["rivals"]}}
+    found = {**first, "rivals": {**first["rivals"], **own["rivals"]}}
+    return {key: found[key] for key in ("rivals", "drawn", "rates")}
 
 
 def test_prompts(place: Place, num_mixed: int, num_own: int) -> dict[str, list[str]]:
@@ -187,5 +210,5 @@ def _sparse(ensemble: Sequence[str]) -> Iterator[dict[str, Any]]:
     for count in (1, 2):
         name = ALL_TRAININGS[count - 1]
         yield {"name": name, "ensemble": ensemble, "sparse": {"experts": count}}
-        by_step = {"experts": count, "by": "step", "every": 5}
-        yield {"name": f"{name}, by step", "ensemble": ensemble[:1], "sparse": by_step}
+        skipping = {"experts": count, "by": "step", "every": 5}
+        yield {"name": by_step(name), "ensemble": ensemble[:1], "sparse": skipping}

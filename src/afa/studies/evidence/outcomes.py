@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from afa.errors import AfaError
 from afa.evaluation.recipe import SCENE_SCORES, EvaluateRecipe
 from afa.evaluation.results import read_results
-from afa.files import write_atomic
+from afa.files import read_json, write_atomic
 from afa.provenance import commit
 from afa.studies.evidence.development import samples_of_development
 from afa.studies.evidence.rivals.prompt_router import PromptRouter
@@ -48,62 +49,145 @@ _RESAMPLES = 200
 _DIGITS = 4
 
 
-def write_outcomes(
-    docs: Path,
+def describe(
     study: Study,
     experiment: Experiment,
     place: Place,
-    recipe: Mapping[str, Any],
-    output: Path,
-    entrants: Sequence[Entrant],
+    prompts: Mapping[str, Sequence[str]],
+    sampled: Mapping[str, Any],
     chosen: Mapping[str, Any],
-) -> None:
-    """Write the outcomes of a test to `docs/evidence/EXPERIMENT-WORLD.json`.
-
-    They hold everything that decides what is compared: prompts, sampling, and all settings that
-    were chosen, with the ends of grids on which they lie.
+) -> dict[str, Any]:
+    """Everything that decides what a test compares.
 
     Args:
-        docs: the folder of the documentation.
         study: of the test.
         experiment: of the test.
         place: of the world.
-        recipe: of the comparison.
-        output: folder of the comparison.
-        entrants: the trainings among its rows.
-        chosen: all settings that were chosen: of rivals, tuned models and aggregators.
+        prompts: by group.
+        sampled: sampling settings.
+        chosen: all settings that were chosen, of rivals, tuned models and aggregators, with the
+            ends of grids on which they lie.
     """
-    results = read_results(EvaluateRecipe.model_validate(recipe), output)
-    mixed = [group for group in groups_of(place.recipe) if group not in place.recipe.experts]
-    samples = {each.row: each.samples(study.settings) for each in entrants}
-    content = {
+    settings = study.settings
+    found = {
         "experiment": str(experiment),
         "world": place.world,
         "divergence": divergence(place),
         "description": place.recipe.model_dump(mode="json", exclude={"start"}),
-        "commit": commit(),
-        "machine": results.machines(),
-        "prompts": [[prompt.text, prompt.group] for prompt in results.prompts],
-        "mixed": mixed,
-        "sampling": {
-            key: recipe["sampling"][key] for key in ("num_steps", "guidance", "seeds", "batch_size")
-        },
-        "num_references": study.settings.num_references,
-        "margin": study.settings.margin,
-        "aggregator_steps": study.settings.aggregator_steps,
-        "real": real_distances(results, mixed[0]),
+        "prompts": [[text, group] for group, listed in prompts.items() for text in listed],
+        "mixed": [group for group in groups_of(place.recipe) if group not in place.recipe.experts],
+        "sampling": {key: sampled[key] for key in ("num_steps", "guidance", "seeds", "batch_size")},
+        "num_references": settings.num_references,
+        "margin": settings.margin,
+        "aggregator_steps": settings.aggregator_steps,
         "chosen": dict(chosen),
-        "rows": {
-            name: row_of_test(results, name, mixed[0])
-            | {"budget": budget(name, results, place, study.settings, samples)}
-            | {"seeds": seeds_of(name, entrants)}
-            for name in results.methods
-        },
     }
-    folder = docs / "evidence"
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(content, indent=None, separators=(",", ":"), ensure_ascii=False)
-    write_atomic(folder / f"{experiment}-{place.world}.json", text + "\n")
+    described: dict[str, Any] = json.loads(json.dumps(found))
+    return described
+
+
+def path_of(folder: Path, experiment: Experiment | str, world: str) -> Path:
+    """The file of the outcomes of a test."""
+    return folder / f"{experiment}-{world}.json"
+
+
+def read_rows(folder: Path, experiment: Experiment, world: str) -> dict[str, dict[str, Any]]:
+    """The rows of a test that have outcomes already, by name."""
+    path = path_of(folder, experiment, world)
+    rows: dict[str, dict[str, Any]] = read_json(path)["rows"] if path.exists() else {}
+    return rows
+
+
+def wanted_rows(study: Study, test: Mapping[str, Any], names: Sequence[str]) -> set[str]:
+    """The rows that are to be drawn: those that `study.rows` asks for and have no outcomes yet.
+
+    Args:
+        study: of the test.
+        test: see `describe`.
+        names: of all rows.
+
+    Raises:
+        AfaError: if the outcomes are of another test, or a row is unknown.
+    """
+    unknown = next((row for row in study.rows if row not in names), None)
+    if unknown is not None:
+        raise AfaError(
+            "AFA-STUDY-031",
+            f"The experiment '{test['experiment']}' has no row '{unknown}'. Use: "
+            f"{'; '.join(names)}.",
+        )
+    return {*(study.rows or names)} - {*_kept(study, test)["rows"]}
+
+
+def _kept(study: Study, test: Mapping[str, Any]) -> dict[str, Any]:
+    """The outcomes of a test that are written already.
+
+    Raises:
+        AfaError: if they are of another test.
+    """
+    path = path_of(study.outcomes, test["experiment"], test["world"])
+    if not path.exists():
+        return {"rows": {}}
+    found: dict[str, Any] = read_json(path)
+    wrong = [key for key, value in test.items() if found.get(key) != value]
+    if wrong:
+        raise AfaError(
+            "AFA-STUDY-030",
+            f"'{path}' has outcomes of another test: {', '.join(wrong)} differ. Remove it to test "
+            "all rows again.",
+        )
+    return found
+
+
+def write_outcomes(
+    study: Study,
+    place: Place,
+    test: Mapping[str, Any],
+    recipe: Mapping[str, Any],
+    output: Path,
+    entrants: Sequence[Entrant],
+    planned: Sequence[str],
+) -> None:
+    """Write the outcomes of rows of a test, beside those that it has already.
+
+    Args:
+        study: of the test; the file is `EXPERIMENT-WORLD.json` in its folder of outcomes.
+        place: of the world.
+        test: see `describe`.
+        recipe: of the comparison.
+        output: folder of the comparison.
+        entrants: all trainings of the experiment.
+        planned: all rows of the experiment.
+    """
+    results = read_results(EvaluateRecipe.model_validate(recipe), output)
+    mixed = test["mixed"][0]
+    samples = {each.row: each.samples(study.settings) for each in entrants}
+    origin = {"commit": commit(), "machine": results.machines()}
+    rows = {
+        name: row_of_test(results, name, mixed)
+        | {"budget": budget(name, results, place, study.settings, samples)}
+        | {"seeds": seeds_of(name, entrants)}
+        | origin
+        for name in results.methods
+    }
+    kept = _kept(study, test)
+    real = kept.get("real") or real_distances(results, mixed)
+    head = {**test, "planned": list(planned), "real": real}
+    study.outcomes.mkdir(parents=True, exist_ok=True)
+    path = path_of(study.outcomes, test["experiment"], test["world"])
+    write_atomic(path, _text(head, {**kept["rows"], **rows}))
+
+
+def _text(head: Mapping[str, Any], rows: Mapping[str, Any]) -> str:
+    """The content of a file of outcomes: a line for each part and for each row."""
+
+    def lines(parts: Mapping[str, Any]) -> str:
+        return ",\n".join(
+            f"{json.dumps(key)}:{json.dumps(part, separators=(',', ':'), ensure_ascii=False)}"
+            for key, part in parts.items()
+        )
+
+    return f'{{\n{lines(head)},\n"rows":{{\n{lines(rows)}\n}}\n}}\n'
 
 
 def divergence(place: Place) -> dict[str, float]:

@@ -15,6 +15,7 @@ from afa.studies.evidence.figures import (
     lines_of_data,
     lines_of_worlds,
 )
+from afa.studies.evidence.outcomes import path_of
 from afa.studies.evidence.parts import Experiment
 from afa.studies.evidence.rows import AFA, PREDICTIONS
 from afa.studies.evidence.settings import WORLDS_OF
@@ -42,15 +43,19 @@ FEW_STEPS = "few denoising steps suffice"
 
 
 def read_all(docs: Path, settings: EvidenceSettings) -> dict[tuple[Experiment, str], Outcomes]:
-    """The outcomes of all finished tests, by experiment and world."""
+    """The outcomes of all tests, by experiment and world.
+
+    Tables that compare rows with AFA need its outcomes; a test without them is left out.
+    """
     found = {}
     for experiment, worlds in WORLDS_OF.items():
         for world in worlds:
-            path = docs / FOLDER / f"{experiment}-{world}.json"
-            if path.exists():
-                found[experiment, world] = Outcomes.read(
-                    path, settings.margin, settings.num_resamples
-                )
+            path = path_of(docs / FOLDER, experiment, world)
+            if not path.exists():
+                continue
+            outcomes = Outcomes.read(path, settings.margin, settings.num_resamples)
+            if AFA in outcomes.rows or experiment not in (Experiment.MAIN, Experiment.PRIVATE):
+                found[experiment, world] = outcomes
     return found
 
 
@@ -104,7 +109,7 @@ def _sections(
     """The tables of all tests, and of the claims, by the names of their marks."""
     for (experiment, world), outcomes in found.items():
         if experiment in (Experiment.MAIN, Experiment.PRIVATE):
-            yield f"{experiment}-{world}", rows_table(outcomes)
+            yield f"{experiment}-{world}", [*rows_table(outcomes), *missing_rows(outcomes)]
             yield f"{experiment}-{world}-own", own_table(outcomes)
     if (main := found.get((Experiment.MAIN, "main"))) is not None:
         yield "claims", claims_table(main)
@@ -148,6 +153,12 @@ def rows_table(outcomes: Outcomes, subject: str = AFA) -> list[str]:
         yield str(len(outcomes.rows[row]["outcomes"]["both"]))
 
     return _table(head, (list(cells(row)) for row in order))
+
+
+def missing_rows(outcomes: Outcomes) -> list[str]:
+    """A paragraph with the rows of the test that have no outcomes yet; nothing if all have."""
+    missing = [row for row in outcomes.content["planned"] if row not in outcomes.rows]
+    return ["", f"Not measured yet: {'; '.join(missing)}."] if missing else []
 
 
 def signed(interval: Interval) -> str:

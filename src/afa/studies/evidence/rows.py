@@ -38,6 +38,17 @@ def at_steps(num_steps: int) -> str:
     return f"{AFA}, {num_steps} denoising steps"
 
 
+def by_step(row: str) -> str:
+    """The name of a row of sparse routing whose other experts do not run."""
+    return f"{row}, by step"
+
+
+def drawn_with_afa(settings: EvidenceSettings) -> list[str]:
+    """The rows of the main experiment that draw with AFA's ensembles, without a training."""
+    sparse = [name for row in ALL_TRAININGS for name in (row, by_step(row))]
+    return [*sparse, *(at_steps(n) for n in settings.other_steps)]
+
+
 def of_ensemble(name: str) -> bool:
     """Whether a row draws with the ensembles of AFA in another way, without a training."""
     return name.startswith((TOP, f"{AFA}, "))

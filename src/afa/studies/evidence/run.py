@@ -10,12 +10,23 @@ from typing import TYPE_CHECKING, Any
 from afa.errors import AfaError
 from afa.evaluation.recipe import slug
 from afa.files import read_json, write_atomic
+from afa.provenance import commit, processor
 from afa.studies.evidence.candidates import Grid, fusions, merges
 from afa.studies.evidence.comparison import write_prompts
 from afa.studies.evidence.drawn import drawn_job
 from afa.studies.evidence.entrants import TRAINING_PROMPTS, Distilled, Place, Tuned
+from afa.studies.evidence.outcomes import read_rows
+from afa.studies.evidence.parts import Experiment
 from afa.studies.evidence.rivals.superdiff import candidates
-from afa.studies.evidence.rows import LORA, MERGED, TUNED, trained
+from afa.studies.evidence.rows import (
+    AFA,
+    DISTILLED,
+    LORA,
+    MERGED,
+    TUNED,
+    drawn_with_afa,
+    trained,
+)
 from afa.studies.results.jobs import Job, JobProgress, run_jobs
 from afa.studies.results.plan import sampling
 from afa.studies.results.run import StageStarted, evaluate_in_processes
@@ -27,11 +38,9 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Mapping, Sequence
 
     from afa.studies.evidence.entrants import Entrant
-    from afa.studies.evidence.parts import Experiment
     from afa.studies.evidence.rivals.superdiff import SuperDiff
     from afa.studies.evidence.settings import EvidenceSettings
 
-CHOSEN = "chosen.json"
 #: the world in which AFA's settings and the learning rates are chosen, for all worlds
 FIRST = "main"
 
@@ -45,17 +54,24 @@ class Study:
         settings: of the study.
         num_processes: number of processes with one thread each.
         docs: folder of the documentation, which keeps the outcomes of all stages.
+        rows: the rows to train and to test; none for all that have no outcomes yet.
     """
 
     work: Path
     settings: EvidenceSettings
     num_processes: int
     docs: Path
+    rows: tuple[str, ...] = ()
 
     @property
     def outcomes(self) -> Path:
         """The folder of everything that the documentation keeps."""
         return self.docs / "evidence"
+
+    @property
+    def chosen_in(self) -> Path:
+        """The folder of all settings that were chosen."""
+        return self.outcomes / "settings"
 
     def place(self, world: str) -> Place:
         """The place of a world."""
@@ -67,7 +83,7 @@ class Study:
         Raises:
             AfaError: if they are not chosen yet.
         """
-        path = self.place(world).work / CHOSEN
+        path = self.chosen_in / f"{world}.json"
         if not path.exists():
             raise AfaError(
                 "AFA-STUDY-016",
@@ -75,7 +91,22 @@ class Study:
                 "stage candidates first.",
             )
         found: dict[str, Any] = read_json(path)
+        if found.pop("inputs") != _inputs(self.settings):
+            raise AfaError(
+                "AFA-STUDY-029",
+                f"'{path}' was chosen with other settings of the study. Remove it, and run the "
+                "stage candidates again.",
+            )
         return found
+
+
+def _inputs(settings: EvidenceSettings) -> dict[str, Any]:
+    """The settings of the study that decide what the stage of candidates chooses."""
+    of_trainings = ("tuned_rates", "lora_rank", "lora_rates", "num_pictures", "batch_size")
+    keys = (*of_trainings, "num_tuning", "num_steps")
+    inputs = {"steps": settings.tuned_steps[0], **{key: getattr(settings, key) for key in keys}}
+    found: dict[str, Any] = json.loads(json.dumps(inputs))
+    return found
 
 
 def build(study: Study, world: str) -> Iterator[JobProgress]:
@@ -98,8 +129,11 @@ def choose_rivals(study: Study, world: str) -> Iterator[JobProgress | StageStart
 
     Only merges, if it is not the first world. In that one, the learning rates of all tuned models
     are chosen, too, at their shortest length; then that of the tuned merge, which starts from the
-    best one.
+    best one. What is chosen already is not chosen again.
     """
+    if (study.chosen_in / f"{world}.json").exists():
+        study.chosen(world)
+        return
     place, settings = study.place(world), study.settings
     grids, is_first = merges(len(place.experts)), world == FIRST
     rates: dict[str, list[Tuned]] = {}
@@ -123,7 +157,9 @@ def choose_rivals(study: Study, world: str) -> Iterator[JobProgress | StageStart
         merged = rate_candidates(settings, best_merge(chosen))
         report = yield from _tuning(study, place, "tuning-merged", [], merged)
         chosen["rates"] |= {row: _best_rate(report, each, group) for row, each in merged.items()}
-    write_atomic(place.work / CHOSEN, json.dumps(chosen, indent=2) + "\n")
+    chosen |= {"commit": commit(), "machine": processor(), "inputs": _inputs(settings)}
+    study.chosen_in.mkdir(parents=True, exist_ok=True)
+    write_atomic(study.chosen_in / f"{world}.json", json.dumps(chosen, indent=1) + "\n")
 
 
 def rate_candidates(
@@ -248,11 +284,9 @@ def _best_rate(report: Mapping[str, Any], rates: Sequence[Tuned], group: str) ->
 
 
 def train(study: Study, experiment: Experiment, world: str) -> Iterator[JobProgress]:
-    """Train everything that enters the test of an experiment in a world."""
+    """Train what enters the test of an experiment in a world, and has no outcomes there yet."""
     place = study.place(world)
-    rates = chosen_rates(study)
-    merge = best_merge(study.chosen(world))
-    entrants = trained(experiment, study.settings, rates, merge)
+    entrants = pending(study, experiment, world)
     students = [each for each in entrants if isinstance(each, Distilled)]
     yield from _jobs(study, [each for each in entrants if each not in students], place)
     if students:
@@ -261,6 +295,20 @@ def train(study: Study, experiment: Experiment, world: str) -> Iterator[JobProgr
         # the complete students first, which record what guided ones share
         for bakes_in in (False, True):
             yield from _jobs(study, [each for each in students if each.bakes_in == bakes_in], place)
+
+
+def pending(study: Study, experiment: Experiment, world: str) -> list[Entrant]:
+    """The trainings of an experiment in a world that rows without outcomes need."""
+    merge = best_merge(study.chosen(world))
+    entrants = trained(experiment, study.settings, chosen_rates(study), merge)
+    known = read_rows(study.outcomes, experiment, world)
+    wanted = {each.row for each in entrants if each.row not in known}
+    wanted = wanted.intersection(study.rows) if study.rows else wanted
+    others = drawn_with_afa(study.settings) if experiment == Experiment.MAIN else []
+    others = [row for row in others if row not in known and row in (study.rows or others)]
+    if any(row.startswith(DISTILLED) for row in wanted) or others:
+        wanted.add(AFA)  # with whose ensembles they draw, or from which they learn
+    return [each for each in entrants if each.row in wanted]
 
 
 def chosen_rates(study: Study) -> dict[str, float]:

@@ -15,7 +15,6 @@ from afa.studies.results.run import StageStarted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from afa.studies.evidence.parts import Experiment
     from afa.studies.evidence.run import Study
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def run_stage(
-    study: Study, stage: Stage, experiment: Experiment, docs: Path
+    study: Study, stage: Stage, experiment: Experiment
 ) -> Iterator[JobProgress | StageStarted]:
     """Run one stage of an experiment, or resume it.
 
@@ -32,7 +31,6 @@ def run_stage(
             is refused, one by one.
         stage: the stage; those before it must be finished.
         experiment: the experiment.
-        docs: the folder of the documentation, which gets the outcomes of the test.
 
     Yields:
         The progress.
@@ -44,10 +42,10 @@ def run_stage(
     first = study.place(FIRST)
     with owned(study.work):
         if stage == Stage.DEVELOPMENT:  # in one world, for all experiments
-            yield from develop(first, study.settings, study.num_processes)
+            yield from develop(first, study.settings, study.num_processes, study.chosen_in)
             return
         if stage in (Stage.TRAININGS, Stage.TEST):
-            study = replace(study, settings=developed(first, study.settings))
+            study = replace(study, settings=developed(study.chosen_in, study.settings))
         for world in WORLDS_OF[experiment]:
             yield StageStarted(f"{stage} of the world '{world}'")
             if stage == Stage.WORLDS:
@@ -57,4 +55,4 @@ def run_stage(
             elif stage == Stage.TRAININGS:
                 yield from train(study, experiment, world)
             else:
-                yield from run_test(study, experiment, world, docs)
+                yield from run_test(study, experiment, world)

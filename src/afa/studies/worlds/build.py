@@ -86,7 +86,7 @@ def build_world(
         # the base of another world is compared with this one's settings instead
         require_same_recipe(folder / RECIPE, recipe.model_dump(mode="json", exclude={"start"}))
         if packed is not None:
-            unpack_world(packed, folder, recipe)
+            unpack_world(packed, folder)
         yield from run_jobs([Job(BASE, base_job, (recipe, folder))], 1)
         others = [*([POOLED] if recipe.pooled_steps else []), *([WIDE] if recipe.is_wide else [])]
         names = [*recipe.experts, *others]  # experts first, which other stages wait for

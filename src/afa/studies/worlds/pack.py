@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ import torch
 from afa.errors import AfaError
 from afa.files import read_json, staged, write_atomic
 from afa.studies.worlds.recipe import BASE, WorldRecipe
+from afa.studies.zoo_build.workshop import require_same_recipe
 from afa.zoo import assets, copy_as
 
 if TYPE_CHECKING:
@@ -58,37 +58,37 @@ def pack_world(world: Path, target: Path) -> list[str]:
     return names
 
 
-def unpack_world(packed: Path, folder: Path, recipe: WorldRecipe) -> None:
+def unpack_world(packed: Path, folder: Path) -> list[str]:
     """Write the models of a pack as pipelines into a world's folder; those it has are kept.
 
     Args:
         packed: folder of `pack_world`.
-        folder: of the world.
-        recipe: the description of the world.
+        folder: of the world, or a new one.
+
+    Returns: the names of the models.
 
     Raises:
-        AfaError: if the pack is of another world, or none.
+        AfaError: if there is no pack, or the folder belongs to another recipe.
     """
-    record = packed / RECIPE
-    own = json.loads(recipe.model_dump_json(exclude={"start"}))
-    if not record.is_file() or read_json(record) != own:
+    if not (packed / RECIPE).is_file():
         raise AfaError(
-            "AFA-STUDY-028",
-            f"'{packed}' has no packed models of this world. Pass the folder that afa zoo pack "
-            "wrote for the same world, or none.",
+            "AFA-STUDY-028", f"'{packed}' has no packed world. Pass a folder of afa zoo pack."
         )
-    for place in sorted(packed.glob("*/unet")):
-        name = place.parent.name
+    folder.mkdir(parents=True, exist_ok=True)
+    require_same_recipe(folder / RECIPE, read_json(packed / RECIPE))
+    names = sorted(place.parent.name for place in packed.glob("*/unet"))
+    for name in names:
         if (folder / name).exists():
             continue
         with staged(folder / name) as partial:
             for part in _SHARED:
                 _copy(packed / "shared" / part, partial / part, torch.float32)
             copy_as(assets() / "shared" / "vae", partial / "vae", torch.float32)
-            copy_as(place, partial / "unet", torch.float32)
+            copy_as(packed / name / "unet", partial / "unet", torch.float32)
         scores = packed / SCORES / f"{name}.json"
         if scores.exists():
             _copy(scores, folder / SCORES / scores.name, torch.float32)
+    return names
 
 
 def _copy(source: Path, target: Path, dtype: torch.dtype) -> None:
