@@ -16,6 +16,7 @@ from afa.evaluation.results import read_results
 from afa.files import read_json, write_atomic
 from afa.provenance import commit
 from afa.studies.evidence.development import samples_of_development
+from afa.studies.evidence.kept import path_of
 from afa.studies.evidence.rivals.prompt_router import PromptRouter
 from afa.studies.evidence.rows import (
     AFA,
@@ -84,18 +85,6 @@ def describe(
     }
     described: dict[str, Any] = json.loads(json.dumps(found))
     return described
-
-
-def path_of(folder: Path, experiment: Experiment | str, world: str) -> Path:
-    """The file of the outcomes of a test."""
-    return folder / f"{experiment}-{world}.json"
-
-
-def read_rows(folder: Path, experiment: Experiment, world: str) -> dict[str, dict[str, Any]]:
-    """The rows of a test that have outcomes already, by name."""
-    path = path_of(folder, experiment, world)
-    rows: dict[str, dict[str, Any]] = read_json(path)["rows"] if path.exists() else {}
-    return rows
 
 
 def wanted_rows(study: Study, test: Mapping[str, Any], names: Sequence[str]) -> set[str]:

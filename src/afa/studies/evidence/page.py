@@ -15,7 +15,7 @@ from afa.studies.evidence.figures import (
     lines_of_data,
     lines_of_worlds,
 )
-from afa.studies.evidence.outcomes import path_of
+from afa.studies.evidence.kept import path_of
 from afa.studies.evidence.parts import Experiment
 from afa.studies.evidence.rows import AFA, PREDICTIONS
 from afa.studies.evidence.settings import WORLDS_OF

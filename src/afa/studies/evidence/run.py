@@ -15,7 +15,7 @@ from afa.studies.evidence.candidates import Grid, fusions, merges
 from afa.studies.evidence.comparison import write_prompts
 from afa.studies.evidence.drawn import drawn_job
 from afa.studies.evidence.entrants import TRAINING_PROMPTS, Distilled, Place, Tuned
-from afa.studies.evidence.outcomes import read_rows
+from afa.studies.evidence.kept import read_rows
 from afa.studies.evidence.parts import Experiment
 from afa.studies.evidence.rivals.superdiff import candidates
 from afa.studies.evidence.rows import (
