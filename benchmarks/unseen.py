@@ -17,8 +17,6 @@ to `docs/unseen`, from which `benchmarks.unseen_outcomes` writes the tables.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 import os
 import random
@@ -36,6 +34,7 @@ from afa.evaluation.recipe import slug
 from afa.files import write_atomic
 from afa.loading.expert_source import ExpertSource
 from afa.loading.pipeline import load_pipeline, with_rules
+from afa.studies.evidence.comparison import write_prompts
 from afa.studies.evidence.rivals.oracle_mask import HalfMask
 from afa.studies.results.jobs import Job, run_jobs, train_aggregators_job
 from afa.studies.results.plan import (
@@ -54,8 +53,24 @@ from afa.zoo import EXPERTS
 from afa.zoo.judges import judge, load_classifier
 from afa.zoo.scenes import BACKGROUNDS, caption_of, parse_caption
 from afa.zoo.sprites import DOMAIN_OF, OBJECTS
-from benchmarks.unseen_outcomes import BASE, DOCS, DRAFTS, EXPERT, FOLDER, Outcomes, write_outcomes
-from benchmarks.unseen_prompts import CHOICES, prompts_of, training_prompts, unseen_of
+from benchmarks.unseen_outcomes import (
+    BASE,
+    DOCS,
+    DRAFTS,
+    EXPERT,
+    FOLDER,
+    KEPT,
+    Outcomes,
+    write_outcomes,
+)
+from benchmarks.unseen_prompts import (
+    CHOICES,
+    OWN_SEEN,
+    SEEN,
+    prompts_of,
+    training_prompts,
+    unseen_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -147,34 +162,50 @@ def comparison(
     count: int,
     *,
     has_references: bool = True,
-    has_kept: bool = False,
 ) -> dict[str, Any]:
     """Return the recipe of `afa evaluate` for a choice; writes its prompts."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["Prompts", "Category"])
-    for group, captions in prompts_of(choice, count).items():
-        writer.writerows([caption, group] for caption in captions)
-    prompts = work / f"prompts-{choice}.csv"
-    write_atomic(prompts, text.getvalue())
-    drafts = {"drafts": {"judge": zoo.base}}
-    kept = {"drafts": {"judge": zoo.base, "aggregators": "keep"}}
     methods: list[dict[str, Any]] = [
         {"name": name, "ensemble": [str(folder) for folder in listed]}
         for name, listed in folders.items()
     ]
-    if has_kept:
-        methods += [{**each, "name": f"{each['name']} with drafts", **kept} for each in methods]
     if has_references:
+        drafts = {"drafts": {"judge": zoo.base}}
         methods.append({"name": DRAFTS, "fusion": {"rule": "feature_mean"}, **drafts})
         methods.append({"name": BASE, "model": zoo.base})
         methods += [{"name": f"{EXPERT}{name}", "model": zoo.experts[name]} for name in EXPERTS]
         merge = {"method": "weighted", "weights": [1 / 3] * 3}
         methods.append({"name": "uniform merge", "merge": merge})
+    return _compared(work / f"prompts-{choice}.csv", prompts_of(choice, count), zoo, methods)
+
+
+def kept_comparison(
+    work: Path, zoo: Zoo, choice: int, folders: Mapping[str, Sequence[Path]], count: int
+) -> dict[str, Any]:
+    """Return the recipe for aggregators whose logits are kept beside drafts.
+
+    Only on prompts without unseen objects: for the others, the logits are known to be wrong.
+    """
+    drafts = {"drafts": {"judge": zoo.base, "aggregators": "keep"}}
+    methods = [
+        {"name": f"{name}{KEPT}", "ensemble": [str(folder) for folder in listed], **drafts}
+        for name, listed in folders.items()
+        if VARIANTS[name].is_real
+    ]
+    prompts = {g: each for g, each in prompts_of(choice, count).items() if g in (SEEN, OWN_SEEN)}
+    return _compared(work / f"prompts-{choice}-seen.csv", prompts, zoo, methods)
+
+
+def _compared(
+    file: Path,
+    prompts: Mapping[str, Sequence[str]],
+    zoo: Zoo,
+    methods: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    write_prompts(file, prompts)
     return {
         "experts": list(zoo.experts.values()),
-        "prompts": {"drawbench": str(prompts)},
-        "methods": methods,
+        "prompts": {"drawbench": str(file)},
+        "methods": list(methods),
         "sampling": sampling(10),
         "metrics": ["scenes"],
         "num_resamples": 10_000,
@@ -264,7 +295,7 @@ def main() -> None:
     parser.add_argument("--num-prompts", type=int, default=128)
     parser.add_argument("--only", action="store_true", help="Only the variants, without drafts.")
     parser.add_argument(
-        "--kept", action="store_true", help="Also drafts that keep the aggregators' own weights."
+        "--kept", action="store_true", help="Also drafts beside the aggregators' own weights."
     )
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
@@ -305,7 +336,6 @@ def main() -> None:
             listed,
             arguments.num_prompts,
             has_references=not arguments.only,
-            has_kept=arguments.kept,
         )
         evaluate_in_processes(output, compared, num_processes)
         if arguments.only:
@@ -322,8 +352,15 @@ def main() -> None:
             "trainings": arguments.variants,
             "trained_on_scenes": [each for each in arguments.variants if VARIANTS[each].is_real],
         }
+        kept = None
+        if arguments.kept:
+            kept = (
+                kept_comparison(work, zoo, choice, listed, arguments.num_prompts),
+                work / f"comparison-{choice}-kept",
+            )
+            evaluate_in_processes(kept[1], kept[0], num_processes)
         path = arguments.outcomes / f"{arguments.name}-{choice}.json"
-        write_outcomes(path, compared, output, json.loads(place.read_text()), about)
+        write_outcomes(path, compared, output, json.loads(place.read_text()), about, kept)
         print("\n".join(Outcomes([json.loads(path.read_text())]).table()))  # noqa: T201
 
 
