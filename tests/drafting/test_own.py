@@ -59,8 +59,12 @@ def saved(experts: list[Path], tmp_path: Path) -> Callable[..., Path]:
 
 
 def pictures(pipeline: DiffusionPipeline, prompts: list[str]) -> list[Any]:
+    """Pictures that are drawn one by one: batches of another size differ in the last bits."""
     sampling = SamplingRecipe(num_steps=2, guidance=3.0, height=16, width=16)
-    return [p.tobytes() for p in draw(pipeline, prompts, range(len(prompts)), 0, 2, sampling)]
+    return [
+        next(iter(draw(pipeline, [prompt], [n], 0, 2, sampling))).tobytes()
+        for n, prompt in enumerate(prompts)
+    ]
 
 
 def test_a_folder_keeps_its_drafts(saved: Callable[..., Path], tmp_path: Path) -> None:
@@ -94,6 +98,31 @@ def test_only_prompts_with_unknown_words_are_drafted(saved: Callable[..., Path])
     assert first != fused[0]
     assert drafts_of(own, KNOWN) != {}
     assert second == found[1]
+
+
+def test_the_aggregators_are_kept_for_known_words_alone(saved: Callable[..., Path]) -> None:
+    folder = saved(prompts="all", aggregators="known_words")
+    drafts = own_drafts(folder, [KNOWN])
+    assert drafts is not None
+    pipeline = prepare(str(folder), drafts=drafts)
+    assert batches(pipeline, [KNOWN, UNKNOWN, "a fox beside"]) == [[0, 2], [1]]
+    with refusal("AFA-DRAFT-008"), routed(pipeline, [KNOWN, UNKNOWN], []):
+        pass
+    found = pictures(pipeline, [KNOWN, UNKNOWN])
+    for n, prompt, way in ((0, KNOWN, "keep"), (1, UNKNOWN, "ignore")):
+        recorded = drafts_of(pipeline, prompt)["drafts"]
+        assert (recorded.prompts, recorded.aggregators) == ("all", way)
+        use_drafts(pipeline, drafts.model_copy(update={"aggregators": way}))
+        expected = [pictures(pipeline, [KNOWN, UNKNOWN])[n]]
+        use_drafts(pipeline, drafts)
+        assert [found[n]] == expected
+    both = drafts.model_copy(update={"prompts": "unknown_words"})
+    assert both.of_prompt(is_known=True) is None
+    (folder / WORDS).unlink()
+    with refusal("AFA-DRAFT-010"):
+        own_drafts(folder)
+    with refusal("AFA-DRAFT-007", "aggregators: known_words", "words.json"):
+        use_drafts(afa.load_ensemble(folder), drafts)
 
 
 def test_a_batch_is_drafted_or_not(saved: Callable[..., Path]) -> None:
@@ -210,15 +239,17 @@ def test_the_words_of_generated_scenes_are_known(experts: list[Path], tmp_path: 
     assert "fox" not in words
 
 
-def test_before_a_training_no_words_are_known() -> None:
-    drafts = {"judge": "zoo:base", "prompts": "unknown_words"}
+@pytest.mark.parametrize("drafts", [{"prompts": "unknown_words"}, {"aggregators": "known_words"}])
+def test_before_a_training_no_words_are_known(drafts: dict[str, str]) -> None:
+    drafts = {"judge": "zoo:base", **drafts}
     data = {"prompts": {"file": "prompts.txt", "number": 1, "drafts": drafts}}
     with pytest.raises(ValidationError, match="prompts: all"):
         Recipe.model_validate(as_written([Path("a"), Path("b")], data))
 
 
-def test_a_fusion_has_no_captions() -> None:
-    drafts = {"judge": "zoo:base", "prompts": "unknown_words"}
+@pytest.mark.parametrize("drafts", [{"prompts": "unknown_words"}, {"aggregators": "known_words"}])
+def test_a_fusion_has_no_captions(drafts: dict[str, str]) -> None:
+    drafts = {"judge": "zoo:base", **drafts}
     with pytest.raises(ValidationError, match="no training captions"):
         MethodRecipe.model_validate(
             {"name": "drafts", "fusion": {"rule": "feature_mean"}, "drafts": drafts}

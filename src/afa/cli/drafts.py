@@ -74,10 +74,13 @@ def say_own(
     from afa.loading.ensemble_folder import ensemble_folder
     from afa.loading.vocabulary import listed, read_words, unknown_words
 
-    why = "The ensemble draws all prompts by drafts"
-    if drafts.prompts == "unknown_words":
+    why, unknown = "The ensemble draws all prompts by drafts", list[str]()
+    if drafts.needs_words:
         unknown = unknown_words(read_words(ensemble_folder(ensemble)) or (), prompts)
+    if drafts.prompts == "unknown_words":
         why = f"No training caption has {listed(unknown)}; such prompts are drawn by drafts"
+    elif unknown:
+        why += f", without the aggregators for {listed(unknown)}, which no training caption has"
     if excluded_by is not None:
         say_warnings(
             [

@@ -295,8 +295,11 @@ class DistillRecipe(ModelsRecipe):
                 "both halves of guidance"
             )
         drafts = self.teacher.drafts
-        if drafts is not None and drafts.prompts != "all":
-            raise ValueError("must have a teacher with drafts of all prompts")
+        if drafts is not None and drafts.needs_words:
+            raise ValueError(
+                "must have a teacher that draws all prompts in the same way, without unknown_words "
+                "and known_words in its drafts"
+            )
         if drafts is not None and pictures is not None:
             raise ValueError("must not have pictures with drafts, which belong to drawn pictures")
         if drafts is not None and self.features is not None and drafts.aggregators == "ignore":

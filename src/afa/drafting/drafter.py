@@ -44,7 +44,7 @@ class Drafter:
         judge: pipeline of the model that judges.
         settings: the settings.
         identity: hash of everything that determines what the judge says.
-        words: all words of the ensemble's training captions; None drafts all prompts.
+        words: all words of the ensemble's training captions, if the settings need them.
     """
 
     def __init__(
@@ -66,9 +66,10 @@ class Drafter:
         """Whether this thread draws a batch inside of `routed`."""
         return self.thread == threading.get_ident()
 
-    def drafts(self, prompt: str) -> bool:
-        """Whether a prompt is drawn by drafts."""
-        return self._words is None or bool(unknown_words(self._words, [prompt]))
+    def drafts_of(self, prompt: str) -> DraftsRecipe | None:
+        """The settings with which a prompt is drawn; None if it is drawn without drafts."""
+        is_known = self._words is not None and not unknown_words(self._words, [prompt])
+        return self.settings.of_prompt(is_known=is_known)
 
     def bias(
         self,
@@ -181,14 +182,17 @@ def use_drafts(
             "be skipped. Use on_nonfinite: stop, or remove drafts.",
         )
     words = None
-    if settings.prompts == "unknown_words":
+    if settings.needs_words:
         words = ensemble.provenance.words
         if words is None:
+            asked = "prompts: unknown_words"
+            instead = "prompts: all"
+            if settings.aggregators == "known_words":
+                asked, instead = "aggregators: known_words", "aggregators: ignore"
             raise AfaError(
                 "AFA-DRAFT-007",
-                "drafts.prompts is unknown_words, but this ensemble has no list of the words of "
-                "its training captions. Restore words.json in its folder, or set drafts.prompts: "
-                "all.",
+                f"The drafts have {asked}, but this ensemble has no list of the words of its "
+                f"training captions. Restore words.json in its folder, or set {instead}.",
             )
     companions = companions or Companions(ensemble.dtype)
     try:
@@ -276,7 +280,7 @@ def routed(
 
     Raises:
         AfaError: if this thread is already inside such a block, several pictures are to be drawn
-            for a prompt, or only some of the prompts are drawn by drafts; see `batches`.
+            for a prompt, or the prompts are not drawn in the same way; see `batches`.
     """
     ensemble = denoiser_of(pipeline)
     drafter: Drafter | None = getattr(ensemble, "drafter", None)
@@ -294,20 +298,20 @@ def routed(
             "AFA-DRAFT-006",
             "Drafts need num_images_per_prompt = 1. Repeat the prompt in the list of prompts.",
         )
-    are_drafted = {drafter.drafts(prompt) for prompt in prompts}
-    if len(are_drafted) > 1:
+    ways = [drafter.drafts_of(prompt) for prompt in prompts]
+    if any(way != ways[0] for way in ways):
         raise AfaError(
             "AFA-DRAFT-008",
-            "Only some of these prompts are drawn by drafts: those with words that no training "
-            "caption has. Draw the batches of afa.drafting.batches one after the other.",
+            "These prompts are not drawn in the same way: some have words that no training caption "
+            "has. Draw the batches of afa.drafting.batches one after the other.",
         )
     with drafter.lock:
         drafter.thread = threading.get_ident()
         try:
-            if True in are_drafted:
+            if ways and ways[0] is not None:
                 bias = drafter.bias(pipeline, prompts, generators, **call)
                 replaced: list[str] = []
-                if drafter.settings.aggregators == "ignore":
+                if ways[0].aggregators == "ignore":
                     pairs = zip(ensemble.sites, ensemble.aggregators, strict=True)
                     replaced = [site.name for site, rule in pairs if not isinstance(rule, Separate)]
                 ensemble.regions = Regions(bias, replaced)
@@ -318,13 +322,22 @@ def routed(
 
 def is_drafted(pipeline: DiffusionPipeline, prompt: str) -> bool:
     """Whether a prompt is drawn by drafts."""
-    drafter: Drafter | None = getattr(denoiser_of(pipeline), "drafter", None)
-    return drafter is not None and drafter.drafts(prompt)
+    return _way_of(pipeline, prompt) is not None
 
 
 def batches(pipeline: DiffusionPipeline, prompts: Sequence[str]) -> list[list[int]]:
-    """The indices of prompts that are drawn in one batch: by drafts, and without; none is empty."""
-    kinds: dict[bool, list[int]] = {}
+    """The indices of prompts that are drawn in one batch, in the same way; none is empty."""
+    found: list[tuple[DraftsRecipe | None, list[int]]] = []
     for n, prompt in enumerate(prompts):
-        kinds.setdefault(is_drafted(pipeline, prompt), []).append(n)
-    return list(kinds.values())
+        way = _way_of(pipeline, prompt)
+        same = next((places for other, places in found if other == way), None)
+        if same is None:
+            found.append((way, [n]))
+        else:
+            same.append(n)
+    return [places for _, places in found]
+
+
+def _way_of(pipeline: DiffusionPipeline, prompt: str) -> DraftsRecipe | None:
+    drafter: Drafter | None = getattr(denoiser_of(pipeline), "drafter", None)
+    return None if drafter is None else drafter.drafts_of(prompt)

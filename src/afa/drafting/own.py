@@ -50,17 +50,19 @@ def own_drafts(ensemble: str | Path, prompts: Iterable[str] | None = None) -> Ow
             f"The drafts in '{folder / 'config.json'}' are not as afa train writes them: {error} "
             "Restore that file.",
         ) from None
-    if drafts.prompts == "all":
+    if not drafts.needs_words:
         return drafts
     words = read_words(folder)
     if words is None:
         raise AfaError(
             "AFA-DRAFT-010",
             f"'{folder / WORDS}', the words of the training captions, is missing or damaged; it "
-            "says which prompts are drawn by drafts. Restore it. Or pass --no-drafts, or --drafts "
+            "says how prompts are drawn by drafts. Restore it. Or pass --no-drafts, or --drafts "
             "MODEL for all prompts.",
         )
-    return None if prompts is not None and not unknown_words(words, prompts) else drafts
+    if drafts.prompts == "all" or prompts is None or unknown_words(words, prompts):
+        return drafts
+    return None
 
 
 def keep_drafts(pipeline: DiffusionPipeline, settings: OwnDrafts, companions: Companions) -> None:

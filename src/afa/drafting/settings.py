@@ -22,6 +22,8 @@ class DraftsRecipe(Section):
             shorter side of the picture.
         aggregators: whether the logits of trained aggregators are ignored, or kept and added to the
             judgement. Aggregators are often sure and wrong about what their training data lacks.
+            With `known_words`, they are kept for prompts all of whose words the training captions
+            of the ensemble have, and ignored for others.
         sharpness: factor of the judgement; the larger, the more strictly it is followed.
         prompts: which prompts are drawn by drafts: all, or those with words that no training
             caption of the ensemble has.
@@ -34,8 +36,26 @@ class DraftsRecipe(Section):
     num_levels: int = Field(default=5, ge=2, le=100)
     region: float = Field(default=0.15, ge=0, le=1)
     sharpness: float = Field(default=3, gt=0, allow_inf_nan=False)
-    aggregators: Literal["ignore", "keep"] = "ignore"
+    aggregators: Literal["ignore", "keep", "known_words"] = "ignore"
     prompts: Literal["all", "unknown_words"] = "all"
+
+    @property
+    def needs_words(self) -> bool:
+        """Whether a picture depends on the words of the ensemble's training captions."""
+        return self.prompts == "unknown_words" or self.aggregators == "known_words"
+
+    def of_prompt(self, *, is_known: bool) -> DraftsRecipe | None:
+        """The settings of one prompt, which need no words; None if it is drawn without drafts.
+
+        Args:
+            is_known: whether the training captions have all words of the prompt.
+        """
+        if self.prompts == "unknown_words" and is_known:
+            return None
+        changes: dict[str, str] = {"prompts": "all"}
+        if self.aggregators == "known_words":
+            changes["aggregators"] = "keep" if is_known else "ignore"
+        return DraftsRecipe(**{**dict(self), **changes})
 
 
 class OwnDrafts(DraftsRecipe):

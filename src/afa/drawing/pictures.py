@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from diffusers import DiffusionPipeline
 
+    from afa.drafting import Drafter
     from afa.drawing.recorded import PictureRecipe
     from afa.ensemble.caching.settings import Acceleration
     from afa.ensemble.denoiser import EnsembleDenoiser
@@ -108,13 +109,16 @@ def prepare(
 
 def drafts_of(pipeline: DiffusionPipeline, prompt: str) -> dict[str, Any]:
     """The fields of a picture's recipe for the drafts of a prompt; empty if it has none."""
-    drafter = getattr(denoiser_of(pipeline), "drafter", None)
-    if drafter is None or not drafter.drafts(prompt):
+    drafter: Drafter | None = getattr(denoiser_of(pipeline), "drafter", None)
+    settings = None if drafter is None else drafter.drafts_of(prompt)
+    if drafter is None or settings is None:
         return {}
     # what a PNG can record; the hash of the judge is beside it
-    judge = replace(drafter.settings.judge, sha256=None, lora_sha256=None, revision=None)
-    settings = DraftsRecipe(**{**dict(drafter.settings), "prompts": "all", "judge": judge})
-    return {"drafts": settings, "judge": drafter.identity}
+    judge = replace(settings.judge, sha256=None, lora_sha256=None, revision=None)
+    return {
+        "drafts": settings.model_copy(update={"judge": judge}),
+        "judge": drafter.identity,
+    }
 
 
 def judge_of(pipeline: DiffusionPipeline) -> str | None:

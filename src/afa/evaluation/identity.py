@@ -65,7 +65,7 @@ class Identities:
             drafts = method.drafts
             identity["drafts"] = drafts.model_dump(exclude={"judge"})
             identity["judge"] = [*self.source(drafts.judge), self.companions()]
-            if drafts.prompts == "unknown_words" and method.ensemble is not None:
+            if drafts.needs_words and method.ensemble is not None:
                 identity["words"] = read_words(ensemble_folder(method.ensemble[replica]))
         return identity
 

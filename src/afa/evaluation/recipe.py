@@ -99,8 +99,11 @@ class MethodRecipe(Section):
             raise ValueError("must have drafts only with an ensemble or a fusion")
         if self.drafts is not None and self.fusion is not None and not self.fusion.takes_drafts:
             raise ValueError(f"must not have drafts with the rule {self.fusion.rule}")
-        if self.drafts is not None and self.fusion is not None and self.drafts.prompts != "all":
-            raise ValueError("must have drafts of all prompts: a fusion has no training captions")
+        if self.drafts is not None and self.fusion is not None and self.drafts.needs_words:
+            raise ValueError(
+                "must not have drafts with unknown_words or known_words: a fusion has no training "
+                "captions"
+            )
         if self.drafts is not None and self.plan is not None:
             raise ValueError("must not have drafts with a plan: each expert drafts at all sites")
         return self

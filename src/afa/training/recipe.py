@@ -84,8 +84,10 @@ class PromptedPictures(Section):
     @field_validator("drafts")
     @classmethod
     def _of_all_prompts(cls, drafts: DraftsRecipe) -> DraftsRecipe:
-        if drafts.prompts != "all":
-            raise ValueError("must have prompts: all, since no caption is known yet")
+        if drafts.needs_words:
+            raise ValueError(
+                "must have prompts: all and aggregators: ignore, since no caption is known yet"
+            )
         return drafts
 
 

@@ -149,16 +149,17 @@ def require_words(recipe: Recipe, data: CaptionedImages | StreamedImages | None)
 
 
 def _require_words(drafts: OwnDrafts | None, words: Sequence[str]) -> None:
-    """Check that drafts for prompts with unknown words can tell which words are unknown.
+    """Check that drafts that depend on words can tell which words are known.
 
     Raises:
         AfaError: if no words of the captions are known.
     """
-    if drafts is not None and drafts.prompts == "unknown_words" and not words:
+    if drafts is not None and drafts.needs_words and not words:
         raise AfaError(
             "AFA-TRAIN-061",
-            "drafts.prompts is unknown_words, but the words of the training captions are not "
-            "known: they have no spaces between words. Set drafts.prompts: all, or remove drafts.",
+            "The drafts depend on the words of the training captions, but these are not known: "
+            "they have no spaces between words. Set drafts.prompts: all and drafts.aggregators: "
+            "ignore, or remove drafts.",
         )
 
 
