@@ -104,6 +104,14 @@ def test_wins_losses_and_ties() -> None:
     assert paired.difference.mean == pytest.approx(thirds.mean() - 5 / 12)
 
 
+@pytest.mark.parametrize("count", [62, 63, 65, 168])
+def test_large_differences_of_many_clusters_are_significant(count: int) -> None:
+    clusters = np.arange(count).repeat(2)
+    ours, theirs = np.ones((1, 2 * count)), np.zeros((1, 2 * count))
+    p_value = paired_difference(ours, theirs, 100, clusters=clusters).p_value
+    assert p_value == pytest.approx(2.0 ** (1 - count), rel=1e-9)
+
+
 @pytest.mark.parametrize(
     ("wins", "losses", "p"),
     [(4, 0, 0.125), (0, 4, 0.125), (5, 5, 1.0), (9, 1, 22 / 1024), (0, 0, 1)],

@@ -55,6 +55,7 @@ class Paired:
 
 def sign_test(wins: int, losses: int) -> float:
     """Return the exact two-sided p-value for equally probable wins and losses."""
+    wins, losses = int(wins), int(losses)  # integers of NumPy overflow from 63 pairs on
     count = wins + losses
     tail = sum(math.comb(count, k) for k in range(min(wins, losses) + 1))
     return min(1.0, 2 * tail / 2**count)
