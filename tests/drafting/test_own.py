@@ -116,8 +116,8 @@ def test_the_aggregators_are_kept_for_known_words_alone(saved: Callable[..., Pat
         expected = [pictures(pipeline, [KNOWN, UNKNOWN])[n]]
         use_drafts(pipeline, drafts)
         assert [found[n]] == expected
-    both = drafts.model_copy(update={"prompts": "unknown_words"})
-    assert both.of_prompt(is_known=True) is None
+    with pytest.raises(ValidationError, match="prompts: all"):
+        DraftsRecipe(judge=drafts.judge, prompts="unknown_words", aggregators="known_words")
     (folder / WORDS).unlink()
     with refusal("AFA-DRAFT-010"):
         own_drafts(folder)
@@ -243,7 +243,7 @@ def test_the_words_of_generated_scenes_are_known(experts: list[Path], tmp_path: 
 def test_before_a_training_no_words_are_known(drafts: dict[str, str]) -> None:
     drafts = {"judge": "zoo:base", **drafts}
     data = {"prompts": {"file": "prompts.txt", "number": 1, "drafts": drafts}}
-    with pytest.raises(ValidationError, match="prompts: all"):
+    with pytest.raises(ValidationError, match="no caption is known"):
         Recipe.model_validate(as_written([Path("a"), Path("b")], data))
 
 
@@ -312,5 +312,5 @@ def test_a_report_has_the_weights_of_both_kinds_of_prompts(
     )
     list(evaluate(recipe, tmp_path / "out"))
     weights = json.loads((tmp_path / "out" / "report.json").read_text())["weights"]["groups"]
-    assert weights.keys() == {"all", "all drafted"}
+    assert weights.keys() == {"all", "all, by drafts"}
     assert all(len(each["shares"]) == 2 for each in weights.values())

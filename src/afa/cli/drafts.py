@@ -28,7 +28,7 @@ NoDrafts = Annotated[
     bool,
     typer.Option(
         "--no-drafts",
-        help="Do not use the ensemble's own drafts for prompts with unknown words.",
+        help="Do not use the ensemble's own drafts.",
         rich_help_panel=_PANEL,
     ),
 ]

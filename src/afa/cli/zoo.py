@@ -242,7 +242,7 @@ def evidence(
     ] = Path("docs"),
     row: Annotated[
         list[str] | None,
-        typer.Option(help="Train and test only this row; repeatable. Rows with outcomes are kept."),
+        typer.Option(help="Train and test only this row of one experiment; repeatable."),
     ] = None,
     processes: Annotated[
         int | None, typer.Option(min=1, help="With one thread each; default: one per core.")
@@ -260,6 +260,10 @@ def evidence(
     from afa.studies.results.jobs import JobProgress
 
     quieten_loading()
+    if row and len(experiment or ()) != 1:
+        raise AfaError(
+            "AFA-CLI-030", "--row needs one --experiment, whose row it is. Pass one --experiment."
+        )
     count = processes or os.cpu_count() or 1
     study = Study(
         workdir.resolve(), EvidenceSettings(), count, docs.resolve(), rows=tuple(row or ())

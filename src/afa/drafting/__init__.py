@@ -1,6 +1,14 @@
 """Decide which expert draws which region of a picture, from drafts and without any training."""
 
-from afa.drafting.drafter import Drafter, batches, is_drafted, routed, use_drafts
+from afa.drafting.drafter import (
+    Drafter,
+    batches,
+    is_drafted,
+    require_words,
+    routed,
+    use_drafts,
+    way_of,
+)
 from afa.drafting.own import own_drafts
 from afa.drafting.recognition import recognise
 from afa.drafting.settings import DraftsRecipe, OwnDrafts
@@ -13,6 +21,8 @@ __all__ = [
     "is_drafted",
     "own_drafts",
     "recognise",
+    "require_words",
     "routed",
     "use_drafts",
+    "way_of",
 ]

@@ -66,7 +66,7 @@ class Drafter:
         """Whether this thread draws a batch inside of `routed`."""
         return self.thread == threading.get_ident()
 
-    def drafts_of(self, prompt: str) -> DraftsRecipe | None:
+    def settings_of(self, prompt: str) -> DraftsRecipe | None:
         """The settings with which a prompt is drawn; None if it is drawn without drafts."""
         is_known = self._words is not None and not unknown_words(self._words, [prompt])
         return self.settings.of_prompt(is_known=is_known)
@@ -183,17 +183,7 @@ def use_drafts(
         )
     words = None
     if settings.needs_words:
-        words = ensemble.provenance.words
-        if words is None:
-            asked = "prompts: unknown_words"
-            instead = "prompts: all"
-            if settings.aggregators == "known_words":
-                asked, instead = "aggregators: known_words", "aggregators: ignore"
-            raise AfaError(
-                "AFA-DRAFT-007",
-                f"The drafts have {asked}, but this ensemble has no list of the words of its "
-                f"training captions. Restore words.json in its folder, or set {instead}.",
-            )
+        words = require_words(settings, ensemble.provenance.words)
     companions = companions or Companions(ensemble.dtype)
     try:
         identity = judge_identity(settings, companions)
@@ -207,6 +197,24 @@ def use_drafts(
             "MODEL, or --no-drafts.",
         ) from error
     ensemble.drafter = Drafter(judge.to(ensemble.device), settings, identity, words)
+
+
+def require_words(settings: DraftsRecipe, words: Collection[str] | None) -> Collection[str]:
+    """Return the words of an ensemble's training captions, which the settings need.
+
+    Raises:
+        AfaError: if they are None.
+    """
+    if words is not None:
+        return words
+    asked, instead = "prompts: unknown_words", "prompts: all"
+    if settings.aggregators == "known_words":
+        asked, instead = "aggregators: known_words", "aggregators: ignore"
+    raise AfaError(
+        "AFA-DRAFT-007",
+        f"The drafts have {asked}, but this ensemble has no list of the words of its training "
+        f"captions. Restore words.json in its folder, or set {instead}.",
+    )
 
 
 def load_judge(
@@ -298,7 +306,7 @@ def routed(
             "AFA-DRAFT-006",
             "Drafts need num_images_per_prompt = 1. Repeat the prompt in the list of prompts.",
         )
-    ways = [drafter.drafts_of(prompt) for prompt in prompts]
+    ways = [drafter.settings_of(prompt) for prompt in prompts]
     if any(way != ways[0] for way in ways):
         raise AfaError(
             "AFA-DRAFT-008",
@@ -322,22 +330,25 @@ def routed(
 
 def is_drafted(pipeline: DiffusionPipeline, prompt: str) -> bool:
     """Whether a prompt is drawn by drafts."""
-    return _way_of(pipeline, prompt) is not None
+    return _settings_of(pipeline, prompt) is not None
+
+
+def way_of(pipeline: DiffusionPipeline, prompt: str) -> str:
+    """How a prompt is drawn: by `drafts`, by `drafts and aggregators`, or by `aggregators`."""
+    settings = _settings_of(pipeline, prompt)
+    if settings is None:
+        return "aggregators"
+    return "drafts" if settings.aggregators == "ignore" else "drafts and aggregators"
 
 
 def batches(pipeline: DiffusionPipeline, prompts: Sequence[str]) -> list[list[int]]:
     """The indices of prompts that are drawn in one batch, in the same way; none is empty."""
-    found: list[tuple[DraftsRecipe | None, list[int]]] = []
+    ways: dict[str, list[int]] = {}
     for n, prompt in enumerate(prompts):
-        way = _way_of(pipeline, prompt)
-        same = next((places for other, places in found if other == way), None)
-        if same is None:
-            found.append((way, [n]))
-        else:
-            same.append(n)
-    return [places for _, places in found]
+        ways.setdefault(way_of(pipeline, prompt), []).append(n)
+    return list(ways.values())
 
 
-def _way_of(pipeline: DiffusionPipeline, prompt: str) -> DraftsRecipe | None:
+def _settings_of(pipeline: DiffusionPipeline, prompt: str) -> DraftsRecipe | None:
     drafter: Drafter | None = getattr(denoiser_of(pipeline), "drafter", None)
-    return None if drafter is None else drafter.drafts_of(prompt)
+    return None if drafter is None else drafter.settings_of(prompt)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from afa.loading.expert_source import ExpertSource
 from afa.recipe import Section
@@ -22,8 +22,8 @@ class DraftsRecipe(Section):
             shorter side of the picture.
         aggregators: whether the logits of trained aggregators are ignored, or kept and added to the
             judgement. Aggregators are often sure and wrong about what their training data lacks.
-            With `known_words`, they are kept for prompts all of whose words the training captions
-            of the ensemble have, and ignored for others.
+            With `known_words`, which needs `prompts: all`, they are kept for prompts all of whose
+            words the training captions of the ensemble have, and ignored for others.
         sharpness: factor of the judgement; the larger, the more strictly it is followed.
         prompts: which prompts are drawn by drafts: all, or those with words that no training
             caption of the ensemble has.
@@ -38,6 +38,15 @@ class DraftsRecipe(Section):
     sharpness: float = Field(default=3, gt=0, allow_inf_nan=False)
     aggregators: Literal["ignore", "keep", "known_words"] = "ignore"
     prompts: Literal["all", "unknown_words"] = "all"
+
+    @model_validator(mode="after")
+    def _has_known_prompts(self) -> Self:
+        if self.aggregators == "known_words" and self.prompts != "all":
+            raise ValueError(
+                "must have prompts: all with aggregators: known_words, since prompts with unknown "
+                "words always ignore the aggregators"
+            )
+        return self
 
     @property
     def needs_words(self) -> bool:

@@ -110,7 +110,7 @@ def prepare(
 def drafts_of(pipeline: DiffusionPipeline, prompt: str) -> dict[str, Any]:
     """The fields of a picture's recipe for the drafts of a prompt; empty if it has none."""
     drafter: Drafter | None = getattr(denoiser_of(pipeline), "drafter", None)
-    settings = None if drafter is None else drafter.drafts_of(prompt)
+    settings = None if drafter is None else drafter.settings_of(prompt)
     if drafter is None or settings is None:
         return {}
     # what a PNG can record; the hash of the judge is beside it

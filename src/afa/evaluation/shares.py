@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from afa.denoisers.kinds import denoiser_of
-from afa.drafting import is_drafted
+from afa.drafting import way_of
 from afa.ensemble.recording import record_weights
 from afa.evaluation.prompts import groups_of
 from afa.evaluation.work import digest, draw, drawn_together, write_json
@@ -44,18 +44,18 @@ def record_shares(
     }
     for group, places in groups_of(prompts).items():
         first = places[: sampling.batch_size]
-        kinds: dict[bool, list[dict[str, Any]]] = {}
+        ways: dict[str, list[dict[str, Any]]] = {}
         for batch in drawn_together(pipeline, [prompts[n].text for n in first]):
             chosen = [first[n] for n in batch]
             texts = [prompts[n].text for n in chosen]
             with record_weights(denoiser_of(pipeline)) as record:
                 seed, num_steps = sampling.seeds[0], sampling.num_steps
                 draw(pipeline, texts, chosen, seed, num_steps, sampling, output_type="latent")
-            is_by_drafts = is_drafted(pipeline, texts[0])
-            kinds.setdefault(is_by_drafts, []).append(_shares(record, len(chosen)))
-        for is_by_drafts, batches in kinds.items():
-            drafted = " drafted" if is_by_drafts and len(kinds) > 1 else ""
-            content["groups"][f"{group}{drafted}"] = _mean(batches)
+            way = way_of(pipeline, texts[0])
+            ways.setdefault(way, []).append(_shares(record, len(chosen)))
+        for way, batches in ways.items():
+            title = group if way == "aggregators" or len(ways) == 1 else f"{group}, by {way}"
+            content["groups"][title] = _mean(batches)
     write_json(path, content)
 
 

@@ -235,7 +235,8 @@ def draw(
 def drawn_together(pipeline: DiffusionPipeline, texts: Sequence[str]) -> list[list[int]]:
     """The indices of prompts that are drawn in one batch.
 
-    Prompts drawn by drafts, and others, are apart. Each is alone if only its leading experts run.
+    All are drawn in the same way, see `afa.drafting.way_of`. Each is alone if only its leading
+    experts run.
     """
     if isinstance(getattr(denoiser_of(pipeline), "schedule", None), LeadingExperts):
         return [[n] for n in range(len(texts))]

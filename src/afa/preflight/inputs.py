@@ -17,7 +17,7 @@ from diffusers.configuration_utils import FrozenDict
 
 from afa.denoisers.kinds import kind_of
 from afa.distilling.planned import plan_of_distillation
-from afa.drafting import own_drafts
+from afa.drafting import own_drafts, require_words
 from afa.errors import AfaError
 from afa.evaluation.planned import plan_of_evaluation, plan_of_search
 from afa.files import is_unused, read_json, require_place_for_folder
@@ -27,7 +27,7 @@ from afa.loading.manifest import read_manifest
 from afa.loading.prompt_warnings import warnings_of_plan
 from afa.loading.sources import locate_vae
 from afa.loading.truncation import limits_of_folder, prompt_warnings
-from afa.loading.vocabulary import word_warnings
+from afa.loading.vocabulary import read_words, word_warnings
 from afa.training.planned import plan_of_training
 
 if TYPE_CHECKING:
@@ -206,6 +206,10 @@ def inputs_of_evaluation(
                     given_costs(given)
                     picture_files(given, range(len(prompts)), recipe.sampling.seeds)
             for method in recipe.methods:
+                if method.drafts is not None and method.drafts.needs_words:
+                    for folder in method.ensemble or ():
+                        with found.refusals("methods"):
+                            require_words(method.drafts, read_words(ensemble_folder(folder)))
                 for folder in [] if method.drafts is not None else method.ensemble or ():
                     found.say("prompts", word_warnings(ensemble_folder(folder), texts))
                     found.say("methods", _undrafted(method.name, folder, texts))

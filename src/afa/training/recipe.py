@@ -86,7 +86,7 @@ class PromptedPictures(Section):
     def _of_all_prompts(cls, drafts: DraftsRecipe) -> DraftsRecipe:
         if drafts.needs_words:
             raise ValueError(
-                "must have prompts: all and aggregators: ignore, since no caption is known yet"
+                "must not have unknown_words or known_words, since no caption is known yet"
             )
         return drafts
 
@@ -242,8 +242,8 @@ class Recipe(Section):
     of the first expert or of the source `vae`. For single files, `config` is a diffusers folder of
     their family or the name of a bundled configuration (by default detected from the file), and
     `parts` are sources of the text encoders that they lack. `allow_duplicates` allows duplicate
-    experts. `drafts` are those that the ensemble uses by itself, for prompts with words that no
-    training caption has.
+    experts. `drafts` are those that the ensemble uses by itself, by default for prompts with words
+    that no training caption has.
     """
 
     LATER: ClassVar[tuple[str, ...]] = ("drafts",)

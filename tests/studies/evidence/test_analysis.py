@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from afa.studies.evidence.analysis import Outcomes
-from afa.studies.evidence.page import write_page
+from afa.studies.evidence.page import FEW_STEPS, claims_table, write_page
 from afa.studies.evidence.rows import AFA
 from afa.studies.evidence.settings import WORLDS_OF, EvidenceSettings
 from afa.studies.worlds.prompts import prompts_of
@@ -175,6 +175,18 @@ def test_the_page_says_what_speaks_against_the_method_first(tmp_path: Path) -> N
     assert "TIES merge: density; tuned base: learning rate 0.001." in edges
     assert "| AFA | 0.5" in table or "| AFA | 0.6" in table
     assert len(text.split("begin divergence ")[1].split("end divergence")[0].splitlines()) > 6
+
+
+def test_more_steps_are_needed_to_say_that_few_suffice() -> None:
+    found = content(**{AFA: 0.9, "AFA, 5 denoising steps": 0.5, "TIES merge": 0.4})
+    found["rows"][AFA]["expert_calls"], found["rows"]["TIES merge"]["expert_calls"] = 60, 20
+    found["rows"]["AFA, 5 denoising steps"]["expert_calls"] = 30
+    found["planned"].append("AFA, 20 denoising steps")
+    line = f"| {FEW_STEPS} | AFA, 20 denoising steps |"
+    assert f"{line}  | not measured |" in claims_table(Outcomes(found, 0.05, 100))
+    found["rows"]["AFA, 20 denoising steps"] = {**found["rows"][AFA], "expert_calls": 120}
+    (found_line,) = [x for x in claims_table(Outcomes(found, 0.05, 100)) if x.startswith(line)]
+    assert "not measured" not in found_line
 
 
 def test_tests_with_a_part_of_their_rows(tmp_path: Path) -> None:

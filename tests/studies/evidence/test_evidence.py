@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from afa.aggregators.fusion import FUSIONS
+from afa.cli import main
 from afa.merging.recipe import WITH_BASE, MergeRecipe
 from afa.studies.evidence import run
 from afa.studies.evidence.candidates import Grid, fusions, merges
@@ -156,6 +157,7 @@ def test_the_best_candidate_is_the_first_of_equal_ones() -> None:
         "score": 0.7,
         "values": {"weight": 2},
         "edges": [],
+        "scores": [0.5, 0.7, 0.7],
     }
     assert chosen["rivals"]["mean"]["score"] is None
     assert best_merge(chosen) == {"weight": 9}
@@ -251,8 +253,9 @@ def test_the_stages_in_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert not list(place.work.rglob("*-start")), "the merge is not kept"
     with refusal("AFA-STUDY-029", "main.json"):
         replace(study, settings=replace(settings, lora_rank=3)).chosen("main")
-    with refusal("AFA-STUDY-031", "another", "oracle mask"):
-        list(run_stage(replace(study, rows=("another",)), Stage.TEST, Experiment.MAIN))
+    for stage in (Stage.TRAININGS, Stage.TEST):
+        with refusal("AFA-STUDY-031", "another", "oracle mask"):
+            list(run_stage(replace(study, rows=("another",)), stage, Experiment.MAIN))
     few = replace(study, rows=("base", counted(TUNED, 2)))
     list(run_stage(few, Stage.TEST, Experiment.MAIN))
     outcomes = docs / "evidence" / "main-main.json"
@@ -295,6 +298,9 @@ def test_the_stages_in_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     del found["rows"]["top-1"]
     outcomes.write_text(json.dumps(found))
     assert {each.row for each in pending(whole, Experiment.MAIN, "main")} == {AFA}
+    outcomes.write_text(json.dumps(found).replace(found["rows"][AFA]["ensembles"][0], "0" * 64))
+    with refusal("AFA-STUDY-034", "top-1"):
+        stages(Stage.TEST)
     outcomes.write_text(json.dumps({**found, "num_references": 9}))
     with refusal("AFA-STUDY-030", "num_references"):
         stages(Stage.TEST)
@@ -336,3 +342,14 @@ def _few(rows: dict[str, Grid]) -> Grid:
 def test_a_comparison_of_a_study_may_read_the_folders_that_it_names() -> None:
     recipe = {"base": "/a/base", "methods": [{"model": [{"source": "/b/x"}], "name": "m"}], "n": 1}
     assert folders_in({**recipe, "experts": ["zoo:food", "relative/one"]}) == {"/a", "/b"}
+
+
+def test_a_row_belongs_to_one_experiment(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for experiments in ([], ["--experiment", "main", "--experiment", "data"]):
+        with pytest.raises(SystemExit) as stop:
+            main(["zoo", "evidence", str(tmp_path / "work"), "--row", AFA, *experiments])
+        assert stop.value.code == 2
+        assert "AFA-CLI-030" in capsys.readouterr().err
+    assert not (tmp_path / "work").exists()

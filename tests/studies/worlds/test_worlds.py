@@ -5,17 +5,18 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from afa.cli import main
 from afa.studies.worlds.build import WorldShop, build_world
-from afa.studies.worlds.pack import pack_world
+from afa.studies.worlds.pack import pack_world, unpack_world
 from afa.studies.worlds.prompts import (
     KNOWN,
     MIXED,
@@ -163,6 +164,20 @@ def test_a_world_in_few_steps(tmp_path: Path) -> None:
     assert all(torch.equal(each, denoisers["food"][key]) for key, each in again.items())
     record = json.loads((tmp_path / "u" / "recipe.json").read_text())
     assert WorldRecipe.model_validate(record) == recipe
+    (tmp_path / "mixed" / BASE).mkdir(parents=True)
+    for part in files:
+        (tmp_path / "mixed" / BASE / part).parent.mkdir()
+        shutil.copy(tmp_path / "one" / "food" / part, tmp_path / "mixed" / BASE / part)
+    with refusal("AFA-STUDY-033", "mixed", "new folder"):
+        unpack_world(tmp_path / "pack", tmp_path / "mixed")
+    (tmp_path / "mixed" / "recipe.json").write_text('{"family": "dit"}')
+    with refusal("AFA-RECIPE-002", "recipe.json"):
+        pack_world(tmp_path / "mixed", tmp_path / "packed")
+    shutil.copy(tmp_path / "one" / "recipe.json", tmp_path / "mixed")
+    moved = {key: each + 1e-6 for key, each in denoisers[BASE].items()}
+    save_file(moved, tmp_path / "mixed" / BASE / files[1])
+    with refusal("AFA-STUDY-032", "not rounded"):
+        pack_world(tmp_path / "mixed", tmp_path / "packed")
     with refusal("AFA-STUDY-027", "no base"):
         pack_world(tmp_path / "nothing", tmp_path / "packed")
 

@@ -225,7 +225,7 @@ def _rebuilt(outcomes: Outcomes) -> str:
     warning = " **But this base is another model, so the rows cannot be compared.**"
     return (
         f"The base that was built here minus the published one: {signed(found.paired.difference)}, "
-        f"{found.verdict}; they agree on {share:.1%} of the prompts. Models that are built on "
-        "another machine differ in their last digits, so an agreement below 100 % is usual."
+        f"{found.verdict}; they agree on {share:.1%} of the prompts. Another "
+        "processor rounds differently, so an agreement below 100 % is usual."
         + (warning if found.verdict in ("above", "below") else "")
     )

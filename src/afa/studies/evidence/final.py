@@ -10,7 +10,13 @@ from afa.studies.evidence.development import read_developed
 from afa.studies.evidence.drawn import drawn_job, pairs_of, scenes_job
 from afa.studies.evidence.entrants import Aggregated, scenes_of
 from afa.studies.evidence.jobs import open_scenes
-from afa.studies.evidence.outcomes import describe, wanted_rows, write_outcomes
+from afa.studies.evidence.outcomes import (
+    describe,
+    require_rows,
+    require_same_ensembles,
+    wanted_rows,
+    write_outcomes,
+)
 from afa.studies.evidence.parts import Experiment
 from afa.studies.evidence.rivals.oracle_mask import OracleMask
 from afa.studies.evidence.rivals.other_steps import OtherSteps
@@ -70,7 +76,9 @@ def run_test(
     prompts = test_prompts(place, settings.num_mixed, settings.num_own)
     captions = [caption for listed in prompts.values() for caption in listed]
     sampled = {**sampling(settings.num_steps), "seeds": [settings.test_seed]}
-    every = {**chosen, "developed": read_developed(study.chosen_in, settings)}
+    found = read_developed(study.chosen_in, settings)
+    developed = {key: found[key] for key in ("rows", "shares", "inputs")}
+    every = {**chosen, "developed": developed}
     test = describe(study, experiment, place, prompts, sampled, every)
 
     work = place.work / f"test-{experiment}"
@@ -84,6 +92,7 @@ def run_test(
     wanted = wanted_rows(study, test, names)
     if not wanted:
         return
+    require_same_ensembles(study, test, place, entrants, wanted)
     jobs = [
         Job(
             f"{world}: {row}",
@@ -109,6 +118,19 @@ def run_test(
     }
     evaluate_in_processes(work / "comparison", recipe, study.num_processes)
     write_outcomes(study, place, test, recipe, work / "comparison", entrants, names)
+
+
+def check_rows(study: Study, experiment: Experiment, world: str) -> None:
+    """Check that an experiment has the rows of `study.rows`, before anything is trained.
+
+    Raises:
+        AfaError: if it lacks one, or the rivals' settings are not chosen yet.
+    """
+    place, chosen = study.place(world), _chosen(study, world)
+    rates, merge = chosen_rates(study), best_merge(chosen)
+    entrants = trained(experiment, study.settings, rates, merge)
+    names = [method["name"] for method in methods_of(experiment, place, entrants, chosen)]
+    require_rows(study, [*names, *_rivals(study, experiment, place, chosen)])
 
 
 def _rivals(

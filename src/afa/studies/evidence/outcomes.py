@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ from afa.errors import AfaError
 from afa.evaluation.recipe import SCENE_SCORES, EvaluateRecipe
 from afa.evaluation.results import read_results
 from afa.files import read_json, write_atomic
+from afa.loading.ensemble_folder import AGGREGATORS
+from afa.machine.hashes import hash_file
 from afa.provenance import commit
 from afa.studies.evidence.development import samples_of_development
 from afa.studies.evidence.kept import path_of
@@ -35,7 +38,7 @@ from afa.studies.evidence.rows import (
 from afa.studies.worlds.prompts import groups_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from torch import Tensor
 
@@ -78,6 +81,7 @@ def describe(
         "prompts": [[text, group] for group, listed in prompts.items() for text in listed],
         "mixed": [group for group in groups_of(place.recipe) if group not in place.recipe.experts],
         "sampling": {key: sampled[key] for key in ("num_steps", "guidance", "seeds", "batch_size")},
+        "settings": asdict(settings),
         "num_references": settings.num_references,
         "margin": settings.margin,
         "aggregator_steps": settings.aggregator_steps,
@@ -98,14 +102,59 @@ def wanted_rows(study: Study, test: Mapping[str, Any], names: Sequence[str]) -> 
     Raises:
         AfaError: if the outcomes are of another test, or a row is unknown.
     """
+    require_rows(study, names)
+    return {*(study.rows or names)} - {*_kept(study, test)["rows"]}
+
+
+def require_rows(study: Study, names: Sequence[str]) -> None:
+    """Check that the rows of `study.rows` are among those of an experiment.
+
+    Raises:
+        AfaError: if one is not.
+    """
     unknown = next((row for row in study.rows if row not in names), None)
     if unknown is not None:
         raise AfaError(
             "AFA-STUDY-031",
-            f"The experiment '{test['experiment']}' has no row '{unknown}'. Use: "
-            f"{'; '.join(names)}.",
+            f"The experiment has no row '{unknown}'. Use: {'; '.join(names)}.",
         )
-    return {*(study.rows or names)} - {*_kept(study, test)["rows"]}
+
+
+def require_same_ensembles(
+    study: Study,
+    test: Mapping[str, Any],
+    place: Place,
+    entrants: Sequence[Entrant],
+    wanted: Collection[str],
+) -> None:
+    """Check that rows that draw with AFA's ensembles, or learn from them, have those of its row.
+
+    Args:
+        study: of the test.
+        test: see `describe`.
+        place: of the world.
+        entrants: all trainings of the experiment.
+        wanted: the rows that are to be drawn.
+
+    Raises:
+        AfaError: if AFA has outcomes, and its ensembles here are others.
+    """
+    ours = _kept(study, test)["rows"].get(AFA)
+    others = [row for row in wanted if of_ensemble(row) or row.startswith(DISTILLED)]
+    if ours is not None and others and ours["ensembles"] != _ensembles(place, entrants):
+        raise AfaError(
+            "AFA-STUDY-034",
+            f"The row '{others[0]}' would draw with other ensembles than the row '{AFA}', which "
+            "was tested with trainings of another machine. Remove both rows from "
+            f"'{path_of(study.outcomes, test['experiment'], test['world'])}', and all others that "
+            "depend on them.",
+        )
+
+
+def _ensembles(place: Place, entrants: Sequence[Entrant]) -> list[str]:
+    """SHA-256 of AFA's aggregators, by seed."""
+    folders = [each.folder(place) for each in entrants if each.row == AFA]
+    return [hash_file(folder / AGGREGATORS) for folder in folders]
 
 
 def _kept(study: Study, test: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,6 +206,7 @@ def write_outcomes(
         | {"budget": budget(name, results, place, study.settings, samples)}
         | {"seeds": seeds_of(name, entrants)}
         | origin
+        | ({"ensembles": _ensembles(place, entrants)} if name == AFA else {})
         for name in results.methods
     }
     kept = _kept(study, test)

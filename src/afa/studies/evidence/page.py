@@ -211,10 +211,12 @@ def claims_table(outcomes: Outcomes) -> list[str]:
     Few steps suffice if more of them are not better.
     """
     claims = {claim: name or outcomes.best_merge for claim, name in CLAIMS.items()}
-    more = [row for row in outcomes.rows if row.startswith(f"{AFA}, ")]
-    if more:
-        claims[FEW_STEPS] = max(more, key=lambda row: outcomes.rows[row]["expert_calls"] or 0)
-    known = [name for name in claims.values() if name in outcomes.rows]
+    named = [row for row in outcomes.content["planned"] if row.startswith(f"{AFA}, ")]
+    more = [row for row in named if _calls(outcomes, row) > _calls(outcomes, AFA)]
+    if named:
+        claims[FEW_STEPS] = max(more, key=lambda row: _calls(outcomes, row)) if more else named[-1]
+    measured = {*outcomes.rows} - ({*named} - {*more})
+    known = [name for name in claims.values() if name in measured]
     compared = outcomes.compared(known, AFA, outcomes.mixed)
     says = {
         "below": "holds",
@@ -235,6 +237,11 @@ def claims_table(outcomes: Outcomes) -> list[str]:
         ["claim of the paper", "row", f"row minus {AFA}", "here"],
         (cells(claim, name) for claim, name in claims.items()),
     )
+
+
+def _calls(outcomes: Outcomes, row: str) -> float:
+    calls: float | None = outcomes.rows[row]["expert_calls"] if row in outcomes.rows else None
+    return calls or 0.0
 
 
 def edges_list(outcomes: Outcomes) -> list[str]:

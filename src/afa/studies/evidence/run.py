@@ -233,7 +233,8 @@ def choose(report: Mapping[str, Any], grids: Mapping[str, Grid], group: str) -> 
         grids: of the rivals.
         group: of the prompts by which they are chosen.
 
-    Returns: by row, `method`, `score`, its `values` on the grid, and the `edges` on which it lies.
+    Returns: by row, `method`, `score`, its `values` on the grid, the `edges` on which it lies, and
+        the `scores` of all candidates in their order.
     """
     scores = _scores(report, group)
     rivals = {}
@@ -244,6 +245,7 @@ def choose(report: Mapping[str, Any], grids: Mapping[str, Grid], group: str) -> 
         rivals[row] = {
             "method": grid.methods[best],
             "score": listed[best] if len(listed) > 1 else None,
+            "scores": listed if len(listed) > 1 else [],
             "values": dict(grid.points[best]),
             "edges": grid.edges(best),
         }
@@ -266,7 +268,7 @@ def _best_drawn(
         for each in listed
     ]
     edges = Grid(points, [{}] * len(points)).edges(best)
-    return {"values": points[best], "score": found[best], "edges": edges}
+    return {"values": points[best], "score": found[best], "edges": edges, "scores": found}
 
 
 def _best_rate(report: Mapping[str, Any], rates: Sequence[Tuned], group: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from afa.files import owned
 from afa.studies.evidence.development import develop, developed
-from afa.studies.evidence.final import run_test
+from afa.studies.evidence.final import check_rows, run_test
 from afa.studies.evidence.parts import Stage
 from afa.studies.evidence.run import FIRST, build, choose_rivals, train
 from afa.studies.evidence.settings import WORLDS_OF
@@ -53,6 +53,7 @@ def run_stage(
             elif stage == Stage.CANDIDATES:
                 yield from choose_rivals(study, world)
             elif stage == Stage.TRAININGS:
+                check_rows(study, experiment, world)
                 yield from train(study, experiment, world)
             else:
                 yield from run_test(study, experiment, world)

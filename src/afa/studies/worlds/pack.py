@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors.torch import load_file
 
 from afa.errors import AfaError
 from afa.files import read_json, staged, write_atomic
+from afa.recipe import validated
 from afa.studies.worlds.recipe import BASE, WorldRecipe
 from afa.studies.zoo_build.workshop import require_same_recipe
 from afa.zoo import assets, copy_as
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
 RECIPE, SCORES = "recipe.json", "scores"
+#: the weights of a model: of its U-Net, and of the text encoder that all share
+_TRAINED = ("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors")
 #: what all models of a world share, besides the autoencoder of the bundled zoo
 _SHARED = ("text_encoder", "tokenizer", "scheduler", "model_index.json")
 
@@ -40,12 +44,15 @@ def pack_world(world: Path, target: Path) -> list[str]:
     Returns: the names of the models.
 
     Raises:
-        AfaError: if the world has no base yet.
+        AfaError: if the world has no base yet, the folder is no world, or its weights are not
+            rounded to half precision.
     """
     if not (world / BASE).is_dir():
         raise AfaError("AFA-STUDY-027", f"'{world}' has no base yet. Build the world first.")
-    recipe = WorldRecipe.model_validate(read_json(world / RECIPE))
+    recipe = validated(read_json(world / RECIPE), WorldRecipe, world / RECIPE)
     names = [name for name in (BASE, *recipe.experts) if (world / name).is_dir()]
+    for name in names:
+        _require_rounded(world / name)
     with staged(target) as partial:
         for part in _SHARED:
             _copy(world / BASE / part, partial / "shared" / part, torch.float16)
@@ -68,7 +75,7 @@ def unpack_world(packed: Path, folder: Path) -> list[str]:
     Returns: the names of the models.
 
     Raises:
-        AfaError: if there is no pack, or the folder belongs to another recipe.
+        AfaError: if there is no pack, or the folder belongs to another recipe or has another base.
     """
     if not (packed / RECIPE).is_file():
         raise AfaError(
@@ -77,6 +84,8 @@ def unpack_world(packed: Path, folder: Path) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     require_same_recipe(folder / RECIPE, read_json(packed / RECIPE))
     names = sorted(place.parent.name for place in packed.glob("*/unet"))
+    if (folder / BASE).exists():
+        _require_same_base(packed, folder)
     for name in names:
         if (folder / name).exists():
             continue
@@ -89,6 +98,40 @@ def unpack_world(packed: Path, folder: Path) -> list[str]:
         if scores.exists():
             _copy(scores, folder / SCORES / scores.name, torch.float32)
     return names
+
+
+def _require_rounded(model: Path) -> None:
+    """Refuse a model that would be another one in half precision.
+
+    Raises:
+        AfaError: if one of its weights is not a number of half precision.
+    """
+    for part in _TRAINED:
+        for key, tensor in load_file(model / part).items():
+            if not torch.equal(tensor, tensor.half().to(tensor.dtype)):
+                raise AfaError(
+                    "AFA-STUDY-032",
+                    f"'{model / part}' is not rounded to half precision: {key}. It was built by an "
+                    "older version. Build the world again in a new folder.",
+                )
+
+
+def _require_same_base(packed: Path, folder: Path) -> None:
+    """Refuse a world whose base is another one than that of the packed experts.
+
+    Raises:
+        AfaError: if one of its tensors differs.
+    """
+    for own, other in zip(_TRAINED, (BASE, "shared"), strict=True):
+        ours, theirs = load_file(folder / BASE / own), load_file(packed / other / own)
+        if ours.keys() != theirs.keys() or any(
+            not torch.equal(tensor, theirs[key].to(tensor.dtype)) for key, tensor in ours.items()
+        ):
+            raise AfaError(
+                "AFA-STUDY-033",
+                f"The base in '{folder}' is another one than that of the experts in '{packed}'. "
+                "Use a new folder for the world.",
+            )
 
 
 def _copy(source: Path, target: Path, dtype: torch.dtype) -> None:
