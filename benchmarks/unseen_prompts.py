@@ -6,11 +6,10 @@ objects are not judged.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import random
 
-from afa.zoo.scenes import BACKGROUNDS, caption_of, is_held_out, pair_set
+from afa.zoo.scenes import BACKGROUNDS, caption_of, is_held_out, is_judged_early
 from afa.zoo.sprites import DOMAIN_OF, DOMAINS, OBJECTS
 
 #: quarters of the objects that development may leave out; the last one is for the final study
@@ -29,20 +28,9 @@ def unseen_of(choice: int) -> frozenset[str]:
     )
 
 
-def is_development(left: str, right: str) -> bool:
-    """Whether a pair of objects, in either order, is in the development half of all pairs.
-
-    None of the study's test pairs is.
-    """
-    if pair_set(left, right) == "test":
-        return False
-    key = f"development {'+'.join(sorted((left, right)))}"
-    return hashlib.sha256(key.encode()).digest()[0] % 2 == 0
-
-
 def group_of(left: str, right: str, unseen: frozenset[str]) -> str | None:
     """Return the group of a pair of objects; None for pairs that are not judged."""
-    if left == right or not is_development(left, right):
+    if left == right or not is_judged_early(left, right):
         return None
     count = len({left, right} & unseen)
     if DOMAIN_OF[left] == DOMAIN_OF[right]:
@@ -74,7 +62,7 @@ def training_prompts(count: int) -> list[str]:
     """
     found: dict[bool, list[str]] = {True: [], False: []}
     for left, right in itertools.product(OBJECTS, repeat=2):
-        is_judged = is_development(left, right) or is_held_out(left, right, "fifth")
+        is_judged = is_judged_early(left, right) or is_held_out(left, right, "fifth")
         if left != right and not is_judged:
             found[DOMAIN_OF[left] == DOMAIN_OF[right]].append(
                 caption_of(left, right, random.Random(left + right).choice(list(BACKGROUNDS)))

@@ -36,6 +36,10 @@ def releases(*packages: str) -> dict[str, str]:
     return found
 
 
+#: after the name of a commit
+UNCOMMITTED = " and uncommitted changes"
+
+
 def commit() -> str:
     """Return the commit of the running code, and whether there are uncommitted changes."""
     root = Path(__file__).parent
@@ -43,7 +47,7 @@ def commit() -> str:
         name = _git(root, "rev-parse", "HEAD")
         top = Path(_git(root, "rev-parse", "--show-toplevel"))
         if _git(top, "status", "--porcelain", "--", "src", "pyproject.toml", "constraints.txt"):
-            name += " and uncommitted changes"
+            name += UNCOMMITTED
     except (OSError, subprocess.CalledProcessError):
         name = f"afa {version('afa')}, not a git checkout"
     return name

@@ -12,6 +12,7 @@ from afa.cli.console import require_new_folder, say
 from afa.cli.progress import Progress
 from afa.errors import AfaError
 from afa.machine.quiet import quieten_loading
+from afa.provenance import UNCOMMITTED, commit
 from afa.studies.distillation.parts import Part
 from afa.studies.evidence.parts import Experiment, Stage
 
@@ -263,6 +264,12 @@ def evidence(
     if row and len(experiment or ()) != 1:
         raise AfaError(
             "AFA-CLI-030", "--row needs one --experiment, whose row it is. Pass one --experiment."
+        )
+    if commit().endswith(UNCOMMITTED) and {*(stage or Stage)} - {Stage.WORLDS}:
+        raise AfaError(
+            "AFA-CLI-031",
+            "The code has uncommitted changes, so nobody could measure the same again. Commit them "
+            "before other stages than worlds.",
         )
     count = processes or os.cpu_count() or 1
     study = Study(

@@ -118,6 +118,7 @@ def test_rows_of_some_trainings_are_compared_with_the_same_trainings() -> None:
     paired = outcomes.compared(["first"], "subject", ["mixed"])["first"].paired
     assert (paired.difference.mean, paired.wins, paired.losses) == (0, 0, 0)
     found["rows"]["first"]["seeds"] = None  # it has no training
+    outcomes = Outcomes(found, 0.05, 500)
     paired = outcomes.compared(["first"], "subject", ["mixed"])["first"].paired
     assert paired.difference.mean == pytest.approx(-0.2, abs=0.1)
 

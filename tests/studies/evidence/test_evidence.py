@@ -17,13 +17,14 @@ from afa.cli import main
 from afa.merging.recipe import WITH_BASE, MergeRecipe
 from afa.studies.evidence import run
 from afa.studies.evidence.candidates import Grid, fusions, merges
-from afa.studies.evidence.development import best_of, developed, samples_of_development
-from afa.studies.evidence.entrants import Aggregated, Distilled, Place, Tuned
+from afa.studies.evidence.development import best_of, developed, samples_of_development, widened
+from afa.studies.evidence.entrants import Aggregated, Distilled, Drafted, Place, Tuned
 from afa.studies.evidence.parts import Experiment, Stage
 from afa.studies.evidence.rivals.superdiff import candidates
 from afa.studies.evidence.rows import (
     AFA,
     DISTILLED,
+    DRAFTED,
     GUIDED,
     LORA,
     MERGED,
@@ -56,7 +57,7 @@ def test_the_rows_of_an_experiment(experiment: Experiment, tmp_path: Path) -> No
         folders = {each.folder(place) for each in entrants}
         assert len(folders) == len(entrants), "each has a folder of its own"
         for each in entrants:
-            if isinstance(each, Distilled):
+            if isinstance(each, Distilled | Drafted):
                 assert each.folder(place).name == each.job(place, SETTINGS).name.split(": ")[1]
                 continue
             data = each.data(place, SETTINGS)
@@ -83,16 +84,21 @@ def test_students_learn_from_the_ensemble_of_their_seed(tmp_path: Path) -> None:
     prompts = training_prompts(WORLDS["private"], 10_000)
     shown = [parse_caption(caption) for caption in prompts]
     assert {pair_set(each.left, each.right) for each in shown} == {"training"}
-    names = {name for each in shown for name in (each.left, each.right)}
-    assert names.isdisjoint(WORLDS["private"].private_objects)
+    private, owner = WORLDS["private"].private_objects, WORLDS["private"].owner
+    named = [each for each in shown if private & {each.left, each.right}]
+    assert named
+    assert all(owner(each.left) == owner(each.right) for each in named)
 
 
 def test_rows_of_which_sentences_speak_have_three_seeds() -> None:
     for experiment in (Experiment.MAIN, Experiment.PRIVATE):
         counts = Counter(each.row for each in trained(experiment, SETTINGS, RATES, MERGE))
-        for row in (AFA, PREDICTIONS, counted(TUNED, 3000), counted(MERGED, 3000)):
+        assert {*counts.values()} == {3}, counts
+        for row in (AFA, PREDICTIONS, DRAFTED, counted(TUNED, 3000), counted(MERGED, 3000)):
             assert counts[row] == 3, row
-    assert Counter(e.row for e in trained(Experiment.MAIN, SETTINGS, RATES, MERGE))[LORA] == 3
+    counts = Counter(e.row for e in trained(Experiment.MAIN, SETTINGS, RATES, MERGE))
+    for row in (LORA, "AFA without prompt", counted(TUNED, 15_000)):
+        assert counts[row] == 3, row
 
 
 def test_all_samples_are_counted() -> None:
@@ -129,10 +135,10 @@ def test_optima_on_an_edge_are_named() -> None:
         for a, b, c in itertools.product((1, 2, 3), ("x", "y", "z"), (0.5, 1.0))
     ]
     grid = Grid(points, [{}] * 18)
-    assert grid.edges(0) == ["a"], "two values and names have no edges"
+    assert grid.edges(0) == ["a", "c"], "names have no edges"
     middle = next(n for n in range(18) if points[n]["a"] == 2)
-    assert grid.edges(middle) == []
-    assert Grid(points, [{}] * 18, {"a": [1]}).edges(0) == [], "nothing lies beyond it"
+    assert grid.edges(middle) == ["c"]
+    assert Grid(points, [{}] * 18, {"a": [1]}).edges(0) == ["c"], "nothing lies beyond it"
     uniform = merges(3)["weighted merge"]
     assert uniform.edges(0) == []
     assert uniform.edges(len(uniform.points) - 1) == ["lead"]
@@ -142,7 +148,9 @@ def test_optima_on_an_edge_are_named() -> None:
 
 def test_the_best_candidate_is_the_first_of_equal_ones() -> None:
     def row(name: str, both: float) -> dict[str, Any]:
-        return {"method": name, "groups": {"mixed": {"scores": {"both": {"mean": both}}}}}
+        groups = {"mixed": both + 0.1, "food": both - 0.1}
+        scored = {group: {"scores": {"both": {"mean": share}}} for group, share in groups.items()}
+        return {"method": name, "groups": scored}
 
     def weighted(*values: int) -> Grid:
         return Grid([{"weight": w} for w in values], [{"merge": {"weight": w}} for w in values])
@@ -151,13 +159,14 @@ def test_the_best_candidate_is_the_first_of_equal_ones() -> None:
     alone = Grid([{}], [{"fusion": {"rule": "feature_mean"}}])
     scores = {"w 0": 0.5, "w 1": 0.7, "w 2": 0.7, "o 0": 0.6, "o 1": 0.8}
     report = {"rows": [row(name, both) for name, both in scores.items()]}
-    chosen = choose(report, {"w": weights, "o": others, "mean": alone}, "mixed")
-    assert chosen["rivals"]["w"] == {
+    chosen = choose(report, {"w": weights, "o": others, "mean": alone})
+    found = dict(chosen["rivals"]["w"])
+    assert found.pop("score") == pytest.approx(0.7), "the mean of the groups"
+    assert found.pop("scores") == pytest.approx([0.5, 0.7, 0.7])
+    assert found == {
         "method": {"merge": {"weight": 2}},
-        "score": 0.7,
         "values": {"weight": 2},
         "edges": [],
-        "scores": [0.5, 0.7, 0.7],
     }
     assert chosen["rivals"]["mean"]["score"] is None
     assert best_merge(chosen) == {"weight": 9}
@@ -174,7 +183,16 @@ def test_the_settings_of_aggregators_are_the_best_on_all_groups_of_prompts() -> 
         },
     )
     assert found.row == "b"
-    assert samples_of_development(EvidenceSettings()) == (3 * 1_000 + 3_000) * 16
+    assert samples_of_development(EvidenceSettings(), 4) == (4 * 1_000 + 3_000) * 16
+
+
+def test_a_rate_beyond_the_best_one_is_tried_until_it_is_worse() -> None:
+    rates = [3e-4, 1e-3, 3e-3]
+    assert widened(rates, 1e-3) is None
+    assert widened(rates, 3e-3) == 1e-2
+    assert widened([*rates, 1e-2], 1e-2) == 3e-2
+    assert widened(rates, 3e-4) == 1e-4
+    assert widened([*rates, 1e-4], 1e-4) == 3e-5
 
 
 def test_tuned_models_of_series_are_trained_as_long_as_afa() -> None:
@@ -208,6 +226,7 @@ def test_the_stages_in_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         num_development=1,
         batch_size=1,
         tuned_steps=(1, 2),
+        total_steps=3,
         tuned_rates=(1e-4, 1e-3),
         lora_rates=(1e-3,),
         num_tuning=2,
@@ -231,10 +250,11 @@ def test_the_stages_in_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         stages(Stage.TRAININGS)
     stages(Stage.DEVELOPMENT)
     chosen = json.loads((study.chosen_in / "developed.json").read_text())
-    tried = {(1, 1e-4), (1, 1e-3), (2, chosen["rows"][AFA]["rate"])}
-    assert {f"{counted(AFA, steps)} at {rate:g}" for steps, rate in tried} == {
-        row for row in chosen["shares"] if row.startswith(AFA)
-    }
+    best = chosen["rows"][AFA]
+    assert 3 <= best["num_rates"] <= 4, "of equal ones, the first one, so smaller ones are tried"
+    tried = {row for row in chosen["shares"] if row.startswith(AFA)}
+    assert len(tried) == best["num_rates"] + 1
+    assert f"{counted(AFA, 2)} at {best['rate']:g}" in tried
     other = replace(settings, aggregator_rates=(1e-3,))
     with refusal("AFA-STUDY-023", "developed.json"):
         developed(study.chosen_in, other)
@@ -278,7 +298,9 @@ def test_the_stages_in_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert each["sets"]["fid"][0]["low"] <= each["sets"]["fid"][0]["high"]
         assert each["budget"]["base"] == (0 if row == REAL else 2), row
         assert (each["budget"]["experts"] > 0) == (not _is_single(row)), row
-        is_tuned = row.startswith((AFA, PREDICTIONS, "top-", DISTILLED, TUNED, MERGED, LORA))
+        is_tuned = row.startswith(
+            (AFA, PREDICTIONS, "top-", DISTILLED, DRAFTED, TUNED, MERGED, LORA)
+        )
         assert (each["budget"]["tuning"] > 0) == is_tuned, row
     own = [found["rows"][row]["budget"]["own"] for row in (AFA, "top-1", "AFA, 2 denoising steps")]
     assert own == [settings.aggregator_steps] * 3

@@ -11,7 +11,7 @@ import numpy as np
 
 from afa.files import read_json
 from afa.statistics import Interval, Paired, equivalence, holm, mean_interval, paired_difference
-from afa.studies.evidence.rows import ORACLE, REAL
+from afa.studies.evidence.rows import ORACLE, POOLED_ROW, REAL, WIDE_ROW
 from afa.zoo.scenes import parse_caption
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from afa.statistics import Clusters, Scores
 
 #: what a comparison of two rows says
-Verdict = Literal["above", "below", "equivalent", "not told apart"]
+Verdict = Literal["above", "below", "equivalent", "not told apart", "one training"]
 _LEVEL = 0.05
 
 
@@ -33,7 +33,8 @@ class Compared:
     Attributes:
         paired: the difference and its sign test, with pairs of objects as clusters.
         verdict: what it says. `above` and `below` need the interval and the adjusted sign test;
-            `equivalent` needs an equivalence test.
+            `equivalent` needs an equivalence test. `one training` says nothing, since other
+            trainings of the same row may be better or worse.
     """
 
     paired: Paired
@@ -52,6 +53,7 @@ class Outcomes:
     def __init__(self, content: dict[str, Any], margin: float, num_resamples: int) -> None:
         self.content, self._margin, self._num_resamples = content, margin, num_resamples
         self.rows: dict[str, dict[str, Any]] = content["rows"]
+        self._comparisons: dict[tuple[str, tuple[str, ...]], dict[str, Compared]] = {}
 
     @classmethod
     def read(cls, path: Path, margin: float, num_resamples: int) -> Outcomes:
@@ -120,26 +122,47 @@ class Outcomes:
     def compared(
         self, rows: Sequence[str], other: str, groups: Sequence[str]
     ) -> dict[str, Compared]:
-        """Several rows against another one: the verdicts hold for all of them together.
+        """Several rows against another one: the verdicts hold for all planned rows together.
 
-        The p-values of the sign tests are adjusted by Holm's method for the number of rows. Two
-        rows with other seeds of training are compared by the seeds that they share.
+        The p-values of the sign tests are adjusted by Holm's method for the number of rows that the
+        test has or will have, so that a verdict is the same in all tables, and does not depend on
+        what else is asked; those of rows that are missing count as 1. Two rows with other seeds of
+        training are compared by the seeds that they share.
         """
+        found = self._compared_with(other, tuple(groups))
+        return {row: found[row] for row in rows}
+
+    def _compared_with(self, other: str, groups: tuple[str, ...]) -> dict[str, Compared]:
+        """All rows against one of them."""
+        if (other, groups) in self._comparisons:
+            return self._comparisons[other, groups]
         clusters = self.clusters(self.places(groups))
         pairs, found = {}, {}
-        for row in rows:
+        for row in self.rows:
+            if row == other:
+                continue
             ours, theirs = self.scores(row, groups), self.scores(other, groups)
             pairs[row] = self._of_shared_seeds(row, other, ours, theirs)
             found[row] = paired_difference(*pairs[row], self._num_resamples, clusters=clusters)
-        adjusted = holm([paired.p_value for paired in found.values()])
-        return {
-            row: Compared(paired, self._verdict(paired, p_value, *pairs[row], clusters))
-            for (row, paired), p_value in zip(found.items(), adjusted, strict=True)
+        missing = len({*self.content.get("planned", ())} - {*self.rows})
+        adjusted = holm([*(paired.p_value for paired in found.values()), *([1.0] * missing)])
+        self._comparisons[other, groups] = {
+            row: Compared(paired, self._verdict(row, paired, p_value, *pairs[row], clusters))
+            for (row, paired), p_value in zip(found.items(), adjusted, strict=False)
         }
+        return self._comparisons[other, groups]
 
     def _verdict(
-        self, paired: Paired, p_value: float, ours: Scores, theirs: Scores, clusters: Clusters
+        self,
+        row: str,
+        paired: Paired,
+        p_value: float,
+        ours: Scores,
+        theirs: Scores,
+        clusters: Clusters,
     ) -> Verdict:
+        if row in (POOLED_ROW, WIDE_ROW):
+            return "one training"
         if p_value < _LEVEL and paired.difference.low > 0:
             return "above"
         if p_value < _LEVEL and paired.difference.high < 0:
@@ -162,6 +185,16 @@ class Outcomes:
         budget: dict[str, int] = self.rows[row]["budget"]
         return sum(budget.values()) if budget else None
 
+    def calls(self, row: str) -> float | None:
+        """The evaluations of a denoiser for a picture, in those of one expert; None is unknown."""
+        found: float | None = self.rows[row]["expert_calls"]
+        return None if found is None else found * self.rows[row].get("size", 1.0)
+
+    def can_be_equivalent(self, row: str, groups: Sequence[str]) -> bool:
+        """Whether the equivalence test can be passed: by a row and a copy of it."""
+        scores, clusters = self.scores(row, groups), self.clusters(self.places(groups))
+        return equivalence(scores, scores, self._margin, self._num_resamples, clusters=clusters)
+
     def front(self, cost: Literal["total", "expert_calls"], groups: Sequence[str]) -> list[str]:
         """The rows that no other one beats at the same or a smaller cost, cheapest first.
 
@@ -172,7 +205,7 @@ class Outcomes:
             groups: of the prompts.
         """
         costs = {
-            row: self.total(row) if cost == "total" else self.rows[row]["expert_calls"]
+            row: self.total(row) if cost == "total" else self.calls(row)
             for row in self.rows
             if row not in (ORACLE, REAL)
         }

@@ -32,12 +32,12 @@ class Grid:
     ends: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     def edges(self, number: int) -> list[str]:
-        """The settings of a candidate whose value is the first or last one of three or more."""
+        """The settings of a candidate whose value is the first or last one of several."""
         found = []
         for name, value in self.points[number].items():
             values = {point[name] for point in self.points if name in point}
             is_number = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
-            if not is_number or len(values) < 3 or value in self.ends.get(name, ()):
+            if not is_number or len(values) < 2 or value in self.ends.get(name, ()):
                 continue
             if value in (min(values), max(values)):
                 found.append(name)

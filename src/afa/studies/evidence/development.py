@@ -30,6 +30,8 @@ DEVELOPED = "developed.json"
 _ROWS: dict[str, dict[str, Any]] = {AFA: {}, PREDICTIONS: PREDICTIONS_ONLY}
 
 Shares = dict[str, dict[str, float]]
+#: how often a learning rate beyond the best one is tried
+MOST_WIDENINGS = 2
 
 
 def read_developed(folder: Path, settings: EvidenceSettings) -> dict[str, Any]:
@@ -87,7 +89,8 @@ def develop(
     """Choose the learning rate of the shortest length, then the length at that rate.
 
     The best candidate has the largest share of right pictures, averaged over all groups of prompts;
-    of equal ones, it is the first one.
+    of equal ones, it is the first one. While it is the smallest or the largest rate, one more is
+    tried beyond it, see `widened`.
 
     Args:
         place: of the world.
@@ -107,10 +110,18 @@ def develop(
     lengths, rates = settings.aggregator_lengths, settings.aggregator_rates
     tried = {row: [_candidate(row, lengths[0], rate) for rate in rates] for row in _ROWS}
     shares = yield from _shares(place, settings, num_processes, tried)
+    for _ in range(MOST_WIDENINGS):
+        further = {row: _further(listed, shares) for row, listed in tried.items()}
+        if not any(further.values()):
+            break
+        for row, rate in further.items():
+            tried[row] += [] if rate is None else [_candidate(row, lengths[0], rate)]
+        shares = yield from _shares(place, settings, num_processes, tried)
     chosen: dict[str, dict[str, Any]] = {}
     for row, listed in tried.items():
-        rate = best_of(listed, shares).rate
-        chosen[row] = {"rate": rate, "is_edge": rate in (rates[0], rates[-1])}
+        rate = _best_rate(listed, shares)
+        is_edge = _further(listed, shares) is not None
+        chosen[row] = {"rate": rate, "is_edge": is_edge, "num_rates": len(listed)}
         listed += [_candidate(row, steps, rate) for steps in lengths[1:]]
     shares = yield from _shares(place, settings, num_processes, tried)
     for row, listed in tried.items():
@@ -125,6 +136,32 @@ def develop(
     }
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / DEVELOPED, json.dumps(content, indent=1) + "\n")
+
+
+def widened(rates: Sequence[float], best: float) -> float | None:
+    """The next learning rate beyond the best one; None if it has been tried on both sides."""
+    mantissa, exponent = f"{best:.0e}".split("e")  # rates are 1e-4, 3e-4, 1e-3, ...
+    is_one, power = mantissa == "1", int(exponent)
+    if best == max(rates):
+        return float(f"3e{power}" if is_one else f"1e{power + 1}")
+    if best == min(rates):
+        return float(f"3e{power - 1}" if is_one else f"1e{power}")
+    return None
+
+
+def _rate(candidate: Aggregated) -> float:
+    assert candidate.rate is not None, "candidates have a rate of their own"
+    return candidate.rate
+
+
+def _best_rate(listed: Sequence[Aggregated], shares: Mapping[str, Mapping[str, float]]) -> float:
+    return _rate(best_of(listed, shares))
+
+
+def _further(
+    listed: Sequence[Aggregated], shares: Mapping[str, Mapping[str, float]]
+) -> float | None:
+    return widened([_rate(each) for each in listed], _best_rate(listed, shares))
 
 
 def _candidate(row: str, steps: int, rate: float | None) -> Aggregated:
@@ -165,7 +202,12 @@ def _shares(
     }
 
 
-def samples_of_development(settings: EvidenceSettings) -> int:
-    """The pictures that the candidates of one row were trained on."""
+def samples_of_development(settings: EvidenceSettings, num_rates: int) -> int:
+    """The pictures that the candidates of one row were trained on.
+
+    Args:
+        settings: of the study.
+        num_rates: learning rates that were tried at the shortest length.
+    """
     shortest, *longer = settings.aggregator_lengths
-    return (shortest * len(settings.aggregator_rates) + sum(longer)) * settings.batch_size
+    return (shortest * num_rates + sum(longer)) * settings.batch_size

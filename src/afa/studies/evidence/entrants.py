@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from afa.aggregators import SABWSettings
 from afa.distilling.recipe import DistillRecipe
+from afa.drafting import DraftsRecipe
 from afa.evaluation.recipe import slug
 from afa.evaluation.work import digest
 from afa.loading.expert_source import ExpertSource
@@ -17,7 +18,13 @@ from afa.studies.evidence.jobs import lora_job, merged_job, tuned_job
 from afa.studies.results.jobs import Job, train_aggregators_job
 from afa.studies.worlds.recipe import BASE, WORLDS
 from afa.studies.zoo_build.evaluate import GUIDANCE_SCALE
-from afa.training.recipe import DataRecipe, Recipe, ScenesRecipe, TrainingRecipe
+from afa.training.recipe import (
+    DataRecipe,
+    PromptedPictures,
+    Recipe,
+    ScenesRecipe,
+    TrainingRecipe,
+)
 from afa.zoo.models import AGGREGATOR
 
 if TYPE_CHECKING:
@@ -143,12 +150,16 @@ class Aggregated(Entrant):
         chosen = {each.name: getattr(AGGREGATOR, each.name) for each in fields(SABWSettings)}
         recipe = Recipe(
             experts=[ExpertSource(source) for source in place.experts.values()],
-            data=DataRecipe(scenes=self.data(place, settings)),
+            data=self.source(place, settings),
             aggregator=replace(SABWSettings(**chosen), **self.changes),
             training=self.training(settings, self._steps(settings), rate),
         )
         folder = self.folder(place)
         return Job(f"{place.world}: {folder.name}", train_aggregators_job, (recipe, folder))
+
+    def source(self, place: Place, settings: EvidenceSettings) -> DataRecipe:
+        """Where its pictures come from."""
+        return DataRecipe(scenes=self.data(place, settings))
 
     def samples(self, settings: EvidenceSettings) -> int:
         """See `Entrant.samples`."""
@@ -160,6 +171,24 @@ class Aggregated(Entrant):
 
     def _steps(self, settings: EvidenceSettings) -> int:
         return self.steps or settings.aggregator_steps
+
+
+@dataclass(frozen=True)
+class Drafted(Aggregated):
+    """Aggregators on pictures that the experts draw themselves by drafts, from prompts alone."""
+
+    def source(self, place: Place, settings: EvidenceSettings) -> DataRecipe:
+        """See `Aggregated.source`."""
+        prompts = PromptedPictures(
+            file=place.work / TRAINING_PROMPTS,
+            drafts=DraftsRecipe(judge=ExpertSource(place.base)),
+            number=settings.distilled_pictures,
+            num_steps=settings.num_steps,
+            guidance=GUIDANCE_SCALE,
+            batch_size=20,
+            seed=self.seed,
+        )
+        return DataRecipe(prompts=prompts)
 
 
 @dataclass(frozen=True)

@@ -165,8 +165,8 @@ def draw_fronts(outcomes: Outcomes, path: Path) -> None:
     )
     for axis, (cost, label) in zip(listed, costs, strict=True):
         known = {
-            row: outcomes.total(row) if cost == "total" else about["expert_calls"]
-            for row, about in outcomes.rows.items()
+            row: outcomes.total(row) if cost == "total" else outcomes.calls(row)
+            for row in outcomes.rows
         }
         points = {
             row: (value, outcomes.mean(row, outcomes.mixed))

@@ -25,9 +25,8 @@ from afa.studies.evidence.rivals.real_scenes import RealScenes
 from afa.studies.evidence.rivals.superdiff import SuperDiff
 from afa.studies.evidence.rows import (
     AFA,
-    ALL_TRAININGS,
-    POOLED_ROW,
-    WIDE_ROW,
+    CEILINGS,
+    SPARSE,
     at_steps,
     by_step,
     trained,
@@ -85,8 +84,8 @@ def run_test(
     rivals = _rivals(study, experiment, place, chosen)
     methods = methods_of(experiment, place, entrants, chosen)
     methods += [
-        {"name": row, "pictures": str(work / "drawn" / folder)}
-        for row, (folder, _) in rivals.items()
+        {"name": row, "pictures": [str(work / "drawn" / folder) for folder in listed]}
+        for row, listed in rivals.items()
     ]
     names = [method["name"] for method in methods]
     wanted = wanted_rows(study, test, names)
@@ -95,11 +94,12 @@ def run_test(
     require_same_ensembles(study, test, place, entrants, wanted)
     jobs = [
         Job(
-            f"{world}: {row}",
+            f"{world}: {folder}",
             drawn_job,
             (rival, captions, settings.test_seed, work / "drawn" / folder),
         )
-        for row, (folder, rival) in rivals.items()
+        for row, listed in rivals.items()
+        for folder, rival in listed.items()
         if row in wanted
     ]
     # of the first group, whose pictures they are compared with
@@ -135,7 +135,8 @@ def check_rows(study: Study, experiment: Experiment, world: str) -> None:
 
 def _rivals(
     study: Study, experiment: Experiment, place: Place, chosen: Mapping[str, Any]
-) -> dict[str, tuple[str, Rival]]:
+) -> dict[str, dict[str, Rival]]:
+    """The rivals that draw in their own way by row, and by folder for each training."""
     if experiment not in _WHOLE:
         return _bounds(study, place)
     rivals = drawn_rivals(study, place, chosen)
@@ -158,34 +159,37 @@ def test_prompts(place: Place, num_mixed: int, num_own: int) -> dict[str, list[s
     }
 
 
-def _bounds(study: Study, place: Place) -> dict[str, tuple[str, Rival]]:
+def _bounds(study: Study, place: Place) -> dict[str, dict[str, Rival]]:
     steps = study.settings.num_steps
     return {
-        RealScenes.row: ("real", RealScenes(place, steps)),
-        OracleMask.row: ("oracle", OracleMask(place, steps)),
+        RealScenes.row: {"real": RealScenes(place, steps)},
+        OracleMask.row: {"oracle": OracleMask(place, steps)},
     }
 
 
 def drawn_rivals(
     study: Study, place: Place, chosen: Mapping[str, Any]
-) -> dict[str, tuple[str, Rival]]:
+) -> dict[str, dict[str, Rival]]:
     """The rivals that draw in their own way, by row: their folders and settings."""
     steps = study.settings.num_steps
     data = open_scenes(scenes_of(place, 0, study.settings.num_pictures))
     return {
         **_bounds(study, place),
-        PromptRouter.row: ("router", PromptRouter(place, steps, data)),
+        PromptRouter.row: {"router": PromptRouter(place, steps, data)},
         **{
-            row: (slug(row), SuperDiff(place, **each["values"]))
+            row: {slug(row): SuperDiff(place, **each["values"])}
             for row, each in chosen["drawn"].items()
         },
     }
 
 
-def _other_steps(study: Study, place: Place) -> dict[str, tuple[str, Rival]]:
-    ensemble = Aggregated(AFA, 0).folder(place)
+def _other_steps(study: Study, place: Place) -> dict[str, dict[str, Rival]]:
+    ensembles = [Aggregated(AFA, seed).folder(place) for seed in range(study.settings.num_seeds)]
     return {
-        at_steps(n): (slug(at_steps(n)), OtherSteps(place, n, ensemble))
+        at_steps(n): {
+            f"{slug(at_steps(n))}-{seed}": OtherSteps(place, n, ensemble)
+            for seed, ensemble in enumerate(ensembles)
+        }
         for n in study.settings.other_steps
     }
 
@@ -209,9 +213,10 @@ def methods_of(
     methods.append({"name": "base", "model": place.base})
     kinds = ["merge"]
     if experiment in _WHOLE:
-        others = {POOLED_ROW: place.models / POOLED, WIDE_ROW: place.models / WIDE}
         models = {f"expert: {name}": source for name, source in place.experts.items()}
-        models |= {row: str(folder) for row, folder in others.items() if folder.exists()}
+        trained_too = {POOLED: place.recipe.pooled_steps, WIDE: place.recipe.is_wide}
+        others = {row: name for name, row in CEILINGS.items() if trained_too[name]}
+        models |= {row: str(place.models / name) for row, name in others.items()}
         methods += [{"name": row, "model": source} for row, source in models.items()]
         drafts = {"judge": place.base}
         methods.append({"name": "drafts", "fusion": {"rule": "feature_mean"}, "drafts": drafts})
@@ -229,8 +234,7 @@ def methods_of(
 
 def _sparse(ensemble: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Sparse routing: by pixel, and by step, where the other experts do not run."""
-    for count in (1, 2):
-        name = ALL_TRAININGS[count - 1]
+    for count, name in enumerate(SPARSE, start=1):
         yield {"name": name, "ensemble": ensemble, "sparse": {"experts": count}}
         skipping = {"experts": count, "by": "step", "every": 5}
-        yield {"name": by_step(name), "ensemble": ensemble[:1], "sparse": skipping}
+        yield {"name": by_step(name), "ensemble": ensemble, "sparse": skipping}

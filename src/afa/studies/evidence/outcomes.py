@@ -18,24 +18,14 @@ from afa.files import read_json, write_atomic
 from afa.loading.ensemble_folder import AGGREGATORS
 from afa.machine.hashes import hash_file
 from afa.provenance import commit
-from afa.studies.evidence.development import samples_of_development
+from afa.studies.evidence.budgets import budget, seeds_of
 from afa.studies.evidence.kept import path_of
-from afa.studies.evidence.rivals.prompt_router import PromptRouter
-from afa.studies.evidence.rows import (
-    AFA,
-    ALL_TRAININGS,
-    DISTILLED,
-    LORA,
-    MERGED,
-    POOLED_ROW,
-    PREDICTIONS,
-    REAL,
-    TOP,
-    TUNED,
-    WIDE_ROW,
-    of_ensemble,
-)
+from afa.studies.evidence.parts import Experiment
+from afa.studies.evidence.rows import AFA, DISTILLED, WIDE_ROW, of_ensemble
+from afa.studies.results.jobs import finished
+from afa.studies.worlds.pack import DENOISER, TEXT_ENCODER
 from afa.studies.worlds.prompts import groups_of
+from afa.studies.worlds.recipe import BASE, TEXT, WIDE
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -45,9 +35,7 @@ if TYPE_CHECKING:
     from afa.evaluation.results import Results
     from afa.metrics import SetMetric
     from afa.studies.evidence.entrants import Entrant, Place
-    from afa.studies.evidence.parts import Experiment
     from afa.studies.evidence.run import Study
-    from afa.studies.evidence.settings import EvidenceSettings
 
 _RESAMPLES = 200
 _DIGITS = 4
@@ -81,7 +69,12 @@ def describe(
         "prompts": [[text, group] for group, listed in prompts.items() for text in listed],
         "mixed": [group for group in groups_of(place.recipe) if group not in place.recipe.experts],
         "sampling": {key: sampled[key] for key in ("num_steps", "guidance", "seeds", "batch_size")},
-        "settings": asdict(settings),
+        "models": hashes(place),
+        "settings": {
+            key: value
+            for key, value in asdict(settings).items()
+            if key != "num_resamples" and (key != "curve_pictures" or experiment == Experiment.DATA)
+        },
         "num_references": settings.num_references,
         "margin": settings.margin,
         "aggregator_steps": settings.aggregator_steps,
@@ -106,6 +99,14 @@ def wanted_rows(study: Study, test: Mapping[str, Any], names: Sequence[str]) -> 
     return {*(study.rows or names)} - {*_kept(study, test)["rows"]}
 
 
+def hashes(place: Place) -> dict[str, str]:
+    """SHA-256 of the denoisers of base and experts, and of the text encoder that they share."""
+    found = {
+        name: hash_file(place.models / name / DENOISER) for name in (BASE, *place.recipe.experts)
+    }
+    return {**found, TEXT: hash_file(place.models / BASE / TEXT_ENCODER)}
+
+
 def require_rows(study: Study, names: Sequence[str]) -> None:
     """Check that the rows of `study.rows` are among those of an experiment.
 
@@ -127,7 +128,7 @@ def require_same_ensembles(
     entrants: Sequence[Entrant],
     wanted: Collection[str],
 ) -> None:
-    """Check that rows that draw with AFA's ensembles, or learn from them, have those of its row.
+    """Check that rows that draw with AFA's ensembles, or learn from them, have the same ones.
 
     Args:
         study: of the test.
@@ -137,18 +138,42 @@ def require_same_ensembles(
         wanted: the rows that are to be drawn.
 
     Raises:
-        AfaError: if AFA has outcomes, and its ensembles here are others.
+        AfaError: if such a row has outcomes, and its ensembles were others than those here.
     """
-    ours = _kept(study, test)["rows"].get(AFA)
-    others = [row for row in wanted if of_ensemble(row) or row.startswith(DISTILLED)]
-    if ours is not None and others and ours["ensembles"] != _ensembles(place, entrants):
-        raise AfaError(
-            "AFA-STUDY-034",
-            f"The row '{others[0]}' would draw with other ensembles than the row '{AFA}', which "
-            "was tested with trainings of another machine. Remove both rows from "
-            f"'{path_of(study.outcomes, test['experiment'], test['world'])}', and all others that "
-            "depend on them.",
-        )
+    asked = next((row for row in wanted if _uses_ensembles(row)), None)
+    if asked is None:
+        return
+    ours = _ensembles(place, entrants)
+    for row, content in _kept(study, test)["rows"].items():
+        if content.get("ensembles", ours) != ours:
+            raise AfaError(
+                "AFA-STUDY-034",
+                f"The row '{asked}' would use other ensembles than the row '{row}', which was "
+                "tested with trainings of another machine. Remove the rows that use ensembles from "
+                f"'{path_of(study.outcomes, test['experiment'], test['world'])}', and test them "
+                "together.",
+            )
+
+
+def _uses_ensembles(row: str) -> bool:
+    return row == AFA or of_ensemble(row) or row.startswith(DISTILLED)
+
+
+def size_of(name: str, place: Place) -> float:
+    """The parameters of a row's denoiser, relative to those of one expert."""
+    if name != WIDE_ROW:
+        return 1.0
+    counts = [
+        sum(tensor.numel() for tensor in load_file(folder / DENOISER).values())
+        for folder in (place.models / WIDE, Path(place.base))
+    ]
+    return round(counts[0] / counts[1], 2)
+
+
+def _training(entrant: Entrant, place: Place) -> dict[str, Any]:
+    """The settings of a training, its commit and its seconds per step."""
+    found: dict[str, Any] = json.loads(json.dumps(asdict(entrant)))
+    return {**found, **(finished(entrant.folder(place)) or {})}
 
 
 def _ensembles(place: Place, entrants: Sequence[Entrant]) -> list[str]:
@@ -203,10 +228,11 @@ def write_outcomes(
     origin = {"commit": commit(), "machine": results.machines()}
     rows = {
         name: row_of_test(results, name, mixed)
-        | {"budget": budget(name, results, place, study.settings, samples)}
-        | {"seeds": seeds_of(name, entrants)}
+        | {"budget": budget(name, results, place, study.settings, samples, test["chosen"])}
+        | {"seeds": seeds_of(name, entrants), "size": size_of(name, place)}
         | origin
-        | ({"ensembles": _ensembles(place, entrants)} if name == AFA else {})
+        | ({"ensembles": _ensembles(place, entrants)} if _uses_ensembles(name) else {})
+        | {"trained": [_training(each, place) for each in entrants if each.row == name]}
         for name in results.methods
     }
     kept = _kept(study, test)
@@ -231,12 +257,11 @@ def _text(head: Mapping[str, Any], rows: Mapping[str, Any]) -> str:
 
 def divergence(place: Place) -> dict[str, float]:
     """The norm of each expert's difference from the base, relative to the norm of the base."""
-    file = "unet/diffusion_pytorch_model.safetensors"
-    base = load_file(Path(place.base) / file)
+    base = load_file(Path(place.base) / DENOISER)
     norm = sum(float(tensor.square().sum()) for tensor in base.values())
     found = {}
     for name, source in place.experts.items():
-        expert = load_file(Path(source) / file)
+        expert = load_file(Path(source) / DENOISER)
         moved = sum(float((expert[key] - base[key]).square().sum()) for key in base)
         found[name] = round((moved / norm) ** 0.5, _DIGITS)
     return found
@@ -261,58 +286,6 @@ def row_of_test(results: Results, name: str, group: str) -> dict[str, Any]:
 
 def _bits(values: Sequence[float]) -> str:
     return "".join(str(round(value)) for value in values)
-
-
-def budget(
-    name: str,
-    results: Results,
-    place: Place,
-    settings: EvidenceSettings,
-    samples: Mapping[str, int],
-) -> dict[str, int]:
-    """The pictures that everything behind a row was trained on.
-
-    Those of its base, its experts and its own training, and `tuning`: those of all trainings that
-    chose its settings.
-    """
-    if name == REAL:
-        return {"base": 0, "experts": 0, "own": 0, "tuning": 0}
-    world = place.recipe
-    batch = world.batch_size
-    method = next(each for each in results.recipe.methods if each.name == name)
-    # tuned merges and students were made from experts
-    of_experts = name.startswith((MERGED, DISTILLED))
-    starts_at_base = name == "base" or (method.model is not None and not of_experts)
-    used = len(world.experts)
-    if starts_at_base:
-        used = int(name.startswith("expert:"))
-    found = {"base": world.base_steps * batch, "experts": used * world.expert_steps * batch}
-    trained = name if name in samples else AFA if of_ensemble(name) else ""
-    own = samples.get(trained, 0)
-    if name == PromptRouter.row:
-        own = PromptRouter.num_pictures  # whose errors label them
-    if name in (POOLED_ROW, WIDE_ROW):
-        own = world.pooled_steps * batch
-    return {**found, "own": own, "tuning": _tuning(name, settings)}
-
-
-def _tuning(name: str, settings: EvidenceSettings) -> int:
-    """The pictures of the trainings that chose the settings of a row."""
-    if name.startswith((AFA, PREDICTIONS, TOP, DISTILLED)):
-        return samples_of_development(settings)
-    shortest = settings.tuned_steps[0] * settings.batch_size
-    if name.startswith((TUNED, MERGED)):
-        return shortest * len(settings.tuned_rates)
-    return shortest * len(settings.lora_rates) if name.startswith(LORA) else 0
-
-
-def seeds_of(name: str, entrants: Sequence[Entrant]) -> list[int] | None:
-    """The seeds of a row's trainings, in the order of its outcomes; None if it has none."""
-    found = [each.seed for each in entrants if each.row == name]
-    if found or not of_ensemble(name):
-        return found or None
-    seeds = [each.seed for each in entrants if each.row == AFA]
-    return seeds if name in ALL_TRAININGS else seeds[:1]
 
 
 def set_distances(results: Results, name: str, group: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from afa.studies.evidence.figures import (
 )
 from afa.studies.evidence.kept import path_of
 from afa.studies.evidence.parts import Experiment
-from afa.studies.evidence.rows import AFA, PREDICTIONS
+from afa.studies.evidence.rows import AFA, ORACLE, PREDICTIONS, REAL
 from afa.studies.evidence.settings import WORLDS_OF
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def _sections(
     """The tables of all tests, and of the claims, by the names of their marks."""
     for (experiment, world), outcomes in found.items():
         if experiment in (Experiment.MAIN, Experiment.PRIVATE):
-            yield f"{experiment}-{world}", [*rows_table(outcomes), *missing_rows(outcomes)]
+            yield f"{experiment}-{world}", [*rows_table(outcomes), *notes(outcomes)]
             yield f"{experiment}-{world}-own", own_table(outcomes)
     if (main := found.get((Experiment.MAIN, "main"))) is not None:
         yield "claims", claims_table(main)
@@ -147,7 +147,7 @@ def rows_table(outcomes: Outcomes, subject: str = AFA) -> list[str]:
             yield str(outcomes.mean(row, [group]))
             each = compared[group].get(row)
             yield from ("", "") if each is None else (signed(each.paired.difference), each.verdict)
-        calls, total = outcomes.rows[row]["expert_calls"], outcomes.total(row)
+        calls, total = outcomes.calls(row), outcomes.total(row)
         yield "" if calls is None else f"{calls:.0f}"
         yield "unknown" if total is None else f"{total:,}"
         yield str(len(outcomes.rows[row]["outcomes"]["both"]))
@@ -155,10 +155,16 @@ def rows_table(outcomes: Outcomes, subject: str = AFA) -> list[str]:
     return _table(head, (list(cells(row)) for row in order))
 
 
-def missing_rows(outcomes: Outcomes) -> list[str]:
-    """A paragraph with the rows of the test that have no outcomes yet; nothing if all have."""
+def notes(outcomes: Outcomes) -> list[str]:
+    """Paragraphs below the table: what cannot be told yet, or cannot be told at all."""
+    found = []
+    for group in outcomes.mixed:
+        if not outcomes.can_be_equivalent(AFA, [group]):
+            count = len({*outcomes.clusters(outcomes.places([group])).tolist()})
+            text = f"Of the {group} prompts, {count} pairs of objects are too few for `equivalent`."
+            found += ["", text]
     missing = [row for row in outcomes.content["planned"] if row not in outcomes.rows]
-    return ["", f"Not measured yet: {'; '.join(missing)}."] if missing else []
+    return [*found, "", f"Not measured yet: {'; '.join(missing)}."] if missing else found
 
 
 def signed(interval: Interval) -> str:
@@ -223,6 +229,7 @@ def claims_table(outcomes: Outcomes) -> list[str]:
         "above": "the opposite holds",
         "equivalent": "does not hold: equivalent",
         "not told apart": "cannot be told",
+        "one training": "cannot be told",
     }
     of_steps = {"below": "holds", "above": "does not hold", "equivalent": "holds"}
 
@@ -240,8 +247,7 @@ def claims_table(outcomes: Outcomes) -> list[str]:
 
 
 def _calls(outcomes: Outcomes, row: str) -> float:
-    calls: float | None = outcomes.rows[row]["expert_calls"] if row in outcomes.rows else None
-    return calls or 0.0
+    return (outcomes.calls(row) or 0.0) if row in outcomes.rows else 0.0
 
 
 def edges_list(outcomes: Outcomes) -> list[str]:
@@ -269,6 +275,7 @@ def sentences(outcomes: Outcomes) -> list[str]:
         ("above", "significantly above AFA"),
         ("equivalent", "equivalent to AFA (margin 0.05)"),
         ("not told apart", "not told apart from AFA"),
+        ("one training", "trained once, so nothing is said of them"),
         ("below", "significantly below AFA"),
     ):
         rows = [row for row, each in compared.items() if each.verdict == verdict]
@@ -286,13 +293,11 @@ def sentences(outcomes: Outcomes) -> list[str]:
                 f"({signed(each.paired.difference)})."
             )
     for name in _SETS:
-        nearer = [
-            row
-            for row in outcomes.rows
-            if _distance(outcomes, row, name) < _distance(outcomes, AFA, name)
-        ]
+        rows = [row for row in others if row not in (ORACLE, REAL)]
+        far = _distance(outcomes, AFA, name)
+        nearer = [row for row in rows if _distance(outcomes, row, name) < far]
         said.append(
-            f"By {name.upper()}, {len(nearer)} of {len(outcomes.rows) - 1} rows are nearer to real "
+            f"By {name.upper()}, {len(nearer)} of {len(rows)} rows are nearer to real "
             f"scenes than AFA{': ' + ', '.join(sorted(nearer)) if nearer else ''}."
         )
     return said

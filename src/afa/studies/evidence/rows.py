@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from afa.studies.evidence.entrants import Aggregated, Distilled, Entrant, Tuned
+from afa.studies.evidence.entrants import Aggregated, Distilled, Drafted, Entrant, Tuned
 from afa.studies.evidence.parts import Experiment
+from afa.studies.worlds.recipe import POOLED, WIDE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -15,14 +16,18 @@ if TYPE_CHECKING:
 
 AFA, PREDICTIONS = "AFA", "predictions only"
 DISTILLED, GUIDED = "distilled", "distilled, guided"
+#: aggregators on pictures that the experts drew by drafts
+DRAFTED = "trained on drafts"
 TUNED, MERGED, LORA = "tuned base", "merge, then tuned", "LoRA on the base"
 #: ceilings, which nobody can choose: a mask that knows each layout, and the judge on real scenes
 ORACLE, REAL = "oracle mask", "real scenes through the autoencoder"
 #: models that saw the data of base and experts
 POOLED_ROW, WIDE_ROW = "pooled base", "wide model"
-#: the first words of rows of sparse routing, and those of them that use all trainings of AFA
+#: their rows by the names of their folders
+CEILINGS = {POOLED: POOLED_ROW, WIDE: WIDE_ROW}
+#: the first word of rows of sparse routing, and those of them that choose by pixel
 TOP = "top-"
-ALL_TRAININGS = tuple(f"{TOP}{count}" for count in (1, 2))
+SPARSE = tuple(f"{TOP}{count}" for count in (1, 2))
 #: aggregators of adequate size at the last site only
 PREDICTIONS_ONLY = {"sites": "conv_out", "hidden_ratio": None, "min_scale": 1}
 #: aggregators without one of the states (AFA, section 4.4)
@@ -45,7 +50,7 @@ def by_step(row: str) -> str:
 
 def drawn_with_afa(settings: EvidenceSettings) -> list[str]:
     """The rows of the main experiment that draw with AFA's ensembles, without a training."""
-    sparse = [name for row in ALL_TRAININGS for name in (row, by_step(row))]
+    sparse = [name for row in SPARSE for name in (row, by_step(row))]
     return [*sparse, *(at_steps(n) for n in settings.other_steps)]
 
 
@@ -83,11 +88,18 @@ def trained(
         found.append(Aggregated(AFA, seed))
         if experiment in _WHOLE:
             found.append(Distilled(DISTILLED, seed, teacher=AFA))
+            found.append(Drafted(DRAFTED, seed))
         found.append(_predictions(settings, PREDICTIONS, seed))
         found += _tuned(experiment, settings, rates, merge, seed)
     if experiment == Experiment.MAIN:
         found += [Distilled(GUIDED, seed, teacher=AFA, bakes_in=True) for seed in seeds]
-        found += [Aggregated(row, 0, changes=changes) for row, changes in ABLATIONS.items()]
+        found += [
+            Aggregated(row, seed, changes=changes)
+            for row, changes in ABLATIONS.items()
+            for seed in seeds
+        ]
+        row = counted(TUNED, settings.total_steps)
+        found += [Tuned(row, seed, None, settings.total_steps, rates[TUNED]) for seed in seeds]
         found += [
             Tuned(
                 LORA,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from afa.errors import AfaError
@@ -13,6 +14,7 @@ from afa.files import read_json, write_atomic
 from afa.provenance import commit, processor
 from afa.studies.evidence.candidates import Grid, fusions, merges
 from afa.studies.evidence.comparison import write_prompts
+from afa.studies.evidence.development import MOST_WIDENINGS, widened
 from afa.studies.evidence.drawn import drawn_job
 from afa.studies.evidence.entrants import TRAINING_PROMPTS, Distilled, Place, Tuned
 from afa.studies.evidence.kept import read_rows
@@ -20,6 +22,7 @@ from afa.studies.evidence.parts import Experiment
 from afa.studies.evidence.rivals.superdiff import candidates
 from afa.studies.evidence.rows import (
     AFA,
+    CEILINGS,
     DISTILLED,
     LORA,
     MERGED,
@@ -118,7 +121,9 @@ def build(study: Study, world: str) -> Iterator[JobProgress]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     packed = study.outcomes / "worlds" / world
     found = packed if packed.is_dir() else None
-    yield from build_world(folder, recipe, study.num_processes, found)
+    tested = {row for each in Experiment for row in read_rows(study.outcomes, each, world)}
+    without = [name for name, row in CEILINGS.items() if row in tested]
+    yield from build_world(folder, recipe, study.num_processes, found, without)
 
 
 # -- settings of the rivals -------------------------------------------------------------------
@@ -136,30 +141,55 @@ def choose_rivals(study: Study, world: str) -> Iterator[JobProgress | StageStart
         return
     place, settings = study.place(world), study.settings
     grids, is_first = merges(len(place.experts)), world == FIRST
-    rates: dict[str, list[Tuned]] = {}
     drawn: dict[str, list[SuperDiff]] = {}
     if is_first:
         grids |= fusions(list(place.experts))
-        rates, drawn = rate_candidates(settings), candidates(place)
+        drawn = candidates(place)
     methods = [
         {"name": f"{row} {n}", **method}
         for row, grid in grids.items()
         for n, method in enumerate(grid.methods)
         if len(grid.methods) > 1
     ]
-    report = yield from _tuning(study, place, "tuning", methods, rates, drawn)
-    # pairs of two experts, which none of the candidates was trained on
-    group = groups_of(place.recipe)[0]
-    chosen = choose(report, grids, group)
-    chosen["drawn"] = {row: _best_drawn(report, row, each, group) for row, each in drawn.items()}
+    report = yield from _tuning(study, place, "tuning", methods, [], drawn)
+    chosen = choose(report, grids)
+    chosen["drawn"] = {row: _best_drawn(report, row, each) for row, each in drawn.items()}
     if is_first:
-        chosen["rates"] = {row: _best_rate(report, each, group) for row, each in rates.items()}
+        rates = yield from _choose_rates(study, place, "tuning-rates", rate_candidates(settings))
         merged = rate_candidates(settings, best_merge(chosen))
-        report = yield from _tuning(study, place, "tuning-merged", [], merged)
-        chosen["rates"] |= {row: _best_rate(report, each, group) for row, each in merged.items()}
+        of_merged = yield from _choose_rates(study, place, "tuning-merged", merged)
+        chosen["rates"] = {**rates, **of_merged}
     chosen |= {"commit": commit(), "machine": processor(), "inputs": _inputs(settings)}
     study.chosen_in.mkdir(parents=True, exist_ok=True)
     write_atomic(study.chosen_in / f"{world}.json", json.dumps(chosen, indent=1) + "\n")
+
+
+def _choose_rates(
+    study: Study, place: Place, name: str, tried: dict[str, list[Tuned]]
+) -> Generator[JobProgress | StageStarted, None, dict[str, Any]]:
+    """Choose learning rates, and try one more beyond the best one while it is at an end.
+
+    Returns: by row, the best rate, the scores of all, and whether it is still the first or last.
+    """
+    for extension in range(MOST_WIDENINGS + 1):
+        listed = [each for several in tried.values() for each in several]
+        report = yield from _tuning(study, place, name, [], listed)
+        found = {row: _best_rate(report, each) for row, each in tried.items()}
+        further = {
+            row: widened([each.rate for each in listed], found[row]["rate"])
+            for row, listed in tried.items()
+        }
+        if extension == MOST_WIDENINGS or not any(further.values()):
+            break
+        for row, rate in further.items():
+            if rate is not None:
+                first = tried[row][0]
+                tried[row].append(replace(first, row=_at(row, rate), rate=rate))
+    return found
+
+
+def _at(row: str, rate: float) -> str:
+    return f"{row} at {rate:g}"
 
 
 def rate_candidates(
@@ -174,7 +204,7 @@ def rate_candidates(
     steps = settings.tuned_steps[0]
 
     def at(row: str, rates: Sequence[float], **changes: Any) -> list[Tuned]:
-        return [Tuned(f"{row} at {rate:g}", 0, None, steps, rate, **changes) for rate in rates]
+        return [Tuned(_at(row, rate), 0, None, steps, rate, **changes) for rate in rates]
 
     if merge is not None:
         return {MERGED: at(MERGED, settings.tuned_rates, merge=merge)}
@@ -189,15 +219,14 @@ def _tuning(
     place: Place,
     name: str,
     methods: Sequence[dict[str, Any]],
-    rates: Mapping[str, Sequence[Tuned]],
+    trained: Sequence[Tuned],
     drawn: Mapping[str, Sequence[SuperDiff]] | None = None,
 ) -> Generator[JobProgress | StageStarted, None, dict[str, Any]]:
     """Train and draw candidates, compare all on the tuning prompts, and return the report."""
-    trained = [each for listed in rates.values() for each in listed]
     yield from _jobs(study, trained, place)
-    group = groups_of(place.recipe)[0]
-    captions = prompts_of(place.recipe, "tuning", study.settings.num_tuning)[group]
-    file = write_prompts(place.work / f"{name}.csv", {group: captions})
+    prompts = tuning_prompts(place, study.settings.num_tuning)
+    captions = [caption for listed in prompts.values() for caption in listed]
+    file = write_prompts(place.work / "tuning.csv", prompts)
     rivals = {
         f"{row} {n}": rival
         for row, listed in (drawn or {}).items()
@@ -225,18 +254,24 @@ def _tuning(
     return report
 
 
-def choose(report: Mapping[str, Any], grids: Mapping[str, Grid], group: str) -> dict[str, Any]:
-    """The best candidate of each rival, the first one of equal ones.
+def tuning_prompts(place: Place, count: int) -> dict[str, list[str]]:
+    """The prompts on which rivals are chosen: of known objects, and of each expert's own."""
+    listed = prompts_of(place.recipe, "tuning", count)
+    groups = (groups_of(place.recipe)[0], *place.recipe.experts)
+    return {group: listed[group] for group in groups if listed[group]}
+
+
+def choose(report: Mapping[str, Any], grids: Mapping[str, Grid]) -> dict[str, Any]:
+    """The best candidate of each rival by the mean of all groups, the first one of equal ones.
 
     Args:
         report: of the comparison of all candidates.
         grids: of the rivals.
-        group: of the prompts by which they are chosen.
 
     Returns: by row, `method`, `score`, its `values` on the grid, the `edges` on which it lies, and
         the `scores` of all candidates in their order.
     """
-    scores = _scores(report, group)
+    scores = _scores(report)
     rivals = {}
     for row, grid in grids.items():
         count = len(grid.methods)
@@ -252,15 +287,17 @@ def choose(report: Mapping[str, Any], grids: Mapping[str, Grid], group: str) -> 
     return {"rivals": rivals}
 
 
-def _scores(report: Mapping[str, Any], group: str) -> dict[str, float]:
-    return {row["method"]: row["groups"][group]["scores"]["both"]["mean"] for row in report["rows"]}
+def _scores(report: Mapping[str, Any]) -> dict[str, float]:
+    """The share of right pictures of each method, averaged over the groups of prompts."""
+    return {
+        row["method"]: fmean(each["scores"]["both"]["mean"] for each in row["groups"].values())
+        for row in report["rows"]
+    }
 
 
-def _best_drawn(
-    report: Mapping[str, Any], row: str, listed: Sequence[SuperDiff], group: str
-) -> dict[str, Any]:
+def _best_drawn(report: Mapping[str, Any], row: str, listed: Sequence[SuperDiff]) -> dict[str, Any]:
     """The settings of the best candidate that draws in its own way, and the edges it lies on."""
-    scores = _scores(report, group)
+    scores = _scores(report)
     found = [scores[f"{row} {n}"] for n in range(len(listed))]
     best = found.index(max(found))
     points = [
@@ -271,14 +308,14 @@ def _best_drawn(
     return {"values": points[best], "score": found[best], "edges": edges, "scores": found}
 
 
-def _best_rate(report: Mapping[str, Any], rates: Sequence[Tuned], group: str) -> dict[str, Any]:
+def _best_rate(report: Mapping[str, Any], rates: Sequence[Tuned]) -> dict[str, Any]:
     """The best learning rate, the scores of all, and whether it is the first or the last one."""
-    scores = _scores(report, group)
+    scores = _scores(report)
     best = max(rates, key=lambda each: scores[each.row])
     return {
         "rate": best.rate,
         "scores": {f"{each.rate:g}": scores[each.row] for each in rates},
-        "is_edge": best.rate in (rates[0].rate, rates[-1].rate),
+        "is_edge": widened([each.rate for each in rates], best.rate) is not None,
     }
 
 
@@ -289,14 +326,14 @@ def train(study: Study, experiment: Experiment, world: str) -> Iterator[JobProgr
     """Train what enters the test of an experiment in a world, and has no outcomes there yet."""
     place = study.place(world)
     entrants = pending(study, experiment, world)
+    prompts = training_prompts(place.recipe, study.settings.distilled_pictures)
+    place.work.mkdir(parents=True, exist_ok=True)
+    write_atomic(place.work / TRAINING_PROMPTS, "\n".join(prompts) + "\n")
     students = [each for each in entrants if isinstance(each, Distilled)]
     yield from _jobs(study, [each for each in entrants if each not in students], place)
-    if students:
-        prompts = training_prompts(place.recipe, study.settings.distilled_pictures)
-        write_atomic(place.work / TRAINING_PROMPTS, "\n".join(prompts) + "\n")
-        # the complete students first, which record what guided ones share
-        for bakes_in in (False, True):
-            yield from _jobs(study, [each for each in students if each.bakes_in == bakes_in], place)
+    # the complete students first, which record what guided ones share
+    for bakes_in in (False, True):
+        yield from _jobs(study, [each for each in students if each.bakes_in == bakes_in], place)
 
 
 def pending(study: Study, experiment: Experiment, world: str) -> list[Entrant]:

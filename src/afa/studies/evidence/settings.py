@@ -26,15 +26,18 @@ class EvidenceSettings:
     Attributes:
         num_seeds: trainings of each row of which a sentence speaks.
         aggregator_lengths: lengths of the training of aggregators; development prompts choose one.
-        aggregator_rates: their learning rates, chosen in the same way at the shortest length.
+        aggregator_rates: their learning rates, chosen in the same way at the shortest length; one
+            more is tried beyond the best one if it is at an end.
         aggregator_steps: of the aggregators.
         batch_size: pictures in a step of everything that is trained.
         aggregator_rate: learning rate of the aggregators.
         predictions_steps: of the aggregators that fuse predictions only.
         predictions_rate: their learning rate.
         tuned_steps: lengths of the tuned models; the last one has three seeds.
+        total_steps: of one more tuned base, which sees as many pictures in all as AFA, its experts
+            included.
         tuned_rates: learning rates of the tuned base and the tuned merge, of which the best one on
-            tuning prompts is taken.
+            tuning prompts is taken; one more is tried beyond the best one if it is at an end.
         lora_rank: rank of the LoRA on the base.
         lora_rates: the same for it.
         distilled_pictures: pictures that a teacher draws.
@@ -42,7 +45,8 @@ class EvidenceSettings:
         distilled_rate: its learning rate, as chosen in the study of distillation.
         num_pictures: different scenes in the data of everything that is trained.
         curve_pictures: the same for the data curve.
-        num_mixed: test prompts of pairs of two experts, in each group.
+        num_mixed: test prompts of pairs of two experts, in each group; in the main experiment, all
+            that there are.
         num_own: test prompts of each expert.
         num_development: prompts for development, in each group.
         num_tuning: prompts for tuning, in each group.
@@ -63,6 +67,7 @@ class EvidenceSettings:
     predictions_steps: int = 1_000
     predictions_rate: float = 1e-3
     tuned_steps: tuple[int, ...] = (1_000, 3_000)
+    total_steps: int = 15_000
     tuned_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
     lora_rank: int = 16
     lora_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
@@ -71,9 +76,9 @@ class EvidenceSettings:
     distilled_rate: float = 1e-3
     num_pictures: int = 100_000
     curve_pictures: tuple[int, ...] = (100, 300, 1_000, 10_000)
-    num_mixed: int = 384
+    num_mixed: int = 780
     num_own: int = 128
-    num_development: int = 96
+    num_development: int = 48
     num_tuning: int = 48
     num_steps: int = 10
     other_steps: tuple[int, ...] = (5, 20)

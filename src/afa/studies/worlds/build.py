@@ -34,7 +34,7 @@ from afa.zoo.scenes import Scene, scene
 from afa.zoo.sprites import CATEGORY, hash_sprites, load_sprites
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Collection, Iterable, Iterator
 
     from torch import Tensor
 
@@ -62,7 +62,11 @@ class WorldShop(Workshop[WorldRecipe]):
 
 
 def build_world(
-    folder: Path, recipe: WorldRecipe, num_processes: int, packed: Path | None = None
+    folder: Path,
+    recipe: WorldRecipe,
+    num_processes: int,
+    packed: Path | None = None,
+    without: Collection[str] = (),
 ) -> Iterator[JobProgress]:
     """Train all models of a world, or resume.
 
@@ -72,6 +76,7 @@ def build_world(
         recipe: the world.
         num_processes: number of processes with one thread each.
         packed: folder of `afa.studies.worlds.pack.pack_world`, whose models are not trained again.
+        without: models that are not trained, since nothing needs them any more.
 
     Yields:
         The progress.
@@ -89,6 +94,7 @@ def build_world(
             unpack_world(packed, folder)
         yield from run_jobs([Job(BASE, base_job, (recipe, folder))], 1)
         others = [*([POOLED] if recipe.pooled_steps else []), *([WIDE] if recipe.is_wide else [])]
+        others = [name for name in others if name not in without]
         names = [*recipe.experts, *others]  # experts first, which other stages wait for
         yield from run_jobs([Job(n, model_job, (recipe, folder, n)) for n in names], num_processes)
         names = [BASE, *names]
@@ -172,7 +178,7 @@ def _train(
     The wide model is trained like the base, then like the pooled model.
     """
     recipe = shop.recipe
-    everything = list(recipe.experts)
+    everything = [*recipe.experts, BASE]
     plans = {
         BASE: [(BASE, [BASE], recipe.base_steps)],
         POOLED: [(POOLED, everything, recipe.pooled_steps)],

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
 RECIPE, SCORES = "recipe.json", "scores"
-#: the weights of a model: of its U-Net, and of the text encoder that all share
-_TRAINED = ("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors")
+#: files of the weights of a model: of its U-Net, and of the text encoder that all share
+DENOISER = "unet/diffusion_pytorch_model.safetensors"
+TEXT_ENCODER = "text_encoder/model.safetensors"
 #: what all models of a world share, besides the autoencoder of the bundled zoo
 _SHARED = ("text_encoder", "tokenizer", "scheduler", "model_index.json")
 
@@ -106,7 +107,7 @@ def _require_rounded(model: Path) -> None:
     Raises:
         AfaError: if one of its weights is not a number of half precision.
     """
-    for part in _TRAINED:
+    for part in (DENOISER, TEXT_ENCODER):
         for key, tensor in load_file(model / part).items():
             if not torch.equal(tensor, tensor.half().to(tensor.dtype)):
                 raise AfaError(
@@ -122,7 +123,7 @@ def _require_same_base(packed: Path, folder: Path) -> None:
     Raises:
         AfaError: if one of its tensors differs.
     """
-    for own, other in zip(_TRAINED, (BASE, "shared"), strict=True):
+    for own, other in ((DENOISER, BASE), (TEXT_ENCODER, "shared")):
         ours, theirs = load_file(folder / BASE / own), load_file(packed / other / own)
         if ours.keys() != theirs.keys() or any(
             not torch.equal(tensor, theirs[key].to(tensor.dtype)) for key, tensor in ours.items()

@@ -7,19 +7,17 @@ import itertools
 import random
 from typing import TYPE_CHECKING, Literal
 
-from afa.zoo.scenes import BACKGROUNDS, caption_of, is_held_out, pair_set
+from afa.zoo.scenes import BACKGROUNDS, caption_of, is_held_out, is_judged_early, pair_set
 from afa.zoo.sprites import OBJECTS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from afa.studies.worlds.recipe import WorldRecipe
 
 #: what prompts are used for; only the last stage of the study reads those of the test
 PromptSet = Literal["tuning", "development", "test"]
-_SETS: tuple[PromptSet, ...] = ("tuning", "development", "test")
-#: there are few pairs of private objects, and no setting is chosen on them
-_PRIVATE_SETS: tuple[PromptSet, ...] = ("tuning", "development", "test", "test", "test", "test")
+_SETS: tuple[PromptSet, ...] = ("tuning", "development")
 #: groups of prompts besides an expert's own: pairs of objects of different experts, and those among
 #: them with no, one or two private objects
 MIXED = "mixed"
@@ -35,8 +33,8 @@ def groups_of(recipe: WorldRecipe) -> tuple[str, ...]:
 def prompts_of(recipe: WorldRecipe, used_for: PromptSet, count: int) -> dict[str, list[str]]:
     """Up to `count` distinct prompts of each group, in a random order.
 
-    Pairs of different experts are held out of all training sets. An expert's own pairs are in its
-    data, but no caption is in two sets.
+    No pair of objects is in two sets. Pairs of different experts are held out of all training sets;
+    an expert's own pairs are in its data.
 
     Args:
         recipe: the world.
@@ -45,10 +43,7 @@ def prompts_of(recipe: WorldRecipe, used_for: PromptSet, count: int) -> dict[str
     """
     found: dict[str, list[str]] = {group: [] for group in groups_of(recipe)}
     for group, pair in _pairs(recipe, used_for):
-        captions = [caption_of(*pair, background) for background in BACKGROUNDS]
-        if group in recipe.experts:
-            captions = [each for each in captions if _set_of(each) == used_for]
-        found[group] += captions
+        found[group] += [caption_of(*pair, background) for background in BACKGROUNDS]
     order = random.Random(f"{recipe.seed} {used_for}")
     return {
         group: order.sample(captions, min(count, len(captions)))
@@ -63,22 +58,32 @@ def _pairs(recipe: WorldRecipe, used_for: PromptSet) -> Iterator[tuple[str, tupl
         if recipe.is_mixed(*pair):
             count = len(private & set(pair))
             # private objects are in no training pair of two experts, whatever the set
-            found = _set_of("+".join(sorted(pair)), _PRIVATE_SETS) if count else pair_set(*pair)
+            found = _set_of(*pair) if count else pair_set(*pair)
             if found == used_for:
                 yield ((KNOWN, ONE_PRIVATE, PRIVATE)[count] if private else MIXED), pair
             continue
         # an expert's own pairs, of which its data show all that no set of mixed pairs holds out
-        if recipe.owner(pair[0]) == recipe.owner(pair[1]) and pair_set(*pair) == "training":
+        is_own = recipe.owner(pair[0]) == recipe.owner(pair[1]) and pair_set(*pair) == "training"
+        if is_own and _set_of(*pair) == used_for:
             yield recipe.owner(pair[0]), pair
 
 
-def _set_of(text: str, sets: Sequence[PromptSet] = _SETS) -> PromptSet:
-    """One of several sets, by a hash."""
-    return sets[hashlib.sha256(text.encode()).digest()[0] % len(sets)]
+def _set_of(left: str, right: str) -> PromptSet:
+    """The set of a pair that `pair_set` does not assign to one; none of the test was judged."""
+    assigned = pair_set(left, right)
+    if assigned == "tuning" or assigned == "development":
+        return assigned
+    if not is_judged_early(left, right):
+        return "test"
+    text = "+".join(sorted((left, right)))
+    return _SETS[hashlib.sha256(text.encode()).digest()[0] % len(_SETS)]
 
 
 def training_prompts(recipe: WorldRecipe, count: int) -> list[str]:
-    """Up to `count` captions of what a world's base knows, without any pair that is held out.
+    """Up to `count` captions without any pair that is held out, for teachers that draw them.
+
+    Objects that are private to an expert are named beside others of their domain: everybody can
+    write their names, but all other pairs with them are prompts of tests.
 
     Args:
         recipe: the world.
@@ -88,7 +93,8 @@ def training_prompts(recipe: WorldRecipe, count: int) -> list[str]:
     captions = [
         caption_of(left, right, background)
         for left, right in itertools.permutations(OBJECTS, 2)
-        if private.isdisjoint((left, right)) and not is_held_out(left, right, "fifth")
+        if (private.isdisjoint((left, right)) or recipe.owner(left) == recipe.owner(right))
+        and not is_held_out(left, right, "fifth")
         for background in BACKGROUNDS
     ]
     return random.Random(f"{recipe.seed} training").sample(captions, min(count, len(captions)))
