@@ -106,7 +106,8 @@ def test_a_bias_is_of_one_picture_alone(studio: Studio) -> None:
 def drafting(experts: list[Path], tmp_path: Path) -> Studio:
     """An ensemble of two experts that draws prompts without foxes by drafts."""
     pipeline = afa.load_pipeline(experts[:2], SMALL)
-    drafts = OwnDrafts(judge=ExpertSource(str(experts[2])), num_steps=2)
+    judge = ExpertSource(str(experts[2]))
+    drafts = OwnDrafts(judge=judge, num_steps=2, prompts="unknown_words")
     keep_drafts(pipeline, drafts, Companions(torch.float32))
     folder = afa.save_ensemble(pipeline, tmp_path / "own")
     write_words(["fox"], folder)

@@ -428,7 +428,8 @@ def test_generate_uses_the_drafts_of_an_ensemble_for_unknown_words(
     own = shutil.copytree(ensemble, tmp_path / "own")
     pipeline = afa.load_ensemble(ensemble)
     judge = shutil.copytree(experts[2], tmp_path / "judge")
-    keep_drafts(pipeline, OwnDrafts(judge=ExpertSource(str(judge))), Companions(torch.float32))
+    drafts = OwnDrafts(judge=ExpertSource(str(judge)), prompts="unknown_words")
+    keep_drafts(pipeline, drafts, Companions(torch.float32))
     afa.save_ensemble(pipeline, own, exist_ok=True)
     write_words(["fox"], own)
     prompts = ["a fox", "a zebra"]

@@ -14,6 +14,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 import afa
+from afa.cli.drafts import say_own
 from afa.denoisers.kinds import denoiser_of
 from afa.drafting import DraftsRecipe, OwnDrafts, batches, own_drafts, routed, use_drafts
 from afa.drafting.own import keep_drafts
@@ -48,7 +49,7 @@ def saved(experts: list[Path], tmp_path: Path) -> Callable[..., Path]:
         if not judge.exists():
             shutil.copytree(experts[2], judge)
         pipeline = afa.load_pipeline(experts[:2], SMALL)
-        chosen = {"num_steps": 1, "num_levels": 5, **changes}
+        chosen = {"num_steps": 1, "num_levels": 5, "prompts": "unknown_words", **changes}
         drafts = OwnDrafts(judge=ExpertSource(str(judge)), **chosen)
         keep_drafts(pipeline, drafts, Companions(torch.float32))
         ensemble = denoiser_of(pipeline)
@@ -100,10 +101,18 @@ def test_only_prompts_with_unknown_words_are_drafted(saved: Callable[..., Path])
     assert second == found[1]
 
 
-def test_the_aggregators_are_kept_for_known_words_alone(saved: Callable[..., Path]) -> None:
+def test_the_aggregators_are_kept_for_known_words_alone(
+    saved: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = saved(prompts="all", aggregators="known_words")
     drafts = own_drafts(folder, [KNOWN])
     assert drafts is not None
+    for prompts, said in (
+        ([KNOWN], "all prompts by drafts, judged"),
+        ([KNOWN, UNKNOWN], "all prompts by drafts, without the aggregators for 'zebra', which"),
+    ):
+        say_own(drafts, str(folder), prompts)
+        assert said in " ".join(capsys.readouterr().out.split())
     pipeline = prepare(str(folder), drafts=drafts)
     assert batches(pipeline, [KNOWN, UNKNOWN, "a fox beside"]) == [[0, 2], [1]]
     with refusal("AFA-DRAFT-008"), routed(pipeline, [KNOWN, UNKNOWN], []):
@@ -196,14 +205,18 @@ def test_a_training_keeps_its_drafts(experts: list[Path], tmp_path: Path) -> Non
     drafts = own_drafts(tmp_path / "run", ["a quagga"])
     assert drafts is not None
     assert drafts.judge.source == str(experts[2])
-    assert own_drafts(tmp_path / "run", ["background"]) is None
+    known = own_drafts(tmp_path / "run", ["background"])
+    assert known == drafts
+    assert (drafts.prompts, drafts.aggregators) == ("all", "known_words"), "the defaults"
     # another judge needs no other training
-    changed = {"judge": str(experts[1]), "sharpness": 1.0}
+    changed = {"judge": str(experts[1]), "sharpness": 1.0, "prompts": "unknown_words"}
     again = Recipe.model_validate({**written, "drafts": changed})
     assert not list(steps_of(again, tmp_path / "run"))
     drafts = own_drafts(tmp_path / "run")
     assert drafts is not None
     assert (drafts.judge.source, drafts.sharpness) == (str(experts[1]), 1.0)
+    assert drafts.aggregators == "ignore", "of unknown words, the aggregators know nothing"
+    assert own_drafts(tmp_path / "run", ["background"]) is None
     assert str(experts[1]) in (tmp_path / "run" / "README.md").read_text()
     assert describe(tmp_path / "run")["judge"] == str(experts[1])
 

@@ -39,6 +39,8 @@ def drafts_for(
 ) -> DraftsRecipe | None:
     """The drafts of an ensemble's pictures: with a judge, or its own.
 
+    With a judge, trained aggregators are kept for prompts of known words, if these are recorded.
+
     Args:
         ensemble: its folder, or `zoo:ensemble`.
         judge: of all prompts; None for the ensemble's own drafts.
@@ -49,14 +51,19 @@ def drafts_for(
         AfaError: if there are a judge and `without`, or the ensemble's folder is damaged.
     """
     from afa.drafting import DraftsRecipe, own_drafts
+    from afa.loading.ensemble_folder import ensemble_folder
     from afa.loading.expert_source import ExpertSource
+    from afa.loading.vocabulary import read_words
 
     if without and judge is not None:
         raise AfaError("AFA-CLI-027", "--drafts and --no-drafts exclude each other. Remove one.")
     if without:
         return None
     if judge is not None:
-        return DraftsRecipe(judge=ExpertSource(judge))
+        words = read_words(ensemble_folder(ensemble))
+        return DraftsRecipe(
+            judge=ExpertSource(judge), aggregators="ignore" if words is None else "known_words"
+        )
     return own_drafts(ensemble, prompts)
 
 

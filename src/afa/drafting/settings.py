@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -68,8 +69,20 @@ class DraftsRecipe(Section):
 
 
 class OwnDrafts(DraftsRecipe):
-    """Drafts that an ensemble uses by itself, as its folder stores them."""
+    """Drafts that an ensemble uses by itself, as its folder stores them.
+
+    By default, all prompts are drawn by drafts, and the trained aggregators are kept where their
+    training captions have all words. With `prompts: unknown_words`, all other prompts are drawn by
+    the aggregators alone, which is faster.
+    """
 
     LATER: ClassVar[tuple[str, ...]] = ()  # its default is another one than that of `DraftsRecipe`
 
-    prompts: Literal["all", "unknown_words"] = "unknown_words"
+    aggregators: Literal["ignore", "keep", "known_words"] = "known_words"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _ignores_for_unknown_words(cls, given: Any) -> Any:
+        if isinstance(given, Mapping) and given.get("prompts") == "unknown_words":
+            return {"aggregators": "ignore", **given}
+        return given

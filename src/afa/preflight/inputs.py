@@ -17,7 +17,7 @@ from diffusers.configuration_utils import FrozenDict
 
 from afa.denoisers.kinds import kind_of
 from afa.distilling.planned import plan_of_distillation
-from afa.drafting import own_drafts, require_words
+from afa.drafting import DraftsRecipe, own_drafts, require_words
 from afa.errors import AfaError
 from afa.evaluation.planned import plan_of_evaluation, plan_of_search
 from afa.files import is_unused, read_json, require_place_for_folder
@@ -232,7 +232,7 @@ def _undrafted(method: str, folder: str, prompts: Sequence[str]) -> list[str]:
     drafts = own_drafts(folder, prompts)
     if drafts is None:
         return []
-    written = drafts.model_dump(mode="json", exclude_defaults=True) | {"prompts": drafts.prompts}
+    written = DraftsRecipe(**dict(drafts)).model_dump(mode="json", exclude_defaults=True)
     return [
         f"afa generate draws such prompts with '{folder}' by drafts; the method '{method}' does "
         f"not. To compare these pictures, set its drafts: {json.dumps(written)}."

@@ -242,8 +242,7 @@ class Recipe(Section):
     of the first expert or of the source `vae`. For single files, `config` is a diffusers folder of
     their family or the name of a bundled configuration (by default detected from the file), and
     `parts` are sources of the text encoders that they lack. `allow_duplicates` allows duplicate
-    experts. `drafts` are those that the ensemble uses by itself, by default for prompts with words
-    that no training caption has.
+    experts. `drafts` are those that the ensemble uses by itself, see `OwnDrafts`.
     """
 
     LATER: ClassVar[tuple[str, ...]] = ("drafts",)
