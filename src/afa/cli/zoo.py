@@ -255,9 +255,9 @@ def evidence(
 
     [bold]Example[/bold]: afa zoo evidence runs/evidence --stage worlds --experiment main
     """
-    from afa.studies.evidence.run import Study
     from afa.studies.evidence.settings import EvidenceSettings
     from afa.studies.evidence.stages import run_stage
+    from afa.studies.evidence.study import Study
     from afa.studies.results.jobs import JobProgress
 
     quieten_loading()

@@ -15,8 +15,9 @@ import pytest
 from afa.aggregators.fusion import FUSIONS
 from afa.cli import main
 from afa.merging.recipe import WITH_BASE, MergeRecipe
-from afa.studies.evidence import run
+from afa.studies.evidence import choosing
 from afa.studies.evidence.candidates import Grid, fusions, merges
+from afa.studies.evidence.choosing import choose
 from afa.studies.evidence.development import best_of, developed, samples_of_development, widened
 from afa.studies.evidence.entrants import Aggregated, Distilled, Drafted, Place, Tuned
 from afa.studies.evidence.parts import Experiment, Stage
@@ -34,9 +35,10 @@ from afa.studies.evidence.rows import (
     counted,
     trained,
 )
-from afa.studies.evidence.run import Study, best_merge, choose, chosen_rates, pending
+from afa.studies.evidence.run import pending
 from afa.studies.evidence.settings import WORLDS_OF, EvidenceSettings
 from afa.studies.evidence.stages import run_stage
+from afa.studies.evidence.study import Study, best_merge, chosen_rates
 from afa.studies.results.run import folders_in
 from afa.studies.worlds.prompts import training_prompts
 from afa.studies.worlds.recipe import WORLDS, WorldRecipe
@@ -216,9 +218,13 @@ def test_the_stages_in_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         num_scenes=8, text_steps=1, base_steps=1, expert_steps=1, batch_size=2, num_graded=1
     )
     monkeypatch.setitem(WORLDS, "main", small)
-    monkeypatch.setattr(run, "merges", lambda n: {"weighted merge": merges(n)["weighted merge"]})
-    monkeypatch.setattr(run, "fusions", lambda names: {"LoRAtorio": _few(fusions(names))})
-    monkeypatch.setattr(run, "candidates", lambda p: {k: v[:1] for k, v in candidates(p).items()})
+    monkeypatch.setattr(
+        choosing, "merges", lambda n: {"weighted merge": merges(n)["weighted merge"]}
+    )
+    monkeypatch.setattr(choosing, "fusions", lambda names: {"LoRAtorio": _few(fusions(names))})
+    monkeypatch.setattr(
+        choosing, "candidates", lambda p: {k: v[:1] for k, v in candidates(p).items()}
+    )
     settings = EvidenceSettings(
         num_seeds=1,
         aggregator_lengths=(1, 2),
@@ -276,12 +282,12 @@ def test_the_stages_in_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for stage in (Stage.TRAININGS, Stage.TEST):
         with refusal("AFA-STUDY-031", "another", "oracle mask"):
             list(run_stage(replace(study, rows=("another",)), stage, Experiment.MAIN))
-    few = replace(study, rows=("base", counted(TUNED, 2)))
-    list(run_stage(few, Stage.TEST, Experiment.MAIN))
+    part = replace(study, rows=("base", counted(TUNED, 2)))
+    list(run_stage(part, Stage.TEST, Experiment.MAIN))
     outcomes = docs / "evidence" / "main-main.json"
     first = json.loads(outcomes.read_text())
-    assert first["rows"].keys() == {*few.rows}
-    assert not pending(replace(few, settings=settings), Experiment.MAIN, "main")
+    assert first["rows"].keys() == {*part.rows}
+    assert not pending(replace(part, settings=settings), Experiment.MAIN, "main")
     stages(Stage.TEST)
     found = json.loads(outcomes.read_text())
     for row, each in first["rows"].items():

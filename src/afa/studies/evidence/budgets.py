@@ -79,8 +79,10 @@ def _tuning(name: str, settings: EvidenceSettings, chosen: Mapping[str, Any]) ->
     row = next((row for row in (TUNED, MERGED, LORA) if name.startswith(row)), "")
     if not row:
         return 0
-    shortest = settings.tuned_steps[0] * settings.batch_size
-    return shortest * len(chosen["rates"][row]["scores"])
+    steps = settings.tuned_steps[0] * len(chosen["rates"][row]["scores"])
+    if "pictures" in name:  # whose lengths were chosen, too
+        steps += sum({*settings.curve_steps, settings.aggregator_steps})
+    return steps * settings.batch_size
 
 
 def seeds_of(name: str, entrants: Sequence[Entrant]) -> list[int] | None:

@@ -29,9 +29,8 @@ from afa.studies.evidence.rows import (
     SPARSE,
     at_steps,
     by_step,
-    trained,
 )
-from afa.studies.evidence.run import FIRST, best_merge, chosen_rates
+from afa.studies.evidence.study import FIRST, entrants_of
 from afa.studies.results.jobs import Job, run_jobs
 from afa.studies.results.plan import sampling
 from afa.studies.results.run import StageStarted, evaluate_in_processes
@@ -43,7 +42,7 @@ if TYPE_CHECKING:
 
     from afa.studies.evidence.entrants import Entrant, Place
     from afa.studies.evidence.rivals.rival import Rival
-    from afa.studies.evidence.run import Study
+    from afa.studies.evidence.study import Study
     from afa.studies.results.jobs import JobProgress
 
 #: experiments with all rivals; the others have those of which their figures speak
@@ -71,13 +70,15 @@ def run_test(
     """
     place, settings = study.place(world), study.settings
     chosen = _chosen(study, world)
-    entrants = trained(experiment, settings, chosen_rates(study), best_merge(chosen))
+    entrants = entrants_of(study, experiment, world)
     prompts = test_prompts(place, settings.num_mixed, settings.num_own)
     captions = [caption for listed in prompts.values() for caption in listed]
     sampled = {**sampling(settings.num_steps), "seeds": [settings.test_seed]}
     found = read_developed(study.chosen_in, settings)
     developed = {key: found[key] for key in ("rows", "shares", "inputs")}
     every = {**chosen, "developed": developed}
+    if experiment == Experiment.DATA:
+        every["lengths"] = study.lengths()
     test = describe(study, experiment, place, prompts, sampled, every)
 
     work = place.work / f"test-{experiment}"
@@ -127,8 +128,7 @@ def check_rows(study: Study, experiment: Experiment, world: str) -> None:
         AfaError: if it lacks one, or the rivals' settings are not chosen yet.
     """
     place, chosen = study.place(world), _chosen(study, world)
-    rates, merge = chosen_rates(study), best_merge(chosen)
-    entrants = trained(experiment, study.settings, rates, merge)
+    entrants = entrants_of(study, experiment, world)
     names = [method["name"] for method in methods_of(experiment, place, entrants, chosen)]
     require_rows(study, [*names, *_rivals(study, experiment, place, chosen)])
 

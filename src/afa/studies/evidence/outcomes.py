@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from afa.evaluation.results import Results
     from afa.metrics import SetMetric
     from afa.studies.evidence.entrants import Entrant, Place
-    from afa.studies.evidence.run import Study
+    from afa.studies.evidence.study import Study
 
 _RESAMPLES = 200
 _DIGITS = 4

@@ -70,6 +70,7 @@ def trained(
     settings: EvidenceSettings,
     rates: Mapping[str, float],
     merge: Mapping[str, Any] | None,
+    lengths: Mapping[str, Mapping[str, int]] | None = None,
 ) -> list[Entrant]:
     """The trainings of an experiment in each of its worlds.
 
@@ -79,9 +80,11 @@ def trained(
         rates: learning rates of tuned models, by row, as chosen on tuning prompts.
         merge: settings of the best merge on tuning prompts; None if it is not chosen yet, which
             leaves out what starts from it.
+        lengths: of the tuned models of the data curve, by row and number of pictures, as chosen on
+            tuning prompts; None trains all of them as long as AFA.
     """
     if experiment == Experiment.DATA:
-        return list(_data(settings, rates, merge))
+        return list(_data(settings, rates, merge, lengths))
     seeds = range(settings.num_seeds if experiment in _WHOLE else 1)
     found: list[Entrant] = []
     for seed in seeds:
@@ -142,15 +145,22 @@ def _tuned(
 
 
 def _data(
-    settings: EvidenceSettings, rates: Mapping[str, float], merge: Mapping[str, Any] | None
+    settings: EvidenceSettings,
+    rates: Mapping[str, float],
+    merge: Mapping[str, Any] | None,
+    lengths: Mapping[str, Mapping[str, int]] | None,
 ) -> Iterator[Entrant]:
-    """The rows of the curve over the number of pictures, all with the same number of steps."""
+    """The rows of the curve over the number of pictures; aggregators have AFA's length."""
     steps = settings.aggregator_steps
     for number in settings.curve_pictures:
         yield Aggregated(counted(AFA, steps, number), 0, number)
         row = counted(PREDICTIONS, steps, number)
         yield replace(_predictions(settings, row), number=number, steps=steps)
-        yield Tuned(counted(TUNED, steps, number), 0, number, steps, rates[TUNED])
-        if merge is not None:
-            row = counted(MERGED, steps, number)
-            yield Tuned(row, 0, number, steps, rates[MERGED], merge)
+        for row, start in of_pictures(merge).items():
+            length = steps if lengths is None else lengths[row][str(number)]
+            yield Tuned(counted(row, length, number), 0, number, length, rates[row], start)
+
+
+def of_pictures(merge: Mapping[str, Any] | None) -> dict[str, Mapping[str, Any] | None]:
+    """The tuned models of the data curve, by row, with the merge where they start."""
+    return {TUNED: None, **({} if merge is None else {MERGED: merge})}

@@ -45,6 +45,8 @@ class EvidenceSettings:
         distilled_rate: its learning rate, as chosen in the study of distillation.
         num_pictures: different scenes in the data of everything that is trained.
         curve_pictures: the same for the data curve.
+        curve_steps: lengths of the tuned models of the data curve, of which tuning prompts choose
+            one for each number of pictures; that of AFA is one more.
         num_mixed: test prompts of pairs of two experts, in each group; in the main experiment, all
             that there are.
         num_own: test prompts of each expert.
@@ -76,6 +78,7 @@ class EvidenceSettings:
     distilled_rate: float = 1e-3
     num_pictures: int = 100_000
     curve_pictures: tuple[int, ...] = (100, 300, 1_000, 10_000)
+    curve_steps: tuple[int, ...] = (100, 300, 1_000)
     num_mixed: int = 780
     num_own: int = 128
     num_development: int = 48

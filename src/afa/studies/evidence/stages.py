@@ -6,18 +6,19 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from afa.files import owned
+from afa.studies.evidence.choosing import choose_lengths, choose_rivals
 from afa.studies.evidence.development import develop, developed
 from afa.studies.evidence.final import check_rows, run_test
-from afa.studies.evidence.parts import Stage
-from afa.studies.evidence.run import FIRST, build, choose_rivals, train
+from afa.studies.evidence.parts import Experiment, Stage
+from afa.studies.evidence.run import build, train
 from afa.studies.evidence.settings import WORLDS_OF
+from afa.studies.evidence.study import FIRST
 from afa.studies.results.run import StageStarted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from afa.studies.evidence.parts import Experiment
-    from afa.studies.evidence.run import Study
+    from afa.studies.evidence.study import Study
     from afa.studies.results.jobs import JobProgress
 
 
@@ -44,7 +45,8 @@ def run_stage(
         if stage == Stage.DEVELOPMENT:  # in one world, for all experiments
             yield from develop(first, study.settings, study.num_processes, study.chosen_in)
             return
-        if stage in (Stage.TRAININGS, Stage.TEST):
+        is_after = stage in (Stage.TRAININGS, Stage.TEST)
+        if is_after or (stage == Stage.CANDIDATES and experiment == Experiment.DATA):
             study = replace(study, settings=developed(study.chosen_in, study.settings))
         for world in WORLDS_OF[experiment]:
             yield StageStarted(f"{stage} of the world '{world}'")
@@ -52,6 +54,8 @@ def run_stage(
                 yield from build(study, world)
             elif stage == Stage.CANDIDATES:
                 yield from choose_rivals(study, world)
+                if experiment == Experiment.DATA:
+                    yield from choose_lengths(study, world)
             elif stage == Stage.TRAININGS:
                 check_rows(study, experiment, world)
                 yield from train(study, experiment, world)
