@@ -65,8 +65,6 @@ from benchmarks.unseen_outcomes import (
 )
 from benchmarks.unseen_prompts import (
     CHOICES,
-    OWN_SEEN,
-    SEEN,
     prompts_of,
     training_prompts,
     unseen_of,
@@ -162,12 +160,17 @@ def comparison(
     count: int,
     *,
     has_references: bool = True,
+    has_kept: bool = False,
 ) -> dict[str, Any]:
     """Return the recipe of `afa evaluate` for a choice; writes its prompts."""
     methods: list[dict[str, Any]] = [
         {"name": name, "ensemble": [str(folder) for folder in listed]}
         for name, listed in folders.items()
     ]
+    if has_kept:
+        kept = {"drafts": {"judge": zoo.base, "aggregators": "keep"}}
+        trained = [each for each in methods if VARIANTS[each["name"]].is_real]
+        methods += [{**each, "name": f"{each['name']}{KEPT}", **kept} for each in trained]
     if has_references:
         drafts = {"drafts": {"judge": zoo.base}}
         methods.append({"name": DRAFTS, "fusion": {"rule": "feature_mean"}, **drafts})
@@ -175,37 +178,11 @@ def comparison(
         methods += [{"name": f"{EXPERT}{name}", "model": zoo.experts[name]} for name in EXPERTS]
         merge = {"method": "weighted", "weights": [1 / 3] * 3}
         methods.append({"name": "uniform merge", "merge": merge})
-    return _compared(work / f"prompts-{choice}.csv", prompts_of(choice, count), zoo, methods)
-
-
-def kept_comparison(
-    work: Path, zoo: Zoo, choice: int, folders: Mapping[str, Sequence[Path]], count: int
-) -> dict[str, Any]:
-    """Return the recipe for aggregators whose logits are kept beside drafts.
-
-    Only on prompts without unseen objects: for the others, the logits are known to be wrong.
-    """
-    drafts = {"drafts": {"judge": zoo.base, "aggregators": "keep"}}
-    methods = [
-        {"name": f"{name}{KEPT}", "ensemble": [str(folder) for folder in listed], **drafts}
-        for name, listed in folders.items()
-        if VARIANTS[name].is_real
-    ]
-    prompts = {g: each for g, each in prompts_of(choice, count).items() if g in (SEEN, OWN_SEEN)}
-    return _compared(work / f"prompts-{choice}-seen.csv", prompts, zoo, methods)
-
-
-def _compared(
-    file: Path,
-    prompts: Mapping[str, Sequence[str]],
-    zoo: Zoo,
-    methods: Sequence[Mapping[str, Any]],
-) -> dict[str, Any]:
-    write_prompts(file, prompts)
+    file = write_prompts(work / f"prompts-{choice}.csv", prompts_of(choice, count))
     return {
         "experts": list(zoo.experts.values()),
         "prompts": {"drawbench": str(file)},
-        "methods": list(methods),
+        "methods": methods,
         "sampling": sampling(10),
         "metrics": ["scenes"],
         "num_resamples": 10_000,
@@ -294,9 +271,7 @@ def main() -> None:
     parser.add_argument("--num-train-steps", type=int, default=700)
     parser.add_argument("--num-prompts", type=int, default=128)
     parser.add_argument("--only", action="store_true", help="Only the variants, without drafts.")
-    parser.add_argument(
-        "--kept", action="store_true", help="Also drafts beside the aggregators' own weights."
-    )
+    parser.add_argument("--kept", action="store_true", help="Also drafts beside the aggregators.")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     arguments = parser.parse_args()
@@ -336,6 +311,7 @@ def main() -> None:
             listed,
             arguments.num_prompts,
             has_references=not arguments.only,
+            has_kept=arguments.kept,
         )
         evaluate_in_processes(output, compared, num_processes)
         if arguments.only:
@@ -352,15 +328,8 @@ def main() -> None:
             "trainings": arguments.variants,
             "trained_on_scenes": [each for each in arguments.variants if VARIANTS[each].is_real],
         }
-        kept = None
-        if arguments.kept:
-            kept = (
-                kept_comparison(work, zoo, choice, listed, arguments.num_prompts),
-                work / f"comparison-{choice}-kept",
-            )
-            evaluate_in_processes(kept[1], kept[0], num_processes)
         path = arguments.outcomes / f"{arguments.name}-{choice}.json"
-        write_outcomes(path, compared, output, json.loads(place.read_text()), about, kept)
+        write_outcomes(path, compared, output, json.loads(place.read_text()), about)
         print("\n".join(Outcomes([json.loads(path.read_text())]).table()))  # noqa: T201
 
 

@@ -32,8 +32,9 @@ BASE, DRAFTS, ORACLE, EXPERT = "base", "drafts alone", "oracle mask", "expert: "
 OWN_EXPERT = "the domain's expert"
 #: after the name of aggregators: with drafts for prompts that name unseen objects
 DEFAULT = ", drafts for unknown words"
-#: the same with the drafts' judgement added to the aggregators' logits for all other prompts
-KEPT = ", drafts for all prompts"
+#: with the judgement of drafts added to the aggregators' logits; and the same without the
+#: aggregators for prompts that name unseen objects
+KEPT, OF_KNOWN = " and drafts", " and drafts, AFA for known words"
 
 
 def write_outcomes(
@@ -42,7 +43,6 @@ def write_outcomes(
     output: Path,
     oracle: Sequence[bool],
     about: Mapping[str, Any],
-    kept: tuple[Mapping[str, Any], Path] | None = None,
 ) -> None:
     """Write what every row drew, right or wrong.
 
@@ -52,8 +52,6 @@ def write_outcomes(
         output: its folder.
         oracle: the outcomes of the mask that knows the layout, in the order of the prompts.
         about: further content: the zoo, the choice, and the lengths of trainings.
-        kept: recipe and folder of the comparison of aggregators whose logits are kept beside
-            drafts, on prompts without unseen objects; None if it was not drawn.
     """
     results = read_results(EvaluateRecipe.model_validate(recipe), output)
     every = list(range(len(results.prompts)))
@@ -64,8 +62,6 @@ def write_outcomes(
         }
         for name in results.methods
     }
-    if kept is not None:
-        rows |= _rows_of_some(*kept, [prompt.text for prompt in results.prompts])
     content = {
         **about,
         "commit": commit(),
@@ -76,23 +72,6 @@ def write_outcomes(
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(content, separators=(",", ":"), ensure_ascii=False)
     write_atomic(path, text.replace('"rows":', '\n"rows":') + "\n")
-
-
-def _rows_of_some(
-    recipe: Mapping[str, Any], output: Path, captions: Sequence[str]
-) -> dict[str, dict[str, Any]]:
-    """The rows of a comparison on some of the prompts; `-` for all others."""
-    results = read_results(EvaluateRecipe.model_validate(recipe), output)
-    place_of = {prompt.text: n for n, prompt in enumerate(results.prompts)}
-    every = list(range(len(place_of)))
-    found = {}
-    for name in results.methods:
-        listed = [_bits(bits) for bits in results.scores_at(name, "both", every)]
-        joined = [
-            "".join(b[place_of[c]] if c in place_of else "-" for c in captions) for b in listed
-        ]
-        found[name] = {"both": joined, "calls": results.cost(name).expert_calls}
-    return found
 
 
 def _bits(values: Sequence[float]) -> str:
@@ -124,8 +103,17 @@ class Outcomes:
                 yield name
             if self.has_default(name):
                 yield name + DEFAULT
+                if name + KEPT in self._drawn:
+                    yield name + OF_KNOWN
         if any(name.startswith(EXPERT) for name in self._drawn):
             yield OWN_EXPERT
+
+    @staticmethod
+    def _of_known(name: str) -> str:
+        """The row whose pictures of prompts with seen objects a row has."""
+        if name.endswith(OF_KNOWN):
+            return name.removesuffix(OF_KNOWN) + KEPT
+        return name.removesuffix(DEFAULT)
 
     def has_default(self, name: str) -> bool:
         """Whether a row has trained aggregators that do not know the words of unseen objects."""
@@ -138,10 +126,9 @@ class Outcomes:
         without a judge; see `afa.drafting`. The words of unseen objects are the unknown ones.
         """
         places = [n for n, each in enumerate(self._groups) if each == group]
-        if name.endswith((DEFAULT, KEPT)) and group not in (SEEN, OWN_SEEN):
-            return self.scores(DRAFTS, group)
-        if name.endswith(DEFAULT):
-            return self.scores(name.removesuffix(DEFAULT), group)
+        known, is_seen = self._of_known(name), group in (SEEN, OWN_SEEN)
+        if known != name:
+            return self.scores(known if is_seen else DRAFTS, group)
         if name == OWN_EXPERT:
             if group not in (OWN_SEEN, OWN_UNSEEN):
                 return None
@@ -154,8 +141,7 @@ class Outcomes:
         listed = [content["rows"][name]["both"] for content in self.contents]
         count = min(len(each) for each in listed)
         joined = ["".join(each[n] for each in listed) for n in range(count)]
-        values = {"0": 0.0, "1": 1.0, "-": np.nan}
-        return np.array([[values[bit] for bit in bits] for bits in joined])
+        return np.array([[float(bit) for bit in bits] for bits in joined])
 
     def mean(self, name: str, group: str) -> Interval | None:
         """The share of right pictures, with an interval over pairs of objects and trainings."""
@@ -186,9 +172,12 @@ class Outcomes:
 
         if name == OWN_EXPERT:
             return next(of(each) for each in self._drawn if each.startswith(EXPERT))
-        if name.endswith(DEFAULT):
-            return f"{of(name.removesuffix(DEFAULT))} or {of(DRAFTS)}"
-        return of(name)
+        known = self._of_known(name)
+        return (
+            of(known)
+            if of(known) == of(DRAFTS) or known == name
+            else f"{of(known)} or {of(DRAFTS)}"
+        )
 
     def table(self) -> Iterator[str]:
         """The shares of right pictures of all rows."""
@@ -196,7 +185,7 @@ class Outcomes:
         yield "|---" * (len(GROUPS) + 3) + "|"
         for name in self.names:
             cells = [str(self.mean(name, group) or "") for group in GROUPS]
-            drawn = name.removesuffix(DEFAULT).removesuffix(KEPT)
+            drawn = self._of_known(name).removesuffix(KEPT)
             counts = [
                 len(content["rows"].get(drawn, {}).get("both", ())) for content in self.contents
             ]
@@ -212,7 +201,7 @@ class Outcomes:
         yield f"| {' | '.join(['row', *of_base, *of_expert])} |"
         yield "|---" * 5 + "|"
         for name in self.names:
-            drawn = name.removesuffix(DEFAULT).removesuffix(KEPT)
+            drawn = self._of_known(name).removesuffix(KEPT)
             if drawn != DRAFTS and drawn not in self.contents[0]["trainings"]:
                 continue
             found = [self.difference(name, BASE, group) for group in GROUPS[1:3]]

@@ -10,7 +10,15 @@ import numpy as np
 
 from afa.zoo.scenes import parse_caption
 from afa.zoo.sprites import DOMAIN_OF, DOMAINS
-from benchmarks.unseen_outcomes import DEFAULT, DRAFTS, KEPT, OWN_EXPERT, Outcomes, write_page
+from benchmarks.unseen_outcomes import (
+    DEFAULT,
+    DRAFTS,
+    KEPT,
+    OF_KNOWN,
+    OWN_EXPERT,
+    Outcomes,
+    write_page,
+)
 from benchmarks.unseen_prompts import BOTH, GROUPS, ONE, OWN_SEEN, OWN_UNSEEN, SEEN, prompts_of
 
 
@@ -24,7 +32,6 @@ def content(choice: int, zoo: str = "small") -> dict[str, Any]:
         )
         for domain in DOMAINS
     }
-    seen = of_aggregators
     ones, zeros = "1" * len(prompts), "0" * len(prompts)
     return {
         "zoo": zoo,
@@ -35,7 +42,7 @@ def content(choice: int, zoo: str = "small") -> dict[str, Any]:
         "rows": {
             "AFA": {"both": [of_aggregators, zeros], "calls": 60.0},
             "prompts alone": {"both": [ones, ones], "calls": 60.0},
-            f"AFA{KEPT}": {"both": [seen.replace("0", "-")] * 2, "calls": 150.0},
+            f"AFA{KEPT}": {"both": [of_aggregators, ones], "calls": 150.0},
             DRAFTS: {"both": [ones], "calls": 150.0},
             "base": {"both": [zeros], "calls": 20.0},
             **{name: {"both": [bits], "calls": 20.0} for name, bits in experts.items()},
@@ -52,22 +59,13 @@ def test_rows_of_several_choices_and_trainings() -> None:
         for found in [[outcomes.mean(name, group) for group in GROUPS]]
     }
     assert [*means] == [
-        *(
-            "AFA",
-            f"AFA{DEFAULT}",
-            "prompts alone",
-            f"AFA{KEPT}",
-            DRAFTS,
-            "base",
-            "oracle mask",
-            OWN_EXPERT,
-        ),
+        *("AFA", f"AFA{DEFAULT}", f"AFA{OF_KNOWN}", "prompts alone", f"AFA{KEPT}", DRAFTS),
+        *("base", "oracle mask", OWN_EXPERT),
     ]
     assert means["AFA"] == [0.5, 0, 0, 0.5, 0], "the mean of two trainings"
     assert means[f"AFA{DEFAULT}"] == [0.5, 1, 1, 0.5, 1], "drafts draw unknown words"
-    assert means[f"AFA{KEPT}"] == [1, 1, 1, 1, 1], (
-        "it has outcomes of prompts without unseen objects"
-    )
+    assert means[f"AFA{KEPT}"] == [1, 0.5, 0.5, 1, 0.5]
+    assert means[f"AFA{OF_KNOWN}"] == [1, 1, 1, 1, 1], "drafts alone where objects are unseen"
     assert means[OWN_EXPERT] == [None, None, None, 1, 1]
     scores = outcomes.scores("AFA", ONE)
     assert scores is not None
