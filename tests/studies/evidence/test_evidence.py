@@ -38,7 +38,14 @@ from afa.studies.evidence.rows import (
 from afa.studies.evidence.run import pending
 from afa.studies.evidence.settings import WORLDS_OF, EvidenceSettings
 from afa.studies.evidence.stages import run_stage
-from afa.studies.evidence.study import Study, best_merge, chosen_rates
+from afa.studies.evidence.study import (
+    Study,
+    best_merge,
+    chosen_rates,
+    entrants_of,
+    inputs_of_choice,
+    inputs_of_lengths,
+)
 from afa.studies.results.run import folders_in
 from afa.studies.worlds.prompts import training_prompts
 from afa.studies.worlds.recipe import WORLDS, WorldRecipe
@@ -370,6 +377,28 @@ def _few(rows: dict[str, Grid]) -> Grid:
 def test_a_comparison_of_a_study_may_read_the_folders_that_it_names() -> None:
     recipe = {"base": "/a/base", "methods": [{"model": [{"source": "/b/x"}], "name": "m"}], "n": 1}
     assert folders_in({**recipe, "experts": ["zoo:food", "relative/one"]}) == {"/a", "/b"}
+
+
+def test_the_data_curve_has_the_lengths_that_were_chosen(tmp_path: Path) -> None:
+    study = Study(tmp_path / "work", SETTINGS, 1, tmp_path / "docs")
+    study.chosen_in.mkdir(parents=True)
+    merge = {"method": {"merge": MERGE}, "score": 0.5}
+    rates = {row: {"rate": rate} for row, rate in RATES.items()}
+    chosen = {"rivals": {"m": merge}, "rates": rates, "inputs": inputs_of_choice(SETTINGS)}
+    (study.chosen_in / "main.json").write_text(json.dumps(chosen))
+    with refusal("AFA-STUDY-016", "candidates", "data"):
+        entrants_of(study, Experiment.DATA, "main")
+    numbers = {str(number): 100 for number in SETTINGS.curve_pictures} | {"10000": 3_000}
+    content = {"lengths": {TUNED: numbers, MERGED: numbers}}
+    study.lengths_file.write_text(json.dumps({**content, "inputs": inputs_of_lengths(SETTINGS)}))
+    entrants = entrants_of(study, Experiment.DATA, "main")
+    tuned = {each.row: each.steps for each in entrants if isinstance(each, Tuned)}
+    assert tuned["tuned base (100 steps, 300 pictures)"] == 100
+    assert tuned["merge, then tuned (3,000 steps, 10,000 pictures)"] == 3_000
+    assert counted(AFA, 1_000, 100) in {each.row for each in entrants}
+    other = replace(study, settings=replace(SETTINGS, aggregator_steps=3_000))
+    with refusal("AFA-STUDY-029", "data.json"):
+        other.lengths()
 
 
 def test_a_row_belongs_to_one_experiment(

@@ -81,7 +81,7 @@ def trained(
         merge: settings of the best merge on tuning prompts; None if it is not chosen yet, which
             leaves out what starts from it.
         lengths: of the tuned models of the data curve, by row and number of pictures, as chosen on
-            tuning prompts; None trains all of them as long as AFA.
+            tuning prompts; None, for a list of rows alone, gives all of them AFA's length.
     """
     if experiment == Experiment.DATA:
         return list(_data(settings, rates, merge, lengths))

@@ -70,25 +70,27 @@ class Study:
                 f"The settings of the rivals in the world '{world}' are not chosen yet. Run the "
                 "stage candidates first.",
             )
-        found: dict[str, Any] = read_json(path)
-        _require_inputs(path, found.pop("inputs"), inputs_of_choice(self.settings))
-        return found
+        content = read_json(path)
+        _require_inputs(path, content["inputs"], inputs_of_choice(self.settings))
+        return {key: value for key, value in content.items() if key != "inputs"}
 
     @property
     def lengths_file(self) -> Path:
         """The file of the lengths of the data curve, as the stage of candidates chose them."""
         return self.chosen_in / f"{Experiment.DATA}.json"
 
-    def lengths(self) -> dict[str, dict[str, int]] | None:
+    def lengths(self) -> dict[str, dict[str, int]]:
         """The lengths of the tuned models of the data curve, by row and number of pictures.
 
-        None if they are not chosen yet.
-
         Raises:
-            AfaError: if they were chosen with other settings.
+            AfaError: if they are not chosen yet, or were chosen with other settings.
         """
         if not self.lengths_file.exists():
-            return None
+            raise AfaError(
+                "AFA-STUDY-016",
+                "The lengths of the tuned models of the data curve are not chosen yet. Run the "
+                f"stage candidates of the experiment {Experiment.DATA} first.",
+            )
         content = read_json(self.lengths_file)
         _require_inputs(self.lengths_file, content["inputs"], inputs_of_lengths(self.settings))
         found: dict[str, dict[str, int]] = content["lengths"]
