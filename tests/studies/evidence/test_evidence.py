@@ -386,7 +386,7 @@ def test_the_data_curve_has_the_lengths_that_were_chosen(tmp_path: Path) -> None
     rates = {row: {"rate": rate} for row, rate in RATES.items()}
     chosen = {"rivals": {"m": merge}, "rates": rates, "inputs": inputs_of_choice(SETTINGS)}
     (study.chosen_in / "main.json").write_text(json.dumps(chosen))
-    with refusal("AFA-STUDY-016", "candidates", "data"):
+    with refusal("AFA-STUDY-035", "candidates", "data"):
         entrants_of(study, Experiment.DATA, "main")
     numbers = {str(number): 100 for number in SETTINGS.curve_pictures} | {"10000": 3_000}
     content = {"lengths": {TUNED: numbers, MERGED: numbers}}

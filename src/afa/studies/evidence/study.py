@@ -87,7 +87,7 @@ class Study:
         """
         if not self.lengths_file.exists():
             raise AfaError(
-                "AFA-STUDY-016",
+                "AFA-STUDY-035",
                 "The lengths of the tuned models of the data curve are not chosen yet. Run the "
                 f"stage candidates of the experiment {Experiment.DATA} first.",
             )
