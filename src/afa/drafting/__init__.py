@@ -3,7 +3,6 @@
 from afa.drafting.drafter import (
     Drafter,
     batches,
-    is_drafted,
     require_words,
     routed,
     use_drafts,
@@ -18,7 +17,6 @@ __all__ = [
     "DraftsRecipe",
     "OwnDrafts",
     "batches",
-    "is_drafted",
     "own_drafts",
     "recognise",
     "require_words",

@@ -328,14 +328,10 @@ def routed(
             ensemble.regions, drafter.thread = None, None
 
 
-def is_drafted(pipeline: DiffusionPipeline, prompt: str) -> bool:
-    """Whether a prompt is drawn by drafts."""
-    return _settings_of(pipeline, prompt) is not None
-
-
 def way_of(pipeline: DiffusionPipeline, prompt: str) -> str:
     """How a prompt is drawn: by `drafts`, by `drafts and aggregators`, or by `aggregators`."""
-    settings = _settings_of(pipeline, prompt)
+    drafter: Drafter | None = getattr(denoiser_of(pipeline), "drafter", None)
+    settings = None if drafter is None else drafter.settings_of(prompt)
     if settings is None:
         return "aggregators"
     return "drafts" if settings.aggregators == "ignore" else "drafts and aggregators"
@@ -347,8 +343,3 @@ def batches(pipeline: DiffusionPipeline, prompts: Sequence[str]) -> list[list[in
     for n, prompt in enumerate(prompts):
         ways.setdefault(way_of(pipeline, prompt), []).append(n)
     return list(ways.values())
-
-
-def _settings_of(pipeline: DiffusionPipeline, prompt: str) -> DraftsRecipe | None:
-    drafter: Drafter | None = getattr(denoiser_of(pipeline), "drafter", None)
-    return None if drafter is None else drafter.settings_of(prompt)
