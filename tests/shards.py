@@ -6,6 +6,7 @@ import copy
 import sys
 from collections.abc import Callable
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import afa
 from afa.ensemble.combinations import EXCLUDED
+from afa.ensemble.regions import Regions
 from tests.ensemble.caching.test_graphs import Replays
 from tests.ensemble.caching.test_loop import arguments_of, ensemble_of
 from tests.ensemble.caching.test_plan import plan_of
@@ -66,6 +68,8 @@ def exclude(whole: Any, mesh: DeviceMesh) -> None:
         "experts on several devices": lambda e: e.place_experts(["cpu", "cpu"]),
         "offloaded experts": lambda e: e.offload_experts("cpu"),
         "streamed experts": lambda e: e.stream_experts(),
+        "a bias by region": lambda e: setattr(e, "regions", Regions(torch.zeros(2, 2, 4, 4))),
+        "drafts": lambda e: setattr(e, "drafter", SimpleNamespace(is_drawing=True)),
     }
     sharded = copy.deepcopy(whole)
     sharded.shard_experts(mesh)
