@@ -57,7 +57,8 @@ def check_same_architecture(first: ModelMixin, other: ModelMixin, name: str) -> 
             f"Experts must share one architecture: {name} is of the family '{families[1].name}', "
             f"the first expert of '{families[0].name}'. Ensemble checkpoints of one family.",
         )
-    found = difference(first.config, other.config, type(first))
+    ours = families[0].interface
+    found = difference(ours.config(first), ours.config(other), ours.defaults(first))
     if found is not None:
         key, expected, got = found
         raise AfaError(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
+from afa.denoisers.interface import DIFFUSERS, Interface
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
@@ -283,6 +284,7 @@ class Family:
         variant: a function of tensor shapes (names in either layout, without a prefix) that returns
             the usual name of the model; None if the tensors are not from this family.
         pipelines: the kinds of pipelines with such a denoiser.
+        interface: how models of the library that defines `model_class` are described and called.
     """
 
     name: str
@@ -309,6 +311,7 @@ class Family:
     canonical_config: Callable[[dict[str, Any]], None] | None = None
     variant: Callable[[Shapes], str | None] = lambda _: None
     pipelines: tuple[PipelineKind, ...] = ()
+    interface: Interface = DIFFUSERS
 
     def __post_init__(self) -> None:
         for kind in self.pipelines:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 from dataclasses import dataclass
@@ -114,16 +113,17 @@ def discover_sites(expert: Any) -> tuple[Site, ...]:
         AfaError: see `family_of`.
     """
     family = family_of(expert)
-    config = {name: value for name, value in expert.config.items() if not name.startswith("_")}
+    described = family.interface.config(expert)
+    config = {name: value for name, value in described.items() if not name.startswith("_")}
     key = (family, json.dumps(config, sort_keys=True, default=repr))
     if key not in _FOUND:
-        _FOUND[key] = _run_without_data(family, config)
+        _FOUND[key] = _run_without_data(family, expert)
     return _FOUND[key]
 
 
-def _run_without_data(family: Family, config: dict[str, Any]) -> tuple[Site, ...]:
+def _run_without_data(family: Family, expert: Any) -> tuple[Site, ...]:
     with torch.device("meta"), torch.no_grad():
-        twin = family.model_class.from_config(copy.deepcopy(config))
+        twin = family.interface.without_data(expert, family.model_class)
         inputs = family.example(twin)
         latent = inputs[family.latent]
         height = latent.shape[-2] if latent.ndim == 4 else math.isqrt(latent.shape[1])

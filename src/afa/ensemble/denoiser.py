@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -99,7 +98,7 @@ class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin)
         self.sites: tuple[Site, ...] = discover_sites(experts[0])
         self.widths: Widths = widths or self.family.widths(experts[0])
         self.aggregators = nn.ModuleList(self._build_aggregators(aggregators))
-        self._signature = inspect.signature(self.family.model_class.forward)
+        self._signature = self.family.interface.signature(self.family.model_class)
         self._rules = {site.name: n for n, site in enumerate(self.sites)}
         self._lock = Lock()
         #: the denoising loops in progress
@@ -121,7 +120,7 @@ class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin)
         self.observers = Observers()
         #: the sources of the experts, the autoencoder and the other parts
         self.provenance = Provenance()
-        self.register_to_config(**experts[0].config)
+        self.register_to_config(**self.family.interface.config(experts[0]))
         self.eval()
 
     def _build_aggregators(

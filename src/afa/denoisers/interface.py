@@ -1,0 +1,38 @@
+"""How the models of a library are described, built without data, and called."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+class Interface:
+    """The interface of diffusers' models.
+
+    A family whose models come from another library has a subclass of its own; see
+    `Family.interface`.
+    """
+
+    def config(self, model: Any) -> Mapping[str, Any]:
+        """The configuration of a model, in which experts of one architecture are equal."""
+        return model.config
+
+    def defaults(self, model: Any) -> Any:
+        """The class whose constructor has the defaults of the configuration; None if none has."""
+        return type(model)
+
+    def without_data(self, model: Any, model_class: Any) -> Any:
+        """Build a model of the same architecture on the default device, which is `meta`."""
+        config = {key: value for key, value in model.config.items() if not key.startswith("_")}
+        return model_class.from_config(copy.deepcopy(config))
+
+    def signature(self, model_class: Any) -> inspect.Signature:
+        """The signature of an ensemble's call, which starts with the model and the latent."""
+        return inspect.signature(model_class.forward)
+
+
+DIFFUSERS = Interface()
