@@ -58,16 +58,29 @@ class _Finder:
         return None
 
 
-def load(folder: str, file: str) -> tuple[Any, Any, Any]:
-    """Load a file as ComfyUI's node for checkpoints does: denoiser, text encoders, autoencoder."""
-    sys.path.insert(0, f"{folder}/core")
+def use_core(folder: str) -> None:
+    """Make the core importable that `tools.comfyui` installed into a folder."""
     sys.path.append(f"{folder}/packages")
     sys.meta_path.insert(0, _Finder)
-    sys.argv = [sys.argv[0], "--cpu"]
-    import comfy.options  # type: ignore[import-not-found]
+    use_comfyui(f"{folder}/core")
+
+
+def use_comfyui(folder: str) -> None:
+    """Make a ComfyUI importable, on the CPU."""
+    sys.path.insert(0, folder)
+    given, sys.argv = sys.argv, [sys.argv[0], "--cpu"]
+    import comfy.options
 
     comfy.options.enable_args_parsing()
-    import comfy.sd  # type: ignore[import-not-found]
+    import comfy.cli_args
+
+    sys.argv = given
+
+
+def load(folder: str, file: str) -> tuple[Any, Any, Any]:
+    """Load a file as ComfyUI's node for checkpoints does: denoiser, text encoders, autoencoder."""
+    use_core(folder)
+    import comfy.sd
 
     loaded = comfy.sd.load_checkpoint_guess_config(file, output_vae=True, output_clip=True)
     return loaded[:3]
@@ -102,9 +115,9 @@ def compared(folder: str, file: str) -> dict[str, Any]:
 def compared_loras(folder: str, file: str, changes: str, loras: list[str]) -> dict[str, Any]:
     """Compare what LoRAs change in denoiser and text encoders with the expected changes."""
     model, clip, _ = load(folder, file)
-    import comfy.lora  # type: ignore[import-not-found]
+    import comfy.lora
     import comfy.sd
-    import comfy.utils  # type: ignore[import-not-found]
+    import comfy.utils
 
     found: dict[str, Any] = {}
     with safe_open(changes, framework="pt") as stored:

@@ -346,3 +346,12 @@ def tiny_unet_like_sd15() -> Any:
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+
+
+@torch.no_grad()
+def test_features_of_different_sizes_are_refused() -> None:
+    ensemble = ensemble_of(3)
+    block = ensemble.experts[1].down_blocks[0].resnets[0]
+    block.register_forward_hook(lambda _, __, feature: feature[..., ::2, ::2])
+    with refusal("AFA-ENSEMBLE-064", "down.0.0", "expert 1"):
+        ensemble(**call(3))

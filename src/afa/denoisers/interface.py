@@ -31,8 +31,9 @@ class Interface:
         return model_class.from_config(copy.deepcopy(config))
 
     def signature(self, model_class: Any) -> inspect.Signature:
-        """The signature of an ensemble's call, which starts with the model and the latent."""
-        return inspect.signature(model_class.forward)
+        """The signature of an ensemble's call; the latent is its first argument."""
+        own = inspect.signature(model_class.forward)
+        return own.replace(parameters=list(own.parameters.values())[1:])
 
 
 DIFFUSERS = Interface()

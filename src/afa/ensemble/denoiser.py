@@ -312,9 +312,7 @@ class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin)
 
     def _bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
         """All arguments by the names in the experts' own `forward`; the latent is the first."""
-        arguments = self._signature.bind(self, *args, **kwargs).arguments
-        del arguments["self"]
-        return arguments
+        return self._signature.bind(*args, **kwargs).arguments
 
     # -- devices, data types and modes --------------------------------------------------------
 

@@ -27,6 +27,7 @@ from afa.aggregators import Condition, Fused, Separate
 from afa.denoisers import run_lockstep
 from afa.denoisers.prompt import mean_of, mean_text
 from afa.ensemble.hook import Inputs
+from afa.errors import AfaError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -147,6 +148,7 @@ class _Step:
         for hook in self._hooks:
             condition = hook.condition(site, condition)
         hidden = {n: features[n].hidden for n in chosen}
+        _check_same_size(site, hidden)
         for hook in self._hooks:
             if (fused := hook.fuse(site, hidden)) is not None:
                 return fused
@@ -163,6 +165,24 @@ class _Step:
         if isinstance(fused.feature, Tensor):
             return dict.fromkeys(experts, fused.feature)
         return dict(zip(experts, fused.feature, strict=True))
+
+
+def _check_same_size(site: str, hidden: dict[int, Tensor | None]) -> None:
+    """Check that the features of a site have one shape.
+
+    Raises:
+        AfaError: if not, for instance if only one expert's blocks were patched to another size.
+    """
+    shapes = {n: tuple(each.shape) for n, each in hidden.items() if each is not None}
+    for n, shape in shapes.items():
+        first = next(iter(shapes))
+        if shape != shapes[first]:
+            raise AfaError(
+                "AFA-ENSEMBLE-064",
+                f"At '{site}', expert {n} has a feature of the shape {shape} and expert {first} "
+                f"one of {shapes[first]}; they must be equal. Apply what changes their size to all "
+                "experts.",
+            )
 
 
 def timesteps_of(arguments: dict[str, Any]) -> Tensor:

@@ -1,0 +1,1 @@
+"""Parts of afa for other programs, which load them from here."""

@@ -1,0 +1,98 @@
+"""Where ComfyUI finds ensemble folders: in `models/afa`, or where its settings say."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import folder_paths
+from comfy_api.latest import io
+
+from afa.errors import AfaError
+from afa.loading.ensemble_folder import AGGREGATORS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+_FOLDER = "afa"
+#: the choice that needs no trained aggregators
+MEAN = "(mean of the experts, not trained)"
+
+
+def register_folder() -> None:
+    """Let ComfyUI know the folder of ensembles, which `extra_model_paths.yaml` may add to."""
+    place = Path(folder_paths.models_dir) / _FOLDER
+    place.mkdir(exist_ok=True)
+    folder_paths.add_model_folder_path(_FOLDER, str(place))
+
+
+def ensembles() -> dict[str, Path]:
+    """All ensemble folders by name."""
+    return {name: place for root in _roots() for name, place in _within(root)}
+
+
+def _roots() -> list[Path]:
+    return [Path(root) for root in folder_paths.get_folder_paths(_FOLDER)]
+
+
+def _within(root: Path) -> Iterator[tuple[str, Path]]:
+    for config in sorted(root.glob("**/config.json")):
+        if (config.parent / AGGREGATORS).is_file():
+            yield config.parent.relative_to(root).as_posix(), config.parent
+
+
+def ensemble_input(*, with_mean: bool = True) -> io.Combo.Input:
+    """The choice of an ensemble folder."""
+    options = [*ensembles(), *([MEAN] if with_mean else [])]
+    return io.Combo.Input(
+        "ensemble",
+        options=options,
+        tooltip="A folder that `afa train` wrote, copied or linked into models/afa.",
+    )
+
+
+def find_ensemble(name: str) -> Path | None:
+    """The folder of an ensemble; None for the mean.
+
+    Raises:
+        AfaError: if there is none of this name.
+    """
+    if name == MEAN:
+        return None
+    found = ensembles()
+    if name not in found:
+        raise AfaError(
+            "AFA-COMFY-017",
+            f"No ensemble '{name}' was found in {', '.join(map(str, _roots()))}. Copy or link the "
+            "folder that `afa train` wrote to there, and refresh the page.",
+        )
+    return found[name]
+
+
+def fingerprint(name: str) -> str:
+    """A hash of an ensemble's files, which changes if they do."""
+    folder = find_ensemble(name)
+    if folder is None:
+        return MEAN
+    digest = hashlib.sha256()
+    for file in (folder / "config.json", folder / AGGREGATORS):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def in_a_row(given: Mapping[str, Any]) -> list[Any]:
+    """The connected inputs `NAME_1`, `NAME_2`, ..., which must have no gap.
+
+    Raises:
+        AfaError: if there is a gap, because the order of the experts matters.
+    """
+    connected = [value for value in given.values() if value is not None]
+    gap = [name for name, value in list(given.items())[: len(connected)] if value is None]
+    if gap:
+        raise AfaError(
+            "AFA-COMFY-018",
+            f"{gap[0]} is not connected, but a later one is. Connect the experts without a gap, in "
+            "the order of training.",
+        )
+    return connected

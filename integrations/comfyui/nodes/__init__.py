@@ -1,0 +1,1 @@
+"""The nodes, one in each file."""

@@ -1,0 +1,166 @@
+"""Tiny denoisers of ComfyUI with random weights, and their twins in diffusers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.ops
+import comfy.supported_models as supported_models
+import comfy.utils
+import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.model_patcher import ModelPatcher
+from diffusers import UNet2DConditionModel
+
+OPS = comfy.ops.disable_weight_init
+TEXT = 16
+#: ComfyUI's configuration and diffusers' of the same tiny U-Net
+_SD15 = (
+    {
+        "num_res_blocks": [1, 1],
+        "channel_mult": [1, 2],
+        "transformer_depth": [1, 0],
+        "transformer_depth_middle": 1,
+        "transformer_depth_output": [1, 1, 0, 0],
+        "num_heads": 2,
+        "use_linear_in_transformer": False,
+        "adm_in_channels": None,
+        "num_classes": None,
+    },
+    {
+        "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "attention_head_dim": 2,
+    },
+)
+_SDXL = (
+    {
+        **_SD15[0],
+        "transformer_depth": [1, 2],
+        "transformer_depth_middle": 2,
+        "transformer_depth_output": [1, 1, 2, 2],
+        "num_heads": -1,
+        "num_head_channels": 16,
+        "use_linear_in_transformer": True,
+        "adm_in_channels": 8 + 6 * 256,
+        "num_classes": "sequential",
+    },
+    {
+        "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        "attention_head_dim": (2, 4),
+        "transformer_layers_per_block": (1, 2),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 8 + 6 * 256,
+    },
+)
+UNETS = {"sd15": _SD15, "sdxl": _SDXL}
+
+
+def randomize(model: torch.nn.Module, seed: int) -> None:
+    """Random parameters, none of them zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            scale = 0.5 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
+            offset = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            parameter.copy_(offset + scale * torch.randn(parameter.shape, generator=generator))
+
+
+def unet(kind: str, seed: int = 0) -> UNetModel:
+    """A U-Net of ComfyUI."""
+    model = UNetModel(
+        image_size=8,
+        in_channels=4,
+        out_channels=4,
+        model_channels=32,
+        use_spatial_transformer=True,
+        context_dim=TEXT,
+        legacy=False,
+        dtype=torch.float32,
+        operations=OPS,
+        **_copy(UNETS[kind][0]),
+    )
+    randomize(model, seed)
+    return model.eval().requires_grad_(False)
+
+
+def unet_twin(kind: str, model: UNetModel) -> UNet2DConditionModel:
+    """The same U-Net in diffusers."""
+    twin = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(32, 64),
+        cross_attention_dim=TEXT,
+        norm_num_groups=32,
+        **UNETS[kind][1],
+    )
+    names = comfy.utils.unet_to_diffusers(_copy(UNETS[kind][0]) | {"model_channels": 32})
+    own = model.state_dict()
+    twin.load_state_dict({name: own[names[name]] for name in twin.state_dict()})
+    return twin.eval().requires_grad_(False)
+
+
+def _copy(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: list(v) if isinstance(v, list) else v for key, v in config.items()}
+
+
+def unet_call(kind: str, count: int = 1, batch: int = 2, size: int = 8) -> dict[str, Any]:
+    """The arguments of one call with texts of several experts."""
+    generator = torch.Generator().manual_seed(7)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    call = {
+        "sample": random(batch, 4, size, size),
+        "timestep": torch.tensor([500.0] * batch),
+        "encoder_hidden_states": random(batch, 5, count * TEXT),
+    }
+    if kind == "sdxl":
+        call["y"] = random(batch, count * 8 + 6 * 256)
+    return call
+
+
+def patcher(kind: str, seed: int = 0, model: UNetModel | None = None) -> ModelPatcher:
+    """A MODEL with a tiny U-Net."""
+    kinds = {"sd15": supported_models.SD15, "sdxl": supported_models.SDXL}
+    unet_config = {
+        "image_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "model_channels": 32,
+        "use_spatial_transformer": True,
+        "context_dim": TEXT,
+        "legacy": False,
+        **_copy(UNETS[kind][0]),
+    }
+    config = kinds[kind](unet_config)
+    config.unet_config.update(unet_config)
+    config.set_inference_dtype(torch.float32, None)
+    base = config.get_model({}, device="cpu")
+    own = unet(kind, seed) if model is None else model
+    base.diffusion_model.load_state_dict(own.state_dict())
+    base.diffusion_model.requires_grad_(False)
+    return ModelPatcher(base, torch.device("cpu"), torch.device("cpu"))
+
+
+def lora_of(model: ModelPatcher, seed: int = 5, rank: int = 2) -> dict[str, torch.Tensor]:
+    """A LoRA of all attention layers, in kohya's layout."""
+    generator = torch.Generator().manual_seed(seed)
+    lora = {}
+    for name, weight in model.model.diffusion_model.state_dict().items():
+        if ".attn" in name and name.endswith(".weight"):
+            place = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
+            down = torch.randn(rank, weight.shape[1], generator=generator)
+            lora[f"{place}.lora_down.weight"] = down / weight.shape[1] ** 0.5
+            lora[f"{place}.lora_up.weight"] = torch.randn(
+                weight.shape[0], rank, generator=generator
+            )
+            lora[f"{place}.alpha"] = torch.tensor(float(rank))
+    return lora

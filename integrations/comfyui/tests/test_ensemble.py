@@ -1,0 +1,97 @@
+"""Ensembles as MODELs, sampled with ComfyUI's own samplers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import comfy.sample
+import pytest
+import torch
+from comfy.patcher_extension import WrappersMP
+
+from afa.aggregators import SABWConfig
+from afa.ensemble.denoiser import EnsembleDenoiser
+from afa.ensemble.references import ExpertReference, Provenance
+from afa.loading.ensemble_folder import save_ensemble
+from integrations.comfyui.ensemble import ensemble_model
+from integrations.comfyui.tests.models import TEXT, UNETS, patcher, randomize, unet_twin
+
+
+def conditioning(kind: str, count: int, seed: int) -> list[Any]:
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randn(1, 5, count * TEXT, generator=generator)
+    pooled = torch.randn(1, count * 8, generator=generator)
+    return [[text, {"pooled_output": pooled} if kind == "sdxl" else {}]]
+
+
+@torch.inference_mode()
+def sample(model: Any, count: int = 1, kind: str = "sd15", **options: Any) -> torch.Tensor:
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(4)  # some nodes draw random numbers
+    settings = {"steps": 3, "cfg": 3.0, "sampler_name": "euler", "scheduler": "normal", **options}
+    return comfy.sample.sample(
+        model,
+        noise,
+        positive=conditioning(kind, count, 2),
+        negative=conditioning(kind, count, 3),
+        latent_image=torch.zeros_like(noise),
+        disable_pbar=True,
+        seed=5,
+        **settings,
+    )
+
+
+@pytest.fixture(params=UNETS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def test_one_expert_is_its_own_model(kind: str) -> None:
+    model = patcher(kind)
+    expected = sample(model, kind=kind)
+    assert expected.isfinite().all()
+    assert torch.equal(sample(ensemble_model([model], None), kind=kind), expected)
+
+
+@pytest.fixture
+def experts(kind: str) -> list[Any]:
+    return [patcher(kind, seed) for seed in range(3)]
+
+
+def saved(kind: str, experts: list[Any], folder: Path) -> EnsembleDenoiser:
+    """An ensemble folder of the experts' twins with random aggregators, as afa saves it."""
+    twins = [unet_twin(kind, each.model.diffusion_model) for each in experts]
+    config = SABWConfig(hidden_size=16, num_layers=1, num_heads=2, norm_num_groups=4)
+    ensemble = EnsembleDenoiser(twins, config)
+    randomize(ensemble.aggregators, 9)
+    ensemble.provenance = Provenance(
+        experts=tuple(ExpertReference(f"/expert-{n}", str(n)) for n in range(len(experts)))
+    )
+    save_ensemble(SimpleNamespace(components={"unet": ensemble}), folder)
+    return ensemble
+
+
+def test_prediction_is_afas(kind: str, experts: list[Any], tmp_path: Path) -> None:
+    """ComfyUI's denoisers in ComfyUI's sampler, against diffusers' denoisers called by hand."""
+    twin = saved(kind, experts, tmp_path / "ensemble")
+    model = ensemble_model(experts, tmp_path / "ensemble")
+    seen: list[tuple[tuple[Any, ...], torch.Tensor]] = []
+
+    def spy(executor: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        seen.append((args, executor(*args, **kwargs)))
+        return seen[-1][1]
+
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "spy", spy)
+    assert sample(model, 3, kind).isfinite().all()
+    assert len(seen) == 3
+    for args, prediction in seen:
+        x, timestep, context, y = args[:4]
+        given = {}
+        if kind == "sdxl":  # diffusers embeds the size conditions itself
+            sizes = torch.tensor([[64.0, 64, 0, 0, 64, 64]] * len(x))
+            given["added_cond_kwargs"] = {"text_embeds": y[:, : 3 * 8], "time_ids": sizes}
+        expected = twin(x, timestep, context, **given, return_dict=False)[0]
+        torch.testing.assert_close(prediction, expected, rtol=1e-5, atol=1e-5)
+    assert max(p.std() for _, p in seen) > 0.1
