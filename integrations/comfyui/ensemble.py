@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrapperExecutor, WrappersMP
+from comfy.patcher_extension import CallbacksMP, WrapperExecutor, WrappersMP
 from safetensors.torch import load_file
 
 from afa.ensemble.denoiser import EnsembleDenoiser
@@ -123,6 +123,25 @@ def _install(ensemble: ModelPatcher, runner: Runner) -> None:
     ):
         ensemble.remove_wrappers_with_key(kind, KEY)
         ensemble.add_wrapper_with_key(kind, KEY, wrapper)
+    ensemble.remove_callbacks_with_key(CallbacksMP.ON_LOAD, KEY)
+    ensemble.add_callback_with_key(CallbacksMP.ON_LOAD, KEY, refuse_saving)
+
+
+def refuse_saving(
+    model: ModelPatcher, device: Any, memory: Any, force_patch_weights: bool, *_: Any
+) -> None:
+    """When a MODEL is loaded: ComfyUI forces LoRAs into the weights only to save them.
+
+    Raises:
+        AfaError: in that case, because the file would hold the first expert alone.
+    """
+    del model, device, memory
+    if force_patch_weights:
+        raise AfaError(
+            "AFA-COMFY-019",
+            "An ensemble cannot be saved as one checkpoint; the file would hold only the first "
+            "expert. Use `afa distill` for one checkpoint, or AFA Merge for a merge.",
+        )
 
 
 def runner_of(model: ModelPatcher) -> Runner:

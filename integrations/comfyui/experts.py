@@ -75,7 +75,7 @@ def check_alike(models: Sequence[ModelPatcher]) -> None:
 
 def _predicted(model: ModelPatcher) -> str:
     sampling = model.get_model_object("model_sampling")
-    return " and ".join(base.__name__ for base in type(sampling).__mro__[1:3])
+    return " with ".join(base.__name__ for base in type(sampling).__bases__)
 
 
 def _latent(model: ModelPatcher) -> str:
@@ -109,7 +109,8 @@ def with_own_weights(models: Sequence[ModelPatcher]) -> list[ModelPatcher]:
         if all(_same_patches(each, model) for each in same):
             listed.append(model.clone())
             continue
-        comfy.model_management.unload_model_and_clones(model)
+        if any(each.is_clone(model) for each in comfy.model_management.loaded_models()):
+            comfy.model_management.unload_all_models()  # takes the LoRAs out of the weights
         listed.append(_copied(model))
     return listed
 

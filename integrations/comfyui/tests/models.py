@@ -71,7 +71,7 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
             parameter.copy_(offset + scale * torch.randn(parameter.shape, generator=generator))
 
 
-def unet(kind: str, seed: int = 0) -> UNetModel:
+def unet(kind: str, seed: int = 0, text: int = TEXT) -> UNetModel:
     """A U-Net of ComfyUI."""
     model = UNetModel(
         image_size=8,
@@ -79,7 +79,7 @@ def unet(kind: str, seed: int = 0) -> UNetModel:
         out_channels=4,
         model_channels=32,
         use_spatial_transformer=True,
-        context_dim=TEXT,
+        context_dim=text,
         legacy=False,
         dtype=torch.float32,
         operations=OPS,
@@ -127,7 +127,7 @@ def unet_call(kind: str, count: int = 1, batch: int = 2, size: int = 8) -> dict[
     return call
 
 
-def patcher(kind: str, seed: int = 0, model: UNetModel | None = None) -> ModelPatcher:
+def patcher(kind: str, seed: int = 0, text: int = TEXT) -> ModelPatcher:
     """A MODEL with a tiny U-Net."""
     kinds = {"sd15": supported_models.SD15, "sdxl": supported_models.SDXL}
     unet_config = {
@@ -136,7 +136,7 @@ def patcher(kind: str, seed: int = 0, model: UNetModel | None = None) -> ModelPa
         "out_channels": 4,
         "model_channels": 32,
         "use_spatial_transformer": True,
-        "context_dim": TEXT,
+        "context_dim": text,
         "legacy": False,
         **_copy(UNETS[kind][0]),
     }
@@ -144,8 +144,7 @@ def patcher(kind: str, seed: int = 0, model: UNetModel | None = None) -> ModelPa
     config.unet_config.update(unet_config)
     config.set_inference_dtype(torch.float32, None)
     base = config.get_model({}, device="cpu")
-    own = unet(kind, seed) if model is None else model
-    base.diffusion_model.load_state_dict(own.state_dict())
+    base.diffusion_model.load_state_dict(unet(kind, seed, text).state_dict())
     base.diffusion_model.requires_grad_(False)
     return ModelPatcher(base, torch.device("cpu"), torch.device("cpu"))
 

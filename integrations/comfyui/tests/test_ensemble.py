@@ -17,6 +17,7 @@ from afa.ensemble.references import ExpertReference, Provenance
 from afa.loading.ensemble_folder import save_ensemble
 from integrations.comfyui.ensemble import ensemble_model
 from integrations.comfyui.tests.models import TEXT, UNETS, patcher, randomize, unet_twin
+from integrations.comfyui.texts import join
 
 
 def conditioning(kind: str, count: int, seed: int) -> list[Any]:
@@ -27,20 +28,25 @@ def conditioning(kind: str, count: int, seed: int) -> list[Any]:
 
 
 @torch.inference_mode()
-def sample(model: Any, count: int = 1, kind: str = "sd15", **options: Any) -> torch.Tensor:
+def sample(
+    model: Any, count: int = 1, kind: str = "sd15", *, double: bool = False, **options: Any
+) -> torch.Tensor:
+    """Sample latents [2, 4, 8, 8]; with `double`, each expert has the same text."""
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     torch.manual_seed(4)  # some nodes draw random numbers
-    settings = {"steps": 3, "cfg": 3.0, "sampler_name": "euler", "scheduler": "normal", **options}
-    return comfy.sample.sample(
-        model,
-        noise,
-        positive=conditioning(kind, count, 2),
-        negative=conditioning(kind, count, 3),
-        latent_image=torch.zeros_like(noise),
-        disable_pbar=True,
-        seed=5,
-        **settings,
-    )
+    texts = [conditioning(kind, 1 if double else count, seed) for seed in (2, 3)]
+    positive, negative = (join([text] * count) if double else text for text in texts)
+    settings = {
+        "steps": 3,
+        "cfg": 3.0,
+        "sampler_name": "euler",
+        "scheduler": "normal",
+        "positive": positive,
+        "negative": negative,
+        "latent_image": torch.zeros_like(noise),
+        **options,
+    }
+    return comfy.sample.sample(model, noise, disable_pbar=True, seed=5, **settings)
 
 
 @pytest.fixture(params=UNETS)
