@@ -14,5 +14,7 @@ if TYPE_CHECKING:
 async def comfy_entrypoint() -> ComfyExtension:
     """The extension with all nodes."""
     from .extension import AfaExtension
+    from .folders import register_folder
 
+    register_folder()
     return AfaExtension()

@@ -21,11 +21,12 @@ from comfy.patcher_extension import CallbacksMP, WrapperExecutor, WrappersMP
 from safetensors.torch import load_file
 
 from afa.ensemble.denoiser import EnsembleDenoiser
+from afa.ensemble.protocol import expert_names
 from afa.ensemble.references import ExpertReference, Provenance
 from afa.errors import AfaError
 from afa.loading.ensemble_folder import AGGREGATORS, load_aggregator_tensors
 from afa.loading.saved import read_config, saved_aggregators
-from afa.loading.weights import check_safetensors
+from afa.loading.weights import check_safetensors, hash_files
 
 from .controls import for_first_expert
 from .denoisers.families import ComfyFamily, comfy_family
@@ -75,7 +76,8 @@ def ensemble_model(
     ensemble = experts[0].clone()
     ensemble.model_options = {"transformer_options": {}}
     ensemble.set_additional_models(KEY, [*_others(experts), rules])
-    _install(ensemble, Runner(family, denoiser, experts, rules, settings))
+    hashed = None if folder is None else hash_files(folder, [folder / AGGREGATORS])
+    _install(ensemble, Runner(family, denoiser, experts, rules, settings, hashed))
     return ensemble
 
 
@@ -178,6 +180,7 @@ class Runner:
         experts: the experts' MODELs.
         rules: the aggregators, as a model that ComfyUI loads.
         settings: how it runs.
+        aggregators: SHA-256 of the aggregators' file; None for the mean.
     """
 
     def __init__(
@@ -187,9 +190,10 @@ class Runner:
         experts: Sequence[ModelPatcher],
         rules: ModelPatcher,
         settings: Settings,
+        aggregators: str | None,
     ) -> None:
         self.family, self.denoiser, self.settings = family, denoiser, settings
-        self.recording = Recording()
+        self.aggregators, self.recording = aggregators, Recording()
         self._experts = list(experts)
         self._texts: dict[Any, Tensor] = {}
         self._rules = rules
@@ -198,6 +202,13 @@ class Runner:
         self._patched: uuid.UUID | None = None
         settings.apply(denoiser)
 
+    def expert_named(self, name: str) -> str:
+        """The name of an expert that is given by name or by its number from 1."""
+        names = expert_names(self.denoiser)
+        if name not in names and name.isdecimal() and 1 <= int(name) <= len(names):
+            return str(int(name) - 1)
+        return name
+
     def with_settings(self, settings: Settings) -> Runner:
         """A runner of the same experts and aggregators with other settings."""
         with torch.inference_mode(False), torch.no_grad():
@@ -205,7 +216,7 @@ class Runner:
                 list(self.denoiser.experts), list(self.denoiser.aggregators)
             )
         denoiser.provenance = self.denoiser.provenance
-        return Runner(self.family, denoiser, self._experts, self._rules, settings)
+        return Runner(self.family, denoiser, self._experts, self._rules, settings, self.aggregators)
 
     # -- one picture --------------------------------------------------------------------------
 

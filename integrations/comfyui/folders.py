@@ -42,6 +42,16 @@ def _within(root: Path) -> Iterator[tuple[str, Path]]:
             yield config.parent.relative_to(root).as_posix(), config.parent
 
 
+def plans() -> dict[str, Path]:
+    """All pruning plans by name: JSON files in the same folders that are no part of an ensemble."""
+    return {
+        file.relative_to(root).as_posix(): file
+        for root in _roots()
+        for file in sorted(root.glob("**/*.json"))
+        if not (file.parent / AGGREGATORS).is_file()
+    }
+
+
 def ensemble_input(*, with_mean: bool = True) -> io.Combo.Input:
     """The choice of an ensemble folder."""
     options = [*ensembles(), *([MEAN] if with_mean else [])]

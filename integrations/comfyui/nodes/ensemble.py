@@ -14,6 +14,16 @@ from ..settings import Settings
 MAX_EXPERTS = 8
 
 
+def record_input() -> io.Boolean.Input:
+    """The switch for recording fusion weights."""
+    return io.Boolean.Input(
+        "record_weights",
+        default=False,
+        optional=True,
+        tooltip="Keep who did what, for AFA Weights.",
+    )
+
+
 class AfaEnsemble(io.ComfyNode):
     """Combine MODELs, in the order in which the aggregators were trained."""
 
@@ -36,20 +46,15 @@ class AfaEnsemble(io.ComfyNode):
                 io.Model.Input("model_1", tooltip="The first expert, as in the training recipe."),
                 *others,
                 ensemble_input(),
-                io.Boolean.Input(
-                    "record_weights",
-                    default=False,
-                    optional=True,
-                    tooltip="Keep who did what, for AFA Weights.",
-                ),
+                record_input(),
             ],
             outputs=[io.Model.Output()],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, ensemble: str, **_: Any) -> str:
+    def fingerprint_inputs(cls, ensemble: str, **others: Any) -> str:
         """Executed again if the ensemble's files changed."""
-        return fingerprint(ensemble)
+        return f"{fingerprint(ensemble)} {others.get('record_weights', False)}"
 
     @classmethod
     def execute(

@@ -28,7 +28,7 @@ Change = Callable[[Condition, str], Condition]
 
 def controlnet(kind: str) -> comfy.controlnet.ControlNet:
     """A tiny ControlNet of the tiny U-Net."""
-    config = dict(UNETS[kind][0])
+    config: dict[str, Any] = dict(UNETS[kind][0])
     for key in ("transformer_depth", "num_res_blocks", "channel_mult"):
         config[key] = list(config[key])
     del config["transformer_depth_output"]
@@ -128,7 +128,12 @@ def test_conditions(name: str, kind: str) -> None:
 @pytest.mark.parametrize("sampler", comfy.samplers.SAMPLER_NAMES)
 def test_samplers(sampler: str) -> None:
     models = [patcher("sd15") for _ in range(2)]
-    options = {"sampler_name": sampler, "scheduler": "karras", "steps": 4, "cfg": 1.5}
+    options: dict[str, Any] = {
+        "sampler_name": sampler,
+        "scheduler": "karras",
+        "steps": 4,
+        "cfg": 1.5,
+    }
     expected = sample(models[0], **options)
     assert torch.equal(sample(ensemble_model(models[:1], None), **options), expected)
     came = sample(ensemble_model(models, None), 2, double=True, **options)
@@ -139,7 +144,7 @@ def test_samplers(sampler: str) -> None:
 @pytest.mark.parametrize("scheduler", comfy.samplers.SCHEDULER_NAMES)
 def test_schedulers(scheduler: str) -> None:
     model = patcher("sd15")
-    options = {"scheduler": scheduler, "steps": 4}
+    options: dict[str, Any] = {"scheduler": scheduler, "steps": 4}
     expected = sample(model, **options)
     assert torch.equal(sample(ensemble_model([model], None), **options), expected)
 
@@ -149,7 +154,12 @@ def test_latent_mask_and_partial_denoising() -> None:
     latent = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(9))
     mask = torch.zeros(2, 1, 8, 8)
     mask[..., 4:] = 1
-    options = {"latent_image": latent, "noise_mask": mask, "denoise": 0.6, "steps": 5}
+    options: dict[str, Any] = {
+        "latent_image": latent,
+        "noise_mask": mask,
+        "denoise": 0.6,
+        "steps": 5,
+    }
     expected = sample(model, **options)
     assert torch.equal(sample(ensemble_model([model], None), **options), expected)
     torch.testing.assert_close(expected[..., :4], latent[..., :4], rtol=1e-5, atol=1e-5)
