@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from afa.denoisers import FAMILIES, Family, register_family
 from afa.errors import AfaError
 
+from .flux import FLUX, flux_arguments, flux_first
+from .mmdit import MMDIT, mmdit_arguments, mmdit_first
 from .unet import UNET, unet_arguments, unet_first
 
 if TYPE_CHECKING:
@@ -25,15 +27,21 @@ class ComfyFamily:
             those of an ensemble's call.
         first: a function of a denoiser, the conditions of a call by ComfyUI's names, and N that
             returns those of the first expert alone.
+        has_wrappers: whether the denoiser calls the wrappers of `WrappersMP.DIFFUSION_MODEL`.
     """
 
     family: Family
     saved: str
     arguments: Callable[[Mapping[str, Any]], dict[str, Any]]
     first: Callable[[Any, Mapping[str, Any], int], dict[str, Any]]
+    has_wrappers: bool = True
 
 
-KNOWN = (ComfyFamily(UNET, "unet", unet_arguments, unet_first),)
+KNOWN = (
+    ComfyFamily(UNET, "unet", unet_arguments, unet_first),
+    ComfyFamily(FLUX, "flux", flux_arguments, flux_first),
+    ComfyFamily(MMDIT, "sd3", mmdit_arguments, mmdit_first, has_wrappers=False),
+)
 
 
 def comfy_family(denoiser: Any) -> ComfyFamily:
@@ -53,5 +61,5 @@ def comfy_family(denoiser: Any) -> ComfyFamily:
     raise AfaError(
         "AFA-COMFY-003",
         f"A {type(denoiser).__name__} cannot be an expert in ComfyUI; only {names} can. Use models "
-        "of Stable Diffusion 1.x, 2.x or XL.",
+        "of Stable Diffusion 1.x, 2.x, XL, 3 or 3.5, or of Flux 1.",
     )

@@ -27,10 +27,15 @@ class ComfyInterface(Interface):
 
     Args:
         call: a function with the arguments of an ensemble's call.
+        packed: the side of the squares of latents that diffusers' pipelines pack into one token.
     """
 
-    def __init__(self, call: Callable[..., Any]) -> None:
-        self._call = call
+    def __init__(self, call: Callable[..., Any], packed: int = 1) -> None:
+        self._call, self._packed = call, packed
+
+    def height(self, latent: Tensor) -> int:
+        """The height of the latent that diffusers' denoiser gets, so that sites are the same."""
+        return super().height(latent) // self._packed
 
     def config(self, model: Any) -> Mapping[str, Any]:
         """The shapes of all parameters, by name."""
@@ -73,7 +78,7 @@ def shape_of_attention(
     del function, k, heads
     if options.get("skip_reshape"):  # [B, heads, T, C]
         return q.new_empty(q.shape[0], q.shape[2], q.shape[1] * v.shape[-1])
-    return q.new_empty(*q.shape[:-1], v.shape[-1])
+    return v.new_empty(*q.shape[:2], *v.shape[2:]).flatten(2)  # [B, T, C] or [B, T, heads, C]
 
 
 #: options of a call of a model without data

@@ -9,14 +9,14 @@ from typing import Any
 import comfy.sample
 import pytest
 import torch
-from comfy.patcher_extension import WrappersMP
 
 from afa.aggregators import SABWConfig
 from afa.ensemble.denoiser import EnsembleDenoiser
 from afa.ensemble.references import ExpertReference, Provenance
 from afa.loading.ensemble_folder import save_ensemble
-from integrations.comfyui.ensemble import ensemble_model
-from integrations.comfyui.tests.models import TEXT, UNETS, patcher, randomize, unet_twin
+from integrations.comfyui.ensemble import ensemble_model, runner_of
+from integrations.comfyui.tests.models import KINDS, TEXT, patcher, randomize, twin_of
+from integrations.comfyui.tests.test_denoisers import twin_arguments
 from integrations.comfyui.texts import join
 
 
@@ -24,7 +24,7 @@ def conditioning(kind: str, count: int, seed: int) -> list[Any]:
     generator = torch.Generator().manual_seed(seed)
     text = torch.randn(1, 5, count * TEXT, generator=generator)
     pooled = torch.randn(1, count * 8, generator=generator)
-    return [[text, {"pooled_output": pooled} if kind == "sdxl" else {}]]
+    return [[text, {} if kind == "sd15" else {"pooled_output": pooled}]]
 
 
 @torch.inference_mode()
@@ -49,7 +49,7 @@ def sample(
     return comfy.sample.sample(model, noise, disable_pbar=True, seed=5, **settings)
 
 
-@pytest.fixture(params=UNETS)
+@pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -68,14 +68,14 @@ def experts(kind: str) -> list[Any]:
 
 def saved(kind: str, experts: list[Any], folder: Path) -> EnsembleDenoiser:
     """An ensemble folder of the experts' twins with random aggregators, as afa saves it."""
-    twins = [unet_twin(kind, each.model.diffusion_model) for each in experts]
+    twins = [twin_of(kind, each.model.diffusion_model) for each in experts]
     config = SABWConfig(hidden_size=16, num_layers=1, num_heads=2, norm_num_groups=4)
     ensemble = EnsembleDenoiser(twins, config)
     randomize(ensemble.aggregators, 9)
     ensemble.provenance = Provenance(
         experts=tuple(ExpertReference(f"/expert-{n}", str(n)) for n in range(len(experts)))
     )
-    save_ensemble(SimpleNamespace(components={"unet": ensemble}), folder)
+    save_ensemble(SimpleNamespace(components={ensemble.family.component: ensemble}), folder)
     return ensemble
 
 
@@ -83,21 +83,20 @@ def test_prediction_is_afas(kind: str, experts: list[Any], tmp_path: Path) -> No
     """ComfyUI's denoisers in ComfyUI's sampler, against diffusers' denoisers called by hand."""
     twin = saved(kind, experts, tmp_path / "ensemble")
     model = ensemble_model(experts, tmp_path / "ensemble")
-    seen: list[tuple[tuple[Any, ...], torch.Tensor]] = []
+    seen: list[tuple[dict[str, Any], torch.Tensor]] = []
 
-    def spy(executor: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        seen.append((args, executor(*args, **kwargs)))
-        return seen[-1][1]
+    def spy(_: Any, __: Any, call: dict[str, Any], prediction: Any) -> None:
+        seen.append((call, prediction[0]))
 
-    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "spy", spy)
+    runner_of(model).denoiser.register_forward_hook(spy, with_kwargs=True)
     assert sample(model, 3, kind).isfinite().all()
     assert len(seen) == 3
-    for args, prediction in seen:
-        x, timestep, context, y = args[:4]
-        given = {}
-        if kind == "sdxl":  # diffusers embeds the size conditions itself
-            sizes = torch.tensor([[64.0, 64, 0, 0, 64, 64]] * len(x))
-            given["added_cond_kwargs"] = {"text_embeds": y[:, : 3 * 8], "time_ids": sizes}
-        expected = twin(x, timestep, context, **given, return_dict=False)[0]
+    for call, prediction in seen:
+        with torch.inference_mode():
+            expected = twin(**twin_arguments(kind, call, 3), return_dict=False)[0]
+        if kind == "flux":  # diffusers' latents are packed
+            batch, _, height, width = prediction.shape
+            tokens = expected.unflatten(1, (height // 2, width // 2)).unflatten(-1, (-1, 2, 2))
+            expected = tokens.permute(0, 3, 1, 4, 2, 5).reshape(batch, -1, height, width)
         torch.testing.assert_close(prediction, expected, rtol=1e-5, atol=1e-5)
     assert max(p.std() for _, p in seen) > 0.1

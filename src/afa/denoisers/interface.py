@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from torch import Tensor
 
 
 class Interface:
@@ -29,6 +32,10 @@ class Interface:
         """Build a model of the same architecture on the default device, which is `meta`."""
         config = {key: value for key, value in model.config.items() if not key.startswith("_")}
         return model_class.from_config(copy.deepcopy(config))
+
+    def height(self, latent: Tensor) -> int:
+        """The height of a model's square latent, [B, C, H, W] or tokens [B, H * W, C]."""
+        return latent.shape[-2] if latent.ndim == 4 else math.isqrt(latent.shape[1])
 
     def signature(self, model_class: Any) -> inspect.Signature:
         """The signature of an ensemble's call; the latent is its first argument."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -125,8 +124,7 @@ def _run_without_data(family: Family, expert: Any) -> tuple[Site, ...]:
     with torch.device("meta"), torch.no_grad():
         twin = family.interface.without_data(expert, family.model_class)
         inputs = family.example(twin)
-        latent = inputs[family.latent]
-        height = latent.shape[-2] if latent.ndim == 4 else math.isqrt(latent.shape[1])
+        height = family.interface.height(inputs[family.latent])
         sites: list[Site] = []
 
         def note(features: Sequence[Feature]) -> torch.Tensor:
