@@ -26,7 +26,7 @@ from afa.errors import AfaError
 from .interface import WITHOUT_DATA, ComfyInterface, by_expert, own_control, own_options
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping
 
     from torch import Tensor, nn
 
@@ -88,9 +88,13 @@ def unet_blocks(
         num_attended += _num_attentions(block)
         options["block"] = place
         hidden = _controlled(hidden, control, "input")
-        hidden = _patched(hidden, patches.get("input_block_patch", ()), options)
+        if "input_block_patch" in patches or "input_block_patch_after_skip" in patches:
+            hidden = hidden.clone()  # one that writes in place also changes the skip, as in ComfyUI
+        for each in patches.get("input_block_patch", ()):
+            hidden = each(hidden, options)
         skips.append(hidden)
-        hidden = _patched(hidden, patches.get("input_block_patch_after_skip", ()), options)
+        for each in patches.get("input_block_patch_after_skip", ()):
+            hidden = each(hidden, options)
 
     if unet.middle_block is not None:
         hidden = execution.segment("mid", _at(run, ("middle", 0)), unet.middle_block, hidden)
@@ -126,13 +130,6 @@ def _controlled(hidden: Tensor, control: dict[str, list[Any]] | None, name: str)
     if control is None or not control.get(name):
         return hidden
     return apply_control(hidden.clone(), control, name)
-
-
-def _patched(hidden: Tensor, patches: Sequence[Any], options: dict[str, Any]) -> Tensor:
-    hidden = hidden.clone() if patches else hidden
-    for patch in patches:
-        hidden = patch(hidden, options)
-    return hidden
 
 
 def _num_attentions(block: Any) -> int:

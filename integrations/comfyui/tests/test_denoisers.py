@@ -12,7 +12,9 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import Timestep
 from afa.denoisers import Feature, discover_sites, run_alone, run_lockstep
 from afa.denoisers.sites import family_of
 from integrations.comfyui.denoisers.families import comfy_family
+from integrations.comfyui.denoisers.flux import flux_arguments, flux_blocks
 from integrations.comfyui.tests.models import KINDS, POOLED, call_of, denoiser, twin_of
+from tests.refusal import refusal
 
 
 def own_forward(model: Any, kind: str, call: dict[str, Any]) -> torch.Tensor:
@@ -83,3 +85,122 @@ def test_features_are_those_of_diffusers(kind: str) -> None:
         size = float(feature.hidden.abs().max())
         torch.testing.assert_close(own[site].hidden, feature.hidden, rtol=1e-5, atol=1e-5 * size)
         torch.testing.assert_close(own[site].temb, feature.temb, rtol=1e-5, atol=1e-5)
+
+
+def controls(kind: str) -> dict[str, list[Any]]:
+    """Residuals of a ControlNet for the tiny denoiser, one of them missing."""
+    generator = torch.Generator().manual_seed(3)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(2, *shape, generator=generator)
+
+    if kind == "flux":
+        return {"input": [random(16, 32), None], "output": [None, random(16, 32)]}
+    if kind == "sd3":
+        return {"output": [random(16, 128)]}
+    return {
+        "input": [random(64, 4, 4), None],
+        "middle": [random(64, 4, 4)],
+        "output": [random(64, 4, 4), random(32, 4, 4), random(32, 8, 8)],
+    }
+
+
+def copied(control: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    return {key: list(listed) for key, listed in control.items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_residuals_are_added_as_by_comfyui(kind: str) -> None:
+    model, call, control = denoiser(kind), call_of(kind), controls(kind)
+    family = comfy_family(model).family
+    plain = own_forward(model, kind, call)
+    expected = own_forward(model, kind, {**call, "control": copied(control)})
+    assert not torch.equal(expected, plain)
+    for _ in range(2):  # and the residuals are left as they were
+        came = run_alone(family.blocks(model, **call, control=control))
+        assert torch.equal(came, expected)
+    together = run_lockstep(
+        [family.blocks(model, **call, control=control) for _ in range(3)],
+        lambda features: features[1].hidden,
+    )
+    assert torch.equal(together, expected)
+
+
+def replaced(given: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    """A patch in the place of a block: the block, on a changed picture."""
+    out = extra["original_block"]({**given, "img": given["img"] * 1.1})
+    return {**out, "img": out["img"] + given["vec"][:, None].mean(-1, keepdim=True)}
+
+
+def attention(q: Any, k: Any, v: Any, options: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """A patch of attention that depends on where it is called."""
+    place = options["transformer_index"] + options["block_index"] + len(options["block"][0])
+    return q * (1 + 0.1 * place), k, v
+
+
+def in_place(hidden: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
+    hidden[:, :4] *= 1.5 + options["block"][1]
+    return hidden
+
+
+PATCHES: dict[str, dict[str, Any]] = {
+    "flux": {
+        "patches": {
+            "post_input": [lambda given: {**given, "img": given["img"] * 1.2, "txt": given["txt"]}]
+        },
+        "patches_replace": {"dit": {("double_block", 1): replaced, ("single_block", 0): replaced}},
+    },
+    "sd3": {"patches_replace": {"dit": {("double_block", 0): replaced}}},
+    "sd15": {
+        "patches": {
+            "attn1_patch": [attention],
+            "attn2_patch": [attention],
+            "emb_patch": [lambda emb, channels, options: emb * 1.1],
+            "input_block_patch": [in_place],
+            "input_block_patch_after_skip": [in_place],
+            "output_block_patch": [lambda h, skip, options: (in_place(h, options), skip * 1.1)],
+        },
+        "patches_replace": {
+            "attn1": {("input", 1, 0): lambda q, k, v, options: v * q.mean(-1, keepdim=True)},
+            "attn2": {("middle", 0): lambda q, k, v, options: q},
+        },
+    },
+}
+PATCHES["sdxl"] = PATCHES["sd15"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_patches_are_called_as_by_comfyui(kind: str) -> None:
+    model, call, options = denoiser(kind), call_of(kind), PATCHES[kind]
+    family = comfy_family(model).family
+    given = {key: call[key] for key in ("y", "guidance") if key in call}
+    x, timestep, context = call["sample"], call["timestep"], call["encoder_hidden_states"]
+    plain = own_forward(model, kind, call)
+    expected = model(x, timestep, context=context, transformer_options=dict(options), **given)
+    assert not torch.equal(expected, plain)
+    blocks = [family.blocks(model, **call, transformer_options=options) for _ in range(3)]
+    assert torch.equal(run_lockstep(blocks, lambda features: features[2].hidden), expected)
+
+
+def test_added_tokens_are_refused() -> None:
+    model, call = denoiser("flux"), call_of("flux")
+
+    def longer(given: dict[str, Any]) -> dict[str, Any]:
+        return {**given, "img": torch.cat([given["img"]] * 2, 1)}
+
+    with refusal("AFA-COMFY-030", "16 tokens"):
+        options = {"patches": {"post_input": [longer]}}
+        run_alone(flux_blocks(model, **call, transformer_options=options))
+    with refusal("AFA-COMFY-032"):
+        flux_arguments({"x": None, "ref_latents": [call["sample"]]})
+
+
+def test_models_with_other_parts_are_refused() -> None:
+    model: Any = denoiser("flux")
+    model.params.global_modulation = True
+    with refusal("AFA-COMFY-031"):
+        comfy_family(model)
+    model = denoiser("sd3")
+    model.register_length = 2
+    with refusal("AFA-COMFY-033"):
+        comfy_family(model)
