@@ -151,11 +151,11 @@ def compare_loras(name: str, folder: Path) -> bool:
     return complete and all(one["largest_error"] <= 1e-5 for one in found.values())
 
 
-def make(name: str, folder: Path) -> None:
+def make(name: str, folder: Path, seed: int = 0) -> None:
     """Write a pipeline folder of a bundled configuration with random weights in float16."""
     config = config_folder(name)
     shutil.copytree(config, folder, dirs_exist_ok=True)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     for part in parts_of(read_json(config / "model_index.json")):
         place = config / part / "config.json"
         if not place.is_file() or part in _UNUSED:
