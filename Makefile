@@ -20,7 +20,7 @@ OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo docs results results-dit distillation evidence evidence-page bench bench-check test unit processes daily nightly format lint types check lock constraints audit licences fuzz golden pairs soak reliability \
+.PHONY: help install demo docs results results-dit distillation evidence evidence-page bench bench-check test unit processes daily nightly format lint types comfyui test-comfyui check lock constraints audit licences fuzz golden pairs soak reliability \
 	wheel clean
 
 help: ## show this list
@@ -115,7 +115,14 @@ lint: install ## check format, lint rules and import layers; changes nothing
 types: install ## run the type checker
 	$(BIN)/mypy
 
-check: lint types daily ## run everything that CI runs
+comfyui: install ## test integrations/comfyui with ComfyUI's core, in build/comfyui
+	$(BIN)/python -m tools.comfyui --install build/comfyui
+	COMFYUI=build/comfyui OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 integrations/comfyui/tests
+
+test-comfyui: install ## run the nodes in a real ComfyUI server, in build/comfyui-server (18 GB, 20 minutes)
+	$(BIN)/python -m tools.comfyui_server build/comfyui-server
+
+check: lint types daily comfyui ## run everything that CI runs
 
 lock: .venv-tools/.installed ## write the lock files again, with the current pins
 	PYTHONPATH=src .venv-tools/bin/python -m tools.lock $(if $(WHEELS),--wheels $(WHEELS))

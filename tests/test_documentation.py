@@ -128,7 +128,8 @@ def test_all_messages_are_found(messages: list[str]) -> None:
     """As many as the source raises with words of their own."""
     raised = sum(
         len(re.findall(r'\bAfaError\(\s*"AFA-', file.read_text()))
-        for file in (ROOT / "src" / "afa").rglob("*.py")
+        for folder in ("src/afa", "integrations")
+        for file in (ROOT / folder).rglob("*.py")
     )
     assert raised * 0.9 < len(messages) <= raised * 1.1
     assert "A speed must be one of <PRESETS>; got '<given>'." in messages

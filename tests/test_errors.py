@@ -25,7 +25,7 @@ RAISED = ("AfaError", "Ambiguous", "BrokenPicture", "MissingCaption", "NotFinite
 def codes() -> Counter[str]:
     """Every code in the source, with how often it is there."""
     found: Counter[str] = Counter()
-    for folder in ("src", "tools"):
+    for folder in ("src", "tools", "integrations"):
         for file in (ROOT / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(file.read_text())):
                 if not isinstance(node, ast.Call) or not node.args:

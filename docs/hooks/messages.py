@@ -6,7 +6,10 @@ import ast
 from pathlib import Path
 from typing import Any
 
-SOURCE = Path(__file__).parents[2] / "src" / "afa"
+ROOT = Path(__file__).parents[2]
+SOURCE = ROOT / "src" / "afa"
+#: the nodes for ComfyUI
+NODES = ROOT / "integrations" / "comfyui"
 PLACE = "<!-- every message -->"
 #: exceptions with messages for users: `AfaError` and its subclasses
 ERRORS = ("AfaError", "Ambiguous", "BrokenPicture", "MissingCaption", "NotFinite")
@@ -41,7 +44,7 @@ TITLES = {
 def messages() -> dict[str, dict[str, str]]:
     """Messages by code under each heading; values are in angle brackets."""
     found: dict[str, dict[str, str]] = {}
-    for file in sorted(SOURCE.rglob("*.py")):
+    for file in sorted([*SOURCE.rglob("*.py"), *NODES.rglob("*.py")]):
         for node in ast.walk(ast.parse(file.read_text())):
             if not isinstance(node, ast.Call) or not node.args:
                 continue
@@ -63,6 +66,8 @@ def messages() -> dict[str, dict[str, str]]:
 
 def _title(file: Path) -> str:
     """Return the heading for a source file."""
+    if file.is_relative_to(NODES):
+        return "In ComfyUI"
     parts = file.relative_to(SOURCE).with_suffix("").parts
     paths = ("/".join(parts[:n]) for n in range(len(parts), 0, -1))
     return next((TITLES[path] for path in paths if path in TITLES), "Experts and ensembles")

@@ -7,6 +7,7 @@ it. A wrapper takes the place of the denoiser's call.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,6 +99,12 @@ def _denoiser(
                 f"The ensemble '{folder.name}' has {len(references)} experts: "
                 f"{', '.join(each.name for each in references)}; {len(denoisers)} models are "
                 "connected. Connect the MODEL of each, in this order.",
+            )
+        if saved["judge"] is not None:
+            logging.warning(
+                "The ensemble '%s' draws by drafts in afa. In ComfyUI its aggregators draw all "
+                "prompts; see the page 'In ComfyUI' of afa's documentation.",
+                folder.name,
             )
         check_safetensors(folder / AGGREGATORS)
         denoiser = EnsembleDenoiser(denoisers, saved_aggregators(saved))

@@ -243,7 +243,9 @@ def call_of(kind: str, count: int = 1, batch: int = 2, size: int = 8) -> dict[st
     return call
 
 
-def patcher(kind: str, seed: int = 0, text: int = TEXT) -> ModelPatcher:
+def patcher(
+    kind: str, seed: int = 0, text: int = TEXT, dtype: torch.dtype = torch.float32
+) -> ModelPatcher:
     """A MODEL with a tiny denoiser."""
     given = {"flux": FLUX, "sd3": SD3}.get(kind) or {
         "image_size": 8,
@@ -260,7 +262,7 @@ def patcher(kind: str, seed: int = 0, text: int = TEXT) -> ModelPatcher:
     for key in ("num_heads", "num_head_channels"):
         if key not in given:
             config.unet_config.pop(key, None)
-    config.set_inference_dtype(torch.float32, None)
+    config.set_inference_dtype(dtype, None if dtype == torch.float32 else torch.float32)
     base = config.get_model({}, device="cpu")
     base.diffusion_model.load_state_dict(denoiser(kind, seed, text).state_dict())
     base.diffusion_model.requires_grad_(False)
