@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ from comfy_api.latest import io
 
 from afa.errors import AfaError
 from afa.loading.ensemble_folder import AGGREGATORS
+from afa.loading.weights import hash_files
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -85,10 +85,7 @@ def fingerprint(name: str) -> str:
     folder = find_ensemble(name)
     if folder is None:
         return MEAN
-    digest = hashlib.sha256()
-    for file in (folder / "config.json", folder / AGGREGATORS):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
+    return hash_files(folder, [folder / "config.json", folder / AGGREGATORS])
 
 
 def in_a_row(given: Mapping[str, Any]) -> list[Any]:
