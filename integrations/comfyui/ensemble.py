@@ -12,9 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import comfy.model_management
 import torch
-from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from safetensors.torch import load_file
 
@@ -27,18 +25,21 @@ from afa.loading.weights import check_safetensors, hash_files
 
 from .denoisers.families import ComfyFamily, comfy_family
 from .experts import check_alike, require_plain, with_own_weights
-from .runner import KEY, Runner, others_of
+from .runner import KEY, Origin, Runner, others_of
 from .settings import EXACT, Settings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from comfy.model_patcher import ModelPatcher
 
 
 def ensemble_model(
     models: Sequence[ModelPatcher],
     folder: Path | None,
     settings: Settings = EXACT,
-    names: Sequence[str] | None = None,
+    *,
+    are_checked: bool = False,
 ) -> ModelPatcher:
     """Combine MODELs to the MODEL of an ensemble.
 
@@ -46,7 +47,7 @@ def ensemble_model(
         models: the experts, in the order of training.
         folder: an ensemble folder, of which only the aggregators are read; None fuses by the mean.
         settings: steering, speed and recording.
-        names: the experts' names; None takes them from the folder, or numbers them.
+        are_checked: whether the experts' hashes were compared with those of the folder.
 
     Raises:
         AfaError: if the experts do not fit each other or the aggregators, or a MODEL carries
@@ -59,17 +60,13 @@ def ensemble_model(
     experts = with_own_weights(models)
     denoisers = [expert.model.diffusion_model for expert in experts]
     with torch.inference_mode(False), torch.no_grad():
-        denoiser = _denoiser(denoisers, family, folder, names)
-    rules = ModelPatcher(
-        denoiser.aggregators,
-        load_device=comfy.model_management.get_torch_device(),
-        offload_device=comfy.model_management.unet_offload_device(),
-    )
+        denoiser = _denoiser(denoisers, family, folder)
     ensemble = experts[0].clone()
     ensemble.model_options = {"transformer_options": {}}
-    ensemble.set_additional_models(KEY, [*others_of(experts), rules])
+    ensemble.set_additional_models(KEY, others_of(experts))
     hashed = None if folder is None else hash_files(folder, [folder / AGGREGATORS])
-    _install(ensemble, Runner(family, denoiser, experts, rules, settings, hashed))
+    origin = Origin(hashed, are_checked)
+    _install(ensemble, Runner(family, denoiser, experts, settings, origin))
     return ensemble
 
 
@@ -77,13 +74,11 @@ def _denoiser(
     denoisers: Sequence[Any],
     family: ComfyFamily,
     folder: Path | None,
-    names: Sequence[str] | None,
 ) -> EnsembleDenoiser:
     """Build the ensemble with the aggregators of a folder."""
     if folder is None:
         denoiser = EnsembleDenoiser(denoisers)
-        listed = names or [f"model_{n}" for n in range(1, len(denoisers) + 1)]
-        references = [ExpertReference(name, "") for name in listed]
+        references = [ExpertReference(f"model_{n + 1}", "") for n in range(len(denoisers))]
     else:
         saved = read_config(folder)
         references = [ExpertReference(each["source"], each["sha256"]) for each in saved["experts"]]

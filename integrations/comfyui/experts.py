@@ -27,6 +27,12 @@ def require_plain(model: ModelPatcher, name: str) -> None:
     Raises:
         AfaError: if not; it names what the MODEL carries.
     """
+    if any("afa" in named for named in model.wrappers.values()):
+        raise AfaError(
+            "AFA-COMFY-034",
+            f"{name} is an ensemble itself. Connect all experts to one AFA Ensemble; its "
+            "aggregators must be trained for them.",
+        )
     carried: list[str] = [
         *(f"the option '{key}'" for key in model.model_options if key not in _OF_DENOISER),
         *(f"the wrapper '{key}'" for named in model.wrappers.values() for key in named),
@@ -35,6 +41,12 @@ def require_plain(model: ModelPatcher, name: str) -> None:
         *(f"the model '{key}'" for key in model.additional_models),
         *(f"the weights '{key}'" for key in model.weight_wrapper_patches),
         *(f"the part '{key}'" for key in model.object_patches if key != "model_sampling"),
+        *(
+            f"the wrapper or callback '{key}'"
+            for what in ("wrappers", "callbacks")
+            for named in model.model_options["transformer_options"].get(what, {}).values()
+            for key in named
+        ),
         *("a hook" for _ in range(bool(model.hook_patches or model.forced_hooks))),
     ]
     if carried:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,9 +38,23 @@ def _roots() -> list[Path]:
 
 
 def _within(root: Path) -> Iterator[tuple[str, Path]]:
-    for config in sorted(root.glob("**/config.json")):
-        if (config.parent / AGGREGATORS).is_file():
-            yield config.parent.relative_to(root).as_posix(), config.parent
+    """The ensemble folders in a folder, also those that are linked."""
+    for folder in _folders(root):
+        if (folder / "config.json").is_file() and (folder / AGGREGATORS).is_file():
+            yield folder.relative_to(root).as_posix(), folder
+
+
+def _folders(root: Path) -> list[Path]:
+    """A folder and all folders below it; links are followed, but each place is seen once."""
+    found, seen = [], set()
+    for name, inside, _ in os.walk(root, followlinks=True):
+        place = os.path.realpath(name)
+        if place in seen:
+            inside.clear()
+            continue
+        seen.add(place)
+        found.append(Path(name))
+    return sorted(found)
 
 
 def plans() -> dict[str, Path]:
@@ -47,8 +62,9 @@ def plans() -> dict[str, Path]:
     return {
         file.relative_to(root).as_posix(): file
         for root in _roots()
-        for file in sorted(root.glob("**/*.json"))
-        if not (file.parent / AGGREGATORS).is_file()
+        for folder in _folders(root)
+        if not (folder / AGGREGATORS).is_file()
+        for file in sorted(folder.glob("*.json"))
     }
 
 

@@ -10,12 +10,15 @@ import comfy.model_base
 import comfy.sd
 import comfy.utils
 import folder_paths
+import torch
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 
 from afa.ensemble.references import ExpertReference
 from afa.errors import AfaError
 from afa.loading.lora import hash_lora
+from afa.loading.manifest import read_manifest
 from afa.loading.saved import read_config, source_of, sources_in
+from afa.loading.single_file.load import Companions
 from afa.loading.sources import locate, require_hash
 from afa.loading.weights import hash_files, weight_files
 
@@ -45,14 +48,14 @@ def load_ensemble_parts(folder: Path, settings: Settings = EXACT) -> Parts:
         AfaError: if an expert is missing, has another hash, or cannot be loaded in ComfyUI.
     """
     saved = read_config(folder)
-    sources, _, saved_parts = sources_in(saved, folder)
+    sources, config, saved_parts = sources_in(saved, folder)
     if saved_parts:
         raise AfaError(
             "AFA-COMFY-020",
             f"The experts of '{folder.name}' need text encoders or an autoencoder of other files. "
             "Load them with ComfyUI's own nodes, and use AFA Ensemble and AFA CLIP.",
         )
-    experts = [load_expert(source) for source in sources]
+    experts = [load_expert(source, config) for source in sources]
     lacking = [s.source for s, e in zip(sources, experts, strict=True) if e.clip is None]
     if lacking:
         raise AfaError(
@@ -69,12 +72,17 @@ def load_ensemble_parts(folder: Path, settings: Settings = EXACT) -> Parts:
             f"'{sources[0].source}' has no autoencoder, and '{folder.name}' names no other. Load "
             "the models with ComfyUI's own nodes, and use AFA Ensemble and AFA CLIP.",
         )
-    model = ensemble_model([expert.model for expert in experts], folder, settings)
+    models = [expert.model for expert in experts]
+    model = ensemble_model(models, folder, settings, are_checked=True)
     return Parts(model, EnsembleClip([expert.clip for expert in experts]), vae)
 
 
-def load_expert(source: ExpertSource) -> Parts:
+def load_expert(source: ExpertSource, config: str | None = None) -> Parts:
     """Load a single file or a diffusers folder, with its LoRA.
+
+    Args:
+        source: the expert.
+        config: what describes single files, if an ensemble folder names it.
 
     Raises:
         AfaError: if it is missing, has another hash, or ComfyUI does not know it.
@@ -92,7 +100,7 @@ def load_expert(source: ExpertSource) -> Parts:
     model, clip, vae = found[:3]
     if model is None:
         raise _unknown(source, None)
-    model = _as_predicted(model, source)
+    model = _as_predicted(model, source, config)
     if source.lora is not None:
         lora = Path(source.lora)
         if source.lora_sha256 not in (None, hash_lora(lora)):
@@ -122,14 +130,23 @@ def _unknown(source: ExpertSource, error: Exception | None) -> AfaError:
     )
 
 
-def _as_predicted(model: Any, source: ExpertSource) -> Any:
-    """Let a MODEL predict what the recipe says, if ComfyUI took it for something else."""
-    asked = _PREDICTIONS.get(source.prediction_type or "")
+def _as_predicted(model: Any, source: ExpertSource, config: str | None) -> Any:
+    """Let a MODEL predict what afa knows of the expert, if ComfyUI took it for something else.
+
+    ComfyUI does not read the scheduler of diffusers folders, the metadata of files and the YAML
+    files beside them.
+    """
+    companions = Companions(torch.float32, config=config)
+    schedule = read_manifest(source, companions).facts.schedule
+    asked = _PREDICTIONS.get(str(schedule.get("prediction_type")))
+    zero_snr = bool(schedule.get("rescale_betas_zero_snr"))
     kinds = comfy.model_base.ModelType
     taken = {kinds.EPS: "eps", kinds.V_PREDICTION: "v_prediction"}.get(model.model.model_type)
-    if asked in (None, taken):
+    if taken is None or asked is None:  # flow matching
         return model
-    return ModelSamplingDiscrete().patch(model, asked, False)[0]
+    if asked == taken and zero_snr == getattr(model.model.model_sampling, "zsnr", False):
+        return model
+    return ModelSamplingDiscrete().patch(model, asked, zero_snr)[0]
 
 
 def _load_vae(source: ExpertSource) -> Any:

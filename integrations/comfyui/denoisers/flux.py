@@ -170,7 +170,7 @@ def _check(model: Flux) -> None:
     """Check that `flux_blocks` supports a transformer.
 
     Raises:
-        AfaError: if it is a Flux 2, or takes a second picture as channels.
+        AfaError: if it is a Flux 2.
     """
     if model.params.global_modulation or len(model.params.axes_dim) != 3:
         raise AfaError(

@@ -36,9 +36,9 @@ def split_joint(
 
 
 def first_joint(widths: Widths, given: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """The conditions `c_crossattn` and `y` of the first expert, from those of all."""
-    found = dict(given)
-    for key, of in (("c_crossattn", widths.text), ("y", widths.pooled)):
+    """The texts and pooled texts of the first expert, from those of all."""
+    found, texts = dict(given), ("c_crossattn", "crossattn_controlnet")
+    for key, of in (*((text, widths.text) for text in texts), ("y", widths.pooled)):
         if (joined := given.get(key)) is not None and of:
             found[key] = split_joined("text embedding", joined, of, count)[0]
     return found

@@ -196,10 +196,11 @@ def unet_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unet_first(unet: UNetModel, given: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """The conditions `c_crossattn` and `y` of the first expert, from those of all."""
+    """The texts and the conditions `y` of the first expert, from those of all."""
     found = dict(given)
-    if (text := given.get("c_crossattn")) is not None:
-        found["c_crossattn"] = split_joined("text embedding", text, _widths(unet).text, count)[0]
+    for key in ("c_crossattn", "crossattn_controlnet"):
+        if (text := given.get(key)) is not None:
+            found[key] = split_joined("text embedding", text, _widths(unet).text, count)[0]
     if (y := given.get("y")) is not None:
         found["y"] = _labels(y, _label_width(unet), count)[0]
     return found

@@ -17,7 +17,7 @@ from afa.merging.recipe import WITH_BASE, MergeRecipe
 
 _NONE = "none"
 _METHODS = ("weighted", "add_difference", "slerp", "ties", "dare", "block_weights")
-_MAX = 6
+_NUMBERS = range(1, 7)
 
 
 class AfaMerge(io.ComfyNode):
@@ -29,7 +29,7 @@ class AfaMerge(io.ComfyNode):
         files = folder_paths.get_filename_list("checkpoints")
         others = [
             io.Combo.Input(f"checkpoint_{n}", options=[_NONE, *files], default=_NONE, optional=True)
-            for n in range(2, _MAX + 1)
+            for n in _NUMBERS[1:]
         ]
         return io.Schema(
             node_id="AfaMerge",
@@ -78,9 +78,17 @@ class AfaMerge(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, **given: Any) -> str:
+        """Executed again if an input changed, or if the merged file is gone."""
+        names = [given.get(key, _NONE) for key in ("base", *(f"checkpoint_{n}" for n in _NUMBERS))]
+        files = [Path(_path(name)) for name in names if name != _NONE]
+        marks = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        return f"{sorted(given.items())} {marks} {_output(given).exists()}"
+
+    @classmethod
     def execute(cls, **given: Any) -> io.NodeOutput:
         """See ComfyUI."""
-        output = Path(folder_paths.get_folder_paths("checkpoints")[0]) / _file_name(given["name"])
+        output = _output(given)
         plan = plan_merge(recipe_of(given), output)
         bar = comfy.utils.ProgressBar(1_000)
         for step in run_merge(plan):
@@ -96,7 +104,7 @@ def recipe_of(given: dict[str, Any]) -> MergeRecipe:
     Raises:
         AfaError: if the inputs are invalid.
     """
-    chosen = [given.get(f"checkpoint_{n}", _NONE) for n in range(1, _MAX + 1)]
+    chosen = [given.get(f"checkpoint_{n}", _NONE) for n in _NUMBERS]
     method, base = given["method"], given.get("base", _NONE)
     recipe: dict[str, Any] = {
         "method": method,
@@ -121,6 +129,10 @@ def recipe_of(given: dict[str, Any]) -> MergeRecipe:
             "AFA-COMFY-027",
             f"The merge is invalid{f': {place}' if place else ''}: {first['msg']}.",
         ) from None
+
+
+def _output(given: dict[str, Any]) -> Path:
+    return Path(folder_paths.get_folder_paths("checkpoints")[0]) / _file_name(given["name"])
 
 
 def _path(name: str) -> str:

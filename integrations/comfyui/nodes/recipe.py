@@ -53,6 +53,10 @@ class AfaSaveRecipe(io.ComfyNode):
 def recipe_of(model: Any) -> dict[str, Any]:
     """The recipe of an ensemble's MODEL, as a picture stores it.
 
+    The experts are those of the training; `experts_are_checked` says whether the MODELs were
+    compared with them, as AFA Load Ensemble does. `loras` says whether the first expert's weights
+    are changed by LoRAs, its own or those after the ensemble; ComfyUI's workflow names them.
+
     Raises:
         AfaError: if the MODEL is not an ensemble.
     """
@@ -65,7 +69,9 @@ def recipe_of(model: Any) -> dict[str, Any]:
         "version": 1,
         "afa": __version__,
         "experts": experts,
-        "aggregators": runner.aggregators,
+        "experts_are_checked": runner.origin.are_checked,
+        "aggregators": runner.origin.aggregators,
+        "loras": len(model.patches) > 0,
         **runner.settings.described(),
     }
     return json.loads(json.dumps(recipe))

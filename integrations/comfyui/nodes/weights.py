@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from afa.ensemble.recording import WeightRecord
 
 
+#: the side of the pictures of the steps
+_SIDE = 512
+
+
 class AfaWeights(io.ComfyNode):
     """Show the fusion weights of sampled pictures."""
 
@@ -71,8 +75,11 @@ class AfaWeights(io.ComfyNode):
 
 
 def steps_over(record: WeightRecord, pictures: list[Image.Image]) -> Tensor:
-    """The weights of every step over every picture, [S * B, H, W, 3]; step by step."""
-    shown = []
+    """The weights of every step over every picture, [S * B, H, W, 3]; step by step.
+
+    Height and width are at most 512.
+    """
+    shown, pictures = [], [_smaller(picture) for picture in pictures]
     for step in record.steps:
         size = max(w.shape[-2:] for w in step.weights.values())
         maps = [
@@ -82,6 +89,13 @@ def steps_over(record: WeightRecord, pictures: list[Image.Image]) -> Tensor:
         mean = torch.stack(maps).mean(0)
         shown += [_tensor(tint(p, own)) for p, own in zip(pictures, mean, strict=True)]
     return torch.stack(shown)
+
+
+def _smaller(picture: Image.Image) -> Image.Image:
+    """At most `_SIDE` pixels wide and high: there is one picture for every step."""
+    copy = picture.copy()
+    copy.thumbnail((_SIDE, _SIDE))
+    return copy
 
 
 def _picture(image: Tensor) -> Image.Image:

@@ -65,9 +65,11 @@ UNETS = {"sd15": _SD15, "sdxl": _SDXL}
 
 
 def randomize(model: torch.nn.Module, seed: int) -> None:
-    """Random parameters, none of them zero."""
+    """Random parameters and buffers, none of them zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
+        for buffer in model.buffers():  # the positions of Stable Diffusion 3
+            buffer.copy_(torch.randn(buffer.shape, generator=generator))
         for name, parameter in model.named_parameters():
             scale = 0.5 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
             offset = 1.0 if "norm" in name and name.endswith("weight") else 0.0

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from integrations.comfyui.ensemble import ensemble_model
-from integrations.comfyui.tests.models import OPS, TEXT, UNETS, patcher, randomize
+from integrations.comfyui.tests.models import KINDS, OPS, TEXT, UNETS, patcher, randomize
 from integrations.comfyui.tests.test_ensemble import conditioning, sample
 from integrations.comfyui.texts import join
 
@@ -122,6 +122,52 @@ def test_conditions(name: str, kind: str) -> None:
     assert not torch.equal(alone, expected), "the condition has no effect here"
     size = float(expected.abs().max())
     torch.testing.assert_close(came, expected, rtol=1e-5, atol=1e-5 * size)
+
+
+@pytest.mark.parametrize("key", ["c_crossattn", "crossattn_controlnet"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_controlnets_get_the_texts_of_the_first_expert(kind: str, key: str) -> None:
+    class Control:
+        """Notes the conditions of its calls, and adds nothing."""
+
+        def __init__(self) -> None:
+            self.seen: list[dict[str, Any]] = []
+
+        def get_control(self, noisy: Any, timestep: Any, cond: Any, *_: Any) -> None:
+            self.seen.append(cond)
+
+        def pre_run(self, *_: Any) -> None:
+            return None
+
+        def get_models(self) -> list[Any]:
+            return []
+
+        def get_extra_hooks(self) -> list[Any]:
+            return []
+
+        def inference_memory_requirements(self, dtype: Any) -> int:
+            return 0
+
+        def cleanup(self) -> None:
+            return None
+
+        extra_hooks = previous_controlnet = None
+
+    control = Control()
+    ((text, entries),) = conditioning(kind, 3, 2)
+    given = {**entries, "control": control}
+    if key == "crossattn_controlnet":
+        given["cross_attn_controlnet"] = text + 1
+    models = [patcher(kind, seed) for seed in range(3)]
+    sample(ensemble_model(models, None), 3, kind, positive=[[text, given]])
+    ((_, own),) = [[None, text[..., :TEXT] + (key == "crossattn_controlnet")]]
+    assert control.seen
+    for cond in control.seen:
+        came = cond[key]
+        assert torch.equal(came[:1], own.expand_as(came[:1])) or torch.equal(came[-2:-1], own)
+        if kind != "sd15":
+            pooled = entries["pooled_output"][:, :8]
+            assert any(torch.equal(row[:8], pooled[0]) for row in cond["y"])
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of k-diffusion

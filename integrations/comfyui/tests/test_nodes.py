@@ -19,7 +19,7 @@ from afa.ensemble.caching.plan import save_plan
 from afa.errors import AfaError
 from integrations.comfyui import comfy_entrypoint
 from integrations.comfyui.ensemble import ensemble_model, runner_of
-from integrations.comfyui.folders import MEAN, ensembles, find_ensemble
+from integrations.comfyui.folders import MEAN, ensembles, find_ensemble, plans
 from integrations.comfyui.nodes.ensemble import AfaEnsemble
 from integrations.comfyui.nodes.load import AfaLoadEnsemble
 from integrations.comfyui.nodes.merge import AfaMerge, recipe_of
@@ -119,6 +119,15 @@ def test_ensembles_are_found_and_watched(models: Path, experts: list[Any]) -> No
         find_ensemble("other")
 
 
+def test_linked_folders_are_found(models: Path, experts: list[Any], tmp_path: Path) -> None:
+    twin = saved("sd15", experts, tmp_path / "elsewhere/one")
+    save_plan(plan_of(twin, {}), tmp_path / "elsewhere/plan.json")
+    (models / "afa/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/back").symlink_to(models / "afa")  # a circle
+    assert list(ensembles()) == ["linked/one"]
+    assert list(plans()) == ["linked/plan.json"]
+
+
 def test_ensemble_node(models: Path, experts: list[Any]) -> None:
     saved("sd15", experts, models / "afa/one")
     given = {f"model_{n}": model for n, model in enumerate(experts, start=1)}
@@ -170,6 +179,8 @@ def test_weights_node(experts: list[Any]) -> None:
     assert figure.ndim == 4
     assert figure.shape[-1] == 3
     assert steps.shape == (3 * 2, 40, 64, 3)
+    large = AfaWeights.execute(model, latent, torch.rand(2, 700, 1400, 3)).result[1]
+    assert large.shape == (3 * 2, 256, 512, 3)
     with refusal("AFA-COMFY-026", "1 images"):
         AfaWeights.execute(model, latent, images[:1])
     with refusal("AFA-COMFY-012"):
@@ -196,6 +207,8 @@ def test_saved_recipe(
     assert text["workflow"] == {"nodes": []}
     assert text[KEY]["experts"][1] == {"name": "expert-1", "sha256": "1"}
     assert len(text[KEY]["aggregators"]) == 64
+    assert text[KEY]["experts_are_checked"] is False
+    assert text[KEY]["loras"] is False
     assert text[KEY]["bias"] == {"1": {"down": 1.5, "mid": 1.5, "up": 1.5}}
 
 
@@ -288,6 +301,10 @@ def test_merge_node(models: Path, checkpoints: list[str]) -> None:
     assert float(load_file(file)["model.diffusion_model.out.2.weight"].mean()) == 1.75
     with pytest.raises(AfaError, match="exists"):
         AfaMerge.execute(**given)
+    before = AfaMerge.fingerprint_inputs(**given)
+    assert AfaMerge.fingerprint_inputs(**given) == before
+    Path(file).unlink()
+    assert AfaMerge.fingerprint_inputs(**given) != before
     ties = {
         "method": "ties",
         "base": checkpoints[2],

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import comfy.model_patcher
+import comfy.samplers
 import comfy.sd
 import pytest
 import torch
@@ -31,7 +33,7 @@ from comfy_extras import (
     nodes_tomesd,
 )
 
-from integrations.comfyui.ensemble import ensemble_model
+from integrations.comfyui.ensemble import ensemble_model, with_settings
 from integrations.comfyui.tests.models import lora_of, patcher
 from integrations.comfyui.tests.test_ensemble import sample
 from tests.refusal import refusal
@@ -121,6 +123,82 @@ def test_different_experts(name: str) -> None:
     one = sample(mixed, **STEPS)
     assert not torch.equal(one, before)
     assert not torch.equal(one, sample(ensemble_model(models, None), **STEPS))
+
+
+def test_loras_after_in_turn() -> None:
+    """One ensemble alone and with two LoRAs, as in one workflow that is queued again and again."""
+    models = [patcher("sd15", seed) for seed in range(3)]
+    ensemble = ensemble_model(models, None)
+    loras = [_lora(ensemble), _lora(ensemble, -0.5), ensemble]
+    before = [
+        ensemble_model([_lora(m) for m in models], None),
+        ensemble_model([_lora(m, -0.5) for m in models], None),
+        ensemble_model(models, None),
+    ]
+    expected = [sample(each) for each in before]
+    for _ in range(2):
+        for each, asked in zip(loras, expected, strict=True):
+            assert torch.equal(sample(each), asked)
+
+
+def test_patches_with_tensors_are_moved_for_all_experts() -> None:
+    """Hypernetworks are such: ComfyUI moves those of the models that it loads itself."""
+
+    class Patch:
+        def __init__(self) -> None:
+            self.moved: list[Any] = []
+
+        def to(self, place: Any) -> Patch:
+            self.moved.append(place)
+            return self
+
+        def __call__(self, q: Any, k: Any, v: Any, options: Any) -> Any:
+            assert self.moved[:2] == [torch.device("cpu"), torch.float32]
+            return q, k, v
+
+    checkpoint = patcher("sd15")
+    models = [checkpoint.clone(), patcher("sd15", 1), checkpoint.clone()]
+    for model in models:
+        model.set_model_attn1_patch(Patch())
+    ensemble = ensemble_model(models, None)
+    sample(ensemble)
+    sample(_lora(ensemble))
+
+
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_the_cache_keeps_calls_of_guidance_apart(cfg: float) -> None:
+    """A node that calls the denoiser once more at each step, and does not use what it gets."""
+    models = [patcher("sd15", seed) for seed in range(2)]
+
+    def extra(model: Any) -> Any:
+        def call(given: dict[str, Any]) -> torch.Tensor:
+            options = comfy.model_patcher.set_model_options_patch_replace(
+                given["model_options"].copy(), lambda q, k, v, o: v, "attn1", "middle", 0
+            )
+            again = (given["model"], [given["cond"]], given["input"], given["sigma"], options)
+            comfy.samplers.calc_cond_batch(*again)
+            return given["denoised"]
+
+        clone = model.clone()
+        clone.set_model_sampler_post_cfg_function(call)
+        return clone
+
+    fast = with_settings(ensemble_model(models, None), preset="fast")
+    options: dict[str, Any] = {"steps": 12, "cfg": cfg}
+    expected = sample(fast, **options)
+    assert not torch.equal(expected, sample(ensemble_model(models, None), **options))
+    assert torch.equal(sample(extra(fast), **options), expected)
+
+
+def test_differential_diffusion() -> None:
+    model = patcher("sd15")
+    latent = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(9))
+    mask = torch.linspace(0, 1, 8).expand(2, 1, 8, 8)
+    options: dict[str, Any] = {"latent_image": latent, "noise_mask": mask, "steps": 6}
+    node = ALL["DifferentialDiffusion"]
+    expected = sample(node(model), **options)
+    assert not torch.equal(expected, sample(model, **options))
+    assert torch.equal(sample(node(ensemble_model([model], None)), **options), expected)
 
 
 @pytest.mark.parametrize("name", SAMPLING)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from comfy_extras.nodes_model_advanced import ModelComputeDtype, ModelSamplingDiscrete
 
 from integrations.comfyui.ensemble import ensemble_model
@@ -73,8 +74,35 @@ def test_other_models(experts: list[Any]) -> None:
 
 
 def test_ensembles_are_no_experts(experts: list[Any]) -> None:
-    with refusal("AFA-COMFY-004", "model_1"):
-        ensemble_model([ensemble_model(experts, None)], None)
+    with refusal("AFA-COMFY-034", "model_2"):
+        ensemble_model([experts[0], ensemble_model(experts, None)], None)
+
+
+def test_wrappers_in_the_options_before(experts: list[Any]) -> None:
+    changed = experts[1].clone()
+    add_wrapper_with_key(
+        WrappersMP.DIFFUSION_MODEL, "other", print, changed.model_options, is_model_options=True
+    )
+    with refusal("AFA-COMFY-004", "other"):
+        ensemble_model([experts[0], changed], None)
+
+
+@pytest.mark.parametrize("name", ["forward", "_forward"])
+def test_replaced_methods_of_a_denoiser(experts: list[Any], name: str) -> None:
+    """As packs do that cache blocks: the coroutine would not call them."""
+    denoiser = experts[1].model.diffusion_model
+    setattr(denoiser, name, getattr(denoiser, name))
+    with refusal("AFA-COMFY-011", name):
+        sample(ensemble_model(experts, None))
+
+
+def test_replaced_blocks_of_one_denoiser() -> None:
+    experts = [patcher("flux", seed) for seed in range(2)]
+    ensemble = ensemble_model(experts, None)
+    blocks = experts[1].model.diffusion_model.double_blocks
+    experts[1].model.diffusion_model.double_blocks = blocks[:1]
+    with refusal("AFA-MODEL-020", "single.0", "double.1"):
+        sample(ensemble, kind="flux")
 
 
 def test_aggregators_of_others(experts: list[Any], tmp_path: Path) -> None:

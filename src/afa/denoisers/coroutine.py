@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
 from torch import Tensor
 
+from afa.errors import AfaError
+
 
 class Feature(NamedTuple):
     """The feature that a denoiser computed at a site.
@@ -45,9 +47,14 @@ def run_lockstep(
 
     Returns: the first expert's prediction. It is the fused prediction if `fuse` returned one tensor
         at the last site.
+
+    Raises:
+        AfaError: if the experts are not at one site, because the blocks of one of them were
+            replaced.
     """
     features = [next(expert) for expert in experts]
     while True:
+        _require_one_site(features)
         fused = fuse(features)
         sent = [fused] * len(experts) if isinstance(fused, Tensor) else fused
         features, results = [], []
@@ -56,5 +63,21 @@ def run_lockstep(
                 features.append(expert.send(hidden))
             except StopIteration as stop:
                 results.append(stop.value)
-        if results:
+        if len(results) == len(experts):
             return results[0]
+        if results:
+            raise _out_of_step(f"{len(results)} of {len(experts)} have no further site")
+
+
+def _require_one_site(features: Sequence[Feature]) -> None:
+    for feature in features[1:]:
+        if feature.site != features[0].site:
+            raise _out_of_step(f"one is at '{features[0].site}', another at '{feature.site}'")
+
+
+def _out_of_step(what: str) -> AfaError:
+    return AfaError(
+        "AFA-MODEL-020",
+        f"The experts have different blocks: {what}. Use experts of one architecture, and undo "
+        "what has changed the blocks of one of them.",
+    )
