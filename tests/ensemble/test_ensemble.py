@@ -13,7 +13,7 @@ from torch import nn
 
 from afa.aggregators import SABW, Condition, SABWConfig, Separate
 from afa.aggregators.fusion import noise_mean, shell
-from afa.denoisers import Widths, discover_sites
+from afa.denoisers import Feature, Widths, discover_sites, run_lockstep
 from afa.ensemble.denoiser import EnsembleDenoiser
 from tests.refusal import refusal
 from tests.tiny import (
@@ -355,3 +355,22 @@ def test_features_of_different_sizes_are_refused() -> None:
     block.register_forward_hook(lambda _, __, feature: feature[..., ::2, ::2])
     with refusal("AFA-ENSEMBLE-064", "down.0.0", "expert 1"):
         ensemble(**call(3))
+
+
+@torch.no_grad()
+def test_experts_out_of_step_are_refused() -> None:
+    ensemble = ensemble_of(2)
+    blocks = ensemble.experts[1].up_blocks
+    ensemble.experts[1].up_blocks = blocks[:-1]
+    with refusal("AFA-MODEL-020"):
+        ensemble(**call(2))
+
+    def shorter() -> Any:
+        yield Feature("conv_in", torch.zeros(1), torch.zeros(1))
+
+    def longer() -> Any:
+        yield from shorter()
+        yield from shorter()
+
+    with refusal("AFA-MODEL-020", "1 of 2"):
+        run_lockstep([shorter(), longer()], lambda features: features[0].hidden)
