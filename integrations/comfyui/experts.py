@@ -66,16 +66,16 @@ def check_alike(models: Sequence[ModelPatcher]) -> None:
     first = models[0]
     for n, model in enumerate(models[1:], start=2):
         pairs = {
-            "predict": (_predicted(first), _predicted(model)),
-            "have latents of": (_latent(first), _latent(model)),
-            "compute in": (_computed(first), _computed(model)),
+            "predict one quantity": (_predicted(first), _predicted(model)),
+            "have one kind of latents": (_latent(first), _latent(model)),
+            "compute in one type": (_computed(first), _computed(model)),
         }
         for what, (ours, theirs) in pairs.items():
             if ours != theirs:
                 raise AfaError(
                     "AFA-COMFY-005",
-                    f"All experts must {what} the same: model_{n} has {theirs}, model_1 has "
-                    f"{ours}. Use models of one kind, loaded with one weight type.",
+                    f"All experts must {what}: model_{n} has {theirs}, model_1 has {ours}. Use "
+                    "models of one kind, loaded with one weight type.",
                 )
         if not _same_noise(first, model):
             raise AfaError(

@@ -19,6 +19,7 @@ from afa.ensemble.protocol import expert_names
 from afa.errors import AfaError
 
 from .controls import for_first_expert
+from .errors import codes_shown
 from .recording import Recording, positive_in
 
 if TYPE_CHECKING:
@@ -98,6 +99,7 @@ class Runner:
 
     # -- one picture --------------------------------------------------------------------------
 
+    @codes_shown()
     def sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Around the sampling of one latent: record the fusion weights if that is switched on."""
         try:

@@ -7,6 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..ensemble import ensemble_model
+from ..errors import codes_shown
 from ..folders import ensemble_input, find_ensemble, fingerprint, in_a_row
 from ..settings import Settings
 
@@ -57,6 +58,7 @@ class AfaEnsemble(io.ComfyNode):
         return f"{fingerprint(ensemble)} {others.get('record_weights', False)}"
 
     @classmethod
+    @codes_shown()
     def execute(
         cls, model_1: Any, ensemble: str, record_weights: bool = False, **others: Any
     ) -> io.NodeOutput:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..errors import codes_shown
 from ..folders import ensemble_input, find_ensemble, fingerprint
 from ..loading import load_ensemble_parts
 from ..settings import Settings
@@ -34,6 +35,7 @@ class AfaLoadEnsemble(io.ComfyNode):
         return f"{fingerprint(ensemble)} {record_weights}"
 
     @classmethod
+    @codes_shown()
     def execute(cls, ensemble: str, record_weights: bool = False) -> io.NodeOutput:
         """See ComfyUI."""
         folder = find_ensemble(ensemble)

@@ -15,6 +15,8 @@ from afa.errors import AfaError
 from afa.merging import plan_merge, run_merge
 from afa.merging.recipe import WITH_BASE, MergeRecipe
 
+from ..errors import codes_shown
+
 _NONE = "none"
 _METHODS = ("weighted", "add_difference", "slerp", "ties", "dare", "block_weights")
 _NUMBERS = range(1, 7)
@@ -86,6 +88,7 @@ class AfaMerge(io.ComfyNode):
         return f"{sorted(given.items())} {marks} {_output(given).exists()}"
 
     @classmethod
+    @codes_shown()
     def execute(cls, **given: Any) -> io.NodeOutput:
         """See ComfyUI."""
         output = _output(given)

@@ -10,6 +10,7 @@ from comfy_api.latest import io, ui
 from afa.provenance import __version__
 
 from ..ensemble import runner_of
+from ..errors import codes_shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,6 +42,7 @@ class AfaSaveRecipe(io.ComfyNode):
         )
 
     @classmethod
+    @codes_shown()
     def execute(cls, images: Tensor, model: Any, filename_prefix: str) -> io.NodeOutput:
         """See ComfyUI."""
         # ComfyUI writes each entry as JSON beside its own prompt and workflow

@@ -11,6 +11,7 @@ from afa.ensemble.caching.settings import PRESETS
 from afa.errors import AfaError
 
 from ..ensemble import with_settings
+from ..errors import codes_shown
 from ..folders import plans
 
 
@@ -49,6 +50,7 @@ class AfaSpeed(io.ComfyNode):
         return f"{preset} {file.read_text() if file else plan}"
 
     @classmethod
+    @codes_shown()
     def execute(cls, model: Any, preset: str, plan: str = "none") -> io.NodeOutput:
         """See ComfyUI."""
         file: Path | None = None

@@ -9,6 +9,7 @@ from comfy_api.latest import io
 from afa.ensemble.steering import STAGES
 
 from ..ensemble import runner_of, with_settings
+from ..errors import codes_shown
 
 _ALL = "all"
 _LARGEST = 10.0
@@ -45,6 +46,7 @@ class AfaSteer(io.ComfyNode):
         )
 
     @classmethod
+    @codes_shown()
     def execute(cls, model: Any, expert: str, stage: str, bias: float) -> io.NodeOutput:
         """See ComfyUI."""
         runner = runner_of(model)

@@ -6,6 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..errors import codes_shown
 from ..folders import in_a_row
 from ..texts import EnsembleClip
 from .ensemble import MAX_EXPERTS
@@ -38,6 +39,7 @@ class AfaClip(io.ComfyNode):
         )
 
     @classmethod
+    @codes_shown()
     def execute(cls, **clips: Any) -> io.NodeOutput:
         """See ComfyUI."""
         return io.NodeOutput(_joined(clips))
@@ -60,6 +62,7 @@ class AfaTextEncode(io.ComfyNode):
         )
 
     @classmethod
+    @codes_shown()
     def execute(cls, text: str, **clips: Any) -> io.NodeOutput:
         """See ComfyUI."""
         clip = _joined(clips)

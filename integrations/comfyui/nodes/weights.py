@@ -17,6 +17,7 @@ from afa.ensemble.protocol import expert_names
 from afa.errors import AfaError
 
 from ..ensemble import runner_of
+from ..errors import codes_shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,6 +55,7 @@ class AfaWeights(io.ComfyNode):
         )
 
     @classmethod
+    @codes_shown()
     def execute(cls, model: Any, latent: Any, images: Tensor) -> io.NodeOutput:
         """See ComfyUI."""
         runner = runner_of(model)

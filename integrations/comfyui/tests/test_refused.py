@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from comfy_extras.nodes_model_advanced import ModelComputeDtype, ModelSamplingDiscrete
 
+from afa.errors import AfaError
 from integrations.comfyui.ensemble import ensemble_model
-from integrations.comfyui.folders import in_a_row
+from integrations.comfyui.folders import MEAN, in_a_row
+from integrations.comfyui.nodes.ensemble import AfaEnsemble
 from integrations.comfyui.tests.models import TEXT, lora_of, patcher, unet
 from integrations.comfyui.tests.test_ensemble import conditioning, sample, saved
 from tests.refusal import refusal
@@ -177,3 +180,15 @@ def test_one_checkpoint_with_several_loras() -> None:
     plain = sample(checkpoint)
     came = sample(ensemble_model(same, None), 3, double=True)
     torch.testing.assert_close(came, plain, rtol=1e-5, atol=1e-5 * float(plain.abs().max()))
+
+
+def test_errors_are_shown_with_their_code(experts: list[Any]) -> None:
+    """ComfyUI shows the message alone; and remedies are those of ComfyUI."""
+    with pytest.raises(AfaError, match=r"one quantity|latents.*\(AFA-COMFY-005\)"):
+        AfaEnsemble.execute(experts[0], MEAN, model_2=patcher("sdxl"))
+    experts[1].model.diffusion_model.out[2].bias.fill_(torch.inf)
+    with pytest.raises(AfaError) as raised:
+        sample(ensemble_model(experts, None))
+    text = str(raised.value)
+    assert re.search(r"'model_2' computed NaN.*--bf16-unet.*\(AFA-ENSEMBLE-033\)$", text)
+    assert "--on-nonfinite" not in text
