@@ -19,8 +19,8 @@ from afa.loading.lora import hash_lora
 from afa.loading.manifest import read_manifest
 from afa.loading.saved import read_config, source_of, sources_in
 from afa.loading.single_file.load import Companions
-from afa.loading.sources import locate, require_hash
-from afa.loading.weights import hash_files, weight_files
+from afa.loading.sources import locate, locate_vae, require_hash
+from afa.loading.weights import hash_files, hash_vae, weight_files
 
 from .ensemble import ensemble_model
 from .settings import EXACT, Settings
@@ -65,7 +65,9 @@ def load_ensemble_parts(folder: Path, settings: Settings = EXACT) -> Parts:
         )
     vae = experts[0].vae
     if saved["vae"] is not None:
-        vae = _load_vae(source_of(saved["vae"], folder))
+        named = source_of(saved["vae"], folder)
+        same = (e.vae for s, e in zip(sources, experts, strict=True) if s.source == named.source)
+        vae = next(same, None) or _load_vae(named)
     if vae is None:
         raise AfaError(
             "AFA-COMFY-022",
@@ -88,7 +90,8 @@ def load_expert(source: ExpertSource, config: str | None = None) -> Parts:
         AfaError: if it is missing, has another hash, or ComfyUI does not know it.
     """
     path = locate(source.source, source.revision)
-    _require_hash("Expert", source, path)
+    sha256 = hash_files(path, weight_files(path))
+    require_hash("Expert", ExpertReference(source.source, sha256), source.sha256)
     embeddings = folder_paths.get_folder_paths("embeddings")
     load: Any = comfy.diffusers_load.load_diffusers
     if path.is_file():
@@ -114,11 +117,6 @@ def load_expert(source: ExpertSource, config: str | None = None) -> Parts:
             model, clip, weights, source.scale, source.scale
         )
     return Parts(model, clip, vae)
-
-
-def _require_hash(what: str, source: ExpertSource, path: Path) -> None:
-    sha256 = hash_files(path, weight_files(path))
-    require_hash(what, ExpertReference(source.source, sha256), source.sha256)
 
 
 def _unknown(source: ExpertSource, error: Exception | None) -> AfaError:
@@ -150,7 +148,8 @@ def _as_predicted(model: Any, source: ExpertSource, config: str | None) -> Any:
 
 
 def _load_vae(source: ExpertSource) -> Any:
-    path = locate(source.source, source.revision)
+    path = locate_vae(source.source, source.revision)
+    require_hash("Autoencoder", ExpertReference(source.source, hash_vae(path)), source.sha256)
     if path.is_dir():
         inside = path / "vae" / "diffusion_pytorch_model.safetensors"
         path = inside if inside.is_file() else path / "diffusion_pytorch_model.safetensors"
