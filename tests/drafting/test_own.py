@@ -205,9 +205,12 @@ def test_a_training_keeps_its_drafts(experts: list[Path], tmp_path: Path) -> Non
     drafts = own_drafts(tmp_path / "run", ["a quagga"])
     assert drafts is not None
     assert drafts.judge.source == str(experts[2])
-    known = own_drafts(tmp_path / "run", ["background"])
-    assert known == drafts
-    assert (drafts.prompts, drafts.aggregators) == ("all", "known_words"), "the defaults"
+    assert own_drafts(tmp_path / "run", ["background"]) is None
+    assert (drafts.prompts, drafts.aggregators) == ("unknown_words", "ignore"), "the defaults"
+    for given in ({"prompts": "all"}, {"aggregators": "known_words"}):
+        asked = Recipe.model_validate({**written, "drafts": {"judge": str(experts[2]), **given}})
+        assert asked.drafts is not None
+        assert (asked.drafts.prompts, asked.drafts.aggregators) == ("all", "known_words")
     # another judge needs no other training
     changed = {"judge": str(experts[1]), "sharpness": 1.0, "prompts": "unknown_words"}
     again = Recipe.model_validate({**written, "drafts": changed})

@@ -71,18 +71,23 @@ class DraftsRecipe(Section):
 class OwnDrafts(DraftsRecipe):
     """Drafts that an ensemble uses by itself, as its folder stores them.
 
-    By default, all prompts are drawn by drafts, and the trained aggregators are kept where their
-    training captions have all words. With `prompts: unknown_words`, all other prompts are drawn by
-    the aggregators alone, which is faster.
+    By default, prompts with words that no training caption has are drawn by drafts, and all others
+    by the aggregators alone, as without drafts. With `prompts: all`, the aggregators are kept where
+    their training captions have all words.
     """
 
     LATER: ClassVar[tuple[str, ...]] = ()  # its default is another one than that of `DraftsRecipe`
 
-    aggregators: Literal["ignore", "keep", "known_words"] = "known_words"
+    prompts: Literal["all", "unknown_words"] = "unknown_words"
 
     @model_validator(mode="before")
     @classmethod
-    def _ignores_for_unknown_words(cls, given: Any) -> Any:
-        if isinstance(given, Mapping) and given.get("prompts") == "unknown_words":
-            return {"aggregators": "ignore", **given}
+    def _is_about_all_prompts(cls, given: Any) -> Any:
+        """Complete settings that only make sense for all prompts."""
+        if not isinstance(given, Mapping):
+            return given
+        if given.get("prompts") == "all":
+            return {"aggregators": "known_words", **given}
+        if given.get("aggregators", "ignore") != "ignore":
+            return {"prompts": "all", **given}
         return given
