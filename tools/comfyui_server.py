@@ -21,8 +21,9 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -31,6 +32,9 @@ from afa.aggregators import SABWConfig
 from afa.denoisers.kinds import denoiser_of
 from afa.exporting import export_checkpoint
 from tools.comfyui import install, make
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 ROOT = Path(__file__).parents[1]
 PACK = ROOT / "integrations/comfyui"
@@ -61,7 +65,6 @@ class Server:
         self.log_file = folder / "server.log"
         command = [folder / "venv/bin/python", "main.py", "--cpu", "--port", port]
         command += ["--base-directory", folder / "base", "--database-url", "sqlite:///:memory:"]
-        command += ["--cache-lru", "100"]  # loaded checkpoints stay when the workflow changes
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         with self.log_file.open("w") as log:
             self.process = subprocess.Popen(
@@ -253,14 +256,19 @@ def check(server: Server, base: Path, rounds: int) -> None:
 def timed(server: Server, rounds: int, **settings: int) -> str:
     """The time of an ensemble against the sum of its experts', interleaved; medians."""
     whole, parts = [], []
-    for turn in range(rounds + 1):
-        seed = 100 + turn
-        alone = [server.run(plain(name, **settings, seed=seed))[1] for name in _EXPERTS]
-        together = without_pictures(example("three checkpoints", **settings, seed=seed))
-        seconds = server.run(together)[1]
-        if turn:  # the first one loads the models
-            whole.append(seconds)
-            parts.append(sum(alone))
+
+    def second(make: Callable[..., dict[str, Any]]) -> float:
+        server.run(
+            make(seed=1)
+        )  # loads the models, which ComfyUI keeps for the next workflow alone
+        return server.run(make(seed=2))[1]
+
+    def together(seed: int) -> dict[str, Any]:
+        return without_pictures(example("three checkpoints", **settings, seed=seed))
+
+    for _ in range(rounds):
+        parts.append(sum(second(partial(plain, name, **settings)) for name in _EXPERTS))
+        whole.append(second(together))
     ratios = [one / other for one, other in zip(whole, parts, strict=True)]
     return (
         f"{statistics.median(whole):.2f} s against {statistics.median(parts):.2f} s; ratio "
