@@ -1,8 +1,8 @@
 """An ensemble as a MODEL: the first expert's, with a wrapper that runs all of them in lockstep.
 
 ComfyUI calls one denoiser. The MODEL of an ensemble is a clone of the first expert's MODEL. The
-other experts and the aggregators are its additional models, so ComfyUI loads and unloads them with
-it. A wrapper takes the place of the denoiser's call.
+other experts are its additional models, so ComfyUI loads and unloads them with it. A wrapper takes
+the place of the denoiser's call; see `runner`.
 """
 
 from __future__ import annotations

@@ -9,6 +9,8 @@ import torch
 
 from afa.errors import AfaError
 
+from .runner import KEY
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -27,7 +29,7 @@ def require_plain(model: ModelPatcher, name: str) -> None:
     Raises:
         AfaError: if not; it names what the MODEL carries.
     """
-    if any("afa" in named for named in model.wrappers.values()):
+    if any(KEY in named for named in model.wrappers.values()):
         raise AfaError(
             "AFA-COMFY-034",
             f"{name} is an ensemble itself. Connect all experts to one AFA Ensemble; its "
