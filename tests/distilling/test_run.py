@@ -27,6 +27,7 @@ from afa.loading.pipeline import load_single
 from afa.loading.student_record import baked_guidance
 from afa.training.stopping import Stopped
 from tests.distilling.students import as_written, files_of, recipe, steps_of
+from tests.preflight.test_preflight import changed
 from tests.refusal import refusal
 from tests.tiny import tiny_pipeline
 from tests.tiny_pipelines import saved_experts
@@ -280,6 +281,16 @@ def test_another_recipe_does_not_resume(experts: list[Path], tmp_path: Path) -> 
 
 
 # -- refusals before any work -----------------------------------------------------------------
+
+
+def test_a_student_of_another_objective(experts: list[Path], tmp_path: Path) -> None:
+    """Of experts with several, it learns what the first one predicts."""
+    file = "scheduler/scheduler_config.json"
+    other = changed(experts[1], tmp_path / "velocity", file, prediction_type="v_prediction")
+    for init in ("merge", str(other), {"expert": "velocity"}):
+        asked = recipe([experts[0], other], tmp_path / "prompts.txt", student={"init": init})
+        with refusal("AFA-DISTILL-011", "v_prediction", "student.init"):
+            list(distill(asked, tmp_path / "out"))
 
 
 def test_a_student_of_another_architecture(experts: list[Path], tmp_path: Path) -> None:

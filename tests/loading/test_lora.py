@@ -246,5 +246,13 @@ def test_errors(experts: list[Path], tmp_path: Path, name: str, tensors: Any, me
     assert "\n" not in str(error.value)
 
 
+def test_a_lora_with_its_own_objective(experts: list[Path], loras: list[Path]) -> None:
+    base = {"base": str(experts[0])}
+    velocity = {**base, "lora": str(loras[0]), "prediction_type": "v_prediction"}
+    pipeline = afa.load_pipeline([experts[0], velocity, {**base, "lora": str(loras[1])}])
+    kinds = [each.predicts for each in pipeline.unet.objectives.experts]
+    assert kinds == ["epsilon", "v_prediction", "epsilon"]
+
+
 def test_from_python() -> None:
     assert ExpertSource("zoo:base", lora="a.safetensors").scale == 1.0

@@ -324,8 +324,8 @@ def test_experts_of_two_objectives(experts: list[Path], tmp_path: Path) -> None:
     config.write_text(
         json.dumps({**json.loads(config.read_text()), "prediction_type": "v_prediction"})
     )
-    with refusal("AFA-LOAD-010", "="):
-        afa.load_pipeline([experts[0], copy])
+    objectives = afa.load_pipeline([experts[0], copy]).unet.objectives
+    assert [each.predicts for each in objectives.experts] == ["epsilon", "v_prediction"]
 
 
 def test_experts_of_two_tokenizers(experts: list[Path], tmp_path: Path) -> None:

@@ -248,21 +248,24 @@ def test_continuous_noise_levels_need_their_scheduler(
 # -- in ensembles -----------------------------------------------------------------------------
 
 
-def test_experts_that_predict_different_things_are_refused_everywhere(
+def test_what_each_expert_predicts_is_known_everywhere(
     folder: Path, tensors: Any, tmp_path: Path
 ) -> None:
     noise = written(tmp_path / "noise.safetensors", tensors)
     velocity = written(tmp_path / "velocity.safetensors", tensors, "v_pred")
-    message = "has prediction_type = v_prediction, the first expert has epsilon"
     mixtures: list[list[Any]] = [
         [folder, velocity],
         [{"model": str(folder), "prediction_type": "epsilon"}, velocity],
         [noise, {"model": str(noise), "prediction_type": "v_prediction"}, folder],
         [folder, {"model": str(folder), "prediction_type": "v_prediction"}],
     ]
-    for experts in mixtures:
-        with refusal("AFA-LOAD-010", message):
-            afa.load_pipeline(experts, allow_duplicates=True)
+    for n, experts in enumerate(mixtures):
+        pipeline = afa.load_pipeline(experts, allow_duplicates=True)
+        found = pipeline.unet.objectives.experts
+        rest = ["epsilon"] if len(experts) == 3 else []
+        assert [each.predicts for each in found] == ["epsilon", "v_prediction", *rest]
+        again = afa.load_ensemble(afa.save_ensemble(pipeline, tmp_path / f"{n}"))
+        assert again.unet.objectives == pipeline.unet.objectives
 
 
 def test_what_a_recipe_says_is_used_kept_and_found_again(

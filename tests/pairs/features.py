@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import EMAModel
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -23,7 +24,9 @@ from torch import Tensor, nn
 
 import afa
 from afa.aggregators import Mean
+from afa.denoisers.objective import Objective, objective_of
 from afa.ensemble.caching.plan import PruningPlan, StepRange, fused_sites
+from afa.ensemble.conversion import Conversion, Objectives
 from afa.ensemble.denoiser import EnsembleDenoiser
 from afa.ensemble.regions import Regions
 from afa.ensemble.steering import Bias, site_biases
@@ -131,6 +134,35 @@ def _schedule_on(ensemble: EnsembleDenoiser, world: World) -> None:
 
 def _schedule_means(meaning: Meaning, world: World) -> None:
     meaning.schedule = _schedule(world)
+
+
+# -- what the experts predict -----------------------------------------------------------------
+
+_SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+OBJECTIVES: list[tuple[str, dict[str, Any]]] = [
+    ("epsilon", _SCHEDULE),
+    ("v_prediction", {**_SCHEDULE, "rescale_betas_zero_snr": True}),
+    ("flow_prediction", {}),
+]
+
+
+def _objective(kind: str, settings: dict[str, Any]) -> Objective:
+    if kind == "flow_prediction":
+        found = objective_of(FlowMatchEulerDiscreteScheduler())
+    else:
+        found = objective_of(DDPMScheduler(**settings, prediction_type=kind))
+    assert found is not None, "it is known"
+    return found
+
+
+def _objectives_on(ensemble: EnsembleDenoiser, _: World) -> None:
+    objectives = Objectives.of([_objective(*each) for each in OBJECTIVES])
+    assert objectives is not None, "they differ"
+    ensemble.conversion = Conversion(ensemble.family, ensemble.sites[-1], objectives)
+
+
+def _objectives_means(meaning: Meaning, _: World) -> None:
+    meaning.objectives = OBJECTIVES
 
 
 # -- what is reused ---------------------------------------------------------------------------
@@ -366,6 +398,7 @@ def _left_early(world: World, calls: list[Call]) -> list[Call]:
 FEATURES = (
     Feature("pruning plan", switch_on=_plan_on, means=_plan_means),
     Feature("schedule", switch_on=_schedule_on, means=_schedule_means),
+    Feature("mixed predictions", switch_on=_objectives_on, means=_objectives_means),
     Feature("several devices", switch_on=lambda e, _: e.place_experts(["cpu"] * NUM_EXPERTS)),
     Feature("offloading", switch_on=lambda e, _: e.offload_experts("cpu")),
     Feature("streaming", switch_on=lambda e, _: e.stream_experts()),

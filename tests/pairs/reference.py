@@ -8,11 +8,13 @@ coroutines and the fusion rules are used, which have tests of their own.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from diffusers import DDPMScheduler
 from torch import Tensor
 
 from afa.aggregators import Condition, Fused, weighted_sum
@@ -54,6 +56,8 @@ class Meaning:
     drift: float | None = None
     keep_weights: bool = False
     lora_scale: float | None = None
+    #: by expert, what it predicts and its noise schedule; the first is the ensemble's
+    objectives: Sequence[tuple[str, dict[str, Any]]] | None = None
 
 
 @dataclass
@@ -131,6 +135,11 @@ def _run(
     per_expert = meaning.family.split(
         meaning.experts[0], arguments, meaning.widths, len(meaning.experts)
     )
+    if meaning.objectives is not None:
+        per_expert = [
+            own | _seen(meaning.objectives, n, own, call.timestep)
+            for n, own in enumerate(per_expert)
+        ]
     texts = {n: per_expert[n]["encoder_hidden_states"] for n in active}
     heard = [n for n in active if not masks or texts[n].isfinite().all()]
     runs = {n: meaning.family.blocks(meaning.experts[n], **per_expert[n]) for n in active}
@@ -144,6 +153,11 @@ def _run(
     while True:
         site = next(iter(yielded.values())).site
         hidden = {n: feature.hidden for n, feature in yielded.items()}
+        if meaning.objectives is not None and site == meaning.sites[-1].name:
+            hidden = {
+                n: _converted(meaning.objectives, n, each, per_expert[n]["sample"], call.timestep)
+                for n, each in hidden.items()
+            }
         sound = [n for n in heard if not masks or hidden[n].isfinite().all()]
         if condition is None:
             temb = _mean([yielded[n].temb for n in sound])
@@ -201,6 +215,65 @@ def _mean(tensors: Sequence[Tensor]) -> Tensor:
     for tensor in tensors[1:]:
         total = total + tensor
     return total if len(tensors) == 1 else total / len(tensors)
+
+
+# -- experts with different objectives ------------------------------------------------------------
+
+_Objectives = Sequence[tuple[str, dict[str, Any]]]
+
+
+def _angles(settings: dict[str, Any]) -> list[float]:
+    """The angle between picture and noise at each timestep; one that is missing is 90 degrees."""
+    products = DDPMScheduler(**settings).alphas_cumprod
+    return [math.acos(math.sqrt(float(product))) for product in products]
+
+
+def _place(objectives: _Objectives, expert: int, timestep: float) -> tuple[float, float]:
+    """The timestep and the angle at which an expert is as noisy as the ensemble's timestep."""
+    table = _angles(objectives[0][1])
+    low = min(int(timestep), 998)
+    wanted = table[low] + (timestep - low) * (table[low + 1] - table[low])
+    kind, settings = objectives[expert]
+    if kind == "flow_prediction":
+        share = math.tan(wanted) / (1 + math.tan(wanted))
+        return 1000 * share, wanted
+    own = _angles(settings)
+    if own == table:
+        return timestep, wanted
+    above = next((t for t, angle in enumerate(own) if angle >= wanted), 999)
+    step = (wanted - own[above - 1]) / (own[above] - own[above - 1])
+    return above - 1 + min(step, 1.0), min(wanted, own[-1])
+
+
+def _seen(
+    objectives: _Objectives, expert: int, own: dict[str, Any], timestep: float
+) -> dict[str, Any]:
+    """What an expert is called with instead."""
+    if objectives[expert] == objectives[0]:
+        return {}
+    steps, angle = _place(objectives, expert, timestep)
+    sample = own["sample"]
+    if objectives[expert][0] == "flow_prediction":
+        share = math.tan(angle) / (1 + math.tan(angle))
+        sample = (sample.float() * math.hypot(share, 1 - share)).to(sample.dtype)
+    return {"sample": sample, "timestep": torch.full((len(sample),), steps)}
+
+
+def _converted(
+    objectives: _Objectives, expert: int, prediction: Tensor, seen: Tensor, timestep: float
+) -> Tensor:
+    """The noise in the picture according to an expert."""
+    kind, _ = objectives[expert]
+    if kind == "epsilon":
+        return prediction
+    _, angle = _place(objectives, expert, timestep)
+    own, latent = prediction.double(), seen.double()
+    if kind == "v_prediction":
+        noise = math.sin(angle) * latent + math.cos(angle) * own
+    else:
+        share = math.tan(angle) / (1 + math.tan(angle))
+        noise = latent + (1 - share) * own
+    return noise.to(prediction.dtype)
 
 
 def _middle(sites: Sequence[Site]) -> list[Site]:

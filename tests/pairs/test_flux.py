@@ -6,7 +6,7 @@ import pytest
 
 from tests.pairs.features import FEATURES, GUARDS, Feature
 from tests.pairs.matrix import Outcome, names_who_is_not_finite
-from tests.pairs.table import key_of, recorded
+from tests.pairs.table import UNET_ONLY, key_of, recorded
 from tests.pairs.trying import PAIRS, names_where, tried
 
 pytestmark = [pytest.mark.slow, pytest.mark.nightly]  # the U-Net runs in CI
@@ -17,7 +17,10 @@ def test_it_equals_what_it_means_or_is_refused(pair: tuple[str, str]) -> None:
     assert tried("flux", *pair) == recorded()["flux"][key_of(*pair)]
 
 
-@pytest.mark.parametrize("name", [feature.name for feature in FEATURES if not feature.in_threads])
+NAMES = [f.name for f in FEATURES if not f.in_threads and f.name not in UNET_ONLY]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_an_expert_that_is_not_finite_is_named(name: str) -> None:
     assert names_who_is_not_finite("flux", name)
 

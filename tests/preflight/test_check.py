@@ -145,7 +145,9 @@ def test_shapes_that_are_not_what_the_configuration_says(
 @pytest.mark.parametrize(
     ("file", "changes", "level", "check"),
     [
-        ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}, "error", "sched"),
+        ("scheduler/scheduler_config.json", {"prediction_type": "logits"}, "error", "schedule"),
+        ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}, "note", "sched"),
+        ("scheduler/scheduler_config.json", {"beta_end": 0.02}, "note", "schedule"),
         ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "error", "schedule"),
         ("vae/config.json", {"latent_channels": 16}, "error", "latents"),
         ("vae/config.json", {"shift_factor": 0.5}, "error", "latents"),

@@ -42,10 +42,10 @@ def test_stable_diffusion_with_xl(experts: list[Path], tmp_path: Path) -> None:
     )
 
 
-def test_noise_with_velocity(experts: list[Path], tmp_path: Path) -> None:
+def test_noise_with_logits(experts: list[Path], tmp_path: Path) -> None:
     file = "scheduler/scheduler_config.json"
-    other = changed(experts[1], tmp_path / "other", file, prediction_type="v_prediction")
-    refused([experts[0], other], "AFA-LOAD-010", "prediction_type = v_prediction", "has epsilon")
+    other = changed(experts[1], tmp_path / "other", file, prediction_type="logits")
+    refused([experts[0], other], "AFA-LOAD-010", "prediction_type = logits", "has epsilon")
 
 
 def test_four_latent_channels_with_sixteen(experts: list[Path], tmp_path: Path) -> None:

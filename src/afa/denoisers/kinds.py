@@ -6,7 +6,7 @@ Pipelines keep their diffusers class. An ensemble only replaces the denoiser and
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from afa.denoisers.family import COMPONENTS, Component, PipelineKind
 from afa.denoisers.sites import FAMILIES
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from afa.denoisers.family import Conditioning
-
-PredictionType = Literal["epsilon", "v_prediction", "flow_prediction", "sample"]
 
 
 def kinds() -> list[PipelineKind]:

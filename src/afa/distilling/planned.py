@@ -24,7 +24,8 @@ def plan_of_distillation(recipe: DistillRecipe) -> Plan:
     if named.ensemble is not None:
         groups = [group_of_ensemble("teacher", named.ensemble[0], dtype)]
     else:
-        groups = [Group("teacher", teacher.experts, teacher.companions(dtype))]
+        merged, companions = named.merge is not None, teacher.companions(dtype)
+        groups = [Group("teacher", teacher.experts, companions, is_merged=merged)]
         if recipe.base is not None:
             base = Group("base", [recipe.base], teacher.companions(dtype), is_drawn=False)
             groups.append(base)

@@ -63,16 +63,16 @@ def require_fit(teacher: Teacher, asked: StudentRecipe) -> None:
             f"student.init is the LoRA '{source.lora}' on a base, which the LoRA of the student "
             "would not contain. Set student.init to a complete model, or what: full.",
         )
-    if source is not None:
-        try:
-            facts.append(read_manifest(source, teacher.companions()).facts)
-            require_none_wrong(compare(facts, allow_duplicates=True))
-        except AfaError as error:
-            raise AfaError(
-                "AFA-DISTILL-011",
-                "The student must have the architecture and the prediction type of the teacher's "
-                f"experts. {error} Set student.init to such a model.",
-            ) from error
+    try:
+        if source is not None:  # the student makes the predictions of the first expert's kind
+            facts = [facts[0], read_manifest(source, teacher.companions()).facts]
+        require_none_wrong(compare(facts, allow_duplicates=True, converts=False))
+    except AfaError as error:
+        raise AfaError(
+            "AFA-DISTILL-011",
+            "The student must have the architecture and the prediction type of the teacher's "
+            f"first expert. {error} Set student.init to such a model.",
+        ) from error
 
 
 def load_student(teacher: Teacher, asked: StudentRecipe) -> tuple[DiffusionPipeline, list[str]]:

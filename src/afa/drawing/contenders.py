@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from afa.denoisers.kinds import denoiser_of, kind_of_pipeline
 from afa.drawing.merged import merged_pipeline
 from afa.ensemble.accelerate import accelerate
+from afa.ensemble.alone import expert_alone
 from afa.ensemble.protocol import expert_names
 from afa.ensemble.text import EnsembleTextEncoder
 from afa.errors import AfaError
@@ -90,13 +91,15 @@ class Contenders:
         """The names of the contenders, the ensemble last.
 
         If the experts are offloaded or on several devices, they and the merge are not among them.
+        Experts with different objectives have no merge.
         """
         denoiser = denoiser_of(self._made[ENSEMBLE])
         is_ready = denoiser.execution.device is None and not (denoiser.devices or denoiser.exchange)
         own = [] if self.student is None else [STUDENT]
         if not is_ready:
             return [*own, ENSEMBLE]
-        return [*(self._title(n) for n in range(len(self._experts))), MERGE, *own, ENSEMBLE]
+        merge = [] if denoiser.objectives is not None else [MERGE]
+        return [*(self._title(n) for n in range(len(self._experts))), *merge, *own, ENSEMBLE]
 
     def fields(self, name: str) -> dict[str, Any]:
         """The fields of a picture's recipe that a contender sets: a student's source, guidance."""
@@ -145,5 +148,5 @@ class Contenders:
             for part, encoder in ensemble.components.items()
             if isinstance(encoder, EnsembleTextEncoder)
         }
-        parts[kind_of_pipeline(ensemble).denoiser] = denoiser_of(ensemble).experts[n]
+        parts[kind_of_pipeline(ensemble).denoiser] = expert_alone(denoiser_of(ensemble), n)
         return with_parts(ensemble, parts)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from afa.denoisers.kinds import denoiser_of, kind_of_pipeline
 from afa.ensemble.text import EnsembleTextEncoder
+from afa.errors import AfaError
 from afa.loading.pipeline import with_parts
 from afa.merging.in_memory import merge_models
 
@@ -30,8 +31,15 @@ def merged_pipeline(
         A pipeline of the same class with the merged models.
 
     Raises:
-        AfaError: if the settings do not fit the experts, or the base has another architecture.
+        AfaError: if the settings do not fit the experts, the base has another architecture, or the
+            experts predict different quantities.
     """
+    if denoiser_of(experts).objectives is not None:
+        raise AfaError(
+            "AFA-DRAW-018",
+            "The experts differ in what they predict or in their noise schedule, so the mean of "
+            "their weights predicts neither. Compare them without merges.",
+        )
     parts: dict[str, Any] = {
         kind_of_pipeline(experts).denoiser: merge_models(
             list(denoiser_of(experts).experts),

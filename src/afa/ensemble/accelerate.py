@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from afa.aggregators import Separate
-from afa.denoisers import discover_sites
 from afa.denoisers.kinds import build_pipeline, denoiser_of, kind_of_pipeline
+from afa.ensemble.alone import in_shell
 from afa.ensemble.caching.graphs import Graphs
 from afa.ensemble.caching.plan import PruningPlan, load_plan
 from afa.ensemble.caching.settings import EXACT, Acceleration, acceleration_of
@@ -64,7 +63,7 @@ def accelerate(
     if not isinstance(denoiser, EnsembleDenoiser):
         if settings.is_exact and plan is None and compile is None and not cuda_graphs:
             return pipeline
-        denoiser = EnsembleDenoiser([denoiser], [Separate() for _ in discover_sites(denoiser)])
+        denoiser = in_shell(denoiser)
         parts = {**pipeline.components, kind_of_pipeline(pipeline).denoiser: denoiser}
         bar = getattr(pipeline, "_progress_bar_config", None)
         pipeline = build_pipeline(type(pipeline).__name__, parts, pipeline.config)

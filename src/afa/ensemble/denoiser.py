@@ -28,6 +28,7 @@ from afa.denoisers.prompt import cross_attentions, prompts_attended_once
 from afa.ensemble.caching.loop import Loops
 from afa.ensemble.caching.shortcut import Shortcut
 from afa.ensemble.combinations import Switches
+from afa.ensemble.conversion import Conversion, Objectives
 from afa.ensemble.delegation import Delegation
 from afa.ensemble.guard import Guard, is_finite
 from afa.ensemble.hooks import in_order
@@ -68,10 +69,12 @@ class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin)
             that fusion rules see; None runs all experts.
         widths: embedding widths of one expert's text encoders, if it has several; None reads the
             total width from the experts' configuration.
+        objectives: what the experts predict, if they differ; None if all predict the same.
 
     Raises:
         AfaError: if there are no experts, the experts differ in architecture, a block has no
-            coroutine, or the number of aggregators is not the number of sites.
+            coroutine, the number of aggregators is not the number of sites, or the objectives
+            cannot be converted.
     """
 
     config_name = "config.json"
@@ -83,6 +86,7 @@ class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin)
         aggregators: SABWConfig | Sequence[nn.Module] | None = None,
         schedule: Schedule | None = None,
         widths: Widths | None = None,
+        objectives: Objectives | None = None,
     ) -> None:
         super().__init__()
         if not experts:
@@ -100,6 +104,9 @@ class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin)
         self.aggregators = nn.ModuleList(self._build_aggregators(aggregators))
         self._signature = self.family.interface.signature(self.family.model_class)
         self._rules = {site.name: n for n, site in enumerate(self.sites)}
+        self.objectives = objectives
+        #: the hook that brings experts with other objectives to the ensemble's
+        self.conversion = objectives and Conversion(self.family, self.sites[-1], objectives)
         self._lock = Lock()
         #: the denoising loops in progress
         self.loops = Loops()
@@ -220,7 +227,8 @@ class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin)
         """The hooks of every step. The cache and the guard are added for single steps."""
         recorder = self._recorder(steps)
         biases = (self.steering, self.regions)
-        return [self.devices, self.exchange, self.prompt_noise, *biases, recorder]
+        of_fusion = (self.conversion, self.prompt_noise, *biases)
+        return [self.devices, self.exchange, *of_fusion, recorder]
 
     def _recorder(self, steps: Tensor) -> Recorder | None:
         if self.is_drafting or (self.on_weights is None and not self.observers):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from afa.ensemble.bias import Steering
 from afa.ensemble.caching.shortcut import Shortcut
+from afa.ensemble.conversion import Conversion
 from afa.ensemble.guard import Guard
 from afa.ensemble.hook import Hook
 from afa.ensemble.observation import Recorder
@@ -13,13 +14,15 @@ from afa.ensemble.prompt_noise import PromptNoise
 from afa.ensemble.regions import Regions
 
 #: From the experts to the fused feature. Features are first gathered from other devices and
-#: processes, because the other hooks need those of all experts. The guard is next, so that no hook
-#: fuses, caches or shows non-finite values. The noise on the prompt and the bias are part of the
+#: processes, because the other hooks need those of all experts. Then predictions of different kinds
+#: become one kind. The guard is next, so that no hook fuses, caches or shows non-finite values. The
+#: noise on the prompt and the bias are part of the
 #: fusion. The cache then keeps the fused feature, and fuses where it skips layers. Regions fuse at
 #: the other sites. The recorder is last, because it shows the final weights.
 HOOKS: tuple[type[Hook], ...] = (
     Devices,
     Exchange,
+    Conversion,
     Guard,
     PromptNoise,
     Steering,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from afa.denoisers.kinds import PredictionType
+    from afa.denoisers.objective import PredictionType
 
 
 @dataclass(frozen=True)

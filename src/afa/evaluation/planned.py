@@ -28,7 +28,8 @@ def plan_of_evaluation(recipe: EvaluateRecipe) -> Plan:
         models: list[AnySource] = list(recipe.experts)
         if recipe.base is not None and any(fusion.with_base for fusion in fusions):
             models.append(recipe.base)
-        groups.append(Group("merges and fusions", models, companions))
+        merged = any(method.merge is not None for method in recipe.methods)
+        groups.append(Group("merges and fusions", models, companions, is_merged=merged))
         if recipe.base is not None:
             groups.append(Group("base", [recipe.base], companions, is_drawn=False))
     for method in recipe.methods:
@@ -45,7 +46,7 @@ def plan_of_search(recipe: SearchRecipe) -> Plan:
     """The plan of `afa search`."""
     sampling = recipe.sampling
     companions = companions_of(recipe, getattr(torch, sampling.dtype))
-    group = Group("search", recipe.experts, companions)
+    group = Group("search", recipe.experts, companions, is_merged=True)
     return Plan([group], _drawing(sampling))
 
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from afa.denoisers.objective import predicted_by
 from afa.errors import NO_MODEL, AfaError
 from afa.exporting.original import FileTensor, denoiser_tensors, tensors_of, vae_tensors
 from afa.exporting.unsaid import unsaid_of
 from afa.files import Mark, parts_of, read_json, require_place_for_folder
 from afa.loading.ensemble_folder import AGGREGATORS
-from afa.loading.prediction import predicted_by
 from afa.loading.single_file.canonical_names import DENOISER
 from afa.loading.single_file.conversion import converted
 from afa.loading.single_file.identify import config_of

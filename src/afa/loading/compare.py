@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from afa.denoisers.architecture import difference
+from afa.denoisers.objective import FLOW, PredictionType
 from afa.loading.facts import SCHEDULE, facts_of
 from afa.loading.finding import Finding, require_none_wrong
 from afa.loading.loaded import LATENTS
@@ -16,13 +17,24 @@ if TYPE_CHECKING:
     from afa.loading.loaded import Expert
 
 
-def compare(experts: Sequence[Facts], *, allow_duplicates: bool = False) -> Iterator[Finding]:
-    """Find all differences that prevent or impair an ensemble, the most basic first."""
+def compare(
+    experts: Sequence[Facts], *, allow_duplicates: bool = False, converts: bool = True
+) -> Iterator[Finding]:
+    """Find all differences that prevent or impair an ensemble, the most basic first.
+
+    Args:
+        experts: their facts; the first expert's settings are those of the ensemble.
+        allow_duplicates: whether experts may have the same weights.
+        converts: whether predictions of another kind or on another noise schedule are converted, as
+            ensembles do it.
+    """
     if not allow_duplicates:
         yield from _duplicates(experts)
     for other in experts[1:]:
         for check in _CHECKS:
             found = check(experts[0], other)
+            if found is not None and check is _schedule and converts:
+                found = _converted(experts[0], other) or found
             if found is not None:
                 yield found
                 if check is _family:
@@ -187,9 +199,47 @@ def _schedule(first: Facts, other: Facts) -> Finding | None:
                 "schedule",
                 f"'{other.name}' has {key} = {theirs}, the first expert has {ours}; all experts "
                 "must have the same noise schedule and prediction type.",
-                "Their predictions cannot be averaged.",
+                "Their predictions cannot be converted into one kind.",
             )
     return None
+
+
+def _converted(first: Facts, other: Facts) -> Finding | None:
+    """Report that the predictions of an expert are converted; None if they cannot be."""
+    packs = first.kind.conditioning is not None and first.kind.conditioning.unpack is not None
+    predicts = [expert.schedule.get("prediction_type") for expert in (first, other)]
+    is_known = all(each in get_args(PredictionType) for each in predicts)
+    if packs or not is_known or any(e.schedule.get("noise_levels") for e in (first, other)):
+        return None
+    ours, theirs = predicts
+    what = f"has another noise schedule than '{first.name}'"
+    if ours != theirs:
+        what = f"predicts {theirs}, '{first.name}' predicts {ours}"
+    effect = "The ensemble draws with the schedule and the sampling settings of the first expert."
+    ours_zero, theirs_zero = (_has_zero_snr(expert) for expert in (first, other))
+    if ours_zero and not theirs_zero:
+        effect = (
+            "The first expert's schedule begins with pure noise (zero terminal SNR). There, "
+            f"'{other.short}' is used at its own last timestep."
+        )
+    elif theirs_zero and not ours_zero:
+        effect = (
+            "The first expert's schedule does not begin with pure noise (zero terminal SNR), so "
+            f"very dark and bright pictures of '{other.short}' are lost. List it first to keep "
+            "them."
+        )
+    return Finding(
+        "AFA-LOAD-105",
+        "note",
+        "schedule",
+        f"'{other.name}' {what}. Its timesteps and predictions are converted.",
+        effect,
+    )
+
+
+def _has_zero_snr(expert: Facts) -> bool:
+    is_flow = expert.schedule.get("prediction_type") == FLOW
+    return is_flow or bool(expert.schedule.get("rescale_betas_zero_snr"))
 
 
 def _distilled(experts: Sequence[Facts]) -> Iterator[Finding]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args
 from pydantic import Discriminator, Field, Tag, TypeAdapter, model_validator
 from pydantic_core import core_schema
 
-from afa.denoisers.kinds import PredictionType
+from afa.denoisers.objective import PredictionType
 from afa.errors import AfaError
 from afa.recipe import Section
 

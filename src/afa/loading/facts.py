@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from afa.denoisers.architecture import unknown_entries, with_defaults
 from afa.denoisers.kinds import kind_of
+from afa.denoisers.objective import predicted_by
 from afa.files import parts_of, read_json
 from afa.loading.components import encoder_width, load_tokenizer, loading_model
 from afa.loading.distilled import distilled_of
 from afa.loading.loaded import latents_of
-from afa.loading.prediction import predicted_by, scheduler_of
+from afa.loading.prediction import scheduler_of
 from afa.machine.hashes import hash_file
 
 if TYPE_CHECKING:

@@ -11,6 +11,8 @@ import torch
 
 from afa.aggregators import SABWConfig
 from afa.denoisers.kinds import build_pipeline, denoiser_of, kind_of_pipeline
+from afa.denoisers.objective import objective_of
+from afa.ensemble.conversion import Objectives
 from afa.ensemble.denoiser import EnsembleDenoiser
 from afa.ensemble.placement.streaming import LayerStream
 from afa.ensemble.references import Provenance
@@ -256,7 +258,12 @@ def assemble(
     joined = any(len(set(each)) > 1 for each in encoders.values())
     tokenizer = first.tokenizers.get("tokenizer")
     widths = first.kind.widths(first.text_encoders, getattr(tokenizer, "model_max_length", 0))
-    denoiser = EnsembleDenoiser([expert.denoiser for expert in experts], aggregators, widths=widths)
+    denoiser = EnsembleDenoiser(
+        [expert.denoiser for expert in experts],
+        aggregators,
+        widths=widths,
+        objectives=Objectives.of([objective_of(expert.scheduler) for expert in experts]),
+    )
     denoiser.provenance = Provenance(tuple(expert.reference for expert in experts))
     if joined and (entry := first.kind.padded_text) is not None:
         # without T5, the pipeline fills zeros of this width, and pads CLIP's embeddings to it
@@ -368,7 +375,9 @@ def with_rules(
         schedule: see `EnsembleDenoiser`.
     """
     ensemble: EnsembleDenoiser = denoiser_of(pipeline)
-    denoiser = EnsembleDenoiser(list(ensemble.experts), rules, schedule, widths=ensemble.widths)
+    denoiser = EnsembleDenoiser(
+        list(ensemble.experts), rules, schedule, ensemble.widths, ensemble.objectives
+    )
     denoiser.register_to_config(**ensemble.config)  # `assemble` may have changed it
     denoiser.provenance = ensemble.provenance
     return with_parts(pipeline, {kind_of_pipeline(pipeline).denoiser: denoiser})

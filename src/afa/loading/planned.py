@@ -64,6 +64,7 @@ class Group:
         num_experts: for one folder that contains several; None if each is listed.
         encoder_sets: likewise, the number of different sets of text encoders.
         is_drawn: whether they draw, with the first one's autoencoder; not the inputs of merges.
+        is_merged: whether their weights are merged, so that all must predict the same quantity.
     """
 
     label: str
@@ -75,6 +76,7 @@ class Group:
     num_experts: int | None = None
     encoder_sets: int | None = None
     is_drawn: bool = True
+    is_merged: bool = False
 
 
 @dataclass(frozen=True)

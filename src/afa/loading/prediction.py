@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import diffusers
 from diffusers import EulerDiscreteScheduler
 
-from afa.denoisers.kinds import PredictionType
+from afa.denoisers.objective import FLOW, predicted_by
 from afa.errors import AfaError
 from afa.files import parts_of, read_json
 from afa.loading.weights import file_metadata
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 
     from diffusers import SchedulerMixin
 
+    from afa.denoisers.objective import PredictionType
     from afa.loading.weights import Shapes
 
-_FLOW = "flow_prediction"
 #: spellings in files and configurations of other programs
 _SPELLED: dict[str, PredictionType] = {
     **dict.fromkeys(("epsilon", "eps", "noise"), "epsilon"),
@@ -226,7 +226,7 @@ def decide(
     class_name = parts_of(read_json(config / "model_index.json")).get("scheduler", "")
     _require_edm(source, evidence, class_name, config)
     own = predicted_by(class_name, settings)
-    if own == _FLOW or asked == _FLOW:
+    if own == FLOW or asked == FLOW:
         if asked not in (None, own):
             raise AfaError(
                 "AFA-LOAD-048",
@@ -284,13 +284,6 @@ def _changes(
     if zero and not own_zero and settings.get("timestep_spacing") != "trailing":
         changes["timestep_spacing"] = "trailing"  # others skip the step of pure noise
     return changes or None
-
-
-def predicted_by(class_name: str, settings: Mapping[str, Any]) -> str:
-    """Return the prediction type in a scheduler's configuration."""
-    if class_name.startswith("FlowMatch"):
-        return _FLOW
-    return str(settings.get("prediction_type") or "epsilon")
 
 
 def _require_edm(

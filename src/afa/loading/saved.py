@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from afa.aggregators import SABWConfig, SABWSettings
 from afa.denoisers import FAMILIES
-from afa.denoisers.kinds import PredictionType
+from afa.denoisers.objective import PredictionType
 from afa.ensemble.references import ExpertReference, LoraReference
 from afa.errors import AfaError
 from afa.files import read_json

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from afa.denoisers.objective import predicted_by
 from afa.denoisers.stable_diffusion import STABLE_DIFFUSION_2
 from afa.errors import AfaError
 from afa.files import read_json
-from afa.loading.prediction import evidence_of, predicted_by
+from afa.loading.prediction import evidence_of
 from afa.merging.model_kinds import INPUT_LAYERS, model_kind
 
 if TYPE_CHECKING:

@@ -18,4 +18,6 @@ def plan_of_merge(recipe: MergeRecipe) -> Plan:
     """The plan of `afa merge`, which holds one tensor of each checkpoint in memory."""
     experts = [*recipe.experts, *([] if recipe.base is None else [recipe.base])]
     companions = Companions(torch.float32, fallback=first_folder(experts))
-    return Plan([Group("merge", experts, companions, allow_duplicates=True, is_loose=True)])
+    return Plan(
+        [Group("merge", experts, companions, allow_duplicates=True, is_loose=True, is_merged=True)]
+    )

@@ -126,7 +126,9 @@ def look(
                 report.findings.append(Finding(error.code, level, "files", str(error)))
         if len(checked) == len(group.experts):
             found = compare(
-                [each.facts for each in checked], allow_duplicates=group.allow_duplicates
+                [each.facts for each in checked],
+                allow_duplicates=group.allow_duplicates,
+                converts=not group.is_merged,
             )
             report.findings += [
                 finding

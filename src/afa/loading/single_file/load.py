@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
     from transformers import PreTrainedModel
 
-    from afa.denoisers.kinds import PredictionType
+    from afa.denoisers.objective import PredictionType
     from afa.loading.weights import Shapes
 
 #: parts of pipelines that an ensemble does not use
