@@ -23,7 +23,8 @@ from afa.drafting import Drafter, DraftsRecipe, recognise, routed, use_drafts
 from afa.drafting.drafter import blurred
 from afa.ensemble.regions import Regions
 from afa.errors import AfaError
-from afa.loading.pipeline import load_single, native_resolution, with_rules
+from afa.loading.pipeline import load_single, with_rules
+from afa.loading.task import native_resolution
 from afa.training import SceneImages
 from afa.training.encoding import encode_pictures
 from afa.training.transform import Transform

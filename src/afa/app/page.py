@@ -26,7 +26,7 @@ from afa.ensemble.steering import STAGES
 from afa.errors import AfaError
 from afa.files import slug
 from afa.loading.ensemble_folder import ensemble_folder
-from afa.loading.pipeline import native_resolution, size_multiple
+from afa.loading.task import native_resolution, size_multiple
 from afa.loading.truncation import warnings_for
 from afa.loading.vocabulary import word_warnings
 from afa.reading import counted, read_picture

@@ -317,7 +317,7 @@ def _picture_size(
     Raises:
         AfaError: if one is not a multiple of the experts' smallest step.
     """
-    from afa.loading.pipeline import native_resolution, size_multiple
+    from afa.loading.task import native_resolution, size_multiple
 
     native, multiple = native_resolution(pipeline), size_multiple(pipeline)
     for name, size in (("--height", height), ("--width", width)):

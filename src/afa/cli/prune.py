@@ -60,7 +60,7 @@ def prune(
     from afa.ensemble.caching.plan import save_plan
     from afa.ensemble.calibrate import calibrate
     from afa.loading.ensemble_folder import load_ensemble
-    from afa.loading.pipeline import check_text_to_image
+    from afa.loading.task import check_text_to_image
     from afa.loading.truncation import warnings_for
     from afa.training.engine import pick_device
 

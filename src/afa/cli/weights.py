@@ -168,7 +168,7 @@ def _compared(
     from afa.ensemble.protocol import expert_names
     from afa.ensemble.recording import record_weights
     from afa.loading.ensemble_folder import ensemble_folder
-    from afa.loading.pipeline import native_resolution
+    from afa.loading.task import native_resolution
     from afa.loading.truncation import warnings_for
     from afa.loading.vocabulary import word_warnings
 

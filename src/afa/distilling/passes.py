@@ -14,7 +14,7 @@ from afa.distilling.predictions import Predictions
 from afa.errors import AfaError
 from afa.evaluation.prompts import load_prompts
 from afa.evaluation.work import draw
-from afa.loading.pipeline import native_resolution, size_multiple
+from afa.loading.task import native_resolution, size_multiple
 from afa.loading.truncation import warnings_for
 from afa.machine.exhausted import saying_what_fits, smaller_batch
 from afa.reading import BrokenSample

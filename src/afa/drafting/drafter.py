@@ -20,8 +20,9 @@ from afa.ensemble.locks import Lock
 from afa.ensemble.regions import Regions
 from afa.errors import AfaError
 from afa.loading.identity import identity_of
-from afa.loading.pipeline import check_text_to_image, load_single, native_resolution
+from afa.loading.pipeline import load_single
 from afa.loading.single_file.load import Companions
+from afa.loading.task import check_text_to_image, native_resolution
 from afa.loading.vocabulary import unknown_words
 
 if TYPE_CHECKING:

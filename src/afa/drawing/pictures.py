@@ -23,9 +23,9 @@ from afa.loading.ensemble_folder import aggregator_tensors, load_ensemble
 from afa.loading.manifest import read_manifest
 from afa.loading.memory.budget import size_text
 from afa.loading.memory.plan import bytes_alone
-from afa.loading.pipeline import check_text_to_image
 from afa.loading.planned import companions_of_ensemble
 from afa.loading.sources import is_there
+from afa.loading.task import check_text_to_image
 from afa.loading.trust.unchanged import require_unchanged
 from afa.machine.exhausted import saying_what_fits
 from afa.machine.free import free_memory

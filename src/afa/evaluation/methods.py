@@ -18,9 +18,10 @@ from afa.errors import AfaError
 from afa.loading.ensemble_folder import load_ensemble
 from afa.loading.expert import load_expert
 from afa.loading.expert_source import ExpertSource, first_folder
-from afa.loading.pipeline import check_text_to_image, load_pipeline, load_single, with_rules
+from afa.loading.pipeline import load_pipeline, load_single, with_rules
 from afa.loading.planned import companions_of_ensemble
 from afa.loading.single_file.load import Companions
+from afa.loading.task import check_text_to_image
 from afa.training.engine import pick_device
 
 if TYPE_CHECKING:

@@ -21,8 +21,9 @@ from afa.drafting.drafter import judge_identity
 from afa.ensemble.guard import decoded
 from afa.errors import AfaError
 from afa.files import read_text, write_atomic, write_png
-from afa.loading.pipeline import native_resolution, with_rules
+from afa.loading.pipeline import with_rules
 from afa.loading.planned import companions_of
+from afa.loading.task import native_resolution
 from afa.loading.truncation import warnings_for
 from afa.loading.trust.unchanged import require_unchanged
 from afa.machine.exhausted import saying_what_fits, smaller_batch

@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from afa.errors import AfaError
-from afa.loading.pipeline import native_resolution, size_multiple
+from afa.loading.task import native_resolution, size_multiple
 from afa.loading.truncation import limits_of, warnings_for
 from afa.loading.vocabulary import coverage_warnings, files_of, words_of
 from afa.reading import BrokenSample, Tally, conversions_of

@@ -11,7 +11,7 @@ from diffusers.training_utils import EMAModel
 from torch.amp import GradScaler
 
 from afa.errors import AfaError
-from afa.loading.pipeline import check_text_to_image, native_resolution
+from afa.loading.task import check_text_to_image, native_resolution
 from afa.loading.trust.unchanged import require_unchanged
 from afa.training.checkpoints import (
     Checkpoint,

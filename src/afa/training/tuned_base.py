@@ -14,8 +14,9 @@ from afa.denoisers.kinds import denoiser_of
 from afa.ensemble.text import hash_weights
 from afa.errors import AfaError
 from afa.files import is_unused, read_json, write_atomic
-from afa.loading.pipeline import check_text_to_image, load_single, native_resolution
+from afa.loading.pipeline import load_single
 from afa.loading.single_file.load import Companions
+from afa.loading.task import check_text_to_image, native_resolution
 from afa.lora.adapters import add_adapters, merge_adapters
 from afa.recipe import differing
 from afa.training.checkpoints import (
