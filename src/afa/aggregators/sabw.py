@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
@@ -19,6 +19,7 @@ from afa.errors import AfaError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from typing import Self
 
     from torch import Tensor
 
@@ -103,6 +104,14 @@ class SABWSettings:
                 f"it; got {self.hidden_size} and {self.norm_num_groups}. Choose norm_num_groups = "
                 f"{fitting} or a larger hidden_size.",
             )
+
+    def for_predictions(self) -> Self:
+        """The same settings for an ensemble of predictions, which has no features.
+
+        `hidden_ratio` is relative to the channels of features. So it becomes None, and weights get
+        the resolution of the latent (`min_scale` 1); settings without `hidden_ratio` are kept.
+        """
+        return self if self.hidden_ratio is None else replace(self, hidden_ratio=None, min_scale=1)
 
 
 @dataclass(frozen=True)

@@ -192,6 +192,11 @@ class PipelineKind:
         return self.family.component
 
     @property
+    def packs(self) -> bool:
+        """Whether its pipelines pack latents into tokens."""
+        return self.conditioning is not None and self.conditioning.unpack is not None
+
+    @property
     def file_parts(self) -> tuple[str, ...]:
         """The components with weights that single files may contain, the denoiser first."""
         files = self.single_files

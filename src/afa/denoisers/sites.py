@@ -79,6 +79,8 @@ def family_of(expert: nn.Module) -> Family:
     Raises:
         AfaError: if no family supports the class, or the family does not support its blocks.
     """
+    if isinstance(own := getattr(expert, "family", None), Family):
+        return own  # the expert of an ensemble of predictions
     for family in families_of_class(type(expert)):
         family.check(expert)
         return family

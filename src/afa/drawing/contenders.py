@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from afa.denoisers.kinds import denoiser_of, kind_of_pipeline
-from afa.drawing.merged import merged_pipeline
+from afa.drawing.merged import has_merge, merged_pipeline
 from afa.ensemble.accelerate import accelerate
 from afa.ensemble.alone import expert_alone
 from afa.ensemble.protocol import expert_names
@@ -91,14 +91,14 @@ class Contenders:
         """The names of the contenders, the ensemble last.
 
         If the experts are offloaded or on several devices, they and the merge are not among them.
-        Experts with different objectives have no merge.
+        Experts with different objectives or architectures have no merge.
         """
         denoiser = denoiser_of(self._made[ENSEMBLE])
         is_ready = denoiser.execution.device is None and not (denoiser.devices or denoiser.exchange)
         own = [] if self.student is None else [STUDENT]
         if not is_ready:
             return [*own, ENSEMBLE]
-        merge = [] if denoiser.objectives is not None else [MERGE]
+        merge = [MERGE] if has_merge(denoiser) else []
         return [*(self._title(n) for n in range(len(self._experts))), *merge, *own, ENSEMBLE]
 
     def fields(self, name: str) -> dict[str, Any]:

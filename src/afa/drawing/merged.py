@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from afa.denoisers.kinds import denoiser_of, kind_of_pipeline
+from afa.denoisers.predictor import Predictor
 from afa.ensemble.text import EnsembleTextEncoder
 from afa.errors import AfaError
 from afa.loading.pipeline import with_parts
@@ -13,8 +14,14 @@ from afa.merging.in_memory import merge_models
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from afa.ensemble.denoiser import EnsembleDenoiser
     from afa.loading.loaded import Expert
     from afa.merging import MergeMethod
+
+
+def has_merge(ensemble: EnsembleDenoiser) -> bool:
+    """Whether an ensemble's experts predict the same quantity with the same architecture."""
+    return ensemble.objectives is None and not isinstance(ensemble.experts[0], Predictor)
 
 
 def merged_pipeline(
@@ -34,11 +41,11 @@ def merged_pipeline(
         AfaError: if the settings do not fit the experts, the base has another architecture, or the
             experts predict different quantities.
     """
-    if denoiser_of(experts).objectives is not None:
+    if not has_merge(denoiser_of(experts)):
         raise AfaError(
             "AFA-DRAW-018",
-            "The experts differ in what they predict or in their noise schedule, so the mean of "
-            "their weights predicts neither. Compare them without merges.",
+            "The experts differ in architecture, in what they predict or in their noise schedule, "
+            "so their weights have no mean. Compare them without merges.",
         )
     parts: dict[str, Any] = {
         kind_of_pipeline(experts).denoiser: merge_models(

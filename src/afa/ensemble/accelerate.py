@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -39,7 +40,7 @@ def accelerate(
         pipeline: a pipeline with an ensemble, whose settings are changed in place; or with a single
             model, which becomes an ensemble of one and computes the same unless a cache is used.
         acceleration: settings of the feature cache, or the name of a preset: `exact`, `balanced` or
-            `fast`.
+            `fast`. Presets reuse predictions if these alone are fused.
         plan: a pruning plan, or the file that `afa prune` wrote: which experts run at which sites
             and steps.
         compile: `regional` compiles the blocks of experts and aggregators at the first step, which
@@ -75,6 +76,8 @@ def accelerate(
         )
     if compile is not None:
         _require_compiler(compile, denoiser.device.type)
+    if isinstance(acceleration, str) and len(denoiser.sites) == 1:
+        settings = replace(settings, fresh=0)  # only predictions can be reused
     before = denoiser.plan, denoiser.graphs
     denoiser.plan = denoiser.graphs = None
     try:

@@ -7,7 +7,7 @@ on last.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
@@ -20,7 +20,7 @@ from afa.errors import AfaError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from afa.denoisers import Execution
+    from afa.denoisers import Execution, Site
     from afa.ensemble.caching.graphs import Graphs
     from afa.ensemble.caching.plan import PruningPlan
     from afa.ensemble.caching.settings import Acceleration
@@ -116,6 +116,7 @@ class Switches:
     """The settings of `EnsembleDenoiser` that switch features on and off."""
 
     aggregators: Any
+    sites: Sequence[Site]
     execution: Execution
     exchange: Exchange | None
     devices: Devices | None
@@ -230,12 +231,19 @@ class Switches:
     def acceleration(self) -> Acceleration:
         """How much of a denoising loop is reused from earlier steps; see `afa.accelerate`.
 
-        Setting it clears the cache, whose features belong to the sites of the earlier settings.
+        Setting it clears the cache, whose features belong to the sites of the earlier settings. It
+        raises AfaError if there are no features to reuse.
         """
         return self._acceleration
 
     @acceleration.setter
     def acceleration(self, acceleration: Acceleration) -> None:
+        if len(self.sites) == 1 and acceleration.fresh and not acceleration.is_exact:
+            raise AfaError(
+                "AFA-ENSEMBLE-068",
+                "The experts' predictions alone are fused, so there are no features of inner "
+                "blocks to reuse. Set fresh to 0, which reuses predictions.",
+            )
         self._acceleration = acceleration
         self.reset_loops()
 

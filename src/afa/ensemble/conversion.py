@@ -61,7 +61,7 @@ class Conversion(Hook):
     is_recordable = True
 
     def __init__(self, family: Family, site: Site, objectives: Objectives) -> None:
-        if any(kind.conditioning and kind.conditioning.unpack for kind in family.pipelines):
+        if any(kind.packs for kind in family.pipelines):
             raise AfaError(
                 "AFA-ENSEMBLE-065",
                 f"The experts predict different quantities, which cannot be converted for the "

@@ -63,7 +63,7 @@ class EnsembleTextEncoder(PreTrainedModel):
         self.encoders: Any = nn.ModuleList(distinct)
         self.encoders.requires_grad_(False)
         self.is_joined = join or len(distinct) > 1
-        if _last_norm(encoders[0]) is not None:
+        if last_norm(encoders[0]) is not None:
             # with `clip_skip`, stock pipelines apply this norm to an earlier layer's output
             self.text_model = SimpleNamespace(final_layer_norm=self._final_layer_norm)
         self.eval()
@@ -128,10 +128,10 @@ class EnsembleTextEncoder(PreTrainedModel):
     def _final_layer_norm(self, hidden: Tensor) -> Tensor:
         """Apply each encoder's last norm to its part of [B, L, N * D], or to [B, L, D]."""
         if not self.is_joined:
-            return _last_norm(self.encoders[0])(hidden)
+            return last_norm(self.encoders[0])(hidden)
         parts = hidden.chunk(len(self.encoder_of), dim=-1)
         normed = [
-            _last_norm(self.encoders[n])(part)
+            last_norm(self.encoders[n])(part)
             for n, part in zip(self.encoder_of, parts, strict=True)
         ]
         return torch.cat(normed, dim=-1)
@@ -175,7 +175,7 @@ class _EveryEmbedding:
             embedding.weight.data[token] = row.to(embedding.weight)
 
 
-def _last_norm(encoder: Any) -> Any:
+def last_norm(encoder: Any) -> Any:
     """The last norm of a CLIP text encoder; None for other encoders."""
     # in transformers 5 it is on the model itself, or one level deeper with a projection
     inner = getattr(encoder, "text_model", encoder)

@@ -13,12 +13,17 @@ from afa.loading.loaded import LATENTS
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from afa.loading.expert_source import Fuse
     from afa.loading.facts import Facts
     from afa.loading.loaded import Expert
 
 
 def compare(
-    experts: Sequence[Facts], *, allow_duplicates: bool = False, converts: bool = True
+    experts: Sequence[Facts],
+    *,
+    allow_duplicates: bool = False,
+    converts: bool = True,
+    fuse: Fuse = "blocks",
 ) -> Iterator[Finding]:
     """Find all differences that prevent or impair an ensemble, the most basic first.
 
@@ -27,17 +32,18 @@ def compare(
         allow_duplicates: whether experts may have the same weights.
         converts: whether predictions of another kind or on another noise schedule are converted, as
             ensembles do it.
+        fuse: `predictions` only requires one latent space.
     """
     if not allow_duplicates:
         yield from _duplicates(experts)
     for other in experts[1:]:
-        for check in _CHECKS:
+        for check in _CHECKS if fuse == "blocks" else _OF_PREDICTIONS:
             found = check(experts[0], other)
             if found is not None and check is _schedule and converts:
                 found = _converted(experts[0], other) or found
             if found is not None:
                 yield found
-                if check is _family:
+                if check in (_family, _prompted):
                     break  # models of different families have nothing else to compare
     yield from _distilled(experts)
     for expert in experts:
@@ -72,6 +78,7 @@ def _family(first: Facts, other: Facts) -> Finding | None:
         f"'{other.name}' is a {other.kind.name} model, '{first.name}' is a {first.kind.name} "
         "model; all experts must be of one family.",
         "Features of different families cannot be fused.",
+        "Fuse their predictions: fuse = predictions.",
     )
 
 
@@ -206,10 +213,13 @@ def _schedule(first: Facts, other: Facts) -> Finding | None:
 
 def _converted(first: Facts, other: Facts) -> Finding | None:
     """Report that the predictions of an expert are converted; None if they cannot be."""
-    packs = first.kind.conditioning is not None and first.kind.conditioning.unpack is not None
     predicts = [expert.schedule.get("prediction_type") for expert in (first, other)]
     is_known = all(each in get_args(PredictionType) for each in predicts)
-    if packs or not is_known or any(e.schedule.get("noise_levels") for e in (first, other)):
+    if (
+        first.kind.packs
+        or not is_known
+        or any(e.schedule.get("noise_levels") for e in (first, other))
+    ):
         return None
     ours, theirs = predicts
     what = f"has another noise schedule than '{first.name}'"
@@ -340,11 +350,42 @@ _CHECKS: tuple[Callable[[Facts, Facts], Finding | None], ...] = (
 )
 
 
-def check_experts(experts: Sequence[Expert], *, allow_duplicates: bool = False) -> None:
+def _prompted(first: Facts, other: Facts) -> Finding | None:
+    """Check that experts draw from prompts, and that the first one's pipeline can call the rest."""
+    for expert in (first, other):
+        if expert.kind.conditioning is None:
+            return Finding(
+                "AFA-LOAD-106",
+                "error",
+                "family",
+                f"'{expert.name}' is a {expert.kind.name} model, which does not draw from prompts.",
+                "",
+                "Remove it.",
+            )
+    if first.kind.packs:
+        return Finding(
+            "AFA-LOAD-107",
+            "error",
+            "family",
+            f"The first expert, '{first.name}', is a {first.kind.name} model, whose pipeline packs "
+            "latents into tokens.",
+            "The others could not read them.",
+            "List another expert first.",
+        )
+    return None
+
+
+#: what ensembles of predictions need
+_OF_PREDICTIONS = (_prompted, _latents, _schedule)
+
+
+def check_experts(
+    experts: Sequence[Expert], *, allow_duplicates: bool = False, fuse: Fuse = "blocks"
+) -> None:
     """Check that loaded experts can be ensembled.
 
     Raises:
         AfaError: if they differ; the first difference, the expert that has it and its effect.
     """
     facts = [facts_of(expert) for expert in experts]
-    require_none_wrong(compare(facts, allow_duplicates=allow_duplicates))
+    require_none_wrong(compare(facts, allow_duplicates=allow_duplicates, fuse=fuse))

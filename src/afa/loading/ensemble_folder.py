@@ -21,6 +21,7 @@ from afa.denoisers.kinds import denoiser_of
 from afa.errors import AfaError
 from afa.files import staged, write_atomic
 from afa.loading.pipeline import load_pipeline
+from afa.loading.predictions import fused_by
 from afa.loading.published import is_published, load_published
 from afa.loading.saved import (
     ABSENT,
@@ -129,6 +130,7 @@ def save_ensemble(
         "format": FORMAT,
         "version": 1,
         "family": ensemble.family.name,
+        **({"fuse": fuse} if (fuse := fused_by(ensemble)) != "blocks" else {}),
         "experts": [_written(reference, folder) for reference in known.experts],
         "vae": known.vae and _written(known.vae, folder),
         "config": known.config and relative_source(known.config, folder),
@@ -262,6 +264,7 @@ def load_ensemble(
         config=saved_config if config is None else config,
         parts=after[len(sources) :],
         allow_duplicates=True,  # were allowed in training
+        fuse=saved["fuse"],
         torch_dtype=torch_dtype,
         device=device,
         **memory,

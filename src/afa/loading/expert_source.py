@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Discriminator, Field, Tag, TypeAdapter, model_validator
 from pydantic_core import core_schema
@@ -18,6 +18,8 @@ from afa.recipe import Section
 if TYPE_CHECKING:
     from pydantic import GetCoreSchemaHandler
 
+#: what is fused: features after every block, or predictions alone; see `afa.loading.predictions`
+Fuse = Literal["blocks", "predictions"]
 _MAX_SCALE = 10
 
 

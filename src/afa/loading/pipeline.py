@@ -20,13 +20,18 @@ from afa.ensemble.text import EnsembleTextEncoder, first_equal, share_equal
 from afa.errors import AfaError
 from afa.loading.compare import check_experts, compare
 from afa.loading.expert import load_described
-from afa.loading.expert_source import AnySource, ExpertSource, absolute_config, first_folder
+from afa.loading.expert_source import AnySource, ExpertSource, Fuse, absolute_config, first_folder
 from afa.loading.finding import require_none_wrong
 from afa.loading.loaded import Expert
 from afa.loading.lora import lora_expert, shared_copy
 from afa.loading.manifest import ExpertManifest, read_manifest
 from afa.loading.memory.budget import AHEAD, MemoryPlan, Place
 from afa.loading.memory.plan import plan_experts
+from afa.loading.predictions import (
+    parts_of_predictions,
+    require_one_latent_space,
+    require_predictions,
+)
 from afa.loading.quantization import Weights, quantize_linear, require_quantizer
 from afa.loading.single_file.autoencoder import load_vae
 from afa.loading.single_file.load import Companions
@@ -58,8 +63,9 @@ def load_pipeline(
     reserved: int = 0,
     on_plan: Callable[[MemoryPlan], object] | None = None,
     quantize: Weights | None = None,
+    fuse: Fuse = "blocks",
 ) -> DiffusionPipeline:
-    """Combine several diffusion models of one kind into one stock pipeline.
+    """Combine several diffusion models into one stock pipeline.
 
     Its class is that of the first expert's pipeline. Other stock pipelines accept the same
     components: `StableDiffusionImg2ImgPipeline(**pipeline.components)`. `afa.denoisers.kinds` lists
@@ -91,6 +97,8 @@ def load_pipeline(
             resolution.
         reserved: bytes of the budget for another model.
         on_plan: called with the chosen plan before anything is loaded.
+        fuse: `blocks` fuses features after every block; `predictions` fuses predictions alone, so
+            that experts only need one latent space; see `afa.loading.predictions`.
         quantize: store weights of the experts' linear layers in 8 bits, `int8` or `float8`; see
             `afa.loading.quantization`.
 
@@ -123,6 +131,8 @@ def load_pipeline(
         place = plan.place
         if on_plan is not None:
             on_plan(plan)
+    if fuse == "predictions":
+        require_predictions(place, memory_budget)
     if place not in get_args(Place):
         raise AfaError(
             "AFA-LOAD-042", f"place must be one of {', '.join(get_args(Place))}; got '{place}'."
@@ -138,11 +148,13 @@ def load_pipeline(
             stream.add(expert.kind.family.layers(expert.denoiser))
 
     vae = None if vae is None else ExpertSource.of(vae)
-    marks = _check_before(manifests, vae)
+    marks = _check_before(manifests, vae, fuse)
     loaded = _load_all(manifests, prepare, with_vae=vae is None)
-    check_experts(loaded, allow_duplicates=allow_duplicates)
+    check_experts(loaded, allow_duplicates=allow_duplicates, fuse=fuse)
     autoencoder, vae_reference = _autoencoder(loaded[0], manifests[0], vae)
-    pipeline = assemble(loaded, aggregators, autoencoder)
+    if fuse == "predictions":
+        require_one_latent_space(manifests, autoencoder, vae_reference)
+    pipeline = assemble(loaded, aggregators, autoencoder, fuse)
     denoiser = denoiser_of(pipeline)
     if place == "memory":
         pipeline.to(device)
@@ -165,7 +177,7 @@ def load_pipeline(
 
 
 def _check_before(
-    experts: Sequence[ExpertManifest], vae: ExpertSource | None = None
+    experts: Sequence[ExpertManifest], vae: ExpertSource | None = None, fuse: Fuse = "blocks"
 ) -> dict[Path, Mark]:
     """Check that experts are complete and compatible, before the first is loaded.
 
@@ -180,7 +192,7 @@ def _check_before(
         if expert.source.lora is not None:
             files.append(Path(expert.source.lora).expanduser())
     bases = {expert.source.base: expert for expert in experts}
-    require_none_wrong(compare([expert.facts for expert in bases.values()]))
+    require_none_wrong(compare([expert.facts for expert in bases.values()], fuse=fuse))
     for number, expert in enumerate(experts):
         expert.require_whole(with_autoencoder=number == 0 and vae is None)
     places = [experts[0].path / "vae"]
@@ -248,9 +260,13 @@ def assemble(
     experts: Sequence[Expert],
     aggregators: SABWConfig | Sequence[nn.Module] | None,
     vae: nn.Module,
+    fuse: Fuse = "blocks",
 ) -> DiffusionPipeline:
     """Build a stock pipeline from loaded experts, with the first one's scheduler."""
     first = experts[0]
+    vae.requires_grad_(False)
+    if fuse == "predictions":
+        return _build(first, {**parts_of_predictions(experts, aggregators, vae), "vae": vae})
     encoders = {
         name: share_equal([expert.text_encoders[name] for expert in experts])
         for name in first.text_encoders
@@ -274,7 +290,6 @@ def assemble(
         first.kind.denoiser: denoiser,
         **{name: EnsembleTextEncoder(each, join=joined) for name, each in encoders.items()},
     }
-    vae.requires_grad_(False)
     return _build(first, parts)
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from afa.loading.expert_source import AnySource
+    from afa.loading.expert_source import AnySource, Fuse
 
 _NUM_STEPS = 50  # default number of steps for a picture
 
@@ -65,6 +65,7 @@ class Group:
         encoder_sets: likewise, the number of different sets of text encoders.
         is_drawn: whether they draw, with the first one's autoencoder; not the inputs of merges.
         is_merged: whether their weights are merged, so that all must predict the same quantity.
+        fuse: what is fused.
     """
 
     label: str
@@ -77,6 +78,7 @@ class Group:
     encoder_sets: int | None = None
     is_drawn: bool = True
     is_merged: bool = False
+    fuse: Fuse = "blocks"
 
 
 @dataclass(frozen=True)
@@ -155,4 +157,5 @@ def group_of_ensemble(label: str, folder: str | Path, dtype: torch.dtype) -> Gro
         ),
         saved_aggregators(saved),
         allow_duplicates=True,  # were allowed in training
+        fuse=saved["fuse"],
     )

@@ -13,7 +13,7 @@ from afa.denoisers.objective import PredictionType
 from afa.ensemble.references import ExpertReference, LoraReference
 from afa.errors import AfaError
 from afa.files import read_json
-from afa.loading.expert_source import ExpertSource
+from afa.loading.expert_source import ExpertSource, Fuse
 from afa.loading.sources import absolute_source
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ class _SavedEnsemble(_Saved):
     format: Literal["afa-ensemble"]
     version: Literal[1]
     family: str
+    fuse: Fuse = "blocks"
     experts: list[_Reference] = Field(min_length=1)
     vae: _Reference | None
     config: str | None

@@ -10,13 +10,13 @@ import torch
 
 from afa.loading.finding import Finding
 from afa.loading.memory.budget import program_bytes, size_text
-from afa.loading.memory.needs import needs_of
+from afa.loading.memory.needs import needs_of, needs_of_predictions
 from afa.loading.planned import Work
 from afa.machine.free import free_memory
 from afa.machine.processes import num_launched
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from afa.aggregators import SABWConfig
@@ -55,6 +55,7 @@ class Job:
         aggregators: the aggregators' configuration; None for the mean.
         dtype: dtype of the experts.
         work: the work.
+        configs: of experts whose predictions alone are fused, one folder each.
     """
 
     config: Path
@@ -63,6 +64,7 @@ class Job:
     aggregators: SABWConfig | None
     dtype: torch.dtype
     work: Work
+    configs: Sequence[Path] = ()
 
     def estimate(self) -> Estimate:
         """Estimate memory and time on this machine."""
@@ -81,6 +83,15 @@ class Job:
         return program_bytes(is_on_cpu) + needs.in_memory
 
     def _needs(self, batch: int) -> Needs:
+        if self.configs:
+            return needs_of_predictions(
+                self.configs,
+                self.aggregators,
+                dtype=self.dtype,
+                batch=self.work.samples_each * batch,
+                pixels=self.work.pixels,
+                training=self.work.training,
+            )
         return needs_of(
             self.config,
             self.num_experts,

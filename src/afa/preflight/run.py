@@ -129,6 +129,7 @@ def look(
                 [each.facts for each in checked],
                 allow_duplicates=group.allow_duplicates,
                 converts=not group.is_merged,
+                fuse=group.fuse,
             )
             report.findings += [
                 finding
@@ -264,6 +265,7 @@ def _estimate(report: Report, work: Work, group: Group, checked: Sequence[Checke
         group.aggregators,
         group.companions.torch_dtype,
         work if checked[0].facts.kind.family.batches_guidance else unbatched,
+        [each.manifest.config for each in checked] if group.fuse == "predictions" else (),
     )
     try:
         found = job.estimate()

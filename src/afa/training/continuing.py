@@ -7,6 +7,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from afa.denoisers.kinds import denoiser_of, options_of
+from afa.ensemble.prompts import PromptEncoder
 from afa.ensemble.text import EnsembleTextEncoder, configuration_of
 from afa.errors import AfaError
 from afa.training.cache.text import hash_tokenizer
@@ -91,6 +92,9 @@ def configurations(pipeline: DiffusionPipeline) -> dict[str, str]:
             experts = list(getattr(part, "experts", [part]))
         elif isinstance(part, EnsembleTextEncoder):
             experts = [part.encoders[n] for n in part.encoder_of]
+        elif isinstance(part, PromptEncoder):
+            experts = part.encoders
+            found["the options of the other experts' pipelines"] = digest(part.described)
         if all(hasattr(each, "config") for each in experts):
             configs = [configuration_of(each) for each in experts]
             found[f"the configuration of {name}"] = digest(configs)

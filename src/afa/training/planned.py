@@ -26,6 +26,7 @@ def plan_of_training(recipe: Recipe) -> Plan:
         companions_of(recipe, dtype),
         SABWConfig(**vars(recipe.aggregator)),
         recipe.allow_duplicates,
+        fuse=recipe.fuse,
     )
     training = Training(settings.gradient_checkpointing, settings.ema_decay is not None)
     work = Work(

@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from afa.aggregators import SABWSettings
 from afa.drafting.settings import DraftsRecipe, OwnDrafts
 from afa.errors import AfaError
-from afa.loading.expert_source import ExpertSource
+from afa.loading.expert_source import ExpertSource, Fuse
 from afa.reading import parse_colour
 from afa.recipe import MAX_SEED, Section, read_recipe, resolve_path, resolve_source, resolve_sources
 
@@ -242,22 +242,42 @@ class Recipe(Section):
     of the first expert or of the source `vae`. For single files, `config` is a diffusers folder of
     their family or the name of a bundled configuration (by default detected from the file), and
     `parts` are sources of the text encoders that they lack. `allow_duplicates` allows duplicate
-    experts. `drafts` are those that the ensemble uses by itself, see `OwnDrafts`.
+    experts. `drafts` are those that the ensemble uses by itself, see `OwnDrafts`. `fuse` is
+    `predictions` for experts of different architectures, see `afa.loading.predictions`.
     """
 
-    LATER: ClassVar[tuple[str, ...]] = ("drafts",)
+    LATER: ClassVar[tuple[str, ...]] = ("drafts", "fuse")
 
     experts: list[ExpertSource] = Field(min_length=1)
     vae: str | None = None
     config: str | None = None
     parts: list[str] = Field(default=[])
     allow_duplicates: bool = False
+    fuse: Fuse = "blocks"
     drafts: OwnDrafts | None = None
     data: DataRecipe
     aggregator: SABWSettings = SABWSettings()
     training: TrainingRecipe
     validation: ValidationRecipe | None = None
     previews: PreviewRecipe | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_predictions(cls, given: Any) -> Any:
+        """Fill in the sizes of aggregators of predictions; see `SABWSettings.for_predictions`."""
+        if not isinstance(given, dict) or given.get("fuse") != "predictions":
+            return given
+        aggregator = given.get("aggregator") or {}
+        if isinstance(aggregator, SABWSettings):
+            return {**given, "aggregator": aggregator.for_predictions()}
+        if isinstance(aggregator, dict):
+            if aggregator.get("hidden_ratio") is not None:
+                raise ValueError(
+                    "must have aggregator.hidden_ratio: null with fuse: predictions, because it is "
+                    "relative to the channels of features"
+                )
+            aggregator = {"min_scale": 1, **aggregator, "hidden_ratio": None}
+        return {**given, "aggregator": aggregator}
 
 
 def load_recipe(path: str | Path) -> Recipe:

@@ -97,6 +97,7 @@ def train(
             config=recipe.config,
             parts=recipe.parts,
             allow_duplicates=recipe.allow_duplicates,
+            fuse=recipe.fuse,
             torch_dtype=getattr(torch, settings.expert_dtype),
             # offloaded or sharded experts move to the device in parts
             device="cpu" if settings.offload_experts or engine.is_sharding else engine.device,

@@ -21,7 +21,7 @@ from torch import nn
 from afa.aggregators import Condition, SABWConfig
 from afa.aggregators.build import build_sabw
 from afa.aggregators.lowered import HALVES
-from afa.denoisers import Execution, Feature, discover_sites, run_lockstep
+from afa.denoisers import Execution, Feature, Site, discover_sites, run_lockstep
 from afa.denoisers.kinds import kind_of
 from afa.errors import AfaError
 from afa.files import cache_folder, parts_of, read_json, write_atomic
@@ -154,6 +154,44 @@ def needs_of(
         others=found.others,
         work=max(found.step * batch * picture // found.cells, found.decoding * picture // _SIDE**2),
         flops=found.flops * batch * picture // found.cells,
+    )
+
+
+def needs_of_predictions(
+    configs: Sequence[Path],
+    aggregators: SABWConfig | None,
+    *,
+    dtype: torch.dtype,
+    pixels: int | None = None,
+    batch: int = 2,
+    training: Training | None = None,
+) -> Needs:
+    """Estimate the needs of experts whose predictions alone are fused; see `needs_of`.
+
+    They run one after the other, so activations are those of the largest one. No gradient flows
+    through them.
+
+    Args:
+        configs: the pipeline folder of each expert.
+    """
+    alone = [
+        needs_of(c, 1, None, encoder_sets=1, dtype=dtype, pixels=pixels, batch=batch)
+        for c in configs
+    ]
+    rules = 0
+    if aggregators is not None:
+        with torch.device("meta"):
+            (rule,) = build_sabw(aggregators, [Site("out", 4, 1, 256)], len(configs), None)
+        rules = _bytes(rule) * (1 if training is None else 1 + training.copies)
+    return Needs(
+        num_experts=len(configs),
+        layers=sum(each.layers for each in alone),
+        largest=max(each.layers for each in alone),
+        rest=sum(each.rest for each in alone),
+        encoders=sum(each.encoders for each in alone),
+        others=max(each.others for each in alone) + rules,
+        work=max(each.work for each in alone),
+        flops=sum(each.flops for each in alone),
     )
 
 

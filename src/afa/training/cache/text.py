@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from afa.denoisers.kinds import denoiser_of, options_of
+from afa.ensemble.prompts import PromptEncoder, PromptTokenizer
 from afa.ensemble.text import EnsembleTextEncoder, configuration_of, hash_weights
 from afa.provenance import releases
 from afa.training.cache.files import (
@@ -134,6 +135,9 @@ class TextCache:
 
 def _hash_encoder(encoder: Any) -> list[Any]:
     """Hashes of everything that determines the output of a text encoder, or an ensemble's."""
+    if isinstance(encoder, PromptEncoder):
+        configurations = [configuration_of(each) for each in encoder.encoders]
+        return [hash_weights(encoder), configurations, encoder.described, str(encoder.dtype)]
     if not isinstance(encoder, EnsembleTextEncoder):
         return [hash_weights(encoder), configuration_of(encoder), str(encoder.dtype)]
     hashes = [[hash_weights(e), configuration_of(e)] for e in encoder.encoders]
@@ -144,6 +148,9 @@ def _hash_encoder(encoder: Any) -> list[Any]:
 
 def hash_tokenizer(tokenizer: Any) -> str:
     """SHA-256 of everything that determines the tokens of a text."""
+    if isinstance(tokenizer, PromptTokenizer):
+        every = json.dumps([hash_tokenizer(each) for each in tokenizer.tokenizers])
+        return hashlib.sha256(every.encode()).hexdigest()
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         model: Any = tokenizer.get_vocab()
