@@ -1,0 +1,178 @@
+"""Experts that predict different quantities, or have different architectures, on emoji scenes.
+
+    python -m benchmarks.mixed runs/mixed --transformers runs/dit/zoo    # resumes
+
+The bundled experts predict velocity with zero terminal SNR. Two more are fine-tuned from the base
+to predict noise on an ordinary schedule; a third, of the PixArt family and with the same
+autoencoder, is from the zoo of transformers. Each mixture is trained with features fused after
+every block, if the architectures allow it, and with predictions alone, on the same pictures as the
+ensemble of equal experts. Merges exist for experts of one kind only, and are the references.
+
+Prompts have pairs of objects that no training showed; their seed is used nowhere else. The outcomes
+of every picture go to `docs/mixed`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from afa.aggregators import SABWSettings
+from afa.evaluation.recipe import slug
+from afa.files import write_atomic
+from afa.loading.expert_source import ExpertSource
+from afa.loading.sources import locate
+from afa.studies.evidence.jobs import tuned_job
+from afa.studies.results.jobs import Job, run_jobs, train_aggregators_job
+from afa.studies.results.plan import SHIPPED, StudySettings, sampling, scenes, training
+from afa.studies.results.run import evaluate_in_processes
+from afa.training.recipe import DataRecipe, Recipe, ScenesRecipe
+from afa.zoo import EXPERTS
+from afa.zoo.models import AGGREGATOR
+
+#: aggregators of adequate size at the last site only
+PREDICTIONS: dict[str, Any] = {"sites": "conv_out", "hidden_ratio": None, "min_scale": 1}
+NOISE = ("animals", "things")
+PROMPTS: dict[str, int] = {"mixed": 192, **dict.fromkeys(EXPERTS, 64)}
+SEED = 7_000_000
+#: of the fine-tuning to another prediction; as many steps as the zoo's experts, and half again
+STEPS, RATE = 3_000, 3e-4
+DOCS = Path(__file__).parents[1] / "docs" / "mixed"
+
+
+def main() -> int:
+    """Train, draw and judge, or resume."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--transformers", type=Path, help="zoo of transformers")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--docs", type=Path, default=DOCS)
+    asked = parser.parse_args()
+    work: Path = asked.work
+    work.mkdir(parents=True, exist_ok=True)
+    run([noise_job(work, name) for name in NOISE], asked.processes)
+    mixtures = mixtures_of(work, asked.transformers)
+    recipes = {
+        (row, seed): recipe_of(experts, changes, seed)
+        for row, (experts, changes) in mixtures.items()
+        for seed in range(asked.seeds)
+    }
+    folders = {key: work / "trained" / f"{slug(key[0])}-{key[1]}" for key in recipes}
+    jobs = [
+        Job(folders[key].name, train_aggregators_job, (recipe, folders[key]))
+        for key, recipe in recipes.items()
+    ]
+    run(jobs, asked.processes)
+    methods: list[dict[str, Any]] = [
+        {"name": row, "ensemble": [str(folders[row, seed]) for seed in range(asked.seeds)]}
+        for row in mixtures
+    ]
+    methods += references(work, asked.transformers)
+    recipe = {
+        "experts": list(SHIPPED.experts.values()),
+        "base": SHIPPED.base,
+        "prompts": {"zoo": {"kinds": PROMPTS, "seed": SEED}},
+        "methods": methods,
+        "sampling": sampling(10),
+        "metrics": ["scenes"],
+        "num_resamples": 10_000,
+    }
+    evaluate_in_processes(work / "comparison", recipe, asked.processes)
+    asked.docs.mkdir(parents=True, exist_ok=True)
+    for name in ("report.json", "scores.csv"):
+        shutil.copyfile(work / "comparison" / name, asked.docs / name)
+    return 0
+
+
+def noise_job(work: Path, name: str) -> Job:
+    """The job that fine-tunes the base to predict noise on one domain."""
+    start = work / "start"
+    if not start.exists():
+        copied = work / "start.part"
+        shutil.rmtree(copied, ignore_errors=True)
+        shutil.copytree(locate(SHIPPED.base), copied)
+        file = copied / "scheduler" / "scheduler_config.json"
+        changes = {
+            "prediction_type": "epsilon",
+            "rescale_betas_zero_snr": False,
+            "timestep_spacing": "leading",
+        }
+        write_atomic(file, json.dumps({**json.loads(file.read_text()), **changes}, indent=1))
+        copied.rename(start)
+    settings = training(StudySettings(), 0, num_steps=STEPS, learning_rate=RATE)
+    data = ScenesRecipe(num_samples=100_000, seed=17, kind=name)  # type: ignore[arg-type]
+    return Job(f"{name}, noise", tuned_job, (str(start), data, settings, noise_of(work, name)))
+
+
+def noise_of(work: Path, name: str) -> Path:
+    """The folder of an expert that predicts noise."""
+    return work / "experts" / f"{name}-noise"
+
+
+def mixtures_of(
+    work: Path, transformers: Path | None
+) -> dict[str, tuple[list[str], dict[str, Any]]]:
+    """The experts of each ensemble, and what differs in its recipe."""
+    velocity = [SHIPPED.experts[name] for name in EXPERTS]
+    noise = {name: str(noise_of(work, name)) for name in NOISE}
+    noise_first = [noise["animals"], SHIPPED.experts["food"], noise["things"]]
+    velocity_first = [SHIPPED.experts["food"], noise["animals"], noise["things"]]
+    of_predictions = {"aggregator": PREDICTIONS}
+    found: dict[str, tuple[list[str], dict[str, Any]]] = {
+        "velocity alone": (velocity, {}),
+        "velocity alone, predictions": (velocity, of_predictions),
+        "noise and velocity": (noise_first, {}),
+        "noise and velocity, predictions": (noise_first, of_predictions),
+        "velocity and noise": (velocity_first, {}),
+        "velocity and noise, predictions": (velocity_first, of_predictions),
+    }
+    if transformers is not None:
+        mixed = [velocity[0], str(transformers / "food"), velocity[2]]
+        found["U-Nets and a transformer, predictions"] = (mixed, {"fuse": "predictions"})
+    return found
+
+
+def recipe_of(experts: list[str], changes: dict[str, Any], seed: int) -> Recipe:
+    """The recipe of one training; all have the same pictures and steps."""
+    chosen = {each.name: getattr(AGGREGATOR, each.name) for each in fields(SABWSettings)}
+    return Recipe(
+        experts=[ExpertSource(each) for each in experts],
+        fuse=changes.get("fuse", "blocks"),
+        data=DataRecipe(scenes=scenes(seed)),
+        aggregator=SABWSettings(**{**chosen, **changes.get("aggregator", {})}),
+        training=training(StudySettings(), seed, num_steps=1_000),
+    )
+
+
+def references(work: Path, transformers: Path | None) -> list[dict[str, Any]]:
+    """The experts alone, the base, and merges of those that can be merged."""
+    rows: list[dict[str, Any]] = [{"name": "base", "model": SHIPPED.base}]
+    rows += [{"name": f"expert: {name}", "model": SHIPPED.experts[name]} for name in EXPERTS]
+    rows += [
+        {"name": f"expert: {name}, noise", "model": str(noise_of(work, name))} for name in NOISE
+    ]
+    if transformers is not None:
+        rows.append({"name": "expert: food, transformer", "model": str(transformers / "food")})
+    uniform = {"method": "weighted", "weights": [1 / 3] * 3}
+    added = {"method": "dare", "density": 0.5, "weights": [1 / 3] * 3}
+    rows += [{"name": "weighted merge of velocity", "merge": uniform}]
+    return [*rows, {"name": "DARE merge of velocity", "merge": added}]
+
+
+def run(jobs: list[Job], num_processes: int) -> None:
+    """Run jobs, and print their progress."""
+    for each in run_jobs(jobs, num_processes):
+        if each.done % 100 == 0 or each.done == each.total:
+            sys.stdout.write(f"{each.name}: {each.done}/{each.total}\n")
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
