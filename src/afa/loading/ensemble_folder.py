@@ -306,6 +306,9 @@ def _model_card(config: dict[str, Any]) -> str:
         kind = "All prompts" if config["drafts"].get("prompts") == "all" else _UNKNOWN
         named = f"`{judge['source']}` (SHA-256 `{judge['sha256']}`)"
         drafts = f"\n## Drafts\n\n{kind} are drawn by drafts, which {named} judges.\n"
+    fused = "after each block a small network fuses their features"
+    if config.get("fuse") == "predictions":
+        fused = "a small network fuses their predictions"
     return f"""---
 library_name: afa
 tags: [text-to-image, diffusion, ensemble]
@@ -314,7 +317,7 @@ tags: [text-to-image, diffusion, ensemble]
 # An ensemble of {len(config["experts"])} diffusion models
 
 Adaptive Feature Aggregation (Wang et al., ICLR 2025, arXiv 2405.17082): the frozen experts below
-run side by side, and after each block a small network fuses their features with weights per pixel.
+run side by side, and {fused} with weights per pixel.
 
 ## Experts
 

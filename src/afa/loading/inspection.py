@@ -89,6 +89,7 @@ def _describe_ensemble(folder: Path) -> dict[str, Any]:
     return {
         "kind": "ensemble",
         "family": config["family"],
+        **({"fuse": config["fuse"]} if config["fuse"] != "blocks" else {}),
         "experts": [_describe_expert(expert) for expert in config["experts"]],
         "vae": config["vae"] and config["vae"]["source"],
         "parts": [part["source"] for part in config["parts"]],
