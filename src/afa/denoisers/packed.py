@@ -24,7 +24,8 @@ FLOAT8: dict[str, torch.dtype] = {
     "F8_E5M2": torch.float8_e5m2,
 }
 
-#: dequantises bytes to float32 values of a shape, with the bits of the row scales or None
+#: dequantises bytes to values of a shape, with the bits of the row scales or None; the values are
+#: float32, or float8 if there are no scales
 Unpack = Callable[[Tensor, Tensor | None, tuple[int, ...]], Tensor]
 
 
@@ -50,11 +51,11 @@ class _Float8:
         self._dtype = dtype
 
     def __call__(self, data: Tensor, scale: Tensor | None, shape: tuple[int, ...]) -> Tensor:
-        values = data.view(self._dtype).reshape(shape).float()
-        if scale is not None:
-            rows = scale.view(torch.float32)
-            values *= rows.reshape(-1, *(1 for _ in shape[1:]))
-        return values
+        values = data.view(self._dtype).reshape(shape)
+        if scale is None:
+            return values  # every other floating-point type has these values
+        rows = scale.view(torch.float32)
+        return values.float().mul_(rows.reshape(-1, *(1 for _ in shape[1:])))
 
 
 class _Blocks:

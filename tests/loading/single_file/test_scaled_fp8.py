@@ -60,7 +60,7 @@ def _written(tensors: dict[str, Tensor], file: Path, metadata: Any = None) -> Pa
     return file
 
 
-def _assert_dequantised(packed: nn.Module, dense: nn.Module) -> None:
+def assert_dequantised(packed: nn.Module, dense: nn.Module) -> None:
     """All linear layers are quantised, and all weights are equal to the last bit."""
     layers = packed_layers(packed)
     assert layers.keys() == {n for n, m in dense.named_modules() if type(m) is nn.Linear}
@@ -71,7 +71,7 @@ def _assert_dequantised(packed: nn.Module, dense: nn.Module) -> None:
         assert torch.equal(ours, parameter), name
 
 
-def _draw(pipeline: Any) -> Tensor:
+def draw(pipeline: Any) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     drawn: Tensor = pipeline(
         "a fox", num_inference_steps=2, output_type="pt", generator=generator
@@ -95,11 +95,11 @@ def test_weights_are_values_times_scales(
         afa.load_pipeline([file], config=tmp_path / f"{kind}-0", torch_dtype=dtype)
         for file in (tmp_path / "a.safetensors", tmp_path / "b.safetensors")
     )
-    _assert_dequantised(denoiser_of(ours).experts[0], denoiser_of(theirs).experts[0])
+    assert_dequantised(denoiser_of(ours).experts[0], denoiser_of(theirs).experts[0])
     assert denoiser_of(ours).dtype == dtype
     # where a weight lies in memory decides the last bits of a product
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.02}[dtype]
-    torch.testing.assert_close(_draw(ours), _draw(theirs), atol=tolerance, rtol=0)
+    torch.testing.assert_close(draw(ours), draw(theirs), atol=tolerance, rtol=0)
 
 
 def test_memory_keeps_a_byte_per_weight(files: tuple[Path, Path], root: Path) -> None:
@@ -128,7 +128,7 @@ def test_scales_per_row_and_e5m2(sd1: DiffusionPipeline, root: Path, tmp_path: P
         afa.load_pipeline([_written(each, tmp_path / f"{n}.safetensors")], config=root / "1.5-0")
         for n, each in enumerate((found, exact))
     )
-    _assert_dequantised(ours.unet.experts[0], theirs.unet.experts[0])
+    assert_dequantised(ours.unet.experts[0], theirs.unet.experts[0])
 
 
 def test_an_ensemble_of_three_kinds_of_files(files: tuple[Path, Path], root: Path) -> None:
@@ -141,10 +141,10 @@ def test_an_ensemble_of_three_kinds_of_files(files: tuple[Path, Path], root: Pat
         plain, afa.SABWConfig(), config=root / "1.5-0", allow_duplicates=True
     )
     assert {p.dtype for p in ours.unet.aggregators.parameters()} == {torch.float32}
-    torch.testing.assert_close(_draw(ours), _draw(theirs), atol=1e-5, rtol=0)
+    torch.testing.assert_close(draw(ours), draw(theirs), atol=1e-5, rtol=0)
     afa.save_ensemble(ours, root / "saved")
     again = afa.load_ensemble(root / "saved")
-    assert torch.equal(_draw(again), _draw(ours))
+    assert torch.equal(draw(again), draw(ours))
 
 
 def test_text_encoders_are_dequantised(root: Path, tmp_path: Path) -> None:
@@ -188,11 +188,11 @@ def test_inspect_counts_them(files: tuple[Path, Path]) -> None:
 
 @pytest.mark.parametrize("place", ["stream", "offload"])
 def test_places_give_the_same_pictures(place: Any, files: tuple[Path, Path], root: Path) -> None:
-    expected = _draw(afa.load_pipeline([files[0]], config=root / "1.5-0"))
+    expected = draw(afa.load_pipeline([files[0]], config=root / "1.5-0"))
     ours = afa.load_pipeline([files[0]], config=root / "1.5-0", place=place)
-    assert torch.equal(_draw(ours), expected)
+    assert torch.equal(draw(ours), expected)
     ours.unet.stop_offloading()
-    assert torch.equal(_draw(ours), expected)
+    assert torch.equal(draw(ours), expected)
 
 
 def test_a_cast_does_not_round_scales(files: tuple[Path, Path], root: Path) -> None:
