@@ -59,7 +59,11 @@ def move_all_but(
     expert: nn.Module, layers: Iterable[nn.Module], device: torch.device | str
 ) -> None:
     """Move all parameters and buffers of an expert, except those of these layers, to a device."""
-    kept = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    kept = {
+        id(tensor)
+        for layer in layers
+        for tensor in itertools.chain(layer.parameters(), layer.buffers())
+    }
     for tensor in itertools.chain(expert.parameters(), expert.buffers()):
         if id(tensor) not in kept:
             tensor.data = tensor.data.to(device)

@@ -16,6 +16,8 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from afa.denoisers.packed import PackedLinear
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 
@@ -120,8 +122,8 @@ def _is_plain(attn: Attention) -> bool:
     return (
         not any(extras)
         and not attn.residual_connection
-        and type(attn.to_k) is nn.Linear
-        and type(attn.to_v) is nn.Linear
+        and type(attn.to_k) in (nn.Linear, PackedLinear)
+        and type(attn.to_v) in (nn.Linear, PackedLinear)
     )
 
 

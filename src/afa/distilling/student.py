@@ -92,7 +92,7 @@ def load_student(teacher: Teacher, asked: StudentRecipe) -> tuple[DiffusionPipel
     if source is None:
         pipeline, hashes = _mean(teacher)
     else:
-        pipeline, reference = load_single(source, companions=companions)
+        pipeline, reference = load_single(source, companions=companions, dequantise=True)
         hashes = [reference.identity]
     frame = pipeline
     if source is not None and source != teacher.experts[0]:
@@ -108,10 +108,10 @@ def load_student(teacher: Teacher, asked: StudentRecipe) -> tuple[DiffusionPipel
 def _mean(teacher: Teacher) -> tuple[DiffusionPipeline, list[str]]:
     """Return the mean of the teacher's experts, with two of them in memory at once."""
     companions = teacher.companions()
-    total, reference = load_single(teacher.experts[0], companions=companions)
+    total, reference = load_single(teacher.experts[0], companions=companions, dequantise=True)
     hashes = [reference.identity]
     for source in teacher.experts[1:]:
-        other, reference = load_single(source, companions=companions)
+        other, reference = load_single(source, companions=companions, dequantise=True)
         hashes.append(reference.identity)
         for name, own in _models(total).items():
             state = _models(other)[name].state_dict()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from afa.aggregators import Separate
 from afa.aggregators.rule import Schedule
+from afa.denoisers.packed import packed_layers
 from afa.ensemble.bias import Steering
 from afa.ensemble.caching.settings import EXACT
 from afa.errors import AfaError
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from afa.denoisers import Execution, Site
+    from afa.denoisers.packed import PackedLinear
     from afa.ensemble.caching.graphs import Graphs
     from afa.ensemble.caching.plan import PruningPlan
     from afa.ensemble.caching.settings import Acceleration
@@ -115,6 +117,7 @@ _SWITCHES = ("schedule", "plan", "graphs", "bias", "steering", "regions", "draft
 class Switches:
     """The settings of `EnsembleDenoiser` that switch features on and off."""
 
+    experts: Any
     aggregators: Any
     sites: Sequence[Site]
     execution: Execution
@@ -140,6 +143,10 @@ class Switches:
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
+
+    def _packed(self) -> list[PackedLinear]:
+        """The quantised layers of all experts."""
+        return [layer for expert in self.experts for layer in packed_layers(expert).values()]
 
     def features_in_use(self) -> set[Feature]:
         """The features that are switched on, of those that exclude others."""
@@ -216,8 +223,8 @@ class Switches:
     def graphs(self) -> Graphs | None:
         """Records steps as CUDA graphs and replays them; see `afa.accelerate`.
 
-        Setting it raises AfaError if a plan or a schedule is set, or if the experts are not in the
-        memory of one device.
+        Setting it raises AfaError if a plan or a schedule is set, if the experts are not in the
+        memory of one device, or if they have weights of GGUF files.
         """
         return self._graphs
 
@@ -225,6 +232,14 @@ class Switches:
     def graphs(self, graphs: Graphs | None) -> None:
         if graphs is not None:
             self.require_compatible("CUDA graphs")
+            blocks = next((m for m in self._packed() if m.has_blocks), None)
+            if blocks is not None:
+                raise AfaError(
+                    "AFA-ENSEMBLE-070",
+                    "CUDA graphs cannot be combined with experts from GGUF files (this one has "
+                    f"{blocks.quantisation} weights): their dequantisation copies tables from the "
+                    "CPU. Switch CUDA graphs off, or use float8 or bfloat16 experts.",
+                )
         self._graphs = graphs
 
     @property

@@ -15,6 +15,7 @@ from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from afa.denoisers.packed import packed_layers
 from afa.errors import AfaError
 from afa.lora.header import LoraFile
 from afa.lora.plan import Base, plan_changes
@@ -243,9 +244,17 @@ class Delegation:
 
         Raises:
             AfaError: if the LoRA has tensors for text encoders or tensors that diffusers would
-                ignore, or if the experts are streamed from a file.
+                ignore, if the experts are streamed from a file, or if their weights are quantised.
         """
         self.require_layers("changed by load_lora_adapter")
+        packed = next((name for e in self.experts for name in packed_layers(e)), None)
+        if packed is not None:
+            raise AfaError(
+                "AFA-ENSEMBLE-069",
+                f"The experts have quantised weights (first layer: '{packed}'), to which a LoRA "
+                "cannot be added while they are in use. List it as an expert instead, {base: ..., "
+                "lora: ...}, which dequantises the layers that it changes.",
+            )
         of_text = [key for key in state_dict if key.startswith(_TEXT)]
         if of_text:
             raise AfaError(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from afa.denoisers import Execution, Family, move_all_but
+from afa.denoisers.packed import packed_layers
 from afa.ensemble.placement.devices import Devices
 from afa.ensemble.placement.exchange import Exchange
 from afa.ensemble.placement.ranks import Processes
@@ -208,11 +209,18 @@ class Placement:
 
         Raises:
             AfaError: if a plan, a schedule or CUDA graphs are set, or if the experts are offloaded,
-                streamed, on several devices, or already spread or sharded over processes.
+                streamed, on several devices, already spread or sharded over processes, or have
+                quantised weights.
         """
         from torch.distributed.fsdp import fully_shard
 
         self.require_compatible("sharded experts")
+        if any(packed_layers(expert) for expert in self.experts):
+            raise AfaError(
+                "AFA-ENSEMBLE-071",
+                "Sharded experts cannot have quantised weights, which are integers. Do not shard "
+                "them, or use the float16 or bfloat16 version of the experts.",
+            )
         device = torch.device(mesh.device_type)
         for expert in self.experts:
             layers = self.family.layers(expert)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +22,10 @@ from afa.loading.single_file.accounting import account
 from afa.loading.single_file.identify import missing_parts
 from afa.loading.single_file.layout import denoiser_in, names_by_part
 from afa.loading.single_file.load import Companions, describe_expert
+from afa.loading.single_file.packed.layout import layout_of, model_shapes
 from afa.loading.sources import locate
 from afa.loading.trust.folders import check_part
+from afa.loading.trust.gguf import is_gguf
 from afa.loading.weights import (
     SAFETENSORS,
     check_safetensors,
@@ -37,6 +40,7 @@ from afa.machine.hashes import hash_file
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from afa.loading.single_file.packed.layout import Layout
     from afa.loading.weights import Shapes
 
 #: files without a denoiser: the start of a tensor name -> what the file is
@@ -177,7 +181,8 @@ def _family_named(class_name: object) -> Family | None:
 
 
 def _describe_file(path: Path, named: Path) -> dict[str, Any]:
-    if path.suffix.lower() not in SAFETENSORS:
+    is_block_file = is_gguf(path)
+    if not is_block_file and path.suffix.lower() not in SAFETENSORS:
         check_safetensors(path)  # raises a more specific error for known formats
         raise AfaError(
             "AFA-LOAD-030",
@@ -189,9 +194,9 @@ def _describe_file(path: Path, named: Path) -> dict[str, Any]:
     is_lora = any("lora_" in key or ".lora." in key for key in shapes)
     layout = "LoRA" if is_lora else _layout(shapes)
     return {
-        "kind": "safetensors file",
+        "kind": "GGUF file" if is_block_file else "safetensors file",
         "layout": layout,
-        **({} if is_lora else _describe_model(path, named, shapes)),
+        **({} if is_lora else _describe_model(path, named)),
         "sha256": hash_file(path),
         "parameters": parameters,
         "dtypes": dtypes,
@@ -210,15 +215,19 @@ def _layout(shapes: Shapes) -> str:
     return f"{found.kind.name}, {names_of}" + ("" if parts else ", denoiser alone")
 
 
-def _describe_model(path: Path, named: Path, shapes: Shapes) -> dict[str, Any]:
+def _describe_model(path: Path, named: Path) -> dict[str, Any]:
     """Describe a single file: its configuration, prediction type, missing and unused parts."""
     try:
         companions = Companions(torch.float32).of(ExpertSource(str(named)))
         found = describe_expert(path, companions)
-        unused = account(shapes, found.config, path)
+        shapes, layout = model_shapes(path), layout_of(path)
+        unused = Counter(account(shapes, found.config, path))
+        unused.update(layout.unused.values())
     except AfaError as error:
         return {"configuration": f"unknown: {error}"}
     facts: dict[str, Any] = {"configuration": found.config.name}
+    if layout.quantised:
+        facts["quantised"] = _describe_quantised(layout)
     if found.prediction is not None:
         facts["predicts"] = found.prediction.text
     distilled = distilled_of(str(named), found.config, is_file=True, path=path)
@@ -231,7 +240,14 @@ def _describe_model(path: Path, named: Path, shapes: Shapes) -> dict[str, Any]:
     }
 
 
+def _describe_quantised(layout: Layout) -> str:
+    """Count the quantised tensors by type, and those with a scale in another tensor."""
+    counts = Counter(layout.quantised.values()).most_common()
+    text = ", ".join(f"{count} tensors {kind}" for kind, count in counts)
+    return text + (f", {len(layout.scales)} with a scale" if layout.scales else "")
+
+
 def _describe_elements(files: Iterable[Path]) -> tuple[int, str]:
-    """Count the elements of all tensors in safetensors files, in total and by data type."""
+    """Count the elements of all tensors in weight files, in total and by data type."""
     counts = count_elements(files)
     return counts.total(), ", ".join(f"{dtype} {n:,}" for dtype, n in counts.most_common())

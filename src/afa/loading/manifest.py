@@ -14,6 +14,7 @@ from afa.files import read_json
 from afa.loading.expert_source import AnySource, ExpertSource
 from afa.loading.facts import read_facts
 from afa.loading.single_file.load import describe_expert, require_supplied
+from afa.loading.single_file.packed.layout import layout_of
 from afa.loading.sources import locate, refer
 from afa.loading.weights import count_elements, hash_files, weight_files
 
@@ -69,6 +70,11 @@ class ExpertManifest:
     def num_elements(self) -> Counter[str]:
         """The number of elements of each data type in these files; see `count_elements`."""
         return count_elements(self.files)
+
+    @cached_property
+    def is_quantised(self) -> bool:
+        """Whether it is a single file with quantised weights, which stay so in memory."""
+        return self.path.is_file() and bool(layout_of(self.path).quantised)
 
     @cached_property
     def sha256(self) -> str:

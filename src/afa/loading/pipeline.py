@@ -12,6 +12,7 @@ import torch
 from afa.aggregators import SABWConfig
 from afa.denoisers.kinds import build_pipeline, denoiser_of, kind_of_pipeline
 from afa.denoisers.objective import objective_of
+from afa.denoisers.packed import unpack_layers
 from afa.ensemble.conversion import Objectives
 from afa.ensemble.denoiser import EnsembleDenoiser
 from afa.ensemble.placement.streaming import LayerStream
@@ -102,9 +103,13 @@ def load_pipeline(
         quantize: store weights of the experts' linear layers in 8 bits, `int8` or `float8`; see
             `afa.loading.quantization`.
 
+    Weights that are quantised in a single file (float8, GGUF) stay so in memory, and `torch_dtype`
+    is the type in which their layers compute; see `afa.denoisers.packed`.
+
     Raises:
         AfaError: if an expert cannot be found or read, the experts are not compatible or do not
-            fit the budget, or torchao is missing for `quantize`.
+            fit the budget, a package for `quantize` or GGUF files is missing, or `quantize` is set
+            for experts that are quantised already.
     """
     if not experts:
         raise AfaError("AFA-LOAD-041", "experts is empty; an ensemble needs at least one expert.")
@@ -138,7 +143,7 @@ def load_pipeline(
             "AFA-LOAD-042", f"place must be one of {', '.join(get_args(Place))}; got '{place}'."
         )
     if quantize is not None:
-        require_quantizer(quantize, place)
+        require_quantizer(quantize, place, manifests)
     stream = LayerStream(device, ahead=AHEAD) if place == "stream" else None
 
     def prepare(expert: Expert) -> None:
@@ -304,12 +309,15 @@ def load_single(
     *,
     companions: Companions | None = None,
     torch_dtype: torch.dtype = torch.float32,
+    dequantise: bool = False,
 ) -> tuple[DiffusionPipeline, ExpertReference]:
     """Load one checkpoint alone, with its own autoencoder.
 
     Args:
         source: see `load_expert`; or a LoRA on such a model.
         companions: parts missing in a single file; see `load_expert`.
+        dequantise: whether weights that are quantised in a single file are dequantised, so that
+            they can be trained.
 
     Returns: a stock pipeline, and the reference of the model.
 
@@ -323,6 +331,9 @@ def load_single(
     expert = load_described(manifest)
     if manifest.source.lora is not None:
         expert = lora_expert(expert, manifest.source)
+    if dequantise:
+        unpack_layers(expert.denoiser)
+        expert.denoiser.requires_grad_(True)
     components = {
         "vae": _autoencoder(expert, manifest, None)[0],
         expert.kind.denoiser: expert.denoiser,

@@ -12,23 +12,36 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import nn
+
+    from afa.loading.manifest import ExpertManifest
 
 #: storage of weights: 8-bit integers or floating-point numbers, with one scale per row
 Weights = Literal["int8", "float8"]
 
 
-def require_quantizer(weights: str, place: str) -> None:
+def require_quantizer(weights: str, place: str, experts: Sequence[ExpertManifest]) -> None:
     """Check that experts can be quantised.
 
     Raises:
-        AfaError: if the kind of weights is unknown, torchao is missing, or `place` is `stream`.
+        AfaError: if the kind of weights is unknown, torchao is missing, `place` is `stream`, or an
+            expert's file has quantised weights, which cannot be quantised again.
     """
     if weights not in get_args(Weights):
         kinds = ", ".join(get_args(Weights))
         raise AfaError(
             "AFA-LOAD-058", f"quantize must be one of {kinds} or omitted; got '{weights}'."
         )
+    for expert in experts:
+        if expert.is_quantised:
+            raise AfaError(
+                "AFA-LOAD-115",
+                f"quantize cannot be combined with '{expert.source.source}', whose weights are "
+                "quantised in the file and stay so in memory. Omit quantize, or use the float16 or "
+                "bfloat16 version of the model.",
+            )
     if find_spec("torchao") is None:
         raise AfaError(
             "AFA-LOAD-059",

@@ -15,7 +15,6 @@ from afa.denoisers.family import COMPONENTS
 from afa.ensemble.references import ExpertReference
 from afa.errors import AfaError
 from afa.loading.expert_source import ExpertSource, absolute_config
-from afa.loading.trust.headers import check_header
 from afa.loading.trust.pickles import PICKLES, as_safetensors, folder_as_safetensors
 from afa.loading.weights import SAFETENSORS
 from afa.policy import policy
@@ -71,8 +70,6 @@ def locate(
     path = Path(text).expanduser()
     if path.suffix.lower() in PICKLES:
         return as_safetensors(path)
-    if path.suffix.lower() == ".gguf" and path.is_file():
-        check_header(path)  # raises an error about GGUF
     if path.is_dir():
         return folder_as_safetensors(path)
     if path.exists():

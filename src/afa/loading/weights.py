@@ -14,6 +14,7 @@ from afa.denoisers.kinds import component_in
 from afa.errors import AfaError
 from afa.files import FileCache, parts_of, read_json
 from afa.loading.trust.folders import check_folder, check_part
+from afa.loading.trust.gguf import check_gguf, is_gguf
 from afa.loading.trust.headers import Header, check_header
 from afa.machine.damaged import loading as loading
 from afa.machine.hashes import hash_file
@@ -28,6 +29,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 T = TypeVar("T")
 
 header_cache = FileCache()
+#: separate, so that a GGUF file is never taken for a safetensors file
+gguf_cache = FileCache()
 
 # endings of tensor names that belong to quantised weights
 _SCALES = (
@@ -37,6 +40,7 @@ _SCALES = (
 )
 #: suffixes of safetensors files, in lower case; the second is common among ComfyUI's users
 SAFETENSORS = frozenset({".safetensors", ".sft"})
+GGUF_SUFFIX = ".gguf"
 
 
 def weights_in(folder: Path) -> tuple[str | None, list[Path]]:
@@ -63,11 +67,11 @@ def weights_in(folder: Path) -> tuple[str | None, list[Path]]:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """Return the safetensors files of an expert: the file itself, or denoiser and text encoders.
+    """Return the weight files of an expert: the file itself, or denoiser and text encoders.
 
     Raises:
         AfaError: if it is not a diffusers folder or is refused (see `check_folder`), or if
-            safetensors files are missing or damaged.
+            files are missing or damaged.
     """
     if path.is_file():
         files = [path]
@@ -84,8 +88,19 @@ def weight_files(path: Path) -> list[Path]:
             "Save it with pipeline.save_pretrained(folder).",
         )
     for file in files:
-        check_safetensors(file)
+        check_weights(file)
     return files
+
+
+def check_weights(file: Path) -> Header:
+    """Read and check the header of a safetensors or GGUF file; it is cached as below.
+
+    Raises:
+        AfaError: if the file is truncated, or of another format.
+    """
+    if is_gguf(file):
+        return Header(*gguf_cache.get(file, lambda: tuple(check_gguf(file))))
+    return check_safetensors(file)
 
 
 def check_safetensors(file: Path) -> Header:
@@ -114,46 +129,31 @@ def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a file's tensors by name, from its header alone.
 
     Raises:
-        AfaError: see `check_safetensors`.
+        AfaError: see `check_weights`.
     """
-    return {name: tuple(entry["shape"]) for name, entry in check_safetensors(file).tensors.items()}
+    return {name: tuple(entry["shape"]) for name, entry in check_weights(file).tensors.items()}
 
 
 def count_elements(files: Iterable[Path]) -> Counter[str]:
     """Count elements by data type (such as `F16`), from the files' headers.
 
     Raises:
-        AfaError: see `check_safetensors`.
+        AfaError: see `check_weights`.
     """
     counts: Counter[str] = Counter()
     for file in files:
-        for entry in check_safetensors(file).tensors.values():
+        for entry in check_weights(file).tensors.values():
             counts[entry["dtype"]] += prod(entry["shape"])
     return counts
 
 
 def file_metadata(file: Path) -> dict[str, str]:
-    """Return the metadata in a safetensors file's header.
+    """Return the metadata in the header of a weight file.
 
     Raises:
-        AfaError: see `check_safetensors`.
+        AfaError: see `check_weights`.
     """
-    return check_safetensors(file).metadata
-
-
-def refuse_quantised(file: Path) -> None:
-    """Check that no weights are quantised; see `is_quantised`.
-
-    Raises:
-        AfaError: if some are; names the first.
-    """
-    for name, entry in check_safetensors(file).tensors.items():
-        if is_quantised(name, is_float=entry["dtype"].startswith(("F", "BF"))):
-            raise AfaError(
-                "AFA-LOAD-104",
-                f"'{name}' in '{file}' is quantised ({entry['dtype']}); weights must be unscaled "
-                "floating-point numbers. Use the float16 or float32 version.",
-            )
+    return check_weights(file).metadata
 
 
 def is_quantised(name: str, *, is_float: bool) -> bool:

@@ -12,6 +12,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from afa.denoisers import FAMILIES
+from afa.denoisers.packed import packed_layers
 from afa.errors import AfaError
 from afa.lora.names import DENOISER, HARMLESS, flat, names_of, parse, split_prefix
 
@@ -63,6 +64,7 @@ class Base:
                 for name, p in model.named_parameters()
                 if ".lora_" not in name  # of a LoRA that was attached earlier
             }
+            | {f"{name}.weight": layer.shape for name, layer in packed_layers(model).items()}
             for part, model in parts.items()
         }
         return cls(source, kind, shapes)

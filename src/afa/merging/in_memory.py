@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
 
+from afa.denoisers.packed import packed_layers, unpack_layers
 from afa.errors import AfaError
 from afa.merging import MergeMethod, WeightedSum, merge_tensor
 from afa.merging.checkpoints import canonical_name
@@ -30,7 +31,8 @@ def merge_models(
 ) -> Model:
     """Merge models into a new one, with the same result as `afa merge`.
 
-    Computes in float32. Tensors that are not floating point are copied from the first model.
+    Computes in float32, from dequantised weights if they are quantised. Tensors that are not
+    floating point are copied from the first model.
 
     Args:
         models: models of one architecture; they are not modified.
@@ -48,6 +50,8 @@ def merge_models(
         raise AfaError(
             "AFA-MERGE-012", f"{type(method).__name__} does not use a base. Omit `base`."
         )
+    models = [_dense(model) for model in models]
+    base = None if base is None else _dense(base)
     merged = copy.deepcopy(models[0])
     states = [model.state_dict() for model in models]
     base_state = None if base is None else base.state_dict()
@@ -72,6 +76,15 @@ def merge_models(
                 f"{tensor.dtype}. Use finite models, smaller merge weights, or float32.",
             )
     return merged
+
+
+def _dense(model: Model) -> Model:
+    """Return the model, or a copy with dequantised weights."""
+    if not packed_layers(model):
+        return model
+    copied = copy.deepcopy(model)
+    unpack_layers(copied)
+    return copied
 
 
 def weighted_merge(models: Sequence[Model], weights: Sequence[float] | None = None) -> Model:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from afa.aggregators import SABWConfig
+    from afa.loading.memory.bits import Bits
     from afa.loading.memory.needs import Needs
 
 #: factor above the free memory that makes it an error; estimates were accurate to a quarter
@@ -55,6 +56,7 @@ class Job:
         aggregators: the aggregators' configuration; None for the mean.
         dtype: dtype of the experts.
         work: the work.
+        weight_bits: bits of linear weights that stay quantised; None without such experts.
         configs: of experts whose predictions alone are fused, one folder each.
     """
 
@@ -64,6 +66,7 @@ class Job:
     aggregators: SABWConfig | None
     dtype: torch.dtype
     work: Work
+    weight_bits: Bits | None = None
     configs: Sequence[Path] = ()
 
     def estimate(self) -> Estimate:
@@ -90,6 +93,7 @@ class Job:
                 dtype=self.dtype,
                 batch=self.work.samples_each * batch,
                 pixels=self.work.pixels,
+                weight_bits=self.weight_bits,
                 training=self.work.training,
             )
         return needs_of(
@@ -100,6 +104,7 @@ class Job:
             dtype=self.dtype,
             batch=self.work.samples_each * batch,
             pixels=self.work.pixels,
+            weight_bits=self.weight_bits,
             training=self.work.training,
         )
 

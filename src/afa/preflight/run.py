@@ -19,6 +19,7 @@ from afa.loading.finding import Finding, Level, in_order
 from afa.loading.lora import check_lora, hash_lora
 from afa.loading.lora.file import open_lora
 from afa.loading.manifest import ExpertManifest, read_manifest
+from afa.loading.memory.bits import bits_of
 from afa.loading.memory.plan import encoder_sets
 from afa.loading.planned import Work
 from afa.loading.published import is_published, published_experts
@@ -265,6 +266,7 @@ def _estimate(report: Report, work: Work, group: Group, checked: Sequence[Checke
         group.aggregators,
         group.companions.torch_dtype,
         work if checked[0].facts.kind.family.batches_guidance else unbatched,
+        bits_of([each.manifest for each in checked], group.companions.torch_dtype),
         [each.manifest.config for each in checked] if group.fuse == "predictions" else (),
     )
     try:
@@ -286,7 +288,7 @@ def _read_weights(
     for path, each in by_path.items():
         name = each.facts.short
         if path.is_file():
-            weights.append(Weights(name, [path]))
+            weights.append(Weights(name, [path], is_single=True))
             continue
         denoiser = weights_in(path / each.facts.kind.denoiser)[1]
         others = [file for file in weight_files(path) if file not in denoiser]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from afa.loading.finding import Finding
+from afa.loading.single_file.packed.read import file_tensors
 from afa.loading.tensor_files import read_header
 from afa.merging.method import is_finite
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from afa.loading.single_file.packed.read import FileTensor
     from afa.loading.tensor_files import StoredTensor
 
 #: cosine similarity of duplicates; fine-tunes of one base reach 0.999
@@ -39,11 +41,13 @@ class Weights:
         name: the expert's name in messages.
         denoiser: the files with its denoiser.
         others: the files with its text encoders and its autoencoder.
+        is_single: whether it is a single file, whose weights may be quantised.
     """
 
     name: str
     denoiser: Sequence[Path]
     others: Sequence[Path] = ()
+    is_single: bool = False
 
     @property
     def num_bytes(self) -> int:
@@ -61,7 +65,7 @@ def check_values(
         dtype: dtype that they will be used in.
         progress: called with the number of bytes after each tensor.
     """
-    headers = [_headers(expert.denoiser) for expert in experts]
+    headers = [_headers(expert) for expert in experts]
     seen: set[Path] = set()
     for expert in experts:
         for file in expert.others:
@@ -86,8 +90,10 @@ def check_values(
     yield from _duplicates(experts, products)
 
 
-def _headers(files: Sequence[Path]) -> Mapping[str, StoredTensor]:
-    return {name: tensor for file in files for name, tensor in read_header(file).items()}
+def _headers(expert: Weights) -> Mapping[str, StoredTensor | FileTensor]:
+    if expert.is_single:
+        return file_tensors(expert.denoiser[0])
+    return {name: tensor for file in expert.denoiser for name, tensor in read_header(file).items()}
 
 
 def _is_of_denoiser(name: str) -> bool:
@@ -98,7 +104,11 @@ def _is_of_denoiser(name: str) -> bool:
 
 
 def _check_tensor(
-    expert: str, name: str, tensor: StoredTensor, value: torch.Tensor, dtype: torch.dtype
+    expert: str,
+    name: str,
+    tensor: StoredTensor | FileTensor,
+    value: torch.Tensor,
+    dtype: torch.dtype,
 ) -> Iterator[Finding]:
     if not value.is_floating_point() or value.numel() == 0 or name.endswith("attn_mask"):
         return

@@ -78,7 +78,7 @@ def tune_base(
         )
     engine = Engine(settings.device)
     companions = Companions(torch.float32, config=config)
-    pipeline, reference = load_single(source, companions=companions)
+    pipeline, reference = load_single(source, companions=companions, dequantise=True)
     pipeline = pipeline.to(engine.device)
     check_text_to_image(pipeline)
     pipeline.vae.requires_grad_(False)

@@ -14,6 +14,7 @@ import afa
 from afa.denoisers.kinds import denoiser_of
 from afa.errors import AfaError
 from afa.loading.memory import needs as needs_module
+from afa.loading.memory.bits import EIGHT
 from afa.loading.memory.budget import choose, parse_size
 from afa.loading.memory.live import measure
 from afa.loading.memory.needs import Needs, needs_of
@@ -114,7 +115,7 @@ def test_more_pixels_take_more(folders: list[Path]) -> None:
 def test_quantised_linear_layers_take_less(folders: list[Path]) -> None:
     whole, packed = (
         needs_of(folders[0], 2, None, encoder_sets=1, dtype=torch.float32, weight_bits=bits)
-        for bits in (None, 8)
+        for bits in (None, EIGHT)
     )
     assert packed.layers < whole.layers
     assert packed.encoders == whole.encoders

@@ -349,9 +349,10 @@ def test_indexes_that_are_no_indexes_are_one_line(entry: Any, tmp_path: Path) ->
 
 def test_quantised_files_are_refused(tmp_path: Path) -> None:
     tensors = original_layout(made("1.5", tmp_path))
-    tensors["model.diffusion_model.scaled_fp8"] = torch.zeros(1)
+    name = "model.diffusion_model.time_embed.0.weight"
+    tensors[name] = tensors[name].to(torch.int8)
     save_file(tensors, tmp_path / "file.safetensors")
-    with refusal("AFA-LOAD-104", "scaled_fp8"):
+    with refusal("AFA-LOAD-104", "time_embed", "I8"):
         afa.load_pipeline([tmp_path / "file.safetensors"], config=tmp_path / "1.5-0")
 
 

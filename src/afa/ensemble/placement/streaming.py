@@ -115,6 +115,7 @@ class LayerStream:
                 self.file.seek(entry.offset + place.begin)
                 self.file.write(content.numpy().data)
             self.file.flush()
+            self.file.truncate(entry.offset + end)  # the last tensor may be empty
             self._layers[layer] = entry
             self._size += -(-end // _ALIGNMENT) * _ALIGNMENT
             _replace(layer, {name: tensor.to("meta") for name, tensor in tensors.items()})

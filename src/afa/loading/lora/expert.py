@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from afa.denoisers.kinds import kind_of
+from afa.denoisers.packed import unpack_layers
 from afa.ensemble.references import LoraReference
 from afa.errors import AfaError
 from afa.files import parts_of, read_json
@@ -104,7 +105,11 @@ def shared_copy(module: Any) -> Any:
 
 @torch.no_grad()
 def _merge(model: nn.Module, lora: LoraFile, changes: list[Change], scale: float) -> None:
-    """Replace the parameters of every changed layer by merged ones."""
+    """Replace the parameters of every changed layer by merged ones.
+
+    Quantised layers that are changed are dequantised, because the merge has no quantised form.
+    """
+    unpack_layers(model, {rows.layer for change in changes for rows in change.rows})
     parameters = dict(model.named_parameters())
     owners: defaultdict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
     for module in model.modules():  # several modules may share a parameter, such as T5's embedding

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from afa.denoisers import Family, PipelineKind
+    from afa.loading.memory.bits import Bits
 
 
 _SIDE = 16  # of the latent whose decoding is measured
@@ -109,7 +110,7 @@ def needs_of(
     dtype: torch.dtype,
     pixels: int | None = None,
     batch: int = 2,
-    weight_bits: int | None = None,
+    weight_bits: Bits | None = None,
     training: Training | None = None,
 ) -> Needs:
     """Estimate the needs of N experts of one architecture for drawing or training.
@@ -152,7 +153,10 @@ def needs_of(
         rest=num_experts * found.rest,
         encoders=encoder_sets * _encoder_bytes(config, dtype),
         others=found.others,
-        work=max(found.step * batch * picture // found.cells, found.decoding * picture // _SIDE**2),
+        work=max(
+            found.step * batch * picture // found.cells + found.transient,
+            found.decoding * picture // _SIDE**2,
+        ),
         flops=found.flops * batch * picture // found.cells,
     )
 
@@ -164,6 +168,7 @@ def needs_of_predictions(
     dtype: torch.dtype,
     pixels: int | None = None,
     batch: int = 2,
+    weight_bits: Bits | None = None,
     training: Training | None = None,
 ) -> Needs:
     """Estimate the needs of experts whose predictions alone are fused; see `needs_of`.
@@ -174,10 +179,8 @@ def needs_of_predictions(
     Args:
         configs: the pipeline folder of each expert.
     """
-    alone = [
-        needs_of(c, 1, None, encoder_sets=1, dtype=dtype, pixels=pixels, batch=batch)
-        for c in configs
-    ]
+    given: Any = {"dtype": dtype, "pixels": pixels, "batch": batch, "weight_bits": weight_bits}
+    alone = [needs_of(config, 1, None, encoder_sets=1, **given) for config in configs]
     rules = 0
     if aggregators is not None:
         with torch.device("meta"):
@@ -208,6 +211,7 @@ class _Measured:
         cells: latent pixels of that input.
         flops: of that step.
         decoding: peak bytes of decoding a latent of side `_SIDE`.
+        transient: bytes of the largest weight that is dequantised when its layer runs.
         native: pixels of the experts' native resolution.
         shrink: downsampling factor of the autoencoder, per side.
     """
@@ -220,6 +224,7 @@ class _Measured:
     cells: int
     flops: int
     decoding: int
+    transient: int
     native: int
     shrink: int
 
@@ -268,7 +273,7 @@ def measure_models(
     num_experts: int,
     aggregators: SABWConfig | None,
     dtype: torch.dtype,
-    weight_bits: int | None,
+    weight_bits: Bits | None,
     training: Training | None,
 ) -> _Measured:
     """Build the models without weights, and run them without data."""
@@ -286,7 +291,8 @@ def measure_models(
     layers = family.layers(twin)
     # the modules that are not part of another one
     inner = {part for layer in layers for part in layer.modules() if part is not layer}
-    held = sum(_bytes(layer, weight_bits) for layer in layers if layer not in inner)
+    mean, most = (weight_bits.mean, weight_bits.most) if weight_bits else (None, None)
+    held = sum(_bytes(layer, mean) for layer in layers if layer not in inner)
     own = list(dict.fromkeys(rules))
     # with experts in half precision, a lowered copy of the rules runs, see afa.aggregators.lowered
     halves = HALVES if training is None else ()
@@ -298,8 +304,8 @@ def measure_models(
     height, width = kind.native_size(twin.config)
     return _Measured(
         layers=held,
-        largest=max(_bytes(layer, weight_bits) for layer in layers),
-        rest=_bytes(twin, weight_bits) - held,
+        largest=max(_bytes(layer, most) for layer in layers),
+        rest=_bytes(twin, mean) - held,
         others=_bytes(vae)
         + sum(_bytes(rule) for rule in (*own, *lowered.values()))
         + (0 if training is None else training.copies * sum(_bytes(rule) for rule in own)),
@@ -307,12 +313,19 @@ def measure_models(
         cells=cells,
         flops=flops,
         decoding=measure(lambda: vae.decode(torch.empty(latent, device="meta", dtype=dtype)))[0],
+        transient=_transient(twin) if weight_bits and weight_bits.is_dequantised else 0,
         native=height * width * shrink**2,
         shrink=shrink,
     )
 
 
-def _bytes(module: nn.Module, weight_bits: int | None = None) -> int:
+def _transient(model: nn.Module) -> int:
+    """Return the bytes of the largest linear weight in its own type and in float32."""
+    weights = [part.weight for part in model.modules() if type(part) is nn.Linear]
+    return max((w.nbytes + 4 * w.numel() for w in weights), default=0)
+
+
+def _bytes(module: nn.Module, weight_bits: float | None = None) -> int:
     """Return a module's bytes; with `weight_bits`, its linear weights are quantised by row."""
     tensors = itertools.chain(module.parameters(), module.buffers())
     size = sum(tensor.nbytes for tensor in tensors)
@@ -320,8 +333,8 @@ def _bytes(module: nn.Module, weight_bits: int | None = None) -> int:
         for part in module.modules():
             if type(part) is nn.Linear:
                 weight = part.weight
-                packed = weight.numel() * weight_bits // 8 + len(weight) * weight.element_size()
-                size += packed - weight.nbytes
+                packed = int(weight.numel() * weight_bits / 8)
+                size += packed + len(weight) * weight.element_size() - weight.nbytes
     return size
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from afa.files import parts_of, read_json
+from afa.loading.memory.bits import EIGHT, bits_of
 from afa.loading.memory.budget import MemoryPlan, choose, parse_size
 from afa.loading.memory.needs import needs_of
 from afa.loading.weights import hash_files, weights_in
@@ -17,9 +18,6 @@ if TYPE_CHECKING:
 
     from afa.aggregators import SABWConfig
     from afa.loading.manifest import ExpertManifest
-
-#: of a weight that `afa.loading.quantization` quantised
-_QUANTISED_BITS = 8
 
 
 def plan_experts(
@@ -35,7 +33,8 @@ def plan_experts(
 ) -> MemoryPlan:
     """Choose the fastest storage of experts that fits a budget of the device's memory.
 
-    A LoRA is counted as a complete expert, which is more than it needs.
+    A LoRA is counted as a complete expert, which is more than it needs. Weights that are quantised
+    in an expert's file count with the bytes that they have there.
 
     Args:
         aggregators: of all sites; None for the mean.
@@ -55,14 +54,15 @@ def plan_experts(
         encoder_sets=encoder_sets([expert.path for expert in experts]),
         dtype=dtype,
         pixels=pixels,
-        weight_bits=_QUANTISED_BITS if is_quantised else None,
+        weight_bits=EIGHT if is_quantised else bits_of(experts, dtype),
     )
     return choose(needs, limit, device, can_stream=not is_quantised, reserved=reserved)
 
 
 def bytes_alone(expert: ExpertManifest, dtype: torch.dtype) -> int:
     """Estimate the bytes of one complete model's weights."""
-    needs = needs_of(expert.config, 1, None, encoder_sets=1, dtype=dtype)
+    bits = bits_of([expert], dtype)
+    needs = needs_of(expert.config, 1, None, encoder_sets=1, dtype=dtype, weight_bits=bits)
     return needs.in_memory - needs.work
 
 

@@ -23,6 +23,7 @@ from afa.loading.single_file.identify import (
     refuse_lora,
 )
 from afa.loading.single_file.layout import described_kind, kind_name, layout_of
+from afa.loading.single_file.packed.layout import model_shapes, require_family
 from afa.loading.single_file.parts import read_parts
 from afa.loading.single_file.supplied import (
     fitting_encoders,
@@ -31,7 +32,7 @@ from afa.loading.single_file.supplied import (
 )
 from afa.loading.sources import locate, refer, require_hash
 from afa.loading.trust.folders import check_folder
-from afa.loading.weights import hash_pipeline, refuse_quantised, tensor_shapes, weight_files
+from afa.loading.weights import check_safetensors, hash_pipeline, weight_files
 from afa.machine.hashes import hash_file
 
 if TYPE_CHECKING:
@@ -148,6 +149,8 @@ class Companions:
             AfaError: see `afa.loading.weights.weight_files`.
         """
         for place in self.places():
+            if place.is_file():
+                check_safetensors(place)
             weight_files(place)
 
     def places(self) -> Iterator[Path]:
@@ -199,9 +202,9 @@ def describe_expert(path: Path, companions: Companions) -> Described:
         companions: the configuration of files, and the recipe's settings of this expert.
 
     Raises:
-        AfaError: if a file is a LoRA, quantised or of an unknown kind, has unused tensors or
-            contradictory evidence; if the configuration folder is incomplete; or if the recipe sets
-            `config` for a folder.
+        AfaError: if a file is a LoRA, quantised in an unknown way or of an unknown kind, has unused
+            tensors or contradictory evidence; if the configuration folder is incomplete; or if the
+            recipe sets `config` for a folder.
     """
     if path.is_dir():
         if companions.is_own:
@@ -213,9 +216,9 @@ def describe_expert(path: Path, companions: Companions) -> Described:
         asked = companions.prediction_type
         prediction = None if asked is None else decide(path, path, asked=asked, is_named=True)
         return Described(path, prediction)
-    refuse_quantised(path)
-    shapes = tensor_shapes(path)
+    shapes = model_shapes(path)
     refuse_lora(shapes, path)
+    require_family(path, shapes)
     # a pickle is read from a copy; its `.yaml` is beside the original
     named = companions.named if companions.named and companions.named.is_file() else None
     evidence = evidence_of(path, shapes, beside=named)
@@ -235,7 +238,7 @@ def require_supplied(path: Path, config: Path, companions: Companions) -> list[s
     Raises:
         AfaError: if the denoiser or a required text encoder is missing.
     """
-    kind, missing = described_kind(config), missing_parts(tensor_shapes(path), config)
+    kind, missing = described_kind(config), missing_parts(model_shapes(path), config)
     if kind.denoiser in missing:
         raise AfaError(
             "AFA-LOAD-076",

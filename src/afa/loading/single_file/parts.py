@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from diffusers import AutoencoderKL
-from safetensors import safe_open
 
 from afa.errors import AfaError
 from afa.files import parts_of, read_json
@@ -20,7 +19,10 @@ from afa.loading.single_file.conversion import (
     model_class_of,
 )
 from afa.loading.single_file.layout import denoiser_in, described_kind, harmless, names_by_part
-from afa.loading.weights import check_safetensors, tensor_shapes
+from afa.loading.single_file.packed.build import read_packed
+from afa.loading.single_file.packed.layout import model_shapes
+from afa.loading.single_file.packed.read import read_tensors
+from afa.loading.weights import check_safetensors
 from afa.machine.library import library_class
 
 if TYPE_CHECKING:
@@ -48,12 +50,17 @@ def read_parts(
     Raises:
         AfaError: if the file lacks parameters.
     """
-    shapes, kind = tensor_shapes(path), described_kind(config)
+    shapes, kind = model_shapes(path), described_kind(config)
     classes = parts_of(read_json(config / "model_index.json"))
     found, denoiser = names_by_part(shapes, kind), denoiser_in(shapes)
-    read = {}
+    read: dict[str, Any] = {}
     for part in parts:
         is_diffusers = part == kind.denoiser and denoiser is not None and denoiser.is_diffusers
+        if part == kind.denoiser:
+            packed = read_packed(path, found[part], config, dtype, is_diffusers=is_diffusers)
+            if packed is not None:
+                read[part] = packed
+                continue
         tensors = read_tensors(path, found[part])
         state = converted(part, tensors, config, is_diffusers=is_diffusers)
         if part.startswith("text_encoder"):
@@ -62,12 +69,6 @@ def read_parts(
             model_class = model_class_of(part, config)
             read[part] = _model_from(state, model_class, part, config, path, dtype)
     return read
-
-
-def read_tensors(path: Path, names: dict[str, str]) -> dict[str, Tensor]:
-    """Read tensors of a file; `names` maps the returned names to those in the file."""
-    with safe_open(path, framework="pt") as opened:
-        return {rest: opened.get_tensor(name) for rest, name in names.items()}
 
 
 def _model_from(
@@ -146,7 +147,7 @@ def read_vae(path: Path, config: Path | None, dtype: torch.dtype) -> Autoencoder
         AfaError: if there is no autoencoder, or it does not fit the configuration.
     """
     check_safetensors(path)
-    shapes = tensor_shapes(path)
+    shapes = model_shapes(path)
     names = vae_names(shapes)
     if not names:
         raise AfaError(

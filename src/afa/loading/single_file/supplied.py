@@ -11,8 +11,10 @@ from afa.loading.single_file.accounting import account, account_part
 from afa.loading.single_file.conversion import converted
 from afa.loading.single_file.identify import missing_parts
 from afa.loading.single_file.layout import described_kind, harmless, kind_name
-from afa.loading.single_file.parts import encoder_from, read_parts, read_tensors, vae_names
-from afa.loading.weights import refuse_quantised, tensor_shapes
+from afa.loading.single_file.packed.layout import model_shapes
+from afa.loading.single_file.packed.read import read_tensors
+from afa.loading.single_file.parts import encoder_from, read_parts, vae_names
+from afa.loading.weights import check_safetensors
 
 if TYPE_CHECKING:
     import torch
@@ -40,8 +42,8 @@ def fitting_encoders(path: Path, config: Path) -> list[str]:
             if theirs.get(name) == named[name]
             and encoder_width(read_json(path / name / "config.json")) == widths[name]
         ]
-    refuse_quantised(path)
-    shapes = tensor_shapes(path)
+    check_safetensors(path)  # GGUF files hold text encoders under other names
+    shapes = model_shapes(path)
     missing = missing_parts(shapes, config)
     inside = [name for name in wanted if name not in missing]
     return inside or [n for n in wanted if _bare_width(shapes, named[n]) == widths[n]]
@@ -54,7 +56,7 @@ def load_fitting_encoders(path: Path, config: Path, dtype: torch.dtype) -> dict[
         theirs = parts_of(read_json(path / "model_index.json"))
         with loading_model(path):
             return {name: load_text_encoder(path / name, theirs[name], dtype) for name in names}
-    shapes = tensor_shapes(path)
+    shapes = model_shapes(path)
     if set(names) & set(missing_parts(shapes, config)):  # a file of one text encoder
         with loading_model(path):
             return {name: _bare_encoder(path, name, config, dtype) for name in names}
@@ -73,7 +75,7 @@ def _bare_width(shapes: Shapes, class_name: str) -> int | None:
 
 def _bare_encoder(path: Path, part: str, config: Path, dtype: torch.dtype) -> Any:
     """Load a text encoder from a separate file, whose tensors must all be used."""
-    shapes, class_name = tensor_shapes(path), parts_of(read_json(config / "model_index.json"))[part]
+    shapes, class_name = model_shapes(path), parts_of(read_json(config / "model_index.json"))[part]
     names = {name: name for name in shapes if harmless(name) is None}
     account_part(part, names, shapes, config, path)
     state = converted(part, read_tensors(path, names), config)
@@ -85,5 +87,5 @@ def has_autoencoder(path: Path, config: Path) -> bool:
     kind = described_kind(config).name
     if path.is_dir():
         return (path / "vae").is_dir() and described_kind(path).name == kind
-    shapes = tensor_shapes(path)
+    shapes = model_shapes(path)
     return kind_name(shapes) in (None, kind) and bool(vae_names(shapes))

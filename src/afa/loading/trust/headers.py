@@ -73,9 +73,8 @@ def check_header(file: Path) -> Header:
     except _IsGguf:
         raise AfaError(
             "AFA-LOAD-091",
-            f"'{file}' is a GGUF file, whose weights are quantised for other programs; weights "
-            "must be safetensors. Use the float16 or bfloat16 .safetensors file of the same model. "
-            "To save memory, pass `--quantize int8`.",
+            f"'{file}' is a GGUF file; only the denoiser of an expert can be one, everything else "
+            "must be safetensors. Use the float16 or bfloat16 .safetensors file of the same model.",
         ) from None
     except (_Wrong, OSError) as error:
         raise AfaError(
