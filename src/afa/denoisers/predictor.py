@@ -154,13 +154,15 @@ def predictor_blocks(
             given = {**arguments, predictor.host.family.latent: sample}
             predicted: Tensor = run(**given, return_dict=False)[0]
             return predicted[:, : predictor.channels]
+        divisor = predictor.host.family.timestep_divisor
+        steps = arguments["timestep"] if divisor == 1 else arguments["timestep"] * divisor
         conditioning = predictor.kind.conditioning
         assert conditioning is not None, "experts without prompts are refused"
         found = conditioning.predict(
             predictor.pipeline,
             _Called(predictor.denoiser, run),
             sample,
-            arguments["timestep"],
+            steps,
             {**arguments["conditions"], "sizes": _sizes(predictor, sample)},
         )
         return found.to(sample.dtype)
@@ -198,7 +200,7 @@ def _embedded(predictor: Predictor, timestep: Any, sample: Tensor) -> Tensor:
     """An embedding [B, 256] of the noise level, which is equal for all experts."""
     steps = torch.as_tensor(timestep, device=sample.device).expand(len(sample)).float()
     if predictor.objective is not None:
-        divisor = 1.0 if predictor.pipeline else predictor.host.family.timestep_divisor
+        divisor = predictor.host.family.timestep_divisor
         steps = predictor.objective.angle(steps * divisor) * (2000 / torch.pi)
     embedded = get_timestep_embedding(steps, _TEMB, flip_sin_to_cos=True, downscale_freq_shift=0)
     return embedded.to(sample.dtype)

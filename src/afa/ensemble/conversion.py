@@ -83,14 +83,14 @@ class Conversion(Hook):
         self._level = self._wanted.level(angle)
         self._own = {}
         for n in self._others.keys() & set(inputs.running.experts):
-            objective = self._others[n]
+            objective, sample = self._others[n], inputs.arguments[n][self._family.latent]
             if objective.same_levels(self._wanted):
-                self._own[n] = inputs.sample, self._level, None
+                self._own[n] = sample, self._level, None
                 continue
             steps = objective.timestep(angle)
             level = objective.level(objective.angle(steps))
             scale = level.norm / self._level.norm
-            self._own[n] = self._scaled(inputs.sample, scale), level, steps / divisor
+            self._own[n] = self._scaled(sample, scale), level, steps / divisor
         return ()
 
     def arguments(self, arguments: Arguments) -> Arguments:
