@@ -24,7 +24,10 @@ from afa.denoisers.objective import convert, objective_of
 from afa.drawing.contenders import MERGE, Contenders
 from afa.drawing.merged import merged_pipeline
 from afa.loading.pipeline import load_single, with_rules
+from afa.loading.task import size_multiple
+from afa.loading.truncation import limits_of
 from afa.merging import WeightedSum
+from afa.preflight.inputs import inputs_of_training
 from afa.preflight.run import look
 from afa.training.planned import plan_of_training
 from afa.training.recipe import Recipe
@@ -302,3 +305,16 @@ def test_an_expert_that_is_not_finite_is_named_or_left_out(folders: dict[str, Pa
         latents(pipeline)
     pipeline.unet.on_nonfinite = "mask"
     np.testing.assert_allclose(latents(pipeline), right, atol=1e-4)
+
+
+def test_limits_are_those_of_all_experts(folders: dict[str, Path], tmp_path: Path) -> None:
+    """A long prompt and an odd size are said for the expert that cannot take them."""
+    pipeline = loaded(folders, "sd", "pixart")
+    names = [name for limit in limits_of(pipeline) for name in limit.names]
+    assert names == ["tokenizer", "PixArt's tokenizer"]
+    assert size_multiple(loaded(folders, "sd", "xl")) * 2 == size_multiple(pipeline)
+    asked = as_written([folders["sd"], folders["pixart"]], None, num_steps=1)
+    asked |= {"fuse": "predictions", "previews": {"prompts": ["a fox " * 400], "every": 1}}
+    found = inputs_of_training(Recipe.model_validate(asked), None, lambda *_: None)
+    said = [finding.text for finding in found.findings if finding.check == "previews"]
+    assert len(said) == 2

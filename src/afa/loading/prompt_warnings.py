@@ -18,7 +18,8 @@ def warnings_of_plan(
 ) -> list[str]:
     """Return the warnings about prompts for a plan's models, each line once.
 
-    The first expert's tokenizers of every group are used, as in the ensemble's pipeline.
+    The first expert's tokenizers of every group are used, as in the ensemble's pipeline; those of
+    all experts if their predictions are fused.
 
     Args:
         plan: of an evaluation, a search or an ensemble.
@@ -27,7 +28,11 @@ def warnings_of_plan(
     Raises:
         AfaError: if an expert cannot be found or read.
     """
-    folders = {read_manifest(group.experts[0], group.companions).config for group in plan.groups}
+    folders = {
+        read_manifest(expert, group.companions).config
+        for group in plan.groups
+        for expert in group.experts[: None if group.fuse == "predictions" else 1]
+    }
     lines: dict[str, None] = {}
     for folder in sorted(folders):
         limits, kind = limits_of_folder(folder)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from afa.denoisers.kinds import denoiser_of, kind_of_pipeline
+from afa.denoisers.predictor import Predictor
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
@@ -53,5 +55,9 @@ def native_resolution(pipeline: DiffusionPipeline) -> tuple[int, int]:
 
 def size_multiple(pipeline: DiffusionPipeline) -> int:
     """Return the number of pixels of which height and width must be multiples."""
-    kind = kind_of_pipeline(pipeline)
-    return pipeline.vae_scale_factor * kind.patch(denoiser_of(pipeline).config)
+    denoiser = denoiser_of(pipeline)
+    patches = [kind_of_pipeline(pipeline).patch(denoiser.config)]
+    for expert in getattr(denoiser, "experts", ()):
+        if isinstance(expert, Predictor):  # of a family of its own
+            patches.append(expert.kind.patch(expert.denoiser.config))
+    return pipeline.vae_scale_factor * math.lcm(*patches)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from afa.denoisers.kinds import kind_of, kind_of_pipeline
+from afa.denoisers.kinds import denoiser_of, kind_of, kind_of_pipeline
+from afa.denoisers.predictor import Predictor
 from afa.files import parts_of, read_json
 from afa.loading.components import load_tokenizer
 
@@ -66,7 +67,20 @@ class TextLimit:
 
 
 def limits_of(pipeline: Any) -> list[TextLimit]:
-    """Return the token limits of a pipeline, or of an ensemble's pipeline."""
+    """Return the token limits of a pipeline, or of an ensemble's pipeline.
+
+    In an ensemble of predictions, each expert has text encoders of its own.
+    """
+    found = _limits_of_pipeline(pipeline)
+    for expert in getattr(denoiser_of(pipeline), "experts", ()):
+        if isinstance(expert, Predictor) and expert.pipeline is not None:
+            for limit in _limits_of_pipeline(expert.pipeline):
+                names = tuple(f"{expert.kind.name}'s {name}" for name in limit.names)
+                found.append(replace(limit, names=names))
+    return found
+
+
+def _limits_of_pipeline(pipeline: Any) -> list[TextLimit]:
     parts = pipeline.components
     encoders = {
         name: parts.get(name.replace("tokenizer", "text_encoder"))

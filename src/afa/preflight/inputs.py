@@ -6,6 +6,7 @@ Opens everything with the functions that the commands use, so that it reports th
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -108,9 +109,12 @@ def inputs_of_training(
     side = data_recipe.resolution
     with found.refusals("resolution"):
         group = plan.groups[0]
-        folder = read_manifest(group.experts[0], group.companions).config
-        limits, kind = limits_of_folder(folder)
-        native, multiple = _sizes(folder)
+        used = group.experts if group.fuse == "predictions" else group.experts[:1]
+        folders = [read_manifest(expert, group.companions).config for expert in used]
+        found_limits = [limits_of_folder(folder) for folder in folders]
+        limits, kind = [each for own, _ in found_limits for each in own], found_limits[0][1]
+        native, multiple = _sizes(folders[0])
+        multiple = math.lcm(multiple, *(_sizes(folder)[1] for folder in folders[1:]))
         side = side or native
         require_resolution(side, multiple)
         if (previews := recipe.previews) is not None:
