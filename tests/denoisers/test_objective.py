@@ -12,6 +12,7 @@ from diffusers import (
     DDPMScheduler,
     EDMDPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    IPNDMScheduler,
     UniPCMultistepScheduler,
 )
 from torch import Tensor
@@ -131,7 +132,8 @@ def test_pure_noise_is_seen_at_the_last_level_of_a_schedule_without_it() -> None
 
 
 def test_what_has_no_objective() -> None:
-    assert objective_of(EDMDPMSolverMultistepScheduler()) is None
+    for unknown in (EDMDPMSolverMultistepScheduler(), IPNDMScheduler()):
+        assert objective_of(unknown) is None
     flow = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
     assert objective_of(flow) == objective("flow_prediction")
     assert objective_of(DDPMScheduler(prediction_type="epsilon")) == objective("linear")

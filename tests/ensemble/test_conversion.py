@@ -5,12 +5,18 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    IPNDMScheduler,
+    StableDiffusionPipeline,
+)
 
 import afa
 from afa.aggregators.fusion.shell import ShellRecipe
@@ -153,6 +159,14 @@ def test_what_cannot_be_converted_is_refused(
     unknown = changed(experts[1], tmp_path / "unknown", FILE, prediction_type="logits")
     with refusal("AFA-LOAD-010", "logits"):
         afa.load_pipeline([experts[0], unknown])
+    own_levels = changed(
+        experts[1], tmp_path / "own", FILE, beta_schedule=None, _class_name="IPNDM"
+    )
+    IPNDMScheduler().save_pretrained(own_levels / "scheduler")
+    index = own_levels / "model_index.json"
+    index.write_text(re.sub(r'"\w+Scheduler"', '"IPNDMScheduler"', index.read_text()))
+    with refusal("AFA-LOAD-010", "beta"):
+        afa.load_pipeline([experts[0], own_levels])
     (flux,) = saved_experts("flux", tmp_path, count=1)
     shift = changed(flux, tmp_path / "flux", FILE, num_train_timesteps=500)
     with refusal("AFA-LOAD-010", "500"):
@@ -160,10 +174,8 @@ def test_what_cannot_be_converted_is_refused(
     flow = changed(experts[1], tmp_path / "flow", FILE)
     FlowMatchEulerDiscreteScheduler().save_pretrained(flow / "scheduler")
     index = flow / "model_index.json"
-    index.write_text(
-        index.read_text().replace("PNDMScheduler", "FlowMatchEulerDiscreteScheduler")
-        .replace("DDIMScheduler", "FlowMatchEulerDiscreteScheduler")
-    )  # fmt: skip
+    flow_matching = '"FlowMatchEulerDiscreteScheduler"'
+    index.write_text(re.sub(r'"\w+Scheduler"', flow_matching, index.read_text()))
     pipeline = afa.load_pipeline([experts[0], flow])
     assert kinds_in(pipeline) == ["epsilon", "flow_prediction"]
     assert isinstance(pipeline, StableDiffusionPipeline)

@@ -101,8 +101,8 @@ def _table_on(angles: tuple[float, ...], device: torch.device) -> Tensor:
 def objective_of(scheduler: SchedulerMixin) -> Objective | None:
     """The objective of a model, by its sampling scheduler.
 
-    Returns: None for continuous noise levels (EDM), and for a prediction type of another kind,
-        which cannot be converted.
+    Returns: None for continuous noise levels (EDM), noise levels that are not given by betas, and
+        prediction types of another kind, which cannot be converted.
     """
     config, name = scheduler.config, type(scheduler).__name__
     predicts = predicted_by(name, config)
@@ -111,6 +111,8 @@ def objective_of(scheduler: SchedulerMixin) -> Objective | None:
         return None
     if predicts == FLOW:
         return Objective(predicts, (), count)
+    if config.get("beta_schedule") is None and config.get("trained_betas") is None:
+        return None  # a scheduler with noise levels of its own
     products = DDPMScheduler.from_config(config).alphas_cumprod.double()
     angles = torch.atan2((1 - products).clamp(min=0).sqrt(), products.clamp(min=0).sqrt())
     return Objective(predicts, tuple(angles.tolist()), count)

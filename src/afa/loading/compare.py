@@ -214,7 +214,10 @@ def _schedule(first: Facts, other: Facts) -> Finding | None:
 def _converted(first: Facts, other: Facts) -> Finding | None:
     """Report that the predictions of an expert are converted; None if they cannot be."""
     predicts = [expert.schedule.get("prediction_type") for expert in (first, other)]
-    is_known = all(each in get_args(PredictionType) for each in predicts)
+    is_known = all(
+        kind in get_args(PredictionType) and (kind == FLOW or _has_betas(expert))
+        for kind, expert in zip(predicts, (first, other), strict=True)
+    )
     if (
         first.kind.packs
         or not is_known
@@ -245,6 +248,10 @@ def _converted(first: Facts, other: Facts) -> Finding | None:
         f"'{other.name}' {what}. Its timesteps and predictions are converted.",
         effect,
     )
+
+
+def _has_betas(expert: Facts) -> bool:
+    return any(expert.schedule.get(key) for key in ("beta_schedule", "trained_betas"))
 
 
 def _has_zero_snr(expert: Facts) -> bool:
