@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     DDIMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
@@ -166,6 +168,20 @@ def tiny_flux(folder: Path) -> FluxPipeline:
     )
 
 
+def tiny_chroma(folder: Path) -> ChromaPipeline:
+    """Chroma: T5."""
+    del folder
+    tokenizer, t5 = _t5()
+    _, config = TRANSFORMERS["chroma"]
+    return ChromaPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=tiny_vae(4),
+        text_encoder=t5,
+        tokenizer=tokenizer,
+        transformer=ChromaTransformer2DModel(**{**config, "joint_attention_dim": _T5}).eval(),
+    )
+
+
 def tiny_pixart(folder: Path) -> PixArtSigmaPipeline:
     """PixArt-sigma: T5."""
     del folder
@@ -198,6 +214,7 @@ PIPELINES: dict[str, Any] = {
     "sd3": tiny_sd3,
     "sd3 without t5": lambda folder: tiny_sd3(folder, with_t5=False),
     "flux": tiny_flux,
+    "chroma": tiny_chroma,
     "pixart": tiny_pixart,
     "dit": tiny_dit,
 }

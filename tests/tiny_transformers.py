@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from diffusers import (
+    ChromaTransformer2DModel,
     DiTTransformer2DModel,
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
@@ -22,6 +23,12 @@ _FLUX: dict[str, Any] = {
     "joint_attention_dim": TEXT_WIDTH,
     "pooled_projection_dim": POOLED_WIDTH,
     "axes_dims_rope": (2, 2, 4),
+}
+_CHROMA: dict[str, Any] = {
+    **{key: value for key, value in _FLUX.items() if key != "pooled_projection_dim"},
+    "approximator_num_channels": 16,
+    "approximator_hidden_dim": 12,
+    "approximator_layers": 2,
 }
 _SD3: dict[str, Any] = {
     "sample_size": 8,
@@ -57,6 +64,7 @@ _DIT: dict[str, Any] = {
 KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "flux": (FluxTransformer2DModel, {**_FLUX, "guidance_embeds": True}),
     "flux schnell": (FluxTransformer2DModel, _FLUX),
+    "chroma": (ChromaTransformer2DModel, _CHROMA),
     "sd3": (SD3Transformer2DModel, _SD3),
     "sd3.5": (
         SD3Transformer2DModel,
@@ -98,7 +106,7 @@ def transformer_inputs(
     text = draw(batch, TEXT_LENGTH, TEXT_WIDTH * num_experts)
     pooled = draw(batch, POOLED_WIDTH * num_experts)
     latent, steps = draw(batch, 4, height, width), torch.tensor([12.0, 700.0])[:batch]
-    if kind.startswith("flux"):
+    if kind.startswith(("flux", "chroma")):
         rows, columns = height // 2, width // 2
         ids = torch.zeros(rows, columns, 3)
         ids[..., 1] += torch.arange(rows)[:, None]
@@ -106,11 +114,15 @@ def transformer_inputs(
         inputs: dict[str, Any] = {
             "hidden_states": draw(batch, rows * columns, 16),
             "encoder_hidden_states": text,
-            "pooled_projections": pooled,
             "timestep": (steps / 1000).to(dtype),
             "img_ids": ids.flatten(0, 1).to(dtype),
             "txt_ids": torch.zeros(TEXT_LENGTH, 3, dtype=dtype),
         }
+        if kind == "chroma":  # one text is padded; the image's tokens count
+            mask = torch.ones(batch, TEXT_LENGTH + rows * columns, dtype=dtype)
+            mask[0, 3:TEXT_LENGTH] = 0
+            return {**inputs, "attention_mask": mask}
+        inputs["pooled_projections"] = pooled
         if kind == "flux":
             inputs["guidance"] = torch.full((batch,), 3.5)
         return inputs

@@ -30,6 +30,7 @@ DRAWS: dict[str, dict[str, Any]] = {
     "unet": {"prompt": "a fox", "height": 16, "width": 16},
     "sd3": {"prompt": "a fox", "height": 16, "width": 16},
     "flux": {"prompt": "a fox", "height": 16, "width": 16},
+    "chroma": {"prompt": "a fox", "height": 16, "width": 16},
     "pixart": {
         "prompt": "a fox",
         "height": 16,

@@ -71,6 +71,9 @@ ARGUMENTS: list[tuple[str, dict[str, Any]]] = [
     ("flux", {"controlnet_block_samples": residuals(2), "controlnet_blocks_repeat": True}),
     ("flux", {"controlnet_single_block_samples": residuals(2)}),
     ("flux", {"guidance": torch.tensor([1.0, 7.0])}),
+    ("chroma", {"controlnet_block_samples": residuals(1)}),
+    ("chroma", {"controlnet_single_block_samples": residuals(2)}),
+    ("chroma", {"attention_mask": torch.ones(2, 21)}),
     ("sd3", {"block_controlnet_hidden_states": residuals(2)}),
     ("sd3", {"skip_layers": [1]}),
     ("sd3.5", {"skip_layers": [0, 2]}),
@@ -114,7 +117,7 @@ def test_positions_with_a_batch_axis() -> None:
 
 
 def test_a_loras_scale_is_refused() -> None:
-    for kind in ("flux", "sd3"):
+    for kind in ("flux", "chroma", "sd3"):
         inputs = transformer_inputs(kind) | {"joint_attention_kwargs": {"scale": 0.5}}
         with refusal("AFA-MODEL-004"):
             rejoined(tiny_transformer(kind), inputs)

@@ -28,6 +28,13 @@ SMALL = SABWConfig(hidden_size=16, num_layers=1, num_heads=2, norm_num_groups=4)
 WIDE = ("encoder_hidden_states", "pooled_projections")
 
 
+def text_mask(arguments: dict[str, Any]) -> torch.Tensor | None:
+    """The mask of the text alone."""
+    names = ("encoder_attention_mask", "attention_mask")
+    found = next((arguments[name] for name in names if name in arguments), None)
+    return None if found is None else found[:, : arguments["encoder_hidden_states"].shape[1]]
+
+
 def ensemble_of(kind: str, num_experts: int = 3, aggregators: Any = SMALL) -> EnsembleDenoiser:
     experts = [tiny_transformer(kind, n) for n in range(num_experts)]
     ensemble = EnsembleDenoiser(experts, aggregators)
@@ -61,6 +68,20 @@ def test_one_expert_in_the_shell_is_that_expert(kind: str, dtype: torch.dtype) -
     assert torch.equal(call(ensemble, arguments), call(experts[1], own))
 
 
+def _embedded_timestep(model: Any, arguments: dict[str, Any]) -> torch.Tensor:
+    """The embedding of the timestep, from a forward of its own before anything is fused."""
+    alone: list[Any] = []
+    names = ("distilled_guidance_layer", "time_text_embed", "adaln_single")
+    timer = next((getattr(model, k) for k in names if hasattr(model, k)), None)
+    timer = timer or model.transformer_blocks[0].norm1.emb
+    noting = timer.register_forward_hook(lambda module, args, output: alone.append(output))
+    with torch.no_grad():
+        call(model, arguments)
+    noting.remove()
+    found = alone[0] if isinstance(alone[0], torch.Tensor) else alone[0][1]
+    return found.mean(1) if found.ndim == 3 else found
+
+
 class _Cutter:
     """N unmodified library forwards in greenlets; hooks hand every block's output to the rule.
 
@@ -77,37 +98,31 @@ class _Cutter:
         fused = self.main.switch(feature)
         return fused.reshape(batch, channels, count).transpose(1, 2)
 
-    def hook(self, model: Any, size: tuple[int, int], tembs: list[torch.Tensor]) -> list[Any]:
-        """Hooks on all sites of one model but the last, and on what embeds the timestep."""
+    def hook(self, model: Any, size: tuple[int, int]) -> list[Any]:
+        """Hooks on all sites of one model but the last."""
 
         def embedded(module: Any, args: Any, output: Any) -> Any:
             return self.fuse(output, size)
 
         def block(module: Any, args: Any, output: Any) -> Any:
             if isinstance(output, torch.Tensor):
-                return self.fuse(output, size)
+                length = output.shape[1] - size[0] * size[1]
+                text, image = output[:, :length], self.fuse(output[:, length:], size)
+                if length and module is not layers[-1]:  # both streams in one
+                    text = self.fuse(text, (length, 1))
+                return torch.cat([text, image], dim=1)
             text, image = output
             image = self.fuse(image, size)
             is_last = module is layers[-1]
             return text if is_last else self.fuse(text, (text.shape[1], 1)), image
 
-        def note(module: Any, args: Any, output: Any) -> None:
-            if len(tembs) <= len(seen):
-                tembs.append(output if isinstance(output, torch.Tensor) else output[1])
-                seen.append(True)
-
-        seen: list[bool] = [True] * len(tembs)
         layers = [
             *model.transformer_blocks,
             *getattr(model, "single_transformer_blocks", []),
         ]
-        names = ("time_text_embed", "adaln_single")
-        timer = next((getattr(model, n) for n in names if hasattr(model, n)), None)
-        timer = timer or layers[0].norm1.emb
         first = model.x_embedder if hasattr(model, "x_embedder") else model.pos_embed
         return [
             first.register_forward_hook(embedded),
-            timer.register_forward_hook(note),
             *(layer.register_forward_hook(block) for layer in layers),
         ]
 
@@ -122,17 +137,8 @@ class _Cutter:
                 for k, v in arguments.items()
             }
             texts.append(own.get("encoder_hidden_states"))
-            with torch.no_grad():  # the embedding of the timestep, before anything is fused
-                alone: list[torch.Tensor] = []
-                layers = [*model.transformer_blocks]
-                names = ("time_text_embed", "adaln_single")
-                timer = next((getattr(model, k) for k in names if hasattr(model, k)), None)
-                timer = timer or layers[0].norm1.emb
-                noting = timer.register_forward_hook(lambda m, a, o, kept=alone: kept.append(o))
-                call(model, own)
-                noting.remove()
-                tembs.append(alone[0] if isinstance(alone[0], torch.Tensor) else alone[0][1])
-            hooks += self.hook(model, size, tembs)
+            tembs.append(_embedded_timestep(model, own))
+            hooks += self.hook(model, size)
             workers.append(greenlet.greenlet(lambda model=model, own=own: call(model, own)))
         text = None if texts[0] is None else torch.stack(texts).mean(0)
         condition = Condition(
@@ -140,7 +146,7 @@ class _Cutter:
             torch.stack(tembs).mean(0),
             text,
             arguments["hidden_states"],
-            arguments.get("encoder_attention_mask"),
+            text_mask(arguments),
         )
         features = [worker.switch() for worker in workers]
         *rules, last = self.ensemble.aggregators

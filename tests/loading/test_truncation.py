@@ -26,6 +26,7 @@ LIMITS = {
     "sd3": {("tokenizer", "tokenizer_2"): 24, ("tokenizer_3",): 256},
     "sd3 without t5": {("tokenizer", "tokenizer_2"): 24},
     "flux": {("tokenizer",): 24, ("tokenizer_2",): 512},
+    "chroma": {("tokenizer",): 512},
     "pixart": {("tokenizer",): 300},
     "dit": {},
 }
@@ -43,7 +44,7 @@ def test_every_tokenizer_has_its_own_limit(pipelines: dict[str, Any], kind: str)
     assert found == LIMITS[kind]
 
 
-@pytest.mark.parametrize("kind", ["xl", "sd3", "sd3 without t5", "flux", "pixart"])
+@pytest.mark.parametrize("kind", ["xl", "sd3", "sd3 without t5", "flux", "chroma", "pixart"])
 def test_folders_have_the_limits_of_their_pipelines(
     pipelines: dict[str, Any], kind: str, tmp_path: Path
 ) -> None:
@@ -53,7 +54,7 @@ def test_folders_have_the_limits_of_their_pipelines(
     assert {limit.names: limit.num_tokens for limit in limits} == LIMITS[kind]
 
 
-@pytest.mark.parametrize("kind", ["xl", "sd3", "flux", "pixart"])
+@pytest.mark.parametrize("kind", ["xl", "sd3", "flux", "chroma", "pixart"])
 def test_what_is_cut_is_what_the_pipeline_does_not_see(
     pipelines: dict[str, Any], kind: str
 ) -> None:

@@ -60,7 +60,15 @@ def change_of_everything(weights: dict[str, Tensor], flat: bool) -> tuple[dict[s
 
 
 @pytest.mark.parametrize(
-    ("kind", "flat"), [("1.5", True), ("xl", False), ("flux", True), ("flux", False), ("sd3", True)]
+    ("kind", "flat"),
+    [
+        ("1.5", True),
+        ("xl", False),
+        ("flux", True),
+        ("flux", False),
+        ("chroma", True),
+        ("sd3", True),
+    ],
 )
 def test_every_layer_by_its_original_name(kind: str, flat: bool, tmp_path: Path) -> None:
     pipeline = made(kind, tmp_path / "tokenizer")
@@ -76,7 +84,13 @@ def test_every_layer_by_its_original_name(kind: str, flat: bool, tmp_path: Path)
 
 @pytest.mark.parametrize(
     "name",
-    ["stable-diffusion-1.5", "stable-diffusion-xl", "stable-diffusion-3.5-medium", "flux-dev"],
+    [
+        "stable-diffusion-1.5",
+        "stable-diffusion-xl",
+        "stable-diffusion-3.5-medium",
+        "flux-dev",
+        "chroma",
+    ],
 )
 def test_every_layer_of_the_published_models(name: str) -> None:
     """At their real sizes, by shapes alone."""

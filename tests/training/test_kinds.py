@@ -69,6 +69,7 @@ def test_the_prediction_is_the_pipelines_own(kind: str, folders: list[Path]) -> 
         seen["output"] = output[0]
 
     hook = denoiser.register_forward_hook(note, with_kwargs=True)
+    is_packed = kind in ("flux", "chroma")
     call: dict[str, Any] = {"guidance_scale": 3.5 if kind == "flux" else 1.0}
     if kind == "pixart":
         call["use_resolution_binning"] = False
@@ -76,11 +77,11 @@ def test_the_prediction_is_the_pipelines_own(kind: str, folders: list[Path]) -> 
     hook.remove()
     drawn = dict(seen)
     noisy = drawn["sample" if kind == "xl" else "hidden_states"]
-    if kind == "flux":
+    if is_packed:
         noisy = pipeline._unpack_latents(noisy, 16, 16, pipeline.vae_scale_factor)
     conditions = encode_captions(pipeline, ["a fox"])
     conditions["sizes"] = Transform(16).sizes((16, 16), 0, 0)[None]
-    timestep = drawn["timestep"].reshape(-1) * (1000 if kind == "flux" else 1)
+    timestep = drawn["timestep"].reshape(-1) * (1000 if is_packed else 1)
     denoiser.register_forward_hook(note, with_kwargs=True)
     with torch.no_grad():
         predicted = conditioning_of(pipeline).predict(

@@ -265,11 +265,13 @@ class Family:
         split: a function of a model, an ensemble's arguments, the widths and N that returns the
             arguments of each expert.
         attention_kwargs: the argument that may contain a LoRA's `scale`.
-        text_mask: the argument with the mask of the text's tokens; None if all tokens count.
+        text_mask: the argument with the mask of the text's tokens, which may continue with image
+            tokens; None if all tokens count.
         is_residual: whether every block adds to its input, at one resolution.
         prompt: the argument that stays the same object in a denoising loop.
         batches_guidance: whether pipelines compute both halves of guidance in one batch; those of
-            Flux have no guidance, or compute the halves one after the other.
+            Flux have no guidance, those of Chroma compute the halves one after the other, the one
+            with the prompt first.
         timestep_divisor: pipelines divide the scheduler's timesteps by this before they call the
             denoiser; see `afa.denoisers.timesteps`.
         latent: the argument with the noisy latent.

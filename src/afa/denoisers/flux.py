@@ -215,20 +215,19 @@ def _configuration(file: FileDenoiser) -> str:
         guidance, first = "time_text_embed.guidance_embedder.linear_1", "x_embedder.weight"
     name = "flux-dev" if f"{guidance}.weight" in file.shapes else "flux-schnell"
     width = file.size(first, 1)
-    is_other = any("distilled_" in key for key in file.shapes)
-    if width != 64 or is_other:
-        what = "distilled guidance layers" if is_other else f"{width} input channels instead of 64"
+    if width != 64:
         raise AfaError(
             "AFA-MODEL-005",
-            f"'{file.source}' has {what}, which no bundled configuration of Flux describes. Name a "
-            "diffusers folder of the same architecture: config=FOLDER.",
+            f"'{file.source}' has {width} input channels instead of 64, which no bundled "
+            "configuration of Flux describes. Name a diffusers folder of the same architecture: "
+            "config=FOLDER.",
         )
     return name
 
 
 def _variant(shapes: Shapes) -> str | None:
     if any(name.startswith("distilled_guidance_layer.") for name in shapes):
-        return "Chroma"
+        return None  # Chroma, which has blocks of the same names
     if not any(
         name.startswith(("double_blocks.", "single_transformer_blocks.")) for name in shapes
     ):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from afa.denoisers.chroma import CHROMA
 from afa.denoisers.coroutine import Feature, run_lockstep
 from afa.denoisers.dit import DIT
 from afa.denoisers.family import Family
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-FAMILIES = [UNET, FLUX, SD3, PIXART, DIT]
+FAMILIES = [UNET, FLUX, CHROMA, SD3, PIXART, DIT]
 
 #: cached sites by family and configuration
 _FOUND: dict[tuple[Family, str], tuple[Site, ...]] = {}

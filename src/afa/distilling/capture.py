@@ -47,6 +47,9 @@ def captured(
 ) -> Iterator[list[Seen]]:
     """Record all calls of a pipeline's denoiser inside the block; the denoiser is not changed.
 
+    Pipelines compute the halves of guidance in one batch, the half without prompt first, or in two
+    calls for the same latents, the one without prompt last.
+
     Args:
         pipeline: that draws `batch_size` pictures at once.
         batch_size: B.
@@ -54,15 +57,18 @@ def captured(
         tap: notes features of the denoiser; None for none.
     """
     family, seen = kind_of_pipeline(pipeline).family, list[Seen]()
+    last: Tensor | None = None
     unpack = conditioning_of(pipeline).unpack
 
     def latents(tensor: Tensor) -> Tensor:
         return tensor if unpack is None else unpack(pipeline, tensor, *size)
 
     def record(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        nonlocal last
         if getattr(model, "is_drafting", False):
             return
         given = dict(zip((family.latent, "timestep"), args, strict=False)) | kwargs
+        is_second, last = given[family.latent] is last, given[family.latent]
         noisy = latents(given[family.latent].detach())
         answer = output[0] if isinstance(output, tuple) else output.sample
         # some models also predict a variance
@@ -71,11 +77,14 @@ def captured(
         timestep = torch.as_tensor(given["timestep"]).float() * family.timestep_divisor
         without = None
         assert len(noisy) in (batch_size, 2 * batch_size), "one call predicts all pictures"
-        if len(noisy) == 2 * batch_size:  # pipelines put the half without prompt first
+        if len(noisy) == 2 * batch_size:
             without, answer = answer.chunk(2)
             noisy = noisy[batch_size:]
         guidance = given.get("guidance")
         features = {} if tap is None else {name: f.cpu() for name, f in tap.seen.items()}
+        if is_second:
+            seen[-1].unconditional, seen[-1].features_without = answer.float().cpu(), features
+            return
         seen.append(
             Seen(
                 noisy.float().cpu(),

@@ -192,7 +192,7 @@ def test_kept_weights_that_are_right_change_nothing() -> None:
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("family", ["unet", "flux", "dit"])
+@pytest.mark.parametrize("family", ["unet", "flux", "chroma", "dit"])
 def test_the_prediction_itself_can_be_taken_over(family: str) -> None:
     ensemble, arguments = ensemble_of(family), arguments_of(family)
     exact = draw(ensemble, arguments)
