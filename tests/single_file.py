@@ -53,6 +53,11 @@ def original_layout(pipeline: DiffusionPipeline) -> dict[str, Tensor]:
         add("text_encoders.clip_l.transformer.", _clip(parts["text_encoder"]))
         add("text_encoders.clip_g.transformer.", _clip(parts["text_encoder_2"]))
         add("text_encoders.t5xxl.transformer.", parts["text_encoder_3"].state_dict())
+    elif name == "Z-Image":
+        vae = "vae."
+        add("model.diffusion_model.", _z_image(parts["transformer"]))
+        qwen = parts["text_encoder"].state_dict()
+        add("text_encoders.qwen3_4b.transformer.model.", qwen)
     elif name == "Chroma":
         vae = "vae."
         add("model.diffusion_model.", _chroma(parts["transformer"]))
@@ -252,6 +257,24 @@ def _chroma(transformer: Any) -> dict[str, Tensor]:
         if key.startswith("norms."):
             name = name.replace(".weight", ".scale")
         result[f"distilled_guidance_layer.{name}"] = tensor
+    return result
+
+
+def _z_image(transformer: Any) -> dict[str, Tensor]:
+    """Queries, keys and values in one, and other names of a few layers."""
+    result = {}
+    for key, tensor in transformer.state_dict().items():
+        place, _, rest = key.partition(".attention.")
+        name = key.replace("all_x_embedder.2-1.", "x_embedder.")
+        name = name.replace("all_final_layer.2-1.", "final_layer.")
+        if rest.startswith("to_q"):
+            names = "to_q to_k to_v"
+            joined = _joined(transformer.state_dict(), f"{place}.attention", names, "weight")
+            result[f"{place}.attention.qkv.weight"] = joined
+        elif not rest.startswith(("to_k", "to_v")):
+            for ours, theirs in (("to_out.0", "out"), ("norm_q", "q_norm"), ("norm_k", "k_norm")):
+                name = name.replace(f".attention.{ours}.", f".attention.{theirs}.")
+            result[name] = tensor
     return result
 
 

@@ -11,9 +11,11 @@ from diffusers import (
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
+    ZImageTransformer2DModel,
 )
 
 TEXT_WIDTH, POOLED_WIDTH, TEXT_LENGTH = 16, 12, 5
+WIDE = ("encoder_hidden_states", "pooled_projections")
 _FLUX: dict[str, Any] = {
     "in_channels": 16,
     "num_layers": 2,
@@ -41,6 +43,17 @@ _SD3: dict[str, Any] = {
     "caption_projection_dim": 16,
     "pooled_projection_dim": POOLED_WIDTH,
     "pos_embed_max_size": 12,
+}
+_Z_IMAGE: dict[str, Any] = {
+    "in_channels": 4,
+    "dim": 16,
+    "n_layers": 3,
+    "n_refiner_layers": 2,
+    "n_heads": 2,
+    "n_kv_heads": 2,
+    "cap_feat_dim": TEXT_WIDTH,
+    "axes_dims": (2, 2, 4),
+    "axes_lens": (640, 64, 64),
 }
 _PIXART: dict[str, Any] = {
     "num_attention_heads": 2,
@@ -70,6 +83,7 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
         SD3Transformer2DModel,
         {**_SD3, "qk_norm": "rms_norm", "dual_attention_layers": (0, 1)},
     ),
+    "z-image": (ZImageTransformer2DModel, _Z_IMAGE),
     "pixart": (PixArtTransformer2DModel, _PIXART),
     "pixart 1024": (PixArtTransformer2DModel, {**_PIXART, "use_additional_conditions": True}),
     "dit": (DiTTransformer2DModel, _DIT),
@@ -83,7 +97,7 @@ def tiny_transformer(kind: str, seed: int = 0, **config: Any) -> Any:
     model = model_class(**{**settings, **config}).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 1:
+            if parameter.ndim == 1 or len(parameter) == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return model
 
@@ -126,6 +140,13 @@ def transformer_inputs(
         if kind == "flux":
             inputs["guidance"] = torch.full((batch,), 3.5)
         return inputs
+    if kind == "z-image":  # its time runs the other way; one text is shorter
+        texts = [own[: TEXT_LENGTH - 2 * n].contiguous() for n, own in enumerate(text)]
+        return {
+            "x": list(latent.unsqueeze(2).unbind(0)),
+            "t": 1 - steps / 1000,
+            "cap_feats": texts,
+        }
     inputs = {"hidden_states": latent, "timestep": steps}
     if kind == "dit":
         return {**inputs, "timestep": steps.long(), "class_labels": torch.tensor([3, 7])[:batch]}
@@ -145,4 +166,26 @@ def transformer_inputs(
 
 def call(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
     """The model's own forward pass."""
-    return model(**inputs, return_dict=False)[0]
+    return stacked(model(**inputs, return_dict=False)[0])
+
+
+def stacked(output: Any) -> torch.Tensor:
+    """The output of a model; Z-Image returns a list."""
+    return output if isinstance(output, torch.Tensor) else torch.stack(output)
+
+
+def inputs_of(inputs: dict[str, Any], expert: int, num_experts: int) -> dict[str, Any]:
+    """The arguments of one expert, from those of an ensemble of several."""
+
+    def own(text: torch.Tensor) -> torch.Tensor:
+        return text.chunk(num_experts, dim=-1)[expert].contiguous()
+
+    found = {k: own(v) if k in WIDE else v for k, v in inputs.items()}
+    if "cap_feats" in found:
+        found["cap_feats"] = list(map(own, found["cap_feats"]))
+    return found
+
+
+def latents_of(inputs: dict[str, Any]) -> list[torch.Tensor]:
+    """The noisy latents among the arguments."""
+    return inputs["x"] if "x" in inputs else [inputs["hidden_states"]]

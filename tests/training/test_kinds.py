@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import afa
-from afa.denoisers.kinds import conditioning_of, denoiser_of
+from afa.denoisers.kinds import conditioning_of, denoiser_of, kind_of_pipeline
 from afa.training import Recipe, SceneImages
 from afa.training.encoding import encode_captions
 from afa.training.examples import LiveExamples
@@ -64,13 +64,14 @@ def test_the_prediction_is_the_pipelines_own(kind: str, folders: list[Path]) -> 
     seen: dict[str, Any] = {}
 
     def note(_: Any, args: Any, kwargs: Any, output: Any) -> None:
-        names = [name for name in denoiser._signature.parameters if name != "self"]
-        seen.update(dict(zip(names, args, strict=False)), **kwargs)
-        seen["output"] = output[0]
+        seen.update(denoiser._bind(args, kwargs))
+        seen["output"] = interface.prediction(output[0])
 
     hook = denoiser.register_forward_hook(note, with_kwargs=True)
     is_packed = kind in ("flux", "chroma")
-    call: dict[str, Any] = {"guidance_scale": 3.5 if kind == "flux" else 1.0}
+    own = kind_of_pipeline(pipeline)
+    call: dict[str, Any] = {**own.guide(3.5 if kind == "flux" else 1.0)}
+    interface = own.family.interface
     if kind == "pixart":
         call["use_resolution_binning"] = False
     pipeline("a fox", height=16, width=16, num_inference_steps=1, output_type="latent", **call)

@@ -144,6 +144,7 @@ class _Step:
             sample=self._sample,
             text_mask=self._mask(),
             num_experts=len(self._ensemble.experts),
+            prompt_first=self._ensemble.family.prompt_first,
         )
 
     def _fused(

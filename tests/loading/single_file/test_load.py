@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.slow
 
-_KINDS = ("xl", "refiner", "sd3")
+_KINDS = ("xl", "refiner", "sd3", "z-image")
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +103,7 @@ def test_a_file_is_read_bit_for_bit(kind: str, tmp_path: Path) -> None:
     assert companions.references == []
 
 
-@pytest.mark.parametrize("kind", ["1.5", "xl", "sd3"])
+@pytest.mark.parametrize("kind", ["1.5", "xl", "sd3", "z-image"])
 def test_files_and_folders_make_the_same_ensemble(kind: str, tmp_path: Path) -> None:
     folders = [tmp_path / f"{kind}-{seed}" for seed in range(2)]
     files = [
@@ -114,6 +114,7 @@ def test_files_and_folders_make_the_same_ensemble(kind: str, tmp_path: Path) -> 
     ours = afa.load_pipeline(files, config=folders[0])
     assert_same_weights(denoiser_of(expected), denoiser_of(ours))
     options: dict[str, Any] = {"num_inference_steps": 2, "output_type": "pt"}
+    options |= {"height": 16, "width": 16}
     pictures = [
         pipeline("a fox", generator=torch.Generator().manual_seed(0), **options).images
         for pipeline in (expected, ours)
@@ -246,6 +247,23 @@ def test_what_was_lent_is_found_again_and_must_be_the_same(tmp_path: Path) -> No
     exported(made("xl", tmp_path, 1), whole)
     with refusal("AFA-LOAD-082", "SHA-256"):
         afa.load_ensemble(saved)
+
+
+def test_parts_of_z_image_in_files_of_their_own(tmp_path: Path) -> None:
+    """As they are published, the denoiser alone and Qwen3 with its output layer."""
+    pipeline = made("z-image", tmp_path)
+    bare = exported(pipeline, tmp_path / "bare.safetensors", "text_encoders.", "vae.")
+    qwen = {f"model.{name}": t for name, t in pipeline.text_encoder.state_dict().items()}
+    qwen["lm_head.weight"] = qwen["model.embed_tokens.weight"].clone()
+    save_file(qwen, tmp_path / "qwen.safetensors")
+    with refusal("AFA-MODEL-024", "config=FOLDER"):
+        afa.load_pipeline([bare])
+    with refusal("AFA-LOAD-077", "Qwen3-4B"):
+        afa.load_pipeline([bare], config=tmp_path / "z-image-0")
+    parts = [tmp_path / "qwen.safetensors", tmp_path / "z-image-0"]
+    loaded = afa.load_pipeline([bare], config=tmp_path / "z-image-0", parts=parts)
+    assert_same_weights(pipeline.transformer, loaded.transformer.experts[0])
+    assert_same_weights(pipeline.text_encoder, loaded.text_encoder.encoders[0])
 
 
 def test_lent_encoders_are_one_for_all(tmp_path: Path) -> None:
