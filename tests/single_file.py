@@ -53,6 +53,15 @@ def original_layout(pipeline: DiffusionPipeline) -> dict[str, Tensor]:
         add("text_encoders.clip_l.transformer.", _clip(parts["text_encoder"]))
         add("text_encoders.clip_g.transformer.", _clip(parts["text_encoder_2"]))
         add("text_encoders.t5xxl.transformer.", parts["text_encoder_3"].state_dict())
+    elif name == "Z-Image":
+        vae = "vae."
+        add("model.diffusion_model.", _z_image(parts["transformer"]))
+        qwen = parts["text_encoder"].state_dict()
+        add("text_encoders.qwen3_4b.transformer.model.", qwen)
+    elif name == "Chroma":
+        vae = "vae."
+        add("model.diffusion_model.", _chroma(parts["transformer"]))
+        add("text_encoders.t5xxl.transformer.", parts["text_encoder"].state_dict())
     else:
         vae = "vae."
         add("model.diffusion_model.", _flux(parts["transformer"]))
@@ -210,12 +219,14 @@ def _flux(transformer: Any) -> dict[str, Tensor]:
         for ours, theirs in _FLUX.items():
             if f"{ours}.{kind}" in state:
                 result[f"{theirs}.{kind}"] = state[f"{ours}.{kind}"]
-        out = state[f"norm_out.linear.{kind}"]
-        result[f"final_layer.adaLN_modulation.1.{kind}"] = _swapped(out)
+        if f"norm_out.linear.{kind}" in state:
+            out = state[f"norm_out.linear.{kind}"]
+            result[f"final_layer.adaLN_modulation.1.{kind}"] = _swapped(out)
         for n in range(len(transformer.transformer_blocks)):
             ours, theirs = f"transformer_blocks.{n}", f"double_blocks.{n}"
             for name, other in _FLUX_DOUBLE.items():
-                result[f"{theirs}.{other}.{kind}"] = state[f"{ours}.{name}.{kind}"]
+                if f"{ours}.{name}.{kind}" in state:
+                    result[f"{theirs}.{other}.{kind}"] = state[f"{ours}.{name}.{kind}"]
             streams = {"img": "to_q to_k to_v", "txt": "add_q_proj add_k_proj add_v_proj"}
             for stream, names in streams.items():
                 tensor = _joined(state, f"{ours}.attn", names, kind)
@@ -225,7 +236,8 @@ def _flux(transformer: Any) -> dict[str, Tensor]:
             all_in_one = _joined(state, ours, "attn.to_q attn.to_k attn.to_v proj_mlp", kind)
             result[f"{theirs}.linear1.{kind}"] = all_in_one
             result[f"{theirs}.linear2.{kind}"] = state[f"{ours}.proj_out.{kind}"]
-            result[f"{theirs}.modulation.lin.{kind}"] = state[f"{ours}.norm.linear.{kind}"]
+            if f"{ours}.norm.linear.{kind}" in state:
+                result[f"{theirs}.modulation.lin.{kind}"] = state[f"{ours}.norm.linear.{kind}"]
     for n in range(len(transformer.transformer_blocks)):
         for name, other in _FLUX_NORMS.items():
             key = f"transformer_blocks.{n}.{name}.weight"
@@ -234,6 +246,35 @@ def _flux(transformer: Any) -> dict[str, Tensor]:
         for letter, name in (("q", "query"), ("k", "key")):
             key = f"single_transformer_blocks.{n}.attn.norm_{letter}.weight"
             result[f"single_blocks.{n}.norm.{name}_norm.scale"] = state[key]
+    return result
+
+
+def _chroma(transformer: Any) -> dict[str, Tensor]:
+    """Flux without modulations, and the network that computes them."""
+    result = _flux(transformer)
+    for key, tensor in transformer.distilled_guidance_layer.state_dict().items():
+        name = key.replace("linear_1", "in_layer").replace("linear_2", "out_layer")
+        if key.startswith("norms."):
+            name = name.replace(".weight", ".scale")
+        result[f"distilled_guidance_layer.{name}"] = tensor
+    return result
+
+
+def _z_image(transformer: Any) -> dict[str, Tensor]:
+    """Queries, keys and values in one, and other names of a few layers."""
+    result = {}
+    for key, tensor in transformer.state_dict().items():
+        place, _, rest = key.partition(".attention.")
+        name = key.replace("all_x_embedder.2-1.", "x_embedder.")
+        name = name.replace("all_final_layer.2-1.", "final_layer.")
+        if rest.startswith("to_q"):
+            names = "to_q to_k to_v"
+            joined = _joined(transformer.state_dict(), f"{place}.attention", names, "weight")
+            result[f"{place}.attention.qkv.weight"] = joined
+        elif not rest.startswith(("to_k", "to_v")):
+            for ours, theirs in (("to_out.0", "out"), ("norm_q", "q_norm"), ("norm_k", "k_norm")):
+                name = name.replace(f".attention.{ours}.", f".attention.{theirs}.")
+            result[name] = tensor
     return result
 
 

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import accelerate
+import numpy as np
 import pytest
 import torch
 from diffusers import (
     AutoPipelineForImage2Image,
     AutoPipelineForInpainting,
+    ChromaPipeline,
     DDIMScheduler,
     EulerAncestralDiscreteScheduler,
     LCMScheduler,
@@ -31,7 +33,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import afa
-from afa.denoisers.kinds import denoiser_of
+from afa.denoisers.kinds import build_pipeline, denoiser_of, kind_of_pipeline
 from afa.ensemble.denoiser import EnsembleDenoiser
 from tests.refusal import refusal
 from tests.tiny import TEXT_WIDTH, tiny_pipeline, tiny_unet
@@ -339,6 +341,28 @@ def test_from_pipe_of_other_families(kind: str, tmp_path: Path) -> None:
     pipeline = afa.load_pipeline(saved_experts(kind, tmp_path, 2))
     other = AutoPipelineForImage2Image.from_pipe(pipeline)
     assert denoiser_of(other) is denoiser_of(pipeline)
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux", "chroma", "z-image"])
+def test_pipelines_of_transformers_that_take_a_picture(kind: str, tmp_path: Path) -> None:
+    pipeline = afa.load_pipeline(saved_experts(kind, tmp_path, 2))
+    call: dict[str, Any] = {"strength": 1.0, "num_inference_steps": 2, "output_type": "np"}
+    call["image"] = torch.linspace(0, 1, 3 * 16 * 16).view(1, 3, 16, 16)
+    name = next(name for name in kind_of_pipeline(pipeline).others if "Img2Img" in name)
+    other: Any = build_pipeline(name, pipeline.components, {})
+    assert denoiser_of(other) is denoiser_of(pipeline)
+    other.set_progress_bar_config(disable=True)
+    assert np.isfinite(other("a fox", height=16, width=16, **call)[0]).all()
+
+
+def test_inpainting_with_chroma(tmp_path: Path) -> None:
+    """The library's pipeline fails with the library's own model as well."""
+    (folder,) = saved_experts("chroma", tmp_path, 1)
+    call = {"image": torch.zeros(1, 3, 16, 16), "mask_image": torch.ones(1, 1, 16, 16)}
+    for pipeline in (ChromaPipeline.from_pretrained(folder), afa.load_pipeline([folder])):
+        other: Any = build_pipeline("ChromaInpaintPipeline", pipeline.components, {})
+        with pytest.raises(AttributeError, match="guidance_embeds"):
+            other("a fox", height=16, width=16, strength=1.0, num_inference_steps=1, **call)
 
 
 def test_perturbed_attention_guidance(experts: list[Path]) -> None:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     DDIMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
@@ -22,11 +24,17 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -70,6 +78,43 @@ def _t5() -> tuple[Any, Any]:
         vocab_size=len(tokenizer), d_model=_T5, d_kv=8, d_ff=8, num_layers=2, num_heads=2
     )
     return tokenizer, T5EncoderModel(config).eval()
+
+
+_CHAT = """{% for message in messages %}<|im_start|>{{ message['role'] }}
+{{ message['content'] }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """A tokenizer of Qwen: bytes, some words, and messages."""
+    words = list(ByteLevel.alphabet())
+    merges = [("f", "o"), ("fo", "x"), ("Ġ", "fox"), ("p", "i"), ("pi", "z")]
+    words += ["".join(pair) for pair in merges]
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = Qwen2Tokenizer(
+        vocab={word: n for n, word in enumerate([*sorted(words), *special])},
+        merges=merges,
+        model_max_length=131072,
+        extra_special_tokens=special[1:],
+    )
+    tokenizer.chat_template = _CHAT
+    return tokenizer
+
+
+def _qwen3() -> tuple[Any, Any]:
+    tokenizer = qwen_tokenizer()
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=_T5,
+        intermediate_size=_T5,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return tokenizer, Qwen3Model(config).eval()
 
 
 def tiny_vae(channels: int) -> AutoencoderKL:
@@ -166,6 +211,34 @@ def tiny_flux(folder: Path) -> FluxPipeline:
     )
 
 
+def tiny_chroma(folder: Path) -> ChromaPipeline:
+    """Chroma: T5."""
+    del folder
+    tokenizer, t5 = _t5()
+    _, config = TRANSFORMERS["chroma"]
+    return ChromaPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=tiny_vae(4),
+        text_encoder=t5,
+        tokenizer=tokenizer,
+        transformer=ChromaTransformer2DModel(**{**config, "joint_attention_dim": _T5}).eval(),
+    )
+
+
+def tiny_z_image(folder: Path) -> ZImagePipeline:
+    """Z-Image: Qwen3."""
+    del folder
+    tokenizer, qwen = _qwen3()
+    _, config = TRANSFORMERS["z-image"]
+    return ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=tiny_vae(4),
+        text_encoder=qwen,
+        tokenizer=tokenizer,
+        transformer=ZImageTransformer2DModel(**{**config, "cap_feat_dim": _T5}).eval(),
+    )
+
+
 def tiny_pixart(folder: Path) -> PixArtSigmaPipeline:
     """PixArt-sigma: T5."""
     del folder
@@ -198,6 +271,8 @@ PIPELINES: dict[str, Any] = {
     "sd3": tiny_sd3,
     "sd3 without t5": lambda folder: tiny_sd3(folder, with_t5=False),
     "flux": tiny_flux,
+    "chroma": tiny_chroma,
+    "z-image": tiny_z_image,
     "pixart": tiny_pixart,
     "dit": tiny_dit,
 }

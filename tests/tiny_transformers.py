@@ -6,13 +6,16 @@ from typing import Any
 
 import torch
 from diffusers import (
+    ChromaTransformer2DModel,
     DiTTransformer2DModel,
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
+    ZImageTransformer2DModel,
 )
 
 TEXT_WIDTH, POOLED_WIDTH, TEXT_LENGTH = 16, 12, 5
+WIDE = ("encoder_hidden_states", "pooled_projections")
 _FLUX: dict[str, Any] = {
     "in_channels": 16,
     "num_layers": 2,
@@ -22,6 +25,12 @@ _FLUX: dict[str, Any] = {
     "joint_attention_dim": TEXT_WIDTH,
     "pooled_projection_dim": POOLED_WIDTH,
     "axes_dims_rope": (2, 2, 4),
+}
+_CHROMA: dict[str, Any] = {
+    **{key: value for key, value in _FLUX.items() if key != "pooled_projection_dim"},
+    "approximator_num_channels": 16,
+    "approximator_hidden_dim": 12,
+    "approximator_layers": 2,
 }
 _SD3: dict[str, Any] = {
     "sample_size": 8,
@@ -34,6 +43,17 @@ _SD3: dict[str, Any] = {
     "caption_projection_dim": 16,
     "pooled_projection_dim": POOLED_WIDTH,
     "pos_embed_max_size": 12,
+}
+_Z_IMAGE: dict[str, Any] = {
+    "in_channels": 4,
+    "dim": 16,
+    "n_layers": 3,
+    "n_refiner_layers": 2,
+    "n_heads": 2,
+    "n_kv_heads": 2,
+    "cap_feat_dim": TEXT_WIDTH,
+    "axes_dims": (2, 2, 4),
+    "axes_lens": (640, 64, 64),
 }
 _PIXART: dict[str, Any] = {
     "num_attention_heads": 2,
@@ -57,11 +77,13 @@ _DIT: dict[str, Any] = {
 KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "flux": (FluxTransformer2DModel, {**_FLUX, "guidance_embeds": True}),
     "flux schnell": (FluxTransformer2DModel, _FLUX),
+    "chroma": (ChromaTransformer2DModel, _CHROMA),
     "sd3": (SD3Transformer2DModel, _SD3),
     "sd3.5": (
         SD3Transformer2DModel,
         {**_SD3, "qk_norm": "rms_norm", "dual_attention_layers": (0, 1)},
     ),
+    "z-image": (ZImageTransformer2DModel, _Z_IMAGE),
     "pixart": (PixArtTransformer2DModel, _PIXART),
     "pixart 1024": (PixArtTransformer2DModel, {**_PIXART, "use_additional_conditions": True}),
     "dit": (DiTTransformer2DModel, _DIT),
@@ -75,7 +97,7 @@ def tiny_transformer(kind: str, seed: int = 0, **config: Any) -> Any:
     model = model_class(**{**settings, **config}).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 1:
+            if parameter.ndim == 1 or len(parameter) == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return model
 
@@ -98,7 +120,7 @@ def transformer_inputs(
     text = draw(batch, TEXT_LENGTH, TEXT_WIDTH * num_experts)
     pooled = draw(batch, POOLED_WIDTH * num_experts)
     latent, steps = draw(batch, 4, height, width), torch.tensor([12.0, 700.0])[:batch]
-    if kind.startswith("flux"):
+    if kind.startswith(("flux", "chroma")):
         rows, columns = height // 2, width // 2
         ids = torch.zeros(rows, columns, 3)
         ids[..., 1] += torch.arange(rows)[:, None]
@@ -106,14 +128,25 @@ def transformer_inputs(
         inputs: dict[str, Any] = {
             "hidden_states": draw(batch, rows * columns, 16),
             "encoder_hidden_states": text,
-            "pooled_projections": pooled,
             "timestep": (steps / 1000).to(dtype),
             "img_ids": ids.flatten(0, 1).to(dtype),
             "txt_ids": torch.zeros(TEXT_LENGTH, 3, dtype=dtype),
         }
+        if kind == "chroma":  # one text is padded; the image's tokens count
+            mask = torch.ones(batch, TEXT_LENGTH + rows * columns, dtype=dtype)
+            mask[0, 3:TEXT_LENGTH] = 0
+            return {**inputs, "attention_mask": mask}
+        inputs["pooled_projections"] = pooled
         if kind == "flux":
             inputs["guidance"] = torch.full((batch,), 3.5)
         return inputs
+    if kind == "z-image":  # its time runs the other way; one text is shorter
+        texts = [own[: TEXT_LENGTH - 2 * n].contiguous() for n, own in enumerate(text)]
+        return {
+            "x": list(latent.unsqueeze(2).unbind(0)),
+            "t": 1 - steps / 1000,
+            "cap_feats": texts,
+        }
     inputs = {"hidden_states": latent, "timestep": steps}
     if kind == "dit":
         return {**inputs, "timestep": steps.long(), "class_labels": torch.tensor([3, 7])[:batch]}
@@ -133,4 +166,26 @@ def transformer_inputs(
 
 def call(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
     """The model's own forward pass."""
-    return model(**inputs, return_dict=False)[0]
+    return stacked(model(**inputs, return_dict=False)[0])
+
+
+def stacked(output: Any) -> torch.Tensor:
+    """The output of a model; Z-Image returns a list."""
+    return output if isinstance(output, torch.Tensor) else torch.stack(output)
+
+
+def inputs_of(inputs: dict[str, Any], expert: int, num_experts: int) -> dict[str, Any]:
+    """The arguments of one expert, from those of an ensemble of several."""
+
+    def own(text: torch.Tensor) -> torch.Tensor:
+        return text.chunk(num_experts, dim=-1)[expert].contiguous()
+
+    found = {k: own(v) if k in WIDE else v for k, v in inputs.items()}
+    if "cap_feats" in found:
+        found["cap_feats"] = list(map(own, found["cap_feats"]))
+    return found
+
+
+def latents_of(inputs: dict[str, Any]) -> list[torch.Tensor]:
+    """The noisy latents among the arguments."""
+    return inputs["x"] if "x" in inputs else [inputs["hidden_states"]]

@@ -26,7 +26,7 @@ def seen_types(ensemble: Any) -> list[torch.dtype]:
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("family", ["unet", "sd3", "flux"])
+@pytest.mark.parametrize("family", ["unet", "sd3", "flux", "chroma"])
 def test_they_draw_in_the_experts_type(family: str, dtype: torch.dtype) -> None:
     ensemble = ensemble_of(family).to(dtype)
     arguments = arguments_of(family, dtype=dtype)

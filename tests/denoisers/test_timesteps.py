@@ -30,6 +30,8 @@ DRAWS: dict[str, dict[str, Any]] = {
     "unet": {"prompt": "a fox", "height": 16, "width": 16},
     "sd3": {"prompt": "a fox", "height": 16, "width": 16},
     "flux": {"prompt": "a fox", "height": 16, "width": 16},
+    "chroma": {"prompt": "a fox", "height": 16, "width": 16},
+    "z_image": {"prompt": "a fox", "height": 16, "width": 16},
     "pixart": {
         "prompt": "a fox",
         "height": 16,
@@ -44,7 +46,7 @@ DRAWS: dict[str, dict[str, Any]] = {
 def pipeline_of(family: str, folder: Path) -> Any:
     if family == "unet":
         return tiny_pipeline(folder / "tokenizer")
-    return PIPELINES[family](folder / "tokenizer")
+    return PIPELINES[family.replace("_", "-")](folder / "tokenizer")
 
 
 @pytest.mark.parametrize("family", sorted(DRAWS))
@@ -56,7 +58,9 @@ def test_the_divisor_is_what_the_librarys_pipeline_divides_by(family: str, tmp_p
     seen: list[float] = []
 
     def note(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
+        interface = known.interface
+        bound = interface.signature(known.model_class).bind(*args, **kwargs).arguments
+        timestep = interface.arguments(bound)["timestep"]
         seen.append(float(torch.as_tensor(timestep).flatten()[0]))
 
     denoiser_of(pipeline).register_forward_pre_hook(note, with_kwargs=True)

@@ -6,16 +6,26 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 from afa.denoisers import discover_sites, family_of, run_alone, run_lockstep
 from tests.refusal import refusal
-from tests.tiny_transformers import KINDS, call, tiny_transformer, transformer_inputs
+from tests.tiny_transformers import (
+    KINDS,
+    call,
+    latents_of,
+    stacked,
+    tiny_transformer,
+    transformer_inputs,
+)
 
 DTYPES = [torch.float32, torch.bfloat16]
 
 
 def rejoined(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-    return run_alone(family_of(model).blocks(model, **inputs))
+    family = family_of(model)
+    arguments = family.interface.arguments(dict(inputs))
+    return stacked(family.interface.output(run_alone(family.blocks(model, **arguments))))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -33,9 +43,11 @@ def test_gradients_are_the_librarys_own(kind: str) -> None:
     gradients = []
     for run in (rejoined, call):
         inputs = transformer_inputs(kind)
-        inputs["hidden_states"].requires_grad_()
+        latents = [latent.requires_grad_() for latent in latents_of(inputs)]
         run(model, inputs).square().mean().backward()
-        gradients.append(inputs["hidden_states"].grad)
+        gradients.append(
+            torch.stack([latent.grad for latent in latents if latent.grad is not None])
+        )
     assert torch.equal(*gradients)
     assert gradients[0].abs().max() > 0
 
@@ -52,12 +64,13 @@ def test_sites_are_discovered(kind: str) -> None:
 
     inputs = transformer_inputs(kind)
     with torch.no_grad():
-        run_lockstep([family_of(model).blocks(model, **inputs)], note)
+        family = family_of(model)
+        run_lockstep([family.blocks(model, **family.interface.arguments(inputs))], note)
     assert [site.name for site in sites] == [feature.site for feature in seen]
     for site, feature in zip(sites, seen, strict=True):
         assert site.channels == feature.hidden.shape[1]
         assert site.temb_channels == feature.temb.shape[-1]
-        assert (site.stream == "text") == (feature.hidden.shape[-2:] == (5, 1))
+        assert (site.stream == "text") == (feature.hidden.shape[-1] == 1)
     assert (sites[0].name, sites[-1].name) == ("embed", "out")
 
 
@@ -71,9 +84,13 @@ ARGUMENTS: list[tuple[str, dict[str, Any]]] = [
     ("flux", {"controlnet_block_samples": residuals(2), "controlnet_blocks_repeat": True}),
     ("flux", {"controlnet_single_block_samples": residuals(2)}),
     ("flux", {"guidance": torch.tensor([1.0, 7.0])}),
+    ("chroma", {"controlnet_block_samples": residuals(1)}),
+    ("chroma", {"controlnet_single_block_samples": residuals(2)}),
+    ("chroma", {"attention_mask": torch.ones(2, 21)}),
     ("sd3", {"block_controlnet_hidden_states": residuals(2)}),
     ("sd3", {"skip_layers": [1]}),
     ("sd3.5", {"skip_layers": [0, 2]}),
+    ("z-image", {"controlnet_block_samples": {0: residuals(1, 64)[0], 2: residuals(1, 64)[0]}}),
     ("pixart", {"encoder_attention_mask": torch.ones(2, 5)}),
 ]
 
@@ -85,11 +102,14 @@ ARGUMENTS: list[tuple[str, dict[str, Any]]] = [
 )
 def test_argument(kind: str, extra: dict[str, Any], dtype: torch.dtype) -> None:
     model = tiny_transformer(kind).to(dtype)
+
+    def cast(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, torch.Tensor) else value
+
     extra = {
-        key: [v.to(dtype) for v in value] if key.startswith(("control", "block")) else value
+        key: tree_map(cast, value) if key.startswith(("control", "block")) else value
         for key, value in extra.items()
-        if not isinstance(value, bool)
-    } | {key: value for key, value in extra.items() if isinstance(value, bool)}
+    }
     plain = transformer_inputs(kind, dtype=dtype)
     expected = call(model, {**plain, **extra})
     assert torch.equal(rejoined(model, {**plain, **extra}), expected)
@@ -114,10 +134,43 @@ def test_positions_with_a_batch_axis() -> None:
 
 
 def test_a_loras_scale_is_refused() -> None:
-    for kind in ("flux", "sd3"):
+    for kind in ("flux", "chroma", "sd3", "z-image"):
         inputs = transformer_inputs(kind) | {"joint_attention_kwargs": {"scale": 0.5}}
         with refusal("AFA-MODEL-004"):
             rejoined(tiny_transformer(kind), inputs)
+
+
+def test_omni_is_refused() -> None:
+    with refusal("AFA-MODEL-022", "siglip_feat_dim"):
+        family_of(tiny_transformer("z-image", siglip_feat_dim=8))
+    inputs = transformer_inputs("z-image")
+    with refusal("AFA-MODEL-022"):
+        rejoined(tiny_transformer("z-image"), {**inputs, "x": [[x] for x in inputs["x"]]})
+
+
+def test_latents_of_several_sizes_are_refused() -> None:
+    inputs = transformer_inputs("z-image")
+    inputs["x"][1] = inputs["x"][1][..., :4]
+    with refusal("AFA-MODEL-023", r"\(4, 1, 8, 4\), \(4, 1, 8, 8\)"):
+        rejoined(tiny_transformer("z-image"), inputs)
+
+
+@torch.no_grad()
+def test_padding_of_several_texts_is_kept_for_all_steps() -> None:
+    """Lists are new at every step, their texts are not; another text of the list is another one."""
+    inputs, interface = (
+        transformer_inputs("z-image"),
+        family_of(tiny_transformer("z-image")).interface,
+    )
+    first = interface.arguments(dict(inputs))["encoder_hidden_states"]
+    again = interface.arguments({**inputs, "cap_feats": list(inputs["cap_feats"])})
+    assert again["encoder_hidden_states"] is first
+    inputs["cap_feats"][1] = inputs["cap_feats"][1] + 1
+    other = interface.arguments(dict(inputs))["encoder_hidden_states"]
+    assert torch.equal(other[0], first[0])
+    assert not torch.equal(other[1], first[1])
+    inputs["cap_feats"][1].add_(1)  # in place
+    assert not torch.equal(interface.arguments(dict(inputs))["encoder_hidden_states"], other)
 
 
 def test_an_unknown_block_is_refused() -> None:

@@ -200,19 +200,24 @@ def test_two_threads_draw_one_after_the_other(experts: list[Path]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["xl", "sd3", "sd3 without t5", "flux", "pixart"])
+@pytest.mark.parametrize(
+    "kind", ["xl", "sd3", "sd3 without t5", "flux", "chroma", "z-image", "pixart"]
+)
 def test_other_kinds_draw_by_drafts(kind: str, tmp_path: Path) -> None:
     folders = saved_experts(kind, tmp_path)
     pipeline = with_means(folders)
     pipeline.set_progress_bar_config(disable=True)
-    call: dict[str, Any] = {"guidance_scale": 3.0, **kind_of_pipeline(pipeline).call}
+    kind_of = kind_of_pipeline(pipeline)
+    call: dict[str, Any] = {**kind_of.guide(3.0), **kind_of.call}
+    if kind == "z-image":  # its own default are 1024 pixels, whatever the model
+        call |= {"height": 64, "width": 64}
     drafter = drafter_of(pipeline, settings(folders[2]))
     for n, folder in enumerate(folders):
         alone, _ = load_single(folder)
         alone.set_progress_bar_config(disable=True)
         own = generators()
         expected = alone(
-            PROMPTS, num_inference_steps=2, generator=own, output_type="latent", **call
+            list(PROMPTS), num_inference_steps=2, generator=own, output_type="latent", **call
         ).images
         draft = drafter._draft(pipeline, n, PROMPTS, generators(), call)
         assert draft.ndim == 4
@@ -223,7 +228,7 @@ def test_other_kinds_draw_by_drafts(kind: str, tmp_path: Path) -> None:
     use_drafts(pipeline, settings(folders[2]))
     with routed(pipeline, PROMPTS, generators(), **call):
         pictures = pipeline(
-            PROMPTS, num_inference_steps=2, generator=generators(), output_type="np", **call
+            list(PROMPTS), num_inference_steps=2, generator=generators(), output_type="np", **call
         ).images
     assert np.isfinite(pictures).all()
 

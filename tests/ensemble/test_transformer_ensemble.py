@@ -13,19 +13,27 @@ from torch import nn
 from afa.aggregators import SABW, Condition, SABWConfig, Separate
 from afa.aggregators.build import build_sabw
 from afa.aggregators.fusion import shell
-from afa.denoisers import discover_sites
+from afa.denoisers import discover_sites, family_of
 from afa.ensemble.denoiser import EnsembleDenoiser
 from tests.refusal import refusal
 from tests.tiny_transformers import (
     KINDS,
     TEXT_WIDTH,
     call,
+    inputs_of,
+    stacked,
     tiny_transformer,
     transformer_inputs,
 )
 
 SMALL = SABWConfig(hidden_size=16, num_layers=1, num_heads=2, norm_num_groups=4)
-WIDE = ("encoder_hidden_states", "pooled_projections")
+
+
+def text_mask(arguments: dict[str, Any]) -> torch.Tensor | None:
+    """The mask of the text alone."""
+    names = ("encoder_attention_mask", "attention_mask")
+    found = next((arguments[name] for name in names if name in arguments), None)
+    return None if found is None else found[:, : arguments["encoder_hidden_states"].shape[1]]
 
 
 def ensemble_of(kind: str, num_experts: int = 3, aggregators: Any = SMALL) -> EnsembleDenoiser:
@@ -57,8 +65,37 @@ def test_one_expert_in_the_shell_is_that_expert(kind: str, dtype: torch.dtype) -
     experts = [tiny_transformer(kind, n).to(dtype) for n in range(2)]
     ensemble = EnsembleDenoiser(experts, shell(discover_sites(experts[0]), expert=1))
     arguments = transformer_inputs(kind, num_experts=2, dtype=dtype)
-    own = {k: v.chunk(2, -1)[1].contiguous() if k in WIDE else v for k, v in arguments.items()}
+    own = inputs_of(arguments, 1, 2)
     assert torch.equal(call(ensemble, arguments), call(experts[1], own))
+
+
+def predict(model: Any, arguments: dict[str, Any]) -> torch.Tensor:
+    """The model's own forward pass, as the prediction that is fused at the last site."""
+    interface = family_of(model).interface
+    return interface.prediction(model(**arguments, return_dict=False)[0])
+
+
+def as_the_library_runs_them(names: list[str]) -> list[str]:
+    """The sites in the order of the library: Z-Image refines the image first, then the text."""
+    refined = [name for name in names if name.startswith("refiner")]
+    texts = [name for name in refined if name.endswith(".text")]
+    images = [name for name in refined if name not in texts]
+    rest = [name for name in names if name not in refined]
+    return [*rest[:1], *images, *texts, *rest[1:]]
+
+
+def _embedded_timestep(model: Any, arguments: dict[str, Any]) -> torch.Tensor:
+    """The embedding of the timestep, from a forward of its own before anything is fused."""
+    alone: list[Any] = []
+    names = ("distilled_guidance_layer", "time_text_embed", "adaln_single", "t_embedder")
+    timer = next((getattr(model, k) for k in names if hasattr(model, k)), None)
+    timer = timer or model.transformer_blocks[0].norm1.emb
+    noting = timer.register_forward_hook(lambda module, args, output: alone.append(output))
+    with torch.no_grad():
+        call(model, arguments)
+    noting.remove()
+    found = alone[0] if isinstance(alone[0], torch.Tensor) else alone[0][1]
+    return found.mean(1) if found.ndim == 3 else found
 
 
 class _Cutter:
@@ -77,74 +114,83 @@ class _Cutter:
         fused = self.main.switch(feature)
         return fused.reshape(batch, channels, count).transpose(1, 2)
 
-    def hook(self, model: Any, size: tuple[int, int], tembs: list[torch.Tensor]) -> list[Any]:
-        """Hooks on all sites of one model but the last, and on what embeds the timestep."""
+    def hook(self, model: Any, size: tuple[int, int]) -> list[Any]:
+        """Hooks on all sites of one model but the last."""
 
         def embedded(module: Any, args: Any, output: Any) -> Any:
             return self.fuse(output, size)
 
         def block(module: Any, args: Any, output: Any) -> Any:
             if isinstance(output, torch.Tensor):
-                return self.fuse(output, size)
+                length = output.shape[1] - size[0] * size[1]
+                text, image = output[:, :length], self.fuse(output[:, length:], size)
+                if length and module is not layers[-1]:  # both streams in one
+                    text = self.fuse(text, (length, 1))
+                return torch.cat([text, image], dim=1)
             text, image = output
             image = self.fuse(image, size)
             is_last = module is layers[-1]
             return text if is_last else self.fuse(text, (text.shape[1], 1)), image
 
-        def note(module: Any, args: Any, output: Any) -> None:
-            if len(tembs) <= len(seen):
-                tembs.append(output if isinstance(output, torch.Tensor) else output[1])
-                seen.append(True)
-
-        seen: list[bool] = [True] * len(tembs)
+        if hasattr(model, "noise_refiner"):
+            return self.hook_z_image(model, size)
         layers = [
             *model.transformer_blocks,
             *getattr(model, "single_transformer_blocks", []),
         ]
-        names = ("time_text_embed", "adaln_single")
-        timer = next((getattr(model, n) for n in names if hasattr(model, n)), None)
-        timer = timer or layers[0].norm1.emb
         first = model.x_embedder if hasattr(model, "x_embedder") else model.pos_embed
         return [
             first.register_forward_hook(embedded),
-            timer.register_forward_hook(note),
             *(layer.register_forward_hook(block) for layer in layers),
         ]
 
+    def hook_z_image(self, model: Any, size: tuple[int, int]) -> list[Any]:
+        """The same for Z-Image, for as many image tokens as it does not pad."""
+        count = size[0] * size[1]
+
+        def embedded(module: Any, args: Any, output: Any) -> Any:
+            return self.fuse(output.unflatten(0, (-1, count)), size).flatten(0, 1)
+
+        def text(module: Any, args: Any, output: Any) -> Any:
+            return self.fuse(output, (output.shape[1], 1))
+
+        def block(module: Any, args: Any, output: Any) -> Any:
+            rest, image = output[:, count:], self.fuse(output[:, :count], size)
+            if rest.shape[1] and module is not model.layers[-1]:
+                rest = text(module, args, rest)
+            return torch.cat([image, rest], dim=1)
+
+        images = [*model.noise_refiner, *model.layers]
+        return [
+            model.all_x_embedder["2-1"].register_forward_hook(embedded),
+            *(layer.register_forward_hook(block) for layer in images),
+            *(layer.register_forward_hook(text) for layer in model.context_refiner),
+        ]
+
     def __call__(self, arguments: dict[str, Any], size: tuple[int, int]) -> torch.Tensor:
-        experts = list(self.ensemble.experts)
+        experts, interface = list(self.ensemble.experts), self.ensemble.family.interface
         tembs: list[torch.Tensor] = []
         hooks, workers = [], []
         texts: list[Any] = []
         for n, model in enumerate(experts):
-            own = {
-                k: v.chunk(len(experts), dim=-1)[n] if k in WIDE else v
-                for k, v in arguments.items()
-            }
-            texts.append(own.get("encoder_hidden_states"))
-            with torch.no_grad():  # the embedding of the timestep, before anything is fused
-                alone: list[torch.Tensor] = []
-                layers = [*model.transformer_blocks]
-                names = ("time_text_embed", "adaln_single")
-                timer = next((getattr(model, k) for k in names if hasattr(model, k)), None)
-                timer = timer or layers[0].norm1.emb
-                noting = timer.register_forward_hook(lambda m, a, o, kept=alone: kept.append(o))
-                call(model, own)
-                noting.remove()
-                tembs.append(alone[0] if isinstance(alone[0], torch.Tensor) else alone[0][1])
-            hooks += self.hook(model, size, tembs)
-            workers.append(greenlet.greenlet(lambda model=model, own=own: call(model, own)))
+            own = inputs_of(arguments, n, len(experts))
+            texts.append(interface.arguments(dict(own)).get("encoder_hidden_states"))
+            tembs.append(_embedded_timestep(model, own))
+            hooks += self.hook(model, size)
+            workers.append(greenlet.greenlet(lambda model=model, own=own: predict(model, own)))
         text = None if texts[0] is None else torch.stack(texts).mean(0)
+        given = interface.arguments(dict(arguments))
         condition = Condition(
-            arguments["timestep"],
+            given["timestep"],
             torch.stack(tembs).mean(0),
             text,
-            arguments["hidden_states"],
-            arguments.get("encoder_attention_mask"),
+            given["hidden_states"],
+            text_mask(given),
         )
         features = [worker.switch() for worker in workers]
-        *rules, last = self.ensemble.aggregators
-        for rule in rules:
+        *names, out = [site.name for site in self.ensemble.sites]
+        last = self.ensemble.rule_at(out)
+        for rule in map(self.ensemble.rule_at, as_the_library_runs_them(names)):
             fused = rule(features, condition).feature
             features = [worker.switch(fused) for worker in workers]
         for hook in hooks:
@@ -152,12 +198,14 @@ class _Cutter:
         if features[0].ndim == 3:  # packed
             grids = [f.transpose(1, 2).unflatten(-1, size) for f in features]
             return last(grids, condition).feature.flatten(2).transpose(1, 2)
-        return last(features, condition).feature
+        return stacked(interface.output(last(features, condition).feature))
 
 
 @pytest.mark.parametrize(
     ("kind", "height", "width"),
-    [(kind, 8, 8) for kind in KINDS] + [(kind, 8, 4) for kind in KINDS if kind != "dit"],
+    [(kind, 8, 8) for kind in KINDS if kind != "z-image"]
+    + [(kind, 8, 4) for kind in KINDS if kind not in ("dit", "z-image")]
+    + [("z-image", 16, 8)],  # 32 tokens
 )
 def test_an_independent_cutter_agrees(kind: str, height: int, width: int) -> None:
     ensemble = ensemble_of(kind)

@@ -27,7 +27,7 @@ from tests.single_file import original_layout
 from tests.tiny import tiny_pipeline
 from tests.tiny_pipelines import PIPELINES
 
-KINDS = ("1.5", "xl", "refiner", "sd3")
+KINDS = ("1.5", "xl", "refiner", "sd3", "z-image")
 
 
 def made(kind: str, root: Path) -> DiffusionPipeline:

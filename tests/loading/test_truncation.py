@@ -26,6 +26,8 @@ LIMITS = {
     "sd3": {("tokenizer", "tokenizer_2"): 24, ("tokenizer_3",): 256},
     "sd3 without t5": {("tokenizer", "tokenizer_2"): 24},
     "flux": {("tokenizer",): 24, ("tokenizer_2",): 512},
+    "chroma": {("tokenizer",): 512},
+    "z-image": {("tokenizer",): 512},
     "pixart": {("tokenizer",): 300},
     "dit": {},
 }
@@ -43,7 +45,7 @@ def test_every_tokenizer_has_its_own_limit(pipelines: dict[str, Any], kind: str)
     assert found == LIMITS[kind]
 
 
-@pytest.mark.parametrize("kind", ["xl", "sd3", "sd3 without t5", "flux", "pixart"])
+@pytest.mark.parametrize("kind", [kind for kind in LIMITS if kind not in ("refiner", "dit")])
 def test_folders_have_the_limits_of_their_pipelines(
     pipelines: dict[str, Any], kind: str, tmp_path: Path
 ) -> None:
@@ -53,7 +55,7 @@ def test_folders_have_the_limits_of_their_pipelines(
     assert {limit.names: limit.num_tokens for limit in limits} == LIMITS[kind]
 
 
-@pytest.mark.parametrize("kind", ["xl", "sd3", "flux", "pixart"])
+@pytest.mark.parametrize("kind", ["xl", "sd3", "flux", "chroma", "z-image", "pixart"])
 def test_what_is_cut_is_what_the_pipeline_does_not_see(
     pipelines: dict[str, Any], kind: str
 ) -> None:
@@ -68,7 +70,8 @@ def test_what_is_cut_is_what_the_pipeline_does_not_see(
     def encoded(prompt: str) -> list[torch.Tensor]:
         with torch.no_grad():
             given = pipeline.encode_prompt(prompt, **dict.fromkeys(texts, prompt), **more)
-        return [part for part in given if part is not None]
+        parts = (part if isinstance(part, list) else [part] for part in given)
+        return [part for several in parts for part in several if part is not None]
 
     limit = max(limits_of(pipeline), key=lambda limit: limit.num_tokens)
     words = ("fox pizza " * limit.num_tokens).strip()

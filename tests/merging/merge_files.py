@@ -10,7 +10,7 @@ from afa.merging import MergeRecipe, plan_merge, run_merge
 from afa.merging.report import notes
 from tests.single_file import original_layout
 from tests.tiny import tiny_pipeline
-from tests.tiny_pipelines import tiny_flux, tiny_sd3, tiny_xl
+from tests.tiny_pipelines import PIPELINES
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 UNET = "model.diffusion_model."
 TEXT = "cond_stage_model.transformer."
 POSITIONS = f"{TEXT}text_model.embeddings.position_ids"
-_MAKERS: Any = {"xl": tiny_xl, "sd3": tiny_sd3, "flux": tiny_flux}
 
 
 def model(folder: Path, kind: str = "1.5", seed: int = 0, **config: Any) -> Tensors:
@@ -30,7 +29,7 @@ def model(folder: Path, kind: str = "1.5", seed: int = 0, **config: Any) -> Tens
     if kind == "1.5":
         pipeline: Any = tiny_pipeline(folder / "tokenizer", seed=seed, **config)
     else:
-        pipeline = _MAKERS[kind](folder / "tokenizer")
+        pipeline = PIPELINES[kind](folder / "tokenizer")
     return {name: tensor.clone() for name, tensor in original_layout(pipeline).items()}
 
 

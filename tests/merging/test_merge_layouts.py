@@ -129,7 +129,7 @@ def test_transformers_need_one_layout(tmp_path: Path) -> None:
         merged(tmp_path, {"a": flux, "b": theirs})
 
 
-@pytest.mark.parametrize("kind", ["xl", "sd3", "flux"])
+@pytest.mark.parametrize("kind", ["xl", "sd3", "flux", "chroma", "z-image"])
 def test_bare_denoisers_of_every_family(kind: str, tmp_path: Path) -> None:
     whole = model(tmp_path, kind)
     bare = {name: tensor + 1 for name, tensor in denoiser(whole).items()}

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import afa
-from afa.denoisers.kinds import conditioning_of, denoiser_of
+from afa.denoisers.kinds import conditioning_of, denoiser_of, kind_of_pipeline
 from afa.training import Recipe, SceneImages
 from afa.training.encoding import encode_captions
 from afa.training.examples import LiveExamples
@@ -64,23 +64,25 @@ def test_the_prediction_is_the_pipelines_own(kind: str, folders: list[Path]) -> 
     seen: dict[str, Any] = {}
 
     def note(_: Any, args: Any, kwargs: Any, output: Any) -> None:
-        names = [name for name in denoiser._signature.parameters if name != "self"]
-        seen.update(dict(zip(names, args, strict=False)), **kwargs)
-        seen["output"] = output[0]
+        seen.update(denoiser._bind(args, kwargs))
+        seen["output"] = interface.prediction(output[0])
 
     hook = denoiser.register_forward_hook(note, with_kwargs=True)
-    call: dict[str, Any] = {"guidance_scale": 3.5 if kind == "flux" else 1.0}
+    is_packed = kind in ("flux", "chroma")
+    own = kind_of_pipeline(pipeline)
+    call: dict[str, Any] = {**own.guide(3.5 if kind == "flux" else 1.0)}
+    interface = own.family.interface
     if kind == "pixart":
         call["use_resolution_binning"] = False
     pipeline("a fox", height=16, width=16, num_inference_steps=1, output_type="latent", **call)
     hook.remove()
     drawn = dict(seen)
     noisy = drawn["sample" if kind == "xl" else "hidden_states"]
-    if kind == "flux":
+    if is_packed:
         noisy = pipeline._unpack_latents(noisy, 16, 16, pipeline.vae_scale_factor)
     conditions = encode_captions(pipeline, ["a fox"])
     conditions["sizes"] = Transform(16).sizes((16, 16), 0, 0)[None]
-    timestep = drawn["timestep"].reshape(-1) * (1000 if kind == "flux" else 1)
+    timestep = drawn["timestep"].reshape(-1) * (1000 if is_packed else 1)
     denoiser.register_forward_hook(note, with_kwargs=True)
     with torch.no_grad():
         predicted = conditioning_of(pipeline).predict(

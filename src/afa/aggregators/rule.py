@@ -32,6 +32,8 @@ class Condition(NamedTuple):
         bias: added to the experts' logits at this site: [N], or [B, N, h, w] by region of the
             picture; None for no bias. See `bias_at`.
         num_experts: N; None if unknown.
+        prompt_first: whether the first half of a batch with both halves of guidance is the one with
+            the prompt; see `has_both_halves`.
     """
 
     timestep: Tensor
@@ -41,6 +43,7 @@ class Condition(NamedTuple):
     text_mask: Tensor | None = None
     bias: Tensor | None = None
     num_experts: int | None = None
+    prompt_first: bool = False
 
 
 class Fused(NamedTuple):
@@ -105,7 +108,7 @@ class FusionRule(nn.Module, ABC):
 
 
 def has_both_halves(sample: Tensor) -> bool:
-    """Whether a batch has every latent twice, as in guidance: first without, then with prompt."""
+    """Whether a batch has every latent twice, as in guidance: without and with prompt."""
     half = len(sample) // 2
     return len(sample) % 2 == 0 and torch.equal(sample[:half], sample[half:])
 

@@ -27,7 +27,7 @@ def export(
     """Write a model as one file, as ComfyUI, the web UIs and diffusers load it.
 
     The file has denoiser, text encoders and autoencoder in the layout of the original code: Stable
-    Diffusion 1.x, 2.x, XL, 3.x or Flux. An ensemble has several models and cannot be exported.
+    Diffusion 1.x, 2.x, XL, 3.x, Flux, Chroma or Z-Image. An ensemble cannot be exported.
 
     [bold]Example[/bold]: afa export merged --output merged.safetensors --dtype float16
     """

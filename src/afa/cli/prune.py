@@ -56,7 +56,7 @@ def prune(
         )
     listed = [prompt.text for prompt in load_prompts(recipe)]
 
-    from afa.denoisers.kinds import denoiser_of
+    from afa.denoisers.kinds import denoiser_of, kind_of_pipeline
     from afa.ensemble.caching.plan import save_plan
     from afa.ensemble.calibrate import calibrate
     from afa.loading.ensemble_folder import load_ensemble
@@ -70,7 +70,11 @@ def prune(
     pipeline.set_progress_bar_config(disable=True)
     say_warnings(warnings_for(pipeline, listed))
     drawing = calibrate(
-        pipeline, listed, num_steps=steps, num_ranges=ranges, guidance_scale=guidance
+        pipeline,
+        listed,
+        num_steps=steps,
+        num_ranges=ranges,
+        **kind_of_pipeline(pipeline).guide(guidance),
     )
     with Progress() as progress:
         while True:

@@ -16,6 +16,7 @@ from afa.denoisers.family import (
     Widths,
     split_text,
 )
+from afa.denoisers.interface import Interface
 from afa.denoisers.sites import FAMILIES, Site, discover_sites, family_of, register_family
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Family",
     "Feature",
     "FileDenoiser",
+    "Interface",
     "PipelineKind",
     "SingleFiles",
     "Site",

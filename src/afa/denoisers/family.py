@@ -164,6 +164,8 @@ class PipelineKind:
             the CLIP encoders, before the T5 tokens; None if it concatenates widths instead.
         shares_length: whether the maximum length of `tokenizer` also limits the other tokenizers.
         prepare: how the pipelines change a prompt before they tokenize it.
+        guide: a function of a scale of classifier-free guidance, of which 1 means none, that
+            returns the arguments of the pipeline's call.
         takes_negative: whether the pipelines use a negative prompt by default.
         family: the family that lists this kind in `pipelines`.
     """
@@ -183,6 +185,7 @@ class PipelineKind:
     padded_text: str | None = None
     shares_length: bool = False
     prepare: Callable[[str], str] = str
+    guide: Callable[[float], Mapping[str, Any]] = lambda guidance: {"guidance_scale": guidance}
     takes_negative: bool = True
     family: Family = field(init=False, repr=False)
 
@@ -269,12 +272,17 @@ class Family:
         widths: a function of a model that returns the embedding widths of its texts.
         split: a function of a model, an ensemble's arguments, the widths and N that returns the
             arguments of each expert.
+        attributes: attributes of a model, besides `config`, that pipelines read.
         attention_kwargs: the argument that may contain a LoRA's `scale`.
-        text_mask: the argument with the mask of the text's tokens; None if all tokens count.
+        text_mask: the argument with the mask of the text's tokens, which may continue with image
+            tokens; None if all tokens count.
         is_residual: whether every block adds to its input, at one resolution.
         prompt: the argument that stays the same object in a denoising loop.
         batches_guidance: whether pipelines compute both halves of guidance in one batch; those of
-            Flux have no guidance, or compute the halves one after the other.
+            Flux have no guidance, those of Chroma compute the halves one after the other, the one
+            with the prompt first.
+        prompt_first: whether pipelines that compute both halves in one batch put the half with the
+            prompt first; most put it last.
         timestep_divisor: pipelines divide the scheduler's timesteps by this before they call the
             denoiser; see `afa.denoisers.timesteps`.
         latent: the argument with the noisy latent.
@@ -301,11 +309,13 @@ class Family:
     example: Callable[[Any], dict[str, Any]]
     widths: Callable[[Any], Widths]
     split: Callable[[Any, Mapping[str, Any], Widths, int], list[dict[str, Any]]]
+    attributes: tuple[str, ...] = ()
     attention_kwargs: str = "joint_attention_kwargs"
     text_mask: str | None = None
     is_residual: bool = True
     prompt: str = "encoder_hidden_states"
     batches_guidance: bool = True
+    prompt_first: bool = False
     timestep_divisor: float = 1.0
     latent: str = "hidden_states"
     component: Component = "transformer"

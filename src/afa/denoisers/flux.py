@@ -12,7 +12,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-from afa.denoisers.coroutine import Blocks, Feature
+from afa.denoisers.coroutine import Blocks
 from afa.denoisers.execution import PLAIN, Execution
 from afa.denoisers.family import (
     VAE_PREFIXES,
@@ -26,15 +26,14 @@ from afa.denoisers.family import (
     split_text,
 )
 from afa.denoisers.original_names import joined_blocks, outside
-from afa.denoisers.prompt import once_per_prompt
-from afa.denoisers.tokens import (
-    TEXT,
-    fill_out_channels,
-    grid_of,
-    require_blocks,
-    to_column,
-    to_grid,
-    to_tokens,
+from afa.denoisers.tokens import fill_out_channels, require_blocks
+from afa.denoisers.two_streams import (
+    Residuals,
+    pack,
+    positions_of,
+    two_stream_blocks,
+    unpack,
+    with_ip_adapter,
 )
 from afa.errors import AfaError
 
@@ -101,23 +100,16 @@ def flux_blocks(
         AfaError: if `joint_attention_kwargs` has a LoRA `scale`, which only the ensemble can apply,
             or the image tokens do not fill one rectangle.
     """
-    attention_kwargs = own_attention_kwargs(joint_attention_kwargs)
-    positions = img_ids
-    img_ids, txt_ids = (ids[0] if ids.ndim == 3 else ids for ids in (img_ids, txt_ids))
-    # cached, because reading the positions makes the CPU wait for the GPU
-    height, width = once_per_prompt(positions, grid_of, lambda: grid_of(img_ids))
+    attention_kwargs = with_ip_adapter(transformer, joint_attention_kwargs)
+    size, rotary = positions_of(transformer, img_ids, txt_ids)
 
     hidden = transformer.x_embedder(hidden_states)
     time = timestep.to(hidden.dtype) * _TIMESTEP_DIVISOR
     guided = () if guidance is None else (guidance.to(hidden.dtype) * 1000,)
     temb = transformer.time_text_embed(time, *guided, pooled_projections)
     text = transformer.context_embedder(encoder_hidden_states)
-    rotary = transformer.pos_embed(torch.cat((txt_ids, img_ids), dim=0))
-    if "ip_adapter_image_embeds" in attention_kwargs:
-        images = attention_kwargs.pop("ip_adapter_image_embeds")
-        attention_kwargs["ip_hidden_states"] = transformer.encoder_hid_proj(images)
 
-    def layer(block: nn.Module, hidden: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    def layer(block: nn.Module, _: int, hidden: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         return execution.run(
             block,
             hidden_states=hidden,
@@ -127,54 +119,26 @@ def flux_blocks(
             joint_attention_kwargs=attention_kwargs,
         )
 
-    hidden = to_tokens((yield Feature("embed", to_grid(hidden, height, width), temb)))
-
-    blocks, residuals = transformer.transformer_blocks, controlnet_block_samples
-    for k, block in enumerate(blocks):
-        site = f"double.{k}"
-        text, hidden = execution.segment(site, layer, block, hidden, text) or (None, None)
-        hidden = to_tokens((yield Feature(site, to_grid(hidden, height, width), temb)))
-        text = to_tokens((yield Feature(f"{site}{TEXT}", to_column(text), temb)))
-        if residuals is not None and controlnet_blocks_repeat:
-            hidden = hidden + residuals[k % len(residuals)]
-        elif residuals is not None:
-            hidden = hidden + residuals[k // _interval(blocks, residuals)]
-
-    blocks, residuals = transformer.single_transformer_blocks, controlnet_single_block_samples
-    for k, block in enumerate(blocks):
-        site = f"single.{k}"
-        text, hidden = execution.segment(site, layer, block, hidden, text) or (None, None)
-        hidden = to_tokens((yield Feature(site, to_grid(hidden, height, width), temb)))
-        if k < len(blocks) - 1:
-            text = to_tokens((yield Feature(f"{site}{TEXT}", to_column(text), temb)))
-        if residuals is not None:
-            hidden = hidden + residuals[k // _interval(blocks, residuals)]
-
     def output(hidden: Tensor) -> Tensor:
         return transformer.proj_out(transformer.norm_out(hidden, temb))
 
-    out = execution.segment("out", output, hidden)
-    return to_tokens((yield Feature("out", to_grid(out, height, width), temb)))
-
-
-def _interval(blocks: Any, residuals: Sequence[Tensor]) -> int:
-    """The number of consecutive blocks that share one ControlNet residual, rounded up."""
-    return -(-len(blocks) // len(residuals))
-
-
-def own_attention_kwargs(given: dict[str, Any] | None) -> dict[str, Any]:
-    """Copy attention arguments, so that they can be changed.
-
-    Raises:
-        AfaError: if they contain a LoRA `scale`.
-    """
-    if given and "scale" in given:
-        raise AfaError(
-            "AFA-MODEL-004",
-            "joint_attention_kwargs of a coroutine must not contain a LoRA scale. Call the "
-            "ensemble, which applies the scale to every expert.",
+    residuals = Residuals(
+        controlnet_block_samples, controlnet_single_block_samples, controlnet_blocks_repeat
+    )
+    return (
+        yield from two_stream_blocks(
+            transformer,
+            hidden,
+            text,
+            temb,
+            size,
+            double=layer,
+            single=layer,
+            output=output,
+            residuals=residuals,
+            execution=execution,
         )
-    return dict(given or {})
+    )
 
 
 def flux_example(transformer: FluxTransformer2DModel) -> dict[str, Any]:
@@ -220,11 +184,8 @@ def _encode(pipeline: Any, captions: list[str]) -> dict[str, Tensor]:
 def _predict(
     pipeline: Any, denoiser: Any, noisy: Tensor, timestep: Tensor, conditions: Conditions
 ) -> Tensor:
-    from diffusers import FluxPipeline
-
     text = conditions["text"]
-    batch, channels, height, width = noisy.shape
-    options: dict[str, Any] = {"device": noisy.device, "dtype": text.dtype}
+    batch, _, height, width = noisy.shape
     guidance = None
     if pipeline.transformer.config.guidance_embeds:
         # of a recorded prediction, or that of training on pictures
@@ -232,25 +193,16 @@ def _predict(
         if guidance is None:
             guidance = torch.full((batch,), _GUIDANCE, device=noisy.device)
     packed = denoiser(
-        hidden_states=FluxPipeline._pack_latents(
-            noisy.to(text.dtype), batch, channels, height, width
-        ),
+        **pack(noisy, text.dtype),
         encoder_hidden_states=text,
         pooled_projections=conditions["pooled"],
         timestep=(timestep / _TIMESTEP_DIVISOR).to(text.dtype),
-        img_ids=FluxPipeline._prepare_latent_image_ids(batch, height // 2, width // 2, **options),
-        txt_ids=torch.zeros(text.shape[1], 3, **options),
+        txt_ids=torch.zeros(text.shape[1], 3, device=noisy.device, dtype=text.dtype),
         guidance=guidance,
         return_dict=False,
     )[0]
     factor = pipeline.vae_scale_factor
-    return _unpack(pipeline, packed, height * factor, width * factor)
-
-
-def _unpack(pipeline: Any, packed: Tensor, height: int, width: int) -> Tensor:
-    from diffusers import FluxPipeline
-
-    return FluxPipeline._unpack_latents(packed, height, width, pipeline.vae_scale_factor)
+    return unpack(pipeline, packed, height * factor, width * factor)
 
 
 # -- single files and LoRAs -------------------------------------------------------------------
@@ -263,20 +215,19 @@ def _configuration(file: FileDenoiser) -> str:
         guidance, first = "time_text_embed.guidance_embedder.linear_1", "x_embedder.weight"
     name = "flux-dev" if f"{guidance}.weight" in file.shapes else "flux-schnell"
     width = file.size(first, 1)
-    is_other = any("distilled_" in key for key in file.shapes)
-    if width != 64 or is_other:
-        what = "distilled guidance layers" if is_other else f"{width} input channels instead of 64"
+    if width != 64:
         raise AfaError(
             "AFA-MODEL-005",
-            f"'{file.source}' has {what}, which no bundled configuration of Flux describes. Name a "
-            "diffusers folder of the same architecture: config=FOLDER.",
+            f"'{file.source}' has {width} input channels instead of 64, which no bundled "
+            "configuration of Flux describes. Name a diffusers folder of the same architecture: "
+            "config=FOLDER.",
         )
     return name
 
 
 def _variant(shapes: Shapes) -> str | None:
     if any(name.startswith("distilled_guidance_layer.") for name in shapes):
-        return "Chroma"
+        return None  # Chroma, which has blocks of the same names
     if not any(
         name.startswith(("double_blocks.", "single_transformer_blocks.")) for name in shapes
     ):
@@ -344,7 +295,7 @@ _KIND = PipelineKind(
     others=("FluxImg2ImgPipeline", "FluxInpaintPipeline"),
     text=("text_encoder_2",),
     pooled=("text_encoder",),
-    conditioning=Conditioning(_encode, _predict, _unpack),
+    conditioning=Conditioning(_encode, _predict, unpack),
     single_files=SingleFiles(
         configuration=_configuration,
         parts={

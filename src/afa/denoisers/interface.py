@@ -42,5 +42,20 @@ class Interface:
         own = inspect.signature(model_class.forward)
         return own.replace(parameters=list(own.parameters.values())[1:])
 
+    def arguments(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of the coroutine for those of a call, by name; the latent [B, ...] first.
+
+        They contain the timestep as `timestep` and the text [B, L, D] as `encoder_hidden_states`.
+        """
+        return given
+
+    def output(self, prediction: Tensor) -> Any:
+        """The output of a call for the prediction of the coroutine, [B, ...]."""
+        return prediction
+
+    def prediction(self, output: Any) -> Tensor:
+        """The prediction [B, ...] of the coroutine for the output of a call."""
+        return output
+
 
 DIFFUSERS = Interface()

@@ -26,7 +26,7 @@ from afa.denoisers.family import (
     split_joined,
     split_pooled,
 )
-from afa.denoisers.flux import joint_widths, own_attention_kwargs
+from afa.denoisers.flux import joint_widths
 from afa.denoisers.original_names import Rows, depth, joined_blocks, outside
 from afa.denoisers.tokens import (
     TEXT,
@@ -37,6 +37,7 @@ from afa.denoisers.tokens import (
     to_tokens,
     unpatchify,
 )
+from afa.denoisers.two_streams import own_attention_kwargs
 from afa.errors import AfaError
 
 if TYPE_CHECKING:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from afa.denoisers.chroma import CHROMA
 from afa.denoisers.coroutine import Feature, run_lockstep
 from afa.denoisers.dit import DIT
 from afa.denoisers.family import Family
@@ -16,6 +17,7 @@ from afa.denoisers.pixart import PIXART
 from afa.denoisers.sd3 import SD3
 from afa.denoisers.tokens import TEXT
 from afa.denoisers.unet import UNET
+from afa.denoisers.z_image import Z_IMAGE
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-FAMILIES = [UNET, FLUX, SD3, PIXART, DIT]
+FAMILIES = [UNET, FLUX, CHROMA, SD3, Z_IMAGE, PIXART, DIT]
 
 #: cached sites by family and configuration
 _FOUND: dict[tuple[Family, str], tuple[Site, ...]] = {}

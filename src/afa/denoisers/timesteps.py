@@ -1,7 +1,8 @@
 """Convert between the timesteps of a scheduler and those of a family's denoisers.
 
 Users, recipes and schedulers count timesteps from 0 to `num_train_timesteps` (1000). Most denoisers
-take the same values; pipelines of Flux divide them by 1000 first (`Family.timestep_divisor`).
+take the same values; pipelines of Flux and Chroma divide them by 1000 first
+(`Family.timestep_divisor`).
 """
 
 from __future__ import annotations

@@ -223,7 +223,7 @@ class Pictures:
 
             without = None
             conditional = predicted(batch.conditions)
-            if kind_of_pipeline(pipeline).family.batches_guidance:
+            if kind_of_pipeline(pipeline).takes_negative:
                 empty = [self._negative] * self._batch
                 without = predicted(encode_captions(pipeline, empty))
         return Predictions(

@@ -225,7 +225,7 @@ def draw(pipeline: DiffusionPipeline, recipe: PictureRecipe) -> Image.Image:
     # an empty text is not the same as none for Stable Diffusion XL, which then uses zeros
     negative = {"negative_prompt": recipe.negative_prompt} if recipe.negative_prompt else {}
     call: dict[str, Any] = {
-        "guidance_scale": recipe.guidance,
+        **kind_of_pipeline(pipeline).guide(recipe.guidance),
         "height": recipe.height,
         "width": recipe.width,
         **negative,

@@ -127,6 +127,8 @@ class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin)
         self.observers = Observers()
         #: the sources of the experts, the autoencoder and the other parts
         self.provenance = Provenance()
+        for name in self.family.attributes:
+            setattr(self, name, getattr(experts[0], name))
         self.register_to_config(**self.family.interface.config(experts[0]))
         self.eval()
 
@@ -186,7 +188,8 @@ class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin)
             self._tell_observers("begin")
             prediction = self._predict(arguments, scale)
             self._tell_observers("end")
-        return self.family.output_class(sample=prediction) if return_dict else (prediction,)
+        output = self.family.interface.output(prediction)
+        return self.family.output_class(sample=output) if return_dict else (output,)
 
     def _predict(self, arguments: dict[str, Any], scale: float | None) -> Tensor:
         prompt, steps = arguments.get(self.family.prompt), timesteps_of(arguments)
@@ -319,8 +322,8 @@ class EnsembleDenoiser(Switches, Delegation, Placement, ModelMixin, ConfigMixin)
         self.loops = Loops()
 
     def _bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """All arguments by the names in the experts' own `forward`; the latent is the first."""
-        return self._signature.bind(*args, **kwargs).arguments
+        """All arguments by the names in the coroutine; the latent is the first."""
+        return self.family.interface.arguments(self._signature.bind(*args, **kwargs).arguments)
 
     # -- devices, data types and modes --------------------------------------------------------
 

@@ -130,6 +130,11 @@ class _Step:
             sent = hook.send(sent)
         return [sent[n] for n in self._own]
 
+    def _mask(self) -> Tensor | None:
+        """The mask of the text's tokens, [B, L]; some models have one of text and image tokens."""
+        mask = self._arguments.get(self._ensemble.family.text_mask or "")
+        return mask if mask is None or self._text is None else mask[..., : self._text.shape[1]]
+
     def _conditioned(self, features: Features, excluded: set[int]) -> Condition:
         """The inputs that the fusion rules of all sites share, besides the features."""
         return Condition(
@@ -137,8 +142,9 @@ class _Step:
             temb=mean_of([feature.temb for n, feature in features.items() if n not in excluded]),
             text=self._text,
             sample=self._sample,
-            text_mask=self._arguments.get(self._ensemble.family.text_mask or ""),
+            text_mask=self._mask(),
             num_experts=len(self._ensemble.experts),
+            prompt_first=self._ensemble.family.prompt_first,
         )
 
     def _fused(

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 
+#: outputs of language models that no pipeline reads: the state of a generation, and scores of words
+_OF_LANGUAGE_MODELS = ("past_key_values", "logits")
+
+
 class EnsembleTextEncoder(PreTrainedModel):
     """Run N text encoders of one tokenizer and concatenate their embeddings to [B, L, N * D].
 
@@ -92,7 +96,11 @@ class EnsembleTextEncoder(PreTrainedModel):
             for encoder in self.encoders
         ]
         joined = type(outputs[0])(
-            **{key: self._join([output[key] for output in outputs]) for key in outputs[0]}
+            **{
+                key: self._join([output[key] for output in outputs])
+                for key in outputs[0]
+                if key not in _OF_LANGUAGE_MODELS
+            }
         )
         return joined.to_tuple() if return_dict is False else joined
 

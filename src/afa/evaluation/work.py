@@ -204,7 +204,7 @@ def draw(
     """
     generators = [torch.Generator().manual_seed(seed * 1_000_003 + place) for place in places]
     call: dict[str, Any] = {
-        "guidance_scale": sampling.guidance,
+        **kind_of_pipeline(pipeline).guide(sampling.guidance),
         "height": sampling.height,
         "width": sampling.width,
         **kind_of_pipeline(pipeline).call,
@@ -221,7 +221,7 @@ def draw(
         drafted = routed(pipeline, prompts, noise, **call)
         with torch.no_grad(), saying_what_fits(what, remedy), drafted, checked:
             drawn = pipeline(
-                prompts,
+                list(prompts),  # some pipelines change the list
                 num_inference_steps=num_steps,
                 generator=noise,
                 output_type=output_type,

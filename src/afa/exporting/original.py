@@ -92,7 +92,7 @@ def denoiser_tensors(
             found.append(FileTensor(_replaced(f"{theirs}.{kind}", renamed), sources, change))
     for layer in sorted(kinds.keys() - done):
         for kind in kinds[layer]:
-            name = f"{layer}.{kind}"
+            name = f"{layer}.{kind}" if layer else kind
             found.append(FileTensor(_replaced(name, renamed), (name,)))
     return found
 
@@ -210,5 +210,7 @@ def tensors_of(names: Iterable[str], prefix: str) -> Iterator[FileTensor]:
         yield from open_clip_tensors(names)
     elif "t5" in prefix:
         yield from same_tensors(names)
+    elif "qwen" in prefix:
+        yield from (FileTensor(f"model.{name}", (name,)) for name in names)
     else:
         yield from clip_tensors(names)

@@ -47,9 +47,7 @@ def check_text_to_image(pipeline: DiffusionPipeline) -> None:
 
 def native_resolution(pipeline: DiffusionPipeline) -> tuple[int, int]:
     """Return the experts' native height and width in pixels."""
-    # packed latents have no sample_size; the pipeline has one
-    size = denoiser_of(pipeline).config.get("sample_size") or pipeline.default_sample_size
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = kind_of_pipeline(pipeline).native_size(denoiser_of(pipeline).config)
     return height * pipeline.vae_scale_factor, width * pipeline.vae_scale_factor
 
 

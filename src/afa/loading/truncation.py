@@ -1,7 +1,8 @@
 """Truncated prompts: the part of a text beyond the token limits of the text encoders.
 
-CLIP reads 77 tokens, T5 as many as the pipeline sets (256 in Stable Diffusion 3, 512 in Flux, 120
-or 300 in PixArt). The pipelines truncate longer texts; this module only counts and reports it.
+CLIP reads 77 tokens, T5 and Qwen as many as the pipeline sets (256 in Stable Diffusion 3, 512 in
+Flux, Chroma and Z-Image, 120 or 300 in PixArt). The pipelines truncate longer texts; this module
+only counts and reports it.
 """
 
 from __future__ import annotations
@@ -46,21 +47,26 @@ class TextLimit:
 
     def count(self, texts: Iterable[str]) -> list[int]:
         """Count the tokens of each text, without truncation."""
-        prepared = [self.prepare(text) for text in texts]
+        prepared = [self._prepared(text) for text in texts]
         chunks = (prepared[n : n + _CHUNK] for n in range(0, len(prepared), _CHUNK))
         return [len(ids) for chunk in chunks for ids in self._tokens(chunk)["input_ids"]]
 
     def unread(self, text: str) -> str:
         """Return the truncated end of a text; empty if it is read completely."""
-        text = self.prepare(text)
-        kept = self.num_tokens - 1  # the last one is the end token
         if self.count([text])[0] <= self.num_tokens:
             return ""
+        text = self._prepared(text)
+        # CLIP and T5 keep the end token of a truncated text; Qwen has none
+        kept = self.num_tokens - bool(self.tokenizer.num_special_tokens_to_add())
         if self.tokenizer.is_fast:
             start, _ = self._tokens([text], return_offsets_mapping=True)["offset_mapping"][0][kept]
             return text[start:].strip()
         ids = self._tokens([text])["input_ids"][0]
         return self.tokenizer.decode(ids[kept:], skip_special_tokens=True).strip()
+
+    def _prepared(self, text: str) -> str:
+        """The prepared text, without what the preprocessing adds after it."""
+        return self.prepare(text).removesuffix(self.prepare("x").partition("x")[2])
 
     def _tokens(self, texts: list[str], **options: Any) -> Any:
         return self.tokenizer(texts, truncation=False, padding=False, verbose=False, **options)
@@ -88,8 +94,10 @@ def _limits_of_pipeline(pipeline: Any) -> list[TextLimit]:
         if name.startswith("tokenizer") and part is not None
     }
     tokenizers = {name: parts[name] for name, encoder in encoders.items() if encoder is not None}
-    are_t5 = {name for name in tokenizers if encoders[name].config.model_type == "t5"}
-    return _limits(type(pipeline), tokenizers, are_t5)
+    set_by_call = {
+        name for name in tokenizers if not encoders[name].config.model_type.startswith("clip")
+    }
+    return _limits(type(pipeline), tokenizers, set_by_call)
 
 
 def limits_of_folder(folder: Path) -> tuple[list[TextLimit], PipelineKind]:
@@ -101,26 +109,27 @@ def limits_of_folder(folder: Path) -> tuple[list[TextLimit], PipelineKind]:
     index = read_json(folder / "model_index.json")
     class_name, classes = str(index.get("_class_name")), parts_of(index)
     kind = kind_of(class_name, folder)
-    tokenizers, are_t5 = {}, set()
+    tokenizers, set_by_call = {}, set()
     for encoder in [name for name in classes if name.startswith("text_encoder")]:
         name = encoder.replace("text_encoder", "tokenizer")
         if name not in classes or not (folder / name).is_dir():
             continue
         tokenizers[name] = load_tokenizer(folder / name, classes[name])
-        if classes[encoder].startswith("T5"):
-            are_t5.add(name)
-    return _limits(kind.pipeline_class(class_name), tokenizers, are_t5), kind
+        if not classes[encoder].startswith("CLIP"):
+            set_by_call.add(name)
+    return _limits(kind.pipeline_class(class_name), tokenizers, set_by_call), kind
 
 
 def _limits(
-    pipeline_class: type, tokenizers: Mapping[str, Any], are_t5: set[str]
+    pipeline_class: type, tokenizers: Mapping[str, Any], set_by_call: set[str]
 ) -> list[TextLimit]:
+    """Return the limits; those of `set_by_call` are the call's `max_sequence_length`."""
     kind = kind_of(pipeline_class.__name__, pipeline_class.__name__)
     taken = inspect.signature(pipeline_class.__call__).parameters.get("max_sequence_length")
     found: dict[tuple[str, int], TextLimit] = {}
     for name, tokenizer in sorted(tokenizers.items()):
         limit = tokenizer.model_max_length
-        if name in are_t5 and taken is not None:
+        if name in set_by_call and taken is not None:
             limit = kind.call.get("max_sequence_length", taken.default)
         elif kind.shares_length and "tokenizer" in tokenizers:
             limit = tokenizers["tokenizer"].model_max_length  # their `tokenizer_max_length`

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from afa.denoisers.sites import families_of_class
+
 
 def add_adapters(model: Any, rank: int, name: str, *, is_text: bool) -> None:
     """Add adapters to all linear layers and convolutions inside the blocks of a model.
@@ -18,10 +20,13 @@ def add_adapters(model: Any, rank: int, name: str, *, is_text: bool) -> None:
     """
     from peft import LoraConfig, inject_adapter_in_model
 
+    repeated = {name for each in families_of_class(type(model)) for name in each.repeated_blocks}
+    blocks = [f"{name}." for name, m in model.named_modules() if type(m).__name__ in repeated]
     targets = [
         layer
         for layer, module in model.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d) and _is_inside(layer, is_text=is_text)
+        if isinstance(module, nn.Linear | nn.Conv2d)
+        and (_is_inside(layer, is_text=is_text) or layer.startswith(tuple(blocks)))
     ]
     config = LoraConfig(
         r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights="gaussian"

@@ -26,6 +26,7 @@ _PREFIXES = {
     "text_encoders.clip_l.": "text_encoder",
     "text_encoders.clip_g.": "text_encoder_2",
     "text_encoders.t5xxl.": "text_encoder_3",
+    "text_encoders.qwen3_4b.": "text_encoder",
     "first_stage_model.": "vae",
 }
 

@@ -191,7 +191,7 @@ def _pictures(
     # an empty text is not the same as none for Stable Diffusion XL, which then uses zeros
     negative = {"negative_prompt": [asked.negative_prompt] * len(prompts)}
     call: dict[str, Any] = {
-        "guidance_scale": asked.guidance,
+        **kind_of_pipeline(pipeline).guide(asked.guidance),
         "height": size[0],
         "width": size[1],
         **(negative if asked.negative_prompt else {}),

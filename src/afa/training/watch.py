@@ -15,6 +15,7 @@ from afa.denoisers.forward_process import forward_process
 from afa.denoisers.kinds import conditioning_of, denoiser_of, kind_of_pipeline
 from afa.ensemble.denoiser import EnsembleDenoiser
 from afa.files import write_png
+from afa.loading.task import native_resolution
 from afa.machine.exhausted import saying_what_fits, smaller_batch
 from afa.training.encoding import Recorded
 from afa.training.objective import denoising_loss, prediction_loss
@@ -226,13 +227,16 @@ class Watch:
         remedy = smaller_batch(
             len(previews.prompts), "no more previews.prompts than", None, "Or remove previews."
         )
+        kind, (height, width) = kind_of_pipeline(pipeline), native_resolution(pipeline)
         with torch.no_grad(), self._trainer.averaged(), saying_what_fits(what, remedy):
             pictures = pipeline(
                 list(previews.prompts),
+                height=height,
+                width=width,
                 num_inference_steps=previews.num_steps,
-                guidance_scale=previews.guidance,
                 generator=generators,
-                **kind_of_pipeline(pipeline).call,
+                **kind.guide(previews.guidance),
+                **kind.call,
             ).images
         for part, place in zip(parts, places, strict=True):
             part.to(place)

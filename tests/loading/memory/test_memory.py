@@ -21,6 +21,7 @@ from afa.loading.memory.needs import Needs, needs_of
 from afa.loading.pipeline import load_pipeline
 from tests.refusal import refusal
 from tests.tiny import tiny_pipeline
+from tests.tiny_pipelines import PIPELINES, saved_experts
 
 SMALL = afa.SABWConfig(hidden_size=16, num_layers=1, num_heads=2, norm_num_groups=4)
 
@@ -101,6 +102,20 @@ def test_weights_are_those_that_are_loaded(folders: list[Path], dtype: torch.dty
     encoder = sum(p.numel() for p in pipeline.text_encoder.parameters()) * dtype.itemsize
     assert encoder <= needs.encoders / 2 < 1.1 * encoder + 1000  # and buffers
     assert needs.work > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [kind for kind in PIPELINES if kind not in ("dit", "refiner")])
+def test_models_of_every_kind_are_measured(kind: str, tmp_path: Path) -> None:
+    folders = saved_experts(kind, tmp_path, count=2)
+    needs = needs_of(folders[0], 2, SMALL, encoder_sets=2, dtype=torch.float32)
+    pipeline = load_pipeline(folders, SMALL)
+    ensemble = denoiser_of(pipeline)
+    tensors = [*ensemble.experts.parameters(), *ensemble.experts.buffers()]
+    assert needs.layers + needs.rest == sum(t.nbytes for t in tensors)
+    others = [*pipeline.vae.parameters(), *pipeline.vae.buffers()]
+    assert needs.others == sum(t.nbytes for t in [*others, *ensemble.aggregators.parameters()])
+    assert min(needs.layers, needs.encoders, needs.work, needs.flops) > 0
 
 
 def test_more_pixels_take_more(folders: list[Path]) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import diffusers
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FluxTransformer2DModel
+from diffusers import ChromaTransformer2DModel, DiffusionPipeline, FluxTransformer2DModel
 from safetensors.torch import save_file
 from transformers import (
     CLIPTextConfig,
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.slow
 
-_KINDS = ("xl", "refiner", "sd3")
+_KINDS = ("xl", "refiner", "sd3", "z-image")
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +103,7 @@ def test_a_file_is_read_bit_for_bit(kind: str, tmp_path: Path) -> None:
     assert companions.references == []
 
 
-@pytest.mark.parametrize("kind", ["1.5", "xl", "sd3"])
+@pytest.mark.parametrize("kind", ["1.5", "xl", "sd3", "z-image"])
 def test_files_and_folders_make_the_same_ensemble(kind: str, tmp_path: Path) -> None:
     folders = [tmp_path / f"{kind}-{seed}" for seed in range(2)]
     files = [
@@ -114,6 +114,7 @@ def test_files_and_folders_make_the_same_ensemble(kind: str, tmp_path: Path) -> 
     ours = afa.load_pipeline(files, config=folders[0])
     assert_same_weights(denoiser_of(expected), denoiser_of(ours))
     options: dict[str, Any] = {"num_inference_steps": 2, "output_type": "pt"}
+    options |= {"height": 16, "width": 16}
     pictures = [
         pipeline("a fox", generator=torch.Generator().manual_seed(0), **options).images
         for pipeline in (expected, ours)
@@ -122,25 +123,34 @@ def test_files_and_folders_make_the_same_ensemble(kind: str, tmp_path: Path) -> 
     torch.testing.assert_close(*pictures, atol=1e-5, rtol=0)
 
 
-@pytest.mark.nightly
-def test_a_flux_file_is_read_bit_for_bit(tmp_path: Path) -> None:
-    # the library reads this layout at the published width alone: one block of each kind, 1 GB
+def wide(kind: str) -> Any:
+    """One block of each sort at the published width, 1 GB."""
+    config: dict[str, Any] = {
+        "in_channels": 16,
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "attention_head_dim": 128,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 24,
+    }
     with torch.device("meta"):
-        transformer = FluxTransformer2DModel(
-            in_channels=16,
-            num_layers=1,
-            num_single_layers=1,
-            attention_head_dim=128,
-            num_attention_heads=24,
-            joint_attention_dim=24,
-            pooled_projection_dim=8,
-            guidance_embeds=True,
-        ).bfloat16()
-    transformer = transformer.to_empty(device="cpu").eval()
+        if kind == "chroma":
+            transformer: Any = ChromaTransformer2DModel(**config, approximator_layers=2)
+        else:
+            config |= {"pooled_projection_dim": 8, "guidance_embeds": True}
+            transformer = FluxTransformer2DModel(**config)
+    return transformer.bfloat16().to_empty(device="cpu").eval()
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("kind", ["flux", "chroma"])
+def test_a_flux_file_is_read_bit_for_bit(kind: str, tmp_path: Path) -> None:
+    # the library reads this layout at the published width alone
+    transformer = wide(kind)
     for n, parameter in enumerate(transformer.parameters()):
         parameter.data.uniform_(-0.02, 0.02, generator=torch.Generator().manual_seed(n))
     torch.manual_seed(0)
-    pipeline = PIPELINES["flux"](tmp_path / "tokenizer")
+    pipeline = PIPELINES[kind](tmp_path / "tokenizer")
     pipeline.register_modules(transformer=transformer)
     pipeline.save_pretrained(tmp_path / "folder")
     file = exported(pipeline, tmp_path / "file.safetensors")
@@ -148,22 +158,23 @@ def test_a_flux_file_is_read_bit_for_bit(tmp_path: Path) -> None:
     parts = load_file_parts(file, companions)
     assert_same_weights(transformer, parts["transformer"])
     assert_same_weights(pipeline.vae.bfloat16(), parts["vae"])
-    for name in ("text_encoder", "text_encoder_2"):
+    encoders = [name for name in pipeline.components if name.startswith("text_encoder")]
+    for name in encoders:
         assert_same_weights(getattr(pipeline, name).bfloat16(), parts[name])
     # and as it is usually shared: the transformer alone, the rest in files of their own
     alone = exported(
         pipeline, tmp_path / "alone.safetensors", "vae.", "text_encoders.clip_l", "text_encoders.t5"
     )
     del parts
-    save_file(_bare(pipeline.text_encoder), tmp_path / "clip_l.safetensors")
-    save_file(_bare(pipeline.text_encoder_2), tmp_path / "t5xxl.safetensors")
+    for name in encoders:
+        save_file(_bare(getattr(pipeline, name)), tmp_path / f"{name}.safetensors")
     lent = Companions(
         torch.bfloat16,
         config=tmp_path / "folder",
-        parts=[tmp_path / "clip_l.safetensors", tmp_path / "t5xxl.safetensors"],
+        parts=[tmp_path / f"{name}.safetensors" for name in encoders],
     )
     parts = load_file_parts(alone, lent)
-    for name in ("text_encoder", "text_encoder_2"):
+    for name in encoders:
         assert_same_weights(getattr(pipeline, name), parts[name])
 
 
@@ -236,6 +247,23 @@ def test_what_was_lent_is_found_again_and_must_be_the_same(tmp_path: Path) -> No
     exported(made("xl", tmp_path, 1), whole)
     with refusal("AFA-LOAD-082", "SHA-256"):
         afa.load_ensemble(saved)
+
+
+def test_parts_of_z_image_in_files_of_their_own(tmp_path: Path) -> None:
+    """As they are published, the denoiser alone and Qwen3 with its output layer."""
+    pipeline = made("z-image", tmp_path)
+    bare = exported(pipeline, tmp_path / "bare.safetensors", "text_encoders.", "vae.")
+    qwen = {f"model.{name}": t for name, t in pipeline.text_encoder.state_dict().items()}
+    qwen["lm_head.weight"] = qwen["model.embed_tokens.weight"].clone()
+    save_file(qwen, tmp_path / "qwen.safetensors")
+    with refusal("AFA-MODEL-024", "config=FOLDER"):
+        afa.load_pipeline([bare])
+    with refusal("AFA-LOAD-077", "Qwen3-4B"):
+        afa.load_pipeline([bare], config=tmp_path / "z-image-0")
+    parts = [tmp_path / "qwen.safetensors", tmp_path / "z-image-0"]
+    loaded = afa.load_pipeline([bare], config=tmp_path / "z-image-0", parts=parts)
+    assert_same_weights(pipeline.transformer, loaded.transformer.experts[0])
+    assert_same_weights(pipeline.text_encoder, loaded.text_encoder.encoders[0])
 
 
 def test_lent_encoders_are_one_for_all(tmp_path: Path) -> None:
@@ -419,6 +447,7 @@ _SIZES = {
     "stable-diffusion-3-medium": 2028.3,
     "stable-diffusion-3.5-medium": 2243.2,
     "stable-diffusion-3.5-large": 8056.6,
+    "chroma": 8900.0,
     "flux-dev": 11901.4,
     "flux-schnell": 11890.9,
 }
@@ -473,7 +502,7 @@ def test_unknown_files_say_what_is_known(tmp_path: Path) -> None:
     for odd in ("model.diffusion_model.input_blocks.0.0.weight", "joint_blocks.0.x", "pos_embed"):
         with pytest.raises(AfaError):
             config_of({odd: (3,)}, "file")
-    with refusal("AFA-MODEL-005"):
+    with refusal("AFA-MODEL-021", "0 input channels", "64"):
         config_of({"double_blocks.0.x": (1,), "distilled_guidance_layer.x": (1,)}, "file")
     with refusal("AFA-LOAD-068"):
         config_folder("sd4")

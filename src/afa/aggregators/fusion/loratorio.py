@@ -51,7 +51,7 @@ class LoRAtorio(FusionRule):
 
         Args:
             features: N + 1 predictions [B, C, H, W].
-            condition: the noisy latents show whether the first half has no prompt.
+            condition: the noisy latents show whether one half has no prompt.
 
         Returns: the prediction, and the weights [B, N + 1, H, W].
         """
@@ -66,7 +66,8 @@ class LoRAtorio(FusionRule):
         weights = torch.cat([weights, torch.zeros_like(weights[:, :1])], dim=1)
         if self.null == "base" and has_both_halves(condition.sample):
             half = len(base) // 2
-            weights[:half], weights[:half, -1] = 0, 1
+            null = slice(half, None) if condition.prompt_first else slice(half)
+            weights[null], weights[null, -1] = 0, 1
         return Fused(weighted_sum(features, weights), weights)
 
 

@@ -70,7 +70,7 @@ class MagicFusion(FusionRule):
         """Select one of N predictions [2 B, C, H, W] at every pixel.
 
         Args:
-            features: the experts' predictions; the unconditional half of the batch is first.
+            features: the experts' predictions, with both halves of guidance in one batch.
             condition: the noisy latents show whether both halves are there.
 
         Raises:

@@ -54,13 +54,14 @@ def canonical_names(names: Iterable[str]) -> dict[str, str]:
     """
     names = list(names)
     roots = {name.split(".", 1)[0] for name in names}
-    if any(roots.intersection(family.original_blocks) for family in FAMILIES):
+    # of some families, the original code has names that the library has as well
+    library = next((f for f in FAMILIES if roots.intersection(f.library_blocks)), None)
+    if library is not None:
+        prefix = f"{library.component}."
+    elif any(roots.intersection(family.original_blocks) for family in FAMILIES):
         prefix = DENOISER
-    elif roots & _TRANSFORMER:
-        prefix = "transformer."
     else:
-        fitting = (f for f in FAMILIES if roots.intersection(f.library_blocks))
-        prefix = next((f"{family.component}." for family in fitting), "")
+        prefix = "transformer." if roots & _TRANSFORMER else ""
     return {name: _canonical(name, prefix) for name in names}
 
 

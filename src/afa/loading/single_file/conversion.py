@@ -105,7 +105,7 @@ def _new_attention(name: str) -> str:
 def _encoder_state(
     tensors: Mapping[str, Tensor], class_name: str, folder: Path
 ) -> dict[str, Tensor]:
-    """Convert from OpenCLIP, T5, or CLIP with or without `text_model.`."""
+    """Convert from OpenCLIP, T5, Qwen, or CLIP with or without `text_model.`."""
     if any("resblocks." in name for name in tensors):
         is_second = any(name.startswith("model.") for name in tensors)
         prefix = _OPEN_CLIP_2 if is_second else "model."
@@ -115,6 +115,8 @@ def _encoder_state(
     given = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
     if class_name.startswith("T5"):
         return given
+    if class_name.startswith("Qwen"):  # published with the output layer, which pipelines do not use
+        return {name.removeprefix("model."): tensor for name, tensor in given.items()}
     return {
         name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}": t
         for name, t in given.items()

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
     from afa.loading.weights import Shapes
 
+#: the embedding of CLIP in a separate file
+_OF_CLIP = "text_model.embeddings.token_embedding.weight"
+
 
 def fitting_encoders(path: Path, config: Path) -> list[str]:
     """Return the names of the text encoders in a part that fit a configuration.
@@ -68,8 +71,8 @@ def load_fitting_encoders(path: Path, config: Path, dtype: torch.dtype) -> dict[
 
 def _bare_width(shapes: Shapes, class_name: str) -> int | None:
     """Return the embedding size of a text encoder in a separate file, in transformers' layout."""
-    is_t5 = class_name.startswith("T5")
-    key = "shared.weight" if is_t5 else "text_model.embeddings.token_embedding.weight"
+    keys = {"T5": "shared.weight", "Qwen": "model.embed_tokens.weight"}
+    key = next((key for start, key in keys.items() if class_name.startswith(start)), _OF_CLIP)
     return shapes[key][1] if len(shapes.get(key, ())) == 2 else None
 
 
