@@ -298,6 +298,7 @@ _KIND = PipelineKind(
     conditioning=Conditioning(_encode, _predict, unpack),
     single_files=SingleFiles(
         configuration=_configuration,
+        gguf=frozenset({"flux"}),
         parts={
             "text_encoder": ("text_encoders.clip_l.",),
             "text_encoder_2": ("text_encoders.t5xxl.",),

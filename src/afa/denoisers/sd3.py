@@ -274,6 +274,7 @@ _KIND = PipelineKind(
     conditioning=Conditioning(_encode, _predict),
     single_files=SingleFiles(
         configuration=_configuration,
+        gguf=frozenset({"sd3"}),
         parts={
             "text_encoder": ("text_encoders.clip_l.",),
             "text_encoder_2": ("text_encoders.clip_g.",),

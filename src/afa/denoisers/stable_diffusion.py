@@ -185,6 +185,7 @@ STABLE_DIFFUSION = PipelineKind(
     conditioning=Conditioning(_encode_sd, _predict_sd),
     single_files=SingleFiles(
         configuration=_configuration,
+        gguf=frozenset({"sd1"}),
         parts={"text_encoder": ("cond_stage_model.",), "vae": VAE_PREFIXES},
         original=_ORIGINAL,
         diffusers=_DIFFUSERS,
@@ -210,6 +211,7 @@ STABLE_DIFFUSION_XL = PipelineKind(
     conditioning=Conditioning(_encode_xl, _predict_xl),
     single_files=SingleFiles(
         configuration=_configuration,
+        gguf=frozenset({"sdxl"}),
         parts={
             "text_encoder": ("conditioner.embedders.0.transformer.",),
             "text_encoder_2": ("conditioner.embedders.1.model.", "conditioner.embedders.0.model."),

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from afa.denoisers.kinds import kinds
 from afa.denoisers.packed import FLOAT8
 from afa.errors import AfaError
 from afa.loading.single_file.canonical_names import DENOISER
@@ -253,8 +254,9 @@ def require_family(file: Path, shapes: Shapes) -> None:
     if not is_gguf(file):
         return
     stated, found = check_weights(file).metadata.get("general.architecture"), kind_name(shapes)
-    if stated is not None and ARCHITECTURES.get(stated, "") != (found or ""):
-        known = ", ".join(ARCHITECTURES)
+    named = {kind.name: kind.single_files.gguf for kind in kinds() if kind.single_files}
+    if stated is not None and stated not in named.get(found or "", ()):
+        known = ", ".join(sorted(set().union(*named.values())))
         raise AfaError(
             "AFA-LOAD-118",
             f"'{file}' has the general.architecture '{stated[:60]}' and the tensors of "
@@ -262,12 +264,3 @@ def require_family(file: Path, shapes: Shapes) -> None:
             "denoiser's tensors under their original names or those of diffusers. Use the GGUF or "
             "safetensors file of a supported denoiser.",
         )
-
-
-#: `general.architecture` of GGUF files -> the kind of pipeline
-ARCHITECTURES = {
-    "flux": "Flux",
-    "sd1": "Stable Diffusion",
-    "sdxl": "Stable Diffusion XL",
-    "sd3": "Stable Diffusion 3",
-}
