@@ -31,6 +31,7 @@ from afa.denoisers.flux import flux_layer_names
 from afa.denoisers.original_names import Rows
 from afa.denoisers.tokens import fill_out_channels, require_blocks
 from afa.denoisers.two_streams import (
+    GRID,
     Residuals,
     pack,
     positions_of,
@@ -232,6 +233,7 @@ _KIND = PipelineKind(
     others=("ChromaImg2ImgPipeline", "ChromaInpaintPipeline"),
     text=("text_encoder",),
     conditioning=Conditioning(_encode, _predict, unpack),
+    carries_prompts=True,
     single_files=SingleFiles(
         configuration=_configuration,
         parts={"text_encoder": ("text_encoders.t5xxl.",), "vae": VAE_PREFIXES},
@@ -269,6 +271,7 @@ CHROMA = Family(
     text_mask="attention_mask",
     batches_guidance=False,
     timestep_divisor=_TIMESTEP_DIVISOR,
+    grid=GRID,
     repeated_blocks=tuple(_BLOCKS.values()),
     original_blocks=(_APPROXIMATOR,),
     original_layers=chroma_layer_names,

@@ -169,6 +169,9 @@ class PipelineKind:
         guide: a function of a scale of classifier-free guidance, of which 1 means none, that
             returns the arguments of the pipeline's call.
         takes_negative: whether the pipelines use a negative prompt by default.
+        carries_prompts: whether its pipelines pass the embedding of all tokens of a prompt to the
+            denoiser unchanged, so that it can carry the prompts of other experts, see
+            `afa.denoisers.packing`.
         family: the family that lists this kind in `pipelines`.
     """
 
@@ -189,6 +192,7 @@ class PipelineKind:
     prepare: Callable[[str], str] = str
     guide: Callable[[float], Mapping[str, Any]] = lambda guidance: {"guidance_scale": guidance}
     takes_negative: bool = True
+    carries_prompts: bool = False
     family: Family = field(init=False, repr=False)
 
     @property
@@ -257,6 +261,20 @@ def _pooled_width(encoder: Any) -> int:
     return encoder.config.projection_dim if has_projection else encoder.config.hidden_size
 
 
+@dataclass(frozen=True)
+class Grid:
+    """How a family's tokens and the latent [B, C, H, W] become each other.
+
+    Attributes:
+        unpack: a function of tokens [B, L, D] and the arguments of the call, which has their
+            positions, that returns a latent.
+        pack: a function of a latent that returns tokens.
+    """
+
+    unpack: Callable[[Tensor, Mapping[str, Any]], Tensor]
+    pack: Callable[[Tensor], Tensor]
+
+
 @dataclass(frozen=True, eq=False)
 class Family:
     """Everything that afa knows of one architecture: its coroutine, inputs, names and pipelines.
@@ -288,6 +306,8 @@ class Family:
         timestep_divisor: pipelines divide the scheduler's timesteps by this before they call the
             denoiser; see `afa.denoisers.timesteps`.
         latent: the argument with the noisy latent.
+        grid: how its tokens are placed, if pipelines pack the latent; None if they do not, or if
+            that is not known here.
         component: the name of the denoiser in stock pipelines, `unet` or `transformer`.
         repeated_blocks: classes of repeated blocks, which are compiled one by one.
         original_blocks: starts of tensor names that only this family has in the original code.
@@ -320,6 +340,7 @@ class Family:
     prompt_first: bool = False
     timestep_divisor: float = 1.0
     latent: str = "hidden_states"
+    grid: Grid | None = None
     component: Component = "transformer"
     repeated_blocks: tuple[str, ...] = ()
     original_blocks: tuple[str, ...] = ()

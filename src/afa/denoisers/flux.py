@@ -28,6 +28,7 @@ from afa.denoisers.family import (
 from afa.denoisers.original_names import joined_blocks, outside
 from afa.denoisers.tokens import fill_out_channels, require_blocks
 from afa.denoisers.two_streams import (
+    GRID,
     Residuals,
     pack,
     positions_of,
@@ -296,6 +297,7 @@ _KIND = PipelineKind(
     text=("text_encoder_2",),
     pooled=("text_encoder",),
     conditioning=Conditioning(_encode, _predict, unpack),
+    carries_prompts=True,
     single_files=SingleFiles(
         configuration=_configuration,
         gguf=frozenset({"flux"}),
@@ -337,6 +339,7 @@ FLUX = Family(
     split=_split,
     batches_guidance=False,
     timestep_divisor=_TIMESTEP_DIVISOR,
+    grid=GRID,
     repeated_blocks=tuple(_BLOCKS.values()),
     original_blocks=("double_blocks", "single_blocks"),
     library_blocks=("single_transformer_blocks",),

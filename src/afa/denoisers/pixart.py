@@ -176,6 +176,7 @@ _KIND = PipelineKind(
     name="PixArt",
     pipelines=("PixArtAlphaPipeline", "PixArtSigmaPipeline"),
     text=("text_encoder",),
+    carries_prompts=True,
     conditioning=Conditioning(_encode, _predict),
     # the same prompts in training and drawing, whichever optional packages are installed
     call={"use_resolution_binning": False, "clean_caption": False},

@@ -36,7 +36,8 @@ _TEMB = 256
 #: arguments of the first expert's call that are prompts, sizes or settings, not other conditions
 _PASSED = {
     *("encoder_hidden_states", "encoder_attention_mask", "added_cond_kwargs", "timestep_cond"),
-    *("timestep", "pooled_projections", "return_dict", "guidance"),
+    *("timestep", "pooled_projections", "return_dict", "guidance", "img_ids", "txt_ids"),
+    "attention_mask",
 }
 #: methods and attributes of denoisers with which pipelines change their blocks
 _CHANGES = {
@@ -153,7 +154,7 @@ def predictor_blocks(
         if predictor.pipeline is None:
             given = {**arguments, predictor.host.family.latent: sample}
             predicted: Tensor = run(**given, return_dict=False)[0]
-            return predicted[:, : predictor.channels]
+            return _latent(predictor.host.family, predicted, given)[:, : predictor.channels]
         divisor = predictor.host.family.timestep_divisor
         steps = arguments["timestep"] if divisor == 1 else arguments["timestep"] * divisor
         conditioning = predictor.kind.conditioning
@@ -171,6 +172,8 @@ def predictor_blocks(
     fused = yield Feature(OUT, prediction, _embedded(predictor, arguments["timestep"], sample))
     if predictor.pipeline is not None:
         return fused
+    if (grid := predictor.host.family.grid) is not None:
+        return grid.pack(fused)
     missing = (predictor.denoiser.config.get("out_channels") or 0) - fused.shape[1]
     return nn.functional.pad(fused, (0, 0, 0, 0, 0, missing)) if missing > 0 else fused
 
@@ -186,6 +189,11 @@ class _Called:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._run(*args, **kwargs)
+
+
+def _latent(family: Family, tensor: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+    """The latent [B, C, H, W] of an argument or an output of a denoiser."""
+    return tensor if family.grid is None else family.grid.unpack(tensor, arguments)
 
 
 def _sizes(predictor: Predictor, sample: Tensor) -> Tensor:
@@ -229,7 +237,7 @@ def _split(
         text, (packing, "unpacked"), lambda: _unpacked(packing, text, widths)
     )
     shared = {
-        family.latent: arguments[family.latent],
+        family.latent: _latent(family, arguments[family.latent], arguments),
         "timestep": _per_sample(arguments),
         "encoder_hidden_states": own,
     }
@@ -271,6 +279,10 @@ class _Interface(Interface):
 
     def defaults(self, model: Any) -> Any:
         return self._family.interface.defaults(model.host.denoiser)
+
+    def height(self, latent: Tensor) -> int:
+        height = self._family.interface.height(latent)
+        return height if self._family.grid is None else 2 * height
 
     def without_data(self, model: Any, model_class: Any) -> Any:
         twin = self._family.interface.without_data(model.host.denoiser, model_class)

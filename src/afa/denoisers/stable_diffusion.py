@@ -201,6 +201,7 @@ STABLE_DIFFUSION = PipelineKind(
         },
     ),
     gives_latent=True,
+    carries_prompts=True,
 )
 STABLE_DIFFUSION_XL = PipelineKind(
     name="Stable Diffusion XL",
@@ -230,4 +231,5 @@ STABLE_DIFFUSION_XL = PipelineKind(
         },
     ),
     gives_latent=True,
+    carries_prompts=True,
 )

@@ -13,12 +13,13 @@ import torch
 
 from afa.denoisers.coroutine import Blocks, Feature
 from afa.denoisers.execution import PLAIN, Execution
+from afa.denoisers.family import Grid
 from afa.denoisers.prompt import once_per_prompt
 from afa.denoisers.tokens import TEXT, grid_of, to_column, to_grid, to_tokens
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -173,6 +174,28 @@ def pack(noisy: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
             batch, height // 2, width // 2, device=noisy.device, dtype=dtype
         ),
     }
+
+
+def _unpacked(packed: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+    """Convert tokens [B, H * W, 4 * C] to a latent [B, C, 2 * H, 2 * W], by their `img_ids`."""
+    ids = arguments["img_ids"]
+    image = ids[0] if ids.ndim == 3 else ids
+    # cached, because reading the positions makes the CPU wait for the GPU
+    rows, columns = once_per_prompt(ids, grid_of, lambda: grid_of(image))
+    batch, _, features = packed.shape
+    grid = packed.view(batch, rows, columns, features // 4, 2, 2)
+    return grid.permute(0, 3, 1, 4, 2, 5).reshape(batch, features // 4, 2 * rows, 2 * columns)
+
+
+def _packed(latent: Tensor) -> Tensor:
+    """Convert a latent [B, C, 2 * H, 2 * W] to tokens [B, H * W, 4 * C]."""
+    batch, channels, height, width = latent.shape
+    grid = latent.view(batch, channels, height // 2, 2, width // 2, 2)
+    return grid.permute(0, 2, 4, 1, 3, 5).reshape(batch, height * width // 4, channels * 4)
+
+
+#: 2 x 2 pixels are one token, whose position is in `img_ids`
+GRID = Grid(_unpacked, _packed)
 
 
 def unpack(pipeline: Any, packed: Tensor, height: int, width: int) -> Tensor:

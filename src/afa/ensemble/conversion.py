@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from afa.denoisers.interface import Interface
 from afa.denoisers.objective import convert
+from afa.denoisers.predictor import predictor_blocks
 from afa.ensemble.hook import Hook
 from afa.errors import AfaError
 
@@ -45,6 +47,12 @@ class Objectives(NamedTuple):
         return cls(known, known[0]) if is_mixed else None
 
 
+def can_convert(family: Family) -> bool:
+    """Whether the coroutines of a family take the latent and the timestep as they are."""
+    is_plain = type(family.interface).arguments is Interface.arguments
+    return is_plain and not any(kind.packs for kind in family.pipelines)
+
+
 class Conversion(Hook):
     """Run every expert on its own time axis, and convert its prediction.
 
@@ -61,7 +69,7 @@ class Conversion(Hook):
     is_recordable = True
 
     def __init__(self, family: Family, site: Site, objectives: Objectives) -> None:
-        if any(kind.packs for kind in family.pipelines):
+        if family.blocks is not predictor_blocks and not can_convert(family):
             raise AfaError(
                 "AFA-ENSEMBLE-065",
                 f"The experts predict different quantities, which cannot be converted for the "

@@ -164,7 +164,8 @@ class Delegation:
         """Enter the `cache_context` of every expert; pipelines name a half of guidance there."""
         with ExitStack() as stack:
             for expert in self.experts:
-                stack.enter_context(expert.cache_context(name))
+                if hasattr(expert, "cache_context"):  # of several architectures, some have none
+                    stack.enter_context(expert.cache_context(name))
             yield
 
     def enable_cache(self, config: Any) -> NoReturn:

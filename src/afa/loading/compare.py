@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, get_args
 
 from afa.denoisers.architecture import difference
+from afa.denoisers.kinds import kinds
 from afa.denoisers.objective import FLOW, PredictionType
+from afa.ensemble.conversion import can_convert
 from afa.loading.facts import SCHEDULE, facts_of
 from afa.loading.finding import Finding, require_none_wrong
 from afa.loading.loaded import LATENTS
@@ -40,7 +42,7 @@ def compare(
         for check in _CHECKS if fuse == "blocks" else _OF_PREDICTIONS:
             found = check(experts[0], other)
             if found is not None and check is _schedule and converts:
-                found = _converted(experts[0], other) or found
+                found = _converted(experts[0], other, fuse) or found
             if found is not None:
                 yield found
                 if check in (_family, _prompted):
@@ -211,18 +213,15 @@ def _schedule(first: Facts, other: Facts) -> Finding | None:
     return None
 
 
-def _converted(first: Facts, other: Facts) -> Finding | None:
+def _converted(first: Facts, other: Facts, fuse: Fuse) -> Finding | None:
     """Report that the predictions of an expert are converted; None if they cannot be."""
     predicts = [expert.schedule.get("prediction_type") for expert in (first, other)]
     is_known = all(
         kind in get_args(PredictionType) and (kind == FLOW or _has_betas(expert))
         for kind, expert in zip(predicts, (first, other), strict=True)
     )
-    if (
-        first.kind.packs
-        or not is_known
-        or any(e.schedule.get("noise_levels") for e in (first, other))
-    ):
+    is_edm = any(expert.schedule.get("noise_levels") for expert in (first, other))
+    if is_edm or not (is_known and (fuse == "predictions" or can_convert(first.kind.family))):
         return None
     ours, theirs = predicts
     what = f"has another noise schedule than '{first.name}'"
@@ -369,14 +368,15 @@ def _prompted(first: Facts, other: Facts) -> Finding | None:
                 "",
                 "Remove it.",
             )
-    if first.kind.packs:
+    if not first.kind.carries_prompts:
+        named = ", ".join(kind.name for kind in kinds() if kind.carries_prompts)
         return Finding(
             "AFA-LOAD-107",
             "error",
             "family",
-            f"The first expert, '{first.name}', is a {first.kind.name} model, whose pipeline packs "
-            "latents into tokens.",
-            "The others could not read them.",
+            f"The first expert, '{first.name}', is a {first.kind.name} model, whose pipeline "
+            f"cannot pass the prompt to the others; it must be one of {named}.",
+            "",
             "List another expert first.",
         )
     return None
