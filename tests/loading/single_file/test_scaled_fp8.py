@@ -17,12 +17,13 @@ from torch import Tensor, nn
 import afa
 from afa.denoisers.kinds import denoiser_of
 from afa.denoisers.packed import PackedLinear, packed_layers
-from afa.loading.inspection import describe
+from afa.loading.inspection import describe, describe_quantised
 from afa.loading.manifest import read_manifest
 from afa.loading.memory.bits import bits_of
 from afa.loading.memory.plan import bytes_alone
 from afa.loading.pipeline import load_single
 from afa.loading.single_file.load import Companions
+from afa.loading.single_file.packed.layout import layout_of
 from afa.merging import WeightedSum
 from afa.merging.checkpoints import read_checkpoint
 from afa.merging.in_memory import merge_models, weighted_merge
@@ -181,6 +182,10 @@ def test_inspect_counts_them(files: tuple[Path, Path]) -> None:
     found = describe(files[0])
     assert "F8_E4M3" in found["dtypes"]
     assert "unknown" in found["configuration"]  # it has the size of no published model
+    layout = layout_of(files[0])
+    count = len(layout.scales)
+    assert describe_quantised(layout) == f"{count} tensors F8_E4M3, {count} with a scale"
+    assert len(layout.unused) == count + 1  # scales of activations, and the marker
 
 
 # -- with other features ----------------------------------------------------------------------
