@@ -26,7 +26,7 @@ from afa.loading.manifest import read_manifest
 from afa.loading.memory.bits import bits_of
 from afa.loading.pipeline import load_single
 from afa.loading.single_file.load import Companions
-from afa.loading.trust.gguf import TYPES, check_gguf
+from afa.loading.trust.gguf import BY_NAME, PLAIN, TYPES, check_gguf
 from afa.merging.checkpoints import read_checkpoint
 from afa.preflight.weights import Weights, check_values
 from tests.cli.test_cli import run, write_recipe
@@ -87,13 +87,11 @@ def q4(sd3: tuple[DiffusionPipeline, Path], root: Path) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    "kind", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K", "Q2_K", "Q3_K"]
-)
+@pytest.mark.parametrize("kind", sorted(name for name in BY_NAME if name not in PLAIN))
 def test_weights_are_those_of_the_package(
     kind: str, dtype: torch.dtype, root: Path, tmp_path: Path
 ) -> None:
-    pipeline, folder = _wide(root, 256 if kind.endswith("K") else 32)
+    pipeline, folder = _wide(root, BY_NAME[kind].elements)
     exact = write_gguf(_denoiser(pipeline), tmp_path / "a.gguf", "sd3", kind)
     dense = _written(exact, tmp_path / "b.safetensors")
     ours, theirs = (

@@ -103,6 +103,19 @@ def test_weights_are_values_times_scales(
     torch.testing.assert_close(draw(ours), draw(theirs), atol=tolerance, rtol=0)
 
 
+def test_a_denoiser_alone_in_the_layout_of_diffusers(root: Path, tmp_path: Path) -> None:
+    pipeline = made("sd3", root)
+    state = {name: t.detach() for name, t in pipeline.transformer.state_dict().items()}
+    for layout in ("scale_weight", "metadata"):
+        exact = write_scaled(state, tmp_path / f"{layout}.safetensors", layout, prefix="")
+        dense = _written(exact, tmp_path / "dense.safetensors")
+        ours, theirs = (
+            afa.load_pipeline([file], config=root / "sd3-0", parts=[root / "sd3-0"])
+            for file in (tmp_path / f"{layout}.safetensors", dense)
+        )
+        assert_dequantised(ours.transformer.experts[0], theirs.transformer.experts[0])
+
+
 def test_memory_keeps_a_byte_per_weight(files: tuple[Path, Path], root: Path) -> None:
     ours, theirs = (
         afa.load_pipeline([file], config=root / "1.5-0").unet.experts[0] for file in files
