@@ -17,6 +17,7 @@ from afa.lora.merge import merged
 from tests.lora.models import with_lora, write
 from tests.refusal import refusal
 from tests.tiny import ODD, tiny_pipeline
+from tests.tiny_pipelines import PIPELINES
 
 LINEAR = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 CONV = "down_blocks.1.resnets.0.conv1"
@@ -128,6 +129,29 @@ def test_joined_layers_get_their_rows() -> None:
     assert change_of({"up": torch.ones(1, 1)}) is None
 
 
+def test_names_of_lycoris_and_of_the_original_code(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    pipeline = PIPELINES["flux"](tmp_path / "tokenizer")
+    old = pipeline.transformer.transformer_blocks[0].attn
+    joined, single = (torch.randn(3, 2), torch.randn(16, 8)), (torch.randn(4, 4), torch.randn(4, 4))
+    first = "diffusion_model.double_blocks.0.img_attn.qkv"
+    second = "lycoris_single_transformer_blocks_0_attn_to_q"
+    tensors = {
+        f"{place}.lokr_w{n + 1}": factors[n]
+        for place, factors in ((first, joined), (second, single))
+        for n in (0, 1)
+    }
+    tensors[f"{first}.alpha"] = torch.tensor(1e9)  # as trainers write it for complete factors
+    ours = with_lora(pipeline, write(tmp_path / "l.safetensors", tensors)).transformer
+    attention = ours.transformer_blocks[0].attn
+    for name, change in zip(("to_q", "to_k", "to_v"), torch.kron(*joined).chunk(3), strict=True):
+        expected = old.get_submodule(name).weight + change
+        torch.testing.assert_close(attention.get_submodule(name).weight, expected)
+    place = "single_transformer_blocks.0.attn.to_q"
+    expected = pipeline.transformer.get_submodule(place).weight + torch.kron(*single)
+    torch.testing.assert_close(ours.get_submodule(place).weight, expected)
+
+
 # -- as the library computes them -------------------------------------------------------------
 
 
@@ -231,3 +255,19 @@ def test_dora_alone_and_with_a_scale(pipeline: Any, tmp_path: Path) -> None:
     }
     with refusal("AFA-LORA-016", "the product"):
         with_lora(pipeline, write(tmp_path / "a.safetensors", whole))
+
+
+def test_dora_by_input_of_joined_layers(tmp_path: Path) -> None:
+    pipeline = PIPELINES["flux"](tmp_path / "tokenizer")
+    place = "diffusion_model.double_blocks.0.img_attn.qkv"
+    tensors = {
+        f"{place}.lora_up.weight": torch.ones(48, 2),
+        f"{place}.lora_down.weight": torch.ones(2, 16),
+        f"{place}.dora_scale": torch.ones(1, 16),
+    }
+    with refusal("AFA-LORA-018", "to_q", "qkv.dora_scale"):
+        with_lora(pipeline, write(tmp_path / "l.safetensors", tensors))
+    tensors[f"{place}.dora_scale"] = torch.ones(48, 1)
+    ours = with_lora(pipeline, write(tmp_path / "l.safetensors", tensors)).transformer
+    weight = ours.transformer_blocks[0].attn.to_k.weight
+    torch.testing.assert_close(weight.norm(dim=1), torch.ones(16))
