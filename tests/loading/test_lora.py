@@ -225,8 +225,8 @@ def test_it_trains_from_a_recipe(experts: list[Path], loras: list[Path], tmp_pat
         ("x.safetensors", {"conv_in.weight": torch.ones(1)}, "must be a LoRA for the Stable"),
         (
             "x.safetensors",
-            {"lora_unet_a.hada_w1_a": torch.ones(1)},
-            "has 'lora_unet_a.hada_w1_a', a tensor of LoHa",
+            {"lora_unet_a.oft_blocks": torch.ones(1)},
+            "has 'lora_unet_a.oft_blocks', a tensor of OFT",
         ),
         (
             "x.safetensors",

@@ -66,13 +66,9 @@ def refused(pipeline: Any, file: Path, scale: float = 1.0) -> str:
 @pytest.mark.parametrize(
     ("more", "named", "message"),
     [
-        (
-            {f"{QUERY}.dora_scale": ones(WIDTH, 1)},
-            "dora_scale",
-            "a tensor of DoRA in the layout of LyCORIS",
-        ),
-        ({f"{QUERY}.hada_w1_a": ones(2, 2)}, "hada_w1_a", "a tensor of LoHa"),
-        ({f"{QUERY}.lokr_w1": ones(2, 2)}, "lokr_w1", "a tensor of LoKr"),
+        ({f"{QUERY}.dora_scale": ones(3, 1)}, "dora_scale", "must have"),
+        ({f"{QUERY}.hada_w1_a": ones(2, 2)}, "hada_w1_b", "all of its factors"),
+        ({f"{QUERY}.lokr_w1": ones(2, 2)}, "lokr_w2_a", "all of its factors"),
         ({f"{QUERY}.oft_blocks": ones(2, 2)}, "oft_blocks", "a tensor of OFT"),
         ({"lora_controlnet": ones(1)}, "lora_controlnet", "a tensor of a Control-LoRA"),
         ({"bundle_emb.x.string_to_param.*": ones(2, 2)}, "bundle_emb", "a textual inversion"),

@@ -110,7 +110,7 @@ def stages_of(sites: Sequence[Site]) -> list[str]:
 
 def _expert(key: str, names: Sequence[str]) -> int:
     """Find an expert by its name or number, and return its number."""
-    stems = [name.removesuffix(".safetensors") for name in names]
+    stems = [name.removesuffix(".safetensors").removesuffix(".gguf") for name in names]
     for known in (names, stems):
         if known.count(key) == 1:
             return known.index(key)

@@ -227,7 +227,7 @@ def _describe_model(path: Path, named: Path) -> dict[str, Any]:
         return {"configuration": f"unknown: {error}"}
     facts: dict[str, Any] = {"configuration": found.config.name}
     if layout.quantised:
-        facts["quantised"] = _describe_quantised(layout)
+        facts["quantised"] = describe_quantised(layout)
     if found.prediction is not None:
         facts["predicts"] = found.prediction.text
     distilled = distilled_of(str(named), found.config, is_file=True, path=path)
@@ -240,7 +240,7 @@ def _describe_model(path: Path, named: Path) -> dict[str, Any]:
     }
 
 
-def _describe_quantised(layout: Layout) -> str:
+def describe_quantised(layout: Layout) -> str:
     """Count the quantised tensors by type, and those with a scale in another tensor."""
     counts = Counter(layout.quantised.values()).most_common()
     text = ", ".join(f"{count} tensors {kind}" for kind, count in counts)

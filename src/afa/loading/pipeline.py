@@ -73,9 +73,9 @@ def load_pipeline(
     them.
 
     Args:
-        experts: diffusers folders, single `.safetensors` files, hub ids, or `zoo:animals`; or an
-            `afa.ExpertSource`, which can add a revision, the required SHA-256 of the weights, a
-            LoRA, or what the model predicts; or a mapping as in recipes, such as
+        experts: diffusers folders, single `.safetensors` or `.gguf` files, hub ids, or
+            `zoo:animals`; or an `afa.ExpertSource`, which can add a revision, the required SHA-256
+            of the weights, a LoRA, or what the model predicts; or a mapping as in recipes, such as
             `{"base": "./base", "lora": "./ink.safetensors", "scale": 0.8}` or
             `{"model": "./a.safetensors", "prediction_type": "v_prediction"}`.
         aggregators: a `SABWConfig` for untrained ones, one fusion rule per site, or None for the

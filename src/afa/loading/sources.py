@@ -16,7 +16,7 @@ from afa.ensemble.references import ExpertReference
 from afa.errors import AfaError
 from afa.loading.expert_source import ExpertSource, absolute_config
 from afa.loading.trust.pickles import PICKLES, as_safetensors, folder_as_safetensors
-from afa.loading.weights import SAFETENSORS
+from afa.loading.weights import GGUF_SUFFIX, SAFETENSORS
 from afa.policy import policy
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def locate(
         return folder_as_safetensors(path)
     if path.exists():
         return path
-    if not _is_hub_id(text) or path.suffix.lower() in SAFETENSORS:
+    if not _is_hub_id(text) or path.suffix.lower() in (*SAFETENSORS, GGUF_SUFFIX):
         raise AfaError(
             "AFA-LOAD-079", f"{what} '{text}' does not exist. Pass a folder, a file or a hub id."
         )

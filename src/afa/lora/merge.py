@@ -3,6 +3,8 @@
     W + scale * factor * up @ down        LoRA, https://arxiv.org/abs/2106.09685
     m * (W + D) / |W + D|                 DoRA, https://arxiv.org/abs/2402.09353, norm by row
 
+`afa.lora.lycoris` has the formulas of LyCORIS' other layouts.
+
 Convolutions are products of their flattened kernels. With a core between the factors (LyCORIS,
 https://arxiv.org/abs/2309.14859, CP decomposition) a convolution is a sequence of 1 x 1, k x k and
 1 x 1 convolutions. `peft` and `diffusers` compute the same.
@@ -13,6 +15,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+
+from afa.lora.lycoris import change_of, decomposed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -53,6 +57,8 @@ def merged(
             if "magnitude" in of:
                 norm = torch.linalg.vector_norm(new, dim=tuple(range(1, new.ndim)), keepdim=True)
                 new = new * (of["magnitude"].reshape(norm.shape) / norm)
+            elif "dora_scale" in tensors:
+                new = decomposed(new, of.get("dora_scale", tensors["dora_scale"]))
             yield name, new
         name = f"{each.layer}.bias"
         if "bias" in of:
@@ -73,6 +79,10 @@ def _by_rows(tensors: Mapping[Role, Tensor], factor: float) -> dict[Role, Tensor
         found["diff"] = torch.einsum("or,rs...,si->oi...", up, tensors["mid"], down) * factor
     elif "up" in tensors:
         found["diff"] = (tensors["up"].flatten(1) @ tensors["down"].flatten(1)) * factor
+    elif (change := change_of(tensors)) is not None:
+        found["diff"] = change * factor
+    if "dora_scale" in tensors and len(tensors["dora_scale"]) > 1:  # by output
+        found["dora_scale"] = tensors["dora_scale"]
     if "up_bias" in tensors:
         found["diff_b"] = tensors["up_bias"] * factor
     return found

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from afa.denoisers.original_names import Rows
 
@@ -25,12 +25,31 @@ if TYPE_CHECKING:
     from afa.denoisers import Family
     from afa.denoisers.original_names import OriginalName
 
+#: LoHa, LoKr and DoRA in the names of LyCORIS, see `afa.lora.lycoris`
+LycorisRole = Literal[
+    "hada_w1_a",
+    "hada_w1_b",
+    "hada_w2_a",
+    "hada_w2_b",
+    "hada_t1",
+    "hada_t2",
+    "lokr_w1",
+    "lokr_w1_a",
+    "lokr_w1_b",
+    "lokr_w2",
+    "lokr_w2_a",
+    "lokr_w2_b",
+    "lokr_t2",
+    "dora_scale",
+]
 #: `down` and `up` are the factors of a low-rank product, `mid` the core between them (CP
 #: decomposition); `up_bias` is PEFT's `lora_bias`, `magnitude` that of DoRA; `diff` and `diff_b`
 #: are added to weight and bias; `weight` and `bias` replace them
-Role = Literal[
-    "down", "up", "mid", "up_bias", "alpha", "magnitude", "diff", "diff_b", "weight", "bias"
-]
+Role = (
+    Literal["down", "up", "mid", "up_bias", "alpha", "magnitude", "diff", "diff_b"]
+    | Literal["weight", "bias"]
+    | LycorisRole
+)
 _SIDES: dict[str, Role] = {"down": "down", "up": "up", "mid": "mid", "A": "down", "B": "up"}
 _DIFFERENCES: dict[str, Role] = {
     "diff": "diff",
@@ -46,6 +65,9 @@ _OLD = re.compile(r"(?:(?<=lora\d)|[._]lora|\.lora_linear_layer)\.(?P<side>down|
 _MAGNITUDE = re.compile(rf"\.lora_magnitude_vector{_ADAPTER}(?:\.weight)?$")
 _ALPHA = re.compile(r"(?:[._]lora|\.lora_linear_layer)?\.alpha$")
 _DIFFERENCE = re.compile(r"\.(?P<kind>diff|diff_b|w_norm|b_norm)$")
+_LYCORIS = re.compile(
+    r"\.(?P<kind>hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|dora_scale)$"
+)
 _PLAIN = re.compile(r"(?:\.base_layer|\.modules_to_save)?\.(?P<kind>weight|scale|bias)$")
 #: the end of names of tensors without effect: the numbers 0, 1, 2, ..., which the text encoder
 #: computes itself
@@ -83,6 +105,8 @@ def parse(name: str) -> Name | None:
         return Name(name[: found.start()], "alpha")
     if found := _DIFFERENCE.search(name):
         return Name(name[: found.start()], _DIFFERENCES[found["kind"]])
+    if found := _LYCORIS.search(name):
+        return Name(name[: found.start()], cast("LycorisRole", found["kind"]))
     if (found := _PLAIN.search(name)) and ".lora_" not in name:
         return Name(name[: found.start()], _WHOLE[found["kind"]])
     return None

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from afa.denoisers import FAMILIES
 from afa.denoisers.packed import packed_layers
 from afa.errors import AfaError
+from afa.lora.lycoris import CHANGING, LOKR, expected_shapes, lacking, rank_of
 from afa.lora.names import DENOISER, HARMLESS, flat, names_of, parse, split_prefix
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     Shape = tuple[int, ...]
 
-_CHANGING: frozenset[Role] = frozenset({"down", "up", "mid", "diff", "diff_b"})
+_CHANGING: frozenset[Role] = frozenset(("down", "up", "mid", "diff", "diff_b", *CHANGING))
 #: safetensors' names of floating-point types, which need no separate scale
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 _FACTORS: tuple[Role, ...] = ("down", "up", "mid", "up_bias", "magnitude")
@@ -37,6 +38,14 @@ _EXCLUSIVE: tuple[tuple[Role, Role], ...] = (
     *(("magnitude", "mid"), ("magnitude", "up_bias"), ("mid", "up_bias")),
     *(("down", "diff"), ("down", "weight"), ("diff", "weight")),
     *(("up_bias", "diff_b"), ("up_bias", "bias"), ("diff_b", "bias")),
+    *(
+        (one, other)
+        for one in ("hada_w1_a", *LOKR)
+        for other in ("down", "mid", "magnitude", "up_bias", "diff", "weight")
+    ),
+    *(("hada_w1_a", role) for role in LOKR),
+    *(("lokr_w1", "lokr_w1_a"), ("lokr_w2", "lokr_w2_a"), ("lokr_w2", "lokr_t2")),
+    *(("dora_scale", role) for role in ("magnitude", "up_bias", "diff", "weight")),
 )
 _REMEDY = "Merge the LoRA into a checkpoint with the tool that made it, and use that as the expert."
 
@@ -123,6 +132,7 @@ def plan_changes(
         if is_merged:
             _check_biases(lora, base, change)
         _check_shapes(lora, base, change)
+        _check_decomposition(lora, change, scale)
         if scale != 1 and change.tensors.keys() & {"weight", "bias"}:
             name = change.tensors["weight" if "weight" in change.tensors else "bias"]
             raise AfaError(
@@ -253,11 +263,18 @@ def _check_roles(lora: LoraFile, change: Change) -> None:
     roles = change.tensors.keys()
     has = {role for role in _FACTORS if role in roles}
     if has and not {"down", "up"} <= roles:
-        lacking = " and ".join(sorted({"down", "up"} - roles))
+        missing = " and ".join(sorted({"down", "up"} - roles))
         raise AfaError(
             "AFA-LORA-009",
-            f"The LoRA '{lora.path}' lacks the factor '{lacking}' of '{change.layer}'; each "
+            f"The LoRA '{lora.path}' lacks the factor '{missing}' of '{change.layer}'; each "
             "product must have both. Download it again.",
+        )
+    lost = lacking(roles)
+    if lost is not None or ("dora_scale" in roles and not roles & {"up", *CHANGING}):
+        raise AfaError(
+            "AFA-LORA-016",
+            f"The LoRA '{lora.path}' lacks '{lost or 'the product'}' of '{change.layer}'; each "
+            "product must have all of its factors. Download it again.",
         )
     config = lora.config_for(change.layer)
     if has and config is not None and config.get("use_dora") and "magnitude" not in roles:
@@ -275,19 +292,38 @@ def _check_roles(lora: LoraFile, change: Change) -> None:
             )
 
 
+def _check_decomposition(lora: LoraFile, change: Change, scale: float) -> None:
+    """Check that LyCORIS' DoRA is defined for a layer and a scale."""
+    name = change.tensors.get("dora_scale")
+    if name is None:
+        return
+    if scale != 1:
+        raise AfaError(
+            "AFA-LORA-017",
+            f"'{name}' of the LoRA '{lora.path}' sets the norms of a layer (DoRA), for which "
+            f"programs define scales other than 1 differently; got {scale:g}. Set scale: 1.",
+        )
+    if len(change.rows) > 1 and lora.shape(name)[0] == 1:
+        raise AfaError(
+            "AFA-LORA-018",
+            f"'{name}' of the LoRA '{lora.path}' sets norms by input for a layer that is several "
+            f"layers of the base ({change.rows[0].layer}, ...), which is not supported. {_REMEDY}",
+        )
+
+
 def _check_biases(lora: LoraFile, base: Base, change: Change) -> None:
     """Check that layers with a changed bias have one, as PEFT does in a merge."""
     for role in ("up_bias", "diff_b", "bias"):
-        lacking = [
+        unbiased = [
             rows.layer
             for rows in change.rows
             if role in change.tensors and f"{rows.layer}.bias" not in base.parts[change.part]
         ]
-        if lacking:
+        if unbiased:
             raise AfaError(
                 "AFA-LORA-012",
                 f"'{change.tensors[role]}' of the LoRA '{lora.path}' is a bias for the layer "
-                f"'{lacking[0]}' of '{base.source}', which has no bias. Train the LoRA without "
+                f"'{unbiased[0]}' of '{base.source}', which has no bias. Train the LoRA without "
                 "biases (lora_bias=False).",
             )
 
@@ -310,10 +346,17 @@ def _check_shapes(lora: LoraFile, base: Base, change: Change) -> None:
         if rank == 0 or len(whole) < 2:
             raise _wrong_shape(lora, base, change, "down", whole)
         lora.check_scaling(change.layer, rank, has_alpha="alpha" in held)
+    several = expected_shapes(held, whole) if len(whole) > 1 else {}
+    changing = next((role for role in (*CHANGING, "dora_scale") if role in held), None)
+    if changing is not None and (len(whole) < 2 or rank_of(held) == 0):
+        raise _wrong_shape(lora, base, change, changing, whole)
     for role, shape in held.items():
         if role == "alpha":
             if prod(shape) != 1:
                 raise _wrong_shape(lora, base, change, role, ())
+        elif role in several:
+            if _trimmed(shape) not in map(_trimmed, several[role]):
+                raise _wrong_shape(lora, base, change, role, several[role][0])
         elif _trimmed(shape) != _trimmed(needs[role]) and not (
             role == "magnitude" and prod(shape) == prod(needs[role])
         ):

@@ -250,7 +250,7 @@ class Watch:
 
 def _distinct(names: list[str]) -> list[str]:
     """Names without file suffix, and with numbers for duplicates."""
-    names = [name.removesuffix(".safetensors") for name in names]
+    names = [name.removesuffix(".safetensors").removesuffix(".gguf") for name in names]
     return [
         f"{name} {names[:n].count(name) + 1}" if names.count(name) > 1 else name
         for n, name in enumerate(names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import struct
 import sys
 from pathlib import Path
@@ -25,9 +26,10 @@ from afa.loading.manifest import read_manifest
 from afa.loading.memory.bits import bits_of
 from afa.loading.pipeline import load_single
 from afa.loading.single_file.load import Companions
-from afa.loading.trust.gguf import TYPES, check_gguf
+from afa.loading.trust.gguf import BY_NAME, PLAIN, TYPES, check_gguf
 from afa.merging.checkpoints import read_checkpoint
 from afa.preflight.weights import Weights, check_values
+from tests.cli.test_cli import run, write_recipe
 from tests.loading.single_file.test_load import assert_same_weights, made
 from tests.loading.single_file.test_scaled_fp8 import draw
 from tests.quantised import quantised_rows, write_gguf
@@ -85,13 +87,11 @@ def q4(sd3: tuple[DiffusionPipeline, Path], root: Path) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    "kind", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K", "Q2_K", "Q3_K"]
-)
+@pytest.mark.parametrize("kind", sorted(name for name in BY_NAME if name not in PLAIN))
 def test_weights_are_those_of_the_package(
     kind: str, dtype: torch.dtype, root: Path, tmp_path: Path
 ) -> None:
-    pipeline, folder = _wide(root, 256 if kind.endswith("K") else 32)
+    pipeline, folder = _wide(root, BY_NAME[kind].elements)
     exact = write_gguf(_denoiser(pipeline), tmp_path / "a.gguf", "sd3", kind)
     dense = _written(exact, tmp_path / "b.safetensors")
     ours, theirs = (
@@ -327,6 +327,25 @@ def test_the_package_is_named_if_it_is_missing(
         afa.load_pipeline([q4[0]], config=sd3[1], parts=[sd3[1]])
 
 
+def test_the_commands_take_them(
+    q4: tuple[Path, Path], sd3: tuple[DiffusionPipeline, Path], root: Path, tmp_path: Path
+) -> None:
+    experts = [q4[0], _wide(root, 32, 1)[1]]
+    settings = {"config": str(sd3[1]), "parts": [str(sd3[1])]}
+    recipe = write_recipe(tmp_path, experts, **settings)
+    allowed = ("--allow-folder", root)
+    assert run("check", recipe, *allowed) == 0
+    assert run("train", recipe, "--output", tmp_path / "run", *allowed) == 0
+    command = ("generate", tmp_path / "run", "a fox", "--steps", 1, "--height", 16, "--width", 16)
+    assert run(*command, "--output", tmp_path / "pictures", "--bias", "q4=1") == 0
+    assert run("inspect", q4[0]) == 0
+
+
+def test_a_missing_file_is_no_name_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    with refusal("AFA-LOAD-079", "models/none.gguf"):
+        afa.load_pipeline(["models/none.gguf"])
+
+
 # -- what is told about a file ----------------------------------------------------------------
 
 
@@ -380,6 +399,26 @@ def test_the_header_is_read_once(
 
 
 # -- what is refused --------------------------------------------------------------------------
+
+
+def test_changed_headers_are_refused_in_one_line(q4: tuple[Path, Path], tmp_path: Path) -> None:
+    """Whatever bytes of a header say, the reader takes it or raises its own error."""
+    content, draw = q4[0].read_bytes(), random.Random(0)
+    length = check_gguf(q4[0]).start
+    outcomes = set()
+    for _ in range(400):
+        changed = bytearray(content[: draw.choice((len(content), draw.randrange(length)))])
+        for _ in range(draw.randrange(1, 4)):
+            if changed:
+                changed[draw.randrange(min(length, len(changed)))] = draw.randrange(256)
+        (tmp_path / "a.gguf").write_bytes(b"GGUF" + changed[4:])
+        try:
+            check_gguf(tmp_path / "a.gguf")
+            outcomes.add("read")
+        except afa.AfaError as error:
+            outcomes.add(error.code if "\n" not in str(error) else "two lines")
+    assert "two lines" not in outcomes
+    assert {"AFA-LOAD-105", "AFA-LOAD-106"} <= outcomes
 
 
 def test_the_table_of_types_is_that_of_the_package() -> None:

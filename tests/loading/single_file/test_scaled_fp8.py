@@ -17,12 +17,13 @@ from torch import Tensor, nn
 import afa
 from afa.denoisers.kinds import denoiser_of
 from afa.denoisers.packed import PackedLinear, packed_layers
-from afa.loading.inspection import describe
+from afa.loading.inspection import describe, describe_quantised
 from afa.loading.manifest import read_manifest
 from afa.loading.memory.bits import bits_of
 from afa.loading.memory.plan import bytes_alone
 from afa.loading.pipeline import load_single
 from afa.loading.single_file.load import Companions
+from afa.loading.single_file.packed.layout import layout_of
 from afa.merging import WeightedSum
 from afa.merging.checkpoints import read_checkpoint
 from afa.merging.in_memory import merge_models, weighted_merge
@@ -100,6 +101,19 @@ def test_weights_are_values_times_scales(
     # where a weight lies in memory decides the last bits of a product
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.02}[dtype]
     torch.testing.assert_close(draw(ours), draw(theirs), atol=tolerance, rtol=0)
+
+
+def test_a_denoiser_alone_in_the_layout_of_diffusers(root: Path, tmp_path: Path) -> None:
+    pipeline = made("sd3", root)
+    state = {name: t.detach() for name, t in pipeline.transformer.state_dict().items()}
+    for layout in ("scale_weight", "metadata"):
+        exact = write_scaled(state, tmp_path / f"{layout}.safetensors", layout, prefix="")
+        dense = _written(exact, tmp_path / "dense.safetensors")
+        ours, theirs = (
+            afa.load_pipeline([file], config=root / "sd3-0", parts=[root / "sd3-0"])
+            for file in (tmp_path / f"{layout}.safetensors", dense)
+        )
+        assert_dequantised(ours.transformer.experts[0], theirs.transformer.experts[0])
 
 
 def test_memory_keeps_a_byte_per_weight(files: tuple[Path, Path], root: Path) -> None:
@@ -181,6 +195,10 @@ def test_inspect_counts_them(files: tuple[Path, Path]) -> None:
     found = describe(files[0])
     assert "F8_E4M3" in found["dtypes"]
     assert "unknown" in found["configuration"]  # it has the size of no published model
+    layout = layout_of(files[0])
+    count = len(layout.scales)
+    assert describe_quantised(layout) == f"{count} tensors F8_E4M3, {count} with a scale"
+    assert len(layout.unused) == count + 1  # scales of activations, and the marker
 
 
 # -- with other features ----------------------------------------------------------------------

@@ -23,13 +23,17 @@ from afa.files import parts_of, read_json
 from afa.loading.components import loading_model
 from afa.loading.lora.file import hash_lora, open_lora, read_tensors
 from afa.loading.single_file.conversion import model_class_of, without_data
+from afa.lora.lycoris import rank_of
 from afa.lora.merge import merged
 from afa.lora.plan import Base, plan_changes
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from afa.loading.expert_source import ExpertSource
     from afa.loading.loaded import Expert
     from afa.lora.header import LoraFile
+    from afa.lora.names import Role
     from afa.lora.plan import Change
 
 
@@ -103,6 +107,10 @@ def shared_copy(module: Any) -> Any:
     return copy.deepcopy(module, {id(tensor): tensor for tensor in kept})
 
 
+def _shapes(tensors: Mapping[Role, torch.Tensor]) -> dict[Role, tuple[int, ...]]:
+    return {role: tuple(tensor.shape) for role, tensor in tensors.items()}
+
+
 @torch.no_grad()
 def _merge(model: nn.Module, lora: LoraFile, changes: list[Change], scale: float) -> None:
     """Replace the parameters of every changed layer by merged ones.
@@ -117,8 +125,9 @@ def _merge(model: nn.Module, lora: LoraFile, changes: list[Change], scale: float
             owners[id(parameter)].append((module, name))
     read = read_tensors(lora, (change.tensors for change in changes))
     for change, tensors in zip(changes, read, strict=True):
-        rank = len(tensors["down"]) if "down" in tensors else 1
-        alpha = tensors["alpha"].item() if "alpha" in tensors else None
+        rank = len(tensors["down"]) if "down" in tensors else rank_of(_shapes(tensors))
+        has_alpha = "alpha" in tensors and rank is not None
+        alpha, rank = tensors["alpha"].item() if has_alpha else None, rank or 1
         by = lora.factor(change.layer, rank, alpha)
         for name, value in merged(tensors, change.rows, parameters, by, scale):
             old = parameters[name]

@@ -27,9 +27,6 @@ K = TypeVar("K")
 
 #: parts of tensor names by which methods other than LoRA are detected
 _OTHER_METHODS = {
-    "dora_scale": "DoRA in the layout of LyCORIS",
-    "hada_": "LoHa",
-    "lokr_": "LoKr",
     "oft_": "OFT",
     "boft_": "BOFT",
     ".ia3_": "IA3",
