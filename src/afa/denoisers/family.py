@@ -166,6 +166,8 @@ class PipelineKind:
         prepare: how the pipelines change a prompt before they tokenize it.
         guide: a function of a scale of classifier-free guidance, of which 1 means none, that
             returns the arguments of the pipeline's call.
+        without_prompt: the negative prompt that a call with guidance needs if the user has none;
+            empty if it needs none.
         takes_negative: whether the pipelines use a negative prompt by default.
         family: the family that lists this kind in `pipelines`.
     """
@@ -186,6 +188,7 @@ class PipelineKind:
     shares_length: bool = False
     prepare: Callable[[str], str] = str
     guide: Callable[[float], Mapping[str, Any]] = lambda guidance: {"guidance_scale": guidance}
+    without_prompt: str = ""
     takes_negative: bool = True
     family: Family = field(init=False, repr=False)
 
@@ -231,6 +234,21 @@ class PipelineKind:
             return class_name
         return self.class_names[0]
 
+    def guidance(
+        self, scale: float, negative_prompt: str = "", count: int | None = None
+    ) -> dict[str, Any]:
+        """The arguments of a pipeline's call for classifier-free guidance.
+
+        Args:
+            scale: 1 means none.
+            negative_prompt: empty for none.
+            count: the number of prompts; None for one that is not in a list.
+        """
+        text = negative_prompt or (self.without_prompt if scale > 1 else "")
+        # an empty text is not the same as none for Stable Diffusion XL, which then uses zeros
+        negative = {"negative_prompt": text if count is None else [text] * count}
+        return {**self.guide(scale), **(negative if text else {})}
+
     def native_size(self, config: Mapping[str, Any]) -> tuple[int, int]:
         """Height and width of the latents for which a denoiser of this configuration was made."""
         size = config.get("sample_size") or self.sample_size
@@ -239,10 +257,15 @@ class PipelineKind:
     def widths(self, encoders: Mapping[str, PreTrainedModel], num_clip_tokens: int) -> Widths:
         """The embedding widths of one expert's text encoders; missing encoders do not count."""
         return Widths(
-            tuple(encoders[name].config.hidden_size for name in self.text if name in encoders),
+            tuple(text_config(encoders[n]).hidden_size for n in self.text if n in encoders),
             tuple(_pooled_width(encoders[name]) for name in self.pooled if name in encoders),
             num_clip_tokens if self.padded_text else 0,
         )
+
+
+def text_config(encoder: Any) -> Any:
+    """The part of a text encoder's configuration that describes its text model."""
+    return encoder.config.get_text_config()
 
 
 def _pooled_width(encoder: Any) -> int:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from afa.denoisers.architecture import difference
 from afa.loading.facts import SCHEDULE, facts_of
 from afa.loading.finding import Finding, require_none_wrong
-from afa.loading.loaded import LATENTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -66,8 +65,8 @@ def _family(first: Facts, other: Facts) -> Finding | None:
 def _latents(first: Facts, other: Facts) -> Finding | None:
     if not first.latents or not other.latents:
         return None
-    for key in LATENTS:
-        ours, theirs = first.latents[key], other.latents[key]
+    for key, ours in first.latents.items():
+        theirs = other.latents.get(key)
         if ours != theirs:
             return Finding(
                 "AFA-LOAD-003",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 
 from afa.aggregators import SABWConfig
+from afa.denoisers.autoencoders import autoencoder_of
 from afa.denoisers.kinds import build_pipeline, denoiser_of, kind_of_pipeline
 from afa.ensemble.denoiser import EnsembleDenoiser
 from afa.ensemble.placement.streaming import LayerStream
@@ -317,7 +318,8 @@ def check_text_to_image(pipeline: DiffusionPipeline) -> None:
     Raises:
         AfaError: if the denoiser's channels differ from the latent's, or it needs class labels.
     """
-    config, latent_channels = denoiser_of(pipeline).config, pipeline.vae.config.latent_channels
+    config, vae = denoiser_of(pipeline).config, pipeline.vae
+    latent_channels = autoencoder_of(vae).channels(vae.config)
     kind = kind_of_pipeline(pipeline)
     if type(pipeline).__name__ in kind.others:
         raise AfaError(
