@@ -53,6 +53,9 @@ def original_layout(pipeline: DiffusionPipeline) -> dict[str, Tensor]:
         add("text_encoders.clip_l.transformer.", _clip(parts["text_encoder"]))
         add("text_encoders.clip_g.transformer.", _clip(parts["text_encoder_2"]))
         add("text_encoders.t5xxl.transformer.", parts["text_encoder_3"].state_dict())
+    elif name == "Qwen-Image":  # the names of the library, and nothing but the transformer
+        add("model.diffusion_model.", parts["transformer"].state_dict())
+        return {key: tensor.contiguous() for key, tensor in tensors.items()}
     elif name == "Z-Image":
         vae = "vae."
         add("model.diffusion_model.", _z_image(parts["transformer"]))

@@ -343,7 +343,7 @@ def test_from_pipe_of_other_families(kind: str, tmp_path: Path) -> None:
     assert denoiser_of(other) is denoiser_of(pipeline)
 
 
-@pytest.mark.parametrize("kind", ["sd3", "flux", "chroma", "z-image"])
+@pytest.mark.parametrize("kind", ["sd3", "flux", "chroma", "z-image", "qwen-image"])
 def test_pipelines_of_transformers_that_take_a_picture(kind: str, tmp_path: Path) -> None:
     pipeline = afa.load_pipeline(saved_experts(kind, tmp_path, 2))
     call: dict[str, Any] = {"strength": 1.0, "num_inference_steps": 2, "output_type": "np"}

@@ -20,6 +20,7 @@ from afa.denoisers.kinds import denoiser_of
 from afa.ensemble.caching.graphs import Graphs
 from tests.ensemble.caching.test_loop import FAMILIES, STEPS, arguments_of, at, draw, ensemble_of
 from tests.refusal import refusal
+from tests.tiny_transformers import stacked
 from tests.training import runs
 
 pytestmark = pytest.mark.gpu
@@ -46,7 +47,7 @@ def moved(value: Any, dtype: torch.dtype = torch.float32) -> Any:
 
 def looped(ensemble: Any, calls: list[dict[str, Any]]) -> list[Tensor]:
     with torch.no_grad():
-        return [ensemble(**call, return_dict=False)[0] for call in calls]
+        return [stacked(ensemble(**call, return_dict=False)[0]) for call in calls]
 
 
 def calls_of(family: str, dtype: torch.dtype) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLQwenImage,
     ChromaPipeline,
     ChromaTransformer2DModel,
     DDIMScheduler,
@@ -20,6 +21,8 @@ from diffusers import (
     FluxTransformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionXLImg2ImgPipeline,
@@ -32,6 +35,8 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3Model,
@@ -239,6 +244,53 @@ def tiny_z_image(folder: Path) -> ZImagePipeline:
     )
 
 
+def _qwen_vl() -> tuple[Any, Any]:
+    tokenizer = qwen_tokenizer()
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": _T5,
+        "intermediate_size": _T5,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 4096,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e6,
+            "mrope_section": [2, 2, 2],
+        },
+        "bos_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.pad_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config={**vision, "out_hidden_size": _T5})
+    return tokenizer, Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
+def tiny_qwen_image(folder: Path) -> QwenImagePipeline:
+    """Qwen-Image: Qwen2.5-VL, and an autoencoder of videos that halves the sides."""
+    del folder
+    tokenizer, qwen = _qwen_vl()
+    _, config = TRANSFORMERS["qwen-image"]
+    vae = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[-0.5, 0.1, 0.0, 0.3],
+        latents_std=[2.0, 1.0, 0.5, 1.5],
+    )
+    return QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=qwen,
+        tokenizer=tokenizer,
+        transformer=QwenImageTransformer2DModel(**{**config, "joint_attention_dim": _T5}).eval(),
+    )
+
+
 def tiny_pixart(folder: Path) -> PixArtSigmaPipeline:
     """PixArt-sigma: T5."""
     del folder
@@ -273,6 +325,7 @@ PIPELINES: dict[str, Any] = {
     "flux": tiny_flux,
     "chroma": tiny_chroma,
     "z-image": tiny_z_image,
+    "qwen-image": tiny_qwen_image,
     "pixart": tiny_pixart,
     "dit": tiny_dit,
 }

@@ -10,6 +10,7 @@ from diffusers import (
     DiTTransformer2DModel,
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     ZImageTransformer2DModel,
 )
@@ -55,6 +56,15 @@ _Z_IMAGE: dict[str, Any] = {
     "axes_dims": (2, 2, 4),
     "axes_lens": (640, 64, 64),
 }
+_QWEN: dict[str, Any] = {
+    "in_channels": 16,
+    "out_channels": 4,
+    "num_layers": 3,
+    "attention_head_dim": 8,
+    "num_attention_heads": 2,
+    "joint_attention_dim": TEXT_WIDTH,
+    "axes_dims_rope": (2, 2, 4),
+}
 _PIXART: dict[str, Any] = {
     "num_attention_heads": 2,
     "attention_head_dim": 12,
@@ -84,6 +94,7 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
         {**_SD3, "qk_norm": "rms_norm", "dual_attention_layers": (0, 1)},
     ),
     "z-image": (ZImageTransformer2DModel, _Z_IMAGE),
+    "qwen-image": (QwenImageTransformer2DModel, _QWEN),
     "pixart": (PixArtTransformer2DModel, _PIXART),
     "pixart 1024": (PixArtTransformer2DModel, {**_PIXART, "use_additional_conditions": True}),
     "dit": (DiTTransformer2DModel, _DIT),
@@ -140,6 +151,16 @@ def transformer_inputs(
         if kind == "flux":
             inputs["guidance"] = torch.full((batch,), 3.5)
         return inputs
+    if kind == "qwen-image":  # one text is padded
+        mask = torch.ones(batch, TEXT_LENGTH, dtype=torch.long)
+        mask[0, 3:] = 0
+        return {
+            "hidden_states": draw(batch, height * width // 4, 16),
+            "encoder_hidden_states": text,
+            "encoder_hidden_states_mask": mask,
+            "timestep": (steps / 1000).to(dtype),
+            "img_shapes": [[(1, height // 2, width // 2)]] * batch,
+        }
     if kind == "z-image":  # its time runs the other way; one text is shorter
         texts = [own[: TEXT_LENGTH - 2 * n].contiguous() for n, own in enumerate(text)]
         return {

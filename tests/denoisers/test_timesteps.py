@@ -32,6 +32,7 @@ DRAWS: dict[str, dict[str, Any]] = {
     "flux": {"prompt": "a fox", "height": 16, "width": 16},
     "chroma": {"prompt": "a fox", "height": 16, "width": 16},
     "z_image": {"prompt": "a fox", "height": 16, "width": 16},
+    "qwen_image": {"prompt": "a fox", "height": 16, "width": 16},
     "pixart": {
         "prompt": "a fox",
         "height": 16,

@@ -91,6 +91,8 @@ ARGUMENTS: list[tuple[str, dict[str, Any]]] = [
     ("sd3", {"skip_layers": [1]}),
     ("sd3.5", {"skip_layers": [0, 2]}),
     ("z-image", {"controlnet_block_samples": {0: residuals(1, 64)[0], 2: residuals(1, 64)[0]}}),
+    ("qwen-image", {"controlnet_block_samples": residuals(2)}),
+    ("qwen-image", {"encoder_hidden_states_mask": None}),
     ("pixart", {"encoder_attention_mask": torch.ones(2, 5)}),
 ]
 
@@ -134,8 +136,9 @@ def test_positions_with_a_batch_axis() -> None:
 
 
 def test_a_loras_scale_is_refused() -> None:
-    for kind in ("flux", "chroma", "sd3", "z-image"):
-        inputs = transformer_inputs(kind) | {"joint_attention_kwargs": {"scale": 0.5}}
+    for kind in ("flux", "chroma", "sd3", "z-image", "qwen-image"):
+        name = family_of(tiny_transformer(kind)).attention_kwargs
+        inputs = transformer_inputs(kind) | {name: {"scale": 0.5}}
         with refusal("AFA-MODEL-004"):
             rejoined(tiny_transformer(kind), inputs)
 
@@ -146,6 +149,18 @@ def test_omni_is_refused() -> None:
     inputs = transformer_inputs("z-image")
     with refusal("AFA-MODEL-022"):
         rejoined(tiny_transformer("z-image"), {**inputs, "x": [[x] for x in inputs["x"]]})
+
+
+def test_models_for_editing_are_refused() -> None:
+    for entry in ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"):
+        with refusal("AFA-MODEL-025", entry):
+            family_of(tiny_transformer("qwen-image", **{entry: True}))
+    inputs, model = transformer_inputs("qwen-image"), tiny_transformer("qwen-image")
+    for shapes in ([[(1, 4, 4), (1, 2, 2)]] * 2, [[(1, 4, 4)], [(1, 2, 2)]], [[(2, 4, 2)]] * 2):
+        with refusal("AFA-MODEL-025", "sizes"):
+            rejoined(model, {**inputs, "img_shapes": shapes})
+    with refusal("AFA-MODEL-025", "additional_t_cond"):
+        rejoined(model, {**inputs, "additional_t_cond": torch.zeros(2)})
 
 
 def test_latents_of_several_sizes_are_refused() -> None:

@@ -201,7 +201,7 @@ def test_two_threads_draw_one_after_the_other(experts: list[Path]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "kind", ["xl", "sd3", "sd3 without t5", "flux", "chroma", "z-image", "pixart"]
+    "kind", ["xl", "sd3", "sd3 without t5", "flux", "chroma", "z-image", "qwen-image", "pixart"]
 )
 def test_other_kinds_draw_by_drafts(kind: str, tmp_path: Path) -> None:
     folders = saved_experts(kind, tmp_path)

@@ -104,7 +104,9 @@ def test_stages_of_a_unet_are_its_own(config: dict[str, Any]) -> None:
     assert all(stage == name.split(".")[0] for name, stage in by_name.items() if "." in name)
 
 
-@pytest.mark.parametrize("kind", ["pixart", "sd3", "flux", "chroma", "z-image", "dit"])
+@pytest.mark.parametrize(
+    "kind", ["pixart", "sd3", "flux", "chroma", "z-image", "qwen-image", "dit"]
+)
 def test_stages_of_a_transformer_are_thirds(kind: str) -> None:
     sites = discover_sites(tiny_transformer(kind))
     stages = stages_of(sites)

@@ -31,7 +31,7 @@ SMALL = SABWConfig(hidden_size=16, num_layers=1, num_heads=2, norm_num_groups=4)
 
 def text_mask(arguments: dict[str, Any]) -> torch.Tensor | None:
     """The mask of the text alone."""
-    names = ("encoder_attention_mask", "attention_mask")
+    names = ("encoder_attention_mask", "attention_mask", "encoder_hidden_states_mask")
     found = next((arguments[name] for name in names if name in arguments), None)
     return None if found is None else found[:, : arguments["encoder_hidden_states"].shape[1]]
 
@@ -138,7 +138,8 @@ class _Cutter:
             *model.transformer_blocks,
             *getattr(model, "single_transformer_blocks", []),
         ]
-        first = model.x_embedder if hasattr(model, "x_embedder") else model.pos_embed
+        names = ("x_embedder", "img_in", "pos_embed")
+        first = next(getattr(model, name) for name in names if hasattr(model, name))
         return [
             first.register_forward_hook(embedded),
             *(layer.register_forward_hook(block) for layer in layers),

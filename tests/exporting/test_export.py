@@ -101,6 +101,12 @@ def test_diffusers_loads_it_and_draws_the_same(tmp_path: Path) -> None:
     torch.testing.assert_close(*pictures, atol=1e-5, rtol=0)
 
 
+def test_a_folder_without_a_layout_for_all_parts_is_refused(tmp_path: Path) -> None:
+    made("qwen-image", tmp_path)
+    with refusal("AFA-EXPORT-005", "Qwen-Image"):
+        plan_export(str(tmp_path / "qwen-image"), tmp_path / "out.safetensors")
+
+
 @pytest.mark.parametrize("name", configs())
 def test_every_published_denoiser_has_a_place_in_the_layout(name: str) -> None:
     """At its published size, without its weights."""

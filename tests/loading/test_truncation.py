@@ -28,6 +28,7 @@ LIMITS = {
     "flux": {("tokenizer",): 24, ("tokenizer_2",): 512},
     "chroma": {("tokenizer",): 512},
     "z-image": {("tokenizer",): 512},
+    "qwen-image": {("tokenizer",): 512},
     "pixart": {("tokenizer",): 300},
     "dit": {},
 }

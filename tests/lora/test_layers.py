@@ -69,6 +69,7 @@ def change_of_everything(weights: dict[str, Tensor], flat: bool) -> tuple[dict[s
         ("flux", False),
         ("chroma", True),
         ("z-image", True),
+        ("qwen-image", True),
         ("sd3", True),
     ],
 )

@@ -68,7 +68,7 @@ def test_the_prediction_is_the_pipelines_own(kind: str, folders: list[Path]) -> 
         seen["output"] = interface.prediction(output[0])
 
     hook = denoiser.register_forward_hook(note, with_kwargs=True)
-    is_packed = kind in ("flux", "chroma")
+    is_packed = kind in ("flux", "chroma", "qwen-image")
     own = kind_of_pipeline(pipeline)
     call: dict[str, Any] = {**own.guide(3.5 if kind == "flux" else 1.0)}
     interface = own.family.interface
@@ -79,7 +79,9 @@ def test_the_prediction_is_the_pipelines_own(kind: str, folders: list[Path]) -> 
     drawn = dict(seen)
     noisy = drawn["sample" if kind == "xl" else "hidden_states"]
     if is_packed:
-        noisy = pipeline._unpack_latents(noisy, 16, 16, pipeline.vae_scale_factor)
+        unpack = conditioning_of(pipeline).unpack
+        assert unpack is not None
+        noisy = unpack(pipeline, noisy, 16, 16)
     conditions = encode_captions(pipeline, ["a fox"])
     conditions["sizes"] = Transform(16).sizes((16, 16), 0, 0)[None]
     timestep = drawn["timestep"].reshape(-1) * (1000 if is_packed else 1)

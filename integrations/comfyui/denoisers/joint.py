@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from afa.denoisers.family import split_joined
+from afa.denoisers.splitting import split_joined
 from afa.errors import AfaError
 
 from .interface import by_expert

@@ -20,7 +20,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import (
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 from afa.denoisers import PLAIN, Blocks, Execution, Family, Feature, Widths
-from afa.denoisers.family import split_joined
+from afa.denoisers.splitting import split_joined
 from afa.errors import AfaError
 
 from .interface import WITHOUT_DATA, ComfyInterface, by_expert, own_control, own_options

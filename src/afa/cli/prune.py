@@ -74,7 +74,7 @@ def prune(
         listed,
         num_steps=steps,
         num_ranges=ranges,
-        **kind_of_pipeline(pipeline).guide(guidance),
+        **kind_of_pipeline(pipeline).guidance(guidance),
     )
     with Progress() as progress:
         while True:

@@ -14,10 +14,10 @@ from afa.denoisers.family import (
     PipelineKind,
     SingleFiles,
     Widths,
-    split_text,
 )
 from afa.denoisers.interface import Interface
 from afa.denoisers.sites import FAMILIES, Site, discover_sites, family_of, register_family
+from afa.denoisers.splitting import split_text
 
 __all__ = [
     "FAMILIES",

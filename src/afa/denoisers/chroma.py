@@ -25,10 +25,10 @@ from afa.denoisers.family import (
     PipelineKind,
     SingleFiles,
     Widths,
-    split_text,
 )
 from afa.denoisers.flux import flux_layer_names
 from afa.denoisers.original_names import Rows
+from afa.denoisers.splitting import split_text
 from afa.denoisers.tokens import fill_out_channels, require_blocks
 from afa.denoisers.two_streams import (
     GRID,

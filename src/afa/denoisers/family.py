@@ -1,4 +1,4 @@
-"""The record of a family of denoisers, and the split of concatenated text embeddings by expert.
+"""The record of a family of denoisers.
 
 A *family* is an architecture: one class of denoiser and its coroutine. A *pipeline kind* is a group
 of stock pipelines in which checkpoints of a family are published, with certain text encoders.
@@ -10,13 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import torch
-
 from afa.denoisers.interface import DIFFUSERS, Interface
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping
     from pathlib import Path
 
     from torch import Tensor, nn
@@ -168,6 +166,8 @@ class PipelineKind:
         prepare: how the pipelines change a prompt before they tokenize it.
         guide: a function of a scale of classifier-free guidance, of which 1 means none, that
             returns the arguments of the pipeline's call.
+        without_prompt: the negative prompt that a call with guidance needs if the user has none;
+            empty if it needs none.
         takes_negative: whether the pipelines use a negative prompt by default.
         carries_prompts: whether its pipelines pass the embedding of all tokens of a prompt to the
             denoiser unchanged, so that it can carry the prompts of other experts, see
@@ -191,6 +191,7 @@ class PipelineKind:
     shares_length: bool = False
     prepare: Callable[[str], str] = str
     guide: Callable[[float], Mapping[str, Any]] = lambda guidance: {"guidance_scale": guidance}
+    without_prompt: str = ""
     takes_negative: bool = True
     carries_prompts: bool = False
     family: Family = field(init=False, repr=False)
@@ -242,6 +243,21 @@ class PipelineKind:
             return class_name
         return self.class_names[0]
 
+    def guidance(
+        self, scale: float, negative_prompt: str = "", count: int | None = None
+    ) -> dict[str, Any]:
+        """The arguments of a pipeline's call for classifier-free guidance.
+
+        Args:
+            scale: 1 means none.
+            negative_prompt: empty for none.
+            count: the number of prompts; None for one that is not in a list.
+        """
+        text = negative_prompt or (self.without_prompt if scale > 1 else "")
+        # an empty text is not the same as none for Stable Diffusion XL, which then uses zeros
+        negative = {"negative_prompt": text if count is None else [text] * count}
+        return {**self.guide(scale), **(negative if text else {})}
+
     def native_size(self, config: Mapping[str, Any]) -> tuple[int, int]:
         """Height and width of the latents for which a denoiser of this configuration was made."""
         size = config.get("sample_size") or self.sample_size
@@ -250,10 +266,15 @@ class PipelineKind:
     def widths(self, encoders: Mapping[str, PreTrainedModel], num_clip_tokens: int) -> Widths:
         """The embedding widths of one expert's text encoders; missing encoders do not count."""
         return Widths(
-            tuple(encoders[name].config.hidden_size for name in self.text if name in encoders),
+            tuple(text_config(encoders[n]).hidden_size for n in self.text if n in encoders),
             tuple(_pooled_width(encoders[name]) for name in self.pooled if name in encoders),
             num_clip_tokens if self.padded_text else 0,
         )
+
+
+def text_config(encoder: Any) -> Any:
+    """The part of a text encoder's configuration that describes its text model."""
+    return encoder.config.get_text_config()
 
 
 def _pooled_width(encoder: Any) -> int:
@@ -355,49 +376,3 @@ class Family:
         for kind in self.pipelines:
             if not hasattr(kind, "family"):  # a copied family leaves the kinds with the original
                 object.__setattr__(kind, "family", self)
-
-
-def split_joined(what: str, joined: Tensor, widths: Sequence[int], count: int) -> list[Tensor]:
-    """Split a concatenated embedding into one tensor [..., D] for each of N experts.
-
-    Args:
-        what: the name of the embedding, for the error.
-        joined: [..., D], one embedding for all experts, or [..., N * D], for each part in turn the
-            embeddings of all experts.
-        widths: the widths of the parts; their sum is D.
-        count: N.
-
-    Raises:
-        AfaError: if the last axis is neither D nor N * D.
-    """
-    width, got = sum(widths), joined.shape[-1]
-    if got == width:
-        return [joined] * count
-    if got != width * count:
-        raise AfaError(
-            "AFA-MODEL-003",
-            f"The {what} must be {width} wide (one for all experts) or {count} x {width} (one per "
-            f"expert, concatenated); got {got}. Use the pipeline's own text encoder.",
-        )
-    parts = joined.split([w * count for w in widths], dim=-1)
-    per_expert = zip(*(part.chunk(count, dim=-1) for part in parts), strict=True)
-    if len(parts) == 1:
-        # contiguous, because matrix products of strided inputs may round differently
-        return [own.contiguous() for (own,) in per_expert]
-    return [torch.cat(own, dim=-1) for own in per_expert]
-
-
-def split_text(arguments: Mapping[str, Any], widths: Widths, count: int) -> list[dict[str, Any]]:
-    """Split `encoder_hidden_states` of an ensemble's arguments; returns those of N experts."""
-    texts = split_joined("text embedding", arguments["encoder_hidden_states"], widths.text, count)
-    return [{**arguments, "encoder_hidden_states": text} for text in texts]
-
-
-def split_pooled(
-    per_expert: list[dict[str, Any]], pooled: Tensor, widths: Widths
-) -> list[dict[str, Any]]:
-    """Add each expert's own part of the pooled text embedding as `pooled_projections`."""
-    parts = split_joined("pooled text embedding", pooled, widths.pooled, len(per_expert))
-    return [
-        {**own, "pooled_projections": part} for own, part in zip(per_expert, parts, strict=True)
-    ]

@@ -22,10 +22,9 @@ from afa.denoisers.family import (
     PipelineKind,
     SingleFiles,
     Widths,
-    split_pooled,
-    split_text,
 )
 from afa.denoisers.original_names import joined_blocks, outside
+from afa.denoisers.splitting import split_pooled, split_text
 from afa.denoisers.tokens import fill_out_channels, require_blocks
 from afa.denoisers.two_streams import (
     GRID,

@@ -14,8 +14,9 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 from afa.denoisers.coroutine import Blocks, Feature
 from afa.denoisers.execution import PLAIN, Execution
-from afa.denoisers.family import Conditioning, Family, PipelineKind, Widths, split_text
+from afa.denoisers.family import Conditioning, Family, PipelineKind, Widths
 from afa.denoisers.prompt import once_per_prompt, versions
+from afa.denoisers.splitting import split_text
 from afa.denoisers.tokens import (
     fill_out_channels,
     require_blocks,

@@ -23,11 +23,10 @@ from afa.denoisers.family import (
     PipelineKind,
     SingleFiles,
     Widths,
-    split_joined,
-    split_pooled,
 )
 from afa.denoisers.flux import joint_widths
 from afa.denoisers.original_names import Rows, depth, joined_blocks, outside
+from afa.denoisers.splitting import split_joined, split_pooled
 from afa.denoisers.tokens import (
     TEXT,
     fill_out_channels,

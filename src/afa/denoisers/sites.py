@@ -14,6 +14,7 @@ from afa.denoisers.dit import DIT
 from afa.denoisers.family import Family
 from afa.denoisers.flux import FLUX
 from afa.denoisers.pixart import PIXART
+from afa.denoisers.qwen_image import QWEN_IMAGE
 from afa.denoisers.sd3 import SD3
 from afa.denoisers.tokens import TEXT
 from afa.denoisers.unet import UNET
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-FAMILIES = [UNET, FLUX, CHROMA, SD3, Z_IMAGE, PIXART, DIT]
+FAMILIES = [UNET, FLUX, CHROMA, SD3, Z_IMAGE, QWEN_IMAGE, PIXART, DIT]
 
 #: cached sites by family and configuration
 _FOUND: dict[tuple[Family, str], tuple[Site, ...]] = {}

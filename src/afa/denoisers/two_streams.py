@@ -91,7 +91,7 @@ def two_stream_blocks(
         if added is not None and residuals.repeats:
             hidden = hidden + added[k % len(added)]
         elif added is not None:
-            hidden = hidden + added[k // _interval(blocks, added)]
+            hidden = hidden + added[k // interval(blocks, added)]
 
     blocks, added = transformer.single_transformer_blocks, residuals.single
     for k, block in enumerate(blocks):
@@ -101,14 +101,14 @@ def two_stream_blocks(
         if k < len(blocks) - 1:
             text = to_tokens((yield Feature(f"{site}{TEXT}", to_column(text), temb)))
         if added is not None:
-            hidden = hidden + added[k // _interval(blocks, added)]
+            hidden = hidden + added[k // interval(blocks, added)]
 
     out = execution.segment("out", output, hidden)
     return to_tokens((yield Feature("out", to_grid(out, height, width), temb)))
 
 
-def _interval(blocks: Any, residuals: Sequence[Tensor]) -> int:
-    """The number of consecutive blocks that share one ControlNet residual, rounded up."""
+def interval(blocks: Any, residuals: Sequence[Tensor]) -> int:
+    """Return the number of consecutive blocks that share one ControlNet residual, rounded up."""
     return -(-len(blocks) // len(residuals))
 
 
@@ -121,7 +121,7 @@ def own_attention_kwargs(given: dict[str, Any] | None) -> dict[str, Any]:
     if given and "scale" in given:
         raise AfaError(
             "AFA-MODEL-004",
-            "joint_attention_kwargs of a coroutine must not contain a LoRA scale. Call the "
+            "The attention arguments of a coroutine must not contain a LoRA scale. Call the "
             "ensemble, which applies the scale to every expert.",
         )
     return dict(given or {})

@@ -16,7 +16,8 @@ from diffusers.utils.torch_utils import apply_freeu
 
 from afa.denoisers.coroutine import Blocks, Feature
 from afa.denoisers.execution import PLAIN, Execution
-from afa.denoisers.family import Family, Widths, split_joined, split_text
+from afa.denoisers.family import Family, Widths
+from afa.denoisers.splitting import split_joined, split_text
 from afa.denoisers.stable_diffusion import STABLE_DIFFUSION, STABLE_DIFFUSION_XL, unet_variant
 from afa.denoisers.unet_config import canonical_unet_config
 from afa.denoisers.unet_names import original_layers

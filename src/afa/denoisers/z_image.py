@@ -27,11 +27,11 @@ from afa.denoisers.family import (
     PipelineKind,
     SingleFiles,
     Widths,
-    split_text,
 )
 from afa.denoisers.interface import Interface
 from afa.denoisers.original_names import Rows
 from afa.denoisers.prompt import once_per_prompt
+from afa.denoisers.splitting import split_text
 from afa.denoisers.tokens import TEXT, require_blocks, to_column, to_grid, to_tokens
 from afa.denoisers.two_streams import own_attention_kwargs
 from afa.errors import AfaError

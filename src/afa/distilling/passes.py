@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
+from afa.denoisers.autoencoders import autoencoder_of
 from afa.denoisers.forward_process import forward_process
 from afa.denoisers.kinds import conditioning_of, denoiser_of, kind_of_pipeline
 from afa.distilling.capture import captured
@@ -101,8 +102,8 @@ class Trajectories:
     def shape(self, pipeline: DiffusionPipeline) -> tuple[int, int, int]:
         """See `Pass`."""
         height, width = self._size(pipeline)
-        factor = pipeline.vae_scale_factor
-        return pipeline.vae.config.latent_channels, height // factor, width // factor
+        vae, factor = pipeline.vae, pipeline.vae_scale_factor
+        return autoencoder_of(vae).channels(vae.config), height // factor, width // factor
 
     def record(
         self, pipeline: DiffusionPipeline, number: int, tap: FeatureTap | None

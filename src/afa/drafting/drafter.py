@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from afa.aggregators import Separate
+from afa.denoisers.autoencoders import autoencoder_of
 from afa.denoisers.forward_process import forward_process
 from afa.denoisers.kinds import conditioning_of, denoiser_of
 from afa.drafting.recognition import recognise
@@ -263,7 +264,10 @@ def judge_identity(settings: DraftsRecipe, companions: Companions) -> str:
 
 
 def _latent(pipeline: DiffusionPipeline) -> str:
-    config = pipeline.vae.config
+    vae = pipeline.vae
+    if not hasattr(vae.config, "scaling_factor"):
+        return f"the scale of {autoencoder_of(vae).space(vae.config)}"
+    config = vae.config
     return (
         f"{config.latent_channels} channels, the factor {config.scaling_factor} and the shift "
         f"{getattr(config, 'shift_factor', None) or 0}"

@@ -222,14 +222,12 @@ def draw(pipeline: DiffusionPipeline, recipe: PictureRecipe) -> Image.Image:
             the files of weights were changed in the meantime.
     """
     what = f"A picture of {recipe.width} x {recipe.height} pixels"
-    # an empty text is not the same as none for Stable Diffusion XL, which then uses zeros
-    negative = {"negative_prompt": recipe.negative_prompt} if recipe.negative_prompt else {}
+    kind = kind_of_pipeline(pipeline)
     call: dict[str, Any] = {
-        **kind_of_pipeline(pipeline).guide(recipe.guidance),
+        **kind.guidance(recipe.guidance, recipe.negative_prompt),
         "height": recipe.height,
         "width": recipe.width,
-        **negative,
-        **kind_of_pipeline(pipeline).call,
+        **kind.call,
     }
     generator = torch.Generator().manual_seed(recipe.seed)
     drafted = routed(pipeline, [recipe.prompt], [generator], **call)

@@ -36,7 +36,8 @@ def calibrate(
         num_ranges: the number of timestep ranges with averages of their own.
         batch_size: pictures per call of the pipeline.
         seed: the seed of the first picture's noise; the others follow.
-        call: further arguments of the pipeline's call, such as `guidance_scale`.
+        call: further arguments of the pipeline's call, such as `guidance_scale`;
+            `negative_prompt` is one for all.
 
     Yields: the number of finished pictures.
 
@@ -48,6 +49,7 @@ def calibrate(
     shares = Shares(ensemble, num_ranges, highest)
     for start in range(0, len(prompts), batch_size):
         chosen = list(prompts[start : start + batch_size])
+        negative = {k: [v] * len(chosen) for k, v in call.items() if k == "negative_prompt"}
         with observed(ensemble, shares.note):  # entered per batch: the calling thread may change
             pipeline(
                 chosen,
@@ -56,7 +58,7 @@ def calibrate(
                     torch.Generator().manual_seed(seed + start + n) for n in range(len(chosen))
                 ],
                 output_type="latent",
-                **{**kind.call, **call},
+                **{**kind.call, **call, **negative},
             )
         yield start + len(chosen)
     return shares

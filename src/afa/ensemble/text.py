@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import json
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from afa.denoisers.family import Widths, split_joined
+from afa.denoisers.family import Widths, text_config
+from afa.denoisers.splitting import split_joined
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 
 #: outputs of language models that no pipeline reads: the state of a generation, and scores of words
-_OF_LANGUAGE_MODELS = ("past_key_values", "logits")
+_OF_LANGUAGE_MODELS = ("past_key_values", "logits", "rope_deltas")
 
 
 class EnsembleTextEncoder(PreTrainedModel):
@@ -51,7 +53,8 @@ class EnsembleTextEncoder(PreTrainedModel):
             )
         super().__init__(copy.deepcopy(encoders[0].config))
         shapes = [
-            (type(e).__name__, e.config.hidden_size, e.config.num_hidden_layers) for e in encoders
+            (type(e).__name__, text_config(e).hidden_size, text_config(e).num_hidden_layers)
+            for e in encoders
         ]
         if len(set(shapes)) > 1:
             raise AfaError(
@@ -91,6 +94,7 @@ class EnsembleTextEncoder(PreTrainedModel):
                 attention_mask=attention_mask,
                 output_hidden_states=output_hidden_states,
                 return_dict=True,
+                **_shortened(encoder),
                 **kwargs,
             )
             for encoder in self.encoders
@@ -143,6 +147,13 @@ class EnsembleTextEncoder(PreTrainedModel):
             for n, part in zip(self.encoder_of, parts, strict=True)
         ]
         return torch.cat(normed, dim=-1)
+
+
+def _shortened(encoder: Any) -> dict[str, Any]:
+    """Arguments with which a language model computes only what pipelines read."""
+    least = {"use_cache": False, "logits_to_keep": 1}
+    taken = inspect.signature(encoder.forward).parameters
+    return {name: value for name, value in least.items() if name in taken}
 
 
 class _EveryEmbedding:

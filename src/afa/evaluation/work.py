@@ -203,11 +203,11 @@ def draw(
     Returns: a picture, or its latents [C, H, W], for each prompt.
     """
     generators = [torch.Generator().manual_seed(seed * 1_000_003 + place) for place in places]
+    kind = kind_of_pipeline(pipeline)
     call: dict[str, Any] = {
-        **kind_of_pipeline(pipeline).guide(sampling.guidance),
         "height": sampling.height,
         "width": sampling.width,
-        **kind_of_pipeline(pipeline).call,
+        **kind.call,
     }
     found: list[Any] = [None] * len(texts)
     for batch in drawn_together(pipeline, texts):
@@ -216,8 +216,7 @@ def draw(
         otherwise = "Or set sampling.dtype: bfloat16, or draw smaller pictures."
         remedy = smaller_batch(len(batch), "sampling.batch_size", None, otherwise)
         checked = decoded(pipeline) if output_type == "pil" else nullcontext()
-        if sampling.negative_prompt:  # an empty text is not the same as none for SDXL: zeros
-            call["negative_prompt"] = [sampling.negative_prompt] * len(batch)
+        call |= kind.guidance(sampling.guidance, sampling.negative_prompt, len(batch))
         drafted = routed(pipeline, prompts, noise, **call)
         with torch.no_grad(), saying_what_fits(what, remedy), drafted, checked:
             drawn = pipeline(

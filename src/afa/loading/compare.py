@@ -10,7 +10,6 @@ from afa.denoisers.objective import FLOW, PredictionType
 from afa.ensemble.conversion import can_convert
 from afa.loading.facts import SCHEDULE, facts_of
 from afa.loading.finding import Finding, require_none_wrong
-from afa.loading.loaded import LATENTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -87,8 +86,8 @@ def _family(first: Facts, other: Facts) -> Finding | None:
 def _latents(first: Facts, other: Facts) -> Finding | None:
     if not first.latents or not other.latents:
         return None
-    for key in LATENTS:
-        ours, theirs = first.latents[key], other.latents[key]
+    for key, ours in first.latents.items():
+        theirs = other.latents.get(key)
         if ours != theirs:
             return Finding(
                 "AFA-LOAD-003",

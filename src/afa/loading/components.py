@@ -78,5 +78,6 @@ def load_tokenizer(folder: Path, class_name: str) -> PreTrainedTokenizerBase:
 
 
 def encoder_width(config: Mapping[str, Any]) -> int | None:
-    """The size of a text encoder's embeddings, from its configuration (CLIP or T5)."""
-    return config.get("hidden_size", config.get("d_model"))
+    """The size of a text encoder's embeddings, from its configuration (CLIP, T5 or Qwen)."""
+    text = config.get("text_config") or config
+    return text.get("hidden_size", text.get("d_model"))

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusers import AutoencoderKL
-
 from afa.denoisers import PipelineKind
+from afa.denoisers.autoencoders import autoencoder_named
 from afa.ensemble.references import ExpertReference
 from afa.files import read_json
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from diffusers import SchedulerMixin
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-#: the autoencoder settings that must be equal for experts to share one latent space
-LATENTS = ("latent_channels", "scaling_factor", "shift_factor")
 
 
 @dataclass(frozen=True)
@@ -48,14 +45,23 @@ class Expert:
     tokenizers: dict[str, PreTrainedTokenizerBase]
     scheduler: SchedulerMixin
     config: Path
-    vae: AutoencoderKL | None = None
+    vae: Any = None
     latents: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
 
 
 def latents_of(config: Path) -> dict[str, Any]:
-    """Read the latent settings of an autoencoder's configuration, with the library's defaults."""
+    """Read the autoencoder settings that must be equal for experts to share one latent space.
+
+    Raises:
+        AfaError: if the autoencoder is not supported.
+    """
     if not config.is_file():
         return {}
-    found, defaults = read_json(config), inspect.signature(AutoencoderKL).parameters
-    return {key: found.get(key, defaults[key].default) for key in LATENTS}
+    found = read_json(config)
+    return autoencoder_named(class_of(found)).space(found)
+
+
+def class_of(config: Mapping[str, Any]) -> str:
+    """The name of the class of an autoencoder, from its configuration."""
+    return str(config.get("_class_name") or "AutoencoderKL")

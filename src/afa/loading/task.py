@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from afa.denoisers.autoencoders import autoencoder_of
 from afa.denoisers.kinds import denoiser_of, kind_of_pipeline
 from afa.denoisers.predictor import Predictor
 from afa.errors import AfaError
@@ -19,7 +20,8 @@ def check_text_to_image(pipeline: DiffusionPipeline) -> None:
     Raises:
         AfaError: if the denoiser's channels differ from the latent's, or it needs class labels.
     """
-    config, latent_channels = denoiser_of(pipeline).config, pipeline.vae.config.latent_channels
+    config, vae = denoiser_of(pipeline).config, pipeline.vae
+    latent_channels = autoencoder_of(vae).channels(vae.config)
     kind = kind_of_pipeline(pipeline)
     if type(pipeline).__name__ in kind.others:
         raise AfaError(

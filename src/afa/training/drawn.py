@@ -188,14 +188,12 @@ def _pictures(
 ) -> list[Image.Image]:
     """Draw a batch; the noise of a picture depends only on the seed and its number."""
     generators = [torch.Generator().manual_seed(asked.seed * 1_000_003 + n) for n in numbers]
-    # an empty text is not the same as none for Stable Diffusion XL, which then uses zeros
-    negative = {"negative_prompt": [asked.negative_prompt] * len(prompts)}
+    kind = kind_of_pipeline(pipeline)
     call: dict[str, Any] = {
-        **kind_of_pipeline(pipeline).guide(asked.guidance),
+        **kind.guidance(asked.guidance, asked.negative_prompt, len(prompts)),
         "height": size[0],
         "width": size[1],
-        **(negative if asked.negative_prompt else {}),
-        **kind_of_pipeline(pipeline).call,
+        **kind.call,
     }
     what = f"A batch of {len(prompts)} pictures"
     remedy = smaller_batch(len(prompts), "data.prompts.batch_size", None, "")

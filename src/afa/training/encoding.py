@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from afa.denoisers.autoencoders import autoencoder_of
 from afa.denoisers.kinds import conditioning_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from diffusers import AutoencoderKL, DiffusionPipeline
+    from diffusers import DiffusionPipeline
     from torch import Tensor
 
     from afa.training.order import Draw
@@ -68,8 +69,8 @@ Batch = Encoded | Recorded
 def encode_pictures(pipeline: DiffusionPipeline, pixels: Tensor) -> Posterior:
     """Return the posterior over latents of pictures [B, 3, H', W'] in -1..1."""
     vae = pipeline.vae
-    posterior = vae.encode(pixels.to(device=vae.device, dtype=vae.dtype)).latent_dist
-    return Posterior(posterior.mean, posterior.logvar)
+    pixels = pixels.to(device=vae.device, dtype=vae.dtype)
+    return Posterior(*autoencoder_of(vae).posterior(vae, pixels))
 
 
 def encode_captions(pipeline: DiffusionPipeline, captions: Sequence[str]) -> dict[str, Tensor]:
@@ -81,7 +82,7 @@ def as_batch(
     posterior: Posterior,
     conditions: Mapping[str, Tensor],
     draws: Sequence[Draw],
-    vae: AutoencoderKL,
+    vae: Any,
     device: torch.device,
 ) -> Encoded:
     """Sample latents with the drawn noise, and move the batch to one device.
@@ -93,7 +94,7 @@ def as_batch(
     std = (0.5 * posterior.logvar.to(device).float()).exp()
     drawn = torch.stack([draw.posterior for draw in draws]).to(device)
     return Encoded(
-        clean=(mean + std * drawn - (vae.config.shift_factor or 0)) * vae.config.scaling_factor,
+        clean=autoencoder_of(vae).scaled(vae.config, mean + std * drawn),
         conditions={name: tensor.to(device) for name, tensor in conditions.items()},
         noise=torch.stack([draw.noise for draw in draws]).to(device),
         time=torch.tensor([draw.time for draw in draws], dtype=torch.float64, device=device),
@@ -104,4 +105,4 @@ def as_batch(
 def latent_shape(pipeline: DiffusionPipeline, resolution: int) -> tuple[int, int, int]:
     """Return the shape [C, H, W] of the latent of a square picture."""
     side = resolution // pipeline.vae_scale_factor
-    return pipeline.vae.config.latent_channels, side, side
+    return autoencoder_of(pipeline.vae).channels(pipeline.vae.config), side, side

@@ -235,7 +235,7 @@ class Watch:
                 width=width,
                 num_inference_steps=previews.num_steps,
                 generator=generators,
-                **kind.guide(previews.guidance),
+                **kind.guidance(previews.guidance, count=len(previews.prompts)),
                 **kind.call,
             ).images
         for part, place in zip(parts, places, strict=True):

@@ -47,7 +47,12 @@ def arguments_of(
         arguments = xl_inputs(num_experts, batch=batch)
     else:
         arguments = transformer_inputs(family, batch, num_experts=num_experts)
-    return tree_map(lambda t: t.to(dtype) if t.is_floating_point() else t, arguments)
+
+    def cast(value: Any) -> Any:
+        is_float = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(dtype) if is_float else value
+
+    return tree_map(cast, arguments)
 
 
 def at(arguments: dict[str, Any], step: int, seed: int | None = None) -> dict[str, Any]:

@@ -418,7 +418,7 @@ def test_changed_headers_are_refused_in_one_line(q4: tuple[Path, Path], tmp_path
         except afa.AfaError as error:
             outcomes.add(error.code if "\n" not in str(error) else "two lines")
     assert "two lines" not in outcomes
-    assert {"AFA-LOAD-105", "AFA-LOAD-106"} <= outcomes
+    assert {"AFA-LOAD-116", "AFA-LOAD-117"} <= outcomes
 
 
 def test_the_table_of_types_is_that_of_the_package() -> None:

@@ -266,6 +266,22 @@ def test_parts_of_z_image_in_files_of_their_own(tmp_path: Path) -> None:
     assert_same_weights(pipeline.text_encoder, loaded.text_encoder.encoders[0])
 
 
+def test_files_of_qwen_image_have_its_transformer(tmp_path: Path) -> None:
+    pipeline, folder = made("qwen-image", tmp_path), tmp_path / "qwen-image-0"
+    file = exported(pipeline, tmp_path / "file.safetensors")
+    with refusal("AFA-MODEL-026", "config=FOLDER"):
+        afa.load_pipeline([file])
+    with refusal("AFA-LOAD-077", r"Qwen2\.5-VL-7B"):
+        afa.load_pipeline([file], config=folder)
+    loaded = afa.load_pipeline([file], config=folder, parts=[folder])
+    assert_same_weights(pipeline.transformer, loaded.transformer.experts[0])
+    assert_same_weights(pipeline.text_encoder, loaded.text_encoder.encoders[0])
+    assert_same_weights(pipeline.vae, loaded.vae)
+    save_file(pipeline.vae.state_dict(), tmp_path / "vae.safetensors")
+    loaded = afa.load_pipeline([folder], vae=tmp_path / "vae.safetensors")
+    assert_same_weights(pipeline.vae, loaded.vae)
+
+
 def test_lent_encoders_are_one_for_all(tmp_path: Path) -> None:
     files = [
         exported(made("xl", tmp_path, seed), tmp_path / f"{seed}.safetensors", "conditioner.")

@@ -33,7 +33,9 @@ def test_published_configurations_are_taken(name: str) -> None:
     check_folder(config_folder(name))
 
 
-@pytest.mark.parametrize("kind", ["xl", "sd3", "flux", "chroma", "z-image", "pixart", "dit"])
+@pytest.mark.parametrize(
+    "kind", ["xl", "sd3", "flux", "chroma", "z-image", "qwen-image", "pixart", "dit"]
+)
 def test_tiny_ones_are_taken(kind: str, tmp_path: Path) -> None:
     check_folder(saved_experts(kind, tmp_path, count=1)[0])
 

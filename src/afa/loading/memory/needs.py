@@ -15,16 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL
 from torch import nn
 
 from afa.aggregators import Condition, SABWConfig
 from afa.aggregators.build import build_sabw
 from afa.aggregators.lowered import HALVES
 from afa.denoisers import Execution, Feature, Site, discover_sites, run_lockstep
+from afa.denoisers.autoencoders import autoencoder_named
 from afa.denoisers.kinds import kind_of
 from afa.errors import AfaError
 from afa.files import cache_folder, parts_of, read_json, write_atomic
+from afa.loading.loaded import class_of
 from afa.loading.memory.live import kept_by, measure
 from afa.loading.single_file.conversion import model_class_of, without_data
 
@@ -280,7 +281,9 @@ def measure_models(
     family = kind.family
     with torch.device("meta"):
         twin: Any = family.model_class.from_config(json.loads(denoiser))
-        vae = AutoencoderKL.from_config(json.loads(autoencoder))
+        described = json.loads(autoencoder)
+        of_vae = autoencoder_named(class_of(described))
+        vae = of_vae.model_class.from_config(described)
         for model in (twin, vae):
             nn.Module.to(model, dtype)  # diffusers' own `to` warns about modules in float32
         sites = discover_sites(twin)
@@ -299,8 +302,8 @@ def measure_models(
     lowered = {rule: copy.deepcopy(rule).to(dtype) for rule in own if dtype in halves}
     running = [lowered.get(rule, rule) for rule in rules]
     step, cells, flops = _step(family, twin, running, num_experts, training)
-    shrink = 2 ** (len(vae.config.block_out_channels) - 1)
-    latent = (1, vae.config.latent_channels, _SIDE, _SIDE)
+    shrink = of_vae.shrink(vae.config)
+    latent = (1, of_vae.channels(vae.config), _SIDE, _SIDE)
     height, width = kind.native_size(twin.config)
     return _Measured(
         layers=held,
@@ -312,7 +315,9 @@ def measure_models(
         step=step,
         cells=cells,
         flops=flops,
-        decoding=measure(lambda: vae.decode(torch.empty(latent, device="meta", dtype=dtype)))[0],
+        decoding=measure(
+            lambda: of_vae.decoded(vae, torch.empty(latent, device="meta", dtype=dtype))
+        )[0],
         transient=_transient(twin) if weight_bits and weight_bits.is_dequantised else 0,
         native=height * width * shrink**2,
         shrink=shrink,

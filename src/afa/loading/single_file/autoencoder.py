@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import AutoencoderKL
 
+from afa.denoisers.autoencoders import autoencoder_named
+from afa.files import read_json
 from afa.loading.components import load_weights, loading_model
 from afa.loading.expert_source import AnySource, ExpertSource
+from afa.loading.loaded import class_of
 from afa.loading.single_file.parts import read_vae
 from afa.loading.sources import locate_vae, refer
 from afa.loading.weights import check_safetensors, hash_files, weights_in
@@ -25,7 +27,7 @@ def load_vae(
     *,
     config: Path | None = None,
     torch_dtype: torch.dtype = torch.float32,
-) -> tuple[AutoencoderKL, ExpertReference]:
+) -> tuple[Any, ExpertReference]:
     """Load an autoencoder from a pipeline folder, a folder of its own, a file or a hub id.
 
     Args:
@@ -48,4 +50,5 @@ def load_vae(
         check_safetensors(file)
     reference = refer(source, path, hash_files(path, files))
     with loading_model(source.source):
-        return load_weights(AutoencoderKL, folder, torch_dtype=torch_dtype), reference
+        kind = autoencoder_named(class_of(read_json(folder / "config.json")))
+        return load_weights(kind.model_class, folder, torch_dtype=torch_dtype), reference

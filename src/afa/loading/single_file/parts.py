@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from diffusers import AutoencoderKL
+from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
 from afa.errors import AfaError
 from afa.files import parts_of, read_json
@@ -84,7 +85,7 @@ def _model_from(
     require_complete([name for name in expected if name not in state], path)
     # with exactly the model's own names, the library does no conversion
     own = {name: state[name] for name in expected}
-    if hasattr(model_class, "from_single_file"):
+    if model_class.__name__ in SINGLE_FILE_LOADABLE_CLASSES:
         model = model_class.from_single_file(
             own, config=str(config), subfolder=part, torch_dtype=dtype, local_files_only=True
         )
@@ -135,7 +136,7 @@ def vae_names(shapes: Shapes) -> dict[str, str]:
     return {}
 
 
-def read_vae(path: Path, config: Path | None, dtype: torch.dtype) -> AutoencoderKL:
+def read_vae(path: Path, config: Path | None, dtype: torch.dtype) -> Any:
     """Read an autoencoder from a file, in the original layout or in diffusers'.
 
     Args:
@@ -163,4 +164,4 @@ def read_vae(path: Path, config: Path | None, dtype: torch.dtype) -> Autoencoder
     used = {rest: name for rest, name in names.items() if harmless(f"vae.{rest}") is None}
     account_part("vae", used, shapes, config, path)
     state = converted("vae", read_tensors(path, used), config)
-    return _model_from(state, AutoencoderKL, "vae", config, path, dtype)
+    return _model_from(state, model_class_of("vae", config), "vae", config, path, dtype)
