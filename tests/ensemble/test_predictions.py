@@ -276,6 +276,8 @@ def test_what_changes_blocks_is_refused(folders: dict[str, Path]) -> None:
     pipeline = loaded(folders, "sd", "xl")
     with refusal("AFA-MODEL-063", "enable_freeu"):
         pipeline.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    with refusal("AFA-ENSEMBLE-072", "fuse: predictions"):
+        pipeline.unet.graphs = Replays()
     with refusal("AFA-MODEL-063", "fuse_qkv_projections"):
         pipeline.fuse_qkv_projections()
 
@@ -291,7 +293,6 @@ def randomised(folders: dict[str, Path], *kinds: str) -> Any:
 SWITCHES: dict[str, Callable[[Any], object]] = {
     "several devices": lambda e: e.place_experts(["cpu"] * 3),
     "offloading": lambda e: e.offload_experts("cpu"),
-    "CUDA graphs": lambda e: setattr(e, "graphs", Replays()),
     "no bias": lambda e: afa.steer(e, {"1": 0.0}),
     "a schedule of all": lambda e: setattr(e, "schedule", lambda _: [0, 1, 2]),
     "a cache that never holds": lambda e: setattr(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 from afa.aggregators import Separate
 from afa.aggregators.rule import Schedule
 from afa.denoisers.packed import packed_layers
+from afa.denoisers.predictor import Predictor
 from afa.ensemble.bias import Steering
 from afa.ensemble.caching.settings import EXACT
 from afa.errors import AfaError
@@ -224,7 +225,7 @@ class Switches:
         """Records steps as CUDA graphs and replays them; see `afa.accelerate`.
 
         Setting it raises AfaError if a plan or a schedule is set, if the experts are not in the
-        memory of one device, or if they have weights of GGUF files.
+        memory of one device, if they have weights of GGUF files, or if predictions alone are fused.
         """
         return self._graphs
 
@@ -232,6 +233,13 @@ class Switches:
     def graphs(self, graphs: Graphs | None) -> None:
         if graphs is not None:
             self.require_compatible("CUDA graphs")
+            if isinstance(self.experts[0], Predictor):
+                raise AfaError(
+                    "AFA-ENSEMBLE-072",
+                    "CUDA graphs cannot be combined with experts whose predictions alone are fused "
+                    "(fuse: predictions): they are called as their own pipelines do it, which "
+                    "copies sizes from the CPU. Switch CUDA graphs off.",
+                )
             blocks = next((m for m in self._packed() if m.has_blocks), None)
             if blocks is not None:
                 raise AfaError(
