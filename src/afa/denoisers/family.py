@@ -127,6 +127,7 @@ class SingleFiles:
             tensors, where these differ in more than the name of their layer.
         architectures: bundled configuration -> its name in the metadata standard of
             https://github.com/Stability-AI/ModelSpec.
+        gguf: the `general.architecture` of GGUF files; None if there are none.
     """
 
     configuration: Callable[[FileDenoiser], str | Path]
@@ -140,6 +141,7 @@ class SingleFiles:
     written: Callable[[Shapes, Collection[str]], Mapping[str, str]] = lambda *_: {}
     renamed: Mapping[str, str] = field(default_factory=dict)
     architectures: Mapping[str, str] = field(default_factory=dict)
+    gguf: str | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -366,6 +366,7 @@ _KIND = PipelineKind(
         },
         renamed={r"(query|key)_norm\.weight$": r"\1_norm.scale"},
         architectures={"flux-dev": "flux-1-dev", "flux-schnell": "flux-1-schnell"},
+        gguf="flux",
     ),
     latent_channels=lambda config: config.in_channels // 4,
     patch=lambda _: 2,

@@ -295,6 +295,7 @@ _KIND = PipelineKind(
             "vae": "first_stage_model.",
         },
         renamed={r"^pos_embed\.pos_embed$": "pos_embed"},
+        gguf="sd3",
         architectures={
             "stable-diffusion-3-medium": "stable-diffusion-v3-medium",
             "stable-diffusion-3.5-medium": "stable-diffusion-v3.5-medium",

@@ -191,6 +191,7 @@ STABLE_DIFFUSION = PipelineKind(
         blocks=_BLOCKS,
         convert=_convert,
         written=_written,
+        gguf="sd1",
         architectures={
             "stable-diffusion-1.5": "stable-diffusion-v1",
             "stable-diffusion-1.5-inpainting": "stable-diffusion-v1-inpainting",
@@ -220,6 +221,7 @@ STABLE_DIFFUSION_XL = PipelineKind(
         blocks=_BLOCKS,
         convert=_convert,
         written=_written_xl,
+        gguf="sdxl",
         architectures={
             "stable-diffusion-xl": "stable-diffusion-xl-v1-base",
             "stable-diffusion-xl-v": "stable-diffusion-xl-v1-base",

@@ -36,6 +36,7 @@ pytestmark = pytest.mark.slow
 
 _LAYOUTS: tuple[Layout, ...] = ("scale_weight", "comfy_quant", "metadata", "plain")
 _UNET = "model.diffusion_model."
+_ROTATED = '{"format": "float8_e4m3fn", "full_precision_matrix_mult": true, "convrot": true}'
 _FIRST = f"{_UNET}input_blocks.1.1.transformer_blocks.0.attn1.to_q"
 
 
@@ -342,6 +343,11 @@ def _broken(change: Callable[[dict[str, Tensor]], Any], layout: Layout, file: Pa
         (
             "comfy_quant",
             lambda t: t.update({f"{_FIRST}.comfy_quant": torch.zeros(3, dtype=torch.uint8)}),
+            "AFA-LOAD-111",
+        ),
+        (
+            "comfy_quant",
+            lambda t: t.update({f"{_FIRST}.comfy_quant": _text(_ROTATED)}),
             "AFA-LOAD-111",
         ),
         (
