@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import struct
 import sys
@@ -238,6 +239,19 @@ def test_places_give_the_same_pictures(
     options: dict[str, Any] = {"config": sd3[1], "parts": [sd3[1]]}
     expected = draw(afa.load_pipeline([q4[0]], **options))
     assert torch.equal(draw(afa.load_pipeline([q4[0]], **options, place=place)), expected)
+
+
+def test_devices_and_copies_give_the_same_pictures(
+    q4: tuple[Path, Path], sd3: tuple[DiffusionPipeline, Path], root: Path
+) -> None:
+    other = _wide(root, 32, 1)[1]
+    pipeline = afa.load_pipeline([q4[0], other], config=sd3[1], parts=[sd3[1]])
+    expected = draw(pipeline)
+    copied = copy.deepcopy(pipeline.transformer)
+    pipeline.transformer.place_experts(["cpu", "cpu"])
+    assert torch.equal(draw(pipeline), expected)
+    pipeline.register_modules(transformer=copied)
+    assert torch.equal(draw(pipeline), expected)
 
 
 def test_gradients_pass_through(q4: tuple[Path, Path], sd3: tuple[DiffusionPipeline, Path]) -> None:
