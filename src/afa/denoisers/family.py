@@ -123,9 +123,9 @@ class SingleFiles:
             expect.
         renamed: for `afa export`, regular expression -> replacement in names of the denoiser's
             tensors, where these differ in more than the name of their layer.
-        gguf: the names of such a denoiser in GGUF files (`general.architecture`).
         architectures: bundled configuration -> its name in the metadata standard of
             https://github.com/Stability-AI/ModelSpec.
+        gguf: the `general.architecture` of GGUF files; None if there are none.
     """
 
     configuration: Callable[[FileDenoiser], str | Path]
@@ -138,8 +138,8 @@ class SingleFiles:
     convert: Callable[[Mapping[str, Tensor], dict[str, Any], Path], dict[str, Tensor]] | None = None
     written: Callable[[Shapes, Collection[str]], Mapping[str, str]] = lambda *_: {}
     renamed: Mapping[str, str] = field(default_factory=dict)
-    gguf: frozenset[str] = frozenset()
     architectures: Mapping[str, str] = field(default_factory=dict)
+    gguf: str | None = None
 
 
 @dataclass(frozen=True, eq=False)

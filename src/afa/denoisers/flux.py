@@ -299,7 +299,6 @@ _KIND = PipelineKind(
     carries_prompts=True,
     single_files=SingleFiles(
         configuration=_configuration,
-        gguf=frozenset({"flux"}),
         parts={
             "text_encoder": ("text_encoders.clip_l.",),
             "text_encoder_2": ("text_encoders.t5xxl.",),
@@ -319,6 +318,7 @@ _KIND = PipelineKind(
         },
         renamed={r"(query|key)_norm\.weight$": r"\1_norm.scale"},
         architectures={"flux-dev": "flux-1-dev", "flux-schnell": "flux-1-schnell"},
+        gguf="flux",
     ),
     latent_channels=lambda config: config.in_channels // 4,
     patch=lambda _: 2,

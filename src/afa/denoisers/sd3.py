@@ -273,7 +273,6 @@ _KIND = PipelineKind(
     conditioning=Conditioning(_encode, _predict),
     single_files=SingleFiles(
         configuration=_configuration,
-        gguf=frozenset({"sd3"}),
         parts={
             "text_encoder": ("text_encoders.clip_l.",),
             "text_encoder_2": ("text_encoders.clip_g.",),
@@ -296,6 +295,7 @@ _KIND = PipelineKind(
             "vae": "first_stage_model.",
         },
         renamed={r"^pos_embed\.pos_embed$": "pos_embed"},
+        gguf="sd3",
         architectures={
             "stable-diffusion-3-medium": "stable-diffusion-v3-medium",
             "stable-diffusion-3.5-medium": "stable-diffusion-v3.5-medium",

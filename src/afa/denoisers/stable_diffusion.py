@@ -185,13 +185,13 @@ STABLE_DIFFUSION = PipelineKind(
     conditioning=Conditioning(_encode_sd, _predict_sd),
     single_files=SingleFiles(
         configuration=_configuration,
-        gguf=frozenset({"sd1"}),
         parts={"text_encoder": ("cond_stage_model.",), "vae": VAE_PREFIXES},
         original=_ORIGINAL,
         diffusers=_DIFFUSERS,
         blocks=_BLOCKS,
         convert=_convert,
         written=_written,
+        gguf="sd1",
         architectures={
             "stable-diffusion-1.5": "stable-diffusion-v1",
             "stable-diffusion-1.5-inpainting": "stable-diffusion-v1-inpainting",
@@ -212,7 +212,6 @@ STABLE_DIFFUSION_XL = PipelineKind(
     conditioning=Conditioning(_encode_xl, _predict_xl),
     single_files=SingleFiles(
         configuration=_configuration,
-        gguf=frozenset({"sdxl"}),
         parts={
             "text_encoder": ("conditioner.embedders.0.transformer.",),
             "text_encoder_2": ("conditioner.embedders.1.model.", "conditioner.embedders.0.model."),
@@ -223,6 +222,7 @@ STABLE_DIFFUSION_XL = PipelineKind(
         blocks=_BLOCKS,
         convert=_convert,
         written=_written_xl,
+        gguf="sdxl",
         architectures={
             "stable-diffusion-xl": "stable-diffusion-xl-v1-base",
             "stable-diffusion-xl-v": "stable-diffusion-xl-v1-base",

@@ -19,11 +19,10 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from afa.denoisers.kinds import kinds
 from afa.denoisers.packed import FLOAT8
 from afa.errors import AfaError
 from afa.loading.single_file.canonical_names import DENOISER
-from afa.loading.single_file.layout import kind_name
+from afa.loading.single_file.layout import kind_name, layouts
 from afa.loading.trust.gguf import PLAIN, is_gguf
 from afa.loading.weights import check_weights, is_quantised
 
@@ -44,6 +43,8 @@ _UNUSED = {
 }
 #: names of float8 formats in ComfyUI's descriptions
 _FORMATS = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
+#: settings of a layer; the second only selects how ComfyUI multiplies
+_SETTINGS = ("format", "full_precision_matrix_mult")
 _METADATA = "_quantization_metadata"
 _MAX_DESCRIPTION = 10_000
 #: prefixes of parts; a part has scales for all of its layers, or for none
@@ -182,9 +183,14 @@ def _format(file: Path, name: str, content: bytes) -> str:
 
 def _named(file: Path, name: str, described: Any) -> str:
     """Return the name of a format, from `{"format": NAME}` or from the name alone."""
-    found = described.get("format") if isinstance(described, dict) else described
+    settings = described if isinstance(described, dict) else {"format": described}
+    found = settings.get("format")
     if not isinstance(found, str):
         raise _undescribed(file, name, "names no format")
+    # a rotation, for example, would change the weights
+    unknown = next((key for key, own in settings.items() if own and key not in _SETTINGS), None)
+    if unknown is not None:
+        raise _undescribed(file, name, f"has the unknown setting '{str(unknown)[:60]}'")
     return found
 
 
@@ -192,7 +198,8 @@ def _undescribed(file: Path, name: str, why: str) -> AfaError:
     return AfaError(
         "AFA-LOAD-111",
         f"The description '{name}' of quantised layers in '{file}' {why}; it must be JSON that "
-        "names their format, as ComfyUI writes it. Download the file again.",
+        "names their format, as ComfyUI writes it. Download the file again, or use the float16 or "
+        "bfloat16 version.",
     )
 
 
@@ -253,14 +260,14 @@ def require_family(file: Path, shapes: Shapes) -> None:
     """
     if not is_gguf(file):
         return
-    stated, found = check_weights(file).metadata.get("general.architecture"), kind_name(shapes)
-    named = {kind.name: kind.single_files.gguf for kind in kinds() if kind.single_files}
-    if stated is not None and stated not in named.get(found or "", ()):
-        known = ", ".join(sorted(set().union(*named.values())))
+    stated = check_weights(file).metadata.get("general.architecture")
+    known = {files.gguf: kind.name for kind, files in layouts().items() if files.gguf}
+    found = kind_name(shapes)
+    if stated is not None and (found is None or known.get(stated) != found):
         raise AfaError(
             "AFA-LOAD-118",
             f"'{file}' has the general.architecture '{stated[:60]}' and the tensors of "
-            f"{found or 'an unknown model'}. A GGUF expert must be one of {known}, with its "
-            "denoiser's tensors under their original names or those of diffusers. Use the GGUF or "
-            "safetensors file of a supported denoiser.",
+            f"{found or 'an unknown model'}. A GGUF expert must be one of "
+            f"{', '.join(map(str, known))}, with its denoiser's tensors under their original names "
+            "or those of diffusers. Use the GGUF or safetensors file of a supported denoiser.",
         )
