@@ -12,7 +12,7 @@ import torch
 
 from tests.pairs.features import SPREAD
 from tests.pairs.matrix import Outcome, Wrong
-from tests.pairs.table import key_of, write
+from tests.pairs.table import PREDICTIONS, key_of, write
 from tests.pairs.trying import PAIRS, tried
 from tests.warm import run_ranks
 
@@ -21,7 +21,7 @@ def main() -> int:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     wrong: list[str] = []
-    outcomes: dict[str, dict[str, Outcome]] = {"unet": {}, "flux": {}}
+    outcomes: dict[str, dict[str, Outcome]] = {"unet": {}, "flux": {}, PREDICTIONS: {}}
     for family, found in outcomes.items():
         for pair in PAIRS:
             try:

@@ -14,7 +14,11 @@ from typing import Any
 from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 
-from afa.denoisers import Family
+from afa.denoisers import Family, PipelineKind
+from afa.denoisers.packing import Packing
+
+#: never changes
+_SHARED = (Tensor, Family, PipelineKind, Packing, FrozenDict, inspect.Signature)
 
 
 class Template:
@@ -41,7 +45,7 @@ class _Pickler(pickle.Pickler):
         self._apart, self._numbers = apart, dict[int, int]()
 
     def persistent_id(self, value: Any) -> int | None:
-        if not isinstance(value, (Tensor, Family, FrozenDict, inspect.Signature)):
+        if not isinstance(value, _SHARED):
             return None
         if id(value) not in self._numbers:
             self._numbers[id(value)] = len(self._apart)

@@ -57,12 +57,12 @@ def outcome_of(family: str, names: tuple[str, str], expected: Reference | None =
     """
     features = [feature_of(name) for name in names]
     world, waiting = World(family), list(features)
-    if features[0].is_lora:
-        world = World(family, _with_lora(family, waiting.pop(0).name).copy())
-    for feature in dict.fromkeys(features):
-        feature.prepare(world)
-    ensemble = world.ensemble
     try:
+        if features[0].is_lora:
+            world = World(family, _with_lora(family, waiting.pop(0).name).copy())
+        for feature in dict.fromkeys(features):
+            feature.prepare(world)
+        ensemble = world.ensemble
         for feature in waiting:
             feature.switch_on(ensemble, world)
     except AfaError as refused:

@@ -285,5 +285,7 @@ def _middle(sites: Sequence[Site]) -> list[Site]:
 def _ends(sites: Sequence[Site]) -> tuple[dict[str, str], dict[str, str]]:
     """By stream, the last site before those that are reused, and the last of them."""
     middle = _middle(sites)
+    if not middle:
+        return {}, {}
     before = sites[: list(sites).index(middle[0])]
     return {s.stream: s.name for s in before}, {s.stream: s.name for s in middle}

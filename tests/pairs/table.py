@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from tests.pairs.features import NAMES
+from tests.pairs.features import NAMES, SPREAD
 from tests.pairs.matrix import Outcome
 
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
@@ -18,6 +18,8 @@ RECORD = PAGE.parent / "pairs.json"
 _BEGIN, _END = "<!-- pairs: written by the tests -->\n", "<!-- end of pairs -->\n"
 #: features that transformers with packed latents refuse, alone and beside all others
 UNET_ONLY = frozenset({"mixed predictions"})
+#: experts of several architectures, whose table would only differ by what is refused
+PREDICTIONS = "predictions"
 SYMBOLS = {"equal": "=", "close": "≈", "ordered": "order", "refused": "no"}
 
 
@@ -69,7 +71,7 @@ def rendered(outcomes: Mapping[str, Mapping[str, Outcome]]) -> str:
         for second in NAMES[: n + 1]:
             key = key_of(first, second)
             is_general = UNET_ONLY.isdisjoint((first, second))
-            families = list(outcomes) if is_general else ["unet"]
+            families = ["unet", "flux"] if is_general else ["unet"]
             of_pair = [outcomes[family][key] for family in families]
             kinds = {outcome.kind for outcome in of_pair}
             assert len(kinds) == 1 or kinds == {"equal", "close"}, f"{key} depends on the family"
@@ -80,4 +82,25 @@ def rendered(outcomes: Mapping[str, Mapping[str, Outcome]]) -> str:
         lines.append(f"| {n + 1} {first} | {' | '.join(cells)} |")
     lines += ["", "What a refusal says:", ""]
     lines += [f'- {", ".join(keys)}: "{message}"' for message, keys in refusals.items()]
+    lines += ["", *_of_predictions(outcomes[PREDICTIONS])]
     return "\n".join(["", *lines, ""]) + "\n"
+
+
+def _of_predictions(outcomes: Mapping[str, Outcome]) -> list[str]:
+    """What is refused where predictions alone are fused: features beside all others, and pairs."""
+    refused = {key for key, each in outcomes.items() if each.kind in ("refused", "ordered")}
+    always = [name for name in NAMES if _pairs_with(name, outcomes) <= refused]
+    always.remove(SPREAD.name)  # is not tried
+    of_these = set().union(*(_pairs_with(name, outcomes) for name in always))
+    return [
+        "Two U-Nets and a transformer with different text encoders, whose predictions alone are "
+        "fused ([`fuse: predictions`](checkpoints.md#experts-of-different-architectures)):",
+        "",
+        f"- refused beside everything: {', '.join(always)};",
+        f"- refused, or equal in one order: {'; '.join(sorted(refused - of_these))};",
+        f"- the other {len(outcomes.keys() - refused - of_these)} pairs are equal.",
+    ]
+
+
+def _pairs_with(name: str, outcomes: Mapping[str, Outcome]) -> set[str]:
+    return {key for key in outcomes if name in key.split(" + ")}

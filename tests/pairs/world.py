@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
 import afa
 from afa.denoisers import discover_sites, family_of
+from afa.denoisers.objective import objective_of
+from afa.denoisers.packing import Packing
+from afa.denoisers.pixart import PIXART
+from afa.denoisers.predictor import Host, Predictor
+from afa.denoisers.stable_diffusion import STABLE_DIFFUSION
 from afa.ensemble.denoiser import EnsembleDenoiser
 from tests.pairs.copies import Template
 from tests.pairs.reference import Call, Meaning
@@ -36,6 +44,8 @@ def _template(name: str) -> Template:
 @cache
 def made(name: str) -> EnsembleDenoiser:
     """An ensemble of three experts with trained aggregators, of which all others are copies."""
+    if name == "predictions":
+        return _of_predictions()
     make = {
         "flux": lambda n: tiny_transformer("flux schnell", n, num_layers=1, num_single_layers=1),
         "unet": lambda n: tiny_unet(n, **UNET),
@@ -46,6 +56,38 @@ def made(name: str) -> EnsembleDenoiser:
         for rule in ensemble.aggregators:
             nn.init.normal_(rule.conv_out.weight)
     return ensemble
+
+
+def _of_predictions() -> EnsembleDenoiser:
+    """A U-Net whose pipeline draws, another U-Net and a transformer, each called alone."""
+    unets = [tiny_unet(0, **UNET), tiny_unet(1, **{**UNET, "layers_per_block": 2})]
+    transformer = tiny_transformer("pixart", 2, patch_size=1)
+    kinds = [STABLE_DIFFUSION, STABLE_DIFFUSION, PIXART.pipelines[0]]
+    packing = Packing([partial(_conditions, masked=masked) for masked in (False, True)])
+    host = Host(unets[0], family_of(unets[0]), packing)
+    objective = objective_of(DDIMScheduler())
+    pipelines = [None, *(SimpleNamespace(transformer=transformer, vae_scale_factor=2),) * 2]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        experts: list[Any] = [
+            Predictor(denoiser, kind, objective, host, pipeline)
+            for denoiser, kind, pipeline in zip(
+                [*unets, transformer], kinds, pipelines, strict=True
+            )
+        ]
+        ensemble = EnsembleDenoiser(experts, replace(SMALL, hidden_ratio=None, min_scale=1))
+        for rule in ensemble.aggregators:
+            nn.init.normal_(rule.conv_out.weight)
+    return ensemble
+
+
+def _conditions(captions: list[str], *, masked: bool) -> dict[str, Tensor]:
+    """The conditions of some captions, as a pipeline would encode them."""
+    seeds = [int(caption or 0) for caption in captions]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    text = [torch.randn((TEXT_LENGTH, TEXT_WIDTH), generator=each) for each in generators]
+    found = {"text": torch.stack(text)}
+    return {**found, "mask": torch.ones(len(seeds), TEXT_LENGTH)} if masked else found
 
 
 class World:
@@ -61,7 +103,7 @@ class World:
         self.experts = list(self.ensemble.experts)
         self.family, self.sites = family_of(self.experts[0]), discover_sites(self.experts[0])
         self.highest = 1.0 if name == "flux" else 1000.0
-        self.middle = "double.0" if name == "flux" else "mid"
+        self.middle = {"flux": "double.0", "unet": "mid", "predictions": "none"}[name]
         self.last = self.sites[-1].name
 
     def spoil(self, place: str = "middle", value: float = float("nan")) -> None:
@@ -82,7 +124,12 @@ class World:
         layers[place].weight.data[0] = value
 
     def prompt(self, seed: int) -> Tensor:
-        """All experts' texts [B, L, N * D]."""
+        """The texts of all experts [B, L, N * D], or packed in that of the first one."""
+        if self.name == "predictions":
+            shape = (2, TEXT_LENGTH, TEXT_WIDTH)
+            own = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+            packing = self.experts[0].host.packing
+            return torch.cat([own, packing.pack([str(seed), str(seed + 1)], own)], -1)
         shape = (2, TEXT_LENGTH, TEXT_WIDTH * NUM_EXPERTS)
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 

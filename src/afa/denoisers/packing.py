@@ -83,10 +83,12 @@ class Packing:
         for empty in self._empty:
             own: dict[str, Tensor] = {}
             for name, known in empty.items():
-                known = known.to(flat.device)
+                # the ensemble may have been cast since
+                dtype = flat.dtype if known.is_floating_point() else known.dtype
+                known = known.to(flat.device, dtype)
                 values = flat[:, start : start + known.numel()]
                 start += known.numel()
-                given = values.unflatten(1, known.shape[1:]).to(known.dtype)
+                given = values.unflatten(1, known.shape[1:]).to(dtype)
                 chosen = is_given.view(-1, *[1] * (known.ndim - 1))
                 own[name] = torch.where(chosen, given, known)
             found.append(own)
