@@ -53,6 +53,9 @@ def original_layout(pipeline: DiffusionPipeline) -> dict[str, Tensor]:
         add("text_encoders.clip_l.transformer.", _clip(parts["text_encoder"]))
         add("text_encoders.clip_g.transformer.", _clip(parts["text_encoder_2"]))
         add("text_encoders.t5xxl.transformer.", parts["text_encoder_3"].state_dict())
+    elif name == "FLUX.2 klein":  # the transformer alone
+        add("model.diffusion_model.", _flux2(parts["transformer"]))
+        return {key: tensor.contiguous() for key, tensor in tensors.items()}
     elif name == "Qwen-Image":  # the names of the library, and nothing but the transformer
         add("model.diffusion_model.", parts["transformer"].state_dict())
         return {key: tensor.contiguous() for key, tensor in tensors.items()}
@@ -260,6 +263,49 @@ def _chroma(transformer: Any) -> dict[str, Tensor]:
         if key.startswith("norms."):
             name = name.replace(".weight", ".scale")
         result[f"distilled_guidance_layer.{name}"] = tensor
+    return result
+
+
+_FLUX2 = {
+    "context_embedder": "txt_in",
+    "x_embedder": "img_in",
+    "proj_out": "final_layer.linear",
+    "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
+    "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",
+    "double_stream_modulation_img.linear": "double_stream_modulation_img.lin",
+    "double_stream_modulation_txt.linear": "double_stream_modulation_txt.lin",
+    "single_stream_modulation.linear": "single_stream_modulation.lin",
+}
+_FLUX2_DOUBLE = {
+    "ff.linear_in": "img_mlp.0",
+    "ff.linear_out": "img_mlp.2",
+    "ff_context.linear_in": "txt_mlp.0",
+    "ff_context.linear_out": "txt_mlp.2",
+    "attn.to_out.0": "img_attn.proj",
+    "attn.to_add_out": "txt_attn.proj",
+}
+
+
+def _flux2(transformer: Any) -> dict[str, Tensor]:
+    state = transformer.state_dict()
+    result = {f"{theirs}.weight": state[f"{ours}.weight"] for ours, theirs in _FLUX2.items()}
+    result["final_layer.adaLN_modulation.1.weight"] = _swapped(state["norm_out.linear.weight"])
+    for n in range(len(transformer.transformer_blocks)):
+        ours, theirs = f"transformer_blocks.{n}", f"double_blocks.{n}"
+        for name, other in _FLUX2_DOUBLE.items():
+            result[f"{theirs}.{other}.weight"] = state[f"{ours}.{name}.weight"]
+        streams = {"img": "to_q to_k to_v", "txt": "add_q_proj add_k_proj add_v_proj"}
+        for stream, names in streams.items():
+            tensor = _joined(state, f"{ours}.attn", names, "weight")
+            result[f"{theirs}.{stream}_attn.qkv.weight"] = tensor
+        for name, other in _FLUX_NORMS.items():
+            result[f"{theirs}.{other}.scale"] = state[f"{ours}.{name}.weight"]
+    for n in range(len(transformer.single_transformer_blocks)):
+        ours, theirs = f"single_transformer_blocks.{n}.attn", f"single_blocks.{n}"
+        result[f"{theirs}.linear1.weight"] = state[f"{ours}.to_qkv_mlp_proj.weight"]
+        result[f"{theirs}.linear2.weight"] = state[f"{ours}.to_out.weight"]
+        for letter, name in (("q", "query"), ("k", "key")):
+            result[f"{theirs}.norm.{name}_norm.scale"] = state[f"{ours}.norm_{letter}.weight"]
     return result
 
 

@@ -355,6 +355,13 @@ def test_pipelines_of_transformers_that_take_a_picture(kind: str, tmp_path: Path
     assert np.isfinite(other("a fox", height=16, width=16, **call)[0]).all()
 
 
+def test_reference_images_of_klein(tmp_path: Path) -> None:
+    pipeline: Any = afa.load_pipeline(saved_experts("klein", tmp_path, 2))
+    picture = Image.new("RGB", (64, 64))
+    with refusal("AFA-MODEL-014", "second image"):
+        pipeline(prompt="a fox", image=picture, height=16, width=16, num_inference_steps=1)
+
+
 def test_inpainting_with_chroma(tmp_path: Path) -> None:
     """The library's pipeline fails with the library's own model as well."""
     (folder,) = saved_experts("chroma", tmp_path, 1)

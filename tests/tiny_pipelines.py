@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     ChromaPipeline,
     ChromaTransformer2DModel,
@@ -17,6 +18,8 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     PixArtSigmaPipeline,
@@ -39,6 +42,7 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3Model,
     T5Config,
     T5EncoderModel,
@@ -107,19 +111,19 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
     return tokenizer
 
 
-def _qwen3() -> tuple[Any, Any]:
+def _qwen3(model_class: Any = Qwen3Model, num_layers: int = 3) -> tuple[Any, Any]:
     tokenizer = qwen_tokenizer()
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=_T5,
         intermediate_size=_T5,
-        num_hidden_layers=3,
+        num_hidden_layers=num_layers,
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=8,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return tokenizer, Qwen3Model(config).eval()
+    return tokenizer, model_class(config).eval()
 
 
 def tiny_vae(channels: int) -> AutoencoderKL:
@@ -291,6 +295,31 @@ def tiny_qwen_image(folder: Path) -> QwenImagePipeline:
     )
 
 
+def tiny_klein(folder: Path) -> Flux2KleinPipeline:
+    """FLUX.2 klein: three layers of Qwen3, and an autoencoder that normalises its latents."""
+    del folder
+    tokenizer, qwen = _qwen3(Qwen3ForCausalLM, num_layers=27)
+    _, config = TRANSFORMERS["klein"]
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(4, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+    )
+    vae.bn.running_mean.copy_(torch.linspace(-1, 1, 16))
+    vae.bn.running_var.copy_(torch.linspace(0.5, 2, 16))
+    return Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=qwen,
+        tokenizer=tokenizer,
+        transformer=Flux2Transformer2DModel(**{**config, "joint_attention_dim": 3 * _T5}).eval(),
+    )
+
+
 def tiny_pixart(folder: Path) -> PixArtSigmaPipeline:
     """PixArt-sigma: T5."""
     del folder
@@ -326,6 +355,7 @@ PIPELINES: dict[str, Any] = {
     "chroma": tiny_chroma,
     "z-image": tiny_z_image,
     "qwen-image": tiny_qwen_image,
+    "klein": tiny_klein,
     "pixart": tiny_pixart,
     "dit": tiny_dit,
 }

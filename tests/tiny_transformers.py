@@ -8,6 +8,7 @@ import torch
 from diffusers import (
     ChromaTransformer2DModel,
     DiTTransformer2DModel,
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
     QwenImageTransformer2DModel,
@@ -26,6 +27,17 @@ _FLUX: dict[str, Any] = {
     "joint_attention_dim": TEXT_WIDTH,
     "pooled_projection_dim": POOLED_WIDTH,
     "axes_dims_rope": (2, 2, 4),
+}
+_FLUX2: dict[str, Any] = {
+    "in_channels": 16,
+    "num_layers": 2,
+    "num_single_layers": 3,
+    "attention_head_dim": 8,
+    "num_attention_heads": 2,
+    "joint_attention_dim": TEXT_WIDTH,
+    "timestep_guidance_channels": 16,
+    "axes_dims_rope": (2, 2, 2, 2),
+    "guidance_embeds": False,
 }
 _CHROMA: dict[str, Any] = {
     **{key: value for key, value in _FLUX.items() if key != "pooled_projection_dim"},
@@ -87,6 +99,7 @@ _DIT: dict[str, Any] = {
 KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "flux": (FluxTransformer2DModel, {**_FLUX, "guidance_embeds": True}),
     "flux schnell": (FluxTransformer2DModel, _FLUX),
+    "klein": (Flux2Transformer2DModel, _FLUX2),
     "chroma": (ChromaTransformer2DModel, _CHROMA),
     "sd3": (SD3Transformer2DModel, _SD3),
     "sd3.5": (
@@ -131,6 +144,17 @@ def transformer_inputs(
     text = draw(batch, TEXT_LENGTH, TEXT_WIDTH * num_experts)
     pooled = draw(batch, POOLED_WIDTH * num_experts)
     latent, steps = draw(batch, 4, height, width), torch.tensor([12.0, 700.0])[:batch]
+    if kind == "klein":
+        rows, columns = height // 2, width // 2
+        one = torch.arange(1)
+        ids = torch.cartesian_prod(one, torch.arange(rows), torch.arange(columns), one)
+        return {
+            "hidden_states": draw(batch, rows * columns, 16),
+            "encoder_hidden_states": text,
+            "timestep": (steps / 1000).to(dtype),
+            "img_ids": ids.expand(batch, -1, -1),
+            "txt_ids": torch.cartesian_prod(one, one, one, torch.arange(TEXT_LENGTH)),
+        }
     if kind.startswith(("flux", "chroma")):
         rows, columns = height // 2, width // 2
         ids = torch.zeros(rows, columns, 3)

@@ -33,6 +33,7 @@ DRAWS: dict[str, dict[str, Any]] = {
     "chroma": {"prompt": "a fox", "height": 16, "width": 16},
     "z_image": {"prompt": "a fox", "height": 16, "width": 16},
     "qwen_image": {"prompt": "a fox", "height": 16, "width": 16},
+    "flux2": {"prompt": "a fox", "height": 16, "width": 16},
     "pixart": {
         "prompt": "a fox",
         "height": 16,
@@ -47,7 +48,7 @@ DRAWS: dict[str, dict[str, Any]] = {
 def pipeline_of(family: str, folder: Path) -> Any:
     if family == "unet":
         return tiny_pipeline(folder / "tokenizer")
-    return PIPELINES[family.replace("_", "-")](folder / "tokenizer")
+    return PIPELINES[family.replace("_", "-").replace("flux2", "klein")](folder / "tokenizer")
 
 
 @pytest.mark.parametrize("family", sorted(DRAWS))

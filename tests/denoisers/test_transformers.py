@@ -136,7 +136,7 @@ def test_positions_with_a_batch_axis() -> None:
 
 
 def test_a_loras_scale_is_refused() -> None:
-    for kind in ("flux", "chroma", "sd3", "z-image", "qwen-image"):
+    for kind in ("flux", "klein", "chroma", "sd3", "z-image", "qwen-image"):
         name = family_of(tiny_transformer(kind)).attention_kwargs
         inputs = transformer_inputs(kind) | {name: {"scale": 0.5}}
         with refusal("AFA-MODEL-004"):
@@ -149,6 +149,12 @@ def test_omni_is_refused() -> None:
     inputs = transformer_inputs("z-image")
     with refusal("AFA-MODEL-022"):
         rejoined(tiny_transformer("z-image"), {**inputs, "x": [[x] for x in inputs["x"]]})
+
+
+def test_cached_reference_images_are_refused() -> None:
+    inputs = transformer_inputs("klein") | {"kv_cache_mode": "extract"}
+    with refusal("AFA-MODEL-028", "extract"):
+        rejoined(tiny_transformer("klein"), inputs)
 
 
 def test_models_for_editing_are_refused() -> None:

@@ -216,7 +216,9 @@ def test_lora_files_are_the_student(kind: str, experts: list[Path], tmp_path: Pa
     assert not (out / "model_index.json").exists()
 
 
-@pytest.mark.parametrize("kind", ["sd3", "flux", "chroma", "z-image", "qwen-image", "pixart"])
+@pytest.mark.parametrize(
+    "kind", ["sd3", "flux", "chroma", "z-image", "klein", "qwen-image", "pixart"]
+)
 def test_loras_of_transformers(kind: str, tmp_path: Path) -> None:
     folders = saved_experts(kind, tmp_path / "kinds", count=2)
     asked = recipe(folders, tmp_path / "prompts.txt", student={"init": str(folders[0]), **LORA})

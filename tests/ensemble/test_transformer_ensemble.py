@@ -87,7 +87,8 @@ def as_the_library_runs_them(names: list[str]) -> list[str]:
 def _embedded_timestep(model: Any, arguments: dict[str, Any]) -> torch.Tensor:
     """The embedding of the timestep, from a forward of its own before anything is fused."""
     alone: list[Any] = []
-    names = ("distilled_guidance_layer", "time_text_embed", "adaln_single", "t_embedder")
+    names = ["distilled_guidance_layer", "time_text_embed", "time_guidance_embed"]
+    names += ["adaln_single", "t_embedder"]
     timer = next((getattr(model, k) for k in names if hasattr(model, k)), None)
     timer = timer or model.transformer_blocks[0].norm1.emb
     noting = timer.register_forward_hook(lambda module, args, output: alone.append(output))

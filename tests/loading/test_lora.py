@@ -180,7 +180,7 @@ def test_convolutions_as_locon_has_them(experts: list[Path], tmp_path: Path) -> 
         torch.testing.assert_close(expert.state_dict()[key], tensor, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["xl", "flux", "chroma", "z-image", "qwen-image", "sd3"])
+@pytest.mark.parametrize("kind", ["xl", "flux", "chroma", "z-image", "klein", "qwen-image", "sd3"])
 def test_other_kinds(kind: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     pipeline = PIPELINES[kind](tmp_path / "tokenizer")

@@ -29,6 +29,7 @@ LIMITS = {
     "chroma": {("tokenizer",): 512},
     "z-image": {("tokenizer",): 512},
     "qwen-image": {("tokenizer",): 512},
+    "klein": {("tokenizer",): 512},
     "pixart": {("tokenizer",): 300},
     "dit": {},
 }

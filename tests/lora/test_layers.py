@@ -70,6 +70,7 @@ def change_of_everything(weights: dict[str, Tensor], flat: bool) -> tuple[dict[s
         ("chroma", True),
         ("z-image", True),
         ("qwen-image", True),
+        ("klein", True),
         ("sd3", True),
     ],
 )

@@ -274,7 +274,7 @@ def test_stable_diffusion_xl(tmp_path: Path) -> None:
         assert torch.equal(state[place], getattr(pipelines[expert], part).state_dict()[place])
 
 
-@pytest.mark.parametrize("kind", ["sd3", "chroma", "z-image", "qwen-image", "pixart"])
+@pytest.mark.parametrize("kind", ["sd3", "chroma", "z-image", "klein", "qwen-image", "pixart"])
 def test_folders_of_transformers(kind: str, tmp_path: Path) -> None:
     folders = saved_experts(kind, tmp_path, 2)
     recipe = MergeRecipe(method="weighted", experts=[str(folder) for folder in folders])

@@ -68,13 +68,15 @@ def test_the_prediction_is_the_pipelines_own(kind: str, folders: list[Path]) -> 
         seen["output"] = interface.prediction(output[0])
 
     hook = denoiser.register_forward_hook(note, with_kwargs=True)
-    is_packed = kind in ("flux", "chroma", "qwen-image")
+    is_packed = kind in ("flux", "klein", "chroma", "qwen-image")
     own = kind_of_pipeline(pipeline)
     call: dict[str, Any] = {**own.guide(3.5 if kind == "flux" else 1.0)}
     interface = own.family.interface
     if kind == "pixart":
         call["use_resolution_binning"] = False
-    pipeline("a fox", height=16, width=16, num_inference_steps=1, output_type="latent", **call)
+    pipeline(
+        prompt="a fox", height=16, width=16, num_inference_steps=1, output_type="latent", **call
+    )
     hook.remove()
     drawn = dict(seen)
     noisy = drawn["sample" if kind == "xl" else "hidden_states"]

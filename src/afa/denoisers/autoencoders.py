@@ -50,13 +50,24 @@ class Autoencoder:
         found = vae.encode(pixels).latent_dist
         return found.mean, found.logvar
 
-    def scaled(self, config: Any, latents: Tensor) -> Tensor:
+    def scaled(self, vae: Any, latents: Tensor) -> Tensor:
         """Scale latents [B, C, H, W] as the denoiser receives them."""
+        config = vae.config
         return (latents - (config["shift_factor"] or 0)) * config["scaling_factor"]
 
-    def decoded(self, vae: Any, latents: Tensor) -> Tensor:
-        """Decode unscaled latents [B, C, H, W] to pictures [B, 3, H', W']."""
-        return vae.decode(latents).sample
+    def packed(self, latents: Tensor) -> Tensor:
+        """Convert the latents of the autoencoder to those of the denoiser, [B, C, H, W]."""
+        return latents
+
+    def shape(self, config: Any, height: int, width: int) -> tuple[int, int, int]:
+        """The shape [C, H, W] of the denoiser's latent of a picture."""
+        shrink = self.shrink(config)
+        return self.channels(config), height // shrink, width // shrink
+
+    def decoded(self, vae: Any, side: int, dtype: torch.dtype) -> Tensor:
+        """Decode an empty latent of the autoencoder, with this side, on the meta device."""
+        latent = torch.empty(1, self.channels(vae.config), side, side, device="meta", dtype=dtype)
+        return vae.decode(latent).sample
 
 
 class _QwenImage(Autoencoder):
@@ -75,18 +86,53 @@ class _QwenImage(Autoencoder):
         mean, logvar = super().posterior(vae, pixels.unsqueeze(2))
         return mean.squeeze(2), logvar.squeeze(2)
 
-    def scaled(self, config: Any, latents: Tensor) -> Tensor:
+    def scaled(self, vae: Any, latents: Tensor) -> Tensor:
         mean, std = (
-            torch.tensor(config[name]).to(latents).view(-1, 1, 1)
+            torch.tensor(vae.config[name]).to(latents).view(-1, 1, 1)
             for name in ("latents_mean", "latents_std")
         )
         return (latents - mean) / std
 
-    def decoded(self, vae: Any, latents: Tensor) -> Tensor:
-        return super().decoded(vae, latents.unsqueeze(2)).squeeze(2)
+    def decoded(self, vae: Any, side: int, dtype: torch.dtype) -> Tensor:
+        shape = (1, self.channels(vae.config), 1, side, side)
+        return vae.decode(torch.empty(shape, device="meta", dtype=dtype)).sample
 
 
-_KNOWN = {each.class_name: each for each in (Autoencoder(), _QwenImage())}
+class _Flux2(Autoencoder):
+    """`AutoencoderKLFlux2`: 2 x 2 pixels of its latent are one of the denoiser's, then normalised.
+
+    The statistics are weights of the autoencoder, not settings.
+    """
+
+    class_name = "AutoencoderKLFlux2"
+    latents = ("latent_channels", "patch_size", "batch_norm_eps")
+
+    def channels(self, config: Any) -> int:
+        return 4 * config["latent_channels"]
+
+    def posterior(self, vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        mean, logvar = super().posterior(vae, pixels)
+        return self.packed(mean), self.packed(logvar)
+
+    def packed(self, latents: Tensor) -> Tensor:
+        return diffusers.Flux2KleinPipeline._patchify_latents(latents)
+
+    def scaled(self, vae: Any, latents: Tensor) -> Tensor:
+        mean, variance = (
+            each.to(latents).view(-1, 1, 1) for each in (vae.bn.running_mean, vae.bn.running_var)
+        )
+        return (latents - mean) / torch.sqrt(variance + vae.config.batch_norm_eps)
+
+    def shape(self, config: Any, height: int, width: int) -> tuple[int, int, int]:
+        channels, rows, columns = super().shape(config, height, width)
+        return channels, rows // 2, columns // 2
+
+    def decoded(self, vae: Any, side: int, dtype: torch.dtype) -> Tensor:
+        shape = (1, vae.config.latent_channels, side, side)
+        return vae.decode(torch.empty(shape, device="meta", dtype=dtype)).sample
+
+
+_KNOWN = {each.class_name: each for each in (Autoencoder(), _QwenImage(), _Flux2())}
 
 
 def autoencoder_named(class_name: str) -> Autoencoder:

@@ -151,6 +151,7 @@ class PipelineKind:
         pipelines: text-to-image pipelines: names of diffusers classes, or classes of any package.
         others: names of diffusers pipelines that also take an initial picture.
         text: text encoders whose token embeddings are concatenated, in order.
+        text_layers: of how many layers of each such encoder the embeddings are concatenated.
         pooled: text encoders whose pooled embeddings are concatenated, in order.
         conditioning: how prompts are encoded and passed to the denoiser; None rules out training.
         single_files: the layout of single files; None means that there are only pipeline folders.
@@ -164,10 +165,8 @@ class PipelineKind:
             the CLIP encoders, before the T5 tokens; None if it concatenates widths instead.
         shares_length: whether the maximum length of `tokenizer` also limits the other tokenizers.
         prepare: how the pipelines change a prompt before they tokenize it.
-        guide: a function of a scale of classifier-free guidance, of which 1 means none, that
-            returns the arguments of the pipeline's call.
-        without_prompt: the negative prompt that a call with guidance needs if the user has none;
-            empty if it needs none.
+        guide: a function of a guidance scale (1 means none) that returns arguments of the call.
+        without_prompt: the negative prompt of a call with guidance if the user has none.
         takes_negative: whether the pipelines use a negative prompt by default.
         carries_prompts: whether its pipelines pass the embedding of all tokens of a prompt to the
             denoiser unchanged, so that it can carry the prompts of other experts, see
@@ -179,6 +178,7 @@ class PipelineKind:
     pipelines: tuple[str | type, ...]
     others: tuple[str, ...] = ()
     text: tuple[str, ...] = ()
+    text_layers: int = 1
     pooled: tuple[str, ...] = ()
     conditioning: Conditioning | None = None
     single_files: SingleFiles | None = None
@@ -246,17 +246,14 @@ class PipelineKind:
     def guidance(
         self, scale: float, negative_prompt: str = "", count: int | None = None
     ) -> dict[str, Any]:
-        """The arguments of a pipeline's call for classifier-free guidance.
+        """The arguments of a pipeline's call for classifier-free guidance; a scale of 1 means none.
 
-        Args:
-            scale: 1 means none.
-            negative_prompt: empty for none.
-            count: the number of prompts; None for one that is not in a list.
+        An empty negative prompt means none; `count` is None for one prompt that is not in a list.
         """
         text = negative_prompt or (self.without_prompt if scale > 1 else "")
         # an empty text is not the same as none for Stable Diffusion XL, which then uses zeros
         negative = {"negative_prompt": text if count is None else [text] * count}
-        return {**self.guide(scale), **(negative if text else {})}
+        return {**self.guide(scale), **(negative if text and self.takes_negative else {})}
 
     def native_size(self, config: Mapping[str, Any]) -> tuple[int, int]:
         """Height and width of the latents for which a denoiser of this configuration was made."""
@@ -266,7 +263,11 @@ class PipelineKind:
     def widths(self, encoders: Mapping[str, PreTrainedModel], num_clip_tokens: int) -> Widths:
         """The embedding widths of one expert's text encoders; missing encoders do not count."""
         return Widths(
-            tuple(text_config(encoders[n]).hidden_size for n in self.text if n in encoders),
+            tuple(
+                text_config(encoders[name]).hidden_size
+                for name in self.text
+                for _ in range(self.text_layers * (name in encoders))
+            ),
             tuple(_pooled_width(encoders[name]) for name in self.pooled if name in encoders),
             num_clip_tokens if self.padded_text else 0,
         )

@@ -228,6 +228,8 @@ def _configuration(file: FileDenoiser) -> str:
 def _variant(shapes: Shapes) -> str | None:
     if any(name.startswith("distilled_guidance_layer.") for name in shapes):
         return None  # Chroma, which has blocks of the same names
+    if any(name.startswith("double_stream_modulation_img.") for name in shapes):
+        return None  # FLUX.2, which has them as well
     if not any(
         name.startswith(("double_blocks.", "single_transformer_blocks.")) for name in shapes
     ):

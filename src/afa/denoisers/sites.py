@@ -13,6 +13,7 @@ from afa.denoisers.coroutine import Feature, run_lockstep
 from afa.denoisers.dit import DIT
 from afa.denoisers.family import Family
 from afa.denoisers.flux import FLUX
+from afa.denoisers.flux2 import FLUX2
 from afa.denoisers.pixart import PIXART
 from afa.denoisers.qwen_image import QWEN_IMAGE
 from afa.denoisers.sd3 import SD3
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-FAMILIES = [UNET, FLUX, CHROMA, SD3, Z_IMAGE, QWEN_IMAGE, PIXART, DIT]
+FAMILIES = [UNET, FLUX2, FLUX, CHROMA, SD3, Z_IMAGE, QWEN_IMAGE, PIXART, DIT]
 
 #: cached sites by family and configuration
 _FOUND: dict[tuple[Family, str], tuple[Site, ...]] = {}

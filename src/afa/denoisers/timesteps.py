@@ -1,7 +1,7 @@
 """Convert between the timesteps of a scheduler and those of a family's denoisers.
 
 Users, recipes and schedulers count timesteps from 0 to `num_train_timesteps` (1000). Most denoisers
-take the same values; pipelines of Flux, Chroma and Qwen-Image divide them by 1000 first
+take the same values; pipelines of Flux, FLUX.2, Chroma and Qwen-Image divide them by 1000 first
 (`Family.timestep_divisor`).
 """
 

@@ -102,8 +102,8 @@ class Trajectories:
     def shape(self, pipeline: DiffusionPipeline) -> tuple[int, int, int]:
         """See `Pass`."""
         height, width = self._size(pipeline)
-        vae, factor = pipeline.vae, pipeline.vae_scale_factor
-        return autoencoder_of(vae).channels(vae.config), height // factor, width // factor
+        vae = pipeline.vae
+        return autoencoder_of(vae).shape(vae.config, height, width)
 
     def record(
         self, pipeline: DiffusionPipeline, number: int, tap: FeatureTap | None

@@ -126,7 +126,7 @@ class Drafter:
         own = [generator.clone_state() for generator in generators]
         changes = {"num_inference_steps": self.settings.num_steps, "output_type": "latent"}
         with ensemble.drafting(expert):
-            latents = pipeline(list(prompts), generator=own, **{**call, **changes}).images
+            latents = pipeline(prompt=list(prompts), generator=own, **{**call, **changes}).images
         unpack = conditioning_of(pipeline).unpack
         if unpack is None:
             return latents

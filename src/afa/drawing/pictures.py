@@ -233,7 +233,7 @@ def draw(pipeline: DiffusionPipeline, recipe: PictureRecipe) -> Image.Image:
     drafted = routed(pipeline, [recipe.prompt], [generator], **call)
     with saying_what_fits(what, _smaller), drafted, decoded(pipeline):
         picture = pipeline(
-            recipe.prompt, num_inference_steps=recipe.steps, generator=generator, **call
+            prompt=recipe.prompt, num_inference_steps=recipe.steps, generator=generator, **call
         ).images[0]
     require_unchanged(pipeline)
     return picture

@@ -52,7 +52,7 @@ def calibrate(
         negative = {k: [v] * len(chosen) for k, v in call.items() if k == "negative_prompt"}
         with observed(ensemble, shares.note):  # entered per batch: the calling thread may change
             pipeline(
-                chosen,
+                prompt=chosen,
                 num_inference_steps=num_steps,
                 generator=[
                     torch.Generator().manual_seed(seed + start + n) for n in range(len(chosen))

@@ -94,8 +94,7 @@ class EnsembleTextEncoder(PreTrainedModel):
                 attention_mask=attention_mask,
                 output_hidden_states=output_hidden_states,
                 return_dict=True,
-                **_shortened(encoder),
-                **kwargs,
+                **{**_shortened(encoder), **kwargs},
             )
             for encoder in self.encoders
         ]

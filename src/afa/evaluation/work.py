@@ -220,7 +220,7 @@ def draw(
         drafted = routed(pipeline, prompts, noise, **call)
         with torch.no_grad(), saying_what_fits(what, remedy), drafted, checked:
             drawn = pipeline(
-                list(prompts),  # some pipelines change the list
+                prompt=list(prompts),  # some pipelines change the list
                 num_inference_steps=num_steps,
                 generator=noise,
                 output_type=output_type,

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from afa.aggregators import SABWConfig
-from afa.denoisers.autoencoders import autoencoder_of
 from afa.denoisers.kinds import build_pipeline, options_of
 from afa.denoisers.objective import objective_of
 from afa.denoisers.packing import Packing
@@ -135,8 +134,8 @@ def _difference(vae: Any, other: Any) -> float:
     rows, columns = torch.meshgrid(side, side, indexing="ij")
     disc = torch.where(rows.square() + columns.square() < 0.4, 0.8, -0.3)
     picture = torch.stack([rows, disc, columns])[None].to(device=vae.device, dtype=vae.dtype)
-    latent, _ = autoencoder_of(vae).posterior(vae, picture)
-    ours, theirs = (autoencoder_of(each).decoded(each, latent).float() for each in (vae, other))
+    latent = vae.encode(picture).latent_dist.mode()
+    ours, theirs = (each.decode(latent).sample.float() for each in (vae, other))
     return float((ours - theirs).square().mean().sqrt())
 
 

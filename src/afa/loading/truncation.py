@@ -1,8 +1,8 @@
 """Truncated prompts: the part of a text beyond the token limits of the text encoders.
 
 CLIP reads 77 tokens, T5 and Qwen as many as the pipeline sets (256 in Stable Diffusion 3, 512 in
-Flux, Chroma, Z-Image and Qwen-Image, 120 or 300 in PixArt). The pipelines truncate longer
-texts; this module only counts and reports it.
+Flux, FLUX.2, Chroma, Z-Image and Qwen-Image, 120 or 300 in PixArt). The pipelines truncate
+longer texts; this module only counts and reports it.
 """
 
 from __future__ import annotations

@@ -203,7 +203,7 @@ def _check_denoiser(expert: CheckedExpert) -> Iterator[Finding]:
         )
         return
     width = sum(kind.family.widths(model).text)
-    encoded = sum(facts.encoders.get(name) or 0 for name in kind.text)
+    encoded = kind.text_layers * sum(facts.encoders.get(name) or 0 for name in kind.text)
     if width and encoded and width != encoded and kind.padded_text is None:
         yield Finding(
             "AFA-CHECK-004",

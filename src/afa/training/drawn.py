@@ -200,7 +200,7 @@ def _pictures(
     drafted = routed(pipeline, prompts, generators, **call)
     with torch.no_grad(), saying_what_fits(what, remedy), drafted, decoded(pipeline):
         pictures = pipeline(
-            list(prompts), num_inference_steps=asked.num_steps, generator=generators, **call
+            prompt=list(prompts), num_inference_steps=asked.num_steps, generator=generators, **call
         ).images
     require_unchanged(pipeline)
     return pictures

@@ -94,7 +94,7 @@ def as_batch(
     std = (0.5 * posterior.logvar.to(device).float()).exp()
     drawn = torch.stack([draw.posterior for draw in draws]).to(device)
     return Encoded(
-        clean=autoencoder_of(vae).scaled(vae.config, mean + std * drawn),
+        clean=autoencoder_of(vae).scaled(vae, mean + std * drawn),
         conditions={name: tensor.to(device) for name, tensor in conditions.items()},
         noise=torch.stack([draw.noise for draw in draws]).to(device),
         time=torch.tensor([draw.time for draw in draws], dtype=torch.float64, device=device),
@@ -104,5 +104,5 @@ def as_batch(
 
 def latent_shape(pipeline: DiffusionPipeline, resolution: int) -> tuple[int, int, int]:
     """Return the shape [C, H, W] of the latent of a square picture."""
-    side = resolution // pipeline.vae_scale_factor
-    return autoencoder_of(pipeline.vae).channels(pipeline.vae.config), side, side
+    vae = pipeline.vae
+    return autoencoder_of(vae).shape(vae.config, resolution, resolution)

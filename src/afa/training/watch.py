@@ -230,7 +230,7 @@ class Watch:
         kind, (height, width) = kind_of_pipeline(pipeline), native_resolution(pipeline)
         with torch.no_grad(), self._trainer.averaged(), saying_what_fits(what, remedy):
             pictures = pipeline(
-                list(previews.prompts),
+                prompt=list(previews.prompts),
                 height=height,
                 width=width,
                 num_inference_steps=previews.num_steps,

@@ -114,7 +114,7 @@ def test_experts_do_not_run_where_they_are_left_out(family: str) -> None:
 
         layers[len(layers) // 2].register_forward_hook(count)
     names = [site.name for site in ensemble.sites]
-    above = 0.5 if family.startswith(("flux", "chroma", "qwen")) else 500
+    above = 0.5 if family.startswith(("flux", "klein", "chroma", "qwen")) else 500
     ensemble.plan = plan_of(ensemble, {name: [1] for name in names[1:]}, {}, above=above)
     early = run(ensemble, arguments)
     assert calls == [0, 1]

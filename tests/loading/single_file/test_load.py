@@ -266,12 +266,19 @@ def test_parts_of_z_image_in_files_of_their_own(tmp_path: Path) -> None:
     assert_same_weights(pipeline.text_encoder, loaded.text_encoder.encoders[0])
 
 
-def test_files_of_qwen_image_have_its_transformer(tmp_path: Path) -> None:
-    pipeline, folder = made("qwen-image", tmp_path), tmp_path / "qwen-image-0"
+@pytest.mark.parametrize(
+    ("kind", "code", "encoder"),
+    [
+        ("qwen-image", "AFA-MODEL-026", r"Qwen2\.5-VL-7B"),
+        ("klein", "AFA-MODEL-029", "Qwen3"),
+    ],
+)
+def test_files_of_the_transformer_alone(kind: str, code: str, encoder: str, tmp_path: Path) -> None:
+    pipeline, folder = made(kind, tmp_path), tmp_path / f"{kind}-0"
     file = exported(pipeline, tmp_path / "file.safetensors")
-    with refusal("AFA-MODEL-026", "config=FOLDER"):
+    with refusal(code, "config=FOLDER"):
         afa.load_pipeline([file])
-    with refusal("AFA-LOAD-077", r"Qwen2\.5-VL-7B"):
+    with refusal("AFA-LOAD-077", encoder):
         afa.load_pipeline([file], config=folder)
     loaded = afa.load_pipeline([file], config=folder, parts=[folder])
     assert_same_weights(pipeline.transformer, loaded.transformer.experts[0])

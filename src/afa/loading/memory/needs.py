@@ -303,7 +303,6 @@ def measure_models(
     running = [lowered.get(rule, rule) for rule in rules]
     step, cells, flops = _step(family, twin, running, num_experts, training)
     shrink = of_vae.shrink(vae.config)
-    latent = (1, of_vae.channels(vae.config), _SIDE, _SIDE)
     height, width = kind.native_size(twin.config)
     return _Measured(
         layers=held,
@@ -315,9 +314,7 @@ def measure_models(
         step=step,
         cells=cells,
         flops=flops,
-        decoding=measure(
-            lambda: of_vae.decoded(vae, torch.empty(latent, device="meta", dtype=dtype))
-        )[0],
+        decoding=measure(lambda: of_vae.decoded(vae, _SIDE, dtype))[0],
         transient=_transient(twin) if weight_bits and weight_bits.is_dequantised else 0,
         native=height * width * shrink**2,
         shrink=shrink,

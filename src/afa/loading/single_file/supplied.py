@@ -71,7 +71,7 @@ def load_fitting_encoders(path: Path, config: Path, dtype: torch.dtype) -> dict[
 
 def _bare_width(shapes: Shapes, class_name: str) -> int | None:
     """Return the embedding size of a text encoder in a separate file, in transformers' layout."""
-    keys = {"T5": "shared.weight", "Qwen3": "model.embed_tokens.weight"}
+    keys = {"T5": "shared.weight", "Qwen3Model": "model.embed_tokens.weight"}
     key = next((key for start, key in keys.items() if class_name.startswith(start)), _OF_CLIP)
     return shapes[key][1] if len(shapes.get(key, ())) == 2 else None
 
