@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
+from copy import copy as copy_of
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from afa.denoisers.objective import convert, objective_of
 from afa.denoisers.two_streams import GRID
 from afa.drawing.contenders import MERGE, Contenders
 from afa.drawing.merged import merged_pipeline
+from afa.evaluation import evaluate, load_evaluate_recipe
 from afa.loading.pipeline import load_single, with_rules
 from afa.loading.task import size_multiple
 from afa.loading.truncation import limits_of
@@ -348,3 +351,59 @@ def test_limits_are_those_of_all_experts(folders: dict[str, Path], tmp_path: Pat
     found = inputs_of_training(Recipe.model_validate(asked), None, lambda *_: None)
     said = [finding.text for finding in found.findings if finding.check == "previews"]
     assert len(said) == 2
+
+
+def test_it_is_a_row_of_a_comparison(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Also with a preset, which reuses predictions; the calls of all experts are counted."""
+    saved = str(afa.save_ensemble(loaded(folders, "xl", "pixart", "sd"), tmp_path / "ensemble"))
+    recipe = {
+        "prompts": {"text": str(tmp_path / "prompts.txt")},
+        "methods": [
+            {"name": "mixed", "ensemble": saved},
+            {"name": "fast", "ensemble": saved, "acceleration": "fast"},
+        ],
+        "sampling": {"num_steps": 2, "device": "cpu", "height": 16, "width": 16},
+        "metrics": [{"name": "clip_t", "weights": "zoo:clip"}],
+        "num_resamples": 100,
+    }
+    (tmp_path / "prompts.txt").write_text("a fox\na pizza\n")
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    for _ in evaluate(load_evaluate_recipe(tmp_path / "recipe.yaml"), tmp_path / "report"):
+        pass
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert [row["method"] for row in report["rows"]] == ["mixed", "fast"]
+
+
+def test_a_changed_scheduler_is_noticed(folders: dict[str, Path], tmp_path: Path) -> None:
+    copy = tmp_path / "pixart"
+    shutil.copytree(folders["pixart"], copy)
+    config = copy / "scheduler" / "scheduler_config.json"
+    kept = config.read_text()
+    config.write_text(json.dumps({**json.loads(kept), "beta_end": 0.03}))
+    asked = recipe_of([folders["sd"], copy])
+    asked = asked.model_copy(
+        update={"training": asked.training.model_copy(update={"num_steps": 4})}
+    )
+    list(itertools.islice(steps_of(asked, tmp_path / "run"), 2))
+    saved = afa.save_ensemble(loaded({**folders, "copy": copy}, "sd", "copy"), tmp_path / "saved")
+    afa.load_ensemble(saved)
+    config.write_text(json.dumps({**json.loads(kept), "beta_end": 0.04}))
+    with refusal("AFA-LOAD-123", "scheduler_config.json"):
+        afa.load_ensemble(saved)
+    with refusal("AFA-TRAIN-005", "noise schedules"):
+        list(steps_of(asked, tmp_path / "run"))
+
+
+def test_changed_embeddings_are_refused(folders: dict[str, Path]) -> None:
+    pipeline = loaded(folders, "sd", "xl")
+    text, without = pipeline.encode_prompt("a fox", "cpu", 1, True, negative_prompt=NEGATIVE)
+    given = {"negative_prompt_embeds": without}
+    right = latents(pipeline, "a fox", negative_prompt=NEGATIVE)
+    np.testing.assert_allclose(
+        latents(pipeline, None, prompt_embeds=text, **given), right, atol=2e-5
+    )
+    weighted = text.clone()
+    weighted[:, 3] *= 1.5
+    with refusal("AFA-MODEL-064", "weights of words"):
+        latents(pipeline, None, prompt_embeds=weighted, **given)
+    assert copy_of(pipeline.tokenizer)("a fox").input_ids == pipeline.tokenizer("a fox").input_ids

@@ -14,7 +14,6 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
-from diffusers import DDPMScheduler
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,6 +23,8 @@ if TYPE_CHECKING:
 
 PredictionType = Literal["epsilon", "v_prediction", "flow_prediction", "sample"]
 FLOW: PredictionType = "flow_prediction"
+#: products of alphas up to this one are of pure noise
+_PURE_NOISE = 2**-24
 
 
 class Level(NamedTuple):
@@ -54,6 +55,14 @@ class Objective:
     predicts: PredictionType
     angles: tuple[float, ...]
     num_timesteps: int
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """The objective as JSON, with the angles of five timesteps; none for rectified flow."""
+        last = len(self.angles) - 1
+        angles = [round(self.angles[last * n // 4], 3) for n in range(5)] if self.angles else []
+        kind = {"predicts": self.predicts, "num_timesteps": self.num_timesteps}
+        return {**kind, "angles": angles}
 
     def same_levels(self, other: Objective) -> bool:
         """Whether both have one noise schedule, so that their timesteps mean the same."""
@@ -101,19 +110,24 @@ def _table_on(angles: tuple[float, ...], device: torch.device) -> Tensor:
 def objective_of(scheduler: SchedulerMixin) -> Objective | None:
     """The objective of a model, by its sampling scheduler.
 
-    Returns: None for continuous noise levels (EDM), noise levels that are not given by betas, and
-        prediction types of another kind, which cannot be converted.
+    Returns: None for continuous noise levels (EDM), noise levels without products of alphas,
+        timesteps of another meaning, and unknown prediction types, which cannot be converted.
     """
     config, name = scheduler.config, type(scheduler).__name__
     predicts = predicted_by(name, config)
     count = config.get("num_train_timesteps")
     if name.startswith("EDM") or predicts not in get_args(PredictionType) or count is None:
         return None
+    if config.get("invert_sigmas") or config.get("timestep_type") == "continuous":
+        return None  # its timesteps mean something else
     if predicts == FLOW:
         return Objective(predicts, (), count)
-    if config.get("beta_schedule") is None and config.get("trained_betas") is None:
+    products = getattr(scheduler, "alphas_cumprod", None)
+    if products is None:
         return None  # a scheduler with noise levels of its own
-    products = DDPMScheduler.from_config(config).alphas_cumprod.double()
+    products = products.double()
+    # some schedulers replace the product of pure noise, to divide by it
+    products = torch.where(products <= _PURE_NOISE, torch.zeros_like(products), products)
     angles = torch.atan2((1 - products).clamp(min=0).sqrt(), products.clamp(min=0).sqrt())
     return Objective(predicts, tuple(angles.tolist()), count)
 

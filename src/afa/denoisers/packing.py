@@ -38,9 +38,9 @@ class Packing:
             self._empty = [encode([""]) for encode in self._encoders]
 
     def num_features(self, length: int) -> int:
-        """The number D' of features for a text of this many tokens."""
-        count = 1 + sum(each.numel() for own in self._empty for each in own.values())
-        return math.ceil(count / length)
+        """The number D' of features for a text of this many tokens; the first one marks them."""
+        count = sum(each.numel() for own in self._empty for each in own.values())
+        return 1 + math.ceil(count / length)
 
     def pack(self, captions: list[str], like: Tensor) -> Tensor:
         """Encode captions with all encoders.
@@ -54,7 +54,7 @@ class Packing:
         Raises:
             AfaError: if an encoder gives conditions of another shape than without prompt.
         """
-        parts = [torch.ones(len(captions), 1, device=like.device, dtype=like.dtype)]
+        parts: list[Tensor] = []
         for encode, empty in zip(self._encoders, self._empty, strict=True):
             found = encode(captions)
             for name, known in empty.items():
@@ -68,17 +68,29 @@ class Packing:
                     )
                 parts.append(found[name].flatten(1).to(like))
         flat, length = torch.cat(parts, 1), like.shape[1]
-        padding = self.num_features(length) * length - flat.shape[1]
-        return torch.nn.functional.pad(flat, (0, padding)).unflatten(1, (length, -1))
+        padding = (self.num_features(length) - 1) * length - flat.shape[1]
+        features = torch.nn.functional.pad(flat, (0, padding)).unflatten(1, (length, -1))
+        return torch.cat([torch.ones_like(features[..., :1]), features], -1)
 
     def unpack(self, features: Tensor) -> list[dict[str, Tensor]]:
         """Take the conditions of each expert but the first out of features [B, L, D'].
 
         Pipelines may replace the embedding of an empty prompt by zeros, as those of Stable
         Diffusion XL do. The other experts then get their own conditions of no prompt.
+
+        Raises:
+            AfaError: if the embedding was changed otherwise, for instance by weights of words.
         """
-        flat = features.flatten(1)
-        is_given, start = flat[:, 0] > 0.5, 1
+        marks = features[..., 0]
+        is_given = (marks == 1).all(1)
+        if not (is_given | (marks == 0).all(1)).all():
+            raise AfaError(
+                "AFA-MODEL-064",
+                "The text embedding was changed after the prompt was encoded, for instance by "
+                "weights of words. It also holds the other experts' prompts, which this damages. "
+                "Pass the prompt.",
+            )
+        flat, start = features[..., 1:].flatten(1), 0
         found: list[dict[str, Tensor]] = []
         for empty in self._empty:
             own: dict[str, Tensor] = {}

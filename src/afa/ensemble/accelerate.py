@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -76,8 +75,6 @@ def accelerate(
         )
     if compile is not None:
         _require_compiler(compile, denoiser.device.type)
-    if isinstance(acceleration, str) and len(denoiser.sites) == 1:
-        settings = replace(settings, fresh=0)  # only predictions can be reused
     before = denoiser.plan, denoiser.graphs
     denoiser.plan = denoiser.graphs = None
     try:

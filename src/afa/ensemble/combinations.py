@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from afa.aggregators import Separate
@@ -16,7 +17,7 @@ from afa.aggregators.rule import Schedule
 from afa.denoisers.packed import packed_layers
 from afa.denoisers.predictor import Predictor
 from afa.ensemble.bias import Steering
-from afa.ensemble.caching.settings import EXACT
+from afa.ensemble.caching.settings import EXACT, PRESETS
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
@@ -261,6 +262,8 @@ class Switches:
 
     @acceleration.setter
     def acceleration(self, acceleration: Acceleration) -> None:
+        if len(self.sites) == 1 and acceleration in PRESETS.values():
+            acceleration = replace(acceleration, fresh=0)  # only predictions can be reused
         if len(self.sites) == 1 and acceleration.fresh and not acceleration.is_exact:
             raise AfaError(
                 "AFA-ENSEMBLE-068",

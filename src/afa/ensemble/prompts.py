@@ -44,6 +44,8 @@ class PromptTokenizer:
         return [self._tokenizer, *self._others]
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # also while a copy is made, which has no tokenizer yet
+            raise AttributeError(name)
         return getattr(self._tokenizer, name)
 
     def __len__(self) -> int:

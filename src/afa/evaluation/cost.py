@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from afa.denoisers.kinds import denoiser_of, kind_of_pipeline
+from afa.denoisers.predictor import Predictor
 from afa.ensemble.denoiser import EnsembleDenoiser
 from afa.provenance import processor, releases
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from diffusers import DiffusionPipeline
+
+    from afa.denoisers import Family
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -41,6 +44,13 @@ class Cost:
     measured_on: str = ""
 
 
+def _layers(family: Family, expert: Any) -> list[Any]:
+    """The layers of an expert; of an ensemble of predictions, each has a family of its own."""
+    if isinstance(expert, Predictor):
+        return expert.kind.family.layers(expert.denoiser)
+    return family.layers(expert)
+
+
 @contextmanager
 def measure(pipeline: DiffusionPipeline) -> Iterator[Cost]:
     """Measure the cost of the block; the values are set when it ends."""
@@ -55,8 +65,8 @@ def measure(pipeline: DiffusionPipeline) -> Iterator[Cost]:
     if (drafter := getattr(denoiser, "drafter", None)) is not None:
         experts.append(denoiser_of(drafter.judge))
     # a layer runs once per call, both in diffusers' forward and in the coroutine
-    layers = kind_of_pipeline(pipeline).family.layers
-    distinct = {id(expert): layers(expert) for expert in experts}.values()
+    family = kind_of_pipeline(pipeline).family
+    distinct = {id(expert): _layers(family, expert) for expert in experts}.values()
     hooks = [
         listed[len(listed) // 2].register_forward_pre_hook(count, with_kwargs=True)
         for listed in distinct

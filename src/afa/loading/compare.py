@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, get_args
 
+from diffusers.configuration_utils import FrozenDict
+
 from afa.denoisers.architecture import difference
 from afa.denoisers.kinds import kinds
 from afa.denoisers.objective import FLOW, PredictionType
@@ -219,8 +221,11 @@ def _converted(first: Facts, other: Facts, fuse: Fuse) -> Finding | None:
         kind in get_args(PredictionType) and (kind == FLOW or _has_betas(expert))
         for kind, expert in zip(predicts, (first, other), strict=True)
     )
-    is_edm = any(expert.schedule.get("noise_levels") for expert in (first, other))
-    if is_edm or not (is_known and (fuse == "predictions" or can_convert(first.kind.family))):
+    is_other = any(
+        expert.schedule.get("noise_levels") or expert.schedule.get("timesteps")
+        for expert in (first, other)
+    )
+    if is_other or not (is_known and (fuse == "predictions" or can_convert(first.kind.family))):
         return None
     ours, theirs = predicts
     what = f"has another noise schedule than '{first.name}'"
@@ -357,7 +362,30 @@ _CHECKS: tuple[Callable[[Facts, Facts], Finding | None], ...] = (
 
 def _prompted(first: Facts, other: Facts) -> Finding | None:
     """Check that experts draw from prompts, and that the first one's pipeline can call the rest."""
+    if other.denoiser.get("time_cond_proj_dim"):
+        return Finding(
+            "AFA-LOAD-121",
+            "error",
+            "family",
+            f"'{other.name}' embeds the scale of guidance (as LCM models do), which the first "
+            "expert's pipeline does not pass.",
+            "It would draw as with another scale.",
+            "List it first, or remove it.",
+        )
     for expert in (first, other):
+        channels = expert.latents.get("latent_channels")
+        if expert.kind.conditioning is not None and channels is not None:
+            own = expert.kind.latent_channels(FrozenDict(expert.denoiser))
+            if own != channels:
+                return Finding(
+                    "AFA-LOAD-122",
+                    "error",
+                    "family",
+                    f"'{expert.name}' takes {own} channels, and its autoencoder has {channels}: it "
+                    "is for another task, such as inpainting.",
+                    "",
+                    "Use a text-to-image model.",
+                )
         if expert.kind.conditioning is None:
             return Finding(
                 "AFA-LOAD-106",

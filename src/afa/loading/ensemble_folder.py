@@ -21,7 +21,7 @@ from afa.denoisers.kinds import denoiser_of
 from afa.errors import AfaError
 from afa.files import staged, write_atomic
 from afa.loading.pipeline import load_pipeline
-from afa.loading.predictions import fused_by
+from afa.loading.predictions import are_same, fused_by, objectives_in
 from afa.loading.published import is_published, load_published
 from afa.loading.saved import (
     ABSENT,
@@ -131,6 +131,7 @@ def save_ensemble(
         "version": 1,
         "family": ensemble.family.name,
         **({"fuse": fuse} if (fuse := fused_by(ensemble)) != "blocks" else {}),
+        **({"objectives": found} if (found := objectives_in(ensemble)) else {}),
         "experts": [_written(reference, folder) for reference in known.experts],
         "vae": known.vae and _written(known.vae, folder),
         "config": known.config and relative_source(known.config, folder),
@@ -272,6 +273,13 @@ def load_ensemble(
     if saved_vae is not None:
         require_hash("Autoencoder", denoiser_of(pipeline).provenance.vae, saved_vae.sha256)
     ensemble: EnsembleDenoiser = denoiser_of(pipeline)
+    if not are_same(saved["objectives"], objectives_in(ensemble)):
+        raise AfaError(
+            "AFA-LOAD-123",
+            f"The experts of '{folder}' do not predict what they did when the aggregators were "
+            "trained, or have other noise schedules. Restore the scheduler_config.json of the "
+            "experts, or their prediction_type.",
+        )
     load_aggregator_tensors(ensemble, load_file(weights))
     ensemble.provenance = replace(
         ensemble.provenance,

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 #: the scheduler settings that experts must share
 SCHEDULE = (
     *("prediction_type", "num_train_timesteps", "beta_schedule", "beta_start", "beta_end"),
-    *("trained_betas", "rescale_betas_zero_snr", "noise_levels"),
+    *("trained_betas", "rescale_betas_zero_snr", "noise_levels", "timesteps"),
 )
 # settings of EDM schedulers, which have no betas
 _NOISE_LEVELS = ("sigma_min", "sigma_max", "sigma_data")
@@ -128,6 +128,8 @@ def _schedule(scheduler: Any) -> dict[str, Any]:
     # flow matching does not use betas, even if the configuration has some
     kept = ("num_train_timesteps",) if predicts == "flow_prediction" else SCHEDULE
     found = {key: found[key] if key in kept else None for key in SCHEDULE}
+    if config.get("invert_sigmas") or config.get("timestep_type") == "continuous":
+        found["timesteps"] = "inverted" if config.get("invert_sigmas") else "continuous"
     if name.startswith("EDM"):
         found["noise_levels"] = tuple(config.get(key) for key in _NOISE_LEVELS)
     return {**found, "prediction_type": predicts}

@@ -20,6 +20,8 @@ from afa.loading.single_file.autoencoder import load_vae
 
 #: the largest root mean square error of decoded pixels in -1..1 between two autoencoders
 _MOST = 0.1
+#: angles that differ by less are equal, since they are rounded in files
+_ROUNDED = 2e-3
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -79,6 +81,25 @@ def parts_of_predictions(
 def fused_by(ensemble: EnsembleDenoiser) -> Fuse:
     """What an ensemble fuses."""
     return "predictions" if isinstance(ensemble.experts[0], Predictor) else "blocks"
+
+
+def objectives_in(ensemble: EnsembleDenoiser) -> list[dict[str, Any]] | None:
+    """What each expert predicts on which noise schedule, as in files; None if all are equal."""
+    if ensemble.objectives is None:
+        return None
+    return [each.described for each in ensemble.objectives.experts]
+
+
+def are_same(saved: list[dict[str, Any]] | None, found: list[dict[str, Any]] | None) -> bool:
+    """Whether two results of `objectives_in` are equal up to rounding."""
+    if saved is None or found is None or len(saved) != len(found):
+        return saved is found
+    return all(
+        {**one, "angles": None} == {**other, "angles": None}
+        and len(one["angles"]) == len(other["angles"])
+        and all(abs(a - b) < _ROUNDED for a, b in zip(one["angles"], other["angles"], strict=True))
+        for one, other in zip(saved, found, strict=True)
+    )
 
 
 def require_predictions(place: str, memory_budget: str | int | None) -> None:

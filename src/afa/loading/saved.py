@@ -63,6 +63,7 @@ class _SavedEnsemble(_Saved):
     version: Literal[1]
     family: str
     fuse: Fuse = "blocks"
+    objectives: list[dict[str, Any]] | None = None
     experts: list[_Reference] = Field(min_length=1)
     vae: _Reference | None
     config: str | None

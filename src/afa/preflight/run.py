@@ -31,7 +31,7 @@ from afa.preflight.weights import Weights, check_values
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from afa.loading.expert_source import AnySource
+    from afa.loading.expert_source import AnySource, Fuse
     from afa.loading.planned import Group, Plan
     from afa.loading.single_file.load import Companions
 
@@ -138,7 +138,7 @@ def look(
                 if finding not in report.findings
                 and not (group.is_loose and finding.check in _PLANNED)
             ]
-            report.findings += _autoencoders(checked)
+            report.findings += _autoencoders(checked, group.fuse)
             if plan.work and not any(each.check == "architecture" for each in report.errors):
                 _estimate(report, plan.work, group, checked)
     if with_weights and report.experts:
@@ -236,7 +236,7 @@ def _check_denoiser(expert: CheckedExpert) -> Iterator[Finding]:
             return
 
 
-def _autoencoders(checked: Sequence[CheckedExpert]) -> Iterator[Finding]:
+def _autoencoders(checked: Sequence[CheckedExpert], fuse: Fuse) -> Iterator[Finding]:
     """Note that experts have different autoencoders, of which one decodes all pictures."""
     names, hashes = [], []
     for each in checked:
@@ -245,6 +245,9 @@ def _autoencoders(checked: Sequence[CheckedExpert]) -> Iterator[Finding]:
         ):
             names.append(each.facts.short)
             hashes.append(hash_vae(each.manifest.path))
+    effect = "It slightly affects fine detail and colours."
+    if fuse == "predictions":
+        effect = "If they decode a latent to different pictures, the ensemble will not load."
     if len(set(hashes)) > 1:
         yield Finding(
             "AFA-CHECK-006",
@@ -252,7 +255,7 @@ def _autoencoders(checked: Sequence[CheckedExpert]) -> Iterator[Finding]:
             "autoencoder",
             f"The experts have different autoencoders ({', '.join(names)}); that of "
             f"'{names[0]}' decodes all pictures.",
-            "It slightly affects fine detail and colours.",
+            effect,
             "To use another one, set vae.",
         )
 

@@ -7,9 +7,11 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from afa.denoisers.kinds import denoiser_of, options_of
+from afa.ensemble.denoiser import EnsembleDenoiser
 from afa.ensemble.prompts import PromptEncoder
 from afa.ensemble.text import EnsembleTextEncoder, configuration_of
 from afa.errors import AfaError
+from afa.loading.predictions import objectives_in
 from afa.training.cache.text import hash_tokenizer
 
 if TYPE_CHECKING:
@@ -81,6 +83,10 @@ def digest_of_settings(settings: TrainingRecipe) -> str:
 def configurations(pipeline: DiffusionPipeline) -> dict[str, str]:
     """Return hashes of the components' configurations, which determine the loss, by name."""
     found = {"the pipeline's options": digest(options_of(pipeline))}
+    if isinstance(ensemble := denoiser_of(pipeline), EnsembleDenoiser):
+        found["what the experts predict, and their noise schedules"] = digest(
+            objectives_in(ensemble)
+        )
     for name, part in sorted(pipeline.components.items()):
         if part is None:
             continue
