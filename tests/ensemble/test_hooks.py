@@ -20,6 +20,7 @@ from afa.aggregators import Condition, Fused, Mean, weighted_sum
 from afa.ensemble.bias import Steering
 from afa.ensemble.caching.loop import Loop
 from afa.ensemble.caching.shortcut import Shortcut
+from afa.ensemble.conversion import Conversion
 from afa.ensemble.guard import Guard
 from afa.ensemble.hook import Arguments, Features, Hook, Inputs
 from afa.ensemble.hooks import HOOKS, in_order
@@ -195,7 +196,7 @@ def test_what_leads_to_a_skipped_site_is_not_run() -> None:
 
 
 def test_steps_with_hooks_that_do_not_allow_it_are_no_graphs() -> None:
-    assert [kind for kind in HOOKS if kind.is_recordable] == [Steering]
+    assert [kind for kind in HOOKS if kind.is_recordable] == [Conversion, Steering]
     assert not Hook.is_recordable
 
 
