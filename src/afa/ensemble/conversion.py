@@ -39,12 +39,20 @@ class Objectives(NamedTuple):
     def of(cls, experts: Sequence[Objective | None]) -> Objectives | None:
         """The objectives of an ensemble that predicts what its first expert does.
 
-        Returns: None if all are equal, so that there is nothing to convert; or unknown, which
+        Returns: None if all are equal, so that there is nothing to convert; or all unknown, which
             `afa.loading.compare` refuses if they differ.
+
+        Raises:
+            AfaError: if some are unknown, and so cannot be converted.
         """
         known = tuple(each for each in experts if each is not None)
-        is_mixed = len(known) == len(experts) and len(set(known)) > 1
-        return cls(known, known[0]) if is_mixed else None
+        if 0 < len(known) < len(experts):
+            raise AfaError(
+                "AFA-ENSEMBLE-073",
+                "An expert's scheduler has noise levels or timesteps that cannot be converted into "
+                "those of another expert. Use experts with ordinary schedulers.",
+            )
+        return cls(known, known[0]) if len(set(known)) > 1 else None
 
 
 def can_convert(family: Family) -> bool:
