@@ -125,10 +125,6 @@ class Predictor(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("denoiser"), name)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The denoiser's own forward pass."""
-        return self.denoiser(*args, **kwargs)
-
 
 def predictor_blocks(
     predictor: Predictor, *, execution: Execution = PLAIN, **arguments: Any
