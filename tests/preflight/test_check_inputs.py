@@ -69,6 +69,11 @@ TRAININGS: dict[str, Any] = {
     "a resolution in which nothing works": {"data": {"folder": "./pictures", "resolution": 15}},
     "half of a character": {"data": {"folder": "./pictures"}, "change": "surrogate"},
     "an autoencoder that is not there": {"data": {"folder": "./pictures"}, "vae": "./nowhere"},
+    "an autoencoder of another scale": {
+        "data": {"folder": "./pictures"},
+        "vae": "./scaled",
+        "change": "scale",
+    },
     "no such tracker": {
         "data": {"folder": "./pictures"},
         "training": {**TRAINING, "trackers": ["nonsense"]},
@@ -98,6 +103,10 @@ def test_what_train_refuses(
     elif change == "broken":
         spoil(pictures, 4)
         changes["data"]["cache"] = True  # which reads all of them before any work
+    elif change == "scale":
+        shutil.copytree(experts[0] / "vae", tmp_path / "scaled")
+        config = tmp_path / "scaled" / "config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "scaling_factor": 0.5}))
     elif change == "surrogate":
         place = pictures / "metadata.jsonl"
         place.write_text(place.read_text().replace("a fox", "a fox \\ud83d", 1))
@@ -112,7 +121,7 @@ def test_what_train_refuses(
     )
     line = refused(capsys, "train", recipe, "--output", tmp_path / "run", "--no-check")
     assert not (tmp_path / "run").exists()
-    assert "vae" not in changes or line.startswith("Autoencoder '")
+    assert "vae" not in changes or line.startswith(("Autoencoder '", "The autoencoder '"))
     assert_check_says(capsys, recipe, line)
 
 

@@ -34,7 +34,7 @@ from afa.loading.predictions import (
     require_predictions,
 )
 from afa.loading.quantization import Weights, quantize_linear, require_quantizer
-from afa.loading.single_file.autoencoder import load_vae
+from afa.loading.single_file.autoencoder import load_vae, require_latents
 from afa.loading.single_file.load import Companions
 from afa.loading.sources import require_hash
 from afa.loading.trust.unchanged import marks_of, watch, watch_as
@@ -200,6 +200,8 @@ def _check_before(
     require_none_wrong(compare([expert.facts for expert in bases.values()], fuse=fuse))
     for number, expert in enumerate(experts):
         expert.require_whole(with_autoencoder=number == 0 and vae is None)
+    if vae is not None:
+        require_latents(vae, experts[0].facts.name, experts[0].facts.latents)
     places = [experts[0].path / "vae"]
     places += [] if vae is None else [Path(vae.source).expanduser()]
     for place in places:

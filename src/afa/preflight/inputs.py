@@ -26,6 +26,7 @@ from afa.loading.ensemble_folder import ensemble_folder
 from afa.loading.finding import Finding, Level
 from afa.loading.manifest import read_manifest
 from afa.loading.prompt_warnings import warnings_of_plan
+from afa.loading.single_file.autoencoder import require_latents
 from afa.loading.sources import locate_vae
 from afa.loading.truncation import limits_of_folder, prompt_warnings
 from afa.loading.vocabulary import read_words, word_warnings
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from afa.evaluation.prompts import Prompt
     from afa.evaluation.recipe import EvaluateRecipe
     from afa.evaluation.search_recipe import SearchRecipe
-    from afa.loading.planned import Plan
+    from afa.loading.planned import Group, Plan
     from afa.training.recipe import Recipe
 
 
@@ -102,8 +103,8 @@ def inputs_of_training(
     with found.refusals("cache"):
         cache = data_recipe.cache_folder or default_cache_folder()
         require_place_for_folder(cache, "The cache")
-    _open_autoencoder(found, recipe.vae)
     plan = plan_of_training(recipe)
+    _open_autoencoder(found, recipe.vae, plan.groups[0])
     limits: list[Any] = []
     kind = None
     side = data_recipe.resolution
@@ -163,11 +164,15 @@ def inputs_of_training(
     return found
 
 
-def _open_autoencoder(found: Inputs, vae: str | Path | None) -> None:
-    """Check that the recipe's autoencoder exists."""
+def _open_autoencoder(found: Inputs, vae: str | Path | None, group: Group | None) -> None:
+    """Check that the recipe's autoencoder exists, with the latent space of the experts."""
     if vae is not None:
         with found.refusals("autoencoder"):
             locate_vae(vae)
+            if group is None:
+                return
+            facts = read_manifest(group.experts[0], group.companions).facts
+            require_latents(vae, facts.name, facts.latents)
 
 
 def inputs_of_evaluation(
@@ -188,7 +193,9 @@ def inputs_of_evaluation(
     from afa.evaluation.work import Store, open_pictures
 
     found, is_resumed = Inputs(), False
-    _open_autoencoder(found, recipe.vae)
+    uses_experts = any(method.needs_experts for method in recipe.methods)
+    group = plan_of_evaluation(recipe).groups[0] if uses_experts else None
+    _open_autoencoder(found, recipe.vae, group)
     if output is not None:
         with found.refusals("output"):
             require_evaluation(output, recipe.references)
@@ -253,11 +260,12 @@ def inputs_of_search(
 
     del progress
     found = Inputs()
-    _open_autoencoder(found, recipe.vae)
+    plan = plan_of_search(recipe)
+    _open_autoencoder(found, recipe.vae, plan.groups[0])
     with found.refusals("prompts"):
         prompts = load_prompts(recipe.prompts)
         found.say("prompts", source_warnings(recipe.prompts))
-        _say_truncated(found, plan_of_search(recipe), prompts, recipe.sampling)
+        _say_truncated(found, plan, prompts, recipe.sampling)
     with found.refusals("metric"):
         open_scorer(recipe.metric, torch.device("cpu"))
     if output is not None and not any(each.level == "error" for each in found.findings):
