@@ -208,6 +208,10 @@ def test_what_cannot_be_together_is_refused(folders: dict[str, Path], tmp_path: 
         loaded(folders, "sd3", "flux")
     with refusal("AFA-LOAD-108"):
         loaded(folders, "sd", "xl", place="stream")
+    plans: list[Any] = []
+    with refusal("AFA-LOAD-108"):
+        loaded(folders, "sd", "xl", memory_budget="1GB", on_plan=plans.append)
+    assert not plans, "no plan is shown of what is refused"
     with refusal("AFA-LOAD-106", "DiT"):
         loaded({**folders, "dit": saved_experts("dit", tmp_path / "dit", count=1)[0]}, "sd", "dit")
     other = tmp_path / "other"

@@ -122,6 +122,8 @@ def load_pipeline(
     )
     companions.require_parts()
     manifests = [read_manifest(expert, companions) for expert in experts]
+    if fuse == "predictions":
+        require_predictions(place, memory_budget)
     if memory_budget is not None:
         plan = plan_experts(
             manifests,
@@ -136,8 +138,6 @@ def load_pipeline(
         place = plan.place
         if on_plan is not None:
             on_plan(plan)
-    if fuse == "predictions":
-        require_predictions(place, memory_budget)
     if place not in get_args(Place):
         raise AfaError(
             "AFA-LOAD-042", f"place must be one of {', '.join(get_args(Place))}; got '{place}'."
