@@ -67,6 +67,12 @@ TRAININGS: dict[str, Any] = {
     "no captions": {"data": {"folder": "./pictures"}, "change": "metadata"},
     "too many broken": {"data": {"folder": "./pictures", "max_broken": 0.1}, "change": "broken"},
     "a resolution in which nothing works": {"data": {"folder": "./pictures", "resolution": 15}},
+    "a step that the experts do not support": {
+        "data": {"folder": "./pictures", "resolution": 32, "buckets": {"step": 3}},
+    },
+    "buckets that are all longer than the longest": {
+        "data": {"folder": "./pictures", "resolution": 32, "buckets": {"max_size": 16}},
+    },
     "half of a character": {"data": {"folder": "./pictures"}, "change": "surrogate"},
     "an autoencoder that is not there": {"data": {"folder": "./pictures"}, "vae": "./nowhere"},
     "an autoencoder of another scale": {

@@ -157,6 +157,8 @@ class PipelineKind:
         single_files: the layout of single files; None means that there are only pipeline folders.
         latent_channels: a function of the denoiser's configuration: the channels of the latent.
         patch: a function of the denoiser's configuration: the side of its patches of a latent.
+        max_latent: a function of the denoiser's configuration: the longest side of a latent for
+            which it has position embeddings; None if it computes them for any side.
         call: arguments of the pipeline's call that keep the requested size and the prompt.
         gives_latent: whether text-to-image denoisers output exactly the latent's channels; others
             may also output a variance, or pack the latent.
@@ -184,6 +186,7 @@ class PipelineKind:
     single_files: SingleFiles | None = None
     latent_channels: Callable[[Any], int] = lambda config: config.in_channels
     patch: Callable[[Any], int] = lambda config: config.get("patch_size") or 1
+    max_latent: Callable[[Any], int | None] = lambda config: None
     call: Mapping[str, Any] = field(default_factory=dict)
     gives_latent: bool = False
     sample_size: int = 64

@@ -166,6 +166,10 @@ class PicturesRecipe(Section):
             raise ValueError("must not be streamed; remove data.dataset.streaming")
         if self.data.prompts is not None:
             raise ValueError("must not have data.prompts; use trajectories")
+        if self.data.buckets is not None:
+            raise ValueError(
+                "must not have data.buckets, because all recorded predictions have one shape"
+            )
         return self
 
 

@@ -10,8 +10,9 @@ import math
 import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from diffusers.configuration_utils import FrozenDict
@@ -30,6 +31,7 @@ from afa.loading.single_file.autoencoder import require_latents
 from afa.loading.sources import locate_vae
 from afa.loading.truncation import limits_of_folder, prompt_warnings
 from afa.loading.vocabulary import read_words, word_warnings
+from afa.machine.processes import num_launched
 from afa.training.planned import plan_of_training
 
 if TYPE_CHECKING:
@@ -81,17 +83,20 @@ def inputs_of_training(
     """
     from afa.reading import Tally
     from afa.training.began import Began
+    from afa.training.buckets import crop_lines
     from afa.training.cache import default_cache_folder
     from afa.training.checkpoints import Checkpoints
     from afa.training.data import StreamedImages, open_data
     from afa.training.data.survey import folder_warnings, survey
     from afa.training.drawn import read_prompts
     from afa.training.examples import Broken
+    from afa.training.grouping import Grouping
     from afa.training.listing import Listing, digest_of, is_settled, rows_of
-    from afa.training.prepare import require_resolution
+    from afa.training.prepare import transform_of
     from afa.training.record import require_trackers
     from afa.training.run import CHECKPOINTS, require_same_recipe, require_words
     from afa.training.split import split_by_picture
+    from afa.training.transform import BucketTransform
 
     found, data_recipe = Inputs(), recipe.data
     if output is not None:
@@ -106,7 +111,7 @@ def inputs_of_training(
     plan = plan_of_training(recipe)
     _open_autoencoder(found, recipe.vae, plan.groups[0])
     limits: list[Any] = []
-    kind = None
+    kind, transform = None, None
     side = data_recipe.resolution
     with found.refusals("resolution"):
         group = plan.groups[0]
@@ -114,10 +119,12 @@ def inputs_of_training(
         folders = [read_manifest(expert, group.companions).config for expert in used]
         found_limits = [limits_of_folder(folder) for folder in folders]
         limits, kind = [each for own, _ in found_limits for each in own], found_limits[0][1]
-        native, multiple = _sizes(folders[0])
-        multiple = math.lcm(multiple, *(_sizes(folder)[1] for folder in folders[1:]))
-        side = side or native
-        require_resolution(side, multiple)
+        every = [_sizes(folder) for folder in folders]
+        multiple = math.lcm(*(each.multiple for each in every))
+        known = [each.largest for each in every if each.largest is not None]
+        largest = min(known) if known else None
+        transform = transform_of(recipe, every[0].native, multiple, largest)
+        side = transform.resolution
         if (previews := recipe.previews) is not None:
             cut = prompt_warnings(limits, previews.prompts, guidance=previews.guidance, kind=kind)
             found.say("previews", cut)
@@ -140,11 +147,15 @@ def inputs_of_training(
             found.say("data", folder_warnings(data))
             found.say("data", ["Streamed data is only read during training, not checked."], "note")
             return found
-        tally = Tally()
+        tally, surveyed = Tally(), None
+        samples: Sequence[int] = range(len(data))
         if not is_settled(data):  # the zoo's scenes are generated, so none can be broken
-            surveyed = survey(data, limits, side, lambda done, of: progress("pictures", done, of))
+            note = partial(progress, "pictures")
+            surveyed = survey(data, limits, side, note, transform=transform)
             found.summary, tally = surveyed.summary, surveyed.tally
             found.say("data", surveyed.warnings)
+            if data_recipe.buckets is None:
+                found.say("data", crop_lines(surveyed.sizes.values()))
             Broken(len(data), data_recipe.max_broken).note(dict(enumerate(surveyed.broken)))
             found.say("data", surveyed.broken[:3])
         listing = None
@@ -152,8 +163,16 @@ def inputs_of_training(
             rows = [row for chunk in rows_of(data, range(len(data))) for row in chunk]
             listing = Listing.of(rows)
         if recipe.validation is not None and listing is not None:
-            note = split_by_picture(listing, recipe.validation.num_samples).note
-            found.say("validation", [note], "note")
+            split = split_by_picture(listing, recipe.validation.num_samples)
+            found.say("validation", [split.note], "note")
+            samples = split.training
+        if isinstance(transform, BucketTransform) and surveyed is not None:
+            sizes, settings = surveyed.sizes, recipe.training
+            per_step = num_launched() * settings.batch_size * settings.gradient_accumulation_steps
+            targets = {sample: transform.target(size) for sample, size in sizes.items()}
+            grouping = Grouping(targets, samples, per_step, {})
+            found.say("buckets", [grouping.summary(transform, sizes)], "note")
+            found.say("buckets", grouping.warnings(settings.num_steps, settings.seed))
         if output is not None and prompted is None:
             checkpoint = Checkpoints(output / CHECKPOINTS).read()
             began = None if checkpoint is None else checkpoint.notes.get("made_from") or {}
@@ -312,11 +331,27 @@ def _say_truncated(found: Inputs, plan: Plan, prompts: list[Prompt], sampling: A
     found.say("prompts", lines)
 
 
-def _sizes(folder: Path) -> tuple[int, int]:
-    """The native picture size of a model, and the number that sizes must be multiples of."""
+class _Sizes(NamedTuple):
+    """The sizes of a model's pictures in pixels.
+
+    Attributes:
+        native: its native size.
+        multiple: sides must be multiples of it.
+        largest: the longest side; None for no limit.
+    """
+
+    native: int
+    multiple: int
+    largest: int | None
+
+
+def _sizes(folder: Path) -> _Sizes:
+    """Read the sizes of a model's pictures from its configurations."""
     kind = kind_of(str(read_json(folder / "model_index.json").get("_class_name")), folder)
     config = FrozenDict(read_json(folder / kind.denoiser / "config.json"))
     autoencoder = folder / "vae" / "config.json"
     blocks = read_json(autoencoder)["block_out_channels"] if autoencoder.is_file() else [0] * 4
     scale = 2 ** (len(blocks) - 1)
-    return min(kind.native_size(config)) * scale, scale * kind.patch(config)
+    latent = kind.max_latent(config)
+    largest = None if latent is None else scale * latent
+    return _Sizes(min(kind.native_size(config)) * scale, scale * kind.patch(config), largest)

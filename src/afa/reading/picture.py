@@ -26,7 +26,7 @@ WHITE: Colour = (255, 255, 255)
 _CONVERSIONS = "afa conversions"
 
 #: errors of Pillow's readers for damaged files
-_DECODING_ERRORS = (
+DECODING_ERRORS = (
     UnidentifiedImageError,
     OSError,
     ValueError,
@@ -86,7 +86,7 @@ def read_picture(
             done.add(Conversion.METADATA)
     except Image.DecompressionBombError as error:
         raise _too_large(name, str(error)) from error
-    except _DECODING_ERRORS as error:
+    except DECODING_ERRORS as error:
         foreign = foreign_format(head)
         if foreign is not None and not (isinstance(error, OSError) and error.errno):
             what, advice = foreign

@@ -1,5 +1,6 @@
 """Training of the aggregators: data, cache, objective, steps, checkpoints, monitoring."""
 
+from afa.training.buckets import Buckets
 from afa.training.cache import CacheProgress
 from afa.training.checkpoints import Checkpoints
 from afa.training.data import CaptionedImages, FolderImages, SceneImages, open_data
@@ -10,9 +11,11 @@ from afa.training.recipe import Recipe, TrainingRecipe, load_recipe
 from afa.training.run import train
 from afa.training.stopping import Stopped, stop_on_signals
 from afa.training.trainer import train_aggregators
-from afa.training.transform import Transform
+from afa.training.transform import BucketTransform, Transform
 
 __all__ = [
+    "BucketTransform",
+    "Buckets",
     "CacheProgress",
     "CaptionedImages",
     "Checkpoints",

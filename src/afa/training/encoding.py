@@ -102,7 +102,9 @@ def as_batch(
     )
 
 
-def latent_shape(pipeline: DiffusionPipeline, resolution: int) -> tuple[int, int, int]:
-    """Return the shape [C, H, W] of the latent of a square picture."""
+def latent_shape(
+    pipeline: DiffusionPipeline, height: int, width: int | None = None
+) -> tuple[int, int, int]:
+    """Return the shape [C, H, W] of the latent of a picture; without a width, of a square one."""
     vae = pipeline.vae
-    return autoencoder_of(vae).shape(vae.config, resolution, resolution)
+    return autoencoder_of(vae).shape(vae.config, height, height if width is None else width)

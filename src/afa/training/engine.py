@@ -87,6 +87,11 @@ class Engine:
             self.rank,
         )
 
+    def part(self, count: int) -> range:
+        """Return this process's part of `count` samples, which all processes divide."""
+        share = -(-count // self.num_processes)
+        return range(count)[self.rank * share : (self.rank + 1) * share]
+
     def prepare(self, model: nn.Module, frozen: list[str]) -> nn.Module:
         """Return the model to call during training.
 

@@ -7,10 +7,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from afa.errors import AfaError
-from afa.loading.task import native_resolution, size_multiple
+from afa.loading.task import largest_side, native_resolution, size_multiple
 from afa.loading.truncation import limits_of, warnings_for
 from afa.loading.vocabulary import coverage_warnings, files_of, words_of
 from afa.reading import BrokenSample, Tally, conversions_of
+from afa.training.buckets import buckets_of, crop_lines, require_side
 from afa.training.cache import (
     CachedExamples,
     CacheProgress,
@@ -21,19 +22,22 @@ from afa.training.cache import (
 )
 from afa.training.continuing import digest
 from afa.training.data import StreamedImages
+from afa.training.data.sizes import parted, rough_sizes, sizes_of
 from afa.training.data.survey import caption_warnings, folder_warnings, known_captions
 from afa.training.examples import LiveExamples
+from afa.training.grouping import grouped_by
 from afa.training.listing import Listing, digest_of, is_settled, rows_of, settled_parts
 from afa.training.order import Purpose
 from afa.training.split import split_by_picture
-from afa.training.transform import Transform
+from afa.training.transform import BucketTransform, Transform
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
     from diffusers import DiffusionPipeline
 
     from afa.training.began import Began
+    from afa.training.buckets import Size
     from afa.training.data import CaptionedImages
     from afa.training.engine import Engine
     from afa.training.examples import Examples
@@ -79,14 +83,8 @@ def prepare_examples(
             validation, the resolution does not fit, or the cache raises it.
     """
     settings, asked = recipe.training, recipe.data
-    transform = Transform(
-        asked.resolution or min(native_resolution(pipeline)),
-        asked.crop,
-        asked.flip,
-        asked.num_variants,
-        settings.seed,
-    )
-    require_resolution(transform.resolution, size_multiple(pipeline))
+    native, multiple = min(native_resolution(pipeline)), size_multiple(pipeline)
+    transform = transform_of(recipe, native, multiple, largest_side(pipeline))
     common: Any = {"seed": settings.seed, "max_broken": asked.max_broken, "device": engine.device}
     listing, content, words = None, None, list[str]()
     make: Callable[..., Examples]
@@ -100,13 +98,19 @@ def prepare_examples(
             settled = settled_parts(data)
             content = digest([listing.digest, settled]) if settled else listing.digest
         yield from _require_data(began, content, listing, data)
-    num_places = settings.num_steps * engine.shares(settings).total
+    per_step = engine.shares(settings).total
+    num_places = settings.num_steps * per_step
+    sizes: dict[int, Size] = {}
     if not isinstance(data, StreamedImages) and not _is_cached(asked, len(data), num_places):
         used, held_out = yield from _split(recipe, listing, len(data), transform, began)
         words = words_of(known_captions(data))
-        if engine.is_main:
-            yield from _say(recipe, pipeline, data, known_captions(data, num_places))
         live: Any = {**common, "num_workers": asked.num_workers, "tally": Tally()}
+        if isinstance(transform, BucketTransform):
+            sizes, live["broken"] = yield from _read_sizes(data, engine)
+        if engine.is_main:
+            shown = sizes.values() or (() if is_settled(data) else rough_sizes(data))
+            lines = _crops(transform, shown)
+            yield from _say(recipe, pipeline, data, known_captions(data, num_places), lines)
         make = partial(LiveExamples, pipeline, data, transform, **live)
     else:
         folder = asked.cache_folder or default_cache_folder()
@@ -121,15 +125,76 @@ def prepare_examples(
         yield from text.build(engine.rank, engine.num_processes)
         engine.wait()
         words = words_of(latents.all_captions)
+        sizes = latents.known_sizes
         if engine.is_main:
-            yield from _say(recipe, pipeline, data, latents.all_captions, latents.tally.line())
+            lines = [*latents.tally.lines(), *_crops(transform, sizes.values())]
+            yield from _say(recipe, pipeline, data, latents.all_captions, lines)
         used, held_out = yield from _split(recipe, listing, latents.num_samples, transform, began)
         make = partial(CachedExamples, pipeline, latents, text, transform, **common)
-    training = make(
-        samples=used, purpose=Purpose.TRAINING, caption_dropout=settings.caption_dropout
-    )
-    validation = make(samples=held_out, purpose=Purpose.VALIDATION) if held_out else None
+    of_training: dict[str, Any] = {"caption_dropout": settings.caption_dropout}
+    of_validation: dict[str, Any] = {}
+    if isinstance(transform, BucketTransform):
+        grouping = grouped_by(transform, pipeline, sizes, used, per_step)
+        of_training["grouping"] = grouping
+        if engine.is_main:
+            warnings = grouping.warnings(settings.num_steps, settings.seed)
+            notes = grouping.summary(transform, sizes), *(f"warning: {each}" for each in warnings)
+            yield CacheProgress("group pictures", 1, 1, notes)
+        if held_out:
+            of_held_out = grouped_by(transform, pipeline, sizes, held_out, per_step)
+            of_validation["grouping"] = of_held_out
+    training = make(samples=used, purpose=Purpose.TRAINING, **of_training)
+    validation = None
+    if held_out:
+        validation = make(samples=held_out, purpose=Purpose.VALIDATION, **of_validation)
     return Prepared(training, validation, listing, words)
+
+
+def transform_of(recipe: Recipe, native: int, multiple: int, largest: int | None) -> Transform:
+    """Return the crops and flips of a training.
+
+    Args:
+        recipe: of the training.
+        native: the experts' resolution in pixels.
+        multiple: see `afa.loading.task.size_multiple`.
+        largest: see `afa.loading.task.largest_side`.
+
+    Raises:
+        AfaError: if the resolution or the buckets do not fit the experts.
+    """
+    data, seed = recipe.data, recipe.training.seed
+    side = data.resolution or native
+    require_resolution(side, multiple)
+    require_side(side, largest)
+    settings = side, data.crop, data.flip, data.num_variants, seed
+    if data.buckets is None:
+        return Transform(*settings)
+    return BucketTransform(*settings, buckets=buckets_of(data.buckets, side, multiple, largest))
+
+
+def _read_sizes(
+    data: CaptionedImages, engine: Engine
+) -> Generator[CacheProgress, None, tuple[dict[int, Size], dict[int, str]]]:
+    """Read the sizes of all pictures, of which each process reads a part.
+
+    Returns: the sizes, and the error messages of pictures without a readable one.
+    """
+    mine = engine.part(len(data))
+    found: list[tuple[int, Size | str]] = []
+    for some in sizes_of(data, mine):
+        found += some
+        yield CacheProgress("read sizes of pictures", len(found), len(mine))
+    found = engine.gather(found)
+    sizes, broken = parted(found)
+    if broken:
+        notes = tuple(f"Skipped: {line}" for line in broken.values())
+        yield CacheProgress("read sizes of pictures", len(mine), len(mine), notes)
+    return sizes, broken
+
+
+def _crops(transform: Transform, sizes: Iterable[Size]) -> list[str]:
+    """A warning if square crops cut off a part of the pictures."""
+    return [] if isinstance(transform, BucketTransform) else crop_lines(sizes)
 
 
 def require_resolution(side: int, multiple: int) -> None:
@@ -153,8 +218,7 @@ def _list_samples(
     Files in the run's earlier listing are read only if they have changed.
     """
     known = began.listing.known() if began is not None and began.listing is not None else None
-    share = -(-len(data) // engine.num_processes)
-    mine = range(len(data))[engine.rank * share : (engine.rank + 1) * share]
+    mine = engine.part(len(data))
     rows = []
     for some in rows_of(data, mine, known):
         rows += some
@@ -215,12 +279,10 @@ def _say(
     pipeline: DiffusionPipeline,
     data: CaptionedImages | StreamedImages,
     captions: Sequence[str | None],
-    converted: str | None = None,
+    more: Sequence[str] = (),
 ) -> Iterator[CacheProgress]:
     """Yield warnings about data and prompts before the first step."""
-    lines = [*folder_warnings(data), *caption_warnings(captions, limits_of(pipeline))]
-    if converted is not None:
-        lines.append(converted)
+    lines = [*folder_warnings(data), *caption_warnings(captions, limits_of(pipeline)), *more]
     if captions:
         lines += coverage_warnings(files_of(recipe.experts), captions)
     previews = recipe.previews

@@ -91,6 +91,28 @@ class PromptedPictures(Section):
         return drafts
 
 
+class BucketsRecipe(Section):
+    """Aspect-ratio buckets: pictures keep their shape instead of becoming squares.
+
+    `buckets: true` uses the defaults. The sizes are those of kohya's trainers: multiples of `step`
+    from `min_size` to `max_size`, with at most as many pixels as the square of `data.resolution`.
+
+    Attributes:
+        min_size: shortest side in pixels; None uses half the resolution (`min_bucket_reso`).
+        max_size: longest side in pixels; None uses twice the resolution, or what the experts
+            support if that is less (`max_bucket_reso`).
+        step: sides are multiples of it; None uses 64, or an eighth of a smaller resolution, rounded
+            up to what the experts need (`bucket_reso_steps`).
+        no_upscale: whether small pictures keep their size, and are cropped to multiples of `step`
+            (`bucket_no_upscale`).
+    """
+
+    min_size: int | None = Field(default=None, ge=8)
+    max_size: int | None = Field(default=None, ge=8)
+    step: int | None = Field(default=None, ge=1)
+    no_upscale: bool = False
+
+
 class DataRecipe(Section):
     """Sources of captioned pictures, and how pictures are prepared.
 
@@ -105,7 +127,8 @@ class DataRecipe(Section):
         background: colour on which transparent pictures are composited, a name or `#rrggbb`.
         resolution: side of the square crop in pixels, to which the shorter side is scaled; None
             uses the experts' native resolution.
-        crop: a random square, or the central one.
+        buckets: see `BucketsRecipe`, or True; None or False crops squares.
+        crop: a random part of the scaled picture, or the central one.
         flip: whether pictures may be mirrored; leave it off if captions mention left or right.
         num_variants: number of crops and flips per picture; equal ones are encoded once.
         cache: whether latents and text embeddings are cached on disk; None caches them if the
@@ -116,7 +139,7 @@ class DataRecipe(Section):
             are skipped and named.
     """
 
-    LATER: ClassVar[tuple[str, ...]] = ("prompts",)
+    LATER: ClassVar[tuple[str, ...]] = ("prompts", "buckets")
 
     folder: Path | None = None
     dataset: DatasetRecipe | None = None
@@ -125,6 +148,7 @@ class DataRecipe(Section):
     limit: int | None = Field(default=None, ge=1)
     background: str = "#ffffff"
     resolution: int | None = Field(default=None, ge=8)
+    buckets: BucketsRecipe | None = None
     crop: Literal["random", "center"] = "random"
     flip: bool = False
     num_variants: int = Field(default=4, ge=1, le=64)
@@ -132,6 +156,13 @@ class DataRecipe(Section):
     cache_folder: Path | None = None
     num_workers: int = Field(default=0, ge=0)
     max_broken: float = Field(default=0.01, ge=0, le=1)
+
+    @field_validator("buckets", mode="before")
+    @classmethod
+    def _as_section(cls, given: Any) -> Any:
+        if isinstance(given, bool):
+            return {} if given else None
+        return given
 
     @field_validator("background")
     @classmethod

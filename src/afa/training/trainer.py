@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from contextlib import ExitStack
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -20,12 +21,14 @@ from afa.training.checkpoints import (
     optimizer_tensors,
 )
 from afa.training.continuing import configurations, digest, digest_of_settings, require_same
+from afa.training.data.sizes import parted, sizes_of
 from afa.training.engine import Engine
 from afa.training.examples import LiveExamples
+from afa.training.grouping import grouped_by
 from afa.training.listing import digest_of
 from afa.training.loop import NotFinite, TrainStep, optimizer_steps
 from afa.training.trained import Aggregators
-from afa.training.transform import Transform
+from afa.training.transform import BucketTransform, Transform
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -56,7 +59,7 @@ def train_aggregators(
         data: pictures and captions; a broken picture is an error.
         settings: steps, batch size, learning rate and so on.
         checkpoints: to resume from and to write to; None writes none.
-        transform: crops and flips; None uses random crops at the experts' resolution.
+        transform: crops, flips and buckets; None uses random squares at the experts' resolution.
 
     Raises:
         AfaError: if there are no aggregators, the experts need inputs besides a prompt, or the
@@ -76,12 +79,19 @@ def train_aggregators(
                 "the settings": digest_of_settings(settings),
             }
         )
+    grouping, broken = None, dict[int, str]()
+    if isinstance(transform, BucketTransform):
+        samples, per_step = range(len(data)), engine.shares(settings).total
+        sizes, broken = parted(itertools.chain.from_iterable(sizes_of(data, samples)))
+        grouping = grouped_by(transform, pipeline, sizes, samples, per_step)
     examples = LiveExamples(
         pipeline,
         data,
         transform,
         seed=settings.seed,
         caption_dropout=settings.caption_dropout,
+        grouping=grouping,
+        broken=broken,
     )
 
     def steps() -> Iterator[TrainStep]:

@@ -165,7 +165,7 @@ class Watch:
         engine, settings = trainer.engine, trainer.settings
         assert self._recipe.validation is not None
         count, size = self._recipe.validation.num_samples, settings.batch_size
-        places = [range(n, min(n + size, count)) for n in range(0, count, size)]
+        places = validation.rows(count, size)
         mine = places[engine.rank :: engine.num_processes]
         # sharded experts need all processes in a forward pass: some repeat a batch uncounted
         num_rounds = math.ceil(len(places) / engine.num_processes)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from afa.loading.truncation import Cuts, TextLimit
     from afa.training.data.images import CaptionedImages, StreamedImages
+    from afa.training.transform import Transform
 
 
 @dataclass
@@ -28,6 +29,7 @@ class DataSurvey:
         num_smaller: pictures with a side shorter than the resolution.
         num_unused: files of the folder that are neither a sample nor its caption.
         cuts: captions that a text encoder truncates, one entry per encoder.
+        sizes: sample -> width and height of its picture.
         broken: error messages of the samples that a training skips.
         tally: conversions.
         warnings: warnings for the user, one line each.
@@ -38,6 +40,7 @@ class DataSurvey:
     num_smaller: int = 0
     num_unused: int = 0
     cuts: list[Cuts] = field(default_factory=list)
+    sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
     broken: list[str] = field(default_factory=list)
     tally: Tally = field(default_factory=Tally)
     warnings: list[str] = field(default_factory=list)
@@ -70,6 +73,7 @@ def survey(
     limits: Sequence[TextLimit] = (),
     resolution: int | None = None,
     progress: Callable[[int, int], object] = lambda *_: None,
+    transform: Transform | None = None,
 ) -> DataSurvey:
     """Read every sample of a data set once, as a training does.
 
@@ -78,6 +82,7 @@ def survey(
         limits: token limits of the text encoders; see `afa.loading.truncation`.
         resolution: side of the training pictures; None does not count small pictures.
         progress: called with the number of samples done and the total.
+        transform: of the training pictures, in place of the resolution.
     """
     found = DataSurvey(len(data), num_unused=len(getattr(whole_of(data), "unused", ())))
     captions: list[str | None] = []
@@ -90,7 +95,10 @@ def survey(
                 captions.append(None)
         else:
             captions.append(caption)
+            found.sizes[index] = picture.size
             is_small = resolution is not None and min(picture.size) < resolution
+            if transform is not None:
+                is_small = transform.enlarges(picture.size)
             enlarged = {Conversion.ENLARGED} if is_small else frozenset()
             found.tally.add(index, conversions_of(picture) | enlarged)
         progress(index + 1, len(data))
