@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from afa.app.access import Access, Guard, check_reach, read_access, require_free_path
-from afa.cli import main
 from tests.refusal import refusal
 
 
@@ -137,21 +136,3 @@ def test_a_path_of_the_pages_own_files_is_refused() -> None:
             require_free_path(path, routes)
     for path in ("", "/afa", "/assets2", "/gradio_api/other"):
         require_free_path(path, routes)
-
-
-def test_what_is_refused_is_one_line(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    secret = tmp_path / "password"
-    secret.write_text("a long password")
-    for options, code in {
-        ("--root-path", "afa"): "AFA-APP-008",
-        ("--allowed-host", "*"): "AFA-APP-009",
-        ("--allowed-host", "example.org"): "AFA-APP-010",
-        ("--root-path", "https://example.org/afa"): "AFA-APP-010",
-        ("--no-password", "--password-file", str(secret)): "AFA-CLI-055",
-    }.items():
-        with pytest.raises(SystemExit) as stop:
-            main(["app", *options])
-        assert stop.value.code == 2
-        said = capsys.readouterr().err
-        assert code in said
-        assert said.count("\n") == 1

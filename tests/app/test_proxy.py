@@ -31,6 +31,7 @@ pytestmark = [
     pytest.mark.skipif(NGINX is None, reason="there is no nginx; apt install nginx-light"),
 ]
 PASSWORD = "a long password"
+_CERTIFICATE = "ssl_certificate cert.pem; ssl_certificate_key key.pem;"
 _AROUND = """daemon off; pid nginx.pid; error_log stderr; {user}
 events {{}}
 http {{ access_log access.log; client_body_temp_path body; proxy_temp_path proxied;
@@ -52,6 +53,24 @@ def free_port() -> int:
     return port
 
 
+def make_certificate(folder: Path) -> None:
+    """Write `cert.pem` and `key.pem`, signed by nobody else."""
+    if shutil.which("openssl") is None:
+        pytest.skip("there is no openssl")
+    command = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-subj",
+        "/CN=example.org",
+    ]
+    files = ["-keyout", str(folder / "key.pem"), "-out", str(folder / "cert.pem")]
+    subprocess.run([*command, *files], check=True, capture_output=True)
+
+
 @pytest.fixture(scope="module")
 def proxied(
     serve: Callable[..., str], tmp_path_factory: pytest.TempPathFactory
@@ -65,11 +84,14 @@ def proxied(
         port = free_port()
         given = [option.format(port=port) for option in options]
         direct = serve(*given, "--password-file", str(folder / "password"))
-        server = documented("afa.conf").replace("listen 80;", f"listen 127.0.0.1:{port};")
+        server = documented("afa.conf")
         for old, new in (changes or {}).items():
             assert old in server
             server = server.replace(old, new)
         server = server.replace("127.0.0.1:7860", direct.split("/")[2])
+        server = server.replace("listen 80", f"listen 127.0.0.1:{port}")
+        if is_secure := "ssl" in server:
+            make_certificate(folder)
         user = "user root;" if os.geteuid() == 0 else ""
         (folder / "nginx.conf").write_text(_AROUND.format(user=user, server=server))
         with (folder / "said").open("wb") as said:
@@ -82,7 +104,7 @@ def proxied(
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
                     break
             time.sleep(0.05)
-        return f"http://example.org:{port}/afa"
+        return f"http{'s' if is_secure else ''}://example.org:{port}/afa"
 
     yield start
     for process in started:
@@ -112,7 +134,9 @@ class opened:
     """The page in a new browser after the login; every file must be of the page."""
 
     def __init__(self, browser: Any, address: str) -> None:
-        self.context = browser.new_context(viewport={"width": 1280, "height": 900})
+        self.context = browser.new_context(
+            viewport={"width": 1280, "height": 900}, ignore_https_errors=True
+        )
         self.context.set_default_timeout(PATIENCE)
         self.address = address
         self.asked: list[str] = []
@@ -189,6 +213,11 @@ def test_the_page_works_below_a_path(browser: Any, page_address: str, tmp_path: 
         (
             ("--root-path", "/afa", "--allowed-host", "example.org"),
             {"proxy_pass http://127.0.0.1:7860/;": "proxy_pass http://127.0.0.1:7860;"},
+        ),
+        # as most proxies are
+        (
+            ("--root-path", "/afa", "--allowed-host", "example.org"),
+            {"listen 80;": f"listen 80 ssl; {_CERTIFICATE}"},
         ),
         # the proxy does not say where the page is
         (("--root-path", "http://example.org:{port}/afa"), {"$http_host": "$proxy_host"}),
