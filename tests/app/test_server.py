@@ -116,6 +116,15 @@ def test_what_cannot_be_served_is_one_line(
         assert said.count("\n") == 1
 
 
+def test_the_path_of_gradio_s_environment_is_that_of_the_page(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GRADIO_ROOT_PATH", "afa")
+    with pytest.raises(SystemExit):
+        main(["app"])
+    assert "AFA-APP-008" in capsys.readouterr().err
+
+
 def test_what_users_write_is_never_a_part_of_the_page() -> None:
     evil = "<img src=x onerror=alert(1)>"
     for text in (views.note(evil), views.complaint(evil), views.caption(evil)):

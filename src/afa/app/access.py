@@ -18,6 +18,15 @@ _EVERYWHERE = ("0.0.0.0", "::")  # addresses to listen on, which are no names of
 _MIN_LENGTH = 8
 _PATH = re.compile(r"(/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)*")
 _NAME = re.compile(r"(\*\.)?[a-z0-9_-]+(\.[a-z0-9_-]+)*")
+#: where the page has files of its own, below which no path can be: gradio removes the path from
+#: requests, also where a proxy has removed it already
+OWN_FILES = frozenset(
+    [
+        *("assets", "config", "favicon.ico", "gradio_api", "login", "logout"),
+        *("manifest.json", "monitoring", "openapi.json", "pwa_icon", "robots.txt"),
+        *("static", "svelte", "theme.css"),
+    ]
+)
 #: a host in a header: a name or a bracketed IPv6 address, and a port; nothing else is parsed
 _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9._-]+))(?::\d+)?")
 
@@ -61,7 +70,7 @@ def read_access(
         allowed_hosts: names of the page besides those of this machine.
 
     Raises:
-        AfaError: if the path or a name is invalid.
+        AfaError: if the path or a name is invalid, or the page has files of its own there.
     """
     parts = urlsplit(root_path or "") if _is_complete(root_path) else None
     path = (parts.path if parts else root_path or "").rstrip("/")
@@ -72,6 +81,12 @@ def read_access(
             "AFA-APP-008",
             "--root-path must be a path such as /afa, or the complete address of the page such as "
             f"https://example.org/afa; got '{root_path}'.",
+        )
+    if path[1:].partition("/")[0] in OWN_FILES:
+        raise AfaError(
+            "AFA-APP-011",
+            f"--root-path must not be '{path}', where the page has files of its own. Pass another "
+            "path, such as /afa.",
         )
     named = [name.lower() for name in allowed_hosts]
     for name in named:
@@ -141,23 +156,6 @@ def check_reach(
         )
 
 
-def require_free_path(path: str, routes: Iterable[Any]) -> None:
-    """Require that the page has no routes of its own below its path.
-
-    Otherwise the path would be removed from requests that a proxy has removed it from already.
-
-    Raises:
-        AfaError: names the path.
-    """
-    own = [str(getattr(route, "path", "")) for route in routes]
-    if path and any(f"{route}/".startswith(f"{path}/") for route in own):
-        raise AfaError(
-            "AFA-APP-011",
-            f"--root-path must not be '{path}', which is a path of the page's own files. Pass "
-            "another one, such as /afa.",
-        )
-
-
 class Guard:
     """Middleware that refuses requests for other hosts, from other pages, and uploads.
 
@@ -180,9 +178,10 @@ class Guard:
             await self._app(scope, receive, self._with_own_cookies(send))
             return
         status, text = refused
+        kind = f"{'websocket.' if scope['type'] == 'websocket' else ''}http.response"
         content = [(b"content-type", b"text/plain; charset=utf-8")]
-        await send({"type": "http.response.start", "status": status, "headers": content})
-        await send({"type": "http.response.body", "body": text.encode()})
+        await send({"type": f"{kind}.start", "status": status, "headers": content})
+        await send({"type": f"{kind}.body", "body": text.encode()})
 
     def _refused(self, scope: Any) -> tuple[int, str] | None:
         """The status and text of a refusal; None to pass the request on."""

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from afa.app.access import LOOPBACK, Access, Guard, check_reach, read_access, require_free_path
+from afa.app.access import LOOPBACK, Access, Guard, check_reach, read_access
 from afa.errors import AfaError
 from afa.machine.environment import changed_environment
 
@@ -60,8 +60,7 @@ def served(
         The address of the page.
 
     Raises:
-        AfaError: see `check_reach` and `require_free_path`; or if the port is not free, or gradio
-            is missing.
+        AfaError: see `check_reach`; or if the port is not free, or gradio is missing.
     """
     access = access or read_access(host)
     check_reach(host, password, access.named, open_to_all=open_to_all)
@@ -116,7 +115,6 @@ def served(
                 "AFA-APP-007", f"The page cannot be served at {host}: {error} Pass another --port."
             ) from None
         try:
-            require_free_path(access.path, page.blocks.app.routes)
             yield f"{address.rstrip('/')}{access.path}/"
         finally:
             page.blocks.close(verbose=False)
