@@ -58,7 +58,7 @@ class Page:
         self, studio: Studio, ensemble: str, folder: Path, keep: Path | None = None
     ) -> None:
         self._studio, self._ensemble = studio, ensemble
-        self._folders = folder, keep
+        self._folder, self._keep = folder, keep
         denoiser = denoiser_of(studio.pipeline)
         self._identity = identity_of(denoiser)
         self._experts = expert_names(denoiser)
@@ -82,7 +82,8 @@ class Page:
             self._on = Layout(defaults, experts, self._studio.contenders.names)
             self._connect()
             blocks.unload(self._leave)
-            Endpoint(self._studio, self._keys, defaults, *self._folders, self._device, self._recipe)
+            places = (self._folder, self._keep, self._device)
+            Endpoint(self._studio, self._keys, defaults, *places, self._recipe)
         return blocks
 
     def _connect(self) -> None:
@@ -283,13 +284,12 @@ class Page:
         """Write a picture to the temporary folder and to the folder to keep."""
         recipe = drawn.recipe
         name = f"{number:03d}-{slug(recipe.prompt)}-{slug(recipe.drawn_by)}.png"
-        folder, keep = self._folders
-        path = folder / slug(session) / name
+        path = self._folder / slug(session) / name
         path.parent.mkdir(exist_ok=True)
         save_picture(drawn.picture, path, recipe, self._device)
-        if keep is not None:
+        if self._keep is not None:
             stem = f"{slug(session)[:8]}-{name}"
-            save_picture(drawn.picture, keep / stem, recipe, self._device)
+            save_picture(drawn.picture, self._keep / stem, recipe, self._device)
         return Entry(recipe, path, drawn.seconds, drawn.record)
 
     def _buttons(self, *, is_busy: bool) -> dict[Any, Any]:
