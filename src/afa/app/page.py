@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from afa.app import views
+from afa.app.api import Endpoint
 from afa.app.drawing import Drawn, Stopped
 from afa.app.layout import MAX_PIXELS, MAX_STEPS, Defaults, Layout, Slot, parts
 from afa.app.views import Entry
@@ -37,10 +38,7 @@ if TYPE_CHECKING:
 
     from afa.app.drawing import Studio
     from afa.drawing.recorded import PictureRecipe
-    from afa.ensemble.recording import WeightRecord
 
-#: maximum number of pictures per session that keep their fusion weights, which are large
-_MAX_RECORDS = 8
 _ZOO = ("a fox on the left and a pizza on the right, blue background", 20, 3.0)
 _OTHER = ("a fox in the snow", 30, 7.5)
 _log = logging.getLogger(__name__)
@@ -84,6 +82,8 @@ class Page:
             self._on = Layout(defaults, experts, self._studio.contenders.names)
             self._connect()
             blocks.unload(self._leave)
+            places = (self._folder, self._keep, self._device)
+            Endpoint(self._studio, self._keys, defaults, *places, self._recipe)
         return blocks
 
     def _connect(self) -> None:
@@ -96,6 +96,7 @@ class Page:
             "concurrency_limit": 1,
             "concurrency_id": "draw",
             "show_progress_on": controls.status,
+            "api_visibility": "private",
         }
         gr.on(
             [controls.go.click, controls.prompt.submit],
@@ -111,6 +112,7 @@ class Page:
             **drawing,
         )
         quick: dict[str, Any] = {"queue": False, "show_progress": "hidden"}
+        quick["api_visibility"] = "private"  # programs use the endpoint of `api`
         controls.cancel.click(self._stop, None, controls.status, **quick)
         controls.dice.click(lambda: secrets.randbelow(MAX_SEED), None, controls.seed, **quick)
         zeros = [0] * len(steering.biases)
@@ -199,7 +201,7 @@ class Page:
                     continue
                 done += 1
                 entry = self._keep_entry(event, session, len(history))
-                history = _without_old_records([*history, entry])
+                history = views.without_old_records([*history, entry])
                 update: dict[Any, Any] = {
                     slot.image: str(entry.file),
                     slot.caption: views.caption(slot.name, entry),
@@ -312,7 +314,7 @@ class Page:
     # -- fusion weights -----------------------------------------------------------------------
 
     def _show_weights(self, history: list[Entry], shown: int | None) -> list[Any]:
-        record = _record(history, shown)
+        record = views.record_of(history, shown)
         if record is None or shown is None:
             text = "<p>The weights of this picture were discarded. Draw it again.</p>"
             return [text, *[gr.skip()] * (3 + len(self._on.weights.seen))]
@@ -329,7 +331,7 @@ class Page:
     def _update_maps(
         self, history: list[Entry], shown: int | None, step: int, site: str
     ) -> list[Any]:
-        record = _record(history, shown)
+        record = views.record_of(history, shown)
         if record is None or shown is None or site not in (views.ALL_SITES, *record.places):
             return [gr.skip()] * len(self._on.weights.seen)
         weights = views.weights_at(record, step, site)
@@ -340,7 +342,7 @@ class Page:
         return [overlay, views.legend(self._experts, weights), "", *maps]
 
     def _update_shares(self, history: list[Entry], shown: int | None, _: int, site: str) -> Any:
-        record = _record(history, shown)
+        record = views.record_of(history, shown)
         if record is None or site not in (views.ALL_SITES, *record.places):
             return gr.skip()
         return views.shares_over_steps(self._experts, record, site)
@@ -348,7 +350,7 @@ class Page:
     def _numbers_at(
         self, history: list[Entry], shown: int | None, step: int, site: str, event: gr.SelectData
     ) -> str:
-        record = _record(history, shown)
+        record = views.record_of(history, shown)
         if record is None or shown is None:
             return ""
         weights = views.weights_at(record, step, site)
@@ -383,17 +385,3 @@ class Page:
             *[0] * len(self._keys),
             *by_stage,
         ]
-
-
-def _record(history: Sequence[Entry], shown: int | None) -> WeightRecord | None:
-    return None if shown is None or shown >= len(history) else history[shown].record
-
-
-def _without_old_records(history: Sequence[Entry]) -> list[Entry]:
-    """Copy the history without the fusion weights of old pictures."""
-    with_record = [n for n, entry in enumerate(history) if entry.record is not None]
-    old = set(with_record[:-_MAX_RECORDS])
-    return [
-        Entry(entry.recipe, entry.file, entry.seconds, None) if n in old else entry
-        for n, entry in enumerate(history)
-    ]

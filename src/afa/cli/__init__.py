@@ -23,7 +23,7 @@ from afa.cli import (
     weights,
     zoo,
 )
-from afa.cli.console import say_error
+from afa.cli.console import replace_unprintable, say_error
 from afa.cli.signals import Terminated, end_cleanly_on_sigterm
 from afa.cli.trust import with_trust
 from afa.errors import AfaError
@@ -62,6 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
     Exit codes: 0 for success, 2 for errors that the user can fix, 128 + n after signal n.
     """
     quieten()
+    replace_unprintable()
     end_cleanly_on_sigterm()
     try:
         code = app(arguments, standalone_mode=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,13 @@ if TYPE_CHECKING:
 
 #: prints file names and prompts literally: brackets in them are not markup
 console = Console(markup=False, highlight=False)
+
+
+def replace_unprintable() -> None:
+    """Print `?` for characters that a terminal or log cannot encode, such as those of Windows."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and not stream.encoding.lower().startswith("utf"):
+            stream.reconfigure(errors="replace")
 
 
 def say_error(message: str, code: str = "") -> None:

@@ -29,9 +29,14 @@ _OF_SETS = ("fid", "kid", "is", "cmmd")
 NumSteps = Annotated[int, Field(ge=1, le=1000)]
 
 
+#: names that no file or folder can have on Windows
+_RESERVED = re.compile(r"con|prn|aux|nul|(com|lpt)\d")
+
+
 def slug(name: str) -> str:
     """Turn a name into a folder name of lower-case letters, digits and dashes."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "method"
+    found = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "method"
+    return f"{found}-method" if _RESERVED.fullmatch(found) else found
 
 
 class SparseRecipe(Section):

@@ -153,14 +153,16 @@ def _open_study(file: Path) -> optuna.Study:
     """Open the study in a file, and mark interrupted trials as failed."""
     import optuna
     from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
+    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    file = file.resolve()  # optuna's lock is a symbolic link to this path
+    file = file.resolve()
     _repair(file)
+    # optuna's own choice is a symbolic link, which needs permissions on Windows
+    journal = JournalFileBackend(str(file), lock_obj=JournalFileOpenLock(str(file)))
     study = optuna.create_study(
         study_name="block-weights",
-        storage=JournalStorage(JournalFileBackend(str(file))),
+        storage=JournalStorage(journal),
         direction="maximize",
         load_if_exists=True,
     )

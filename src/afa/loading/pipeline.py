@@ -38,6 +38,7 @@ from afa.loading.single_file.autoencoder import load_vae, require_latents
 from afa.loading.single_file.load import Companions
 from afa.loading.sources import require_hash
 from afa.loading.trust.unchanged import marks_of, watch, watch_as
+from afa.machine.devices import require_dtype
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -142,8 +143,10 @@ def load_pipeline(
         raise AfaError(
             "AFA-LOAD-042", f"place must be one of {', '.join(get_args(Place))}; got '{place}'."
         )
+    require_dtype(device, torch_dtype)
     if quantize is not None:
         require_quantizer(quantize, place, manifests)
+        require_dtype(device, torch.float8_e4m3fn if quantize == "float8" else torch.int8)
     stream = LayerStream(device, ahead=AHEAD) if place == "stream" else None
 
     def prepare(expert: Expert) -> None:

@@ -224,7 +224,7 @@ def inputs_of_evaluation(
         if method.plan is not None:
             with found.refusals("plan"):
                 load_plan(method.plan)
-    with tempfile.TemporaryDirectory(prefix="afa-check-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="afa-check-", ignore_cleanup_errors=True) as scratch:
         prompts: list[Prompt] = []
         with found.refusals("prompts"):
             prompts = load_prompts(recipe.prompts, Path(scratch) / "references")

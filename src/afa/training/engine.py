@@ -17,6 +17,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 from afa.errors import AfaError
+from afa.machine.devices import has_shared_gpus
 from afa.machine.processes import Processes
 from afa.training.order import Shares
 
@@ -57,7 +58,7 @@ class Engine:
         self.rank, self.num_processes = self._processes.rank, self._processes.count
         self.is_main, self.wait = self._processes.is_main, self._processes.wait
         chosen = pick_device(device) if self.num_processes == 1 else None
-        on_cpu = chosen.type == "cpu" if chosen else not torch.accelerator.is_available()
+        on_cpu = chosen.type == "cpu" if chosen else not has_shared_gpus()
         self._accelerator = Accelerator(
             cpu=on_cpu,
             mixed_precision="no",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import sys
 import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,8 +36,9 @@ if TYPE_CHECKING:
 
 #: seconds in which a DataLoader worker must return a batch
 _TIMEOUT = 1800
-#: bytes of a socket's path (sun_path of unix(7)), and of the part that multiprocessing appends
-_MAX_SOCKET, _SOCKET = 107, len("/pymp-abcdefgh/listener-abcdefgh")
+#: bytes of a socket's path (sun_path of unix(7), of macOS), and of what multiprocessing appends
+_MAX_SOCKET = 103 if sys.platform == "darwin" else 107
+_SOCKET = len("/pymp-abcdefgh/listener-abcdefgh")
 
 
 class Examples(Protocol):
@@ -211,6 +214,8 @@ def _require_sockets() -> None:
         AfaError: if the path is too long.
     """
     place = tempfile.gettempdir()
+    if not hasattr(socket, "AF_UNIX"):  # Windows, where torch needs none
+        return
     if len(os.fsencode(place)) + _SOCKET > _MAX_SOCKET:
         raise AfaError(
             "AFA-TRAIN-033",

@@ -64,7 +64,7 @@ class Recorder:
         if not self._path.exists():
             return
         kept = []
-        for line in self._path.read_text().splitlines():
+        for line in self._path.read_text(encoding="utf-8").splitlines():
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
@@ -108,7 +108,7 @@ class Recorder:
 
     def write(self, step: int, figures: dict[str, Any]) -> None:
         """Write a line to metrics.jsonl, and its numbers to the trackers."""
-        with self._path.open("a") as file:
+        with self._path.open("a", encoding="utf-8", newline="\n") as file:
             file.write(json.dumps({"step": step, **figures}) + "\n")
         numbers = {key: value for key, value in figures.items() if isinstance(value, int | float)}
         for tracker in self._trackers:
@@ -134,7 +134,7 @@ class Recorder:
 def entries_of(folder: Path, key: str) -> list[dict[str, Any]]:
     """Return the lines of a run's metrics that have a key, without an incomplete last line."""
     path, found = folder / METRICS, []
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         with suppress(json.JSONDecodeError):
             entry = json.loads(line)
             if isinstance(entry, dict) and key in entry:

@@ -189,4 +189,4 @@ def save_pipeline(pipeline: DiffusionPipeline, output: Path) -> None:
             target = output / part.name
             if target.is_dir():
                 shutil.rmtree(target)
-            part.rename(target)
+            part.replace(target)

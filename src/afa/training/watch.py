@@ -16,6 +16,7 @@ from afa.denoisers.kinds import conditioning_of, denoiser_of, kind_of_pipeline
 from afa.ensemble.denoiser import EnsembleDenoiser
 from afa.files import write_png
 from afa.loading.task import native_resolution
+from afa.machine.devices import widest_float
 from afa.machine.exhausted import saying_what_fits, smaller_batch
 from afa.training.encoding import Recorded
 from afa.training.objective import denoising_loss, prediction_loss
@@ -173,7 +174,8 @@ class Watch:
         mine = [*mine, *places[: num_rounds - len(mine)]]
         process = forward_process(trainer.pipeline.scheduler)
         predict = conditioning_of(trainer.pipeline).predict
-        losses = torch.zeros(1, dtype=torch.float64, device=engine.device)
+        wide = widest_float(engine.device)
+        losses = torch.zeros(1, dtype=wide, device=engine.device)
         routings: list[Routing] = []
         denoiser, ensemble = denoiser_of(trainer.pipeline), self._ensemble
         tapping = nullcontext() if ensemble is None else tapped(ensemble)
@@ -181,7 +183,7 @@ class Watch:
         with torch.no_grad(), trainer.averaged(), tapping as tap:
             for row, batch, is_mine in zip(mine, validation.batches(mine), counts, strict=True):
                 # one timestep per sample, evenly spaced over all samples
-                time = torch.tensor([(place + 0.5) / count for place in row], dtype=torch.float64)
+                time = torch.tensor([(place + 0.5) / count for place in row], dtype=wide)
                 of = partial(predict, trainer.pipeline, denoiser, conditions=batch.conditions)
                 if isinstance(batch, Recorded):
                     loss = prediction_loss(of, batch.noisy, batch.timestep, batch.target)
@@ -190,7 +192,7 @@ class Watch:
                         of, process, batch.clean, noise=batch.noise, time=time.to(engine.device)
                     )
                 if is_mine:
-                    losses += loss.double().sum()
+                    losses += loss.to(wide).sum()
                     if tap is not None:
                         routings.append(tap.routing())
         self._set_training(True)
