@@ -255,6 +255,7 @@ _KIND = PipelineKind(
     name="FLUX.2 klein",
     pipelines=("Flux2KleinPipeline",),
     others=("Flux2KleinInpaintPipeline",),
+    flow_samplers=("euler", "unipc"),
     text=("text_encoder",),
     text_layers=3,
     conditioning=Conditioning(_encode, _predict, _unpack),
