@@ -173,7 +173,7 @@ class PipelineKind:
             `afa.denoisers.packing`.
         flow_samplers: with which samplers of a flow its pipelines draw, see
             `afa.denoisers.scheduler_names`: many set noise levels that some schedulers do not take.
-        unusable: names of `others` that fail in diffusers with the experts themselves.
+        unusable: names of `others` that fail, in diffusers or with an ensemble.
         family: the family that lists this kind in `pipelines`.
     """
 

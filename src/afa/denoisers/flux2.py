@@ -256,6 +256,7 @@ _KIND = PipelineKind(
     pipelines=("Flux2KleinPipeline",),
     others=("Flux2KleinInpaintPipeline",),
     flow_samplers=("euler", "unipc"),
+    unusable=("Flux2KleinInpaintPipeline",),  # it appends the picture to the image tokens
     text=("text_encoder",),
     text_layers=3,
     conditioning=Conditioning(_encode, _predict, _unpack),

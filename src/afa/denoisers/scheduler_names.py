@@ -219,6 +219,11 @@ def split_name(given: str) -> tuple[str, str]:
     )
 
 
+def calls_twice(name: str) -> bool:
+    """Whether a scheduler calls the denoiser twice in a step."""
+    return SAMPLERS[split_name(name)[0]].calls_twice
+
+
 def a1111_name(name: str) -> str:
     """Return A1111's name of a scheduler of `canonical_name`."""
     sampler, spacing = split_name(name)

@@ -11,8 +11,9 @@ from typing import Any, Literal
 import diffusers
 import torch
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator, model_validator
 
+from afa.denoisers.scheduler_names import calls_twice, canonical_name
 from afa.drafting import DraftsRecipe
 from afa.drawing.contenders import ENSEMBLE
 from afa.ensemble.caching.plan import PruningPlan
@@ -25,6 +26,14 @@ from afa.recipe import MAX_SEED, Section
 _KEY = "afa"  # of the text chunk in a PNG
 _MAX_TEXT = 1_000_000
 _MAX_PROMPT = 20_000
+DEFAULT_STRENGTH, DEFAULT_HIRES_STRENGTH = 0.8, 0.5
+
+
+class InputPicture(Section):
+    """A file from which a picture was drawn, and the SHA-256 of its content."""
+
+    path: str = Field(max_length=4096)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
 class PictureRecipe(Section):
@@ -52,6 +61,12 @@ class PictureRecipe(Section):
         quantize: quantization of the experts' weights, see `afa.loading.quantization`.
         compiled: whether blocks were compiled, which changes rounding.
         on_nonfinite: reaction to non-finite values of an expert; see `afa.ensemble.guard`.
+        scheduler: a name of `afa.denoisers.scheduler_names`; None uses the experts' own.
+        image: the initial picture, for image to image and inpainting.
+        mask: the mask, white where the picture is drawn again.
+        strength: how much noise is added to the initial picture, from 0 (none) to 1.
+        hires: draws the picture a second time, enlarged by this factor; None draws it once.
+        hires_strength: the strength of that pass.
     """
 
     ensemble: str = Field(max_length=4096)
@@ -74,6 +89,34 @@ class PictureRecipe(Section):
     quantize: Literal["int8", "float8"] | None = None
     compiled: bool = False
     on_nonfinite: OnNonFinite = "stop"
+    scheduler: str | None = Field(default=None, max_length=80)
+    image: InputPicture | None = None
+    mask: InputPicture | None = None
+    strength: float = Field(default=DEFAULT_STRENGTH, gt=0, le=1)
+    hires: float | None = Field(default=None, gt=1, le=4)
+    hires_strength: float = Field(default=DEFAULT_HIRES_STRENGTH, gt=0, le=1)
+
+    @field_validator("scheduler")
+    @classmethod
+    def _canonical(cls, given: str | None) -> str | None:
+        return given and canonical_name(given)
+
+    @model_validator(mode="after")
+    def _of_an_image(self) -> PictureRecipe:
+        if self.mask is not None and self.image is None:
+            raise ValueError("a mask requires an image")
+        if self.hires is not None and self.image is not None:
+            raise ValueError("hires cannot be combined with an image")
+        return self
+
+    @property
+    def num_calls(self) -> int:
+        """About how many times the denoiser is called; some schedulers add one."""
+        steps = self.steps if self.image is None else int(self.steps * self.strength)
+        if self.hires is not None:
+            steps += int(self.steps * self.hires_strength)
+        twice = self.scheduler is not None and calls_twice(self.scheduler)
+        return max(2 * steps if twice else steps, 1)
 
 
 class MadeWith(Section):
