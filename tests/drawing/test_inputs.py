@@ -66,7 +66,7 @@ def test_it_draws_as_the_stock_pipeline(experts: list[Path], tmp_path: Path, mas
     auto = AutoPipelineForInpainting if masked else AutoPipelineForImage2Image
     other: Any = auto.from_pipe(alone, requires_safety_checker=False)
     other.set_progress_bar_config(disable=True)
-    opened = {"image": Image.open(image)}
+    opened: dict[str, Any] = {"image": Image.open(image)}
     if masked:
         opened |= {"mask_image": Image.open(mask), "height": 16, "width": 16}
     expected = other(
@@ -100,7 +100,10 @@ def test_hires_is_a_second_pass(experts: list[Path], tmp_path: Path) -> None:
 def test_a_picture_from_a_picture_comes_out_again(tmp_path: Path) -> None:
     image, mask = picture(tmp_path / "i.png", (70, 64)), half_white(tmp_path / "m.png", (70, 64))
     pipeline = prepare("zoo:ensemble")
-    zoo = {"ensemble": "zoo:ensemble", "identity": identity_of(denoiser_of(pipeline))}
+    zoo: dict[str, Any] = {
+        "ensemble": "zoo:ensemble",
+        "identity": identity_of(denoiser_of(pipeline)),
+    }
     zoo |= {"height": 64, "width": 64}
     asked = recipe(**zoo, image=given(image), scheduler="DPM++ 2M")
     assert (asked.scheduler, asked.strength, asked.num_calls) == ("dpmpp_2m", 0.8, 3)

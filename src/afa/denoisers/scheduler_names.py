@@ -190,6 +190,15 @@ def canonical_name(given: str) -> str:
     return f"{sampler}_{spacing}" if spacing else sampler
 
 
+def scheduler_name(given: str | None) -> str | None:
+    """Validate a scheduler in a recipe, as `canonical_name`; None for the models' own.
+
+    Raises:
+        ValueError: if it is unknown.
+    """
+    return given if given is None else canonical_name(given)
+
+
 def split_name(given: str) -> tuple[str, str]:
     """Return the sampler and the spacing of a name; the spacing is empty for the experts' own.
 

@@ -16,14 +16,21 @@ import torch
 
 from afa.denoisers.kinds import denoiser_of, kind_of_pipeline
 from afa.denoisers.objective import FLOW, objective_of
-from afa.denoisers.scheduler_names import SAMPLERS, SPACINGS, canonical_name, split_name
+from afa.denoisers.scheduler_names import (
+    SAMPLERS,
+    SPACINGS,
+    calls_twice,
+    canonical_name,
+    split_name,
+)
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from diffusers import DiffusionPipeline, SchedulerMixin
 
+    from afa.denoisers.family import PipelineKind
     from afa.denoisers.objective import Objective
 
 #: what determines the noise schedule; stated even where it is a class's default
@@ -57,45 +64,61 @@ def _fits(pipeline: DiffusionPipeline, name: str) -> bool:
 def scheduler_for(pipeline: DiffusionPipeline, name: str) -> SchedulerMixin:
     """Make a scheduler for a pipeline, with the noise schedule of its own.
 
-    Prediction type, betas, zero terminal SNR, spacing of timesteps, their offset and shifts carry
-    over, as with `from_config` in diffusers.
-
     Args:
         pipeline: the pipeline, whose scheduler is that of its model; it is not changed.
         name: see `afa.denoisers.scheduler_names.canonical_name`.
 
     Raises:
-        AfaError: if the name is unknown or does not fit the model, its pipelines, its predictions
-            or the settings of the ensemble.
+        AfaError: see `scheduler_from`; or if it does not fit the experts' different predictions or
+            the settings of the ensemble.
     """
-    own = pipeline.scheduler
+    made = scheduler_from(pipeline.scheduler, kind_of_pipeline(pipeline), name)
+    objectives = getattr(denoiser_of(pipeline), "objectives", None)
+    if objectives is not None:
+        require_exact_timesteps(made, objectives.wanted, name)
+    _require_settings(pipeline, name)
+    return made
+
+
+def scheduler_from(own: SchedulerMixin, kind: PipelineKind, name: str) -> SchedulerMixin:
+    """Make a scheduler from that of a model, with its noise schedule.
+
+    Prediction type, betas, zero terminal SNR, spacing of timesteps, their offset and shifts carry
+    over, as with `from_config` in diffusers.
+
+    Args:
+        own: the model's.
+        kind: of the model's pipeline.
+        name: see `afa.denoisers.scheduler_names.canonical_name`.
+
+    Raises:
+        AfaError: if the name is unknown, or does not fit the model or its pipelines.
+    """
     sampler, spacing = split_name(name)
     name, objective = canonical_name(name), objective_of(own)
     if objective is None or objective.predicts == "sample":
         raise AfaError(
             "AFA-DRAW-021",
             f"The experts' {type(own).__name__} has noise levels or a prediction type that other "
-            f"schedulers do not have; got --scheduler {name}. Remove it to use their own.",
+            f"schedulers do not have; got the scheduler {name}. Remove it to use their own.",
         )
-    kind = SAMPLERS[sampler]
-    is_flow = objective.predicts == FLOW
+    found, is_flow = SAMPLERS[sampler], objective.predicts == FLOW
     if is_flow:
-        _require_flow(pipeline, sampler, spacing)
+        _require_flow(own.config, kind, sampler, spacing)
     if find_spec("scipy") is None and (spacing == "beta" or sampler == "lms"):
         raise AfaError(
             "AFA-DRAW-022",
             f"The scheduler {name} requires scipy, which is not installed. Run: pip install scipy",
         )
-    made = _made(own, (kind.flow or "") if is_flow else kind.diffusion, sampler, spacing, is_flow)
+    class_name = (found.flow or "") if is_flow else found.diffusion
+    made = _made(own, class_name, sampler, spacing, is_flow)
     if objective_of(made) != objective:
         raise AfaError(
             "AFA-DRAW-023",
             f"The scheduler {name} does not have the experts' noise schedule: its "
             f"{type(made).__name__} lacks what their {type(own).__name__} sets, such as zero "
-            "terminal SNR. Use euler, ddim or dpmpp_2m, or remove --scheduler.",
+            "terminal SNR. Use euler, ddim or dpmpp_2m, or their own scheduler.",
         )
-    _require_timesteps(pipeline, made, name)
-    _require_settings(pipeline, name, kind.calls_twice)
     return made
 
 
@@ -169,18 +192,19 @@ def _made(
     return scheduler_class.from_config(config, **given)
 
 
-def _require_flow(pipeline: DiffusionPipeline, sampler: str, spacing: str) -> None:
+def _require_flow(
+    config: Mapping[str, Any], kind: PipelineKind, sampler: str, spacing: str
+) -> None:
     """Check that a sampler is one for flow matching, and follows the model's shifts.
 
     Raises:
         AfaError: if not; it names those that do.
     """
-    config, kind = pipeline.scheduler.config, kind_of_pipeline(pipeline)
     other = next((key for key in _OTHER_FLOWS if config.get(key)), None)
     if other is not None:
         raise AfaError(
             "AFA-DRAW-025",
-            f"The experts' scheduler has {other}, which other schedulers lack; got --scheduler "
+            f"The experts' scheduler has {other}, which other schedulers lack; got the scheduler "
             f"{sampler}. Remove it to use their own.",
         )
     is_shifted = any(config.get(key) for key in _SHIFTS)
@@ -195,21 +219,22 @@ def _require_flow(pipeline: DiffusionPipeline, sampler: str, spacing: str) -> No
         raise AfaError(
             "AFA-DRAW-026",
             f"The scheduler {asked} does not fit these experts, which predict a flow (a "
-            f"{kind.name} pipeline). Use {' or '.join(fitting)}, or remove --scheduler.",
+            f"{kind.name} pipeline). Use {' or '.join(fitting)}, or their own scheduler.",
         )
 
 
-def _require_timesteps(pipeline: DiffusionPipeline, scheduler: SchedulerMixin, name: str) -> None:
-    """Check that timesteps are not rounded, if experts' predictions are converted at these.
+def require_exact_timesteps(scheduler: SchedulerMixin, wanted: Objective, name: str) -> None:
+    """Check that timesteps are not rounded, for experts whose predictions are converted at these.
+
+    Args:
+        scheduler: to be used.
+        wanted: what the ensemble predicts.
+        name: of the scheduler.
 
     Raises:
         AfaError: if they are.
     """
-    objectives = getattr(denoiser_of(pipeline), "objectives", None)
-    if objectives is None:
-        return
-    wrong = _error_of_timesteps(scheduler, objectives.wanted)
-    if wrong > _ROUNDED:
+    if _error_of_timesteps(scheduler, wanted) > _ROUNDED:
         raise AfaError(
             "AFA-DRAW-027",
             f"The scheduler {name} calls the experts with rounded timesteps, but these experts "
@@ -229,7 +254,7 @@ def _error_of_timesteps(scheduler: SchedulerMixin, objective: Objective) -> floa
     return float((objective.angle(steps) - torch.atan2(sigmas, signal)).abs().max())
 
 
-def _require_settings(pipeline: DiffusionPipeline, name: str, calls_twice: bool) -> None:
+def _require_settings(pipeline: DiffusionPipeline, name: str) -> None:
     """Check a sampler with two calls per step against what counts on one.
 
     Raises:
@@ -238,7 +263,7 @@ def _require_settings(pipeline: DiffusionPipeline, name: str, calls_twice: bool)
     denoiser = denoiser_of(pipeline)
     reuses = not getattr(getattr(denoiser, "acceleration", None), "is_exact", True)
     graphs = getattr(denoiser, "graphs", None) is not None
-    if calls_twice and (reuses or graphs):
+    if calls_twice(name) and (reuses or graphs):
         what = "CUDA graphs" if graphs else "a feature cache (--speed)"
         raise AfaError(
             "AFA-DRAW-028",

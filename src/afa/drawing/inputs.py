@@ -68,7 +68,7 @@ def open_mask(given: InputPicture, size: tuple[int, int]) -> Image.Image:
         what = f"has {mask.width} x {mask.height} pixels and the picture {size[0]} x {size[1]}"
     elif Conversion.ALPHA in conversions_of(mask):
         what = "is partly transparent"
-    elif grey.getextrema()[1] < _HALF:
+    elif not any(grey.histogram()[_HALF:]):
         what = "is black everywhere, so that nothing would be drawn"
     if what is None:
         return grey
@@ -84,21 +84,22 @@ def fitted(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
     if picture.size == size:
         return picture
     scale = max(size[0] / picture.width, size[1] / picture.height)
-    scaled = tuple(
-        max(round(side * scale), wanted) for side, wanted in zip(picture.size, size, strict=True)
+    scaled = (
+        max(round(picture.width * scale), size[0]),
+        max(round(picture.height * scale), size[1]),
     )
     left, top = (scaled[0] - size[0]) // 2, (scaled[1] - size[1]) // 2
     crop = (left, top, left + size[0], top + size[1])
-    return scale_and_crop(picture, (scaled[0], scaled[1]), crop, Image.Resampling.BICUBIC)
+    return scale_and_crop(picture, scaled, crop, Image.Resampling.BICUBIC)
 
 
-def size_of_input(path: Path, multiple: int) -> tuple[int, int]:
+def size_of_input(path: str | Path, multiple: int) -> tuple[int, int]:
     """Height and width for a picture drawn from a file: its own, rounded down to `multiple`.
 
     Raises:
         AfaError: if it cannot be read.
     """
-    width, height = read_picture(_content(path), str(path)).size
+    width, height = read_picture(_content(Path(path)), str(path)).size
     return (
         max(height // multiple, 1) * multiple,
         max(width // multiple, 1) * multiple,

@@ -243,8 +243,7 @@ def draw(pipeline: DiffusionPipeline, recipe: PictureRecipe) -> Image.Image:
         **kind.call,
     }
     generator = torch.Generator().manual_seed(recipe.seed)
-    if recipe.image is not None or recipe.hires is not None:
-        _require_no_drafts(pipeline, recipe)
+    require_no_drafts(pipeline, recipe)
     sampled = sampled_with(pipeline, recipe.scheduler)
     with saying_what_fits(what, _smaller), sampled, decoded(pipeline):
         if recipe.image is None:
@@ -298,13 +297,14 @@ def _drawn_from(
         ) from error
 
 
-def _require_no_drafts(pipeline: DiffusionPipeline, recipe: PictureRecipe) -> None:
-    """Check that a picture that is drawn from another one is drawn without drafts.
+def require_no_drafts(pipeline: DiffusionPipeline, recipe: PictureRecipe) -> None:
+    """Check that a picture is not drawn by drafts if it is drawn from another one.
 
     Raises:
-        AfaError: if it is not.
+        AfaError: if it is.
     """
-    if drafts_of(pipeline, recipe.prompt):
+    is_from_another = recipe.image is not None or recipe.hires is not None
+    if is_from_another and drafts_of(pipeline, recipe.prompt):
         raise AfaError(
             "AFA-DRAW-030",
             "Drafts cannot be combined with an initial picture or hires: they decide by what the "

@@ -26,6 +26,7 @@ from afa.loading.ensemble_folder import ensemble_folder
 from afa.loading.finding import Finding, Level
 from afa.loading.manifest import read_manifest
 from afa.loading.prompt_warnings import warnings_of_plan
+from afa.loading.scheduler_choice import require_scheduler
 from afa.loading.sources import locate_vae
 from afa.loading.truncation import limits_of_folder, prompt_warnings
 from afa.loading.vocabulary import read_words, word_warnings
@@ -120,6 +121,9 @@ def inputs_of_training(
         if (previews := recipe.previews) is not None:
             cut = prompt_warnings(limits, previews.prompts, guidance=previews.guidance, kind=kind)
             found.say("previews", cut)
+    if recipe.previews is not None:
+        with found.refusals("previews"):
+            require_scheduler(plan, recipe.previews.scheduler)
     if (prompted := data_recipe.prompts) is not None:
         with found.refusals("prompts"):
             prompts = read_prompts(prompted.file)
@@ -189,6 +193,8 @@ def inputs_of_evaluation(
 
     found, is_resumed = Inputs(), False
     _open_autoencoder(found, recipe.vae)
+    with found.refusals("sampling"):
+        require_scheduler(plan_of_evaluation(recipe), recipe.sampling.scheduler)
     if output is not None:
         with found.refusals("output"):
             require_evaluation(output, recipe.references)
@@ -254,6 +260,8 @@ def inputs_of_search(
     del progress
     found = Inputs()
     _open_autoencoder(found, recipe.vae)
+    with found.refusals("sampling"):
+        require_scheduler(plan_of_search(recipe), recipe.sampling.scheduler)
     with found.refusals("prompts"):
         prompts = load_prompts(recipe.prompts)
         found.say("prompts", source_warnings(recipe.prompts))
