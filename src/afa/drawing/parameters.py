@@ -2,7 +2,7 @@
 
 Its form is that of `create_infotext` and `parse_generation_parameters` in A1111: the prompt, a line
 `Negative prompt: ...`, and a line of `key: value` pairs in which values with commas, colons or line
-breaks are JSON strings. ComfyUI and sites for pictures read it, too.
+breaks are JSON strings. Other programs and sites for pictures read it, too.
 """
 
 from __future__ import annotations
