@@ -152,6 +152,8 @@ def test_a_picture_of_a1111(
     changed = ("--steps", 2, "--scheduler", "ddim", "--size", "16x16")
     (recipe,) = generate("other", "--from-image", path, *changed).values()
     assert (recipe["steps"], recipe["scheduler"], recipe["height"]) == (2, "ddim", 16)
+    generate("lcm", "a fox", "--steps", 2, "--scheduler", "lcm", "--size", "16x16")
+    assert "distilled for few steps" in capsys.readouterr().out
     for command, code in [
         ((), "AFA-CLI-040"),
         ((ensemble, "a bee"), "AFA-CLI-012"),

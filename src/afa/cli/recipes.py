@@ -111,7 +111,7 @@ def fields_of_inputs(
     fields: dict[str, Any] = {"hires": hires}
     for name, path in (("image", image), ("mask", mask)):
         if path is not None:
-            fields[name] = {"path": str(path.absolute()), "sha256": hash_input(path)}
+            fields[name] = {"path": str(path), "sha256": hash_input(path)}
     for name, value in (("strength", strength), ("hires_strength", hires_strength)):
         if value is not None:
             fields[name] = value
@@ -217,6 +217,7 @@ def prompt_warnings(
 ) -> list[str]:
     """Warnings of prompts that are cut off, and of words that no training caption has."""
     from afa.denoisers.scheduler_names import FOR_DISTILLED, split_name
+    from afa.denoisers.schedulers import name_of
     from afa.loading.ensemble_folder import ensemble_folder
     from afa.loading.truncation import warnings_for
     from afa.loading.vocabulary import word_warnings
@@ -230,12 +231,13 @@ def prompt_warnings(
     warnings += word_warnings(ensemble_folder(recipes[0].ensemble), fused)
     if recipes[0].image is not None:
         warnings += [_fitted(recipe) for recipe in recipes]
-    for recipe in recipes:
-        if recipe.scheduler and split_name(recipe.scheduler)[0] in FOR_DISTILLED:
-            warnings.append(
-                f"The scheduler {recipe.scheduler} is for models that were distilled for few "
-                "steps (LCM, TCD); pictures of other models are blurred."
-            )
+    asked = {recipe.scheduler for recipe in recipes if recipe.scheduler}
+    few = [name for name in sorted(asked) if split_name(name)[0] in FOR_DISTILLED]
+    if few and name_of(pipeline.scheduler) not in FOR_DISTILLED:
+        warnings.append(
+            f"The scheduler {few[0]} is for models that were distilled for few steps, and the "
+            "experts' own is another one. Pictures of models without distillation are blurred."
+        )
     return [line for line in dict.fromkeys(warnings) if line]
 
 

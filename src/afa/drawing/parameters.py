@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import re
+import struct
+import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +23,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 KEY = "parameters"
-_MAX_TEXT = 100_000
+#: of the text, and of its line of settings, whose search takes the square of its length
+_MAX_TEXT, _MAX_LINE = 100_000, 10_000
 _PAIR = re.compile(r'\s*(\w[\w \-/]*):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 _NEGATIVE = "Negative prompt:"
 #: the fewest pairs in a line of settings; other last lines belong to the prompt
@@ -30,6 +33,11 @@ _USER_COMMENT = 0x9286
 _CODED = {b"UNICODE\0": "utf-16-be", b"ASCII\0\0\0": "ascii", b"\0" * 8: "utf-8"}
 #: keys that name the model and the program, without an effect of their own
 _OF_MODEL = ("Model hash", "Model", "Version", "VAE", "VAE hash", "Hashes")
+#: errors of Pillow's readers of damaged files and EXIF data
+_DAMAGED = (
+    *(OSError, UnidentifiedImageError, ValueError, SyntaxError, LookupError, TypeError),
+    *(EOFError, OverflowError, struct.error, zlib.error),
+)
 _TAG = re.compile(r"<\s*(\w+)\s*:[^<>]*>")
 _SYNTAX = {
     r"(?<!\\)\([^()]*:\s*[\d.]+\s*\)": "(word:1.3)",
@@ -101,7 +109,7 @@ def read_parameters(path: Path) -> Parameters | None:
             if not isinstance(text, str):
                 exif = picture.getexif().get_ifd(ExifTags.IFD.Exif)
                 text = _decoded(exif.get(_USER_COMMENT))
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError, KeyError):
+    except _DAMAGED:
         return None
     return None if not text or len(text) > _MAX_TEXT else parse_parameters(text, str(path))
 
@@ -117,7 +125,7 @@ def parse_parameters(text: str, name: str) -> Parameters:
         AfaError: if a value is not as A1111 writes it.
     """
     *lines, last = text.strip().split("\n")
-    if len(_PAIR.findall(last)) < _FEWEST:
+    if len(last) > _MAX_LINE or len(_PAIR.findall(last)) < _FEWEST:
         lines, last = [*lines, last], ""
     parts: list[list[str]] = [[], []]
     for line in lines:
@@ -186,7 +194,12 @@ def _plain(text: str, notes: list[str]) -> str:
     """Remove tags from a prompt; note them, and syntax that is drawn as words."""
     for tag in _TAG.finditer(text):
         notes.append(f"'{tag[0]}' is not understood, and was removed from the prompt.")
-    text = re.sub(r"\s*,\s*(?=,|$)|  +", "", _TAG.sub("", text)) if _TAG.search(text) else text
+    if _TAG.search(text):
+        lines = _TAG.sub("", text).split("\n")
+        text = "\n".join(
+            ", ".join(filter(None, (" ".join(part.split()) for part in line.split(","))))
+            for line in lines
+        )
     shown = [example for form, example in _SYNTAX.items() if re.search(form, text)]
     if shown:
         notes.append(f"{', '.join(shown)} in the prompt is read as plain text.")
