@@ -101,10 +101,9 @@ def test_pictures_from_pictures(
         assert "Hires upscale: 1.5" in picture.info["parameters"]
     again(tmp_path / "h", capsys)
     Image.new("L", (27, 19)).save(image)
-    picture = next((tmp_path / "i").glob("*seed0.png"))
-    assert "AFA-DRAW-034" in fails(
-        capsys, "generate", "--from-image", picture, "--output", tmp_path / "no"
-    )
+    drawn = next((tmp_path / "i").glob("*seed0.png"))
+    line = fails(capsys, "generate", "--from-image", drawn, "--output", tmp_path / "no")
+    assert "AFA-DRAW-034" in line
 
 
 def test_a_file_of_prompts(generate: Generate, tmp_path: Path) -> None:

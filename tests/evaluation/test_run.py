@@ -484,7 +484,8 @@ def test_a_scheduler_is_part_of_what_pictures_are_made_from(
     tmp_path: Path, write: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sampling = {"num_steps": 2, "guidance": 3, "seeds": [0], "num_threads": 1}
-    few = {"prompts": {"zoo": {"kinds": {"mixed": 2}}}, "metrics": ["scenes"], "curve": None}
+    few: dict[str, Any] = {"metrics": ["scenes"], "curve": None}
+    few["prompts"] = {"zoo": {"kinds": {"mixed": 2}}}
     few["methods"] = [{"name": "AFA", "fusion": {"rule": "feature_mean"}}]
     own = run(write(**few, sampling=sampling), tmp_path / "own")
     assert "scheduler" not in own["sampling"]

@@ -294,6 +294,9 @@ def inputs_of_distillation(
             require_place_for_folder(output, "The output")
     with found.refusals("trackers"):
         require_trackers(recipe.training.trackers)
+    if recipe.previews is not None:
+        with found.refusals("previews"):
+            require_scheduler(plan_of_distillation(recipe), recipe.previews.scheduler)
     with found.refusals("student"):
         require_fit(Teacher.of(recipe), recipe.student)
     if (drawn := recipe.trajectories) is not None:
