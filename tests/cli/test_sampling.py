@@ -175,6 +175,7 @@ def test_a_picture_of_a1111(
         ("--image {file}", "AFA-PICTURE-004", "file.png"),
         ("--hires 9", "AFA-DRAW-002", "hires"),
         ("--hires 1.5 --steps 1", "AFA-DRAW-029", "hires_strength"),
+        ("--hires 1.05 --steps 4", "AFA-DRAW-029", "16 x 16"),
         ("--scheduler foo", "AFA-DRAW-020", "foo"),
         ("--scheduler heun --speed fast", "AFA-DRAW-028", "heun"),
         ("--scheduler euler --hires 1.5 --drafts {expert}", "AFA-DRAW-030", "--hires"),

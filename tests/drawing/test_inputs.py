@@ -17,11 +17,13 @@ from PIL import Image
 
 import afa
 from afa.denoisers.kinds import denoiser_of, kind_of_pipeline
+from afa.drafting import DraftsRecipe, use_drafts
 from afa.drawing.inputs import fitted, hash_input, hires_size, taking_picture
 from afa.drawing.pictures import draw, identity_of, prepare, prepare_again
 from afa.drawing.recorded import picture_recipe, read_picture, save_picture
 from afa.ensemble.recording import record_weights
 from afa.errors import AfaError
+from afa.loading.expert_source import ExpertSource
 from tests.refusal import refusal
 from tests.tiny_pipelines import saved_experts
 
@@ -123,6 +125,19 @@ def test_a_picture_from_a_picture_comes_out_again(tmp_path: Path) -> None:
     image.unlink()
     with pytest.raises(AfaError, match=r"i\.png"):
         draw(pipeline, found)
+
+
+def test_drafts_have_the_scheduler_of_the_picture(experts: list[Path], tmp_path: Path) -> None:
+    pipeline = afa.load_pipeline(experts[:2])
+    judge = ExpertSource(str(experts[2]))
+    use_drafts(pipeline, DraftsRecipe(judge=judge, num_steps=2, num_levels=2))
+    seen = {draw(pipeline, recipe(scheduler=name)).tobytes() for name in (None, "euler_a", "heun")}
+    again = draw(pipeline, recipe(scheduler="euler_a")).tobytes()
+    assert len(seen) == len(seen | {again}) == 3
+    image = picture(tmp_path / "i.png")
+    for changes in ({"hires": 2}, {"image": given(image)}):
+        with refusal("AFA-DRAW-030", "--no-drafts"):
+            draw(pipeline, recipe(**changes))
 
 
 def test_inputs_that_do_not_fit(experts: list[Path], tmp_path: Path) -> None:

@@ -151,6 +151,7 @@ def recipes_of(
     from afa.denoisers.schedulers import scheduler_for
     from afa.drawing import inputs, pictures, recorded
     from afa.drawing.contenders import ENSEMBLE
+    from afa.loading.task import size_multiple
 
     assert shared.get("drawn_by", ENSEMBLE) == ENSEMBLE, "others are only reproduced"
     for name in dict.fromkeys(each.scheduler for each in wanted if each.scheduler):
@@ -170,7 +171,7 @@ def recipes_of(
                 scheduler=each.scheduler,
                 **shared,
             )
-            inputs.require_steps(recipe)
+            inputs.require_passes(recipe, size_multiple(pipeline))
             pictures.require_no_drafts(pipeline, recipe)
             recipes.append(recipe.model_copy(update=pictures.drafts_of(pipeline, each.prompt)))
     return list(zip(stems_of(wanted, num_images), recipes, strict=True))

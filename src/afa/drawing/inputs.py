@@ -131,22 +131,35 @@ def taking_picture(pipeline: DiffusionPipeline, *, masked: bool) -> DiffusionPip
     return other
 
 
-def require_steps(recipe: PictureRecipe) -> None:
-    """Check that a picture that is drawn from another one has at least one step.
+def require_passes(recipe: PictureRecipe, multiple: int = 1) -> None:
+    """Check that every pass from a picture has a step, and that hires enlarges.
+
+    Args:
+        recipe: of the picture.
+        multiple: number of pixels of which height and width must be multiples.
 
     Raises:
-        AfaError: if the number of steps times the strength is below 1.
+        AfaError: if the number of steps times a strength is below 1, or the size of the second pass
+            is rounded down to that of the first.
     """
     passes = {"strength": recipe.image and recipe.strength}
     passes["hires_strength"] = recipe.hires and recipe.hires_strength
+    wrong = None
     for name, strength in passes.items():
         if strength and int(recipe.steps * strength) < 1:
-            raise AfaError(
-                "AFA-DRAW-029",
+            wrong = (
                 f"{recipe.steps} steps at {name} {strength:g} are none: steps times strength must "
                 f"be at least 1. Set more steps, or --{name.replace('_', '-')} to at least "
-                f"{1 / recipe.steps:.2g}.",
+                f"{1 / recipe.steps:.2g}."
             )
+    size = (recipe.height, recipe.width)
+    if recipe.hires is not None and hires_size(*size, recipe.hires, multiple) == size:
+        wrong = (
+            f"hires {recipe.hires:g} does not enlarge {recipe.width} x {recipe.height} pixels, "
+            f"which must be multiples of {multiple}. Set a larger factor."
+        )
+    if wrong is not None:
+        raise AfaError("AFA-DRAW-029", wrong)
 
 
 def arguments_of(recipe: PictureRecipe) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from afa.drawing.inputs import (
     arguments_of,
     enlarged,
     hires_size,
-    require_steps,
+    require_passes,
     taking_picture,
 )
 from afa.ensemble.accelerate import accelerate
@@ -232,7 +232,7 @@ def draw(pipeline: DiffusionPipeline, recipe: PictureRecipe) -> Image.Image:
             files of weights were changed in the meantime, or the scheduler, the initial picture
             or the mask does not fit.
     """
-    require_steps(recipe)
+    require_passes(recipe)
     size = hires_size(recipe.height, recipe.width, recipe.hires, 1)
     what = f"A picture of {size[1]} x {size[0]} pixels"
     kind = kind_of_pipeline(pipeline)
