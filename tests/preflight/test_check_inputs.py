@@ -84,6 +84,10 @@ TRAININGS: dict[str, Any] = {
         "data": {"folder": "./pictures"},
         "training": {**TRAINING, "trackers": ["nonsense"]},
     },
+    "a scheduler that does not fit": {
+        "data": {"folder": "./pictures"},
+        "previews": {"prompts": [CAPTION], "scheduler": "ddim_karras"},
+    },
     "a cache that is a file": {
         "data": {"folder": "./pictures", "cache": True, "cache_folder": "./recipe.yaml"},
     },
@@ -181,6 +185,9 @@ EVALUATIONS: dict[str, Any] = {
         "methods": [{"name": "A", "ensemble": "zoo:ensemble", "plan": "p.json"}]
     },
     "an ensemble that is not there": {"methods": [{"name": "A", "ensemble": "./nowhere"}]},
+    "a scheduler without zero terminal SNR": {
+        "sampling": {"num_steps": 1, "guidance": 1, "device": "cpu", "scheduler": "heun"}
+    },
 }
 
 

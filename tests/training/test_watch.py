@@ -113,6 +113,20 @@ def test_pictures(run: Path) -> None:
     assert pictures[0].read_bytes() != pictures[1].read_bytes()
 
 
+def test_previews_with_another_scheduler(experts: list[Path], run: Path, tmp_path: Path) -> None:
+    """It draws other pictures and changes no step; one that does not fit is refused before."""
+    output = tmp_path / "run"
+    list(steps_of(observed(experts, previews={"scheduler": "Euler a"}), output))
+    sheets = [folder / "previews" / "step-00000006.png" for folder in (run, output)]
+    assert sheets[0].read_bytes() != sheets[1].read_bytes()
+    losses = [[line["loss"] for line in lines(each) if "loss" in line] for each in (run, output)]
+    assert losses[0] == losses[1]
+    with refusal("AFA-DRAW-024", "ddim", "karras"):
+        list(steps_of(observed(experts, previews={"scheduler": "ddim_karras"}), tmp_path / "no"))
+    with pytest.raises(ValueError, match="Unknown scheduler"):
+        observed(experts, previews={"scheduler": "foo"})
+
+
 def test_tensorboard_has_figures_and_pictures(run: Path) -> None:
     events = EventAccumulator(str(run / "logs"))
     events.Reload()

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 MAX_STEPS, MAX_PIXELS, MAX_BIAS = 150, 2048, 4.0
+#: the scheduler of the models
+OWN = "the experts' own"
 CSS = """
 #gallery .grid-container {
   grid-template-columns: repeat(auto-fill, minmax(clamp(96px, 11vw, 140px), 1fr)) !important}
@@ -35,7 +37,10 @@ CSS = """
 
 @dataclass(frozen=True)
 class Defaults:
-    """Initial values of the controls; `multiple` is the step of height and width in pixels."""
+    """Initial values of the controls.
+
+    `multiple` is the step of height and width in pixels; `schedulers` are those that fit.
+    """
 
     prompt: str
     steps: int
@@ -43,6 +48,7 @@ class Defaults:
     height: int
     width: int
     multiple: int
+    schedulers: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,12 @@ class Controls:
         with gr.Accordion("More", open=False):
             self.negative = gr.Textbox("", label="Negative prompt")
             self.speed = gr.Radio(list(PRESETS), value="exact", label="Speed")
+            self.scheduler = gr.Dropdown(
+                [OWN, *defaults.schedulers],
+                value=OWN,
+                label="Scheduler",
+                elem_id="scheduler",
+            )
             size: dict[str, Any] = {"step": defaults.multiple, "minimum": defaults.multiple}
             size["maximum"] = MAX_PIXELS
             self.height = gr.Slider(value=defaults.height, label="Height", **size)
@@ -89,7 +101,7 @@ class Controls:
     def sampling(self) -> list[Any]:
         """The controls of a recipe, in the order that `Page._read` expects."""
         first = [self.prompt, self.negative, self.seed, self.steps, self.guidance]
-        return [*first, self.speed, self.height, self.width]
+        return [*first, self.speed, self.scheduler, self.height, self.width]
 
 
 class FusionWeights:

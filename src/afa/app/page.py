@@ -15,9 +15,10 @@ import gradio as gr
 from afa.app import views
 from afa.app.api import Endpoint
 from afa.app.drawing import Drawn, Stopped
-from afa.app.layout import MAX_PIXELS, MAX_STEPS, Defaults, Layout, Slot, parts
+from afa.app.layout import MAX_PIXELS, MAX_STEPS, OWN, Defaults, Layout, Slot, parts
 from afa.app.views import Entry
 from afa.denoisers.kinds import denoiser_of
+from afa.denoisers.schedulers import scheduler_names_for
 from afa.drawing.contenders import ENSEMBLE
 from afa.drawing.pictures import identity_of
 from afa.drawing.recorded import picture_recipe, save_picture
@@ -76,7 +77,8 @@ class Page:
         pipeline, experts = self._studio.pipeline, self._experts
         prompt, steps, guidance = _ZOO if self._ensemble.startswith("zoo:") else _OTHER
         size = native_resolution(pipeline)
-        defaults = Defaults(prompt, steps, guidance, *size, size_multiple(pipeline))
+        fit = (size_multiple(pipeline), scheduler_names_for(pipeline))
+        defaults = Defaults(prompt, steps, guidance, *size, *fit)
         with gr.Blocks(title="afa", analytics_enabled=False) as blocks:
             self._history, self._shown, self._picked = gr.State([]), gr.State(None), gr.State(None)
             self._on = Layout(defaults, experts, self._studio.contenders.names)
@@ -238,9 +240,10 @@ class Page:
     def _read(self, values: Sequence[Any]) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
         """Convert the values of the controls to fields of a recipe and a bias."""
         names = ("prompt", "negative_prompt", "seed", "steps", "guidance")
-        *sampling, speed, height, width = values[: -len(self._on.steering.biases)]
+        *sampling, speed, scheduler, height, width = values[: -len(self._on.steering.biases)]
         fields = dict(zip(names, sampling, strict=True))
-        fields |= {"height": height, "width": width, "speed": speed}
+        chosen = None if scheduler == OWN else scheduler
+        fields |= {"height": height, "width": width, "speed": speed, "scheduler": chosen}
         count, given = len(self._experts), values[-len(self._on.steering.biases) :]
         bias = {}
         for n, key in enumerate(self._keys):
@@ -286,10 +289,9 @@ class Page:
         name = f"{number:03d}-{slug(recipe.prompt)}-{slug(recipe.drawn_by)}.png"
         path = self._folder / slug(session) / name
         path.parent.mkdir(exist_ok=True)
-        save_picture(drawn.picture, path, recipe, self._device)
-        if self._keep is not None:
-            stem = f"{slug(session)[:8]}-{name}"
-            save_picture(drawn.picture, self._keep / stem, recipe, self._device)
+        kept = [self._keep / f"{slug(session)[:8]}-{name}"] if self._keep else []
+        for place in (path, *kept):
+            save_picture(drawn.picture, place, recipe, self._device, drawn.scheduler)
         return Entry(recipe, path, drawn.seconds, drawn.record)
 
     def _buttons(self, *, is_busy: bool) -> dict[Any, Any]:
@@ -371,7 +373,7 @@ class Page:
 
     def _use_again(self, history: list[Entry], picked: int | None) -> list[Any]:
         if picked is None:
-            return [gr.skip()] * (8 + len(self._on.steering.biases))
+            return [gr.skip()] * (9 + len(self._on.steering.biases))
         recipe = history[picked].recipe
         speed = next(
             name for name, preset in PRESETS.items() if preset.describe() == recipe.acceleration
@@ -381,7 +383,6 @@ class Page:
         ]
         return [
             *(recipe.prompt, recipe.negative_prompt, recipe.seed, recipe.steps, recipe.guidance),
-            *(speed, recipe.height, recipe.width),
-            *[0] * len(self._keys),
-            *by_stage,
+            *(speed, recipe.scheduler or OWN, recipe.height, recipe.width),
+            *(*[0] * len(self._keys), *by_stage),
         ]

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-#: prints file names and prompts literally: brackets in them are not markup
-console = Console(markup=False, highlight=False)
+#: prints file names and prompts literally: brackets and `:x:` in them are not markup
+console = Console(markup=False, highlight=False, emoji=False)
 
 
 def replace_unprintable() -> None:

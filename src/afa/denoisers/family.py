@@ -173,6 +173,9 @@ class PipelineKind:
         carries_prompts: whether its pipelines pass the embedding of all tokens of a prompt to the
             denoiser unchanged, so that it can carry the prompts of other experts, see
             `afa.denoisers.packing`.
+        flow_samplers: with which samplers of a flow its pipelines draw, see
+            `afa.denoisers.scheduler_names`: many set noise levels that some schedulers do not take.
+        unusable: names of `others` that fail, in diffusers or with an ensemble.
         family: the family that lists this kind in `pipelines`.
     """
 
@@ -197,6 +200,8 @@ class PipelineKind:
     without_prompt: str = ""
     takes_negative: bool = True
     carries_prompts: bool = False
+    flow_samplers: tuple[str, ...] = ("euler", "heun", "dpmpp_2m", "unipc")
+    unusable: tuple[str, ...] = ()
     family: Family = field(init=False, repr=False)
 
     @property

@@ -12,6 +12,7 @@ import numpy as np
 from afa.distilling.card import CARD, card_of, record_of
 from afa.distilling.lora_files import write_loras
 from afa.distilling.passes import passes_of
+from afa.distilling.planned import plan_of_distillation
 from afa.distilling.predictions import LiveTexts, RecordedExamples, Source
 from afa.distilling.recipe import BakeIn
 from afa.distilling.recording import read_rows, record_predictions
@@ -19,6 +20,7 @@ from afa.distilling.student import Student, load_student, require_fit
 from afa.distilling.teacher import Teacher
 from afa.errors import AfaError
 from afa.files import is_unused, owned, read_json, write_atomic
+from afa.loading.scheduler_choice import require_scheduler
 from afa.loading.student_record import ENTRY, RECORD
 from afa.recipe import differing
 from afa.training.cache import CacheProgress, TextCache
@@ -81,6 +83,8 @@ def distill(
     engine = Engine(settings.device)
     require_same_distillation(recipe, output)
     require_trackers(settings.trackers)
+    if recipe.previews is not None:  # the student has the teacher's noise schedule
+        require_scheduler(plan_of_distillation(recipe), recipe.previews.scheduler)
     teacher = Teacher.of(recipe)
     require_fit(teacher, recipe.student)
     passes = passes_of(recipe)

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from afa.aggregators.fusion import AnyFusion
+from afa.denoisers.scheduler_names import calls_twice, scheduler_name
 from afa.drafting.settings import DraftsRecipe
 from afa.ensemble.caching.settings import EXACT, Acceleration, acceleration_of
 from afa.evaluation.prompts import PromptsRecipe, resolve_file, resolve_prompts
@@ -132,7 +133,11 @@ class SamplingRecipe(Section):
 
     A picture's initial noise depends only on the index of its prompt and on the seed.
     `num_threads` fixes the CPU threads per process, which can change the last bits of a picture.
+    `scheduler` is a name of `afa.denoisers.scheduler_names`, for the models of all methods; None
+    uses each model's own.
     """
+
+    LATER: ClassVar[tuple[str, ...]] = ("scheduler",)
 
     num_steps: NumSteps = 50
     guidance: float = Field(default=7.5, ge=0)
@@ -144,6 +149,7 @@ class SamplingRecipe(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "auto"
     num_threads: int | None = Field(default=None, ge=1)
+    scheduler: Annotated[str | None, AfterValidator(scheduler_name)] = None
 
     @field_validator("seeds")
     @classmethod
@@ -260,6 +266,12 @@ class EvaluateRecipe(ModelsRecipe):
             raise ValueError(f"must name one of its methods; got '{unknown}'")
         for method in self.methods:
             self.check_method(method, self.sampling_of(method).guidance)
+            scheduler = self.sampling.scheduler
+            if scheduler and calls_twice(scheduler) and not method.acceleration.is_exact:
+                raise ValueError(
+                    f"must not have the scheduler {scheduler}, which calls the experts twice in a "
+                    f"step, with the acceleration of '{method.name}'"
+                )
         scores = list(SCENE_SCORES) if SCENES in self.metrics else []
         chosen = [metric.name for metric in self.metrics if not isinstance(metric, str)]
         scores += [name for name in chosen if name not in _OF_SETS]

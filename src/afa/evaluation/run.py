@@ -15,6 +15,7 @@ from afa.errors import AfaError
 from afa.evaluation.given import identities_of_pictures, take_unit
 from afa.evaluation.identity import Identities
 from afa.evaluation.methods import MethodBuilder
+from afa.evaluation.planned import plan_of_evaluation
 from afa.evaluation.prompts import load_prompts, source_warnings
 from afa.evaluation.report import write_report
 from afa.evaluation.results import Results
@@ -22,6 +23,7 @@ from afa.evaluation.scoring import Scoring
 from afa.evaluation.shares import record_shares
 from afa.evaluation.work import MARK_FILE, Claim, Store, draw_unit, units_of, write_json
 from afa.files import is_unused, owned, read_json
+from afa.loading.scheduler_choice import require_scheduler
 from afa.loading.student_record import baked_guidance
 from afa.machine.processes import Processes, fixed_threads
 from afa.training.engine import pick_device
@@ -77,6 +79,7 @@ def evaluate(recipe: EvaluateRecipe, output: Path) -> Iterator[EvaluateProgress]
         store = Store(output)
         # the main process renders the zoo's reference pictures; the others find them
         scratch = output / "references" if recipe.prompts.zoo is not None else None
+        require_scheduler(plan_of_evaluation(recipe), sampling.scheduler)
         if processes.is_main:
             write_json(output / MARK_FILE, _MARK)
             load_prompts(recipe.prompts, scratch)
@@ -177,7 +180,6 @@ def require_evaluation(output: Path, references: Path | None = None) -> None:
 
 def _cut_prompts(recipe: EvaluateRecipe, prompts: Sequence[Prompt]) -> list[str]:
     """Warnings of prompts that are longer than a method's text encoders can read."""
-    from afa.evaluation.planned import plan_of_evaluation
     from afa.loading.prompt_warnings import warnings_of_plan
 
     sampling = recipe.sampling

@@ -18,6 +18,7 @@ from afa.denoisers.kinds import denoiser_of
 from afa.drawing.merged import merged_pipeline
 from afa.errors import AfaError
 from afa.evaluation.identity import Identities, of_metric
+from afa.evaluation.planned import plan_of_search
 from afa.evaluation.prompts import load_prompts
 from afa.evaluation.recipe import SamplingRecipe
 from afa.evaluation.scoring import open_scorer
@@ -25,6 +26,7 @@ from afa.evaluation.search_recipe import SearchRecipe
 from afa.evaluation.work import draw
 from afa.files import is_unused, owned, read_json, write_atomic
 from afa.loading.pipeline import load_pipeline
+from afa.loading.scheduler_choice import require_scheduler
 from afa.loading.task import check_text_to_image
 from afa.machine.processes import fixed_threads
 from afa.merging import BlockWeights
@@ -74,6 +76,7 @@ def search_block_weights(recipe: SearchRecipe, output: Path) -> Generator[Trial,
     Raises:
         AfaError: if the folder contains something else, or the recipe cannot be loaded.
     """
+    require_scheduler(plan_of_search(recipe), recipe.sampling.scheduler)
     prompts = load_prompts(recipe.prompts)
     identity = _identity(recipe, prompts)
     _check_folder(identity, output)

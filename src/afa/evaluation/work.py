@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from afa.denoisers.kinds import denoiser_of, kind_of_pipeline
+from afa.denoisers.schedulers import sampled_with
 from afa.drafting import batches, routed
 from afa.ensemble.guard import decoded
 from afa.ensemble.sparse import LeadingExperts
@@ -218,7 +219,8 @@ def draw(
         checked = decoded(pipeline) if output_type == "pil" else nullcontext()
         call |= kind.guidance(sampling.guidance, sampling.negative_prompt, len(batch))
         drafted = routed(pipeline, prompts, noise, **call)
-        with torch.no_grad(), saying_what_fits(what, remedy), drafted, checked:
+        sampled = sampled_with(pipeline, sampling.scheduler)
+        with torch.no_grad(), saying_what_fits(what, remedy), sampled, drafted, checked:
             drawn = pipeline(
                 prompt=list(prompts),  # some pipelines change the list
                 num_inference_steps=num_steps,

@@ -27,6 +27,7 @@ from afa.loading.ensemble_folder import ensemble_folder
 from afa.loading.finding import Finding, Level
 from afa.loading.manifest import read_manifest
 from afa.loading.prompt_warnings import warnings_of_plan
+from afa.loading.scheduler_choice import require_scheduler
 from afa.loading.single_file.autoencoder import require_latents
 from afa.loading.sources import locate_vae
 from afa.loading.truncation import limits_of_folder, prompt_warnings
@@ -128,6 +129,9 @@ def inputs_of_training(
         if (previews := recipe.previews) is not None:
             cut = prompt_warnings(limits, previews.prompts, guidance=previews.guidance, kind=kind)
             found.say("previews", cut)
+    if recipe.previews is not None:
+        with found.refusals("previews"):
+            require_scheduler(plan, recipe.previews.scheduler)
     if (prompted := data_recipe.prompts) is not None:
         with found.refusals("prompts"):
             prompts = read_prompts(prompted.file)
@@ -212,9 +216,11 @@ def inputs_of_evaluation(
     from afa.evaluation.work import Store, open_pictures
 
     found, is_resumed = Inputs(), False
+    plan = plan_of_evaluation(recipe)
     uses_experts = any(method.needs_experts for method in recipe.methods)
-    group = plan_of_evaluation(recipe).groups[0] if uses_experts else None
-    _open_autoencoder(found, recipe.vae, group)
+    _open_autoencoder(found, recipe.vae, plan.groups[0] if uses_experts else None)
+    with found.refusals("sampling"):
+        require_scheduler(plan, recipe.sampling.scheduler)
     if output is not None:
         with found.refusals("output"):
             require_evaluation(output, recipe.references)
@@ -229,7 +235,7 @@ def inputs_of_evaluation(
         with found.refusals("prompts"):
             prompts = load_prompts(recipe.prompts, Path(scratch) / "references")
             found.say("prompts", source_warnings(recipe.prompts))
-            _say_truncated(found, plan_of_evaluation(recipe), prompts, recipe.sampling)
+            _say_truncated(found, plan, prompts, recipe.sampling)
             texts = [prompt.text for prompt in prompts]
             for given in (place for method in recipe.methods for place in method.pictures or ()):
                 with found.refusals("methods"):
@@ -281,6 +287,8 @@ def inputs_of_search(
     found = Inputs()
     plan = plan_of_search(recipe)
     _open_autoencoder(found, recipe.vae, plan.groups[0])
+    with found.refusals("sampling"):
+        require_scheduler(plan, recipe.sampling.scheduler)
     with found.refusals("prompts"):
         prompts = load_prompts(recipe.prompts)
         found.say("prompts", source_warnings(recipe.prompts))
@@ -313,6 +321,9 @@ def inputs_of_distillation(
             require_place_for_folder(output, "The output")
     with found.refusals("trackers"):
         require_trackers(recipe.training.trackers)
+    if recipe.previews is not None:
+        with found.refusals("previews"):
+            require_scheduler(plan_of_distillation(recipe), recipe.previews.scheduler)
     with found.refusals("student"):
         require_fit(Teacher.of(recipe), recipe.student)
     if (drawn := recipe.trajectories) is not None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from afa.aggregators import SABWSettings
+from afa.denoisers.scheduler_names import scheduler_name
 from afa.drafting.settings import DraftsRecipe, OwnDrafts
 from afa.errors import AfaError
 from afa.loading.expert_source import ExpertSource, Fuse
@@ -256,13 +257,19 @@ class ValidationRecipe(Section):
 
 
 class PreviewRecipe(Section):
-    """Preview pictures during the training, with fixed prompts and noise."""
+    """Preview pictures during the training, with fixed prompts and noise.
+
+    `scheduler` is a name of `afa.denoisers.scheduler_names`; None uses the experts' own.
+    """
+
+    LATER: ClassVar[tuple[str, ...]] = ("scheduler",)
 
     prompts: list[str] = Field(min_length=1, max_length=64)
     every: int = Field(default=500, ge=1)
     num_steps: int = Field(default=20, ge=1, le=1000)
     guidance: float = Field(default=7.5, ge=0)
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
+    scheduler: Annotated[str | None, AfterValidator(scheduler_name)] = None
 
 
 class Recipe(Section):

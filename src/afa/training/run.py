@@ -23,6 +23,7 @@ from afa.files import (
 from afa.loading.ensemble_folder import save_ensemble
 from afa.loading.pipeline import load_pipeline
 from afa.loading.planned import companions_of
+from afa.loading.scheduler_choice import require_scheduler
 from afa.loading.vocabulary import words_of
 from afa.recipe import differing
 from afa.training.began import Began
@@ -35,6 +36,7 @@ from afa.training.drawn import draw_pictures
 from afa.training.earlier import is_earlier
 from afa.training.engine import Engine
 from afa.training.loop import TrainStep, seeded
+from afa.training.planned import plan_of_training
 from afa.training.prepare import prepare_examples
 from afa.training.record import require_trackers
 from afa.training.stopping import Stopped
@@ -84,6 +86,8 @@ def train(
     engine = Engine(settings.device)
     require_same_recipe(recipe, output)
     require_trackers(settings.trackers)
+    if recipe.previews is not None:
+        require_scheduler(plan_of_training(recipe), recipe.previews.scheduler)
     place = recipe.data.cache_folder or default_cache_folder()
     require_place_for_folder(place, "The cache")
     engine.wait()  # so that all processes have checked the folders before one writes

@@ -13,6 +13,7 @@ from PIL import Image
 
 from afa.denoisers.forward_process import forward_process
 from afa.denoisers.kinds import conditioning_of, denoiser_of, kind_of_pipeline
+from afa.denoisers.schedulers import sampled_with, scheduler_for
 from afa.ensemble.denoiser import EnsembleDenoiser
 from afa.files import write_png
 from afa.loading.task import native_resolution
@@ -78,6 +79,8 @@ class Watch:
         self._names = _distinct(names)
         self._collapse = CollapseWatch(self._names)
         self._routings: list[Routing] = []
+        if recipe.previews is not None and recipe.previews.scheduler is not None:
+            scheduler_for(trainer.pipeline, recipe.previews.scheduler)  # refused before a step
         self._recorder = None
         self._notes: list[str] = []  # for the next step
         if trainer.engine.is_main:
@@ -230,7 +233,8 @@ class Watch:
             len(previews.prompts), "no more previews.prompts than", None, "Or remove previews."
         )
         kind, (height, width) = kind_of_pipeline(pipeline), native_resolution(pipeline)
-        with torch.no_grad(), self._trainer.averaged(), saying_what_fits(what, remedy):
+        sampled = sampled_with(pipeline, previews.scheduler)
+        with torch.no_grad(), self._trainer.averaged(), saying_what_fits(what, remedy), sampled:
             pictures = pipeline(
                 prompt=list(previews.prompts),
                 height=height,
