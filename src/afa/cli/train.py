@@ -19,6 +19,15 @@ if TYPE_CHECKING:
     from afa.training.recipe import Recipe
 
 
+ContinueWith = Annotated[
+    bool,
+    typer.Option(
+        "--continue-with",
+        help="Resume with settings of the training that were changed in the recipe.",
+    ),
+]
+
+
 def train(
     recipe: Annotated[Path, typer.Argument(help="YAML file: experts, data, aggregator, training.")],
     output: Annotated[Path, typer.Option(help="New folder, or that of a run to resume.")],
@@ -26,11 +35,13 @@ def train(
     no_cache: Annotated[
         bool, typer.Option("--no-cache", help="Encode pictures and captions again in every step.")
     ] = False,
+    continue_with: ContinueWith = False,
 ) -> None:
     """Train the aggregators of an ensemble; the experts stay frozen.
 
-    Run the same command again to resume. Ctrl-C saves a checkpoint and stops. Several processes:
-    accelerate launch -m afa train ...
+    Run the same command again to resume. Ctrl-C saves a checkpoint and stops. With
+    --continue-with, the run resumes with the recipe's new learning rate, schedule, number of steps
+    and so on. Several processes: accelerate launch -m afa train ...
 
     [bold]Example[/bold]: afa train recipe.yaml --output runs/first
     """
@@ -48,7 +59,10 @@ def train(
     is_main = Processes().is_main
     if is_main and run_check:
         require_sound(plan_of_training(checked))
-    run_until_stopped(lambda stop: train_ensemble(checked, output, should_stop=stop), is_main)
+    run_until_stopped(
+        lambda stop: train_ensemble(checked, output, should_stop=stop, continue_with=continue_with),
+        is_main,
+    )
     if is_main:
         say(f"Ensemble in {output}. Try: afa generate {output} 'a prompt' --output pictures")
 

@@ -91,7 +91,11 @@ def load_aggregator_tensors(ensemble: EnsembleDenoiser, tensors: dict[str, Tenso
 
 
 def save_ensemble(
-    pipeline: DiffusionPipeline, folder: str | Path, *, exist_ok: bool = False
+    pipeline: DiffusionPipeline,
+    folder: str | Path,
+    *,
+    exist_ok: bool = False,
+    training: Sequence[str] = (),
 ) -> Path:
     """Write an ensemble folder: aggregators, configuration and references to the experts.
 
@@ -99,6 +103,7 @@ def save_ensemble(
         pipeline: from `load_pipeline` or `load_ensemble`.
         folder: to create.
         exist_ok: whether the folder may exist and hold other files.
+        training: sentences about the training, for the model card.
 
     Returns: `folder`.
 
@@ -146,7 +151,7 @@ def save_ensemble(
             place / AGGREGATORS,
             save(aggregator_tensors(ensemble), metadata={"format": "pt"}),
         )
-        write_atomic(place / "README.md", _model_card(config))
+        write_atomic(place / "README.md", _model_card(config, training))
         if known.words:
             write_words(known.words, place)
         write_atomic(place / "config.json", json.dumps(config, indent=2) + "\n")
@@ -300,8 +305,10 @@ def _written(reference: ExpertReference, folder: Path) -> dict[str, Any]:
     return written
 
 
-def _model_card(config: dict[str, Any]) -> str:
-    """Write a model card in the hub's format from `config.json`."""
+def _model_card(config: dict[str, Any], training: Sequence[str]) -> str:
+    """Write a model card in the hub's format from `config.json` and sentences on the training."""
+    trained = "".join(f"- {line}\n" for line in training)
+    trained = f"\n## Training\n\n{trained}" if trained else ""
     experts = ""
     for expert in config["experts"]:
         experts += f"- `{expert['source']}` (SHA-256 `{expert['sha256']}`)"
@@ -335,7 +342,7 @@ This folder does not contain their weights.
 ## Aggregators
 
 {settings}; {len(config["sites"])} sites.
-{drafts}
+{trained}{drafts}
 ## Use
 
     import afa

@@ -38,6 +38,18 @@ class Checkpoint:
         return {k.removeprefix(prefix): t for k, t in self.tensors.items() if k.startswith(prefix)}
 
 
+def step_of(place: Path) -> int:
+    """Return the step of a checkpoint by the name of its file."""
+    found = _NAME.fullmatch(place.name)
+    assert found is not None, "a file of Checkpoints.places()"
+    return int(found[1])
+
+
+def newest_step(folder: Path) -> int:
+    """Return the step of the newest checkpoint in a folder; 0 if there is none."""
+    return max(Checkpoints(folder).steps(), default=0)
+
+
 class Checkpoints:
     """The checkpoints in a folder, written atomically; only the newest are kept.
 
@@ -54,6 +66,10 @@ class Checkpoints:
         if not self.folder.is_dir():
             return []
         return sorted(place for place in self.folder.iterdir() if _NAME.fullmatch(place.name))
+
+    def steps(self) -> list[int]:
+        """Return the steps of all checkpoints, the newest last."""
+        return [step_of(place) for place in self.places()]
 
     def write(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint, then delete the oldest ones.

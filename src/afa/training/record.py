@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from afa.training.routing import Routing
 
 METRICS = "metrics.jsonl"
+#: key of the line about the end of a training by early stopping
+EARLY = "early_stopping"
 _ENVIRONMENT = "environment.json"
 _PACKAGES = ("afa", "torch", "diffusers", "transformers", "accelerate", "safetensors", "datasets")
 
