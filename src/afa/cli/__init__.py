@@ -24,7 +24,7 @@ from afa.cli import (
     zoo,
 )
 from afa.cli.console import say_error
-from afa.cli.signals import Terminated, end_cleanly_on_sigterm
+from afa.cli.signals import Terminated, end_cleanly_on_signals, surviving_hangup
 from afa.cli.trust import with_trust
 from afa.errors import AfaError
 from afa.machine.quiet import quieten
@@ -62,14 +62,16 @@ def main(arguments: list[str] | None = None) -> None:
     Exit codes: 0 for success, 2 for errors that the user can fix, 128 + n after signal n.
     """
     quieten()
-    end_cleanly_on_sigterm()
+    end_cleanly_on_signals()
     try:
         code = app(arguments, standalone_mode=False)
     except typer.Exit as stop:
         code = stop.exit_code
-    except Terminated:
-        say_error("stopped by SIGTERM; unfinished files were removed")
-        code = 128 + signal.SIGTERM
+    except Terminated as stop:
+        name = signal.Signals(stop.number).name
+        with surviving_hangup():
+            say_error(f"stopped by {name}; unfinished files were removed")
+        code = 128 + stop.number
     except (KeyboardInterrupt, typer.Abort):
         say_error("interrupted")
         code = 130

@@ -81,7 +81,7 @@ def _without_cache(recipe: Recipe) -> Recipe:
 def run_until_stopped(
     start: Callable[[Callable[[], bool]], Iterable[TrainStep | CacheProgress]], is_main: bool
 ) -> None:
-    """Run a training, which the first Ctrl-C or SIGTERM saves and stops.
+    """Run a training, which the first Ctrl-C, SIGTERM or SIGHUP saves and stops.
 
     Args:
         start: a function of `should_stop` that returns the training's events.
