@@ -14,6 +14,7 @@ from afa.cli import (
     distill,
     evaluate,
     export,
+    export_checkpoint,
     generate,
     inspect,
     merge,
@@ -52,6 +53,7 @@ for _command in (
     evaluate.evaluate,
 ):
     app.command(_command.__name__)(with_trust(_command))
+app.command("export-checkpoint")(with_trust(export_checkpoint.export_checkpoint))
 app.command("demo")(demo.demo)
 app.add_typer(zoo.app, name="zoo")
 

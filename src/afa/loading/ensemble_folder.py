@@ -62,6 +62,15 @@ def aggregator_tensors(ensemble: EnsembleDenoiser) -> dict[str, Tensor]:
     }
 
 
+def names_of_parameters(ensemble: EnsembleDenoiser) -> dict[nn.Parameter, str]:
+    """Return the names of the aggregators' parameters in `aggregator_tensors`."""
+    return {
+        parameter: f"{site.name}.{key}"
+        for site, rule in _distinct_rules(ensemble)
+        for key, parameter in rule.named_parameters()
+    }
+
+
 def _distinct_rules(ensemble: EnsembleDenoiser) -> list[tuple[Site, nn.Module]]:
     """Return every fusion rule once, with its first site."""
     pairs = zip(ensemble.sites, ensemble.aggregators, strict=True)
@@ -113,6 +122,23 @@ def save_ensemble(
     """
     folder = Path(folder)
     ensemble: EnsembleDenoiser = denoiser_of(pipeline)
+    config = config_of(ensemble, folder)
+    if folder.exists() and not exist_ok:
+        raise AfaError(
+            "AFA-LOAD-021", f"The output folder '{folder}' exists; it must be new. Name another."
+        )
+    tensors, words = aggregator_tensors(ensemble), ensemble.provenance.words
+    with staged(folder) if not folder.exists() else nullcontext(folder) as place:
+        write_files(place, config, tensors, words, training)
+    return folder
+
+
+def config_of(ensemble: EnsembleDenoiser, folder: Path) -> dict[str, Any]:
+    """Return the content of `config.json` in the folder of an ensemble.
+
+    Raises:
+        AfaError: if the experts have no source of their own, or a fusion rule cannot be saved.
+    """
     known = ensemble.provenance
     if not known.experts:
         raise AfaError(
@@ -127,11 +153,7 @@ def save_ensemble(
             f"These experts are stored inside the ensemble folder '{known.folder}'; a saved "
             "ensemble refers to experts with folders of their own. Copy that folder instead.",
         )
-    if folder.exists() and not exist_ok:
-        raise AfaError(
-            "AFA-LOAD-021", f"The output folder '{folder}' exists; it must be new. Name another."
-        )
-    config = {
+    return {
         "format": FORMAT,
         "version": 1,
         "family": ensemble.family.name,
@@ -145,17 +167,30 @@ def save_ensemble(
         "aggregator": describe_rules(ensemble),
         "sites": [site.name for site in ensemble.sites],
     }
-    with staged(folder) if not folder.exists() else nullcontext(folder) as place:
-        place.mkdir(exist_ok=True)
-        write_atomic(
-            place / AGGREGATORS,
-            save(aggregator_tensors(ensemble), metadata={"format": "pt"}),
-        )
-        write_atomic(place / "README.md", _model_card(config, training))
-        if known.words:
-            write_words(known.words, place)
-        write_atomic(place / "config.json", json.dumps(config, indent=2) + "\n")
-    return folder
+
+
+def write_files(
+    place: Path,
+    config: dict[str, Any],
+    tensors: dict[str, Tensor],
+    words: Sequence[str] | None,
+    training: Sequence[str],
+) -> None:
+    """Write the files of an ensemble folder, `config.json` last.
+
+    Args:
+        place: the folder, which may exist.
+        config: of `config_of`.
+        tensors: of `aggregator_tensors`.
+        words: of the training captions.
+        training: see `save_ensemble`.
+    """
+    place.mkdir(exist_ok=True)
+    write_atomic(place / AGGREGATORS, save(tensors, metadata={"format": "pt"}))
+    write_atomic(place / "README.md", _model_card(config, training))
+    if words:
+        write_words(words, place)
+    write_atomic(place / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def describe_rules(ensemble: EnsembleDenoiser) -> dict[str, Any]:

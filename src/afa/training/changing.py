@@ -174,6 +174,17 @@ class History:
             kept.append((first, now))
         return cls(tuple(kept), first, free)
 
+    @classmethod
+    def up_to(cls, output: Path, recipe: dict[str, Any], step: int) -> History:
+        """Read the recipes of the first `step` steps of a run whose last recipe is `recipe`.
+
+        Raises:
+            AfaError: if the history is damaged.
+        """
+        place = output / RECIPES
+        known = _read(place) if place.is_file() else [(0, recipe)]
+        return cls(tuple(each for each in known if each[0] < step) or ((0, recipe),), step)
+
     @property
     def has_changed_here(self) -> bool:
         """Whether the recipe changed at the checkpoint from which this start resumes."""

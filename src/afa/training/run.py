@@ -40,6 +40,7 @@ from afa.training.data.survey import known_captions
 from afa.training.drawn import draw_pictures
 from afa.training.earlier import is_earlier
 from afa.training.engine import Engine
+from afa.training.exported import CHECKPOINTS, write_description
 from afa.training.loop import TrainStep, seeded
 from afa.training.prepare import prepare_examples
 from afa.training.record import require_trackers
@@ -59,8 +60,6 @@ if TYPE_CHECKING:
     from afa.training.data import CaptionedImages
     from afa.training.prepare import Prepared
     from afa.training.recipe import Recipe
-
-CHECKPOINTS = "checkpoints"
 
 
 def train(
@@ -116,7 +115,8 @@ def train(
         companions = replace(companions_of(recipe, denoiser_of(pipeline).dtype), own_vae=True)
         keep_drafts(pipeline, recipe.drafts, companions)
     checkpoints = Checkpoints(output / CHECKPOINTS, settings.keep_checkpoints)
-    trainer = Trainer(pipeline, Aggregators(pipeline, engine.device), settings, engine, checkpoints)
+    aggregators = Aggregators(pipeline, engine.device)
+    trainer = Trainer(pipeline, aggregators, settings, engine, checkpoints)
     began = Began(
         output,
         trainer.began if trainer.first else None,
@@ -135,6 +135,7 @@ def train(
             history.write(output)
             settings_json = recipe.model_dump(mode="json")
             write_atomic(output / RECIPE, json.dumps(settings_json, indent=2) + "\n")
+            write_description(aggregators, output)
             if listing is not None:
                 listing.write(output)
         with Watch(recipe, output, trainer, validation, history) as watch:
