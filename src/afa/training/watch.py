@@ -18,6 +18,7 @@ from afa.files import write_png
 from afa.loading.task import native_resolution
 from afa.machine.exhausted import saying_what_fits, smaller_batch
 from afa.training.cache import CacheProgress
+from afa.training.curves import Curves
 from afa.training.encoding import Recorded
 from afa.training.objective import denoising_loss, prediction_loss
 from afa.training.record import EARLY, Recorder, entries_of, routing_figures
@@ -87,19 +88,24 @@ class Watch:
         self._names = _distinct(names)
         self._collapse = CollapseWatch(self._names)
         self._routings: list[Routing] = []
-        self._recorder = None
+        self._recorder = self._curves = None
         self._notes: list[str] = []  # for the next step
         if trainer.engine.is_main:
             settings = recipe.model_dump(mode="json")
             trackers = recipe.training.trackers
             self._recorder = Recorder(output, trackers, settings, trainer.first)
             self._notes += self._recorder.notes
+            losses, starts = self._recorder.losses, self._recorder.starts
+            self._curves = Curves(output, losses, starts, history, recipe.training.num_steps)
 
     def __enter__(self) -> Self:
         self._catch_up()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # not while the process is asked to end at once
+        if self._curves is not None and (kind is None or issubclass(kind, Exception)):
+            self._curves.draw(is_last=True)
         if self._recorder is not None:
             self._recorder.close()
 
@@ -153,6 +159,8 @@ class Watch:
             self._end_early(step.step)
         if previews is not None and self._is_due(step, previews.every):
             self._preview(step.step, previews)
+        if self._curves is not None and self._is_due(step, self._trainer.settings.checkpoint_every):
+            notes += self._curves.draw(is_last=step.step == step.num_steps)
         return replace(step, notes=tuple(notes))
 
     def _catch_up(self) -> None:
