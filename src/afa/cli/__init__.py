@@ -19,6 +19,7 @@ from afa.cli import (
     inspect,
     merge,
     prune,
+    runs,
     search,
     train,
     weights,
@@ -53,6 +54,7 @@ for _command in (
     evaluate.evaluate,
 ):
     app.command(_command.__name__)(with_trust(_command))
+app.command("runs")(runs.runs)
 app.command("export-checkpoint")(with_trust(export_checkpoint.export_checkpoint))
 app.command("demo")(demo.demo)
 app.add_typer(zoo.app, name="zoo")
