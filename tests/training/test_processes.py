@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -250,3 +251,42 @@ def test_a_closed_terminal_saves_first(experts: list[Path], tmp_path: Path, igno
         assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
         assert len(done) == 1
         assert 3 <= done[0] < 5000
+
+
+@pytest.mark.slow
+def test_several_processes_end_early_together(experts: list[Path], tmp_path: Path) -> None:
+    """Resumed from an earlier checkpoint, and continued with a lower rate: the same bytes."""
+    recipe = as_written(
+        experts[:2],
+        {"scenes": {"num_samples": 40}, "cache_folder": str(tmp_path / "cache")},
+        num_steps=30,
+        learning_rate=0.05,
+        checkpoint_every=3,
+        ema_decay=0.5,
+        gradient_accumulation_steps=2,
+        early_stopping={"patience": 2, "min_improvement": 1e-3},
+    )
+    recipe["aggregator"]["sites"] = "conv_out"
+    recipe["validation"] = {"num_samples": 5, "every": 2}
+    slower = {**recipe, "training": {**recipe["training"], "learning_rate": 1e-3}}
+    path, slow = write(tmp_path, recipe), write(tmp_path, slower, "slower.yaml")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(path, whole, 2)
+    last = last_step(whole)
+    assert last < 30
+    shutil.copytree(whole, parts)
+    Checkpoints(parts / "checkpoints").places()[-1].unlink()
+    for name in ("aggregators.safetensors", "config.json"):
+        (parts / name).unlink()
+    train(path, parts, 2)
+    for output in (whole, parts):
+        assert Checkpoints(output / "checkpoints").steps()[-1] == last
+        ranks = run_ranks(["train", slow, "--output", output, "--continue-with"])
+        assert [code for code, *_ in ranks] == [0, 0], ranks
+    assert last_step(whole) > last
+    ours, same = (output / "aggregators.safetensors" for output in (whole, parts))
+    assert ours.read_bytes() == same.read_bytes()
+    # one process with the same number of samples finds nothing left to do
+    one = {**slower, "training": {**slower["training"], "batch_size": 4}}
+    train(write(tmp_path, one, "one.yaml"), whole)
+    assert ours.read_bytes() == same.read_bytes()

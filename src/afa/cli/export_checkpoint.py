@@ -1,4 +1,4 @@
-"""`afa export-checkpoint`: write the ensemble of a checkpoint."""
+"""`afa export-checkpoint`: write the ensemble or student of a checkpoint."""
 
 from __future__ import annotations
 
@@ -23,15 +23,20 @@ def export_checkpoint(
         ),
     ] = False,
 ) -> None:
-    """Write the ensemble of a checkpoint, also while the training is running.
+    """Write the ensemble or student of a checkpoint, also while the training is running.
 
-    The folder is as `afa train` writes it at the end. No expert is loaded.
+    The folder is as `afa train` or `afa distill` writes it at the end. No expert of an ensemble is
+    loaded.
 
     [bold]Example[/bold]: afa export-checkpoint runs/first --step 3000 --output first-3000
     """
+    from afa.distilling.exported import export_student
     from afa.errors import AfaError
+    from afa.files import read_json
+    from afa.machine.quiet import quieten_loading
     from afa.training.checkpoints import step_in_name
-    from afa.training.exported import export_checkpoint as export
+    from afa.training.continuing import RECIPE
+    from afa.training.exported import export_checkpoint as export_ensemble
 
     if run.suffix == ".safetensors":
         own = step_in_name(run)
@@ -42,5 +47,11 @@ def export_checkpoint(
                 "Pass the folder of the run, and --step.",
             )
         run, step = run.parent.parent, own
-    found = export(run, output, step=step, best=best)
+    recipe = run / RECIPE
+    if recipe.is_file() and "teacher" in read_json(recipe):
+        quieten_loading()
+        found = export_student(run, output, step=step, best=best)
+        say(f"Student of step {found} in {output}; see README.md there")
+        return
+    found = export_ensemble(run, output, step=step, best=best)
     say(f"Ensemble of step {found} in {output}. Try: afa generate {output} 'a prompt'")

@@ -131,7 +131,9 @@ def distill(
             yield from watch.steps(training, should_stop)
         trainer.finish()
         if engine.is_main:
-            _save(recipe, teacher, passes, student, output, watch.summary)
+            losses = validated(output)
+            save_student(recipe, teacher, passes, student, output, losses, watch.summary)
+            shutil.rmtree(output / _TEXTS, ignore_errors=True)
         engine.wait()
 
 
@@ -231,16 +233,27 @@ def _examples(
     return training, validation
 
 
-def _save(
+def save_student(
     recipe: DistillRecipe,
     teacher: Teacher,
     passes: Sequence[Pass],
     student: Student,
     output: Path,
+    losses: Sequence[tuple[int, float]],
     summary: Sequence[str],
 ) -> None:
-    """Write the student's files, its record and its model card."""
-    record = record_of(recipe, teacher, passes, student.identities(), _validated(output))
+    """Write the student's files, its record and its model card.
+
+    Args:
+        recipe: of the distillation.
+        teacher: the teacher.
+        passes: the recorded sources.
+        student: with its final weights.
+        output: an existing folder.
+        losses: steps and their validation losses.
+        summary: sentences about the training.
+    """
+    record = record_of(recipe, teacher, passes, student.identities(), losses)
     if summary:
         record["history"] = list(summary)
     text = json.dumps(record, indent=2) + "\n"
@@ -257,9 +270,9 @@ def _save(
                 part.backend_tokenizer.no_padding()
                 part.backend_tokenizer.no_truncation()
         save_pipeline(student.pipeline, output)
-    shutil.rmtree(output / _TEXTS, ignore_errors=True)
 
 
-def _validated(output: Path) -> list[tuple[int, float]]:
+def validated(output: Path) -> list[tuple[int, float]]:
+    """Return the steps and validation losses of a run."""
     entries = entries_of(output, "validation_loss")
     return [(entry["step"], entry["validation_loss"]) for entry in entries]

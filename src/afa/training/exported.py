@@ -15,6 +15,7 @@ from afa.training.checkpoints import Checkpoints
 from afa.training.continuing import RECIPE
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -66,10 +67,7 @@ def export_checkpoint(
             the output exists.
     """
     recipe = _recipe(run)
-    if output.exists():
-        raise AfaError(
-            "AFA-TRAIN-095", f"The output '{output}' exists; it must be a new folder. Name another."
-        )
+    require_new(output)
     found = read_checkpoint(run, step)
     place = run / DESCRIPTION
     if not place.is_file():
@@ -82,35 +80,55 @@ def export_checkpoint(
     description = read_json(place)
     try:
         config, words = _moved(description["config"], run, output), list(description["words"])
-        tensors = _weights(found, description["parameters"], best=best)
+        tensors = weights_of(found, "aggregators", description["parameters"], best=best)
     except (KeyError, TypeError, AttributeError, IndexError):
         raise AfaError(
             "AFA-TRAIN-097",
             f"'{place}' is not as afa train writes it, or is of another run than the checkpoint. "
             "Repeat the command of the training, which writes it again.",
         ) from None
-    if not tensors:
-        raise AfaError(
-            "AFA-TRAIN-098",
-            f"The checkpoint of step {found.step} has no best weights: these are kept with "
-            "training.early_stopping, from the first validation on. Remove --best.",
-        )
     with staged(output) as partial:
-        which = "with the lowest validation loss up to step" if best else "of step"
-        total = recipe["training"]["num_steps"]
-        text = f"These are the weights {which} {found.step} of {total} of the run '{run.name}'."
-        history = History.up_to(run, recipe, found.step)
-        write_files(partial, config, tensors, words, [text, *history.lines])
+        lines = lines_about(run, recipe, found.step, best=best)
+        write_files(partial, config, tensors, words, lines)
         saved = read_config(partial)
         references = [*saved["experts"], saved["vae"], *saved["parts"]]
         hashes = [referred(each, partial).identity for each in references if each is not None]
-        if found.notes["experts"] != hashes:
-            raise AfaError(
-                "AFA-TRAIN-099",
-                f"The checkpoint of step {found.step} in '{run}' was trained with other experts "
-                f"than '{place}' names. Restore the files of the run.",
-            )
+        require_models(found, hashes, run)
     return found.step
+
+
+def require_new(output: Path) -> None:
+    """Check that an output folder does not exist.
+
+    Raises:
+        AfaError: if it does.
+    """
+    if output.exists():
+        raise AfaError(
+            "AFA-TRAIN-095", f"The output '{output}' exists; it must be a new folder. Name another."
+        )
+
+
+def require_models(found: Checkpoint, hashes: Sequence[str], run: Path) -> None:
+    """Check that a checkpoint was trained with models that have these hashes.
+
+    Raises:
+        AfaError: if it was not.
+    """
+    if found.notes.get("experts") != list(hashes):
+        raise AfaError(
+            "AFA-TRAIN-099",
+            f"The checkpoint of step {found.step} in '{run}' was trained with other models than "
+            "those that the run names. Restore the models and the files of the run.",
+        )
+
+
+def lines_about(run: Path, recipe: dict[str, Any], step: int, *, best: bool) -> list[str]:
+    """Return sentences about the weights of a checkpoint, for a model card."""
+    which = "with the lowest validation loss up to step" if best else "of step"
+    total, name = recipe["training"]["num_steps"], run.absolute().name
+    text = f"These are the weights {which} {step} of {total} of the run '{name}'."
+    return [text, *History.up_to(run, recipe, step).lines]
 
 
 def read_checkpoint(run: Path, step: int | None) -> Checkpoint:
@@ -149,11 +167,30 @@ def _recipe(run: Path) -> dict[str, Any]:
     return recipe
 
 
-def _weights(found: Checkpoint, parameters: list[str], *, best: bool) -> dict[str, Tensor]:
-    """Return the aggregators' tensors; the averaged ones if there are any."""
+def weights_of(
+    found: Checkpoint, part: str, parameters: Sequence[str], *, best: bool
+) -> dict[str, Tensor]:
+    """Return the trained tensors of a checkpoint; the averaged ones if there are any.
+
+    Args:
+        found: the checkpoint.
+        part: prefix of the trained tensors.
+        parameters: their names, in the order of the optimizer.
+        best: return those with the lowest validation loss.
+
+    Raises:
+        AfaError: if `best` is set and the checkpoint has none.
+        KeyError: if the averaged tensors are of other parameters.
+    """
+    if best and not found.part("best"):
+        raise AfaError(
+            "AFA-TRAIN-098",
+            f"The checkpoint of step {found.step} has no best weights: these are kept with "
+            "training.early_stopping, from the first validation on. Remove --best.",
+        )
     if best:
         return found.part("best")
-    tensors, average = found.part("aggregators"), found.part("average")
+    tensors, average = found.part(part), found.part("average")
     if average and len(average) != len(parameters):
         raise KeyError("average")
     return tensors | {parameters[int(number)]: tensor for number, tensor in average.items()}
