@@ -90,6 +90,7 @@ def test_a_validation_is_seen_once() -> None:
     assert early.state.count == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"ema_decay": 0.9}, {"learning_rate_schedule": "cosine"}])
 def test_it_ends_early_with_the_best_weights(
     experts: list[Path], tmp_path: Path, changes: dict[str, Any]
@@ -221,6 +222,7 @@ def test_num_steps_is_named_only_where_it_counts(experts: list[Path], tmp_path: 
     assert keys(constant, longer) == ["training.learning_rate_schedule", "training.num_steps"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [{}, {"ema_decay": 0.9}, {"gradient_accumulation_steps": 2}, {"cache": False}]
 )
@@ -239,7 +241,9 @@ def test_a_run_continues_with_another_rate_twice(
     third = asked(num_steps=12, learning_rate_schedule="cosine")
     outputs = [tmp_path / name for name in ("whole", "parts")]
     run(first, outputs[0])
-    assert run(second, outputs[0], change=True)[0] == [5, 6, 7, 8]
+    steps, notes = run(second, outputs[0], change=True)
+    assert steps == [5, 6, 7, 8]
+    assert any(note.startswith("After step 4, the run continued with") for note in notes)
     assert run(third, outputs[0], change=True)[0] == [9, 10, 11, 12]
     # the same, interrupted right after the start and later; the flag is needed once
     run(first, outputs[1])

@@ -23,7 +23,7 @@ ContinueWith = Annotated[
     bool,
     typer.Option(
         "--continue-with",
-        help="Resume with settings of the training that were changed in the recipe.",
+        help="Resume with the recipe's new learning rate, schedule or other settings.",
     ),
 ]
 
@@ -39,9 +39,8 @@ def train(
 ) -> None:
     """Train the aggregators of an ensemble; the experts stay frozen.
 
-    Run the same command again to resume. Ctrl-C saves a checkpoint and stops. With
-    --continue-with, the run resumes with the recipe's new learning rate, schedule, number of steps
-    and so on. Several processes: accelerate launch -m afa train ...
+    Run the same command again to resume. Ctrl-C saves a checkpoint and stops. Several processes:
+    accelerate launch -m afa train ...
 
     [bold]Example[/bold]: afa train recipe.yaml --output runs/first
     """

@@ -94,13 +94,17 @@ class EarlyStopping:
         state, count = self.state, self.settings.patience
         text = ""
         if self.is_over:
-            text = (
-                f"Stopped early after step {step} of {num_steps}: the last {count} validation "
-                f"{'loss was' if count == 1 else 'losses were'} not more than "
-                f"{self.settings.min_improvement:g} below {state.reference}. "
-            )
+            text = f"Stopped early after step {step} of {num_steps}: "
+            if state.reference is not None:
+                text += (
+                    f"the last {count} validation {'loss was' if count == 1 else 'losses were'} "
+                    f"not more than {self.settings.min_improvement:g} below "
+                    f"{state.reference:.6g}. "
+                )
+            else:
+                text += "no validation loss was finite. "
         if state.best_step is None:
-            return f"{text}No validation loss was finite, so the weights are those of step {step}."
+            return f"{text}The weights are those of step {step}, the last one."
         return (
             f"{text}The weights are those of step {state.best_step}, with the lowest validation "
             f"loss, {state.best_loss:.6g}."

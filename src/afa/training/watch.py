@@ -95,6 +95,8 @@ class Watch:
             trackers = recipe.training.trackers
             self._recorder = Recorder(output, trackers, settings, trainer.first)
             self._notes += self._recorder.notes
+            if history.has_changed_here:
+                self._notes.append(history.lines[-1])
             losses, starts = self._recorder.losses, self._recorder.starts
             self._curves = Curves(output, losses, starts, history, recipe.training.num_steps)
 
