@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import afa
 from afa.cli import main
 from afa.denoisers.kinds import denoiser_of
+from afa.loading.inspection import describe
 from afa.loading.vocabulary import read_words
 from afa.training import Checkpoints, Recipe, TrainStep, train
 from afa.training.exported import export_checkpoint
@@ -64,6 +65,18 @@ def test_drafts_are_kept(experts: list[Path], tmp_path: Path) -> None:
     )
     assert ours == finished
     assert ours["drafts"]
+
+
+def test_fused_predictions(experts: list[Path], tmp_path: Path) -> None:
+    asked = recipe(experts, tmp_path, num_steps=2, ema_decay=0.5)
+    # which share one latent space
+    asked |= {"fuse": "predictions", "experts": ["zoo:animals", "zoo:food"]}
+    del asked["aggregator"]["sites"]
+    run(asked, output := tmp_path / "run")
+    export_checkpoint(output, tmp_path / "two", step=2)
+    for name in ("config.json", AGGREGATORS):
+        assert (tmp_path / "two" / name).read_bytes() == (output / name).read_bytes()
+    assert afa.load_ensemble(tmp_path / "two")
 
 
 def test_while_the_training_is_running(experts: list[Path], tmp_path: Path) -> None:
@@ -143,6 +156,8 @@ def test_what_cannot_be_exported(
     run(recipe(experts, tmp_path, num_steps=3, keep_checkpoints=2), output)  # as it says
     assert description.read_text() == text
     (output / "config.json").unlink()
+    with refusal("AFA-LOAD-029", f"afa runs {output}"):
+        describe(output)
     for ensemble, said in (
         (f"{output}@step-2", f"afa export-checkpoint {output} --step 2 --output"),
         (output, f"afa export-checkpoint {output} --output"),
