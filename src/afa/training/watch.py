@@ -121,15 +121,17 @@ class Watch:
     ) -> Iterator[TrainStep | CacheProgress]:
         """Run the remaining steps of the training, and end it early if its recipe says so."""
         early, num_steps = self._trainer.early, self._trainer.settings.num_steps
+        notes: list[str] = []
         if early is None or not early.is_over:
             with closing(self._trainer.steps(examples, should_stop)) as steps:
                 for step in steps:
                     yield self.see(step)
                     if early is not None and early.is_over:
+                        notes = examples.notes(is_last=True)
                         break
         if early is not None:
-            line = early.line(self._last, num_steps)
-            yield CacheProgress("early stopping", self._last, num_steps, (line,))
+            notes = [early.line(self._last, num_steps), *notes]
+            yield CacheProgress("early stopping", self._last, num_steps, tuple(notes))
 
     @property
     def summary(self) -> list[str]:
