@@ -209,6 +209,31 @@ def owned(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+def is_owned(folder: Path) -> bool:
+    """Whether another process has locked a folder with `owned`; changes nothing in it."""
+    try:
+        handle = os.open(folder / LOCK, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        import fcntl  # Windows has none
+
+        # a shared lock that is released at once
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except ImportError:
+        try:
+            FileLock(folder / LOCK).acquire(timeout=0).lock.release()
+        except Timeout:
+            return True
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return False
+
+
 def is_unused(folder: Path) -> bool:
     """Whether a folder is missing, or contains only hidden files of an unfinished start."""
     return not folder.exists() or (

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from afa.cli.signals import surviving_hangup
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ def say_error(message: str, code: str = "") -> None:
 
 def say(text: str) -> None:
     """Print text without wrapping it to the width of the terminal or log."""
-    console.print(text, soft_wrap=True)
+    with surviving_hangup():
+        console.print(text, soft_wrap=True)
 
 
 def say_warnings(lines: Iterable[str]) -> None:

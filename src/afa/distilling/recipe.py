@@ -25,6 +25,7 @@ from afa.training.recipe import (
     PreviewRecipe,
     TrainingRecipe,
     ValidationRecipe,
+    require_validation,
     resolve_data,
 )
 
@@ -278,6 +279,7 @@ class DistillRecipe(ModelsRecipe):
 
     @model_validator(mode="after")
     def _consistent(self) -> DistillRecipe:
+        require_validation(self.training, self.validation)
         drawn, pictures = self.trajectories, self.pictures
         if drawn is None and pictures is None:
             raise ValueError("must have trajectories, pictures or both")

@@ -5,6 +5,7 @@ from afa.training.cache import CacheProgress
 from afa.training.checkpoints import Checkpoints
 from afa.training.data import CaptionedImages, FolderImages, SceneImages, open_data
 from afa.training.engine import pick_device
+from afa.training.exported import export_checkpoint
 from afa.training.loop import TrainStep, seeded
 from afa.training.objective import denoising_loss
 from afa.training.recipe import Recipe, TrainingRecipe, load_recipe
@@ -27,6 +28,7 @@ __all__ = [
     "TrainingRecipe",
     "Transform",
     "denoising_loss",
+    "export_checkpoint",
     "load_recipe",
     "open_data",
     "pick_device",

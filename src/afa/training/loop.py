@@ -261,7 +261,10 @@ def _require_finite(step: int, loss: float, grad_norm: float, scaler: GradScaler
     Raises:
         NotFinite: if one is NaN or infinite, except gradients that a smaller loss scale can fix.
     """
-    remedy = "Lower training.learning_rate, or set training.expert_dtype to float32."
+    remedy = (
+        "Lower training.learning_rate and add --continue-with, or set training.expert_dtype to "
+        "float32 in a new folder."
+    )
     if not math.isfinite(loss):
         raise NotFinite(
             "AFA-TRAIN-037", f"The loss is {loss} at step {step}; it must be finite. {remedy}"

@@ -185,6 +185,22 @@ class DataRecipe(Section):
         return self
 
 
+class EarlyStoppingRecipe(Section):
+    """When a training ends early; see `afa.training.early_stopping`.
+
+    The ensemble gets the weights with the lowest validation loss, also if the training does not end
+    early.
+
+    Attributes:
+        patience: number of validations without improvement after which the training ends.
+        min_improvement: amount by which a validation loss must be lower than the one that was the
+            last improvement, to count as an improvement.
+    """
+
+    patience: int = Field(ge=1)
+    min_improvement: float = Field(default=0, ge=0)
+
+
 class TrainingRecipe(Section):
     """Settings of the training; the defaults are those of the paper (AFA, section 4.1).
 
@@ -210,6 +226,7 @@ class TrainingRecipe(Section):
         expert_dtype: dtype of the frozen parts; aggregators, optimizer and loss are in float32.
         gradient_checkpointing: store only the features at sites, and recompute the rest.
         offload_experts: keep the experts on the CPU and move one layer at a time to the device.
+        early_stopping: see `EarlyStoppingRecipe`; None trains for all steps.
         checkpoint_every: interval of checkpoints in steps.
         keep_checkpoints: number of checkpoints to keep.
         log_every: interval in steps of lines in metrics.jsonl and the trackers.
@@ -218,7 +235,7 @@ class TrainingRecipe(Section):
         seed: seed of the aggregators' initial weights and of all random draws.
     """
 
-    LATER: ClassVar[tuple[str, ...]] = ("prompt_noise",)
+    LATER: ClassVar[tuple[str, ...]] = ("prompt_noise", "early_stopping")
 
     num_steps: int = Field(ge=1)
     batch_size: int = Field(default=8, ge=1)
@@ -237,6 +254,7 @@ class TrainingRecipe(Section):
     expert_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     gradient_checkpointing: bool = False
     offload_experts: bool = False
+    early_stopping: EarlyStoppingRecipe | None = None
     checkpoint_every: int = Field(default=500, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
     log_every: int = Field(default=50, ge=1)
@@ -299,6 +317,11 @@ class Recipe(Section):
     validation: ValidationRecipe | None = None
     previews: PreviewRecipe | None = None
 
+    @model_validator(mode="after")
+    def _validated(self) -> Recipe:
+        require_validation(self.training, self.validation)
+        return self
+
     @model_validator(mode="before")
     @classmethod
     def _of_predictions(cls, given: Any) -> Any:
@@ -316,6 +339,19 @@ class Recipe(Section):
                 )
             aggregator = {"min_scale": 1, **aggregator, "hidden_ratio": None}
         return {**given, "aggregator": aggregator}
+
+
+def require_validation(training: TrainingRecipe, validation: ValidationRecipe | None) -> None:
+    """Check that a training that may end early is validated.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if training.early_stopping is not None and validation is None:
+        raise ValueError(
+            "must have validation with training.early_stopping, for example validation: "
+            "{num_samples: 64, every: 500}"
+        )
 
 
 def load_recipe(path: str | Path) -> Recipe:
