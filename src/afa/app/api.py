@@ -53,6 +53,7 @@ class DrawRequest(BaseModel):
     height: int = Field(ge=8, le=MAX_PIXELS)
     width: int = Field(ge=8, le=MAX_PIXELS)
     bias: dict[str, _Bias | dict[Literal["down", "mid", "up"], _Bias]]
+    scheduler: str | None = Field(default=None, max_length=80)
 
 
 def read_request(
@@ -139,6 +140,7 @@ class Endpoint:
             gr.Number(defaults.height, label="height", **size),
             gr.Number(defaults.width, label="width", **size),
             gr.JSON({}, label="bias", visible=False),
+            gr.Dropdown(list(defaults.schedulers), value=None, label="scheduler", visible=False),
         ]
         outputs = [
             gr.Image(type="filepath", format="png", label="picture", visible=False),
@@ -173,6 +175,7 @@ class Endpoint:
         height: int,
         width: int,
         bias: dict[str, Any],
+        scheduler: str | None = None,
     ) -> Iterator[Any]:
         """Draw one picture, and yield its file and its recipe."""
         values = {name: value for name, value in locals().items() if name != "self"}
@@ -203,7 +206,7 @@ class Endpoint:
         name = f"{secrets.token_hex(4)}-{slug(recipe.prompt)}-{slug(recipe.drawn_by)}.png"
         for folder in self._folders:
             folder.mkdir(exist_ok=True)
-            save_picture(drawn.picture, folder / name, recipe, self._device)
+            save_picture(drawn.picture, folder / name, recipe, self._device, drawn.scheduler)
         return str(self._folders[0] / name), recipe.model_dump(mode="json", exclude_defaults=True)
 
 
