@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 
@@ -13,6 +13,7 @@ from afa.cli.console import require_new_folder, say, say_warnings
 from afa.cli.drafts import Drafts, NoDrafts, drafts_for, say_own
 from afa.cli.folder import draw_into, require_same_pictures, stems_of
 from afa.cli.trust import OPTIONS as TRUST_OPTIONS
+from afa.ensemble.prompt_syntax import PromptSyntax, words_of_prompt
 from afa.errors import AfaError
 from afa.files import slug
 from afa.machine.quiet import quieten_loading
@@ -76,6 +77,9 @@ def generate(
     ] = 0,
     num_images: Annotated[int, _picture("Pictures per prompt.", min=1)] = 1,
     negative_prompt: Annotated[str, _picture("Negative prompt.")] = "",
+    prompt_syntax: Annotated[
+        str, _picture("plain text; or weighted: (word:1.3), BREAK and long prompts.")
+    ] = "plain",
     height: Annotated[int | None, _picture("Pixels; default: the experts' own.", min=8)] = None,
     width: Annotated[int | None, _picture("Pixels; default: the experts' own.", min=8)] = None,
     bias: Annotated[
@@ -123,6 +127,10 @@ def generate(
         require_same_pictures(output, stems_of(prompts or [], seed, num_images))
     _require_one_of("--dtype", dtype, DTYPES)
     _require_one_of("--on-nonfinite", on_nonfinite, ON_NONFINITE)
+    _require_one_of("--prompt-syntax", prompt_syntax, get_args(PromptSyntax))
+    syntax = cast("PromptSyntax", prompt_syntax)
+    words = [words_of_prompt(prompt, syntax) for prompt in prompts or []]
+    words_of_prompt(negative_prompt, syntax)  # checked before anything is loaded
 
     from afa.ensemble.caching.settings import acceleration_of
     from afa.ensemble.steering import parse_bias
@@ -144,6 +152,7 @@ def generate(
     from afa.drawing import pictures, recorded
     from afa.loading.ensemble_folder import ensemble_folder
     from afa.loading.planned import plan_of_ensemble
+    from afa.loading.prompt_warnings import require_syntax
     from afa.loading.truncation import warnings_for
     from afa.loading.vocabulary import word_warnings
     from afa.reading import counted
@@ -166,7 +175,7 @@ def generate(
         assert prompts, "checked above"
         if quantize is not None:
             loading["quantize"] = quantize
-        chosen = drafts_for(ensemble, drafts, prompts, without=no_drafts)
+        chosen = drafts_for(ensemble, drafts, words, without=no_drafts)
         if chosen is not None and drafts is None:
             options = {
                 "--plan": plan is not None,
@@ -175,8 +184,10 @@ def generate(
             }
             excluded = next((option for option, given in options.items() if given), None)
             if processes.is_main:
-                say_own(chosen, ensemble, prompts, excluded)
+                say_own(chosen, ensemble, words, excluded)
             chosen = chosen if excluded is None else None
+        if syntax == "weighted":
+            require_syntax(plan_of_ensemble(ensemble, torch.float32, loading["device"]), syntax)
         # the estimate of memory does not know budgets and quantization
         if run_check and processes.is_main and not (quantize or memory_budget):
             require_sound(
@@ -208,6 +219,7 @@ def generate(
             identity=pictures.identity_of(denoiser_of(pipeline)),
             prompt="",
             negative_prompt=negative_prompt,
+            prompt_syntax=prompt_syntax,
             seed=seed,
             steps=steps,
             guidance=guidance,
@@ -224,8 +236,10 @@ def generate(
         planned = _each(pipeline, recipe, prompts, num_images)
     if processes.is_main:
         texts = list(dict.fromkeys(each.prompt for _, each in planned))
-        warnings = warnings_for(pipeline, texts, recipe.negative_prompt, recipe.guidance)
-        fused = [each.prompt for _, each in planned if each.drafts is None]
+        warnings = warnings_for(
+            pipeline, texts, recipe.negative_prompt, recipe.guidance, recipe.prompt_syntax
+        )
+        fused = [each.words for _, each in planned if each.drafts is None]
         warnings += word_warnings(ensemble_folder(recipe.ensemble), fused)
         say_warnings(warnings)
     processes.wait()  # the main process checks that the folder is new before any one writes
@@ -274,11 +288,10 @@ def _each(
 
     planned = itertools.product(prompts, range(recipe.seed, recipe.seed + num_images))
     recipes = (
-        recorded.picture_recipe(**{**dict(recipe), "prompt": prompt, "seed": seed}).model_copy(
-            update=pictures.drafts_of(pipeline, prompt)
-        )
+        recorded.picture_recipe(**{**dict(recipe), "prompt": prompt, "seed": seed})
         for prompt, seed in planned
     )
+    recipes = (each.model_copy(update=pictures.drafts_of(pipeline, each.words)) for each in recipes)
     return list(zip(stems_of(prompts, recipe.seed, num_images), recipes, strict=True))
 
 

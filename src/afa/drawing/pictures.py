@@ -18,6 +18,7 @@ from afa.ensemble.accelerate import accelerate
 from afa.ensemble.caching.plan import PruningPlan
 from afa.ensemble.guard import OnNonFinite, decoded
 from afa.ensemble.steering import steer
+from afa.ensemble.weighted_prompts import prompt_call
 from afa.errors import AfaError
 from afa.loading.ensemble_folder import aggregator_tensors, load_ensemble
 from afa.loading.manifest import read_manifest
@@ -108,7 +109,11 @@ def prepare(
 
 
 def drafts_of(pipeline: DiffusionPipeline, prompt: str) -> dict[str, Any]:
-    """The fields of a picture's recipe for the drafts of a prompt; empty if it has none."""
+    """The fields of a picture's recipe for the drafts of a prompt; empty if it has none.
+
+    Args:
+        prompt: the words of the prompt, without weights.
+    """
     drafter: Drafter | None = getattr(denoiser_of(pipeline), "drafter", None)
     settings = None if drafter is None else drafter.settings_of(prompt)
     if drafter is None or settings is None:
@@ -224,17 +229,21 @@ def draw(pipeline: DiffusionPipeline, recipe: PictureRecipe) -> Image.Image:
     what = f"A picture of {recipe.width} x {recipe.height} pixels"
     kind = kind_of_pipeline(pipeline)
     call: dict[str, Any] = {
-        **kind.guidance(recipe.guidance, recipe.negative_prompt),
+        **prompt_call(
+            pipeline,
+            recipe.prompt,
+            recipe.negative_prompt,
+            recipe.guidance,
+            recipe.prompt_syntax,
+        ),
         "height": recipe.height,
         "width": recipe.width,
         **kind.call,
     }
     generator = torch.Generator().manual_seed(recipe.seed)
-    drafted = routed(pipeline, [recipe.prompt], [generator], **call)
+    drafted = routed(pipeline, [recipe.words], [generator], **call)
     with saying_what_fits(what, _smaller), drafted, decoded(pipeline):
-        picture = pipeline(
-            prompt=recipe.prompt, num_inference_steps=recipe.steps, generator=generator, **call
-        ).images[0]
+        picture = pipeline(num_inference_steps=recipe.steps, generator=generator, **call).images[0]
     require_unchanged(pipeline)
     return picture
 

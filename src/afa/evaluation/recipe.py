@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from afa.aggregators.fusion import AnyFusion
 from afa.drafting.settings import DraftsRecipe
 from afa.ensemble.caching.settings import EXACT, Acceleration, acceleration_of
+from afa.ensemble.prompt_syntax import PromptSyntax
 from afa.evaluation.prompts import PromptsRecipe, resolve_file, resolve_prompts
 from afa.loading.expert_source import ExpertSource
 from afa.merging.recipe import WITH_BASE, MergeRecipe
@@ -127,13 +128,18 @@ class SamplingRecipe(Section):
 
     A picture's initial noise depends only on the index of its prompt and on the seed.
     `num_threads` fixes the CPU threads per process, which can change the last bits of a picture.
+    `prompt_syntax` is `weighted` if the prompts have weights in brackets; metrics see the words
+    alone.
     """
+
+    LATER: ClassVar[tuple[str, ...]] = ("prompt_syntax",)
 
     num_steps: NumSteps = 50
     guidance: float = Field(default=7.5, ge=0)
     seeds: list[int] = Field(default=[0], min_length=1)
     batch_size: int = Field(default=8, ge=1)
     negative_prompt: str = ""
+    prompt_syntax: PromptSyntax = "plain"
     height: int | None = Field(default=None, ge=8, multiple_of=8)
     width: int | None = Field(default=None, ge=8, multiple_of=8)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

@@ -183,7 +183,9 @@ def _cut_prompts(recipe: EvaluateRecipe, prompts: Sequence[Prompt]) -> list[str]
     sampling = recipe.sampling
     texts = [prompt.text for prompt in prompts]
     plan = plan_of_evaluation(recipe)
-    return warnings_of_plan(plan, texts, sampling.negative_prompt, sampling.guidance)
+    return warnings_of_plan(
+        plan, texts, sampling.negative_prompt, sampling.guidance, sampling.prompt_syntax
+    )
 
 
 def _guided_twice(recipe: EvaluateRecipe) -> list[str]:
@@ -220,7 +222,9 @@ def _claims(recipe: EvaluateRecipe, prompts: Sequence[Prompt], store: Store) -> 
     identities = Identities(recipe)
     apart = {"num_steps", "seeds", "device", "num_threads"}
     listed = [[prompt.text, prompt.group] for prompt in prompts]
-    yield Claim(store.folder / "prompts.json", {"prompts": listed}, "the prompts")
+    syntax = recipe.sampling.prompt_syntax
+    read_as = {} if syntax == "plain" else {"prompt_syntax": syntax}
+    yield Claim(store.folder / "prompts.json", {"prompts": listed, **read_as}, "the prompts")
     for method in recipe.methods:
         sampling = recipe.sampling_of(method).model_dump(mode="json", exclude=apart)
         for replica in range(method.num_replicas):

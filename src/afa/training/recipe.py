@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from afa.aggregators import SABWSettings
 from afa.drafting.settings import DraftsRecipe, OwnDrafts
+from afa.ensemble.prompt_syntax import PromptSyntax
 from afa.errors import AfaError
 from afa.loading.expert_source import ExpertSource, Fuse
 from afa.reading import parse_colour
@@ -225,13 +226,19 @@ class ValidationRecipe(Section):
 
 
 class PreviewRecipe(Section):
-    """Preview pictures during the training, with fixed prompts and noise."""
+    """Preview pictures during the training, with fixed prompts and noise.
+
+    `prompt_syntax` is `weighted` if the prompts have weights in brackets.
+    """
+
+    LATER: ClassVar[tuple[str, ...]] = ("prompt_syntax",)
 
     prompts: list[str] = Field(min_length=1, max_length=64)
     every: int = Field(default=500, ge=1)
     num_steps: int = Field(default=20, ge=1, le=1000)
     guidance: float = Field(default=7.5, ge=0)
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
+    prompt_syntax: PromptSyntax = "plain"
 
 
 class Recipe(Section):
