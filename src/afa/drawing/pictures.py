@@ -227,23 +227,19 @@ def draw(pipeline: DiffusionPipeline, recipe: PictureRecipe) -> Image.Image:
             the files of weights were changed in the meantime.
     """
     what = f"A picture of {recipe.width} x {recipe.height} pixels"
-    kind = kind_of_pipeline(pipeline)
-    call: dict[str, Any] = {
-        **prompt_call(
-            pipeline,
-            recipe.prompt,
-            recipe.negative_prompt,
-            recipe.guidance,
-            recipe.prompt_syntax,
-        ),
-        "height": recipe.height,
-        "width": recipe.width,
-        **kind.call,
-    }
     generator = torch.Generator().manual_seed(recipe.seed)
-    drafted = routed(pipeline, [recipe.words], [generator], **call)
-    with saying_what_fits(what, _smaller), drafted, decoded(pipeline):
-        picture = pipeline(num_inference_steps=recipe.steps, generator=generator, **call).images[0]
+    asked = (recipe.prompt, recipe.negative_prompt, recipe.guidance, recipe.prompt_syntax)
+    with saying_what_fits(what, _smaller):
+        call: dict[str, Any] = {
+            **prompt_call(pipeline, *asked),
+            "height": recipe.height,
+            "width": recipe.width,
+            **kind_of_pipeline(pipeline).call,
+        }
+        with routed(pipeline, [recipe.words], [generator], **call), decoded(pipeline):
+            picture = pipeline(
+                num_inference_steps=recipe.steps, generator=generator, **call
+            ).images[0]
     require_unchanged(pipeline)
     return picture
 

@@ -84,16 +84,17 @@ def evaluate(recipe: EvaluateRecipe, output: Path) -> Iterator[EvaluateProgress]
         prompts = load_prompts(recipe.prompts, scratch)
         scoring = Scoring(recipe, prompts, store, device)
         builder = MethodBuilder(recipe, sampling, device)
-        if processes.is_main:
-            store.claim(list(_claims(recipe, prompts, store)))
-        processes.wait()
+        notes: tuple[str, ...] = ()
         if processes.is_main:
             notes = (
                 *source_warnings(recipe.prompts),
                 *scoring.warnings(),
-                *_cut_prompts(recipe, prompts),
+                *_cut_prompts(recipe, prompts),  # refuses before the recipe is recorded
                 *_guided_twice(recipe),
             )
+            store.claim(list(_claims(recipe, prompts, store)))
+        processes.wait()
+        if processes.is_main:
             yield EvaluateProgress("prompts", len(prompts), len(prompts), notes=notes)
 
         batches = list(processes.share(scoring.reference_batches()))

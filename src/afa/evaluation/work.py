@@ -218,16 +218,16 @@ def draw(
         otherwise = "Or set sampling.dtype: bfloat16, or draw smaller pictures."
         remedy = smaller_batch(len(batch), "sampling.batch_size", None, otherwise)
         checked = decoded(pipeline) if output_type == "pil" else nullcontext()
-        call |= prompt_call(pipeline, prompts, negative, sampling.guidance, syntax)
         words = [words_of_prompt(prompt, syntax) for prompt in prompts]
-        drafted = routed(pipeline, words, noise, **call)
-        with torch.no_grad(), saying_what_fits(what, remedy), drafted, checked:
-            drawn = pipeline(
-                num_inference_steps=num_steps,
-                generator=noise,
-                output_type=output_type,
-                **call,
-            ).images
+        with torch.no_grad(), saying_what_fits(what, remedy):
+            call |= prompt_call(pipeline, prompts, negative, sampling.guidance, syntax)
+            with routed(pipeline, words, noise, **call), checked:
+                drawn = pipeline(
+                    num_inference_steps=num_steps,
+                    generator=noise,
+                    output_type=output_type,
+                    **call,
+                ).images
         for n, picture in zip(batch, drawn, strict=True):
             found[n] = picture
     return found

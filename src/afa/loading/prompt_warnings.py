@@ -40,6 +40,8 @@ def warnings_of_plan(
     """
     if syntax is not None:
         require_syntax(plan, syntax)
+    if any(group.fuse == "predictions" for group in plan.groups):
+        syntax = None
     folders = {
         read_manifest(expert, group.companions).config
         for group in plan.groups

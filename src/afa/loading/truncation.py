@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _NO_LIMIT = 1_000_000
 _CHUNK = 1000  # texts that are tokenized at once
 _SHOWN = 60  # displayed characters of the truncated part
+_WEIGHTED = "--prompt-syntax weighted (in a recipe, prompt_syntax: weighted)"
 
 
 @dataclass(frozen=True)
@@ -221,9 +222,11 @@ def prompt_warnings(
         for text in (*prompts, negative_prompt):
             words_of_prompt(text, syntax)
         limits = []  # they are encoded in chunks
-    lines = [cut.line("prompt", "prompts") for cut in cuts_of(limits, prompts)]
+    can_weight = syntax is not None and (kind is None or kind.clip_layer is not None)
+    longer = f" Or pass {_WEIGHTED}, which reads longer prompts." if can_weight else ""
+    lines = [cut.line("prompt", "prompts") + longer for cut in cuts_of(limits, prompts)]
     if syntax != "weighted":
-        lines += _weights_as_words([*prompts, negative_prompt], syntax, kind)
+        lines += _weights_as_words([*prompts, negative_prompt], can_weight=can_weight)
     if not negative_prompt:
         return lines
     if kind is not None and not kind.takes_negative:
@@ -234,20 +237,16 @@ def prompt_warnings(
             f"The negative prompt is ignored because guidance is {guidance:g}; it must be above 1.",
         ]
     cut = cuts_of(limits, [negative_prompt])
-    return lines + [each.line("negative prompt", "negative prompts") for each in cut]
+    return lines + [each.line("negative prompt", "negative prompts") + longer for each in cut]
 
 
-def _weights_as_words(
-    texts: Sequence[str], syntax: PromptSyntax | None, kind: PipelineKind | None
-) -> list[str]:
+def _weights_as_words(texts: Sequence[str], *, can_weight: bool) -> list[str]:
     """A warning if plain prompts have brackets that look like weights."""
     example = next(filter(None, map(weights_in, texts)), None)
     if example is None:
         return []
     line = f"'{example}' is drawn as words, because the prompt is plain text."
-    can_weight = syntax is not None and (kind is None or kind.clip_layer is not None)
-    remedy = " For weights, pass --prompt-syntax weighted (in a recipe, prompt_syntax: weighted)."
-    return [line + (remedy if can_weight else "")]
+    return [f"{line} For weights, pass {_WEIGHTED}." if can_weight else line]
 
 
 def warnings_for(
@@ -262,9 +261,11 @@ def warnings_for(
     Raises:
         AfaError: if the prompts are weighted, and cannot be read or encoded by this pipeline.
     """
-    kind = kind_of_pipeline(pipeline)
+    kind, fuses = kind_of_pipeline(pipeline), fuses_predictions(pipeline)
     if syntax == "weighted":
-        require_weighted(kind, fuses_predictions=fuses_predictions(pipeline))
+        require_weighted(kind, fuses_predictions=fuses)
+    elif fuses:
+        syntax = None
     found = prompt_warnings(
         limits_of(pipeline), prompts, negative_prompt, guidance=guidance, kind=kind, syntax=syntax
     )
