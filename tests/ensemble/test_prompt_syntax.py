@@ -6,6 +6,8 @@ import re
 from contextlib import suppress
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from afa.ensemble.prompt_syntax import read_weighted, weights_in, words_of_prompt
 from afa.errors import AfaError
@@ -141,3 +143,17 @@ def test_long_prompts_of_strangers_take_no_time(text: str) -> None:
     weights_in(text)
     with suppress(AfaError):
         read_weighted(text)
+
+
+@given(st.text(alphabet='ab :.|()[]\\\\<>{}_-+"1B\n', max_size=40))
+def test_any_text_is_read_or_refused(text: str) -> None:
+    try:
+        read = read_weighted(text)
+    except AfaError as error:
+        named = error.code
+        assert named.startswith("AFA-DRAW-03")
+        return
+    assert all(part for part in read.parts)
+    assert all(0 <= each.weight < 1e6 for part in read.parts for each in part)
+    if not set(text) & set("()[]\\"):
+        assert read.words == text.strip()

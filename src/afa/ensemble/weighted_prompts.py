@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from afa.denoisers.kinds import kind_of_pipeline
+from afa.denoisers.kinds import denoiser_of, kind_of_pipeline
+from afa.denoisers.sites import family_of
 from afa.ensemble.prompt_syntax import read_weighted
 from afa.ensemble.prompts import PromptEncoder
 from afa.errors import AfaError
@@ -36,7 +37,7 @@ def encode_prompt(
     """Encode weighted prompts of any length for a stock pipeline or an ensemble's pipeline.
 
     Args:
-        pipeline: of Stable Diffusion 1.x, 2.x or XL.
+        pipeline: of Stable Diffusion 1.x, 2.x or XL; also with a picture or a ControlNet.
         prompt: B prompts, or one: `a (red:1.3) fox`, see `afa.ensemble.prompt_syntax`.
         negative_prompt: B negative prompts, or one for all. None is that of the pipeline's own
             call: the empty prompt, or zeros for Stable Diffusion XL.
@@ -165,6 +166,23 @@ def require_weighted(kind: PipelineKind, *, fuses_predictions: bool = False) -> 
         )
 
 
+def _kind_of(pipeline: Any) -> PipelineKind:
+    """The kind of a pipeline; of other classes, such as with a ControlNet, by its text encoders."""
+    try:
+        return kind_of_pipeline(pipeline)
+    except AfaError:
+        parts = pipeline.components
+        names = {
+            name
+            for name, part in parts.items()
+            if part is not None and name.startswith("text_encoder")
+        }
+        for kind in family_of(denoiser_of(pipeline)).pipelines:
+            if set(kind.text) == names:
+                return kind
+        raise
+
+
 def fuses_predictions(pipeline: DiffusionPipeline) -> bool:
     """Whether a pipeline's text encoder also holds the conditions of other experts."""
     return any(isinstance(part, PromptEncoder) for part in pipeline.components.values())
@@ -244,7 +262,7 @@ class _Encoder:
 
 def _encoders_of(pipeline: Any) -> list[_Encoder]:
     """The text encoders of a pipeline whose prompts can be weighted."""
-    kind = kind_of_pipeline(pipeline)
+    kind = _kind_of(pipeline)
     parts = pipeline.components
     require_weighted(kind, fuses_predictions=fuses_predictions(pipeline))
 
