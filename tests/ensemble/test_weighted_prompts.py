@@ -236,5 +236,7 @@ def test_as_many_negative_prompts_or_one(experts: list[Path]) -> None:
     pipeline = stock(experts[0])
     with refusal("AFA-ENSEMBLE-077", "2", "3"):
         afa.encode_prompt(pipeline, ["a", "b"], ["c", "d", "e"])
+    with refusal("AFA-ENSEMBLE-077", "0"):
+        afa.encode_prompt(pipeline, [])
     own = afa.encode_prompt(pipeline, ["a", "b"], ["c", "d"])["negative_prompt_embeds"]
     assert torch.equal(own[1:], afa.encode_prompt(pipeline, "b", "d")["negative_prompt_embeds"])

@@ -56,11 +56,11 @@ def encode_prompt(
         negatives: list[str | None] = [negative_prompt] * len(prompts)
     else:
         negatives = list(negative_prompt)
-    if len(prompts) != len(negatives):
+    if not prompts or len(prompts) != len(negatives):
         raise AfaError(
             "AFA-ENSEMBLE-077",
-            f"There are {len(prompts)} prompts and {len(negatives)} negative prompts. Pass as "
-            "many, or one negative prompt.",
+            f"There are {len(prompts)} prompts and {len(negatives)} negative prompts. Pass at "
+            "least one prompt, and as many negative prompts, or one for all.",
         )
     encoders = _encoders_of(pipeline)
     texts = [read_weighted(each or "") for each in (*prompts, *negatives)]
@@ -230,6 +230,7 @@ class _Encoder:
     def pooled(self, texts: Sequence[WeightedPrompt]) -> Tensor:
         """The pooled embeddings [B, D'] of the words without weights."""
         provider, device = self.compel.conditioning_provider, self.compel.device
+        # compel itself would also encode its syntax: https://github.com/damian0815/compel/issues/96
         words = [self._converted(text.words) for text in texts]
         return torch.cat([provider.get_pooled_embeddings([each], device=device) for each in words])
 
