@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 _NO_LIMIT = 1_000_000
 _CHUNK = 1000  # texts that are tokenized at once
 _SHOWN = 60  # displayed characters of the truncated part
-_WEIGHTED = "--prompt-syntax weighted (in a recipe, prompt_syntax: weighted)"
+_WEIGHTED = (
+    "--prompt-syntax weighted (in a recipe, prompt_syntax: weighted; in the app, below More)"
+)
 
 
 @dataclass(frozen=True)
