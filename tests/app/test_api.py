@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(find_spec("gradio") is None, reason="gradio is n
 GOOD: dict[str, Any] = {
     **{"prompt": "a fox", "drawn_by": "AFA", "negative_prompt": "", "seed": 0, "steps": 3},
     **{"guidance": 3, "speed": "exact", "height": 64, "width": 64, "bias": {}},
-    "scheduler": None,
+    **{"scheduler": None, "prompt_syntax": "plain"},
 }
 WRONG: dict[str, list[Any]] = {
     "steps": ["3", 0, 151, 3.5, True, None],

@@ -137,6 +137,10 @@ def test_controlnet(pipeline: StableDiffusionPipeline) -> None:
     ]
     assert np.isfinite(drawn[0]).all()
     assert not np.array_equal(*drawn)  # the control picture reaches the experts
+    for prompt, is_same in (("a fox", True), ("a (fox:1.3) BREAK a pizza", False)):
+        call = afa.encode_prompt(other, prompt)
+        found = other(image=picture(0), height=16, width=16, generator=noise(), **call, **CALL)
+        assert np.array_equal(found.images, drawn[0]) is is_same
 
 
 def test_expert_parts(experts: list[Path]) -> None:

@@ -91,6 +91,10 @@ TRAININGS: dict[str, Any] = {
     "a cache that is a file": {
         "data": {"folder": "./pictures", "cache": True, "cache_folder": "./recipe.yaml"},
     },
+    "previews that cannot be read": {
+        "data": {"folder": "./pictures"},
+        "previews": {"prompts": ["a [fox|bee]"], "prompt_syntax": "weighted"},
+    },
     "nothing left to train on": {
         "data": {"folder": "./pictures"},
         "validation": {"num_samples": 12, "every": 1},
@@ -187,6 +191,9 @@ EVALUATIONS: dict[str, Any] = {
     "an ensemble that is not there": {"methods": [{"name": "A", "ensemble": "./nowhere"}]},
     "a scheduler without zero terminal SNR": {
         "sampling": {"num_steps": 1, "guidance": 1, "device": "cpu", "scheduler": "heun"}
+    },
+    "weights that cannot be read": {
+        "sampling": {"device": "cpu", "prompt_syntax": "weighted", "negative_prompt": "(a fox"}
     },
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import threading
 from collections.abc import Iterator  # gradio evaluates the annotations of handlers
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import gradio as gr
 from fastapi import Request
@@ -18,6 +18,7 @@ from afa.app.layout import MAX_PIXELS, MAX_STEPS
 from afa.drawing.contenders import ENSEMBLE
 from afa.drawing.recorded import save_picture
 from afa.ensemble.caching.settings import PRESETS
+from afa.ensemble.prompt_syntax import PromptSyntax
 from afa.ensemble.steering import STAGES
 from afa.errors import AfaError
 from afa.files import slug
@@ -54,6 +55,7 @@ class DrawRequest(BaseModel):
     width: int = Field(ge=8, le=MAX_PIXELS)
     bias: dict[str, _Bias | dict[Literal["down", "mid", "up"], _Bias]]
     scheduler: str | None = Field(default=None, max_length=80)
+    prompt_syntax: PromptSyntax = "plain"
 
 
 def read_request(
@@ -141,6 +143,9 @@ class Endpoint:
             gr.Number(defaults.width, label="width", **size),
             gr.JSON({}, label="bias", visible=False),
             gr.Dropdown(list(defaults.schedulers), value=None, label="scheduler", visible=False),
+            gr.Radio(
+                list(get_args(PromptSyntax)), value="plain", label="prompt_syntax", visible=False
+            ),
         ]
         outputs = [
             gr.Image(type="filepath", format="png", label="picture", visible=False),
@@ -176,6 +181,7 @@ class Endpoint:
         width: int,
         bias: dict[str, Any],
         scheduler: str | None = None,
+        prompt_syntax: str = "plain",
     ) -> Iterator[Any]:
         """Draw one picture, and yield its file and its recipe."""
         values = {name: value for name, value in locals().items() if name != "self"}

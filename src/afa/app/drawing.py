@@ -68,7 +68,7 @@ class Studio:
         """A recipe with the drafts that the ensemble uses for its prompt; others have none."""
         is_ensemble = recipe.drawn_by == ENSEMBLE
         return recipe.model_copy(
-            update=drafts_of(self.pipeline, recipe.prompt) if is_ensemble else {}
+            update=drafts_of(self.pipeline, recipe.words) if is_ensemble else {}
         )
 
     def draw(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import gradio as gr
 
 from afa.app import views
 from afa.ensemble.caching.settings import PRESETS
+from afa.ensemble.prompt_syntax import PromptSyntax
 from afa.ensemble.steering import STAGES
 from afa.files import slug
 from afa.recipe import MAX_SEED
@@ -85,6 +86,12 @@ class Controls:
         self.guidance = gr.Slider(0, 20, defaults.guidance, step=0.1, label="Guidance")
         with gr.Accordion("More", open=False):
             self.negative = gr.Textbox("", label="Negative prompt")
+            self.syntax = gr.Radio(
+                list(get_args(PromptSyntax)),
+                value="plain",
+                label="Prompt syntax (weighted: long prompts, (word:1.3), [word], BREAK)",
+                elem_id="syntax",
+            )
             self.speed = gr.Radio(list(PRESETS), value="exact", label="Speed")
             self.scheduler = gr.Dropdown(
                 [OWN, *defaults.schedulers],
@@ -101,7 +108,7 @@ class Controls:
     def sampling(self) -> list[Any]:
         """The controls of a recipe, in the order that `Page._read` expects."""
         first = [self.prompt, self.negative, self.seed, self.steps, self.guidance]
-        return [*first, self.speed, self.scheduler, self.height, self.width]
+        return [*first, self.syntax, self.speed, self.scheduler, self.height, self.width]
 
 
 class FusionWeights:

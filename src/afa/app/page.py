@@ -230,16 +230,15 @@ class Page:
 
     def _warnings(self, recipe: PictureRecipe) -> list[str]:
         """Warnings of prompts that the text encoders truncate, or with unknown words."""
-        warnings = warnings_for(
-            self._studio.pipeline, [recipe.prompt], recipe.negative_prompt, recipe.guidance
-        )
+        asked = (recipe.negative_prompt, recipe.guidance, recipe.prompt_syntax)
+        warnings = warnings_for(self._studio.pipeline, [recipe.prompt], *asked)
         fused = recipe.drawn_by == ENSEMBLE and recipe.drafts is None
-        prompts = [recipe.prompt] if fused else []
+        prompts = [recipe.words] if fused else []
         return warnings + word_warnings(ensemble_folder(self._ensemble), prompts)
 
     def _read(self, values: Sequence[Any]) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
         """Convert the values of the controls to fields of a recipe and a bias."""
-        names = ("prompt", "negative_prompt", "seed", "steps", "guidance")
+        names = ("prompt", "negative_prompt", "seed", "steps", "guidance", "prompt_syntax")
         *sampling, speed, scheduler, height, width = values[: -len(self._on.steering.biases)]
         fields = dict(zip(names, sampling, strict=True))
         chosen = None if scheduler == OWN else scheduler
@@ -373,7 +372,7 @@ class Page:
 
     def _use_again(self, history: list[Entry], picked: int | None) -> list[Any]:
         if picked is None:
-            return [gr.skip()] * (9 + len(self._on.steering.biases))
+            return [gr.skip()] * (len(self._on.controls.sampling) + len(self._on.steering.biases))
         recipe = history[picked].recipe
         speed = next(
             name for name, preset in PRESETS.items() if preset.describe() == recipe.acceleration
@@ -383,6 +382,6 @@ class Page:
         ]
         return [
             *(recipe.prompt, recipe.negative_prompt, recipe.seed, recipe.steps, recipe.guidance),
-            *(speed, recipe.scheduler or OWN, recipe.height, recipe.width),
+            *(recipe.prompt_syntax, speed, recipe.scheduler or OWN, recipe.height, recipe.width),
             *(*[0] * len(self._keys), *by_stage),
         ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 
@@ -22,6 +22,7 @@ from afa.cli.recipes import (
 )
 from afa.cli.trust import OPTIONS as TRUST_OPTIONS
 from afa.cli.wanted import Wanted, is_random, parse_seed, size_of_options
+from afa.ensemble.prompt_syntax import PromptSyntax, words_of_prompt
 from afa.errors import AfaError
 from afa.files import slug
 from afa.machine.quiet import quieten_loading
@@ -84,6 +85,9 @@ def generate(
     ] = "0",
     num_images: Annotated[int, _picture("Pictures per prompt.", min=1)] = 1,
     negative_prompt: Annotated[str, _picture("Negative prompt.")] = "",
+    prompt_syntax: Annotated[
+        str, _picture("plain text; or weighted: (word:1.3), BREAK and long prompts.")
+    ] = "plain",
     scheduler: Annotated[
         str | None,
         _picture("euler_a, dpmpp_2m_karras, unipc, ddim, ...; default: the experts' own."),
@@ -149,6 +153,8 @@ def generate(
     processes = Processes()
     _require_one_of("--dtype", dtype, DTYPES)
     _require_one_of("--on-nonfinite", on_nonfinite, ON_NONFINITE)
+    _require_one_of("--prompt-syntax", prompt_syntax, get_args(PromptSyntax))
+    syntax = cast("PromptSyntax", prompt_syntax)
 
     from afa.denoisers.scheduler_names import canonical_name
     from afa.ensemble.caching.settings import acceleration_of
@@ -171,7 +177,7 @@ def generate(
     drawn_from = fields_of_inputs(image, mask, strength, hires, hires_strength)
     if from_image is not None:
         found = wanted_by_picture(
-            from_image, defaults, ensemble, _given(context), is_main=processes.is_main
+            from_image, defaults, ensemble, _given(context), syntax, is_main=processes.is_main
         )
         _require_nothing_else(context, is_foreign=found is not None)
         if found is not None:
@@ -182,6 +188,10 @@ def generate(
             "afa generate requires an ensemble and a prompt, or --from-image. For example: "
             'afa generate zoo:ensemble "a fox on the left and a pizza on the right" --output new',
         )
+    # all are read before anything is loaded
+    words = [words_of_prompt(each.prompt, syntax) for each in wanted]
+    for each in wanted:
+        words_of_prompt(each.negative_prompt, syntax)
     if processes.is_main and from_image is not None:
         require_new_folder(output)
     elif processes.is_main:
@@ -194,6 +204,7 @@ def generate(
     from afa.denoisers.kinds import denoiser_of
     from afa.drawing import pictures
     from afa.loading.planned import plan_of_ensemble
+    from afa.loading.prompt_warnings import require_syntax
     from afa.reading import counted
     from afa.training.engine import pick_device
 
@@ -211,10 +222,9 @@ def generate(
         planned = [(f"00-{slug(recipe.prompt)}-seed{recipe.seed}", recipe)]
     else:
         assert ensemble is not None, "checked above"
-        texts = [each.prompt for each in wanted]
         if quantize is not None:
             loading["quantize"] = quantize
-        chosen = drafts_for(ensemble, drafts, texts, without=no_drafts)
+        chosen = drafts_for(ensemble, drafts, words, without=no_drafts)
         if chosen is not None and drafts is None:
             options = {
                 "--plan": plan is not None,
@@ -225,8 +235,10 @@ def generate(
             }
             excluded = next((option for option, given in options.items() if given), None)
             if processes.is_main:
-                say_own(chosen, ensemble, texts, excluded)
+                say_own(chosen, ensemble, words, excluded)
             chosen = chosen if excluded is None else None
+        if syntax == "weighted":
+            require_syntax(plan_of_ensemble(ensemble, torch.float32, loading["device"]), syntax)
         # the estimate of memory does not know budgets and quantization
         if run_check and processes.is_main and not (quantize or memory_budget):
             require_sound(
@@ -254,6 +266,7 @@ def generate(
         )
         shared = {
             "ensemble": ensemble,
+            "prompt_syntax": syntax,
             "identity": pictures.identity_of(denoiser_of(pipeline)),
             "bias": parsed_bias,
             "acceleration": acceleration.describe(),

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from afa.cli.wanted import Wanted
     from afa.drawing.recorded import PictureRecipe
+    from afa.ensemble.prompt_syntax import PromptSyntax
 
 
 def reproduced(
@@ -41,7 +42,13 @@ def reproduced(
 
 
 def wanted_by_picture(
-    picture: Path, wanted: Wanted, ensemble: str | None, given: Collection[str], *, is_main: bool
+    picture: Path,
+    wanted: Wanted,
+    ensemble: str | None,
+    given: Collection[str],
+    syntax: PromptSyntax,
+    *,
+    is_main: bool,
 ) -> Wanted | None:
     """What A1111's text in another program's picture asks for; says what it does not understand.
 
@@ -50,6 +57,7 @@ def wanted_by_picture(
         wanted: the options of the command.
         ensemble: draws the new picture.
         given: the names of the options that the user has passed, which replace the text's.
+        syntax: how its prompts will be read.
         is_main: whether this process prints.
 
     Returns: None for a picture of afa, and for one without such a text.
@@ -61,7 +69,7 @@ def wanted_by_picture(
     from afa.drawing.parameters import read_parameters
     from afa.drawing.recorded import has_recipe
 
-    found = None if has_recipe(picture) else read_parameters(picture)
+    found = None if has_recipe(picture) else read_parameters(picture, syntax)
     if found is None:
         return None
     if ensemble is None:
@@ -173,7 +181,7 @@ def recipes_of(
             )
             inputs.require_passes(recipe, size_multiple(pipeline))
             pictures.require_no_drafts(pipeline, recipe)
-            recipes.append(recipe.model_copy(update=pictures.drafts_of(pipeline, each.prompt)))
+            recipes.append(recipe.model_copy(update=pictures.drafts_of(pipeline, recipe.words)))
     return list(zip(stems_of(wanted, num_images), recipes, strict=True))
 
 
@@ -227,8 +235,8 @@ def prompt_warnings(
     texts = list(dict.fromkeys(recipe.prompt for recipe in recipes))
     warnings = list[str]()
     for negative in dict.fromkeys((each.negative_prompt, each.guidance) for each in recipes):
-        warnings += warnings_for(pipeline, texts, *negative)
-    fused = [recipe.prompt for recipe in recipes if recipe.drafts is None]
+        warnings += warnings_for(pipeline, texts, *negative, recipes[0].prompt_syntax)
+    fused = [recipe.words for recipe in recipes if recipe.drafts is None]
     warnings += word_warnings(ensemble_folder(recipes[0].ensemble), fused)
     if recipes[0].image is not None:
         warnings += [_fitted(recipe) for recipe in recipes]

@@ -165,6 +165,9 @@ class PipelineKind:
         sample_size: the side of the native latents if the configuration has no `sample_size`.
         padded_text: the configuration entry of the width to which the pipeline pads the tokens of
             the CLIP encoders, before the T5 tokens; None if it concatenates widths instead.
+        clip_layer: if all token embeddings are those of CLIP, the layer of the text encoders that
+            the pipelines pass: `last` with its norm, or `penultimate` without. None: there are
+            others, and prompts cannot be weighted.
         shares_length: whether the maximum length of `tokenizer` also limits the other tokenizers.
         prepare: how the pipelines change a prompt before they tokenize it.
         guide: a function of a guidance scale (1 means none) that returns arguments of the call.
@@ -194,6 +197,7 @@ class PipelineKind:
     gives_latent: bool = False
     sample_size: int = 64
     padded_text: str | None = None
+    clip_layer: Literal["last", "penultimate"] | None = None
     shares_length: bool = False
     prepare: Callable[[str], str] = str
     guide: Callable[[float], Mapping[str, Any]] = lambda guidance: {"guidance_scale": guidance}

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from afa.ensemble.prompt_syntax import PromptSyntax
+
 KEY = "parameters"
 #: of the text, and of its line of settings, whose search takes the square of its length
 _MAX_TEXT, _MAX_LINE = 100_000, 10_000
@@ -95,8 +97,12 @@ def text_of(prompt: str, negative_prompt: str, pairs: Mapping[str, object]) -> s
     return f"{prompt}\n{_NEGATIVE} {negative_prompt}\n{line}"
 
 
-def read_parameters(path: Path) -> Parameters | None:
+def read_parameters(path: Path, syntax: PromptSyntax = "plain") -> Parameters | None:
     """Read the `parameters` text in a PNG, or in the EXIF data of a JPEG or WebP.
+
+    Args:
+        path: the file.
+        syntax: how the prompts will be read.
 
     Returns: None if it has none, or cannot be read.
 
@@ -111,15 +117,16 @@ def read_parameters(path: Path) -> Parameters | None:
                 text = _decoded(exif.get(_USER_COMMENT))
     except _DAMAGED:
         return None
-    return None if not text or len(text) > _MAX_TEXT else parse_parameters(text, str(path))
+    return None if not text or len(text) > _MAX_TEXT else parse_parameters(text, str(path), syntax)
 
 
-def parse_parameters(text: str, name: str) -> Parameters:
+def parse_parameters(text: str, name: str, syntax: PromptSyntax = "plain") -> Parameters:
     """Parse a `parameters` text.
 
     Args:
         text: the text.
         name: of the file, for errors.
+        syntax: how the prompts will be read; weights are noted if they are drawn as words.
 
     Raises:
         AfaError: if a value is not as A1111 writes it.
@@ -135,7 +142,9 @@ def parse_parameters(text: str, name: str) -> Parameters:
             parts[bool(parts[1])].append(line.strip())
     pairs = {key.strip(): _unquoted(value.strip()) for key, value in _PAIR.findall(last)}
     notes: list[str] = []
-    prompt, negative = (_plain("\n".join(part).strip(), notes) for part in parts)
+    prompt, negative = (_without_tags("\n".join(part).strip(), notes) for part in parts)
+    if syntax == "plain":
+        notes += filter(None, map(_drawn_as_words, (prompt, negative)))
     size = _value(pairs, "Size", r"(\d+)x(\d+)", name)
     steps, seed = (_value(pairs, key, r"(\d+)", name) for key in ("Steps", "Seed"))
     guidance = _value(pairs, "CFG scale", r"(\d+(?:\.\d+)?)", name)
@@ -190,8 +199,8 @@ _AUTOMATIC = {
 }
 
 
-def _plain(text: str, notes: list[str]) -> str:
-    """Remove tags from a prompt; note them, and syntax that is drawn as words."""
+def _without_tags(text: str, notes: list[str]) -> str:
+    """Remove tags from a prompt, and note them."""
     for tag in _TAG.finditer(text):
         notes.append(f"'{tag[0]}' is not understood, and was removed from the prompt.")
     if _TAG.search(text):
@@ -200,10 +209,18 @@ def _plain(text: str, notes: list[str]) -> str:
             ", ".join(filter(None, (" ".join(part.split()) for part in line.split(","))))
             for line in lines
         )
-    shown = [example for form, example in _SYNTAX.items() if re.search(form, text)]
-    if shown:
-        notes.append(f"{', '.join(shown)} in the prompt is read as plain text.")
     return text.strip()
+
+
+def _drawn_as_words(text: str) -> str | None:
+    """Say which of A1111's syntax in a prompt is drawn as words; None without any."""
+    shown = [example for form, example in _SYNTAX.items() if re.search(form, text)]
+    if not shown:
+        return None
+    return (
+        f"{', '.join(shown)} in the prompt is read as plain text. To read weights, pass "
+        "--prompt-syntax weighted."
+    )
 
 
 def _quoted(value: object) -> str:

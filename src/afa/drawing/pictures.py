@@ -28,6 +28,7 @@ from afa.ensemble.accelerate import accelerate
 from afa.ensemble.caching.plan import PruningPlan
 from afa.ensemble.guard import OnNonFinite, decoded
 from afa.ensemble.steering import steer
+from afa.ensemble.weighted_prompts import prompt_call
 from afa.errors import AfaError
 from afa.loading.ensemble_folder import aggregator_tensors, load_ensemble
 from afa.loading.manifest import read_manifest
@@ -118,7 +119,11 @@ def prepare(
 
 
 def drafts_of(pipeline: DiffusionPipeline, prompt: str) -> dict[str, Any]:
-    """The fields of a picture's recipe for the drafts of a prompt; empty if it has none."""
+    """The fields of a picture's recipe for the drafts of a prompt; empty if it has none.
+
+    Args:
+        prompt: the words of the prompt, without weights.
+    """
     drafter: Drafter | None = getattr(denoiser_of(pipeline), "drafter", None)
     settings = None if drafter is None else drafter.settings_of(prompt)
     if drafter is None or settings is None:
@@ -235,19 +240,19 @@ def draw(pipeline: DiffusionPipeline, recipe: PictureRecipe) -> Image.Image:
     require_passes(recipe)
     size = hires_size(recipe.height, recipe.width, recipe.hires, 1)
     what = f"A picture of {size[1]} x {size[0]} pixels"
-    kind = kind_of_pipeline(pipeline)
-    call: dict[str, Any] = {
-        **kind.guidance(recipe.guidance, recipe.negative_prompt),
-        "height": recipe.height,
-        "width": recipe.width,
-        **kind.call,
-    }
     generator = torch.Generator().manual_seed(recipe.seed)
     require_no_drafts(pipeline, recipe)
     sampled = sampled_with(pipeline, recipe.scheduler)
+    asked = (recipe.prompt, recipe.negative_prompt, recipe.guidance, recipe.prompt_syntax)
     with saying_what_fits(what, _smaller), sampled, decoded(pipeline):
+        call: dict[str, Any] = {
+            **prompt_call(pipeline, *asked),
+            "height": recipe.height,
+            "width": recipe.width,
+            **kind_of_pipeline(pipeline).call,
+        }
         if recipe.image is None:
-            with routed(pipeline, [recipe.prompt], [generator], **call):
+            with routed(pipeline, [recipe.words], [generator], **call):
                 picture = _drawn(pipeline, recipe, generator, call)
         else:
             picture = _drawn_from(pipeline, recipe, generator, {**call, **arguments_of(recipe)})
@@ -267,9 +272,7 @@ def _drawn(
     generator: torch.Generator,
     call: dict[str, Any],
 ) -> Image.Image:
-    return pipeline(
-        prompt=recipe.prompt, num_inference_steps=recipe.steps, generator=generator, **call
-    ).images[0]
+    return pipeline(num_inference_steps=recipe.steps, generator=generator, **call).images[0]
 
 
 def _drawn_from(
@@ -304,7 +307,7 @@ def require_no_drafts(pipeline: DiffusionPipeline, recipe: PictureRecipe) -> Non
         AfaError: if it is.
     """
     is_from_another = recipe.image is not None or recipe.hires is not None
-    if is_from_another and drafts_of(pipeline, recipe.prompt):
+    if is_from_another and drafts_of(pipeline, recipe.words):
         raise AfaError(
             "AFA-DRAW-030",
             "Drafts cannot be combined with an initial picture or hires: they decide by what the "

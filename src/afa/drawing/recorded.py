@@ -20,6 +20,7 @@ from afa.drawing.contenders import ENSEMBLE
 from afa.drawing.parameters import KEY, text_of
 from afa.ensemble.caching.plan import PruningPlan
 from afa.ensemble.guard import OnNonFinite
+from afa.ensemble.prompt_syntax import PromptSyntax, words_of_prompt
 from afa.errors import AfaError
 from afa.files import write_png
 from afa.provenance import __version__
@@ -52,6 +53,7 @@ class PictureRecipe(Section):
         student: source and hash of the student, if it drew the picture.
         prompt: the prompt.
         negative_prompt: the negative prompt.
+        prompt_syntax: how both are read, see `afa.ensemble.prompt_syntax`.
         seed: seed of the initial noise.
         steps: number of denoising steps.
         guidance: scale of classifier-free guidance.
@@ -80,6 +82,7 @@ class PictureRecipe(Section):
     student: tuple[str, str] | None = None
     prompt: str = Field(max_length=_MAX_PROMPT)
     negative_prompt: str = Field(default="", max_length=_MAX_PROMPT)
+    prompt_syntax: PromptSyntax = "plain"
     seed: int = Field(ge=0, le=MAX_SEED)
     steps: int = Field(ge=1, le=10_000)
     guidance: float = Field(ge=0, allow_inf_nan=False)
@@ -122,6 +125,11 @@ class PictureRecipe(Section):
             steps += int(self.steps * self.hires_strength)
         twice = self.scheduler is not None and calls_twice(self.scheduler)
         return max(2 * steps if twice else steps, 1)
+
+    @property
+    def words(self) -> str:
+        """The prompt as plain text, without weights."""
+        return words_of_prompt(self.prompt, self.prompt_syntax)
 
 
 class MadeWith(Section):

@@ -13,6 +13,7 @@ from afa.aggregators.fusion import AnyFusion
 from afa.denoisers.scheduler_names import calls_twice, scheduler_name
 from afa.drafting.settings import DraftsRecipe
 from afa.ensemble.caching.settings import EXACT, Acceleration, acceleration_of
+from afa.ensemble.prompt_syntax import PromptSyntax
 from afa.evaluation.prompts import PromptsRecipe, resolve_file, resolve_prompts
 from afa.loading.expert_source import ExpertSource
 from afa.merging.recipe import WITH_BASE, MergeRecipe
@@ -134,16 +135,18 @@ class SamplingRecipe(Section):
     A picture's initial noise depends only on the index of its prompt and on the seed.
     `num_threads` fixes the CPU threads per process, which can change the last bits of a picture.
     `scheduler` is a name of `afa.denoisers.scheduler_names`, for the models of all methods; None
-    uses each model's own.
+    uses each model's own. `prompt_syntax` is `weighted` if the prompts have weights in brackets;
+    metrics see the words alone.
     """
 
-    LATER: ClassVar[tuple[str, ...]] = ("scheduler",)
+    LATER: ClassVar[tuple[str, ...]] = ("scheduler", "prompt_syntax")
 
     num_steps: NumSteps = 50
     guidance: float = Field(default=7.5, ge=0)
     seeds: list[int] = Field(default=[0], min_length=1)
     batch_size: int = Field(default=8, ge=1)
     negative_prompt: str = ""
+    prompt_syntax: PromptSyntax = "plain"
     height: int | None = Field(default=None, ge=8, multiple_of=8)
     width: int | None = Field(default=None, ge=8, multiple_of=8)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

@@ -87,16 +87,17 @@ def evaluate(recipe: EvaluateRecipe, output: Path) -> Iterator[EvaluateProgress]
         prompts = load_prompts(recipe.prompts, scratch)
         scoring = Scoring(recipe, prompts, store, device)
         builder = MethodBuilder(recipe, sampling, device)
-        if processes.is_main:
-            store.claim(list(_claims(recipe, prompts, store)))
-        processes.wait()
+        notes: tuple[str, ...] = ()
         if processes.is_main:
             notes = (
                 *source_warnings(recipe.prompts),
                 *scoring.warnings(),
-                *_cut_prompts(recipe, prompts),
+                *_cut_prompts(recipe, prompts),  # refuses before the recipe is recorded
                 *_guided_twice(recipe),
             )
+            store.claim(list(_claims(recipe, prompts, store)))
+        processes.wait()
+        if processes.is_main:
             yield EvaluateProgress("prompts", len(prompts), len(prompts), notes=notes)
 
         batches = list(processes.share(scoring.reference_batches()))
@@ -185,7 +186,9 @@ def _cut_prompts(recipe: EvaluateRecipe, prompts: Sequence[Prompt]) -> list[str]
     sampling = recipe.sampling
     texts = [prompt.text for prompt in prompts]
     plan = plan_of_evaluation(recipe)
-    return warnings_of_plan(plan, texts, sampling.negative_prompt, sampling.guidance)
+    return warnings_of_plan(
+        plan, texts, sampling.negative_prompt, sampling.guidance, sampling.prompt_syntax
+    )
 
 
 def _guided_twice(recipe: EvaluateRecipe) -> list[str]:
@@ -222,7 +225,9 @@ def _claims(recipe: EvaluateRecipe, prompts: Sequence[Prompt], store: Store) -> 
     identities = Identities(recipe)
     apart = {"num_steps", "seeds", "device", "num_threads"}
     listed = [[prompt.text, prompt.group] for prompt in prompts]
-    yield Claim(store.folder / "prompts.json", {"prompts": listed}, "the prompts")
+    syntax = recipe.sampling.prompt_syntax
+    read_as = {} if syntax == "plain" else {"prompt_syntax": syntax}
+    yield Claim(store.folder / "prompts.json", {"prompts": listed, **read_as}, "the prompts")
     for method in recipe.methods:
         sampling = recipe.sampling_of(method).model_dump(mode="json", exclude=apart)
         for replica in range(method.num_replicas):

@@ -16,6 +16,7 @@ import yaml
 
 from afa.denoisers.kinds import denoiser_of
 from afa.drawing.merged import merged_pipeline
+from afa.ensemble.prompt_syntax import words_of_prompt
 from afa.errors import AfaError
 from afa.evaluation.identity import Identities, of_metric
 from afa.evaluation.planned import plan_of_search
@@ -249,7 +250,8 @@ def mean_score(
             places = range(start, min(start + sampling.batch_size, len(texts)))
             chosen = [texts[place] for place in places]
             pictures = draw(pipeline, chosen, places, seed, sampling.num_steps, sampling)
-            scores += next(iter(scorer(pictures, chosen).values()))
+            words = [words_of_prompt(text, sampling.prompt_syntax) for text in chosen]
+            scores += next(iter(scorer(pictures, words).values()))
     mean = float(np.mean(scores))
     if not math.isfinite(mean):
         raise AfaError(

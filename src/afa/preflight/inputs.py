@@ -20,6 +20,8 @@ from diffusers.configuration_utils import FrozenDict
 from afa.denoisers.kinds import kind_of
 from afa.distilling.planned import plan_of_distillation
 from afa.drafting import DraftsRecipe, own_drafts, require_words
+from afa.ensemble.prompt_syntax import words_of_prompt
+from afa.ensemble.weighted_prompts import require_weighted
 from afa.errors import AfaError
 from afa.evaluation.planned import plan_of_evaluation, plan_of_search
 from afa.files import is_unused, read_json, require_place_for_folder
@@ -39,8 +41,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from afa.distilling.recipe import DistillRecipe
+    from afa.ensemble.prompt_syntax import PromptSyntax
     from afa.evaluation.prompts import Prompt
-    from afa.evaluation.recipe import EvaluateRecipe
+    from afa.evaluation.recipe import EvaluateRecipe, SamplingRecipe
     from afa.evaluation.search_recipe import SearchRecipe
     from afa.loading.planned import Group, Plan
     from afa.training.recipe import Recipe
@@ -127,7 +130,12 @@ def inputs_of_training(
         transform = transform_of(recipe, every[0].native, multiple, largest)
         side = transform.resolution
         if (previews := recipe.previews) is not None:
-            cut = prompt_warnings(limits, previews.prompts, guidance=previews.guidance, kind=kind)
+            syntax = previews.prompt_syntax
+            if syntax == "weighted":
+                require_weighted(kind, fuses_predictions=group.fuse == "predictions")
+            cut = prompt_warnings(
+                limits, previews.prompts, guidance=previews.guidance, kind=kind, syntax=syntax
+            )
             found.say("previews", cut)
     if recipe.previews is not None:
         with found.refusals("previews"):
@@ -235,8 +243,9 @@ def inputs_of_evaluation(
         with found.refusals("prompts"):
             prompts = load_prompts(recipe.prompts, Path(scratch) / "references")
             found.say("prompts", source_warnings(recipe.prompts))
-            _say_truncated(found, plan, prompts, recipe.sampling)
-            texts = [prompt.text for prompt in prompts]
+            syntax = recipe.sampling.prompt_syntax
+            _say_truncated(found, plan, prompts, recipe.sampling, syntax)
+            texts = [words_of_prompt(prompt.text, syntax) for prompt in prompts]
             for given in (place for method in recipe.methods for place in method.pictures or ()):
                 with found.refusals("methods"):
                     given_costs(given)
@@ -292,7 +301,8 @@ def inputs_of_search(
     with found.refusals("prompts"):
         prompts = load_prompts(recipe.prompts)
         found.say("prompts", source_warnings(recipe.prompts))
-        _say_truncated(found, plan, prompts, recipe.sampling)
+        sampling = recipe.sampling
+        _say_truncated(found, plan, prompts, sampling, sampling.prompt_syntax)
     with found.refusals("metric"):
         open_scorer(recipe.metric, torch.device("cpu"))
     if output is not None and not any(each.level == "error" for each in found.findings):
@@ -330,15 +340,22 @@ def inputs_of_distillation(
         with found.refusals("prompts"):
             prompts = load_prompts(drawn.prompts)
             found.say("prompts", source_warnings(drawn.prompts))
-            _say_truncated(found, plan_of_distillation(recipe), prompts, recipe.sampling)
+            # a distillation only draws plain prompts
+            _say_truncated(found, plan_of_distillation(recipe), prompts, recipe.sampling, None)
     with found.refusals("data"):
         passes_of(recipe)
     return found
 
 
-def _say_truncated(found: Inputs, plan: Plan, prompts: list[Prompt], sampling: Any) -> None:
+def _say_truncated(
+    found: Inputs,
+    plan: Plan,
+    prompts: list[Prompt],
+    sampling: SamplingRecipe,
+    syntax: PromptSyntax | None,
+) -> None:
     texts = [prompt.text for prompt in prompts]
-    lines = warnings_of_plan(plan, texts, sampling.negative_prompt, sampling.guidance)
+    lines = warnings_of_plan(plan, texts, sampling.negative_prompt, sampling.guidance, syntax)
     found.say("prompts", lines)
 
 

@@ -287,7 +287,12 @@ def _say(
         lines += coverage_warnings(files_of(recipe.experts), captions)
     previews = recipe.previews
     if previews is not None:
-        cut = warnings_for(pipeline, previews.prompts, guidance=previews.guidance)
+        cut = warnings_for(
+            pipeline,
+            previews.prompts,
+            guidance=previews.guidance,
+            syntax=previews.prompt_syntax,
+        )
         lines += [f"previews: {line}" for line in cut]
     if lines:
         yield CacheProgress("check the data", 1, 1, tuple(f"warning: {each}" for each in lines))

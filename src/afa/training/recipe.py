@@ -11,6 +11,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from afa.aggregators import SABWSettings
 from afa.denoisers.scheduler_names import scheduler_name
 from afa.drafting.settings import DraftsRecipe, OwnDrafts
+from afa.ensemble.prompt_syntax import PromptSyntax
 from afa.errors import AfaError
 from afa.loading.expert_source import ExpertSource, Fuse
 from afa.reading import parse_colour
@@ -278,9 +279,10 @@ class PreviewRecipe(Section):
     """Preview pictures during the training, with fixed prompts and noise.
 
     `scheduler` is a name of `afa.denoisers.scheduler_names`; None uses the experts' own.
+    `prompt_syntax` is `weighted` if the prompts have weights in brackets.
     """
 
-    LATER: ClassVar[tuple[str, ...]] = ("scheduler",)
+    LATER: ClassVar[tuple[str, ...]] = ("scheduler", "prompt_syntax")
 
     prompts: list[str] = Field(min_length=1, max_length=64)
     every: int = Field(default=500, ge=1)
@@ -288,6 +290,7 @@ class PreviewRecipe(Section):
     guidance: float = Field(default=7.5, ge=0)
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
     scheduler: Annotated[str | None, AfterValidator(scheduler_name)] = None
+    prompt_syntax: PromptSyntax = "plain"
 
 
 class Recipe(Section):

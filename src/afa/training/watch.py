@@ -15,6 +15,7 @@ from afa.denoisers.forward_process import forward_process
 from afa.denoisers.kinds import conditioning_of, denoiser_of, kind_of_pipeline
 from afa.denoisers.schedulers import sampled_with, scheduler_for
 from afa.ensemble.denoiser import EnsembleDenoiser
+from afa.ensemble.weighted_prompts import of_equal_length, prompt_call
 from afa.files import write_png
 from afa.loading.task import native_resolution
 from afa.machine.devices import widest_float
@@ -29,6 +30,8 @@ from afa.training.routing import CollapseWatch, Routing, tapped
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    from diffusers import DiffusionPipeline
 
     from afa.training.changing import History
     from afa.training.examples import Broken, Examples
@@ -70,6 +73,9 @@ class Watch:
         trainer: the training.
         validation: held-out samples; None without validation.
         history: the recipes of the run.
+
+    Raises:
+        AfaError: if the prompts of previews cannot be read or weighted.
     """
 
     def __init__(
@@ -83,6 +89,8 @@ class Watch:
         self._recipe, self._output, self._trainer = recipe, output, trainer
         self._validation, self._history = validation, history
         self._last = trainer.first  # step
+        if (previews := recipe.previews) is not None:  # before the first step
+            of_equal_length(trainer.pipeline, previews.prompts, "", previews.prompt_syntax)
         denoiser = denoiser_of(trainer.pipeline)
         #: the ensemble whose routing is logged; None for another model
         self._ensemble = denoiser if isinstance(denoiser, EnsembleDenoiser) else None
@@ -297,25 +305,13 @@ class Watch:
         places = [part.device for part in parts]
         for part in parts:
             part.to(engine.device)
-        generators = [
-            torch.Generator().manual_seed(previews.seed + n) for n in range(len(previews.prompts))
-        ]
         what = f"Previews of {len(previews.prompts)} prompts at once"
         remedy = smaller_batch(
             len(previews.prompts), "no more previews.prompts than", None, "Or remove previews."
         )
-        kind, (height, width) = kind_of_pipeline(pipeline), native_resolution(pipeline)
         sampled = sampled_with(pipeline, previews.scheduler)
         with torch.no_grad(), self._trainer.averaged(), saying_what_fits(what, remedy), sampled:
-            pictures = pipeline(
-                prompt=list(previews.prompts),
-                height=height,
-                width=width,
-                num_inference_steps=previews.num_steps,
-                generator=generators,
-                **kind.guidance(previews.guidance, count=len(previews.prompts)),
-                **kind.call,
-            ).images
+            pictures = _drawn(pipeline, previews)
         for part, place in zip(parts, places, strict=True):
             part.to(place)
         self._set_training(True)
@@ -324,6 +320,25 @@ class Watch:
         self._sheet(step).parent.mkdir(exist_ok=True)
         write_png(self._sheet(step), _grid(pictures))
         self._recorder.pictures(step, pictures)
+
+
+def _drawn(pipeline: DiffusionPipeline, previews: PreviewRecipe) -> list[Image.Image]:
+    """A preview of each prompt, in as few batches as their lengths allow."""
+    kind, (height, width) = kind_of_pipeline(pipeline), native_resolution(pipeline)
+    prompts, syntax = previews.prompts, previews.prompt_syntax
+    found: dict[int, Image.Image] = {}
+    for batch in of_equal_length(pipeline, prompts, "", syntax):
+        chosen = [prompts[n] for n in batch]
+        pictures = pipeline(
+            height=height,
+            width=width,
+            num_inference_steps=previews.num_steps,
+            generator=[torch.Generator().manual_seed(previews.seed + n) for n in batch],
+            **prompt_call(pipeline, chosen, "", previews.guidance, syntax),
+            **kind.call,
+        ).images
+        found |= dict(zip(batch, pictures, strict=True))
+    return [found[n] for n in range(len(prompts))]
 
 
 def _distinct(names: list[str]) -> list[str]:
