@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,20 +17,20 @@ from diffusers.configuration_utils import FrozenDict
 from afa.denoisers.kinds import kind_of
 from afa.distilling.planned import plan_of_distillation
 from afa.drafting import DraftsRecipe, own_drafts, require_words
-from afa.errors import AfaError
 from afa.evaluation.planned import plan_of_evaluation, plan_of_search
 from afa.files import is_unused, read_json, require_place_for_folder
 from afa.loading.ensemble_folder import ensemble_folder
-from afa.loading.finding import Finding, Level
 from afa.loading.manifest import read_manifest
 from afa.loading.prompt_warnings import warnings_of_plan
 from afa.loading.sources import locate_vae
 from afa.loading.truncation import limits_of_folder, prompt_warnings
 from afa.loading.vocabulary import read_words, word_warnings
+from afa.preflight.data_inputs import check_data
+from afa.preflight.found import Inputs
 from afa.training.planned import plan_of_training
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from afa.distilling.recipe import DistillRecipe
     from afa.evaluation.prompts import Prompt
@@ -40,32 +38,6 @@ if TYPE_CHECKING:
     from afa.evaluation.search_recipe import SearchRecipe
     from afa.loading.planned import Plan
     from afa.training.recipe import Recipe
-
-
-@dataclass
-class Inputs:
-    """The result of checking inputs.
-
-    Attributes:
-        summary: one line about the data; None without a data set.
-        findings: in the order of the checks.
-    """
-
-    summary: str | None = None
-    findings: list[Finding] = field(default_factory=list)
-
-    @contextmanager
-    def refusals(self, check: str) -> Iterator[None]:
-        """Record an `AfaError` raised inside the block as a finding."""
-        try:
-            yield
-        except AfaError as error:
-            if not any(each.text == str(error) for each in self.findings):
-                self.findings.append(Finding(error.code, "error", check, str(error)))
-
-    def say(self, check: str, lines: Any, level: Level = "warning") -> None:
-        """Record warnings or notes."""
-        self.findings += [Finding("AFA-CHECK-001", level, check, line) for line in lines]
 
 
 def inputs_of_training(
@@ -78,19 +50,11 @@ def inputs_of_training(
         output: the output folder; None if unknown.
         progress: called with the number of samples read and their total.
     """
-    from afa.reading import Tally
-    from afa.training.began import Began
     from afa.training.cache import default_cache_folder
-    from afa.training.checkpoints import Checkpoints
-    from afa.training.data import StreamedImages, open_data
-    from afa.training.data.survey import folder_warnings, survey
     from afa.training.drawn import read_prompts
-    from afa.training.examples import Broken
-    from afa.training.listing import Listing, digest_of, is_settled, rows_of
     from afa.training.prepare import require_resolution
     from afa.training.record import require_trackers
-    from afa.training.run import CHECKPOINTS, require_same_recipe, require_words
-    from afa.training.split import split_by_picture
+    from afa.training.run import require_same_recipe
 
     found, data_recipe = Inputs(), recipe.data
     if output is not None:
@@ -131,35 +95,7 @@ def inputs_of_training(
             if recipe.training.offload_experts:
                 found.say("prompts", ["Offloaded experts cannot draw them; see AFA-TRAIN-058."])
     with found.refusals("data"):
-        data = open_data(data_recipe)
-        if data is None:
-            return found
-        require_words(recipe, data)
-        if isinstance(data, StreamedImages):
-            found.say("data", folder_warnings(data))
-            found.say("data", ["Streamed data is only read during training, not checked."], "note")
-            return found
-        tally = Tally()
-        if not is_settled(data):  # the zoo's scenes are generated, so none can be broken
-            surveyed = survey(data, limits, side, lambda done, of: progress("pictures", done, of))
-            found.summary, tally = surveyed.summary, surveyed.tally
-            found.say("data", surveyed.warnings)
-            Broken(len(data), data_recipe.max_broken).note(dict(enumerate(surveyed.broken)))
-            found.say("data", surveyed.broken[:3])
-        listing = None
-        if recipe.validation is not None or not is_settled(data):
-            rows = [row for chunk in rows_of(data, range(len(data))) for row in chunk]
-            listing = Listing.of(rows)
-        if recipe.validation is not None and listing is not None:
-            note = split_by_picture(listing, recipe.validation.num_samples).note
-            found.say("validation", [note], "note")
-        if output is not None and prompted is None:
-            checkpoint = Checkpoints(output / CHECKPOINTS).read()
-            began = None if checkpoint is None else checkpoint.notes.get("made_from") or {}
-            is_unlisted = listing is None or is_settled(data)
-            content = digest_of(data) if is_unlisted or listing is None else listing.digest
-            run = Began(output, began, validates=recipe.validation is not None)
-            found.say("data", run.require_data(content, listing, data, tally), "note")
+        check_data(found, recipe, limits, side, output, progress)
     return found
 
 

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from afa.denoisers.kinds import denoiser_of
 from afa.errors import AfaError
 from afa.reading import BrokenSample, Tally
+from afa.training.data.images import sample_of
 from afa.training.encoding import as_batch, encode_captions, encode_pictures, latent_shape
 from afa.training.order import Draw, Purpose, draw_at, sample_at, successors
 
@@ -87,7 +88,7 @@ class Sample(NamedTuple):
     Attributes:
         pixels: [3, R, R] in -1..1.
         sizes: see `Transform.sizes`.
-        caption: caption.
+        caption: the one that is used.
         number: index in the data set.
         conversions: conversions that were applied to the picture.
         broken: the broken samples that this one replaces -> error message.
@@ -138,14 +139,16 @@ class _Places(Dataset):
 
         Returns errors instead of raising them, because a worker wraps raised errors in a traceback.
         """
-        variant = self._transform.variant(self._order.draw(place).variant)
+        draw = self._order.draw(place)
+        variant = self._transform.variant(draw.variant)
         broken: dict[int, str] = {}
         for index in self._order.candidates(place):
             try:
-                picture, caption = self._data[index]
+                picture, captions = sample_of(self._data, index)
                 pixels = self._transform(picture, index, variant)
                 sizes = self._transform.sizes(picture.size, index, variant)
                 conversions = self._transform.conversions(picture)
+                caption = draw.one_of(captions)
                 return Sample(pixels, sizes, caption, index, conversions, broken)
             except BrokenSample as error:
                 broken[index] = str(error)

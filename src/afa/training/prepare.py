@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from afa.errors import AfaError
@@ -19,13 +20,19 @@ from afa.training.cache import (
     TextCache,
     default_cache_folder,
 )
-from afa.training.continuing import digest
-from afa.training.data import StreamedImages
-from afa.training.data.survey import caption_warnings, folder_warnings, known_captions
+from afa.training.data import Joined, StreamedImages
+from afa.training.data.images import repeated
+from afa.training.data.summary import opened_sizes, summarise
+from afa.training.data.survey import (
+    caption_warnings,
+    each_text,
+    folder_warnings,
+    known_captions,
+)
 from afa.training.examples import LiveExamples
-from afa.training.listing import Listing, digest_of, is_settled, rows_of, settled_parts
+from afa.training.listing import Listing, content_of, is_settled, rows_of
 from afa.training.order import Purpose
-from afa.training.split import split_by_picture
+from afa.training.split import split_for
 from afa.training.transform import Transform
 
 if TYPE_CHECKING:
@@ -35,6 +42,7 @@ if TYPE_CHECKING:
 
     from afa.training.began import Began
     from afa.training.data import CaptionedImages
+    from afa.training.data.summary import DataSummary
     from afa.training.engine import Engine
     from afa.training.examples import Examples
     from afa.training.recipe import DataRecipe, Recipe
@@ -50,12 +58,14 @@ class Prepared(NamedTuple):
         validation: examples for validation; None without it.
         listing: of the data; None if its settings determine it.
         words: of the captions; empty if they are not known in advance.
+        num_validation: number of samples for validation.
     """
 
     training: Examples
     validation: Examples | None
     listing: Listing | None
     words: list[str]
+    num_validation: int
 
 
 def prepare_examples(
@@ -64,6 +74,7 @@ def prepare_examples(
     data: CaptionedImages | StreamedImages,
     engine: Engine,
     began: Began | None = None,
+    validated: CaptionedImages | None = None,
 ) -> Generator[CacheProgress, None, Prepared]:
     """Prepare examples for training and validation, and encode them in advance if that saves time.
 
@@ -73,39 +84,38 @@ def prepare_examples(
         data: pictures and captions.
         engine: the processes.
         began: what the run began with; None without an output folder.
+        validated: pictures that are only validated on; None holds out some of the data.
 
     Raises:
         AfaError: if the data differs from what the run began with, there are too few pictures for
             validation, the resolution does not fit, or the cache raises it.
     """
     settings, asked = recipe.training, recipe.data
-    transform = Transform(
-        asked.resolution or min(native_resolution(pipeline)),
-        asked.crop,
-        asked.flip,
-        asked.num_variants,
-        settings.seed,
-    )
+    transform = transform_of(recipe, min(native_resolution(pipeline)))
     require_resolution(transform.resolution, size_multiple(pipeline))
     common: Any = {"seed": settings.seed, "max_broken": asked.max_broken, "device": engine.device}
     listing, content, words = None, None, list[str]()
     make: Callable[..., Examples]
+    trained, num_trained = data, None if isinstance(data, StreamedImages) else len(data)
+    if validated is not None:
+        assert not isinstance(data, StreamedImages), "the recipe refuses it"
+        data = Joined(data, validated)
     if not isinstance(data, StreamedImages):
         if not is_settled(data) or recipe.validation is not None:
             listing = yield from _list_samples(data, engine, began)
-        # the listing of scenes has no positions of objects
-        if listing is None or is_settled(data):
-            content = digest_of(data)
-        else:
-            settled = settled_parts(data)
-            content = digest([listing.digest, settled]) if settled else listing.digest
+        content = content_of(data, listing)
         yield from _require_data(began, content, listing, data)
     num_places = settings.num_steps * engine.shares(settings).total
-    if not isinstance(data, StreamedImages) and not _is_cached(asked, len(data), num_places):
-        used, held_out = yield from _split(recipe, listing, len(data), transform, began)
-        words = words_of(known_captions(data))
+    if not isinstance(data, StreamedImages) and not _is_cached(
+        asked, num_trained or len(data), num_places
+    ):
+        used, held_out = yield from _split(recipe, listing, data, len(data), transform, began)
+        captions = dict(enumerate(known_captions(trained)))
+        words = words_of(each_text(captions.values()))
         if engine.is_main:
-            yield from _say(recipe, pipeline, data, known_captions(data, num_places))
+            sizes = yield from _opened(trained)
+            summary = partial(summarise, sizes=sizes, captions=captions)
+            yield from _say(recipe, pipeline, trained, transform, listing, summary, num_places)
         live: Any = {**common, "num_workers": asked.num_workers, "tally": Tally()}
         make = partial(LiveExamples, pipeline, data, transform, **live)
     else:
@@ -120,16 +130,43 @@ def prepare_examples(
         text = TextCache(folder, pipeline, latents.captions)
         yield from text.build(engine.rank, engine.num_processes)
         engine.wait()
-        words = words_of(latents.all_captions)
+        samples = [n for n in latents.samples if num_trained is None or n < num_trained]
+        captions = {n: latents.captions_of(n) for n in samples}
+        words = words_of(each_text(captions.values()))
         if engine.is_main:
-            yield from _say(recipe, pipeline, data, latents.all_captions, latents.tally.line())
-        used, held_out = yield from _split(recipe, listing, latents.num_samples, transform, began)
+            sizes = {n: latents.size(n) for n in samples}
+            # shards of earlier releases do not know how pictures look
+            is_known = all(n in latents.looks for n in samples)
+            looks = {n: latents.looks[n] for n in samples} if is_known else None
+            summary = partial(summarise, sizes=sizes, captions=captions, looks=looks)
+            converted = latents.tally.line()
+            yield from _say(recipe, pipeline, trained, transform, listing, summary, None, converted)
+        names = None if isinstance(data, StreamedImages) else data
+        used, held_out = yield from _split(
+            recipe, listing, names, latents.num_samples, transform, began
+        )
         make = partial(CachedExamples, pipeline, latents, text, transform, **common)
+    if not isinstance(data, StreamedImages):
+        used = repeated(data, used)
+        if began is not None and asked.repeats:
+            began.require_repeats(used)
     training = make(
         samples=used, purpose=Purpose.TRAINING, caption_dropout=settings.caption_dropout
     )
     validation = make(samples=held_out, purpose=Purpose.VALIDATION) if held_out else None
-    return Prepared(training, validation, listing, words)
+    return Prepared(training, validation, listing, words, len(held_out))
+
+
+def transform_of(recipe: Recipe, native: int) -> Transform:
+    """Return the crops and flips of a training; `native` is the experts' resolution."""
+    asked = recipe.data
+    return Transform(
+        asked.resolution or native,
+        asked.crop,
+        asked.flip,
+        asked.num_variants,
+        recipe.training.seed,
+    )
 
 
 def require_resolution(side: int, multiple: int) -> None:
@@ -191,17 +228,18 @@ def _read_all(data: CaptionedImages, tally: Tally) -> Iterator[CacheProgress]:
 def _split(
     recipe: Recipe,
     listing: Listing | None,
+    names: CaptionedImages | None,
     num_samples: int,
     transform: Transform,
     began: Began | None,
 ) -> Generator[CacheProgress, None, Samples]:
-    """Return the samples to train on and the held-out samples."""
+    """Return the samples to train on and the held-out samples; `names` is None for a stream."""
     used: Sequence[int] = range(num_samples)
     held_out: Sequence[int] = ()
     note = None
     if recipe.validation is not None:
         assert listing is not None, "the split is by the hashes in it"
-        split = split_by_picture(listing, recipe.validation.num_samples)
+        split = split_for(recipe.validation, listing, names)
         used, held_out, note = split.training, split.validation, split.note
     if began is not None:
         began.require_split(held_out, transform)
@@ -210,15 +248,43 @@ def _split(
     return used, held_out
 
 
+def _opened(
+    data: CaptionedImages | StreamedImages,
+) -> Generator[CacheProgress, None, dict[int, tuple[int, int]]]:
+    """Return the sizes of pictures that nothing has read yet."""
+    if isinstance(data, StreamedImages) or is_settled(data):
+        return {}
+    sizes = {}
+    for n, size in opened_sizes(data):
+        sizes[n] = size
+        yield CacheProgress("open pictures", n + 1, len(data))
+    return sizes
+
+
 def _say(
     recipe: Recipe,
     pipeline: DiffusionPipeline,
     data: CaptionedImages | StreamedImages,
-    captions: Sequence[str | None],
+    transform: Transform,
+    listing: Listing | None,
+    summarised: Callable[..., DataSummary],
+    most: int | None,
     converted: str | None = None,
 ) -> Iterator[CacheProgress]:
-    """Yield warnings about data and prompts before the first step."""
-    lines = [*folder_warnings(data), *caption_warnings(captions, limits_of(pipeline))]
+    """Yield a summary of the data, and warnings about data and prompts, before the first step.
+
+    At most `most` samples' captions are compared with the token limits; None compares all.
+    """
+    limits = limits_of(pipeline)
+    names = None if isinstance(data, StreamedImages) else data
+    hashes = None if listing is None or names is None else listing.hashes(len(names))
+    summary = summarised(names, data, transform=transform, limits=limits, hashes=hashes)
+    captions = each_text(islice(summary.captions.values(), most))
+    lines = [*folder_warnings(data), *caption_warnings(captions, limits)]
+    described: list[str] = []
+    if not is_settled(data):  # generated scenes need no description
+        described += summary.lines()
+        lines += summary.warnings()
     if converted is not None:
         lines.append(converted)
     if captions:
@@ -227,8 +293,9 @@ def _say(
     if previews is not None:
         cut = warnings_for(pipeline, previews.prompts, guidance=previews.guidance)
         lines += [f"previews: {line}" for line in cut]
-    if lines:
-        yield CacheProgress("check the data", 1, 1, tuple(f"warning: {each}" for each in lines))
+    notes = (*described, *(f"warning: {each}" for each in lines))
+    if notes:
+        yield CacheProgress("check the data", 1, 1, notes)
 
 
 def _is_cached(asked: DataRecipe, num_samples: int, num_places: int) -> bool:

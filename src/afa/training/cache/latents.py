@@ -26,6 +26,8 @@ from afa.training.cache.files import (
     write_shard,
 )
 from afa.training.data import StreamedImages
+from afa.training.data.duplicates import look_of
+from afa.training.data.images import sample_of
 from afa.training.encoding import Posterior, encode_pictures, latent_shape
 from afa.training.examples import Broken
 from afa.training.listing import Listing, digest_of, row_of
@@ -41,7 +43,8 @@ if TYPE_CHECKING:
     from afa.training.data import CaptionedImages, SampleReader
     from afa.training.transform import Transform
 
-    Reader = Callable[[], tuple[Image.Image, str]] | SampleReader
+    Sampled = Callable[[], tuple[Image.Image, tuple[str, ...]]]
+    Reader = Sampled | SampleReader
 
 
 class LatentCache:
@@ -113,7 +116,7 @@ class LatentCache:
         data = self._data
         if isinstance(data, StreamedImages):
             return iter(data)
-        return (partial(data.__getitem__, n) for n in range(len(data)))
+        return (partial(sample_of, data, n) for n in range(len(data)))
 
     def _require_room(self, count: int) -> None:
         have = sum(place.stat().st_size for place in self.folder.glob("*.safetensors"))
@@ -135,6 +138,8 @@ class LatentCache:
         pixels: list[Tensor] = []
         samples: list[int] = []
         captions: list[str] = []
+        others: dict[int, tuple[str, ...]] = {}
+        looks: dict[int, str] = {}
         sizes: list[tuple[int, int]] = []
         counts: list[int] = []
         broken: dict[int, str] = {}
@@ -142,15 +147,19 @@ class LatentCache:
         converted: dict[int, list[str]] = {}
         for sample, read in enumerate(readers, start=first):
             if isinstance(self._data, StreamedImages):
-                stored = cast("SampleReader", read).stored()
-                rows.append([part.hex() for part in row_of(stored)])
+                reader = cast("SampleReader", read)
+                rows.append([part.hex() for part in row_of(reader.stored())])
+                read = reader.sample
             try:
-                picture, caption = read()
+                picture, (caption, *more) = cast("Sampled", read)()
             except BrokenSample as error:
                 broken[sample] = str(error)
                 continue
             samples.append(sample)
             captions.append(caption)
+            looks[sample] = look_of(picture)
+            if more:
+                others[sample] = tuple(more)
             if conversions := self._transform.conversions(picture):
                 converted[sample] = sorted(conversions)
             sizes.append(picture.size)
@@ -172,6 +181,8 @@ class LatentCache:
             "num_samples": len(readers),
             "samples": samples,
             "captions": captions,
+            "others": others,
+            "looks": looks,
             "sizes": sizes,
             "num_variants": counts,
             "broken": broken,
@@ -205,7 +216,9 @@ class LatentShards:
         # sample -> its shard, its first row there and its number of variants
         self._place_of: dict[int, tuple[Path, int, int]] = {}
         self._shards = Shards()
-        self._captions: dict[int, str] = {}
+        self._captions: dict[int, tuple[str, ...]] = {}
+        #: how each picture looks, see `look_of`; shards of earlier releases lack it
+        self.looks: dict[int, str] = {}
         self._sizes: dict[int, tuple[int, int]] = {}
         for place in cache.shards():
             meta = read_header(place)
@@ -216,13 +229,16 @@ class LatentShards:
                 rows.append((picture, words, mark))
             for number, done in meta["converted"].items():
                 self.tally.add(int(number), map(Conversion, done))
+            self.looks |= {int(n): look for n, look in meta.get("looks", {}).items()}
+            others = {int(n): texts for n, texts in meta.get("others", {}).items()}
             row = 0
             for sample, caption, size, count in zip(
                 *(meta[key] for key in ("samples", "captions", "sizes", "num_variants")),
                 strict=True,
             ):
                 self._place_of[sample] = place, row, count
-                self._captions[sample], self._sizes[sample] = caption, tuple(size)
+                self._captions[sample] = (caption, *others.get(sample, ()))
+                self._sizes[sample] = tuple(size)
                 row += count
         #: listing of a stream; empty for other data, which are listed before
         self.listing = Listing.of(rows)
@@ -236,15 +252,15 @@ class LatentShards:
     @property
     def captions(self) -> list[str]:
         """Each distinct caption, and the empty one, which replaces dropped captions."""
-        return list(dict.fromkeys(["", *self._captions.values()]))
+        return list(dict.fromkeys(["", *itertools.chain(*self._captions.values())]))
 
     @property
-    def all_captions(self) -> list[str]:
-        """The caption of every sample that is not broken."""
-        return list(self._captions.values())
+    def samples(self) -> list[int]:
+        """The samples that are not broken."""
+        return list(self._captions)
 
-    def caption(self, sample: int) -> str:
-        """The caption of a sample."""
+    def captions_of(self, sample: int) -> tuple[str, ...]:
+        """The captions of a sample."""
         return self._captions[sample]
 
     def size(self, sample: int) -> tuple[int, int]:
