@@ -137,7 +137,7 @@ def test_the_training_split_is_used_and_others_are_named(tmp_path: Path) -> None
     (tmp_path / "README.md").write_text("of the data set")
     assert read(tmp_path) == {"train.png": ("train",)}
     warnings = FolderImages(tmp_path).warnings
-    assert any("not 'test' and 'validation'" in line for line in warnings)
+    assert any("is used, not 'test' and 'validation'" in line for line in warnings)
     assert any("README.md" in line for line in warnings)
 
 
@@ -451,7 +451,7 @@ def test_addresses_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(
-    "address", ["s3://bucket/set", "https://x.org/page.html", "hf://datasets/only", "ftp://x/a.zip"]
+    "address", ["s3://bucket/set", "https://x.org/a.zip", "hf://datasets/only", "ftp://x/a.zip"]
 )
 def test_addresses_that_are_not_understood(address: str) -> None:
     with refusal("AFA-TRAIN-070", "hf://datasets/user/name"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,25 @@ def test_pictures_are_used_as_often_as_they_are_repeated(
         "picture1 way0": 2,
         "picture3 way0": 2,
     }
+
+
+def test_workers_read_a_zip(experts: list[Path], tmp_path: Path) -> None:
+    """Forked processes would share the position of an open archive."""
+    pipeline = afa.load_pipeline(experts[:1], SMALL)
+    place = folder_of(tmp_path / "data", 6)
+    archive = Path(shutil.make_archive(str(place), "zip", place))
+    options = CaptionOptions(several=True)
+    places = [range(n, n + 4) for n in range(0, 16, 4)]
+    found = []
+    for data, workers in ((FolderImages(place, options=options), 0), (archive, 2)):
+        if isinstance(data, Path):
+            data = FolderImages(data, options=options)
+            _ = data[0]  # opens the archive before the fork
+        live = LiveExamples(pipeline, data, TRANSFORM, seed=0, num_workers=workers)
+        found.append(list(live.batches(places)))
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours.clean, theirs.clean)
+        assert torch.equal(ours.conditions["text"], theirs.conditions["text"])
 
 
 def settings(place: Path, **changes: Any) -> dict[str, Any]:

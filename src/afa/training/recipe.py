@@ -57,8 +57,8 @@ class DataRecipe(Section):
 
     Attributes:
         folder: folder with pictures and a `metadata.jsonl`, `.csv` or `.parquet`, or a `.txt`
-            beside each picture; a `.zip` of it; a list of pictures (CSV, JSON, parquet); or the
-            address of one, `hf://` or `https://`.
+            beside each picture; a `.zip` of it; a list of pictures (CSV, JSON, parquet); or one of
+            these on the hub, `hf://datasets/user/name/path`.
         dataset: see `DatasetRecipe`.
         scenes: see `ScenesRecipe`.
         prompts: see `PromptedPictures`.

@@ -27,8 +27,8 @@ _ARCHIVES = {".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar", ".zst"}
 def read_place(path: Path, options: CaptionOptions) -> tuple[Place, Rows]:
     """Read the pictures and captions of a folder, a zip archive or a list.
 
-    A folder has a `metadata.jsonl`, `.csv` or `.parquet`, or a folder `train`, or such lists in its
-    subfolders, or captions beside pictures, or one other list.
+    A folder has a `metadata.jsonl`, `.csv` or `.parquet`, or a folder `train`, or captions beside
+    pictures, or such lists in its subfolders, or one other list.
 
     Args:
         path: of the folder, the archive or the list.
@@ -119,7 +119,7 @@ def _rows_in(place: Place, folder: Path, options: CaptionOptions) -> Rows:
         return found
     names = " and ".join(f"'{name}'" for name in others)
     note = (
-        f"Training uses '{training.name}' of '{folder}', not {names}. To validate on one, set "
+        f"'{training.name}' of '{folder}' is used, not {names}. To validate a training on one, set "
         f"validation: {{folder: {folder / others[0]}}}."
     )
     return found._replace(warnings=[note, *found.warnings])
@@ -155,10 +155,6 @@ def _splits(files: Sequence[Path], folder: Path) -> tuple[Path | None, list[str]
 
 def _unlisted(place: Place, folder: Path, files: Sequence[Path], options: CaptionOptions) -> Rows:
     """The rows of a folder without a list of its own."""
-    nested = [path for path in files if path.name in METADATA and path.parent != folder]
-    if nested:
-        _refuse_folder_options(nested[0], options)
-        return _of_subfolders(place, folder, files, nested, options)
     found = rows_beside(place, folder, files, options)
     if found is not None:
         if options.columns or options.file_column:
@@ -168,6 +164,10 @@ def _unlisted(place: Place, folder: Path, files: Sequence[Path], options: Captio
                 "a list."
             )
         return found
+    nested = [path for path in files if path.name in METADATA and path.parent != folder]
+    if nested:
+        _refuse_folder_options(nested[0], options)
+        return _of_subfolders(place, folder, files, nested, options)
     lists = [path for path in lists_in(files) if path.parent == folder]
     if len(lists) == 1:
         _refuse_folder_options(lists[0], options)

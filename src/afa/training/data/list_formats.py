@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 #: suffixes of lists
 LISTS = (".jsonl", ".csv", ".json", ".parquet")
 _MAX_LIST = 2_000_000_000  # bytes
+_BATCH = 1000  # rows of parquet that are read at once
 
 
 class Entry(NamedTuple):
@@ -162,7 +163,7 @@ def _parquet(place: Place, path: Path, wanted: set[str]) -> Listed:
 
     try:
         file = parquet.ParquetFile(io.BytesIO(place.content(path, _MAX_LIST)))
-        schema, metadata = file.schema_arrow, file.metadata
+        schema = file.schema_arrow
         embedded = [
             field.name
             for field in schema
@@ -171,15 +172,13 @@ def _parquet(place: Place, path: Path, wanted: set[str]) -> Listed:
         ]
         if not embedded:
             read = [name for name in schema.names if name in wanted]
-            size = sum(
-                metadata.row_group(group).column(n).total_uncompressed_size
-                for group in range(metadata.num_row_groups)
-                for n in range(metadata.num_columns)
-                if metadata.row_group(group).column(n).path_in_schema.split(".")[0] in read
-            )
-            if size > _MAX_LIST:
-                raise ValueError(f"its texts have {size} bytes, the maximum is {_MAX_LIST}")
-            rows = file.read(columns=read).to_pylist()
+            size, rows = 0, list[dict[str, Any]]()
+            # in small parts, because a small file can unpack to more than the memory
+            for batch in file.iter_batches(_BATCH, columns=read):
+                size += batch.nbytes
+                if size > _MAX_LIST:
+                    raise ValueError(f"its texts have more than {_MAX_LIST} bytes")
+                rows += batch.to_pylist()
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise _unreadable(path, "parquet", " ".join(str(error).split())[:200]) from error
     if embedded:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import lzma
 import os
 import stat
+import struct
 import zipfile
 import zlib
 from functools import cached_property
@@ -19,7 +21,19 @@ from afa.reading import BrokenPicture, files_in, is_system_file
 _MAX_PICTURE = 1_000_000_000
 #: maximum number of files in an archive
 _MAX_FILES = 10_000_000
-_ERRORS = (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, NotImplementedError)
+#: errors of `zipfile` for damaged, encrypted or unknown archives
+_ERRORS = (
+    zipfile.BadZipFile,
+    zipfile.LargeZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+    OSError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    LookupError,
+)
 
 
 class Place(Protocol):
@@ -134,13 +148,13 @@ class Zip:
             raise self._refused(f"{len(members)} files", f"have at most {_MAX_FILES}")
         self._members: dict[str, zipfile.ZipInfo] = {}
         for member in members:
-            if not member.is_dir():
+            if not member.filename.endswith("/"):
                 self._add(member)
 
     def _add(self, member: zipfile.ZipInfo) -> None:
         name = member.filename
         parts = name.split("/")
-        if name.startswith("/") or "\\" in name or ".." in parts:
+        if not name or name.startswith("/") or "\\" in name or ".." in parts:
             raise self._refused(f"a file named {name[:80]!r}", "have names inside of it")
         if stat.S_ISLNK(member.external_attr >> 16):
             raise self._refused(f"a link, {name[:80]!r}", "have files instead of links")

@@ -1,11 +1,11 @@
-"""Data folders and archives at addresses: `hf://` and `https://`."""
+"""Data folders, archives and lists on the hub: `hf://`."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from afa.errors import AfaError
 from afa.policy import policy
@@ -17,8 +17,6 @@ _HUB = re.compile(
     r"(?P<id>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?(?:/(?P<path>.+?))?/?"
 )
 _KINDS = {"datasets/": "dataset", "spaces/": "space", "models/": "model", None: "model"}
-_WEB = re.compile(r"https?://.+")
-_FILES = (".zip", *LISTS)
 
 
 def is_address(source: Path | str) -> bool:
@@ -30,8 +28,8 @@ def located(source: Path | str) -> Path:
     """Return a data folder, archive or list on this machine; downloads it first if necessary.
 
     Args:
-        source: a path; `hf://datasets/user/name`, optionally with `@revision` and a path inside of
-            it; or an `https://` address of a `.zip`.
+        source: a path; or `hf://datasets/user/name`, optionally with `@revision` and a path inside
+            of it.
 
     Raises:
         AfaError: if the address is not understood, or cannot be downloaded.
@@ -41,13 +39,11 @@ def located(source: Path | str) -> Path:
     address = str(source)
     if found := _HUB.fullmatch(address):
         return _from_hub(address, **found.groupdict())
-    if _WEB.fullmatch(address) and PurePosixPath(urlsplit(address).path).suffix.lower() == ".zip":
-        return _from_web(address)
     raise AfaError(
         "AFA-TRAIN-070",
-        f"data.folder '{address}' is not understood. It must be a path, hf://datasets/user/name "
-        "with an optional path inside, or the https:// address of a .zip. Download other data, and "
-        "set data.folder to it; or use data.dataset.",
+        f"data.folder '{address}' is not understood. It must be a path, or hf://datasets/user/name "
+        "with an optional path inside. Download the data, for example with curl -LO, and set "
+        "data.folder to the folder or the .zip; or use data.dataset.",
     )
 
 
@@ -79,28 +75,6 @@ def _from_hub(
             f"'{address}' does not exist: the repository has no '{path}'. Correct data.folder.",
         )
     return place
-
-
-def _from_web(address: str) -> Path:
-    """Download an archive to the cache of `datasets`, which keeps it while it is unchanged."""
-    from datasets import DownloadConfig, DownloadManager, disable_progress_bars
-
-    disable_progress_bars()
-    config = DownloadConfig(local_files_only=policy().offline)
-    try:
-        local = DownloadManager(download_config=config).download(address)
-    except Exception as error:  # of datasets, fsspec or the network
-        raise _failed(address, error) from error
-    return _with_suffix(Path(str(local)))
-
-
-def _with_suffix(file: Path) -> Path:
-    """Link a downloaded file, whose name is a hash, to a name with its suffix."""
-    linked = file.with_name(f"{file.name}.zip")
-    if not linked.exists():
-        linked.unlink(missing_ok=True)
-        linked.symlink_to(file.name)
-    return linked
 
 
 def _failed(address: str, error: Exception) -> AfaError:
