@@ -112,6 +112,14 @@ def test_captions_are_drawn_alike_with_and_without_a_cache(
     for ours, theirs in zip(stored.batches(places), live.batches(places), strict=True):
         for name, tensor in theirs.conditions.items():
             torch.testing.assert_close(ours.conditions[name], tensor, rtol=1e-4, atol=1e-5)
+    if kind == "dataset":
+        streaming: Any = asked.dataset
+        streaming = streaming.model_copy(update={"streaming": True})
+        stream: Any = open_data(asked.model_copy(update={"dataset": streaming}))
+        cache = LatentCache(tmp_path / "cache", pipeline, stream, TRANSFORM)
+        list(cache.build())
+        streamed = LatentShards(cache)
+        assert [streamed.captions_of(n) for n in range(6)] == list(data.captions())
     used = captions_used(live, range(60), monkeypatch)
     counts = Counter(used)
     assert {"picture2 way0", "picture2 way1", "picture2 way2"} <= counts.keys()

@@ -79,7 +79,7 @@ class DataSummary:
         frames: central part of each of these that a crop shows, by size.
         captions: of each sample; empty for missing ones.
         longest: tokens of the longest caption; None without a token limit.
-        same: samples with the same file content as an earlier one.
+        same: samples with the same file content as an earlier one; None if that is unknown.
         alike: samples that only look like an earlier one; None if that is unknown.
         repeats: number of samples by number of repeats.
         names: names of the samples that warnings mention.
@@ -91,7 +91,7 @@ class DataSummary:
     frames: dict[Size, Frame]
     captions: Mapping[int, tuple[str, ...]]
     longest: int | None = None
-    same: list[Pair] = field(default_factory=list)
+    same: list[Pair] | None = None
     alike: list[Pair] | None = None
     repeats: Counter[int] = field(default_factory=Counter)
     names: dict[int, str] = field(default_factory=dict)
@@ -107,10 +107,12 @@ class DataSummary:
         if len(self.repeats) > 1:
             shown = ", ".join(f"{n} pictures {k}x" for k, n in sorted(self.repeats.items())[:8])
             yield f"Repeats: {shown}"
-        found = f"{counted(len(self.same), 'picture')} with the same file as another"
-        if self.alike is not None:
-            found += f", {len(self.alike)} more that look like another"
-        if self.same or self.alike is not None:
+        if self.same is not None:
+            found = f"{counted(len(self.same), 'picture')} with the same file as another"
+            if self.alike is not None:
+                found += f", {len(self.alike)} more that look like another"
+            else:
+                found += "; afa check finds those that only look like another"
             yield f"Duplicates: {found}"
 
     def _sizes_line(self) -> str:
@@ -161,7 +163,7 @@ class DataSummary:
                 "are trained on as without a prompt. Write captions, or remove the pictures."
             )
         yield from self._extremes()
-        pairs = [*self.same, *(self.alike or ())]
+        pairs = self._pairs()
         if pairs:
             shown = "; ".join(
                 f"{self._name(pair.second)} like {self._name(pair.first)}"
@@ -208,12 +210,15 @@ class DataSummary:
             return f"sample {sample}"
         return f"'{short_name(self.names[sample])}'"
 
+    def _pairs(self) -> list[Pair]:
+        return [*(self.same or ()), *(self.alike or ())]
+
     def mentioned(self) -> set[int]:
         """The samples that warnings may name."""
         framed = {n: self.frames[size] for n, size in self.sizes.items() if size in self.frames}
         lost = sorted(framed, key=lambda n: -framed[n].lost(self.sizes[n]))[:_SHOWN]
         tiny = sorted(framed, key=lambda n: -framed[n].scale)[:_SHOWN]
-        pairs = [n for pair in [*self.same, *(self.alike or ())][:_SHOWN] for n in pair]
+        pairs = [n for pair in self._pairs()[:_SHOWN] for n in pair]
         return {*lost, *tiny, *pairs, *self._empty()[:_SHOWN]}
 
     def as_json(self) -> dict[str, Any]:
@@ -243,7 +248,7 @@ class DataSummary:
             },
             "repeats": {str(count): n for count, n in sorted(self.repeats.items())},
             "duplicates": {
-                "same_file": len(self.same),
+                "same_file": None if self.same is None else len(self.same),
                 "look_alike": None if self.alike is None else len(self.alike),
             },
         }
@@ -276,7 +281,7 @@ def summarise(
     if transform is not None:
         frames = {size: frame_of(transform, size) for size in set(sizes.values())}
     same, first = _same(hashes, _generated(source))
-    found = None
+    found: list[Pair] | None = None
     if looks is not None:
         # rows of one picture with different captions are no duplicates
         found = alike({n: look for n, look in looks.items() if hashes is None or n in first})
@@ -309,10 +314,10 @@ def _generated(data: Any) -> Collection[int]:
 
 def _same(
     hashes: Sequence[tuple[bytes, bytes]] | None, without: Collection[int]
-) -> tuple[list[Pair], set[int]]:
+) -> tuple[list[Pair] | None, set[int]]:
     """The samples with the file and captions of an earlier one, and the first of each file."""
     if hashes is None:
-        return [], set()
+        return None, set()
     rows: dict[tuple[bytes, bytes], int] = {}
     pictures: dict[bytes, int] = {}
     found = []
