@@ -41,9 +41,10 @@ _CLASSIFIERS = {
     "Mozilla Public License 2.0 (MPL 2.0)": "MPL-2.0",
     "Python Software Foundation License": "PSF-2.0",
 }
-_FIELDS = {"3-Clause BSD License": "BSD-3-Clause"} | dict.fromkeys(
-    ("Apache 2.0", "Apache 2.0 License", "Apache License 2.0"), "Apache-2.0"
-)
+_FIELDS = {
+    "2-clause BSD License": "BSD-2-Clause",
+    "3-Clause BSD License": "BSD-3-Clause",
+} | dict.fromkeys(("Apache 2.0", "Apache 2.0 License", "Apache License 2.0"), "Apache-2.0")
 #: licences read from the licence file, for distributions that have no metadata of it or cannot be
 #: installed together with the others
 READ = {

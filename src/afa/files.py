@@ -357,7 +357,15 @@ def read_text(path: Path, limit: int) -> str:
         ValueError: if it is too large, not a regular file, or not UTF-8.
     """
     require_readable(path, limit)
-    text = path.read_text(encoding="utf-8-sig")
+    return require_text(path.read_text(encoding="utf-8-sig"))
+
+
+def require_text(text: str) -> str:
+    """Return a text without zero bytes.
+
+    Raises:
+        ValueError: if it has any.
+    """
     if "\0" in text:
         raise ValueError("it contains zero bytes and may be UTF-16; save it as UTF-8")
     return text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections import namedtuple
+from collections import Counter, namedtuple
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from afa.training.engine import Engine
 from tests.distilling.students import recipe
 from tests.refusal import refusal
 from tests.tiny_pipelines import PIPELINES, saved_experts
+from tests.training.test_several import folder_of
 
 KINDS = ["1.5", *(kind for kind in PIPELINES if kind not in ("dit", "refiner"))]
 
@@ -174,6 +175,23 @@ def test_noised_pictures(kind: str, folders: list[Path], tmp_path: Path) -> None
     assert " on the left and " in caption
     predicted = predicted_for(pipeline, tensors, caption)
     torch.testing.assert_close(predicted, tensors["conditional"], rtol=1e-4, atol=2e-5)
+
+
+def test_pictures_with_several_captions_and_repeats(experts: list[Path], tmp_path: Path) -> None:
+    folder_of(tmp_path / "data", 4, repeats=(3, 1))
+    data = {"folder": str(tmp_path / "data"), "resolution": 16, "repeats": True}
+    found: dict[str, list[str]] = {}
+    for mode in ("first", "random"):
+        pictures = {"data": {**data, "captions": mode}, "number": 24}
+        asked = recipe(experts, tmp_path / "prompts.txt", trajectories=None, pictures=pictures)
+        recorded(asked, tmp_path / mode)
+        found[mode] = captions_of(asked, tmp_path / mode, 0)
+    names = {mode: [text.split()[0] for text in texts] for mode, texts in found.items()}
+    assert names["first"] == names["random"]
+    counts = Counter(names["first"])
+    assert [counts[f"picture{n}"] for n in range(4)] == [9, 3, 9, 3]
+    assert {text.split()[1] for text in found["first"]} == {"way0"}
+    assert {text for text in found["random"] if "2" in text} > {"picture2 way0", "picture2 way1"}
 
 
 def test_targets(experts: list[Path], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,13 @@ def test_rows_whose_cells_could_be_others(
     path.write_text(content)
     with refusal(code, said):
         load_prompts(PromptsRecipe(drawbench=path))
+
+
+def test_a_folder_of_references_is_no_archive(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("a.txt", "a fox")
+    with refusal("AFA-LOAD-124", "x.zip", "must be a folder"):
+        load_prompts(PromptsRecipe(folder=tmp_path / "x.zip"))
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from afa.training import CacheProgress, Recipe, train, train_aggregators
 from afa.training.buckets import Buckets
 from afa.training.cache import CachedExamples, LatentCache, LatentShards, TextCache
 from afa.training.data import FolderImages, SceneImages, read_picture
-from afa.training.data.sizes import parted, rough_sizes, size_of, sizes_of
+from afa.training.data.sizes import opened_sizes, parted, size_of, sizes_of
 from afa.training.examples import LiveExamples
 from afa.training.grouping import Grouping, grouped_by
 from afa.training.order import Purpose
@@ -117,7 +117,7 @@ def test_sizes_of_what_cannot_be_read(tmp_path: Path, monkeypatch: pytest.Monkey
     with monkeypatch.context() as patch:
         patch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # of which a warning is an error here
         assert parted(next(sizes_of(data, range(1))))[0] == {0: (60, 24)}
-        assert list(rough_sizes(data)) == [(60, 24), (40, 40)]
+        assert list(opened_sizes(data)) == [(0, (60, 24)), (1, (40, 40))]
         assert size_of(data.stored(0), lambda: data[0]) == (60, 24)
         patch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # too large to be read at all
         assert "pixels" in str(size_of(data.stored(0), lambda: data[0]))

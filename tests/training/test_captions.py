@@ -60,7 +60,7 @@ def test_captions_beside_pictures_in_subfolders(tmp_path: Path) -> None:
     beside(tmp_path / "._d.png", "of macOS")
     data = FolderImages(tmp_path)
     assert [Path(data.name(n)).name for n in range(3)] == ["c.webp", "a.v2.jpg", "b.PNG"]
-    assert list(data.captions()) == ["a bee", "a second fox", "a fox"]
+    assert list(data.captions()) == [("a bee",), ("a second fox",), ("a fox",)]
     assert (len(data), data[2][1], data.warnings) == (3, "a fox", [])
 
 
@@ -92,7 +92,7 @@ def test_further_lines_of_captions_are_named(tmp_path: Path) -> None:
     assert data[0][1] == "a fox"
     assert data.warnings == [
         "1 caption file with several lines: a.txt. Only the first line is used. Put each caption "
-        "on one line."
+        "on one line; or, if each line is a caption of its own, set data.captions: random."
     ]
 
 
@@ -155,8 +155,8 @@ def parquet(folder: Path, **columns: Any) -> DatasetImages:
 def test_rows_without_picture_or_caption_are_broken_samples(tmp_path: Path) -> None:
     content = picture(tmp_path / "a.png").read_bytes()
     data = parquet(tmp_path, image=[content, None, content], text=["a", "b", None])
-    assert list(data.captions()) == ["a", "b", None]
-    assert list(Part(data, range(1, 3)).captions() or ()) == ["b", None]
+    assert list(data.captions()) == [("a",), ("b",), ()]
+    assert list(Part(data, range(1, 3)).captions() or ()) == [("b",), ()]
     with refusal("AFA-TRAIN-022", "row 1 of ", "'image'", kind=BrokenSample):
         data[1]
     with refusal("AFA-TRAIN-021", "row 2 of ", "'text'", kind=BrokenSample):
@@ -238,7 +238,9 @@ def test_a_survey_counts_everything(experts: list[Path], tmp_path: Path) -> None
         Conversion.ENLARGED: 1,
     }
     assert done[-1] == (8, 8)
-    assert len(found.warnings) == 3
+    assert len(found.warnings) == 5
+    assert any("Empty captions: 1 picture" in line for line in found.warnings)
+    assert any(line.startswith("Duplicates") for line in found.warnings)  # both are black
 
 
 def test_captions_that_are_all_empty_are_warned_of() -> None:

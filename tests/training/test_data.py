@@ -67,7 +67,7 @@ def test_transparent_gray_and_turned_pictures_become_upright_rgb(tmp_path: Path)
         ([], "AFA-TRAIN-012", "metadata.jsonl"),
         (["{"], "AFA-TRAIN-008", "Line 1 of "),
         (["[1]"], "AFA-TRAIN-008", "Line 1 of "),
-        ([{"text": "a"}], "AFA-TRAIN-008", "Line 1 of "),
+        ([{"text": "a"}], "AFA-TRAIN-062", "file_name"),
         ([{"file_name": "1.png", "text": 3}], "AFA-TRAIN-008", "Line 1 of "),
         ([{"file_name": "2.png", "text": "a"}], "AFA-TRAIN-011", r"Line 1 of .*2\.png'"),
     ],

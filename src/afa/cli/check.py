@@ -39,13 +39,17 @@ def check(
     output: Annotated[
         Path | None, typer.Option(help="Also check this output folder of the command.")
     ] = None,
+    sheet: Annotated[
+        Path | None,
+        typer.Option(help="PNG file to write: training pictures with their crops and captions."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check whether the experts of a recipe fit each other and this machine.
 
     Opens all models, LoRAs, parts, pictures, captions, prompts, references and metrics. Reports
-    the errors that the recipe's command would raise. Writes nothing. Exits with code 2 if there is
-    an error.
+    the errors that the recipe's command would raise. Writes nothing but the --sheet. Exits with
+    code 2 if there is an error.
 
     [bold]Example[/bold]: afa check recipe.yaml
     """
@@ -56,16 +60,26 @@ def check(
             "--output only applies to recipes of afa train, distill, evaluate, search and merge; "
             f"got the ensemble '{recipe}'. Remove --output.",
         )
+    if sheet is not None:
+        from afa.preflight.sheet import require_sheet
+
+        require_sheet(asked, sheet)
     report = look_at(plan_for(recipe, asked, output), with_weights=weights, visible=not as_json)
     inputs = look_at_inputs(asked, output, visible=not as_json)
     from afa.loading.finding import in_order
 
-    report.data = inputs.summary
+    report.data, report.details = inputs.summary, inputs.details
     report.findings = in_order([*report.findings, *inputs.findings])
     if as_json:
         console.print_json(json.dumps(_as_json(report)), ensure_ascii=True)
     else:
         _show(report)
+    if sheet is not None and inputs.transform is not None and inputs.has_data:
+        from afa.preflight.sheet import write_sheet
+
+        count = write_sheet(asked, inputs.details, inputs.transform, sheet)
+        if not as_json:
+            say(f"Sheet of {count} pictures: {printable(str(sheet))}")
     if report.errors:
         raise typer.Exit(2)
 
@@ -221,6 +235,9 @@ def _show(report: Report) -> None:
         say(f"{label}: {printable(finding.text)}")
     if not any(finding.level != "note" for finding in report.findings):
         say("No errors or warnings.")
+    if report.details is not None:
+        for line in report.details.lines():
+            say(printable(line))
     if report.data is not None:
         say(f"Data: {report.data}.")
 
@@ -245,5 +262,6 @@ def _as_json(report: Report) -> dict[str, Any]:
         ],
         "estimates": {label: vars(found) for label, found in report.estimates.items()},
         "data": report.data,
+        "data_details": None if report.details is None else report.details.as_json(),
         "findings": [vars(finding) for finding in report.findings],
     }

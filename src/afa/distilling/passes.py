@@ -21,6 +21,7 @@ from afa.machine.exhausted import saying_what_fits, smaller_batch
 from afa.reading import BrokenSample
 from afa.training.continuing import digest
 from afa.training.data import open_data
+from afa.training.data.images import repeated, sample_of
 from afa.training.encoding import as_batch, encode_captions, encode_pictures, latent_shape
 from afa.training.examples import Broken, Order
 from afa.training.listing import digest_of
@@ -154,6 +155,7 @@ class Pictures:
         data = open_data(asked.data)
         self._data: CaptionedImages = data  # type: ignore[assignment]  # streams are refused
         self._broken = Broken(len(self._data), asked.data.max_broken)
+        self._samples = repeated(self._data, range(len(self._data)))
         self.num_items = asked.number
         self.inputs = {
             "data": digest_of(self._data),
@@ -166,6 +168,8 @@ class Pictures:
             "dtype": recipe.recording.dtype,
             "num_threads": recipe.recording.num_threads,
         }
+        if len(self._samples) > len(self._data):
+            self.inputs["repeats"] = digest(list(self._samples))
 
     def check(self, pipeline: DiffusionPipeline) -> list[str]:
         """See `Pass`."""
@@ -193,16 +197,16 @@ class Pictures:
         transform = Transform(
             self._side(pipeline), data.crop, data.flip, data.num_variants, asked.seed
         )
-        order = Order(range(len(self._data)), asked.seed, 0.0, shape)
+        order = Order(self._samples, asked.seed, 0.0, shape)
         items = range(number * self._batch, (number + 1) * self._batch)
         draws = [order.draw(item) for item in items]
         pixels, captions, sizes = [], [], []
         for item, drawn in zip(items, draws, strict=True):
-            sample, (picture, caption) = self._first_whole(order.candidates(item))
+            sample, (picture, texts) = self._first_whole(order.candidates(item))
             variant = transform.variant(drawn.variant)
             pixels.append(transform(picture, sample, variant))
             sizes.append(transform.sizes(picture.size, sample, variant))
-            captions.append(caption)
+            captions.append(drawn.one_of(texts))
         what = f"A batch of {self._batch} pictures"
         device = denoiser_of(pipeline).device
         with saying_what_fits(what, smaller_batch(self._batch, "recording.batch_size", None, "")):
@@ -241,7 +245,7 @@ class Pictures:
     def _side(self, pipeline: DiffusionPipeline) -> int:
         return self._asked.data.resolution or min(native_resolution(pipeline))
 
-    def _first_whole(self, candidates: Iterator[int]) -> tuple[int, tuple[Any, str]]:
+    def _first_whole(self, candidates: Iterator[int]) -> tuple[int, tuple[Any, tuple[str, ...]]]:
         """Return the first sample that can be read.
 
         Raises:
@@ -249,7 +253,7 @@ class Pictures:
         """
         for sample in candidates:
             try:
-                return sample, self._data[sample]
+                return sample, sample_of(self._data, sample)
             except BrokenSample as error:
                 self._broken.note({sample: str(error)})
         raise AfaError("AFA-DISTILL-003", "All pictures are broken; at least one must be readable.")

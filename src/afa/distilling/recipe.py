@@ -214,6 +214,14 @@ class FeaturesRecipe(Section):
 class HeldOutRecipe(ValidationRecipe):
     """Validation: the loss on `num_samples` predictions of pictures that are not trained on."""
 
+    @model_validator(mode="after")
+    def _without_pictures(self) -> HeldOutRecipe:
+        if self.has_own_data:
+            raise ValueError(
+                "must not have a folder or a dataset: predictions of pictures are held out"
+            )
+        return self
+
 
 class StudentTraining(TrainingRecipe):
     """Settings of the training, as in `afa train` except the settings of frozen experts.

@@ -317,6 +317,12 @@ def _from_drawbench(path: Path) -> list[Prompt]:
 def _from_folder(folder: Path) -> list[Prompt]:
     from afa.training.data import FolderImages
 
+    if folder.is_file():  # its pictures may be in an archive, and references are files
+        raise AfaError(
+            "AFA-LOAD-124",
+            f"prompts.folder '{folder}' is a file; it must be a folder with captioned pictures. "
+            "Unpack it, or name the folder.",
+        )
     return _checked(
         folder,
         (

@@ -8,9 +8,6 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,11 +19,9 @@ from afa.distilling.planned import plan_of_distillation
 from afa.drafting import DraftsRecipe, own_drafts, require_words
 from afa.ensemble.prompt_syntax import words_of_prompt
 from afa.ensemble.weighted_prompts import require_weighted
-from afa.errors import AfaError
 from afa.evaluation.planned import plan_of_evaluation, plan_of_search
 from afa.files import is_unused, read_json, require_place_for_folder
 from afa.loading.ensemble_folder import ensemble_folder
-from afa.loading.finding import Finding, Level
 from afa.loading.manifest import read_manifest
 from afa.loading.prompt_warnings import warnings_of_plan
 from afa.loading.scheduler_choice import require_scheduler
@@ -34,11 +29,12 @@ from afa.loading.single_file.autoencoder import require_latents
 from afa.loading.sources import locate_vae
 from afa.loading.truncation import limits_of_folder, prompt_warnings
 from afa.loading.vocabulary import read_words, word_warnings
-from afa.machine.processes import num_launched
+from afa.preflight.data_inputs import check_data
+from afa.preflight.found import Inputs
 from afa.training.planned import plan_of_training
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from afa.distilling.recipe import DistillRecipe
     from afa.ensemble.prompt_syntax import PromptSyntax
@@ -47,32 +43,6 @@ if TYPE_CHECKING:
     from afa.evaluation.search_recipe import SearchRecipe
     from afa.loading.planned import Group, Plan
     from afa.training.recipe import Recipe
-
-
-@dataclass
-class Inputs:
-    """The result of checking inputs.
-
-    Attributes:
-        summary: one line about the data; None without a data set.
-        findings: in the order of the checks.
-    """
-
-    summary: str | None = None
-    findings: list[Finding] = field(default_factory=list)
-
-    @contextmanager
-    def refusals(self, check: str) -> Iterator[None]:
-        """Record an `AfaError` raised inside the block as a finding."""
-        try:
-            yield
-        except AfaError as error:
-            if not any(each.text == str(error) for each in self.findings):
-                self.findings.append(Finding(error.code, "error", check, str(error)))
-
-    def say(self, check: str, lines: Any, level: Level = "warning") -> None:
-        """Record warnings or notes."""
-        self.findings += [Finding("AFA-CHECK-001", level, check, line) for line in lines]
 
 
 def inputs_of_training(
@@ -85,22 +55,11 @@ def inputs_of_training(
         output: the output folder; None if unknown.
         progress: called with the number of samples read and their total.
     """
-    from afa.reading import Tally
-    from afa.training.began import Began
-    from afa.training.buckets import crop_lines
     from afa.training.cache import default_cache_folder
-    from afa.training.checkpoints import Checkpoints
-    from afa.training.data import StreamedImages, open_data
-    from afa.training.data.survey import folder_warnings, survey
     from afa.training.drawn import read_prompts
-    from afa.training.examples import Broken
-    from afa.training.grouping import Grouping
-    from afa.training.listing import Listing, digest_of, is_settled, rows_of
     from afa.training.prepare import transform_of
     from afa.training.record import require_trackers
-    from afa.training.run import CHECKPOINTS, require_same_recipe, require_words
-    from afa.training.split import split_by_picture
-    from afa.training.transform import BucketTransform
+    from afa.training.run import require_same_recipe
 
     found, data_recipe = Inputs(), recipe.data
     if output is not None:
@@ -116,7 +75,6 @@ def inputs_of_training(
     _open_autoencoder(found, recipe.vae, plan.groups[0])
     limits: list[Any] = []
     kind, transform = None, None
-    side = data_recipe.resolution
     with found.refusals("resolution"):
         group = plan.groups[0]
         used = group.experts if group.fuse == "predictions" else group.experts[:1]
@@ -128,7 +86,6 @@ def inputs_of_training(
         known = [each.largest for each in every if each.largest is not None]
         largest = min(known) if known else None
         transform = transform_of(recipe, every[0].native, multiple, largest)
-        side = transform.resolution
         if (previews := recipe.previews) is not None:
             syntax = previews.prompt_syntax
             if syntax == "weighted":
@@ -151,47 +108,7 @@ def inputs_of_training(
             if recipe.training.offload_experts:
                 found.say("prompts", ["Offloaded experts cannot draw them; see AFA-TRAIN-058."])
     with found.refusals("data"):
-        data = open_data(data_recipe)
-        if data is None:
-            return found
-        require_words(recipe, data)
-        if isinstance(data, StreamedImages):
-            found.say("data", folder_warnings(data))
-            found.say("data", ["Streamed data is only read during training, not checked."], "note")
-            return found
-        tally, surveyed = Tally(), None
-        samples: Sequence[int] = range(len(data))
-        if not is_settled(data):  # the zoo's scenes are generated, so none can be broken
-            note = partial(progress, "pictures")
-            surveyed = survey(data, limits, side, note, transform=transform)
-            found.summary, tally = surveyed.summary, surveyed.tally
-            found.say("data", surveyed.warnings)
-            if data_recipe.buckets is None:
-                found.say("data", crop_lines(surveyed.sizes.values()))
-            Broken(len(data), data_recipe.max_broken).note(dict(enumerate(surveyed.broken)))
-            found.say("data", surveyed.broken[:3])
-        listing = None
-        if recipe.validation is not None or not is_settled(data):
-            rows = [row for chunk in rows_of(data, range(len(data))) for row in chunk]
-            listing = Listing.of(rows)
-        if recipe.validation is not None and listing is not None:
-            split = split_by_picture(listing, recipe.validation.num_samples)
-            found.say("validation", [split.note], "note")
-            samples = split.training
-        if isinstance(transform, BucketTransform) and surveyed is not None:
-            sizes, settings = surveyed.sizes, recipe.training
-            per_step = num_launched() * settings.batch_size * settings.gradient_accumulation_steps
-            targets = {sample: transform.target(size) for sample, size in sizes.items()}
-            grouping = Grouping(targets, samples, per_step, {})
-            found.say("buckets", [grouping.summary(transform, sizes)], "note")
-            found.say("buckets", grouping.warnings(settings.num_steps, settings.seed))
-        if output is not None and prompted is None:
-            checkpoint = Checkpoints(output / CHECKPOINTS).read()
-            began = None if checkpoint is None else checkpoint.notes.get("made_from") or {}
-            is_unlisted = listing is None or is_settled(data)
-            content = digest_of(data) if is_unlisted or listing is None else listing.digest
-            run = Began(output, began, validates=recipe.validation is not None)
-            found.say("data", run.require_data(content, listing, data, tally), "note")
+        check_data(found, recipe, limits, transform, output, progress)
     return found
 
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from afa.loading.expert_source import AnySource, Fuse
     from afa.loading.planned import Group, Plan
     from afa.loading.single_file.load import Companions
+    from afa.training.data.summary import DataSummary
 
 #: checks that `plan_merge` does itself, because merges may pad channels and lack components
 _PLANNED = ("architecture", "text encoders")
@@ -66,12 +67,14 @@ class Report:
         findings: errors first.
         estimates: label of a group -> its memory and time.
         data: one line about the data set; None if none was checked.
+        details: sizes, crops, captions and duplicates of the data set; None if none was checked.
     """
 
     experts: list[CheckedExpert] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     estimates: dict[str, Estimate] = field(default_factory=dict)
     data: str | None = None
+    details: DataSummary | None = None
 
     @property
     def errors(self) -> list[Finding]:

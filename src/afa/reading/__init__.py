@@ -6,8 +6,14 @@ pixels everywhere.
 
 from afa.reading.broken import BrokenPicture, BrokenSample
 from afa.reading.crop import scale_and_crop
-from afa.reading.formats import files_in, is_picture_file
-from afa.reading.picture import WHITE, as_rgb, conversions_of, parse_colour, read_picture
+from afa.reading.formats import files_in, is_picture_file, is_system_file
+from afa.reading.picture import (
+    WHITE,
+    as_rgb,
+    conversions_of,
+    parse_colour,
+    read_picture,
+)
 from afa.reading.tally import Conversion, Tally, counted
 
 __all__ = [
@@ -21,6 +27,7 @@ __all__ = [
     "counted",
     "files_in",
     "is_picture_file",
+    "is_system_file",
     "parse_colour",
     "read_picture",
     "scale_and_crop",

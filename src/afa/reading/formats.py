@@ -78,8 +78,13 @@ def files_in(folder: Path) -> Iterator[Path]:
         seen.add(resolved)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
-            if not name.startswith(".") and name.lower() not in _OF_SYSTEMS:
+            if not name.startswith(".") and not is_system_file(name):
                 yield Path(parent) / name
+
+
+def is_system_file(name: str) -> bool:
+    """Whether a file name is one that file managers create."""
+    return name.lower() in _OF_SYSTEMS
 
 
 def is_picture_file(path: Path) -> bool:

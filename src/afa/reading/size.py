@@ -17,7 +17,7 @@ _STATED = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF")
 _TURNED = (5, 6, 7, 8)
 
 
-def stated_size(source: Path | bytes, *, is_upright: bool = True) -> tuple[int, int] | None:
+def stated_size(source: Path | bytes, *, may_decode: bool = True) -> tuple[int, int] | None:
     """Width and height of the picture that `read_picture` would return.
 
     The pixels are not decoded, except those of a PNG without EXIF data before them, because these
@@ -25,7 +25,7 @@ def stated_size(source: Path | bytes, *, is_upright: bool = True) -> tuple[int, 
 
     Args:
         source: a file, or its bytes.
-        is_upright: whether the orientation is applied; without, width and height may be swapped.
+        may_decode: whether such a PNG is decoded; without, its orientation is not applied.
 
     Returns: None if only `read_picture` can tell: the file is damaged or of another format.
     """
@@ -37,7 +37,10 @@ def stated_size(source: Path | bytes, *, is_upright: bool = True) -> tuple[int, 
             if picture.format not in _STATED:
                 return None
             width, height = picture.size
-            if is_upright and picture.getexif().get(ExifTags.Base.Orientation) in _TURNED:
+            is_late = picture.format == "PNG" and "exif" not in picture.info
+            if is_late and not may_decode:
+                return width, height
+            if picture.getexif().get(ExifTags.Base.Orientation) in _TURNED:
                 return height, width
     except (Image.DecompressionBombError, *DECODING_ERRORS):
         return None

@@ -84,6 +84,14 @@ class Began:
         self._bind({_DATA: content})
         return notes
 
+    def require_repeats(self, samples: Sequence[int]) -> None:
+        """Refuse to resume with other repeats of the samples; see `repeated`.
+
+        Raises:
+            AfaError: see `Trainer.bind`.
+        """
+        self._bind({"the repeats of the pictures": digest(list(samples))})
+
     def require_split(self, validation: Sequence[int], transform: Transform) -> None:
         """Refuse to resume with other held-out samples or another transform.
 

@@ -12,19 +12,43 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from pydantic import Field
+
 from afa.errors import AfaError
 from afa.reading import counted
+from afa.recipe import Section
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from afa.training.recipe import BucketsRecipe
 
 #: width and height in pixels
 Size = tuple[int, int]
 _STEP = 64  # kohya's `bucket_reso_steps`
 #: a loss of area that is mentioned, on average, and the one from which pictures are counted
 _MENTIONED, _MUCH = 0.01, 0.25
+
+
+class BucketsRecipe(Section):
+    """Aspect-ratio buckets: pictures keep their shape instead of becoming squares.
+
+    `buckets: true` uses the defaults. The sizes are those of kohya's trainers: multiples of `step`
+    from `min_size` to `max_size`, with at most as many pixels as the square of `data.resolution`.
+
+    Attributes:
+        min_size: shortest side in pixels; None uses half the resolution (`min_bucket_reso`).
+        max_size: longest side in pixels; None uses twice the resolution, or what the experts
+            support if that is less (`max_bucket_reso`).
+        step: sides are multiples of it; None uses 64, or an eighth of a smaller resolution, rounded
+            up to what the experts need (`bucket_reso_steps`).
+        no_upscale: whether small pictures keep their size, and are cropped to multiples of `step`
+            (`bucket_no_upscale`).
+    """
+
+    min_size: int | None = Field(default=None, ge=8)
+    max_size: int | None = Field(default=None, ge=8)
+    step: int | None = Field(default=None, ge=1)
+    no_upscale: bool = False
 
 
 @dataclass(frozen=True)

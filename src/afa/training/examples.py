@@ -17,6 +17,7 @@ from afa.denoisers.kinds import denoiser_of
 from afa.errors import AfaError
 from afa.reading import BrokenSample, Tally
 from afa.training.buckets import size_text
+from afa.training.data.images import sample_of
 from afa.training.encoding import as_batch, encode_captions, encode_pictures, latent_shape
 from afa.training.order import Draw, Purpose, draw_at, rows_of, sample_at, successors
 
@@ -96,7 +97,7 @@ class Sample(NamedTuple):
     Attributes:
         pixels: [3, H, W] in -1..1.
         sizes: see `Transform.sizes`.
-        caption: caption.
+        caption: the one that is used.
         number: index in the data set.
         conversions: conversions that were applied to the picture.
         broken: the broken samples that this one replaces -> error message.
@@ -185,16 +186,18 @@ class _Places(Dataset):
 
         Returns errors instead of raising them, because a worker wraps raised errors in a traceback.
         """
-        variant = self._transform.variant(self._order.draw(place).variant)
+        draw = self._order.draw(place)
+        variant = self._transform.variant(draw.variant)
         broken: dict[int, str] = {}
         for index in self._order.candidates(place):
             try:
-                picture, caption = self._data[index]
+                picture, captions = sample_of(self._data, index)
                 target = self._transform.target(picture.size)
                 self._order.require_bucket(index, target, self._data.name(index))
                 pixels = self._transform(picture, index, variant)
                 sizes = self._transform.sizes(picture.size, index, variant)
                 conversions = self._transform.conversions(picture)
+                caption = draw.one_of(captions)
                 return Sample(pixels, sizes, caption, index, conversions, broken)
             except BrokenSample as error:
                 broken[index] = str(error)

@@ -77,6 +77,11 @@ class Listing:
         content = np.concatenate([self.pictures, self.captions], axis=1)
         return hashlib.sha256(content.tobytes()).hexdigest()
 
+    def hashes(self, count: int | None = None) -> list[tuple[bytes, bytes]]:
+        """Return the hashes of the picture and of the captions of all or the first samples."""
+        pairs = zip(self.pictures[:count], self.captions[:count], strict=True)
+        return [(picture.tobytes(), caption.tobytes()) for picture, caption in pairs]
+
     def known(self) -> dict[bytes, bytes]:
         """Return the hashes of pictures by the marks of their files."""
         pairs = zip(self.marks, self.pictures, strict=True)
@@ -111,6 +116,22 @@ def settled_parts(data: CaptionedImages) -> str:
     """The fingerprints of the parts that only their settings determine, not their listing."""
     parts = data.parts if isinstance(data, Joined) else ()
     return " ".join(part.fingerprint for part in parts if is_settled(part))
+
+
+def content_of(data: CaptionedImages, listing: Listing | None) -> str:
+    """Return a hash of all that a data set has, for comparison when a run is resumed.
+
+    Args:
+        data: pictures and captions.
+        listing: of the data; None reads it if it is needed.
+    """
+    # the listing of scenes has no positions of objects
+    if listing is None or is_settled(data):
+        return digest_of(data)
+    settled = settled_parts(data)
+    if not settled:
+        return listing.digest
+    return hashlib.sha256(json.dumps([listing.digest, settled]).encode()).hexdigest()
 
 
 def digest_of(data: CaptionedImages) -> str:
@@ -180,11 +201,7 @@ def difference(before: Listing | None, now: Listing | None, names: CaptionedImag
     if before is None or now is None:
         return "another data set"
 
-    def rows(listing: Listing) -> list[tuple[bytes, bytes]]:
-        pairs = zip(listing.pictures, listing.captions, strict=True)
-        return [(picture.tobytes(), caption.tobytes()) for picture, caption in pairs]
-
-    old, new = rows(before), rows(now)
+    old, new = before.hashes(), now.hashes()
     kept, pictures = set(old), {picture for picture, _ in old}
     added = [n for n, row in enumerate(new) if row[0] not in pictures]
     edited = [n for n, row in enumerate(new) if row[0] in pictures and row not in kept]

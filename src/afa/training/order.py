@@ -96,6 +96,7 @@ class Draw:
         posterior: noise [C, H, W] for sampling from the autoencoder's posterior.
         noise: noise [C, H, W] to add to the latent.
         seed: of further random numbers.
+        text: selects one of several captions, from 0 to 1.
     """
 
     variant: float
@@ -104,6 +105,11 @@ class Draw:
     posterior: Tensor
     noise: Tensor
     seed: int
+    text: float
+
+    def one_of(self, captions: Sequence[str]) -> str:
+        """The caption that is used, of those of a picture."""
+        return captions[int(self.text * len(captions))]
 
 
 def draw_at(
@@ -115,7 +121,9 @@ def draw_at(
     posterior = torch.randn(tuple(shape), generator=generator)
     noise = torch.randn(tuple(shape), generator=generator)
     seed = int(torch.randint(2**62, (), generator=generator))
-    return Draw(variant, caption, time, posterior, noise, seed)
+    # drawn last, so that the others are those of earlier releases
+    text = float(torch.rand((), generator=generator, dtype=torch.float64))
+    return Draw(variant, caption, time, posterior, noise, seed, text)
 
 
 def generator_of(seed: int, purpose: Purpose, *place: int) -> torch.Generator:

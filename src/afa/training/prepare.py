@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from afa.errors import AfaError
@@ -20,25 +21,32 @@ from afa.training.cache import (
     TextCache,
     default_cache_folder,
 )
-from afa.training.continuing import digest
-from afa.training.data import StreamedImages
-from afa.training.data.sizes import parted, rough_sizes, sizes_of
-from afa.training.data.survey import caption_warnings, folder_warnings, known_captions
+from afa.training.data import Joined, StreamedImages
+from afa.training.data.images import repeated
+from afa.training.data.sizes import opened_sizes, parted, sizes_of
+from afa.training.data.summary import summarise
+from afa.training.data.survey import (
+    caption_warnings,
+    each_text,
+    folder_warnings,
+    known_captions,
+)
 from afa.training.examples import LiveExamples
 from afa.training.grouping import grouped_by
-from afa.training.listing import Listing, digest_of, is_settled, rows_of, settled_parts
+from afa.training.listing import Listing, content_of, is_settled, rows_of
 from afa.training.order import Purpose
-from afa.training.split import split_by_picture
+from afa.training.split import split_for
 from afa.training.transform import BucketTransform, Transform
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterator, Sequence
 
     from diffusers import DiffusionPipeline
 
     from afa.training.began import Began
     from afa.training.buckets import Size
     from afa.training.data import CaptionedImages
+    from afa.training.data.summary import DataSummary
     from afa.training.engine import Engine
     from afa.training.examples import Examples
     from afa.training.recipe import DataRecipe, Recipe
@@ -54,12 +62,14 @@ class Prepared(NamedTuple):
         validation: examples for validation; None without it.
         listing: of the data; None if its settings determine it.
         words: of the captions; empty if they are not known in advance.
+        num_validation: number of samples for validation.
     """
 
     training: Examples
     validation: Examples | None
     listing: Listing | None
     words: list[str]
+    num_validation: int
 
 
 def prepare_examples(
@@ -68,6 +78,7 @@ def prepare_examples(
     data: CaptionedImages | StreamedImages,
     engine: Engine,
     began: Began | None = None,
+    validated: CaptionedImages | None = None,
 ) -> Generator[CacheProgress, None, Prepared]:
     """Prepare examples for training and validation, and encode them in advance if that saves time.
 
@@ -77,6 +88,7 @@ def prepare_examples(
         data: pictures and captions.
         engine: the processes.
         began: what the run began with; None without an output folder.
+        validated: pictures that are only validated on; None holds out some of the data.
 
     Raises:
         AfaError: if the data differs from what the run began with, there are too few pictures for
@@ -88,29 +100,33 @@ def prepare_examples(
     common: Any = {"seed": settings.seed, "max_broken": asked.max_broken, "device": engine.device}
     listing, content, words = None, None, list[str]()
     make: Callable[..., Examples]
+    trained, num_trained = data, None if isinstance(data, StreamedImages) else len(data)
+    if validated is not None:
+        assert not isinstance(data, StreamedImages), "the recipe refuses it"
+        data = Joined(data, validated)
     if not isinstance(data, StreamedImages):
         if not is_settled(data) or recipe.validation is not None:
             listing = yield from _list_samples(data, engine, began)
-        # the listing of scenes has no positions of objects
-        if listing is None or is_settled(data):
-            content = digest_of(data)
-        else:
-            settled = settled_parts(data)
-            content = digest([listing.digest, settled]) if settled else listing.digest
+        content = content_of(data, listing)
         yield from _require_data(began, content, listing, data)
     per_step = engine.shares(settings).total
     num_places = settings.num_steps * per_step
     sizes: dict[int, Size] = {}
-    if not isinstance(data, StreamedImages) and not _is_cached(asked, len(data), num_places):
-        used, held_out = yield from _split(recipe, listing, len(data), transform, began)
-        words = words_of(known_captions(data))
+    if not isinstance(data, StreamedImages) and not _is_cached(
+        asked, num_trained or len(data), num_places
+    ):
+        used, held_out = yield from _split(recipe, listing, data, len(data), transform, began)
+        captions = dict(enumerate(known_captions(trained)))
+        words = words_of(each_text(captions.values()))
         live: Any = {**common, "num_workers": asked.num_workers, "tally": Tally()}
         if isinstance(transform, BucketTransform):
             sizes, live["broken"] = yield from _read_sizes(data, engine)
         if engine.is_main:
-            shown = sizes.values() or (() if is_settled(data) else rough_sizes(data))
-            lines = _crops(transform, shown)
-            yield from _say(recipe, pipeline, data, known_captions(data, num_places), lines)
+            shown = {n: size for n, size in sizes.items() if n < len(captions)}
+            if not isinstance(transform, BucketTransform):
+                shown = yield from _opened(trained)
+            summary = partial(summarise, sizes=shown, captions=captions)
+            yield from _say(recipe, pipeline, trained, transform, listing, summary, num_places)
         make = partial(LiveExamples, pipeline, data, transform, **live)
     else:
         folder = asked.cache_folder or default_cache_folder()
@@ -124,13 +140,27 @@ def prepare_examples(
         text = TextCache(folder, pipeline, latents.captions)
         yield from text.build(engine.rank, engine.num_processes)
         engine.wait()
-        words = words_of(latents.all_captions)
+        samples = [n for n in latents.samples if num_trained is None or n < num_trained]
+        captions = {n: latents.captions_of(n) for n in samples}
+        words = words_of(each_text(captions.values()))
         sizes = latents.known_sizes
         if engine.is_main:
-            lines = [*latents.tally.lines(), *_crops(transform, sizes.values())]
-            yield from _say(recipe, pipeline, data, latents.all_captions, lines)
-        used, held_out = yield from _split(recipe, listing, latents.num_samples, transform, began)
+            # shards of earlier releases do not know how pictures look
+            is_known = all(n in latents.looks for n in samples)
+            looks = {n: latents.looks[n] for n in samples} if is_known else None
+            shown = {n: latents.size(n) for n in samples}
+            summary = partial(summarise, sizes=shown, captions=captions, looks=looks)
+            converted = latents.tally.lines()
+            yield from _say(recipe, pipeline, trained, transform, listing, summary, None, converted)
+        names = None if isinstance(data, StreamedImages) else data
+        used, held_out = yield from _split(
+            recipe, listing, names, latents.num_samples, transform, began
+        )
         make = partial(CachedExamples, pipeline, latents, text, transform, **common)
+    if not isinstance(data, StreamedImages):
+        used = repeated(data, used)
+        if began is not None and asked.repeats:
+            began.require_repeats(used)
     of_training: dict[str, Any] = {"caption_dropout": settings.caption_dropout}
     of_validation: dict[str, Any] = {}
     if isinstance(transform, BucketTransform):
@@ -147,7 +177,7 @@ def prepare_examples(
     validation = None
     if held_out:
         validation = make(samples=held_out, purpose=Purpose.VALIDATION, **of_validation)
-    return Prepared(training, validation, listing, words)
+    return Prepared(training, validation, listing, words, len(held_out))
 
 
 def transform_of(recipe: Recipe, native: int, multiple: int, largest: int | None) -> Transform:
@@ -190,11 +220,6 @@ def _read_sizes(
         notes = tuple(f"Skipped: {line}" for line in broken.values())
         yield CacheProgress("read sizes of pictures", len(mine), len(mine), notes)
     return sizes, broken
-
-
-def _crops(transform: Transform, sizes: Iterable[Size]) -> list[str]:
-    """A warning if square crops cut off a part of the pictures."""
-    return [] if isinstance(transform, BucketTransform) else crop_lines(sizes)
 
 
 def require_resolution(side: int, multiple: int) -> None:
@@ -255,17 +280,18 @@ def _read_all(data: CaptionedImages, tally: Tally) -> Iterator[CacheProgress]:
 def _split(
     recipe: Recipe,
     listing: Listing | None,
+    names: CaptionedImages | None,
     num_samples: int,
     transform: Transform,
     began: Began | None,
 ) -> Generator[CacheProgress, None, Samples]:
-    """Return the samples to train on and the held-out samples."""
+    """Return the samples to train on and the held-out samples; `names` is None for a stream."""
     used: Sequence[int] = range(num_samples)
     held_out: Sequence[int] = ()
     note = None
     if recipe.validation is not None:
         assert listing is not None, "the split is by the hashes in it"
-        split = split_by_picture(listing, recipe.validation.num_samples)
+        split = split_for(recipe.validation, listing, names)
         used, held_out, note = split.training, split.validation, split.note
     if began is not None:
         began.require_split(held_out, transform)
@@ -274,15 +300,46 @@ def _split(
     return used, held_out
 
 
+def _opened(
+    data: CaptionedImages | StreamedImages,
+) -> Generator[CacheProgress, None, dict[int, tuple[int, int]]]:
+    """Return the sizes of pictures that nothing has read yet."""
+    if isinstance(data, StreamedImages) or is_settled(data):
+        return {}
+    sizes = {}
+    for n, size in opened_sizes(data):
+        sizes[n] = size
+        yield CacheProgress("open pictures", n + 1, len(data))
+    return sizes
+
+
 def _say(
     recipe: Recipe,
     pipeline: DiffusionPipeline,
     data: CaptionedImages | StreamedImages,
-    captions: Sequence[str | None],
-    more: Sequence[str] = (),
+    transform: Transform,
+    listing: Listing | None,
+    summarised: Callable[..., DataSummary],
+    most: int | None,
+    converted: Sequence[str] = (),
 ) -> Iterator[CacheProgress]:
-    """Yield warnings about data and prompts before the first step."""
-    lines = [*folder_warnings(data), *caption_warnings(captions, limits_of(pipeline)), *more]
+    """Yield a summary of the data, and warnings about data and prompts, before the first step.
+
+    At most `most` samples' captions are compared with the token limits; None compares all.
+    """
+    limits = limits_of(pipeline)
+    names = None if isinstance(data, StreamedImages) else data
+    hashes = None if listing is None or names is None else listing.hashes(len(names))
+    summary = summarised(names, data, transform=transform, limits=limits, hashes=hashes)
+    captions = each_text(islice(summary.captions.values(), most))
+    lines = [*folder_warnings(data), *caption_warnings(captions, limits)]
+    described: list[str] = []
+    if not is_settled(data):  # generated scenes need no description
+        described += summary.lines()
+        lines += summary.warnings()
+        if not isinstance(transform, BucketTransform):
+            lines += crop_lines(summary.sizes.values())
+    lines += converted
     if captions:
         lines += coverage_warnings(files_of(recipe.experts), captions)
     previews = recipe.previews
@@ -294,8 +351,9 @@ def _say(
             syntax=previews.prompt_syntax,
         )
         lines += [f"previews: {line}" for line in cut]
-    if lines:
-        yield CacheProgress("check the data", 1, 1, tuple(f"warning: {each}" for each in lines))
+    notes = (*described, *(f"warning: {each}" for each in lines))
+    if notes:
+        yield CacheProgress("check the data", 1, 1, notes)
 
 
 def _is_cached(asked: DataRecipe, num_samples: int, num_places: int) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -12,50 +11,11 @@ from afa.aggregators import SABWSettings
 from afa.denoisers.scheduler_names import scheduler_name
 from afa.drafting.settings import DraftsRecipe, OwnDrafts
 from afa.ensemble.prompt_syntax import PromptSyntax
-from afa.errors import AfaError
 from afa.loading.expert_source import ExpertSource, Fuse
 from afa.reading import parse_colour
-from afa.recipe import MAX_SEED, Section, read_recipe, resolve_path, resolve_source, resolve_sources
-
-_ADDRESS = re.compile(r"(https?|hf|s3|gs|az|abfs|zip|gzip|tar)://")
-
-
-class ScenesRecipe(Section):
-    """Generated emoji scenes, `without` some objects; see `afa.zoo.scenes`.
-
-    `hold_out` is the share of the pairs of objects of two domains that are not shown.
-    """
-
-    LATER: ClassVar[tuple[str, ...]] = ("without", "hold_out")
-
-    num_samples: int = Field(default=10_000, ge=1)
-    seed: int = Field(default=0, ge=0, le=MAX_SEED)
-    kind: Literal["animals", "food", "things", "any", "mixed"] = "any"
-    without: list[str] = Field(default_factory=list)
-    hold_out: Literal["tenth", "fifth"] = "tenth"
-
-
-class DatasetRecipe(Section):
-    """A data set that `datasets.load_dataset` can load.
-
-    `path` is a hub id, a local folder, or the name of a format (`parquet`, `webdataset`, `arrow`,
-    `json`, `csv`) with `data_files`. Dots name nested columns: `json.caption`. With `streaming` the
-    data set is not downloaded first: its samples are read once and cached.
-    """
-
-    path: str
-    name: str | None = None
-    data_files: list[str] | None = None
-    split: str = "train"
-    revision: str | None = None
-    image_column: str = "image"
-    caption_column: str = "text"
-    streaming: bool = False
-
-    @field_validator("data_files", mode="before")
-    @classmethod
-    def _one_or_several(cls, given: Any) -> Any:
-        return [given] if isinstance(given, str) else given
+from afa.recipe import MAX_SEED, Section, read_recipe, resolve_path, resolve_sources
+from afa.training.buckets import BucketsRecipe
+from afa.training.sources import DatasetRecipe, Place, ScenesRecipe, resolve_pictures
 
 
 class PromptedPictures(Section):
@@ -93,38 +53,25 @@ class PromptedPictures(Section):
         return drafts
 
 
-class BucketsRecipe(Section):
-    """Aspect-ratio buckets: pictures keep their shape instead of becoming squares.
-
-    `buckets: true` uses the defaults. The sizes are those of kohya's trainers: multiples of `step`
-    from `min_size` to `max_size`, with at most as many pixels as the square of `data.resolution`.
-
-    Attributes:
-        min_size: shortest side in pixels; None uses half the resolution (`min_bucket_reso`).
-        max_size: longest side in pixels; None uses twice the resolution, or what the experts
-            support if that is less (`max_bucket_reso`).
-        step: sides are multiples of it; None uses 64, or an eighth of a smaller resolution, rounded
-            up to what the experts need (`bucket_reso_steps`).
-        no_upscale: whether small pictures keep their size, and are cropped to multiples of `step`
-            (`bucket_no_upscale`).
-    """
-
-    min_size: int | None = Field(default=None, ge=8)
-    max_size: int | None = Field(default=None, ge=8)
-    step: int | None = Field(default=None, ge=1)
-    no_upscale: bool = False
-
-
 class DataRecipe(Section):
     """Sources of captioned pictures, and how pictures are prepared.
 
     There is one source of real pictures (folder, dataset or scenes), or prompts, or both together.
 
     Attributes:
-        folder: folder with pictures and a `metadata.jsonl`, or a `.txt` beside each picture.
+        folder: folder with pictures and a `metadata.jsonl`, `.csv` or `.parquet`, or a `.txt`
+            beside each picture; a `.zip` of it; a list of pictures (CSV, JSON, parquet); or one of
+            these on the hub, `hf://datasets/user/name/path`.
         dataset: see `DatasetRecipe`.
         scenes: see `ScenesRecipe`.
         prompts: see `PromptedPictures`.
+        caption_column: column of captions in a list of the folder, or several; None finds it.
+        file_column: column of the pictures' paths in a list of the folder; None finds it.
+        captions: of several captions of a picture, the first, or one at random in each use.
+        repeats: whether the numbers of kohya's folders (`10_fox`) are honoured; only their ratios
+            matter.
+        folder_captions: whether a picture without a caption file has the name of its kohya folder
+            as caption: `sks dog` in `10_sks dog`.
         limit: use only the first `limit` samples.
         background: colour on which transparent pictures are composited, a name or `#rrggbb`.
         resolution: side of the square crop in pixels, to which the shorter side is scaled; None
@@ -141,12 +88,25 @@ class DataRecipe(Section):
             are skipped and named.
     """
 
-    LATER: ClassVar[tuple[str, ...]] = ("prompts", "buckets")
+    LATER: ClassVar[tuple[str, ...]] = (
+        "prompts",
+        "buckets",
+        "caption_column",
+        "file_column",
+        "captions",
+        "repeats",
+        "folder_captions",
+    )
 
-    folder: Path | None = None
+    folder: Place | None = None
     dataset: DatasetRecipe | None = None
     scenes: ScenesRecipe | None = None
     prompts: PromptedPictures | None = None
+    caption_column: str | list[str] | None = Field(default=None, min_length=1)
+    file_column: str | None = None
+    captions: Literal["first", "random"] = "first"
+    repeats: bool = False
+    folder_captions: bool = False
     limit: int | None = Field(default=None, ge=1)
     background: str = "#ffffff"
     resolution: int | None = Field(default=None, ge=8)
@@ -166,6 +126,12 @@ class DataRecipe(Section):
             return {} if given else None
         return given
 
+    @property
+    def caption_columns(self) -> tuple[str, ...]:
+        """The columns of captions in a list of the folder; empty if they are found by name."""
+        given = self.caption_column
+        return (given,) if isinstance(given, str) else tuple(given or ())
+
     @field_validator("background")
     @classmethod
     def _as_hex(cls, given: str) -> str:
@@ -183,6 +149,12 @@ class DataRecipe(Section):
             raise ValueError("must not have a limit with prompts alone; set prompts.number")
         if self.dataset is not None and self.dataset.streaming and self.cache is False:
             raise ValueError("cannot be streamed with cache: false; remove cache or streaming")
+        for key in ("caption_column", "file_column", "repeats", "folder_captions"):
+            if getattr(self, key) and self.folder is None:
+                where = "; set dataset.caption_column" if key == "caption_column" else ""
+                raise ValueError(f"must not have {key} without a folder{where}")
+        if self.captions == "random" and self.folder is None and self.dataset is None:
+            raise ValueError("must have a folder or a dataset with captions: random")
         return self
 
 
@@ -268,11 +240,29 @@ class ValidationRecipe(Section):
     """Validation: the loss on held-out samples, with fixed noise and timesteps.
 
     Pictures are held out with all their captions until they have `num_samples` samples. The choice
-    depends only on the pictures' content.
+    depends only on the pictures' content. With a `folder` (as `data.folder`) or a `dataset`, at
+    most `num_samples` samples of these are used instead, and all other pictures are trained on.
     """
+
+    LATER: ClassVar[tuple[str, ...]] = ("folder", "dataset")
 
     num_samples: int = Field(default=64, ge=1)
     every: int = Field(default=500, ge=1)
+    folder: Place | None = None
+    dataset: DatasetRecipe | None = None
+
+    @property
+    def has_own_data(self) -> bool:
+        """Whether no picture of the training data is held out."""
+        return self.folder is not None or self.dataset is not None
+
+    @model_validator(mode="after")
+    def _at_most_one(self) -> ValidationRecipe:
+        if self.folder is not None and self.dataset is not None:
+            raise ValueError("must not have both a folder and a dataset")
+        if self.dataset is not None and self.dataset.streaming:
+            raise ValueError("must not have a streamed dataset; remove dataset.streaming")
+        return self
 
 
 class PreviewRecipe(Section):
@@ -323,6 +313,12 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _validated(self) -> Recipe:
         require_validation(self.training, self.validation)
+        is_streamed = self.data.dataset is not None and self.data.dataset.streaming
+        if self.validation is not None and self.validation.has_own_data and is_streamed:
+            raise ValueError(
+                "must not have validation.folder or validation.dataset with a streamed data set; "
+                "remove it, or data.dataset.streaming"
+            )
         return self
 
     @model_validator(mode="before")
@@ -366,6 +362,8 @@ def load_recipe(path: str | Path) -> Recipe:
     recipe, folder = read_recipe(path, Recipe), Path(path).parent
     recipe = resolve_sources(recipe, folder, "experts", "vae", "config", "parts")
     changes: dict[str, Any] = {"data": resolve_data(recipe.data, folder)}
+    if (validation := recipe.validation) is not None:
+        changes["validation"] = validation.model_copy(update=resolve_pictures(validation, folder))
     if recipe.drafts is not None:
         changes["drafts"] = resolve_sources(recipe.drafts, folder, "judge")
     return recipe.model_copy(update=changes)
@@ -378,34 +376,7 @@ def resolve_data(data: DataRecipe, folder: Path) -> DataRecipe:
         drafts = resolve_sources(data.prompts.drafts, folder, "judge")
         file = resolve_path(data.prompts.file, folder)
         changes["prompts"] = data.prompts.model_copy(update={"drafts": drafts, "file": file})
-    for key in ("folder", "cache_folder"):
-        place = getattr(data, key)
-        if place is not None:
-            changes[key] = resolve_path(place, folder)
-    if data.dataset is not None:
-        changes["dataset"] = _resolve_dataset(data.dataset, folder)
+    if data.cache_folder is not None:
+        changes["cache_folder"] = resolve_path(data.cache_folder, folder)
+    changes |= resolve_pictures(data, folder)
     return data.model_copy(update=changes)
-
-
-def _resolve_dataset(dataset: DatasetRecipe, folder: Path) -> DatasetRecipe:
-    """Resolve local paths relative to the recipe; URLs and hub ids stay."""
-
-    def resolved(file: str) -> str:
-        if "://" not in file:
-            return str(resolve_path(file, folder))
-        for part in file.split("::"):  # fsspec's syntax for a file in an archive
-            if not _ADDRESS.match(part):
-                raise AfaError(
-                    "AFA-TRAIN-043",
-                    f"The data file '{file}' must be a local path, or a URL of https, hf, s3, gs, "
-                    "az or abfs. Write a local path without '://'.",
-                )
-        return file
-
-    files = dataset.data_files
-    return dataset.model_copy(
-        update={
-            "path": resolve_source(dataset.path, folder),
-            "data_files": None if files is None else [resolved(file) for file in files],
-        }
-    )

@@ -36,8 +36,8 @@ from afa.training.changing import (
 )
 from afa.training.checkpoints import Checkpoints, newest_step
 from afa.training.continuing import RECIPE
-from afa.training.data import Joined, StreamedImages, open_data
-from afa.training.data.survey import known_captions
+from afa.training.data import Joined, StreamedImages, open_data, open_validation
+from afa.training.data.survey import each_text, known_captions
 from afa.training.drawn import draw_pictures
 from afa.training.earlier import is_earlier
 from afa.training.engine import Engine
@@ -101,6 +101,7 @@ def train(
     require_place_for_folder(place, "The cache")
     engine.wait()  # so that all processes have checked the folders before one writes
     data = open_data(recipe.data)
+    validated = open_validation(recipe)
     require_words(recipe, data)
     with seeded(settings.seed):
         pipeline = load_pipeline(
@@ -127,8 +128,8 @@ def train(
         validates=recipe.validation is not None,
         bind=trainer.bind,
     )
-    training, validation, listing, words = yield from _stoppable(
-        _prepared(recipe, pipeline, data, engine, began), trainer, should_stop
+    training, validation, listing, words, num_validation = yield from _stoppable(
+        _prepared(recipe, pipeline, data, validated, engine, began), trainer, should_stop
     )
     if words:
         ensemble = denoiser_of(pipeline)
@@ -142,7 +143,8 @@ def train(
             write_description(aggregators, output)
             if listing is not None:
                 listing.write(output)
-        with Watch(recipe, output, trainer, validation, history) as watch:
+        watched = _watched(recipe, num_validation)
+        with Watch(watched, output, trainer, validation, history) as watch:
             watch.skipped(training.broken)
             yield from watch.steps(training, should_stop)
         trainer.finish()
@@ -159,7 +161,7 @@ def require_words(recipe: Recipe, data: CaptionedImages | StreamedImages | None)
     """
     if data is None or recipe.data.prompts is not None:
         return
-    captions = known_captions(data)
+    captions = each_text(known_captions(data))
     if captions:
         _require_words(recipe.drafts, words_of(captions))
 
@@ -183,6 +185,7 @@ def _prepared(
     recipe: Recipe,
     pipeline: DiffusionPipeline,
     data: CaptionedImages | StreamedImages | None,
+    validated: CaptionedImages | None,
     engine: Engine,
     began: Began,
 ) -> Generator[CacheProgress, None, Prepared]:
@@ -192,7 +195,16 @@ def _prepared(
         assert not isinstance(data, StreamedImages), "the recipe refuses it"
         data = drawn if data is None else Joined(data, drawn)
     assert data is not None, "a recipe has pictures or prompts"
-    return (yield from prepare_examples(recipe, pipeline, data, engine, began))
+    return (yield from prepare_examples(recipe, pipeline, data, engine, began, validated))
+
+
+def _watched(recipe: Recipe, num_validation: int) -> Recipe:
+    """The recipe with the number of validation samples that there are."""
+    asked = recipe.validation
+    if asked is None or num_validation >= asked.num_samples:
+        return recipe
+    validation = asked.model_copy(update={"num_samples": num_validation})
+    return recipe.model_copy(update={"validation": validation})
 
 
 def _stoppable(

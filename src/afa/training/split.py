@@ -6,9 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from afa.errors import AfaError
+from afa.reading import counted
+from afa.training.data import Joined
 
 if TYPE_CHECKING:
+    from afa.training.data import CaptionedImages
     from afa.training.listing import Listing
+    from afa.training.recipe import ValidationRecipe
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,7 @@ class Split:
         num_pictures: number of distinct pictures in the data.
         num_held_out: number of distinct pictures that are held out.
         num_samples: number of samples in the data.
+        num_available: samples of the recipe's validation folder or data set; None without one.
     """
 
     training: list[int]
@@ -28,10 +33,16 @@ class Split:
     num_pictures: int
     num_held_out: int
     num_samples: int
+    num_available: int | None = None
 
     @property
     def note(self) -> str:
         """A line for the user about the held-out pictures."""
+        if self.num_available is not None:
+            return (
+                f"Validation uses {len(self.validation)} of {self.num_available} pictures that are "
+                f"not trained on; the training uses {len(self.training)}."
+            )
         held = self.num_samples - len(self.training)
         line = (
             f"Held out for validation: {self.num_held_out} of {self.num_pictures} different "
@@ -40,6 +51,64 @@ class Split:
         if held > len(self.validation):
             line += f" The validation loss uses {len(self.validation)} of these."
         return line
+
+
+def split_for(asked: ValidationRecipe, listing: Listing, data: CaptionedImages | None) -> Split:
+    """Return the split that a recipe asks for.
+
+    Args:
+        asked: the recipe's validation.
+        listing: listing of all samples.
+        data: all samples, the pictures that are only validated on last; None for a stream.
+
+    Raises:
+        AfaError: see `split_by_picture` and `split_of_own_data`.
+    """
+    if not asked.has_own_data:
+        return split_by_picture(listing, asked.num_samples)
+    assert isinstance(data, Joined), "they were joined to the training data"
+    num_training = len(data) - len(data.parts[-1])
+    return split_of_own_data(listing, num_training, asked.num_samples, data)
+
+
+def split_of_own_data(
+    listing: Listing, num_training: int, num_samples: int, names: CaptionedImages
+) -> Split:
+    """Validate on the samples after the training samples, those with the smallest hashes.
+
+    Args:
+        listing: listing of all samples.
+        num_training: number of training samples, which are the first.
+        num_samples: maximum number of validation samples.
+        names: all samples.
+
+    Raises:
+        AfaError: if a file is a training picture and a validation picture.
+    """
+    of_training: dict[bytes, int] = {}
+    for sample in range(num_training):
+        of_training.setdefault(listing.pictures[sample].tobytes(), sample)
+    rest = range(num_training, len(listing))
+    both = [n for n in rest if listing.pictures[n].tobytes() in of_training]
+    if both:
+        same = of_training[listing.pictures[both[0]].tobytes()]
+        raise AfaError(
+            "AFA-TRAIN-071",
+            f"{counted(len(both), 'validation picture')} of {len(rest)} "
+            f"{'is' if len(both) == 1 else 'are'} also trained on: '{names.name(both[0])}' has the "
+            f"content of '{names.name(same)}'. Validation pictures must be others. Remove them "
+            "from one of the two, or remove validation.folder (or validation.dataset) to hold out "
+            "pictures.",
+        )
+
+    def key(sample: int) -> bytes:
+        return listing.pictures[sample].tobytes() + listing.captions[sample].tobytes()
+
+    used = sorted(rest, key=key)[:num_samples]
+    count = len({listing.pictures[n].tobytes() for n in used})
+    return Split(
+        list(range(num_training)), used, count, count, len(listing), num_available=len(rest)
+    )
 
 
 def split_by_picture(listing: Listing, num_samples: int) -> Split:

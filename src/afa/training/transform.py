@@ -46,7 +46,7 @@ class Transform:
 
     def num_distinct(self, size: Size) -> int:
         """The maximum number of different variants of a picture of this size."""
-        can_move = self.crop == "random" and self._scaled(size) != self.target(size)
+        can_move = self.crop == "random" and self.scaled(size) != self.target(size)
         return self.num_variants if can_move or self.flip else 1
 
     def conversions(self, picture: Image.Image) -> frozenset[Conversion]:
@@ -56,7 +56,7 @@ class Transform:
 
     def share_lost(self, size: Size) -> float:
         """The share of the area of a picture of this size that the crop cuts off."""
-        (width, height), target = self._scaled(size), self.target(size)
+        (width, height), target = self.scaled(size), self.target(size)
         return 1 - target[0] * target[1] / (width * height)
 
     def enlarges(self, size: Size) -> bool:
@@ -70,7 +70,7 @@ class Transform:
 
     def __call__(self, picture: Image.Image, sample: int, variant: int) -> Tensor:
         """The pixels [3, H, W] in -1..1 of one variant of a sample."""
-        scaled, target = self._scaled(picture.size), self.target(picture.size)
+        scaled, target = self.scaled(picture.size), self.target(picture.size)
         left, top, mirrored = self._place(scaled, target, sample, variant)
         crop = left, top, left + target[0], top + target[1]
         picture = scale_and_crop(picture, scaled, crop, Image.Resampling.LANCZOS)
@@ -92,7 +92,7 @@ class Transform:
         """
         width, height = size
         across, down = target = self.target(size)
-        left, top, _ = self._place(self._scaled(size), target, sample, variant)
+        left, top, _ = self._place(self.scaled(size), target, sample, variant)
         return torch.tensor([height, width, top, left, down, across]).float()
 
     def _place(
@@ -107,7 +107,7 @@ class Transform:
         top = int(down * (scaled[1] - target[1] + 1))
         return left, top, self.flip and mirror < 0.5
 
-    def _scaled(self, size: Size) -> Size:
+    def scaled(self, size: Size) -> Size:
         """Width and height of the complete picture, scaled so that it covers the target."""
         target = self.target(size)
         scale = max(side / length for side, length in zip(target, size, strict=True))
@@ -131,5 +131,6 @@ class BucketTransform(Transform):
         """See `Transform.target`."""
         return self.buckets.of(size)
 
-    def _scaled(self, size: Size) -> Size:
-        return size if self.buckets.keeps(size) else super()._scaled(size)
+    def scaled(self, size: Size) -> Size:
+        """See `Transform.scaled`."""
+        return size if self.buckets.keeps(size) else super().scaled(size)

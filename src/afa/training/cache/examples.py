@@ -88,7 +88,7 @@ class CachedExamples:
                 samples, [self._transform.variant(draw.variant) for draw in draws]
             )
             captions = [
-                "" if self._order.drops(draw) else self._latents.caption(sample)
+                "" if self._order.drops(draw) else draw.one_of(self._latents.captions_of(sample))
                 for draw, sample in zip(draws, samples, strict=True)
             ]
             conditions = self._text.conditions(captions)

@@ -28,6 +28,8 @@ from afa.training.cache.files import (
     write_shard,
 )
 from afa.training.data import StreamedImages
+from afa.training.data.duplicates import look_of
+from afa.training.data.images import sample_of
 from afa.training.data.sizes import size_of
 from afa.training.encoding import Posterior, encode_pictures, latent_shape
 from afa.training.examples import Broken
@@ -46,7 +48,8 @@ if TYPE_CHECKING:
     from afa.training.data import CaptionedImages, SampleReader
     from afa.training.transform import Transform
 
-    Reader = Callable[[], tuple[Image.Image, str]] | SampleReader
+    Sampled = Callable[[], tuple[Image.Image, tuple[str, ...]]]
+    Reader = Sampled | SampleReader
 
 
 class LatentCache:
@@ -123,7 +126,7 @@ class LatentCache:
         data = self._data
         if isinstance(data, StreamedImages):
             return iter(data)
-        return (partial(data.__getitem__, n) for n in range(len(data)))
+        return (partial(sample_of, data, n) for n in range(len(data)))
 
     def _require_room(self, count: int) -> None:
         have = sum(place.stat().st_size for place in self.folder.glob("*.safetensors"))
@@ -147,6 +150,8 @@ class LatentCache:
         pixels: dict[Size, list[Tensor]] = {}
         samples: list[int] = []
         captions: list[str] = []
+        others: dict[int, tuple[str, ...]] = {}
+        looks: dict[int, str] = {}
         sizes: list[tuple[int, int]] = []
         counts: list[int] = []
         broken: dict[int, str] = {}
@@ -155,18 +160,24 @@ class LatentCache:
         converted: dict[int, list[str]] = {}
         for sample, read in enumerate(readers, start=first):
             if isinstance(self._data, StreamedImages):
-                stored = cast("SampleReader", read).stored()
-                rows.append([part.hex() for part in row_of(stored)])
+                reader = cast("SampleReader", read)
+                rows.append([part.hex() for part in row_of(reader.stored())])
+                stored, read = reader.stored, reader.sample
+            else:
+                stored = partial(self._data.stored, sample)
             try:
-                picture, caption = read()
+                picture, (caption, *more) = cast("Sampled", read)()
             except BrokenSample as error:
                 broken[sample] = str(error)
-                size = self._size_of(sample, read) if self._has_buckets else None
+                size = size_of(stored(), cast("Sampled", read)) if self._has_buckets else None
                 if isinstance(size, tuple):
                     broken_sizes[sample] = size
                 continue
             samples.append(sample)
             captions.append(caption)
+            looks[sample] = look_of(picture)
+            if more:
+                others[sample] = tuple(more)
             if conversions := self._transform.conversions(picture):
                 converted[sample] = sorted(conversions)
             sizes.append(picture.size)
@@ -193,6 +204,8 @@ class LatentCache:
             "num_samples": len(readers),
             "samples": samples,
             "captions": captions,
+            "others": others,
+            "looks": looks,
             "sizes": sizes,
             "num_variants": counts,
             "broken": broken,
@@ -202,12 +215,6 @@ class LatentCache:
         if self._has_buckets:
             meta["broken_sizes"] = broken_sizes
         write_shard(place, tensors, meta)
-
-    def _size_of(self, sample: int, read: Reader) -> Size | str:
-        """See `afa.training.data.sizes.size_of`."""
-        if isinstance(self._data, StreamedImages):
-            return size_of(cast("SampleReader", read).stored(), read)
-        return size_of(self._data.stored(sample), read)
 
 
 def _broken_in(header: dict[str, Any]) -> dict[int, str]:
@@ -234,7 +241,9 @@ class LatentShards:
         # sample -> its shard, its first row there, its number of variants, its group of tensors
         self._place_of: dict[int, tuple[Path, int, int, str]] = {}
         self._shards = Shards()
-        self._captions: dict[int, str] = {}
+        self._captions: dict[int, tuple[str, ...]] = {}
+        #: how each picture looks, see `look_of`; shards of earlier releases lack it
+        self.looks: dict[int, str] = {}
         self._sizes: dict[int, Size] = {}
         self._broken_sizes: dict[int, Size] = {}
         for place in cache.shards():
@@ -246,6 +255,8 @@ class LatentShards:
                 rows.append((picture, words, mark))
             for number, done in meta["converted"].items():
                 self.tally.add(int(number), map(Conversion, done))
+            self.looks |= {int(n): look for n, look in meta.get("looks", {}).items()}
+            others = {int(n): texts for n, texts in meta.get("others", {}).items()}
             for number, size in meta.get("broken_sizes", {}).items():
                 self._broken_sizes[int(number)] = tuple(size)
             next_row: Counter[str] = Counter()
@@ -255,7 +266,8 @@ class LatentShards:
             ):
                 group = cache.group_of(tuple(size))
                 self._place_of[sample] = place, next_row[group], count, group
-                self._captions[sample], self._sizes[sample] = caption, tuple(size)
+                self._captions[sample] = (caption, *others.get(sample, ()))
+                self._sizes[sample] = tuple(size)
                 next_row[group] += count
         #: listing of a stream; empty for other data, which are listed before
         self.listing = Listing.of(rows)
@@ -269,15 +281,15 @@ class LatentShards:
     @property
     def captions(self) -> list[str]:
         """Each distinct caption, and the empty one, which replaces dropped captions."""
-        return list(dict.fromkeys(["", *self._captions.values()]))
+        return list(dict.fromkeys(["", *itertools.chain(*self._captions.values())]))
 
     @property
-    def all_captions(self) -> list[str]:
-        """The caption of every sample that is not broken."""
-        return list(self._captions.values())
+    def samples(self) -> list[int]:
+        """The samples that are not broken."""
+        return list(self._captions)
 
-    def caption(self, sample: int) -> str:
-        """The caption of a sample."""
+    def captions_of(self, sample: int) -> tuple[str, ...]:
+        """The captions of a sample."""
         return self._captions[sample]
 
     def size(self, sample: int) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from afa.reading import BrokenPicture, BrokenSample, parse_colour, read_picture
 from afa.training.data.datasets import DatasetImages, DatasetStream, open_dataset
@@ -15,14 +15,17 @@ from afa.training.data.images import (
     Stored,
     StreamedImages,
 )
+from afa.training.data.remote import located
+from afa.training.data.rows import CaptionOptions
 from afa.training.data.scenes import SceneImages
 
 if TYPE_CHECKING:
-    from afa.training.recipe import DataRecipe
+    from afa.training.recipe import DataRecipe, Recipe
 
 __all__ = [
     "BrokenPicture",
     "BrokenSample",
+    "CaptionOptions",
     "CaptionedImages",
     "DatasetImages",
     "DatasetStream",
@@ -35,6 +38,7 @@ __all__ = [
     "StreamedImages",
     "open_data",
     "open_dataset",
+    "open_validation",
     "read_picture",
 ]
 
@@ -43,14 +47,22 @@ def open_data(recipe: DataRecipe) -> CaptionedImages | StreamedImages | None:
     """Open the real pictures of a recipe's `data` section; None if it has only prompts.
 
     Raises:
-        AfaError: see `FolderImages` and `open_dataset`.
+        AfaError: see `FolderImages`, `located` and `open_dataset`.
     """
     background = parse_colour(recipe.background)
+    several = recipe.captions == "random"
     if recipe.dataset is not None:
-        return open_dataset(recipe.dataset, recipe.limit, background)
+        return open_dataset(recipe.dataset, recipe.limit, background, several)
     data: CaptionedImages
     if recipe.folder is not None:
-        data = FolderImages(recipe.folder, background)
+        options = CaptionOptions(
+            several=several,
+            columns=recipe.caption_columns,
+            file_column=recipe.file_column,
+            from_folders=recipe.folder_captions,
+            repeats=recipe.repeats,
+        )
+        data = FolderImages(located(recipe.folder), background, options, named=recipe.folder)
     elif (scenes := recipe.scenes) is None:
         return None
     else:
@@ -63,4 +75,23 @@ def open_data(recipe: DataRecipe) -> CaptionedImages | StreamedImages | None:
         )
     if recipe.limit is not None and recipe.limit < len(data):
         return Part(data, range(recipe.limit))
+    return data
+
+
+def open_validation(recipe: Recipe) -> CaptionedImages | None:
+    """Open the pictures that are only validated on; None if the recipe names none.
+
+    They are read as those of the training: background, captions and columns are the same.
+
+    Raises:
+        AfaError: see `open_data`.
+    """
+    asked = recipe.validation
+    if asked is None or (asked.folder is None and asked.dataset is None):
+        return None
+    changes = {"folder": asked.folder, "dataset": asked.dataset}
+    nothing: dict[str, Any] = {"scenes": None, "prompts": None, "limit": None, "repeats": False}
+    data = open_data(recipe.data.model_copy(update={**nothing, **changes}))
+    assert data is not None, "it has a folder or a data set"
+    assert not isinstance(data, StreamedImages), "the recipe refuses it"
     return data

@@ -1,209 +1,106 @@
-"""The pictures and captions of a folder, and its unused files."""
+"""Captions in text files beside pictures, as kohya's trainers, SimpleTuner and others have them."""
 
 from __future__ import annotations
 
-import json
-import os
+import math
 import re
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING
 
 from afa.errors import AfaError
-from afa.files import irregular, is_unicode, read_text
-from afa.reading import counted, files_in, is_picture_file
+from afa.reading import counted, is_picture_file
+from afa.training.data.rows import CaptionOptions, Row, Rows, kept, some
 
-METADATA = "metadata.jsonl"
-_KEYS = {"file_name", "text"}
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from afa.training.data.places import Place
+
 #: suffixes of caption files
 _CAPTIONS = (".txt", ".caption")
-_MAX_METADATA = 2_000_000_000  # bytes
 _MAX_CAPTION = 1_000_000  # bytes
-_REPEATS = re.compile(r"(\d+)_.+")  # kohya's "10_fox" repeats its pictures ten times per epoch
-_SHOWN = 3  # names in a warning
+_FOLDER = re.compile(r"(\d+)_(.+)")  # kohya's "10_fox" repeats its pictures ten times per epoch
 
 
-class Rows(NamedTuple):
-    """The contents of a folder.
+def rows_beside(
+    place: Place, folder: Path, files: Sequence[Path], options: CaptionOptions
+) -> Rows | None:
+    """The pictures among files of a folder, with captions in files of the same name.
 
-    Attributes:
-        rows: pictures and captions; None for a missing caption.
-        unused: all other files except hidden ones.
-        warnings: warnings for the user, one line each.
-        remedy: advice for broken rows.
-    """
+    A caption is a line that is not blank. In the names of subfolders such as `10_fox`, kohya's
+    trainers have a number of repeats, and a caption for pictures without one.
 
-    rows: list[tuple[Path, str | None]]
-    unused: list[Path]
-    warnings: list[str]
-    remedy: str
+    Args:
+        place: with the files.
+        folder: to which the names of subfolders are relative.
+        files: of the folder.
+        options: how captions are read.
 
-
-def is_listed(folder: Path) -> bool:
-    """Whether a folder has a `metadata.jsonl`, even one that cannot be read or is a broken link."""
-    return os.path.lexists(folder / METADATA)
-
-
-def rows_listed(folder: Path) -> Rows:
-    """The rows of a `metadata.jsonl`.
+    Returns: None if no picture has a caption.
 
     Raises:
-        AfaError: if it is empty or not UTF-8, or a line is invalid or names a missing file.
+        AfaError: if a picture has two different captions, or captions are not UTF-8.
     """
-    metadata = folder / METADATA
-    rows: list[tuple[Path, str | None]] = []
-    others: set[str] = set()
-    try:
-        text = read_text(metadata, _MAX_METADATA)
-    except (OSError, ValueError) as error:
-        raise AfaError(
-            "AFA-TRAIN-007", f"'{metadata}' cannot be read as UTF-8 text: {error}."
-        ) from error
-    # not splitlines, because captions may contain Unicode line separators
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line, object_pairs_hook=_unique)
-            others.update(row.keys() - _KEYS)
-            path, caption = folder / row["file_name"], row.get("text")
-            valid = caption is None or (isinstance(caption, str) and is_unicode(caption))
-            valid = valid and "\0" not in row["file_name"]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            valid = False
-        if not valid:
-            raise AfaError(
-                "AFA-TRAIN-008",
-                f"Line {number} of '{metadata}' must be a JSON object with the strings file_name "
-                f"and text, without duplicate keys and with valid Unicode; got {line[:80]!r}.",
-            )
-        if not os.path.normpath(path).startswith(f"{os.path.normpath(folder)}{os.sep}"):
-            raise AfaError(
-                "AFA-TRAIN-009",
-                f"Line {number} of '{metadata}' must name a file inside that folder; got "
-                f"'{row['file_name'][:80]}'. Move the picture there, or link it.",
-            )
-        if (what := irregular(path)) is not None:
-            raise AfaError(
-                "AFA-TRAIN-010",
-                f"Line {number} of '{metadata}' names '{path}', which is {what}; it must be a "
-                "regular file. Replace it, or remove the line.",
-            )
-        if not path.is_file():
-            raise AfaError(
-                "AFA-TRAIN-011",
-                f"Line {number} of '{metadata}' names '{path}', which does not exist.",
-            )
-        rows.append((path, caption))
-    if not rows:
-        raise AfaError(
-            "AFA-TRAIN-012", f"'{metadata}' is empty. It must list at least one picture."
-        )
-    used = {os.path.normpath(path) for path, _ in rows} | {os.path.normpath(metadata)}
-    unused = [path for path in files_in(folder) if os.path.normpath(path) not in used]
-    warnings = []
-    if unused:
-        warnings.append(
-            f"{METADATA} does not list {counted(len(unused), 'file')} in '{folder}', so training "
-            f"does not use {'it' if len(unused) == 1 else 'them'}: {_some(unused, folder)}."
-        )
-    if others:
-        shown = ", ".join(sorted(others)[:_SHOWN])
-        warnings.append(
-            f"Only the keys file_name and text of '{metadata}' are used, not {shown}"
-            f"{', ...' if len(others) > _SHOWN else ''}."
-        )
-    return Rows(rows, unused, warnings, f"Replace it, or remove its line from {METADATA}.")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; refuses duplicate keys, of which json would keep the last."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("duplicate key")
-    return found
-
-
-def rows_beside(folder: Path) -> Rows:
-    """The pictures of a folder and its subfolders, with captions in files of the same name.
-
-    A caption is the first line that is not blank, as in kohya's trainers. Their repeats, the number
-    in the name of a subfolder such as `10_fox`, are ignored.
-
-    Raises:
-        AfaError: if there is no folder or no caption, a picture has two different captions, or
-            captions are not UTF-8.
-    """
-    if not folder.is_dir():
-        raise AfaError("AFA-TRAIN-013", f"The data folder '{folder}' does not exist.")
-    files = list(files_in(folder))
     captions: dict[tuple[Path, str], list[Path]] = {}
     for path in files:
         if path.suffix.lower() in _CAPTIONS:
             captions.setdefault((path.parent, path.stem), []).append(path)
     pictures = [path for path in files if is_picture_file(path)]
     pairs = [(path, captions.get((path.parent, path.stem))) for path in pictures]
-    if not any(found for _, found in pairs):
-        raise AfaError(
-            "AFA-TRAIN-014",
-            f"The data folder '{folder}' has no metadata.jsonl and no picture with a .txt. Write a "
-            'metadata.jsonl with lines such as {"file_name": "0001.png", "text": "a fox"}, or a '
-            ".txt with the caption beside each picture. For other formats that the library "
-            f"`datasets` reads (metadata.csv, ...), set data.dataset: {{path: '{folder}'}}.",
-        )
-    rows: list[tuple[Path, str | None]] = []
+    classes = {path: folder_caption(path, folder) for path in pictures}
+    from_folders = options.from_folders and any(classes.values())
+    if not any(found for _, found in pairs) and not from_folders:
+        return None
+    repeats = {path: _repeats(path, folder) for path in pictures}
+    # training counts steps, not epochs, so only their ratios matter
+    divisor = math.gcd(*repeats.values()) if options.repeats else 0
+    rows: list[Row] = []
     longer: list[Path] = []
     for picture, found in pairs:
-        caption = None
-        if found:
-            lines = {path: _caption(path) for path in found}
-            if len({tuple(each) for each in lines.values()}) > 1:
-                raise AfaError(
-                    "AFA-TRAIN-015",
-                    f"'{found[0]}' and '{found[1]}' are captions of the same picture and differ. "
-                    "Delete one of them.",
-                )
-            of_file = lines[found[0]]
-            caption = of_file[0] if of_file else ""
-            longer += found[:1] if len(of_file) > 1 else []
-        rows.append((picture, caption))
+        lines = _lines_of(place, found) if found else []
+        longer += found[:1] if found and len(lines) > 1 else []
+        texts = kept(lines, options) if found else ()
+        if found and not texts:
+            texts = ("",)
+        if not found and from_folders and (name := classes[picture]):
+            texts = (name,)
+        rows.append(Row(picture, texts, repeats[picture] // divisor if divisor else 1))
     used = set(pictures) | {path for _, found in pairs for path in found or ()}
     unused = [path for path in files if path not in used]
-    return Rows(
-        rows,
-        unused,
-        _warnings_beside(folder, pictures, longer, unused),
-        "Replace it, write its caption into a .txt beside it, or remove it.",
-    )
-
-
-def _warnings_beside(
-    folder: Path, pictures: list[Path], longer: list[Path], unused: list[Path]
-) -> list[str]:
-    warnings = []
-    if unused:
-        warnings.append(
-            f"{counted(len(unused), 'file')} in '{folder}' {'is' if len(unused) == 1 else 'are'} "
-            f"neither a picture nor its caption, and not used: {_some(unused, folder)}."
-        )
-    if longer:
-        warnings.append(
-            f"{counted(len(longer), 'caption file')} with several lines: {_some(longer, folder)}. "
-            "Only the first line is used. Put each caption on one line."
-        )
-    repeats = {_repeats(path.relative_to(folder).parts) for path in pictures}
-    if len(repeats) > 1:  # equal repeats change nothing, because training counts steps, not epochs
+    warnings = _warnings(folder, longer, unused, options)
+    if len(set(repeats.values())) > 1 and not options.repeats:
         warnings.append(
             "The repeats of kohya's trainers in the names of subfolders (10_fox) are ignored: all "
-            "pictures are used equally often. To use some more often, list them several times in a "
-            f"{METADATA}."
+            "pictures are used equally often. To honour them, set data.repeats: true."
         )
-    return warnings
+    missing = [row.path for row in rows if not row.captions and classes[row.path]]
+    if missing and not options.from_folders:
+        warnings.append(
+            f"{counted(len(missing), 'picture')} without a caption file in folders of kohya's "
+            f"trainers: {some(missing, folder)}. To use the folder's name as caption, such as "
+            f"'{classes[missing[0]]}', set data.folder_captions: true."
+        )
+    remedy = "Replace it, write its caption into a .txt beside it, or remove it."
+    return Rows(rows, unused, warnings, remedy, f"'{folder}', captions beside pictures")
 
 
-def _caption(path: Path) -> list[str]:
+def _lines_of(place: Place, found: Sequence[Path]) -> list[str]:
+    """The captions of a picture, whose caption files must be equal."""
+    lines = [_caption(place, path) for path in found]
+    for path, other in zip(found[1:], lines[1:], strict=True):
+        if other != lines[0]:
+            raise AfaError(
+                "AFA-TRAIN-015",
+                f"'{found[0]}' and '{path}' are captions of the same picture and differ. "
+                "Delete one of them.",
+            )
+    return lines[0]
+
+
+def _caption(place: Place, path: Path) -> list[str]:
     """The lines of a caption file that are not blank."""
     try:
-        text = read_text(path, _MAX_CAPTION)
+        text = place.text(path, _MAX_CAPTION)
     except (OSError, ValueError) as error:
         raise AfaError(
             "AFA-TRAIN-016", f"'{path}' cannot be read as UTF-8 text: {error}."
@@ -211,12 +108,37 @@ def _caption(path: Path) -> list[str]:
     return [line.strip() for line in text.split("\n") if line.strip()]
 
 
-def _repeats(parts: tuple[str, ...]) -> int:
-    """How often kohya's trainers use a picture with this relative path per epoch."""
-    found = _REPEATS.fullmatch(parts[0]) if len(parts) > 1 else None
-    return int(found[1]) if found else 1
+def _warnings(
+    folder: Path, longer: list[Path], unused: list[Path], options: CaptionOptions
+) -> list[str]:
+    warnings = []
+    if unused:
+        warnings.append(
+            f"{counted(len(unused), 'file')} in '{folder}' {'is' if len(unused) == 1 else 'are'} "
+            f"neither a picture nor its caption, and not used: {some(unused, folder)}."
+        )
+    if longer and not options.several:
+        warnings.append(
+            f"{counted(len(longer), 'caption file')} with several lines: {some(longer, folder)}. "
+            "Only the first line is used. Put each caption on one line; or, if each line is a "
+            "caption of its own, set data.captions: random."
+        )
+    return warnings
 
 
-def _some(files: list[Path], folder: Path) -> str:
-    shown = ", ".join(str(path.relative_to(folder)) for path in files[:_SHOWN])
-    return f"{shown}, ..." if len(files) > _SHOWN else shown
+def _kohya(path: Path, folder: Path) -> re.Match[str] | None:
+    """The name of the subfolder in which kohya's trainers look for a picture."""
+    parts = path.relative_to(folder).parts
+    return _FOLDER.fullmatch(parts[0]) if len(parts) > 1 else None
+
+
+def _repeats(path: Path, folder: Path) -> int:
+    """How often kohya's trainers use a picture per epoch; those of `0_name` are used once here."""
+    found = _kohya(path, folder)
+    return max(int(found[1]), 1) if found else 1
+
+
+def folder_caption(path: Path, folder: Path) -> str:
+    """The caption that kohya's trainers use for a picture without a caption file, or nothing."""
+    found = _kohya(path, folder)
+    return found[2].strip() if found else ""

@@ -13,6 +13,7 @@ from afa.errors import AfaError
 from afa.reading import WHITE, BrokenPicture, read_picture
 from afa.reading.broken import MissingCaption
 from afa.training.data.images import Stored, StreamedImages
+from afa.training.data.rows import as_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -22,20 +23,34 @@ if TYPE_CHECKING:
     from afa.reading.picture import Colour
     from afa.training.recipe import DatasetRecipe
 
+#: usual names of columns, which are found if the recipe names none
+_PICTURES = ("image", "img", "picture", "jpg", "jpeg", "png", "webp")
+_CAPTIONS = ("text", "caption", "captions", "prompt", "prompts", "txt")
+
 
 class DatasetImages:
-    """A data set on disk; of a list of captions, the first is used.
+    """A data set on disk.
 
     Args:
         rows: a `datasets.Dataset` whose pictures are not decoded.
         recipe: names of the columns.
         background: colour on which transparent pictures are composited.
+        several: whether all captions of a picture are used, or the first.
     """
 
-    def __init__(self, rows: Any, recipe: DatasetRecipe, background: Colour = WHITE) -> None:
+    def __init__(
+        self,
+        rows: Any,
+        recipe: DatasetRecipe,
+        background: Colour = WHITE,
+        several: bool = False,
+    ) -> None:
         self._rows, self._recipe, self._background = rows, recipe, background
+        self._several = several
         #: warnings for the user, one line each
-        self.warnings = _warnings(rows.features, recipe)
+        self.warnings = _warnings(rows.features, recipe, several)
+        #: where the pictures come from, for the user
+        self.source = f"the data set '{recipe.path}'"
 
     def __repr__(self) -> str:
         return f"DatasetImages({self._recipe.path!r}, {len(self)} pictures)"
@@ -44,17 +59,24 @@ class DatasetImages:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, str]:
-        return _Row(self._rows[index], self._recipe, index, self._background)()
+        return self._row(index)()
 
-    def captions(self) -> Iterator[str | None]:
-        """All captions in order, without reading pictures; None for a missing one."""
-        column = self._recipe.caption_column
-        for index, row in enumerate(self._rows.select_columns([column.split(".")[0]])):
-            yield _caption(row, self._recipe, f"row {index}")
+    def sample(self, index: int) -> tuple[Image.Image, tuple[str, ...]]:
+        """See `afa.training.data.images.sample_of`."""
+        return self._row(index).sample()
+
+    def _row(self, index: int) -> _Row:
+        return _Row(self._rows[index], self._recipe, index, self._background, self._several)
+
+    def captions(self) -> Iterator[tuple[str, ...]]:
+        """See `afa.training.data.images.captions_in`."""
+        columns = dict.fromkeys(column.split(".")[0] for column in self._recipe.caption_columns)
+        for index, row in enumerate(self._rows.select_columns(list(columns))):
+            yield _captions(row, self._recipe, f"row {index}", self._several)
 
     def stored(self, index: int) -> Stored:
-        """The bytes or the file of the picture, and its caption."""
-        return _stored(self._rows[index], self._recipe)
+        """The bytes or the file of the picture, and its captions."""
+        return self._row(index).stored()
 
     def name(self, index: int) -> str:
         """The index of the row, with the picture's file name if the row has it."""
@@ -63,12 +85,13 @@ class DatasetImages:
     @property
     def fingerprint(self) -> str:
         """The library's fingerprint, which depends on rows, files and their order."""
-        columns = f"{self._recipe.image_column}, {self._recipe.caption_column}"
-        return f"dataset {self._rows._fingerprint} {columns} on {self._background}"
+        columns = ", ".join([self._recipe.image_column, *self._recipe.caption_columns])
+        several = " with all captions" if self._several else ""
+        return f"dataset {self._rows._fingerprint} {columns} on {self._background}{several}"
 
 
 class DatasetStream(StreamedImages):
-    """A stream; of a list of captions, the first is used.
+    """A stream.
 
     Args:
         rows: a `datasets.IterableDataset` whose pictures are not decoded.
@@ -76,6 +99,7 @@ class DatasetStream(StreamedImages):
         limit: maximum number of samples; None has no limit.
         files: the files of each split, as `DataFilesList` of `datasets`.
         background: colour on which transparent pictures are composited.
+        several: whether all captions of a picture are used, or the first.
     """
 
     def __init__(
@@ -85,16 +109,19 @@ class DatasetStream(StreamedImages):
         limit: int | None,
         files: Mapping[Any, Any],
         background: Colour = WHITE,
+        several: bool = False,
     ) -> None:
         self._rows, self._recipe, self._limit, self._files = rows, recipe, limit, files
-        self._background = background
+        self._background, self._several = background, several
         #: warnings for the user, one line each
-        self.warnings = _warnings(rows.features, recipe)
+        self.warnings = _warnings(rows.features, recipe, several)
+        #: where the pictures come from, for the user
+        self.source = f"the stream '{recipe.path}'"
 
     def __iter__(self) -> Iterator[_Row]:
         rows = self._rows if self._limit is None else self._rows.take(self._limit)
         for index, row in enumerate(rows):
-            yield _Row(row, self._recipe, index, self._background)
+            yield _Row(row, self._recipe, index, self._background, self._several)
 
     @property
     def fingerprint(self) -> str:
@@ -113,7 +140,11 @@ class DatasetStream(StreamedImages):
                         stat = os.stat(part)
                         digest.update(json.dumps([stat.st_size, stat.st_mtime_ns]).encode())
         settings = self._recipe.model_dump_json()
-        return f"stream {settings} limit {self._limit} {digest.hexdigest()} on {self._background}"
+        several = " with all captions" if self._several else ""
+        return (
+            f"stream {settings} limit {self._limit} {digest.hexdigest()} on {self._background}"
+            f"{several}"
+        )
 
 
 @dataclass(frozen=True)
@@ -124,8 +155,14 @@ class _Row:
     recipe: DatasetRecipe
     index: int
     background: Colour
+    several: bool
 
     def __call__(self) -> tuple[Image.Image, str]:
+        """Decode the picture, with its first caption; see `sample`."""
+        picture, captions = self.sample()
+        return picture, captions[0]
+
+    def sample(self) -> tuple[Image.Image, tuple[str, ...]]:
         """Decode the picture.
 
         Raises:
@@ -134,13 +171,14 @@ class _Row:
         """
         row, recipe = self.row, self.recipe
         name = _name(row, recipe, self.index)
-        picture, caption = _value(row, recipe.image_column), _caption(row, recipe, name)
+        captions = _captions(row, recipe, name, self.several)
+        picture = _value(row, recipe.image_column)
         sample = f"{name} of the data set '{recipe.path}'"
-        if caption is None:
+        if not captions:
             raise MissingCaption(
                 "AFA-TRAIN-021",
-                f"{sample} has no caption in the column '{recipe.caption_column}'. Add it, or "
-                "remove the row.",
+                f"{sample} has no caption in the column '{', '.join(recipe.caption_columns)}'. Add "
+                "it, or remove the row.",
             )
         if isinstance(picture, dict):  # a picture that is not decoded
             place = picture.get("path")
@@ -157,14 +195,23 @@ class _Row:
                 f"{sample} must have a picture in the column '{recipe.image_column}'; got a "
                 f"{type(picture).__name__}.",
             )
-        return read_picture(picture, name, background=self.background), caption
+        return read_picture(picture, name, background=self.background), captions
 
     def stored(self) -> Stored:
-        return _stored(self.row, self.recipe)
+        """The stored form; a missing or wrong picture or caption is empty."""
+        picture = _value(self.row, self.recipe.image_column)
+        if isinstance(picture, dict):
+            picture = picture.get("bytes") or Path(picture.get("path") or "")
+        known = picture if isinstance(picture, bytes | Path) else b""
+        texts = _texts(self.row, self.recipe, self.several)
+        return Stored(known, as_text(tuple(t for t in texts if isinstance(t, str))))
 
 
 def open_dataset(
-    recipe: DatasetRecipe, limit: int | None, background: Colour = WHITE
+    recipe: DatasetRecipe,
+    limit: int | None,
+    background: Colour = WHITE,
+    several: bool = False,
 ) -> DatasetImages | DatasetStream:
     """Open a data set of the `datasets` library.
 
@@ -172,6 +219,7 @@ def open_dataset(
         recipe: path and names of the columns.
         limit: maximum number of samples; None has no limit.
         background: colour on which transparent pictures are composited.
+        several: whether all captions of a picture are used, or the first.
 
     Raises:
         AfaError: if it cannot be loaded, is empty or lacks a column.
@@ -196,26 +244,44 @@ def open_dataset(
             "AFA-TRAIN-017",
             f"The library `datasets` cannot load the data set '{recipe.path}': {message}",
         ) from error
-    for key in ("image_column", "caption_column"):
-        column = getattr(recipe, key).split(".")[0]
-        if column not in features:
-            raise AfaError(
-                "AFA-TRAIN-018",
-                f"The data set '{recipe.path}' has no column '{column}'; it has "
-                f"{', '.join(features)}. Set data.dataset.{key} to one of them.",
-            )
+    recipe = _with_columns(recipe, list(features))
     if isinstance(features[recipe.image_column.split(".")[0]], ImageFeature):
         # afa decodes the pictures, so that it can skip and name broken ones
         rows = rows.cast_column(recipe.image_column, ImageFeature(decode=False))
     if recipe.streaming:
-        return DatasetStream(rows, recipe, limit, files, background)
+        return DatasetStream(rows, recipe, limit, files, background, several)
     if limit is not None and limit < len(rows):
         rows = rows.select(range(limit))
     if len(rows) == 0:
         raise AfaError(
             "AFA-TRAIN-019", f"The data set '{recipe.path}' has no rows; it must have pictures."
         )
-    return DatasetImages(rows, recipe, background)
+    return DatasetImages(rows, recipe, background, several)
+
+
+def _with_columns(recipe: DatasetRecipe, columns: list[str]) -> DatasetRecipe:
+    """Check the columns of a recipe; find those that it does not name by their usual names.
+
+    Raises:
+        AfaError: if a column does not exist, or it is not clear which one to use.
+    """
+    changes = {}
+    for key, usual in (("image_column", _PICTURES), ("caption_column", _CAPTIONS)):
+        value = getattr(recipe, key)
+        named = [value] if isinstance(value, str) else value
+        missing = [each.split(".")[0] for each in named if each.split(".")[0] not in columns]
+        if not missing:
+            continue
+        found = [each for each in columns if each in usual]
+        if key not in recipe.model_fields_set and len(found) == 1:
+            changes[key] = found[0]
+            continue
+        raise AfaError(
+            "AFA-TRAIN-018",
+            f"The data set '{recipe.path}' has no column '{missing[0]}'; it has "
+            f"{', '.join(columns)}. Set data.dataset.{key} to one of them.",
+        )
+    return recipe.model_copy(update=changes)
 
 
 def _value(row: Any, column: str) -> Any:
@@ -232,43 +298,49 @@ def _name(row: Any, recipe: DatasetRecipe, index: int) -> str:
     return f"row {index}" + "".join(f" ({part})" for part in (path or key,) if part)
 
 
-def _stored(row: Any, recipe: DatasetRecipe) -> Stored:
-    """The stored form of a row; a missing picture or caption is empty."""
-    picture, caption = (_value(row, c) for c in (recipe.image_column, recipe.caption_column))
-    if isinstance(caption, list):
-        caption = caption[0] if caption else None
-    if isinstance(picture, dict):
-        picture = picture.get("bytes") or Path(picture.get("path") or "")
-    known = picture if isinstance(picture, bytes | Path) else b""
-    return Stored(known, caption if isinstance(caption, str) else "")
-
-
-def _warnings(features: Any, recipe: DatasetRecipe) -> list[str]:
-    """A warning if captions are lists; the features of a stream may be unknown."""
+def _warnings(features: Any, recipe: DatasetRecipe, several: bool) -> list[str]:
+    """A warning if only some captions are used; the features of a stream may be unknown."""
     from datasets import LargeList, List
 
-    kind = (features or {}).get(recipe.caption_column)
-    if not isinstance(kind, List | LargeList | list):
+    columns = recipe.caption_columns
+    lists = [
+        each for each in columns if isinstance((features or {}).get(each), List | LargeList | list)
+    ]
+    if several or not (lists or len(columns) > 1):
         return []
+    what = f"column '{lists[0]}' has lists of captions" if lists else "recipe names several columns"
     return [
-        f"The column '{recipe.caption_column}' has lists of captions; only the first caption of "
-        "each list is used. To use all of them, write one row per caption."
+        f"The {what}; only the first caption of each picture is used. To use all of them, set "
+        "data.captions: random."
     ]
 
 
-def _caption(row: Any, recipe: DatasetRecipe, name: str) -> str | None:
-    """The caption of a row, or the first of several; None if it is missing.
+def _texts(row: Any, recipe: DatasetRecipe, several: bool) -> list[Any]:
+    """The captions of a row that are not missing, or the first of them; of any type."""
+    found: list[Any] = []
+    for column in recipe.caption_columns:
+        value = _value(row, column)
+        texts = value if isinstance(value, list) else [value]
+        found += texts if several else texts[:1]
+    found = [text for text in found if text is not None]
+    if not several or not all(isinstance(text, str) for text in found):
+        return found[:1]
+    # an empty text is a caption of its own only if there is no other
+    return list(dict.fromkeys(text for text in found if text.strip())) or found[:1]
+
+
+def _captions(row: Any, recipe: DatasetRecipe, name: str, several: bool) -> tuple[str, ...]:
+    """The captions of a row that are used; empty if they are missing.
 
     Raises:
-        AfaError: if the column does not contain text.
+        AfaError: if a column does not contain text.
     """
-    caption = _value(row, recipe.caption_column)
-    if isinstance(caption, list):
-        caption = caption[0] if caption else None
-    if caption is not None and not isinstance(caption, str):
-        raise AfaError(
-            "AFA-TRAIN-020",
-            f"{name} of the data set '{recipe.path}' must have text in the column "
-            f"'{recipe.caption_column}'; got {caption!r}.",
-        )
-    return caption
+    found = _texts(row, recipe, several)
+    for text in found:
+        if not isinstance(text, str):
+            raise AfaError(
+                "AFA-TRAIN-020",
+                f"{name} of the data set '{recipe.path}' must have text in the column "
+                f"'{', '.join(recipe.caption_columns)}'; got {text!r}.",
+            )
+    return tuple(found)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from PIL import Image
 
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 class CaptionedImages(Protocol):
     """A data set of pictures and captions, by index.
 
-    Reading a broken picture or a picture without a caption raises `afa.reading.BrokenSample`.
+    Reading a broken picture or a picture without a caption raises `afa.reading.BrokenSample`. If a
+    picture has several captions, an index gives the first, and `sample_of` gives all.
     """
 
     def __len__(self) -> int: ...
@@ -40,7 +41,7 @@ class Stored(NamedTuple):
 
     Attributes:
         picture: its file, or the bytes that determine it.
-        caption: its text; empty if it is missing.
+        caption: its text, or one text for several captions; empty if it is missing.
     """
 
     picture: Path | bytes
@@ -52,6 +53,9 @@ class SampleReader(Protocol):
 
     def __call__(self) -> tuple[Image.Image, str]:
         """The picture and its caption."""
+
+    def sample(self) -> tuple[Image.Image, tuple[str, ...]]:
+        """The picture and all its captions."""
 
     def stored(self) -> Stored:
         """See `CaptionedImages.stored`."""
@@ -90,11 +94,19 @@ class Part:
     def __getitem__(self, index: int) -> tuple[Image.Image, str]:
         return self._data[self._indices[index]]
 
+    def sample(self, index: int) -> tuple[Image.Image, tuple[str, ...]]:
+        """See `sample_of`."""
+        return sample_of(self._data, self._indices[index])
+
     def stored(self, index: int) -> Stored:
         """See `CaptionedImages.stored`."""
         return self._data.stored(self._indices[index])
 
-    def captions(self) -> Iterator[str | None] | None:
+    def repeats(self, index: int) -> int:
+        """See `repeats_of`."""
+        return repeats_of(self._data, self._indices[index])
+
+    def captions(self) -> Iterator[tuple[str, ...]] | None:
         """See `captions_in`."""
         found = captions_in(self._data)
         if found is None:
@@ -115,8 +127,11 @@ class Joined:
     """Several data sets, one after the other."""
 
     def __init__(self, *parts: CaptionedImages) -> None:
-        self._parts = parts
-        self._ends = list(itertools.accumulate(len(part) for part in parts))
+        flat: list[CaptionedImages] = []
+        for part in parts:
+            flat += part.parts if isinstance(part, Joined) else [part]
+        self._parts = tuple(flat)
+        self._ends = list(itertools.accumulate(len(part) for part in flat))
 
     def __repr__(self) -> str:
         return f"Joined({', '.join(map(repr, self._parts))})"
@@ -132,10 +147,20 @@ class Joined:
         part, place = self._at(index)
         return part[place]
 
+    def sample(self, index: int) -> tuple[Image.Image, tuple[str, ...]]:
+        """See `sample_of`."""
+        part, place = self._at(index)
+        return sample_of(part, place)
+
     def stored(self, index: int) -> Stored:
         """See `CaptionedImages.stored`."""
         part, place = self._at(index)
         return part.stored(place)
+
+    def repeats(self, index: int) -> int:
+        """See `repeats_of`."""
+        part, place = self._at(index)
+        return repeats_of(part, place)
 
     @property
     def parts(self) -> tuple[CaptionedImages, ...]:
@@ -152,7 +177,12 @@ class Joined:
         """Files in the folders of the parts that are not used."""
         return [file for part in self._parts for file in getattr(whole_of(part), "unused", ())]
 
-    def captions(self) -> Iterator[str | None] | None:
+    @property
+    def source(self) -> str:
+        """See `source_of`."""
+        return " and ".join(source_of(part) for part in self._parts)
+
+    def captions(self) -> Iterator[tuple[str, ...]] | None:
         """See `captions_in`."""
         found = [captions_in(part) for part in self._parts]
         known = [each for each in found if each is not None]
@@ -176,8 +206,42 @@ def whole_of(data: CaptionedImages | StreamedImages) -> CaptionedImages | Stream
     return data
 
 
-def captions_in(data: CaptionedImages | StreamedImages) -> Iterator[str | None] | None:
-    """All captions in order, without reading pictures; None for a missing caption.
+def sample_of(data: CaptionedImages, index: int) -> tuple[Image.Image, tuple[str, ...]]:
+    """Read a picture and all its captions; data sets without several give the only one.
+
+    Raises:
+        BrokenSample: if the picture is broken, or has no caption.
+    """
+    read = getattr(data, "sample", None)
+    if read is not None:
+        return read(index)
+    picture, caption = data[index]
+    return picture, (caption,)
+
+
+def repeats_of(data: CaptionedImages, index: int) -> int:
+    """Return how often a sample is used, relative to the others."""
+    repeats = getattr(data, "repeats", None)
+    return 1 if repeats is None else repeats(index)
+
+
+def repeated(data: CaptionedImages, samples: Sequence[int]) -> Sequence[int]:
+    """Return samples with each as often as it is used; the same object if all are used once."""
+    repeats = [repeats_of(data, sample) for sample in samples]
+    if all(count == 1 for count in repeats):
+        return samples
+    pairs = zip(samples, repeats, strict=True)
+    return [sample for sample, count in pairs for _ in range(count)]
+
+
+def source_of(data: CaptionedImages | StreamedImages) -> str:
+    """Return where the pictures come from, for the user."""
+    whole = whole_of(data)
+    return getattr(whole, "source", repr(whole))
+
+
+def captions_in(data: CaptionedImages | StreamedImages) -> Iterator[tuple[str, ...]] | None:
+    """All captions of each sample in order, without reading pictures; empty for missing ones.
 
     Returns None for data sets that have to read pictures for it, such as streams.
     """

@@ -57,9 +57,14 @@ class SceneImages:
         caption = self._scene(index).caption
         return Stored(caption.encode(), caption)
 
-    def captions(self) -> Iterator[str]:
+    def captions(self) -> Iterator[tuple[str, ...]]:
         """See `afa.training.data.images.captions_in`."""
-        return (self._scene(index).caption for index in range(self._num_samples))
+        return ((self._scene(index).caption,) for index in range(self._num_samples))
+
+    @property
+    def source(self) -> str:
+        """What is shown, for the user."""
+        return "generated scenes"
 
     def name(self, index: int) -> str:
         """The scene's number."""

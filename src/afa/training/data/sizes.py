@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from afa.training.data.images import CaptionedImages, Stored
 
 _CHUNK = 256  # samples between two reports of progress
-_ROUGH = 1000  # pictures of which `rough_sizes` reads the headers
+#: pictures that are opened for their sizes, where nothing has read them yet
+MOST_OPENED = 10_000
 
 
-def size_of(stored: Stored, read: Callable[[], tuple[Image.Image, str]]) -> tuple[int, int] | str:
+def size_of(stored: Stored, read: Callable[[], tuple[Image.Image, Any]]) -> tuple[int, int] | str:
     """Width and height of a sample's picture; its error message if the size cannot be read.
 
     A damaged picture has a size if its header is complete.
@@ -42,7 +43,7 @@ def _silently() -> AbstractContextManager[Any]:
     return warnings.catch_warnings(action="ignore")
 
 
-def _size_of(stored: Stored, read: Callable[[], tuple[Image.Image, str]]) -> tuple[int, int] | str:
+def _size_of(stored: Stored, read: Callable[[], tuple[Image.Image, Any]]) -> tuple[int, int] | str:
     size = stated_size(stored.picture)
     if size is not None:
         return size
@@ -52,16 +53,24 @@ def _size_of(stored: Stored, read: Callable[[], tuple[Image.Image, str]]) -> tup
         return str(error)
 
 
-def rough_sizes(data: CaptionedImages) -> Iterator[tuple[int, int]]:
-    """Yield sizes of at most 1000 pictures from all parts of a data set, without decoding any.
+def opened_sizes(
+    data: CaptionedImages, most: int = MOST_OPENED
+) -> Iterator[tuple[int, tuple[int, int]]]:
+    """Yield samples with the sizes of their pictures, of which none is decoded.
 
-    Width and height may be swapped, and some sizes may be missing; files are read, not reported.
+    A PNG with its orientation after the pixels is taken as upright. Pictures whose header does not
+    state a size are left out.
+
+    Args:
+        data: pictures.
+        most: maximum number of pictures, evenly spaced.
     """
-    for index in range(0, len(data), max(1, len(data) // _ROUGH)):
+    step = max(1, -(-len(data) // most))
+    for n in range(0, len(data), step):
         with _silently():
-            size = stated_size(data.stored(index).picture, is_upright=False)
+            size = stated_size(data.stored(n).picture, may_decode=False)
         if size is not None:
-            yield size
+            yield n, size
 
 
 def sizes_of(

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 from afa.loading.truncation import cuts_of
 from afa.reading import BrokenSample, Conversion, Tally, conversions_of, counted
 from afa.reading.broken import MissingCaption
-from afa.training.data.images import captions_in, whole_of
+from afa.training.data.duplicates import look_of
+from afa.training.data.images import captions_in, sample_of, whole_of
+from afa.training.data.summary import DataSummary, summarise
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -29,10 +31,10 @@ class DataSurvey:
         num_smaller: pictures with a side shorter than the resolution.
         num_unused: files of the folder that are neither a sample nor its caption.
         cuts: captions that a text encoder truncates, one entry per encoder.
-        sizes: sample -> width and height of its picture.
         broken: error messages of the samples that a training skips.
         tally: conversions.
         warnings: warnings for the user, one line each.
+        details: sizes, crops, captions and duplicates.
     """
 
     num_pictures: int = 0
@@ -40,10 +42,10 @@ class DataSurvey:
     num_smaller: int = 0
     num_unused: int = 0
     cuts: list[Cuts] = field(default_factory=list)
-    sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
     broken: list[str] = field(default_factory=list)
     tally: Tally = field(default_factory=Tally)
     warnings: list[str] = field(default_factory=list)
+    details: DataSummary | None = None
 
     @property
     def summary(self) -> str:
@@ -73,7 +75,9 @@ def survey(
     limits: Sequence[TextLimit] = (),
     resolution: int | None = None,
     progress: Callable[[int, int], object] = lambda *_: None,
+    *,
     transform: Transform | None = None,
+    hashes: Sequence[tuple[bytes, bytes]] | None = None,
 ) -> DataSurvey:
     """Read every sample of a data set once, as a training does.
 
@@ -82,32 +86,47 @@ def survey(
         limits: token limits of the text encoders; see `afa.loading.truncation`.
         resolution: side of the training pictures; None does not count small pictures.
         progress: called with the number of samples done and the total.
-        transform: of the training pictures, in place of the resolution.
+        transform: crops and flips, in place of the resolution; None counts no losses by crops.
+        hashes: of each sample's file and captions; None finds no equal files.
     """
     found = DataSurvey(len(data), num_unused=len(getattr(whole_of(data), "unused", ())))
-    captions: list[str | None] = []
+    captions: dict[int, tuple[str, ...]] = {}
+    sizes: dict[int, tuple[int, int]] = {}
+    looks: dict[int, str] = {}
     for index in range(len(data)):
         try:
-            picture, caption = data[index]
+            picture, texts = sample_of(data, index)
         except BrokenSample as error:
             found.broken.append(str(error))
             if isinstance(error, MissingCaption):
-                captions.append(None)
+                captions[index] = ()
         else:
-            captions.append(caption)
-            found.sizes[index] = picture.size
+            captions[index] = texts
+            sizes[index], looks[index] = picture.size, look_of(picture)
             is_small = resolution is not None and min(picture.size) < resolution
             if transform is not None:
                 is_small = transform.enlarges(picture.size)
             enlarged = {Conversion.ENLARGED} if is_small else frozenset()
             found.tally.add(index, conversions_of(picture) | enlarged)
         progress(index + 1, len(data))
-    found.num_without_caption = sum(not (caption or "").strip() for caption in captions)
+    found.num_without_caption = sum(not "".join(texts).strip() for texts in captions.values())
     found.num_smaller = found.tally.counts[Conversion.ENLARGED]
-    found.cuts = cuts_of(limits, [caption for caption in captions if caption])
+    flat = each_text(captions.values())
+    found.cuts = cuts_of(limits, [caption for caption in flat if caption])
+    found.details = summarise(
+        data,
+        data,
+        sizes=sizes,
+        captions=captions,
+        transform=transform,
+        limits=limits,
+        hashes=hashes,
+        looks=looks,
+    )
     found.warnings = [
         *folder_warnings(data),
-        *caption_warnings(captions, limits),
+        *caption_warnings(flat, limits),
+        *found.details.warnings(),
     ]
     line = found.tally.line()
     if line is not None:
@@ -133,6 +152,11 @@ def caption_warnings(captions: Iterable[str | None], limits: Sequence[TextLimit]
 
 def known_captions(
     data: CaptionedImages | StreamedImages, most: int | None = None
-) -> list[str | None]:
-    """The first captions of a data set; an empty list if that requires reading pictures."""
+) -> list[tuple[str, ...]]:
+    """The captions of the first samples; an empty list if that requires reading pictures."""
     return list(islice(captions_in(data) or (), most))
+
+
+def each_text(captions: Iterable[tuple[str, ...]]) -> list[str | None]:
+    """All captions of all samples; None for a missing one."""
+    return [text for texts in captions for text in (texts or (None,))]
