@@ -488,3 +488,26 @@ def test_scenes_and_drawn_pictures_are_of_the_square_bucket(
     events = list(train(recipe(experts, data), tmp_path / "run"))
     notes = [note for event in events for note in event.notes]
     assert any("Buckets: 6 of 16x16" in note for note in notes)
+
+
+def test_repeats_and_a_folder_for_validation(experts: list[Path], tmp_path: Path) -> None:
+    for n, shape in enumerate(SHAPES):
+        place = tmp_path / "data" / f"{1 + 2 * (n % 2)}_fox"
+        place.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", shape, (60 * n, 0, 0)).save(place / f"{n}.jpg")
+        (place / f"{n}.txt").write_text("a fox")
+    validated = folder_of(tmp_path / "validated", 5, broken=(1,))
+    losses = []
+    for cache in (None, tmp_path / "cache"):
+        data = data_of(tmp_path / "data", cache, repeats=True, max_broken=0.5)
+        asked = as_written(experts, data, num_steps=12)
+        asked["validation"] = {"folder": str(validated), "num_samples": 5, "every": 6}
+        output = tmp_path / f"run {cache is None}"
+        events = list(train(Recipe.model_validate(asked), output))
+        notes = [note for event in events for note in event.notes]
+        (line,) = [note for note in notes if note.startswith("Buckets: ")]
+        assert line.startswith("Buckets: 3 of 32x32, 3 of 36x28, 1 of 20x48, 1 of 48x20;")
+        found = [event.loss for event in events if not isinstance(event, CacheProgress)]
+        losses.append([*found, *figures(output, "validation_loss")])
+    assert len(losses[0]) == 12 + 2
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)

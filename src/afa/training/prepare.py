@@ -122,7 +122,7 @@ def prepare_examples(
         if isinstance(transform, BucketTransform):
             sizes, live["broken"] = yield from _read_sizes(data, engine)
         if engine.is_main:
-            shown = {n: size for n, size in sizes.items() if n < len(captions)}
+            shown = {n: size for n, size in sizes.items() if n < (num_trained or 0)}
             if not isinstance(transform, BucketTransform):
                 shown = yield from _opened(trained)
             summary = partial(summarise, sizes=shown, captions=captions)
