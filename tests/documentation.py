@@ -214,6 +214,7 @@ def make_world(root: Path) -> dict[str, Path]:
         lines.append(f'{{"file_name": "{number}.png", "text": "{text}"}}')
     (root / "pictures" / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     (root / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    Image.new("L", (48, 48), "white").save(root / "mask.png")
     (root / "password.txt").write_text("a long password\n")
     for name in (
         "openai/clip-vit-large-patch14",

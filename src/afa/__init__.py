@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from afa.ensemble.steering import steer as steer
     from afa.ensemble.text import EnsembleTextEncoder as EnsembleTextEncoder
     from afa.ensemble.text import attach_controlnet as attach_controlnet
+    from afa.ensemble.weighted_prompts import encode_prompt as encode_prompt
     from afa.errors import AfaError as AfaError
     from afa.loading.ensemble_folder import load_ensemble as load_ensemble
     from afa.loading.ensemble_folder import save_ensemble as save_ensemble
@@ -43,6 +44,7 @@ _PUBLIC = {
     "accelerate": "afa.ensemble.accelerate",
     "attach_controlnet": "afa.ensemble.text",
     "distill": "afa.distilling.run",
+    "encode_prompt": "afa.ensemble.weighted_prompts",
     "load_ensemble": "afa.loading.ensemble_folder",
     "load_pipeline": "afa.loading.pipeline",
     "record_weights": "afa.ensemble.recording",

@@ -106,7 +106,7 @@ def staged(output: Path) -> Iterator[Path]:
         lock.acquire(timeout=0)
         partial = workplace / output.name
         yield partial
-        os.replace(partial, output)
+        put_in_place(partial, output)
     except BaseException:
         lock.release()
         shutil.rmtree(workplace, ignore_errors=True)
@@ -117,6 +117,17 @@ def staged(output: Path) -> Iterator[Path]:
     lock.release()
     shutil.rmtree(workplace, ignore_errors=True)
     _sync(output.parent)
+
+
+def put_in_place(partial: Path, output: Path) -> None:
+    """Rename a finished file or folder; it replaces a file, or an empty folder."""
+    try:
+        os.replace(partial, output)
+    except OSError:
+        if not (partial.is_dir() and output.is_dir()):
+            raise
+        output.rmdir()  # Windows replaces no folder; fails if it is not empty
+        os.replace(partial, output)
 
 
 def _remove_abandoned(output: Path) -> None:
@@ -196,6 +207,31 @@ def owned(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def is_owned(folder: Path) -> bool:
+    """Whether another process has locked a folder with `owned`; changes nothing in it."""
+    try:
+        handle = os.open(folder / LOCK, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        import fcntl  # Windows has none
+
+        # a shared lock that is released at once
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except ImportError:
+        try:
+            FileLock(folder / LOCK).acquire(timeout=0).lock.release()
+        except Timeout:
+            return True
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return False
 
 
 def is_unused(folder: Path) -> bool:

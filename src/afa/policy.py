@@ -2,7 +2,8 @@
 
 There are two scopes. `grant_to_process` is for the command line and applies to all threads and
 forked processes. `trusting` is for Python and applies only to the current context (a thread or an
-asyncio task), so that no thread gets the permissions of another.
+asyncio task), so that no thread gets the permissions of another. Spawned processes get neither;
+workers that read pictures, which are spawned on Windows and macOS, need none.
 """
 
 from __future__ import annotations

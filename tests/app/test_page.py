@@ -195,6 +195,32 @@ def test_steering_changes_the_picture_and_its_settings_come_back(tab: Any) -> No
     sync_api.expect(tab.locator("#bias-1-up input[type=number]")).to_have_value("3")
 
 
+def test_a_scheduler_draws_another_picture_and_comes_back(tab: Any, tmp_path: Path) -> None:
+    only(tab, "AFA")
+    draw(tab, "1 picture,")
+    own = picture(tab, "picture-4")
+    tab.get_by_role("button", name="More").click()
+    tab.locator("#scheduler input").click()
+    # those that fit: the zoo's noise schedule has a zero terminal SNR, which Heun lacks
+    sync_api.expect(tab.get_by_role("option", name="heun", exact=True)).to_have_count(0)
+    tab.get_by_role("option", name="euler_a", exact=True).click()
+    tab.click("#draw")
+    sync_api.expect(tab.locator("#cancel")).to_be_enabled()
+    status(tab, "1 picture,")
+    assert picture(tab, "picture-4").tobytes() != own.tobytes()
+    turn_to(tab, "History")
+    for n, name in ((0, "the experts' own"), (1, "euler_a")):
+        tab.locator("#gallery .thumbnail-lg").nth(n).click()
+        sync_api.expect(tab.get_by_text('"scheduler": "euler_a"')).to_have_count(n)
+        tab.click("#use")
+        sync_api.expect(tab.locator("#scheduler input")).to_have_value(name)
+    with tab.expect_download() as download:
+        tab.click("#download")
+    download.value.save_as(tmp_path / "drawn.png")
+    with Image.open(tmp_path / "drawn.png") as drawn:
+        assert "Sampler: Euler a," in drawn.info["parameters"]
+
+
 def test_cancel_really_stops(tab: Any) -> None:
     number(tab, "steps", 150)
     only(tab, "AFA")

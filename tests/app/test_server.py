@@ -92,8 +92,9 @@ def test_a_port_that_is_taken_is_one_line(address: str) -> None:
 def test_what_cannot_be_served_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    short, gone = tmp_path / "short", tmp_path / "gone"
+    short, gone, good = tmp_path / "short", tmp_path / "gone", tmp_path / "good"
     short.write_text("abc")
+    good.write_text("a long password")
     for options, code in {
         ("--host", "0.0.0.0"): "AFA-APP-004",
         ("--password-file", str(short)): "AFA-APP-005",
@@ -101,6 +102,11 @@ def test_what_cannot_be_served_is_one_line(
         ("--output", str(short)): "AFA-CLI-003",
         ("--dtype", "int4"): "AFA-CLI-002",
         (str(gone),): "AFA-LOAD-061",
+        ("--root-path", "afa"): "AFA-APP-008",
+        ("--allowed-host", "*"): "AFA-APP-009",
+        ("--allowed-host", "example.org"): "AFA-APP-010",
+        ("--root-path", "https://example.org/afa"): "AFA-APP-010",
+        ("--no-password", "--password-file", str(good)): "AFA-CLI-055",
     }.items():
         with pytest.raises(SystemExit) as stop:
             main(["app", *options])
@@ -108,6 +114,15 @@ def test_what_cannot_be_served_is_one_line(
         said = capsys.readouterr().err
         assert code in said
         assert said.count("\n") == 1
+
+
+def test_the_path_of_gradio_s_environment_is_that_of_the_page(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GRADIO_ROOT_PATH", "afa")
+    with pytest.raises(SystemExit):
+        main(["app"])
+    assert "AFA-APP-008" in capsys.readouterr().err
 
 
 def test_what_users_write_is_never_a_part_of_the_page() -> None:

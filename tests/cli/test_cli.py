@@ -98,6 +98,39 @@ def test_generate_writes_pictures_with_their_settings(ensemble: Path, tmp_path: 
 
 
 @pytest.mark.nightly
+def test_generate_weighted_prompts(
+    ensemble: Path, experts: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompt, weighted = "a (fox:1.3) BREAK [a pizza]", ("--prompt-syntax", "weighted")
+    asked = ("generate", ensemble, prompt, "--steps", 1, "--device", "cpu")
+    assert run(*asked, *weighted, "--output", tmp_path / "weighted") == 0
+    assert "as words" not in capsys.readouterr().out
+    assert run(*asked, "--output", tmp_path / "plain") == 0
+    assert "warning: '(fox:1.3)' is drawn as words" in " ".join(capsys.readouterr().out.split())
+    (picture,), (plain,) = ((tmp_path / n).glob("*.png") for n in ("weighted", "plain"))
+    made = read_picture(picture)
+    assert (made.recipe.prompt, made.recipe.prompt_syntax) == (prompt, "weighted")
+    assert made.pixels != read_picture(plain).pixels
+    assert run("generate", "--from-image", picture, "--output", tmp_path / "again") == 0
+    (again,) = (tmp_path / "again").glob("*.png")
+    assert read_picture(again).pixels == made.pixels
+
+    new = ("--output", tmp_path / "new")
+    for changes, code in (
+        ((ensemble, "a [fox|bee]", *weighted), "AFA-DRAW-038"),
+        ((ensemble, "a fox", *weighted, "--negative-prompt", "(a"), "AFA-DRAW-036"),
+        ((ensemble, "a fox", "--prompt-syntax", "compel"), "AFA-CLI-008"),
+    ):
+        assert run("generate", *changes, *new) == 2
+        assert code in capsys.readouterr().err
+    small = afa.SABWConfig(hidden_size=8, num_layers=1, num_heads=2, norm_num_groups=4)
+    fused = afa.load_pipeline([experts[0]] * 2, small, fuse="predictions", allow_duplicates=True)
+    folder = afa.save_ensemble(fused, tmp_path / "fused")
+    assert run("generate", folder, "a fox", *weighted, *new, "--no-check") == 2
+    assert "AFA-ENSEMBLE-075" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
 def test_generate_takes_a_speed_and_a_plan(
     ensemble: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

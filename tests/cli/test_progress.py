@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import re
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from afa.cli.progress import EVERY, Progress
+from afa.cli.progress import EVERY, Progress, _end
 from tests import warm
 
 
@@ -23,6 +24,9 @@ class Clock:
         return self.now
 
 
+NOON = datetime(2026, 11, 30, 12, 0, 30)
+
+
 def log(*, terminal: bool = False) -> tuple[Console, io.StringIO]:
     written = io.StringIO()
     return Console(file=written, force_terminal=terminal, width=60, markup=False), written
@@ -31,7 +35,7 @@ def log(*, terminal: bool = False) -> tuple[Console, io.StringIO]:
 def test_a_log_has_the_first_and_the_last_update_and_one_line_every_half_minute() -> None:
     console, written = log()
     clock = Clock()
-    with Progress(console=console, clock=clock) as progress:
+    with Progress(console=console, clock=clock, now=lambda: NOON) as progress:
         for step in range(101):
             progress.update("train", step, 100, f"loss {step / 100:.2f}", "steps")
             clock.now += 2.0
@@ -39,14 +43,14 @@ def test_a_log_has_the_first_and_the_last_update_and_one_line_every_half_minute(
     assert written.getvalue().splitlines() == [
         "train: 0/100 steps, loss 0.00",
         *(
-            f"train: {step}/100 steps, loss {step / 100:.2f}  2.0 s/step, {left} left"
+            f"train: {step}/100 steps, loss {step / 100:.2f}  2.0 s/step, {left}"
             for step, left in (
-                (15, "0:02:50"),
-                (30, "0:02:20"),
-                (45, "0:01:50"),
-                (60, "0:01:20"),
-                (75, "0:00:50"),
-                (90, "0:00:20"),
+                (15, "0:02:50 left, ends 12:03"),
+                (30, "0:02:20 left, ends 12:02"),
+                (45, "0:01:50 left, ends 12:02"),
+                (60, "0:01:20 left, ends 12:01"),
+                (75, "0:00:50 left"),
+                (90, "0:00:20 left"),
             )
         ),
         "train: 100/100 steps, loss 1.00  2.0 s/step",
@@ -56,13 +60,27 @@ def test_a_log_has_the_first_and_the_last_update_and_one_line_every_half_minute(
 def test_speed_counts_from_where_this_run_began() -> None:
     console, written = log()
     clock = Clock()
-    with Progress(console=console, clock=clock) as progress:
+    with Progress(console=console, clock=clock, now=lambda: NOON) as progress:
         progress.update("train", 5000, 6000, unit="steps")  # an earlier run's steps took no time
         clock.now = EVERY
         progress.update("train", 5300, 6000, unit="steps")
-    assert (
-        written.getvalue().splitlines()[1] == "train: 5300/6000 steps, 10.0 steps/s, 0:01:10 left"
-    )
+    line = "train: 5300/6000 steps, 10.0 steps/s, 0:01:10 left, ends 12:01"
+    assert written.getvalue().splitlines()[1] == line
+
+
+@pytest.mark.parametrize(
+    ("left", "said"),
+    [
+        (timedelta(hours=3), ", ends 15:00"),
+        (timedelta(hours=13), ", ends Tue 01:00"),
+        (timedelta(days=5), ", ends Sat 12:00"),
+        (timedelta(days=7), ", ends 2026-12-07 12:00"),
+        (timedelta(seconds=59), ""),
+        (timedelta(days=99999999), ""),
+    ],
+)
+def test_the_expected_end(left: timedelta, said: str) -> None:
+    assert _end(NOON, left) == said
 
 
 def test_every_stage_has_its_own_lines_and_an_unknown_total_is_left_out() -> None:
@@ -76,7 +94,8 @@ def test_every_stage_has_its_own_lines_and_an_unknown_total_is_left_out() -> Non
 def test_a_transient_stage_says_nothing_before_it_has_taken_long() -> None:
     console, written = log()
     clock = Clock()
-    with Progress(transient=True, console=console, clock=clock) as progress:
+    now = lambda: NOON  # noqa: E731
+    with Progress(transient=True, console=console, clock=clock, now=now) as progress:
         progress.update("check weights", 0, 4)
         progress.update("check weights", 4, 4)
         said = written.getvalue()
@@ -85,7 +104,7 @@ def test_a_transient_stage_says_nothing_before_it_has_taken_long() -> None:
         clock.now = 2 * EVERY
         progress.update("check references", 2, 9)
     assert said == ""
-    assert written.getvalue() == "check references: 2/9, 30.0 s each, 0:03:30 left\n"
+    assert written.getvalue() == "check references: 2/9, 30.0 s each, 0:03:30 left, ends 12:04\n"
 
 
 def test_other_processes_show_nothing() -> None:

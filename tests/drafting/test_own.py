@@ -16,9 +16,10 @@ from pydantic import ValidationError
 import afa
 from afa.cli.drafts import say_own
 from afa.denoisers.kinds import denoiser_of
-from afa.drafting import DraftsRecipe, OwnDrafts, batches, own_drafts, routed, use_drafts
+from afa.drafting import Drafter, DraftsRecipe, OwnDrafts, batches, own_drafts, routed, use_drafts
 from afa.drafting.own import keep_drafts
 from afa.drawing.pictures import drafts_of, prepare
+from afa.ensemble.prompt_syntax import PromptSyntax
 from afa.evaluation.recipe import EvaluateRecipe, MethodRecipe, SamplingRecipe
 from afa.evaluation.run import evaluate
 from afa.evaluation.work import draw
@@ -145,6 +146,34 @@ def test_a_batch_is_drafted_or_not(saved: Callable[..., Path]) -> None:
         pass
     with routed(pipeline, [KNOWN], generators[:1]):
         assert denoiser_of(pipeline).regions is None
+
+
+def test_drafts_see_the_words_of_weighted_prompts(
+    saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = saved()
+    own = prepare(str(folder), drafts=own_drafts(folder))
+    judged: list[str] = []
+    bias = Drafter.bias
+
+    def spied(self: Drafter, pipeline: Any, prompts: Any, *args: Any, **call: Any) -> Any:
+        judged.extend(prompts)
+        return bias(self, pipeline, prompts, *args, **call)
+
+    monkeypatch.setattr(Drafter, "bias", spied)
+
+    def drawn(syntax: PromptSyntax, *prompts: str) -> list[bytes]:
+        sampling = SamplingRecipe(
+            num_steps=2, guidance=3.0, height=16, width=16, prompt_syntax=syntax
+        )
+        return [draw(own, [each], [0], 0, 2, sampling)[0].tobytes() for each in prompts]
+
+    assert drawn("weighted", KNOWN, UNKNOWN) == drawn("plain", KNOWN, UNKNOWN)
+    assert judged == [UNKNOWN] * 2
+    # BREAK is no word, so the last one is not drafted
+    found = drawn("weighted", "a (zebra:1.4) BREAK beside a [fox]", "a fox BREAK (beside:1.2)")
+    assert judged[2:] == ["a zebra beside a fox"]
+    assert found[0] != drawn("weighted", UNKNOWN)[0]
 
 
 def saved_folder(pipeline: DiffusionPipeline) -> Path:

@@ -54,6 +54,13 @@ def write(path: Path, text: object) -> Path:
         {"bias": {"animals": {"up": 1.5}}},
         {"acceleration": {"interval": 3, "keep_weights": True}},
         {"prompt": "狐狸 🦊 à gauche", "negative_prompt": "rouge"},
+        {
+            "prompt": "a (fox:1.4) on the left BREAK " + "a [pizza] on the right, " * 5,
+            "negative_prompt": "(red:1.2)",
+            "prompt_syntax": "weighted",
+            "acceleration": {"interval": 3, "keep_weights": True},
+            "bias": {"animals": {"up": 1.5}},
+        },
     ],
 )
 def test_a_picture_comes_out_again(

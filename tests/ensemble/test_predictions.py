@@ -19,6 +19,7 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionXLImg2ImgPipeline,
 )
+from safetensors.torch import load_file
 
 import afa
 from afa.aggregators.fusion.shell import ShellRecipe
@@ -207,6 +208,10 @@ def test_what_cannot_be_together_is_refused(folders: dict[str, Path], tmp_path: 
         loaded(folders, "sd3", "flux")
     with refusal("AFA-LOAD-108"):
         loaded(folders, "sd", "xl", place="stream")
+    plans: list[Any] = []
+    with refusal("AFA-LOAD-108"):
+        loaded(folders, "sd", "xl", memory_budget="1GB", on_plan=plans.append)
+    assert not plans, "no plan is shown of what is refused"
     with refusal("AFA-LOAD-106", "DiT"):
         loaded({**folders, "dit": saved_experts("dit", tmp_path / "dit", count=1)[0]}, "sd", "dit")
     other = tmp_path / "other"
@@ -236,6 +241,26 @@ def recipe_of(experts: list[Path]) -> Recipe:
     """A short training without a cache."""
     data = {"scenes": {"num_samples": 6}, "resolution": 16, "cache": False}
     return Recipe.model_validate({**as_written(experts, data, num_steps=2), "fuse": "predictions"})
+
+
+def test_noise_on_the_prompt_needs_no_own_timestep_embedding(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """XL's contains the pooled prompt, but aggregators of predictions see the noise level alone."""
+    asked = recipe_of([folders["xl"], folders["sd"]])
+    losses = [
+        [step.loss for step in steps_of(with_noise(asked, level), tmp_path / str(level))]
+        for level in (0.0, 0.5)
+    ]
+    # before the first step, aggregators have no output and the prompt has no effect
+    assert losses[0][0] == losses[1][0]
+    weights = [load_file(tmp_path / level / "aggregators.safetensors") for level in ("0.0", "0.5")]
+    assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def with_noise(recipe: Recipe, level: float) -> Recipe:
+    training = recipe.training.model_copy(update={"prompt_noise": level})
+    return recipe.model_copy(update={"training": training})
 
 
 def test_trained_from_a_recipe(folders: dict[str, Path], tmp_path: Path) -> None:

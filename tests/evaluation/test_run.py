@@ -480,6 +480,38 @@ def test_autoencoder_and_scheduler_belong_to_a_checkpoint(
     assert "differ in model" in fails(recipe, tmp_path / "output", capsys)
 
 
+def test_a_scheduler_is_part_of_what_pictures_are_made_from(
+    tmp_path: Path, write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sampling = {"num_steps": 2, "guidance": 3, "seeds": [0], "num_threads": 1}
+    few: dict[str, Any] = {"metrics": ["scenes"], "curve": None}
+    few["prompts"] = {"zoo": {"kinds": {"mixed": 2}}}
+    few["methods"] = [{"name": "AFA", "fusion": {"rule": "feature_mean"}}]
+    own = run(write(**few, sampling=sampling), tmp_path / "own")
+    assert "scheduler" not in own["sampling"]
+    chosen = write(**few, sampling={**sampling, "scheduler": "Euler a"})
+    report = run(chosen, tmp_path / "chosen")
+    assert report["sampling"]["scheduler"] == "euler_a"
+    assert "Scheduler of all methods: euler_a." in (tmp_path / "chosen/report.md").read_text()
+    drawn = [next((tmp_path / n).rglob("steps-2/000000.png")) for n in ("own", "chosen")]
+    assert drawn[0].read_bytes() != drawn[1].read_bytes()
+    line = fails(chosen, tmp_path / "own", capsys)
+    assert "AFA-EVAL-030" in line
+    assert "differ in sampling" in line
+    for scheduler, code, said in (
+        ("heun", "AFA-DRAW-023", "zero terminal SNR"),
+        ("foo", "AFA-RECIPE-002", "nknown scheduler"),
+    ):
+        wrong = write(**few, sampling={**sampling, "scheduler": scheduler})
+        line = fails(wrong, tmp_path / "wrong", capsys)
+        assert code in line
+        assert said in line
+    assert not list((tmp_path / "wrong").rglob("*.png"))
+    fast = [{**few["methods"][0], "acceleration": "fast"}]
+    wrong = write(**{**few, "methods": fast}, sampling={**sampling, "scheduler": "heun"})
+    assert "twice" in fails(wrong, tmp_path / "wrong", capsys)
+
+
 @pytest.mark.nightly
 def test_steps_and_seeds_can_be_changed_and_it_is_a_fresh_report(
     tmp_path: Path, write: Write

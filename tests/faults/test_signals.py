@@ -158,12 +158,20 @@ def test_a_distillation_that_is_killed(experts: list[Path], tmp_path: Path) -> N
 @pytest.mark.fault(
     "SIGTERM",
     "train, distill, generate, merge, evaluate",
-    how="sent after the command has begun to write",
-    holds="exit code 143; no partial files are left; the rerun ends with the result of an "
-    "undisturbed run",
+    how="sent after the command has begun to write; SIGHUP likewise for distill and merge",
+    holds="exit code 143 (129 after SIGHUP); no partial files are left; the rerun ends with the "
+    "result of an undisturbed run",
 )
-@pytest.mark.parametrize("name", ["train", "distill", "generate", "merge", "evaluate"])
-def test_asked_to_end(name: str, experts: list[Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        *((name, signal.SIGTERM) for name in ("train", "distill", "generate", "merge", "evaluate")),
+        *((name, signal.SIGHUP) for name in ("distill", "merge")),
+    ],
+)
+def test_asked_to_end(
+    name: str, number: signal.Signals, experts: list[Path], tmp_path: Path
+) -> None:
     commands: list[Command] = []
     for folder in ("whole", "ended"):
         (tmp_path / folder).mkdir()
@@ -175,8 +183,8 @@ def test_asked_to_end(name: str, experts: list[Path], tmp_path: Path) -> None:
         inside = [*command.output.rglob("*"), *command.output.parent.glob(".merged.*/**/*")]
         return any(file.is_file() for file in inside)
 
-    code, said = kill_when(command.start(), begun, signal.SIGTERM)
-    assert code == 143, said
+    code, said = kill_when(command.start(), begun, number)
+    assert code == 128 + number, said
     assert "Traceback" not in said
     command.require_whole()
     if name not in ("train", "distill"):  # which keep their checkpoints

@@ -66,6 +66,17 @@ def test_nothing_judges_or_marks_pictures(pipeline: StableDiffusionPipeline) -> 
     assert not pipeline.config.requires_safety_checker
 
 
+def test_an_autoencoder_of_another_latent_space_is_refused(
+    experts: list[Path], tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(experts[1] / "vae", other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "scaling_factor": 0.13025}))
+    with refusal("AFA-LOAD-128", "'.*other' has scaling_factor = 0.13025, .*expert0' has 0.18215"):
+        afa.load_pipeline(experts, vae=other)
+
+
 def test_one_expert_picked_everywhere_draws_its_own_picture(experts: list[Path]) -> None:
     sites = afa.load_pipeline(experts).unet.sites
     ensemble = afa.load_pipeline(experts, [Only(1) for _ in sites], vae=experts[1])
@@ -126,6 +137,10 @@ def test_controlnet(pipeline: StableDiffusionPipeline) -> None:
     ]
     assert np.isfinite(drawn[0]).all()
     assert not np.array_equal(*drawn)  # the control picture reaches the experts
+    for prompt, is_same in (("a fox", True), ("a (fox:1.3) BREAK a pizza", False)):
+        call = afa.encode_prompt(other, prompt)
+        found = other(image=picture(0), height=16, width=16, generator=noise(), **call, **CALL)
+        assert np.array_equal(found.images, drawn[0]) is is_same
 
 
 def test_expert_parts(experts: list[Path]) -> None:

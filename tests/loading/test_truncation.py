@@ -17,6 +17,7 @@ from afa.loading.truncation import (
     prompt_warnings,
     warnings_for,
 )
+from tests.refusal import refusal
 from tests.tiny_pipelines import PIPELINES
 
 #: by kind of pipeline, the tokenizers that are spoken of together and what they read
@@ -112,6 +113,28 @@ def test_negative_prompts_are_cut_and_left_out_too(pipelines: dict[str, Any]) ->
     (line,) = warnings_for(pipelines["flux"], ["a fox"], "a pizza", 5.0)
     assert line.startswith("The negative prompt is ignored: Flux")
     assert warnings_for(pipelines["xl"], ["a fox"], "", 1.0) == []
+
+
+def test_weights_in_plain_text_are_warned_of(pipelines: dict[str, Any]) -> None:
+    prompts = ["a fox", "a (red:1.3) fox"]
+    (line,) = warnings_for(pipelines["xl"], prompts, syntax="plain")
+    assert "'(red:1.3)'" in line
+    assert "--prompt-syntax weighted" in line
+    for kind, syntax in (("flux", "plain"), ("xl", None)):  # where it cannot be chosen
+        (line,) = warnings_for(pipelines[kind], prompts, syntax=syntax)  # type: ignore[arg-type]
+        assert "'(red:1.3)'" in line
+        assert "--prompt-syntax" not in line
+
+
+def test_weighted_prompts_are_not_truncated(pipelines: dict[str, Any]) -> None:
+    long = "a (red:1.3) fox on the left " * 6
+    assert warnings_for(pipelines["xl"], [long], long, 5.0, "weighted") == []
+    (line,) = warnings_for(pipelines["xl"], [long], long, 1.0, "weighted")
+    assert line.startswith("The negative prompt is ignored")
+    with refusal("AFA-DRAW-036"):
+        warnings_for(pipelines["xl"], ["a fox"], "a (pizza", 5.0, "weighted")
+    with refusal("AFA-ENSEMBLE-074", "Flux"):
+        warnings_for(pipelines["flux"], ["a fox"], syntax="weighted")
 
 
 def test_generate_says_what_is_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

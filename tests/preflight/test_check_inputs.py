@@ -67,14 +67,33 @@ TRAININGS: dict[str, Any] = {
     "no captions": {"data": {"folder": "./pictures"}, "change": "metadata"},
     "too many broken": {"data": {"folder": "./pictures", "max_broken": 0.1}, "change": "broken"},
     "a resolution in which nothing works": {"data": {"folder": "./pictures", "resolution": 15}},
+    "a step that the experts do not support": {
+        "data": {"folder": "./pictures", "resolution": 32, "buckets": {"step": 3}},
+    },
+    "buckets that are all longer than the longest": {
+        "data": {"folder": "./pictures", "resolution": 32, "buckets": {"max_size": 16}},
+    },
     "half of a character": {"data": {"folder": "./pictures"}, "change": "surrogate"},
     "an autoencoder that is not there": {"data": {"folder": "./pictures"}, "vae": "./nowhere"},
+    "an autoencoder of another scale": {
+        "data": {"folder": "./pictures"},
+        "vae": "./scaled",
+        "change": "scale",
+    },
     "no such tracker": {
         "data": {"folder": "./pictures"},
         "training": {**TRAINING, "trackers": ["nonsense"]},
     },
+    "a scheduler that does not fit": {
+        "data": {"folder": "./pictures"},
+        "previews": {"prompts": [CAPTION], "scheduler": "ddim_karras"},
+    },
     "a cache that is a file": {
         "data": {"folder": "./pictures", "cache": True, "cache_folder": "./recipe.yaml"},
+    },
+    "previews that cannot be read": {
+        "data": {"folder": "./pictures"},
+        "previews": {"prompts": ["a [fox|bee]"], "prompt_syntax": "weighted"},
     },
     "nothing left to train on": {
         "data": {"folder": "./pictures"},
@@ -98,6 +117,10 @@ def test_what_train_refuses(
     elif change == "broken":
         spoil(pictures, 4)
         changes["data"]["cache"] = True  # which reads all of them before any work
+    elif change == "scale":
+        shutil.copytree(experts[0] / "vae", tmp_path / "scaled")
+        config = tmp_path / "scaled" / "config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "scaling_factor": 0.5}))
     elif change == "surrogate":
         place = pictures / "metadata.jsonl"
         place.write_text(place.read_text().replace("a fox", "a fox \\ud83d", 1))
@@ -112,7 +135,7 @@ def test_what_train_refuses(
     )
     line = refused(capsys, "train", recipe, "--output", tmp_path / "run", "--no-check")
     assert not (tmp_path / "run").exists()
-    assert "vae" not in changes or line.startswith("Autoencoder '")
+    assert "vae" not in changes or line.startswith(("Autoencoder '", "The autoencoder '"))
     assert_check_says(capsys, recipe, line)
 
 
@@ -166,6 +189,12 @@ EVALUATIONS: dict[str, Any] = {
         "methods": [{"name": "A", "ensemble": "zoo:ensemble", "plan": "p.json"}]
     },
     "an ensemble that is not there": {"methods": [{"name": "A", "ensemble": "./nowhere"}]},
+    "a scheduler without zero terminal SNR": {
+        "sampling": {"num_steps": 1, "guidance": 1, "device": "cpu", "scheduler": "heun"}
+    },
+    "weights that cannot be read": {
+        "sampling": {"device": "cpu", "prompt_syntax": "weighted", "negative_prompt": "(a fox"}
+    },
 }
 
 

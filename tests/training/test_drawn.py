@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from PIL import Image
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
@@ -167,6 +168,21 @@ def test_drawn_pictures_beside_real_ones(
     assert joined.stored(24) == FolderImages(folder).stored(4)
     other = Joined(SceneImages(20, seed=1), FolderImages(folder))
     assert settled_parts(joined) != settled_parts(other)
+
+
+def test_drawn_pictures_are_a_bucket_beside_real_ones(
+    experts: list[Path], data: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for n in range(4):
+        Image.new("RGB", (60, 20), (60 * n, 0, 0)).save(folder / f"{n}.png")
+        (folder / f"{n}.txt").write_text("a fox")
+    data = {**data, "folder": str(folder), "buckets": True}
+    events = list(train(recipe(experts, data, num_steps=8), tmp_path / "run"))
+    notes = [note for event in events for note in event.notes]
+    assert any("Buckets: 5 of 16x16, 4 of 26x8;" in note for note in notes), notes
+    assert sum(isinstance(event, TrainStep) for event in events) == 8
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
+import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ import yaml
 from safetensors.torch import load_file
 
 from afa.loading.weights import hash_expert
+from afa.training import Checkpoints
 from tests.training.runs import as_written
 from tests.warm import Running, run_ranks
 
@@ -187,7 +191,7 @@ def last_step(run: Path) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_first(experts: list[Path], tmp_path: Path, number: signal.Signals) -> None:
     recipe = as_written(experts, num_steps=5000, checkpoint_every=5000, log_every=1)
     path, output = write(tmp_path, recipe), tmp_path / "run"
@@ -206,3 +210,83 @@ def test_a_signal_saves_first(experts: list[Path], tmp_path: Path, number: signa
     recipe["training"]["num_steps"] = done + 1
     finish(start(write(tmp_path, recipe), output))
     assert (output / "aggregators.safetensors").exists()
+
+
+@pytest.mark.fault(
+    "SIGHUP",
+    "train",
+    how="the terminal in which it runs is closed; and the same under `nohup`",
+    holds="exit code 129 after a checkpoint is saved; under `nohup` the training goes on",
+)
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # of forks beside threads
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_closed_terminal_saves_first(experts: list[Path], tmp_path: Path, ignored: bool) -> None:
+    steps = 300 if ignored else 5000
+    recipe = as_written(experts[:1], num_steps=steps, checkpoint_every=5000, log_every=1)
+    recipe["aggregator"]["sites"] = "conv_out"
+    path, output = write(tmp_path, recipe), tmp_path / "run"
+    process, terminal = os.forkpty()
+    if process == 0:  # pragma: no cover - becomes another program
+        if ignored:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        command = [sys.executable, "-m", "afa", "train", str(path), "--output", str(output)]
+        os.execv(sys.executable, command)
+    deadline = time.monotonic() + 300
+    while last_step(output) < 3:
+        assert os.waitpid(process, os.WNOHANG) == (0, 0), os.read(terminal, 10_000)
+        assert time.monotonic() < deadline
+        with suppress(BlockingIOError):
+            os.set_blocking(terminal, False)
+            os.read(terminal, 10_000)
+        time.sleep(0.05)
+    os.close(terminal)
+    _, status = os.waitpid(process, 0)
+    done = Checkpoints(output / "checkpoints").steps()
+    if ignored:
+        assert os.waitstatus_to_exitcode(status) == 0
+        assert done == [300]
+        assert (output / "aggregators.safetensors").exists()
+    else:
+        assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
+        assert len(done) == 1
+        assert 3 <= done[0] < 5000
+
+
+@pytest.mark.slow
+def test_several_processes_end_early_together(experts: list[Path], tmp_path: Path) -> None:
+    """Resumed from an earlier checkpoint, and continued with a lower rate: the same bytes."""
+    recipe = as_written(
+        experts[:2],
+        {"scenes": {"num_samples": 40}, "cache_folder": str(tmp_path / "cache")},
+        num_steps=30,
+        learning_rate=0.05,
+        checkpoint_every=3,
+        ema_decay=0.5,
+        gradient_accumulation_steps=2,
+        early_stopping={"patience": 2, "min_improvement": 1e-3},
+    )
+    recipe["aggregator"]["sites"] = "conv_out"
+    recipe["validation"] = {"num_samples": 5, "every": 2}
+    slower = {**recipe, "training": {**recipe["training"], "learning_rate": 1e-3}}
+    path, slow = write(tmp_path, recipe), write(tmp_path, slower, "slower.yaml")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(path, whole, 2)
+    last = last_step(whole)
+    assert last < 30
+    shutil.copytree(whole, parts)
+    Checkpoints(parts / "checkpoints").places()[-1].unlink()
+    for name in ("aggregators.safetensors", "config.json"):
+        (parts / name).unlink()
+    train(path, parts, 2)
+    for output in (whole, parts):
+        assert Checkpoints(output / "checkpoints").steps()[-1] == last
+        ranks = run_ranks(["train", slow, "--output", output, "--continue-with"])
+        assert [code for code, *_ in ranks] == [0, 0], ranks
+    assert last_step(whole) > last
+    ours, same = (output / "aggregators.safetensors" for output in (whole, parts))
+    assert ours.read_bytes() == same.read_bytes()
+    # one process with the same number of samples finds nothing left to do
+    one = {**slower, "training": {**slower["training"], "batch_size": 4}}
+    train(write(tmp_path, one, "one.yaml"), whole)
+    assert ours.read_bytes() == same.read_bytes()

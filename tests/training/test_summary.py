@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from afa.reading import picture_size
+from afa.reading.size import stated_size
 from afa.training.data import FolderImages, Joined, SceneImages
 from afa.training.data.duplicates import alike, look_of
-from afa.training.data.summary import frame_of, opened_sizes, summarise
+from afa.training.data.sizes import opened_sizes
+from afa.training.data.summary import frame_of, summarise
 from afa.training.data.survey import survey
 from afa.training.listing import Listing, rows_of
 from afa.training.transform import Transform
@@ -115,11 +116,11 @@ def test_sizes_are_those_of_upright_pictures(tmp_path: Path) -> None:
     exif[0x0112] = 6
     turned.save(tmp_path / "turned.jpg", exif=exif)
     (tmp_path / "broken.png").write_bytes(b"x")
-    assert picture_size(tmp_path / "turned.jpg") == picture_size(
+    assert stated_size(tmp_path / "turned.jpg") == stated_size(
         (tmp_path / "turned.jpg").read_bytes()
     )
-    assert picture_size(tmp_path / "turned.jpg") == (4, 8)
-    assert picture_size(tmp_path / "broken.png") is None
+    assert stated_size(tmp_path / "turned.jpg") == (4, 8)
+    assert stated_size(tmp_path / "broken.png") is None
     for name in ("turned.txt", "broken.txt"):
         (tmp_path / name).write_text("x")
     assert dict(opened_sizes(FolderImages(tmp_path))) == {1: (4, 8)}

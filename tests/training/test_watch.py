@@ -113,6 +113,41 @@ def test_pictures(run: Path) -> None:
     assert pictures[0].read_bytes() != pictures[1].read_bytes()
 
 
+def test_previews_with_another_scheduler(experts: list[Path], run: Path, tmp_path: Path) -> None:
+    """It draws other pictures and changes no step; one that does not fit is refused before."""
+    output = tmp_path / "run"
+    list(steps_of(observed(experts, previews={"scheduler": "Euler a"}), output))
+    sheets = [folder / "previews" / "step-00000006.png" for folder in (run, output)]
+    assert sheets[0].read_bytes() != sheets[1].read_bytes()
+    losses = [[line["loss"] for line in lines(each) if "loss" in line] for each in (run, output)]
+    assert losses[0] == losses[1]
+    with refusal("AFA-DRAW-024", "ddim", "karras"):
+        list(steps_of(observed(experts, previews={"scheduler": "ddim_karras"}), tmp_path / "no"))
+    with pytest.raises(ValueError, match="Unknown scheduler"):
+        observed(experts, previews={"scheduler": "foo"})
+
+
+def test_weighted_previews(experts: list[Path], tmp_path: Path) -> None:
+    """They are drawn in batches of equal length, and each is in its place."""
+
+    def drawn(name: str, syntax: str, *prompts: str) -> list[bytes]:
+        asked = {"prompts": list(prompts), "prompt_syntax": syntax, "every": 3}
+        list(
+            steps_of(observed(experts, previews=asked, training={"num_steps": 3}), tmp_path / name)
+        )
+        with Image.open(tmp_path / name / "previews" / "step-00000003.png") as sheet:
+            corners = [(x, y, x + 16, y + 16) for y in range(0, sheet.height, 16) for x in (0, 16)]
+            return [sheet.crop(corner).tobytes() for corner in corners]
+
+    plain = drawn("plain", "plain", "a fox", "a pizza", "a bee")
+    found = drawn("new", "weighted", "a fox", "a pizza BREAK in the (snow:1.3)", "a bee")
+    assert [found[n] == plain[n] for n in range(3)] == [True, False, True]
+    asked = {"prompts": ["a [fox|bee]"], "prompt_syntax": "weighted"}
+    with refusal("AFA-DRAW-038"):
+        list(steps_of(observed(experts, previews=asked), tmp_path / "refused"))
+    assert not list((tmp_path / "refused").glob("metrics.jsonl"))
+
+
 def test_tensorboard_has_figures_and_pictures(run: Path) -> None:
     events = EventAccumulator(str(run / "logs"))
     events.Reload()

@@ -47,7 +47,7 @@ class AfaSpeed(io.ComfyNode):
     def fingerprint_inputs(cls, preset: str, plan: str = "none", **_: Any) -> str:
         """Executed again if the plan changed."""
         file = plans().get(plan)
-        return f"{preset} {file.read_text() if file else plan}"
+        return f"{preset} {file.read_text(encoding='utf-8') if file else plan}"
 
     @classmethod
     @codes_shown()

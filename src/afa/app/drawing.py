@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from afa.denoisers.kinds import denoiser_of
+from afa.denoisers.schedulers import name_of
 from afa.drawing.contenders import ENSEMBLE, Contenders, Student
 from afa.drawing.pictures import drafts_of, draw, on_every_call
 from afa.ensemble.recording import WeightRecord, observed, record_weights
@@ -38,12 +39,16 @@ class Progress:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A finished picture, its duration, and the fusion weights if the ensemble drew it."""
+    """A finished picture, its duration, and the fusion weights if the ensemble drew it.
+
+    `scheduler` is the name of the model's own, see `afa.denoisers.schedulers.name_of`.
+    """
 
     recipe: PictureRecipe
     picture: Image.Image
     seconds: float
     record: WeightRecord | None
+    scheduler: str
 
 
 class Studio:
@@ -63,7 +68,7 @@ class Studio:
         """A recipe with the drafts that the ensemble uses for its prompt; others have none."""
         is_ensemble = recipe.drawn_by == ENSEMBLE
         return recipe.model_copy(
-            update=drafts_of(self.pipeline, recipe.prompt) if is_ensemble else {}
+            update=drafts_of(self.pipeline, recipe.words) if is_ensemble else {}
         )
 
     def draw(
@@ -116,7 +121,7 @@ class Studio:
 
         def at_step(step: int) -> None:
             _raise_if_stopped(stop)
-            events.put(Progress(recipe, min(step, recipe.steps)))
+            events.put(Progress(recipe, min(step * recipe.steps // recipe.num_calls, recipe.steps)))
 
         started = time.perf_counter()
         with (
@@ -126,7 +131,8 @@ class Studio:
         ):
             picture = draw(pipeline, recipe)
         seconds = time.perf_counter() - started
-        return Drawn(recipe, picture, seconds, record.last() if is_ensemble else None)
+        own, weights = name_of(pipeline.scheduler), record.last() if is_ensemble else None
+        return Drawn(recipe, picture, seconds, weights, own)
 
 
 def _raise_if_stopped(stop: threading.Event) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import gradio as gr
 
 from afa.app import views
 from afa.ensemble.caching.settings import PRESETS
+from afa.ensemble.prompt_syntax import PromptSyntax
 from afa.ensemble.steering import STAGES
 from afa.files import slug
 from afa.recipe import MAX_SEED
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 MAX_STEPS, MAX_PIXELS, MAX_BIAS = 150, 2048, 4.0
+#: the scheduler of the models
+OWN = "the experts' own"
 CSS = """
 #gallery .grid-container {
   grid-template-columns: repeat(auto-fill, minmax(clamp(96px, 11vw, 140px), 1fr)) !important}
@@ -35,7 +38,10 @@ CSS = """
 
 @dataclass(frozen=True)
 class Defaults:
-    """Initial values of the controls; `multiple` is the step of height and width in pixels."""
+    """Initial values of the controls.
+
+    `multiple` is the step of height and width in pixels; `schedulers` are those that fit.
+    """
 
     prompt: str
     steps: int
@@ -43,6 +49,7 @@ class Defaults:
     height: int
     width: int
     multiple: int
+    schedulers: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,19 @@ class Controls:
         self.guidance = gr.Slider(0, 20, defaults.guidance, step=0.1, label="Guidance")
         with gr.Accordion("More", open=False):
             self.negative = gr.Textbox("", label="Negative prompt")
+            self.syntax = gr.Radio(
+                list(get_args(PromptSyntax)),
+                value="plain",
+                label="Prompt syntax (weighted: long prompts, (word:1.3), [word], BREAK)",
+                elem_id="syntax",
+            )
             self.speed = gr.Radio(list(PRESETS), value="exact", label="Speed")
+            self.scheduler = gr.Dropdown(
+                [OWN, *defaults.schedulers],
+                value=OWN,
+                label="Scheduler",
+                elem_id="scheduler",
+            )
             size: dict[str, Any] = {"step": defaults.multiple, "minimum": defaults.multiple}
             size["maximum"] = MAX_PIXELS
             self.height = gr.Slider(value=defaults.height, label="Height", **size)
@@ -89,7 +108,7 @@ class Controls:
     def sampling(self) -> list[Any]:
         """The controls of a recipe, in the order that `Page._read` expects."""
         first = [self.prompt, self.negative, self.seed, self.steps, self.guidance]
-        return [*first, self.speed, self.height, self.width]
+        return [*first, self.syntax, self.speed, self.scheduler, self.height, self.width]
 
 
 class FusionWeights:

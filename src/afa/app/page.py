@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from afa.app import views
+from afa.app.api import Endpoint
 from afa.app.drawing import Drawn, Stopped
-from afa.app.layout import MAX_PIXELS, MAX_STEPS, Defaults, Layout, Slot, parts
+from afa.app.layout import MAX_PIXELS, MAX_STEPS, OWN, Defaults, Layout, Slot, parts
 from afa.app.views import Entry
 from afa.denoisers.kinds import denoiser_of
+from afa.denoisers.schedulers import scheduler_names_for
 from afa.drawing.contenders import ENSEMBLE
 from afa.drawing.pictures import identity_of
 from afa.drawing.recorded import picture_recipe, save_picture
@@ -37,10 +39,7 @@ if TYPE_CHECKING:
 
     from afa.app.drawing import Studio
     from afa.drawing.recorded import PictureRecipe
-    from afa.ensemble.recording import WeightRecord
 
-#: maximum number of pictures per session that keep their fusion weights, which are large
-_MAX_RECORDS = 8
 _ZOO = ("a fox on the left and a pizza on the right, blue background", 20, 3.0)
 _OTHER = ("a fox in the snow", 30, 7.5)
 _log = logging.getLogger(__name__)
@@ -78,12 +77,15 @@ class Page:
         pipeline, experts = self._studio.pipeline, self._experts
         prompt, steps, guidance = _ZOO if self._ensemble.startswith("zoo:") else _OTHER
         size = native_resolution(pipeline)
-        defaults = Defaults(prompt, steps, guidance, *size, size_multiple(pipeline))
+        fit = (size_multiple(pipeline), scheduler_names_for(pipeline))
+        defaults = Defaults(prompt, steps, guidance, *size, *fit)
         with gr.Blocks(title="afa", analytics_enabled=False) as blocks:
             self._history, self._shown, self._picked = gr.State([]), gr.State(None), gr.State(None)
             self._on = Layout(defaults, experts, self._studio.contenders.names)
             self._connect()
             blocks.unload(self._leave)
+            places = (self._folder, self._keep, self._device)
+            Endpoint(self._studio, self._keys, defaults, *places, self._recipe)
         return blocks
 
     def _connect(self) -> None:
@@ -96,6 +98,7 @@ class Page:
             "concurrency_limit": 1,
             "concurrency_id": "draw",
             "show_progress_on": controls.status,
+            "api_visibility": "private",
         }
         gr.on(
             [controls.go.click, controls.prompt.submit],
@@ -111,6 +114,7 @@ class Page:
             **drawing,
         )
         quick: dict[str, Any] = {"queue": False, "show_progress": "hidden"}
+        quick["api_visibility"] = "private"  # programs use the endpoint of `api`
         controls.cancel.click(self._stop, None, controls.status, **quick)
         controls.dice.click(lambda: secrets.randbelow(MAX_SEED), None, controls.seed, **quick)
         zeros = [0] * len(steering.biases)
@@ -199,7 +203,7 @@ class Page:
                     continue
                 done += 1
                 entry = self._keep_entry(event, session, len(history))
-                history = _without_old_records([*history, entry])
+                history = views.without_old_records([*history, entry])
                 update: dict[Any, Any] = {
                     slot.image: str(entry.file),
                     slot.caption: views.caption(slot.name, entry),
@@ -226,19 +230,19 @@ class Page:
 
     def _warnings(self, recipe: PictureRecipe) -> list[str]:
         """Warnings of prompts that the text encoders truncate, or with unknown words."""
-        warnings = warnings_for(
-            self._studio.pipeline, [recipe.prompt], recipe.negative_prompt, recipe.guidance
-        )
+        asked = (recipe.negative_prompt, recipe.guidance, recipe.prompt_syntax)
+        warnings = warnings_for(self._studio.pipeline, [recipe.prompt], *asked)
         fused = recipe.drawn_by == ENSEMBLE and recipe.drafts is None
-        prompts = [recipe.prompt] if fused else []
+        prompts = [recipe.words] if fused else []
         return warnings + word_warnings(ensemble_folder(self._ensemble), prompts)
 
     def _read(self, values: Sequence[Any]) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
         """Convert the values of the controls to fields of a recipe and a bias."""
-        names = ("prompt", "negative_prompt", "seed", "steps", "guidance")
-        *sampling, speed, height, width = values[: -len(self._on.steering.biases)]
+        names = ("prompt", "negative_prompt", "seed", "steps", "guidance", "prompt_syntax")
+        *sampling, speed, scheduler, height, width = values[: -len(self._on.steering.biases)]
         fields = dict(zip(names, sampling, strict=True))
-        fields |= {"height": height, "width": width, "speed": speed}
+        chosen = None if scheduler == OWN else scheduler
+        fields |= {"height": height, "width": width, "speed": speed, "scheduler": chosen}
         count, given = len(self._experts), values[-len(self._on.steering.biases) :]
         bias = {}
         for n, key in enumerate(self._keys):
@@ -284,10 +288,9 @@ class Page:
         name = f"{number:03d}-{slug(recipe.prompt)}-{slug(recipe.drawn_by)}.png"
         path = self._folder / slug(session) / name
         path.parent.mkdir(exist_ok=True)
-        save_picture(drawn.picture, path, recipe, self._device)
-        if self._keep is not None:
-            stem = f"{slug(session)[:8]}-{name}"
-            save_picture(drawn.picture, self._keep / stem, recipe, self._device)
+        kept = [self._keep / f"{slug(session)[:8]}-{name}"] if self._keep else []
+        for place in (path, *kept):
+            save_picture(drawn.picture, place, recipe, self._device, drawn.scheduler)
         return Entry(recipe, path, drawn.seconds, drawn.record)
 
     def _buttons(self, *, is_busy: bool) -> dict[Any, Any]:
@@ -312,7 +315,7 @@ class Page:
     # -- fusion weights -----------------------------------------------------------------------
 
     def _show_weights(self, history: list[Entry], shown: int | None) -> list[Any]:
-        record = _record(history, shown)
+        record = views.record_of(history, shown)
         if record is None or shown is None:
             text = "<p>The weights of this picture were discarded. Draw it again.</p>"
             return [text, *[gr.skip()] * (3 + len(self._on.weights.seen))]
@@ -329,7 +332,7 @@ class Page:
     def _update_maps(
         self, history: list[Entry], shown: int | None, step: int, site: str
     ) -> list[Any]:
-        record = _record(history, shown)
+        record = views.record_of(history, shown)
         if record is None or shown is None or site not in (views.ALL_SITES, *record.places):
             return [gr.skip()] * len(self._on.weights.seen)
         weights = views.weights_at(record, step, site)
@@ -340,7 +343,7 @@ class Page:
         return [overlay, views.legend(self._experts, weights), "", *maps]
 
     def _update_shares(self, history: list[Entry], shown: int | None, _: int, site: str) -> Any:
-        record = _record(history, shown)
+        record = views.record_of(history, shown)
         if record is None or site not in (views.ALL_SITES, *record.places):
             return gr.skip()
         return views.shares_over_steps(self._experts, record, site)
@@ -348,7 +351,7 @@ class Page:
     def _numbers_at(
         self, history: list[Entry], shown: int | None, step: int, site: str, event: gr.SelectData
     ) -> str:
-        record = _record(history, shown)
+        record = views.record_of(history, shown)
         if record is None or shown is None:
             return ""
         weights = views.weights_at(record, step, site)
@@ -369,7 +372,7 @@ class Page:
 
     def _use_again(self, history: list[Entry], picked: int | None) -> list[Any]:
         if picked is None:
-            return [gr.skip()] * (8 + len(self._on.steering.biases))
+            return [gr.skip()] * (len(self._on.controls.sampling) + len(self._on.steering.biases))
         recipe = history[picked].recipe
         speed = next(
             name for name, preset in PRESETS.items() if preset.describe() == recipe.acceleration
@@ -379,21 +382,6 @@ class Page:
         ]
         return [
             *(recipe.prompt, recipe.negative_prompt, recipe.seed, recipe.steps, recipe.guidance),
-            *(speed, recipe.height, recipe.width),
-            *[0] * len(self._keys),
-            *by_stage,
+            *(recipe.prompt_syntax, speed, recipe.scheduler or OWN, recipe.height, recipe.width),
+            *(*[0] * len(self._keys), *by_stage),
         ]
-
-
-def _record(history: Sequence[Entry], shown: int | None) -> WeightRecord | None:
-    return None if shown is None or shown >= len(history) else history[shown].record
-
-
-def _without_old_records(history: Sequence[Entry]) -> list[Entry]:
-    """Copy the history without the fusion weights of old pictures."""
-    with_record = [n for n, entry in enumerate(history) if entry.record is not None]
-    old = set(with_record[:-_MAX_RECORDS])
-    return [
-        Entry(entry.recipe, entry.file, entry.seconds, None) if n in old else entry
-        for n, entry in enumerate(history)
-    ]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from afa.app.access import LOOPBACK, Access, Guard, check_reach, read_access
 from afa.errors import AfaError
 from afa.machine.environment import changed_environment
 
@@ -17,45 +18,7 @@ if TYPE_CHECKING:
 
     from afa.drawing.contenders import Student
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 USER = "afa"
-_MIN_LENGTH = 8
-
-
-def check_reach(host: str, password: str | None) -> None:
-    """Require a password of sufficient length if other machines can reach the page.
-
-    Raises:
-        AfaError: if the address is not local and there is no password, or the password is short.
-    """
-    if host not in LOOPBACK and password is None:
-        raise AfaError(
-            "AFA-APP-004",
-            f"--host {host} lets other machines reach the page, which requires a password. Pass "
-            "--password-file FILE.",
-        )
-    if password is not None and len(password) < _MIN_LENGTH:
-        raise AfaError(
-            "AFA-APP-005",
-            f"The password must have at least {_MIN_LENGTH} characters; got {len(password)}. Put a "
-            "longer one in the first line of the password file.",
-        )
-
-
-class RefuseUploads:
-    """Middleware that refuses uploads; a browser can only send values of controls."""
-
-    def __init__(self, app: Any) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Answer uploads with 403, and pass on all other requests."""
-        path = scope.get("path", "")
-        if scope["type"] == "http" and path.rstrip("/").endswith(("/upload", "/upload_progress")):
-            await send({"type": "http.response.start", "status": 403, "headers": []})
-            await send({"type": "http.response.body", "body": b"Uploads are disabled."})
-            return
-        await self._app(scope, receive, send)
 
 
 def _settings_of_gradio(folder: str) -> dict[str, str]:
@@ -63,6 +26,7 @@ def _settings_of_gradio(folder: str) -> dict[str, str]:
     return {
         "GRADIO_TEMP_DIR": str(Path(folder) / "gradio"),
         "GRADIO_ANALYTICS_ENABLED": "False",
+        "GRADIO_RUN_HISTORY": "False",  # would store runs at the hub
     }
 
 
@@ -76,6 +40,8 @@ def served(
     password: str | None = None,
     keep: Path | None = None,
     student: Student | None = None,
+    access: Access | None = None,
+    open_to_all: bool = False,
 ) -> Iterator[str]:
     """Serve the page of an ensemble while the block runs.
 
@@ -87,6 +53,8 @@ def served(
         password: password of the user `afa`; None requires no login.
         keep: folder for all pictures; None keeps none.
         student: a student of the ensemble, to compare; None for none.
+        access: its address behind a proxy, see `read_access`; None for none.
+        open_to_all: whether the page behind a proxy needs no password.
 
     Yields:
         The address of the page.
@@ -94,21 +62,22 @@ def served(
     Raises:
         AfaError: see `check_reach`; or if the port is not free, or gradio is missing.
     """
-    check_reach(host, password)
+    access = access or read_access(host)
+    check_reach(host, password, access.named, open_to_all=open_to_all)
     # set before importing gradio, so that its copies are deleted with the folder
     with (
-        tempfile.TemporaryDirectory(prefix="afa-app-") as folder,
+        tempfile.TemporaryDirectory(prefix="afa-app-", ignore_cleanup_errors=True) as folder,
         changed_environment(_settings_of_gradio(folder)),
     ):
         try:
             import gradio as gr
             from starlette.middleware import Middleware
-            from starlette.middleware.trustedhost import TrustedHostMiddleware
         except ImportError as error:
             raise AfaError(
                 "AFA-APP-006", "The page requires gradio. Run: pip install 'afa[app]'."
             ) from error
 
+        from afa.app.api import CALL_ERRORS, refuse_call
         from afa.app.drawing import Studio
         from afa.app.layout import CSS
         from afa.app.page import Page
@@ -116,19 +85,17 @@ def served(
         pictures = Path(folder) / "pictures"
         pictures.mkdir()
         page = Page(Studio(pipeline, student), ensemble, pictures, keep)
-        middleware = [Middleware(RefuseUploads)]
-        if host in LOOPBACK:  # against DNS rebinding by other sites
-            middleware.append(Middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"]))
         page.blocks.queue(max_size=32)
         try:
             _, address, _ = page.blocks.launch(
                 server_name=host,
                 server_port=port,
                 auth=None if password is None else (USER, password),
+                auth_message=None if password is None else f"The user is: {USER}",
                 share=False,
                 quiet=True,
                 prevent_thread_lock=True,
-                footer_links=[],
+                footer_links=["api"],
                 ssr_mode=False,
                 enable_monitoring=False,
                 max_file_size=1,
@@ -136,13 +103,18 @@ def served(
                     font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
                 ),
                 css=CSS,
-                app_kwargs={"middleware": middleware},
+                root_path=access.path,
+                show_error=True,
+                app_kwargs={
+                    "middleware": [Middleware(Guard, access=access)],
+                    "exception_handlers": dict.fromkeys(CALL_ERRORS, refuse_call),
+                },
             )
         except OSError as error:
             raise AfaError(
                 "AFA-APP-007", f"The page cannot be served at {host}: {error} Pass another --port."
             ) from None
         try:
-            yield address
+            yield f"{address.rstrip('/')}{access.path}/"
         finally:
             page.blocks.close(verbose=False)

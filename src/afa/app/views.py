@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from afa.ensemble.recording import WeightRecord
 
 ALL_SITES = "all sites"
+#: maximum number of pictures per session that keep their fusion weights, which are large
+_MAX_RECORDS = 8
 _SHOWN = 512  # minimum side of the clickable map in pixels
 
 
@@ -41,6 +43,21 @@ class Entry:
     file: Path
     seconds: float
     record: WeightRecord | None
+
+
+def record_of(history: Sequence[Entry], shown: int | None) -> WeightRecord | None:
+    """The fusion weights of a picture of the history; None if it has none."""
+    return None if shown is None or shown >= len(history) else history[shown].record
+
+
+def without_old_records(history: Sequence[Entry]) -> list[Entry]:
+    """Copy the history without the fusion weights of old pictures."""
+    with_record = [n for n, entry in enumerate(history) if entry.record is not None]
+    old = set(with_record[:-_MAX_RECORDS])
+    return [
+        Entry(entry.recipe, entry.file, entry.seconds, None) if n in old else entry
+        for n, entry in enumerate(history)
+    ]
 
 
 def weights_at(record: WeightRecord, step: int, site: str) -> Tensor:

@@ -14,17 +14,19 @@ from afa.cli import (
     distill,
     evaluate,
     export,
+    export_checkpoint,
     generate,
     inspect,
     merge,
     prune,
+    runs,
     search,
     train,
     weights,
     zoo,
 )
-from afa.cli.console import say_error
-from afa.cli.signals import Terminated, end_cleanly_on_sigterm
+from afa.cli.console import replace_unprintable, say_error
+from afa.cli.signals import Terminated, end_cleanly_on_signals, surviving_hangup
 from afa.cli.trust import with_trust
 from afa.errors import AfaError
 from afa.machine.quiet import quieten
@@ -52,6 +54,8 @@ for _command in (
     evaluate.evaluate,
 ):
     app.command(_command.__name__)(with_trust(_command))
+app.command("runs")(runs.runs)
+app.command("export-checkpoint")(with_trust(export_checkpoint.export_checkpoint))
 app.command("demo")(demo.demo)
 app.add_typer(zoo.app, name="zoo")
 
@@ -62,14 +66,17 @@ def main(arguments: list[str] | None = None) -> None:
     Exit codes: 0 for success, 2 for errors that the user can fix, 128 + n after signal n.
     """
     quieten()
-    end_cleanly_on_sigterm()
+    replace_unprintable()
+    end_cleanly_on_signals()
     try:
         code = app(arguments, standalone_mode=False)
     except typer.Exit as stop:
         code = stop.exit_code
-    except Terminated:
-        say_error("stopped by SIGTERM; unfinished files were removed")
-        code = 128 + signal.SIGTERM
+    except Terminated as stop:
+        name = signal.Signals(stop.number).name
+        with surviving_hangup():
+            say_error(f"stopped by {name}; unfinished files were removed")
+        code = 128 + stop.number
     except (KeyboardInterrupt, typer.Abort):
         say_error("interrupted")
         code = 130

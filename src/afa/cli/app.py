@@ -28,6 +28,20 @@ def app(
     password_file: Annotated[
         Path | None, typer.Option(help="File whose first line is the password of the user 'afa'.")
     ] = None,
+    no_password: Annotated[
+        bool, typer.Option("--no-password", help="Ask for none if a proxy asks for one.")
+    ] = False,
+    root_path: Annotated[
+        str | None,
+        typer.Option(
+            envvar="GRADIO_ROOT_PATH",
+            help="Path of the page behind a proxy, such as /afa, or its complete address.",
+        ),
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(help="Name of the page behind a proxy, such as example.org; repeatable."),
+    ] = None,
     student: Annotated[
         str | None, typer.Option(help="A model of afa distill to compare: folder or file.")
     ] = None,
@@ -48,7 +62,8 @@ def app(
 
     [bold]Example[/bold]: afa app
     """
-    from afa.app.server import check_reach, served
+    from afa.app.access import check_reach, read_access
+    from afa.app.server import served
     from afa.cli.generate import DTYPES, say_plan
 
     password = None
@@ -59,7 +74,13 @@ def app(
             raise AfaError(
                 "AFA-CLI-001", f"--password-file must be a readable text file; got: {error}."
             ) from None
-    check_reach(host, password)
+    if no_password and password is not None:
+        raise AfaError(
+            "AFA-CLI-055",
+            f"--no-password contradicts --password-file {password_file}. Pass one of them.",
+        )
+    access = read_access(host, root_path, allowed_host or ())
+    check_reach(host, password, access.named, open_to_all=no_password)
     if dtype not in DTYPES:
         raise AfaError("AFA-CLI-002", f"--dtype must be one of {', '.join(DTYPES)}; got '{dtype}'.")
     if output is not None:
@@ -86,12 +107,21 @@ def app(
     )
     shown = None if student is None else load_student(student, pipeline)
     with served(
-        pipeline, ensemble, host=host, port=port, password=password, keep=output, student=shown
+        pipeline,
+        ensemble,
+        host=host,
+        port=port,
+        password=password,
+        keep=output,
+        student=shown,
+        access=access,
+        open_to_all=no_password,
     ) as address:
         say(f"afa is at {address} (Ctrl-C stops it)")
         end = threading.Event()
         # a background job of a shell ignores SIGINT at start
         for signal_number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signal_number, lambda *_: end.set())
-        end.wait()
+        while not end.wait(0.5):  # Windows handles no signal while the main thread waits
+            pass
     say("The page is closed.")

@@ -74,10 +74,10 @@ def check(
         console.print_json(json.dumps(_as_json(report)), ensure_ascii=True)
     else:
         _show(report)
-    if sheet is not None and inputs.side is not None and inputs.has_data:
+    if sheet is not None and inputs.transform is not None and inputs.has_data:
         from afa.preflight.sheet import write_sheet
 
-        count = write_sheet(asked, inputs.details, inputs.side, sheet)
+        count = write_sheet(asked, inputs.details, inputs.transform, sheet)
         if not as_json:
             say(f"Sheet of {count} pictures: {printable(str(sheet))}")
     if report.errors:

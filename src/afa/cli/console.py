@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from afa.cli.signals import surviving_hangup
 from afa.errors import AfaError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-#: prints file names and prompts literally: brackets in them are not markup
-console = Console(markup=False, highlight=False)
+#: prints file names and prompts literally: brackets and `:x:` in them are not markup
+console = Console(markup=False, highlight=False, emoji=False)
+
+
+def replace_unprintable() -> None:
+    """Print `?` for characters that a terminal or log cannot encode, such as those of Windows."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and not stream.encoding.lower().startswith("utf"):
+            stream.reconfigure(errors="replace")
 
 
 def say_error(message: str, code: str = "") -> None:
@@ -25,7 +34,8 @@ def say_error(message: str, code: str = "") -> None:
 
 def say(text: str) -> None:
     """Print text without wrapping it to the width of the terminal or log."""
-    console.print(text, soft_wrap=True)
+    with surviving_hangup():
+        console.print(text, soft_wrap=True)
 
 
 def say_warnings(lines: Iterable[str]) -> None:

@@ -9,7 +9,7 @@ import typer
 
 from afa.cli.check import RunCheck, require_sound
 from afa.cli.console import say
-from afa.cli.train import run_until_stopped
+from afa.cli.train import ContinueWith, run_until_stopped
 from afa.machine.quiet import quieten_loading
 
 
@@ -17,6 +17,7 @@ def distill(
     recipe: Annotated[Path, typer.Argument(help="YAML file: teacher, student, training.")],
     output: Annotated[Path, typer.Option(help="New folder, or that of a run to resume.")],
     run_check: RunCheck = True,
+    continue_with: ContinueWith = False,
 ) -> None:
     """Distil an ensemble into one ordinary model, or into a LoRA on one.
 
@@ -38,7 +39,9 @@ def distill(
     is_main = Processes().is_main
     if is_main and run_check:
         require_sound(plan_of_distillation(checked))
-    run_until_stopped(lambda stop: run(checked, output, should_stop=stop), is_main)
+    run_until_stopped(
+        lambda stop: run(checked, output, should_stop=stop, continue_with=continue_with), is_main
+    )
     if is_main and checked.student.what == "full":
         say(
             f"Student in {output}, a diffusers folder; see README.md there. One file for other "

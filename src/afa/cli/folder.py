@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -17,13 +16,17 @@ if TYPE_CHECKING:
 
     from diffusers import DiffusionPipeline
 
+    from afa.cli.wanted import Wanted
     from afa.drawing.recorded import PictureRecipe
 
 
-def stems_of(prompts: Sequence[str], first: int, num_images: int) -> list[str]:
+def stems_of(wanted: Sequence[Wanted], num_images: int) -> list[str]:
     """The stems of the pictures' file names."""
-    numbered = itertools.product(enumerate(prompts), range(first, first + num_images))
-    return [f"{number:02d}-{slug(prompt)}-seed{seed}" for (number, prompt), seed in numbered]
+    return [
+        f"{number:02d}-{slug(each.prompt)}-seed{seed}"
+        for number, each in enumerate(wanted)
+        for seed in range(each.seed, each.seed + num_images)
+    ]
 
 
 def require_same_pictures(output: Path, stems: Sequence[str]) -> None:
@@ -54,6 +57,7 @@ def draw_into(
 ) -> str:
     """Draw and write pictures; return the hash of the last one's pixels."""
     from afa.denoisers.kinds import denoiser_of
+    from afa.denoisers.schedulers import name_of
     from afa.drawing import pictures, recorded
     from afa.drawing.plots import filmstrip
     from afa.ensemble.protocol import expert_names
@@ -61,29 +65,38 @@ def draw_into(
 
     output.mkdir(parents=True, exist_ok=True)
     hashed, denoiser = "", denoiser_of(pipeline)
+    num_steps = sum(recipe.steps for _, recipe in planned)
     with Progress(visible=visible) as progress:
         for number, (stem, recipe) in enumerate(planned):
             done = _done(output / f"{stem}.png", recipe)
+            done_steps = sum(each.steps for _, each in planned[:number])
             if done is not None and (not weights or (output / f"{stem}-weights.png").exists()):
                 hashed = done
                 continue
 
-            def show(step: int, number: int = number, steps: int = recipe.steps) -> None:
+            note = f"picture {number + 1} of {len(planned)}"
+
+            def show(
+                step: int,
+                note: str = note,
+                done_steps: int = done_steps,
+                recipe: PictureRecipe = recipe,
+            ) -> None:
                 # some schedulers call the denoiser more often than there are steps
-                calls = len(getattr(pipeline.scheduler, "timesteps", ())) or steps
-                drawn = number * steps + min(step, calls) * steps // calls
-                note = f"picture {number + 1} of {len(planned)}"
-                progress.update("generate", drawn, len(planned) * steps, note, "steps")
+                calls = recipe.num_calls
+                drawn = done_steps + min(step, calls) * recipe.steps // calls
+                progress.update("generate", drawn, num_steps, note, "steps")
 
             recording = record_weights(denoiser) if weights else nullcontext()
             with recording as record, pictures.on_every_call(pipeline, show):
                 picture = pictures.draw(pipeline, recipe)
-            recorded.save_picture(picture, output / f"{stem}.png", recipe, denoiser.device)
+            own = name_of(pipeline.scheduler)
+            recorded.save_picture(picture, output / f"{stem}.png", recipe, denoiser.device, own)
             hashed = recorded.hash_pixels(picture)
             if record is not None:
                 names = expert_names(denoiser)
                 filmstrip(record, [picture], output / f"{stem}-weights.png", experts=names)
-            show(len(pipeline.scheduler.timesteps))
+            show(recipe.num_calls)
     return hashed
 
 

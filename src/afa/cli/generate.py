@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 
@@ -12,18 +11,25 @@ from afa.cli.check import RunCheck, require_sound
 from afa.cli.console import require_new_folder, say, say_warnings
 from afa.cli.drafts import Drafts, NoDrafts, drafts_for, say_own
 from afa.cli.folder import draw_into, require_same_pictures, stems_of
+from afa.cli.prompts_file import wanted_by
+from afa.cli.recipes import (
+    fields_of_inputs,
+    most_pixels,
+    prompt_warnings,
+    recipes_of,
+    reproduced,
+    wanted_by_picture,
+)
 from afa.cli.trust import OPTIONS as TRUST_OPTIONS
+from afa.cli.wanted import Wanted, is_random, parse_seed, size_of_options
+from afa.ensemble.prompt_syntax import PromptSyntax, words_of_prompt
 from afa.errors import AfaError
 from afa.files import slug
 from afa.machine.quiet import quieten_loading
-from afa.recipe import MAX_SEED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from diffusers import DiffusionPipeline
-
-    from afa.drawing.recorded import PictureRecipe
     from afa.loading.memory.budget import MemoryPlan
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -64,7 +70,10 @@ def generate(
     ] = None,
     from_image: Annotated[
         Path | None,
-        typer.Option(help="PNG of afa to reproduce from its recorded settings."),
+        typer.Option(
+            help="PNG of afa to reproduce from its recorded settings; or a picture of A1111 whose "
+            "settings are used."
+        ),
     ] = None,
     weights: Annotated[
         bool, typer.Option("--weights", help="Also draw the fusion weights.")
@@ -72,12 +81,37 @@ def generate(
     steps: Annotated[int, _picture("Denoising steps.", min=1)] = 50,
     guidance: Annotated[float, _picture("Classifier-free guidance scale.", min=0)] = 7.5,
     seed: Annotated[
-        int, _picture("Seed of the first picture; each next one adds 1.", min=0, max=MAX_SEED)
-    ] = 0,
+        str, _picture("Seed of the first picture, or random; each next one adds 1.")
+    ] = "0",
     num_images: Annotated[int, _picture("Pictures per prompt.", min=1)] = 1,
     negative_prompt: Annotated[str, _picture("Negative prompt.")] = "",
+    prompt_syntax: Annotated[
+        str, _picture("plain text; or weighted: (word:1.3), BREAK and long prompts.")
+    ] = "plain",
+    scheduler: Annotated[
+        str | None,
+        _picture("euler_a, dpmpp_2m_karras, unipc, ddim, ...; default: the experts' own."),
+    ] = None,
+    size: Annotated[str | None, _picture("Width and height, such as 512x768.")] = None,
     height: Annotated[int | None, _picture("Pixels; default: the experts' own.", min=8)] = None,
     width: Annotated[int | None, _picture("Pixels; default: the experts' own.", min=8)] = None,
+    prompts_file: Annotated[
+        Path | None,
+        _picture("File of prompts, one per line, with settings as in A1111 or kohya's scripts."),
+    ] = None,
+    image: Annotated[Path | None, _picture("Picture to start from (image to image).")] = None,
+    mask: Annotated[
+        Path | None, _picture("With --image: white is drawn again, black is kept.")
+    ] = None,
+    strength: Annotated[
+        float | None, _picture("With --image: from 0 (keep it) to 1; default: 0.8.")
+    ] = None,
+    hires: Annotated[
+        float | None, _picture("Draw again, enlarged by this factor, such as 1.5.")
+    ] = None,
+    hires_strength: Annotated[
+        float | None, _picture("With --hires: strength of that pass; default: 0.5.")
+    ] = None,
     bias: Annotated[
         list[str] | None,
         _picture("Bias towards an expert: animals=+1.0 or animals@up=+1.0; repeatable."),
@@ -117,35 +151,60 @@ def generate(
     from afa.machine.processes import Processes
 
     processes = Processes()
-    if processes.is_main and from_image is not None:
-        require_new_folder(output)
-    elif processes.is_main:
-        require_same_pictures(output, stems_of(prompts or [], seed, num_images))
     _require_one_of("--dtype", dtype, DTYPES)
     _require_one_of("--on-nonfinite", on_nonfinite, ON_NONFINITE)
+    _require_one_of("--prompt-syntax", prompt_syntax, get_args(PromptSyntax))
+    syntax = cast("PromptSyntax", prompt_syntax)
 
+    from afa.denoisers.scheduler_names import canonical_name
     from afa.ensemble.caching.settings import acceleration_of
     from afa.ensemble.steering import parse_bias
 
     acceleration = acceleration_of(speed)
     parsed_bias = parse_bias(bias or [])
+    rows, columns = size_of_options(size, height, width)
+    defaults = Wanted(
+        prompt="",
+        negative_prompt=negative_prompt,
+        seed=parse_seed(seed, room=num_images, num_processes=processes.count),
+        steps=steps,
+        guidance=guidance,
+        height=rows,
+        width=columns,
+        scheduler=scheduler and canonical_name(scheduler),
+    )
+    wanted = wanted_by(defaults, prompts, prompts_file, processes.count)
+    drawn_from = fields_of_inputs(image, mask, strength, hires, hires_strength)
     if from_image is not None:
-        _require_nothing_else(context)
-    elif ensemble is None or not prompts:
+        found = wanted_by_picture(
+            from_image, defaults, ensemble, _given(context), syntax, is_main=processes.is_main
+        )
+        _require_nothing_else(context, is_foreign=found is not None)
+        if found is not None:
+            wanted, from_image = [found], None
+    elif ensemble is None or not wanted:
         raise AfaError(
             "AFA-CLI-007",
             "afa generate requires an ensemble and a prompt, or --from-image. For example: "
             'afa generate zoo:ensemble "a fox on the left and a pizza on the right" --output new',
         )
+    # all are read before anything is loaded
+    words = [words_of_prompt(each.prompt, syntax) for each in wanted]
+    for each in wanted:
+        words_of_prompt(each.negative_prompt, syntax)
+    if processes.is_main and from_image is not None:
+        require_new_folder(output)
+    elif processes.is_main:
+        require_same_pictures(output, stems_of(wanted, num_images))
+        if is_random(seed):
+            say(f"seed {defaults.seed}")
 
     import torch
 
     from afa.denoisers.kinds import denoiser_of
-    from afa.drawing import pictures, recorded
-    from afa.loading.ensemble_folder import ensemble_folder
+    from afa.drawing import pictures
     from afa.loading.planned import plan_of_ensemble
-    from afa.loading.truncation import warnings_for
-    from afa.loading.vocabulary import word_warnings
+    from afa.loading.prompt_warnings import require_syntax
     from afa.reading import counted
     from afa.training.engine import pick_device
 
@@ -153,30 +212,33 @@ def generate(
     loading: dict[str, Any] = {"device": pick_device(processes.device or device)}
     if cuda_graphs:
         loading["cuda_graphs"] = True
-    pixels = height * width if height and width else None
+    pixels = most_pixels(wanted, drawn_from)
     if memory_budget is not None:
         loading |= {"memory_budget": memory_budget, "on_plan": say_plan}
         loading["pixels"] = pixels
     before: str | None = None
     if from_image is not None:
-        pipeline, recipe, before = _reproduce(from_image, ensemble, weights, loading)
+        pipeline, recipe, before = reproduced(from_image, ensemble, weights, loading)
         planned = [(f"00-{slug(recipe.prompt)}-seed{recipe.seed}", recipe)]
     else:
         assert ensemble is not None, "checked above"
-        assert prompts, "checked above"
         if quantize is not None:
             loading["quantize"] = quantize
-        chosen = drafts_for(ensemble, drafts, prompts, without=no_drafts)
+        chosen = drafts_for(ensemble, drafts, words, without=no_drafts)
         if chosen is not None and drafts is None:
             options = {
                 "--plan": plan is not None,
                 "--cuda-graphs": cuda_graphs,
                 "--on-nonfinite mask": on_nonfinite == "mask",
+                "--image": image is not None,
+                "--hires": hires is not None,
             }
             excluded = next((option for option, given in options.items() if given), None)
             if processes.is_main:
-                say_own(chosen, ensemble, prompts, excluded)
+                say_own(chosen, ensemble, words, excluded)
             chosen = chosen if excluded is None else None
+        if syntax == "weighted":
+            require_syntax(plan_of_ensemble(ensemble, torch.float32, loading["device"]), syntax)
         # the estimate of memory does not know budgets and quantization
         if run_check and processes.is_main and not (quantize or memory_budget):
             require_sound(
@@ -184,8 +246,8 @@ def generate(
                     ensemble,
                     getattr(torch, dtype),
                     loading["device"],
-                    samples_each=2 if guidance > 1 else 1,
-                    num_steps=steps * num_images * len(prompts or []),
+                    samples_each=2 if any(each.guidance > 1 for each in wanted) else 1,
+                    num_steps=num_images * sum(each.steps for each in wanted),
                     pixels=pixels,
                     judge=None if chosen is None else chosen.judge,
                 ),
@@ -202,32 +264,22 @@ def generate(
             torch_dtype=getattr(torch, dtype),
             **loading,
         )
-        size = _picture_size(pipeline, height, width)
-        recipe = recorded.picture_recipe(
-            ensemble=ensemble,
-            identity=pictures.identity_of(denoiser_of(pipeline)),
-            prompt="",
-            negative_prompt=negative_prompt,
-            seed=seed,
-            steps=steps,
-            guidance=guidance,
-            height=size[0],
-            width=size[1],
-            bias=parsed_bias,
-            acceleration=acceleration.describe(),
-            plan=denoiser_of(pipeline).plan,
-            dtype=dtype,
-            quantize=quantize,
-            compiled=compile_blocks,
-            on_nonfinite=on_nonfinite,
-        )
-        planned = _each(pipeline, recipe, prompts, num_images)
+        shared = {
+            "ensemble": ensemble,
+            "prompt_syntax": syntax,
+            "identity": pictures.identity_of(denoiser_of(pipeline)),
+            "bias": parsed_bias,
+            "acceleration": acceleration.describe(),
+            "plan": denoiser_of(pipeline).plan,
+            "dtype": dtype,
+            "quantize": quantize,
+            "compiled": compile_blocks,
+            "on_nonfinite": on_nonfinite,
+            **drawn_from,
+        }
+        planned = recipes_of(pipeline, wanted, num_images, shared)
     if processes.is_main:
-        texts = list(dict.fromkeys(each.prompt for _, each in planned))
-        warnings = warnings_for(pipeline, texts, recipe.negative_prompt, recipe.guidance)
-        fused = [each.prompt for _, each in planned if each.drafts is None]
-        warnings += word_warnings(ensemble_folder(recipe.ensemble), fused)
-        say_warnings(warnings)
+        say_warnings(prompt_warnings(pipeline, planned))
     processes.wait()  # the main process checks that the folder is new before any one writes
     hashed = draw_into(pipeline, list(processes.share(planned)), output, weights, processes.is_main)
     processes.wait()
@@ -249,45 +301,20 @@ def _require_one_of(option: str, given: str, known: Sequence[str]) -> None:
         raise AfaError("AFA-CLI-008", f"{option} must be one of {', '.join(known)}; got '{given}'.")
 
 
-def _reproduce(
-    picture: Path, ensemble: str | None, weights: bool, loading: dict[str, Any]
-) -> tuple[DiffusionPipeline, PictureRecipe, str]:
-    """The pipeline that draws a picture again, its recipe, and the hash of its pixels."""
-    from afa.drawing import pictures, recorded
-    from afa.drawing.contenders import ENSEMBLE
-
-    made = recorded.read_picture(picture)
-    recipe = made.recipe.model_copy(update={"ensemble": ensemble or made.recipe.ensemble})
-    if weights and recipe.drawn_by != ENSEMBLE:
-        raise AfaError(
-            "AFA-CLI-009",
-            f"'{picture}' has no fusion weights: {recipe.drawn_by} drew it. Remove --weights.",
-        )
-    return pictures.prepare_again(recipe, **loading), recipe, made.pixels
+def _given(context: typer.Context) -> list[str]:
+    """The names of the parameters that the user has passed."""
+    named = [parameter.name or "" for parameter in context.command.params]
+    sources = {name: context.get_parameter_source(name) for name in named}
+    return [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
 
 
-def _each(
-    pipeline: DiffusionPipeline, recipe: PictureRecipe, prompts: Sequence[str], num_images: int
-) -> list[tuple[str, PictureRecipe]]:
-    """The stem of each picture's file name, and its recipe."""
-    from afa.drawing import pictures, recorded
-
-    planned = itertools.product(prompts, range(recipe.seed, recipe.seed + num_images))
-    recipes = (
-        recorded.picture_recipe(**{**dict(recipe), "prompt": prompt, "seed": seed}).model_copy(
-            update=pictures.drafts_of(pipeline, prompt)
-        )
-        for prompt, seed in planned
-    )
-    return list(zip(stems_of(prompts, recipe.seed, num_images), recipes, strict=True))
-
-
-def _require_nothing_else(context: typer.Context) -> None:
+def _require_nothing_else(context: typer.Context, *, is_foreign: bool) -> None:
     """Raise AfaError if an option is given whose value comes from the picture."""
+    refused = set(_given(context))
+    # what a picture of another program says can be replaced by options, but not its prompt
+    refused &= {"prompts", "prompts_file"} if is_foreign else refused - {*BESIDE_A_PICTURE}
     for parameter in context.command.params:
-        name = parameter.name or ""
-        source = context.get_parameter_source(name)
-        if name not in BESIDE_A_PICTURE and source is not None and source.name == "COMMANDLINE":
+        if parameter.name in refused:
             raise AfaError(
                 "AFA-CLI-012",
                 f"--from-image takes all settings from the picture. Remove {parameter.opts[0]}.",
@@ -307,23 +334,3 @@ def say_plan(plan: MemoryPlan) -> None:
     """Print where a memory budget places the experts."""
     for line in plan.lines():
         say(line)
-
-
-def _picture_size(
-    pipeline: DiffusionPipeline, height: int | None, width: int | None
-) -> tuple[int, int]:
-    """Height and width in pixels; defaults to the experts' own.
-
-    Raises:
-        AfaError: if one is not a multiple of the experts' smallest step.
-    """
-    from afa.loading.task import native_resolution, size_multiple
-
-    native, multiple = native_resolution(pipeline), size_multiple(pipeline)
-    for name, size in (("--height", height), ("--width", width)):
-        if size is not None and size % multiple:
-            raise AfaError(
-                "AFA-CLI-013", f"{name} must be a multiple of {multiple} pixels; got {size}."
-            )
-    # diffusers ignores one without the other
-    return height or native[0], width or native[1]

@@ -38,7 +38,8 @@ def search(
     prompts = [prompt.text for prompt in load_prompts(checked.prompts)]
     say_warnings(source_warnings(checked.prompts))
     sampling = checked.sampling
-    say_warnings(warnings_of_plan(plan, prompts, sampling.negative_prompt, sampling.guidance))
+    syntax, negative = sampling.prompt_syntax, sampling.negative_prompt
+    say_warnings(warnings_of_plan(plan, prompts, negative, sampling.guidance, syntax))
     with Progress() as progress:
         progress.update("search", 0, checked.num_trials, unit="trials")
         for trial in search_block_weights(checked, output):

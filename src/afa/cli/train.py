@@ -19,6 +19,15 @@ if TYPE_CHECKING:
     from afa.training.recipe import Recipe
 
 
+ContinueWith = Annotated[
+    bool,
+    typer.Option(
+        "--continue-with",
+        help="Resume with the recipe's new learning rate, schedule or other settings.",
+    ),
+]
+
+
 def train(
     recipe: Annotated[Path, typer.Argument(help="YAML file: experts, data, aggregator, training.")],
     output: Annotated[Path, typer.Option(help="New folder, or that of a run to resume.")],
@@ -26,6 +35,7 @@ def train(
     no_cache: Annotated[
         bool, typer.Option("--no-cache", help="Encode pictures and captions again in every step.")
     ] = False,
+    continue_with: ContinueWith = False,
 ) -> None:
     """Train the aggregators of an ensemble; the experts stay frozen.
 
@@ -48,7 +58,10 @@ def train(
     is_main = Processes().is_main
     if is_main and run_check:
         require_sound(plan_of_training(checked))
-    run_until_stopped(lambda stop: train_ensemble(checked, output, should_stop=stop), is_main)
+    run_until_stopped(
+        lambda stop: train_ensemble(checked, output, should_stop=stop, continue_with=continue_with),
+        is_main,
+    )
     if is_main:
         say(f"Ensemble in {output}. Try: afa generate {output} 'a prompt' --output pictures")
 
@@ -67,7 +80,7 @@ def _without_cache(recipe: Recipe) -> Recipe:
 def run_until_stopped(
     start: Callable[[Callable[[], bool]], Iterable[TrainStep | CacheProgress]], is_main: bool
 ) -> None:
-    """Run a training, which the first Ctrl-C or SIGTERM saves and stops.
+    """Run a training, which the first Ctrl-C, SIGTERM or SIGHUP saves and stops.
 
     Args:
         start: a function of `should_stop` that returns the training's events.

@@ -144,7 +144,8 @@ def _redraw(path: Path, figures: _Figures, device: object) -> None:
             "ensemble drew.",
         )
     pipeline = prepare_again(recipe, device=device)
-    say_warnings(warnings_for(pipeline, [recipe.prompt], recipe.negative_prompt, recipe.guidance))
+    asked = (recipe.negative_prompt, recipe.guidance, recipe.prompt_syntax)
+    say_warnings(warnings_for(pipeline, [recipe.prompt], *asked))
     denoiser = denoiser_of(pipeline)
     with record_weights(denoiser) as record:
         picture = draw(pipeline, recipe)

@@ -10,6 +10,8 @@ import torch
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
+from afa.machine.devices import may_overlap
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
 
@@ -51,7 +53,8 @@ class Execution:
         if self.source is not None:
             return functional_call(layer, self.source(layer), args, kwargs)
         named = itertools.chain(layer.named_parameters(), layer.named_buffers())
-        here = {name: tensor.to(self.device, non_blocking=True) for name, tensor in named}
+        overlaps = may_overlap(torch.device("cpu"), self.device)
+        here = {name: tensor.to(self.device, non_blocking=overlaps) for name, tensor in named}
         return functional_call(layer, here, args, kwargs)
 
 

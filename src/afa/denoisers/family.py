@@ -157,12 +157,17 @@ class PipelineKind:
         single_files: the layout of single files; None means that there are only pipeline folders.
         latent_channels: a function of the denoiser's configuration: the channels of the latent.
         patch: a function of the denoiser's configuration: the side of its patches of a latent.
+        max_latent: a function of the denoiser's configuration: the longest side of a latent for
+            which it has position embeddings; None if it computes them for any side.
         call: arguments of the pipeline's call that keep the requested size and the prompt.
         gives_latent: whether text-to-image denoisers output exactly the latent's channels; others
             may also output a variance, or pack the latent.
         sample_size: the side of the native latents if the configuration has no `sample_size`.
         padded_text: the configuration entry of the width to which the pipeline pads the tokens of
             the CLIP encoders, before the T5 tokens; None if it concatenates widths instead.
+        clip_layer: if all token embeddings are those of CLIP, the layer of the text encoders that
+            the pipelines pass: `last` with its norm, or `penultimate` without. None: there are
+            others, and prompts cannot be weighted.
         shares_length: whether the maximum length of `tokenizer` also limits the other tokenizers.
         prepare: how the pipelines change a prompt before they tokenize it.
         guide: a function of a guidance scale (1 means none) that returns arguments of the call.
@@ -171,6 +176,9 @@ class PipelineKind:
         carries_prompts: whether its pipelines pass the embedding of all tokens of a prompt to the
             denoiser unchanged, so that it can carry the prompts of other experts, see
             `afa.denoisers.packing`.
+        flow_samplers: with which samplers of a flow its pipelines draw, see
+            `afa.denoisers.scheduler_names`: many set noise levels that some schedulers do not take.
+        unusable: names of `others` that fail, in diffusers or with an ensemble.
         family: the family that lists this kind in `pipelines`.
     """
 
@@ -184,16 +192,20 @@ class PipelineKind:
     single_files: SingleFiles | None = None
     latent_channels: Callable[[Any], int] = lambda config: config.in_channels
     patch: Callable[[Any], int] = lambda config: config.get("patch_size") or 1
+    max_latent: Callable[[Any], int | None] = lambda config: None
     call: Mapping[str, Any] = field(default_factory=dict)
     gives_latent: bool = False
     sample_size: int = 64
     padded_text: str | None = None
+    clip_layer: Literal["last", "penultimate"] | None = None
     shares_length: bool = False
     prepare: Callable[[str], str] = str
     guide: Callable[[float], Mapping[str, Any]] = lambda guidance: {"guidance_scale": guidance}
     without_prompt: str = ""
     takes_negative: bool = True
     carries_prompts: bool = False
+    flow_samplers: tuple[str, ...] = ("euler", "heun", "dpmpp_2m", "unipc")
+    unusable: tuple[str, ...] = ()
     family: Family = field(init=False, repr=False)
 
     @property

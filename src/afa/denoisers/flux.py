@@ -295,6 +295,7 @@ _KIND = PipelineKind(
     name="Flux",
     pipelines=("FluxPipeline",),
     others=("FluxImg2ImgPipeline", "FluxInpaintPipeline"),
+    flow_samplers=("euler", "unipc"),
     text=("text_encoder_2",),
     pooled=("text_encoder",),
     conditioning=Conditioning(_encode, _predict, unpack),

@@ -9,6 +9,7 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_snr
 
 from afa.errors import AfaError
+from afa.machine.devices import place_for_float64
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -80,9 +81,10 @@ class FlowMatching:
 
     def timesteps(self, time: Tensor) -> Tensor:
         """Return timesteps of the scheduler's grid; the middle ones are the most likely."""
-        grid = self.scheduler.timesteps.to(time.device)
-        drawn = torch.special.ndtri(time.double().clamp(1e-6, 1 - 1e-6)).sigmoid()
-        return grid[(drawn * len(grid)).long().clamp(max=len(grid) - 1)]
+        place = place_for_float64(time.device)
+        grid = self.scheduler.timesteps.to(place)
+        drawn = torch.special.ndtri(time.to(place).double().clamp(1e-6, 1 - 1e-6)).sigmoid()
+        return grid[(drawn * len(grid)).long().clamp(max=len(grid) - 1)].to(time.device)
 
     def noisy_and_target(
         self, clean: Tensor, noise: Tensor, timestep: Tensor

@@ -125,7 +125,7 @@ def objective_of(scheduler: SchedulerMixin) -> Objective | None:
     products = getattr(scheduler, "alphas_cumprod", None)
     if products is None:
         return None  # a scheduler with noise levels of its own
-    products = products.double()
+    products = products.cpu().double()
     # some schedulers replace the product of pure noise, to divide by it
     products = torch.where(products <= _PURE_NOISE, torch.zeros_like(products), products)
     angles = torch.atan2((1 - products).clamp(min=0).sqrt(), products.clamp(min=0).sqrt())

@@ -231,6 +231,7 @@ _KIND = PipelineKind(
     name="Qwen-Image",
     pipelines=("QwenImagePipeline",),
     others=("QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline"),
+    flow_samplers=("euler", "unipc"),
     text=("text_encoder",),
     conditioning=Conditioning(_encode, _predict, unpack),
     single_files=SingleFiles(

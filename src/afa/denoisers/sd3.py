@@ -302,6 +302,9 @@ _KIND = PipelineKind(
             "stable-diffusion-3.5-large": "stable-diffusion-v3.5-large",
         },
     ),
+    max_latent=lambda config: (
+        (config.get("pos_embed_max_size") or 96) * (config.get("patch_size") or 2)
+    ),
     padded_text="joint_attention_dim",
     shares_length=True,
 )

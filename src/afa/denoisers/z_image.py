@@ -337,6 +337,7 @@ _KIND = PipelineKind(
     name="Z-Image",
     pipelines=("ZImagePipeline",),
     others=("ZImageImg2ImgPipeline", "ZImageInpaintPipeline"),
+    flow_samplers=("euler",),
     text=("text_encoder",),
     conditioning=Conditioning(_encode, _predict),
     single_files=SingleFiles(

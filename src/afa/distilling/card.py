@@ -119,6 +119,7 @@ def card_of(record: dict[str, Any], folder: Path, files: Sequence[Path]) -> str:
         f"learning rate {training['learning_rate']:g} ({training['learning_rate_schedule']}), "
         f"seed {training['seed']}. The loss is the mean squared error of the teacher's "
         f"{'guided ' if isinstance(record['guidance'], dict) else ''}prediction.",
+        *(f"- {line}" for line in record.get("history", [])),
         f"- Made with afa {record['afa_version']}, `afa distill`.",
         "",
         "## How it is used",

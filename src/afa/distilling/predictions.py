@@ -12,7 +12,7 @@ import torch
 from afa.training.cache.files import Shards, read_header, shard_name, write_shard
 from afa.training.encoding import Recorded, encode_captions
 from afa.training.examples import Broken
-from afa.training.order import Purpose, draw_at, sample_at
+from afa.training.order import Purpose, draw_at, rows_of, sample_at
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -186,6 +186,10 @@ class RecordedExamples:
         """No messages."""
         del is_last
         return []
+
+    def rows(self, count: int, size: int) -> Sequence[Sequence[int]]:
+        """See `Examples.rows`."""
+        return rows_of(count, size)
 
     def batches(self, places: Iterable[Sequence[int]]) -> Iterator[Recorded]:
         """See `Examples.batches`."""

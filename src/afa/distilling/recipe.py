@@ -25,6 +25,7 @@ from afa.training.recipe import (
     PreviewRecipe,
     TrainingRecipe,
     ValidationRecipe,
+    require_validation,
     resolve_data,
 )
 
@@ -166,6 +167,10 @@ class PicturesRecipe(Section):
             raise ValueError("must not be streamed; remove data.dataset.streaming")
         if self.data.prompts is not None:
             raise ValueError("must not have data.prompts; use trajectories")
+        if self.data.buckets is not None:
+            raise ValueError(
+                "must not have data.buckets, because all recorded predictions have one shape"
+            )
         return self
 
 
@@ -282,6 +287,7 @@ class DistillRecipe(ModelsRecipe):
 
     @model_validator(mode="after")
     def _consistent(self) -> DistillRecipe:
+        require_validation(self.training, self.validation)
         drawn, pictures = self.trajectories, self.pictures
         if drawn is None and pictures is None:
             raise ValueError("must have trajectories, pictures or both")

@@ -12,6 +12,7 @@ import numpy as np
 from afa.distilling.card import CARD, card_of, record_of
 from afa.distilling.lora_files import write_loras
 from afa.distilling.passes import passes_of
+from afa.distilling.planned import plan_of_distillation
 from afa.distilling.predictions import LiveTexts, RecordedExamples, Source
 from afa.distilling.recipe import BakeIn
 from afa.distilling.recording import read_rows, record_predictions
@@ -19,10 +20,17 @@ from afa.distilling.student import Student, load_student, require_fit
 from afa.distilling.teacher import Teacher
 from afa.errors import AfaError
 from afa.files import is_unused, owned, read_json, write_atomic
+from afa.loading.scheduler_choice import require_scheduler
 from afa.loading.student_record import ENTRY, RECORD
-from afa.recipe import differing
 from afa.training.cache import CacheProgress, TextCache
-from afa.training.checkpoints import Checkpoints
+from afa.training.changing import (
+    History,
+    changes_between,
+    require_changeable,
+    require_run,
+    said_of,
+)
+from afa.training.checkpoints import Checkpoints, newest_step
 from afa.training.continuing import RECIPE, digest, essence
 from afa.training.engine import Engine
 from afa.training.loop import TrainStep
@@ -43,6 +51,7 @@ if TYPE_CHECKING:
     from afa.distilling.recipe import DistillRecipe
 
 RECORDED, _TEXTS = "recorded", "texts"
+_SETTINGS = "the settings"
 #: settings that may change when a run is resumed
 _FREE: dict[str, tuple[str, ...] | None] = {
     "recording": ("folder", "max_disk"),
@@ -56,6 +65,7 @@ def distill(
     output: Path,
     *,
     should_stop: Callable[[], bool] | None = None,
+    continue_with: bool = False,
 ) -> Iterator[TrainStep | CacheProgress]:
     """Distil a teacher into a student: record predictions, train, and write the student.
 
@@ -68,6 +78,8 @@ def distill(
         output: a new folder, or that of an earlier run of this recipe.
         should_stop: called after each batch and step; if it returns True, the run saves and raises
             `Stopped`.
+        continue_with: continue an earlier run with other settings of its training; see
+            `afa.training.train`.
 
     Yields: progress of the recording, then the steps.
 
@@ -79,8 +91,10 @@ def distill(
     """
     settings = recipe.training
     engine = Engine(settings.device)
-    require_same_distillation(recipe, output)
+    history = require_same_distillation(recipe, output, continue_with=continue_with)
     require_trackers(settings.trackers)
+    if recipe.previews is not None:  # the student has the teacher's noise schedule
+        require_scheduler(plan_of_distillation(recipe), recipe.previews.scheduler)
     teacher = Teacher.of(recipe)
     require_fit(teacher, recipe.student)
     passes = passes_of(recipe)
@@ -88,6 +102,7 @@ def distill(
     folder = recipe.recording.folder or output / RECORDED
     with owned(output) if engine.is_main else nullcontext():
         if engine.is_main:
+            history.write(output)
             write_atomic(
                 output / RECIPE, json.dumps(recipe.model_dump(mode="json"), indent=2) + "\n"
             )
@@ -112,36 +127,52 @@ def distill(
             texts = cache
         checkpoints = Checkpoints(output / CHECKPOINTS, settings.keep_checkpoints)
         trainer = Trainer(pipeline, student, settings, engine, checkpoints)
-        trainer.bind(_inputs(recipe, passes, teacher))
+        trainer.bind(
+            _inputs(recipe, passes, teacher), {_SETTINGS} if history.has_changed_here else ()
+        )
         training, validation = _examples(recipe, rows, texts, student, engine)
-        with Watch(recipe, output, trainer, validation) as watch:
-            for step in trainer.steps(training, should_stop):
-                yield watch.see(step)
+        with Watch(recipe, output, trainer, validation, history) as watch:
+            yield from watch.steps(training, should_stop)
         trainer.finish()
         if engine.is_main:
-            _save(recipe, teacher, passes, student, output)
+            losses = validated(output)
+            save_student(recipe, teacher, passes, student, output, losses, watch.summary)
+            shutil.rmtree(output / _TEXTS, ignore_errors=True)
         engine.wait()
 
 
-def require_same_distillation(recipe: DistillRecipe, output: Path) -> None:
+def require_same_distillation(
+    recipe: DistillRecipe, output: Path, *, continue_with: bool = False
+) -> History:
     """Check that a folder is new, or of an earlier run of this recipe.
 
+    Args:
+        recipe: of this start.
+        output: the folder.
+        continue_with: whether settings of the training may be changed on purpose.
+
+    Returns: the recipes of the run, with this one.
+
     Raises:
-        AfaError: if it is not; names the differing settings.
+        AfaError: if it is not; names the differing settings with both values.
     """
-    if is_unused(output):
-        return
-    written, now = output / RECIPE, essence(recipe.model_dump(mode="json"), _FREE)
-    before = essence(read_json(written), _FREE) if written.is_file() else None
-    if before != now:
+    now, written = recipe.model_dump(mode="json"), output / RECIPE
+    if continue_with:
+        require_run(written)
+    before = read_json(written) if written.is_file() and not is_unused(output) else None
+    changes = [] if before is None else changes_between(before, now, _FREE)
+    if continue_with:
+        require_changeable(changes, output)
+    elif changes or (before is None and not is_unused(output)):
         found = "is not empty and has no distillation"
-        if before is not None:
-            found = f"has a distillation with another {', '.join(differing(before, now))}"
+        if changes:
+            found = f"has a distillation with another {said_of(changes)}"
         raise AfaError(
             "AFA-DISTILL-015",
             f"The output folder '{output}' {found}. Pass a new folder, or one of an earlier run of "
             "this recipe; recording.folder lets runs share recorded predictions.",
         )
+    return History.of(output, before, now, newest_step(output / CHECKPOINTS), _FREE)
 
 
 def _inputs(recipe: DistillRecipe, passes: Sequence[Pass], teacher: Teacher) -> dict[str, str]:
@@ -151,7 +182,7 @@ def _inputs(recipe: DistillRecipe, passes: Sequence[Pass], teacher: Teacher) -> 
     return {
         "the teacher": digest(teacher.identity()),
         "the recorded predictions": digest(numbers),
-        "the settings": digest([plain[key] for key in ("training", "student", "guidance")]),
+        _SETTINGS: digest([plain[key] for key in ("training", "student", "guidance")]),
     }
 
 
@@ -206,15 +237,29 @@ def _examples(
     return training, validation
 
 
-def _save(
+def save_student(
     recipe: DistillRecipe,
     teacher: Teacher,
     passes: Sequence[Pass],
     student: Student,
     output: Path,
+    losses: Sequence[tuple[int, float]],
+    summary: Sequence[str],
 ) -> None:
-    """Write the student's files, its record and its model card."""
-    record = record_of(recipe, teacher, passes, student.identities(), _validated(output))
+    """Write the student's files, its record and its model card.
+
+    Args:
+        recipe: of the distillation.
+        teacher: the teacher.
+        passes: the recorded sources.
+        student: with its final weights.
+        output: an existing folder.
+        losses: steps and their validation losses.
+        summary: sentences about the training.
+    """
+    record = record_of(recipe, teacher, passes, student.identities(), losses)
+    if summary:
+        record["history"] = list(summary)
     text = json.dumps(record, indent=2) + "\n"
     files: list[Path] = []
     if student.rank is not None:
@@ -229,9 +274,9 @@ def _save(
                 part.backend_tokenizer.no_padding()
                 part.backend_tokenizer.no_truncation()
         save_pipeline(student.pipeline, output)
-    shutil.rmtree(output / _TEXTS, ignore_errors=True)
 
 
-def _validated(output: Path) -> list[tuple[int, float]]:
+def validated(output: Path) -> list[tuple[int, float]]:
+    """Return the steps and validation losses of a run."""
     entries = entries_of(output, "validation_loss")
     return [(entry["step"], entry["validation_loss"]) for entry in entries]

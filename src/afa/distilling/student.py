@@ -195,9 +195,10 @@ class Student:
                     add_adapters(model, self.rank, _ADAPTER, is_text=key != denoiser)
         pipeline.to(device)
         self.modules: list[nn.Module] = list(self.models.values())
-        self.parameters = [p for _, p in self._named()]
+        self.parameters = [p for _, p in self.named()]
 
-    def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
+    def named(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the trained parameters with their names, in the order of the optimizer."""
         for key, model in self.models.items():
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
@@ -211,7 +212,7 @@ class Student:
 
     def tensors(self) -> dict[str, Tensor]:
         """See `Trained`."""
-        return {name: parameter.detach() for name, parameter in self._named()}
+        return {name: parameter.detach() for name, parameter in self.named()}
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -220,7 +221,7 @@ class Student:
         Raises:
             AfaError: if the names or shapes differ.
         """
-        own = dict(self._named())
+        own = dict(self.named())
         if {name: t.shape for name, t in own.items()} != {n: t.shape for n, t in tensors.items()}:
             raise AfaError(
                 "AFA-DISTILL-012",

@@ -121,12 +121,17 @@ class Drafter:
         generators: Sequence[torch.Generator],
         call: dict[str, Any],
     ) -> Tensor:
-        """Draw the latents [B, C, H, W] of one expert alone."""
+        """Draw the latents [B, C, H, W] of one expert alone, of prompts or of their embeddings."""
         ensemble = denoiser_of(pipeline)
         own = [generator.clone_state() for generator in generators]
-        changes = {"num_inference_steps": self.settings.num_steps, "output_type": "latent"}
+        changes: dict[str, Any] = {
+            "num_inference_steps": self.settings.num_steps,
+            "output_type": "latent",
+        }
+        if "prompt_embeds" not in call:
+            changes["prompt"] = list(prompts)
         with ensemble.drafting(expert):
-            latents = pipeline(prompt=list(prompts), generator=own, **{**call, **changes}).images
+            latents = pipeline(generator=own, **{**call, **changes}).images
         unpack = conditioning_of(pipeline).unpack
         if unpack is None:
             return latents
@@ -287,7 +292,8 @@ def routed(
 
     Args:
         pipeline: any pipeline; see `use_drafts`.
-        prompts: prompts of the pictures that are drawn inside the block, in one batch.
+        prompts: prompts of the pictures that are drawn inside the block, in one batch; without
+            weights, which are in the `prompt_embeds` of the call.
         generators: see `Drafter.bias`.
         call: further arguments of that call, which drafts share: guidance, sizes, ...
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,22 @@ import torch
 from PIL import Image
 
 from afa.denoisers.kinds import denoiser_of, kind_of_pipeline
+from afa.denoisers.schedulers import sampled_with
 from afa.drafting import DraftsRecipe, own_drafts, routed, use_drafts
 from afa.drawing.contenders import ENSEMBLE, Contenders, load_student
+from afa.drawing.inputs import (
+    accepted,
+    arguments_of,
+    enlarged,
+    hires_size,
+    require_passes,
+    taking_picture,
+)
 from afa.ensemble.accelerate import accelerate
 from afa.ensemble.caching.plan import PruningPlan
 from afa.ensemble.guard import OnNonFinite, decoded
 from afa.ensemble.steering import steer
+from afa.ensemble.weighted_prompts import prompt_call
 from afa.errors import AfaError
 from afa.loading.ensemble_folder import aggregator_tensors, load_ensemble
 from afa.loading.manifest import read_manifest
@@ -108,7 +119,11 @@ def prepare(
 
 
 def drafts_of(pipeline: DiffusionPipeline, prompt: str) -> dict[str, Any]:
-    """The fields of a picture's recipe for the drafts of a prompt; empty if it has none."""
+    """The fields of a picture's recipe for the drafts of a prompt; empty if it has none.
+
+    Args:
+        prompt: the words of the prompt, without weights.
+    """
     drafter: Drafter | None = getattr(denoiser_of(pipeline), "drafter", None)
     settings = None if drafter is None else drafter.settings_of(prompt)
     if drafter is None or settings is None:
@@ -218,25 +233,86 @@ def draw(pipeline: DiffusionPipeline, recipe: PictureRecipe) -> Image.Image:
         recipe: prompt, seed and sampling settings.
 
     Raises:
-        AfaError: if memory runs out, the prediction is not finite (see `afa.ensemble.guard`), or
-            the files of weights were changed in the meantime.
+        AfaError: if memory runs out, the prediction is not finite (see `afa.ensemble.guard`), the
+            files of weights were changed in the meantime, or the scheduler, the initial picture
+            or the mask does not fit.
     """
-    what = f"A picture of {recipe.width} x {recipe.height} pixels"
-    kind = kind_of_pipeline(pipeline)
-    call: dict[str, Any] = {
-        **kind.guidance(recipe.guidance, recipe.negative_prompt),
-        "height": recipe.height,
-        "width": recipe.width,
-        **kind.call,
-    }
+    require_passes(recipe)
+    size = hires_size(recipe.height, recipe.width, recipe.hires, 1)
+    what = f"A picture of {size[1]} x {size[0]} pixels"
     generator = torch.Generator().manual_seed(recipe.seed)
-    drafted = routed(pipeline, [recipe.prompt], [generator], **call)
-    with saying_what_fits(what, _smaller), drafted, decoded(pipeline):
-        picture = pipeline(
-            prompt=recipe.prompt, num_inference_steps=recipe.steps, generator=generator, **call
-        ).images[0]
+    require_no_drafts(pipeline, recipe)
+    sampled = sampled_with(pipeline, recipe.scheduler)
+    asked = (recipe.prompt, recipe.negative_prompt, recipe.guidance, recipe.prompt_syntax)
+    with saying_what_fits(what, _smaller), sampled, decoded(pipeline):
+        call: dict[str, Any] = {
+            **prompt_call(pipeline, *asked),
+            "height": recipe.height,
+            "width": recipe.width,
+            **kind_of_pipeline(pipeline).call,
+        }
+        if recipe.image is None:
+            with routed(pipeline, [recipe.words], [generator], **call):
+                picture = _drawn(pipeline, recipe, generator, call)
+        else:
+            picture = _drawn_from(pipeline, recipe, generator, {**call, **arguments_of(recipe)})
+        if recipe.hires is not None:
+            larger = enlarged(pipeline, recipe, picture)
+            call |= {"width": larger.width, "height": larger.height}
+            call |= {"image": larger, "strength": recipe.hires_strength}
+            again = torch.Generator().manual_seed(recipe.seed)
+            picture = _drawn_from(pipeline, recipe, again, call)
     require_unchanged(pipeline)
     return picture
+
+
+def _drawn(
+    pipeline: DiffusionPipeline,
+    recipe: PictureRecipe,
+    generator: torch.Generator,
+    call: dict[str, Any],
+) -> Image.Image:
+    return pipeline(num_inference_steps=recipe.steps, generator=generator, **call).images[0]
+
+
+def _drawn_from(
+    pipeline: DiffusionPipeline,
+    recipe: PictureRecipe,
+    generator: torch.Generator,
+    call: dict[str, Any],
+) -> Image.Image:
+    """Draw from an initial picture in the arguments of the call.
+
+    Raises:
+        AfaError: if the stock pipeline refuses these models, for instance their latent channels.
+    """
+    other = taking_picture(pipeline, masked="mask_image" in call)
+    try:
+        return _drawn(other, recipe, generator, accepted(other, call))
+    except AfaError:
+        raise
+    except ValueError as error:
+        what = " ".join(re.sub(r"<[^>]*>", "", str(error)).split())
+        raise AfaError(
+            "AFA-DRAW-032",
+            f"diffusers' {type(other).__name__} does not draw with these experts: {what} Draw "
+            "without --mask or --image, or use other experts.",
+        ) from error
+
+
+def require_no_drafts(pipeline: DiffusionPipeline, recipe: PictureRecipe) -> None:
+    """Check that a picture is not drawn by drafts if it is drawn from another one.
+
+    Raises:
+        AfaError: if it is.
+    """
+    is_from_another = recipe.image is not None or recipe.hires is not None
+    if is_from_another and drafts_of(pipeline, recipe.words):
+        raise AfaError(
+            "AFA-DRAW-030",
+            "Drafts cannot be combined with an initial picture or hires: they decide by what the "
+            "experts draw from noise. Pass --no-drafts, or remove --image or --hires.",
+        )
 
 
 def _smaller() -> str:

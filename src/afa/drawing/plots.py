@@ -1,14 +1,8 @@
-"""Draw figures of fusion weights and comparisons of pictures as PNG or SVG.
-
-The colours are the palette of Okabe and Ito, which is safe for colour blindness. Text in an SVG is
-stored as outlines, so it looks the same everywhere.
-"""
+"""Draw figures of fusion weights and comparisons of pictures as PNG or SVG."""
 
 from __future__ import annotations
 
-import io
 import textwrap
-import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,21 +10,18 @@ import torch
 from torch.nn import functional as F
 
 from afa.errors import AfaError
-from afa.files import write_atomic
+from afa.figures import COLOURS, plain, save_figure
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
     from PIL import Image
     from torch import Tensor
 
     from afa.ensemble.recording import WeightRecord
 
-SUFFIXES = (".png", ".svg")
-_COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D55E00", "#F0E442")
 _LEAST_AREA = 0.03  # fraction of the picture from which a region gets a label
 
 
@@ -38,7 +29,7 @@ def expert_colours(num_experts: int) -> Tensor:
     """One colour per expert, RGB [N, 3] in 0..1; colours repeat after seven."""
     from matplotlib.colors import to_rgb
 
-    return torch.tensor([to_rgb(_COLOURS[n % len(_COLOURS)]) for n in range(num_experts)])
+    return torch.tensor([to_rgb(COLOURS[n % len(COLOURS)]) for n in range(num_experts)])
 
 
 def mix_colours(weights: Tensor) -> Tensor:
@@ -304,26 +295,3 @@ def comparison(
             fontweight="bold" if name in bold else "normal",
         )
     save_figure(figure, path, dpi)
-
-
-def plain(text: str) -> str:
-    """Escape a text so that matplotlib does not typeset it as mathematics."""
-    return text.replace("$", r"\$")
-
-
-def save_figure(figure: Figure, path: Path, dpi: int = 130) -> None:
-    """Write a figure atomically as PNG or SVG.
-
-    Raises:
-        AfaError: if the suffix is not supported.
-    """
-    if path.suffix.lower() not in SUFFIXES:
-        raise AfaError(
-            "AFA-DRAW-012", f"A figure must be {' or '.join(SUFFIXES)}; got '{path.name}'."
-        )
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        # the font draws boxes for missing glyphs, and there is no better fallback
-        warnings.filterwarnings("ignore", message="Glyph .* missing")
-        figure.savefig(buffer, dpi=dpi, format=path.suffix.lower().removeprefix("."))
-    write_atomic(path, buffer.getvalue())

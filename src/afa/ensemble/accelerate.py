@@ -93,7 +93,8 @@ def _require_compiler(mode: str, device: str) -> None:
     """Check the mode and, for the CPU, that there is a C++ compiler."""
     if mode != "regional":
         raise AfaError("AFA-ENSEMBLE-002", f"compile must be 'regional' or None; got {mode!r}.")
-    if device == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+    compilers = (os.environ.get("CXX", "g++"), "clang++", "cl")  # cl: Microsoft's
+    if device == "cpu" and not any(map(shutil.which, compilers)):
         raise AfaError(
             "AFA-ENSEMBLE-003",
             "Compiling for the CPU needs a C++ compiler; none was found as $CXX, g++ or clang++. "

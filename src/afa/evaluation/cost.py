@@ -13,6 +13,7 @@ import torch
 from afa.denoisers.kinds import denoiser_of, kind_of_pipeline
 from afa.denoisers.predictor import Predictor
 from afa.ensemble.denoiser import EnsembleDenoiser
+from afa.machine.devices import synchronize
 from afa.provenance import processor, releases
 
 if TYPE_CHECKING:
@@ -76,8 +77,7 @@ def measure(pipeline: DiffusionPipeline) -> Iterator[Cost]:
     started = time.perf_counter()
     try:
         yield cost
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         cost.seconds, cost.expert_calls = time.perf_counter() - started, calls
         cost.peak_memory = _peak(device)
         cost.measured_on = _machine(device)
@@ -101,7 +101,7 @@ def _reset_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
         return
     try:
-        _CLEAR.write_text("5")  # proc(5): resets the peak to the current use
+        _CLEAR.write_text("5", encoding="utf-8")  # proc(5): resets the peak to the current use
     except OSError:  # not on Linux, or not allowed
         return
 
@@ -110,7 +110,7 @@ def _peak(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
-        lines = _STATUS.read_text().splitlines()
+        lines = _STATUS.read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), None)

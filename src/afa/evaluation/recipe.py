@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from afa.aggregators.fusion import AnyFusion
+from afa.denoisers.scheduler_names import calls_twice, scheduler_name
 from afa.drafting.settings import DraftsRecipe
 from afa.ensemble.caching.settings import EXACT, Acceleration, acceleration_of
+from afa.ensemble.prompt_syntax import PromptSyntax
 from afa.evaluation.prompts import PromptsRecipe, resolve_file, resolve_prompts
 from afa.loading.expert_source import ExpertSource
 from afa.merging.recipe import WITH_BASE, MergeRecipe
@@ -29,9 +31,14 @@ _OF_SETS = ("fid", "kid", "is", "cmmd")
 NumSteps = Annotated[int, Field(ge=1, le=1000)]
 
 
+#: names that no file or folder can have on Windows
+_RESERVED = re.compile(r"con|prn|aux|nul|(com|lpt)\d")
+
+
 def slug(name: str) -> str:
     """Turn a name into a folder name of lower-case letters, digits and dashes."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "method"
+    found = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "method"
+    return f"{found}-method" if _RESERVED.fullmatch(found) else found
 
 
 class SparseRecipe(Section):
@@ -127,18 +134,25 @@ class SamplingRecipe(Section):
 
     A picture's initial noise depends only on the index of its prompt and on the seed.
     `num_threads` fixes the CPU threads per process, which can change the last bits of a picture.
+    `scheduler` is a name of `afa.denoisers.scheduler_names`, for the models of all methods; None
+    uses each model's own. `prompt_syntax` is `weighted` if the prompts have weights in brackets;
+    metrics see the words alone.
     """
+
+    LATER: ClassVar[tuple[str, ...]] = ("scheduler", "prompt_syntax")
 
     num_steps: NumSteps = 50
     guidance: float = Field(default=7.5, ge=0)
     seeds: list[int] = Field(default=[0], min_length=1)
     batch_size: int = Field(default=8, ge=1)
     negative_prompt: str = ""
+    prompt_syntax: PromptSyntax = "plain"
     height: int | None = Field(default=None, ge=8, multiple_of=8)
     width: int | None = Field(default=None, ge=8, multiple_of=8)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "auto"
     num_threads: int | None = Field(default=None, ge=1)
+    scheduler: Annotated[str | None, AfterValidator(scheduler_name)] = None
 
     @field_validator("seeds")
     @classmethod
@@ -255,6 +269,12 @@ class EvaluateRecipe(ModelsRecipe):
             raise ValueError(f"must name one of its methods; got '{unknown}'")
         for method in self.methods:
             self.check_method(method, self.sampling_of(method).guidance)
+            scheduler = self.sampling.scheduler
+            if scheduler and calls_twice(scheduler) and not method.acceleration.is_exact:
+                raise ValueError(
+                    f"must not have the scheduler {scheduler}, which calls the experts twice in a "
+                    f"step, with the acceleration of '{method.name}'"
+                )
         scores = list(SCENE_SCORES) if SCENES in self.metrics else []
         chosen = [metric.name for metric in self.metrics if not isinstance(metric, str)]
         scores += [name for name in chosen if name not in _OF_SETS]

@@ -174,6 +174,8 @@ def report_text(report: dict[str, Any]) -> str:
         "Brackets are 95 % intervals: Wilson's for rates of correct pictures, otherwise a "
         "bootstrap over prompts and separately trained replicas.",
     ]
+    if scheduler := sampling.get("scheduler"):
+        lines[-1] += f" Scheduler of all methods: {scheduler}."
     if own := report.get("guidance"):
         listed = "; ".join(f"{name}: {scale:g}" for name, scale in own.items())
         lines[-1] += f" Methods with another guidance: {listed}."

@@ -15,6 +15,7 @@ from afa.errors import AfaError
 from afa.evaluation.given import identities_of_pictures, take_unit
 from afa.evaluation.identity import Identities
 from afa.evaluation.methods import MethodBuilder
+from afa.evaluation.planned import plan_of_evaluation
 from afa.evaluation.prompts import load_prompts, source_warnings
 from afa.evaluation.report import write_report
 from afa.evaluation.results import Results
@@ -22,6 +23,7 @@ from afa.evaluation.scoring import Scoring
 from afa.evaluation.shares import record_shares
 from afa.evaluation.work import MARK_FILE, Claim, Store, draw_unit, units_of, write_json
 from afa.files import is_unused, owned, read_json
+from afa.loading.scheduler_choice import require_scheduler
 from afa.loading.student_record import baked_guidance
 from afa.machine.processes import Processes, fixed_threads
 from afa.training.engine import pick_device
@@ -77,6 +79,7 @@ def evaluate(recipe: EvaluateRecipe, output: Path) -> Iterator[EvaluateProgress]
         store = Store(output)
         # the main process renders the zoo's reference pictures; the others find them
         scratch = output / "references" if recipe.prompts.zoo is not None else None
+        require_scheduler(plan_of_evaluation(recipe), sampling.scheduler)
         if processes.is_main:
             write_json(output / MARK_FILE, _MARK)
             load_prompts(recipe.prompts, scratch)
@@ -84,16 +87,17 @@ def evaluate(recipe: EvaluateRecipe, output: Path) -> Iterator[EvaluateProgress]
         prompts = load_prompts(recipe.prompts, scratch)
         scoring = Scoring(recipe, prompts, store, device)
         builder = MethodBuilder(recipe, sampling, device)
-        if processes.is_main:
-            store.claim(list(_claims(recipe, prompts, store)))
-        processes.wait()
+        notes: tuple[str, ...] = ()
         if processes.is_main:
             notes = (
                 *source_warnings(recipe.prompts),
                 *scoring.warnings(),
-                *_cut_prompts(recipe, prompts),
+                *_cut_prompts(recipe, prompts),  # refuses before the recipe is recorded
                 *_guided_twice(recipe),
             )
+            store.claim(list(_claims(recipe, prompts, store)))
+        processes.wait()
+        if processes.is_main:
             yield EvaluateProgress("prompts", len(prompts), len(prompts), notes=notes)
 
         batches = list(processes.share(scoring.reference_batches()))
@@ -177,13 +181,14 @@ def require_evaluation(output: Path, references: Path | None = None) -> None:
 
 def _cut_prompts(recipe: EvaluateRecipe, prompts: Sequence[Prompt]) -> list[str]:
     """Warnings of prompts that are longer than a method's text encoders can read."""
-    from afa.evaluation.planned import plan_of_evaluation
     from afa.loading.prompt_warnings import warnings_of_plan
 
     sampling = recipe.sampling
     texts = [prompt.text for prompt in prompts]
     plan = plan_of_evaluation(recipe)
-    return warnings_of_plan(plan, texts, sampling.negative_prompt, sampling.guidance)
+    return warnings_of_plan(
+        plan, texts, sampling.negative_prompt, sampling.guidance, sampling.prompt_syntax
+    )
 
 
 def _guided_twice(recipe: EvaluateRecipe) -> list[str]:
@@ -220,7 +225,9 @@ def _claims(recipe: EvaluateRecipe, prompts: Sequence[Prompt], store: Store) -> 
     identities = Identities(recipe)
     apart = {"num_steps", "seeds", "device", "num_threads"}
     listed = [[prompt.text, prompt.group] for prompt in prompts]
-    yield Claim(store.folder / "prompts.json", {"prompts": listed}, "the prompts")
+    syntax = recipe.sampling.prompt_syntax
+    read_as = {} if syntax == "plain" else {"prompt_syntax": syntax}
+    yield Claim(store.folder / "prompts.json", {"prompts": listed, **read_as}, "the prompts")
     for method in recipe.methods:
         sampling = recipe.sampling_of(method).model_dump(mode="json", exclude=apart)
         for replica in range(method.num_replicas):

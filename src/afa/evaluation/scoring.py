@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
+from afa.ensemble.prompt_syntax import words_of_prompt
 from afa.errors import AfaError
 from afa.evaluation.identity import of_metric
 from afa.evaluation.prompts import groups_of
@@ -137,6 +138,9 @@ class Scoring:
         device: torch.device,
     ) -> None:
         self._prompts, self._store = prompts, store
+        syntax = recipe.sampling.prompt_syntax
+        #: the words of the prompts, as metrics read them
+        self._texts = [words_of_prompt(prompt.text, syntax) for prompt in prompts]
         self.scorers: list[PictureScorer] = []
         self.reference_scorers: list[ReferenceScorer] = []
         self.set_metrics: list[SetMetric] = []
@@ -146,7 +150,7 @@ class Scoring:
         self._real: dict[str, Tensor] = {}
         chosen = [metric for metric in recipe.metrics if isinstance(metric, MetricRecipe)]
         if SCENES in recipe.metrics:
-            self.scorers.append(_Scenes([prompt.text for prompt in prompts]))
+            self.scorers.append(_Scenes(self._texts))
         for asked, metric in zip(chosen, open_metrics(chosen, device), strict=True):
             weights = of_metric(asked)
             asked_for = [asked.model_dump(mode="json"), weights]
@@ -210,12 +214,11 @@ class Scoring:
 
     def warnings(self) -> list[str]:
         """Warnings before any work, one line each: cut prompts, and files that are not used."""
-        texts = [prompt.text for prompt in self._prompts]
         lines = [
             cut.line("prompt", "prompts")
             for scorer in self.scorers
             if isinstance(scorer, _Single)
-            for cut in cuts_of(scorer.text_limits, texts)
+            for cut in cuts_of(scorer.text_limits, self._texts)
         ]
         if self._folder is not None and self.references:
             others = [path for path in files_in(self._folder) if not is_picture_file(path)]
@@ -281,7 +284,7 @@ class Scoring:
         if self._is_scored(unit):
             return
         pictures = list(open_pictures(self._store.picture(unit, n) for n in unit.places))
-        prompts = [self._prompts[place].text for place in unit.places]
+        prompts = [self._texts[place] for place in unit.places]
         for scorer in self.scorers:
             path = self._scores_file(scorer.name, unit)
             if not path.exists():

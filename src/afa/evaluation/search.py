@@ -16,8 +16,10 @@ import yaml
 
 from afa.denoisers.kinds import denoiser_of
 from afa.drawing.merged import merged_pipeline
+from afa.ensemble.prompt_syntax import words_of_prompt
 from afa.errors import AfaError
 from afa.evaluation.identity import Identities, of_metric
+from afa.evaluation.planned import plan_of_search
 from afa.evaluation.prompts import load_prompts
 from afa.evaluation.recipe import SamplingRecipe
 from afa.evaluation.scoring import open_scorer
@@ -25,6 +27,7 @@ from afa.evaluation.search_recipe import SearchRecipe
 from afa.evaluation.work import draw
 from afa.files import is_unused, owned, read_json, write_atomic
 from afa.loading.pipeline import load_pipeline
+from afa.loading.scheduler_choice import require_scheduler
 from afa.loading.task import check_text_to_image
 from afa.machine.processes import fixed_threads
 from afa.merging import BlockWeights
@@ -74,6 +77,7 @@ def search_block_weights(recipe: SearchRecipe, output: Path) -> Generator[Trial,
     Raises:
         AfaError: if the folder contains something else, or the recipe cannot be loaded.
     """
+    require_scheduler(plan_of_search(recipe), recipe.sampling.scheduler)
     prompts = load_prompts(recipe.prompts)
     identity = _identity(recipe, prompts)
     _check_folder(identity, output)
@@ -153,14 +157,16 @@ def _open_study(file: Path) -> optuna.Study:
     """Open the study in a file, and mark interrupted trials as failed."""
     import optuna
     from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
+    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    file = file.resolve()  # optuna's lock is a symbolic link to this path
+    file = file.resolve()
     _repair(file)
+    # optuna's own choice is a symbolic link, which needs permissions on Windows
+    journal = JournalFileBackend(str(file), lock_obj=JournalFileOpenLock(str(file)))
     study = optuna.create_study(
         study_name="block-weights",
-        storage=JournalStorage(JournalFileBackend(str(file))),
+        storage=JournalStorage(journal),
         direction="maximize",
         load_if_exists=True,
     )
@@ -244,7 +250,8 @@ def mean_score(
             places = range(start, min(start + sampling.batch_size, len(texts)))
             chosen = [texts[place] for place in places]
             pictures = draw(pipeline, chosen, places, seed, sampling.num_steps, sampling)
-            scores += next(iter(scorer(pictures, chosen).values()))
+            words = [words_of_prompt(text, sampling.prompt_syntax) for text in chosen]
+            scores += next(iter(scorer(pictures, words).values()))
     mean = float(np.mean(scores))
     if not math.isfinite(mean):
         raise AfaError(

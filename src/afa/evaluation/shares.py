@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from afa.denoisers.kinds import denoiser_of
 from afa.drafting import way_of
+from afa.ensemble.prompt_syntax import words_of_prompt
 from afa.ensemble.recording import record_weights
 from afa.evaluation.prompts import groups_of
 from afa.evaluation.work import digest, draw, drawn_together, write_json
@@ -45,13 +46,13 @@ def record_shares(
     for group, places in groups_of(prompts).items():
         first = places[: sampling.batch_size]
         ways: dict[str, list[dict[str, Any]]] = {}
-        for batch in drawn_together(pipeline, [prompts[n].text for n in first]):
+        for batch in drawn_together(pipeline, [prompts[n].text for n in first], sampling):
             chosen = [first[n] for n in batch]
             texts = [prompts[n].text for n in chosen]
             with record_weights(denoiser_of(pipeline)) as record:
                 seed, num_steps = sampling.seeds[0], sampling.num_steps
                 draw(pipeline, texts, chosen, seed, num_steps, sampling, output_type="latent")
-            way = way_of(pipeline, texts[0])
+            way = way_of(pipeline, words_of_prompt(texts[0], sampling.prompt_syntax))
             ways.setdefault(way, []).append(_shares(record, len(chosen)))
         for way, batches in ways.items():
             title = group if way == "aggregators" or len(ways) == 1 else f"{group}, by {way}"

@@ -12,9 +12,12 @@ import torch
 from PIL import Image
 
 from afa.denoisers.kinds import denoiser_of, kind_of_pipeline
+from afa.denoisers.schedulers import sampled_with
 from afa.drafting import batches, routed
 from afa.ensemble.guard import decoded
+from afa.ensemble.prompt_syntax import words_of_prompt
 from afa.ensemble.sparse import LeadingExperts
+from afa.ensemble.weighted_prompts import of_equal_length, prompt_call
 from afa.errors import AfaError
 from afa.evaluation.cost import Cost, measure
 from afa.evaluation.recipe import slug
@@ -203,43 +206,54 @@ def draw(
     Returns: a picture, or its latents [C, H, W], for each prompt.
     """
     generators = [torch.Generator().manual_seed(seed * 1_000_003 + place) for place in places]
-    kind = kind_of_pipeline(pipeline)
+    syntax, negative = sampling.prompt_syntax, sampling.negative_prompt
     call: dict[str, Any] = {
         "height": sampling.height,
         "width": sampling.width,
-        **kind.call,
+        **kind_of_pipeline(pipeline).call,
     }
     found: list[Any] = [None] * len(texts)
-    for batch in drawn_together(pipeline, texts):
+    for batch in drawn_together(pipeline, texts, sampling):
         prompts, noise = [texts[n] for n in batch], [generators[n] for n in batch]
         what = f"A batch of {len(batch)} pictures"
         otherwise = "Or set sampling.dtype: bfloat16, or draw smaller pictures."
         remedy = smaller_batch(len(batch), "sampling.batch_size", None, otherwise)
         checked = decoded(pipeline) if output_type == "pil" else nullcontext()
-        call |= kind.guidance(sampling.guidance, sampling.negative_prompt, len(batch))
-        drafted = routed(pipeline, prompts, noise, **call)
-        with torch.no_grad(), saying_what_fits(what, remedy), drafted, checked:
-            drawn = pipeline(
-                prompt=list(prompts),  # some pipelines change the list
-                num_inference_steps=num_steps,
-                generator=noise,
-                output_type=output_type,
-                **call,
-            ).images
+        words = [words_of_prompt(prompt, syntax) for prompt in prompts]
+        sampled = sampled_with(pipeline, sampling.scheduler)
+        with torch.no_grad(), saying_what_fits(what, remedy), sampled:
+            call |= prompt_call(pipeline, prompts, negative, sampling.guidance, syntax)
+            with routed(pipeline, words, noise, **call), checked:
+                drawn = pipeline(
+                    num_inference_steps=num_steps,
+                    generator=noise,
+                    output_type=output_type,
+                    **call,
+                ).images
         for n, picture in zip(batch, drawn, strict=True):
             found[n] = picture
     return found
 
 
-def drawn_together(pipeline: DiffusionPipeline, texts: Sequence[str]) -> list[list[int]]:
+def drawn_together(
+    pipeline: DiffusionPipeline, texts: Sequence[str], sampling: SamplingRecipe
+) -> list[list[int]]:
     """The indices of prompts that are drawn in one batch.
 
-    All are drawn in the same way, see `afa.drafting.way_of`. Each is alone if only its leading
-    experts run.
+    All are drawn in the same way, see `afa.drafting.way_of`, and weighted prompts have equally many
+    chunks of tokens. Each is alone if only its leading experts run.
     """
+    syntax = sampling.prompt_syntax
     if isinstance(getattr(denoiser_of(pipeline), "schedule", None), LeadingExperts):
         return [[n] for n in range(len(texts))]
-    return batches(pipeline, texts)
+    words = [words_of_prompt(text, syntax) for text in texts]
+    return [
+        [batch[n] for n in equal]
+        for batch in batches(pipeline, words)
+        for equal in of_equal_length(
+            pipeline, [texts[n] for n in batch], sampling.negative_prompt, syntax
+        )
+    ]
 
 
 def draw_unit(

@@ -77,7 +77,7 @@ def _family(first: Facts, other: Facts) -> Finding | None:
         f"'{other.name}' is a {other.kind.name} model, '{first.name}' is a {first.kind.name} "
         "model; all experts must be of one family.",
         "Features of different families cannot be fused.",
-        "Fuse their predictions: fuse = predictions.",
+        "An ensemble can fuse their predictions: fuse = predictions.",
     )
 
 

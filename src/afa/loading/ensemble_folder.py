@@ -62,6 +62,15 @@ def aggregator_tensors(ensemble: EnsembleDenoiser) -> dict[str, Tensor]:
     }
 
 
+def names_of_parameters(ensemble: EnsembleDenoiser) -> dict[nn.Parameter, str]:
+    """Return the names of the aggregators' parameters in `aggregator_tensors`."""
+    return {
+        parameter: f"{site.name}.{key}"
+        for site, rule in _distinct_rules(ensemble)
+        for key, parameter in rule.named_parameters()
+    }
+
+
 def _distinct_rules(ensemble: EnsembleDenoiser) -> list[tuple[Site, nn.Module]]:
     """Return every fusion rule once, with its first site."""
     pairs = zip(ensemble.sites, ensemble.aggregators, strict=True)
@@ -91,7 +100,11 @@ def load_aggregator_tensors(ensemble: EnsembleDenoiser, tensors: dict[str, Tenso
 
 
 def save_ensemble(
-    pipeline: DiffusionPipeline, folder: str | Path, *, exist_ok: bool = False
+    pipeline: DiffusionPipeline,
+    folder: str | Path,
+    *,
+    exist_ok: bool = False,
+    training: Sequence[str] = (),
 ) -> Path:
     """Write an ensemble folder: aggregators, configuration and references to the experts.
 
@@ -99,6 +112,7 @@ def save_ensemble(
         pipeline: from `load_pipeline` or `load_ensemble`.
         folder: to create.
         exist_ok: whether the folder may exist and hold other files.
+        training: sentences about the training, for the model card.
 
     Returns: `folder`.
 
@@ -108,6 +122,23 @@ def save_ensemble(
     """
     folder = Path(folder)
     ensemble: EnsembleDenoiser = denoiser_of(pipeline)
+    config = config_of(ensemble, folder)
+    if folder.exists() and not exist_ok:
+        raise AfaError(
+            "AFA-LOAD-021", f"The output folder '{folder}' exists; it must be new. Name another."
+        )
+    tensors, words = aggregator_tensors(ensemble), ensemble.provenance.words
+    with staged(folder) if not folder.exists() else nullcontext(folder) as place:
+        write_files(place, config, tensors, words, training)
+    return folder
+
+
+def config_of(ensemble: EnsembleDenoiser, folder: Path) -> dict[str, Any]:
+    """Return the content of `config.json` in the folder of an ensemble.
+
+    Raises:
+        AfaError: if the experts have no source of their own, or a fusion rule cannot be saved.
+    """
     known = ensemble.provenance
     if not known.experts:
         raise AfaError(
@@ -122,11 +153,7 @@ def save_ensemble(
             f"These experts are stored inside the ensemble folder '{known.folder}'; a saved "
             "ensemble refers to experts with folders of their own. Copy that folder instead.",
         )
-    if folder.exists() and not exist_ok:
-        raise AfaError(
-            "AFA-LOAD-021", f"The output folder '{folder}' exists; it must be new. Name another."
-        )
-    config = {
+    return {
         "format": FORMAT,
         "version": 1,
         "family": ensemble.family.name,
@@ -140,17 +167,30 @@ def save_ensemble(
         "aggregator": describe_rules(ensemble),
         "sites": [site.name for site in ensemble.sites],
     }
-    with staged(folder) if not folder.exists() else nullcontext(folder) as place:
-        place.mkdir(exist_ok=True)
-        write_atomic(
-            place / AGGREGATORS,
-            save(aggregator_tensors(ensemble), metadata={"format": "pt"}),
-        )
-        write_atomic(place / "README.md", _model_card(config))
-        if known.words:
-            write_words(known.words, place)
-        write_atomic(place / "config.json", json.dumps(config, indent=2) + "\n")
-    return folder
+
+
+def write_files(
+    place: Path,
+    config: dict[str, Any],
+    tensors: dict[str, Tensor],
+    words: Sequence[str] | None,
+    training: Sequence[str],
+) -> None:
+    """Write the files of an ensemble folder, `config.json` last.
+
+    Args:
+        place: the folder, which may exist.
+        config: of `config_of`.
+        tensors: of `aggregator_tensors`.
+        words: of the training captions.
+        training: see `save_ensemble`.
+    """
+    place.mkdir(exist_ok=True)
+    write_atomic(place / AGGREGATORS, save(tensors, metadata={"format": "pt"}))
+    write_atomic(place / "README.md", _model_card(config, training))
+    if words:
+        write_words(words, place)
+    write_atomic(place / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def describe_rules(ensemble: EnsembleDenoiser) -> dict[str, Any]:
@@ -300,8 +340,10 @@ def _written(reference: ExpertReference, folder: Path) -> dict[str, Any]:
     return written
 
 
-def _model_card(config: dict[str, Any]) -> str:
-    """Write a model card in the hub's format from `config.json`."""
+def _model_card(config: dict[str, Any], training: Sequence[str]) -> str:
+    """Write a model card in the hub's format from `config.json` and sentences on the training."""
+    trained = "".join(f"- {line}\n" for line in training)
+    trained = f"\n## Training\n\n{trained}" if trained else ""
     experts = ""
     for expert in config["experts"]:
         experts += f"- `{expert['source']}` (SHA-256 `{expert['sha256']}`)"
@@ -335,7 +377,7 @@ This folder does not contain their weights.
 ## Aggregators
 
 {settings}; {len(config["sites"])} sites.
-{drafts}
+{trained}{drafts}
 ## Use
 
     import afa

@@ -78,10 +78,13 @@ def describe(path: str | Path) -> dict[str, Any]:
         if family is not None:
             kind = "U-Net folder" if family.component == "unet" else "transformer folder"
             return {"kind": kind, **_describe_denoiser(family, config)}
+    remedy = ""
+    if (found / "checkpoints").is_dir():
+        remedy = f" If its training has not finished: afa runs {path}."
     raise AfaError(
         "AFA-LOAD-029",
         f"'{path}' is of an unknown kind; it must be an ensemble folder, a diffusers pipeline or "
-        "denoiser folder, or a safetensors file.",
+        f"denoiser folder, or a safetensors file.{remedy}",
     )
 
 

@@ -34,10 +34,11 @@ from afa.loading.predictions import (
     require_predictions,
 )
 from afa.loading.quantization import Weights, quantize_linear, require_quantizer
-from afa.loading.single_file.autoencoder import load_vae
+from afa.loading.single_file.autoencoder import load_vae, require_latents
 from afa.loading.single_file.load import Companions
 from afa.loading.sources import require_hash
 from afa.loading.trust.unchanged import marks_of, watch, watch_as
+from afa.machine.devices import require_dtype
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -122,6 +123,8 @@ def load_pipeline(
     )
     companions.require_parts()
     manifests = [read_manifest(expert, companions) for expert in experts]
+    if fuse == "predictions":
+        require_predictions(place, memory_budget)
     if memory_budget is not None:
         plan = plan_experts(
             manifests,
@@ -136,14 +139,14 @@ def load_pipeline(
         place = plan.place
         if on_plan is not None:
             on_plan(plan)
-    if fuse == "predictions":
-        require_predictions(place, memory_budget)
     if place not in get_args(Place):
         raise AfaError(
             "AFA-LOAD-042", f"place must be one of {', '.join(get_args(Place))}; got '{place}'."
         )
+    require_dtype(device, torch_dtype)
     if quantize is not None:
         require_quantizer(quantize, place, manifests)
+        require_dtype(device, torch.float8_e4m3fn if quantize == "float8" else torch.int8)
     stream = LayerStream(device, ahead=AHEAD) if place == "stream" else None
 
     def prepare(expert: Expert) -> None:
@@ -200,6 +203,8 @@ def _check_before(
     require_none_wrong(compare([expert.facts for expert in bases.values()], fuse=fuse))
     for number, expert in enumerate(experts):
         expert.require_whole(with_autoencoder=number == 0 and vae is None)
+    if vae is not None:
+        require_latents(vae, experts[0].facts.name, experts[0].facts.latents)
     places = [experts[0].path / "vae"]
     places += [] if vae is None else [Path(vae.source).expanduser()]
     for place in places:

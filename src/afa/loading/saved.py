@@ -95,10 +95,21 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     if not path.is_file():
+        remedy = "Create the folder with `afa train` or afa.save_ensemble."
+        run, at, step = str(folder).rpartition("@step-")
+        if at and not folder.exists():
+            remedy = (
+                f"The ensemble of a checkpoint: afa export-checkpoint {run} --step {step} --output "
+                "NEW_FOLDER."
+            )
+        elif (folder / "checkpoints").is_dir():
+            remedy = (
+                "Its training has not finished; for the ensemble of its newest checkpoint: afa "
+                f"export-checkpoint {folder} --output NEW_FOLDER."
+            )
         raise AfaError(
             "AFA-LOAD-061",
-            f"'{folder}' has no config.json; an ensemble folder must have one. Create the folder "
-            "with `afa train` or afa.save_ensemble.",
+            f"'{folder}' has no config.json; an ensemble folder must have one. {remedy}",
         )
     config = read_json(path)
     version = (config.get("format"), config.get("version"))

@@ -89,7 +89,8 @@ def locate(
 
 
 def _is_hub_id(text: str) -> bool:
-    return text.count("/") == 1 and not text.startswith((".", "/", "~"))
+    is_drive = text[1:2] == ":"  # of Windows
+    return text.count("/") == 1 and not text.startswith((".", "/", "~")) and not is_drive
 
 
 def is_there(source: str) -> bool:
@@ -175,7 +176,8 @@ def relative_source(source: str, folder: Path) -> str:
     base, path = folder.resolve(), Path(source)
     absolute = path.parent.resolve() / path.name  # the last component may be a link
     if path.is_absolute() and absolute.is_relative_to(base.parent):
-        return os.path.join(".", os.path.relpath(absolute, base))
+        # slashes on every system, so that the ensemble can be moved to another one
+        return f"./{Path(os.path.relpath(absolute, base)).as_posix()}"
     return source
 
 

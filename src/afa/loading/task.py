@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from afa.denoisers.autoencoders import autoencoder_of
 from afa.denoisers.kinds import denoiser_of, kind_of_pipeline
@@ -12,6 +12,8 @@ from afa.errors import AfaError
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+    from afa.denoisers.family import PipelineKind
 
 
 def check_text_to_image(pipeline: DiffusionPipeline) -> None:
@@ -55,9 +57,22 @@ def native_resolution(pipeline: DiffusionPipeline) -> tuple[int, int]:
 
 def size_multiple(pipeline: DiffusionPipeline) -> int:
     """Return the number of pixels of which height and width must be multiples."""
+    patches = [kind.patch(config) for kind, config in _kinds_in(pipeline)]
+    return pipeline.vae_scale_factor * math.lcm(*patches)
+
+
+def largest_side(pipeline: DiffusionPipeline) -> int | None:
+    """Return the number of pixels that no side may exceed; None if there is no limit."""
+    limits = [kind.max_latent(config) for kind, config in _kinds_in(pipeline)]
+    known = [limit for limit in limits if limit is not None]
+    return pipeline.vae_scale_factor * min(known) if known else None
+
+
+def _kinds_in(pipeline: DiffusionPipeline) -> list[tuple[PipelineKind, Any]]:
+    """The kind of a pipeline and its denoiser's configuration, and those of other experts."""
     denoiser = denoiser_of(pipeline)
-    patches = [kind_of_pipeline(pipeline).patch(denoiser.config)]
+    found: list[tuple[PipelineKind, Any]] = [(kind_of_pipeline(pipeline), denoiser.config)]
     for expert in getattr(denoiser, "experts", ()):
         if isinstance(expert, Predictor):  # of a family of its own
-            patches.append(expert.kind.patch(expert.denoiser.config))
-    return pipeline.vae_scale_factor * math.lcm(*patches)
+            found.append((expert.kind, expert.denoiser.config))
+    return found

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from afa.denoisers.kinds import denoiser_of, kind_of, kind_of_pipeline
 from afa.denoisers.predictor import Predictor
+from afa.ensemble.prompt_syntax import weights_in, words_of_prompt
+from afa.ensemble.weighted_prompts import fuses_predictions, require_weighted
 from afa.files import parts_of, read_json
 from afa.loading.components import load_tokenizer
 
@@ -22,11 +24,15 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from afa.denoisers import PipelineKind
+    from afa.ensemble.prompt_syntax import PromptSyntax
 
 #: tokenizers without a limit have a model_max_length of at least this
 _NO_LIMIT = 1_000_000
 _CHUNK = 1000  # texts that are tokenized at once
 _SHOWN = 60  # displayed characters of the truncated part
+_WEIGHTED = (
+    "--prompt-syntax weighted (in a recipe, prompt_syntax: weighted; in the app, below More)"
+)
 
 
 @dataclass(frozen=True)
@@ -202,14 +208,27 @@ def prompt_warnings(
     *,
     guidance: float | None = None,
     kind: PipelineKind | None = None,
+    syntax: PromptSyntax | None = None,
 ) -> list[str]:
     """Return warnings about prompts before pictures are drawn, one line each.
 
     Args:
         guidance: scale of classifier-free guidance; without it the negative prompt has no effect.
         kind: of the pipeline, which may not support negative prompts; None: it does.
+        syntax: of the prompts; None if the user cannot choose it.
+
+    Raises:
+        AfaError: if the prompts are weighted and cannot be read.
     """
-    lines = [cut.line("prompt", "prompts") for cut in cuts_of(limits, prompts)]
+    if syntax == "weighted":
+        for text in (*prompts, negative_prompt):
+            words_of_prompt(text, syntax)
+        limits = []  # they are encoded in chunks
+    can_weight = syntax is not None and (kind is None or kind.clip_layer is not None)
+    longer = f" Or pass {_WEIGHTED}, which reads longer prompts." if can_weight else ""
+    lines = [cut.line("prompt", "prompts") + longer for cut in cuts_of(limits, prompts)]
+    if syntax != "weighted":
+        lines += _weights_as_words([*prompts, negative_prompt], can_weight=can_weight)
     if not negative_prompt:
         return lines
     if kind is not None and not kind.takes_negative:
@@ -220,17 +239,41 @@ def prompt_warnings(
             f"The negative prompt is ignored because guidance is {guidance:g}; it must be above 1.",
         ]
     cut = cuts_of(limits, [negative_prompt])
-    return lines + [each.line("negative prompt", "negative prompts") for each in cut]
+    return lines + [each.line("negative prompt", "negative prompts") + longer for each in cut]
+
+
+def _weights_as_words(texts: Sequence[str], *, can_weight: bool) -> list[str]:
+    """A warning if plain prompts have brackets that look like weights."""
+    example = next(filter(None, map(weights_in, texts)), None)
+    if example is None:
+        return []
+    line = f"'{example}' is drawn as words, because the prompt is plain text."
+    return [f"{line} For weights, pass {_WEIGHTED}." if can_weight else line]
 
 
 def warnings_for(
-    pipeline: Any, prompts: Sequence[str], negative_prompt: str = "", guidance: float | None = None
+    pipeline: Any,
+    prompts: Sequence[str],
+    negative_prompt: str = "",
+    guidance: float | None = None,
+    syntax: PromptSyntax | None = None,
 ) -> list[str]:
-    """Return the warnings about prompts for a loaded pipeline."""
-    return prompt_warnings(
-        limits_of(pipeline),
-        prompts,
-        negative_prompt,
-        guidance=guidance,
-        kind=kind_of_pipeline(pipeline),
+    """Return the warnings about prompts for a loaded pipeline; see `prompt_warnings`.
+
+    Raises:
+        AfaError: if the prompts are weighted, and cannot be read or encoded by this pipeline.
+    """
+    kind, fuses = kind_of_pipeline(pipeline), fuses_predictions(pipeline)
+    if syntax == "weighted":
+        require_weighted(kind, fuses_predictions=fuses)
+    elif fuses:
+        syntax = None
+    found = prompt_warnings(
+        limits_of(pipeline), prompts, negative_prompt, guidance=guidance, kind=kind, syntax=syntax
     )
+    drafter = getattr(denoiser_of(pipeline), "drafter", None)
+    if syntax == "weighted" and drafter is not None:
+        words = [words_of_prompt(prompt, syntax) for prompt in prompts]
+        cuts = cuts_of(limits_of(drafter.judge), words)
+        found += [f"For the judge of drafts: {cut.line('prompt', 'prompts')}" for cut in cuts]
+    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import resource
+import sys
 from pathlib import Path
 
 import psutil
@@ -20,11 +20,19 @@ def free_memory(device: torch.device) -> int:
 
 def _limits() -> list[int]:
     """Return the memory limits of this process: its resource limit and its cgroup's."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
-    here = psutil.Process().memory_info()
-    limits = [soft - here.vms + here.rss] if soft != resource.RLIM_INFINITY else []
+    limits = _of_process()
     for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         place = Path(name)
-        text = place.read_text().strip() if place.is_file() else "max"
+        text = place.read_text(encoding="utf-8").strip() if place.is_file() else "max"
         limits += [int(text)] if text.isdigit() else []
     return limits or [2**63]
+
+
+def _of_process() -> list[int]:
+    if sys.platform == "win32":  # has no such limits
+        return []
+    import resource
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    here = psutil.Process().memory_info()
+    return [soft - here.vms + here.rss] if soft != resource.RLIM_INFINITY else []

@@ -2,9 +2,9 @@
 
 The hash of a large file is stored in the user's cache, with the file's absolute path and its mark
 (`afa.files.Mark`: device, inode, size, times). Writing to a file changes its mark; users cannot set
-the time of that change (ctime). A hash is stored only if the mark did not change while the file was
-read and is old enough that no write could be missed. `--rehash`, or `afa.trusting(rehash=True)`,
-ignores stored hashes.
+the time of that change (ctime), except on Windows, where it is the time of creation. A hash is
+stored only if the mark did not change while the file was read and is old enough that no write could
+be missed. `--rehash`, or `afa.trusting(rehash=True)`, ignores stored hashes.
 """
 
 from __future__ import annotations
@@ -90,7 +90,8 @@ def _read(entry: Path, file: Path, mark: Mark) -> str | None:
 
 
 def _is_own(entry: Path) -> bool:
-    """Whether only this user can have written it; True on systems without users."""
+    """Whether only this user can have written it; True on Windows, which has no such modes."""
+    if not hasattr(os, "geteuid"):
+        return True
     found = entry.stat()
-    user = getattr(os, "geteuid", lambda: found.st_uid)()
-    return found.st_uid == user and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)

@@ -30,13 +30,12 @@ class Processes:
         self._state = None
         self.rank, self.count = 0, 1
         if num_launched() > 1:
-            import torch
             from accelerate import PartialState
 
+            from afa.machine.devices import has_shared_gpus
+
             # the fastest process may wait long for the slowest
-            self._state = PartialState(
-                cpu=not torch.accelerator.is_available(), timeout=timedelta(days=30)
-            )
+            self._state = PartialState(cpu=not has_shared_gpus(), timeout=timedelta(days=30))
             self.rank, self.count = self._state.process_index, self._state.num_processes
 
     @property

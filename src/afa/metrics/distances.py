@@ -218,4 +218,4 @@ def _features(features: Tensor, metric: str, what: str, *, min_rows: int) -> Ten
             f"{metric} requires finite {what}; row {int((~finite).nonzero()[0])} contains NaN or "
             "infinity. Compute the features again in float32.",
         )
-    return features.to(device="cpu", dtype=torch.float64)
+    return features.cpu().double()

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from afa.training.data.summary import DataSummary
+    from afa.training.transform import Transform
 
 
 @dataclass
@@ -23,14 +24,14 @@ class Inputs:
         summary: one line about the data; None without a data set.
         findings: in the order of the checks.
         details: sizes, crops, captions and duplicates of the data; None without pictures.
-        side: side of the training pictures; None if it is unknown.
+        transform: crops and flips of the training pictures; None if they are unknown.
         has_data: whether the data could be opened.
     """
 
     summary: str | None = None
     findings: list[Finding] = field(default_factory=list)
     details: DataSummary | None = None
-    side: int | None = None
+    transform: Transform | None = None
     has_data: bool = False
 
     @contextmanager

@@ -12,6 +12,7 @@ from afa.loading.finding import Finding
 from afa.loading.memory.budget import program_bytes, size_text
 from afa.loading.memory.needs import needs_of, needs_of_predictions
 from afa.loading.planned import Work
+from afa.machine.devices import synchronize
 from afa.machine.free import free_memory
 from afa.machine.processes import num_launched
 
@@ -164,8 +165,7 @@ def _speed(device: torch.device, dtype: torch.dtype) -> float:
 
     def product() -> None:
         matrix @ matrix
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
 
     product()
     started, count = time.perf_counter(), 0

@@ -15,7 +15,6 @@ from afa.reading import BrokenSample
 from afa.training.data import StreamedImages, open_data
 from afa.training.data.images import sample_of, source_of
 from afa.training.data.summary import frame_of, short_name
-from afa.training.prepare import transform_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -83,7 +82,9 @@ def require_sheet(recipe: object, place: Path) -> None:
         )
 
 
-def write_sheet(recipe: Recipe, summary: DataSummary | None, side: int, place: Path) -> int:
+def write_sheet(
+    recipe: Recipe, summary: DataSummary | None, transform: Transform, place: Path
+) -> int:
     """Draw the sheet of a recipe's pictures and write it as PNG; returns the number of pictures.
 
     The most cropped and the most enlarged pictures come first, then others, evenly spaced.
@@ -91,7 +92,7 @@ def write_sheet(recipe: Recipe, summary: DataSummary | None, side: int, place: P
     Args:
         recipe: of a training with pictures that are not streamed.
         summary: of the pictures, for the extremes; None without.
-        side: side of the training pictures, if the recipe does not set it.
+        transform: crops and flips of the training pictures.
         place: path of the file.
 
     Raises:
@@ -100,7 +101,6 @@ def write_sheet(recipe: Recipe, summary: DataSummary | None, side: int, place: P
     data = open_data(recipe.data)
     assert data is not None, "it is required before"
     assert not isinstance(data, StreamedImages), "it is required before"
-    transform = transform_of(recipe, side)
     cells = list(_cells(data, transform, _samples(len(data), summary)))
     count = f"{len(cells)} of {len(data)} pictures in {source_of(data)}"
     explained = (

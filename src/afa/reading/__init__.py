@@ -12,7 +12,6 @@ from afa.reading.picture import (
     as_rgb,
     conversions_of,
     parse_colour,
-    picture_size,
     read_picture,
 )
 from afa.reading.tally import Conversion, Tally, counted
@@ -30,7 +29,6 @@ __all__ = [
     "is_picture_file",
     "is_system_file",
     "parse_colour",
-    "picture_size",
     "read_picture",
     "scale_and_crop",
 ]

@@ -26,7 +26,7 @@ WHITE: Colour = (255, 255, 255)
 _CONVERSIONS = "afa conversions"
 
 #: errors of Pillow's readers for damaged files
-_DECODING_ERRORS = (
+DECODING_ERRORS = (
     UnidentifiedImageError,
     OSError,
     ValueError,
@@ -42,7 +42,6 @@ _DECODING_ERRORS = (
 _warnings_lock = threading.Lock()
 #: formats whose further frames are previews, or layers of the first picture
 _MANY_IN_ONE = ("MPO", "PSD")
-_TURNED = (5, 6, 7, 8)  # values of EXIF's orientation with width and height exchanged
 _SRGB_GAMMA, _GAMMA_TOLERANCE = 1 / 2.2, 0.02
 _INTEROP, _INTEROP_INDEX, _ADOBE_RGB = ExifTags.IFD.Interop, 1, "R03"  # Exif 2.3, DCF option file
 
@@ -87,7 +86,7 @@ def read_picture(
             done.add(Conversion.METADATA)
     except Image.DecompressionBombError as error:
         raise _too_large(name, str(error)) from error
-    except _DECODING_ERRORS as error:
+    except DECODING_ERRORS as error:
         foreign = foreign_format(head)
         if foreign is not None and not (isinstance(error, OSError) and error.errno):
             what, advice = foreign
@@ -101,25 +100,6 @@ def read_picture(
         raise _broken(name, error, remedy) from error
     picture.info = {_CONVERSIONS: frozenset(done)}
     return picture
-
-
-def picture_size(source: Path | bytes) -> tuple[int, int] | None:
-    """Return the width and height of a picture as `read_picture` reads it; reads only its header.
-
-    Returns None if it cannot be opened, which `read_picture` reports.
-    """
-    if isinstance(source, Path) and irregular(source) is not None:
-        return None
-    opened = source if isinstance(source, Path) else io.BytesIO(source)
-    try:
-        with _warnings_lock, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(opened, formats=readable_formats()) as picture:
-                turned = picture.getexif().get(ExifTags.Base.Orientation) in _TURNED
-                width, height = picture.size
-    except (Image.DecompressionBombError, *_DECODING_ERRORS):
-        return None
-    return (height, width) if turned else (width, height)
 
 
 def conversions_of(picture: Image.Image) -> frozenset[Conversion]:

@@ -68,6 +68,11 @@ class Tally:
         self.counts.update(found)
         return sorted(new)
 
+    def lines(self) -> list[str]:
+        """The result of `line` in a list, which is empty without any conversions."""
+        line = self.line()
+        return [] if line is None else [line]
+
     def line(self, what: str = "Pictures") -> str | None:
         """Describe all conversions on one line; None without any."""
         if not self.counts:

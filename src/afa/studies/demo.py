@@ -11,7 +11,6 @@ chosen on these prompts. docs/results.md has more baselines, and the limits of b
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -27,7 +26,7 @@ from afa.ensemble.recording import record_weights
 from afa.evaluation import EvaluateProgress, EvaluateRecipe, evaluate
 from afa.evaluation.recipe import slug
 from afa.evaluation.work import open_pictures
-from afa.files import read_json
+from afa.files import put_in_place, read_json, write_atomic
 from afa.loading.ensemble_folder import save_ensemble
 from afa.loading.pipeline import load_pipeline
 from afa.statistics import Interval, wilson
@@ -127,7 +126,7 @@ def run_demo(
 
         yield EvaluateProgress("report", 0, 1)
         recipe = comparison_recipe(settings, "ensemble", best)
-        (partial / "comparison.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+        write_atomic(partial / "comparison.yaml", yaml.safe_dump(recipe, sort_keys=False))
         rows = sorted(read_rows(compared), key=lambda row: row.both.mean)
         report = {
             "settings": asdict(settings),
@@ -136,14 +135,14 @@ def run_demo(
             "total_seconds": time.perf_counter() - started,
             "rows": [row.as_json() for row in rows],
         }
-        (partial / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-        (partial / "report.md").write_text(report_text(rows, settings, train_seconds))
+        write_atomic(partial / "report.json", json.dumps(report, indent=2) + "\n")
+        write_atomic(partial / "report.md", report_text(rows, settings, train_seconds))
         # always the first prompts, to avoid selecting good pictures
         prompts = evaluation_prompts(settings.num_prompts)
         draw_comparison(rows, prompts[:8], partial / "pictures.png")
         _draw_maps(pipeline, prompts[:4], settings, partial / "weights.png")
         partial.chmod(0o755)
-        os.replace(partial, output)
+        put_in_place(partial, output)
         yield EvaluateProgress("report", 1, 1)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -38,6 +38,17 @@ class Checkpoint:
         return {k.removeprefix(prefix): t for k, t in self.tensors.items() if k.startswith(prefix)}
 
 
+def step_in_name(place: Path) -> int | None:
+    """Return the step of a checkpoint by the name of its file; None for another file."""
+    found = _NAME.fullmatch(place.name)
+    return None if found is None else int(found[1])
+
+
+def newest_step(folder: Path) -> int:
+    """Return the step of the newest checkpoint in a folder; 0 if there is none."""
+    return max(Checkpoints(folder).steps(), default=0)
+
+
 class Checkpoints:
     """The checkpoints in a folder, written atomically; only the newest are kept.
 
@@ -54,6 +65,10 @@ class Checkpoints:
         if not self.folder.is_dir():
             return []
         return sorted(place for place in self.folder.iterdir() if _NAME.fullmatch(place.name))
+
+    def steps(self) -> list[int]:
+        """Return the steps of all checkpoints, the newest last."""
+        return [step for place in self.places() if (step := step_in_name(place)) is not None]
 
     def write(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint, then delete the oldest ones.
@@ -83,13 +98,13 @@ class Checkpoints:
             return "There is no earlier checkpoint."
         return f"The last checkpoint, '{places[-1]}', is intact."
 
-    def read(self) -> Checkpoint | None:
-        """Read the newest checkpoint; None if there is none.
+    def read(self, step: int | None = None) -> Checkpoint | None:
+        """Read the newest checkpoint, or that of a step; None if there is none.
 
         Raises:
             AfaError: if it is damaged.
         """
-        places = self.places()
+        places = [each for each in self.places() if step in (None, step_in_name(each))]
         if not places:
             return None
         place = places[-1]

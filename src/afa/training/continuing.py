@@ -65,8 +65,12 @@ def essence(
         if isinstance(section, dict):
             kept[key] = {k: v for k, v in section.items() if k not in free}
     training = recipe.get("training") or {}
-    if training.get("learning_rate_schedule") == "cosine":  # every learning rate depends on it
+    ends_early = training.get("early_stopping") is not None
+    # every learning rate depends on it, or the last validation
+    if training.get("learning_rate_schedule") == "cosine" or ends_early:
         kept["training"]["num_steps"] = training.get("num_steps")
+    if ends_early and kept.get("validation"):
+        kept["validation"]["every"] = recipe["validation"].get("every")
     return kept
 
 

@@ -8,6 +8,7 @@ import torch
 
 from afa.denoisers.autoencoders import autoencoder_of
 from afa.denoisers.kinds import conditioning_of
+from afa.machine.devices import widest_float
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -97,12 +98,14 @@ def as_batch(
         clean=autoencoder_of(vae).scaled(vae, mean + std * drawn),
         conditions={name: tensor.to(device) for name, tensor in conditions.items()},
         noise=torch.stack([draw.noise for draw in draws]).to(device),
-        time=torch.tensor([draw.time for draw in draws], dtype=torch.float64, device=device),
+        time=torch.tensor([draw.time for draw in draws], dtype=widest_float(device), device=device),
         seeds=tuple(draw.seed for draw in draws),
     )
 
 
-def latent_shape(pipeline: DiffusionPipeline, resolution: int) -> tuple[int, int, int]:
-    """Return the shape [C, H, W] of the latent of a square picture."""
+def latent_shape(
+    pipeline: DiffusionPipeline, height: int, width: int | None = None
+) -> tuple[int, int, int]:
+    """Return the shape [C, H, W] of the latent of a picture; without a width, of a square one."""
     vae = pipeline.vae
-    return autoencoder_of(vae).shape(vae.config, resolution, resolution)
+    return autoencoder_of(vae).shape(vae.config, height, height if width is None else width)

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 from afa.errors import AfaError
+from afa.machine.devices import has_shared_gpus
 from afa.machine.processes import Processes
 from afa.training.order import Shares
 
@@ -57,7 +58,7 @@ class Engine:
         self.rank, self.num_processes = self._processes.rank, self._processes.count
         self.is_main, self.wait = self._processes.is_main, self._processes.wait
         chosen = pick_device(device) if self.num_processes == 1 else None
-        on_cpu = chosen.type == "cpu" if chosen else not torch.accelerator.is_available()
+        on_cpu = chosen.type == "cpu" if chosen else not has_shared_gpus()
         self._accelerator = Accelerator(
             cpu=on_cpu,
             mixed_precision="no",
@@ -86,6 +87,11 @@ class Engine:
             self.num_processes,
             self.rank,
         )
+
+    def part(self, count: int) -> range:
+        """Return this process's part of `count` samples, which all processes divide."""
+        share = -(-count // self.num_processes)
+        return range(count)[self.rank * share : (self.rank + 1) * share]
 
     def prepare(self, model: nn.Module, frozen: list[str]) -> nn.Module:
         """Return the model to call during training.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import sys
 import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,9 +16,10 @@ from torch.utils.data import DataLoader, Dataset
 from afa.denoisers.kinds import denoiser_of
 from afa.errors import AfaError
 from afa.reading import BrokenSample, Tally
+from afa.training.buckets import size_text
 from afa.training.data.images import sample_of
 from afa.training.encoding import as_batch, encode_captions, encode_pictures, latent_shape
-from afa.training.order import Draw, Purpose, draw_at, sample_at, successors
+from afa.training.order import Draw, Purpose, draw_at, rows_of, sample_at, successors
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -25,15 +28,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from afa.reading import Conversion
+    from afa.training.buckets import Size
     from afa.training.data import CaptionedImages
     from afa.training.encoding import Batch, Encoded
+    from afa.training.grouping import Grouping
     from afa.training.transform import Transform
 
 
 #: seconds in which a DataLoader worker must return a batch
 _TIMEOUT = 1800
-#: bytes of a socket's path (sun_path of unix(7)), and of the part that multiprocessing appends
-_MAX_SOCKET, _SOCKET = 107, len("/pymp-abcdefgh/listener-abcdefgh")
+#: bytes of a socket's path (sun_path of unix(7), of macOS), and of what multiprocessing appends
+_MAX_SOCKET = 103 if sys.platform == "darwin" else 107
+_SOCKET = len("/pymp-abcdefgh/listener-abcdefgh")
 
 
 class Examples(Protocol):
@@ -45,6 +51,9 @@ class Examples(Protocol):
 
     def batches(self, places: Iterable[Sequence[int]]) -> Iterator[Batch]:
         """Yield one batch per row of places; its content depends only on the places."""
+
+    def rows(self, count: int, size: int) -> Sequence[Sequence[int]]:
+        """Divide the first `count` places into rows of at most `size`, each of one shape."""
 
     def notes(self, *, is_last: bool) -> list[str]:
         """Messages for the user about the batches since the last call, one line each."""
@@ -86,7 +95,7 @@ class Sample(NamedTuple):
     """A transformed picture with its caption.
 
     Attributes:
-        pixels: [3, R, R] in -1..1.
+        pixels: [3, H, W] in -1..1.
         sizes: see `Transform.sizes`.
         caption: the one that is used.
         number: index in the data set.
@@ -104,24 +113,62 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Order:
-    """Maps places to samples and random draws; `samples` are the indices that are used."""
+    """Maps places to samples and random draws.
+
+    Attributes:
+        samples: the indices that are used.
+        seed: seed of the order and of all random draws.
+        caption_dropout: fraction of captions that are dropped.
+        shape: of the latents [C, H, W] without a grouping.
+        purpose: training or validation.
+        grouping: the samples by bucket; None without buckets.
+    """
 
     samples: Sequence[int]
     seed: int
     caption_dropout: float
     shape: tuple[int, int, int]
     purpose: Purpose = Purpose.TRAINING
+    grouping: Grouping | None = None
 
     def candidates(self, place: int) -> Iterator[int]:
         """The sample at a place, then its replacements in case it is broken."""
+        if self.grouping is not None:
+            if self.purpose is Purpose.VALIDATION:
+                return self.grouping.candidates_in_order(place)
+            return self.grouping.candidates(place, self.seed)
         position = place
         if self.purpose is not Purpose.VALIDATION:
             position = sample_at(place, len(self.samples), self.seed)
         return successors(position, self.samples)
 
-    def draw(self, place: int) -> Draw:
-        """The random numbers of a place."""
-        return draw_at(place, self.shape, self.seed, self.purpose)
+    def rows(self, count: int, size: int) -> Sequence[Sequence[int]]:
+        """See `Examples.rows`."""
+        return rows_of(count, size) if self.grouping is None else self.grouping.rows(count, size)
+
+    def draw(self, place: int, sample: int | None = None) -> Draw:
+        """The random numbers of a place, and noise of the shape of a sample's latent.
+
+        Only the noise depends on the sample.
+        """
+        shape = self.shape
+        if self.grouping is not None and sample is not None:
+            shape = self.grouping.shape(sample)
+        return draw_at(place, shape, self.seed, self.purpose)
+
+    def require_bucket(self, sample: int, target: Size, name: str) -> None:
+        """Check that a picture still belongs to the bucket that its sample has.
+
+        Raises:
+            AfaError: if it does not.
+        """
+        if self.grouping is not None and self.grouping.target(sample) != target:
+            raise AfaError(
+                "AFA-TRAIN-084",
+                f"The picture '{name}' belongs to the bucket {size_text(target)}, but its size "
+                f"placed it in {size_text(self.grouping.target(sample))} when the training "
+                "started. Do not change pictures meanwhile. Run the same command again.",
+            )
 
     def drops(self, draw: Draw) -> bool:
         """Whether the caption is dropped."""
@@ -145,6 +192,8 @@ class _Places(Dataset):
         for index in self._order.candidates(place):
             try:
                 picture, captions = sample_of(self._data, index)
+                target = self._transform.target(picture.size)
+                self._order.require_bucket(index, target, self._data.name(index))
                 pixels = self._transform(picture, index, variant)
                 sizes = self._transform.sizes(picture.size, index, variant)
                 conversions = self._transform.conversions(picture)
@@ -168,6 +217,8 @@ def _require_sockets() -> None:
         AfaError: if the path is too long.
     """
     place = tempfile.gettempdir()
+    if not hasattr(socket, "AF_UNIX"):  # Windows, where torch needs none
+        return
     if len(os.fsencode(place)) + _SOCKET > _MAX_SOCKET:
         raise AfaError(
             "AFA-TRAIN-033",
@@ -218,6 +269,11 @@ class LiveExamples:
         trains_text: whether text embeddings carry gradients.
         purpose: training or validation.
         tally: counts conversions; training and validation may share one.
+        grouping: the samples by bucket, for a transform with buckets.
+        broken: broken samples that are known already -> error message.
+
+    Raises:
+        AfaError: if too many pictures are broken.
     """
 
     def __init__(
@@ -235,16 +291,23 @@ class LiveExamples:
         trains_text: bool = False,
         purpose: Purpose = Purpose.TRAINING,
         tally: Tally | None = None,
+        grouping: Grouping | None = None,
+        broken: dict[int, str] | None = None,
     ) -> None:
         self._pipeline, self._data, self._transform = pipeline, data, transform
         self._device = device or denoiser_of(pipeline).device
         self._num_workers, self._trains_text = num_workers, trains_text
         shape = latent_shape(pipeline, transform.resolution)
         samples = range(len(data)) if samples is None else samples
-        self._order = Order(samples, seed, caption_dropout, shape, purpose)
+        self._order = Order(samples, seed, caption_dropout, shape, purpose, grouping)
         self.broken = Broken(len(data), max_broken)
+        self.broken.note(broken or {})
         self._tally = Tally() if tally is None else tally
         self._news: list[str] = []
+
+    def rows(self, count: int, size: int) -> Sequence[Sequence[int]]:
+        """See `Examples.rows`."""
+        return self._order.rows(count, size)
 
     def notes(self, *, is_last: bool) -> list[str]:
         """The first picture of each kind of conversion, and the counts at the end."""
@@ -278,7 +341,10 @@ class LiveExamples:
                 name = self._data.name(sample.number)
                 self._news.append(f"'{name}' is the first picture {conversion.said}.")
             samples.append(sample)
-        draws = [self._order.draw(place) for place in places]
+        draws = [
+            self._order.draw(place, sample.number)
+            for place, sample in zip(places, samples, strict=True)
+        ]
         captions = [
             "" if self._order.drops(draw) else sample.caption
             for draw, sample in zip(draws, samples, strict=True)

@@ -17,6 +17,7 @@ from afa.denoisers.forward_process import forward_process
 from afa.denoisers.kinds import conditioning_of, denoiser_of
 from afa.ensemble.denoiser import EnsembleDenoiser
 from afa.errors import AfaError
+from afa.machine.devices import widest_float
 from afa.machine.exhausted import saying_what_fits, smaller_batch
 from afa.training.encoding import Encoded, Recorded
 from afa.training.examples import readers_alive
@@ -248,7 +249,8 @@ def _agree(
     engine: Engine, loss: Tensor, num_broken: int, wants_stop: bool
 ) -> tuple[float, int, bool]:
     """Over all processes: the mean loss, the number of broken pictures, and whether any stops."""
-    own = torch.stack([loss.double(), *loss.new_tensor([num_broken, wants_stop]).double()])
+    wide = loss.to(widest_float(loss.device))
+    own = torch.stack([wide, *wide.new_tensor([num_broken, wants_stop])])
     total, broken, stop = (engine.total(own) if engine.num_processes > 1 else own).tolist()
     return total / engine.num_processes, round(broken), stop > 0
 
@@ -259,7 +261,10 @@ def _require_finite(step: int, loss: float, grad_norm: float, scaler: GradScaler
     Raises:
         NotFinite: if one is NaN or infinite, except gradients that a smaller loss scale can fix.
     """
-    remedy = "Lower training.learning_rate, or set training.expert_dtype to float32."
+    remedy = (
+        "Lower training.learning_rate and add --continue-with, or set training.expert_dtype to "
+        "float32 in a new folder."
+    )
     if not math.isfinite(loss):
         raise NotFinite(
             "AFA-TRAIN-037", f"The loss is {loss} at step {step}; it must be finite. {remedy}"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from afa.aggregators import SABW
 from afa.ensemble.prompt_noise import PromptNoise
 from afa.errors import AfaError
+from afa.loading.predictions import fused_by
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -24,7 +25,9 @@ def require_noise(ensemble: EnsembleDenoiser, level: float) -> None:
     if not level:
         return
     configs = [rule.config for rule in ensemble.aggregators if isinstance(rule, SABW)]
-    if ensemble.widths.pooled and any(config.timestep for config in configs):
+    # predictions are fused with an embedding of the noise level alone
+    is_pooled = bool(ensemble.widths.pooled) and fused_by(ensemble) == "blocks"
+    if is_pooled and any(config.timestep for config in configs):
         raise AfaError(
             "AFA-TRAIN-059",
             "training.prompt_noise has no effect on the pooled prompt, which is part of these "

@@ -52,10 +52,18 @@ class Shares:
                 yield range(start, start + self.batch_size)
 
 
-def sample_at(place: int, num_samples: int, seed: int) -> int:
-    """Return the sample at a place: epochs of all samples, each in its own random order."""
+def rows_of(count: int, size: int) -> list[range]:
+    """Divide the first places into rows of at most `size`."""
+    return [range(n, min(n + size, count)) for n in range(0, count, size)]
+
+
+def sample_at(place: int, num_samples: int, seed: int, *key: int) -> int:
+    """Return the sample at a place: epochs of all samples, each in its own random order.
+
+    Orders with different keys, which are positive numbers, are independent.
+    """
     epoch, position = divmod(place, num_samples)
-    return int(_epoch_order(num_samples, seed, epoch)[position])
+    return int(_epoch_order(num_samples, seed, epoch, *key)[position])
 
 
 def successors(position: int, samples: Sequence[int]) -> Iterator[int]:
@@ -65,8 +73,8 @@ def successors(position: int, samples: Sequence[int]) -> Iterator[int]:
 
 
 @lru_cache(maxsize=4)
-def _epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(num_samples)
+def _epoch_order(num_samples: int, seed: int, epoch: int, *key: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch, *key]).permutation(num_samples)
 
 
 class Purpose(IntEnum):

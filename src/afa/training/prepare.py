@@ -8,10 +8,11 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from afa.errors import AfaError
-from afa.loading.task import native_resolution, size_multiple
+from afa.loading.task import largest_side, native_resolution, size_multiple
 from afa.loading.truncation import limits_of, warnings_for
 from afa.loading.vocabulary import coverage_warnings, files_of, words_of
 from afa.reading import BrokenSample, Tally, conversions_of
+from afa.training.buckets import buckets_of, crop_lines, require_side
 from afa.training.cache import (
     CachedExamples,
     CacheProgress,
@@ -22,7 +23,8 @@ from afa.training.cache import (
 )
 from afa.training.data import Joined, StreamedImages
 from afa.training.data.images import repeated
-from afa.training.data.summary import opened_sizes, summarise
+from afa.training.data.sizes import opened_sizes, parted, sizes_of
+from afa.training.data.summary import summarise
 from afa.training.data.survey import (
     caption_warnings,
     each_text,
@@ -30,10 +32,11 @@ from afa.training.data.survey import (
     known_captions,
 )
 from afa.training.examples import LiveExamples
+from afa.training.grouping import grouped_by
 from afa.training.listing import Listing, content_of, is_settled, rows_of
 from afa.training.order import Purpose
 from afa.training.split import split_for
-from afa.training.transform import Transform
+from afa.training.transform import BucketTransform, Transform
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Sequence
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from afa.training.began import Began
+    from afa.training.buckets import Size
     from afa.training.data import CaptionedImages
     from afa.training.data.summary import DataSummary
     from afa.training.engine import Engine
@@ -91,8 +95,8 @@ def prepare_examples(
             validation, the resolution does not fit, or the cache raises it.
     """
     settings, asked = recipe.training, recipe.data
-    transform = transform_of(recipe, min(native_resolution(pipeline)))
-    require_resolution(transform.resolution, size_multiple(pipeline))
+    native, multiple = min(native_resolution(pipeline)), size_multiple(pipeline)
+    transform = transform_of(recipe, native, multiple, largest_side(pipeline))
     common: Any = {"seed": settings.seed, "max_broken": asked.max_broken, "device": engine.device}
     listing, content, words = None, None, list[str]()
     make: Callable[..., Examples]
@@ -105,18 +109,24 @@ def prepare_examples(
             listing = yield from _list_samples(data, engine, began)
         content = content_of(data, listing)
         yield from _require_data(began, content, listing, data)
-    num_places = settings.num_steps * engine.shares(settings).total
+    per_step = engine.shares(settings).total
+    num_places = settings.num_steps * per_step
+    sizes: dict[int, Size] = {}
     if not isinstance(data, StreamedImages) and not _is_cached(
         asked, num_trained or len(data), num_places
     ):
         used, held_out = yield from _split(recipe, listing, data, len(data), transform, began)
         captions = dict(enumerate(known_captions(trained)))
         words = words_of(each_text(captions.values()))
-        if engine.is_main:
-            sizes = yield from _opened(trained)
-            summary = partial(summarise, sizes=sizes, captions=captions)
-            yield from _say(recipe, pipeline, trained, transform, listing, summary, num_places)
         live: Any = {**common, "num_workers": asked.num_workers, "tally": Tally()}
+        if isinstance(transform, BucketTransform):
+            sizes, live["broken"] = yield from _read_sizes(data, engine)
+        if engine.is_main:
+            shown = {n: size for n, size in sizes.items() if n < len(captions)}
+            if not isinstance(transform, BucketTransform):
+                shown = yield from _opened(trained)
+            summary = partial(summarise, sizes=shown, captions=captions)
+            yield from _say(recipe, pipeline, trained, transform, listing, summary, num_places)
         make = partial(LiveExamples, pipeline, data, transform, **live)
     else:
         folder = asked.cache_folder or default_cache_folder()
@@ -133,13 +143,14 @@ def prepare_examples(
         samples = [n for n in latents.samples if num_trained is None or n < num_trained]
         captions = {n: latents.captions_of(n) for n in samples}
         words = words_of(each_text(captions.values()))
+        sizes = latents.known_sizes
         if engine.is_main:
-            sizes = {n: latents.size(n) for n in samples}
             # shards of earlier releases do not know how pictures look
             is_known = all(n in latents.looks for n in samples)
             looks = {n: latents.looks[n] for n in samples} if is_known else None
-            summary = partial(summarise, sizes=sizes, captions=captions, looks=looks)
-            converted = latents.tally.line()
+            shown = {n: latents.size(n) for n in samples}
+            summary = partial(summarise, sizes=shown, captions=captions, looks=looks)
+            converted = latents.tally.lines()
             yield from _say(recipe, pipeline, trained, transform, listing, summary, None, converted)
         names = None if isinstance(data, StreamedImages) else data
         used, held_out = yield from _split(
@@ -150,23 +161,65 @@ def prepare_examples(
         used = repeated(data, used)
         if began is not None and asked.repeats:
             began.require_repeats(used)
-    training = make(
-        samples=used, purpose=Purpose.TRAINING, caption_dropout=settings.caption_dropout
-    )
-    validation = make(samples=held_out, purpose=Purpose.VALIDATION) if held_out else None
+    of_training: dict[str, Any] = {"caption_dropout": settings.caption_dropout}
+    of_validation: dict[str, Any] = {}
+    if isinstance(transform, BucketTransform):
+        grouping = grouped_by(transform, pipeline, sizes, used, per_step)
+        of_training["grouping"] = grouping
+        if engine.is_main:
+            warnings = grouping.warnings(settings.num_steps, settings.seed)
+            notes = grouping.summary(transform, sizes), *(f"warning: {each}" for each in warnings)
+            yield CacheProgress("group pictures", 1, 1, notes)
+        if held_out:
+            of_held_out = grouped_by(transform, pipeline, sizes, held_out, per_step)
+            of_validation["grouping"] = of_held_out
+    training = make(samples=used, purpose=Purpose.TRAINING, **of_training)
+    validation = None
+    if held_out:
+        validation = make(samples=held_out, purpose=Purpose.VALIDATION, **of_validation)
     return Prepared(training, validation, listing, words, len(held_out))
 
 
-def transform_of(recipe: Recipe, native: int) -> Transform:
-    """Return the crops and flips of a training; `native` is the experts' resolution."""
-    asked = recipe.data
-    return Transform(
-        asked.resolution or native,
-        asked.crop,
-        asked.flip,
-        asked.num_variants,
-        recipe.training.seed,
-    )
+def transform_of(recipe: Recipe, native: int, multiple: int, largest: int | None) -> Transform:
+    """Return the crops and flips of a training.
+
+    Args:
+        recipe: of the training.
+        native: the experts' resolution in pixels.
+        multiple: see `afa.loading.task.size_multiple`.
+        largest: see `afa.loading.task.largest_side`.
+
+    Raises:
+        AfaError: if the resolution or the buckets do not fit the experts.
+    """
+    data, seed = recipe.data, recipe.training.seed
+    side = data.resolution or native
+    require_resolution(side, multiple)
+    require_side(side, largest)
+    settings = side, data.crop, data.flip, data.num_variants, seed
+    if data.buckets is None:
+        return Transform(*settings)
+    return BucketTransform(*settings, buckets=buckets_of(data.buckets, side, multiple, largest))
+
+
+def _read_sizes(
+    data: CaptionedImages, engine: Engine
+) -> Generator[CacheProgress, None, tuple[dict[int, Size], dict[int, str]]]:
+    """Read the sizes of all pictures, of which each process reads a part.
+
+    Returns: the sizes, and the error messages of pictures without a readable one.
+    """
+    mine = engine.part(len(data))
+    found: list[tuple[int, Size | str]] = []
+    for some in sizes_of(data, mine):
+        found += some
+        yield CacheProgress("read sizes of pictures", len(found), len(mine))
+    found = engine.gather(found)
+    sizes, broken = parted(found)
+    if broken:
+        notes = tuple(f"Skipped: {line}" for line in broken.values())
+        yield CacheProgress("read sizes of pictures", len(mine), len(mine), notes)
+    return sizes, broken
 
 
 def require_resolution(side: int, multiple: int) -> None:
@@ -190,8 +243,7 @@ def _list_samples(
     Files in the run's earlier listing are read only if they have changed.
     """
     known = began.listing.known() if began is not None and began.listing is not None else None
-    share = -(-len(data) // engine.num_processes)
-    mine = range(len(data))[engine.rank * share : (engine.rank + 1) * share]
+    mine = engine.part(len(data))
     rows = []
     for some in rows_of(data, mine, known):
         rows += some
@@ -269,7 +321,7 @@ def _say(
     listing: Listing | None,
     summarised: Callable[..., DataSummary],
     most: int | None,
-    converted: str | None = None,
+    converted: Sequence[str] = (),
 ) -> Iterator[CacheProgress]:
     """Yield a summary of the data, and warnings about data and prompts, before the first step.
 
@@ -285,13 +337,19 @@ def _say(
     if not is_settled(data):  # generated scenes need no description
         described += summary.lines()
         lines += summary.warnings()
-    if converted is not None:
-        lines.append(converted)
+        if not isinstance(transform, BucketTransform):
+            lines += crop_lines(summary.sizes.values())
+    lines += converted
     if captions:
         lines += coverage_warnings(files_of(recipe.experts), captions)
     previews = recipe.previews
     if previews is not None:
-        cut = warnings_for(pipeline, previews.prompts, guidance=previews.guidance)
+        cut = warnings_for(
+            pipeline,
+            previews.prompts,
+            guidance=previews.guidance,
+            syntax=previews.prompt_syntax,
+        )
         lines += [f"previews: {line}" for line in cut]
     notes = (*described, *(f"warning: {each}" for each in lines))
     if notes:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from afa.aggregators import SABWSettings
+from afa.denoisers.scheduler_names import scheduler_name
 from afa.drafting.settings import DraftsRecipe, OwnDrafts
+from afa.ensemble.prompt_syntax import PromptSyntax
 from afa.loading.expert_source import ExpertSource, Fuse
 from afa.reading import parse_colour
 from afa.recipe import MAX_SEED, Section, read_recipe, resolve_path, resolve_sources
+from afa.training.buckets import BucketsRecipe
 from afa.training.sources import DatasetRecipe, Place, ScenesRecipe, resolve_pictures
 
 
@@ -73,7 +76,8 @@ class DataRecipe(Section):
         background: colour on which transparent pictures are composited, a name or `#rrggbb`.
         resolution: side of the square crop in pixels, to which the shorter side is scaled; None
             uses the experts' native resolution.
-        crop: a random square, or the central one.
+        buckets: see `BucketsRecipe`, or True; None or False crops squares.
+        crop: a random part of the scaled picture, or the central one.
         flip: whether pictures may be mirrored; leave it off if captions mention left or right.
         num_variants: number of crops and flips per picture; equal ones are encoded once.
         cache: whether latents and text embeddings are cached on disk; None caches them if the
@@ -86,6 +90,7 @@ class DataRecipe(Section):
 
     LATER: ClassVar[tuple[str, ...]] = (
         "prompts",
+        "buckets",
         "caption_column",
         "file_column",
         "captions",
@@ -105,6 +110,7 @@ class DataRecipe(Section):
     limit: int | None = Field(default=None, ge=1)
     background: str = "#ffffff"
     resolution: int | None = Field(default=None, ge=8)
+    buckets: BucketsRecipe | None = None
     crop: Literal["random", "center"] = "random"
     flip: bool = False
     num_variants: int = Field(default=4, ge=1, le=64)
@@ -112,6 +118,13 @@ class DataRecipe(Section):
     cache_folder: Path | None = None
     num_workers: int = Field(default=0, ge=0)
     max_broken: float = Field(default=0.01, ge=0, le=1)
+
+    @field_validator("buckets", mode="before")
+    @classmethod
+    def _as_section(cls, given: Any) -> Any:
+        if isinstance(given, bool):
+            return {} if given else None
+        return given
 
     @property
     def caption_columns(self) -> tuple[str, ...]:
@@ -145,6 +158,22 @@ class DataRecipe(Section):
         return self
 
 
+class EarlyStoppingRecipe(Section):
+    """When a training ends early; see `afa.training.early_stopping`.
+
+    The ensemble gets the weights with the lowest validation loss, also if the training does not end
+    early.
+
+    Attributes:
+        patience: number of validations without improvement after which the training ends.
+        min_improvement: amount by which a validation loss must be lower than the one that was the
+            last improvement, to count as an improvement.
+    """
+
+    patience: int = Field(ge=1)
+    min_improvement: float = Field(default=0, ge=0)
+
+
 class TrainingRecipe(Section):
     """Settings of the training; the defaults are those of the paper (AFA, section 4.1).
 
@@ -170,6 +199,7 @@ class TrainingRecipe(Section):
         expert_dtype: dtype of the frozen parts; aggregators, optimizer and loss are in float32.
         gradient_checkpointing: store only the features at sites, and recompute the rest.
         offload_experts: keep the experts on the CPU and move one layer at a time to the device.
+        early_stopping: see `EarlyStoppingRecipe`; None trains for all steps.
         checkpoint_every: interval of checkpoints in steps.
         keep_checkpoints: number of checkpoints to keep.
         log_every: interval in steps of lines in metrics.jsonl and the trackers.
@@ -178,7 +208,7 @@ class TrainingRecipe(Section):
         seed: seed of the aggregators' initial weights and of all random draws.
     """
 
-    LATER: ClassVar[tuple[str, ...]] = ("prompt_noise",)
+    LATER: ClassVar[tuple[str, ...]] = ("prompt_noise", "early_stopping")
 
     num_steps: int = Field(ge=1)
     batch_size: int = Field(default=8, ge=1)
@@ -197,6 +227,7 @@ class TrainingRecipe(Section):
     expert_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     gradient_checkpointing: bool = False
     offload_experts: bool = False
+    early_stopping: EarlyStoppingRecipe | None = None
     checkpoint_every: int = Field(default=500, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
     log_every: int = Field(default=50, ge=1)
@@ -235,13 +266,21 @@ class ValidationRecipe(Section):
 
 
 class PreviewRecipe(Section):
-    """Preview pictures during the training, with fixed prompts and noise."""
+    """Preview pictures during the training, with fixed prompts and noise.
+
+    `scheduler` is a name of `afa.denoisers.scheduler_names`; None uses the experts' own.
+    `prompt_syntax` is `weighted` if the prompts have weights in brackets.
+    """
+
+    LATER: ClassVar[tuple[str, ...]] = ("scheduler", "prompt_syntax")
 
     prompts: list[str] = Field(min_length=1, max_length=64)
     every: int = Field(default=500, ge=1)
     num_steps: int = Field(default=20, ge=1, le=1000)
     guidance: float = Field(default=7.5, ge=0)
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
+    scheduler: Annotated[str | None, AfterValidator(scheduler_name)] = None
+    prompt_syntax: PromptSyntax = "plain"
 
 
 class Recipe(Section):
@@ -272,7 +311,8 @@ class Recipe(Section):
     previews: PreviewRecipe | None = None
 
     @model_validator(mode="after")
-    def _validation_fits(self) -> Recipe:
+    def _validated(self) -> Recipe:
+        require_validation(self.training, self.validation)
         is_streamed = self.data.dataset is not None and self.data.dataset.streaming
         if self.validation is not None and self.validation.has_own_data and is_streamed:
             raise ValueError(
@@ -298,6 +338,19 @@ class Recipe(Section):
                 )
             aggregator = {"min_scale": 1, **aggregator, "hidden_ratio": None}
         return {**given, "aggregator": aggregator}
+
+
+def require_validation(training: TrainingRecipe, validation: ValidationRecipe | None) -> None:
+    """Check that a training that may end early is validated.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if training.early_stopping is not None and validation is None:
+        raise ValueError(
+            "must have validation with training.early_stopping, for example validation: "
+            "{num_samples: 64, every: 500}"
+        )
 
 
 def load_recipe(path: str | Path) -> Recipe:

@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from afa.training.routing import Routing
 
 METRICS = "metrics.jsonl"
+#: key of the line about the end of a training by early stopping
+EARLY = "early_stopping"
 _ENVIRONMENT = "environment.json"
+_OF_CURVES = ("loss", "validation_loss", "learning_rate")
 _PACKAGES = ("afa", "torch", "diffusers", "transformers", "accelerate", "safetensors", "datasets")
 
 
@@ -47,7 +50,11 @@ class Recorder:
         self, folder: Path, trackers: Sequence[str], settings: dict[str, Any], first_step: int
     ) -> None:
         self._path = folder / METRICS
+        #: lines of the run with losses, for its curves
+        self.losses: list[dict[str, Any]] = []
         self._keep_up_to(first_step)
+        #: steps from which the run was started
+        self.starts: list[int] = []
         #: messages for the user about the start, one line each
         self.notes = self._note_environment(folder / _ENVIRONMENT, first_step)
         self._trackers: list[Any] = []
@@ -64,21 +71,28 @@ class Recorder:
         if not self._path.exists():
             return
         kept = []
-        for line in self._path.read_text().splitlines():
+        for line in self._path.read_text(encoding="utf-8").splitlines():
             try:
-                if json.loads(line)["step"] <= step:
+                entry = json.loads(line)
+                if entry["step"] <= step:
                     kept.append(line)
+                    self._remember(entry)
             except (json.JSONDecodeError, KeyError, TypeError):
                 continue  # an incomplete line of an interrupted run
         write_atomic(self._path, "".join(f"{line}\n" for line in kept))
 
-    @staticmethod
-    def _note_environment(place: Path, first_step: int) -> list[str]:
+    def _remember(self, entry: dict[str, Any]) -> None:
+        found = {key: entry[key] for key in _OF_CURVES if key in entry}
+        if found:
+            self.losses.append({"step": entry["step"], **found})
+
+    def _note_environment(self, place: Path, first_step: int) -> list[str]:
         starts = read_json(place)["starts"] if place.exists() else []
         here = _here()
         before = starts[-1].get("versions", {}) if starts and first_step else here["versions"]
         starts.append({"step": first_step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")} | here)
         write_atomic(place, json.dumps({"starts": starts}, indent=2) + "\n")
+        self.starts = [start["step"] for start in starts]
         changed = [
             f"{name} {here['versions'].get(name, 'none')} (before: {before.get(name, 'none')})"
             for name in sorted(before.keys() | here["versions"].keys())
@@ -108,8 +122,9 @@ class Recorder:
 
     def write(self, step: int, figures: dict[str, Any]) -> None:
         """Write a line to metrics.jsonl, and its numbers to the trackers."""
-        with self._path.open("a") as file:
+        with self._path.open("a", encoding="utf-8", newline="\n") as file:
             file.write(json.dumps({"step": step, **figures}) + "\n")
+        self._remember({"step": step, **figures})
         numbers = {key: value for key, value in figures.items() if isinstance(value, int | float)}
         for tracker in self._trackers:
             if numbers:
@@ -134,7 +149,7 @@ class Recorder:
 def entries_of(folder: Path, key: str) -> list[dict[str, Any]]:
     """Return the lines of a run's metrics that have a key, without an incomplete last line."""
     path, found = folder / METRICS, []
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         with suppress(json.JSONDecodeError):
             entry = json.loads(line)
             if isinstance(entry, dict) and key in entry:

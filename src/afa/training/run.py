@@ -23,18 +23,27 @@ from afa.files import (
 from afa.loading.ensemble_folder import save_ensemble
 from afa.loading.pipeline import load_pipeline
 from afa.loading.planned import companions_of
+from afa.loading.scheduler_choice import require_scheduler
 from afa.loading.vocabulary import words_of
-from afa.recipe import differing
 from afa.training.began import Began
 from afa.training.cache import default_cache_folder
-from afa.training.checkpoints import Checkpoints
-from afa.training.continuing import RECIPE, essence
+from afa.training.changing import (
+    History,
+    changes_between,
+    require_changeable,
+    require_run,
+    said_of,
+)
+from afa.training.checkpoints import Checkpoints, newest_step
+from afa.training.continuing import RECIPE
 from afa.training.data import Joined, StreamedImages, open_data, open_validation
 from afa.training.data.survey import each_text, known_captions
 from afa.training.drawn import draw_pictures
 from afa.training.earlier import is_earlier
 from afa.training.engine import Engine
+from afa.training.exported import CHECKPOINTS, write_description
 from afa.training.loop import TrainStep, seeded
+from afa.training.planned import plan_of_training
 from afa.training.prepare import prepare_examples
 from afa.training.record import require_trackers
 from afa.training.stopping import Stopped
@@ -54,26 +63,28 @@ if TYPE_CHECKING:
     from afa.training.prepare import Prepared
     from afa.training.recipe import Recipe
 
-CHECKPOINTS = "checkpoints"
-
 
 def train(
     recipe: Recipe,
     output: Path,
     *,
     should_stop: Callable[[], bool] | None = None,
+    continue_with: bool = False,
 ) -> Iterator[TrainStep | CacheProgress]:
     """Train the aggregators of a recipe and write an ensemble folder (AFA, section 4.1).
 
     Writes `recipe.json`, `environment.json`, checkpoints and `metrics.jsonl` during the training,
     and the ensemble at the end. The same call resumes an interrupted run; `training.num_steps` may
     be raised meanwhile if the learning rate is constant. Several processes share the samples of a
-    step; see `Engine`.
+    step; see `Engine`. With `training.early_stopping`, the ensemble has the weights with the lowest
+    validation loss.
 
     Args:
         recipe: experts, data, aggregator, training.
         output: a new folder, or the folder of an earlier run of this recipe.
         should_stop: called after each step; if it returns True, the run saves and raises `Stopped`.
+        continue_with: continue an earlier run with other settings from its newest checkpoint on;
+            see `afa.training.changing.CHANGEABLE`.
 
     Raises:
         AfaError: before anything is written, if the folder contains something else or a part of the
@@ -82,8 +93,10 @@ def train(
     """
     settings = recipe.training
     engine = Engine(settings.device)
-    require_same_recipe(recipe, output)
+    history = require_same_recipe(recipe, output, continue_with=continue_with)
     require_trackers(settings.trackers)
+    if recipe.previews is not None:
+        require_scheduler(plan_of_training(recipe), recipe.previews.scheduler)
     place = recipe.data.cache_folder or default_cache_folder()
     require_place_for_folder(place, "The cache")
     engine.wait()  # so that all processes have checked the folders before one writes
@@ -107,7 +120,8 @@ def train(
         companions = replace(companions_of(recipe, denoiser_of(pipeline).dtype), own_vae=True)
         keep_drafts(pipeline, recipe.drafts, companions)
     checkpoints = Checkpoints(output / CHECKPOINTS, settings.keep_checkpoints)
-    trainer = Trainer(pipeline, Aggregators(pipeline, engine.device), settings, engine, checkpoints)
+    aggregators = Aggregators(pipeline, engine.device)
+    trainer = Trainer(pipeline, aggregators, settings, engine, checkpoints)
     began = Began(
         output,
         trainer.began if trainer.first else None,
@@ -123,17 +137,19 @@ def train(
     _require_words(recipe.drafts, words)
     with owned(output) if engine.is_main else nullcontext():
         if engine.is_main:
+            history.write(output)
             settings_json = recipe.model_dump(mode="json")
             write_atomic(output / RECIPE, json.dumps(settings_json, indent=2) + "\n")
+            write_description(aggregators, output)
             if listing is not None:
                 listing.write(output)
-        with Watch(_watched(recipe, num_validation), output, trainer, validation) as watch:
+        watched = _watched(recipe, num_validation)
+        with Watch(watched, output, trainer, validation, history) as watch:
             watch.skipped(training.broken)
-            for step in trainer.steps(training, should_stop):
-                yield watch.see(step)
+            yield from watch.steps(training, should_stop)
         trainer.finish()
         if engine.is_main:
-            save_ensemble(pipeline, output, exist_ok=True)
+            save_ensemble(pipeline, output, exist_ok=True, training=watch.summary)
         engine.wait()
 
 
@@ -206,24 +222,36 @@ def _stoppable(
             raise Stopped(trainer.first, trainer.settings.num_steps)
 
 
-def require_same_recipe(recipe: Recipe, output: Path) -> None:
+def require_same_recipe(recipe: Recipe, output: Path, *, continue_with: bool = False) -> History:
     """Check that a folder is new, or of an earlier run of this recipe.
 
+    Args:
+        recipe: of this start.
+        output: the folder.
+        continue_with: whether settings may be changed on purpose; see `train`.
+
+    Returns: the recipes of the run, with this one.
+
     Raises:
-        AfaError: if it is not; names the differing settings.
+        AfaError: if it is not; names the differing settings with both values.
     """
-    if is_unused(output):
-        return
-    written, now = output / RECIPE, essence(recipe.model_dump(mode="json"))
-    before = essence(read_json(written)) if written.is_file() else None
+    now, written = recipe.model_dump(mode="json"), output / RECIPE
+    if continue_with:
+        require_run(written)
+    before = read_json(written) if written.is_file() and not is_unused(output) else None
     if before is not None and is_earlier(before):  # the pictures are compared instead
-        now["data"].pop("background")
-    if before != now:
+        data = before.get("data") or {}
+        before = {**before, "data": {**data, "background": now["data"]["background"]}}
+    changes = [] if before is None else changes_between(before, now)
+    if continue_with:
+        require_changeable(changes, output)
+    elif changes or (before is None and not is_unused(output)):
         found = "is not empty and has no run"
-        if before is not None:
-            found = f"has a run with another {', '.join(differing(before, now))}"
+        if changes:
+            found = f"has a run with another {said_of(changes)}"
         raise AfaError(
             "AFA-TRAIN-046",
             f"The output folder '{output}' {found}. Pass a new folder, or one of an earlier run of "
             "this recipe.",
         )
+    return History.of(output, before, now, newest_step(output / CHECKPOINTS))

@@ -1,4 +1,4 @@
-"""Stop a training on Ctrl-C or SIGTERM after the step is finished and saved."""
+"""Stop a training on Ctrl-C, SIGTERM or SIGHUP after the step is finished and saved."""
 
 from __future__ import annotations
 
@@ -42,14 +42,17 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Turn the first SIGINT or SIGTERM into a request; a later one has its usual effect.
+    """Turn the first SIGINT, SIGTERM or SIGHUP into a request; a later one has its usual effect.
 
+    SIGHUP is sent when a terminal or connection is closed; it stays ignored under `nohup`.
     Signals within two seconds count as one, because launchers forward the signal that their
     processes have received already. Use it in the main thread.
     """
     request = StopRequest()
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.getsignal(number) for number in signals}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+    if hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN:
+        before[hangup] = signal.getsignal(hangup)
 
     def note(number: int, frame: FrameType | None) -> None:
         if request.signal is None:
@@ -62,7 +65,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    for number in signals:
+    for number in before:
         signal.signal(number, note)
     try:
         yield request

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from contextlib import ExitStack
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -20,15 +21,18 @@ from afa.training.checkpoints import (
     optimizer_tensors,
 )
 from afa.training.continuing import configurations, digest, digest_of_settings, require_same
+from afa.training.data.sizes import parted, sizes_of
+from afa.training.early_stopping import EarlyStopping, refuse_early_stopping
 from afa.training.engine import Engine
 from afa.training.examples import LiveExamples
+from afa.training.grouping import grouped_by
 from afa.training.listing import digest_of
 from afa.training.loop import NotFinite, TrainStep, optimizer_steps
 from afa.training.trained import Aggregators
-from afa.training.transform import Transform
+from afa.training.transform import BucketTransform, Transform
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 
     from diffusers import DiffusionPipeline
 
@@ -56,13 +60,15 @@ def train_aggregators(
         data: pictures and captions; a broken picture is an error.
         settings: steps, batch size, learning rate and so on.
         checkpoints: to resume from and to write to; None writes none.
-        transform: crops and flips; None uses random crops at the experts' resolution.
+        transform: crops, flips and buckets; None uses random squares at the experts' resolution.
 
     Raises:
-        AfaError: if there are no aggregators, the experts need inputs besides a prompt, or the
-            checkpoint is damaged, has other experts, data or settings, or more steps than
-            `num_steps`; while training, if a picture cannot be read or the loss is not finite.
+        AfaError: if there are no aggregators, the experts need inputs besides a prompt, early
+            stopping is set, or the checkpoint is damaged, has other experts, data or settings, or
+            more steps than `num_steps`; while training, if a picture cannot be read or the loss is
+            not finite.
     """
+    refuse_early_stopping(settings)
     engine = Engine(settings.device)
     aggregators = Aggregators(pipeline, engine.device)
     trainer = Trainer(pipeline, aggregators, settings, engine, checkpoints)
@@ -76,12 +82,19 @@ def train_aggregators(
                 "the settings": digest_of_settings(settings),
             }
         )
+    grouping, broken = None, dict[int, str]()
+    if isinstance(transform, BucketTransform):
+        samples, per_step = range(len(data)), engine.shares(settings).total
+        sizes, broken = parted(itertools.chain.from_iterable(sizes_of(data, samples)))
+        grouping = grouped_by(transform, pipeline, sizes, samples, per_step)
     examples = LiveExamples(
         pipeline,
         data,
         transform,
         seed=settings.seed,
         caption_dropout=settings.caption_dropout,
+        grouping=grouping,
+        broken=broken,
     )
 
     def steps() -> Iterator[TrainStep]:
@@ -126,6 +139,10 @@ class Trainer:
         self._ema = None
         if settings.ema_decay is not None:
             self._ema = EMAModel(self._parameters, decay=settings.ema_decay)
+        #: decides when the training ends; None if only `num_steps` does
+        self.early = None
+        if settings.early_stopping is not None:
+            self.early = EarlyStopping(settings.early_stopping)
         self._checkpoints = checkpoints
         #: hashes of all inputs of a step except weights, by name
         self._made_from = {} if checkpoints is None else configurations(pipeline)
@@ -144,22 +161,24 @@ class Trainer:
             )
         trained.place(engine, settings)
 
-    def bind(self, made_from: Mapping[str, str]) -> None:
+    def bind(self, made_from: Mapping[str, str], changed: Collection[str] = ()) -> None:
         """Store hashes of more inputs of a step in the checkpoints.
 
         Args:
             made_from: hashes by the name that errors use: data, transform, settings.
+            changed: names of those that are not compared, because they were changed on purpose.
 
         Raises:
             AfaError: if the run began with other hashes.
         """
         if self._checkpoints is not None:
-            require_same(self.began, made_from, self._checkpoints.folder)
+            compared = {name: value for name, value in made_from.items() if name not in changed}
+            require_same(self.began, compared, self._checkpoints.folder)
             self._made_from |= made_from
 
     def steps(
         self, examples: Examples, should_stop: Callable[[], bool] | None = None
-    ) -> Iterator[TrainStep]:
+    ) -> Generator[TrainStep, None, None]:
         """Run the remaining steps; see `optimizer_steps`."""
         with self.trained.working(self.engine, self.settings):
             steps = optimizer_steps(
@@ -170,7 +189,7 @@ class Trainer:
                 engine=self.engine,
                 modules=self.trained.modules,
                 first=self.first,
-                save=self._save,
+                save=self.save,
                 scaler=self._scaler,
                 after_step=self._average,
                 should_stop=should_stop,
@@ -192,9 +211,25 @@ class Trainer:
         return stack
 
     def finish(self) -> None:
-        """Copy the EMA weights into the parameters, if `ema_decay` is set."""
+        """Load the weights that the result has: the best ones, or the EMA weights, or the last."""
         if self._ema is not None:
             self._ema.copy_to(self._parameters)
+        if self.early is not None and self.early.best:
+            self.trained.load(self.early.best)
+
+    def validated(self, step: int, loss: float) -> None:
+        """Process a validation loss, if the training may end early.
+
+        Args:
+            step: of the validation.
+            loss: its loss, the same in all processes.
+        """
+        if self.early is not None and self.early.see(step, loss):
+            with self.averaged():  # which were validated
+                tensors = self.trained.tensors()
+                self.early.best = {
+                    name: tensor.detach().cpu().clone() for name, tensor in tensors.items()
+                }
 
     def _average(self) -> None:
         if self._ema is not None:
@@ -202,7 +237,8 @@ class Trainer:
 
     # -- checkpoints --------------------------------------------------------------------------
 
-    def _save(self, step: int) -> None:
+    def save(self, step: int) -> None:
+        """Write a checkpoint after a step; only the main process does."""
         if self._checkpoints is None or not self.engine.is_main:
             return
         require_unchanged(self.pipeline)
@@ -222,6 +258,8 @@ class Trainer:
             notes["average"] = average
         if self._scaler is not None:
             notes["scaler"] = self._scaler.state_dict()
+        if self.early is not None:
+            notes["early_stopping"], parts["best"] = self.early.notes(), self.early.best
         tensors = {f"{part}.{k}": t for part, found in parts.items() for k, t in found.items()}
         self._checkpoints.write(Checkpoint(step, tensors, notes))
 
@@ -258,6 +296,8 @@ class Trainer:
             self._ema.to(self._parameters[0].device)
         if self._scaler is not None:
             self._scaler.load_state_dict(found.notes["scaler"])
+        if self.early is not None and "early_stopping" in found.notes:
+            self.early.restore(found.notes["early_stopping"], found.part("best"))
         self.first = found.step
 
     @property

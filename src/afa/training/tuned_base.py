@@ -26,6 +26,7 @@ from afa.training.checkpoints import (
     optimizer_tensors,
 )
 from afa.training.continuing import configurations
+from afa.training.early_stopping import refuse_early_stopping
 from afa.training.engine import Engine
 from afa.training.examples import LiveExamples
 from afa.training.listing import digest_of
@@ -68,14 +69,15 @@ def tune_base(
             trains all weights.
 
     Raises:
-        AfaError: if the model cannot be loaded, `expert_dtype` is not float32, or the folder has
-            another run; and as `train_aggregators`.
+        AfaError: if the model cannot be loaded, `expert_dtype` is not float32, early stopping is
+            set, or the folder has another run; and as `train_aggregators`.
     """
     if settings.expert_dtype != "float32":
         raise AfaError(
             "AFA-TRAIN-054",
             f"expert_dtype must be float32 to tune a base; got {settings.expert_dtype}.",
         )
+    refuse_early_stopping(settings)
     engine = Engine(settings.device)
     companions = Companions(torch.float32, config=config)
     pipeline, reference = load_single(source, companions=companions, dequantise=True)
@@ -189,4 +191,4 @@ def save_pipeline(pipeline: DiffusionPipeline, output: Path) -> None:
             target = output / part.name
             if target.is_dir():
                 shutil.rmtree(target)
-            part.rename(target)
+            part.replace(target)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
 import shutil
 import tempfile
 from importlib import resources
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 
 from afa.errors import AfaError
-from afa.files import cache_folder, write_atomic
+from afa.files import cache_folder, put_in_place, write_atomic
 from afa.zoo.sprites import DOMAINS
 
 EXPERTS = tuple(DOMAINS)
@@ -66,7 +65,7 @@ def export_zoo(directory: str | Path, source: Path | None = None) -> Path:
             for part in (_SHARED, name):
                 copy_as((source or assets()) / part, partial / name, torch.float32)
         partial.chmod(0o755)
-        os.replace(partial, directory)
+        put_in_place(partial, directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return directory

@@ -85,4 +85,4 @@ def _halves(picture: Image.Image) -> Tensor:
 
 def report_card() -> dict:
     """The quality of the bundled experts and judges, measured when they were built."""
-    return json.loads((assets() / "report.json").read_text())
+    return json.loads((assets() / "report.json").read_text(encoding="utf-8"))

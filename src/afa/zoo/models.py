@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from afa.aggregators import SABWConfig
+from afa.files import write_atomic
 from afa.zoo.scenes import BACKGROUNDS, IMAGE_SIZE
 from afa.zoo.sprites import OBJECTS
 
@@ -149,9 +150,9 @@ def build_tokenizer(folder: Path, words: Sequence[str] = WORDS) -> CLIPTokenizer
     tokens = [*letters, *(f"{letter}{_END}" for letter in letters)]
     tokens += [*(first + second for first, second in merges), "<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({token: n for n, token in enumerate(tokens)}))
+    write_atomic(folder / "vocab.json", json.dumps({token: n for n, token in enumerate(tokens)}))
     lines = ["#version: 0.2", *(f"{first} {second}" for first, second in merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n")
+    write_atomic(folder / "merges.txt", "\n".join(lines) + "\n")
     tokenizer = CLIPTokenizer(
         vocab=str(folder / "vocab.json"),
         merges=str(folder / "merges.txt"),

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map
 from afa.denoisers.prompt import once_per_prompt
 from afa.ensemble.hook import Hook
 from afa.errors import AfaError
+from afa.machine.devices import may_overlap
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -73,7 +74,7 @@ class Devices(Hook):
         self._has_temb = True
 
         def here(value: Tensor | None) -> Any:
-            return None if value is None else value.to(self.main, non_blocking=True)
+            return None if value is None else _copied(value, self.main)
 
         return {
             n: feature._replace(
@@ -84,14 +85,16 @@ class Devices(Hook):
 
     def send(self, sent: dict[int, Tensor]) -> dict[int, Tensor]:
         """Copy the feature with which each expert continues to its device."""
-        return {n: own.to(self.of_expert[n], non_blocking=True) for n, own in sent.items()}
+        return {n: _copied(own, self.of_expert[n]) for n, own in sent.items()}
 
 
 def _at(value: Any, device: torch.device) -> Any:
     """Copy a tensor, or a nested structure of tensors, to a device."""
-    return tree_map(
-        lambda leaf: leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf, value
-    )
+    return tree_map(lambda leaf: _copied(leaf, device) if isinstance(leaf, Tensor) else leaf, value)
+
+
+def _copied(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.to(device, non_blocking=may_overlap(tensor.device, device))
 
 
 def _kept_at(prompt: Any, device: torch.device) -> Any:

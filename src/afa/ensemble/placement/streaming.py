@@ -9,7 +9,9 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import sys
 import tempfile
+import threading
 import weakref
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from afa.errors import AfaError
+from afa.machine.devices import may_overlap
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -68,6 +71,7 @@ class LayerStream:
         self._folder = tempfile.gettempdir() if folder is None else str(folder)
         #: the temporary file, which has no name
         self.file: Any = tempfile.TemporaryFile(dir=self._folder, prefix="afa-")  # noqa: SIM115
+        self._reading = threading.Lock()
         self._size = 0
         self._layers: dict[nn.Module, _Layer] = {}
         self._after: dict[nn.Module, nn.Module] = {}
@@ -143,7 +147,8 @@ class LayerStream:
         self._read_ahead(layer)
         if self._device.type == "cpu":
             return tensors
-        return {name: t.to(self._device, non_blocking=True) for name, t in tensors.items()}
+        overlaps = may_overlap(torch.device("cpu"), self._device)
+        return {name: t.to(self._device, non_blocking=overlaps) for name, t in tensors.items()}
 
     def _read_ahead(self, layer: nn.Module) -> None:
         wanted: list[nn.Module] = []
@@ -170,7 +175,7 @@ class LayerStream:
         content = torch.empty(size, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
         view, done = content.numpy().data, 0
         while done < size:
-            count = os.preadv(self.file.fileno(), [view[done:]], offset + done)
+            count = _read_at(self.file, self._reading, view[done:], offset + done)
             if count == 0:
                 raise AfaError(
                     "AFA-ENSEMBLE-043",
@@ -189,6 +194,21 @@ class LayerStream:
         self._bytes.clear()
         self.reader.shutdown()
         self._release()
+
+
+def _read_at(file: Any, lock: threading.Lock, content: memoryview, offset: int) -> int:
+    """Read bytes at a place of a file; returns their number, 0 at its end."""
+    if sys.platform != "win32":
+        return os.preadv(file.fileno(), [content], offset)
+    return _read_from(file, lock, content, offset)
+
+
+def _read_from(file: Any, lock: threading.Lock, content: memoryview, offset: int) -> int:
+    """As `_read_at`, on systems where only one thread at a time can read at a place."""
+    with lock:
+        file.seek(offset)
+        count: int = file.readinto(content)
+    return count
 
 
 def _release(reader: ThreadPoolExecutor, file: Any) -> None:

@@ -135,7 +135,7 @@ def results_of(
 def read_outcomes(path: Path) -> dict[tuple[str, str], list[str]]:
     """Whether each picture is right, by method and group: a text of 0 and 1 for each training."""
     found: dict[tuple[str, str], dict[int, dict[int, str]]] = {}
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         for line in csv.DictReader(file):
             texts = found.setdefault((line["method"], line["group"]), {})
             of_training = texts.setdefault(int(line["replica"]), {})
@@ -246,7 +246,7 @@ def _with_tables(path: Path, made: dict[str, str]) -> str:
             "AFA-STUDY-012",
             f"'{path}' is missing. Pass the folder docs of the repository as --docs.",
         )
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     for name, table in made.items():
         start = _SECTION.format(name=name)
         before, mark, rest = text.partition(start)

@@ -175,13 +175,16 @@ def finish(name: str, events: Iterator[Any], folder: Path) -> None:
 
 def log(folder: Path, line: dict[str, float]) -> None:
     """Append a line, with its `seconds`, to the log of a job."""
-    with (folder / _LOG).open("a") as file:
+    with (folder / _LOG).open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
 
 def logged(folder: Path) -> list[float]:
     """The seconds of all lines of the log of a job."""
-    return [json.loads(line)["seconds"] for line in (folder / _LOG).read_text().splitlines()]
+    return [
+        json.loads(line)["seconds"]
+        for line in (folder / _LOG).read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def record_finished(folder: Path, content: dict[str, Any]) -> None:

@@ -95,7 +95,7 @@ def write_section(docs: Path, results: dict[str, Any], comparison: Path) -> None
     _copy_figures(docs, comparison, "results-dit")
     write_atomic(docs / _SECTION, json.dumps(results, indent=1) + "\n")
     path = docs / "results.md"
-    current = f"\n{path.read_text()}" if path.exists() else ""
+    current = f"\n{path.read_text(encoding='utf-8')}" if path.exists() else ""
     before = current.partition(f"\n{_HEADING}\n")[0]
     write_atomic(path, f"{before.strip()}\n\n{section(results)}".lstrip())
 

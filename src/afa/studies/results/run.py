@@ -254,7 +254,7 @@ def choose(
 
 def _searched(folder: Path) -> dict[str, Any]:
     """The merge that the search found, as in the recipe of a method."""
-    found = yaml.safe_load((folder / "merge.yaml").read_text())
+    found = yaml.safe_load((folder / "merge.yaml").read_text(encoding="utf-8"))
     return {key: found[key] for key in ("method", "block_weights")}
 
 

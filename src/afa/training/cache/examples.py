@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from afa.training.cache.latents import LatentShards
     from afa.training.cache.text import TextCache
     from afa.training.encoding import Encoded
+    from afa.training.grouping import Grouping
     from afa.training.order import Purpose
     from afa.training.transform import Transform
 
@@ -38,6 +39,7 @@ class CachedExamples:
         max_broken: maximum fraction of broken pictures.
         device: device of the batches.
         purpose: training or validation.
+        grouping: the samples by bucket, for a transform with buckets.
 
     Raises:
         AfaError: if too many pictures are broken.
@@ -56,14 +58,19 @@ class CachedExamples:
         max_broken: float = 0.0,
         device: torch.device,
         purpose: Purpose,
+        grouping: Grouping | None = None,
     ) -> None:
         self._latents, self._text, self._transform = latents, text, transform
         self._vae, self._device = pipeline.vae, device
         shape = latent_shape(pipeline, transform.resolution)
         samples = range(latents.num_samples) if samples is None else samples
-        self._order = Order(samples, seed, caption_dropout, shape, purpose)
+        self._order = Order(samples, seed, caption_dropout, shape, purpose, grouping)
         self.broken = Broken(latents.num_samples, max_broken)
         self.broken.note(latents.broken)
+
+    def rows(self, count: int, size: int) -> Sequence[Sequence[int]]:
+        """See `Examples.rows`."""
+        return self._order.rows(count, size)
 
     def notes(self, *, is_last: bool) -> list[str]:
         """No messages: building the cache reports conversions."""
@@ -73,8 +80,10 @@ class CachedExamples:
     def batches(self, places: Iterable[Sequence[int]]) -> Iterator[Encoded]:
         """See `Examples.batches`."""
         for row in places:
-            draws = [self._order.draw(place) for place in row]
             samples = [self._latents.first_whole(self._order.candidates(place)) for place in row]
+            draws = [
+                self._order.draw(place, sample) for place, sample in zip(row, samples, strict=True)
+            ]
             posterior = self._latents.posterior(
                 samples, [self._transform.variant(draw.variant) for draw in draws]
             )

@@ -72,14 +72,23 @@ class Shards:
     def __init__(self) -> None:
         self._opened = lru_cache(maxsize=256)(_mapped)
 
-    def row(self, place: Path, row: int) -> dict[str, Tensor]:
-        """One row of each tensor of a shard, by name."""
+    def row(self, place: Path, row: int, group: str = "") -> dict[str, Tensor]:
+        """One row of each tensor of a shard, by name; of the tensors of a group, see `grouped`."""
         with _reading(place):
-            tensors = self._opened(place)
+            tensors = {
+                name.removesuffix(group): tensor
+                for name, tensor in self._opened(place).items()
+                if name.endswith(group)
+            }
             for name, tensor in tensors.items():
                 if tensor.shape[:1] <= (row,):
                     raise Unreadable(f"'{name}' of shape {tuple(tensor.shape)} has no row {row}")
             return {name: tensor[row] for name, tensor in tensors.items()}
+
+
+def grouped(name: str, size: tuple[int, int]) -> str:
+    """The name of a tensor with the rows of one size of pictures, in a shard of several."""
+    return f"{name} {size[0]}x{size[1]}"
 
 
 def _mapped(place: Path) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+from collections import Counter
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -21,6 +22,7 @@ from afa.training.cache.files import (
     CacheProgress,
     Shards,
     digest,
+    grouped,
     read_header,
     shard_name,
     write_shard,
@@ -28,9 +30,11 @@ from afa.training.cache.files import (
 from afa.training.data import StreamedImages
 from afa.training.data.duplicates import look_of
 from afa.training.data.images import sample_of
+from afa.training.data.sizes import size_of
 from afa.training.encoding import Posterior, encode_pictures, latent_shape
 from afa.training.examples import Broken
 from afa.training.listing import Listing, digest_of, row_of
+from afa.training.transform import BucketTransform
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -40,6 +44,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
+    from afa.training.buckets import Size
     from afa.training.data import CaptionedImages, SampleReader
     from afa.training.transform import Transform
 
@@ -67,6 +72,7 @@ class LatentCache:
         content: str | None = None,
     ) -> None:
         self._pipeline, self._data, self._transform = pipeline, data, transform
+        self._has_buckets = isinstance(transform, BucketTransform)
         self._count = None if isinstance(data, StreamedImages) else len(data)
         self._key: dict[str, Any] = {
             "version": VERSION,
@@ -111,6 +117,10 @@ class LatentCache:
         """The files of all shards that are built."""
         return sorted(self.folder.glob("[0-9]*.safetensors"))
 
+    def group_of(self, size: Size) -> str:
+        """The group of tensors in a shard that have a picture of this size; see `Shards.row`."""
+        return grouped("", self._transform.target(size)) if self._has_buckets else ""
+
     def _readers(self) -> Iterator[Reader]:
         """Readers of all samples in order."""
         data = self._data
@@ -134,8 +144,10 @@ class LatentCache:
 
     def _write(self, place: Path, first: int, readers: Sequence[Reader]) -> None:
         """Encode the samples of one shard; broken ones are skipped and named in its header."""
-        encoded: list[Posterior] = []
-        pixels: list[Tensor] = []
+        square = (self._transform.resolution,) * 2
+        # width and height -> its posteriors, and its pixels that are not encoded yet
+        encoded: dict[Size, list[Posterior]] = {} if self._has_buckets else {square: []}
+        pixels: dict[Size, list[Tensor]] = {}
         samples: list[int] = []
         captions: list[str] = []
         others: dict[int, tuple[str, ...]] = {}
@@ -143,17 +155,23 @@ class LatentCache:
         sizes: list[tuple[int, int]] = []
         counts: list[int] = []
         broken: dict[int, str] = {}
+        broken_sizes: dict[int, Size] = {}
         rows: list[list[str]] = []
         converted: dict[int, list[str]] = {}
         for sample, read in enumerate(readers, start=first):
             if isinstance(self._data, StreamedImages):
                 reader = cast("SampleReader", read)
                 rows.append([part.hex() for part in row_of(reader.stored())])
-                read = reader.sample
+                stored, read = reader.stored, reader.sample
+            else:
+                stored = partial(self._data.stored, sample)
             try:
                 picture, (caption, *more) = cast("Sampled", read)()
             except BrokenSample as error:
                 broken[sample] = str(error)
+                size = size_of(stored(), cast("Sampled", read)) if self._has_buckets else None
+                if isinstance(size, tuple):
+                    broken_sizes[sample] = size
                 continue
             samples.append(sample)
             captions.append(caption)
@@ -164,19 +182,24 @@ class LatentCache:
                 converted[sample] = sorted(conversions)
             sizes.append(picture.size)
             counts.append(self._transform.num_distinct(picture.size))
+            target = self._transform.target(picture.size)
+            waiting = pixels.setdefault(target, [])
             for variant in range(counts[-1]):
-                pixels.append(self._transform(picture, sample, variant))
-            if len(pixels) >= BATCH:
-                encoded.append(encode_pictures(self._pipeline, torch.stack(pixels)))
-                pixels = []
-        if pixels:
-            encoded.append(encode_pictures(self._pipeline, torch.stack(pixels)))
-        shape = latent_shape(self._pipeline, self._transform.resolution)
-        empty = torch.empty(0, *shape, dtype=self._pipeline.vae.dtype)
-        tensors = {
-            name: torch.cat([empty, *(getattr(part, name).cpu() for part in encoded)])
-            for name in Posterior._fields
-        }
+                waiting.append(self._transform(picture, sample, variant))
+            if len(waiting) >= BATCH:
+                done = encode_pictures(self._pipeline, torch.stack(pixels.pop(target)))
+                encoded.setdefault(target, []).append(done)
+        for target, waiting in pixels.items():
+            if waiting:
+                done = encode_pictures(self._pipeline, torch.stack(waiting))
+                encoded.setdefault(target, []).append(done)
+        tensors: dict[str, Tensor] = {}
+        for (width, height), parts in sorted(encoded.items()):
+            shape = latent_shape(self._pipeline, height, width)
+            empty = torch.empty(0, *shape, dtype=self._pipeline.vae.dtype)
+            for name in Posterior._fields:
+                named = grouped(name, (width, height)) if self._has_buckets else name
+                tensors[named] = torch.cat([empty, *(getattr(part, name).cpu() for part in parts)])
         meta = {
             "num_samples": len(readers),
             "samples": samples,
@@ -189,6 +212,8 @@ class LatentCache:
             "rows": rows,
             "converted": converted,
         }
+        if self._has_buckets:
+            meta["broken_sizes"] = broken_sizes
         write_shard(place, tensors, meta)
 
 
@@ -213,13 +238,14 @@ class LatentShards:
         #: conversions that were applied to the pictures
         self.tally = Tally()
         rows: list[tuple[bytes, bytes, bytes]] = []
-        # sample -> its shard, its first row there and its number of variants
-        self._place_of: dict[int, tuple[Path, int, int]] = {}
+        # sample -> its shard, its first row there, its number of variants, its group of tensors
+        self._place_of: dict[int, tuple[Path, int, int, str]] = {}
         self._shards = Shards()
         self._captions: dict[int, tuple[str, ...]] = {}
         #: how each picture looks, see `look_of`; shards of earlier releases lack it
         self.looks: dict[int, str] = {}
-        self._sizes: dict[int, tuple[int, int]] = {}
+        self._sizes: dict[int, Size] = {}
+        self._broken_sizes: dict[int, Size] = {}
         for place in cache.shards():
             meta = read_header(place)
             self.num_samples += meta["num_samples"]
@@ -231,15 +257,18 @@ class LatentShards:
                 self.tally.add(int(number), map(Conversion, done))
             self.looks |= {int(n): look for n, look in meta.get("looks", {}).items()}
             others = {int(n): texts for n, texts in meta.get("others", {}).items()}
-            row = 0
+            for number, size in meta.get("broken_sizes", {}).items():
+                self._broken_sizes[int(number)] = tuple(size)
+            next_row: Counter[str] = Counter()
             for sample, caption, size, count in zip(
                 *(meta[key] for key in ("samples", "captions", "sizes", "num_variants")),
                 strict=True,
             ):
-                self._place_of[sample] = place, row, count
+                group = cache.group_of(tuple(size))
+                self._place_of[sample] = place, next_row[group], count, group
                 self._captions[sample] = (caption, *others.get(sample, ()))
                 self._sizes[sample] = tuple(size)
-                row += count
+                next_row[group] += count
         #: listing of a stream; empty for other data, which are listed before
         self.listing = Listing.of(rows)
         if not self._place_of:
@@ -267,6 +296,11 @@ class LatentShards:
         """Width and height of the picture before the transform."""
         return self._sizes[sample]
 
+    @property
+    def known_sizes(self) -> dict[int, Size]:
+        """Sample -> width and height of its picture, also of broken ones if they state it."""
+        return self._sizes | self._broken_sizes
+
     def first_whole(self, samples: Iterable[int]) -> int:
         """The first of these samples that is not broken.
 
@@ -286,9 +320,9 @@ class LatentShards:
         """The posterior [B, C, H, W] of one variant of each sample."""
         means, logvars = [], []
         for sample, variant in zip(samples, variants, strict=True):
-            place, row, count = self._place_of[sample]
+            place, row, count, group = self._place_of[sample]
             number = row + min(variant, count - 1)
-            read = self._shards.row(place, number)
+            read = self._shards.row(place, number, group)
             means.append(read["mean"])
             logvars.append(read["logvar"])
         return Posterior(torch.stack(means), torch.stack(logvars))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from afa.reading import counted, picture_size
+from afa.reading import counted
 from afa.training.data.duplicates import Pair, alike
 from afa.training.data.images import Joined, repeats_of, source_of, whole_of
 from afa.training.data.scenes import SceneImages
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
     Size = tuple[int, int]
 
-#: pictures that are opened for their sizes, evenly spaced, where nothing has read them yet
-MOST_OPENED = 10_000
 #: captions that are tokenized for the longest, of those with the most characters
 _TOKENIZED = 5000
 _SHOWN = 3
@@ -62,7 +60,7 @@ def frame_of(transform: Transform, size: Size, sample: int = 0, variant: int = 0
         variant: index of the variant.
     """
     _, _, top, left, height, width = transform.sizes(size, sample, variant).tolist()
-    scale = max(width / size[0], height / size[1])
+    scale = 1.0 if transform.scaled(size) == size else max(width / size[0], height / size[1])
     box = left / scale, top / scale, (left + width) / scale, (top + height) / scale
     inside = box[0], box[1], min(box[2], size[0]), min(box[3], size[1])
     return Frame(inside, scale, (int(width), int(height)))
@@ -196,7 +194,8 @@ class DataSummary:
             yield (
                 f"More than half is cut off by the crop: {counted(len(cut), 'picture')} "
                 f"({self._named(cut, sized=True)}). Their captions may name what it does not show. "
-                "Crop them yourself, or remove them; afa check --sheet shows the crops."
+                "Set data.buckets: true, crop them yourself, or remove them; afa check --sheet "
+                "shows the crops."
             )
 
     def _named(self, samples: Sequence[int], *, sized: bool = False) -> str:
@@ -338,19 +337,6 @@ def _longest(captions: Mapping[int, tuple[str, ...]], limits: Sequence[TextLimit
         return None
     longest = sorted(texts, key=lambda text: len(text.encode(errors="replace")))[-_TOKENIZED:]
     return max(max(limit.count(longest)) for limit in limits)
-
-
-def opened_sizes(data: CaptionedImages, most: int = MOST_OPENED) -> Iterator[tuple[int, Size]]:
-    """Yield the sizes of pictures, upright, of which only the headers are read.
-
-    Args:
-        data: pictures.
-        most: maximum number of pictures, evenly spaced.
-    """
-    step = max(1, -(-len(data) // most))
-    for n in range(0, len(data), step):
-        if (size := picture_size(data.stored(n).picture)) is not None:
-            yield n, size
 
 
 def short_name(name: str) -> str:

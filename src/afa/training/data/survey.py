@@ -86,7 +86,7 @@ def survey(
         limits: token limits of the text encoders; see `afa.loading.truncation`.
         resolution: side of the training pictures; None does not count small pictures.
         progress: called with the number of samples done and the total.
-        transform: crops and flips; None counts no losses by crops.
+        transform: crops and flips, in place of the resolution; None counts no losses by crops.
         hashes: of each sample's file and captions; None finds no equal files.
     """
     found = DataSurvey(len(data), num_unused=len(getattr(whole_of(data), "unused", ())))
@@ -104,6 +104,8 @@ def survey(
             captions[index] = texts
             sizes[index], looks[index] = picture.size, look_of(picture)
             is_small = resolution is not None and min(picture.size) < resolution
+            if transform is not None:
+                is_small = transform.enlarges(picture.size)
             enlarged = {Conversion.ENLARGED} if is_small else frozenset()
             found.tally.add(index, conversions_of(picture) | enlarged)
         progress(index + 1, len(data))
