@@ -92,7 +92,7 @@ def test_validation_and_previews_change_no_step(
 ) -> None:
     """But for the samples that are held out."""
     last = Split(list(range(95)), list(range(95, 100)), 100, 5, 100)
-    monkeypatch.setattr("afa.training.prepare.split_by_picture", lambda *_: last)
+    monkeypatch.setattr("afa.training.split.split_by_picture", lambda *_: last)
     plain = as_written(experts, {"scenes": {"num_samples": 95}}, num_steps=6)
     unseen = [s.loss for s in steps_of(Recipe.model_validate(plain), tmp_path / "plain")]
     assert [s.loss for s in steps_of(observed(experts), tmp_path / "seen")] == unseen
