@@ -34,6 +34,7 @@ from tests.ensemble.caching.test_graphs import Replays
 from tests.pairs.reference import Call, Meaning
 from tests.pairs.world import NUM_EXPERTS, World, made
 from tests.tiny import TEXT_WIDTH
+from tests.tiny_transformers import TEXT_LENGTH
 
 #: other experts run from the second step on, at which nothing else would end a cache's reuse
 SWITCH = 0.8
@@ -379,6 +380,12 @@ def _odd(world: World, calls: list[Call]) -> list[Call]:
     return world.picture(calls[0].picture, _prompt_of(calls), odd=odd)
 
 
+def _longer(world: World, calls: list[Call]) -> list[Call]:
+    """With a prompt of two chunks of tokens; all calls are made anew, after their size is known."""
+    odd = (2 if world.name == "flux" else 1) * _is_odd(world, calls)
+    return world.picture(calls[0].picture, world.prompt(20, 2 * TEXT_LENGTH), odd=odd)
+
+
 def _another_size(world: World, calls: list[Call]) -> list[Call]:
     """With the same prompt, from a lower timestep on."""
     return [*calls, *world.picture(1, _prompt_of(calls), (250, 150), size=12)]
@@ -417,6 +424,7 @@ FEATURES = (
     Feature("weights by region", switch_on=_replaced_on, means=_replaced_means),
     Feature("recorder", around=afa.record_weights),
     Feature("odd sizes", calls=_odd),
+    Feature("a longer prompt", calls=_longer),
     Feature("another picture size", calls=_another_size),
     Feature("another prompt object", calls=_another_prompt),
     Feature("a loop left early", calls=_left_early),

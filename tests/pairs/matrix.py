@@ -142,7 +142,8 @@ def _key(features: list[Feature]) -> tuple[str, ...]:
 def _program(world: World, features: list[Feature], number: int, prompt: Tensor) -> list[Call]:
     """All calls; sizes are decided before further pictures are drawn, types at the end."""
     calls = world.picture(number, prompt)
-    order = ["odd sizes", "another picture size", "another prompt object", "a loop left early"]
+    order = ["odd sizes", "a longer prompt", "another picture size", "another prompt object"]
+    order.append("a loop left early")
     rank = {name: place for place, name in enumerate(order)}
     distinct = dict.fromkeys(features)
     for feature in sorted(distinct, key=lambda f: rank.get(f.name, len(rank))):

@@ -123,14 +123,14 @@ class World:
             }
         layers[place].weight.data[0] = value
 
-    def prompt(self, seed: int) -> Tensor:
+    def prompt(self, seed: int, length: int = TEXT_LENGTH) -> Tensor:
         """The texts of all experts [B, L, N * D], or packed in that of the first one."""
         if self.name == "predictions":
-            shape = (2, TEXT_LENGTH, TEXT_WIDTH)
+            shape = (2, length, TEXT_WIDTH)
             own = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
             packing = self.experts[0].host.packing
             return torch.cat([own, packing.pack([str(seed), str(seed + 1)], own)], -1)
-        shape = (2, TEXT_LENGTH, TEXT_WIDTH * NUM_EXPERTS)
+        shape = (2, length, TEXT_WIDTH * NUM_EXPERTS)
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
     def picture(
@@ -165,7 +165,7 @@ class World:
                         2, POOLED_WIDTH * NUM_EXPERTS, generator=pooled
                     ),
                     "img_ids": ids.flatten(0, 1),
-                    "txt_ids": torch.zeros(TEXT_LENGTH, 3),
+                    "txt_ids": torch.zeros(prompt.shape[1], 3),
                 }
             calls.append(Call(number, float(timestep[0]), own))
         return calls
