@@ -97,7 +97,7 @@ def test_kohyas_repeats_are_named_where_they_would_matter(tmp_path: Path) -> Non
     ],
 )
 def test_kohyas_folders_at_another_level_are_named(
-    tmp_path: Path, folder: str, options: dict[str, bool], said: str
+    tmp_path: Path, folder: str, options: dict[str, Any], said: str
 ) -> None:
     beside(tmp_path / "img" / "10_fox" / "a.png", "a fox")
     beside(tmp_path / "img" / "3_bee" / "b.png", "a bee")

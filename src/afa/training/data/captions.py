@@ -69,7 +69,8 @@ def rows_beside(
     unused = [path for path in files if path not in used]
     warnings = _warnings(folder, longer, unused, options)
     if len(set(repeats.values())) > 1 and not options.repeats:
-        named = {found[0]: None for path in pictures if (found := _kohya(path, folder))}
+        kohya = (_kohya(path, folder) for path in pictures)
+        named = dict.fromkeys(name[0] for name in kohya if name)
         warnings.append(
             f"The repeats of kohya's trainers in the names of subfolders ({', '.join(named)}) are "
             "ignored: all pictures are used equally often. To honour them, set data.repeats: true."
