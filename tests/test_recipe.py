@@ -52,6 +52,19 @@ def test_paths_are_relative_to_the_recipe_and_names_are_left_alone(tmp_path: Pat
         (("experts", "expert"), "unknown key 'expert', did you mean 'experts'?"),
         (("folder", "foldr"), "unknown key 'data.foldr', did you mean 'folder'?"),
         (("num_steps: 10", "zzz: 1"), "unknown key 'training.zzz', known keys: num_steps"),
+        # of kohya's scripts, diffusers' and SimpleTuner
+        (("folder:", "path:"), "unknown key 'data.path', it is 'folder' here"),
+        (("folder:", "train_data_dir:"), "'data.train_data_dir', it is 'folder' here"),
+        (("folder:", "instance_data_dir:"), "'data.instance_data_dir', it is 'folder' here"),
+        (("num_steps:", "max_train_steps:"), "'training.max_train_steps', it is 'num_steps'"),
+        (("num_steps:", "max_train_epochs:"), "count steps instead of epochs, with 'num_steps'"),
+        (("10}", "10, lr_scheduler: a}"), "lr_scheduler', it is 'learning_rate_schedule' here"),
+        (("pictures}", "p, shuffle_caption: 1}"), "'data.shuffle_caption', known keys: folder"),
+        (
+            ("{folder: pictures}", "pictures"),
+            "'data': must have keys (folder, dataset, scenes, ...), for example "
+            "data: {folder: 'pictures'}, got 'pictures'",
+        ),
         (("num_steps: 10", "num_steps: -1"), "'training.num_steps': input should be greater"),
         (("num_steps: 10", "num_steps: ten"), "'training.num_steps': input should be a valid int"),
         (("training: {num_steps: 10}", ""), "the key 'training' is missing"),

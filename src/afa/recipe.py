@@ -24,6 +24,7 @@ from pydantic_core import ErrorDetails
 from afa.errors import AfaError
 from afa.files import read_text
 from afa.policy import require_within
+from afa.recipe_names import hint_for
 
 Model = TypeVar("Model", bound=BaseModel)
 #: limits of a recipe: bytes, levels, entries with aliases expanded, and listed errors
@@ -223,7 +224,9 @@ def _explain(detail: ErrorDetails, model: type[BaseModel]) -> str:
     if is_key:
         place = f"{place}.{loc[-1]}".removeprefix(".")
     if is_unknown:
-        close = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
+        if (found := hint_for(str(loc[-1]), known)) is not None:
+            return f"unknown key '{place}', {found}"
+        close = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.75)
         hint = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(known)}"
         return f"unknown key '{place}', {hint}"
     if detail["type"] == "missing":
@@ -236,6 +239,10 @@ def _explain(detail: ErrorDetails, model: type[BaseModel]) -> str:
         return f"'{place}.{key}': must be one of {tags}, got '{tag}'"
     message = detail["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
+    if detail["type"] in ("model_type", "model_attributes_type", "dataclass_type") and known:
+        message = f"must have keys ({', '.join(known[:3])}, ...)"
+        if isinstance(detail["input"], str) and known[0] in ("folder", "file"):
+            message += f", for example {place}: {{{known[0]}: {_shown(detail['input'])}}}"
     if not place:  # the whole recipe
         return message
     if isinstance(detail["input"], dict):

@@ -396,6 +396,8 @@ def test_output_folders_that_exist_are_left_alone(
         ("inspect {new}", "AFA-LOAD-079", "new"),
         ("train {new}.yaml --output {new}", "AFA-RECIPE-005", "new.yaml"),
         ("paint", "AFA-CLI-024", "paint"),
+        ("weights {ensemble} --output {new} --zzz 3", "AFA-CLI-024", "--zzz. Try --help."),
+        ("weights {ensemble} fox --output {new}", "AFA-CLI-019", "--prompt"),
     ],
 )
 def test_wrong_arguments(

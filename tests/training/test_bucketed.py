@@ -31,6 +31,7 @@ from afa.training import CacheProgress, Recipe, train, train_aggregators
 from afa.training.buckets import Buckets
 from afa.training.cache import CachedExamples, LatentCache, LatentShards, TextCache
 from afa.training.data import FolderImages, SceneImages, read_picture
+from afa.training.data.rows import CaptionOptions
 from afa.training.data.sizes import opened_sizes, parted, size_of, sizes_of
 from afa.training.examples import LiveExamples
 from afa.training.grouping import Grouping, grouped_by
@@ -215,6 +216,32 @@ def test_cached_batches_are_those_of_the_live_examples(
             assert torch.equal(ours.time, theirs.time)
             shapes.add(ours.clean.shape[-2:])
         assert len(shapes) == 4
+
+
+def test_one_of_several_captions_is_drawn_alike_with_and_without_a_cache(
+    experts: list[Path], tmp_path: Path
+) -> None:
+    pipeline = afa.load_pipeline(experts[:1], SMALL)
+    place = folder_of(tmp_path / "data", 8)
+    rows = [{"file_name": f"{n:04}.jpg", "text": [f"{n} a", f"{n} b", f"{n} c"]} for n in range(8)]
+    (place / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = FolderImages(place, options=CaptionOptions(several=True))
+    cache = LatentCache(tmp_path / "cache", pipeline, data, TRANSFORM)
+    list(cache.build())
+    latents = LatentShards(cache)
+    text = TextCache(tmp_path / "cache", pipeline, latents.captions)
+    list(text.build())
+    common: Any = {"seed": 0, "grouping": group(pipeline, data, 4), "device": torch.device("cpu")}
+    for purpose in Purpose.TRAINING, Purpose.VALIDATION:
+        common["purpose"] = purpose
+        live = LiveExamples(pipeline, data, TRANSFORM, **common)
+        stored = CachedExamples(pipeline, latents, text, TRANSFORM, **common)
+        places: Any = [range(4), range(4, 8)]
+        if purpose is Purpose.VALIDATION:
+            places = live.rows(8, 4)
+        for ours, theirs in zip(stored.batches(places), live.batches(places), strict=True):
+            for name, tensor in theirs.conditions.items():
+                torch.testing.assert_close(ours.conditions[name], tensor, rtol=1e-4, atol=1e-5)
 
 
 def test_buckets_have_a_cache_of_their_own(experts: list[Path], tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from afa.reading import BrokenSample, Conversion
 from afa.reading.broken import MissingCaption
 from afa.training import CacheProgress, train
 from afa.training.data import DatasetImages, FolderImages, Part, open_data, open_dataset
+from afa.training.data.rows import CaptionOptions
 from afa.training.data.survey import caption_warnings, survey
 from afa.training.listing import row_of
 from afa.training.recipe import DataRecipe, DatasetRecipe
@@ -82,8 +83,28 @@ def test_kohyas_repeats_are_named_where_they_would_matter(tmp_path: Path) -> Non
     assert FolderImages(tmp_path).warnings == []
     beside(tmp_path / "3_bee" / "b.png", "a bee")
     (warning,) = FolderImages(tmp_path).warnings
-    assert "(10_fox)" in warning
+    assert "(10_fox, 3_bee)" in warning
     assert "are ignored: all pictures are used equally often" in warning
+
+
+@pytest.mark.parametrize(
+    ("folder", "options", "said"),
+    [
+        ("", {}, "'10_fox' are not used, because"),
+        ("", {"repeats": True}, "img'."),
+        ("img/10_fox", {"repeats": True}, "img'."),
+        ("plain", {"repeats": True, "from_folders": True}, "data.folder_captions have no effect"),
+    ],
+)
+def test_kohyas_folders_at_another_level_are_named(
+    tmp_path: Path, folder: str, options: dict[str, Any], said: str
+) -> None:
+    beside(tmp_path / "img" / "10_fox" / "a.png", "a fox")
+    beside(tmp_path / "img" / "3_bee" / "b.png", "a bee")
+    beside(tmp_path / "plain" / "c.png", "a cat")
+    (warning,) = FolderImages(tmp_path / folder, options=CaptionOptions(**options)).warnings
+    assert said in warning
+    assert FolderImages(tmp_path / "img" / "10_fox").warnings == []
 
 
 def test_further_lines_of_captions_are_named(tmp_path: Path) -> None:

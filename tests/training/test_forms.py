@@ -232,6 +232,18 @@ def test_a_list_names_pictures_elsewhere_only_with_permission(
         ("l.json", '{"a.png": {"caption": "x", "tags": 7}}', "AFA-TRAIN-066", "'a.png'.*tags"),
         ("l.jsonl", '{"path": "a.png", "caption": {"a": 1}}', "AFA-TRAIN-008", "Line 1"),
         ("l.parquet", "no parquet", "AFA-TRAIN-065", "parquet"),
+        ("l.toml", "x", "AFA-TRAIN-069", "image_dir"),
+        (
+            "l.json",
+            '[{"id": "a", "instance_data_dir": "pics", "caption_strategy": "textfile"}]',
+            *("AFA-TRAIN-101", "'a', set data.folder: 'pics'"),
+        ),
+        (
+            "l.json",
+            '[{"id": "a", "instance_data_dir": "pics", "caption_strategy": "parquet", "parquet": '
+            '{"path": "l.parquet", "filename_column": "id", "caption_column": "words"}}]',
+            *("AFA-TRAIN-101", "'l.parquet', data.file_column: id and data.caption_column: words"),
+        ),
         ("l.tar", "x", "AFA-TRAIN-069", "webdataset"),
         ("l.doc", "x", "AFA-TRAIN-069", "a folder, a .zip, or a list"),
         ("l.zip", "x", "AFA-TRAIN-077", "zip archive"),
@@ -244,6 +256,13 @@ def test_what_is_not_understood_is_named(
     (tmp_path / name).write_text(content)
     with refusal(code, said):
         FolderImages(tmp_path / name)
+
+
+def test_a_list_that_is_not_beside_its_pictures_says_where_they_are(tmp_path: Path) -> None:
+    pictures(tmp_path / "pictures", "7.png")
+    place = as_parquet(tmp_path / "l.parquet", id=["7"], text=["a fox"])
+    with refusal("AFA-TRAIN-011", r"'.*pictures/7\.png' has that name"):
+        FolderImages(place, options=CaptionOptions(file_column="id"))
 
 
 def test_parquet_with_pictures_inside(tmp_path: Path) -> None:
@@ -289,6 +308,10 @@ def test_names_of_folders_are_captions_by_choice(tmp_path: Path) -> None:
         "b.png": ("sks dog",),
         "c.png": ("cat",),
     }
+    pictures(tmp_path / "plain", "a.png")
+    with refusal("AFA-TRAIN-014", "data.folder_captions needs subfolders"):
+        FolderImages(tmp_path / "plain", options=options)
+    shutil.rmtree(tmp_path / "plain")
     (tmp_path / "10_sks dog" / "a.txt").unlink()
     with refusal("AFA-TRAIN-014", "'sks dog', set data.folder_captions: true"):
         FolderImages(tmp_path)

@@ -22,6 +22,7 @@ from afa.denoisers.schedulers import scheduler_names_for
 from afa.drawing.contenders import ENSEMBLE
 from afa.drawing.pictures import identity_of
 from afa.drawing.recorded import picture_recipe, save_picture
+from afa.drawing.sampling_warnings import sampling_warnings
 from afa.ensemble.caching.settings import PRESETS, acceleration_of
 from afa.ensemble.protocol import expert_names
 from afa.ensemble.steering import STAGES
@@ -229,9 +230,11 @@ class Page:
         yield {status: result, **self._buttons(is_busy=False)}
 
     def _warnings(self, recipe: PictureRecipe) -> list[str]:
-        """Warnings of prompts that the text encoders truncate, or with unknown words."""
+        """Warnings of truncated prompts, unknown words, the scheduler and the size."""
         asked = (recipe.negative_prompt, recipe.guidance, recipe.prompt_syntax)
-        warnings = warnings_for(self._studio.pipeline, [recipe.prompt], *asked)
+        pipeline = self._studio.pipeline
+        warnings = warnings_for(pipeline, [recipe.prompt], *asked)
+        warnings += sampling_warnings(pipeline, [recipe], size_advice="Set another size.")
         fused = recipe.drawn_by == ENSEMBLE and recipe.drafts is None
         prompts = [recipe.words] if fused else []
         return warnings + word_warnings(ensemble_folder(self._ensemble), prompts)

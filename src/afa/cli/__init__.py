@@ -81,7 +81,8 @@ def main(arguments: list[str] | None = None) -> None:
         say_error("interrupted")
         code = 130
     except typer.TyperException as error:
-        say_error(f"{error.format_message()} Try --help.", "AFA-CLI-024")
+        said = error.format_message()
+        say_error(f"{said}{'' if said.endswith(('.', '?')) else '.'} Try --help.", "AFA-CLI-024")
         code = 2
     except AfaError as error:
         say_error(str(error), error.code)

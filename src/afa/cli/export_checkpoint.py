@@ -51,7 +51,9 @@ def export_checkpoint(
     if recipe.is_file() and "teacher" in read_json(recipe):
         quieten_loading()
         found = export_student(run, output, step=step, best=best)
-        say(f"Student of step {found} in {output}; see README.md there")
+        what = f"Best student up to step {found}" if best else f"Student of step {found}"
+        say(f"{what} in {output}; see README.md there")
         return
     found = export_ensemble(run, output, step=step, best=best)
-    say(f"Ensemble of step {found} in {output}. Try: afa generate {output} 'a prompt'")
+    what = f"Best ensemble up to step {found}" if best else f"Ensemble of step {found}"
+    say(f"{what} in {output}. Try: afa generate {output} 'a prompt' --output pictures")

@@ -224,9 +224,8 @@ def picture_size(
 def prompt_warnings(
     pipeline: DiffusionPipeline, planned: Sequence[tuple[str, PictureRecipe]]
 ) -> list[str]:
-    """Warnings of prompts that are cut off, and of words that no training caption has."""
-    from afa.denoisers.scheduler_names import FOR_DISTILLED, split_name
-    from afa.denoisers.schedulers import name_of
+    """Warnings of truncated prompts, unknown words, schedulers, sizes and initial pictures."""
+    from afa.drawing.sampling_warnings import sampling_warnings
     from afa.loading.ensemble_folder import ensemble_folder
     from afa.loading.truncation import warnings_for
     from afa.loading.vocabulary import word_warnings
@@ -240,13 +239,9 @@ def prompt_warnings(
     warnings += word_warnings(ensemble_folder(recipes[0].ensemble), fused)
     if recipes[0].image is not None:
         warnings += [_fitted(recipe) for recipe in recipes]
-    asked = {recipe.scheduler for recipe in recipes if recipe.scheduler}
-    few = [name for name in sorted(asked) if split_name(name)[0] in FOR_DISTILLED]
-    if few and name_of(pipeline.scheduler) not in FOR_DISTILLED:
-        warnings.append(
-            f"The scheduler {few[0]} is for models that were distilled for few steps, and the "
-            "experts' own is another one. Pictures of models without distillation are blurred."
-        )
+    warnings += sampling_warnings(
+        pipeline, recipes, size_advice="Set another --size; --hires 2 enlarges a picture well."
+    )
     return [line for line in dict.fromkeys(warnings) if line]
 
 

@@ -37,10 +37,18 @@ def train(
     ] = False,
     continue_with: ContinueWith = False,
 ) -> None:
-    """Train the aggregators of an ensemble; the experts stay frozen.
+    r"""Train the aggregators of an ensemble; the experts stay frozen.
 
     Run the same command again to resume. Ctrl-C saves a checkpoint and stops. Several processes:
     accelerate launch -m afa train ...
+
+    The smallest recipe has three lines:
+
+    experts: \[./a, ./b.safetensors]
+
+    data: {folder: ./pictures}
+
+    training: {num_steps: 10000}
 
     [bold]Example[/bold]: afa train recipe.yaml --output runs/first
     """

@@ -63,7 +63,9 @@ def weights(
     pictures = [Path(source) for source in sources if source.lower().endswith(".png")]
     if len(pictures) not in (0, len(sources)) or (not pictures and len(sources) > 1):
         raise AfaError(
-            "AFA-CLI-019", f"afa weights requires .png files or one ensemble; got {sources}."
+            "AFA-CLI-019",
+            f"afa weights requires .png files or one ensemble; got {sources}. Pass prompts with "
+            "--prompt.",
         )
     for option, is_given in (("--prompt", bool(prompt)), ("--no-drafts", no_drafts)):
         if pictures and is_given:

@@ -149,7 +149,8 @@ class Order:
     def draw(self, place: int, sample: int | None = None) -> Draw:
         """The random numbers of a place, and noise of the shape of a sample's latent.
 
-        Only the noise depends on the sample.
+        What selects the crop, the timestep and dropped captions does not depend on the sample; what
+        is drawn after the noise does, such as one of several captions.
         """
         shape = self.shape
         if self.grouping is not None and sample is not None:
@@ -197,7 +198,7 @@ class _Places(Dataset):
                 pixels = self._transform(picture, index, variant)
                 sizes = self._transform.sizes(picture.size, index, variant)
                 conversions = self._transform.conversions(picture)
-                caption = draw.one_of(captions)
+                caption = self._order.draw(place, index).one_of(captions)
                 return Sample(pixels, sizes, caption, index, conversions, broken)
             except BrokenSample as error:
                 broken[index] = str(error)

@@ -11,7 +11,7 @@ from afa.reading import counted, is_picture_file
 from afa.training.data.rows import CaptionOptions, Row, Rows, kept, some
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from afa.training.data.places import Place
@@ -69,10 +69,13 @@ def rows_beside(
     unused = [path for path in files if path not in used]
     warnings = _warnings(folder, longer, unused, options)
     if len(set(repeats.values())) > 1 and not options.repeats:
+        kohya = (_kohya(path, folder) for path in pictures)
+        named = dict.fromkeys(name[0] for name in kohya if name)
         warnings.append(
-            "The repeats of kohya's trainers in the names of subfolders (10_fox) are ignored: all "
-            "pictures are used equally often. To honour them, set data.repeats: true."
+            f"The repeats of kohya's trainers in the names of subfolders ({', '.join(named)}) are "
+            "ignored: all pictures are used equally often. To honour them, set data.repeats: true."
         )
+    warnings += _of_other_levels(pictures, folder, options)
     missing = [row.path for row in rows if not row.captions and classes[row.path]]
     if missing and not options.from_folders:
         warnings.append(
@@ -124,6 +127,37 @@ def _warnings(
             "caption of its own, set data.captions: random."
         )
     return warnings
+
+
+def _of_other_levels(
+    pictures: Sequence[Path], folder: Path, options: CaptionOptions
+) -> Iterator[str]:
+    """Yield a warning if folders such as `10_fox` are not the subfolders that could have them."""
+    if any(_kohya(path, folder) for path in pictures):
+        return
+    parents = (
+        parent for path in pictures for parent in path.parents if _FOLDER.fullmatch(parent.name)
+    )
+    below = next((each for each in parents if each.is_relative_to(folder.parent)), None)
+    set_keys = [
+        key
+        for key, is_set in (
+            ("data.repeats", options.repeats),
+            ("data.folder_captions", options.from_folders),
+        )
+        if is_set
+    ]
+    if below is not None and (set_keys or below != folder):
+        what = f"The numbers and names of folders such as '{below.name}' are not used"
+        yield (
+            f"{what}, because '{folder}' is not the folder that contains them. To use them, set "
+            f"data.folder: '{below.parent}'."
+        )
+    elif set_keys:
+        yield (
+            f"{' and '.join(set_keys)} {'have' if len(set_keys) > 1 else 'has'} no effect: no "
+            f"picture of '{folder}' is in a subfolder such as 10_fox."
+        )
 
 
 def _kohya(path: Path, folder: Path) -> re.Match[str] | None:

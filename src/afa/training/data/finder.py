@@ -78,9 +78,21 @@ class Finder:
         if not self._place.is_file(path):
             raise AfaError(
                 "AFA-TRAIN-011",
-                f"{label} of '{self._path}' names '{path}', which does not exist.",
+                f"{label} of '{self._path}' names '{path}', which does not exist."
+                f"{self._elsewhere(path)}",
             )
         return path
+
+    def _elsewhere(self, path: Path) -> str:
+        """A hint for a list that is not in the folder to which its paths are relative."""
+        stems = {path.name, path.stem}
+        for each in self._place.files():
+            if is_picture_file(each) and {each.name, each.stem} & stems:
+                return (
+                    f" '{each}' has that name. Paths must be relative to the list's folder: move "
+                    "the list, or its pictures."
+                )
+        return ""
 
     def _within(self, path: Path, name: str, label: str) -> Path:
         """Refuse pictures elsewhere: a list may come from the web."""

@@ -52,6 +52,8 @@ def read_place(path: Path, options: CaptionOptions) -> tuple[Place, Rows]:
         _refuse_folder_options(path, options)
         return place, rows_of_list(place, path, options)
     advice = f"It must be a folder, a .zip, or a list ({', '.join(LISTS)})."
+    if suffix == ".toml":
+        advice += " Of a configuration of kohya's trainers, set data.folder to its image_dir."
     if suffix in _ARCHIVES:
         advice += " Unpack it, or pack it as .zip. Tar files in the format of WebDataset are read "
         advice += f"with data.dataset: {{path: webdataset, data_files: '{path}'}}."
@@ -168,11 +170,15 @@ def _unlisted(place: Place, folder: Path, files: Sequence[Path], options: Captio
     if nested:
         _refuse_folder_options(nested[0], options)
         return _of_subfolders(place, folder, files, nested, options)
-    lists = [path for path in lists_in(files) if path.parent == folder]
+    lists = [
+        path
+        for path in lists_in(files)
+        if path.parent == folder and path.name != "multidatabackend.json"
+    ]
     if len(lists) == 1:
         _refuse_folder_options(lists[0], options)
         return rows_of_list(place, lists[0], options)
-    raise _no_captions(place, folder, files, lists)
+    raise _no_captions(folder, files, lists, options)
 
 
 def _of_subfolders(
@@ -237,7 +243,7 @@ def _without_effect(said: str) -> AfaError:
 
 
 def _no_captions(
-    place: Place, folder: Path, files: Sequence[Path], lists: Sequence[Path]
+    folder: Path, files: Sequence[Path], lists: Sequence[Path], options: CaptionOptions
 ) -> AfaError:
     """The error for a folder whose captions are not found; names what the folder has."""
     pictures = [path for path in files if is_picture_file(path)]
@@ -248,6 +254,8 @@ def _no_captions(
             f"To use the names of kohya's folders as captions, such as '{named}', set "
             "data.folder_captions: true."
         )
+    elif options.from_folders:
+        hints.append("data.folder_captions needs subfolders such as 10_fox.")
     if lists:
         hints.append(
             f"It has several lists ({some(list(lists), folder)}); set data.folder to one, for "

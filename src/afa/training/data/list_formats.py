@@ -140,6 +140,7 @@ def _json(place: Place, path: Path) -> Listed:
         'such as {"1.png": {"caption": "a fox"}} or {"1.png": "a fox"}'
     )
     if isinstance(content, list) and all(isinstance(each, dict) for each in content):
+        _refuse_configuration(path, content)
         return Listed([Entry(f"Entry {n}", each) for n, each in enumerate(content, start=1)])
     if isinstance(content, dict):
         values = list(content.values())
@@ -155,6 +156,30 @@ def _json(place: Place, path: Path) -> Listed:
             rows = [Entry(name, {"caption": each}) for name, each in content.items()]
             return Listed(rows, is_by_path=True)
     raise _unreadable(path, "a list of pictures", f"it must be {forms}")
+
+
+def _refuse_configuration(path: Path, content: list[dict[str, Any]]) -> None:
+    """Refuse SimpleTuner's configuration of data sets, and name the settings for the first one.
+
+    Raises:
+        AfaError: if it is one.
+    """
+    found = next((each for each in content if "instance_data_dir" in each), None)
+    if found is None:
+        return
+    settings = f"data.folder: '{found['instance_data_dir']}'"
+    listed = found.get("parquet")
+    if isinstance(listed, dict) and found.get("caption_strategy") == "parquet":
+        settings = (
+            f"data.folder: '{listed.get('path')}', data.file_column: "
+            f"{listed.get('filename_column')} and data.caption_column: "
+            f"{listed.get('caption_column')}"
+        )
+    raise AfaError(
+        "AFA-TRAIN-101",
+        f"'{path}' configures data sets of SimpleTuner, and is not a list of pictures. For its "
+        f"data set '{found.get('id')}', set {settings}.",
+    )
 
 
 def _parquet(place: Place, path: Path, wanted: set[str]) -> Listed:
