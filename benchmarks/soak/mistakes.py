@@ -12,7 +12,7 @@ from afa.drawing.recorded import read_picture
 from afa.errors import AfaError
 from afa.evaluation import evaluate
 from afa.evaluation.recipe import EvaluateRecipe
-from afa.files import owned
+from afa.machine.ownership import owned
 from afa.merging import MergeRecipe, merge_checkpoints
 from afa.training import load_recipe, train
 from benchmarks.soak.drawn import ENSEMBLE, asked_for

@@ -1,8 +1,7 @@
-"""Atomic file writes, locks, and cached reads of small files."""
+"""Atomic file writes, and cached reads of small files."""
 
 from __future__ import annotations
 
-import errno
 import glob
 import json
 import marshal
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 LOCK = ".lock"
 #: limits of a JSON file in bytes and levels; the largest are the results of a study
 MAX_JSON, MAX_DEPTH = 32_000_000, 64
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 _IRREGULAR = {
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
@@ -39,7 +37,8 @@ _IRREGULAR = {
 }
 #: nanoseconds after which any write changes a file's times; FAT has a resolution of 2 s
 SETTLED = 2_000_000_000
-_PARTIAL = re.compile(r"\..+\.[a-z0-9_]{8}")  # names of unfinished files and folders
+#: names of unfinished files and folders
+PARTIAL = re.compile(r"\..+\.[a-z0-9_]{8}")
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -134,7 +133,7 @@ def _remove_abandoned(output: Path) -> None:
     """Remove temporary folders of processes that have ended, which released their locks."""
     for workplace in output.parent.glob(f"{glob.escape(f'.{output.name}.')}*"):
         lock_file = workplace / LOCK
-        if not (_PARTIAL.fullmatch(workplace.name) and lock_file.is_file()):
+        if not (PARTIAL.fullmatch(workplace.name) and lock_file.is_file()):
             continue
         lock = FileLock(lock_file)
         with suppress(Timeout, OSError):
@@ -170,68 +169,6 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-@contextmanager
-def owned(folder: Path) -> Iterator[None]:
-    """Create and lock a folder for this process inside the block.
-
-    Unfinished files of a killed process are removed from it.
-
-    Raises:
-        AfaError: if another process has locked it, or its file system has no locks.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise AfaError(
-            "AFA-FILE-002",
-            f"Another process works in '{folder}', which only one may do at a time. Wait for it, "
-            "or end it.",
-        ) from None
-    except (NotImplementedError, OSError) as error:
-        # older releases of filelock raise NotImplementedError without flock
-        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
-            raise
-        raise AfaError(
-            "AFA-FILE-003",
-            f"The file system of '{folder}' has no locks (some network file systems), which a work "
-            "folder needs. Pass a folder on another file system.",
-        ) from None
-    try:
-        for partial in folder.rglob(".*.*"):
-            if _PARTIAL.fullmatch(partial.name) and partial.is_file():
-                partial.unlink(missing_ok=True)
-        yield
-    finally:
-        lock.release()
-
-
-def is_owned(folder: Path) -> bool:
-    """Whether another process has locked a folder with `owned`; changes nothing in it."""
-    try:
-        handle = os.open(folder / LOCK, os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        import fcntl  # Windows has none
-
-        # a shared lock that is released at once
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except ImportError:
-        try:
-            FileLock(folder / LOCK).acquire(timeout=0).lock.release()
-        except Timeout:
-            return True
-    except OSError:
-        return False
-    finally:
-        os.close(handle)
-    return False
 
 
 def is_unused(folder: Path) -> bool:

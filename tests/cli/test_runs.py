@@ -11,7 +11,7 @@ import pytest
 
 from afa.cli import main
 from afa.cli.run_folders import describe_run, find_runs
-from afa.files import is_owned, owned
+from afa.machine.ownership import is_owned, owned
 from afa.training import Recipe, TrainStep, train
 from tests.distilling.students import recipe as distill_recipe
 from tests.distilling.students import steps_of

@@ -553,7 +553,7 @@ def test_groups_that_alternate_and_a_curve(tmp_path: Path, write: Write) -> None
 
 
 def test_only_one_process_may_have_the_folder(tmp_path: Path, write: Write) -> None:
-    from afa.files import owned
+    from afa.machine.ownership import owned
 
     output = tmp_path / "output"
     output.mkdir()

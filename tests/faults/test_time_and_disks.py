@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from afa.files import owned, staged, write_atomic
+from afa.files import staged, write_atomic
+from afa.machine.ownership import owned
 from tests.refusal import refusal
 from tests.training.runs import recipe, steps_of
 

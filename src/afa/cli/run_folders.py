@@ -14,8 +14,9 @@ from safetensors import SafetensorError, safe_open
 
 from afa.errors import AfaError
 from afa.evaluation.work import MARK_FILE
-from afa.files import is_owned, read_json
+from afa.files import read_json
 from afa.loading.student_record import RECORD
+from afa.machine.ownership import is_owned
 from afa.training.checkpoints import Checkpoints
 from afa.training.continuing import RECIPE
 from afa.training.exported import CHECKPOINTS

@@ -19,9 +19,10 @@ from afa.distilling.recording import read_rows, record_predictions
 from afa.distilling.student import Student, load_student, require_fit
 from afa.distilling.teacher import Teacher
 from afa.errors import AfaError
-from afa.files import is_unused, owned, read_json, write_atomic
+from afa.files import is_unused, read_json, write_atomic
 from afa.loading.scheduler_choice import require_scheduler
 from afa.loading.student_record import ENTRY, RECORD
+from afa.machine.ownership import owned
 from afa.training.cache import CacheProgress, TextCache
 from afa.training.changing import (
     History,

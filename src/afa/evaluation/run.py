@@ -22,9 +22,10 @@ from afa.evaluation.results import Results
 from afa.evaluation.scoring import Scoring
 from afa.evaluation.shares import record_shares
 from afa.evaluation.work import MARK_FILE, Claim, Store, draw_unit, units_of, write_json
-from afa.files import is_unused, owned, read_json
+from afa.files import is_unused, read_json
 from afa.loading.scheduler_choice import require_scheduler
 from afa.loading.student_record import baked_guidance
+from afa.machine.ownership import owned
 from afa.machine.processes import Processes, fixed_threads
 from afa.training.engine import pick_device
 

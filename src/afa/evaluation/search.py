@@ -25,10 +25,11 @@ from afa.evaluation.recipe import SamplingRecipe
 from afa.evaluation.scoring import open_scorer
 from afa.evaluation.search_recipe import SearchRecipe
 from afa.evaluation.work import draw
-from afa.files import is_unused, owned, read_json, write_atomic
+from afa.files import is_unused, read_json, write_atomic
 from afa.loading.pipeline import load_pipeline
 from afa.loading.scheduler_choice import require_scheduler
 from afa.loading.task import check_text_to_image
+from afa.machine.ownership import owned
 from afa.machine.processes import fixed_threads
 from afa.merging import BlockWeights
 from afa.recipe import differing

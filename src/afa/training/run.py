@@ -13,18 +13,13 @@ from afa.aggregators import SABWConfig
 from afa.denoisers.kinds import denoiser_of
 from afa.drafting.own import keep_drafts
 from afa.errors import AfaError
-from afa.files import (
-    is_unused,
-    owned,
-    read_json,
-    require_place_for_folder,
-    write_atomic,
-)
+from afa.files import is_unused, read_json, require_place_for_folder, write_atomic
 from afa.loading.ensemble_folder import save_ensemble
 from afa.loading.pipeline import load_pipeline
 from afa.loading.planned import companions_of
 from afa.loading.scheduler_choice import require_scheduler
 from afa.loading.vocabulary import words_of
+from afa.machine.ownership import owned
 from afa.training.began import Began
 from afa.training.cache import default_cache_folder
 from afa.training.changing import (

@@ -8,7 +8,8 @@ import statistics
 import time
 from typing import TYPE_CHECKING, Any
 
-from afa.files import owned, read_json, write_atomic
+from afa.files import read_json, write_atomic
+from afa.machine.ownership import owned
 from afa.studies.distillation.page import inputs_of, require_pages, results_of, write_pages
 from afa.studies.distillation.parts import Part
 from afa.studies.distillation.plan import (

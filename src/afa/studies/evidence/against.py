@@ -12,9 +12,10 @@ from afa.errors import AfaError
 from afa.evaluation.recipe import EvaluateRecipe, MethodRecipe, ModelsRecipe, resolve_method
 from afa.evaluation.results import read_results
 from afa.evaluation.work import Claim, Store, digest
-from afa.files import is_unused, owned, read_json, write_atomic
+from afa.files import is_unused, read_json, write_atomic
 from afa.loading.ensemble_folder import ensemble_folder
 from afa.loading.expert_source import ExpertSource
+from afa.machine.ownership import owned
 from afa.recipe import read_recipe, resolve_sources, validated
 from afa.studies.evidence.analysis import Outcomes
 from afa.studies.evidence.comparison import PROMPTS, REFERENCES, test_comparison, write_prompts

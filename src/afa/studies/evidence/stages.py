@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from afa.files import owned
+from afa.machine.ownership import owned
 from afa.studies.evidence.choosing import choose_lengths, choose_rivals
 from afa.studies.evidence.development import develop, developed
 from afa.studies.evidence.final import check_rows, run_test

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from afa.errors import AfaError
-from afa.files import is_unused, owned, read_json, write_atomic
+from afa.files import is_unused, read_json, write_atomic
 from afa.loading.identity import hash_descriptions
 from afa.loading.sources import locate
 from afa.loading.weights import hash_pipeline
+from afa.machine.ownership import owned
 from afa.policy import FOLDERS_VARIABLE
 from afa.studies.results.jobs import (
     Job,

@@ -13,7 +13,8 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 
 from afa.ensemble.text import hash_weights
 from afa.errors import AfaError
-from afa.files import owned, read_json, staged, write_atomic
+from afa.files import read_json, staged, write_atomic
+from afa.machine.ownership import owned
 from afa.studies.results.jobs import Job, report_progress, run_jobs
 from afa.studies.worlds.pack import RECIPE, SCORES, round_to_half, unpack_world
 from afa.studies.worlds.prompts import groups_of, prompts_of

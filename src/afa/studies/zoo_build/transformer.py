@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, PixArtAlphaPipeline, PixArtTransformer2DMod
 from torch import nn
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-from afa.files import owned
+from afa.machine.ownership import owned
 from afa.studies.zoo_build.other_zoo import train_other_zoo
 from afa.studies.zoo_build.workshop import (
     ModelsRecipe,
