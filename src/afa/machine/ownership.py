@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
@@ -63,8 +64,7 @@ def is_owned(folder: Path) -> bool:
     except OSError:
         return False
     try:
-        import fcntl  # Windows has none
-
+        fcntl: Any = import_module("fcntl")  # Windows has none
         # a shared lock that is released at once
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
