@@ -116,6 +116,6 @@ def test_it_ends_early(
     with pytest.raises(SystemExit) as stop:
         main(["export-checkpoint", str(output), "--best", "--output", str(tmp_path / "best")])
     assert not stop.value.code
-    assert f"Student of step {len(steps)} in" in capsys.readouterr().out
+    assert f"Best student up to step {len(steps)} in" in capsys.readouterr().out
     ours, same = (load_file(place / "lora.safetensors") for place in (tmp_path / "best", output))
     assert all(tensor.equal(same[name]) for name, tensor in ours.items())

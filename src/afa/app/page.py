@@ -128,9 +128,11 @@ class Page:
         )
         weights.site.change(self._update_maps, selected, weights.seen, **quick)
         weights.site.change(self._update_shares, selected, weights.shares, **quick)
-        weights.map.select(self._numbers_at, selected, weights.numbers, **quick)
+        # by default, a click is lost while the answer to an earlier one is under way
+        last = {**quick, "trigger_mode": "always_last"}
+        weights.map.select(self._numbers_at, selected, weights.numbers, **last)
         picked = [self._picked, history.details, history.download, history.use, history.look]
-        history.gallery.select(self._pick, self._history, picked, **quick)
+        history.gallery.select(self._pick, self._history, picked, **last)
         used = [*sampling, *steering.biases]
         history.use.click(self._use_again, [self._history, self._picked], used, **quick)
         history.look.click(

@@ -208,6 +208,7 @@ def test_every_command_that_takes_a_model(
         *(["app", place, "--port", "0"] for place in (wrong, ensemble)),
         *(["inspect", place] for place in (wrong, folder)),
         *(["check", place] for place in (wrong, ensemble)),
+        *(["export-checkpoint", place, "--output", output] for place in (wrong, folder)),
         *(
             ["export", p, "--output", tmp_path / "output.safetensors"]
             for p in (wrong, ensemble, folder)
@@ -224,6 +225,10 @@ def test_every_command_that_takes_a_model(
             assert len(said.splitlines()) == 1, (arguments, said)
         assert not output.exists(), arguments
         assert not output.with_suffix(".safetensors").exists(), arguments
+    # these load no expert
+    assert run("runs", tmp_path) == 0
+    assert run("export-checkpoint", ensemble, "--output", output) == 0
+    assert not trap.exists()
 
 
 def test_no_command_is_left_out() -> None:
@@ -232,6 +237,7 @@ def test_no_command_is_left_out() -> None:
     named |= {group.name for group in app.registered_groups}
     with_recipes = {"train", "distill", "evaluate", "merge", "search"}
     with_models = {"generate", "weights", "prune", "app", "inspect", "check", "export"}
+    with_models |= {"runs", "export-checkpoint"}
     assert named - {"demo", "zoo"} == with_recipes | with_models
 
 
