@@ -9,7 +9,7 @@ every block, if the architectures allow it, and with predictions alone, on the s
 ensemble of equal experts. Merges exist for experts of one kind only, and are the references.
 
 Prompts have pairs of objects that no training showed; their seed is used nowhere else. The outcomes
-of every picture go to `docs/mixed`.
+of every picture go to `docs/mixed.json`, from which `benchmarks.mixed_outcomes` writes the tables.
 """
 
 from __future__ import annotations
@@ -35,15 +35,18 @@ from afa.studies.results.run import evaluate_in_processes
 from afa.training.recipe import DataRecipe, Recipe, ScenesRecipe
 from afa.zoo import EXPERTS
 from afa.zoo.models import AGGREGATOR
+from benchmarks.mixed_outcomes import DOCS, EQUAL, FAMILIES, FILE, MIXED, PREDICTIONS, write_page
+from benchmarks.outcomes import outcomes_of, write_content
 
 #: aggregators of adequate size at the last site only
-PREDICTIONS: dict[str, Any] = {"sites": "conv_out", "hidden_ratio": None, "min_scale": 1}
+AT_END: dict[str, Any] = {"sites": "conv_out", "hidden_ratio": None, "min_scale": 1}
 NOISE = ("animals", "things")
 PROMPTS: dict[str, int] = {"mixed": 192, **dict.fromkeys(EXPERTS, 64)}
 SEED = 7_000_000
 #: of the fine-tuning to another prediction; as many steps as the zoo's experts, and half again
 STEPS, RATE = 3_000, 3e-4
-DOCS = Path(__file__).parents[1] / "docs" / "mixed"
+#: denoising steps of a picture
+NUM_STEPS = 10
 
 
 def main() -> int:
@@ -80,14 +83,15 @@ def main() -> int:
         "base": SHIPPED.base,
         "prompts": {"zoo": {"kinds": PROMPTS, "seed": SEED}},
         "methods": methods,
-        "sampling": sampling(10),
+        "sampling": sampling(NUM_STEPS),
         "metrics": ["scenes"],
         "num_resamples": 10_000,
     }
     evaluate_in_processes(work / "comparison", recipe, asked.processes)
-    asked.docs.mkdir(parents=True, exist_ok=True)
-    for name in ("report.json", "scores.csv"):
-        shutil.copyfile(work / "comparison" / name, asked.docs / name)
+    path = asked.docs / FILE
+    found = outcomes_of(recipe, work / "comparison")
+    write_content(path, {"num_steps": NUM_STEPS, **found})
+    write_page(asked.docs)
     return 0
 
 
@@ -124,18 +128,17 @@ def mixtures_of(
     noise = {name: str(noise_of(work, name)) for name in NOISE}
     noise_first = [noise["animals"], SHIPPED.experts["food"], noise["things"]]
     velocity_first = [SHIPPED.experts["food"], noise["animals"], noise["things"]]
-    of_predictions = {"aggregator": PREDICTIONS}
+    of_predictions = {"aggregator": AT_END}
     found: dict[str, tuple[list[str], dict[str, Any]]] = {
-        "velocity alone": (velocity, {}),
-        "velocity alone, predictions": (velocity, of_predictions),
-        "noise and velocity": (noise_first, {}),
-        "noise and velocity, predictions": (noise_first, of_predictions),
-        "velocity and noise": (velocity_first, {}),
-        "velocity and noise, predictions": (velocity_first, of_predictions),
+        EQUAL: (velocity, {}),
+        f"{EQUAL}{PREDICTIONS}": (velocity, of_predictions),
     }
+    for name, experts in zip(MIXED, (noise_first, velocity_first), strict=True):
+        found[name] = (experts, {})
+        found[f"{name}{PREDICTIONS}"] = (experts, of_predictions)
     if transformers is not None:
         mixed = [velocity[0], str(transformers / "food"), velocity[2]]
-        found["U-Nets and a transformer, predictions"] = (mixed, {"fuse": "predictions"})
+        found[FAMILIES] = (mixed, {"fuse": "predictions"})
     return found
 
 

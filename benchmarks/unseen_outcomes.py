@@ -5,25 +5,22 @@ python -m benchmarks.unseen_outcomes    # docs/unseen/ZOO-CHOICE.json to docs/dr
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from afa.evaluation.recipe import EvaluateRecipe
-from afa.evaluation.results import read_results
-from afa.files import read_json, write_atomic
-from afa.provenance import commit
+from afa.files import read_json
 from afa.statistics import mean_interval, paired_difference
 from afa.zoo.scenes import parse_caption
 from afa.zoo.sprites import DOMAIN_OF
+from benchmarks.outcomes import bits_of, clusters_of, outcomes_of, replace_between, write_content
 from benchmarks.unseen_prompts import GROUPS, OWN_SEEN, OWN_UNSEEN, SEEN
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from afa.statistics import Interval, Scores
+    from afa.statistics import Clusters, Interval, Scores
 
 DOCS = Path(__file__).parent.parent / "docs"
 FOLDER, PAGE = "unseen", "drafts.md"
@@ -53,29 +50,9 @@ def write_outcomes(
         oracle: the outcomes of the mask that knows the layout, in the order of the prompts.
         about: further content: the zoo, the choice, and the lengths of trainings.
     """
-    results = read_results(EvaluateRecipe.model_validate(recipe), output)
-    every = list(range(len(results.prompts)))
-    rows = {
-        name: {
-            "both": [_bits(bits) for bits in results.scores_at(name, "both", every)],
-            "calls": results.cost(name).expert_calls,
-        }
-        for name in results.methods
-    }
-    content = {
-        **about,
-        "commit": commit(),
-        "machine": results.machines(),
-        "prompts": [[prompt.text, prompt.group] for prompt in results.prompts],
-        "rows": {**rows, ORACLE: {"both": [_bits(oracle)], "calls": None}},
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False)
-    write_atomic(path, text.replace('"rows":', '\n"rows":') + "\n")
-
-
-def _bits(values: Sequence[float]) -> str:
-    return "".join(str(round(value)) for value in values)
+    content = {**about, **outcomes_of(recipe, output)}
+    content["rows"][ORACLE] = {"both": [bits_of(oracle)], "calls": None}
+    write_content(path, content)
 
 
 class Outcomes:
@@ -157,11 +134,9 @@ class Outcomes:
             return None
         return paired_difference(ours, theirs, clusters=self._clusters(group)).difference
 
-    def _clusters(self, group: str) -> Any:
+    def _clusters(self, group: str) -> Clusters:
         listed = zip(self._captions, self._groups, strict=True)
-        scenes = [parse_caption(caption) for caption, each in listed if each == group]
-        pairs = ["+".join(sorted((scene.left, scene.right))) for scene in scenes]
-        return np.unique(pairs, return_inverse=True)[1].astype(np.int64)
+        return clusters_of(caption for caption, each in listed if each == group)
 
     def calls(self, name: str) -> str:
         """The evaluations of one expert's denoiser for a picture."""
@@ -221,13 +196,8 @@ def read_zoos(folder: Path) -> dict[str, Outcomes]:
 
 def write_page(docs: Path) -> None:
     """Replace the tables between the marks of docs/drafts.md."""
-    text = (docs / PAGE).read_text(encoding="utf-8")
     for zoo, outcomes in read_zoos(docs / FOLDER).items():
-        begin, end = f"<!-- begin {zoo} -->", f"<!-- end {zoo} -->"
-        before, after = text.split(begin)[0], text.split(end)[1]
-        lines = [begin, "", *outcomes.table(), "", *outcomes.checks(), "", end]
-        text = before + "\n".join(lines) + after
-    write_atomic(docs / PAGE, text)
+        replace_between(docs / PAGE, zoo, [*outcomes.table(), "", *outcomes.checks()])
 
 
 if __name__ == "__main__":
