@@ -35,7 +35,16 @@ from afa.studies.results.run import evaluate_in_processes
 from afa.training.recipe import DataRecipe, Recipe, ScenesRecipe
 from afa.zoo import EXPERTS
 from afa.zoo.models import AGGREGATOR
-from benchmarks.mixed_outcomes import DOCS, EQUAL, FAMILIES, FILE, MIXED, PREDICTIONS, write_page
+from benchmarks.mixed_outcomes import (
+    BY_VELOCITY,
+    DOCS,
+    EQUAL,
+    FAMILIES,
+    FILE,
+    MIXED,
+    PREDICTIONS,
+    write_page,
+)
 from benchmarks.outcomes import outcomes_of, write_content
 
 #: aggregators of adequate size at the last site only
@@ -133,9 +142,12 @@ def mixtures_of(
         EQUAL: (velocity, {}),
         f"{EQUAL}{PREDICTIONS}": (velocity, of_predictions),
     }
+    by_velocity = {"training": {"velocity_loss": True}}
     for name, experts in zip(MIXED, (noise_first, velocity_first), strict=True):
-        found[name] = (experts, {})
-        found[f"{name}{PREDICTIONS}"] = (experts, of_predictions)
+        for row, changes in ((name, {"fuse": "blocks"}), (f"{name}{PREDICTIONS}", of_predictions)):
+            found[row] = (experts, changes)
+            if experts is noise_first:
+                found[f"{row}{BY_VELOCITY}"] = (experts, {**changes, **by_velocity})
     if transformers is not None:
         mixed = [velocity[0], str(transformers / "food"), velocity[2]]
         found[FAMILIES] = (mixed, {"fuse": "predictions"})
@@ -147,10 +159,10 @@ def recipe_of(experts: list[str], changes: dict[str, Any], seed: int) -> Recipe:
     chosen = {each.name: getattr(AGGREGATOR, each.name) for each in fields(SABWSettings)}
     return Recipe(
         experts=[ExpertSource(each) for each in experts],
-        fuse=changes.get("fuse", "blocks"),
+        fuse=changes.get("fuse"),
         data=DataRecipe(scenes=scenes(seed)),
         aggregator=SABWSettings(**{**chosen, **changes.get("aggregator", {})}),
-        training=training(StudySettings(), seed, num_steps=1_000),
+        training=training(StudySettings(), seed, num_steps=1_000, **changes.get("training", {})),
     )
 
 

@@ -23,6 +23,8 @@ DOCS = Path(__file__).parent.parent / "docs"
 FILE, PAGE = "mixed.json", "checkpoints.md"
 #: the names of ensembles whose predictions alone are fused end so
 PREDICTIONS = ", predictions"
+#: those with `training.velocity_loss`
+BY_VELOCITY = ", velocity loss"
 #: ensembles of equal experts, and of several kinds with the first expert's named first
 EQUAL = "velocity alone"
 MIXED = ("noise and velocity", "velocity and noise")
@@ -85,6 +87,9 @@ class Outcomes:
         ensembles = [name for name in self._rows if self._is_ensemble(name)]
         for name in (EQUAL, *MIXED):
             yield f"{name}{PREDICTIONS}", name
+        for name in self._rows:
+            if name.endswith(BY_VELOCITY):
+                yield name, name.removesuffix(BY_VELOCITY)
         for name in MIXED:
             yield name, EQUAL
             yield f"{name}{PREDICTIONS}", f"{EQUAL}{PREDICTIONS}"
@@ -95,7 +100,8 @@ class Outcomes:
 
     @staticmethod
     def _is_ensemble(name: str) -> bool:
-        return name.removesuffix(PREDICTIONS) in (EQUAL, *MIXED) or name == FAMILIES
+        plain = name.removesuffix(BY_VELOCITY).removesuffix(PREDICTIONS)
+        return plain in (EQUAL, *MIXED) or name == FAMILIES
 
     def _captions_of(self, group: str) -> list[str]:
         wanted = self._is_mixed == (group == GROUP)

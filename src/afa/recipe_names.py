@@ -30,6 +30,7 @@ _ELSEWHERE = {
     "num_warmup_steps": ("lr_warmup_steps", "warmup_steps"),
     "caption_dropout": ("caption_dropout_rate", "caption_dropout_probability"),
     "min_snr_gamma": ("snr_gamma",),
+    "velocity_loss": ("v_pred_like_loss",),
     "ema_decay": ("use_ema",),
     "expert_dtype": ("mixed_precision",),
     "checkpoint_every": (

@@ -19,6 +19,7 @@ from diffusers import (
 )
 
 import afa
+from afa.aggregators import SABW
 from afa.aggregators.fusion.shell import ShellRecipe
 from afa.drawing.contenders import MERGE, Contenders
 from afa.drawing.merged import merged_pipeline
@@ -28,6 +29,7 @@ from afa.evaluation.recipe import EvaluateRecipe
 from afa.loading.pipeline import load_single, with_rules
 from afa.merging import WeightedSum
 from afa.preflight.run import look
+from afa.training.planned import plan_of_training
 from tests.preflight.test_preflight import changed
 from tests.refusal import refusal
 from tests.tiny_pipelines import saved_experts
@@ -120,6 +122,40 @@ def test_trained_saved_and_loaded(mixed: list[Path], tmp_path: Path) -> None:
     for expert, own in zip(again.unet.experts, before, strict=True):
         assert all(torch.equal(tensor, own[name]) for name, tensor in expert.state_dict().items())
     assert any(rule.conv_out.weight.abs().max() > 0 for rule in again.unet.aggregators)
+
+
+def test_predictions_alone_are_fused_by_default_if_the_first_begins_with_noise(
+    mixed: list[Path], tmp_path: Path
+) -> None:
+    """docs/checkpoints.md, How well experts of several kinds combine."""
+    zero_first = [mixed[2], mixed[0]]
+
+    def sites(experts: list[Path], **options: Any) -> int:
+        pipeline = afa.load_pipeline(experts, SMALL, **options)
+        return sum(isinstance(rule, SABW) for rule in pipeline.unet.aggregators)
+
+    every = sites(mixed[:2])
+    assert every > 1
+    assert sites(zero_first) == 1
+    assert sites(zero_first, fuse="blocks") == every
+    assert sites(zero_first[::-1]) == every, "noise first"
+    assert sites([mixed[2], mixed[2]], allow_duplicates=True) == every, "nothing is converted"
+
+    asked = recipe(zero_first, num_steps=1)
+    list(steps_of(asked, tmp_path / "run"))
+    trained = afa.load_ensemble(tmp_path / "run")
+    assert trained.unet.aggregators[-1].config.sites == "conv_out"
+    found = look(plan_of_training(asked), with_weights=False)
+    (note,) = [each for each in found.findings if each.code == "AFA-LOAD-105"]
+    assert "fuse = blocks" in str(note)
+    explicit = asked.model_copy(update={"fuse": "blocks"})
+    other = look(plan_of_training(explicit), with_weights=False)
+    (note,) = [each for each in other.findings if each.code == "AFA-LOAD-105"]
+    assert "fuse = blocks" not in str(note)
+    sizes = [each.estimates["training"].takes for each in (found, other)]
+    assert sizes[0] < sizes[1], "the memory of what is trained"
+    plain = recipe(mixed[:2], num_steps=1)
+    assert "fuse" not in plain.model_dump(), "runs of earlier releases are still equal"
 
 
 def test_other_pipelines_take_it(mixed: list[Path]) -> None:

@@ -403,6 +403,16 @@ def test_min_snr_weighs_the_loss(experts: list[Path]) -> None:
     assert 0 < other[0] < plain[0]
 
 
+def test_velocity_loss_weighs_high_noise(experts: list[Path]) -> None:
+    settings = recipe(experts, num_steps=2).training
+    plain = [s.loss for s in train_aggregators(fresh(experts), SceneImages(10), settings)]
+    weighed = settings.model_copy(update={"velocity_loss": True})
+    other = [s.loss for s in train_aggregators(fresh(experts), SceneImages(10), weighed)]
+    assert other[0] > 1.5 * plain[0], "an error of noise at high noise is a large one of velocity"
+    with pytest.raises(ValueError, match="both min_snr_gamma and velocity_loss"):
+        recipe(experts, velocity_loss=True, min_snr_gamma=5)
+
+
 @pytest.mark.nightly
 def test_regularisers_pull_as_they_should(experts: list[Path]) -> None:
     """Without them these weights harden and leave experts out; the loss shown is the objective's

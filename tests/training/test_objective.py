@@ -65,6 +65,30 @@ def test_min_snr_with_zero_terminal_snr() -> None:
     assert process.min_snr_weight(torch.tensor([999]), 5.0).isfinite().all()
 
 
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_velocity_loss(zero_snr: bool) -> None:
+    """The weighted error of predicted noise is that of the velocity that follows from it."""
+    process = forward_process(sampler(rescale_betas_zero_snr=zero_snr))
+    assert isinstance(process, Diffusion)
+    clean, noise, predicted = (torch.randn(3, 4, 2, 2, dtype=torch.float64) for _ in range(3))
+    steps = torch.tensor([1, 500, 998])
+    alpha = process.scheduler.alphas_cumprod[steps].double().view(-1, 1, 1, 1)
+    noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+    picture = (noisy - (1 - alpha).sqrt() * predicted) / alpha.sqrt()
+    error = [
+        alpha.sqrt() * eps - (1 - alpha).sqrt() * x
+        for eps, x in ((noise, clean), (predicted, picture))
+    ]
+    of_velocity = (error[0] - error[1]).square().flatten(1).mean(1)
+    of_noise = (noise - predicted).square().flatten(1).mean(1)
+    torch.testing.assert_close(
+        process.velocity_weight(steps).double() * of_noise, of_velocity, rtol=1e-4, atol=0
+    )
+    assert process.velocity_weight(torch.tensor([999])).isfinite().all()
+    for other in (sampler("v_prediction"), FlowMatchEulerDiscreteScheduler()):
+        assert (forward_process(other).velocity_weight(torch.tensor([1, 998])) == 1).all()
+
+
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_flow_matching(shift: float) -> None:
     process = forward_process(FlowMatchEulerDiscreteScheduler(shift=shift))
@@ -110,6 +134,9 @@ def test_the_loss_is_that_of_each_sample() -> None:
     torch.testing.assert_close(losses, torch.tensor([0.0, 9.0]))
     weight = process.min_snr_weight(process.timesteps(time), 5.0)
     weighed = denoising_loss(predict, process, clean, noise=noise, time=time, min_snr_gamma=5.0)
+    torch.testing.assert_close(weighed, losses * weight)
+    weight = process.velocity_weight(process.timesteps(time))
+    weighed = denoising_loss(predict, process, clean, noise=noise, time=time, velocity_loss=True)
     torch.testing.assert_close(weighed, losses * weight)
 
 

@@ -113,6 +113,10 @@ class SABWSettings:
         """
         return self if self.hidden_ratio is None else replace(self, hidden_ratio=None, min_scale=1)
 
+    def at_last_site(self) -> Self:
+        """The same settings for aggregators that fuse predictions alone, of adequate size."""
+        return replace(self.for_predictions(), sites="conv_out")
+
 
 @dataclass(frozen=True)
 class SABWConfig(SABWSettings):

@@ -36,6 +36,13 @@ class ForwardProcess(Protocol):
     def min_snr_weight(self, timestep: Tensor, gamma: float) -> Tensor:
         """Return the weights [B] of Min-SNR (Hang et al., 2023, arXiv 2303.09556, section 3.4)."""
 
+    def velocity_weight(self, timestep: Tensor) -> Tensor:
+        """Return the weights [B] with which the loss is that of the velocity.
+
+        An error e of the noise is one of e sqrt((SNR + 1) / SNR) of the velocity (Salimans & Ho,
+        2022, arXiv 2202.00512).
+        """
+
 
 class Diffusion:
     """The forward process of DDPM with noise or velocity (Salimans & Ho, 2022) as the target."""
@@ -66,6 +73,14 @@ class Diffusion:
             return clamped / (snr + 1)
         # 0 / 0 for noise prediction with a zero terminal SNR, which is not a sensible combination
         return torch.where(snr > 0, clamped / snr, torch.ones_like(snr))
+
+    def velocity_weight(self, timestep: Tensor) -> Tensor:
+        """Return (SNR + 1) / SNR for noise, and 1 for velocity."""
+        snr = compute_snr(self.scheduler, timestep)
+        if self.predicts_velocity:
+            return torch.ones_like(snr)
+        # pure noise says nothing about the picture if noise is predicted
+        return torch.where(snr > 0, (snr + 1) / snr, torch.ones_like(snr))
 
 
 class FlowMatching:
@@ -105,6 +120,10 @@ class FlowMatching:
             "training.min_snr_gamma is not defined for these experts, which were trained with flow "
             "matching. Remove it.",
         )
+
+    def velocity_weight(self, timestep: Tensor) -> Tensor:
+        """Return 1: what is predicted is the velocity of the flow."""
+        return torch.ones(timestep.shape, device=timestep.device)
 
 
 def forward_process(scheduler: SchedulerMixin) -> ForwardProcess:

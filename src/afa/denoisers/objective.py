@@ -9,6 +9,7 @@ the same ratio of noise to picture at the same angle, whatever their timesteps a
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
@@ -63,6 +64,11 @@ class Objective:
         angles = [round(self.angles[last * n // 4], 3) for n in range(5)] if self.angles else []
         kind = {"predicts": self.predicts, "num_timesteps": self.num_timesteps}
         return {**kind, "angles": angles}
+
+    @property
+    def begins_with_noise(self) -> bool:
+        """Whether the last timestep is of pure noise (zero terminal SNR), as in rectified flow."""
+        return not self.angles or math.cos(self.angles[-1]) ** 2 <= _PURE_NOISE
 
     def same_levels(self, other: Objective) -> bool:
         """Whether both have one noise schedule, so that their timesteps mean the same."""

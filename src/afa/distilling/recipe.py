@@ -236,6 +236,7 @@ class StudentTraining(TrainingRecipe):
         "entropy_weight",
         "balance_weight",
         "min_snr_gamma",
+        "velocity_loss",
         "expert_dtype",
         "offload_experts",
     )

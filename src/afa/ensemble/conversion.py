@@ -54,6 +54,17 @@ class Objectives(NamedTuple):
             )
         return cls(known, known[0]) if len(set(known)) > 1 else None
 
+    @property
+    def prefers_predictions(self) -> bool:
+        """Whether predictions alone are fused by default, since fused features are worse.
+
+        It was so on emoji scenes if the first expert's schedule begins with pure noise, which
+        another's does not reach, and the contrary if that other one was the first; see
+        docs/checkpoints.md.
+        """
+        begin = [each.begins_with_noise for each in self.experts]
+        return self.wanted.begins_with_noise and not all(begin)
+
 
 def can_convert(family: Family) -> bool:
     """Whether the coroutines of a family take the latent and the timestep as they are."""

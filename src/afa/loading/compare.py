@@ -22,7 +22,7 @@ def compare(
     *,
     allow_duplicates: bool = False,
     converts: bool = True,
-    fuse: Fuse = "blocks",
+    fuse: Fuse | None = "blocks",
 ) -> Iterator[Finding]:
     """Find all differences that prevent or impair an ensemble, the most basic first.
 
@@ -31,12 +31,12 @@ def compare(
         allow_duplicates: whether experts may have the same weights.
         converts: whether predictions of another kind or on another noise schedule are converted, as
             ensembles do it.
-        fuse: `predictions` only requires one latent space.
+        fuse: `predictions` only requires one latent space; None as in `afa.load_pipeline`.
     """
     if not allow_duplicates:
         yield from _duplicates(experts)
     for other in experts[1:]:
-        for check in _CHECKS if fuse == "blocks" else _OF_PREDICTIONS:
+        for check in _OF_PREDICTIONS if fuse == "predictions" else _CHECKS:
             found = check(experts[0], other)
             if found is not None and check is schedule_difference and converts:
                 found = conversion(experts[0], other, fuse) or found
@@ -298,7 +298,7 @@ _OF_PREDICTIONS = (prompt_problem, _latents, schedule_difference)
 
 
 def check_experts(
-    experts: Sequence[Expert], *, allow_duplicates: bool = False, fuse: Fuse = "blocks"
+    experts: Sequence[Expert], *, allow_duplicates: bool = False, fuse: Fuse | None = "blocks"
 ) -> None:
     """Check that loaded experts can be ensembled.
 

@@ -13,6 +13,8 @@ from afa.loading.facts import SCHEDULE
 from afa.loading.finding import Finding
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from afa.loading.expert_source import Fuse
     from afa.loading.facts import Facts
 
@@ -33,7 +35,7 @@ def schedule_difference(first: Facts, other: Facts) -> Finding | None:
     return None
 
 
-def conversion(first: Facts, other: Facts, fuse: Fuse) -> Finding | None:
+def conversion(first: Facts, other: Facts, fuse: Fuse | None) -> Finding | None:
     """Report that the predictions of an expert are converted; None if they cannot be."""
     predicts = [expert.schedule.get("prediction_type") for expert in (first, other)]
     is_known = all(
@@ -57,6 +59,11 @@ def conversion(first: Facts, other: Facts, fuse: Fuse) -> Finding | None:
             "The first expert's schedule begins with pure noise (zero terminal SNR). There, "
             f"'{other.short}' is used at its own last timestep."
         )
+        if fuse is None:
+            effect += (
+                " Predictions alone are fused, since features of such experts fuse worse; set fuse "
+                "= blocks for features."
+            )
     elif theirs_zero and not ours_zero:
         effect = (
             "The first expert's schedule does not begin with pure noise (zero terminal SNR), so "
@@ -70,6 +77,12 @@ def conversion(first: Facts, other: Facts, fuse: Fuse) -> Finding | None:
         f"'{other.name}' {what}. Its timesteps and predictions are converted.",
         effect,
     )
+
+
+def prefers_predictions(experts: Sequence[Facts]) -> bool:
+    """Whether predictions alone are fused by default; see `afa.ensemble.conversion.Objectives`."""
+    begin = [_has_zero_snr(expert) for expert in experts]
+    return begin[0] and not all(begin)
 
 
 def _has_betas(expert: Facts) -> bool:

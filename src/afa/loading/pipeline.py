@@ -65,7 +65,7 @@ def load_pipeline(
     reserved: int = 0,
     on_plan: Callable[[MemoryPlan], object] | None = None,
     quantize: Weights | None = None,
-    fuse: Fuse = "blocks",
+    fuse: Fuse | None = None,
 ) -> DiffusionPipeline:
     """Combine several diffusion models into one stock pipeline.
 
@@ -100,7 +100,10 @@ def load_pipeline(
         reserved: bytes of the budget for another model.
         on_plan: called with the chosen plan before anything is loaded.
         fuse: `blocks` fuses features after every block; `predictions` fuses predictions alone, so
-            that experts only need one latent space; see `afa.loading.predictions`.
+            that experts only need one latent space; see `afa.loading.predictions`. None is
+            `blocks`, but untrained aggregators fuse predictions alone (`sites="conv_out"`) if
+            experts predict different quantities and the first one's schedule begins with pure
+            noise, where fused features are worse; see docs/checkpoints.md.
         quantize: store weights of the experts' linear layers in 8 bits, `int8` or `float8`; see
             `afa.loading.quantization`.
 
@@ -185,7 +188,9 @@ def load_pipeline(
 
 
 def _check_before(
-    experts: Sequence[ExpertManifest], vae: ExpertSource | None = None, fuse: Fuse = "blocks"
+    experts: Sequence[ExpertManifest],
+    vae: ExpertSource | None = None,
+    fuse: Fuse | None = "blocks",
 ) -> dict[Path, Mark]:
     """Check that experts are complete and compatible, before the first is loaded.
 
@@ -270,7 +275,7 @@ def assemble(
     experts: Sequence[Expert],
     aggregators: SABWConfig | Sequence[nn.Module] | None,
     vae: nn.Module,
-    fuse: Fuse = "blocks",
+    fuse: Fuse | None = "blocks",
 ) -> DiffusionPipeline:
     """Build a stock pipeline from loaded experts, with the first one's scheduler."""
     first = experts[0]
@@ -284,11 +289,11 @@ def assemble(
     joined = any(len(set(each)) > 1 for each in encoders.values())
     tokenizer = first.tokenizers.get("tokenizer")
     widths = first.kind.widths(first.text_encoders, getattr(tokenizer, "model_max_length", 0))
+    objectives = Objectives.of([objective_of(expert.scheduler) for expert in experts])
+    if fuse is None and objectives is not None and isinstance(aggregators, SABWConfig):
+        aggregators = aggregators.at_last_site() if objectives.prefers_predictions else aggregators
     denoiser = EnsembleDenoiser(
-        [expert.denoiser for expert in experts],
-        aggregators,
-        widths=widths,
-        objectives=Objectives.of([objective_of(expert.scheduler) for expert in experts]),
+        [expert.denoiser for expert in experts], aggregators, widths=widths, objectives=objectives
     )
     denoiser.provenance = Provenance(tuple(expert.reference for expert in experts))
     if joined and (entry := first.kind.padded_text) is not None:

@@ -65,7 +65,7 @@ class Group:
         encoder_sets: likewise, the number of different sets of text encoders.
         is_drawn: whether they draw, with the first one's autoencoder; not the inputs of merges.
         is_merged: whether their weights are merged, so that all must predict the same quantity.
-        fuse: what is fused.
+        fuse: what is fused; None as in `afa.load_pipeline`.
     """
 
     label: str
@@ -78,7 +78,7 @@ class Group:
     encoder_sets: int | None = None
     is_drawn: bool = True
     is_merged: bool = False
-    fuse: Fuse = "blocks"
+    fuse: Fuse | None = "blocks"
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from afa.denoisers import family_of
 from afa.errors import NO_MODEL, AfaError
 from afa.files import parts_of, read_json
 from afa.loading.compare import compare
+from afa.loading.compare_predictions import prefers_predictions
 from afa.loading.distilled import distilled_of
 from afa.loading.expert_source import ExpertSource
 from afa.loading.facts import Facts
@@ -239,7 +240,7 @@ def _check_denoiser(expert: CheckedExpert) -> Iterator[Finding]:
             return
 
 
-def _autoencoders(checked: Sequence[CheckedExpert], fuse: Fuse) -> Iterator[Finding]:
+def _autoencoders(checked: Sequence[CheckedExpert], fuse: Fuse | None) -> Iterator[Finding]:
     """Note that experts have different autoencoders, of which one decodes all pictures."""
     names, hashes = [], []
     for each in checked:
@@ -265,11 +266,15 @@ def _autoencoders(checked: Sequence[CheckedExpert], fuse: Fuse) -> Iterator[Find
 
 def _estimate(report: Report, work: Work, group: Group, checked: Sequence[CheckedExpert]) -> None:
     unbatched = replace(work, samples_each=1)
+    aggregators = group.aggregators
+    alone = group.fuse is None and prefers_predictions([each.facts for each in checked])
+    if alone and aggregators is not None:
+        aggregators = aggregators.at_last_site()
     job = Job(
         checked[0].manifest.config,
         group.num_experts or len(checked),
         group.encoder_sets or encoder_sets([each.manifest.path for each in checked]),
-        group.aggregators,
+        aggregators,
         group.companions.torch_dtype,
         work if checked[0].facts.kind.family.batches_guidance else unbatched,
         bits_of([each.manifest for each in checked], group.companions.torch_dtype),

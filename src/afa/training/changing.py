@@ -31,6 +31,7 @@ CHANGEABLE = (
     "training.caption_dropout",
     "training.prompt_noise",
     "training.min_snr_gamma",
+    "training.velocity_loss",
     "training.entropy_weight",
     "training.balance_weight",
     "training.early_stopping",

@@ -218,6 +218,7 @@ def _loss(
         noise=batch.noise,
         time=batch.time,
         min_snr_gamma=settings.min_snr_gamma,
+        velocity_loss=settings.velocity_loss,
     ).mean()
 
 

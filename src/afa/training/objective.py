@@ -36,6 +36,7 @@ def denoising_loss(
     noise: Tensor,
     time: Tensor,
     min_snr_gamma: float | None = None,
+    velocity_loss: bool = False,
 ) -> Tensor:
     """Compute the mean squared error of the fused prediction (AFA, eq. 5) by sample, in float32.
 
@@ -49,6 +50,8 @@ def denoising_loss(
         noise: standard normal, of the latents' shape.
         time: uniform numbers [B] from 0 to 1, which determine the timesteps.
         min_snr_gamma: weights samples by Min-SNR; None weights them equally.
+        velocity_loss: weights them so that the loss is that of the velocity; see
+            `ForwardProcess.velocity_weight`.
 
     Returns: [B]; its mean is the loss.
     """
@@ -57,4 +60,6 @@ def denoising_loss(
     loss = prediction_loss(predict, noisy, timestep, target)
     if min_snr_gamma is not None:
         loss = loss * process.min_snr_weight(timestep, min_snr_gamma)
+    if velocity_loss:
+        loss = loss * process.velocity_weight(timestep)
     return loss

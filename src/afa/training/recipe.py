@@ -193,6 +193,8 @@ class TrainingRecipe(Section):
         prompt_noise: standard deviation of noise on the text embeddings that aggregators see, by
             that of the embeddings; for prompts with words that the training data lack.
         min_snr_gamma: gamma of Min-SNR loss weights (Hang et al., 2023, who use 5); None uses none.
+        velocity_loss: weigh the loss by noise level as if the experts predicted velocity, so that
+            high noise, where the content is decided, counts more for experts that predict noise.
         ema_decay: decay of a moving average (EMA) of the aggregators, which is saved at the end.
         entropy_weight: weight of the regulariser that makes each pixel use several experts.
         balance_weight: weight of the regulariser that makes each expert used.
@@ -208,7 +210,7 @@ class TrainingRecipe(Section):
         seed: seed of the aggregators' initial weights and of all random draws.
     """
 
-    LATER: ClassVar[tuple[str, ...]] = ("prompt_noise", "early_stopping")
+    LATER: ClassVar[tuple[str, ...]] = ("prompt_noise", "early_stopping", "velocity_loss")
 
     num_steps: int = Field(ge=1)
     batch_size: int = Field(default=8, ge=1)
@@ -221,6 +223,7 @@ class TrainingRecipe(Section):
     caption_dropout: float = Field(default=0.1, ge=0, le=1)
     prompt_noise: float = Field(default=0, ge=0)
     min_snr_gamma: float | None = Field(default=None, gt=0)
+    velocity_loss: bool = False
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     entropy_weight: float = Field(default=0, ge=0)
     balance_weight: float = Field(default=0, ge=0)
@@ -234,6 +237,12 @@ class TrainingRecipe(Section):
     trackers: list[str] = Field(default=["tensorboard"])
     device: str = "auto"
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
+
+    @model_validator(mode="after")
+    def _one_weighting(self) -> TrainingRecipe:
+        if self.velocity_loss and self.min_snr_gamma is not None:
+            raise ValueError("must not have both min_snr_gamma and velocity_loss; remove one")
+        return self
 
 
 class ValidationRecipe(Section):
@@ -292,7 +301,8 @@ class Recipe(Section):
     their family or the name of a bundled configuration (by default detected from the file), and
     `parts` are sources of the text encoders that they lack. `allow_duplicates` allows duplicate
     experts. `drafts` are those that the ensemble uses by itself, see `OwnDrafts`. `fuse` is
-    `predictions` for experts of different architectures, see `afa.loading.predictions`.
+    `predictions` for experts of different architectures, see `afa.loading.predictions`; None as in
+    `afa.load_pipeline`.
     """
 
     LATER: ClassVar[tuple[str, ...]] = ("drafts", "fuse")
@@ -302,7 +312,7 @@ class Recipe(Section):
     config: str | None = None
     parts: list[str] = Field(default=[])
     allow_duplicates: bool = False
-    fuse: Fuse = "blocks"
+    fuse: Fuse | None = None
     drafts: OwnDrafts | None = None
     data: DataRecipe
     aggregator: SABWSettings = SABWSettings()
