@@ -147,13 +147,17 @@ def test_predictions_alone_are_fused_by_default_if_the_first_begins_with_noise(
     assert trained.unet.aggregators[-1].config.sites == "conv_out"
     found = look(plan_of_training(asked), with_weights=False)
     (note,) = [each for each in found.findings if each.code == "AFA-LOAD-105"]
-    assert "fuse = blocks" in str(note)
+    assert (note.level, note.remedy) == ("note", "")
+    assert "fuse = blocks" in note.means
     explicit = asked.model_copy(update={"fuse": "blocks"})
     other = look(plan_of_training(explicit), with_weights=False)
     (note,) = [each for each in other.findings if each.code == "AFA-LOAD-105"]
-    assert "fuse = blocks" not in str(note)
+    assert "fuse = blocks" not in note.means
     sizes = [each.estimates["training"].takes for each in (found, other)]
     assert sizes[0] < sizes[1], "the memory of what is trained"
+    reversed_order = look(plan_of_training(recipe(zero_first[::-1])), with_weights=False)
+    (warning,) = [each for each in reversed_order.findings if each.code == "AFA-LOAD-105"]
+    assert (warning.level, warning.remedy) == ("warning", "List 'zero' first.")
     plain = recipe(mixed[:2], num_steps=1)
     assert "fuse" not in plain.model_dump(), "runs of earlier releases are still equal"
 

@@ -10,7 +10,7 @@ from afa.denoisers.kinds import kinds
 from afa.denoisers.objective import FLOW, PredictionType
 from afa.ensemble.conversion import can_convert
 from afa.loading.facts import SCHEDULE
-from afa.loading.finding import Finding
+from afa.loading.finding import Finding, Level
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -52,6 +52,8 @@ def conversion(first: Facts, other: Facts, fuse: Fuse | None) -> Finding | None:
     what = f"has another noise schedule than '{first.name}'"
     if ours != theirs:
         what = f"predicts {theirs}, '{first.name}' predicts {ours}"
+    level: Level = "note"
+    remedy = ""
     effect = "The ensemble draws with the schedule and the sampling settings of the first expert."
     ours_zero, theirs_zero = (_has_zero_snr(expert) for expert in (first, other))
     if ours_zero and not theirs_zero:
@@ -67,15 +69,18 @@ def conversion(first: Facts, other: Facts, fuse: Fuse | None) -> Finding | None:
     elif theirs_zero and not ours_zero:
         effect = (
             "The first expert's schedule does not begin with pure noise (zero terminal SNR), so "
-            f"very dark and bright pictures of '{other.short}' are lost. List it first to keep "
-            "them."
+            f"very dark and bright pictures of '{other.short}' are lost, and aggregators choose "
+            "experts worse."
         )
+        if theirs != FLOW:  # whose pipeline may not be able to draw for the others
+            level, remedy = "warning", f"List '{other.short}' first."
     return Finding(
         "AFA-LOAD-105",
-        "note",
+        level,
         "schedule",
         f"'{other.name}' {what}. Its timesteps and predictions are converted.",
         effect,
+        remedy,
     )
 
 
