@@ -28,6 +28,8 @@ from afa.evaluation.recipe import slug
 from afa.files import write_atomic
 from afa.loading.expert_source import ExpertSource
 from afa.loading.sources import locate
+from afa.merging import MergeRecipe
+from afa.merging.run import merge_checkpoints
 from afa.studies.evidence.jobs import tuned_job
 from afa.studies.results.jobs import Job, run_jobs, train_aggregators_job
 from afa.studies.results.plan import SHIPPED, StudySettings, sampling, scenes, training
@@ -175,10 +177,21 @@ def references(work: Path, transformers: Path | None) -> list[dict[str, Any]]:
     ]
     if transformers is not None:
         rows.append({"name": "expert: food, transformer", "model": str(transformers / "food")})
+    rows.append({"name": "weighted merge of noise", "model": str(merged_noise(work))})
     uniform = {"method": "weighted", "weights": [1 / 3] * 3}
     added = {"method": "dare", "density": 0.5, "weights": [1 / 3] * 3}
     rows += [{"name": "weighted merge of velocity", "merge": uniform}]
     return [*rows, {"name": "DARE merge of velocity", "merge": added}]
+
+
+def merged_noise(work: Path) -> Path:
+    """The mean of the experts that predict noise; there is no merge with those of velocity."""
+    folder = work / "experts" / "merged-noise"
+    if not folder.exists():
+        experts = [str(noise_of(work, name)) for name in NOISE]
+        for _ in merge_checkpoints(MergeRecipe(method="weighted", experts=experts), folder):
+            pass
+    return folder
 
 
 def run(jobs: list[Job], num_processes: int) -> None:
