@@ -75,7 +75,7 @@ class Outcomes:
             yield f"| {name} | {shown} | {row['calls']:.0f} | {count} |"
 
     def differences(self) -> Iterator[str]:
-        """The comparisons that were asked for before the measurement."""
+        """Predictions and features, mixed and equal experts, the loss, and the best merge."""
         yield f"| difference | {GROUP} | {OWN} |"
         yield "|---" * 3 + "|"
         for name, other in self._pairs():

@@ -52,7 +52,8 @@ class SABWSettings:
         timestep: off hides the timestep from the aggregator.
         prompt: off hides the prompt from the aggregator.
         sharing: `width` shares one aggregator between sites with equal channels and weight grids.
-        sites: `conv_out` fuses only the predictions.
+        sites: `conv_out` fuses only the predictions, as `all` does for some experts that predict
+            different quantities; see `fuse` of `afa.load_pipeline`.
         stride: fuse at every `stride`-th site; the first and the last are always fused.
         hidden_ratio: hidden channels divided by the experts' channels at the site, limited by
             `hidden_size`; at the last site the channels of the first site count. None uses
