@@ -153,6 +153,10 @@ def test_optima_on_an_edge_are_named() -> None:
     assert uniform.edges(len(uniform.points) - 1) == ["lead"]
     rule = fusions(["a", "b", "c"])["LoRAtorio"]
     assert "temperature" in rule.edges(0)
+    patches = {values["patch"] for values in rule.points}
+    assert patches == {1, 2, 4, 8, 16}
+    whole = next(n for n, values in enumerate(rule.points) if values["patch"] == 16)
+    assert "patch" not in rule.edges(whole), "it is all of a latent"
 
 
 def test_the_best_candidate_is_the_first_of_equal_ones() -> None:

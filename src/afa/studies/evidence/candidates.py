@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from afa.aggregators.fusion import FUSIONS
+from afa.aggregators.fusion.loratorio import LoRAtorioRecipe
 from afa.aggregators.fusion.magic_fusion import MagicFusionRecipe
 
 if TYPE_CHECKING:
@@ -14,7 +15,11 @@ if TYPE_CHECKING:
 
     from afa.aggregators.fusion import FusionRecipe
 
-_TEMPERATURES = (0.1, 1.0, 10.0, 1e2, 1e3, 1e4, 1e5)
+#: of MagicFusion and of LoRAtorio, whose optima lay on the edges of their own grids
+_TEMPERATURES = (0.1, 1.0, 10.0, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7)
+_LARGER_PATCHES = (8, 16)
+#: side of a latent, with which a patch is all of it
+_SIDE = 16
 
 
 @dataclass(frozen=True)
@@ -88,19 +93,31 @@ def _merge(method: str, **settings: Any) -> dict[str, Any]:
 
 
 def fusions(experts: Sequence[str]) -> dict[str, Grid]:
-    """The fusions without training, by row; their grids are those of `FusionRecipe.rows`."""
+    """The fusions without training, by row; their grids are those of `FusionRecipe.rows`, wider."""
     found = {}
     for fusion in FUSIONS:
         rows: Mapping[str, Sequence[FusionRecipe]] = fusion.rows(experts)
-        if fusion is MagicFusionRecipe:  # its optimum lay on the edge of its own grid
+        if fusion is MagicFusionRecipe:
             rows = {
                 row: [MagicFusionRecipe(temperatures=[t]) for t in _TEMPERATURES] for row in rows
+            }
+        elif fusion is LoRAtorioRecipe:
+            rows = {
+                row: _with_larger_patches(own) for row, own in LoRAtorioRecipe.rows(experts).items()
             }
         for row, listed in rows.items():
             written = [each.model_dump(exclude_none=True) for each in listed]
             methods = [{"fusion": each} for each in written]
-            found[row] = Grid([_numbers(each) for each in written], methods)
+            points = [_numbers(each) for each in written]
+            found[row] = Grid(points, methods, {"patch": [1, _SIDE]})
     return found
+
+
+def _with_larger_patches(listed: Sequence[LoRAtorioRecipe]) -> list[LoRAtorioRecipe]:
+    """The candidates, and those of each temperature and null with the larger patches."""
+    smallest = [each for each in listed if each.patch == 1]
+    larger = itertools.product(smallest, _LARGER_PATCHES)
+    return [*listed, *(each.model_copy(update={"patch": patch}) for each, patch in larger)]
 
 
 def _numbers(settings: Mapping[str, Any]) -> dict[str, Any]:

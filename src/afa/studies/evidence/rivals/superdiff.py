@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 
 #: numbers of steps; its sampler is stochastic and needs more than others
-STEPS = (10, 50)
+STEPS = (10, 50, 100)
+#: factors of the log-densities in OR, and those among which the largest number of steps chooses
+_TEMPERATURES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+_NEAR_THE_BEST = (1e-2, 1e-1, 1.0)
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,11 @@ class SuperDiff(Rival):
 
 def candidates(place: Place) -> dict[str, list[SuperDiff]]:
     """The candidates of both logics, by row, among which tuning prompts choose."""
-    temperatures = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
     return {
         "SuperDiff OR": [
             SuperDiff(place, steps, "or", temperature)
             for steps in STEPS
-            for temperature in temperatures
+            for temperature in (_NEAR_THE_BEST if steps == STEPS[-1] else _TEMPERATURES)
         ],
         "SuperDiff AND": [SuperDiff(place, steps, "and") for steps in STEPS],
     }
