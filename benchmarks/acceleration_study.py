@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 from afa.ensemble.caching.settings import PRESETS
 from afa.evaluation.prompts import load_prompts
 from afa.evaluation.recipe import slug
-from afa.studies.results.jobs import Job, run_jobs, train_aggregators_job
-from afa.studies.results.plan import SHIPPED, StudySettings, aggregator_recipes, sampling
-from afa.studies.results.run import evaluate_in_processes
+from afa.studies.evaluating import evaluate_in_processes, sampling
+from afa.studies.jobs import Job, run_jobs, train_aggregators_job
+from afa.studies.results.plan import SHIPPED, StudySettings, aggregator_recipes
 from benchmarks import page
 from benchmarks.rounds import Spread, ratio, take_turns
 

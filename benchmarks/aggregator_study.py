@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from afa.evaluation.recipe import slug
-from afa.studies.results.jobs import Job, run_jobs, train_aggregators_job
-from afa.studies.results.plan import StudySettings, aggregator_recipes, sampling
-from afa.studies.results.run import evaluate_in_processes
+from afa.studies.evaluating import evaluate_in_processes, sampling
+from afa.studies.jobs import Job, run_jobs, train_aggregators_job
+from afa.studies.results.plan import StudySettings, aggregator_recipes
 from afa.training.recipe import Recipe
 from benchmarks import page
 

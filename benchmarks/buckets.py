@@ -37,14 +37,9 @@ from afa.loading.ensemble_folder import load_ensemble
 from afa.loading.expert_source import ExpertSource
 from afa.provenance import commit
 from afa.statistics import mean_interval, paired_difference
-from afa.studies.results.jobs import (
-    Job,
-    finished,
-    report_progress,
-    run_jobs,
-    train_aggregators_job,
-)
-from afa.studies.results.plan import SHIPPED, StudySettings, sampling, training
+from afa.studies.evaluating import sampling
+from afa.studies.jobs import Job, finished, report_progress, run_jobs, train_aggregators_job
+from afa.studies.results.plan import SHIPPED, StudySettings, training
 from afa.training.buckets import Buckets
 from afa.training.data import FolderImages
 from afa.training.data.sizes import parted, sizes_of

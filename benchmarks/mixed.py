@@ -30,10 +30,10 @@ from afa.loading.expert_source import ExpertSource
 from afa.loading.sources import locate
 from afa.merging import MergeRecipe
 from afa.merging.run import merge_checkpoints
+from afa.studies.evaluating import evaluate_in_processes, sampling
 from afa.studies.evidence.jobs import tuned_job
-from afa.studies.results.jobs import Job, run_jobs, train_aggregators_job
-from afa.studies.results.plan import SHIPPED, StudySettings, sampling, scenes, training
-from afa.studies.results.run import evaluate_in_processes
+from afa.studies.jobs import Job, run_jobs, train_aggregators_job
+from afa.studies.results.plan import SHIPPED, StudySettings, scenes, training
 from afa.training.recipe import DataRecipe, Recipe, ScenesRecipe
 from afa.zoo import EXPERTS
 from afa.zoo.models import AGGREGATOR

@@ -17,9 +17,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from afa.studies.results.jobs import Job, run_jobs, train_aggregators_job
-from afa.studies.results.plan import StudySettings, aggregator_recipes, sampling
-from afa.studies.results.run import evaluate_in_processes
+from afa.studies.evaluating import evaluate_in_processes, sampling
+from afa.studies.jobs import Job, run_jobs, train_aggregators_job
+from afa.studies.results.plan import StudySettings, aggregator_recipes
 from afa.training.recipe import Recipe, ValidationRecipe
 
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)

@@ -34,18 +34,11 @@ from afa.evaluation.recipe import slug
 from afa.files import write_atomic
 from afa.loading.expert_source import ExpertSource
 from afa.loading.pipeline import load_pipeline, with_rules
+from afa.studies.evaluating import evaluate_in_processes, sampling
 from afa.studies.evidence.comparison import write_prompts
 from afa.studies.evidence.rivals.oracle_mask import HalfMask
-from afa.studies.results.jobs import Job, run_jobs, train_aggregators_job
-from afa.studies.results.plan import (
-    SHIPPED,
-    StudySettings,
-    Zoo,
-    aggregator_recipes,
-    sampling,
-    zoo_in,
-)
-from afa.studies.results.run import evaluate_in_processes
+from afa.studies.jobs import Job, run_jobs, train_aggregators_job
+from afa.studies.results.plan import SHIPPED, StudySettings, Zoo, aggregator_recipes, zoo_in
 from afa.studies.zoo_build.evaluate import GUIDANCE_SCALE, draw_pictures
 from afa.training.encoding import encode_captions
 from afa.training.recipe import PromptedPictures

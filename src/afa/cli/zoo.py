@@ -168,7 +168,7 @@ def results(
     [bold]Example[/bold]: afa zoo results runs/results --docs docs
     """
     from afa.studies.distillation.plan import main_students
-    from afa.studies.results.jobs import JobProgress
+    from afa.studies.jobs import JobProgress
     from afa.studies.results.plan import SHIPPED, transformers
     from afa.studies.results.run import run_study
 
@@ -205,7 +205,7 @@ def distillation(
     [bold]Example[/bold]: afa zoo distillation runs/distillation --docs docs --part main
     """
     from afa.studies.distillation.run import run_study
-    from afa.studies.results.jobs import JobProgress
+    from afa.studies.jobs import JobProgress
 
     quieten_loading()
     with Progress() as progress:
@@ -258,7 +258,7 @@ def evidence(
     from afa.studies.evidence.settings import EvidenceSettings
     from afa.studies.evidence.stages import run_stage
     from afa.studies.evidence.study import Study
-    from afa.studies.results.jobs import JobProgress
+    from afa.studies.jobs import JobProgress
 
     quieten_loading()
     if row and len(experiment or ()) != 1:

@@ -15,6 +15,7 @@ import pytest
 from afa.aggregators.fusion import FUSIONS
 from afa.cli import main
 from afa.merging.recipe import WITH_BASE, MergeRecipe
+from afa.studies.evaluating import folders_in
 from afa.studies.evidence import choosing
 from afa.studies.evidence.candidates import Grid, fusions, merges
 from afa.studies.evidence.choosing import choose
@@ -46,7 +47,6 @@ from afa.studies.evidence.study import (
     inputs_of_choice,
     inputs_of_lengths,
 )
-from afa.studies.results.run import folders_in
 from afa.studies.worlds.prompts import training_prompts
 from afa.studies.worlds.recipe import WORLDS, WorldRecipe
 from afa.zoo.scenes import pair_set, parse_caption

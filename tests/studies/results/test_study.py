@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,10 +14,9 @@ import pytest
 from afa.aggregators.fusion import FusionRecipe
 from afa.evaluation.recipe import EvaluateRecipe
 from afa.evaluation.search_recipe import SearchRecipe
-from afa.studies.results import jobs, plan
+from afa.studies.results import plan
 from afa.studies.results import run as study
 from afa.studies.results.conclusions import conclusions, verdict
-from afa.studies.results.jobs import Job, JobProgress, run_jobs
 from afa.studies.results.page import difference, row_of
 from afa.studies.results.plan import (
     OTHER_EXPERTS,
@@ -39,8 +35,6 @@ from afa.studies.results.run import choose, run_study
 from afa.studies.zoo_build.transformer import TransformerRecipe, build_transformer_zoo
 from tests import warm
 from tests.refusal import refusal
-from tests.studies.results.work import fail, write_name
-from tests.training.runs import recipe as small_recipe
 
 pytestmark = pytest.mark.processes
 
@@ -309,43 +303,6 @@ def test_the_subject_has_no_difference_from_itself() -> None:
 
 
 @pytest.mark.nightly
-@pytest.mark.slow
-def test_jobs_run_in_processes_of_their_own(tmp_path: Path) -> None:
-    listed = [Job(f"job{n}", write_name, (tmp_path,)) for n in range(3)]
-    assert all(isinstance(event, JobProgress) for event in run_jobs(listed, 2))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["job0", "job1", "job2"]
-    with refusal("AFA-STUDY-002", "bad: It must not be so"):
-        list(run_jobs([Job("bad", fail, (tmp_path,))], 1))
-
-
-@pytest.mark.slow
-def test_a_worker_ends_when_its_parent_was_killed(tmp_path: Path) -> None:
-    code = (
-        "from pathlib import Path\n"
-        "from afa.studies.results.jobs import Job, run_jobs\n"
-        "from tests.studies.results.work import count_forever\n"
-        "if __name__ == '__main__':\n"
-        f"    list(run_jobs([Job('count', count_forever, (Path({str(tmp_path)!r}),))], 1))\n"
-    )
-    script = tmp_path / "parent.py"
-    script.write_text(code)
-    root = Path(__file__).parents[3]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    process = subprocess.Popen([sys.executable, str(script)], env=environment)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "pid").exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    worker = int((tmp_path / "pid").read_text())
-    process.kill()
-    process.wait()
-    while Path(f"/proc/{worker}").exists():
-        assert time.monotonic() < deadline, "the worker goes on without its parent"
-        time.sleep(0.1)
-
-
-@pytest.mark.nightly
 def test_the_whole_study_in_small(tmp_path: Path) -> None:
     work, docs = tmp_path / "work", tmp_path / "docs"
     list(run_study(work, docs, TINY, num_processes=2))
@@ -411,13 +368,3 @@ def test_the_study_of_transformers_in_small(
     assert (docs / "results.md").read_text() == page
     with refusal("AFA-STUDY-004", str(tmp_path / "work")):
         list(run_study(tmp_path / "work", docs, settings, num_processes=1))
-
-
-def test_a_finished_job_of_another_recipe_is_not_taken(experts: list[Path], tmp_path: Path) -> None:
-    """As it would be after a change of the study's own settings in the code."""
-    asked = small_recipe(experts[:1], num_steps=1)
-    jobs.train_aggregators_job("one", asked, tmp_path / "one")
-    jobs.train_aggregators_job("one", asked, tmp_path / "one")
-    changed = small_recipe(experts[:1], num_steps=1, weight_decay=0.5)
-    with refusal("AFA-TRAIN-046", "training.weight_decay"):
-        jobs.train_aggregators_job("one", changed, tmp_path / "one")

@@ -10,7 +10,8 @@ from afa.errors import AfaError
 from afa.loading.expert_source import ExpertSource
 from afa.loading.student_record import RECORD
 from afa.studies.distillation.parts import Part
-from afa.studies.results.plan import SHIPPED, sampling, student_methods, transformers
+from afa.studies.evaluating import sampling
+from afa.studies.results.plan import SHIPPED, student_methods, transformers
 from afa.studies.zoo_build.build import ZooRecipe
 from afa.studies.zoo_build.evaluate import GUIDANCE_SCALE
 from afa.studies.zoo_build.transformer import TransformerRecipe

@@ -25,7 +25,8 @@ from afa.studies.distillation.plan import (
     tuning,
     zoo_of,
 )
-from afa.studies.results.jobs import (
+from afa.studies.evaluating import StageStarted, evaluate_in_processes
+from afa.studies.jobs import (
     Job,
     finish,
     finished,
@@ -35,15 +36,10 @@ from afa.studies.results.jobs import (
     report_progress,
     run_jobs,
     train_aggregators_job,
-    tune_base_job,
 )
+from afa.studies.results.jobs import tune_base_job
 from afa.studies.results.plan import StudySettings, aggregator_recipes, scenes, zoo_in
-from afa.studies.results.run import (
-    SETTINGS,
-    StageStarted,
-    evaluate_in_processes,
-    require_same_study,
-)
+from afa.studies.results.run import SETTINGS, require_same_study
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -51,7 +47,7 @@ if TYPE_CHECKING:
 
     from afa.distilling.recipe import DistillRecipe
     from afa.studies.distillation.plan import Student
-    from afa.studies.results.jobs import JobProgress
+    from afa.studies.jobs import JobProgress
     from afa.studies.zoo_build.transformer import TransformerRecipe
 
 

@@ -17,13 +17,13 @@ from afa.loading.ensemble_folder import ensemble_folder
 from afa.loading.expert_source import ExpertSource
 from afa.machine.ownership import owned
 from afa.recipe import read_recipe, resolve_sources, validated
+from afa.studies.evaluating import sampling
 from afa.studies.evidence.analysis import Outcomes
 from afa.studies.evidence.comparison import PROMPTS, REFERENCES, test_comparison, write_prompts
 from afa.studies.evidence.drawn import pairs_of, render_scenes
 from afa.studies.evidence.outcomes import row_of_test
 from afa.studies.evidence.page import own_table, rows_table, sets_table, signed
 from afa.studies.evidence.settings import EvidenceSettings
-from afa.studies.results.plan import sampling
 from afa.studies.worlds.build import RECIPE
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from afa.evaluation.recipe import slug
 from afa.files import read_json, write_atomic
 from afa.provenance import commit, processor
+from afa.studies.evaluating import StageStarted, evaluate_in_processes, sampling
 from afa.studies.evidence.candidates import Grid, fusions, merges
 from afa.studies.evidence.comparison import write_prompts
 from afa.studies.evidence.development import MOST_WIDENINGS, widened
@@ -25,9 +26,7 @@ from afa.studies.evidence.study import (
     inputs_of_lengths,
     train_all,
 )
-from afa.studies.results.jobs import Job, run_jobs
-from afa.studies.results.plan import sampling
-from afa.studies.results.run import StageStarted, evaluate_in_processes
+from afa.studies.jobs import Job, run_jobs
 from afa.studies.worlds.prompts import groups_of, prompts_of
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
     from afa.studies.evidence.rivals.superdiff import SuperDiff
     from afa.studies.evidence.settings import EvidenceSettings
     from afa.studies.evidence.study import Study
-    from afa.studies.results.jobs import JobProgress
+    from afa.studies.jobs import JobProgress
 
 
 def choose_rivals(study: Study, world: str) -> Iterator[JobProgress | StageStarted]:

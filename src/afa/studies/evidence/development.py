@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 from afa.errors import AfaError
 from afa.files import read_json, write_atomic
 from afa.provenance import commit, processor
+from afa.studies.evaluating import StageStarted, evaluate_in_processes, sampling
 from afa.studies.evidence.comparison import write_prompts
 from afa.studies.evidence.entrants import Aggregated
 from afa.studies.evidence.rows import AFA, PREDICTIONS, PREDICTIONS_ONLY, counted
-from afa.studies.results.jobs import run_jobs
-from afa.studies.results.plan import sampling
-from afa.studies.results.run import StageStarted, evaluate_in_processes
+from afa.studies.jobs import run_jobs
 from afa.studies.worlds.prompts import prompts_of
 
 if TYPE_CHECKING:
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
     from afa.studies.evidence.entrants import Place
     from afa.studies.evidence.settings import EvidenceSettings
-    from afa.studies.results.jobs import JobProgress
+    from afa.studies.jobs import JobProgress
 
 DEVELOPED = "developed.json"
 #: the rows whose aggregators are developed, with their settings; ablations take those of AFA

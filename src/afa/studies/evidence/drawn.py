@@ -10,7 +10,7 @@ from PIL import Image
 
 from afa.evaluation.work import Claim, Store, digest
 from afa.files import read_json, write_atomic, write_png
-from afa.studies.results.jobs import report_progress
+from afa.studies.jobs import report_progress
 from afa.zoo.scenes import parse_caption, placed
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from afa.loading.expert_source import ExpertSource
 from afa.merging.recipe import WITH_BASE
 from afa.studies.distillation.run import distill_job
 from afa.studies.evidence.jobs import lora_job, merged_job, tuned_job
-from afa.studies.results.jobs import Job, train_aggregators_job
+from afa.studies.jobs import Job, train_aggregators_job
 from afa.studies.worlds.recipe import BASE, WORLDS
 from afa.studies.zoo_build.evaluate import GUIDANCE_SCALE
 from afa.training.recipe import (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from afa.evaluation.recipe import slug
+from afa.studies.evaluating import StageStarted, evaluate_in_processes, sampling
 from afa.studies.evidence.comparison import PROMPTS, REFERENCES, test_comparison, write_prompts
 from afa.studies.evidence.development import read_developed
 from afa.studies.evidence.drawn import drawn_job, pairs_of, scenes_job
@@ -31,9 +32,7 @@ from afa.studies.evidence.rows import (
     by_step,
 )
 from afa.studies.evidence.study import FIRST, entrants_of
-from afa.studies.results.jobs import Job, run_jobs
-from afa.studies.results.plan import sampling
-from afa.studies.results.run import StageStarted, evaluate_in_processes
+from afa.studies.jobs import Job, run_jobs
 from afa.studies.worlds.prompts import groups_of, prompts_of
 from afa.studies.worlds.recipe import POOLED, WIDE
 
@@ -43,7 +42,7 @@ if TYPE_CHECKING:
     from afa.studies.evidence.entrants import Entrant, Place
     from afa.studies.evidence.rivals.rival import Rival
     from afa.studies.evidence.study import Study
-    from afa.studies.results.jobs import JobProgress
+    from afa.studies.jobs import JobProgress
 
 #: experiments with all rivals; the others have those of which their figures speak
 _WHOLE = (Experiment.MAIN, Experiment.PRIVATE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from typing import TYPE_CHECKING, Any
 
-from afa.studies.results.jobs import finish, finished
+from afa.studies.jobs import finish, finished
 
 if TYPE_CHECKING:
     from pathlib import Path

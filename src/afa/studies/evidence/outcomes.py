@@ -22,7 +22,7 @@ from afa.studies.evidence.budgets import budget, seeds_of
 from afa.studies.evidence.kept import path_of
 from afa.studies.evidence.parts import Experiment
 from afa.studies.evidence.rows import AFA, DISTILLED, WIDE_ROW, of_ensemble
-from afa.studies.results.jobs import finished
+from afa.studies.jobs import finished
 from afa.studies.worlds.pack import DENOISER, TEXT_ENCODER
 from afa.studies.worlds.prompts import groups_of
 from afa.studies.worlds.recipe import BASE, TEXT, WIDE

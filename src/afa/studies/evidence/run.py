@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from afa.studies.evidence.entrants import Entrant
     from afa.studies.evidence.study import Study
-    from afa.studies.results.jobs import JobProgress
+    from afa.studies.jobs import JobProgress
 
 
 def build(study: Study, world: str) -> Iterator[JobProgress]:

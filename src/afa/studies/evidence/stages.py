@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from afa.machine.ownership import owned
+from afa.studies.evaluating import StageStarted
 from afa.studies.evidence.choosing import choose_lengths, choose_rivals
 from afa.studies.evidence.development import develop, developed
 from afa.studies.evidence.final import check_rows, run_test
@@ -13,13 +14,12 @@ from afa.studies.evidence.parts import Experiment, Stage
 from afa.studies.evidence.run import build, train
 from afa.studies.evidence.settings import WORLDS_OF
 from afa.studies.evidence.study import FIRST
-from afa.studies.results.run import StageStarted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from afa.studies.evidence.study import Study
-    from afa.studies.results.jobs import JobProgress
+    from afa.studies.jobs import JobProgress
 
 
 def run_stage(

@@ -12,14 +12,14 @@ from afa.files import read_json
 from afa.studies.evidence.entrants import Place
 from afa.studies.evidence.parts import Experiment
 from afa.studies.evidence.rows import trained
-from afa.studies.results.jobs import run_jobs
+from afa.studies.jobs import run_jobs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from afa.studies.evidence.entrants import Entrant
     from afa.studies.evidence.settings import EvidenceSettings
-    from afa.studies.results.jobs import JobProgress
+    from afa.studies.jobs import JobProgress
 
 #: the world in which AFA's settings and the learning rates are chosen, for all worlds
 FIRST = "main"

@@ -11,7 +11,8 @@ from afa.aggregators.fusion import FUSIONS
 from afa.errors import AfaError
 from afa.loading.expert_source import ExpertSource
 from afa.loading.student_record import baked_guidance
-from afa.studies.zoo_build.evaluate import GUIDANCE_SCALE, NUM_STEPS
+from afa.studies.evaluating import sampling
+from afa.studies.zoo_build.evaluate import NUM_STEPS
 from afa.training.recipe import (
     DataRecipe,
     Recipe,
@@ -240,17 +241,6 @@ _JUDGES = [
     {"name": "kid", "weights": "zoo:clip"},
     {"name": "cmmd", "weights": "zoo:clip"},
 ]
-
-
-def sampling(num_steps: int) -> dict[str, Any]:
-    """Sampling settings; one thread, so that pictures do not depend on the number of processes."""
-    return {
-        "num_steps": num_steps,
-        "guidance": GUIDANCE_SCALE,
-        "batch_size": 16,
-        "num_threads": 1,
-        "device": "cpu",
-    }
 
 
 def tuning_prompts(settings: StudySettings) -> dict[str, Any]:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,16 +16,9 @@ from afa.loading.identity import hash_descriptions
 from afa.loading.sources import locate
 from afa.loading.weights import hash_pipeline
 from afa.machine.ownership import owned
-from afa.policy import FOLDERS_VARIABLE
-from afa.studies.results.jobs import (
-    Job,
-    JobProgress,
-    finished,
-    run_jobs,
-    search_job,
-    train_aggregators_job,
-    tune_base_job,
-)
+from afa.studies.evaluating import StageStarted, evaluate_in_processes
+from afa.studies.jobs import Job, JobProgress, finished, run_jobs, train_aggregators_job
+from afa.studies.results.jobs import search_job, tune_base_job
 from afa.studies.results.page import results_of, write_pages, write_section
 from afa.studies.results.plan import (
     FEWER,
@@ -49,13 +40,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 SETTINGS = "study.json"
-
-
-@dataclass(frozen=True)
-class StageStarted:
-    """The start of a stage whose progress `afa evaluate` shows."""
-
-    name: str
 
 
 def run_study(
@@ -191,42 +175,6 @@ def require_same_study(work: Path, inputs: dict[str, Any]) -> None:
             "AFA-STUDY-005",
             f"The work folder '{work}' is neither new nor an earlier study. Pass another folder.",
         )
-
-
-def evaluate_in_processes(output: Path, recipe: dict[str, Any], num_processes: int) -> None:
-    """Run `afa evaluate` in several processes on a recipe, which is stored next to `output`.
-
-    The study wrote the recipe, so the folders that it names are trusted.
-    """
-    file = output.with_suffix(".yaml")
-    plain = json.loads(json.dumps(recipe))  # avoids YAML aliases for shared lists
-    text = yaml.safe_dump(plain, sort_keys=False, default_flow_style=None, width=100)
-    write_atomic(file, text)
-    command = [sys.executable, "-m"]
-    if num_processes > 1:
-        launcher = "torch.distributed.run"
-        command += [launcher, "--standalone", f"--nproc_per_node={num_processes}", "-m"]
-    # the check would take a minute, and the models were made by this study
-    command += ["afa", "evaluate", str(file), "--output", str(output), "--no-check"]
-    trusted = [os.environ.get(FOLDERS_VARIABLE, ""), *sorted(folders_in(plain))]
-    variables = {FOLDERS_VARIABLE: os.pathsep.join(trusted), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env={**os.environ, **variables}, check=False)
-    if done.returncode:
-        raise AfaError(
-            "AFA-STUDY-006",
-            f"afa evaluate failed on '{file}'; see its error above. Run the same command again to "
-            "resume.",
-        )
-
-
-def folders_in(content: Any) -> set[str]:
-    """The folders of all absolute paths in the content of a recipe."""
-    if isinstance(content, dict):
-        return folders_in(list(content.values()))
-    if isinstance(content, list):
-        return set().union(*map(folders_in, content))
-    is_path = isinstance(content, str) and Path(content).is_absolute()
-    return {str(Path(content).parent)} if is_path else set()
 
 
 def choose(

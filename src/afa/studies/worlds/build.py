@@ -15,7 +15,7 @@ from afa.ensemble.text import hash_weights
 from afa.errors import AfaError
 from afa.files import read_json, staged, write_atomic
 from afa.machine.ownership import owned
-from afa.studies.results.jobs import Job, report_progress, run_jobs
+from afa.studies.jobs import Job, report_progress, run_jobs
 from afa.studies.worlds.pack import RECIPE, SCORES, round_to_half, unpack_world
 from afa.studies.worlds.prompts import groups_of, prompts_of
 from afa.studies.worlds.recipe import BASE, POOLED, TEXT, WIDE, WIDE_CHANNELS, WorldRecipe
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from afa.studies.results.jobs import JobProgress
+    from afa.studies.jobs import JobProgress
     from afa.studies.zoo_build.fit import FitStep
 
 REPORT = "report.json"

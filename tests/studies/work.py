@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from afa.errors import AfaError
-from afa.studies.results import jobs
+from afa.studies import jobs
 
 
 def write_name(name: str, folder: Path) -> None:
