@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from torch.nn.functional import cosine_similarity
 
 from afa.aggregators import Condition
-from afa.aggregators.fusion import LoRAtorio
+from afa.aggregators.fusion import LoRAtorio, NearestToBase
 from afa.denoisers.kinds import denoiser_of
 from afa.distilling.recipe import DistillRecipe
 from afa.evaluation.identity import Identities
@@ -59,8 +59,23 @@ def test_the_base_predicts_without_prompt() -> None:
     assert (others.weights[:2, 2] == 0).all()
 
 
-def recipe_of(experts: list[Path], base: str | None) -> EvaluateRecipe:
-    rules: list[dict[str, Any]] = [{"rule": "loratorio"}, {"rule": "feature_mean"}]
+def test_the_nearest_expert_has_the_largest_weight() -> None:
+    torch.manual_seed(0)
+    base, noise = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+    features = [base + 2 * noise, base + 0.1 * noise, base]
+    asked = condition(2, 8, is_guided=False)
+    near, far = NearestToBase(0.1, 8)(features, asked), LoRAtorio(0.1, 8)(features, asked)
+    assert near.weights is not None
+    assert far.weights is not None
+    assert (near.weights[:, 1] > 0.9).all()
+    assert (far.weights[:, 0] > 0.9).all()
+    torch.testing.assert_close(
+        near.weights[:, 0] * far.weights[:, 0], near.weights[:, 1] * far.weights[:, 1]
+    )
+
+
+def recipe_of(experts: list[Path], base: str | None, rule: str = "loratorio") -> EvaluateRecipe:
+    rules: list[dict[str, Any]] = [{"rule": rule}, {"rule": "feature_mean"}]
     return EvaluateRecipe.model_validate(
         {
             "experts": [str(expert) for expert in experts[:2]],
@@ -73,10 +88,11 @@ def recipe_of(experts: list[Path], base: str | None) -> EvaluateRecipe:
     )
 
 
-def test_it_needs_the_base_of_the_comparison(experts: list[Path]) -> None:
-    with pytest.raises(ValidationError, match="must have a base for the method 'loratorio'"):
-        recipe_of(experts, None)
-    recipe = recipe_of(experts, str(experts[2]))
+@pytest.mark.parametrize("rule", ["loratorio", "nearest"])
+def test_it_needs_the_base_of_the_comparison(experts: list[Path], rule: str) -> None:
+    with pytest.raises(ValidationError, match=f"must have a base for the method '{rule}'"):
+        recipe_of(experts, None, rule)
+    recipe = recipe_of(experts, str(experts[2]), rule)
     builder = MethodBuilder(recipe, recipe.sampling, torch.device("cpu"))
     counts = []
     for method in (*recipe.methods, recipe.methods[0]):
@@ -85,14 +101,15 @@ def test_it_needs_the_base_of_the_comparison(experts: list[Path]) -> None:
         assert draw(pipeline, ["a fox"], [0], 0, 2, recipe.sampling)[0].size == (16, 16)
     assert counts == [3, 2, 3]
     found = Identities(recipe).method(recipe.methods[0], 0)
-    other = Identities(recipe_of(experts, str(experts[0]))).method(recipe.methods[0], 0)
+    other = Identities(recipe_of(experts, str(experts[0]), rule)).method(recipe.methods[0], 0)
     assert found != other
 
 
-def test_a_teacher_needs_both_halves_in_one_batch(experts: list[Path]) -> None:
+@pytest.mark.parametrize("rule", ["loratorio", "nearest"])
+def test_a_teacher_needs_both_halves_in_one_batch(experts: list[Path], rule: str) -> None:
     """Pictures are recorded with and without prompt in calls of their own."""
     given: dict[str, Any] = {
-        "teacher": {"fusion": {"rule": "loratorio"}},
+        "teacher": {"fusion": {"rule": rule}},
         "experts": [str(expert) for expert in experts[:2]],
         "base": str(experts[2]),
         "student": {"init": "merge"},
@@ -101,5 +118,5 @@ def test_a_teacher_needs_both_halves_in_one_batch(experts: list[Path]) -> None:
     }
     with pytest.raises(ValidationError, match="both halves of guidance"):
         DistillRecipe.model_validate(given)
-    given["teacher"] = {"fusion": {"rule": "loratorio", "null": "experts"}}
+    given["teacher"] = {"fusion": {"rule": rule, "null": "experts"}}
     DistillRecipe.model_validate(given)

@@ -6,6 +6,7 @@ import ast
 import itertools
 import json
 from collections import Counter
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from afa.studies.evidence.candidates import Grid, fusions, merges
 from afa.studies.evidence.choosing import choose
 from afa.studies.evidence.development import best_of, developed, samples_of_development, widened
 from afa.studies.evidence.entrants import Aggregated, Distilled, Drafted, Place, Tuned
+from afa.studies.evidence.outcomes import of_tested
 from afa.studies.evidence.parts import Experiment, Stage
 from afa.studies.evidence.rivals.superdiff import candidates
 from afa.studies.evidence.rows import (
@@ -159,6 +161,67 @@ def test_optima_on_an_edge_are_named() -> None:
     assert "patch" not in rule.edges(whole), "it is all of a latent"
 
 
+def test_a_rival_without_outcomes_may_change() -> None:
+    merge, rule = {"method": {"merge": {"method": "ties"}}}, {"method": {"fusion": {"rule": "new"}}}
+    drawn = {"SuperDiff OR": {"values": {"num_steps": 10}}}
+    chosen = {"rivals": {"TIES merge": merge, "new": rule}, "drawn": drawn, "rates": {"a": 0.1}}
+    test = {"world": "main", "chosen": chosen}
+    found = of_tested(test, ["AFA"])
+    assert found == {**test, "chosen": {**chosen, "rivals": {"TIES merge": merge}, "drawn": {}}}
+    assert of_tested(test, ["AFA", "new", "SuperDiff OR"]) == test
+
+
+def test_a_new_rival_is_added_to_what_was_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = Study(tmp_path / "work", SETTINGS, 1, tmp_path / "docs")
+    compared: list[list[str]] = []
+
+    def compare(
+        study: Study,
+        place: Place,
+        name: str,
+        methods: Sequence[dict[str, Any]],
+        trained: Sequence[Tuned],
+        drawn: Mapping[str, Sequence[Any]] | None = None,
+    ) -> Generator[Any, None, dict[str, Any]]:
+        names = [method["name"] for method in methods] + [each.row for each in trained]
+        names += [f"{row} {n}" for row, listed in (drawn or {}).items() for n in range(len(listed))]
+        compared.append([name, *names])
+        yield from ()
+        return {"rows": [{"method": row, "groups": scored(row)} for row in names]}
+
+    def scored(row: str) -> dict[str, Any]:  # a rate in the middle of its grid is best
+        share = 0.6 if row.endswith((" at 0.0003", " at 0.003")) else 0.5
+        return {"mixed": {"scores": {"both": {"mean": share}}}}
+
+    monkeypatch.setattr(choosing, "compare_candidates", compare)
+    every, rules = merges(3), fusions(["animals", "food", "things"])
+    monkeypatch.setattr(choosing, "merges", lambda count: {"TIES merge": every["TIES merge"]})
+    monkeypatch.setattr(choosing, "fusions", lambda names: {"LoRAtorio": rules["LoRAtorio"]})
+    list(choosing.choose_rivals(study, "main"))
+    assert [names[0] for names in compared] == ["tuning", "tuning-rates", "tuning-merged"]
+    before = study.chosen("main")
+    list(choosing.choose_rivals(study, "main"))
+    assert len(compared) == 3, "nothing is new"
+
+    monkeypatch.setattr(choosing, "fusions", lambda names: rules)
+    list(choosing.choose_rivals(study, "main"))
+    assert len(compared) == 4, "the best merge is the same, so no rate is chosen again"
+    new = {name.rsplit(" ", 1)[0] for name in compared[-1][1:]}
+    assert new == {row for row, grid in rules.items() if len(grid.points) > 1} - {"LoRAtorio"}
+    after = study.chosen("main")
+    assert after["rivals"].keys() == {"TIES merge", *rules}
+    assert after["rivals"]["nearest to the base"]["commit"]
+    kept = {row: after["rivals"][row] for row in before["rivals"]}
+    assert {**after, "rivals": kept} == before
+
+    both = {row: every[row] for row in ("DARE merge", "TIES merge")}
+    monkeypatch.setattr(choosing, "merges", lambda count: both)
+    list(choosing.choose_rivals(study, "main"))
+    assert [names[0] for names in compared[5:]] == [], "equally good, and not the first"
+
+
 def test_the_best_candidate_is_the_first_of_equal_ones() -> None:
     def row(name: str, both: float) -> dict[str, Any]:
         groups = {"mixed": both + 0.1, "food": both - 0.1}
@@ -173,7 +236,7 @@ def test_the_best_candidate_is_the_first_of_equal_ones() -> None:
     scores = {"w 0": 0.5, "w 1": 0.7, "w 2": 0.7, "o 0": 0.6, "o 1": 0.8}
     report = {"rows": [row(name, both) for name, both in scores.items()]}
     chosen = choose(report, {"w": weights, "o": others, "mean": alone})
-    found = dict(chosen["rivals"]["w"])
+    found = dict(chosen["w"])
     assert found.pop("score") == pytest.approx(0.7), "the mean of the groups"
     assert found.pop("scores") == pytest.approx([0.5, 0.7, 0.7])
     assert found == {
@@ -181,8 +244,8 @@ def test_the_best_candidate_is_the_first_of_equal_ones() -> None:
         "values": {"weight": 2},
         "edges": [],
     }
-    assert chosen["rivals"]["mean"]["score"] is None
-    assert best_merge(chosen) == {"weight": 9}
+    assert chosen["mean"]["score"] is None
+    assert best_merge({"rivals": chosen}) == {"weight": 9}
 
 
 def test_the_settings_of_aggregators_are_the_best_on_all_groups_of_prompts() -> None:

@@ -12,6 +12,7 @@ from afa.aggregators.fusion.hand_over import HandOver
 from afa.aggregators.fusion.loratorio import LoRAtorio
 from afa.aggregators.fusion.magic_fusion import MagicFusion, magic_fusion
 from afa.aggregators.fusion.mean import feature_mean, noise_mean
+from afa.aggregators.fusion.nearest import NearestToBase
 from afa.aggregators.fusion.recipe import FusionRecipe
 from afa.aggregators.fusion.shell import ShellRecipe, shell
 
@@ -34,6 +35,7 @@ __all__ = [
     "HandOver",
     "LoRAtorio",
     "MagicFusion",
+    "NearestToBase",
     "ShellRecipe",
     "feature_mean",
     "magic_fusion",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from abc import abstractmethod
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import BaseModel, Field
 from torch.nn import functional as F
 
 from afa.aggregators import Condition, Fused, FusionRule, Separate
@@ -83,12 +84,11 @@ def _distance(prediction: Tensor, base: Tensor, patch: int) -> Tensor:
     return 1 - pooled(prediction * base) / norms.clamp(min=1e-12)
 
 
-class LoRAtorioRecipe(FusionRecipe):
-    """`rule: loratorio`; see `LoRAtorio` for its settings. It needs `base` in the recipe."""
+class ByDistance(BaseModel):
+    """The settings of a rule with weights by the distance from the base, at the last site only."""
 
     with_base: ClassVar[bool] = True
 
-    rule: Literal["loratorio"] = "loratorio"
     temperature: float = Field(default=0.1, gt=0, allow_inf_nan=False)
     patch: int = Field(default=2, ge=1, le=64)
     null: Literal["base", "experts"] = "base"
@@ -99,13 +99,31 @@ class LoRAtorioRecipe(FusionRecipe):
         return self.null == "base"
 
     def rules(self, sites: Sequence[Site]) -> list[FusionRule]:
-        """`LoRAtorio` at the last site only."""
-        rule = LoRAtorio(self.temperature, self.patch, self.null)
-        return [*(Separate() for _ in sites[:-1]), rule]
+        """The rule at the last site only."""
+        return [*(Separate() for _ in sites[:-1]), self.rule_of_predictions()]
+
+    @abstractmethod
+    def rule_of_predictions(self) -> FusionRule:
+        """The rule with these settings."""
+
+    @classmethod
+    def grid(cls, temperatures: Sequence[float]) -> list[Self]:
+        """All candidates with some temperatures."""
+        nulls: tuple[Literal["base", "experts"], ...] = ("base", "experts")
+        grid = itertools.product(temperatures, (1, 2, 4), nulls)
+        return [cls(temperature=t, patch=p, null=n) for t, p, n in grid]
+
+
+class LoRAtorioRecipe(ByDistance, FusionRecipe):
+    """`rule: loratorio`; see `LoRAtorio` for its settings. It needs `base` in the recipe."""
+
+    rule: Literal["loratorio"] = "loratorio"
+
+    def rule_of_predictions(self) -> LoRAtorio:
+        """See `ByDistance.rule_of_predictions`."""
+        return LoRAtorio(self.temperature, self.patch, self.null)
 
     @classmethod
     def rows(cls, experts: Sequence[str]) -> dict[str, list[Self]]:
         """One row; temperature, patch and the unconditional half are chosen."""
-        nulls: tuple[Literal["base", "experts"], ...] = ("base", "experts")
-        grid = itertools.product((0.003, 0.01, 0.03, 0.1, 0.3), (1, 2, 4), nulls)
-        return {"LoRAtorio": [cls(temperature=t, patch=p, null=n) for t, p, n in grid]}
+        return {"LoRAtorio": cls.grid((0.003, 0.01, 0.03, 0.1, 0.3))}

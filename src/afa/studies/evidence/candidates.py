@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 from afa.aggregators.fusion import FUSIONS
 from afa.aggregators.fusion.loratorio import LoRAtorioRecipe
 from afa.aggregators.fusion.magic_fusion import MagicFusionRecipe
+from afa.aggregators.fusion.nearest import NearestRecipe
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from afa.aggregators.fusion import FusionRecipe
 
-#: of MagicFusion and of LoRAtorio, whose optima lay on the edges of their own grids
+#: of MagicFusion and of rules by distance, whose optima lay on the edges of their own grids
 _TEMPERATURES = (0.1, 1.0, 10.0, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7)
 _LARGER_PATCHES = (8, 16)
 #: side of a latent, with which a patch is all of it
@@ -101,10 +102,8 @@ def fusions(experts: Sequence[str]) -> dict[str, Grid]:
             rows = {
                 row: [MagicFusionRecipe(temperatures=[t]) for t in _TEMPERATURES] for row in rows
             }
-        elif fusion is LoRAtorioRecipe:
-            rows = {
-                row: _with_larger_patches(own) for row, own in LoRAtorioRecipe.rows(experts).items()
-            }
+        elif fusion is LoRAtorioRecipe or fusion is NearestRecipe:
+            rows = {row: _with_larger_patches(own) for row, own in fusion.rows(experts).items()}
         for row, listed in rows.items():
             written = [each.model_dump(exclude_none=True) for each in listed]
             methods = [{"fusion": each} for each in written]
@@ -113,7 +112,9 @@ def fusions(experts: Sequence[str]) -> dict[str, Grid]:
     return found
 
 
-def _with_larger_patches(listed: Sequence[LoRAtorioRecipe]) -> list[LoRAtorioRecipe]:
+def _with_larger_patches(
+    listed: Sequence[LoRAtorioRecipe | NearestRecipe],
+) -> list[FusionRecipe]:
     """The candidates, and those of each temperature and null with the larger patches."""
     smallest = [each for each in listed if each.patch == 1]
     larger = itertools.product(smallest, _LARGER_PATCHES)

@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from afa.evaluation.recipe import slug
+from afa.evaluation.work import digest
 from afa.files import read_json, write_atomic
 from afa.provenance import commit, processor
 from afa.studies.evaluating import StageStarted, evaluate_in_processes, sampling
@@ -44,34 +45,54 @@ def choose_rivals(study: Study, world: str) -> Iterator[JobProgress | StageStart
 
     Only merges, if it is not the first world. In that one, the learning rates of all tuned models
     are chosen, too, at their shortest length; then that of the tuned merge, which starts from the
-    best one. What is chosen already is not chosen again.
+    best one. What is chosen already is not chosen again; rivals that are new are added.
     """
-    if (study.chosen_in / f"{world}.json").exists():
-        study.chosen(world)
+    path = study.chosen_in / f"{world}.json"
+    known = study.chosen(world) if path.exists() else {"rivals": {}, "drawn": {}}
+    place, is_first = study.place(world), world == FIRST
+    grids = merges(len(place.experts)) | (fusions(list(place.experts)) if is_first else {})
+    grids = {row: grid for row, grid in grids.items() if row not in known["rivals"]}
+    drawn = candidates(place) if is_first else {}
+    drawn = {row: each for row, each in drawn.items() if row not in known["drawn"]}
+    if not grids and not drawn:
         return
-    place, settings = study.place(world), study.settings
-    grids, is_first = merges(len(place.experts)), world == FIRST
-    drawn: dict[str, list[SuperDiff]] = {}
-    if is_first:
-        grids |= fusions(list(place.experts))
-        drawn = candidates(place)
     methods = [
         {"name": f"{row} {n}", **method}
         for row, grid in grids.items()
         for n, method in enumerate(grid.methods)
         if len(grid.methods) > 1
     ]
-    report = yield from compare_candidates(study, place, "tuning", methods, [], drawn)
-    chosen = choose(report, grids)
-    chosen["drawn"] = {row: _best_drawn(report, row, each) for row, each in drawn.items()}
+    name = f"tuning-{digest([*grids, *drawn])}" if path.exists() else "tuning"
+    report = yield from compare_candidates(study, place, name, methods, [], drawn)
+    origin = {"commit": commit(), "machine": processor()}
+    added = {
+        "rivals": choose(report, grids),
+        "drawn": {row: _best_drawn(report, row, each) for row, each in drawn.items()},
+    }
+    chosen = {**origin, **known}
+    for kind, rivals in added.items():
+        later = origin if path.exists() else {}
+        chosen[kind] = known[kind] | {row: {**each, **later} for row, each in rivals.items()}
     if is_first:
-        rates = yield from _choose_rates(study, place, "tuning-rates", rate_candidates(settings))
-        merged = rate_candidates(settings, best_merge(chosen))
-        of_merged = yield from _choose_rates(study, place, "tuning-merged", merged)
-        chosen["rates"] = {**rates, **of_merged}
-    chosen |= {"commit": commit(), "machine": processor(), "inputs": inputs_of_choice(settings)}
+        chosen["rates"] = yield from _rates(study, place, known, best_merge(chosen))
+    chosen["inputs"] = inputs_of_choice(study.settings)
     study.chosen_in.mkdir(parents=True, exist_ok=True)
-    write_atomic(study.chosen_in / f"{world}.json", json.dumps(chosen, indent=1) + "\n")
+    write_atomic(path, json.dumps(chosen, indent=1) + "\n")
+
+
+def _rates(
+    study: Study, place: Place, known: Mapping[str, Any], merge: Mapping[str, Any]
+) -> Generator[JobProgress | StageStarted, None, dict[str, Any]]:
+    """The learning rates of tuned models; that of the tuned merge again if the merge is new."""
+    rates: dict[str, Any] = known.get("rates", {})
+    if not rates:
+        tried = rate_candidates(study.settings)
+        rates = yield from _choose_rates(study, place, "tuning-rates", tried)
+    if "rates" in known and best_merge(known) == merge:
+        return rates
+    merged = rate_candidates(study.settings, merge)
+    of_merged = yield from _choose_rates(study, place, "tuning-merged", merged)
+    return {**rates, **of_merged}
 
 
 def _choose_rates(
@@ -194,7 +215,7 @@ def choose(report: Mapping[str, Any], grids: Mapping[str, Grid]) -> dict[str, An
             "values": dict(grid.points[best]),
             "edges": grid.edges(best),
         }
-    return {"rivals": rivals}
+    return rivals
 
 
 def mean_scores(report: Mapping[str, Any]) -> dict[str, float]:

@@ -192,7 +192,8 @@ def _kept(study: Study, test: Mapping[str, Any]) -> dict[str, Any]:
     if not path.exists():
         return {"rows": {}}
     found: dict[str, Any] = read_json(path)
-    wrong = [key for key, value in test.items() if found.get(key) != value]
+    ours, theirs = of_tested(test, found["rows"]), of_tested(found, found["rows"])
+    wrong = [key for key, value in ours.items() if theirs.get(key) != value]
     if wrong:
         raise AfaError(
             "AFA-STUDY-030",
@@ -200,6 +201,28 @@ def _kept(study: Study, test: Mapping[str, Any]) -> dict[str, Any]:
             "all rows again.",
         )
     return found
+
+
+def of_tested(test: Mapping[str, Any], rows: Collection[str]) -> dict[str, Any]:
+    """A test without the settings of rivals that have no outcomes, which may still change.
+
+    Those of merges are kept, because models are tuned from the best one.
+
+    Args:
+        test: see `describe`.
+        rows: the rows with outcomes.
+    """
+
+    def kept(rivals: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            row: each
+            for row, each in rivals.items()
+            if row in rows or "merge" in each.get("method", {})
+        }
+
+    chosen = test["chosen"]
+    rivals = {kind: kept(chosen[kind]) for kind in ("rivals", "drawn")}
+    return {**test, "chosen": {**chosen, **rivals}}
 
 
 def write_outcomes(
