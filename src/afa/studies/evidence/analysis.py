@@ -35,10 +35,12 @@ class Compared:
         verdict: what it says. `above` and `below` need the interval and the adjusted sign test;
             `equivalent` needs an equivalence test. `one training` says nothing, since other
             trainings of the same row may be better or worse.
+        p_value: of the sign test, adjusted for all planned rows.
     """
 
     paired: Paired
     verdict: Verdict
+    p_value: float
 
 
 class Outcomes:
@@ -147,7 +149,9 @@ class Outcomes:
         missing = len({*self.content.get("planned", ())} - {*self.rows})
         adjusted = holm([*(paired.p_value for paired in found.values()), *([1.0] * missing)])
         self._comparisons[other, groups] = {
-            row: Compared(paired, self._verdict(row, paired, p_value, *pairs[row], clusters))
+            row: Compared(
+                paired, self._verdict(row, paired, p_value, *pairs[row], clusters), p_value
+            )
             for (row, paired), p_value in zip(found.items(), adjusted, strict=False)
         }
         return self._comparisons[other, groups]

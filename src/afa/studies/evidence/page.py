@@ -138,7 +138,7 @@ def rows_table(outcomes: Outcomes, subject: str = AFA) -> list[str]:
     order = sorted(outcomes.rows, key=lambda row: -float(outcomes.scores(row, groups).mean()))
     others = [row for row in order if row != subject]
     compared = {group: outcomes.compared(others, subject, [group]) for group in groups}
-    of_groups = [title for group in groups for title in (group, f"minus {subject}", "says")]
+    of_groups = [title for group in groups for title in (group, f"minus {subject}", "p", "says")]
     head = ["row", *of_groups, "calls", "trained on", "seeds"]
 
     def cells(row: str) -> Iterator[str]:
@@ -146,7 +146,12 @@ def rows_table(outcomes: Outcomes, subject: str = AFA) -> list[str]:
         for group in groups:
             yield str(outcomes.mean(row, [group]))
             each = compared[group].get(row)
-            yield from ("", "") if each is None else (signed(each.paired.difference), each.verdict)
+            if each is None:
+                yield from ("", "", "")
+                continue
+            yield signed(each.paired.difference)
+            yield "" if each.verdict == "one training" else f"{each.p_value:.2g}"
+            yield each.verdict
         calls, total = outcomes.calls(row), outcomes.total(row)
         yield "" if calls is None else f"{calls:.0f}"
         yield "unknown" if total is None else f"{total:,}"
