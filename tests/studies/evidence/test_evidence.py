@@ -217,9 +217,15 @@ def test_a_new_rival_is_added_to_what_was_chosen(
     assert {**after, "rivals": kept} == before
 
     both = {row: every[row] for row in ("DARE merge", "TIES merge")}
+    uneven = Grid(both["TIES merge"].points[:3], both["TIES merge"].methods[:3])
     monkeypatch.setattr(choosing, "merges", lambda count: both)
     list(choosing.choose_rivals(study, "main"))
     assert [names[0] for names in compared[5:]] == [], "equally good, and not the first"
+
+    monkeypatch.setattr(choosing, "merges", lambda count: {**both, "TIES merge": uneven})
+    list(choosing.choose_rivals(study, "main"))
+    assert {name.rsplit(" ", 1)[0] for name in compared[5][1:]} == {"TIES merge"}
+    assert len(study.chosen("main")["rivals"]["TIES merge"]["scores"]) == 3
 
 
 def test_the_best_candidate_is_the_first_of_equal_ones() -> None:

@@ -45,15 +45,22 @@ def choose_rivals(study: Study, world: str) -> Iterator[JobProgress | StageStart
 
     Only merges, if it is not the first world. In that one, the learning rates of all tuned models
     are chosen, too, at their shortest length; then that of the tuned merge, which starts from the
-    best one. What is chosen already is not chosen again; rivals that are new are added.
+    best one. What is chosen already is not chosen again, unless its number of candidates has
+    changed. New rivals are added.
     """
     path = study.chosen_in / f"{world}.json"
     known = study.chosen(world) if path.exists() else {"rivals": {}, "drawn": {}}
     place, is_first = study.place(world), world == FIRST
     grids = merges(len(place.experts)) | (fusions(list(place.experts)) if is_first else {})
-    grids = {row: grid for row, grid in grids.items() if row not in known["rivals"]}
     drawn = candidates(place) if is_first else {}
-    drawn = {row: each for row, each in drawn.items() if row not in known["drawn"]}
+
+    def is_new(kind: str, row: str, count: int) -> bool:
+        found = known[kind].get(row)
+        # one candidate alone has no score
+        return found is None or len(found["scores"] or [None]) != count
+
+    grids = {row: each for row, each in grids.items() if is_new("rivals", row, len(each.methods))}
+    drawn = {row: each for row, each in drawn.items() if is_new("drawn", row, len(each))}
     if not grids and not drawn:
         return
     methods = [
