@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import tempfile
 from pathlib import Path
@@ -12,6 +13,11 @@ import pytest
 import torch
 
 from afa.machine.quiet import quieten
+
+# Under nohup, SIGHUP is ignored, and would be by all programs that tests start. A handler that does
+# nothing protects this process alone: other programs begin with the default.
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 quieten()  # before the libraries read their settings
 os.environ["HF_HUB_OFFLINE"] = "1"
