@@ -38,6 +38,9 @@ class LoRAtorio(FusionRule):
         null: who predicts without prompt.
     """
 
+    #: of the distances: with 1 the farthest expert has the largest weight, with -1 the nearest
+    sign: ClassVar[int] = 1
+
     def __init__(
         self,
         temperature: float = 0.1,
@@ -61,7 +64,7 @@ class LoRAtorio(FusionRule):
         weights = torch.stack(
             [_distance(each.float(), base, self.patch) for each in features[:-1]], dim=1
         )
-        weights = (weights / self.temperature).softmax(1)  # [B, N, h, w]
+        weights = (self.sign * weights / self.temperature).softmax(1)  # [B, N, h, w]
         weights = F.interpolate(weights, scale_factor=self.patch, mode="nearest")
         weights = weights[..., : size[0], : size[1]]
         weights = torch.cat([weights, torch.zeros_like(weights[:, :1])], dim=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -19,7 +19,7 @@ class NearestToBase(LoRAtorio):
     Experts that were fine-tuned on a part of what their base knows forget the rest. On prompts of
     its own domain, such an expert predicts much as the base does; on other prompts, it is far away.
     LoRAtorio assumes the contrary: a base that lacks what the experts add, and experts that forgot
-    nothing.
+    nothing. Not published; docs/log.md has what led to it.
 
     Args:
         temperature: the smaller, the more of the nearest expert.
@@ -27,13 +27,15 @@ class NearestToBase(LoRAtorio):
         null: who predicts without prompt.
     """
 
+    sign: ClassVar[int] = -1
+
     def __init__(
         self,
         temperature: float = 0.01,
         patch: int = 4,
         null: Literal["base", "experts"] = "base",
     ) -> None:
-        super().__init__(-temperature, patch, null)
+        super().__init__(temperature, patch, null)
 
 
 class NearestRecipe(ByDistance, FusionRecipe):
