@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
 import afa
 from afa.cli import main
@@ -171,6 +172,24 @@ def test_another_recipe_in_the_same_folder(tmp_path: Path) -> None:
         list(search_block_weights(recipe(), tmp_path / "mine"))
 
 
+def test_scenes_in_a_list_of_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    caption = "a fox on the left and a pizza on the right, blue background"
+    (tmp_path / "p.txt").write_text(f"{caption}\n")
+    judged: list[str] = []
+
+    def score(merged: Any, prompts: Any, sampling: Any, scorer: search.PictureScorer) -> float:
+        blank = Image.new("RGB", (64, 64))
+        found = scorer([blank] * len(prompts), [each.text for each in prompts])
+        judged.extend(each.text for each in prompts)
+        return next(iter(found.values()))[0]
+
+    monkeypatch.setattr(search, "mean_score", score)
+    asked = recipe(prompts={"text": str(tmp_path / "p.txt")}, metric="scenes", num_trials=1)
+    (trial,) = search_block_weights(asked, tmp_path / "search")
+    assert judged == [caption]
+    assert trial.score == 0
+
+
 def test_a_score_that_is_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken:
         name = "broken"
@@ -188,13 +207,14 @@ def test_a_score_that_is_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     [
         ({"experts": ["zoo:animals"]}, "at least 2"),
         ({"metric": {"name": "fid", "weights": "zoo:clip"}}, "got fid"),
-        ({"prompts": {"text": "p.txt"}, "metric": "scenes"}, "prompts.zoo"),
+        ({"prompts": {"text": "p.txt"}, "metric": "scenes"}, "captions of scenes only"),
         ({"num_trial": 3}, "did you mean 'num_trials'?"),
     ],
 )
 def test_mistakes_are_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], message: str
 ) -> None:
+    (tmp_path / "p.txt").write_text("a fox in the snow\n")
     path = tmp_path / "search.yaml"
     path.write_text(yaml.safe_dump({**SMALL, **changes}))
     with pytest.raises(SystemExit) as stop:

@@ -268,7 +268,7 @@ def test_a_warning_does_not_keep_a_search_from_looking_at_its_output(
         tmp_path,
         experts=["zoo:animals", "zoo:food"],
         prompts={"text": "prompts.txt"},
-        metric="scenes",
+        metric={"name": "clip_t", "weights": "zoo:clip"},
         num_trials=1,
         sampling={"num_steps": 1, "guidance": 1, "device": "cpu"},
     )

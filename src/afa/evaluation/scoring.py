@@ -68,7 +68,7 @@ class _Scenes:
                 raise AfaError(
                     "AFA-EVAL-031",
                     f"The metric 'scenes' judges captions of scenes only. {error} Or "
-                    "remove 'scenes' from the metrics.",
+                    "choose another metric.",
                 ) from None
         self._classifier = load_classifier()
 
@@ -98,14 +98,22 @@ class _Single:
         return {self.name: self._scorer.score(pictures, prompts)}
 
 
-def open_scorer(metric: MetricRecipe | Literal["scenes"], device: torch.device) -> PictureScorer:
+def open_scorer(
+    metric: MetricRecipe | Literal["scenes"], device: torch.device, prompts: Sequence[str] = ()
+) -> PictureScorer:
     """Open a scorer of single pictures.
 
+    Args:
+        metric: the metric.
+        device: device of its networks.
+        prompts: of the pictures to score.
+
     Raises:
-        AfaError: if its weights cannot be loaded, or it does not score single pictures.
+        AfaError: if its weights cannot be loaded, it does not score single pictures, or it is
+            `scenes` and a prompt is no caption of a scene.
     """
     if isinstance(metric, str):
-        return _Scenes()
+        return _Scenes(prompts)
     opened = open_metrics([metric], device)[0]
     if isinstance(opened, SetMetric | ReferenceScorer):
         raise AfaError(

@@ -82,14 +82,20 @@ def search_block_weights(recipe: SearchRecipe, output: Path) -> Generator[Trial,
     prompts = load_prompts(recipe.prompts)
     identity = _identity(recipe, prompts)
     _check_folder(identity, output)
+    device = pick_device(recipe.sampling.device)
+    scorer = open_scorer(recipe.metric, device, words_of(prompts, recipe.sampling))
     with owned(output), fixed_threads(recipe.sampling.num_threads):
         write_atomic(output / _IDENTITY, json.dumps(identity, indent=2) + "\n")
-        yield from _trials(recipe, prompts, output)
+        yield from _trials(recipe, prompts, scorer, device, output)
 
 
-def _trials(recipe: SearchRecipe, prompts: Sequence[Prompt], output: Path) -> Iterator[Trial]:
-    device = pick_device(recipe.sampling.device)
-    scorer = open_scorer(recipe.metric, device)
+def _trials(
+    recipe: SearchRecipe,
+    prompts: Sequence[Prompt],
+    scorer: PictureScorer,
+    device: torch.device,
+    output: Path,
+) -> Iterator[Trial]:
     pipeline = load_pipeline(
         recipe.experts,
         vae=recipe.vae,
@@ -233,6 +239,11 @@ def _suggest(trial: optuna.Trial, keys: Sequence[str], count: int) -> dict[str, 
     return weights
 
 
+def words_of(prompts: Sequence[Prompt], sampling: SamplingRecipe) -> list[str]:
+    """What prompts say, without the syntax of weights."""
+    return [words_of_prompt(prompt.text, sampling.prompt_syntax) for prompt in prompts]
+
+
 def mean_score(
     pipeline: StableDiffusionPipeline,
     prompts: Sequence[Prompt],
@@ -251,7 +262,7 @@ def mean_score(
             places = range(start, min(start + sampling.batch_size, len(texts)))
             chosen = [texts[place] for place in places]
             pictures = draw(pipeline, chosen, places, seed, sampling.num_steps, sampling)
-            words = [words_of_prompt(text, sampling.prompt_syntax) for text in chosen]
+            words = words_of([prompts[place] for place in places], sampling)
             scores += next(iter(scorer(pictures, words).values()))
     mean = float(np.mean(scores))
     if not math.isfinite(mean):

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from afa.evaluation.prompts import PromptsRecipe, resolve_prompts
-from afa.evaluation.recipe import SCENES, SamplingRecipe, resolve_metric
+from afa.evaluation.recipe import SamplingRecipe, resolve_metric
 from afa.metrics import MetricRecipe
 from afa.recipe import MAX_SEED, Section, read_recipe, resolve_sources
 
@@ -16,7 +16,8 @@ from afa.recipe import MAX_SEED, Section, read_recipe, resolve_sources
 class SearchRecipe(Section):
     """A search of block weights that maximizes the mean `metric` over all prompts and seeds.
 
-    `scenes` is the fraction of scenes with the right object on each side.
+    `scenes` is the fraction of scenes with the right object on each side; all prompts must be
+    captions of scenes.
     """
 
     experts: list[str] = Field(min_length=2)
@@ -36,8 +37,6 @@ class SearchRecipe(Section):
             raise ValueError(
                 f"must have scenes, {', '.join(singles)} as metric; got {self.metric.name}"
             )
-        if self.metric == SCENES and self.prompts.zoo is None:
-            raise ValueError("must have prompts.zoo for the metric 'scenes'")
         return self
 
 

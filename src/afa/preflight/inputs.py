@@ -207,7 +207,7 @@ def inputs_of_search(
     """Check what `afa search` reads: prompts and the metric's weights."""
     from afa.evaluation.prompts import load_prompts, source_warnings
     from afa.evaluation.scoring import open_scorer
-    from afa.evaluation.search import require_same_search
+    from afa.evaluation.search import require_same_search, words_of
 
     del progress
     found = Inputs()
@@ -215,13 +215,15 @@ def inputs_of_search(
     _open_autoencoder(found, recipe.vae, plan.groups[0])
     with found.refusals("sampling"):
         require_scheduler(plan, recipe.sampling.scheduler)
+    words: list[str] = []
     with found.refusals("prompts"):
         prompts = load_prompts(recipe.prompts)
         found.say("prompts", source_warnings(recipe.prompts))
         sampling = recipe.sampling
         _say_truncated(found, plan, prompts, sampling, sampling.prompt_syntax)
+        words = words_of(prompts, sampling)
     with found.refusals("metric"):
-        open_scorer(recipe.metric, torch.device("cpu"))
+        open_scorer(recipe.metric, torch.device("cpu"), words)
     if output is not None and not any(each.level == "error" for each in found.findings):
         with found.refusals("output"):
             require_same_search(recipe, output)
