@@ -132,6 +132,21 @@ def train_aggregators_job(name: str, recipe: Recipe, folder: Path) -> None:
         require_same_recipe(recipe, folder)
 
 
+def search_job(name: str, recipe: dict[str, Any], folder: Path) -> None:
+    """Search block weights, or resume the search."""
+    from afa.evaluation.search import require_same_search, search_block_weights
+    from afa.evaluation.search_recipe import SearchRecipe
+
+    checked = SearchRecipe.model_validate(recipe)
+    if finished(folder) is None:
+        for trial in search_block_weights(checked, folder):
+            report_progress(name, trial.number, trial.num_trials)
+            log(folder, {"trial": trial.number, "seconds": trial.seconds})
+        record_finished(folder, {"seconds": sum(logged(folder))})
+    else:
+        require_same_search(checked, folder)
+
+
 def finish(name: str, events: Iterator[Any], folder: Path) -> None:
     """Run a training, and record its median time per step."""
     from afa.training import TrainStep

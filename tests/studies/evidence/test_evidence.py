@@ -6,22 +6,25 @@ import ast
 import itertools
 import json
 from collections import Counter
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from afa.aggregators.fusion import FUSIONS
 from afa.cli import main
+from afa.evaluation.search_recipe import SearchRecipe
 from afa.merging.recipe import WITH_BASE, MergeRecipe
 from afa.studies.evaluating import folders_in
 from afa.studies.evidence import choosing
-from afa.studies.evidence.candidates import Grid, fusions, merges
+from afa.studies.evidence.candidates import SEARCHED, Grid, fusions, merges
 from afa.studies.evidence.choosing import choose
 from afa.studies.evidence.development import best_of, developed, samples_of_development, widened
 from afa.studies.evidence.entrants import Aggregated, Distilled, Drafted, Place, Tuned
+from afa.studies.evidence.final import chosen_in
 from afa.studies.evidence.outcomes import of_tested
 from afa.studies.evidence.parts import Experiment, Stage
 from afa.studies.evidence.rivals.superdiff import candidates
@@ -49,12 +52,15 @@ from afa.studies.evidence.study import (
     inputs_of_choice,
     inputs_of_lengths,
 )
+from afa.studies.jobs import Job, JobProgress
 from afa.studies.worlds.prompts import training_prompts
 from afa.studies.worlds.recipe import WORLDS, WorldRecipe
 from afa.zoo.scenes import pair_set, parse_caption
 from tests.refusal import refusal
 
 SETTINGS = EvidenceSettings()
+#: what a search found
+WEIGHTS = {"mid": [0.5, 0.25, 0.25]}
 RATES = {TUNED: 3e-4, MERGED: 3e-4, LORA: 3e-3}
 MERGE = {"method": "weighted", "weights": [0.5, 0.25, 0.25]}
 
@@ -164,11 +170,16 @@ def test_optima_on_an_edge_are_named() -> None:
 def test_a_rival_without_outcomes_may_change() -> None:
     merge, rule = {"method": {"merge": {"method": "ties"}}}, {"method": {"fusion": {"rule": "new"}}}
     drawn = {"SuperDiff OR": {"values": {"num_steps": 10}}}
-    chosen = {"rivals": {"TIES merge": merge, "new": rule}, "drawn": drawn, "rates": {"a": 0.1}}
+    chosen = {"rivals": {"TIES merge": merge, "new": rule}, "drawn": drawn}
+    chosen["rates"] = {MERGED: 0.1, TUNED: 0.2}
     test = {"world": "main", "chosen": chosen}
-    found = of_tested(test, ["AFA"])
-    assert found == {**test, "chosen": {**chosen, "rivals": {"TIES merge": merge}, "drawn": {}}}
-    assert of_tested(test, ["AFA", "new", "SuperDiff OR"]) == test
+    nothing: dict[str, Any] = {"rivals": {}, "drawn": {}, "rates": {}}
+    assert of_tested(test, ["AFA"]) == {**test, "chosen": nothing}
+    tuned = of_tested(test, ["AFA", counted(MERGED, 1_000)])
+    merges_too = {"rivals": {"TIES merge": merge}, "drawn": {}, "rates": {MERGED: 0.1}}
+    assert tuned == {**test, "chosen": merges_too}, "it starts from the best merge"
+    every = ["AFA", "new", "SuperDiff OR", counted(MERGED, 1_000), counted(TUNED, 3_000)]
+    assert of_tested(test, every) == test
 
 
 def test_a_new_rival_is_added_to_what_was_chosen(
@@ -195,6 +206,22 @@ def test_a_new_rival_is_added_to_what_was_chosen(
         share = 0.6 if row.endswith((" at 0.0003", " at 0.003")) else 0.5
         return {"mixed": {"scores": {"both": {"mean": share}}}}
 
+    def search(name: str, recipe: dict[str, Any], folder: Path) -> None:
+        SearchRecipe.model_validate(recipe)
+        (name,) = recipe["prompts"].values()
+        assert Path(name).read_text().count("\n") == 1 + 4 * SETTINGS.num_tuning
+        folder.mkdir(parents=True)
+        content = {"method": "block_weights", "experts": [], "block_weights": WEIGHTS}
+        (folder / "merge.yaml").write_text(yaml.safe_dump(content))
+        searched.append(folder)
+
+    def run(jobs: Sequence[Job], num_processes: int) -> Iterator[JobProgress]:
+        for job in jobs:
+            search(job.name, *job.arguments)
+        yield from ()
+
+    searched: list[Path] = []
+    monkeypatch.setattr(choosing, "run_jobs", run)
     monkeypatch.setattr(choosing, "compare_candidates", compare)
     every, rules = merges(3), fusions(["animals", "food", "things"])
     monkeypatch.setattr(choosing, "merges", lambda count: {"TIES merge": every["TIES merge"]})
@@ -202,8 +229,13 @@ def test_a_new_rival_is_added_to_what_was_chosen(
     list(choosing.choose_rivals(study, "main"))
     assert [names[0] for names in compared] == ["tuning", "tuning-rates", "tuning-merged"]
     before = study.chosen("main")
+    found = before["rivals"][SEARCHED]
+    assert f"{SEARCHED} 0" in compared[0]
+    assert found["method"] == {"merge": {"method": "block_weights", "block_weights": WEIGHTS}}
+    assert found["scores"] == [0.5]
     list(choosing.choose_rivals(study, "main"))
     assert len(compared) == 3, "nothing is new"
+    assert len(searched) == 1
 
     monkeypatch.setattr(choosing, "fusions", lambda names: rules)
     list(choosing.choose_rivals(study, "main"))
@@ -211,7 +243,7 @@ def test_a_new_rival_is_added_to_what_was_chosen(
     new = {name.rsplit(" ", 1)[0] for name in compared[-1][1:]}
     assert new == {row for row, grid in rules.items() if len(grid.points) > 1} - {"LoRAtorio"}
     after = study.chosen("main")
-    assert after["rivals"].keys() == {"TIES merge", *rules}
+    assert after["rivals"].keys() == {"TIES merge", SEARCHED, *rules}
     assert after["rivals"]["nearest to the base"]["commit"]
     kept = {row: after["rivals"][row] for row in before["rivals"]}
     assert {**after, "rivals": kept} == before
@@ -226,6 +258,37 @@ def test_a_new_rival_is_added_to_what_was_chosen(
     list(choosing.choose_rivals(study, "main"))
     assert {name.rsplit(" ", 1)[0] for name in compared[5][1:]} == {"TIES merge"}
     assert len(study.chosen("main")["rivals"]["TIES merge"]["scores"]) == 3
+
+
+def test_block_weights_have_every_expert_in_front_once() -> None:
+    grid = merges(3)["MBW"]
+    assert grid.points[0] == {"lead": 1 / 3, "leaders": "expert 0, expert 1, expert 2"}
+    leaders = [each["leaders"] for each in grid.points[1:]]
+    assert set(Counter(leaders).values()) == {5}
+    assert len(set(leaders)) == 6
+    last = grid.methods[-1]["merge"]["block_weights"]
+    assert grid.points[-1] == {"lead": 1.0, "leaders": "expert 2, expert 1, expert 0"}
+    assert (last["conv_in"], last["mid"], last["conv_out"]) == ([0, 0, 1], [0, 1, 0], [1, 0, 0])
+    assert "MBW" not in merges(2)
+    assert "MBW" not in merges(8), "it has three depths"
+
+
+def test_a_world_has_its_own_merges_alone(tmp_path: Path) -> None:
+    def rival(method: Mapping[str, Any]) -> dict[str, Any]:
+        return {"method": method, "score": 0.5}
+
+    study = Study(tmp_path / "work", SETTINGS, 1, tmp_path / "docs")
+    rule, of_main = rival({"fusion": {"rule": "magic_fusion"}}), rival({"merge": {"weight": 1}})
+    own = rival({"merge": {"weight": 2}})
+    study.chosen_in.mkdir(parents=True)
+    for world, rivals in {
+        "main": {"rule": rule, "TIES merge": of_main, SEARCHED: of_main},
+        "split-2": {"TIES merge": own},
+    }.items():
+        chosen = {"rivals": rivals, "drawn": {}, "rates": {}, "inputs": inputs_of_choice(SETTINGS)}
+        (study.chosen_in / f"{world}.json").write_text(json.dumps(chosen))
+    assert chosen_in(study, "split-2")["rivals"] == {"TIES merge": own, "rule": rule}
+    assert chosen_in(study, "main")["rivals"].keys() == {"rule", "TIES merge", SEARCHED}
 
 
 def test_the_best_candidate_is_the_first_of_equal_ones() -> None:
@@ -301,6 +364,7 @@ def test_the_stages_in_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(
         choosing, "merges", lambda n: {"weighted merge": merges(n)["weighted merge"]}
     )
+    monkeypatch.setattr(choosing, "NUM_TRIALS", 1)
     monkeypatch.setattr(choosing, "fusions", lambda names: {"LoRAtorio": _few(fusions(names))})
     monkeypatch.setattr(
         choosing, "candidates", lambda p: {k: v[:1] for k, v in candidates(p).items()}

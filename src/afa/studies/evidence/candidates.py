@@ -12,13 +12,21 @@ from afa.aggregators.fusion.magic_fusion import MagicFusionRecipe
 from afa.aggregators.fusion.nearest import NearestRecipe
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from afa.aggregators.fusion import FusionRecipe
 
 #: of MagicFusion and of rules by distance, whose optima lay on the edges of their own grids
 _TEMPERATURES = (0.1, 1.0, 10.0, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7)
 _LARGER_PATCHES = (8, 16)
+#: the sites of shallow, middle and deep blocks, in each of which another expert leads in `MBW`
+_DEPTHS = (
+    ("conv_in", "down.0.0", "down.0.downsample"),
+    ("down.1.0", "mid", "up.0.0"),
+    ("up.0.1", "up.1.0", "conv_out"),
+)
+#: the row whose block weights are searched, and the trials of the search
+SEARCHED, NUM_TRIALS = "autoMBW", 100
 #: side of a latent, with which a patch is all of it
 _SIDE = 16
 
@@ -77,7 +85,7 @@ def merges(num_experts: int) -> dict[str, Grid]:
         ]
         return Grid(kept, methods, ends)
 
-    return {
+    found = {
         "weighted merge": Grid(points, [_merge("weighted", weights=w) for w in weighted], ends),
         "SLERP merge": Grid(points, [_merge("slerp", weights=w) for w in weighted], ends),
         "add-difference merge": Grid(
@@ -87,6 +95,29 @@ def merges(num_experts: int) -> dict[str, Grid]:
         "TIES merge": of("ties"),
         "DARE merge": of("dare"),
     }
+    if num_experts == len(_DEPTHS):
+        found["MBW"] = _block_weights(leading)
+    return found
+
+
+def _block_weights(leading: Callable[[float, int], list[float]]) -> Grid:
+    """Typical manual block weights, with a different expert in front at each depth.
+
+    All orders of the experts over shallow, middle and deep blocks, and uniform weights for the
+    text encoders.
+    """
+    experts = range(len(_DEPTHS))
+    uniform = 1 / len(_DEPTHS)
+    orders = list(itertools.permutations(experts))
+    places = [(uniform, orders[0]), *itertools.product((0.4, 0.5, 0.65, 0.8, 1.0), orders)]
+    points, methods = [], []
+    for lead, order in places:
+        weights = {"default": [uniform for _ in experts]}
+        for sites, leader in zip(_DEPTHS, order, strict=True):
+            weights |= {site: leading(lead, leader) for site in sites}
+        points.append({"lead": lead, "leaders": ", ".join(f"expert {n}" for n in order)})
+        methods.append(_merge("block_weights", block_weights=weights))
+    return Grid(points, methods, {"lead": [uniform, 1.0]})
 
 
 def _merge(method: str, **settings: Any) -> dict[str, Any]:

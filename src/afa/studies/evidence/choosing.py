@@ -7,18 +7,21 @@ from dataclasses import replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from afa.evaluation.recipe import slug
 from afa.evaluation.work import digest
 from afa.files import read_json, write_atomic
 from afa.provenance import commit, processor
 from afa.studies.evaluating import StageStarted, evaluate_in_processes, sampling
-from afa.studies.evidence.candidates import Grid, fusions, merges
+from afa.studies.evidence.candidates import NUM_TRIALS, SEARCHED, Grid, fusions, merges
 from afa.studies.evidence.comparison import write_prompts
 from afa.studies.evidence.development import MOST_WIDENINGS, widened
 from afa.studies.evidence.drawn import drawn_job
 from afa.studies.evidence.entrants import Tuned
 from afa.studies.evidence.rivals.superdiff import candidates
 from afa.studies.evidence.rows import LORA, MERGED, TUNED, counted, of_pictures
+from afa.studies.evidence.settings import WITH_ALL_RIVALS, WORLDS_OF
 from afa.studies.evidence.study import (
     FIRST,
     best_merge,
@@ -27,8 +30,11 @@ from afa.studies.evidence.study import (
     inputs_of_lengths,
     train_all,
 )
-from afa.studies.jobs import Job, run_jobs
+from afa.studies.jobs import Job, run_jobs, search_job
 from afa.studies.worlds.prompts import groups_of, prompts_of
+
+#: the worlds whose experiments have all rivals
+WITH_SEARCH = tuple(world for each in WITH_ALL_RIVALS for world in WORLDS_OF[each])
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -43,7 +49,8 @@ if TYPE_CHECKING:
 def choose_rivals(study: Study, world: str) -> Iterator[JobProgress | StageStarted]:
     """Choose the settings of the rivals on the tuning prompts of a world.
 
-    Only merges, if it is not the first world. In that one, the learning rates of all tuned models
+    Only merges, if it is not the first world; block weights are searched where an experiment has
+    all rivals. In the first world, the learning rates of all tuned models
     are chosen, too, at their shortest length; then that of the tuned merge, which starts from the
     best one. What is chosen already is not chosen again, unless its number of candidates has
     changed. New rivals are added.
@@ -60,6 +67,8 @@ def choose_rivals(study: Study, world: str) -> Iterator[JobProgress | StageStart
         return found is None or len(found["scores"] or [None]) != count
 
     grids = {row: each for row, each in grids.items() if is_new("rivals", row, len(each.methods))}
+    if world in WITH_SEARCH and is_new("rivals", SEARCHED, 1):
+        grids[SEARCHED] = yield from _searched(study, place)
     drawn = {row: each for row, each in drawn.items() if is_new("drawn", row, len(each))}
     if not grids and not drawn:
         return
@@ -67,7 +76,7 @@ def choose_rivals(study: Study, world: str) -> Iterator[JobProgress | StageStart
         {"name": f"{row} {n}", **method}
         for row, grid in grids.items()
         for n, method in enumerate(grid.methods)
-        if len(grid.methods) > 1
+        if len(grid.methods) > 1 or row == SEARCHED
     ]
     name = f"tuning-{digest([*grids, *drawn])}" if path.exists() else "tuning"
     report = yield from compare_candidates(study, place, name, methods, [], drawn)
@@ -85,6 +94,23 @@ def choose_rivals(study: Study, world: str) -> Iterator[JobProgress | StageStart
     chosen["inputs"] = inputs_of_choice(study.settings)
     study.chosen_in.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps(chosen, indent=1) + "\n")
+
+
+def _searched(study: Study, place: Place) -> Generator[JobProgress, None, Grid]:
+    """The merge whose block weights a search found on the tuning prompts, as the only candidate."""
+    prompts = tuning_prompts(place, study.settings.num_tuning)
+    recipe = {
+        "experts": list(place.experts.values()),
+        "prompts": {"drawbench": str(write_prompts(place.work / "tuning.csv", prompts))},
+        "sampling": sampling(study.settings.num_steps),
+        "metric": "scenes",
+        "num_trials": NUM_TRIALS,
+    }
+    folder = place.work / "tuning-search"
+    yield from run_jobs([Job(f"{place.world}: {SEARCHED}", search_job, (recipe, folder))], 1)
+    found = yaml.safe_load((folder / "merge.yaml").read_text(encoding="utf-8"))
+    merge = {key: found[key] for key in ("method", "block_weights")}
+    return Grid([{}], [{"merge": merge}])
 
 
 def _rates(
@@ -212,13 +238,13 @@ def choose(report: Mapping[str, Any], grids: Mapping[str, Grid]) -> dict[str, An
     scores = mean_scores(report)
     rivals = {}
     for row, grid in grids.items():
-        count = len(grid.methods)
-        listed = [scores[f"{row} {n}"] for n in range(count)] if count > 1 else [0.0]
-        best = listed.index(max(listed))
+        names = [f"{row} {n}" for n in range(len(grid.methods))]
+        listed = [scores[name] for name in names if name in scores]
+        best = listed.index(max(listed)) if listed else 0
         rivals[row] = {
             "method": grid.methods[best],
-            "score": listed[best] if len(listed) > 1 else None,
-            "scores": listed if len(listed) > 1 else [],
+            "score": listed[best] if listed else None,
+            "scores": listed,
             "values": dict(grid.points[best]),
             "edges": grid.edges(best),
         }

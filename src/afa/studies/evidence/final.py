@@ -31,6 +31,7 @@ from afa.studies.evidence.rows import (
     at_steps,
     by_step,
 )
+from afa.studies.evidence.settings import WITH_ALL_RIVALS
 from afa.studies.evidence.study import FIRST, entrants_of
 from afa.studies.jobs import Job, run_jobs
 from afa.studies.worlds.prompts import groups_of, prompts_of
@@ -43,9 +44,6 @@ if TYPE_CHECKING:
     from afa.studies.evidence.rivals.rival import Rival
     from afa.studies.evidence.study import Study
     from afa.studies.jobs import JobProgress
-
-#: experiments with all rivals; the others have those of which their figures speak
-_WHOLE = (Experiment.MAIN, Experiment.PRIVATE)
 
 
 def run_test(
@@ -68,7 +66,7 @@ def run_test(
             of another test, or one of `study.rows` is unknown.
     """
     place, settings = study.place(world), study.settings
-    chosen = _chosen(study, world)
+    chosen = chosen_in(study, world)
     entrants = entrants_of(study, experiment, world)
     prompts = test_prompts(place, settings.num_mixed, settings.num_own)
     captions = [caption for listed in prompts.values() for caption in listed]
@@ -126,7 +124,7 @@ def check_rows(study: Study, experiment: Experiment, world: str) -> None:
     Raises:
         AfaError: if it lacks one, or the rivals' settings are not chosen yet.
     """
-    place, chosen = study.place(world), _chosen(study, world)
+    place, chosen = study.place(world), chosen_in(study, world)
     entrants = entrants_of(study, experiment, world)
     names = [method["name"] for method in methods_of(experiment, place, entrants, chosen)]
     require_rows(study, [*names, *_rivals(study, experiment, place, chosen)])
@@ -136,16 +134,17 @@ def _rivals(
     study: Study, experiment: Experiment, place: Place, chosen: Mapping[str, Any]
 ) -> dict[str, dict[str, Rival]]:
     """The rivals that draw in their own way by row, and by folder for each training."""
-    if experiment not in _WHOLE:
+    if experiment not in WITH_ALL_RIVALS:
         return _bounds(study, place)
     rivals = drawn_rivals(study, place, chosen)
     return rivals | (_other_steps(study, place) if experiment == Experiment.MAIN else {})
 
 
-def _chosen(study: Study, world: str) -> dict[str, Any]:
+def chosen_in(study: Study, world: str) -> dict[str, Any]:
     """All settings that tuning prompts chose: of a world's merges, and of the rest in the first."""
     first, own = study.chosen(FIRST), study.chosen(world)
-    found = {**first, "rivals": {**first["rivals"], **own["rivals"]}}
+    kept = {row: each for row, each in first["rivals"].items() if "merge" not in each["method"]}
+    found = {**first, "rivals": {**own["rivals"], **kept}}
     return {key: found[key] for key in ("rivals", "drawn", "rates")}
 
 
@@ -211,7 +210,7 @@ def methods_of(
     methods: list[dict[str, Any]] = [{"name": row, **method} for row, method in rows.items()]
     methods.append({"name": "base", "model": place.base})
     kinds = ["merge"]
-    if experiment in _WHOLE:
+    if experiment in WITH_ALL_RIVALS:
         models = {f"expert: {name}": source for name, source in place.experts.items()}
         trained_too = {POOLED: place.recipe.pooled_steps, WIDE: place.recipe.is_wide}
         others = {row: name for name, row in CEILINGS.items() if trained_too[name]}

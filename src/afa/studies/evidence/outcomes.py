@@ -21,7 +21,7 @@ from afa.provenance import commit
 from afa.studies.evidence.budgets import budget, seeds_of
 from afa.studies.evidence.kept import path_of
 from afa.studies.evidence.parts import Experiment
-from afa.studies.evidence.rows import AFA, DISTILLED, WIDE_ROW, of_ensemble
+from afa.studies.evidence.rows import AFA, DISTILLED, MERGED, WIDE_ROW, of_ensemble
 from afa.studies.jobs import finished
 from afa.studies.worlds.pack import DENOISER, TEXT_ENCODER
 from afa.studies.worlds.prompts import groups_of
@@ -204,25 +204,29 @@ def _kept(study: Study, test: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def of_tested(test: Mapping[str, Any], rows: Collection[str]) -> dict[str, Any]:
-    """A test without the settings of rivals that have no outcomes, which may still change.
+    """A test without the settings of rows that have no outcomes, which may still change.
 
-    Those of merges are kept, because models are tuned from the best one.
+    Those of merges are kept once a model was tuned from the best one.
 
     Args:
         test: see `describe`.
         rows: the rows with outcomes.
     """
 
+    def is_tested(row: str) -> bool:
+        return any(each == row or each.startswith(f"{row} (") for each in rows)
+
     def kept(rivals: Mapping[str, Any]) -> dict[str, Any]:
         return {
             row: each
             for row, each in rivals.items()
-            if row in rows or "merge" in each.get("method", {})
+            if is_tested(row) or ("merge" in each.get("method", {}) and is_tested(MERGED))
         }
 
     chosen = test["chosen"]
-    rivals = {kind: kept(chosen[kind]) for kind in ("rivals", "drawn")}
-    return {**test, "chosen": {**chosen, **rivals}}
+    found = {kind: kept(chosen[kind]) for kind in ("rivals", "drawn")}
+    found["rates"] = {row: rate for row, rate in chosen["rates"].items() if is_tested(row)}
+    return {**test, "chosen": {**chosen, **found}}
 
 
 def write_outcomes(

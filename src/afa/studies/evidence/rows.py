@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from afa.studies.evidence.entrants import Aggregated, Distilled, Drafted, Entrant, Tuned
 from afa.studies.evidence.parts import Experiment
+from afa.studies.evidence.settings import WITH_ALL_RIVALS
 from afa.studies.worlds.recipe import POOLED, WIDE
 
 if TYPE_CHECKING:
@@ -85,11 +86,11 @@ def trained(
     """
     if experiment == Experiment.DATA:
         return list(_data(settings, rates, merge, lengths))
-    seeds = range(settings.num_seeds if experiment in _WHOLE else 1)
+    seeds = range(settings.num_seeds if experiment in WITH_ALL_RIVALS else 1)
     found: list[Entrant] = []
     for seed in seeds:
         found.append(Aggregated(AFA, seed))
-        if experiment in _WHOLE:
+        if experiment in WITH_ALL_RIVALS:
             found.append(Distilled(DISTILLED, seed, teacher=AFA))
             found.append(Drafted(DRAFTED, seed))
         found.append(_predictions(settings, PREDICTIONS, seed))
@@ -117,10 +118,6 @@ def trained(
     return found
 
 
-#: experiments with several seeds of each row
-_WHOLE = (Experiment.MAIN, Experiment.PRIVATE)
-
-
 def _predictions(settings: EvidenceSettings, row: str, seed: int = 0) -> Aggregated:
     """Aggregators at the last site only, with their own length and learning rate."""
     steps, rate = settings.predictions_steps, settings.predictions_rate
@@ -136,7 +133,7 @@ def _tuned(
 ) -> Iterator[Tuned]:
     """The tuned base and merge: as long as AFA, and in some experiments at all lengths."""
     lengths = {settings.aggregator_steps}
-    if experiment in _WHOLE:
+    if experiment in WITH_ALL_RIVALS:
         lengths |= {*settings.tuned_steps}
     for steps in sorted(lengths):
         yield Tuned(counted(TUNED, steps), seed, None, steps, rates[TUNED])

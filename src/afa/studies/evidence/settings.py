@@ -14,6 +14,8 @@ WORLDS_OF: dict[Experiment, tuple[str, ...]] = {
     Experiment.DIVERGENCE: ("after-50", "after-200", "after-700", "main"),
     Experiment.EXPERTS: ("split-2", "split-4", "split-8"),
 }
+#: experiments with all rivals and several seeds; the others have the rows of their figures
+WITH_ALL_RIVALS = (Experiment.MAIN, Experiment.PRIVATE)
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from afa.studies.jobs import finish, finished, log, logged, record_finished, report_progress
+from afa.studies.jobs import finish, finished
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,18 +24,3 @@ def tune_base_job(
         finish(name, tune_base(base, data, settings, folder), folder)
     else:
         require_same_run(data, settings, folder)
-
-
-def search_job(name: str, recipe: dict[str, Any], folder: Path) -> None:
-    """Search block weights, or resume the search."""
-    from afa.evaluation.search import require_same_search, search_block_weights
-    from afa.evaluation.search_recipe import SearchRecipe
-
-    checked = SearchRecipe.model_validate(recipe)
-    if finished(folder) is None:
-        for trial in search_block_weights(checked, folder):
-            report_progress(name, trial.number, trial.num_trials)
-            log(folder, {"trial": trial.number, "seconds": trial.seconds})
-        record_finished(folder, {"seconds": sum(logged(folder))})
-    else:
-        require_same_search(checked, folder)

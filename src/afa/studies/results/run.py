@@ -17,8 +17,15 @@ from afa.loading.sources import locate
 from afa.loading.weights import hash_pipeline
 from afa.machine.ownership import owned
 from afa.studies.evaluating import StageStarted, evaluate_in_processes
-from afa.studies.jobs import Job, JobProgress, finished, run_jobs, train_aggregators_job
-from afa.studies.results.jobs import search_job, tune_base_job
+from afa.studies.jobs import (
+    Job,
+    JobProgress,
+    finished,
+    run_jobs,
+    search_job,
+    train_aggregators_job,
+)
+from afa.studies.results.jobs import tune_base_job
 from afa.studies.results.page import results_of, write_pages, write_section
 from afa.studies.results.plan import (
     FEWER,
