@@ -53,9 +53,7 @@ def run_jobs(jobs: Sequence[Job], num_processes: int) -> Iterator[JobProgress]:
     """
     context = multiprocessing.get_context("spawn")
     events, stop = context.Queue(), context.Event()
-    pool = ProcessPoolExecutor(
-        num_processes, mp_context=context, initializer=_start_worker, initargs=(events, stop)
-    )
+    pool = worker_pool(num_processes, events, stop)
     try:
         pending = {pool.submit(_run, job) for job in jobs}
         while pending:
@@ -73,6 +71,16 @@ def run_jobs(jobs: Sequence[Job], num_processes: int) -> Iterator[JobProgress]:
     finally:
         stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def worker_pool(num_processes: int, events: Any = None, stop: Any = None) -> ProcessPoolExecutor:
+    """Processes with one thread each, which compute with torch; see `run_jobs` for the others."""
+    return ProcessPoolExecutor(
+        num_processes,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(events, stop),
+    )
 
 
 def _drain(events: Any) -> Iterator[JobProgress]:

@@ -22,20 +22,22 @@ from afa.studies.evidence.budgets import budget, seeds_of
 from afa.studies.evidence.kept import path_of
 from afa.studies.evidence.parts import Experiment
 from afa.studies.evidence.rows import AFA, DISTILLED, MERGED, WIDE_ROW, of_ensemble
-from afa.studies.jobs import finished
+from afa.studies.jobs import finished, worker_pool
 from afa.studies.worlds.pack import DENOISER, TEXT_ENCODER
 from afa.studies.worlds.prompts import groups_of
 from afa.studies.worlds.recipe import BASE, TEXT, WIDE
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
-    from torch import Tensor
+    from numpy.typing import NDArray
 
     from afa.evaluation.results import Results
-    from afa.metrics import SetMetric
     from afa.studies.evidence.entrants import Entrant, Place
     from afa.studies.evidence.study import Study
+
+    #: features of pictures [pictures, width]
+    Features = NDArray[np.float32]
 
 _RESAMPLES = 200
 _DIGITS = 4
@@ -253,8 +255,10 @@ def write_outcomes(
     mixed = test["mixed"][0]
     samples = {each.row: each.samples(study.settings) for each in entrants}
     origin = {"commit": commit(), "machine": results.machines()}
+    with worker_pool(study.num_processes) as pool:
+        measured = {name: row_of_test(results, name, mixed, pool.map) for name in results.methods}
     rows = {
-        name: row_of_test(results, name, mixed)
+        name: measured[name]
         | {"budget": budget(name, results, place, study.settings, samples, test["chosen"])}
         | {"seeds": seeds_of(name, entrants), "size": size_of(name, place)}
         | origin
@@ -294,8 +298,13 @@ def divergence(place: Place) -> dict[str, float]:
     return found
 
 
-def row_of_test(results: Results, name: str, group: str) -> dict[str, Any]:
-    """The scores of every picture of a row, its distances from real scenes, and its cost."""
+def row_of_test(
+    results: Results, name: str, group: str, spread: Callable[..., Any] = map
+) -> dict[str, Any]:
+    """The scores of every picture of a row, its distances from real scenes, and its cost.
+
+    `spread` maps a function over the distances, which take seconds each.
+    """
     every = list(range(len(results.prompts)))
     cost = results.cost(name)
     return {
@@ -304,7 +313,7 @@ def row_of_test(results: Results, name: str, group: str) -> dict[str, Any]:
             for score in SCENE_SCORES
         },
         "clip_t": np.round(results.scores_at(name, "clip_t", every), _DIGITS).tolist(),
-        "sets": set_distances(results, name, group),
+        "sets": set_distances(results, name, group, spread),
         "expert_calls": cost.expert_calls,
         "seconds": cost.seconds,
         "peak_memory": cost.peak_memory,
@@ -315,30 +324,41 @@ def _bits(values: Sequence[float]) -> str:
     return "".join(str(round(value)) for value in values)
 
 
-def set_distances(results: Results, name: str, group: str) -> dict[str, Any]:
+def set_distances(
+    results: Results, name: str, group: str, spread: Callable[..., Any] = map
+) -> dict[str, Any]:
     """FID, KID and CMMD of a row from independent real scenes, with intervals over pictures."""
-    return {
-        metric.name: [
-            {"value": metric.compute(drawn, real), **_interval(metric, drawn, real)}
-            for drawn, real in results.features_of(name, metric, group)
-        ]
+    sets = [
+        # as arrays, because tensors would be sent to other processes through shared memory
+        (metric, drawn.numpy(), real.numpy())
         for metric in results.scoring.set_metrics
-    }
+        for drawn, real in results.features_of(name, metric, group)
+        if real is not None
+    ]
+    metrics, drawn, real = zip(*sets, strict=True)
+    found = spread(_distance, [metric.measure for metric in metrics], drawn, real)
+    distances: dict[str, Any] = {}
+    for metric, each in zip(metrics, found, strict=True):
+        distances.setdefault(metric.name, []).append(each)
+    return distances
 
 
-def _interval(metric: SetMetric, drawn: Tensor, real: Tensor | None) -> dict[str, float]:
-    """The 95 % interval of a distance by the bootstrap of pictures, centred on the value.
+def _distance(
+    measure: Callable[..., float], drawn_features: Features, real_features: Features
+) -> dict[str, float]:
+    """A distance and its 95 % interval by the bootstrap of pictures, centred on the value.
 
     Resamples have repeated pictures and so larger distances; only their spread is used.
     """
+    drawn, real = torch.from_numpy(drawn_features), torch.from_numpy(real_features)
     generator = torch.Generator().manual_seed(0)
-    value = metric.compute(drawn, real)
+    value = measure(drawn, real)
     found = []
     for _ in range(_RESAMPLES):
         chosen = torch.randint(len(drawn), (len(drawn),), generator=generator)
-        found.append(metric.compute(drawn[chosen], real))
+        found.append(measure(drawn[chosen], real))
     low, high = np.quantile(found, (0.025, 0.975)) - np.mean(found)
-    return {"low": float(value + low), "high": float(value + high)}
+    return {"value": value, "low": float(value + low), "high": float(value + high)}
 
 
 def real_distances(results: Results, group: str) -> dict[str, float]:
