@@ -20,7 +20,7 @@ OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo docs results results-dit distillation evidence evidence-page bench bench-check test unit processes daily nightly format lint types comfyui test-comfyui check lock constraints audit licences fuzz golden pairs soak reliability \
+.PHONY: help install demo docs results results-page distillation bench bench-check test unit processes daily nightly format lint types comfyui test-comfyui check lock constraints audit licences fuzz golden pairs soak reliability \
 	wheel clean
 
 help: ## show this list
@@ -45,18 +45,11 @@ $(STAMP): pyproject.toml constraints.txt requirements.lock
 demo: install ## train an ensemble on the emoji scenes and compare it (OUT=folder)
 	$(BIN)/afa demo --output $(OUT)
 
-results: install ## train and compare everything, write docs/results.md (over an hour; resumes)
-	$(BIN)/afa zoo results $(WORK) --docs docs
+results: install ## ask when the ensemble pays (STAGE=worlds, development, candidates, trainings or test; EXPERIMENT=main; days; resumes)
+	$(BIN)/afa zoo results $(WORK) --docs docs $(if $(STAGE),--stage $(STAGE)) $(if $(EXPERIMENT),--experiment $(EXPERIMENT))
 
-results-dit: install ## the same for transformers, a section of that page (WORK=folder; 90 minutes; resumes)
-	$(BIN)/afa zoo build $(WORK)-dit-zoo --family dit
-	$(BIN)/afa zoo results $(WORK)-dit --zoo $(WORK)-dit-zoo --docs docs
-
-evidence: install ## ask when the ensemble pays (STAGE=worlds, development, candidates, trainings or test; EXPERIMENT=main; many hours; resumes)
-	$(BIN)/afa zoo evidence $(WORK)-evidence --docs docs $(if $(STAGE),--stage $(STAGE)) $(if $(EXPERIMENT),--experiment $(EXPERIMENT))
-
-evidence-page: install ## write tables and figures of docs/evidence.md from the committed outcomes alone
-	$(BIN)/afa zoo evidence-page --docs docs
+results-page: install ## write docs/results.json, and tables and figures of docs/results.md, from the committed outcomes
+	$(BIN)/afa zoo results-page --docs docs
 
 distillation: install ## distil the bundled ensemble, write docs/distillation.json (WORK=folder; hours; PART=main; resumes)
 	$(BIN)/afa zoo distillation $(WORK)-distillation --docs docs $(if $(PART),--part $(PART))

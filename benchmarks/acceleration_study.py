@@ -24,7 +24,9 @@ from afa.evaluation.prompts import load_prompts
 from afa.evaluation.recipe import slug
 from afa.studies.evaluating import evaluate_in_processes, sampling
 from afa.studies.jobs import Job, run_jobs, train_aggregators_job
-from afa.studies.results.plan import SHIPPED, StudySettings, aggregator_recipes
+from afa.studies.trainings import aggregators
+from afa.studies.zoo_build.evaluate import NUM_STEPS as STUDIED_STEPS
+from afa.studies.zoos import SHIPPED
 from benchmarks import page
 from benchmarks.rounds import Spread, ratio, take_turns
 
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 PROMPTS_SEED = 3_000_000
+NUM_SEEDS = 3
 SUBJECT, ONE = "AFA", "base"
 SETTINGS: dict[str, dict[str, Any]] = {
     "interval 2": {"interval": 2},
@@ -68,13 +71,11 @@ def main() -> None:
     arguments = parser.parse_args()
     work = arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    settings = StudySettings()
-    recipes = aggregator_recipes(settings)
-    folders = [work / "trained" / f"afa-{seed}" for seed in range(settings.num_seeds)]
+    folders = [work / "trained" / f"afa-{seed}" for seed in range(NUM_SEEDS)]
     num_processes = os.cpu_count() or 1
     jobs = [
-        Job(folder.name, train_aggregators_job, (recipes[folder.name], folder))
-        for folder in folders
+        Job(folder.name, train_aggregators_job, (aggregators(seed), folder))
+        for seed, folder in enumerate(folders)
     ]
     for event in run_jobs(jobs, num_processes):
         if event.done % 50 == 0:
@@ -84,7 +85,7 @@ def main() -> None:
         "base": SHIPPED.base,
         "prompts": {"zoo": {"kinds": {"mixed": arguments.num_prompts}, "seed": PROMPTS_SEED}},
         "methods": methods([str(folder) for folder in folders]),
-        "sampling": sampling(settings.num_steps),
+        "sampling": sampling(STUDIED_STEPS),
         "metrics": ["scenes"],
         "subject": SUBJECT,
         "curve": {

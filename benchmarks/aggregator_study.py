@@ -23,7 +23,8 @@ from typing import Any
 from afa.evaluation.recipe import slug
 from afa.studies.evaluating import evaluate_in_processes, sampling
 from afa.studies.jobs import Job, run_jobs, train_aggregators_job
-from afa.studies.results.plan import StudySettings, aggregator_recipes
+from afa.studies.trainings import aggregators
+from afa.studies.zoo_build.evaluate import NUM_STEPS
 from afa.training.recipe import Recipe
 from benchmarks import page
 
@@ -50,16 +51,17 @@ def main() -> None:
     arguments = parser.parse_args()
     work = arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    settings = StudySettings(
-        num_seeds=arguments.num_seeds, num_train_steps=arguments.num_train_steps
-    )
     folders = {
-        shape: [work / "trained" / f"{slug(shape)}-{seed}" for seed in range(settings.num_seeds)]
+        shape: [work / "trained" / f"{slug(shape)}-{seed}" for seed in range(arguments.num_seeds)]
         for shape in SHAPES
     }
     num_processes = os.cpu_count() or 1
     jobs = [
-        Job(f"{shape}, seed {seed}", train_aggregators_job, (recipe(settings, shape, seed), folder))
+        Job(
+            f"{shape}, seed {seed}",
+            train_aggregators_job,
+            (recipe(arguments.num_train_steps, shape, seed), folder),
+        )
         for shape, listed in folders.items()
         for seed, folder in enumerate(listed)
     ]
@@ -74,7 +76,7 @@ def main() -> None:
             {"name": shape, "ensemble": [str(folder) for folder in listed]}
             for shape, listed in folders.items()
         ],
-        "sampling": sampling(settings.num_steps),
+        "sampling": sampling(NUM_STEPS),
         "metrics": ["scenes"],
         "subject": FULL,
         "num_resamples": 10_000,
@@ -86,9 +88,9 @@ def main() -> None:
     print(table(report))  # noqa: T201
 
 
-def recipe(settings: StudySettings, shape: str, seed: int) -> Recipe:
+def recipe(num_steps: int, shape: str, seed: int) -> Recipe:
     """Return the comparison's training recipe with another shape of aggregators."""
-    whole = aggregator_recipes(settings)[f"afa-{seed}"]
+    whole = aggregators(seed, num_steps)
     changed = replace(whole.aggregator, **SHAPES[shape])
     return whole.model_copy(update={"aggregator": changed})
 

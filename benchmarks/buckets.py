@@ -39,7 +39,8 @@ from afa.provenance import commit
 from afa.statistics import mean_interval, paired_difference
 from afa.studies.evaluating import sampling
 from afa.studies.jobs import Job, finished, report_progress, run_jobs, train_aggregators_job
-from afa.studies.results.plan import SHIPPED, StudySettings, training
+from afa.studies.trainings import training
+from afa.studies.zoos import SHIPPED
 from afa.training.buckets import Buckets
 from afa.training.data import FolderImages
 from afa.training.data.sizes import parted, sizes_of
@@ -197,7 +198,7 @@ def recipe_of(pictures: Path, arm: str, seed: int, num_steps: int) -> Recipe:
         experts=[ExpertSource(SHIPPED.experts[name]) for name in EXPERTS],
         data=DataRecipe(folder=pictures, buckets=ARMS[arm], cache=False),
         aggregator=SABWSettings(**chosen),
-        training=training(StudySettings(), seed, num_steps=num_steps),
+        training=training(seed, num_steps),
     )
 
 

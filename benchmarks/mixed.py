@@ -31,9 +31,9 @@ from afa.loading.sources import locate
 from afa.merging import MergeRecipe
 from afa.merging.run import merge_checkpoints
 from afa.studies.evaluating import evaluate_in_processes, sampling
-from afa.studies.evidence.jobs import tuned_job
 from afa.studies.jobs import Job, run_jobs, train_aggregators_job
-from afa.studies.results.plan import SHIPPED, StudySettings, scenes, training
+from afa.studies.trainings import scenes, training, tuned_job
+from afa.studies.zoos import SHIPPED
 from afa.training.recipe import DataRecipe, Recipe, ScenesRecipe
 from afa.zoo import EXPERTS
 from afa.zoo.models import AGGREGATOR
@@ -121,7 +121,7 @@ def noise_job(work: Path, name: str) -> Job:
         }
         write_atomic(file, json.dumps({**json.loads(file.read_text()), **changes}, indent=1))
         copied.rename(start)
-    settings = training(StudySettings(), 0, num_steps=STEPS, learning_rate=RATE)
+    settings = training(0, STEPS, learning_rate=RATE)
     data = ScenesRecipe(num_samples=100_000, seed=17, kind=name)  # type: ignore[arg-type]
     return Job(f"{name}, noise", tuned_job, (str(start), data, settings, noise_of(work, name)))
 
@@ -164,7 +164,7 @@ def recipe_of(experts: list[str], changes: dict[str, Any], seed: int) -> Recipe:
         fuse=changes.get("fuse"),
         data=DataRecipe(scenes=scenes(seed)),
         aggregator=SABWSettings(**{**chosen, **changes.get("aggregator", {})}),
-        training=training(StudySettings(), seed, num_steps=1_000, **changes.get("training", {})),
+        training=training(seed, 1_000, **changes.get("training", {})),
     )
 
 

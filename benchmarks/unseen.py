@@ -35,11 +35,12 @@ from afa.files import write_atomic
 from afa.loading.expert_source import ExpertSource
 from afa.loading.pipeline import load_pipeline, with_rules
 from afa.studies.evaluating import evaluate_in_processes, sampling
-from afa.studies.evidence.comparison import write_prompts
-from afa.studies.evidence.rivals.oracle_mask import HalfMask
 from afa.studies.jobs import Job, run_jobs, train_aggregators_job
-from afa.studies.results.plan import SHIPPED, StudySettings, Zoo, aggregator_recipes, zoo_in
+from afa.studies.results.comparison import write_prompts
+from afa.studies.results.rivals.oracle_mask import HalfMask
+from afa.studies.trainings import aggregators
 from afa.studies.zoo_build.evaluate import GUIDANCE_SCALE, draw_pictures
+from afa.studies.zoos import SHIPPED, Zoo, zoo_in
 from afa.training.encoding import encode_captions
 from afa.training.recipe import PromptedPictures
 from afa.zoo import EXPERTS
@@ -109,11 +110,9 @@ VARIANTS = {
 _PLACES = (2, 8)
 
 
-def recipe(
-    settings: StudySettings, zoo: Zoo, variant: str, choice: int, seed: int, work: Path
-) -> Recipe:
+def recipe(num_steps: int, zoo: Zoo, variant: str, choice: int, seed: int, work: Path) -> Recipe:
     """Return the training recipe of a variant, on scenes without the unseen objects."""
-    whole = aggregator_recipes(settings, zoo)[f"afa-{seed}"]
+    whole = aggregators(seed, num_steps, zoo)
     scenes = whole.data.scenes
     assert scenes is not None, "it is trained on scenes"
     changed = {"without": sorted(unseen_of(choice)), "hold_out": "fifth"}
@@ -271,13 +270,10 @@ def main() -> None:
     work = arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     zoo = SHIPPED if arguments.zoo is None else zoo_in(arguments.zoo)
-    settings = StudySettings(
-        num_seeds=arguments.num_seeds, num_train_steps=arguments.num_train_steps
-    )
     num_processes = arguments.processes
     trained = {
         (variant, choice): [
-            work / "trained" / _folder(variant, choice, seed) for seed in range(settings.num_seeds)
+            work / "trained" / _folder(variant, choice, seed) for seed in range(arguments.num_seeds)
         ]
         for variant in arguments.variants
         for choice in arguments.choices
@@ -286,7 +282,7 @@ def main() -> None:
         folder: Job(
             folder.name,
             train_aggregators_job,
-            (recipe(settings, zoo, variant, choice, seed, work), folder),
+            (recipe(arguments.num_train_steps, zoo, variant, choice, seed, work), folder),
         )
         for (variant, choice), listed in trained.items()
         for seed, folder in enumerate(listed)

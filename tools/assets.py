@@ -41,6 +41,13 @@ ASSETS = (
         )
     ),
     Asset(
+        "src/afa/studies/distillation/merges.json",
+        "settings of merges, chosen by comparing them",
+        _AUTHORS,
+        _APACHE,
+        "`LICENSE`",
+    ),
+    Asset(
         "src/afa/configs/clip",
         "the vocabulary of CLIP's tokenizer",
         "OpenAI, 2021",

@@ -10,6 +10,7 @@ import pytest
 
 from afa.distilling.recipe import BakeIn
 from afa.evaluation.recipe import EvaluateRecipe
+from afa.merging.recipe import WITH_BASE, MergeRecipe
 from afa.studies.distillation.page import (
     Figures,
     inputs_of,
@@ -27,7 +28,7 @@ from afa.studies.distillation.plan import (
     captions_of_test,
     comparison,
     distill_recipe,
-    main_students,
+    merges_of,
     prompts,
     students,
 )
@@ -93,8 +94,7 @@ def docs(tmp_path: Path) -> Path:
     """A copy of the pages that the study reads and writes, without earlier figures."""
     folder = tmp_path / "docs"
     folder.mkdir()
-    for name in ("distillation.md", "results.json", "results-dit.json"):
-        shutil.copyfile(ROOT / "docs" / name, folder / name)
+    shutil.copyfile(ROOT / "docs" / "distillation.md", folder / "distillation.md")
     return folder
 
 
@@ -122,8 +122,6 @@ def test_the_whole_study_in_small(tmp_path: Path, docs: Path) -> None:
     assert (docs / "distillation.md").read_text() == before
     with refusal("AFA-STUDY-004"):
         list(run_study(work, docs, Settings(), num_processes=1))
-    with refusal("AFA-STUDY-010", "distilled-1"):
-        main_students(work)
 
 
 def rows_of(part: Part, outcomes: dict[str, str]) -> Figures:
@@ -180,15 +178,19 @@ def test_figures_of_other_settings_are_not_mixed(tmp_path: Path, docs: Path) -> 
         list(run_study(tmp_path / "work", docs, SMALL, num_processes=1))
 
 
-@pytest.mark.parametrize(
-    ("missing", "code"),
-    [("distillation.md", "AFA-STUDY-012"), ("results.json", "AFA-FILE-004")],
-)
-def test_what_it_needs_at_the_end_is_checked_at_the_start(
-    tmp_path: Path, docs: Path, missing: str, code: str
-) -> None:
-    (docs / missing).unlink()
-    with refusal(code, missing):
+@pytest.mark.parametrize("part", [Part.MAIN, Part.TRANSFORMERS])
+def test_every_merge_has_its_settings(part: Part) -> None:
+    found = merges_of(part)
+    assert len(found) >= 5
+    for method in found.values():
+        base = "b" if method["merge"]["method"] in WITH_BASE else None
+        MergeRecipe(experts=list(EXPERTS), base=base, **method["merge"]).build()
+    assert not merges_of(Part.BUDGET)
+
+
+def test_a_missing_page_is_refused_at_the_start(tmp_path: Path, docs: Path) -> None:
+    (docs / "distillation.md").unlink()
+    with refusal("AFA-STUDY-012", "distillation.md"):
         next(run_study(tmp_path / "work", docs, SMALL, num_processes=1))
     assert not (tmp_path / "work").exists()
 

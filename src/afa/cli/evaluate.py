@@ -43,9 +43,9 @@ def evaluate(
 
 
 def _evaluate_against(recipe: Path, output: Path, against: Path, *, run_check: bool) -> None:
-    """Compare in a published test; see `afa.studies.evidence.against`."""
+    """Compare in a published test; see `afa.studies.results.against`."""
     from afa.machine.processes import Processes
-    from afa.studies.evidence.against import (
+    from afa.studies.results.against import (
         COMPARISON,
         TABLES,
         against_recipe,

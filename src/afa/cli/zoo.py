@@ -14,7 +14,7 @@ from afa.errors import AfaError
 from afa.machine.quiet import quieten_loading
 from afa.provenance import UNCOMMITTED, commit
 from afa.studies.distillation.parts import Part
-from afa.studies.evidence.parts import Experiment, Stage
+from afa.studies.results.parts import Experiment, Stage
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -119,7 +119,7 @@ def unpack(
 
     `afa zoo build --world` then only trains what is missing.
 
-    [bold]Example[/bold]: afa zoo unpack docs/evidence/worlds/main runs/main
+    [bold]Example[/bold]: afa zoo unpack docs/results/worlds/main runs/main
     """
     require_new_folder(world)
     from afa.studies.worlds.pack import unpack_world
@@ -143,53 +143,11 @@ def export(
 
 
 @app.command()
-def results(
-    workdir: Annotated[
-        Path, typer.Argument(help="Work folder; that of an earlier run is resumed.")
-    ],
-    docs: Annotated[Path, typer.Option(help="Folder for results.md, results.json and figures.")],
-    processes: Annotated[
-        int | None, typer.Option(min=1, help="With one thread each; default: one per core.")
-    ] = None,
-    zoo: Annotated[
-        Path | None,
-        typer.Option(help="A zoo of `afa zoo build --family dit`; default: the bundled one."),
-    ] = None,
-    students: Annotated[
-        Path | None,
-        typer.Option(help="A finished work folder of `afa zoo distillation`, for rows of it."),
-    ] = None,
-) -> None:
-    """Train and compare all methods of combining the experts, and write the results page.
-
-    Takes over an hour on two cores. Run the same command again to resume. With --zoo, the results
-    of that zoo's experts become a section of the page.
-
-    [bold]Example[/bold]: afa zoo results runs/results --docs docs
-    """
-    from afa.studies.distillation.plan import main_students
-    from afa.studies.jobs import JobProgress
-    from afa.studies.results.plan import SHIPPED, transformers
-    from afa.studies.results.run import run_study
-
-    quieten_loading()
-    studied = SHIPPED if zoo is None else transformers(zoo)
-    folders = None if students is None else main_students(students)
-    with Progress() as progress:
-        for event in run_study(workdir, docs, None, processes, studied, folders):
-            if isinstance(event, JobProgress):
-                progress.update(event.name, event.done, event.total)
-            else:
-                say(f"Next: {event.name}")
-    say(f"Page in {docs / 'results.md'}, figures in {docs / 'results.json'}")
-
-
-@app.command()
 def distillation(
     workdir: Annotated[
         Path, typer.Argument(help="Work folder; that of an earlier run is resumed.")
     ],
-    docs: Annotated[Path, typer.Option(help="Folder with distillation.md and results.json.")],
+    docs: Annotated[Path, typer.Option(help="Folder with distillation.md.")],
     processes: Annotated[
         int | None, typer.Option(min=1, help="With one thread each; default: one per core.")
     ] = None,
@@ -228,7 +186,7 @@ def _show(steps: Iterable[FitStep]) -> None:
 
 
 @app.command()
-def evidence(
+def results(
     workdir: Annotated[
         Path, typer.Argument(help="Work folder; that of an earlier run is resumed.")
     ],
@@ -253,12 +211,12 @@ def evidence(
 
     Each stage of each experiment can be stopped, and continued on another day by the same command.
 
-    [bold]Example[/bold]: afa zoo evidence runs/evidence --stage worlds --experiment main
+    [bold]Example[/bold]: afa zoo results runs/results --stage worlds --experiment main
     """
-    from afa.studies.evidence.settings import EvidenceSettings
-    from afa.studies.evidence.stages import run_stage
-    from afa.studies.evidence.study import Study
     from afa.studies.jobs import JobProgress
+    from afa.studies.results.settings import StudySettings
+    from afa.studies.results.stages import run_stage
+    from afa.studies.results.study import Study
 
     quieten_loading()
     if row and len(experiment or ()) != 1:
@@ -272,9 +230,7 @@ def evidence(
             "before other stages than worlds.",
         )
     count = processes or os.cpu_count() or 1
-    study = Study(
-        workdir.resolve(), EvidenceSettings(), count, docs.resolve(), rows=tuple(row or ())
-    )
+    study = Study(workdir.resolve(), StudySettings(), count, docs.resolve(), rows=tuple(row or ()))
     with Progress() as progress:
         for chosen in stage or list(Stage):
             for asked in experiment or list(Experiment):
@@ -298,7 +254,7 @@ def prompts(
 
     [bold]Example[/bold]: afa zoo prompts main --output tuning.csv
     """
-    from afa.studies.evidence.comparison import write_prompts
+    from afa.studies.results.comparison import write_prompts
     from afa.studies.worlds.prompts import prompts_of
     from afa.studies.worlds.recipe import read_world
 
@@ -310,15 +266,15 @@ def prompts(
 
 
 @app.command()
-def evidence_page(
-    docs: Annotated[Path, typer.Option(help="Folder with evidence.md and evidence/.")],
+def results_page(
+    docs: Annotated[Path, typer.Option(help="Folder with results.md and results/.")],
 ) -> None:
-    """Write the tables and figures of evidence.md again, from the committed outcomes alone.
+    """Write results.json, and tables and figures of results.md, from the outcomes alone.
 
-    [bold]Example[/bold]: afa zoo evidence-page --docs docs
+    [bold]Example[/bold]: afa zoo results-page --docs docs
     """
-    from afa.studies.evidence.page import write_page
-    from afa.studies.evidence.settings import EvidenceSettings
+    from afa.studies.results.page import write_page
+    from afa.studies.results.settings import StudySettings
 
-    write_page(docs, EvidenceSettings())
-    say(f"Page in {docs / 'evidence.md'}")
+    write_page(docs, StudySettings())
+    say(f"Page in {docs / 'results.md'}")

@@ -5,7 +5,7 @@ pairs that are in no training set. The experts, their base, simple baselines and
 the same prompts from the same noise. A classifier counts correct objects on the correct sides.
 
 No baseline is trained on the ensemble's scenes, and the ensemble's learning rate schedule was
-chosen on these prompts. docs/results.md has more baselines, and the limits of both comparisons.
+chosen on these prompts. docs/results.md compares more methods, on pairs of objects of their own.
 """
 
 from __future__ import annotations
@@ -234,7 +234,7 @@ def verdict(rows: Sequence[Row]) -> str:
             "AFA is above every other row of this table, and the 95 % intervals do not overlap. "
             "This does not show that AFA is the best use of the experts or of the training: no "
             "other row was trained on AFA's scenes, and AFA's learning rate schedule was chosen "
-            "on these prompts. See the limits in docs/results.md."
+            "on these prompts. docs/results.md compares with rows that were."
         )
     return f"AFA is not clearly above: {', '.join(reached)}."
 

@@ -1,81 +1,152 @@
-"""The study: its plan is sound, its words follow the figures, and all of it runs."""
+"""The study of results: its rows, its grids, and its stages in few steps."""
 
 from __future__ import annotations
 
+import ast
+import itertools
 import json
-import subprocess
+from collections import Counter
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 
-from afa.aggregators.fusion import FusionRecipe
-from afa.evaluation.recipe import EvaluateRecipe
+from afa.aggregators.fusion import FUSIONS, FusionRecipe
+from afa.cli import main
 from afa.evaluation.search_recipe import SearchRecipe
-from afa.studies.results import plan
-from afa.studies.results import run as study
-from afa.studies.results.conclusions import conclusions, verdict
-from afa.studies.results.page import difference, row_of
-from afa.studies.results.plan import (
-    OTHER_EXPERTS,
-    VARIANTS,
-    StudySettings,
-    aggregator_recipes,
-    block_presets,
-    candidates,
-    comparison_recipe,
-    search_recipe,
-    training_name,
-    transformers,
-    tuning_recipe,
+from afa.merging.recipe import WITH_BASE, MergeRecipe
+from afa.studies.evaluating import folders_in
+from afa.studies.jobs import Job, JobProgress
+from afa.studies.results import choosing
+from afa.studies.results.candidates import SEARCHED, Grid, fusions, merges
+from afa.studies.results.choosing import choose
+from afa.studies.results.development import best_of, developed, samples_of_development, widened
+from afa.studies.results.entrants import Aggregated, Distilled, Drafted, Place, Tuned
+from afa.studies.results.final import chosen_in
+from afa.studies.results.outcomes import of_tested
+from afa.studies.results.parts import Experiment, Stage
+from afa.studies.results.rivals.superdiff import candidates
+from afa.studies.results.rows import (
+    AFA,
+    DISTILLED,
+    DRAFTED,
+    GUIDED,
+    LORA,
+    MERGED,
+    PREDICTIONS,
+    REAL,
+    TUNED,
+    counted,
+    trained,
 )
-from afa.studies.results.run import choose, run_study
-from afa.studies.zoo_build.transformer import TransformerRecipe, build_transformer_zoo
-from tests import warm
+from afa.studies.results.run import pending
+from afa.studies.results.settings import WORLDS_OF, StudySettings
+from afa.studies.results.stages import run_stage
+from afa.studies.results.study import (
+    Study,
+    best_merge,
+    chosen_rates,
+    entrants_of,
+    inputs_of_choice,
+    inputs_of_lengths,
+)
+from afa.studies.worlds.prompts import training_prompts
+from afa.studies.worlds.recipe import WORLDS, WorldRecipe
+from afa.zoo.scenes import pair_set, parse_caption
 from tests.refusal import refusal
 
-pytestmark = pytest.mark.processes
-
-TINY = StudySettings(
-    num_train_steps=2,
-    batch_size=2,
-    num_mixed=3,
-    num_own=2,
-    num_tuning=2,
-    tuning_steps=1,
-    num_trials=1,
-    num_steps=1,
-    curve_steps=(1, 2),
-    num_resamples=100,
-)
-ROWS = {
-    *("AFA", "weighted merge", "SLERP merge", "TIES merge", "DARE merge", "MBW", "autoMBW"),
-    *("MagicFusion", "noise mean", "timestep hand-over", "base"),
-    *("tuned base (steps)", "tuned base (time)"),
-    *(f"{kind}: {name}" for kind in ("shell", "expert") for name in ("animals", "food", "things")),
-    *(f"ablation: {name}" for name in ("no spatial", "no timestep", "no prompt")),
-    *("ablation: shared by width", "ablation: conv_out only", "AFA, the paper's size"),
-    *("AFA, fast", "tuned base (time), fast", "add-difference merge, fast"),
-}
+SETTINGS = StudySettings()
+#: what a search found
+WEIGHTS = {"mid": [0.5, 0.25, 0.25]}
+RATES = {TUNED: 3e-4, MERGED: 3e-4, LORA: 3e-3}
+MERGE = {"method": "weighted", "weights": [0.5, 0.25, 0.25]}
 
 
-def test_the_recipes_are_sound_and_have_every_row() -> None:
-    settings = StudySettings()
-    SearchRecipe.model_validate(search_recipe(settings))
-    bases = {"tuned base (steps) 0.001": Path("a")}
-    tuning = EvaluateRecipe.model_validate(tuning_recipe(settings, bases))
-    assert len(tuning.methods) == sum(map(len, candidates().values())) + 1
-    trained = {name: Path(name) for name in aggregator_recipes(settings)}
-    chosen = {name: listed[0] for name, listed in candidates().items()}
-    chosen["autoMBW"] = {"merge": {"method": "weighted"}}
-    tuned = {"tuned base (steps)": [Path("a")], "tuned base (time)": [Path("b")]}
-    recipe = comparison_recipe(settings, trained, tuned, chosen)
-    assert {method.name for method in EvaluateRecipe.model_validate(recipe).methods} >= ROWS
+@pytest.mark.parametrize("experiment", list(Experiment))
+def test_the_rows_of_an_experiment(experiment: Experiment, tmp_path: Path) -> None:
+    entrants = trained(experiment, SETTINGS, RATES, MERGE)
+    assert len({(each.row, each.seed) for each in entrants}) == len(entrants)
+    for world in WORLDS_OF[experiment]:
+        place = Place(world, tmp_path / world, tmp_path / "work")
+        folders = {each.folder(place) for each in entrants}
+        assert len(folders) == len(entrants), "each has a folder of its own"
+        for each in entrants:
+            if isinstance(each, Distilled | Drafted):
+                assert each.folder(place).name == each.job(place, SETTINGS).name.split(": ")[1]
+                continue
+            data = each.data(place, SETTINGS)
+            assert data.hold_out == "fifth"
+            assert set(data.without) == WORLDS[world].private_objects
+            assert each.job(place, SETTINGS).arguments[-1] == each.folder(place)
+    later = trained(experiment, SETTINGS, RATES, None)
+    missing = {each.row for each in entrants} - {each.row for each in later}
+    assert missing
+    assert all(row.startswith(MERGED) for row in missing)
 
 
-def test_a_new_fusion_is_tuned_and_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_students_learn_from_the_ensemble_of_their_seed(tmp_path: Path) -> None:
+    place = Place("main", tmp_path, tmp_path / "work")
+    entrants = trained(Experiment.MAIN, SETTINGS, RATES, MERGE)
+    students = [each for each in entrants if isinstance(each, Distilled)]
+    assert Counter(each.row for each in students) == {DISTILLED: 3, GUIDED: 3}
+    ensembles = {each.seed: each.method(place)["ensemble"] for each in entrants if each.row == AFA}
+    for each in students:
+        recipe = each.job(place, SETTINGS).arguments[0]
+        assert recipe.teacher.ensemble == [ensembles[each.seed]]
+        assert ("guidance" in each.method(place)) == (each.row == GUIDED)
+        assert each.samples(SETTINGS) == 64_000 + 16_000
+    prompts = training_prompts(WORLDS["private"], 10_000)
+    shown = [parse_caption(caption) for caption in prompts]
+    assert {pair_set(each.left, each.right) for each in shown} == {"training"}
+    private, owner = WORLDS["private"].private_objects, WORLDS["private"].owner
+    named = [each for each in shown if private & {each.left, each.right}]
+    assert named
+    assert all(owner(each.left) == owner(each.right) for each in named)
+
+
+def test_rows_of_which_sentences_speak_have_three_seeds() -> None:
+    for experiment in (Experiment.MAIN, Experiment.PRIVATE):
+        counts = Counter(each.row for each in trained(experiment, SETTINGS, RATES, MERGE))
+        assert {*counts.values()} == {3}, counts
+        for row in (AFA, PREDICTIONS, DRAFTED, counted(TUNED, 3000), counted(MERGED, 3000)):
+            assert counts[row] == 3, row
+    counts = Counter(e.row for e in trained(Experiment.MAIN, SETTINGS, RATES, MERGE))
+    for row in (LORA, "AFA without prompt", counted(TUNED, 15_000)):
+        assert counts[row] == 3, row
+
+
+def test_all_samples_are_counted() -> None:
+    assert Aggregated(AFA).samples(SETTINGS) == 16_000
+    assert Tuned(TUNED, steps=3_000).samples(SETTINGS) == 48_000
+
+
+def test_equal_pictures_for_all_that_are_trained(tmp_path: Path) -> None:
+    place = Place("main", tmp_path, tmp_path)
+    for seed in (0, 1):
+        entrants = [Aggregated(AFA, seed), Tuned(TUNED, seed), Tuned(LORA, seed, rank=4)]
+        data = [each.data(place, SETTINGS) for each in entrants]
+        assert data[0] == data[1] == data[2]
+    assert Aggregated(AFA, 0).data(place, SETTINGS) != Aggregated(AFA, 1).data(place, SETTINGS)
+
+
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_every_candidate_is_a_merge_of_all_experts(count: int) -> None:
+    experts = [f"e{n}" for n in range(count)]
+    for grid in merges(count).values():
+        assert len(grid.methods) == len({json.dumps(each) for each in grid.points})
+        assert len(grid.methods) == len({json.dumps(each) for each in grid.methods})
+        for each in grid.methods:
+            base = "b" if each["merge"]["method"] in WITH_BASE else None
+            MergeRecipe(experts=experts, base=base, **each["merge"]).build()
+    rows = fusions(experts)
+    rules = {each["fusion"]["rule"] for grid in rows.values() for each in grid.methods}
+    assert rules == {fusion.model_fields["rule"].default for fusion in FUSIONS}
+
+
+def test_a_new_fusion_is_a_rival(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own class is all that a new rule takes."""
 
     class ModeRecipe(FusionRecipe):
@@ -89,282 +160,411 @@ def test_a_new_fusion_is_tuned_and_compared(monkeypatch: pytest.MonkeyPatch) -> 
         def rows(cls, experts: Any) -> Any:
             return {"mode": [cls(width=0.1), cls(width=0.2)], "mode of one": [cls(width=1)]}
 
-    monkeypatch.setattr(plan, "FUSIONS", (ModeRecipe,))
-    assert [c["fusion"]["width"] for c in candidates()["mode"]] == [0.1, 0.2]
-    settings = StudySettings()
-    names = [method["name"] for method in tuning_recipe(settings, {})["methods"]]
-    assert names[-2:] == ["mode 0", "mode 1"]
-    trained = {name: Path(name) for name in aggregator_recipes(settings)}
-    methods = comparison_recipe(settings, trained, {}, {"mode": candidates()["mode"][1]})["methods"]
-    by_name = {method.pop("name"): method for method in methods}
-    assert by_name["mode"] == {"fusion": {"rule": "mode", "width": 0.2}}
-    assert by_name["mode of one"] == {"fusion": {"rule": "mode", "width": 1.0}}
+    monkeypatch.setattr("afa.studies.results.candidates.FUSIONS", (ModeRecipe,))
+    found = fusions(["a", "b"])
+    assert found.keys() == {"mode", "mode of one"}
+    assert found["mode"].points == [{"width": 0.1}, {"width": 0.2}]
+    assert found["mode"].edges(1) == ["width"]
 
 
-def test_every_training_has_the_same_settings_but_its_own_point() -> None:
-    recipes = aggregator_recipes(StudySettings())
-    full = recipes["afa-0"]
-    assert {recipes[f"afa-{seed}"].training.seed for seed in range(3)} == {0, 1, 2}
-    for row, switches in VARIANTS.items():
-        recipe = recipes[training_name(row)]
-        assert recipe.training == full.training
-        assert recipe.data == full.data
-        own, whole = vars(recipe.aggregator), vars(full.aggregator)
-        assert {key: own[key] for key in own if own[key] != whole[key]} == switches
-    for name, experts in OTHER_EXPERTS.items():
-        sources = [expert.source for expert in recipes[name].experts]
-        assert sources == [f"zoo:{expert}" for expert in experts]
-
-
-def test_hand_made_block_weights_have_every_order() -> None:
-    presets = block_presets()
-    assert len(presets) == 12
-    assert len({json.dumps(preset) for preset in presets}) == 12
-    assert all(sum(v) == pytest.approx(1) for preset in presets for v in preset.values())
-
-
-def test_the_best_candidate_is_chosen_and_of_equals_the_first() -> None:
-    means = dict.fromkeys(
-        [f"{name} {n}" for name, listed in candidates().items() for n in range(len(listed))], 0.1
-    )
-    means |= {
-        "TIES merge 4": 0.3,
-        "tuned base (steps) 0.0003": 0.5,
-        "tuned base (steps) 0.001": 0.4,
-    }
-    report = {
-        "rows": [
-            {"method": name, "groups": {"mixed": {"scores": {"both": {"mean": mean}}}}}
-            for name, mean in means.items()
-        ]
-    }
-    chosen, base = choose(report, StudySettings())
-    assert chosen["TIES merge"] == candidates()["TIES merge"][4]
-    assert chosen["SLERP merge"] == candidates()["SLERP merge"][0]
-    assert base == "tuned base (steps) 0.0003"
-
-
-# -- words ------------------------------------------------------------------------------------
-
-
-def figures(means: dict[str, float], tuned: float) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A report in which every method has one mean in every group; intervals are +-0.05."""
-    means = {"AFA": 0.9, "tuned base (steps)": tuned, "tuned base (time)": tuned, **means}
-    names = [f"{kind}: {d}" for kind in ("expert", "shell") for d in ("animals", "food", "things")]
-    means |= {name: means.get(name, 0.2) for name in names}
-    means |= {name: means.get(name, 0.5) for name in VARIANTS}
-    means |= {name: means.get(name, 0.9) for name in OTHER_EXPERTS}
-    groups = ("mixed", "animals", "food", "things")
-
-    def interval(mean: float) -> dict[str, float]:
-        return {"mean": mean, "low": mean - 0.05, "high": mean + 0.05}
-
-    report: dict[str, Any] = {
-        "rows": [
-            {
-                "method": name,
-                "num_replicas": 1,
-                "groups": {
-                    g: {
-                        "scores": {
-                            "both": {**interval(mean), "by_replica": [mean]},
-                            "clip_t": {**interval(mean / 2), "by_replica": [mean / 2]},
-                        },
-                        "sets": {},
-                    }
-                    for g in groups
-                },
-                "expert_calls_per_image": 2,
-                "measured": {"seconds_per_image": 0.5, "peak_memory_mib": 9},
-            }
-            for name, mean in means.items()
-        ],
-        "paired": [
-            {
-                "group": group,
-                "role": "subject",
-                "score": "both",
-                "against": name,
-                "difference": interval(means["AFA"] - mean),
-                "wins": 9,
-                "losses": 0,
-                "ties": 0,
-                "p_value": 0.01,
-            }
-            for group in groups
-            for name, mean in means.items()
-            if name != "AFA"
-        ],
-        "curve": [
-            {
-                "method": name,
-                "num_steps": steps,
-                "num_prompts": 3,
-                "scores": {"both": interval(0.1 * steps)},
-                "measured": {"seconds_per_image": seconds * steps},
-            }
-            for name, seconds in (("AFA", 0.3), ("AFA, fast", 0.11), ("base", 0.1))
-            for steps in (1, 2, 5)
-        ],
-    }
-    results = {
-        "rows": [row_of(report, row, "mixed") for row in report["rows"]],
-        "own_domain": {
-            group: [row_of(report, row, group) for row in report["rows"]] for group in groups[1:]
-        },
-        "curve": report["curve"],
-        "sampling": {"num_steps": 5},
-    }
-    return report, results
-
-
-@pytest.mark.parametrize(
-    ("mean", "low", "expected"),
-    [(0.1, 0.01, "above"), (-0.1, -0.19, "below"), (0.0, -0.1, "not significant")],
-)
-def test_a_verdict_needs_an_interval_without_zero(mean: float, low: float, expected: str) -> None:
-    interval = {"mean": mean, "low": low, "high": 2 * mean - low, "p_value": 0.01}
-    assert verdict(interval) == expected
-    assert verdict({**interval, "p_value": 0.125}) == "not significant"
-
-
-def test_where_it_wins_the_words_say_so() -> None:
-    text = " ".join(conclusions(figures({"TIES merge": 0.3, "base": 0.6}, tuned=0.7)[1]))
-    assert "AFA (0.90) is significantly above all of TIES merge, base" in text
-    assert "the closest of them is base with 0.60" in text
-    assert "The tuned base (steps) gets 0.70: AFA is significantly above it" in text
-    assert "ablation: no spatial (0.50, one seed) is significantly worse than AFA" in text
-    assert "AFA, things twice (0.90, one seed) is not significantly different from AFA" in text
-    assert "in the same time (plus 10 %), base gets 0.20 with 2 steps" in text
-    assert "has the same scores as alone" in text
-
-
-def test_where_it_does_not_win_the_words_say_so() -> None:
-    means = {"TIES merge": 0.88, "base": 0.97, "expert: food": 0.99, "shell: animals": 0.1}
-    text = " ".join(conclusions(figures(means, tuned=0.98)[1]))
-    assert "is not significantly different from TIES merge" in text
-    assert "is significantly below base, expert: food" in text
-    assert "**AFA is significantly below it**" in text
-    assert "food only, AFA (0.90) is significantly **below** the expert of food (0.99" in text
-    assert "by at most 0.79 in `both`" in text
-
-
-def test_one_seed_within_the_range_of_the_subjects_seeds_is_not_significant() -> None:
-    _, results = figures({"ablation: no prompt": 0.7}, tuned=0.5)
-    subject = next(row for row in results["rows"] if row["method"] == "AFA")
-    subject["both"]["by_replica"] = [0.65, 0.9, 1.0]
-    text = " ".join(conclusions(results))
-    assert "ablation: no prompt (0.70, one seed) is not significantly different" in text
-    assert "ablation: no spatial (0.50, one seed) is significantly worse" in text
-
-
-def test_whoever_takes_longer_is_not_compared_at_equal_time() -> None:
-    report, results = figures({}, tuned=0.5)
-    for row in report["curve"]:
-        if row["method"] == "base":
-            row["measured"]["seconds_per_image"] = 9.0
-    assert "no other method finishes a picture" in " ".join(conclusions(results))
-
-
-def test_a_few_hundredths_of_the_time_hide_no_rival() -> None:
-    report, results = figures({}, tuned=0.5)
-    seconds = [
-        row["measured"]["seconds_per_image"] for row in report["curve"] if row["method"] == "AFA"
+def test_optima_on_an_edge_are_named() -> None:
+    points = [
+        {"a": a, "b": b, "c": c}
+        for a, b, c in itertools.product((1, 2, 3), ("x", "y", "z"), (0.5, 1.0))
     ]
-    for row in report["curve"]:
-        if row["method"] == "base":
-            row["measured"]["seconds_per_image"] = 1.05 * min(seconds)
-    assert "base gets" in " ".join(conclusions(results))
+    grid = Grid(points, [{}] * 18)
+    assert grid.edges(0) == ["a", "c"], "names have no edges"
+    middle = next(n for n in range(18) if points[n]["a"] == 2)
+    assert grid.edges(middle) == ["c"]
+    assert Grid(points, [{}] * 18, {"a": [1]}).edges(0) == ["c"], "nothing lies beyond it"
+    uniform = merges(3)["weighted merge"]
+    assert uniform.edges(0) == []
+    assert uniform.edges(len(uniform.points) - 1) == ["lead"]
+    rule = fusions(["a", "b", "c"])["LoRAtorio"]
+    assert "temperature" in rule.edges(0)
+    patches = {values["patch"] for values in rule.points}
+    assert patches == {1, 2, 4, 8, 16}
+    whole = next(n for n, values in enumerate(rule.points) if values["patch"] == 16)
+    assert "patch" not in rule.edges(whole), "it is all of a latent"
 
 
-def test_the_fast_one_is_compared_at_its_own_time() -> None:
-    _, results = figures({"AFA, fast": 0.87}, tuned=0.5)
-    fast = next(row for row in results["rows"] if row["method"] == "AFA, fast")
-    fast["seconds_per_image"] = 0.7
-    text = " ".join(conclusions(results))
-    assert "AFA, fast gets 0.87, not significantly different from AFA at the exact speed" in text
-    assert "(difference +0.03" in text
-    assert "in 1.4 times the time of one expert" in text
-    assert "At 1 steps, AFA takes 0.30 s per picture and gets 0.10 right" in text
-    assert "At 5 steps, AFA, fast takes 0.55 s per picture and gets 0.50 right; in the" in text
-    assert "above all of" in text
-    assert "AFA, fast gets 0.50 with" not in text
+def test_a_rival_without_outcomes_may_change() -> None:
+    merge, rule = {"method": {"merge": {"method": "ties"}}}, {"method": {"fusion": {"rule": "new"}}}
+    drawn = {"SuperDiff OR": {"values": {"num_steps": 10}}}
+    chosen = {"rivals": {"TIES merge": merge, "new": rule}, "drawn": drawn}
+    chosen["rates"] = {MERGED: 0.1, TUNED: 0.2}
+    test = {"world": "main", "chosen": chosen}
+    nothing: dict[str, Any] = {"rivals": {}, "drawn": {}, "rates": {}}
+    assert of_tested(test, ["AFA"]) == {**test, "chosen": nothing}
+    tuned = of_tested(test, ["AFA", counted(MERGED, 1_000)])
+    merges_too = {"rivals": {"TIES merge": merge}, "drawn": {}, "rates": {MERGED: 0.1}}
+    assert tuned == {**test, "chosen": merges_too}, "it starts from the best merge"
+    every = ["AFA", "new", "SuperDiff OR", counted(MERGED, 1_000), counted(TUNED, 3_000)]
+    assert of_tested(test, every) == test
 
 
-def test_the_subject_has_no_difference_from_itself() -> None:
-    report, _ = figures({}, tuned=0.5)
-    assert difference(report, "AFA", "mixed") is None
-    found = difference(report, "tuned base (time)", "mixed")
-    assert found is not None
-    assert found["mean"] == pytest.approx(0.4)
-
-
-# -- work -------------------------------------------------------------------------------------
-
-
-@pytest.mark.nightly
-def test_the_whole_study_in_small(tmp_path: Path) -> None:
-    work, docs = tmp_path / "work", tmp_path / "docs"
-    list(run_study(work, docs, TINY, num_processes=2))
-    results = json.loads((docs / "results.json").read_text())
-    rows = {row["method"]: row for row in results["rows"]}
-    assert set(rows) >= ROWS
-    for name, row in rows.items():
-        assert 0 <= row["both"]["low"] <= row["both"]["mean"] <= row["both"]["high"] <= 1
-        assert (row["afa_minus_this"] is None) == (name == "AFA")
-        assert row["seconds_per_image"] > 0
-    assert rows["AFA"]["num_seeds"] == rows["tuned base (time)"]["num_seeds"] == 3
-    assert results["training"]["tuned base (time)"]["num_steps"] >= 2
-    assert len(results["made_from"]["commit"]) >= 12
-    page = (docs / "results.md").read_text()
-    images = [part.split(")")[0] for part in page.split("](images/")[1:]]
-    assert len(images) >= 4
-    assert all((docs / "images" / image).is_file() for image in images)
-    # a second call has nothing left to do and comes to the same figures, in one process, too
-    before = (docs / "results.json").read_text()
-    list(run_study(work, docs, TINY, num_processes=1))
-    assert (docs / "results.json").read_text() == before
-    with refusal("AFA-STUDY-004", str(work)):
-        list(run_study(work, docs, StudySettings(), num_processes=2))
-
-
-def forked(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-    """`subprocess.run` of `python -m ...`."""
-    code, out, err = warm.run(command[3:], module=command[2])
-    return subprocess.CompletedProcess(command, code, out, err)
-
-
-@pytest.mark.nightly
-def test_the_study_of_transformers_in_small(
+def test_a_new_rival_is_added_to_what_was_chosen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(study, "subprocess", SimpleNamespace(run=forked))
-    recipe = TransformerRecipe(
-        num_scenes=64, base_steps=2, expert_steps=2, batch_size=2, num_graded=2
+    study = Study(tmp_path / "work", SETTINGS, 1, tmp_path / "docs")
+    compared: list[list[str]] = []
+
+    def compare(
+        study: Study,
+        place: Place,
+        name: str,
+        methods: Sequence[dict[str, Any]],
+        trained: Sequence[Tuned],
+        drawn: Mapping[str, Sequence[Any]] | None = None,
+    ) -> Generator[Any, None, dict[str, Any]]:
+        names = [method["name"] for method in methods] + [each.row for each in trained]
+        names += [f"{row} {n}" for row, listed in (drawn or {}).items() for n in range(len(listed))]
+        compared.append([name, *names])
+        yield from ()
+        return {"rows": [{"method": row, "groups": scored(row)} for row in names]}
+
+    def scored(row: str) -> dict[str, Any]:  # a rate in the middle of its grid is best
+        share = 0.6 if row.endswith((" at 0.0003", " at 0.003")) else 0.5
+        return {"mixed": {"scores": {"both": {"mean": share}}}}
+
+    def search(name: str, recipe: dict[str, Any], folder: Path) -> None:
+        SearchRecipe.model_validate(recipe)
+        (name,) = recipe["prompts"].values()
+        assert Path(name).read_text().count("\n") == 1 + 4 * SETTINGS.num_tuning
+        folder.mkdir(parents=True)
+        content = {"method": "block_weights", "experts": [], "block_weights": WEIGHTS}
+        (folder / "merge.yaml").write_text(yaml.safe_dump(content))
+        searched.append(folder)
+
+    def run(jobs: Sequence[Job], num_processes: int) -> Iterator[JobProgress]:
+        for job in jobs:
+            search(job.name, *job.arguments)
+        yield from ()
+
+    searched: list[Path] = []
+    monkeypatch.setattr(choosing, "run_jobs", run)
+    monkeypatch.setattr(choosing, "compare_candidates", compare)
+    every, rules = merges(3), fusions(["animals", "food", "things"])
+    monkeypatch.setattr(choosing, "merges", lambda count: {"TIES merge": every["TIES merge"]})
+    monkeypatch.setattr(choosing, "fusions", lambda names: {"LoRAtorio": rules["LoRAtorio"]})
+    list(choosing.choose_rivals(study, "main"))
+    assert [names[0] for names in compared] == ["tuning", "tuning-rates", "tuning-merged"]
+    before = study.chosen("main")
+    found = before["rivals"][SEARCHED]
+    assert f"{SEARCHED} 0" in compared[0]
+    assert found["method"] == {"merge": {"method": "block_weights", "block_weights": WEIGHTS}}
+    assert found["scores"] == [0.5]
+    list(choosing.choose_rivals(study, "main"))
+    assert len(compared) == 3, "nothing is new"
+    assert len(searched) == 1
+
+    monkeypatch.setattr(choosing, "fusions", lambda names: rules)
+    list(choosing.choose_rivals(study, "main"))
+    assert len(compared) == 4, "the best merge is the same, so no rate is chosen again"
+    new = {name.rsplit(" ", 1)[0] for name in compared[-1][1:]}
+    assert new == {row for row, grid in rules.items() if len(grid.points) > 1} - {"LoRAtorio"}
+    after = study.chosen("main")
+    assert after["rivals"].keys() == {"TIES merge", SEARCHED, *rules}
+    assert after["rivals"]["nearest to the base"]["commit"]
+    kept = {row: after["rivals"][row] for row in before["rivals"]}
+    assert {**after, "rivals": kept} == before
+
+    both = {row: every[row] for row in ("DARE merge", "TIES merge")}
+    uneven = Grid(both["TIES merge"].points[:3], both["TIES merge"].methods[:3])
+    monkeypatch.setattr(choosing, "merges", lambda count: both)
+    list(choosing.choose_rivals(study, "main"))
+    assert [names[0] for names in compared[5:]] == [], "equally good, and not the first"
+
+    monkeypatch.setattr(choosing, "merges", lambda count: {**both, "TIES merge": uneven})
+    list(choosing.choose_rivals(study, "main"))
+    assert {name.rsplit(" ", 1)[0] for name in compared[5][1:]} == {"TIES merge"}
+    assert len(study.chosen("main")["rivals"]["TIES merge"]["scores"]) == 3
+
+
+def test_block_weights_have_every_expert_in_front_once() -> None:
+    grid = merges(3)["MBW"]
+    assert grid.points[0] == {"lead": 1 / 3, "leaders": "expert 0, expert 1, expert 2"}
+    leaders = [each["leaders"] for each in grid.points[1:]]
+    assert set(Counter(leaders).values()) == {5}
+    assert len(set(leaders)) == 6
+    last = grid.methods[-1]["merge"]["block_weights"]
+    assert grid.points[-1] == {"lead": 1.0, "leaders": "expert 2, expert 1, expert 0"}
+    assert (last["conv_in"], last["mid"], last["conv_out"]) == ([0, 0, 1], [0, 1, 0], [1, 0, 0])
+    assert "MBW" not in merges(2)
+    assert "MBW" not in merges(8), "it has three depths"
+
+
+def test_a_world_has_its_own_merges_alone(tmp_path: Path) -> None:
+    def rival(method: Mapping[str, Any]) -> dict[str, Any]:
+        return {"method": method, "score": 0.5}
+
+    study = Study(tmp_path / "work", SETTINGS, 1, tmp_path / "docs")
+    rule, of_main = rival({"fusion": {"rule": "magic_fusion"}}), rival({"merge": {"weight": 1}})
+    own = rival({"merge": {"weight": 2}})
+    study.chosen_in.mkdir(parents=True)
+    for world, rivals in {
+        "main": {"rule": rule, "TIES merge": of_main, SEARCHED: of_main},
+        "split-2": {"TIES merge": own},
+    }.items():
+        chosen = {"rivals": rivals, "drawn": {}, "rates": {}, "inputs": inputs_of_choice(SETTINGS)}
+        (study.chosen_in / f"{world}.json").write_text(json.dumps(chosen))
+    assert chosen_in(study, "split-2")["rivals"] == {"TIES merge": own, "rule": rule}
+    assert chosen_in(study, "main")["rivals"].keys() == {"rule", "TIES merge", SEARCHED}
+
+
+def test_the_best_candidate_is_the_first_of_equal_ones() -> None:
+    def row(name: str, both: float) -> dict[str, Any]:
+        groups = {"mixed": both + 0.1, "food": both - 0.1}
+        scored = {group: {"scores": {"both": {"mean": share}}} for group, share in groups.items()}
+        return {"method": name, "groups": scored}
+
+    def weighted(*values: int) -> Grid:
+        return Grid([{"weight": w} for w in values], [{"merge": {"weight": w}} for w in values])
+
+    weights, others = weighted(1, 2, 3), weighted(8, 9)
+    alone = Grid([{}], [{"fusion": {"rule": "feature_mean"}}])
+    scores = {"w 0": 0.5, "w 1": 0.7, "w 2": 0.7, "o 0": 0.6, "o 1": 0.8}
+    report = {"rows": [row(name, both) for name, both in scores.items()]}
+    chosen = choose(report, {"w": weights, "o": others, "mean": alone})
+    found = dict(chosen["w"])
+    assert found.pop("score") == pytest.approx(0.7), "the mean of the groups"
+    assert found.pop("scores") == pytest.approx([0.5, 0.7, 0.7])
+    assert found == {
+        "method": {"merge": {"weight": 2}},
+        "values": {"weight": 2},
+        "edges": [],
+    }
+    assert chosen["mean"]["score"] is None
+    assert best_merge({"rivals": chosen}) == {"weight": 9}
+
+
+def test_the_settings_of_aggregators_are_the_best_on_all_groups_of_prompts() -> None:
+    listed = [Aggregated(name, steps=n, rate=0.1) for n, name in enumerate("abc")]
+    found = best_of(
+        listed,
+        {
+            "a": {"mixed": 0.9, "animals": 0.1},
+            "b": {"mixed": 0.6, "animals": 0.7},
+            "c": {"mixed": 0.7, "animals": 0.6},
+        },
     )
-    with refusal("AFA-STUDY-003", "base, animals, .* afa zoo build"):
-        transformers(tmp_path / "zoo")
-    list(build_transformer_zoo(tmp_path / "zoo", recipe))
-    zoo, docs = transformers(tmp_path / "zoo"), tmp_path / "docs"
-    docs.mkdir()
-    settings = replace(TINY, num_seeds=1)
-    list(run_study(tmp_path / "work", docs, settings, num_processes=1, zoo=zoo))
-    results = json.loads((docs / "results-dit.json").read_text())
-    rows = {row["method"]: row for row in results["rows"]}
-    expected = ROWS - set(VARIANTS) - {"MBW", "autoMBW"}
-    assert set(rows) >= expected
-    # 2 halves of guidance, 1 step
-    assert rows["base"]["expert_calls_per_image"] == 2
-    assert rows["AFA"]["expert_calls_per_image"] == 6
-    assert (docs / "results.md").read_text().startswith("## Diffusion transformers\n")
-    alone = (docs / "results.md").read_text()
-    (docs / "results.md").write_text(f"# Results\n\nOf U-Nets.\n\n{alone}")
-    page = (docs / "results.md").read_text()
-    images = [part.split(")")[0] for part in page.split("](images/")[1:]]
-    assert images
-    assert all((docs / "images" / image).is_file() for image in images)
-    # again, it takes its own place
-    list(run_study(tmp_path / "work", docs, settings, num_processes=1, zoo=zoo))
-    assert (docs / "results.md").read_text() == page
-    with refusal("AFA-STUDY-004", str(tmp_path / "work")):
-        list(run_study(tmp_path / "work", docs, settings, num_processes=1))
+    assert found.row == "b"
+    assert samples_of_development(StudySettings(), 4) == (4 * 1_000 + 3_000) * 16
+
+
+def test_a_rate_beyond_the_best_one_is_tried_until_it_is_worse() -> None:
+    rates = [3e-4, 1e-3, 3e-3]
+    assert widened(rates, 1e-3) is None
+    assert widened(rates, 3e-3) == 1e-2
+    assert widened([*rates, 1e-2], 1e-2) == 3e-2
+    assert widened(rates, 3e-4) == 1e-4
+    assert widened([*rates, 1e-4], 1e-4) == 3e-5
+
+
+def test_tuned_models_of_series_are_trained_as_long_as_afa() -> None:
+    settings = StudySettings(aggregator_steps=3_000)
+    rates, merge = {TUNED: 1e-3, MERGED: 1e-3, LORA: 1e-3}, {"method": "slerp"}
+    for experiment in (Experiment.DIVERGENCE, Experiment.EXPERTS):
+        listed = trained(experiment, settings, rates, merge)
+        tuned = [each for each in listed if isinstance(each, Tuned)]
+        assert [each.steps for each in tuned] == [3_000, 3_000]
+    lengths = [
+        each.steps
+        for each in trained(Experiment.PRIVATE, settings, rates, merge)
+        if isinstance(each, Tuned) and each.seed == 0
+    ]
+    assert lengths == [1_000, 1_000, 3_000, 3_000]
+
+
+@pytest.mark.nightly
+def test_the_stages_in_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = WorldRecipe(
+        num_scenes=8, text_steps=1, base_steps=1, expert_steps=1, batch_size=2, num_graded=1
+    )
+    monkeypatch.setitem(WORLDS, "main", small)
+    monkeypatch.setattr(
+        choosing, "merges", lambda n: {"weighted merge": merges(n)["weighted merge"]}
+    )
+    monkeypatch.setattr(choosing, "NUM_TRIALS", 1)
+    monkeypatch.setattr(choosing, "fusions", lambda names: {"LoRAtorio": _few(fusions(names))})
+    monkeypatch.setattr(
+        choosing, "candidates", lambda p: {k: v[:1] for k, v in candidates(p).items()}
+    )
+    settings = StudySettings(
+        num_seeds=1,
+        aggregator_lengths=(1, 2),
+        aggregator_rates=(1e-4, 1e-3),
+        num_development=1,
+        batch_size=1,
+        tuned_steps=(1, 2),
+        total_steps=3,
+        tuned_rates=(1e-4, 1e-3),
+        lora_rates=(1e-3,),
+        num_tuning=2,
+        num_steps=1,
+        other_steps=(2,),
+        num_mixed=2,
+        num_own=1,
+        num_references=8,
+        distilled_pictures=1,
+        distilled_steps=1,
+    )
+    docs = tmp_path / "docs"
+    study = Study(tmp_path / "work", settings, 1, docs)
+
+    def stages(*wanted: Stage) -> None:
+        for stage in wanted:
+            list(run_stage(study, stage, Experiment.MAIN))
+
+    stages(Stage.WORLDS)
+    with refusal("AFA-STUDY-022", "development"):
+        stages(Stage.TRAININGS)
+    stages(Stage.DEVELOPMENT)
+    chosen = json.loads((study.chosen_in / "developed.json").read_text())
+    best = chosen["rows"][AFA]
+    assert 3 <= best["num_rates"] <= 4, "of equal ones, the first one, so smaller ones are tried"
+    tried = {row for row in chosen["shares"] if row.startswith(AFA)}
+    assert len(tried) == best["num_rates"] + 1
+    assert f"{counted(AFA, 2)} at {best['rate']:g}" in tried
+    other = replace(settings, aggregator_rates=(1e-3,))
+    with refusal("AFA-STUDY-023", "developed.json"):
+        developed(study.chosen_in, other)
+    settings = developed(study.chosen_in, settings)
+    assert settings.aggregator_steps == chosen["rows"][AFA]["steps"]
+    assert settings.predictions_rate == chosen["rows"][PREDICTIONS]["rate"]
+    with refusal("AFA-STUDY-016", "main"):
+        stages(Stage.TRAININGS)
+    stages(Stage.CANDIDATES, Stage.TRAININGS)
+    place = study.place("main")
+    rates = chosen_rates(study)
+    merge = best_merge(study.chosen("main"))
+    entrants = trained(Experiment.MAIN, settings, rates, merge)
+    for each in entrants:
+        assert (each.folder(place) / "finished.json").is_file(), each.row
+    assert not list(place.work.rglob("*-start")), "the merge is not kept"
+    with refusal("AFA-STUDY-029", "main.json"):
+        replace(study, settings=replace(settings, lora_rank=3)).chosen("main")
+    for stage in (Stage.TRAININGS, Stage.TEST):
+        with refusal("AFA-STUDY-031", "another", "oracle mask"):
+            list(run_stage(replace(study, rows=("another",)), stage, Experiment.MAIN))
+    part = replace(study, rows=("base", counted(TUNED, 2)))
+    list(run_stage(part, Stage.TEST, Experiment.MAIN))
+    outcomes = docs / "results" / "main-main.json"
+    first = json.loads(outcomes.read_text())
+    assert first["rows"].keys() == {*part.rows}
+    assert not pending(replace(part, settings=settings), Experiment.MAIN, "main")
+    stages(Stage.TEST)
+    found = json.loads(outcomes.read_text())
+    for row, each in first["rows"].items():
+        assert found["rows"][row] == each
+    assert len(outcomes.read_text().splitlines()) > len(found["rows"])
+    count = len(found["prompts"])
+    assert count == 2 + 3
+    expected = {each.row for each in entrants} | {"base", "oracle mask", "router per prompt"}
+    expected.add("AFA, 2 denoising steps")
+    expected |= {"SuperDiff OR", "SuperDiff AND", "top-1", "top-2, by step", "drafts", "LoRAtorio"}
+    assert expected <= found["rows"].keys()
+    for row, each in found["rows"].items():
+        assert all(len(bits) == count for bits in each["outcomes"]["both"]), row
+        assert each["sets"]["fid"][0]["low"] <= each["sets"]["fid"][0]["high"]
+        assert each["budget"]["base"] == (0 if row == REAL else 2), row
+        assert (each["budget"]["experts"] > 0) == (not _is_single(row)), row
+        is_tuned = row.startswith(
+            (AFA, PREDICTIONS, "top-", DISTILLED, DRAFTED, TUNED, MERGED, LORA)
+        )
+        assert (each["budget"]["tuning"] > 0) == is_tuned, row
+    own = [found["rows"][row]["budget"]["own"] for row in (AFA, "top-1", "AFA, 2 denoising steps")]
+    assert own == [settings.aggregator_steps] * 3
+    assert found["rows"]["router per prompt"]["budget"]["own"] == 1_024
+    assert [found["rows"][row]["seeds"] for row in (AFA, "top-1", "base")] == [[0], [0], None]
+    assert found["sampling"]["seeds"] == [settings.test_seed]
+    assert found["chosen"].keys() == {"rivals", "drawn", "rates", "developed"}
+    assert found["real"].keys() == {"fid", "kid", "cmmd"}
+
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    stages(*Stage)
+    after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    assert before == after
+    assert json.loads(outcomes.read_text()) == found
+    whole = replace(study, settings=settings)
+    assert not pending(whole, Experiment.MAIN, "main"), "all rows have outcomes"
+    del found["rows"]["top-1"]
+    outcomes.write_text(json.dumps(found))
+    assert {each.row for each in pending(whole, Experiment.MAIN, "main")} == {AFA}
+    outcomes.write_text(json.dumps(found).replace(found["rows"][AFA]["ensembles"][0], "0" * 64))
+    with refusal("AFA-STUDY-034", "top-1"):
+        stages(Stage.TEST)
+    outcomes.write_text(json.dumps({**found, "num_references": 9}))
+    with refusal("AFA-STUDY-030", "num_references"):
+        stages(Stage.TEST)
+
+
+def _is_single(row: str) -> bool:
+    """Whether a row uses no expert."""
+    return row.startswith((TUNED, LORA)) or row in ("base", "pooled base", "wide model", REAL)
+
+
+def test_only_the_last_stage_reads_the_test_prompts() -> None:
+    root = Path(__file__).parents[3]
+    readers = []
+    for folder in ("src", "benchmarks", "tools"):
+        for path in (root / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                words = [each.value for each in ast.walk(node) if isinstance(each, ast.Constant)]
+                if isinstance(node, ast.Call) and "test" in words:
+                    name = getattr(node.func, "id", getattr(node.func, "attr", ""))
+                    if name in ("prompts_of", "_set_of", "pair_set"):
+                        readers.append(path.relative_to(root).as_posix())
+    assert readers == ["src/afa/studies/results/final.py"]
+    # and the outcomes of tests, which have them, are read by the page and by entrants alone
+    known = ("read_published", "Outcomes")
+    readers = [
+        path.name
+        for path in sorted((root / "src").rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and any(each.name in known for each in node.names)
+    ]
+    assert readers == ["evaluate.py", "against.py", "figures.py", "page.py"]
+
+
+def _few(rows: dict[str, Grid]) -> Grid:
+    grid = rows["LoRAtorio"]
+    return Grid(grid.points[:2], grid.methods[:2])
+
+
+def test_a_comparison_of_a_study_may_read_the_folders_that_it_names() -> None:
+    recipe = {"base": "/a/base", "methods": [{"model": [{"source": "/b/x"}], "name": "m"}], "n": 1}
+    assert folders_in({**recipe, "experts": ["zoo:food", "relative/one"]}) == {"/a", "/b"}
+
+
+def test_the_data_curve_has_the_lengths_that_were_chosen(tmp_path: Path) -> None:
+    study = Study(tmp_path / "work", SETTINGS, 1, tmp_path / "docs")
+    study.chosen_in.mkdir(parents=True)
+    merge = {"method": {"merge": MERGE}, "score": 0.5}
+    rates = {row: {"rate": rate} for row, rate in RATES.items()}
+    chosen = {"rivals": {"m": merge}, "rates": rates, "inputs": inputs_of_choice(SETTINGS)}
+    (study.chosen_in / "main.json").write_text(json.dumps(chosen))
+    with refusal("AFA-STUDY-035", "candidates", "data"):
+        entrants_of(study, Experiment.DATA, "main")
+    numbers = {str(number): 100 for number in SETTINGS.curve_pictures} | {"10000": 3_000}
+    content = {"lengths": {TUNED: numbers, MERGED: numbers}}
+    study.lengths_file.write_text(json.dumps({**content, "inputs": inputs_of_lengths(SETTINGS)}))
+    entrants = entrants_of(study, Experiment.DATA, "main")
+    tuned = {each.row: each.steps for each in entrants if isinstance(each, Tuned)}
+    assert tuned["tuned base (100 steps, 300 pictures)"] == 100
+    assert tuned["merge, then tuned (3,000 steps, 10,000 pictures)"] == 3_000
+    assert counted(AFA, 1_000, 100) in {each.row for each in entrants}
+    other = replace(study, settings=replace(SETTINGS, aggregator_steps=3_000))
+    with refusal("AFA-STUDY-029", "data.json"):
+        other.lengths()
+
+
+def test_a_row_belongs_to_one_experiment(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for experiments in ([], ["--experiment", "main", "--experiment", "data"]):
+        with pytest.raises(SystemExit) as stop:
+            main(["zoo", "results", str(tmp_path / "work"), "--row", AFA, *experiments])
+        assert stop.value.code == 2
+        assert "AFA-CLI-030" in capsys.readouterr().err
+    assert not (tmp_path / "work").exists()

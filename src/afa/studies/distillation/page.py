@@ -34,7 +34,6 @@ from afa.studies.distillation.plan import (
     named,
     students,
 )
-from afa.studies.results.page import row_of
 from afa.zoo import EXPERTS, assets
 
 if TYPE_CHECKING:
@@ -112,10 +111,17 @@ def results_of(
     report, outcomes = read_json(output / "report.json"), read_outcomes(output / "scores.csv")
 
     def row(each: Figures, group: str) -> Figures:
-        found = row_of(report, each, group)
-        found.pop("afa_minus_this")
-        name = each["method"]
-        return {"part": part, **found, "outcomes": outcomes[name, group]}
+        name, measured = each["method"], each["groups"][group]
+        return {
+            "part": part,
+            "method": name,
+            "num_seeds": each["num_replicas"],
+            **measured["scores"],
+            **measured["sets"],
+            "expert_calls_per_image": each["expert_calls_per_image"],
+            **each["measured"],
+            "outcomes": outcomes[name, group],
+        }
 
     about = {
         "made_from": made_from(),

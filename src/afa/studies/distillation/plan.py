@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from afa.distilling.recipe import DistillRecipe
 from afa.errors import AfaError
+from afa.files import read_json
 from afa.loading.expert_source import ExpertSource
-from afa.loading.student_record import RECORD
+from afa.loading.student_record import baked_guidance
 from afa.studies.distillation.parts import Part
 from afa.studies.evaluating import sampling
-from afa.studies.results.plan import SHIPPED, student_methods, transformers
 from afa.studies.zoo_build.build import ZooRecipe
 from afa.studies.zoo_build.evaluate import GUIDANCE_SCALE
 from afa.studies.zoo_build.transformer import TransformerRecipe
+from afa.studies.zoos import SHIPPED, transformers
 from afa.training.recipe import TrainingRecipe
 from afa.zoo import EXPERTS
 from afa.zoo.scenes import evaluation_prompts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
 TEACHER, BASE = "teacher", "base"
 FULL, GUIDED, LORA = "distilled", "distilled, guided", "distilled LoRA (rank 16)"
@@ -57,7 +58,7 @@ class Settings:
     num_own: int = 48  # of each domain
     test_seed: int = 7_000_000
     base_batch_size: int = 16
-    base_learning_rate: float = 3e-4  # the one that `make results` selected
+    base_learning_rate: float = 3e-4  # the better one of two on prompts of other pairs
     num_validation: int = 256  # predictions of pictures that are not trained on
     num_resamples: int = 10_000
     transformers: TransformerRecipe = _TRANSFORMERS
@@ -157,25 +158,6 @@ def teacher_of(name: str, work: Path) -> tuple[dict[str, str], str]:
     return {"ensemble": "zoo:ensemble"}, "zoo:base"
 
 
-def main_students(work: Path) -> dict[str, list[Path]]:
-    """The folders of the main students of a finished study, by row.
-
-    Raises:
-        AfaError: if one is missing.
-    """
-    found: dict[str, list[Path]] = {}
-    for student in students(Settings(), Part.MAIN):
-        folder = work / "students" / student.folder
-        if not (folder / RECORD).is_file():
-            raise AfaError(
-                "AFA-STUDY-010",
-                f"'{work}' lacks the student '{folder.name}'. Finish it: afa zoo distillation "
-                f"{work} --docs docs --part main.",
-            )
-        found.setdefault(student.row, []).append(folder.resolve())
-    return found
-
-
 def prompts(settings: Settings) -> list[str]:
     """The prompts that teachers draw: pairs of the training sets, without any test prompt."""
     tests = set(captions_of_test(settings))
@@ -262,6 +244,34 @@ def tuning(settings: Settings, seed: int, num_steps: int) -> TrainingRecipe:
         trackers=[],
         seed=seed,
     )
+
+
+def student_methods(folders: Mapping[str, Sequence[Path]]) -> list[dict[str, Any]]:
+    """The rows of distilled models in a recipe of `afa evaluate`.
+
+    Args:
+        folders: of `afa distill`, by row: complete models, or LoRAs on the base. A student with
+            guidance in its prediction is drawn with guidance 1.
+    """
+    methods = []
+    for row, places in folders.items():
+        models: list[Any] = [str(place) for place in places]
+        if (places[0] / "lora.safetensors").exists():
+            models = [
+                {"base": "zoo:base", "lora": str(place / "lora.safetensors")} for place in places
+            ]
+        guidance = {} if baked_guidance(places[0]) is None else {"guidance": 1.0}
+        methods.append({"name": row, "model": models, **guidance})
+    return methods
+
+
+def merges_of(part: Part) -> dict[str, dict[str, Any]]:
+    """The static merges that are compared in a part, as methods of `afa evaluate`.
+
+    An earlier comparison of merges chose their settings on pairs of objects that are in no test.
+    """
+    chosen: dict[str, dict[str, Any]] = read_json(Path(__file__).with_name("merges.json"))
+    return chosen.get(str(part), {})
 
 
 def comparison(

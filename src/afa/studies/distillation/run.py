@@ -8,7 +8,8 @@ import statistics
 import time
 from typing import TYPE_CHECKING, Any
 
-from afa.files import read_json, write_atomic
+from afa.errors import AfaError
+from afa.files import is_unused, read_json, write_atomic
 from afa.machine.ownership import owned
 from afa.studies.distillation.page import inputs_of, require_pages, results_of, write_pages
 from afa.studies.distillation.parts import Part
@@ -20,6 +21,7 @@ from afa.studies.distillation.plan import (
     Settings,
     comparison,
     distill_recipe,
+    merges_of,
     prompts,
     students,
     tuning,
@@ -37,9 +39,8 @@ from afa.studies.jobs import (
     run_jobs,
     train_aggregators_job,
 )
-from afa.studies.results.jobs import tune_base_job
-from afa.studies.results.plan import StudySettings, aggregator_recipes, scenes, zoo_in
-from afa.studies.results.run import SETTINGS, require_same_study
+from afa.studies.trainings import aggregators, scenes, tuned_job
+from afa.studies.zoos import zoo_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -49,6 +50,9 @@ if TYPE_CHECKING:
     from afa.studies.distillation.plan import Student
     from afa.studies.jobs import JobProgress
     from afa.studies.zoo_build.transformer import TransformerRecipe
+
+#: the file of a work folder that says what its results depend on
+_SETTINGS = "study.json"
 
 
 def run_study(
@@ -78,15 +82,33 @@ def run_study(
     num_processes = num_processes or os.cpu_count() or 1
     work = work.resolve()
     inputs = inputs_of(settings)
-    require_same_study(work, inputs)
+    _require_same_study(work, inputs)
     require_pages(docs, settings)
-    for part in parts:
-        _merges(part, docs)
     with owned(work):
-        write_atomic(work / SETTINGS, json.dumps(inputs, indent=2) + "\n")
+        write_atomic(work / _SETTINGS, json.dumps(inputs, indent=2) + "\n")
         write_atomic(work / "prompts.txt", "\n".join(prompts(settings)) + "\n")
         for part in parts:
             yield from _run_part(part, work, docs, settings, num_processes)
+
+
+def _require_same_study(work: Path, inputs: dict[str, Any]) -> None:
+    """Check that a work folder is new, or of an earlier study with the same inputs.
+
+    Raises:
+        AfaError: if it is not.
+    """
+    path = work / _SETTINGS
+    if path.exists() and read_json(path) != inputs:
+        raise AfaError(
+            "AFA-STUDY-004",
+            f"The work folder '{work}' belongs to a study with other settings or models. Pass "
+            "another folder.",
+        )
+    if not path.exists() and not is_unused(work):
+        raise AfaError(
+            "AFA-STUDY-005",
+            f"The work folder '{work}' is neither new nor an earlier study. Pass another folder.",
+        )
 
 
 def _run_part(
@@ -125,26 +147,16 @@ def _run_part(
         )
 
     yield StageStarted(f"comparison of the part '{part}'")
-    recipe = comparison(part, settings, work, folders, _merges(part, docs))
+    recipe = comparison(part, settings, work, folders, merges_of(part))
     output = work / f"comparison-{part}"
     evaluate_in_processes(output, recipe, num_processes)
     write_pages(docs, settings, part, results_of(part, output, settings, work, costs))
 
 
-def _merges(part: Part, docs: Path) -> dict[str, dict[str, Any]]:
-    """The static merges of a part, with the settings that `make results` chose."""
-    files = {Part.MAIN: "results.json", Part.TRANSFORMERS: "results-dit.json"}
-    if part not in files:
-        return {}
-    chosen = read_json(docs / files[part])["chosen"]
-    return {row: each for row, each in chosen.items() if "merge" in each}
-
-
 def _teacher_jobs(work: Path, settings: Settings) -> list[Job]:
     """The jobs that train the transformers and their aggregators, in this order."""
     folder = zoo_of(work)
-    study = StudySettings(num_train_steps=settings.num_aggregator_steps)
-    recipe = aggregator_recipes(study, zoo_in(folder))["afa-0"]
+    recipe = aggregators(0, settings.num_aggregator_steps, zoo_in(folder))
     return [
         Job("transformers", build_zoo_job, (settings.transformers, folder)),
         Job("aggregators", train_aggregators_job, (recipe, folder.parent / "ensemble")),
@@ -154,12 +166,16 @@ def _teacher_jobs(work: Path, settings: Settings) -> list[Job]:
 def _measurements(work: Path, settings: Settings) -> list[Job]:
     """The jobs that measure the time of recording and of each training."""
     recipe = distill_recipe(MEASURED, settings, work)
-    aggregators = aggregator_recipes(StudySettings(num_train_steps=NUM_MEASURED))["afa-0"]
     student = work / "students" / MEASURED.folder
+    measured = aggregators(0, NUM_MEASURED)
     return [
         Job("measure recording", record_job, (recipe,)),
         Job("measure student", distill_job, (recipe, student)),
-        Job("measure aggregators", train_aggregators_job, (aggregators, work / "measured")),
+        Job(
+            "measure aggregators",
+            train_aggregators_job,
+            (measured, work / "measured"),
+        ),
         _tuned("measure base", work / "measured-base", settings, 0, NUM_MEASURED),
     ]
 
@@ -182,8 +198,8 @@ def _number(student: Student, settings: Settings) -> int:
 
 def _tuned(name: str, folder: Path, settings: Settings, seed: int, num_steps: int) -> Job:
     """The job that tunes the base on the pictures of a seed."""
-    arguments = ("zoo:base", scenes(seed).seed, tuning(settings, seed, num_steps), folder)
-    return Job(name, tune_base_job, arguments)
+    arguments = ("zoo:base", scenes(seed), tuning(settings, seed, num_steps), folder)
+    return Job(name, tuned_job, arguments)
 
 
 def costs_of(work: Path, settings: Settings) -> dict[str, float]:

@@ -1,1 +1,1 @@
-"""The comparison on emoji scenes that docs/results.md shows, from training to page."""
+"""When does adaptive aggregation pay? Worlds, rivals, trainings, one test, and the page of it."""

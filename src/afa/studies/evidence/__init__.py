@@ -1,1 +1,0 @@
-"""When does adaptive aggregation pay? Worlds, rivals, trainings, one test, and the page of it."""
