@@ -13,6 +13,7 @@ import yaml
 from afa.studies.results.page import write_page
 from afa.studies.results.settings import StudySettings
 from afa.training.recipe import DatasetRecipe
+from afa.zoo import EXPERTS
 from benchmarks import page
 from benchmarks.soak.page import as_page
 from fuzz.run import READERS
@@ -22,6 +23,7 @@ from tests.reliability import faults_in, table
 from tools import nightly
 
 ROOT = Path(__file__).parents[1]
+SETS = ("fid", "kid", "cmmd")
 
 
 def test_data_sets_that_training_names_are_recipes() -> None:
@@ -44,13 +46,66 @@ def test_the_readme_has_what_the_demo_came_to() -> None:
     assert "\n".join(rows) in (ROOT / "README.md").read_text()
 
 
+def test_the_readme_quotes_the_results() -> None:
+    test = json.loads((ROOT / "docs" / "results.json").read_text())[0]
+    rows = {row["row"]: row for row in test["rows"]}
+
+    def share(row: str, group: str = "mixed") -> str:
+        return f"{rows[row]['both'][group]['mean']:.2f}"
+
+    def whole(row: str) -> str:
+        found = rows[row]["both"]["mixed"]
+        return f"{found['mean']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+
+    def minus(row: str) -> str:
+        found = rows[row]["minus_afa"]["mixed"]
+        return f"{found['mean']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}]"
+
+    def calls(row: str) -> str:
+        return f"{rows[row]['expert_calls']:.0f}"
+
+    def says(row: str, group: str = "mixed") -> str:
+        verdict: str = rows[row]["minus_afa"][group]["verdict"]
+        return verdict
+
+    merge = max((row for row in rows if "merge" in row), key=lambda row: float(share(row)))
+    few, tuned = "top-2, by step", "tuned base (3,000 steps)"
+    domains = {
+        row: "{}, {} and {}".format(*(share(row, name) for name in EXPERTS))
+        for row in (tuned, "AFA")
+    }
+    trained = {row: f"{sum(rows[row]['trained_on'].values()):,}" for row in (tuned, "AFA")}
+    text = " ".join((ROOT / "README.md").read_text().split())
+    for quoted in (
+        f"on {test['prompts']['mixed']} prompts",
+        f"gets {whole(tuned)} and AFA {whole('AFA')}: {minus(tuned)}, not told apart",
+        f"saw {trained[tuned]} pictures, those of AFA and its experts {trained['AFA']}",
+        f"it gets {domains[tuned]}, AFA {domains['AFA']}; on food it is significantly below",
+        f"It gets {whole('predictions only')}, AFA {whole('AFA')}",
+        f"{minus('predictions only')}, is not significant",
+        f"AFA draws {domains['AFA']}",
+        f"the best merge of these experts gets {whole(merge)}",
+        f"gets {whole('oracle mask')}",
+        f"This gets {whole(few)}, equivalent to AFA",
+        f"with {calls(few)} instead of {calls('AFA')} calls",
+    ):
+        assert quoted in text, quoted
+    assert {says("predictions only"), says(tuned)} == {"not told apart"}
+    assert says(tuned, "food") == "below"
+    assert all(rows[tuned][name]["mean"] < rows["AFA"][name]["mean"] for name in SETS)
+    assert says(few) == "equivalent"
+    assert {says(f"expert: {name}", name) for name in EXPERTS} == {"not told apart"}
+    assert share(merge) == share("base")
+
+
 @pytest.mark.slow
 def test_the_results_page_is_made_of_the_outcomes(tmp_path: Path) -> None:
     docs = ROOT / "docs"
     shutil.copytree(docs / "results", tmp_path / "results", ignore=lambda *_: ["worlds"])
     shutil.copyfile(docs / "results.md", tmp_path / "results.md")
     write_page(tmp_path, StudySettings())
-    assert (tmp_path / "results.md").read_text() == (docs / "results.md").read_text()
+    for name in ("results.md", "results.json"):
+        assert (tmp_path / name).read_text() == (docs / name).read_text()
 
 
 def test_files_on_the_map_exist() -> None:

@@ -12,8 +12,10 @@ import pytest
 
 from afa.studies.results.analysis import Outcomes
 from afa.studies.results.page import FEW_STEPS, claims_table, write_page
+from afa.studies.results.parts import Experiment
 from afa.studies.results.rows import AFA
 from afa.studies.results.settings import WORLDS_OF, StudySettings
+from afa.studies.results.summary import summary
 from afa.studies.worlds.prompts import prompts_of
 from afa.studies.worlds.recipe import WORLDS
 from tests.refusal import refusal
@@ -33,6 +35,15 @@ def content(**shares: float) -> dict[str, Any]:
             "outcomes": {"both": ["".join("1" if each < share else "0" for each in luck)]},
             "clip_t": [[share] * len(prompts)],
             "expert_calls": 10 * (n + 1),
+            "seconds": 0.5,
+            "peak_memory": 1_000,
+            "seeds": [0],
+            "trained": [
+                {"steps": 100 * n, "seconds_per_step": 0.2},
+                {"steps": None, "seconds_per_step": 0.1},
+            ],
+            "commit": "0123456789abcdef",
+            "machine": ["a processor"],
             "budget": {"base": 1, "experts": n, "own": 5},
             "sets": {
                 metric: [{"value": 1 - share, "low": 0.9 - share, "high": 1.1 - share}]
@@ -44,6 +55,8 @@ def content(**shares: float) -> dict[str, Any]:
     return {
         "prompts": prompts,
         "mixed": ["mixed"],
+        "sampling": {"num_steps": 10, "guidance": 3.0},
+        "settings": {"distilled_steps": 2_000},
         "rows": rows,
         "planned": list(rows),
         "real": {"fid": 0.1, "kid": 0.0, "cmmd": 0.01},
@@ -123,6 +136,32 @@ def test_rows_of_some_trainings_are_compared_with_the_same_trainings() -> None:
     assert paired.difference.mean == pytest.approx(-0.2, abs=0.1)
 
 
+def test_the_summary_has_all_figures_of_a_test() -> None:
+    found = content(**{AFA: 0.9, "distilled": 0.5, "base": 0.4})
+    found["planned"].append("later")
+    found["rows"]["base"] |= {"trained": [], "seconds": None}
+    outcomes = Outcomes(found, 0.05, 500)
+    (test,) = summary({(Experiment.MAIN, "main"): outcomes})
+    json.dumps(test)
+    assert test["not_measured"] == ["later"]
+    assert test["prompts"]["mixed"] == 120
+    first, second, _ = test["rows"]
+    assert first["row"] == AFA
+    assert not first["minus_afa"]
+    share = outcomes.mean("distilled", ["mixed"])
+    assert second["both"]["mixed"]["low"] == pytest.approx(share.low, abs=1e-4)
+    assert second["minus_afa"].keys() == {"mixed", "animals", "food", "things"}
+    assert second["minus_afa"]["mixed"]["verdict"] == "below"
+    assert second["fid"] == {"mean": 0.5, "low": 0.4, "high": 0.6}
+    # the first row has 0 steps, which stands for those of AFA, and 3,000; students 2,000 twice
+    trained = (0.2 + 0.1) * 3_000 + (0.2 + 0.1) * 2_000
+    drawn = 2 * 0.5 * len(found["prompts"])
+    assert test["hours"] == {
+        "trainings": pytest.approx(trained / 3600, abs=0.01),
+        "pictures": pytest.approx(drawn / 3600, abs=0.01),
+    }
+
+
 def test_the_front_of_quality_against_cost(outcomes: Outcomes) -> None:
     assert outcomes.total("high") == 7
     assert outcomes.front("expert_calls", outcomes.mixed) == ["low", "high"]
@@ -168,6 +207,9 @@ def test_the_page_says_what_speaks_against_the_method_first(tmp_path: Path) -> N
     again = text
     write_page(tmp_path, StudySettings(num_resamples=500))
     assert (tmp_path / "results.md").read_text() == again
+    assert f"| main | main | {len(rows)} |" in text
+    tests = json.loads((tmp_path / "results.json").read_text())
+    assert len(tests) == sum(map(len, WORLDS_OF.values()))
     pictures = {path.name for path in (tmp_path / "images").iterdir()}
     assert pictures == {f"results-{n}.png" for n in ("answer", "experts", "fronts")}
     table = text.split("begin data ")[1].split("end data")[0]

@@ -524,7 +524,7 @@ def test_only_the_last_stage_reads_the_test_prompts() -> None:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.ImportFrom) and any(each.name in known for each in node.names)
     ]
-    assert readers == ["evaluate.py", "against.py", "figures.py", "page.py"]
+    assert readers == ["evaluate.py", "against.py", "figures.py", "page.py", "summary.py"]
 
 
 def _few(rows: dict[str, Grid]) -> Grid:

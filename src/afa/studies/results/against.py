@@ -21,9 +21,12 @@ from afa.studies.evaluating import sampling
 from afa.studies.results.analysis import Outcomes
 from afa.studies.results.comparison import PROMPTS, REFERENCES, test_comparison, write_prompts
 from afa.studies.results.drawn import pairs_of, render_scenes
+from afa.studies.results.kept import path_of
 from afa.studies.results.outcomes import row_of_test
 from afa.studies.results.page import own_table, rows_table, sets_table, signed
+from afa.studies.results.parts import Experiment
 from afa.studies.results.settings import StudySettings
+from afa.studies.results.study import FIRST
 from afa.studies.worlds.build import RECIPE
 
 if TYPE_CHECKING:
@@ -53,17 +56,19 @@ class AgainstRecipe(ModelsRecipe):
 
 
 def read_published(path: Path) -> dict[str, Any]:
-    """Read the outcomes of a test.
+    """Read the outcomes of a test: of a file, or those of the main experiment in a folder.
 
     Raises:
         AfaError: if the file has none.
     """
+    if path.is_dir():
+        path = path_of(path, Experiment.MAIN, FIRST)
     found = read_json(path) if path.is_file() else None
     if found is None or not found.keys() >= _KEYS:
         raise AfaError(
             "AFA-STUDY-018",
-            f"'{path}' has no outcomes of a test. Pass a file of docs/results, such as "
-            "docs/results/main-main.json.",
+            f"'{path}' has no outcomes of a test. Pass docs/results, or one of its files, "
+            "such as docs/results/private-private.json.",
         )
     return found
 

@@ -156,6 +156,7 @@ def draw_fronts(outcomes: Outcomes, path: Path) -> None:
     The front has the largest shares, with their intervals; neighbours may not be told apart.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     listed: Any = figure.subplots(1, 2, sharey=True)
@@ -185,16 +186,26 @@ def draw_fronts(outcomes: Outcomes, path: Path) -> None:
         ]
         axis.step(at, means, where="post", color="C3")
         axis.errorbar(at, means, ends, marker="o", capsize=2, linestyle="none", color="C3")
-        for row in dict.fromkeys([*front, AFA]):
+        for row in dict.fromkeys([*front, AFA, ORACLE]):
             if row in points:
                 value, each = points[row]
                 axis.annotate(
-                    row, (value, each.mean), (4, -9), textcoords="offset points", fontsize=7
+                    row,
+                    (value, each.mean),
+                    (3, 4),
+                    textcoords="offset points",
+                    rotation=40,
+                    rotation_mode="anchor",
+                    fontsize=7,
                 )
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.margins(x=0.15)  # labels are on the right of their points
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
     listed[0].set_ylabel("both objects right")
-    listed[0].set_ylim(-0.02, 1.05)
+    listed[0].set_ylim(-0.02, 1.15)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_figure(figure, path)

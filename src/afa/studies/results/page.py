@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 from afa.errors import AfaError
@@ -19,6 +20,7 @@ from afa.studies.results.kept import path_of
 from afa.studies.results.parts import Experiment
 from afa.studies.results.rows import AFA, ORACLE, PREDICTIONS, REAL
 from afa.studies.results.settings import WORLDS_OF
+from afa.studies.results.summary import hours, not_measured, summary
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from afa.studies.results.figures import Lines
     from afa.studies.results.settings import StudySettings
 
-PAGE, FOLDER = "results.md", "results"
+PAGE, SUMMARY, FOLDER = "results.md", "results.json", "results"
 _BEGIN, _END = "<!-- begin {name} -->", "<!-- end {name} -->"
 _SETS = ("fid", "kid", "cmmd")
 #: the paper's claims that a row can speak of, with the row; the first one with the best merge
@@ -60,7 +62,7 @@ def read_all(docs: Path, settings: StudySettings) -> dict[tuple[Experiment, str]
 
 
 def write_page(docs: Path, settings: StudySettings) -> None:
-    """Replace the tables between the marks of the page, and draw its figures.
+    """Replace the tables between the marks of the page, write all figures as JSON, and draw.
 
     Args:
         docs: folder with `results.md` and the outcomes in `results`.
@@ -84,6 +86,7 @@ def write_page(docs: Path, settings: StudySettings) -> None:
             )
         before, after = text.split(begin)[0], text.split(end)[1]
         text = "\n".join([before + begin, "", *lines, "", end + after])
+    write_atomic(docs / SUMMARY, json.dumps(summary(found), indent=1) + "\n")
     write_atomic(docs / PAGE, text)
 
 
@@ -120,6 +123,8 @@ def _sections(
         series = [found[experiment, w] for w in WORLDS_OF[experiment] if (experiment, w) in found]
         if series:
             yield str(experiment), lines_table(lines_of_worlds(series, experiment), head)
+    if found:
+        yield "made", made_table(found)
     if (data := found.get((Experiment.DATA, "main"))) is not None:
         yield "data", lines_table(lines_of_data(data), "row; different pictures in the data")
 
@@ -168,8 +173,25 @@ def notes(outcomes: Outcomes) -> list[str]:
             count = len({*outcomes.clusters(outcomes.places([group])).tolist()})
             text = f"Of the {group} prompts, {count} pairs of objects are too few for `equivalent`."
             found += ["", text]
-    missing = [row for row in outcomes.content["planned"] if row not in outcomes.rows]
+    missing = not_measured(outcomes)
     return [*found, "", f"Not measured yet: {'; '.join(missing)}."] if missing else found
+
+
+def made_table(found: Mapping[tuple[Experiment, str], Outcomes]) -> list[str]:
+    """How long each test took, at which commits, and on which machines."""
+
+    def cells(experiment: Experiment, world: str, outcomes: Outcomes) -> Iterator[str]:
+        yield from (str(experiment), world, f"{len(outcomes.rows)}")
+        yield from (f"{value:.1f}" for value in hours(outcomes).values())
+        rows = outcomes.rows.values()
+        yield ", ".join(dict.fromkeys(row["commit"][:7] for row in rows))
+        yield "; ".join(dict.fromkeys(machine for row in rows for machine in row["machine"]))
+
+    head = ["experiment", "world", "rows", "hours: trainings", "hours: pictures"]
+    return _table(
+        [*head, "commits", "machine"],
+        (list(cells(*test, outcomes)) for test, outcomes in found.items()),
+    )
 
 
 def signed(interval: Interval) -> str:
@@ -297,6 +319,22 @@ def sentences(outcomes: Outcomes) -> list[str]:
                 f"expert draws {outcomes.mean(expert, [group])}: {each.verdict} "
                 f"({signed(each.paired.difference)})."
             )
+        # rows that can compete on pairs of two experts, and all that are better here
+        own = outcomes.compared(others, AFA, [group])
+        above = [row for row in others if own[row].verdict == "above"]
+        below = [
+            row
+            for row in others
+            if own[row].verdict == "below" and compared[row].verdict != "below"
+        ]
+        shown = [
+            "; ".join(f"{row} {outcomes.mean(row, [group])}" for row in rows) or "no row"
+            for rows in (above, below)
+        ]
+        said.append(
+            f"On prompts of {group} alone, significantly above AFA: {shown[0]}. Significantly "
+            f"below it, of the rows that are not below it on pairs of two experts: {shown[1]}."
+        )
     for name in _SETS:
         rows = [row for row in others if row not in (ORACLE, REAL)]
         far = _distance(outcomes, AFA, name)
