@@ -68,7 +68,7 @@ def read_published(path: Path) -> dict[str, Any]:
         raise AfaError(
             "AFA-STUDY-018",
             f"'{path}' has no outcomes of a test. Pass docs/results, or one of its files, "
-            "such as docs/results/private-private.json.",
+            "such as docs/results/main-main.json.",
         )
     return found
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 #: what a comparison of two rows says
 Verdict = Literal["above", "below", "equivalent", "not told apart", "one training"]
 _LEVEL = 0.05
+#: distances of sets of pictures
+SETS = ("fid", "kid", "cmmd")
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,14 @@ class Outcomes:
             is_outcome=score != "clip_t",
             clusters=self.clusters(self.places(groups)),
         )
+
+    def distance(self, row: str, name: str) -> Interval:
+        """The distance of a row from real scenes by one of `SETS`, a mean over its trainings."""
+        listed = self.rows[row]["sets"][name]
+        mean, low, high = (
+            sum(each[key] for each in listed) / len(listed) for key in ("value", "low", "high")
+        )
+        return Interval(mean, low, high)
 
     def compared(
         self, rows: Sequence[str], other: str, groups: Sequence[str]

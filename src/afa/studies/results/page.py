@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from afa.errors import AfaError
 from afa.files import read_text, write_atomic
-from afa.studies.results.analysis import Outcomes
+from afa.studies.results.analysis import SETS, Outcomes
 from afa.studies.results.figures import (
     SERIES,
     draw_answer,
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 PAGE, SUMMARY, FOLDER = "results.md", "results.json", "results"
 _BEGIN, _END = "<!-- begin {name} -->", "<!-- end {name} -->"
-_SETS = ("fid", "kid", "cmmd")
 #: the paper's claims that a row can speak of, with the row; the first one with the best merge
 CLAIMS = {
     "adaptive fusion beats the best static merge": "",
@@ -213,18 +212,15 @@ def sets_table(outcomes: Outcomes) -> list[str]:
     """The distances of all rows from independent real scenes, the nearest first by CMMD."""
 
     def cell(row: str, name: str) -> str:
-        listed = outcomes.rows[row]["sets"][name]
-        mean = sum(each["value"] for each in listed) / len(listed)
-        low, high = (sum(each[end] for each in listed) / len(listed) for end in ("low", "high"))
-        return f"{mean:.3g} [{low:.3g}, {high:.3g}]"
+        each = outcomes.distance(row, name)
+        return f"{each.mean:.3g} [{each.low:.3g}, {each.high:.3g}]"
 
     def cmmd(row: str) -> float:
-        listed = outcomes.rows[row]["sets"]["cmmd"]
-        return sum(each["value"] for each in listed) / len(listed)
+        return outcomes.distance(row, "cmmd").mean
 
-    real = ["real scenes", *(f"{outcomes.content['real'][name]:.3g}" for name in _SETS)]
-    rows = ([row, *(cell(row, name) for name in _SETS)] for row in sorted(outcomes.rows, key=cmmd))
-    return _table(["row", *(name.upper() for name in _SETS)], [real, *rows])
+    real = ["real scenes", *(f"{outcomes.content['real'][name]:.3g}" for name in SETS)]
+    rows = ([row, *(cell(row, name) for name in SETS)] for row in sorted(outcomes.rows, key=cmmd))
+    return _table(["row", *(name.upper() for name in SETS)], [real, *rows])
 
 
 def lines_table(lines: Lines, head: str) -> list[str]:
@@ -335,18 +331,12 @@ def sentences(outcomes: Outcomes) -> list[str]:
             f"On prompts of {group} alone, significantly above AFA: {shown[0]}. Significantly "
             f"below it, of the rows that are not below it on pairs of two experts: {shown[1]}."
         )
-    for name in _SETS:
+    for name in SETS:
         rows = [row for row in others if row not in (ORACLE, REAL)]
-        far = _distance(outcomes, AFA, name)
-        nearer = [row for row in rows if _distance(outcomes, row, name) < far]
+        far = outcomes.distance(AFA, name).mean
+        nearer = [row for row in rows if outcomes.distance(row, name).mean < far]
         said.append(
             f"By {name.upper()}, {len(nearer)} of {len(rows)} rows are nearer to real "
             f"scenes than AFA{': ' + ', '.join(sorted(nearer)) if nearer else ''}."
         )
     return said
-
-
-def _distance(outcomes: Outcomes, row: str, name: str) -> float:
-    listed = outcomes.rows[row]["sets"][name]
-    total: float = sum(each["value"] for each in listed)
-    return total / len(listed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from afa.studies.results.analysis import SETS
 from afa.studies.results.rows import AFA, DISTILLED
 
 if TYPE_CHECKING:
@@ -12,8 +13,6 @@ if TYPE_CHECKING:
     from afa.statistics import Interval
     from afa.studies.results.analysis import Outcomes
     from afa.studies.results.parts import Experiment
-
-_SETS = ("fid", "kid", "cmmd")
 
 
 def summary(found: Mapping[tuple[Experiment, str], Outcomes]) -> list[dict[str, Any]]:
@@ -60,7 +59,7 @@ def _row(outcomes: Outcomes, name: str) -> dict[str, Any]:
         "clip_t": {
             group: _interval(outcomes.mean(name, [group], "clip_t")) for group in outcomes.groups
         },
-        **{score: _set_distance(outcomes, name, score) for score in _SETS},
+        **{score: _rounded(outcomes.distance(name, score)) for score in SETS},
         "minus_afa": against,
         "seeds": row["seeds"],
         "trained_on": row["budget"],
@@ -76,13 +75,8 @@ def _interval(found: Interval) -> dict[str, float]:
     return {key: round(getattr(found, key), 4) for key in ("mean", "low", "high")}
 
 
-def _set_distance(outcomes: Outcomes, name: str, score: str) -> dict[str, float]:
-    """The mean over the trainings of a distance and of the ends of its interval."""
-    listed = outcomes.rows[name]["sets"][score]
-    return {
-        key: float(f"{sum(each[end] for each in listed) / len(listed):.4g}")
-        for key, end in (("mean", "value"), ("low", "low"), ("high", "high"))
-    }
+def _rounded(found: Interval) -> dict[str, float]:
+    return {key: float(f"{getattr(found, key):.4g}") for key in ("mean", "low", "high")}
 
 
 def hours(outcomes: Outcomes) -> dict[str, float]:
