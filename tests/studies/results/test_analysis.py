@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from afa.studies.results.analysis import Outcomes
-from afa.studies.results.page import FEW_STEPS, claims_table, write_page
+from afa.studies.results.page import FEW_STEPS, claims_table, sentences, write_page
 from afa.studies.results.parts import Experiment
 from afa.studies.results.rows import AFA
 from afa.studies.results.settings import WORLDS_OF, StudySettings
@@ -193,7 +193,7 @@ def test_the_page_says_what_speaks_against_the_method_first(tmp_path: Path) -> N
     kept = re.compile(r"(?s)<!-- begin .*?<!-- end ")
     assert kept.sub("", text) == kept.sub("", page.read_text()), "only tables are replaced"
     assert "Not measured yet" not in text
-    sentences = text.split("begin sentences")[1].split("end sentences")[0].splitlines()
+    sentences = text.split("begin main-main-says")[1].split("end main-main-says")[0].splitlines()
     assert "significantly above AFA" in sentences[2]
     assert "oracle mask" in sentences[2]
     assert "not told apart from AFA" in sentences[3]
@@ -218,6 +218,20 @@ def test_the_page_says_what_speaks_against_the_method_first(tmp_path: Path) -> N
     assert "TIES merge: density; tuned base: learning rate 0.001." in edges
     assert "| AFA | 0.5" in table or "| AFA | 0.6" in table
     assert len(text.split("begin divergence ")[1].split("end divergence")[0].splitlines()) > 6
+
+
+def test_each_group_of_private_knowledge_has_sentences() -> None:
+    found = content(**{AFA: 0.9, "tuned base": 0.5, "base": 0.9})
+    kinds = {"mixed": "known x known", "animals": "known x private", "food": "private x private"}
+    found["prompts"] = [[caption, kinds.get(group, group)] for caption, group in found["prompts"]]
+    found["mixed"] = [*kinds.values()]
+    said = sentences(Outcomes(found, 0.05, 200))
+    for group in found["mixed"]:
+        listed = [each for each in said if each.startswith(f"On {group} pairs, AFA draws 0.")]
+        assert any("below AFA:** tuned base 0." in each for each in listed), group
+        assert len(listed) == 2
+    assert "By FID, on known x known pairs, 0 of 2 rows are nearer" in " ".join(said)
+    assert not any("two experts, AFA" in each for each in said)
 
 
 def test_more_steps_are_needed_to_say_that_few_suffice() -> None:

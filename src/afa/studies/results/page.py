@@ -113,11 +113,11 @@ def _sections(
         if experiment in (Experiment.MAIN, Experiment.PRIVATE):
             yield f"{experiment}-{world}", [*rows_table(outcomes), *notes(outcomes)]
             yield f"{experiment}-{world}-own", own_table(outcomes)
+            yield f"{experiment}-{world}-says", [f"- {each}" for each in sentences(outcomes)]
     if (main := found.get((Experiment.MAIN, "main"))) is not None:
         yield "claims", claims_table(main)
         yield "edges", edges_list(main)
         yield "sets", sets_table(main)
-        yield "sentences", [f"- {sentence}" for sentence in sentences(main)]
     for experiment, head in SERIES.items():
         series = [found[experiment, w] for w in WORLDS_OF[experiment] if (experiment, w) in found]
         if series:
@@ -289,11 +289,21 @@ def edges_list(outcomes: Outcomes) -> list[str]:
 
 def sentences(outcomes: Outcomes) -> list[str]:
     """What the test says of AFA against every row, what speaks against it first."""
-    groups = outcomes.mixed
+    mixed = outcomes.mixed
+    of_mixed = [each for group in mixed for each in _of_mixed(outcomes, group)]
+    return [*of_mixed, *_of_own(outcomes), *_of_distances(outcomes)]
+
+
+def _named(outcomes: Outcomes, group: str) -> str:
+    """What sentences call a group of mixed prompts."""
+    return "pairs of two experts" if len(outcomes.mixed) == 1 else f"{group} pairs"
+
+
+def _of_mixed(outcomes: Outcomes, group: str) -> Iterator[str]:
+    """The verdicts on a group of mixed prompts."""
     others = [row for row in outcomes.rows if row != AFA]
-    compared = outcomes.compared(others, AFA, groups)
-    ours = outcomes.mean(AFA, groups)
-    said = []
+    compared = outcomes.compared(others, AFA, [group])
+    ours = outcomes.mean(AFA, [group])
     for verdict, text in (
         ("above", "significantly above AFA"),
         ("equivalent", "equivalent to AFA (margin 0.05)"),
@@ -302,15 +312,21 @@ def sentences(outcomes: Outcomes) -> list[str]:
         ("below", "significantly below AFA"),
     ):
         rows = [row for row, each in compared.items() if each.verdict == verdict]
-        rows.sort(key=lambda row: -float(outcomes.scores(row, groups).mean()))
+        rows.sort(key=lambda row: -float(outcomes.scores(row, [group]).mean()))
         if rows:
-            listed = "; ".join(f"{row} {outcomes.mean(row, groups)}" for row in rows)
-            said.append(f"On pairs of two experts, AFA draws {ours}. **{text}:** {listed}.")
+            listed = "; ".join(f"{row} {outcomes.mean(row, [group])}" for row in rows)
+            yield f"On {_named(outcomes, group)}, AFA draws {ours}. **{text}:** {listed}."
+
+
+def _of_own(outcomes: Outcomes) -> Iterator[str]:
+    """The verdicts on prompts of one expert, against it and against all rows."""
+    others = [row for row in outcomes.rows if row != AFA]
+    compared = outcomes.compared(others, AFA, outcomes.mixed)
     for group in outcomes.own:
         expert = f"expert: {group}"
         if expert in outcomes.rows:
             each = outcomes.compared([expert], AFA, [group])[expert]
-            said.append(
+            yield (
                 f"On prompts of {group} alone, AFA draws {outcomes.mean(AFA, [group])}; their "
                 f"expert draws {outcomes.mean(expert, [group])}: {each.verdict} "
                 f"({signed(each.paired.difference)})."
@@ -327,16 +343,20 @@ def sentences(outcomes: Outcomes) -> list[str]:
             "; ".join(f"{row} {outcomes.mean(row, [group])}" for row in rows) or "no row"
             for rows in (above, below)
         ]
-        said.append(
+        yield (
             f"On prompts of {group} alone, significantly above AFA: {shown[0]}. Significantly "
             f"below it, of the rows that are not below it on pairs of two experts: {shown[1]}."
         )
+
+
+def _of_distances(outcomes: Outcomes) -> Iterator[str]:
+    """How many rows are nearer to real scenes, on the first group of mixed prompts."""
+    only = "" if len(outcomes.mixed) == 1 else f", on {_named(outcomes, outcomes.mixed[0])}"
+    rows = [row for row in outcomes.rows if row not in (AFA, ORACLE, REAL)]
     for name in SETS:
-        rows = [row for row in others if row not in (ORACLE, REAL)]
         far = outcomes.distance(AFA, name).mean
         nearer = [row for row in rows if outcomes.distance(row, name).mean < far]
-        said.append(
-            f"By {name.upper()}, {len(nearer)} of {len(rows)} rows are nearer to real "
+        yield (
+            f"By {name.upper()}{only}, {len(nearer)} of {len(rows)} rows are nearer to real "
             f"scenes than AFA{': ' + ', '.join(sorted(nearer)) if nearer else ''}."
         )
-    return said
