@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from afa.studies.results.analysis import Outcomes
+from afa.studies.results.figures import lines_of_data, lines_of_worlds
 from afa.studies.results.page import FEW_STEPS, claims_table, sentences, write_page
 from afa.studies.results.parts import Experiment
 from afa.studies.results.rows import AFA
@@ -56,7 +57,7 @@ def content(**shares: float) -> dict[str, Any]:
         "prompts": prompts,
         "mixed": ["mixed"],
         "sampling": {"num_steps": 10, "guidance": 3.0},
-        "settings": {"distilled_steps": 2_000},
+        "settings": {"distilled_steps": 2_000, "num_pictures": 100_000, "batch_size": 16},
         "rows": rows,
         "planned": list(rows),
         "real": {"fid": 0.1, "kid": 0.0, "cmmd": 0.01},
@@ -213,7 +214,7 @@ def test_the_page_says_what_speaks_against_the_method_first(tmp_path: Path) -> N
     pictures = {path.name for path in (tmp_path / "images").iterdir()}
     assert pictures == {f"results-{n}.png" for n in ("answer", "experts", "fronts")}
     table = text.split("begin data ")[1].split("end data")[0]
-    assert "| 100 | 1,000 |" in table
+    assert "| 100 | 1,000 | 48,000 |" in table
     edges = text.split("begin edges")[1].split("end edges")[0]
     assert "TIES merge: density; tuned base: learning rate 0.001." in edges
     assert "| AFA | 0.5" in table or "| AFA | 0.6" in table
@@ -232,6 +233,28 @@ def test_each_group_of_private_knowledge_has_sentences() -> None:
         assert len(listed) == 2
     assert "By FID, on known x known pairs, 0 of 2 rows are nearer" in " ".join(said)
     assert not any("two experts, AFA" in each for each in said)
+
+
+def test_the_main_experiment_is_the_last_place_of_lines() -> None:
+    def outcomes(**shares: float) -> Outcomes:
+        return Outcomes(content(**shares), 0.05, 100)
+
+    near, far = outcomes(**{AFA: 0.6, "base": 0.5}), outcomes(**{AFA: 0.9, "drafts": 0.8})
+    near.content["divergence"] = {"animals": 0.1, "food": 0.2}
+    few = outcomes(**{"AFA (3,000 steps, 100 pictures)": 0.6})
+    found = {
+        (Experiment.MAIN, "main"): far,
+        (Experiment.DIVERGENCE, "after-200"): near,
+        (Experiment.DATA, "main"): few,
+    }
+    lines = lines_of_worlds(found, Experiment.DIVERGENCE)
+    assert lines.keys() == {AFA, "base"}, "rows that only the main experiment has are no lines"
+    assert [place for place, _ in lines[AFA]] == pytest.approx([0.15, 0.4])
+    assert lines[AFA][1][1] == far.mean(AFA, far.mixed)
+    (curve,) = lines_of_data(found).values()
+    assert [place for place, _ in curve] == [100, 48_000]
+    assert lines_of_data({(Experiment.MAIN, "main"): far}) == {}
+    assert lines_of_worlds({(Experiment.MAIN, "main"): far}, Experiment.DIVERGENCE) == {}
 
 
 def test_more_steps_are_needed_to_say_that_few_suffice() -> None:

@@ -20,7 +20,7 @@ from afa.evaluation.search_recipe import SearchRecipe
 from afa.merging.recipe import WITH_BASE, MergeRecipe
 from afa.studies.evaluating import folders_in
 from afa.studies.jobs import Job, JobProgress
-from afa.studies.results import choosing
+from afa.studies.results import choosing, final
 from afa.studies.results.candidates import SEARCHED, Grid, fusions, merges
 from afa.studies.results.choosing import choose
 from afa.studies.results.development import best_of, developed, samples_of_development, widened
@@ -376,6 +376,16 @@ def test_tuned_models_of_series_are_trained_as_long_as_afa() -> None:
     assert lengths == [1_000, 1_000, 3_000, 3_000]
 
 
+def test_the_test_has_the_first_prompts_of_the_main_one_elsewhere(tmp_path: Path) -> None:
+    place = Study(tmp_path, StudySettings(), 1, tmp_path).place("main")
+    settings = StudySettings(num_mixed=20, num_mixed_elsewhere=8, num_own=4)
+    main, data = (
+        final.test_prompts(place, each, settings) for each in (Experiment.MAIN, Experiment.DATA)
+    )
+    assert [len(listed) for listed in main.values()] == [20, 4, 4, 4]
+    assert data == {**main, "mixed": main["mixed"][:8]}
+
+
 @pytest.mark.nightly
 def test_the_stages_in_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = WorldRecipe(
@@ -404,6 +414,7 @@ def test_the_stages_in_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         num_steps=1,
         other_steps=(2,),
         num_mixed=2,
+        num_mixed_elsewhere=1,
         num_own=1,
         num_references=8,
         distilled_pictures=1,

@@ -16,8 +16,13 @@ if TYPE_CHECKING:
 
     from afa.studies.results.analysis import Outcomes
 
+    #: the outcomes of all tests, by experiment and world
+    Found = Mapping[tuple[Experiment, str], Outcomes]
+
 #: lines of a figure: places on the horizontal axis, with the share of right pictures
 Lines = dict[str, list[tuple[float, Interval]]]
+#: the tests of the main experiment and of the curve over data
+MAIN, DATA = (Experiment.MAIN, "main"), (Experiment.DATA, "main")
 #: experiments that are series of worlds: the head of their tables
 SERIES = {
     Experiment.DIVERGENCE: "row; norm of the experts' difference from the base, by the base's",
@@ -27,8 +32,18 @@ SERIES = {
 _LINES = (AFA, PREDICTIONS, "best merge", TUNED, MERGED, DISTILLED, "drafts", "base", ORACLE)
 
 
-def lines_of_worlds(series: Sequence[Outcomes], experiment: Experiment) -> Lines:
-    """The lines over the worlds of an experiment: their divergence, or their experts."""
+def lines_of_worlds(found: Found, experiment: Experiment) -> Lines:
+    """The lines over the worlds of an experiment: their divergence, or their experts.
+
+    The main experiment is the last place on the axis of divergence. Rows that only it has are no
+    lines.
+    """
+    series = [found[experiment, w] for w in WORLDS_OF[experiment] if (experiment, w) in found]
+    if not series:
+        return {}
+    if experiment == Experiment.DIVERGENCE and MAIN in found:
+        series.append(found[MAIN])
+    kinds = _rows_of(series[0]).keys()
     lines: Lines = {}
     for outcomes in series:
         place = float(len(outcomes.own))
@@ -36,12 +51,19 @@ def lines_of_worlds(series: Sequence[Outcomes], experiment: Experiment) -> Lines
             values = outcomes.content["divergence"].values()
             place = float(sum(values) / len(values))
         for kind, row in _rows_of(outcomes).items():
-            lines.setdefault(kind, []).append((place, outcomes.mean(row, outcomes.mixed)))
+            if kind in kinds:
+                lines.setdefault(kind, []).append((place, outcomes.mean(row, outcomes.mixed)))
     return lines
 
 
-def lines_of_data(outcomes: Outcomes) -> Lines:
-    """The lines over the number of different pictures in the training data."""
+def lines_of_data(found: Found) -> Lines:
+    """The lines over the number of different pictures that the trainings see.
+
+    The last place is the main experiment, whose tuned models are trained as long as AFA.
+    """
+    outcomes = found.get(DATA)
+    if outcomes is None:
+        return {}
     lines: Lines = {}
     for row in outcomes.rows:
         kinds = (AFA, PREDICTIONS, TUNED, MERGED)
@@ -49,6 +71,12 @@ def lines_of_data(outcomes: Outcomes) -> Lines:
         if kind is not None and "pictures" in row:
             number = int(row.split(", ")[-1].split(" pictures")[0].replace(",", ""))
             lines.setdefault(kind, []).append((number, outcomes.mean(row, outcomes.mixed)))
+    if (main := found.get(MAIN)) is not None:
+        settings, steps = main.content["settings"], main.content["aggregator_steps"]
+        seen = float(min(settings["num_pictures"], steps * settings["batch_size"]))
+        for kind, row in _rows_of(main).items():
+            if kind in lines:
+                lines[kind].append((seen, main.mean(row, main.mixed)))
     return lines
 
 
@@ -73,43 +101,33 @@ def _rows_of(outcomes: Outcomes) -> dict[str, str]:
 # -- drawing ----------------------------------------------------------------------------------
 
 
-def draw_answer(found: Mapping[tuple[Experiment, str], Outcomes], path: Path) -> bool:
+def draw_answer(found: Found, path: Path) -> bool:
     """Draw when which way wins: over divergence, private knowledge, and amount of data.
 
     Returns: whether there was anything to draw.
     """
     panels: list[tuple[Lines, str, bool, Sequence[str]]] = []
-    series = _series(found, Experiment.DIVERGENCE)
-    if len(series) > 1:
-        lines = lines_of_worlds(series, Experiment.DIVERGENCE)
+    if lines := lines_of_worlds(found, Experiment.DIVERGENCE):
         panels.append((lines, "norm of the experts' difference from the base", True, ()))
     private = found.get((Experiment.PRIVATE, "private"))
     if private is not None:
         panels.append((lines_of_groups(private), "private objects", False, private.mixed))
-    data = found.get((Experiment.DATA, "main"))
-    if data is not None:
-        panels.append((lines_of_data(data), "different pictures in the data", True, ()))
+    if lines := lines_of_data(found):
+        panels.append((lines, "different pictures in the data", True, ()))
     if panels:
         _draw(panels, path)
     return bool(panels)
 
 
-def draw_experts(found: Mapping[tuple[Experiment, str], Outcomes], path: Path) -> bool:
+def draw_experts(found: Found, path: Path) -> bool:
     """Draw quality over the number of experts.
 
     Returns: whether there was anything to draw.
     """
-    series = _series(found, Experiment.EXPERTS)
-    if len(series) > 1:
-        lines = lines_of_worlds(series, Experiment.EXPERTS)
+    lines = lines_of_worlds(found, Experiment.EXPERTS)
+    if lines:
         _draw([(lines, "number of experts", False, ())], path)
-    return len(series) > 1
-
-
-def _series(
-    found: Mapping[tuple[Experiment, str], Outcomes], experiment: Experiment
-) -> list[Outcomes]:
-    return [found[experiment, w] for w in WORLDS_OF[experiment] if (experiment, w) in found]
+    return bool(lines)
 
 
 def _draw(panels: Sequence[tuple[Lines, str, bool, Sequence[str]]], path: Path) -> None:

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from afa.studies.jobs import JobProgress
     from afa.studies.results.entrants import Entrant, Place
     from afa.studies.results.rivals.rival import Rival
+    from afa.studies.results.settings import StudySettings
     from afa.studies.results.study import Study
 
 
@@ -68,7 +69,7 @@ def run_test(
     place, settings = study.place(world), study.settings
     chosen = chosen_in(study, world)
     entrants = entrants_of(study, experiment, world)
-    prompts = test_prompts(place, settings.num_mixed, settings.num_own)
+    prompts = test_prompts(place, experiment, settings)
     captions = [caption for listed in prompts.values() for caption in listed]
     sampled = {**sampling(settings.num_steps), "seeds": [settings.test_seed]}
     found = read_developed(study.chosen_in, settings)
@@ -148,11 +149,15 @@ def chosen_in(study: Study, world: str) -> dict[str, Any]:
     return {key: found[key] for key in ("rivals", "drawn", "rates")}
 
 
-def test_prompts(place: Place, num_mixed: int, num_own: int) -> dict[str, list[str]]:
+def test_prompts(
+    place: Place, experiment: Experiment, settings: StudySettings
+) -> dict[str, list[str]]:
     """The test prompts of a world, by group."""
-    listed = prompts_of(place.recipe, "test", max(num_mixed, num_own))
+    is_main = experiment == Experiment.MAIN
+    num_mixed = settings.num_mixed if is_main else settings.num_mixed_elsewhere
+    listed = prompts_of(place.recipe, "test", max(settings.num_mixed, settings.num_own))
     return {
-        group: captions[: num_own if group in place.recipe.experts else num_mixed]
+        group: captions[: settings.num_own if group in place.recipe.experts else num_mixed]
         for group, captions in listed.items()
     }
 

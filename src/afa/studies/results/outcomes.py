@@ -63,6 +63,10 @@ def describe(
             ends of grids on which they lie.
     """
     settings = study.settings
+    of_others = {
+        "curve_pictures": experiment != Experiment.DATA,
+        "num_mixed_elsewhere": experiment == Experiment.MAIN,
+    }
     found = {
         "experiment": str(experiment),
         "world": place.world,
@@ -75,7 +79,7 @@ def describe(
         "settings": {
             key: value
             for key, value in asdict(settings).items()
-            if key != "num_resamples" and (key != "curve_pictures" or experiment == Experiment.DATA)
+            if key != "num_resamples" and not of_others.get(key)
         },
         "num_references": settings.num_references,
         "margin": settings.margin,

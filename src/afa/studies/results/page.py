@@ -9,6 +9,7 @@ from afa.errors import AfaError
 from afa.files import read_text, write_atomic
 from afa.studies.results.analysis import SETS, Outcomes
 from afa.studies.results.figures import (
+    MAIN,
     SERIES,
     draw_answer,
     draw_experts,
@@ -23,11 +24,11 @@ from afa.studies.results.settings import WORLDS_OF
 from afa.studies.results.summary import hours, not_measured, summary
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
     from afa.statistics import Interval
-    from afa.studies.results.figures import Lines
+    from afa.studies.results.figures import Found, Lines
     from afa.studies.results.settings import StudySettings
 
 PAGE, SUMMARY, FOLDER = "results.md", "results.json", "results"
@@ -89,14 +90,12 @@ def write_page(docs: Path, settings: StudySettings) -> None:
     write_atomic(docs / PAGE, text)
 
 
-def _figures(
-    found: Mapping[tuple[Experiment, str], Outcomes], images: Path
-) -> Iterator[tuple[str, list[str]]]:
+def _figures(found: Found, images: Path) -> Iterator[tuple[str, list[str]]]:
     """Draw what can be drawn; the figures by the names of their marks."""
     if draw_answer(found, images / "results-answer.png"):
         text = "Right mixed prompts over divergence, private objects and amount of data."
         yield "answer", [f"![{text}](images/results-answer.png)"]
-    if (main := found.get((Experiment.MAIN, "main"))) is not None:
+    if (main := found.get(MAIN)) is not None:
         draw_fronts(main, images / "results-fronts.png")
         text = "Right mixed prompts of all rows over training and over expert calls."
         yield "fronts", [f"![{text}](images/results-fronts.png)"]
@@ -106,7 +105,7 @@ def _figures(
 
 
 def _sections(
-    found: Mapping[tuple[Experiment, str], Outcomes],
+    found: Found,
 ) -> Iterator[tuple[str, list[str]]]:
     """The tables of all tests, and of the claims, by the names of their marks."""
     for (experiment, world), outcomes in found.items():
@@ -114,18 +113,17 @@ def _sections(
             yield f"{experiment}-{world}", [*rows_table(outcomes), *notes(outcomes)]
             yield f"{experiment}-{world}-own", own_table(outcomes)
             yield f"{experiment}-{world}-says", [f"- {each}" for each in sentences(outcomes)]
-    if (main := found.get((Experiment.MAIN, "main"))) is not None:
+    if (main := found.get(MAIN)) is not None:
         yield "claims", claims_table(main)
         yield "edges", edges_list(main)
         yield "sets", sets_table(main)
     for experiment, head in SERIES.items():
-        series = [found[experiment, w] for w in WORLDS_OF[experiment] if (experiment, w) in found]
-        if series:
-            yield str(experiment), lines_table(lines_of_worlds(series, experiment), head)
+        if lines := lines_of_worlds(found, experiment):
+            yield str(experiment), lines_table(lines, head)
     if found:
         yield "made", made_table(found)
-    if (data := found.get((Experiment.DATA, "main"))) is not None:
-        yield "data", lines_table(lines_of_data(data), "row; different pictures in the data")
+    if lines := lines_of_data(found):
+        yield str(Experiment.DATA), lines_table(lines, "row; different pictures in the data")
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -176,7 +174,7 @@ def notes(outcomes: Outcomes) -> list[str]:
     return [*found, "", f"Not measured yet: {'; '.join(missing)}."] if missing else found
 
 
-def made_table(found: Mapping[tuple[Experiment, str], Outcomes]) -> list[str]:
+def made_table(found: Found) -> list[str]:
     """How long each test took, at which commits, and on which machines."""
 
     def cells(experiment: Experiment, world: str, outcomes: Outcomes) -> Iterator[str]:

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 from afa.studies.results.parts import Experiment
 
-#: the worlds of each experiment, in the order of its horizontal axis
+#: the worlds of each experiment, in the order of its horizontal axis; the main experiment is one
+#: more place on the axes of data and divergence
 WORLDS_OF: dict[Experiment, tuple[str, ...]] = {
     Experiment.MAIN: ("main",),
     Experiment.PRIVATE: ("private",),
     Experiment.DATA: ("main",),
-    Experiment.DIVERGENCE: ("after-50", "after-200", "after-700", "main"),
+    Experiment.DIVERGENCE: ("after-50", "after-200", "after-700"),
     Experiment.EXPERTS: ("split-2", "split-4", "split-8"),
 }
 #: experiments with all rivals and several seeds; the others have the rows of their figures
@@ -49,8 +50,10 @@ class StudySettings:
         curve_pictures: the same for the data curve.
         curve_steps: lengths of the tuned models of the data curve, of which tuning prompts choose
             one for each number of pictures; that of AFA is one more.
-        num_mixed: test prompts of pairs of two experts, in each group; in the main experiment, all
-            that there are.
+        num_mixed: test prompts of pairs of two experts in the main experiment, which has all that
+            there are.
+        num_mixed_elsewhere: the same in each group of the other experiments, which have the first
+            ones.
         num_own: test prompts of each expert.
         num_development: prompts for development, in each group.
         num_tuning: prompts for tuning, in each group.
@@ -82,6 +85,7 @@ class StudySettings:
     curve_pictures: tuple[int, ...] = (100, 300, 1_000, 10_000)
     curve_steps: tuple[int, ...] = (100, 300, 1_000)
     num_mixed: int = 780
+    num_mixed_elsewhere: int = 384
     num_own: int = 128
     num_development: int = 48
     num_tuning: int = 48
