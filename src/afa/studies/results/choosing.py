@@ -22,7 +22,6 @@ from afa.studies.results.drawn import drawn_job
 from afa.studies.results.entrants import Tuned
 from afa.studies.results.rivals.superdiff import candidates
 from afa.studies.results.rows import LORA, MERGED, TUNED, counted, of_pictures
-from afa.studies.results.settings import WITH_ALL_RIVALS, WORLDS_OF
 from afa.studies.results.study import (
     FIRST,
     best_merge,
@@ -32,9 +31,6 @@ from afa.studies.results.study import (
     train_all,
 )
 from afa.studies.worlds.prompts import groups_of, prompts_of
-
-#: the worlds whose experiments have all rivals
-WITH_SEARCH = tuple(world for each in WITH_ALL_RIVALS for world in WORLDS_OF[each])
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -49,11 +45,10 @@ if TYPE_CHECKING:
 def choose_rivals(study: Study, world: str) -> Iterator[JobProgress | StageStarted]:
     """Choose the settings of the rivals on the tuning prompts of a world.
 
-    Only merges, if it is not the first world; block weights are searched where an experiment has
-    all rivals. In the first world, the learning rates of all tuned models
-    are chosen, too, at their shortest length; then that of the tuned merge, which starts from the
-    best one. What is chosen already is not chosen again, unless its number of candidates has
-    changed. New rivals are added.
+    Only merges, if it is not the first world. There, block weights are searched, too, and the
+    learning rates of all tuned models are chosen at their shortest length; then that of the tuned
+    merge, which starts from the best one. What is chosen already is not chosen again, unless its
+    number of candidates has changed. New rivals are added.
     """
     path = study.chosen_in / f"{world}.json"
     known = study.chosen(world) if path.exists() else {"rivals": {}, "drawn": {}}
@@ -67,7 +62,7 @@ def choose_rivals(study: Study, world: str) -> Iterator[JobProgress | StageStart
         return found is None or len(found["scores"] or [None]) != count
 
     grids = {row: each for row, each in grids.items() if is_new("rivals", row, len(each.methods))}
-    if world in WITH_SEARCH and is_new("rivals", SEARCHED, 1):
+    if is_first and is_new("rivals", SEARCHED, 1):
         grids[SEARCHED] = yield from _searched(study, place)
     drawn = {row: each for row, each in drawn.items() if is_new("drawn", row, len(each))}
     if not grids and not drawn:
