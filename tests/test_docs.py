@@ -86,6 +86,8 @@ def test_the_readme_quotes_the_results() -> None:
         f"AFA draws {domains['AFA']}",
         f"the best merge of these experts gets {whole(merge)}",
         f"gets {whole('oracle mask')}",
+        f"part of the way:** {whole('drafts')}, the base {whole('base')}",
+        f"need {calls('drafts')} calls of a denoiser for a picture, AFA {calls('AFA')}",
         f"This gets {whole(few)}, equivalent to AFA",
         f"with {calls(few)} instead of {calls('AFA')} calls",
     ):
