@@ -15,8 +15,8 @@ WORLDS_OF: dict[Experiment, tuple[str, ...]] = {
     Experiment.DIVERGENCE: ("after-50", "after-200", "after-700"),
     Experiment.EXPERTS: ("split-2", "split-4", "split-8"),
 }
-#: experiments with several seeds and all rivals whose settings take no search of their own; the
-#: others have the rows of their figures
+#: experiments with all rivals and several seeds, though block weights are searched in the main one
+#: alone; the others have the rows of their figures
 WITH_ALL_RIVALS = (Experiment.MAIN, Experiment.PRIVATE)
 
 
