@@ -48,8 +48,8 @@ def test_intervals_that_touch_are_no_victory() -> None:
     assert verdict(rows) == "AFA is not clearly above: weight merge."
     rows = [row("animals", 20), row("weight merge", 40), row("AFA, fast", 69), row("AFA", 70)]
     assert rivals_reached(rows) == []
-    assert verdict(rows).startswith("AFA is above every other row of this table")
-    assert "no other row was trained on AFA's scenes" in verdict(rows)
+    assert verdict(rows).startswith("AFA is above every baseline of this table")
+    assert "no baseline was trained on AFA's scenes" in verdict(rows)
 
 
 def test_a_better_rival_is_named() -> None:
@@ -141,7 +141,7 @@ def verdict_line(report: dict) -> str:
     entries = report["rows"]
     low = next(e["both"]["low"] for e in entries if e["method"] == "AFA")
     beaten = all(e["both"]["high"] < low for e in entries if e["method"] not in OURS)
-    return "AFA is above every other row" if beaten else "AFA is not clearly above: "
+    return "AFA is above every baseline" if beaten else "AFA is not clearly above: "
 
 
 def test_a_stopped_demo_leaves_nothing(tmp_path: Path) -> None:

@@ -231,9 +231,9 @@ def verdict(rows: Sequence[Row]) -> str:
     reached = rivals_reached(rows)
     if not reached:
         return (
-            "AFA is above every other row of this table, and the 95 % intervals do not overlap. "
+            "AFA is above every baseline of this table, and the 95 % intervals do not overlap. "
             "This does not show that AFA is the best use of the experts or of the training: no "
-            "other row was trained on AFA's scenes, and AFA's learning rate schedule was chosen "
+            "baseline was trained on AFA's scenes, and AFA's learning rate schedule was chosen "
             "on these prompts. docs/results.md compares with rows that were."
         )
     return f"AFA is not clearly above: {', '.join(reached)}."
